@@ -1,0 +1,72 @@
+"""What a stage is handed and what it hands back.
+
+    driver --StageContext--> stage.run(context) --StageResult--> manifest.json
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from capgap.schemas.manifest import Manifest, ShardSet
+from capgap.schemas.run_file import RunFile
+
+StageName = Literal["corpus", "teacher", "cache", "student", "train", "eval", "report"]
+
+STAGES: tuple[StageName, ...] = ("corpus", "teacher", "cache", "student", "train", "eval", "report")
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One run of a stage: `train` runs once per arm and seed, `student` once per seed, the others once."""
+
+    stage: StageName
+    arm: str | None = None
+    seed: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Path of the instance's folder below the run's, for example `train/distilled/seed-0`."""
+        parts = [self.stage, self.arm, None if self.seed is None else f"seed-{self.seed}"]
+        return "/".join(part for part in parts if part is not None)
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """A finished folder that a stage reads."""
+
+    path: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """Everything a stage needs.
+
+    Attributes:
+        run: the run file with its defaults.
+        instance: which run of the stage this is.
+        folder: the stage's own folder; it exists, and may hold what a killed run left.
+        inputs: finished folders, by the name of their instance.
+        device: `cpu` or `cuda:0`; the stage holds the lease on it.
+    """
+
+    run: RunFile
+    instance: Instance
+    folder: Path
+    inputs: dict[str, StageInput]
+    device: str
+
+    def input(self, name: str) -> StageInput:
+        """The input made by the instance of that name."""
+        return self.inputs[name]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage adds to its manifest; the files of its folder are listed and hashed by the driver."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    totals: dict[str, Any] = field(default_factory=dict)
+    shard_sets: dict[str, ShardSet] = field(default_factory=dict)

@@ -1,0 +1,67 @@
+"""Every error a user can cause, as one family.
+
+The command line turns a :class:`CapgapError` into one line on stderr and exit code 2. A message names what is wrong,
+where, what was found, what was expected, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class CapgapError(Exception):
+    """Root of all errors that a user can cause and mend.
+
+    Args:
+        what: the fault in a few words.
+        where: the setting, file or record at fault, as the user knows it.
+        found: what stands there now.
+        expected: what should stand there.
+        fix: what to do, as an instruction.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        found: object = None,
+        expected: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = where
+        self.found = found
+        self.expected = expected
+        self.fix = fix
+        super().__init__(self._one_line())
+
+    def _one_line(self) -> str:
+        text = self.what if self.where is None else f"{self.where}: {self.what}"
+        if self.found is not None:
+            text += f"; found {self.found}"
+        if self.expected is not None:
+            text += f"{';' if self.found is None else ','} expected {self.expected}"
+        if self.fix is not None:
+            text += f"; {self.fix}"
+        return " ".join(text.split())
+
+
+class SettingError(CapgapError):
+    """A setting of the run file or a flag cannot be used."""
+
+
+class InputError(CapgapError):
+    """A file, folder, document or model that a stage reads cannot be used."""
+
+
+class MismatchError(CapgapError):
+    """Two things that must belong together do not: tokenizers, vocabularies, a cache and its corpus."""
+
+
+class CorruptError(CapgapError):
+    """Bytes on disk differ from what the manifest says of them."""
+
+
+class MachineError(CapgapError):
+    """The machine lacks something: a package, disk space, a free device."""

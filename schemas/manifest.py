@@ -1,0 +1,164 @@
+"""`manifest.json`: what a finished stage folder holds, what it was made from, and with what.
+
+    identity = digest(stage, settings that decide the result, identities of the inputs)     known before any work
+    content  = digest(the list of files with their digests)                                 known after it
+
+A folder is finished when its manifest stands in it. `identity` decides whether it is current; `content` lets a stage
+notice that an input was made again and came out different.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, JsonValue
+
+from capgap.schemas.base import Record
+
+MANIFEST_NAME = "manifest.json"
+WORK_NAME = "work.json"
+
+
+class FileEntry(Record):
+    """One file of a stage folder."""
+
+    path: str
+    """Relative to the folder, with forward slashes."""
+
+    num_bytes: int
+    """Size."""
+
+    sha256: str
+    """Digest of the bytes."""
+
+
+class MemberEntry(Record):
+    """One member of a shard: a block of packed sequences."""
+
+    key: str
+    """Member name up to its first dot."""
+
+    offset: int
+    """Byte of the shard at which the member's data begins."""
+
+    num_bytes: int
+    """Length of the data."""
+
+    num_sequences: int
+    """Sequences in the block."""
+
+    crc32: int
+    """Of the data as stored."""
+
+
+class ShardEntry(Record):
+    """One finished shard."""
+
+    file: FileEntry
+    """The tar file."""
+
+    num_sequences: int
+    """Sequences in all its members."""
+
+    members: tuple[MemberEntry, ...]
+    """In the order of the file."""
+
+
+class ShardSet(Record):
+    """The shards of one split of a corpus, or of a cache."""
+
+    codec: str
+    """Name and version of the member encoding; a reader refuses one it does not know."""
+
+    codec_settings: dict[str, JsonValue]
+    """What the codec needs beside the bytes, for example the vocabulary size."""
+
+    seq_len: int
+    """Targets per sequence."""
+
+    shards: tuple[ShardEntry, ...]
+    """In order."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in all shards."""
+        return sum(shard.num_sequences for shard in self.shards)
+
+    @property
+    def num_tokens(self) -> int:
+        """Targets in all shards."""
+        return self.num_sequences * self.seq_len
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shard files."""
+        return sum(shard.file.num_bytes for shard in self.shards)
+
+
+class InputEntry(Record):
+    """A folder that the stage read."""
+
+    path: str
+    """Where it was."""
+
+    identity: str
+    """Of its manifest."""
+
+    content: str
+    """Of its manifest."""
+
+
+class WorkOrder(Record):
+    """`work.json`: what a stage set out to do; written before the work, kept beside the manifest after it."""
+
+    stage: str
+    """Name of the stage."""
+
+    instance: str
+    """Stage, arm and seed as one path, for example `train/distilled/seed-0`."""
+
+    settings: dict[str, JsonValue]
+    """Settings that decide the result."""
+
+    inputs: dict[str, InputEntry]
+    """By role: corpus, teacher, cache and so on."""
+
+    identity: str
+    """Digest of stage, settings and the inputs' identities."""
+
+
+class Manifest(WorkOrder):
+    """A finished stage."""
+
+    format: Literal["capgap-manifest-1"] = "capgap-manifest-1"
+    """Version of this layout."""
+
+    content: str
+    """Digest of `files`, paths and digests alone."""
+
+    files: tuple[FileEntry, ...]
+    """Everything in the folder that belongs to the result."""
+
+    shard_sets: dict[str, ShardSet] = Field(default_factory=dict)
+    """By name: `teacher`, `student` and `heldout` for a corpus, `targets` for a cache."""
+
+    facts: dict[str, JsonValue] = Field(default_factory=dict)
+    """What later stages must know; one of the models in `facts`."""
+
+    totals: dict[str, JsonValue] = Field(default_factory=dict)
+    """Counts for people: tokens, documents, bytes, steps."""
+
+    versions: dict[str, str]
+    """Of Python, capgap and the packages that matter."""
+
+    started: str
+    """UTC, ISO 8601."""
+
+    wall_s: float
+    """Seconds that the last process worked on it; earlier, killed ones are not counted."""
+
+    command: tuple[str, ...]
+    """The command line."""
+
+    resolved: dict[str, Any] = Field(default_factory=dict)
+    """The whole run file with its defaults, operational settings included."""

@@ -1,0 +1,70 @@
+"""The records that a shard holds, as arrays: packed sequences, and the teacher's targets for them.
+
+Legend: B sequences in a block, L targets a sequence, K ids kept a row, D distinct ids of a whole block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """B packed sequences of L + 1 tokens.
+
+    Attributes:
+        tokens_BL1: ids [B, L + 1], int32.
+        starts_BL1: True where a token begins a document [B, L + 1].
+        mask_BL1: True where a token counts as a label [B, L + 1]; position 0 is never a label.
+    """
+
+    tokens_BL1: IntArray
+    starts_BL1: BoolArray
+    mask_BL1: BoolArray
+
+    def __len__(self) -> int:
+        return len(self.tokens_BL1)
+
+
+@dataclass(frozen=True)
+class SampledTargets:
+    """Counts of n draws from the teacher after each of B x L tokens, all distinct ids, row after row.
+
+    Attributes:
+        num_ids_BL: distinct ids of each row [B, L], int32; the rows' ids follow one another in `ids_D`.
+        ids_D: ids, ascending within a row [D], int32.
+        counts_D: draws of each id [D], int32; a row's counts sum to n.
+        label_logprobs_BL: the teacher's logprob of the real next token [B, L], float32, nats.
+    """
+
+    num_ids_BL: IntArray
+    ids_D: IntArray
+    counts_D: IntArray
+    label_logprobs_BL: FloatArray
+
+
+@dataclass(frozen=True)
+class TopkTargets:
+    """The K likeliest ids after each of B x L tokens, and the mass of all others.
+
+    Attributes:
+        ids_BLK: ids by falling probability [B, L, K], int32.
+        logprobs_BLK: their logprobs [B, L, K], float32, nats.
+        tail_BL: probability of every other id together [B, L], float32.
+        label_logprobs_BL: the teacher's logprob of the real next token [B, L], float32, nats.
+    """
+
+    ids_BLK: IntArray
+    logprobs_BLK: FloatArray
+    tail_BL: FloatArray
+    label_logprobs_BL: FloatArray
+
+
+Targets = SampledTargets | TopkTargets

@@ -1,0 +1,61 @@
+"""Settings of the cache stage."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from capgap.schemas.base import OPERATIONAL, Record
+
+
+class CacheSettings(Record):
+    """How the teacher's distribution after every token is kept."""
+
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """What runs the teacher. `transformers` is the slow reference."""
+
+    recording: Literal["sampled", "topk"] = "sampled"
+    """`sampled`: ids and counts of systematic draws, an unbiased target. `topk`: the likeliest ids, and the tail."""
+
+    num_draws: int | None = Field(None, ge=1, le=65535)
+    """Draws a token, for `sampled`; 50 where it is left out."""
+
+    num_kept: int | None = Field(None, ge=1, le=65535)
+    """Ids kept a token, for `topk`; 64 where it is left out."""
+
+    temperature: float = Field(1.0, gt=0)
+    """The teacher's logits are divided by this before they are kept; students train at the same temperature."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of the draws. Each offset is a pure function of seed, sequence and position."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The teacher's weights and activations; the head is computed in float32 whatever is chosen here."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    """Stop after this many targets, whole shards. Leave it out to score everything the student may see."""
+
+    chunk_rows: int = Field(1024, ge=1, json_schema_extra=OPERATIONAL)
+    """Rows of logits held at once: memory is about `chunk_rows` x vocabulary x 8 bytes."""
+
+    batch_tokens: int = Field(8192, ge=16, json_schema_extra=OPERATIONAL)
+    """Tokens that the engine schedules at once."""
+
+    gpu_memory_fraction: float = Field(0.8, gt=0, le=0.95, json_schema_extra=OPERATIONAL)
+    """Share of a GPU's memory that vLLM may claim; what is left over holds the logits of a chunk."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.recording == "topk" and self.num_draws is not None:
+            raise ValueError("cache.num_draws: found with recording topk, expected sampled; use cache.num_kept")
+        if self.recording == "sampled" and self.num_kept is not None:
+            raise ValueError("cache.num_kept: found with recording sampled, expected topk; use cache.num_draws")
+        return self
+
+    @property
+    def num_ids(self) -> int:
+        """Draws a token (`sampled`) or ids kept a token (`topk`)."""
+        if self.recording == "sampled":
+            return self.num_draws if self.num_draws is not None else 50
+        return self.num_kept if self.num_kept is not None else 64

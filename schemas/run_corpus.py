@@ -1,0 +1,62 @@
+"""Settings of the corpus stage."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from capgap.schemas.base import Record
+
+
+class CorpusSettings(Record):
+    """Which text, how it becomes tokens, and who may see which part of it."""
+
+    sources: tuple[str, ...] = ("builtin:python",)
+    """Files, folders or globs: .txt .md .rst .py (a document each), .jsonl .jsonl.zst .parquet (a document a record).
+    `builtin:python` is the text that every CPython carries."""
+
+    text_field: str = "text"
+    """The field of a JSONL or Parquet record that holds the text."""
+
+    tokenizer: str | None = None
+    """A Hugging Face folder or id. Leave it out to train a byte-level BPE tokenizer of `vocab_size` entries."""
+
+    vocab_size: int | None = Field(None, ge=300, le=1 << 24)
+    """Entries of a tokenizer trained on the text; 4096 where neither this nor `tokenizer` is given."""
+
+    seq_len: int = Field(256, ge=8)
+    """Targets per sequence. A packed sequence has one token more."""
+
+    long_documents: Literal["split", "drop", "refuse"] = "split"
+    """What happens to a document longer than a sequence: split over several, left out and counted, or an error."""
+
+    teacher_fraction: float = Field(0.7, ge=0, lt=1)
+    """Share of the documents that trains the teacher and that the student never sees. 0 for a given teacher."""
+
+    heldout_fraction: float = Field(0.06, gt=0, lt=1)
+    """Share of the documents that nobody trains on. The rest is the student's."""
+
+    shard_sequences: int = Field(1024, ge=1)
+    """Sequences in one shard, the unit of work, retry and verification."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.sources:
+            raise ValueError("corpus.sources: found none, expected at least one file, folder, glob or builtin:python")
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise ValueError(
+                "corpus.vocab_size: found beside corpus.tokenizer, expected one of them; "
+                "a given tokenizer brings its own size"
+            )
+        if self.teacher_fraction + self.heldout_fraction >= 1:
+            raise ValueError(
+                "corpus.teacher_fraction + corpus.heldout_fraction: found "
+                f"{self.teacher_fraction + self.heldout_fraction:g}, expected less than 1; nothing is left for the student"
+            )
+        return self
+
+    @property
+    def trained_vocab_size(self) -> int:
+        """Entries of the tokenizer that is trained where none is given."""
+        return self.vocab_size if self.vocab_size is not None else 4096

@@ -1,0 +1,112 @@
+"""The run file: the one YAML that names every stage of a run and is the only place where a setting is defined.
+
+    run file --> stage instances --> one folder each under `out`, with a manifest
+
+Flags of the command line are derived from these models (`--train.learning_rate 1e-3`) and win over the YAML.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.run_cache import CacheSettings
+from capgap.schemas.run_corpus import CorpusSettings
+from capgap.schemas.run_model import StudentSettings, TeacherSettings, TrainSettings
+
+ReusableStage = Literal["corpus", "teacher", "cache"]
+
+
+def _folder_name(value: str) -> str:
+    if not value or value.startswith(".") or any(not (c.isalnum() or c in "-_.") for c in value):
+        raise ValueError(f"{value!r} names a folder: use letters, digits, '-', '_' and '.'")
+    return value
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+
+
+class EvalSettings(Record):
+    """How models are measured on held-out text."""
+
+    num_sequences: int = Field(512, ge=2)
+    """Held-out sequences that every model is scored on (all of them, if there are fewer)."""
+
+    num_full_sequences: int = Field(64, ge=2)
+    """Of these, how many are compared with the teacher's full distribution (KL, agreement, acceptance)."""
+
+    num_bootstrap: int = Field(1000, ge=100)
+    """Resamples of the held-out sequences behind each interval."""
+
+    batch_sequences: int = Field(16, ge=1, json_schema_extra=OPERATIONAL)
+    """Sequences in one forward pass."""
+
+
+class RunFile(Record):
+    """Every setting of a run."""
+
+    name: FolderName
+    """Name of the run, shown in its report."""
+
+    out: str = Field(json_schema_extra=OPERATIONAL)
+    """Folder that receives one folder per stage."""
+
+    seeds: tuple[int, ...] = (0,)
+    """One student per seed and arm. Arms of one seed share initial weights and data order, so they are paired."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=OPERATIONAL)
+    """Where models run. `auto` takes a GPU if there is one."""
+
+    reuse: dict[ReusableStage, str] = Field(default_factory=dict)
+    """Finished folders of another run to use in place of a stage, for example one cache for many students."""
+
+    corpus: CorpusSettings = Field(default_factory=CorpusSettings)
+    """Text, tokenizer, packing and splits."""
+
+    teacher: TeacherSettings
+    """The model whose distributions are kept."""
+
+    cache: CacheSettings = Field(default_factory=CacheSettings)
+    """How the teacher's distributions are kept."""
+
+    student: StudentSettings
+    """The model that is trained."""
+
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    """How the student is trained from the cache."""
+
+    arms: dict[FolderName, dict[str, Any]] = Field(default_factory=lambda: {"distilled": {}})
+    """Variants of `train`, each with the settings in which it differs, for example `cross_entropy: {alpha: 0}`."""
+
+    eval: EvalSettings = Field(default_factory=EvalSettings)
+    """How models are measured."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds: found {list(self.seeds)}, expected at least one, none twice, none negative")
+        if not self.arms:
+            raise ValueError("arms: found none, expected at least one; leave the setting out for `distilled` alone")
+        for arm in self.arms:
+            self.train_settings(arm)
+        return self
+
+    def train_settings(self, arm: str) -> TrainSettings:
+        """The settings of `train` with the arm's own in their place.
+
+        Raises:
+            ValueError: the arm is unknown or names a setting that `train` does not have.
+        """
+        if arm not in self.arms:
+            raise ValueError(f"arms: found no {arm!r}, expected one of {', '.join(sorted(self.arms))}")
+        try:
+            return TrainSettings.model_validate({**self.train.model_dump(), **self.arms[arm]})
+        except ValidationError as error:
+            problems = "; ".join(f"arms.{arm}.{_dotted(e['loc'])}: {e['msg']}" for e in error.errors())
+            raise ValueError(problems) from None
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location)

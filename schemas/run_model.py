@@ -1,0 +1,159 @@
+"""Settings of the stages that make and train models: teacher, student, train."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from capgap.schemas.base import OPERATIONAL, Record
+
+
+class ModelShape(Record):
+    """A Llama-shaped model with fresh weights; its vocabulary comes from the corpus."""
+
+    hidden_size: int = Field(192, ge=8)
+    """Width."""
+
+    num_layers: int = Field(4, ge=1)
+    """Depth."""
+
+    num_heads: int = Field(6, ge=1)
+    """Query heads; must divide `hidden_size`."""
+
+    num_key_value_heads: int | None = Field(None, ge=1)
+    """Key and value heads; as many as query heads where it is left out."""
+
+    intermediate_size: int = Field(512, ge=8)
+    """Width of the feed-forward layers."""
+
+    tie_word_embeddings: bool = True
+    """One matrix for embedding and head."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size: found {self.hidden_size}, expected a multiple of 2 x num_heads = {2 * self.num_heads}"
+            )
+        if self.num_heads % (self.num_key_value_heads or self.num_heads):
+            raise ValueError(
+                f"num_key_value_heads: found {self.num_key_value_heads}, expected a divisor of {self.num_heads}"
+            )
+        return self
+
+
+class OptimizationSettings(Record):
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = Field(3e-3, gt=0)
+    """Peak learning rate."""
+
+    final_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
+    """The last step's learning rate over the peak."""
+
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises."""
+
+    weight_decay: float = Field(0.1, ge=0)
+    """Of matrices; vectors are not decayed."""
+
+    clip_norm: float = Field(1.0, gt=0)
+    """Largest norm of a step's gradient."""
+
+    batch_sequences: int = Field(8, ge=1)
+    """Sequences in one optimizer step."""
+
+    micro_batch_sequences: int | None = Field(None, ge=1, json_schema_extra=OPERATIONAL)
+    """Sequences in one forward pass; the whole batch where it is left out. Must divide `batch_sequences`."""
+
+    num_epochs: int = Field(1, ge=1)
+    """Passes over the data."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    """Stop after this many targets, even within an epoch."""
+
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
+    """Lightning's name of the arithmetic."""
+
+    validate_every_steps: int = Field(200, ge=1)
+    """Held-out loss is measured at this interval and at the end."""
+
+    num_validation_sequences: int = Field(64, ge=1)
+    """Held-out sequences behind that loss."""
+
+    checkpoint_every_steps: int = Field(200, ge=1, json_schema_extra=OPERATIONAL)
+    """A killed training resumes from the last checkpoint, exactly."""
+
+    log_every_steps: int = Field(10, ge=1, json_schema_extra=OPERATIONAL)
+    """Interval of the rows in metrics.csv."""
+
+    @model_validator(mode="after")
+    def _check_batches(self) -> Self:
+        if self.batch_sequences % (self.micro_batch_sequences or self.batch_sequences):
+            raise ValueError(
+                f"micro_batch_sequences: found {self.micro_batch_sequences}, "
+                f"expected a divisor of batch_sequences = {self.batch_sequences}"
+            )
+        return self
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences in one forward pass."""
+        return self.micro_batch_sequences or self.batch_sequences
+
+
+class TrainSettings(OptimizationSettings):
+    """How a student learns from a cache."""
+
+    alpha: float = Field(1.0, ge=0, le=1)
+    """Weight of the KL to the teacher; cross-entropy with the text has weight 1 - alpha. 0 is cross-entropy alone."""
+
+
+class TeacherSettings(Record):
+    """A given teacher (`path`), or the recipe of a small one (`model` and `training`)."""
+
+    path: str | None = None
+    """A Hugging Face folder or id."""
+
+    model: ModelShape | None = None
+    """Shape of a teacher to train on the teacher's part of the corpus."""
+
+    training: OptimizationSettings | None = None
+    """How that teacher is trained."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of its weights and data order."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _exactly_one("teacher", self.path, self.model)
+        if self.path is not None and self.training is not None:
+            raise ValueError("teacher.training: found beside teacher.path, expected only with teacher.model")
+        return self
+
+    @property
+    def recipe(self) -> OptimizationSettings:
+        """How a teacher with fresh weights is trained."""
+        return self.training if self.training is not None else OptimizationSettings()
+
+
+class StudentSettings(Record):
+    """Where the student's first weights come from."""
+
+    path: str | None = None
+    """A Hugging Face folder or id to start from."""
+
+    model: ModelShape | None = None
+    """Shape of a student with fresh weights."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _exactly_one("student", self.path, self.model)
+        return self
+
+
+def _exactly_one(stage: str, path: str | None, model: ModelShape | None) -> None:
+    if (path is None) == (model is None):
+        found = "neither" if path is None else "both"
+        raise ValueError(f"{stage}: found {found} of path and model, expected one of them")
