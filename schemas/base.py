@@ -18,7 +18,7 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    def identity(self) -> dict[str, Any]:
+    def decisive(self) -> dict[str, Any]:
         """The settings that decide the result, as plain JSON values: operational ones are left out."""
         values = self.model_dump(mode="json")
         return {
@@ -29,7 +29,7 @@ class Record(BaseModel):
 
 
 def _identity_of(value: object, dumped: object) -> object:
-    return value.identity() if isinstance(value, Record) else dumped
+    return value.decisive() if isinstance(value, Record) else dumped
 
 
 def _is_operational(info: FieldInfo) -> bool:

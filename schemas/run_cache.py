@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -59,3 +59,7 @@ class CacheSettings(Record):
         if self.recording == "sampled":
             return self.num_draws if self.num_draws is not None else 50
         return self.num_kept if self.num_kept is not None else 64
+
+    def decisive(self) -> dict[str, Any]:
+        """As for every record, with the number of ids spelt out where it was left out."""
+        return super().decisive() | {"num_draws" if self.recording == "sampled" else "num_kept": self.num_ids}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -60,3 +60,7 @@ class CorpusSettings(Record):
     def trained_vocab_size(self) -> int:
         """Entries of the tokenizer that is trained where none is given."""
         return self.vocab_size if self.vocab_size is not None else 4096
+
+    def decisive(self) -> dict[str, Any]:
+        """As for every record, with the vocabulary's size spelt out where it was left out."""
+        return super().decisive() | ({} if self.tokenizer else {"vocab_size": self.trained_vocab_size})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -136,6 +136,10 @@ class TeacherSettings(Record):
     def recipe(self) -> OptimizationSettings:
         """How a teacher with fresh weights is trained."""
         return self.training if self.training is not None else OptimizationSettings()
+
+    def decisive(self) -> dict[str, Any]:
+        """As for every record, with the recipe spelt out where it was left out."""
+        return super().decisive() | ({} if self.path else {"training": self.recipe.decisive()})
 
 
 class StudentSettings(Record):

@@ -1,0 +1,30 @@
+"""The store: the only home of the shard format. What lies on disk, how it is written, read, checked and ordered.
+
+    Sequences + Targets --codec--> Arrow IPC stream --zstd frame with checksum--> member --tar--> shard
+         ^                                                                                          |
+         |        ShardEntry (offsets, crc32, sha256) in manifest.json  <---------------------------+
+         +--- reader (random access through the offsets) <--- loader <--- order (pure function of seed and epoch)
+
+A shard is a plain WebDataset tar, so other programs can read it; order, resume and integrity are ours, through the
+manifest. A shard that no manifest (or, while its stage is at work, no sidecar) lists does not exist.
+"""
+
+from capgap.pipeline.store.alignment import check_alignment
+from capgap.pipeline.store.batch import Batch
+from capgap.pipeline.store.codec import Codec, codec_for
+from capgap.pipeline.store.loader import SequenceLoader
+from capgap.pipeline.store.reader import ShardReader, read_blocks
+from capgap.pipeline.store.writer import Block, ShardWriter, split_blocks
+
+__all__ = [
+    "Batch",
+    "Block",
+    "Codec",
+    "SequenceLoader",
+    "ShardReader",
+    "ShardWriter",
+    "check_alignment",
+    "codec_for",
+    "read_blocks",
+    "split_blocks",
+]

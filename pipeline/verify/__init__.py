@@ -1,0 +1,1 @@
+"""Finished folders against their manifests: sizes, digests, structure of every shard, alignment of every target."""

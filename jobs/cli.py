@@ -1,0 +1,86 @@
+"""The `capgap` command: parse, build, run, report errors in one line."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from capgap.jobs.commands import run_command, stage_command, status_command, verify_command
+from capgap.jobs.process import die_with_driver
+from capgap.pipeline.workflow.context import STAGES
+from capgap.schemas.errors import CapgapError, MachineError
+
+Command = Callable[[Sequence[str]], int]
+
+_HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
+
+  run       make every stage of a run file current; --only STAGE, --from STAGE, --force
+  status    say of every stage whether it is current, and why not
+  verify    check every file and shard below a folder against its digests
+
+  corpus    text into packed sequences                      (one stage of the run file)
+  teacher   check or train the teacher
+  cache     keep the teacher's distributions as shards
+  student   the student's first weights
+  train     train the student from the cache
+  eval      measure teacher and students on held-out text
+  report    one HTML page and one table
+
+Every setting of the run file is also a flag: `capgap run RUN.yaml --train.learning_rate 1e-3`.
+`capgap COMMAND --help` lists them. `capgap --version` says which capgap this is."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 2 for an error that the user can mend, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("capgap").setLevel(logging.INFO)
+    die_with_driver()
+    try:
+        return _dispatch(arguments)
+    except CapgapError as error:
+        print(f"capgap: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        print(f"capgap: {_machine_error(error)}", file=sys.stderr)
+        return MachineError.exit_code
+    except KeyboardInterrupt:
+        print("capgap: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    commands: dict[str, Command] = {"run": run_command, "status": status_command, "verify": verify_command}
+    commands |= {stage: stage_command(stage) for stage in STAGES}
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_HELP)
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"capgap {version('capgap')}")
+        return 0
+    if arguments[0] not in commands:
+        raise CapgapError("no such command", found=arguments[0], expected=f"one of {', '.join(commands)}")
+    return commands[arguments[0]](arguments[1:])
+
+
+def _machine_error(error: OSError) -> MachineError:
+    where = error.filename or "the output folder"
+    if error.errno in (errno.EROFS, errno.EACCES):
+        return MachineError("cannot be written", where=where, found=os.strerror(error.errno), fix="choose another `out`")
+    return MachineError(
+        "no space is left to write to",
+        where=where,
+        found=os.strerror(error.errno or 0),
+        fix="free some space and run the same command again; finished shards are kept",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""One function per command: its flags, what it calls, what it prints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from capgap.jobs.arguments import parse_run, run_parser
+from capgap.pipeline.workflow.context import Instance, StageName
+from capgap.pipeline.workflow.graph import downstream, instances, select
+from capgap.pipeline.workflow.state import State, states
+from capgap.schemas.errors import SettingError
+from capgap.schemas.run_file import RunFile
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """`capgap run`: walk the stage graph, then show the report's table."""
+    started = time.monotonic()
+    parser = run_parser("capgap run", "Make every stage of a run file current.")
+    _add_walk_flags(parser)
+    parser.add_argument("--only", type=str, default=None, help="Just this stage, e.g. train or train/distilled/seed-0.")
+    parser.add_argument("--from", type=str, default=None, dest="from_stage", help="This stage and what follows from it.")
+    run, flags = parse_run(parser, argv)
+    if flags["only"] and flags["from_stage"]:
+        raise SettingError("--only and --from exclude each other")
+    if flags["only"]:
+        chosen = select(run, flags["only"])
+    elif flags["from_stage"]:
+        chosen = downstream(run, flags["from_stage"])
+    else:
+        chosen = instances(run)
+    made = _walk(run, chosen, flags)
+    _show_table(run)
+    took = f"{time.monotonic() - started:.1f} s"
+    if made:
+        print(f"made {len(made)} of {len(chosen)} stages in {took}: {', '.join(made)}")
+    else:
+        print(f"nothing to do: {len(chosen)} of {len(chosen)} stages are current ({took})")
+    return 0
+
+
+def stage_command(stage: StageName) -> Callable[[Sequence[str]], int]:
+    """`capgap corpus`, `capgap cache` and so on: one stage, in this process where it is one instance."""
+
+    def command(argv: Sequence[str]) -> int:
+        parser = run_parser(f"capgap {stage}", f"Make the stage {stage} of a run file current.")
+        _add_walk_flags(parser)
+        parser.add_argument("--instance", type=str, default=stage, help="Just this one, e.g. train/distilled/seed-0.")
+        run, flags = parse_run(parser, argv)
+        chosen = select(run, flags["instance"])
+        if chosen[0].stage != stage:
+            raise SettingError("not an instance of this stage", where="--instance", found=chosen[0].name, expected=stage)
+        if len(chosen) > 1:
+            _walk(run, chosen, flags)
+        else:
+            from capgap.pipeline.workflow.carry_out import carry_out
+
+            carry_out(run, chosen[0], force=flags["force"], wait=not flags["no_wait"])
+        return 0
+
+    return command
+
+
+def status_command(argv: Sequence[str]) -> int:
+    """`capgap status`: one line per stage."""
+    run, _ = parse_run(run_parser("capgap status", "Say of every stage whether it is current, and why not."), argv)
+    table = Table(box=None, pad_edge=False)
+    for title in ("stage", "state", "why"):
+        table.add_column(title)
+    for name, state in states(run).items():
+        table.add_row(name, str(state.state), state.why)
+    for stage, folder in run.reuse.items():
+        table.add_row(stage, "reused", folder)
+    # a pipe gets whole lines: an ellipsis would hide what a script looks for
+    console = Console()
+    Console(width=console.width if console.is_terminal else 200).print(table)
+    return 0
+
+
+def verify_command(argv: Sequence[str]) -> int:
+    """`capgap verify`: every file and shard of every finished stage below the folders."""
+    parser = ArgumentParser(
+        prog="capgap verify", description="Check finished stages against their manifests.", exit_on_error=False
+    )
+    parser.add_argument("folders", nargs="+", type=str, help="A run's folder, or a stage's.")
+    from capgap.pipeline.verify.verify import verify
+
+    flags = parser.parse_args(list(argv))
+    for folder in flags.folders:
+        for line in verify(Path(folder)):
+            print(line)
+    return 0
+
+
+def _add_walk_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="Make them again even if they are current.")
+    parser.add_argument("--no-wait", action="store_true", help="Stop if another stage holds the device.")
+
+
+def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any]) -> list[str]:
+    from capgap.pipeline.workflow.driver import walk
+
+    return walk(run, chosen, force=flags["force"], wait=not flags["no_wait"], say=lambda line: print(line, flush=True))
+
+
+def _show_table(run: RunFile) -> None:
+    report = states(run)["report"]
+    if report.state is State.CURRENT:
+        from capgap.pipeline.report.table import print_table
+
+        print_table(report.folder, Console())
+        print(f"report: {report.folder / 'report.html'}")

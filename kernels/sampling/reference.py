@@ -1,0 +1,62 @@
+"""The scorers in plain float64: the truth that the fast ones are tested against. Logprobs and tails are float64 too.
+
+Legend: N rows, V vocabulary, K ids kept, n draws.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from capgap.kernels.sampling.rows import SampledRows, TopkRows, check_draws, check_num_kept, check_rows
+
+
+def topk_rows(
+    logits_NV: Tensor, labels_N: Tensor, num_kept: int, temperature: float = 1.0, vocab_size: int | None = None
+) -> TopkRows:
+    """The `num_kept` likeliest ids of softmax(logits / temperature), by a full sort.
+
+    Raises:
+        ValueError: shapes, dtypes or settings do not fit.
+    """
+    check_rows(logits_NV, labels_N, temperature, vocab_size)
+    logprobs_NV = torch.log_softmax(logits_NV[:, :vocab_size].double() / temperature, -1)
+    check_num_kept(num_kept, logprobs_NV.shape[1])
+    sorted_NV, ids_NV = logprobs_NV.sort(dim=-1, descending=True)
+    return TopkRows(
+        ids_NV[:, :num_kept].to(torch.int32),
+        sorted_NV[:, :num_kept],
+        sorted_NV[:, num_kept:].exp().sum(-1),
+        _at_label(logprobs_NV, labels_N),
+    )
+
+
+def sampled_rows(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    offsets_N: Tensor,
+    num_draws: int,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> SampledRows:
+    """`num_draws` systematic draws from softmax(logits / temperature), by the whole cumulative distribution.
+
+    Raises:
+        ValueError: shapes, dtypes or settings do not fit.
+    """
+    check_rows(logits_NV, labels_N, temperature, vocab_size)
+    check_draws(offsets_N, num_draws, logits_NV)
+    logprobs_NV = torch.log_softmax(logits_NV[:, :vocab_size].double() / temperature, -1)
+    ends_NV = logprobs_NV.exp().cumsum(-1)
+    steps_n = torch.arange(num_draws, dtype=torch.float64, device=logits_NV.device)
+    points_Nn = (steps_n + offsets_N.double()[:, None]) / num_draws * ends_NV[:, -1:]
+    draws_Nn = torch.searchsorted(ends_NV, points_Nn, right=True)
+    return SampledRows(draws_Nn.to(torch.int32), _at_label(logprobs_NV, labels_N), logprobs_NV.amax(-1))
+
+
+def _at_label(logprobs_NV: Tensor, labels_N: Tensor) -> Tensor:
+    at_label = [
+        row_V[label] if 0 <= label < len(row_V) else row_V.new_tensor(float("-inf"))
+        for row_V, label in zip(logprobs_NV, labels_N.tolist(), strict=True)
+    ]
+    return torch.stack(at_label) if at_label else logprobs_NV.new_zeros(0)

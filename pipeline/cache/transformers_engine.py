@@ -1,0 +1,84 @@
+"""The reference engine: the teacher in transformers, one plain forward pass over whole sequences.
+
+Legend: B sequences, L targets, N rows, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import transformers
+
+from capgap.pipeline.cache.scoring import Packed, Recording, Request, Scored, record_rows, row_offsets, unpack
+from capgap.pipeline.models import load_model
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TransformersEngine:
+    """Scores in batches of about `batch_tokens` tokens.
+
+    Args:
+        path: the teacher's folder or id.
+        recording: what to keep.
+        dtype: `auto` or a float type of the teacher's weights.
+        batch_tokens: tokens in one forward pass.
+        device: `cpu` or `cuda:0`.
+    """
+
+    def __init__(self, path: str, recording: Recording, dtype: str, batch_tokens: int, device: str) -> None:
+        self._recording, self._batch_tokens, self._device = recording, batch_tokens, device
+        self._model = load_model(path, device, _DTYPES.get(dtype))
+        self.name = f"transformers {transformers.__version__}"
+        self.dtype = str(self._model.dtype).removeprefix("torch.")
+        # a copy in float32: rounding the logits to bfloat16 changes half of all rows' kept ids
+        self._head_VH = self._model.get_output_embeddings().weight.detach().float()
+        config = self._model.config.get_text_config()
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+
+    def score(self, requests: Sequence[Request]) -> list[Scored]:
+        """As `Engine.score`."""
+        if not requests:
+            return []
+        size = max(1, self._batch_tokens // len(requests[0].tokens_L1))
+        scored: list[Scored] = []
+        for start in range(0, len(requests), size):
+            scored += self._score_batch(requests[start : start + size])
+        return scored
+
+    def close(self) -> None:
+        """As `Engine.close`."""
+        del self._model, self._head_VH
+
+    @torch.inference_mode()
+    def _score_batch(self, requests: Sequence[Request]) -> list[Scored]:
+        tokens_BL1 = torch.from_numpy(np.stack([r.tokens_L1 for r in requests])).long().to(self._device)
+        hidden_BLH = self._model.base_model(input_ids=tokens_BL1[:, :-1], use_cache=False).last_hidden_state
+        hidden_NH = hidden_BLH.flatten(0, 1)
+        labels_N = tokens_BL1[:, 1:].flatten()
+        length = tokens_BL1.shape[1] - 1
+        drawn = [row_offsets(self._recording, r.digest, 0, length) for r in requests]
+        offsets_N = None
+        if drawn[0] is not None:
+            offsets_N = torch.from_numpy(np.concatenate([d for d in drawn if d is not None])).to(self._device)
+        parts = []
+        for start in range(0, len(labels_N), self._recording.chunk_rows):
+            rows = slice(start, start + self._recording.chunk_rows)
+            logits_NV = self._logits(hidden_NH[rows])
+            parts.append(
+                record_rows(self._recording, logits_NV, labels_N[rows], None if offsets_N is None else offsets_N[rows])
+            )
+        return self._split(parts, len(requests), length)
+
+    def _logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        logits_NV = hidden_NH.float() @ self._head_VH.T
+        return logits_NV if self._softcap is None else self._softcap * torch.tanh(logits_NV / self._softcap)
+
+    @staticmethod
+    def _split(parts: list[Packed], num_sequences: int, length: int) -> list[Scored]:
+        ids_NK = torch.cat([part.ids_NK for part in parts]).cpu().numpy()
+        numbers_NW = torch.cat([part.numbers_NW for part in parts]).cpu().numpy()
+        rows = [slice(i * length, (i + 1) * length) for i in range(num_sequences)]
+        return [unpack(ids_NK[r], numbers_NW[r], f"sequence {i} of a batch") for i, r in enumerate(rows)]

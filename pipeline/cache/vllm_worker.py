@@ -1,0 +1,215 @@
+"""Capture on the vLLM worker: rows of logits are reduced where they are, and travel as two tensors a request.
+
+vLLM asks its model runner, after every step, for the prompt logprobs of the requests in the batch. One bound method is
+replaced there, so that what travels in the prompt-logprob channel is our record of every prompt token, the last one
+included:
+
+    runner V1   model_runner._get_prompt_logprobs_dict(hidden_states, num_scheduled_tokens)
+    runner V2   model_runner.prompt_logprobs_worker.compute_prompt_logprobs(logits_fn, hidden_states, input_batch, ...)
+
+Each method's signature is compared with the one this code was written for, and a vLLM that differs is refused by name.
+
+Legend: N rows of a step, L targets of a request, K ids, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from capgap.pipeline.cache.scoring import Packed, Recording, record_rows, row_offsets
+
+LogitsOf = Callable[[torch.Tensor], torch.Tensor]
+
+_V1_SIGNATURE = ["hidden_states", "num_scheduled_tokens"]
+_V2_SIGNATURE = [
+    "logits_fn",
+    "hidden_states",
+    "input_batch",
+    "all_token_ids",
+    "num_computed_tokens",
+    "prompt_lens",
+]
+
+
+@dataclass(frozen=True)
+class RequestKey:
+    """What the worker must know of a request and its prompt does not say; travels as the request's id."""
+
+    index: int
+    label: int
+    digest: bytes
+
+    def encode(self) -> str:
+        """As a request id."""
+        return f"{self.index}.{self.label}.{self.digest.hex()}"
+
+    @staticmethod
+    def decode(request_id: str) -> RequestKey:
+        """From a request id, with or without the random suffix that vLLM appends."""
+        index, label, digest = request_id.split("-")[0].split(".")
+        return RequestKey(int(index), int(label), bytes.fromhex(digest))
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Rows of one request in this step: `num_rows` rows of the batch from `row` on, prompt positions from `start` on."""
+
+    request_id: str
+    row: int
+    num_rows: int
+    start: int
+    num_prompt: int
+    next_tokens: torch.Tensor | np.ndarray
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_rows
+
+
+class Capture:
+    """Records the rows of every step and puts a request's chunks together."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._unfinished: dict[str, list[tuple[_Span, Packed]]] = {}
+
+    def step(self, hidden_NH: torch.Tensor, logits_of: LogitsOf, spans: list[_Span]) -> dict[str, Any]:
+        """The finished requests of this step, as vLLM's `LogprobsTensors`."""
+        from vllm.v1.outputs import LogprobsTensors
+
+        finished = {}
+        for span, packed in zip(spans, self._record(hidden_NH, logits_of, spans), strict=True):
+            chunks = self._unfinished.setdefault(span.request_id, [])
+            # after preemption a request starts over; rows of its first attempt are not needed
+            chunks[:] = [chunk for chunk in chunks if chunk[0].stop <= span.start]
+            chunks.append((span, packed))
+            if span.stop < span.num_prompt:
+                continue
+            del self._unfinished[span.request_id]
+            ids_LK = torch.cat([chunk.ids_NK for _, chunk in chunks])
+            numbers_LW = torch.cat([chunk.numbers_NW for _, chunk in chunks])
+            finished[span.request_id] = LogprobsTensors(ids_LK, numbers_LW, ids_LK[:0, 0])
+        return finished
+
+    def _record(self, hidden_NH: torch.Tensor, logits_of: LogitsOf, spans: list[_Span]) -> list[Packed]:
+        if not spans:
+            return []
+        device = hidden_NH.device
+        rows_NH = torch.cat([hidden_NH[s.row : s.row + s.num_rows] for s in spans])
+        labels_N = torch.cat([torch.as_tensor(s.next_tokens, device=device).long() for s in spans])
+        offsets_N = self._offsets(spans, device)
+        parts = []
+        for start in range(0, len(labels_N), self._recording.chunk_rows):
+            part = slice(start, start + self._recording.chunk_rows)
+            parts.append(
+                record_rows(
+                    self._recording,
+                    logits_of(rows_NH[part]),
+                    labels_N[part],
+                    None if offsets_N is None else offsets_N[part],
+                )
+            )
+        sizes = [s.num_rows for s in spans]
+        ids = torch.cat([part.ids_NK for part in parts]).split(sizes)
+        numbers = torch.cat([part.numbers_NW for part in parts]).split(sizes)
+        return [Packed(i, n) for i, n in zip(ids, numbers, strict=True)]
+
+    def _offsets(self, spans: list[_Span], device: torch.device) -> torch.Tensor | None:
+        drawn = [
+            row_offsets(self._recording, RequestKey.decode(s.request_id).digest, s.start, s.num_rows) for s in spans
+        ]
+        found = [d for d in drawn if d is not None]
+        if not found:
+            return None
+        host = torch.from_numpy(np.concatenate(found))
+        return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+class CaptureExtension:
+    """Mixed into vLLM's worker class; its methods are called through `collective_rpc`."""
+
+    model_runner: Any
+
+    def capgap_install(self, **recording: Any) -> str:
+        """Replace the runner's method and return the runner's generation, `V1` or `V2`.
+
+        Raises:
+            RuntimeError: this vLLM has no such method, or one of another signature.
+        """
+        capture = Capture(Recording(**recording))
+        runner = self.model_runner
+        worker = getattr(runner, "prompt_logprobs_worker", None)
+        if worker is not None:
+            _require_signature(worker.compute_prompt_logprobs, _V2_SIGNATURE)
+            worker.compute_prompt_logprobs = _v2_hook(worker, capture)
+            return "V2"
+        _require_signature(getattr(runner, "_get_prompt_logprobs_dict", None), _V1_SIGNATURE)
+        runner._get_prompt_logprobs_dict = _v1_hook(runner, capture)
+        return "V1"
+
+
+def _require_signature(method: Callable[..., Any] | None, expected: list[str]) -> None:
+    found = list(inspect.signature(method).parameters) if method is not None else None
+    if found != expected:
+        raise RuntimeError(f"capture hook: found {found}, expected {expected}")
+
+
+def _v1_hook(runner: Any, capture: Capture) -> Callable[..., dict[str, Any]]:
+    def get_prompt_logprobs(hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
+        wanted = runner.num_prompt_logprobs
+        spans = []
+        for request_id in runner.input_batch.req_ids:
+            if request_id not in wanted or request_id not in num_scheduled_tokens:
+                continue
+            request = runner.requests[request_id]
+            num_prompt, start = len(request.prompt_token_ids), request.num_computed_tokens
+            num_rows = min(num_scheduled_tokens[request_id], num_prompt - start)
+            if num_rows <= 0:
+                continue
+            label = RequestKey.decode(request_id).label
+            following = np.asarray([*request.prompt_token_ids[start + 1 : start + num_rows + 1], label], dtype=np.int64)
+            row = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
+            spans.append(_Span(request_id, row, num_rows, start, num_prompt, following[:num_rows]))
+        finished = capture.step(hidden_states, runner.model.compute_logits, spans)
+        for request_id in finished:
+            del wanted[request_id]
+        if finished and runner.device.type != "cpu":
+            finished = {request_id: tensors.to_cpu_nonblocking() for request_id, tensors in finished.items()}
+            runner._sync_device()
+        return finished
+
+    return get_prompt_logprobs
+
+
+def _v2_hook(worker: Any, capture: Capture) -> Callable[..., dict[str, Any]]:
+    def compute_prompt_logprobs(
+        logits_fn: LogitsOf,
+        hidden_states: torch.Tensor,
+        input_batch: Any,
+        all_token_ids: torch.Tensor,
+        num_computed_tokens: torch.Tensor,
+        prompt_lens: np.ndarray,
+    ) -> dict[str, Any]:
+        spans = []
+        for place, request_id in enumerate(input_batch.req_ids):
+            slot = input_batch.idx_mapping_np[place]
+            num_prompt = int(prompt_lens[slot])
+            start = int(input_batch.num_computed_prefill_tokens_np[place])
+            resumed_after_prompt = num_prompt < input_batch.prefill_len_np[place]
+            if not worker.uses_prompt_logprobs[slot] or start >= num_prompt or resumed_after_prompt:
+                continue
+            num_rows = min(int(input_batch.num_scheduled_tokens[place]), num_prompt - start)
+            following = all_token_ids[slot, start + 1 : start + num_rows + 1].clone()
+            if start + num_rows == num_prompt:
+                following[-1] = RequestKey.decode(request_id).label
+            row = int(input_batch.query_start_loc_np[place])
+            spans.append(_Span(request_id, row, num_rows, start, num_prompt, following))
+        return capture.step(hidden_states, logits_fn, spans)
+
+    return compute_prompt_logprobs

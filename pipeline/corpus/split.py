@@ -1,0 +1,38 @@
+"""Who may see which document: decided by the digest of its text, so that it never moves and no duplicate crosses over."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Literal
+
+from capgap.pipeline.corpus.sources import Document
+
+Split = Literal["teacher", "student", "heldout"]
+SPLITS: tuple[Split, ...] = ("teacher", "student", "heldout")
+
+
+def split_of(text: str, teacher_fraction: float, heldout_fraction: float) -> Split:
+    """The split of a text."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    place = int.from_bytes(digest, "big") / 2**64
+    if place < heldout_fraction:
+        return "heldout"
+    return "teacher" if place < heldout_fraction + teacher_fraction else "student"
+
+
+def split_documents(
+    documents: Iterable[Document], teacher_fraction: float, heldout_fraction: float
+) -> tuple[dict[Split, list[Document]], int]:
+    """The documents of each split in their order, and the number of repeated texts that were left out."""
+    found: dict[Split, list[Document]] = {split: [] for split in SPLITS}
+    seen: set[bytes] = set()
+    repeated = 0
+    for document in documents:
+        digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+        if digest in seen:
+            repeated += 1
+            continue
+        seen.add(digest)
+        found[split_of(document.text, teacher_fraction, heldout_fraction)].append(document)
+    return found, repeated

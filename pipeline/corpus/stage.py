@@ -1,0 +1,136 @@
+"""The corpus stage: text, tokenizer, splits, shards of packed sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from capgap.pipeline.corpus.pack import Packed, pack
+from capgap.pipeline.corpus.sources import Document, read_documents
+from capgap.pipeline.corpus.split import SPLITS, Split, split_documents
+from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.model_checks import TOKENIZER_FOLDER
+from capgap.pipeline.progress import progress
+from capgap.pipeline.store import Block, ShardWriter, split_blocks
+from capgap.pipeline.store.codec import SEQUENCES, Codec
+from capgap.pipeline.tokenizers import load_tokenizer, tokenizer_facts
+from capgap.pipeline.workflow.context import StageContext, StageResult
+from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
+from capgap.schemas.errors import InputError
+from capgap.schemas.facts import CorpusFacts, SplitFacts, TokenizerFacts
+from capgap.schemas.manifest import ShardSet
+from capgap.schemas.records import Sequences
+from capgap.schemas.run_corpus import CorpusSettings
+
+_ENCODE_DOCUMENTS = 64
+
+
+def run(context: StageContext) -> StageResult:
+    """Write the tokenizer and the shards of every split.
+
+    Raises:
+        InputError: the sources cannot be read, or leave a split without a whole sequence.
+    """
+    settings = context.run.corpus
+    documents, num_repeated = split_documents(
+        read_documents(settings.sources, settings.text_field), settings.teacher_fraction, settings.heldout_fraction
+    )
+    _require_text(settings, documents)
+    tokenizer = _tokenizer(settings, documents)
+    facts = tokenizer_facts(tokenizer)
+    tokenizer.save_pretrained(context.folder / TOKENIZER_FOLDER)
+    packed = {split: _pack(settings, tokenizer, facts, split, documents[split]) for split in SPLITS}
+    shard_sets = _write(context, facts, packed)
+    splits = {split: _split_facts(packed[split]) for split in SPLITS}
+    totals: dict[str, Any] = {
+        f"num_{split}_tokens": shard_sets[split].num_tokens if split in shard_sets else 0 for split in SPLITS
+    }
+    totals["num_repeated_documents"] = num_repeated
+    totals["num_dropped_documents"] = sum(p.num_dropped for p in packed.values())
+    return StageResult(
+        facts=CorpusFacts(tokenizer=facts, splits=splits).model_dump(mode="json"), totals=totals, shard_sets=shard_sets
+    )
+
+
+def _tokenizer(settings: CorpusSettings, documents: dict[Split, list[Document]]) -> PreTrainedTokenizerBase:
+    if settings.tokenizer is not None:
+        return load_tokenizer(settings.tokenizer)
+    seen = (document.text for split in ("teacher", "student") for document in documents[split])
+    return train_tokenizer(seen, settings.trained_vocab_size)
+
+
+def _require_text(settings: CorpusSettings, documents: dict[Split, list[Document]]) -> None:
+    if not any(documents.values()):
+        raise InputError(
+            "the corpus is empty",
+            where=f"corpus.sources: {', '.join(settings.sources)}",
+            found="no document with text in it",
+            expected="some text",
+        )
+
+
+def _pack(
+    settings: CorpusSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: TokenizerFacts,
+    split: Split,
+    documents: list[Document],
+) -> Packed:
+    packed = pack(_encoded(tokenizer, split, documents), settings.seq_len, facts.eos_id, settings.long_documents)
+    if not len(packed.sequences) and not (split == "teacher" and settings.teacher_fraction == 0):
+        raise InputError(
+            f"no whole sequence for the split {split}",
+            where="corpus",
+            found=f"{len(documents)} documents, {packed.num_text_tokens} tokens, {packed.num_dropped} dropped as too long",
+            expected=f"at least {settings.seq_len + 1} tokens",
+            fix=f"give more text, lower corpus.seq_len, or give {split} a larger share",
+        )
+    return packed
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, split: Split, documents: list[Document]
+) -> Iterator[tuple[Document, list[int]]]:
+    with progress(f"corpus: tokenize {split}", len(documents), "documents") as meter:
+        for start in range(0, len(documents), _ENCODE_DOCUMENTS):
+            part = documents[start : start + _ENCODE_DOCUMENTS]
+            encoded: Iterable[list[int]] = tokenizer(
+                [document.text for document in part], add_special_tokens=False, verbose=False, split_special_tokens=True
+            )["input_ids"]
+            for document, ids in zip(part, encoded, strict=True):
+                meter.advance(tokens=len(ids))
+                yield document, ids
+
+
+def _write(context: StageContext, facts: TokenizerFacts, packed: dict[Split, Packed]) -> dict[str, ShardSet]:
+    settings, sidecars = context.run.corpus, context.folder / WORK_FOLDER / "shards"
+    size = settings.shard_sequences
+    starts = {split: range(0, len(packed[split].sequences), size) for split in SPLITS}
+    plan_units(context.folder / WORK_FOLDER, "shards", sum(map(len, starts.values())), "shards/*.json")
+    sets: dict[str, ShardSet] = {}
+    for split in SPLITS:
+        if not starts[split]:
+            continue
+        writer = ShardWriter(context.folder, sidecars, split, Codec(SEQUENCES, settings.seq_len, facts.vocab_size))
+        shards = [
+            writer.finished(index)
+            or writer.write(index, [Block(part) for part in split_blocks(_slice(packed[split].sequences, start, size))])
+            for index, start in enumerate(starts[split])
+        ]
+        sets[split] = writer.shard_set(shards)
+    return sets
+
+
+def _slice(sequences: Sequences, start: int, size: int) -> Sequences:
+    part = slice(start, start + size)
+    return Sequences(sequences.tokens_BL1[part], sequences.starts_BL1[part], sequences.mask_BL1[part])
+
+
+def _split_facts(packed: Packed) -> SplitFacts:
+    return SplitFacts(
+        num_documents=packed.num_documents,
+        num_text_bytes=packed.num_text_bytes,
+        num_text_tokens=packed.num_text_tokens,
+    )

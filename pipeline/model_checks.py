@@ -1,0 +1,84 @@
+"""Fresh models of a given shape, and the checks that a given one must pass before it meets a corpus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from capgap.pipeline.models import load_config, model_facts
+from capgap.pipeline.tokenizers import load_tokenizer, require_same_tokenizer
+from capgap.pipeline.workflow.context import StageInput
+from capgap.schemas.errors import InputError, MismatchError
+from capgap.schemas.facts import CorpusFacts, ModelFacts
+from capgap.schemas.run_model import ModelShape
+
+TOKENIZER_FOLDER = "tokenizer"
+
+
+def corpus_tokenizer(corpus: StageInput) -> PreTrainedTokenizerBase:
+    """The tokenizer of a finished corpus."""
+    return load_tokenizer(corpus.path / TOKENIZER_FOLDER)
+
+
+def fresh_model(shape: ModelShape, corpus: StageInput, seed: int) -> PreTrainedModel:
+    """A Llama-shaped model whose weights are a pure function of shape, vocabulary and seed."""
+    facts = CorpusFacts.model_validate(corpus.manifest.facts)
+    config = LlamaConfig(
+        vocab_size=facts.tokenizer.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_key_value_heads or shape.num_heads,
+        max_position_embeddings=seq_len_of(corpus),
+        tie_word_embeddings=shape.tie_word_embeddings,
+        bos_token_id=facts.tokenizer.eos_id,
+        eos_token_id=facts.tokenizer.eos_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def seq_len_of(corpus: StageInput) -> int:
+    """Targets per sequence of a finished corpus."""
+    return next(iter(corpus.manifest.shard_sets.values())).seq_len
+
+
+def check_given_model(path: str, corpus: StageInput, setting: str) -> tuple[str, ModelFacts]:
+    """Facts of a given model that fits the corpus, and its path, absolute where it is a folder.
+
+    Args:
+        path: folder or id, as given.
+        corpus: the corpus that it must fit.
+        setting: the setting that names the model, for errors.
+
+    Raises:
+        InputError: there is no such model, or it takes shorter sequences than the corpus has.
+        MismatchError: its tokenizer differs from the corpus's, or its vocabulary is smaller.
+    """
+    where = f"{setting}: {path}"
+    resolved = str(Path(path).resolve()) if Path(path).is_dir() else path
+    config = load_config(resolved)
+    tokenizer = load_tokenizer(resolved)
+    require_same_tokenizer(corpus_tokenizer(corpus), "the corpus", tokenizer, where)
+    facts = model_facts(config, tokenizer, resolved)
+    if facts.padded_vocab_size < facts.tokenizer.vocab_size:
+        raise MismatchError(
+            "the model's vocabulary is smaller than the corpus's",
+            where=where,
+            found=f"{facts.padded_vocab_size} rows in its embedding",
+            expected=f"at least {facts.tokenizer.vocab_size}",
+            fix="resize its embeddings, or use a model of this tokenizer",
+        )
+    if facts.max_positions < seq_len_of(corpus):
+        raise InputError(
+            "the model takes shorter sequences than the corpus has",
+            where=where,
+            found=f"max_position_embeddings = {facts.max_positions}",
+            expected=f"at least corpus.seq_len = {seq_len_of(corpus)}",
+            fix="lower corpus.seq_len",
+        )
+    return resolved, facts

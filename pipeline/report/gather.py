@@ -1,0 +1,90 @@
+"""Reads what the other stages wrote and makes one `Report` of it."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+from capgap.pipeline.report.summary import CacheSummary, Curve, Gain, Report, StageLine, Table
+from capgap.pipeline.report.table import build_rows, cache_line
+from capgap.pipeline.report.verdict import gains, no_verdict, verdict
+from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
+from capgap.schemas.facts import CacheFacts
+from capgap.schemas.results import RESULTS_NAME, EvalResults
+
+_METRICS_NAME = "metrics.csv"
+
+
+def gather(context: StageContext) -> Report:
+    """Everything that the report shows."""
+    results = EvalResults.model_validate_json((context.input("eval").path / RESULTS_NAME).read_bytes())
+    cache = _cache(context.input("cache"))
+    alphas = {arm: context.run.train_settings(arm).alpha for arm in context.run.arms}
+    found = gains(results, alphas)
+    return Report(
+        name=context.run.name,
+        table=Table(
+            rows=build_rows(results),
+            lines=(cache_line(cache), *_caveats(found)),
+            verdicts=tuple(verdict(gain, results.num_sequences) for gain in found) or (no_verdict(results, alphas),),
+        ),
+        gains=found,
+        results=results,
+        cache=cache,
+        curves=_curves(context),
+        stages=tuple(_stage_line(stage) for stage in context.inputs.values()),
+        settings=context.run.decisive(),
+    )
+
+
+def read_curve(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Training tokens and validation losses of a `metrics.csv`; rows without a finite loss are left out."""
+    tokens, losses = [], []
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            num_tokens, loss = row.get("num_tokens"), row.get("validation_loss")
+            if num_tokens and loss and math.isfinite(float(loss)):
+                tokens.append(int(num_tokens))
+                losses.append(float(loss))
+    return tuple(tokens), tuple(losses)
+
+
+def _cache(cache: StageInput) -> CacheSummary:
+    targets = cache.manifest.shard_sets["targets"]
+    return CacheSummary(
+        facts=CacheFacts.model_validate(cache.manifest.facts),
+        num_bytes=targets.num_bytes,
+        num_tokens=targets.num_tokens,
+        num_shards=len(targets.shards),
+    )
+
+
+def _caveats(found: tuple[Gain, ...]) -> tuple[str, ...]:
+    if any(len(gain.seeds) == 1 for gain in found):
+        return (
+            "note: with one seed the interval covers the choice of held-out text alone; other seeds may differ more",
+        )
+    return ()
+
+
+def _curves(context: StageContext) -> tuple[Curve, ...]:
+    run = context.run
+    trained = [Instance("teacher"), *(Instance("train", arm, seed) for arm in run.arms for seed in run.seeds)]
+    curves = []
+    for instance in trained:
+        made = context.inputs.get(instance.name)
+        if made is None or not (made.path / _METRICS_NAME).is_file():
+            continue
+        tokens, losses = read_curve(made.path / _METRICS_NAME)
+        if losses:
+            curve = Curve(name=instance.name, arm=instance.arm, seed=instance.seed, tokens=tokens, losses=losses)
+            curves.append(curve)
+    return tuple(curves)
+
+
+def _stage_line(stage: StageInput) -> StageLine:
+    manifest = stage.manifest
+    return StageLine(
+        instance=manifest.instance, identity=manifest.identity, wall_s=manifest.wall_s, versions=manifest.versions
+    )

@@ -1,0 +1,79 @@
+"""The HTML page: one file, no script, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from capgap.pipeline.report.charts import charts
+from capgap.pipeline.report.summary import Report, StageLine
+from capgap.pipeline.report.table import HEADINGS, cells
+
+_TEMPLATE_NAME = "report.html.j2"
+
+
+def render_page(report: Report) -> str:
+    """The page; every text of the run is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    common = _common_versions(report.stages)
+    return environment.get_template(_TEMPLATE_NAME).render(
+        report=report,
+        headings=HEADINGS,
+        rows=[cells(row) for row in report.table.rows],
+        charts=charts(report),
+        stages=[(stage, duration(stage.wall_s), _own_versions(stage, common)) for stage in report.stages],
+        common=_listed(common),
+        facts=_facts(report),
+        settings=json.dumps(report.settings, indent=2, ensure_ascii=False),
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `3.2 s`, `12 min 5 s` or `2 h 3 min`."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _facts(report: Report) -> tuple[tuple[str, str], ...]:
+    cache, results = report.cache, report.results
+    count = "draws a token" if cache.facts.recording == "sampled" else "ids a token"
+    return (
+        ("recording", f"{cache.facts.recording}, {cache.facts.num_ids} {count}"),
+        ("temperature", f"{cache.facts.temperature:g}"),
+        ("tokens", f"{cache.num_tokens:,}"),
+        ("size", f"{cache.num_bytes / 1e6:,.1f} MB in {cache.num_shards} shard{'' if cache.num_shards == 1 else 's'}"),
+        ("bytes per token", f"{cache.bytes_per_token:.1f}"),
+        ("teacher's loss on the cached text", f"{cache.facts.mean_label_loss:.4f} nats per token"),
+        ("vocabulary", f"{cache.facts.tokenizer.vocab_size:,} ids ({cache.facts.padded_vocab_size:,} with padding)"),
+        ("engine", f"{cache.facts.engine}, {cache.facts.dtype}"),
+        ("measured on", f"{results.num_sequences:,} held-out sequences, {results.num_labels:,} tokens"),
+        (
+            "full distributions on",
+            f"{results.num_full_sequences:,} of these sequences, {results.num_full_labels:,} tokens",
+        ),
+    )
+
+
+def _common_versions(stages: tuple[StageLine, ...]) -> dict[str, str]:
+    shared = set.intersection(*(set(stage.versions.items()) for stage in stages)) if stages else set()
+    return dict(sorted(shared))
+
+
+def _own_versions(stage: StageLine, common: dict[str, str]) -> str:
+    return _listed({name: version for name, version in stage.versions.items() if name not in common})
+
+
+def _listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -1,0 +1,22 @@
+"""The report stage: `report.json`, `table.txt` and `report.html`."""
+
+from __future__ import annotations
+
+from capgap.pipeline.report.gather import gather
+from capgap.pipeline.report.page import render_page
+from capgap.pipeline.report.summary import REPORT_NAME
+from capgap.pipeline.report.table import table_text
+from capgap.pipeline.store.files import write_atomically
+from capgap.pipeline.workflow.context import StageContext, StageResult
+
+PAGE_NAME = "report.html"
+TABLE_NAME = "table.txt"
+
+
+def run(context: StageContext) -> StageResult:
+    """Write what the run found, for programs, for a terminal and for a browser."""
+    report = gather(context)
+    write_atomically(context.folder / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
+    write_atomically(context.folder / TABLE_NAME, table_text(report.table))
+    write_atomically(context.folder / PAGE_NAME, render_page(report))
+    return StageResult(totals={"models": len(report.results.models), "verdicts": list(report.table.verdicts)})

@@ -1,0 +1,178 @@
+"""`report.json`: everything that the page shows, as records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from capgap.schemas.base import Record
+from capgap.schemas.facts import CacheFacts
+from capgap.schemas.results import EvalResults, Interval
+
+REPORT_NAME = "report.json"
+
+
+class Measure(Record):
+    """A number of the final table."""
+
+    mean: float
+    """Over the seeds."""
+
+    sd: float | None
+    """Standard deviation over the seeds, with their number less one below the line; None for a single seed."""
+
+
+class Row(Record):
+    """The teacher, or one arm."""
+
+    name: str
+    """`teacher`, or the arm."""
+
+    num_seeds: int
+    """Students behind the means."""
+
+    num_parameters: int
+    """Of one model."""
+
+    loss: Measure
+    """Nats per held-out token."""
+
+    bits_per_byte: Measure
+    """The same per byte of text."""
+
+    kl: Measure | None
+    """KL(teacher || student), nats per token; None for the teacher, like the next two."""
+
+    top1: Measure | None
+    """Share of positions with the teacher's likeliest id."""
+
+    acceptance: Measure | None
+    """Expected share of drafts that speculative decoding accepts."""
+
+
+class SeedGain(Record):
+    """One seed of a gain."""
+
+    seed: int
+    """Of both arms."""
+
+    difference: float
+    """Loss of the baseline minus loss of the arm."""
+
+    interval: Interval
+    """Over the choice of held-out sequences."""
+
+
+class Gain(Record):
+    """What an arm gains on an arm of cross-entropy alone, paired by seed and by sequence."""
+
+    arm: str
+    """The arm."""
+
+    baseline: str
+    """The arm of alpha 0."""
+
+    difference: float
+    """Loss of the baseline minus loss of the arm, mean over seeds: positive is good."""
+
+    interval: Interval
+    """Over seeds where there are several, else over held-out sequences."""
+
+    seeds: tuple[SeedGain, ...]
+    """By seed."""
+
+
+class Table(Record):
+    """The final table."""
+
+    rows: tuple[Row, ...]
+    """The teacher, then the arms."""
+
+    lines: tuple[str, ...]
+    """Facts below the table."""
+
+    verdicts: tuple[str, ...]
+    """One sentence for each gain."""
+
+
+class CacheSummary(Record):
+    """The cache and its cost."""
+
+    facts: CacheFacts
+    """As the cache stage handed them on."""
+
+    num_bytes: int
+    """Of all shard files."""
+
+    num_tokens: int
+    """Targets in them."""
+
+    num_shards: int
+    """Shard files."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """What a kept distribution costs on disk, tokens and masks included."""
+        return self.num_bytes / self.num_tokens
+
+
+class Curve(Record):
+    """Held-out loss in the course of a training."""
+
+    name: str
+    """Instance that was trained."""
+
+    arm: str | None
+    """None for the teacher."""
+
+    seed: int | None
+    """None for the teacher."""
+
+    tokens: tuple[int, ...]
+    """Training targets seen so far."""
+
+    losses: tuple[float, ...]
+    """Nats per token on the training's own validation sequences."""
+
+
+class StageLine(Record):
+    """One finished stage."""
+
+    instance: str
+    """Stage, arm and seed."""
+
+    identity: str
+    """Of its manifest."""
+
+    wall_s: float
+    """Seconds of its last process."""
+
+    versions: dict[str, str]
+    """Of the packages that matter."""
+
+
+class Report(Record):
+    """Everything in `report.json`."""
+
+    name: str
+    """Of the run."""
+
+    table: Table
+    """The final table."""
+
+    gains: tuple[Gain, ...]
+    """Every distilled arm against every arm of cross-entropy alone."""
+
+    results: EvalResults
+    """As measured."""
+
+    cache: CacheSummary
+    """The cache behind the students."""
+
+    curves: tuple[Curve, ...]
+    """Of the teacher, if it was trained here, and of the students."""
+
+    stages: tuple[StageLine, ...]
+    """In the order of the run."""
+
+    settings: dict[str, Any]
+    """The run file's settings that decide the result."""

@@ -1,0 +1,99 @@
+"""A micro-batch as torch tensors, with the targets of its rows padded to the widest row.
+
+Legend: B sequences, L targets a sequence, N = B x L rows, K ids of the widest row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step of training reads.
+
+    Attributes:
+        input_ids_BL: the first L tokens of each sequence [B, L], int64.
+        labels_BL: the token after each of them [B, L], int64; -100 where it does not count.
+        ids_NK: kept ids of each row [N, K], int64; padding has weight 0. None without targets.
+        weights_NK: their probabilities under the teacher [N, K], float32.
+        tail_N: probability of all other ids [N], float32; None where the recording has none.
+    """
+
+    input_ids_BL: torch.Tensor
+    labels_BL: torch.Tensor
+    ids_NK: torch.Tensor | None = None
+    weights_NK: torch.Tensor | None = None
+    tail_N: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Targets in the batch."""
+        return self.labels_BL.numel()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else None
+            for name, value in vars(self).items()
+        }
+        return Batch(**moved)
+
+
+Sample = tuple[Sequences, Targets | None, int]
+"""A decoded block and the number of a sequence in it."""
+
+
+def collate(samples: list[Sample], num_draws: int) -> Batch:
+    """One micro-batch of these sequences; `num_draws` turns the counts of `sampled` targets into probabilities."""
+    tokens_BL1 = np.stack([sequences.tokens_BL1[row] for sequences, _, row in samples]).astype(np.int64)
+    mask_BL1 = np.stack([sequences.mask_BL1[row] for sequences, _, row in samples])
+    labels_BL = np.where(mask_BL1[:, 1:], tokens_BL1[:, 1:], IGNORED_LABEL)
+    batch = Batch(torch.from_numpy(tokens_BL1[:, :-1].copy()), torch.from_numpy(labels_BL))
+    first = samples[0][1]
+    if isinstance(first, SampledTargets):
+        return _with_sampled(batch, samples, num_draws)
+    if isinstance(first, TopkTargets):
+        return _with_topk(batch, samples)
+    return batch
+
+
+def _with_sampled(batch: Batch, samples: list[Sample], num_draws: int) -> Batch:
+    parts = [_rows_of(targets, row) for _, targets, row in samples if isinstance(targets, SampledTargets)]
+    num_ids_N = np.concatenate([part[0] for part in parts])
+    row_D = np.repeat(np.arange(len(num_ids_N)), num_ids_N)
+    first_N = np.cumsum(num_ids_N) - num_ids_N
+    column_D = np.arange(len(row_D)) - first_N[row_D]
+    shape = (len(num_ids_N), int(num_ids_N.max()))
+    ids_NK, weights_NK = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+    ids_NK[row_D, column_D] = np.concatenate([part[1] for part in parts])
+    weights_NK[row_D, column_D] = np.concatenate([part[2] for part in parts]) / np.float32(num_draws)
+    return Batch(batch.input_ids_BL, batch.labels_BL, torch.from_numpy(ids_NK), torch.from_numpy(weights_NK))
+
+
+def _rows_of(targets: SampledTargets, row: int) -> tuple[npt.NDArray[np.int32], ...]:
+    start = int(targets.num_ids_BL[:row].sum())
+    part = slice(start, start + int(targets.num_ids_BL[row].sum()))
+    return targets.num_ids_BL[row], targets.ids_D[part], targets.counts_D[part]
+
+
+def _with_topk(batch: Batch, samples: list[Sample]) -> Batch:
+    parts = [(targets, row) for _, targets, row in samples if isinstance(targets, TopkTargets)]
+    ids_NK = np.concatenate([targets.ids_BLK[row] for targets, row in parts]).astype(np.int64)
+    logprobs_NK = np.concatenate([targets.logprobs_BLK[row] for targets, row in parts])
+    tail_N = np.concatenate([targets.tail_BL[row] for targets, row in parts])
+    return Batch(
+        batch.input_ids_BL,
+        batch.labels_BL,
+        torch.from_numpy(ids_NK),
+        torch.from_numpy(logprobs_NK).exp(),
+        torch.from_numpy(tail_N.copy()),
+    )

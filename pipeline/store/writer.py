@@ -1,0 +1,120 @@
+"""Writing shards: one tar file and one sidecar each, in that order, so that a killed writer leaves nothing half-true."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from capgap.pipeline.store.codec import Codec
+from capgap.pipeline.store.files import HashingWriter, atomic_file, sha256_of, write_atomically
+from capgap.schemas.manifest import FileEntry, MemberEntry, ShardEntry, ShardSet
+from capgap.schemas.records import Sequences, Targets
+
+# Members below 2k tokens cost bytes and decoding speed; 8k tokens are within 1 % of the best.
+_MEMBER_TOKENS = 8192
+_SUFFIX = ".arrow.zst"
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one member holds."""
+
+    sequences: Sequences
+    targets: Targets | None = None
+
+
+class ShardWriter:
+    """Writes the shards of one set into a folder and remembers, in sidecars, which are finished.
+
+    Args:
+        folder: receives `NAME-000000.tar` and so on.
+        sidecars: receives `NAME-000000.json` for each finished shard; empty it to start over.
+        name: of the set.
+        codec: of all members.
+    """
+
+    def __init__(self, folder: Path, sidecars: Path, name: str, codec: Codec) -> None:
+        self._folder, self._sidecars, self._name, self._codec = folder, sidecars, name, codec
+        sidecars.mkdir(parents=True, exist_ok=True)
+
+    def finished(self, index: int) -> ShardEntry | None:
+        """The entry of shard `index`, if its sidecar stands and the file's digest agrees with it."""
+        sidecar = self._sidecar(index)
+        try:
+            entry = ShardEntry.model_validate_json(sidecar.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+        path = self._folder / entry.file.path
+        if path.is_file() and path.stat().st_size == entry.file.num_bytes and sha256_of(path) == entry.file.sha256:
+            return entry
+        return None
+
+    def write(self, index: int, blocks: Iterable[Block]) -> ShardEntry:
+        """Write shard `index`, replacing what may be there under its name."""
+        path = self._folder / f"{self._stem(index)}.tar"
+        self._sidecar(index).unlink(missing_ok=True)
+        with atomic_file(path) as file:
+            hashing = HashingWriter(file)
+            members = self._write_members(hashing, index, blocks)
+        entry = ShardEntry(
+            file=FileEntry(path=path.name, num_bytes=hashing.num_bytes, sha256=hashing.sha256),
+            num_sequences=sum(member.num_sequences for member in members),
+            members=tuple(members),
+        )
+        write_atomically(self._sidecar(index), entry.model_dump_json())
+        return entry
+
+    def shard_set(self, shards: Iterable[ShardEntry]) -> ShardSet:
+        """The manifest's description of these shards."""
+        return ShardSet(
+            codec=self._codec.name,
+            codec_settings=self._codec.settings,
+            seq_len=self._codec.seq_len,
+            shards=tuple(shards),
+        )
+
+    def _write_members(self, file: HashingWriter, index: int, blocks: Iterable[Block]) -> list[MemberEntry]:
+        members: list[MemberEntry] = []
+        with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+            for number, block in enumerate(blocks):
+                key = f"{self._stem(index)}-{number:04d}"
+                data = self._codec.encode(block.sequences, block.targets)
+                info = tarfile.TarInfo(key + _SUFFIX)
+                info.size = len(data)
+                offset = tar.offset + tarfile.BLOCKSIZE
+                tar.addfile(info, io.BytesIO(data))
+                members.append(
+                    MemberEntry(
+                        key=key,
+                        offset=offset,
+                        num_bytes=len(data),
+                        num_sequences=len(block.sequences),
+                        crc32=zlib.crc32(data),
+                    )
+                )
+        return members
+
+    def _stem(self, index: int) -> str:
+        return f"{self._name}-{index:06d}"
+
+    def _sidecar(self, index: int) -> Path:
+        return self._sidecars / f"{self._stem(index)}.json"
+
+
+def split_blocks(sequences: Sequences) -> Iterator[Sequences]:
+    """Cut a shard's sequences into the blocks of its members."""
+    size = max(1, _MEMBER_TOKENS // (sequences.tokens_BL1.shape[1] - 1))
+    for start in range(0, len(sequences), size):
+        part = slice(start, start + size)
+        yield Sequences(
+            np.ascontiguousarray(sequences.tokens_BL1[part]),
+            np.ascontiguousarray(sequences.starts_BL1[part]),
+            np.ascontiguousarray(sequences.mask_BL1[part]),
+        )

@@ -1,0 +1,33 @@
+"""The student stage: the model as it is before the first step of training."""
+
+from __future__ import annotations
+
+from capgap.pipeline.model_checks import check_given_model, corpus_tokenizer, fresh_model
+from capgap.pipeline.models import MODEL_FOLDER, load_model, model_facts, save_model
+from capgap.pipeline.workflow.context import StageContext, StageResult
+
+
+def run(context: StageContext) -> StageResult:
+    """Write the folder `model`.
+
+    Raises:
+        InputError, MismatchError: as `check_given_model`.
+    """
+    settings, corpus = context.run.student, context.input("corpus")
+    tokenizer = corpus_tokenizer(corpus)
+    if settings.model is not None:
+        assert context.instance.seed is not None
+        model = fresh_model(settings.model, corpus, context.instance.seed)
+    else:
+        assert settings.path is not None
+        path, _ = check_given_model(settings.path, corpus, "student.path")
+        model = load_model(path, "cpu")
+    save_model(model, tokenizer, context.folder / MODEL_FOLDER)
+    facts = model_facts(model, tokenizer)
+    return StageResult(
+        facts=facts.model_dump(mode="json"),
+        totals={
+            "num_parameters": facts.num_parameters,
+            "num_non_embedding_parameters": facts.num_non_embedding_parameters,
+        },
+    )

@@ -1,0 +1,94 @@
+"""The identity of tokenizers: two that map one token differently must never meet in one run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from capgap.schemas.errors import InputError, MismatchError
+from capgap.schemas.facts import TokenizerFacts
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or id.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            "no tokenizer can be found",
+            where=path,
+            found=str(error).strip().splitlines()[0],
+            expected="a Hugging Face folder with tokenizer.json, or an id that can be downloaded",
+        ) from None
+
+
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
+    """Fingerprint, real vocabulary size and the id that ends a document.
+
+    Raises:
+        InputError: the tokenizer has no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "the tokenizer has no end-of-sequence token",
+            where=tokenizer.name_or_path,
+            expected="one, to stand between documents",
+            fix="set eos_token in its tokenizer_config.json",
+        )
+    entries = _entries(tokenizer)
+    text = json.dumps(entries, sort_keys=True, ensure_ascii=True)
+    return TokenizerFacts(
+        fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+        vocab_size=max(entries["vocab"].values()) + 1,
+        eos_id=int(tokenizer.eos_token_id),
+    )
+
+
+def require_same_tokenizer(
+    expected: PreTrainedTokenizerBase, expected_where: str, found: PreTrainedTokenizerBase, found_where: str
+) -> None:
+    """Raise MismatchError, naming the first differing entry, unless both map every token to the same id."""
+    difference = _first_difference(_entries(expected), _entries(found))
+    if difference is not None:
+        name, here, there = difference
+        raise MismatchError(
+            f"its tokenizer differs from that of {expected_where}",
+            where=found_where,
+            found=f"{name} = {there}",
+            expected=here,
+            fix="use models of one tokenizer, or set corpus.tokenizer to the teacher's folder",
+        )
+
+
+def _entries(tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return {"vocab": dict(tokenizer.get_vocab()), "special": special}
+
+
+def _first_difference(
+    expected: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]]
+) -> tuple[str, str, str] | None:
+    names = expected["vocab"].keys() | found["vocab"].keys()
+    far = 1 << 62
+    # the entry with the lowest id is the one a reader finds first in the file
+    for token in sorted(names, key=lambda t: (min(expected["vocab"].get(t, far), found["vocab"].get(t, far)), t)):
+        here, there = expected["vocab"].get(token), found["vocab"].get(token)
+        if here != there:
+            return f"id of {token!r}", _said(here), _said(there)
+    for name in sorted(expected["special"].keys() | found["special"].keys()):
+        here, there = expected["special"].get(name), found["special"].get(name)
+        if here != there:
+            return f"special token {name}", _said(here), _said(there)
+    return None
+
+
+def _said(value: object) -> str:
+    return "none" if value is None else repr(value)

@@ -1,0 +1,158 @@
+"""Train a model on the sequences of a shard set; kill it at any step, call it again, and it goes on as if undisturbed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+from transformers import PreTrainedModel
+
+from capgap.pipeline.progress import progress
+from capgap.pipeline.store import Batch, SequenceLoader, ShardReader
+from capgap.pipeline.store.batch import collate
+from capgap.pipeline.store.loader import micro_batches_per_epoch
+from capgap.pipeline.train.callbacks import (
+    METRICS_NAME,
+    Checkpoints,
+    HeldOut,
+    Metrics,
+    MetricsFile,
+    Progress,
+    newest_checkpoint,
+)
+from capgap.pipeline.train.module import DistillationModule
+from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
+from capgap.schemas.errors import InputError
+from capgap.schemas.run_model import OptimizationSettings
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to train on, and how.
+
+    Attributes:
+        title: shown at the progress bar.
+        settings: of the optimization.
+        training: shards to train on.
+        heldout: shards to measure the held-out loss on.
+        alpha: weight of the KL to the targets; 0 for shards without targets.
+        temperature: of the targets.
+        seed: of the data order.
+        device: `cpu` or `cuda:0`.
+        folder: of the stage; receives `metrics.csv`, and checkpoints below `work`.
+    """
+
+    title: str
+    settings: OptimizationSettings
+    training: ShardReader
+    heldout: ShardReader
+    alpha: float
+    temperature: float
+    seed: int
+    device: str
+    folder: Path
+
+
+def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
+    """Train `model` in place and return totals for the manifest.
+
+    Raises:
+        InputError: too little data for one step, or a loss that is not finite.
+    """
+    settings, shard_set = task.settings, task.training.shard_set
+    num_steps, steps_per_epoch = _steps(task)
+    tokens_per_step = settings.batch_sequences * shard_set.seq_len
+    accumulate = settings.batch_sequences // settings.micro_batch
+    loader = SequenceLoader(task.training, settings.micro_batch, num_steps * accumulate, task.seed)
+    module = DistillationModule(
+        model, settings, num_steps, task.alpha, task.temperature, task.training.codec.vocab_size
+    )
+    checkpoints = task.folder / WORK_FOLDER / "checkpoints"
+    plan_units(task.folder / WORK_FOLDER, "steps", num_steps, "checkpoints/step-*.ckpt")
+    resume = newest_checkpoint(checkpoints)
+    first_step = int(resume.stem.split("-")[1]) if resume else 0
+    metrics = MetricsFile(task.folder / METRICS_NAME, first_step)
+    model.train()
+    with progress(task.title, num_steps, "steps", first_step) as meter, _quiet_lightning():
+        trainer = lightning.Trainer(
+            accelerator="cpu" if task.device == "cpu" else "gpu",
+            devices=1,
+            precision=settings.precision,
+            max_steps=num_steps,
+            max_epochs=1,
+            accumulate_grad_batches=accumulate,
+            gradient_clip_val=settings.clip_norm,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            callbacks=[
+                Metrics(metrics, settings.log_every_steps, steps_per_epoch, tokens_per_step),
+                HeldOut(metrics, _heldout(task), settings.validate_every_steps, tokens_per_step),
+                Checkpoints(checkpoints, settings.checkpoint_every_steps, accumulate),
+                Progress(meter),
+            ],
+        )
+        trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
+    model.to("cpu").eval()
+    return {
+        "num_steps": num_steps,
+        "num_tokens": num_steps * tokens_per_step,
+        "num_epochs": round(num_steps / steps_per_epoch, 4),
+    }
+
+
+def _steps(task: Task) -> tuple[int, float]:
+    """Optimizer steps of the whole training, and of one epoch."""
+    settings, shard_set = task.settings, task.training.shard_set
+    accumulate = settings.batch_sequences // settings.micro_batch
+    per_epoch = micro_batches_per_epoch(shard_set.num_sequences, settings.micro_batch) / accumulate
+    num_steps = math.floor(per_epoch * settings.num_epochs)
+    if settings.max_tokens is not None:
+        num_steps = min(num_steps, settings.max_tokens // (settings.batch_sequences * shard_set.seq_len))
+    if num_steps < 1:
+        raise InputError(
+            "not enough data for one step of training",
+            where=task.title,
+            found=f"{shard_set.num_sequences} sequences",
+            expected=f"at least batch_sequences = {settings.batch_sequences}, and max_tokens for a whole batch",
+        )
+    return num_steps, per_epoch
+
+
+def _heldout(task: Task) -> Iterator[Batch]:
+    """The first held-out sequences, in micro-batches."""
+    left, reader = task.settings.num_validation_sequences, task.heldout
+    for index in range(len(reader.members)):
+        sequences, _ = reader.read(index)
+        for start in range(0, min(left, len(sequences)), task.settings.micro_batch):
+            stop = min(start + task.settings.micro_batch, left, len(sequences))
+            yield collate([(sequences, None, row) for row in range(start, stop)], num_draws=1)
+        left -= len(sequences)
+        if left <= 0:
+            return
+
+
+class _quiet_lightning:  # noqa: N801  (used as a function: a context without a value)
+    """Lightning's tips are about set-ups that are fixed here."""
+
+    def __enter__(self) -> None:
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.filterwarnings("ignore", module="lightning")
+        self._logger = logging.getLogger("lightning.pytorch")
+        self._level = self._logger.level
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *error: object) -> None:
+        self._logger.setLevel(self._level)
+        self._warnings.__exit__(None, None, None)
+
+

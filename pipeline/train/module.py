@@ -1,0 +1,116 @@
+"""The Lightning module: any Hugging Face causal language model, its head and loss replaced by the fused one.
+
+Legend: B sequences, L targets a sequence, N = B x L rows, H hidden, K ids kept, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from capgap.kernels.sparse_kl import SparseKl, SparseTargets, linear_sparse_kl
+from capgap.pipeline.store import Batch
+from capgap.schemas.errors import InputError
+from capgap.schemas.run_model import OptimizationSettings
+
+# Where the logits' buffer and the gradients of one chunk stay in a CPU's cache.
+_CPU_WORKSPACE_MB = 16
+_GPU_WORKSPACE_MB = 512
+
+
+class DistillationModule(lightning.LightningModule):
+    """Computes `alpha T^2 KL + (1 - alpha) CE` of a batch; with alpha 0 it is plain language-model training.
+
+    Args:
+        model: the student.
+        settings: learning rate, decay and so on.
+        num_steps: optimizer steps of the whole training.
+        alpha: weight of the KL.
+        temperature: at which the teacher was recorded.
+        vocab_size: real vocabulary; the head's rows past it are padding.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: OptimizationSettings,
+        num_steps: int,
+        alpha: float,
+        temperature: float,
+        vocab_size: int,
+    ) -> None:
+        super().__init__()
+        _require_plain_head(model)
+        self.model = model
+        self._settings, self._num_steps = settings, num_steps
+        self._alpha, self._temperature, self._vocab_size = alpha, temperature, vocab_size
+        self.last: SparseKl | None = None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """Loss of one micro-batch."""
+        self.last = self.loss(batch, self._alpha)
+        return self.last.loss
+
+    def loss(self, batch: Batch, alpha: float) -> SparseKl:
+        """Loss of a batch, and the KL and cross-entropy of each of its N rows."""
+        hidden_BLH = self.model.base_model(input_ids=batch.input_ids_BL, use_cache=False).last_hidden_state
+        head = self.model.get_output_embeddings()
+        on_cpu = hidden_BLH.device.type == "cpu"
+        return linear_sparse_kl(
+            hidden_BLH.flatten(0, 1),
+            head.weight,
+            _targets(batch),
+            batch.labels_BL.flatten(),
+            alpha=alpha,
+            temperature=self._temperature,
+            vocab_size=self._vocab_size,
+            bias_V=getattr(head, "bias", None),
+            want_kl=alpha > 0,
+            workspace_mb=_CPU_WORKSPACE_MB if on_cpu else _GPU_WORKSPACE_MB,
+        )
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with linear warm-up and cosine decay, stepped every optimizer step."""
+        settings = self._settings
+        matrices = [p for p in self.model.parameters() if p.requires_grad and p.dim() >= 2]
+        vectors = [p for p in self.model.parameters() if p.requires_grad and p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+        schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(settings, step, self._num_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def learning_rate_factor(settings: OptimizationSettings, step: int, num_steps: int) -> float:
+    """The learning rate of a step over its peak."""
+    warmup = settings.warmup_fraction * num_steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(num_steps - warmup, 1)
+    low = settings.final_learning_rate_ratio
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def _targets(batch: Batch) -> SparseTargets:
+    if batch.ids_NK is None or batch.weights_NK is None:
+        num_rows, device = batch.num_tokens, batch.labels_BL.device
+        none = torch.zeros((num_rows, 1), device=device)
+        return SparseTargets(none.long(), none, None)
+    return SparseTargets(batch.ids_NK, batch.weights_NK, batch.tail_N)
+
+
+def _require_plain_head(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config()
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        value = getattr(config, name, None)
+        if value not in (None, 1, 1.0):
+            raise InputError(
+                "this model's head cannot be trained",
+                where=model.name_or_path or model.config.model_type,
+                found=f"{name} = {value}",
+                expected="logits that are a linear function of the hidden states",
+            )

@@ -1,0 +1,61 @@
+"""Check every finished stage below a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from capgap.pipeline.store import ShardReader
+from capgap.pipeline.store.files import sha256_of
+from capgap.pipeline.workflow.identity import content_of
+from capgap.pipeline.workflow.state import read_manifest
+from capgap.schemas.errors import CorruptError, InputError
+from capgap.schemas.manifest import MANIFEST_NAME, Manifest
+
+
+def verify(folder: Path) -> Iterator[str]:
+    """A line for each finished stage at or below `folder`, after it was checked.
+
+    Raises:
+        InputError: there is none.
+        CorruptError: a file, shard or manifest is not what it was.
+    """
+    found = sorted(folder.rglob(MANIFEST_NAME))
+    if not found:
+        raise InputError("no finished stage", where=folder, found=f"no {MANIFEST_NAME}", expected="at least one")
+    for path in found:
+        manifest = read_manifest(path.parent)
+        assert manifest is not None
+        num_members = _verify_stage(path.parent, manifest)
+        num_bytes = sum(file.num_bytes for file in manifest.files)
+        yield f"{manifest.instance}: {len(manifest.files)} files, {num_members} members, {num_bytes:,} bytes: sound"
+
+
+def _verify_stage(folder: Path, manifest: Manifest) -> int:
+    """Number of members checked."""
+    if content_of(manifest.files) != manifest.content:
+        raise CorruptError("the manifest's list of files contradicts its own digest", where=folder / MANIFEST_NAME)
+    for file in manifest.files:
+        path = folder / file.path
+        if not path.is_file():
+            raise CorruptError("the file is gone", where=path, fix=_again(manifest))
+        digest = sha256_of(path)
+        if digest != file.sha256:
+            raise CorruptError(
+                "the file is not what it was",
+                where=path,
+                found=f"sha256 {digest[:12]}, {path.stat().st_size} bytes",
+                expected=f"{file.sha256[:12]}, {file.num_bytes} bytes",
+                fix=_again(manifest),
+            )
+    num_members = 0
+    for shard_set in manifest.shard_sets.values():
+        reader = ShardReader(folder, shard_set)
+        for index in range(len(reader.members)):
+            reader.read(index)
+        num_members += len(reader.members)
+    return num_members
+
+
+def _again(manifest: Manifest) -> str:
+    return f"rerun it with `capgap run RUN.yaml --only {manifest.instance} --force`"

@@ -1,0 +1,22 @@
+"""Which device a stage runs on."""
+
+from __future__ import annotations
+
+from capgap.schemas.errors import MachineError
+
+
+def resolve_device(setting: str) -> str:
+    """`cpu` or `cuda:0` for the run file's `device`.
+
+    Raises:
+        MachineError: a GPU is asked for and there is none.
+    """
+    if setting == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda:0"
+    if setting == "cuda":
+        raise MachineError("no GPU can be used", where="device", found="cuda", fix="set device to cpu or auto")
+    return "cpu"

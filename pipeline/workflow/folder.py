@@ -1,0 +1,104 @@
+"""The life of a stage folder: begun (`work.json`), worked on (`work/`), finished (`manifest.json`).
+
+    clear --> work.json --> files and work/ --> manifest.json --> work/ removed
+
+Whatever is killed in between leaves a folder without a manifest, which no reader takes for finished.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from capgap.pipeline.store.files import TEMP_MARK, sha256_of, write_atomically
+from capgap.schemas.errors import MachineError
+from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, FileEntry, Manifest, WorkOrder
+
+WORK_FOLDER = "work"
+LOCK_NAME = ".lock"
+_PLAN_NAME = "plan.json"
+_NOT_CONTENT = {MANIFEST_NAME, WORK_NAME, LOCK_NAME}
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Take the folder for this process; the lock ends with the process.
+
+    Raises:
+        MachineError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise MachineError(
+            "another process is at work on this folder", where=folder, fix="wait for it to end, or stop it"
+        ) from None
+    return lock
+
+
+def clear(folder: Path) -> None:
+    """Empty the folder, manifest first, so that a kill in between leaves nothing that looks finished."""
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    (folder / WORK_NAME).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.name == LOCK_NAME:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def begin(folder: Path, order: WorkOrder) -> None:
+    """Write down what the folder is for; leave what an earlier run of the same order finished."""
+    write_atomically(folder / WORK_NAME, order.model_dump_json(indent=1))
+    for path in folder.rglob(f"*{TEMP_MARK}*"):
+        path.unlink()
+
+
+def finish(folder: Path, manifest: Manifest) -> None:
+    """Make the folder a finished one."""
+    write_atomically(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1))
+    shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+
+
+def content_files(folder: Path) -> tuple[FileEntry, ...]:
+    """Every file of the result, hashed, in the order of their paths."""
+    entries = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and relative.parts[0] != WORK_FOLDER and str(relative) not in _NOT_CONTENT:
+            entries.append(
+                FileEntry(path=relative.as_posix(), num_bytes=path.stat().st_size, sha256=sha256_of(path))
+            )
+    return tuple(entries)
+
+
+def plan_units(work: Path, unit: str, total: int, pattern: str) -> None:
+    """Say how much there is to do, so that `capgap status` can say how far a killed stage got.
+
+    Args:
+        work: the folder's `work`.
+        unit: what is counted, in the plural.
+        total: how many there are.
+        pattern: glob below `work` of the files of which there is one per finished unit, or one named after the number
+            of finished units, as in `checkpoints/step-000200.ckpt`.
+    """
+    work.mkdir(exist_ok=True)
+    write_atomically(work / _PLAN_NAME, json.dumps({"unit": unit, "total": total, "pattern": pattern}))
+
+
+def finished_units(work: Path) -> str:
+    """How far an unfinished stage got, in words."""
+    try:
+        plan = json.loads((work / _PLAN_NAME).read_bytes())
+        paths = list(work.glob(plan["pattern"]))
+    except (OSError, ValueError, KeyError):
+        return "begun"
+    numbers = [int(path.stem.split("-")[-1]) for path in paths if path.stem.split("-")[0] == "step"]
+    done = max(numbers) if numbers else len(paths)
+    return f"{done} of {plan['total']} {plan['unit']}"

@@ -1,0 +1,87 @@
+"""The stages of a run file: their instances, what each reads, and the settings that decide each result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from capgap.pipeline.workflow.context import STAGES, Instance, StageName
+from capgap.schemas.errors import SettingError
+from capgap.schemas.run_file import RunFile
+
+
+def instances(run: RunFile) -> list[Instance]:
+    """Every instance of every stage that is not reused from another run, inputs before what reads them."""
+    return [instance for instance in _all_instances(run) if instance.stage not in run.reuse]
+
+
+def select(run: RunFile, pattern: str) -> list[Instance]:
+    """The instances named by a stage (`train`), a stage and an arm (`train/distilled`), or in full.
+
+    Raises:
+        SettingError: nothing is named so.
+    """
+    known = instances(run)
+    found = [i for i in known if i.name == pattern or i.name.startswith(pattern + "/")]
+    if not found:
+        names = sorted({i.stage for i in known}, key=STAGES.index)
+        reused = f" ({pattern} is reused from {run.reuse[pattern]})" if pattern in run.reuse else ""  # type: ignore[index]
+        raise SettingError("no such stage", found=pattern + reused, expected=f"one of {', '.join(names)}")
+    return found
+
+
+def downstream(run: RunFile, pattern: str) -> list[Instance]:
+    """The instances that `pattern` names and all that depend on them."""
+    chosen = {i.name for i in select(run, pattern)}
+    for instance in instances(run):
+        if any(name in chosen for name in input_names(run, instance)):
+            chosen.add(instance.name)
+    return [i for i in instances(run) if i.name in chosen]
+
+
+def input_names(run: RunFile, instance: Instance) -> list[str]:
+    """Names of the instances that this one reads."""
+    seed = instance.seed
+    students = [i.name for i in _all_instances(run) if i.stage == "student"]
+    trained = [i.name for i in _all_instances(run) if i.stage == "train"]
+    by_stage: dict[StageName, list[str]] = {
+        "corpus": [],
+        "teacher": ["corpus"],
+        "cache": ["corpus", "teacher"],
+        "student": ["corpus"],
+        "train": ["corpus", "cache", Instance("student", seed=seed).name],
+        "eval": ["corpus", "teacher", *trained],
+        "report": ["corpus", "teacher", "cache", *students, *trained, "eval"],
+    }
+    return by_stage[instance.stage]
+
+
+def decisive_settings(run: RunFile, instance: Instance) -> dict[str, Any]:
+    """The settings that decide what the instance makes; two instances with equal ones and equal inputs are one."""
+    match instance.stage:
+        case "corpus":
+            return {"corpus": run.corpus.decisive()}
+        case "teacher":
+            return {"teacher": run.teacher.decisive()}
+        case "cache":
+            return {"cache": run.cache.decisive()}
+        case "student":
+            return {"student": run.student.decisive(), "seed": instance.seed}
+        case "train":
+            assert instance.arm is not None
+            return {"train": run.train_settings(instance.arm).decisive(), "arm": instance.arm, "seed": instance.seed}
+        case "eval":
+            return {"eval": run.eval.decisive()}
+        case "report":
+            return {"name": run.name, "arms": sorted(run.arms)}
+
+
+def _all_instances(run: RunFile) -> list[Instance]:
+    return [
+        Instance("corpus"),
+        Instance("teacher"),
+        Instance("cache"),
+        *(Instance("student", seed=seed) for seed in run.seeds),
+        *(Instance("train", arm=arm, seed=seed) for seed in run.seeds for arm in run.arms),
+        Instance("eval"),
+        Instance("report"),
+    ]

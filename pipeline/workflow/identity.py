@@ -1,0 +1,45 @@
+"""Digests of what a stage is to make (identity, before the work) and of what it made (content, after it)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from capgap.schemas.manifest import FileEntry
+
+# Part of every identity: raise it when a stage's meaning changes under unchanged settings.
+_GENERATION = 1
+
+# Two runs of one training agree in every weight and differ here.
+_WALL_CLOCK_FILES = {"metrics.csv"}
+
+
+def identity_of(stage: str, settings: Mapping[str, Any], input_identities: Mapping[str, str]) -> str:
+    """Digest of stage, deciding settings and the identities of all inputs."""
+    return digest_of(
+        {"generation": _GENERATION, "stage": stage, "settings": dict(settings), "inputs": dict(input_identities)}
+    )
+
+
+def content_of(files: Iterable[FileEntry]) -> str:
+    """Digest of paths and digests of the files of a folder, without those that record how long things took."""
+    return digest_of(sorted([file.path, file.sha256] for file in files if file.path not in _WALL_CLOCK_FILES))
+
+
+def digest_of(value: object) -> str:
+    """sha256 of a JSON value in its canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """Dotted name, old and new value of the first setting in which two JSON values differ; None where they are equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            found = first_difference(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+            if found:
+                return found
+        return None
+    return None if old == new else (path, old, new)

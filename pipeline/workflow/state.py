@@ -1,0 +1,179 @@
+"""Is a stage current? Decided from the run file and the manifests on disk, and from nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from capgap.pipeline.workflow.context import Instance
+from capgap.pipeline.workflow.folder import WORK_FOLDER, finished_units
+from capgap.pipeline.workflow.graph import decisive_settings, input_names, instances
+from capgap.pipeline.workflow.identity import first_difference, identity_of
+from capgap.schemas.errors import CorruptError, InputError
+from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, InputEntry, Manifest, WorkOrder
+from capgap.schemas.run_file import RunFile
+
+
+class State(StrEnum):
+    """Where a stage stands."""
+
+    CURRENT = "current"
+    STALE = "stale"
+    PARTIAL = "partial"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True)
+class StageState:
+    """One instance, and why it stands where it stands.
+
+    Attributes:
+        instance: which.
+        folder: its folder, also where it does not exist yet.
+        state: where it stands.
+        why: in words: the setting or input that changed, or how far it got; empty when current.
+        order: what is to be done, as `work.json` will say; its inputs may lack a content as long as they are unmade.
+        manifest: of the folder, where there is one.
+    """
+
+    instance: Instance
+    folder: Path
+    state: State
+    why: str
+    order: WorkOrder
+    manifest: Manifest | None
+
+
+def states(run: RunFile) -> dict[str, StageState]:
+    """The state of every instance, by name.
+
+    Raises:
+        InputError: a folder named under `reuse` holds no manifest of that stage.
+        CorruptError: a manifest cannot be read.
+    """
+    reused = reused_manifests(run)
+    known: dict[str, InputEntry] = {
+        name: InputEntry(path=str(path), identity=manifest.identity, content=manifest.content)
+        for name, (path, manifest) in reused.items()
+    }
+    found: dict[str, StageState] = {}
+    for instance in instances(run):
+        state = _state_of(run, instance, known, found)
+        found[instance.name] = state
+        content = state.manifest.content if state.manifest and state.state is State.CURRENT else ""
+        known[instance.name] = InputEntry(path=str(state.folder), identity=state.order.identity, content=content)
+    return found
+
+
+def reused_manifests(run: RunFile) -> dict[str, tuple[Path, Manifest]]:
+    """Folder and manifest of every reused stage, by the stage's name."""
+    found = {}
+    for stage, folder in run.reuse.items():
+        manifest = read_manifest(Path(folder))
+        if manifest is None or manifest.stage != stage:
+            raise InputError(
+                "cannot be reused",
+                where=f"reuse.{stage}: {folder}",
+                found="no manifest.json" if manifest is None else f"a finished {manifest.stage} stage",
+                expected=f"the folder of a finished {stage} stage",
+            )
+        found[str(stage)] = (Path(folder), manifest)
+    return found
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a finished folder; None where there is none.
+
+    Raises:
+        CorruptError: it cannot be understood.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CorruptError(
+            "the manifest cannot be understood",
+            where=path,
+            found=f"{'.'.join(map(str, first['loc'])) or 'text'}: {first['msg']}",
+            expected="a manifest written by this version of capgap",
+            fix="rerun its stage with --force",
+        ) from None
+
+
+def read_work_order(folder: Path) -> WorkOrder | None:
+    """What an unfinished folder was begun for; None where nothing was begun, or where that cannot be read."""
+    try:
+        return WorkOrder.model_validate_json((folder / WORK_NAME).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        return None
+
+
+def _state_of(
+    run: RunFile, instance: Instance, known: Mapping[str, InputEntry], found: Mapping[str, StageState]
+) -> StageState:
+    folder = Path(run.out) / instance.name
+    settings = json.loads(json.dumps(decisive_settings(run, instance)))
+    inputs = {name: known[name] for name in input_names(run, instance)}
+    identity = identity_of(instance.stage, settings, {name: entry.identity for name, entry in inputs.items()})
+    order = WorkOrder(
+        stage=instance.stage, instance=instance.name, settings=settings, inputs=inputs, identity=identity
+    )
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        why = _difference(manifest, order) or _missing_file(folder, manifest)
+        why = why or _waiting(inputs, found)
+        return StageState(instance, folder, State.STALE if why else State.CURRENT, why, order, manifest)
+    begun = read_work_order(folder)
+    if begun is None:
+        return StageState(instance, folder, State.MISSING, "never made", order, None)
+    why = finished_units(folder / WORK_FOLDER)
+    changed = _difference(begun, order)
+    if changed:
+        why = f"{why}, begun under other settings: {changed}"
+    return StageState(instance, folder, State.PARTIAL, why, order, None)
+
+
+def _difference(old: WorkOrder, new: WorkOrder) -> str:
+    """What makes the old order another one than the new, in words; empty where nothing does."""
+    if old.identity != new.identity:
+        setting = first_difference(old.settings, new.settings)
+        if setting:
+            name, before, after = setting
+            return f"{name} was {json.dumps(before)}, is {json.dumps(after)}"
+        changed = [
+            name
+            for name in sorted(old.inputs.keys() | new.inputs.keys())
+            if name not in old.inputs
+            or name not in new.inputs
+            or old.inputs[name].identity != new.inputs[name].identity
+        ]
+        return f"input {', '.join(changed)} changed" if changed else "made by another version of capgap"
+    for name, entry in new.inputs.items():
+        if entry.content and old.inputs[name].content != entry.content:
+            return f"input {name} was made again and came out different"
+    return ""
+
+
+def _missing_file(folder: Path, manifest: Manifest) -> str:
+    for file in manifest.files:
+        path = folder / file.path
+        if not path.is_file():
+            return f"{file.path} is gone"
+        if path.stat().st_size != file.num_bytes:
+            return f"{file.path} has {path.stat().st_size} bytes, not {file.num_bytes}"
+    return ""
+
+
+def _waiting(inputs: Mapping[str, InputEntry], found: Mapping[str, StageState]) -> str:
+    for name in inputs:
+        if name in found and found[name].state is not State.CURRENT:
+            return f"input {name} is {found[name].state}"
+    return ""

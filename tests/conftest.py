@@ -1,0 +1,21 @@
+"""The environment of every test, set before the first of them imports torch or vLLM."""
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    leases = tempfile.mkdtemp(prefix="capgap-leases-")
+    config.add_cleanup(lambda: shutil.rmtree(leases, ignore_errors=True))
+    os.environ.update(
+        CAPGAP_LEASE_DIR=leases,  # a run of the user's on this machine neither waits for a test nor makes it wait
+        PYTHONSAFEPATH="1",  # processes that tests start see no package in their working folder
+        TOKENIZERS_PARALLELISM="false",
+        HF_HUB_OFFLINE="1",
+        VLLM_NO_USAGE_STATS="1",
+        DO_NOT_TRACK="1",
+    )
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums come out alike on any machine

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capgap.kernels.sampling import reference, sampled_rows
+
+
+def _counts(draws_Nn: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    counts_NV = torch.zeros(len(draws_Nn), vocab_size, dtype=torch.float64)
+    return counts_NV.scatter_add_(1, draws_Nn.long(), torch.ones(draws_Nn.shape, dtype=torch.float64))
+
+
+def _logits(num_rows: int, vocab_size: int, scale: float, seed: int = 0) -> torch.Tensor:
+    return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    num_rows=st.sampled_from([0, 1, 9]),
+    vocab_size=st.sampled_from([1, 2, 31, 32, 33, 500, 1025]),
+    num_draws=st.sampled_from([1, 2, 50, 64]),
+    scale=st.sampled_from([0.1, 3.0, 50.0]),
+    temperature=st.sampled_from([1.0, 2.0]),
+    padding=st.sampled_from([0, 1, 40]),
+    seed=st.integers(0, 2**20),
+    edge=st.sampled_from([None, 0.0, 1 - 2**-24]),
+)
+def test_each_draw_is_the_id_at_its_point_of_the_cumulative_distribution(
+    num_rows: int,
+    vocab_size: int,
+    num_draws: int,
+    scale: float,
+    temperature: float,
+    padding: int,
+    seed: int,
+    edge: float | None,
+) -> None:
+    logits_NV = _logits(num_rows, vocab_size + padding, scale, seed)
+    offsets_N = torch.rand(num_rows, generator=torch.Generator().manual_seed(seed))
+    if edge is not None:
+        offsets_N.fill_(edge)
+    labels_N = torch.arange(num_rows) % vocab_size
+    fast = sampled_rows(logits_NV, labels_N, offsets_N, num_draws, temperature, vocab_size)
+    true = reference.sampled_rows(logits_NV, labels_N, offsets_N, num_draws, temperature, vocab_size)
+
+    probs_NV = torch.softmax(logits_NV[:, :vocab_size].double() / temperature, -1)
+    ends_NV = probs_NV.cumsum(-1)
+    points_Nn = (torch.arange(num_draws) + offsets_N.double()[:, None]) / num_draws
+    ids_Nn = fast.draws_Nn.long()
+    # float32 probabilities up to 1 whose block sums are taken in float32: 32 roundings of 6e-8
+    assert (points_Nn <= ends_NV.gather(1, ids_Nn) + 2e-6).all()
+    assert (points_Nn >= (ends_NV - probs_NV).gather(1, ids_Nn) - 2e-6).all()
+    assert (ids_Nn.diff(dim=-1) >= 0).all()
+    assert fast.draws_Nn.dtype == torch.int32
+
+    # the same points in float64: an id differs only where a point falls within rounding of an end
+    nearest_Nn = (points_Nn[:, :, None] - ends_NV[:, None, :]).abs().amin(-1)
+    clear_Nn = nearest_Nn > 2e-6
+    assert torch.equal(fast.draws_Nn[clear_Nn], true.draws_Nn[clear_Nn])
+    # logprobs reach 500, where half a unit in the last place of float32 is 1.5e-5; two roundings
+    close = {"atol": 4e-5, "rtol": 1e-6, "check_dtype": False}
+    torch.testing.assert_close(fast.label_logprobs_N, true.label_logprobs_N, **close)
+    torch.testing.assert_close(fast.top_logprobs_N, true.top_logprobs_N, **close)
+
+
+@pytest.mark.parametrize("scorer", [sampled_rows, reference.sampled_rows], ids=["fast", "reference"])
+def test_counts_average_to_n_p_over_the_offset(scorer) -> None:
+    num_draws, num_offsets, vocab_size = 10, 512, 77
+    logits_NV = _logits(1, vocab_size, 2.0).expand(num_offsets, -1)
+    grid_N = (torch.arange(num_offsets) + 0.5) / num_offsets
+    draws_Nn = scorer(logits_NV, torch.zeros(num_offsets, dtype=torch.long), grid_N, num_draws).draws_Nn
+    mean_V = _counts(draws_Nn, vocab_size).mean(0) / num_draws
+    # all offsets' points together are a grid of 5120: an interval holds its share to one point, rounding aside
+    difference_V = (mean_V - torch.softmax(logits_NV[0].double(), -1)).abs()
+    assert difference_V.max() <= 1.01 / (num_draws * num_offsets)
+
+
+@pytest.mark.parametrize("scale", [0.3, 4.0])
+def test_a_count_is_the_floor_or_the_ceiling_of_n_p(scale: float) -> None:
+    num_rows, num_draws, vocab_size = 64, 50, 300
+    logits_NV = _logits(num_rows, vocab_size, scale)
+    offsets_N = torch.rand(num_rows, generator=torch.Generator().manual_seed(1))
+    draws_Nn = sampled_rows(logits_NV, torch.zeros(num_rows, dtype=torch.long), offsets_N, num_draws).draws_Nn
+    counts_NV = _counts(draws_Nn, vocab_size)
+    expected_NV = num_draws * torch.softmax(logits_NV.double(), -1)
+    # an expectation within float32 rounding of a whole number may fall to either side of it
+    assert (counts_NV >= (expected_NV - 1e-4).floor()).all()
+    assert (counts_NV <= (expected_NV + 1e-4).ceil()).all()
+    assert (counts_NV.sum(-1) == num_draws).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    vocab_size=st.sampled_from([5, 32, 64, 97, 700]),
+    num_alive=st.integers(1, 5),
+    offset=st.sampled_from([0.0, 0.5, 1 - 2**-24]),
+    seed=st.integers(0, 2**20),
+)
+def test_an_id_of_probability_zero_is_never_drawn(vocab_size: int, num_alive: int, offset: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    alive = torch.randperm(vocab_size, generator=generator)[:num_alive]
+    logits_NV = torch.full((4, vocab_size), -torch.inf)
+    logits_NV[:, alive] = torch.randn(4, num_alive, generator=generator) * 5
+    draws_Nn = sampled_rows(logits_NV, torch.zeros(4, dtype=torch.long), torch.full((4,), offset), 50).draws_Nn
+    assert set(draws_Nn.flatten().tolist()) <= set(alive.tolist())
+
+
+@pytest.mark.parametrize("last_alive", [0, 30, 31, 32, 97])
+def test_the_last_point_stays_below_the_end_of_the_last_id_that_has_mass(last_alive: int) -> None:
+    # many small probabilities make the sums in float32 and float64 differ; everything after `last_alive` is dead
+    logits_NV = _logits(500, 130, 0.5)
+    logits_NV[:, last_alive + 1 :] = -torch.inf
+    offsets_N = torch.full((500,), 1 - 2**-24)
+    draws_Nn = sampled_rows(logits_NV, torch.zeros(500, dtype=torch.long), offsets_N, 1).draws_Nn
+    assert draws_Nn.max() <= last_alive
+
+
+def test_ids_past_the_vocabulary_are_never_drawn() -> None:
+    logits_NV = torch.zeros(20, 100)
+    logits_NV[:, 61:] = 50
+    offsets_N = torch.rand(20, generator=torch.Generator().manual_seed(0))
+    rows = sampled_rows(logits_NV, torch.zeros(20, dtype=torch.long), offsets_N, 61, vocab_size=61)
+    # 61 points on 61 equal ids: each once, whatever the offset, but for one that rounding moves over an end
+    assert rows.draws_Nn.max() == 60
+    assert (_counts(rows.draws_Nn, 61) <= 2).all()
+
+
+def test_draws_do_not_depend_on_the_batch() -> None:
+    logits_NV = _logits(700, 3000, 3.0)
+    labels_N = torch.zeros(700, dtype=torch.long)
+    offsets_N = torch.rand(700, generator=torch.Generator().manual_seed(2))
+    whole = sampled_rows(logits_NV, labels_N, offsets_N, 50)
+    for rows in (slice(0, 1), slice(3, 400), slice(349, 351), slice(699, 700)):
+        part = sampled_rows(logits_NV[rows], labels_N[rows], offsets_N[rows], 50)
+        assert torch.equal(part.draws_Nn, whole.draws_Nn[rows])
+        assert torch.equal(part.top_logprobs_N, whole.top_logprobs_N[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_top_logprob_is_the_labels_bit_for_bit_where_the_label_is_likeliest(dtype: torch.dtype) -> None:
+    logits_NV = _logits(100, 333, 4.0).to(dtype)
+    rows = sampled_rows(logits_NV, logits_NV.argmax(-1), torch.full((100,), 0.5), 3, temperature=0.7)
+    assert torch.equal(rows.label_logprobs_N, rows.top_logprobs_N)
+
+
+def test_a_label_outside_the_vocabulary_has_probability_zero() -> None:
+    labels_N = torch.tensor([-100, 50])
+    rows = sampled_rows(torch.zeros(2, 60), labels_N, torch.zeros(2), 5, vocab_size=50)
+    assert rows.label_logprobs_N.tolist() == [-torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"offsets_N": torch.zeros(3)}, r"offsets_N: got \[3\] torch.float32, expected \[2\]"),
+        ({"offsets_N": torch.zeros(2, dtype=torch.long)}, r"offsets_N: got \[2\] torch.int64"),
+        ({"num_draws": 0}, "num_draws: got 0, expected at least 1"),
+        ({"vocab_size": 0}, "vocab_size: got 0, expected 1 to 5"),
+        ({"temperature": float("inf")}, "temperature: got inf"),
+    ],
+)
+@pytest.mark.parametrize("scorer", [sampled_rows, reference.sampled_rows], ids=["fast", "reference"])
+def test_what_does_not_fit_is_refused_with_what_was_got(scorer, changed: dict, message: str) -> None:
+    arguments = {
+        "logits_NV": torch.zeros(2, 5),
+        "labels_N": torch.zeros(2, dtype=torch.long),
+        "offsets_N": torch.zeros(2),
+        "num_draws": 2,
+    }
+    with pytest.raises(ValueError, match=message):
+        scorer(**(arguments | changed))

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from capgap.pipeline.report import stage
+from capgap.pipeline.report.page import duration
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask for and fails on tags that do not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def attributes(self, name):
+        return [attrs[name] for _, attrs in self.tags if name in attrs]
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory, make_context) -> str:
+    losses = {"cross_entropy": [3.53, 3.56], "distilled": [3.50, 3.52], "mixed": [3.51, 3.52]}
+    sources = ["/data/<img src=x onerror=alert(1)>.txt"]
+    context = make_context(tmp_path_factory.mktemp("run"), losses, corpus={"sources": sources})
+    stage.run(context)
+    return (context.folder / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def page(html) -> Page:
+    return Page(html)
+
+
+def test_nothing_is_loaded_from_elsewhere_and_nothing_runs(html, page):
+    assert not re.search(r"https?:|url\((?!#)|@import|<script|<link|<img|<iframe", html)
+    assert not page.attributes("src")
+    ids = page.attributes("id")
+    targets = [value.removeprefix("#") for value in page.attributes("href")]
+    assert targets and all(target in ids for target in targets)
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+
+
+def test_ids_are_unique(page):
+    ids = page.attributes("id")
+    assert len(ids) == len(set(ids))
+
+
+def test_every_chart_is_named_and_has_its_numbers_as_a_table(page):
+    charts = [attrs for tag, attrs in page.tags if tag == "svg"]
+    assert len(charts) == 4
+    assert all(attrs["role"] == "img" for attrs in charts)
+    labels = " ".join(attrs["aria-label"] for attrs in charts)
+    assert "distilled on cross_entropy, seed 1 +0.0400" in labels
+    assert "teacher 2.9000" in labels
+    assert [tag for tag, _ in page.tags].count("details") == 5
+    for title in ("Gain of distillation", "Held-out loss", "Students in training", "Teacher in training"):
+        assert title in page.texts
+
+
+def test_the_figures_are_those_of_the_table(page):
+    cells = " ".join(page.texts)
+    assert "3.5100 \u00b1 0.0141" in cells
+    assert "61.0" in cells
+    # two seeds leave one degree of freedom: 0.035 +- 12.7 x 0.005
+    claim = "distilled and cross_entropy cannot be told apart: distilled is ahead by 0.0350"
+    assert any(text.startswith(claim) for text in page.texts)
+
+
+def test_stages_are_listed_with_identity_time_and_their_own_versions(page):
+    texts = page.texts
+    assert "train/distilled/seed-1" in texts
+    identity = texts[texts.index("train/distilled/seed-1") + 1]
+    assert re.fullmatch(r"[0-9a-f]{12}", identity)
+    assert "1 min 15 s" in texts
+    assert any(text.endswith("All stages: python 3.11.2, torch 2.13.0.") for text in texts)
+
+
+def test_text_of_the_run_is_escaped(html, page):
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "vllm <script>alert(1)</script>" in page.texts
+    assert any("<img src=x onerror=alert(1)>" in text for text in page.texts)
+    assert any("<b>vllm</b> 0.30.1" in text for text in page.texts)
+
+
+def test_colours_follow_the_reader(html):
+    assert "prefers-color-scheme: dark" in html
+    assert "@media print" in html
+    assert "#0a0a" not in html
+    assert "stroke: var(--series-2)" in html
+
+
+def test_the_page_is_the_same_every_time(tmp_path, make_context):
+    pages = []
+    for name in ("a", "b"):
+        context = make_context(tmp_path / name, {"distilled": [3.5]})
+        stage.run(context)
+        pages.append((context.folder / "report.html").read_text())
+    assert pages[0] == pages[1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.21, "3.2 s"), (59.96, "1 min 0 s"), (125, "2 min 5 s"), (7380, "2 h 3 min")]
+)
+def test_durations_are_readable(seconds, text):
+    assert duration(seconds) == text
