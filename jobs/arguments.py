@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from pydantic import ValidationError
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.run_file import RunFile
 
-_POINTLESS = re.compile(r"\s*For further information visit \S+\.?|\s*\[type=[^\]]*\]|^Value error, |\d+ validation errors? for \S+")
+_POINTLESS = re.compile(
+    r"\s*For further information visit \S+\.?|\s*\[type=[^\]]*\]|^Value error, |\d+ validation errors? for \S+"
+)
 
 
 def run_parser(prog: str, description: str) -> ArgumentParser:
@@ -55,7 +58,7 @@ def _with_config_flag(argv: Sequence[str]) -> list[str]:
 
 
 def _require_file(arguments: list[str]) -> None:
-    for flag, value in zip(arguments, arguments[1:], strict=False):
+    for flag, value in pairwise(arguments):
         if flag == "--config" and not Path(value).is_file():
             raise InputError("no such run file", where=value, fix="see jobs/runs/demo.yaml for an example")
 

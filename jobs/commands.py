@@ -25,7 +25,9 @@ def run_command(argv: Sequence[str]) -> int:
     parser = run_parser("capgap run", "Make every stage of a run file current.")
     _add_walk_flags(parser)
     parser.add_argument("--only", type=str, default=None, help="Just this stage, e.g. train or train/distilled/seed-0.")
-    parser.add_argument("--from", type=str, default=None, dest="from_stage", help="This stage and what follows from it.")
+    parser.add_argument(
+        "--from", type=str, default=None, dest="from_stage", help="This stage and what follows from it."
+    )
     run, flags = parse_run(parser, argv)
     if flags["only"] and flags["from_stage"]:
         raise SettingError("--only and --from exclude each other")
@@ -55,7 +57,9 @@ def stage_command(stage: StageName) -> Callable[[Sequence[str]], int]:
         run, flags = parse_run(parser, argv)
         chosen = select(run, flags["instance"])
         if chosen[0].stage != stage:
-            raise SettingError("not an instance of this stage", where="--instance", found=chosen[0].name, expected=stage)
+            raise SettingError(
+                "not an instance of this stage", where="--instance", found=chosen[0].name, expected=stage
+            )
         if len(chosen) > 1:
             _walk(run, chosen, flags)
         else:

@@ -1,4 +1,4 @@
-"""One progress bar for every stage: on a terminal a rich bar with tokens/s and time left, elsewhere a line now and then."""
+"""One progress bar for every stage: a rich bar with tokens/s and time left on a terminal, else a line now and then."""
 
 from __future__ import annotations
 

@@ -52,7 +52,8 @@ class CorpusSettings(Record):
         if self.teacher_fraction + self.heldout_fraction >= 1:
             raise ValueError(
                 "corpus.teacher_fraction + corpus.heldout_fraction: found "
-                f"{self.teacher_fraction + self.heldout_fraction:g}, expected less than 1; nothing is left for the student"
+                f"{self.teacher_fraction + self.heldout_fraction:g}, expected less than 1; "
+                "nothing is left for the student"
             )
         return self
 

@@ -77,7 +77,7 @@ class RunFile(Record):
     train: TrainSettings = Field(default_factory=TrainSettings)
     """How the student is trained from the cache."""
 
-    arms: dict[FolderName, dict[str, Any]] = Field(default_factory=lambda: {"distilled": {}})
+    arms: dict[FolderName, dict[str, Any]] = Field(default={"distilled": {}})
     """Variants of `train`, each with the settings in which it differs, for example `cross_entropy: {alpha: 0}`."""
 
     eval: EvalSettings = Field(default_factory=EvalSettings)

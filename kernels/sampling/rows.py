@@ -175,7 +175,7 @@ def _parts(logits_NV: Tensor) -> Iterator[slice]:
 def _logprobs(logits_NV: Tensor, temperature: float, vocab_size: int | None) -> Tensor:
     """Logprobs in float32, in memory of their own."""
     if vocab_size is not None:
-        pass
+        logits_NV = logits_NV[:, :vocab_size]
     if temperature != 1.0:
         logits_NV = logits_NV.float() / temperature
     return torch.log_softmax(logits_NV, -1, dtype=torch.float32)

@@ -88,6 +88,6 @@ def _forward_kl(logq_nV: Tensor, p_nV: Tensor, tail_n: Tensor | None) -> Tensor:
         return kl_n
     has_rest_n = ~kept_nV.all(-1)
     rest_nV = logq_nV.masked_fill(kept_nV & has_rest_n[:, None], float("-inf"))
-    tail_n = tail_n.clamp_min(0).where(has_rest_n, 0.0)
+    tail_n = tail_n.where(has_rest_n, 0.0)
     tail_kl_n = torch.xlogy(tail_n, tail_n) - tail_n * torch.logsumexp(rest_nV, -1)
     return kl_n + tail_kl_n.where(tail_n > 0, 0.0)

@@ -94,7 +94,7 @@ def gradient_in_place(
 
 
 class _Kept(NamedTuple):
-    columns_BK: Tensor  # the id, or column V for padding and for all but one of an id's repeats
+    columns_BK: Tensor  # the id, once a row: column V stands for padding and for all but one of an id's repeats
     distinct_BK: Tensor  # whether the entry stands for its id
     mass_BK: Tensor  # the teacher's probability of the id, repeats added; 0 where not distinct
     logits_BK: Tensor  # the student's logit of the id; -inf where not distinct
@@ -115,7 +115,7 @@ def _take_kept(logits_BP: Tensor, vocab_size: int, rows: Rows) -> _Kept:
     logits_BP.scatter_(1, columns_BK, _NEVER)
 
     distinct_BK = valid_BK & (winner_BK == position_BK)
-    mass_BK = torch.zeros_like(logits_BK).scatter_add_(1, winner_BK, rows.weights_BK.where(valid_BK, 0.0))
+    mass_BK = torch.zeros_like(logits_BK).scatter_add_(1, winner_BK, rows.weights_BK)
     return _Kept(
         columns_BK.where(distinct_BK, vocab_size),
         distinct_BK,

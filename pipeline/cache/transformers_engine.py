@@ -34,7 +34,9 @@ class TransformersEngine:
         self.name = f"transformers {transformers.__version__}"
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         # a copy in float32: rounding the logits to bfloat16 changes half of all rows' kept ids
-        self._head_VH = self._model.get_output_embeddings().weight.detach().float()
+        head = self._model.get_output_embeddings()
+        self._head_VH = head.weight.detach().float()
+        self._bias_V = None if getattr(head, "bias", None) is None else head.bias.detach().float()
         config = self._model.config.get_text_config()
         self._softcap = getattr(config, "final_logit_softcapping", None)
 
@@ -50,7 +52,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         """As `Engine.close`."""
-        del self._model, self._head_VH
+        del self._model, self._head_VH, self._bias_V
 
     @torch.inference_mode()
     def _score_batch(self, requests: Sequence[Request]) -> list[Scored]:
@@ -73,8 +75,10 @@ class TransformersEngine:
         return self._split(parts, len(requests), length)
 
     def _logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
-        logits_NV = hidden_NH.float() @ self._head_VH.T
-        return logits_NV if self._softcap is None else self._softcap * torch.tanh(logits_NV / self._softcap)
+        logits_NV = torch.nn.functional.linear(hidden_NH.float(), self._head_VH, self._bias_V)
+        if self._softcap is not None:
+            logits_NV = self._softcap * torch.tanh(logits_NV / self._softcap)
+        return logits_NV
 
     @staticmethod
     def _split(parts: list[Packed], num_sequences: int, length: int) -> list[Scored]:

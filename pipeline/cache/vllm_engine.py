@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,6 +79,7 @@ class VllmEngine:
             enforce_eager=device == "cpu",
             skip_tokenizer_init=True,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             worker_extension_cls="capgap.pipeline.cache.vllm_worker.CaptureExtension",
             # with logits in bfloat16 half of all rows keep another set of ids
             hf_overrides={"head_dtype": "float32"},
@@ -169,6 +171,10 @@ def _set_environment() -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # start-up notices of vLLM and torch that a user of capgap cannot act on
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.getLogger("torch._library").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="vllm")
     # a request of L tokens generates one more, whose position is never computed
     os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
 
@@ -203,7 +209,7 @@ def _unknown_vllm(why: str) -> MachineError:
 
 def _kv_cache_bytes(config: Any, batch_tokens: int, seq_len: int) -> int:
     """Room for twice the tokens of a step: a sequence leaves as soon as its last token is scored."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * head_dim * 4
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token: int = 2 * config.num_hidden_layers * heads * head_dim * 4
     return max(_MIN_KV_CACHE_BYTES, per_token * 2 * (batch_tokens + seq_len))

@@ -58,7 +58,7 @@ class RequestKey:
 
 @dataclass(frozen=True)
 class _Span:
-    """Rows of one request in this step: `num_rows` rows of the batch from `row` on, prompt positions from `start` on."""
+    """Rows of one request in a step: `num_rows` rows of the batch from `row`, prompt positions from `start`."""
 
     request_id: str
     row: int
@@ -116,8 +116,8 @@ class Capture:
                 )
             )
         sizes = [s.num_rows for s in spans]
-        ids = torch.cat([part.ids_NK for part in parts]).split(sizes)
-        numbers = torch.cat([part.numbers_NW for part in parts]).split(sizes)
+        ids = torch.split(torch.cat([part.ids_NK for part in parts]), sizes)
+        numbers = torch.split(torch.cat([part.numbers_NW for part in parts]), sizes)
         return [Packed(i, n) for i, n in zip(ids, numbers, strict=True)]
 
     def _offsets(self, spans: list[_Span], device: torch.device) -> torch.Tensor | None:

@@ -1,5 +1,5 @@
 """Text into packed sequences.
 
-    sources (files, records, builtin) --documents--> split by digest --> tokenizer (given, or trained on the teacher's
-    and student's text) --> documents joined by the end token, cut into L + 1 --> shards of `teacher`, `student`, `heldout`
+sources (files, records, builtin) --documents--> split by digest --> tokenizer (given, or trained on the teacher's
+and student's text) --> documents joined by the end token, cut into L + 1 --> shards of `teacher`, `student`, `heldout`
 """

@@ -74,7 +74,7 @@ def _expand(source: str) -> list[Path]:
         found = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name.endswith(_SUFFIXES)]
         expected = f"files ending in {' '.join(_SUFFIXES)}"
     elif glob.has_magic(source):
-        found = [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
+        found = [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]  # noqa: PTH207 (an absolute pattern)
         expected = "at least one matching file"
     else:
         found = [path] if path.is_file() else []
@@ -109,7 +109,7 @@ def _records(path: Path, text_field: str) -> Iterator[Document]:
     with path.open("rb") as file:
         stream = zstandard.ZstdDecompressor().stream_reader(file) if path.suffix == ".zst" else file
         try:
-            for number, line in enumerate(io.BufferedReader(stream), start=1):  # type: ignore[arg-type]
+            for number, line in enumerate(io.BufferedReader(stream), start=1):
                 if line.strip():
                     where = f"{path}:{number}"
                     yield Document(where, _field(where, _parse(where, _decode(path, line)), text_field))

@@ -1,4 +1,4 @@
-"""Who may see which document: decided by the digest of its text, so that it never moves and no duplicate crosses over."""
+"""Who may see which document: decided by the digest of its text, so that none moves and no duplicate crosses over."""
 
 from __future__ import annotations
 

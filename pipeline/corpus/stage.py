@@ -43,7 +43,7 @@ def run(context: StageContext) -> StageResult:
     tokenizer.save_pretrained(context.folder / TOKENIZER_FOLDER)
     packed = {split: _pack(settings, tokenizer, facts, split, documents[split]) for split in SPLITS}
     shard_sets = _write(context, facts, packed)
-    splits = {split: _split_facts(packed[split]) for split in SPLITS}
+    splits: dict[str, SplitFacts] = {split: _split_facts(packed[split]) for split in SPLITS}
     totals: dict[str, Any] = {
         f"num_{split}_tokens": shard_sets[split].num_tokens if split in shard_sets else 0 for split in SPLITS
     }
@@ -83,7 +83,7 @@ def _pack(
         raise InputError(
             f"no whole sequence for the split {split}",
             where="corpus",
-            found=f"{len(documents)} documents, {packed.num_text_tokens} tokens, {packed.num_dropped} dropped as too long",
+            found=f"{len(documents)} documents, {packed.num_text_tokens} tokens, {packed.num_dropped} too long",
             expected=f"at least {settings.seq_len + 1} tokens",
             fix=f"give more text, lower corpus.seq_len, or give {split} a larger share",
         )

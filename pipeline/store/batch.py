@@ -6,6 +6,7 @@ Legend: B sequences, L targets a sequence, N = B x L rows, K ids of the widest r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,11 +42,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else None
-            for name, value in vars(self).items()
-        }
-        return Batch(**moved)
+        moved: list[Any] = [None if v is None else v.to(device, non_blocking=True) for v in vars(self).values()]
+        return Batch(*moved)
 
 
 Sample = tuple[Sequences, Targets | None, int]

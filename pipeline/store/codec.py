@@ -168,15 +168,23 @@ def codec_for(name: str, seq_len: int, settings: dict[str, Any]) -> Codec:
         InputError: the name is not one that this version of capgap knows.
     """
     if name not in _KNOWN:
-        raise InputError("unknown codec", found=name, expected=", ".join(_KNOWN), fix="update capgap to read this shard")
+        raise InputError(
+            "unknown codec", found=name, expected=", ".join(_KNOWN), fix="update capgap to read this shard"
+        )
     return Codec(name, seq_len, vocab_size=int(settings["vocab_size"]), num_ids=int(settings["num_ids"]))
 
 
 def _check_ids(name: str, ids: npt.NDArray[np.int32], vocab_size: int) -> None:
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-        raise InputError(f"{name}: an id outside the vocabulary", found=f"{ids.min()} to {ids.max()}", expected=f"0 to {vocab_size - 1}")
+        raise InputError(
+            f"{name}: an id outside the vocabulary",
+            found=f"{ids.min()} to {ids.max()}",
+            expected=f"0 to {vocab_size - 1}",
+        )
 
 
 def _check_finite(name: str, values: npt.NDArray[np.float32]) -> None:
     if not np.isfinite(values).all():
-        raise InputError(f"{name}: a value that is not finite", found=f"{int((~np.isfinite(values)).sum())} of {values.size}")
+        raise InputError(
+            f"{name}: a value that is not finite", found=f"{int((~np.isfinite(values)).sum())} of {values.size}"
+        )

@@ -30,7 +30,9 @@ class EpochOrder:
         self._members = _generator(seed, epoch, "members").permutation(len(member_sizes))
         sizes = np.asarray(member_sizes, dtype=np.int64)[self._members]
         self._ends = np.cumsum(sizes)
-        self._window_ends = self._ends[np.minimum(np.arange(window_members, len(sizes) + window_members, window_members), len(sizes)) - 1]
+        self._window_ends = self._ends[
+            np.minimum(np.arange(window_members, len(sizes) + window_members, window_members), len(sizes)) - 1
+        ]
         self._in_window = lru_cache(maxsize=2)(self._permute_window)
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Writing shards: one tar file and one sidecar each, in that order, so that a killed writer leaves nothing half-true."""
+"""Writing shards: one tar file and one sidecar each, in that order, so that a kill leaves nothing half-true."""
 
 from __future__ import annotations
 

@@ -51,6 +51,4 @@ def _train(context: StageContext, shape: ModelShape) -> StageResult:
     tokenizer = corpus_tokenizer(corpus)
     save_model(model, tokenizer, context.folder / MODEL_FOLDER)
     facts = model_facts(model, tokenizer)
-    return StageResult(
-        facts=facts.model_dump(mode="json"), totals={"num_parameters": facts.num_parameters} | totals
-    )
+    return StageResult(facts=facts.model_dump(mode="json"), totals={"num_parameters": facts.num_parameters} | totals)

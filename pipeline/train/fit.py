@@ -1,4 +1,4 @@
-"""Train a model on the sequences of a shard set; kill it at any step, call it again, and it goes on as if undisturbed."""
+"""Train a model on a shard set; kill it at any step, call it again, and it goes on as if undisturbed."""
 
 from __future__ import annotations
 
@@ -154,5 +154,3 @@ class _quiet_lightning:  # noqa: N801  (used as a function: a context without a 
     def __exit__(self, *error: object) -> None:
         self._logger.setLevel(self._level)
         self._warnings.__exit__(None, None, None)
-
-

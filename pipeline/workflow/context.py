@@ -1,6 +1,6 @@
 """What a stage is handed and what it hands back.
 
-    driver --StageContext--> stage.run(context) --StageResult--> manifest.json
+driver --StageContext--> stage.run(context) --StageResult--> manifest.json
 """
 
 from __future__ import annotations

@@ -35,7 +35,9 @@ class StageFailedError(CapgapError):
     """A stage's process failed and has already said why; carries its exit code."""
 
     def __init__(self, name: str, code: int) -> None:
-        super().__init__(f"{name} failed", found=_how_it_ended(code), fix="mend the cause and run the same command again")
+        super().__init__(
+            f"{name} failed", found=_how_it_ended(code), fix="mend the cause and run the same command again"
+        )
         self.exit_code = code if code > 0 else 1
 
 

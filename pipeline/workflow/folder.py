@@ -72,9 +72,7 @@ def content_files(folder: Path) -> tuple[FileEntry, ...]:
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         if path.is_file() and relative.parts[0] != WORK_FOLDER and str(relative) not in _NOT_CONTENT:
-            entries.append(
-                FileEntry(path=relative.as_posix(), num_bytes=path.stat().st_size, sha256=sha256_of(path))
-            )
+            entries.append(FileEntry(path=relative.as_posix(), num_bytes=path.stat().st_size, sha256=sha256_of(path)))
     return tuple(entries)
 
 

@@ -24,7 +24,7 @@ def select(run: RunFile, pattern: str) -> list[Instance]:
     found = [i for i in known if i.name == pattern or i.name.startswith(pattern + "/")]
     if not found:
         names = sorted({i.stage for i in known}, key=STAGES.index)
-        reused = f" ({pattern} is reused from {run.reuse[pattern]})" if pattern in run.reuse else ""  # type: ignore[index]
+        reused = f" ({pattern} is reused from {run.reuse[pattern]})" if pattern in run.reuse else ""
         raise SettingError("no such stage", found=pattern + reused, expected=f"one of {', '.join(names)}")
     return found
 

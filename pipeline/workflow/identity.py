@@ -35,7 +35,7 @@ def digest_of(value: object) -> str:
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """Dotted name, old and new value of the first setting in which two JSON values differ; None where they are equal."""
+    """Dotted name, old and new value of the first setting in which two JSON values differ; None if none does."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
             found = first_difference(old.get(name), new.get(name), f"{path}.{name}" if path else name)

@@ -123,9 +123,7 @@ def _state_of(
     settings = json.loads(json.dumps(decisive_settings(run, instance)))
     inputs = {name: known[name] for name in input_names(run, instance)}
     identity = identity_of(instance.stage, settings, {name: entry.identity for name, entry in inputs.items()})
-    order = WorkOrder(
-        stage=instance.stage, instance=instance.name, settings=settings, inputs=inputs, identity=identity
-    )
+    order = WorkOrder(stage=instance.stage, instance=instance.name, settings=settings, inputs=inputs, identity=identity)
     manifest = read_manifest(folder)
     if manifest is not None:
         why = _difference(manifest, order) or _missing_file(folder, manifest)
