@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from pydantic import ValidationError
 
@@ -36,7 +37,7 @@ def parse_run(parser: ArgumentParser, argv: Sequence[str]) -> tuple[RunFile, dic
         SettingError: a setting is unknown, missing or of the wrong kind.
     """
     arguments = _with_config_flag(argv)
-    _require_file(arguments)
+    _require_run_file(arguments)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -57,10 +58,18 @@ def _with_config_flag(argv: Sequence[str]) -> list[str]:
     return list(argv)
 
 
-def _require_file(arguments: list[str]) -> None:
+def _require_run_file(arguments: list[str]) -> None:
     for flag, value in pairwise(arguments):
-        if flag == "--config" and not Path(value).is_file():
+        if flag != "--config":
+            continue
+        if not Path(value).is_file():
             raise InputError("no such run file", where=value, fix="see jobs/runs/demo.yaml for an example")
+        try:
+            content = yaml.safe_load(Path(value).read_bytes())
+        except yaml.YAMLError as error:
+            raise InputError("not a YAML file", where=value, found=error, expected="YAML") from None
+        if not isinstance(content, dict):
+            raise InputError("not a run file", where=value, found=type(content).__name__, expected="settings by name")
 
 
 def _dumped(value: Any) -> Any:

@@ -76,10 +76,8 @@ def _entries(tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
 def _first_difference(
     expected: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]]
 ) -> tuple[str, str, str] | None:
-    names = expected["vocab"].keys() | found["vocab"].keys()
-    far = 1 << 62
-    # the entry with the lowest id is the one a reader finds first in the file
-    for token in sorted(names, key=lambda t: (min(expected["vocab"].get(t, far), found["vocab"].get(t, far)), t)):
+    # in the order of the expected ids, which is that of the file
+    for token in sorted(found["vocab"] | expected["vocab"], key=(found["vocab"] | expected["vocab"]).__getitem__):
         here, there = expected["vocab"].get(token), found["vocab"].get(token)
         if here != there:
             return f"id of {token!r}", _said(here), _said(there)

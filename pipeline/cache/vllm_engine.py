@@ -171,8 +171,7 @@ def _set_environment() -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # start-up notices of vLLM and torch that a user of capgap cannot act on
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # start-up notices that a user of capgap cannot act on
     logging.getLogger("torch._library").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="vllm")
     # a request of L tokens generates one more, whose position is never computed
