@@ -7,9 +7,9 @@ Flags of the command line are derived from these models (`--train.learning_rate 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
 from capgap.schemas.run_cache import CacheSettings
@@ -17,15 +17,6 @@ from capgap.schemas.run_corpus import CorpusSettings
 from capgap.schemas.run_model import StudentSettings, TeacherSettings, TrainSettings
 
 ReusableStage = Literal["corpus", "teacher", "cache"]
-
-
-def _folder_name(value: str) -> str:
-    if not value or value.startswith(".") or any(not (c.isalnum() or c in "-_.") for c in value):
-        raise ValueError(f"{value!r} names a folder: use letters, digits, '-', '_' and '.'")
-    return value
-
-
-FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 
 class EvalSettings(Record):
@@ -47,7 +38,7 @@ class EvalSettings(Record):
 class RunFile(Record):
     """Every setting of a run."""
 
-    name: FolderName
+    name: str
     """Name of the run, shown in its report."""
 
     out: str = Field(json_schema_extra=OPERATIONAL)
@@ -77,7 +68,7 @@ class RunFile(Record):
     train: TrainSettings = Field(default_factory=TrainSettings)
     """How the student is trained from the cache."""
 
-    arms: dict[FolderName, dict[str, Any]] = Field(default={"distilled": {}})
+    arms: dict[str, dict[str, Any]] = Field(default={"distilled": {}})
     """Variants of `train`, each with the settings in which it differs, for example `cross_entropy: {alpha: 0}`."""
 
     eval: EvalSettings = Field(default_factory=EvalSettings)
@@ -89,6 +80,8 @@ class RunFile(Record):
             raise ValueError(f"seeds: found {list(self.seeds)}, expected at least one, none twice, none negative")
         if not self.arms:
             raise ValueError("arms: found none, expected at least one; leave the setting out for `distilled` alone")
+        for name in (self.name, *self.arms):
+            _require_folder_name(name)
         for arm in self.arms:
             self.train_settings(arm)
         return self
@@ -106,6 +99,11 @@ class RunFile(Record):
         except ValidationError as error:
             problems = "; ".join(f"arms.{arm}.{_dotted(e['loc'])}: {e['msg']}" for e in error.errors())
             raise ValueError(problems) from None
+
+
+def _require_folder_name(value: str) -> None:
+    if not value or value.startswith(".") or any(not (c.isalnum() or c in "-_.") for c in value):
+        raise ValueError(f"name, arms: found {value!r}, expected a folder's name: letters, digits, '-', '_' and '.'")
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:

@@ -24,7 +24,7 @@ FORBIDDEN = {
 # Module: the folders that may import it. Whatever else reads a shard goes through the store.
 STORE_ONLY = {
     "tarfile": ("pipeline/store",),
-    "zstandard": ("pipeline/store", "pipeline/corpus"),  # corpus: sources that end in .zst
+    "zstandard": ("pipeline/store",),
 }
 
 NOT_MIRRORED = {"faults", "e2e", "assets"}  # tests of the whole, and what tests read

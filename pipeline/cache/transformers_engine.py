@@ -13,6 +13,11 @@ import transformers
 
 from capgap.pipeline.cache.scoring import Packed, Recording, Request, Scored, record_rows, row_offsets, unpack
 from capgap.pipeline.models import load_model
+from capgap.schemas.errors import InputError
+
+# Both sides have the same hidden states; 2 % of the largest logit is ten times what rounding to bfloat16 does.
+_HEAD_TOLERANCE = 0.02
+_PROBE_TOKENS = 8
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,6 +31,9 @@ class TransformersEngine:
         dtype: `auto` or a float type of the teacher's weights.
         batch_tokens: tokens in one forward pass.
         device: `cpu` or `cuda:0`.
+
+    Raises:
+        InputError: there is no such model, or its logits are more than a linear function of the hidden states.
     """
 
     def __init__(self, path: str, recording: Recording, dtype: str, batch_tokens: int, device: str) -> None:
@@ -39,6 +47,7 @@ class TransformersEngine:
         self._bias_V = None if getattr(head, "bias", None) is None else head.bias.detach().float()
         config = self._model.config.get_text_config()
         self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._require_own_head(path)
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
         """As `Engine.score`."""
@@ -79,6 +88,22 @@ class TransformersEngine:
         if self._softcap is not None:
             logits_NV = self._softcap * torch.tanh(logits_NV / self._softcap)
         return logits_NV
+
+    @torch.inference_mode()
+    def _require_own_head(self, path: str) -> None:
+        """Some architectures scale their logits, each under another name: hold ours against the model's own."""
+        tokens_BL = torch.arange(_PROBE_TOKENS, device=self._device)[None] % len(self._head_VH)
+        own_NV = self._model(input_ids=tokens_BL, use_cache=False).logits[0].float()
+        hidden_NH = self._model.base_model(input_ids=tokens_BL, use_cache=False).last_hidden_state[0]
+        apart, largest = float((self._logits(hidden_NH) - own_NV).abs().max()), float(own_NV.abs().max())
+        if apart > _HEAD_TOLERANCE * largest:
+            raise InputError(
+                "the teacher's logits are not its head's product with the last hidden states",
+                where=path,
+                found=f"logits {apart:.3g} apart",
+                expected=f"at most {_HEAD_TOLERANCE * largest:.3g}",
+                fix="set cache.engine to vllm",
+            )
 
     @staticmethod
     def _split(parts: list[Packed], num_sequences: int, length: int) -> list[Scored]:

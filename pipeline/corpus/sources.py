@@ -6,6 +6,7 @@ import glob
 import io
 import json
 import pydoc_data.topics
+import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
-import zstandard
 
 from capgap.schemas.errors import InputError
 
 BUILTIN = "builtin:python"
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 _SUFFIXES = (*_TEXT_SUFFIXES, ".jsonl", ".jsonl.zst", ".parquet")
+# A string in JSON may hold one; a pair is joined by the parser.
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # Left out of the builtin text: what a distribution may package apart, so that every Debian has the same documents,
 # and tables of characters, which are no text.
@@ -41,7 +43,7 @@ def read_documents(sources: tuple[str, ...], text_field: str) -> Iterator[Docume
     """Every document of every source, in a fixed order; empty ones are left out.
 
     Raises:
-        InputError: a file is missing, of an unknown kind, not UTF-8, or a record without the text field.
+        InputError: a file is missing, of an unknown kind, not UTF-8, damaged, or a record without text.
     """
     for source in sources:
         documents = _builtin() if source == BUILTIN else _from_paths(source, text_field)
@@ -55,13 +57,13 @@ def _builtin() -> Iterator[Document]:
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if not _NOT_EVERYWHERE.intersection(relative.parts) and not path.name.startswith("_sysconfigdata"):
-            yield Document(f"{BUILTIN}/{relative.as_posix()}", _decode(path, path.read_bytes()))
+            yield Document(f"{BUILTIN}/{relative.as_posix()}", _decode(str(path), path.read_bytes()))
 
 
 def _from_paths(source: str, text_field: str) -> Iterator[Document]:
     for path in _expand(source):
         if path.suffix in _TEXT_SUFFIXES:
-            yield Document(str(path), _decode(path, path.read_bytes()))
+            yield Document(str(path), _decode(str(path), path.read_bytes()))
         elif path.name.endswith((".jsonl", ".jsonl.zst")):
             yield from _records(path, text_field)
         else:
@@ -92,13 +94,13 @@ def _expand(source: str) -> list[Path]:
     return found
 
 
-def _decode(path: Path, data: bytes) -> str:
+def _decode(where: str, data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
             "not valid UTF-8",
-            where=f"corpus.sources: {path}, byte {error.start}",
+            where=f"corpus.sources: {where}, byte {error.start}",
             found=f"0x{data[error.start]:02x}",
             expected="UTF-8",
             fix="convert the file, for example with `iconv -t utf-8`",
@@ -106,15 +108,23 @@ def _decode(path: Path, data: bytes) -> str:
 
 
 def _records(path: Path, text_field: str) -> Iterator[Document]:
-    with path.open("rb") as file:
-        stream = zstandard.ZstdDecompressor().stream_reader(file) if path.suffix == ".zst" else file
-        try:
-            for number, line in enumerate(io.BufferedReader(stream), start=1):
-                if line.strip():
-                    where = f"{path}:{number}"
-                    yield Document(where, _field(where, _parse(where, _decode(path, line)), text_field))
-        except zstandard.ZstdError as error:
-            raise InputError("cannot be decompressed", where=f"corpus.sources: {path}", found=error) from None
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield Document(where, _field(where, _parse(where, _decode(where, line)), text_field))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    if path.suffix != ".zst":
+        with path.open("rb") as file:
+            yield from file
+        return
+    try:
+        # Arrow's stream, unlike zstandard's reader, says when a file ends within a frame
+        with pa.input_stream(str(path), compression="zstd") as stream:
+            yield from io.BufferedReader(stream)
+    except OSError as error:
+        raise InputError("cannot be decompressed", where=f"corpus.sources: {path}", found=error) from None
 
 
 def _parse(where: str, line: str) -> object:
@@ -134,6 +144,14 @@ def _field(where: str, record: object, text_field: str) -> str:
             found=f"fields {fields}",
             expected=f"a string in {text_field!r}",
             fix="set corpus.text_field",
+        )
+    if half := _LONE_SURROGATE.search(value):
+        raise InputError(
+            "the text holds half of a surrogate pair, which UTF-8 cannot say",
+            where=f"corpus.sources: {where}",
+            found=ascii(half[0]),
+            expected="text",
+            fix="repair or remove the record",
         )
     return value
 

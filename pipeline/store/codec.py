@@ -91,7 +91,7 @@ class Codec:
             )
             _check_ids("tokens", sequences.tokens_BL1, self.vocab_size)
             return sequences, self._targets(batch)
-        except (zstandard.ZstdError, pa.ArrowException, KeyError, ValueError, InputError) as error:
+        except (zstandard.ZstdError, pa.ArrowException, OSError, StopIteration, KeyError, ValueError, InputError) as error:
             raise CorruptError(
                 "the member cannot be decoded", where=where, found=error, expected=f"codec {self.name}"
             ) from None

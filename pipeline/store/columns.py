@@ -50,9 +50,11 @@ def whole_frame(data: bytes) -> bytes:
 
     Raises:
         zstandard.ZstdError: the frame is damaged.
-        ValueError: the frame claims to be larger than any member.
+        ValueError: the frame has no checksum, or claims to be larger than any member.
     """
-    size = zstandard.frame_content_size(data)
-    if not 0 <= size <= _MAX_MEMBER_BYTES:
-        raise ValueError(f"a frame of {size} bytes, expected at most {_MAX_MEMBER_BYTES}")
-    return zstandard.ZstdDecompressor().decompress(data)
+    frame = zstandard.get_frame_parameters(data)
+    if not frame.has_checksum:
+        raise ValueError("a frame without a checksum")
+    if frame.content_size > _MAX_MEMBER_BYTES:
+        raise ValueError(f"a frame of {frame.content_size} bytes, expected at most {_MAX_MEMBER_BYTES}")
+    return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)

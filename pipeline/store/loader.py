@@ -72,7 +72,7 @@ class SequenceLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The number of micro-batches handed out over all ranks, and what it counts."""
-        return {"position": self._position, "micro_batch": self._micro_batch, "seed": self._seed}
+        return {"position": self._position, **self._order_settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after that many micro-batches.
@@ -80,11 +80,15 @@ class SequenceLoader:
         Raises:
             InputError: the state counts micro-batches of another size or order.
         """
-        expected = {"micro_batch": self._micro_batch, "seed": self._seed}
-        found = {name: state[name] for name in expected}
+        expected = self._order_settings()
+        found = {name: state.get(name) for name in expected}
         if found != expected or state["position"] % self._world_size:
             raise InputError("a checkpoint of another data order", found=state, expected=expected)
         self._position = int(state["position"])
+
+    def _order_settings(self) -> dict[str, int]:
+        # the number of ranks decides where an epoch is cut, and so what follows it
+        return {"micro_batch": self._micro_batch, "seed": self._seed, "per_epoch": self._per_epoch}
 
     def _order(self, epoch: int) -> EpochOrder:
         if getattr(self, "_order_epoch", None) != epoch:

@@ -40,7 +40,7 @@ def _verify_stage(folder: Path, manifest: Manifest) -> int:
         if not path.is_file():
             raise CorruptError("the file is gone", where=path, fix=_again(manifest))
         digest = sha256_of(path)
-        if digest != file.sha256:
+        if digest != file.sha256 or path.stat().st_size != file.num_bytes:
             raise CorruptError(
                 "the file is not what it was",
                 where=path,
@@ -50,6 +50,11 @@ def _verify_stage(folder: Path, manifest: Manifest) -> int:
             )
     num_members = 0
     for shard_set in manifest.shard_sets.values():
+        for shard in shard_set.shards:
+            if shard.file not in manifest.files or shard.num_sequences != sum(m.num_sequences for m in shard.members):
+                raise CorruptError(
+                    "the manifest contradicts itself", where=folder / MANIFEST_NAME, found=f"shard {shard.file.path}"
+                )
         reader = ShardReader(folder, shard_set)
         for index in range(len(reader.members)):
             reader.read(index)

@@ -1,0 +1,107 @@
+"""Every run file that is shipped, and every command and YAML that a document shows, is one that capgap understands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from capgap.jobs.arguments import parse_run, run_parser
+from capgap.jobs.cli import main
+from capgap.pipeline.workflow.context import STAGES
+from capgap.pipeline.workflow.graph import instances
+from capgap.schemas.run_file import RunFile
+
+ROOT = Path(__file__).parents[2]
+RUN_FILES = sorted((ROOT / "jobs" / "runs").glob("*.yaml"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(document, text) of every fenced block in that language."""
+    return [
+        (document.name, text)
+        for document in DOCUMENTS
+        for found, text in FENCE.findall(document.read_text())
+        if found == language
+    ]
+
+
+def commands() -> list[str]:
+    """Every command line that a document shows, without its comment."""
+    lines = [line.split(" #")[0].strip() for _, text in [*blocks("sh"), *blocks("")] for line in text.splitlines()]
+    return sorted({line for line in lines if re.match(r"(make|capgap|\.venv/bin/capgap) ", line)})
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
+def test_a_shipped_run_file_parses_and_names_every_stage(path: Path) -> None:
+    run = RunFile.model_validate(yaml.safe_load(path.read_text()))
+    assert {instance.stage for instance in instances(run)} == set(STAGES)
+
+
+def test_the_demo_the_one_gpu_run_and_the_paper_s_shape_are_shipped() -> None:
+    assert {path.stem for path in RUN_FILES} >= {"demo", "one-gpu", "minima-3b"}
+
+
+def test_the_paper_s_student_has_three_billion_parameters() -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    import torch
+
+    shape = RunFile.model_validate(yaml.safe_load((ROOT / "jobs/runs/minima-3b.yaml").read_text())).student.model
+    assert shape is not None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            LlamaConfig(
+                vocab_size=49216,  # the paper's vocabulary
+                hidden_size=shape.hidden_size,
+                intermediate_size=shape.intermediate_size,
+                num_hidden_layers=shape.num_layers,
+                num_attention_heads=shape.num_heads,
+            )
+        )
+    # MiniMA-3B is published with 3.02B parameters
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(3.02e9, rel=0.01)
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_in_the_documents_is_one_that_exists(line: str) -> None:
+    words = shlex.split(line)
+    if words[0] == "make":
+        targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        assert {word for word in words[1:] if "=" not in word and not word.startswith("-")} <= targets
+        return
+    command, arguments = words[1], [word for word in words[2:] if word != "--help"]
+    if command == "verify":
+        return
+    assert command in ("run", "status", *STAGES)
+    parser = run_parser(f"capgap {command}", "")
+    for flag in ("--force", "--no-wait"):
+        parser.add_argument(flag, action="store_true")
+    for flag in ("--only", "--from", "--instance"):
+        parser.add_argument(flag, type=str)
+    # documents show RUN.yaml where the reader's own file goes
+    given = [str(ROOT / "jobs/runs/demo.yaml") if word == "RUN.yaml" else word for word in arguments]
+    given = [str(ROOT / word) if word.startswith("jobs/") else word for word in given]
+    parse_run(parser, given)
+
+
+@pytest.mark.parametrize("document, text", blocks("yaml"))
+def test_a_yaml_in_the_documents_fits_the_run_file(document: str, text: str) -> None:
+    demo = yaml.safe_load((ROOT / "jobs/runs/demo.yaml").read_text())
+    shown = yaml.safe_load(text)
+    RunFile.model_validate({**demo, **shown})
+
+
+def test_help_names_every_command_and_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for command in ("run", "status", "verify", *STAGES):
+        assert f"  {command}" in overview
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for setting in ("--train.alpha", "--cache.num_draws", "--corpus.long_documents", "--teacher.model"):
+        assert setting in text
+    assert "Peak learning rate." in text

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from capgap.pipeline.cache.scoring import Packed, Request, record_rows, row_offsets, sequence_digest, unpack
+from capgap.schemas.errors import InputError
+
+KINDS = pytest.mark.parametrize("kind", ["topk", "sampled"])
+
+
+@pytest.fixture(scope="module")
+def rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of 320 columns, 20 of them padding and by far the likeliest; labels; offsets."""
+    generator = torch.Generator().manual_seed(5)
+    logits_NV = torch.randn(96, 320, generator=generator) * 3
+    logits_NV[:, 300:] += 12
+    return logits_NV, torch.randint(0, 300, (96,), generator=generator), torch.rand(96, generator=generator)
+
+
+def test_the_digest_is_that_of_the_tokens_alone() -> None:
+    tokens_L1 = np.arange(40, dtype=np.int32)
+    digest = sequence_digest(tokens_L1)
+    assert len(digest) == 16
+    assert digest == Request(tokens_L1.copy()).digest
+    assert digest == sequence_digest(tokens_L1.astype(np.int64))
+    assert digest == sequence_digest(np.repeat(tokens_L1, 2)[::2]), "strides are no part of a sequence"
+    others = [tokens_L1[:-1], tokens_L1[1:], tokens_L1[::-1], np.where(tokens_L1 == 39, 0, tokens_L1)]
+    assert len({digest, *(sequence_digest(other) for other in others)}) == 5
+
+
+def test_an_offset_is_a_pure_function_of_seed_tokens_and_position(recording) -> None:
+    digest = sequence_digest(np.arange(40, dtype=np.int32))
+    whole_L = row_offsets(recording("sampled"), digest, 0, 40)
+    pieces = [row_offsets(recording("sampled"), digest, start, 13) for start in (0, 13, 26)]
+    assert (np.concatenate(pieces) == whole_L[:39]).all()
+    assert (row_offsets(recording("sampled", num_ids=7, temperature=2.0), digest, 0, 40) == whole_L).all()
+    assert (row_offsets(recording("sampled", seed=1), digest, 0, 40) != whole_L).any()
+    assert (row_offsets(recording("sampled"), sequence_digest(np.arange(41)), 0, 40) != whole_L).any()
+
+
+def test_nothing_is_drawn_for_topk(recording) -> None:
+    assert row_offsets(recording("topk"), b"", 0, 4) is None
+
+
+@KINDS
+@pytest.mark.parametrize("size", [1, 7, 95])
+def test_chunks_of_rows_give_what_all_rows_give(recording, rows, kind: str, size: int) -> None:
+    logits_NV, labels_N, offsets_N = rows
+    whole = record_rows(recording(kind), logits_NV, labels_N, offsets_N)
+    parts = [
+        record_rows(recording(kind), logits_NV[i : i + size], labels_N[i : i + size], offsets_N[i : i + size])
+        for i in range(0, len(logits_NV), size)
+    ]
+    assert torch.equal(torch.cat([p.ids_NK for p in parts]), whole.ids_NK)
+    assert torch.equal(torch.cat([p.numbers_NW for p in parts]), whole.numbers_NW)
+
+
+@KINDS
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_padding_is_never_kept_but_counts_for_the_teachers_own_top(recording, rows, kind, temperature) -> None:
+    packed = record_rows(recording(kind, temperature=temperature), *rows)
+    scored = _scored(packed)
+    assert scored.ids_LK.max() < 300
+    logits_NV, labels_N, _ = rows
+    expected_NV = torch.log_softmax(logits_NV[:, :300].double() / temperature, -1)
+    label_N = expected_NV.gather(1, labels_N[:, None])[:, 0]
+    # float32 rounding of logprobs of up to 20 nats
+    assert np.abs(scored.label_logprobs_L - label_N.numpy()).max() < 1e-5
+    own_NV = torch.log_softmax(logits_NV.double(), -1)
+    assert own_NV.argmax(-1).min() >= 300, "or padding is not what the teacher would choose"
+    assert np.abs(scored.top_logprobs_L - own_NV.amax(-1).numpy()).max() < 1e-5
+    if kind == "topk":
+        kept_NK, ids_NK = expected_NV.topk(16, -1)
+        assert (scored.ids_LK == ids_NK.numpy()).all()
+        assert np.abs(scored.logprobs_LK - kept_NK.numpy()).max() < 1e-5
+        assert np.abs(scored.tail_L - (1 - kept_NK.exp().sum(-1)).numpy()).max() < 1e-6
+
+
+@KINDS
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_own_top_is_at_temperature_1(recording, rows, kind: str, temperature: float) -> None:
+    logits_NV, labels_N, offsets_N = rows
+    packed = record_rows(recording(kind, temperature=temperature, vocab_size=320), logits_NV, labels_N, offsets_N)
+    own_N = torch.log_softmax(logits_NV.double(), -1).amax(-1)
+    assert np.abs(_scored(packed).top_logprobs_L - own_N.numpy()).max() < 1e-5  # float32 rounding
+
+
+@KINDS
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused_with_their_row(recording, rows, kind: str, value: float) -> None:
+    logits_NV, labels_N, offsets_N = rows
+    poisoned_NV = logits_NV.clone()
+    poisoned_NV[17, 4] = value
+    poisoned_NV[40] = value
+    with pytest.raises(InputError, match=r"sequence 5, token 17: the teacher's logits are not finite"):
+        _scored(record_rows(recording(kind), poisoned_NV, labels_N, offsets_N), "sequence 5")
+
+
+def _scored(packed: Packed, where: str = "here"):
+    return unpack(packed.ids_NK.numpy(), packed.numbers_NW.numpy(), where)

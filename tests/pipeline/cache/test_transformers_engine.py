@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import CohereConfig, Gemma2Config, GPTJConfig, GraniteConfig, LlamaConfig
+from transformers import AutoModelForCausalLM as AnyModel
+
+from capgap.pipeline.cache.scoring import row_offsets
+from capgap.pipeline.cache.transformers_engine import TransformersEngine
+from capgap.schemas.errors import InputError
+
+NUM_SEQUENCES = 6
+COUNT_TOLERANCE = 1e-3  # n p of float32 logits against float64: 50 x 1e-5 nats
+
+
+@pytest.fixture(scope="module")
+def requests(requests_of):
+    return requests_of(NUM_SEQUENCES)
+
+
+@pytest.fixture(scope="module", params=["tied", "untied", "biased", "soft-capped"])
+def folder(request, teacher_folder, tmp_path_factory) -> str:
+    if request.param in ("tied", "untied"):
+        return teacher_folder(tied=request.param == "tied")
+    small = {"vocab_size": 320, "hidden_size": 32, "initializer_range": 0.2}
+    if request.param == "biased":
+        config = GPTJConfig(vocab_size=320, n_embd=32, n_layer=1, n_head=2, rotary_dim=8, initializer_range=0.2)
+    else:
+        config = Gemma2Config(
+            **small,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            final_logit_softcapping=2.0,
+        )
+    return _saved(config, tmp_path_factory.mktemp("model"))
+
+
+def _saved(config, folder) -> str:
+    torch.manual_seed(1)
+    model = AnyModel.from_config(config)
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        torch.nn.init.normal_(bias)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def logprobs_BLV(folder, requests):
+    """Float64 softmax of the logits that the model itself computes, over the real vocabulary."""
+
+    def at(temperature: float) -> np.ndarray:
+        model = AnyModel.from_pretrained(folder).eval()
+        tokens_BL1 = torch.from_numpy(np.stack([r.tokens_L1 for r in requests])).long()
+        with torch.inference_mode():
+            logits_BLV = model(input_ids=tokens_BL1[:, :-1]).logits[..., :300].double()
+        return torch.log_softmax(logits_BLV / temperature, -1).numpy()
+
+    return at
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kept_ids_and_logprobs_are_those_of_the_models_own_logits(
+    folder, requests, recording, logprobs_BLV, temperature
+) -> None:
+    engine = TransformersEngine(folder, recording(temperature=temperature), "auto", 4096, "cpu")
+    assert (engine.name.split()[0], engine.dtype) == ("transformers", "float32")
+    expected_BLV = logprobs_BLV(temperature)
+    scored = engine.score(requests)
+    assert len(scored) == NUM_SEQUENCES
+    for s, expected_LV, request in zip(scored, expected_BLV, requests, strict=True):
+        kept_LK = np.take_along_axis(expected_LV, s.ids_LK.astype(np.int64), 1)
+        # 1e-4: float32 logits of up to 30 nats, 3e-6 apart from rounding, through sums of 64 products
+        assert np.abs(s.logprobs_LK - kept_LK).max() < 1e-4
+        assert np.abs(np.sort(expected_LV)[:, ::-1][:, :16] - kept_LK).max() < 1e-4, "not the likeliest ids"
+        assert np.abs(s.tail_L - (1 - np.exp(kept_LK).sum(1))).max() < 1e-4
+        labels_LV = np.take_along_axis(expected_LV, request.tokens_L1[1:, None].astype(np.int64), 1)
+        assert np.abs(s.label_logprobs_L - labels_LV[:, 0]).max() < 1e-4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_count_is_the_floor_or_ceiling_of_n_p(folder, requests, recording, logprobs_BLV, temperature) -> None:
+    engine = TransformersEngine(folder, recording("sampled", 50, temperature), "float32", 4096, "cpu")
+    expected_BLV = 50 * np.exp(logprobs_BLV(temperature))
+    for s, expected_LV in zip(engine.score(requests), expected_BLV, strict=True):
+        counts_LV = np.stack([np.bincount(draws, minlength=300) for draws in s.ids_LK])
+        assert (counts_LV.sum(1) == 50).all()
+        assert (counts_LV >= np.floor(expected_LV - COUNT_TOLERANCE)).all()
+        assert (counts_LV <= np.ceil(expected_LV + COUNT_TOLERANCE)).all()
+
+
+def test_the_draws_are_those_of_the_sequences_own_offsets(folder, requests, recording, logprobs_BLV) -> None:
+    settings = recording("sampled", 50)
+    ends_BLV = np.exp(logprobs_BLV(1.0)).cumsum(-1)
+    wrong = 0
+    for s, request, ends_LV in zip(
+        TransformersEngine(folder, settings, "float32", 4096, "cpu").score(requests), requests, ends_BLV, strict=True
+    ):
+        points_Ln = (np.arange(50) + row_offsets(settings, request.digest, 0, len(ends_LV))[:, None]) / 50
+        expected_Ln = np.stack([np.searchsorted(e, p * e[-1], "right") for e, p in zip(ends_LV, points_Ln, strict=True)])
+        wrong += int((np.sort(s.ids_LK) != expected_Ln).any(1).sum())
+    # a point within 1e-6 of an id's end falls to either side: of 288 rows x 50 points, less than one is expected
+    assert wrong <= 3
+
+
+@pytest.mark.parametrize("kind", ["topk", "sampled"])
+def test_the_size_of_a_batch_does_not_matter(teacher_folder, requests, recording, kind: str) -> None:
+    folder = teacher_folder()
+    whole = TransformersEngine(folder, recording(kind), "auto", 4096, "cpu").score(requests)
+    for batch_tokens, chunk_rows in [(16, 1024), (100, 7)]:
+        engine = TransformersEngine(folder, recording(kind, chunk_rows=chunk_rows), "auto", batch_tokens, "cpu")
+        different = 0
+        for a, b in zip(engine.score(requests), whole, strict=True):
+            # matrix products of other shapes sum in another order: 1e-5 nats
+            assert np.abs(a.label_logprobs_L - b.label_logprobs_L).max() < 1e-5
+            different += int((np.sort(a.ids_LK) != np.sort(b.ids_LK)).any(1).sum())
+        assert different <= 3, "of 288 rows only those with two ids, or a draw and an id's end, within 1e-5 of each other"
+
+
+def test_no_requests_are_no_rows(teacher_folder, recording) -> None:
+    assert TransformersEngine(teacher_folder(), recording(), "auto", 64, "cpu").score([]) == []
+
+
+def test_the_chosen_dtype_is_that_of_the_body_and_the_head_stays_in_float32(
+    teacher_folder, requests, recording
+) -> None:
+    engine = TransformersEngine(teacher_folder(), recording(), "bfloat16", 4096, "cpu")
+    assert engine.dtype == "bfloat16"
+    logprobs_LK = engine.score(requests[:1])[0].logprobs_LK
+    rounded_LK = torch.from_numpy(logprobs_LK).bfloat16().float().numpy()
+    assert (logprobs_LK != rounded_LK).mean() > 0.9, "logprobs of a bfloat16 head would tie and repeat"
+
+
+@pytest.mark.parametrize("config", [GraniteConfig, CohereConfig])
+def test_a_head_that_does_more_than_a_product_is_refused(tmp_path, recording, config) -> None:
+    scale = {"logits_scaling": 8.0} if config is GraniteConfig else {"logit_scale": 0.0625}
+    small = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    folder = _saved(config(**small, num_attention_heads=2, num_key_value_heads=2, **scale), tmp_path)
+    with pytest.raises(InputError, match=r"logits are not its head's product.*cache\.engine to vllm"):
+        TransformersEngine(folder, recording(), "auto", 64, "cpu")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path, recording) -> None:
+    LlamaConfig(vocab_size=320, hidden_size=32).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="the model cannot be loaded"):
+        TransformersEngine(str(tmp_path), recording(), "auto", 64, "cpu")
+    with pytest.raises(InputError, match="no model can be found"):
+        TransformersEngine(str(tmp_path / "nowhere"), recording(), "auto", 64, "cpu")

@@ -1,0 +1,103 @@
+"""Blocks with targets from a real softmax, and shards of them.
+
+Legend: B sequences, L targets a sequence, N = B x L rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from capgap.kernels.sampling import sampled_rows, topk_rows
+from capgap.pipeline.store import Block, ShardReader, ShardWriter
+from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK, Codec
+from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
+
+SEQ_LEN = 12
+VOCAB_SIZE = 300
+
+
+@pytest.fixture(scope="session")
+def codecs() -> dict[str, Codec]:
+    """One of each kind, by its name."""
+    known = (Codec(SEQUENCES, SEQ_LEN, VOCAB_SIZE), Codec(SAMPLED, SEQ_LEN, VOCAB_SIZE, 20))
+    return {codec.name: codec for codec in (*known, Codec(TOPK, SEQ_LEN, VOCAB_SIZE, 8))}
+
+
+@pytest.fixture(scope="session")
+def make_block() -> Callable[..., Block]:
+    """A block for a codec: half of the next tokens are drawn from the teacher's distribution, the others are any."""
+
+    def make(codec: Codec, num_sequences: int = 5, seed: int = 0) -> Block:
+        generator = torch.Generator().manual_seed(seed)
+        length, vocab_size = codec.seq_len, codec.vocab_size
+        logits_NV = torch.randn(num_sequences * length, vocab_size, generator=generator) * 3
+        likely_BL = torch.multinomial(logits_NV.softmax(-1), 1, generator=generator).view(num_sequences, length)
+        tokens_BL1 = torch.randint(vocab_size, (num_sequences, length + 1), generator=generator)
+        from_teacher_BL = torch.rand(num_sequences, length, generator=generator) < 0.5
+        tokens_BL1[:, 1:] = likely_BL.where(from_teacher_BL, tokens_BL1[:, 1:])
+        random_BL1 = torch.rand(num_sequences, length + 1, generator=generator).numpy()
+        sequences = Sequences(tokens_BL1.to(torch.int32).numpy(), random_BL1 < 0.2, random_BL1 < 0.7)
+        return Block(sequences, targets_of(codec, logits_NV, tokens_BL1[:, 1:], generator))
+
+    return make
+
+
+def targets_of(
+    codec: Codec, logits_NV: torch.Tensor, labels_BL: torch.Tensor, generator: torch.Generator
+) -> Targets | None:
+    if codec.name == SEQUENCES:
+        return None
+    shape, labels_N = tuple(labels_BL.shape), labels_BL.reshape(-1)
+    if codec.name == TOPK:
+        kept = topk_rows(logits_NV, labels_N, codec.num_ids)
+        return TopkTargets(
+            kept.ids_NK.view(*shape, -1).numpy(),
+            kept.logprobs_NK.view(*shape, -1).numpy(),
+            kept.tail_N.view(shape).numpy(),
+            kept.label_logprobs_N.view(shape).numpy(),
+        )
+    drawn = sampled_rows(logits_NV, labels_N, torch.rand(len(labels_N), generator=generator), codec.num_ids)
+    rows = [np.unique(draws_n, return_counts=True) for draws_n in drawn.draws_Nn.numpy()]
+    return SampledTargets(
+        np.array([len(ids) for ids, _ in rows], np.int32).reshape(shape),
+        np.concatenate([ids for ids, _ in rows]).astype(np.int32),
+        np.concatenate([counts for _, counts in rows]).astype(np.int32),
+        drawn.label_logprobs_N.view(shape).numpy(),
+    )
+
+
+@pytest.fixture
+def make_reader(tmp_path: Path, make_block: Callable[..., Block]) -> Callable[..., ShardReader]:
+    """A reader of shards on disk; `sizes` has a tuple per shard with the sequences of each of its members."""
+
+    def make(codec: Codec, sizes: tuple[tuple[int, ...], ...]) -> ShardReader:
+        folder = tmp_path / "shards"
+        folder.mkdir()
+        writer = ShardWriter(folder, tmp_path / "sidecars", "targets", codec)
+        seeds = iter(range(1000))
+        shards = [writer.write(i, [make_block(codec, n, next(seeds)) for n in of]) for i, of in enumerate(sizes)]
+        return ShardReader(folder, writer.shard_set(shards))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[[object, object], None]:
+    """Two blocks hold the same arrays, bit for bit and type for type."""
+
+    def check(found: tuple[Sequences, Targets | None], expected: Block) -> None:
+        for here, there in zip(found, (expected.sequences, expected.targets), strict=True):
+            assert type(here) is type(there)
+            if here is None or there is None:
+                continue
+            for name, array in vars(here).items():
+                other = getattr(there, name)
+                assert array.dtype == other.dtype and array.shape == other.shape, name
+                assert array.tobytes() == other.tobytes(), name
+
+    return check
