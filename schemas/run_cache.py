@@ -31,7 +31,7 @@ class CacheSettings(Record):
     """Seed of the draws. Each offset is a pure function of seed, sequence and position."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The teacher's weights and activations; the head is computed in float32 whatever is chosen here."""
+    """The teacher's weights and activations, `auto` as they were saved; the head is computed in float32 in any case."""
 
     max_tokens: int | None = Field(None, ge=1)
     """Stop after this many targets, whole shards. Leave it out to score everything the student may see."""

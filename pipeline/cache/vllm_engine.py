@@ -38,7 +38,7 @@ class VllmEngine:
         device: `cpu` or `cuda:0`.
 
     Raises:
-        MachineError: vLLM is not installed, or is of a version that cannot be captured.
+        MachineError: vLLM is not installed, is of a version that cannot be captured, or cannot run the model here.
         InputError: the model's positions are fewer than `seq_len`.
     """
 
@@ -68,10 +68,11 @@ class VllmEngine:
             )
         memory: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_fraction}
         if device == "cpu":
+            _require_head_size(config, path)
             memory = {"kv_cache_memory_bytes": _kv_cache_bytes(config, batch_tokens, seq_len)}
         self._llm = vllm.LLM(
             model=path,
-            dtype=dtype,
+            dtype=_saved_dtype(config) if dtype == "auto" else dtype,
             max_model_len=seq_len + 1,
             max_num_batched_tokens=max(batch_tokens, seq_len + 1),
             max_num_seqs=max(1, min(1024, batch_tokens // 8)),
@@ -166,6 +167,30 @@ def _require_vllm() -> None:
         )
 
 
+def _saved_dtype(config: Any) -> Any:
+    """vLLM's own `auto` turns float32 into bfloat16: the cache would hold another teacher than the one that is measured."""
+    return config.dtype if config.dtype is not None else "auto"
+
+
+def _require_head_size(config: Any, path: str) -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    size, possible = _head_size(config), CPUAttentionBackend.get_supported_head_sizes()
+    if size not in possible:
+        raise MachineError(
+            "vLLM cannot run this model on a CPU",
+            where=path,
+            found=f"attention heads of size {size}",
+            expected=f"one of {', '.join(map(str, possible))}",
+            fix="set cache.engine to transformers",
+        )
+
+
+def _head_size(config: Any) -> int:
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
+
+
 def _set_environment() -> None:
     # in process: no engine process that could outlive this one
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -209,6 +234,5 @@ def _unknown_vllm(why: str) -> MachineError:
 def _kv_cache_bytes(config: Any, batch_tokens: int, seq_len: int) -> int:
     """Room for twice the tokens of a step: a sequence leaves as soon as its last token is scored."""
     heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token: int = 2 * config.num_hidden_layers * heads * head_dim * 4
+    per_token: int = 2 * config.num_hidden_layers * heads * _head_size(config) * 4
     return max(_MIN_KV_CACHE_BYTES, per_token * 2 * (batch_tokens + seq_len))

@@ -116,13 +116,13 @@ class Codec:
         }
 
     def _topk_columns(self, targets: TopkTargets) -> dict[str, pa.Array]:
-        num_sequences = len(targets.ids_BLK)
+        shape = (len(targets.ids_BLK), self.seq_len * self.num_ids)
         _check_ids("ids", targets.ids_BLK, self.vocab_size)
         for name in ("logprobs_BLK", "tail_BL", "label_logprobs_BL"):
             _check_finite(name, getattr(targets, name))
         return {
-            "ids": fixed_lists(targets.ids_BLK.astype(self._id_type).reshape(num_sequences, -1)),
-            "logprobs": fixed_lists(targets.logprobs_BLK.astype(np.float32).reshape(num_sequences, -1)),
+            "ids": fixed_lists(targets.ids_BLK.astype(self._id_type).reshape(shape)),
+            "logprobs": fixed_lists(targets.logprobs_BLK.astype(np.float32).reshape(shape)),
             "tail": fixed_lists(targets.tail_BL.astype(np.float32)),
             "label_logprobs": fixed_lists(targets.label_logprobs_BL.astype(np.float32)),
         }
@@ -154,7 +154,7 @@ class Codec:
             raise InputError("ids, counts and num_ids disagree", found=len(targets.ids_D), expected=num_ids_N.sum())
         if len(num_ids_N) and (num_ids_N.min() < 1 or targets.counts_D.min() < 1):
             raise InputError("a row without ids, or an id without draws")
-        first_N = np.concatenate([[0], np.cumsum(num_ids_N)[:-1]])
+        first_N = np.cumsum(num_ids_N) - num_ids_N
         sums_N = np.add.reduceat(targets.counts_D, first_N) if len(first_N) else np.zeros(0)
         if (sums_N != self.num_ids).any():
             row = int(np.flatnonzero(sums_N != self.num_ids)[0])
