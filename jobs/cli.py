@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except CapgapError as error:
-        print(f"capgap: {error}", file=sys.stderr)
+        if not error.already_said:
+            print(f"capgap: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):

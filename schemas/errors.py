@@ -19,6 +19,7 @@ class CapgapError(Exception):
     """
 
     exit_code = 2
+    already_said = False
 
     def __init__(
         self,

@@ -32,13 +32,14 @@ Say = Callable[[str], None]
 
 
 class StageFailedError(CapgapError):
-    """A stage's process failed and has already said why; carries its exit code."""
+    """A stage's process failed; carries its exit code, and says nothing more where the process has said why."""
 
     def __init__(self, name: str, code: int) -> None:
         super().__init__(
             f"{name} failed", found=_how_it_ended(code), fix="mend the cause and run the same command again"
         )
         self.exit_code = code if code > 0 else 1
+        self.already_said = code == CapgapError.exit_code
 
 
 def walk(run: RunFile, chosen: Sequence[Instance], *, force: bool, wait: bool, say: Say) -> list[str]:

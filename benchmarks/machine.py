@@ -1,0 +1,42 @@
+"""What a figure was measured on, and where it is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Name and size of the device, and the versions that matter."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name()
+    return {
+        "device": name,
+        "num_cores": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def keep(name: str, device: str, figures: Any) -> Path:
+    """Write the figures as data, under a name that says what they were measured on."""
+    about = machine(device)
+    slug = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    path = RESULTS / f"{name}-{slug}.json"
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"machine": about, "figures": figures}, indent=1) + "\n")
+    return path
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())

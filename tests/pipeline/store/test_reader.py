@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import webdataset
+import zstandard
+
+from capgap.pipeline.store import ShardReader, read_blocks
+from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK
+from capgap.schemas.errors import CorruptError, InputError
+from capgap.schemas.records import Sequences, Targets
+
+NAMES = [SEQUENCES, SAMPLED, TOPK]
+SIZES = ((3, 1), (4,), (2, 2, 1))
+
+
+def _paths(reader: ShardReader, folder: Path) -> list[Path]:
+    return [folder / "shards" / shard.file.path for shard in reader.shard_set.shards]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_members_come_back_in_any_order(codecs, make_block, make_reader, assert_same, name: str) -> None:
+    reader = make_reader(codecs[name], SIZES)
+    sizes = [size for of_shard in SIZES for size in of_shard]
+    for index in (5, 0, 3, 1, 2, 4, 5):
+        assert_same(reader.read(index), make_block(codecs[name], sizes[index], index))
+
+
+def test_all_blocks_are_read_in_the_order_of_the_shards(codecs, make_reader, tmp_path: Path) -> None:
+    reader = make_reader(codecs[SAMPLED], SIZES)
+    assert [len(sequences) for sequences, _ in read_blocks(tmp_path / "shards", reader.shard_set)] == [3, 1, 4, 2, 2, 1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_flipped_bit_of_a_member_is_found_and_located(codecs, make_reader, tmp_path: Path, name: str) -> None:
+    reader = make_reader(codecs[name], ((1,), (1, 1)))
+    path = _paths(reader, tmp_path)[1]
+    data = path.read_bytes()
+    entry = reader.shard_set.shards[1].members[1]
+    with path.open("r+b", buffering=0) as file:
+        for bit in range(8 * entry.num_bytes):
+            place = entry.offset + bit // 8
+            _put(file, place, data[place] ^ 1 << bit % 8)
+            with pytest.raises(CorruptError) as caught:
+                reader.read(2)
+            _put(file, place, data[place])
+    assert f"{path}, member targets-000001-0001 at byte {entry.offset}: checksum mismatch" in str(caught.value)
+    reader.read(2)
+
+
+def _put(file, place: int, value: int) -> None:
+    file.seek(place)
+    file.write(bytes([value]))
+
+
+def test_damage_to_one_member_leaves_the_others_readable(codecs, make_reader, tmp_path: Path) -> None:
+    reader = make_reader(codecs[TOPK], ((2, 2, 2),))
+    path = _paths(reader, tmp_path)[0]
+    with path.open("r+b") as file:
+        _put(file, reader.shard_set.shards[0].members[1].offset - 512, 0)  # the name in the second member's header
+    assert [len(reader.read(index)[0]) for index in range(3)] == [2, 2, 2]
+    with path.open("r+b") as file:
+        _put(file, reader.shard_set.shards[0].members[1].offset + 9, 77)
+    assert len(reader.read(0)[0]) == len(reader.read(2)[0]) == 2
+    with pytest.raises(CorruptError, match="targets-000000-0001"):
+        reader.read(1)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 600])
+def test_a_truncated_shard_is_found(codecs, make_reader, tmp_path: Path, kept: int) -> None:
+    reader = make_reader(codecs[SAMPLED], ((3,),))
+    path = _paths(reader, tmp_path)[0]
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CorruptError, match=rf"{path}, member targets-000000-0000 .*found {max(0, kept - 512)} bytes"):
+        reader.read(0)
+
+
+def test_a_missing_shard_is_named(codecs, make_reader, tmp_path: Path) -> None:
+    reader = make_reader(codecs[SAMPLED], SIZES)
+    path = _paths(reader, tmp_path)[1]
+    path.unlink()
+    assert len(reader.read(0)[0]) == 3
+    with pytest.raises(InputError, match=f"{path}: the shard is missing; rerun the stage"):
+        reader.read(2)
+
+
+def test_another_number_of_sequences_than_the_manifest_says_is_found(codecs, make_reader, tmp_path: Path) -> None:
+    reader = make_reader(codecs[SAMPLED], ((3,),))
+    shard = reader.shard_set.shards[0]
+    member = shard.members[0].model_copy(update={"num_sequences": 4})
+    altered = reader.shard_set.model_copy(update={"shards": (shard.model_copy(update={"members": (member,)}),)})
+    with pytest.raises(CorruptError, match=r"member targets-000000-0000: wrong number of sequences; found 3, expected 4"):
+        ShardReader(tmp_path / "shards", altered).read(0)
+
+
+@pytest.mark.parametrize("name", [SAMPLED, TOPK])
+def test_targets_of_other_tokens_are_found_though_all_checksums_hold(codecs, make_block, make_reader, name: str) -> None:
+    # the check itself is tested in test_alignment.py; this holds that every read makes it
+    codec = codecs[name]
+    whole = make_block(codec, 4)
+    other = make_block(codec, 4, seed=9)
+    swapped = type(whole)(other.sequences, whole.targets)
+    data = codec.encode(swapped.sequences, swapped.targets)
+    reader = make_reader(codec, ((4,),))
+    shard = reader.shard_set.shards[0]
+    path = reader._folder / shard.file.path
+    path.write_bytes(data)
+    import zlib
+
+    member = shard.members[0].model_copy(update={"offset": 0, "num_bytes": len(data), "crc32": zlib.crc32(data)})
+    altered = reader.shard_set.model_copy(update={"shards": (shard.model_copy(update={"members": (member,)}),)})
+    with pytest.raises(CorruptError, match="targets are not aligned"):
+        ShardReader(path.parent, altered).read(0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shard_is_read_with_webdataset_arrow_and_zstandard_alone(
+    codecs, make_reader, tmp_path: Path, name: str
+) -> None:
+    reader = make_reader(codecs[name], SIZES)
+    index = 0
+    for path in _paths(reader, tmp_path):
+        for sample in webdataset.WebDataset(str(path), shardshuffle=False):
+            stream = zstandard.ZstdDecompressor().decompress(sample["arrow.zst"])
+            batch = pa.ipc.open_stream(stream).read_next_batch()
+            assert sample["__key__"] == reader.members[index][1].key
+            _assert_equal(batch, *reader.read(index))
+            index += 1
+    assert index == 6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shard_is_read_with_tarfile_alone(codecs, make_reader, tmp_path: Path, name: str) -> None:
+    reader = make_reader(codecs[name], SIZES)
+    index = 0
+    for path in _paths(reader, tmp_path):
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                assert member.name == f"{path.stem}-{member_number(member):04d}.arrow.zst"
+                assert (member.mtime, member.uid, member.uname) == (0, 0, "")
+                stream = zstandard.ZstdDecompressor().decompress(tar.extractfile(member).read())
+                _assert_equal(pa.ipc.open_stream(stream).read_next_batch(), *reader.read(index))
+                index += 1
+    assert index == 6
+
+
+def member_number(member: tarfile.TarInfo) -> int:
+    return int(member.name.split(".")[0].split("-")[-1])
+
+
+def _assert_equal(batch: pa.RecordBatch, sequences: Sequences, targets: Targets | None) -> None:
+    """Value by value through Arrow's own lists, as a program that knows nothing of capgap would see them."""
+    rows = batch.to_pylist()
+    assert [row["tokens"] for row in rows] == sequences.tokens_BL1.tolist()
+    assert [row["starts"] for row in rows] == sequences.starts_BL1.astype(int).tolist()
+    assert [row["mask"] for row in rows] == sequences.mask_BL1.astype(int).tolist()
+    if targets is None:
+        assert set(rows[0]) == {"tokens", "starts", "mask"}
+        return
+    assert [row["label_logprobs"] for row in rows] == targets.label_logprobs_BL.tolist()
+    if hasattr(targets, "tail_BL"):
+        assert [row["tail"] for row in rows] == targets.tail_BL.tolist()
+        assert np.array([row["ids"] for row in rows]).reshape(targets.ids_BLK.shape).tolist() == targets.ids_BLK.tolist()
+        assert [row["logprobs"] for row in rows] == targets.logprobs_BLK.reshape(len(rows), -1).tolist()
+    else:
+        assert [row["num_ids"] for row in rows] == targets.num_ids_BL.tolist()
+        assert [i for row in rows for i in row["ids"]] == targets.ids_D.tolist()
+        assert [c for row in rows for c in row["counts"]] == targets.counts_D.tolist()
+        assert [len(row["ids"]) for row in rows] == targets.num_ids_BL.sum(axis=1).tolist()
