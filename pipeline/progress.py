@@ -35,7 +35,7 @@ def progress(title: str, num_steps: int, unit: str, done: int = 0) -> Iterator[M
 
 def _terminal_bar() -> Progress:
     return Progress(
-        TextColumn("{task.description:<26}"),
+        TextColumn("{task.description:<30}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]:>14}"),

@@ -56,6 +56,7 @@ class VllmEngine:
         _set_environment()
         import vllm
 
+        _require_platform(device)
         _patch_front_end()
         config = load_config(path).get_text_config()
         if config.max_position_embeddings < seq_len:
@@ -167,8 +168,22 @@ def _require_vllm() -> None:
         )
 
 
+def _require_platform(device: str) -> None:
+    """vLLM runs where it was built for; the stage holds the lease on `device` and on nothing else."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() != (device == "cpu"):
+        raise MachineError(
+            "the installed vLLM runs elsewhere",
+            where="cache.engine: vllm",
+            found=f"a build for {current_platform.device_name}",
+            expected=f"one for {device}",
+            fix="change device, or set cache.engine to transformers",
+        )
+
+
 def _saved_dtype(config: Any) -> Any:
-    """vLLM's own `auto` turns float32 into bfloat16: the cache would hold another teacher than the one that is measured."""
+    """vLLM's own `auto` rounds float32 to bfloat16: the cache would hold another teacher than the one eval measures."""
     return config.dtype if config.dtype is not None else "auto"
 
 

@@ -91,7 +91,15 @@ class Codec:
             )
             _check_ids("tokens", sequences.tokens_BL1, self.vocab_size)
             return sequences, self._targets(batch)
-        except (zstandard.ZstdError, pa.ArrowException, OSError, StopIteration, KeyError, ValueError, InputError) as error:
+        except (
+            zstandard.ZstdError,
+            pa.ArrowException,
+            OSError,
+            StopIteration,
+            KeyError,
+            ValueError,
+            InputError,
+        ) as error:
             raise CorruptError(
                 "the member cannot be decoded", where=where, found=error, expected=f"codec {self.name}"
             ) from None
@@ -165,13 +173,15 @@ def codec_for(name: str, seq_len: int, settings: dict[str, Any]) -> Codec:
     """The codec that a manifest names.
 
     Raises:
-        InputError: the name is not one that this version of capgap knows.
+        InputError: the name is not one that this version of capgap knows, or its settings are not the codec's.
     """
     if name not in _KNOWN:
         raise InputError(
             "unknown codec", found=name, expected=", ".join(_KNOWN), fix="update capgap to read this shard"
         )
-    return Codec(name, seq_len, vocab_size=int(settings["vocab_size"]), num_ids=int(settings["num_ids"]))
+    if settings.keys() != {"vocab_size", "num_ids"} or not all(isinstance(value, int) for value in settings.values()):
+        raise InputError(f"codec {name} has other settings", found=settings, expected="numbers vocab_size and num_ids")
+    return Codec(name, seq_len, **settings)
 
 
 def _check_ids(name: str, ids: npt.NDArray[np.int32], vocab_size: int) -> None:

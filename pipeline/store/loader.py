@@ -1,7 +1,8 @@
 """Micro-batches of a shard set, in an order that a single integer resumes.
 
-The stream of a training is epoch after epoch of `EpochOrder`, cut into micro-batches; those that do not fill a
-micro-batch on every rank at the end of an epoch are left out of it. Rank r of w reads every w-th micro-batch from r on,
+The stream of a training is epoch after epoch of `EpochOrder`, cut into micro-batches; sequences that do not fill a
+whole step on every rank at the end of an epoch are left out of it, so that the size of a micro-batch changes nothing
+else. Rank r of w reads every w-th micro-batch from r on,
 so all ranks take equally many steps and the position is the same number on each of them.
 """
 
@@ -31,9 +32,10 @@ class SequenceLoader:
         seed: of the order.
         rank: of this process.
         world_size: number of processes; must divide `num_micro_batches`.
+        accumulate: micro-batches of one step on one rank.
 
     Raises:
-        InputError: the set holds too few sequences for one micro-batch on every rank.
+        InputError: the set holds too few sequences for one step on every rank.
     """
 
     def __init__(
@@ -44,12 +46,13 @@ class SequenceLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        accumulate: int = 1,
     ) -> None:
         self._reader, self._micro_batch, self._seed = reader, micro_batch, seed
         self._rank, self._world_size = rank, world_size
         self._sizes = [member.num_sequences for _, member in reader.members]
         self._total = num_micro_batches
-        self._per_epoch = micro_batches_per_epoch(sum(self._sizes), micro_batch, world_size)
+        self._per_epoch = micro_batches_per_epoch(sum(self._sizes), micro_batch, world_size * accumulate)
         self._position = 0
         self._decoded: OrderedDict[int, tuple[Sequences, Targets | None]] = OrderedDict()
 
@@ -83,7 +86,12 @@ class SequenceLoader:
         expected = self._order_settings()
         found = {name: state.get(name) for name in expected}
         if found != expected or state["position"] % self._world_size:
-            raise InputError("a checkpoint of another data order", found=state, expected=expected)
+            raise InputError(
+                "a checkpoint of another data order",
+                found=state,
+                expected=expected,
+                fix="restore micro_batch_sequences and the number of processes, or start over with --force",
+            )
         self._position = int(state["position"])
 
     def _order_settings(self) -> dict[str, int]:
@@ -105,18 +113,18 @@ class SequenceLoader:
         return self._decoded[member]
 
 
-def micro_batches_per_epoch(num_sequences: int, micro_batch: int, world_size: int = 1) -> int:
-    """Micro-batches of one epoch over all ranks, the same number for each rank.
+def micro_batches_per_epoch(num_sequences: int, micro_batch: int, together: int = 1) -> int:
+    """Micro-batches of one epoch over all ranks, a multiple of the number that is taken `together` in one step.
 
     Raises:
         InputError: not even one.
     """
-    number = num_sequences // (micro_batch * world_size) * world_size
+    number = num_sequences // (micro_batch * together) * together
     if not number:
         raise InputError(
             "too few sequences for one step",
             found=f"{num_sequences} sequences",
-            expected=f"at least {micro_batch * world_size}",
+            expected=f"at least {micro_batch * together}",
             fix="give the corpus more text or lower the batch",
         )
     return number

@@ -54,15 +54,17 @@ class Metrics(lightning.Callback):
     def __init__(self, file: MetricsFile, every_steps: int, steps_per_epoch: float, tokens_per_step: int) -> None:
         self._file, self._every = file, every_steps
         self._steps_per_epoch, self._tokens_per_step = steps_per_epoch, tokens_per_step
-        self._last_time, self._last_step = time.monotonic(), -1
+        self._last_time, self._last_step = time.monotonic(), 0
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        """The step that a resumed training begins with has its row."""
+        self._last_time, self._last_step = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Write a row at the interval and at the last step."""
+        """Write a row at the interval and at the last step; micro-batches before a step's last one take none."""
         step = trainer.global_step
-        if step == self._last_step or (step % self._every and step != trainer.max_steps) or not step:
+        if step == self._last_step or (step % self._every and step != trainer.max_steps):
             return
-        if self._last_step < 0:
-            self._last_step = step - self._every
         last = module.last
         loss, ce = float(last.loss.detach()), float(last.ce_N.mean())
         kl = {} if last.kl_N is None else {"train_kl": round(float(last.kl_N.mean()), 6)}
@@ -94,12 +96,16 @@ class HeldOut(lightning.Callback):
 
     def __init__(self, file: MetricsFile, batches: Iterable[Batch], every_steps: int, tokens_per_step: int) -> None:
         self._file, self._batches = file, list(batches)
-        self._every, self._tokens_per_step, self._last_step = every_steps, tokens_per_step, -1
+        self._every, self._tokens_per_step, self._last_step = every_steps, tokens_per_step, 0
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        """The step that a resumed training begins with has been measured."""
+        self._last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Measure at the interval and at the last step."""
         step = trainer.global_step
-        if step == self._last_step or not step or (step % self._every and step != trainer.max_steps):
+        if step == self._last_step or (step % self._every and step != trainer.max_steps):
             return
         self._last_step = step
         loss = heldout_loss(module, self._batches)

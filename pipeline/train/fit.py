@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,7 +68,9 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     num_steps, steps_per_epoch = _steps(task)
     tokens_per_step = settings.batch_sequences * shard_set.seq_len
     accumulate = settings.batch_sequences // settings.micro_batch
-    loader = SequenceLoader(task.training, settings.micro_batch, num_steps * accumulate, task.seed)
+    loader = SequenceLoader(
+        task.training, settings.micro_batch, num_steps * accumulate, task.seed, accumulate=accumulate
+    )
     module = DistillationModule(
         model, settings, num_steps, task.alpha, task.temperature, task.training.codec.vocab_size
     )
@@ -109,20 +110,20 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     }
 
 
-def _steps(task: Task) -> tuple[int, float]:
+def _steps(task: Task) -> tuple[int, int]:
     """Optimizer steps of the whole training, and of one epoch."""
     settings, shard_set = task.settings, task.training.shard_set
     accumulate = settings.batch_sequences // settings.micro_batch
-    per_epoch = micro_batches_per_epoch(shard_set.num_sequences, settings.micro_batch) / accumulate
-    num_steps = math.floor(per_epoch * settings.num_epochs)
+    per_epoch = micro_batches_per_epoch(shard_set.num_sequences, settings.micro_batch, accumulate) // accumulate
+    num_steps = per_epoch * settings.num_epochs
     if settings.max_tokens is not None:
         num_steps = min(num_steps, settings.max_tokens // (settings.batch_sequences * shard_set.seq_len))
     if num_steps < 1:
         raise InputError(
             "not enough data for one step of training",
             where=task.title,
-            found=f"{shard_set.num_sequences} sequences",
-            expected=f"at least batch_sequences = {settings.batch_sequences}, and max_tokens for a whole batch",
+            found=f"max_tokens = {settings.max_tokens}",
+            expected=f"at least {settings.batch_sequences * shard_set.seq_len}, the targets of batch_sequences",
         )
     return num_steps, per_epoch
 

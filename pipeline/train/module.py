@@ -90,7 +90,7 @@ def learning_rate_factor(settings: OptimizationSettings, step: int, num_steps: i
     warmup = settings.warmup_fraction * num_steps
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(num_steps - warmup, 1)
+    done = (step - warmup) / max(num_steps - 1 - warmup, 1)
     low = settings.final_learning_rate_ratio
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 

@@ -34,7 +34,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., st
                 num_key_value_heads=2,
                 head_dim=head_dim,  # 32 is the smallest that vLLM has on a CPU
                 max_position_embeddings=max_positions,
-                initializer_range=0.2,  # sharp: the likeliest id has a probability of 0.2 on average
+                initializer_range=0.2,  # the likeliest id has a probability of 0.1 on average, of up to 0.55
                 tie_word_embeddings=tied,
             )
             LlamaForCausalLM(config).save_pretrained(folder)

@@ -19,7 +19,9 @@ SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9))
 def test_draws_become_the_counts_of_their_row(draws_BLn: np.ndarray) -> None:
     draws_BLn = np.sort(draws_BLn, axis=2)
     labels_BL = np.arange(draws_BLn[..., 0].size, dtype=np.float32).reshape(draws_BLn.shape[:2])
-    targets = to_targets([Scored(d, None, None, labels_L, labels_L) for d, labels_L in zip(draws_BLn, labels_BL)])
+    targets = to_targets(
+        [Scored(d, None, None, labels_L, labels_L) for d, labels_L in zip(draws_BLn, labels_BL, strict=True)]
+    )
     assert isinstance(targets, SampledTargets)
     assert (targets.label_logprobs_BL == labels_BL).all()
     ends_N = targets.num_ids_BL.ravel().cumsum()

@@ -139,6 +139,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's build for GPUs does not run on a CPU")
 def test_the_second_generation_of_vllms_runner_gives_what_the_reference_gives(
     teacher_folder, requests_of, tmp_path
 ) -> None:

@@ -33,9 +33,7 @@ def test_targets_of_a_softmax_pass(make_block, name: str, vocab_size: int, num_i
 @pytest.mark.parametrize(("vocab_size", "num_ids"), SIZES)
 @pytest.mark.parametrize("name", [SAMPLED, TOPK])
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_distributions_one_position_off_fail(
-    make_block, name: str, vocab_size: int, num_ids: int, shift: int
-) -> None:
+def test_distributions_one_position_off_fail(make_block, name: str, vocab_size: int, num_ids: int, shift: int) -> None:
     """The kept ids of a row stand at its neighbour; the logprobs of the next tokens stay where they are."""
     block = make_block(_codec(name, vocab_size, num_ids), 16)
     shifted = _shifted(block.targets, shift)
@@ -55,7 +53,9 @@ def test_tokens_one_position_off_fail(make_block, name: str, vocab_size: int, nu
 
 def _shifted(targets: Targets, shift: int) -> Targets:
     if isinstance(targets, TopkTargets):
-        moved = {name: np.roll(getattr(targets, name), shift, axis=1) for name in ("ids_BLK", "logprobs_BLK", "tail_BL")}
+        moved = {
+            name: np.roll(getattr(targets, name), shift, axis=1) for name in ("ids_BLK", "logprobs_BLK", "tail_BL")
+        }
         return dataclasses.replace(targets, **moved)
     rows = np.split(np.arange(len(targets.ids_D)), np.cumsum(targets.num_ids_BL)[:-1])
     order = np.roll(np.arange(len(rows)).reshape(targets.num_ids_BL.shape), shift, axis=1)
@@ -108,8 +108,16 @@ def test_a_label_that_is_not_kept_is_at_most_as_likely_as_the_last_kept_id(proba
 
 @pytest.mark.parametrize(
     ("count", "expected_draws", "passes"),
-    [(4, 4.0, True), (4, 4.99, True), (4, 3.01, True), (4, 5.02, False), (4, 2.98, False), (0, 0.99, True), (0, 1.02, False)],
-)  # fmt: skip
+    [
+        (4, 4.0, True),
+        (4, 4.99, True),
+        (4, 3.01, True),
+        (4, 5.02, False),
+        (4, 2.98, False),
+        (0, 0.99, True),
+        (0, 1.02, False),
+    ],
+)
 def test_a_labels_count_is_the_floor_or_the_ceiling_of_its_share(
     count: int, expected_draws: float, passes: bool
 ) -> None:
@@ -130,5 +138,5 @@ def test_the_first_row_at_fault_is_named(make_block) -> None:
     label_logprobs_BL[3, 7] = 0
     label_logprobs_BL[5, 1] = 0
     broken = dataclasses.replace(block.targets, label_logprobs_BL=label_logprobs_BL)
-    with pytest.raises(CorruptError, match="shard 4, sequence 3, target 7: .* found 2 of 96 targets"):
+    with pytest.raises(CorruptError, match=r"shard 4, sequence 3, target 7: .* found 2 of 96 targets"):
         check_alignment(block.sequences, broken, 20, "shard 4")

@@ -170,6 +170,16 @@ def test_an_unknown_codec_is_refused_by_name() -> None:
         codec_for("sampled-arrow-2", 8, {"vocab_size": 10, "num_ids": 1})
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"vocab_size": 9}, {"vocab_size": 9, "num_ids": "many"}, {"vocab": 9, "n": 1}]
+)
+def test_a_codec_whose_settings_are_not_its_own_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(
+        InputError, match=r"codec sampled-arrow-1 has other settings; found .*expected numbers vocab_size"
+    ):
+        codec_for(SAMPLED, 8, settings)
+
+
 @pytest.mark.parametrize("name", [SEQUENCES, SAMPLED, TOPK])
 def test_a_codec_is_rebuilt_from_what_the_manifest_says(codecs, name: str) -> None:
     assert codec_for(name, codecs[name].seq_len, codecs[name].settings) == codecs[name]
@@ -190,8 +200,8 @@ def test_no_flipped_bit_changes_what_is_read(codecs, make_block, assert_same, na
             found += 1
         else:
             assert_same(decoded, block)
-    # measured: 95 % to 99 %; without the checksum, most flips in a literal pass
-    assert found > 0.9 * 8 * len(data)
+    # measured: 99.1 % to 99.6 %
+    assert found > 0.98 * 8 * len(data)
 
 
 def _uncompressed(codec: Codec, block: Block) -> bytes:

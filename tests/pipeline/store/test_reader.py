@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import zstandard
 from capgap.pipeline.store import ShardReader, read_blocks
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK
 from capgap.schemas.errors import CorruptError, InputError
+from capgap.schemas.manifest import ShardSet
 from capgap.schemas.records import Sequences, Targets
 
 NAMES = [SEQUENCES, SAMPLED, TOPK]
@@ -90,31 +92,31 @@ def test_a_missing_shard_is_named(codecs, make_reader, tmp_path: Path) -> None:
 
 def test_another_number_of_sequences_than_the_manifest_says_is_found(codecs, make_reader, tmp_path: Path) -> None:
     reader = make_reader(codecs[SAMPLED], ((3,),))
-    shard = reader.shard_set.shards[0]
-    member = shard.members[0].model_copy(update={"num_sequences": 4})
-    altered = reader.shard_set.model_copy(update={"shards": (shard.model_copy(update={"members": (member,)}),)})
-    with pytest.raises(CorruptError, match=r"member targets-000000-0000: wrong number of sequences; found 3, expected 4"):
-        ShardReader(tmp_path / "shards", altered).read(0)
+    with pytest.raises(
+        CorruptError, match=r"member targets-000000-0000: wrong number of sequences; found 3, expected 4"
+    ):
+        ShardReader(tmp_path / "shards", _altered(reader, {"num_sequences": 4})).read(0)
 
 
 @pytest.mark.parametrize("name", [SAMPLED, TOPK])
-def test_targets_of_other_tokens_are_found_though_all_checksums_hold(codecs, make_block, make_reader, name: str) -> None:
-    # the check itself is tested in test_alignment.py; this holds that every read makes it
+def test_targets_of_other_tokens_are_found_though_all_checksums_hold(
+    codecs, make_block, make_reader, tmp_path: Path, name: str
+) -> None:
+    # what the check accepts is tested in test_alignment.py; this holds that a read makes it
     codec = codecs[name]
-    whole = make_block(codec, 4)
-    other = make_block(codec, 4, seed=9)
-    swapped = type(whole)(other.sequences, whole.targets)
-    data = codec.encode(swapped.sequences, swapped.targets)
+    data = codec.encode(make_block(codec, 4, seed=9).sequences, make_block(codec, 4).targets)
     reader = make_reader(codec, ((4,),))
-    shard = reader.shard_set.shards[0]
-    path = reader._folder / shard.file.path
-    path.write_bytes(data)
-    import zlib
+    _paths(reader, tmp_path)[0].write_bytes(data)
+    member = {"offset": 0, "num_bytes": len(data), "crc32": zlib.crc32(data)}
+    with pytest.raises(CorruptError, match=r"member targets-000000-0000, sequence 0, target .* not aligned"):
+        ShardReader(tmp_path / "shards", _altered(reader, member)).read(0)
 
-    member = shard.members[0].model_copy(update={"offset": 0, "num_bytes": len(data), "crc32": zlib.crc32(data)})
-    altered = reader.shard_set.model_copy(update={"shards": (shard.model_copy(update={"members": (member,)}),)})
-    with pytest.raises(CorruptError, match="targets are not aligned"):
-        ShardReader(path.parent, altered).read(0)
+
+def _altered(reader: ShardReader, update: dict[str, int]) -> ShardSet:
+    """What the manifest says, but for the first member."""
+    shard = reader.shard_set.shards[0]
+    member = shard.members[0].model_copy(update=update)
+    return reader.shard_set.model_copy(update={"shards": (shard.model_copy(update={"members": (member,)}),)})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,7 +142,7 @@ def test_a_shard_is_read_with_tarfile_alone(codecs, make_reader, tmp_path: Path,
     for path in _paths(reader, tmp_path):
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                assert member.name == f"{path.stem}-{member_number(member):04d}.arrow.zst"
+                assert member.name == f"{path.stem}-{_number(member):04d}.arrow.zst"
                 assert (member.mtime, member.uid, member.uname) == (0, 0, "")
                 stream = zstandard.ZstdDecompressor().decompress(tar.extractfile(member).read())
                 _assert_equal(pa.ipc.open_stream(stream).read_next_batch(), *reader.read(index))
@@ -148,7 +150,7 @@ def test_a_shard_is_read_with_tarfile_alone(codecs, make_reader, tmp_path: Path,
     assert index == 6
 
 
-def member_number(member: tarfile.TarInfo) -> int:
+def _number(member: tarfile.TarInfo) -> int:
     return int(member.name.split(".")[0].split("-")[-1])
 
 
@@ -164,7 +166,9 @@ def _assert_equal(batch: pa.RecordBatch, sequences: Sequences, targets: Targets 
     assert [row["label_logprobs"] for row in rows] == targets.label_logprobs_BL.tolist()
     if hasattr(targets, "tail_BL"):
         assert [row["tail"] for row in rows] == targets.tail_BL.tolist()
-        assert np.array([row["ids"] for row in rows]).reshape(targets.ids_BLK.shape).tolist() == targets.ids_BLK.tolist()
+        assert (
+            np.array([row["ids"] for row in rows]).reshape(targets.ids_BLK.shape).tolist() == targets.ids_BLK.tolist()
+        )
         assert [row["logprobs"] for row in rows] == targets.logprobs_BLK.reshape(len(rows), -1).tolist()
     else:
         assert [row["num_ids"] for row in rows] == targets.num_ids_BL.tolist()

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from capgap.pipeline.corpus.pack import pack
+from capgap.pipeline.corpus.sources import Document
+from capgap.schemas.errors import InputError
+
+EOS = 0
+LENGTHS = st.lists(st.integers(0, 40), max_size=20)
+
+
+def _documents(lengths: list[int]) -> list[tuple[Document, list[int]]]:
+    """Documents of that many tokens, no token twice; their text has two bytes a token."""
+    ids = itertools.count(1)
+    return [
+        (Document(f"document {number}", "\u00fc" * length), list(itertools.islice(ids, length)))
+        for number, length in enumerate(lengths)
+    ]
+
+
+def _joined(documents: list[tuple[Document, list[int]]]) -> list[int]:
+    return [token for _, ids in documents for token in [*ids, EOS]]
+
+
+@given(lengths=LENGTHS, seq_len=st.integers(1, 30))
+def test_sequences_are_the_documents_one_after_the_other_with_an_end_token_each(lengths: list[int], seq_len: int):
+    documents = _documents(lengths)
+    packed = pack(documents, seq_len, EOS, "split")
+    tokens = packed.sequences.tokens_BL1
+    assert tokens.dtype == np.int32 and tokens.shape[1] == seq_len + 1
+    expected = _joined(documents)
+    assert tokens.ravel().tolist() == expected[: tokens.size]
+    assert packed.num_text_tokens == len(expected)
+    assert packed.num_cut_tokens == len(expected) - tokens.size
+    assert packed.num_cut_tokens <= seq_len, "what is cut off would not have filled a sequence"
+
+
+@given(lengths=LENGTHS, seq_len=st.integers(1, 30))
+def test_starts_are_the_first_tokens_of_documents(lengths: list[int], seq_len: int) -> None:
+    documents = _documents(lengths)
+    packed = pack(documents, seq_len, EOS, "split")
+    starts = packed.sequences.starts_BL1
+    # the token after an end token begins a document, and so does the very first
+    expected = [True, *(token == EOS for token in _joined(documents))]
+    assert starts.ravel().tolist() == expected[: starts.size]
+    assert packed.num_documents == int(starts.sum())
+    assert packed.sequences.mask_BL1.all() and packed.sequences.mask_BL1.shape == starts.shape
+
+
+@given(lengths=LENGTHS, seq_len=st.integers(1, 30))
+def test_documents_that_are_too_long_are_dropped_and_the_others_packed_as_if_they_had_not_been(
+    lengths: list[int], seq_len: int
+) -> None:
+    documents = _documents(lengths)
+    short = [(document, ids) for document, ids in documents if len(ids) + 1 <= seq_len + 1]
+    dropped, expected = pack(documents, seq_len, EOS, "drop"), pack(short, seq_len, EOS, "split")
+    assert dropped.num_dropped == len(documents) - len(short)
+    for name in ("tokens_BL1", "starts_BL1", "mask_BL1"):
+        assert np.array_equal(getattr(dropped.sequences, name), getattr(expected.sequences, name))
+    assert dropped.num_text_bytes == expected.num_text_bytes == sum(2 * len(ids) for _, ids in short)
+    assert (dropped.num_documents, dropped.num_cut_tokens) == (expected.num_documents, expected.num_cut_tokens)
+
+
+@pytest.mark.parametrize(("length", "fits"), [(7, True), (8, True), (9, False)])
+def test_a_document_fits_if_a_sequence_holds_it_and_its_end_token(length: int, fits: bool) -> None:
+    documents = _documents([3, length, 2])
+    if fits:
+        assert pack(documents, 8, EOS, "refuse").num_dropped == 0
+        return
+    with pytest.raises(
+        InputError, match=r"document 1: .* longer than a sequence; found 9 tokens and an end token, exp"
+    ):
+        pack(documents, 8, EOS, "refuse")
+
+
+def test_too_little_text_makes_no_sequence() -> None:
+    packed = pack(_documents([5, 1]), 8, EOS, "split")
+    assert packed.sequences.tokens_BL1.shape == (0, 9)
+    assert (packed.num_documents, packed.num_text_tokens, packed.num_cut_tokens) == (0, 8, 8)

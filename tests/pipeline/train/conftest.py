@@ -1,0 +1,109 @@
+"""A teacher that is a known Markov chain, shards of its text with its distributions as targets, and tiny students.
+
+Legend: V vocabulary, B sequences, L targets a sequence, N = B x L rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from capgap.pipeline.cache.convert import to_targets
+from capgap.pipeline.cache.scoring import Recording, record_rows, row_offsets, sequence_digest, unpack
+from capgap.pipeline.store import Block, Codec, ShardReader, ShardWriter
+from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK
+from capgap.schemas.records import Sequences
+
+VOCAB_SIZE = 40
+SEQ_LEN = 16
+NUM_IDS = {"sampled": 20, "topk": 6}
+
+
+@pytest.fixture(scope="session")
+def chain() -> torch.Tensor:
+    """Logits of the next token after each token: an entropy of 1.5 nats."""
+    return torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_seed(1)) * 2.5
+
+
+@pytest.fixture(scope="session")
+def make_sequences(chain) -> Callable[..., Sequences]:
+    def make(num_sequences: int, seed: int = 0) -> Sequences:
+        rng = np.random.default_rng(seed)
+        ends_VV = torch.softmax(chain.double(), -1).cumsum(-1).numpy()
+        tokens_BL1 = np.zeros((num_sequences, SEQ_LEN + 1), np.int32)
+        tokens_BL1[:, 0] = rng.integers(0, VOCAB_SIZE, num_sequences)
+        for i in range(SEQ_LEN):
+            points_B = rng.random(num_sequences)
+            tokens_BL1[:, i + 1] = (ends_VV[tokens_BL1[:, i]] < points_B[:, None]).sum(1).clip(max=VOCAB_SIZE - 1)
+        starts_BL1 = np.zeros(tokens_BL1.shape, np.bool_)
+        starts_BL1[:, 0] = True
+        return Sequences(tokens_BL1, starts_BL1, ~starts_BL1)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_shards(chain, make_sequences) -> Callable[..., ShardReader]:
+    """`kind`: sampled, topk, or None for text without targets. Shards of 12 sequences, each in two members."""
+
+    def make(
+        folder: Path, kind: str | None, num_sequences: int, *, temperature: float = 1.0, seed: int = 0
+    ) -> ShardReader:
+        folder.mkdir(parents=True, exist_ok=True)
+        sequences = make_sequences(num_sequences, seed)
+        name = {None: SEQUENCES, "sampled": SAMPLED, "topk": TOPK}[kind]
+        codec = Codec(name, SEQ_LEN, VOCAB_SIZE, NUM_IDS.get(kind, 0))
+        writer = ShardWriter(folder, folder / "sidecars", "shard", codec)
+        recording = None if kind is None else Recording(kind, NUM_IDS[kind], temperature, 0, VOCAB_SIZE, 64)
+        shards = []
+        for index, start in enumerate(range(0, num_sequences, 12)):
+            parts = [_part(sequences, i, min(i + 6, num_sequences)) for i in (start, start + 6) if i < num_sequences]
+            shards.append(writer.write(index, [Block(p, _targets(recording, chain, p)) for p in parts]))
+        return ShardReader(folder, writer.shard_set(shards))
+
+    return make
+
+
+def _part(sequences: Sequences, start: int, stop: int) -> Sequences:
+    rows = slice(start, stop)
+    return Sequences(sequences.tokens_BL1[rows], sequences.starts_BL1[rows], sequences.mask_BL1[rows])
+
+
+def _targets(recording: Recording | None, chain: torch.Tensor, sequences: Sequences):
+    if recording is None:
+        return None
+    scored = []
+    for tokens_L1 in sequences.tokens_BL1:
+        offsets = row_offsets(recording, sequence_digest(tokens_L1), 0, SEQ_LEN)
+        tokens = torch.from_numpy(tokens_L1).long()
+        packed = record_rows(
+            recording, chain[tokens[:-1]], tokens[1:], None if offsets is None else torch.from_numpy(offsets)
+        )
+        scored.append(unpack(packed.ids_NK.numpy(), packed.numbers_NW.numpy(), "here"))
+    return to_targets(scored)
+
+
+@pytest.fixture(scope="session")
+def make_student() -> Callable[..., LlamaForCausalLM]:
+    """A Llama with 8 rows of padding behind its vocabulary."""
+
+    def make(seed: int = 0, tied: bool = True) -> LlamaForCausalLM:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            config = LlamaConfig(
+                vocab_size=VOCAB_SIZE + 8,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=SEQ_LEN,
+                tie_word_embeddings=tied,
+            )
+            return LlamaForCausalLM(config)
+
+    return make

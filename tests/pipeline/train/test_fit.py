@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from capgap.pipeline.train.fit import Task, fit
+from capgap.schemas.errors import InputError
+from capgap.schemas.run_model import OptimizationSettings
+
+SEQ_LEN = 16
+NUM_SEQUENCES = 62  # 15 batches of 4 an epoch, and two sequences left over
+
+
+@pytest.fixture(scope="module")
+def shards(make_shards, tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("shards")
+    return {
+        "sampled": make_shards(folder / "sampled", "sampled", NUM_SEQUENCES),
+        "topk": make_shards(folder / "topk", "topk", NUM_SEQUENCES),
+        "heldout": make_shards(folder / "heldout", None, 12, seed=1),
+    }
+
+
+@pytest.fixture
+def make_task(shards, tmp_path) -> Callable[..., Task]:
+    def make(kind: str = "sampled", alpha: float = 1.0, **settings: Any) -> Task:
+        given = {"batch_sequences": 4, "log_every_steps": 5, "learning_rate": 1e-2} | settings
+        return Task(
+            title="train: test",
+            settings=OptimizationSettings.model_validate(given),
+            training=shards[kind],
+            heldout=shards["heldout"],
+            alpha=alpha,
+            temperature=1.0,
+            seed=0,
+            device="cpu",
+            folder=tmp_path,
+        )
+
+    return make
+
+
+def _metrics(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _column(folder: Path, name: str) -> list[tuple[int, float]]:
+    return [(int(row["step"]), float(row[name])) for row in _metrics(folder) if row[name]]
+
+
+@pytest.mark.parametrize("kind, alpha", [("sampled", 1.0), ("topk", 0.5), ("sampled", 0.0)])
+def test_training_lowers_the_held_out_loss(make_task, make_student, tmp_path, kind, alpha) -> None:
+    totals = fit(make_student(), make_task(kind, alpha, num_epochs=4, validate_every_steps=20))
+    assert totals == {"num_steps": 60, "num_tokens": 60 * 4 * SEQ_LEN, "num_epochs": 4.0}
+    validation = _column(tmp_path, "validation_loss")
+    assert [step for step, _ in validation] == [20, 40, 60]
+    losses = [loss for _, loss in validation]
+    # an untrained student stands at log 40 = 3.69, the chain's entropy at 1.5
+    assert losses[0] < math.log(40) and losses[-1] < losses[0] - 0.3
+    assert [step for step, _ in _column(tmp_path, "train_loss")] == [*range(5, 61, 5)]
+    assert _column(tmp_path, "num_tokens")[0] == (5, 5 * 4 * SEQ_LEN)
+    assert len(_column(tmp_path, "train_kl")) == (0 if alpha == 0 else 12)
+
+
+def test_the_same_training_twice_gives_the_same_bits_and_leaves_the_model_for_use(make_task, make_student) -> None:
+    students = [make_student(), make_student(), make_student(seed=1)]
+    for student in students:
+        for path in make_task().folder.rglob("*.ckpt"):
+            path.unlink()
+        fit(student, make_task(max_tokens=10 * 4 * SEQ_LEN))
+        assert not student.training
+    a, b, c = (torch.cat([p.detach().flatten() for p in s.parameters()]) for s in students)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_micro_batches_take_the_steps_of_the_whole_batch_in_every_epoch(
+    make_task, make_student, micro_batch: int
+) -> None:
+    def weights(**settings: Any) -> torch.Tensor:
+        student = make_student()
+        fit(student, make_task(num_epochs=2, **settings))
+        return torch.cat([p.detach().flatten() for p in student.parameters()])
+
+    whole = weights()
+    shutil.rmtree(make_task().folder / "work")
+    parts = weights(micro_batch_sequences=micro_batch)
+    start = torch.cat([p.detach().flatten() for p in make_student().parameters()])
+    # a gradient summed in another order; Adam divides small ones by their size, so single weights stray further
+    assert float((whole - parts).norm() / (whole - start).norm()) < 0.01
+
+
+@pytest.mark.parametrize("given, steps", [(1, None), (63, None), (64, 1), (20 * 64 + 63, 20), (10**9, 30)])
+def test_max_tokens_is_never_passed(make_task, make_student, tmp_path, given: int, steps: int | None) -> None:
+    task = make_task(max_tokens=given, num_epochs=2)
+    if steps is None:
+        with pytest.raises(
+            InputError, match=r"train: test: not enough data for one step .* found max_tokens = .* at least 64"
+        ):
+            fit(make_student(), task)
+        return
+    assert fit(make_student(), task)["num_steps"] == steps
+    assert _metrics(tmp_path)[-1]["step"] == str(steps)
+
+
+@pytest.mark.parametrize("settings", [{}, {"micro_batch_sequences": 1}])
+def test_too_few_sequences_for_a_batch_are_refused(make_task, make_student, settings) -> None:
+    with pytest.raises(InputError, match=r"one step.*found 62 sequences, expected at least"):
+        fit(make_student(), make_task(batch_sequences=64, **settings))
+
+
+def test_a_training_that_diverges_stops_with_its_step(make_task, make_student, tmp_path) -> None:
+    with pytest.raises(InputError, match=r"training step \d+: the loss is not finite.*lower the learning rate"):
+        fit(make_student(), make_task(learning_rate=1e30, log_every_steps=1))
+    assert all(math.isfinite(loss) for _, loss in _column(tmp_path, "train_loss"))
+
+
+def test_poisoned_weights_stop_at_the_first_logged_step(make_task, make_student) -> None:
+    student = make_student()
+    with torch.no_grad():
+        student.model.norm.weight[0] = float("nan")
+    with pytest.raises(InputError, match="training step 5: the loss is not finite; found nan"):
+        fit(student, make_task())
+
+
+# Imports once, then trains in forked processes, each of which may be killed as soon as metrics.csv names a step.
+FORKED = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
+
+from capgap.pipeline.store import ShardReader
+from capgap.pipeline.train.fit import Task, fit
+from capgap.schemas.manifest import ShardSet
+from capgap.schemas.run_model import OptimizationSettings
+
+def train(job):
+    folder = Path(job["folder"])
+    model = LlamaForCausalLM.from_pretrained(job["student"])
+    readers = [ShardReader(Path(path), ShardSet.model_validate_json(text)) for path, text in job["shards"]]
+    settings = OptimizationSettings.model_validate(job["settings"])
+    fit(model, Task("train", settings, *readers, 1.0, 1.0, 0, "cpu", folder))
+    save_file({name: p.detach() for name, p in model.named_parameters()}, folder / "weights.safetensors")
+
+def last_step(folder):
+    try:
+        return int((Path(folder) / "metrics.csv").read_text().splitlines()[-1].split(",")[0])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+for job in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        train(job)
+        os._exit(0)
+    while job["kill_at"] is not None and last_step(job["folder"]) < job["kill_at"]:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            sys.exit("the training ended before it could be killed")
+        time.sleep(0.001)
+    if job["kill_at"] is not None:
+        time.sleep(job["delay_s"])
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    assert status == (0 if job["kill_at"] is None else signal.SIGKILL), status
+    print(last_step(job["folder"]), flush=True)
+"""
+
+
+def test_a_killed_training_goes_on_as_if_undisturbed(shards, make_student, tmp_path) -> None:
+    """For whole batches and for accumulated ones: equal bits, and every row of the metrics once."""
+    make_student().save_pretrained(tmp_path / "student")
+    rng = random.Random()
+    jobs = []
+    for micro_batch in (4, 2):
+        settings = {
+            "batch_sequences": 4,
+            "micro_batch_sequences": micro_batch,
+            "num_epochs": 9,
+            "log_every_steps": 5,
+            "checkpoint_every_steps": 10,
+            "validate_every_steps": 20,
+        }
+        for name, kills in [("undisturbed", []), ("killed", [rng.randint(11, 40), rng.randint(41, 70)])]:
+            folder = tmp_path / f"{name}-{micro_batch}"
+            folder.mkdir()
+            job = {
+                "folder": str(folder),
+                "student": str(tmp_path / "student"),
+                "shards": [
+                    (str(shards[part]._folder), shards[part].shard_set.model_dump_json())
+                    for part in ("sampled", "heldout")
+                ],
+                "settings": settings,
+            }
+            jobs += [job | {"kill_at": kill, "delay_s": rng.uniform(0, 0.03)} for kill in [*kills, None]]
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, json.dumps(jobs)], env=os.environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    seen = [(job["kill_at"], job["delay_s"]) for job in jobs]
+    for micro_batch in (4, 2):
+        undisturbed, killed = (tmp_path / f"{name}-{micro_batch}" for name in ("undisturbed", "killed"))
+        weights = [(folder / "weights.safetensors").read_bytes() for folder in (undisturbed, killed)]
+        assert weights[0] == weights[1], f"micro-batch {micro_batch}, killed at {seen}"
+        rows = [[dict(row, tokens_per_s=None) for row in _metrics(folder)] for folder in (undisturbed, killed)]
+        assert rows[0] == rows[1], f"micro-batch {micro_batch}, killed at {seen}"
+        steps = [step for step, _ in _column(killed, "train_loss")]
+        assert steps == [*range(5, 136, 5)]
+        assert len(list((killed / "work" / "checkpoints").iterdir())) == 2, "the last two, and nothing half saved"

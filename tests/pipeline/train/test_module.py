@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+
+from capgap.pipeline.store import Batch
+from capgap.pipeline.store.batch import collate
+from capgap.pipeline.train.module import DistillationModule, learning_rate_factor
+from capgap.schemas.errors import InputError
+from capgap.schemas.run_model import OptimizationSettings
+
+VOCAB_SIZE = 40
+TEMPERATURES = {"sampled": 2.0, "topk": 1.0}
+
+
+@pytest.fixture(scope="module", params=["sampled", "topk"])
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def batch(kind, make_shards, tmp_path_factory) -> Batch:
+    reader = make_shards(tmp_path_factory.mktemp("cache"), kind, 12, temperature=TEMPERATURES[kind])
+    sequences, targets = reader.read(0)
+    sequences.mask_BL1[1, 5:9] = False
+    return collate([(sequences, targets, row) for row in range(4)], reader.codec.num_ids)
+
+
+def _module(model, alpha: float = 1.0, temperature: float = 1.0) -> DistillationModule:
+    return DistillationModule(model, OptimizationSettings(), 10, alpha, temperature, VOCAB_SIZE)
+
+
+def _plain_loss(model, batch: Batch, alpha: float, temperature: float) -> torch.Tensor:
+    """From full logits, row by row, in float64."""
+    logits_NV = model(input_ids=batch.input_ids_BL).logits.flatten(0, 1)[:, :VOCAB_SIZE].double()
+    losses = []
+    for row, (logits_V, label) in enumerate(zip(logits_NV, batch.labels_BL.flatten().tolist(), strict=True)):
+        if label < 0:
+            continue
+        logq_V = torch.log_softmax(logits_V / temperature, -1)
+        weights_K = batch.weights_NK[row].double()
+        ids_K, p_K = batch.ids_NK[row][weights_K > 0], weights_K[weights_K > 0]
+        kl = (p_K * (p_K.log() - logq_V[ids_K])).sum()
+        if batch.tail_N is not None:
+            tail = batch.tail_N[row].double()
+            kept_V = torch.zeros(VOCAB_SIZE, dtype=torch.bool).index_fill(0, ids_K, True)
+            kl = kl + tail * (tail.log() - logq_V[~kept_V].logsumexp(-1))
+        ce = -torch.log_softmax(logits_V, -1)[label]
+        losses.append(alpha * temperature**2 * kl + (1 - alpha) * ce)
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_loss_and_gradients_are_those_of_full_logits(kind, batch, make_student, alpha, tied) -> None:
+    model, temperature = make_student(tied=tied), TEMPERATURES[kind]
+    module = _module(model, alpha, temperature)
+    loss = module.training_step(batch, 0)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    expected = _plain_loss(model, batch, alpha, temperature)
+    expected.backward()
+    # float32 against float64 from the logits on: 1e-7 of a few nats, summed over 60 rows
+    assert loss.item() == pytest.approx(expected.item(), abs=2e-6)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(found[name], parameter.grad, atol=2e-6, rtol=1e-4), name
+    head = found["lm_head.weight" if not tied else "model.embed_tokens.weight"]
+    assert head[:VOCAB_SIZE].any() and not head[VOCAB_SIZE:].any(), "padding rows are never trained"
+
+
+def test_at_alpha_0_targets_make_no_difference(kind, batch, make_student) -> None:
+    without = Batch(batch.input_ids_BL, batch.labels_BL)
+    found = _module(make_student(), 0.0).loss(without, 0.0)
+    assert torch.equal(found.loss, _module(make_student(), 0.0).loss(batch, 0.0).loss)
+    assert found.kl_N is None
+
+
+def test_the_learning_rate_rises_to_its_peak_and_ends_at_the_final_ratio() -> None:
+    settings = OptimizationSettings(warmup_fraction=0.1, final_learning_rate_ratio=0.2)
+    factors = [learning_rate_factor(settings, step, 100) for step in range(100)]
+    assert factors[0] == pytest.approx(1 / 11)
+    assert np.diff(factors[:11]) == pytest.approx(1 / 11), "linear"
+    assert factors[10] == max(factors) == 1
+    assert (np.diff(factors[10:]) < 0).all()
+    assert factors[99] == pytest.approx(0.2)
+    assert learning_rate_factor(settings, 200, 100) == pytest.approx(0.2), "it stays there"
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_the_shortest_trainings_have_a_learning_rate(num_steps: int) -> None:
+    for warmup in (0.0, 0.05, 0.9):
+        settings = OptimizationSettings(warmup_fraction=warmup)
+        assert all(0.1 <= learning_rate_factor(settings, step, num_steps) <= 1 for step in range(num_steps))
+
+
+def test_matrices_decay_and_vectors_do_not(make_student) -> None:
+    optimizer = _module(make_student()).configure_optimizers()["optimizer"]
+    decays = {p.dim(): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays == {2: 0.1, 1: 0.0}
+
+
+@pytest.mark.parametrize(
+    "config, setting",
+    [
+        (Gemma2Config(final_logit_softcapping=30.0, head_dim=16), "final_logit_softcapping = 30.0"),
+        (CohereConfig(logit_scale=0.0625), "logit_scale = 0.0625"),
+        (GraniteConfig(logits_scaling=8.0), "logits_scaling = 8.0"),
+    ],
+    ids=["Gemma 2", "Cohere", "Granite"],
+)
+def test_a_head_whose_logits_are_not_linear_is_refused(config, setting: str) -> None:
+    small = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config.update({**small, "num_attention_heads": 2, "num_key_value_heads": 2, "layer_types": ["full_attention"]})
+    with pytest.raises(InputError, match=f"this model's head cannot be trained; found {setting}"):
+        _module(AutoModelForCausalLM.from_config(config))

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import pytest
+
+from capgap.pipeline.workflow.context import STAGES, Instance
+from capgap.pipeline.workflow.graph import decisive_settings, downstream, input_names, instances, select
+from capgap.schemas.errors import SettingError
+
+ALL = [
+    "corpus",
+    "teacher",
+    "cache",
+    "student/seed-0",
+    "student/seed-1",
+    "train/distilled/seed-0",
+    "train/cross_entropy/seed-0",
+    "train/distilled/seed-1",
+    "train/cross_entropy/seed-1",
+    "eval",
+    "report",
+]
+
+
+def _names(found: list[Instance]) -> list[str]:
+    return [instance.name for instance in found]
+
+
+def test_a_student_per_seed_and_a_training_per_arm_and_seed(make_run) -> None:
+    assert _names(instances(make_run())) == ALL
+
+
+def test_inputs_stand_before_what_reads_them(make_run) -> None:
+    run = make_run()
+    seen: set[str] = set()
+    for instance in instances(run):
+        assert set(input_names(run, instance)) <= seen
+        seen.add(instance.name)
+
+
+def test_a_training_reads_the_student_of_its_own_seed_alone(make_run) -> None:
+    found = input_names(make_run(), Instance("train", arm="distilled", seed=1))
+    assert found == ["corpus", "cache", "student/seed-1"]
+
+
+def test_every_result_reaches_the_report(make_run) -> None:
+    assert set(input_names(make_run(), Instance("report"))) == set(ALL) - {"report"}
+
+
+def test_a_reused_stage_has_no_instance_and_stays_an_input(make_run) -> None:
+    run = make_run({"reuse": {"corpus": "there/corpus", "teacher": "there/teacher"}})
+    assert _names(instances(run)) == ALL[2:]
+    assert input_names(run, Instance("cache")) == ["corpus", "teacher"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("corpus", ["corpus"]),
+        ("train", [name for name in ALL if name.startswith("train/")]),
+        ("train/distilled", ["train/distilled/seed-0", "train/distilled/seed-1"]),
+        ("train/cross_entropy/seed-1", ["train/cross_entropy/seed-1"]),
+        ("student/seed-1", ["student/seed-1"]),
+    ],
+)
+def test_a_pattern_names_a_stage_an_arm_or_one_instance(make_run, pattern: str, expected: list[str]) -> None:
+    assert _names(select(make_run(), pattern)) == expected
+
+
+@pytest.mark.parametrize("pattern", ["tain", "train/distil", "train/distilled/seed-2", "train/", "", "seed-0"])
+def test_a_pattern_that_names_nothing_is_refused_with_the_stages(make_run, pattern: str) -> None:
+    with pytest.raises(
+        SettingError, match=r"no such stage; found .*expected one of corpus, teacher, cache, student, tr"
+    ):
+        select(make_run(), pattern)
+
+
+def test_a_reused_stage_cannot_be_chosen_and_the_message_says_why(make_run) -> None:
+    with pytest.raises(SettingError, match=r"found corpus \(corpus is reused from there\), expected one of teacher"):
+        select(make_run({"reuse": {"corpus": "there"}}), "corpus")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "missing"),
+    [
+        ("corpus", set()),
+        ("teacher", {"corpus", "student/seed-0", "student/seed-1"}),
+        ("cache", {"corpus", "teacher", "student/seed-0", "student/seed-1"}),
+        ("student/seed-1", {*ALL[:4], "train/distilled/seed-0", "train/cross_entropy/seed-0"}),
+        ("train/distilled", {*ALL[:5], "train/cross_entropy/seed-0", "train/cross_entropy/seed-1"}),
+        ("report", set(ALL) - {"report"}),
+    ],
+)
+def test_downstream_is_what_depends_on_it_in_order(make_run, pattern: str, missing: set[str]) -> None:
+    assert _names(downstream(make_run(), pattern)) == [name for name in ALL if name not in missing]
+
+
+def test_every_stage_of_the_graph_has_decisive_settings(make_run) -> None:
+    run = make_run()
+    assert [stage for stage in STAGES if stage not in {i.stage for i in instances(run)}] == []
+    assert all(decisive_settings(run, instance) for instance in instances(run))

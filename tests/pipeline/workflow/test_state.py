@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args
+
+import pytest
+
+from capgap.pipeline.workflow.context import STAGES
+from capgap.pipeline.workflow.folder import WORK_FOLDER, begin, plan_units
+from capgap.pipeline.workflow.state import State, read_manifest, states
+from capgap.schemas.base import Record
+from capgap.schemas.errors import CorruptError, InputError
+from capgap.schemas.manifest import MANIFEST_NAME
+from capgap.schemas.run_file import RunFile
+
+ALL = set(STAGES)
+FROM_TEACHER = {"teacher", "cache", "train", "eval", "report"}
+FROM_CACHE = {"cache", "train", "eval", "report"}
+FROM_STUDENT = {"student", "train", "eval", "report"}
+FROM_TRAIN = {"train", "eval", "report"}
+
+# Setting, a value other than its default and than the run file's, and the stages that are made again for it.
+SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_layers": 3,
+    "num_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "tie_word_embeddings": False,
+}
+OPTIMIZATION: dict[str, Any] = {
+    "learning_rate": 2e-3,
+    "final_learning_rate_ratio": 0.2,
+    "warmup_fraction": 0.1,
+    "weight_decay": 0.2,
+    "clip_norm": 2.0,
+    "batch_sequences": 16,
+    "num_epochs": 2,
+    "max_tokens": 10**6,
+    "precision": "bf16-mixed",
+    "validate_every_steps": 7,
+    "num_validation_sequences": 7,
+}
+OPTIMIZATION_OPERATIONAL: dict[str, Any] = {
+    "micro_batch_sequences": 2,
+    "checkpoint_every_steps": 7,
+    "log_every_steps": 7,
+}
+GIVEN_TEACHER = {"teacher.model": None, "teacher.training": None}
+TABLE: list[tuple[str, Any, set[str]]] = [
+    ("name", "other", {"report"}),
+    ("out", "elsewhere", set()),
+    ("device", "cpu", set()),
+    ("corpus.sources", ["other.txt"], ALL),
+    ("corpus.text_field", "body", ALL),
+    ("corpus.tokenizer", "folder", ALL),
+    ("corpus.vocab_size", 512, ALL),
+    ("corpus.seq_len", 64, ALL),
+    ("corpus.long_documents", "drop", ALL),
+    ("corpus.teacher_fraction", 0.5, ALL),
+    ("corpus.heldout_fraction", 0.1, ALL),
+    ("corpus.shard_sequences", 64, ALL),
+    ("teacher.path", "folder", FROM_TEACHER),
+    *((f"teacher.model.{name}", value, FROM_TEACHER) for name, value in SHAPE.items()),
+    *((f"teacher.training.{name}", value, FROM_TEACHER) for name, value in OPTIMIZATION.items()),
+    *((f"teacher.training.{name}", value, set()) for name, value in OPTIMIZATION_OPERATIONAL.items()),
+    ("teacher.seed", 1, FROM_TEACHER),
+    ("cache.engine", "transformers", FROM_CACHE),
+    ("cache.recording", "topk", FROM_CACHE),
+    ("cache.num_draws", 64, FROM_CACHE),
+    ("cache.num_kept", 8, FROM_CACHE),
+    ("cache.temperature", 2.0, FROM_CACHE),
+    ("cache.seed", 1, FROM_CACHE),
+    ("cache.dtype", "float32", FROM_CACHE),
+    ("cache.max_tokens", 10**6, FROM_CACHE),
+    ("cache.chunk_rows", 7, set()),
+    ("cache.batch_tokens", 100, set()),
+    ("cache.gpu_memory_fraction", 0.5, set()),
+    ("student.path", "folder", FROM_STUDENT),
+    *((f"student.model.{name}", value, FROM_STUDENT) for name, value in SHAPE.items()),
+    *((f"train.{name}", value, FROM_TRAIN) for name, value in OPTIMIZATION.items()),
+    *((f"train.{name}", value, set()) for name, value in OPTIMIZATION_OPERATIONAL.items()),
+    ("train.alpha", 0.5, {"train/distilled", "eval", "report"}),  # the other arm has an alpha of its own
+    ("eval.num_sequences", 7, {"eval", "report"}),
+    ("eval.num_full_sequences", 7, {"eval", "report"}),
+    ("eval.num_bootstrap", 700, {"eval", "report"}),
+    ("eval.batch_sequences", 7, set()),
+]
+# What else must be set for the setting above to be allowed, in the run file before and after.
+BESIDE = {"cache.num_kept": {"cache.recording": "topk"}}
+REPLACES = {"teacher.path": GIVEN_TEACHER, "student.path": {"student.model": None}}
+STRUCTURE = {"seeds", "arms", "reuse"}  # each has tests of its own below
+
+
+def _identities(run: RunFile) -> dict[str, str]:
+    return {name: state.order.identity for name, state in states(run).items()}
+
+
+def _changed(before: RunFile, after: RunFile) -> set[str]:
+    old, new = _identities(before), _identities(after)
+    assert old.keys() == new.keys()
+    return {name for name in old if old[name] != new[name]}
+
+
+def _instances_of(stages: set[str], run: RunFile) -> set[str]:
+    return {name for name in states(run) if any(name == stage or name.startswith(stage + "/") for stage in stages)}
+
+
+@pytest.mark.parametrize(("path", "value", "stages"), TABLE, ids=[row[0] for row in TABLE])
+def test_a_setting_changes_the_identity_of_exactly_these_stages(make_run, path: str, value, stages: set[str]) -> None:
+    beside = BESIDE.get(path, {})
+    before = make_run(beside)
+    after = make_run(beside | REPLACES.get(path, {}) | {path: value})
+    assert before != after
+    assert _changed(before, after) == _instances_of(stages, before)
+
+
+def test_the_table_has_every_setting() -> None:
+    assert sorted(row[0] for row in TABLE) == sorted(_settings(RunFile))
+
+
+def _settings(model: type[Record], prefix: str = "") -> Iterator[str]:
+    for name, info in model.model_fields.items():
+        types = get_args(info.annotation) if isinstance(info.annotation, UnionType) else (info.annotation,)
+        records = [kind for kind in types if isinstance(kind, type) and issubclass(kind, Record)]
+        if records:
+            yield from _settings(records[0], f"{prefix}{name}.")
+        elif prefix + name not in STRUCTURE:
+            yield prefix + name
+
+
+@pytest.mark.parametrize(
+    ("path", "default"),
+    [
+        ("corpus.vocab_size", 4096),
+        ("cache.num_draws", 50),
+        ("corpus.seq_len", 256),
+        ("train.alpha", 1.0),
+        ("train.learning_rate", 3e-3),
+        ("eval.num_sequences", 512),
+    ],
+)
+def test_a_default_that_is_spelt_out_changes_nothing(make_run, path: str, default: object) -> None:
+    assert _changed(make_run(), make_run({path: default})) == set()
+
+
+def test_more_defaults_that_are_spelt_out_change_nothing(make_run) -> None:
+    topk = {"cache.recording": "topk"}
+    assert _changed(make_run(topk), make_run(topk | {"cache.num_kept": 64})) == set()
+    silent = {"teacher.training": None}
+    assert _changed(make_run(silent), make_run({"teacher.training": {}})) == set()
+    assert _changed(make_run({"arms.distilled": {"alpha": 1}}), make_run()) == set()
+
+
+def test_another_arm_leaves_the_others_as_they_are(make_run) -> None:
+    old = _identities(make_run())
+    new = _identities(make_run({"arms.half": {"alpha": 0.5}}))
+    assert set(new) - set(old) == {"train/half/seed-0", "train/half/seed-1"}
+    assert {name for name in old if old[name] != new[name]} == {"eval", "report"}
+
+
+def test_another_seed_leaves_the_others_as_they_are(make_run) -> None:
+    old = _identities(make_run({"seeds": [0]}))
+    new = _identities(make_run({"seeds": [0, 5]}))
+    assert set(new) - set(old) == {"student/seed-5", "train/distilled/seed-5", "train/cross_entropy/seed-5"}
+    assert {name for name in old if old[name] != new[name]} == {"eval", "report"}
+
+
+def test_a_setting_of_one_arm_leaves_the_others_as_they_are(make_run) -> None:
+    changed = _changed(make_run(), make_run({"arms.distilled": {"alpha": 0.9}}))
+    assert changed == {"train/distilled/seed-0", "train/distilled/seed-1", "eval", "report"}
+
+
+def test_an_operational_setting_of_one_arm_changes_nothing(make_run) -> None:
+    assert _changed(make_run(), make_run({"arms.distilled": {"log_every_steps": 3}})) == set()
+
+
+def test_seeds_and_arms_have_identities_of_their_own(make_run) -> None:
+    found = _identities(make_run({"arms": {"a": {}, "b": {}}}))
+    assert len(set(found.values())) == len(found)
+
+
+def test_the_order_of_arms_and_seeds_changes_no_training(make_run) -> None:
+    old = _identities(make_run())
+    new = _identities(make_run({"seeds": [1, 0], "arms": {"cross_entropy": {"alpha": 0}, "distilled": {}}}))
+    assert old == new
+
+
+def test_a_run_that_was_never_made_is_missing_throughout(make_run) -> None:
+    assert {(state.state, state.why) for state in states(make_run()).values()} == {(State.MISSING, "never made")}
+
+
+def _states(run: RunFile) -> dict[str, str]:
+    return {name: f"{s.state}: {s.why}" if s.why else str(s.state) for name, s in states(run).items()}
+
+
+@pytest.fixture
+def finished_run(make_run, make_finished) -> RunFile:
+    run = make_run()
+    for name in states(run):
+        make_finished(run, name)
+    return run
+
+
+def test_a_run_that_was_made_is_current_throughout(finished_run) -> None:
+    assert set(_states(finished_run).values()) == {"current"}
+
+
+def test_a_changed_setting_makes_its_stage_stale_and_names_it(finished_run, make_run) -> None:
+    found = _states(make_run({"cache.num_draws": 64}))
+    assert found["cache"] == "stale: cache.num_draws was 50, is 64"
+    assert found["train/distilled/seed-1"] == "stale: input cache changed"
+    assert {name for name, text in found.items() if text == "current"} == {"corpus", "teacher", "student/seed-0",
+                                                                           "student/seed-1"}  # fmt: skip
+
+
+def test_an_input_that_came_out_different_makes_what_reads_it_stale(finished_run, make_finished) -> None:
+    make_finished(finished_run, "cache", "another result of the same settings")
+    found = _states(finished_run)
+    assert found["cache"] == "current"
+    assert found["train/distilled/seed-0"] == "stale: input cache was made again and came out different"
+    assert found["eval"] == "stale: input train/distilled/seed-0 is stale"
+
+
+def test_an_input_that_came_out_the_same_makes_nothing_stale(finished_run, make_finished) -> None:
+    make_finished(finished_run, "cache")
+    assert set(_states(finished_run).values()) == {"current"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [(lambda path: path.unlink(), "result.txt is gone"), (lambda path: path.write_text("12"), "has 2 bytes, not 6")],
+)
+def test_a_folder_that_lost_a_file_is_stale(finished_run, tmp_path: Path, damage, why: str) -> None:
+    damage(tmp_path / "out" / "teacher" / "result.txt")
+    found = _states(finished_run)
+    assert found["teacher"].startswith("stale: ") and why in found["teacher"]
+    assert found["cache"] == "stale: input teacher is stale"
+    assert found["student/seed-0"] == "current"
+
+
+def test_a_begun_folder_is_partial_and_says_how_far_it_got(make_run) -> None:
+    run = make_run()
+    cache = states(run)["cache"]
+    (cache.folder / WORK_FOLDER / "shards").mkdir(parents=True)
+    begin(cache.folder, cache.order)
+    assert _states(run)["cache"] == "partial: begun"
+    plan_units(cache.folder / WORK_FOLDER, "shards", 4, "shards/*.json")
+    (cache.folder / WORK_FOLDER / "shards" / "targets-000000.json").touch()
+    assert _states(run)["cache"] == "partial: 1 of 4 shards"
+    found = _states(make_run({"cache.seed": 9}))
+    assert found["cache"] == "partial: 1 of 4 shards, begun under other settings: cache.seed was 0, is 9"
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", '{"format": "capgap-manifest-2"}', "\udcff"])
+def test_a_manifest_that_cannot_be_understood_is_named(make_run, make_finished, tmp_path: Path, text: str) -> None:
+    run = make_run()
+    make_finished(run, "corpus")
+    path = tmp_path / "out" / "corpus" / MANIFEST_NAME
+    path.write_bytes(os.fsencode(text))
+    with pytest.raises(CorruptError, match=f"{path}: the manifest cannot be understood; found .*rerun its stage with"):
+        states(run)
+
+
+def test_no_manifest_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert read_manifest(tmp_path) is read_manifest(tmp_path / "no") is read_manifest(tmp_path / "file") is None
+
+
+def test_a_reused_folder_takes_the_place_of_its_stage(finished_run, make_run, make_finished, tmp_path: Path) -> None:
+    corpus = str(tmp_path / "out" / "corpus")
+    other = make_run({"out": str(tmp_path / "second"), "reuse": {"corpus": corpus}})
+    found = states(other)
+    assert "corpus" not in found
+    assert found["teacher"].order.identity == states(finished_run)["teacher"].order.identity
+    make_finished(finished_run, "corpus", "another result")
+    make_finished(other, "teacher")
+    assert _states(other)["teacher"] == "current"
+    make_finished(finished_run, "corpus", "a third result")
+    assert _states(other)["teacher"] == "stale: input corpus was made again and came out different"
+
+
+@pytest.mark.parametrize(
+    ("folder", "found"), [("nowhere", "found no manifest.json"), ("out/teacher", "found a finished teacher stage")]
+)
+def test_only_a_finished_folder_of_that_stage_can_be_reused(
+    finished_run, make_run, tmp_path: Path, folder: str, found: str
+) -> None:
+    run = make_run({"reuse": {"corpus": str(tmp_path / folder)}})
+    with pytest.raises(
+        InputError, match=rf"reuse.corpus: .*{folder}: cannot be reused; {found}, expected the folder of"
+    ):
+        states(run)

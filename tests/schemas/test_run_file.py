@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from capgap.schemas.base import Record
+from capgap.schemas.run_cache import CacheSettings
+from capgap.schemas.run_corpus import CorpusSettings
+from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_model import ModelShape, StudentSettings, TeacherSettings, TrainSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE: dict[str, Any] = {"name": "tried", "out": "runs/tried", "teacher": {"model": {}}, "student": {"model": {}}}
+
+
+def _with(settings: dict[str, Any]) -> dict[str, Any]:
+    """The smallest run file, with settings by their dotted names."""
+    values = copy.deepcopy(BASE)
+    for path, value in settings.items():
+        *parents, name = path.split(".")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = value
+    return values
+
+
+def _refusals(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where and why the run file is refused."""
+    with pytest.raises(ValidationError) as caught:
+        RunFile.model_validate(_with(settings))
+    return [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in caught.value.errors()]
+
+
+def test_the_smallest_run_file_has_one_arm_and_one_seed() -> None:
+    run = RunFile.model_validate(BASE)
+    assert (run.seeds, list(run.arms), run.reuse) == ((0,), ["distilled"], {})
+    assert run.train_settings("distilled") == run.train == TrainSettings()
+
+
+@pytest.mark.parametrize("path", [*sorted(ROOT.glob("jobs/runs/*.yaml")), ROOT / "tests/assets/tiny.yaml"], ids=str)
+def test_every_run_file_that_is_shipped_is_one(path: Path) -> None:
+    RunFile.model_validate(yaml.safe_load(path.read_text()))
+
+
+def test_a_run_file_comes_back_from_json_as_it_was() -> None:
+    run = RunFile.model_validate(_with({"cache.recording": "topk", "arms.a": {"alpha": 0}, "seeds": [3, 1]}))
+    assert RunFile.model_validate_json(run.model_dump_json()) == run
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["nmae", "corpus.sorces", "teacher.modell", "teacher.model.hiden_size", "teacher.training.alpha", "cache.k",
+     "student.seed", "train.lr", "eval.num"],
+)  # fmt: skip
+def test_an_unknown_key_is_refused_by_its_full_name(path: str) -> None:
+    ((where, _),) = _refusals({path: 1})
+    assert where.startswith(path)
+
+
+@pytest.mark.parametrize("path", ["name", "out", "teacher", "student"])
+def test_a_missing_setting_is_named(path: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        RunFile.model_validate({name: value for name, value in BASE.items() if name != path})
+    assert [(error["loc"], error["type"]) for error in caught.value.errors()] == [((path,), "missing")]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("name", 3),
+        ("out", None),
+        ("device", "gpu"),
+        ("corpus.sources", "one.txt"),
+        ("corpus.vocab_size", 299),
+        ("corpus.vocab_size", (1 << 24) + 1),
+        ("corpus.seq_len", 7),
+        ("corpus.seq_len", "many"),
+        ("corpus.seq_len", 64.5),
+        ("corpus.long_documents", "keep"),
+        ("corpus.teacher_fraction", 1),
+        ("corpus.heldout_fraction", 0),
+        ("corpus.shard_sequences", 0),
+        ("teacher.seed", -1),
+        ("cache.engine", "http"),
+        ("cache.recording", "all"),
+        ("cache.num_draws", 0),
+        ("cache.num_draws", 65536),
+        ("cache.temperature", 0),
+        ("cache.gpu_memory_fraction", 1),
+        ("train.learning_rate", 0),
+        ("train.learning_rate", "fast"),
+        ("train.warmup_fraction", 1),
+        ("train.alpha", 1.1),
+        ("train.alpha", -0.1),
+        ("train.precision", "fp8"),
+        ("train.num_epochs", 0),
+        ("eval.num_sequences", 1),
+        ("eval.num_bootstrap", 99),
+        ("reuse.train.[key]", "folder"),
+        ("arms", [1]),
+        ("arms.distilled", None),
+    ],
+)
+def test_a_value_of_the_wrong_kind_or_size_is_refused_where_it_stands(path: str, value: object) -> None:
+    assert path in [where for where, _ in _refusals({path.removesuffix(".[key]"): value})]
+
+
+def test_all_faults_are_told_at_once() -> None:
+    found = {where for where, _ in _refusals({"cache.num_draws": 0, "train.alpha": 2, "nmae": "x"})}
+    assert found == {"cache.num_draws", "train.alpha", "nmae"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "where", "message"),
+    [
+        (
+            {"cache.num_kept": 8},
+            "cache",
+            "cache.num_kept: found with recording sampled, expected topk; use cache.num_d",
+        ),
+        ({"cache.recording": "topk", "cache.num_draws": 8}, "cache", "cache.num_draws: found with recording topk"),
+        ({"corpus.tokenizer": "t", "corpus.vocab_size": 512}, "corpus", "corpus.vocab_size: found beside corpus.token"),
+        (
+            {"corpus.teacher_fraction": 0.7, "corpus.heldout_fraction": 0.3},
+            "corpus",
+            "corpus.teacher_fraction + corpus.heldout_fraction: found 1, expected less than 1; nothing is left",
+        ),
+        ({"corpus.sources": []}, "corpus", "corpus.sources: found none, expected at least one file"),
+        ({"teacher.path": "t"}, "teacher", "teacher: found both of path and model, expected one of them"),
+        ({"teacher": {}}, "teacher", "teacher: found neither of path and model, expected one of them"),
+        ({"student.path": "s"}, "student", "student: found both of path and model, expected one of them"),
+        (
+            {"teacher": {"path": "t", "training": {}}},
+            "teacher",
+            "teacher.training: found beside teacher.path, expected only with teacher.model",
+        ),
+        (
+            {"student.model": {"hidden_size": 100, "num_heads": 8}},
+            "student.model",
+            "hidden_size: found 100, expected a multiple of 2 x num_heads = 16",
+        ),
+        (
+            {"student.model": {"hidden_size": 96, "num_heads": 6, "num_key_value_heads": 4}},
+            "student.model",
+            "num_key_value_heads: found 4, expected a divisor of 6",
+        ),
+        (
+            {"train.batch_sequences": 8, "train.micro_batch_sequences": 3},
+            "train",
+            "micro_batch_sequences: found 3, expected a divisor of batch_sequences = 8",
+        ),
+        ({"seeds": []}, "", "seeds: found [], expected at least one, none twice, none negative"),
+        ({"seeds": [1, 2, 1]}, "", "seeds: found [1, 2, 1], expected at least one"),
+        ({"seeds": [-1]}, "", "seeds: found [-1], expected at least one"),
+        ({"arms": {}}, "", "arms: found none, expected at least one; leave the setting out for `distilled` alone"),
+        ({"arms.a.lr": 1}, "", "arms.a.lr: Extra inputs are not permitted"),
+        ({"arms.a.alpha": 2}, "", "arms.a.alpha: Input should be less than or equal to 1"),
+        (
+            {"arms": {"a": {"alpha": 2, "lr": 1}}},
+            "",
+            "arms.a.alpha: Input should be less than or equal to 1; arms.a.lr",
+        ),
+        ({"arms.a.micro_batch_sequences": 3}, "", "arms.a"),
+    ],
+)
+def test_settings_that_contradict_one_another_are_refused_in_the_users_words(
+    settings: dict[str, Any], where: str, message: str
+) -> None:
+    ((found_where, found),) = _refusals(settings)
+    assert found_where == where
+    assert found.startswith(message)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "../up", ".a", "", "a b", "a\n"])
+@pytest.mark.parametrize("setting", ["name", "arms"])
+def test_run_and_arms_must_be_able_to_name_a_folder(setting: str, name: str) -> None:
+    ((_, message),) = _refusals({setting: name if setting == "name" else {name: {}}})
+    assert message.startswith(f"name, arms: found {name!r}, expected a folder's name")
+
+
+def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
+    values = {"train.alpha": 0.5, "train.num_epochs": 3, "arms": {"plain": {}, "own": {"alpha": 0, "clip_norm": 2}}}
+    run = RunFile.model_validate(_with(values))
+    assert run.train_settings("plain") == run.train
+    assert run.train_settings("own") == run.train.model_copy(update={"alpha": 0.0, "clip_norm": 2.0})
+    with pytest.raises(ValueError, match="arms: found no 'other', expected one of own, plain"):
+        run.train_settings("other")
+
+
+@pytest.mark.parametrize(
+    ("record", "operational"),
+    [
+        (CorpusSettings(), {}),
+        (CacheSettings(), {"chunk_rows": 7, "batch_tokens": 99, "gpu_memory_fraction": 0.5}),
+        (TrainSettings(), {"micro_batch_sequences": 2, "checkpoint_every_steps": 7, "log_every_steps": 7}),
+        (ModelShape(), {}),
+        (RunFile.model_validate(BASE), {"out": "elsewhere", "device": "cpu"}),
+        (RunFile.model_validate(BASE).eval, {"batch_sequences": 7}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_operational_settings_and_no_others_are_left_out_of_what_decides(record: Record, operational: dict) -> None:
+    changed = type(record).model_validate({**record.model_dump(), **operational})
+    assert changed.decisive() == record.decisive()
+    silent = {name for name in type(record).model_fields if name not in record.decisive()}
+    assert silent == set(operational)
+
+
+def test_operational_settings_inside_others_are_left_out_too() -> None:
+    plain, other = (
+        TeacherSettings.model_validate({"model": {}, "training": {"num_epochs": 2, **more}})
+        for more in ({}, {"log_every_steps": 3})
+    )
+    assert plain != other
+    assert plain.decisive() == other.decisive()
+    assert "log_every_steps" not in plain.decisive()["training"]
+    assert plain.decisive()["training"]["num_epochs"] == 2
+
+
+def test_what_is_left_out_decides_like_its_default_spelt_out() -> None:
+    pairs = [
+        (TeacherSettings(model=ModelShape()), TeacherSettings.model_validate({"model": {}, "training": {}})),
+        (CacheSettings(), CacheSettings(num_draws=50)),
+        (CacheSettings(recording="topk"), CacheSettings(recording="topk", num_kept=64)),
+        (CorpusSettings(), CorpusSettings(vocab_size=4096)),
+    ]
+    for silent, spelt in pairs:
+        assert silent != spelt
+        assert silent.decisive() == spelt.decisive()
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        StudentSettings(model=ModelShape()).path = "other"  # type: ignore[misc]
+
+
+def test_every_setting_says_what_it_is() -> None:
+    models = {RunFile, CorpusSettings, TeacherSettings, CacheSettings, StudentSettings, TrainSettings, ModelShape}
+    silent = [f"{m.__name__}.{name}" for m in models for name, info in m.model_fields.items() if not info.description]
+    assert silent == []
