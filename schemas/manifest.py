@@ -32,6 +32,22 @@ class FileEntry(Record):
     """Digest of the bytes."""
 
 
+class SourceEntry(Record):
+    """A file outside the run that the stage read: text, or a given model."""
+
+    path: str
+    """Where it lies."""
+
+    num_bytes: int
+    """Size."""
+
+    modified_ns: int
+    """Time of its last change, nanoseconds since 1970; only where it moved is the digest computed again."""
+
+    sha256: str
+    """Digest of the bytes."""
+
+
 class MemberEntry(Record):
     """One member of a shard: a block of packed sequences."""
 
@@ -133,8 +149,14 @@ class Manifest(WorkOrder):
     format: Literal["capgap-manifest-1"] = "capgap-manifest-1"
     """Version of this layout."""
 
+    seal: str = ""
+    """Digest of everything else in this manifest, written when it is finished."""
+
     content: str
-    """Digest of `files`, paths and digests alone."""
+    """Digest of the digests of `files` and `sources`."""
+
+    sources: tuple[SourceEntry, ...] = ()
+    """Files outside the run that were read."""
 
     files: tuple[FileEntry, ...]
     """Everything in the folder that belongs to the result."""

@@ -50,6 +50,15 @@ def read_documents(sources: tuple[str, ...], text_field: str) -> Iterator[Docume
         yield from (document for document in documents if document.text.strip())
 
 
+def list_files(sources: tuple[str, ...]) -> list[Path]:
+    """The files that these sources name, in the order in which they are read; builtin text is none.
+
+    Raises:
+        InputError: a source names nothing, or a file of an unknown kind.
+    """
+    return [path for source in sources if source != BUILTIN for path in _expand(source)]
+
+
 def _builtin() -> Iterator[Document]:
     for name, text in sorted(pydoc_data.topics.topics.items()):
         yield Document(f"{BUILTIN}/topics/{name}", text)

@@ -115,8 +115,7 @@ def _write(context: StageContext, facts: TokenizerFacts, packed: dict[Split, Pac
             continue
         writer = ShardWriter(context.folder, sidecars, split, Codec(SEQUENCES, settings.seq_len, facts.vocab_size))
         shards = [
-            writer.finished(index)
-            or writer.write(index, [Block(part) for part in split_blocks(_slice(packed[split].sequences, start, size))])
+            writer.write(index, [Block(part) for part in split_blocks(_slice(packed[split].sequences, start, size))])
             for index, start in enumerate(starts[split])
         ]
         sets[split] = writer.shard_set(shards)

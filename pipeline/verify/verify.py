@@ -8,7 +8,7 @@ from pathlib import Path
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.files import sha256_of
 from capgap.pipeline.workflow.identity import content_of
-from capgap.pipeline.workflow.state import read_manifest
+from capgap.pipeline.workflow.state import read_manifest, require_seal
 from capgap.schemas.errors import CorruptError, InputError
 from capgap.schemas.manifest import MANIFEST_NAME, Manifest
 
@@ -33,7 +33,8 @@ def verify(folder: Path) -> Iterator[str]:
 
 def _verify_stage(folder: Path, manifest: Manifest) -> int:
     """Number of members checked."""
-    if content_of(manifest.files) != manifest.content:
+    require_seal(folder, manifest)
+    if content_of(manifest.files, manifest.sources) != manifest.content:
         raise CorruptError("the manifest's list of files contradicts its own digest", where=folder / MANIFEST_NAME)
     for file in manifest.files:
         path = folder / file.path

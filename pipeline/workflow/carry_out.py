@@ -15,7 +15,8 @@ from capgap.pipeline.workflow.device import resolve_device
 from capgap.pipeline.workflow.folder import WORK_FOLDER, begin, clear, content_files, finish, lock_folder
 from capgap.pipeline.workflow.identity import content_of
 from capgap.pipeline.workflow.lease import lease
-from capgap.pipeline.workflow.state import StageState, State, read_manifest, reused_manifests, states
+from capgap.pipeline.workflow.sources import record_sources, source_paths
+from capgap.pipeline.workflow.state import StageState, State, read_manifest, require_seal, reused_manifests, states
 from capgap.pipeline.workflow.versions import versions
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.manifest import InputEntry, Manifest
@@ -54,11 +55,13 @@ def carry_out(run: RunFile, instance: Instance, *, force: bool = False, wait: bo
         order = state.order.model_copy(update={"inputs": entries})
         begin(state.folder, order)
         begun_at = datetime.now(UTC).isoformat(timespec="seconds")
+        sources = record_sources(source_paths(run, instance))
         result = _run_stage(run, state, inputs, wait)
         files = content_files(state.folder)
         manifest = Manifest(
             **order.model_dump(),
-            content=content_of(files),
+            content=content_of(files, sources),
+            sources=sources,
             files=files,
             shard_sets=result.shard_sets,
             facts=result.facts,
@@ -69,8 +72,7 @@ def carry_out(run: RunFile, instance: Instance, *, force: bool = False, wait: bo
             command=tuple(sys.argv),
             resolved=run.model_dump(mode="json"),
         )
-        finish(state.folder, manifest)
-        return manifest
+        return finish(state.folder, manifest)
     finally:
         lock.release()
 
@@ -94,6 +96,7 @@ def _open_inputs(run: RunFile, state: StageState) -> dict[str, StageInput]:
     for name in state.order.inputs:
         if name in reused:
             path, manifest = reused[name]
+            require_seal(path, manifest)
             inputs[name] = StageInput(path, manifest)
             continue
         upstream = known[name]
@@ -108,6 +111,7 @@ def _open_inputs(run: RunFile, state: StageState) -> dict[str, StageInput]:
                 expected="current",
                 fix=f"run `capgap run RUN.yaml --from {stage}`, or `capgap {stage} --config RUN.yaml` first",
             )
+        require_seal(upstream.folder, found)
         inputs[name] = StageInput(upstream.folder, found)
     return inputs
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from capgap.pipeline.store.files import TEMP_MARK, sha256_of, write_atomically
+from capgap.pipeline.workflow.identity import seal_of
 from capgap.schemas.errors import MachineError
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, FileEntry, Manifest, WorkOrder
 
@@ -60,10 +61,12 @@ def begin(folder: Path, order: WorkOrder) -> None:
         path.unlink()
 
 
-def finish(folder: Path, manifest: Manifest) -> None:
-    """Make the folder a finished one."""
-    write_atomically(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1))
+def finish(folder: Path, manifest: Manifest) -> Manifest:
+    """Make the folder a finished one; the manifest that is written and returned bears its seal."""
+    sealed = manifest.model_copy(update={"seal": seal_of(manifest)})
+    write_atomically(folder / MANIFEST_NAME, sealed.model_dump_json(indent=1))
     shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+    return sealed
 
 
 def content_files(folder: Path) -> tuple[FileEntry, ...]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 
-from capgap.schemas.manifest import FileEntry
+from capgap.schemas.manifest import FileEntry, Manifest, SourceEntry
 
 # Part of every identity: raise it when a stage's meaning changes under unchanged settings.
 _GENERATION = 1
@@ -23,9 +24,15 @@ def identity_of(stage: str, settings: Mapping[str, Any], input_identities: Mappi
     )
 
 
-def content_of(files: Iterable[FileEntry]) -> str:
-    """Digest of paths and digests of the files of a folder, without those that record how long things took."""
-    return digest_of(sorted([file.path, file.sha256] for file in files if file.path not in _WALL_CLOCK_FILES))
+def content_of(files: Iterable[FileEntry], sources: Iterable[SourceEntry] = ()) -> str:
+    """Digest of the files of a folder, without those that record how long things took, and of what was read."""
+    made = [[file.path, file.sha256] for file in files if file.path not in _WALL_CLOCK_FILES]
+    return digest_of(sorted(made) + sorted([PurePath(source.path).name, source.sha256] for source in sources))
+
+
+def seal_of(manifest: Manifest) -> str:
+    """Digest of a manifest without its seal."""
+    return digest_of(manifest.model_dump(mode="json", exclude={"seal"}))
 
 
 def digest_of(value: object) -> str:

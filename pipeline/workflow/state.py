@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.folder import WORK_FOLDER, finished_units
 from capgap.pipeline.workflow.graph import decisive_settings, input_names, instances
-from capgap.pipeline.workflow.identity import first_difference, identity_of
+from capgap.pipeline.workflow.identity import first_difference, identity_of, seal_of
+from capgap.pipeline.workflow.sources import changed_source
 from capgap.schemas.errors import CorruptError, InputError
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, InputEntry, Manifest, WorkOrder
 from capgap.schemas.run_file import RunFile
@@ -104,8 +105,20 @@ def read_manifest(folder: Path) -> Manifest | None:
             where=path,
             found=f"{'.'.join(map(str, first['loc'])) or 'text'}: {first['msg']}",
             expected="a manifest written by this version of capgap",
-            fix="rerun its stage with --force",
+            fix="delete this file and run the same command again",
         ) from None
+
+
+def require_seal(folder: Path, manifest: Manifest) -> None:
+    """Raise CorruptError if the manifest is not what was written when its stage was finished."""
+    if manifest.seal != seal_of(manifest):
+        raise CorruptError(
+            "the manifest is not what was written",
+            where=folder / MANIFEST_NAME,
+            found=f"a digest of {seal_of(manifest)[:12]}",
+            expected=f"its seal, {manifest.seal[:12] or 'none'}",
+            fix="delete this file and run the same command again",
+        )
 
 
 def read_work_order(folder: Path) -> WorkOrder | None:
@@ -127,7 +140,7 @@ def _state_of(
     manifest = read_manifest(folder)
     if manifest is not None:
         why = _difference(manifest, order) or _missing_file(folder, manifest)
-        why = why or _waiting(inputs, found)
+        why = why or changed_source(run, instance, manifest.sources) or _waiting(inputs, found)
         return StageState(instance, folder, State.STALE if why else State.CURRENT, why, order, manifest)
     begun = read_work_order(folder)
     if begun is None:

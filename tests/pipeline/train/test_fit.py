@@ -179,7 +179,7 @@ for job in json.loads(sys.argv[1]):
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     assert status == (0 if job["kill_at"] is None else signal.SIGKILL), status
-    print(last_step(job["folder"]), flush=True)
+    print(json.dumps((Path(job["folder"]) / "metrics.csv").read_text().splitlines()), flush=True)
 """
 
 
@@ -215,6 +215,7 @@ def test_a_killed_training_goes_on_as_if_undisturbed(shards, make_student, tmp_p
     )
     assert done.returncode == 0, done.stderr
     seen = [(job["kill_at"], job["delay_s"]) for job in jobs]
+    _require_resumed(jobs, [json.loads(line) for line in done.stdout.splitlines()])
     for micro_batch in (4, 2):
         undisturbed, killed = (tmp_path / f"{name}-{micro_batch}" for name in ("undisturbed", "killed"))
         weights = [(folder / "weights.safetensors").read_bytes() for folder in (undisturbed, killed)]
@@ -224,3 +225,13 @@ def test_a_killed_training_goes_on_as_if_undisturbed(shards, make_student, tmp_p
         steps = [step for step, _ in _column(killed, "train_loss")]
         assert steps == [*range(5, 136, 5)]
         assert len(list((killed / "work" / "checkpoints").iterdir())) == 2, "the last two, and nothing half saved"
+
+
+def _require_resumed(jobs: list[dict[str, Any]], metrics: list[list[str]]) -> None:
+    """Rows up to the checkpoint stay as they are, tokens a second and all; a step that is taken again has another."""
+    for job, before, after in zip(jobs, metrics, metrics[1:], strict=False):
+        if job["kill_at"] is None:
+            continue
+        checkpoint = (job["kill_at"] - 1) // 10 * 10  # the newest, or the one before it
+        kept = [line for line in before[1:] if int(line.split(",")[0]) <= checkpoint]
+        assert kept and after[1 : len(kept) + 1] == kept, f"killed at {job['kill_at']}, begun again from the start"

@@ -60,7 +60,6 @@ def make_finished() -> Callable[..., Manifest]:
             wall_s=0.0,
             command=(),
         )
-        finish(state.folder, manifest)
-        return manifest
+        return finish(state.folder, manifest)
 
     return make

@@ -18,6 +18,7 @@ from capgap.pipeline.workflow.folder import (
     lock_folder,
     plan_units,
 )
+from capgap.pipeline.workflow.identity import seal_of
 from capgap.pipeline.workflow.state import read_manifest, states
 from capgap.schemas.errors import MachineError
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME
@@ -118,8 +119,9 @@ def test_finishing_removes_the_work_and_makes_the_manifest_readable(make_run, ma
     manifest = make_finished(run, "corpus")
     assert read_manifest(folder) == manifest
     assert sorted(path.name for path in folder.iterdir()) == [MANIFEST_NAME, "result.txt", WORK_NAME]
-    finish(folder, manifest)
-    assert read_manifest(folder) == manifest
+    sealed = finish(folder, manifest)
+    assert read_manifest(folder) == sealed
+    assert sealed.seal == seal_of(manifest)
 
 
 def _made(folder: Path) -> Path:

@@ -261,7 +261,7 @@ def test_a_manifest_that_cannot_be_understood_is_named(make_run, make_finished, 
     make_finished(run, "corpus")
     path = tmp_path / "out" / "corpus" / MANIFEST_NAME
     path.write_bytes(os.fsencode(text))
-    with pytest.raises(CorruptError, match=f"{path}: the manifest cannot be understood; found .*rerun its stage with"):
+    with pytest.raises(CorruptError, match=f"{path}: the manifest cannot be understood; found .*delete this file"):
         states(run)
 
 
