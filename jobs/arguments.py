@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import warnings
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ from pydantic import ValidationError
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.run_file import RunFile
 
-_POINTLESS = re.compile(
-    r"\s*For further information visit \S+\.?|\s*\[type=[^\]]*\]|^Value error, |\d+ validation errors? for \S+"
-)
+_POINTLESS = re.compile(r"\s*For further information visit \S+\.?|\s*\[type=[^\]]*\]|\d+ validation errors? for \S+")
+
+_KINDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
 
 
 def run_parser(prog: str, description: str) -> ArgumentParser:
@@ -36,25 +37,37 @@ def parse_run(parser: ArgumentParser, argv: Sequence[str]) -> tuple[RunFile, dic
         InputError: the file is missing or no YAML.
         SettingError: a setting is unknown, missing or of the wrong kind.
     """
-    arguments = _with_config_flag(argv)
+    plain = parse(parser, _with_config_flag(argv))
+    plain.pop("config", None)
+    settings = {name: plain.pop(name) for name in RunFile.model_fields if name in plain}
+    try:
+        return RunFile.model_validate(settings), plain
+    except ValidationError as error:
+        raise SettingError(_said(error)) from None
+
+
+def parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    """The arguments as plain values.
+
+    Raises:
+        InputError: the run file is missing or no YAML.
+        SettingError: an argument is unknown, missing or of the wrong kind.
+    """
     _require_run_file(arguments)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            values = parser.parse_args(arguments)
-            values.pop("config", None)
-            plain = parser.instantiate_classes(values).as_dict()
-        settings = {name: plain.pop(name) for name in RunFile.model_fields if name in plain}
-        return RunFile.model_validate({name: _dumped(value) for name, value in settings.items()}), plain
+            values: dict[str, Any] = parser.parse_args(arguments).as_dict()
+        return values
     except ArgumentError as error:
-        raise _setting_error(str(error)) from None
-    except ValidationError as error:
-        raise SettingError(_said(error)) from None
+        raise _setting_error(str(error), parser) from None
 
 
 def _with_config_flag(argv: Sequence[str]) -> list[str]:
     if argv and not argv[0].startswith("-"):
         return ["--config", *argv]
+    if not any(word in ("-h", "--help") or word.startswith("--config") for word in argv):
+        raise InputError("no run file is named", expected="its path after the command", fix="see jobs/runs/demo.yaml")
     return list(argv)
 
 
@@ -72,22 +85,52 @@ def _require_run_file(arguments: list[str]) -> None:
             raise InputError("not a run file", where=value, found=type(content).__name__, expected="settings by name")
 
 
-def _dumped(value: Any) -> Any:
-    return value.model_dump() if hasattr(value, "model_dump") else value
-
-
 def _said(error: ValidationError) -> str:
+    """Every problem, each with the setting's full name and what was found there."""
     problems = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
-        problems.append(f"{where}: {message}" if where else message)
+        if problem["type"] != "value_error":
+            message = f"{message}; found {problem['input']!r}"
+            problems.append(f"{where}: {message}")
+        elif where and not message.startswith(where):
+            problems.append(f"{where}.{message}" if _names_a_setting(message) else f"{where}: {message}")
+        else:
+            problems.append(message)
     return "; ".join(problems)
 
 
-def _setting_error(text: str) -> SettingError:
+def _names_a_setting(message: str) -> bool:
+    return re.match(r"[a-z_]+: found ", message) is not None
+
+
+def _setting_error(text: str, parser: ArgumentParser) -> SettingError:
     """jsonargparse's words, on one line, without addresses and types of exceptions."""
+    unknown = re.search(r"unrecognized arguments: (--[\w.]+)", text)
+    if unknown:
+        return _unknown_flag(unknown.group(1), parser)
     text = " ".join(_POINTLESS.sub("", text).split())
+    union = re.search(r'Parser key "([^"]*)": Does not validate against any .*Given value: (\S+)', text)
+    nested = re.search(r"NestedArg\(key='([^']*)', val='?([^')]*)", text)
+    if union and nested:
+        name = f"{union.group(1)}.{nested.group(1)}"
+        return SettingError("no such setting, or a value of the wrong kind", where=name, found=nested.group(2))
+    if union:
+        kinds = dict.fromkeys(_KINDS.get(kind, kind) for kind in re.findall(r"Expected a <class '(\w+)'>", text))
+        return SettingError(
+            "a value of the wrong kind",
+            where=union.group(1),
+            found=union.group(2),
+            expected=" or ".join([*kinds, *(["settings by name"] if "null" in kinds and len(kinds) == 1 else [])])
+            or None,
+        )
     text = re.sub(r'Parser key "([^"]*)": ?', r"\1: ", text)
     text = re.sub(r"\.? ?Got value: (.*)$", r"; found \1", text)
     return SettingError(text.rstrip(". "))
+
+
+def _unknown_flag(flag: str, parser: ArgumentParser) -> SettingError:
+    known = [option for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(flag, known, n=1)
+    return SettingError("no such setting", found=flag, fix=f"did you mean {near[0]}?" if near else "see --help")

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from capgap.jobs.arguments import parse_run, run_parser
+from capgap.jobs.arguments import parse, parse_run, run_parser
 from capgap.pipeline.workflow.context import Instance, StageName
 from capgap.pipeline.workflow.graph import downstream, instances, select
 from capgap.pipeline.workflow.state import State, states
@@ -95,8 +95,7 @@ def verify_command(argv: Sequence[str]) -> int:
     parser.add_argument("folders", nargs="+", type=str, help="A run's folder, or a stage's.")
     from capgap.pipeline.verify.verify import verify
 
-    flags = parser.parse_args(list(argv))
-    for folder in flags.folders:
+    for folder in parse(parser, list(argv))["folders"]:
         for line in verify(Path(folder)):
             print(line)
     return 0

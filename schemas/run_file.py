@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from capgap.schemas.base import OPERATIONAL, Record
 from capgap.schemas.run_cache import CacheSettings
@@ -97,8 +98,7 @@ class RunFile(Record):
         try:
             return TrainSettings.model_validate({**self.train.model_dump(), **self.arms[arm]})
         except ValidationError as error:
-            problems = "; ".join(f"arms.{arm}.{_dotted(e['loc'])}: {e['msg']}" for e in error.errors())
-            raise ValueError(problems) from None
+            raise ValueError("; ".join(_problem(f"arms.{arm}", e) for e in error.errors())) from None
 
 
 def _require_folder_name(value: str) -> None:
@@ -106,5 +106,8 @@ def _require_folder_name(value: str) -> None:
         raise ValueError(f"name, arms: found {value!r}, expected a folder's name: letters, digits, '-', '_' and '.'")
 
 
-def _dotted(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location)
+def _problem(where: str, error: ErrorDetails) -> str:
+    name = ".".join([where, *(str(part) for part in error["loc"])])
+    if error["type"] == "extra_forbidden":
+        return f"{name}: no such setting of train"
+    return f"{name}: {error['msg'].removeprefix('Value error, ')}; found {error['input']!r}"
