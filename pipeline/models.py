@@ -27,7 +27,7 @@ def model_path(made: StageInput) -> str:
 
 
 def load_model(path: str, device: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A causal language model in evaluation mode.
+    """A causal language model in evaluation mode; code that comes with a model is never run.
 
     Args:
         path: folder or id.
@@ -39,7 +39,9 @@ def load_model(path: str, device: str, dtype: torch.dtype | None = None) -> PreT
     """
     config = load_config(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype or "auto")
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype or "auto", trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise InputError("the model cannot be loaded", where=path, found=_first_line(error)) from None
     return model.to(device).eval()
@@ -52,7 +54,7 @@ def load_config(path: str) -> Any:
         InputError: there is none.
     """
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             "no model can be found",

@@ -20,7 +20,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         InputError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(str(path))
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             "no tokenizer can be found",

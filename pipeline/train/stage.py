@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from capgap.pipeline.cache.stage import TARGETS
 from capgap.pipeline.models import MODEL_FOLDER, load_model, model_facts, model_path, save_model
 from capgap.pipeline.store import ShardReader
@@ -27,7 +29,8 @@ def run(context: StageContext) -> StageResult:
     _require_same_tokenizer(facts, student)
     settings = context.run.train_settings(instance.arm)
     path = model_path(student)
-    model = load_model(path, "cpu")
+    # a bfloat16 student is trained on float32 weights unless the run file says otherwise
+    model = load_model(path, "cpu", torch.bfloat16 if settings.precision == "bf16-true" else torch.float32)
     task = Task(
         title=f"train: {instance.arm}, seed {instance.seed}",
         settings=settings,
