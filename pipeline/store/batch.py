@@ -5,7 +5,6 @@ Legend: B sequences, L targets a sequence, N = B x L rows, K ids of the widest r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,10 @@ from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTarge
 IGNORED_LABEL = -100
 
 
-@dataclass(frozen=True)
 class Batch:
     """What one step of training reads.
+
+    No dataclass: Lightning would take it apart and round the teacher's probabilities to the training's precision.
 
     Attributes:
         input_ids_BL: the first L tokens of each sequence [B, L], int64.
@@ -29,11 +29,16 @@ class Batch:
         tail_N: probability of all other ids [N], float32; None where the recording has none.
     """
 
-    input_ids_BL: torch.Tensor
-    labels_BL: torch.Tensor
-    ids_NK: torch.Tensor | None = None
-    weights_NK: torch.Tensor | None = None
-    tail_N: torch.Tensor | None = None
+    def __init__(
+        self,
+        input_ids_BL: torch.Tensor,
+        labels_BL: torch.Tensor,
+        ids_NK: torch.Tensor | None = None,
+        weights_NK: torch.Tensor | None = None,
+        tail_N: torch.Tensor | None = None,
+    ) -> None:
+        self.input_ids_BL, self.labels_BL = input_ids_BL, labels_BL
+        self.ids_NK, self.weights_NK, self.tail_N = ids_NK, weights_NK, tail_N
 
     @property
     def num_tokens(self) -> int:

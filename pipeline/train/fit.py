@@ -88,7 +88,6 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
             max_steps=num_steps,
             max_epochs=1,
             accumulate_grad_batches=accumulate,
-            gradient_clip_val=settings.clip_norm,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

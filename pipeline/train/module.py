@@ -84,6 +84,13 @@ class DistillationModule(lightning.LightningModule):
         schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(settings, step, self._num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_gradient_clipping(self, optimizer: Any, *unused: Any, **also_unused: Any) -> None:
+        """Clip the step's gradient; Lightning's own clipping refuses fused optimizers under mixed precision.
+
+        Its reason is gradient scaling, which bfloat16 does without.
+        """
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm)
+
 
 def learning_rate_factor(settings: OptimizationSettings, step: int, num_steps: int) -> float:
     """The learning rate of a step over its peak."""

@@ -113,6 +113,28 @@ def test_a_student_of_another_tokenizer_is_refused(made, tmp_path) -> None:
         stage.run(dataclasses.replace(context, inputs=inputs | {NEEDED[3].name: other}))
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)]
+)
+def test_a_bfloat16_student_is_trained_in_the_precision_of_the_run_file(made, tmp_path, precision, dtype) -> None:
+    given = tmp_path / "given"
+    run = RunFile.model_validate(made["number"])
+    source = Path(run.out) / NEEDED[3].name / "model"
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(given)
+    AutoTokenizer.from_pretrained(source).save_pretrained(given)
+    reuse = {stage: f"{run.out}/{stage}" for stage in ("teacher", "cache")}
+    run = RunFile.model_validate(
+        made["number"]
+        | {"out": str(tmp_path / "out"), "reuse": reuse | {"corpus": f"{run.out}/corpus"}}
+        | {"student": {"path": str(given)}, "train": made["number"]["train"] | {"precision": precision}}
+        | {"arms": {"distilled": {"max_tokens": 2 * 4 * SEQ_LEN}}}
+    )
+    carry_out(run, NEEDED[3])
+    carry_out(run, TRAIN)
+    trained = AutoModelForCausalLM.from_pretrained(Path(run.out) / TRAIN.name / "model", dtype="auto")
+    assert trained.dtype == dtype
+
+
 def _input(run: RunFile, instance: Instance) -> StageInput:
     folder = Path(run.out) / instance.name
     manifest = read_manifest(folder)
