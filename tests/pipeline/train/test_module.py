@@ -96,6 +96,19 @@ def test_the_shortest_trainings_have_a_learning_rate(num_steps: int) -> None:
         assert all(0.1 <= learning_rate_factor(settings, step, num_steps) <= 1 for step in range(num_steps))
 
 
+def test_a_large_gradient_is_clipped_and_a_small_one_left_alone(make_student) -> None:
+    model = make_student()
+    module = _module(model)
+    for size, expected in ((100.0, module._settings.clip_norm), (1e-3, 1e-3)):
+        parameters = list(model.parameters())
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, size / sum(p.numel() for p in parameters) ** 0.5)
+        module.configure_gradient_clipping(None)
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        # clip_grad_norm_ divides by the norm plus 1e-6
+        assert norm.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_matrices_decay_and_vectors_do_not(make_student) -> None:
     optimizer = _module(make_student()).configure_optimizers()["optimizer"]
     decays = {p.dim(): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
