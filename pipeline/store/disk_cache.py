@@ -91,7 +91,7 @@ class DiskCache:
             )
         partial = path.with_name(path.name + _PARTIAL)
         partial.unlink(missing_ok=True)  # of a killed download
-        with FileLock(self._folder / "locks" / "room"):
+        with self._room():
             self._make_room(file.num_bytes)
             with partial.open("wb") as reserved:
                 reserved.truncate(file.num_bytes)  # a sparse file of the full size: others count it
@@ -109,11 +109,13 @@ class DiskCache:
                     fix="upload the whole folder of the stage again",
                 )
             arrived = partial.open("rb")  # before it has its name, and may be deleted to make room
-            partial.replace(path)
+            with self._room():
+                partial.replace(path)
             sync_folder(self._folder)
             return arrived
         finally:
-            partial.unlink(missing_ok=True)
+            with self._room():
+                partial.unlink(missing_ok=True)
 
     def _make_room(self, num_bytes: int) -> None:
         """Delete the copies used longest ago, and what killed downloads left, until so many bytes are free."""
@@ -138,6 +140,10 @@ class DiskCache:
             return False
         lock.release()
         return True
+
+    def _room(self) -> FileLock:
+        """Whoever holds it may change which files there are."""
+        return FileLock(self._folder / "locks" / "room")
 
     def _lock(self, digest: str) -> FileLock:
         # 4096 locks for any number of files; files that share one wait for each other, no more

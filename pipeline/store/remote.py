@@ -53,13 +53,15 @@ class Remote:
             with self._filesystem.open(url, "rb", block_size=_CHUNK_BYTES) as file:
                 while chunk := file.read(_CHUNK_BYTES):
                     yield chunk
-        except (FileNotFoundError, MachineError, GeneratorExit):
+        except (MachineError, GeneratorExit):
             raise
         except Exception as error:  # every client has errors of its own, without a common root
+            if isinstance(error, FileNotFoundError) and _is_absence(error):
+                raise
             raise InputError(
                 "cannot be read",
                 where=url,
-                found=f"{type(error).__name__}: {error}",
+                found=f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}",
                 fix="check the address and the credentials, then run the same command again",
             ) from None
 
@@ -72,3 +74,9 @@ class Remote:
             raise MachineError(
                 f"{scheme}:// cannot be read here", where=self.url, found=error, fix=_EXTRAS.get(scheme)
             ) from None
+
+
+def _is_absence(error: FileNotFoundError) -> bool:
+    """Whether the file is truly not there: the web client says the same where the server does not answer."""
+    cause = error.__cause__
+    return cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404
