@@ -14,6 +14,7 @@ from capgap.pipeline.store.batch import Batch
 from capgap.pipeline.store.codec import Codec, codec_for
 from capgap.pipeline.store.disk_cache import DiskCache
 from capgap.pipeline.store.loader import SequenceLoader
+from capgap.pipeline.store.mixed import MixedLoader
 from capgap.pipeline.store.order import Order
 from capgap.pipeline.store.places import is_url, place_of
 from capgap.pipeline.store.reader import ShardReader, read_blocks
@@ -25,6 +26,7 @@ __all__ = [
     "Block",
     "Codec",
     "DiskCache",
+    "MixedLoader",
     "Order",
     "Remote",
     "SequenceLoader",

@@ -33,7 +33,8 @@ class DiskCache:
 
     Args:
         folder: holds the copies; made where it is not there.
-        max_bytes: of all copies, those being downloaded included.
+        max_bytes: of all copies, those being downloaded included; downloads at the same time that are together larger
+            than this pass it, rather than wait for each other.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -90,8 +91,8 @@ class DiskCache:
                 fix=f"set {SIZE_VARIABLE} to more gigabytes",
             )
         partial = path.with_name(path.name + _PARTIAL)
-        partial.unlink(missing_ok=True)  # of a killed download
         with self._room():
+            partial.unlink(missing_ok=True)  # of a killed download
             self._make_room(file.num_bytes)
             with partial.open("wb") as reserved:
                 reserved.truncate(file.num_bytes)  # a sparse file of the full size: others count it

@@ -12,7 +12,7 @@ was made ahead is not counted.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Literal
 
 import torch
@@ -96,18 +96,28 @@ class SequenceLoader:
 
     def __len__(self) -> int:
         """Micro-batches of the whole training on this rank."""
-        return self.num_steps * self._step // self._together
+        return self.num_steps * self._step // self.together
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         """What remains, from the position on; closing the iterator stops its threads."""
-        rounds = range(self._position // self._together, len(self))
+        rounds = range(self._position // self.together, len(self))
         batches = prefetch(rounds, self.micro_batch, self._threads, self._ahead)
         try:
             for batch in batches:
-                self._position += self._together
+                self._position += self.together
                 yield batch
         finally:
             batches.close()
+
+    @property
+    def together(self) -> int:
+        """Sequences of one micro-batch on every rank."""
+        return self._micro_batch * self._world_size
+
+    @property
+    def seq_len(self) -> int:
+        """Targets in a sequence."""
+        return self._reader.shard_set.seq_len
 
     def micro_batch(self, number: int) -> Batch:
         """This rank's micro-batch of that number, counted over the whole training."""
@@ -139,25 +149,20 @@ class SequenceLoader:
                 expected={name: value for name, value in expected.items() if value != found[name]},
                 fix="restore the settings and the data it was made with, or start over with --force",
             )
-        if state["position"] % self._together:
+        if state["position"] % self.together:
             raise InputError(
                 "a checkpoint within a step, which cannot be divided among these ranks",
                 found=f"{state['position']} sequences",
-                expected=f"a multiple of {self._together}, micro_batch x ranks",
+                expected=f"a multiple of {self.together}, micro_batch x ranks",
                 fix="resume from one between two steps, or with the micro-batch and the ranks it was made with",
             )
         self._position = int(state["position"])
         self.skips.load(state.get("skipped", {}))
 
-    @property
-    def _together(self) -> int:
-        """Sequences of one micro-batch on every rank."""
-        return self._micro_batch * self._world_size
-
     def _chosen(self, number: int) -> tuple[int, range]:
         """Epoch, and indices in its stream, of this rank's micro-batch of that number."""
-        epoch, start = divmod(number * self._together, self.steps_per_epoch * self._step)
-        return epoch, range(start + self._rank, start + self._together, self._world_size)
+        epoch, start = divmod(number * self.together, self.steps_per_epoch * self._step)
+        return epoch, range(start + self._rank, start + self.together, self._world_size)
 
     def _require_divisible(self) -> None:
         if self.order.lanes % self._world_size:
@@ -167,11 +172,11 @@ class SequenceLoader:
                 expected="a divisor of the lanes",
                 fix="use another number of processes; a new training may name other lanes",
             )
-        if self._step % self._together:
+        if self._step % self.together:
             raise InputError(
                 "a step does not divide into micro-batches",
                 found=f"{self._step} sequences, {self._micro_batch} a micro-batch on {self._world_size} ranks",
-                expected=f"a multiple of {self._together}",
+                expected=f"a multiple of {self.together}",
             )
 
     def _counts(self) -> dict[str, Any]:
