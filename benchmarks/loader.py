@@ -94,7 +94,7 @@ def throughput(folder: Path, seq_len: int, num_members: int, repeats: int) -> di
 
 
 def through_webdataset(reader: ShardReader, micro_batch: int, num_workers: int) -> Iterator[Batch]:
-    """The same decoding and collating, with WebDataset's order and torch's worker processes; nothing else is checked."""
+    """The same decoding and collating, with WebDataset's order and torch's worker processes; no more is checked."""
     codec = reader.codec
     urls = [str(reader.place.folder / shard.file.path) for shard in reader.shard_set.shards]  # type: ignore[attr-defined]
 
