@@ -52,7 +52,8 @@ class RunFile(Record):
     """Where models run. `auto` takes a GPU if there is one."""
 
     reuse: dict[ReusableStage, str] = Field(default_factory=dict)
-    """Finished folders of another run to use in place of a stage, for example one cache for many students."""
+    """Finished folders of another run to use in place of a stage, for example one cache for many students. A cache may
+    lie behind a URL, s3:// and others: its shards pass through a disk cache (CAPGAP_DOWNLOADS, CAPGAP_DOWNLOADS_GB)."""
 
     corpus: CorpusSettings = Field(default_factory=CorpusSettings)
     """Text, tokenizer, packing and splits."""

@@ -85,6 +85,10 @@ class OptimizationSettings(Record):
     checkpoint_every_steps: int = Field(200, ge=1, json_schema_extra=OPERATIONAL)
     """A killed training resumes from the last checkpoint, exactly."""
 
+    on_corrupt: Literal["stop", "skip"] = Field("stop", json_schema_extra=OPERATIONAL)
+    """At a damaged block of sequences: `stop`, or `skip` it, say so, and take others in their place. It decides nothing
+    where the shards are sound, and a training that met damage can go on; more than 0.1 % damaged stops in any case."""
+
     log_every_steps: int = Field(10, ge=1, json_schema_extra=OPERATIONAL)
     """Interval of the rows in metrics.csv."""
 

@@ -12,19 +12,30 @@ manifest. A shard that no manifest (or, while its stage is at work, no sidecar) 
 from capgap.pipeline.store.alignment import check_alignment
 from capgap.pipeline.store.batch import Batch
 from capgap.pipeline.store.codec import Codec, codec_for
+from capgap.pipeline.store.disk_cache import DiskCache
 from capgap.pipeline.store.loader import SequenceLoader
+from capgap.pipeline.store.mixed import MixedLoader
+from capgap.pipeline.store.order import Order
+from capgap.pipeline.store.places import is_url, place_of
 from capgap.pipeline.store.reader import ShardReader, read_blocks
+from capgap.pipeline.store.remote import Remote
 from capgap.pipeline.store.writer import Block, ShardWriter, split_blocks
 
 __all__ = [
     "Batch",
     "Block",
     "Codec",
+    "DiskCache",
+    "MixedLoader",
+    "Order",
+    "Remote",
     "SequenceLoader",
     "ShardReader",
     "ShardWriter",
     "check_alignment",
     "codec_for",
+    "is_url",
+    "place_of",
     "read_blocks",
     "split_blocks",
 ]

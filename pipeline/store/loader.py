@@ -1,25 +1,35 @@
 """Micro-batches of a shard set, in an order that a single integer resumes.
 
-The stream of a training is epoch after epoch of `EpochOrder`, cut into micro-batches; sequences that do not fill a
-whole step on every rank at the end of an epoch are left out of it, so that the size of a micro-batch changes nothing
-else. Rank r of w reads every w-th micro-batch from r on,
-so all ranks take equally many steps and the position is the same number on each of them.
+    position --Order--> places --BlockCache--> decoded blocks --collate--> Batch, made ahead by threads --> consumer
+
+A step takes the next `batch_sequences` sequences of the stream, over all ranks; rank r of w takes every w-th of them
+from r on, a micro-batch at a time. So the sequences of a step are the same for any number of ranks, any micro-batch and
+any number of threads. The sequences left over at the end of an epoch, fewer than one step's, are left out of it; each
+epoch leaves out others. The state is the number of sequences handed out over all ranks, the same on every rank; what
+was made ahead is not counted.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any
+import hashlib
+from collections.abc import Generator
+from typing import Any, Literal
 
-from capgap.pipeline.store.batch import Batch, collate
-from capgap.pipeline.store.order import EpochOrder
+import torch
+
+from capgap.pipeline.store.batch import Batch, Sample, collate
+from capgap.pipeline.store.blocks import Block, BlockCache
+from capgap.pipeline.store.order import Order, Place
+from capgap.pipeline.store.prefetch import prefetch
 from capgap.pipeline.store.reader import ShardReader
-from capgap.schemas.errors import InputError
-from capgap.schemas.records import Sequences, Targets
+from capgap.pipeline.store.skips import Skips
+from capgap.schemas.errors import CorruptError, InputError
 
-# 64 members of 8k tokens mix half a million tokens; decoded they take about 100 MB at 20 ids a token.
-_WINDOW_MEMBERS = 64
+# Two threads feed a GPU with half a million tokens a second; four micro-batches ahead cover a member being decoded.
+_THREADS = 2
+_AHEAD = 4
+# Above what the open windows of 8k-token members take, 550 MB at 64 ids a token; below it, blocks are decoded again.
+_MAX_BLOCK_BYTES = 1 << 30
 
 
 class SequenceLoader:
@@ -27,104 +37,206 @@ class SequenceLoader:
 
     Args:
         reader: of the shards.
-        micro_batch: sequences in a micro-batch.
-        num_micro_batches: to hand out over all epochs and ranks; more than an epoch holds means further epochs.
+        batch_sequences: sequences in one step, over all ranks and micro-batches.
         seed: of the order.
+        num_epochs: passes over the data.
+        max_tokens: stop before the step that would pass this many targets, even within an epoch.
+        micro_batch: sequences in one micro-batch on one rank; a rank's whole share of a step where it is left out.
         rank: of this process.
-        world_size: number of processes; must divide `num_micro_batches`.
-        accumulate: micro-batches of one step on one rank.
+        world_size: number of processes; must divide the lanes and, times the micro-batch, the step.
+        lanes: of the order; where it is left out, 64, or fewer for less than 128 members.
+        on_corrupt: `stop` at a damaged member, or `skip` it: each of its sequences is replaced by the next good one of
+            its lane. More damage than 0.1 % of the sequences stops in any case.
+        threads: that read and decode ahead; 0 reads when asked.
+        ahead: micro-batches in the making or ready.
+        max_block_bytes: of decoded blocks kept.
+        pin: copy batches to page-locked memory, for a transfer beside the computation; left out, where CUDA is there.
 
     Raises:
-        InputError: the set holds too few sequences for one step on every rank.
+        InputError: the set holds too few sequences for one step, or the ranks do not divide it.
     """
 
     def __init__(
         self,
         reader: ShardReader,
-        micro_batch: int,
-        num_micro_batches: int,
+        batch_sequences: int,
         seed: int,
+        *,
+        num_epochs: int = 1,
+        max_tokens: int | None = None,
+        micro_batch: int | None = None,
         rank: int = 0,
         world_size: int = 1,
-        accumulate: int = 1,
+        lanes: int | None = None,
+        on_corrupt: Literal["stop", "skip"] = "stop",
+        threads: int = _THREADS,
+        ahead: int = _AHEAD,
+        max_block_bytes: int = _MAX_BLOCK_BYTES,
+        pin: bool | None = None,
     ) -> None:
-        self._reader, self._micro_batch, self._seed = reader, micro_batch, seed
+        shard_set = reader.shard_set
+        self._reader, self._step, self._seed = reader, batch_sequences, seed
         self._rank, self._world_size = rank, world_size
-        self._sizes = [member.num_sequences for _, member in reader.members]
-        self._total = num_micro_batches
-        self._per_epoch = micro_batches_per_epoch(sum(self._sizes), micro_batch, world_size * accumulate)
+        self.order = Order(
+            [shard.num_sequences for shard in shard_set.shards],
+            lambda shard: [member.num_sequences for member in shard_set.shards[shard].members],
+            sum(len(shard.members) for shard in shard_set.shards),
+            seed,
+            lanes,
+        )
+        self._micro_batch = micro_batch or max(1, batch_sequences // world_size)
+        self._require_divisible()
+        self.steps_per_epoch = len(self.order) // batch_sequences
+        self.num_steps = _steps(reader, batch_sequences, self.steps_per_epoch * num_epochs, max_tokens)
+        self.skips = Skips(len(self.order), on_corrupt)
+        self.blocks = BlockCache[tuple[int, int]](self._read, max_block_bytes)
+        self._threads, self._ahead = threads, ahead
+        self._pin = torch.cuda.is_available() if pin is None else pin
         self._position = 0
-        self._decoded: OrderedDict[int, tuple[Sequences, Targets | None]] = OrderedDict()
 
     def __len__(self) -> int:
-        return self._total // self._world_size
+        """Micro-batches of the whole training on this rank."""
+        return self.num_steps * self._step // self.together
 
-    def __iter__(self) -> Iterator[Batch]:
-        while self._position < self._total:
-            number = self._position + self._rank
-            self._position += self._world_size
-            yield self.micro_batch(number)
+    def __iter__(self) -> Generator[Batch, None, None]:
+        """What remains, from the position on; closing the iterator stops its threads."""
+        rounds = range(self._position // self.together, len(self))
+        batches = prefetch(rounds, self.micro_batch, self._threads, self._ahead)
+        try:
+            for batch in batches:
+                self._position += self.together
+                yield batch
+        finally:
+            batches.close()
+
+    @property
+    def together(self) -> int:
+        """Sequences of one micro-batch on every rank."""
+        return self._micro_batch * self._world_size
+
+    @property
+    def seq_len(self) -> int:
+        """Targets in a sequence."""
+        return self._reader.shard_set.seq_len
 
     def micro_batch(self, number: int) -> Batch:
-        """Micro-batch `number` of the whole training, over all ranks."""
-        epoch, within = divmod(number, self._per_epoch)
-        order = self._order(epoch)
-        start = within * self._micro_batch
-        samples = [(*self._block(member), row) for member, row in order.locate(start, start + self._micro_batch)]
-        return collate(samples, self._reader.codec.num_ids)
+        """This rank's micro-batch of that number, counted over the whole training."""
+        epoch, chosen = self._chosen(number)
+        batch = collate([self._sample(epoch, index) for index in chosen], self._reader.codec.num_ids)
+        return pinned(batch) if self._pin else batch
+
+    def places(self, number: int) -> list[Place]:
+        """Where the sequences of that micro-batch lie, as long as no member is damaged."""
+        epoch, chosen = self._chosen(number)
+        return [self.order.locate(epoch, index) for index in chosen]
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of micro-batches handed out over all ranks, and what it counts."""
-        return {"position": self._position, **self._order_settings()}
+        """The number of sequences handed out over all ranks, what it counts, and what was skipped."""
+        return {"position": self._position, **self._counts(), "skipped": self.skips.as_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after that many micro-batches.
+        """Continue after that many sequences.
 
         Raises:
-            InputError: the state counts micro-batches of another size or order.
+            InputError: the state counts in another order, or stops within a round of these micro-batches.
         """
-        expected = self._order_settings()
+        expected = self._counts()
         found = {name: state.get(name) for name in expected}
-        if found != expected or state["position"] % self._world_size:
+        if found != expected:
             raise InputError(
                 "a checkpoint of another data order",
-                found=state,
-                expected=expected,
-                fix="restore micro_batch_sequences and the number of processes, or start over with --force",
+                found={name: value for name, value in found.items() if value != expected[name]},
+                expected={name: value for name, value in expected.items() if value != found[name]},
+                fix="restore the settings and the data it was made with, or start over with --force",
+            )
+        if state["position"] % self.together:
+            raise InputError(
+                "a checkpoint within a step, which cannot be divided among these ranks",
+                found=f"{state['position']} sequences",
+                expected=f"a multiple of {self.together}, micro_batch x ranks",
+                fix="resume from one between two steps, or with the micro-batch and the ranks it was made with",
             )
         self._position = int(state["position"])
+        self.skips.load(state.get("skipped", {}))
 
-    def _order_settings(self) -> dict[str, int]:
-        # the number of ranks decides where an epoch is cut, and so what follows it
-        return {"micro_batch": self._micro_batch, "seed": self._seed, "per_epoch": self._per_epoch}
+    def _chosen(self, number: int) -> tuple[int, range]:
+        """Epoch, and indices in its stream, of this rank's micro-batch of that number."""
+        epoch, start = divmod(number * self.together, self.steps_per_epoch * self._step)
+        return epoch, range(start + self._rank, start + self.together, self._world_size)
 
-    def _order(self, epoch: int) -> EpochOrder:
-        if getattr(self, "_order_epoch", None) != epoch:
-            self._order_epoch = epoch
-            self._order_now = EpochOrder(self._sizes, self._seed, epoch, _WINDOW_MEMBERS)
-        return self._order_now
+    def _require_divisible(self) -> None:
+        if self.order.lanes % self._world_size:
+            raise InputError(
+                "the ranks do not divide the order's lanes",
+                found=f"{self._world_size} ranks, {self.order.lanes} lanes",
+                expected="a divisor of the lanes",
+                fix="use another number of processes; a new training may name other lanes",
+            )
+        if self._step % self.together:
+            raise InputError(
+                "a step does not divide into micro-batches",
+                found=f"{self._step} sequences, {self._micro_batch} a micro-batch on {self._world_size} ranks",
+                expected=f"a multiple of {self.together}",
+            )
 
-    def _block(self, member: int) -> tuple[Sequences, Targets | None]:
-        if member not in self._decoded:
-            self._decoded[member] = self._reader.read(member)
-            if len(self._decoded) > 2 * _WINDOW_MEMBERS:
-                self._decoded.popitem(last=False)
-        self._decoded.move_to_end(member)
-        return self._decoded[member]
+    def _counts(self) -> dict[str, Any]:
+        """All that decides which sequence a position is."""
+        digests = "".join(shard.file.sha256 for shard in self._reader.shard_set.shards)
+        return {
+            "batch_sequences": self._step,
+            "seed": self._seed,
+            "lanes": self.order.lanes,
+            "window": self.order.window,
+            "shards": hashlib.sha256(digests.encode()).hexdigest(),
+        }
+
+    def _sample(self, epoch: int, index: int) -> Sample:
+        """The sequence of that index, or where its member is damaged the next good one of its lane."""
+        lane, lanes = index % self.order.lanes, self.order.lanes
+        for further in range(self.order.lane_length(lane)):
+            other = (index // lanes + further) % self.order.lane_length(lane)
+            place = self.order.locate(epoch, other * lanes + lane)
+            if (place.shard, place.member) in self.skips:
+                continue
+            try:
+                return (*self.blocks.get((place.shard, place.member)), place.row)
+            except CorruptError as error:
+                entry = self._reader.shard_set.shards[place.shard].members[place.member]
+                self.skips.note(
+                    (place.shard, place.member), self._reader.name_of(*place[:2]), entry.num_sequences, error
+                )
+        raise CorruptError("no sound sequence is left in a lane of the order", where=self._reader.name_of(0, 0))
+
+    def _read(self, key: tuple[int, int]) -> Block:
+        return self._reader.read_member(*key)
 
 
-def micro_batches_per_epoch(num_sequences: int, micro_batch: int, together: int = 1) -> int:
-    """Micro-batches of one epoch over all ranks, a multiple of the number that is taken `together` in one step.
+def pinned(batch: Batch) -> Batch:
+    """The same batch in page-locked memory."""
+    tensors: list[Any] = [None if v is None else v.pin_memory() for v in vars(batch).values()]
+    return Batch(*tensors)
+
+
+def _steps(reader: ShardReader, step: int, most: int, max_tokens: int | None) -> int:
+    """Steps of a training.
 
     Raises:
         InputError: not even one.
     """
-    number = num_sequences // (micro_batch * together) * together
-    if not number:
+    shard_set = reader.shard_set
+    if not most:
         raise InputError(
             "too few sequences for one step",
-            found=f"{num_sequences} sequences",
-            expected=f"at least {micro_batch * together}",
+            found=f"{shard_set.num_sequences} sequences",
+            expected=f"at least {step}",
             fix="give the corpus more text or lower the batch",
         )
-    return number
+    steps = most if max_tokens is None else min(most, max_tokens // (step * shard_set.seq_len))
+    if not steps:
+        raise InputError(
+            "not enough data for one step of training",
+            where="max_tokens",
+            found=max_tokens,
+            expected=f"at least {step * shard_set.seq_len}, the targets of batch_sequences",
+        )
+    return steps

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from capgap.pipeline.progress import progress
 from capgap.pipeline.store import Batch, SequenceLoader, ShardReader
 from capgap.pipeline.store.batch import collate
-from capgap.pipeline.store.loader import micro_batches_per_epoch
 from capgap.pipeline.train.callbacks import (
     METRICS_NAME,
     Checkpoints,
@@ -27,7 +26,6 @@ from capgap.pipeline.train.callbacks import (
 )
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
-from capgap.schemas.errors import InputError
 from capgap.schemas.run_model import OptimizationSettings
 
 
@@ -65,12 +63,18 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
         InputError: too little data for one step, or a loss that is not finite.
     """
     settings, shard_set = task.settings, task.training.shard_set
-    num_steps, steps_per_epoch = _steps(task)
     tokens_per_step = settings.batch_sequences * shard_set.seq_len
     accumulate = settings.batch_sequences // settings.micro_batch
     loader = SequenceLoader(
-        task.training, settings.micro_batch, num_steps * accumulate, task.seed, accumulate=accumulate
+        task.training,
+        settings.batch_sequences,
+        task.seed,
+        num_epochs=settings.num_epochs,
+        max_tokens=settings.max_tokens,
+        micro_batch=settings.micro_batch,
+        on_corrupt=settings.on_corrupt,
     )
+    num_steps, steps_per_epoch = loader.num_steps, loader.steps_per_epoch
     module = DistillationModule(
         model, settings, num_steps, task.alpha, task.temperature, task.training.codec.vocab_size
     )
@@ -106,25 +110,8 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
         "num_steps": num_steps,
         "num_tokens": num_steps * tokens_per_step,
         "num_epochs": round(num_steps / steps_per_epoch, 4),
+        **({"skipped_sequences": loader.skips.as_dict()} if loader.skips.as_dict() else {}),
     }
-
-
-def _steps(task: Task) -> tuple[int, int]:
-    """Optimizer steps of the whole training, and of one epoch."""
-    settings, shard_set = task.settings, task.training.shard_set
-    accumulate = settings.batch_sequences // settings.micro_batch
-    per_epoch = micro_batches_per_epoch(shard_set.num_sequences, settings.micro_batch, accumulate) // accumulate
-    num_steps = per_epoch * settings.num_epochs
-    if settings.max_tokens is not None:
-        num_steps = min(num_steps, settings.max_tokens // (settings.batch_sequences * shard_set.seq_len))
-    if num_steps < 1:
-        raise InputError(
-            "not enough data for one step of training",
-            where=task.title,
-            found=f"max_tokens = {settings.max_tokens}",
-            expected=f"at least {settings.batch_sequences * shard_set.seq_len}, the targets of batch_sequences",
-        )
-    return num_steps, per_epoch
 
 
 def _heldout(task: Task) -> Iterator[Batch]:

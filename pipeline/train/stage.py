@@ -34,7 +34,7 @@ def run(context: StageContext) -> StageResult:
     task = Task(
         title=f"train: {instance.arm}, seed {instance.seed}",
         settings=settings,
-        training=ShardReader(cache.path, cache.manifest.shard_sets[TARGETS]),
+        training=ShardReader(cache.location, cache.manifest.shard_sets[TARGETS]),
         heldout=ShardReader(corpus.path, corpus.manifest.shard_sets["heldout"]),
         alpha=settings.alpha,
         temperature=facts.temperature,
@@ -53,7 +53,7 @@ def _require_same_corpus(cache: StageInput, corpus: StageInput) -> None:
     if made_from.identity != corpus.manifest.identity:
         raise MismatchError(
             "the cache was made from another corpus",
-            where=cache.path,
+            where=cache.location,
             found=f"corpus {made_from.identity[:12]} ({made_from.path})",
             expected=f"{corpus.manifest.identity[:12]} ({corpus.path})",
             fix="reuse that corpus too (reuse.corpus), or make a cache of this one",

@@ -49,7 +49,7 @@ def carry_out(run: RunFile, instance: Instance, *, force: bool = False, wait: bo
             return state.manifest
         _prepare(state, force)
         entries = {
-            name: InputEntry(path=str(i.path), identity=i.manifest.identity, content=i.manifest.content)
+            name: InputEntry(path=str(i.location), identity=i.manifest.identity, content=i.manifest.content)
             for name, i in inputs.items()
         }
         order = state.order.model_copy(update={"inputs": entries})

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from capgap.pipeline.store import is_url
+from capgap.schemas.errors import InputError
 from capgap.schemas.manifest import Manifest, ShardSet
 from capgap.schemas.run_file import RunFile
 
@@ -34,10 +36,32 @@ class Instance:
 
 @dataclass(frozen=True)
 class StageInput:
-    """A finished folder that a stage reads."""
+    """A finished folder that a stage reads.
 
-    path: Path
+    Attributes:
+        location: path of the folder, or its URL.
+        manifest: what stands in it.
+    """
+
+    location: Path | str
     manifest: Manifest
+
+    @property
+    def path(self) -> Path:
+        """The folder on a local disk.
+
+        Raises:
+            InputError: it lies behind a URL; only shards are read from there.
+        """
+        if is_url(self.location):
+            raise InputError(
+                "must lie on a local disk",
+                where=f"reuse.{self.manifest.stage}",
+                found=self.location,
+                expected="a path; only a cache is read from a URL",
+                fix="download the folder and name that",
+            )
+        return Path(self.location)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from capgap.pipeline.store import Remote, is_url
 from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.folder import WORK_FOLDER, finished_units
 from capgap.pipeline.workflow.graph import decisive_settings, input_names, instances
@@ -71,11 +72,12 @@ def states(run: RunFile) -> dict[str, StageState]:
     return found
 
 
-def reused_manifests(run: RunFile) -> dict[str, tuple[Path, Manifest]]:
-    """Folder and manifest of every reused stage, by the stage's name."""
+def reused_manifests(run: RunFile) -> dict[str, tuple[Path | str, Manifest]]:
+    """Folder, or URL, and manifest of every reused stage, by the stage's name."""
     found = {}
     for stage, folder in run.reuse.items():
-        manifest = read_manifest(Path(folder))
+        location = folder.rstrip("/") if is_url(folder) else Path(folder)
+        manifest = read_manifest(location)
         if manifest is None or manifest.stage != stage:
             raise InputError(
                 "cannot be reused",
@@ -83,38 +85,39 @@ def reused_manifests(run: RunFile) -> dict[str, tuple[Path, Manifest]]:
                 found="no manifest.json" if manifest is None else f"a finished {manifest.stage} stage",
                 expected=f"the folder of a finished {stage} stage",
             )
-        found[str(stage)] = (Path(folder), manifest)
+        found[str(stage)] = (location, manifest)
     return found
 
 
-def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a finished folder; None where there is none.
+def read_manifest(folder: Path | str) -> Manifest | None:
+    """The manifest of a finished folder, given by its path or URL; None where there is none.
 
     Raises:
         CorruptError: it cannot be understood.
+        InputError, MachineError: the URL cannot be read.
     """
-    path = folder / MANIFEST_NAME
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        text = Remote(folder).read(MANIFEST_NAME) if isinstance(folder, str) else (folder / MANIFEST_NAME).read_bytes()
+        return None if text is None else Manifest.model_validate_json(text)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValidationError as error:
         first = error.errors()[0]
         raise CorruptError(
             "the manifest cannot be understood",
-            where=path,
+            where=f"{folder}/{MANIFEST_NAME}",
             found=f"{'.'.join(map(str, first['loc'])) or 'text'}: {first['msg']}",
             expected="a manifest written by this version of capgap",
             fix="delete this file and run the same command again",
         ) from None
 
 
-def require_seal(folder: Path, manifest: Manifest) -> None:
+def require_seal(folder: Path | str, manifest: Manifest) -> None:
     """Raise CorruptError if the manifest is not what was written when its stage was finished."""
     if manifest.seal != seal_of(manifest):
         raise CorruptError(
             "the manifest is not what was written",
-            where=folder / MANIFEST_NAME,
+            where=f"{folder}/{MANIFEST_NAME}",
             found=f"a digest of {seal_of(manifest)[:12]}",
             expected=f"its seal, {manifest.seal[:12] or 'none'}",
             fix="delete this file and run the same command again",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -45,3 +47,21 @@ def make_corpus_run(texts: Path, tmp_path: Path) -> Callable[..., RunFile]:
         )
 
     return make
+
+
+@pytest.fixture
+def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Its address; clients in this process, and in those it starts, find it through the environment."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    given = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
+    for name, value in (given | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
+        monkeypatch.setenv(name, value)
+    # all servers of a process share what they hold
+    urllib.request.urlopen(urllib.request.Request(f"{given['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")).close()
+    fsspec.filesystem("s3").clear_instance_cache()
+    yield given["AWS_ENDPOINT_URL"]
+    fsspec.filesystem("s3").clear_instance_cache()
+    server.stop()

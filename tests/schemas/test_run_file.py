@@ -198,7 +198,10 @@ def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
     [
         (CorpusSettings(), {}),
         (CacheSettings(), {"chunk_rows": 7, "batch_tokens": 99, "gpu_memory_fraction": 0.5}),
-        (TrainSettings(), {"micro_batch_sequences": 2, "checkpoint_every_steps": 7, "log_every_steps": 7}),
+        (
+            TrainSettings(),
+            {"micro_batch_sequences": 2, "checkpoint_every_steps": 7, "log_every_steps": 7, "on_corrupt": "skip"},
+        ),
         (ModelShape(), {}),
         (RunFile.model_validate(BASE), {"out": "elsewhere", "device": "cpu"}),
         (RunFile.model_validate(BASE).eval, {"batch_sequences": 7}),

@@ -5,6 +5,7 @@ Legend: B sequences, L targets a sequence, N = B x L rows, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def make_reader(tmp_path: Path, make_block: Callable[..., Block]) -> Callable[..
         folder = tmp_path / "shards"
         folder.mkdir()
         writer = ShardWriter(folder, tmp_path / "sidecars", "targets", codec)
-        seeds = iter(range(1000))
+        seeds = itertools.count()
         shards = [writer.write(i, [make_block(codec, n, next(seeds)) for n in of]) for i, of in enumerate(sizes)]
         return ShardReader(folder, writer.shard_set(shards))
 

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import random
+import threading
 
-import numpy as np
 import pytest
 import torch
 
 from capgap.pipeline.store import Batch, SequenceLoader, ShardReader
-from capgap.pipeline.store.batch import IGNORED_LABEL, collate
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK
-from capgap.schemas.errors import InputError
+from capgap.schemas.errors import CorruptError, InputError
 
-# 41 sequences: micro-batches of 4 leave one sequence over, and 10 micro-batches do not divide by 3 or 4 ranks
+# 41 sequences in 7 members, so 2 lanes: steps of 4 leave one sequence over
 SIZES = ((7, 5), (9,), (1, 6, 8, 5))
 
 
 @pytest.fixture
 def reader(codecs, make_reader) -> ShardReader:
     return make_reader(codecs[SAMPLED], SIZES)
+
+
+@pytest.fixture
+def many(codecs, make_reader) -> ShardReader:
+    """1200 sequences in 300 members, so 64 lanes."""
+    return make_reader(codecs[SEQUENCES], ((4,) * 30,) * 10)
 
 
 def _same(a: Batch, b: Batch) -> bool:
@@ -31,194 +37,255 @@ def _all_same(a: list[Batch], b: list[Batch]) -> bool:
     return len(a) == len(b) and all(map(_same, a, b))
 
 
-@pytest.mark.parametrize("name", [SEQUENCES, SAMPLED, TOPK])
-@pytest.mark.parametrize("position", [0, 1, 9, 10, 11, 24, 25])
-def test_what_remains_after_a_resume_is_the_same_to_the_bit(codecs, make_reader, name: str, position: int) -> None:
-    reader = make_reader(codecs[name], SIZES)
-    whole = list(SequenceLoader(reader, 4, 25, seed=3))  # two and a half epochs
-    first = SequenceLoader(reader, 4, 25, seed=3)
-    begun = list(itertools.islice(first, position))
-    assert _all_same(begun, whole[:position])
-    second = SequenceLoader(reader, 4, 25, seed=3)
-    second.load_state_dict(first.state_dict())
-    assert _all_same(list(second), whole[position:])
-    assert len(second) == 25
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_smaller_micro_batches_hold_the_same_sequences_step_by_step(reader, world_size: int) -> None:
-    """Steps of 8 sequences a rank: an epoch of 41 holds 5 of them for one rank and 2 for two."""
-    per_epoch = 5 // world_size
-    num_steps = 3 * per_epoch * world_size
-    whole = list(SequenceLoader(reader, 8, num_steps, 1, 0, world_size))
-    for accumulate in (2, 4, 8):
-        size = 8 // accumulate
-        ranks = [
-            SequenceLoader(reader, size, num_steps * accumulate, 1, rank, world_size, accumulate)
-            for rank in range(world_size)
-        ]
-        assert {len(rank) for rank in ranks} == {3 * per_epoch * accumulate}
-        together = [batch for step in zip(*ranks, strict=True) for batch in step]
-        rows = [row for batch in together for row in _rows(batch)]
-        epochs = [
-            rows[start : start + 8 * per_epoch * world_size]
-            for start in range(0, len(rows), 8 * per_epoch * world_size)
-        ]
-        assert [len(set(epoch)) for epoch in epochs] == [8 * per_epoch * world_size] * 3
-        if world_size == 1:
-            assert rows == [row for batch in whole for row in _rows(batch)]
-
-
-def test_the_state_of_a_loader_at_its_end_leaves_nothing(reader) -> None:
-    loader = SequenceLoader(reader, 4, 12, seed=3)
-    assert len(list(loader)) == 12
-    assert list(loader) == []
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_an_epoch_holds_no_sequence_twice_and_leaves_out_only_what_fills_no_micro_batch(reader, seed: int) -> None:
-    rows = [row for batch in SequenceLoader(reader, 4, 10, seed) for row in _rows(batch)]
-    assert len(set(rows)) == len(rows) == 40
-
-
 def _rows(batch: Batch) -> list[bytes]:
     return [row.numpy().tobytes() for row in batch.input_ids_BL]
 
 
+def _steps(ranks: list[SequenceLoader], parts: int = 1) -> list[list[bytes]]:
+    """The sequences of each step that these ranks still take, sorted; `parts` micro-batches a step on a rank."""
+    streams = [[_rows(batch) for batch in rank] for rank in ranks]
+    assert len({len(stream) for stream in streams}) == 1
+    return [
+        sorted(row for stream in streams for rows in stream[first : first + parts] for row in rows)
+        for first in range(0, len(streams[0]), parts)
+    ]
+
+
+@pytest.mark.parametrize("name", [SEQUENCES, SAMPLED, TOPK])
+@pytest.mark.parametrize("position", [0, 1, 9, 10, 11, 24, 25])
+def test_what_remains_after_a_resume_is_the_same_to_the_bit(codecs, make_reader, name: str, position: int) -> None:
+    reader = make_reader(codecs[name], SIZES)
+    settings = {"num_epochs": 3, "max_tokens": 25 * 4 * 12}  # two and a half epochs
+    whole = list(SequenceLoader(reader, 4, 3, **settings))
+    first = SequenceLoader(reader, 4, 3, **settings)
+    begun = list(itertools.islice(first, position))
+    assert _all_same(begun, whole[:position])
+    second = SequenceLoader(reader, 4, 3, **settings, threads=position % 4, ahead=1 + position % 3)
+    second.load_state_dict(first.state_dict())
+    assert _all_same(list(second), whole[position:])
+    assert len(second) == len(whole) == 25
+
+
+def test_200_kills_and_resumes_with_other_ranks_and_micro_batches_take_the_same_steps(many) -> None:
+    """Killed after any step, and resumed with any number of ranks, micro-batches and threads."""
+    whole = _steps([SequenceLoader(many, 128, 5, num_epochs=2, threads=0)])
+    assert len(whole) == 18
+    rng = random.Random(0)
+    for _ in range(200):
+        step, found, state = 0, [], None
+        while step < 18:
+            world_size, stop = 2 ** rng.randint(0, 6), rng.randint(step + 1, 18)
+            share = 128 // world_size
+            micro_batch = rng.choice([size for size in (share, share // 2) if size])
+            ranks = [
+                SequenceLoader(
+                    many, 128, 5, num_epochs=2, micro_batch=micro_batch, rank=rank, world_size=world_size, threads=0
+                )
+                for rank in rng.sample(range(world_size), 1)
+            ]
+            for rank in ranks:
+                if state is not None:
+                    rank.load_state_dict(state)
+                parts = share // micro_batch
+                mine = [_rows(batch) for batch in itertools.islice(rank, (stop - step) * parts)]
+                for number, expected in enumerate(whole[step:stop]):
+                    rows = [row for part in mine[number * parts : (number + 1) * parts] for row in part]
+                    assert len(rows) == share and set(rows) <= set(expected)
+                found += mine
+                state = rank.state_dict()
+            step = stop
+        assert state is not None and state["position"] == 18 * 128
+
+
+@pytest.mark.parametrize("world_size", [2, 8, 64])
+def test_ranks_are_disjoint_and_together_take_the_steps_of_one(many, world_size: int) -> None:
+    alone = _steps([SequenceLoader(many, 128, 1, num_epochs=2, threads=0)])
+    ranks = [
+        SequenceLoader(many, 128, 1, num_epochs=2, rank=rank, world_size=world_size, threads=0)
+        for rank in range(world_size)
+    ]
+    assert {len(rank) for rank in ranks} == {18}
+    assert _steps(ranks) == alone
+    assert all(len(set(step)) == 128 for step in alone)
+    for epoch in (alone[:9], alone[9:]):
+        assert len({row for step in epoch for row in step}) == 9 * 128, "no sequence twice in an epoch"
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 8])
+def test_smaller_micro_batches_hold_the_same_sequences_in_the_same_order(reader, micro_batch: int) -> None:
+    whole = [row for batch in SequenceLoader(reader, 8, 1, num_epochs=3) for row in _rows(batch)]
+    parts = SequenceLoader(reader, 8, 1, num_epochs=3, micro_batch=micro_batch)
+    assert len(parts) == 15 * 8 // micro_batch
+    assert [row for batch in parts for row in _rows(batch)] == whole
+
+
+def test_the_state_of_a_loader_at_its_end_leaves_nothing(reader) -> None:
+    loader = SequenceLoader(reader, 4, 3)
+    assert len(list(loader)) == 10
+    assert list(loader) == []
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_epoch_holds_no_sequence_twice_and_leaves_out_only_what_fills_no_step(reader, seed: int) -> None:
+    rows = [row for batch in SequenceLoader(reader, 4, seed) for row in _rows(batch)]
+    assert len(set(rows)) == len(rows) == 40
+
+
 def test_seeds_and_epochs_have_orders_of_their_own(reader) -> None:
-    streams = [list(SequenceLoader(reader, 4, 20, seed)) for seed in (0, 1)]
+    streams = [list(SequenceLoader(reader, 4, seed, num_epochs=2)) for seed in (0, 1)]
     epochs = [part for stream in streams for part in (stream[:10], stream[10:])]
-    firsts = {tuple(row for batch in epoch for row in _rows(batch)) for epoch in epochs}
-    assert len(firsts) == 4
+    assert len({tuple(row for batch in epoch for row in _rows(batch)) for epoch in epochs}) == 4
 
 
-@pytest.mark.parametrize("world_size", [2, 5, 10])
-def test_ranks_are_disjoint_and_together_the_stream_of_one(reader, world_size: int) -> None:
-    """These divide an epoch's 10 micro-batches, so the streams agree over all epochs."""
-    alone = list(SequenceLoader(reader, 4, 30, seed=1))
-    ranks = [SequenceLoader(reader, 4, 30, 1, rank, world_size) for rank in range(world_size)]
-    assert {len(rank) for rank in ranks} == {30 // world_size}
-    streams = [list(rank) for rank in ranks]
-    assert {len(stream) for stream in streams} == {30 // world_size}
-    together = [batch for step in zip(*streams, strict=True) for batch in step]
-    assert _all_same(together, alone)
-    for step in range(30 // world_size):
-        seen = [row for stream in streams for row in _rows(stream[step])]
-        assert len(set(seen)) == len(seen)
-
-
-@pytest.mark.parametrize(("world_size", "per_epoch"), [(3, 9), (4, 8)])
-def test_ranks_that_do_not_divide_an_epoch_leave_its_end_out(reader, world_size: int, per_epoch: int) -> None:
-    alone = list(SequenceLoader(reader, 4, 10, seed=1))
-    ranks = [list(SequenceLoader(reader, 4, 2 * per_epoch, 1, rank, world_size)) for rank in range(world_size)]
-    assert {len(rank) for rank in ranks} == {2 * per_epoch // world_size}
-    together = [batch for step in zip(*ranks, strict=True) for batch in step]
-    assert _all_same(together[:per_epoch], alone[:per_epoch])
-    second_epoch = [row for batch in together[per_epoch:] for row in _rows(batch)]
-    assert len(set(second_epoch)) == 4 * per_epoch
-
-
-def test_every_rank_has_the_same_state_and_resumes_its_own_part(reader) -> None:
-    ranks = [SequenceLoader(reader, 4, 30, 1, rank, 2) for rank in range(2)]
-    whole = [list(SequenceLoader(reader, 4, 30, 1, rank, 2)) for rank in range(2)]
+def test_every_rank_has_the_same_state_whatever_was_made_ahead(reader) -> None:
+    ranks = [SequenceLoader(reader, 8, 1, num_epochs=2, rank=rank, world_size=2) for rank in range(2)]
     for rank in ranks:
-        list(itertools.islice(rank, 6))
+        list(itertools.islice(rank, 3))
     assert ranks[0].state_dict() == ranks[1].state_dict()
-    for number in range(2):
-        resumed = SequenceLoader(reader, 4, 30, 1, number, 2)
-        resumed.load_state_dict(ranks[0].state_dict())
-        assert _all_same(list(resumed), whole[number][6:])
+    assert ranks[0].state_dict()["position"] == 24
 
 
 @pytest.mark.parametrize(
-    ("micro_batch", "seed", "world_size"),
+    ("change", "named"),
     [
-        pytest.param(2, 3, 1, id="another micro-batch"),
-        pytest.param(4, 2, 1, id="another seed"),
-        pytest.param(4, 3, 3, id="ranks that cut the epochs elsewhere"),
-        pytest.param(4, 3, 2, id="in the middle of a step of two ranks"),
+        pytest.param({"batch_sequences": 8}, "batch_sequences", id="another step"),
+        pytest.param({"seed": 2}, "seed", id="another seed"),
+        pytest.param({"lanes": 4}, "lanes", id="other lanes"),
     ],
 )
-def test_a_state_of_another_order_is_refused(reader, micro_batch: int, seed: int, world_size: int) -> None:
-    loader = SequenceLoader(reader, 4, 30, seed=3)
+def test_a_state_of_another_order_is_refused(reader, change, named: str) -> None:
+    loader = SequenceLoader(reader, 4, 3)
     list(itertools.islice(loader, 9))
-    other = SequenceLoader(reader, micro_batch, 30, seed, 0, world_size)
+    other = SequenceLoader(reader, **({"batch_sequences": 4, "seed": 3} | change))
     with pytest.raises(
-        InputError, match=r"a checkpoint of another data order; found .*'position': 9.* expected .*; restore"
+        InputError, match=rf"checkpoint of another data order; found {{'{named}'.* expected .*; restore"
     ):
         other.load_state_dict(loader.state_dict())
 
 
+def test_a_state_within_a_step_is_refused_by_ranks_that_cannot_divide_it(reader) -> None:
+    loader = SequenceLoader(reader, 8, 3, micro_batch=2)
+    list(itertools.islice(loader, 5))
+    state = loader.state_dict()
+    SequenceLoader(reader, 8, 3, micro_batch=1, world_size=2).load_state_dict(state)
+    with pytest.raises(InputError, match=r"within a step.* found 10 sequences, expected a multiple of 8"):
+        SequenceLoader(reader, 8, 3, world_size=2).load_state_dict(state)
+
+
 def test_a_state_of_another_cache_is_refused(codecs, make_reader, reader, tmp_path) -> None:
     (tmp_path / "shards").rename(tmp_path / "first")
-    loader = SequenceLoader(make_reader(codecs[SAMPLED], SIZES[:2]), 4, 30, seed=3)
-    with pytest.raises(InputError, match="another data order"):
-        SequenceLoader(reader, 4, 30, seed=3).load_state_dict(loader.state_dict())
+    loader = SequenceLoader(make_reader(codecs[SAMPLED], SIZES[:2]), 4, 3)
+    with pytest.raises(InputError, match=r"another data order; found {.*'shards'"):
+        SequenceLoader(reader, 4, 3).load_state_dict(loader.state_dict())
 
 
 @pytest.mark.parametrize(
-    ("micro_batch", "world_size", "fits"), [(41, 1, True), (42, 1, False), (10, 4, True), (11, 4, False)]
+    ("given", "message"),
+    [
+        ({"world_size": 3}, "3 ranks, 2 lanes"),
+        ({"world_size": 2, "batch_sequences": 5}, "does not divide.* 5 sequences, 2 a micro-batch on 2 ranks"),
+        ({"micro_batch": 3}, "does not divide.* multiple of 3"),
+        ({"batch_sequences": 42}, "found 41 sequences, expected at least 42"),
+        ({"max_tokens": 47}, "max_tokens: not enough data for one step .* found 47, expected at least 48"),
+    ],
 )
-def test_too_few_sequences_for_one_step_are_refused(reader, micro_batch: int, world_size: int, fits: bool) -> None:
-    if fits:
-        assert len(list(SequenceLoader(reader, micro_batch, world_size, 0, 0, world_size))) == 1
-        return
-    with pytest.raises(InputError, match=f"found 41 sequences, expected at least {micro_batch * world_size}"):
-        SequenceLoader(reader, micro_batch, world_size, 0, 0, world_size)
+def test_what_cannot_be_divided_is_refused(reader, given, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SequenceLoader(reader, **({"batch_sequences": 4, "seed": 0} | given))
 
 
-def test_sampled_weights_are_the_counts_over_the_draws(codecs, make_block) -> None:
-    block = make_block(codecs[SAMPLED], 4)
-    batch = collate([(block.sequences, block.targets, row) for row in (2, 0, 3)], 20)
-    dense_NV = torch.zeros(36, 300).scatter_add_(1, batch.ids_NK, batch.weights_NK)
-    # at most 20 counts of 1/20 in float32: each rounds by 3e-9, their sum by 6e-8 a step
-    torch.testing.assert_close(batch.weights_NK.sum(-1), torch.ones(36), rtol=0, atol=2e-6)
-    assert batch.tail_N is None
-    assert batch.ids_NK.shape[1] == block.targets.num_ids_BL[[2, 0, 3]].max()
-    targets, place = block.targets, 0
-    expected_BLV = np.zeros((4, 12, 300), np.float32)
-    for sequence, position in itertools.product(range(4), range(12)):
-        part = slice(place, place + targets.num_ids_BL[sequence, position])
-        expected_BLV[sequence, position, targets.ids_D[part]] = targets.counts_D[part] / np.float32(20)
-        place = part.stop
-    assert torch.equal(dense_NV, torch.from_numpy(expected_BLV[[2, 0, 3]].reshape(36, 300)))
+def _threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("capgap-decode")]
 
 
-def test_topk_weights_are_probabilities_and_the_tail_is_the_rest(codecs, make_block) -> None:
-    block = make_block(codecs[TOPK], 4)
-    batch = collate([(block.sequences, block.targets, row) for row in (3, 1)], 8)
-    assert torch.equal(batch.ids_NK, torch.from_numpy(block.targets.ids_BLK[[3, 1]].reshape(24, 8)).long())
-    assert torch.equal(batch.weights_NK, torch.from_numpy(block.targets.logprobs_BLK[[3, 1]].reshape(24, 8)).exp())
-    assert torch.equal(batch.tail_N, torch.from_numpy(block.targets.tail_BL[[3, 1]].reshape(24)))
-    # 300 probabilities of a float32 softmax, summed in two parts
-    torch.testing.assert_close(batch.weights_NK.sum(-1) + batch.tail_N, torch.ones(24), rtol=0, atol=1e-5)
+def test_threads_are_gone_after_the_last_batch_and_after_closing(reader) -> None:
+    batches = iter(SequenceLoader(reader, 4, 0, threads=3))
+    for _ in range(10):
+        next(batches)
+    assert _threads() == [], "nobody need ask for an eleventh"
+    batches = iter(SequenceLoader(reader, 4, 0, threads=3))
+    next(batches)
+    assert _threads()
+    batches.close()
+    assert _threads() == []
 
 
-@pytest.mark.parametrize("name", [SEQUENCES, SAMPLED, TOPK])
-def test_labels_are_the_next_tokens_and_are_ignored_where_the_mask_says_so(codecs, make_block, name: str) -> None:
-    block = make_block(codecs[name], 4)
-    chosen = [1, 1, 3]
-    batch = collate([(block.sequences, block.targets, row) for row in chosen], codecs[name].num_ids)
-    tokens_BL1, mask_BL1 = block.sequences.tokens_BL1[chosen], block.sequences.mask_BL1[chosen]
-    assert batch.num_tokens == 3 * 12
-    for sequence, position in itertools.product(range(3), range(12)):
-        assert batch.input_ids_BL[sequence, position] == tokens_BL1[sequence, position]
-        expected = tokens_BL1[sequence, position + 1] if mask_BL1[sequence, position + 1] else IGNORED_LABEL
-        assert batch.labels_BL[sequence, position] == expected
-    assert 0 < (batch.labels_BL == IGNORED_LABEL).sum() < batch.num_tokens
-    assert (batch.ids_NK is None) is (name == SEQUENCES)
+def test_each_block_is_decoded_once_an_epoch_and_memory_is_bounded(many, monkeypatch) -> None:
+    read = []
+    original = many.read_member
+    monkeypatch.setattr(many, "read_member", lambda *key: read.append(key) or original(*key))
+    loader = SequenceLoader(many, 12, 0, threads=4)
+    list(loader)
+    assert len(read) == 300
+    read.clear()
+    small = SequenceLoader(many, 12, 0, threads=4, max_block_bytes=3000)
+    assert _all_same(list(small), list(SequenceLoader(many, 12, 0)))
+    assert 0 < small.blocks.num_bytes <= 3000
 
 
-def test_a_batch_moves_as_a_whole(codecs, make_block) -> None:
-    block = make_block(codecs[TOPK], 1)
-    moved = collate([(block.sequences, block.targets, 0)], 8).to("meta")
-    assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+def _damage(reader: ShardReader, shard: int, member: int) -> str:
+    """Turn a bit of that member; returns how errors name it."""
+    entry = reader.shard_set.shards[shard]
+    with (reader.place.folder / entry.file.path).open("r+b") as file:
+        file.seek(entry.members[member].offset + 20)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    return reader.name_of(shard, member)
 
 
-def test_blocks_that_leave_the_cache_and_come_back_change_nothing(codecs, make_reader) -> None:
-    """More members than the loader keeps decoded, in windows that are smaller than an epoch."""
-    reader = make_reader(codecs[SEQUENCES], ((1,) * 300,))
-    batches = list(SequenceLoader(reader, 3, 200, seed=0))
-    rows = [row for batch in batches[:100] for row in _rows(batch)]
-    assert len(set(rows)) == 300
-    assert set(rows) == {row for batch in batches[100:] for row in _rows(batch)}
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_damaged_member_stops_with_its_name_in_the_consumers_thread(many, threads: int) -> None:
+    name = _damage(many, 3, 7)
+    with pytest.raises(CorruptError, match=f"^{name} at byte .*checksum mismatch"):
+        list(SequenceLoader(many, 4, 0, threads=threads))
+    assert _threads() == []
+
+
+@pytest.fixture
+def large(codecs, make_reader) -> ShardReader:
+    """4096 sequences: 4 of them may be damaged."""
+    return make_reader(codecs[SEQUENCES], ((4,) * 128,) * 8)
+
+
+def test_a_skipped_sequence_is_replaced_by_the_next_good_one_of_its_lane(large, caplog) -> None:
+    sound = list(SequenceLoader(large, 64, 0))
+    places = [place for number in range(64) for place in SequenceLoader(large, 64, 0).places(number)]
+    name = _damage(large, 3, 7)
+    loader = SequenceLoader(large, 64, 0, on_corrupt="skip")
+    found = list(loader)
+    assert len(found) == len(sound)
+    changed = [i for i in range(4096) if not torch.equal(_row(found, i), _row(sound, i))]
+    assert changed == [i for i, place in enumerate(places) if place[:2] == (3, 7)]
+    for i in changed:
+        others = [(i + 64 * further) % 4096 for further in range(64)]
+        good = next(other for other in others if other not in changed)
+        assert torch.equal(_row(found, i), _row(sound, good))
+    assert loader.skips.as_dict() == {name: 4}
+    assert [name in record.getMessage() for record in caplog.records] == [True]
+    for world_size, threads in ((2, 0), (8, 3)):
+        ranks = [
+            SequenceLoader(large, 64, 0, rank=r, world_size=world_size, threads=threads, on_corrupt="skip")
+            for r in range(world_size)
+        ]
+        assert _steps(ranks) == [sorted(_rows(batch)) for batch in found]
+    resumed = SequenceLoader(large, 64, 0, on_corrupt="skip")
+    resumed.load_state_dict(loader.state_dict())
+    assert resumed.skips.as_dict() == {name: 4}, "a resumed training still says what was skipped before"
+
+
+def _row(batches: list[Batch], index: int) -> torch.Tensor:
+    return batches[index // 64].input_ids_BL[index % 64]
+
+
+def test_more_damage_than_one_in_a_thousand_stops(large) -> None:
+    for shard, member in ((3, 7), (5, 1)):
+        _damage(large, shard, member)
+    with pytest.raises(CorruptError, match=r"too much is damaged .* found 8 sequences in 2 members, .* 4,"):
+        list(SequenceLoader(large, 64, 0, on_corrupt="skip"))
+
+
+def test_batches_are_pinned_where_asked(reader) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("page-locked memory needs CUDA")
+    assert next(iter(SequenceLoader(reader, 4, 0))).input_ids_BL.is_pinned()

@@ -68,8 +68,9 @@ def test_training_lowers_the_held_out_loss(make_task, make_student, tmp_path, ki
     validation = _column(tmp_path, "validation_loss")
     assert [step for step, _ in validation] == [20, 40, 60]
     losses = [loss for _, loss in validation]
-    # an untrained student stands at log 40 = 3.69, the chain's entropy at 1.5
-    assert losses[0] < math.log(40) and losses[-1] < losses[0] - 0.3
+    # an untrained student stands at log 40 = 3.69, the chain's entropy at 1.5; over orders of the data, cross-entropy
+    # alone falls by 0.26 to 0.39 between these steps
+    assert losses[0] < math.log(40) and losses[-1] < losses[0] - 0.2
     assert [step for step, _ in _column(tmp_path, "train_loss")] == [*range(5, 61, 5)]
     assert _column(tmp_path, "num_tokens")[0] == (5, 5 * 4 * SEQ_LEN)
     assert len(_column(tmp_path, "train_kl")) == (0 if alpha == 0 else 12)
@@ -108,9 +109,7 @@ def test_micro_batches_take_the_steps_of_the_whole_batch_in_every_epoch(
 def test_max_tokens_is_never_passed(make_task, make_student, tmp_path, given: int, steps: int | None) -> None:
     task = make_task(max_tokens=given, num_epochs=2)
     if steps is None:
-        with pytest.raises(
-            InputError, match=r"train: test: not enough data for one step .* found max_tokens = .* at least 64"
-        ):
+        with pytest.raises(InputError, match=r"max_tokens: not enough data for one step .* found \d+, .* at least 64"):
             fit(make_student(), task)
         return
     assert fit(make_student(), task)["num_steps"] == steps
@@ -204,7 +203,7 @@ def test_a_killed_training_goes_on_as_if_undisturbed(shards, make_student, tmp_p
                 "folder": str(folder),
                 "student": str(tmp_path / "student"),
                 "shards": [
-                    (str(shards[part]._folder), shards[part].shard_set.model_dump_json())
+                    (str(shards[part].place.folder), shards[part].shard_set.model_dump_json())
                     for part in ("sampled", "heldout")
                 ],
                 "settings": settings,

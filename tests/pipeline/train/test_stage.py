@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -16,8 +17,8 @@ from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.train import stage
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
-from capgap.pipeline.workflow.state import read_manifest
-from capgap.schemas.errors import MismatchError
+from capgap.pipeline.workflow.state import State, read_manifest, states
+from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.run_file import RunFile
 
 SEQ_LEN = 32
@@ -102,6 +103,40 @@ def test_a_cache_of_another_corpus_is_refused(made) -> None:
     run = RunFile.model_validate(made["number"] | {"reuse": {"cache": cache}})
     with pytest.raises(MismatchError, match=f"{cache}: the cache was made from another corpus; found corpus"):
         carry_out(run, TRAIN, force=True)
+
+
+def test_a_cache_in_s3_trains_the_same_student(made, s3_server, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("CAPGAP_DOWNLOADS", str(tmp_path / "downloads"))
+    local = made["number"]
+    folder = Path(local["out"]) / "cache"
+    filesystem = fsspec.filesystem("s3")
+    filesystem.mkdir("caches")
+    filesystem.put(str(folder), "caches/number", recursive=True)
+    here = carry_out(RunFile.model_validate(local), TRAIN, force=True)
+    reuse = {stage: f"{local['out']}/{stage}" for stage in ("corpus", "teacher")} | {"cache": "s3://caches/number"}
+    run = RunFile.model_validate(local | {"out": str(tmp_path / "out"), "reuse": reuse})
+    carry_out(run, NEEDED[3])
+    there = carry_out(run, TRAIN)
+    assert there.inputs["cache"].path == "s3://caches/number"
+    weights = [{file.path: file.sha256 for file in manifest.files} for manifest in (here, there)]
+    assert weights[0]["model/model.safetensors"] == weights[1]["model/model.safetensors"]
+    assert states(run)[TRAIN.name].state is State.CURRENT
+
+
+def test_a_corpus_is_not_read_from_a_url(made, s3_server, tmp_path) -> None:
+    filesystem = fsspec.filesystem("s3")
+    filesystem.mkdir("caches")
+    filesystem.put(f"{made['number']['out']}/corpus/manifest.json", "caches/corpus/manifest.json")
+    given = made["number"] | {"out": str(tmp_path / "out"), "reuse": {"corpus": "s3://caches/corpus"}}
+    with pytest.raises(InputError, match=r"reuse.corpus: must lie on a local disk; found s3://caches/corpus"):
+        carry_out(RunFile.model_validate(given), NEEDED[3])
+
+
+def test_a_url_without_a_manifest_is_refused(made, s3_server) -> None:
+    fsspec.filesystem("s3").mkdir("caches")
+    run = RunFile.model_validate(made["number"] | {"reuse": {"cache": "s3://caches/none"}})
+    with pytest.raises(InputError, match=r"reuse.cache: s3://caches/none: cannot be reused; found no manifest.json"):
+        states(run)
 
 
 def test_a_student_of_another_tokenizer_is_refused(made, tmp_path) -> None:

@@ -48,6 +48,7 @@ OPTIMIZATION_OPERATIONAL: dict[str, Any] = {
     "micro_batch_sequences": 2,
     "checkpoint_every_steps": 7,
     "log_every_steps": 7,
+    "on_corrupt": "skip",
 }
 GIVEN_TEACHER = {"teacher.model": None, "teacher.training": None}
 TABLE: list[tuple[str, Any, set[str]]] = [

@@ -1,0 +1,219 @@
+"""The loader against WebDataset with torch's DataLoader on the same shards; start-up and memory against their number.
+
+python benchmarks/loader.py            tokens/s, interleaved medians; start-up; resident memory
+python benchmarks/loader.py --quick    a tenth of it
+
+PYTHONPATH=benchmarks where PYTHONSAFEPATH is set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from machine import keep
+from torch.utils.data import DataLoader
+
+from capgap.pipeline.store import Block, Codec, SequenceLoader, ShardReader, ShardWriter, codec_for
+from capgap.pipeline.store.batch import Batch, collate
+from capgap.pipeline.store.codec import TOPK
+from capgap.schemas.manifest import ShardSet
+from capgap.schemas.records import Sequences, TopkTargets
+
+NUM_KEPT, VOCAB_SIZE = 64, 32_000
+MICRO_BATCH_TOKENS = 8192
+NUM_WORKERS = 2
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.child:
+        print(json.dumps(child(*json.loads(flags.child))))
+        return
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        small = flags.quick
+        figures = {
+            "throughput, tokens/s": [
+                throughput(Path(scratch) / f"{seq_len}", seq_len, 8 if small else 64, 3 if small else 5)
+                for seq_len in (2048, 256)
+            ],
+            "start-up to the first batch, s": start_up(Path(scratch), (1, 100) if small else (1, 10_000), 3),
+            "resident memory at the end, MB": memory(Path(scratch), 40 if small else 400),
+        }
+    print(json.dumps(figures, indent=1))
+    print(f"kept in {keep('loader', 'cpu', figures)}")
+
+
+def throughput(folder: Path, seq_len: int, num_members: int, repeats: int) -> dict[str, Any]:
+    """Tokens a second of a whole epoch, each way in turn, on the same shards."""
+    reader = make_cache(folder, seq_len, [num_members // 8] * 8)
+    micro_batch = MICRO_BATCH_TOKENS // seq_len
+    ways: dict[str, Callable[[], Iterator[Batch]]] = {
+        "capgap, 2 threads": lambda: iter(SequenceLoader(reader, micro_batch, 0, threads=NUM_WORKERS)),
+        "capgap, no threads": lambda: iter(SequenceLoader(reader, micro_batch, 0, threads=0)),
+        "webdataset, 2 workers": lambda: through_webdataset(reader, micro_batch, NUM_WORKERS),
+        "webdataset, no workers": lambda: through_webdataset(reader, micro_batch, 0),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    cpu_rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            started, cpu_started, tokens = time.perf_counter(), cpu_s(), 0
+            for batch in way():
+                tokens += batch.num_tokens
+            rates[name].append(tokens / (time.perf_counter() - started))
+            cpu_rates[name].append(tokens / (cpu_s() - cpu_started))
+    medians = {name: round(statistics.median(values)) for name, values in rates.items()}
+    per_cpu = {f"{name}, per CPU-second": round(statistics.median(values)) for name, values in cpu_rates.items()}
+    ratios = {
+        f"{ours} over {theirs}": round(medians[ours] / medians[theirs], 2)
+        for ours, theirs in (
+            ("capgap, 2 threads", "webdataset, 2 workers"),
+            ("capgap, no threads", "webdataset, no workers"),
+        )
+    }
+    about = {"seq_len": seq_len, "tokens": reader.shard_set.num_tokens, "repeats": repeats}
+    return about | medians | per_cpu | ratios
+
+
+def through_webdataset(reader: ShardReader, micro_batch: int, num_workers: int) -> Iterator[Batch]:
+    """The same decoding and collating, with WebDataset's order and torch's worker processes; no more is checked."""
+    codec = reader.codec
+    urls = [str(reader.place.folder / shard.file.path) for shard in reader.shard_set.shards]  # type: ignore[attr-defined]
+
+    def rows(samples: Iterator[dict[str, Any]]) -> Iterator[Any]:
+        for sample in samples:
+            sequences, targets = codec.decode(sample["arrow.zst"], sample["__key__"])
+            yield from ((sequences, targets, row) for row in range(len(sequences)))
+
+    dataset = webdataset.WebDataset(urls, shardshuffle=100, nodesplitter=webdataset.split_by_node, seed=0)
+    shuffled = dataset.compose(rows).shuffle(8 * MICRO_BATCH_TOKENS // codec.seq_len * 2)
+    batches = shuffled.batched(micro_batch, collation_fn=lambda part: collate(part, codec.num_ids), partial=False)
+    return iter(DataLoader(batches, batch_size=None, num_workers=num_workers))
+
+
+def start_up(scratch: Path, numbers: tuple[int, ...], repeats: int) -> dict[str, Any]:
+    """From the manifest's text to the first batch, in a process that has imported everything, by number of shards."""
+    found: dict[str, Any] = {}
+    for number in numbers:
+        folder = scratch / f"shards-{number}"
+        reader = make_cache(folder, 256, [max(1, 64 // number)] * min(number, 64))
+        entries = reader.shard_set.shards
+        # more shards than are worth making: the same files under many entries
+        many = reader.shard_set.model_copy(update={"shards": tuple(entries[i % len(entries)] for i in range(number))})
+        (folder / "set.json").write_text(many.model_dump_json())
+        runs = [run_child("start", str(folder), 256) for _ in range(repeats)]
+        found[f"{number} shards"] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    return found
+
+
+def memory(scratch: Path, num_members: int) -> dict[str, Any]:
+    """After one epoch, and after one of ten times as many members (the same files, each listed ten times).
+
+    With 8 ids a token, so that the smaller set fills the 150 MB of decoded blocks that are allowed, too.
+    """
+    folder = scratch / "memory"
+    reader = make_cache(folder, 256, [num_members // 8] * 8, num_kept=8)
+    found = {}
+    for times in (1, 10):
+        many = reader.shard_set.model_copy(update={"shards": reader.shard_set.shards * times})
+        (folder / "set.json").write_text(many.model_dump_json())
+        found[f"{many.num_tokens:,} tokens"] = run_child("epoch", str(folder), 256)
+    return found
+
+
+def child(what: str, folder: str, seq_len: int) -> dict[str, float]:
+    """One measurement in a fresh process."""
+    text = (Path(folder) / "set.json").read_text()
+    started = time.perf_counter()
+    shard_set = ShardSet.model_validate_json(text)
+    parsed = time.perf_counter()
+    loader = SequenceLoader(
+        ShardReader(Path(folder), shard_set), MICRO_BATCH_TOKENS // seq_len, 0, max_block_bytes=150 << 20
+    )
+    batches = iter(loader)
+    next(batches)
+    first = time.perf_counter()
+    if what == "start":
+        batches.close()
+        return {"manifest parsed": round(parsed - started, 4), "first batch": round(first - parsed, 4)}
+    for _ in batches:
+        pass
+    return {"MB": resident_mb(), "seconds": round(time.perf_counter() - started, 2)}
+
+
+def run_child(what: str, folder: str, seq_len: int) -> dict[str, float]:
+    """`child` in a process of its own."""
+    command = [sys.executable, __file__, "--child", json.dumps([what, folder, seq_len])]
+    found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
+
+
+def cpu_s() -> float:
+    """CPU time of this process and of the worker processes that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def resident_mb() -> float:
+    """Of this process, now."""
+    with Path("/proc/self/status").open() as file:
+        line = next(line for line in file if line.startswith("VmRSS"))
+    return round(int(line.split()[1]) / 1024, 1)
+
+
+def make_cache(folder: Path, seq_len: int, members_of_shards: list[int], num_kept: int = NUM_KEPT) -> ShardReader:
+    """Shards of made-up rows whose ids and logprobs have about the entropy of a real teacher's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    codec = codec_for(TOPK, seq_len, {"vocab_size": VOCAB_SIZE, "num_ids": num_kept})
+    writer = ShardWriter(folder, folder / "sidecars", "targets", codec)
+    rng = np.random.default_rng(0)
+    shards = [
+        writer.write(index, (make_block(codec, rng) for _ in range(number)))
+        for index, number in enumerate(members_of_shards)
+    ]
+    return ShardReader(folder, writer.shard_set(shards))
+
+
+def make_block(codec: Codec, rng: np.random.Generator) -> Block:
+    """8k tokens; the real next token is one of the ids kept."""
+    num, length, kept = MICRO_BATCH_TOKENS // codec.seq_len, codec.seq_len, codec.num_ids
+    # ids of a row are distinct: a start that is likely to be low, and growing steps
+    starts_BL1 = (VOCAB_SIZE // 2 * rng.random((num, length, 1)) ** 4).astype(np.int32)
+    ids_BLK = starts_BL1 + np.cumsum(rng.integers(1, 200, (num, length, kept)), axis=2, dtype=np.int32)
+    falls_BLK = np.cumsum(rng.exponential(0.15, (num, length, kept)), axis=2)
+    weights_BLK = np.exp(-falls_BLK)
+    probs_BLK = 0.9 * weights_BLK / weights_BLK.sum(2, keepdims=True)
+    logprobs_BLK = np.log(probs_BLK).astype(np.float32)
+    pick_BL1 = rng.integers(0, 8, (num, length, 1))
+    tokens_BL1 = np.zeros((num, length + 1), np.int32)
+    tokens_BL1[:, 1:] = np.take_along_axis(ids_BLK, pick_BL1, 2)[:, :, 0]
+    starts = np.zeros(tokens_BL1.shape, np.bool_)
+    targets = TopkTargets(
+        ids_BLK,
+        logprobs_BLK,
+        np.full((num, length), 0.1, np.float32),
+        np.take_along_axis(logprobs_BLK, pick_BL1, 2)[:, :, 0],
+    )
+    return Block(Sequences(tokens_BL1, starts, ~starts), targets)
+
+
+if __name__ == "__main__":
+    main()

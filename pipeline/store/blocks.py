@@ -1,0 +1,69 @@
+"""Decoded blocks in memory, bounded in bytes: each is decoded by one thread, however many ask for it."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from typing import Generic, TypeVar
+
+from capgap.schemas.records import Sequences, Targets
+
+Key = TypeVar("Key", bound=Hashable)
+Block = tuple[Sequences, Targets | None]
+
+
+class BlockCache(Generic[Key]):
+    """The blocks used last, up to a number of bytes; the newest is kept whatever its size.
+
+    Args:
+        read: makes a block; what it raises is raised to everyone who waits for that block, and not remembered.
+        max_bytes: of all blocks held.
+    """
+
+    def __init__(self, read: Callable[[Key], Block], max_bytes: int) -> None:
+        self._read, self._max_bytes = read, max_bytes
+        self._lock = threading.Lock()
+        self._blocks: OrderedDict[Key, Future[Block]] = OrderedDict()
+        self._sizes: dict[Key, int] = {}
+        self.num_bytes = 0
+
+    def get(self, key: Key) -> Block:
+        """The block of that key."""
+        with self._lock:
+            known = key in self._blocks
+            future = self._blocks.setdefault(key, Future())
+            self._blocks.move_to_end(key)
+        return future.result() if known else self._make(key, future)
+
+    def _make(self, key: Key, future: Future[Block]) -> Block:
+        try:
+            block = self._read(key)
+        except BaseException as error:
+            with self._lock:
+                del self._blocks[key]
+            future.set_exception(error)
+            raise
+        with self._lock:
+            self._sizes[key] = _size_of(block)
+            self.num_bytes += self._sizes[key]
+            self._blocks.move_to_end(key)
+            self._drop_oldest()
+        future.set_result(block)
+        return block
+
+    def _drop_oldest(self) -> None:
+        # those still being made have no size yet and stay
+        for key in list(self._sizes_in_order())[:-1]:
+            if self.num_bytes <= self._max_bytes:
+                return
+            del self._blocks[key]
+            self.num_bytes -= self._sizes.pop(key)
+
+    def _sizes_in_order(self) -> list[Key]:
+        return [key for key in self._blocks if key in self._sizes]
+
+
+def _size_of(block: Block) -> int:
+    return sum(int(array.nbytes) for part in block if part is not None for array in vars(part).values())

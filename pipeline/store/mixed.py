@@ -1,0 +1,146 @@
+"""Several caches as one stream of micro-batches, by weight.
+
+    number of a micro-batch --cycle of 1000, its order drawn from the seed--> which loader gives it --> that one's next
+
+In every cycle each loader gives its share, to one in 1000, so the mix is exact over any long stretch and never runs
+away by chance. Which loader gives micro-batch m is a pure function of (seed, weights, m) and the same on every rank, so
+how much each has given follows from m, and the state is still one integer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from capgap.pipeline.store.batch import Batch
+from capgap.pipeline.store.loader import SequenceLoader
+from capgap.schemas.errors import InputError
+
+# Weights are kept to a thousandth; over a thousand micro-batches the mix is exact.
+_CYCLE = 1000
+
+
+class MixedLoader:
+    """Iterates over the micro-batches that remain, each of one cache.
+
+    Args:
+        loaders: by name, of the same rank, ranks and micro-batch; a cache that is to be read more than once needs its
+            epochs.
+        weights: by the same names, above 0; only their ratios count.
+        seed: of the order in which loaders take turns.
+        max_tokens: stop before the micro-batch that would pass this many targets over all ranks; left out, the stream
+            ends where a loader has no more to give.
+
+    Raises:
+        InputError: the names differ, a weight is not above 0, or the loaders are not of one size.
+    """
+
+    def __init__(
+        self,
+        loaders: Mapping[str, SequenceLoader],
+        weights: Mapping[str, float],
+        seed: int,
+        *,
+        max_tokens: int | None = None,
+    ) -> None:
+        self._names = sorted(loaders)
+        if not self._names or self._names != sorted(weights):
+            raise InputError("weights", found=sorted(weights), expected=f"one for each of {self._names}")
+        self._loaders = [loaders[name] for name in self._names]
+        self._shares = _shares(self._names, weights)
+        sizes = {(loader.together, loader.seq_len) for loader in self._loaders}
+        if len(sizes) > 1:
+            raise InputError("micro-batches x ranks, and targets a sequence", found=sorted(sizes), expected="one size")
+        self._seed, self._position = seed, 0
+        self._together, self._seq_len = sizes.pop()
+        self._turns = lru_cache(maxsize=2)(self._permute_turns)
+        self._total = self._most(max_tokens)
+
+    def __len__(self) -> int:
+        """Micro-batches of the whole training on this rank."""
+        return self._total
+
+    def __iter__(self) -> Iterator[Batch]:
+        streams = [iter(loader) for loader in self._loaders]
+        try:
+            while self._position < self._total:
+                cycle, turn = divmod(self._position, _CYCLE)
+                self._position += 1
+                yield next(streams[int(self._turns(cycle)[turn])])
+        finally:
+            for stream in streams:
+                stream.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of micro-batches handed out on each rank, what it counts, and the loaders' own states."""
+        states = {name: loader.state_dict() for name, loader in zip(self._names, self._loaders, strict=True)}
+        return {"position": self._position, **self._counts(), "loaders": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after that many micro-batches.
+
+        Raises:
+            InputError: the state counts another mix, or the order of one of the caches is another.
+        """
+        found = {name: state.get(name) for name in self._counts()}
+        if found != self._counts():
+            raise InputError("a checkpoint of another mix", found=found, expected=self._counts())
+        given = self._given(int(state["position"]))
+        for name, loader, number in zip(self._names, self._loaders, given, strict=True):
+            loader.load_state_dict(state["loaders"][name] | {"position": int(number) * self._together})
+        self._position = int(state["position"])
+
+    def _counts(self) -> dict[str, Any]:
+        return {
+            "seed": self._seed,
+            "shares": dict(zip(self._names, map(int, self._shares), strict=True)),
+            "together": self._together,
+        }
+
+    def _given(self, position: int) -> npt.NDArray[np.int64]:
+        """Micro-batches that each loader has given before that position."""
+        cycle, turn = divmod(position, _CYCLE)
+        return cycle * self._shares + np.bincount(self._turns(cycle)[:turn], minlength=len(self._shares))
+
+    def _most(self, max_tokens: int | None) -> int:
+        if max_tokens is not None:
+            wanted = max_tokens // (self._together * self._seq_len)
+            short = self._given(wanted) > self._has
+            if short.any():
+                name = self._names[int(short.argmax())]
+                raise InputError("a cache is too small for the mix", where=name, fix="give it more epochs")
+            return wanted
+        low, high = 0, int(self._has.sum())
+        while low < high:  # the largest position at which no loader has given more than it has
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if (self._given(middle) <= self._has).all() else (low, middle - 1)
+        return low
+
+    @property
+    def _has(self) -> npt.NDArray[np.int64]:
+        return np.array([len(loader) for loader in self._loaders])
+
+    def _permute_turns(self, cycle: int) -> npt.NDArray[np.int64]:
+        key = hashlib.blake2b(f"{self._seed}/mix/{cycle}".encode(), digest_size=16).digest()
+        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+        turns: npt.NDArray[np.int64] = np.repeat(np.arange(len(self._shares)), self._shares)
+        generator.shuffle(turns)
+        return turns
+
+
+def _shares(names: list[str], weights: Mapping[str, float]) -> npt.NDArray[np.int64]:
+    """Turns of each loader in a cycle: its weight's share, rounded so that all of them together fill the cycle."""
+    given = np.array([weights[name] for name in names], dtype=np.float64)
+    if not (np.isfinite(given) & (given > 0)).all():
+        raise InputError("weights", found=dict(weights), expected="numbers above 0")
+    exact = given / given.sum() * _CYCLE
+    shares: npt.NDArray[np.int64] = np.floor(exact).astype(np.int64)
+    shares[np.argsort(shares - exact, kind="stable")[: _CYCLE - int(shares.sum())]] += 1
+    if not shares.all():
+        raise InputError("weights", found=dict(weights), expected=f"none below one in {_CYCLE} of their sum")
+    return shares

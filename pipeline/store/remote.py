@@ -1,0 +1,82 @@
+"""Files behind URLs, through fsspec: S3, Google Storage, Hugging Face, web servers and all it has a client for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import fsspec
+
+from capgap.schemas.errors import InputError, MachineError
+
+# Large enough that a request's latency is small beside its transfer, small beside the memory of a decoded window.
+_CHUNK_BYTES = 8 << 20
+_EXTRAS = {"s3": "pip install 'capgap[s3]'", "s3a": "pip install 'capgap[s3]'"}
+
+
+class Remote:
+    """A folder behind a URL. Addresses and credentials come from where each client looks for them, for example
+    AWS_ENDPOINT_URL and AWS_ACCESS_KEY_ID.
+
+    Args:
+        url: of the folder.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+
+    def read(self, path: str) -> bytes | None:
+        """A small file as a whole; None where there is none.
+
+        Raises:
+            MachineError: the client for such URLs is not installed.
+            InputError: it cannot be read.
+        """
+        try:
+            return b"".join(self._chunks(path))
+        except FileNotFoundError:
+            return None
+
+    def stream(self, path: str) -> Iterator[bytes]:
+        """A file in pieces; errors as `read`, and a file that is not there is one."""
+        try:
+            yield from self._chunks(path)
+        except FileNotFoundError:
+            raise InputError(
+                "the shard is missing", where=f"{self.url}/{path}", fix="upload the whole folder of the stage again"
+            ) from None
+
+    def _chunks(self, path: str) -> Iterator[bytes]:
+        url = f"{self.url}/{path}"
+        try:
+            with self._filesystem.open(url, "rb", block_size=_CHUNK_BYTES) as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    yield chunk
+        except (MachineError, GeneratorExit):
+            raise
+        except Exception as error:  # every client has errors of its own, without a common root
+            if isinstance(error, FileNotFoundError) and _is_absence(error):
+                raise
+            raise InputError(
+                "cannot be read",
+                where=url,
+                found=f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}",
+                fix="check the address and the credentials, then run the same command again",
+            ) from None
+
+    @cached_property
+    def _filesystem(self) -> Any:
+        scheme = self.url.partition("://")[0]
+        try:
+            return fsspec.filesystem(scheme)
+        except (ImportError, ValueError) as error:
+            raise MachineError(
+                f"{scheme}:// cannot be read here", where=self.url, found=error, fix=_EXTRAS.get(scheme)
+            ) from None
+
+
+def _is_absence(error: FileNotFoundError) -> bool:
+    """Whether the file is truly not there: the web client says the same where the server does not answer."""
+    cause = error.__cause__
+    return cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404

@@ -1,0 +1,60 @@
+"""Legend: B sequences, L targets a sequence, N = B x L rows, K ids of the widest row."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from capgap.pipeline.store.batch import IGNORED_LABEL, collate
+from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK
+
+
+def test_sampled_weights_are_the_counts_over_the_draws(codecs, make_block) -> None:
+    block = make_block(codecs[SAMPLED], 4)
+    batch = collate([(block.sequences, block.targets, row) for row in (2, 0, 3)], 20)
+    dense_NV = torch.zeros(36, 300).scatter_add_(1, batch.ids_NK, batch.weights_NK)
+    # at most 20 counts of 1/20 in float32: each rounds by 3e-9, their sum by 6e-8 a step
+    torch.testing.assert_close(batch.weights_NK.sum(-1), torch.ones(36), rtol=0, atol=2e-6)
+    assert batch.tail_N is None
+    assert batch.ids_NK.shape[1] == block.targets.num_ids_BL[[2, 0, 3]].max()
+    targets, place = block.targets, 0
+    expected_BLV = np.zeros((4, 12, 300), np.float32)
+    for sequence, position in itertools.product(range(4), range(12)):
+        part = slice(place, place + targets.num_ids_BL[sequence, position])
+        expected_BLV[sequence, position, targets.ids_D[part]] = targets.counts_D[part] / np.float32(20)
+        place = part.stop
+    assert torch.equal(dense_NV, torch.from_numpy(expected_BLV[[2, 0, 3]].reshape(36, 300)))
+
+
+def test_topk_weights_are_probabilities_and_the_tail_is_the_rest(codecs, make_block) -> None:
+    block = make_block(codecs[TOPK], 4)
+    batch = collate([(block.sequences, block.targets, row) for row in (3, 1)], 8)
+    assert torch.equal(batch.ids_NK, torch.from_numpy(block.targets.ids_BLK[[3, 1]].reshape(24, 8)).long())
+    assert torch.equal(batch.weights_NK, torch.from_numpy(block.targets.logprobs_BLK[[3, 1]].reshape(24, 8)).exp())
+    assert torch.equal(batch.tail_N, torch.from_numpy(block.targets.tail_BL[[3, 1]].reshape(24)))
+    # 300 probabilities of a float32 softmax, summed in two parts
+    torch.testing.assert_close(batch.weights_NK.sum(-1) + batch.tail_N, torch.ones(24), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [SEQUENCES, SAMPLED, TOPK])
+def test_labels_are_the_next_tokens_and_are_ignored_where_the_mask_says_so(codecs, make_block, name: str) -> None:
+    block = make_block(codecs[name], 4)
+    chosen = [1, 1, 3]
+    batch = collate([(block.sequences, block.targets, row) for row in chosen], codecs[name].num_ids)
+    tokens_BL1, mask_BL1 = block.sequences.tokens_BL1[chosen], block.sequences.mask_BL1[chosen]
+    assert batch.num_tokens == 3 * 12
+    for sequence, position in itertools.product(range(3), range(12)):
+        assert batch.input_ids_BL[sequence, position] == tokens_BL1[sequence, position]
+        expected = tokens_BL1[sequence, position + 1] if mask_BL1[sequence, position + 1] else IGNORED_LABEL
+        assert batch.labels_BL[sequence, position] == expected
+    assert 0 < (batch.labels_BL == IGNORED_LABEL).sum() < batch.num_tokens
+    assert (batch.ids_NK is None) is (name == SEQUENCES)
+
+
+def test_a_batch_moves_as_a_whole(codecs, make_block) -> None:
+    block = make_block(codecs[TOPK], 1)
+    moved = collate([(block.sequences, block.targets, 0)], 8).to("meta")
+    assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}

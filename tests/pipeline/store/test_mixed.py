@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from capgap.pipeline.store import Batch, MixedLoader, SequenceLoader, ShardReader
+from capgap.pipeline.store.codec import SEQUENCES
+from capgap.schemas.errors import InputError
+
+
+@pytest.fixture
+def readers(codecs, make_reader, tmp_path) -> dict[str, ShardReader]:
+    """Two caches, of 120 and 48 sequences."""
+    found = {}
+    for name, sizes in (("a", ((4,) * 15,) * 2), ("b", ((3,) * 16,))):
+        reader = make_reader(codecs[SEQUENCES], sizes)
+        (tmp_path / "shards").rename(tmp_path / name)
+        found[name] = ShardReader(tmp_path / name, reader.shard_set)
+    return found
+
+
+def _mixed(readers, epochs: int = 4, rank: int = 0, world_size: int = 1, **settings) -> MixedLoader:
+    loaders = {
+        name: SequenceLoader(reader, 4, 0, num_epochs=epochs, rank=rank, world_size=world_size, threads=2)
+        for name, reader in readers.items()
+    }
+    return MixedLoader(loaders, settings.pop("weights", {"a": 3, "b": 1}), 7, **settings)
+
+
+def _rows(batches: list[Batch]) -> list[bytes]:
+    return [row.numpy().tobytes() for batch in batches for row in batch.input_ids_BL]
+
+
+@pytest.mark.parametrize("weights", [{"a": 3, "b": 1}, {"a": 0.5, "b": 0.5}, {"a": 1, "b": 2}])
+def test_the_mix_is_that_of_the_weights(readers, weights) -> None:
+    loader = MixedLoader(
+        {name: SequenceLoader(reader, 4, 0, num_epochs=2000) for name, reader in readers.items()}, weights, 7
+    )
+    for cycles in (1, 5):
+        given = dict(zip("ab", loader._given(1000 * cycles), strict=True))
+        for name, weight in weights.items():
+            assert given[name] == pytest.approx(1000 * cycles * weight / sum(weights.values()), abs=cycles)
+    assert sum(loader._given(1234)) == 1234
+
+
+def test_each_cache_keeps_its_own_order(readers) -> None:
+    found = _rows(list(_mixed(readers)))
+    for reader in readers.values():
+        alone = _rows(list(SequenceLoader(reader, 4, 0, num_epochs=4)))
+        mine = [row for row in found if row in set(alone)]
+        assert mine == alone[: len(mine)]
+        assert mine
+
+
+def test_the_stream_ends_where_a_cache_has_no_more_to_give(readers) -> None:
+    loader = _mixed(readers)
+    given = loader._given(len(loader))
+    after = loader._given(len(loader) + 1)
+    assert (given <= [120, 48]).all() and (after > [120, 48]).any()
+    assert len(list(loader)) == len(loader)
+
+
+def test_a_resumed_mix_is_the_mix(readers) -> None:
+    whole = _rows(list(_mixed(readers)))
+    rng = random.Random(0)
+    for stop in rng.sample(range(1, len(whole) // 4), 20):
+        first = _mixed(readers)
+        begun = list(itertools.islice(first, stop))
+        second = _mixed(readers)
+        second.load_state_dict(first.state_dict())
+        assert _rows(begun) + _rows(list(second)) == whole
+
+
+def test_ranks_take_turns_alike_and_are_disjoint(readers) -> None:
+    streams = [list(_mixed(readers, rank=rank, world_size=2, max_tokens=4 * 12 * 30)) for rank in range(2)]
+    alone = list(_mixed(readers, max_tokens=4 * 12 * 30))
+    assert [len(stream) for stream in streams] == [30, 30]
+    for a, b, whole in zip(*streams, alone, strict=True):
+        assert sorted(_rows([a, b])) == sorted(_rows([whole]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": {"a": 1}}, r"weights; found \['a'\], expected one for each of \['a', 'b'\]"),
+        ({"weights": {"a": 1, "b": 0}}, "expected numbers above 0"),
+        ({"weights": {"a": 1, "b": 1e-5}}, "none below one in 1000"),
+        ({"max_tokens": 10**9}, "a: a cache is too small for the mix"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused(readers, settings, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        _mixed(readers, **settings)
+
+
+def test_a_state_of_another_mix_is_refused(readers) -> None:
+    with pytest.raises(InputError, match="another mix"):
+        _mixed(readers).load_state_dict(_mixed(readers, weights={"a": 1, "b": 1}).state_dict())
