@@ -13,6 +13,7 @@ from capgap.pipeline.store.alignment import check_alignment
 from capgap.pipeline.store.batch import Batch
 from capgap.pipeline.store.codec import Codec, codec_for
 from capgap.pipeline.store.loader import SequenceLoader
+from capgap.pipeline.store.ranking import Ranking, rank_ids
 from capgap.pipeline.store.reader import ShardReader, read_blocks
 from capgap.pipeline.store.writer import Block, ShardWriter, split_blocks
 
@@ -20,11 +21,13 @@ __all__ = [
     "Batch",
     "Block",
     "Codec",
+    "Ranking",
     "SequenceLoader",
     "ShardReader",
     "ShardWriter",
     "check_alignment",
     "codec_for",
+    "rank_ids",
     "read_blocks",
     "split_blocks",
 ]

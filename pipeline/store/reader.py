@@ -27,7 +27,9 @@ class ShardReader:
     def __init__(self, folder: Path, shard_set: ShardSet) -> None:
         self._folder = folder
         self.shard_set = shard_set
-        self.codec: Codec = codec_for(shard_set.codec, shard_set.seq_len, dict(shard_set.codec_settings))
+        self.codec: Codec = codec_for(
+            shard_set.codec, shard_set.seq_len, dict(shard_set.codec_settings), self._read_file
+        )
         self.members: list[tuple[ShardEntry, MemberEntry]] = [
             (shard, member) for shard in shard_set.shards for member in shard.members
         ]
@@ -47,8 +49,19 @@ class ShardReader:
                 "wrong number of sequences", where=where, found=len(sequences), expected=member.num_sequences
             )
         if targets is not None:
-            check_alignment(sequences, targets, self.codec.num_ids, where)
+            check_alignment(sequences, targets, self.codec.num_ids, where, self.codec.error)
         return sequences, targets
+
+    def _read_file(self, name: str) -> bytes:
+        path = self._folder / name
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise InputError(
+                "a file that the shards cannot be read without is missing",
+                where=path,
+                fix="rerun the stage that wrote it",
+            ) from None
 
     def _bytes_of(self, shard: ShardEntry, member: MemberEntry, where: str) -> bytes:
         path = self._folder / shard.file.path
