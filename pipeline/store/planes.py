@@ -27,7 +27,11 @@ def num_planes(largest: int) -> int:
 
 def split_planes(values: npt.NDArray[Any], planes: int) -> list[Bytes]:
     """Plane 0 and on, each of the shape of `values`."""
-    raw = np.ascontiguousarray(values, dtype="<u4").view(np.uint8).reshape(*values.shape, 4)
+    size = values.dtype.itemsize
+    if size < planes:
+        values, size = values.astype(np.uint32), 4
+    little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
+    raw = little.view(np.uint8).reshape(*values.shape, size)
     return [np.ascontiguousarray(raw[..., plane]) for plane in range(planes)]
 
 
