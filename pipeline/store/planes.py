@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 
-_ESCAPE = 3
+ESCAPE = 3
 # the four numbers of a quad, as the bytes of one little-endian word
 _QUADS = np.array([sum((quad >> 2 * i & 3) << 8 * i for i in range(4)) for quad in range(256)], dtype="<u4")
 
@@ -65,12 +65,13 @@ def unpack_bits(packed: Bytes, width: int) -> npt.NDArray[np.bool_]:
 def pack_quads(values_D: Bytes) -> tuple[Bytes, Bytes]:
     """Two bits a number, four numbers a byte; 3 stands for 3 and more, and what is more goes into the second list."""
     padded = np.zeros(-(-len(values_D) // 4) * 4, np.uint8)
-    np.minimum(values_D, _ESCAPE, out=padded[: len(values_D)])
+    low_D = np.minimum(values_D, ESCAPE, out=padded[: len(values_D)])
+    escapes = values_D[low_D == ESCAPE] - np.uint8(ESCAPE)
     word_Q = padded.view("<u4")
     # the two low bits of each of the word's bytes, gathered in its lowest byte
     word_Q |= word_Q >> 6
     word_Q |= word_Q >> 12
-    return word_Q.astype(np.uint8), values_D[values_D >= _ESCAPE] - np.uint8(_ESCAPE)
+    return word_Q.astype(np.uint8), escapes
 
 
 def unpack_quads(quads_Q: Bytes, more: Bytes, size: int) -> Bytes:
@@ -82,7 +83,7 @@ def unpack_quads(quads_Q: Bytes, more: Bytes, size: int) -> Bytes:
     if len(quads_Q) != -(-size // 4):
         raise ValueError(f"{len(quads_Q)} quads for {size} numbers")
     values_D: Bytes = np.take(_QUADS, quads_Q).view(np.uint8)[:size]
-    escaped = np.flatnonzero(values_D == _ESCAPE)
+    escaped = np.flatnonzero(values_D == ESCAPE)
     if len(escaped) != len(more):
         raise ValueError(f"{len(more)} escapes, expected {len(escaped)}")
     values_D[escaped] += more

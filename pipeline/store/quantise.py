@@ -50,8 +50,9 @@ class LogUniform:
 
     def encode(self, logprobs: FloatArray) -> npt.NDArray[np.uint16]:
         """Round; a logprob above 0, which only rounding makes, is 0."""
-        codes: npt.NDArray[Any] = np.clip(np.rint(logprobs * np.float32(-_STEPS_A_NAT)), 0, _LARGEST)
-        return codes.astype(np.uint16)
+        places: npt.NDArray[Any] = logprobs * np.float32(-_STEPS_A_NAT)
+        np.rint(places, out=places)
+        return np.clip(places, 0, _LARGEST, out=places).astype(np.uint16)
 
     def decode(self, codes: npt.NDArray[Any]) -> FloatArray:
         """Exact multiples of 1/64."""
@@ -70,11 +71,18 @@ class Companded:
         self._logprobs = -(curved + np.maximum(codes - _BEND_CODE, 0) / 4).astype(np.float32)
 
     def encode(self, logprobs: FloatArray) -> npt.NDArray[np.uint8]:
-        """Round on the bent scale."""
-        nats = np.clip(-logprobs, 0, -self.floor_nats)
-        curved = np.minimum(nats, np.float32(_BEND_NATS))
-        places = (nats - curved) * np.float32(4) - np.exp(curved * np.float32(-0.5)) * np.float32(96)
-        return np.rint(places + np.float32(96)).astype(np.uint8)
+        """Round on the bent scale; in place, for memory that is touched first costs more than the arithmetic."""
+        places = np.negative(logprobs)
+        np.clip(places, 0, -self.floor_nats, out=places)
+        curved = np.minimum(places, np.float32(_BEND_NATS))
+        places -= curved
+        places *= np.float32(4)
+        curved *= np.float32(-0.5)
+        np.exp(curved, out=curved)
+        curved *= np.float32(96)
+        places -= curved
+        places += np.float32(96)
+        return np.rint(places, out=places).astype(np.uint8)
 
     def decode(self, codes: npt.NDArray[Any]) -> FloatArray:
         """One look-up a code.

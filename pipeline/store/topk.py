@@ -23,6 +23,7 @@ import pyarrow as pa
 from capgap.pipeline.store.checks import ROUNDING, check_finite, check_ids, check_logprobs
 from capgap.pipeline.store.columns import Columns, fixed_lists, lists
 from capgap.pipeline.store.planes import (
+    ESCAPE,
     Bytes,
     cumulate_runs,
     join_planes,
@@ -142,9 +143,11 @@ def _small_columns(targets: TopkTargets, ranks_BLK: IntArray, shape: TopkShape) 
     kept_BLK = np.arange(shape.num_kept) < num_kept_BL[:, :, None]
     sizes_B = num_kept_BL.sum(axis=1)
     columns: _Columns = {"num_kept": fixed_lists(num_kept_BL.astype(_count_type(shape.num_kept)))}
-    for i, plane in enumerate(split_planes(ranks_BLK[kept_BLK], shape.planes)):
+    # gathering by places takes half the time of a mask
+    place_D = np.flatnonzero(kept_BLK)
+    for i, plane in enumerate(split_planes(ranks_BLK.ravel()[place_D], shape.planes)):
         columns[f"ids_{i}"] = lists(plane, sizes_B)
-    codes_D = COARSE.encode(targets.logprobs_BLK[kept_BLK])
+    codes_D = COARSE.encode(targets.logprobs_BLK.ravel()[place_D])
     steps_D = np.diff(codes_D, prepend=np.uint8(0))
     first_N = sums_before(num_kept_BL.ravel())
     steps_D[first_N] = codes_D[first_N]
@@ -152,7 +155,7 @@ def _small_columns(targets: TopkTargets, ranks_BLK: IntArray, shape: TopkShape) 
     # quads do not end where sequences do: the first row has them all
     columns["quads"] = lists(quads, _all_first(len(quads), len(sizes_B)))
     columns["escapes"] = lists(escapes, _all_first(len(escapes), len(sizes_B)))
-    probs_BLK[kept_BLK] = 0
+    probs_BLK *= ~kept_BLK
     return columns | _fine_columns(targets.tail_BL + probs_BLK.sum(axis=2), targets.label_logprobs_BL)
 
 
@@ -166,10 +169,11 @@ def _small_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
     size = int(num_kept_BL.sum())
     if len(ids_D) != size:
         raise ValueError(f"{len(ids_D)} ids, expected {size}")
-    ids_BLK[kept_BLK] = ids_D
+    place_D = np.flatnonzero(kept_BLK)
+    ids_BLK.reshape(-1)[place_D] = ids_D
     steps_D = unpack_quads(columns.ragged("quads"), columns.ragged("escapes"), size)
     logprobs_BLK = np.full(kept_BLK.shape, -np.inf, np.float32)
-    logprobs_BLK[kept_BLK] = COARSE.decode(cumulate_runs(steps_D, num_kept_BL.ravel()))
+    logprobs_BLK.reshape(-1)[place_D] = COARSE.decode(cumulate_runs(steps_D, num_kept_BL.ravel()))
     return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, shape.seq_len))
 
 
@@ -180,10 +184,12 @@ def _plane_columns(name: str, values_BW: npt.NDArray[Any], planes: int) -> _Colu
 def _quad_columns(steps_BD: Bytes) -> _Columns:
     """Every sequence begins a new quad."""
     num_sequences, width = steps_BD.shape
-    padded = np.zeros((num_sequences, -(-width // 4) * 4), np.uint8)
-    padded[:, :width] = steps_BD
+    padded = steps_BD
+    if width % 4:
+        padded = np.zeros((num_sequences, -(-width // 4) * 4), np.uint8)
+        padded[:, :width] = steps_BD
     quads, escapes = pack_quads(padded.ravel())
-    escapes_B = np.count_nonzero(padded >= 3, axis=1)
+    escapes_B = np.count_nonzero(steps_BD >= ESCAPE, axis=1)
     return {
         "quads": fixed_lists(quads.reshape(num_sequences, padded.shape[1] // 4)),
         "escapes": lists(escapes, escapes_B),
