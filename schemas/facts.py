@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from capgap.schemas.base import Record
+from capgap.schemas.run_cache import Profile
 
 
 class TokenizerFacts(Record):
@@ -82,6 +83,9 @@ class CacheFacts(Record):
 
     num_ids: int
     """Draws a token (`sampled`) or ids kept a token (`topk`)."""
+
+    profile: Profile | None = None
+    """How exactly `topk` logprobs are stored; None for `sampled`, whose counts are exact."""
 
     temperature: float
     """At which the teacher was recorded; the only one at which a student can train."""

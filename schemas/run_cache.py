@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
 
+Profile = Literal["lossless", "near-lossless", "compact", "small"]
+"""How exactly `topk` logprobs are stored."""
+
 
 class CacheSettings(Record):
     """How the teacher's distribution after every token is kept."""
@@ -23,6 +26,11 @@ class CacheSettings(Record):
 
     num_kept: int | None = Field(None, ge=1, le=65535)
     """Ids kept a token, for `topk`; 64 where it is left out."""
+
+    profile: Profile | None = None
+    """How exactly logprobs are stored, for `topk`; `near-lossless` where it is left out. `lossless`: 32 bits.
+    `near-lossless`: steps of 1/64 nat. `compact`: 165 steps, finest for likely ids. `small`: as `compact`, and of each
+    token only the ids that hold 99 % of the probability."""
 
     temperature: float = Field(1.0, gt=0)
     """The teacher's logits are divided by this before they are kept; students train at the same temperature."""
@@ -51,6 +59,8 @@ class CacheSettings(Record):
             raise ValueError("cache.num_draws: found with recording topk, expected sampled; use cache.num_kept")
         if self.recording == "sampled" and self.num_kept is not None:
             raise ValueError("cache.num_kept: found with recording sampled, expected topk; use cache.num_draws")
+        if self.recording == "sampled" and self.profile is not None:
+            raise ValueError("cache.profile: found with recording sampled, expected topk; counts are always exact")
         return self
 
     @property
@@ -60,6 +70,12 @@ class CacheSettings(Record):
             return self.num_draws if self.num_draws is not None else 50
         return self.num_kept if self.num_kept is not None else 64
 
+    @property
+    def stored_profile(self) -> Profile | None:
+        """The profile of `topk`, None for `sampled`."""
+        return None if self.recording == "sampled" else self.profile or "near-lossless"
+
     def decisive(self) -> dict[str, Any]:
-        """As for every record, with the number of ids spelt out where it was left out."""
-        return super().decisive() | {"num_draws" if self.recording == "sampled" else "num_kept": self.num_ids}
+        """As for every record, with number of ids and profile spelt out where they were left out."""
+        spelt_out = {"num_draws" if self.recording == "sampled" else "num_kept": self.num_ids}
+        return super().decisive() | spelt_out | {"profile": self.stored_profile}

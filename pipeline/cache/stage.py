@@ -13,8 +13,10 @@ from capgap.pipeline.cache.convert import to_targets
 from capgap.pipeline.cache.scoring import Engine, Recording, Request, Scored
 from capgap.pipeline.models import model_path
 from capgap.pipeline.progress import Meter, progress
-from capgap.pipeline.store import Block, ShardReader, ShardWriter, check_alignment, split_blocks
-from capgap.pipeline.store.codec import SAMPLED, TOPK, Codec
+from capgap.pipeline.store import Block, ShardReader, ShardWriter, check_alignment, rank_ids, read_blocks, split_blocks
+from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS, Codec
+from capgap.pipeline.store.files import write_atomically
+from capgap.pipeline.store.ranking import RANKING_NAME
 from capgap.pipeline.workflow.context import StageContext, StageResult
 from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
 from capgap.schemas.errors import MismatchError, SettingError
@@ -40,8 +42,15 @@ def run(context: StageContext) -> StageResult:
     _require_fit(corpus_facts, teacher_facts, settings.recording, settings.num_ids)
     source = ShardReader(corpus.path, corpus.manifest.shard_sets["student"])
     vocab_size = corpus_facts.tokenizer.vocab_size
+    profile = settings.stored_profile
+    ranking = rank_ids((block for block, _ in read_blocks(corpus.path, source.shard_set)), vocab_size)
+    write_atomically(context.folder / RANKING_NAME, ranking.data)
     codec = Codec(
-        SAMPLED if settings.recording == "sampled" else TOPK, source.shard_set.seq_len, vocab_size, settings.num_ids
+        SAMPLED if profile is None else TOPK_CODECS[profile],
+        source.shard_set.seq_len,
+        vocab_size,
+        settings.num_ids,
+        ranking,
     )
     writer = ShardWriter(context.folder, context.folder / WORK_FOLDER / "shards", TARGETS, codec)
     recording = Recording(
@@ -55,6 +64,7 @@ def run(context: StageContext) -> StageResult:
         context=corpus_facts.context,
         recording=settings.recording,
         num_ids=settings.num_ids,
+        profile=profile,
         temperature=settings.temperature,
         padded_vocab_size=teacher_facts.padded_vocab_size,
         engine=worker.engine_name,

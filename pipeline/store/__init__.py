@@ -17,6 +17,7 @@ from capgap.pipeline.store.loader import SequenceLoader
 from capgap.pipeline.store.mixed import MixedLoader
 from capgap.pipeline.store.order import Order
 from capgap.pipeline.store.places import is_url, place_of
+from capgap.pipeline.store.ranking import Ranking, rank_ids
 from capgap.pipeline.store.reader import ShardReader, read_blocks
 from capgap.pipeline.store.remote import Remote
 from capgap.pipeline.store.writer import Block, ShardWriter, split_blocks
@@ -28,6 +29,7 @@ __all__ = [
     "DiskCache",
     "MixedLoader",
     "Order",
+    "Ranking",
     "Remote",
     "SequenceLoader",
     "ShardReader",
@@ -36,6 +38,7 @@ __all__ = [
     "codec_for",
     "is_url",
     "place_of",
+    "rank_ids",
     "read_blocks",
     "split_blocks",
 ]

@@ -11,25 +11,50 @@ distribution must agree with it:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
 from capgap.schemas.errors import CorruptError
 from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
 
-# The same float32 logprob stands in both places, so they may differ by rounding alone.
+# The same float32 logprob was written to both places; beside the codec's own error they may differ by rounding alone.
 _LOGPROB_TOLERANCE_NATS = 1e-4
 # n p is rounded in float32 and the draw's cumulative sums in another order: a hundredth of a draw covers both.
 _COUNT_TOLERANCE = 1e-2
 
 
-def check_alignment(sequences: Sequences, targets: Targets, num_draws: int, where: str) -> None:
-    """Raise CorruptError, naming the first row, where a target contradicts the token that follows it."""
+@dataclass(frozen=True)
+class StoredError:
+    """How far a logprob that was read may be from what was written.
+
+    Attributes:
+        label_nats: of the next token's logprob.
+        kept_nats: of a kept id's logprob, if it is above the floor.
+        floor_nats: lower logprobs of kept ids were raised to this.
+    """
+
+    label_nats: float = 0.0
+    kept_nats: float = 0.0
+    floor_nats: float = -np.inf
+
+
+EXACT = StoredError()
+
+
+def check_alignment(
+    sequences: Sequences, targets: Targets, num_draws: int, where: str, error: StoredError = EXACT
+) -> None:
+    """Raise CorruptError, naming the first row, where a target contradicts the token that follows it.
+
+    `error` is the codec's; it widens what passes by exactly what the codec may have changed.
+    """
     labels_BL = sequences.tokens_BL1[:, 1:]
     if isinstance(targets, SampledTargets):
-        bad_BL = _contradictions_sampled(labels_BL, targets, num_draws)
+        bad_BL = _contradictions_sampled(labels_BL, targets, num_draws, error)
     else:
-        bad_BL = _contradictions_topk(labels_BL, targets)
+        bad_BL = _contradictions_topk(labels_BL, targets, error)
     if bad_BL.any():
         sequence, position = (int(i) for i in np.argwhere(bad_BL)[0])
         raise CorruptError(
@@ -42,22 +67,31 @@ def check_alignment(sequences: Sequences, targets: Targets, num_draws: int, wher
 
 
 def _contradictions_sampled(
-    labels_BL: npt.NDArray[np.int32], targets: SampledTargets, num_draws: int
+    labels_BL: npt.NDArray[np.int32], targets: SampledTargets, num_draws: int, error: StoredError
 ) -> npt.NDArray[np.bool_]:
     num_rows = labels_BL.size
     row_D = np.repeat(np.arange(num_rows), targets.num_ids_BL.ravel())
     is_label_D = targets.ids_D == labels_BL.ravel()[row_D]
     count_N = np.bincount(row_D[is_label_D], weights=targets.counts_D[is_label_D], minlength=num_rows)
     expected_N = num_draws * np.exp(targets.label_logprobs_BL.ravel().astype(np.float64))
-    bad: npt.NDArray[np.bool_] = np.abs(count_N - expected_N) >= 1 + _COUNT_TOLERANCE
+    tolerance_N = 1 + _COUNT_TOLERANCE + expected_N * np.expm1(error.label_nats)
+    bad: npt.NDArray[np.bool_] = np.abs(count_N - expected_N) >= tolerance_N
     return bad.reshape(labels_BL.shape)
 
 
-def _contradictions_topk(labels_BL: npt.NDArray[np.int32], targets: TopkTargets) -> npt.NDArray[np.bool_]:
+def _contradictions_topk(
+    labels_BL: npt.NDArray[np.int32], targets: TopkTargets, error: StoredError
+) -> npt.NDArray[np.bool_]:
     is_label_BLK = targets.ids_BLK == labels_BL[:, :, None]
-    kept_BL = is_label_BLK.any(axis=2)
+    # padding has logprob -inf, and id 0 that is no kept id
     kept_logprob_BL = np.where(is_label_BLK, targets.logprobs_BLK, -np.inf).max(axis=2)
-    apart_BL = np.abs(np.where(kept_BL, kept_logprob_BL, 0.0) - targets.label_logprobs_BL) > _LOGPROB_TOLERANCE_NATS
-    above_BL = targets.label_logprobs_BL > targets.logprobs_BLK[:, :, -1] + _LOGPROB_TOLERANCE_NATS
+    kept_BL = kept_logprob_BL > -np.inf
+    last_BL = targets.logprobs_BLK[:, :, -1]
+    if np.isneginf(last_BL).any():
+        last_BL = np.where(np.isneginf(targets.logprobs_BLK), 0.0, targets.logprobs_BLK).min(axis=2)
+    tolerance = _LOGPROB_TOLERANCE_NATS + error.label_nats + error.kept_nats
+    label_BL = np.maximum(targets.label_logprobs_BL, error.floor_nats)
+    apart_BL = np.abs(np.where(kept_BL, kept_logprob_BL, 0.0) - label_BL) > tolerance
+    above_BL = targets.label_logprobs_BL > last_BL + tolerance
     bad: npt.NDArray[np.bool_] = np.where(kept_BL, apart_BL, above_BL)
     return bad

@@ -91,12 +91,14 @@ def _rows_of(targets: SampledTargets, row: int) -> tuple[npt.NDArray[np.int32], 
 def _with_topk(batch: Batch, samples: list[Sample]) -> Batch:
     parts = [(targets, row) for _, targets, row in samples if isinstance(targets, TopkTargets)]
     ids_NK = np.concatenate([targets.ids_BLK[row] for targets, row in parts]).astype(np.int64)
-    logprobs_NK = np.concatenate([targets.logprobs_BLK[row] for targets, row in parts])
+    weights_NK = np.exp(np.concatenate([targets.logprobs_BLK[row] for targets, row in parts]))
     tail_N = np.concatenate([targets.tail_BL[row] for targets, row in parts])
+    # rounded logprobs do not quite sum to 1; the loss reads the row as one distribution
+    total_N = weights_NK.sum(axis=1) + tail_N
     return Batch(
         batch.input_ids_BL,
         batch.labels_BL,
         torch.from_numpy(ids_NK),
-        torch.from_numpy(logprobs_NK).exp(),
-        torch.from_numpy(tail_N.copy()),
+        torch.from_numpy(weights_NK / total_N[:, None]),
+        torch.from_numpy(tail_N / total_N),
     )

@@ -26,35 +26,85 @@ def lists(values_D: npt.NDArray[Any], lengths_B: npt.NDArray[Any]) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values_D))
 
 
-def fixed_values(batch: pa.RecordBatch, name: str, width: int) -> npt.NDArray[Any]:
-    """A column of fixed-size lists as [B, width].
+class Columns:
+    """The columns of one record batch, each to be read once.
 
-    Raises:
-        ValueError: the lists have another width.
+    Args:
+        batch: one row a sequence.
     """
-    column = batch.column(name)
-    if not pa.types.is_fixed_size_list(column.type) or column.type.list_size != width:
-        raise ValueError(f"column {name} is {column.type}, expected fixed-size lists of {width}")
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self._batch = batch
+        self._unread = set(batch.schema.names)
+
+    def __len__(self) -> int:
+        return int(self._batch.num_rows)
+
+    def fixed(self, name: str, width: int, kind: Any = np.uint8) -> npt.NDArray[Any]:
+        """Lists of one size as [B, width].
+
+        Raises:
+            KeyError: there is no such column.
+            ValueError: the lists have another width, or hold other values.
+        """
+        column = self._take(name)
+        if not pa.types.is_fixed_size_list(column.type) or column.type.list_size != width:
+            raise ValueError(f"column {name} is {column.type}, expected fixed-size lists of {width}")
+        return _values(column, name, kind).reshape(len(self), width)
+
+    def ragged(self, name: str, kind: Any = np.uint8) -> npt.NDArray[Any]:
+        """The values of lists of any size, one list after the other.
+
+        Raises:
+            KeyError: there is no such column.
+            ValueError: it is no column of lists, or holds other values.
+        """
+        column = self._take(name)
+        if not pa.types.is_list(column.type):
+            raise ValueError(f"column {name} is {column.type}, expected lists")
+        return _values(column, name, kind)
+
+    def require_all_read(self) -> None:
+        """Raise ValueError if there are columns that nobody asked for: the member is of another codec."""
+        if self._unread:
+            raise ValueError(f"unknown columns {', '.join(sorted(self._unread))}")
+
+    def _take(self, name: str) -> Any:
+        self._unread.discard(name)
+        return self._batch.column(name)
+
+
+def _values(column: Any, name: str, kind: Any) -> npt.NDArray[Any]:
     values: npt.NDArray[Any] = column.values.to_numpy(zero_copy_only=True)
-    return values.reshape(batch.num_rows, width)
-
-
-def values_of(batch: pa.RecordBatch, name: str) -> npt.NDArray[Any]:
-    """All values of a column of lists, one after the other."""
-    values: npt.NDArray[Any] = batch.column(name).values.to_numpy(zero_copy_only=True)
+    if values.dtype != kind:
+        raise ValueError(f"column {name} holds {values.dtype}, expected {np.dtype(kind)}")
     return values
 
 
-def whole_frame(data: bytes) -> bytes:
-    """What one zstd frame holds.
+def to_frame(columns: dict[str, pa.Array], level: int) -> bytes:
+    """One record batch as an Arrow IPC stream in one zstd frame with a checksum.
+
+    Arrow's own compression is off: it has no checksum.
+    """
+    batch = pa.record_batch(list(columns.values()), names=list(columns))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as stream:
+        stream.write_batch(batch)
+    return zstandard.ZstdCompressor(level=level, write_checksum=True).compress(sink.getvalue())
+
+
+def from_frame(data: bytes) -> Columns:
+    """The columns of one frame.
 
     Raises:
         zstandard.ZstdError: the frame is damaged.
         ValueError: the frame has no checksum, or claims to be larger than any member.
+        pa.ArrowException, OSError, StopIteration: the stream is not one.
     """
     frame = zstandard.get_frame_parameters(data)
     if not frame.has_checksum:
         raise ValueError("a frame without a checksum")
     if frame.content_size > _MAX_MEMBER_BYTES:
         raise ValueError(f"a frame of {frame.content_size} bytes, expected at most {_MAX_MEMBER_BYTES}")
-    return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+    content = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+    return Columns(pa.ipc.open_stream(pa.py_buffer(content)).read_next_batch())

@@ -25,6 +25,9 @@ class ShardPlace(Protocol):
     def name_of(self, file: FileEntry) -> str:
         """The shard as errors name it."""
 
+    def read(self, name: str) -> bytes:
+        """A small file beside the shards, as a whole."""
+
 
 class LocalPlace:
     """A folder."""
@@ -49,6 +52,17 @@ class LocalPlace:
     def name_of(self, file: FileEntry) -> str:
         """Its path."""
         return str(self.folder / file.path)
+
+    def read(self, name: str) -> bytes:
+        """The file in the folder.
+
+        Raises:
+            InputError: it is missing.
+        """
+        try:
+            return (self.folder / name).read_bytes()
+        except FileNotFoundError:
+            raise _missing(self.folder / name) from None
 
 
 class RemotePlace:
@@ -76,12 +90,29 @@ class RemotePlace:
         """Its URL."""
         return f"{self.url}/{file.path}"
 
+    def read(self, name: str) -> bytes:
+        """The file behind the URL; what it must be is checked by whoever asked.
+
+        Raises:
+            InputError: it is missing or cannot be read.
+        """
+        data = self._remote.read(name)
+        if data is None:
+            raise _missing(f"{self.url}/{name}")
+        return data
+
 
 def place_of(folder: Path | str, cache: DiskCache | None = None) -> ShardPlace:
     """The place that a path or URL names; a URL's shards pass through `cache`, or the default one."""
     if isinstance(folder, str) and is_url(folder):
         return RemotePlace(folder, cache or DiskCache.default())
     return LocalPlace(Path(folder))
+
+
+def _missing(where: Path | str) -> InputError:
+    return InputError(
+        "a file that the shards cannot be read without is missing", where=where, fix="rerun the stage that wrote it"
+    )
 
 
 def is_url(location: Path | str) -> bool:

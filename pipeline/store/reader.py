@@ -35,7 +35,9 @@ class ShardReader:
     def __init__(self, folder: Path | str | ShardPlace, shard_set: ShardSet) -> None:
         self.place = folder if isinstance(folder, ShardPlace) else place_of(folder)
         self.shard_set = shard_set
-        self.codec: Codec = codec_for(shard_set.codec, shard_set.seq_len, dict(shard_set.codec_settings))
+        self.codec: Codec = codec_for(
+            shard_set.codec, shard_set.seq_len, dict(shard_set.codec_settings), self.place.read
+        )
 
     @cached_property
     def members(self) -> list[tuple[ShardEntry, MemberEntry]]:
@@ -69,7 +71,7 @@ class ShardReader:
                 "wrong number of sequences", where=where, found=len(sequences), expected=member.num_sequences
             )
         if targets is not None:
-            check_alignment(sequences, targets, self.codec.num_ids, where)
+            check_alignment(sequences, targets, self.codec.num_ids, where, self.codec.error)
         return sequences, targets
 
     def _name_of(self, shard: ShardEntry, member: MemberEntry) -> str:

@@ -33,7 +33,7 @@ def corpus(tokenizer, tmp_path_factory) -> StageInput:
     folder = tmp_path_factory.mktemp("corpus")
     tokenizer.save_pretrained(folder / "tokenizer")
     facts = CorpusFacts(tokenizer=tokenizer_facts(tokenizer), splits={})
-    shard_set = ShardSet(codec="sequences-arrow-1", codec_settings={}, seq_len=SEQ_LEN, shards=())
+    shard_set = ShardSet(codec="sequences-planes-1", codec_settings={}, seq_len=SEQ_LEN, shards=())
     manifest = Manifest(
         stage="corpus",
         instance="corpus",

@@ -124,6 +124,7 @@ def test_all_faults_are_told_at_once() -> None:
             "cache",
             "cache.num_kept: found with recording sampled, expected topk; use cache.num_d",
         ),
+        ({"cache.profile": "small"}, "cache", "cache.profile: found with recording sampled, expected topk"),
         ({"cache.recording": "topk", "cache.num_draws": 8}, "cache", "cache.num_draws: found with recording topk"),
         ({"corpus.tokenizer": "t", "corpus.vocab_size": 512}, "corpus", "corpus.vocab_size: found beside corpus.token"),
         (
@@ -230,7 +231,7 @@ def test_what_is_left_out_decides_like_its_default_spelt_out() -> None:
     pairs = [
         (TeacherSettings(model=ModelShape()), TeacherSettings.model_validate({"model": {}, "training": {}})),
         (CacheSettings(), CacheSettings(num_draws=50)),
-        (CacheSettings(recording="topk"), CacheSettings(recording="topk", num_kept=64)),
+        (CacheSettings(recording="topk"), CacheSettings(recording="topk", num_kept=64, profile="near-lossless")),
         (CorpusSettings(), CorpusSettings(vocab_size=4096)),
     ]
     for silent, spelt in pairs:

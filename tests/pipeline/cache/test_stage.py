@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
-from capgap.pipeline.store import ShardReader, check_alignment
+from capgap.pipeline.store import ShardReader, check_alignment, rank_ids, read_blocks
+from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance
 from capgap.schemas.errors import MismatchError, SettingError
@@ -89,9 +90,12 @@ def _digests(manifest: Manifest) -> list[str]:
 
 
 TOPK = {"recording": "topk", "num_draws": None, "num_kept": 12}
+PROFILES = [TOPK | {"profile": profile} for profile in TOPK_CODECS]
 
 
-@pytest.mark.parametrize("settings", [{}, TOPK, {"temperature": 2.0}], ids=["sampled", "topk", "warm"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 2.0}, TOPK, *PROFILES], ids=["sampled", "warm", "topk", *TOPK_CODECS]
+)
 def test_the_cache_holds_the_students_sequences_with_their_targets(run, inputs, settings) -> None:
     tiny = run(**settings)
     manifest = carry_out(tiny, CACHE)
@@ -101,6 +105,9 @@ def test_the_cache_holds_the_students_sequences_with_their_targets(run, inputs, 
     assert (facts.context, facts.padded_vocab_size, facts.dtype) == ("packed", 320, "float32")
     assert facts.engine.startswith("transformers ")
     assert (facts.recording, facts.num_ids) == (tiny.cache.recording, tiny.cache.num_ids)
+    profile = settings.get("profile", "near-lossless") if settings.get("recording") else None
+    assert facts.profile == profile
+    assert manifest.shard_sets["targets"].codec == (TOPK_CODECS[profile] if profile else SAMPLED)
     assert facts.temperature == settings.get("temperature", 1.0)
     student, targets = corpus.shard_sets["student"], manifest.shard_sets["targets"]
     assert len(student.shards) > 2
@@ -114,7 +121,7 @@ def test_the_cache_holds_the_students_sequences_with_their_targets(run, inputs, 
         expected, _ = source.read(index)
         for name in ("tokens_BL1", "starts_BL1", "mask_BL1"):
             assert (getattr(sequences, name) == getattr(expected, name)).all(), name
-        check_alignment(sequences, found, facts.num_ids, "here")
+        check_alignment(sequences, found, facts.num_ids, "here", reader.codec.error)
         labels.append(found.label_logprobs_BL.ravel())
         _require_the_teachers(inputs["teacher"]["path"], facts.temperature, sequences.tokens_BL1, found)
     assert facts.mean_label_loss == pytest.approx(-np.concatenate(labels).mean(dtype=np.float64), rel=1e-9)
@@ -125,8 +132,23 @@ def _require_the_teachers(path: str, temperature: float, tokens_BL1: np.ndarray,
     with torch.inference_mode():
         logits = LlamaForCausalLM.from_pretrained(path)(input_ids=tokens[:, :-1]).logits[..., :300].double()
     labels = torch.log_softmax(logits / temperature, -1).gather(2, tokens[:, 1:, None])[..., 0]
-    # float32 products in other batches
-    assert np.abs(targets.label_logprobs_BL - labels.numpy()).max() < 1e-4
+    # float32 products in other batches, and the codec's 1/128 nat
+    assert np.abs(targets.label_logprobs_BL - labels.numpy()).max() < 1 / 128 + 1e-4
+
+
+def test_ids_are_ranked_by_their_frequency_in_the_corpus_and_the_ranking_is_part_of_the_result(run) -> None:
+    tiny = run()
+    manifest, corpus = carry_out(tiny, CACHE), carry_out(tiny, CORPUS)
+    student = corpus.shard_sets["student"]
+    blocks = [block for block, _ in read_blocks(Path(tiny.out) / "corpus", student)]
+    (listed,) = [file for file in manifest.files if file.path == "ids-by-frequency.u32"]
+    assert listed.sha256 == manifest.shard_sets["targets"].codec_settings["ranking_sha256"]
+    ids_V = _reader(tiny, manifest).codec.ranking.ids_V
+    assert (ids_V == rank_ids(blocks, 300).ids_V).all()
+    counts_V = np.bincount(np.concatenate([b.tokens_BL1.ravel() for b in blocks]), minlength=300)
+    assert (np.diff(counts_V[ids_V]) <= 0).all() and sorted(ids_V) == list(range(300))
+    # whatever part of the corpus is scored
+    assert _reader(tiny, carry_out(run(max_tokens=1), CACHE)).codec.ranking.sha256 == listed.sha256
 
 
 def test_max_tokens_stops_at_the_shard_that_reaches_it(run) -> None:

@@ -50,7 +50,7 @@ def test_the_manifest_lists_what_lies_in_the_folder(make_corpus_run) -> None:
     }
     assert not (folder / "work").exists()
     assert set(manifest.shard_sets) == set(SPLITS)
-    assert {(s.codec, s.seq_len) for s in manifest.shard_sets.values()} == {("sequences-arrow-1", 32)}
+    assert {(s.codec, s.seq_len) for s in manifest.shard_sets.values()} == {("sequences-planes-1", 32)}
     assert {shard.num_sequences for s in manifest.shard_sets.values() for shard in s.shards[:-1]} <= {100}
     assert len(manifest.shard_sets["teacher"].shards) > 1, "one shard alone would not test their order"
     facts = CorpusFacts.model_validate(manifest.facts)

@@ -88,7 +88,7 @@ def _shards(num_sequences: int, num_bytes: int) -> ShardSet:
         num_sequences=num_sequences,
         members=(),
     )
-    return ShardSet(codec="sequences-arrow-1", codec_settings={}, seq_len=SEQ_LEN, shards=(entry,))
+    return ShardSet(codec="sequences-planes-1", codec_settings={}, seq_len=SEQ_LEN, shards=(entry,))
 
 
 def _write_curves(inputs: dict[str, StageInput], losses: dict[str, list[float]]) -> None:

@@ -5,6 +5,7 @@ Legend: B sequences, L targets a sequence, N = B x L rows, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 
 from capgap.kernels.sampling import sampled_rows, topk_rows
 from capgap.pipeline.store import Block, ShardReader, ShardWriter
-from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK, Codec
+from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK_CODECS, Codec
+from capgap.pipeline.store.ranking import RANKING_NAME, Ranking
 from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
 
 SEQ_LEN = 12
@@ -26,7 +28,15 @@ VOCAB_SIZE = 300
 def codecs() -> dict[str, Codec]:
     """One of each kind, by its name."""
     known = (Codec(SEQUENCES, SEQ_LEN, VOCAB_SIZE), Codec(SAMPLED, SEQ_LEN, VOCAB_SIZE, 20))
-    return {codec.name: codec for codec in (*known, Codec(TOPK, SEQ_LEN, VOCAB_SIZE, 8))}
+    topk = (Codec(name, SEQ_LEN, VOCAB_SIZE, 8) for name in TOPK_CODECS.values())
+    return {codec.name: codec for codec in (*known, *topk)}
+
+
+@pytest.fixture(scope="session")
+def ranked_codecs(codecs: dict[str, Codec]) -> dict[str, Codec]:
+    """The same with ids ranked in some order, as in every cache."""
+    ranking = Ranking(np.random.default_rng(1).permutation(VOCAB_SIZE).astype(np.int32))
+    return {name: dataclasses.replace(codec, ranking=ranking) for name, codec in codecs.items()}
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +64,7 @@ def targets_of(
     if codec.name == SEQUENCES:
         return None
     shape, labels_N = tuple(labels_BL.shape), labels_BL.reshape(-1)
-    if codec.name == TOPK:
+    if codec.name in TOPK_CODECS.values():
         kept = topk_rows(logits_NV, labels_N, codec.num_ids)
         return TopkTargets(
             kept.ids_NK.view(*shape, -1).numpy(),
@@ -72,6 +82,12 @@ def targets_of(
     )
 
 
+@pytest.fixture(scope="session")
+def stored() -> Callable[[Codec, Block], Block]:
+    """A block as its codec gives it back; how far that may be from what was written is tested in test_codec.py."""
+    return lambda codec, block: Block(*codec.decode(codec.encode(block.sequences, block.targets), "here"))
+
+
 @pytest.fixture
 def make_reader(tmp_path: Path, make_block: Callable[..., Block]) -> Callable[..., ShardReader]:
     """A reader of shards on disk; `sizes` has a tuple per shard with the sequences of each of its members."""
@@ -79,6 +95,8 @@ def make_reader(tmp_path: Path, make_block: Callable[..., Block]) -> Callable[..
     def make(codec: Codec, sizes: tuple[tuple[int, ...], ...]) -> ShardReader:
         folder = tmp_path / "shards"
         folder.mkdir()
+        if codec.ranking is not None:
+            (folder / RANKING_NAME).write_bytes(codec.ranking.data)
         writer = ShardWriter(folder, tmp_path / "sidecars", "targets", codec)
         seeds = itertools.count()
         shards = [writer.write(i, [make_block(codec, n, next(seeds)) for n in of]) for i, of in enumerate(sizes)]

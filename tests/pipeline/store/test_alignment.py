@@ -10,7 +10,8 @@ import torch
 
 from capgap.kernels.sampling import topk_rows
 from capgap.pipeline.store import check_alignment
-from capgap.pipeline.store.codec import SAMPLED, TOPK, Codec
+from capgap.pipeline.store.alignment import EXACT, StoredError
+from capgap.pipeline.store.codec import SAMPLED, TOPK, TOPK_CODECS, Codec
 from capgap.schemas.errors import CorruptError
 from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
 
@@ -51,6 +52,64 @@ def test_tokens_one_position_off_fail(make_block, name: str, vocab_size: int, nu
         check_alignment(dataclasses.replace(block.sequences, tokens_BL1=tokens_BL1), block.targets, num_ids, "here")
 
 
+STORED = [SAMPLED, *TOPK_CODECS.values()]
+
+
+@pytest.mark.parametrize(("vocab_size", "num_ids"), SIZES)
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("seed", range(3))
+def test_what_was_stored_passes_within_the_codecs_error(make_block, stored, name, vocab_size, num_ids, seed) -> None:
+    codec = Codec(name, 16, vocab_size, min(num_ids, vocab_size))
+    block = stored(codec, make_block(codec, 16, seed))
+    check_alignment(block.sequences, block.targets, codec.num_ids, "here", codec.error)
+
+
+@pytest.mark.parametrize(("vocab_size", "num_ids"), SIZES)
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_what_was_stored_one_position_off_fails_for_all_the_codecs_error(
+    make_block, stored, name: str, vocab_size: int, num_ids: int, shift: int
+) -> None:
+    codec = Codec(name, 16, vocab_size, min(num_ids, vocab_size))
+    block = stored(codec, make_block(codec, 16))
+    tokens_BL1 = np.roll(block.sequences.tokens_BL1, shift, axis=1)
+    moved = dataclasses.replace(block.sequences, tokens_BL1=tokens_BL1)
+    with pytest.raises(CorruptError, match="targets are not aligned"):
+        check_alignment(moved, block.targets, codec.num_ids, "here", codec.error)
+    shifted = _shifted(block.targets, shift)
+    with pytest.raises(CorruptError, match="targets are not aligned"):
+        check_alignment(block.sequences, shifted, codec.num_ids, "here", codec.error)
+
+
+@pytest.mark.parametrize(("off", "passes"), [(0.13, True), (0.14, False)])
+def test_a_kept_label_may_differ_by_both_errors_and_no_more(off: float, passes: bool) -> None:
+    sequences, targets = _topk(1)
+    moved = dataclasses.replace(targets, label_logprobs_BL=targets.label_logprobs_BL - np.float32(off))
+    error = StoredError(label_nats=1 / 128, kept_nats=1 / 8)
+    assert _passes(sequences, moved, error=error) is passes
+
+
+def test_a_label_below_the_floor_is_compared_with_the_floor() -> None:
+    sequences, targets = _topk(2)
+    low = np.array([[[-0.1, -3.0, -24.0]]], np.float32)
+    moved = dataclasses.replace(targets, logprobs_BLK=low, label_logprobs_BL=np.array([[-60.0]], np.float32))
+    assert not _passes(sequences, moved)
+    assert _passes(sequences, moved, error=StoredError(floor_nats=-24.0))
+
+
+def test_padding_is_no_kept_id_though_the_label_is_0() -> None:
+    """Id 0 is the label; it stands in the row as padding, and its logprob is below that of the last kept id."""
+    sequences = _sequence(0)
+    targets = TopkTargets(
+        np.array([[[3, 2, 0]]], np.int32),
+        np.array([[[-0.1, -3.0, -np.inf]]], np.float32),
+        np.array([[0.05]], np.float32),
+        np.array([[-4.0]], np.float32),
+    )
+    assert _passes(sequences, targets)
+    assert not _passes(sequences, dataclasses.replace(targets, label_logprobs_BL=np.array([[-2.0]], np.float32)))
+
+
 def _shifted(targets: Targets, shift: int) -> Targets:
     if isinstance(targets, TopkTargets):
         moved = {
@@ -82,9 +141,9 @@ def _sequence(label: int) -> Sequences:
     return Sequences(np.array([[0, label]], np.int32), np.zeros((1, 2), np.bool_), np.ones((1, 2), np.bool_))
 
 
-def _passes(sequences: Sequences, targets: Targets, num_draws: int = 0) -> bool:
+def _passes(sequences: Sequences, targets: Targets, num_draws: int = 0, error: StoredError = EXACT) -> bool:
     try:
-        check_alignment(sequences, targets, num_draws, "here")
+        check_alignment(sequences, targets, num_draws, "here", error)
     except CorruptError:
         return False
     return True

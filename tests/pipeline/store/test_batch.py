@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from capgap.pipeline.store.batch import IGNORED_LABEL, collate
-from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK
+from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK, TOPK_CODECS
+from capgap.schemas.records import TopkTargets
 
 
 def test_sampled_weights_are_the_counts_over_the_draws(codecs, make_block) -> None:
@@ -33,8 +35,12 @@ def test_topk_weights_are_probabilities_and_the_tail_is_the_rest(codecs, make_bl
     block = make_block(codecs[TOPK], 4)
     batch = collate([(block.sequences, block.targets, row) for row in (3, 1)], 8)
     assert torch.equal(batch.ids_NK, torch.from_numpy(block.targets.ids_BLK[[3, 1]].reshape(24, 8)).long())
-    assert torch.equal(batch.weights_NK, torch.from_numpy(block.targets.logprobs_BLK[[3, 1]].reshape(24, 8)).exp())
-    assert torch.equal(batch.tail_N, torch.from_numpy(block.targets.tail_BL[[3, 1]].reshape(24)))
+    # each row is divided by its sum, which is 1 but for rounding
+    weights_NK = torch.from_numpy(block.targets.logprobs_BLK[[3, 1]].reshape(24, 8)).exp()
+    torch.testing.assert_close(batch.weights_NK, weights_NK, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        batch.tail_N, torch.from_numpy(block.targets.tail_BL[[3, 1]].reshape(24)), rtol=1e-5, atol=0
+    )
     # 300 probabilities of a float32 softmax, summed in two parts
     torch.testing.assert_close(batch.weights_NK.sum(-1) + batch.tail_N, torch.ones(24), rtol=0, atol=1e-5)
 
@@ -58,3 +64,24 @@ def test_a_batch_moves_as_a_whole(codecs, make_block) -> None:
     block = make_block(codecs[TOPK], 1)
     moved = collate([(block.sequences, block.targets, 0)], 8).to("meta")
     assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", [SAMPLED, *TOPK_CODECS.values()])
+def test_every_row_is_one_distribution_however_it_was_stored(codecs, make_block, stored, name: str) -> None:
+    block = stored(codecs[name], make_block(codecs[name]))
+    batch = collate([(block.sequences, block.targets, row) for row in (3, 0)], codecs[name].num_ids)
+    total_N = batch.weights_NK.sum(dim=1) + (0 if batch.tail_N is None else batch.tail_N)
+    # float32 sums of some twenty numbers
+    assert torch.allclose(total_N, torch.ones_like(total_N), atol=1e-6)
+    assert batch.weights_NK.dtype == torch.float32 and batch.ids_NK.dtype == torch.int64
+
+
+def test_padding_of_a_stored_row_has_weight_0(codecs, make_block, stored) -> None:
+    codec = dataclasses.replace(codecs[TOPK_CODECS["small"]], num_ids=250)
+    block = stored(codec, make_block(codec))
+    assert isinstance(block.targets, TopkTargets)
+    batch = collate([(block.sequences, block.targets, 1)], codec.num_ids)
+    padding_NK = np.isneginf(block.targets.logprobs_BLK[1])
+    assert padding_NK.any()
+    assert ((batch.weights_NK.numpy() == 0) == padding_NK).all()
+    assert (batch.ids_NK.numpy()[padding_NK] == 0).all()

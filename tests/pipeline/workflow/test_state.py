@@ -73,6 +73,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("cache.recording", "topk", FROM_CACHE),
     ("cache.num_draws", 64, FROM_CACHE),
     ("cache.num_kept", 8, FROM_CACHE),
+    ("cache.profile", "small", FROM_CACHE),
     ("cache.temperature", 2.0, FROM_CACHE),
     ("cache.seed", 1, FROM_CACHE),
     ("cache.dtype", "float32", FROM_CACHE),
@@ -91,7 +92,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("eval.batch_sequences", 7, set()),
 ]
 # What else must be set for the setting above to be allowed, in the run file before and after.
-BESIDE = {"cache.num_kept": {"cache.recording": "topk"}}
+BESIDE = {"cache.num_kept": {"cache.recording": "topk"}, "cache.profile": {"cache.recording": "topk"}}
 REPLACES = {"teacher.path": GIVEN_TEACHER, "student.path": {"student.model": None}}
 STRUCTURE = {"seeds", "arms", "reuse"}  # each has tests of its own below
 
@@ -150,7 +151,7 @@ def test_a_default_that_is_spelt_out_changes_nothing(make_run, path: str, defaul
 
 def test_more_defaults_that_are_spelt_out_change_nothing(make_run) -> None:
     topk = {"cache.recording": "topk"}
-    assert _changed(make_run(topk), make_run(topk | {"cache.num_kept": 64})) == set()
+    assert _changed(make_run(topk), make_run(topk | {"cache.num_kept": 64, "cache.profile": "near-lossless"})) == set()
     silent = {"teacher.training": None}
     assert _changed(make_run(silent), make_run({"teacher.training": {}})) == set()
     assert _changed(make_run({"arms.distilled": {"alpha": 1}}), make_run()) == set()

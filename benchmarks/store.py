@@ -1,0 +1,227 @@
+"""What a stored token takes: bytes by part, what its distribution loses, and how fast it is written and read.
+
+python benchmarks/store.py                                       vocabularies of 32,768 and 131,072 ids
+python benchmarks/store.py --vocab-sizes 32768 --steps 240       one of them
+
+Teacher and text are made from this Python's own library (teacher_rows.py) and kept in --folder; the first time takes
+some ten minutes a vocabulary. Beside ours stand plain int32 and float32, and two other programs' layouts at equal k.
+
+Legend: S sequences, L targets a sequence, K ids kept, N = S x L rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import zstandard
+from fidelity import fidelity
+from machine import keep
+from teacher_rows import NUM_DRAWS, NUM_KEPT, REGIMES, rows_of
+
+from capgap.pipeline.cache.convert import to_targets
+from capgap.pipeline.cache.scoring import Scored
+from capgap.pipeline.store import Block, Ranking, split_blocks
+from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS, Codec
+from capgap.schemas.records import Sequences, TopkTargets
+
+# The parts of a table's row, by the names of columns.
+PARTS = {
+    "tokens": ("tokens", "starts", "mask"),
+    "ids": ("ids", "repeated", "once"),
+    "values": ("counts", "num_repeated", "logprobs", "steps", "quads", "escapes", "num_kept", "tail"),
+    "label": ("label",),
+}
+Way = Callable[[], object]
+
+
+def main() -> None:
+    """Measure every vocabulary, temperature and codec; print a table; keep the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vocab-sizes", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--steps", type=int, nargs="+", default=[240, 30], help="the Llama's, by vocabulary")
+    parser.add_argument("--folder", type=Path, default=Path("runs/teacher-rows"))
+    parser.add_argument("--repeats", type=int, default=9)
+    flags = parser.parse_args()
+    figures = []
+    for vocab_size, steps in zip(flags.vocab_sizes, flags.steps, strict=True):
+        made = rows_of(flags.folder, vocab_size, steps)
+        for regime in REGIMES:
+            figures += measure(regime, made[regime], flags.repeats)
+    print(f"kept in {keep('store-codecs', 'cpu', figures)}")
+
+
+def measure(regime: str, rows: dict[str, np.ndarray], repeats: int) -> list[dict[str, Any]]:
+    """One entry a codec; the speeds of all of them are taken in turn."""
+    num_ids, length = len(rows["train_counts"]), rows["tokens"].shape[1] - 1
+    ranking = Ranking(np.argsort(-rows["train_counts"], kind="stable").astype(np.int32))
+    shared = {
+        "regime": regime,
+        "vocab_size": num_ids,
+        "temperature": round(float(rows["temperature"]), 4),
+        "entropy_nats": round(float(rows["entropy"].mean()), 3),
+        "label_loss_nats": round(-float(rows["labels"].mean()), 3),
+        "tail": round(float(rows["tail"].mean()), 4),
+        "num_tokens": rows["tokens"].shape[0] * length,
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+    print("; ".join(f"{name} {value}" for name, value in shared.items()))
+    blocks = {kind: _blocks(rows, kind) for kind in ("sampled", "topk")}
+    entries: list[dict[str, Any]] = []
+    ways: dict[str, Way] = {}
+    for name in (SAMPLED, *TOPK_CODECS.values()):
+        kind = "sampled" if name == SAMPLED else "topk"
+        codec = Codec(name, length, num_ids, NUM_DRAWS if kind == "sampled" else NUM_KEPT, ranking)
+        data = [codec.encode(block.sequences, block.targets) for block in blocks[kind]]
+        ways |= _ways(codec, blocks[kind], data)
+        entry = shared | {"codec": name, **_bytes_of(data, shared["num_tokens"])}
+        if kind == "topk":
+            found = [codec.decode(member, "here")[1] for member in data]
+            entry |= fidelity([block.targets for block in blocks[kind]], found, rows["student"])
+        entries.append(entry)
+    ways |= _plain_ways(blocks["topk"])
+    speeds = _speeds(ways, shared["num_tokens"], repeats)
+    for entry in entries:
+        for way in ("encode", "decode"):
+            median, fastest = speeds[f"{way} {entry['codec']}"]
+            entry |= {f"{way}_tokens_per_cpu_s": median, f"{way}_fastest_tokens_per_cpu_s": fastest}
+        _print(entry)
+    others = _others(rows, blocks, num_ids)
+    plain_speeds = {f"{way}_tokens_per_cpu_s": speeds[f"{way} plain topk"][0] for way in ("encode", "decode")}
+    for name, num_bytes in others.items():
+        entry = shared | {"codec": name, "bytes_per_token": num_bytes}
+        entries.append(entry | plain_speeds if name == "plain topk 64" else entry)
+        _print(entries[-1])
+    return entries
+
+
+def _blocks(rows: dict[str, np.ndarray], kind: str) -> list[Block]:
+    """As the cache stage makes them, members of 8192 targets."""
+    tokens_SL1 = rows["tokens"]
+    shape = (len(tokens_SL1), tokens_SL1.shape[1] - 1)
+    of = {
+        key: rows[key].reshape(*shape, *rows[key].shape[1:]) for key in ("ids", "logprobs", "tail", "labels", "draws")
+    }
+    scored = [
+        Scored(of["draws"][s], None, None, of["labels"][s], of["labels"][s])
+        if kind == "sampled"
+        else Scored(of["ids"][s], of["logprobs"][s], of["tail"][s], of["labels"][s], of["labels"][s])
+        for s in range(len(tokens_SL1))
+    ]
+    blocks, start = [], 0
+    for part in split_blocks(Sequences(tokens_SL1, rows["starts"], np.ones(tokens_SL1.shape, np.bool_))):
+        blocks.append(Block(part, to_targets(scored[start : start + len(part)])))
+        start += len(part)
+    return blocks
+
+
+def _bytes_of(data: list[bytes], num_tokens: int) -> dict[str, Any]:
+    """Bytes a token: of whole members, and of the columns compressed alone; overhead is the rest."""
+    total = sum(len(member) for member in data) / num_tokens
+    parts = dict.fromkeys(PARTS, 0.0)
+    for member in data:
+        batch = pa.ipc.open_stream(zstandard.ZstdDecompressor().decompress(member)).read_next_batch()
+        for column in batch.schema.names:
+            stem = column.rstrip("0123456789").rstrip("_")
+            (part,) = (name for name, stems in PARTS.items() if stem in stems)
+            parts[part] += len(zstandard.compress(batch[column].values.to_numpy().tobytes(), 3)) / num_tokens
+    parts["overhead"] = total - sum(parts.values())
+    return {"bytes_per_token": round(total, 2), **{f"{part}_bytes": round(size, 2) for part, size in parts.items()}}
+
+
+def _ways(codec: Codec, blocks: list[Block], data: list[bytes]) -> dict[str, Way]:
+    return {
+        f"encode {codec.name}": lambda: [codec.encode(block.sequences, block.targets) for block in blocks],
+        f"decode {codec.name}": lambda: [codec.decode(member, "here") for member in data],
+    }
+
+
+def _plain_ways(blocks: list[Block]) -> dict[str, Way]:
+    """The same arrays as they are, int32 and float32, copied and no more."""
+    arrays = [[*vars(block.sequences).values(), *vars(block.targets).values()] for block in blocks]
+    data = [[array.tobytes() for array in of] for of in arrays]
+    kinds = [array.dtype for array in arrays[0]]
+    return {
+        "encode plain topk": lambda: [[array.tobytes() for array in of] for of in arrays],
+        "decode plain topk": lambda: [
+            [np.frombuffer(one, kind).copy() for one, kind in zip(of, kinds, strict=True)] for of in data
+        ],
+    }
+
+
+def _speeds(ways: dict[str, Way], num_tokens: int, repeats: int) -> dict[str, tuple[int, int]]:
+    """Tokens a CPU-second, median and fastest; every repeat goes through all ways, and the first is not counted.
+
+    What else runs on the machine shares its caches and cores' halves: the fastest repeat is the one least disturbed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, way in ways.items():
+            started = time.process_time()
+            way()
+            if repeat:
+                seconds[name].append(time.process_time() - started)
+    return {
+        name: (round(num_tokens / statistics.median(taken)), round(num_tokens / min(taken)))
+        for name, taken in seconds.items()
+    }
+
+
+def _others(rows: dict[str, np.ndarray], blocks: dict[str, list[Block]], num_ids: int) -> dict[str, float]:
+    """Bytes a token of other layouts. They hold no tokens and no label's logprob, which take ours 2 to 3 bytes."""
+    id_bits = math.ceil(math.log2(num_ids))
+    ids_a_row = sum(len(block.targets.ids_D) for block in blocks["sampled"]) / rows["labels"].size
+    return {
+        # id and count or logprob of 4 bytes each; label, number of ids or tail, token
+        "plain sampled 50": round(8 * ids_a_row + 4 * 3, 2),
+        "plain topk 64": float(8 * NUM_KEPT + 4 * 3),
+        # ids bit-packed, the first 16 logprobs in bfloat16, six float32 coefficients of a polynomial for the others
+        "DistillKit k=64, 16 exact, polynomial": id_bits * NUM_KEPT / 8 + 16 * 2 + 6 * 4,
+        "DistillKit k=64, bfloat16": id_bits * NUM_KEPT / 8 + NUM_KEPT * 2,
+        "DistillKit k=128, as recommended": id_bits * 128 / 8 + 16 * 2 + 6 * 4,
+        "Megatron-LM k=64, zstd 3": round(_megatron(blocks["topk"]), 2),
+    }
+
+
+def _megatron(blocks: list[Block]) -> float:
+    """Logprobs in float16, 16 bits of each id, a byte for its 17th; one zstd frame: the arrays alone."""
+    num_bytes = num_tokens = 0
+    for block in blocks:
+        targets = block.targets
+        assert isinstance(targets, TopkTargets)
+        arrays = (
+            targets.logprobs_BLK.astype(np.float16),
+            targets.ids_BLK.astype(np.uint16),
+            (targets.ids_BLK >> 16).astype(np.bool_),
+        )
+        num_bytes += len(zstandard.compress(b"".join(array.tobytes() for array in arrays), 3))
+        num_tokens += targets.tail_BL.size
+    return num_bytes / num_tokens
+
+
+def _print(entry: dict[str, Any]) -> None:
+    about = f"  {entry['codec']:38} {entry['bytes_per_token']:7.2f} B"
+    parts = [f"{part} {entry[f'{part}_bytes']:.2f}" for part in (*PARTS, "overhead") if f"{part}_bytes" in entry]
+    if parts:
+        about += f" = {' + '.join(parts)}"
+    if "kl_nats" in entry:
+        about += f"; KL {entry['kl_nats']:.1e}, gradient {entry['gradient_error']:.2e}"
+    if "encode_tokens_per_cpu_s" in entry:
+        speeds = (entry[f"{way}_tokens_per_cpu_s"] / 1e6 for way in ("encode", "decode"))
+        about += "; encode {:.2f} M/s, decode {:.2f} M/s".format(*speeds)
+    if "encode_fastest_tokens_per_cpu_s" in entry:
+        fastest = (entry[f"{way}_fastest_tokens_per_cpu_s"] / 1e6 for way in ("encode", "decode"))
+        about += " (fastest {:.2f}, {:.2f})".format(*fastest)
+    print(about)
+
+
+if __name__ == "__main__":
+    main()

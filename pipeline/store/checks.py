@@ -1,0 +1,51 @@
+"""What every codec refuses to write, and to read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from capgap.schemas.errors import InputError
+
+# of sums in float32, of a probability as of its logarithm
+ROUNDING = 1e-4
+
+
+def check_ids(name: str, ids: npt.NDArray[Any], vocab_size: int) -> None:
+    """Raise InputError if an id is not below the vocabulary's size."""
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        raise InputError(
+            f"{name}: an id outside the vocabulary",
+            found=f"{ids.min()} to {ids.max()}",
+            expected=f"0 to {vocab_size - 1}",
+        )
+
+
+def check_logprobs(name: str, logprobs: npt.NDArray[np.float32]) -> None:
+    """Raise InputError if a value is infinite, not a number, or further above 0 than rounding explains."""
+    check_finite(name, logprobs)
+    if logprobs.size and logprobs.max() > ROUNDING:
+        raise InputError(f"{name}: a logprob above 0", found=round(float(logprobs.max()), 6))
+
+
+def check_finite(name: str, values: npt.NDArray[np.float32]) -> None:
+    """Raise InputError if a value is infinite or not a number."""
+    if not np.isfinite(values).all():
+        raise InputError(
+            f"{name}: a value that is not finite", found=f"{int((~np.isfinite(values)).sum())} of {values.size}"
+        )
+
+
+def check_counts(num_ids_N: npt.NDArray[Any], ids_D: npt.NDArray[Any], counts_D: npt.NDArray[Any], total: int) -> None:
+    """Raise InputError unless every row has ids, every id draws, and every row's draws sum to `total`."""
+    if num_ids_N.sum() != len(ids_D) or len(ids_D) != len(counts_D):
+        raise InputError("ids, counts and num_ids disagree", found=len(ids_D), expected=num_ids_N.sum())
+    if len(num_ids_N) and (num_ids_N.min() < 1 or counts_D.min() < 1):
+        raise InputError("a row without ids, or an id without draws")
+    first_N = np.cumsum(num_ids_N) - num_ids_N
+    sums_N = np.add.reduceat(counts_D, first_N) if len(first_N) else np.zeros(0)
+    if (sums_N != total).any():
+        row = int(np.flatnonzero(sums_N != total)[0])
+        raise InputError(f"counts of row {row} do not sum", found=int(sums_N[row]), expected=total)

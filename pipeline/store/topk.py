@@ -1,0 +1,249 @@
+"""The columns of `topk` targets, in four profiles.
+
+    lossless         logprobs, tail and label as float32, in four planes each
+    near-lossless    codes of 1/64 nat; differences along a row, in two planes
+    compact          companded codes; differences along a row, as quads with escapes
+    small            as compact, of each row only the ids that hold 99 % of the probability; the others join the tail
+
+Ids keep their order and lie as planes of ranks. Differences lie rank by rank: those of all a sequence's first ids, then
+of its second, and so on; `small`, whose rows differ in length, has them row by row.
+
+Legend: B sequences, L targets a sequence, K ids kept a row, N = B x L rows, D ids of all rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from capgap.pipeline.store.checks import ROUNDING, check_finite, check_ids, check_logprobs
+from capgap.pipeline.store.columns import Columns, fixed_lists, lists
+from capgap.pipeline.store.planes import (
+    ESCAPE,
+    Bytes,
+    cumulate_runs,
+    join_planes,
+    num_planes,
+    pack_quads,
+    split_planes,
+    sums_before,
+    unpack_quads,
+)
+from capgap.pipeline.store.quantise import Companded, LogUniform
+from capgap.pipeline.store.ranking import Ranking
+from capgap.schemas.errors import InputError
+from capgap.schemas.records import FloatArray, IntArray, TopkTargets
+
+FINE, COARSE = LogUniform(), Companded()
+
+# `small` keeps ids until they hold this much
+KEPT_MASS = 0.99
+
+# the code of a tail of 0, which has no logarithm
+_NO_TAIL = 0xFFFF
+
+_Columns = dict[str, pa.Array]
+
+
+@dataclass(frozen=True)
+class TopkShape:
+    """What both directions need to know.
+
+    Attributes:
+        profile: `lossless`, `near-lossless`, `compact` or `small`.
+        seq_len: L.
+        num_kept: K.
+        ranking: of the ids.
+    """
+
+    profile: str
+    seq_len: int
+    num_kept: int
+    ranking: Ranking
+
+    @property
+    def planes(self) -> int:
+        """Planes of an id."""
+        return num_planes(len(self.ranking.ids_V) - 1)
+
+
+def topk_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
+    """The columns of one member.
+
+    Raises:
+        InputError: an id outside the vocabulary, a NaN, a tail below 0, or logprobs that rise within a row.
+    """
+    _check(targets, shape)
+    ranks_BLK = np.take(shape.ranking.ranks_V, targets.ids_BLK)
+    if shape.profile == "small":
+        return _small_columns(targets, ranks_BLK, shape)
+    flat = (len(ranks_BLK), shape.seq_len * shape.num_kept)
+    columns = _plane_columns("ids", ranks_BLK.reshape(flat), shape.planes)
+    if shape.profile == "lossless":
+        bits_BLK = targets.logprobs_BLK.astype("<f4").view("<u4")
+        columns |= _plane_columns("logprobs", bits_BLK.reshape(flat), 4)
+        columns |= _plane_columns("tail", targets.tail_BL.astype("<f4").view("<u4"), 4)
+        return columns | _plane_columns("label", targets.label_logprobs_BL.astype("<f4").view("<u4"), 4)
+    if shape.profile == "near-lossless":
+        steps_BKL = _steps_by_rank(FINE.encode(targets.logprobs_BLK))
+        columns |= _plane_columns("steps", steps_BKL.reshape(flat), 2)
+    else:
+        columns |= _quad_columns(_steps_by_rank(COARSE.encode(targets.logprobs_BLK)).reshape(flat))
+    return columns | _fine_columns(targets.tail_BL, targets.label_logprobs_BL)
+
+
+def topk_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
+    """The targets of one member; rows of `small` are padded to K with id 0 at logprob -inf.
+
+    Raises:
+        KeyError, ValueError, InputError: the columns are not those of a member, or contradict one another.
+    """
+    if shape.profile == "small":
+        return _small_targets(columns, shape)
+    length, width = shape.seq_len, shape.seq_len * shape.num_kept
+    ids_BLK = _ids_of([columns.fixed(f"ids_{i}", width) for i in range(shape.planes)], shape)
+    ids_BLK = ids_BLK.reshape(len(columns), length, shape.num_kept)
+    if shape.profile == "lossless":
+        logprobs_BLK = _joined(columns, "logprobs", width, 4).view("<f4").reshape(ids_BLK.shape)
+        tail_BL, labels_BL = (_joined(columns, name, length, 4).view("<f4") for name in ("tail", "label"))
+        for name, values in (("logprobs", logprobs_BLK), ("tail", tail_BL), ("label", labels_BL)):
+            check_finite(name, values)
+        return TopkTargets(ids_BLK, logprobs_BLK, tail_BL, labels_BL)
+    if shape.profile == "near-lossless":
+        codes_BKL = _codes_by_rank(_joined(columns, "steps", width, 2), shape)
+        logprobs_BLK = FINE.decode(np.ascontiguousarray(codes_BKL.swapaxes(1, 2)))
+    else:
+        packed = columns.fixed("quads", -(-width // 4))
+        steps_BD = _unpack_sequences(packed, columns.ragged("escapes"), width)
+        logprobs_BLK = COARSE.decode(np.ascontiguousarray(_codes_by_rank(steps_BD, shape).swapaxes(1, 2)))
+    return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, length))
+
+
+def _check(targets: TopkTargets, shape: TopkShape) -> None:
+    check_ids("ids", targets.ids_BLK, len(shape.ranking.ids_V))
+    for name in ("logprobs_BLK", "label_logprobs_BL"):
+        check_logprobs(name, getattr(targets, name))
+    check_finite("tail_BL", targets.tail_BL)
+    for worst in (targets.tail_BL.min(initial=0), targets.tail_BL.max(initial=1)):
+        if not 0 <= worst <= 1 + ROUNDING:
+            raise InputError("tail_BL: a tail that is no probability", found=float(worst), expected="0 to 1")
+    if (targets.logprobs_BLK[:, :, 1:] > targets.logprobs_BLK[:, :, :-1]).any():
+        raise InputError("logprobs that rise within a row")
+
+
+def _small_columns(targets: TopkTargets, ranks_BLK: IntArray, shape: TopkShape) -> _Columns:
+    """Of each row as few ids as hold `KEPT_MASS`, or all."""
+    probs_BLK = np.exp(targets.logprobs_BLK)
+    held_BLK = np.cumsum(probs_BLK, axis=2)
+    num_kept_BL = 1 + np.count_nonzero(held_BLK[:, :, :-1] < KEPT_MASS, axis=2).astype(np.int32)
+    kept_BLK = np.arange(shape.num_kept) < num_kept_BL[:, :, None]
+    sizes_B = num_kept_BL.sum(axis=1)
+    columns: _Columns = {"num_kept": fixed_lists(num_kept_BL.astype(_count_type(shape.num_kept)))}
+    # gathering by places takes half the time of a mask
+    place_D = np.flatnonzero(kept_BLK)
+    for i, plane in enumerate(split_planes(ranks_BLK.ravel()[place_D], shape.planes)):
+        columns[f"ids_{i}"] = lists(plane, sizes_B)
+    codes_D = COARSE.encode(targets.logprobs_BLK.ravel()[place_D])
+    steps_D = np.diff(codes_D, prepend=np.uint8(0))
+    first_N = sums_before(num_kept_BL.ravel())
+    steps_D[first_N] = codes_D[first_N]
+    quads, escapes = pack_quads(steps_D)
+    # quads do not end where sequences do: the first row has them all
+    columns["quads"] = lists(quads, _all_first(len(quads), len(sizes_B)))
+    columns["escapes"] = lists(escapes, _all_first(len(escapes), len(sizes_B)))
+    probs_BLK *= ~kept_BLK
+    return columns | _fine_columns(targets.tail_BL + probs_BLK.sum(axis=2), targets.label_logprobs_BL)
+
+
+def _small_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
+    num_kept_BL = columns.fixed("num_kept", shape.seq_len, _count_type(shape.num_kept)).astype(np.int32)
+    if num_kept_BL.size and (num_kept_BL.min() < 1 or num_kept_BL.max() > shape.num_kept):
+        raise ValueError(f"{num_kept_BL.min()} to {num_kept_BL.max()} ids in a row, expected 1 to {shape.num_kept}")
+    kept_BLK = np.arange(shape.num_kept) < num_kept_BL[:, :, None]
+    ids_BLK = np.zeros(kept_BLK.shape, np.int32)
+    ids_D = _ids_of([columns.ragged(f"ids_{i}") for i in range(shape.planes)], shape)
+    size = int(num_kept_BL.sum())
+    if len(ids_D) != size:
+        raise ValueError(f"{len(ids_D)} ids, expected {size}")
+    place_D = np.flatnonzero(kept_BLK)
+    ids_BLK.reshape(-1)[place_D] = ids_D
+    steps_D = unpack_quads(columns.ragged("quads"), columns.ragged("escapes"), size)
+    logprobs_BLK = np.full(kept_BLK.shape, -np.inf, np.float32)
+    logprobs_BLK.reshape(-1)[place_D] = COARSE.decode(cumulate_runs(steps_D, num_kept_BL.ravel()))
+    return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, shape.seq_len))
+
+
+def _plane_columns(name: str, values_BW: npt.NDArray[Any], planes: int) -> _Columns:
+    return {f"{name}_{i}": fixed_lists(plane) for i, plane in enumerate(split_planes(values_BW, planes))}
+
+
+def _quad_columns(steps_BD: Bytes) -> _Columns:
+    """Every sequence begins a new quad."""
+    num_sequences, width = steps_BD.shape
+    padded = steps_BD
+    if width % 4:
+        padded = np.zeros((num_sequences, -(-width // 4) * 4), np.uint8)
+        padded[:, :width] = steps_BD
+    quads, escapes = pack_quads(padded.ravel())
+    escapes_B = np.count_nonzero(steps_BD >= ESCAPE, axis=1)
+    return {
+        "quads": fixed_lists(quads.reshape(num_sequences, padded.shape[1] // 4)),
+        "escapes": lists(escapes, escapes_B),
+    }
+
+
+def _unpack_sequences(quads_BQ: Bytes, escapes: Bytes, width: int) -> Bytes:
+    steps = unpack_quads(quads_BQ.ravel(), escapes, 4 * quads_BQ.size)
+    return steps.reshape(len(quads_BQ), 4 * quads_BQ.shape[1])[:, :width]
+
+
+def _fine_columns(tail_BL: FloatArray, labels_BL: FloatArray) -> _Columns:
+    with np.errstate(divide="ignore"):
+        codes_BL = np.minimum(FINE.encode(np.log(tail_BL)), _NO_TAIL - 1)
+    codes_BL[tail_BL == 0] = _NO_TAIL
+    return _plane_columns("tail", codes_BL, 2) | _plane_columns("label", FINE.encode(labels_BL), 2)
+
+
+def _fine_values(columns: Columns, length: int) -> tuple[FloatArray, FloatArray]:
+    codes_BL = _joined(columns, "tail", length, 2)
+    tail_BL = np.exp(FINE.decode(codes_BL))
+    tail_BL[codes_BL == _NO_TAIL] = 0
+    return tail_BL, FINE.decode(_joined(columns, "label", length, 2))
+
+
+def _steps_by_rank(codes_BLK: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    codes_BKL = np.ascontiguousarray(codes_BLK.swapaxes(1, 2))
+    codes_BKL[:, 1:] -= codes_BKL[:, :-1].copy()
+    return codes_BKL
+
+
+def _codes_by_rank(steps_BD: npt.NDArray[Any], shape: TopkShape) -> npt.NDArray[Any]:
+    codes_BKL = steps_BD.reshape(len(steps_BD), shape.num_kept, shape.seq_len).copy()
+    for k in range(1, shape.num_kept):
+        codes_BKL[:, k] += codes_BKL[:, k - 1]
+    return codes_BKL
+
+
+def _joined(columns: Columns, name: str, width: int, planes: int) -> npt.NDArray[Any]:
+    return join_planes([columns.fixed(f"{name}_{i}", width) for i in range(planes)])
+
+
+def _ids_of(planes: list[Bytes], shape: TopkShape) -> IntArray:
+    ranks = join_planes(planes)
+    check_ids("ids", ranks, len(shape.ranking.ids_V))
+    ids: IntArray = np.take(shape.ranking.ids_V, ranks)
+    return ids
+
+
+def _count_type(largest: int) -> type[np.unsignedinteger[Any]]:
+    return np.uint8 if largest < 1 << 8 else np.uint16
+
+
+def _all_first(size: int, num_sequences: int) -> npt.NDArray[np.int64]:
+    sizes_B = np.zeros(num_sequences, np.int64)
+    sizes_B[:1] = size
+    return sizes_B
