@@ -80,7 +80,7 @@ def run(context: StageContext) -> StageResult:
 
 
 class _Worker:
-    """Scores the shards that are not finished; starts the engine for the first of them."""
+    """Scores the shards that are not finished; the engine is started in any case, to name it in the manifest."""
 
     def __init__(
         self, context: StageContext, source: ShardReader, writer: ShardWriter, recording: Recording, path: str

@@ -177,6 +177,7 @@ class SequenceLoader:
                 "a step does not divide into micro-batches",
                 found=f"{self._step} sequences, {self._micro_batch} a micro-batch on {self._world_size} ranks",
                 expected=f"a multiple of {self.together}",
+                fix="set micro_batch_sequences to a divisor of a rank's share of batch_sequences",
             )
 
     def _counts(self) -> dict[str, Any]:

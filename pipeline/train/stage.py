@@ -68,4 +68,5 @@ def _require_same_tokenizer(cache: CacheFacts, student: StageInput) -> None:
             where=student.path,
             found=f"fingerprint {found.tokenizer.fingerprint[:12]}",
             expected=f"{cache.tokenizer.fingerprint[:12]}, the cache's",
+            fix="train a student of the cache's tokenizer, or make a cache of this corpus",
         )

@@ -80,11 +80,11 @@ def carry_out(run: RunFile, instance: Instance, *, force: bool = False, wait: bo
 def _prepare(state: StageState, force: bool) -> None:
     if force or state.state is State.STALE:
         clear(state.folder)
-    elif state.state is State.PARTIAL and "begun under other settings" in state.why:
+    elif state.begun_otherwise:
         raise MismatchError(
             "this stage is unfinished and was begun under other settings",
             where=state.folder,
-            found=state.why.split("begun under other settings: ")[1],
+            found=state.begun_otherwise,
             fix="restore the setting to continue, or start over with --force",
         )
 

@@ -41,6 +41,8 @@ class StageState:
         why: in words: the setting or input that changed, or how far it got; empty when current.
         order: what is to be done, as `work.json` will say; its inputs may lack a content as long as they are unmade.
         manifest: of the folder, where there is one.
+        begun_otherwise: of an unfinished folder, the setting or input in which it was begun for another result, in
+            words; empty where it can be continued.
     """
 
     instance: Instance
@@ -49,6 +51,7 @@ class StageState:
     why: str
     order: WorkOrder
     manifest: Manifest | None
+    begun_otherwise: str = ""
 
 
 def states(run: RunFile) -> dict[str, StageState]:
@@ -152,7 +155,7 @@ def _state_of(
     changed = _difference(begun, order)
     if changed:
         why = f"{why}, begun under other settings: {changed}"
-    return StageState(instance, folder, State.PARTIAL, why, order, None)
+    return StageState(instance, folder, State.PARTIAL, why, order, None, changed)
 
 
 def _difference(old: WorkOrder, new: WorkOrder) -> str:
