@@ -138,7 +138,7 @@ def _llama(tokens_T: np.ndarray, vocab_size: int, steps: int) -> LlamaForCausalL
         tie_word_embeddings=True,
     )
     llama = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(llama.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(llama.parameters(), lr=2e-3, fused=True)
     rng = np.random.default_rng(0)
     for step in range(steps):
         starts = rng.integers(0, len(tokens_T) - _TRAINED_LEN - 1, _TRAINED_SEQUENCES)

@@ -89,6 +89,10 @@ class OptimizationSettings(Record):
     """At a damaged block of sequences: `stop`, or `skip` it, say so, and take others in their place. It decides nothing
     where the shards are sound, and a training that met damage can go on; more than 0.1 % damaged stops in any case."""
 
+    decode: Literal["host", "device"] = Field("host", json_schema_extra=OPERATIONAL)
+    """Where stored sequences become ids and probabilities: in threads of the `host`, or on the `device` that trains,
+    which leaves the host a part of the work. Batches are the same, but for the rounding of float32."""
+
     log_every_steps: int = Field(10, ge=1, json_schema_extra=OPERATIONAL)
     """Interval of the rows in metrics.csv."""
 

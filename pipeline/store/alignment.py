@@ -20,9 +20,9 @@ from capgap.schemas.errors import CorruptError
 from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
 
 # The same float32 logprob was written to both places; beside the codec's own error they may differ by rounding alone.
-_LOGPROB_TOLERANCE_NATS = 1e-4
+LOGPROB_TOLERANCE_NATS = 1e-4
 # n p is rounded in float32 and the draw's cumulative sums in another order: a hundredth of a draw covers both.
-_COUNT_TOLERANCE = 1e-2
+COUNT_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _contradictions_sampled(
     is_label_D = targets.ids_D == labels_BL.ravel()[row_D]
     count_N = np.bincount(row_D[is_label_D], weights=targets.counts_D[is_label_D], minlength=num_rows)
     expected_N = num_draws * np.exp(targets.label_logprobs_BL.ravel().astype(np.float64))
-    tolerance_N = 1 + _COUNT_TOLERANCE + expected_N * np.expm1(error.label_nats)
+    tolerance_N = 1 + COUNT_TOLERANCE + expected_N * np.expm1(error.label_nats)
     bad: npt.NDArray[np.bool_] = np.abs(count_N - expected_N) >= tolerance_N
     return bad.reshape(labels_BL.shape)
 
@@ -91,7 +91,7 @@ def _contradictions_topk(
     bound_N = np.where(is_kept_N, kept_logprob_N, logprobs_NK[:, -1])
     padded = np.flatnonzero(np.isneginf(bound_N))
     bound_N[padded] = np.where(np.isneginf(logprobs_NK[padded]), 0.0, logprobs_NK[padded]).min(axis=1)
-    tolerance = _LOGPROB_TOLERANCE_NATS + error.label_nats + error.kept_nats
+    tolerance = LOGPROB_TOLERANCE_NATS + error.label_nats + error.kept_nats
     apart_N = np.abs(bound_N - np.maximum(label_N, error.floor_nats)) > tolerance
     bad: npt.NDArray[np.bool_] = np.where(is_kept_N, apart_N, label_N > bound_N + tolerance)
     return bad.reshape(labels_BL.shape)

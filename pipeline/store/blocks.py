@@ -1,4 +1,4 @@
-"""Decoded blocks in memory, bounded in bytes: each is decoded by one thread, however many ask for it."""
+"""Blocks in memory, decoded or as stored, bounded in bytes: each is read by one thread, however many ask for it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
+from capgap.pipeline.store.stored import StoredBlock
 from capgap.schemas.records import Sequences, Targets
 
 Key = TypeVar("Key", bound=Hashable)
-Block = tuple[Sequences, Targets | None]
+Block = tuple[Sequences, Targets | None] | StoredBlock
 
 
 class BlockCache(Generic[Key]):
@@ -66,4 +67,6 @@ class BlockCache(Generic[Key]):
 
 
 def _size_of(block: Block) -> int:
+    if isinstance(block, StoredBlock):
+        return block.num_bytes
     return sum(int(array.nbytes) for part in block if part is not None for array in vars(part).values())

@@ -9,7 +9,8 @@ One Arrow row is one sequence, so that any Arrow program can read a member:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, get_args
@@ -34,8 +35,8 @@ SAMPLED = "sampled-planes-1"
 TOPK_CODECS: dict[str, str] = {profile: f"topk-{profile}-1" for profile in get_args(Profile)}
 TOPK = TOPK_CODECS["near-lossless"]
 
-_PROFILES = {name: profile for profile, name in TOPK_CODECS.items()}
-_KNOWN = (SEQUENCES, SAMPLED, *_PROFILES)
+PROFILES = {name: profile for profile, name in TOPK_CODECS.items()}
+_KNOWN = (SEQUENCES, SAMPLED, *PROFILES)
 _LABEL_ERROR = StoredError(label_nats=LABELS.error_nats)
 _ERRORS = {
     SEQUENCES: EXACT,
@@ -54,8 +55,8 @@ _ZSTD_LEVELS = {
     SAMPLED: 3,
     TOPK_CODECS["lossless"]: 1,
     TOPK_CODECS["near-lossless"]: 1,
-    TOPK_CODECS["compact"]: 1,
-    TOPK_CODECS["small"]: 2,
+    TOPK_CODECS["compact"]: 2,
+    TOPK_CODECS["small"]: 1,
 }
 
 
@@ -97,7 +98,7 @@ class Codec:
             InputError: an id outside the vocabulary, a NaN, or counts that do not sum to the number of draws.
         """
         check_ids("tokens", sequences.tokens_BL1, self.vocab_size)
-        ranks_BL1 = np.take(self._ranking.ranks_V, sequences.tokens_BL1)
+        ranks_BL1 = np.take(self.ranking_used.ranks_V, sequences.tokens_BL1)
         planes = split_planes(ranks_BL1, num_planes(self.vocab_size - 1))
         columns = {f"tokens_{i}": fixed_lists(plane) for i, plane in enumerate(planes)}
         columns |= {
@@ -105,7 +106,7 @@ class Codec:
             "mask": fixed_lists(pack_bits(sequences.mask_BL1)),
         }
         if isinstance(targets, SampledTargets):
-            columns |= sampled_columns(targets, self._ranking, self.num_ids)
+            columns |= sampled_columns(targets, self.ranking_used, self.num_ids)
         elif isinstance(targets, TopkTargets):
             columns |= topk_columns(targets, self._topk)
         return to_frame(columns, _ZSTD_LEVELS[self.name])
@@ -116,23 +117,11 @@ class Codec:
         Raises:
             CorruptError: the frame's checksum, the Arrow stream or its shapes are wrong.
         """
-        try:
+        with decoding(self, where):
             columns = from_frame(data)
             sequences, targets = self._sequences(columns), self._targets(columns)
             columns.require_all_read()
             return sequences, targets
-        except (
-            zstandard.ZstdError,
-            pa.ArrowException,
-            OSError,
-            StopIteration,
-            KeyError,
-            ValueError,
-            InputError,
-        ) as error:
-            raise CorruptError(
-                "the member cannot be decoded", where=where, found=error, expected=f"codec {self.name}"
-            ) from None
 
     def _sequences(self, columns: Columns) -> Sequences:
         width = self.seq_len + 1
@@ -140,22 +129,42 @@ class Codec:
         ranks_BL1 = join_planes(planes)
         check_ids("tokens", ranks_BL1, self.vocab_size)
         starts_BL1, mask_BL1 = (unpack_bits(columns.fixed(name, -(-width // 8)), width) for name in ("starts", "mask"))
-        return Sequences(np.take(self._ranking.ids_V, ranks_BL1), starts_BL1, mask_BL1)
+        return Sequences(np.take(self.ranking_used.ids_V, ranks_BL1), starts_BL1, mask_BL1)
 
     def _targets(self, columns: Columns) -> Targets | None:
         if self.name == SEQUENCES:
             return None
         if self.name == SAMPLED:
-            return sampled_targets(columns, self._ranking, self.seq_len, self.num_ids)
+            return sampled_targets(columns, self.ranking_used, self.seq_len, self.num_ids)
         return topk_targets(columns, self._topk)
 
     @property
-    def _ranking(self) -> Ranking:
+    def ranking_used(self) -> Ranking:
+        """The ranking, or the ids as they are."""
         return _identity(self.vocab_size) if self.ranking is None else self.ranking
 
     @property
     def _topk(self) -> TopkShape:
-        return TopkShape(_PROFILES[self.name], self.seq_len, self.num_ids, self._ranking)
+        return TopkShape(PROFILES[self.name], self.seq_len, self.num_ids, self.ranking_used)
+
+
+@contextmanager
+def decoding(codec: Codec, where: str) -> Iterator[None]:
+    """Whatever reading a member raises becomes a CorruptError that names it."""
+    try:
+        yield
+    except (
+        zstandard.ZstdError,
+        pa.ArrowException,
+        OSError,
+        StopIteration,
+        KeyError,
+        ValueError,
+        InputError,
+    ) as error:
+        raise CorruptError(
+            "the member cannot be decoded", where=where, found=error, expected=f"codec {codec.name}"
+        ) from None
 
 
 def codec_for(

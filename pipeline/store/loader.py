@@ -17,12 +17,15 @@ from typing import Any, Literal
 
 import torch
 
-from capgap.pipeline.store.batch import Batch, Sample, collate
+from capgap.pipeline.store.batch import Batch, collate
 from capgap.pipeline.store.blocks import Block, BlockCache
+from capgap.pipeline.store.device import DeviceDecoder
 from capgap.pipeline.store.order import Order, Place
 from capgap.pipeline.store.prefetch import prefetch
 from capgap.pipeline.store.reader import ShardReader
 from capgap.pipeline.store.skips import Skips
+from capgap.pipeline.store.stored import StoredBlock
+from capgap.pipeline.store.stored_batch import StoredBatch, gather
 from capgap.schemas.errors import CorruptError, InputError
 
 # Two threads feed a GPU with half a million tokens a second; four micro-batches ahead cover a member being decoded.
@@ -30,6 +33,8 @@ _THREADS = 2
 _AHEAD = 4
 # Above what the open windows of 8k-token members take, 550 MB at 64 ids a token; below it, blocks are decoded again.
 _MAX_BLOCK_BYTES = 1 << 30
+# Micro-batches between two questions to the device whether all was sound: each waits for it.
+_CHECK_EVERY = 64
 
 
 class SequenceLoader:
@@ -50,6 +55,8 @@ class SequenceLoader:
         threads: that read and decode ahead; 0 reads when asked.
         ahead: micro-batches in the making or ready.
         max_block_bytes: of decoded blocks kept.
+        decode_on: the device that decodes, and on which batches come; left out, threads of the host decode and batches
+            lie in its memory. Batches are the same.
         pin: copy batches to page-locked memory, for a transfer beside the computation; left out, where CUDA is there.
 
     Raises:
@@ -72,6 +79,7 @@ class SequenceLoader:
         threads: int = _THREADS,
         ahead: int = _AHEAD,
         max_block_bytes: int = _MAX_BLOCK_BYTES,
+        decode_on: torch.device | str | None = None,
         pin: bool | None = None,
     ) -> None:
         shard_set = reader.shard_set
@@ -92,6 +100,7 @@ class SequenceLoader:
         self.blocks = BlockCache[tuple[int, int]](self._read, max_block_bytes)
         self._threads, self._ahead = threads, ahead
         self._pin = torch.cuda.is_available() if pin is None else pin
+        self._decoder = None if decode_on is None else DeviceDecoder(reader.codec, decode_on)
         self._position = 0
 
     def __len__(self) -> int:
@@ -101,9 +110,12 @@ class SequenceLoader:
     def __iter__(self) -> Generator[Batch, None, None]:
         """What remains, from the position on; closing the iterator stops its threads."""
         rounds = range(self._position // self.together, len(self))
-        batches = prefetch(rounds, self.micro_batch, self._threads, self._ahead)
+        batches = prefetch(rounds, self._host_part, self._threads, self._ahead)
         try:
-            for batch in batches:
+            for number, part in zip(rounds, batches, strict=True):
+                batch = self._decoded(part, number)
+                if (number + 1) % _CHECK_EVERY == 0 or number + 1 == len(self):
+                    self.require_sound()
                 self._position += self.together
                 yield batch
         finally:
@@ -121,9 +133,26 @@ class SequenceLoader:
 
     def micro_batch(self, number: int) -> Batch:
         """This rank's micro-batch of that number, counted over the whole training."""
-        epoch, chosen = self._chosen(number)
-        batch = collate([self._sample(epoch, index) for index in chosen], self._reader.codec.num_ids)
-        return pinned(batch) if self._pin else batch
+        return self._decoded(self._host_part(number), number)
+
+    def require_sound(self) -> None:
+        """Raise CorruptError if a micro-batch that a device decoded contradicts the format or its own tokens.
+
+        Asked every 64 micro-batches, before the last one is handed out, and whenever the state is taken: it waits for
+        the device. What the host decodes is checked before it is handed out.
+        """
+        number = None if self._decoder is None else self._decoder.first_fault()
+        if number is None:
+            return
+        # the host finds it again, and names it
+        for place in self.places(number):
+            if (place.shard, place.member) not in self.skips:
+                self._reader.read_member(place.shard, place.member)
+        raise CorruptError(
+            "a device decoded values that the host finds sound",
+            where=f"micro-batch {number}, of {', '.join(self._reader.name_of(*p[:2]) for p in self.places(number))}",
+            fix="decode on the host (train.decode: host), and test the device's memory",
+        )
 
     def places(self, number: int) -> list[Place]:
         """Where the sequences of that micro-batch lie, as long as no member is damaged."""
@@ -131,7 +160,12 @@ class SequenceLoader:
         return [self.order.locate(epoch, index) for index in chosen]
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of sequences handed out over all ranks, what it counts, and what was skipped."""
+        """The number of sequences handed out over all ranks, what it counts, and what was skipped.
+
+        Raises:
+            CorruptError: as `require_sound`.
+        """
+        self.require_sound()
         return {"position": self._position, **self._counts(), "skipped": self.skips.as_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -191,7 +225,24 @@ class SequenceLoader:
             "shards": hashlib.sha256(digests.encode()).hexdigest(),
         }
 
-    def _sample(self, epoch: int, index: int) -> Sample:
+    def _host_part(self, number: int) -> Batch | StoredBatch:
+        """What threads make of a micro-batch: all of it, or its stored columns."""
+        epoch, chosen = self._chosen(number)
+        found = [self._find(epoch, index) for index in chosen]
+        stored = [(block, row) for block, row in found if isinstance(block, StoredBlock)]
+        if stored:
+            return gather(stored, self._pin)
+        decoded = [(*block, row) for block, row in found if not isinstance(block, StoredBlock)]
+        batch = collate(decoded, self._reader.codec.num_ids)
+        return pinned(batch) if self._pin else batch
+
+    def _decoded(self, part: Batch | StoredBatch, number: int) -> Batch:
+        if isinstance(part, Batch):
+            return part
+        assert self._decoder is not None, "stored columns are read for a device only"
+        return self._decoder.decode(part, number)
+
+    def _find(self, epoch: int, index: int) -> tuple[Block, int]:
         """The sequence of that index, or where its member is damaged the next good one of its lane."""
         lane, lanes = index % self.order.lanes, self.order.lanes
         for further in range(self.order.lane_length(lane)):
@@ -200,7 +251,7 @@ class SequenceLoader:
             if (place.shard, place.member) in self.skips:
                 continue
             try:
-                return (*self.blocks.get((place.shard, place.member)), place.row)
+                return self.blocks.get((place.shard, place.member)), place.row
             except CorruptError as error:
                 entry = self._reader.shard_set.shards[place.shard].members[place.member]
                 self.skips.note(
@@ -209,6 +260,8 @@ class SequenceLoader:
         raise CorruptError("no sound sequence is left in a lane of the order", where=self._reader.name_of(0, 0))
 
     def _read(self, key: tuple[int, int]) -> Block:
+        if self._decoder is not None:
+            return self._reader.read_stored(*key)
         return self._reader.read_member(*key)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from capgap.pipeline.store.alignment import check_alignment
 from capgap.pipeline.store.codec import Codec, codec_for
 from capgap.pipeline.store.places import ShardPlace, place_of
+from capgap.pipeline.store.stored import StoredBlock, read_stored
 from capgap.schemas.errors import CorruptError
 from capgap.schemas.manifest import MemberEntry, ShardEntry, ShardSet
 from capgap.schemas.records import Sequences, Targets
@@ -58,6 +59,19 @@ class ShardReader:
         entry = self.shard_set.shards[shard]
         return self._read(entry, entry.members[member])
 
+    def read_stored(self, shard: int, member: int) -> StoredBlock:
+        """The columns of one member as they are stored; what they say is not looked at, nor their alignment.
+
+        Raises:
+            CorruptError: bytes or structure are wrong; the message names shard and member.
+            InputError: the shard's file is missing.
+        """
+        entry = self.shard_set.shards[shard]
+        where = self._name_of(entry, entry.members[member])
+        block = read_stored(self.codec, self._bytes_of(entry, entry.members[member], where), where)
+        _require_size(len(block), entry.members[member], where)
+        return block
+
     def name_of(self, shard: int, member: int) -> str:
         """A member as errors name it."""
         entry = self.shard_set.shards[shard]
@@ -66,10 +80,7 @@ class ShardReader:
     def _read(self, shard: ShardEntry, member: MemberEntry) -> tuple[Sequences, Targets | None]:
         where = self._name_of(shard, member)
         sequences, targets = self.codec.decode(self._bytes_of(shard, member, where), where)
-        if len(sequences) != member.num_sequences:
-            raise CorruptError(
-                "wrong number of sequences", where=where, found=len(sequences), expected=member.num_sequences
-            )
+        _require_size(len(sequences), member, where)
         if targets is not None:
             check_alignment(sequences, targets, self.codec.num_ids, where, self.codec.error)
         return sequences, targets
@@ -90,6 +101,11 @@ class ShardReader:
                 fix="delete the shard and rerun the stage that wrote it; the other shards are kept",
             )
         return data
+
+
+def _require_size(num_sequences: int, member: MemberEntry, where: str) -> None:
+    if num_sequences != member.num_sequences:
+        raise CorruptError("wrong number of sequences", where=where, found=num_sequences, expected=member.num_sequences)
 
 
 def read_blocks(folder: Path | str, shard_set: ShardSet) -> Iterator[tuple[Sequences, Targets | None]]:

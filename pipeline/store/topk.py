@@ -6,7 +6,7 @@
     small            as compact, of each row only the ids that hold 99 % of the probability; the others join the tail
 
 Ids keep their order and lie as planes of ranks. Differences lie rank by rank: those of all a sequence's first ids, then
-of its second, and so on; `small`, whose rows differ in length, has them row by row.
+of its second, and so on; `small`, whose rows differ in length, has them row by row. Every sequence begins a new quad.
 
 Legend: B sequences, L targets a sequence, K ids kept a row, N = B x L rows, D ids of all rows.
 """
@@ -30,7 +30,6 @@ from capgap.pipeline.store.planes import (
     num_planes,
     pack_quads,
     split_planes,
-    sums_before,
     unpack_quads,
 )
 from capgap.pipeline.store.quantise import Companded, LogUniform
@@ -44,7 +43,7 @@ FINE, COARSE = LogUniform(), Companded()
 KEPT_MASS = 0.99
 
 # the code of a tail of 0, which has no logarithm
-_NO_TAIL = 0xFFFF
+NO_TAIL = 0xFFFF
 
 _Columns = dict[str, pa.Array]
 
@@ -78,9 +77,9 @@ def topk_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
         InputError: an id outside the vocabulary, a NaN, a tail below 0, or logprobs that rise within a row.
     """
     _check(targets, shape)
-    ranks_BLK = np.take(shape.ranking.ranks_V, targets.ids_BLK)
     if shape.profile == "small":
-        return _small_columns(targets, ranks_BLK, shape)
+        return _small_columns(targets, shape)
+    ranks_BLK = np.take(shape.ranking.ranks_V, targets.ids_BLK)
     flat = (len(ranks_BLK), shape.seq_len * shape.num_kept)
     columns = _plane_columns("ids", ranks_BLK.reshape(flat), shape.planes)
     if shape.profile == "lossless":
@@ -135,28 +134,33 @@ def _check(targets: TopkTargets, shape: TopkShape) -> None:
         raise InputError("logprobs that rise within a row")
 
 
-def _small_columns(targets: TopkTargets, ranks_BLK: IntArray, shape: TopkShape) -> _Columns:
-    """Of each row as few ids as hold `KEPT_MASS`, or all."""
-    probs_BLK = np.exp(targets.logprobs_BLK)
-    held_BLK = np.cumsum(probs_BLK, axis=2)
-    num_kept_BL = 1 + np.count_nonzero(held_BLK[:, :, :-1] < KEPT_MASS, axis=2).astype(np.int32)
-    kept_BLK = np.arange(shape.num_kept) < num_kept_BL[:, :, None]
-    sizes_B = num_kept_BL.sum(axis=1)
-    columns: _Columns = {"num_kept": fixed_lists(num_kept_BL.astype(_count_type(shape.num_kept)))}
-    # gathering by places takes half the time of a mask
-    place_D = np.flatnonzero(kept_BLK)
-    for i, plane in enumerate(split_planes(ranks_BLK.ravel()[place_D], shape.planes)):
-        columns[f"ids_{i}"] = lists(plane, sizes_B)
-    codes_D = COARSE.encode(targets.logprobs_BLK.ravel()[place_D])
-    steps_D = np.diff(codes_D, prepend=np.uint8(0))
-    first_N = sums_before(num_kept_BL.ravel())
-    steps_D[first_N] = codes_D[first_N]
-    quads, escapes = pack_quads(steps_D)
-    # quads do not end where sequences do: the first row has them all
-    columns["quads"] = lists(quads, _all_first(len(quads), len(sizes_B)))
-    columns["escapes"] = lists(escapes, _all_first(len(escapes), len(sizes_B)))
-    probs_BLK *= ~kept_BLK
-    return columns | _fine_columns(targets.tail_BL + probs_BLK.sum(axis=2), targets.label_logprobs_BL)
+def _small_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
+    """Of each row as few ids as hold `KEPT_MASS`, or all.
+
+    One sequence after the other: what is made on the way stays in the cache, and every sequence begins a new quad.
+    """
+    num_kept_BL = np.empty(targets.tail_BL.shape, _count_type(shape.num_kept))
+    tail_BL = targets.tail_BL.copy()
+    ranks, quads, escapes = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)], [np.zeros(0, np.uint8)]
+    for sequence, (ids_LK, logprobs_LK) in enumerate(zip(targets.ids_BLK, targets.logprobs_BLK, strict=True)):
+        probs_LK = np.exp(logprobs_LK)
+        num_kept_BL[sequence] = _num_kept(probs_LK)
+        kept_LK = np.arange(shape.num_kept, dtype=num_kept_BL.dtype) < num_kept_BL[sequence][:, None]
+        np.copyto(probs_LK, 0, where=kept_LK)
+        tail_BL[sequence] += probs_LK.sum(axis=1)
+        # `take` by places needs half the time of a mask
+        place_D = np.flatnonzero(kept_LK)
+        ranks.append(np.take(shape.ranking.ranks_V, ids_LK.ravel().take(place_D)))
+        steps_LK = COARSE.encode(logprobs_LK)
+        steps_LK[:, 1:] -= steps_LK[:, :-1].copy()
+        for parts, packed in zip((quads, escapes), pack_quads(steps_LK.ravel().take(place_D)), strict=True):
+            parts.append(packed)
+    columns: _Columns = {"num_kept": fixed_lists(num_kept_BL)}
+    for i, plane in enumerate(split_planes(np.concatenate(ranks), shape.planes)):
+        columns[f"ids_{i}"] = lists(plane, _sizes(ranks))
+    columns["quads"] = lists(np.concatenate(quads), _sizes(quads))
+    columns["escapes"] = lists(np.concatenate(escapes), _sizes(escapes))
+    return columns | _fine_columns(tail_BL, targets.label_logprobs_BL)
 
 
 def _small_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
@@ -171,7 +175,8 @@ def _small_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
         raise ValueError(f"{len(ids_D)} ids, expected {size}")
     place_D = np.flatnonzero(kept_BLK)
     ids_BLK.reshape(-1)[place_D] = ids_D
-    steps_D = unpack_quads(columns.ragged("quads"), columns.ragged("escapes"), size)
+    sizes_B = num_kept_BL.sum(axis=1)
+    steps_D = _unpack_ragged(columns.ragged("quads"), columns.ragged("escapes"), sizes_B)
     logprobs_BLK = np.full(kept_BLK.shape, -np.inf, np.float32)
     logprobs_BLK.reshape(-1)[place_D] = COARSE.decode(cumulate_runs(steps_D, num_kept_BL.ravel()))
     return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, shape.seq_len))
@@ -201,17 +206,27 @@ def _unpack_sequences(quads_BQ: Bytes, escapes: Bytes, width: int) -> Bytes:
     return steps.reshape(len(quads_BQ), 4 * quads_BQ.shape[1])[:, :width]
 
 
+def _unpack_ragged(quads: Bytes, escapes: Bytes, sizes_B: npt.NDArray[Any]) -> Bytes:
+    """As `_unpack_sequences`, of sequences that differ in size; each one's last quad may be filled up with zeros."""
+    num_quads_B = -(-sizes_B // 4)
+    steps = unpack_quads(quads, escapes, 4 * int(num_quads_B.sum()))
+    ends_B = 4 * np.cumsum(num_quads_B)
+    # a sequence has at most three zeros to fill up
+    filling = [place for end, more in zip(ends_B, -sizes_B % 4, strict=True) for place in range(end - more, end)]
+    return np.delete(steps, np.array(filling, np.int64))
+
+
 def _fine_columns(tail_BL: FloatArray, labels_BL: FloatArray) -> _Columns:
     with np.errstate(divide="ignore"):
-        codes_BL = np.minimum(FINE.encode(np.log(tail_BL)), _NO_TAIL - 1)
-    codes_BL[tail_BL == 0] = _NO_TAIL
+        codes_BL = np.minimum(FINE.encode(np.log(tail_BL)), NO_TAIL - 1)
+    codes_BL[tail_BL == 0] = NO_TAIL
     return _plane_columns("tail", codes_BL, 2) | _plane_columns("label", FINE.encode(labels_BL), 2)
 
 
 def _fine_values(columns: Columns, length: int) -> tuple[FloatArray, FloatArray]:
     codes_BL = _joined(columns, "tail", length, 2)
     tail_BL = np.exp(FINE.decode(codes_BL))
-    tail_BL[codes_BL == _NO_TAIL] = 0
+    tail_BL[codes_BL == NO_TAIL] = 0
     return tail_BL, FINE.decode(_joined(columns, "label", length, 2))
 
 
@@ -243,7 +258,16 @@ def _count_type(largest: int) -> type[np.unsignedinteger[Any]]:
     return np.uint8 if largest < 1 << 8 else np.uint16
 
 
-def _all_first(size: int, num_sequences: int) -> npt.NDArray[np.int64]:
-    sizes_B = np.zeros(num_sequences, np.int64)
-    sizes_B[:1] = size
-    return sizes_B
+def _sizes(parts: list[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
+    """Of the sequences' parts, which stand behind an empty one."""
+    return np.array([len(part) for part in parts[1:]], np.int64)
+
+
+def _num_kept(probs_LK: FloatArray) -> npt.NDArray[np.int64]:
+    """The fewest of each row that hold `KEPT_MASS`, or all."""
+    num_kept_L = np.full(len(probs_LK), probs_LK.shape[1])
+    # a cumulative sum takes longer than all else: rows that need their last id are told by their sum
+    some = np.flatnonzero(probs_LK.sum(axis=1) - probs_LK[:, -1] >= KEPT_MASS - ROUNDING)
+    enough = np.cumsum(probs_LK[some], axis=1) >= np.float32(KEPT_MASS)
+    num_kept_L[some] = np.where(enough[:, -1], enough.argmax(axis=1) + 1, probs_LK.shape[1])
+    return num_kept_L

@@ -62,6 +62,7 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
 
     Raises:
         InputError: too little data for one step, or a loss that is not finite.
+        CorruptError: shards are damaged, or targets are not aligned with their tokens.
     """
     settings, shard_set = task.settings, task.training.shard_set
     tokens_per_step = settings.batch_sequences * shard_set.seq_len
@@ -74,6 +75,7 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
         max_tokens=settings.max_tokens,
         micro_batch=settings.micro_batch,
         on_corrupt=settings.on_corrupt,
+        decode_on=task.device if settings.decode == "device" else None,
     )
     num_steps, steps_per_epoch = loader.num_steps, loader.steps_per_epoch
     module = DistillationModule(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from capgap.pipeline.train.fit import Task, fit
-from capgap.schemas.errors import InputError
+from capgap.schemas.errors import CorruptError, InputError
 from capgap.schemas.run_model import OptimizationSettings
 
 SEQ_LEN = 16
@@ -74,6 +75,33 @@ def test_training_lowers_the_held_out_loss(make_task, make_student, tmp_path, ki
     assert [step for step, _ in _column(tmp_path, "train_loss")] == [*range(5, 61, 5)]
     assert _column(tmp_path, "num_tokens")[0] == (5, 5 * 4 * SEQ_LEN)
     assert len(_column(tmp_path, "train_kl")) == (0 if alpha == 0 else 12)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "topk"])
+def test_a_training_that_decodes_on_the_device_takes_the_same_steps(make_task, make_student, tmp_path, kind) -> None:
+    found: dict[str, Any] = {}
+    for decode in ("host", "device"):
+        student = make_student()
+        fit(student, make_task(kind, 0.5, num_epochs=2, micro_batch_sequences=2, decode=decode, log_every_steps=1))
+        weights = torch.cat([p.detach().flatten() for p in student.parameters()])
+        found[decode] = (weights, [loss for _, loss in _column(tmp_path, "train_loss")])
+        shutil.rmtree(tmp_path / "work")
+    (weights, losses), (other_weights, other_losses) = found["host"], found["device"]
+    assert len(losses) == len(other_losses) == 30
+    if kind == "sampled":  # counts over draws: the same bits
+        assert losses == other_losses
+        assert torch.equal(weights, other_weights)
+    # exp of two libraries: probabilities differ by 1e-7, and metrics.csv keeps six digits
+    assert losses == pytest.approx(other_losses, abs=1e-4)
+
+
+@pytest.mark.parametrize("decode", ["host", "device"])
+def test_targets_that_are_not_aligned_stop_a_training(make_task, make_student, shards, monkeypatch, decode) -> None:
+    """The shards are sound; what a host or a device takes for the labels' logprobs is not."""
+    error = dataclasses.replace(shards["topk"].codec.error, label_nats=-1.0)
+    monkeypatch.setattr(type(shards["topk"].codec), "error", error)
+    with pytest.raises(CorruptError, match=r"shard-.*, sequence \d+, target \d+: targets are not aligned"):
+        fit(make_student(), make_task("topk", decode=decode))
 
 
 def test_the_same_training_twice_gives_the_same_bits_and_leaves_the_model_for_use(make_task, make_student) -> None:

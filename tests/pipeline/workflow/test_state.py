@@ -49,6 +49,7 @@ OPTIMIZATION_OPERATIONAL: dict[str, Any] = {
     "checkpoint_every_steps": 7,
     "log_every_steps": 7,
     "on_corrupt": "skip",
+    "decode": "device",
 }
 GIVEN_TEACHER = {"teacher.model": None, "teacher.training": None}
 TABLE: list[tuple[str, Any, set[str]]] = [
