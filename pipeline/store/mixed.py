@@ -71,7 +71,12 @@ class MixedLoader:
             while self._position < self._total:
                 cycle, turn = divmod(self._position, _CYCLE)
                 self._position += 1
-                yield next(streams[int(self._turns(cycle)[turn])])
+                batch = next(streams[int(self._turns(cycle)[turn])])
+                if self._position == self._total:
+                    # a loader asks before its own last batch, which may not be reached
+                    for loader in self._loaders:
+                        loader.require_sound()
+                yield batch
         finally:
             for stream in streams:
                 stream.close()

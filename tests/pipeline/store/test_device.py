@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capgap.pipeline.store import Batch, Ranking, SequenceLoader, columns
+from capgap.pipeline.store import Batch, MixedLoader, Ranking, SequenceLoader, columns
 from capgap.pipeline.store.batch import collate
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK, TOPK_CODECS, Codec
 from capgap.pipeline.store.device import DeviceDecoder
@@ -198,6 +198,17 @@ def test_misaligned_shards_stop_before_the_last_batch_and_are_named(make_reader,
         for batch in loader:
             batches.append(batch)
     assert len(batches) == len(loader) - 1
+
+
+def test_a_mix_that_ends_before_its_loaders_do_finds_their_faults(make_reader, codecs, monkeypatch) -> None:
+    loader = _misaligned(make_reader, codecs[TOPK], monkeypatch)
+    mixed = MixedLoader({"only": loader}, {"only": 1}, 0, max_tokens=5 * 4 * 12)
+    assert len(mixed) == 5 < len(loader)
+    batches = []
+    with pytest.raises(CorruptError, match="targets are not aligned with their tokens"):
+        for batch in mixed:
+            batches.append(batch)
+    assert len(batches) == 4
 
 
 def test_no_state_is_saved_once_a_batch_was_at_fault(make_reader, codecs, monkeypatch) -> None:
