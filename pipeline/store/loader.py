@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 import torch
 
-from capgap.pipeline.store.batch import Batch, Sample, collate
+from capgap.pipeline.store.batch import Batch, Heat, Sample, collate
 from capgap.pipeline.store.blocks import Block, BlockCache
+from capgap.pipeline.store.codec import Codec
 from capgap.pipeline.store.order import Order, Place
 from capgap.pipeline.store.prefetch import prefetch
 from capgap.pipeline.store.reader import ShardReader
@@ -51,6 +52,7 @@ class SequenceLoader:
         ahead: micro-batches in the making or ready.
         max_block_bytes: of decoded blocks kept.
         pin: copy batches to page-locked memory, for a transfer beside the computation; left out, where CUDA is there.
+        heat: the further temperature at which targets are wanted, by `heat_of`; None for the capture temperature.
 
     Raises:
         InputError: the set holds too few sequences for one step, or the ranks do not divide it.
@@ -73,6 +75,7 @@ class SequenceLoader:
         ahead: int = _AHEAD,
         max_block_bytes: int = _MAX_BLOCK_BYTES,
         pin: bool | None = None,
+        heat: Heat | None = None,
     ) -> None:
         shard_set = reader.shard_set
         self._reader, self._step, self._seed = reader, batch_sequences, seed
@@ -92,6 +95,7 @@ class SequenceLoader:
         self.blocks = BlockCache[tuple[int, int]](self._read, max_block_bytes)
         self._threads, self._ahead = threads, ahead
         self._pin = torch.cuda.is_available() if pin is None else pin
+        self._heat = heat
         self._position = 0
 
     def __len__(self) -> int:
@@ -122,7 +126,8 @@ class SequenceLoader:
     def micro_batch(self, number: int) -> Batch:
         """This rank's micro-batch of that number, counted over the whole training."""
         epoch, chosen = self._chosen(number)
-        batch = collate([self._sample(epoch, index) for index in chosen], self._reader.codec.num_ids)
+        samples = [self._sample(epoch, index) for index in chosen]
+        batch = collate(samples, self._reader.codec.num_ids, self._heat)
         return pinned(batch) if self._pin else batch
 
     def places(self, number: int) -> list[Place]:
@@ -210,6 +215,26 @@ class SequenceLoader:
 
     def _read(self, key: tuple[int, int]) -> Block:
         return self._reader.read_member(*key)
+
+
+def heat_of(codec: Codec, capture: float, temperature: float) -> Heat | None:
+    """What a loader needs for targets at `temperature`, of shards that were recorded at `capture`.
+
+    Raises:
+        InputError: nothing was kept at that temperature.
+    """
+    if temperature == capture:
+        return None
+    if temperature not in codec.extra_temperatures:
+        every = sorted((capture, *codec.extra_temperatures))
+        raise InputError(
+            "the cache has no targets at this temperature",
+            found=f"{temperature:g}",
+            expected=f"{'one of ' if len(every) > 1 else ''}{', '.join(f'{one:g}' for one in every)}",
+            fix="train at one of these, or make a topk cache with it in cache.extra_temperatures",
+        )
+    number = codec.extra_temperatures.index(temperature)
+    return Heat(number, codec.powers[number])
 
 
 def pinned(batch: Batch) -> Batch:

@@ -8,7 +8,11 @@
 Ids keep their order and lie as planes of ranks. Differences lie rank by rank: those of all a sequence's first ids, then
 of its second, and so on; `small`, whose rows differ in length, has them row by row.
 
-Legend: B sequences, L targets a sequence, K ids kept a row, N = B x L rows, D ids of all rows.
+For each further temperature T at which a student may train, `tailJ` holds the logarithm of the unscaled tail, the sum
+of p^r over all other ids with r = temperature / T: raised to r, probabilities at the capture temperature are those at T
+but for one factor, which makes their sum and the tail's 1.
+
+Legend: B sequences, L targets a sequence, K ids kept a row, T further temperatures, N = B x L rows, D ids of all rows.
 """
 
 from __future__ import annotations
@@ -43,6 +47,9 @@ FINE, COARSE = LogUniform(), Companded()
 # `small` keeps ids until they hold this much
 KEPT_MASS = 0.99
 
+# An unscaled tail is a sum of at most 2^24 numbers of at most 1, whose logarithm is below this.
+SHIFT_NATS = 17
+
 # the code of a tail of 0, which has no logarithm
 _NO_TAIL = 0xFFFF
 
@@ -58,12 +65,14 @@ class TopkShape:
         seq_len: L.
         num_kept: K.
         ranking: of the ids.
+        powers: capture temperature over each further temperature.
     """
 
     profile: str
     seq_len: int
     num_kept: int
     ranking: Ranking
+    powers: tuple[float, ...] = ()
 
     @property
     def planes(self) -> int:
@@ -87,13 +96,16 @@ def topk_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
         bits_BLK = targets.logprobs_BLK.astype("<f4").view("<u4")
         columns |= _plane_columns("logprobs", bits_BLK.reshape(flat), 4)
         columns |= _plane_columns("tail", targets.tail_BL.astype("<f4").view("<u4"), 4)
+        for number in range(len(shape.powers)):
+            bits_BL = np.ascontiguousarray(targets.log_tails_BLT[..., number], "<f4").view("<u4")
+            columns |= _plane_columns(_tail_name(number), bits_BL, 4)
         return columns | _plane_columns("label", targets.label_logprobs_BL.astype("<f4").view("<u4"), 4)
     if shape.profile == "near-lossless":
         steps_BKL = _steps_by_rank(FINE.encode(targets.logprobs_BLK))
         columns |= _plane_columns("steps", steps_BKL.reshape(flat), 2)
     else:
         columns |= _quad_columns(_steps_by_rank(COARSE.encode(targets.logprobs_BLK)).reshape(flat))
-    return columns | _fine_columns(targets.tail_BL, targets.label_logprobs_BL)
+    return columns | _fine_columns(targets.tail_BL, targets.log_tails_BLT, targets.label_logprobs_BL)
 
 
 def topk_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
@@ -112,7 +124,10 @@ def topk_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
         tail_BL, labels_BL = (_joined(columns, name, length, 4).view("<f4") for name in ("tail", "label"))
         for name, values in (("logprobs", logprobs_BLK), ("tail", tail_BL), ("label", labels_BL)):
             check_finite(name, values)
-        return TopkTargets(ids_BLK, logprobs_BLK, tail_BL, labels_BL)
+        log_tails = [_joined(columns, _tail_name(i), length, 4).view("<f4") for i in range(len(shape.powers))]
+        log_tails_BLT = _stacked(log_tails, tail_BL)
+        _check_log_tails(log_tails_BLT, shape)
+        return TopkTargets(ids_BLK, logprobs_BLK, tail_BL, labels_BL, log_tails_BLT)
     if shape.profile == "near-lossless":
         codes_BKL = _codes_by_rank(_joined(columns, "steps", width, 2), shape)
         logprobs_BLK = FINE.decode(np.ascontiguousarray(codes_BKL.swapaxes(1, 2)))
@@ -120,7 +135,7 @@ def topk_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
         packed = columns.fixed("quads", -(-width // 4))
         steps_BD = _unpack_sequences(packed, columns.ragged("escapes"), width)
         logprobs_BLK = COARSE.decode(np.ascontiguousarray(_codes_by_rank(steps_BD, shape).swapaxes(1, 2)))
-    return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, length))
+    return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, shape))
 
 
 def _check(targets: TopkTargets, shape: TopkShape) -> None:
@@ -131,8 +146,22 @@ def _check(targets: TopkTargets, shape: TopkShape) -> None:
     for worst in (targets.tail_BL.min(initial=0), targets.tail_BL.max(initial=1)):
         if not 0 <= worst <= 1 + ROUNDING:
             raise InputError("tail_BL: a tail that is no probability", found=float(worst), expected="0 to 1")
+    _check_log_tails(targets.log_tails_BLT, shape)
     if (targets.logprobs_BLK[:, :, 1:] > targets.logprobs_BLK[:, :, :-1]).any():
         raise InputError("logprobs that rise within a row")
+
+
+def _check_log_tails(log_tails_BLT: FloatArray, shape: TopkShape) -> None:
+    if log_tails_BLT.shape[2] != len(shape.powers):
+        raise InputError("log_tails_BLT: temperatures", found=log_tails_BLT.shape[2], expected=len(shape.powers))
+    largest = float(np.log(len(shape.ranking.ids_V))) + ROUNDING
+    # of NaN, no comparison is true
+    if not (log_tails_BLT <= largest).all():
+        raise InputError(
+            "log_tails_BLT: a value that is no logarithm of a tail",
+            found=float(log_tails_BLT.max()),
+            expected=f"at most {largest:.4f}",
+        )
 
 
 def _small_columns(targets: TopkTargets, ranks_BLK: IntArray, shape: TopkShape) -> _Columns:
@@ -156,7 +185,13 @@ def _small_columns(targets: TopkTargets, ranks_BLK: IntArray, shape: TopkShape) 
     columns["quads"] = lists(quads, _all_first(len(quads), len(sizes_B)))
     columns["escapes"] = lists(escapes, _all_first(len(escapes), len(sizes_B)))
     probs_BLK *= ~kept_BLK
-    return columns | _fine_columns(targets.tail_BL + probs_BLK.sum(axis=2), targets.label_logprobs_BL)
+    dropped_BLK = np.where(kept_BLK, np.float32(-np.inf), targets.logprobs_BLK)
+    log_tails = [
+        np.logaddexp(targets.log_tails_BLT[..., i], np.logaddexp.reduce(dropped_BLK * np.float32(power), axis=2))
+        for i, power in enumerate(shape.powers)
+    ]
+    tail_BL = targets.tail_BL + probs_BLK.sum(axis=2)
+    return columns | _fine_columns(tail_BL, _stacked(log_tails, tail_BL), targets.label_logprobs_BL)
 
 
 def _small_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
@@ -174,7 +209,7 @@ def _small_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
     steps_D = unpack_quads(columns.ragged("quads"), columns.ragged("escapes"), size)
     logprobs_BLK = np.full(kept_BLK.shape, -np.inf, np.float32)
     logprobs_BLK.reshape(-1)[place_D] = COARSE.decode(cumulate_runs(steps_D, num_kept_BL.ravel()))
-    return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, shape.seq_len))
+    return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, shape))
 
 
 def _plane_columns(name: str, values_BW: npt.NDArray[Any], planes: int) -> _Columns:
@@ -201,18 +236,47 @@ def _unpack_sequences(quads_BQ: Bytes, escapes: Bytes, width: int) -> Bytes:
     return steps.reshape(len(quads_BQ), 4 * quads_BQ.shape[1])[:, :width]
 
 
-def _fine_columns(tail_BL: FloatArray, labels_BL: FloatArray) -> _Columns:
+def _fine_columns(tail_BL: FloatArray, log_tails_BLT: FloatArray, labels_BL: FloatArray) -> _Columns:
     with np.errstate(divide="ignore"):
-        codes_BL = np.minimum(FINE.encode(np.log(tail_BL)), _NO_TAIL - 1)
-    codes_BL[tail_BL == 0] = _NO_TAIL
-    return _plane_columns("tail", codes_BL, 2) | _plane_columns("label", FINE.encode(labels_BL), 2)
+        columns = _plane_columns("tail", _tail_codes(np.log(tail_BL)), 2)
+    for number in range(log_tails_BLT.shape[2]):
+        codes_BL = _tail_codes(log_tails_BLT[..., number] - np.float32(SHIFT_NATS))
+        columns |= _plane_columns(_tail_name(number), codes_BL, 2)
+    return columns | _plane_columns("label", FINE.encode(labels_BL), 2)
 
 
-def _fine_values(columns: Columns, length: int) -> tuple[FloatArray, FloatArray]:
-    codes_BL = _joined(columns, "tail", length, 2)
-    tail_BL = np.exp(FINE.decode(codes_BL))
-    tail_BL[codes_BL == _NO_TAIL] = 0
-    return tail_BL, FINE.decode(_joined(columns, "label", length, 2))
+def _fine_values(columns: Columns, shape: TopkShape) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Tail, label's logprobs, and the logarithms of the further tails."""
+    length = shape.seq_len
+    tail_BL = np.exp(_tail_logs(_joined(columns, "tail", length, 2)))
+    log_tails = [
+        _tail_logs(_joined(columns, _tail_name(i), length, 2)) + np.float32(SHIFT_NATS)
+        for i in range(len(shape.powers))
+    ]
+    return tail_BL, FINE.decode(_joined(columns, "label", length, 2)), _stacked(log_tails, tail_BL)
+
+
+def _tail_codes(logs_BL: FloatArray) -> npt.NDArray[np.uint16]:
+    codes_BL = np.minimum(FINE.encode(logs_BL), np.uint16(_NO_TAIL - 1))
+    codes_BL[np.isneginf(logs_BL)] = _NO_TAIL
+    return codes_BL
+
+
+def _tail_logs(codes_BL: npt.NDArray[Any]) -> FloatArray:
+    logs_BL = FINE.decode(codes_BL)
+    logs_BL[codes_BL == _NO_TAIL] = -np.inf
+    return logs_BL
+
+
+def _tail_name(number: int) -> str:
+    return f"tail{number + 1}"
+
+
+def _stacked(arrays: list[FloatArray], like_BL: FloatArray) -> FloatArray:
+    stacked = np.empty((*like_BL.shape, len(arrays)), np.float32)
+    for number, array in enumerate(arrays):
+        stacked[..., number] = array
+    return stacked
 
 
 def _steps_by_rank(codes_BLK: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -20,7 +20,7 @@ def test_draws_become_the_counts_of_their_row(draws_BLn: np.ndarray) -> None:
     draws_BLn = np.sort(draws_BLn, axis=2)
     labels_BL = np.arange(draws_BLn[..., 0].size, dtype=np.float32).reshape(draws_BLn.shape[:2])
     targets = to_targets(
-        [Scored(d, None, None, labels_L, labels_L) for d, labels_L in zip(draws_BLn, labels_BL, strict=True)]
+        [_drawn(draws_Ln, labels_L) for draws_Ln, labels_L in zip(draws_BLn, labels_BL, strict=True)], "sampled"
     )
     assert isinstance(targets, SampledTargets)
     assert (targets.label_logprobs_BL == labels_BL).all()
@@ -32,20 +32,31 @@ def test_draws_become_the_counts_of_their_row(draws_BLn: np.ndarray) -> None:
     assert ends_N[-1] == len(targets.ids_D) == len(targets.counts_D)
 
 
+def _drawn(draws_Ln: np.ndarray, labels_L: np.ndarray) -> Scored:
+    none_LK = np.zeros((len(draws_Ln), 0), np.int32)
+    return Scored(
+        draws_Ln, none_LK, none_LK.astype(np.float32), labels_L, none_LK.astype(np.float32), labels_L, labels_L
+    )
+
+
 def test_kept_ids_are_stacked_in_the_order_of_the_sequences() -> None:
     rng = np.random.default_rng(0)
     scored = [
         Scored(
+            np.zeros((4, 0), np.int32),
             rng.integers(0, 9, (4, 3), dtype=np.int32),
             rng.random((4, 3), dtype=np.float32),
-            *rng.random((3, 4), dtype=np.float32),
+            rng.random(4, dtype=np.float32),
+            rng.random((4, 2), dtype=np.float32),
+            *rng.random((2, 4), dtype=np.float32),
         )
         for _ in range(2)
     ]
-    targets = to_targets(scored)
+    targets = to_targets(scored, "topk")
     assert isinstance(targets, TopkTargets)
     for i, s in enumerate(scored):
         assert (targets.ids_BLK[i] == s.ids_LK).all()
         assert (targets.logprobs_BLK[i] == s.logprobs_LK).all()
         assert (targets.tail_BL[i] == s.tail_L).all()
+        assert (targets.log_tails_BLT[i] == s.log_tails_LT).all()
         assert (targets.label_logprobs_BL[i] == s.label_logprobs_L).all()

@@ -133,7 +133,7 @@ def test_draws_are_those_of_the_reference(sampled_engine, folder, submission, re
     expected = TransformersEngine(folder, recording("sampled", 50), "auto", 4096, "cpu").score(submission)
     different = []
     for scored, wanted, logprobs_LV, request in zip(found, expected, reference(1.0), submission, strict=True):
-        assert scored.ids_LK.shape == (SEQ_LEN, 50)
+        assert scored.draws_Ln.shape == (SEQ_LEN, 50)
         _require_labels(scored, logprobs_LV, request)
         counts_LV = _counts(scored) - _counts(wanted)
         different += list(counts_LV[counts_LV.any(1)])
