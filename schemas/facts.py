@@ -39,7 +39,7 @@ class CorpusFacts(Record):
     tokenizer: TokenizerFacts
     """The tokenizer in the folder `tokenizer`."""
 
-    context: ContextRule
+    context: ContextRule = "packed"
     """`packed`: a model sees the whole packed sequence, across documents. `document`: each document by itself."""
 
     splits: dict[str, SplitFacts]

@@ -7,7 +7,7 @@ import torch
 from capgap.pipeline.cache.scoring import Packed, Recording, Request, record_rows, row_offsets, sequence_digest, unpack
 from capgap.schemas.errors import InputError
 
-KINDS = pytest.mark.parametrize("kind", ["topk", "sampled"])
+KINDS = pytest.mark.parametrize("kind", ["topk", "sampled", "both"])
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_chunks_of_rows_give_what_all_rows_give(recording, rows, kind: str, size
 def test_padding_is_never_kept_but_counts_for_the_teachers_own_top(recording, rows, kind, temperature) -> None:
     made = recording(kind, temperature=temperature)
     scored = _scored(made, record_rows(made, *_given(rows, kind)))
-    assert (scored.draws_Ln if kind == "sampled" else scored.ids_LK).max() < 300
+    assert np.concatenate([scored.draws_Ln, scored.ids_LK], axis=1).max() < 300
     logits_NV, labels_N, _ = rows
     expected_NV = torch.log_softmax(logits_NV[:, :300].double() / temperature, -1)
     label_N = expected_NV.gather(1, labels_N[:, None])[:, 0]
@@ -71,7 +71,7 @@ def test_padding_is_never_kept_but_counts_for_the_teachers_own_top(recording, ro
     own_NV = torch.log_softmax(logits_NV.double(), -1)
     assert own_NV.argmax(-1).min() >= 300, "or padding is not what the teacher would choose"
     assert np.abs(scored.top_logprobs_L - own_NV.amax(-1).numpy()).max() < 1e-5
-    if kind == "topk":
+    if kind != "sampled":
         kept_NK, ids_NK = expected_NV.topk(16, -1)
         assert (scored.ids_LK == ids_NK.numpy()).all()
         assert np.abs(scored.logprobs_LK - kept_NK.numpy()).max() < 1e-5
@@ -86,6 +86,25 @@ def test_the_own_top_is_at_temperature_1(recording, rows, kind: str, temperature
     packed = record_rows(made, *_given((logits_NV, labels_N, offsets_N), kind))
     own_N = torch.log_softmax(logits_NV.double(), -1).amax(-1)
     assert np.abs(_scored(made, packed).top_logprobs_L - own_N.numpy()).max() < 1e-5  # float32 rounding
+
+
+def test_both_are_taken_apart_into_each(recording, rows) -> None:
+    extra = (3.0, 0.5)
+    scored = {}
+    for kind in ("topk", "sampled", "both"):
+        made = recording(kind, extra_temperatures=() if kind == "sampled" else extra)
+        scored[kind] = _scored(made, record_rows(made, *_given(rows, kind)))
+    both = vars(scored["both"])
+    assert (both["draws_Ln"] == scored["sampled"].draws_Ln).all() and scored["topk"].draws_Ln.shape == (96, 0)
+    for name in ("ids_LK", "logprobs_LK", "tail_L", "log_tails_LT", "label_logprobs_L", "top_logprobs_L"):
+        assert (both[name] == getattr(scored["topk"], name)).all(), name
+    assert scored["sampled"].ids_LK.shape == (96, 0) and both["log_tails_LT"].shape == (96, 2)
+    other_NV = torch.log_softmax(rows[0][:, :300].double(), -1).scatter(
+        1, torch.tensor(both["ids_LK"]).long(), -torch.inf
+    )
+    for number, temperature in enumerate(extra):
+        expected_N = torch.logsumexp(other_NV / temperature, -1)
+        assert np.abs(both["log_tails_LT"][:, number] - expected_N.numpy()).max() < 1e-4  # float32, times 2
 
 
 @KINDS

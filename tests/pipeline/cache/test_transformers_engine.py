@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM as AnyModel
 from transformers import CohereConfig, Gemma2Config, GPTJConfig, GraniteConfig, LlamaConfig
 
-from capgap.pipeline.cache.scoring import row_offsets
+from capgap.pipeline.cache.scoring import Request, row_offsets
 from capgap.pipeline.cache.transformers_engine import TransformersEngine
 from capgap.schemas.errors import InputError
 
@@ -127,6 +127,25 @@ def test_the_size_of_a_batch_does_not_matter(teacher_folder, requests, recording
 
 def _ids(scored) -> np.ndarray:
     return np.concatenate([scored.draws_Ln, scored.ids_LK], axis=1)
+
+
+@pytest.mark.parametrize("batch_tokens", [16, 200, 4096])
+def test_requests_of_any_length_are_answered_as_each_alone_and_in_order(
+    folder, requests, recording, batch_tokens: int
+) -> None:
+    settings = recording("both", extra_temperatures=(2.0,))
+    lengths = (2, 49, 17, 17, 3, 40)
+    mixed = [Request(r.tokens_L1[:length]) for r, length in zip(requests, lengths, strict=True)]
+    found = TransformersEngine(folder, settings, "float32", batch_tokens, "cpu").score(mixed)
+    alone = TransformersEngine(folder, settings, "float32", 1, "cpu")
+    for scored, request in zip(found, mixed, strict=True):
+        (expected,) = alone.score([request])
+        for name, array in vars(expected).items():
+            assert getattr(scored, name).shape == array.shape, name
+        # products of other shapes sum in another order
+        assert np.abs(scored.label_logprobs_L - expected.label_logprobs_L).max() < 1e-4
+        assert np.abs(scored.logprobs_LK - expected.logprobs_LK).max() < 1e-4
+        assert np.abs(scored.log_tails_LT - expected.log_tails_LT).max() < 1e-4
 
 
 def test_no_requests_are_no_rows(teacher_folder, recording) -> None:
