@@ -32,6 +32,7 @@ from capgap.pipeline.cache.scoring import Scored
 from capgap.pipeline.store import Block, Ranking, split_blocks
 from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS, Codec
 from capgap.schemas.records import Sequences, TopkTargets
+from capgap.schemas.run_cache import RecordingName
 
 # The parts of a table's row, by the names of columns.
 PARTS = {
@@ -103,22 +104,19 @@ def measure(regime: str, rows: dict[str, np.ndarray], repeats: int) -> list[dict
     return entries
 
 
-def _blocks(rows: dict[str, np.ndarray], kind: str) -> list[Block]:
+def _blocks(rows: dict[str, np.ndarray], kind: RecordingName) -> list[Block]:
     """As the cache stage makes them, members of 8192 targets."""
     tokens_SL1 = rows["tokens"]
     shape = (len(tokens_SL1), tokens_SL1.shape[1] - 1)
     of = {
         key: rows[key].reshape(*shape, *rows[key].shape[1:]) for key in ("ids", "logprobs", "tail", "labels", "draws")
     }
-    scored = [
-        Scored(of["draws"][s], None, None, of["labels"][s], of["labels"][s])
-        if kind == "sampled"
-        else Scored(of["ids"][s], of["logprobs"][s], of["tail"][s], of["labels"][s], of["labels"][s])
-        for s in range(len(tokens_SL1))
-    ]
+    no_tails_SLT = np.zeros((*shape, 0), np.float32)
+    columns = [of["draws"], of["ids"], of["logprobs"], of["tail"], no_tails_SLT, of["labels"], of["labels"]]
+    scored = [Scored(*(column[s] for column in columns)) for s in range(len(tokens_SL1))]
     blocks, start = [], 0
     for part in split_blocks(Sequences(tokens_SL1, rows["starts"], np.ones(tokens_SL1.shape, np.bool_))):
-        blocks.append(Block(part, to_targets(scored[start : start + len(part)])))
+        blocks.append(Block(part, to_targets(scored[start : start + len(part)], kind)))
         start += len(part)
     return blocks
 
