@@ -8,6 +8,7 @@ Legend: N rows, K ids kept.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -91,6 +92,7 @@ def _first(targets: TopkTargets, num_kept: int) -> TopkTargets:
         targets.logprobs_BLK[:, :, :num_kept],
         targets.tail_BL + rest_BL,
         targets.label_logprobs_BL,
+        targets.log_tails_BLT,
     )
 
 
@@ -102,7 +104,7 @@ def _as_targets(ids: torch.Tensor, logprobs: torch.Tensor, written: TopkTargets)
     assert (same == written.ids_BLK).all(), "other ids were read than written"
     logprobs_BLK = np.take_along_axis(logprobs.float().gather(-1, order).numpy(), place, axis=2)
     tail_BL = np.maximum(1 - np.exp(logprobs_BLK.astype(np.float64)).sum(axis=2), _SMALLEST_TAIL)
-    return TopkTargets(written.ids_BLK, logprobs_BLK, tail_BL.astype(np.float32), written.label_logprobs_BL)
+    return dataclasses.replace(written, logprobs_BLK=logprobs_BLK, tail_BL=tail_BL.astype(np.float32))
 
 
 def _renormalised(written: list[TopkTargets], read: list[TopkTargets]) -> float:

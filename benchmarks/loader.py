@@ -211,6 +211,7 @@ def make_block(codec: Codec, rng: np.random.Generator) -> Block:
         logprobs_BLK,
         np.full((num, length), 0.1, np.float32),
         np.take_along_axis(logprobs_BLK, pick_BL1, 2)[:, :, 0],
+        np.zeros((num, length, 0), np.float32),
     )
     return Block(Sequences(tokens_BL1, starts, ~starts), targets)
 

@@ -43,6 +43,7 @@ from capgap.pipeline.store.codec import PROFILES, SAMPLED, TOPK_CODECS
 from capgap.pipeline.store.ranking import RANKING_NAME
 from capgap.pipeline.store.stored_batch import gather
 from capgap.schemas.records import Sequences, TopkTargets
+from capgap.schemas.run_cache import RecordingName
 
 # The parts of a table's row, by the names of columns.
 PARTS = {
@@ -155,22 +156,19 @@ def _measure(
     return entries
 
 
-def blocks_of(rows: dict[str, np.ndarray], kind: str) -> list[Block]:
+def blocks_of(rows: dict[str, np.ndarray], kind: RecordingName) -> list[Block]:
     """As the cache stage makes them, members of 8192 targets."""
     tokens_SL1 = rows["tokens"]
     shape = (len(tokens_SL1), tokens_SL1.shape[1] - 1)
     of = {
         key: rows[key].reshape(*shape, *rows[key].shape[1:]) for key in ("ids", "logprobs", "tail", "labels", "draws")
     }
-    scored = [
-        Scored(of["draws"][s], None, None, of["labels"][s], of["labels"][s])
-        if kind == "sampled"
-        else Scored(of["ids"][s], of["logprobs"][s], of["tail"][s], of["labels"][s], of["labels"][s])
-        for s in range(len(tokens_SL1))
-    ]
+    no_tails_SLT = np.zeros((*shape, 0), np.float32)
+    columns = [of["draws"], of["ids"], of["logprobs"], of["tail"], no_tails_SLT, of["labels"], of["labels"]]
+    scored = [Scored(*(column[s] for column in columns)) for s in range(len(tokens_SL1))]
     blocks, start = [], 0
     for part in split_blocks(Sequences(tokens_SL1, rows["starts"], np.ones(tokens_SL1.shape, np.bool_))):
-        blocks.append(Block(part, to_targets(scored[start : start + len(part)])))
+        blocks.append(Block(part, to_targets(scored[start : start + len(part)], kind)))
         start += len(part)
     return blocks
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.run_cache import RecordingName
 
 
 class ModelShape(Record):
@@ -116,6 +117,13 @@ class TrainSettings(OptimizationSettings):
 
     alpha: float = Field(1.0, ge=0, le=1)
     """Weight of the KL to the teacher; cross-entropy with the text has weight 1 - alpha. 0 is cross-entropy alone."""
+
+    recording: RecordingName | None = None
+    """Which recording of the cache to learn from; needed where it has both."""
+
+    temperature: float | None = Field(None, gt=0)
+    """At which teacher and student are compared, the cache's where it is left out: `cache.temperature`, or for `topk`
+    also one of `cache.extra_temperatures`."""
 
 
 class TeacherSettings(Record):

@@ -70,6 +70,8 @@ class Codec:
         vocab_size: ids are below it.
         num_ids: n draws (`sampled`) or K kept ids (`topk`) a row; 0 for sequences alone.
         ranking: of the ids; None stores them as they are.
+        temperature: at which the teacher was recorded; told only where there are further ones.
+        extra_temperatures: at which `topk` has a tail too.
     """
 
     name: str
@@ -77,14 +79,23 @@ class Codec:
     vocab_size: int
     num_ids: int = 0
     ranking: Ranking | None = None
+    temperature: float = 1.0
+    extra_temperatures: tuple[float, ...] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the manifest must say beside the name."""
-        numbers = {"vocab_size": self.vocab_size, "num_ids": self.num_ids}
+        numbers: dict[str, Any] = {"vocab_size": self.vocab_size, "num_ids": self.num_ids}
+        if self.extra_temperatures:
+            numbers |= {"temperature": self.temperature, "extra_temperatures": list(self.extra_temperatures)}
         if self.ranking is None:
             return numbers
         return {**numbers, "ranking": RANKING_NAME, "ranking_sha256": self.ranking.sha256}
+
+    @property
+    def powers(self) -> tuple[float, ...]:
+        """Probabilities at each further temperature are proportional to these powers of the stored ones."""
+        return tuple(self.temperature / other for other in self.extra_temperatures)
 
     @property
     def error(self) -> StoredError:
@@ -145,7 +156,7 @@ class Codec:
 
     @property
     def _topk(self) -> TopkShape:
-        return TopkShape(PROFILES[self.name], self.seq_len, self.num_ids, self.ranking_used)
+        return TopkShape(PROFILES[self.name], self.seq_len, self.num_ids, self.ranking_used, self.powers)
 
 
 @contextmanager
@@ -187,18 +198,24 @@ def codec_for(
             "unknown codec", found=name, expected=", ".join(_KNOWN), fix="update capgap to read this shard"
         )
     numbers = {key: value for key, value in settings.items() if key in ("vocab_size", "num_ids")}
-    named = {key: value for key, value in settings.items() if key not in numbers}
+    heat = {key: value for key, value in settings.items() if key in ("temperature", "extra_temperatures")}
+    named = {key: value for key, value in settings.items() if key not in numbers and key not in heat}
     if (
         len(numbers) != 2
         or not all(isinstance(value, int) for value in numbers.values())
+        or not _are_temperatures(heat)
+        or (heat and name not in PROFILES)
         or named.keys() not in (set(), {"ranking", "ranking_sha256"})
         or not all(isinstance(value, str) for value in named.values())
     ):
         raise InputError(
             f"codec {name} has other settings",
             found=settings,
-            expected="numbers vocab_size and num_ids, and, if ids are ranked, ranking and ranking_sha256",
+            expected="numbers vocab_size and num_ids; if ids are ranked, ranking and ranking_sha256; "
+            "and for topk at more than one temperature, temperature and extra_temperatures",
         )
+    if heat:
+        numbers |= {"temperature": heat["temperature"], "extra_temperatures": tuple(heat["extra_temperatures"])}
     if not named:
         return Codec(name, seq_len, **numbers)
     assert read_file is not None, "a ranking is read from the folder of the shards"
@@ -209,6 +226,17 @@ def codec_for(
         **numbers,
         ranking=read_ranking(data, named["ranking_sha256"], numbers["vocab_size"], named["ranking"]),
     )
+
+
+def _are_temperatures(found: dict[str, Any]) -> bool:
+    """Both or neither; numbers above 0."""
+    if not found:
+        return True
+    extra = found.get("extra_temperatures")
+    if len(found) != 2 or not isinstance(extra, list) or not extra:
+        return False
+    every = [found["temperature"], *extra]
+    return all(isinstance(value, (int, float)) and 0 < value < float("inf") for value in every)
 
 
 @lru_cache(maxsize=4)

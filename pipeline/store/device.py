@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from capgap.pipeline.store.alignment import COUNT_TOLERANCE, LOGPROB_TOLERANCE_NATS
-from capgap.pipeline.store.batch import IGNORED_LABEL, Batch
+from capgap.pipeline.store.batch import IGNORED_LABEL, Batch, Heat
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, Codec
 from capgap.pipeline.store.device_targets import SampledRows, Tables, TopkRows, joined, sampled_rows, topk_rows
 from capgap.pipeline.store.planes import num_planes
@@ -29,10 +29,11 @@ class DeviceDecoder:
     Args:
         codec: of the members.
         device: that decodes.
+        heat: the further temperature at which targets are wanted; None for the capture temperature.
     """
 
-    def __init__(self, codec: Codec, device: torch.device | str) -> None:
-        self._codec, self.device = codec, torch.device(device)
+    def __init__(self, codec: Codec, device: torch.device | str, heat: Heat | None = None) -> None:
+        self._codec, self.device, self._heat = codec, torch.device(device), heat
         self._tables = Tables.of(codec, self.device)
         self._first_fault = torch.full((), _NONE, dtype=torch.int64, device=self.device)
 
@@ -52,10 +53,10 @@ class DeviceDecoder:
         elif self._codec.name != SEQUENCES:
             topk = topk_rows(stored, self._codec, self._tables, faults)
             faults.append(self._contradict_topk(labels_BL.flatten(), topk))
-            weights_NK = topk.logprobs_NK.exp()
-            total_N = weights_NK.sum(1) + topk.tail_N
+            weights_NK, tail_N = self._unscaled(topk)
+            total_N = weights_NK.sum(1) + tail_N
             batch.ids_NK, batch.weights_NK = topk.ids_NK, weights_NK / total_N[:, None]
-            batch.tail_N = topk.tail_N / total_N
+            batch.tail_N = tail_N / total_N
         found = torch.stack(faults).any()
         self._first_fault = torch.where(found, self._first_fault.clamp(max=number), self._first_fault)
         return batch
@@ -64,6 +65,14 @@ class DeviceDecoder:
         """The lowest number of a batch whose values contradict the format or its tokens; waits for the device."""
         number = int(self._first_fault)
         return None if number == _NONE else number
+
+    def _unscaled(self, rows: TopkRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and tails at the temperature that is wanted, as in `collate`; their sums are not 1."""
+        if self._heat is None:
+            return rows.logprobs_NK.exp(), rows.tail_N
+        logprobs_NK, log_tail_N = rows.logprobs_NK * self._heat.power, rows.log_tails_TN[self._heat.number]
+        largest_N = logprobs_NK.amax(1).maximum(log_tail_N)
+        return (logprobs_NK - largest_N[:, None]).exp(), (log_tail_N - largest_N).exp()
 
     def _contradict_topk(self, labels_N: torch.Tensor, rows: TopkRows) -> torch.Tensor:
         error = self._codec.error

@@ -17,7 +17,7 @@ from capgap.pipeline.store.codec import PROFILES, Codec
 from capgap.pipeline.store.planes import ESCAPE, QUADS, num_planes
 from capgap.pipeline.store.quantise import NUM_COMPANDED, Companded
 from capgap.pipeline.store.stored_batch import StoredBatch
-from capgap.pipeline.store.topk import NO_TAIL
+from capgap.pipeline.store.topk import NO_TAIL, SHIFT_NATS, largest_log_tail, tail_name
 
 _FINE_STEP = -1 / 64
 
@@ -63,6 +63,7 @@ class TopkRows:
         last_N: the logprob of each row's last kept id.
         tail_N: probability of all other ids.
         label_logprobs_N: of the next token, nats.
+        log_tails_TN: the logarithm of each further temperature's unscaled tail.
     """
 
     ids_NK: torch.Tensor
@@ -70,6 +71,7 @@ class TopkRows:
     last_N: torch.Tensor
     tail_N: torch.Tensor
     label_logprobs_N: torch.Tensor
+    log_tails_TN: list[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -97,14 +99,18 @@ def topk_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[tor
         logprobs_NK = joined(batch, "logprobs", 4).view(torch.float32).view(-1, kept)
         tail_N, labels_N = (joined(batch, name, 4).view(torch.float32).flatten() for name in ("tail", "label"))
         faults += [~values.isfinite().all() for values in (logprobs_NK, tail_N, labels_N)]
-        return TopkRows(ids_NK, logprobs_NK, logprobs_NK[:, -1], tail_N, labels_N)
+        names = map(tail_name, range(len(codec.powers)))
+        log_tails_TN = [joined(batch, name, 4).view(torch.float32).flatten() for name in names]
+        # of NaN, no comparison is true
+        faults += [~(log_tail_N <= largest_log_tail(codec.vocab_size)).all() for log_tail_N in log_tails_TN]
+        return TopkRows(ids_NK, logprobs_NK, logprobs_NK[:, -1], tail_N, labels_N, log_tails_TN)
     if profile == "near-lossless":
         codes_NK = _by_row(joined(batch, "steps", 2), length, kept, 0xFFFF)
         logprobs_NK = codes_NK.float() * _FINE_STEP
     else:
         steps_BD = _steps(batch, tables, faults).view(batch.num_sequences, -1)[:, : length * kept]
         logprobs_NK = _companded(_by_row(steps_BD, length, kept, 0xFF), tables, faults)
-    return TopkRows(ids_NK, logprobs_NK, logprobs_NK[:, -1], *_fine(batch))
+    return TopkRows(ids_NK, logprobs_NK, logprobs_NK[:, -1], *_fine(batch, codec))
 
 
 def _small_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[torch.Tensor]) -> TopkRows:
@@ -125,7 +131,7 @@ def _small_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[t
         logprobs_NK.masked_fill(~is_kept_NK, -torch.inf),
         # sums stand still behind the last kept id
         logprobs_NK[:, -1],
-        *_fine(batch),
+        *_fine(batch, codec),
     )
 
 
@@ -199,8 +205,12 @@ def _companded(codes_NK: torch.Tensor, tables: Tables, faults: list[torch.Tensor
     return tables.logprobs.index_select(0, codes_NK.flatten()).view(codes_NK.shape)
 
 
-def _fine(batch: StoredBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tails and the labels' logprobs [N]."""
-    codes_N = joined(batch, "tail", 2).flatten()
-    tail_N = (codes_N.float() * _FINE_STEP).exp().masked_fill(codes_N == NO_TAIL, 0)
-    return tail_N, joined(batch, "label", 2).flatten().float() * _FINE_STEP
+def _fine(batch: StoredBatch, codec: Codec) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Tails, the labels' logprobs, and the logarithms of the further tails [N]."""
+    log_tails_TN = [_log_tail(batch, tail_name(number)) + SHIFT_NATS for number in range(len(codec.powers))]
+    return _log_tail(batch, "tail").exp(), joined(batch, "label", 2).flatten().float() * _FINE_STEP, log_tails_TN
+
+
+def _log_tail(batch: StoredBatch, name: str) -> torch.Tensor:
+    codes_N = joined(batch, name, 2).flatten()
+    return (codes_N.float() * _FINE_STEP).masked_fill(codes_N == NO_TAIL, -torch.inf)

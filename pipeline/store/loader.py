@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 import torch
 
-from capgap.pipeline.store.batch import Batch, collate
+from capgap.pipeline.store.batch import Batch, Heat, collate
 from capgap.pipeline.store.blocks import Block, BlockCache
+from capgap.pipeline.store.codec import Codec
 from capgap.pipeline.store.device import DeviceDecoder
 from capgap.pipeline.store.order import Order, Place
 from capgap.pipeline.store.prefetch import prefetch
@@ -58,6 +59,7 @@ class SequenceLoader:
         decode_on: the device that decodes, and on which batches come; left out, threads of the host decode and batches
             lie in its memory. Batches are the same.
         pin: copy batches to page-locked memory, for a transfer beside the computation; left out, where CUDA is there.
+        heat: the further temperature at which targets are wanted, by `heat_of`; None for the capture temperature.
 
     Raises:
         InputError: the set holds too few sequences for one step, or the ranks do not divide it.
@@ -81,6 +83,7 @@ class SequenceLoader:
         max_block_bytes: int = _MAX_BLOCK_BYTES,
         decode_on: torch.device | str | None = None,
         pin: bool | None = None,
+        heat: Heat | None = None,
     ) -> None:
         shard_set = reader.shard_set
         self._reader, self._step, self._seed = reader, batch_sequences, seed
@@ -100,7 +103,8 @@ class SequenceLoader:
         self.blocks = BlockCache[tuple[int, int]](self._read, max_block_bytes)
         self._threads, self._ahead = threads, ahead
         self._pin = torch.cuda.is_available() if pin is None else pin
-        self._decoder = None if decode_on is None else DeviceDecoder(reader.codec, decode_on)
+        self._heat = heat
+        self._decoder = None if decode_on is None else DeviceDecoder(reader.codec, decode_on, heat)
         self._position = 0
 
     def __len__(self) -> int:
@@ -233,7 +237,7 @@ class SequenceLoader:
         if stored:
             return gather(stored, self._pin)
         decoded = [(*block, row) for block, row in found if not isinstance(block, StoredBlock)]
-        batch = collate(decoded, self._reader.codec.num_ids)
+        batch = collate(decoded, self._reader.codec.num_ids, self._heat)
         return pinned(batch) if self._pin else batch
 
     def _decoded(self, part: Batch | StoredBatch, number: int) -> Batch:
@@ -263,6 +267,26 @@ class SequenceLoader:
         if self._decoder is not None:
             return self._reader.read_stored(*key)
         return self._reader.read_member(*key)
+
+
+def heat_of(codec: Codec, capture: float, temperature: float) -> Heat | None:
+    """What a loader needs for targets at `temperature`, of shards that were recorded at `capture`.
+
+    Raises:
+        InputError: nothing was kept at that temperature.
+    """
+    if temperature == capture:
+        return None
+    if temperature not in codec.extra_temperatures:
+        every = sorted((capture, *codec.extra_temperatures))
+        raise InputError(
+            "the cache has no targets at this temperature",
+            found=f"{temperature:g}",
+            expected=f"{'one of ' if len(every) > 1 else ''}{', '.join(f'{one:g}' for one in every)}",
+            fix="train at one of these, or make a topk cache with it in cache.extra_temperatures",
+        )
+    number = codec.extra_temperatures.index(temperature)
+    return Heat(number, codec.powers[number])
 
 
 def pinned(batch: Batch) -> Batch:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from capgap.pipeline.store.codec import PROFILES, SAMPLED, SEQUENCES, Codec, decoding
 from capgap.pipeline.store.columns import Columns, from_frame
 from capgap.pipeline.store.planes import num_planes
+from capgap.pipeline.store.topk import tail_name
 
 IntArray = npt.NDArray[np.int64]
 
@@ -86,7 +87,9 @@ def columns_of(codec: Codec) -> list[Column]:
             "compact": [Column("quads", -(-kept // 4)), Column("escapes", 0)],
         }[profile]
     fine = 4 if profile == "lossless" else 2
-    return columns + _planes("tail", length, fine) + _planes("label", length, fine)
+    for name in ("tail", *map(tail_name, range(len(codec.powers))), "label"):
+        columns += _planes(name, length, fine)
+    return columns
 
 
 def read_stored(codec: Codec, data: bytes, where: str) -> StoredBlock:

@@ -8,11 +8,16 @@
 Ids keep their order and lie as planes of ranks. Differences lie rank by rank: those of all a sequence's first ids, then
 of its second, and so on; `small`, whose rows differ in length, has them row by row. Every sequence begins a new quad.
 
-Legend: B sequences, L targets a sequence, K ids kept a row, N = B x L rows, D ids of all rows.
+For each further temperature T at which a student may train, `tailJ` holds the logarithm of the unscaled tail, the sum
+of p^r over all other ids with r = temperature / T: raised to r, probabilities at the capture temperature are those at T
+but for one factor, which makes their sum and the tail's 1.
+
+Legend: B sequences, L targets a sequence, K ids kept a row, T further temperatures, N = B x L rows, D ids of all rows.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +47,9 @@ FINE, COARSE = LogUniform(), Companded()
 # `small` keeps ids until they hold this much
 KEPT_MASS = 0.99
 
+# An unscaled tail is a sum of at most 2^24 numbers of at most 1, whose logarithm is below this.
+SHIFT_NATS = 17
+
 # the code of a tail of 0, which has no logarithm
 NO_TAIL = 0xFFFF
 
@@ -57,12 +65,14 @@ class TopkShape:
         seq_len: L.
         num_kept: K.
         ranking: of the ids.
+        powers: capture temperature over each further temperature.
     """
 
     profile: str
     seq_len: int
     num_kept: int
     ranking: Ranking
+    powers: tuple[float, ...] = ()
 
     @property
     def planes(self) -> int:
@@ -86,13 +96,16 @@ def topk_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
         bits_BLK = targets.logprobs_BLK.astype("<f4").view("<u4")
         columns |= _plane_columns("logprobs", bits_BLK.reshape(flat), 4)
         columns |= _plane_columns("tail", targets.tail_BL.astype("<f4").view("<u4"), 4)
+        for number in range(len(shape.powers)):
+            bits_BL = np.ascontiguousarray(targets.log_tails_BLT[..., number], "<f4").view("<u4")
+            columns |= _plane_columns(tail_name(number), bits_BL, 4)
         return columns | _plane_columns("label", targets.label_logprobs_BL.astype("<f4").view("<u4"), 4)
     if shape.profile == "near-lossless":
         steps_BKL = _steps_by_rank(FINE.encode(targets.logprobs_BLK))
         columns |= _plane_columns("steps", steps_BKL.reshape(flat), 2)
     else:
         columns |= _quad_columns(_steps_by_rank(COARSE.encode(targets.logprobs_BLK)).reshape(flat))
-    return columns | _fine_columns(targets.tail_BL, targets.label_logprobs_BL)
+    return columns | _fine_columns(targets.tail_BL, targets.log_tails_BLT, targets.label_logprobs_BL)
 
 
 def topk_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
@@ -111,7 +124,10 @@ def topk_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
         tail_BL, labels_BL = (_joined(columns, name, length, 4).view("<f4") for name in ("tail", "label"))
         for name, values in (("logprobs", logprobs_BLK), ("tail", tail_BL), ("label", labels_BL)):
             check_finite(name, values)
-        return TopkTargets(ids_BLK, logprobs_BLK, tail_BL, labels_BL)
+        log_tails = [_joined(columns, tail_name(i), length, 4).view("<f4") for i in range(len(shape.powers))]
+        log_tails_BLT = _stacked(log_tails, tail_BL)
+        _check_log_tails(log_tails_BLT, shape)
+        return TopkTargets(ids_BLK, logprobs_BLK, tail_BL, labels_BL, log_tails_BLT)
     if shape.profile == "near-lossless":
         codes_BKL = _codes_by_rank(_joined(columns, "steps", width, 2), shape)
         logprobs_BLK = FINE.decode(np.ascontiguousarray(codes_BKL.swapaxes(1, 2)))
@@ -119,7 +135,17 @@ def topk_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
         packed = columns.fixed("quads", -(-width // 4))
         steps_BD = _unpack_sequences(packed, columns.ragged("escapes"), width)
         logprobs_BLK = COARSE.decode(np.ascontiguousarray(_codes_by_rank(steps_BD, shape).swapaxes(1, 2)))
-    return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, length))
+    return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, shape))
+
+
+def tail_name(number: int) -> str:
+    """The column of a further temperature's tail."""
+    return f"tail{number + 1}"
+
+
+def largest_log_tail(vocab_size: int) -> float:
+    """The logarithm of a sum of that many powers of probabilities is not above it, in nats."""
+    return math.log(vocab_size) + ROUNDING
 
 
 def _check(targets: TopkTargets, shape: TopkShape) -> None:
@@ -130,8 +156,22 @@ def _check(targets: TopkTargets, shape: TopkShape) -> None:
     for worst in (targets.tail_BL.min(initial=0), targets.tail_BL.max(initial=1)):
         if not 0 <= worst <= 1 + ROUNDING:
             raise InputError("tail_BL: a tail that is no probability", found=float(worst), expected="0 to 1")
+    _check_log_tails(targets.log_tails_BLT, shape)
     if (targets.logprobs_BLK[:, :, 1:] > targets.logprobs_BLK[:, :, :-1]).any():
         raise InputError("logprobs that rise within a row")
+
+
+def _check_log_tails(log_tails_BLT: FloatArray, shape: TopkShape) -> None:
+    if log_tails_BLT.shape[2] != len(shape.powers):
+        raise InputError("log_tails_BLT: temperatures", found=log_tails_BLT.shape[2], expected=len(shape.powers))
+    largest = largest_log_tail(len(shape.ranking.ids_V))
+    # of NaN, no comparison is true
+    if not (log_tails_BLT <= largest).all():
+        raise InputError(
+            "log_tails_BLT: a value that is no logarithm of a tail",
+            found=float(log_tails_BLT.max()),
+            expected=f"at most {largest:.4f}",
+        )
 
 
 def _small_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
@@ -140,7 +180,7 @@ def _small_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
     One sequence after the other: what is made on the way stays in the cache, and every sequence begins a new quad.
     """
     num_kept_BL = np.empty(targets.tail_BL.shape, _count_type(shape.num_kept))
-    tail_BL = targets.tail_BL.copy()
+    tail_BL, log_tails_BLT = targets.tail_BL.copy(), targets.log_tails_BLT.copy()
     ranks, quads, escapes = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)], [np.zeros(0, np.uint8)]
     for sequence, (ids_LK, logprobs_LK) in enumerate(zip(targets.ids_BLK, targets.logprobs_BLK, strict=True)):
         probs_LK = np.exp(logprobs_LK)
@@ -148,6 +188,10 @@ def _small_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
         kept_LK = np.arange(shape.num_kept, dtype=num_kept_BL.dtype) < num_kept_BL[sequence][:, None]
         np.copyto(probs_LK, 0, where=kept_LK)
         tail_BL[sequence] += probs_LK.sum(axis=1)
+        for i, power in enumerate(shape.powers):
+            dropped_LK = np.where(kept_LK, np.float32(-np.inf), logprobs_LK) * np.float32(power)
+            dropped_L = np.logaddexp.reduce(dropped_LK, axis=1)
+            log_tails_BLT[sequence, :, i] = np.logaddexp(log_tails_BLT[sequence, :, i], dropped_L)
         # `take` by places needs half the time of a mask
         place_D = np.flatnonzero(kept_LK)
         ranks.append(np.take(shape.ranking.ranks_V, ids_LK.ravel().take(place_D)))
@@ -160,7 +204,7 @@ def _small_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
         columns[f"ids_{i}"] = lists(plane, _sizes(ranks))
     columns["quads"] = lists(np.concatenate(quads), _sizes(quads))
     columns["escapes"] = lists(np.concatenate(escapes), _sizes(escapes))
-    return columns | _fine_columns(tail_BL, targets.label_logprobs_BL)
+    return columns | _fine_columns(tail_BL, log_tails_BLT, targets.label_logprobs_BL)
 
 
 def _small_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
@@ -179,7 +223,7 @@ def _small_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
     steps_D = _unpack_ragged(columns.ragged("quads"), columns.ragged("escapes"), sizes_B)
     logprobs_BLK = np.full(kept_BLK.shape, -np.inf, np.float32)
     logprobs_BLK.reshape(-1)[place_D] = COARSE.decode(cumulate_runs(steps_D, num_kept_BL.ravel()))
-    return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, shape.seq_len))
+    return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, shape))
 
 
 def _plane_columns(name: str, values_BW: npt.NDArray[Any], planes: int) -> _Columns:
@@ -216,18 +260,42 @@ def _unpack_ragged(quads: Bytes, escapes: Bytes, sizes_B: npt.NDArray[Any]) -> B
     return np.delete(steps, np.array(filling, np.int64))
 
 
-def _fine_columns(tail_BL: FloatArray, labels_BL: FloatArray) -> _Columns:
+def _fine_columns(tail_BL: FloatArray, log_tails_BLT: FloatArray, labels_BL: FloatArray) -> _Columns:
     with np.errstate(divide="ignore"):
-        codes_BL = np.minimum(FINE.encode(np.log(tail_BL)), NO_TAIL - 1)
-    codes_BL[tail_BL == 0] = NO_TAIL
-    return _plane_columns("tail", codes_BL, 2) | _plane_columns("label", FINE.encode(labels_BL), 2)
+        columns = _plane_columns("tail", _tail_codes(np.log(tail_BL)), 2)
+    for number in range(log_tails_BLT.shape[2]):
+        codes_BL = _tail_codes(log_tails_BLT[..., number] - np.float32(SHIFT_NATS))
+        columns |= _plane_columns(tail_name(number), codes_BL, 2)
+    return columns | _plane_columns("label", FINE.encode(labels_BL), 2)
 
 
-def _fine_values(columns: Columns, length: int) -> tuple[FloatArray, FloatArray]:
-    codes_BL = _joined(columns, "tail", length, 2)
-    tail_BL = np.exp(FINE.decode(codes_BL))
-    tail_BL[codes_BL == NO_TAIL] = 0
-    return tail_BL, FINE.decode(_joined(columns, "label", length, 2))
+def _fine_values(columns: Columns, shape: TopkShape) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Tail, label's logprobs, and the logarithms of the further tails."""
+    length = shape.seq_len
+    tail_BL = np.exp(_tail_logs(_joined(columns, "tail", length, 2)))
+    log_tails = [
+        _tail_logs(_joined(columns, tail_name(i), length, 2)) + np.float32(SHIFT_NATS) for i in range(len(shape.powers))
+    ]
+    return tail_BL, FINE.decode(_joined(columns, "label", length, 2)), _stacked(log_tails, tail_BL)
+
+
+def _tail_codes(logs_BL: FloatArray) -> npt.NDArray[np.uint16]:
+    codes_BL = np.minimum(FINE.encode(logs_BL), np.uint16(NO_TAIL - 1))
+    codes_BL[np.isneginf(logs_BL)] = NO_TAIL
+    return codes_BL
+
+
+def _tail_logs(codes_BL: npt.NDArray[Any]) -> FloatArray:
+    logs_BL = FINE.decode(codes_BL)
+    logs_BL[codes_BL == NO_TAIL] = -np.inf
+    return logs_BL
+
+
+def _stacked(arrays: list[FloatArray], like_BL: FloatArray) -> FloatArray:
+    stacked = np.empty((*like_BL.shape, len(arrays)), np.float32)
+    for number, array in enumerate(arrays):
+        stacked[..., number] = array
+    return stacked
 
 
 def _steps_by_rank(codes_BLK: npt.NDArray[Any]) -> npt.NDArray[Any]:

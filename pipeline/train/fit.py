@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from capgap.pipeline.progress import progress
 from capgap.pipeline.store import Batch, SequenceLoader, ShardReader
-from capgap.pipeline.store.batch import collate
+from capgap.pipeline.store.batch import Heat, collate
 from capgap.pipeline.train.callbacks import (
     METRICS_NAME,
     Checkpoints,
@@ -44,6 +44,7 @@ class Task:
         seed: of the data order.
         device: `cpu` or `cuda:0`.
         folder: of the stage; receives `metrics.csv`, and checkpoints below `work`.
+        heat: by which the loader turns the stored targets into those of that temperature.
     """
 
     title: str
@@ -55,6 +56,7 @@ class Task:
     seed: int
     device: str
     folder: Path
+    heat: Heat | None = None
 
 
 def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
@@ -76,6 +78,7 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
         micro_batch=settings.micro_batch,
         on_corrupt=settings.on_corrupt,
         decode_on=task.device if settings.decode == "device" else None,
+        heat=task.heat,
     )
     num_steps, steps_per_epoch = loader.num_steps, loader.steps_per_epoch
     module = DistillationModule(

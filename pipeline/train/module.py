@@ -31,7 +31,7 @@ class DistillationModule(lightning.LightningModule):
         settings: learning rate, decay and so on.
         num_steps: optimizer steps of the whole training.
         alpha: weight of the KL.
-        temperature: at which the teacher was recorded.
+        temperature: of the targets.
         vocab_size: real vocabulary; the head's rows past it are padding.
     """
 

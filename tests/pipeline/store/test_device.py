@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capgap.pipeline.store import Batch, MixedLoader, Ranking, SequenceLoader, columns
+from capgap.pipeline.store import Batch, MixedLoader, Ranking, SequenceLoader, columns, heat_of
 from capgap.pipeline.store.batch import collate
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK, TOPK_CODECS, Codec
 from capgap.pipeline.store.device import DeviceDecoder
@@ -55,21 +55,27 @@ def assert_alike(found: Batch, expected: Batch) -> None:
     num_ids=st.sampled_from([1, 2, 3, 9, 64, 300]),
     length=st.integers(1, 21),
     seed=st.integers(0, 2**32),
+    temperature=st.sampled_from([None, 0.5, 4.0]),
     data=st.data(),
 )
-def test_batches_are_those_of_the_host(name, make_block, device, vocab_size, num_ids, length, seed, data) -> None:
+def test_batches_are_those_of_the_host(
+    name, make_block, device, vocab_size, num_ids, length, seed, temperature, data
+) -> None:
     num_ids = 0 if name == SEQUENCES else num_ids if name == SAMPLED else min(num_ids, vocab_size)
     rng = np.random.default_rng(seed)
     ranking = Ranking(rng.permutation(vocab_size).astype(np.int32))
-    codec = Codec(name, length, vocab_size, num_ids, ranking)
+    codec, heat = Codec(name, length, vocab_size, num_ids, ranking), None
+    if temperature is not None and name in TOPK_CODECS.values():
+        codec = dataclasses.replace(codec, extra_temperatures=(2.0, temperature))
+        heat = heat_of(codec, codec.temperature, temperature)
     blocks = [make_block(codec, int(rng.integers(1, 5)), seed % 1000 + i) for i in range(2)]
     members = [codec.encode(block.sequences, block.targets) for block in blocks]
     rows = [(i, row) for i, block in enumerate(blocks) for row in range(len(block.sequences))]
     chosen = data.draw(st.lists(st.sampled_from(rows), min_size=1, max_size=6))
     stored, decoded = ([read(m, "here") for m in members] for read in (lambda *a: read_stored(codec, *a), codec.decode))
-    decoder = DeviceDecoder(codec, device)
+    decoder = DeviceDecoder(codec, device, heat)
     found = decoder.decode(gather([(stored[i], row) for i, row in chosen], pin=False), 0)
-    assert_alike(found, collate([(*decoded[i], row) for i, row in chosen], codec.num_ids))
+    assert_alike(found, collate([(*decoded[i], row) for i, row in chosen], codec.num_ids, heat))
     assert decoder.first_fault() is None
 
 
@@ -84,6 +90,7 @@ def test_logprobs_are_those_of_the_host_to_the_bit(name, device, spread) -> None
         -np.sort(rng.exponential(spread, shape), axis=2).astype(np.float32),
         rng.choice([0, 1e-9, 0.3, 1], shape[:2]).astype(np.float32),
         -rng.exponential(spread, shape[:2]).astype(np.float32),
+        np.zeros((*shape[:2], 0), np.float32),
     )
     tokens_BL1 = np.zeros((7, 20), np.int32)
     data = codec.encode(Sequences(tokens_BL1, tokens_BL1 == 0, tokens_BL1 == 0), targets)

@@ -30,7 +30,7 @@ def test_the_example_runs_in_ten_lines_without_the_rest_of_capgap(codecs, make_r
         identity="",
         content="",
         files=(),
-        shard_sets={"targets": reader.shard_set},
+        shard_sets={"sampled": reader.shard_set},
         versions={},
         started="",
         wall_s=0.0,
