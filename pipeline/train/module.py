@@ -58,7 +58,9 @@ class DistillationModule(lightning.LightningModule):
 
     def loss(self, batch: Batch, alpha: float) -> SparseKl:
         """Loss of a batch, and the KL and cross-entropy of each of its N rows."""
-        hidden_BLH = self.model.base_model(input_ids=batch.input_ids_BL, use_cache=False).last_hidden_state
+        # given only where rows hold several sequences: they end attention, and some models take none
+        several = {} if batch.positions_BL is None else {"position_ids": batch.positions_BL}
+        hidden_BLH = self.model.base_model(input_ids=batch.input_ids_BL, use_cache=False, **several).last_hidden_state
         head = self.model.get_output_embeddings()
         on_cpu = hidden_BLH.device.type == "cpu"
         return linear_sparse_kl(

@@ -182,7 +182,7 @@ def test_a_state_of_another_cache_is_refused(codecs, make_reader, reader, tmp_pa
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"world_size": 3}, "3 ranks, 2 lanes"),
+        ({"world_size": 3}, "does not divide.* 4 sequences, 1 a micro-batch on 3 ranks"),
         ({"world_size": 2, "batch_sequences": 5}, "does not divide.* 5 sequences, 2 a micro-batch on 2 ranks"),
         ({"micro_batch": 3}, "does not divide.* multiple of 3"),
         ({"batch_sequences": 42}, "found 41 sequences, expected at least 42"),
