@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from capgap.pipeline.store import Codec, ShardReader
 from capgap.pipeline.store.batch import Batch, collate
 
-# Decoded sequences that wait in each worker: two members of the made-up rows' 8k tokens.
-_SHUFFLE_TOKENS = 16_384
+# Decoded sequences that wait in each worker to be shuffled: sixteen members of the made-up rows' 8k tokens.
+_SHUFFLE_TOKENS = 131_072
 _CHUNK_BYTES = 64 << 20
 _FIELD = "arrow.zst"
 

@@ -95,7 +95,9 @@ class SequenceLoader:
         self.steps_per_epoch = len(self.order) // batch_sequences
         self.num_steps = _steps(reader, batch_sequences, self.steps_per_epoch * num_epochs, max_tokens)
         self.skips = Skips(len(self.order), on_corrupt)
-        self.blocks = BlockCache[tuple[int, int]](self._read, max_block_bytes)
+        self.blocks = BlockCache[tuple[int, int]](
+            self._read, max_block_bytes, once=self.num_steps <= self.steps_per_epoch
+        )
         self._threads, self._ahead = threads, ahead
         self._pin = torch.cuda.is_available() if pin is None else pin
         self._position = 0

@@ -80,10 +80,10 @@ class _Files(BaseHTTPRequestHandler):
     def headers_of(self, path: Path) -> dict[str, str]:
         return {"Accept-Ranges": "bytes"}
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         path = self.file()
         if not path.is_file():
             self.answer(404, b"")
@@ -145,7 +145,7 @@ class _Hub(_Files):
     def headers_of(self, path: Path) -> dict[str, str]:
         return super().headers_of(path) | {"ETag": '"0"', "X-Repo-Commit": "0" * 40}
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         if not self.path.startswith("/api/"):
             super().do_GET()
         elif "/tree/" in self.path:
@@ -153,7 +153,7 @@ class _Hub(_Files):
         else:
             self.answer_json({"_id": "0", "id": "me/cache", "sha": "0" * 40, "siblings": [], "tags": []})
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         try:
             paths = json.loads(body)["paths"]
@@ -197,6 +197,13 @@ def test_google_storages_shards_are_those_of_the_disk(reader, tmp_path) -> None:
                 headers={"Content-Type": "application/octet-stream"},
             )
             urllib.request.urlopen(request).close()
-        _assert_reads(reader, "gs://caches/one", tmp_path, STORAGE_EMULATOR_HOST=host, FSSPEC_GS_TOKEN="anon", GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false")
+        _assert_reads(
+            reader,
+            "gs://caches/one",
+            tmp_path,
+            STORAGE_EMULATOR_HOST=host,
+            FSSPEC_GS_TOKEN="anon",
+            GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false",
+        )
     finally:
         server.stop()
