@@ -102,7 +102,7 @@ def test_200_kills_and_resumes_with_other_ranks_and_micro_batches_take_the_same_
 
 
 def test_after_200_random_kills_any_ranks_and_workers_go_on_to_the_bit(codecs, make_reader) -> None:
-    """Rank r of w has every w-th sequence, so the ranks' rows, dealt out in turn, are one process's rows in its order."""
+    """Rank r of w has every w-th sequence, so the ranks' rows, dealt out in turn, are one process's in its order."""
     reader = make_reader(codecs[SAMPLED], SIZES)
     settings = {"batch_sequences": 12, "seed": 4, "num_epochs": 4}
     whole = [_rows(batch) for batch in SequenceLoader(reader, **settings, threads=0)]
