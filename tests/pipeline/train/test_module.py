@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, MambaConfig
 
 from capgap.pipeline.store import Batch
 from capgap.pipeline.store.batch import collate
@@ -153,6 +155,25 @@ def test_rows_of_several_sequences_and_padding_have_the_loss_and_the_gradient_of
     # float32 sums in another order; a token that saw another sequence would move the loss in the third figure
     torch.testing.assert_close(loss_of_rows, loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient_of_rows, gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "attention", "found"),
+    [
+        (
+            LlamaConfig(vocab_size=48, hidden_size=32, num_hidden_layers=1),
+            "flash_attention_2",
+            "attention flash_attention_2",
+        ),
+        (MambaConfig(vocab_size=48, hidden_size=32, num_hidden_layers=1), None, "a model without positions"),
+    ],
+)
+def test_a_model_that_would_look_across_the_sequences_of_a_row_is_refused(batch, config, attention, found) -> None:
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    if attention is not None:
+        model.config._attn_implementation_internal = attention
+    with pytest.raises(InputError, match=f"look across the sequences of a row; found {found}, expected .*eager or"):
+        _module(model).loss(in_rows(batch, 32), 1.0)
 
 
 def test_without_positions_the_rows_of_several_sequences_have_another_loss(batch, make_student) -> None:
