@@ -28,6 +28,8 @@ class Batch:
         ids_NK: kept ids of each row [N, K], int64; padding has weight 0. None without targets.
         weights_NK: their probabilities under the teacher [N, K], float32.
         tail_N: probability of all other ids [N], float32; None where the recording has none.
+        positions_BL: of each token in its sequence [B, L], int64, where a row holds several or padding; attention ends
+            where they begin anew. None where every row is one sequence.
     """
 
     def __init__(
@@ -37,13 +39,15 @@ class Batch:
         ids_NK: torch.Tensor | None = None,
         weights_NK: torch.Tensor | None = None,
         tail_N: torch.Tensor | None = None,
+        positions_BL: torch.Tensor | None = None,
     ) -> None:
         self.input_ids_BL, self.labels_BL = input_ids_BL, labels_BL
         self.ids_NK, self.weights_NK, self.tail_N = ids_NK, weights_NK, tail_N
+        self.positions_BL = positions_BL
 
     @property
     def num_tokens(self) -> int:
-        """Targets in the batch."""
+        """Targets in the batch, those of padding included."""
         return self.labels_BL.numel()
 
     def to(self, device: torch.device | str) -> Batch:

@@ -24,6 +24,7 @@ from capgap.pipeline.store.device import DeviceDecoder
 from capgap.pipeline.store.order import Order, Place
 from capgap.pipeline.store.prefetch import prefetch
 from capgap.pipeline.store.reader import ShardReader
+from capgap.pipeline.store.rows import in_rows, sequences_per_row
 from capgap.pipeline.store.skips import Skips
 from capgap.pipeline.store.stored import StoredBlock
 from capgap.pipeline.store.stored_batch import StoredBatch, gather
@@ -49,7 +50,10 @@ class SequenceLoader:
         max_tokens: stop before the step that would pass this many targets, even within an epoch.
         micro_batch: sequences in one micro-batch on one rank; a rank's whole share of a step where it is left out.
         rank: of this process.
-        world_size: number of processes; must divide the lanes and, times the micro-batch, the step.
+        world_size: number of processes; times the micro-batch, it must divide the step. Each holds open the lanes it
+            reads: lanes / world_size where that is whole, otherwise all of them.
+        row_len: targets in a row of a batch: as many sequences as fit stand in it one after the other, with positions
+            of their own, and what is left is padding without weight; a sequence a row where it is left out.
         lanes: of the order; where it is left out, 64, or fewer for less than 128 members.
         on_corrupt: `stop` at a damaged member, or `skip` it: each of its sequences is replaced by the next good one of
             its lane. More damage than 0.1 % of the sequences stops in any case.
@@ -62,7 +66,7 @@ class SequenceLoader:
         heat: the further temperature at which targets are wanted, by `heat_of`; None for the capture temperature.
 
     Raises:
-        InputError: the set holds too few sequences for one step, or the ranks do not divide it.
+        InputError: the set holds too few sequences for one step, the ranks do not divide it, or sequences do not fit.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class SequenceLoader:
         micro_batch: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        row_len: int | None = None,
         lanes: int | None = None,
         on_corrupt: Literal["stop", "skip"] = "stop",
         threads: int = _THREADS,
@@ -96,11 +101,14 @@ class SequenceLoader:
             lanes,
         )
         self._micro_batch = micro_batch or max(1, batch_sequences // world_size)
+        self._row_len = row_len
         self._require_divisible()
         self.steps_per_epoch = len(self.order) // batch_sequences
         self.num_steps = _steps(reader, batch_sequences, self.steps_per_epoch * num_epochs, max_tokens)
         self.skips = Skips(len(self.order), on_corrupt)
-        self.blocks = BlockCache[tuple[int, int]](self._read, max_block_bytes)
+        self.blocks = BlockCache[tuple[int, int]](
+            self._read, max_block_bytes, once=self.num_steps <= self.steps_per_epoch
+        )
         self._threads, self._ahead = threads, ahead
         self._pin = torch.cuda.is_available() if pin is None else pin
         self._heat = heat
@@ -134,6 +142,12 @@ class SequenceLoader:
     def seq_len(self) -> int:
         """Targets in a sequence."""
         return self._reader.shard_set.seq_len
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows in a batch, and targets in a row."""
+        row_len = self._row_len or self.seq_len
+        return self._micro_batch // sequences_per_row(row_len, self.seq_len), row_len
 
     def micro_batch(self, number: int) -> Batch:
         """This rank's micro-batch of that number, counted over the whole training."""
@@ -203,12 +217,13 @@ class SequenceLoader:
         return epoch, range(start + self._rank, start + self.together, self._world_size)
 
     def _require_divisible(self) -> None:
-        if self.order.lanes % self._world_size:
+        per_row = sequences_per_row(self._row_len or self.seq_len, self.seq_len)
+        if self._micro_batch % per_row:
             raise InputError(
-                "the ranks do not divide the order's lanes",
-                found=f"{self._world_size} ranks, {self.order.lanes} lanes",
-                expected="a divisor of the lanes",
-                fix="use another number of processes; a new training may name other lanes",
+                "a micro-batch does not fill its rows",
+                found=f"{self._micro_batch} sequences, {per_row} a row",
+                expected=f"a multiple of {per_row}",
+                fix="use another micro-batch or row_len",
             )
         if self._step % self.together:
             raise InputError(
@@ -237,14 +252,17 @@ class SequenceLoader:
         if stored:
             return gather(stored, self._pin)
         decoded = [(*block, row) for block, row in found if not isinstance(block, StoredBlock)]
-        batch = collate(decoded, self._reader.codec.num_ids, self._heat)
+        batch = self._in_rows(collate(decoded, self._reader.codec.num_ids, self._heat))
         return pinned(batch) if self._pin else batch
+
+    def _in_rows(self, batch: Batch) -> Batch:
+        return batch if self._row_len is None else in_rows(batch, self._row_len)
 
     def _decoded(self, part: Batch | StoredBatch, number: int) -> Batch:
         if isinstance(part, Batch):
             return part
         assert self._decoder is not None, "stored columns are read for a device only"
-        return self._decoder.decode(part, number)
+        return self._in_rows(self._decoder.decode(part, number))
 
     def _find(self, epoch: int, index: int) -> tuple[Block, int]:
         """The sequence of that index, or where its member is damaged the next good one of its lane."""

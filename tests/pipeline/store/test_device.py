@@ -170,16 +170,21 @@ def test_values_that_contradict_the_format_are_found_on_the_device(
     assert decoder.first_fault() == 0
 
 
-def test_a_loader_that_decodes_on_a_device_hands_out_the_same_batches(make_reader, ranked_codecs, device) -> None:
+@pytest.mark.parametrize(("row_len", "num_epochs"), [(None, 3), (30, 3), (None, 1)])
+def test_a_loader_that_decodes_on_a_device_hands_out_the_same_batches(
+    make_reader, ranked_codecs, device, row_len, num_epochs
+) -> None:
     reader = make_reader(ranked_codecs[TOPK_CODECS["compact"]], ((3, 4), (5,), (2, 6)))
-    host, other = (SequenceLoader(reader, 4, 0, num_epochs=3, decode_on=on) for on in (None, device))
+    host, other = (
+        SequenceLoader(reader, 4, 0, num_epochs=num_epochs, row_len=row_len, decode_on=on) for on in (None, device)
+    )
     pairs = list(zip(host, other, strict=True))
-    assert len(pairs) == len(host) == 15
+    assert len(pairs) == len(host) == 5 * num_epochs
     for expected, found in pairs:
         assert found.labels_BL.device.type == device
         assert_alike(found, expected)
     assert host.state_dict() == other.state_dict()
-    assert_alike(other.micro_batch(7), host.micro_batch(7))
+    assert_alike(other.micro_batch(4), host.micro_batch(4))
 
 
 def _misaligned(make_reader, codec: Codec, monkeypatch) -> SequenceLoader:
@@ -238,7 +243,7 @@ def test_a_device_that_miscalculates_is_not_blamed_on_the_shards(make_reader, co
 
 def test_stored_blocks_take_less_memory_than_decoded_ones(make_reader, codecs) -> None:
     reader = make_reader(codecs[TOPK_CODECS["compact"]], ((6, 6),))
-    host, other = (SequenceLoader(reader, 4, 0, decode_on=on, threads=0) for on in (None, "cpu"))
+    host, other = (SequenceLoader(reader, 4, 0, num_epochs=2, decode_on=on, threads=0) for on in (None, "cpu"))
     for loader in (host, other):
         list(loader)
     assert 0 < other.blocks.num_bytes < host.blocks.num_bytes / 2
