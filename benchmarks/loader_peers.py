@@ -123,7 +123,7 @@ def members_of(reader: ShardReader) -> Iterator[bytes]:
     """Every member's bytes as stored."""
     for shard in reader.shard_set.shards:
         with reader.place.open(shard.file) as file:
-            for member in shard.members:
+            for member in shard.each_member():
                 file.seek(member.offset)
                 yield file.read(member.num_bytes)
 

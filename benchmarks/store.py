@@ -198,7 +198,7 @@ def _host_ways(reader: ShardReader) -> dict[str, Way]:
     """What a host does where a device decodes: each member is read, and its sequences gathered into a buffer."""
 
     def read() -> None:
-        for member in range(len(reader.members)):
+        for member in range(reader.shard_set.num_members):
             block = reader.read_stored(0, member)
             gather([(block, row) for row in range(len(block))], pin=False)
 

@@ -95,8 +95,8 @@ class SequenceLoader:
         self._rank, self._world_size = rank, world_size
         self.order = Order(
             [shard.num_sequences for shard in shard_set.shards],
-            lambda shard: [member.num_sequences for member in shard_set.shards[shard].members],
-            sum(len(shard.members) for shard in shard_set.shards),
+            lambda shard: shard_set.shards[shard].members.num_sequences,
+            shard_set.num_members,
             seed,
             lanes,
         )
@@ -275,10 +275,8 @@ class SequenceLoader:
             try:
                 return self.blocks.get((place.shard, place.member)), place.row
             except CorruptError as error:
-                entry = self._reader.shard_set.shards[place.shard].members[place.member]
-                self.skips.note(
-                    (place.shard, place.member), self._reader.name_of(*place[:2]), entry.num_sequences, error
-                )
+                lost = self._reader.shard_set.shards[place.shard].members.num_sequences[place.member]
+                self.skips.note((place.shard, place.member), self._reader.name_of(*place[:2]), lost, error)
         raise CorruptError("no sound sequence is left in a lane of the order", where=self._reader.name_of(0, 0))
 
     def _read(self, key: tuple[int, int]) -> Block:

@@ -123,7 +123,7 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
 def _heldout(task: Task) -> Iterator[Batch]:
     """The first held-out sequences, in micro-batches."""
     left, reader = task.settings.num_validation_sequences, task.heldout
-    for index in range(len(reader.members)):
+    for index in range(reader.shard_set.num_members):
         sequences, _ = reader.read(index)
         for start in range(0, min(left, len(sequences)), task.settings.micro_batch):
             stop = min(start + task.settings.micro_batch, left, len(sequences))

@@ -64,7 +64,7 @@ def test_the_cache_holds_the_students_sequences_with_their_targets(run, inputs, 
     assert manifest.totals["num_bytes"] == sum(s.file.num_bytes for s in targets.shards)
     source, reader = ShardReader(Path(tiny.out) / "corpus", student), _reader(tiny, manifest, recording)
     labels = []
-    for index in range(len(reader.members)):
+    for index in range(reader.shard_set.num_members):
         sequences, found = reader.read(index)
         expected, _ = source.read(index)
         for name in ("tokens_BL1", "starts_BL1", "mask_BL1"):

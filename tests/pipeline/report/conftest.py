@@ -14,7 +14,7 @@ from capgap.pipeline.eval.arms import differences_over_seeds, paired_differences
 from capgap.pipeline.eval.intervals import bootstrap_interval, resample_weights
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
 from capgap.schemas.facts import CacheFacts, RecordingFacts, TokenizerFacts
-from capgap.schemas.manifest import FileEntry, Manifest, ShardEntry, ShardSet
+from capgap.schemas.manifest import FileEntry, Manifest, Members, ShardEntry, ShardSet
 from capgap.schemas.results import RESULTS_NAME, AgainstTeacher, EvalResults, ModelResult
 from capgap.schemas.run_file import RunFile
 
@@ -94,7 +94,7 @@ def _shards(num_sequences: int, num_bytes: int) -> ShardSet:
     entry = ShardEntry(
         file=FileEntry(path="x-000000.tar", num_bytes=num_bytes, sha256="0" * 64),
         num_sequences=num_sequences,
-        members=(),
+        members=Members(),
     )
     return ShardSet(codec="sequences-planes-1", codec_settings={}, seq_len=SEQ_LEN, shards=(entry,))
 

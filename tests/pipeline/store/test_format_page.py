@@ -27,7 +27,7 @@ from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK, TOPK_CODECS, Codec
 from capgap.pipeline.workflow.identity import content_of
 from capgap.schemas.facts import CacheFacts, CorpusFacts, RecordingFacts, ShardFacts, TokenizerFacts
-from capgap.schemas.manifest import FileEntry, Manifest, MemberEntry, ShardEntry, ShardSet
+from capgap.schemas.manifest import FileEntry, Manifest, Members, ShardEntry, ShardSet
 from capgap.schemas.run_cache import RecordingName
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "format.md").read_text()
@@ -243,8 +243,9 @@ def test_a_shard_is_read_with_webdataset_arrow_and_zstandard_alone(
     reader = make_reader(ranked_codecs[name], SIZES)
     index = 0
     for shard in reader.shard_set.shards:
-        for sample in webdataset.WebDataset(str(tmp_path / "shards" / shard.file.path), shardshuffle=False):
-            assert sample["__key__"] == reader.members[index][1].key
+        samples = webdataset.WebDataset(str(tmp_path / "shards" / shard.file.path), shardshuffle=False)
+        for number, sample in enumerate(samples):
+            assert sample["__key__"] == shard.member(number).key
             _require_same(_page_of(sample["arrow.zst"], ranked_codecs[name]), reader, index)
             index += 1
     assert index == 6
@@ -302,7 +303,7 @@ def test_a_shard_is_a_plain_tar_as_the_page_says(codecs, make_reader, tmp_path: 
         data = path.read_bytes()
         assert len(data) % 10240 == 0
         end = 0
-        for member in shard.members:
+        for member in shard.each_member():
             header = data[member.offset - 512 : member.offset]
             assert header[257:265] == b"ustar\x0000"
             assert member.offset - 512 == end, "a header follows the data before it, padded to 512"
@@ -321,7 +322,7 @@ def test_the_manifests_keys_are_those_of_the_page() -> None:
     assert sorted(manifest_table) == sorted(Manifest.model_fields)
     assert set_table == [*ShardSet.model_fields, "shards[].members"]
     text = PAGE[PAGE.index("| `codec` |") : PAGE.index("## What a token takes")]
-    for model in (ShardEntry, MemberEntry, CacheFacts, RecordingFacts, ShardFacts, CorpusFacts, TokenizerFacts):
+    for model in (ShardEntry, Members, CacheFacts, RecordingFacts, ShardFacts, CorpusFacts, TokenizerFacts):
         assert [name for name in model.model_fields if f"`{name}`" not in text] == []
     files = next(row for row in PAGE.splitlines() if row.startswith("| `files` |"))
     assert [name for name in FileEntry.model_fields if f"`{name}`" not in files] == []

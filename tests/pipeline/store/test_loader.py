@@ -326,7 +326,7 @@ def _damage(reader: ShardReader, shard: int, member: int) -> str:
     """Turn a bit of that member; returns how errors name it."""
     entry = reader.shard_set.shards[shard]
     with (reader.place.folder / entry.file.path).open("r+b") as file:
-        file.seek(entry.members[member].offset + 20)
+        file.seek(entry.member(member).offset + 20)
         byte = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([byte ^ 1]))

@@ -276,7 +276,7 @@ def damaged(make_shards, tmp_path_factory) -> Callable[[int], ShardReader]:
         shutil.copytree(folder / "sound", copy, dirs_exist_ok=True)
         shard = reader.shard_set.shards[-1]
         with (copy / shard.file.path).open("r+b") as file:
-            file.seek(shard.members[member].offset + 20)
+            file.seek(shard.member(member).offset + 20)
             byte = file.read(1)[0]
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte ^ 1]))
