@@ -13,7 +13,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from capgap.kernels.sparse_kl import SparseKl, SparseTargets, linear_sparse_kl
+from capgap.kernels.sparse_kl import Recording, SparseKl, SparseTargets, linear_sparse_kl
 from capgap.pipeline.store import Batch
 from capgap.schemas.errors import InputError
 from capgap.schemas.run_model import OptimizationSettings
@@ -107,7 +107,8 @@ def _targets(batch: Batch) -> SparseTargets:
         num_rows, device = batch.num_tokens, batch.labels_BL.device
         none = torch.zeros((num_rows, 1), device=device)
         return SparseTargets(none.long(), none, None)
-    return SparseTargets(batch.ids_NK, batch.weights_NK, batch.tail_N)
+    recording: Recording = "sampled" if batch.tail_N is None else "topk"
+    return SparseTargets(batch.ids_NK, batch.weights_NK, batch.tail_N, recording)
 
 
 def _require_plain_head(model: PreTrainedModel) -> None:

@@ -8,18 +8,28 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capgap.kernels.sparse_kl import SparseTargets, linear_sparse_kl
+from capgap.kernels.sparse_kl.op import loss_and_gradients
 from capgap.kernels.sparse_kl.reference import linear_sparse_kl as reference
 
 
-class Watch(TorchDispatchMode):
+class Inside(TorchDispatchMode):
+    """Sees the operations inside the op, which to a mode is one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name == "capgap::linear_sparse_kl":
+            with self:
+                return loss_and_gradients(*args, **(kwargs or {}))
+        return self.see(func, func(*args, **(kwargs or {})))
+
+
+class Watch(Inside):
     """Counts matrix products and notes the largest tensor that any operation made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.num_products, self.most_elements = 0, 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+    def see(self, func, out):
         self.num_products += func._schema.name in {"aten::mm", "aten::addmm", "aten::addmm_"}
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, Tensor):
@@ -27,11 +37,10 @@ class Watch(TorchDispatchMode):
         return out
 
 
-class Poison(TorchDispatchMode):
+class Poison(Inside):
     """Fills memory that an operation hands out uncleared: with NaN, or with 77 where there is none."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+    def see(self, func, out):
         if func._schema.name in {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided"}:
             out.fill_(torch.nan if out.is_floating_point() else 77)
         return out
