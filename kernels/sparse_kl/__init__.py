@@ -11,5 +11,14 @@
 from capgap.kernels.sparse_kl.divergence import Divergence, Recording, Tail
 from capgap.kernels.sparse_kl.op import linear_sparse_kl
 from capgap.kernels.sparse_kl.targets import SparseKl, SparseTargets
+from capgap.kernels.sparse_kl.vocab_parallel import vocab_parallel_sparse_kl
 
-__all__ = ["Divergence", "Recording", "SparseKl", "SparseTargets", "Tail", "linear_sparse_kl"]
+__all__ = [
+    "Divergence",
+    "Recording",
+    "SparseKl",
+    "SparseTargets",
+    "Tail",
+    "linear_sparse_kl",
+    "vocab_parallel_sparse_kl",
+]

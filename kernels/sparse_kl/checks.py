@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -104,3 +105,24 @@ def check_vocab_size(vocab_size: int | None, num_columns: int) -> int:
     if vocab_size is not None and not 1 <= vocab_size <= num_columns:
         raise ValueError(f"vocab_size: got {vocab_size}, expected 1 to {num_columns}, the rows of weight_VH")
     return num_columns if vocab_size is None else vocab_size
+
+
+def check_workspace(workspace_mb: int) -> None:
+    """Raise ValueError where there is none."""
+    if workspace_mb < 1:
+        raise ValueError(f"workspace_mb: got {workspace_mb}, expected at least 1")
+
+
+def in_one_dtype(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three in the autocast dtype where autocast is on.
+
+    Raises:
+        ValueError: it is off and they differ.
+    """
+    if torch.is_autocast_enabled(hidden_NH.device.type):
+        dtype = torch.get_autocast_dtype(hidden_NH.device.type)
+        hidden_NH, weight_VH = hidden_NH.to(dtype), weight_VH.to(dtype)
+        bias_V = None if bias_V is None else bias_V.to(dtype)
+    if weight_VH.dtype != hidden_NH.dtype or (bias_V is not None and bias_V.dtype != hidden_NH.dtype):
+        raise ValueError(f"weight_VH, bias_V: got {weight_VH.dtype}, expected {hidden_NH.dtype}, the dtype of hidden")
+    return hidden_NH, weight_VH, bias_V

@@ -44,18 +44,15 @@ def run_chunks(
     settings: RowSettings,
     kernel: RowsKernel,
     needs: Needs,
-    workspace_bytes: int,
+    num_chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """Divergence [n], cross-entropy [n], and the gradients.
-
-    `workspace_bytes` is the size of the buffer; at least one row is held whatever it says.
-    """
+    """Divergence [n], cross-entropy [n], and the gradients."""
     vocab_size = settings.vocab_size
     real_VH = weight_VH[:vocab_size]
     real_bias_V = None if bias_V is None else bias_V[:vocab_size]
     sums = _Sums(hidden_nH, weight_VH, vocab_size, rows.ckl_N.dtype, needs)
     num_rows = hidden_nH.shape[0]
-    buffer_CP = _buffer(hidden_nH, vocab_size, workspace_bytes)
+    buffer_CP = hidden_nH.new_empty((num_chunk_rows, pitch(vocab_size)))
     kl_n, ce_n = rows.ckl_N.new_empty(num_rows), rows.ckl_N.new_empty(num_rows)
     for start in range(0, num_rows, len(buffer_CP)):
         chunk = slice(start, min(start + len(buffer_CP), num_rows))
@@ -103,10 +100,13 @@ class _Sums:
             d_weight_VH.addmm_(d_logits_CV.t(), hidden_CH)
 
 
-def _buffer(hidden_nH: Tensor, vocab_size: int, workspace_bytes: int) -> Tensor:
-    """Equal chunks, as few as the workspace allows; at least one column more than the vocabulary."""
-    num_rows = max(1, hidden_nH.shape[0])
-    pitch = (vocab_size // _PITCH + 1) * _PITCH
-    most_rows = max(1, workspace_bytes // (pitch * hidden_nH.element_size()))
-    num_chunks = -(-num_rows // most_rows)
-    return hidden_nH.new_empty((-(-num_rows // num_chunks), pitch))
+def chunk_rows(num_rows: int, row_bytes: int, workspace_bytes: int) -> int:
+    """Rows of equal chunks, as few as the workspace allows; at least one row whatever it says."""
+    num_rows = max(1, num_rows)
+    num_chunks = -(-num_rows // max(1, workspace_bytes // row_bytes))
+    return -(-num_rows // num_chunks)
+
+
+def pitch(vocab_size: int) -> int:
+    """Columns of the buffer: a multiple of 16, at least one more than the vocabulary."""
+    return (vocab_size // _PITCH + 1) * _PITCH

@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from capgap.kernels.sparse_kl.checks import Loss, check_arguments, check_vocab_size
-from capgap.kernels.sparse_kl.chunks import Needs, run_chunks
+from capgap.kernels.sparse_kl.checks import Loss, check_arguments, check_vocab_size, check_workspace, in_one_dtype
+from capgap.kernels.sparse_kl.chunks import Needs, chunk_rows, pitch, run_chunks
 from capgap.kernels.sparse_kl.divergence import Divergence, Tail
 from capgap.kernels.sparse_kl.prepare import live_rows, sum_dtype
 from capgap.kernels.sparse_kl.rows import Backend, RowSettings, kernel_for
@@ -80,14 +80,8 @@ def linear_sparse_kl(
     vocab_size = check_vocab_size(vocab_size, weight_VH.shape[0])
     loss = Loss(alpha, temperature, divergence, tail, beta, softcap)
     tail = loss.checked(targets)
-    if torch.is_autocast_enabled(hidden_NH.device.type):
-        dtype = torch.get_autocast_dtype(hidden_NH.device.type)
-        hidden_NH, weight_VH = hidden_NH.to(dtype), weight_VH.to(dtype)
-        bias_V = None if bias_V is None else bias_V.to(dtype)
-    if weight_VH.dtype != hidden_NH.dtype or (bias_V is not None and bias_V.dtype != hidden_NH.dtype):
-        raise ValueError(f"weight_VH, bias_V: got {weight_VH.dtype}, expected {hidden_NH.dtype}, the dtype of hidden")
-    if workspace_mb < 1:
-        raise ValueError(f"workspace_mb: got {workspace_mb}, expected at least 1")
+    check_workspace(workspace_mb)
+    hidden_NH, weight_VH, bias_V = in_one_dtype(hidden_NH, weight_VH, bias_V)
     kernel_for(backend, hidden_NH.device)
 
     use_kl = alpha > 0 or want_kl
@@ -107,11 +101,7 @@ def linear_sparse_kl(
         vocab_size,
         workspace_mb,
         backend,
-        [
-            with_grad and hidden_NH.requires_grad,
-            with_grad and weight_VH.requires_grad,
-            with_grad and bias_V is not None and bias_V.requires_grad,
-        ],
+        [with_grad and tensor is not None and tensor.requires_grad for tensor in (hidden_NH, weight_VH, bias_V)],
     )
     return SparseKl(scalar, kl_N if use_kl else None, ce_N)
 
@@ -148,7 +138,7 @@ def loss_and_gradients(
         settings,
         kernel_for(cast(Backend, backend), hidden_NH.device),
         Needs(*needs),
-        workspace_mb * 2**20,
+        chunk_rows(len(live.hidden_nH), pitch(vocab_size) * hidden_NH.element_size(), workspace_mb * 2**20),
     )
     scalar, per_weight = live.mean(kl_n, ce_n, alpha, temperature)
     return (
@@ -209,12 +199,12 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Ten
     scaled: list[Tensor | None] = [None] * 3
     if upstream is not None:
         scale = upstream * per_weight
-        scaled = [_scaled(g, scale, ctx.dtype) if needed else None for g, needed in zip(grads, ctx.needs, strict=True)]
+        scaled = [scaled_grad(g, scale, ctx.dtype) if need else None for g, need in zip(grads, ctx.needs, strict=True)]
     return *scaled, *[None] * 12
 
 
-def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the sums' dtype, which holds any loss scale, and rounded once, without a second copy in between."""
+def scaled_grad(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product in the sums' dtype, which holds any loss scale, rounded once and without a copy in between."""
     out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     return torch.mul(grad.to(scale.dtype), scale, out=out)
 
