@@ -65,11 +65,13 @@ class Coarse(NamedTuple):
         value_B: nats.
         grad_BK: at the kept ids, 0 where there is no such cell.
         grad_tail_B: at the logsumexp of all other ids.
+        q_BK: the student's probabilities of the kept ids, likewise 0.
     """
 
     value_B: Tensor
     grad_BK: Tensor
     grad_tail_B: Tensor
+    q_BK: Tensor
 
 
 def coarse(
@@ -93,14 +95,14 @@ def coarse(
         value_B = (torch.xlogy(p_BK, p_BK) - p_BK * logq_BK).sum(-1)
         value_B = value_B + torch.xlogy(p_tail_B, p_tail_B) - p_tail_B * logq_tail_B
         mass_B = p_BK.sum(-1) + p_tail_B
-        return Coarse(value_B, q_BK * mass_B[:, None] - p_BK, q_tail_B * mass_B - p_tail_B)
+        return Coarse(value_B, q_BK * mass_B[:, None] - p_BK, q_tail_B * mass_B - p_tail_B, q_BK)
     slope = _reverse_slope if divergence == "reverse_kl" else _jsd_slope
     share_BK, slope_BK = slope(logq_BK, p_BK, beta)
     share_tail_B, slope_tail_B = slope(logq_tail_B, p_tail_B, beta)
     slope_BK, slope_tail_B = slope_BK.where(q_BK > 0, 0.0), slope_tail_B.where(q_tail_B > 0, 0.0)
     mean_B = (q_BK * slope_BK).sum(-1) + q_tail_B * slope_tail_B
     value_B = mean_B + share_BK.where(cell_BK, 0.0).sum(-1) + share_tail_B.where(cell_tail_B, 0.0)
-    return Coarse(value_B, q_BK * (slope_BK - mean_B[:, None]), q_tail_B * (slope_tail_B - mean_B))
+    return Coarse(value_B, q_BK * (slope_BK - mean_B[:, None]), q_tail_B * (slope_tail_B - mean_B), q_BK)
 
 
 def _reverse_slope(logq: Tensor, p: Tensor, _: float) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,7 @@ def differentiate(
         logits_BP.mul_((rest_ce_B / rest.sum_1_B)[:, None])
         logits_BP.addcmul_(rest.tempered_BP, (rest_kl_B / rest.sum_T_B)[:, None])
 
-    q_1_BK = (sums.kept_BK - all_1_B[:, None]).exp()
+    q_1_BK = cells.q_BK if temperature == 1.0 else (sums.kept_BK - all_1_B[:, None]).exp()
     logits_BP.scatter_(1, columns_BK, rows.ckl_N[:, None] * cells.grad_BK + rows.cce_N[:, None] * q_1_BK)
     logits_BP.scatter_add_(1, label_B1, -rows.cce_N[:, None])
     if slope_BP is not None:
