@@ -8,7 +8,7 @@
 `vocab_parallel.py` its form for a head split over processes. README.md derives the gradient.
 """
 
-from capgap.kernels.sparse_kl.divergence import Divergence, Recording, Tail
+from capgap.kernels.sparse_kl.divergence import Divergence, Recording, Tail, check_pair
 from capgap.kernels.sparse_kl.op import linear_sparse_kl
 from capgap.kernels.sparse_kl.targets import SparseKl, SparseTargets
 from capgap.kernels.sparse_kl.vocab_parallel import vocab_parallel_sparse_kl
@@ -19,6 +19,7 @@ __all__ = [
     "SparseKl",
     "SparseTargets",
     "Tail",
+    "check_pair",
     "linear_sparse_kl",
     "vocab_parallel_sparse_kl",
 ]

@@ -26,6 +26,7 @@ from capgap.pipeline.train.callbacks import (
     newest_checkpoint,
 )
 from capgap.pipeline.train.module import DistillationModule
+from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
 from capgap.schemas.run_model import OptimizationSettings
 
@@ -44,6 +45,7 @@ class Task:
         seed: of the data order.
         device: `cpu` or `cuda:0`.
         folder: of the stage; receives `metrics.csv`, and checkpoints below `work`.
+        objective: which divergence alpha weighs.
     """
 
     title: str
@@ -55,6 +57,7 @@ class Task:
     seed: int
     device: str
     folder: Path
+    objective: Objective = Objective()  # noqa: RUF009  # frozen
 
 
 def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     )
     num_steps, steps_per_epoch = loader.num_steps, loader.steps_per_epoch
     module = DistillationModule(
-        model, settings, num_steps, task.alpha, task.temperature, task.training.codec.vocab_size
+        model, settings, num_steps, task.alpha, task.temperature, task.training.codec.vocab_size, task.objective
     )
     checkpoints = task.folder / WORK_FOLDER / "checkpoints"
     plan_units(task.folder / WORK_FOLDER, "steps", num_steps, "checkpoints/step-*.ckpt")

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from capgap.kernels.sparse_kl import Recording, SparseKl, SparseTargets, linear_sparse_kl
 from capgap.pipeline.store import Batch
+from capgap.pipeline.train.objective import Objective
 from capgap.schemas.errors import InputError
 from capgap.schemas.run_model import OptimizationSettings
 
@@ -33,6 +34,7 @@ class DistillationModule(lightning.LightningModule):
         alpha: weight of the KL.
         temperature: at which the teacher was recorded.
         vocab_size: real vocabulary; the head's rows past it are padding.
+        objective: what stands for the KL.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class DistillationModule(lightning.LightningModule):
         alpha: float,
         temperature: float,
         vocab_size: int,
+        objective: Objective = Objective(),  # noqa: B008  # frozen
     ) -> None:
         super().__init__()
         _require_plain_head(model)
         self.model = model
         self._settings, self._num_steps = settings, num_steps
         self._alpha, self._temperature, self._vocab_size = alpha, temperature, vocab_size
+        self._objective = objective
         self.last: SparseKl | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
@@ -72,6 +76,7 @@ class DistillationModule(lightning.LightningModule):
             bias_V=getattr(head, "bias", None),
             want_kl=alpha > 0,
             workspace_mb=_CPU_WORKSPACE_MB if on_cpu else _GPU_WORKSPACE_MB,
+            **(self._objective.arguments() if alpha > 0 else {}),
         )
 
     def configure_optimizers(self) -> Any:

@@ -9,6 +9,7 @@ from capgap.pipeline.models import MODEL_FOLDER, load_model, model_facts, model_
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.tokenizers import load_tokenizer
 from capgap.pipeline.train.fit import Task, fit
+from capgap.pipeline.train.objective import objective_of
 from capgap.pipeline.workflow.context import StageContext, StageInput, StageResult
 from capgap.schemas.errors import MismatchError
 from capgap.schemas.facts import CacheFacts, ModelFacts
@@ -18,7 +19,7 @@ def run(context: StageContext) -> StageResult:
     """Train and write the folder `model`.
 
     Raises:
-        MismatchError: cache, corpus and student do not belong together.
+        MismatchError: cache, corpus and student do not belong together, or the cache has not what the loss needs.
         InputError: as `fit`.
     """
     instance, corpus, cache = context.instance, context.input("corpus"), context.input("cache")
@@ -28,6 +29,7 @@ def run(context: StageContext) -> StageResult:
     _require_same_corpus(cache, corpus)
     _require_same_tokenizer(facts, student)
     settings = context.run.train_settings(instance.arm)
+    objective = objective_of(settings, facts, cache.location)
     path = model_path(student)
     # a bfloat16 student is trained on float32 weights unless the run file says otherwise
     model = load_model(path, "cpu", torch.bfloat16 if settings.precision == "bf16-true" else torch.float32)
@@ -41,6 +43,7 @@ def run(context: StageContext) -> StageResult:
         seed=instance.seed,
         device=context.device,
         folder=context.folder,
+        objective=objective,
     )
     totals = fit(model, task)
     tokenizer = load_tokenizer(path)
