@@ -48,8 +48,9 @@ class DistillationModule(lightning.LightningModule):
         objective: Objective = Objective(),  # noqa: B008  # frozen
     ) -> None:
         super().__init__()
-        _require_plain_head(model)
+        _require_known_head(model)
         self.model = model
+        self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self._settings, self._num_steps = settings, num_steps
         self._alpha, self._temperature, self._vocab_size = alpha, temperature, vocab_size
         self._objective = objective
@@ -74,6 +75,7 @@ class DistillationModule(lightning.LightningModule):
             temperature=self._temperature,
             vocab_size=self._vocab_size,
             bias_V=getattr(head, "bias", None),
+            softcap=self._softcap,
             want_kl=alpha > 0,
             workspace_mb=_CPU_WORKSPACE_MB if on_cpu else _GPU_WORKSPACE_MB,
             **(self._objective.arguments() if alpha > 0 else {}),
@@ -116,14 +118,14 @@ def _targets(batch: Batch) -> SparseTargets:
     return SparseTargets(batch.ids_NK, batch.weights_NK, batch.tail_N, recording)
 
 
-def _require_plain_head(model: PreTrainedModel) -> None:
+def _require_known_head(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+    for name in ("logit_scale", "logits_scaling"):
         value = getattr(config, name, None)
         if value not in (None, 1, 1.0):
             raise InputError(
                 "this model's head cannot be trained",
                 where=model.name_or_path or model.config.model_type,
                 found=f"{name} = {value}",
-                expected="logits that are a linear function of the hidden states",
+                expected="the head's product as logits, or a soft cap on it",
             )
