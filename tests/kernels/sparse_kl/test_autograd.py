@@ -126,10 +126,20 @@ def test_without_gradients_only_the_logits_are_computed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_uncleared_memory_never_reaches_a_result(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("divergence", "tail", "softcap"),
+    [
+        ("forward_kl", "ghost", None),
+        ("forward_kl", "label", 5.0),
+        ("reverse_kl", "ghost", None),
+        ("jsd", "renorm", 5.0),
+    ],
+)
+def test_uncleared_memory_never_reaches_a_result(divergence, tail, softcap, dtype: torch.dtype) -> None:
     hidden_NH, weight_VH, targets, labels_N = _inputs(num_rows=2000, vocab_size=301, dtype=dtype)
     labels_N[5::7] = -100
     arguments = {"alpha": 0.5, "temperature": 2.0, "vocab_size": 290, "workspace_mb": 1}
+    arguments |= {"divergence": divergence, "tail": tail, "softcap": softcap}
     results = []
     for mode in (Poison(), Watch()):
         with mode:

@@ -306,6 +306,22 @@ def test_strided_inputs_give_what_contiguous_ones_give() -> None:
     torch.testing.assert_close(list(grads), plain_grads, rtol=1e-12, atol=1e-14)
 
 
+def test_expanded_inputs_give_what_contiguous_ones_give() -> None:
+    case = make(5, num_rows=1, width=8, vocab_size=40)
+    targets = case.targets
+    expanded = (
+        case.hidden_NH.expand(9, -1),
+        case.weight_VH,
+        SparseTargets(targets.ids_NK.expand(9, -1), targets.weights_NK.expand(9, -1), targets.tail_N.expand(9)),
+        case.labels_N.expand(9),
+    )
+    result = linear_sparse_kl(*expanded, row_weights_N=torch.ones(1).expand(9), **case.settings)
+    one = linear_sparse_kl(case.hidden_NH, case.weight_VH, targets, case.labels_N, **case.settings)
+    # float64; nine rows may take another product kernel than one
+    torch.testing.assert_close(result.loss, one.loss, rtol=1e-13, atol=0)
+    torch.testing.assert_close(result.kl_N, one.kl_N.expand(9), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("op", [linear_sparse_kl, reference], ids=["fast", "reference"])
 def test_a_tail_below_zero_reads_as_zero(op) -> None:
     case = make(8)

@@ -124,6 +124,31 @@ def test_a_frozen_part_of_a_compiled_student_gets_no_gradient(frozen: str) -> No
         assert parameter.grad is None if name.startswith(frozen) else torch.equal(parameter.grad, other.grad)
 
 
+def test_batches_of_other_sizes_run_in_one_compiled_student() -> None:
+    targets, labels_N = _targets()
+    eager, student = Student(), Student()
+    compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
+    for num_rows in (12, 7, 5, 9):
+        rows = slice(0, num_rows)
+        some = SparseTargets(targets.ids_NK[rows], targets.weights_NK[rows], targets.tail_N[rows])
+        for module in (eager, compiled):
+            module(_input()[rows], some, labels_N[rows]).backward()
+    assert all(torch.equal(a, b) for a, b in zip(_grads(eager), _grads(student), strict=True))
+
+
+def test_a_compiled_plain_cross_entropy_is_the_eager_one() -> None:
+    targets, labels_N = _targets()
+    eager, student = (Student(alpha=0.0, want_kl=False) for _ in range(2))
+    compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
+    for module in (eager, compiled):
+        module(_input(), targets, labels_N).backward()
+    assert all(torch.equal(a, b) for a, b in zip(_grads(eager), _grads(student), strict=True))
+    logits_NV = eager.head(torch.tanh(eager.body(_input())))[:, :57]
+    expected = nn.functional.cross_entropy(logits_NV, labels_N)
+    # float32, eleven rows in another order
+    torch.testing.assert_close(eager(_input(), targets, labels_N), expected, rtol=1e-6, atol=0)
+
+
 def test_a_second_derivative_of_a_compiled_loss_is_refused() -> None:
     targets, labels_N = _targets()
     student = Student()
