@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -66,10 +67,11 @@ def measure(problem: Problem, repeats: int) -> dict[str, object]:
 
 
 def _interleaved(available: dict[str, Callable[[], None]], device: str, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each way in each round; every other round goes backwards through the ways."""
+    """Milliseconds of each way in each round; each round takes the ways in another order, as memory that one leaves
+    behind helps or hinders the next."""
     times: dict[str, list[float]] = {name: [] for name in available}
     for repeat in range(repeats + 1):
-        for name in sorted(available, key=list(available).index, reverse=bool(repeat % 2)):
+        for name in random.Random(repeat).sample(list(available), len(available)):
             gc.collect()
             taken = _milliseconds(available[name], device)
             if repeat:  # the first round warms up
