@@ -1,14 +1,24 @@
-"""The loader against WebDataset with torch's DataLoader on the same shards; start-up and memory against their number.
+"""The loader against WebDataset, MosaicML Streaming and LitData on the same members; start-up and memory.
 
-python benchmarks/loader.py            tokens/s, interleaved medians; start-up; resident memory
-python benchmarks/loader.py --quick    a tenth of it
+python benchmarks/loader.py                   tokens/s, interleaved medians; start-up; resident memory
+python benchmarks/loader.py --quick           a tenth of it
+python benchmarks/loader.py --cache FOLDER    a cache's first two million tokens beside the made-up rows
 
-PYTHONPATH=benchmarks where PYTHONSAFEPATH is set.
+Streaming and LitData are measured where they are installed. They pin other versions than capgap, so give them an
+environment of their own, and run this in it:
+
+    python3.11 -m venv /tmp/peers
+    /tmp/peers/bin/pip install mosaicml-streaming==0.13.0 litdata==0.2.76 webdataset==1.0.2 pyarrow zstandard \\
+        pydantic fsspec filelock
+    /tmp/peers/bin/pip install --no-deps -e .
+    PYTHONSAFEPATH=1 PYTHONPATH=benchmarks OMP_NUM_THREADS=1 /tmp/peers/bin/python benchmarks/loader.py
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import json
 import os
 import statistics
@@ -17,19 +27,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import webdataset
+from loader_peers import peers
 from machine import keep
-from torch.utils.data import DataLoader
 
 from capgap.pipeline.store import Block, Codec, SequenceLoader, ShardReader, ShardWriter, codec_for
-from capgap.pipeline.store.batch import Batch, collate
+from capgap.pipeline.store.batch import Batch
 from capgap.pipeline.store.codec import TOPK
-from capgap.schemas.manifest import ShardSet
+from capgap.schemas.manifest import Manifest, ShardSet
 from capgap.schemas.records import Sequences, TopkTargets
 
 NUM_KEPT, VOCAB_SIZE = 64, 32_000
@@ -41,6 +51,7 @@ def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="measure this cache too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child:
@@ -51,8 +62,8 @@ def main() -> None:
         small = flags.quick
         figures = {
             "throughput, tokens/s": [
-                throughput(Path(scratch) / f"{seq_len}", seq_len, 8 if small else 64, 3 if small else 5)
-                for seq_len in (2048, 256)
+                throughput(reader, Path(scratch) / f"others-{number}", 3 if small else 5)
+                for number, reader in enumerate(readers(Path(scratch), 8 if small else 64, flags.cache))
             ],
             "start-up to the first batch, s": start_up(Path(scratch), (1, 100) if small else (1, 10_000), 3),
             "resident memory at the end, MB": memory(Path(scratch), 40 if small else 400),
@@ -61,52 +72,66 @@ def main() -> None:
     print(f"kept in {keep('loader', 'cpu', figures)}")
 
 
-def throughput(folder: Path, seq_len: int, num_members: int, repeats: int) -> dict[str, Any]:
-    """Tokens a second of a whole epoch, each way in turn, on the same shards."""
-    reader = make_cache(folder, seq_len, [num_members // 8] * 8)
-    micro_batch = MICRO_BATCH_TOKENS // seq_len
-    ways: dict[str, Callable[[], Iterator[Batch]]] = {
-        "capgap, 2 threads": lambda: iter(SequenceLoader(reader, micro_batch, 0, threads=NUM_WORKERS)),
-        "capgap, no threads": lambda: iter(SequenceLoader(reader, micro_batch, 0, threads=0)),
-        "webdataset, 2 workers": lambda: through_webdataset(reader, micro_batch, NUM_WORKERS),
-        "webdataset, no workers": lambda: through_webdataset(reader, micro_batch, 0),
-    }
+def readers(scratch: Path, num_members: int, cache: Path | None) -> list[ShardReader]:
+    """Of made-up rows in long and in short sequences, and of the cache that was named."""
+    made = [make_cache(scratch / f"{seq_len}", seq_len, [num_members // 8] * 8) for seq_len in (2048, 256)]
+    if cache is None:
+        return made
+    manifest = Manifest.model_validate_json((cache / "manifest.json").read_bytes())
+    return [*made, ShardReader(cache, manifest.shard_sets["targets"])]
+
+
+def throughput(reader: ShardReader, scratch: Path, repeats: int, max_tokens: int = 2_000_000) -> dict[str, Any]:
+    """Tokens a second of an epoch's first `max_tokens`, each way in turn, on the same members.
+
+    Args:
+        reader: of shards on a local disk.
+        scratch: an empty folder, for copies in the formats of the others.
+        repeats: rounds; the figures are medians over them.
+        max_tokens: that a round reads, at most; whole shards are copied until they hold so many.
+    """
+    reader = _shortened(reader, max_tokens)
+    seq_len = reader.codec.seq_len
+    micro_batch = max(1, MICRO_BATCH_TOKENS // seq_len)
+    others = peers(reader, scratch)
+    ways: dict[str, Callable[[], Iterator[Batch]]] = {}
+    for workers, threads, processes in ((NUM_WORKERS, "2 threads", "2 workers"), (0, "no threads", "no workers")):
+        ways[f"capgap, {threads}"] = partial(_ours, reader, micro_batch, workers)
+        for name, peer in others.items():
+            ways[f"{name}, {processes}"] = partial(peer, reader, micro_batch, workers)
     rates: dict[str, list[float]] = {name: [] for name in ways}
     cpu_rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
             started, cpu_started, tokens = time.perf_counter(), cpu_s(), 0
-            for batch in way():
+            for batch in itertools.takewhile(lambda _: tokens < max_tokens, way()):  # noqa: B023
                 tokens += batch.num_tokens
+            gc.collect()  # ends worker processes, so that their CPU time is counted
             rates[name].append(tokens / (time.perf_counter() - started))
             cpu_rates[name].append(tokens / (cpu_s() - cpu_started))
     medians = {name: round(statistics.median(values)) for name, values in rates.items()}
     per_cpu = {f"{name}, per CPU-second": round(statistics.median(values)) for name, values in cpu_rates.items()}
     ratios = {
-        f"{ours} over {theirs}": round(medians[ours] / medians[theirs], 2)
-        for ours, theirs in (
-            ("capgap, 2 threads", "webdataset, 2 workers"),
-            ("capgap, no threads", "webdataset, no workers"),
+        f"capgap, {threads} over {name}, {processes}": round(
+            medians[f"capgap, {threads}"] / medians[f"{name}, {processes}"], 2
         )
+        for threads, processes in (("2 threads", "2 workers"), ("no threads", "no workers"))
+        for name in others
     }
     about = {"seq_len": seq_len, "tokens": reader.shard_set.num_tokens, "repeats": repeats}
     return about | medians | per_cpu | ratios
 
 
-def through_webdataset(reader: ShardReader, micro_batch: int, num_workers: int) -> Iterator[Batch]:
-    """The same decoding and collating, with WebDataset's order and torch's worker processes; no more is checked."""
-    codec = reader.codec
-    urls = [str(reader.place.folder / shard.file.path) for shard in reader.shard_set.shards]  # type: ignore[attr-defined]
+def _ours(reader: ShardReader, micro_batch: int, threads: int) -> Iterator[Batch]:
+    return iter(SequenceLoader(reader, micro_batch, 0, threads=threads))
 
-    def rows(samples: Iterator[dict[str, Any]]) -> Iterator[Any]:
-        for sample in samples:
-            sequences, targets = codec.decode(sample["arrow.zst"], sample["__key__"])
-            yield from ((sequences, targets, row) for row in range(len(sequences)))
 
-    dataset = webdataset.WebDataset(urls, shardshuffle=100, nodesplitter=webdataset.split_by_node, seed=0)
-    shuffled = dataset.compose(rows).shuffle(8 * MICRO_BATCH_TOKENS // codec.seq_len * 2)
-    batches = shuffled.batched(micro_batch, collation_fn=lambda part: collate(part, codec.num_ids), partial=False)
-    return iter(DataLoader(batches, batch_size=None, num_workers=num_workers))
+def _shortened(reader: ShardReader, max_tokens: int) -> ShardReader:
+    """Its first shards, as few as hold that many tokens."""
+    shard_set = reader.shard_set
+    held = itertools.accumulate(shard.num_sequences * shard_set.seq_len for shard in shard_set.shards)
+    number = 1 + sum(tokens < max_tokens for tokens in held)
+    return ShardReader(reader.place, shard_set.model_copy(update={"shards": shard_set.shards[:number]}))
 
 
 def start_up(scratch: Path, numbers: tuple[int, ...], repeats: int) -> dict[str, Any]:
@@ -211,6 +236,7 @@ def make_block(codec: Codec, rng: np.random.Generator) -> Block:
         logprobs_BLK,
         np.full((num, length), 0.1, np.float32),
         np.take_along_axis(logprobs_BLK, pick_BL1, 2)[:, :, 0],
+        np.zeros((num, length, 0), np.float32),
     )
     return Block(Sequences(tokens_BL1, starts, ~starts), targets)
 

@@ -29,11 +29,15 @@ def machine(device: str) -> dict[str, Any]:
 def keep(name: str, device: str, figures: Any) -> Path:
     """Write the figures as data, under a name that says what they were measured on."""
     about = machine(device)
-    slug = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
-    path = RESULTS / f"{name}-{slug}.json"
+    path = RESULTS / f"{name}-{slug_of(about['device'])}.json"
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": about, "figures": figures}, indent=1) + "\n")
     return path
+
+
+def slug_of(device: str) -> str:
+    """A device's name as files have it."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def _cpu_name() -> str:

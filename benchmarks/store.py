@@ -1,10 +1,14 @@
 """What a stored token takes: bytes by part, what its distribution loses, and how fast it is written and read.
 
 python benchmarks/store.py                                       vocabularies of 32,768 and 131,072 ids
-python benchmarks/store.py --vocab-sizes 32768 --steps 240       one of them
+python benchmarks/store.py --vocab-sizes 32768                    one of them
+python benchmarks/store.py --distillkit ~/DistillKit             DistillKit's own code beside ours, on the same rows
+python benchmarks/store.py --page docs/format.md                 the kept figures as tables, into that page
 
-Teacher and text are made from this Python's own library (teacher_rows.py) and kept in --folder; the first time takes
-some ten minutes a vocabulary. Beside ours stand plain int32 and float32, and two other programs' layouts at equal k.
+PYTHONPATH=benchmarks where PYTHONSAFEPATH is set. Teacher and text are made from this Python's own library
+(teacher_rows.py) and kept in --folder; the first time takes some ten minutes a vocabulary. Beside ours stand plain
+int32 and float32, what simple models would take (entropy_bounds.py), and other programs' layouts at equal k, computed.
+`host part` is what is left to the host where a device decodes: read, check, inflate, gather into one buffer.
 
 Legend: S sequences, L targets a sequence, K ids kept, N = S x L rows.
 """
@@ -15,6 +19,7 @@ import argparse
 import math
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,16 +27,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 import zstandard
+from distillkit_rows import DistillKit
+from entropy_bounds import bounds
 from fidelity import fidelity
 from machine import keep
+from store_page import fill_page
 from teacher_rows import NUM_DRAWS, NUM_KEPT, REGIMES, rows_of
 
 from capgap.pipeline.cache.convert import to_targets
 from capgap.pipeline.cache.scoring import Scored
-from capgap.pipeline.store import Block, Ranking, split_blocks
-from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS, Codec
+from capgap.pipeline.store import Block, Codec, Ranking, ShardReader, ShardWriter, split_blocks
+from capgap.pipeline.store.codec import PROFILES, SAMPLED, TOPK_CODECS
+from capgap.pipeline.store.ranking import RANKING_NAME
+from capgap.pipeline.store.stored_batch import gather
 from capgap.schemas.records import Sequences, TopkTargets
+from capgap.schemas.run_cache import RecordingName
 
 # The parts of a table's row, by the names of columns.
 PARTS = {
@@ -47,22 +59,55 @@ def main() -> None:
     """Measure every vocabulary, temperature and codec; print a table; keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocab-sizes", type=int, nargs="+", default=[32768, 131072])
-    parser.add_argument("--steps", type=int, nargs="+", default=[240, 30], help="the Llama's, by vocabulary")
+    parser.add_argument("--steps", type=int, default=300, help="of the Llama")
     parser.add_argument("--folder", type=Path, default=Path("runs/teacher-rows"))
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--distillkit", type=Path, help="a checkout")
+    parser.add_argument("--page", type=Path, help="measure nothing: put the figures that are kept into this page")
     flags = parser.parse_args()
+    if flags.page:
+        fill_page(flags.page)
+        return
+    torch.set_num_threads(1)
+    peer = DistillKit(flags.distillkit) if flags.distillkit else None
     figures = []
-    for vocab_size, steps in zip(flags.vocab_sizes, flags.steps, strict=True):
-        made = rows_of(flags.folder, vocab_size, steps)
+    for vocab_size in flags.vocab_sizes:
+        made = rows_of(flags.folder, vocab_size, flags.steps)
         for regime in REGIMES:
-            figures += measure(regime, made[regime], flags.repeats)
+            figures += measure(regime, made[regime], flags.repeats, peer)
     print(f"kept in {keep('store-codecs', 'cpu', figures)}")
 
 
-def measure(regime: str, rows: dict[str, np.ndarray], repeats: int) -> list[dict[str, Any]]:
-    """One entry a codec; the speeds of all of them are taken in turn."""
-    num_ids, length = len(rows["train_counts"]), rows["tokens"].shape[1] - 1
+def write_cache(folder: Path, rows: dict[str, np.ndarray], codec_name: str, num_shards: int = 1) -> ShardReader:
+    """The rows of a regime as shards in that codec, each shard with all of them: 32,768 tokens in four members."""
+    codec = codec_of(rows, codec_name)
+    folder.mkdir(parents=True, exist_ok=True)
+    assert codec.ranking is not None
+    (folder / RANKING_NAME).write_bytes(codec.ranking.data)
+    writer = ShardWriter(folder, folder / "sidecars", "targets", codec)
+    blocks = blocks_of(rows, "sampled" if codec_name == SAMPLED else "topk")
+    return ShardReader(folder, writer.shard_set([writer.write(index, blocks) for index in range(num_shards)]))
+
+
+def codec_of(rows: dict[str, np.ndarray], name: str) -> Codec:
+    """The codec for these rows, ids ranked by the training text."""
     ranking = Ranking(np.argsort(-rows["train_counts"], kind="stable").astype(np.int32))
+    num_ids = NUM_DRAWS if name == SAMPLED else NUM_KEPT
+    return Codec(name, rows["tokens"].shape[1] - 1, len(ranking.ids_V), num_ids, ranking)
+
+
+def measure(
+    regime: str, rows: dict[str, np.ndarray], repeats: int, peer: DistillKit | None = None
+) -> list[dict[str, Any]]:
+    """One entry a codec; the speeds of all of them are taken in turn."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return _measure(regime, rows, repeats, peer, Path(scratch))
+
+
+def _measure(
+    regime: str, rows: dict[str, np.ndarray], repeats: int, peer: DistillKit | None, scratch: Path
+) -> list[dict[str, Any]]:
+    num_ids, length = len(rows["train_counts"]), rows["tokens"].shape[1] - 1
     shared = {
         "regime": regime,
         "vocab_size": num_ids,
@@ -71,28 +116,36 @@ def measure(regime: str, rows: dict[str, np.ndarray], repeats: int) -> list[dict
         "label_loss_nats": round(-float(rows["labels"].mean()), 3),
         "tail": round(float(rows["tail"].mean()), 4),
         "num_tokens": rows["tokens"].shape[0] * length,
+        "repeats": repeats,
         "load_average": round(os.getloadavg()[0], 1),
     }
     print("; ".join(f"{name} {value}" for name, value in shared.items()))
-    blocks = {kind: _blocks(rows, kind) for kind in ("sampled", "topk")}
+    blocks = {kind: blocks_of(rows, kind) for kind in ("sampled", "topk")}
     entries: list[dict[str, Any]] = []
     ways: dict[str, Way] = {}
     for name in (SAMPLED, *TOPK_CODECS.values()):
         kind = "sampled" if name == SAMPLED else "topk"
-        codec = Codec(name, length, num_ids, NUM_DRAWS if kind == "sampled" else NUM_KEPT, ranking)
+        codec = codec_of(rows, name)
         data = [codec.encode(block.sequences, block.targets) for block in blocks[kind]]
-        ways |= _ways(codec, blocks[kind], data)
+        ways |= _ways(codec, blocks[kind], data) | _host_ways(write_cache(scratch / name, rows, name))
         entry = shared | {"codec": name, **_bytes_of(data, shared["num_tokens"])}
+        found = [codec.decode(member, "here")[1] for member in data]
+        entry |= bounds(found, PROFILES.get(name), num_ids)
         if kind == "topk":
-            found = [codec.decode(member, "here")[1] for member in data]
             entry |= fidelity([block.targets for block in blocks[kind]], found, rows["student"])
         entries.append(entry)
+    if peer is not None:
+        theirs, their_ways = peer.measure([block.targets for block in blocks["topk"]], rows["student"], num_ids)
+        entries += [shared | entry for entry in theirs]
+        ways |= their_ways
     ways |= _plain_ways(blocks["topk"])
     speeds = _speeds(ways, shared["num_tokens"], repeats)
     for entry in entries:
-        for way in ("encode", "decode"):
-            median, fastest = speeds[f"{way} {entry['codec']}"]
-            entry |= {f"{way}_tokens_per_cpu_s": median, f"{way}_fastest_tokens_per_cpu_s": fastest}
+        for way in ("encode", "decode", "host part"):
+            if f"{way} {entry['codec']}" in speeds:
+                median, fastest = speeds[f"{way} {entry['codec']}"]
+                stem = way.replace(" ", "_")
+                entry |= {f"{stem}_tokens_per_cpu_s": median, f"{stem}_fastest_tokens_per_cpu_s": fastest}
         _print(entry)
     others = _others(rows, blocks, num_ids)
     plain_speeds = {f"{way}_tokens_per_cpu_s": speeds[f"{way} plain topk"][0] for way in ("encode", "decode")}
@@ -103,22 +156,19 @@ def measure(regime: str, rows: dict[str, np.ndarray], repeats: int) -> list[dict
     return entries
 
 
-def _blocks(rows: dict[str, np.ndarray], kind: str) -> list[Block]:
+def blocks_of(rows: dict[str, np.ndarray], kind: RecordingName) -> list[Block]:
     """As the cache stage makes them, members of 8192 targets."""
     tokens_SL1 = rows["tokens"]
     shape = (len(tokens_SL1), tokens_SL1.shape[1] - 1)
     of = {
         key: rows[key].reshape(*shape, *rows[key].shape[1:]) for key in ("ids", "logprobs", "tail", "labels", "draws")
     }
-    scored = [
-        Scored(of["draws"][s], None, None, of["labels"][s], of["labels"][s])
-        if kind == "sampled"
-        else Scored(of["ids"][s], of["logprobs"][s], of["tail"][s], of["labels"][s], of["labels"][s])
-        for s in range(len(tokens_SL1))
-    ]
+    no_tails_SLT = np.zeros((*shape, 0), np.float32)
+    columns = [of["draws"], of["ids"], of["logprobs"], of["tail"], no_tails_SLT, of["labels"], of["labels"]]
+    scored = [Scored(*(column[s] for column in columns)) for s in range(len(tokens_SL1))]
     blocks, start = [], 0
     for part in split_blocks(Sequences(tokens_SL1, rows["starts"], np.ones(tokens_SL1.shape, np.bool_))):
-        blocks.append(Block(part, to_targets(scored[start : start + len(part)])))
+        blocks.append(Block(part, to_targets(scored[start : start + len(part)], kind)))
         start += len(part)
     return blocks
 
@@ -142,6 +192,17 @@ def _ways(codec: Codec, blocks: list[Block], data: list[bytes]) -> dict[str, Way
         f"encode {codec.name}": lambda: [codec.encode(block.sequences, block.targets) for block in blocks],
         f"decode {codec.name}": lambda: [codec.decode(member, "here") for member in data],
     }
+
+
+def _host_ways(reader: ShardReader) -> dict[str, Way]:
+    """What a host does where a device decodes: each member is read, and its sequences gathered into a buffer."""
+
+    def read() -> None:
+        for member in range(reader.shard_set.num_members):
+            block = reader.read_stored(0, member)
+            gather([(block, row) for row in range(len(block))], pin=False)
+
+    return {f"host part {reader.codec.name}": read}
 
 
 def _plain_ways(blocks: list[Block]) -> dict[str, Way]:
@@ -184,10 +245,10 @@ def _others(rows: dict[str, np.ndarray], blocks: dict[str, list[Block]], num_ids
         "plain sampled 50": round(8 * ids_a_row + 4 * 3, 2),
         "plain topk 64": float(8 * NUM_KEPT + 4 * 3),
         # ids bit-packed, the first 16 logprobs in bfloat16, six float32 coefficients of a polynomial for the others
-        "DistillKit k=64, 16 exact, polynomial": id_bits * NUM_KEPT / 8 + 16 * 2 + 6 * 4,
-        "DistillKit k=64, bfloat16": id_bits * NUM_KEPT / 8 + NUM_KEPT * 2,
-        "DistillKit k=128, as recommended": id_bits * 128 / 8 + 16 * 2 + 6 * 4,
-        "Megatron-LM k=64, zstd 3": round(_megatron(blocks["topk"]), 2),
+        "DistillKit's layout, k=64, 16 exact, polynomial": id_bits * NUM_KEPT / 8 + 16 * 2 + 6 * 4,
+        "DistillKit's layout, k=64, bfloat16": id_bits * NUM_KEPT / 8 + NUM_KEPT * 2,
+        "DistillKit's layout, k=128, as recommended": id_bits * 128 / 8 + 16 * 2 + 6 * 4,
+        "Megatron-LM's layout, k=64, zstd 3": round(_megatron(blocks["topk"]), 2),
     }
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from capgap.schemas.base import Record
-from capgap.schemas.run_cache import Profile
+from capgap.schemas.run_cache import Profile, RecordingName
+from capgap.schemas.run_corpus import ContextRule
 
 
 class TokenizerFacts(Record):
@@ -40,8 +39,8 @@ class CorpusFacts(Record):
     tokenizer: TokenizerFacts
     """The tokenizer in the folder `tokenizer`."""
 
-    context: Literal["packed"] = "packed"
-    """`packed`: a model sees the whole packed sequence, across documents. Teacher and student alike."""
+    context: ContextRule = "packed"
+    """`packed`: a model sees the whole packed sequence, across documents. `document`: each document by itself."""
 
     splits: dict[str, SplitFacts]
     """teacher, student, heldout."""
@@ -69,17 +68,8 @@ class ModelFacts(Record):
     """The folder `model` of the stage, or the folder or id that was given."""
 
 
-class CacheFacts(Record):
-    """What the cache stage hands on."""
-
-    tokenizer: TokenizerFacts
-    """Of corpus and teacher."""
-
-    context: Literal["packed"]
-    """The corpus's; students must keep it."""
-
-    recording: Literal["sampled", "topk"]
-    """How distributions are kept."""
+class RecordingFacts(Record):
+    """One recording of a cache; its shard set has the recording's name."""
 
     num_ids: int
     """Draws a token (`sampled`) or ids kept a token (`topk`)."""
@@ -87,11 +77,43 @@ class CacheFacts(Record):
     profile: Profile | None = None
     """How exactly `topk` logprobs are stored; None for `sampled`, whose counts are exact."""
 
+    temperatures: tuple[float, ...]
+    """At which a student can train, rising; for `sampled` the one at which was drawn."""
+
+
+class CacheFacts(Record):
+    """What the cache stage hands on."""
+
+    tokenizer: TokenizerFacts
+    """Of corpus and teacher."""
+
+    context: ContextRule
+    """The corpus's; students must keep it."""
+
     temperature: float
-    """At which the teacher was recorded; the only one at which a student can train."""
+    """At which the teacher was recorded: of all logprobs that are stored."""
+
+    recordings: dict[RecordingName, RecordingFacts]
+    """What was kept, by name."""
 
     padded_vocab_size: int
     """Of the teacher."""
+
+    engines: tuple[str, ...]
+    """Every engine, with its version, that scored a shard, sorted."""
+
+    dtypes: tuple[str, ...]
+    """Of the teacher's weights and activations, sorted; more than one only where shards were scored differently."""
+
+    mean_label_loss: float
+    """Mean of minus the teacher's logprob of the real next token, nats."""
+
+
+class ShardFacts(Record):
+    """What a cache that is being made knows of one finished shard: written last, after the shard's files."""
+
+    sha256: dict[RecordingName, str]
+    """Digests of the shard's files, by recording."""
 
     engine: str
     """Engine and its version."""
@@ -99,5 +121,8 @@ class CacheFacts(Record):
     dtype: str
     """Of the teacher's weights and activations."""
 
-    mean_label_loss: float
-    """Mean of minus the teacher's logprob of the real next token, nats."""
+    num_targets: int
+    """Targets in the shard."""
+
+    label_loss: float
+    """Sum over them of minus the teacher's logprob of the real next token, nats."""

@@ -9,9 +9,10 @@ notice that an input was made again and came out different.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
 from capgap.schemas.base import Record
 
@@ -48,23 +49,48 @@ class SourceEntry(Record):
     """Digest of the bytes."""
 
 
-class MemberEntry(Record):
-    """One member of a shard: a block of packed sequences."""
+class Member(NamedTuple):
+    """One member of a shard: a block of packed sequences.
+
+    Attributes:
+        key: its name up to the first dot.
+        offset: byte of the shard at which its data begins.
+        num_bytes: length of the data.
+        num_sequences: sequences in the block.
+        crc32: of the data as stored.
+    """
 
     key: str
-    """Member name up to its first dot."""
-
     offset: int
-    """Byte of the shard at which the member's data begins."""
-
     num_bytes: int
+    num_sequences: int
+    crc32: int
+
+
+class Members(Record):
+    """The members of a shard in the order of the file, a list a property: a cache has a million of them."""
+
+    offset: tuple[int, ...] = ()
+    """Byte of the shard at which each member's data begins."""
+
+    num_bytes: tuple[int, ...] = ()
     """Length of the data."""
 
-    num_sequences: int
+    num_sequences: tuple[int, ...] = ()
     """Sequences in the block."""
 
-    crc32: int
+    crc32: tuple[int, ...] = ()
     """Of the data as stored."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        lengths = [len(self.offset), len(self.num_bytes), len(self.num_sequences), len(self.crc32)]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"members: found lists of {lengths}, expected equal lengths")
+        return self
+
+    def __len__(self) -> int:
+        return len(self.offset)
 
 
 class ShardEntry(Record):
@@ -76,8 +102,23 @@ class ShardEntry(Record):
     num_sequences: int
     """Sequences in all its members."""
 
-    members: tuple[MemberEntry, ...]
-    """In the order of the file."""
+    members: Members
+    """What lies in it."""
+
+    def member(self, number: int) -> Member:
+        """The member of that number, counted from 0."""
+        of = self.members
+        return Member(
+            f"{self.file.path.removesuffix('.tar')}-{number:04d}",
+            of.offset[number],
+            of.num_bytes[number],
+            of.num_sequences[number],
+            of.crc32[number],
+        )
+
+    def each_member(self) -> Iterator[Member]:
+        """All of them, in order."""
+        return map(self.member, range(len(self.members)))
 
 
 class ShardSet(Record):
@@ -99,6 +140,11 @@ class ShardSet(Record):
     def num_sequences(self) -> int:
         """Sequences in all shards."""
         return sum(shard.num_sequences for shard in self.shards)
+
+    @property
+    def num_members(self) -> int:
+        """Members of all shards."""
+        return sum(len(shard.members) for shard in self.shards)
 
     @property
     def num_tokens(self) -> int:

@@ -1,6 +1,7 @@
 """The records that a shard holds, as arrays: packed sequences, and the teacher's targets for them.
 
-Legend: B sequences in a block, L targets a sequence, K ids kept a row, D distinct ids of a whole block.
+Legend: B sequences in a block, L targets a sequence, K ids kept a row, T further temperatures, D distinct ids of
+a whole block.
 """
 
 from __future__ import annotations
@@ -61,12 +62,16 @@ class TopkTargets:
         logprobs_BLK: their logprobs [B, L, K], float32, nats.
         tail_BL: probability of every other id together [B, L], float32.
         label_logprobs_BL: the teacher's logprob of the real next token [B, L], float32, nats.
+        log_tails_BLT: for each further temperature, the logarithm of the sum of p^(temperature / T) over every other
+            id [B, L, T], float32; -inf where there is none. At T the kept ids' probabilities and the tail are
+            proportional to exp(logprob)^(temperature / T) and to that sum.
     """
 
     ids_BLK: IntArray
     logprobs_BLK: FloatArray
     tail_BL: FloatArray
     label_logprobs_BL: FloatArray
+    log_tails_BLT: FloatArray
 
 
 Targets = SampledTargets | TopkTargets

@@ -12,14 +12,19 @@ Profile = Literal["lossless", "near-lossless", "compact", "small"]
 """How exactly `topk` logprobs are stored."""
 
 
+RecordingName = Literal["sampled", "topk"]
+"""How a distribution is kept; the name of a shard set of the cache."""
+
+
 class CacheSettings(Record):
     """How the teacher's distribution after every token is kept."""
 
     engine: Literal["vllm", "transformers"] = "vllm"
     """What runs the teacher. `transformers` is the slow reference."""
 
-    recording: Literal["sampled", "topk"] = "sampled"
-    """`sampled`: ids and counts of systematic draws, an unbiased target. `topk`: the likeliest ids, and the tail."""
+    recording: Literal["sampled", "topk", "both"] = "sampled"
+    """`sampled`: ids and counts of systematic draws, an unbiased target. `topk`: the likeliest ids, and the tail.
+    `both`: side by side from one pass of the teacher; a training takes one, `train.recording`."""
 
     num_draws: int | None = Field(None, ge=1, le=65535)
     """Draws a token, for `sampled`; 50 where it is left out."""
@@ -34,6 +39,9 @@ class CacheSettings(Record):
 
     temperature: float = Field(1.0, gt=0)
     """The teacher's logits are divided by this before they are kept; students train at the same temperature."""
+
+    extra_temperatures: tuple[float, ...] = ()
+    """Further temperatures at which students can train, for `topk`: the tail is kept at each of them too."""
 
     seed: int = Field(0, ge=0)
     """Seed of the draws. Each offset is a pure function of seed, sequence and position."""
@@ -61,21 +69,46 @@ class CacheSettings(Record):
             raise ValueError("cache.num_kept: found with recording sampled, expected topk; use cache.num_draws")
         if self.recording == "sampled" and self.profile is not None:
             raise ValueError("cache.profile: found with recording sampled, expected topk; counts are always exact")
+        if self.recording == "sampled" and self.extra_temperatures:
+            raise ValueError(
+                "cache.extra_temperatures: found with recording sampled, expected topk; draws are of one temperature"
+            )
+        every = (self.temperature, *self.extra_temperatures)
+        if len(set(every)) < len(every) or not all(0 < temperature < float("inf") for temperature in every):
+            raise ValueError(
+                f"cache.extra_temperatures: found {list(self.extra_temperatures)}, expected numbers above 0, none "
+                f"twice, and not {self.temperature:g}, which is cache.temperature"
+            )
         return self
 
     @property
-    def num_ids(self) -> int:
-        """Draws a token (`sampled`) or ids kept a token (`topk`)."""
-        if self.recording == "sampled":
+    def recordings(self) -> tuple[RecordingName, ...]:
+        """What is kept, by name."""
+        return ("sampled", "topk") if self.recording == "both" else (self.recording,)
+
+    def num_ids(self, recording: RecordingName) -> int:
+        """Draws a token (`sampled`) or ids kept a token (`topk`); 0 for a recording that is not made."""
+        if recording not in self.recordings:
+            return 0
+        if recording == "sampled":
             return self.num_draws if self.num_draws is not None else 50
         return self.num_kept if self.num_kept is not None else 64
 
     @property
     def stored_profile(self) -> Profile | None:
-        """The profile of `topk`, None for `sampled`."""
-        return None if self.recording == "sampled" else self.profile or "near-lossless"
+        """The profile of `topk`, None without it."""
+        return None if "topk" not in self.recordings else self.profile or "near-lossless"
+
+    @property
+    def sorted_temperatures(self) -> tuple[float, ...]:
+        """The further temperatures, rising."""
+        return tuple(sorted(self.extra_temperatures))
 
     def decisive(self) -> dict[str, Any]:
-        """As for every record, with number of ids and profile spelt out where they were left out."""
-        spelt_out = {"num_draws" if self.recording == "sampled" else "num_kept": self.num_ids}
-        return super().decisive() | spelt_out | {"profile": self.stored_profile}
+        """As for every record, with numbers of ids and profile spelt out where they were left out."""
+        return super().decisive() | {
+            "num_draws": self.num_ids("sampled") or None,
+            "num_kept": self.num_ids("topk") or None,
+            "profile": self.stored_profile,
+            "extra_temperatures": list(self.sorted_temperatures),
+        }

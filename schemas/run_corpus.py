@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from capgap.schemas.base import Record
 
+ContextRule = Literal["packed", "document"]
+"""What a model sees before a token: all of the packed sequence, or its own document alone."""
+
 
 class CorpusSettings(Record):
     """Which text, how it becomes tokens, and who may see which part of it."""
@@ -30,6 +33,10 @@ class CorpusSettings(Record):
 
     long_documents: Literal["split", "drop", "refuse"] = "split"
     """What happens to a document longer than a sequence: split over several, left out and counted, or an error."""
+
+    context: ContextRule = "packed"
+    """What a model sees before a token. `packed`: all of the sequence, across documents. `document`: its own document
+    alone, from position 0; so the teacher can score it, but no student is trained so yet."""
 
     teacher_fraction: float = Field(0.7, ge=0, lt=1)
     """Share of the documents that trains the teacher and that the student never sees. 0 for a given teacher."""

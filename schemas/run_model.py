@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.run_cache import RecordingName
 
 
 class ModelShape(Record):
@@ -89,6 +90,10 @@ class OptimizationSettings(Record):
     """At a damaged block of sequences: `stop`, or `skip` it, say so, and take others in their place. It decides nothing
     where the shards are sound, and a training that met damage can go on; more than 0.1 % damaged stops in any case."""
 
+    decode: Literal["host", "device"] = Field("host", json_schema_extra=OPERATIONAL)
+    """Where stored sequences become ids and probabilities: in threads of the `host`, or on the `device` that trains,
+    which leaves the host a part of the work. Batches are the same, but for the rounding of float32."""
+
     log_every_steps: int = Field(10, ge=1, json_schema_extra=OPERATIONAL)
     """Interval of the rows in metrics.csv."""
 
@@ -112,6 +117,13 @@ class TrainSettings(OptimizationSettings):
 
     alpha: float = Field(1.0, ge=0, le=1)
     """Weight of the KL to the teacher; cross-entropy with the text has weight 1 - alpha. 0 is cross-entropy alone."""
+
+    recording: RecordingName | None = None
+    """Which recording of the cache to learn from; needed where it has both."""
+
+    temperature: float | None = Field(None, gt=0)
+    """At which teacher and student are compared, the cache's where it is left out: `cache.temperature`, or for `topk`
+    also one of `cache.extra_temperatures`."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """What is called KL here: `forward_kl`, KL(teacher || student); `reverse_kl`; or `jsd`, the generalised

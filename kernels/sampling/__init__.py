@@ -10,7 +10,7 @@ a pure function of seed, sequence and position.
 
 Cost on one CPU thread at n = 64: 11 us a row at V = 4096, 55 us at V = 32000; the likeliest 64 ids take 26 and 92.
 Memory on a GPU is two or three float32 copies of the logits: hand over a chunk of rows at a time.
-`reference.py` holds the same two functions in float64.
+`reference.py` holds `sampled_rows` and `topk_rows` in float64; `sampled_and_topk_rows` gives both from one softmax.
 
 >>> import torch
 >>> logits_NV = torch.tensor([[0.5, 0.25, 0.25, 0.0]]).log()
@@ -19,6 +19,6 @@ tensor([[0, 0, 1, 2]], dtype=torch.int32)
 """
 
 from capgap.kernels.sampling.offsets import offsets
-from capgap.kernels.sampling.rows import SampledRows, TopkRows, sampled_rows, topk_rows
+from capgap.kernels.sampling.rows import SampledRows, TopkRows, sampled_and_topk_rows, sampled_rows, topk_rows
 
-__all__ = ["SampledRows", "TopkRows", "offsets", "sampled_rows", "topk_rows"]
+__all__ = ["SampledRows", "TopkRows", "offsets", "sampled_and_topk_rows", "sampled_rows", "topk_rows"]

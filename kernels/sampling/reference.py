@@ -1,18 +1,25 @@
 """The scorers in plain float64: the truth that the fast ones are tested against. Logprobs and tails are float64 too.
 
-Legend: N rows, V vocabulary, K ids kept, n draws.
+Legend: N rows, V vocabulary, K ids kept, T further temperatures, n draws.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from capgap.kernels.sampling.rows import SampledRows, TopkRows, check_draws, check_num_kept, check_rows
+from capgap.kernels.sampling.rows import SampledRows, TopkRows, check_draws, check_num_kept, check_powers, check_rows
 
 
 def topk_rows(
-    logits_NV: Tensor, labels_N: Tensor, num_kept: int, temperature: float = 1.0, vocab_size: int | None = None
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    num_kept: int,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    powers: Sequence[float] = (),
 ) -> TopkRows:
     """The `num_kept` likeliest ids of softmax(logits / temperature), by a full sort.
 
@@ -22,12 +29,18 @@ def topk_rows(
     check_rows(logits_NV, labels_N, temperature, vocab_size)
     logprobs_NV = torch.log_softmax(logits_NV[:, :vocab_size].double() / temperature, -1)
     check_num_kept(num_kept, logprobs_NV.shape[1])
+    check_powers(powers)
     sorted_NV, ids_NV = logprobs_NV.sort(dim=-1, descending=True)
     return TopkRows(
         ids_NV[:, :num_kept].to(torch.int32),
         sorted_NV[:, :num_kept],
         sorted_NV[:, num_kept:].exp().sum(-1),
         _at_label(logprobs_NV, labels_N),
+        torch.stack(
+            [torch.logsumexp(sorted_NV[:, num_kept:] * power, -1) for power in powers]
+            or [sorted_NV.new_empty(len(sorted_NV))],
+            dim=1,
+        )[:, : len(powers)],
     )
 
 

@@ -6,12 +6,13 @@ A CPU goes through a few rows at a time, in memory that stays mapped and partly 
 V / 32 block sums in float64, then look inside the hit blocks only. Memory beyond the logits, off the CPU: N x V float32
 two or three times, and for draws N x n x 32 float32 twice.
 
-Legend: N rows, V vocabulary, K ids kept, n draws, G blocks of ids, D = N x n draws of all rows.
+Legend: N rows, V vocabulary, K ids kept, T further temperatures, n draws, G blocks of ids, D = N x n draws of all
+rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +33,14 @@ class TopkRows:
         tail_N: probability of all other ids together, float32; exactly 0 where K = V.
         label_logprobs_N: logprob of the label, float32, nats; bit for bit the entry in `logprobs_NK` where it is kept,
             -inf where the label is no id of the vocabulary.
+        log_tails_NT: log of the sum of p^power over all other ids, float32, one column a power; -inf where K = V.
     """
 
     ids_NK: Tensor
     logprobs_NK: Tensor
     tail_N: Tensor
     label_logprobs_N: Tensor
+    log_tails_NT: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,12 @@ class SampledRows:
 
 
 def topk_rows(
-    logits_NV: Tensor, labels_N: Tensor, num_kept: int, temperature: float = 1.0, vocab_size: int | None = None
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    num_kept: int,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    powers: Sequence[float] = (),
 ) -> TopkRows:
     """The `num_kept` likeliest ids of softmax(logits / temperature).
 
@@ -68,25 +76,18 @@ def topk_rows(
         num_kept: K, at most the vocabulary.
         temperature: the logits are divided by it.
         vocab_size: columns at or past it are dropped before anything else; None keeps all.
+        powers: temperature / T for each further temperature T at which the tail is wanted too: the probabilities at T
+            are proportional to these powers of those at `temperature`.
 
     Raises:
         ValueError: shapes, dtypes or settings do not fit.
     """
     check_rows(logits_NV, labels_N, temperature, vocab_size)
     check_num_kept(num_kept, logits_NV.shape[1] if vocab_size is None else vocab_size)
-    num_rows = len(logits_NV)
-    rows = TopkRows(
-        logits_NV.new_empty((num_rows, num_kept), dtype=torch.int32),
-        logits_NV.new_empty((num_rows, num_kept), dtype=torch.float32),
-        logits_NV.new_empty(num_rows, dtype=torch.float32),
-        logits_NV.new_empty(num_rows, dtype=torch.float32),
-    )
+    check_powers(powers)
+    rows = _empty_topk(logits_NV, num_kept, len(powers))
     for part in _parts(logits_NV):
-        logprobs_NV = _logprobs(logits_NV[part], temperature, vocab_size)
-        rows.label_logprobs_N[part] = _at_label(logprobs_NV, labels_N[part])
-        rows.logprobs_NK[part], ids_NK = torch.topk(logprobs_NV, num_kept, dim=-1)
-        rows.ids_NK[part] = ids_NK
-        rows.tail_N[part] = logprobs_NV.scatter_(-1, ids_NK, float("-inf")).exp_().sum(-1)
+        _keep(rows, part, _logprobs(logits_NV[part], temperature, vocab_size), labels_N[part], powers)
     return rows
 
 
@@ -115,19 +116,40 @@ def sampled_rows(
     """
     check_rows(logits_NV, labels_N, temperature, vocab_size)
     check_draws(offsets_N, num_draws, logits_NV)
-    steps_n = torch.arange(num_draws, dtype=torch.float64, device=logits_NV.device)
-    points_Nn = ((steps_n + offsets_N.double()[:, None]) / num_draws).clamp_(0, _LARGEST_POINT)
-    rows = SampledRows(
-        logits_NV.new_empty(points_Nn.shape, dtype=torch.int32),
-        logits_NV.new_empty(len(logits_NV), dtype=torch.float32),
-        logits_NV.new_empty(len(logits_NV), dtype=torch.float32),
-    )
+    points_Nn = _points(offsets_N, num_draws)
+    rows = _empty_sampled(logits_NV, num_draws)
     for part in _parts(logits_NV):
         logprobs_NV = _logprobs(logits_NV[part], temperature, vocab_size)
-        rows.label_logprobs_N[part] = _at_label(logprobs_NV, labels_N[part])
-        rows.top_logprobs_N[part] = logprobs_NV.amax(-1)
-        rows.draws_Nn[part] = _inverse_cdf(logprobs_NV.exp_(), points_Nn[part])
+        _draw(rows, part, logprobs_NV, labels_N[part], points_Nn[part], logprobs_NV)
     return rows
+
+
+def sampled_and_topk_rows(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    offsets_N: Tensor,
+    num_draws: int,
+    num_kept: int,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    powers: Sequence[float] = (),
+) -> tuple[SampledRows, TopkRows]:
+    """What `sampled_rows` and `topk_rows` give, bit for bit, from one softmax.
+
+    Raises:
+        ValueError: as they.
+    """
+    check_rows(logits_NV, labels_N, temperature, vocab_size)
+    check_draws(offsets_N, num_draws, logits_NV)
+    check_num_kept(num_kept, logits_NV.shape[1] if vocab_size is None else vocab_size)
+    check_powers(powers)
+    points_Nn = _points(offsets_N, num_draws)
+    drawn, kept = _empty_sampled(logits_NV, num_draws), _empty_topk(logits_NV, num_kept, len(powers))
+    for part in _parts(logits_NV):
+        logprobs_NV = _logprobs(logits_NV[part], temperature, vocab_size)
+        _draw(drawn, part, logprobs_NV, labels_N[part], points_Nn[part], torch.empty_like(logprobs_NV))
+        _keep(kept, part, logprobs_NV, labels_N[part], powers)
+    return drawn, kept
 
 
 def check_rows(logits_NV: Tensor, labels_N: Tensor, temperature: float, vocab_size: int | None) -> None:
@@ -149,6 +171,13 @@ def check_num_kept(num_kept: int, vocab_size: int) -> None:
     """Raise ValueError where so many ids cannot be kept."""
     if not 1 <= num_kept <= vocab_size:
         raise ValueError(f"num_kept: got {num_kept}, expected 1 to {vocab_size}, the vocabulary")
+
+
+def check_powers(powers: Sequence[float]) -> None:
+    """Raise ValueError where a power is not that of a temperature."""
+    for power in powers:
+        if not 0.0 < power < float("inf"):
+            raise ValueError(f"powers: got {power}, expected finite numbers above 0")
 
 
 def check_draws(offsets_N: Tensor, num_draws: int, logits_NV: Tensor) -> None:
@@ -179,6 +208,51 @@ def _logprobs(logits_NV: Tensor, temperature: float, vocab_size: int | None) -> 
     if temperature != 1.0:
         logits_NV = logits_NV.float() / temperature
     return torch.log_softmax(logits_NV, -1, dtype=torch.float32)
+
+
+def _empty_topk(logits_NV: Tensor, num_kept: int, num_powers: int) -> TopkRows:
+    num_rows = len(logits_NV)
+    return TopkRows(
+        logits_NV.new_empty((num_rows, num_kept), dtype=torch.int32),
+        logits_NV.new_empty((num_rows, num_kept), dtype=torch.float32),
+        logits_NV.new_empty(num_rows, dtype=torch.float32),
+        logits_NV.new_empty(num_rows, dtype=torch.float32),
+        logits_NV.new_empty((num_rows, num_powers), dtype=torch.float32),
+    )
+
+
+def _empty_sampled(logits_NV: Tensor, num_draws: int) -> SampledRows:
+    num_rows = len(logits_NV)
+    return SampledRows(
+        logits_NV.new_empty((num_rows, num_draws), dtype=torch.int32),
+        logits_NV.new_empty(num_rows, dtype=torch.float32),
+        logits_NV.new_empty(num_rows, dtype=torch.float32),
+    )
+
+
+def _points(offsets_N: Tensor, num_draws: int) -> Tensor:
+    steps_n = torch.arange(num_draws, dtype=torch.float64, device=offsets_N.device)
+    return ((steps_n + offsets_N.double()[:, None]) / num_draws).clamp_(0, _LARGEST_POINT)
+
+
+def _keep(rows: TopkRows, part: slice, logprobs_NV: Tensor, labels_N: Tensor, powers: Sequence[float]) -> None:
+    """Fill in a part; the logprobs are used up."""
+    rows.label_logprobs_N[part] = _at_label(logprobs_NV, labels_N)
+    rows.logprobs_NK[part], ids_NK = torch.topk(logprobs_NV, rows.ids_NK.shape[1], dim=-1)
+    rows.ids_NK[part] = ids_NK
+    logprobs_NV.scatter_(-1, ids_NK, float("-inf"))
+    for number, power in enumerate(powers):
+        rows.log_tails_NT[part, number] = torch.logsumexp(logprobs_NV * power, -1)
+    rows.tail_N[part] = logprobs_NV.exp_().sum(-1)
+
+
+def _draw(
+    rows: SampledRows, part: slice, logprobs_NV: Tensor, labels_N: Tensor, points_Nn: Tensor, probs_NV: Tensor
+) -> None:
+    """Fill in a part; the probabilities go to `probs_NV`, which may be the memory of the logprobs."""
+    rows.label_logprobs_N[part] = _at_label(logprobs_NV, labels_N)
+    rows.top_logprobs_N[part] = logprobs_NV.amax(-1)
+    rows.draws_Nn[part] = _inverse_cdf(torch.exp(logprobs_NV, out=probs_NV), points_Nn)
 
 
 def _at_label(logprobs_NV: Tensor, labels_N: Tensor) -> Tensor:

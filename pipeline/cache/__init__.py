@@ -2,8 +2,9 @@
 
     corpus shard --requests--> engine (vllm: captured on the worker, where the logits are; transformers: the reference)
                                   |
-         target shard <--codec-- Targets <--convert-- Scored (ids, logprobs, the label's logprob; whole arrays)
+        target shards <--codec-- Targets <--convert-- Scored (ids, logprobs, the label's logprob; whole arrays)
 
-One corpus shard is one submission and one target shard: the batches, and so the rounding, depend on the shard alone.
-A finished target shard is verified and skipped.
+One corpus shard is one submission and one target shard in each recording (`shards.py`): the batches, and so the
+rounding, depend on the shard alone. A finished shard is verified and skipped. Shards are encoded and written by threads
+of their own while the teacher is at the next one (`overlap.py`).
 """

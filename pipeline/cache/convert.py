@@ -1,33 +1,65 @@
-"""Scored sequences into the records of a shard.
+"""Scored sequences into the records of a shard, and documents of a sequence into requests of their own and back.
 
 Legend: B sequences, L targets, K ids kept, n draws, D distinct ids of the block.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
-from capgap.pipeline.cache.scoring import Scored
-from capgap.schemas.records import SampledTargets, Targets, TopkTargets
+from capgap.pipeline.cache.scoring import Request, Scored, sequence_digest
+from capgap.schemas.records import BoolArray, FloatArray, IntArray, SampledTargets, Targets, TopkTargets
+from capgap.schemas.run_cache import RecordingName
+from capgap.schemas.run_corpus import ContextRule
 
 
-def to_targets(scored: Sequence[Scored]) -> Targets:
-    """The targets of one block."""
+def to_requests(tokens_L1: IntArray, starts_L1: BoolArray, context: ContextRule) -> list[Request]:
+    """What the engine is asked for one sequence: all of it, or under the rule `document` each document by itself.
+
+    A document's request ends with the token after it, which is the label of its last target: that target is what the
+    teacher expects after the document, whatever follows. A document that began in an earlier sequence begins anew.
+    Its draws depend on sequence and place, so that a document that comes twice is drawn from twice.
+    """
+    if context == "packed":
+        return [Request(tokens_L1)]
+    length = len(tokens_L1) - 1
+    firsts = [0, *(int(i) for i in np.flatnonzero(starts_L1[:length]) if i > 0), length]
+    digest = sequence_digest(tokens_L1)
+    return [Request(tokens_L1[first : end + 1], _place_digest(digest, first)) for first, end in pairwise(firsts)]
+
+
+def join(parts: Sequence[Scored]) -> Scored:
+    """The rows of a sequence's requests, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    names = [field.name for field in dataclasses.fields(Scored)]
+    return Scored(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def to_targets(scored: Sequence[Scored], recording: RecordingName) -> Targets:
+    """The targets of one block in one of the recordings."""
     label_logprobs_BL = np.stack([s.label_logprobs_L for s in scored])
-    ids_BLK = np.stack([s.ids_LK for s in scored])
-    if scored[0].logprobs_LK is None:
-        return _count(ids_BLK, label_logprobs_BL)
+    if recording == "sampled":
+        return _count(np.stack([s.draws_Ln for s in scored]), label_logprobs_BL)
     return TopkTargets(
-        ids_BLK,
-        np.stack([s.logprobs_LK for s in scored if s.logprobs_LK is not None]),
-        np.stack([s.tail_L for s in scored if s.tail_L is not None]),
+        np.stack([s.ids_LK for s in scored]),
+        np.stack([s.logprobs_LK for s in scored]),
+        np.stack([s.tail_L for s in scored]),
         label_logprobs_BL,
+        np.stack([s.log_tails_LT for s in scored]),
     )
 
 
-def _count(draws_BLn: np.ndarray, label_logprobs_BL: np.ndarray) -> SampledTargets:
+def _place_digest(sequence: bytes, first: int) -> bytes:
+    return hashlib.blake2b(sequence + first.to_bytes(4, "little"), digest_size=16).digest()
+
+
+def _count(draws_BLn: IntArray, label_logprobs_BL: FloatArray) -> SampledTargets:
     """Run lengths of each row's ascending draws."""
     num_draws = draws_BLn.shape[2]
     draws_Nn = draws_BLn.reshape(-1, num_draws)

@@ -1,6 +1,7 @@
 """What an engine is asked for and what it answers; the part of the work that is the same in every engine.
 
-Legend: L targets of a sequence, K ids kept or n draws, N rows, V vocabulary.
+Legend: L targets of a request, K ids kept, n draws, T further temperatures, N rows, V vocabulary, C = n + K,
+W = 3 + T + K with `topk`, else 2.
 """
 
 from __future__ import annotations
@@ -8,13 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from capgap.kernels.sampling import offsets, sampled_rows, topk_rows
+from capgap.kernels.sampling import TopkRows, offsets, sampled_and_topk_rows, sampled_rows, topk_rows
 from capgap.schemas.errors import InputError
 
 
@@ -23,49 +24,66 @@ class Recording:
     """How rows of logits are turned into what is kept.
 
     Attributes:
-        kind: `sampled` or `topk`.
-        num_ids: n draws or K kept ids.
+        num_draws: n of `sampled`; 0 where nothing is drawn.
+        num_kept: K of `topk`; 0 where the likeliest ids are not kept.
         temperature: logits are divided by it.
         seed: of the draws.
         vocab_size: real vocabulary; columns past it are dropped.
         chunk_rows: rows of logits held at once.
+        extra_temperatures: at which the tail of `topk` is kept too.
     """
 
-    kind: Literal["sampled", "topk"]
-    num_ids: int
+    num_draws: int
+    num_kept: int
     temperature: float
     seed: int
     vocab_size: int
     chunk_rows: int
+    extra_temperatures: Sequence[float] = ()
+
+    @property
+    def powers(self) -> tuple[float, ...]:
+        """Probabilities at each further temperature are proportional to these powers of those at `temperature`."""
+        return tuple(self.temperature / other for other in self.extra_temperatures)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence of L + 1 tokens to be scored."""
+    """Tokens to be scored by themselves: a sequence of L + 1 tokens, or a document's part of one.
+
+    Attributes:
+        tokens_L1: the last one is a label alone.
+        key: what the draws depend on beside seed and position; the tokens' digest where it is left out.
+    """
 
     tokens_L1: npt.NDArray[np.int32]
+    key: bytes | None = None
 
     @property
     def digest(self) -> bytes:
-        """Of the tokens: the key of the sequence's draws, wherever and whenever it is scored."""
-        return sequence_digest(self.tokens_L1)
+        """The key of the request's draws, wherever and whenever it is scored."""
+        return sequence_digest(self.tokens_L1) if self.key is None else self.key
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What is kept of one sequence.
+    """What is kept of one request.
 
     Attributes:
-        ids_LK: ids by falling probability (`topk`) or ascending draws (`sampled`), int32.
-        logprobs_LK: of those ids, float32; None for `sampled`.
-        tail_L: probability of all other ids, float32; None for `sampled`.
+        draws_Ln: ascending draws, int32; of no column without `sampled`.
+        ids_LK: ids by falling probability, int32; of no column without `topk`, like all but the last two.
+        logprobs_LK: of those ids, float32.
+        tail_L: probability of all other ids, float32; 0 without `topk`.
+        log_tails_LT: log of the sum of p^(temperature / T) over those, for each further temperature T, float32.
         label_logprobs_L: of the real next token, float32.
         top_logprobs_L: the teacher's own top logprob: all columns, temperature 1, float32.
     """
 
+    draws_Ln: npt.NDArray[np.int32]
     ids_LK: npt.NDArray[np.int32]
-    logprobs_LK: npt.NDArray[np.float32] | None
-    tail_L: npt.NDArray[np.float32] | None
+    logprobs_LK: npt.NDArray[np.float32]
+    tail_L: npt.NDArray[np.float32]
+    log_tails_LT: npt.NDArray[np.float32]
     label_logprobs_L: npt.NDArray[np.float32]
     top_logprobs_L: npt.NDArray[np.float32]
 
@@ -88,12 +106,13 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows as two tensors, the form in which they travel: ids [N, K] int32, numbers [N, 2 or K + 3] float32.
+    """Rows as two tensors, the form in which they travel: ids [N, C] int32, numbers [N, W] float32.
 
-    The columns of `numbers_NW` are the label's logprob, the top logprob and, for `topk`, the tail and K logprobs.
+    The columns of `ids_NC` are n draws and K kept ids; those of `numbers_NW` the label's logprob, the top logprob and,
+    for `topk`, the tail, the logarithms of the T further tails and K logprobs.
     """
 
-    ids_NK: torch.Tensor
+    ids_NC: torch.Tensor
     numbers_NW: torch.Tensor
 
 
@@ -104,24 +123,30 @@ def sequence_digest(tokens_L1: npt.NDArray[np.int32]) -> bytes:
 
 def row_offsets(recording: Recording, digest: bytes, start: int, num_rows: int) -> npt.NDArray[np.float32] | None:
     """Offsets of the draws for rows `start` and on; None where nothing is drawn."""
-    return offsets(recording.seed, digest, start, num_rows) if recording.kind == "sampled" else None
+    return offsets(recording.seed, digest, start, num_rows) if recording.num_draws else None
 
 
 def record_rows(
     recording: Recording, logits_NV: torch.Tensor, labels_N: torch.Tensor, offsets_N: torch.Tensor | None
 ) -> Packed:
     """What is kept of these rows of logits, on the device of the logits."""
-    if recording.kind == "sampled":
-        assert offsets_N is not None
-        drawn = sampled_rows(
-            logits_NV, labels_N, offsets_N, recording.num_ids, recording.temperature, recording.vocab_size
-        )
+    n, k = recording.num_draws, recording.num_kept
+    temperature, vocab_size, powers = recording.temperature, recording.vocab_size, recording.powers
+    if offsets_N is None:
+        kept = topk_rows(logits_NV, labels_N, k, temperature, vocab_size, powers)
+        return Packed(kept.ids_NK, _topk_numbers(recording, logits_NV, kept))
+    if not k:
+        drawn = sampled_rows(logits_NV, labels_N, offsets_N, n, temperature, vocab_size)
         top_N = _own_top(recording, logits_NV, drawn.top_logprobs_N)
         return Packed(drawn.draws_Nn, torch.stack([drawn.label_logprobs_N, top_N], dim=1))
-    kept = topk_rows(logits_NV, labels_N, recording.num_ids, recording.temperature, recording.vocab_size)
+    drawn, kept = sampled_and_topk_rows(logits_NV, labels_N, offsets_N, n, k, temperature, vocab_size, powers)
+    return Packed(torch.cat([drawn.draws_Nn, kept.ids_NK], dim=1), _topk_numbers(recording, logits_NV, kept))
+
+
+def _topk_numbers(recording: Recording, logits_NV: torch.Tensor, kept: TopkRows) -> torch.Tensor:
     top_N = _own_top(recording, logits_NV, kept.logprobs_NK[:, 0])
     columns = torch.stack([kept.label_logprobs_N, top_N, kept.tail_N], dim=1)
-    return Packed(kept.ids_NK, torch.cat([columns, kept.logprobs_NK], dim=1))
+    return torch.cat([columns, kept.log_tails_NT, kept.logprobs_NK], dim=1)
 
 
 def _own_top(recording: Recording, logits_NV: torch.Tensor, kept_top_N: torch.Tensor) -> torch.Tensor:
@@ -132,8 +157,10 @@ def _own_top(recording: Recording, logits_NV: torch.Tensor, kept_top_N: torch.Te
     return logits_NV.amax(dim=-1) - torch.logsumexp(logits_NV, dim=-1)
 
 
-def unpack(ids_LK: npt.NDArray[np.int32], numbers_LW: npt.NDArray[np.float32], where: str) -> Scored:
-    """One sequence's rows, taken apart.
+def unpack(
+    recording: Recording, ids_LC: npt.NDArray[np.int32], numbers_LW: npt.NDArray[np.float32], where: str
+) -> Scored:
+    """One request's rows, taken apart.
 
     Raises:
         InputError: the teacher's logits were not finite.
@@ -147,11 +174,14 @@ def unpack(ids_LK: npt.NDArray[np.int32], numbers_LW: npt.NDArray[np.float32], w
             expected="finite logprobs",
             fix="check the teacher's weights, or score in another cache.dtype",
         )
-    topk = numbers_LW.shape[1] > 2
+    first = 3 + len(recording.extra_temperatures)
+    tail_L = numbers_LW[:, 2] if recording.num_kept else np.zeros(len(numbers_LW), np.float32)
     return Scored(
-        ids_LK,
-        np.ascontiguousarray(numbers_LW[:, 3:]) if topk else None,
-        np.ascontiguousarray(numbers_LW[:, 2]) if topk else None,
+        np.ascontiguousarray(ids_LC[:, : recording.num_draws]),
+        np.ascontiguousarray(ids_LC[:, recording.num_draws :]),
+        np.ascontiguousarray(numbers_LW[:, first:]),
+        np.ascontiguousarray(tail_L),
+        np.ascontiguousarray(numbers_LW[:, 3:first]),
         np.ascontiguousarray(numbers_LW[:, 0]),
         np.ascontiguousarray(numbers_LW[:, 1]),
     )

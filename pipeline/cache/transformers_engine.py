@@ -6,6 +6,7 @@ Legend: B sequences, L targets, N rows, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -51,13 +52,14 @@ class TransformersEngine:
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
         """As `Engine.score`."""
-        if not requests:
-            return []
-        size = max(1, self._batch_tokens // len(requests[0].tokens_L1))
-        scored: list[Scored] = []
-        for start in range(0, len(requests), size):
-            scored += self._score_batch(requests[start : start + size])
-        return scored
+        # the longest first: a batch is as long as its first request, and none is padded by much
+        order = sorted(range(len(requests)), key=lambda index: -len(requests[index].tokens_L1))
+        scored: dict[int, Scored] = {}
+        while order:
+            size = max(1, self._batch_tokens // len(requests[order[0]].tokens_L1))
+            batch, order = order[:size], order[size:]
+            scored |= zip(batch, self._score_batch([requests[index] for index in batch]), strict=True)
+        return [scored[index] for index in range(len(requests))]
 
     def close(self) -> None:
         """As `Engine.close`."""
@@ -65,12 +67,17 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _score_batch(self, requests: Sequence[Request]) -> list[Scored]:
-        tokens_BL1 = torch.from_numpy(np.stack([r.tokens_L1 for r in requests])).long().to(self._device)
+        lengths = [len(r.tokens_L1) - 1 for r in requests]
+        # no token sees what follows it, so padding behind a request changes none of its rows
+        tokens_BL1 = torch.zeros((len(requests), max(lengths) + 1), dtype=torch.int64)
+        for row_L1, request in zip(tokens_BL1, requests, strict=True):
+            row_L1[: len(request.tokens_L1)] = torch.from_numpy(request.tokens_L1)
+        tokens_BL1 = tokens_BL1.to(self._device)
         hidden_BLH = self._model.base_model(input_ids=tokens_BL1[:, :-1], use_cache=False).last_hidden_state
-        hidden_NH = hidden_BLH.flatten(0, 1)
-        labels_N = tokens_BL1[:, 1:].flatten()
-        length = tokens_BL1.shape[1] - 1
-        drawn = [row_offsets(self._recording, r.digest, 0, length) for r in requests]
+        real_BL = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+        real_BL = real_BL.to(self._device)
+        hidden_NH, labels_N = hidden_BLH[real_BL], tokens_BL1[:, 1:][real_BL]
+        drawn = [row_offsets(self._recording, r.digest, 0, n) for r, n in zip(requests, lengths, strict=True)]
         offsets_N = None
         if drawn[0] is not None:
             offsets_N = torch.from_numpy(np.concatenate([d for d in drawn if d is not None])).to(self._device)
@@ -81,7 +88,7 @@ class TransformersEngine:
             parts.append(
                 record_rows(self._recording, logits_NV, labels_N[rows], None if offsets_N is None else offsets_N[rows])
             )
-        return self._split(parts, len(requests), length)
+        return self._split(parts, lengths)
 
     def _logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         logits_NV = torch.nn.functional.linear(hidden_NH.float(), self._head_VH, self._bias_V)
@@ -105,9 +112,11 @@ class TransformersEngine:
                 fix="set cache.engine to vllm",
             )
 
-    @staticmethod
-    def _split(parts: list[Packed], num_sequences: int, length: int) -> list[Scored]:
-        ids_NK = torch.cat([part.ids_NK for part in parts]).cpu().numpy()
+    def _split(self, parts: list[Packed], lengths: list[int]) -> list[Scored]:
+        ids_NC = torch.cat([part.ids_NC for part in parts]).cpu().numpy()
         numbers_NW = torch.cat([part.numbers_NW for part in parts]).cpu().numpy()
-        rows = [slice(i * length, (i + 1) * length) for i in range(num_sequences)]
-        return [unpack(ids_NK[r], numbers_NW[r], f"sequence {i} of a batch") for i, r in enumerate(rows)]
+        ends = list(accumulate(lengths, initial=0))
+        rows = [slice(*bounds) for bounds in pairwise(ends)]
+        return [
+            unpack(self._recording, ids_NC[r], numbers_NW[r], f"request {i} of a batch") for i, r in enumerate(rows)
+        ]

@@ -87,6 +87,7 @@ class VllmEngine:
             hf_overrides={"head_dtype": "float32"},
             **memory,
         )
+        self._recording = recording
         self._install(recording)
         self.name = f"vllm {vllm.__version__}"
         self.dtype = str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
@@ -127,10 +128,10 @@ class VllmEngine:
     def _scored(self, request: Request, output: Any) -> Scored:
         where = f"sequence {request.digest.hex()[:12]}"
         rows, length = output.prompt_logprobs, len(request.tokens_L1) - 1
-        if not isinstance(rows, _Rows) or len(rows.ids_LK) != length:
-            found = len(rows.ids_LK) if isinstance(rows, _Rows) else "none"
+        if not isinstance(rows, _Rows) or len(rows.ids_LC) != length:
+            found = len(rows.ids_LC) if isinstance(rows, _Rows) else "none"
             raise InputError("vLLM returned a wrong number of rows", where=where, found=found, expected=length)
-        scored = unpack(rows.ids_LK, rows.numbers_LW, where)
+        scored = unpack(self._recording, rows.ids_LC, rows.numbers_LW, where)
         _require_own_rows(output, scored, where)
         return scored
 
@@ -139,7 +140,7 @@ class _Rows:
     """What `RequestOutput.prompt_logprobs` holds: two arrays, and no Python object per logprob."""
 
     def __init__(self, tensors: Any) -> None:
-        self.ids_LK: np.ndarray = tensors[0].numpy()
+        self.ids_LC: np.ndarray = tensors[0].numpy()
         self.numbers_LW: np.ndarray = tensors[1].numpy()
 
 

@@ -92,9 +92,9 @@ class Capture:
             if span.stop < span.num_prompt:
                 continue
             del self._unfinished[span.request_id]
-            ids_LK = torch.cat([chunk.ids_NK for _, chunk in chunks])
+            ids_LC = torch.cat([chunk.ids_NC for _, chunk in chunks])
             numbers_LW = torch.cat([chunk.numbers_NW for _, chunk in chunks])
-            finished[span.request_id] = LogprobsTensors(ids_LK, numbers_LW, ids_LK[:0, 0])
+            finished[span.request_id] = LogprobsTensors(ids_LC, numbers_LW, ids_LC[:0, 0])
         return finished
 
     def _record(self, hidden_NH: torch.Tensor, logits_of: LogitsOf, spans: list[_Span]) -> list[Packed]:
@@ -116,7 +116,7 @@ class Capture:
                 )
             )
         sizes = [s.num_rows for s in spans]
-        ids = torch.split(torch.cat([part.ids_NK for part in parts]), sizes)
+        ids = torch.split(torch.cat([part.ids_NC for part in parts]), sizes)
         numbers = torch.split(torch.cat([part.numbers_NW for part in parts]), sizes)
         return [Packed(i, n) for i, n in zip(ids, numbers, strict=True)]
 

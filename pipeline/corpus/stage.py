@@ -50,7 +50,9 @@ def run(context: StageContext) -> StageResult:
     totals["num_repeated_documents"] = num_repeated
     totals["num_dropped_documents"] = sum(p.num_dropped for p in packed.values())
     return StageResult(
-        facts=CorpusFacts(tokenizer=facts, splits=splits).model_dump(mode="json"), totals=totals, shard_sets=shard_sets
+        facts=CorpusFacts(tokenizer=facts, context=settings.context, splits=splits).model_dump(mode="json"),
+        totals=totals,
+        shard_sets=shard_sets,
     )
 
 

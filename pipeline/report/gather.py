@@ -51,12 +51,13 @@ def read_curve(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
 
 
 def _cache(cache: StageInput) -> CacheSummary:
-    targets = cache.manifest.shard_sets["targets"]
+    facts, sets = CacheFacts.model_validate(cache.manifest.facts), cache.manifest.shard_sets
+    any_set = next(iter(sets.values()))
     return CacheSummary(
-        facts=CacheFacts.model_validate(cache.manifest.facts),
-        num_bytes=targets.num_bytes,
-        num_tokens=targets.num_tokens,
-        num_shards=len(targets.shards),
+        facts=facts,
+        num_bytes={name: sets[name].num_bytes for name in sorted(facts.recordings)},
+        num_tokens=any_set.num_tokens,
+        num_shards=len(any_set.shards),
     )
 
 

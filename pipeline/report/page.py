@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from capgap.pipeline.report.charts import charts
 from capgap.pipeline.report.summary import Report, StageLine
 from capgap.pipeline.report.table import HEADINGS, cells
+from capgap.schemas.facts import RecordingFacts
 
 _TEMPLATE_NAME = "report.html.j2"
 
@@ -48,22 +49,31 @@ def duration(seconds: float) -> str:
 
 def _facts(report: Report) -> tuple[tuple[str, str], ...]:
     cache, results = report.cache, report.results
-    count = "draws a token" if cache.facts.recording == "sampled" else "ids a token"
+    recordings = sorted(cache.facts.recordings.items())
+    size = sum(cache.num_bytes.values())
+    num_files = cache.num_shards * len(recordings)
     return (
-        ("recording", f"{cache.facts.recording}, {cache.facts.num_ids} {count}"),
-        ("temperature", f"{cache.facts.temperature:g}"),
+        *(
+            ("recording", f"{name}, {facts.num_ids} {'draws' if name == 'sampled' else 'ids'} a token, {_heat(facts)}")
+            for name, facts in recordings
+        ),
         ("tokens", f"{cache.num_tokens:,}"),
-        ("size", f"{cache.num_bytes / 1e6:,.1f} MB in {cache.num_shards} shard{'' if cache.num_shards == 1 else 's'}"),
-        ("bytes per token", f"{cache.bytes_per_token:.1f}"),
+        ("size", f"{size / 1e6:,.1f} MB in {num_files} shard{'' if num_files == 1 else 's'}"),
+        ("bytes per token", ", ".join(f"{cache.bytes_per_token(name):.1f}" for name, _ in recordings)),
         ("teacher's loss on the cached text", f"{cache.facts.mean_label_loss:.4f} nats per token"),
         ("vocabulary", f"{cache.facts.tokenizer.vocab_size:,} ids ({cache.facts.padded_vocab_size:,} with padding)"),
-        ("engine", f"{cache.facts.engine}, {cache.facts.dtype}"),
+        ("engine", ", ".join((*cache.facts.engines, *cache.facts.dtypes))),
         ("measured on", f"{results.num_sequences:,} held-out sequences, {results.num_labels:,} tokens"),
         (
             "full distributions on",
             f"{results.num_full_sequences:,} of these sequences, {results.num_full_labels:,} tokens",
         ),
     )
+
+
+def _heat(facts: RecordingFacts) -> str:
+    temperatures = ", ".join(f"{one:g}" for one in facts.temperatures)
+    return f"temperature{'' if len(facts.temperatures) == 1 else 's'} {temperatures}"
 
 
 def _common_versions(stages: tuple[StageLine, ...]) -> dict[str, str]:

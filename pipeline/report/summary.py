@@ -7,6 +7,7 @@ from typing import Any
 from capgap.schemas.base import Record
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.results import EvalResults, Interval
+from capgap.schemas.run_cache import RecordingName
 
 REPORT_NAME = "report.json"
 
@@ -100,19 +101,18 @@ class CacheSummary(Record):
     facts: CacheFacts
     """As the cache stage handed them on."""
 
-    num_bytes: int
-    """Of all shard files."""
+    num_bytes: dict[RecordingName, int]
+    """Of each recording's shard files."""
 
     num_tokens: int
-    """Targets in them."""
+    """Targets in each of them."""
 
     num_shards: int
-    """Shard files."""
+    """Shard files of each."""
 
-    @property
-    def bytes_per_token(self) -> float:
+    def bytes_per_token(self, recording: RecordingName) -> float:
         """What a kept distribution costs on disk, tokens and masks included."""
-        return self.num_bytes / self.num_tokens
+        return self.num_bytes[recording] / self.num_tokens
 
 
 class Curve(Record):

@@ -59,11 +59,12 @@ def build_rows(results: EvalResults) -> tuple[Row, ...]:
 
 def cache_line(cache: CacheSummary) -> str:
     """What the cache costs."""
-    count = "n" if cache.facts.recording == "sampled" else "k"
-    return (
-        f"cache: {cache.bytes_per_token:.1f} bytes per token "
-        f"(recording {cache.facts.recording}, {count} = {cache.facts.num_ids}), {cache.num_tokens:,} tokens"
+    costs = (
+        f"{cache.bytes_per_token(name):.1f} bytes per token "
+        f"(recording {name}, {'n' if name == 'sampled' else 'k'} = {facts.num_ids})"
+        for name, facts in sorted(cache.facts.recordings.items())
     )
+    return f"cache: {' and '.join(costs)}, {cache.num_tokens:,} tokens"
 
 
 def cells(row: Row) -> tuple[str, ...]:

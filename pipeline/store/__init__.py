@@ -13,7 +13,7 @@ from capgap.pipeline.store.alignment import check_alignment
 from capgap.pipeline.store.batch import Batch
 from capgap.pipeline.store.codec import Codec, codec_for
 from capgap.pipeline.store.disk_cache import DiskCache
-from capgap.pipeline.store.loader import SequenceLoader
+from capgap.pipeline.store.loader import SequenceLoader, heat_of
 from capgap.pipeline.store.mixed import MixedLoader
 from capgap.pipeline.store.order import Order
 from capgap.pipeline.store.places import is_url, place_of
@@ -36,6 +36,7 @@ __all__ = [
     "ShardWriter",
     "check_alignment",
     "codec_for",
+    "heat_of",
     "is_url",
     "place_of",
     "rank_ids",

@@ -20,9 +20,9 @@ from capgap.schemas.errors import CorruptError
 from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
 
 # The same float32 logprob was written to both places; beside the codec's own error they may differ by rounding alone.
-_LOGPROB_TOLERANCE_NATS = 1e-4
+LOGPROB_TOLERANCE_NATS = 1e-4
 # n p is rounded in float32 and the draw's cumulative sums in another order: a hundredth of a draw covers both.
-_COUNT_TOLERANCE = 1e-2
+COUNT_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _contradictions_sampled(
     is_label_D = targets.ids_D == labels_BL.ravel()[row_D]
     count_N = np.bincount(row_D[is_label_D], weights=targets.counts_D[is_label_D], minlength=num_rows)
     expected_N = num_draws * np.exp(targets.label_logprobs_BL.ravel().astype(np.float64))
-    tolerance_N = 1 + _COUNT_TOLERANCE + expected_N * np.expm1(error.label_nats)
+    tolerance_N = 1 + COUNT_TOLERANCE + expected_N * np.expm1(error.label_nats)
     bad: npt.NDArray[np.bool_] = np.abs(count_N - expected_N) >= tolerance_N
     return bad.reshape(labels_BL.shape)
 
@@ -82,16 +82,27 @@ def _contradictions_sampled(
 def _contradictions_topk(
     labels_BL: npt.NDArray[np.int32], targets: TopkTargets, error: StoredError
 ) -> npt.NDArray[np.bool_]:
-    is_label_BLK = targets.ids_BLK == labels_BL[:, :, None]
-    # padding has logprob -inf, and id 0 that is no kept id
-    kept_logprob_BL = np.where(is_label_BLK, targets.logprobs_BLK, -np.inf).max(axis=2)
-    kept_BL = kept_logprob_BL > -np.inf
-    last_BL = targets.logprobs_BLK[:, :, -1]
-    if np.isneginf(last_BL).any():
-        last_BL = np.where(np.isneginf(targets.logprobs_BLK), 0.0, targets.logprobs_BLK).min(axis=2)
-    tolerance = _LOGPROB_TOLERANCE_NATS + error.label_nats + error.kept_nats
-    label_BL = np.maximum(targets.label_logprobs_BL, error.floor_nats)
-    apart_BL = np.abs(np.where(kept_BL, kept_logprob_BL, 0.0) - label_BL) > tolerance
-    above_BL = targets.label_logprobs_BL > last_BL + tolerance
-    bad: npt.NDArray[np.bool_] = np.where(kept_BL, apart_BL, above_BL)
-    return bad
+    num_kept = targets.ids_BLK.shape[2]
+    ids_NK, logprobs_NK = targets.ids_BLK.reshape(-1, num_kept), targets.logprobs_BLK.reshape(-1, num_kept)
+    kept_logprob_N = _kept_logprobs(ids_NK, logprobs_NK, labels_BL.reshape(-1, 1))
+    is_kept_N = kept_logprob_N > -np.inf
+    label_N = targets.label_logprobs_BL.ravel()
+    # what bounds the label: its own kept logprob, or the last one of its row
+    bound_N = np.where(is_kept_N, kept_logprob_N, logprobs_NK[:, -1])
+    padded = np.flatnonzero(np.isneginf(bound_N))
+    bound_N[padded] = np.where(np.isneginf(logprobs_NK[padded]), 0.0, logprobs_NK[padded]).min(axis=1)
+    tolerance = LOGPROB_TOLERANCE_NATS + error.label_nats + error.kept_nats
+    apart_N = np.abs(bound_N - np.maximum(label_N, error.floor_nats)) > tolerance
+    bad: npt.NDArray[np.bool_] = np.where(is_kept_N, apart_N, label_N > bound_N + tolerance)
+    return bad.reshape(labels_BL.shape)
+
+
+def _kept_logprobs(
+    ids_NK: npt.NDArray[np.int32], logprobs_NK: npt.NDArray[np.float32], labels_N1: npt.NDArray[np.int32]
+) -> npt.NDArray[np.float32]:
+    """Each label's logprob among the kept ids; -inf where it is not one, as padding has it."""
+    places = np.flatnonzero(ids_NK == labels_N1)
+    kept_N = np.full(len(ids_NK), -np.inf, np.float32)
+    # the last assignment stays: a label that is 0 stands in its row before the padding does
+    kept_N[places[::-1] // ids_NK.shape[1]] = logprobs_NK.ravel()[places[::-1]]
+    return kept_N

@@ -5,6 +5,7 @@ Legend: B sequences, L targets a sequence, N = B x L rows, K ids of the widest r
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ class Batch:
         ids_NK: kept ids of each row [N, K], int64; padding has weight 0. None without targets.
         weights_NK: their probabilities under the teacher [N, K], float32.
         tail_N: probability of all other ids [N], float32; None where the recording has none.
+        positions_BL: of each token in its sequence [B, L], int64, where a row holds several or padding; attention ends
+            where they begin anew. None where every row is one sequence.
     """
 
     def __init__(
@@ -36,13 +39,15 @@ class Batch:
         ids_NK: torch.Tensor | None = None,
         weights_NK: torch.Tensor | None = None,
         tail_N: torch.Tensor | None = None,
+        positions_BL: torch.Tensor | None = None,
     ) -> None:
         self.input_ids_BL, self.labels_BL = input_ids_BL, labels_BL
         self.ids_NK, self.weights_NK, self.tail_N = ids_NK, weights_NK, tail_N
+        self.positions_BL = positions_BL
 
     @property
     def num_tokens(self) -> int:
-        """Targets in the batch."""
+        """Targets in the batch, those of padding included."""
         return self.labels_BL.numel()
 
     def to(self, device: torch.device | str) -> Batch:
@@ -51,12 +56,31 @@ class Batch:
         return Batch(*moved)
 
 
+@dataclass(frozen=True)
+class Heat:
+    """Another temperature than that of the stored logprobs.
+
+    Attributes:
+        number: of the temperature among the further ones.
+        power: probabilities at it are proportional to this power of the stored ones.
+    """
+
+    number: int
+    power: float
+
+
 Sample = tuple[Sequences, Targets | None, int]
 """A decoded block and the number of a sequence in it."""
 
 
-def collate(samples: list[Sample], num_draws: int) -> Batch:
-    """One micro-batch of these sequences; `num_draws` turns the counts of `sampled` targets into probabilities."""
+def collate(samples: list[Sample], num_draws: int, heat: Heat | None = None) -> Batch:
+    """One micro-batch of these sequences.
+
+    Args:
+        samples: the sequences.
+        num_draws: turns the counts of `sampled` targets into probabilities.
+        heat: the further temperature at which `topk` targets are wanted; None for that of the stored logprobs.
+    """
     tokens_BL1 = np.stack([sequences.tokens_BL1[row] for sequences, _, row in samples]).astype(np.int64)
     mask_BL1 = np.stack([sequences.mask_BL1[row] for sequences, _, row in samples])
     labels_BL = np.where(mask_BL1[:, 1:], tokens_BL1[:, 1:], IGNORED_LABEL)
@@ -65,7 +89,7 @@ def collate(samples: list[Sample], num_draws: int) -> Batch:
     if isinstance(first, SampledTargets):
         return _with_sampled(batch, samples, num_draws)
     if isinstance(first, TopkTargets):
-        return _with_topk(batch, samples)
+        return _with_topk(batch, samples, heat)
     return batch
 
 
@@ -88,12 +112,20 @@ def _rows_of(targets: SampledTargets, row: int) -> tuple[npt.NDArray[np.int32], 
     return targets.num_ids_BL[row], targets.ids_D[part], targets.counts_D[part]
 
 
-def _with_topk(batch: Batch, samples: list[Sample]) -> Batch:
+def _with_topk(batch: Batch, samples: list[Sample], heat: Heat | None) -> Batch:
     parts = [(targets, row) for _, targets, row in samples if isinstance(targets, TopkTargets)]
     ids_NK = np.concatenate([targets.ids_BLK[row] for targets, row in parts]).astype(np.int64)
-    weights_NK = np.exp(np.concatenate([targets.logprobs_BLK[row] for targets, row in parts]))
-    tail_N = np.concatenate([targets.tail_BL[row] for targets, row in parts])
-    # rounded logprobs do not quite sum to 1; the loss reads the row as one distribution
+    logprobs_NK = np.concatenate([targets.logprobs_BLK[row] for targets, row in parts])
+    if heat is None:
+        weights_NK = np.exp(logprobs_NK)
+        tail_N = np.concatenate([targets.tail_BL[row] for targets, row in parts])
+    else:
+        log_tail_N = np.concatenate([targets.log_tails_BLT[row, :, heat.number] for targets, row in parts])
+        logprobs_NK = logprobs_NK * np.float32(heat.power)
+        # of the largest summand, so that none of them overflows and not all of them vanish
+        largest_N = np.maximum(logprobs_NK.max(axis=1), log_tail_N)
+        weights_NK, tail_N = np.exp(logprobs_NK - largest_N[:, None]), np.exp(log_tail_N - largest_N)
+    # rounded logprobs do not quite sum to 1, and powers of them to anything; the loss reads a row as one distribution
     total_N = weights_NK.sum(axis=1) + tail_N
     return Batch(
         batch.input_ids_BL,

@@ -1,17 +1,18 @@
-"""Decoded blocks in memory, bounded in bytes: each is decoded by one thread, however many ask for it."""
+"""Blocks in memory, decoded or as stored, bounded in bytes: each is read by one thread, however many ask for it."""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
+from capgap.pipeline.store.stored import StoredBlock
 from capgap.schemas.records import Sequences, Targets
 
 Key = TypeVar("Key", bound=Hashable)
-Block = tuple[Sequences, Targets | None]
+Block = tuple[Sequences, Targets | None] | StoredBlock
 
 
 class BlockCache(Generic[Key]):
@@ -20,13 +21,15 @@ class BlockCache(Generic[Key]):
     Args:
         read: makes a block; what it raises is raised to everyone who waits for that block, and not remembered.
         max_bytes: of all blocks held.
+        once: drop a block when it was asked for as often as it has sequences: nobody will ask again.
     """
 
-    def __init__(self, read: Callable[[Key], Block], max_bytes: int) -> None:
-        self._read, self._max_bytes = read, max_bytes
+    def __init__(self, read: Callable[[Key], Block], max_bytes: int, once: bool = False) -> None:
+        self._read, self._max_bytes, self._once = read, max_bytes, once
         self._lock = threading.Lock()
         self._blocks: OrderedDict[Key, Future[Block]] = OrderedDict()
         self._sizes: dict[Key, int] = {}
+        self._uses: Counter[Key] = Counter()
         self.num_bytes = 0
 
     def get(self, key: Key) -> Block:
@@ -35,7 +38,18 @@ class BlockCache(Generic[Key]):
             known = key in self._blocks
             future = self._blocks.setdefault(key, Future())
             self._blocks.move_to_end(key)
-        return future.result() if known else self._make(key, future)
+        block = future.result() if known else self._make(key, future)
+        if self._once:
+            self._count(key, len(block if isinstance(block, StoredBlock) else block[0]))
+        return block
+
+    def _count(self, key: Key, most: int) -> None:
+        with self._lock:
+            self._uses[key] += 1
+            if self._uses[key] >= most:
+                del self._uses[key]
+                if key in self._sizes:  # neither dropped before nor in the making again
+                    self._drop(key)
 
     def _make(self, key: Key, future: Future[Block]) -> Block:
         try:
@@ -58,12 +72,17 @@ class BlockCache(Generic[Key]):
         for key in list(self._sizes_in_order())[:-1]:
             if self.num_bytes <= self._max_bytes:
                 return
-            del self._blocks[key]
-            self.num_bytes -= self._sizes.pop(key)
+            self._drop(key)
+
+    def _drop(self, key: Key) -> None:
+        del self._blocks[key]
+        self.num_bytes -= self._sizes.pop(key)
 
     def _sizes_in_order(self) -> list[Key]:
         return [key for key in self._blocks if key in self._sizes]
 
 
 def _size_of(block: Block) -> int:
+    if isinstance(block, StoredBlock):
+        return block.num_bytes
     return sum(int(array.nbytes) for part in block if part is not None for array in vars(part).values())

@@ -9,7 +9,8 @@ One Arrow row is one sequence, so that any Arrow program can read a member:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, get_args
@@ -34,8 +35,8 @@ SAMPLED = "sampled-planes-1"
 TOPK_CODECS: dict[str, str] = {profile: f"topk-{profile}-1" for profile in get_args(Profile)}
 TOPK = TOPK_CODECS["near-lossless"]
 
-_PROFILES = {name: profile for profile, name in TOPK_CODECS.items()}
-_KNOWN = (SEQUENCES, SAMPLED, *_PROFILES)
+PROFILES = {name: profile for profile, name in TOPK_CODECS.items()}
+_KNOWN = (SEQUENCES, SAMPLED, *PROFILES)
 _LABEL_ERROR = StoredError(label_nats=LABELS.error_nats)
 _ERRORS = {
     SEQUENCES: EXACT,
@@ -54,8 +55,8 @@ _ZSTD_LEVELS = {
     SAMPLED: 3,
     TOPK_CODECS["lossless"]: 1,
     TOPK_CODECS["near-lossless"]: 1,
-    TOPK_CODECS["compact"]: 1,
-    TOPK_CODECS["small"]: 2,
+    TOPK_CODECS["compact"]: 2,
+    TOPK_CODECS["small"]: 1,
 }
 
 
@@ -69,6 +70,8 @@ class Codec:
         vocab_size: ids are below it.
         num_ids: n draws (`sampled`) or K kept ids (`topk`) a row; 0 for sequences alone.
         ranking: of the ids; None stores them as they are.
+        temperature: at which the teacher was recorded; told only where there are further ones.
+        extra_temperatures: at which `topk` has a tail too.
     """
 
     name: str
@@ -76,14 +79,23 @@ class Codec:
     vocab_size: int
     num_ids: int = 0
     ranking: Ranking | None = None
+    temperature: float = 1.0
+    extra_temperatures: tuple[float, ...] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the manifest must say beside the name."""
-        numbers = {"vocab_size": self.vocab_size, "num_ids": self.num_ids}
+        numbers: dict[str, Any] = {"vocab_size": self.vocab_size, "num_ids": self.num_ids}
+        if self.extra_temperatures:
+            numbers |= {"temperature": self.temperature, "extra_temperatures": list(self.extra_temperatures)}
         if self.ranking is None:
             return numbers
         return {**numbers, "ranking": RANKING_NAME, "ranking_sha256": self.ranking.sha256}
+
+    @property
+    def powers(self) -> tuple[float, ...]:
+        """Probabilities at each further temperature are proportional to these powers of the stored ones."""
+        return tuple(self.temperature / other for other in self.extra_temperatures)
 
     @property
     def error(self) -> StoredError:
@@ -97,7 +109,7 @@ class Codec:
             InputError: an id outside the vocabulary, a NaN, or counts that do not sum to the number of draws.
         """
         check_ids("tokens", sequences.tokens_BL1, self.vocab_size)
-        ranks_BL1 = np.take(self._ranking.ranks_V, sequences.tokens_BL1)
+        ranks_BL1 = np.take(self.ranking_used.ranks_V, sequences.tokens_BL1)
         planes = split_planes(ranks_BL1, num_planes(self.vocab_size - 1))
         columns = {f"tokens_{i}": fixed_lists(plane) for i, plane in enumerate(planes)}
         columns |= {
@@ -105,7 +117,7 @@ class Codec:
             "mask": fixed_lists(pack_bits(sequences.mask_BL1)),
         }
         if isinstance(targets, SampledTargets):
-            columns |= sampled_columns(targets, self._ranking, self.num_ids)
+            columns |= sampled_columns(targets, self.ranking_used, self.num_ids)
         elif isinstance(targets, TopkTargets):
             columns |= topk_columns(targets, self._topk)
         return to_frame(columns, _ZSTD_LEVELS[self.name])
@@ -116,23 +128,11 @@ class Codec:
         Raises:
             CorruptError: the frame's checksum, the Arrow stream or its shapes are wrong.
         """
-        try:
+        with decoding(self, where):
             columns = from_frame(data)
             sequences, targets = self._sequences(columns), self._targets(columns)
             columns.require_all_read()
             return sequences, targets
-        except (
-            zstandard.ZstdError,
-            pa.ArrowException,
-            OSError,
-            StopIteration,
-            KeyError,
-            ValueError,
-            InputError,
-        ) as error:
-            raise CorruptError(
-                "the member cannot be decoded", where=where, found=error, expected=f"codec {self.name}"
-            ) from None
 
     def _sequences(self, columns: Columns) -> Sequences:
         width = self.seq_len + 1
@@ -140,22 +140,42 @@ class Codec:
         ranks_BL1 = join_planes(planes)
         check_ids("tokens", ranks_BL1, self.vocab_size)
         starts_BL1, mask_BL1 = (unpack_bits(columns.fixed(name, -(-width // 8)), width) for name in ("starts", "mask"))
-        return Sequences(np.take(self._ranking.ids_V, ranks_BL1), starts_BL1, mask_BL1)
+        return Sequences(np.take(self.ranking_used.ids_V, ranks_BL1), starts_BL1, mask_BL1)
 
     def _targets(self, columns: Columns) -> Targets | None:
         if self.name == SEQUENCES:
             return None
         if self.name == SAMPLED:
-            return sampled_targets(columns, self._ranking, self.seq_len, self.num_ids)
+            return sampled_targets(columns, self.ranking_used, self.seq_len, self.num_ids)
         return topk_targets(columns, self._topk)
 
     @property
-    def _ranking(self) -> Ranking:
+    def ranking_used(self) -> Ranking:
+        """The ranking, or the ids as they are."""
         return _identity(self.vocab_size) if self.ranking is None else self.ranking
 
     @property
     def _topk(self) -> TopkShape:
-        return TopkShape(_PROFILES[self.name], self.seq_len, self.num_ids, self._ranking)
+        return TopkShape(PROFILES[self.name], self.seq_len, self.num_ids, self.ranking_used, self.powers)
+
+
+@contextmanager
+def decoding(codec: Codec, where: str) -> Iterator[None]:
+    """Whatever reading a member raises becomes a CorruptError that names it."""
+    try:
+        yield
+    except (
+        zstandard.ZstdError,
+        pa.ArrowException,
+        OSError,
+        StopIteration,
+        KeyError,
+        ValueError,
+        InputError,
+    ) as error:
+        raise CorruptError(
+            "the member cannot be decoded", where=where, found=error, expected=f"codec {codec.name}"
+        ) from None
 
 
 def codec_for(
@@ -178,18 +198,24 @@ def codec_for(
             "unknown codec", found=name, expected=", ".join(_KNOWN), fix="update capgap to read this shard"
         )
     numbers = {key: value for key, value in settings.items() if key in ("vocab_size", "num_ids")}
-    named = {key: value for key, value in settings.items() if key not in numbers}
+    heat = {key: value for key, value in settings.items() if key in ("temperature", "extra_temperatures")}
+    named = {key: value for key, value in settings.items() if key not in numbers and key not in heat}
     if (
         len(numbers) != 2
         or not all(isinstance(value, int) for value in numbers.values())
+        or not _are_temperatures(heat)
+        or (heat and name not in PROFILES)
         or named.keys() not in (set(), {"ranking", "ranking_sha256"})
         or not all(isinstance(value, str) for value in named.values())
     ):
         raise InputError(
             f"codec {name} has other settings",
             found=settings,
-            expected="numbers vocab_size and num_ids, and, if ids are ranked, ranking and ranking_sha256",
+            expected="numbers vocab_size and num_ids; if ids are ranked, ranking and ranking_sha256; "
+            "and for topk at more than one temperature, temperature and extra_temperatures",
         )
+    if heat:
+        numbers |= {"temperature": heat["temperature"], "extra_temperatures": tuple(heat["extra_temperatures"])}
     if not named:
         return Codec(name, seq_len, **numbers)
     assert read_file is not None, "a ranking is read from the folder of the shards"
@@ -200,6 +226,17 @@ def codec_for(
         **numbers,
         ranking=read_ranking(data, named["ranking_sha256"], numbers["vocab_size"], named["ranking"]),
     )
+
+
+def _are_temperatures(found: dict[str, Any]) -> bool:
+    """Both or neither; numbers above 0."""
+    if not found:
+        return True
+    extra = found.get("extra_temperatures")
+    if len(found) != 2 or not isinstance(extra, list) or not extra:
+        return False
+    every = [found["temperature"], *extra]
+    return all(isinstance(value, (int, float)) and 0 < value < float("inf") for value in every)
 
 
 @lru_cache(maxsize=4)

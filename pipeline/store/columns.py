@@ -59,10 +59,21 @@ class Columns:
             KeyError: there is no such column.
             ValueError: it is no column of lists, or holds other values.
         """
+        return self.ragged_parts(name, kind)[0]
+
+    def ragged_parts(self, name: str, kind: Any = np.uint8) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """As `ragged`, and where each list begins, and the last one ends [B + 1].
+
+        Raises:
+            KeyError, ValueError: as `ragged`, or the lists do not lie one after the other.
+        """
         column = self._take(name)
         if not pa.types.is_list(column.type):
             raise ValueError(f"column {name} is {column.type}, expected lists")
-        return _values(column, name, kind)
+        values, offsets = _values(column, name, kind), column.offsets.to_numpy().astype(np.int64)
+        if len(offsets) and (offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any()):
+            raise ValueError(f"lists of column {name} do not lie one after the other")
+        return values, offsets
 
     def require_all_read(self) -> None:
         """Raise ValueError if there are columns that nobody asked for: the member is of another codec."""

@@ -10,7 +10,7 @@ how much each has given follows from m, and the state is still one integer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -29,15 +29,16 @@ class MixedLoader:
     """Iterates over the micro-batches that remain, each of one cache.
 
     Args:
-        loaders: by name, of the same rank, ranks and micro-batch; a cache that is to be read more than once needs its
-            epochs.
+        loaders: by name, of the same rank and ranks, and with batches of one shape; where the sequences of caches
+            differ in length, `row_len` and `micro_batch` of the loaders give them one. A cache that is to be read more
+            than once needs its epochs.
         weights: by the same names, above 0; only their ratios count.
         seed: of the order in which loaders take turns.
         max_tokens: stop before the micro-batch that would pass this many targets over all ranks; left out, the stream
             ends where a loader has no more to give.
 
     Raises:
-        InputError: the names differ, a weight is not above 0, or the loaders are not of one size.
+        InputError: the names differ, a weight is not above 0, or the batches are not of one shape.
     """
 
     def __init__(
@@ -53,11 +54,17 @@ class MixedLoader:
             raise InputError("weights", found=sorted(weights), expected=f"one for each of {self._names}")
         self._loaders = [loaders[name] for name in self._names]
         self._shares = _shares(self._names, weights)
-        sizes = {(loader.together, loader.seq_len) for loader in self._loaders}
-        if len(sizes) > 1:
-            raise InputError("micro-batches x ranks, and targets a sequence", found=sorted(sizes), expected="one size")
+        shapes = {loader.shape for loader in self._loaders}
+        if len(shapes) > 1:
+            raise InputError(
+                "rows in a batch, and targets in a row",
+                found=sorted(shapes),
+                expected="one shape",
+                fix="give the loaders the same row_len, and micro_batch so that they have as many rows",
+            )
         self._seed, self._position = seed, 0
-        self._together, self._seq_len = sizes.pop()
+        self._together = np.array([loader.together for loader in self._loaders])
+        self._tokens = self._together * np.array([loader.seq_len for loader in self._loaders])
         self._turns = lru_cache(maxsize=2)(self._permute_turns)
         self._total = self._most(max_tokens)
 
@@ -71,7 +78,12 @@ class MixedLoader:
             while self._position < self._total:
                 cycle, turn = divmod(self._position, _CYCLE)
                 self._position += 1
-                yield next(streams[int(self._turns(cycle)[turn])])
+                batch = next(streams[int(self._turns(cycle)[turn])])
+                if self._position == self._total:
+                    # a loader asks before its own last batch, which may not be reached
+                    for loader in self._loaders:
+                        loader.require_sound()
+                yield batch
         finally:
             for stream in streams:
                 stream.close()
@@ -91,15 +103,15 @@ class MixedLoader:
         if found != self._counts():
             raise InputError("a checkpoint of another mix", found=found, expected=self._counts())
         given = self._given(int(state["position"]))
-        for name, loader, number in zip(self._names, self._loaders, given, strict=True):
-            loader.load_state_dict(state["loaders"][name] | {"position": int(number) * self._together})
+        for name, loader, number in zip(self._names, self._loaders, given * self._together, strict=True):
+            loader.load_state_dict(state["loaders"][name] | {"position": int(number)})
         self._position = int(state["position"])
 
     def _counts(self) -> dict[str, Any]:
         return {
             "seed": self._seed,
             "shares": dict(zip(self._names, map(int, self._shares), strict=True)),
-            "together": self._together,
+            "together": dict(zip(self._names, map(int, self._together), strict=True)),
         }
 
     def _given(self, position: int) -> npt.NDArray[np.int64]:
@@ -109,17 +121,14 @@ class MixedLoader:
 
     def _most(self, max_tokens: int | None) -> int:
         if max_tokens is not None:
-            wanted = max_tokens // (self._together * self._seq_len)
+            most = max_tokens // int(self._tokens.min())
+            wanted = _largest(most, lambda position: int(self._given(position) @ self._tokens) <= max_tokens)
             short = self._given(wanted) > self._has
             if short.any():
                 name = self._names[int(short.argmax())]
                 raise InputError("a cache is too small for the mix", where=name, fix="give it more epochs")
             return wanted
-        low, high = 0, int(self._has.sum())
-        while low < high:  # the largest position at which no loader has given more than it has
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if (self._given(middle) <= self._has).all() else (low, middle - 1)
-        return low
+        return _largest(int(self._has.sum()), lambda position: bool((self._given(position) <= self._has).all()))
 
     @property
     def _has(self) -> npt.NDArray[np.int64]:
@@ -131,6 +140,15 @@ class MixedLoader:
         turns: npt.NDArray[np.int64] = np.repeat(np.arange(len(self._shares)), self._shares)
         generator.shuffle(turns)
         return turns
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest position up to `most` that fits; all below it do."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def _shares(names: list[str], weights: Mapping[str, float]) -> npt.NDArray[np.int64]:

@@ -6,8 +6,9 @@
 
 Neighbours in the stream lie in different lanes, so they come from far apart whatever the window. Lanes are a property
 of the data, never of the hardware: rank r of w reads the sequences i with i mod w = r, which are those of its own C / w
-lanes, and the stream as a whole is the same for every w that divides C. A reader holds one window a lane at a time, so
-memory is bounded whatever the size of the cache; what it must know of a shard's members is asked when the shard is met.
+lanes where w divides C and of all lanes where it does not; the stream as a whole is the same for every w. A reader
+holds one window a lane at a time, so memory is bounded whatever the size of the cache; what it must know of a shard's
+members is asked when the shard is met.
 """
 
 from __future__ import annotations

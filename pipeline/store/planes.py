@@ -17,7 +17,7 @@ Bytes = npt.NDArray[np.uint8]
 
 ESCAPE = 3
 # the four numbers of a quad, as the bytes of one little-endian word
-_QUADS = np.array([sum((quad >> 2 * i & 3) << 8 * i for i in range(4)) for quad in range(256)], dtype="<u4")
+QUADS = np.array([sum((quad >> 2 * i & 3) << 8 * i for i in range(4)) for quad in range(256)], dtype="<u4")
 
 
 def num_planes(largest: int) -> int:
@@ -82,7 +82,7 @@ def unpack_quads(quads_Q: Bytes, more: Bytes, size: int) -> Bytes:
     """
     if len(quads_Q) != -(-size // 4):
         raise ValueError(f"{len(quads_Q)} quads for {size} numbers")
-    values_D: Bytes = np.take(_QUADS, quads_Q).view(np.uint8)[:size]
+    values_D: Bytes = np.take(QUADS, quads_Q).view(np.uint8)[:size]
     escaped = np.flatnonzero(values_D == ESCAPE)
     if len(escaped) != len(more):
         raise ValueError(f"{len(more)} escapes, expected {len(escaped)}")

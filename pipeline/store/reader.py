@@ -9,15 +9,18 @@ a read of the whole, and would find nothing that the member's own checksums do n
 from __future__ import annotations
 
 import zlib
+from bisect import bisect
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 from capgap.pipeline.store.alignment import check_alignment
 from capgap.pipeline.store.codec import Codec, codec_for
 from capgap.pipeline.store.places import ShardPlace, place_of
+from capgap.pipeline.store.stored import StoredBlock, read_stored
 from capgap.schemas.errors import CorruptError
-from capgap.schemas.manifest import MemberEntry, ShardEntry, ShardSet
+from capgap.schemas.manifest import Member, ShardEntry, ShardSet
 from capgap.schemas.records import Sequences, Targets
 
 
@@ -39,11 +42,6 @@ class ShardReader:
             shard_set.codec, shard_set.seq_len, dict(shard_set.codec_settings), self.place.read
         )
 
-    @cached_property
-    def members(self) -> list[tuple[ShardEntry, MemberEntry]]:
-        """Every member of every shard, in order."""
-        return [(shard, member) for shard in self.shard_set.shards for member in shard.members]
-
     def read(self, index: int) -> tuple[Sequences, Targets | None]:
         """The block of member `index`, counted over all shards.
 
@@ -51,33 +49,48 @@ class ShardReader:
             CorruptError: bytes, structure or alignment are wrong; the message names shard and member.
             InputError: the shard's file is missing.
         """
-        return self._read(*self.members[index])
+        shard = bisect(self._first_members, index) - 1
+        return self.read_member(shard, index - self._first_members[shard])
 
     def read_member(self, shard: int, member: int) -> tuple[Sequences, Targets | None]:
         """The block of one member of one shard, by their numbers; errors as `read`."""
         entry = self.shard_set.shards[shard]
-        return self._read(entry, entry.members[member])
+        return self._read(entry, entry.member(member))
+
+    def read_stored(self, shard: int, member: int) -> StoredBlock:
+        """The columns of one member as they are stored; what they say is not looked at, nor their alignment.
+
+        Raises:
+            CorruptError: bytes or structure are wrong; the message names shard and member.
+            InputError: the shard's file is missing.
+        """
+        entry = self.shard_set.shards[shard]
+        where = self._name_of(entry, entry.member(member))
+        block = read_stored(self.codec, self._bytes_of(entry, entry.member(member), where), where)
+        _require_size(len(block), entry.member(member), where)
+        return block
 
     def name_of(self, shard: int, member: int) -> str:
         """A member as errors name it."""
         entry = self.shard_set.shards[shard]
-        return self._name_of(entry, entry.members[member])
+        return self._name_of(entry, entry.member(member))
 
-    def _read(self, shard: ShardEntry, member: MemberEntry) -> tuple[Sequences, Targets | None]:
+    @cached_property
+    def _first_members(self) -> list[int]:
+        return list(accumulate((len(shard.members) for shard in self.shard_set.shards[:-1]), initial=0))
+
+    def _read(self, shard: ShardEntry, member: Member) -> tuple[Sequences, Targets | None]:
         where = self._name_of(shard, member)
         sequences, targets = self.codec.decode(self._bytes_of(shard, member, where), where)
-        if len(sequences) != member.num_sequences:
-            raise CorruptError(
-                "wrong number of sequences", where=where, found=len(sequences), expected=member.num_sequences
-            )
+        _require_size(len(sequences), member, where)
         if targets is not None:
             check_alignment(sequences, targets, self.codec.num_ids, where, self.codec.error)
         return sequences, targets
 
-    def _name_of(self, shard: ShardEntry, member: MemberEntry) -> str:
+    def _name_of(self, shard: ShardEntry, member: Member) -> str:
         return f"{self.place.name_of(shard.file)}, member {member.key}"
 
-    def _bytes_of(self, shard: ShardEntry, member: MemberEntry, where: str) -> bytes:
+    def _bytes_of(self, shard: ShardEntry, member: Member, where: str) -> bytes:
         with self.place.open(shard.file) as file:
             file.seek(member.offset)
             data = file.read(member.num_bytes)
@@ -92,6 +105,11 @@ class ShardReader:
         return data
 
 
+def _require_size(num_sequences: int, member: Member, where: str) -> None:
+    if num_sequences != member.num_sequences:
+        raise CorruptError("wrong number of sequences", where=where, found=num_sequences, expected=member.num_sequences)
+
+
 def read_blocks(folder: Path | str, shard_set: ShardSet) -> Iterator[tuple[Sequences, Targets | None]]:
     """Every block of the set, in order.
 
@@ -99,5 +117,5 @@ def read_blocks(folder: Path | str, shard_set: ShardSet) -> Iterator[tuple[Seque
         CorruptError: as `ShardReader.read`.
     """
     reader = ShardReader(folder, shard_set)
-    for index in range(len(reader.members)):
+    for index in range(shard_set.num_members):
         yield reader.read(index)

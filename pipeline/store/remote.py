@@ -13,6 +13,7 @@ from capgap.schemas.errors import InputError, MachineError
 # Large enough that a request's latency is small beside its transfer, small beside the memory of a decoded window.
 _CHUNK_BYTES = 8 << 20
 _EXTRAS = {"s3": "pip install 'capgap[s3]'", "s3a": "pip install 'capgap[s3]'"}
+_EXTRAS |= dict.fromkeys(("gs", "gcs"), "pip install 'capgap[gs]'")
 
 
 class Remote:

@@ -6,13 +6,18 @@
     small            as compact, of each row only the ids that hold 99 % of the probability; the others join the tail
 
 Ids keep their order and lie as planes of ranks. Differences lie rank by rank: those of all a sequence's first ids, then
-of its second, and so on; `small`, whose rows differ in length, has them row by row.
+of its second, and so on; `small`, whose rows differ in length, has them row by row. Every sequence begins a new quad.
 
-Legend: B sequences, L targets a sequence, K ids kept a row, N = B x L rows, D ids of all rows.
+For each further temperature T at which a student may train, `tailJ` holds the logarithm of the unscaled tail, the sum
+of p^r over all other ids with r = temperature / T: raised to r, probabilities at the capture temperature are those at T
+but for one factor, which makes their sum and the tail's 1.
+
+Legend: B sequences, L targets a sequence, K ids kept a row, T further temperatures, N = B x L rows, D ids of all rows.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +35,6 @@ from capgap.pipeline.store.planes import (
     num_planes,
     pack_quads,
     split_planes,
-    sums_before,
     unpack_quads,
 )
 from capgap.pipeline.store.quantise import Companded, LogUniform
@@ -43,8 +47,11 @@ FINE, COARSE = LogUniform(), Companded()
 # `small` keeps ids until they hold this much
 KEPT_MASS = 0.99
 
+# An unscaled tail is a sum of at most 2^24 numbers of at most 1, whose logarithm is below this.
+SHIFT_NATS = 17
+
 # the code of a tail of 0, which has no logarithm
-_NO_TAIL = 0xFFFF
+NO_TAIL = 0xFFFF
 
 _Columns = dict[str, pa.Array]
 
@@ -58,12 +65,14 @@ class TopkShape:
         seq_len: L.
         num_kept: K.
         ranking: of the ids.
+        powers: capture temperature over each further temperature.
     """
 
     profile: str
     seq_len: int
     num_kept: int
     ranking: Ranking
+    powers: tuple[float, ...] = ()
 
     @property
     def planes(self) -> int:
@@ -78,22 +87,25 @@ def topk_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
         InputError: an id outside the vocabulary, a NaN, a tail below 0, or logprobs that rise within a row.
     """
     _check(targets, shape)
-    ranks_BLK = np.take(shape.ranking.ranks_V, targets.ids_BLK)
     if shape.profile == "small":
-        return _small_columns(targets, ranks_BLK, shape)
+        return _small_columns(targets, shape)
+    ranks_BLK = np.take(shape.ranking.ranks_V, targets.ids_BLK)
     flat = (len(ranks_BLK), shape.seq_len * shape.num_kept)
     columns = _plane_columns("ids", ranks_BLK.reshape(flat), shape.planes)
     if shape.profile == "lossless":
         bits_BLK = targets.logprobs_BLK.astype("<f4").view("<u4")
         columns |= _plane_columns("logprobs", bits_BLK.reshape(flat), 4)
         columns |= _plane_columns("tail", targets.tail_BL.astype("<f4").view("<u4"), 4)
+        for number in range(len(shape.powers)):
+            bits_BL = np.ascontiguousarray(targets.log_tails_BLT[..., number], "<f4").view("<u4")
+            columns |= _plane_columns(tail_name(number), bits_BL, 4)
         return columns | _plane_columns("label", targets.label_logprobs_BL.astype("<f4").view("<u4"), 4)
     if shape.profile == "near-lossless":
         steps_BKL = _steps_by_rank(FINE.encode(targets.logprobs_BLK))
         columns |= _plane_columns("steps", steps_BKL.reshape(flat), 2)
     else:
         columns |= _quad_columns(_steps_by_rank(COARSE.encode(targets.logprobs_BLK)).reshape(flat))
-    return columns | _fine_columns(targets.tail_BL, targets.label_logprobs_BL)
+    return columns | _fine_columns(targets.tail_BL, targets.log_tails_BLT, targets.label_logprobs_BL)
 
 
 def topk_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
@@ -112,7 +124,10 @@ def topk_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
         tail_BL, labels_BL = (_joined(columns, name, length, 4).view("<f4") for name in ("tail", "label"))
         for name, values in (("logprobs", logprobs_BLK), ("tail", tail_BL), ("label", labels_BL)):
             check_finite(name, values)
-        return TopkTargets(ids_BLK, logprobs_BLK, tail_BL, labels_BL)
+        log_tails = [_joined(columns, tail_name(i), length, 4).view("<f4") for i in range(len(shape.powers))]
+        log_tails_BLT = _stacked(log_tails, tail_BL)
+        _check_log_tails(log_tails_BLT, shape)
+        return TopkTargets(ids_BLK, logprobs_BLK, tail_BL, labels_BL, log_tails_BLT)
     if shape.profile == "near-lossless":
         codes_BKL = _codes_by_rank(_joined(columns, "steps", width, 2), shape)
         logprobs_BLK = FINE.decode(np.ascontiguousarray(codes_BKL.swapaxes(1, 2)))
@@ -120,7 +135,17 @@ def topk_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
         packed = columns.fixed("quads", -(-width // 4))
         steps_BD = _unpack_sequences(packed, columns.ragged("escapes"), width)
         logprobs_BLK = COARSE.decode(np.ascontiguousarray(_codes_by_rank(steps_BD, shape).swapaxes(1, 2)))
-    return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, length))
+    return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, shape))
+
+
+def tail_name(number: int) -> str:
+    """The column of a further temperature's tail."""
+    return f"tail{number + 1}"
+
+
+def largest_log_tail(vocab_size: int) -> float:
+    """The logarithm of a sum of that many powers of probabilities is not above it, in nats."""
+    return math.log(vocab_size) + ROUNDING
 
 
 def _check(targets: TopkTargets, shape: TopkShape) -> None:
@@ -131,32 +156,55 @@ def _check(targets: TopkTargets, shape: TopkShape) -> None:
     for worst in (targets.tail_BL.min(initial=0), targets.tail_BL.max(initial=1)):
         if not 0 <= worst <= 1 + ROUNDING:
             raise InputError("tail_BL: a tail that is no probability", found=float(worst), expected="0 to 1")
+    _check_log_tails(targets.log_tails_BLT, shape)
     if (targets.logprobs_BLK[:, :, 1:] > targets.logprobs_BLK[:, :, :-1]).any():
         raise InputError("logprobs that rise within a row")
 
 
-def _small_columns(targets: TopkTargets, ranks_BLK: IntArray, shape: TopkShape) -> _Columns:
-    """Of each row as few ids as hold `KEPT_MASS`, or all."""
-    probs_BLK = np.exp(targets.logprobs_BLK)
-    held_BLK = np.cumsum(probs_BLK, axis=2)
-    num_kept_BL = 1 + np.count_nonzero(held_BLK[:, :, :-1] < KEPT_MASS, axis=2).astype(np.int32)
-    kept_BLK = np.arange(shape.num_kept) < num_kept_BL[:, :, None]
-    sizes_B = num_kept_BL.sum(axis=1)
-    columns: _Columns = {"num_kept": fixed_lists(num_kept_BL.astype(_count_type(shape.num_kept)))}
-    # gathering by places takes half the time of a mask
-    place_D = np.flatnonzero(kept_BLK)
-    for i, plane in enumerate(split_planes(ranks_BLK.ravel()[place_D], shape.planes)):
-        columns[f"ids_{i}"] = lists(plane, sizes_B)
-    codes_D = COARSE.encode(targets.logprobs_BLK.ravel()[place_D])
-    steps_D = np.diff(codes_D, prepend=np.uint8(0))
-    first_N = sums_before(num_kept_BL.ravel())
-    steps_D[first_N] = codes_D[first_N]
-    quads, escapes = pack_quads(steps_D)
-    # quads do not end where sequences do: the first row has them all
-    columns["quads"] = lists(quads, _all_first(len(quads), len(sizes_B)))
-    columns["escapes"] = lists(escapes, _all_first(len(escapes), len(sizes_B)))
-    probs_BLK *= ~kept_BLK
-    return columns | _fine_columns(targets.tail_BL + probs_BLK.sum(axis=2), targets.label_logprobs_BL)
+def _check_log_tails(log_tails_BLT: FloatArray, shape: TopkShape) -> None:
+    if log_tails_BLT.shape[2] != len(shape.powers):
+        raise InputError("log_tails_BLT: temperatures", found=log_tails_BLT.shape[2], expected=len(shape.powers))
+    largest = largest_log_tail(len(shape.ranking.ids_V))
+    # of NaN, no comparison is true
+    if not (log_tails_BLT <= largest).all():
+        raise InputError(
+            "log_tails_BLT: a value that is no logarithm of a tail",
+            found=float(log_tails_BLT.max()),
+            expected=f"at most {largest:.4f}",
+        )
+
+
+def _small_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
+    """Of each row as few ids as hold `KEPT_MASS`, or all.
+
+    One sequence after the other: what is made on the way stays in the cache, and every sequence begins a new quad.
+    """
+    num_kept_BL = np.empty(targets.tail_BL.shape, _count_type(shape.num_kept))
+    tail_BL, log_tails_BLT = targets.tail_BL.copy(), targets.log_tails_BLT.copy()
+    ranks, quads, escapes = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)], [np.zeros(0, np.uint8)]
+    for sequence, (ids_LK, logprobs_LK) in enumerate(zip(targets.ids_BLK, targets.logprobs_BLK, strict=True)):
+        probs_LK = np.exp(logprobs_LK)
+        num_kept_BL[sequence] = _num_kept(probs_LK)
+        kept_LK = np.arange(shape.num_kept, dtype=num_kept_BL.dtype) < num_kept_BL[sequence][:, None]
+        np.copyto(probs_LK, 0, where=kept_LK)
+        tail_BL[sequence] += probs_LK.sum(axis=1)
+        for i, power in enumerate(shape.powers):
+            dropped_LK = np.where(kept_LK, np.float32(-np.inf), logprobs_LK) * np.float32(power)
+            dropped_L = np.logaddexp.reduce(dropped_LK, axis=1)
+            log_tails_BLT[sequence, :, i] = np.logaddexp(log_tails_BLT[sequence, :, i], dropped_L)
+        # `take` by places needs half the time of a mask
+        place_D = np.flatnonzero(kept_LK)
+        ranks.append(np.take(shape.ranking.ranks_V, ids_LK.ravel().take(place_D)))
+        steps_LK = COARSE.encode(logprobs_LK)
+        steps_LK[:, 1:] -= steps_LK[:, :-1].copy()
+        for parts, packed in zip((quads, escapes), pack_quads(steps_LK.ravel().take(place_D)), strict=True):
+            parts.append(packed)
+    columns: _Columns = {"num_kept": fixed_lists(num_kept_BL)}
+    for i, plane in enumerate(split_planes(np.concatenate(ranks), shape.planes)):
+        columns[f"ids_{i}"] = lists(plane, _sizes(ranks))
+    columns["quads"] = lists(np.concatenate(quads), _sizes(quads))
+    columns["escapes"] = lists(np.concatenate(escapes), _sizes(escapes))
+    return columns | _fine_columns(tail_BL, log_tails_BLT, targets.label_logprobs_BL)
 
 
 def _small_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
@@ -171,10 +219,11 @@ def _small_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
         raise ValueError(f"{len(ids_D)} ids, expected {size}")
     place_D = np.flatnonzero(kept_BLK)
     ids_BLK.reshape(-1)[place_D] = ids_D
-    steps_D = unpack_quads(columns.ragged("quads"), columns.ragged("escapes"), size)
+    sizes_B = num_kept_BL.sum(axis=1)
+    steps_D = _unpack_ragged(columns.ragged("quads"), columns.ragged("escapes"), sizes_B)
     logprobs_BLK = np.full(kept_BLK.shape, -np.inf, np.float32)
     logprobs_BLK.reshape(-1)[place_D] = COARSE.decode(cumulate_runs(steps_D, num_kept_BL.ravel()))
-    return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, shape.seq_len))
+    return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, shape))
 
 
 def _plane_columns(name: str, values_BW: npt.NDArray[Any], planes: int) -> _Columns:
@@ -201,18 +250,52 @@ def _unpack_sequences(quads_BQ: Bytes, escapes: Bytes, width: int) -> Bytes:
     return steps.reshape(len(quads_BQ), 4 * quads_BQ.shape[1])[:, :width]
 
 
-def _fine_columns(tail_BL: FloatArray, labels_BL: FloatArray) -> _Columns:
+def _unpack_ragged(quads: Bytes, escapes: Bytes, sizes_B: npt.NDArray[Any]) -> Bytes:
+    """As `_unpack_sequences`, of sequences that differ in size; each one's last quad may be filled up with zeros."""
+    num_quads_B = -(-sizes_B // 4)
+    steps = unpack_quads(quads, escapes, 4 * int(num_quads_B.sum()))
+    ends_B = 4 * np.cumsum(num_quads_B)
+    # a sequence has at most three zeros to fill up
+    filling = [place for end, more in zip(ends_B, -sizes_B % 4, strict=True) for place in range(end - more, end)]
+    return np.delete(steps, np.array(filling, np.int64))
+
+
+def _fine_columns(tail_BL: FloatArray, log_tails_BLT: FloatArray, labels_BL: FloatArray) -> _Columns:
     with np.errstate(divide="ignore"):
-        codes_BL = np.minimum(FINE.encode(np.log(tail_BL)), _NO_TAIL - 1)
-    codes_BL[tail_BL == 0] = _NO_TAIL
-    return _plane_columns("tail", codes_BL, 2) | _plane_columns("label", FINE.encode(labels_BL), 2)
+        columns = _plane_columns("tail", _tail_codes(np.log(tail_BL)), 2)
+    for number in range(log_tails_BLT.shape[2]):
+        codes_BL = _tail_codes(log_tails_BLT[..., number] - np.float32(SHIFT_NATS))
+        columns |= _plane_columns(tail_name(number), codes_BL, 2)
+    return columns | _plane_columns("label", FINE.encode(labels_BL), 2)
 
 
-def _fine_values(columns: Columns, length: int) -> tuple[FloatArray, FloatArray]:
-    codes_BL = _joined(columns, "tail", length, 2)
-    tail_BL = np.exp(FINE.decode(codes_BL))
-    tail_BL[codes_BL == _NO_TAIL] = 0
-    return tail_BL, FINE.decode(_joined(columns, "label", length, 2))
+def _fine_values(columns: Columns, shape: TopkShape) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Tail, label's logprobs, and the logarithms of the further tails."""
+    length = shape.seq_len
+    tail_BL = np.exp(_tail_logs(_joined(columns, "tail", length, 2)))
+    log_tails = [
+        _tail_logs(_joined(columns, tail_name(i), length, 2)) + np.float32(SHIFT_NATS) for i in range(len(shape.powers))
+    ]
+    return tail_BL, FINE.decode(_joined(columns, "label", length, 2)), _stacked(log_tails, tail_BL)
+
+
+def _tail_codes(logs_BL: FloatArray) -> npt.NDArray[np.uint16]:
+    codes_BL = np.minimum(FINE.encode(logs_BL), np.uint16(NO_TAIL - 1))
+    codes_BL[np.isneginf(logs_BL)] = NO_TAIL
+    return codes_BL
+
+
+def _tail_logs(codes_BL: npt.NDArray[Any]) -> FloatArray:
+    logs_BL = FINE.decode(codes_BL)
+    logs_BL[codes_BL == NO_TAIL] = -np.inf
+    return logs_BL
+
+
+def _stacked(arrays: list[FloatArray], like_BL: FloatArray) -> FloatArray:
+    stacked = np.empty((*like_BL.shape, len(arrays)), np.float32)
+    for number, array in enumerate(arrays):
+        stacked[..., number] = array
+    return stacked
 
 
 def _steps_by_rank(codes_BLK: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -243,7 +326,16 @@ def _count_type(largest: int) -> type[np.unsignedinteger[Any]]:
     return np.uint8 if largest < 1 << 8 else np.uint16
 
 
-def _all_first(size: int, num_sequences: int) -> npt.NDArray[np.int64]:
-    sizes_B = np.zeros(num_sequences, np.int64)
-    sizes_B[:1] = size
-    return sizes_B
+def _sizes(parts: list[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
+    """Of the sequences' parts, which stand behind an empty one."""
+    return np.array([len(part) for part in parts[1:]], np.int64)
+
+
+def _num_kept(probs_LK: FloatArray) -> npt.NDArray[np.int64]:
+    """The fewest of each row that hold `KEPT_MASS`, or all."""
+    num_kept_L = np.full(len(probs_LK), probs_LK.shape[1])
+    # a cumulative sum takes longer than all else: rows that need their last id are told by their sum
+    some = np.flatnonzero(probs_LK.sum(axis=1) - probs_LK[:, -1] >= KEPT_MASS - ROUNDING)
+    enough = np.cumsum(probs_LK[some], axis=1) >= np.float32(KEPT_MASS)
+    num_kept_L[some] = np.where(enough[:, -1], enough.argmax(axis=1) + 1, probs_LK.shape[1])
+    return num_kept_L

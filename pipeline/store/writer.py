@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from capgap.pipeline.store.codec import Codec
 from capgap.pipeline.store.files import HashingWriter, atomic_file, sha256_of, write_atomically
-from capgap.schemas.manifest import FileEntry, MemberEntry, ShardEntry, ShardSet
+from capgap.schemas.manifest import FileEntry, Members, ShardEntry, ShardSet
 from capgap.schemas.records import Sequences, Targets
 
 # Members below 2k tokens cost bytes and decoding speed; 8k tokens are within 1 % of the best.
@@ -65,8 +65,8 @@ class ShardWriter:
             members = self._write_members(hashing, index, blocks)
         entry = ShardEntry(
             file=FileEntry(path=path.name, num_bytes=hashing.num_bytes, sha256=hashing.sha256),
-            num_sequences=sum(member.num_sequences for member in members),
-            members=tuple(members),
+            num_sequences=sum(members.num_sequences),
+            members=members,
         )
         write_atomically(self._sidecar(index), entry.model_dump_json())
         return entry
@@ -80,8 +80,8 @@ class ShardWriter:
             shards=tuple(shards),
         )
 
-    def _write_members(self, file: HashingWriter, index: int, blocks: Iterable[Block]) -> list[MemberEntry]:
-        members: list[MemberEntry] = []
+    def _write_members(self, file: HashingWriter, index: int, blocks: Iterable[Block]) -> Members:
+        rows: list[tuple[int, int, int, int]] = []
         with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
             for number, block in enumerate(blocks):
                 key = f"{self._stem(index)}-{number:04d}"
@@ -90,16 +90,9 @@ class ShardWriter:
                 info.size = len(data)
                 offset = tar.offset + tarfile.BLOCKSIZE
                 tar.addfile(info, io.BytesIO(data))
-                members.append(
-                    MemberEntry(
-                        key=key,
-                        offset=offset,
-                        num_bytes=len(data),
-                        num_sequences=len(block.sequences),
-                        crc32=zlib.crc32(data),
-                    )
-                )
-        return members
+                rows.append((offset, len(data), len(block.sequences), zlib.crc32(data)))
+        offsets, num_bytes, num_sequences, crcs = zip(*rows, strict=True) if rows else ((), (), (), ())
+        return Members(offset=offsets, num_bytes=num_bytes, num_sequences=num_sequences, crc32=crcs)
 
     def _stem(self, index: int) -> str:
         return f"{self._name}-{index:06d}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from capgap.pipeline.model_checks import check_given_model, corpus_tokenizer, fresh_model
+from capgap.pipeline.model_checks import check_given_model, corpus_tokenizer, fresh_model, require_packed
 from capgap.pipeline.models import MODEL_FOLDER, model_facts, save_model
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.train.fit import Task, fit
 from capgap.pipeline.workflow.context import StageContext, StageResult
 from capgap.schemas.errors import InputError
+from capgap.schemas.facts import CorpusFacts
 from capgap.schemas.run_model import ModelShape
 
 
@@ -16,6 +17,7 @@ def run(context: StageContext) -> StageResult:
 
     Raises:
         InputError, MismatchError: as `check_given_model`; or the corpus keeps no text for the teacher.
+        SettingError: a teacher is to be trained on documents by themselves.
     """
     settings = context.run.teacher
     if settings.path is not None:
@@ -27,6 +29,7 @@ def run(context: StageContext) -> StageResult:
 
 def _train(context: StageContext, shape: ModelShape) -> StageResult:
     settings, corpus = context.run.teacher, context.input("corpus")
+    require_packed(CorpusFacts.model_validate(corpus.manifest.facts).context)
     sets = corpus.manifest.shard_sets
     if "teacher" not in sets:
         raise InputError(

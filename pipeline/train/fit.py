@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from capgap.pipeline.progress import progress
 from capgap.pipeline.store import Batch, SequenceLoader, ShardReader
-from capgap.pipeline.store.batch import collate
+from capgap.pipeline.store.batch import Heat, collate
 from capgap.pipeline.train.callbacks import (
     METRICS_NAME,
     Checkpoints,
@@ -45,6 +45,7 @@ class Task:
         seed: of the data order.
         device: `cpu` or `cuda:0`.
         folder: of the stage; receives `metrics.csv`, and checkpoints below `work`.
+        heat: by which the loader turns the stored targets into those of that temperature.
         objective: which divergence alpha weighs.
     """
 
@@ -57,6 +58,7 @@ class Task:
     seed: int
     device: str
     folder: Path
+    heat: Heat | None = None
     objective: Objective = Objective()  # noqa: RUF009  # frozen
 
 
@@ -65,6 +67,7 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
 
     Raises:
         InputError: too little data for one step, or a loss that is not finite.
+        CorruptError: shards are damaged, or targets are not aligned with their tokens.
     """
     settings, shard_set = task.settings, task.training.shard_set
     tokens_per_step = settings.batch_sequences * shard_set.seq_len
@@ -77,6 +80,8 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
         max_tokens=settings.max_tokens,
         micro_batch=settings.micro_batch,
         on_corrupt=settings.on_corrupt,
+        decode_on=task.device if settings.decode == "device" else None,
+        heat=task.heat,
     )
     num_steps, steps_per_epoch = loader.num_steps, loader.steps_per_epoch
     module = DistillationModule(
@@ -121,7 +126,7 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
 def _heldout(task: Task) -> Iterator[Batch]:
     """The first held-out sequences, in micro-batches."""
     left, reader = task.settings.num_validation_sequences, task.heldout
-    for index in range(len(reader.members)):
+    for index in range(reader.shard_set.num_members):
         sequences, _ = reader.read(index)
         for start in range(0, min(left, len(sequences)), task.settings.micro_batch):
             stop = min(start + task.settings.micro_batch, left, len(sequences))

@@ -5,6 +5,7 @@ Legend: B sequences, L targets a sequence, N = B x L rows, H hidden, K ids kept,
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -22,6 +23,8 @@ from capgap.schemas.run_model import OptimizationSettings
 # Where the logits' buffer and the gradients of one chunk stay in a CPU's cache.
 _CPU_WORKSPACE_MB = 16
 _GPU_WORKSPACE_MB = 512
+# whose masks transformers makes from positions, in batches of any number of rows
+_ATTENTION_THAT_ENDS = ("eager", "sdpa", "flex_attention")
 
 
 class DistillationModule(lightning.LightningModule):
@@ -32,7 +35,7 @@ class DistillationModule(lightning.LightningModule):
         settings: learning rate, decay and so on.
         num_steps: optimizer steps of the whole training.
         alpha: weight of the KL.
-        temperature: at which the teacher was recorded.
+        temperature: of the targets.
         vocab_size: real vocabulary; the head's rows past it are padding.
         objective: what stands for the KL.
     """
@@ -62,8 +65,13 @@ class DistillationModule(lightning.LightningModule):
         return self.last.loss
 
     def loss(self, batch: Batch, alpha: float) -> SparseKl:
-        """Loss of a batch, and the KL and cross-entropy of each of its N rows."""
-        hidden_BLH = self.model.base_model(input_ids=batch.input_ids_BL, use_cache=False).last_hidden_state
+        """Loss of a batch, and the KL and cross-entropy of each of its N rows.
+
+        Raises:
+            InputError: rows hold several sequences, and the model would look across them.
+        """
+        several = {} if batch.positions_BL is None else _ending_attention(self.model, batch.positions_BL)
+        hidden_BLH = self.model.base_model(input_ids=batch.input_ids_BL, use_cache=False, **several).last_hidden_state
         head = self.model.get_output_embeddings()
         on_cpu = hidden_BLH.device.type == "cpu"
         return linear_sparse_kl(
@@ -116,6 +124,24 @@ def _targets(batch: Batch) -> SparseTargets:
         return SparseTargets(none.long(), none, None)
     recording: Recording = "sampled" if batch.tail_N is None else "topk"
     return SparseTargets(batch.ids_NK, batch.weights_NK, batch.tail_N, recording)
+
+
+def _ending_attention(model: PreTrainedModel, positions_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The argument that ends attention where positions begin anew.
+
+    Transformers' flash attention minds positions in batches of one row alone.
+    """
+    attention = model.config._attn_implementation
+    takes = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    if not takes or attention not in _ATTENTION_THAT_ENDS:
+        raise InputError(
+            "this model would look across the sequences of a row",
+            where=model.name_or_path or model.config.model_type,
+            found=f"attention {attention}" if takes else "a model without positions",
+            expected=f"attention {' or '.join(_ATTENTION_THAT_ENDS)}",
+            fix="read it one sequence a row, without row_len",
+        )
+    return {"position_ids": positions_BL}
 
 
 def _require_known_head(model: PreTrainedModel) -> None:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capgap.kernels.sparse_kl import Divergence, Tail, check_pair
+from capgap.kernels.sparse_kl import Divergence, Recording, Tail, check_pair
 from capgap.schemas.errors import MismatchError
-from capgap.schemas.facts import CacheFacts
 from capgap.schemas.run_model import TrainSettings
 
 
@@ -31,23 +30,23 @@ class Objective:
         return {"divergence": self.divergence, "tail": self.tail, "beta": self.beta}
 
 
-def objective_of(settings: TrainSettings, cache: CacheFacts, where: Path | str) -> Objective:
+def objective_of(settings: TrainSettings, recording: Recording, where: Path | str) -> Objective:
     """What the settings ask for.
 
     Raises:
-        MismatchError: the cache's recording does not support it; never where alpha is 0.
+        MismatchError: the recording does not support it; never where alpha is 0.
     """
     objective = Objective(settings.divergence, settings.tail, settings.beta)
-    tail: Tail = objective.tail or ("drop" if cache.recording == "sampled" else "ghost")
+    tail: Tail = objective.tail or ("drop" if recording == "sampled" else "ghost")
     if settings.alpha > 0:
         try:
-            check_pair(cache.recording, objective.divergence, tail)
+            check_pair(recording, objective.divergence, tail)
         except ValueError as error:
             raise MismatchError(
                 "the cache does not support this divergence",
                 where=where,
-                found=f"a {cache.recording} cache with train.divergence {objective.divergence}, train.tail {tail}",
+                found=f"{recording} targets with train.divergence {objective.divergence}, train.tail {tail}",
                 expected=str(error).partition("expected ")[2],
-                fix="change train.divergence or train.tail, or make the cache with cache.recording: topk",
+                fix="change train.divergence or train.tail, or learn from a topk recording",
             ) from None
     return objective

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import torch
 
-from capgap.pipeline.cache.stage import TARGETS
+from capgap.pipeline.model_checks import require_packed
 from capgap.pipeline.models import MODEL_FOLDER, load_model, model_facts, model_path, save_model
-from capgap.pipeline.store import ShardReader
+from capgap.pipeline.store import ShardReader, heat_of
 from capgap.pipeline.tokenizers import load_tokenizer
 from capgap.pipeline.train.fit import Task, fit
 from capgap.pipeline.train.objective import objective_of
 from capgap.pipeline.workflow.context import StageContext, StageInput, StageResult
-from capgap.schemas.errors import MismatchError
+from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, ModelFacts
+from capgap.schemas.run_cache import RecordingName
+from capgap.schemas.run_model import TrainSettings
 
 
 def run(context: StageContext) -> StageResult:
     """Train and write the folder `model`.
 
     Raises:
-        MismatchError: cache, corpus and student do not belong together, or the cache has not what the loss needs.
+        MismatchError: cache, corpus and student do not belong together, or the recording has not what the loss needs.
+        SettingError: the cache lacks the recording or the temperature, or was scored under a rule that no student
+            can be trained under.
         InputError: as `fit`.
     """
     instance, corpus, cache = context.instance, context.input("corpus"), context.input("cache")
@@ -28,18 +32,22 @@ def run(context: StageContext) -> StageResult:
     facts = CacheFacts.model_validate(cache.manifest.facts)
     _require_same_corpus(cache, corpus)
     _require_same_tokenizer(facts, student)
+    require_packed(facts.context)
     settings = context.run.train_settings(instance.arm)
-    objective = objective_of(settings, facts, cache.location)
+    recording, temperature = choose(facts, settings)
+    objective = objective_of(settings, recording, cache.location)
+    reader = ShardReader(cache.location, cache.manifest.shard_sets[recording])
     path = model_path(student)
     # a bfloat16 student is trained on float32 weights unless the run file says otherwise
     model = load_model(path, "cpu", torch.bfloat16 if settings.precision == "bf16-true" else torch.float32)
     task = Task(
         title=f"train: {instance.arm}, seed {instance.seed}",
         settings=settings,
-        training=ShardReader(cache.location, cache.manifest.shard_sets[TARGETS]),
+        training=reader,
         heldout=ShardReader(corpus.path, corpus.manifest.shard_sets["heldout"]),
         alpha=settings.alpha,
-        temperature=facts.temperature,
+        temperature=temperature,
+        heat=heat_of(reader.codec, facts.temperature, temperature),
         seed=instance.seed,
         device=context.device,
         folder=context.folder,
@@ -49,6 +57,40 @@ def run(context: StageContext) -> StageResult:
     tokenizer = load_tokenizer(path)
     save_model(model, tokenizer, context.folder / MODEL_FOLDER)
     return StageResult(facts=model_facts(model, tokenizer).model_dump(mode="json"), totals=totals)
+
+
+def choose(cache: CacheFacts, settings: TrainSettings) -> tuple[RecordingName, float]:
+    """Recording and temperature to train with.
+
+    Raises:
+        SettingError: the cache does not have them, or has several and none is named.
+    """
+    known = sorted(cache.recordings)
+    recording = settings.recording
+    if recording is None and settings.alpha == 0:
+        # the text is the same beside either
+        recording = known[0]
+    if recording is None and len(known) == 1:
+        recording = known[0]
+    if recording is None or recording not in cache.recordings:
+        raise SettingError(
+            "the cache has several recordings" if recording is None else "the cache has no such recording",
+            where="train.recording",
+            found="none named" if recording is None else recording,
+            expected=f"{'one of ' if len(known) > 1 else ''}{', '.join(known)}",
+            fix=f"set train.recording{'' if len(known) > 1 else ', or leave it out'}",
+        )
+    temperature = cache.temperature if settings.temperature is None else settings.temperature
+    temperatures = cache.recordings[recording].temperatures
+    if settings.alpha > 0 and temperature not in temperatures:
+        raise SettingError(
+            f"the cache's recording {recording} has no targets at this temperature",
+            where="train.temperature",
+            found=f"{temperature:g}",
+            expected=f"{'one of ' if len(temperatures) > 1 else ''}{', '.join(f'{one:g}' for one in temperatures)}",
+            fix="leave it out, or make a topk cache with it in cache.extra_temperatures",
+        )
+    return recording, temperature if settings.alpha > 0 else cache.temperature
 
 
 def _require_same_corpus(cache: StageInput, corpus: StageInput) -> None:

@@ -52,14 +52,14 @@ def _verify_stage(folder: Path, manifest: Manifest) -> int:
     num_members = 0
     for shard_set in manifest.shard_sets.values():
         for shard in shard_set.shards:
-            if shard.file not in manifest.files or shard.num_sequences != sum(m.num_sequences for m in shard.members):
+            if shard.file not in manifest.files or shard.num_sequences != sum(shard.members.num_sequences):
                 raise CorruptError(
                     "the manifest contradicts itself", where=folder / MANIFEST_NAME, found=f"shard {shard.file.path}"
                 )
         reader = ShardReader(folder, shard_set)
-        for index in range(len(reader.members)):
+        for index in range(shard_set.num_members):
             reader.read(index)
-        num_members += len(reader.members)
+        num_members += shard_set.num_members
     return num_members
 
 

@@ -91,15 +91,15 @@ def test_an_operational_setting_makes_nothing_stale(finished: Path) -> None:
 
 
 def test_a_lost_shard_makes_its_stage_stale_and_is_named(copy: Path) -> None:
-    (copy / "cache" / "targets-000000.tar").unlink()
-    assert "targets-000000.tar is gone" in stale(copy)["cache"]
+    (copy / "cache" / "sampled-000000.tar").unlink()
+    assert "sampled-000000.tar is gone" in stale(copy)["cache"]
 
 
 def test_verify_finds_the_finished_run_sound_and_a_flipped_byte_by_name(copy: Path) -> None:
     sound = capgap("verify", copy)
     assert sound.returncode == 0, sound.stderr
     assert sound.stdout.count(": sound") == len(STAGES)
-    shard = copy / "cache" / "targets-000001.tar"
+    shard = copy / "cache" / "sampled-000001.tar"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)

@@ -93,6 +93,10 @@ def test_a_missing_setting_is_named(path: str) -> None:
         ("cache.num_draws", 0),
         ("cache.num_draws", 65536),
         ("cache.temperature", 0),
+        ("cache.extra_temperatures", "hot"),
+        ("corpus.context", "none"),
+        ("train.recording", "both"),
+        ("train.temperature", 0),
         ("cache.gpu_memory_fraction", 1),
         ("train.learning_rate", 0),
         ("train.learning_rate", "fast"),
@@ -126,6 +130,21 @@ def test_all_faults_are_told_at_once() -> None:
             "cache.num_kept: found with recording sampled, expected topk; use cache.num_d",
         ),
         ({"cache.profile": "small"}, "cache", "cache.profile: found with recording sampled, expected topk"),
+        (
+            {"cache.extra_temperatures": [2.0]},
+            "cache",
+            "cache.extra_temperatures: found with recording sampled, expected topk; draws are of one temperature",
+        ),
+        (
+            {"cache.recording": "both", "cache.extra_temperatures": [2.0, 1.0]},
+            "cache",
+            "cache.extra_temperatures: found [2.0, 1.0], expected numbers above 0, none twice, and not 1, which is",
+        ),
+        (
+            {"cache.recording": "topk", "cache.extra_temperatures": [0.0]},
+            "cache",
+            "cache.extra_temperatures: found [0.0], expected numbers above 0",
+        ),
         ({"cache.recording": "topk", "cache.num_draws": 8}, "cache", "cache.num_draws: found with recording topk"),
         ({"corpus.tokenizer": "t", "corpus.vocab_size": 512}, "corpus", "corpus.vocab_size: found beside corpus.token"),
         (
@@ -202,7 +221,13 @@ def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
         (CacheSettings(), {"chunk_rows": 7, "batch_tokens": 99, "gpu_memory_fraction": 0.5}),
         (
             TrainSettings(divergence="jsd", tail="renorm"),
-            {"micro_batch_sequences": 2, "checkpoint_every_steps": 7, "log_every_steps": 7, "on_corrupt": "skip"},
+            {
+                "micro_batch_sequences": 2,
+                "checkpoint_every_steps": 7,
+                "log_every_steps": 7,
+                "on_corrupt": "skip",
+                "decode": "device",
+            },
         ),
         (ModelShape(), {}),
         (RunFile.model_validate(BASE), {"out": "elsewhere", "device": "cpu"}),
@@ -233,6 +258,12 @@ def test_what_is_left_out_decides_like_its_default_spelt_out() -> None:
         (TeacherSettings(model=ModelShape()), TeacherSettings.model_validate({"model": {}, "training": {}})),
         (CacheSettings(), CacheSettings(num_draws=50)),
         (CacheSettings(recording="topk"), CacheSettings(recording="topk", num_kept=64, profile="near-lossless")),
+        (
+            CacheSettings(recording="both", extra_temperatures=(3.0, 2.0)),
+            CacheSettings(
+                recording="both", num_draws=50, num_kept=64, profile="near-lossless", extra_temperatures=(2.0, 3.0)
+            ),
+        ),
         (CorpusSettings(), CorpusSettings(vocab_size=4096)),
         (TrainSettings(divergence="jsd"), TrainSettings(divergence="jsd", jsd_beta=0.5)),
     ]

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capgap.kernels.sampling import reference, topk_rows
+from capgap.kernels.sampling import reference, sampled_and_topk_rows, sampled_rows, topk_rows
+
+POWERS = (0.25, 2.0)
 
 
 @st.composite
@@ -25,14 +27,17 @@ def cases(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int, float, int 
 @given(cases())
 def test_the_fast_scorer_agrees_with_float64(case: tuple[torch.Tensor, torch.Tensor, int, float, int | None]) -> None:
     logits_NV, labels_N, num_kept, temperature, vocab_size = case
-    fast = topk_rows(logits_NV, labels_N, num_kept, temperature, vocab_size)
-    true = reference.topk_rows(logits_NV, labels_N, num_kept, temperature, vocab_size)
+    fast = topk_rows(logits_NV, labels_N, num_kept, temperature, vocab_size, POWERS)
+    true = reference.topk_rows(logits_NV, labels_N, num_kept, temperature, vocab_size, POWERS)
     # logprobs reach 500, where half a unit in the last place of float32 is 1.5e-5; two roundings
     close = {"atol": 4e-5, "rtol": 1e-6, "check_dtype": False}
     torch.testing.assert_close(fast.logprobs_NK, true.logprobs_NK, **close)
     torch.testing.assert_close(fast.label_logprobs_N, true.label_logprobs_N, **close)
     # an error of 4e-5 in a logprob is a relative error of 4e-5 in a probability
     torch.testing.assert_close(fast.tail_N, true.tail_N, atol=1e-37, rtol=1e-4, check_dtype=False)
+    # raised to a power, logprobs and their errors grow by it
+    log_tails = {"atol": 4e-5 * max(POWERS), "rtol": 2e-6, "check_dtype": False}
+    torch.testing.assert_close(fast.log_tails_NT, true.log_tails_NT, **log_tails)
     # ids may differ among equals only: each id has the logprob that stands beside it
     logprobs_NV = torch.log_softmax(logits_NV[:, :vocab_size].double() / temperature, -1)
     at_ids_NK = logprobs_NV.gather(1, fast.ids_NK.long())
@@ -110,3 +115,40 @@ def test_what_does_not_fit_is_refused_with_what_was_got(scorer, changed: dict, m
     arguments = {"logits_NV": torch.zeros(2, 5), "labels_N": torch.zeros(2, dtype=torch.long), "num_kept": 2}
     with pytest.raises(ValueError, match=message):
         scorer(**(arguments | changed))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_kept_powers_and_the_further_tail_are_the_softmax_at_that_temperature(temperature: float) -> None:
+    logits_NV = torch.randn(20, 400, generator=torch.Generator().manual_seed(1)) * 3
+    rows = topk_rows(logits_NV, torch.zeros(20, dtype=torch.long), 12, 1.5, powers=[7.0, 1.5 / temperature])
+    true_NV = (logits_NV.double() / temperature).softmax(-1)
+    parts_NK1 = torch.cat([rows.logprobs_NK * 1.5 / temperature, rows.log_tails_NT[:, 1:]], dim=1)
+    found_NK1 = parts_NK1.double().softmax(-1)
+    kept_NK = true_NV.gather(1, rows.ids_NK.long())
+    # logprobs of up to 20 nats in float32, times 3
+    torch.testing.assert_close(found_NK1[:, :-1], kept_NK, rtol=2e-5, atol=0)
+    tail_N = true_NV.scatter(1, rows.ids_NK.long(), 0).sum(1)
+    torch.testing.assert_close(found_NK1[:, -1], tail_N, rtol=2e-5, atol=0)
+
+
+def test_a_power_that_is_none_is_refused() -> None:
+    for scorer in (topk_rows, reference.topk_rows):
+        for power in (0.0, -1.0, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match="powers: got"):
+                scorer(torch.zeros(1, 4), torch.zeros(1, dtype=torch.long), 2, powers=[power])
+
+
+@pytest.mark.parametrize("vocab_size", [None, 290])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_both_from_one_softmax_are_each_as_alone(vocab_size: int | None, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    # rows of several parts: a CPU goes through 2^20 logits at a time
+    logits_NV = torch.randn(8000, 300, generator=generator) * 4
+    labels_N, offsets_N = torch.arange(8000) % 290, torch.rand(8000, generator=generator)
+    drawn, kept = sampled_and_topk_rows(logits_NV, labels_N, offsets_N, 50, 9, temperature, vocab_size, POWERS)
+    for found, alone in (
+        (drawn, sampled_rows(logits_NV, labels_N, offsets_N, 50, temperature, vocab_size)),
+        (kept, topk_rows(logits_NV, labels_N, 9, temperature, vocab_size, POWERS)),
+    ):
+        for name, tensor in vars(alone).items():
+            assert torch.equal(getattr(found, name), tensor), name

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from capgap.pipeline.cache.scoring import Recording, Request
+from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.pipeline.workflow.context import Instance
+from capgap.schemas.run_file import RunFile
 
 VOCAB_SIZE = 300
 PADDED_VOCAB_SIZE = 320
 SEQ_LEN = 48
+STAGE_SEQ_LEN = 32
 
 
 @pytest.fixture(scope="session")
@@ -52,8 +59,11 @@ def recording() -> Callable[..., Recording]:
         chunk_rows: int = 1024,
         seed: int = 0,
         vocab_size: int = VOCAB_SIZE,
+        extra_temperatures: tuple[float, ...] = (),
     ) -> Recording:
-        return Recording(kind, num_ids, temperature, seed, vocab_size, chunk_rows)
+        """`kind`: sampled, topk or both."""
+        num_draws, num_kept = num_ids if kind != "topk" else 0, num_ids if kind != "sampled" else 0
+        return Recording(num_draws, num_kept, temperature, seed, vocab_size, chunk_rows, extra_temperatures)
 
     return make
 
@@ -63,5 +73,67 @@ def requests_of() -> Callable[[int], list[Request]]:
     def make(num_sequences: int) -> list[Request]:
         rng = np.random.default_rng(11)
         return [Request(rng.integers(0, VOCAB_SIZE, SEQ_LEN + 1, dtype=np.int32)) for _ in range(num_sequences)]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> dict[str, Any]:
+    """A run with its corpus (ten student shards of at most 8 sequences) and teacher made."""
+    folder = tmp_path_factory.mktemp("run")
+    texts = [f"line {i} says {i * i} and then {' '.join(str(i * k) for k in range(40))}\n" for i in range(60)]
+    for i, text in enumerate(texts):
+        (folder / f"{i:02d}.txt").write_text(text)
+    tokenizer = train_tokenizer(texts, 300)
+    run = {
+        "name": "tiny",
+        "out": str(folder / "out"),
+        "device": "cpu",
+        "corpus": {
+            "sources": [str(folder / "*.txt")],
+            "tokenizer": _save_teacher(folder / "teacher", tokenizer),
+            "seq_len": STAGE_SEQ_LEN,
+            "teacher_fraction": 0.0,
+            "heldout_fraction": 0.2,
+            "shard_sequences": 8,
+        },
+        "teacher": {"path": str(folder / "teacher")},
+        "student": {"model": {}},
+        "cache": {"engine": "transformers", "num_draws": 20, "chunk_rows": 100, "batch_tokens": 200},
+    }
+    carry_out(RunFile.model_validate(run), Instance("corpus"))
+    carry_out(RunFile.model_validate(run), Instance("teacher"))
+    return run
+
+
+@pytest.fixture(scope="session")
+def save_teacher() -> Callable[[Path, PreTrainedTokenizerFast], str]:
+    """Saves a teacher with a tokenizer, and returns its folder."""
+    return _save_teacher
+
+
+def _save_teacher(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=STAGE_SEQ_LEN,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(inputs, tmp_path) -> Any:
+    """A run of its own over the same corpus and teacher; takes settings of the cache."""
+    shutil.copytree(inputs["out"], tmp_path / "out")
+
+    def make(**cache: Any) -> RunFile:
+        return RunFile.model_validate(inputs | {"out": str(tmp_path / "out"), "cache": inputs["cache"] | cache})
 
     return make

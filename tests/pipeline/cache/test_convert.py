@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from capgap.pipeline.cache.convert import to_targets
-from capgap.pipeline.cache.scoring import Scored
+from capgap.pipeline.cache.convert import join, to_requests, to_targets
+from capgap.pipeline.cache.scoring import Request, Scored
 from capgap.schemas.records import SampledTargets, TopkTargets
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9))
@@ -20,7 +20,7 @@ def test_draws_become_the_counts_of_their_row(draws_BLn: np.ndarray) -> None:
     draws_BLn = np.sort(draws_BLn, axis=2)
     labels_BL = np.arange(draws_BLn[..., 0].size, dtype=np.float32).reshape(draws_BLn.shape[:2])
     targets = to_targets(
-        [Scored(d, None, None, labels_L, labels_L) for d, labels_L in zip(draws_BLn, labels_BL, strict=True)]
+        [_drawn(draws_Ln, labels_L) for draws_Ln, labels_L in zip(draws_BLn, labels_BL, strict=True)], "sampled"
     )
     assert isinstance(targets, SampledTargets)
     assert (targets.label_logprobs_BL == labels_BL).all()
@@ -32,20 +32,86 @@ def test_draws_become_the_counts_of_their_row(draws_BLn: np.ndarray) -> None:
     assert ends_N[-1] == len(targets.ids_D) == len(targets.counts_D)
 
 
+def _drawn(draws_Ln: np.ndarray, labels_L: np.ndarray) -> Scored:
+    none_LK = np.zeros((len(draws_Ln), 0), np.int32)
+    return Scored(
+        draws_Ln, none_LK, none_LK.astype(np.float32), labels_L, none_LK.astype(np.float32), labels_L, labels_L
+    )
+
+
 def test_kept_ids_are_stacked_in_the_order_of_the_sequences() -> None:
     rng = np.random.default_rng(0)
     scored = [
         Scored(
+            np.zeros((4, 0), np.int32),
             rng.integers(0, 9, (4, 3), dtype=np.int32),
             rng.random((4, 3), dtype=np.float32),
-            *rng.random((3, 4), dtype=np.float32),
+            rng.random(4, dtype=np.float32),
+            rng.random((4, 2), dtype=np.float32),
+            *rng.random((2, 4), dtype=np.float32),
         )
         for _ in range(2)
     ]
-    targets = to_targets(scored)
+    targets = to_targets(scored, "topk")
     assert isinstance(targets, TopkTargets)
     for i, s in enumerate(scored):
         assert (targets.ids_BLK[i] == s.ids_LK).all()
         assert (targets.logprobs_BLK[i] == s.logprobs_LK).all()
         assert (targets.tail_BL[i] == s.tail_L).all()
+        assert (targets.log_tails_BLT[i] == s.log_tails_LT).all()
         assert (targets.label_logprobs_BL[i] == s.label_logprobs_L).all()
+
+
+STARTS = st.lists(st.booleans(), min_size=9, max_size=9)
+
+
+@given(STARTS)
+def test_the_documents_of_a_sequence_are_requests_that_cover_every_target_once(starts: list[bool]) -> None:
+    tokens_L1, starts_L1 = np.arange(9, dtype=np.int32) * 3, np.array(starts)
+    requests = to_requests(tokens_L1, starts_L1, "document")
+    first = 0
+    for request in requests:
+        num_targets = len(request.tokens_L1) - 1
+        assert request.tokens_L1.tolist() == tokens_L1[first : first + num_targets + 1].tolist()
+        # a document begins where a request does, and nowhere within it; what the label starts is another's matter
+        assert first == 0 or starts_L1[first]
+        assert not starts_L1[first + 1 : first + num_targets].any()
+        first += num_targets
+    assert first == 8
+    assert len({request.digest for request in requests}) == len(requests)
+
+
+def test_a_packed_sequence_is_one_request() -> None:
+    tokens_L1 = np.arange(9, dtype=np.int32)
+    (request,) = to_requests(tokens_L1, np.ones(9, np.bool_), "packed")
+    assert (request.tokens_L1 == tokens_L1).all()
+    assert request.digest == Request(tokens_L1).digest
+
+
+def test_a_document_that_comes_twice_is_drawn_from_twice() -> None:
+    tokens_L1 = np.array([1, 2, 3, 1, 2, 3, 1], np.int32)
+    starts_L1 = np.array([True, False, False, True, False, False, True])
+    first, second = to_requests(tokens_L1, starts_L1, "document")
+    assert (first.tokens_L1 == second.tokens_L1).all() and first.digest != second.digest
+    again = to_requests(tokens_L1, starts_L1, "document")
+    assert [request.digest for request in again] == [first.digest, second.digest]
+
+
+def test_the_rows_of_requests_are_joined_in_their_order() -> None:
+    rng = np.random.default_rng(1)
+    parts = [
+        Scored(
+            rng.integers(0, 9, (n, 4), dtype=np.int32),
+            rng.integers(0, 9, (n, 2), dtype=np.int32),
+            rng.random((n, 2), dtype=np.float32),
+            rng.random(n, dtype=np.float32),
+            rng.random((n, 3), dtype=np.float32),
+            rng.random(n, dtype=np.float32),
+            rng.random(n, dtype=np.float32),
+        )
+        for n in (1, 5, 2)
+    ]
+    joined = join(parts)
+    for name, array in vars(joined).items():
+        assert array.tobytes() == b"".join(getattr(part, name).tobytes() for part in parts)
+    assert joined.log_tails_LT.shape == (8, 3)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from capgap.pipeline.cache.scoring import Packed, Request, record_rows, row_offsets, sequence_digest, unpack
+from capgap.pipeline.cache.scoring import Packed, Recording, Request, record_rows, row_offsets, sequence_digest, unpack
 from capgap.schemas.errors import InputError
 
-KINDS = pytest.mark.parametrize("kind", ["topk", "sampled"])
+KINDS = pytest.mark.parametrize("kind", ["topk", "sampled", "both"])
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +47,22 @@ def test_nothing_is_drawn_for_topk(recording) -> None:
 @KINDS
 @pytest.mark.parametrize("size", [1, 7, 95])
 def test_chunks_of_rows_give_what_all_rows_give(recording, rows, kind: str, size: int) -> None:
-    logits_NV, labels_N, offsets_N = rows
-    whole = record_rows(recording(kind), logits_NV, labels_N, offsets_N)
+    logits_NV = rows[0]
+    whole = record_rows(recording(kind), *_given(rows, kind))
     parts = [
-        record_rows(recording(kind), logits_NV[i : i + size], labels_N[i : i + size], offsets_N[i : i + size])
+        record_rows(recording(kind), *_given(tuple(rows_N[i : i + size] for rows_N in rows), kind))
         for i in range(0, len(logits_NV), size)
     ]
-    assert torch.equal(torch.cat([p.ids_NK for p in parts]), whole.ids_NK)
+    assert torch.equal(torch.cat([p.ids_NC for p in parts]), whole.ids_NC)
     assert torch.equal(torch.cat([p.numbers_NW for p in parts]), whole.numbers_NW)
 
 
 @KINDS
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_padding_is_never_kept_but_counts_for_the_teachers_own_top(recording, rows, kind, temperature) -> None:
-    packed = record_rows(recording(kind, temperature=temperature), *rows)
-    scored = _scored(packed)
-    assert scored.ids_LK.max() < 300
+    made = recording(kind, temperature=temperature)
+    scored = _scored(made, record_rows(made, *_given(rows, kind)))
+    assert np.concatenate([scored.draws_Ln, scored.ids_LK], axis=1).max() < 300
     logits_NV, labels_N, _ = rows
     expected_NV = torch.log_softmax(logits_NV[:, :300].double() / temperature, -1)
     label_N = expected_NV.gather(1, labels_N[:, None])[:, 0]
@@ -71,7 +71,7 @@ def test_padding_is_never_kept_but_counts_for_the_teachers_own_top(recording, ro
     own_NV = torch.log_softmax(logits_NV.double(), -1)
     assert own_NV.argmax(-1).min() >= 300, "or padding is not what the teacher would choose"
     assert np.abs(scored.top_logprobs_L - own_NV.amax(-1).numpy()).max() < 1e-5
-    if kind == "topk":
+    if kind != "sampled":
         kept_NK, ids_NK = expected_NV.topk(16, -1)
         assert (scored.ids_LK == ids_NK.numpy()).all()
         assert np.abs(scored.logprobs_LK - kept_NK.numpy()).max() < 1e-5
@@ -82,9 +82,29 @@ def test_padding_is_never_kept_but_counts_for_the_teachers_own_top(recording, ro
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_the_own_top_is_at_temperature_1(recording, rows, kind: str, temperature: float) -> None:
     logits_NV, labels_N, offsets_N = rows
-    packed = record_rows(recording(kind, temperature=temperature, vocab_size=320), logits_NV, labels_N, offsets_N)
+    made = recording(kind, temperature=temperature, vocab_size=320)
+    packed = record_rows(made, *_given((logits_NV, labels_N, offsets_N), kind))
     own_N = torch.log_softmax(logits_NV.double(), -1).amax(-1)
-    assert np.abs(_scored(packed).top_logprobs_L - own_N.numpy()).max() < 1e-5  # float32 rounding
+    assert np.abs(_scored(made, packed).top_logprobs_L - own_N.numpy()).max() < 1e-5  # float32 rounding
+
+
+def test_both_are_taken_apart_into_each(recording, rows) -> None:
+    extra = (3.0, 0.5)
+    scored = {}
+    for kind in ("topk", "sampled", "both"):
+        made = recording(kind, extra_temperatures=() if kind == "sampled" else extra)
+        scored[kind] = _scored(made, record_rows(made, *_given(rows, kind)))
+    both = vars(scored["both"])
+    assert (both["draws_Ln"] == scored["sampled"].draws_Ln).all() and scored["topk"].draws_Ln.shape == (96, 0)
+    for name in ("ids_LK", "logprobs_LK", "tail_L", "log_tails_LT", "label_logprobs_L", "top_logprobs_L"):
+        assert (both[name] == getattr(scored["topk"], name)).all(), name
+    assert scored["sampled"].ids_LK.shape == (96, 0) and both["log_tails_LT"].shape == (96, 2)
+    other_NV = torch.log_softmax(rows[0][:, :300].double(), -1).scatter(
+        1, torch.tensor(both["ids_LK"]).long(), -torch.inf
+    )
+    for number, temperature in enumerate(extra):
+        expected_N = torch.logsumexp(other_NV / temperature, -1)
+        assert np.abs(both["log_tails_LT"][:, number] - expected_N.numpy()).max() < 1e-4  # float32, times 2
 
 
 @KINDS
@@ -95,8 +115,14 @@ def test_logits_that_are_not_finite_are_refused_with_their_row(recording, rows, 
     poisoned_NV[17, 4] = value
     poisoned_NV[40] = value
     with pytest.raises(InputError, match=r"sequence 5, token 17: the teacher's logits are not finite"):
-        _scored(record_rows(recording(kind), poisoned_NV, labels_N, offsets_N), "sequence 5")
+        packed = record_rows(recording(kind), *_given((poisoned_NV, labels_N, offsets_N), kind))
+        _scored(recording(kind), packed, "sequence 5")
 
 
-def _scored(packed: Packed, where: str = "here"):
-    return unpack(packed.ids_NK.numpy(), packed.numbers_NW.numpy(), where)
+def _given(rows, kind: str):
+    """Offsets only where something is drawn, as an engine has them."""
+    return (*rows[:2], None if kind == "topk" else rows[2])
+
+
+def _scored(settings: Recording, packed: Packed, where: str = "here"):
+    return unpack(settings, packed.ids_NC.numpy(), packed.numbers_NW.numpy(), where)

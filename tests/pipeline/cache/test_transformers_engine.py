@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM as AnyModel
 from transformers import CohereConfig, Gemma2Config, GPTJConfig, GraniteConfig, LlamaConfig
 
-from capgap.pipeline.cache.scoring import row_offsets
+from capgap.pipeline.cache.scoring import Request, row_offsets
 from capgap.pipeline.cache.transformers_engine import TransformersEngine
 from capgap.schemas.errors import InputError
 
@@ -87,7 +87,7 @@ def test_a_count_is_the_floor_or_ceiling_of_n_p(folder, requests, recording, exa
     engine = TransformersEngine(folder, recording("sampled", 50, temperature), "float32", 4096, "cpu")
     expected_BLV = 50 * np.exp(exact_logprobs(temperature))
     for s, expected_LV in zip(engine.score(requests), expected_BLV, strict=True):
-        counts_LV = np.stack([np.bincount(draws, minlength=300) for draws in s.ids_LK])
+        counts_LV = np.stack([np.bincount(draws, minlength=300) for draws in s.draws_Ln])
         assert (counts_LV.sum(1) == 50).all()
         assert (counts_LV >= np.floor(expected_LV - COUNT_TOLERANCE)).all()
         assert (counts_LV <= np.ceil(expected_LV + COUNT_TOLERANCE)).all()
@@ -104,7 +104,7 @@ def test_the_draws_are_those_of_the_sequences_own_offsets(folder, requests, reco
         expected_Ln = np.stack(
             [np.searchsorted(e, p * e[-1], "right") for e, p in zip(ends_LV, points_Ln, strict=True)]
         )
-        wrong += int((np.sort(s.ids_LK) != expected_Ln).any(1).sum())
+        wrong += int((s.draws_Ln != expected_Ln).any(1).sum())
     # a point within 1e-6 of an id's end falls to either side: of 288 rows x 50 points, less than one is expected
     assert wrong <= 3
 
@@ -119,10 +119,33 @@ def test_the_size_of_a_batch_does_not_matter(teacher_folder, requests, recording
         for a, b in zip(engine.score(requests), whole, strict=True):
             # matrix products of other shapes sum in another order: 1e-5 nats
             assert np.abs(a.label_logprobs_L - b.label_logprobs_L).max() < 1e-5
-            different += int((np.sort(a.ids_LK) != np.sort(b.ids_LK)).any(1).sum())
+            different += int((np.sort(_ids(a)) != np.sort(_ids(b))).any(1).sum())
         assert different <= 3, (
             "of 288 rows only those with two ids, or a draw and an id's end, within 1e-5 of each other"
         )
+
+
+def _ids(scored) -> np.ndarray:
+    return np.concatenate([scored.draws_Ln, scored.ids_LK], axis=1)
+
+
+@pytest.mark.parametrize("batch_tokens", [16, 200, 4096])
+def test_requests_of_any_length_are_answered_as_each_alone_and_in_order(
+    folder, requests, recording, batch_tokens: int
+) -> None:
+    settings = recording("both", extra_temperatures=(2.0,))
+    lengths = (2, 49, 17, 17, 3, 40)
+    mixed = [Request(r.tokens_L1[:length]) for r, length in zip(requests, lengths, strict=True)]
+    found = TransformersEngine(folder, settings, "float32", batch_tokens, "cpu").score(mixed)
+    alone = TransformersEngine(folder, settings, "float32", 1, "cpu")
+    for scored, request in zip(found, mixed, strict=True):
+        (expected,) = alone.score([request])
+        for name, array in vars(expected).items():
+            assert getattr(scored, name).shape == array.shape, name
+        # products of other shapes sum in another order
+        assert np.abs(scored.label_logprobs_L - expected.label_logprobs_L).max() < 1e-4
+        assert np.abs(scored.logprobs_LK - expected.logprobs_LK).max() < 1e-4
+        assert np.abs(scored.log_tails_LT - expected.log_tails_LT).max() < 1e-4
 
 
 def test_no_requests_are_no_rows(teacher_folder, recording) -> None:

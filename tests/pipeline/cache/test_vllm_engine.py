@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from capgap.pipeline.cache.convert import to_requests
 from capgap.pipeline.cache.scoring import Request, Scored
 from capgap.pipeline.cache.transformers_engine import TransformersEngine
 from capgap.pipeline.cache.vllm_engine import VllmEngine
@@ -133,7 +134,7 @@ def test_draws_are_those_of_the_reference(sampled_engine, folder, submission, re
     expected = TransformersEngine(folder, recording("sampled", 50), "auto", 4096, "cpu").score(submission)
     different = []
     for scored, wanted, logprobs_LV, request in zip(found, expected, reference(1.0), submission, strict=True):
-        assert scored.ids_LK.shape == (SEQ_LEN, 50)
+        assert scored.draws_Ln.shape == (SEQ_LEN, 50)
         _require_labels(scored, logprobs_LV, request)
         counts_LV = _counts(scored) - _counts(wanted)
         different += list(counts_LV[counts_LV.any(1)])
@@ -162,6 +163,27 @@ def test_a_sequence_that_comes_twice_is_scored_twice_in_its_places(topk_engine, 
 
 def test_no_requests_are_no_rows(topk_engine) -> None:
     assert topk_engine.score([]) == []
+
+
+def test_documents_and_both_recordings_are_those_of_the_reference(folder, submission, recording) -> None:
+    """In steps of 49 tokens; documents of 1 token and of 48."""
+    settings = recording("both", 16, extra_temperatures=(2.0,))
+    starts_L1 = np.zeros(SEQ_LEN + 1, np.bool_)
+    starts_L1[[0, 1, 9, 47, 48]] = True
+    requests = [part for r in submission[:20] for part in to_requests(r.tokens_L1, starts_L1, "document")]
+    requests += submission[:5]
+    assert sorted({len(r.tokens_L1) for r in requests}) == [2, 9, 39, 49]
+    engine = VllmEngine(folder, settings, SEQ_LEN, "auto", 16, 0.5, "cpu")
+    found = engine.score(requests)
+    engine.close()
+    different = 0
+    expected = TransformersEngine(folder, settings, "auto", 4096, "cpu").score(requests)
+    for scored, wanted in zip(found, expected, strict=True):
+        for name in ("label_logprobs_L", "top_logprobs_L", "logprobs_LK", "tail_L", "log_tails_LT"):
+            assert getattr(scored, name).shape == getattr(wanted, name).shape, name
+            assert np.abs(getattr(scored, name) - getattr(wanted, name)).max() < TOLERANCE_NATS, name
+        different += int((scored.draws_Ln != wanted.draws_Ln).any(1).sum())
+    assert different < DIFFERING_ROWS * 25 * SEQ_LEN
 
 
 def test_too_few_positions_are_refused(teacher_folder, recording) -> None:

@@ -115,9 +115,9 @@ folder, tokens = sys.argv[1], np.load(sys.argv[2])
 requests = [Request(row) for row in tokens]
 found = {}
 for name, recording, batch_tokens in [
-    ("topk", Recording("topk", 16, 1.0, 0, 300, 1024), 4096),
-    ("sampled", Recording("sampled", 50, 1.0, 0, 300, 100), 16),
-    ("warm", Recording("topk", 16, 2.0, 0, 300, 7), 100),
+    ("topk", Recording(0, 16, 1.0, 0, 300, 1024), 4096),
+    ("sampled", Recording(50, 0, 1.0, 0, 300, 100), 16),
+    ("warm", Recording(0, 16, 2.0, 0, 300, 7), 100),
 ]:
     reference = TransformersEngine(folder, recording, "auto", 4096, "cpu").score(requests)
     engine = VllmEngine(folder, recording, tokens.shape[1] - 1, "auto", batch_tokens, 0.5, "cpu")
@@ -126,13 +126,15 @@ for name, recording, batch_tokens in [
     engine.close()
     def apart(field):
         return float(max(np.abs(getattr(a, field) - getattr(b, field)).max() for a, b in zip(scored, reference)))
+    def ids_of(s):
+        return np.sort(np.concatenate([s.draws_Ln, s.ids_LK], axis=1))
     found[name] = {
         "second generation": hasattr(runner, "prompt_logprobs_worker"),
-        "rows": sorted({len(s.ids_LK) for s in scored}),
+        "rows": sorted({len(s.label_logprobs_L) for s in scored}),
         "label": apart("label_logprobs_L"),
         "top": apart("top_logprobs_L"),
         "kept": 0.0 if name == "sampled" else apart("logprobs_LK"),
-        "different": sum(int((np.sort(a.ids_LK) != np.sort(b.ids_LK)).any(1).sum()) for a, b in zip(scored, reference)),
+        "different": sum(int((ids_of(a) != ids_of(b)).any(1).sum()) for a, b in zip(scored, reference)),
     }
 print(json.dumps(found))
 """

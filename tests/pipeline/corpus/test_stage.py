@@ -26,7 +26,7 @@ def _tokens(run: RunFile, manifest: Manifest, split: str) -> np.ndarray:
     """All tokens of a split as one row."""
     shard_set = manifest.shard_sets[split]
     reader = ShardReader(Path(run.out) / "corpus", shard_set)
-    return np.concatenate([reader.read(i)[0].tokens_BL1.ravel() for i in range(len(reader.members))])
+    return np.concatenate([reader.read(i)[0].tokens_BL1.ravel() for i in range(reader.shard_set.num_members)])
 
 
 def _documents(run: RunFile, manifest: Manifest, split: str) -> list[str]:

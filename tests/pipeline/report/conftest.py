@@ -13,8 +13,8 @@ import pytest
 from capgap.pipeline.eval.arms import differences_over_seeds, paired_differences
 from capgap.pipeline.eval.intervals import bootstrap_interval, resample_weights
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
-from capgap.schemas.facts import CacheFacts, TokenizerFacts
-from capgap.schemas.manifest import FileEntry, Manifest, ShardEntry, ShardSet
+from capgap.schemas.facts import CacheFacts, RecordingFacts, TokenizerFacts
+from capgap.schemas.manifest import FileEntry, Manifest, Members, ShardEntry, ShardSet
 from capgap.schemas.results import RESULTS_NAME, AgainstTeacher, EvalResults, ModelResult
 from capgap.schemas.run_file import RunFile
 
@@ -27,9 +27,11 @@ def make_context() -> Callable[..., StageContext]:
     """A report stage's context.
 
     `losses` holds the mean loss of every student, by arm and seed. An arm named `cross_entropy` has alpha 0.
+    `recordings` holds the number of ids of each recording of the cache.
     """
 
     def make(folder: Path, losses: dict[str, list[float]], **run_settings: Any) -> StageContext:
+        recordings = run_settings.pop("recordings", {"sampled": 50})
         seeds = list(range(len(next(iter(losses.values())))))
         arms = {arm: {"alpha": 0} if arm.startswith("cross_entropy") else {} for arm in losses}
         run = RunFile.model_validate(
@@ -48,7 +50,7 @@ def make_context() -> Callable[..., StageContext]:
         inputs = {}
         for name in ("corpus", "teacher", "cache", *students, *names, "eval"):
             (folder / name).mkdir(parents=True)
-            inputs[name] = StageInput(folder / name, _manifest(name))
+            inputs[name] = StageInput(folder / name, _manifest(name, recordings))
         _write_curves(inputs, losses)
         (folder / "eval" / RESULTS_NAME).write_text(_results(losses).model_dump_json())
         (folder / "report").mkdir()
@@ -57,23 +59,29 @@ def make_context() -> Callable[..., StageContext]:
     return make
 
 
-def _manifest(name: str) -> Manifest:
+def _manifest(name: str, recordings: dict[str, int]) -> Manifest:
     stage = name.split("/")[0]
     extra: dict[str, Any] = {"versions": {"python": "3.11.2", "torch": "2.13.0"}}
     if stage == "cache":
         facts = CacheFacts(
             tokenizer=TOKENIZER,
             context="packed",
-            recording="sampled",
-            num_ids=50,
             temperature=1.0,
+            recordings={
+                name: RecordingFacts(
+                    num_ids=num_ids,
+                    profile="small" if name == "topk" else None,
+                    temperatures=(1.0,) if name == "sampled" else (1.0, 2.5),
+                )
+                for name, num_ids in recordings.items()
+            },
             padded_vocab_size=4224,
-            engine="<b>vllm</b> 0.30.1",
-            dtype="float32",
+            engines=("<b>vllm</b> 0.30.1",),
+            dtypes=("float32",),
             mean_label_loss=2.9,
         )
         extra["facts"] = facts.model_dump(mode="json")
-        extra["shard_sets"] = {"targets": _shards(4096, 64_000_000)}
+        extra["shard_sets"] = {name: _shards(4096, 64_000_000 * (1 + n)) for n, name in enumerate(recordings)}
         extra["versions"] |= {"vllm": "<script>alert(1)</script>"}
     if stage == "corpus":
         extra["shard_sets"] = {"heldout": _shards(NUM_SEQUENCES, 300_000)}
@@ -86,7 +94,7 @@ def _shards(num_sequences: int, num_bytes: int) -> ShardSet:
     entry = ShardEntry(
         file=FileEntry(path="x-000000.tar", num_bytes=num_bytes, sha256="0" * 64),
         num_sequences=num_sequences,
-        members=(),
+        members=Members(),
     )
     return ShardSet(codec="sequences-planes-1", codec_settings={}, seq_len=SEQ_LEN, shards=(entry,))
 

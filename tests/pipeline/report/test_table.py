@@ -8,6 +8,7 @@ from rich.console import Console
 
 from capgap.pipeline.report import stage
 from capgap.pipeline.report.gather import gather, read_curve
+from capgap.pipeline.report.page import render_page
 from capgap.pipeline.report.summary import Report
 from capgap.pipeline.report.table import human_count, print_table, table_text
 from capgap.schemas.errors import InputError
@@ -75,6 +76,18 @@ def test_without_a_cross_entropy_arm_nothing_is_claimed(tmp_path, make_context):
     assert sentence.startswith("no arm has alpha 0")
     (sentence,) = _verdicts(make_context(tmp_path / "b", {"cross_entropy": [3.5]}))
     assert sentence.startswith("no arm is distilled")
+
+
+def test_every_recording_of_the_cache_has_its_cost(tmp_path, make_context):
+    report = gather(make_context(tmp_path, THREE_SEEDS, recordings={"sampled": 50, "topk": 64}))
+    assert (
+        "cache: 61.0 bytes per token (recording sampled, n = 50) and 122.1 bytes per token (recording topk, k = 64), "
+        "1,048,576 tokens"
+    ) in " ".join(table_text(report.table).split())
+    page = render_page(report)
+    assert "topk, 64 ids a token, temperatures 1, 2.5" in page
+    assert "sampled, 50 draws a token, temperature 1" in page
+    assert "192.0 MB in 2 shards" in page
 
 
 def test_the_table_holds_teacher_and_arms(tmp_path, make_context):

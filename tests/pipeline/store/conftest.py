@@ -65,12 +65,13 @@ def targets_of(
         return None
     shape, labels_N = tuple(labels_BL.shape), labels_BL.reshape(-1)
     if codec.name in TOPK_CODECS.values():
-        kept = topk_rows(logits_NV, labels_N, codec.num_ids)
+        kept = topk_rows(logits_NV, labels_N, codec.num_ids, codec.temperature, powers=codec.powers)
         return TopkTargets(
             kept.ids_NK.view(*shape, -1).numpy(),
             kept.logprobs_NK.view(*shape, -1).numpy(),
             kept.tail_N.view(shape).numpy(),
             kept.label_logprobs_N.view(shape).numpy(),
+            kept.log_tails_NT.view(*shape, -1).numpy(),
         )
     drawn = sampled_rows(logits_NV, labels_N, torch.rand(len(labels_N), generator=generator), codec.num_ids)
     rows = [np.unique(draws_n, return_counts=True) for draws_n in drawn.draws_Nn.numpy()]

@@ -105,6 +105,7 @@ def test_padding_is_no_kept_id_though_the_label_is_0() -> None:
         np.array([[[-0.1, -3.0, -np.inf]]], np.float32),
         np.array([[0.05]], np.float32),
         np.array([[-4.0]], np.float32),
+        np.zeros((1, 1, 0), np.float32),
     )
     assert _passes(sequences, targets)
     assert not _passes(sequences, dataclasses.replace(targets, label_logprobs_BL=np.array([[-2.0]], np.float32)))
@@ -133,7 +134,7 @@ def _topk(label: int, num_kept: int = 3) -> tuple[Sequences, TopkTargets]:
     rows = topk_rows(logits_1V, torch.tensor([label]), num_kept)
     return _sequence(label), TopkTargets(
         rows.ids_NK[None].numpy(), rows.logprobs_NK[None].numpy(), rows.tail_N[None].numpy(),
-        rows.label_logprobs_N[None].numpy(),
+        rows.label_logprobs_N[None].numpy(), rows.log_tails_NT[None].numpy(),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 
 from capgap.pipeline.store.batch import IGNORED_LABEL, collate
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK, TOPK_CODECS
+from capgap.pipeline.store.rows import in_rows
 from capgap.schemas.records import TopkTargets
 
 
@@ -62,7 +63,7 @@ def test_labels_are_the_next_tokens_and_are_ignored_where_the_mask_says_so(codec
 
 def test_a_batch_moves_as_a_whole(codecs, make_block) -> None:
     block = make_block(codecs[TOPK], 1)
-    moved = collate([(block.sequences, block.targets, 0)], 8).to("meta")
+    moved = in_rows(collate([(block.sequences, block.targets, 0)], 8), 12).to("meta")
     assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
 
 

@@ -145,6 +145,24 @@ def test_a_codec_whose_settings_are_not_its_own_is_refused(settings: dict[str, A
         codec_for(SAMPLED, 8, settings)
 
 
+@pytest.mark.parametrize(
+    "heat",
+    [
+        {"temperature": 1.0},
+        {"extra_temperatures": [2.0]},
+        {"temperature": 1.0, "extra_temperatures": []},
+        {"temperature": 1.0, "extra_temperatures": 2.0},
+        {"temperature": 1.0, "extra_temperatures": [0]},
+        {"temperature": "warm", "extra_temperatures": [2.0]},
+    ],
+)
+def test_temperatures_that_are_none_are_refused(heat: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"codec topk-near-lossless-1 has other settings"):
+        codec_for(TOPK, 8, {"vocab_size": 9, "num_ids": 1, **heat})
+    with pytest.raises(InputError, match=r"codec sampled-planes-1 has other settings"):
+        codec_for(SAMPLED, 8, {"vocab_size": 9, "num_ids": 1, "temperature": 1.0, "extra_temperatures": [2.0]})
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_codec_is_rebuilt_from_what_the_manifest_says(codecs, name: str) -> None:
     assert codec_for(name, codecs[name].seq_len, codecs[name].settings) == codecs[name]

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from capgap.pipeline.store import DiskCache
 from capgap.schemas.errors import CorruptError, InputError, SettingError
@@ -163,6 +164,50 @@ def test_processes_share_a_folder(tmp_path) -> None:
     assert [worker.wait() for worker in workers] == [0, 0, 0]
     copies = _copies(tmp_path / "copies")
     assert len(copies) == 5 and not any(name.endswith(".partial") for name in copies)
+
+
+SLOW = """
+import hashlib, random, sys, time
+from pathlib import Path
+from capgap.pipeline.store import DiskCache
+from capgap.schemas.manifest import FileEntry
+folder, most, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+(folder / f"ready-{seed}").touch()
+while len(list(folder.glob("ready-*"))) < 3:
+    time.sleep(0.01)
+order = random.Random(seed)
+for number in [order.randrange(12) for _ in range(30)]:
+    data = random.Random(number).randbytes(1000)
+    def download():
+        for start in range(0, 1000, 100):
+            time.sleep(0.0005)
+            yield data[start : start + 100]
+    entry = FileEntry(path=str(number), num_bytes=1000, sha256=hashlib.sha256(data).hexdigest())
+    with DiskCache(folder / "copies", most).open(entry, download, "here") as file:
+        assert file.read() == data
+"""
+
+
+@pytest.mark.parametrize(
+    ("most", "bound"),
+    [
+        pytest.param(4_000, 4_000, id="never above the bound"),
+        pytest.param(1_500, 3_000, id="three downloads at once are larger than it: never above them"),
+    ],
+)
+def test_processes_that_download_at_once_stay_within_the_bound(tmp_path, most: int, bound: int) -> None:
+    DiskCache(tmp_path / "copies", most)
+    workers = [subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path), str(most), str(n)]) for n in range(3)]
+    seen, partial = [], []
+    while any(worker.poll() is None for worker in workers):
+        # under this lock files come and go, so a listing is a snapshot
+        with FileLock(tmp_path / "copies" / "locks" / "room"):
+            sizes = {p.name: p.stat().st_size for p in (tmp_path / "copies").iterdir() if p.is_file()}
+        seen.append(sum(sizes.values()))
+        partial.append(sum(name.endswith(".partial") for name in sizes))
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
+    assert max(partial) > 1, "downloads at once were seen"
+    assert 0 < max(seen) <= bound
 
 
 @pytest.mark.parametrize("size", ["", "much", "0", "-1", "nan", "inf"])

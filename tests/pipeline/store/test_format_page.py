@@ -5,6 +5,7 @@ Legend: B sequences, L targets a sequence, K ids kept a row.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -13,6 +14,7 @@ import re
 import struct
 import tarfile
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +26,9 @@ from capgap.pipeline.corpus.stage import SPLITS
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK, TOPK_CODECS, Codec
 from capgap.pipeline.workflow.identity import content_of
-from capgap.schemas.facts import CacheFacts, CorpusFacts, TokenizerFacts
-from capgap.schemas.manifest import FileEntry, Manifest, MemberEntry, ShardEntry, ShardSet
+from capgap.schemas.facts import CacheFacts, CorpusFacts, RecordingFacts, ShardFacts, TokenizerFacts
+from capgap.schemas.manifest import FileEntry, Manifest, Members, ShardEntry, ShardSet
+from capgap.schemas.run_cache import RecordingName
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "format.md").read_text()
 NAMES = [SEQUENCES, SAMPLED, *TOPK_CODECS.values()]
@@ -54,7 +57,8 @@ def test_the_example_reads_every_member_in_ten_lines(
 ) -> None:
     reader = make_reader(ranked_codecs[name], ((4, 3, 2),))
     monkeypatch.chdir(tmp_path / "shards")
-    exec(_code(), {})
+    # the shards of these tests are of no cache, and are named otherwise
+    exec(_code().replace("sampled-", "targets-"), {})
     tokens = [reader.read(index)[0].tokens_BL1.astype(np.uint32) for index in range(3)]
     expected = [f"targets-000000-{index:04d} {tokens_BL1}" for index, tokens_BL1 in enumerate(tokens)]
     assert capsys.readouterr().out == "\n".join(expected) + "\n"
@@ -102,9 +106,7 @@ class _Page:
 
     def __init__(self, batch: pa.RecordBatch, name: str, id_of_rank: list[int], num_ids: int) -> None:
         self._rows, self._name, self._id_of_rank, self._num_ids = batch.to_pylist(), name, id_of_rank, num_ids
-        # the columns that are one stream through all sequences
-        self._quads = iter(self._rows[0]["quads"]) if name.endswith("small-1") else iter(())
-        self._escapes = iter(self._rows[0]["escapes"]) if name.endswith("small-1") else iter(())
+        self._quads, self._escapes = iter(()), iter(())
         self._pending: list[int] = []
 
     def sequences(self) -> list[dict[str, list]]:
@@ -122,7 +124,18 @@ class _Page:
             labels, tails = (self._floats(self._join(row, name)) for name in ("label", "tail"))
         else:
             tails = [0 if code == 65535 else math.exp(-code / 64) for code in self._join(row, "tail")]
-        return {"tokens": tokens, **flags, "labels": labels, "tails": tails, "targets": self._topk(row, len(labels))}
+        targets = {"tails": tails, "log_tails": self._log_tails(row), "targets": self._topk(row, len(labels))}
+        return {"tokens": tokens, **flags, "labels": labels, **targets}
+
+    def _log_tails(self, row: dict[str, list[int]]) -> list[list[float]]:
+        found = []
+        for number in range(1, 3):
+            words = self._join(row, f"tail{number}")
+            if words and self._name == TOPK_CODECS["lossless"]:
+                found.append(self._floats(words))
+            elif words:
+                found.append([-math.inf if code == 65535 else 17 - code / 64 for code in words])
+        return found
 
     def _sampled(self, row: dict[str, list[int]]) -> list[list[tuple[int, int]]]:
         counts, repeated, once = (
@@ -147,10 +160,11 @@ class _Page:
         if self._name == TOPK_CODECS["lossless"]:
             values = iter(self._floats(self._join(row, "logprobs")))
             return [list(itertools.islice(values, size)) for size in kept]
+        if self._quads_are_used:
+            self._quads, self._escapes, self._pending = iter(row["quads"]), iter(row["escapes"]), []
         if self._name == TOPK_CODECS["small"]:
             steps = [[self._number() for _ in range(size)] for size in kept]
         elif self._name == TOPK_CODECS["compact"]:
-            self._quads, self._escapes, self._pending = iter(row["quads"]), iter(row["escapes"]), []
             flat = [self._number() for _ in range(sum(kept))]
             steps = [flat[i :: len(kept)] for i in range(len(kept))]
         else:
@@ -172,7 +186,7 @@ class _Page:
 
     @staticmethod
     def _companded(code: int) -> float:
-        return 2 * math.log(1 - min(code, 88) / 96) - max(code - 88, 0) / 4
+        return 2 * math.log(1 - min(code, 86) / 96) - max(code - 86, 0) / 5
 
     @staticmethod
     def _join(row: dict[str, list[int]], name: str) -> list[int]:
@@ -206,6 +220,9 @@ def _require_same(page: _Page, reader: ShardReader, index: int) -> None:
                 place = stop
             continue
         assert found["tails"] == pytest.approx(targets.tail_BL[b].tolist(), rel=1e-5)
+        assert len(found["log_tails"]) == targets.log_tails_BLT.shape[2]
+        for number, logs in enumerate(found["log_tails"]):
+            assert logs == pytest.approx(targets.log_tails_BLT[b, :, number].tolist(), rel=1e-5)
         for i, row in enumerate(found["targets"]):
             real_K = np.isfinite(targets.logprobs_BLK[b, i])
             assert [i for i, _ in row] == targets.ids_BLK[b, i][real_K].tolist()
@@ -226,16 +243,20 @@ def test_a_shard_is_read_with_webdataset_arrow_and_zstandard_alone(
     reader = make_reader(ranked_codecs[name], SIZES)
     index = 0
     for shard in reader.shard_set.shards:
-        for sample in webdataset.WebDataset(str(tmp_path / "shards" / shard.file.path), shardshuffle=False):
-            assert sample["__key__"] == reader.members[index][1].key
+        samples = webdataset.WebDataset(str(tmp_path / "shards" / shard.file.path), shardshuffle=False)
+        for number, sample in enumerate(samples):
+            assert sample["__key__"] == shard.member(number).key
             _require_same(_page_of(sample["arrow.zst"], ranked_codecs[name]), reader, index)
             index += 1
     assert index == 6
 
 
+@pytest.mark.parametrize("extra", [(), (0.5, 4.0)], ids=["one temperature", "three temperatures"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shard_is_read_with_tarfile_alone(codecs, make_reader, tmp_path: Path, name: str) -> None:
-    reader = make_reader(codecs[name], SIZES)
+def test_a_shard_is_read_with_tarfile_alone(codecs, make_reader, tmp_path: Path, name: str, extra) -> None:
+    codec = dataclasses.replace(codecs[name], extra_temperatures=extra if name in TOPK_CODECS.values() else ())
+    reader = make_reader(codec, SIZES)
+    assert reader.codec == codec
     index = 0
     for shard in reader.shard_set.shards:
         path = tmp_path / "shards" / shard.file.path
@@ -260,7 +281,7 @@ def test_the_errors_are_those_of_the_page(codecs) -> None:
         assert error.label_nats == eval(label)
         assert error.kept_nats == (0 if name == SAMPLED else eval(kept.split(";")[0]))
     assert codecs[TOPK].error.floor_nats == -65535 / 64
-    assert round(codecs[TOPK_CODECS["small"]].error.floor_nats, 2) == -23.97
+    assert round(codecs[TOPK_CODECS["small"]].error.floor_nats, 2) == -23.92
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -282,7 +303,7 @@ def test_a_shard_is_a_plain_tar_as_the_page_says(codecs, make_reader, tmp_path: 
         data = path.read_bytes()
         assert len(data) % 10240 == 0
         end = 0
-        for member in shard.members:
+        for member in shard.each_member():
             header = data[member.offset - 512 : member.offset]
             assert header[257:265] == b"ustar\x0000"
             assert member.offset - 512 == end, "a header follows the data before it, padded to 512"
@@ -300,8 +321,8 @@ def test_the_manifests_keys_are_those_of_the_page() -> None:
     )
     assert sorted(manifest_table) == sorted(Manifest.model_fields)
     assert set_table == [*ShardSet.model_fields, "shards[].members"]
-    text = PAGE[PAGE.index("| `codec` |") : PAGE.index("## Sidecars")]
-    for model in (ShardEntry, MemberEntry, CacheFacts, CorpusFacts, TokenizerFacts):
+    text = PAGE[PAGE.index("| `codec` |") : PAGE.index("## What a token takes")]
+    for model in (ShardEntry, Members, CacheFacts, RecordingFacts, ShardFacts, CorpusFacts, TokenizerFacts):
         assert [name for name in model.model_fields if f"`{name}`" not in text] == []
     files = next(row for row in PAGE.splitlines() if row.startswith("| `files` |"))
     assert [name for name in FileEntry.model_fields if f"`{name}`" not in files] == []
@@ -310,7 +331,7 @@ def test_the_manifests_keys_are_those_of_the_page() -> None:
 
 def test_the_names_of_the_shard_sets_are_those_of_the_page() -> None:
     (line,) = [line for line in PAGE.splitlines() if line.startswith("NAME-000000.tar ...")]
-    assert _codes(line)[:3] == list(SPLITS)
+    assert _codes(line) == [*SPLITS, *get_args(RecordingName)]
 
 
 def test_the_content_digest_is_computed_as_the_page_says() -> None:

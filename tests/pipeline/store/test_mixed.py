@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
@@ -98,3 +99,31 @@ def test_what_cannot_be_mixed_is_refused(readers, settings, message: str) -> Non
 def test_a_state_of_another_mix_is_refused(readers) -> None:
     with pytest.raises(InputError, match="another mix"):
         _mixed(readers).load_state_dict(_mixed(readers, weights={"a": 1, "b": 1}).state_dict())
+
+
+def test_caches_of_unequal_sequences_are_mixed_in_rows_of_one_length(readers, codecs, make_reader, tmp_path) -> None:
+    """Rows of 26: two sequences of 12 and 2 of padding, or one of 20 and 6 of padding."""
+    longer = make_reader(dataclasses.replace(codecs[SEQUENCES], seq_len=20), ((4,) * 10,))
+    caches = {"a": (readers["a"], 8), "long": (longer, 4)}
+
+    def make(**settings) -> MixedLoader:
+        loaders = {
+            name: SequenceLoader(reader, size, 0, num_epochs=9, row_len=26) for name, (reader, size) in caches.items()
+        }
+        return MixedLoader(loaders, {"a": 1, "long": 1}, 7, **settings)
+
+    whole = list(make(max_tokens=1000))
+    assert {tuple(batch.input_ids_BL.shape) for batch in whole} == {(4, 26)}
+    # a turn of `a` has 8 x 12 targets, one of `long` 4 x 20
+    targets = [80 if (batch.positions_BL == 19).any() else 96 for batch in whole]
+    assert {80, 96} == set(targets) and sum(targets) <= 1000 < sum(targets) + 96
+    for stop in range(len(whole)):
+        first = make(max_tokens=1000)
+        list(itertools.islice(first, stop))
+        second = make(max_tokens=1000)
+        second.load_state_dict(first.state_dict())
+        assert _rows(list(second)) == _rows(whole[stop:])
+    with pytest.raises(InputError, match=r"rows in a batch, and targets in a row; found .*\(4, 12\), \(4, 20\)"):
+        MixedLoader(
+            {name: SequenceLoader(reader, 4, 0) for name, (reader, _) in caches.items()}, {"a": 1, "long": 1}, 7
+        )

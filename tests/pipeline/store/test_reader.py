@@ -8,7 +8,7 @@ import pytest
 from capgap.pipeline.store import ShardReader, read_blocks
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK, TOPK_CODECS
 from capgap.schemas.errors import CorruptError, InputError
-from capgap.schemas.manifest import ShardSet
+from capgap.schemas.manifest import Members, ShardSet
 
 NAMES = [SEQUENCES, SAMPLED, *TOPK_CODECS.values()]
 SIZES = ((3, 1), (4,), (2, 2, 1))
@@ -36,7 +36,7 @@ def test_every_flipped_bit_of_a_member_is_found_and_located(codecs, make_reader,
     reader = make_reader(codecs[name], ((1,), (1, 1)))
     path = _paths(reader, tmp_path)[1]
     data = path.read_bytes()
-    entry = reader.shard_set.shards[1].members[1]
+    entry = reader.shard_set.shards[1].member(1)
     with path.open("r+b", buffering=0) as file:
         for bit in range(8 * entry.num_bytes):
             place = entry.offset + bit // 8
@@ -57,10 +57,10 @@ def test_damage_to_one_member_leaves_the_others_readable(codecs, make_reader, tm
     reader = make_reader(codecs[TOPK], ((2, 2, 2),))
     path = _paths(reader, tmp_path)[0]
     with path.open("r+b") as file:
-        _put(file, reader.shard_set.shards[0].members[1].offset - 512, 0)  # the name in the second member's header
+        _put(file, reader.shard_set.shards[0].member(1).offset - 512, 0)  # the name in the second member's header
     assert [len(reader.read(index)[0]) for index in range(3)] == [2, 2, 2]
     with path.open("r+b") as file:
-        _put(file, reader.shard_set.shards[0].members[1].offset + 9, 77)
+        _put(file, reader.shard_set.shards[0].member(1).offset + 9, 77)
     assert len(reader.read(0)[0]) == len(reader.read(2)[0]) == 2
     with pytest.raises(CorruptError, match="targets-000000-0001"):
         reader.read(1)
@@ -109,5 +109,6 @@ def test_targets_of_other_tokens_are_found_though_all_checksums_hold(
 def _altered(reader: ShardReader, update: dict[str, int]) -> ShardSet:
     """What the manifest says, but for the first member."""
     shard = reader.shard_set.shards[0]
-    member = shard.members[0].model_copy(update=update)
-    return reader.shard_set.model_copy(update={"shards": (shard.model_copy(update={"members": (member,)}),)})
+    first = {name: values[:1] for name, values in vars(shard.members).items()}
+    members = Members(**first | {name: (value,) for name, value in update.items()})
+    return reader.shard_set.model_copy(update={"shards": (shard.model_copy(update={"members": members}),)})

@@ -36,7 +36,7 @@ def test_a_shard_is_a_tar_and_a_sidecar(folders, writer, codecs, make_block) -> 
     assert _files(folders) == ["targets-000007.json", "targets-000007.tar"]
     path = folders[0] / "targets-000007.tar"
     assert entry.num_sequences == 5
-    assert [member.num_sequences for member in entry.members] == [3, 2]
+    assert entry.members.num_sequences == (3, 2)
     assert (entry.file.path, entry.file.num_bytes) == (path.name, path.stat().st_size)
     assert entry.file.sha256 == sha256_of(path)
     assert writer.finished(7) == entry
@@ -48,7 +48,7 @@ def test_offsets_are_where_the_tar_says_its_members_lie(folders, codecs, make_bl
     entry = ShardWriter(*folders, "a", codecs[name]).write(0, [make_block(codecs[name], n, n) for n in (1, 4, 2)])
     with tarfile.open(folders[0] / "a-000000.tar") as tar:
         expected = [(m.name.removesuffix(".arrow.zst"), m.offset_data, m.size) for m in tar]
-    assert [(m.key, m.offset, m.num_bytes) for m in entry.members] == expected
+    assert [(m.key, m.offset, m.num_bytes) for m in entry.each_member()] == expected
 
 
 def _blocks_until(error: Exception, blocks: list[Block]) -> Iterator[Block]:
@@ -176,7 +176,7 @@ def test_a_killed_writer_leaves_no_shard_that_is_taken_for_finished_and_is_not(t
 
 
 def _assert_written(reader: ShardReader, index: int) -> None:
-    for number in range(len(reader.members)):
+    for number in range(reader.shard_set.num_members):
         tokens_BL1 = np.random.default_rng([index, number]).integers(0, 50000, (128, 64), dtype=np.int32)
         assert np.array_equal(reader.read(number)[0].tokens_BL1, tokens_BL1)
 

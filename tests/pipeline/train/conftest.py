@@ -52,18 +52,25 @@ def make_shards(chain, make_sequences) -> Callable[..., ShardReader]:
     """`kind`: sampled, topk, or None for text without targets. Shards of 12 sequences, each in two members."""
 
     def make(
-        folder: Path, kind: str | None, num_sequences: int, *, temperature: float = 1.0, seed: int = 0
+        folder: Path,
+        kind: str | None,
+        num_sequences: int,
+        *,
+        temperature: float = 1.0,
+        extra: tuple[float, ...] = (),
+        seed: int = 0,
     ) -> ShardReader:
         folder.mkdir(parents=True, exist_ok=True)
         sequences = make_sequences(num_sequences, seed)
         name = {None: SEQUENCES, "sampled": SAMPLED, "topk": TOPK}[kind]
-        codec = Codec(name, SEQ_LEN, VOCAB_SIZE, NUM_IDS.get(kind, 0))
+        codec = Codec(name, SEQ_LEN, VOCAB_SIZE, NUM_IDS.get(kind, 0), None, temperature, extra)
         writer = ShardWriter(folder, folder / "sidecars", "shard", codec)
-        recording = None if kind is None else Recording(kind, NUM_IDS[kind], temperature, 0, VOCAB_SIZE, 64)
+        num_ids = {name: NUM_IDS[name] if name == kind else 0 for name in NUM_IDS}
+        recording = Recording(num_ids["sampled"], num_ids["topk"], temperature, 0, VOCAB_SIZE, 64, extra)
         shards = []
         for index, start in enumerate(range(0, num_sequences, 12)):
             parts = [_part(sequences, i, min(i + 6, num_sequences)) for i in (start, start + 6) if i < num_sequences]
-            shards.append(writer.write(index, [Block(p, _targets(recording, chain, p)) for p in parts]))
+            shards.append(writer.write(index, [Block(p, _targets(kind, recording, chain, p)) for p in parts]))
         return ShardReader(folder, writer.shard_set(shards))
 
     return make
@@ -74,8 +81,8 @@ def _part(sequences: Sequences, start: int, stop: int) -> Sequences:
     return Sequences(sequences.tokens_BL1[rows], sequences.starts_BL1[rows], sequences.mask_BL1[rows])
 
 
-def _targets(recording: Recording | None, chain: torch.Tensor, sequences: Sequences):
-    if recording is None:
+def _targets(kind: str | None, recording: Recording, chain: torch.Tensor, sequences: Sequences):
+    if kind is None:
         return None
     scored = []
     for tokens_L1 in sequences.tokens_BL1:
@@ -84,8 +91,8 @@ def _targets(recording: Recording | None, chain: torch.Tensor, sequences: Sequen
         packed = record_rows(
             recording, chain[tokens[:-1]], tokens[1:], None if offsets is None else torch.from_numpy(offsets)
         )
-        scored.append(unpack(packed.ids_NK.numpy(), packed.numbers_NW.numpy(), "here"))
-    return to_targets(scored)
+        scored.append(unpack(recording, packed.ids_NC.numpy(), packed.numbers_NW.numpy(), "here"))
+    return to_targets(scored, kind)
 
 
 @pytest.fixture(scope="session")

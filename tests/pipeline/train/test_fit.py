@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from capgap.pipeline.store import ShardReader
 from capgap.pipeline.train.fit import Task, fit
 from capgap.pipeline.train.objective import Objective
-from capgap.schemas.errors import InputError
+from capgap.schemas.errors import CorruptError, InputError
 from capgap.schemas.run_model import OptimizationSettings
 
 SEQ_LEN = 16
@@ -101,6 +102,33 @@ def test_every_objective_teaches_its_own_student(make_task, make_student, tmp_pa
     assert not torch.equal(
         *(torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (student, plain))
     )
+
+
+@pytest.mark.parametrize("kind", ["sampled", "topk"])
+def test_a_training_that_decodes_on_the_device_takes_the_same_steps(make_task, make_student, tmp_path, kind) -> None:
+    found: dict[str, Any] = {}
+    for decode in ("host", "device"):
+        student = make_student()
+        fit(student, make_task(kind, 0.5, num_epochs=2, micro_batch_sequences=2, decode=decode, log_every_steps=1))
+        weights = torch.cat([p.detach().flatten() for p in student.parameters()])
+        found[decode] = (weights, [loss for _, loss in _column(tmp_path, "train_loss")])
+        shutil.rmtree(tmp_path / "work")
+    (weights, losses), (other_weights, other_losses) = found["host"], found["device"]
+    assert len(losses) == len(other_losses) == 30
+    if kind == "sampled":  # counts over draws: the same bits
+        assert losses == other_losses
+        assert torch.equal(weights, other_weights)
+    # exp of two libraries: probabilities differ by 1e-7, and metrics.csv keeps six digits
+    assert losses == pytest.approx(other_losses, abs=1e-4)
+
+
+@pytest.mark.parametrize("decode", ["host", "device"])
+def test_targets_that_are_not_aligned_stop_a_training(make_task, make_student, shards, monkeypatch, decode) -> None:
+    """The shards are sound; what a host or a device takes for the labels' logprobs is not."""
+    error = dataclasses.replace(shards["topk"].codec.error, label_nats=-1.0)
+    monkeypatch.setattr(type(shards["topk"].codec), "error", error)
+    with pytest.raises(CorruptError, match=r"shard-.*, sequence \d+, target \d+: targets are not aligned"):
+        fit(make_student(), make_task("topk", decode=decode))
 
 
 def test_the_same_training_twice_gives_the_same_bits_and_leaves_the_model_for_use(make_task, make_student) -> None:
@@ -261,3 +289,46 @@ def _require_resumed(jobs: list[dict[str, Any]], metrics: list[list[str]]) -> No
         checkpoint = (job["kill_at"] - 1) // 10 * 10  # the newest, or the one before it
         kept = [line for line in before[1:] if int(line.split(",")[0]) <= checkpoint]
         assert kept and after[1 : len(kept) + 1] == kept, f"killed at {job['kill_at']}, begun again from the start"
+
+
+@pytest.fixture(scope="module")
+def damaged(make_shards, tmp_path_factory) -> Callable[[int], ShardReader]:
+    """1003 sequences, so that one may be damaged: the last member holds one, the others six; a bit of one is turned."""
+    folder = tmp_path_factory.mktemp("damaged")
+    reader = make_shards(folder / "sound", "sampled", 1003)
+
+    def damage(member: int) -> ShardReader:
+        copy = folder / f"damaged-{member}"
+        shutil.copytree(folder / "sound", copy, dirs_exist_ok=True)
+        shard = reader.shard_set.shards[-1]
+        with (copy / shard.file.path).open("r+b") as file:
+            file.seek(shard.member(member).offset + 20)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
+        return ShardReader(copy, reader.shard_set)
+
+    return damage
+
+
+def test_a_training_that_skips_a_damaged_block_takes_every_step_and_says_what_it_skipped(
+    make_task, make_student, damaged
+) -> None:
+    reader = damaged(1)
+    task = dataclasses.replace(make_task(batch_sequences=59, on_corrupt="skip", log_every_steps=1), training=reader)
+    totals = fit(make_student(), task)
+    assert totals["num_steps"] == 17 and totals["num_tokens"] == 1003 * SEQ_LEN
+    assert totals["skipped_sequences"] == {reader.name_of(83, 1): 1}
+    assert [step for step, _ in _column(task.folder, "train_loss")] == [*range(1, 18)]
+
+
+@pytest.mark.parametrize(
+    ("member", "on_corrupt", "message"),
+    [(1, "stop", "member .*checksum mismatch"), (0, "skip", "too much is damaged .* found 6 sequences in 1 members")],
+)
+def test_a_training_stops_at_damage_unless_told_otherwise_and_at_too_much_of_it(
+    make_task, make_student, damaged, member: int, on_corrupt: str, message: str
+) -> None:
+    task = dataclasses.replace(make_task(batch_sequences=59, on_corrupt=on_corrupt), training=damaged(member))
+    with pytest.raises(CorruptError, match=message):
+        fit(make_student(), task)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, MambaConfig
 
 from capgap.pipeline.store import Batch
 from capgap.pipeline.store.batch import collate
+from capgap.pipeline.store.rows import in_rows
 from capgap.pipeline.train.module import DistillationModule, learning_rate_factor
 from capgap.schemas.errors import InputError
 from capgap.schemas.run_model import OptimizationSettings
@@ -154,3 +157,59 @@ def test_a_head_that_scales_its_logits_is_refused(config, setting: str) -> None:
     config.update(SMALL)
     with pytest.raises(InputError, match=f"this model's head cannot be trained; found {setting}"):
         _module(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("row_len", [16, 19, 32, 37, 70])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_rows_of_several_sequences_and_padding_have_the_loss_and_the_gradient_of_the_sequences(
+    batch, kind, row_len: int, alpha: float, attention: str
+) -> None:
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    found = []
+    for part in (batch, in_rows(batch, row_len)):
+        model.zero_grad()
+        loss = _module(model, alpha, TEMPERATURES[kind]).loss(part, alpha).loss
+        loss.backward()
+        found.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (loss, gradient), (loss_of_rows, gradient_of_rows) = found
+    # float32 sums in another order; a token that saw another sequence would move the loss in the third figure
+    torch.testing.assert_close(loss_of_rows, loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient_of_rows, gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "attention", "found"),
+    [
+        (
+            LlamaConfig(vocab_size=48, hidden_size=32, num_hidden_layers=1),
+            "flash_attention_2",
+            "attention flash_attention_2",
+        ),
+        (MambaConfig(vocab_size=48, hidden_size=32, num_hidden_layers=1), None, "a model without positions"),
+    ],
+)
+def test_a_model_that_would_look_across_the_sequences_of_a_row_is_refused(batch, config, attention, found) -> None:
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    if attention is not None:
+        model.config._attn_implementation_internal = attention
+    with pytest.raises(InputError, match=f"look across the sequences of a row; found {found}, expected .*eager or"):
+        _module(model).loss(in_rows(batch, 32), 1.0)
+
+
+def test_without_positions_the_rows_of_several_sequences_have_another_loss(batch, make_student) -> None:
+    """So the test above can fail: a student that looked across sequences would be seen."""
+    torch.manual_seed(0)
+    model = make_student()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+        rows = in_rows(batch, 32)
+        right = _module(model).loss(rows, 0.0).loss
+        rows.positions_BL = None
+        wrong = _module(model).loss(rows, 0.0).loss
+    assert abs(float(wrong - right)) > 1e-3

@@ -18,7 +18,7 @@ from capgap.pipeline.train import stage
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
 from capgap.pipeline.workflow.state import State, read_manifest, states
-from capgap.schemas.errors import InputError, MismatchError
+from capgap.schemas.errors import InputError, MismatchError, SettingError
 from capgap.schemas.run_file import RunFile
 
 SEQ_LEN = 32
@@ -98,6 +98,96 @@ def test_an_arm_has_its_own_settings(made) -> None:
     assert manifest.totals["num_steps"] == 2
 
 
+@pytest.fixture(scope="module")
+def with_both(made, tmp_path_factory) -> dict[str, Any]:
+    """The run with a cache of both recordings and three temperatures in place of its own."""
+    run = made["number"] | {
+        "out": str(tmp_path_factory.mktemp("both")),
+        "reuse": {stage: f"{made['number']['out']}/{stage}" for stage in ("corpus", "teacher")},
+        "cache": made["number"]["cache"] | {"recording": "both", "num_kept": 9, "extra_temperatures": [2.0, 0.5]},
+    }
+    for instance in NEEDED[2:]:
+        carry_out(RunFile.model_validate(run), instance)
+    return run
+
+
+def _train(run: dict[str, Any], **settings: Any) -> dict[str, str]:
+    """Digests of what a training of three steps made."""
+    train = run["train"] | {"max_tokens": 3 * 4 * SEQ_LEN} | settings
+    manifest = carry_out(RunFile.model_validate(run | {"train": train}), TRAIN, force=True)
+    return {file.path: file.sha256 for file in manifest.files if file.path.endswith(".safetensors")}
+
+
+def test_of_a_cache_with_both_recordings_the_named_one_is_trained_from(made, with_both) -> None:
+    sampled = _train(with_both, recording="sampled")
+    assert sampled == _train(made["number"]) == _train(made["number"], recording="sampled")
+    assert _train(with_both, recording="topk") != sampled
+    # cross-entropy alone reads no target
+    assert (
+        _train(with_both, alpha=0.0) == _train(made["number"], alpha=0.0) == _train(with_both, alpha=0, temperature=9)
+    )
+
+
+def test_a_student_trains_at_each_temperature_that_the_cache_keeps(with_both, tmp_path) -> None:
+    found = {at: _train(with_both, recording="topk", temperature=at) for at in (None, 0.5, 1.0, 2.0)}
+    assert found[None] == found[1.0]
+    assert len({tuple(digests.values()) for digests in found.values()}) == 3
+    # a cache that was recorded at 2 holds the same target as one that keeps 2 beside 1
+    alone = with_both | {
+        "out": str(tmp_path),
+        "cache": with_both["cache"] | {"extra_temperatures": [], "temperature": 2.0},
+    }
+    for instance in NEEDED[2:]:
+        carry_out(RunFile.model_validate(alone), instance)
+    losses = []
+    for run, temperature in ((with_both, 2.0), (alone, 2.0), (with_both, 1.0)):
+        _train(run, recording="topk", temperature=temperature)
+        with (Path(run["out"]) / TRAIN.name / "metrics.csv").open() as file:
+            losses.append(next(float(row["train_kl"]) for row in csv.DictReader(file) if row["train_kl"]))
+    # logprobs are stored within 1/128 nat, and twice so far apart in two caches
+    assert abs(losses[0] - losses[1]) < 1 / 64
+    assert abs(losses[0] - losses[2]) > 4 / 64, "or the temperature makes no difference"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "train.recording: the cache has several recordings; found none named, expected one of sampled, topk"),
+        (
+            {"recording": "sampled", "temperature": 2.0},
+            "train.temperature: the cache's recording sampled has no targets at this temperature; found 2, expected 1;",
+        ),
+        (
+            {"recording": "topk", "temperature": 3.0},
+            "train.temperature: the cache's recording topk has no targets at this temperature; found 3, "
+            "expected one of 0.5, 1, 2;",
+        ),
+    ],
+)
+def test_what_a_cache_with_both_lacks_is_refused(with_both, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        _train(with_both, **settings)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_recording_that_the_cache_lacks_is_refused(made) -> None:
+    message = r"train.recording: the cache has no such recording; found topk, expected sampled; set train.recording, or"
+    with pytest.raises(SettingError, match=message):
+        _train(made["number"], recording="topk")
+
+
+def test_documents_by_themselves_are_refused(made, tmp_path) -> None:
+    run = made["number"] | {"out": str(tmp_path), "corpus": made["number"]["corpus"] | {"context": "document"}}
+    for instance in NEEDED:
+        carry_out(RunFile.model_validate(run), instance)
+    message = "corpus.context: no model can be trained on documents by themselves yet; found document, expected packed"
+    with pytest.raises(SettingError, match=message):
+        _train(run)
+    recipe = run | {"teacher": {"model": run["student"]["model"]}}
+    with pytest.raises(SettingError, match=message):
+        carry_out(RunFile.model_validate(recipe), NEEDED[1], force=True)
+
+
 def test_a_cache_of_another_corpus_is_refused(made) -> None:
     cache = f"{made['square']['out']}/cache"
     run = RunFile.model_validate(made["number"] | {"reuse": {"cache": cache}})
@@ -110,7 +200,7 @@ def test_a_cache_of_another_corpus_is_refused(made) -> None:
     [
         (
             {"divergence": "jsd"},
-            "a sampled cache with train.divergence jsd, train.tail drop, expected forward_kl; freq",
+            "sampled targets with train.divergence jsd, train.tail drop, expected forward_kl; freq",
         ),
         ({"tail": "ghost"}, ".* forward_kl, train.tail ghost, expected drop or renorm; drawn targets"),
     ],

@@ -143,7 +143,7 @@ def test_a_member_that_cannot_be_read_is_refused_though_every_digest_of_files_ho
     manifest = read_manifest(folder)
     path = folder / "student-000000.tar"
     data = bytearray(path.read_bytes())
-    data[manifest.shard_sets["student"].shards[0].members[0].offset + 40] ^= 1
+    data[manifest.shard_sets["student"].shards[0].member(0).offset + 40] ^= 1
     path.write_bytes(data)
     _accept_as_it_is(folder, manifest)
     with pytest.raises(CorruptError, match="member student-000000-0000 at byte 512: checksum mismatch"):

@@ -49,6 +49,7 @@ OPTIMIZATION_OPERATIONAL: dict[str, Any] = {
     "checkpoint_every_steps": 7,
     "log_every_steps": 7,
     "on_corrupt": "skip",
+    "decode": "device",
 }
 GIVEN_TEACHER = {"teacher.model": None, "teacher.training": None}
 TABLE: list[tuple[str, Any, set[str]]] = [
@@ -61,6 +62,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("corpus.vocab_size", 512, ALL),
     ("corpus.seq_len", 64, ALL),
     ("corpus.long_documents", "drop", ALL),
+    ("corpus.context", "document", ALL),
     ("corpus.teacher_fraction", 0.5, ALL),
     ("corpus.heldout_fraction", 0.1, ALL),
     ("corpus.shard_sequences", 64, ALL),
@@ -75,6 +77,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("cache.num_kept", 8, FROM_CACHE),
     ("cache.profile", "small", FROM_CACHE),
     ("cache.temperature", 2.0, FROM_CACHE),
+    ("cache.extra_temperatures", [2.0], FROM_CACHE),
     ("cache.seed", 1, FROM_CACHE),
     ("cache.dtype", "float32", FROM_CACHE),
     ("cache.max_tokens", 10**6, FROM_CACHE),
@@ -86,13 +89,15 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     *((f"train.{name}", value, FROM_TRAIN) for name, value in OPTIMIZATION.items()),
     *((f"train.{name}", value, set()) for name, value in OPTIMIZATION_OPERATIONAL.items()),
     ("train.alpha", 0.5, {"train/distilled", "eval", "report"}),  # the other arm has an alpha of its own
+    ("train.recording", "sampled", FROM_TRAIN),
+    ("train.temperature", 2.0, FROM_TRAIN),
     ("eval.num_sequences", 7, {"eval", "report"}),
     ("eval.num_full_sequences", 7, {"eval", "report"}),
     ("eval.num_bootstrap", 700, {"eval", "report"}),
     ("eval.batch_sequences", 7, set()),
 ]
 # What else must be set for the setting above to be allowed, in the run file before and after.
-BESIDE = {"cache.num_kept": {"cache.recording": "topk"}, "cache.profile": {"cache.recording": "topk"}}
+BESIDE = {f"cache.{name}": {"cache.recording": "topk"} for name in ("num_kept", "profile", "extra_temperatures")}
 REPLACES = {"teacher.path": GIVEN_TEACHER, "student.path": {"student.model": None}}
 STRUCTURE = {"seeds", "arms", "reuse"}  # each has tests of its own below
 
@@ -247,11 +252,11 @@ def test_a_folder_that_lost_a_file_is_stale(finished_run, tmp_path: Path, damage
 def test_a_begun_folder_is_partial_and_says_how_far_it_got(make_run) -> None:
     run = make_run()
     cache = states(run)["cache"]
-    (cache.folder / WORK_FOLDER / "shards").mkdir(parents=True)
+    (cache.folder / WORK_FOLDER / "scored").mkdir(parents=True)
     begin(cache.folder, cache.order)
     assert _states(run)["cache"] == "partial: begun"
-    plan_units(cache.folder / WORK_FOLDER, "shards", 4, "shards/*.json")
-    (cache.folder / WORK_FOLDER / "shards" / "targets-000000.json").touch()
+    plan_units(cache.folder / WORK_FOLDER, "shards", 4, "scored/*.json")
+    (cache.folder / WORK_FOLDER / "scored" / "000000.json").touch()
     assert _states(run)["cache"] == "partial: 1 of 4 shards"
     found = _states(make_run({"cache.seed": 9}))
     assert found["cache"] == "partial: 1 of 4 shards, begun under other settings: cache.seed was 0, is 9"

@@ -1,0 +1,248 @@
+"""One shard is one submission: score the corpus's shard i and write the cache's shard i, in any process, any number of
+times.
+
+    CacheJob (plain values) --ShardScorer--> finished(i)? --score(i)--> ScoredShard --write--> shard files, then facts
+
+A shard counts as finished when its facts, `work/scored/000000.json`, stand and every file has the digest they name;
+they are taken away before a file is touched and written after all files are whole. So a kill anywhere, or another
+process that makes the same shard, leaves a finished shard or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from capgap.pipeline.cache.convert import join, to_requests, to_targets
+from capgap.pipeline.cache.scoring import Engine, Recording, Scored
+from capgap.pipeline.store import Block, Codec, ShardReader, ShardWriter, check_alignment, split_blocks
+from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS
+from capgap.pipeline.store.files import write_atomically
+from capgap.pipeline.store.ranking import RANKING_NAME, read_ranking
+from capgap.schemas.facts import ShardFacts
+from capgap.schemas.manifest import ShardEntry, ShardSet
+from capgap.schemas.records import Sequences
+from capgap.schemas.run_cache import CacheSettings, RecordingName
+from capgap.schemas.run_corpus import ContextRule
+
+SCORED_FOLDER = "scored"
+_SIDECARS_FOLDER = "shards"
+
+
+@dataclass(frozen=True)
+class CacheJob:
+    """All that a process must know to make shards of one cache: plain values, to be sent anywhere.
+
+    Attributes:
+        settings: of the cache.
+        corpus: folder of the corpus.
+        source: the corpus's shards to be scored; shard i of the cache is made from shard i.
+        context: the corpus's rule.
+        teacher: folder or id.
+        folder: of the cache; holds the ranking of ids.
+        work: the stage's work folder.
+        vocab_size: real vocabulary.
+        ranking_sha256: digest of the ranking.
+        device: `cpu` or `cuda:0`.
+    """
+
+    settings: CacheSettings
+    corpus: Path
+    source: ShardSet
+    context: ContextRule
+    teacher: str
+    folder: Path
+    work: Path
+    vocab_size: int
+    ranking_sha256: str
+    device: str
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """What is known of a shard that is whole."""
+
+    entries: dict[RecordingName, ShardEntry]
+    facts: ShardFacts
+
+
+@dataclass(frozen=True)
+class ScoredShard:
+    """A shard in memory: the sequences, and what the engine of that name and dtype said of each."""
+
+    index: int
+    sequences: Sequences
+    scored: list[Scored]
+    engine: str
+    dtype: str
+
+
+class ShardScorer:
+    """Makes shards of a job; the teacher is started when the first shard is scored, and never where none is.
+
+    `score` belongs to one thread; `write` may run on another, for other shards at the same time.
+    """
+
+    def __init__(self, job: CacheJob) -> None:
+        self.job = job
+        self._engine: Engine | None = None
+        self._first_member = list(accumulate((len(s.members) for s in job.source.shards), initial=0))
+        (job.work / SCORED_FOLDER).mkdir(parents=True, exist_ok=True)
+
+    def finished(self, index: int) -> FinishedShard | None:
+        """Shard `index`, if it is whole: its files are read and digested."""
+        try:
+            facts = ShardFacts.model_validate_json(self._facts_path(index).read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+        found = {name: writer.finished(index) for name, writer in self._writers.items()}
+        entries = {name: entry for name, entry in found.items() if entry is not None}
+        if {name: entry.file.sha256 for name, entry in entries.items()} != facts.sha256:
+            return None
+        return FinishedShard(entries, facts)
+
+    def score(self, index: int) -> ScoredShard:
+        """Read the corpus's shard and let the teacher see it, as one submission.
+
+        Raises:
+            CorruptError, InputError: the corpus's shard is damaged or gone.
+            MachineError, InputError: as the engine.
+        """
+        sequences = self._read(index)
+        engine = self._started()
+        requests = [
+            to_requests(tokens_L1, starts_L1, self.job.context)
+            for tokens_L1, starts_L1 in zip(sequences.tokens_BL1, sequences.starts_BL1, strict=True)
+        ]
+        answers = iter(engine.score([request for of in requests for request in of]))
+        scored = [join([next(answers) for _ in of]) for of in requests]
+        return ScoredShard(index, sequences, scored, engine.name, engine.dtype)
+
+    def write(self, shard: ScoredShard) -> FinishedShard:
+        """Encode and write a scored shard, replacing what may be there under its name.
+
+        Raises:
+            CorruptError: a target contradicts the token that follows it.
+            OSError: the disk is full, or the folder cannot be written.
+        """
+        self._facts_path(shard.index).unlink(missing_ok=True)
+        entries = {name: writer.write(shard.index, self._blocks(shard, name)) for name, writer in self._writers.items()}
+        facts = ShardFacts(
+            sha256={name: entry.file.sha256 for name, entry in entries.items()},
+            engine=shard.engine,
+            dtype=shard.dtype,
+            num_targets=sum(len(s.label_logprobs_L) for s in shard.scored),
+            label_loss=-sum(float(s.label_logprobs_L.sum(dtype=np.float64)) for s in shard.scored),
+        )
+        write_atomically(self._facts_path(shard.index), facts.model_dump_json())
+        return FinishedShard(entries, facts)
+
+    def make(self, index: int) -> FinishedShard:
+        """The whole unit: shard `index`, scored and written unless it is finished."""
+        return self.finished(index) or self.write(self.score(index))
+
+    def shard_set(self, name: RecordingName, shards: list[FinishedShard]) -> ShardSet:
+        """The manifest's description of one recording of these shards."""
+        return self._writers[name].shard_set([shard.entries[name] for shard in shards])
+
+    def close(self) -> None:
+        """Give back the device."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    @cached_property
+    def _source(self) -> ShardReader:
+        return ShardReader(self.job.corpus, self.job.source)
+
+    @cached_property
+    def _writers(self) -> dict[RecordingName, ShardWriter]:
+        job, settings = self.job, self.job.settings
+        data = (job.folder / RANKING_NAME).read_bytes()
+        ranking = read_ranking(data, job.ranking_sha256, job.vocab_size, str(job.folder / RANKING_NAME))
+        writers: dict[RecordingName, ShardWriter] = {}
+        for name in settings.recordings:
+            codec = Codec(
+                SAMPLED if name == "sampled" else TOPK_CODECS[settings.stored_profile or ""],
+                job.source.seq_len,
+                job.vocab_size,
+                settings.num_ids(name),
+                ranking,
+                settings.temperature,
+                settings.sorted_temperatures if name == "topk" else (),
+            )
+            writers[name] = ShardWriter(job.folder, job.work / _SIDECARS_FOLDER, name, codec)
+        return writers
+
+    def _read(self, index: int) -> Sequences:
+        first, last = self._first_member[index], self._first_member[index + 1]
+        blocks = [self._source.read(member)[0] for member in range(first, last)]
+        return Sequences(
+            np.concatenate([b.tokens_BL1 for b in blocks]),
+            np.concatenate([b.starts_BL1 for b in blocks]),
+            np.concatenate([b.mask_BL1 for b in blocks]),
+        )
+
+    def _blocks(self, shard: ScoredShard, name: RecordingName) -> Iterator[Block]:
+        start = 0
+        for part in split_blocks(shard.sequences):
+            targets = to_targets(shard.scored[start : start + len(part)], name)
+            check_alignment(part, targets, self.job.settings.num_ids(name), f"{name}, shard {shard.index}")
+            start += len(part)
+            yield Block(part, targets)
+
+    def _started(self) -> Engine:
+        if self._engine is None:
+            self._engine = _ENGINES[self.job.settings.engine](self.job, recording_of(self.job))
+        return self._engine
+
+    def _facts_path(self, index: int) -> Path:
+        return self.job.work / SCORED_FOLDER / f"{index:06d}.json"
+
+
+def recording_of(job: CacheJob) -> Recording:
+    """What the engine is to keep of each row of logits."""
+    settings = job.settings
+    return Recording(
+        num_draws=settings.num_ids("sampled"),
+        num_kept=settings.num_ids("topk"),
+        temperature=settings.temperature,
+        seed=settings.seed,
+        vocab_size=job.vocab_size,
+        chunk_rows=settings.chunk_rows,
+        extra_temperatures=settings.sorted_temperatures,
+    )
+
+
+def _start_transformers(job: CacheJob, recording: Recording) -> Engine:
+    from capgap.pipeline.cache.transformers_engine import TransformersEngine
+
+    settings = job.settings
+    return TransformersEngine(job.teacher, recording, settings.dtype, settings.batch_tokens, job.device)
+
+
+def _start_vllm(job: CacheJob, recording: Recording) -> Engine:
+    from capgap.pipeline.cache.vllm_engine import VllmEngine
+
+    settings = job.settings
+    return VllmEngine(
+        job.teacher,
+        recording,
+        job.source.seq_len,
+        settings.dtype,
+        settings.batch_tokens,
+        settings.gpu_memory_fraction,
+        job.device,
+    )
+
+
+_ENGINES: dict[str, Callable[[CacheJob, Recording], Engine]] = {
+    "transformers": _start_transformers,
+    "vllm": _start_vllm,
+}

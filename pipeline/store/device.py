@@ -1,0 +1,90 @@
+"""Decoding on the device that trains: the host only inflates, the rest is some torch operations.
+
+    member --pread, crc32, inflate, structure--> StoredBlock --gather--> StoredBatch --one copy--> device --> Batch
+
+What the host's decoding checks of the values is checked here as well: ids, codes and escapes, and the alignment of
+targets with their tokens. The outcome stays on the device, as the number of the first micro-batch at fault, until
+someone asks for it.
+
+Legend: B sequences, L targets a sequence, N = B x L rows, K ids of the widest row.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from capgap.pipeline.store.alignment import COUNT_TOLERANCE, LOGPROB_TOLERANCE_NATS
+from capgap.pipeline.store.batch import IGNORED_LABEL, Batch, Heat
+from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, Codec
+from capgap.pipeline.store.device_targets import SampledRows, Tables, TopkRows, joined, sampled_rows, topk_rows
+from capgap.pipeline.store.planes import num_planes
+from capgap.pipeline.store.stored_batch import StoredBatch
+
+_NONE = torch.iinfo(torch.int64).max
+
+
+class DeviceDecoder:
+    """Turns stored columns into batches on one device.
+
+    Args:
+        codec: of the members.
+        device: that decodes.
+        heat: the further temperature at which targets are wanted; None for the capture temperature.
+    """
+
+    def __init__(self, codec: Codec, device: torch.device | str, heat: Heat | None = None) -> None:
+        self._codec, self.device, self._heat = codec, torch.device(device), heat
+        self._tables = Tables.of(codec, self.device)
+        self._first_fault = torch.full((), _NONE, dtype=torch.int64, device=self.device)
+
+    def decode(self, stored: StoredBatch, number: int) -> Batch:
+        """The batch; `number` is what `first_fault` calls it by."""
+        faults: list[torch.Tensor] = []
+        stored = stored.to(self.device)
+        tokens_BL1 = self._tables.ids(joined(stored, "tokens", num_planes(self._codec.vocab_size - 1)), faults)
+        labels_BL = tokens_BL1[:, 1:]
+        bit_8 = torch.arange(8, dtype=torch.uint8, device=self.device)
+        is_label_BL1 = ((stored["mask"][:, :, None] >> bit_8) & 1).flatten(1)[:, : tokens_BL1.shape[1]].bool()
+        batch = Batch(tokens_BL1[:, :-1].contiguous(), labels_BL.masked_fill(~is_label_BL1[:, 1:], IGNORED_LABEL))
+        if self._codec.name == SAMPLED:
+            sampled = sampled_rows(stored, self._codec, self._tables, faults)
+            faults.append(self._contradict_sampled(labels_BL.flatten(), sampled))
+            batch.ids_NK, batch.weights_NK = sampled.ids_NK, sampled.counts_NK.float() / self._codec.num_ids
+        elif self._codec.name != SEQUENCES:
+            topk = topk_rows(stored, self._codec, self._tables, faults)
+            faults.append(self._contradict_topk(labels_BL.flatten(), topk))
+            weights_NK, tail_N = self._unscaled(topk)
+            total_N = weights_NK.sum(1) + tail_N
+            batch.ids_NK, batch.weights_NK = topk.ids_NK, weights_NK / total_N[:, None]
+            batch.tail_N = tail_N / total_N
+        found = torch.stack(faults).any()
+        self._first_fault = torch.where(found, self._first_fault.clamp(max=number), self._first_fault)
+        return batch
+
+    def first_fault(self) -> int | None:
+        """The lowest number of a batch whose values contradict the format or its tokens; waits for the device."""
+        number = int(self._first_fault)
+        return None if number == _NONE else number
+
+    def _unscaled(self, rows: TopkRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and tails at the temperature that is wanted, as in `collate`; their sums are not 1."""
+        if self._heat is None:
+            return rows.logprobs_NK.exp(), rows.tail_N
+        logprobs_NK, log_tail_N = rows.logprobs_NK * self._heat.power, rows.log_tails_TN[self._heat.number]
+        largest_N = logprobs_NK.amax(1).maximum(log_tail_N)
+        return (logprobs_NK - largest_N[:, None]).exp(), (log_tail_N - largest_N).exp()
+
+    def _contradict_topk(self, labels_N: torch.Tensor, rows: TopkRows) -> torch.Tensor:
+        error = self._codec.error
+        tolerance = LOGPROB_TOLERANCE_NATS + error.label_nats + error.kept_nats
+        kept_N = rows.logprobs_NK.masked_fill(rows.ids_NK != labels_N[:, None], -torch.inf).amax(1)
+        apart_N = (kept_N - rows.label_logprobs_N.clamp(min=error.floor_nats)).abs() > tolerance
+        above_N = rows.label_logprobs_N > rows.last_N + tolerance
+        return apart_N.where(kept_N > -torch.inf, above_N).any()
+
+    def _contradict_sampled(self, labels_N: torch.Tensor, rows: SampledRows) -> torch.Tensor:
+        count_N = (rows.counts_NK * (rows.ids_NK == labels_N[:, None])).sum(1)
+        expected_N = self._codec.num_ids * rows.label_logprobs_N.double().exp()
+        error = torch.tensor(self._codec.error.label_nats, dtype=torch.float64)
+        tolerance_N = 1 + COUNT_TOLERANCE + expected_N * float(error.expm1())
+        return ((count_N - expected_N).abs() >= tolerance_N).any()

@@ -1,0 +1,93 @@
+"""The stored columns of a micro-batch's sequences in one buffer, so that one copy takes them to the device.
+
+Legend: B sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from capgap.pipeline.store.stored import StoredBlock
+
+# what a column's place in the buffer is a multiple of, for every kind of number
+_ALIGNED_BYTES = 16
+# documents' starts are no part of a batch
+_LEFT_OUT = ("starts",)
+
+_KINDS = {np.dtype(np.uint8): torch.uint8, np.dtype(np.uint16): torch.uint16, np.dtype(np.int32): torch.int32}
+
+
+@dataclass(frozen=True)
+class _Part:
+    start: int
+    kind: torch.dtype
+    shape: tuple[int, ...]
+
+
+class StoredBatch:
+    """Columns of B sequences.
+
+    Attributes:
+        num_sequences: B.
+        widest: ids of the widest target.
+    """
+
+    def __init__(self, buffer: torch.Tensor, parts: dict[str, _Part], num_sequences: int, widest: int) -> None:
+        self._buffer, self._parts = buffer, parts
+        self.num_sequences, self.widest = num_sequences, widest
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A column: [B, width], or the values of lists of any size; `offsets NAME` are those lists' borders [B + 1]."""
+        part = self._parts[name]
+        size = part.kind.itemsize * int(np.prod(part.shape))
+        return self._buffer[part.start : part.start + size].view(part.kind).view(part.shape)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffer lies."""
+        return self._buffer.device
+
+    def to(self, device: torch.device | str) -> StoredBatch:
+        """The same columns on another device, in one copy."""
+        return StoredBatch(self._buffer.to(device, non_blocking=True), self._parts, self.num_sequences, self.widest)
+
+
+def gather(samples: list[tuple[StoredBlock, int]], pin: bool) -> StoredBatch:
+    """The columns of these sequences, each a block and a number in it; in page-locked memory if `pin`."""
+    first = samples[0][0]
+    arrays: dict[str, list[npt.NDArray[Any]]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in first.fixed:
+        if name not in _LEFT_OUT:
+            arrays[name] = [block.fixed[name][row] for block, row in samples]
+            shapes[name] = (len(samples), first.fixed[name].shape[1])
+    for name in first.ragged:
+        borders = [block.offsets[name][row : row + 2] for block, row in samples]
+        arrays[name] = [
+            block.ragged[name][start:stop] for (block, _), (start, stop) in zip(samples, borders, strict=True)
+        ]
+        ends = np.cumsum([0, *(stop - start for start, stop in borders)]).astype(np.int32)
+        shapes[name] = (int(ends[-1]),)
+        arrays[f"offsets {name}"], shapes[f"offsets {name}"] = [ends], ends.shape
+    parts, size = {}, 0
+    for name, shape in shapes.items():
+        parts[name] = _Part(size, _KINDS[arrays[name][0].dtype], shape)
+        num_bytes = parts[name].kind.itemsize * int(np.prod(shape))
+        size += -(-num_bytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
+    batch = StoredBatch(
+        torch.empty(size, dtype=torch.uint8, pin_memory=pin),
+        parts,
+        len(samples),
+        max((int(block.widest_B[row]) for block, row in samples if len(block.widest_B)), default=0),
+    )
+    for name, of in arrays.items():
+        np.concatenate(of, out=batch[name].numpy().reshape(-1))
+    return batch
