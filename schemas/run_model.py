@@ -125,6 +125,38 @@ class TrainSettings(OptimizationSettings):
     """At which teacher and student are compared, the cache's where it is left out: `cache.temperature`, or for `topk`
     also one of `cache.extra_temperatures`."""
 
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """What is called KL here: `forward_kl`, KL(teacher || student); `reverse_kl`; or `jsd`, the generalised
+    Jensen-Shannon divergence. A `sampled` cache supports `forward_kl` only."""
+
+    jsd_beta: float | None = Field(None, gt=0, lt=1)
+    """With `jsd` only: weight of KL(teacher || mixture), and the teacher's share of the mixture. 0.5 where left out."""
+
+    tail: Literal["drop", "renorm", "ghost", "label"] | None = None
+    """What becomes of the teacher's probability outside the kept ids: `drop` leaves it out, `renorm` scales the kept
+    ids up to 1, `ghost` compares it with the student's as one, `label` adds it to the real next token. Left out, it is
+    `ghost` for a `topk` cache and `drop` for a `sampled` one, which has no tail."""
+
+    @model_validator(mode="after")
+    def _check_beta(self) -> Self:
+        if self.jsd_beta is not None and self.divergence != "jsd":
+            raise ValueError(f"jsd_beta: found {self.jsd_beta} with divergence {self.divergence}, expected it with jsd")
+        return self
+
+    @property
+    def beta(self) -> float:
+        """Of `jsd`."""
+        return 0.5 if self.jsd_beta is None else self.jsd_beta
+
+    def decisive(self) -> dict[str, Any]:
+        """As for every record, with the beta of `jsd` spelt out, and nothing of the choice where none was made.
+
+        Students that were trained before there was a choice are found again.
+        """
+        values = super().decisive() | ({"jsd_beta": self.beta} if self.divergence == "jsd" else {})
+        defaults = {"divergence": "forward_kl", "jsd_beta": None, "tail": None}
+        return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+
 
 class TeacherSettings(Record):
     """A given teacher (`path`), or the recipe of a small one (`model` and `training`)."""

@@ -11,7 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from capgap.kernels.sparse_kl.targets import SparseKl, SparseTargets, check_arguments
+from capgap.kernels.sparse_kl.checks import Loss, check_arguments, check_vocab_size
+from capgap.kernels.sparse_kl.divergence import LOWEST_LOGPROB, Divergence, Tail
+from capgap.kernels.sparse_kl.rows import Backend
+from capgap.kernels.sparse_kl.targets import SparseKl, SparseTargets
 
 
 def linear_sparse_kl(
@@ -22,28 +25,26 @@ def linear_sparse_kl(
     *,
     alpha: float,
     temperature: float = 1.0,
+    divergence: Divergence = "forward_kl",
+    tail: Tail | None = None,
+    beta: float = 0.5,
     row_weights_N: Tensor | None = None,
     vocab_size: int | None = None,
     bias_V: Tensor | None = None,
+    softcap: float | None = None,
     want_kl: bool = True,
     workspace_mb: int = 256,
+    backend: Backend = "auto",
 ) -> SparseKl:
-    """The loss as `capgap.kernels.sparse_kl` defines it; `workspace_mb` is there for the signature and not used.
+    """The loss of `capgap.kernels.sparse_kl`; `workspace_mb` and `backend` stand for the signature and are not used.
 
     Raises:
+        TypeError: an input is a DTensor.
         ValueError: shapes, dtypes, devices or settings do not fit.
     """
-    vocab_size = check_arguments(
-        hidden_NH,
-        weight_VH,
-        targets,
-        labels_N,
-        alpha=alpha,
-        temperature=temperature,
-        row_weights_N=row_weights_N,
-        vocab_size=vocab_size,
-        bias_V=bias_V,
-    )
+    check_arguments(hidden_NH, weight_VH, targets, labels_N, row_weights_N, bias_V)
+    vocab_size = check_vocab_size(vocab_size, weight_VH.shape[0])
+    tail = Loss(alpha, temperature, divergence, tail, beta, softcap).checked(targets)
     dtype = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
     weights_N = torch.ones(labels_N.shape, dtype=dtype, device=labels_N.device)
     if row_weights_N is not None:
@@ -52,12 +53,13 @@ def linear_sparse_kl(
 
     bias = None if bias_V is None else bias_V[:vocab_size]
     logits_nV = nn.functional.linear(hidden_NH[live_n], weight_VH[:vocab_size], bias).to(dtype)
+    if softcap is not None:
+        logits_nV = softcap * torch.tanh(logits_nV / softcap)
     ce_n = nn.functional.cross_entropy(logits_nV, labels_N[live_n], reduction="none")
     kl_n = None
     if alpha > 0 or want_kl:
-        tail_n = None if targets.tail_N is None else targets.tail_N[live_n].to(dtype)
-        p_nV = _dense_targets(targets, live_n, vocab_size, dtype)
-        kl_n = _forward_kl(torch.log_softmax(logits_nV / temperature, -1), p_nV, tail_n)
+        cells = _cells(targets, live_n, labels_N[live_n], tail, torch.log_softmax(logits_nV / temperature, -1))
+        kl_n = _divergence(*cells, divergence, beta)
 
     loss_n = (1 - alpha) * ce_n
     if kl_n is not None and alpha > 0:
@@ -72,22 +74,45 @@ def linear_sparse_kl(
     )
 
 
-def _dense_targets(targets: SparseTargets, live_n: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    """Probability of every id, repeated ids added up [n, V]; 0 for an id that is not kept."""
-    ids_nK, weights_nK = targets.ids_NK[live_n], targets.weights_NK[live_n].to(dtype)
+def _cells(
+    targets: SparseTargets, live_n: Tensor, labels_n: Tensor, tail: Tail, logq_nV: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of V + 1 cells there are, the teacher's probability of each and the student's log-probability.
+
+    A kept id is a cell, and so is the rest of the vocabulary, which stands last; where every id is kept it is none.
+    """
+    num_rows, vocab_size = logq_nV.shape
+    ids_nK, weights_nK = targets.ids_NK[live_n], targets.weights_NK[live_n].to(logq_nV.dtype)
     valid_nK = (weights_nK > 0) & (ids_nK >= 0) & (ids_nK < vocab_size)
-    dense_nV = torch.zeros((len(live_n), vocab_size), dtype=dtype, device=ids_nK.device)
-    return dense_nV.scatter_add(1, ids_nK.where(valid_nK, 0), weights_nK.where(valid_nK, 0.0))
-
-
-def _forward_kl(logq_nV: Tensor, p_nV: Tensor, tail_n: Tensor | None) -> Tensor:
-    """KL of teacher and student on the kept ids and, where a tail is given, one bucket of all the others [n]."""
+    p_nV = logq_nV.new_zeros((num_rows, vocab_size))
+    p_nV = p_nV.scatter_add(1, ids_nK.where(valid_nK, 0), weights_nK.where(valid_nK, 0.0))
+    left_n1 = logq_nV.new_zeros((num_rows, 1))
+    if targets.tail_N is not None:
+        left_n1 = targets.tail_N[live_n, None].to(logq_nV.dtype).clamp_min(0)
+    if tail == "label":
+        p_nV = p_nV.scatter_add(1, labels_n[:, None], left_n1)
+    if tail == "renorm":
+        mass_n1 = p_nV.sum(-1, keepdim=True)
+        p_nV = p_nV / mass_n1.where(mass_n1 > 0, 1.0)
     kept_nV = p_nV > 0
-    kl_n = (torch.xlogy(p_nV, p_nV) - p_nV * logq_nV).where(kept_nV, 0.0).sum(-1)
-    if tail_n is None:
-        return kl_n
-    has_rest_n = ~kept_nV.all(-1)
-    rest_nV = logq_nV.masked_fill(kept_nV & has_rest_n[:, None], float("-inf"))
-    tail_n = tail_n.where(has_rest_n, 0.0)
-    tail_kl_n = torch.xlogy(tail_n, tail_n) - tail_n * torch.logsumexp(rest_nV, -1)
-    return kl_n + tail_kl_n.where(tail_n > 0, 0.0)
+    rest_n1 = ~kept_nV.all(-1, keepdim=True)
+    rest_logq_nV = logq_nV.masked_fill(kept_nV & rest_n1, float("-inf"))
+    return (
+        torch.cat([kept_nV, rest_n1], 1),
+        torch.cat([p_nV, left_n1 if tail == "ghost" else torch.zeros_like(left_n1)], 1)
+        * torch.cat([kept_nV, rest_n1], 1),
+        torch.cat([logq_nV, torch.logsumexp(rest_logq_nV, -1, keepdim=True)], 1),
+    )
+
+
+def _divergence(cell_nC: Tensor, p_nC: Tensor, logq_nC: Tensor, divergence: Divergence, beta: float) -> Tensor:
+    """Of each row [n], by its definition."""
+    if divergence == "forward_kl":
+        return (torch.xlogy(p_nC, p_nC) - p_nC * logq_nC).where(cell_nC, 0.0).sum(-1)
+    q_nC = logq_nC.exp()
+    if divergence == "reverse_kl":
+        return (q_nC * (logq_nC - p_nC.log().clamp_min(LOWEST_LOGPROB))).where(cell_nC, 0.0).sum(-1)
+    mixture_nC = (beta * p_nC + (1 - beta) * q_nC).clamp_min(torch.finfo(p_nC.dtype).tiny)
+    from_teacher_n = (torch.xlogy(p_nC, p_nC) - p_nC * mixture_nC.log()).where(cell_nC, 0.0).sum(-1)
+    from_student_n = (q_nC * (logq_nC - mixture_nC.log())).where(cell_nC, 0.0).sum(-1)
+    return beta * from_teacher_n + (1 - beta) * from_student_n

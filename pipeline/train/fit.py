@@ -26,6 +26,7 @@ from capgap.pipeline.train.callbacks import (
     newest_checkpoint,
 )
 from capgap.pipeline.train.module import DistillationModule
+from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
 from capgap.schemas.run_model import OptimizationSettings
 
@@ -45,6 +46,7 @@ class Task:
         device: `cpu` or `cuda:0`.
         folder: of the stage; receives `metrics.csv`, and checkpoints below `work`.
         heat: by which the loader turns the stored targets into those of that temperature.
+        objective: which divergence alpha weighs.
     """
 
     title: str
@@ -57,6 +59,7 @@ class Task:
     device: str
     folder: Path
     heat: Heat | None = None
+    objective: Objective = Objective()  # noqa: RUF009  # frozen
 
 
 def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
@@ -82,7 +85,7 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     )
     num_steps, steps_per_epoch = loader.num_steps, loader.steps_per_epoch
     module = DistillationModule(
-        model, settings, num_steps, task.alpha, task.temperature, task.training.codec.vocab_size
+        model, settings, num_steps, task.alpha, task.temperature, task.training.codec.vocab_size, task.objective
     )
     checkpoints = task.folder / WORK_FOLDER / "checkpoints"
     plan_units(task.folder / WORK_FOLDER, "steps", num_steps, "checkpoints/step-*.ckpt")

@@ -14,8 +14,9 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from capgap.kernels.sparse_kl import SparseKl, SparseTargets, linear_sparse_kl
+from capgap.kernels.sparse_kl import Recording, SparseKl, SparseTargets, linear_sparse_kl
 from capgap.pipeline.store import Batch
+from capgap.pipeline.train.objective import Objective
 from capgap.schemas.errors import InputError
 from capgap.schemas.run_model import OptimizationSettings
 
@@ -36,6 +37,7 @@ class DistillationModule(lightning.LightningModule):
         alpha: weight of the KL.
         temperature: of the targets.
         vocab_size: real vocabulary; the head's rows past it are padding.
+        objective: what stands for the KL.
     """
 
     def __init__(
@@ -46,12 +48,15 @@ class DistillationModule(lightning.LightningModule):
         alpha: float,
         temperature: float,
         vocab_size: int,
+        objective: Objective = Objective(),  # noqa: B008  # frozen
     ) -> None:
         super().__init__()
-        _require_plain_head(model)
+        _require_known_head(model)
         self.model = model
+        self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self._settings, self._num_steps = settings, num_steps
         self._alpha, self._temperature, self._vocab_size = alpha, temperature, vocab_size
+        self._objective = objective
         self.last: SparseKl | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
@@ -78,8 +83,10 @@ class DistillationModule(lightning.LightningModule):
             temperature=self._temperature,
             vocab_size=self._vocab_size,
             bias_V=getattr(head, "bias", None),
+            softcap=self._softcap,
             want_kl=alpha > 0,
             workspace_mb=_CPU_WORKSPACE_MB if on_cpu else _GPU_WORKSPACE_MB,
+            **(self._objective.arguments() if alpha > 0 else {}),
         )
 
     def configure_optimizers(self) -> Any:
@@ -115,7 +122,8 @@ def _targets(batch: Batch) -> SparseTargets:
         num_rows, device = batch.num_tokens, batch.labels_BL.device
         none = torch.zeros((num_rows, 1), device=device)
         return SparseTargets(none.long(), none, None)
-    return SparseTargets(batch.ids_NK, batch.weights_NK, batch.tail_N)
+    recording: Recording = "sampled" if batch.tail_N is None else "topk"
+    return SparseTargets(batch.ids_NK, batch.weights_NK, batch.tail_N, recording)
 
 
 def _ending_attention(model: PreTrainedModel, positions_BL: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -136,14 +144,14 @@ def _ending_attention(model: PreTrainedModel, positions_BL: torch.Tensor) -> dic
     return {"position_ids": positions_BL}
 
 
-def _require_plain_head(model: PreTrainedModel) -> None:
+def _require_known_head(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+    for name in ("logit_scale", "logits_scaling"):
         value = getattr(config, name, None)
         if value not in (None, 1, 1.0):
             raise InputError(
                 "this model's head cannot be trained",
                 where=model.name_or_path or model.config.model_type,
                 found=f"{name} = {value}",
-                expected="logits that are a linear function of the hidden states",
+                expected="the head's product as logits, or a soft cap on it",
             )

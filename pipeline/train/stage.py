@@ -9,6 +9,7 @@ from capgap.pipeline.models import MODEL_FOLDER, load_model, model_facts, model_
 from capgap.pipeline.store import ShardReader, heat_of
 from capgap.pipeline.tokenizers import load_tokenizer
 from capgap.pipeline.train.fit import Task, fit
+from capgap.pipeline.train.objective import objective_of
 from capgap.pipeline.workflow.context import StageContext, StageInput, StageResult
 from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, ModelFacts
@@ -20,7 +21,7 @@ def run(context: StageContext) -> StageResult:
     """Train and write the folder `model`.
 
     Raises:
-        MismatchError: cache, corpus and student do not belong together.
+        MismatchError: cache, corpus and student do not belong together, or the recording has not what the loss needs.
         SettingError: the cache lacks the recording or the temperature, or was scored under a rule that no student
             can be trained under.
         InputError: as `fit`.
@@ -34,6 +35,7 @@ def run(context: StageContext) -> StageResult:
     require_packed(facts.context)
     settings = context.run.train_settings(instance.arm)
     recording, temperature = choose(facts, settings)
+    objective = objective_of(settings, recording, cache.location)
     reader = ShardReader(cache.location, cache.manifest.shard_sets[recording])
     path = model_path(student)
     # a bfloat16 student is trained on float32 weights unless the run file says otherwise
@@ -49,6 +51,7 @@ def run(context: StageContext) -> StageResult:
         seed=instance.seed,
         device=context.device,
         folder=context.folder,
+        objective=objective,
     )
     totals = fit(model, task)
     tokenizer = load_tokenizer(path)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,7 @@ def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
         (CorpusSettings(), {}),
         (CacheSettings(), {"chunk_rows": 7, "batch_tokens": 99, "gpu_memory_fraction": 0.5}),
         (
-            TrainSettings(),
+            TrainSettings(divergence="jsd", tail="renorm"),
             {
                 "micro_batch_sequences": 2,
                 "checkpoint_every_steps": 7,
@@ -264,10 +265,30 @@ def test_what_is_left_out_decides_like_its_default_spelt_out() -> None:
             ),
         ),
         (CorpusSettings(), CorpusSettings(vocab_size=4096)),
+        (TrainSettings(divergence="jsd"), TrainSettings(divergence="jsd", jsd_beta=0.5)),
     ]
     for silent, spelt in pairs:
         assert silent != spelt
         assert silent.decisive() == spelt.decisive()
+
+
+def test_a_choice_of_divergence_decides_and_no_choice_leaves_older_students_current() -> None:
+    plain = TrainSettings().decisive()
+    assert not {"divergence", "jsd_beta", "tail"} & set(plain)
+    chosen: list[dict] = [
+        {"divergence": "reverse_kl"},
+        {"divergence": "jsd"},
+        {"divergence": "jsd", "jsd_beta": 0.1},
+        {"tail": "label"},
+        {"tail": "drop"},
+    ]
+    found = [TrainSettings.model_validate(settings).decisive() for settings in chosen]
+    assert all(one != other for one, other in itertools.combinations([plain, *found], 2))
+
+
+def test_a_beta_without_jsd_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"jsd_beta: found .* with divergence forward_kl, expected it with jsd"):
+        TrainSettings(jsd_beta=0.3)
 
 
 def test_settings_are_frozen() -> None:

@@ -8,18 +8,28 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capgap.kernels.sparse_kl import SparseTargets, linear_sparse_kl
+from capgap.kernels.sparse_kl.op import loss_and_gradients
 from capgap.kernels.sparse_kl.reference import linear_sparse_kl as reference
 
 
-class Watch(TorchDispatchMode):
+class Inside(TorchDispatchMode):
+    """Sees the operations inside the op, which to a mode is one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name == "capgap::linear_sparse_kl":
+            with self:
+                return loss_and_gradients(*args, **(kwargs or {}))
+        return self.see(func, func(*args, **(kwargs or {})))
+
+
+class Watch(Inside):
     """Counts matrix products and notes the largest tensor that any operation made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.num_products, self.most_elements = 0, 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+    def see(self, func, out):
         self.num_products += func._schema.name in {"aten::mm", "aten::addmm", "aten::addmm_"}
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, Tensor):
@@ -27,11 +37,10 @@ class Watch(TorchDispatchMode):
         return out
 
 
-class Poison(TorchDispatchMode):
+class Poison(Inside):
     """Fills memory that an operation hands out uncleared: with NaN, or with 77 where there is none."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+    def see(self, func, out):
         if func._schema.name in {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided"}:
             out.fill_(torch.nan if out.is_floating_point() else 77)
         return out
@@ -117,10 +126,20 @@ def test_without_gradients_only_the_logits_are_computed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_uncleared_memory_never_reaches_a_result(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("divergence", "tail", "softcap"),
+    [
+        ("forward_kl", "ghost", None),
+        ("forward_kl", "label", 5.0),
+        ("reverse_kl", "ghost", None),
+        ("jsd", "renorm", 5.0),
+    ],
+)
+def test_uncleared_memory_never_reaches_a_result(divergence, tail, softcap, dtype: torch.dtype) -> None:
     hidden_NH, weight_VH, targets, labels_N = _inputs(num_rows=2000, vocab_size=301, dtype=dtype)
     labels_N[5::7] = -100
     arguments = {"alpha": 0.5, "temperature": 2.0, "vocab_size": 290, "workspace_mb": 1}
+    arguments |= {"divergence": divergence, "tail": tail, "softcap": softcap}
     results = []
     for mode in (Poison(), Watch()):
         with mode:

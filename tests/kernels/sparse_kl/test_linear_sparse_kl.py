@@ -105,9 +105,25 @@ def make(
     )
 
 
+# Every recording, divergence and tail that fit together.
+PAIRS = [
+    ("sampled", "forward_kl", "drop"),
+    ("sampled", "forward_kl", "renorm"),
+    ("topk", "forward_kl", "drop"),
+    ("topk", "forward_kl", "renorm"),
+    ("topk", "forward_kl", "ghost"),
+    ("topk", "forward_kl", "label"),
+    ("topk", "reverse_kl", "ghost"),
+    ("topk", "jsd", "renorm"),
+    ("topk", "jsd", "ghost"),
+    ("topk", "jsd", "label"),
+]
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     vocab_size = draw(st.sampled_from([1, 2, 15, 16, 33, 129]))
+    kind, divergence, tail = draw(st.sampled_from(PAIRS))
     return make(
         draw(st.integers(0, 2**20)),
         num_rows=draw(st.sampled_from([0, 1, 2, 13])),
@@ -115,7 +131,7 @@ def cases(draw: st.DrawFn) -> Case:
         vocab_size=vocab_size,
         padding=draw(st.sampled_from([0, 1, 20])),
         num_kept=draw(st.sampled_from([1, 5, vocab_size])),
-        kind=draw(st.sampled_from(["sampled", "topk"])),
+        kind=kind,
         scale=draw(st.sampled_from([1.0, 8.0, 200.0])),
         masked=draw(st.sampled_from(["none", "some", "all"])),
         holes=draw(st.booleans()),
@@ -124,6 +140,10 @@ def cases(draw: st.DrawFn) -> Case:
         weighted=draw(st.booleans()),
         alpha=draw(st.sampled_from([0.0, 0.5, 1.0])),
         temperature=draw(st.sampled_from([1.0, 2.0, 0.7])),
+        divergence=divergence,
+        tail=tail,
+        beta=draw(st.sampled_from([0.1, 0.5, 0.9])),
+        softcap=draw(st.sampled_from([None, 30.0, 2.0])),
     )
 
 
@@ -168,11 +188,25 @@ def test_float32_stays_within_rounding_of_float64(case: Case) -> None:
         torch.testing.assert_close(fast_grad, true_grad, rtol=1e-5, atol=error * value, check_dtype=False)
 
 
-@pytest.mark.parametrize("kind", ["sampled", "topk"])
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_the_gradient_is_that_of_the_returned_scalar(alpha: float, temperature: float, kind: str) -> None:
-    case = make(3, kind=kind, alpha=alpha, temperature=temperature, bias=True, weighted=True, padding=2, repeats=True)
+def test_the_gradient_is_that_of_the_returned_scalar(alpha: float, temperature: float, softcap, pair) -> None:
+    kind, divergence, tail = pair
+    case = make(
+        3,
+        kind=kind,
+        bias=True,
+        weighted=True,
+        padding=2,
+        repeats=True,
+        alpha=alpha,
+        temperature=temperature,
+        divergence=divergence,
+        tail=tail,
+        softcap=softcap,
+    )
     _, grads = run(linear_sparse_kl, case)
     leaves = [case.hidden_NH, case.weight_VH, case.bias_V]
     generator = torch.Generator().manual_seed(7)
@@ -270,6 +304,22 @@ def test_strided_inputs_give_what_contiguous_ones_give() -> None:
     # float64; another stride may take another product kernel
     torch.testing.assert_close(loss, plain.loss, rtol=1e-13, atol=0)
     torch.testing.assert_close(list(grads), plain_grads, rtol=1e-12, atol=1e-14)
+
+
+def test_expanded_inputs_give_what_contiguous_ones_give() -> None:
+    case = make(5, num_rows=1, width=8, vocab_size=40)
+    targets = case.targets
+    expanded = (
+        case.hidden_NH.expand(9, -1),
+        case.weight_VH,
+        SparseTargets(targets.ids_NK.expand(9, -1), targets.weights_NK.expand(9, -1), targets.tail_N.expand(9)),
+        case.labels_N.expand(9),
+    )
+    result = linear_sparse_kl(*expanded, row_weights_N=torch.ones(1).expand(9), **case.settings)
+    one = linear_sparse_kl(case.hidden_NH, case.weight_VH, targets, case.labels_N, **case.settings)
+    # float64; nine rows may take another product kernel than one
+    torch.testing.assert_close(result.loss, one.loss, rtol=1e-13, atol=0)
+    torch.testing.assert_close(result.kl_N, one.kl_N.expand(9), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("op", [linear_sparse_kl, reference], ids=["fast", "reference"])

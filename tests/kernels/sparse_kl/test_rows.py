@@ -1,26 +1,56 @@
+"""The rows kernel by itself: what it writes, and what it leaves."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 
-from capgap.kernels.sparse_kl.rows import Rows, gradient_in_place
+from capgap.kernels.sparse_kl.rows import Rows, RowSettings, kernel_for
 
 
+def _rows(num_kept: int, dtype: torch.dtype = torch.float32) -> Rows:
+    return Rows(
+        ids_NK=torch.arange(num_kept, dtype=torch.int32).expand(3, -1).contiguous(),
+        p_NK=torch.full((3, num_kept), 0.1, dtype=dtype),
+        p_tail_N=torch.full((3,), 1 - 0.1 * num_kept, dtype=dtype),
+        labels_N=torch.tensor([0, 1, 4]),
+        ckl_N=torch.ones(3, dtype=dtype),
+        cce_N=torch.ones(3, dtype=dtype),
+    )
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("num_kept", [0, 2, 5])
-def test_columns_past_the_vocabulary_end_at_exactly_zero(num_kept: int, temperature: float) -> None:
-    rows = Rows(
-        ids_BK=torch.arange(num_kept).expand(3, -1),
-        weights_BK=torch.full((3, num_kept), 0.1),
-        tail_B=torch.full((3,), 1 - 0.1 * num_kept),
-        labels_B=torch.tensor([0, 1, 4]),
-        kl_scale_B=torch.ones(3),
-        ce_scale_B=torch.ones(3),
-    )
-    block_BP = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
-    block_BP[:, 5:] = torch.nan
-    kl_B, ce_B = gradient_in_place(block_BP, 5, rows, temperature, want_gradient=True)
-    assert (block_BP[:, 5:] == 0).all()
-    assert torch.isfinite(block_BP).all() and torch.isfinite(kl_B).all() and torch.isfinite(ce_B).all()
-    # a softmax minus a distribution sums to 0: five float32 roundings
-    assert block_BP.sum(-1).abs().max() < 1e-6
+def test_nothing_past_the_vocabulary_is_read(num_kept: int, temperature: float, divergence, softcap) -> None:
+    settings = RowSettings(5, temperature, divergence, 0.5, softcap)
+    kernel = kernel_for("auto", torch.device("cpu"))
+    logits_NP = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    results = []
+    for filling in (torch.nan, 1e30):
+        chunk_NP = logits_NP.clone()
+        chunk_NP[:, 5:] = filling
+        kl_N, ce_N = kernel(chunk_NP, _rows(num_kept), settings, want_gradient=True)
+        results.append([kl_N, ce_N, chunk_NP[:, :5]])
+    assert all(torch.isfinite(tensor).all() for tensor in results[0])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    if softcap is None:
+        # a softmax minus a distribution sums to 0, for each of the two losses: ten float32 roundings
+        assert results[0][2].sum(-1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_logits_are_computed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
+    settings = RowSettings(5, 2.0, "jsd", 0.3, None)
+    kernel = kernel_for("torch", torch.device("cpu"))
+    low_NP = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    full_NP = low_NP.float()
+    low, full = (kernel(logits_NP, _rows(2), settings, want_gradient=True) for logits_NP in (low_NP, full_NP))
+    assert torch.equal(low[0], full[0]) and torch.equal(low[1], full[1])
+    assert torch.equal(low_NP[:, :5], full_NP[:, :5].to(dtype))
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="backend: got 'cuda' on cpu, expected auto or torch"):
+        kernel_for("cuda", torch.device("cpu"))

@@ -18,6 +18,7 @@ import torch
 
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.train.fit import Task, fit
+from capgap.pipeline.train.objective import Objective
 from capgap.schemas.errors import CorruptError, InputError
 from capgap.schemas.run_model import OptimizationSettings
 
@@ -76,6 +77,31 @@ def test_training_lowers_the_held_out_loss(make_task, make_student, tmp_path, ki
     assert [step for step, _ in _column(tmp_path, "train_loss")] == [*range(5, 61, 5)]
     assert _column(tmp_path, "num_tokens")[0] == (5, 5 * 4 * SEQ_LEN)
     assert len(_column(tmp_path, "train_kl")) == (0 if alpha == 0 else 12)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective("reverse_kl"),
+        Objective("jsd"),
+        Objective("jsd", "renorm", 0.1),
+        Objective("forward_kl", "label"),
+        Objective("forward_kl", "drop"),
+    ],
+    ids=lambda objective: f"{objective.divergence}-{objective.tail}-{objective.beta}",
+)
+def test_every_objective_teaches_its_own_student(make_task, make_student, tmp_path, objective: Objective) -> None:
+    settings = {"num_epochs": 4, "validate_every_steps": 20}
+    student, plain = make_student(), make_student()
+    fit(student, dataclasses.replace(make_task("topk", **settings), objective=objective))
+    losses = [loss for _, loss in _column(tmp_path, "validation_loss")]
+    # as in the test above, of the forward KL
+    assert losses[0] < math.log(40) and losses[-1] < losses[0] - 0.2
+    shutil.rmtree(tmp_path / "work")
+    fit(plain, make_task("topk", **settings))
+    assert not torch.equal(
+        *(torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (student, plain))
+    )
 
 
 @pytest.mark.parametrize("kind", ["sampled", "topk"])

@@ -195,6 +195,29 @@ def test_a_cache_of_another_corpus_is_refused(made) -> None:
         carry_out(run, TRAIN, force=True)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"divergence": "jsd"},
+            "sampled targets with train.divergence jsd, train.tail drop, expected forward_kl; freq",
+        ),
+        ({"tail": "ghost"}, ".* forward_kl, train.tail ghost, expected drop or renorm; drawn targets"),
+    ],
+)
+def test_a_divergence_that_the_recording_cannot_give_is_refused(made, settings: dict, message: str) -> None:
+    given = made["number"]
+    run = RunFile.model_validate(given | {"train": given["train"] | settings})
+    with pytest.raises(MismatchError, match=f"cache: the cache does not support this divergence; found {message}"):
+        carry_out(run, TRAIN, force=True)
+
+
+def test_an_arm_without_divergence_needs_no_support_for_it(made) -> None:
+    given = made["number"]
+    run = RunFile.model_validate(given | {"train": given["train"] | {"divergence": "reverse_kl"}})
+    assert carry_out(run, Instance("train", "cross_entropy", 1), force=True).totals["num_steps"] == 2
+
+
 def test_a_cache_in_s3_trains_the_same_student(made, s3_server, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("CAPGAP_DOWNLOADS", str(tmp_path / "downloads"))
     local = made["number"]

@@ -1,0 +1,128 @@
+"""The checks that every form of the loss shares. They read shapes and settings, never values: no host sync.
+
+Legend: N rows (tokens), K ids kept a row, V columns of the head, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from capgap.kernels.sparse_kl.divergence import Divergence, Tail, check_pair
+from capgap.kernels.sparse_kl.targets import SparseTargets, expect, looks
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Which loss: the settings of a call.
+
+    Attributes:
+        alpha: share of the divergence, in [0, 1].
+        temperature: the student's logits are divided by it for the divergence.
+        divergence: which.
+        tail: what becomes of the teacher's probability outside the kept ids; None is `ghost` where the targets have a
+            tail and `drop` where they have none.
+        beta: of `jsd`, in (0, 1).
+        softcap: c, where logits stand for c tanh(logits / c).
+    """
+
+    alpha: float
+    temperature: float
+    divergence: Divergence
+    tail: Tail | None
+    beta: float
+    softcap: float | None
+
+    def checked(self, targets: SparseTargets) -> Tail:
+        """The treatment of the tail, once the settings fit one another and the targets.
+
+        Raises:
+            ValueError: names the setting, what was got and what was expected.
+        """
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha: got {self.alpha}, expected a number in [0, 1]")
+        if not 0.0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature: got {self.temperature}, expected a finite number above 0")
+        if not 0.0 < self.beta < 1.0:
+            raise ValueError(f"beta: got {self.beta}, expected a number between 0 and 1")
+        if self.softcap is not None and not 0.0 < self.softcap < float("inf"):
+            raise ValueError(f"softcap: got {self.softcap}, expected a finite number above 0, or None")
+        tail: Tail = self.tail or ("drop" if targets.tail_N is None else "ghost")
+        check_pair(targets.recording, self.divergence, tail)
+        if tail in ("ghost", "label") and targets.tail_N is None:
+            raise ValueError(f"tail: got {tail!r} with targets.tail_N None, expected targets with their tail")
+        return tail
+
+
+def check_arguments(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets: SparseTargets,
+    labels_N: Tensor,
+    row_weights_N: Tensor | None,
+    bias_V: Tensor | None,
+) -> None:
+    """Raise where shapes, dtypes or devices do not fit.
+
+    Raises:
+        TypeError: a tensor is a DTensor, of which this process holds a part only.
+        ValueError: names the argument, what was got and what was expected.
+    """
+    for name, tensor in (("hidden_NH", hidden_NH), ("weight_VH", weight_VH), ("bias_V", bias_V)):
+        if isinstance(tensor, DTensor):
+            raise TypeError(
+                f"{name}: got a DTensor {list(tensor.shape)}, expected a plain tensor; call the loss inside the "
+                "forward of the module that FSDP2 shards, where parameters are whole, or pass tensor.full_tensor(); "
+                "a head split by vocabulary goes to vocab_parallel_sparse_kl with tensor.to_local()"
+            )
+    if hidden_NH.dim() != 2 or not hidden_NH.is_floating_point():
+        raise ValueError(f"hidden_NH: got {looks(hidden_NH)}, expected [N, H] of a floating dtype")
+    num_rows, width = hidden_NH.shape
+    if weight_VH.dim() != 2 or weight_VH.shape[1] != width or weight_VH.shape[0] == 0:
+        raise ValueError(f"weight_VH: got {looks(weight_VH)}, expected [V, {width}]")
+    expect("weight_VH", weight_VH, tuple(weight_VH.shape), hidden_NH)
+    if bias_V is not None:
+        expect("bias_V", bias_V, (weight_VH.shape[0],), hidden_NH)
+    if len(targets) != num_rows or targets.ids_NK.device != hidden_NH.device:
+        raise ValueError(f"targets.ids_NK: got {looks(targets.ids_NK)}, expected [{num_rows}, K] on hidden's device")
+    if labels_N.is_floating_point() or labels_N.element_size() != 8 or labels_N.shape != (num_rows,):
+        raise ValueError(f"labels_N: got {looks(labels_N)}, expected [{num_rows}] torch.int64")
+    if labels_N.device != hidden_NH.device:
+        raise ValueError(f"labels_N: got {labels_N.device}, expected {hidden_NH.device}")
+    if row_weights_N is not None:
+        expect("row_weights_N", row_weights_N, (num_rows,), hidden_NH)
+
+
+def check_vocab_size(vocab_size: int | None, num_columns: int) -> int:
+    """The number of real columns.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    if vocab_size is not None and not 1 <= vocab_size <= num_columns:
+        raise ValueError(f"vocab_size: got {vocab_size}, expected 1 to {num_columns}, the rows of weight_VH")
+    return num_columns if vocab_size is None else vocab_size
+
+
+def check_workspace(workspace_mb: int) -> None:
+    """Raise ValueError where there is none."""
+    if workspace_mb < 1:
+        raise ValueError(f"workspace_mb: got {workspace_mb}, expected at least 1")
+
+
+def in_one_dtype(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three in the autocast dtype where autocast is on.
+
+    Raises:
+        ValueError: it is off and they differ.
+    """
+    if torch.is_autocast_enabled(hidden_NH.device.type):
+        dtype = torch.get_autocast_dtype(hidden_NH.device.type)
+        hidden_NH, weight_VH = hidden_NH.to(dtype), weight_VH.to(dtype)
+        bias_V = None if bias_V is None else bias_V.to(dtype)
+    if weight_VH.dtype != hidden_NH.dtype or (bias_V is not None and bias_V.dtype != hidden_NH.dtype):
+        raise ValueError(f"weight_VH, bias_V: got {weight_VH.dtype}, expected {hidden_NH.dtype}, the dtype of hidden")
+    return hidden_NH, weight_VH, bias_V

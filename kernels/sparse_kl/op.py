@@ -1,0 +1,216 @@
+"""The loss on any device, in row chunks: logits never stand in memory at once, and no graph is built over them.
+
+The gradients are complete when forward returns; backward multiplies them by the upstream scalar. Memory beyond the
+inputs: one chunk of `workspace_mb`, the gradients (the weight's in float32), a few MiB of a rows kernel. Rows of weight
+0 never reach a product: they cost nothing, and NaN in them stays there. Counting the others is the one host sync of a
+call off the CPU: their number decides the shapes of the products.
+
+Legend: N rows, n rows of non-zero weight, K ids kept a row, V columns of the head, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from capgap.kernels.sparse_kl.checks import Loss, check_arguments, check_vocab_size, check_workspace, in_one_dtype
+from capgap.kernels.sparse_kl.chunks import Needs, chunk_rows, pitch, run_chunks
+from capgap.kernels.sparse_kl.divergence import Divergence, Tail
+from capgap.kernels.sparse_kl.prepare import live_rows, sum_dtype
+from capgap.kernels.sparse_kl.rows import Backend, RowSettings, kernel_for
+from capgap.kernels.sparse_kl.targets import SparseKl, SparseTargets
+
+
+def linear_sparse_kl(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets: SparseTargets,
+    labels_N: Tensor,
+    *,
+    alpha: float,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward_kl",
+    tail: Tail | None = None,
+    beta: float = 0.5,
+    row_weights_N: Tensor | None = None,
+    vocab_size: int | None = None,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    want_kl: bool = True,
+    workspace_mb: int = 256,
+    backend: Backend = "auto",
+) -> SparseKl:
+    """sum_i w_i (alpha T^2 KL_i + (1 - alpha) CE_i) / sum_i w_i, and each row's KL and CE; 0 if all weights are 0.
+
+    KL stands for the divergence that is asked for. Products are computed in the dtype of hidden, or in the autocast
+    dtype where autocast is on; softmax, losses and sums over chunks in float32 (float64 for float64 inputs). Gradients
+    flow from `loss` to hidden, weight and bias. Works under `torch.compile` and activation checkpointing.
+
+    Args:
+        hidden_NH: the student's last hidden states, any floating dtype, any strides.
+        weight_VH: the head, same dtype as hidden unless autocast is on. Whole: no shard, no DTensor.
+        targets: the teacher's distribution.
+        labels_N: real next tokens, int64. A row whose label lies outside [0, vocab_size) has weight 0.
+        alpha: share of the KL, in [0, 1].
+        temperature: the student's logits are divided by it for the KL; CE is at temperature 1.
+        divergence: `forward_kl`, `reverse_kl` or `jsd` (arXiv:2306.13649); README.md has the formulas.
+        tail: what becomes of the teacher's probability outside the kept ids: `drop` leaves it out, `renorm` scales the
+            kept ids up to 1, `ghost` compares it with the student's as one cell, `label` adds it to the label. None is
+            `ghost` where the targets have a tail and `drop` where they have none.
+        beta: of `jsd`, between 0 and 1: weight of KL(teacher || mixture), and the teacher's share of the mixture.
+        row_weights_N: weight of each row; None means 1 each.
+        vocab_size: columns at or past it have probability 0 and gradient exactly 0; None means all V are real.
+        bias_V: the head's bias, same dtype as the weight.
+        softcap: c, where the model's logits are c tanh(logits / c).
+        want_kl: at alpha 0, whether to compute `kl_N` nevertheless; False makes the call a plain cross-entropy.
+        workspace_mb: size of the logits buffer in MiB; at least one row is held whatever it says. On a CPU 16 is faster
+            still; on a GPU a chunk should have 1500 rows or more.
+        backend: the rows kernel; `auto` takes the fastest that the device has.
+
+    Raises:
+        TypeError: hidden, weight or bias is a DTensor.
+        ValueError: shapes, dtypes, devices or settings do not fit; the divergence has no meaning, or a biased one, on
+            these targets; on a CPU, a target of a row of non-zero weight is NaN, infinite or below 0 (elsewhere the
+            loss is NaN).
+        RuntimeError: in backward, where a graph of it is wanted.
+    """
+    check_arguments(hidden_NH, weight_VH, targets, labels_N, row_weights_N, bias_V)
+    vocab_size = check_vocab_size(vocab_size, weight_VH.shape[0])
+    loss = Loss(alpha, temperature, divergence, tail, beta, softcap)
+    tail = loss.checked(targets)
+    check_workspace(workspace_mb)
+    hidden_NH, weight_VH, bias_V = in_one_dtype(hidden_NH, weight_VH, bias_V)
+    kernel_for(backend, hidden_NH.device)
+
+    use_kl = alpha > 0 or want_kl
+    with_grad = torch.is_grad_enabled()
+    scalar, kl_N, ce_N, *_ = _op(
+        hidden_NH,
+        weight_VH,
+        bias_V,
+        targets.ids_NK if use_kl else None,
+        targets.weights_NK.detach() if use_kl else None,
+        targets.tail_N.detach() if use_kl and targets.tail_N is not None else None,
+        labels_N,
+        None if row_weights_N is None else row_weights_N.detach(),
+        [alpha, temperature, beta, softcap or 0.0],
+        divergence,
+        tail,
+        vocab_size,
+        workspace_mb,
+        backend,
+        [with_grad and tensor is not None and tensor.requires_grad for tensor in (hidden_NH, weight_VH, bias_V)],
+    )
+    return SparseKl(scalar, kl_N if use_kl else None, ce_N)
+
+
+def loss_and_gradients(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    ids_NK: Tensor | None,
+    p_NK: Tensor | None,
+    tail_N: Tensor | None,
+    labels_N: Tensor,
+    row_weights_N: Tensor | None,
+    numbers: list[float],
+    divergence: str,
+    tail: str,
+    vocab_size: int,
+    workspace_mb: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, KL [N], CE [N]; what backward needs: the gradients of the weighted sum, empty where not needed, 1 / sum w.
+
+    `numbers` are alpha, temperature, beta and softcap, of which 0 means none. Without ids there is no divergence.
+    """
+    alpha, temperature, beta, softcap = numbers
+    live = live_rows(hidden_NH, ids_NK, p_NK, tail_N, labels_N, row_weights_N, alpha, temperature, tail, vocab_size)
+    settings = RowSettings(vocab_size, temperature, cast(Divergence, divergence), beta, softcap or None)
+    kl_n, ce_n, grads = run_chunks(
+        live.hidden_nH,
+        weight_VH,
+        bias_V,
+        live.rows,
+        settings,
+        kernel_for(cast(Backend, backend), hidden_NH.device),
+        Needs(*needs),
+        chunk_rows(len(live.hidden_nH), pitch(vocab_size) * hidden_NH.element_size(), workspace_mb * 2**20),
+    )
+    scalar, per_weight = live.mean(kl_n, ce_n, alpha, temperature)
+    return (
+        scalar,
+        live.spread(kl_n),
+        live.spread(ce_n),
+        _empty(hidden_NH) if grads.hidden_nH is None else live.spread(grads.hidden_nH),
+        _empty(live.weights_n) if grads.weight_VH is None else grads.weight_VH,
+        _empty(live.weights_n) if grads.bias_V is None else grads.bias_V,
+        per_weight,
+    )
+
+
+_op = torch.library.custom_op("capgap::linear_sparse_kl", loss_and_gradients, mutates_args=())
+
+
+@_op.register_fake
+def _(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    ids_NK: Tensor | None,
+    p_NK: Tensor | None,
+    tail_N: Tensor | None,
+    labels_N: Tensor,
+    row_weights_N: Tensor | None,
+    numbers: list[float],
+    divergence: str,
+    tail: str,
+    vocab_size: int,
+    workspace_mb: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    sums = hidden_NH.new_empty((), dtype=sum_dtype(hidden_NH))
+    return (
+        torch.empty_like(sums),
+        sums.new_empty(hidden_NH.shape[0]),
+        sums.new_empty(hidden_NH.shape[0]),
+        hidden_NH.new_empty(hidden_NH.shape if needs[0] else 0),
+        sums.new_empty(weight_VH.shape if needs[1] else 0),
+        sums.new_empty(weight_VH.shape[:1] if needs[2] else 0),
+        torch.empty_like(sums),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.needs, ctx.dtype = inputs[14], inputs[1].dtype
+    ctx.save_for_backward(*output[3:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # create_graph=True: the gradients would pass for constants
+        raise RuntimeError("linear_sparse_kl: got create_graph=True, expected False; it differentiates once only")
+    *grads, per_weight = ctx.saved_tensors
+    scaled: list[Tensor | None] = [None] * 3
+    if upstream is not None:
+        scale = upstream * per_weight
+        scaled = [scaled_grad(g, scale, ctx.dtype) if need else None for g, need in zip(grads, ctx.needs, strict=True)]
+    return *scaled, *[None] * 12
+
+
+def scaled_grad(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product in the sums' dtype, which holds any loss scale, rounded once and without a copy in between."""
+    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    return torch.mul(grad.to(scale.dtype), scale, out=out)
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _empty(like: Tensor) -> Tensor:
+    return like.new_empty(0)
