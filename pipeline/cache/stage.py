@@ -144,6 +144,8 @@ def _start(context: StageContext, recording: Recording, path: str, seq_len: int)
         settings.batch_tokens,
         settings.gpu_memory_fraction,
         context.device,
+        settings.tensor_parallel,
+        settings.capture,
     )
 
 

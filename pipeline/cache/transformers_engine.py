@@ -5,12 +5,14 @@ Legend: B sequences, L targets, N rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import transformers
 
+from capgap.pipeline.cache.request_checks import require_kept, require_scorable
 from capgap.pipeline.cache.scoring import Packed, Recording, Request, Scored, record_rows, row_offsets, unpack
 from capgap.pipeline.models import load_model
 from capgap.schemas.errors import InputError
@@ -34,9 +36,11 @@ class TransformersEngine:
 
     Raises:
         InputError: there is no such model, or its logits are more than a linear function of the hidden states.
+        SettingError: more ids are to be kept than the vocabulary has.
     """
 
     def __init__(self, path: str, recording: Recording, dtype: str, batch_tokens: int, device: str) -> None:
+        require_kept(recording)
         self._recording, self._batch_tokens, self._device = recording, batch_tokens, device
         self._model = load_model(path, device, _DTYPES.get(dtype))
         self.name = f"transformers {transformers.__version__}"
@@ -47,16 +51,22 @@ class TransformersEngine:
         self._bias_V = None if getattr(head, "bias", None) is None else head.bias.detach().float()
         config = self._model.config.get_text_config()
         self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._max_targets = getattr(config, "max_position_embeddings", None)
         self._require_own_head(path)
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """As `Engine.score`."""
-        if not requests:
-            return []
-        size = max(1, self._batch_tokens // len(requests[0].tokens_L1))
+        """As `Engine.score`; neighbours of equal length share a batch.
+
+        Raises:
+            InputError: a request cannot be scored, or its rows are not finite.
+        """
+        require_scorable(requests, self._recording.vocab_size, self._max_targets)
         scored: list[Scored] = []
-        for start in range(0, len(requests), size):
-            scored += self._score_batch(requests[start : start + size])
+        for length, neighbours in itertools.groupby(requests, key=lambda request: len(request.tokens_L1)):
+            alike = list(neighbours)
+            size = max(1, self._batch_tokens // length)
+            for start in range(0, len(alike), size):
+                scored += self._score_batch(alike[start : start + size])
         return scored
 
     def close(self) -> None:
@@ -81,7 +91,7 @@ class TransformersEngine:
             parts.append(
                 record_rows(self._recording, logits_NV, labels_N[rows], None if offsets_N is None else offsets_N[rows])
             )
-        return self._split(parts, len(requests), length)
+        return self._split(parts, requests)
 
     def _logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         logits_NV = torch.nn.functional.linear(hidden_NH.float(), self._head_VH, self._bias_V)
@@ -106,8 +116,13 @@ class TransformersEngine:
             )
 
     @staticmethod
-    def _split(parts: list[Packed], num_sequences: int, length: int) -> list[Scored]:
+    def _split(parts: list[Packed], requests: Sequence[Request]) -> list[Scored]:
         ids_NK = torch.cat([part.ids_NK for part in parts]).cpu().numpy()
         numbers_NW = torch.cat([part.numbers_NW for part in parts]).cpu().numpy()
-        rows = [slice(i * length, (i + 1) * length) for i in range(num_sequences)]
-        return [unpack(ids_NK[r], numbers_NW[r], f"sequence {i} of a batch") for i, r in enumerate(rows)]
+        length = len(ids_NK) // len(requests)
+        return [
+            unpack(
+                ids_NK[start : start + length], numbers_NW[start : start + length], f"sequence {r.digest.hex()[:12]}"
+            )
+            for start, r in zip(range(0, len(ids_NK), length), requests, strict=True)
+        ]

@@ -77,7 +77,8 @@ def test_a_request_that_starts_over_has_every_row_once(recording, requests_of, k
         capture = Capture(recording(kind))
         finished = []
         for start, stop in pieces:
-            span = _Span(key, 0, stop - start, start, len(prompt), request.tokens_L1[start + 1 : stop + 1])
+            following = torch.from_numpy(request.tokens_L1[start + 1 : stop + 1])
+            span = _Span(key, 0, stop - start, start, len(prompt), following)
             finished.append(capture.step(logits_LV[start:stop], lambda rows: rows, [span]))
         assert all(not step for step in finished[:-1]), "a request must be complete before it is handed on"
         return finished[-1][key]
