@@ -73,7 +73,7 @@ class VllmEngine:
     ) -> None:
         require_kept(recording)
         require_vllm()
-        set_environment()
+        set_environment(device, tensor_parallel)
         import vllm
 
         require_platform(device)

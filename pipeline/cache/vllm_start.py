@@ -32,8 +32,11 @@ def require_vllm() -> None:
         )
 
 
-def set_environment() -> None:
+def set_environment(device: str, tensor_parallel: int) -> None:
     """What vLLM reads from the environment when it is imported."""
+    if device == "cpu" and tensor_parallel > 1:
+        # its own way of binding workers to cores asks for one memory node each
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # in process: no engine process that could outlive this one; a worker on each further device ends with this process
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"

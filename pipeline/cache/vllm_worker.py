@@ -161,8 +161,11 @@ class CaptureExtension:
         Raises:
             RuntimeError: this vLLM has no such method, or one of another signature.
         """
+        return self.capgap_hook(Capture(Recording(**recording), answers=_first_of_its_group()))
+
+    def capgap_hook(self, capture: Capture) -> str:
+        """As `capgap_install`, for a capture that was made already."""
         self.capgap_remove()
-        capture = Capture(Recording(**recording), answers=_first_of_its_group())
         runner = self.model_runner
         worker = getattr(runner, "prompt_logprobs_worker", None)
         if worker is not None:
