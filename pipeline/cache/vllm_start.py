@@ -44,6 +44,10 @@ def set_environment(device: str, tensor_parallel: int) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # start-up notices that a user of capgap cannot act on
     logging.getLogger("torch._library").setLevel(logging.ERROR)
+    # on a CPU: that Triton has no backend for it, so the first generation of the model runner is used
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
+    # on a failure: the whole batch, pages of it, before the line that says what to do
+    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="vllm")
     # a request of L tokens generates one more, whose position is never computed
     os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
