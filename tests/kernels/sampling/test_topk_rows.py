@@ -110,3 +110,18 @@ def test_what_does_not_fit_is_refused_with_what_was_got(scorer, changed: dict, m
     arguments = {"logits_NV": torch.zeros(2, 5), "labels_N": torch.zeros(2, dtype=torch.long), "num_kept": 2}
     with pytest.raises(ValueError, match=message):
         scorer(**(arguments | changed))
+
+
+@pytest.mark.parametrize("num_kept", [1, 2, 17, 64, 300])
+@pytest.mark.parametrize("vocab_size", [1000, 4096, 4099, 50257])
+def test_ids_found_in_two_steps_are_those_of_one(vocab_size: int, num_kept: int) -> None:
+    logits_NV = torch.randn(6, vocab_size, generator=torch.Generator().manual_seed(1))
+    logits_NV[0] = logits_NV[0].round()  # hundreds of equals
+    logits_NV[1, 30:] = -torch.inf
+    logits_NV[2, :-3] -= 50  # the likeliest stand behind the last whole column
+    rows = topk_rows(logits_NV, torch.zeros(6, dtype=torch.long), num_kept)
+    true = reference.topk_rows(logits_NV, torch.zeros(6, dtype=torch.long), num_kept)
+    # float32 against float64 logprobs of up to 60 nats
+    torch.testing.assert_close(rows.logprobs_NK, true.logprobs_NK, atol=1e-5, rtol=1e-6, check_dtype=False)
+    assert torch.equal(logits_NV.gather(1, rows.ids_NK.long()), logits_NV.topk(num_kept).values)
+    assert all(len(set(row)) == num_kept for row in rows.ids_NK.tolist())

@@ -193,7 +193,12 @@ def test_requests_that_lose_their_cache_half_way_have_every_row_once(folder, sub
     engine = VllmEngine(folder, settings, SEQ_LEN, "auto", 128, 0.5, "cpu", **crowded, scheduler_reserve_full_isl=False)
     scheduler = engine._llm.llm_engine.engine_core.engine_core.scheduler
     preempted, preempt = [], scheduler._preempt_request
-    scheduler._preempt_request = lambda request, *rest: (preempted.append(request), preempt(request, *rest))[1]
+
+    def counted(request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = counted
     _require_equal(engine.score(submission), reference(1.0), submission)
     assert len(preempted) > 10
     engine.close()
