@@ -45,7 +45,7 @@ class CacheSettings(Record):
     """Stop after this many targets, whole shards. Leave it out to score everything the student may see."""
 
     chunk_rows: int = Field(1024, ge=1, json_schema_extra=OPERATIONAL)
-    """Rows of logits held at once: on a GPU memory is at most `chunk_rows` x vocabulary x 16 bytes, 24 with
+    """Rows of logits held at once: on a GPU memory is at most `chunk_rows` x vocabulary x 18 bytes, 26 with
     `tensor_parallel`. A GPU that has less left beside `gpu_memory_fraction` is refused."""
 
     batch_tokens: int = Field(8192, ge=16, json_schema_extra=OPERATIONAL)
@@ -65,6 +65,10 @@ class CacheSettings(Record):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.engine == "transformers" and self.tensor_parallel > 1:
+            raise ValueError("cache.tensor_parallel: found with engine transformers, expected vllm")
+        if self.engine == "transformers" and self.capture != "auto":
+            raise ValueError("cache.capture: found with engine transformers, expected vllm")
         if self.recording == "topk" and self.num_draws is not None:
             raise ValueError("cache.num_draws: found with recording topk, expected sampled; use cache.num_kept")
         if self.recording == "sampled" and self.num_kept is not None:

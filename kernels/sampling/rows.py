@@ -247,4 +247,4 @@ def _block_size(vocab_size: int, num_draws: int) -> int:
 
     At n = 50 these are fastest on a CPU for V = 4096, 32000 and 128256.
     """
-    return 2 ** max(3, round(math.log2(3 * math.sqrt(vocab_size / num_draws))))
+    return 1 << max(3, round(math.log2(3 * math.sqrt(vocab_size / num_draws))))

@@ -1,8 +1,8 @@
 """What must hold before vLLM is started: the package, the platform, the model's sizes, and room for a chunk of logits.
 
-Memory of a chunk: `chunk_rows` x columns of the head x 16 bytes, and 8 more where the head is spread over several
-devices. The logits, their logprobs, and at a temperature or with padding columns two more float32 copies; the 8 are the
-logits of each device and those of all of them, gathered.
+Memory of a chunk: `chunk_rows` x columns of the head x 18 bytes, and 8 more where the head is spread over several
+devices. Measured are 8 to 16.4: the logits, their probabilities, and at a temperature or with padding columns one or
+two more copies in float32. The 8 are the logits of each device and those of all of them, gathered.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from capgap.pipeline.models import load_config
 from capgap.schemas.errors import InputError, MachineError
 
 _MIN_KV_CACHE_BYTES = 128 << 20
-_BYTES_PER_LOGIT = 16
+_BYTES_PER_LOGIT = 18
 _BYTES_PER_GATHERED_LOGIT = 8
 
 

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ import torch
 from capgap.pipeline.cache.scoring import Request, Scored
 from capgap.pipeline.cache.transformers_engine import TransformersEngine
 from capgap.pipeline.cache.vllm_engine import VllmEngine
-from capgap.pipeline.cache.vllm_start import chunk_bytes, require_room
 from capgap.schemas.errors import InputError, MachineError, SettingError
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -256,16 +254,6 @@ def test_what_the_public_logprobs_cannot_give_is_refused_before_the_engine_start
 ) -> None:
     with pytest.raises(SettingError, match=message):
         VllmEngine(folder, recording(kind, 16, temperature), SEQ_LEN, "auto", 4096, 0.5, "cpu", capture="public")
-
-
-def test_a_gpu_that_has_no_room_for_a_chunk_is_refused_with_what_would_fit() -> None:
-    config = SimpleNamespace(vocab_size=152_064)
-    needed_bytes = chunk_bytes(config, 8192, tensor_parallel=1)
-    assert needed_bytes == 152_064 * 8192 * 16
-    require_room(80 << 30, 0.7, needed_bytes, 8192)
-    with pytest.raises(MachineError, match=r"8192 rows, which take 18\.56 GiB.* lower cache\.chunk_rows to 3530"):
-        require_room(80 << 30, 0.9, needed_bytes, 8192)
-    require_room(80 << 30, 0.9, chunk_bytes(config, 3530, tensor_parallel=1), 3530)
 
 
 WITHOUT_VLLM = """
