@@ -198,21 +198,21 @@ def _at_label(scaled_NV: Tensor, labels_N: Tensor, top_N1: Tensor, top_logprob_N
     return (at_label_N1 - top_N1 + top_logprob_N1)[:, 0].where(known_N, float("-inf"))
 
 
-def _largest(logits_NV: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
-    """The largest `num_kept` of each row and their places, falling; as `torch.topk`."""
+def _largest(logits_NV: Tensor, num_kept: int, falling: bool = True) -> tuple[Tensor, Tensor]:
+    """The largest `num_kept` of each row and their places; as `torch.topk`."""
     num_rows, vocab_size = logits_NV.shape
     height = math.isqrt(vocab_size // num_kept)
     if logits_NV.device.type != "cpu" or height < _MIN_HEIGHT:
-        return torch.topk(logits_NV, num_kept, dim=-1)
+        return torch.topk(logits_NV, num_kept, dim=-1, sorted=falling)
     num_columns = vocab_size // height
     even = height * num_columns
     columns_NBG = logits_NV[:, :even].view(num_rows, height, num_columns)
     # fewer than K ids exceed the K-th, so their columns are among the K with the largest maxima
-    _, column_NK = _largest(columns_NBG.amax(1), num_kept)
+    _, column_NK = _largest(columns_NBG.amax(1), num_kept, falling=False)
     candidates_NC = columns_NBG.gather(2, column_NK[:, None].expand(-1, height, -1)).flatten(1)
     if even < vocab_size:
         candidates_NC = torch.cat([candidates_NC, logits_NV[:, even:]], dim=1)
-    kept_NK, place_NK = _largest(candidates_NC, num_kept)
+    kept_NK, place_NK = _largest(candidates_NC, num_kept, falling)
     row_NK = torch.div(place_NK, num_kept, rounding_mode="floor")
     ids_NK = row_NK * num_columns + column_NK.gather(1, place_NK - row_NK * num_kept)
     if even < vocab_size:

@@ -74,7 +74,6 @@ def folder(teacher_folder) -> str:
     return teacher_folder(num_columns=4099)
 
 
-@pytest.mark.slow
 def test_two_workers_give_what_the_reference_gives_and_end_with_a_parent_that_is_killed(folder, tmp_path: Path) -> None:
     script = tmp_path / "two_workers.py"
     script.write_text(TWO_WORKERS)  # workers are spawned: they must be able to import it
