@@ -2,13 +2,12 @@
 
 One softmax serves all: the likeliest id's probability gives its logprob, and every other logprob is that one less the
 distance of the logits. Draws cumulate the sums of blocks in float64, then look inside the hit blocks only. A CPU goes
-through a few rows at a time, in memory that stays mapped and partly cached, and finds the likeliest ids in two steps:
-every one of them is in one of the K columns of ids with the largest maxima.
+through a few rows at a time, in memory that stays mapped and partly cached.
 
 Memory beyond the logits, off the CPU: N x V float32, once more at a temperature, once more for further temperatures or
 draws from a vocabulary that is no multiple of the block's size (32 to 128), and for draws N x n x size float32 twice.
 
-Legend: N rows, V vocabulary, K ids kept, T further temperatures, n draws, G blocks or columns of ids, D = N x n draws
+Legend: N rows, V vocabulary, K ids kept, T further temperatures, n draws, G blocks of ids, D = N x n draws
 of all rows.
 """
 
@@ -21,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_MIN_HEIGHT = 3  # of columns: lower ones leave so many candidates that one step is faster
+from capgap.kernels.sampling.largest import largest
+
 _PART_ELEMENTS_CPU = 2**20  # 4 MiB of float32
 _LARGEST_POINT = 1 - 2**-40  # below 1, so that rounding cannot carry a point past the last id
 
@@ -90,7 +90,7 @@ def topk_rows(
     check_powers(powers)
     rows = _empty_topk(logits_NV, num_kept, len(powers))
     for part in _parts(logits_NV):
-        _keep(rows, part, _softmax(logits_NV[part], temperature, vocab_size), labels_N[part], powers)
+        _keep(rows, part, _softmax(logits_NV[part], temperature, vocab_size, num_kept), labels_N[part], powers)
     return rows
 
 
@@ -148,7 +148,7 @@ def sampled_and_topk_rows(
     points_Nn = _points(offsets_N, num_draws)
     drawn, kept = _empty_sampled(logits_NV, num_draws), _empty_topk(logits_NV, num_kept, len(powers))
     for part in _parts(logits_NV):
-        softmax = _softmax(logits_NV[part], temperature, vocab_size)
+        softmax = _softmax(logits_NV[part], temperature, vocab_size, num_kept)
         _draw(drawn, part, softmax, labels_N[part], points_Nn[part])
         _keep(kept, part, softmax, labels_N[part], powers)
     return drawn, kept
@@ -230,28 +230,31 @@ def _points(offsets_N: Tensor, num_draws: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Softmax:
-    """Scaled logits, their probabilities in float32, and of the likeliest id the logit and the logprob."""
+    """Scaled logits, probabilities in float32, of the likeliest id logit and logprob, and the K largest, if any."""
 
     scaled_NV: Tensor
     probs_NV: Tensor
     top_N1: Tensor
     top_logprob_N1: Tensor
+    kept_NK: Tensor
+    ids_NK: Tensor
 
     def logprobs(self, scaled: Tensor) -> Tensor:
         """Of some of the scaled logits, in rows; the same bits for the same logit, whichever it is asked with."""
         return scaled.float() - self.top_N1 + self.top_logprob_N1
 
 
-def _softmax(logits_NV: Tensor, temperature: float, vocab_size: int | None) -> _Softmax:
+def _softmax(logits_NV: Tensor, temperature: float, vocab_size: int | None, num_kept: int = 0) -> _Softmax:
     """The softmax of real ids; the scaled logits are no copy where there is nothing to divide by."""
     if vocab_size is not None:
         logits_NV = logits_NV[:, :vocab_size]
     if temperature != 1.0:
         logits_NV = logits_NV.float() / temperature
     probs_NV = torch.softmax(logits_NV, -1, dtype=torch.float32)
-    return _Softmax(
-        logits_NV, probs_NV, logits_NV.amax(-1, keepdim=True).float(), probs_NV.amax(-1, keepdim=True).log_()
-    )
+    kept_NK, ids_NK = largest(logits_NV, num_kept) if num_kept else (logits_NV[:, :0], logits_NV[:, :0])
+    top_N1 = kept_NK[:, :1] if num_kept else logits_NV.amax(-1, keepdim=True)
+    top_prob_N1 = probs_NV.gather(-1, ids_NK[:, :1]) if num_kept else probs_NV.amax(-1, keepdim=True)
+    return _Softmax(logits_NV, probs_NV, top_N1.float(), top_prob_N1.log(), kept_NK, ids_NK)
 
 
 def _draw(rows: SampledRows, part: slice, softmax: _Softmax, labels_N: Tensor, points_Nn: Tensor) -> None:
@@ -264,20 +267,20 @@ def _draw(rows: SampledRows, part: slice, softmax: _Softmax, labels_N: Tensor, p
 def _keep(rows: TopkRows, part: slice, softmax: _Softmax, labels_N: Tensor, powers: Sequence[float]) -> None:
     """Fill in a part; the probabilities are used up."""
     rows.label_logprobs_N[part] = _at_label(softmax, labels_N)
-    kept_NK, ids_NK = _largest(softmax.scaled_NV, rows.ids_NK.shape[1])
-    rows.logprobs_NK[part] = softmax.logprobs(kept_NK)
-    rows.ids_NK[part] = ids_NK
-    rows.tail_N[part] = softmax.probs_NV.scatter_(-1, ids_NK, 0.0).sum(-1)
+    rows.logprobs_NK[part] = softmax.logprobs(softmax.kept_NK)
+    rows.ids_NK[part] = softmax.ids_NK
+    rows.tail_N[part] = softmax.probs_NV.scatter_(-1, softmax.ids_NK, 0.0).sum(-1)
     if powers:
-        rows.log_tails_NT[part] = _log_tails(softmax, ids_NK, powers)
+        rows.log_tails_NT[part] = _log_tails(softmax, powers)
 
 
-def _log_tails(softmax: _Softmax, ids_NK: Tensor, powers: Sequence[float]) -> Tensor:
+def _log_tails(softmax: _Softmax, powers: Sequence[float]) -> Tensor:
     """Log of the sum of p^power over all ids but the kept ones; in the memory of the probabilities and as much again.
 
     From the logits: a probability that is 0 in float32 has a root that is not.
     """
-    others_NV = torch.sub(softmax.scaled_NV, softmax.top_N1, out=softmax.probs_NV).scatter_(-1, ids_NK, float("-inf"))
+    others_NV = torch.sub(softmax.scaled_NV, softmax.top_N1, out=softmax.probs_NV)
+    others_NV.scatter_(-1, softmax.ids_NK, float("-inf"))
     largest_N1 = others_NV.amax(-1, keepdim=True)
     # where all ids are kept nothing is left, and -inf less -inf would be no number
     others_NV.sub_(largest_N1.clamp(min=torch.finfo(torch.float32).min))
@@ -290,29 +293,6 @@ def _at_label(softmax: _Softmax, labels_N: Tensor) -> Tensor:
     known_N = (labels_N >= 0) & (labels_N < softmax.scaled_NV.shape[1])
     at_label_N1 = softmax.scaled_NV.gather(-1, labels_N.where(known_N, 0)[:, None])
     return softmax.logprobs(at_label_N1)[:, 0].where(known_N, float("-inf"))
-
-
-def _largest(logits_NV: Tensor, num_kept: int, falling: bool = True) -> tuple[Tensor, Tensor]:
-    """The largest `num_kept` of each row and their places; as `torch.topk`."""
-    num_rows, vocab_size = logits_NV.shape
-    height = math.isqrt(vocab_size // num_kept)
-    if logits_NV.device.type != "cpu" or height < _MIN_HEIGHT:
-        return torch.topk(logits_NV, num_kept, dim=-1, sorted=falling)
-    num_columns = vocab_size // height
-    even = height * num_columns
-    columns_NBG = logits_NV[:, :even].view(num_rows, height, num_columns)
-    # fewer than K ids exceed the K-th, so their columns are among the K with the largest maxima
-    _, column_NK = _largest(columns_NBG.amax(1), num_kept, falling=False)
-    candidates_NC = columns_NBG.gather(2, column_NK[:, None].expand(-1, height, -1)).flatten(1)
-    if even < vocab_size:
-        candidates_NC = torch.cat([candidates_NC, logits_NV[:, even:]], dim=1)
-    kept_NK, place_NK = _largest(candidates_NC, num_kept, falling)
-    row_NK = torch.div(place_NK, num_kept, rounding_mode="floor")
-    ids_NK = row_NK * num_columns + column_NK.gather(1, place_NK - row_NK * num_kept)
-    if even < vocab_size:
-        left_NK = place_NK - height * num_kept
-        ids_NK = torch.where(left_NK >= 0, left_NK + even, ids_NK)
-    return kept_NK, ids_NK
 
 
 def _inverse_cdf(probs_NV: Tensor, points_Nn: Tensor) -> Tensor:
@@ -332,8 +312,9 @@ def _inverse_cdf(probs_NV: Tensor, points_Nn: Tensor) -> Tensor:
     inside_D = probs_NV.view(-1, size).index_select(0, (first_N1 + block_Nn).view(-1)).cumsum(-1)
     # rounding may carry a point to the block's end or past it, where no id of non-zero probability is left
     largest_D1 = torch.nextafter(inside_D[:, -1:], inside_D.new_zeros(()))
-    within_D1 = torch.searchsorted(inside_D, torch.minimum(left_Nn.view(-1, 1), largest_D1), right=True)
-    return (block_Nn * size + within_D1.view_as(block_Nn)).to(torch.int32)
+    # how many ids end at the point or before it; a sum of 1s and 0s is faster than a search in every block
+    within_D = inside_D.le_(torch.minimum(left_Nn.view(-1, 1), largest_D1)).sum(-1)
+    return (block_Nn * size + within_D.view_as(block_Nn).long()).to(torch.int32)
 
 
 def _block_size(vocab_size: int, num_draws: int) -> int:

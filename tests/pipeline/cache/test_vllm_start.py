@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from capgap.kernels.sampling import largest as sampling_largest
 from capgap.kernels.sampling import rows as sampling_rows
 from capgap.pipeline.cache.scoring import Request
 from capgap.pipeline.cache.vllm_start import chunk_bytes, require_room
@@ -25,7 +26,7 @@ def peak_bytes(recording, monkeypatch) -> Callable[..., int]:
     pytest.importorskip("vllm", reason="vLLM is not installed")
     # as on a GPU: all rows of a chunk at once, and the likeliest ids in one step
     monkeypatch.setattr(sampling_rows, "_PART_ELEMENTS_CPU", 2**40)
-    monkeypatch.setattr(sampling_rows, "_MIN_HEIGHT", 2**40)
+    monkeypatch.setattr(sampling_largest, "_MIN_HEIGHT", 2**40)
 
     def measure(kind: str, temperature: float, vocab_size: int, chunk_rows: int, num_rows: int) -> int:
         request = Request(np.zeros(num_rows + 1, dtype=np.int32))
