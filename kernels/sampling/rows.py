@@ -305,8 +305,8 @@ def _inverse_cdf(probs_NV: Tensor, points_Nn: Tensor) -> Tensor:
     ends_NG = probs_NV.view(num_rows, num_blocks, size).sum(-1).cumsum(-1, dtype=torch.float64)
     points_Nn = points_Nn * ends_NG[:, -1:]
     block_Nn = torch.searchsorted(ends_NG, points_Nn, right=True).clamp_(max=num_blocks - 1)
-    begins_Nn = ends_NG.gather(1, (block_Nn - 1).clamp_(min=0)).where(block_Nn > 0, 0.0)
-    left_Nn = (points_Nn - begins_Nn).float()
+    begins_NG = nn.functional.pad(ends_NG, (1, 0))
+    left_Nn = (points_Nn - begins_NG.gather(1, block_Nn)).float()
 
     first_N1 = torch.arange(num_rows, device=probs_NV.device)[:, None] * num_blocks
     inside_D = probs_NV.view(-1, size).index_select(0, (first_N1 + block_Nn).view(-1)).cumsum(-1)

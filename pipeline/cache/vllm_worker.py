@@ -18,6 +18,7 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,7 @@ class Capture:
         if not spans:
             return []
         device = hidden_NH.device
-        rows_NH = _joined([hidden_NH[s.row : s.row + s.num_rows] for s in spans])
+        rows_NH = _rows(hidden_NH, spans)
         labels_N = on_device(_joined([s.next_tokens for s in spans]), device).long()
         offsets_N = self._offsets(spans, device)
         parts = []
@@ -139,6 +140,13 @@ def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if tensor.device == device:
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _rows(hidden_NH: torch.Tensor, spans: list[_Span]) -> torch.Tensor:
+    """The spans' rows in their order; no copy where they lie side by side, as they do in a batch of prompts alone."""
+    if all(span.row + span.num_rows == following.row for span, following in pairwise(spans)):
+        return hidden_NH[spans[0].row : spans[-1].row + spans[-1].num_rows]
+    return torch.cat([hidden_NH[s.row : s.row + s.num_rows] for s in spans])
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
