@@ -239,6 +239,8 @@ def _start_vllm(job: CacheJob, recording: Recording) -> Engine:
         settings.batch_tokens,
         settings.gpu_memory_fraction,
         job.device,
+        settings.tensor_parallel,
+        settings.capture,
     )
 
 

@@ -218,7 +218,16 @@ def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
     ("record", "operational"),
     [
         (CorpusSettings(), {}),
-        (CacheSettings(), {"chunk_rows": 7, "batch_tokens": 99, "gpu_memory_fraction": 0.5}),
+        (
+            CacheSettings(),
+            {
+                "chunk_rows": 7,
+                "batch_tokens": 99,
+                "gpu_memory_fraction": 0.5,
+                "tensor_parallel": 2,
+                "capture": "public",
+            },
+        ),
         (
             TrainSettings(divergence="jsd", tail="renorm"),
             {
