@@ -61,6 +61,10 @@ class CacheSettings(Record):
     gpu_memory_fraction: float = Field(0.8, gt=0, le=0.95, json_schema_extra=OPERATIONAL)
     """Share of a GPU's memory that vLLM may claim; what is left over holds the logits of a chunk."""
 
+    replicas: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
+    """Engines that score shards at once, each on GPUs of its own, by Ray: on this machine, or on the cluster that
+    RAY_ADDRESS names. Which replica makes a shard changes nothing in it."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.recording == "topk" and self.num_draws is not None:
@@ -98,6 +102,11 @@ class CacheSettings(Record):
     def stored_profile(self) -> Profile | None:
         """The profile of `topk`, None without it."""
         return None if "topk" not in self.recordings else self.profile or "near-lossless"
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that one engine takes."""
+        return 1
 
     @property
     def sorted_temperatures(self) -> tuple[float, ...]:
