@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageName, StageResult
 from capgap.pipeline.workflow.device import devices_from, resolve_device
-from capgap.pipeline.workflow.folder import WORK_FOLDER, begin, clear, content_files, finish, lock_folder
+from capgap.pipeline.workflow.folder import WORK_FOLDER, begin, clear, content_files, finish, lock_folder, remove_halves
 from capgap.pipeline.workflow.identity import content_of
 from capgap.pipeline.workflow.lease import leases
 from capgap.pipeline.workflow.sources import record_sources, source_paths
@@ -93,7 +93,8 @@ def finish_with(
     result: StageResult,
     clock: Clock,
 ) -> Manifest:
-    """Write the manifest of a folder whose files are all there."""
+    """Write the manifest of a folder whose files are all there; what a killed replica or slice left half goes."""
+    remove_halves(state.folder)
     files = content_files(state.folder)
     manifest = Manifest(
         **order.model_dump(),

@@ -80,11 +80,13 @@ def finish(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def content_files(folder: Path) -> tuple[FileEntry, ...]:
-    """Every file of the result, hashed, in the order of their paths."""
+    """Every file of the result, hashed, in the order of their paths; what is half-written is none."""
     entries = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if path.is_file() and relative.parts[0] != WORK_FOLDER and str(relative) not in _NOT_CONTENT:
+        if relative.parts[0] == WORK_FOLDER or str(relative) in _NOT_CONTENT or TEMP_MARK in path.name:
+            continue
+        if path.is_file():
             entries.append(FileEntry(path=relative.as_posix(), num_bytes=path.stat().st_size, sha256=sha256_of(path)))
     return tuple(entries)
 

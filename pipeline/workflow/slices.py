@@ -27,7 +27,6 @@ from capgap.pipeline.workflow.folder import (
     begin,
     finished_units,
     in_use,
-    remove_halves,
 )
 from capgap.pipeline.workflow.lease import leases
 from capgap.pipeline.workflow.locks import ProcessLock
@@ -110,8 +109,6 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
                 if (found := _finished(run, instance)) is not None:
                     return found
                 result = stage.run(context)
-                # every shard is whole, so nobody writes: what lies half-written was left by a kill
-                remove_halves(state.folder)
                 return finish_with(run, state, order, (), result, clock)
 
 
