@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,7 @@ def test_a_shard_at_which_replicas_keep_dying_stops_the_stage_by_name(run, mark,
     assert 1 not in made and len(set(killed)) == MAX_DEATHS
     logs = Path(str(caught.value).rsplit(" ", 1)[-1])
     assert list(logs.glob("worker-*.err"))
+    shutil.rmtree(logs)
 
 
 def _waiting_at_a_pipe(mark: str) -> list[int]:
