@@ -17,7 +17,7 @@ _HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
 
   run       make every stage of a run file current; --only STAGE, --from STAGE, --force
   status    say of every stage whether it is current, and why not
-  verify    check every file and shard below a folder against its digests
+  verify    check every file and shard below a folder against its digests; --rescore FRACTION asks the teacher too
 
   corpus    text into packed sequences                      (one stage of the run file)
   teacher   check or train the teacher

@@ -71,6 +71,10 @@ class CacheSettings(Record):
     at temperature 1 only. `auto`: `public`, with a warning, where this vLLM is not known to the capture. Rows come out
     equal up to rounding, so this is no other cache; its manifest names the way beside the engine."""
 
+    replicas: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
+    """Engines that score shards at once, each on GPUs of its own, by Ray: on this machine, or on the cluster that
+    RAY_ADDRESS names. Which replica makes a shard changes nothing in it."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.engine == "transformers" and self.tensor_parallel > 1:
@@ -112,6 +116,11 @@ class CacheSettings(Record):
     def stored_profile(self) -> Profile | None:
         """The profile of `topk`, None without it."""
         return None if "topk" not in self.recordings else self.profile or "near-lossless"
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that one engine takes."""
+        return self.tensor_parallel
 
     @property
     def sorted_temperatures(self) -> tuple[float, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from capgap.pipeline.cache.scoring import Recording, Request
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
+from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
+from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.run_file import RunFile
 
 VOCAB_SIZE = 300
@@ -130,6 +133,7 @@ def _save_teacher(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
+        head_dim=32,  # the smallest that vLLM has on a CPU
         max_position_embeddings=STAGE_SEQ_LEN,
         initializer_range=0.2,
     )
@@ -147,3 +151,43 @@ def run(inputs, tmp_path) -> Any:
         return RunFile.model_validate(inputs | {"out": str(tmp_path / "out"), "cache": inputs["cache"] | cache})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def whole(inputs, tmp_path_factory) -> str:
+    """Digest of the cache's content, made by one process that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    shutil.copytree(inputs["out"], out)
+    return carry_out(RunFile.model_validate(inputs | {"out": str(out)}), Instance("cache")).content
+
+
+@pytest.fixture
+def context_of() -> Callable[[RunFile], StageContext]:
+    """What the cache stage of a run is handed."""
+
+    def make(run: RunFile) -> StageContext:
+        out = Path(run.out)
+        (out / "cache" / "work").mkdir(parents=True, exist_ok=True)
+        inputs = {name: StageInput(out / name, read_manifest(out / name)) for name in ("corpus", "teacher")}
+        return StageContext(run, Instance("cache"), out / "cache", inputs, "cpu")
+
+    return make
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `capgap cache` on a run with more arguments, and kills what is left of it in the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(run: RunFile, *arguments: str) -> subprocess.Popen[str]:
+        path = tmp_path / "run.json"
+        path.write_text(run.model_dump_json())
+        command = [sys.executable, "-P", "-m", "capgap.jobs.cli", "cache", str(path), *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, **pipes))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -86,6 +86,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("cache.gpu_memory_fraction", 0.5, set()),
     ("cache.tensor_parallel", 2, set()),
     ("cache.capture", "worker", set()),
+    ("cache.replicas", 4, set()),
     ("student.path", "folder", FROM_STUDENT),
     *((f"student.model.{name}", value, FROM_STUDENT) for name, value in SHAPE.items()),
     *((f"train.{name}", value, FROM_TRAIN) for name, value in OPTIMIZATION.items()),
