@@ -25,6 +25,7 @@ from capgap.pipeline.cache.vllm_start import (
     require_vllm,
     saved_dtype,
     set_environment,
+    silence_dumps,
     teacher_config,
 )
 from capgap.schemas.errors import MachineError
@@ -104,6 +105,7 @@ class VllmEngine:
         }
         with _one_line("the teacher could not be started"):
             self._llm = vllm.LLM(**(settings | extra))
+        silence_dumps()
         self.dtype = str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
         try:
             self._llm.collective_rpc("capgap_die_with", args=(os.getpid(),))

@@ -46,11 +46,14 @@ def set_environment(device: str, tensor_parallel: int) -> None:
     logging.getLogger("torch._library").setLevel(logging.ERROR)
     # on a CPU: that Triton has no backend for it, so the first generation of the model runner is used
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
-    # on a failure: the whole batch, pages of it, before the line that says what to do
-    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="vllm")
     # a request of L tokens generates one more, whose position is never computed
     os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+
+
+def silence_dumps() -> None:
+    """No pages of a whole batch before the line that names a fault; to be called once vLLM has set its loggers up."""
+    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
 
 
 def require_platform(device: str) -> None:

@@ -18,6 +18,7 @@ from capgap.pipeline.cache.convert import to_requests
 from capgap.pipeline.cache.scoring import Request, Scored
 from capgap.pipeline.cache.transformers_engine import TransformersEngine
 from capgap.pipeline.cache.vllm_engine import VllmEngine
+from capgap.pipeline.cache.vllm_worker import Capture
 from capgap.schemas.errors import InputError, MachineError, SettingError
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -282,6 +283,21 @@ def test_what_the_public_logprobs_cannot_give_is_refused_before_the_engine_start
 ) -> None:
     with pytest.raises(SettingError, match=message):
         VllmEngine(folder, recording(kind, 16, temperature), SEQ_LEN, "auto", 4096, 0.5, "cpu", capture="public")
+
+
+class _Failing(Capture):
+    def step(self, hidden_NH, logits_of, spans):
+        raise RuntimeError("something\nwithin")
+
+
+def test_a_fault_within_vllm_is_one_line_and_nothing_else(folder, submission, recording, capfd) -> None:
+    engine = VllmEngine(folder, recording("topk", 16), SEQ_LEN, "auto", 4096, 0.5, "cpu")
+    engine._llm.collective_rpc("capgap_hook", args=(_Failing(recording("topk", 16)),))
+    capfd.readouterr()
+    with pytest.raises(MachineError, match=r"the engine failed; found RuntimeError: something within; set VLLM"):
+        engine.score(submission[:2])
+    assert capfd.readouterr() == ("", "")
+    engine.close()
 
 
 WITHOUT_VLLM = """
