@@ -36,7 +36,7 @@ demo: $(STAMP) ## distil a tiny student on this machine, with report; run it aga
 	esac
 
 test: $(STAMP) ## the tests that take seconds
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-slow: $(STAMP) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

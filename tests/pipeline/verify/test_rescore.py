@@ -115,8 +115,8 @@ def test_the_sample_is_the_same_each_time_one_at_least_and_all_at_most(cache) ->
     shard_set = manifest.shard_sets["sampled"]
     assert len(sample_of(manifest, 1e-9)) == 1
     assert sample_of(manifest, 0.5) == sample_of(manifest, 0.5)
-    every = [(m, r) for m, (_, entry) in enumerate(ShardReader(cache(), shard_set).members)
-             for r in range(entry.num_sequences)]  # fmt: skip
+    members = [member for shard in shard_set.shards for member in shard.each_member()]
+    every = [(number, row) for number, member in enumerate(members) for row in range(member.num_sequences)]
     assert sample_of(manifest, 1.0) == every
 
 
