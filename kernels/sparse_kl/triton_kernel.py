@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls, no-check-untyped-defs
 """The rows kernel's program in Triton: one row of logits becomes its gradient. README.md derives it.
 
-    kept logits and the label's are lifted out, -inf stays where the kept were
+    kept logits and the label's are lifted out, -inf stays where they were
     pass 1   read the row: largest logit and sums of exp of all other ids
              K + 1 cells in registers: divergence, cross-entropy, the cells' gradients
     pass 2   read and write the row: the others' gradient, which is their cell's by their share of it
@@ -22,7 +22,7 @@ import triton.language as tl
 from capgap.kernels.sparse_kl.divergence import LOWEST_LOGPROB
 
 _NEVER = tl.constexpr(float("-inf"))
-_LOWEST = tl.constexpr(-3.0e38)  # below any logit, and finite: its difference to -inf is no NaN
+_LOWEST = tl.constexpr(-1.0e38)  # below any logit, and finite: its difference to -inf is no NaN
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST_LOGPROB = tl.constexpr(LOWEST_LOGPROB)
 
@@ -74,8 +74,11 @@ def sparse_rows(
         tl.load(logits_ptr + ids, mask=kept, other=_NEVER).to(tl.float32), softcap, CAPPED
     )
     label_logit, label_slope = _capped(tl.load(logits_ptr + label).to(tl.float32), softcap, CAPPED)
+    is_label = kept & (ids == label)
+    label_is_kept = tl.max(is_label.to(tl.int32), axis=0) > 0
     tl.debug_barrier()
     tl.store(logits_ptr + ids, tl.full([BLOCK_K], _NEVER, tl.float32).to(logits_ptr.dtype.element_ty), mask=kept)
+    tl.store(logits_ptr + label, tl.cast(_NEVER, tl.float32).to(logits_ptr.dtype.element_ty))
     tl.debug_barrier()
 
     lane_largest = tl.full([BLOCK_V], _LOWEST, tl.float32)
@@ -100,6 +103,18 @@ def sparse_rows(
     sum_T = sum_1
     if TEMPERED:
         sum_T = tl.sum(lane_sum_T * tl.exp2(lane_distance * inverse_temperature), axis=0)
+
+    # the label goes back to the others where it is one of them
+    largest_unlabelled = largest
+    unlabelled_1 = sum_1
+    label_at_rest = tl.where(label_is_kept, _NEVER, label_logit)
+    largest = tl.maximum(largest_unlabelled, label_at_rest)
+    sum_1 = unlabelled_1 * tl.exp(largest_unlabelled - largest) + tl.exp(label_at_rest - largest)
+    if TEMPERED:
+        sum_T *= tl.exp((largest_unlabelled - largest) * inverse_temperature)
+        sum_T += tl.exp((label_at_rest - largest) * inverse_temperature)
+    else:
+        sum_T = sum_1
 
     # the softmax at 1 and at T, from the largest of all logits on
     top = tl.maximum(largest, tl.max(kept_logits, axis=0))
@@ -136,12 +151,12 @@ def sparse_rows(
             logits, slope = _capped(tl.where(at < vocab_size, raw, _NEVER), softcap, CAPPED)
             d_logits = _rest_gradient(logits, largest, rest_T, rest_1, inverse_temperature, TEMPERED) * slope
             tl.store(logits_ptr + at, d_logits.to(logits_ptr.dtype.element_ty), mask=at < num_columns)
-        is_label = kept & (ids == label)
-        d_kept = ckl * grad + cce * (exp_kept_1 / total_1 - tl.where(is_label, 1.0, 0.0))
-        d_label = _rest_gradient(label_logit, largest, rest_T, rest_1, inverse_temperature, TEMPERED) - cce
-        label_is_kept = tl.max(is_label.to(tl.int32), axis=0) > 0
+        # 1 - q of the label is the sum of the others: a difference from 1 would lose a confident label's gradient
+        unlabelled_1 *= tl.exp(largest_unlabelled - top)
+        unlabelled_1 = (unlabelled_1 + tl.sum(tl.where(is_label, 0.0, exp_kept_1), axis=0)) / total_1
+        d_kept = ckl * grad + cce * tl.where(is_label, -unlabelled_1, exp_kept_1 / total_1)
+        d_label = rest_T * tl.exp((label_logit - largest) * inverse_temperature) - cce * unlabelled_1
         tl.debug_barrier()
-        # from float32 and stored once: a sum in the buffer's dtype would lose a confident label's gradient
         tl.store(logits_ptr + ids, (d_kept * kept_slope).to(logits_ptr.dtype.element_ty), mask=kept)
         tl.store(logits_ptr + label, (d_label * label_slope).to(logits_ptr.dtype.element_ty), mask=label_is_kept == 0)
 

@@ -20,6 +20,7 @@ from capgap.kernels.sparse_kl.triton_kernel import sparse_rows
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED = not isinstance(sparse_rows, triton.JITFunction)
 
+_THREADS = 128  # a row; more would each have too few registers for what they hold of it
 _THREADS_A_WARP = 32
 
 
@@ -27,7 +28,9 @@ def triton_rows(logits_NP: Tensor, rows: Rows, settings: RowSettings, want_gradi
     """The step that `rows.py` defines, one program a row."""
     kl_N, ce_N = (torch.empty_like(rows.ckl_N, memory_format=torch.contiguous_format) for _ in range(2))
     num_rows, num_columns = logits_NP.shape
-    constants, options = specialise(settings, want_gradient, num_columns, rows.ids_NK.shape[1])
+    constants, options = specialise(
+        settings, want_gradient, logits_NP.element_size(), num_columns, rows.ids_NK.shape[1]
+    )
     # an id or a weight that lies elsewhere than the pointer says would be read in silence
     ids_NK, p_NK, p_tail_N, labels_N, ckl_N, cce_N = (field.contiguous() for field in rows)
     # a launch goes to the current device, whatever device its pointers are of
@@ -56,16 +59,17 @@ def triton_rows(logits_NP: Tensor, rows: Rows, settings: RowSettings, want_gradi
 
 
 def specialise(
-    settings: RowSettings, want_gradient: bool, num_columns: int, num_kept: int
+    settings: RowSettings, want_gradient: bool, num_logit_bytes: int, num_columns: int, num_kept: int
 ) -> tuple[dict[str, str | bool | int], dict[str, bool | int]]:
     """What a program is compiled for, and how.
 
-    A thread has 16 columns under way, two or four loads of 128 bits; 8 where the second softmax or the softcap take
-    registers. Products and sums are fused: Triton asks for a choice, because its default is about to change.
+    A thread has two loads of 128 bits under way, or one where the second softmax or the softcap take registers: as
+    much as fits on every architecture without a spill. Products and sums are fused: Triton asks for a choice, because
+    its default is about to change.
     """
     tempered, capped = settings.temperature != 1.0, settings.softcap is not None
-    columns_a_thread, max_columns = (8, 1024) if tempered or capped else (16, 4096)
-    num_block_columns = min(max_columns, triton.next_power_of_2(num_columns))
+    columns_a_thread = 8 if tempered or capped or num_logit_bytes == 4 else 16
+    num_block_columns = min(_THREADS * columns_a_thread, triton.next_power_of_2(num_columns))
     constants = {
         "DIVERGENCE": settings.divergence,
         "TEMPERED": tempered,

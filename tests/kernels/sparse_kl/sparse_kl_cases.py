@@ -24,6 +24,15 @@ class Case:
         bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
         return replace(self, hidden_NH=self.hidden_NH.to(dtype), weight_VH=self.weight_VH.to(dtype), bias_V=bias_V)
 
+    def on(self, device: torch.device) -> Case:
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        targets = self.targets
+        tail_N = None if targets.tail_N is None else targets.tail_N.to(device)
+        moved_targets = replace(
+            targets, ids_NK=targets.ids_NK.to(device), weights_NK=targets.weights_NK.to(device), tail_N=tail_N
+        )
+        return replace(self, targets=moved_targets, **moved)
+
 
 def run(op, case: Case, **changed) -> tuple[SparseKl, list[Tensor]]:
     """Result, and gradients of hidden, weight and, if there is one, bias."""
