@@ -8,6 +8,7 @@ from sparse_kl_cases import make, run
 
 from capgap.kernels.sparse_kl import SparseTargets, linear_sparse_kl
 from capgap.kernels.sparse_kl.chunks import pitch
+from capgap.kernels.sparse_kl.reference import linear_sparse_kl as reference
 from capgap.kernels.sparse_kl.rows import Rows, RowSettings, kernel_for
 from capgap.kernels.sparse_kl.torch_rows import torch_rows
 
@@ -87,6 +88,21 @@ def test_repeated_calls_give_the_same_bits_whatever_else_runs() -> None:
     assert busy_NP.isfinite().all()
     assert torch.equal(first_NP, second_NP)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_head_s_gradient_is_summed_in_float32_over_chunks(dtype: torch.dtype) -> None:
+    case = make(4, num_rows=2500, width=64, vocab_size=1001, scale=4.0).on(CUDA).to(dtype)
+    one, one_grads = run(linear_sparse_kl, case)
+    many, many_grads = run(linear_sparse_kl, case, workspace_mb=1)
+    true, true_grads = run(reference, case.to(torch.float64))
+    for result, grads in ((one, one_grads), (many, many_grads)):
+        torch.testing.assert_close(result.loss.double(), true.loss, rtol=1e-2, atol=0)
+        for grad, true_grad in zip(grads, true_grads, strict=True):
+            # logits of 4 and their gradients are rounded to 8 bits, or 11: a product of many averages it out
+            assert (grad.double() - true_grad).norm() <= 0.02 * true_grad.norm()
+    # chunks change nothing but the order of float32 sums, then one rounding of the result
+    assert (many_grads[1].float() - one_grads[1].float()).norm() <= 2**-9 * one_grads[1].float().norm()
 
 
 def test_the_kernel_and_torch_give_one_loss_and_one_gradient() -> None:
