@@ -19,7 +19,7 @@ from capgap.kernels.sparse_kl.checks import Loss, check_arguments, check_vocab_s
 from capgap.kernels.sparse_kl.chunks import Needs, chunk_rows, pitch, run_chunks
 from capgap.kernels.sparse_kl.divergence import Divergence, Tail
 from capgap.kernels.sparse_kl.prepare import live_rows, sum_dtype
-from capgap.kernels.sparse_kl.rows import Backend, RowSettings, check_backend, kernel_for
+from capgap.kernels.sparse_kl.rows import Backend, RowSettings, kernel_for
 from capgap.kernels.sparse_kl.targets import SparseKl, SparseTargets
 
 
@@ -83,7 +83,6 @@ def linear_sparse_kl(
     tail = loss.checked(targets)
     check_workspace(workspace_mb)
     hidden_NH, weight_VH, bias_V = in_one_dtype(hidden_NH, weight_VH, bias_V)
-    check_backend(backend, hidden_NH.device, hidden_NH.dtype)
 
     use_kl = alpha > 0 or want_kl
     with_grad = torch.is_grad_enabled()

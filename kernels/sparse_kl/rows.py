@@ -101,23 +101,19 @@ def kernel_for(backend: Backend, device: torch.device, dtype: torch.dtype) -> Ro
     Raises:
         ValueError: there is none, or it does not run there.
     """
-    check_backend(backend, device, dtype)
-    if backend == "triton" or (backend == "auto" and device.type == "cuda" and not _why_no_triton(device, dtype)):
-        from capgap.kernels.sparse_kl.triton_rows import triton_rows
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend: got {backend!r} on {device}, expected auto, torch or triton")
+    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
+        why = _why_no_triton(device, dtype)
+        if why is None:
+            from capgap.kernels.sparse_kl.triton_rows import triton_rows
 
-        return triton_rows
+            return triton_rows
+        if backend == "triton":
+            raise ValueError(f"backend: got 'triton' on {device} in {dtype}, expected auto or torch; {why}")
     from capgap.kernels.sparse_kl.torch_rows import torch_rows
 
     return torch_rows
-
-
-def check_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ValueError where `kernel_for` would."""
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"backend: got {backend!r} on {device}, expected auto, torch or triton")
-    why = _why_no_triton(device, dtype) if backend == "triton" else None
-    if why:
-        raise ValueError(f"backend: got 'triton' on {device} in {dtype}, expected auto or torch; {why}")
 
 
 def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -127,9 +123,8 @@ def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the Triton kernel is for float16, bfloat16 and float32"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return (
-            None if major >= 8 else f"the Triton kernel is for compute capability 8.0 on, and this is {major}.{minor}"
-        )
+        old = f"the Triton kernel is for compute capability 8.0 on, and this is {major}.{minor}"
+        return None if major >= 8 else old
     from capgap.kernels.sparse_kl.triton_rows import INTERPRETED
 
     if device.type == "cpu" and INTERPRETED:

@@ -42,3 +42,13 @@ def test_asked_for_where_it_does_not_run_the_kernel_says_why(dtype: str, why: st
         ValueError, match=f"backend: got 'triton' on cpu in torch.{dtype}, expected auto or torch; {why}"
     ):
         kernel_for(backend, torch.device("cpu"), getattr(torch, dtype))
+
+
+def test_on_a_cpu_triton_is_not_even_imported() -> None:
+    program = (
+        "import sys, torch\n"
+        "from capgap.kernels.sparse_kl.rows import kernel_for\n"
+        "kernel_for('auto', torch.device('cpu'), torch.float32)\n"
+        "sys.exit('capgap.kernels.sparse_kl.triton_rows' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=300).returncode == 0
