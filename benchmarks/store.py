@@ -16,6 +16,7 @@ Legend: S sequences, L targets a sequence, K ids kept, N = S x L rows.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import statistics
@@ -32,13 +33,14 @@ import zstandard
 from distillkit_rows import DistillKit
 from entropy_bounds import bounds
 from fidelity import fidelity
+from loader import throughput
 from machine import keep
 from store_page import fill_page
 from teacher_rows import NUM_DRAWS, NUM_KEPT, REGIMES, rows_of
 
 from capgap.pipeline.cache.convert import to_targets
 from capgap.pipeline.cache.scoring import Scored
-from capgap.pipeline.store import Block, Codec, Ranking, ShardReader, ShardWriter, split_blocks
+from capgap.pipeline.store import Block, Codec, Ranking, ShardReader, ShardWriter, keep_freed_memory, split_blocks
 from capgap.pipeline.store.codec import PROFILES, SAMPLED, TOPK_CODECS
 from capgap.pipeline.store.ranking import RANKING_NAME
 from capgap.pipeline.store.stored_batch import gather
@@ -69,6 +71,7 @@ def main() -> None:
         fill_page(flags.page)
         return
     torch.set_num_threads(1)
+    keep_freed_memory()  # as `capgap` does
     peer = DistillKit(flags.distillkit) if flags.distillkit else None
     figures = []
     for vocab_size in flags.vocab_sizes:
@@ -76,6 +79,19 @@ def main() -> None:
         for regime in REGIMES:
             figures += measure(regime, made[regime], flags.repeats, peer)
     print(f"kept in {keep('store-codecs', 'cpu', figures)}")
+    loaders = measure_loaders(made[next(iter(REGIMES))], flags.repeats)
+    print(json.dumps(loaders, indent=1))
+    print(f"kept in {keep('store-loaders', 'cpu', loaders)}")
+
+
+def measure_loaders(rows: dict[str, np.ndarray], repeats: int) -> list[dict[str, Any]]:
+    """Tokens a second of this loader and of others over the same members: two million tokens, the rows many times."""
+    with tempfile.TemporaryDirectory() as scratch:
+        found = []
+        for name in (SAMPLED, TOPK_CODECS["near-lossless"], TOPK_CODECS["compact"]):
+            reader = write_cache(Path(scratch) / name, rows, name, num_shards=64)
+            found.append({"codec": name} | throughput(reader, Path(scratch) / f"{name}-others", repeats))
+        return found
 
 
 def write_cache(folder: Path, rows: dict[str, np.ndarray], codec_name: str, num_shards: int = 1) -> ShardReader:

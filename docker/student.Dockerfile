@@ -22,9 +22,9 @@ COPY kernels kernels
 COPY pipeline pipeline
 COPY jobs jobs
 
-# torch stays the image's; everything else is as last tested.
+# torch and its triton stay the image's; everything else is as last tested.
 RUN python3 -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > /tmp/pins.txt \
-    && grep -v '^torch==' docker/constraints.txt >> /tmp/pins.txt \
+    && grep -v -e '^torch==' -e '^triton==' docker/constraints.txt >> /tmp/pins.txt \
     && python3 -m pip install --no-cache-dir -c /tmp/pins.txt . \
     && rm -r /src/* /tmp/pins.txt
 

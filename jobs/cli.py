@@ -8,9 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from capgap.jobs.commands import run_command, stage_command, status_command, verify_command
 from capgap.jobs.process import die_with_driver
-from capgap.pipeline.workflow.context import STAGES
 from capgap.schemas.errors import CapgapError, MachineError
 
 Command = Callable[[Sequence[str]], int]
@@ -19,7 +17,7 @@ _HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
 
   run       make every stage of a run file current; --only STAGE, --from STAGE, --force
   status    say of every stage whether it is current, and why not
-  verify    check every file and shard below a folder against its digests
+  verify    check every file and shard below a folder against its digests; --rescore FRACTION asks the teacher too
 
   corpus    text into packed sequences                      (one stage of the run file)
   teacher   check or train the teacher
@@ -38,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("capgap").setLevel(logging.INFO)
-    # before torch is imported: threads that spin while they wait cost up to 90 % of the speed on a machine that has
-    # other work, and gain about 13 % on one that has none
+    # before torch is imported, with the commands: threads that spin while they wait cost up to 90 % of the speed on a
+    # machine that has other work, and gain about 13 % on one that has none
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # notices of torch's own start-up that nobody can act on
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -67,8 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    commands: dict[str, Command] = {"run": run_command, "status": status_command, "verify": verify_command}
-    commands |= {stage: stage_command(stage) for stage in STAGES}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_HELP)
         return 0
@@ -77,9 +73,20 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(f"capgap {version('capgap')}")
         return 0
+    commands = _commands()
     if arguments[0] not in commands:
         raise CapgapError("no such command", found=arguments[0], expected=f"one of {', '.join(commands)}")
     return commands[arguments[0]](arguments[1:])
+
+
+def _commands() -> dict[str, Command]:
+    from capgap.jobs.commands import run_command, stage_command, status_command, verify_command
+    from capgap.pipeline.store import keep_freed_memory
+    from capgap.pipeline.workflow.context import STAGES
+
+    keep_freed_memory()
+    commands: dict[str, Command] = {"run": run_command, "status": status_command, "verify": verify_command}
+    return commands | {stage: stage_command(stage) for stage in STAGES}
 
 
 def _machine_error(error: OSError) -> MachineError:

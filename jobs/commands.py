@@ -51,16 +51,15 @@ def stage_command(stage: StageName) -> Callable[[Sequence[str]], int]:
     """`capgap corpus`, `capgap cache` and so on: one stage, in this process where it is one instance."""
 
     def command(argv: Sequence[str]) -> int:
-        parser = run_parser(f"capgap {stage}", f"Make the stage {stage} of a run file current.")
-        _add_walk_flags(parser)
-        parser.add_argument("--instance", type=str, default=stage, help="Just this one, e.g. train/distilled/seed-0.")
-        run, flags = parse_run(parser, argv)
+        run, flags = parse_run(stage_parser(stage), argv)
         chosen = select(run, flags["instance"])
         if chosen[0].stage != stage:
             raise SettingError(
                 "not an instance of this stage", where="--instance", found=chosen[0].name, expected=stage
             )
-        if len(chosen) > 1:
+        if flags.get("slice") is not None:
+            _make_slice(run, chosen[0], flags)
+        elif len(chosen) > 1:
             _walk(run, chosen, flags)
         else:
             from capgap.pipeline.workflow.carry_out import carry_out
@@ -69,6 +68,32 @@ def stage_command(stage: StageName) -> Callable[[Sequence[str]], int]:
         return 0
 
     return command
+
+
+def stage_parser(stage: StageName) -> ArgumentParser:
+    """The parser of a stage's own command."""
+    parser = run_parser(f"capgap {stage}", f"Make the stage {stage} of a run file current.")
+    _add_walk_flags(parser)
+    parser.add_argument("--instance", type=str, default=stage, help="Just this one, e.g. train/distilled/seed-0.")
+    if stage == "cache":
+        parser.add_argument(
+            "--slice",
+            type=str,
+            default=None,
+            help="Only shards i, i + n, i + 2n, ... (i/n, counted from 0), or whichever no other process has (any).",
+        )
+    return parser
+
+
+def _make_slice(run: RunFile, instance: Instance, flags: dict[str, Any]) -> None:
+    if flags["force"]:
+        raise SettingError(
+            "--force and --slice exclude each other: each slice would undo what the others made",
+            fix=f"delete {Path(run.out) / instance.name} to start over",
+        )
+    from capgap.pipeline.workflow.slices import Slice, carry_out_slice
+
+    carry_out_slice(run, instance, Slice.parse(flags["slice"]), wait=not flags["no_wait"])
 
 
 def status_command(argv: Sequence[str]) -> int:
@@ -88,17 +113,46 @@ def status_command(argv: Sequence[str]) -> int:
 
 
 def verify_command(argv: Sequence[str]) -> int:
-    """`capgap verify`: every file and shard of every finished stage below the folders."""
-    parser = ArgumentParser(
-        prog="capgap verify", description="Check finished stages against their manifests.", exit_on_error=False
-    )
-    parser.add_argument("folders", nargs="+", type=str, help="A run's folder, or a stage's.")
+    """`capgap verify`: every file and shard of every finished stage below the folders; caches, by their teacher too."""
+    flags = parse(verify_parser(), list(argv))
+    fraction = flags["rescore"]
+    if fraction is None and flags["teacher"] is not None:
+        raise SettingError("--teacher is for --rescore", where="--teacher", found=flags["teacher"])
+    if fraction is not None and not 0 < fraction <= 1:
+        raise SettingError("no share", where="--rescore", found=fraction, expected="a number above 0, at most 1")
     from capgap.pipeline.verify.verify import verify
 
-    for folder in parse(parser, list(argv))["folders"]:
+    for folder in flags["folders"]:
         for line in verify(Path(folder)):
             print(line)
+    if fraction is not None:
+        from capgap.pipeline.verify.rescore import rescore
+
+        for folder in flags["folders"]:
+            for line in rescore(
+                Path(folder), fraction, teacher=flags["teacher"], device=flags["device"], wait=not flags["no_wait"]
+            ):
+                print(line, flush=True)
     return 0
+
+
+def verify_parser() -> ArgumentParser:
+    """The parser of `capgap verify`."""
+    parser = ArgumentParser(
+        prog="capgap verify",
+        description="Check finished stages against their manifests, and caches against their teacher.",
+        exit_on_error=False,
+    )
+    parser.add_argument("folders", nargs="+", type=str, help="A run's folder, or a stage's.")
+    parser.add_argument(
+        "--rescore", type=float, default=None, help="Share of a cache's sequences to score again; one at least."
+    )
+    parser.add_argument("--teacher", type=str, default=None, help="Its folder or id, if it is not where it was.")
+    parser.add_argument(
+        "--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="Where to score again."
+    )
+    parser.add_argument("--no-wait", action="store_true", help="Stop if a stage holds the device.")
+    return parser
 
 
 def _add_walk_flags(parser: ArgumentParser) -> None:

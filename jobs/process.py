@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 
-_PR_SET_PDEATHSIG = 1
+from capgap.pipeline.workflow.orphans import die_with
 
 
 def die_with_driver() -> None:
     """On Linux, ask the kernel to kill this process when the driver named in the environment dies."""
     driver = os.environ.pop("CAPGAP_DRIVER_PID", None)
-    if driver is None or not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # the driver may have died before the request took effect
-    if os.getppid() != int(driver):
-        os.kill(os.getpid(), signal.SIGKILL)
+    if driver is not None:
+        die_with(int(driver))

@@ -53,7 +53,8 @@ class CacheSettings(Record):
     """Stop after this many targets, whole shards. Leave it out to score everything the student may see."""
 
     chunk_rows: int = Field(1024, ge=1, json_schema_extra=OPERATIONAL)
-    """Rows of logits held at once: memory is about `chunk_rows` x vocabulary x 8 bytes."""
+    """Rows of logits held at once: on a GPU memory is at most `chunk_rows` x vocabulary x 18 bytes, 26 with
+    `tensor_parallel`. A GPU that has less left beside `gpu_memory_fraction` is refused."""
 
     batch_tokens: int = Field(8192, ge=16, json_schema_extra=OPERATIONAL)
     """Tokens that the engine schedules at once."""
@@ -61,8 +62,25 @@ class CacheSettings(Record):
     gpu_memory_fraction: float = Field(0.8, gt=0, le=0.95, json_schema_extra=OPERATIONAL)
     """Share of a GPU's memory that vLLM may claim; what is left over holds the logits of a chunk."""
 
+    tensor_parallel: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
+    """Devices that vLLM spreads one teacher over. Sums are taken in another order, as with other batches: rows come
+    out equal up to rounding, so this is no other cache."""
+
+    capture: Literal["auto", "worker", "public"] = Field("auto", json_schema_extra=OPERATIONAL)
+    """How rows leave vLLM. `worker`: reduced beside the logits. `public`: vLLM's own logprobs, slower, and for `topk`
+    at temperature 1 only. `auto`: `public`, with a warning, where this vLLM is not known to the capture. Rows come out
+    equal up to rounding, so this is no other cache; its manifest names the way beside the engine."""
+
+    replicas: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
+    """Engines that score shards at once, each on GPUs of its own, by Ray: on this machine, or on the cluster that
+    RAY_ADDRESS names. Which replica makes a shard changes nothing in it."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.engine == "transformers" and self.tensor_parallel > 1:
+            raise ValueError("cache.tensor_parallel: found with engine transformers, expected vllm")
+        if self.engine == "transformers" and self.capture != "auto":
+            raise ValueError("cache.capture: found with engine transformers, expected vllm")
         if self.recording == "topk" and self.num_draws is not None:
             raise ValueError("cache.num_draws: found with recording topk, expected sampled; use cache.num_kept")
         if self.recording == "sampled" and self.num_kept is not None:
@@ -98,6 +116,11 @@ class CacheSettings(Record):
     def stored_profile(self) -> Profile | None:
         """The profile of `topk`, None without it."""
         return None if "topk" not in self.recordings else self.profile or "near-lossless"
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that one engine takes."""
+        return self.tensor_parallel
 
     @property
     def sorted_temperatures(self) -> tuple[float, ...]:

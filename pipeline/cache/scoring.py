@@ -64,6 +64,11 @@ class Request:
         """The key of the request's draws, wherever and whenever it is scored."""
         return sequence_digest(self.tokens_L1) if self.key is None else self.key
 
+    @property
+    def name(self) -> str:
+        """For messages: whose rows these are."""
+        return f"{'sequence' if self.key is None else 'document'} {self.digest.hex()[:12]}"
+
 
 @dataclass(frozen=True)
 class Scored:

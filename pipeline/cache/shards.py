@@ -95,6 +95,10 @@ class ShardScorer:
         self._first_member = list(accumulate((len(s.members) for s in job.source.shards), initial=0))
         (job.work / SCORED_FOLDER).mkdir(parents=True, exist_ok=True)
 
+    def start(self) -> None:
+        """Start the teacher now, rather than with the first shard; errors as the engine."""
+        self._started()
+
     def finished(self, index: int) -> FinishedShard | None:
         """Shard `index`, if it is whole: its files are read and digested."""
         try:
@@ -199,11 +203,20 @@ class ShardScorer:
 
     def _started(self) -> Engine:
         if self._engine is None:
-            self._engine = _ENGINES[self.job.settings.engine](self.job, recording_of(self.job))
+            self._engine = start_engine(self.job)
         return self._engine
 
     def _facts_path(self, index: int) -> Path:
         return self.job.work / SCORED_FOLDER / f"{index:06d}.json"
+
+
+def start_engine(job: CacheJob) -> Engine:
+    """The job's teacher, on its device.
+
+    Raises:
+        MachineError, InputError: as the engine.
+    """
+    return _ENGINES[job.settings.engine](job, recording_of(job))
 
 
 def recording_of(job: CacheJob) -> Recording:
@@ -239,6 +252,8 @@ def _start_vllm(job: CacheJob, recording: Recording) -> Engine:
         settings.batch_tokens,
         settings.gpu_memory_fraction,
         job.device,
+        settings.tensor_parallel,
+        settings.capture,
     )
 
 

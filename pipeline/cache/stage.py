@@ -22,7 +22,7 @@ from capgap.schemas.run_cache import CacheSettings, RecordingName
 
 # A thread encodes about a million tokens a second. With two, three shards are in memory at most: one that the teacher
 # is at, and two in the writing.
-_WRITING_THREADS = 2
+WRITING_THREADS = 2
 
 
 def run(context: StageContext) -> StageResult:
@@ -38,7 +38,7 @@ def run(context: StageContext) -> StageResult:
     teacher_facts = ModelFacts.model_validate(context.input("teacher").manifest.facts)
     _require_fit(corpus_facts, teacher_facts, settings)
     scorer = ShardScorer(prepare(context))
-    shards = _make(scorer)
+    shards = _make(scorer, context)
     sets = {str(name): scorer.shard_set(name, shards) for name in settings.recordings}
     num_targets = sum(shard.facts.num_targets for shard in shards)
     facts = CacheFacts(
@@ -87,7 +87,7 @@ def prepare(context: StageContext) -> CacheJob:
     )
 
 
-def _make(scorer: ShardScorer) -> list[FinishedShard]:
+def _make(scorer: ShardScorer, context: StageContext) -> list[FinishedShard]:
     """Every shard in order: those that are finished as they are, the others made."""
     source = scorer.job.source
     found = {index: scorer.finished(index) for index in range(len(source.shards))}
@@ -96,13 +96,30 @@ def _make(scorer: ShardScorer) -> list[FinishedShard]:
     num_finished = sum(source.shards[index].num_sequences for index in done)
     try:
         with progress("cache: score", source.num_sequences, "sequences", num_finished) as meter:
-            written = overlap(
-                missing, lambda i: _score(scorer, i, meter), lambda s: _write(scorer, s), _WRITING_THREADS
-            )
-            done |= dict(written)
+            if missing and context.run.cache.replicas > 1:
+                done |= _make_by_replicas(scorer.job, missing, context, meter)
+            else:
+                written = overlap(
+                    missing, lambda i: _score(scorer, i, meter), lambda s: _write(scorer, s), WRITING_THREADS
+                )
+                done |= dict(written)
     finally:
         scorer.close()
     return [done[index] for index in range(len(source.shards))]
+
+
+def _make_by_replicas(
+    job: CacheJob, missing: list[int], context: StageContext, meter: Meter
+) -> dict[int, FinishedShard]:
+    # imported here: Ray is an extra
+    from capgap.pipeline.cache.replicas import make_by_replicas
+
+    made = {}
+    for index, shard in make_by_replicas(job, missing, context):
+        made[index] = shard
+        num_sequences = job.source.shards[index].num_sequences
+        meter.advance(num_sequences, tokens=num_sequences * job.source.seq_len)
+    return made
 
 
 def _score(scorer: ShardScorer, index: int, meter: Meter) -> ScoredShard:

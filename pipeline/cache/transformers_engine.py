@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import transformers
 
+from capgap.pipeline.cache.request_checks import require_kept, require_scorable
 from capgap.pipeline.cache.scoring import Packed, Recording, Request, Scored, record_rows, row_offsets, unpack
 from capgap.pipeline.models import load_model
 from capgap.schemas.errors import InputError
@@ -35,9 +36,11 @@ class TransformersEngine:
 
     Raises:
         InputError: there is no such model, or its logits are more than a linear function of the hidden states.
+        SettingError: more ids are to be kept than the vocabulary has.
     """
 
     def __init__(self, path: str, recording: Recording, dtype: str, batch_tokens: int, device: str) -> None:
+        require_kept(recording)
         self._recording, self._batch_tokens, self._device = recording, batch_tokens, device
         self._model = load_model(path, device, _DTYPES.get(dtype))
         self.name = f"transformers {transformers.__version__}"
@@ -48,10 +51,16 @@ class TransformersEngine:
         self._bias_V = None if getattr(head, "bias", None) is None else head.bias.detach().float()
         config = self._model.config.get_text_config()
         self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._max_targets = getattr(config, "max_position_embeddings", None)
         self._require_own_head(path)
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """As `Engine.score`."""
+        """As `Engine.score`.
+
+        Raises:
+            InputError: a request cannot be scored, or its rows are not finite.
+        """
+        require_scorable(requests, self._recording.vocab_size, self._max_targets)
         # the longest first: a batch is as long as its first request, and none is padded by much
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].tokens_L1))
         scored: dict[int, Scored] = {}
@@ -88,7 +97,7 @@ class TransformersEngine:
             parts.append(
                 record_rows(self._recording, logits_NV, labels_N[rows], None if offsets_N is None else offsets_N[rows])
             )
-        return self._split(parts, lengths)
+        return self._split(parts, requests, lengths)
 
     def _logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         logits_NV = torch.nn.functional.linear(hidden_NH.float(), self._head_VH, self._bias_V)
@@ -112,11 +121,11 @@ class TransformersEngine:
                 fix="set cache.engine to vllm",
             )
 
-    def _split(self, parts: list[Packed], lengths: list[int]) -> list[Scored]:
+    def _split(self, parts: list[Packed], requests: Sequence[Request], lengths: list[int]) -> list[Scored]:
         ids_NC = torch.cat([part.ids_NC for part in parts]).cpu().numpy()
         numbers_NW = torch.cat([part.numbers_NW for part in parts]).cpu().numpy()
-        ends = list(accumulate(lengths, initial=0))
-        rows = [slice(*bounds) for bounds in pairwise(ends)]
+        rows = [slice(*bounds) for bounds in pairwise(accumulate(lengths, initial=0))]
         return [
-            unpack(self._recording, ids_NC[r], numbers_NW[r], f"request {i} of a batch") for i, r in enumerate(rows)
+            unpack(self._recording, ids_NC[r], numbers_NW[r], request.name)
+            for r, request in zip(rows, requests, strict=True)
         ]

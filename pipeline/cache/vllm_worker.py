@@ -9,20 +9,23 @@ included:
 
 Each method's signature is compared with the one this code was written for, and a vLLM that differs is refused by name.
 
-Legend: N rows of a step, L targets of a request, K ids, H hidden, V vocabulary.
+Legend: N rows of a step, L targets of a request, C ids, W numbers, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
 from capgap.pipeline.cache.scoring import Packed, Recording, record_rows, row_offsets
+from capgap.pipeline.workflow.orphans import die_with
 
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]
 
@@ -65,7 +68,7 @@ class _Span:
     num_rows: int
     start: int
     num_prompt: int
-    next_tokens: torch.Tensor | np.ndarray
+    next_tokens: torch.Tensor
 
     @property
     def stop(self) -> int:
@@ -73,10 +76,16 @@ class _Span:
 
 
 class Capture:
-    """Records the rows of every step and puts a request's chunks together."""
+    """Records the rows of every step and puts a request's chunks together.
 
-    def __init__(self, recording: Recording) -> None:
-        self._recording = recording
+    Args:
+        recording: what to keep.
+        answers: whether this worker's rows are the ones that reach the engine. Of several that share a teacher all
+            take part in the product with the head, and one records.
+    """
+
+    def __init__(self, recording: Recording, answers: bool = True) -> None:
+        self._recording, self._answers = recording, answers
         self._unfinished: dict[str, list[tuple[_Span, Packed]]] = {}
 
     def step(self, hidden_NH: torch.Tensor, logits_of: LogitsOf, spans: list[_Span]) -> dict[str, Any]:
@@ -84,7 +93,7 @@ class Capture:
         from vllm.v1.outputs import LogprobsTensors
 
         finished = {}
-        for span, packed in zip(spans, self._record(hidden_NH, logits_of, spans), strict=True):
+        for span, packed in zip(spans, self._record(hidden_NH, logits_of, spans), strict=self._answers):
             chunks = self._unfinished.setdefault(span.request_id, [])
             # after preemption a request starts over; rows of its first attempt are not needed
             chunks[:] = [chunk for chunk in chunks if chunk[0].stop <= span.start]
@@ -92,8 +101,8 @@ class Capture:
             if span.stop < span.num_prompt:
                 continue
             del self._unfinished[span.request_id]
-            ids_LC = torch.cat([chunk.ids_NC for _, chunk in chunks])
-            numbers_LW = torch.cat([chunk.numbers_NW for _, chunk in chunks])
+            ids_LC = _joined([chunk.ids_NC for _, chunk in chunks])
+            numbers_LW = _joined([chunk.numbers_NW for _, chunk in chunks])
             finished[span.request_id] = LogprobsTensors(ids_LC, numbers_LW, ids_LC[:0, 0])
         return finished
 
@@ -101,23 +110,21 @@ class Capture:
         if not spans:
             return []
         device = hidden_NH.device
-        rows_NH = torch.cat([hidden_NH[s.row : s.row + s.num_rows] for s in spans])
-        labels_N = torch.cat([torch.as_tensor(s.next_tokens, device=device).long() for s in spans])
+        rows_NH = _rows(hidden_NH, spans)
+        labels_N = on_device(_joined([s.next_tokens for s in spans]), device).long()
         offsets_N = self._offsets(spans, device)
         parts = []
         for start in range(0, len(labels_N), self._recording.chunk_rows):
             part = slice(start, start + self._recording.chunk_rows)
-            parts.append(
-                record_rows(
-                    self._recording,
-                    logits_of(rows_NH[part]),
-                    labels_N[part],
-                    None if offsets_N is None else offsets_N[part],
-                )
-            )
+            logits_NV = logits_of(rows_NH[part])
+            if self._answers:
+                offsets_part = None if offsets_N is None else offsets_N[part]
+                parts.append(record_rows(self._recording, logits_NV, labels_N[part], offsets_part))
+        if not self._answers:
+            return []
         sizes = [s.num_rows for s in spans]
-        ids = torch.split(torch.cat([part.ids_NC for part in parts]), sizes)
-        numbers = torch.split(torch.cat([part.numbers_NW for part in parts]), sizes)
+        ids = torch.split(_joined([part.ids_NC for part in parts]), sizes)
+        numbers = torch.split(_joined([part.numbers_NW for part in parts]), sizes)
         return [Packed(i, n) for i, n in zip(ids, numbers, strict=True)]
 
     def _offsets(self, spans: list[_Span], device: torch.device) -> torch.Tensor | None:
@@ -125,10 +132,25 @@ class Capture:
             row_offsets(self._recording, RequestKey.decode(s.request_id).digest, s.start, s.num_rows) for s in spans
         ]
         found = [d for d in drawn if d is not None]
-        if not found:
-            return None
-        host = torch.from_numpy(np.concatenate(found))
-        return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+        return on_device(torch.from_numpy(np.concatenate(found)), device) if found else None
+
+
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor there; from the host by way of pinned memory, so that nobody waits for the copy."""
+    if tensor.device == device:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _rows(hidden_NH: torch.Tensor, spans: list[_Span]) -> torch.Tensor:
+    """The spans' rows in their order; no copy where they lie side by side, as they do in a batch of prompts alone."""
+    if all(span.row + span.num_rows == following.row for span, following in pairwise(spans)):
+        return hidden_NH[spans[0].row : spans[-1].row + spans[-1].num_rows]
+    return torch.cat([hidden_NH[s.row : s.row + s.num_rows] for s in spans])
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 class CaptureExtension:
@@ -136,22 +158,44 @@ class CaptureExtension:
 
     model_runner: Any
 
+    def capgap_die_with(self, engine_pid: int) -> None:
+        """Where this worker has a process of its own, end it when the engine's process dies, however that dies."""
+        if os.getpid() != engine_pid:
+            die_with(engine_pid)
+
     def capgap_install(self, **recording: Any) -> str:
-        """Replace the runner's method and return the runner's generation, `V1` or `V2`.
+        """Replace the runner's method and return the runner's generation, `V1` or `V2`; the last recording counts.
 
         Raises:
             RuntimeError: this vLLM has no such method, or one of another signature.
         """
-        capture = Capture(Recording(**recording))
+        return self.capgap_hook(Capture(Recording(**recording), answers=_first_of_its_group()))
+
+    def capgap_hook(self, capture: Capture) -> str:
+        """As `capgap_install`, for a capture that was made already."""
+        self.capgap_remove()
         runner = self.model_runner
         worker = getattr(runner, "prompt_logprobs_worker", None)
         if worker is not None:
-            _require_signature(worker.compute_prompt_logprobs, _V2_SIGNATURE)
+            _require_signature(getattr(worker, "compute_prompt_logprobs", None), _V2_SIGNATURE)
             worker.compute_prompt_logprobs = _v2_hook(worker, capture)
             return "V2"
         _require_signature(getattr(runner, "_get_prompt_logprobs_dict", None), _V1_SIGNATURE)
         runner._get_prompt_logprobs_dict = _v1_hook(runner, capture)
         return "V1"
+
+    def capgap_remove(self) -> None:
+        """Give the runner its own method back."""
+        vars(self.model_runner).pop("_get_prompt_logprobs_dict", None)
+        worker = getattr(self.model_runner, "prompt_logprobs_worker", None)
+        if worker is not None:
+            vars(worker).pop("compute_prompt_logprobs", None)
+
+
+def _first_of_its_group() -> bool:
+    from vllm.distributed.parallel_state import get_tp_group, model_parallel_is_initialized
+
+    return not model_parallel_is_initialized() or get_tp_group().rank_in_group == 0
 
 
 def _require_signature(method: Callable[..., Any] | None, expected: list[str]) -> None:
@@ -173,9 +217,9 @@ def _v1_hook(runner: Any, capture: Capture) -> Callable[..., dict[str, Any]]:
             if num_rows <= 0:
                 continue
             label = RequestKey.decode(request_id).label
-            following = np.asarray([*request.prompt_token_ids[start + 1 : start + num_rows + 1], label], dtype=np.int64)
+            following = torch.tensor([*request.prompt_token_ids[start + 1 : start + num_rows + 1], label][:num_rows])
             row = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
-            spans.append(_Span(request_id, row, num_rows, start, num_prompt, following[:num_rows]))
+            spans.append(_Span(request_id, row, num_rows, start, num_prompt, following))
         finished = capture.step(hidden_states, runner.model.compute_logits, spans)
         for request_id in finished:
             del wanted[request_id]

@@ -14,6 +14,7 @@ from capgap.pipeline.store.batch import Batch
 from capgap.pipeline.store.codec import Codec, codec_for
 from capgap.pipeline.store.disk_cache import DiskCache
 from capgap.pipeline.store.loader import SequenceLoader, heat_of
+from capgap.pipeline.store.memory import keep_freed_memory
 from capgap.pipeline.store.mixed import MixedLoader
 from capgap.pipeline.store.order import Order
 from capgap.pipeline.store.places import is_url, place_of
@@ -38,6 +39,7 @@ __all__ = [
     "codec_for",
     "heat_of",
     "is_url",
+    "keep_freed_memory",
     "place_of",
     "rank_ids",
     "read_blocks",

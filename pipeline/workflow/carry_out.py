@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageName, StageResult
-from capgap.pipeline.workflow.device import resolve_device
-from capgap.pipeline.workflow.folder import WORK_FOLDER, begin, clear, content_files, finish, lock_folder
+from capgap.pipeline.workflow.device import devices_from, resolve_device
+from capgap.pipeline.workflow.folder import WORK_FOLDER, begin, clear, content_files, finish, lock_folder, remove_halves
 from capgap.pipeline.workflow.identity import content_of
-from capgap.pipeline.workflow.lease import lease
+from capgap.pipeline.workflow.lease import leases
 from capgap.pipeline.workflow.sources import record_sources, source_paths
 from capgap.pipeline.workflow.state import StageState, State, read_manifest, require_seal, reused_manifests, states
 from capgap.pipeline.workflow.versions import versions
 from capgap.schemas.errors import InputError, MismatchError
-from capgap.schemas.manifest import InputEntry, Manifest
+from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
 from capgap.schemas.run_file import RunFile
 
 _LOG = logging.getLogger("capgap")
@@ -38,46 +40,85 @@ def carry_out(run: RunFile, instance: Instance, *, force: bool = False, wait: bo
         MismatchError: the folder was begun under other settings and is not finished.
         CapgapError: whatever the stage raises.
     """
-    started = time.monotonic()
+    clock = Clock()
     state = states(run)[instance.name]
-    inputs = _open_inputs(run, state)
+    inputs = open_inputs(run, state)
     lock = lock_folder(state.folder)
     try:
         state = states(run)[instance.name]
         if state.state is State.CURRENT and not force and state.manifest is not None:
             _LOG.info("%s is current: nothing to do", instance.name)
             return state.manifest
-        _prepare(state, force)
-        entries = {
-            name: InputEntry(path=str(i.location), identity=i.manifest.identity, content=i.manifest.content)
-            for name, i in inputs.items()
-        }
-        order = state.order.model_copy(update={"inputs": entries})
+        make_ready(state, force)
+        order = order_of(state, inputs)
         begin(state.folder, order)
-        begun_at = datetime.now(UTC).isoformat(timespec="seconds")
+        clock.begin()
         sources = record_sources(source_paths(run, instance))
-        result = _run_stage(run, state, inputs, wait)
-        files = content_files(state.folder)
-        manifest = Manifest(
-            **order.model_dump(),
-            content=content_of(files, sources),
-            sources=sources,
-            files=files,
-            shard_sets=result.shard_sets,
-            facts=result.facts,
-            totals=result.totals,
-            versions=versions(),
-            started=begun_at,
-            wall_s=round(time.monotonic() - started, 3),
-            command=tuple(sys.argv),
-            resolved=run.model_dump(mode="json"),
-        )
-        return finish(state.folder, manifest)
+        return finish_with(run, state, order, sources, _run_stage(run, state, inputs, wait), clock)
     finally:
         lock.release()
 
 
-def _prepare(state: StageState, force: bool) -> None:
+class Clock:
+    """When a stage was begun, and how long this process has been at it."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self.begin()
+
+    def begin(self) -> None:
+        """The waiting is over: the work begins now."""
+        self.begun_at = datetime.now(UTC).isoformat(timespec="seconds")
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds since this object was made."""
+        return round(time.monotonic() - self._started, 3)
+
+
+def order_of(state: StageState, inputs: Mapping[str, StageInput]) -> WorkOrder:
+    """The work order with the inputs as they were found."""
+    entries = {
+        name: InputEntry(path=str(i.location), identity=i.manifest.identity, content=i.manifest.content)
+        for name, i in inputs.items()
+    }
+    return state.order.model_copy(update={"inputs": entries})
+
+
+def finish_with(
+    run: RunFile,
+    state: StageState,
+    order: WorkOrder,
+    sources: tuple[SourceEntry, ...],
+    result: StageResult,
+    clock: Clock,
+) -> Manifest:
+    """Write the manifest of a folder whose files are all there; what a killed replica or slice left half goes."""
+    remove_halves(state.folder)
+    files = content_files(state.folder)
+    manifest = Manifest(
+        **order.model_dump(),
+        content=content_of(files, sources),
+        sources=sources,
+        files=files,
+        shard_sets=result.shard_sets,
+        facts=result.facts,
+        totals=result.totals,
+        versions=versions(),
+        started=clock.begun_at,
+        wall_s=clock.wall_s,
+        command=tuple(sys.argv),
+        resolved=run.model_dump(mode="json"),
+    )
+    return finish(state.folder, manifest)
+
+
+def make_ready(state: StageState, force: bool) -> None:
+    """Empty a folder that holds something else; the caller has it for itself.
+
+    Raises:
+        MismatchError: it is unfinished and was begun under other settings.
+    """
     if force or state.state is State.STALE:
         clear(state.folder)
     elif state.begun_otherwise:
@@ -89,7 +130,13 @@ def _prepare(state: StageState, force: bool) -> None:
         )
 
 
-def _open_inputs(run: RunFile, state: StageState) -> dict[str, StageInput]:
+def open_inputs(run: RunFile, state: StageState) -> dict[str, StageInput]:
+    """The finished folders that the instance reads.
+
+    Raises:
+        InputError: one is not current.
+        CorruptError: a manifest is not what was written.
+    """
     reused = reused_manifests(run)
     known = states(run)
     inputs = {}
@@ -119,12 +166,20 @@ def _open_inputs(run: RunFile, state: StageState) -> dict[str, StageInput]:
 def _run_stage(run: RunFile, state: StageState, inputs: dict[str, StageInput], wait: bool) -> StageResult:
     stage = state.instance.stage
     with contextlib.ExitStack() as stack:
-        device = "cpu"
+        device, holder, group = "cpu", f"{state.instance.name} of run {run.name}", ""
         if stage in _STAGES_WITH_A_MODEL:
             device = resolve_device(run.device)
-            stack.enter_context(lease(device, holder=f"{state.instance.name} of run {run.name}", wait=wait))
+            replicas = run.cache.replicas if stage == "cache" else 1
+            if replicas > 1 and device == "cpu":
+                # no other process's: what a killed stage left running is waited for
+                group = f"{os.uname().nodename} {os.getpid()} {time.monotonic_ns()}"
+            if replicas == 1 or device == "cpu":
+                devices = devices_from(device, run.cache.num_devices if stage == "cache" else 1)
+                stack.enter_context(leases(devices, holder, wait, group))
+            # else each replica takes the lease on its own GPUs, which this process does not know: Ray picks them
         _LOG.debug("%s on %s: %s", state.instance.name, device, shlex.join(sys.argv))
         (state.folder / WORK_FOLDER).mkdir(exist_ok=True)
         module = importlib.import_module(f"capgap.pipeline.{stage}.stage")
-        result: StageResult = module.run(StageContext(run, state.instance, state.folder, inputs, device))
+        context = StageContext(run, state.instance, state.folder, inputs, device, holder, wait, group)
+        result: StageResult = module.run(context)
         return result

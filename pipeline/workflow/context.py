@@ -73,7 +73,10 @@ class StageContext:
         instance: which run of the stage this is.
         folder: the stage's own folder; it exists, and may hold what a killed run left.
         inputs: finished folders, by the name of their instance.
-        device: `cpu` or `cuda:0`; the stage holds the lease on it.
+        device: `cpu` or `cuda:0`; the stage holds the lease on it, unless its replicas hold those of their GPUs.
+        holder: stage and run, as a lease names them.
+        wait: wait for a device that another stage holds.
+        group: under which the stage's replicas share its lease; empty where each holds one of its own.
     """
 
     run: RunFile
@@ -81,6 +84,9 @@ class StageContext:
     folder: Path
     inputs: dict[str, StageInput]
     device: str
+    holder: str = ""
+    wait: bool = True
+    group: str = ""
 
     def input(self, name: str) -> StageInput:
         """The input made by the instance of that name."""

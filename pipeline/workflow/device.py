@@ -20,3 +20,8 @@ def resolve_device(setting: str) -> str:
     if setting == "cuda":
         raise MachineError("no GPU can be used", where="device", found="cuda", fix="set device to cpu or auto")
     return "cpu"
+
+
+def devices_from(device: str, count: int) -> list[str]:
+    """The devices of an engine that takes `count` of them; the CPU is one, however many do its work."""
+    return [device] if device == "cpu" else [f"cuda:{i}" for i in range(count)]

@@ -20,8 +20,10 @@ from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, FileEntry, Manifes
 
 WORK_FOLDER = "work"
 LOCK_NAME = ".lock"
+TURN_NAME = ".turn"
 _PLAN_NAME = "plan.json"
-_NOT_CONTENT = {MANIFEST_NAME, WORK_NAME, LOCK_NAME}
+_LOCKS = (LOCK_NAME, TURN_NAME)
+_NOT_CONTENT = {MANIFEST_NAME, WORK_NAME, *_LOCKS}
 
 
 def lock_folder(folder: Path) -> FileLock:
@@ -35,10 +37,13 @@ def lock_folder(folder: Path) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise MachineError(
-            "another process is at work on this folder", where=folder, fix="wait for it to end, or stop it"
-        ) from None
+        raise in_use(folder) from None
     return lock
+
+
+def in_use(folder: Path) -> MachineError:
+    """What is said where another process has the folder."""
+    return MachineError("another process is at work on this folder", where=folder, fix="wait for it to end, or stop it")
 
 
 def clear(folder: Path) -> None:
@@ -46,7 +51,7 @@ def clear(folder: Path) -> None:
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     (folder / WORK_NAME).unlink(missing_ok=True)
     for path in folder.iterdir():
-        if path.name == LOCK_NAME:
+        if path.name in _LOCKS:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -57,8 +62,13 @@ def clear(folder: Path) -> None:
 def begin(folder: Path, order: WorkOrder) -> None:
     """Write down what the folder is for; leave what an earlier run of the same order finished."""
     write_atomically(folder / WORK_NAME, order.model_dump_json(indent=1))
+    remove_halves(folder)
+
+
+def remove_halves(folder: Path) -> None:
+    """Remove what kills left half-written; for whoever knows that nobody else is writing here."""
     for path in folder.rglob(f"*{TEMP_MARK}*"):
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def finish(folder: Path, manifest: Manifest) -> Manifest:
@@ -70,11 +80,13 @@ def finish(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def content_files(folder: Path) -> tuple[FileEntry, ...]:
-    """Every file of the result, hashed, in the order of their paths."""
+    """Every file of the result, hashed, in the order of their paths; what is half-written is none."""
     entries = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if path.is_file() and relative.parts[0] != WORK_FOLDER and str(relative) not in _NOT_CONTENT:
+        if relative.parts[0] == WORK_FOLDER or str(relative) in _NOT_CONTENT or TEMP_MARK in path.name:
+            continue
+        if path.is_file():
             entries.append(FileEntry(path=relative.as_posix(), num_bytes=path.stat().st_size, sha256=sha256_of(path)))
     return tuple(entries)
 

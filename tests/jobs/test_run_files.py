@@ -9,8 +9,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from capgap.jobs.arguments import parse_run, run_parser
+from capgap.jobs.arguments import parse, parse_run, run_parser
 from capgap.jobs.cli import main
+from capgap.jobs.commands import stage_parser, verify_parser
 from capgap.pipeline.workflow.context import STAGES
 from capgap.pipeline.workflow.graph import instances
 from capgap.schemas.run_file import RunFile
@@ -73,13 +74,17 @@ def test_a_command_in_the_documents_is_one_that_exists(line: str) -> None:
         return
     command, arguments = words[1], words[2:]
     assert command in ("run", "status", "verify", *STAGES)
-    if command == "verify" or arguments == ["--help"]:
+    if arguments == ["--help"]:
         return
-    parser = run_parser(f"capgap {command}", "")
-    for flag in ("--force", "--no-wait"):
-        parser.add_argument(flag, action="store_true")
-    for flag in ("--only", "--from", "--instance"):
-        parser.add_argument(flag, type=str)
+    if command == "verify":
+        parse(verify_parser(), arguments)
+        return
+    parser = stage_parser(command) if command in STAGES else run_parser(f"capgap {command}", "")
+    if command == "run":
+        for flag in ("--force", "--no-wait"):
+            parser.add_argument(flag, action="store_true")
+        for flag in ("--only", "--from"):
+            parser.add_argument(flag, type=str)
     # documents show RUN.yaml where the reader's own file goes
     given = [str(ROOT / "jobs/runs/demo.yaml") if word == "RUN.yaml" else word for word in arguments]
     given = [str(ROOT / word) if word.startswith("jobs/") else word for word in given]

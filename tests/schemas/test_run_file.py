@@ -98,6 +98,7 @@ def test_a_missing_setting_is_named(path: str) -> None:
         ("train.recording", "both"),
         ("train.temperature", 0),
         ("cache.gpu_memory_fraction", 1),
+        ("cache.replicas", 0),
         ("train.learning_rate", 0),
         ("train.learning_rate", "fast"),
         ("train.warmup_fraction", 1),
@@ -218,7 +219,17 @@ def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
     ("record", "operational"),
     [
         (CorpusSettings(), {}),
-        (CacheSettings(), {"chunk_rows": 7, "batch_tokens": 99, "gpu_memory_fraction": 0.5}),
+        (
+            CacheSettings(),
+            {
+                "chunk_rows": 7,
+                "batch_tokens": 99,
+                "gpu_memory_fraction": 0.5,
+                "tensor_parallel": 2,
+                "capture": "public",
+                "replicas": 4,
+            },
+        ),
         (
             TrainSettings(divergence="jsd", tail="renorm"),
             {

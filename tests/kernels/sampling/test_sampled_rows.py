@@ -186,3 +186,52 @@ def test_what_does_not_fit_is_refused_with_what_was_got(scorer, changed: dict, m
     }
     with pytest.raises(ValueError, match=message):
         scorer(**(arguments | changed))
+
+
+@pytest.mark.parametrize(("scale", "at_least"), [(0.3, 1.5), (4.0, 5.0)], ids=["flat", "sharp"])
+def test_counts_vary_less_than_those_of_independent_draws(scale: float, at_least: float) -> None:
+    num_rows, num_draws, vocab_size = 2000, 50, 60
+    logits_NV = _logits(1, vocab_size, scale).expand(num_rows, -1).contiguous()
+    offsets_N = torch.rand(num_rows, generator=torch.Generator().manual_seed(4))
+    draws_Nn = sampled_rows(logits_NV, torch.zeros(num_rows, dtype=torch.long), offsets_N, num_draws).draws_Nn
+    shares_NV = _counts(draws_Nn, vocab_size) / num_draws
+    probs_V = torch.softmax(logits_NV[0].double(), -1)
+    error = (shares_NV - probs_V).square().sum(-1).mean()
+    # independent draws: each share has variance p (1 - p) / n
+    independent = (probs_V * (1 - probs_V)).sum() / num_draws
+    assert independent / error > at_least
+    # exactly f (1 - f) / n^2, with f what n p has after the point; 2000 offsets leave 2 % of chance
+    fraction_V = (num_draws * probs_V).frac()
+    assert float(error) == pytest.approx(float((fraction_V * (1 - fraction_V)).sum() / num_draws**2), rel=0.1)
+
+
+@pytest.mark.parametrize("scale", [0.3, 4.0], ids=["flat", "sharp"])
+def test_counts_over_random_offsets_pass_a_chi_square_test(scale: float) -> None:
+    num_rows, num_draws, vocab_size = 4000, 50, 60
+    logits_NV = _logits(1, vocab_size, scale, seed=3).expand(num_rows, -1).contiguous()
+    offsets_N = torch.rand(num_rows, generator=torch.Generator().manual_seed(5))
+    draws_Nn = sampled_rows(logits_NV, torch.zeros(num_rows, dtype=torch.long), offsets_N, num_draws).draws_Nn
+    probs_V = torch.softmax(logits_NV[0].double(), -1)
+    fraction_V = (num_draws * probs_V).frac()
+    variance_V = fraction_V * (1 - fraction_V) / num_rows
+    difference_V = _counts(draws_Nn, vocab_size).mean(0) - num_draws * probs_V
+    # each id's mean count is its expectation up to its own standard error; five of them in 60 ids are chance of 3e-5
+    assert (difference_V.abs() < 5 * variance_V.sqrt() + 1e-6).all()
+    # one draw of each row, at random, is an independent draw from the row's distribution: Pearson's test
+    which_N = torch.randint(num_draws, (num_rows, 1), generator=torch.Generator().manual_seed(6))
+    found_V = torch.bincount(draws_Nn.gather(1, which_N)[:, 0], minlength=vocab_size)
+    common_V = num_rows * probs_V > 5
+    terms_V = (found_V - num_rows * probs_V).square() / (num_rows * probs_V)
+    degrees = int(common_V.sum()) - 1
+    # mean and deviation of chi-square are its degrees and the root of twice those
+    assert abs(terms_V[common_V].sum() - degrees) < 5 * (2 * degrees) ** 0.5
+
+
+def test_the_block_is_small_beside_the_vocabulary_and_covers_any_number_of_draws() -> None:
+    logits_NV = _logits(20, 40, 2.0)
+    offsets_N = torch.rand(20, generator=torch.Generator().manual_seed(2))
+    for num_draws in (1, 7, 5000):
+        fast = sampled_rows(logits_NV, torch.zeros(20, dtype=torch.long), offsets_N, num_draws)
+        true = reference.sampled_rows(logits_NV, torch.zeros(20, dtype=torch.long), offsets_N, num_draws)
+        # a point within float32 rounding of an id's end may fall to its neighbour
+        assert (fast.draws_Nn != true.draws_Nn).sum() <= 1 + num_draws * 20 // 2000

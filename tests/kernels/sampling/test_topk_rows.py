@@ -152,3 +152,18 @@ def test_both_from_one_softmax_are_each_as_alone(vocab_size: int | None, tempera
     ):
         for name, tensor in vars(alone).items():
             assert torch.equal(getattr(found, name), tensor), name
+
+
+@pytest.mark.parametrize("num_kept", [1, 2, 17, 64, 300])
+@pytest.mark.parametrize("vocab_size", [1000, 4096, 4099, 50257])
+def test_ids_found_in_two_steps_are_those_of_one(vocab_size: int, num_kept: int) -> None:
+    logits_NV = torch.randn(6, vocab_size, generator=torch.Generator().manual_seed(1))
+    logits_NV[0] = logits_NV[0].round()  # hundreds of equals
+    logits_NV[1, 30:] = -torch.inf
+    logits_NV[2, :-3] -= 50  # the likeliest stand behind the last whole column
+    rows = topk_rows(logits_NV, torch.zeros(6, dtype=torch.long), num_kept)
+    true = reference.topk_rows(logits_NV, torch.zeros(6, dtype=torch.long), num_kept)
+    # float32 against float64 logprobs of up to 60 nats
+    torch.testing.assert_close(rows.logprobs_NK, true.logprobs_NK, atol=1e-5, rtol=1e-6, check_dtype=False)
+    assert torch.equal(logits_NV.gather(1, rows.ids_NK.long()), logits_NV.topk(num_kept).values)
+    assert all(len(set(row)) == num_kept for row in rows.ids_NK.tolist())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from capgap.pipeline.cache.scoring import Recording, Request
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
+from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
+from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.run_file import RunFile
 
 VOCAB_SIZE = 300
@@ -26,25 +29,35 @@ STAGE_SEQ_LEN = 32
 
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """The folder of a Llama with grouped heads and 20 padding rows behind its vocabulary."""
+    """The folder of a Llama, by default with grouped heads and 20 padding rows behind its vocabulary."""
 
-    def make(tied: bool = False, max_positions: int = SEQ_LEN, head_dim: int = 32) -> str:
+    def make(
+        tied: bool = False,
+        max_positions: int = SEQ_LEN,
+        head_dim: int = 32,
+        num_columns: int = PADDED_VOCAB_SIZE,
+        num_kv_heads: int = 2,
+        broken_id: int | None = None,
+    ) -> str:
         folder: Path = tmp_path_factory.mktemp("teacher")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             config = LlamaConfig(
-                vocab_size=PADDED_VOCAB_SIZE,
+                vocab_size=num_columns,
                 hidden_size=64,
                 intermediate_size=96,
                 num_hidden_layers=2,
                 num_attention_heads=4,
-                num_key_value_heads=2,
+                num_key_value_heads=num_kv_heads,
                 head_dim=head_dim,  # 32 is the smallest that vLLM has on a CPU
                 max_position_embeddings=max_positions,
                 initializer_range=0.2,  # the likeliest id has a probability of 0.1 on average, of up to 0.55
                 tie_word_embeddings=tied,
             )
-            LlamaForCausalLM(config).save_pretrained(folder)
+            model = LlamaForCausalLM(config)
+            if broken_id is not None:
+                model.model.embed_tokens.weight.data[broken_id] = torch.nan
+            model.save_pretrained(folder)
         return str(folder)
 
     return make
@@ -69,10 +82,10 @@ def recording() -> Callable[..., Recording]:
 
 
 @pytest.fixture(scope="session")
-def requests_of() -> Callable[[int], list[Request]]:
-    def make(num_sequences: int) -> list[Request]:
+def requests_of() -> Callable[..., list[Request]]:
+    def make(num_sequences: int, vocab_size: int = VOCAB_SIZE) -> list[Request]:
         rng = np.random.default_rng(11)
-        return [Request(rng.integers(0, VOCAB_SIZE, SEQ_LEN + 1, dtype=np.int32)) for _ in range(num_sequences)]
+        return [Request(rng.integers(0, vocab_size, SEQ_LEN + 1, dtype=np.int32)) for _ in range(num_sequences)]
 
     return make
 
@@ -120,6 +133,7 @@ def _save_teacher(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
+        head_dim=32,  # the smallest that vLLM has on a CPU
         max_position_embeddings=STAGE_SEQ_LEN,
         initializer_range=0.2,
     )
@@ -137,3 +151,43 @@ def run(inputs, tmp_path) -> Any:
         return RunFile.model_validate(inputs | {"out": str(tmp_path / "out"), "cache": inputs["cache"] | cache})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def whole(inputs, tmp_path_factory) -> str:
+    """Digest of the cache's content, made by one process that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    shutil.copytree(inputs["out"], out)
+    return carry_out(RunFile.model_validate(inputs | {"out": str(out)}), Instance("cache")).content
+
+
+@pytest.fixture
+def context_of() -> Callable[[RunFile], StageContext]:
+    """What the cache stage of a run is handed."""
+
+    def make(run: RunFile) -> StageContext:
+        out = Path(run.out)
+        (out / "cache" / "work").mkdir(parents=True, exist_ok=True)
+        inputs = {name: StageInput(out / name, read_manifest(out / name)) for name in ("corpus", "teacher")}
+        return StageContext(run, Instance("cache"), out / "cache", inputs, "cpu")
+
+    return make
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `capgap cache` on a run with more arguments, and kills what is left of it in the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(run: RunFile, *arguments: str) -> subprocess.Popen[str]:
+        path = tmp_path / "run.json"
+        path.write_text(run.model_dump_json())
+        command = [sys.executable, "-P", "-m", "capgap.jobs.cli", "cache", str(path), *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, **pipes))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import pickle
@@ -17,13 +18,14 @@ import torch
 from transformers import LlamaForCausalLM
 
 from capgap.pipeline.cache import stage
+from capgap.pipeline.cache.shards import ShardScorer
 from capgap.pipeline.store import ShardReader, heat_of
 from capgap.pipeline.store.batch import collate
 from capgap.pipeline.store.codec import TOPK_CODECS
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
 from capgap.pipeline.workflow.state import read_manifest
-from capgap.schemas.errors import CorruptError, InputError
+from capgap.schemas.errors import CorruptError, InputError, MachineError, SettingError
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile
 
@@ -139,6 +141,18 @@ for index in shards:
     scorer.make(index)
 scorer.close()
 """
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's build for GPUs does not run on a CPU")
+def test_how_rows_leave_vllm_and_how_many_devices_share_the_teacher_reach_the_engine(run, teacher_folder) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    public = stage.prepare(_context(run(engine="vllm", capture="public")))
+    with pytest.raises(SettingError, match=r"cache\.recording: .*\(cache\.capture: public\); found sampled"):
+        ShardScorer(dataclasses.replace(public, teacher=teacher_folder())).score(0)
+    # four heads are not to be had on three devices
+    spread = stage.prepare(_context(run(engine="vllm", tensor_parallel=3)))
+    with pytest.raises(MachineError, match=r"the teacher could not be started; found .*tensor parallel size \(3\)"):
+        ShardScorer(dataclasses.replace(spread, teacher=teacher_folder())).score(0)
 
 
 def test_under_the_rule_document_each_document_is_scored_by_itself(inputs, tmp_path) -> None:

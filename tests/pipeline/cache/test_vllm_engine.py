@@ -18,7 +18,7 @@ from capgap.pipeline.cache.convert import to_requests
 from capgap.pipeline.cache.scoring import Request, Scored
 from capgap.pipeline.cache.transformers_engine import TransformersEngine
 from capgap.pipeline.cache.vllm_engine import VllmEngine
-from capgap.schemas.errors import InputError, MachineError
+from capgap.schemas.errors import InputError, MachineError, SettingError
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's build for GPUs does not run on a CPU")
@@ -202,6 +202,88 @@ def test_a_device_that_vllm_was_not_built_for_is_refused(folder, recording) -> N
         VllmEngine(folder, recording(), SEQ_LEN, "auto", 4096, 0.5, "cuda:0")
 
 
+def test_the_first_generation_of_the_runner_is_used_on_a_cpu_whether_triton_is_there_or_not(topk_engine) -> None:
+    assert topk_engine.runner == "V1"
+
+
+def test_requests_that_lose_their_cache_half_way_have_every_row_once(folder, submission, recording, reference) -> None:
+    # 8 blocks of 32 tokens, and 16 requests at a time that go on by 8 tokens a step: each needs two blocks in the end
+    crowded = {"block_size": 32, "num_gpu_blocks_override": 8, "long_prefill_token_threshold": 8}
+    settings = recording("topk", 16)
+    engine = VllmEngine(folder, settings, SEQ_LEN, "auto", 128, 0.5, "cpu", **crowded, scheduler_reserve_full_isl=False)
+    scheduler = engine._llm.llm_engine.engine_core.engine_core.scheduler
+    preempted, preempt = [], scheduler._preempt_request
+
+    def counted(request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = counted
+    _require_equal(engine.score(submission), reference(1.0), submission)
+    assert len(preempted) > 10
+    engine.close()
+
+
+def _unknown_to_the_capture(monkeypatch) -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    original = GPUModelRunner._get_prompt_logprobs_dict
+
+    def with_one_more(self, hidden_states, num_scheduled_tokens, query_lens=None):
+        return original(self, hidden_states, num_scheduled_tokens)
+
+    monkeypatch.setattr(GPUModelRunner, "_get_prompt_logprobs_dict", with_one_more)
+
+
+def test_a_vllm_that_the_capture_does_not_know_gives_topk_with_a_warning(
+    teacher_folder, requests_of, recording, monkeypatch, caplog
+) -> None:
+    _unknown_to_the_capture(monkeypatch)
+    folder, settings, requests = teacher_folder(num_columns=VOCAB_SIZE), recording("topk", 16), requests_of(3)
+    with caplog.at_level("WARNING", "capgap"):
+        engine = VllmEngine(folder, settings, SEQ_LEN, "auto", 4096, 0.5, "cpu")
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "capgap"]
+    assert "this vLLM cannot be captured; found capture hook: found ['hidden_states'" in warning
+    assert "'query_lens'" in warning
+    assert engine.name.endswith(", public logprobs")
+    expected = TransformersEngine(folder, settings, "float32", 4096, "cpu").score(requests)
+    for scored, wanted in zip(engine.score(requests), expected, strict=True):
+        assert np.abs(scored.logprobs_LK - wanted.logprobs_LK).max() < TOLERANCE_NATS
+    for other, message in [
+        (
+            recording("sampled", 50),
+            r"cache\.recording: .*cannot be kept without capture .* found sampled, expected topk",
+        ),
+        (recording("both", 16), r"cache\.recording: .* found both, expected topk"),
+        (recording("topk", 16, 2.0), r"cache\.temperature: .* found 2\.0, expected 1"),
+        (
+            recording("topk", 16, extra_temperatures=(0.5, 2.0)),
+            r"cache\.extra_temperatures: .* found 0\.5, 2, expected none",
+        ),
+    ]:
+        with pytest.raises(SettingError, match=message):
+            engine.record(other)
+    engine.close()
+    with pytest.raises(MachineError, match=r"this vLLM cannot be captured; found capture hook: .*'query_lens'"):
+        VllmEngine(folder, settings, SEQ_LEN, "auto", 4096, 0.5, "cpu", capture="worker")
+
+
+@pytest.mark.parametrize(
+    ("kind", "temperature", "message"),
+    [
+        ("sampled", 1.0, r"cache\.recording: .*\(cache\.capture: public\); found sampled, expected topk"),
+        ("both", 1.0, r"cache\.recording: .*\(cache\.capture: public\); found both, expected topk"),
+        ("topk", 0.5, r"cache\.temperature: .*found 0\.5, expected 1"),
+        ("topk", 1.0, r"teacher: .*found a head of 320 columns, expected 300"),
+    ],
+)
+def test_what_the_public_logprobs_cannot_give_is_refused_before_the_engine_starts(
+    folder, recording, kind: str, temperature: float, message: str
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        VllmEngine(folder, recording(kind, 16, temperature), SEQ_LEN, "auto", 4096, 0.5, "cpu", capture="public")
+
+
 WITHOUT_VLLM = """
 import importlib.util, sys
 
@@ -235,4 +317,4 @@ def test_without_vllm_one_line_says_what_to_do() -> None:
 
 
 def _counts(scored: Scored) -> np.ndarray:
-    return np.stack([np.bincount(draws, minlength=VOCAB_SIZE) for draws in scored.ids_LK])
+    return np.stack([np.bincount(draws, minlength=VOCAB_SIZE) for draws in scored.draws_Ln])

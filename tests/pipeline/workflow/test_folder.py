@@ -63,6 +63,13 @@ def test_the_content_is_every_file_of_the_result_in_order(tmp_path: Path) -> Non
     ]
 
 
+def test_what_is_half_written_is_no_content(tmp_path: Path) -> None:
+    _fill(tmp_path)
+    before = content_files(tmp_path)
+    (tmp_path / "shard-000001.tar.partial-0123456789ab").write_text("half")
+    assert content_files(tmp_path) == before
+
+
 def test_an_empty_folder_has_no_content(tmp_path: Path) -> None:
     assert content_files(tmp_path) == ()
 

@@ -102,3 +102,36 @@ def test_a_holder_without_a_readable_note_is_another_stage(start: Start, tmp_pat
 
 def test_the_cpu_is_one_device() -> None:
     assert device_identity("cpu") == "cpu"
+
+
+def test_a_group_shares_a_device_that_nobody_else_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPGAP_LEASE_DIR", str(tmp_path / "leases"))
+    with lease("cpu", "cache of run a", False, group="a"), lease("cpu", "cache of run a", False, group="a"):
+        for group in ("b", ""):
+            with (
+                pytest.raises(MachineError, match="in use; found cache of run a"),
+                lease("cpu", "x", False, group=group),
+            ):
+                pytest.fail("two stages on one device")
+    with (
+        lease("cpu", "train of run b", False),
+        pytest.raises(MachineError, match="found train of run b"),
+        lease("cpu", "cache of run a", False, group="a"),
+    ):
+        pytest.fail("two stages on one device")
+
+
+def test_another_group_gets_the_device_once_the_last_of_the_first_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAPGAP_LEASE_DIR", str(tmp_path / "leases"))
+    first = lease("cpu", "cache of run a", False, group="a")
+    second = lease("cpu", "cache of run a", False, group="a")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with pytest.raises(MachineError), lease("cpu", "cache of run b", False, group="b"):
+        pytest.fail("two stages on one device")
+    second.__exit__(None, None, None)
+    with lease("cpu", "cache of run b", False, group="b"):
+        pass

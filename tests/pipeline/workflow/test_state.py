@@ -84,6 +84,9 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("cache.chunk_rows", 7, set()),
     ("cache.batch_tokens", 100, set()),
     ("cache.gpu_memory_fraction", 0.5, set()),
+    ("cache.tensor_parallel", 2, set()),
+    ("cache.capture", "worker", set()),
+    ("cache.replicas", 4, set()),
     ("student.path", "folder", FROM_STUDENT),
     *((f"student.model.{name}", value, FROM_STUDENT) for name, value in SHAPE.items()),
     *((f"train.{name}", value, FROM_TRAIN) for name, value in OPTIMIZATION.items()),
@@ -91,6 +94,9 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("train.alpha", 0.5, {"train/distilled", "eval", "report"}),  # the other arm has an alpha of its own
     ("train.recording", "sampled", FROM_TRAIN),
     ("train.temperature", 2.0, FROM_TRAIN),
+    ("train.divergence", "reverse_kl", FROM_TRAIN),
+    ("train.jsd_beta", 0.3, FROM_TRAIN),
+    ("train.tail", "renorm", FROM_TRAIN),
     ("eval.num_sequences", 7, {"eval", "report"}),
     ("eval.num_full_sequences", 7, {"eval", "report"}),
     ("eval.num_bootstrap", 700, {"eval", "report"}),
@@ -98,6 +104,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
 ]
 # What else must be set for the setting above to be allowed, in the run file before and after.
 BESIDE = {f"cache.{name}": {"cache.recording": "topk"} for name in ("num_kept", "profile", "extra_temperatures")}
+BESIDE["train.jsd_beta"] = {"train.divergence": "jsd"}
 REPLACES = {"teacher.path": GIVEN_TEACHER, "student.path": {"student.model": None}}
 STRUCTURE = {"seeds", "arms", "reuse"}  # each has tests of its own below
 

@@ -1,0 +1,150 @@
+"""Ray, started for one stage on this machine, or joined where RAY_ADDRESS names a cluster: quiet, gone afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capgap.pipeline.workflow.locks import ProcessLock
+from capgap.schemas.errors import MachineError
+
+# Ray's smallest: only jobs and entries of shards pass through it
+_OBJECT_STORE_BYTES = 80 << 20
+_CPU, _GPU = "CPU", "GPU"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray that runs.
+
+    Attributes:
+        ray: the module.
+        num_cpus: of each actor.
+        num_gpus: of each actor.
+        logs: of the processes that were started here; None on a cluster that somebody else started.
+    """
+
+    ray: Any
+    num_cpus: int
+    num_gpus: int
+    logs: Path | None
+
+    def actor(self, kind: type, num_threads: int) -> Any:
+        """The class as an actor with devices of its own; a dead one stays dead."""
+        return self.ray.remote(
+            num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_concurrency=num_threads, max_restarts=0
+        )(kind)
+
+    def keep_logs(self) -> str:
+        """Where the actors' output stays readable after this process has ended."""
+        if self.logs is None:
+            return "the logs of the Ray cluster"
+        kept = tempfile.mkdtemp(prefix="capgap-replicas-")
+        for path in self.logs.glob("worker-*"):
+            with contextlib.suppress(OSError):
+                shutil.copy(path, kept)
+        return kept
+
+
+@contextlib.contextmanager
+def ray_cluster(num_actors: int, num_gpus: int) -> Iterator[Cluster]:
+    """A Ray with room for so many actors of so many GPUs each; with none, CPUs are divided among them.
+
+    A Ray that is started here ends with the block, and with this process however it ends: the kernel kills its
+    processes, theirs end when they notice, the last ones in about a minute.
+
+    Raises:
+        MachineError: Ray is not installed, cannot be reached, or has no room.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise MachineError(
+            "Ray is not installed",
+            where="cache.replicas",
+            fix="run `pip install 'capgap[ray]'`, or start several `capgap cache --slice`, which need no Ray",
+        )
+    joined = bool(os.environ.get("RAY_ADDRESS"))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # its agents look for the death of their parent this often, five times
+    os.environ.setdefault("RAY_DASHBOARD_AGENT_CHECK_PARENT_INTERVAL_S", "1")
+    if joined:
+        # else each attempt to connect is a line on the terminal
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_folder())
+        # Ray prints notices of deaths, which are told in our own words
+        silent = stack.enter_context(Path(os.devnull).open("w"))
+        stack.enter_context(contextlib.redirect_stdout(silent))
+        stack.callback(ray.shutdown)
+        _init(ray, folder, joined, num_actors)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        num_cpus = _require_room(nodes, num_actors, num_gpus)
+        logs = None if joined else Path(folder, "session_latest", "logs").resolve()
+        yield Cluster(ray, 0 if num_gpus else num_cpus, num_gpus, logs)
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """A folder for Ray's logs and sockets, the paths of which must be short; those of killed stages are removed."""
+    parent = Path(os.environ.get("RAY_TMPDIR", "/tmp"))
+    for old in parent.glob("capgap-ray-*/alive"):
+        with contextlib.suppress(OSError), ProcessLock(old) as lock:
+            if lock.exclusive():
+                shutil.rmtree(old.parent)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="capgap-ray-", dir=parent, ignore_cleanup_errors=True)
+        )
+        stack.enter_context(ProcessLock(Path(folder, "alive"))).exclusive()
+        yield folder
+
+
+def _init(ray: Any, folder: str, joined: bool, num_actors: int) -> None:
+    started: dict[str, Any] = {"address": "auto"}
+    if not joined:
+        num_cpus = max(num_actors, len(os.sched_getaffinity(0)))
+        started = {"address": "local", "num_cpus": num_cpus, "include_dashboard": False, "_temp_dir": folder}
+        started |= {"object_store_memory": _OBJECT_STORE_BYTES}
+    try:
+        # actors get this folder on their path and as their own: not one whose `kernels` hides a package
+        with contextlib.chdir(folder):
+            ray.init(**started, log_to_driver=False, logging_level=logging.CRITICAL)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise MachineError(
+            "Ray cannot be reached" if joined else "Ray cannot be started",
+            where=f"RAY_ADDRESS: {os.environ['RAY_ADDRESS']}" if joined else "cache.replicas",
+            found=str(error).strip().split("\n")[0],
+            fix="check the address, and RAY_AUTH_MODE if the cluster asks for a token" if joined else None,
+        ) from None
+
+
+def _require_room(nodes: list[dict[str, float]], num_actors: int, num_gpus: int) -> int:
+    """The CPUs of each actor, as many as all of them can have."""
+    if num_gpus:
+        room = sum(int(node.get(_GPU, 0)) // num_gpus for node in nodes)
+        if room < num_actors:
+            raise MachineError(
+                "too few GPUs",
+                where="cache.replicas",
+                found=f"room for {room} replicas of {num_gpus} GPUs",
+                expected=num_actors,
+                fix="lower cache.replicas, or name a cluster by RAY_ADDRESS",
+            )
+        return 0
+    cpus = [int(node.get(_CPU, 0)) for node in nodes]
+    for each in range(max(cpus, default=0), 0, -1):
+        if sum(n // each for n in cpus) >= num_actors:
+            return each
+    raise MachineError(
+        "too few CPUs", where="cache.replicas", found=sum(cpus), expected=num_actors, fix="lower cache.replicas"
+    )

@@ -1,0 +1,128 @@
+"""Requests whose rows are captured on the worker, and how those rows come out of vLLM's front end.
+
+Legend: L targets of a request, C ids, W numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from capgap.pipeline.cache.scoring import Recording, Request, Scored, unpack
+from capgap.pipeline.cache.vllm_worker import RequestKey
+from capgap.schemas.errors import InputError, MachineError
+
+# Head and log-softmax run in float32 in both places; only the batch of the matrix product differs.
+_GREEDY_TOLERANCE_NATS = 5e-3
+_SIGNATURE = ["self", "prompt_logprobs_tensors"]
+
+Submission = Sequence[tuple[str, list[int], Any]]
+"""Request ids, tokens and sampling parameters."""
+
+Run = Callable[[Submission], Iterator[tuple[int, Any]]]
+"""Carries a submission out, and yields the place in it and vLLM's output of each request that is finished."""
+
+
+class CapturedRequests:
+    """Every row of a request, its last one included, as two arrays."""
+
+    def __init__(self, recording: Recording) -> None:
+        import vllm
+
+        self._recording = recording
+        self._params = vllm.SamplingParams(
+            max_tokens=1, temperature=0.0, detokenize=False, prompt_logprobs=0, logprobs=0
+        )
+
+    def score(self, run: Run, requests: Sequence[Request]) -> list[Scored]:
+        """As `Engine.score`."""
+        submission = [
+            (
+                RequestKey(index, int(request.tokens_L1[-1]), request.digest).encode(),
+                request.tokens_L1[:-1].tolist(),
+                self._params,
+            )
+            for index, request in enumerate(requests)
+        ]
+        found: dict[int, Scored] = {}
+        with _rows_kept_whole():
+            for index, output in run(submission):
+                found[index] = _scored(self._recording, requests[index], output)
+        return [found[index] for index in range(len(requests))]
+
+
+def require_known_front_end() -> None:
+    """Raise RuntimeError where vLLM's front end is not the one that this code was written for."""
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    method = getattr(LogprobsProcessor, "_update_prompt_logprobs", None)
+    found = list(inspect.signature(method).parameters) if method is not None else None
+    if found != _SIGNATURE:
+        raise RuntimeError(f"front end: found {found}, expected {_SIGNATURE}")
+
+
+def unknown_vllm(why: str) -> MachineError:
+    """This vLLM has not the methods that capture takes the place of."""
+    import vllm
+
+    return MachineError(
+        "this vLLM cannot be captured",
+        where=f"vllm {vllm.__version__}",
+        found=why,
+        expected="vLLM 0.30 to 0.33",
+        fix="install one of these, or set cache.engine to transformers",
+    )
+
+
+class _Rows:
+    """What `RequestOutput.prompt_logprobs` holds: two arrays, and no Python object per logprob."""
+
+    def __init__(self, tensors: Any) -> None:
+        self.ids_LC: np.ndarray = tensors[0].numpy()
+        self.numbers_LW: np.ndarray = tensors[1].numpy()
+
+
+@contextmanager
+def _rows_kept_whole() -> Iterator[None]:
+    """vLLM's front end makes a Python object of every logprob; meanwhile it hands the tensors on."""
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    def keep_rows(self: Any, prompt_logprobs_tensors: Any) -> None:
+        self.prompt_logprobs = _Rows(prompt_logprobs_tensors)
+
+    original = LogprobsProcessor._update_prompt_logprobs
+    LogprobsProcessor._update_prompt_logprobs = keep_rows
+    try:
+        yield
+    finally:
+        LogprobsProcessor._update_prompt_logprobs = original
+
+
+def _scored(recording: Recording, request: Request, output: Any) -> Scored:
+    where = request.name
+    rows, length = output.prompt_logprobs, len(request.tokens_L1) - 1
+    if not isinstance(rows, _Rows) or len(rows.ids_LC) != length:
+        found = len(rows.ids_LC) if isinstance(rows, _Rows) else "none"
+        raise InputError("vLLM returned a wrong number of rows", where=where, found=found, expected=length)
+    scored = unpack(recording, rows.ids_LC, rows.numbers_LW, where)
+    _require_own_rows(output, scored, where)
+    return scored
+
+
+def _require_own_rows(output: Any, scored: Scored, where: str) -> None:
+    """The greedy token that vLLM's sampler chose after the prompt must be the top of the last captured row."""
+    completion = output.outputs[0]
+    greedy = float(completion.logprobs[0][completion.token_ids[0]].logprob)
+    top = float(scored.top_logprobs_L[-1])
+    if abs(top - greedy) > _GREEDY_TOLERANCE_NATS:
+        raise InputError(
+            "the captured rows are not those of the request",
+            where=where,
+            found=f"a top logprob of {top:.4f} after the last token",
+            expected=f"{greedy:.4f}, the logprob of the greedy token",
+            fix="report this together with the version of vLLM; cache.engine: transformers is not concerned",
+        )

@@ -1,0 +1,120 @@
+"""`topk` by what vLLM offers to everybody: prompt logprobs, in flat lists.
+
+    prompt of L tokens -> entries 1 .. L - 1: the label's and the K likeliest ids' logprobs of rows 0 .. L - 2
+                       -> the generated token's K likeliest ids: row L - 1, the last one
+
+The last row's label is no part of the prompt. Where it is not among the K likeliest, the sequence is submitted once
+more, for that one logprob. The tail is what the kept probabilities leave of 1, so it loses its digits below 1e-6;
+capture sums it up. Nothing but `topk` at temperature 1 can be had this way, and of a head with padding columns not even
+that: vLLM's logprobs go over all columns, and what the padding ones hold is not known.
+
+Legend: L targets of a request, K ids kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from capgap.pipeline.cache.scoring import Recording, Request, Scored, unpack
+from capgap.pipeline.cache.vllm_captured import Run
+from capgap.schemas.errors import InputError, SettingError
+
+
+class PublicRequests:
+    """Every row of a request out of `FlatLogprobs`."""
+
+    def __init__(self, recording: Recording) -> None:
+        import vllm
+
+        self._recording = recording
+        self._params = vllm.SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            prompt_logprobs=recording.num_kept,
+            logprobs=recording.num_kept,
+            flat_logprobs=True,
+        )
+
+    def score(self, run: Run, requests: Sequence[Request]) -> list[Scored]:
+        """As `Engine.score`."""
+        submission = [(str(i), request.tokens_L1[:-1].tolist(), self._params) for i, request in enumerate(requests)]
+        found = {index: self._rows(requests[index], output) for index, output in run(submission)}
+        unknown = [index for index, (_, numbers_LW) in found.items() if np.isneginf(numbers_LW[-1, 0])]
+        for place, logprob in self._last_labels(run, [requests[index] for index in unknown]):
+            found[unknown[place]][1][-1, 0] = logprob
+        return [unpack(self._recording, *found[index], request.name) for index, request in enumerate(requests)]
+
+    def _rows(self, request: Request, output: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and numbers, as capture packs them; the last label's logprob is -inf where it is not known."""
+        prompt, last, length = output.prompt_logprobs, output.outputs[0].logprobs, len(request.tokens_L1) - 1
+        shape = (length, self._recording.num_kept + 1)
+        ids = np.concatenate([np.asarray(part.token_ids, dtype=np.int32) for part in (prompt, last)])
+        if len(prompt) != length or len(last) != 1 or ids.size != length * shape[1]:
+            raise InputError(
+                "vLLM returned a wrong number of rows",
+                where=request.name,
+                found=f"{len(prompt)} positions of {ids.size} logprobs together",
+                expected=f"{length} of {length * shape[1]}",
+            )
+        logprobs = np.concatenate([np.asarray(part.logprobs, dtype=np.float32) for part in (prompt, last)])
+        logprobs = logprobs.reshape(shape)
+        ids_LK, logprobs_LK = ids.reshape(shape)[:, 1:], logprobs[:, 1:]
+        label_L = logprobs[:, 0].copy()
+        at_label = np.flatnonzero(ids_LK[-1] == request.tokens_L1[-1])
+        label_L[-1] = logprobs_LK[-1, at_label[0]] if at_label.size else -np.inf
+        tail_L = np.maximum(0.0, 1.0 - np.exp(logprobs_LK, dtype=np.float64).sum(axis=1))
+        columns = np.stack([label_L, logprobs_LK[:, 0], tail_L.astype(np.float32)], axis=1)
+        return np.ascontiguousarray(ids_LK), np.concatenate([columns, logprobs_LK], axis=1)
+
+    @staticmethod
+    def _last_labels(run: Run, requests: Sequence[Request]) -> list[tuple[int, float]]:
+        import vllm
+
+        submission = []
+        for index, request in enumerate(requests):
+            label = int(request.tokens_L1[-1])
+            params = vllm.SamplingParams(
+                max_tokens=1, temperature=0.0, detokenize=False, logprob_token_ids=[label], flat_logprobs=True
+            )
+            submission.append((str(index), request.tokens_L1[:-1].tolist(), params))
+        # the sampled token stands first, the one that was asked for after it
+        return [(index, output.outputs[0].logprobs.logprobs[1]) for index, output in run(submission)]
+
+
+def require_public(recording: Recording, num_columns: int, why: str) -> None:
+    """Raise SettingError where the public path cannot give what is to be kept.
+
+    Args:
+        recording: what is to be kept.
+        num_columns: of the teacher's head.
+        why: the reason for the public path, as the user knows it.
+    """
+    if recording.num_draws:
+        found = "both" if recording.num_kept else "sampled"
+        _refuse("cache.recording", found, "topk, all that vLLM's public logprobs can give", why)
+    if recording.temperature != 1.0:
+        _refuse("cache.temperature", recording.temperature, "1, that of vLLM's public logprobs", why)
+    if recording.extra_temperatures:
+        found = ", ".join(f"{temperature:g}" for temperature in recording.extra_temperatures)
+        _refuse("cache.extra_temperatures", found, "none: tails at other temperatures take all logits", why)
+    if num_columns != recording.vocab_size:
+        _refuse(
+            "teacher",
+            f"a head of {num_columns} columns",
+            f"{recording.vocab_size}, the vocabulary: vLLM's public logprobs go over the padding too",
+            why,
+        )
+
+
+def _refuse(where: str, found: object, expected: str, why: str) -> None:
+    raise SettingError(
+        f"cannot be kept without capture ({why})",
+        where=where,
+        found=found,
+        expected=expected,
+        fix="install a vLLM from 0.30 to 0.33 and set cache.capture to auto, or set cache.engine to transformers",
+    )

@@ -1,0 +1,156 @@
+"""Several plain processes at work on one folder: each makes some of its shards, and one of them writes the manifest.
+
+    begin, in turn:   the first clears, if it must, and writes work.json; the others find it
+    work, at once:    each shard by one process at a time; `.lock` is shared by all and shuts out ordinary runs
+    finish, in turn:  whoever finds every shard there writes the manifest; after that the others find it
+
+`.turn` is the lock of whoever begins or finishes. Every lock ends with its process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from capgap.pipeline.workflow.carry_out import Clock, finish_with, make_ready, open_inputs, order_of
+from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
+from capgap.pipeline.workflow.device import devices_from, resolve_device
+from capgap.pipeline.workflow.folder import (
+    LOCK_NAME,
+    TURN_NAME,
+    WORK_FOLDER,
+    begin,
+    finished_units,
+    in_use,
+)
+from capgap.pipeline.workflow.lease import leases
+from capgap.pipeline.workflow.locks import ProcessLock
+from capgap.pipeline.workflow.state import StageState, State, states
+from capgap.schemas.errors import MismatchError, SettingError
+from capgap.schemas.manifest import Manifest, WorkOrder
+from capgap.schemas.run_file import RunFile
+
+_LOG = logging.getLogger("capgap")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which shards a process makes: those with `index % count == number`, or with no number whichever nobody has."""
+
+    number: int | None
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Slice:
+        """`0/8` to `7/8`, or `any`.
+
+        Raises:
+            SettingError: it is something else.
+        """
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        if text == "any":
+            return cls(None)
+        if found is None or int(found[1]) >= int(found[2]):
+            raise SettingError(
+                "no such slice", where="--slice", found=text, expected="i/n with i from 0 to n - 1, or any"
+            )
+        return cls(int(found[1]), int(found[2]))
+
+    def has(self, index: int) -> bool:
+        """Whether shard `index` is this slice's to make."""
+        return self.number is None or index % self.count == self.number
+
+    def __str__(self) -> str:
+        return "any" if self.number is None else f"{self.number}/{self.count}"
+
+
+def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool = True) -> Manifest | None:
+    """Make a slice of the instance's shards; the manifest, where all slices are made, else None.
+
+    Raises:
+        SettingError: replicas are asked for too.
+        MachineError: an ordinary run has the folder, or other slices must end before it can be begun anew.
+        MismatchError: the folder was begun under other settings and is not finished.
+        CapgapError: as `carry_out`.
+    """
+    if run.cache.replicas > 1:
+        raise SettingError(
+            "a slice is one engine", where="cache.replicas", found=run.cache.replicas, expected="1 with --slice"
+        )
+    clock = Clock()
+    state = states(run)[instance.name]
+    inputs = open_inputs(run, state)
+    state.folder.mkdir(parents=True, exist_ok=True)
+    units = importlib.import_module(f"capgap.pipeline.{instance.stage}.slices")
+    stage = importlib.import_module(f"capgap.pipeline.{instance.stage}.stage")
+    device, holder = resolve_device(run.device), f"{instance.name} of run {run.name}"
+    context = StageContext(run, instance, state.folder, inputs, device, holder, wait)
+    with ProcessLock(state.folder / LOCK_NAME) as lock:
+        with _turn(state.folder):
+            order = _join(run, instance, inputs, lock)
+            if isinstance(order, Manifest):
+                return order
+            job = stage.prepare(context)
+        # slices on GPUs have one each; on CPUs they share what there is
+        group = str(state.folder.resolve()) if device == "cpu" else ""
+        with leases(devices_from(device, run.cache.num_devices), holder, wait, group):
+            clock.begin()
+            units.make_slice(job, part)
+            if not units.all_made(job):
+                done = finished_units(state.folder / WORK_FOLDER).replace("shards", "shards finished")
+                _LOG.info("%s: %s; other slices have the rest to do", instance.name, done)
+                return None
+            with _turn(state.folder):
+                if (found := _finished(run, instance)) is not None:
+                    return found
+                result = stage.run(context)
+                return finish_with(run, state, order, (), result, clock)
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    with ProcessLock(folder / TURN_NAME) as lock:
+        lock.exclusive(wait=True)
+        yield
+
+
+def _join(run: RunFile, instance: Instance, inputs: dict[str, StageInput], lock: ProcessLock) -> WorkOrder | Manifest:
+    """Begin the folder, or join those that have begun it; hold it with them. The manifest, where it is finished."""
+    if (found := _finished(run, instance)) is not None:
+        return found
+    alone = lock.exclusive()
+    state = states(run)[instance.name]
+    order = order_of(state, inputs)
+    if alone:
+        make_ready(state, force=False)
+        begin(state.folder, order)
+    if not lock.shared():
+        raise in_use(state.folder)
+    if not alone:
+        _require_joinable(state)
+    return order
+
+
+def _finished(run: RunFile, instance: Instance) -> Manifest | None:
+    state = states(run)[instance.name]
+    if state.state is not State.CURRENT or state.manifest is None:
+        return None
+    _LOG.info("%s is current: nothing to do", instance.name)
+    return state.manifest
+
+
+def _require_joinable(state: StageState) -> None:
+    if state.state is not State.PARTIAL:
+        raise in_use(state.folder)
+    if state.begun_otherwise:
+        raise MismatchError(
+            "other slices are at work under other settings",
+            where=state.folder,
+            found=state.begun_otherwise,
+            fix="give every slice the same settings",
+        )

@@ -1,0 +1,69 @@
+"""The scripts for clusters are ones that their shells and capgap understand."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from capgap.jobs.arguments import parse_run
+from capgap.jobs.commands import stage_parser
+from capgap.pipeline.workflow.slices import Slice
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = [ROOT / "jobs/slurm/cache.sbatch", ROOT / "jobs/ray/cache.sh"]
+DEMO = str(ROOT / "jobs" / "runs" / "demo.yaml")
+
+
+def _command(text: str, names: dict[str, str]) -> list[str]:
+    """The words of the script's one capgap command, with the shell's names replaced by what they stand for."""
+    (line,) = re.findall(r"^(?:srun |exec )?(capgap .*)$", text, re.MULTILINE)
+    for name, value in names.items():
+        line = re.sub(rf"\$\{{?{name}\}}?", value, line)
+    assert "$" not in line
+    return shlex.split(line)
+
+
+def _parsed(words: list[str]) -> tuple:
+    assert words[:2] == ["capgap", "cache"]
+    return parse_run(stage_parser("cache"), words[2:])
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_sound_and_says_how_it_is_called(path: Path) -> None:
+    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    without_arguments = subprocess.run(["bash", path], capture_output=True, text=True, check=False)
+    assert without_arguments.returncode != 0 and "usage: " in without_arguments.stderr
+
+
+def test_the_tasks_of_the_array_are_all_slices() -> None:
+    text = SCRIPTS[0].read_text()
+    first, last = map(int, re.search(r"^#SBATCH --array=(\d+)-(\d+)$", text, re.MULTILINE).groups())
+    tasks = range(first, last + 1)
+    names = [{"run": DEMO, "SLURM_ARRAY_TASK_ID": str(i), "SLURM_ARRAY_TASK_COUNT": str(len(tasks))} for i in tasks]
+    _require_all(_parsed(_command(text, name))[1]["slice"] for name in names)
+
+
+def test_the_pods_of_the_job_are_all_slices() -> None:
+    job = yaml.safe_load((ROOT / "jobs" / "k8s" / "cache.yaml").read_text())
+    spec = job["spec"]
+    assert (job["kind"], spec["completionMode"], spec["parallelism"]) == ("Job", "Indexed", spec["completions"])
+    (text,) = spec["template"]["spec"]["containers"][0]["args"]
+    commands = [
+        _command(text.replace("/runs/run.yaml", DEMO), {"JOB_COMPLETION_INDEX": str(i)})
+        for i in range(spec["completions"])
+    ]
+    _require_all(_parsed(words)[1]["slice"] for words in commands)
+
+
+def _require_all(slices) -> None:
+    parts = [Slice.parse(text) for text in slices]
+    assert len(parts) > 1
+    assert [sum(part.has(index) for part in parts) for index in range(50)] == [1] * 50
+
+
+def test_the_ray_script_sets_the_replicas() -> None:
+    run, _ = _parsed(_command(SCRIPTS[1].read_text(), {"run": DEMO, "replicas": "16"}))
+    assert run.cache.replicas == 16

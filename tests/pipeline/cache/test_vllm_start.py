@@ -1,0 +1,70 @@
+"""Room for the logits of a chunk: what is reserved for it holds what it takes, as torch's allocator counts it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from capgap.kernels.sampling import largest as sampling_largest
+from capgap.kernels.sampling import rows as sampling_rows
+from capgap.pipeline.cache.scoring import Request
+from capgap.pipeline.cache.vllm_start import chunk_bytes, require_room
+from capgap.pipeline.cache.vllm_worker import Capture, RequestKey, _Span
+from capgap.schemas.errors import MachineError
+
+NUM_COLUMNS = 50_304
+
+
+@pytest.fixture
+def peak_bytes(recording, monkeypatch) -> Callable[..., int]:
+    """Of all that a step of the capture allocates, the most that stands in memory at once."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    # as on a GPU: all rows of a chunk at once, and the likeliest ids in one step
+    monkeypatch.setattr(sampling_rows, "_PART_ELEMENTS_CPU", 2**40)
+    monkeypatch.setattr(sampling_largest, "_MIN_HEIGHT", 2**40)
+
+    def measure(kind: str, temperature: float, vocab_size: int, chunk_rows: int, num_rows: int) -> int:
+        request = Request(np.zeros(num_rows + 1, dtype=np.int32))
+        key = RequestKey(0, 0, request.digest).encode()
+        span = _Span(key, 0, num_rows, 0, num_rows, torch.zeros(num_rows, dtype=torch.int32))
+        extra = () if kind == "sampled" else (3.0, 0.5)
+        capture = Capture(recording(kind, 50, temperature, chunk_rows, 0, vocab_size, extra))
+        hidden_NH, head_HV = torch.randn(num_rows, 8), torch.randn(8, NUM_COLUMNS)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            capture.step(hidden_NH, lambda rows_NH: rows_NH @ head_HV, [span])
+        events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+        return int(held.max())
+
+    return measure
+
+
+@pytest.mark.parametrize("vocab_size", [NUM_COLUMNS, NUM_COLUMNS - 47], ids=["exact head", "padded head"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["topk", "sampled", "both"])
+def test_a_chunk_takes_no_more_than_is_reserved_for_it(peak_bytes, kind, temperature, vocab_size) -> None:
+    reserved = chunk_bytes(SimpleNamespace(vocab_size=NUM_COLUMNS), 64, tensor_parallel=1)
+    found = peak_bytes(kind, temperature, vocab_size, chunk_rows=64, num_rows=64)
+    assert 0.4 * reserved < found <= reserved
+
+
+def test_many_rows_take_no_more_than_one_chunk_of_them(peak_bytes) -> None:
+    chunked = peak_bytes("topk", 1.0, NUM_COLUMNS, chunk_rows=16, num_rows=256)
+    whole = peak_bytes("topk", 1.0, NUM_COLUMNS, chunk_rows=256, num_rows=256)
+    # 16 rows of logits and one chunk that is not freed yet, and what is kept of all rows
+    assert chunked < whole / 8
+
+
+def test_a_gpu_that_has_no_room_for_a_chunk_is_refused_with_what_would_fit() -> None:
+    config = SimpleNamespace(vocab_size=152_064)
+    needed_bytes = chunk_bytes(config, 8192, tensor_parallel=1)
+    require_room(80 << 30, 0.7, needed_bytes, 8192)
+    with pytest.raises(MachineError, match=r"8192 rows, which take 20\.88 GiB.* lower cache\.chunk_rows to 3138"):
+        require_room(80 << 30, 0.9, needed_bytes, 8192)
+    require_room(80 << 30, 0.9, chunk_bytes(config, 3138, tensor_parallel=1), 3138)
+    assert chunk_bytes(config, 8192, tensor_parallel=2) > needed_bytes
