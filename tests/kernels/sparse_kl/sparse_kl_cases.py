@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from capgap.kernels.sparse_kl import SparseKl, SparseTargets
+from capgap.kernels.sparse_kl.reference import linear_sparse_kl as reference
 
 
 @dataclass
@@ -123,3 +125,50 @@ PAIRS = [
     ("topk", "jsd", "ghost"),
     ("topk", "jsd", "label"),
 ]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    vocab_size = draw(st.sampled_from([1, 2, 15, 16, 33, 129]))
+    kind, divergence, tail = draw(st.sampled_from(PAIRS))
+    return make(
+        draw(st.integers(0, 2**20)),
+        num_rows=draw(st.sampled_from([0, 1, 2, 13])),
+        width=draw(st.sampled_from([1, 6])),
+        vocab_size=vocab_size,
+        padding=draw(st.sampled_from([0, 1, 20])),
+        num_kept=draw(st.sampled_from([1, 5, vocab_size])),
+        kind=kind,
+        scale=draw(st.sampled_from([1.0, 8.0, 200.0])),
+        masked=draw(st.sampled_from(["none", "some", "all"])),
+        holes=draw(st.booleans()),
+        repeats=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        weighted=draw(st.booleans()),
+        alpha=draw(st.sampled_from([0.0, 0.5, 1.0])),
+        temperature=draw(st.sampled_from([1.0, 2.0, 0.7])),
+        divergence=divergence,
+        tail=tail,
+        beta=draw(st.sampled_from([0.1, 0.5, 0.9])),
+        softcap=draw(st.sampled_from([None, 30.0, 2.0])),
+    )
+
+
+def assert_within_float32(case: Case, fast: SparseKl, fast_grads: list[Tensor]) -> None:
+    """The result for a float32 case is off by no more than float32 explains."""
+    true, true_grads = run(reference, case.to(torch.float64))
+    live_N = torch.isfinite(case.hidden_NH).all(-1)
+    logits = case.hidden_NH[live_N] @ case.weight_VH.t()
+    largest = max(1.0, logits.abs().max().item() if logits.numel() else 0.0)
+    temperature = case.settings["temperature"]
+    # a logit is off by a few float32 roundings (6e-8) of the largest; a logprob by that over T; T^2 multiplies the KL
+    error = 1e-6 * largest * max(temperature, 1 / temperature) ** 2
+    assert fast.loss.dtype == torch.float32
+    torch.testing.assert_close(fast.loss, true.loss, rtol=1e-5, atol=error, check_dtype=False)
+    torch.testing.assert_close(fast.kl_N, true.kl_N, rtol=1e-5, atol=error, check_dtype=False)
+    torch.testing.assert_close(fast.ce_N, true.ce_N, rtol=1e-5, atol=error, check_dtype=False)
+    # a probability is off by its logit's error, a gradient by that times what the probabilities multiply
+    value = max(1.0, case.weight_VH.abs().max().item(), case.hidden_NH[live_N].abs().sum().item())
+    for fast_grad, true_grad in zip(fast_grads, true_grads, strict=True):
+        assert fast_grad.dtype == torch.float32
+        torch.testing.assert_close(fast_grad, true_grad, rtol=1e-5, atol=error * value, check_dtype=False)

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sparse_kl_cases import PAIRS, make, run
+from hypothesis import given, settings
+from sparse_kl_cases import PAIRS, Case, assert_within_float32, cases, make, run
 from torch import Tensor
 
 from capgap.kernels.sparse_kl import SparseTargets, linear_sparse_kl
@@ -113,6 +114,14 @@ def test_loss_and_gradients_are_those_of_the_reference(temperature: float, softc
         assert (a - b).norm() <= 3e-6 * b.norm()
         assert b.norm() > 0
     assert all((grad[33:] == 0).all() for grad in found_grads[1:])
+
+
+# on a GPU nearly each of them is a program to be compiled first
+@settings(deadline=None, max_examples=60 if INTERPRETED else 15, derandomize=True, database=None)
+@given(cases())
+def test_any_case_stays_within_rounding_of_float64(case: Case) -> None:
+    case = case.to(torch.float32).on(DEVICE)
+    assert_within_float32(case, *run(linear_sparse_kl, case, backend="triton"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
