@@ -23,7 +23,7 @@ from capgap.kernels.sparse_kl.divergence import LOWEST_LOGPROB
 
 _NEVER = tl.constexpr(float("-inf"))
 _LOWEST = tl.constexpr(-1.0e38)  # below any logit, and finite: its difference to -inf is no NaN
-_LOG2E = tl.constexpr(1.4426950408889634)
+_LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is what a GPU computes exp by
 _LOWEST_LOGPROB = tl.constexpr(LOWEST_LOGPROB)
 
 
@@ -137,7 +137,7 @@ def sparse_rows(
     logq_tail = tl.where(has_rest, (largest - top) * inverse_temperature + tl.log(sum_T) - log_total, 0.0)
     q_tail = tl.where(has_rest, tl.exp(logq_tail), 0.0)
     p_tail = tl.where(has_rest, tl.load(p_tail_ptr + row), 0.0)
-    value, grad, grad_tail = _coarse(logq, q, logq_tail, q_tail, p, p_tail, has_rest, beta, DIVERGENCE)
+    value, grad, grad_tail = _coarse(logq, q, logq_tail, q_tail, p, p_tail, beta, DIVERGENCE)
     tl.store(divergence_ptr + row, value)
 
     if GRADIENT:
@@ -187,7 +187,7 @@ def _rest_gradient(logits, largest, rest_T, rest_1, inverse_temperature, TEMPERE
 
 
 @triton.jit
-def _coarse(logq, q, logq_tail, q_tail, p, p_tail, has_rest, beta, DIVERGENCE: tl.constexpr):
+def _coarse(logq, q, logq_tail, q_tail, p, p_tail, beta, DIVERGENCE: tl.constexpr):
     """Divergence of K + 1 cells, and its gradients with respect to the cells' logits, as in `divergence.py`."""
     logp = tl.log(tl.where(p > 0.0, p, 1.0))
     logp_tail = tl.log(tl.where(p_tail > 0.0, p_tail, 1.0))

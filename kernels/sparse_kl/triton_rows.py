@@ -1,7 +1,7 @@
 """The rows kernel in Triton, for logits in float16, bfloat16 or float32 on a GPU.
 
 A row is read twice and written once; beyond the logits there are [N] and [N, K] only. On a CPU it runs where Triton
-was imported under TRITON_INTERPRET=1, a row in tenths of a second: for tests.
+was imported under TRITON_INTERPRET=1, slowly: for tests.
 
 Legend: N rows of a chunk, P columns of the buffer, K ids kept a row.
 """
@@ -17,7 +17,6 @@ from torch import Tensor
 from capgap.kernels.sparse_kl.rows import Rows, RowSettings
 from capgap.kernels.sparse_kl.triton_kernel import sparse_rows
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED = not isinstance(sparse_rows, triton.JITFunction)
 
 _THREADS = 128  # a row; more would each have too few registers for what they hold of it
