@@ -19,7 +19,7 @@ def _compiled(folder: Path, *flags: str) -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder)
     done = subprocess.run(
-        [sys.executable, str(_PROGRAM), *flags], env=environment, capture_output=True, text=True, timeout=900
+        [sys.executable, str(_PROGRAM), *flags], env=environment, capture_output=True, text=True, timeout=3000
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
