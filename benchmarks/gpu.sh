@@ -11,3 +11,4 @@ PYTHONPATH=benchmarks "$python" benchmarks/sparse_kl.py --device cuda
 if "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm") is None)'; then
   PYTHONPATH=benchmarks "$python" benchmarks/capture.py --device cuda:0
 fi
+echo "gpu.sh: took ${SECONDS} s"

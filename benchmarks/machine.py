@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,16 @@ def machine(device: str) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "liger-kernel": _version("liger-kernel"),
     }
 
 
-def keep(name: str, device: str, figures: Any) -> Path:
+def keep(name: str, device: str, figures: Any, folder: Path = RESULTS) -> Path:
     """Write the figures as data, under a name that says what they were measured on."""
     about = machine(device)
-    path = RESULTS / f"{name}-{slug_of(about['device'])}.json"
-    RESULTS.mkdir(exist_ok=True)
+    path = folder / f"{name}-{slug_of(about['device'])}.json"
+    folder.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": about, "figures": figures}, indent=1) + "\n")
     return path
 
@@ -38,6 +41,13 @@ def keep(name: str, device: str, figures: Any) -> Path:
 def slug_of(device: str) -> str:
     """A device's name as files have it."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

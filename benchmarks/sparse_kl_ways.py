@@ -1,4 +1,4 @@
-"""The ways that benchmarks/sparse_kl.py compares: each is one forward and backward; None where one is missing here."""
+"""What benchmarks/sparse_kl.py measures: the loss in its forms and its products, each one forward and backward."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
 
 from capgap.kernels.sparse_kl import SparseTargets, linear_sparse_kl
+from capgap.kernels.sparse_kl.chunks import chunk_rows, pitch
 
 BASELINE = "chunked cross-entropy (alpha 0)"
+PRODUCTS = "three bare products"
+MIXED = "sparse KL and cross-entropy"
+HALF_MASKED = "sparse KL and cross-entropy, half the rows masked"
+Way = Callable[[], None]
 
 
 class Problem:
@@ -50,77 +54,63 @@ class Problem:
 
     @property
     def chunk_rows(self) -> int:
-        """Rows whose logits fill the workspace."""
-        num_bytes = self.vocab * self.hidden_NH.element_size()
-        return min(self.num_rows, max(1, self.workspace_mb * 2**20 // num_bytes))
+        """Rows of a chunk of the loss, and of all that is compared with it."""
+        return chunk_rows(self.num_rows, self._row_bytes, self.workspace_mb * 2**20)
+
+    @property
+    def formula_mb(self) -> float:
+        """What README.md of the loss says that forward and backward hold at once: the gradients before they are scaled,
+        and beside them either a chunk of logits or the scaled ones."""
+        num_bytes = self.hidden_NH.element_size()
+        rows_bytes, head_bytes = self.num_rows * self.hidden * num_bytes, self.vocab * self.hidden * num_bytes
+        sums_bytes = self.vocab * self.hidden * torch.float32.itemsize
+        return (rows_bytes + sums_bytes + max(self.chunk_rows * self._row_bytes, rows_bytes + head_bytes)) / 2**20
+
+    @property
+    def _row_bytes(self) -> int:
+        return pitch(self.vocab) * self.hidden_NH.element_size()
 
 
-def ways(problem: Problem) -> dict[str, Callable[[], None] | None]:
-    """By name, in the order in which they run; None where a package or a torch is missing."""
+def ways(problem: Problem) -> dict[str, Way]:
+    """The loss in its forms, and what it cannot do without, by name."""
 
-    def ours(**settings: Any) -> Callable[[], None]:
+    def ours(**settings: Any) -> Way:
         targets = problem.sampled if settings.pop("sampled", False) else problem.targets
+        labels_N = settings.pop("labels_N", problem.labels_N)
 
         def loss() -> Tensor:
             return linear_sparse_kl(
                 problem.hidden_NH,
                 problem.weight_VH,
                 targets,
-                problem.labels_N,
+                labels_N,
                 workspace_mb=problem.workspace_mb,
                 **settings,
             ).loss
 
-        return _backward(problem, loss)
+        return backward(problem, loss)
 
+    every_other_N = torch.arange(problem.num_rows, device=problem.device) % 2 == 0
     return {
         BASELINE: ours(alpha=0.0, want_kl=False),
+        PRODUCTS: lambda: _three_products(problem),
         "sparse KL, sampled": ours(alpha=1.0, sampled=True),
         "sparse KL, tail": ours(alpha=1.0),
-        "sparse KL and cross-entropy": ours(alpha=0.5),
+        MIXED: ours(alpha=0.5),
+        HALF_MASKED: ours(alpha=0.5, labels_N=problem.labels_N.masked_fill(every_other_N, -100)),
         "sparse KL, tail, T=2": ours(alpha=1.0, temperature=2.0),
         "reverse KL": ours(alpha=1.0, divergence="reverse_kl"),
         "JSD": ours(alpha=1.0, divergence="jsd"),
-        "unfused cross-entropy": _backward(problem, lambda: _unfused_ce(problem)),
-        "unfused sparse KL": _backward(problem, lambda: _unfused_kl(problem)),
-        "chunked by autograd, sparse KL": lambda: _chunked_kl(problem),
-        "torch linear_cross_entropy": _torch_chunked(problem),
-        "Liger fused linear cross-entropy": _liger(problem),
-        "three bare products": lambda: _three_products(problem),
     }
 
 
-def _backward(problem: Problem, loss: Callable[[], Tensor]) -> Callable[[], None]:
+def backward(problem: Problem, loss: Callable[[], Tensor]) -> Way:
+    """Forward and backward of a loss."""
+
     def run() -> None:
         torch.autograd.grad(loss(), (problem.hidden_NH, problem.weight_VH))
 
     return run
-
-
-def _unfused_ce(problem: Problem) -> Tensor:
-    return cross_entropy((problem.hidden_NH @ problem.weight_VH.T).float(), problem.labels_N)
-
-
-def _unfused_kl(problem: Problem) -> Tensor:
-    return _kl_of_logits(problem.hidden_NH @ problem.weight_VH.T, problem, slice(None))
-
-
-def _kl_of_logits(logits_NV: Tensor, problem: Problem, rows: slice) -> Tensor:
-    """Without a tail, and without the teacher's entropy: the plainest loss with the gradient of `sampled`."""
-    logq_NK = log_softmax(logits_NV.float(), dim=-1).gather(1, problem.ids_NK[rows])
-    return -(logq_NK * problem.sampled.weights_NK[rows]).sum() / problem.num_rows
-
-
-def _chunked_kl(problem: Problem) -> None:
-    """Autograd chunk by chunk, gradients summed as they come: how chunking is written without a kernel."""
-    d_hidden_NH = torch.empty_like(problem.hidden_NH)
-    d_weight_VH = torch.zeros_like(problem.weight_VH)
-    for start in range(0, problem.num_rows, problem.chunk_rows):
-        rows = slice(start, start + problem.chunk_rows)
-        hidden_CH = problem.hidden_NH[rows].detach().requires_grad_()
-        loss = _kl_of_logits(hidden_CH @ problem.weight_VH.T, problem, rows)
-        d_hidden_NH[rows], part_VH = torch.autograd.grad(loss, (hidden_CH, problem.weight_VH))
-        d_weight_VH += part_VH
 
 
 def _three_products(problem: Problem) -> None:
@@ -137,29 +127,3 @@ def _three_products(problem: Problem) -> None:
             d_weight_VH.addmm_(part_CV.T, hidden_CH)
         else:
             torch.mm(part_CV.T, hidden_CH, out=d_weight_VH)
-
-
-def _torch_chunked(problem: Problem) -> Callable[[], None] | None:
-    """torch's own chunked form, cross-entropy only; since 2.13."""
-    try:
-        from torch.nn import LinearCrossEntropyOptions
-        from torch.nn.functional import linear_cross_entropy
-    except ImportError:
-        return None
-    options = LinearCrossEntropyOptions()
-    return _backward(
-        problem,
-        lambda: linear_cross_entropy(problem.hidden_NH, problem.weight_VH, problem.labels_N, options=options),
-    )
-
-
-def _liger(problem: Problem) -> Callable[[], None] | None:
-    """Liger's, cross-entropy only; needs liger-kernel and a GPU."""
-    if problem.device == "cpu":
-        return None
-    try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except ImportError:
-        return None
-    loss = LigerFusedLinearCrossEntropyLoss()
-    return _backward(problem, lambda: loss(problem.weight_VH, problem.hidden_NH, problem.labels_N))

@@ -91,7 +91,14 @@ class _Sums:
         self._first = False
 
     def _add_weight(self, d_weight_VH: Tensor, d_logits_CV: Tensor, hidden_CH: Tensor) -> None:
-        if d_weight_VH.dtype != d_logits_CV.dtype:
+        widens = d_weight_VH.dtype != d_logits_CV.dtype
+        if widens and d_logits_CV.is_cuda and torch.cuda.get_device_capability(d_logits_CV.device) >= (8, 0):
+            # tensor cores sum in float32: the product is added as they have it, without a tensor or a rounding between
+            if self._first:
+                torch.mm(d_logits_CV.t(), hidden_CH, out_dtype=d_weight_VH.dtype, out=d_weight_VH)
+            else:
+                torch.addmm(d_weight_VH, d_logits_CV.t(), hidden_CH, out_dtype=d_weight_VH.dtype, out=d_weight_VH)
+        elif widens:
             product_VH = d_logits_CV.t() @ hidden_CH
             d_weight_VH.copy_(product_VH) if self._first else d_weight_VH.add_(product_VH)
         elif self._first:

@@ -67,7 +67,8 @@ def linear_sparse_kl(
         want_kl: at alpha 0, whether to compute `kl_N` nevertheless; False makes the call a plain cross-entropy.
         workspace_mb: size of the logits buffer in MiB; at least one row is held whatever it says. On a CPU 16 is faster
             still; on a GPU a chunk should have 1500 rows or more.
-        backend: the rows kernel; `auto` takes the fastest that the device has.
+        backend: the rows kernel; `auto` takes Triton's on a GPU, and torch's on a CPU, in float64 and where Triton is
+            missing.
 
     Raises:
         TypeError: hidden, weight or bias is a DTensor.
@@ -82,7 +83,6 @@ def linear_sparse_kl(
     tail = loss.checked(targets)
     check_workspace(workspace_mb)
     hidden_NH, weight_VH, bias_V = in_one_dtype(hidden_NH, weight_VH, bias_V)
-    kernel_for(backend, hidden_NH.device)
 
     use_kl = alpha > 0 or want_kl
     with_grad = torch.is_grad_enabled()
@@ -136,7 +136,7 @@ def loss_and_gradients(
         bias_V,
         live.rows,
         settings,
-        kernel_for(cast(Backend, backend), hidden_NH.device),
+        kernel_for(cast(Backend, backend), hidden_NH.device, hidden_NH.dtype),
         Needs(*needs),
         chunk_rows(len(live.hidden_nH), pitch(vocab_size) * hidden_NH.element_size(), workspace_mb * 2**20),
     )

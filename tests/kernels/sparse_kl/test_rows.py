@@ -25,7 +25,7 @@ def _rows(num_kept: int, dtype: torch.dtype = torch.float32) -> Rows:
 @pytest.mark.parametrize("num_kept", [0, 2, 5])
 def test_nothing_past_the_vocabulary_is_read(num_kept: int, temperature: float, divergence, softcap) -> None:
     settings = RowSettings(5, temperature, divergence, 0.5, softcap)
-    kernel = kernel_for("auto", torch.device("cpu"))
+    kernel = kernel_for("auto", torch.device("cpu"), torch.float32)
     logits_NP = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     results = []
     for filling in (torch.nan, 1e30):
@@ -43,7 +43,7 @@ def test_nothing_past_the_vocabulary_is_read(num_kept: int, temperature: float, 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_logits_are_computed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
     settings = RowSettings(5, 2.0, "jsd", 0.3, None)
-    kernel = kernel_for("torch", torch.device("cpu"))
+    kernel = kernel_for("torch", torch.device("cpu"), dtype)
     low_NP = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     full_NP = low_NP.float()
     low, full = (kernel(logits_NP, _rows(2), settings, want_gradient=True) for logits_NP in (low_NP, full_NP))
@@ -52,5 +52,5 @@ def test_low_precision_logits_are_computed_in_float32_and_rounded_once(dtype: to
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="backend: got 'cuda' on cpu, expected auto or torch"):
-        kernel_for("cuda", torch.device("cpu"))
+    with pytest.raises(ValueError, match="backend: got 'cuda' on cpu, expected auto, torch or triton"):
+        kernel_for("cuda", torch.device("cpu"), torch.float32)

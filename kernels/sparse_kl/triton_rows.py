@@ -1,0 +1,81 @@
+"""The rows kernel in Triton, for logits in float16, bfloat16 or float32 on a GPU.
+
+A row is read twice and written once; beyond the logits there are [N] and [N, K] only. On a CPU it runs where Triton
+was imported under TRITON_INTERPRET=1, slowly: for tests.
+
+Legend: N rows of a chunk, P columns of the buffer, K ids kept a row.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+from torch import Tensor
+
+from capgap.kernels.sparse_kl.rows import Rows, RowSettings
+from capgap.kernels.sparse_kl.triton_kernel import sparse_rows
+
+INTERPRETED = not isinstance(sparse_rows, triton.JITFunction)
+
+_THREADS = 128  # a row; more would each have too few registers for what they hold of it
+_THREADS_A_WARP = 32
+
+
+def triton_rows(logits_NP: Tensor, rows: Rows, settings: RowSettings, want_gradient: bool) -> tuple[Tensor, Tensor]:
+    """The step that `rows.py` defines, one program a row."""
+    kl_N, ce_N = (torch.empty_like(rows.ckl_N, memory_format=torch.contiguous_format) for _ in range(2))
+    num_rows, num_columns = logits_NP.shape
+    constants, options = specialise(
+        settings, want_gradient, logits_NP.element_size(), num_columns, rows.ids_NK.shape[1]
+    )
+    # an id or a weight that lies elsewhere than the pointer says would be read in silence
+    ids_NK, p_NK, p_tail_N, labels_N, ckl_N, cce_N = (field.contiguous() for field in rows)
+    # a launch goes to the current device, whatever device its pointers are of
+    with torch.cuda.device(logits_NP.device) if logits_NP.is_cuda else nullcontext():
+        sparse_rows[(num_rows,)](
+            logits_NP,
+            logits_NP.stride(0),
+            ids_NK,
+            p_NK,
+            p_tail_N,
+            labels_N,
+            ckl_N,
+            cce_N,
+            kl_N,
+            ce_N,
+            settings.vocab_size,
+            num_columns,
+            ids_NK.shape[1],
+            1 / settings.temperature,
+            float(settings.beta),
+            float(settings.softcap or 0.0),
+            **constants,
+            **options,
+        )
+    return kl_N, ce_N
+
+
+def specialise(
+    settings: RowSettings, want_gradient: bool, num_logit_bytes: int, num_columns: int, num_kept: int
+) -> tuple[dict[str, str | bool | int], dict[str, bool | int]]:
+    """What a program is compiled for, and how.
+
+    A thread has two loads of 128 bits under way, or one where the second softmax or the softcap take registers: as
+    much as fits on every architecture without a spill. Products and sums are fused: Triton asks for a choice, because
+    its default is about to change.
+    """
+    tempered, capped = settings.temperature != 1.0, settings.softcap is not None
+    columns_a_thread = 8 if tempered or capped or num_logit_bytes == 4 else 16
+    num_block_columns = min(_THREADS * columns_a_thread, triton.next_power_of_2(num_columns))
+    constants = {
+        "DIVERGENCE": settings.divergence,
+        "TEMPERED": tempered,
+        "CAPPED": capped,
+        "GRADIENT": want_gradient,
+        "BLOCK_K": triton.next_power_of_2(max(1, num_kept)),
+        "BLOCK_V": num_block_columns,
+    }
+    num_warps = max(1, num_block_columns // columns_a_thread // _THREADS_A_WARP)
+    return constants, {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": True}

@@ -1,0 +1,109 @@
+"""Compile the Triton kernel for GPUs that need not be here, and print what each program takes: a line of JSON each.
+
+python compile_ahead.py [--all]
+
+In a process of its own: whether kernels are compiled or interpreted is settled when Triton's modules are imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from capgap.kernels.sparse_kl.rows import RowSettings
+from capgap.kernels.sparse_kl.triton_kernel import sparse_rows
+from capgap.kernels.sparse_kl.triton_rows import specialise
+
+ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
+NUM_COLUMNS = 128272  # a multiple of 16, as the buffer's is; the vocabulary is a number of the launch
+TYPES = {
+    "row_stride": "i32",
+    "ids_ptr": "*i32",
+    "p_ptr": "*fp32",
+    "p_tail_ptr": "*fp32",
+    "labels_ptr": "*i64",
+    "ckl_ptr": "*fp32",
+    "cce_ptr": "*fp32",
+    "divergence_ptr": "*fp32",
+    "ce_ptr": "*fp32",
+    "vocab_size": "i32",
+    "num_columns": "i32",
+    "num_kept": "i32",
+}
+SCALARS = ("inverse_temperature", "beta", "softcap")
+Variant = tuple[int, str, str, float, float | None, bool, int, str]
+
+
+def some() -> Iterator[Variant]:
+    """Every architecture, divergence and temperature, in the two dtypes that are trained in."""
+    settings = (ARCHITECTURES, ("bf16", "fp32"), ("forward_kl", "reverse_kl", "jsd"), (1.0, 2.0))
+    yield from itertools.product(*settings, (None,), (True,), (64,), ("fp32",))
+    yield from itertools.product(ARCHITECTURES, ("bf16", "fp32"), ("jsd",), (2.0,), (30.0,), (True,), (128,), ("fp32",))
+    yield 90, "bf16", "jsd", 2.0, 30.0, True, 64, "fp64"
+
+
+def every() -> Iterator[Variant]:
+    """Everything that a program is compiled for."""
+    settings = (ARCHITECTURES, ("fp16", "bf16", "fp32"), ("forward_kl", "reverse_kl", "jsd"), (1.0, 2.0), (None, 30.0))
+    yield from itertools.product(*settings, (True, False), (0, 1, 20, 128, 256), ("fp32",))
+
+
+def compile_one(variant: Variant) -> dict[str, object]:
+    """Registers, bytes of spills and of shared memory; loads of 128 bits and float64 instructions among its PTX."""
+    architecture, dtype, divergence, temperature, softcap, want_gradient, num_kept, scalar = variant
+    settings = RowSettings(NUM_COLUMNS - 1, temperature, divergence, 0.5, softcap)
+    constants, options = specialise(settings, want_gradient, 4 if dtype == "fp32" else 2, NUM_COLUMNS, num_kept)
+    types = TYPES | {"logits_ptr": f"*{dtype}"} | dict.fromkeys(SCALARS, scalar) | dict.fromkeys(constants, "constexpr")
+    names = sparse_rows.arg_names
+    # what a launch finds out about its arguments: torch's memory is aligned, pitches are multiples of 16
+    aligned = [name for name in names if types[name][0] == "*" or name in ("row_stride", "num_columns")]
+    source = ASTSource(
+        fn=sparse_rows,
+        signature={name: types[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    program = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    registers, stack, local = _resources(program.asm["cubin"])
+    ptx = program.asm["ptx"]
+    return {
+        "variant": variant,
+        "registers": registers,
+        "spill_bytes": stack + local,
+        "shared_bytes": program.metadata.shared,
+        "num_wide_loads": len(re.findall(r"ld\.global\S*\.v4", ptx)),
+        "num_wide_stores": len(re.findall(r"st\.global\S*\.v4", ptx)),
+        "float64": re.findall(r"^\s*(?:@\S+\s+)?(\w\S*\.f64\S*)", ptx, re.MULTILINE),
+    }
+
+
+def _resources(cubin: bytes) -> tuple[int, int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        printed = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", printed.stdout)
+    assert found, printed.stdout
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="everything that a program is compiled for: minutes")
+    chosen = list(every() if parser.parse_args().all else some())
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for figures in pool.map(compile_one, chosen, chunksize=4):
+            print(json.dumps(figures), flush=True)
