@@ -6,6 +6,8 @@ other threads:                    encode and write shard i, ...
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from capgap.pipeline.cache.overlap import overlap
 from capgap.pipeline.cache.shards import SCORED_FOLDER, CacheJob, FinishedShard, ScoredShard, ShardScorer
 from capgap.pipeline.models import model_path
@@ -13,30 +15,41 @@ from capgap.pipeline.progress import Meter, progress
 from capgap.pipeline.store import rank_ids, read_blocks
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.store.ranking import RANKING_NAME
-from capgap.pipeline.workflow.context import StageContext, StageResult
+from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
 from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, CorpusFacts, ModelFacts, RecordingFacts
 from capgap.schemas.manifest import ShardSet
 from capgap.schemas.run_cache import CacheSettings, RecordingName
+from capgap.schemas.run_file import RunFile
 
 # A thread encodes about a million tokens a second. With two, three shards are in memory at most: one that the teacher
 # is at, and two in the writing.
 WRITING_THREADS = 2
 
 
-def run(context: StageContext) -> StageResult:
-    """Write the target shards.
+def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
+    """Refuse what does not fit together.
 
     Raises:
         MismatchError: teacher and corpus do not share a tokenizer.
         SettingError: more ids are asked for than the vocabulary has.
+    """
+    corpus_facts = CorpusFacts.model_validate(inputs["corpus"].manifest.facts)
+    _require_fit(corpus_facts, ModelFacts.model_validate(inputs["teacher"].manifest.facts), run.cache)
+
+
+def run(context: StageContext) -> StageResult:
+    """Write the target shards.
+
+    Raises:
+        MismatchError, SettingError: as `check`.
         MachineError, InputError: as the engine.
     """
+    check(context.run, context.instance, context.inputs)
     settings = context.run.cache
     corpus_facts = CorpusFacts.model_validate(context.input("corpus").manifest.facts)
     teacher_facts = ModelFacts.model_validate(context.input("teacher").manifest.facts)
-    _require_fit(corpus_facts, teacher_facts, settings)
     scorer = ShardScorer(prepare(context))
     shards = _make(scorer, context)
     sets = {str(name): scorer.shard_set(name, shards) for name in settings.recordings}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from capgap.pipeline.model_checks import require_packed
@@ -10,29 +12,44 @@ from capgap.pipeline.store import ShardReader, heat_of
 from capgap.pipeline.tokenizers import load_tokenizer
 from capgap.pipeline.train.fit import Task, fit
 from capgap.pipeline.train.objective import objective_of
-from capgap.pipeline.workflow.context import StageContext, StageInput, StageResult
+from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
 from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, ModelFacts
 from capgap.schemas.run_cache import RecordingName
+from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_model import TrainSettings
+
+
+def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
+    """Refuse what does not fit together.
+
+    Raises:
+        MismatchError: cache, corpus and student do not belong together, or the recording has not what the loss needs.
+        SettingError: the cache lacks the recording or the temperature, or was scored under a rule that no student
+            can be trained under.
+    """
+    assert instance.arm is not None
+    cache = inputs["cache"]
+    facts, settings = CacheFacts.model_validate(cache.manifest.facts), run.train_settings(instance.arm)
+    _require_same_corpus(cache, inputs["corpus"])
+    _require_same_tokenizer(facts, inputs[f"student/seed-{instance.seed}"])
+    require_packed(facts.context)
+    recording, _ = choose(facts, settings)
+    objective_of(settings, recording, cache.location)
 
 
 def run(context: StageContext) -> StageResult:
     """Train and write the folder `model`.
 
     Raises:
-        MismatchError: cache, corpus and student do not belong together, or the recording has not what the loss needs.
-        SettingError: the cache lacks the recording or the temperature, or was scored under a rule that no student
-            can be trained under.
+        MismatchError, SettingError: as `check`.
         InputError: as `fit`.
     """
+    check(context.run, context.instance, context.inputs)
     instance, corpus, cache = context.instance, context.input("corpus"), context.input("cache")
     assert instance.arm is not None and instance.seed is not None
     student = context.input(f"student/seed-{instance.seed}")
     facts = CacheFacts.model_validate(cache.manifest.facts)
-    _require_same_corpus(cache, corpus)
-    _require_same_tokenizer(facts, student)
-    require_packed(facts.context)
     settings = context.run.train_settings(instance.arm)
     recording, temperature = choose(facts, settings)
     objective = objective_of(settings, recording, cache.location)

@@ -49,6 +49,7 @@ def carry_out(run: RunFile, instance: Instance, *, force: bool = False, wait: bo
         if state.state is State.CURRENT and not force and state.manifest is not None:
             _LOG.info("%s is current: nothing to do", instance.name)
             return state.manifest
+        refuse_early(run, instance, inputs)
         make_ready(state, force)
         order = order_of(state, inputs)
         begin(state.folder, order)
@@ -111,6 +112,17 @@ def finish_with(
         resolved=run.model_dump(mode="json"),
     )
     return finish(state.folder, manifest)
+
+
+def refuse_early(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
+    """Let the stage refuse what can be seen without any work, while what its folder holds is still there.
+
+    Raises:
+        CapgapError: whatever the stage's `check` raises.
+    """
+    check = getattr(importlib.import_module(f"capgap.pipeline.{instance.stage}.stage"), "check", None)
+    if check is not None:
+        check(run, instance, inputs)
 
 
 def make_ready(state: StageState, force: bool) -> None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from capgap.pipeline.workflow.carry_out import Clock, finish_with, make_ready, open_inputs, order_of
+from capgap.pipeline.workflow.carry_out import Clock, finish_with, make_ready, open_inputs, order_of, refuse_early
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
 from capgap.pipeline.workflow.device import devices_from, resolve_device
 from capgap.pipeline.workflow.folder import (
@@ -85,6 +85,7 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
     clock = Clock()
     state = states(run)[instance.name]
     inputs = open_inputs(run, state)
+    refuse_early(run, instance, inputs)
     state.folder.mkdir(parents=True, exist_ok=True)
     units = importlib.import_module(f"capgap.pipeline.{instance.stage}.slices")
     stage = importlib.import_module(f"capgap.pipeline.{instance.stage}.stage")

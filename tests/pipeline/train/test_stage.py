@@ -170,6 +170,16 @@ def test_what_a_cache_with_both_lacks_is_refused(with_both, settings: dict[str, 
     assert str(caught.value).startswith(message)
 
 
+def test_what_is_refused_leaves_the_finished_student_where_it_was(with_both) -> None:
+    weights = _train(with_both, recording="topk")
+    folder = Path(with_both["out"]) / TRAIN.name
+    with pytest.raises(SettingError, match="has no targets at this temperature"):
+        _train(with_both, recording="topk", temperature=3.0)
+    manifest = read_manifest(folder)
+    assert manifest is not None and (folder / "model" / "model.safetensors").is_file()
+    assert weights == {file.path: file.sha256 for file in manifest.files if file.path.endswith(".safetensors")}
+
+
 def test_a_recording_that_the_cache_lacks_is_refused(made) -> None:
     message = r"train.recording: the cache has no such recording; found topk, expected sampled; set train.recording, or"
     with pytest.raises(SettingError, match=message):
