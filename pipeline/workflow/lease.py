@@ -34,26 +34,19 @@ def device_identity(device: str) -> str:
 
 
 @contextmanager
-def lease(device: str, holder: str, wait: bool, group: str = _ALONE) -> Iterator[None]:
-    """Hold the device while the block runs.
+def leases(devices: list[str], holder: str, wait: bool, group: str = _ALONE) -> Iterator[None]:
+    """Hold devices while the block runs, taken in the order of their names: no two holders wait for one another.
 
     Args:
-        device: `cpu` or `cuda:0`.
+        devices: `cpu` or `cuda:0` and so on.
         holder: stage and run, shown to whoever waits.
         wait: wait for another holder to end, or raise.
-        group: processes that name the same group hold it together, for example the slices of one folder; whoever
-            names none holds it alone.
+        group: processes that name the same group hold them together, for example the slices of one folder; whoever
+            names none holds them alone.
 
     Raises:
-        MachineError: another stage holds the device and `wait` is off.
+        MachineError: another stage holds a device and `wait` is off.
     """
-    with leases([device], holder, wait, group):
-        yield
-
-
-@contextmanager
-def leases(devices: list[str], holder: str, wait: bool, group: str = _ALONE) -> Iterator[None]:
-    """Hold several devices; taken in the order of their names, so that no two holders wait for one another."""
     folder = Path(os.environ.get("CAPGAP_LEASE_DIR") or Path(tempfile.gettempdir()) / "capgap-leases")
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:

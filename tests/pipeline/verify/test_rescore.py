@@ -19,7 +19,7 @@ from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.folder import content_files, finish
 from capgap.pipeline.workflow.identity import content_of
-from capgap.pipeline.workflow.lease import lease
+from capgap.pipeline.workflow.lease import leases
 from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.run_file import RunFile
@@ -188,7 +188,7 @@ def test_a_run_that_was_moved_finds_its_teacher_and_one_that_lost_it_says_so(cac
 
 def test_scoring_again_waits_its_turn_at_the_device(cache, capsys) -> None:
     folder = cache()
-    with lease("cpu", holder="train of run other", wait=False):
+    with leases(["cpu"], holder="train of run other", wait=False):
         assert main(["verify", str(folder), "--rescore", "0.1", "--device", "cpu", "--no-wait"]) == 2
     assert "the device is in use; found train of run other" in capsys.readouterr().err
 

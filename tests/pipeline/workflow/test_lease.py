@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from capgap.pipeline.workflow.lease import device_identity, lease
+from capgap.pipeline.workflow.lease import device_identity, leases
 from capgap.schemas.errors import MachineError
 
 _HOLDER = """
 import logging, sys, time
-from capgap.pipeline.workflow.lease import lease
+from capgap.pipeline.workflow.lease import leases
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 print("started", flush=True)
-with lease("cpu", holder=sys.argv[1], wait=True):
+with leases(["cpu"], holder=sys.argv[1], wait=True):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
 """
@@ -54,7 +54,7 @@ def test_a_second_stage_that_does_not_wait_is_told_who_holds_the_device(start: S
     message = (
         rf"cpu: the device is in use; found teacher of run demo \(pid {holder.pid}\); wait for it to end, or leave"
     )
-    with pytest.raises(MachineError, match=message), lease("cpu", holder="cache of run demo", wait=False):
+    with pytest.raises(MachineError, match=message), leases(["cpu"], holder="cache of run demo", wait=False):
         pytest.fail("two stages on one device")
 
 
@@ -70,7 +70,7 @@ def test_a_second_stage_waits_and_has_the_device_once_the_holder_is_killed(start
     assert holder.wait() == -signal.SIGKILL
     with (
         pytest.raises(MachineError, match=rf"found cache of run demo \(pid {second.pid}\)"),
-        lease("cpu", holder="eval of run demo", wait=False),
+        leases(["cpu"], holder="eval of run demo", wait=False),
     ):
         pytest.fail("two stages on one device")
 
@@ -79,12 +79,12 @@ def test_the_device_is_free_once_the_holder_ends(start: Start) -> None:
     holder = start("teacher of run demo", 0)
     assert _line(holder) == "held"
     assert holder.wait() == 0
-    with lease("cpu", holder="cache of run demo", wait=False):
+    with leases(["cpu"], holder="cache of run demo", wait=False):
         pass
 
 
 def test_the_device_is_free_after_a_stage_that_failed(start: Start) -> None:
-    with pytest.raises(RuntimeError, match="boom"), lease("cpu", holder="teacher of run demo", wait=False):
+    with pytest.raises(RuntimeError, match="boom"), leases(["cpu"], holder="teacher of run demo", wait=False):
         raise RuntimeError("boom")
     assert _line(start("cache of run demo")) == "held"
 
@@ -96,7 +96,7 @@ def test_a_holder_without_a_readable_note_is_another_stage(start: Start, tmp_pat
     path.unlink()
     if note is not None:
         path.write_bytes(note)
-    with pytest.raises(MachineError, match="found another stage"), lease("cpu", holder="cache", wait=False):
+    with pytest.raises(MachineError, match="found another stage"), leases(["cpu"], holder="cache", wait=False):
         pytest.fail("two stages on one device")
 
 
@@ -106,17 +106,17 @@ def test_the_cpu_is_one_device() -> None:
 
 def test_a_group_shares_a_device_that_nobody_else_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAPGAP_LEASE_DIR", str(tmp_path / "leases"))
-    with lease("cpu", "cache of run a", False, group="a"), lease("cpu", "cache of run a", False, group="a"):
+    with leases(["cpu"], "cache of run a", False, group="a"), leases(["cpu"], "cache of run a", False, group="a"):
         for group in ("b", ""):
             with (
                 pytest.raises(MachineError, match="in use; found cache of run a"),
-                lease("cpu", "x", False, group=group),
+                leases(["cpu"], "x", False, group=group),
             ):
                 pytest.fail("two stages on one device")
     with (
-        lease("cpu", "train of run b", False),
+        leases(["cpu"], "train of run b", False),
         pytest.raises(MachineError, match="found train of run b"),
-        lease("cpu", "cache of run a", False, group="a"),
+        leases(["cpu"], "cache of run a", False, group="a"),
     ):
         pytest.fail("two stages on one device")
 
@@ -125,13 +125,13 @@ def test_another_group_gets_the_device_once_the_last_of_the_first_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CAPGAP_LEASE_DIR", str(tmp_path / "leases"))
-    first = lease("cpu", "cache of run a", False, group="a")
-    second = lease("cpu", "cache of run a", False, group="a")
+    first = leases(["cpu"], "cache of run a", False, group="a")
+    second = leases(["cpu"], "cache of run a", False, group="a")
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    with pytest.raises(MachineError), lease("cpu", "cache of run b", False, group="b"):
+    with pytest.raises(MachineError), leases(["cpu"], "cache of run b", False, group="b"):
         pytest.fail("two stages on one device")
     second.__exit__(None, None, None)
-    with lease("cpu", "cache of run b", False, group="b"):
+    with leases(["cpu"], "cache of run b", False, group="b"):
         pass
