@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from capgap.pipeline.cache.scoring import Recording, Request
+from capgap.pipeline.cache.scoring import Request
 from capgap.schemas.errors import InputError, SettingError
 
 
-def require_kept(recording: Recording) -> None:
+def require_kept(num_kept: int, vocab_size: int) -> None:
     """Raise SettingError where more ids are to be kept than there are."""
-    if recording.num_kept > recording.vocab_size:
+    if num_kept > vocab_size:
         raise SettingError(
             "more ids than the vocabulary has",
             where="cache.num_kept",
-            found=recording.num_kept,
-            expected=f"at most {recording.vocab_size}",
+            found=num_kept,
+            expected=f"at most {vocab_size}",
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from capgap.pipeline.cache.overlap import overlap
+from capgap.pipeline.cache.request_checks import require_kept
 from capgap.pipeline.cache.shards import SCORED_FOLDER, CacheJob, FinishedShard, ScoredShard, ShardScorer
 from capgap.pipeline.models import model_path
 from capgap.pipeline.progress import Meter, progress
@@ -17,7 +18,7 @@ from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.store.ranking import RANKING_NAME
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
-from capgap.schemas.errors import MismatchError, SettingError
+from capgap.schemas.errors import MismatchError
 from capgap.schemas.facts import CacheFacts, CorpusFacts, ModelFacts, RecordingFacts
 from capgap.schemas.manifest import ShardSet
 from capgap.schemas.run_cache import CacheSettings, RecordingName
@@ -166,13 +167,7 @@ def _require_fit(corpus: CorpusFacts, teacher: ModelFacts, settings: CacheSettin
             expected=f"{corpus.tokenizer.fingerprint[:12]}, the corpus's",
             fix="set corpus.tokenizer to the teacher's folder",
         )
-    if settings.num_ids("topk") > corpus.tokenizer.vocab_size:
-        raise SettingError(
-            "more ids than the vocabulary has",
-            where="cache.num_kept",
-            found=settings.num_ids("topk"),
-            expected=f"at most {corpus.tokenizer.vocab_size}",
-        )
+    require_kept(settings.num_ids("topk"), corpus.tokenizer.vocab_size)
 
 
 def _num_shards(shard_set: ShardSet, max_tokens: int | None) -> int:

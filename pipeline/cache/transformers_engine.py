@@ -40,7 +40,7 @@ class TransformersEngine:
     """
 
     def __init__(self, path: str, recording: Recording, dtype: str, batch_tokens: int, device: str) -> None:
-        require_kept(recording)
+        require_kept(recording.num_kept, recording.vocab_size)
         self._recording, self._batch_tokens, self._device = recording, batch_tokens, device
         self._model = load_model(path, device, _DTYPES.get(dtype))
         self.name = f"transformers {transformers.__version__}"

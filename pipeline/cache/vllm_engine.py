@@ -72,7 +72,7 @@ class VllmEngine:
         capture: Literal["auto", "worker", "public"] = "auto",
         **extra: Any,
     ) -> None:
-        require_kept(recording)
+        require_kept(recording.num_kept, recording.vocab_size)
         require_vllm()
         set_environment(device, tensor_parallel)
         import vllm
@@ -122,7 +122,7 @@ class VllmEngine:
             MachineError: this vLLM cannot be captured.
             SettingError: what is to be kept cannot be had.
         """
-        require_kept(recording)
+        require_kept(recording.num_kept, recording.vocab_size)
         self._vocab_size = recording.vocab_size
         self._way: CapturedRequests | PublicRequests
         why = "cache.capture: public"

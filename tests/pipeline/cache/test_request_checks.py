@@ -5,7 +5,7 @@ import pytest
 
 from capgap.pipeline.cache.convert import to_requests
 from capgap.pipeline.cache.request_checks import require_kept, require_scorable
-from capgap.pipeline.cache.scoring import Request
+from capgap.pipeline.cache.scoring import Recording, Request
 from capgap.schemas.errors import InputError, SettingError
 
 TOKENS_L1 = np.arange(9, dtype=np.int32)
@@ -31,10 +31,14 @@ def test_what_cannot_be_scored_is_named_sequence_or_document() -> None:
 
 @pytest.mark.parametrize("kind", ["topk", "both"])
 def test_as_many_ids_as_the_vocabulary_has_can_be_kept_and_no_more(recording, kind: str) -> None:
-    require_kept(recording(kind, 300))
+    _require_kept(recording(kind, 300))
     with pytest.raises(SettingError, match=r"cache\.num_kept: .*found 301, expected at most 300"):
-        require_kept(recording(kind, 301))
+        _require_kept(recording(kind, 301))
 
 
 def test_more_draws_than_ids_are_no_fault(recording) -> None:
-    require_kept(recording("sampled", 500))
+    _require_kept(recording("sampled", 500))
+
+
+def _require_kept(recording: Recording) -> None:
+    require_kept(recording.num_kept, recording.vocab_size)
