@@ -32,7 +32,14 @@ from capgap.schemas.errors import MachineError
 
 _LOG = logging.getLogger("capgap")
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "No available memory")
+# the last is all that oneDNN says where it finds no room for the code of a matrix product
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "bad_alloc",
+    "No available memory",
+    "could not create a primitive",
+)
 
 
 class VllmEngine:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from capgap.pipeline.model_checks import check_given_model, corpus_tokenizer, fresh_model, require_packed
 from capgap.pipeline.models import MODEL_FOLDER, model_facts, save_model
 from capgap.pipeline.store import ShardReader
-from capgap.pipeline.train.fit import Task, fit
+from capgap.pipeline.train.fit import fit
+from capgap.pipeline.train.task import Task
 from capgap.pipeline.workflow.context import StageContext, StageResult
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CorpusFacts

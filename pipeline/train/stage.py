@@ -10,8 +10,9 @@ from capgap.pipeline.model_checks import require_packed
 from capgap.pipeline.models import MODEL_FOLDER, load_model, model_facts, model_path, save_model
 from capgap.pipeline.store import ShardReader, heat_of
 from capgap.pipeline.tokenizers import load_tokenizer
-from capgap.pipeline.train.fit import Task, fit
+from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.objective import objective_of
+from capgap.pipeline.train.task import Task
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
 from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, ModelFacts

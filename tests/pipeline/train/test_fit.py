@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from capgap.pipeline.store import ShardReader
-from capgap.pipeline.train.fit import Task, fit
+from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.objective import Objective
+from capgap.pipeline.train.task import Task
 from capgap.schemas.errors import CorruptError, InputError
 from capgap.schemas.run_model import OptimizationSettings
 
@@ -201,7 +202,8 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 from capgap.pipeline.store import ShardReader
-from capgap.pipeline.train.fit import Task, fit
+from capgap.pipeline.train.fit import fit
+from capgap.pipeline.train.task import Task
 from capgap.schemas.manifest import ShardSet
 from capgap.schemas.run_model import OptimizationSettings
 

@@ -1,20 +1,17 @@
-"""What happens beside the steps, one concern each: metrics, held-out loss, checkpoints, progress."""
+"""What a training writes down while it runs: rows of metrics.csv, and the progress bar."""
 
 from __future__ import annotations
 
 import csv
 import math
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 
 from capgap.pipeline.progress import Meter
 from capgap.pipeline.store import Batch
-from capgap.pipeline.train.module import DistillationModule
 from capgap.schemas.errors import InputError
 
 METRICS_NAME = "metrics.csv"
@@ -91,47 +88,6 @@ class Metrics(lightning.Callback):
         )
 
 
-class HeldOut(lightning.Callback):
-    """Measures the cross-entropy of held-out text every few steps and at the end."""
-
-    def __init__(self, file: MetricsFile, batches: Iterable[Batch], every_steps: int, tokens_per_step: int) -> None:
-        self._file, self._batches = file, list(batches)
-        self._every, self._tokens_per_step, self._last_step = every_steps, tokens_per_step, 0
-
-    def on_train_start(self, trainer: Any, module: Any) -> None:
-        """The step that a resumed training begins with has been measured."""
-        self._last_step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Measure at the interval and at the last step."""
-        step = trainer.global_step
-        if step == self._last_step or (step % self._every and step != trainer.max_steps):
-            return
-        self._last_step = step
-        loss = heldout_loss(module, self._batches)
-        self._file.add(step=step, num_tokens=step * self._tokens_per_step, validation_loss=round(loss, 6))
-
-
-class Checkpoints(lightning.Callback):
-    """Saves model, optimizer and the loader's position every few steps; the last two are kept."""
-
-    def __init__(self, folder: Path, every_steps: int, accumulate: int) -> None:
-        self._folder, self._every, self._accumulate = folder, every_steps, accumulate
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Save at the interval, where a step has just been taken."""
-        step = trainer.global_step
-        if step % self._every or (batch_idx + 1) % self._accumulate or step == trainer.max_steps:
-            return
-        path = self._folder / f"step-{step:08d}.ckpt"
-        temporary = path.with_suffix(".saving")
-        trainer.save_checkpoint(temporary)
-        temporary.replace(path)
-        for old in sorted(self._folder.glob("step-*.ckpt"))[:-2]:
-            old.unlink()
-
-
 class Progress(lightning.Callback):
     """Feeds the progress bar."""
 
@@ -148,27 +104,6 @@ class Progress(lightning.Callback):
         note = f"loss {float(module.last.loss.detach()):.3f}" if batch.labels_BL.device.type == "cpu" else ""
         self._meter.advance(step - self._last_step, tokens=batch.num_tokens, note=note)
         self._last_step = step
-
-
-@torch.no_grad()
-def heldout_loss(module: DistillationModule, batches: Iterable[Batch]) -> float:
-    """Mean cross-entropy over all labels of the batches, nats per token."""
-    was_training = module.training
-    module.eval()
-    total, count = 0.0, 0
-    for batch in batches:
-        on_device = batch.to(module.device)
-        rows_N = module.loss(on_device, alpha=0.0).ce_N
-        counted_N = on_device.labels_BL.flatten() >= 0
-        total += float(rows_N[counted_N].double().sum())
-        count += int(counted_N.sum())
-    module.train(was_training)
-    return total / max(count, 1)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to go on from."""
-    return max(folder.glob("step-*.ckpt"), default=None)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
