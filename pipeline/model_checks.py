@@ -63,12 +63,16 @@ def check_given_model(path: str, corpus: StageInput, setting: str) -> tuple[str,
         setting: the setting that names the model, for errors.
 
     Raises:
-        InputError: there is no such model, or it takes shorter sequences than the corpus has.
+        InputError: there is no such model, it has an encoder, or it takes shorter sequences than the corpus has.
         MismatchError: its tokenizer differs from the corpus's, or its vocabulary is smaller.
     """
     where = f"{setting}: {path}"
     resolved = str(Path(path).resolve()) if Path(path).is_dir() else path
     config = load_config(resolved)
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            "this is no causal language model", where=where, found="an encoder beside the decoder", expected="a decoder"
+        )
     tokenizer = load_tokenizer(resolved)
     require_same_tokenizer(corpus_tokenizer(corpus), "the corpus", tokenizer, where)
     facts = model_facts(config, tokenizer, resolved)
@@ -80,7 +84,7 @@ def check_given_model(path: str, corpus: StageInput, setting: str) -> tuple[str,
             expected=f"at least {facts.tokenizer.vocab_size}",
             fix="resize its embeddings, or use a model of this tokenizer",
         )
-    if facts.max_positions < seq_len_of(corpus):
+    if facts.max_positions is not None and facts.max_positions < seq_len_of(corpus):
         raise InputError(
             "the model takes shorter sequences than the corpus has",
             where=where,

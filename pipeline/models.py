@@ -64,6 +64,26 @@ def load_config(path: str) -> Any:
         ) from None
 
 
+def empty_model(config: Any) -> PreTrainedModel:
+    """A causal language model of this configuration without memory for its weights.
+
+    Raises:
+        InputError: transformers has none.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise InputError(
+            "this is no causal language model",
+            where=config.name_or_path or config.model_type,
+            found=_first_line(error).partition(". ")[0],
+            expected="an architecture of transformers' AutoModelForCausalLM",
+        ) from None
+    model.tie_weights()
+    return model
+
+
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Weights as safetensors, configuration and tokenizer: a folder that transformers and vLLM open."""
     model.save_pretrained(folder)
@@ -71,25 +91,41 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def model_facts(model_or_config: Any, tokenizer: PreTrainedTokenizerBase, path: str = MODEL_FOLDER) -> ModelFacts:
-    """What later stages must know of a model; its sizes are counted without weights where only a config is given."""
-    if isinstance(model_or_config, PreTrainedModel):
-        model = model_or_config
-    else:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_or_config)
-        model.tie_weights()
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    """What later stages must know of a model; its sizes are counted without weights where only a config is given.
+
+    Raises:
+        InputError: it has no embedding or no head, or as `empty_model`.
+    """
+    model = model_or_config if isinstance(model_or_config, PreTrainedModel) else empty_model(model_or_config)
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if any(getattr(end, "weight", None) is None for end in ends):
+        raise InputError(
+            "this model cannot be used",
+            where=model.name_or_path or model.config.model_type,
+            found="no embedding or no head" if None in ends else "an embedding or a head without a weight",
+            expected="one matrix each for embedding and head",
+        )
+    embedding, head = (end.weight for end in ends)
     total = sum(parameter.numel() for parameter in model.parameters())
     outside = embedding.numel() if head is embedding else embedding.numel() + head.numel()
-    config = model.config.get_text_config()
     return ModelFacts(
         tokenizer=tokenizer_facts(tokenizer),
         num_parameters=total,
         num_non_embedding_parameters=total - outside,
         padded_vocab_size=embedding.shape[0],
-        max_positions=int(config.max_position_embeddings),
+        max_positions=max_positions(model.config),
         path=path,
     )
+
+
+def max_positions(config: Any) -> int | None:
+    """Longest sequence that a model of this configuration takes; None where nothing bounds it."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "max_seq_len"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
 
 
 def _first_line(error: BaseException) -> str:

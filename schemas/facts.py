@@ -61,8 +61,8 @@ class ModelFacts(Record):
     padded_vocab_size: int
     """Rows of the embedding; rows past the real vocabulary are padding."""
 
-    max_positions: int
-    """Longest sequence that the model takes."""
+    max_positions: int | None
+    """Longest sequence that the model takes; None where nothing bounds it."""
 
     path: str
     """The folder `model` of the stage, or the folder or id that was given."""

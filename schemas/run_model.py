@@ -44,8 +44,11 @@ class ModelShape(Record):
         return self
 
 
+_OF_THE_SCHEDULE = ("schedule", "decay_fraction", "decay_shape")
+
+
 class OptimizationSettings(Record):
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW with linear warm-up and decay."""
 
     learning_rate: float = Field(3e-3, gt=0)
     """Peak learning rate."""
@@ -97,6 +100,64 @@ class OptimizationSettings(Record):
     log_every_steps: int = Field(10, ge=1, json_schema_extra=OPERATIONAL)
     """Interval of the rows in metrics.csv."""
 
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Of the learning rate after the warm-up: `cosine` falls to the end; `wsd` (arXiv 2404.06395) stays at the peak and
+    falls over the last steps."""
+
+    decay_fraction: float | None = Field(None, gt=0, le=1)
+    """With `wsd` only: share of the steps over which the learning rate falls. 0.1 where left out."""
+
+    decay_shape: Literal["exponential", "sqrt", "linear"] | None = None
+    """With `wsd` only: `exponential`, of that paper; `sqrt`, one minus the square root of the way (arXiv 2405.18392);
+    or `linear`. `exponential` where left out."""
+
+    activation_checkpointing: bool = Field(False, json_schema_extra=OPERATIONAL)
+    """Keep each layer's input alone and compute the rest again in the backward pass: less memory, about a third more
+    time, the same gradients."""
+
+    compile: bool = Field(False, json_schema_extra=OPERATIONAL)
+    """Compile the student's layers with torch.compile: minutes before the first step, faster steps, the same gradients
+    but for rounding. On a CPU it needs a C++ compiler."""
+
+    @model_validator(mode="after")
+    def _check_decay(self) -> Self:
+        for name in ("decay_fraction", "decay_shape"):
+            if self.schedule != "wsd" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: found {getattr(self, name)} with schedule {self.schedule}, expected it with wsd"
+                )
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_share > 1:
+            raise ValueError(
+                f"warmup_fraction + decay_fraction: found {self.warmup_fraction + self.decay_share:g}, "
+                "expected at most 1"
+            )
+        if self.schedule == "wsd" and self.decay == "exponential" and self.final_learning_rate_ratio == 0:
+            raise ValueError(
+                "final_learning_rate_ratio: found 0 with decay_shape exponential, expected more than 0; "
+                "take decay_shape sqrt or linear"
+            )
+        return self
+
+    @property
+    def decay_share(self) -> float:
+        """Of the steps, with `wsd`."""
+        return 0.1 if self.decay_fraction is None else self.decay_fraction
+
+    @property
+    def decay(self) -> Literal["exponential", "sqrt", "linear"]:
+        """Its shape, with `wsd`."""
+        return self.decay_shape or "exponential"
+
+    def decisive(self) -> dict[str, Any]:
+        """As for every record, with the decay spelt out under `wsd`, and nothing of the schedule under `cosine`.
+
+        Models that were trained before there was a choice are found again.
+        """
+        values = super().decisive()
+        if self.schedule == "wsd":
+            return values | {"decay_fraction": self.decay_share, "decay_shape": self.decay}
+        return {name: value for name, value in values.items() if name not in _OF_THE_SCHEDULE}
+
     @model_validator(mode="after")
     def _check_batches(self) -> Self:
         if self.batch_sequences % (self.micro_batch_sequences or self.batch_sequences):
@@ -137,6 +198,38 @@ class TrainSettings(OptimizationSettings):
     ids up to 1, `ghost` compares it with the student's as one, `label` adds it to the real next token. Left out, it is
     `ghost` for a `topk` cache and `drop` for a `sampled` one, which has no tail."""
 
+    final_alpha: float | None = Field(None, ge=0, le=1)
+    """`alpha` of the last step; the first has `alpha`. Constant where left out."""
+
+    alpha_schedule: Literal["linear", "cosine"] | None = None
+    """With `final_alpha` only: how `alpha` gets there, in equal parts (`linear`) or slowly at both ends (`cosine`).
+    `linear` where left out."""
+
+    token_weights: Literal["equal", "entropy"] = "equal"
+    """What a token counts in the mean: `equal`; or `entropy`, as many nats as the teacher is uncertain there, so that
+    its hard tokens lead (teacher entropy as a measure of importance: arXiv 2602.01395, 2605.01732). Needs a `topk`
+    cache. Tokens that the loss mask leaves out never count."""
+
+    router_loss_weight: float = Field(0.0, ge=0)
+    """Of a mixture of experts' load-balancing loss (arXiv 2101.03961), added to the loss; the student's own
+    `router_aux_loss_coef` is not read."""
+
+    @model_validator(mode="after")
+    def _check_alpha_schedule(self) -> Self:
+        if self.alpha_schedule is not None and self.final_alpha is None:
+            raise ValueError(f"alpha_schedule: found {self.alpha_schedule} alone, expected it with final_alpha")
+        return self
+
+    @property
+    def alpha_shape(self) -> Literal["linear", "cosine"]:
+        """How alpha moves."""
+        return self.alpha_schedule or "linear"
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether the teacher's targets count in any step."""
+        return max(self.alpha, self.final_alpha or 0.0) > 0
+
     @model_validator(mode="after")
     def _check_beta(self) -> Self:
         if self.jsd_beta is not None and self.divergence != "jsd":
@@ -154,7 +247,9 @@ class TrainSettings(OptimizationSettings):
         Students that were trained before there was a choice are found again.
         """
         values = super().decisive() | ({"jsd_beta": self.beta} if self.divergence == "jsd" else {})
-        defaults = {"divergence": "forward_kl", "jsd_beta": None, "tail": None}
+        values |= {"alpha_schedule": self.alpha_shape} if self.final_alpha is not None else {}
+        defaults: dict[str, Any] = {"divergence": "forward_kl", "jsd_beta": None, "tail": None}
+        defaults |= {"final_alpha": None, "alpha_schedule": None, "token_weights": "equal", "router_loss_weight": 0.0}
         return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 

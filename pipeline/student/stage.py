@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from capgap.pipeline.model_checks import check_given_model, corpus_tokenizer, fresh_model
 from capgap.pipeline.models import MODEL_FOLDER, load_model, model_facts, save_model
+from capgap.pipeline.train.heads import served_head
 from capgap.pipeline.workflow.context import StageContext, StageResult
 
 
@@ -11,7 +12,7 @@ def run(context: StageContext) -> StageResult:
     """Write the folder `model`.
 
     Raises:
-        InputError, MismatchError: as `check_given_model`.
+        InputError, MismatchError: as `check_given_model` and `served_head`.
     """
     settings, corpus = context.run.student, context.input("corpus")
     tokenizer = corpus_tokenizer(corpus)
@@ -20,8 +21,9 @@ def run(context: StageContext) -> StageResult:
         model = fresh_model(settings.model, corpus, context.instance.seed)
     else:
         assert settings.path is not None
-        path, _ = check_given_model(settings.path, corpus, "student.path")
+        path, facts = check_given_model(settings.path, corpus, "student.path")
         model = load_model(path, "cpu")
+        served_head(model, facts.tokenizer.vocab_size)  # refused here rather than by the first training
     save_model(model, tokenizer, context.folder / MODEL_FOLDER)
     facts = model_facts(model, tokenizer)
     return StageResult(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from capgap.pipeline.progress import progress
 from capgap.pipeline.train.checkpoints import Checkpoints, newest_checkpoint
 from capgap.pipeline.train.data import heldout_batches, training_loader
+from capgap.pipeline.train.fits import require_memory, require_positions
 from capgap.pipeline.train.heldout import HeldOut
 from capgap.pipeline.train.metrics import METRICS_NAME, Metrics, MetricsFile, Progress
 from capgap.pipeline.train.module import DistillationModule
@@ -25,8 +26,10 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     """Train `model` in place and return totals for the manifest.
 
     Raises:
-        InputError: too little data for one step, or a loss that is not finite.
+        InputError: too little data for one step, a loss that is not finite, or a model that `DistillationModule` cannot
+            train or that takes shorter sequences.
         CorruptError: shards are damaged, or targets are not aligned with their tokens.
+        MachineError: the model and its optimizer do not fit into the device's memory, or nothing can be compiled.
     """
     settings, shard_set = task.settings, task.training.shard_set
     tokens_per_step = settings.batch_sequences * shard_set.seq_len
@@ -36,6 +39,8 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     module = DistillationModule(
         model, settings, num_steps, task.alpha, task.temperature, task.training.codec.vocab_size, task.objective
     )
+    require_positions(model, shard_set.seq_len)
+    require_memory(model, settings, task.device, shard_set.seq_len)
     checkpoints = task.folder / WORK_FOLDER / "checkpoints"
     plan_units(task.folder / WORK_FOLDER, "steps", num_steps, "checkpoints/step-*.ckpt")
     resume = newest_checkpoint(checkpoints)

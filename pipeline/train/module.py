@@ -6,17 +6,19 @@ Legend: B sequences, L targets a sequence, N = B x L rows, H hidden, K ids kept,
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any
 
 import lightning
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from capgap.kernels.sparse_kl import Recording, SparseKl, SparseTargets, linear_sparse_kl
 from capgap.pipeline.store import Batch
+from capgap.pipeline.train.faster import checkpoint_activations, compile_decoder
+from capgap.pipeline.train.heads import served_head
 from capgap.pipeline.train.objective import Objective
+from capgap.pipeline.train.optimizer import optimizer_and_schedule
+from capgap.pipeline.train.router import RouterLoss
 from capgap.schemas.errors import InputError
 from capgap.schemas.run_model import OptimizationSettings
 
@@ -30,14 +32,24 @@ _ATTENTION_THAT_ENDS = ("eager", "sdpa", "flex_attention")
 class DistillationModule(lightning.LightningModule):
     """Computes `alpha T^2 KL + (1 - alpha) CE` of a batch; with alpha 0 it is plain language-model training.
 
+    A step of several micro-batches has the mean over all its rows, each with its weight, however many of them a
+    micro-batch has. What of the model has no part in its logits, a vision tower say, is frozen.
+
     Args:
         model: the student.
         settings: learning rate, decay and so on.
         num_steps: optimizer steps of the whole training.
-        alpha: weight of the KL.
+        alpha: weight of the KL in the first step.
         temperature: of the targets.
         vocab_size: real vocabulary; the head's rows past it are padding.
-        objective: what stands for the KL.
+        objective: what stands for the KL, how alpha moves, what rows count.
+
+    Attributes:
+        last: of the last micro-batch.
+        gradient_norm: of the last step, before it was clipped; a scalar tensor.
+
+    Raises:
+        InputError: the model's head or its router cannot be served, or it cannot checkpoint its activations.
     """
 
     def __init__(
@@ -51,70 +63,105 @@ class DistillationModule(lightning.LightningModule):
         objective: Objective = Objective(),  # noqa: B008  # frozen
     ) -> None:
         super().__init__()
-        _require_known_head(model)
+        self._head = served_head(model, vocab_size)
+        self._router = RouterLoss(model) if objective.router_loss_weight > 0 else None
         self.model = model
-        self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self._settings, self._num_steps = settings, num_steps
         self._alpha, self._temperature, self._vocab_size = alpha, temperature, vocab_size
         self._objective = objective
+        self._rows_seen: torch.Tensor | float = 0.0
         self.last: SparseKl | None = None
+        self.gradient_norm: torch.Tensor | None = None
+        _freeze_all_but(model, self._head.decoder, self._head.linear)
+        if settings.activation_checkpointing:
+            checkpoint_activations(model)
+
+    def on_fit_start(self) -> None:
+        """Compile where the training runs."""
+        if self._settings.compile:
+            compile_decoder(self._head.decoder, self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """Loss of one micro-batch."""
-        self.last = self.loss(batch, self._alpha)
-        return self.last.loss
+        """Loss of one micro-batch; of several, times the share of its rows that count."""
+        alpha = self._objective.alpha(self._alpha, self.global_step, self._num_steps)
+        self.last = self.loss(batch, alpha)
+        if not self._is_in_parts:
+            return self.last.loss
+        counted = self._counted(batch)
+        self._rows_seen = self._rows_seen + counted
+        return self.last.loss * counted
 
     def loss(self, batch: Batch, alpha: float) -> SparseKl:
         """Loss of a batch, and the KL and cross-entropy of each of its N rows.
+
+        In training the loss has the router's in it, where that is asked for.
 
         Raises:
             InputError: rows hold several sequences, and the model would look across them.
         """
         several = {} if batch.positions_BL is None else _ending_attention(self.model, batch.positions_BL)
-        hidden_BLH = self.model.base_model(input_ids=batch.input_ids_BL, use_cache=False, **several).last_hidden_state
-        head = self.model.get_output_embeddings()
-        on_cpu = hidden_BLH.device.type == "cpu"
-        return linear_sparse_kl(
-            hidden_BLH.flatten(0, 1),
-            head.weight,
-            _targets(batch),
-            batch.labels_BL.flatten(),
+        router = self._router if self.training else None
+        output = self._head.decoder(
+            input_ids=batch.input_ids_BL, use_cache=False, **several, **(router.arguments if router else {})
+        )
+        result = linear_sparse_kl(
+            **self._head.inputs(output.last_hidden_state),
+            targets=_targets(batch),
+            labels_N=batch.labels_BL.flatten(),
             alpha=alpha,
             temperature=self._temperature,
+            row_weights_N=self._objective.row_weights(batch),
             vocab_size=self._vocab_size,
-            bias_V=getattr(head, "bias", None),
-            softcap=self._softcap,
             want_kl=alpha > 0,
-            workspace_mb=_CPU_WORKSPACE_MB if on_cpu else _GPU_WORKSPACE_MB,
+            workspace_mb=_CPU_WORKSPACE_MB if batch.labels_BL.device.type == "cpu" else _GPU_WORKSPACE_MB,
             **(self._objective.arguments() if alpha > 0 else {}),
         )
+        if router is None:
+            return result
+        return result._replace(loss=result.loss + self._objective.router_loss_weight * router(output))
 
     def configure_optimizers(self) -> Any:
-        """AdamW with linear warm-up and cosine decay, stepped every optimizer step."""
-        settings = self._settings
-        matrices = [p for p in self.model.parameters() if p.requires_grad and p.dim() >= 2]
-        vectors = [p for p in self.model.parameters() if p.requires_grad and p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
-        schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(settings, step, self._num_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        """AdamW and its learning rate, stepped every optimizer step."""
+        return optimizer_and_schedule(self.model.parameters(), self._settings, self._num_steps)
 
     def configure_gradient_clipping(self, optimizer: Any, *unused: Any, **also_unused: Any) -> None:
-        """Clip the step's gradient; Lightning's own clipping refuses fused optimizers under mixed precision.
+        """Make a sum over micro-batches a mean over rows, and clip it.
 
-        Its reason is gradient scaling, which bfloat16 does without.
+        Lightning's own clipping refuses fused optimizers under mixed precision. Its reason is gradient scaling, which
+        bfloat16 does without.
         """
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm)
+        if self._is_in_parts:
+            self._average_over_rows()
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm)
+
+    @property
+    def _is_in_parts(self) -> bool:
+        return self._settings.micro_batch < self._settings.batch_sequences
+
+    def _counted(self, batch: Batch) -> torch.Tensor:
+        """The weights of the rows whose labels count, over the number of all rows: a scalar, without a host sync."""
+        labels_N = batch.labels_BL.flatten()
+        counts_N = ((labels_N >= 0) & (labels_N < self._vocab_size)).float()
+        weights_N = self._objective.row_weights(batch)
+        return (counts_N if weights_N is None else counts_N * weights_N).mean()
+
+    def _average_over_rows(self) -> None:
+        """Divide the gradients, means over micro-batches (and ranks) of sums over rows, by the mean of the counts."""
+        assert isinstance(self._rows_seen, torch.Tensor)
+        seen = self.trainer.strategy.reduce(self._rows_seen, reduce_op="mean") / self.trainer.accumulate_grad_batches
+        # a step without a label has no gradient, and keeps none
+        scale = torch.where(seen > 0, 1 / seen, 0.0)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        self._rows_seen = 0.0
 
 
-def learning_rate_factor(settings: OptimizationSettings, step: int, num_steps: int) -> float:
-    """The learning rate of a step over its peak."""
-    warmup = settings.warmup_fraction * num_steps
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(num_steps - 1 - warmup, 1)
-    low = settings.final_learning_rate_ratio
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+def _freeze_all_but(model: PreTrainedModel, *parts: torch.nn.Module) -> None:
+    used = {id(parameter) for part in parts for parameter in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in used:
+            parameter.requires_grad_(False)
 
 
 def _targets(batch: Batch) -> SparseTargets:
@@ -142,16 +189,3 @@ def _ending_attention(model: PreTrainedModel, positions_BL: torch.Tensor) -> dic
             fix="read it one sequence a row, without row_len",
         )
     return {"position_ids": positions_BL}
-
-
-def _require_known_head(model: PreTrainedModel) -> None:
-    config = model.config.get_text_config()
-    for name in ("logit_scale", "logits_scaling"):
-        value = getattr(config, name, None)
-        if value not in (None, 1, 1.0):
-            raise InputError(
-                "this model's head cannot be trained",
-                where=model.name_or_path or model.config.model_type,
-                found=f"{name} = {value}",
-                expected="the head's product as logits, or a soft cap on it",
-            )

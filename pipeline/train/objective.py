@@ -1,44 +1,94 @@
-"""Which divergence a student is trained by, and whether a cache supports it."""
+"""Which loss a student is trained by, and whether a cache supports it.
+
+Legend: N rows, K ids kept.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from capgap.kernels.sparse_kl import Divergence, Recording, Tail, check_pair
+from capgap.pipeline.store import Batch
 from capgap.schemas.errors import MismatchError
 from capgap.schemas.run_model import TrainSettings
+
+# A row of which the teacher is certain still has a loss to be measured, though next to none to learn from.
+_LEAST_ENTROPY_NATS = 1e-4
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The divergence, as the loss takes it.
+    """The loss of a row, and what each row counts.
 
     Attributes:
         divergence: which.
         tail: what becomes of the teacher's probability outside the kept ids; None is what the recording has.
         beta: of `jsd`.
+        final_alpha: weight of the divergence in the last step; None is that of the first.
+        alpha_schedule: how it gets there.
+        token_weights: what a row counts.
+        router_loss_weight: of the load-balancing loss of a mixture of experts.
     """
 
     divergence: Divergence = "forward_kl"
     tail: Tail | None = None
     beta: float = 0.5
+    final_alpha: float | None = None
+    alpha_schedule: Literal["linear", "cosine"] = "linear"
+    token_weights: Literal["equal", "entropy"] = "equal"
+    router_loss_weight: float = 0.0
 
     def arguments(self) -> dict[str, Any]:
         """Of `linear_sparse_kl`."""
         return {"divergence": self.divergence, "tail": self.tail, "beta": self.beta}
+
+    def alpha(self, first: float, step: int, num_steps: int) -> float:
+        """Weight of the divergence in a step, counted from 0; from the last step on it is `final_alpha`, exactly."""
+        if self.final_alpha is None or step == 0:
+            return first
+        if step >= num_steps - 1:
+            return self.final_alpha
+        done = step / (num_steps - 1)
+        if self.alpha_schedule == "cosine":
+            done = 0.5 * (1 - math.cos(math.pi * done))
+        return first + (self.final_alpha - first) * done
+
+    def row_weights(self, batch: Batch) -> torch.Tensor | None:
+        """What each row counts [N], float32, beside its label's mask; None where all count the same.
+
+        `entropy` is that of the teacher's recorded distribution, with the tail as one id: a lower bound of the whole.
+        Text without targets has none, and its rows count the same.
+        """
+        if self.token_weights == "equal" or batch.weights_NK is None:
+            return None
+        entropy_N: torch.Tensor = torch.special.entr(batch.weights_NK).sum(-1)
+        if batch.tail_N is not None:
+            entropy_N = entropy_N + torch.special.entr(batch.tail_N.clamp_min(0))
+        return entropy_N.clamp_min(_LEAST_ENTROPY_NATS)
 
 
 def objective_of(settings: TrainSettings, recording: Recording, where: Path | str) -> Objective:
     """What the settings ask for.
 
     Raises:
-        MismatchError: the recording does not support it; never where alpha is 0.
+        MismatchError: the recording does not support it; the divergence is not looked at where it never counts.
     """
-    objective = Objective(settings.divergence, settings.tail, settings.beta)
+    objective = Objective(
+        settings.divergence,
+        settings.tail,
+        settings.beta,
+        settings.final_alpha,
+        settings.alpha_shape,
+        settings.token_weights,
+        settings.router_loss_weight,
+    )
     tail: Tail = objective.tail or ("drop" if recording == "sampled" else "ghost")
-    if settings.alpha > 0:
+    if settings.needs_targets:
         try:
             check_pair(recording, objective.divergence, tail)
         except ValueError as error:
@@ -49,4 +99,13 @@ def objective_of(settings: TrainSettings, recording: Recording, where: Path | st
                 expected=str(error).partition("expected ")[2],
                 fix="change train.divergence or train.tail, or learn from a topk recording",
             ) from None
+    if objective.token_weights == "entropy" and recording == "sampled":
+        raise MismatchError(
+            "the cache does not support these token weights",
+            where=where,
+            found="sampled targets with train.token_weights entropy",
+            # the entropy of n draws is not above log n, and it varies with the very draws that it would weigh
+            expected="a topk recording: a few draws do not tell the teacher's entropy",
+            fix="leave train.token_weights out, or learn from a topk recording",
+        )
     return objective

@@ -7,10 +7,19 @@ from collections.abc import Mapping
 import torch
 
 from capgap.pipeline.model_checks import require_packed
-from capgap.pipeline.models import MODEL_FOLDER, load_model, model_facts, model_path, save_model
+from capgap.pipeline.models import (
+    MODEL_FOLDER,
+    empty_model,
+    load_config,
+    load_model,
+    model_facts,
+    model_path,
+    save_model,
+)
 from capgap.pipeline.store import ShardReader, heat_of
 from capgap.pipeline.tokenizers import load_tokenizer
 from capgap.pipeline.train.fit import fit
+from capgap.pipeline.train.fits import require_memory
 from capgap.pipeline.train.objective import objective_of
 from capgap.pipeline.train.task import Task
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
@@ -57,7 +66,9 @@ def run(context: StageContext) -> StageResult:
     reader = ShardReader(cache.location, cache.manifest.shard_sets[recording])
     path = model_path(student)
     # a bfloat16 student is trained on float32 weights unless the run file says otherwise
-    model = load_model(path, "cpu", torch.bfloat16 if settings.precision == "bf16-true" else torch.float32)
+    dtype = torch.bfloat16 if settings.precision == "bf16-true" else torch.float32
+    require_memory(empty_model(load_config(path)).to(dtype), settings, context.device, reader.shard_set.seq_len)
+    model = load_model(path, "cpu", dtype)
     task = Task(
         title=f"train: {instance.arm}, seed {instance.seed}",
         settings=settings,
@@ -85,7 +96,7 @@ def choose(cache: CacheFacts, settings: TrainSettings) -> tuple[RecordingName, f
     """
     known = sorted(cache.recordings)
     recording = settings.recording
-    if recording is None and settings.alpha == 0:
+    if recording is None and not settings.needs_targets:
         # the text is the same beside either
         recording = known[0]
     if recording is None and len(known) == 1:
@@ -100,7 +111,7 @@ def choose(cache: CacheFacts, settings: TrainSettings) -> tuple[RecordingName, f
         )
     temperature = cache.temperature if settings.temperature is None else settings.temperature
     temperatures = cache.recordings[recording].temperatures
-    if settings.alpha > 0 and temperature not in temperatures:
+    if settings.needs_targets and temperature not in temperatures:
         raise SettingError(
             f"the cache's recording {recording} has no targets at this temperature",
             where="train.temperature",
@@ -108,7 +119,7 @@ def choose(cache: CacheFacts, settings: TrainSettings) -> tuple[RecordingName, f
             expected=f"{'one of ' if len(temperatures) > 1 else ''}{', '.join(f'{one:g}' for one in temperatures)}",
             fix="leave it out, or make a topk cache with it in cache.extra_temperatures",
         )
-    return recording, temperature if settings.alpha > 0 else cache.temperature
+    return recording, temperature if settings.needs_targets else cache.temperature
 
 
 def _require_same_corpus(cache: StageInput, corpus: StageInput) -> None:

@@ -1,0 +1,97 @@
+"""What a training certainly needs of a device's memory and of a model's positions, seen before the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from capgap.pipeline.models import max_positions
+from capgap.schemas.errors import InputError, MachineError
+from capgap.schemas.run_model import OptimizationSettings
+
+_GIB = 2**30
+_STATES_PER_PARAMETER = 2  # AdamW's running means of the gradient and of its square, in the weight's dtype
+# Bytes of activations a token, a layer and a unit of width, in 16 bits, with an attention that keeps no square matrix
+# (Korthikanti et al., arXiv 2205.05198); where layers are checkpointed their inputs alone are kept.
+_ACTIVATION_BYTES, _CHECKPOINTED_BYTES = 34, 2
+
+
+def require_positions(model: PreTrainedModel, seq_len: int) -> None:
+    """Raise InputError where sequences have more positions than the model has."""
+    limit = max_positions(model.config)
+    if limit is not None and seq_len > limit:
+        raise InputError(
+            "the sequences are longer than the model takes",
+            where=model.name_or_path or model.config.model_type,
+            found=f"sequences of {seq_len} tokens, max_position_embeddings = {limit}",
+            expected=f"at most {limit}",
+            fix="lower corpus.seq_len, or take a model with more positions",
+        )
+
+
+def require_memory(model: PreTrainedModel, settings: OptimizationSettings, device: str, seq_len: int) -> None:
+    """Raise where weights, gradients and AdamW's states alone are more than the device has free.
+
+    What the model already holds there counts as free. Activations are named, and never the reason: they are estimated.
+
+    Raises:
+        MachineError: names the sum and its parts.
+    """
+    on_device = torch.device(device)
+    weights = sum(p.nbytes for p in model.parameters())
+    # what has no part in the logits, a vision tower say, is not trained
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    trained = sum(p.nbytes for p in {p for part in parts for p in part.parameters()} if p.requires_grad)
+    held = sum(p.nbytes for p in model.parameters() if p.device.type == on_device.type)
+    needed, free = weights + trained * (1 + _STATES_PER_PARAMETER), free_bytes(device) + held
+    if needed <= free:
+        return
+    activations = activation_bytes(model, settings, seq_len)
+    raise MachineError(
+        "the model does not fit into this device's memory",
+        where=device,
+        found=f"{_gib(free)} free",
+        expected=f"at least {_gib(needed)}: {_gib(weights)} of weights, {_gib(trained)} of gradients, "
+        f"{_gib(trained * _STATES_PER_PARAMETER)} of AdamW's states; and about {_gib(activations)} of activations",
+        fix="train a smaller model"
+        + (", or with precision bf16-true" if settings.precision != "bf16-true" else ", or on a larger device"),
+    )
+
+
+def activation_bytes(model: PreTrainedModel, settings: OptimizationSettings, seq_len: int) -> int:
+    """An estimate of a micro-batch's activations."""
+    config = model.config.get_text_config()
+    each = _CHECKPOINTED_BYTES if settings.activation_checkpointing else _ACTIVATION_BYTES
+    wide = 2 if settings.precision == "32-true" else 1
+    return settings.micro_batch * seq_len * int(config.hidden_size) * int(config.num_hidden_layers) * each * wide
+
+
+def free_bytes(device: str) -> int:
+    """Memory that a process could still have on the device."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return min(available, *_container_bytes(Path("/sys/fs/cgroup")))
+
+
+def _container_bytes(group: Path) -> list[int]:
+    """What a container's limit leaves, its own file cache counted as free; two formats of one kernel."""
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        paths = group / limit, group / used, (group / limit).parent / "memory.stat"
+        if not all(path.is_file() for path in paths):
+            continue
+        most, now, stat = (path.read_text().strip() for path in paths)
+        if most.isdigit():
+            counts = dict(line.split() for line in stat.splitlines())
+            return [max(int(most) - int(now) + int(counts.get(cache, 0)), 0)]
+    return [2**63]
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.3g} GiB"

@@ -1,0 +1,49 @@
+"""The loss that keeps the experts of a mixture evenly used (Switch Transformer: arXiv 2101.03961).
+
+It belongs to the model, not to its head, so a fused head does not lose it: transformers has it beside each such model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from capgap.schemas.errors import InputError
+
+
+class RouterLoss:
+    """The load-balancing loss of a model, averaged over its layers and the tokens of a micro-batch.
+
+    Args:
+        model: a mixture of experts.
+
+    Raises:
+        InputError: transformers has no such loss for it.
+    """
+
+    arguments = {"output_router_logits": True}  # noqa: RUF012  # of the decoder's forward, for `__call__` to read
+    """Of the decoder, whose output `__call__` reads."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        loss: Callable[..., torch.Tensor] | None = getattr(
+            sys.modules[type(model).__module__], "load_balancing_loss_func", None
+        )
+        self._num_chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+        if loss is None or self._num_chosen is None:
+            raise InputError(
+                "this model has no load-balancing loss",
+                where=model.name_or_path or model.config.model_type,
+                found="train.router_loss_weight above 0",
+                expected="a mixture of experts that transformers can balance",
+                fix="leave train.router_loss_weight out",
+            )
+        self._loss = loss
+
+    def __call__(self, output: Any) -> torch.Tensor:
+        """1 where all experts are chosen equally often, the number of experts over those chosen where one set is."""
+        router_logits = output.router_logits
+        return self._loss(router_logits, router_logits[0].shape[-1], self._num_chosen)
