@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from capgap.pipeline.store import Batch
+from capgap.pipeline.train.faster import checkpoint_activations, compile_decoder
+from capgap.pipeline.train.module import DistillationModule
+from capgap.schemas.errors import InputError
+from capgap.schemas.run_model import OptimizationSettings
+
+LLAMA = LlamaConfig(
+    vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+)
+GPT2 = GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=2, n_positions=32)  # has dropout
+
+
+@pytest.fixture
+def batch() -> Batch:
+    tokens_BL1 = torch.randint(40, (2, 17), generator=torch.Generator().manual_seed(1))
+    ids_NK = torch.arange(4).expand(32, 4).contiguous()
+    weights_NK = torch.softmax(torch.arange(4.0), -1).expand(32, 4).contiguous()
+    return Batch(tokens_BL1[:, :-1], tokens_BL1[:, 1:], ids_NK, weights_NK)
+
+
+def _step(config, batch: Batch, device: str = "cpu", **settings: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of a fresh model's first step."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    module = DistillationModule(model, OptimizationSettings(**settings), 10, 0.5, 1.0, 40).train()
+    if settings.get("compile"):
+        compile_decoder(module._head.decoder, torch.device(device))
+    torch.manual_seed(1)  # of dropout
+    loss = module.training_step(batch, 0)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["Llama", "GPT-2"])
+def test_checkpointed_activations_give_the_same_bits(config, batch) -> None:
+    (loss, gradients), (again, recomputed) = (
+        _step(config, batch, activation_checkpointing=value) for value in (False, True)
+    )
+    assert torch.equal(loss, again)
+    assert all(torch.equal(gradients[name], recomputed[name]) for name in gradients)
+
+
+def test_checkpointed_layers_run_twice(batch) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LLAMA)
+    module = DistillationModule(model, OptimizationSettings(activation_checkpointing=True), 10, 0.5, 1.0, 40).train()
+    runs = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
+    module.training_step(batch, 0).backward()
+    assert len(runs) == 2
+
+
+def test_a_model_that_cannot_checkpoint_is_refused() -> None:
+    model = AutoModelForCausalLM.from_config(LLAMA)
+    type(model).supports_gradient_checkpointing, before = False, type(model).supports_gradient_checkpointing
+    try:
+        with pytest.raises(InputError, match="llama: this model cannot compute its activations again"):
+            checkpoint_activations(model)
+    finally:
+        type(model).supports_gradient_checkpointing = before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_compiled_decoder_gives_the_same_loss_and_gradients(batch, checkpointed: bool, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    loss, gradients = _step(LLAMA, batch)
+    compiled_loss, compiled = _step(LLAMA, batch, compile=True, activation_checkpointing=checkpointed)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    # float32, in another order
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=0)
+    assert gradients.keys() == compiled.keys(), "compiled parameters keep their names"
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+_WITHOUT_A_COMPILER = """
+import torch
+from capgap.pipeline.train.faster import compile_decoder
+from capgap.schemas.errors import MachineError
+
+try:
+    compile_decoder(torch.nn.Linear(2, 2), torch.device("cpu"))
+except MachineError as error:
+    print(error)
+"""
+
+
+def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path) -> None:
+    environment = os.environ | {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", _WITHOUT_A_COMPILER], env=environment, capture_output=True, text=True
+    )
+    assert "train.compile: torch.compile does not work on this machine; found " in done.stdout, done.stderr
+    assert "expected a C++ compiler; install g++, or leave train.compile out" in done.stdout
