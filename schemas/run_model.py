@@ -97,6 +97,22 @@ class OptimizationSettings(Record):
     log_every_steps: int = Field(10, ge=1, json_schema_extra=OPERATIONAL)
     """Interval of the rows in metrics.csv."""
 
+    num_devices: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
+    """GPUs of this machine that train one model together, a process each; on a CPU, processes. A step's sequences are
+    divided among them. Under torchrun there are as many as it starts, on as many machines."""
+
+    strategy: Literal["ddp", "fsdp2"] = Field("ddp", json_schema_extra=OPERATIONAL)
+    """How several devices share the model: each holds all of it (`ddp`), or a part of every parameter, its gradient and
+    its optimizer state (`fsdp2`). A checkpoint goes on under either, and on another number of devices."""
+
+    keep_checkpoints: int = Field(2, ge=1, json_schema_extra=OPERATIONAL)
+    """How many of the last checkpoints stay until the stage is finished; a damaged one is passed over for the one
+    before it."""
+
+    output: Literal["last", "best"] = "last"
+    """Which weights the stage hands on: those of the `last` step, or the `best`, of the lowest held-out loss measured
+    (`validate_every_steps`)."""
+
     @model_validator(mode="after")
     def _check_batches(self) -> Self:
         if self.batch_sequences % (self.micro_batch_sequences or self.batch_sequences):
@@ -110,6 +126,11 @@ class OptimizationSettings(Record):
     def micro_batch(self) -> int:
         """Sequences in one forward pass."""
         return self.micro_batch_sequences or self.batch_sequences
+
+    def decisive(self) -> dict[str, Any]:
+        """As for every record, without `output` where it is not chosen: models made before it was there are found."""
+        values = super().decisive()
+        return {name: value for name, value in values.items() if (name, value) != ("output", "last")}
 
 
 class TrainSettings(OptimizationSettings):

@@ -11,12 +11,15 @@ from typing import Any
 
 import lightning
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from capgap.kernels.sparse_kl import Recording, SparseKl, SparseTargets, linear_sparse_kl
 from capgap.pipeline.store import Batch
+from capgap.pipeline.train.labels import LabelShares
 from capgap.pipeline.train.objective import Objective
+from capgap.pipeline.train.strategy import shard
 from capgap.schemas.errors import InputError
 from capgap.schemas.run_model import OptimizationSettings
 
@@ -57,12 +60,31 @@ class DistillationModule(lightning.LightningModule):
         self._settings, self._num_steps = settings, num_steps
         self._alpha, self._temperature, self._vocab_size = alpha, temperature, vocab_size
         self._objective = objective
+        self._shares = LabelShares()
         self.last: SparseKl | None = None
 
+    def configure_model(self) -> None:
+        """Divide the parameters among the ranks, where the strategy has a mesh to divide them over."""
+        if self.device_mesh is not None and not isinstance(self, FSDPModule):
+            shard(self, self.model, self.device_mesh["data_parallel"], self._settings.precision)
+
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """Loss of one micro-batch."""
+        """Loss of one micro-batch, by its share of the step's labels."""
         self.last = self.loss(batch, self._alpha)
-        return self.last.loss
+        if self._num_micro_batches == 1:
+            return self.last.loss
+        return self._shares.weigh(self.last.loss, batch.labels_BL)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Make the gradient that of the mean over the labels of the whole step."""
+        if self._num_micro_batches > 1:
+            self._shares.settle(self.model.parameters(), self._num_micro_batches)
+
+    @property
+    def _num_micro_batches(self) -> int:
+        """Of a step, over all ranks."""
+        number: int = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return number
 
     def loss(self, batch: Batch, alpha: float) -> SparseKl:
         """Loss of a batch, and the KL and cross-entropy of each of its N rows.
