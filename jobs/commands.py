@@ -62,9 +62,9 @@ def stage_command(stage: StageName) -> Callable[[Sequence[str]], int]:
         elif len(chosen) > 1:
             _walk(run, chosen, flags)
         else:
-            from capgap.pipeline.workflow.carry_out import carry_out
+            from capgap.pipeline.workflow.together import carry_out_on_devices
 
-            carry_out(run, chosen[0], force=flags["force"], wait=not flags["no_wait"])
+            carry_out_on_devices(run, chosen[0], force=flags["force"], wait=not flags["no_wait"])
         return 0
 
     return command

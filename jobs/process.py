@@ -8,7 +8,9 @@ from capgap.pipeline.workflow.orphans import die_with
 
 
 def die_with_driver() -> None:
-    """On Linux, ask the kernel to kill this process when the driver named in the environment dies."""
+    """On Linux, ask the kernel to kill this process when the driver named in the environment dies, or torchrun."""
     driver = os.environ.pop("CAPGAP_DRIVER_PID", None)
     if driver is not None:
         die_with(int(driver))
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with(os.getppid())

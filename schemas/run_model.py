@@ -148,15 +148,21 @@ class OptimizationSettings(Record):
         """Its shape, with `wsd`."""
         return self.decay_shape or "exponential"
 
-    def decisive(self) -> dict[str, Any]:
-        """As for every record, with the decay spelt out under `wsd`, and nothing of the schedule under `cosine`.
+    num_devices: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
+    """GPUs of this machine that train one model together, a process each; on a CPU, processes. A step's sequences are
+    divided among them. Under torchrun there are as many as it starts, on as many machines."""
 
-        Models that were trained before there was a choice are found again.
-        """
-        values = super().decisive()
-        if self.schedule == "wsd":
-            return values | {"decay_fraction": self.decay_share, "decay_shape": self.decay}
-        return {name: value for name, value in values.items() if name not in _OF_THE_SCHEDULE}
+    strategy: Literal["ddp", "fsdp2"] = Field("ddp", json_schema_extra=OPERATIONAL)
+    """How several devices share the model: each holds all of it (`ddp`), or a part of every parameter, its gradient and
+    its optimizer state (`fsdp2`). A checkpoint goes on under either, and on another number of devices."""
+
+    keep_checkpoints: int = Field(2, ge=1, json_schema_extra=OPERATIONAL)
+    """How many of the last checkpoints stay until the stage is finished; a damaged one is passed over for the one
+    before it."""
+
+    output: Literal["last", "best"] = "last"
+    """Which weights the stage hands on: those of the `last` step, or the `best`, of the lowest held-out loss measured
+    (`validate_every_steps`)."""
 
     @model_validator(mode="after")
     def _check_batches(self) -> Self:
@@ -171,6 +177,18 @@ class OptimizationSettings(Record):
     def micro_batch(self) -> int:
         """Sequences in one forward pass."""
         return self.micro_batch_sequences or self.batch_sequences
+
+    def decisive(self) -> dict[str, Any]:
+        """As for every record, with the decay spelt out under `wsd`, and nothing of what was not chosen.
+
+        Models that were trained before there was a choice are found again.
+        """
+        values = super().decisive()
+        if self.output == "last":
+            del values["output"]
+        if self.schedule == "wsd":
+            return values | {"decay_fraction": self.decay_share, "decay_shape": self.decay}
+        return {name: value for name, value in values.items() if name not in _OF_THE_SCHEDULE}
 
 
 class TrainSettings(OptimizationSettings):

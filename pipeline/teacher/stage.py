@@ -50,8 +50,11 @@ def _train(context: StageContext, shape: ModelShape) -> StageResult:
         seed=settings.seed,
         device=context.device,
         folder=context.folder,
+        ranks=context.ranks,
     )
     totals = fit(model, task)
+    if not context.ranks.is_first:
+        return StageResult()
     tokenizer = corpus_tokenizer(corpus)
     save_model(model, tokenizer, context.folder / MODEL_FOLDER)
     facts = model_facts(model, tokenizer)

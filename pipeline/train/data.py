@@ -22,7 +22,9 @@ def training_loader(task: Task) -> SequenceLoader:
         task.seed,
         num_epochs=settings.num_epochs,
         max_tokens=settings.max_tokens,
-        micro_batch=settings.micro_batch,
+        micro_batch=task.micro_batch,
+        rank=task.ranks.rank,
+        world_size=task.ranks.world_size,
         on_corrupt=settings.on_corrupt,
         decode_on=task.device if settings.decode == "device" else None,
         heat=task.heat,
@@ -34,8 +36,8 @@ def heldout_batches(task: Task) -> Iterator[Batch]:
     left, reader = task.settings.num_validation_sequences, task.heldout
     for index in range(reader.shard_set.num_members):
         sequences, _ = reader.read(index)
-        for start in range(0, min(left, len(sequences)), task.settings.micro_batch):
-            stop = min(start + task.settings.micro_batch, left, len(sequences))
+        for start in range(0, min(left, len(sequences)), task.micro_batch):
+            stop = min(start + task.micro_batch, left, len(sequences))
             yield collate([(sequences, None, row) for row in range(start, stop)], num_draws=1)
         left -= len(sequences)
         if left <= 0:

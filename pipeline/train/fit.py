@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from transformers import PreTrainedModel
 
-from capgap.pipeline.progress import progress
-from capgap.pipeline.train.checkpoints import Checkpoints, newest_checkpoint
+from capgap.pipeline.progress import Meter, progress
+from capgap.pipeline.train.checkpoints import Checkpoints, best_checkpoint, checkpoint_to_resume
 from capgap.pipeline.train.data import heldout_batches, training_loader
 from capgap.pipeline.train.fits import require_memory, require_positions
 from capgap.pipeline.train.heldout import HeldOut
 from capgap.pipeline.train.metrics import METRICS_NAME, Metrics, MetricsFile, Progress
 from capgap.pipeline.train.module import DistillationModule
+from capgap.pipeline.train.saved import read_checkpoint, whole
+from capgap.pipeline.train.strategy import gather_into, is_sharded, trainer_arguments
 from capgap.pipeline.train.task import Task
 from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
 
 
 def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
-    """Train `model` in place and return totals for the manifest.
+    """Train `model` in place and return totals for the manifest; of several ranks, the first one's model is trained.
+
+    Every rank calls it, within torch's process group.
 
     Raises:
         InputError: too little data for one step, a loss that is not finite, or a model that `DistillationModule` cannot
@@ -31,26 +39,36 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
         CorruptError: shards are damaged, or targets are not aligned with their tokens.
         MachineError: the model and its optimizer do not fit into the device's memory, or nothing can be compiled.
     """
-    settings, shard_set = task.settings, task.training.shard_set
-    tokens_per_step = settings.batch_sequences * shard_set.seq_len
-    accumulate = settings.batch_sequences // settings.micro_batch
+    settings, ranks = task.settings, task.ranks
+    tokens_per_step = settings.batch_sequences * task.training.shard_set.seq_len
+    accumulate = settings.batch_sequences // (task.micro_batch * ranks.world_size)
     loader = training_loader(task)
     num_steps, steps_per_epoch = loader.num_steps, loader.steps_per_epoch
+    sharded = is_sharded(settings, ranks)
+    # FSDP2 takes a model apart; what is handed back must be whole
+    student = copy.deepcopy(model) if sharded and ranks.is_first else model
     module = DistillationModule(
-        model, settings, num_steps, task.alpha, task.temperature, task.training.codec.vocab_size, task.objective
+        student, settings, num_steps, task.alpha, task.temperature, task.training.codec.vocab_size, task.objective
     )
-    require_positions(model, shard_set.seq_len)
-    require_memory(model, settings, task.device, shard_set.seq_len)
-    checkpoints = task.folder / WORK_FOLDER / "checkpoints"
-    plan_units(task.folder / WORK_FOLDER, "steps", num_steps, "checkpoints/step-*.ckpt")
-    resume = newest_checkpoint(checkpoints)
+    require_positions(model, task.training.shard_set.seq_len)
+    require_memory(model, settings, task.device, task.training.shard_set.seq_len, ranks.world_size if sharded else 1)
+    folder = task.folder / WORK_FOLDER / "checkpoints"
+    resume = _resume(task, folder, num_steps)
     first_step = int(resume.stem.split("-")[1]) if resume else 0
-    metrics = MetricsFile(task.folder / METRICS_NAME, first_step)
-    model.train()
-    with progress(task.title, num_steps, "steps", first_step) as meter, _quiet_lightning():
+    metrics = MetricsFile(task.folder / METRICS_NAME if ranks.is_first else Path(os.devnull), first_step)
+    heldout = HeldOut(metrics, heldout_batches(task), settings.validate_every_steps, tokens_per_step)
+    checkpoints = Checkpoints(
+        folder,
+        settings.checkpoint_every_steps,
+        accumulate,
+        settings.keep_checkpoints,
+        task.seed,
+        heldout if settings.output == "best" else None,
+    )
+    student.train()
+    with _meter(task, num_steps, first_step) as meter, _quiet_lightning():
         trainer = lightning.Trainer(
-            accelerator="cpu" if task.device == "cpu" else "gpu",
-            devices=1,
+            **trainer_arguments(settings, ranks, task.device),
             precision=settings.precision,
             max_steps=num_steps,
             max_epochs=1,
@@ -59,22 +77,49 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            use_distributed_sampler=False,
+            # on every rank: what they measure may need all of them; the first writes
             callbacks=[
                 Metrics(metrics, settings.log_every_steps, steps_per_epoch, tokens_per_step),
-                HeldOut(metrics, heldout_batches(task), settings.validate_every_steps, tokens_per_step),
-                Checkpoints(checkpoints, settings.checkpoint_every_steps, accumulate),
-                Progress(meter),
+                heldout,
+                checkpoints,
+                *([Progress(meter)] if meter else []),
             ],
         )
         trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
+    if sharded:
+        gather_into(model if ranks.is_first else None, student)
     model.to("cpu").eval()
+    best = _take_best(model, folder, checkpoints) if settings.output == "best" and ranks.is_first else {}
     return {
         "num_steps": num_steps,
         "num_tokens": num_steps * tokens_per_step,
         "num_epochs": round(num_steps / steps_per_epoch, 4),
+        **best,
         **({"skipped_sequences": loader.skips.as_dict()} if loader.skips.as_dict() else {}),
     }
+
+
+def _resume(task: Task, folder: Path, num_steps: int) -> Path | None:
+    """The checkpoint to go on from; the first rank chooses."""
+    resume = None
+    if task.ranks.is_first:
+        plan_units(task.folder / WORK_FOLDER, "steps", num_steps, "checkpoints/step-*.ckpt")
+        resume = checkpoint_to_resume(folder)
+    if task.ranks.world_size == 1:
+        return resume
+    word = [resume]
+    torch.distributed.broadcast_object_list(word, 0)
+    return word[0]
+
+
+def _take_best(model: PreTrainedModel, folder: Path, checkpoints: Checkpoints) -> dict[str, Any]:
+    saved = read_checkpoint(best_checkpoint(folder))["state_dict"]
+    model.load_state_dict({name.removeprefix("model."): whole(value) for name, value in saved.items()})
+    return {"best_step": checkpoints.best_step, "best_validation_loss": round(checkpoints.best_loss, 6)}
+
+
+def _meter(task: Task, num_steps: int, first_step: int) -> AbstractContextManager[Meter | None]:
+    return progress(task.title, num_steps, "steps", first_step) if task.ranks.is_first else nullcontext()
 
 
 @contextmanager

@@ -31,10 +31,13 @@ def require_positions(model: PreTrainedModel, seq_len: int) -> None:
         )
 
 
-def require_memory(model: PreTrainedModel, settings: OptimizationSettings, device: str, seq_len: int) -> None:
+def require_memory(
+    model: PreTrainedModel, settings: OptimizationSettings, device: str, seq_len: int, num_parts: int = 1
+) -> None:
     """Raise where weights, gradients and AdamW's states alone are more than the device has free.
 
     What the model already holds there counts as free. Activations are named, and never the reason: they are estimated.
+    `num_parts` is the number of devices that the model is divided among.
 
     Raises:
         MachineError: names the sum and its parts.
@@ -45,6 +48,7 @@ def require_memory(model: PreTrainedModel, settings: OptimizationSettings, devic
     parts = (model.get_decoder(), model.get_output_embeddings())
     trained = sum(p.nbytes for p in {p for part in parts for p in part.parameters()} if p.requires_grad)
     held = sum(p.nbytes for p in model.parameters() if p.device.type == on_device.type)
+    weights, trained = weights // num_parts, trained // num_parts
     needed, free = weights + trained * (1 + _STATES_PER_PARAMETER), free_bytes(device) + held
     if needed <= free:
         return

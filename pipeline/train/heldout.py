@@ -14,11 +14,16 @@ from capgap.pipeline.train.module import DistillationModule
 
 
 class HeldOut(lightning.Callback):
-    """Measures the cross-entropy of held-out text every few steps and at the end."""
+    """Measures the cross-entropy of held-out text every few steps and at the end.
+
+    Attributes:
+        measured: step and loss of the last measurement; the same on every rank.
+    """
 
     def __init__(self, file: MetricsFile, batches: Iterable[Batch], every_steps: int, tokens_per_step: int) -> None:
         self._file, self._batches = file, list(batches)
         self._every, self._tokens_per_step, self._last_step = every_steps, tokens_per_step, 0
+        self.measured: tuple[int, float] | None = None
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """The step that a resumed training begins with has been measured."""
@@ -31,6 +36,7 @@ class HeldOut(lightning.Callback):
             return
         self._last_step = step
         loss = heldout_loss(module, self._batches)
+        self.measured = (step, loss)
         self._file.add(step=step, num_tokens=step * self._tokens_per_step, validation_loss=round(loss, 6))
 
 

@@ -10,15 +10,18 @@ from typing import Any
 
 import lightning
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from capgap.kernels.sparse_kl import Recording, SparseKl, SparseTargets, linear_sparse_kl
 from capgap.pipeline.store import Batch
 from capgap.pipeline.train.faster import checkpoint_activations, compile_decoder
 from capgap.pipeline.train.heads import served_head
+from capgap.pipeline.train.labels import LabelShares
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.optimizer import optimizer_and_schedule
 from capgap.pipeline.train.router import RouterLoss
+from capgap.pipeline.train.strategy import shard
 from capgap.schemas.errors import InputError
 from capgap.schemas.run_model import OptimizationSettings
 
@@ -69,7 +72,7 @@ class DistillationModule(lightning.LightningModule):
         self._settings, self._num_steps = settings, num_steps
         self._alpha, self._temperature, self._vocab_size = alpha, temperature, vocab_size
         self._objective = objective
-        self._rows_seen: torch.Tensor | float = 0.0
+        self._shares = LabelShares()
         self.last: SparseKl | None = None
         self.gradient_norm: torch.Tensor | None = None
         _freeze_all_but(model, self._head.decoder, self._head.linear)
@@ -81,15 +84,29 @@ class DistillationModule(lightning.LightningModule):
         if self._settings.compile:
             compile_decoder(self._head.decoder, self.device)
 
+    def configure_model(self) -> None:
+        """Divide the parameters among the ranks, where the strategy has a mesh to divide them over."""
+        if self.device_mesh is not None and not isinstance(self, FSDPModule):
+            shard(self, self.model, self.device_mesh["data_parallel"], self._settings.precision)
+
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """Loss of one micro-batch; of several, times the share of its rows that count."""
+        """Loss of one micro-batch; of several, by its share of what counts in the step."""
         alpha = self._objective.alpha(self._alpha, self.global_step, self._num_steps)
         self.last = self.loss(batch, alpha)
-        if not self._is_in_parts:
+        if self._num_micro_batches == 1:
             return self.last.loss
-        counted = self._counted(batch)
-        self._rows_seen = self._rows_seen + counted
-        return self.last.loss * counted
+        return self._shares.weigh(self.last.loss, self._counted(batch))
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Make the gradient that of the mean over all that counts in the step."""
+        if self._num_micro_batches > 1:
+            self._shares.settle(self.model.parameters(), self._num_micro_batches)
+
+    @property
+    def _num_micro_batches(self) -> int:
+        """Of a step, over all ranks."""
+        number: int = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return number
 
     def loss(self, batch: Batch, alpha: float) -> SparseKl:
         """Loss of a batch, and the KL and cross-entropy of each of its N rows.
@@ -125,36 +142,18 @@ class DistillationModule(lightning.LightningModule):
         return optimizer_and_schedule(self.model.parameters(), self._settings, self._num_steps)
 
     def configure_gradient_clipping(self, optimizer: Any, *unused: Any, **also_unused: Any) -> None:
-        """Make a sum over micro-batches a mean over rows, and clip it.
+        """Clip the step's gradient; Lightning's own clipping refuses fused optimizers under mixed precision.
 
-        Lightning's own clipping refuses fused optimizers under mixed precision. Its reason is gradient scaling, which
-        bfloat16 does without.
+        Its reason is gradient scaling, which bfloat16 does without.
         """
-        if self._is_in_parts:
-            self._average_over_rows()
         self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm)
-
-    @property
-    def _is_in_parts(self) -> bool:
-        return self._settings.micro_batch < self._settings.batch_sequences
 
     def _counted(self, batch: Batch) -> torch.Tensor:
         """The weights of the rows whose labels count, over the number of all rows: a scalar, without a host sync."""
         labels_N = batch.labels_BL.flatten()
         counts_N = ((labels_N >= 0) & (labels_N < self._vocab_size)).float()
         weights_N = self._objective.row_weights(batch)
-        return (counts_N if weights_N is None else counts_N * weights_N).mean()
-
-    def _average_over_rows(self) -> None:
-        """Divide the gradients, means over micro-batches (and ranks) of sums over rows, by the mean of the counts."""
-        assert isinstance(self._rows_seen, torch.Tensor)
-        seen = self.trainer.strategy.reduce(self._rows_seen, reduce_op="mean") / self.trainer.accumulate_grad_batches
-        # a step without a label has no gradient, and keeps none
-        scale = torch.where(seen > 0, 1 / seen, 0.0)
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
-        self._rows_seen = 0.0
+        return (counts_N if weights_N is None else counts_N * weights_N).mean(dtype=torch.float64)
 
 
 def _freeze_all_but(model: PreTrainedModel, *parts: torch.nn.Module) -> None:

@@ -81,8 +81,11 @@ def run(context: StageContext) -> StageResult:
         device=context.device,
         folder=context.folder,
         objective=objective,
+        ranks=context.ranks,
     )
     totals = fit(model, task)
+    if not context.ranks.is_first:
+        return StageResult()
     tokenizer = load_tokenizer(path)
     save_model(model, tokenizer, context.folder / MODEL_FOLDER)
     return StageResult(facts=model_facts(model, tokenizer).model_dump(mode="json"), totals=totals)

@@ -8,6 +8,7 @@ from pathlib import Path
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.batch import Heat
 from capgap.pipeline.train.objective import Objective
+from capgap.pipeline.workflow.ranks import Ranks
 from capgap.schemas.run_model import OptimizationSettings
 
 
@@ -23,10 +24,11 @@ class Task:
         alpha: weight of the KL to the targets; 0 for shards without targets.
         temperature: of the targets.
         seed: of the data order.
-        device: `cpu` or `cuda:0`.
+        device: `cpu` or `cuda:0`; of this rank.
         folder: of the stage; receives `metrics.csv`, and checkpoints below `work`.
         heat: by which the loader turns the stored targets into those of that temperature.
         objective: which divergence alpha weighs.
+        ranks: which of the training's processes this is; the first alone writes to the folder.
     """
 
     title: str
@@ -40,3 +42,9 @@ class Task:
     folder: Path
     heat: Heat | None = None
     objective: Objective = Objective()  # noqa: RUF009  # frozen
+    ranks: Ranks = Ranks()  # noqa: RUF009  # frozen
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences in one forward pass of one rank: its whole share of a step where no size is set."""
+        return self.settings.micro_batch_sequences or max(1, self.settings.batch_sequences // self.ranks.world_size)

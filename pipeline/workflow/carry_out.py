@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageName, StageResult
@@ -17,6 +17,7 @@ from capgap.pipeline.workflow.device import devices_from, resolve_device
 from capgap.pipeline.workflow.folder import WORK_FOLDER, begin, clear, content_files, finish, lock_folder, remove_halves
 from capgap.pipeline.workflow.identity import content_of
 from capgap.pipeline.workflow.lease import leases
+from capgap.pipeline.workflow.ranks import Meeting, Ranks
 from capgap.pipeline.workflow.sources import record_sources, source_paths
 from capgap.pipeline.workflow.state import StageState, State, read_manifest, require_seal, reused_manifests, states
 from capgap.pipeline.workflow.versions import versions
@@ -30,10 +31,13 @@ _LOG = logging.getLogger("capgap")
 _STAGES_WITH_A_MODEL: frozenset[StageName] = frozenset({"teacher", "cache", "student", "train", "eval"})
 
 
-def carry_out(run: RunFile, instance: Instance, *, force: bool = False, wait: bool = True) -> Manifest:
+def carry_out(
+    run: RunFile, instance: Instance, *, force: bool = False, wait: bool = True, meeting: Meeting | None = None
+) -> Manifest:
     """Make the instance's folder current and return its manifest.
 
-    A finished folder of the same identity is left alone unless `force` is set; an unfinished one is continued.
+    A finished folder of the same identity is left alone unless `force` is set; an unfinished one is continued. Where
+    other processes work on it too, they hear at the meeting whether it was begun.
 
     Raises:
         InputError: an input is not current.
@@ -48,6 +52,7 @@ def carry_out(run: RunFile, instance: Instance, *, force: bool = False, wait: bo
         state = states(run)[instance.name]
         if state.state is State.CURRENT and not force and state.manifest is not None:
             _LOG.info("%s is current: nothing to do", instance.name)
+            _say_begun(meeting, False)
             return state.manifest
         refuse_early(run, instance, inputs)
         make_ready(state, force)
@@ -55,7 +60,8 @@ def carry_out(run: RunFile, instance: Instance, *, force: bool = False, wait: bo
         begin(state.folder, order)
         clock.begin()
         sources = record_sources(source_paths(run, instance))
-        return finish_with(run, state, order, sources, _run_stage(run, state, inputs, wait), clock)
+        _say_begun(meeting, True)
+        return finish_with(run, state, order, sources, work(run, state, inputs, wait, meeting), clock)
     finally:
         lock.release()
 
@@ -175,8 +181,14 @@ def open_inputs(run: RunFile, state: StageState) -> dict[str, StageInput]:
     return inputs
 
 
-def _run_stage(run: RunFile, state: StageState, inputs: dict[str, StageInput], wait: bool) -> StageResult:
-    stage = state.instance.stage
+def work(
+    run: RunFile, state: StageState, inputs: dict[str, StageInput], wait: bool, meeting: Meeting | None = None
+) -> StageResult:
+    """Run the stage itself, on its devices, in a folder that was begun.
+
+    Of several processes at it, the first on each machine holds the leases of that machine's devices.
+    """
+    stage, ranks = state.instance.stage, Ranks() if meeting is None else meeting.ranks
     with contextlib.ExitStack() as stack:
         device, holder, group = "cpu", f"{state.instance.name} of run {run.name}", ""
         if stage in _STAGES_WITH_A_MODEL:
@@ -185,13 +197,33 @@ def _run_stage(run: RunFile, state: StageState, inputs: dict[str, StageInput], w
             if replicas > 1 and device == "cpu":
                 # no other process's: what a killed stage left running is waited for
                 group = f"{os.uname().nodename} {os.getpid()} {time.monotonic_ns()}"
-            if replicas == 1 or device == "cpu":
-                devices = devices_from(device, run.cache.num_devices if stage == "cache" else 1)
+            devices = devices_from(device, run.cache.num_devices if stage == "cache" else ranks.local_size)
+            # with replicas on GPUs each takes the lease on its own, which this process does not know: Ray picks them
+            if (replicas == 1 or device == "cpu") and ranks.local_rank == 0:
                 stack.enter_context(leases(devices, holder, wait, group))
-            # else each replica takes the lease on its own GPUs, which this process does not know: Ray picks them
+            if meeting is not None:
+                device = devices[ranks.local_rank % len(devices)]
+                stack.enter_context(_on_leased_devices(meeting, device))
         _LOG.debug("%s on %s: %s", state.instance.name, device, shlex.join(sys.argv))
         (state.folder / WORK_FOLDER).mkdir(exist_ok=True)
         module = importlib.import_module(f"capgap.pipeline.{stage}.stage")
-        context = StageContext(run, state.instance, state.folder, inputs, device, holder, wait, group)
+        context = StageContext(run, state.instance, state.folder, inputs, device, holder, wait, group, ranks)
         result: StageResult = module.run(context)
         return result
+
+
+@contextlib.contextmanager
+def _on_leased_devices(meeting: Meeting, device: str) -> Iterator[None]:
+    """The group of all ranks, once every machine's devices are leased."""
+    leased = f"leased on machine {meeting.ranks.node}"
+    if meeting.ranks.local_rank == 0:
+        meeting.say(leased)
+    else:
+        meeting.hear(leased)
+    with meeting.group(device):
+        yield
+
+
+def _say_begun(meeting: Meeting | None, begun: bool) -> None:
+    if meeting is not None:
+        meeting.say("begun", begun)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from capgap.pipeline.store import is_url
+from capgap.pipeline.workflow.ranks import Ranks
 from capgap.schemas.errors import InputError
 from capgap.schemas.manifest import Manifest, ShardSet
 from capgap.schemas.run_file import RunFile
@@ -74,9 +75,11 @@ class StageContext:
         folder: the stage's own folder; it exists, and may hold what a killed run left.
         inputs: finished folders, by the name of their instance.
         device: `cpu` or `cuda:0`; the stage holds the lease on it, unless its replicas hold those of their GPUs.
+            A rank's own, where several processes train.
         holder: stage and run, as a lease names them.
         wait: wait for a device that another stage holds.
         group: under which the stage's replicas share its lease; empty where each holds one of its own.
+        ranks: which process of the stage's this is; the first alone writes to the folder.
     """
 
     run: RunFile
@@ -87,6 +90,7 @@ class StageContext:
     holder: str = ""
     wait: bool = True
     group: str = ""
+    ranks: Ranks = field(default_factory=Ranks)
 
     def input(self, name: str) -> StageInput:
         """The input made by the instance of that name."""

@@ -1,0 +1,40 @@
+"""The random numbers of a training - dropout draws some - so that a resumed one draws what an undisturbed one would."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+
+def seed_process(*key: int) -> None:
+    """Begin the generators of torch, numpy and Python at a place that the key decides."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    seed = int.from_bytes(digest, "little")
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """Where the generators stand, as tensors and plain values; of GPUs the one that this process uses."""
+    kind, words, *rest = cast(tuple[Any, ...], np.random.get_state())
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": (kind, torch.from_numpy(words.astype(np.int64)), *rest),
+        "python": random.getstate(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put them there again."""
+    torch.set_rng_state(state["torch"])
+    kind, words, *rest = state["numpy"]
+    np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,104 @@
+"""Start the ranks of a training on this machine, under torch's own supervisor, and end with them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from capgap.pipeline.workflow.context import Instance
+from capgap.schemas.errors import CapgapError, MachineError
+from capgap.schemas.run_file import RunFile
+
+LOST = 3
+"""How a rank ends that another one's end has ended."""
+
+_MARK = "CAPGAP_LAUNCHED"
+
+
+class RankFailedError(MachineError):
+    """A process of a training failed; says nothing more where that process has said why."""
+
+
+def launch(run: RunFile, instance: Instance, num_ranks: int, *, force: bool, wait: bool) -> None:
+    """Run the instance's stage in that many processes, and return when all have ended well.
+
+    They are killed when one fails, and when this process dies.
+
+    Raises:
+        RankFailedError: one failed.
+        KeyboardInterrupt: this process was interrupted.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with tempfile.TemporaryDirectory(prefix="capgap-ranks-") as scratch, _surroundings(num_ranks):
+        resolved = Path(scratch) / "run.json"
+        resolved.write_text(run.model_dump_json())
+        # -P: the repository's folders `kernels` and `schemas` must not shadow installed packages of those names
+        command = ["-P", "-m", "capgap.jobs.cli", instance.stage, "--config", str(resolved)]
+        command += ["--instance", instance.name]
+        command += ["--force"] if force else []
+        command += [] if wait else ["--no-wait"]
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_ranks,
+            run_id=Path(scratch).name,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=scratch),
+        )
+        try:
+            elastic_launch(config, sys.executable)(*command)
+        except ChildFailedError as error:
+            raise _failed(instance, {rank: failure.exitcode for rank, failure in error.failures.items()}) from None
+        except SignalException:
+            raise KeyboardInterrupt from None
+
+
+def is_launched() -> bool:
+    """Whether this process is one of those that `launch` started, which says what becomes of them."""
+    return _MARK in os.environ
+
+
+def _failed(instance: Instance, codes: dict[int, int]) -> RankFailedError:
+    """Of several ends the one that caused the others: a kill, or whatever is no mere loss of another rank."""
+    said = CapgapError.exit_code in codes.values()
+    rank, code = min(codes.items(), key=lambda item: (item[1] == LOST, item[1]))
+    error = RankFailedError(
+        f"{instance.name} failed",
+        where=f"rank {rank}",
+        found=f"killed by signal {-code}" if code < 0 else f"exit code {code}",
+        fix="mend the cause and run the same command again",
+    )
+    error.already_said = said
+    return error
+
+
+@contextmanager
+def _surroundings(num_ranks: int) -> Iterator[None]:
+    """What the ranks inherit, while they run; and silence of the supervisor, whose words are for another audience."""
+    threads = max(1, (os.cpu_count() or 1) // num_ranks)
+    given = {"CAPGAP_DRIVER_PID": str(os.getpid()), _MARK: "1"}
+    given |= {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

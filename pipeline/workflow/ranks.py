@@ -1,0 +1,127 @@
+"""The processes of one training: which of them this is, and where they leave word for one another.
+
+Whoever starts them - torchrun, another launcher that sets the same variables, or `launch.py` - tells each its rank in
+the environment. Rank 0 owns the stage's folder, its manifest and what is printed; the others follow its word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from capgap.schemas.errors import MachineError
+
+# As long as another stage may hold a device that rank 0 waits for.
+_WORD_TIMEOUT = timedelta(days=30)
+# A rank may take this long over a checkpoint or the held-out text while the others wait for it.
+_GROUP_TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process of how many this is.
+
+    Attributes:
+        rank: of this process, over all machines.
+        world_size: processes over all machines.
+        local_rank: of this process, on its machine; also the number of its GPU.
+        local_size: processes on this machine.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process owns the folder."""
+        return self.rank == 0
+
+    @property
+    def node(self) -> int:
+        """Number of its machine; every machine has as many processes."""
+        return self.rank // self.local_size
+
+
+def ranks_in_environment() -> Ranks | None:
+    """As a launcher has set them; None where this process is one of its own.
+
+    Raises:
+        MachineError: only some of the variables are there, or they contradict one another.
+    """
+    names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_size": "LOCAL_WORLD_SIZE"}
+    found = {field: os.environ[name] for field, name in names.items() if name in os.environ}
+    if found.get("world_size", "1") == "1":
+        return None
+    ranks = Ranks(**{field: int(value) for field, value in found.items() if value.isdigit()})
+    sound = ranks.rank < ranks.world_size and ranks.local_rank < ranks.local_size
+    whole = len(found) == len(names) and all(value.isdigit() for value in found.values())
+    if not sound or not whole or ranks.world_size % ranks.local_size:
+        raise MachineError(
+            "the launcher's variables do not say which process this is",
+            found=", ".join(f"{names[field]}={value}" for field, value in found.items()),
+            expected=f"whole numbers in {', '.join(names.values())}, as torchrun sets them",
+            fix="start with torchrun, or remove these variables",
+        )
+    return ranks
+
+
+class Meeting:
+    """Where the ranks of one stage leave word for one another: the key-value store that they find by the environment.
+
+    Args:
+        ranks: which of them this process is.
+        name: of the stage's instance; processes that torchrun started may meet for one after the other.
+    """
+
+    def __init__(self, ranks: Ranks, name: str) -> None:
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
+        self.ranks = ranks
+        store, _, _ = next(rendezvous("env://"))
+        self._store = PrefixStore(name, store)
+
+    def say(self, word: str, value: Any = True) -> None:
+        """Leave word for the others; once for each word."""
+        self._store.set(word, json.dumps(value))
+
+    def hear(self, word: str) -> Any:
+        """Wait until it is left."""
+        self._store.wait([word], _WORD_TIMEOUT)
+        return json.loads(self._store.get(word))
+
+    def is_first_to_fail(self) -> bool:
+        """Whether no other rank has failed before; only the first says why. True where nobody can be asked."""
+        try:
+            return bool(self._store.add("failed", 1) == 1)
+        except RuntimeError:
+            # the store went with rank 0, which has said why, if it could
+            return self.ranks.is_first
+
+    @contextmanager
+    def group(self, device: str) -> Iterator[None]:
+        """torch's process group of these ranks while the block runs: gloo on CPUs, NCCL on GPUs."""
+        import torch
+        from torch import distributed
+
+        on_gpu = device != "cpu"
+        if on_gpu:
+            torch.cuda.set_device(device)
+        distributed.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=self._store,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            timeout=_GROUP_TIMEOUT,
+            device_id=torch.device(device) if on_gpu else None,
+        )
+        yield
+        # not after an error: the others may never answer
+        distributed.destroy_process_group()

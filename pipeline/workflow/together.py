@@ -1,0 +1,111 @@
+"""Carry out one instance of a stage in as many processes as it has devices.
+
+this process alone:     carry_out
+several devices:        launch ranks, each of which comes here again
+a rank of several:      rank 0 prepares the folder, says "begun", works and finishes it; the others hear and work
+"""
+
+from __future__ import annotations
+
+import logging
+
+from capgap.pipeline.workflow.carry_out import carry_out, open_inputs, work
+from capgap.pipeline.workflow.context import Instance
+from capgap.pipeline.workflow.launch import LOST, is_launched, launch
+from capgap.pipeline.workflow.ranks import Meeting, ranks_in_environment
+from capgap.pipeline.workflow.state import states
+from capgap.schemas.errors import MachineError, SettingError
+from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_model import OptimizationSettings
+
+
+class LostRankError(MachineError):
+    """Another process of this training has ended."""
+
+
+def carry_out_on_devices(run: RunFile, instance: Instance, *, force: bool = False, wait: bool = True) -> None:
+    """Make the instance's folder current, with a process for each device that its training is to use.
+
+    Raises:
+        SettingError: a step's sequences do not divide among the processes.
+        LostRankError: another process ended first; marked as said where that one has said why.
+        CapgapError: as `carry_out`.
+    """
+    recipe = training_of(run, instance)
+    if recipe is None:
+        carry_out(run, instance, force=force, wait=wait)
+        return
+    ranks = ranks_in_environment()
+    if ranks is None:
+        _require_shares(recipe, recipe.num_devices)
+        if recipe.num_devices > 1:
+            launch(run, instance, recipe.num_devices, force=force, wait=wait)
+        else:
+            carry_out(run, instance, force=force, wait=wait)
+        return
+    meeting = Meeting(ranks, instance.name)
+    try:
+        _require_shares(recipe, ranks.world_size)
+        if ranks.is_first:
+            carry_out(run, instance, force=force, wait=wait, meeting=meeting)
+        else:
+            _follow(run, instance, wait, meeting)
+    except Exception as error:
+        raise _as_one_voice(error, instance, meeting) from None
+
+
+def training_of(run: RunFile, instance: Instance) -> OptimizationSettings | None:
+    """The settings of the training that an instance is; None for one that trains nothing."""
+    if instance.stage == "train":
+        assert instance.arm is not None
+        return run.train_settings(instance.arm)
+    if instance.stage == "teacher" and run.teacher.model is not None:
+        return run.teacher.recipe
+    return None
+
+
+def _follow(run: RunFile, instance: Instance, wait: bool, meeting: Meeting) -> None:
+    logging.getLogger("capgap").setLevel(logging.WARNING)
+    if not meeting.hear("begun"):
+        return
+    state = states(run)[instance.name]
+    work(run, state, open_inputs(run, state), wait, meeting)
+
+
+def _as_one_voice(error: Exception, instance: Instance, meeting: Meeting) -> Exception:
+    """The error as it is for the first process that fails, and one that says nothing for those that fail after it."""
+    is_first_to_fail = meeting.is_first_to_fail()
+    if meeting.ranks.is_first:
+        meeting.say("begun", False)
+    if is_first_to_fail and not _lost_a_peer(error):
+        return error
+    lost = LostRankError(
+        "another process of this training ended without a word",
+        where=f"{instance.name}, rank {meeting.ranks.rank}",
+        found=str(error).splitlines()[0],
+        fix="look for what killed it (memory?), and run the same command again",
+    )
+    lost.already_said = not is_first_to_fail or is_launched()
+    lost.exit_code = LOST if is_first_to_fail else lost.exit_code
+    return lost
+
+
+def _require_shares(recipe: OptimizationSettings, num_ranks: int) -> None:
+    together = num_ranks * (recipe.micro_batch_sequences or 1)
+    if recipe.batch_sequences % together:
+        raise SettingError(
+            "a step does not divide among the devices",
+            where="batch_sequences",
+            found=f"{recipe.batch_sequences} sequences on {num_ranks} devices"
+            + (f", {recipe.micro_batch_sequences} in a micro-batch" if recipe.micro_batch_sequences else ""),
+            expected=f"a multiple of {together}",
+            fix="change batch_sequences, micro_batch_sequences or the number of devices",
+        )
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    """Whether it is what torch says when another process has gone."""
+    from torch import distributed
+
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    return isinstance(error, distributed.DistError) or any(word in str(error) for word in words)
