@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
 from capgap.schemas.run_cache import RecordingName
@@ -42,6 +42,16 @@ class ModelShape(Record):
                 f"num_key_value_heads: found {self.num_key_value_heads}, expected a divisor of {self.num_heads}"
             )
         return self
+
+
+class LoggerSettings(Record):
+    """A logger of a training and its arguments."""
+
+    class_path: str
+    """Its name, or the path of a Lightning logger's class, as in `lightning.pytorch.loggers.CometLogger`."""
+
+    init_args: dict[str, JsonValue] = Field(default_factory=dict)
+    """Arguments; of a logger with a name they are laid over its own."""
 
 
 class OptimizationSettings(Record):
@@ -96,6 +106,10 @@ class OptimizationSettings(Record):
 
     log_every_steps: int = Field(10, ge=1, json_schema_extra=OPERATIONAL)
     """Interval of the rows in metrics.csv."""
+
+    loggers: tuple[str | LoggerSettings, ...] = Field(("tensorboard",), json_schema_extra=OPERATIONAL)
+    """Who hears of these rows beside metrics.csv: `tensorboard`, `csv`, `wandb`, `mlflow`, or any Lightning logger as
+    `{class_path: ..., init_args: {...}}`. Files are in the stage's folder `logs`; [] for none."""
 
     @model_validator(mode="after")
     def _check_batches(self) -> Self:

@@ -13,19 +13,24 @@ from transformers import PreTrainedModel
 
 from capgap.pipeline.progress import progress
 from capgap.pipeline.train.checkpoints import Checkpoints, newest_checkpoint
+from capgap.pipeline.train.clock import Clock, ClockedLoader
 from capgap.pipeline.train.data import heldout_batches, training_loader
 from capgap.pipeline.train.heldout import HeldOut
+from capgap.pipeline.train.loggers import LogBook, make_loggers
 from capgap.pipeline.train.metrics import METRICS_NAME, Metrics, MetricsFile, Progress
 from capgap.pipeline.train.module import DistillationModule
+from capgap.pipeline.train.not_finite import NOT_FINITE_FOLDER, NotFinite
+from capgap.pipeline.train.replay import setting_of
 from capgap.pipeline.train.task import Task
-from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
+from capgap.pipeline.workflow.folder import LOGS_FOLDER, WORK_FOLDER, plan_units
 
 
 def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     """Train `model` in place and return totals for the manifest.
 
     Raises:
-        InputError: too little data for one step, or a loss that is not finite.
+        InputError: too little data for one step, a loss or a gradient that is not finite, a logger without its package.
+        SettingError: there is no such logger.
         CorruptError: shards are damaged, or targets are not aligned with their tokens.
     """
     settings, shard_set = task.settings, task.training.shard_set
@@ -36,11 +41,19 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     module = DistillationModule(
         model, settings, num_steps, task.alpha, task.temperature, task.training.codec.vocab_size, task.objective
     )
-    checkpoints = task.folder / WORK_FOLDER / "checkpoints"
-    plan_units(task.folder / WORK_FOLDER, "steps", num_steps, "checkpoints/step-*.ckpt")
+    work = task.folder / WORK_FOLDER
+    checkpoints = work / "checkpoints"
+    plan_units(work, "steps", num_steps, "checkpoints/step-*.ckpt")
     resume = newest_checkpoint(checkpoints)
     first_step = int(resume.stem.split("-")[1]) if resume else 0
-    metrics = MetricsFile(task.folder / METRICS_NAME, first_step)
+    book = LogBook(task.folder / LOGS_FOLDER, work, task.folder / METRICS_NAME, first_step, task.title)
+    told = make_loggers(settings.loggers, book)
+    metrics = MetricsFile(book.metrics, first_step, told)
+    clock = Clock()
+    watch = NotFinite(loader, accumulate, work / NOT_FINITE_FOLDER, setting_of(task, model, checkpoints))
+    heldout = HeldOut(
+        metrics, watch, clock, lambda: heldout_batches(task), settings.validate_every_steps, tokens_per_step
+    )
     model.train()
     with progress(task.title, num_steps, "steps", first_step) as meter, _quiet_lightning():
         trainer = lightning.Trainer(
@@ -50,19 +63,20 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
             max_steps=num_steps,
             max_epochs=1,
             accumulate_grad_batches=accumulate,
-            logger=False,
+            logger=[one.logger for one in told],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
             callbacks=[
-                Metrics(metrics, settings.log_every_steps, steps_per_epoch, tokens_per_step),
-                HeldOut(metrics, heldout_batches(task), settings.validate_every_steps, tokens_per_step),
+                watch,
+                Metrics(metrics, watch, clock, settings.log_every_steps, steps_per_epoch, tokens_per_step),
+                heldout,
                 Checkpoints(checkpoints, settings.checkpoint_every_steps, accumulate),
                 Progress(meter),
             ],
         )
-        trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
+        trainer.fit(module, ClockedLoader(loader, clock), ckpt_path=resume, weights_only=True)
     model.to("cpu").eval()
     return {
         "num_steps": num_steps,

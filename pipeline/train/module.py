@@ -58,6 +58,13 @@ class DistillationModule(lightning.LightningModule):
         self._alpha, self._temperature, self._vocab_size = alpha, temperature, vocab_size
         self._objective = objective
         self.last: SparseKl | None = None
+        self.hidden_BLH: torch.Tensor | None = None
+        self.gradient_norm = torch.zeros(())
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that are real; columns of the head past them are padding."""
+        return self._vocab_size
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Loss of one micro-batch."""
@@ -72,6 +79,9 @@ class DistillationModule(lightning.LightningModule):
         """
         several = {} if batch.positions_BL is None else _ending_attention(self.model, batch.positions_BL)
         hidden_BLH = self.model.base_model(input_ids=batch.input_ids_BL, use_cache=False, **several).last_hidden_state
+        if not self.training:
+            # for who measures more than losses
+            self.hidden_BLH = hidden_BLH
         head = self.model.get_output_embeddings()
         on_cpu = hidden_BLH.device.type == "cpu"
         return linear_sparse_kl(
@@ -104,7 +114,7 @@ class DistillationModule(lightning.LightningModule):
 
         Its reason is gradient scaling, which bfloat16 does without.
         """
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm)
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm)
 
 
 def learning_rate_factor(settings: OptimizationSettings, step: int, num_steps: int) -> float:

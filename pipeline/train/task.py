@@ -27,6 +27,7 @@ class Task:
         folder: of the stage; receives `metrics.csv`, and checkpoints below `work`.
         heat: by which the loader turns the stored targets into those of that temperature.
         objective: which divergence alpha weighs.
+        heldout_targets: the cache's held-out sequences, the first ones of `heldout`; None where it has none.
     """
 
     title: str
@@ -40,3 +41,4 @@ class Task:
     folder: Path
     heat: Heat | None = None
     objective: Objective = Objective()  # noqa: RUF009  # frozen
+    heldout_targets: ShardReader | None = None
