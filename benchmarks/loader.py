@@ -47,6 +47,7 @@ from capgap.pipeline.store import (
 )
 from capgap.pipeline.store.batch import Batch
 from capgap.pipeline.store.codec import TOPK
+from capgap.schemas.facts import CacheFacts
 from capgap.schemas.manifest import Manifest, ShardSet
 from capgap.schemas.records import Sequences, TopkTargets
 
@@ -87,7 +88,8 @@ def readers(scratch: Path, num_members: int, cache: Path | None) -> list[ShardRe
     if cache is None:
         return made
     manifest = Manifest.model_validate_json((cache / "manifest.json").read_bytes())
-    return [*made, *(ShardReader(cache, shard_set) for shard_set in manifest.shard_sets.values())]
+    recordings = CacheFacts.model_validate(manifest.facts).recordings
+    return [*made, *(ShardReader(cache, manifest.shard_sets[name]) for name in recordings)]
 
 
 def throughput(reader: ShardReader, scratch: Path, repeats: int, max_tokens: int = 2_000_000) -> dict[str, Any]:

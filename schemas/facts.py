@@ -81,6 +81,11 @@ class RecordingFacts(Record):
     """At which a student can train, rising; for `sampled` the one at which was drawn."""
 
 
+def heldout_set(recording: RecordingName) -> str:
+    """The name of a recording's shard set of held-out sequences; a cache without them has no such set."""
+    return f"heldout-{recording}"
+
+
 class CacheFacts(Record):
     """What the cache stage hands on."""
 

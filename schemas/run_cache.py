@@ -52,6 +52,10 @@ class CacheSettings(Record):
     max_tokens: int | None = Field(None, ge=1)
     """Stop after this many targets, whole shards. Leave it out to score everything the student may see."""
 
+    num_heldout_sequences: int = Field(64, ge=0)
+    """Held-out sequences that are scored beside, rounded up to whole blocks of at most 8192 targets, so that a training
+    can measure how near it comes to the teacher on text that it does not see."""
+
     chunk_rows: int = Field(1024, ge=1, json_schema_extra=OPERATIONAL)
     """Rows of logits held at once: on a GPU memory is at most `chunk_rows` x vocabulary x 18 bytes, 26 with
     `tensor_parallel`. A GPU that has less left beside `gpu_memory_fraction` is refused."""
@@ -128,8 +132,15 @@ class CacheSettings(Record):
         return tuple(sorted(self.extra_temperatures))
 
     def decisive(self) -> dict[str, Any]:
-        """As for every record, with numbers of ids and profile spelt out where they were left out."""
-        return super().decisive() | {
+        """As for every record, with numbers of ids and profile spelt out where they were left out.
+
+        Caches that were made before held-out sequences were scored are found again: a teacher need not score a whole
+        corpus anew for them.
+        """
+        values = super().decisive()
+        if self.num_heldout_sequences == type(self).model_fields["num_heldout_sequences"].default:
+            del values["num_heldout_sequences"]
+        return values | {
             "num_draws": self.num_ids("sampled") or None,
             "num_kept": self.num_ids("topk") or None,
             "profile": self.stored_profile,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
 from capgap.schemas.run_cache import RecordingName
+
+_OF_THE_SCHEDULE = ("schedule", "decay_fraction", "decay_shape")
 
 
 class ModelShape(Record):
@@ -44,7 +46,14 @@ class ModelShape(Record):
         return self
 
 
-_OF_THE_SCHEDULE = ("schedule", "decay_fraction", "decay_shape")
+class LoggerSettings(Record):
+    """A logger of a training and its arguments."""
+
+    class_path: str
+    """Its name, or the path of a Lightning logger's class, as in `lightning.pytorch.loggers.CometLogger`."""
+
+    init_args: dict[str, JsonValue] = Field(default_factory=dict)
+    """Arguments; of a logger with a name they are laid over its own."""
 
 
 class OptimizationSettings(Record):
@@ -163,6 +172,9 @@ class OptimizationSettings(Record):
     output: Literal["last", "best"] = "last"
     """Which weights the stage hands on: those of the `last` step, or the `best`, of the lowest held-out loss measured
     (`validate_every_steps`)."""
+    loggers: tuple[str | LoggerSettings, ...] = Field(("tensorboard",), json_schema_extra=OPERATIONAL)
+    """Who hears of these rows beside metrics.csv: `tensorboard`, `csv`, `wandb`, `mlflow`, or any Lightning logger as
+    `{class_path: ..., init_args: {...}}`. Files are in the stage's folder `logs`; [] for none."""
 
     @model_validator(mode="after")
     def _check_batches(self) -> Self:

@@ -25,7 +25,7 @@ from capgap.pipeline.store import Block, Codec, ShardReader, ShardWriter, check_
 from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.store.ranking import RANKING_NAME, read_ranking
-from capgap.schemas.facts import ShardFacts
+from capgap.schemas.facts import ShardFacts, heldout_set
 from capgap.schemas.manifest import ShardEntry, ShardSet
 from capgap.schemas.records import Sequences
 from capgap.schemas.run_cache import CacheSettings, RecordingName
@@ -42,7 +42,9 @@ class CacheJob:
     Attributes:
         settings: of the cache.
         corpus: folder of the corpus.
-        source: the corpus's shards to be scored; shard i of the cache is made from shard i.
+        source: the corpus's shards to be scored; shard i of the cache is made from shard i. First those that students
+            train on, after them those of held-out sequences, whose files are named and numbered by themselves.
+        num_training: how many of them students train on.
         context: the corpus's rule.
         teacher: folder or id.
         folder: of the cache; holds the ranking of ids.
@@ -55,6 +57,7 @@ class CacheJob:
     settings: CacheSettings
     corpus: Path
     source: ShardSet
+    num_training: int
     context: ContextRule
     teacher: str
     folder: Path
@@ -105,7 +108,7 @@ class ShardScorer:
             facts = ShardFacts.model_validate_json(self._facts_path(index).read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
-        found = {name: writer.finished(index) for name, writer in self._writers.items()}
+        found = {name: writer.finished(number) for name, writer, number in self._writers_of(index)}
         entries = {name: entry for name, entry in found.items() if entry is not None}
         if {name: entry.file.sha256 for name, entry in entries.items()} != facts.sha256:
             return None
@@ -136,7 +139,10 @@ class ShardScorer:
             OSError: the disk is full, or the folder cannot be written.
         """
         self._facts_path(shard.index).unlink(missing_ok=True)
-        entries = {name: writer.write(shard.index, self._blocks(shard, name)) for name, writer in self._writers.items()}
+        entries = {
+            name: writer.write(number, self._blocks(shard, name))
+            for name, writer, number in self._writers_of(shard.index)
+        }
         facts = ShardFacts(
             sha256={name: entry.file.sha256 for name, entry in entries.items()},
             engine=shard.engine,
@@ -155,6 +161,15 @@ class ShardScorer:
         """The manifest's description of one recording of these shards."""
         return self._writers[name].shard_set([shard.entries[name] for shard in shards])
 
+    def _writers_of(self, index: int) -> Iterator[tuple[RecordingName, ShardWriter, int]]:
+        """Of each recording, who writes shard `index`, and the number that the shard has there."""
+        number = index - self.job.num_training
+        for name in self.job.settings.recordings:
+            if number < 0:
+                yield name, self._writers[name], index
+            else:
+                yield name, self._writers[heldout_set(name)], number
+
     def close(self) -> None:
         """Give back the device."""
         if self._engine is not None:
@@ -166,11 +181,12 @@ class ShardScorer:
         return ShardReader(self.job.corpus, self.job.source)
 
     @cached_property
-    def _writers(self) -> dict[RecordingName, ShardWriter]:
+    def _writers(self) -> dict[str, ShardWriter]:
+        """By the name of their set."""
         job, settings = self.job, self.job.settings
         data = (job.folder / RANKING_NAME).read_bytes()
         ranking = read_ranking(data, job.ranking_sha256, job.vocab_size, str(job.folder / RANKING_NAME))
-        writers: dict[RecordingName, ShardWriter] = {}
+        writers: dict[str, ShardWriter] = {}
         for name in settings.recordings:
             codec = Codec(
                 SAMPLED if name == "sampled" else TOPK_CODECS[settings.stored_profile or ""],
@@ -181,7 +197,8 @@ class ShardScorer:
                 settings.temperature,
                 settings.sorted_temperatures if name == "topk" else (),
             )
-            writers[name] = ShardWriter(job.folder, job.work / _SIDECARS_FOLDER, name, codec)
+            for set_name in (name, heldout_set(name)):
+                writers[set_name] = ShardWriter(job.folder, job.work / _SIDECARS_FOLDER, set_name, codec)
         return writers
 
     def _read(self, index: int) -> Sequences:

@@ -7,6 +7,7 @@ other threads:                    encode and write shard i, ...
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 
 from capgap.pipeline.cache.overlap import overlap
 from capgap.pipeline.cache.request_checks import require_kept
@@ -19,8 +20,8 @@ from capgap.pipeline.store.ranking import RANKING_NAME
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
 from capgap.schemas.errors import MismatchError
-from capgap.schemas.facts import CacheFacts, CorpusFacts, ModelFacts, RecordingFacts
-from capgap.schemas.manifest import ShardSet
+from capgap.schemas.facts import CacheFacts, CorpusFacts, ModelFacts, RecordingFacts, heldout_set
+from capgap.schemas.manifest import Members, ShardEntry, ShardSet
 from capgap.schemas.run_cache import CacheSettings, RecordingName
 from capgap.schemas.run_file import RunFile
 
@@ -52,7 +53,8 @@ def run(context: StageContext) -> StageResult:
     corpus_facts = CorpusFacts.model_validate(context.input("corpus").manifest.facts)
     teacher_facts = ModelFacts.model_validate(context.input("teacher").manifest.facts)
     scorer = ShardScorer(prepare(context))
-    shards = _make(scorer, context)
+    made = _make(scorer, context)
+    shards, heldout = made[: scorer.job.num_training], made[scorer.job.num_training :]
     sets = {str(name): scorer.shard_set(name, shards) for name in settings.recordings}
     num_targets = sum(shard.facts.num_targets for shard in shards)
     facts = CacheFacts(
@@ -70,7 +72,10 @@ def run(context: StageContext) -> StageResult:
         "num_tokens": num_targets,
         "num_bytes": num_bytes,
         "bytes_per_token": round(num_bytes / num_targets, 3),
+        "num_heldout_tokens": sum(shard.facts.num_targets for shard in heldout),
     }
+    if heldout:
+        sets |= {heldout_set(name): scorer.shard_set(name, heldout) for name in settings.recordings}
     return StageResult(facts=facts.model_dump(mode="json"), totals=totals, shard_sets=sets)
 
 
@@ -85,12 +90,15 @@ def prepare(context: StageContext) -> CacheJob:
     ranking = rank_ids((block for block, _ in read_blocks(corpus.path, student)), facts.tokenizer.vocab_size)
     write_atomically(context.folder / RANKING_NAME, ranking.data)
     work = context.folder / WORK_FOLDER
-    source = student.model_copy(update={"shards": student.shards[: _num_shards(student, settings.max_tokens)]})
+    training = student.shards[: _num_shards(student, settings.max_tokens)]
+    heldout = _first_blocks(corpus.manifest.shard_sets.get("heldout"), settings.num_heldout_sequences)
+    source = student.model_copy(update={"shards": (*training, *heldout)})
     plan_units(work, "shards", len(source.shards), f"{SCORED_FOLDER}/*.json")
     return CacheJob(
         settings=settings,
         corpus=corpus.path,
         source=source,
+        num_training=len(training),
         context=facts.context,
         teacher=model_path(context.input("teacher")),
         folder=context.folder,
@@ -178,3 +186,24 @@ def _num_shards(shard_set: ShardSet, max_tokens: int | None) -> int:
         if max_tokens is not None and total >= max_tokens:
             return number
     return len(shard_set.shards)
+
+
+def _first_blocks(heldout: ShardSet | None, num_sequences: int) -> tuple[ShardEntry, ...]:
+    """The first shards of the held-out text, the last of them cut after the block with that many sequences."""
+    chosen: list[ShardEntry] = []
+    for shard in () if heldout is None else heldout.shards:
+        missing = num_sequences - sum(one.num_sequences for one in chosen)
+        if missing <= 0:
+            break
+        of = shard.members
+        ends = accumulate(of.num_sequences)
+        count = 1 + sum(1 for end in ends if end < missing)
+        members = Members(
+            offset=of.offset[:count],
+            num_bytes=of.num_bytes[:count],
+            num_sequences=of.num_sequences[:count],
+            crc32=of.crc32[:count],
+        )
+        cut = {"members": members, "num_sequences": sum(members.num_sequences)}
+        chosen.append(shard.model_copy(update=cut))
+    return tuple(chosen)

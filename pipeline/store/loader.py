@@ -177,6 +177,10 @@ class SequenceLoader:
         epoch, chosen = self._chosen(number)
         return [self.order.locate(epoch, index) for index in chosen]
 
+    def names(self, number: int) -> list[str]:
+        """The sequences of that micro-batch as errors name them, in its order, as long as no member is damaged."""
+        return [f"{self._reader.name_of(*place[:2])}, sequence {place.row}" for place in self.places(number)]
+
     def state_dict(self) -> dict[str, Any]:
         """The number of sequences handed out over all ranks, what it counts, and what was skipped.
 

@@ -88,6 +88,16 @@ class MixedLoader:
             for stream in streams:
                 stream.close()
 
+    def micro_batch(self, number: int) -> Batch:
+        """This rank's micro-batch of that number, counted over the whole training."""
+        loader, own = self._source(number)
+        return loader.micro_batch(own)
+
+    def names(self, number: int) -> list[str]:
+        """The sequences of that micro-batch as errors name them; as the loader's."""
+        loader, own = self._source(number)
+        return loader.names(own)
+
     def state_dict(self) -> dict[str, Any]:
         """The number of micro-batches handed out on each rank, what it counts, and the loaders' own states."""
         states = {name: loader.state_dict() for name, loader in zip(self._names, self._loaders, strict=True)}
@@ -118,6 +128,12 @@ class MixedLoader:
         """Micro-batches that each loader has given before that position."""
         cycle, turn = divmod(position, _CYCLE)
         return cycle * self._shares + np.bincount(self._turns(cycle)[:turn], minlength=len(self._shares))
+
+    def _source(self, number: int) -> tuple[SequenceLoader, int]:
+        """Whose micro-batch that one is, and its number there."""
+        cycle, turn = divmod(number, _CYCLE)
+        which = int(self._turns(cycle)[turn])
+        return self._loaders[which], int(self._given(number)[which])
 
     def _most(self, max_tokens: int | None) -> int:
         if max_tokens is not None:

@@ -121,6 +121,11 @@ def checkpoint_to_resume(folder: Path) -> Path | None:
     return resume
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest sound checkpoint, of a training that may still run."""
+    return next((path for path in sorted(folder.glob("step-*.ckpt"), reverse=True) if not fault_of(path)), None)
+
+
 def best_checkpoint(folder: Path) -> Path:
     """The weights at the lowest held-out loss of a training that has ended."""
     return max(folder.glob("best-*.ckpt"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from capgap.pipeline.store import Batch, SequenceLoader
+from capgap.pipeline.store import Batch, SequenceLoader, ShardReader
 from capgap.pipeline.store.batch import collate
 from capgap.pipeline.train.task import Task
 
@@ -32,13 +32,26 @@ def training_loader(task: Task) -> SequenceLoader:
 
 
 def heldout_batches(task: Task) -> Iterator[Batch]:
-    """The first held-out sequences, in micro-batches."""
-    left, reader = task.settings.num_validation_sequences, task.heldout
-    for index in range(reader.shard_set.num_members):
-        sequences, _ = reader.read(index)
-        for start in range(0, min(left, len(sequences)), task.micro_batch):
-            stop = min(start + task.micro_batch, left, len(sequences))
-            yield collate([(sequences, None, row) for row in range(start, stop)], num_draws=1)
-        left -= len(sequences)
-        if left <= 0:
-            return
+    """The first held-out sequences, in micro-batches: with the teacher's targets as far as the cache has them.
+
+    The cache holds the first sequences of the same held-out text.
+    """
+    wanted, num_scored = task.settings.num_validation_sequences, 0
+    if task.heldout_targets is not None:
+        num_scored = min(wanted, task.heldout_targets.shard_set.num_sequences)
+        yield from _batches_of(task, task.heldout_targets, range(num_scored))
+    yield from _batches_of(task, task.heldout, range(num_scored, wanted))
+
+
+def _batches_of(task: Task, reader: ShardReader, wanted: range) -> Iterator[Batch]:
+    """Those of the reader's sequences, or as many of them as there are."""
+    first = 0
+    for index, size in enumerate(m.num_sequences for s in reader.shard_set.shards for m in s.each_member()):
+        rows = range(max(wanted.start - first, 0), min(wanted.stop - first, size))
+        first += size
+        if not rows:
+            continue
+        sequences, targets = reader.read(index)
+        for start in range(rows.start, rows.stop, task.micro_batch):
+            part = range(start, min(start + task.micro_batch, rows.stop))
+            yield collate([(sequences, targets, row) for row in part], reader.codec.num_ids, task.heat)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,15 +16,19 @@ from transformers import PreTrainedModel
 
 from capgap.pipeline.progress import Meter, progress
 from capgap.pipeline.train.checkpoints import Checkpoints, best_checkpoint, checkpoint_to_resume
+from capgap.pipeline.train.clock import Clock, ClockedLoader
 from capgap.pipeline.train.data import heldout_batches, training_loader
 from capgap.pipeline.train.fits import require_memory, require_positions
 from capgap.pipeline.train.heldout import HeldOut
+from capgap.pipeline.train.loggers import LogBook, make_loggers
 from capgap.pipeline.train.metrics import METRICS_NAME, Metrics, MetricsFile, Progress
 from capgap.pipeline.train.module import DistillationModule
+from capgap.pipeline.train.not_finite import NOT_FINITE_FOLDER, NotFinite
+from capgap.pipeline.train.replay import setting_of
 from capgap.pipeline.train.saved import read_checkpoint, whole
 from capgap.pipeline.train.strategy import gather_into, is_sharded, trainer_arguments
 from capgap.pipeline.train.task import Task
-from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
+from capgap.pipeline.workflow.folder import LOGS_FOLDER, WORK_FOLDER, plan_units
 
 
 def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
@@ -34,8 +37,9 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     Every rank calls it, within torch's process group.
 
     Raises:
-        InputError: too little data for one step, a loss that is not finite, or a model that `DistillationModule` cannot
-            train or that takes shorter sequences.
+        InputError: too little data for one step, a loss or a gradient that is not finite, a logger without its package,
+            or a model that `DistillationModule` cannot train or that takes shorter sequences.
+        SettingError: there is no such logger.
         CorruptError: shards are damaged, or targets are not aligned with their tokens.
         MachineError: the model and its optimizer do not fit into the device's memory, or nothing can be compiled.
     """
@@ -52,11 +56,18 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     )
     require_positions(model, task.training.shard_set.seq_len)
     require_memory(model, settings, task.device, task.training.shard_set.seq_len, ranks.world_size if sharded else 1)
-    folder = task.folder / WORK_FOLDER / "checkpoints"
+    work = task.folder / WORK_FOLDER
+    folder = work / "checkpoints"
     resume = _resume(task, folder, num_steps)
     first_step = int(resume.stem.split("-")[1]) if resume else 0
-    metrics = MetricsFile(task.folder / METRICS_NAME if ranks.is_first else Path(os.devnull), first_step)
-    heldout = HeldOut(metrics, heldout_batches(task), settings.validate_every_steps, tokens_per_step)
+    book = LogBook(task.folder / LOGS_FOLDER, work, task.folder / METRICS_NAME, first_step, task.title)
+    told = make_loggers(settings.loggers, book) if ranks.is_first else []
+    metrics = MetricsFile(book.metrics, first_step, told)
+    clock = Clock()
+    watch = NotFinite(loader, accumulate, work / NOT_FINITE_FOLDER, setting_of(task, model, folder, num_steps))
+    heldout = HeldOut(
+        metrics, watch, clock, lambda: heldout_batches(task), settings.validate_every_steps, tokens_per_step
+    )
     checkpoints = Checkpoints(
         folder,
         settings.checkpoint_every_steps,
@@ -73,19 +84,20 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
             max_steps=num_steps,
             max_epochs=1,
             accumulate_grad_batches=accumulate,
-            logger=False,
+            logger=[one.logger for one in told],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             # on every rank: what they measure may need all of them; the first writes
             callbacks=[
-                Metrics(metrics, settings.log_every_steps, steps_per_epoch, tokens_per_step),
+                watch,
+                Metrics(metrics, watch, clock, settings.log_every_steps, steps_per_epoch, tokens_per_step),
                 heldout,
                 checkpoints,
                 *([Progress(meter)] if meter else []),
             ],
         )
-        trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
+        trainer.fit(module, ClockedLoader(loader, clock), ckpt_path=resume, weights_only=True)
     if sharded:
         gather_into(model if ranks.is_first else None, student)
     model.to("cpu").eval()

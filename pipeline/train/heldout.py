@@ -1,29 +1,71 @@
-"""Held-out text, measured while a training runs."""
+"""Held-out sequences, measured while a training runs: their text, and how near the student comes to the teacher there.
+
+Legend: B sequences, L targets a sequence, N = B x L rows, K ids kept, V vocabulary, H hidden.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import lightning
 import torch
 
 from capgap.pipeline.store import Batch
+from capgap.pipeline.train.clock import Clock
 from capgap.pipeline.train.metrics import MetricsFile
 from capgap.pipeline.train.module import DistillationModule
+from capgap.pipeline.train.not_finite import NotFinite
+
+
+@dataclass(frozen=True)
+class HeldOutFigures:
+    """What was measured, as means over the labels of held-out sequences.
+
+    Attributes:
+        loss: cross-entropy with the text, nats per token.
+        kl: of a `topk` cache, the divergence that alpha weighs between teacher and student, at the training's
+            temperature: with `forward_kl` and its tail as one cell a lower bound of KL(teacher || student), and
+            comparable with `train_kl`. None for a `sampled` cache: draws give the teacher's entropy with a bias.
+        teacher_ce: of a `sampled` cache, the student's cross-entropy with the teacher's draws, nats per token. Over
+            draws its mean is that with the teacher's whole distribution, which is KL(teacher || student) and the
+            teacher's entropy: on the same sequences two of these figures differ as two KLs do. None for `topk`.
+        top1: share of rows at which the student's likeliest id is the teacher's likeliest. For `sampled` that is the id
+            drawn most often, the lower one of two. Each id is drawn n p times, rounded up or down: so it can be another
+            than the teacher's likeliest only where two ids are less than two draws apart.
+    """
+
+    loss: float
+    kl: float | None = None
+    teacher_ce: float | None = None
+    top1: float | None = None
 
 
 class HeldOut(lightning.Callback):
-    """Measures the cross-entropy of held-out text every few steps and at the end.
+    """Measures held-out sequences every few steps and at the end.
 
     Attributes:
-        measured: step and loss of the last measurement; the same on every rank.
+        last: the figures of the last measurement; None before the first.
     """
 
-    def __init__(self, file: MetricsFile, batches: Iterable[Batch], every_steps: int, tokens_per_step: int) -> None:
-        self._file, self._batches = file, list(batches)
+    def __init__(
+        self,
+        file: MetricsFile,
+        watch: NotFinite,
+        clock: Clock,
+        batches: Callable[[], Iterable[Batch]],
+        every_steps: int,
+        tokens_per_step: int,
+    ) -> None:
+        self._file, self._watch, self._clock, self._batches = file, watch, clock, batches
         self._every, self._tokens_per_step, self._last_step = every_steps, tokens_per_step, 0
-        self.measured: tuple[int, float] | None = None
+        self.last: HeldOutFigures | None = None
+
+    @property
+    def measured(self) -> tuple[int, float] | None:
+        """Step of the last measurement, and its cross-entropy with the text; the same on every rank."""
+        return None if self.last is None else (self._last_step, self.last.loss)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """The step that a resumed training begins with has been measured."""
@@ -35,22 +77,62 @@ class HeldOut(lightning.Callback):
         if step == self._last_step or (step % self._every and step != trainer.max_steps):
             return
         self._last_step = step
-        loss = heldout_loss(module, self._batches)
-        self.measured = (step, loss)
-        self._file.add(step=step, num_tokens=step * self._tokens_per_step, validation_loss=round(loss, 6))
+        self._watch.settle(trainer)
+        with self._clock.aside():
+            self.last = measure(module, self._batches())
+        self._file.add(
+            step=step,
+            num_tokens=step * self._tokens_per_step,
+            validation_loss=round(self.last.loss, 6),
+            heldout_kl=_rounded(self.last.kl),
+            heldout_teacher_ce=_rounded(self.last.teacher_ce),
+            heldout_top1=_rounded(self.last.top1),
+        )
 
 
 @torch.no_grad()
-def heldout_loss(module: DistillationModule, batches: Iterable[Batch]) -> float:
-    """Mean cross-entropy over all labels of the batches, nats per token."""
+def measure(module: DistillationModule, batches: Iterable[Batch]) -> HeldOutFigures:
+    """The figures over all labels of the batches; those against the teacher over the batches that have targets."""
     was_training = module.training
     module.eval()
-    total, count = 0.0, 0
+    # loss and labels; then of batches with targets labels, KL, cross-entropy with the teacher, agreements
+    sums_6 = torch.zeros(6, dtype=torch.float64, device=module.device)
+    is_sampled = False
     for batch in batches:
-        on_device = batch.to(module.device)
-        rows_N = module.loss(on_device, alpha=0.0).ce_N
-        counted_N = on_device.labels_BL.flatten() >= 0
-        total += float(rows_N[counted_N].double().sum())
-        count += int(counted_N.sum())
+        there = batch.to(module.device)
+        has_targets = there.ids_NK is not None
+        last = module.loss(there, alpha=1.0 if has_targets else 0.0)
+        counted_N = there.labels_BL.flatten() >= 0
+        sums_6[0] += last.ce_N[counted_N].double().sum()
+        sums_6[1] += counted_N.sum()
+        if has_targets:
+            assert last.kl_N is not None
+            is_sampled = there.tail_N is None
+            sums_6[2] += counted_N.sum()
+            sums_6[3] += last.kl_N[counted_N].double().sum()
+            sums_6[4] += entropies(there)[counted_N].sum()
+            sums_6[5] += _agrees(module, there)[counted_N].sum()
     module.train(was_training)
-    return total / max(count, 1)
+    loss, count, count_with, kl, entropy, agreements = sums_6.tolist()
+    loss /= max(count, 1)
+    if not count_with:
+        return HeldOutFigures(loss)
+    if is_sampled:
+        return HeldOutFigures(loss, None, (kl + entropy) / count_with, agreements / count_with)
+    return HeldOutFigures(loss, kl / count_with, None, agreements / count_with)
+
+
+def entropies(batch: Batch) -> torch.Tensor:
+    """Of the kept ids' probabilities of each row [N], float64, nats."""
+    assert batch.weights_NK is not None
+    weights_NK = batch.weights_NK.double()
+    return -torch.xlogy(weights_NK, weights_NK).sum(dim=1)
+
+
+def _agrees(module: DistillationModule, batch: Batch) -> torch.Tensor:
+    assert batch.ids_NK is not None and batch.weights_NK is not None and module.top_N is not None
+    return module.top_N == batch.ids_NK.gather(1, batch.weights_NK.argmax(dim=1, keepdim=True))[:, 0]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)

@@ -1,21 +1,30 @@
-"""What a training writes down while it runs: rows of metrics.csv, and the progress bar."""
+"""What a training writes down while it runs: rows of metrics.csv and of every logger, and the progress bar.
+
+micro-batch --Sums, on the device--> one look at the interval --> row --> metrics.csv, loggers
+"""
 
 from __future__ import annotations
 
 import csv
-import math
+import os
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from capgap.pipeline.progress import Meter
 from capgap.pipeline.store import Batch
-from capgap.schemas.errors import InputError
+from capgap.pipeline.train.clock import Clock
+from capgap.pipeline.train.module import DistillationModule
+from capgap.pipeline.train.not_finite import NotFinite
 
 METRICS_NAME = "metrics.csv"
-_COLUMNS = (
+COLUMNS = (
     "step",
     "epoch",
     "num_tokens",
@@ -23,69 +32,154 @@ _COLUMNS = (
     "train_kl",
     "train_ce",
     "validation_loss",
+    "heldout_kl",
+    "heldout_teacher_ce",
+    "heldout_top1",
     "learning_rate",
+    "gradient_norm",
     "tokens_per_s",
+    "waiting_share",
+    "memory_bytes",
 )
 
 
-class MetricsFile:
-    """`metrics.csv`: a row per logged step; after a resume, rows of steps that will be taken again are dropped."""
+@dataclass(frozen=True)
+class Told:
+    """One of Lightning's loggers.
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        self._path = path
-        kept = [row for row in _rows(path) if int(row["step"]) <= first_step]
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, _COLUMNS)
+    Attributes:
+        logger: itself.
+        last_step: the last one that it was told of.
+    """
+
+    logger: Any
+    last_step: int = 0
+
+
+class MetricsFile:
+    """`metrics.csv`, and whatever loggers are to hear of its rows; the first process of a training writes, no other.
+
+    After a resume, rows of steps that will be taken again are dropped. Loggers hear of a row after the file has it.
+
+    Args:
+        path: of the file; one of an earlier version, with fewer columns, is gone on with.
+        first_step: that a resumed training begins with.
+        loggers: that hear of the steps after their last one.
+    """
+
+    def __init__(self, path: Path, first_step: int, loggers: Sequence[Told] = ()) -> None:
+        self._path, self._first_step, self._loggers = path, first_step, loggers
+        self._begin()
+
+    @rank_zero_only
+    def _begin(self) -> None:
+        kept = [row for row in read_rows(self._path) if int(row["step"]) <= self._first_step]
+        with self._path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
 
-    def add(self, **values: float) -> None:
-        """Append a row; columns that are left out stay empty."""
+    @rank_zero_only
+    def add(self, *, step: int, **values: float | None) -> None:
+        """Append a row; columns that are left out, or None, stay empty."""
+        known = {name: value for name, value in values.items() if value is not None}
         with self._path.open("a", newline="") as file:
-            csv.DictWriter(file, _COLUMNS).writerow(values)
+            csv.DictWriter(file, COLUMNS).writerow({"step": step, **known})
+        for told in self._loggers:
+            if step > told.last_step:
+                told.logger.log_metrics(known, step=step)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Whole rows of a metrics file, by their columns; none where there is no file."""
+    if not path.is_file():
+        return []
+    # a killed process may have left half a row at the end
+    whole, _, _ = path.read_text().rpartition("\n")
+    rows = csv.DictReader(whole.splitlines())
+    return [row for row in rows if None not in row and None not in row.values() and row["step"].isdigit()]
+
+
+class Sums:
+    """Sums over the micro-batches of an interval; they lie on the device, so that adding waits for nothing."""
+
+    def __init__(self) -> None:
+        self._sums: torch.Tensor | None = None
+
+    def add(self, values: Sequence[torch.Tensor]) -> None:
+        """Add one of each; all of them scalars of one device."""
+        row = torch.stack([value.detach().double() for value in values])
+        self._sums = row if self._sums is None else self._sums + row
+
+    def take(self, trainer: Any) -> list[float]:
+        """The sums over all processes, which begin anew: this waits for the device."""
+        assert self._sums is not None
+        sums: list[float] = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
+        self._sums = None
+        return sums
 
 
 class Metrics(lightning.Callback):
-    """Logs the training loss every few steps and stops a training whose loss is not finite."""
+    """Writes a row every few steps and at the end.
 
-    def __init__(self, file: MetricsFile, every_steps: int, steps_per_epoch: float, tokens_per_step: int) -> None:
-        self._file, self._every = file, every_steps
+    A row's `train_loss`, `train_kl`, `train_ce` and `gradient_norm` are means since the row before: over micro-batches
+    of all processes, over steps for the norm, which is taken before clipping. `train_kl` is the divergence that alpha
+    weighs, and for a `sampled` cache counts the draws' own entropy, not the teacher's. `tokens_per_s` and
+    `waiting_share`, the part of the time in which the loader was waited for, leave measurements on held-out text out.
+    `memory_bytes` is the most that tensors have taken on a GPU so far, or what the process takes now on a CPU.
+    """
+
+    def __init__(
+        self,
+        file: MetricsFile,
+        watch: NotFinite,
+        clock: Clock,
+        every_steps: int,
+        steps_per_epoch: float,
+        tokens_per_step: int,
+    ) -> None:
+        self._file, self._watch, self._clock, self._every = file, watch, clock, every_steps
         self._steps_per_epoch, self._tokens_per_step = steps_per_epoch, tokens_per_step
-        self._last_time, self._last_step = time.monotonic(), 0
+        self._losses, self._norms = Sums(), Sums()
+        self._begin(0)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """The step that a resumed training begins with has its row."""
-        self._last_time, self._last_step = time.monotonic(), trainer.global_step
+        self._seen_step = trainer.global_step
+        self._begin(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Write a row at the interval and at the last step; micro-batches before a step's last one take none."""
+        """Add up; write a row at the interval, and at the last step."""
+        self._losses.add(_means(module, batch))
         step = trainer.global_step
-        if step == self._last_step or (step % self._every and step != trainer.max_steps):
+        if step == self._seen_step:
             return
-        last = module.last
-        loss, ce = float(last.loss.detach()), float(last.ce_N.mean())
-        kl = {} if last.kl_N is None else {"train_kl": round(float(last.kl_N.mean()), 6)}
-        if not math.isfinite(loss):
-            raise InputError(
-                "the loss is not finite",
-                where=f"training step {step}",
-                found=loss,
-                expected="a number",
-                fix="lower the learning rate, or train in 32-true",
-            )
-        now = time.monotonic()
-        rate = (step - self._last_step) * self._tokens_per_step / max(now - self._last_time, 1e-9)
-        self._last_time, self._last_step = now, step
+        self._seen_step = step
+        self._norms.add([module.gradient_norm, torch.ones_like(module.gradient_norm)])
+        if step % self._every and step != trainer.max_steps:
+            return
+        self._watch.settle(trainer)
+        loss, ce, kl, num_micro_batches = self._losses.take(trainer)
+        norm, num_norms = self._norms.take(trainer)
+        elapsed_s = max(time.monotonic() - self._time - (self._clock.aside_s - self._aside_s), 1e-9)
         self._file.add(
             step=step,
             epoch=round(step / self._steps_per_epoch, 4),
             num_tokens=step * self._tokens_per_step,
-            train_loss=round(loss, 6),
-            train_ce=round(ce, 6),
+            train_loss=round(loss / num_micro_batches, 6),
+            train_kl=None if module.last.kl_N is None else round(kl / num_micro_batches, 6),
+            train_ce=round(ce / num_micro_batches, 6),
             learning_rate=trainer.optimizers[0].param_groups[0]["lr"],
-            tokens_per_s=round(rate, 1),
-            **kl,
+            gradient_norm=round(norm / num_norms, 6),
+            tokens_per_s=round((step - self._step) * self._tokens_per_step / elapsed_s, 1),
+            waiting_share=round((self._clock.waiting_s - self._waiting_s) / elapsed_s, 4),
+            memory_bytes=memory_bytes(module.device),
         )
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        self._time, self._step = time.monotonic(), step
+        self._waiting_s, self._aside_s = self._clock.waiting_s, self._clock.aside_s
 
 
 class Progress(lightning.Callback):
@@ -106,9 +200,18 @@ class Progress(lightning.Callback):
         self._last_step = step
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        # a killed process may have left half a row at the end
-        return [row for row in csv.DictReader(file) if row.get("tokens_per_s") is not None and row["step"].isdigit()]
+def memory_bytes(device: torch.device) -> int:
+    """Of a GPU the most that tensors have taken at once so far; of a CPU what the process takes now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # the second number of the file is of pages in memory
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _means(module: DistillationModule, batch: Batch) -> list[torch.Tensor]:
+    """Loss, cross-entropy and divergence of a micro-batch as the loss takes them, over rows that count; and 1."""
+    last = module.last
+    assert last is not None
+    count = (batch.labels_BL >= 0).sum().clamp(min=1)
+    kl = torch.zeros_like(last.loss) if last.kl_N is None else last.kl_N.sum() / count
+    return [last.loss, last.ce_N.sum() / count, kl, torch.ones_like(last.loss)]

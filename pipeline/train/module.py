@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from capgap.kernels.sparse_kl import Recording, SparseKl, SparseTargets, linear_sparse_kl
@@ -22,6 +23,7 @@ from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.optimizer import optimizer_and_schedule
 from capgap.pipeline.train.router import RouterLoss
 from capgap.pipeline.train.strategy import shard
+from capgap.pipeline.train.top_ids import top_ids
 from capgap.schemas.errors import InputError
 from capgap.schemas.run_model import OptimizationSettings
 
@@ -49,6 +51,7 @@ class DistillationModule(lightning.LightningModule):
 
     Attributes:
         last: of the last micro-batch.
+        top_N: likeliest ids of the last micro-batch with targets that was measured in evaluation mode.
         gradient_norm: of the last step, before it was clipped; a scalar tensor.
 
     Raises:
@@ -74,7 +77,8 @@ class DistillationModule(lightning.LightningModule):
         self._objective = objective
         self._shares = LabelShares()
         self.last: SparseKl | None = None
-        self.gradient_norm: torch.Tensor | None = None
+        self.gradient_norm = torch.zeros(())
+        self.top_N: torch.Tensor | None = None
         _freeze_all_but(model, self._head.decoder, self._head.linear)
         if settings.activation_checkpointing:
             checkpoint_activations(model)
@@ -133,6 +137,11 @@ class DistillationModule(lightning.LightningModule):
             workspace_mb=_CPU_WORKSPACE_MB if batch.labels_BL.device.type == "cpu" else _GPU_WORKSPACE_MB,
             **(self._objective.arguments() if alpha > 0 else {}),
         )
+        if not self.training and batch.ids_NK is not None:
+            # here, where ranks that share the head hold all of it
+            hidden_NH = output.last_hidden_state.flatten(0, 1)
+            linear = self._head.linear
+            self.top_N = top_ids(hidden_NH.detach(), linear.weight, linear.bias, self._vocab_size)
         if router is None:
             return result
         return result._replace(loss=result.loss + self._objective.router_loss_weight * router(output))
@@ -146,7 +155,8 @@ class DistillationModule(lightning.LightningModule):
 
         Its reason is gradient scaling, which bfloat16 does without.
         """
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm)
+        self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _counted(self, batch: Batch) -> torch.Tensor:
         """The weights of the rows whose labels count, over the number of all rows: a scalar, without a host sync."""

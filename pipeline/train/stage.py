@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from capgap.pipeline.model_checks import require_packed
+from capgap.pipeline.model_checks import corpus_tokenizer, require_packed
 from capgap.pipeline.models import (
     MODEL_FOLDER,
     empty_model,
@@ -20,14 +22,19 @@ from capgap.pipeline.store import ShardReader, heat_of
 from capgap.pipeline.tokenizers import load_tokenizer
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.fits import require_memory
+from capgap.pipeline.train.loggers import require_loggers
+from capgap.pipeline.train.metrics import METRICS_NAME
+from capgap.pipeline.train.model_card import CARD_NAME, model_card
 from capgap.pipeline.train.objective import objective_of
 from capgap.pipeline.train.task import Task
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
 from capgap.schemas.errors import MismatchError, SettingError
-from capgap.schemas.facts import CacheFacts, ModelFacts
+from capgap.schemas.facts import CacheFacts, ModelFacts, heldout_set
 from capgap.schemas.run_cache import RecordingName
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_model import TrainSettings
+
+_LOG = logging.getLogger("capgap")
 
 
 def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
@@ -36,7 +43,8 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     Raises:
         MismatchError: cache, corpus and student do not belong together, or the recording has not what the loss needs.
         SettingError: the cache lacks the recording or the temperature, or was scored under a rule that no student
-            can be trained under.
+            can be trained under; or there is no such logger.
+        InputError: a logger's package is not installed.
     """
     assert instance.arm is not None
     cache = inputs["cache"]
@@ -46,6 +54,7 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     require_packed(facts.context)
     recording, _ = choose(facts, settings)
     objective_of(settings, recording, cache.location)
+    require_loggers(settings.loggers)
 
 
 def run(context: StageContext) -> StageResult:
@@ -64,6 +73,9 @@ def run(context: StageContext) -> StageResult:
     recording, temperature = choose(facts, settings)
     objective = objective_of(settings, recording, cache.location)
     reader = ShardReader(cache.location, cache.manifest.shard_sets[recording])
+    heldout = cache.manifest.shard_sets.get(heldout_set(recording))
+    if heldout is None and settings.alpha > 0:
+        _LOG.info("%s: the cache has no held-out sequences: nearness to the teacher is not measured", instance.name)
     path = model_path(student)
     # a bfloat16 student is trained on float32 weights unless the run file says otherwise
     dtype = torch.bfloat16 if settings.precision == "bf16-true" else torch.float32
@@ -82,13 +94,25 @@ def run(context: StageContext) -> StageResult:
         folder=context.folder,
         objective=objective,
         ranks=context.ranks,
+        heldout_targets=None if heldout is None else ShardReader(cache.location, heldout),
     )
     totals = fit(model, task)
     if not context.ranks.is_first:
         return StageResult()
-    tokenizer = load_tokenizer(path)
-    save_model(model, tokenizer, context.folder / MODEL_FOLDER)
-    return StageResult(facts=model_facts(model, tokenizer).model_dump(mode="json"), totals=totals)
+    tokenizer = with_chat_template(load_tokenizer(path), corpus)
+    folder = context.folder / MODEL_FOLDER
+    save_model(model, tokenizer, folder)
+    made = model_facts(model, tokenizer)
+    card = model_card(context, settings, recording, temperature, made, totals, context.folder / METRICS_NAME)
+    (folder / CARD_NAME).write_text(card)
+    return StageResult(facts=made.model_dump(mode="json"), totals=totals)
+
+
+def with_chat_template(tokenizer: PreTrainedTokenizerBase, corpus: StageInput) -> PreTrainedTokenizerBase:
+    """The student's tokenizer; where it has no chat template, with that of the corpus's, which is the teacher's own."""
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = corpus_tokenizer(corpus).chat_template
+    return tokenizer
 
 
 def choose(cache: CacheFacts, settings: TrainSettings) -> tuple[RecordingName, float]:

@@ -29,6 +29,7 @@ class Task:
         heat: by which the loader turns the stored targets into those of that temperature.
         objective: which divergence alpha weighs.
         ranks: which of the training's processes this is; the first alone writes to the folder.
+        heldout_targets: the cache's held-out sequences, the first ones of `heldout`; None where it has none.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Task:
     heat: Heat | None = None
     objective: Objective = Objective()  # noqa: RUF009  # frozen
     ranks: Ranks = Ranks()  # noqa: RUF009  # frozen
+    heldout_targets: ShardReader | None = None
 
     @property
     def micro_batch(self) -> int:

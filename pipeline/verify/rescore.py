@@ -106,6 +106,7 @@ def _job(folder: Path, manifest: Manifest, teacher: str | None, device: str) -> 
         settings=settings,
         corpus=folder,
         source=shard_set,
+        num_training=len(shard_set.shards),
         context=facts.context,
         teacher=_teacher_path(folder, manifest, teacher),
         folder=folder,

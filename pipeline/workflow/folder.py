@@ -19,6 +19,8 @@ from capgap.schemas.errors import MachineError
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, FileEntry, Manifest, WorkOrder
 
 WORK_FOLDER = "work"
+# for people and their tools, which may add to it or throw it away: no part of the result
+LOGS_FOLDER = "logs"
 LOCK_NAME = ".lock"
 TURN_NAME = ".turn"
 _PLAN_NAME = "plan.json"
@@ -84,7 +86,7 @@ def content_files(folder: Path) -> tuple[FileEntry, ...]:
     entries = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if relative.parts[0] == WORK_FOLDER or str(relative) in _NOT_CONTENT or TEMP_MARK in path.name:
+        if relative.parts[0] in (WORK_FOLDER, LOGS_FOLDER) or str(relative) in _NOT_CONTENT or TEMP_MARK in path.name:
             continue
         if path.is_file():
             entries.append(FileEntry(path=relative.as_posix(), num_bytes=path.stat().st_size, sha256=sha256_of(path)))

@@ -112,7 +112,14 @@ def inputs(tmp_path_factory) -> dict[str, Any]:
         },
         "teacher": {"path": str(folder / "teacher")},
         "student": {"model": {}},
-        "cache": {"engine": "transformers", "num_draws": 20, "chunk_rows": 100, "batch_tokens": 200},
+        # no held-out ones: what is said of shards below is of those that students train on
+        "cache": {
+            "engine": "transformers",
+            "num_draws": 20,
+            "chunk_rows": 100,
+            "batch_tokens": 200,
+            "num_heldout_sequences": 0,
+        },
     }
     carry_out(RunFile.model_validate(run), Instance("corpus"))
     carry_out(RunFile.model_validate(run), Instance("teacher"))

@@ -1,0 +1,180 @@
+"""The README.md of a trained student: what it is, what it was made of, and what it came to.
+
+Its head is the YAML that the Hugging Face hub reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from capgap.pipeline.train.metrics import read_rows
+from capgap.pipeline.workflow.context import StageContext, StageInput
+from capgap.schemas.facts import CacheFacts, ModelFacts
+from capgap.schemas.run_cache import RecordingName
+from capgap.schemas.run_model import TrainSettings
+
+CARD_NAME = "README.md"
+
+_FIGURES = {
+    "validation_loss": ("cross-entropy with the text", "nats per token"),
+    "heldout_kl": ("divergence from the teacher, as trained by", "nats per token"),
+    "heldout_teacher_ce": ("cross-entropy with the teacher's draws: KL and the teacher's entropy", "nats per token"),
+    "heldout_top1": ("share of tokens with the teacher's likeliest", ""),
+}
+
+
+def model_card(
+    context: StageContext,
+    settings: TrainSettings,
+    recording: RecordingName,
+    temperature: float,
+    facts: ModelFacts,
+    totals: Mapping[str, Any],
+    metrics: Path,
+) -> str:
+    """The text of the card.
+
+    Args:
+        context: of the train stage.
+        settings: of this arm.
+        recording: that was learnt from.
+        temperature: at which teacher and student were compared.
+        facts: of the student.
+        totals: of the training.
+        metrics: its metrics.csv; the last held-out figures of it stand in the card.
+    """
+    cache, name = context.input("cache"), f"{context.run.name}-{context.instance.arm}-seed-{context.instance.seed}"
+    cached = CacheFacts.model_validate(cache.manifest.facts)
+    figures = heldout_figures(metrics)
+    lines = {
+        "teacher": _teacher(cache),
+        "student before": _student(context),
+        "corpus": f"{_sources(context)}, {totals['num_tokens']:,} tokens trained on ({totals['num_epochs']:g} epochs)",
+        "recording": _recording(cached, recording, temperature) if settings.alpha > 0 else "none: cross-entropy alone",
+        "loss": _loss(settings, temperature),
+        "optimization": f"{totals['num_steps']:,} steps of {settings.batch_sequences} sequences, peak learning rate "
+        f"{settings.learning_rate:g}, {settings.precision}, seed {context.instance.seed}",
+        "parameters": f"{facts.num_parameters:,} ({facts.num_non_embedding_parameters:,} without embedding and head)",
+        "made by": f"capgap {version('capgap')}",
+    }
+    shown = [
+        f"| {_FIGURES[key][0]} | {value:.6g} {_FIGURES[key][1]} |".replace("  |", " |")
+        for key, value in figures.items()
+    ]
+    inputs = [
+        f"| {role} | `{made.manifest.identity}` | `{made.manifest.content}` |" for role, made in context.inputs.items()
+    ]
+    return "\n".join(
+        [
+            "---",
+            _head(context, name, figures),
+            "---",
+            "",
+            f"# {name}",
+            "",
+            "A causal language model, distilled from a teacher's cached distributions."
+            if settings.alpha > 0
+            else "A causal language model, trained on text alone.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {key} | {_escaped(value)} |" for key, value in lines.items()),
+            "",
+            "## Held-out text, at the end of the training",
+            "",
+            "| | |",
+            "|---|---|",
+            *shown,
+            "",
+            "## Made of",
+            "",
+            "Digests of what each input was to be (identity) and of its files (content), as in their `manifest.json`.",
+            "",
+            "| input | identity | content |",
+            "|---|---|---|",
+            *inputs,
+            "",
+        ]
+    )
+
+
+def heldout_figures(metrics: Path) -> dict[str, float]:
+    """The last held-out figures of a metrics.csv, by their columns."""
+    measured = [row for row in read_rows(metrics) if row["validation_loss"]]
+    return {name: float(measured[-1][name]) for name in _FIGURES if measured and measured[-1][name]}
+
+
+def _head(context: StageContext, name: str, figures: Mapping[str, float]) -> str:
+    # what the hub calls a base model has an id there; a folder of this machine means nothing to it
+    bases = [path for path in (context.run.student.path, _given_teacher(context.input("cache"))) if _is_id(path)]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="held-out",
+            dataset_name=f"held-out text of {context.run.name}",
+            metric_type=key,
+            metric_value=value,
+        )
+        for key, value in figures.items()
+    ]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["capgap", "knowledge-distillation"],
+        base_model=bases or None,
+        model_name=name,
+        eval_results=results or None,
+    )
+    return str(data.to_yaml())
+
+
+def _teacher(cache: StageInput) -> str:
+    made = cache.manifest.inputs["teacher"]
+    cached = CacheFacts.model_validate(cache.manifest.facts)
+    name = _given_teacher(cache) or made.path
+    return f"{name}, scored by {', '.join(cached.engines)} in {', '.join(cached.dtypes)}"
+
+
+def _given_teacher(cache: StageInput) -> str | None:
+    path: str | None = cache.manifest.resolved.get("teacher", {}).get("path")
+    return path
+
+
+def _student(context: StageContext) -> str:
+    given = context.run.student
+    return given.path if given.path is not None else "fresh weights"
+
+
+def _sources(context: StageContext) -> str:
+    sources = context.input("corpus").manifest.resolved.get("corpus", {}).get("sources", ())
+    return ", ".join(map(str, sources)) or "text"
+
+
+def _recording(cached: CacheFacts, recording: RecordingName, temperature: float) -> str:
+    kept = cached.recordings[recording]
+    what = f"{kept.num_ids} draws" if recording == "sampled" else f"{kept.num_ids} likeliest ids ({kept.profile})"
+    return f"{recording}: {what} a token, at temperature {temperature:g}, context {cached.context}"
+
+
+def _loss(settings: TrainSettings, temperature: float) -> str:
+    if settings.alpha == 0:
+        return "cross-entropy"
+    tail = f", tail {settings.tail}" if settings.tail else ""
+    beta = f" (beta {settings.beta:g})" if settings.divergence == "jsd" else ""
+    kl = f"{settings.alpha:g} x {temperature:g}^2 x {settings.divergence}{beta}{tail}"
+    return kl if settings.alpha == 1 else f"{kl} + {1 - settings.alpha:g} x cross-entropy"
+
+
+def _is_id(path: str | None) -> bool:
+    return (
+        path is not None and not Path(path).exists() and path.count("/") <= 1 and not path.startswith((".", "~", "/"))
+    )
+
+
+def _escaped(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,111 @@
+"""Compute a kept batch again, alone: `python -m capgap.pipeline.train.replay FOLDER [--model FOLDER]`.
+
+The weights are those of the training's newest checkpoint, or those that it began with where there is none. A fault
+of the data shows at once; one that weights grew into may need the last steps before it, which the same `capgap`
+command takes again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from capgap.pipeline.models import load_model
+from capgap.pipeline.train.checkpoints import newest_checkpoint
+from capgap.pipeline.train.kept_batches import Kept, load_batches
+from capgap.pipeline.train.module import DistillationModule
+from capgap.pipeline.train.objective import Objective
+from capgap.pipeline.train.saved import read_checkpoint, whole
+from capgap.pipeline.train.task import Task
+from capgap.schemas.errors import CapgapError, InputError
+from capgap.schemas.run_model import OptimizationSettings
+
+
+def setting_of(task: Task, model: PreTrainedModel, checkpoints: Path, num_steps: int) -> dict[str, Any]:
+    """What a replay must know, as JSON values."""
+    return {
+        "model": model.name_or_path,
+        "checkpoints": str(checkpoints.resolve()),
+        "settings": task.settings.model_dump(mode="json", include=set(OptimizationSettings.model_fields)),
+        "objective": dataclasses.asdict(task.objective),
+        "alpha": task.alpha,
+        "num_steps": num_steps,
+        "temperature": task.temperature,
+        "vocab_size": task.training.codec.vocab_size,
+    }
+
+
+def replay(folder: Path, model: str | None = None) -> Iterator[str]:
+    """A line about the weights, and one about each micro-batch: its loss, its gradient's norm, and its sequences.
+
+    Args:
+        folder: that the training named.
+        model: folder of the model, where it is not where it was, or was made for the training.
+
+    Raises:
+        InputError: there is no kept batch, or no model.
+    """
+    kept, setting = load_batches(folder)
+    path = model or setting["model"]
+    if not path:
+        raise InputError("the model had no folder", where=folder, fix="name one of its shape with --model")
+    settings = OptimizationSettings.model_validate(setting["settings"])
+    objective = Objective(**setting["objective"])
+    module = DistillationModule(
+        load_model(path, "cpu", torch.bfloat16 if settings.precision == "bf16-true" else torch.float32),
+        settings,
+        setting["num_steps"],
+        setting["alpha"],
+        setting["temperature"],
+        setting["vocab_size"],
+        objective,
+    )
+    checkpoint = newest_checkpoint(Path(setting["checkpoints"]))
+    if checkpoint is not None:
+        module.load_state_dict(
+            {name: whole(value) for name, value in read_checkpoint(checkpoint)["state_dict"].items()}
+        )
+    yield f"step {setting['step']}: the {setting['what']} was {setting['value']}; weights of {checkpoint or path}"
+    module.train()
+    alpha = objective.alpha(setting["alpha"], setting["step"] - 1, setting["num_steps"])
+    for one in kept:
+        yield _computed(module, one, alpha, settings.precision == "bf16-mixed")
+
+
+def _computed(module: DistillationModule, one: Kept, alpha: float, is_mixed: bool) -> str:
+    module.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16) if is_mixed else contextlib.nullcontext():
+        loss = module.loss(one.batch, alpha).loss
+    torch.autograd.backward(loss)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    return (
+        f"micro-batch {one.number}: loss {float(loss.detach()):g}, gradient's norm {float(norm):g}; "
+        f"at fault was {'; '.join(one.at_fault)}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="replay", description="Compute a kept batch again, alone, on the CPU.")
+    parser.add_argument("folder", type=Path, help="that the training named")
+    parser.add_argument("--model", help="the model's folder, where the training's is gone or had none")
+    flags = parser.parse_args(argv)
+    try:
+        for line in replay(flags.folder, flags.model):
+            print(line)
+    except CapgapError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
