@@ -35,8 +35,9 @@ class CorpusSettings(Record):
     """What happens to a document longer than a sequence: split over several, left out and counted, or an error."""
 
     context: ContextRule = "packed"
-    """What a model sees before a token. `packed`: all of the sequence, across documents. `document`: its own document
-    alone, from position 0; so the teacher can score it, but no student is trained so yet."""
+    """What a model sees before a token, when it scores, trains and is measured. `packed`: all of the sequence, across
+    documents. `document`: its own document alone, from position 0, which a student's architecture must be able to do
+    within a packed sequence. After a document's last token the target is the next document's first in either case."""
 
     teacher_fraction: float = Field(0.7, ge=0, lt=1)
     """Share of the documents that trains the teacher and that the student never sees. 0 for a given teacher."""

@@ -12,6 +12,7 @@ import lightning
 from transformers import PreTrainedModel
 
 from capgap.pipeline.progress import progress
+from capgap.pipeline.train.attention import require_ending_attention
 from capgap.pipeline.train.checkpoints import Checkpoints, newest_checkpoint
 from capgap.pipeline.train.data import heldout_batches, training_loader
 from capgap.pipeline.train.heldout import HeldOut
@@ -25,14 +26,16 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     """Train `model` in place and return totals for the manifest.
 
     Raises:
-        InputError: too little data for one step, or a loss that is not finite.
+        InputError: too little data for one step, a model that would look across the documents of a row, or a loss that
+            is not finite.
         CorruptError: shards are damaged, or targets are not aligned with their tokens.
     """
-    settings, shard_set = task.settings, task.training.shard_set
-    tokens_per_step = settings.batch_sequences * shard_set.seq_len
+    settings = task.settings
     accumulate = settings.batch_sequences // settings.micro_batch
     loader = training_loader(task)
-    num_steps, steps_per_epoch = loader.num_steps, loader.steps_per_epoch
+    if task.several_in_a_row:
+        require_ending_attention(model, task.longest_row)
+    num_steps, steps_per_epoch, tokens_per_step = loader.num_steps, loader.steps_per_epoch, loader.tokens_per_step
     module = DistillationModule(
         model, settings, num_steps, task.alpha, task.temperature, task.training.codec.vocab_size, task.objective
     )
@@ -66,9 +69,9 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     model.to("cpu").eval()
     return {
         "num_steps": num_steps,
-        "num_tokens": num_steps * tokens_per_step,
+        "num_tokens": loader.num_tokens,
         "num_epochs": round(num_steps / steps_per_epoch, 4),
-        **({"skipped_sequences": loader.skips.as_dict()} if loader.skips.as_dict() else {}),
+        **({"skipped_sequences": loader.skipped} if loader.skipped else {}),
     }
 
 

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.batch import Heat
 from capgap.pipeline.train.objective import Objective
+from capgap.schemas.run_corpus import ContextRule
 from capgap.schemas.run_model import OptimizationSettings
+
+
+@dataclass(frozen=True)
+class Source:
+    """A cache that is read beside the task's own.
+
+    Attributes:
+        reader: of its shards.
+        weight: its share of the micro-batches.
+        context: the rule under which its teacher scored.
+        heat: by which the loader turns its stored targets into those of the task's temperature.
+    """
+
+    reader: ShardReader
+    weight: float = 1.0
+    context: ContextRule = "packed"
+    heat: Heat | None = None
 
 
 @dataclass(frozen=True)
@@ -27,6 +46,10 @@ class Task:
         folder: of the stage; receives `metrics.csv`, and checkpoints below `work`.
         heat: by which the loader turns the stored targets into those of that temperature.
         objective: which divergence alpha weighs.
+        context: what a model sees before a token of `training` and of `heldout`.
+        row_len: targets in a row of a batch; None for a sequence a row.
+        weight: share of `training` in the micro-batches, where there are others.
+        others: caches to train on as well, by name.
     """
 
     title: str
@@ -40,3 +63,18 @@ class Task:
     folder: Path
     heat: Heat | None = None
     objective: Objective = Objective()  # noqa: RUF009  # frozen
+    context: ContextRule = "packed"
+    row_len: int | None = None
+    weight: float = 1.0
+    others: Mapping[str, Source] = field(default_factory=dict)
+
+    @property
+    def several_in_a_row(self) -> bool:
+        """Whether rows hold sequences or documents that must not see one another."""
+        rules = {self.context, *(source.context for source in self.others.values())}
+        return self.row_len is not None or "document" in rules
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row."""
+        return self.row_len or self.training.shard_set.seq_len
