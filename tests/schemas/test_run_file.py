@@ -182,6 +182,7 @@ def test_all_faults_are_told_at_once() -> None:
         ),
         ({"train.caches": {"a/b": {}}}, "train", "caches: found the name 'a/b', expected a word"),
         ({"train.own_weight": 2}, "train", "own_weight: found 2 without caches, expected it beside others"),
+        ({"corpus.messages_field": "messages"}, "corpus", "corpus.messages_field: found without corpus.tokenizer"),
         ({"seeds": []}, "", "seeds: found [], expected at least one, none twice, none negative"),
         ({"seeds": [1, 2, 1]}, "", "seeds: found [1, 2, 1], expected at least one"),
         ({"seeds": [-1]}, "", "seeds: found [-1], expected at least one"),
@@ -223,7 +224,7 @@ def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
 @pytest.mark.parametrize(
     ("record", "operational"),
     [
-        (CorpusSettings(), {}),
+        (CorpusSettings(tokenizer="t", messages_field="messages"), {}),
         (
             CacheSettings(),
             {

@@ -59,6 +59,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("corpus.sources", ["other.txt"], ALL),
     ("corpus.text_field", "body", ALL),
     ("corpus.tokenizer", "folder", ALL),
+    ("corpus.messages_field", "messages", ALL),
     ("corpus.vocab_size", 512, ALL),
     ("corpus.seq_len", 64, ALL),
     ("corpus.long_documents", "drop", ALL),
@@ -107,6 +108,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
 ]
 # What else must be set for the setting above to be allowed, in the run file before and after.
 BESIDE = {f"cache.{name}": {"cache.recording": "topk"} for name in ("num_kept", "profile", "extra_temperatures")}
+BESIDE["corpus.messages_field"] = {"corpus.tokenizer": "folder"}
 BESIDE["train.jsd_beta"] = {"train.divergence": "jsd"}
 BESIDE["train.own_weight"] = {"train.caches": {"draws": {}}}
 REPLACES = {"teacher.path": GIVEN_TEACHER, "student.path": {"student.model": None}}
