@@ -11,9 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from capgap.pipeline.models import load_config, model_facts
 from capgap.pipeline.tokenizers import load_tokenizer, require_same_tokenizer
 from capgap.pipeline.workflow.context import StageInput
-from capgap.schemas.errors import InputError, MismatchError, SettingError
+from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import CorpusFacts, ModelFacts
-from capgap.schemas.run_corpus import ContextRule
 from capgap.schemas.run_model import ModelShape
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -93,15 +92,3 @@ def check_given_model(path: str, corpus: StageInput, setting: str) -> tuple[str,
             fix="lower corpus.seq_len",
         )
     return resolved, facts
-
-
-def require_packed(rule: ContextRule) -> None:
-    """Raise SettingError where a model must not see the whole sequence: training does not mask documents."""
-    if rule != "packed":
-        raise SettingError(
-            "no model can be trained on documents by themselves yet",
-            where="corpus.context",
-            found=rule,
-            expected="packed",
-            fix="make corpus and cache with corpus.context: packed",
-        )

@@ -22,6 +22,12 @@ class CorpusSettings(Record):
     text_field: str = "text"
     """The field of a JSONL or Parquet record that holds the text."""
 
+    messages_field: str | None = Field(None, min_length=1)
+    """The field of a JSONL or Parquet record that holds a conversation, a list of `{"role": ..., "content": ...}`, for
+    example `messages`. The tokenizer's chat template turns it into tokens, those that the assistant says are learnt and
+    measured, and the others only read; the template must mark them, with `{% generation %}`. Left out, records are
+    text."""
+
     tokenizer: str | None = None
     """A Hugging Face folder or id. Leave it out to train a byte-level BPE tokenizer of `vocab_size` entries."""
 
@@ -35,8 +41,9 @@ class CorpusSettings(Record):
     """What happens to a document longer than a sequence: split over several, left out and counted, or an error."""
 
     context: ContextRule = "packed"
-    """What a model sees before a token. `packed`: all of the sequence, across documents. `document`: its own document
-    alone, from position 0; so the teacher can score it, but no student is trained so yet."""
+    """What a model sees before a token, when it scores, trains and is measured. `packed`: all of the sequence, across
+    documents. `document`: its own document alone, from position 0, which a student's architecture must be able to do
+    within a packed sequence. After a document's last token the target is the next document's first in either case."""
 
     teacher_fraction: float = Field(0.7, ge=0, lt=1)
     """Share of the documents that trains the teacher and that the student never sees. 0 for a given teacher."""
@@ -56,6 +63,10 @@ class CorpusSettings(Record):
                 "corpus.vocab_size: found beside corpus.tokenizer, expected one of them; "
                 "a given tokenizer brings its own size"
             )
+        if self.messages_field is not None and self.tokenizer is None:
+            raise ValueError(
+                "corpus.messages_field: found without corpus.tokenizer, expected one that brings a chat template"
+            )
         if self.teacher_fraction + self.heldout_fraction >= 1:
             raise ValueError(
                 "corpus.teacher_fraction + corpus.heldout_fraction: found "
@@ -70,5 +81,9 @@ class CorpusSettings(Record):
         return self.vocab_size if self.vocab_size is not None else 4096
 
     def decisive(self) -> dict[str, Any]:
-        """As for every record, with the vocabulary's size spelt out where it was left out."""
-        return super().decisive() | ({} if self.tokenizer else {"vocab_size": self.trained_vocab_size})
+        """As for every record, with the vocabulary's size spelt out where it was left out.
+
+        A corpus of text is that which was made before there were conversations.
+        """
+        values = super().decisive() | ({} if self.tokenizer else {"vocab_size": self.trained_vocab_size})
+        return {name: value for name, value in values.items() if name != "messages_field" or value is not None}

@@ -203,8 +203,22 @@ class OptimizationSettings(Record):
         return {name: value for name, value in values.items() if name not in _OF_THE_SCHEDULE}
 
 
+class FurtherCache(Record):
+    """A cache that a student learns from beside the run's own."""
+
+    path: str | None = Field(None, json_schema_extra=OPERATIONAL)
+    """Folder or URL of a finished cache, of any corpus and teacher with the student's tokenizer; what decides is what
+    lies there. Left out, it is the run's own cache, to mix its recordings."""
+
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Its share of the micro-batches, beside the other caches' weights and `own_weight`."""
+
+    recording: RecordingName | None = None
+    """Which of its recordings to learn from; needed where it has both."""
+
+
 class TrainSettings(OptimizationSettings):
-    """How a student learns from a cache."""
+    """How a student learns from a cache, or from several."""
 
     alpha: float = Field(1.0, ge=0, le=1)
     """Weight of the KL to the teacher; cross-entropy with the text has weight 1 - alpha. 0 is cross-entropy alone."""
@@ -260,6 +274,28 @@ class TrainSettings(OptimizationSettings):
         """Whether the teacher's targets count in any step."""
         return max(self.alpha, self.final_alpha or 0.0) > 0
 
+    caches: dict[str, FurtherCache] = Field(default_factory=dict)
+    """Further caches by a name of yours, for example `code: {path: s3://bucket/code/cache, weight: 2}`. Each
+    micro-batch is of one cache, all at one temperature. The run's own is read `num_epochs` times, the others as often
+    as the mix takes."""
+
+    own_weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """The share of the run's own cache beside `caches`."""
+
+    row_len: int | None = Field(None, ge=8)
+    """Targets in a row of a batch: as many whole sequences as fit stand in it one after the other, with positions of
+    their own and no sight of one another, and padding without weight. Needed where caches differ in `seq_len`. A
+    sequence a row where it is left out."""
+
+    @model_validator(mode="after")
+    def _check_caches(self) -> Self:
+        for name in self.caches:
+            if not name or "/" in name or name != name.strip():
+                raise ValueError(f"caches: found the name {name!r}, expected a word")
+        if not self.caches and self.own_weight != 1:
+            raise ValueError(f"own_weight: found {self.own_weight:g} without caches, expected it beside others")
+        return self
+
     @model_validator(mode="after")
     def _check_beta(self) -> Self:
         if self.jsd_beta is not None and self.divergence != "jsd":
@@ -274,12 +310,17 @@ class TrainSettings(OptimizationSettings):
     def decisive(self) -> dict[str, Any]:
         """As for every record, with the beta of `jsd` spelt out, and nothing of the choice where none was made.
 
-        Students that were trained before there was a choice are found again.
+        Students that were trained before there was a choice are found again. Beside other caches a micro-batch is the
+        unit of the mix, so that its size decides.
         """
         values = super().decisive() | ({"jsd_beta": self.beta} if self.divergence == "jsd" else {})
         values |= {"alpha_schedule": self.alpha_shape} if self.final_alpha is not None else {}
+        values["caches"] = {name: cache.decisive() for name, cache in self.caches.items()}
+        if self.caches:
+            values["micro_batch_sequences"] = self.micro_batch
         defaults: dict[str, Any] = {"divergence": "forward_kl", "jsd_beta": None, "tail": None}
         defaults |= {"final_alpha": None, "alpha_schedule": None, "token_weights": "equal", "router_loss_weight": 0.0}
+        defaults |= {"caches": {}, "own_weight": 1.0, "row_len": None}
         return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 

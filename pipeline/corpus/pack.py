@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,20 @@ import numpy.typing as npt
 from capgap.pipeline.corpus.sources import Document
 from capgap.schemas.errors import InputError
 from capgap.schemas.records import Sequences
+
+
+class Encoded(NamedTuple):
+    """A document in tokens.
+
+    Attributes:
+        document: name and text.
+        ids: its tokens; an end token is added, except to a conversation that ends with one.
+        mask: of a conversation, which of them count as labels; None for text, in which all do, the end token too.
+    """
+
+    document: Document
+    ids: list[int]
+    mask: list[bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,41 +53,46 @@ class Packed:
 
 
 def pack(
-    documents: Iterable[tuple[Document, list[int]]],
+    documents: Iterable[Encoded],
     seq_len: int,
     eos_id: int,
     long_documents: Literal["split", "drop", "refuse"],
 ) -> Packed:
-    """Pack documents and their ids into sequences of `seq_len + 1` tokens.
+    """Pack documents into sequences of `seq_len + 1` tokens.
 
     Raises:
         InputError: a document is longer than a sequence and `long_documents` is `refuse`.
     """
     parts: list[npt.NDArray[np.int32]] = []
+    masks: list[npt.NDArray[np.bool_]] = []
     num_dropped = num_text_bytes = 0
-    for document, ids in documents:
-        if len(ids) > seq_len and long_documents != "split":
+    for document, ids, mask in documents:
+        end = [] if mask is not None and ids[-1:] == [eos_id] else [eos_id]
+        if len(ids) + len(end) > seq_len + 1 and long_documents != "split":
             if long_documents == "refuse":
                 raise InputError(
                     "the document is longer than a sequence",
                     where=document.name,
-                    found=f"{len(ids)} tokens and an end token",
+                    found=f"{len(ids)} tokens{' and an end token' if end else ''}",
                     expected=f"at most {seq_len + 1} in all",
                     fix="raise corpus.seq_len, or set corpus.long_documents to split or drop",
                 )
             num_dropped += 1
             continue
         num_text_bytes += len(document.text.encode())
-        parts.append(np.array([*ids, eos_id], dtype=np.int32))
+        parts.append(np.array([*ids, *end], dtype=np.int32))
+        counts = np.ones(len(parts[-1]), np.bool_)
+        if mask is not None:
+            counts[: len(ids)], counts[len(ids) :] = mask, False
+        masks.append(counts)
     tokens_T = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+    mask_T = np.concatenate(masks) if masks else np.zeros(0, np.bool_)
     starts_T = np.zeros(len(tokens_T), dtype=np.bool_)
     starts_T[np.cumsum([0, *(len(part) for part in parts[:-1])]) if parts else []] = True
     num_sequences = len(tokens_T) // (seq_len + 1)
     kept = num_sequences * (seq_len + 1)
     shape = (num_sequences, seq_len + 1)
-    sequences = Sequences(
-        tokens_T[:kept].reshape(shape), starts_T[:kept].reshape(shape), np.ones(shape, dtype=np.bool_)
-    )
+    sequences = Sequences(tokens_T[:kept].reshape(shape), starts_T[:kept].reshape(shape), mask_T[:kept].reshape(shape))
     return Packed(
         sequences,
         num_documents=int(starts_T[:kept].sum()),

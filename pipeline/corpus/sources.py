@@ -33,20 +33,32 @@ _NOT_EVERYWHERE = {
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from."""
+    """One text and where it came from.
+
+    Attributes:
+        name: file, and record in it.
+        text: of a conversation, its messages as JSON.
+        messages: the same JSON where the record is a conversation, None for text.
+    """
 
     name: str
     text: str
+    messages: str | None = None
 
 
-def read_documents(sources: tuple[str, ...], text_field: str) -> Iterator[Document]:
+def read_documents(sources: tuple[str, ...], text_field: str, messages_field: str | None = None) -> Iterator[Document]:
     """Every document of every source, in a fixed order; empty ones are left out.
 
+    Args:
+        sources: files, folders, globs or builtin text.
+        text_field: of a record, that holds its text.
+        messages_field: of a record, that holds a conversation; records are conversations where it is given.
+
     Raises:
-        InputError: a file is missing, of an unknown kind, not UTF-8, damaged, or a record without text.
+        InputError: a file is missing, of an unknown kind, not UTF-8, damaged, or a record without text or messages.
     """
     for source in sources:
-        documents = _builtin() if source == BUILTIN else _from_paths(source, text_field)
+        documents = _builtin() if source == BUILTIN else _from_paths(source, text_field, messages_field)
         yield from (document for document in documents if document.text.strip())
 
 
@@ -69,14 +81,15 @@ def _builtin() -> Iterator[Document]:
             yield Document(f"{BUILTIN}/{relative.as_posix()}", _decode(str(path), path.read_bytes()))
 
 
-def _from_paths(source: str, text_field: str) -> Iterator[Document]:
+def _from_paths(source: str, text_field: str, messages_field: str | None) -> Iterator[Document]:
     for path in _expand(source):
         if path.suffix in _TEXT_SUFFIXES:
             yield Document(str(path), _decode(str(path), path.read_bytes()))
         elif path.name.endswith((".jsonl", ".jsonl.zst")):
-            yield from _records(path, text_field)
+            yield from (_document(*record, text_field, messages_field) for record in _records(path))
         else:
-            yield from _rows(path, text_field)
+            rows = _rows(path, messages_field or text_field, "messages_field" if messages_field else "text_field")
+            yield from (_document(*row, text_field, messages_field) for row in rows)
 
 
 def _expand(source: str) -> list[Path]:
@@ -116,11 +129,18 @@ def _decode(where: str, data: bytes) -> str:
         ) from None
 
 
-def _records(path: Path, text_field: str) -> Iterator[Document]:
+def _document(where: str, record: object, text_field: str, messages_field: str | None) -> Document:
+    if messages_field is None:
+        return Document(where, _field(where, record, text_field))
+    messages = _messages(where, record, messages_field)
+    return Document(where, messages, messages)
+
+
+def _records(path: Path) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             where = f"{path}:{number}"
-            yield Document(where, _field(where, _parse(where, _decode(where, line)), text_field))
+            yield where, _parse(where, _decode(where, line))
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -154,6 +174,34 @@ def _field(where: str, record: object, text_field: str) -> str:
             expected=f"a string in {text_field!r}",
             fix="set corpus.text_field",
         )
+    _require_text(where, value)
+    return value
+
+
+def _messages(where: str, record: object, field: str) -> str:
+    """A conversation as JSON, the same for the same messages."""
+    value = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(value, list) or not value or not all(_is_message(message) for message in value):
+        fields = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+        raise InputError(
+            f"no messages in field {field!r}",
+            where=f"corpus.sources: {where}",
+            found=f"fields {fields}" if value is None else ascii(value)[:80],
+            expected='a list such as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
+            fix="set corpus.messages_field, or leave it out for plain text",
+        )
+    # a table fills up what a message does not have
+    messages = [{name: part for name, part in message.items() if part is not None} for message in value]
+    text = json.dumps(messages, ensure_ascii=False, sort_keys=True, default=str)
+    _require_text(where, text)
+    return text
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str)
+
+
+def _require_text(where: str, value: str) -> None:
     if half := _LONE_SURROGATE.search(value):
         raise InputError(
             "the text holds half of a surrogate pair, which UTF-8 cannot say",
@@ -162,24 +210,23 @@ def _field(where: str, record: object, text_field: str) -> str:
             expected="text",
             fix="repair or remove the record",
         )
-    return value
 
 
-def _rows(path: Path, text_field: str) -> Iterator[Document]:
+def _rows(path: Path, field: str, setting: str) -> Iterator[tuple[str, object]]:
     try:
         file = pa.parquet.ParquetFile(path)
     except pa.ArrowInvalid as error:
         raise InputError("not a Parquet file", where=f"corpus.sources: {path}", found=error) from None
-    if text_field not in file.schema_arrow.names:
+    if field not in file.schema_arrow.names:
         raise InputError(
-            f"no column {text_field!r}",
+            f"no column {field!r}",
             where=f"corpus.sources: {path}",
             found=", ".join(file.schema_arrow.names),
-            expected=text_field,
-            fix="set corpus.text_field",
+            expected=field,
+            fix=f"set corpus.{setting}",
         )
     number = 0
-    for batch in file.iter_batches(columns=[text_field]):
+    for batch in file.iter_batches(columns=[field]):
         for value in batch.column(0).to_pylist():
-            yield Document(f"{path}#{number}", _field(f"{path}#{number}", {text_field: value}, text_field))
+            yield f"{path}#{number}", {field: value}
             number += 1

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from capgap.pipeline.corpus.pack import Packed, pack
+from capgap.pipeline.corpus.chat import encode_chat, require_marks
+from capgap.pipeline.corpus.pack import Encoded, Packed, pack
 from capgap.pipeline.corpus.sources import Document, read_documents
 from capgap.pipeline.corpus.split import SPLITS, Split, split_documents
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
@@ -31,11 +32,16 @@ def run(context: StageContext) -> StageResult:
     """Write the tokenizer and the shards of every split.
 
     Raises:
-        InputError: the sources cannot be read, or leave a split without a whole sequence.
+        InputError: the sources cannot be read, or leave a split without a whole sequence or a label; or a chat template
+            does not mark answers.
     """
     settings = context.run.corpus
+    if settings.messages_field is not None:
+        require_marks(load_tokenizer(str(settings.tokenizer)), f"corpus.tokenizer: {settings.tokenizer}")
     documents, num_repeated = split_documents(
-        read_documents(settings.sources, settings.text_field), settings.teacher_fraction, settings.heldout_fraction
+        read_documents(settings.sources, settings.text_field, settings.messages_field),
+        settings.teacher_fraction,
+        settings.heldout_fraction,
     )
     _require_text(settings, documents)
     tokenizer = _tokenizer(settings, documents)
@@ -47,6 +53,8 @@ def run(context: StageContext) -> StageResult:
     totals: dict[str, Any] = {
         f"num_{split}_tokens": shard_sets[split].num_tokens if split in shard_sets else 0 for split in SPLITS
     }
+    if settings.messages_field is not None:
+        totals |= {f"num_{split}_labels": int(packed[split].sequences.mask_BL1[:, 1:].sum()) for split in SPLITS}
     totals["num_repeated_documents"] = num_repeated
     totals["num_dropped_documents"] = sum(p.num_dropped for p in packed.values())
     return StageResult(
@@ -89,21 +97,35 @@ def _pack(
             expected=f"at least {settings.seq_len + 1} tokens",
             fix=f"give more text, lower corpus.seq_len, or give {split} a larger share",
         )
+    if len(packed.sequences) and not packed.sequences.mask_BL1[:, 1:].any():
+        raise InputError(
+            f"no token counts as a label in the split {split}",
+            where="corpus",
+            found=f"{len(documents)} documents without an answer of the assistant",
+            expected="at least one",
+            fix="give conversations with answers",
+        )
     return packed
 
 
-def _encoded(
-    tokenizer: PreTrainedTokenizerBase, split: Split, documents: list[Document]
-) -> Iterator[tuple[Document, list[int]]]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, split: Split, documents: list[Document]) -> Iterator[Encoded]:
     with progress(f"corpus: tokenize {split}", len(documents), "documents") as meter:
         for start in range(0, len(documents), _ENCODE_DOCUMENTS):
             part = documents[start : start + _ENCODE_DOCUMENTS]
-            encoded: Iterable[list[int]] = tokenizer(
-                [document.text for document in part], add_special_tokens=False, verbose=False, split_special_tokens=True
-            )["input_ids"]
-            for document, ids in zip(part, encoded, strict=True):
-                meter.advance(tokens=len(ids))
-                yield document, ids
+            texts = [document.text for document in part if document.messages is None]
+            encoded: Iterator[list[int]] = iter(_ids(tokenizer, texts) if texts else ())
+            for document in part:
+                chat = document.messages is not None
+                one = encode_chat(tokenizer, document) if chat else Encoded(document, next(encoded))
+                meter.advance(tokens=len(one.ids))
+                yield one
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterable[list[int]]:
+    ids: Iterable[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False, split_special_tokens=True)[
+        "input_ids"
+    ]
+    return ids
 
 
 def _write(context: StageContext, facts: TokenizerFacts, packed: dict[Split, Packed]) -> dict[str, ShardSet]:

@@ -1,6 +1,10 @@
 """Scores sequences with one model.
 
-Legend: B sequences of a batch, S sequences, L targets a sequence, N labelled positions, V real vocabulary.
+Legend: P parts of a batch, m targets of a part, M of the longest, S sequences, L targets a sequence, N labelled
+positions, V real vocabulary.
+
+A part is a sequence, or under the rule `document` a document of one: a row of its own, so that any architecture is
+measured as it is to be used. No token sees what follows it, so the padding behind a part changes none of its logits.
 
 Only real ids take part: a padded row of the head is cut off before the softmax. The head computes in float32 even where
 the model is bfloat16, as it does in the cache; bfloat16 logits alone would change many a top id.
@@ -8,7 +12,9 @@ the model is bfloat16, as it does in the cache; bfloat16 logits alone would chan
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +24,7 @@ from torch import nn
 from capgap.pipeline.progress import Meter
 from capgap.schemas.errors import InputError
 from capgap.schemas.records import Sequences
+from capgap.schemas.run_corpus import ContextRule
 
 Visit = Callable[[torch.Tensor], None]
 
@@ -31,6 +38,7 @@ def score(
     name: str,
     vocab_size: int,
     batch_sequences: int,
+    context: ContextRule = "packed",
     visit: Visit | None = None,
     num_visited: int = 0,
     meter: Meter | None = None,
@@ -42,7 +50,8 @@ def score(
         sequences: what is scored; a label is a token after the first whose mask is True.
         name: of the model, for errors.
         vocab_size: real ids; columns of the logits at or past it are ignored.
-        batch_sequences: sequences in one forward pass.
+        batch_sequences: sequences in one forward pass; under `document` as many documents as make no more tokens.
+        context: what the model sees before a token.
         visit: called with the float32 logprobs [n, V] of the labelled positions of the first `num_visited` sequences,
             in order, some at a time.
         num_visited: see `visit`.
@@ -55,19 +64,19 @@ def score(
         InputError: a loss is NaN or infinite.
     """
     compute_head_in_float32(model)
-    device = next(model.parameters()).device
     nats_S = np.zeros(len(sequences), np.float64)
-    for start in range(0, len(sequences), batch_sequences):
-        tokens_BL1 = torch.from_numpy(sequences.tokens_BL1[start : start + batch_sequences]).long().to(device)
-        mask_BL1 = torch.from_numpy(sequences.mask_BL1[start : start + batch_sequences]).to(device)
+    most_tokens = batch_sequences * (sequences.tokens_BL1.shape[1] - 1)
+    for parts in _batches(_parts(sequences, context), most_tokens):
         with torch.inference_mode():
-            logits_BLV = model(input_ids=tokens_BL1[:, :-1], use_cache=False).logits[..., :vocab_size]
-            for i in range(len(tokens_BL1)):
-                visit_one = visit if start + i < num_visited else None
-                nats_S[start + i] = _score_one(logits_BLV[i], tokens_BL1[i, 1:], mask_BL1[i, 1:], visit_one)
-        _check(nats_S[start : start + batch_sequences], name, start)
+            logits_PMV = model(input_ids=_tokens(sequences, parts, model), use_cache=False).logits[..., :vocab_size]
+            for part, logits_MV in zip(parts, logits_PMV, strict=True):
+                visit_one = visit if part.sequence < num_visited else None
+                nats_S[part.sequence] += _score_one(logits_MV[: len(part)], sequences, part, visit_one)
+        first, last = parts[0].sequence, parts[-1].sequence + 1
+        _check(nats_S[first:last], name, first)
         if meter is not None:
-            meter.advance(len(tokens_BL1), tokens_BL1[:, 1:].numel(), name)
+            ended = sum(part.stop == sequences.tokens_BL1.shape[1] - 1 for part in parts)
+            meter.advance(ended, sum(map(len, parts)), name)
     return nats_S
 
 
@@ -82,13 +91,56 @@ def compute_head_in_float32(model: nn.Module) -> None:
     head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
 
 
-def _score_one(logits_LV: torch.Tensor, labels_L: torch.Tensor, mask_L: torch.Tensor, visit: Visit | None) -> float:
-    positions_N = mask_L.nonzero().squeeze(1)
+@dataclass(frozen=True)
+class _Part:
+    """Targets `start` to `stop` of a sequence, scored by themselves."""
+
+    sequence: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def _parts(sequences: Sequences, context: ContextRule) -> Iterator[_Part]:
+    """In the order of the tokens; a document that began in an earlier sequence begins anew."""
+    length = sequences.tokens_BL1.shape[1] - 1
+    for sequence, starts_L1 in enumerate(sequences.starts_BL1):
+        firsts = np.flatnonzero(starts_L1[1:length]) + 1 if context == "document" else ()
+        for start, stop in pairwise((0, *map(int, firsts), length)):
+            yield _Part(sequence, start, stop)
+
+
+def _batches(parts: Iterable[_Part], most_tokens: int) -> Iterator[list[_Part]]:
+    """As many parts as make at most that many tokens, padding included; at least one."""
+    batch: list[_Part] = []
+    for part in parts:
+        longest = max(map(len, (*batch, part)))
+        if batch and longest * (len(batch) + 1) > most_tokens:
+            yield batch
+            batch = []
+        batch.append(part)
+    if batch:
+        yield batch
+
+
+def _tokens(sequences: Sequences, parts: list[_Part], model: nn.Module) -> torch.Tensor:
+    tokens_PM = torch.zeros((len(parts), max(map(len, parts))), dtype=torch.int64)
+    for row_M, part in zip(tokens_PM, parts, strict=True):
+        row_M[: len(part)] = torch.from_numpy(sequences.tokens_BL1[part.sequence, part.start : part.stop])
+    return tokens_PM.to(next(model.parameters()).device)
+
+
+def _score_one(logits_mV: torch.Tensor, sequences: Sequences, part: _Part, visit: Visit | None) -> float:
+    after = slice(part.start + 1, part.stop + 1)
+    labels_m = torch.from_numpy(sequences.tokens_BL1[part.sequence, after]).long().to(logits_mV.device)
+    positions_N = torch.from_numpy(np.flatnonzero(sequences.mask_BL1[part.sequence, after])).to(logits_mV.device)
     nats = 0.0
     for start in range(0, len(positions_N), _CHUNK_ROWS):
         chunk_N = positions_N[start : start + _CHUNK_ROWS]
-        logprobs_NV = logits_LV[chunk_N].float().log_softmax(-1)
-        nats -= float(logprobs_NV.gather(1, labels_L[chunk_N, None]).sum(dtype=torch.float64))
+        logprobs_NV = logits_mV[chunk_N].float().log_softmax(-1)
+        nats -= float(logprobs_NV.gather(1, labels_m[chunk_N, None]).sum(dtype=torch.float64))
         if visit is not None:
             visit(logprobs_NV)
     return nats

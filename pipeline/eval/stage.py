@@ -125,6 +125,7 @@ def _score_alone(
         name=name,
         vocab_size=vocab_size,
         batch_sequences=context.run.eval.batch_sequences,
+        context=CorpusFacts.model_validate(context.input("corpus").manifest.facts).context,
         visit=visit,
         num_visited=num_full,
         meter=meter,

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
+from capgap.schemas.run_corpus import ContextRule
 
 IGNORED_LABEL = -100
 
@@ -28,8 +29,8 @@ class Batch:
         ids_NK: kept ids of each row [N, K], int64; padding has weight 0. None without targets.
         weights_NK: their probabilities under the teacher [N, K], float32.
         tail_N: probability of all other ids [N], float32; None where the recording has none.
-        positions_BL: of each token in its sequence [B, L], int64, where a row holds several or padding; attention ends
-            where they begin anew. None where every row is one sequence.
+        positions_BL: of each token in its sequence or document [B, L], int64, where a row holds several or padding;
+            attention ends where they begin anew. None where every row is one sequence that is seen whole.
     """
 
     def __init__(
@@ -73,24 +74,38 @@ Sample = tuple[Sequences, Targets | None, int]
 """A decoded block and the number of a sequence in it."""
 
 
-def collate(samples: list[Sample], num_draws: int, heat: Heat | None = None) -> Batch:
+def collate(samples: list[Sample], num_draws: int, heat: Heat | None = None, context: ContextRule = "packed") -> Batch:
     """One micro-batch of these sequences.
 
     Args:
         samples: the sequences.
         num_draws: turns the counts of `sampled` targets into probabilities.
         heat: the further temperature at which `topk` targets are wanted; None for that of the stored logprobs.
+        context: under `document`, the batch has positions that begin anew at each document.
     """
     tokens_BL1 = np.stack([sequences.tokens_BL1[row] for sequences, _, row in samples]).astype(np.int64)
     mask_BL1 = np.stack([sequences.mask_BL1[row] for sequences, _, row in samples])
     labels_BL = np.where(mask_BL1[:, 1:], tokens_BL1[:, 1:], IGNORED_LABEL)
     batch = Batch(torch.from_numpy(tokens_BL1[:, :-1].copy()), torch.from_numpy(labels_BL))
+    if context == "document":
+        starts_BL1 = np.stack([sequences.starts_BL1[row] for sequences, _, row in samples])
+        batch.positions_BL = positions_in_documents(torch.from_numpy(starts_BL1))
     first = samples[0][1]
     if isinstance(first, SampledTargets):
         return _with_sampled(batch, samples, num_draws)
     if isinstance(first, TopkTargets):
         return _with_topk(batch, samples, heat)
     return batch
+
+
+def positions_in_documents(starts_BL1: torch.Tensor) -> torch.Tensor:
+    """Of each of the first L tokens, its position in its document [B, L], int64.
+
+    A document that began in an earlier sequence begins anew, as it did when the teacher scored it.
+    """
+    places_L = torch.arange(starts_BL1.shape[1] - 1, device=starts_BL1.device)
+    first_BL = (places_L * starts_BL1[:, :-1]).cummax(1).values
+    return places_L - first_BL
 
 
 def _with_sampled(batch: Batch, samples: list[Sample], num_draws: int) -> Batch:
@@ -103,7 +118,8 @@ def _with_sampled(batch: Batch, samples: list[Sample], num_draws: int) -> Batch:
     ids_NK, weights_NK = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
     ids_NK[row_D, column_D] = np.concatenate([part[1] for part in parts])
     weights_NK[row_D, column_D] = np.concatenate([part[2] for part in parts]) / np.float32(num_draws)
-    return Batch(batch.input_ids_BL, batch.labels_BL, torch.from_numpy(ids_NK), torch.from_numpy(weights_NK))
+    batch.ids_NK, batch.weights_NK = torch.from_numpy(ids_NK), torch.from_numpy(weights_NK)
+    return batch
 
 
 def _rows_of(targets: SampledTargets, row: int) -> tuple[npt.NDArray[np.int32], ...]:
@@ -127,10 +143,6 @@ def _with_topk(batch: Batch, samples: list[Sample], heat: Heat | None) -> Batch:
         weights_NK, tail_N = np.exp(logprobs_NK - largest_N[:, None]), np.exp(log_tail_N - largest_N)
     # rounded logprobs do not quite sum to 1, and powers of them to anything; the loss reads a row as one distribution
     total_N = weights_NK.sum(axis=1) + tail_N
-    return Batch(
-        batch.input_ids_BL,
-        batch.labels_BL,
-        torch.from_numpy(ids_NK),
-        torch.from_numpy(weights_NK / total_N[:, None]),
-        torch.from_numpy(tail_N / total_N),
-    )
+    batch.ids_NK, batch.weights_NK = torch.from_numpy(ids_NK), torch.from_numpy(weights_NK / total_N[:, None])
+    batch.tail_N = torch.from_numpy(tail_N / total_N)
+    return batch

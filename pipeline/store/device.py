@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from capgap.pipeline.store.alignment import COUNT_TOLERANCE, LOGPROB_TOLERANCE_NATS
-from capgap.pipeline.store.batch import IGNORED_LABEL, Batch, Heat
+from capgap.pipeline.store.batch import IGNORED_LABEL, Batch, Heat, positions_in_documents
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, Codec
 from capgap.pipeline.store.device_targets import SampledRows, Tables, TopkRows, joined, sampled_rows, topk_rows
 from capgap.pipeline.store.planes import num_planes
@@ -30,6 +30,8 @@ class DeviceDecoder:
         codec: of the members.
         device: that decodes.
         heat: the further temperature at which targets are wanted; None for the capture temperature.
+
+    Where stored columns say where documents start, batches have positions that begin anew there.
     """
 
     def __init__(self, codec: Codec, device: torch.device | str, heat: Heat | None = None) -> None:
@@ -43,9 +45,10 @@ class DeviceDecoder:
         stored = stored.to(self.device)
         tokens_BL1 = self._tables.ids(joined(stored, "tokens", num_planes(self._codec.vocab_size - 1)), faults)
         labels_BL = tokens_BL1[:, 1:]
-        bit_8 = torch.arange(8, dtype=torch.uint8, device=self.device)
-        is_label_BL1 = ((stored["mask"][:, :, None] >> bit_8) & 1).flatten(1)[:, : tokens_BL1.shape[1]].bool()
+        is_label_BL1 = self._bits(stored["mask"], tokens_BL1.shape[1])
         batch = Batch(tokens_BL1[:, :-1].contiguous(), labels_BL.masked_fill(~is_label_BL1[:, 1:], IGNORED_LABEL))
+        if "starts" in stored:
+            batch.positions_BL = positions_in_documents(self._bits(stored["starts"], tokens_BL1.shape[1]))
         if self._codec.name == SAMPLED:
             sampled = sampled_rows(stored, self._codec, self._tables, faults)
             faults.append(self._contradict_sampled(labels_BL.flatten(), sampled))
@@ -65,6 +68,10 @@ class DeviceDecoder:
         """The lowest number of a batch whose values contradict the format or its tokens; waits for the device."""
         number = int(self._first_fault)
         return None if number == _NONE else number
+
+    def _bits(self, packed: torch.Tensor, width: int) -> torch.Tensor:
+        bit_8 = torch.arange(8, dtype=torch.uint8, device=self.device)
+        return ((packed[:, :, None] >> bit_8) & 1).flatten(1)[:, :width].bool()
 
     def _unscaled(self, rows: TopkRows) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and tails at the temperature that is wanted, as in `collate`; their sums are not 1."""

@@ -29,6 +29,7 @@ from capgap.pipeline.store.skips import Skips
 from capgap.pipeline.store.stored import StoredBlock
 from capgap.pipeline.store.stored_batch import StoredBatch, gather
 from capgap.schemas.errors import CorruptError, InputError
+from capgap.schemas.run_corpus import ContextRule
 
 # Two threads feed a GPU with half a million tokens a second; four micro-batches ahead cover a member being decoded.
 _THREADS = 2
@@ -64,6 +65,8 @@ class SequenceLoader:
             lie in its memory. Batches are the same.
         pin: copy batches to page-locked memory, for a transfer beside the computation; left out, where CUDA is there.
         heat: the further temperature at which targets are wanted, by `heat_of`; None for the capture temperature.
+        context: the rule under which the teacher scored; under `document` batches have positions that begin anew at
+            each document, where the student's attention must end.
 
     Raises:
         InputError: the set holds too few sequences for one step, the ranks do not divide it, or sequences do not fit.
@@ -89,6 +92,7 @@ class SequenceLoader:
         decode_on: torch.device | str | None = None,
         pin: bool | None = None,
         heat: Heat | None = None,
+        context: ContextRule = "packed",
     ) -> None:
         shard_set = reader.shard_set
         self._reader, self._step, self._seed = reader, batch_sequences, seed
@@ -111,7 +115,7 @@ class SequenceLoader:
         )
         self._threads, self._ahead = threads, ahead
         self._pin = torch.cuda.is_available() if pin is None else pin
-        self._heat = heat
+        self._heat, self._context = heat, context
         self._decoder = None if decode_on is None else DeviceDecoder(reader.codec, decode_on, heat)
         self._position = 0
 
@@ -137,6 +141,26 @@ class SequenceLoader:
     def together(self) -> int:
         """Sequences of one micro-batch on every rank."""
         return self._micro_batch * self._world_size
+
+    @property
+    def rounds_per_step(self) -> int:
+        """Micro-batches of one step on every rank."""
+        return self._step // self.together
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets of one step over all ranks, without padding."""
+        return self._step * self.seq_len
+
+    @property
+    def num_tokens(self) -> int:
+        """Targets of the whole training over all ranks, without padding."""
+        return self.num_steps * self.tokens_per_step
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Sequences in each damaged member that was passed over."""
+        return self.skips.as_dict()
 
     @property
     def seq_len(self) -> int:
@@ -254,9 +278,9 @@ class SequenceLoader:
         found = [self._find(epoch, index) for index in chosen]
         stored = [(block, row) for block, row in found if isinstance(block, StoredBlock)]
         if stored:
-            return gather(stored, self._pin)
+            return gather(stored, self._pin, self._context)
         decoded = [(*block, row) for block, row in found if not isinstance(block, StoredBlock)]
-        batch = self._in_rows(collate(decoded, self._reader.codec.num_ids, self._heat))
+        batch = self._in_rows(collate(decoded, self._reader.codec.num_ids, self._heat, self._context))
         return pinned(batch) if self._pin else batch
 
     def _in_rows(self, batch: Batch) -> Batch:

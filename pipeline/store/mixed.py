@@ -34,11 +34,13 @@ class MixedLoader:
             than once needs its epochs.
         weights: by the same names, above 0; only their ratios count.
         seed: of the order in which loaders take turns.
-        max_tokens: stop before the micro-batch that would pass this many targets over all ranks; left out, the stream
-            ends where a loader has no more to give.
+        max_tokens: stop before the step that would pass this many targets over all ranks; left out, the stream ends
+            with the last whole step that every loader has enough for.
+        epochs_of: the cache whose passes are counted as epochs; left out, the first by name.
 
     Raises:
-        InputError: the names differ, a weight is not above 0, or the batches are not of one shape.
+        InputError: the names differ, a weight is not above 0, the batches are not of one shape, steps not of equally
+            many, or not even one step can be filled.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class MixedLoader:
         seed: int,
         *,
         max_tokens: int | None = None,
+        epochs_of: str | None = None,
     ) -> None:
         self._names = sorted(loaders)
         if not self._names or self._names != sorted(weights):
@@ -62,11 +65,22 @@ class MixedLoader:
                 expected="one shape",
                 fix="give the loaders the same row_len, and micro_batch so that they have as many rows",
             )
-        self._seed, self._position = seed, 0
+        rounds = {loader.rounds_per_step for loader in self._loaders}
+        if len(rounds) > 1:
+            raise InputError(
+                "micro-batches in a step",
+                found=sorted(rounds),
+                expected="as many of each cache",
+                fix="give the loaders the same batch_sequences over micro_batch",
+            )
+        self._seed, self._position, self._rounds = seed, 0, rounds.pop()
+        self._counted = self._names.index(self._names[0] if epochs_of is None else epochs_of)
         self._together = np.array([loader.together for loader in self._loaders])
         self._tokens = self._together * np.array([loader.seq_len for loader in self._loaders])
         self._turns = lru_cache(maxsize=2)(self._permute_turns)
-        self._total = self._most(max_tokens)
+        self._total = self._most(max_tokens) // self._rounds * self._rounds
+        if not self._total:
+            raise InputError("not enough data for one step of the mix", found=self._has.tolist(), expected="more")
 
     def __len__(self) -> int:
         """Micro-batches of the whole training on this rank."""
@@ -87,6 +101,32 @@ class MixedLoader:
         finally:
             for stream in streams:
                 stream.close()
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole training."""
+        return self._total // self._rounds
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which the counted cache is read once, on average."""
+        own = self._loaders[self._counted].steps_per_epoch
+        return own * float(self._shares.sum() / self._shares[self._counted])
+
+    @property
+    def num_tokens(self) -> int:
+        """Targets of the whole training over all ranks, without padding."""
+        return int(self._given(self._total) @ self._tokens)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets of one step over all ranks on average, without padding."""
+        return round(self.num_tokens / self.num_steps)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Sequences in each damaged member that was passed over, of every cache."""
+        return {name: number for loader in self._loaders for name, number in loader.skipped.items()}
 
     def micro_batch(self, number: int) -> Batch:
         """This rank's micro-batch of that number, counted over the whole training."""

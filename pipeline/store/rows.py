@@ -5,6 +5,7 @@
 
 The teacher scored each sequence from its first token on and saw nothing before it, so the student must not either: its
 attention ends where positions begin anew, and then a row gives the loss of its sequences. No sequence is ever cut.
+Under the context rule `document` they begin anew at each document within the sequences too.
 
 Legend: B sequences of L targets, R rows of W targets, N = B x L, M = R x W, K ids of the widest row.
 """
@@ -30,13 +31,15 @@ def sequences_per_row(row_len: int, seq_len: int) -> int:
 
 
 def in_rows(batch: Batch, row_len: int) -> Batch:
-    """The same sequences and targets as rows of `row_len`, with the positions [R, W] that begin anew at each sequence.
+    """The same sequences and targets as rows of `row_len`, with positions [R, W] that begin anew at each sequence.
 
     Padding has token 0, label -100, and no weight on any id or on the tail.
     """
     num_sequences, seq_len = batch.input_ids_BL.shape
     per_row = sequences_per_row(row_len, seq_len)
     num_rows, padding = num_sequences // per_row, row_len - per_row * seq_len
+    places_W = torch.arange(row_len, device=batch.input_ids_BL.device)
+    positions_BL = places_W[:seq_len].expand(num_sequences, -1) if batch.positions_BL is None else batch.positions_BL
 
     def rows(values: torch.Tensor, fill: int = 0) -> torch.Tensor:
         return pad(values.reshape(num_rows, per_row * seq_len), (0, padding), value=fill)
@@ -54,5 +57,5 @@ def in_rows(batch: Batch, row_len: int) -> Batch:
         targets(batch.ids_NK),
         targets(batch.weights_NK),
         targets(batch.tail_N),
-        (torch.arange(row_len, device=batch.input_ids_BL.device) % seq_len).repeat(num_rows, 1),
+        torch.cat([rows(positions_BL)[:, : row_len - padding], places_W[:padding].expand(num_rows, -1)], 1),
     )

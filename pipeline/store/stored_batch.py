@@ -13,11 +13,12 @@ import numpy.typing as npt
 import torch
 
 from capgap.pipeline.store.stored import StoredBlock
+from capgap.schemas.run_corpus import ContextRule
 
 # what a column's place in the buffer is a multiple of, for every kind of number
 _ALIGNED_BYTES = 16
-# documents' starts are no part of a batch
-_LEFT_OUT = ("starts",)
+# no part of a batch whose sequences are seen whole
+_STARTS = "starts"
 
 _KINDS = {np.dtype(np.uint8): torch.uint8, np.dtype(np.uint16): torch.uint16, np.dtype(np.int32): torch.int32}
 
@@ -60,13 +61,16 @@ class StoredBatch:
         return StoredBatch(self._buffer.to(device, non_blocking=True), self._parts, self.num_sequences, self.widest)
 
 
-def gather(samples: list[tuple[StoredBlock, int]], pin: bool) -> StoredBatch:
-    """The columns of these sequences, each a block and a number in it; in page-locked memory if `pin`."""
+def gather(samples: list[tuple[StoredBlock, int]], pin: bool, context: ContextRule = "packed") -> StoredBatch:
+    """The columns of these sequences, each a block and a number in it; in page-locked memory if `pin`.
+
+    Where documents start is among them under the rule `document`.
+    """
     first = samples[0][0]
     arrays: dict[str, list[npt.NDArray[Any]]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name in first.fixed:
-        if name not in _LEFT_OUT:
+        if name != _STARTS or context == "document":
             arrays[name] = [block.fixed[name][row] for block, row in samples]
             shapes[name] = (len(samples), first.fixed[name].shape[1])
     for name in first.ragged:

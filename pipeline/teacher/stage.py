@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from capgap.pipeline.model_checks import check_given_model, corpus_tokenizer, fresh_model, require_packed
+from capgap.pipeline.model_checks import check_given_model, corpus_tokenizer, fresh_model
 from capgap.pipeline.models import MODEL_FOLDER, model_facts, save_model
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.train.fit import fit
@@ -18,7 +18,6 @@ def run(context: StageContext) -> StageResult:
 
     Raises:
         InputError, MismatchError: as `check_given_model`; or the corpus keeps no text for the teacher.
-        SettingError: a teacher is to be trained on documents by themselves.
     """
     settings = context.run.teacher
     if settings.path is not None:
@@ -30,7 +29,6 @@ def run(context: StageContext) -> StageResult:
 
 def _train(context: StageContext, shape: ModelShape) -> StageResult:
     settings, corpus = context.run.teacher, context.input("corpus")
-    require_packed(CorpusFacts.model_validate(corpus.manifest.facts).context)
     sets = corpus.manifest.shard_sets
     if "teacher" not in sets:
         raise InputError(
@@ -51,6 +49,7 @@ def _train(context: StageContext, shape: ModelShape) -> StageResult:
         device=context.device,
         folder=context.folder,
         ranks=context.ranks,
+        context=CorpusFacts.model_validate(corpus.manifest.facts).context,
     )
     totals = fit(model, task)
     if not context.ranks.is_first:

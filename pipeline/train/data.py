@@ -1,34 +1,41 @@
-"""What a training reads: the loader of its micro-batches, and the held-out ones."""
+"""What a training reads: the loader of its micro-batches, and the held-out ones.
+
+one cache:        SequenceLoader
+several caches:   a SequenceLoader each --MixedLoader, by weight--> micro-batches of one shape, each of one cache
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from capgap.pipeline.store import Batch, SequenceLoader, ShardReader
+from capgap.pipeline.store import Batch, MixedLoader, SequenceLoader, ShardReader
 from capgap.pipeline.store.batch import collate
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.store.rows import sequences_per_row
+from capgap.pipeline.train.task import Source, Task
+
+# The name of the run's own cache in a mix; the run file cannot give it to another.
+OWN = ""
+# Passes over a further cache, which is read as often as the mix takes: more than any training has steps.
+_WITHOUT_END = 1 << 32
 
 
-def training_loader(task: Task) -> SequenceLoader:
+def training_loader(task: Task) -> SequenceLoader | MixedLoader:
     """The micro-batches of the whole training, in their order.
 
     Raises:
-        InputError: too little data for one step.
+        InputError: too little data for one step, or the caches do not make rows of one shape.
     """
     settings = task.settings
-    return SequenceLoader(
-        task.training,
-        settings.batch_sequences,
-        task.seed,
-        num_epochs=settings.num_epochs,
-        max_tokens=settings.max_tokens,
-        micro_batch=task.micro_batch,
-        rank=task.ranks.rank,
-        world_size=task.ranks.world_size,
-        on_corrupt=settings.on_corrupt,
-        decode_on=task.device if settings.decode == "device" else None,
-        heat=task.heat,
-    )
+    own = Source(task.training, task.weight, task.context, task.heat)
+    if not task.others:
+        return _loader(task, own, settings.num_epochs, settings.max_tokens)
+    loaders = {OWN: _loader(task, own, settings.num_epochs)}
+    loaders |= {name: _loader(task, source, _WITHOUT_END) for name, source in task.others.items()}
+    weights = {OWN: own.weight} | {name: source.weight for name, source in task.others.items()}
+    mixed = MixedLoader(loaders, weights, task.seed, epochs_of=OWN)
+    if settings.max_tokens is None or settings.max_tokens >= mixed.num_tokens:
+        return mixed
+    return MixedLoader(loaders, weights, task.seed, epochs_of=OWN, max_tokens=settings.max_tokens)
 
 
 def heldout_batches(task: Task) -> Iterator[Batch]:
@@ -53,5 +60,34 @@ def _batches_of(task: Task, reader: ShardReader, wanted: range) -> Iterator[Batc
             continue
         sequences, targets = reader.read(index)
         for start in range(rows.start, rows.stop, task.micro_batch):
-            part = range(start, min(start + task.micro_batch, rows.stop))
-            yield collate([(sequences, targets, row) for row in part], reader.codec.num_ids, task.heat)
+            part = [(sequences, targets, row) for row in range(start, min(start + task.micro_batch, rows.stop))]
+            yield collate(part, reader.codec.num_ids, task.heat, task.context)
+
+
+def _loader(task: Task, source: Source, num_epochs: int, max_tokens: int | None = None) -> SequenceLoader:
+    settings = task.settings
+    return SequenceLoader(
+        source.reader,
+        _as_many_rows(task, source, settings.batch_sequences),
+        task.seed,
+        num_epochs=num_epochs,
+        max_tokens=max_tokens,
+        micro_batch=_as_many_rows(task, source, task.micro_batch),
+        rank=task.ranks.rank,
+        world_size=task.ranks.world_size,
+        row_len=task.row_len,
+        on_corrupt=settings.on_corrupt,
+        decode_on=task.device if settings.decode == "device" else None,
+        heat=source.heat,
+        context=source.context,
+    )
+
+
+def _as_many_rows(task: Task, source: Source, num_sequences: int) -> int:
+    """Sequences of a source that fill as many rows as that many of the task's own."""
+    own, its = (_per_row(task, reader.shard_set.seq_len) for reader in (task.training, source.reader))
+    return num_sequences if own == its else num_sequences // own * its
+
+
+def _per_row(task: Task, seq_len: int) -> int:
+    return 1 if task.row_len is None else sequences_per_row(task.row_len, seq_len)

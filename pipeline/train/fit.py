@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from capgap.pipeline.progress import Meter, progress
+from capgap.pipeline.train.attention import require_ending_attention
 from capgap.pipeline.train.checkpoints import Checkpoints, best_checkpoint, checkpoint_to_resume
 from capgap.pipeline.train.clock import Clock, ClockedLoader
 from capgap.pipeline.train.data import heldout_batches, training_loader
@@ -38,16 +39,18 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
 
     Raises:
         InputError: too little data for one step, a loss or a gradient that is not finite, a logger without its package,
-            or a model that `DistillationModule` cannot train or that takes shorter sequences.
+            or a model that `DistillationModule` cannot train, that takes shorter sequences, or that would look across
+            the documents of a row.
         SettingError: there is no such logger.
         CorruptError: shards are damaged, or targets are not aligned with their tokens.
         MachineError: the model and its optimizer do not fit into the device's memory, or nothing can be compiled.
     """
     settings, ranks = task.settings, task.ranks
-    tokens_per_step = settings.batch_sequences * task.training.shard_set.seq_len
     accumulate = settings.batch_sequences // (task.micro_batch * ranks.world_size)
     loader = training_loader(task)
-    num_steps, steps_per_epoch = loader.num_steps, loader.steps_per_epoch
+    if task.several_in_a_row:
+        require_ending_attention(model, task.longest_row)
+    num_steps, steps_per_epoch, tokens_per_step = loader.num_steps, loader.steps_per_epoch, loader.tokens_per_step
     sharded = is_sharded(settings, ranks)
     # FSDP2 takes a model apart; what is handed back must be whole
     student = copy.deepcopy(model) if sharded and ranks.is_first else model
@@ -104,10 +107,10 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     best = _take_best(model, folder, checkpoints) if settings.output == "best" and ranks.is_first else {}
     return {
         "num_steps": num_steps,
-        "num_tokens": num_steps * tokens_per_step,
+        "num_tokens": loader.num_tokens,
         "num_epochs": round(num_steps / steps_per_epoch, 4),
         **best,
-        **({"skipped_sequences": loader.skips.as_dict()} if loader.skips.as_dict() else {}),
+        **({"skipped_sequences": loader.skipped} if loader.skipped else {}),
     }
 
 

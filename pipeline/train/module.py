@@ -5,7 +5,6 @@ Legend: B sequences, L targets a sequence, N = B x L rows, H hidden, K ids kept,
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import lightning
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from capgap.kernels.sparse_kl import Recording, SparseKl, SparseTargets, linear_sparse_kl
 from capgap.pipeline.store import Batch
+from capgap.pipeline.train.attention import ending_attention
 from capgap.pipeline.train.faster import checkpoint_activations, compile_decoder
 from capgap.pipeline.train.heads import served_head
 from capgap.pipeline.train.labels import LabelShares
@@ -24,14 +24,11 @@ from capgap.pipeline.train.optimizer import optimizer_and_schedule
 from capgap.pipeline.train.router import RouterLoss
 from capgap.pipeline.train.strategy import shard
 from capgap.pipeline.train.top_ids import top_ids
-from capgap.schemas.errors import InputError
 from capgap.schemas.run_model import OptimizationSettings
 
 # Where the logits' buffer and the gradients of one chunk stay in a CPU's cache.
 _CPU_WORKSPACE_MB = 16
 _GPU_WORKSPACE_MB = 512
-# whose masks transformers makes from positions, in batches of any number of rows
-_ATTENTION_THAT_ENDS = ("eager", "sdpa", "flex_attention")
 
 
 class DistillationModule(lightning.LightningModule):
@@ -118,9 +115,9 @@ class DistillationModule(lightning.LightningModule):
         In training the loss has the router's in it, where that is asked for.
 
         Raises:
-            InputError: rows hold several sequences, and the model would look across them.
+            InputError: rows hold several sequences or documents, and the model would look across them.
         """
-        several = {} if batch.positions_BL is None else _ending_attention(self.model, batch.positions_BL)
+        several = {} if batch.positions_BL is None else ending_attention(self.model, batch.positions_BL)
         router = self._router if self.training else None
         output = self._head.decoder(
             input_ids=batch.input_ids_BL, use_cache=False, **several, **(router.arguments if router else {})
@@ -180,21 +177,3 @@ def _targets(batch: Batch) -> SparseTargets:
         return SparseTargets(none.long(), none, None)
     recording: Recording = "sampled" if batch.tail_N is None else "topk"
     return SparseTargets(batch.ids_NK, batch.weights_NK, batch.tail_N, recording)
-
-
-def _ending_attention(model: PreTrainedModel, positions_BL: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The argument that ends attention where positions begin anew.
-
-    Transformers' flash attention minds positions in batches of one row alone.
-    """
-    attention = model.config._attn_implementation
-    takes = "position_ids" in inspect.signature(model.base_model.forward).parameters
-    if not takes or attention not in _ATTENTION_THAT_ENDS:
-        raise InputError(
-            "this model would look across the sequences of a row",
-            where=model.name_or_path or model.config.model_type,
-            found=f"attention {attention}" if takes else "a model without positions",
-            expected=f"attention {' or '.join(_ATTENTION_THAT_ENDS)}",
-            fix="read it one sequence a row, without row_len",
-        )
-    return {"position_ids": positions_BL}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from capgap.pipeline.model_checks import corpus_tokenizer, require_packed
+from capgap.pipeline.model_checks import corpus_tokenizer
 from capgap.pipeline.models import (
     MODEL_FOLDER,
     empty_model,
@@ -18,8 +18,9 @@ from capgap.pipeline.models import (
     model_path,
     save_model,
 )
-from capgap.pipeline.store import ShardReader, heat_of
+from capgap.pipeline.store import ShardReader
 from capgap.pipeline.tokenizers import load_tokenizer
+from capgap.pipeline.train.caches import chosen_caches, require_fit
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.fits import require_memory
 from capgap.pipeline.train.loggers import require_loggers
@@ -28,11 +29,9 @@ from capgap.pipeline.train.model_card import CARD_NAME, model_card
 from capgap.pipeline.train.objective import objective_of
 from capgap.pipeline.train.task import Task
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
-from capgap.schemas.errors import MismatchError, SettingError
-from capgap.schemas.facts import CacheFacts, ModelFacts, heldout_set
-from capgap.schemas.run_cache import RecordingName
+from capgap.schemas.errors import MismatchError
+from capgap.schemas.facts import heldout_set
 from capgap.schemas.run_file import RunFile
-from capgap.schemas.run_model import TrainSettings
 
 _LOG = logging.getLogger("capgap")
 
@@ -41,19 +40,16 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     """Refuse what does not fit together.
 
     Raises:
-        MismatchError: cache, corpus and student do not belong together, or the recording has not what the loss needs.
-        SettingError: the cache lacks the recording or the temperature, or was scored under a rule that no student
-            can be trained under; or there is no such logger.
-        InputError: a logger's package is not installed.
+        MismatchError: caches, corpus and student do not belong together, or a recording has not what the loss needs.
+        SettingError: a cache lacks the recording or the temperature, or caches do not fit into rows of one length; or
+            there is no such logger.
+        InputError: a cache is empty or smaller than a step, or longer than the student takes; or a logger's package is
+            not installed.
     """
     assert instance.arm is not None
-    cache = inputs["cache"]
-    facts, settings = CacheFacts.model_validate(cache.manifest.facts), run.train_settings(instance.arm)
-    _require_same_corpus(cache, inputs["corpus"])
-    _require_same_tokenizer(facts, inputs[f"student/seed-{instance.seed}"])
-    require_packed(facts.context)
-    recording, _ = choose(facts, settings)
-    objective_of(settings, recording, cache.location)
+    settings = run.train_settings(instance.arm)
+    _require_same_corpus(inputs["cache"], inputs["corpus"])
+    require_fit(settings, chosen_caches(settings, inputs), inputs[f"student/seed-{instance.seed}"])
     require_loggers(settings.loggers)
 
 
@@ -61,40 +57,42 @@ def run(context: StageContext) -> StageResult:
     """Train and write the folder `model`.
 
     Raises:
-        MismatchError, SettingError: as `check`.
-        InputError: as `fit`.
+        MismatchError, SettingError, InputError: as `check` and `fit`.
     """
     check(context.run, context.instance, context.inputs)
-    instance, corpus, cache = context.instance, context.input("corpus"), context.input("cache")
+    instance, corpus = context.instance, context.input("corpus")
     assert instance.arm is not None and instance.seed is not None
     student = context.input(f"student/seed-{instance.seed}")
-    facts = CacheFacts.model_validate(cache.manifest.facts)
     settings = context.run.train_settings(instance.arm)
-    recording, temperature = choose(facts, settings)
-    objective = objective_of(settings, recording, cache.location)
-    reader = ShardReader(cache.location, cache.manifest.shard_sets[recording])
-    heldout = cache.manifest.shard_sets.get(heldout_set(recording))
-    if heldout is None and settings.alpha > 0:
+    caches = chosen_caches(settings, context.inputs)
+    own = caches[None]
+    source = own.source()
+    heldout = context.input("cache").manifest.shard_sets.get(heldout_set(own.recording))
+    if heldout is None and settings.needs_targets:
         _LOG.info("%s: the cache has no held-out sequences: nearness to the teacher is not measured", instance.name)
     path = model_path(student)
     # a bfloat16 student is trained on float32 weights unless the run file says otherwise
     dtype = torch.bfloat16 if settings.precision == "bf16-true" else torch.float32
-    require_memory(empty_model(load_config(path)).to(dtype), settings, context.device, reader.shard_set.seq_len)
+    require_memory(empty_model(load_config(path)).to(dtype), settings, context.device, own.shards.seq_len)
     model = load_model(path, "cpu", dtype)
     task = Task(
         title=f"train: {instance.arm}, seed {instance.seed}",
         settings=settings,
-        training=reader,
+        training=source.reader,
         heldout=ShardReader(corpus.path, corpus.manifest.shard_sets["heldout"]),
         alpha=settings.alpha,
-        temperature=temperature,
-        heat=heat_of(reader.codec, facts.temperature, temperature),
+        temperature=own.temperature,
+        heat=source.heat,
         seed=instance.seed,
         device=context.device,
         folder=context.folder,
-        objective=objective,
+        objective=objective_of(settings, own.recording, own.location),
         ranks=context.ranks,
-        heldout_targets=None if heldout is None else ShardReader(cache.location, heldout),
+        heldout_targets=None if heldout is None else ShardReader(own.location, heldout),
+        context=source.context,
+        row_len=settings.row_len,
+        weight=source.weight,
+        others={name: cache.source() for name, cache in caches.items() if name is not None},
     )
     totals = fit(model, task)
     if not context.ranks.is_first:
@@ -103,7 +101,7 @@ def run(context: StageContext) -> StageResult:
     folder = context.folder / MODEL_FOLDER
     save_model(model, tokenizer, folder)
     made = model_facts(model, tokenizer)
-    card = model_card(context, settings, recording, temperature, made, totals, context.folder / METRICS_NAME)
+    card = model_card(context, settings, own.recording, own.temperature, made, totals, context.folder / METRICS_NAME)
     (folder / CARD_NAME).write_text(card)
     return StageResult(facts=made.model_dump(mode="json"), totals=totals)
 
@@ -115,40 +113,6 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase, corpus: StageInput) -
     return tokenizer
 
 
-def choose(cache: CacheFacts, settings: TrainSettings) -> tuple[RecordingName, float]:
-    """Recording and temperature to train with.
-
-    Raises:
-        SettingError: the cache does not have them, or has several and none is named.
-    """
-    known = sorted(cache.recordings)
-    recording = settings.recording
-    if recording is None and not settings.needs_targets:
-        # the text is the same beside either
-        recording = known[0]
-    if recording is None and len(known) == 1:
-        recording = known[0]
-    if recording is None or recording not in cache.recordings:
-        raise SettingError(
-            "the cache has several recordings" if recording is None else "the cache has no such recording",
-            where="train.recording",
-            found="none named" if recording is None else recording,
-            expected=f"{'one of ' if len(known) > 1 else ''}{', '.join(known)}",
-            fix=f"set train.recording{'' if len(known) > 1 else ', or leave it out'}",
-        )
-    temperature = cache.temperature if settings.temperature is None else settings.temperature
-    temperatures = cache.recordings[recording].temperatures
-    if settings.needs_targets and temperature not in temperatures:
-        raise SettingError(
-            f"the cache's recording {recording} has no targets at this temperature",
-            where="train.temperature",
-            found=f"{temperature:g}",
-            expected=f"{'one of ' if len(temperatures) > 1 else ''}{', '.join(f'{one:g}' for one in temperatures)}",
-            fix="leave it out, or make a topk cache with it in cache.extra_temperatures",
-        )
-    return recording, temperature if settings.needs_targets else cache.temperature
-
-
 def _require_same_corpus(cache: StageInput, corpus: StageInput) -> None:
     made_from = cache.manifest.inputs["corpus"]
     if made_from.identity != corpus.manifest.identity:
@@ -158,16 +122,4 @@ def _require_same_corpus(cache: StageInput, corpus: StageInput) -> None:
             found=f"corpus {made_from.identity[:12]} ({made_from.path})",
             expected=f"{corpus.manifest.identity[:12]} ({corpus.path})",
             fix="reuse that corpus too (reuse.corpus), or make a cache of this one",
-        )
-
-
-def _require_same_tokenizer(cache: CacheFacts, student: StageInput) -> None:
-    found = ModelFacts.model_validate(student.manifest.facts)
-    if found.tokenizer.fingerprint != cache.tokenizer.fingerprint:
-        raise MismatchError(
-            "cache and student have different tokenizers",
-            where=student.path,
-            found=f"fingerprint {found.tokenizer.fingerprint[:12]}",
-            expected=f"{cache.tokenizer.fingerprint[:12]}, the cache's",
-            fix="train a student of the cache's tokenizer, or make a cache of this corpus",
         )

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.batch import Heat
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.workflow.ranks import Ranks
+from capgap.schemas.run_corpus import ContextRule
 from capgap.schemas.run_model import OptimizationSettings
+
+
+@dataclass(frozen=True)
+class Source:
+    """A cache that is read beside the task's own.
+
+    Attributes:
+        reader: of its shards.
+        weight: its share of the micro-batches.
+        context: the rule under which its teacher scored.
+        heat: by which the loader turns its stored targets into those of the task's temperature.
+    """
+
+    reader: ShardReader
+    weight: float = 1.0
+    context: ContextRule = "packed"
+    heat: Heat | None = None
 
 
 @dataclass(frozen=True)
@@ -30,6 +49,10 @@ class Task:
         objective: which divergence alpha weighs.
         ranks: which of the training's processes this is; the first alone writes to the folder.
         heldout_targets: the cache's held-out sequences, the first ones of `heldout`; None where it has none.
+        context: what a model sees before a token of `training` and of `heldout`.
+        row_len: targets in a row of a batch; None for a sequence a row.
+        weight: share of `training` in the micro-batches, where there are others.
+        others: caches to train on as well, by name.
     """
 
     title: str
@@ -45,8 +68,23 @@ class Task:
     objective: Objective = Objective()  # noqa: RUF009  # frozen
     ranks: Ranks = Ranks()  # noqa: RUF009  # frozen
     heldout_targets: ShardReader | None = None
+    context: ContextRule = "packed"
+    row_len: int | None = None
+    weight: float = 1.0
+    others: Mapping[str, Source] = field(default_factory=dict)
 
     @property
     def micro_batch(self) -> int:
         """Sequences in one forward pass of one rank: its whole share of a step where no size is set."""
         return self.settings.micro_batch_sequences or max(1, self.settings.batch_sequences // self.ranks.world_size)
+
+    @property
+    def several_in_a_row(self) -> bool:
+        """Whether rows hold sequences or documents that must not see one another."""
+        rules = {self.context, *(source.context for source in self.others.values())}
+        return self.row_len is not None or "document" in rules
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row."""
+        return self.row_len or self.training.shard_set.seq_len

@@ -19,7 +19,15 @@ from capgap.pipeline.workflow.identity import content_of
 from capgap.pipeline.workflow.lease import leases
 from capgap.pipeline.workflow.ranks import Meeting, Ranks
 from capgap.pipeline.workflow.sources import record_sources, source_paths
-from capgap.pipeline.workflow.state import StageState, State, read_manifest, require_seal, reused_manifests, states
+from capgap.pipeline.workflow.state import (
+    StageState,
+    State,
+    further_manifests,
+    read_manifest,
+    require_seal,
+    reused_manifests,
+    states,
+)
 from capgap.pipeline.workflow.versions import versions
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
@@ -155,7 +163,7 @@ def open_inputs(run: RunFile, state: StageState) -> dict[str, StageInput]:
         InputError: one is not current.
         CorruptError: a manifest is not what was written.
     """
-    reused = reused_manifests(run)
+    reused = reused_manifests(run) | further_manifests(run, state.instance)
     known = states(run)
     inputs = {}
     for name in state.order.inputs:

@@ -55,6 +55,20 @@ def input_names(run: RunFile, instance: Instance) -> list[str]:
     return by_stage[instance.stage]
 
 
+def further_caches(run: RunFile, instance: Instance) -> dict[str, str]:
+    """Finished caches of other runs that a training reads beside its own: folder or URL, by the name of the input."""
+    if instance.stage != "train":
+        return {}
+    assert instance.arm is not None
+    caches = run.train_settings(instance.arm).caches
+    return {further_cache(name): cache.path for name, cache in caches.items() if cache.path is not None}
+
+
+def further_cache(name: str) -> str:
+    """The name of the input that `train.caches.NAME` is."""
+    return f"caches/{name}"
+
+
 def decisive_settings(run: RunFile, instance: Instance) -> dict[str, Any]:
     """The settings that decide what the instance makes; two instances with equal ones and equal inputs are one."""
     match instance.stage:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from capgap.pipeline.store import Remote, is_url
-from capgap.pipeline.workflow.context import Instance
+from capgap.pipeline.workflow.context import Instance, StageName
 from capgap.pipeline.workflow.folder import WORK_FOLDER, finished_units
-from capgap.pipeline.workflow.graph import decisive_settings, input_names, instances
+from capgap.pipeline.workflow.graph import decisive_settings, further_caches, input_names, instances
 from capgap.pipeline.workflow.identity import first_difference, identity_of, seal_of
 from capgap.pipeline.workflow.sources import changed_source
 from capgap.schemas.errors import CorruptError, InputError
@@ -58,38 +59,43 @@ def states(run: RunFile) -> dict[str, StageState]:
     """The state of every instance, by name.
 
     Raises:
-        InputError: a folder named under `reuse` holds no manifest of that stage.
+        InputError: a folder named under `reuse` or `train.caches` holds no manifest of that stage.
         CorruptError: a manifest cannot be read.
     """
     reused = reused_manifests(run)
-    known: dict[str, InputEntry] = {
-        name: InputEntry(path=str(path), identity=manifest.identity, content=manifest.content)
-        for name, (path, manifest) in reused.items()
-    }
+    known = {name: _entry(*at) for name, at in reused.items()}
     found: dict[str, StageState] = {}
+    # every arm and seed may read the same one, of a million members
+    read = lru_cache(maxsize=None)(_finished)
     for instance in instances(run):
-        state = _state_of(run, instance, known, found)
+        further = {name: _entry(*at) for name, at in further_manifests(run, instance, read).items()}
+        state = _state_of(run, instance, known | further, found)
         found[instance.name] = state
         content = state.manifest.content if state.manifest and state.state is State.CURRENT else ""
         known[instance.name] = InputEntry(path=str(state.folder), identity=state.order.identity, content=content)
     return found
 
 
-def reused_manifests(run: RunFile) -> dict[str, tuple[Path | str, Manifest]]:
-    """Folder, or URL, and manifest of every reused stage, by the stage's name."""
-    found = {}
-    for stage, folder in run.reuse.items():
-        location = folder.rstrip("/") if is_url(folder) else Path(folder)
-        manifest = read_manifest(location)
-        if manifest is None or manifest.stage != stage:
-            raise InputError(
-                "cannot be reused",
-                where=f"reuse.{stage}: {folder}",
-                found="no manifest.json" if manifest is None else f"a finished {manifest.stage} stage",
-                expected=f"the folder of a finished {stage} stage",
-            )
-        found[str(stage)] = (location, manifest)
-    return found
+Finished = tuple[Path | str, Manifest]
+"""Folder, or URL, and manifest of a finished stage."""
+
+
+def reused_manifests(run: RunFile) -> dict[str, Finished]:
+    """Every reused stage, by the stage's name."""
+    return {str(stage): _finished(stage, folder, f"reuse.{stage}") for stage, folder in run.reuse.items()}
+
+
+def further_manifests(
+    run: RunFile, instance: Instance, read: Callable[[StageName, str, str], Finished] | None = None
+) -> dict[str, Finished]:
+    """Each further cache that the instance reads, by the name of the input; `read` is what finds one.
+
+    Raises:
+        InputError: a folder or URL holds no finished cache.
+    """
+    found = further_caches(run, instance)
+    find = read or _finished
+    return {name: find("cache", folder, f"train.{name.replace('/', '.')}") for name, folder in found.items()}
 
 
 def read_manifest(folder: Path | str) -> Manifest | None:
@@ -135,12 +141,25 @@ def read_work_order(folder: Path) -> WorkOrder | None:
         return None
 
 
+def _finished(stage: StageName, folder: str, setting: str) -> Finished:
+    location = folder.rstrip("/") if is_url(folder) else Path(folder)
+    manifest = read_manifest(location)
+    if manifest is None or manifest.stage != stage:
+        raise InputError(
+            "cannot be reused",
+            where=f"{setting}: {folder}",
+            found="no manifest.json" if manifest is None else f"a finished {manifest.stage} stage",
+            expected=f"the folder of a finished {stage} stage",
+        )
+    return location, manifest
+
+
 def _state_of(
     run: RunFile, instance: Instance, known: Mapping[str, InputEntry], found: Mapping[str, StageState]
 ) -> StageState:
     folder = Path(run.out) / instance.name
     settings = json.loads(json.dumps(decisive_settings(run, instance)))
-    inputs = {name: known[name] for name in input_names(run, instance)}
+    inputs = {name: known[name] for name in (*input_names(run, instance), *further_caches(run, instance))}
     identity = identity_of(instance.stage, settings, {name: entry.identity for name, entry in inputs.items()})
     order = WorkOrder(stage=instance.stage, instance=instance.name, settings=settings, inputs=inputs, identity=identity)
     manifest = read_manifest(folder)
@@ -156,6 +175,10 @@ def _state_of(
     if changed:
         why = f"{why}, begun under other settings: {changed}"
     return StageState(instance, folder, State.PARTIAL, why, order, None, changed)
+
+
+def _entry(path: Path | str, manifest: Manifest) -> InputEntry:
+    return InputEntry(path=str(path), identity=manifest.identity, content=manifest.content)
 
 
 def _difference(old: WorkOrder, new: WorkOrder) -> str:

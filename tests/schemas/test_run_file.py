@@ -13,7 +13,7 @@ from capgap.schemas.base import Record
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
 from capgap.schemas.run_file import RunFile
-from capgap.schemas.run_model import ModelShape, StudentSettings, TeacherSettings, TrainSettings
+from capgap.schemas.run_model import FurtherCache, ModelShape, StudentSettings, TeacherSettings, TrainSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE: dict[str, Any] = {"name": "tried", "out": "runs/tried", "teacher": {"model": {}}, "student": {"model": {}}}
@@ -106,6 +106,9 @@ def test_a_missing_setting_is_named(path: str) -> None:
         ("train.alpha", -0.1),
         ("train.precision", "fp8"),
         ("train.num_epochs", 0),
+        ("train.caches.code.weight", 0),
+        ("train.caches.code.recording", "both"),
+        ("train.row_len", 7),
         ("eval.num_sequences", 1),
         ("eval.num_bootstrap", 99),
         ("reuse.train.[key]", "folder"),
@@ -177,6 +180,9 @@ def test_all_faults_are_told_at_once() -> None:
             "train",
             "micro_batch_sequences: found 3, expected a divisor of batch_sequences = 8",
         ),
+        ({"train.caches": {"a/b": {}}}, "train", "caches: found the name 'a/b', expected a word"),
+        ({"train.own_weight": 2}, "train", "own_weight: found 2 without caches, expected it beside others"),
+        ({"corpus.messages_field": "messages"}, "corpus", "corpus.messages_field: found without corpus.tokenizer"),
         ({"seeds": []}, "", "seeds: found [], expected at least one, none twice, none negative"),
         ({"seeds": [1, 2, 1]}, "", "seeds: found [1, 2, 1], expected at least one"),
         ({"seeds": [-1]}, "", "seeds: found [-1], expected at least one"),
@@ -218,7 +224,7 @@ def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
 @pytest.mark.parametrize(
     ("record", "operational"),
     [
-        (CorpusSettings(), {}),
+        (CorpusSettings(tokenizer="t", messages_field="messages"), {}),
         (
             CacheSettings(),
             {
@@ -231,7 +237,7 @@ def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
             },
         ),
         (
-            TrainSettings(divergence="jsd", tail="renorm"),
+            TrainSettings(divergence="jsd", tail="renorm", row_len=1024),
             {
                 "micro_batch_sequences": 2,
                 "checkpoint_every_steps": 7,
@@ -249,7 +255,9 @@ def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
 def test_operational_settings_and_no_others_are_left_out_of_what_decides(record: Record, operational: dict) -> None:
     changed = type(record).model_validate({**record.model_dump(), **operational})
     assert changed.decisive() == record.decisive()
-    silent = {name for name in type(record).model_fields if name not in record.decisive()}
+    # further caches are left out where there are none; a test below is about them
+    others = set(type(record).model_fields) - {"caches", "own_weight"}
+    silent = {name for name in others if name not in record.decisive()}
     assert silent == set(operational)
 
 
@@ -297,6 +305,23 @@ def test_a_choice_of_divergence_decides_and_no_choice_leaves_older_students_curr
     assert all(one != other for one, other in itertools.combinations([plain, *found], 2))
 
 
+def test_further_caches_decide_by_what_is_taken_of_them_and_not_by_where_they_lie() -> None:
+    plain, here, there, more = (
+        TrainSettings.model_validate({"micro_batch_sequences": size, "caches": caches}).decisive()
+        for size, caches in (
+            (None, {}),
+            (None, {"a": {"path": "here"}}),
+            (8, {"a": {"path": "there"}}),
+            (None, {"a": {"path": "here", "weight": 2}}),
+        )
+    )
+    assert here == there != more and "caches" not in plain
+    # the unit of the mix
+    smaller = TrainSettings.model_validate({"micro_batch_sequences": 4, "caches": {"a": {"path": "here"}}})
+    assert smaller.decisive() != here
+    assert not {"caches", "own_weight", "row_len", "micro_batch_sequences"} & set(plain)
+
+
 def test_a_beta_without_jsd_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"jsd_beta: found .* with divergence forward_kl, expected it with jsd"):
         TrainSettings(jsd_beta=0.3)
@@ -309,5 +334,6 @@ def test_settings_are_frozen() -> None:
 
 def test_every_setting_says_what_it_is() -> None:
     models = {RunFile, CorpusSettings, TeacherSettings, CacheSettings, StudentSettings, TrainSettings, ModelShape}
+    models.add(FurtherCache)
     silent = [f"{m.__name__}.{name}" for m in models for name, info in m.model_fields.items() if not info.description]
     assert silent == []

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capgap.pipeline.corpus.pack import pack
+from capgap.pipeline.corpus.pack import Encoded, pack
 from capgap.pipeline.corpus.sources import Document
 from capgap.schemas.errors import InputError
 
@@ -15,17 +15,17 @@ EOS = 0
 LENGTHS = st.lists(st.integers(0, 40), max_size=20)
 
 
-def _documents(lengths: list[int]) -> list[tuple[Document, list[int]]]:
+def _documents(lengths: list[int]) -> list[Encoded]:
     """Documents of that many tokens, no token twice; their text has two bytes a token."""
     ids = itertools.count(1)
     return [
-        (Document(f"document {number}", "\u00fc" * length), list(itertools.islice(ids, length)))
+        Encoded(Document(f"document {number}", "\u00fc" * length), list(itertools.islice(ids, length)))
         for number, length in enumerate(lengths)
     ]
 
 
-def _joined(documents: list[tuple[Document, list[int]]]) -> list[int]:
-    return [token for _, ids in documents for token in [*ids, EOS]]
+def _joined(documents: list[Encoded]) -> list[int]:
+    return [token for _, ids, _ in documents for token in [*ids, EOS]]
 
 
 @given(lengths=LENGTHS, seq_len=st.integers(1, 30))
@@ -58,12 +58,12 @@ def test_documents_that_are_too_long_are_dropped_and_the_others_packed_as_if_the
     lengths: list[int], seq_len: int
 ) -> None:
     documents = _documents(lengths)
-    short = [(document, ids) for document, ids in documents if len(ids) + 1 <= seq_len + 1]
+    short = [document for document in documents if len(document.ids) + 1 <= seq_len + 1]
     dropped, expected = pack(documents, seq_len, EOS, "drop"), pack(short, seq_len, EOS, "split")
     assert dropped.num_dropped == len(documents) - len(short)
     for name in ("tokens_BL1", "starts_BL1", "mask_BL1"):
         assert np.array_equal(getattr(dropped.sequences, name), getattr(expected.sequences, name))
-    assert dropped.num_text_bytes == expected.num_text_bytes == sum(2 * len(ids) for _, ids in short)
+    assert dropped.num_text_bytes == expected.num_text_bytes == sum(2 * len(document.ids) for document in short)
     assert (dropped.num_documents, dropped.num_cut_tokens) == (expected.num_documents, expected.num_cut_tokens)
 
 
@@ -83,3 +83,23 @@ def test_too_little_text_makes_no_sequence() -> None:
     packed = pack(_documents([5, 1]), 8, EOS, "split")
     assert packed.sequences.tokens_BL1.shape == (0, 9)
     assert (packed.num_documents, packed.num_text_tokens, packed.num_cut_tokens) == (0, 8, 8)
+
+
+@given(lengths=LENGTHS, seq_len=st.integers(1, 30), seed=st.integers(0, 99))
+def test_of_a_conversation_the_masked_tokens_count_and_the_added_end_does_not(
+    lengths: list[int], seq_len: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    documents, expected = [], []
+    for number, (document, ids, _) in enumerate(_documents(lengths)):
+        mask = [bool(m) for m in rng.random(len(ids)) < 0.5]
+        ended = ids and number % 3 == 0
+        # one that brings its own end token keeps the mask on it, and gets no second one
+        own = ([*ids, EOS], [*mask, True]) if ended else (ids, mask)
+        documents.append(Encoded(document, *own) if number % 3 < 2 else Encoded(document, ids))
+        expected += [*zip(ids, mask if number % 3 < 2 else [True] * len(ids), strict=True)]
+        expected.append((EOS, bool(ended) or number % 3 == 2))
+    packed = pack(documents, seq_len, EOS, "split").sequences
+    found = list(zip(packed.tokens_BL1.ravel().tolist(), packed.mask_BL1.ravel().tolist(), strict=True))
+    assert found == expected[: len(found)]
+    assert len(expected) - len(found) <= seq_len

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -71,3 +73,43 @@ def test_a_model_with_broken_weights_is_named(make_model, make_sequences):
         InputError, match=r"train/distilled/seed-3: the loss of held-out sequence 0 is not a number.*nan"
     ):
         score(model, make_sequences(), name="train/distilled/seed-3", vocab_size=VOCAB_SIZE, batch_sequences=4)
+
+
+def _cut(sequences: Any, seed: int = 0) -> Any:
+    """The same sequences, with documents of all lengths; some sequences begin within one."""
+    starts_BL1 = np.random.default_rng(seed).random(sequences.tokens_BL1.shape) < 0.2
+    return dataclasses.replace(sequences, starts_BL1=starts_BL1)
+
+
+@pytest.mark.parametrize("batch_sequences", [1, 3])
+def test_documents_are_scored_by_themselves(make_model, make_sequences, batch_sequences) -> None:
+    model, sequences = make_model(), _cut(make_sequences())
+    arguments: dict[str, Any] = {"name": "m", "vocab_size": VOCAB_SIZE, "batch_sequences": batch_sequences}
+    seen: list[torch.Tensor] = []
+    nats_S = score(model, sequences, **arguments, context="document", visit=seen.append, num_visited=2)
+    expected_S = np.zeros(len(sequences))
+    labelled = []
+    for row, tokens_L1 in enumerate(sequences.tokens_BL1):
+        borders = [0, *np.flatnonzero(sequences.starts_BL1[row, 1:-1]) + 1, len(tokens_L1) - 1]
+        for first, end in itertools.pairwise(borders):
+            tokens = torch.from_numpy(tokens_L1[None, first : end + 1]).long()
+            with torch.inference_mode():
+                logprobs = model(input_ids=tokens[:, :-1]).logits[0, :, :VOCAB_SIZE].double().log_softmax(-1)
+            nats = -logprobs.gather(1, tokens[0, 1:, None])[:, 0].numpy()
+            mask = sequences.mask_BL1[row, first + 1 : end + 1]
+            expected_S[row] += nats[mask].sum()
+            labelled += list(nats[mask]) if row < 2 else []
+    # as above
+    np.testing.assert_allclose(nats_S, expected_S, atol=5e-5)
+    assert not np.allclose(nats_S, score(model, sequences, **arguments), atol=1e-2), "or documents make no difference"
+    labels = np.concatenate([sequences.tokens_BL1[row, 1:][sequences.mask_BL1[row, 1:]] for row in range(2)])
+    found = -torch.cat(seen).gather(1, torch.from_numpy(labels)[:, None].long())[:, 0].numpy()
+    np.testing.assert_allclose(found, labelled, atol=5e-6)
+
+
+def test_no_forward_pass_has_more_tokens_than_its_sequences_would(make_model, make_sequences) -> None:
+    model, sequences = make_model(), _cut(make_sequences())
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    score(model, sequences, name="m", vocab_size=VOCAB_SIZE, batch_sequences=2, context="document")
+    assert max(sizes) <= 2 * (sequences.tokens_BL1.shape[1] - 1)

@@ -56,10 +56,11 @@ def assert_alike(found: Batch, expected: Batch) -> None:
     length=st.integers(1, 21),
     seed=st.integers(0, 2**32),
     temperature=st.sampled_from([None, 0.5, 4.0]),
+    context=st.sampled_from(["packed", "document"]),
     data=st.data(),
 )
 def test_batches_are_those_of_the_host(
-    name, make_block, device, vocab_size, num_ids, length, seed, temperature, data
+    name, make_block, device, vocab_size, num_ids, length, seed, temperature, context, data
 ) -> None:
     num_ids = 0 if name == SEQUENCES else num_ids if name == SAMPLED else min(num_ids, vocab_size)
     rng = np.random.default_rng(seed)
@@ -74,8 +75,9 @@ def test_batches_are_those_of_the_host(
     chosen = data.draw(st.lists(st.sampled_from(rows), min_size=1, max_size=6))
     stored, decoded = ([read(m, "here") for m in members] for read in (lambda *a: read_stored(codec, *a), codec.decode))
     decoder = DeviceDecoder(codec, device, heat)
-    found = decoder.decode(gather([(stored[i], row) for i, row in chosen], pin=False), 0)
-    assert_alike(found, collate([(*decoded[i], row) for i, row in chosen], codec.num_ids, heat))
+    found = decoder.decode(gather([(stored[i], row) for i, row in chosen], False, context), 0)
+    assert_alike(found, collate([(*decoded[i], row) for i, row in chosen], codec.num_ids, heat, context))
+    assert (found.positions_BL is None) == (context == "packed")
     assert decoder.first_fault() is None
 
 

@@ -43,6 +43,30 @@ def test_rows_hold_the_sequences_one_after_the_other_and_padding_without_weight(
             assert not by_row[:, whole:].any()
 
 
+@pytest.mark.parametrize("decode_on", [None, "cpu"])
+@pytest.mark.parametrize("row_len", [None, 12, 29])
+def test_under_the_rule_document_positions_begin_anew_at_each_document(reader, row_len, decode_on) -> None:
+    loader = SequenceLoader(
+        reader, 8, 3, num_epochs=2, row_len=row_len, context="document", decode_on=decode_on, pin=False
+    )
+    plain = SequenceLoader(reader, 8, 3, num_epochs=2, row_len=row_len)
+    per_row, width = (row_len or 12) // 12, row_len or 12
+    for number, (batch, alone) in enumerate(zip(loader, plain, strict=True)):
+        expected = []
+        for place in loader.places(number):
+            starts_L = reader.read_member(place.shard, place.member)[0].starts_BL1[place.row, :-1]
+            for start in starts_L:
+                # where one begins, and at the beginning of the sequence, which may be within one
+                expected.append(0 if start or len(expected) % 12 == 0 else expected[-1] + 1)
+        assert batch.positions_BL is not None
+        assert batch.positions_BL[:, : per_row * 12].flatten().tolist() == expected
+        assert (batch.positions_BL[:, per_row * 12 :] == torch.arange(width - per_row * 12)).all()
+        assert (batch.positions_BL == 0).sum() > 8 + per_row, "or no document begins within a sequence"
+        for name in ("input_ids_BL", "labels_BL", "ids_NK"):
+            found, without = getattr(batch, name), getattr(alone, name)
+            assert found is without is None or torch.equal(found, without), name
+
+
 def test_a_resumed_loader_gives_the_same_rows(reader) -> None:
     whole = list(SequenceLoader(reader, 8, 3, num_epochs=2, row_len=29))
     first = SequenceLoader(reader, 8, 3, num_epochs=2, row_len=29)

@@ -49,7 +49,10 @@ def make_sequences(chain) -> Callable[..., Sequences]:
 
 @pytest.fixture(scope="session")
 def make_shards(chain, make_sequences) -> Callable[..., ShardReader]:
-    """`kind`: sampled, topk, or None for text without targets. Shards of 12 sequences, each in two members."""
+    """`kind`: sampled, topk, or None for text without targets. Shards of 12 sequences, each in two members.
+
+    With `cut`, documents begin anywhere, some sequences within one, and four of ten tokens do not count.
+    """
 
     def make(
         folder: Path,
@@ -59,9 +62,14 @@ def make_shards(chain, make_sequences) -> Callable[..., ShardReader]:
         temperature: float = 1.0,
         extra: tuple[float, ...] = (),
         seed: int = 0,
+        cut: bool = False,
     ) -> ShardReader:
         folder.mkdir(parents=True, exist_ok=True)
         sequences = make_sequences(num_sequences, seed)
+        if cut:
+            rng = np.random.default_rng(seed)
+            sequences.starts_BL1[:] = rng.random(sequences.starts_BL1.shape) < 0.2
+            sequences.mask_BL1[:] = rng.random(sequences.mask_BL1.shape) < 0.6
         name = {None: SEQUENCES, "sampled": SAMPLED, "topk": TOPK}[kind]
         codec = Codec(name, SEQ_LEN, VOCAB_SIZE, NUM_IDS.get(kind, 0), None, temperature, extra)
         writer = ShardWriter(folder, folder / "sidecars", "shard", codec)

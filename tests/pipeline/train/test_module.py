@@ -131,7 +131,9 @@ def test_a_model_that_would_look_across_the_sequences_of_a_row_is_refused(batch,
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     if attention is not None:
         model.config._attn_implementation_internal = attention
-    with pytest.raises(InputError, match=f"look across the sequences of a row; found {found}, expected .*eager or"):
+    with pytest.raises(
+        InputError, match=f"look across the sequences or documents of a row; found {found}, expected .*eager or"
+    ):
         _module(model).loss(in_rows(batch, 32), 1.0)
 
 

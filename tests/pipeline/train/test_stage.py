@@ -186,18 +186,6 @@ def test_a_recording_that_the_cache_lacks_is_refused(made) -> None:
         _train(made["number"], recording="topk")
 
 
-def test_documents_by_themselves_are_refused(made, tmp_path) -> None:
-    run = made["number"] | {"out": str(tmp_path), "corpus": made["number"]["corpus"] | {"context": "document"}}
-    for instance in NEEDED:
-        carry_out(RunFile.model_validate(run), instance)
-    message = "corpus.context: no model can be trained on documents by themselves yet; found document, expected packed"
-    with pytest.raises(SettingError, match=message):
-        _train(run)
-    recipe = run | {"teacher": {"model": run["student"]["model"]}}
-    with pytest.raises(SettingError, match=message):
-        carry_out(RunFile.model_validate(recipe), NEEDED[1], force=True)
-
-
 def test_a_cache_of_another_corpus_is_refused(made) -> None:
     cache = f"{made['square']['out']}/cache"
     run = RunFile.model_validate(made["number"] | {"reuse": {"cache": cache}})

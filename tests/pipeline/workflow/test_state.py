@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
@@ -59,6 +59,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("corpus.sources", ["other.txt"], ALL),
     ("corpus.text_field", "body", ALL),
     ("corpus.tokenizer", "folder", ALL),
+    ("corpus.messages_field", "messages", ALL),
     ("corpus.vocab_size", 512, ALL),
     ("corpus.seq_len", 64, ALL),
     ("corpus.long_documents", "drop", ALL),
@@ -97,6 +98,9 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("train.divergence", "reverse_kl", FROM_TRAIN),
     ("train.jsd_beta", 0.3, FROM_TRAIN),
     ("train.tail", "renorm", FROM_TRAIN),
+    ("train.caches", {"draws": {"recording": "sampled"}}, FROM_TRAIN),
+    ("train.own_weight", 3.0, FROM_TRAIN),
+    ("train.row_len", 1024, FROM_TRAIN),
     ("eval.num_sequences", 7, {"eval", "report"}),
     ("eval.num_full_sequences", 7, {"eval", "report"}),
     ("eval.num_bootstrap", 700, {"eval", "report"}),
@@ -104,7 +108,9 @@ TABLE: list[tuple[str, Any, set[str]]] = [
 ]
 # What else must be set for the setting above to be allowed, in the run file before and after.
 BESIDE = {f"cache.{name}": {"cache.recording": "topk"} for name in ("num_kept", "profile", "extra_temperatures")}
+BESIDE["corpus.messages_field"] = {"corpus.tokenizer": "folder"}
 BESIDE["train.jsd_beta"] = {"train.divergence": "jsd"}
+BESIDE["train.own_weight"] = {"train.caches": {"draws": {}}}
 REPLACES = {"teacher.path": GIVEN_TEACHER, "student.path": {"student.model": None}}
 STRUCTURE = {"seeds", "arms", "reuse"}  # each has tests of its own below
 
@@ -306,5 +312,62 @@ def test_only_a_finished_folder_of_that_stage_can_be_reused(
     run = make_run({"reuse": {"corpus": str(tmp_path / folder)}})
     with pytest.raises(
         InputError, match=rf"reuse.corpus: .*{folder}: cannot be reused; {found}, expected the folder of"
+    ):
+        states(run)
+
+
+def test_a_further_cache_is_an_input_of_the_trainings_that_read_it(finished_run, make_run, make_finished, tmp_path):
+    cache = str(tmp_path / "out" / "cache")
+    further = {"arms": {"distilled": {"caches": {"code": {"path": cache, "weight": 2}}}, "cross_entropy": {"alpha": 0}}}
+    run = make_run(further | {"out": str(tmp_path / "second")})
+    inputs = {name: state.order.inputs for name, state in states(run).items()}
+    reads = {name for name, found in inputs.items() if "caches/code" in found}
+    assert reads == {"train/distilled/seed-0", "train/distilled/seed-1"}
+    manifest = read_manifest(tmp_path / "out" / "cache")
+    entry = inputs["train/distilled/seed-0"]["caches/code"]
+    assert manifest is not None and (entry.path, entry.content) == (cache, manifest.content)
+
+
+@pytest.fixture
+def with_further(finished_run, make_run, make_finished, tmp_path) -> Callable[..., RunFile]:
+    """A second run whose training reads the first one's cache too; all of it up to the training is finished."""
+
+    def make(**cache: Any) -> RunFile:
+        given = {"path": str(tmp_path / "out" / "cache")} | cache
+        return make_run({"out": str(tmp_path / "second"), "seeds": [0], "train.caches": {"code": given}})
+
+    run = make()
+    for name in ("corpus", "teacher", "cache", "student/seed-0", "train/distilled/seed-0"):
+        make_finished(run, name)
+    return make
+
+
+def test_a_changed_further_cache_is_named(finished_run, with_further, make_finished, tmp_path) -> None:
+    name = "train/distilled/seed-0"
+    assert _states(with_further())[name] == "current"
+    assert _states(with_further(weight=2))[name] == "stale: train.caches.code.weight was 1.0, is 2.0"
+    moved = tmp_path / "moved"
+    (tmp_path / "out" / "cache").rename(moved)
+    assert _states(with_further(path=str(moved)))[name] == "current", "what lies there decides"
+    moved.rename(tmp_path / "out" / "cache")
+    make_finished(finished_run, "cache", "another result")
+    assert _states(with_further())[name] == "stale: input caches/code was made again and came out different"
+
+
+def test_another_cache_in_its_place_is_named(finished_run, with_further, make_run, make_finished, tmp_path) -> None:
+    other = make_run({"out": str(tmp_path / "third"), "cache.seed": 5})
+    for name in ("corpus", "teacher", "cache"):
+        make_finished(other, name)
+    run = with_further(path=str(tmp_path / "third" / "cache"))
+    assert _states(run)["train/distilled/seed-0"] == "stale: input caches/code changed"
+
+
+@pytest.mark.parametrize(
+    ("folder", "found"), [("nowhere", "found no manifest.json"), ("out/teacher", "found a finished teacher stage")]
+)
+def test_only_a_finished_cache_can_be_read_beside(finished_run, make_run, tmp_path, folder: str, found: str) -> None:
+    run = make_run({"train.caches": {"code": {"path": str(tmp_path / folder)}}})
+    with pytest.raises(
+        InputError, match=rf"train.caches.code: .*{folder}: cannot be reused; {found}, expected the fol"
     ):
         states(run)

@@ -1,0 +1,100 @@
+"""Several sequences or documents in one row, none of which sees another: how a model is told, and proof that it heeds.
+
+Transformers makes the masks of eager, sdpa and flex attention from positions that begin anew. Which models pay
+attention to that is not to be read off a model: one with a recurrent state takes positions too. So before a training
+each model shows it, on one tiny row.
+
+Legend: B rows, L tokens a row, H hidden.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from transformers import PreTrainedModel
+
+from capgap.schemas.errors import InputError
+
+# whose masks transformers makes from positions, in batches of any number of rows; flash attention's in those of one
+_ATTENTION_THAT_ENDS = ("eager", "sdpa", "flex_attention")
+# one of a single token between two others, and more tokens in each than a short convolution reaches back
+_DOCUMENT_LENGTHS = (6, 1, 7)
+# Of the vectors' size. Sums in another order make up to 4e-7 of it in float32 (14 tiny models), and in bfloat16 a
+# hundredth after many layers; what is seen of another document makes a third and more even with fresh weights.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+_TOLERANCE_OF_OTHERS = 0.05
+_FIX = "make corpus and cache with corpus.context: packed, and leave train.row_len out"
+
+
+def ending_attention(model: PreTrainedModel, positions_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The argument that ends attention where positions begin anew.
+
+    Raises:
+        InputError: the model takes no positions, or its attention does not heed them.
+    """
+    attention = model.config._attn_implementation
+    takes = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    if not takes or attention not in _ATTENTION_THAT_ENDS:
+        raise InputError(
+            "this model would look across the sequences or documents of a row",
+            where=_name_of(model),
+            found=f"attention {attention}" if takes else "a model without positions",
+            expected=f"attention {' or '.join(_ATTENTION_THAT_ENDS)}",
+            fix=_FIX,
+        )
+    return {"position_ids": positions_BL}
+
+
+@torch.no_grad()
+def require_ending_attention(model: PreTrainedModel, row_len: int) -> None:
+    """Prove that the model's hidden states of a packed row are those of its documents alone.
+
+    Args:
+        model: on any device; the proof runs there, in the model's dtype.
+        row_len: tokens of the rows that it is to be trained on.
+
+    Raises:
+        InputError: it cannot be told where documents end, or does not heed it.
+    """
+    chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
+    if chunk is not None and chunk < row_len:
+        raise InputError(
+            "this model cuts attention into chunks that are counted from the beginning of a row, not of a document",
+            where=_name_of(model),
+            found=f"attention_chunk_size = {chunk}",
+            expected=f"at least {row_len}, the tokens of a row",
+            fix=_FIX,
+        )
+    apart = _apart(model)
+    tolerance = _TOLERANCE.get(model.dtype, _TOLERANCE_OF_OTHERS)
+    # not a number is too far as well
+    if not apart <= tolerance:
+        raise InputError(
+            "this model would look across the sequences or documents of a row",
+            where=_name_of(model),
+            found=f"hidden states {apart:.2g} of their size from those of a document alone",
+            expected=f"at most {tolerance:g}",
+            fix=_FIX,
+        )
+
+
+def _apart(model: PreTrainedModel) -> float:
+    """The largest distance of a document's hidden states in a row from those alone, over their size."""
+    num_ids = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(num_ids, (1, length), generator=generator) for length in _DOCUMENT_LENGTHS]
+    documents = [document_1L.to(model.device) for document_1L in documents]
+    positions_1L = torch.cat([torch.arange(length) for length in _DOCUMENT_LENGTHS])[None].to(model.device)
+    several = ending_attention(model, positions_1L)
+    was_training = model.training
+    model.eval()
+    row_1LH = model.base_model(input_ids=torch.cat(documents, 1), use_cache=False, **several).last_hidden_state
+    alone = [model.base_model(input_ids=document_1L, use_cache=False).last_hidden_state for document_1L in documents]
+    model.train(was_training)
+    parts = zip(row_1LH.split(_DOCUMENT_LENGTHS, 1), alone, strict=True)
+    return max(float((found - wanted).float().norm() / wanted.float().norm()) for found, wanted in parts)
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    return f"{model.name_or_path} ({model.config.model_type})" if model.name_or_path else model.config.model_type

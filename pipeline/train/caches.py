@@ -1,0 +1,206 @@
+"""Which caches a training reads, what of each, and whether they fit the student and one another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from capgap.pipeline.store import ShardReader, heat_of
+from capgap.pipeline.store.rows import sequences_per_row
+from capgap.pipeline.train.objective import objective_of
+from capgap.pipeline.train.task import Source
+from capgap.pipeline.workflow.context import StageInput
+from capgap.pipeline.workflow.graph import further_cache
+from capgap.schemas.errors import InputError, MismatchError, SettingError
+from capgap.schemas.facts import CacheFacts, ModelFacts
+from capgap.schemas.manifest import ShardSet
+from capgap.schemas.run_cache import RecordingName
+from capgap.schemas.run_model import TrainSettings
+
+
+@dataclass(frozen=True)
+class ChosenCache:
+    """One cache of a training.
+
+    Attributes:
+        setting: of the run file that chose it, for errors.
+        location: folder or URL.
+        facts: what its manifest hands on.
+        recording: which of its recordings is read.
+        temperature: at which teacher and student are compared.
+        shards: of that recording.
+        weight: its share of the micro-batches.
+    """
+
+    setting: str
+    location: Path | str
+    facts: CacheFacts
+    recording: RecordingName
+    temperature: float
+    shards: ShardSet
+    weight: float
+
+    def source(self) -> Source:
+        """What the loader reads.
+
+        Raises:
+            InputError: as the reader.
+        """
+        reader = ShardReader(self.location, self.shards)
+        heat = heat_of(reader.codec, self.facts.temperature, self.temperature)
+        return Source(reader, self.weight, self.facts.context, heat)
+
+
+def chosen_caches(settings: TrainSettings, inputs: Mapping[str, StageInput]) -> dict[str | None, ChosenCache]:
+    """The run's own cache, under None, and the further ones by name.
+
+    Raises:
+        SettingError: a cache lacks the recording or the temperature, or has several recordings and none is named.
+    """
+    own = _chosen("train", inputs["cache"], settings, settings.own_weight)
+    found: dict[str | None, ChosenCache] = {None: own}
+    for name, cache in settings.caches.items():
+        # at one temperature, or divergences of different sizes would be added up
+        its = settings.model_copy(update={"recording": cache.recording, "temperature": _shared(settings, own)})
+        at = inputs["cache" if cache.path is None else further_cache(name)]
+        found[name] = _chosen(f"train.caches.{name}", at, its, cache.weight)
+    return found
+
+
+def require_fit(settings: TrainSettings, caches: Mapping[str | None, ChosenCache], student: StageInput) -> None:
+    """Refuse caches that this student cannot be trained on, or not together.
+
+    Raises:
+        MismatchError: a tokenizer is not the student's, or a recording has not what the loss needs.
+        InputError: sequences are longer than the student takes, or fewer than a step.
+        SettingError: sequences do not fit into rows of one length.
+    """
+    for cache in caches.values():
+        _require_same_tokenizer(cache, student)
+        _require_positions(cache, student)
+        objective_of(settings, cache.recording, cache.location)
+    _require_rows(settings, caches)
+    own = _per_row(settings, caches[None])
+    for cache in caches.values():
+        _require_a_step(cache, settings.batch_sequences // own * _per_row(settings, cache))
+
+
+def choose(cache: CacheFacts, settings: TrainSettings, setting: str = "train") -> tuple[RecordingName, float]:
+    """Recording and temperature to train with.
+
+    Args:
+        cache: what it has.
+        settings: what is asked for.
+        setting: that asks for it, for errors.
+
+    Raises:
+        SettingError: the cache does not have them, or has several and none is named.
+    """
+    known = sorted(cache.recordings)
+    recording = settings.recording
+    if recording is None and not settings.needs_targets:
+        # the text is the same beside either
+        recording = known[0]
+    if recording is None and len(known) == 1:
+        recording = known[0]
+    if recording is None or recording not in cache.recordings:
+        raise SettingError(
+            "the cache has several recordings" if recording is None else "the cache has no such recording",
+            where=f"{setting}.recording",
+            found="none named" if recording is None else recording,
+            expected=f"{'one of ' if len(known) > 1 else ''}{', '.join(known)}",
+            fix=f"set {setting}.recording{'' if len(known) > 1 else ', or leave it out'}",
+        )
+    temperature = cache.temperature if settings.temperature is None else settings.temperature
+    temperatures = cache.recordings[recording].temperatures
+    if settings.needs_targets and temperature not in temperatures:
+        raise SettingError(
+            f"the cache's recording {recording} has no targets at this temperature",
+            where="train.temperature" if setting == "train" else setting,
+            found=f"{temperature:g}",
+            expected=f"{'one of ' if len(temperatures) > 1 else ''}{', '.join(f'{one:g}' for one in temperatures)}",
+            fix="leave it out, or make a topk cache with it in cache.extra_temperatures"
+            if setting == "train"
+            else "set train.temperature to one that all caches have, or make a topk cache with it",
+        )
+    return recording, temperature if settings.needs_targets else cache.temperature
+
+
+def _chosen(setting: str, at: StageInput, settings: TrainSettings, weight: float) -> ChosenCache:
+    facts = CacheFacts.model_validate(at.manifest.facts)
+    recording, temperature = choose(facts, settings, setting)
+    shards = at.manifest.shard_sets[recording]
+    return ChosenCache(setting, at.location, facts, recording, temperature, shards, weight)
+
+
+def _shared(settings: TrainSettings, own: ChosenCache) -> float | None:
+    return own.temperature if settings.needs_targets else None
+
+
+def _require_same_tokenizer(cache: ChosenCache, student: StageInput) -> None:
+    found = ModelFacts.model_validate(student.manifest.facts)
+    if found.tokenizer.fingerprint != cache.facts.tokenizer.fingerprint:
+        raise MismatchError(
+            "cache and student have different tokenizers",
+            where=student.path if cache.setting == "train" else f"{cache.setting}: {cache.location}",
+            found=f"fingerprint {found.tokenizer.fingerprint[:12]} at the student",
+            expected=f"{cache.facts.tokenizer.fingerprint[:12]}, the cache's",
+            fix="train a student of the cache's tokenizer, or make a cache of this corpus",
+        )
+
+
+def _require_positions(cache: ChosenCache, student: StageInput) -> None:
+    most = ModelFacts.model_validate(student.manifest.facts).max_positions
+    if most is not None and cache.shards.seq_len > most:
+        raise InputError(
+            "the student takes shorter sequences than the cache has",
+            where=f"{cache.setting}: {cache.location}",
+            found=f"sequences of {cache.shards.seq_len} targets",
+            expected=f"at most {most}, the student's positions",
+            fix="make the cache of a corpus with a smaller seq_len, or train a student with more positions",
+        )
+
+
+def _require_rows(settings: TrainSettings, caches: Mapping[str | None, ChosenCache]) -> None:
+    own = caches[None]
+    for cache in caches.values():
+        length = cache.shards.seq_len
+        if settings.row_len is None and length != own.shards.seq_len:
+            raise SettingError(
+                "caches with sequences of different lengths need rows of one length",
+                where=f"{cache.setting}: {cache.location}",
+                found=f"sequences of {length} targets beside {own.shards.seq_len}",
+                expected="train.row_len",
+                fix=f"set train.row_len to {max(length, own.shards.seq_len)} or more",
+            )
+        if settings.row_len is not None and length > settings.row_len:
+            raise SettingError(
+                "a row is shorter than a sequence",
+                where="train.row_len",
+                found=settings.row_len,
+                expected=f"at least {length}, the targets of a sequence of {cache.location}",
+            )
+    if settings.micro_batch % _per_row(settings, own):
+        raise SettingError(
+            "a micro-batch does not fill its rows",
+            where="train.row_len",
+            found=f"{settings.micro_batch} sequences a micro-batch, {_per_row(settings, own)} a row",
+            expected=f"a multiple of {_per_row(settings, own)}",
+            fix="use another train.micro_batch_sequences, train.batch_sequences or train.row_len",
+        )
+
+
+def _per_row(settings: TrainSettings, cache: ChosenCache) -> int:
+    return 1 if settings.row_len is None else sequences_per_row(settings.row_len, cache.shards.seq_len)
+
+
+def _require_a_step(cache: ChosenCache, needed: int) -> None:
+    if cache.shards.num_sequences < needed:
+        raise InputError(
+            "the cache has fewer sequences than a step" if cache.shards.num_sequences else "the cache is empty",
+            where=f"{cache.setting}: {cache.location}",
+            found=f"{cache.shards.num_sequences} sequences",
+            expected=f"at least {needed}",
+            fix="make a larger cache, or lower train.batch_sequences",
+        )

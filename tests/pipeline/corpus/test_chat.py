@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from capgap.pipeline.corpus.sources import read_documents
+from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.store import read_blocks
+from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.pipeline.workflow.context import Instance
+from capgap.schemas.errors import InputError
+from capgap.schemas.manifest import Manifest
+from capgap.schemas.run_file import RunFile
+
+CORPUS = Instance("corpus")
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role not in ('user', 'assistant') %}{{ raise_exception('no role ' + message.role) }}{% endif %}"
+    "[{{ message.role }}] "
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ message.content }}{% endif %}\n"
+    "{% endfor %}"
+)
+
+
+def _tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerBase:
+    tokenizer = train_tokenizer(["how much is 3 times 4? that is 12, [user] [assistant] " * 20], 300)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def _conversations(count: int = 40) -> list[list[dict[str, str]]]:
+    return [
+        [
+            {"role": "user", "content": f"how much is {i} times {k}?"},
+            {"role": "assistant", "content": f"that is {i * k}, always."},
+            {"role": "user", "content": "and again?"},
+            {"role": "assistant", "content": f"still {i * k}."},
+        ]
+        for i in range(count)
+        for k in (i % 7,)
+    ]
+
+
+def _run(folder: Path, **corpus: Any) -> RunFile:
+    settings = {
+        "tokenizer": str(folder / "tokenizer"),
+        "messages_field": "messages",
+        "seq_len": 24,
+        "teacher_fraction": 0.3,
+        "heldout_fraction": 0.2,
+    }
+    return RunFile.model_validate(
+        {
+            "name": "chat",
+            "out": str(folder / "out"),
+            "corpus": settings | corpus,
+            "teacher": {"model": {}},
+            "student": {"model": {}},
+        }
+    )
+
+
+def _write(folder: Path, records: list[dict[str, Any]], template: str | None = TEMPLATE) -> str:
+    _tokenizer(template).save_pretrained(folder / "tokenizer")
+    path = folder / "chat.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def _answers(folder: Path, manifest: Manifest) -> tuple[str, str]:
+    """All that is read, and of it what counts, over all splits."""
+    tokenizer = _tokenizer()
+    tokens, masks = [], []
+    for shard_set in manifest.shard_sets.values():
+        for block, _ in read_blocks(folder / "out" / "corpus", shard_set):
+            tokens.append(block.tokens_BL1.ravel())
+            masks.append(block.mask_BL1.ravel())
+    ids, counts = np.concatenate(tokens), np.concatenate(masks)
+    return tokenizer.decode(ids), tokenizer.decode(ids[counts])
+
+
+def test_what_the_assistant_says_counts_and_nothing_else(tmp_path: Path) -> None:
+    source = _write(tmp_path, [{"messages": messages, "id": 3} for messages in _conversations()])
+    manifest = carry_out(_run(tmp_path, sources=[source]), CORPUS)
+    text, counted = _answers(tmp_path, manifest)
+    end = _tokenizer().eos_token
+    # an answer that a split ends within, or a sequence, counts as far as it goes; sequences are cut within answers too
+    assert counted.count("that is") in range(34, 41) and counted.count(end) in range(65, 81)
+    assert set("".join(counted.split(end))) <= set("that is always, still 0123456789.")
+    for word in ("[user]", "[assistant]", "how much", "and again"):
+        assert word in text and word not in counted
+    assert text.count(end) == counted.count(end), "the template's own end ends the document: no second one is added"
+    labels = sum(manifest.totals[f"num_{split}_labels"] for split in ("teacher", "student", "heldout"))
+    assert 0 < labels < sum(shard_set.num_tokens for shard_set in manifest.shard_sets.values())
+    assert "chat_template.jinja" in {Path(file.path).name for file in manifest.files}
+
+
+def test_text_beside_conversations_counts_whole(tmp_path: Path) -> None:
+    _write(tmp_path, [{"messages": messages} for messages in _conversations()])
+    (tmp_path / "plain.txt").write_text("plain words " * 200)
+    text, counted = _answers(
+        tmp_path, carry_out(_run(tmp_path, sources=[str(tmp_path / "*.jsonl"), str(tmp_path / "plain.txt")]), CORPUS)
+    )
+    assert text.count("plain words") == counted.count("plain words") > 190
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_messages_are_the_same_from_lines_and_from_tables(tmp_path: Path, suffix: str) -> None:
+    records = [{"messages": messages} for messages in _conversations(3)]
+    records[1]["messages"][0]["name"] = "Ada"  # in a table the others have an empty one
+    path = tmp_path / f"chat.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        pa.parquet.write_table(pa.Table.from_pylist(records), path)
+    documents = list(read_documents((str(path),), "text", "messages"))
+    assert [json.loads(document.messages or "") for document in documents] == [r["messages"] for r in records]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "no"}, "chat.jsonl:41: no messages in field 'messages'; found fields text, expected a list such as"),
+        ({"messages": []}, r"chat.jsonl:41: no messages in field 'messages'; found \[\], expected a list such as"),
+        ({"messages": [{"content": "x"}]}, r"chat.jsonl:41: no messages .*found \[\{'content': 'x'\}\]"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "chat.jsonl:41: the chat template refuses .*found no role"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "chat.jsonl:41: the text holds half of a"),
+    ],
+)  # fmt: skip
+def test_a_record_that_is_no_conversation_is_named(tmp_path: Path, record: dict[str, Any], message: str) -> None:
+    source = _write(tmp_path, [*({"messages": messages} for messages in _conversations()), record])
+    with pytest.raises(InputError, match=message):
+        carry_out(_run(tmp_path, sources=[source]), CORPUS)
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        (None, "found no chat template, expected one with {% generation %} and"),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}",
+            "found no marks, expected one with {% gener",
+        ),
+    ],
+)
+def test_a_template_that_does_not_mark_answers_is_refused(tmp_path: Path, template: str | None, found: str) -> None:
+    source = _write(tmp_path, [{"messages": messages} for messages in _conversations()], template)
+    with pytest.raises(InputError, match=f"corpus.tokenizer: {tmp_path}/tokenizer: the chat template .*{found}"):
+        carry_out(_run(tmp_path, sources=[source]), CORPUS)
+
+
+def test_conversations_without_any_answer_are_refused(tmp_path: Path) -> None:
+    source = _write(tmp_path, [{"messages": messages[:1]} for messages in _conversations(200)])
+    with pytest.raises(InputError, match=r"no token counts as a label in the split teacher; found .* without an"):
+        carry_out(_run(tmp_path, sources=[source]), CORPUS)
+
+
+def test_a_conversation_that_is_too_long_is_split_dropped_or_refused_as_text_is(tmp_path: Path) -> None:
+    long = [*_conversations(1)[0], {"role": "assistant", "content": "very " * 40}]
+    source = _write(tmp_path, [*({"messages": messages} for messages in _conversations()), {"messages": long}])
+    counted = {}
+    for rule in ("split", "drop"):
+        run = _run(tmp_path, sources=[source], long_documents=rule, seq_len=100)
+        counted[rule] = _answers(tmp_path, carry_out(run, CORPUS, force=True))[1].count("very")
+    # less what fills no sequence at the end of its split
+    assert counted["split"] > 20 and counted["drop"] == 0
+    with pytest.raises(InputError, match=r"chat.jsonl:41: the document is longer than a sequence; found \d+ tokens"):
+        carry_out(_run(tmp_path, sources=[source], long_documents="refuse", seq_len=100), CORPUS, force=True)
