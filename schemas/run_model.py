@@ -137,11 +137,27 @@ class TrainSettings(OptimizationSettings):
     ids up to 1, `ghost` compares it with the student's as one, `label` adds it to the real next token. Left out, it is
     `ghost` for a `topk` cache and `drop` for a `sampled` one, which has no tail."""
 
+    targets: Literal["cache", "online"] = "cache"
+    """Where the teacher's distributions come from: the `cache`; or, `online`, the teacher of the run, which then stands
+    on the device beside the student and gives its whole distribution for each token of the same sequences: the
+    undistorted baseline, for models that fit there together."""
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> Self:
+        if self.targets == "online" and self.tail is not None:
+            raise ValueError(f"tail: found {self.tail} with targets online, expected none; there is no tail")
+        return self
+
     @model_validator(mode="after")
     def _check_beta(self) -> Self:
         if self.jsd_beta is not None and self.divergence != "jsd":
             raise ValueError(f"jsd_beta: found {self.jsd_beta} with divergence {self.divergence}, expected it with jsd")
         return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher itself takes part; cross-entropy alone asks for nobody's distribution."""
+        return self.targets == "online" and self.alpha > 0
 
     @property
     def beta(self) -> float:
@@ -154,7 +170,7 @@ class TrainSettings(OptimizationSettings):
         Students that were trained before there was a choice are found again.
         """
         values = super().decisive() | ({"jsd_beta": self.beta} if self.divergence == "jsd" else {})
-        defaults = {"divergence": "forward_kl", "jsd_beta": None, "tail": None}
+        defaults = {"divergence": "forward_kl", "jsd_beta": None, "tail": None, "targets": "cache"}
         return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 

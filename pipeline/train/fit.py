@@ -17,6 +17,7 @@ from capgap.pipeline.train.data import heldout_batches, training_loader
 from capgap.pipeline.train.heldout import HeldOut
 from capgap.pipeline.train.metrics import METRICS_NAME, Metrics, MetricsFile, Progress
 from capgap.pipeline.train.module import DistillationModule
+from capgap.pipeline.train.online import OnlineModule
 from capgap.pipeline.train.task import Task
 from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
 
@@ -33,9 +34,7 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     accumulate = settings.batch_sequences // settings.micro_batch
     loader = training_loader(task)
     num_steps, steps_per_epoch = loader.num_steps, loader.steps_per_epoch
-    module = DistillationModule(
-        model, settings, num_steps, task.alpha, task.temperature, task.training.codec.vocab_size, task.objective
-    )
+    module = _module(model, task, num_steps)
     checkpoints = task.folder / WORK_FOLDER / "checkpoints"
     plan_units(task.folder / WORK_FOLDER, "steps", num_steps, "checkpoints/step-*.ckpt")
     resume = newest_checkpoint(checkpoints)
@@ -70,6 +69,12 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
         "num_epochs": round(num_steps / steps_per_epoch, 4),
         **({"skipped_sequences": loader.skips.as_dict()} if loader.skips.as_dict() else {}),
     }
+
+
+def _module(model: PreTrainedModel, task: Task, num_steps: int) -> DistillationModule:
+    vocab_size = task.training.codec.vocab_size
+    arguments = (model, task.settings, num_steps, task.alpha, task.temperature, vocab_size, task.objective)
+    return DistillationModule(*arguments) if task.teacher is None else OnlineModule(*arguments, teacher=task.teacher)
 
 
 @contextmanager

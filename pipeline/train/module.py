@@ -51,7 +51,7 @@ class DistillationModule(lightning.LightningModule):
         objective: Objective = Objective(),  # noqa: B008  # frozen
     ) -> None:
         super().__init__()
-        _require_known_head(model)
+        require_known_head(model)
         self.model = model
         self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self._settings, self._num_steps = settings, num_steps
@@ -70,7 +70,7 @@ class DistillationModule(lightning.LightningModule):
         Raises:
             InputError: rows hold several sequences, and the model would look across them.
         """
-        several = {} if batch.positions_BL is None else _ending_attention(self.model, batch.positions_BL)
+        several = {} if batch.positions_BL is None else ending_attention(self.model, batch.positions_BL)
         hidden_BLH = self.model.base_model(input_ids=batch.input_ids_BL, use_cache=False, **several).last_hidden_state
         head = self.model.get_output_embeddings()
         on_cpu = hidden_BLH.device.type == "cpu"
@@ -126,10 +126,10 @@ def _targets(batch: Batch) -> SparseTargets:
     return SparseTargets(batch.ids_NK, batch.weights_NK, batch.tail_N, recording)
 
 
-def _ending_attention(model: PreTrainedModel, positions_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+def ending_attention(model: PreTrainedModel, positions_BL: torch.Tensor) -> dict[str, torch.Tensor]:
     """The argument that ends attention where positions begin anew.
 
-    Transformers' flash attention minds positions in batches of one row alone.
+    Raises InputError for a model without it. Transformers' flash attention minds positions in batches of one row alone.
     """
     attention = model.config._attn_implementation
     takes = "position_ids" in inspect.signature(model.base_model.forward).parameters
@@ -144,7 +144,8 @@ def _ending_attention(model: PreTrainedModel, positions_BL: torch.Tensor) -> dic
     return {"position_ids": positions_BL}
 
 
-def _require_known_head(model: PreTrainedModel) -> None:
+def require_known_head(model: PreTrainedModel) -> None:
+    """Raise InputError where logits are more than the head's product, or a soft cap on it."""
     config = model.config.get_text_config()
     for name in ("logit_scale", "logits_scaling"):
         value = getattr(config, name, None)

@@ -34,11 +34,11 @@ def objective_of(settings: TrainSettings, recording: Recording, where: Path | st
     """What the settings ask for.
 
     Raises:
-        MismatchError: the recording does not support it; never where alpha is 0.
+        MismatchError: the recording does not support it; never where alpha is 0 or the teacher itself is asked.
     """
     objective = Objective(settings.divergence, settings.tail, settings.beta)
     tail: Tail = objective.tail or ("drop" if recording == "sampled" else "ghost")
-    if settings.alpha > 0:
+    if settings.alpha > 0 and not settings.needs_teacher:
         try:
             check_pair(recording, objective.divergence, tail)
         except ValueError as error:

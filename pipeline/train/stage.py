@@ -12,6 +12,7 @@ from capgap.pipeline.store import ShardReader, heat_of
 from capgap.pipeline.tokenizers import load_tokenizer
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.objective import objective_of
+from capgap.pipeline.train.online_teacher import online_teacher
 from capgap.pipeline.train.task import Task
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
 from capgap.schemas.errors import MismatchError, SettingError
@@ -37,6 +38,8 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     require_packed(facts.context)
     recording, _ = choose(facts, settings)
     objective_of(settings, recording, cache.location)
+    if settings.needs_teacher:
+        _require_same_teacher(cache, inputs["teacher"])
 
 
 def run(context: StageContext) -> StageResult:
@@ -44,6 +47,7 @@ def run(context: StageContext) -> StageResult:
 
     Raises:
         MismatchError, SettingError: as `check`.
+        MachineError: the teacher is to take part, and does not fit on the device beside the student.
         InputError: as `fit`.
     """
     check(context.run, context.instance, context.inputs)
@@ -56,6 +60,7 @@ def run(context: StageContext) -> StageResult:
     objective = objective_of(settings, recording, cache.location)
     reader = ShardReader(cache.location, cache.manifest.shard_sets[recording])
     path = model_path(student)
+    teacher = online_teacher(context, facts, settings) if settings.needs_teacher else None
     # a bfloat16 student is trained on float32 weights unless the run file says otherwise
     model = load_model(path, "cpu", torch.bfloat16 if settings.precision == "bf16-true" else torch.float32)
     task = Task(
@@ -65,11 +70,12 @@ def run(context: StageContext) -> StageResult:
         heldout=ShardReader(corpus.path, corpus.manifest.shard_sets["heldout"]),
         alpha=settings.alpha,
         temperature=temperature,
-        heat=heat_of(reader.codec, facts.temperature, temperature),
+        heat=None if settings.needs_teacher else heat_of(reader.codec, facts.temperature, temperature),
         seed=instance.seed,
         device=context.device,
         folder=context.folder,
         objective=objective,
+        teacher=teacher,
     )
     totals = fit(model, task)
     tokenizer = load_tokenizer(path)
@@ -85,7 +91,7 @@ def choose(cache: CacheFacts, settings: TrainSettings) -> tuple[RecordingName, f
     """
     known = sorted(cache.recordings)
     recording = settings.recording
-    if recording is None and settings.alpha == 0:
+    if recording is None and (settings.alpha == 0 or settings.needs_teacher):
         # the text is the same beside either
         recording = known[0]
     if recording is None and len(known) == 1:
@@ -99,6 +105,8 @@ def choose(cache: CacheFacts, settings: TrainSettings) -> tuple[RecordingName, f
             fix=f"set train.recording{'' if len(known) > 1 else ', or leave it out'}",
         )
     temperature = cache.temperature if settings.temperature is None else settings.temperature
+    if settings.needs_teacher:
+        return recording, temperature
     temperatures = cache.recordings[recording].temperatures
     if settings.alpha > 0 and temperature not in temperatures:
         raise SettingError(
@@ -120,6 +128,18 @@ def _require_same_corpus(cache: StageInput, corpus: StageInput) -> None:
             found=f"corpus {made_from.identity[:12]} ({made_from.path})",
             expected=f"{corpus.manifest.identity[:12]} ({corpus.path})",
             fix="reuse that corpus too (reuse.corpus), or make a cache of this one",
+        )
+
+
+def _require_same_teacher(cache: StageInput, teacher: StageInput) -> None:
+    made_by = cache.manifest.inputs["teacher"]
+    if made_by.identity != teacher.manifest.identity:
+        raise MismatchError(
+            "the cache was made by another teacher than the one that is asked online",
+            where=cache.location,
+            found=f"teacher {made_by.identity[:12]} ({made_by.path})",
+            expected=f"{teacher.manifest.identity[:12]} ({teacher.path})",
+            fix="reuse that teacher too (reuse.teacher), or make a cache by this one",
         )
 
 

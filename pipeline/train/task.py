@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.batch import Heat
 from capgap.pipeline.train.objective import Objective
@@ -27,6 +29,7 @@ class Task:
         folder: of the stage; receives `metrics.csv`, and checkpoints below `work`.
         heat: by which the loader turns the stored targets into those of that temperature.
         objective: which divergence alpha weighs.
+        teacher: on the device, where its whole distributions take the place of the shards' targets.
     """
 
     title: str
@@ -40,3 +43,4 @@ class Task:
     folder: Path
     heat: Heat | None = None
     objective: Objective = Objective()  # noqa: RUF009  # frozen
+    teacher: PreTrainedModel | None = None
