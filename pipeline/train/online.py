@@ -183,7 +183,8 @@ def full_divergence(logp_NV: Tensor, logq_NV: Tensor, divergence: Divergence, be
 
 
 def _kl(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
-    return torch.sum(logp_NV.exp() * (logp_NV - logq_NV), -1)
+    kl_N: Tensor = (logp_NV.exp() * (logp_NV - logq_NV)).sum(-1)
+    return kl_N
 
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -97,6 +97,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("train.divergence", "reverse_kl", FROM_TRAIN),
     ("train.jsd_beta", 0.3, FROM_TRAIN),
     ("train.tail", "renorm", FROM_TRAIN),
+    ("train.targets", "online", FROM_TRAIN),
     ("eval.num_sequences", 7, {"eval", "report"}),
     ("eval.num_full_sequences", 7, {"eval", "report"}),
     ("eval.num_bootstrap", 700, {"eval", "report"}),
