@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -176,6 +177,7 @@ class Bench:
             ),
         )
         wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
+        shutil.rmtree(folder)  # its checkpoints have served
         comparison = Comparison(heldout.spool)
         loss = self._score(model.eval(), heldout.sequences, comparison.add, heldout.num_full)
         return {

@@ -141,6 +141,7 @@ def test_the_memory_that_is_left_is_found() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU can be used")
 def test_the_memory_that_is_left_on_a_gpu_is_found() -> None:
     before = free_bytes("cuda:0")
     held = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:0")
