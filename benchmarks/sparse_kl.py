@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from machine import RESULTS, keep
+from memory import peak_mb
 from sparse_kl_peers import peers
 from sparse_kl_ways import BASELINE, HALF_MASKED, MIXED, PRODUCTS, Problem, Way, ways
 
@@ -63,7 +64,7 @@ def measure(problem: Problem, repeats: int, with_peers: bool) -> dict[str, objec
     every: dict[str, Way | None] = {**ways(problem), **(peers(problem) if with_peers else {})}
     available = {name: way for name, way in every.items() if way is not None}
     times = _interleaved(available, problem.device, repeats)
-    peaks = {name: _peak_mb(way, problem.device) for name, way in available.items()}
+    peaks = {name: peak_mb(way, problem.device) for name, way in available.items()}
 
     def ratio(name: str, other: str) -> float:
         return round(statistics.median(a / b for a, b in zip(times[name], times[other], strict=True)), 3)
@@ -131,26 +132,6 @@ def _milliseconds(way: Way, device: str) -> float:
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end)
-
-
-def _peak_mb(way: Way, device: str) -> float:
-    """Most MiB that stood at once beyond what stood before, by torch's own allocator."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        way()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        way()
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    standing = peak = 0
-    for _, num_bytes in changes:
-        standing += num_bytes
-        peak = max(peak, standing)
-    return peak / 2**20
 
 
 if __name__ == "__main__":

@@ -271,8 +271,8 @@ class TrainSettings(OptimizationSettings):
 
     @property
     def needs_targets(self) -> bool:
-        """Whether the teacher's targets count in any step."""
-        return max(self.alpha, self.final_alpha or 0.0) > 0
+        """Whether the cache's targets count in any step."""
+        return self.targets == "cache" and self._learns_from_a_teacher
 
     caches: dict[str, FurtherCache] = Field(default_factory=dict)
     """Further caches by a name of yours, for example `code: {path: s3://bucket/code/cache, weight: 2}`. Each
@@ -296,11 +296,31 @@ class TrainSettings(OptimizationSettings):
             raise ValueError(f"own_weight: found {self.own_weight:g} without caches, expected it beside others")
         return self
 
+    targets: Literal["cache", "online"] = "cache"
+    """Where the teacher's distributions come from: the `cache`; or, `online`, the teacher of the run, which then stands
+    on the device beside the student and gives its whole distribution for each token of the same sequences: the
+    undistorted baseline, for models that fit there together."""
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> Self:
+        if self.targets == "online" and self.tail is not None:
+            raise ValueError(f"tail: found {self.tail} with targets online, expected none; there is no tail")
+        return self
+
     @model_validator(mode="after")
     def _check_beta(self) -> Self:
         if self.jsd_beta is not None and self.divergence != "jsd":
             raise ValueError(f"jsd_beta: found {self.jsd_beta} with divergence {self.divergence}, expected it with jsd")
         return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher itself takes part; cross-entropy alone asks for nobody's distribution."""
+        return self.targets == "online" and self._learns_from_a_teacher
+
+    @property
+    def _learns_from_a_teacher(self) -> bool:
+        return max(self.alpha, self.final_alpha or 0.0) > 0
 
     @property
     def beta(self) -> float:
@@ -320,7 +340,7 @@ class TrainSettings(OptimizationSettings):
             values["micro_batch_sequences"] = self.micro_batch
         defaults: dict[str, Any] = {"divergence": "forward_kl", "jsd_beta": None, "tail": None}
         defaults |= {"final_alpha": None, "alpha_schedule": None, "token_weights": "equal", "router_loss_weight": 0.0}
-        defaults |= {"caches": {}, "own_weight": 1.0, "row_len": None}
+        defaults |= {"caches": {}, "own_weight": 1.0, "row_len": None, "targets": "cache"}
         return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 

@@ -41,6 +41,11 @@ class ChosenCache:
     shards: ShardSet
     weight: float
 
+    @property
+    def has_targets(self) -> bool:
+        """Whether its targets are of that temperature; where the teacher itself is asked they need not be."""
+        return self.temperature in self.facts.recordings[self.recording].temperatures
+
     def source(self) -> Source:
         """What the loader reads.
 
@@ -48,7 +53,7 @@ class ChosenCache:
             InputError: as the reader.
         """
         reader = ShardReader(self.location, self.shards)
-        heat = heat_of(reader.codec, self.facts.temperature, self.temperature)
+        heat = heat_of(reader.codec, self.facts.temperature, self.temperature) if self.has_targets else None
         return Source(reader, self.weight, self.facts.context, heat)
 
 
@@ -124,7 +129,7 @@ def choose(cache: CacheFacts, settings: TrainSettings, setting: str = "train") -
             if setting == "train"
             else "set train.temperature to one that all caches have, or make a topk cache with it",
         )
-    return recording, temperature if settings.needs_targets else cache.temperature
+    return recording, temperature if settings.needs_targets or settings.needs_teacher else cache.temperature
 
 
 def _chosen(setting: str, at: StageInput, settings: TrainSettings, weight: float) -> ChosenCache:

@@ -25,6 +25,7 @@ from capgap.pipeline.train.loggers import LogBook, make_loggers
 from capgap.pipeline.train.metrics import METRICS_NAME, Metrics, MetricsFile, Progress
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.not_finite import NOT_FINITE_FOLDER, NotFinite
+from capgap.pipeline.train.online import OnlineModule
 from capgap.pipeline.train.replay import setting_of
 from capgap.pipeline.train.saved import read_checkpoint, whole
 from capgap.pipeline.train.strategy import gather_into, is_sharded, trainer_arguments
@@ -54,9 +55,7 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     sharded = is_sharded(settings, ranks)
     # FSDP2 takes a model apart; what is handed back must be whole
     student = copy.deepcopy(model) if sharded and ranks.is_first else model
-    module = DistillationModule(
-        student, settings, num_steps, task.alpha, task.temperature, task.training.codec.vocab_size, task.objective
-    )
+    module = _module(student, task, num_steps)
     require_positions(model, task.training.shard_set.seq_len)
     require_memory(model, settings, task.device, task.training.shard_set.seq_len, ranks.world_size if sharded else 1)
     work = task.folder / WORK_FOLDER
@@ -112,6 +111,12 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
         **best,
         **({"skipped_sequences": loader.skipped} if loader.skipped else {}),
     }
+
+
+def _module(model: PreTrainedModel, task: Task, num_steps: int) -> DistillationModule:
+    vocab_size = task.training.codec.vocab_size
+    arguments = (model, task.settings, num_steps, task.alpha, task.temperature, vocab_size, task.objective)
+    return DistillationModule(*arguments) if task.teacher is None else OnlineModule(*arguments, teacher=task.teacher)
 
 
 def _resume(task: Task, folder: Path, num_steps: int) -> Path | None:

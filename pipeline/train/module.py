@@ -122,8 +122,19 @@ class DistillationModule(lightning.LightningModule):
         output = self._head.decoder(
             input_ids=batch.input_ids_BL, use_cache=False, **several, **(router.arguments if router else {})
         )
-        result = linear_sparse_kl(
-            **self._head.inputs(output.last_hidden_state),
+        result = self._loss_of(output.last_hidden_state, batch, alpha)
+        if not self.training and batch.ids_NK is not None:
+            # here, where ranks that share the head hold all of it
+            hidden_NH = output.last_hidden_state.flatten(0, 1)
+            linear = self._head.linear
+            self.top_N = top_ids(hidden_NH.detach(), linear.weight, linear.bias, self._vocab_size)
+        if router is None:
+            return result
+        return result._replace(loss=result.loss + self._objective.router_loss_weight * router(output))
+
+    def _loss_of(self, hidden_BLH: torch.Tensor, batch: Batch, alpha: float) -> SparseKl:
+        return linear_sparse_kl(
+            **self._head.inputs(hidden_BLH),
             targets=_targets(batch),
             labels_N=batch.labels_BL.flatten(),
             alpha=alpha,
@@ -134,14 +145,6 @@ class DistillationModule(lightning.LightningModule):
             workspace_mb=_CPU_WORKSPACE_MB if batch.labels_BL.device.type == "cpu" else _GPU_WORKSPACE_MB,
             **(self._objective.arguments() if alpha > 0 else {}),
         )
-        if not self.training and batch.ids_NK is not None:
-            # here, where ranks that share the head hold all of it
-            hidden_NH = output.last_hidden_state.flatten(0, 1)
-            linear = self._head.linear
-            self.top_N = top_ids(hidden_NH.detach(), linear.weight, linear.bias, self._vocab_size)
-        if router is None:
-            return result
-        return result._replace(loss=result.loss + self._objective.router_loss_weight * router(output))
 
     def configure_optimizers(self) -> Any:
         """AdamW and its learning rate, stepped every optimizer step."""

@@ -27,6 +27,8 @@ from capgap.pipeline.train.loggers import require_loggers
 from capgap.pipeline.train.metrics import METRICS_NAME
 from capgap.pipeline.train.model_card import CARD_NAME, model_card
 from capgap.pipeline.train.objective import objective_of
+from capgap.pipeline.train.online_teacher import online_teacher
+from capgap.pipeline.train.strategy import is_sharded
 from capgap.pipeline.train.task import Task
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
 from capgap.schemas.errors import MismatchError
@@ -51,6 +53,8 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     _require_same_corpus(inputs["cache"], inputs["corpus"])
     require_fit(settings, chosen_caches(settings, inputs), inputs[f"student/seed-{instance.seed}"])
     require_loggers(settings.loggers)
+    if settings.needs_teacher:
+        _require_same_teacher(inputs["cache"], inputs["teacher"])
 
 
 def run(context: StageContext) -> StageResult:
@@ -58,6 +62,7 @@ def run(context: StageContext) -> StageResult:
 
     Raises:
         MismatchError, SettingError, InputError: as `check` and `fit`.
+        MachineError: as `fit`; or the teacher is to take part, and does not fit on the device beside the student.
     """
     check(context.run, context.instance, context.inputs)
     instance, corpus = context.instance, context.input("corpus")
@@ -67,13 +72,14 @@ def run(context: StageContext) -> StageResult:
     caches = chosen_caches(settings, context.inputs)
     own = caches[None]
     source = own.source()
-    heldout = context.input("cache").manifest.shard_sets.get(heldout_set(own.recording))
+    heldout = context.input("cache").manifest.shard_sets.get(heldout_set(own.recording)) if own.has_targets else None
     if heldout is None and settings.needs_targets:
         _LOG.info("%s: the cache has no held-out sequences: nearness to the teacher is not measured", instance.name)
     path = model_path(student)
     # a bfloat16 student is trained on float32 weights unless the run file says otherwise
     dtype = torch.bfloat16 if settings.precision == "bf16-true" else torch.float32
-    require_memory(empty_model(load_config(path)).to(dtype), settings, context.device, own.shards.seq_len)
+    num_parts = context.ranks.world_size if is_sharded(settings, context.ranks) else 1
+    require_memory(empty_model(load_config(path)).to(dtype), settings, context.device, own.shards.seq_len, num_parts)
     model = load_model(path, "cpu", dtype)
     task = Task(
         title=f"train: {instance.arm}, seed {instance.seed}",
@@ -93,6 +99,7 @@ def run(context: StageContext) -> StageResult:
         row_len=settings.row_len,
         weight=source.weight,
         others={name: cache.source() for name, cache in caches.items() if name is not None},
+        teacher=online_teacher(context, own.facts, settings) if settings.needs_teacher else None,
     )
     totals = fit(model, task)
     if not context.ranks.is_first:
@@ -122,4 +129,16 @@ def _require_same_corpus(cache: StageInput, corpus: StageInput) -> None:
             found=f"corpus {made_from.identity[:12]} ({made_from.path})",
             expected=f"{corpus.manifest.identity[:12]} ({corpus.path})",
             fix="reuse that corpus too (reuse.corpus), or make a cache of this one",
+        )
+
+
+def _require_same_teacher(cache: StageInput, teacher: StageInput) -> None:
+    made_by = cache.manifest.inputs["teacher"]
+    if made_by.identity != teacher.manifest.identity:
+        raise MismatchError(
+            "the cache was made by another teacher than the one that is asked online",
+            where=cache.location,
+            found=f"teacher {made_by.identity[:12]} ({made_by.path})",
+            expected=f"{teacher.manifest.identity[:12]} ({teacher.path})",
+            fix="reuse that teacher too (reuse.teacher), or make a cache by this one",
         )

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.batch import Heat
 from capgap.pipeline.train.objective import Objective
@@ -53,6 +55,7 @@ class Task:
         row_len: targets in a row of a batch; None for a sequence a row.
         weight: share of `training` in the micro-batches, where there are others.
         others: caches to train on as well, by name.
+        teacher: on the device, where its whole distributions take the place of the shards' targets.
     """
 
     title: str
@@ -72,6 +75,7 @@ class Task:
     row_len: int | None = None
     weight: float = 1.0
     others: Mapping[str, Source] = field(default_factory=dict)
+    teacher: PreTrainedModel | None = None
 
     @property
     def micro_batch(self) -> int:

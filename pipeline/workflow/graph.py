@@ -48,7 +48,7 @@ def input_names(run: RunFile, instance: Instance) -> list[str]:
         "teacher": ["corpus"],
         "cache": ["corpus", "teacher"],
         "student": ["corpus"],
-        "train": ["corpus", "cache", Instance("student", seed=seed).name],
+        "train": ["corpus", *_online_teacher(run, instance), "cache", Instance("student", seed=seed).name],
         "eval": ["corpus", "teacher", *trained],
         "report": ["corpus", "teacher", "cache", *students, *trained, "eval"],
     }
@@ -87,6 +87,11 @@ def decisive_settings(run: RunFile, instance: Instance) -> dict[str, Any]:
             return {"eval": run.eval.decisive()}
         case "report":
             return {"name": run.name, "arms": sorted(run.arms)}
+
+
+def _online_teacher(run: RunFile, instance: Instance) -> list[str]:
+    """The teacher, where the arm asks it rather than the cache."""
+    return ["teacher"] if instance.arm is not None and run.train_settings(instance.arm).needs_teacher else []
 
 
 def _all_instances(run: RunFile) -> list[Instance]:

@@ -19,6 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE: dict[str, Any] = {"name": "tried", "out": "runs/tried", "teacher": {"model": {}}, "student": {"model": {}}}
 
 
+# Their default decides nothing, so that students from before the choice stay current; see the tests of each.
+LEFT_OUT_AS_DEFAULT = {"targets"}
+
+
 def _with(settings: dict[str, Any]) -> dict[str, Any]:
     """The smallest run file, with settings by their dotted names."""
     values = copy.deepcopy(BASE)
@@ -255,10 +259,8 @@ def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
 def test_operational_settings_and_no_others_are_left_out_of_what_decides(record: Record, operational: dict) -> None:
     changed = type(record).model_validate({**record.model_dump(), **operational})
     assert changed.decisive() == record.decisive()
-    # further caches are left out where there are none; a test below is about them
-    others = set(type(record).model_fields) - {"caches", "own_weight"}
-    silent = {name for name in others if name not in record.decisive()}
-    assert silent == set(operational)
+    silent = {name for name in type(record).model_fields if name not in record.decisive()}
+    assert silent - LEFT_OUT_AS_DEFAULT == set(operational)
 
 
 def test_operational_settings_inside_others_are_left_out_too() -> None:
@@ -320,6 +322,19 @@ def test_further_caches_decide_by_what_is_taken_of_them_and_not_by_where_they_li
     smaller = TrainSettings.model_validate({"micro_batch_sequences": 4, "caches": {"a": {"path": "here"}}})
     assert smaller.decisive() != here
     assert not {"caches", "own_weight", "row_len", "micro_batch_sequences"} & set(plain)
+
+
+def test_asking_the_teacher_decides_and_the_cache_as_ever_leaves_older_students_current() -> None:
+    plain, spelt, online = TrainSettings(), TrainSettings(targets="cache"), TrainSettings(targets="online")
+    assert plain.decisive() == spelt.decisive() and "targets" not in plain.decisive()
+    assert online.decisive() == plain.decisive() | {"targets": "online"}
+    assert online.needs_teacher and not plain.needs_teacher
+    assert not TrainSettings(targets="online", alpha=0).needs_teacher
+
+
+def test_a_tail_is_refused_where_the_teacher_is_asked() -> None:
+    with pytest.raises(ValidationError, match="tail: found ghost with targets online, expected none; there is no tail"):
+        TrainSettings(targets="online", tail="ghost")
 
 
 def test_a_beta_without_jsd_is_refused() -> None:

@@ -42,6 +42,14 @@ def test_a_training_reads_the_student_of_its_own_seed_alone(make_run) -> None:
     assert found == ["corpus", "cache", "student/seed-1"]
 
 
+def test_a_training_reads_the_teacher_only_where_it_asks_it(make_run) -> None:
+    run = make_run({"train.targets": "online", "arms.cached": {"targets": "cache"}})
+    found = {arm: input_names(run, Instance("train", arm=arm, seed=1)) for arm in run.arms}
+    assert found["distilled"] == ["corpus", "teacher", "cache", "student/seed-1"]
+    # cross-entropy asks nobody, and a cached training the cache alone
+    assert found["cross_entropy"] == found["cached"] == ["corpus", "cache", "student/seed-1"]
+
+
 def test_every_result_reaches_the_report(make_run) -> None:
     assert set(input_names(make_run(), Instance("report"))) == set(ALL) - {"report"}
 

@@ -101,6 +101,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("train.caches", {"draws": {"recording": "sampled"}}, FROM_TRAIN),
     ("train.own_weight", 3.0, FROM_TRAIN),
     ("train.row_len", 1024, FROM_TRAIN),
+    ("train.targets", "online", FROM_TRAIN),
     ("eval.num_sequences", 7, {"eval", "report"}),
     ("eval.num_full_sequences", 7, {"eval", "report"}),
     ("eval.num_bootstrap", 700, {"eval", "report"}),

@@ -1,0 +1,247 @@
+"""How much of what distillation gains each recording keeps, at its bytes per token, on the demo's corpus.
+
+python benchmarks/quality.py                   every training that is not in the results yet, then the table
+python benchmarks/quality.py --page FILE       put the table into a page, between its marks
+python benchmarks/quality.py --smoke           the same at the smallest size, to see that it works
+
+Every training of a seed starts from the same weights, sees the same sequences in the same order and takes as many
+steps; only the targets differ. The gain is the fall of the held-out loss from cross-entropy alone to online
+distillation over the whole vocabulary, paired by seed. A finished training is a line of the results, and is not done
+again; one that was killed goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from independent_draws import independent_draws
+from machine import RESULTS, machine, slug_of
+from quality_arms import CACHES, NUM_FIRST, Arm, arms
+from quality_page import fill_page, table
+
+from capgap.pipeline.eval.compare import Comparison
+from capgap.pipeline.eval.heldout import first_sequences, num_labels
+from capgap.pipeline.eval.measure import score
+from capgap.pipeline.eval.spool import Spool, open_spool
+from capgap.pipeline.model_checks import fresh_model
+from capgap.pipeline.models import load_model, model_path
+from capgap.pipeline.store import ShardReader, keep_freed_memory
+from capgap.pipeline.train.fit import fit
+from capgap.pipeline.train.objective import Objective
+from capgap.pipeline.train.task import Task
+from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.pipeline.workflow.context import Instance, StageInput
+from capgap.schemas.records import SampledTargets, Sequences
+from capgap.schemas.run_file import EvalSettings, RunFile
+from capgap.schemas.run_model import TrainSettings
+
+ROOT = Path(__file__).parents[1]
+# One pass over the first shards of the demo's cache. The whole table takes about an hour of one core.
+NUM_TOKENS, NUM_TOKENS_IN_SMOKE = 524_288, 4_096
+
+
+def main() -> None:
+    """Make what is missing, training by training, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, help=f"that every student sees; default: {NUM_TOKENS:,}")
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="caches, and trainings at work")
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results, by the machine's name")
+    parser.add_argument("--page", type=Path, help="only put the table of the results into this page")
+    parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
+    flags = parser.parse_args()
+    results = Results(flags.results or RESULTS / f"quality-{slug_of(machine('cpu')['device'])}.jsonl")
+    if flags.page:
+        fill_page(flags.page, results.lines)
+        return
+    keep_freed_memory()
+    os.environ.setdefault("CAPGAP_LEASE_DIR", str((flags.work / "leases").resolve()))
+    run_file = ROOT / ("tests/assets/tiny.yaml" if flags.smoke else "jobs/runs/demo.yaml")
+    default = NUM_TOKENS_IN_SMOKE if flags.smoke else NUM_TOKENS
+    bench = Bench(flags.work, yaml.safe_load(run_file.read_text()), flags.tokens or default)
+    with bench.teacher_on_heldout() as heldout:
+        for seed, arm in in_order(flags.seeds):
+            if not results.has(arm.name, seed, bench.about):
+                results.add(bench.train(arm, seed, heldout))
+                print(f"{time.strftime('%H:%M:%S')} {arm.name}, seed {seed}: {results.lines[-1]}", flush=True)
+    print(table(results.lines))
+
+
+def in_order(num_seeds: int) -> list[tuple[int, Arm]]:
+    """What the goal is about at every seed, then the rest, a seed after the other."""
+    every = [(seed, arm) for seed in range(num_seeds) for arm in arms()]
+    return sorted(every, key=lambda job: job[1] not in arms()[:NUM_FIRST])
+
+
+class Results:
+    """A file of one JSON line a training."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        if path.is_file():
+            # a killed process may have left half a line at the end
+            whole = path.read_text().rpartition("\n")[0]
+            self.lines = [json.loads(line) for line in whole.splitlines()]
+
+    def has(self, arm: str, seed: int, about: dict[str, Any]) -> bool:
+        """Whether that training is there, on the same data."""
+        return any((one["arm"], one["seed"], one["about"]) == (arm, seed, about) for one in self.lines)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Append it."""
+        self.lines.append(line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(one) + "\n" for one in self.lines))
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out sequences, and the teacher's logprobs of the first of them."""
+
+    sequences: Sequences
+    spool: Spool
+    num_full: int
+    teacher_loss: float
+
+
+class Bench:
+    """Makes caches as they are needed, and students from them.
+
+    Args:
+        work: folder for all of it.
+        run: a run file, whose corpus, teacher, student and training are taken.
+        num_tokens: of every training.
+    """
+
+    def __init__(self, work: Path, run: dict[str, Any], num_tokens: int) -> None:
+        self._work, self._run = work, run
+        shared = RunFile.model_validate(run | {"out": str(work / "shared")})
+        self._corpus, self._teacher = (_input(shared, stage) for stage in ("corpus", "teacher"))
+        self._settings = TrainSettings.model_validate(run["train"] | {"max_tokens": num_tokens})
+        self.about = {
+            "teacher": self._teacher.manifest.content[:12],
+            "corpus": self._corpus.manifest.content[:12],
+            "num_tokens": num_tokens,
+            "student": run["student"]["model"],
+            "learning_rate": self._settings.learning_rate,
+            "batch_sequences": self._settings.batch_sequences,
+        }
+
+    @contextmanager
+    def teacher_on_heldout(self) -> Iterator[Heldout]:
+        """The teacher's distributions on held-out text, on disk while students are measured."""
+        settings = EvalSettings.model_validate(self._run.get("eval", {}))
+        heldout = self._corpus.manifest.shard_sets["heldout"]
+        sequences = first_sequences(self._corpus.path, heldout, settings.num_sequences)
+        num_full = min(settings.num_full_sequences, len(sequences))
+        labels_S = num_labels(sequences)
+        self._work.mkdir(parents=True, exist_ok=True)
+        with open_spool(self._work, int(labels_S[:num_full].sum()), self._vocab_size) as spool:
+            teacher = load_model(model_path(self._teacher), "cpu")
+            nats = self._score(teacher, sequences, spool.append, num_full)
+            yield Heldout(sequences, spool, num_full, nats)
+
+    def train(self, arm: Arm, seed: int, heldout: Heldout) -> dict[str, Any]:
+        """One line of the results."""
+        reader = self._reader(arm)
+        name = f"{arm.name} seed {seed}".replace(",", "").replace(" ", "-")
+        folder = self._work / "train" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        model = fresh_model(RunFile.model_validate(self._run).student.model, self._corpus, seed)
+        started, cpu_started = time.perf_counter(), time.process_time()
+        totals = fit(
+            model,
+            Task(
+                title=name,
+                settings=self._settings,
+                training=reader,
+                heldout=ShardReader(self._corpus.path, self._corpus.manifest.shard_sets["heldout"]),
+                alpha=arm.alpha,
+                temperature=1.0,
+                seed=seed,
+                device="cpu",
+                folder=folder,
+                objective=Objective(tail=arm.tail),
+                teacher=load_model(model_path(self._teacher), "cpu") if arm.online else None,
+            ),
+        )
+        wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
+        shutil.rmtree(folder)  # its checkpoints have served
+        comparison = Comparison(heldout.spool)
+        loss = self._score(model.eval(), heldout.sequences, comparison.add, heldout.num_full)
+        return {
+            "arm": arm.name,
+            "seed": seed,
+            "heldout_loss": loss,
+            "against_teacher": comparison.result(arm.name).model_dump(),
+            "teacher_loss": heldout.teacher_loss,
+            "bytes_per_token": None if arm.alpha == 0 or arm.online else _bytes_per_token(reader),
+            "ids_per_token": None if arm.alpha == 0 or arm.online else _ids_per_token(reader),
+            "num_steps": totals["num_steps"],
+            "wall_s": round(wall_s, 1),
+            "cpu_s": round(cpu_s, 1),
+            "about": self.about,
+            "machine": machine("cpu"),
+        }
+
+    @property
+    def _vocab_size(self) -> int:
+        return int(self._corpus.manifest.facts["tokenizer"]["vocab_size"])  # type: ignore[index,call-overload,arg-type]
+
+    def _reader(self, arm: Arm) -> ShardReader:
+        cache = self._cache(arm.cache)
+        reader = ShardReader(cache.path, cache.manifest.shard_sets[arm.recording])
+        if not arm.independent:
+            return reader
+        folder = self._work / f"independent-{arm.cache}"
+        return independent_draws(reader, load_model(model_path(self._teacher), "cpu"), folder)
+
+    def _cache(self, name: str) -> StageInput:
+        settings = {"engine": "transformers", "max_tokens": self._settings.max_tokens} | CACHES[name]
+        reuse = {"corpus": str(self._corpus.path), "teacher": str(self._teacher.path)}
+        run = self._run | {"out": str(self._work / f"cache-{name}"), "reuse": reuse, "cache": settings}
+        return _input(RunFile.model_validate(run), "cache")
+
+    def _score(self, model: Any, sequences: Sequences, visit: Callable[..., None], num_full: int) -> float:
+        nats_S = score(
+            model,
+            sequences,
+            name="held-out",
+            vocab_size=self._vocab_size,
+            batch_sequences=16,
+            visit=visit,
+            num_visited=num_full,
+        )
+        return float(nats_S.sum() / num_labels(sequences).sum())
+
+
+def _input(run: RunFile, stage: Literal["corpus", "teacher", "cache"]) -> StageInput:
+    """The finished stage, made if it is not."""
+    return StageInput(Path(run.out) / stage, carry_out(run, Instance(stage)))
+
+
+def _bytes_per_token(reader: ShardReader) -> float:
+    return round(reader.shard_set.num_bytes / reader.shard_set.num_tokens, 2)
+
+
+def _ids_per_token(reader: ShardReader) -> float:
+    """Distinct ids of a row, on average over the first member."""
+    _, targets = reader.read_member(0, 0)
+    if isinstance(targets, SampledTargets):
+        return round(float(targets.num_ids_BL.mean()), 2)
+    return float(reader.codec.num_ids)
+
+
+if __name__ == "__main__":
+    main()

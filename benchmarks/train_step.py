@@ -1,0 +1,186 @@
+"""Step time and memory of distillation from a cache over cross-entropy alone: same student, batch and fused head.
+
+python benchmarks/train_step.py                  the demo's student on a CPU, float32
+python benchmarks/train_step.py --device cuda    a student of a billion parameters, bf16-mixed
+python benchmarks/train_step.py --smoke          the smallest size, to see that it works
+
+A step is what a training does in it: the loader's next batch, forward, loss, backward, clipping, the optimizer.
+Cross-entropy alone reads plain text shards, which hold no targets to decode; the others read a real cache of the same
+text by a small teacher. All run in one process, in turn, round after round.
+
+On a CPU time is CPU time of the process, which neighbours on the machine disturb least, and the loader decodes in the
+step's own thread, so that its work is counted whole: the mean over a whole epoch, as it comes in bursts. On a GPU it is
+the time between synchronised ends of a round, the loader's threads beside it. Ratios are medians over rounds, with
+their quartiles. The waiting share is the time in which a step stood still for its batch, threads decoding ahead on
+either machine. Memory is weights and moments, and the peak of what torch allocates in a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import random
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import RESULTS, keep
+from memory import peak_mb
+from train_step_ways import CROSS_ENTROPY, NUM_DRAWS, NUM_KEPT, SIZES, THREADS, Size, Way, make_cache
+
+from capgap.pipeline.model_checks import fresh_model
+from capgap.pipeline.store import ShardReader, keep_freed_memory
+
+TIME_GOALS = {"cpu": 1.05, "cuda": 1.03}
+WAITING_GOAL, MEMORY_GOAL = 0.02, 1.05
+
+
+def main() -> None:
+    """Make a cache, measure, print, keep the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/train_step"), help="folder of corpus, teacher and cache"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
+    parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
+    flags = parser.parse_args()
+    keep_freed_memory()  # as `capgap` does
+    os.environ.setdefault("CAPGAP_LEASE_DIR", str((flags.work / "leases").resolve()))
+    size = SIZES["smoke" if flags.smoke else flags.device]
+    figures = measure(size, flags.device, flags.work / ("smoke" if flags.smoke else flags.device))
+    print(f"kept in {keep('train-step', flags.device, figures, flags.results)}")
+
+
+def measure(size: Size, device: str, work: Path) -> dict[str, Any]:
+    """Milliseconds of a step, ratios, waiting shares, memory, and whether the goals were met."""
+    run, corpus, cache = make_cache(size, work, device)
+    shape = run.student.model
+    assert shape is not None
+    text = ShardReader(corpus.path, corpus.manifest.shard_sets["student"])
+    readers = {
+        CROSS_ENTROPY: text,
+        f"sampled, n = {NUM_DRAWS}": ShardReader(cache.path, cache.manifest.shard_sets["sampled"]),
+        f"top-{NUM_KEPT}": ShardReader(cache.path, cache.manifest.shard_sets["topk"]),
+    }
+    model = fresh_model(shape, corpus, 0).train()
+    ways = {name: Way(name, model, reader, size, device) for name, reader in readers.items()}
+    del model
+    times = _interleaved(ways, size, device)
+    waits = {name: _waiting_share(way, size, device) for name, way in ways.items()}
+    peaks = {name: way.standing_mb() + peak_mb(way.step, device) for name, way in ways.items()}
+    return {
+        "student": shape.model_dump(),
+        "vocab_size": text.codec.vocab_size,
+        "tokens_per_step": size.batch_sequences * text.codec.seq_len,
+        "precision": size.precision,
+        "rounds": size.rounds,
+        "steps_per_round": size.steps,
+        "bytes_per_token": {
+            name: round(reader.shard_set.num_bytes / reader.shard_set.num_tokens, 1) for name, reader in readers.items()
+        },
+        "ways": {name: _figures(name, times, waits, peaks) for name in ways},
+        "goals": [goal for name in ways if name != CROSS_ENTROPY for goal in _goals(name, times, waits, peaks, device)],
+    }
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds a step, a number a round: without the loader, and the loader's mean over all rounds."""
+
+    work_ms: list[float]
+    loader_ms: float
+
+    @property
+    def total_ms(self) -> list[float]:
+        """With the loader."""
+        return [work_ms + self.loader_ms for work_ms in self.work_ms]
+
+
+def _interleaved(ways: dict[str, Way], size: Size, device: str) -> dict[str, Times]:
+    """Of each way; each round takes the ways in another order."""
+    work_ms: dict[str, list[float]] = {name: [] for name in ways}
+    loader_s: dict[str, float] = dict.fromkeys(ways, 0.0)
+    for turn in range(size.rounds + 1):
+        for name in random.Random(turn).sample(list(ways), len(ways)):
+            way = ways[name]
+            gc.collect()
+            way.waited_cpu_s = 0.0
+            started = _now_s(device)
+            for _ in range(size.steps):
+                way.step()
+            taken_s = _now_s(device) - started
+            if device == "cpu":
+                loader_s[name] += way.waited_cpu_s
+                taken_s -= way.waited_cpu_s
+            if turn:  # the first round warms up; what its loader opened is opened for the others, and counts
+                work_ms[name].append(1e3 * taken_s / size.steps)
+    num_steps = (size.rounds + 1) * size.steps
+    return {name: Times(work_ms[name], 1e3 * loader_s[name] / num_steps) for name in ways}
+
+
+def _now_s(device: str) -> float:
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _waiting_share(way: Way, size: Size, device: str) -> float:
+    """Of the time of some steps on end, that in which the step stood still for its batch."""
+    way.batches = way.loader(THREADS)
+    way.step()  # its threads start with it
+    way.waited_s = 0.0
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(2 * size.steps):
+        way.step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return way.waited_s / (time.perf_counter() - started)
+
+
+def _ratios(name: str, times: dict[str, Times]) -> list[float]:
+    return [a / b for a, b in zip(times[name].total_ms, times[CROSS_ENTROPY].total_ms, strict=True)]
+
+
+def _figures(
+    name: str, times: dict[str, Times], waits: dict[str, float], peaks: dict[str, float]
+) -> dict[str, float | list[float]]:
+    ratios = _ratios(name, times)
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    figures: dict[str, float | list[float]] = {
+        "ms": round(statistics.median(times[name].total_ms), 3),
+        "of_which_loader_ms": round(times[name].loader_ms, 3),
+        "ratio": round(statistics.median(ratios), 4),
+        "ratio_quartiles": [round(quartiles[0], 4), round(quartiles[2], 4)],
+        "waiting_share": round(waits[name], 4),
+        "peak_mb": round(peaks[name], 1),
+        "peak_ratio": round(peaks[name] / peaks[CROSS_ENTROPY], 4),
+    }
+    print(f"{name:24} {figures}")
+    return figures
+
+
+def _goals(
+    name: str, times: dict[str, Times], waits: dict[str, float], peaks: dict[str, float], device: str
+) -> list[dict[str, object]]:
+    found = {
+        "step time over cross-entropy": (statistics.median(_ratios(name, times)), TIME_GOALS[device]),
+        "waiting share": (waits[name], WAITING_GOAL),
+        "peak memory over cross-entropy": (peaks[name] / peaks[CROSS_ENTROPY], MEMORY_GOAL),
+    }
+    goals = []
+    for what, (value, at_most) in found.items():
+        print(f"goal: {name}, {what}: {value:.4f}, at most {at_most}: {'met' if value <= at_most else 'MISSED'}")
+        goals.append({"what": f"{name}, {what}", "found": round(value, 4), "at_most": at_most, "met": value <= at_most})
+    return goals
+
+
+if __name__ == "__main__":
+    main()

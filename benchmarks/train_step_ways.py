@@ -1,0 +1,150 @@
+"""What benchmarks/train_step.py measures: students that learn from shards, step by step."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from capgap.pipeline.store import Batch, SequenceLoader, ShardReader
+from capgap.pipeline.train.module import DistillationModule
+from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.pipeline.workflow.context import Instance, StageInput
+from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_model import OptimizationSettings
+
+ROOT = Path(__file__).parents[1]
+CROSS_ENTROPY = "cross-entropy alone"
+NUM_DRAWS, NUM_KEPT = 50, 64
+THREADS = 2  # the loader's own default
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured on a device.
+
+    Attributes:
+        run_file: whose corpus, teacher and student are taken.
+        changes: to it.
+        num_tokens: of the cache: one epoch, enough for all steps.
+        batch_sequences: of a step.
+        precision: Lightning's name.
+        rounds: each takes `steps` steps of every way.
+        steps: see `rounds`.
+    """
+
+    run_file: str
+    changes: dict[str, Any]
+    num_tokens: int
+    batch_sequences: int
+    precision: str
+    rounds: int
+    steps: int
+
+
+_SHORT_TEACHER = {"teacher": {"training": {"learning_rate": 3e-3, "batch_sequences": 4, "max_tokens": 200_000}}}
+SIZES = {
+    "cpu": Size("jobs/runs/demo.yaml", _SHORT_TEACHER, 196_608, 4, "32-true", 12, 16),
+    "cuda": Size(
+        "jobs/runs/demo.yaml",
+        _SHORT_TEACHER
+        | {
+            "corpus": {"vocab_size": 32_000},
+            "student": {
+                "model": {
+                    "hidden_size": 2048,
+                    "num_layers": 16,
+                    "num_heads": 32,
+                    "num_key_value_heads": 8,
+                    "intermediate_size": 8192,
+                }
+            },
+        },
+        524_288,
+        32,
+        "bf16-mixed",
+        6,
+        10,
+    ),
+    "smoke": Size("tests/assets/tiny.yaml", {}, 4096, 4, "32-true", 2, 2),
+}
+
+
+def make_cache(size: Size, work: Path, device: str) -> tuple[RunFile, StageInput, StageInput]:
+    """The run file, its corpus, and a cache of both recordings by a teacher that has learnt for a minute."""
+    given = yaml.safe_load((ROOT / size.run_file).read_text())
+    for name, changes in size.changes.items():
+        given[name] = given[name] | changes
+    cache = {"engine": "transformers", "recording": "both", "num_draws": NUM_DRAWS, "num_kept": NUM_KEPT}
+    run = RunFile.model_validate(
+        given | {"out": str(work), "device": device, "cache": cache | {"max_tokens": size.num_tokens}}
+    )
+    made = {
+        stage: StageInput(work / stage, carry_out(run, Instance(stage))) for stage in ("corpus", "teacher", "cache")
+    }
+    return run, made["corpus"], made["cache"]
+
+
+@dataclass
+class Way:
+    """One student in training.
+
+    Attributes:
+        name: of the way.
+        model: is copied.
+        reader: of its shards; without targets it learns by cross-entropy alone.
+        size: see there.
+        device: see there.
+    """
+
+    name: str
+    model: Any
+    reader: ShardReader
+    size: Size
+    device: str
+    waited_s: float = field(default=0.0, init=False)
+    waited_cpu_s: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self.model = copy.deepcopy(self.model).to(self.device)
+        settings = OptimizationSettings()
+        alpha = 0.0 if self.name == CROSS_ENTROPY else 1.0
+        num_steps = 10 * self.size.rounds * self.size.steps
+        self._module = DistillationModule(self.model, settings, num_steps, alpha, 1.0, self.reader.codec.vocab_size)
+        made = self._module.configure_optimizers()
+        self._optimizer, self._schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+        self.batches = self.loader(0 if self.device == "cpu" else THREADS)
+
+    def loader(self, threads: int) -> Iterator[Batch]:
+        """An epoch's batches; another one follows where it ends."""
+        return iter(SequenceLoader(self.reader, self.size.batch_sequences, 0, num_epochs=2, threads=threads))
+
+    def step(self) -> None:
+        """One step, the time for its batch counted by itself too."""
+        started, cpu_started = time.perf_counter(), time.process_time()
+        batch = next(self.batches)
+        self.waited_s += time.perf_counter() - started
+        self.waited_cpu_s += time.process_time() - cpu_started
+        # Lightning hands a batch over in this way, and computes in this context
+        batch = batch.to(self.device)
+        mixed = self.size.precision == "bf16-mixed"
+        with torch.autocast(self.device, dtype=torch.bfloat16) if mixed else nullcontext():
+            loss = self._module.training_step(batch, 0)
+        loss.backward()
+        self._module.configure_gradient_clipping(self._optimizer)
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+
+    def standing_mb(self) -> float:
+        """Weights and the optimizer's moments."""
+        moments = [value for state in self._optimizer.state.values() for value in state.values()]
+        tensors = [*self.model.parameters(), *(value for value in moments if isinstance(value, torch.Tensor))]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20

@@ -1,0 +1,201 @@
+"""The undistorted baseline: the teacher in the loop, the divergence over the whole vocabulary.
+
+    tokens --student--> hidden [N, H] --+--> a chunk of rows: two logits [C, V] --> divergence, CE
+       \\---teacher, frozen--> [N, G] --+        (computed again on the way back, never kept)
+
+It is for small models, to hold a cached training against: this is the one place where teacher and student stand on a
+device together. Everything but the target is that of the cached training: sequences, order, optimizer, context.
+
+Legend: B sequences, L targets a sequence, N = B x L rows, n rows that count, C rows of a chunk, V real vocabulary,
+H hidden of the student, G hidden of the teacher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from capgap.kernels.sparse_kl import Divergence, SparseKl
+from capgap.kernels.sparse_kl.divergence import LOWEST_LOGPROB
+from capgap.pipeline.store import Batch
+from capgap.pipeline.train import heads
+from capgap.pipeline.train.attention import ending_attention
+from capgap.pipeline.train.module import DistillationModule
+
+# Elements of one [C, V] tensor, of which about eight stand at once: 4 MiB of float32 near a CPU's cache, 128 on a GPU.
+_CHUNK_ELEMENTS_CPU = 2**20
+_CHUNK_ELEMENTS_GPU = 2**25
+
+
+class OnlineModule(DistillationModule):
+    """As `DistillationModule`, with the teacher's whole distribution in the place of the batch's targets.
+
+    Args:
+        *args: as there.
+        teacher: on the device of the training; it is frozen here, and is no part of the module's state.
+        **kwargs: as there.
+
+    Raises:
+        InputError: the teacher's head cannot be served, as the student's.
+    """
+
+    def __init__(self, *args: Any, teacher: PreTrainedModel, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # in a tuple, and so no submodule: neither optimizer nor checkpoints nor strategies are to see it
+        self._teacher = (teacher.requires_grad_(False).eval(), heads.served_head(teacher, self._vocab_size))
+        # a copy in float32, as for a cache: rounded logits would be another target
+        self._teacher_head = Head.of(self._teacher[1])
+
+    def _loss_of(self, hidden_BLH: Tensor, batch: Batch, alpha: float) -> SparseKl:
+        """As there; in training the divergence is that of all V probabilities.
+
+        Held-out sequences are measured against the cache, as in any other training.
+        """
+        if alpha == 0 or not self.training:
+            return super()._loss_of(hidden_BLH, batch, alpha)
+        student = self._head.inputs(hidden_BLH)
+        return linear_full_kl(
+            student["hidden_NH"],
+            Head(student["weight_VH"], student["bias_V"], student["softcap"]),
+            self._teacher_hidden(batch),
+            self._teacher_head,
+            batch.labels_BL.flatten(),
+            alpha=alpha,
+            temperature=self._temperature,
+            divergence=self._objective.divergence,
+            beta=self._objective.beta,
+            row_weights_N=self._objective.row_weights(batch),
+            vocab_size=self._vocab_size,
+        )
+
+    @torch.no_grad()
+    def _teacher_hidden(self, batch: Batch) -> Tensor:
+        """In the teacher's own dtype, whatever the student's precision is."""
+        teacher, head = self._teacher
+        several = {} if batch.positions_BL is None else ending_attention(teacher, batch.positions_BL)
+        with torch.autocast(batch.input_ids_BL.device.type, enabled=False):
+            output = head.decoder(input_ids=batch.input_ids_BL, use_cache=False, **several)
+            hidden_NG: Tensor = output.last_hidden_state.flatten(0, 1).float()
+            return hidden_NG
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits.
+
+    Attributes:
+        weight_VH: rows past the real vocabulary are padding.
+        bias_V: None where there is none.
+        softcap: c, where logits are c tanh(logits / c).
+    """
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, head: heads.Head) -> Head:
+        """A copy in float32, with the scale in it."""
+        weight_VH, bias_V = head.linear.weight.detach().float(), head.linear.bias
+        bias_V = None if bias_V is None else bias_V.detach().float() * head.scale
+        return cls(weight_VH if head.scale == 1 else weight_VH * head.scale, bias_V, head.softcap)
+
+    def logits(self, hidden_CH: Tensor, vocab_size: int) -> Tensor:
+        """[C, V] of the real vocabulary, float32, or float64 for float64."""
+        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
+        logits_CV = linear(hidden_CH, self.weight_VH[:vocab_size], bias_V)
+        logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+        return logits_CV if self.softcap is None else self.softcap * torch.tanh(logits_CV / self.softcap)
+
+
+def linear_full_kl(
+    hidden_NH: Tensor,
+    head: Head,
+    teacher_hidden_NG: Tensor,
+    teacher_head: Head,
+    labels_N: Tensor,
+    *,
+    alpha: float,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    row_weights_N: Tensor | None = None,
+    vocab_size: int | None = None,
+    chunk_rows: int | None = None,
+) -> SparseKl:
+    """Mean over rows of alpha T^2 KL + (1 - alpha) CE, where KL is of all V probabilities of teacher and student.
+
+    The definitions are those of `linear_sparse_kl` at K = V. Gradients flow to the student's hidden states and head.
+    Memory beyond the inputs and gradients is that of a chunk: its logits are computed again on the way back.
+
+    Args:
+        hidden_NH: the student's last hidden states.
+        head: the student's.
+        teacher_hidden_NG: the teacher's last hidden states, in the dtype of its head.
+        teacher_head: the teacher's; nothing flows to it.
+        labels_N: real next tokens, int64. A row whose label lies outside [0, vocab_size) does not count.
+        alpha: share of the KL, in [0, 1].
+        temperature: teacher's and student's logits are divided by it for the KL; CE is at temperature 1.
+        divergence: `forward_kl`, `reverse_kl` or `jsd` (arXiv:2306.13649).
+        beta: of `jsd`: weight of KL(teacher || mixture), and the teacher's share of the mixture.
+        row_weights_N: what each row counts; all the same where it is left out.
+        vocab_size: columns at or past it are padding; all are real where it is left out.
+        chunk_rows: rows whose logits stand in memory together; left out, as many as are fast on the device.
+    """
+    vocab_size = len(head.weight_VH) if vocab_size is None else vocab_size
+    live_n = ((labels_N >= 0) & (labels_N < vocab_size)).nonzero()[:, 0]
+    if chunk_rows is None:
+        elements = _CHUNK_ELEMENTS_CPU if hidden_NH.device.type == "cpu" else _CHUNK_ELEMENTS_GPU
+        chunk_rows = max(1, elements // vocab_size)
+
+    def rows(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, chunk_C: Tensor) -> tuple[Tensor, Tensor]:
+        """KL and CE of a chunk; what gradients flow to are arguments, for `checkpoint` to see."""
+        student_CV = Head(weight_VH, bias_V, head.softcap).logits(hidden_CH, vocab_size)
+        with torch.no_grad(), torch.autocast(hidden_CH.device.type, enabled=False):
+            teacher_CV = teacher_head.logits(teacher_hidden_NG[chunk_C], vocab_size).to(student_CV.dtype)
+            logp_CV = torch.log_softmax(teacher_CV / temperature, -1)
+        kl_C = full_divergence(logp_CV, torch.log_softmax(student_CV / temperature, -1), divergence, beta)
+        return kl_C, torch.nn.functional.cross_entropy(student_CV, labels_N[chunk_C], reduction="none")
+
+    parts = [
+        checkpoint(rows, hidden_NH[chunk_C], head.weight_VH, head.bias_V, chunk_C, use_reentrant=False)
+        for chunk_C in torch.split(live_n, chunk_rows)
+    ]
+    kl_n, ce_n = (torch.cat(part) for part in zip(*parts, strict=True))
+    loss_n = alpha * temperature**2 * kl_n + (1 - alpha) * ce_n
+    # without a row that counts the loss is 0, and so are its gradients
+    if row_weights_N is None:
+        loss = loss_n.sum() / max(1, len(live_n))
+    else:
+        weights_n = row_weights_N[live_n].to(loss_n.dtype)
+        loss = (weights_n * loss_n).sum() / weights_n.sum().clamp_min(torch.finfo(loss_n.dtype).tiny)
+
+    def spread(values_n: Tensor) -> Tensor:
+        return values_n.new_zeros(len(labels_N)).index_copy_(0, live_n, values_n.detach())
+
+    return SparseKl(loss, spread(kl_n), spread(ce_n))
+
+
+def full_divergence(logp_NV: Tensor, logq_NV: Tensor, divergence: Divergence, beta: float) -> Tensor:
+    """Of each row, by its definition, from the log-probabilities of teacher p and student q [N, V].
+
+    In the reverse KL a teacher's logprob below -30 counts as -30, as in `linear_sparse_kl`.
+    """
+    if divergence == "forward_kl":
+        return _kl(logp_NV, logq_NV)
+    if divergence == "reverse_kl":
+        return _kl(logq_NV, logp_NV.clamp_min(LOWEST_LOGPROB))
+    shares = torch.tensor([beta, 1 - beta], dtype=logp_NV.dtype, device=logp_NV.device).log()
+    logm_NV = torch.logaddexp(logp_NV + shares[0], logq_NV + shares[1])
+    return beta * _kl(logp_NV, logm_NV) + (1 - beta) * _kl(logq_NV, logm_NV)
+
+
+def _kl(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
+    kl_N: Tensor = (logp_NV.exp() * (logp_NV - logq_NV)).sum(-1)
+    return kl_N

@@ -1,0 +1,65 @@
+"""The teacher of an online training, brought onto the device if teacher and student fit there together."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from capgap.pipeline.models import load_model, model_path
+from capgap.pipeline.train.fits import free_bytes
+from capgap.pipeline.workflow.context import StageContext
+from capgap.schemas.errors import MachineError
+from capgap.schemas.facts import CacheFacts, ModelFacts
+from capgap.schemas.run_model import TrainSettings
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# weights, their gradients and the optimizer's two moments
+_COPIES_OF_A_STUDENT = 4
+
+
+def online_teacher(context: StageContext, cache: CacheFacts, settings: TrainSettings) -> PreTrainedModel:
+    """The run's teacher on the device of the stage, in the dtype in which it made the cache.
+
+    Raises:
+        MachineError: it does not fit there beside the student.
+        InputError: there is no such model.
+    """
+    teacher, student = context.input("teacher"), context.input(f"student/seed-{context.instance.seed}")
+    dtype = _DTYPES.get(cache.dtypes[0], torch.float32)
+    require_room(
+        ModelFacts.model_validate(student.manifest.facts),
+        torch.bfloat16 if settings.precision == "bf16-true" else torch.float32,
+        ModelFacts.model_validate(teacher.manifest.facts),
+        dtype,
+        context.device,
+        free_bytes(context.device),
+    )
+    return load_model(model_path(teacher), context.device, dtype)
+
+
+def require_room(
+    student: ModelFacts,
+    student_dtype: torch.dtype,
+    teacher: ModelFacts,
+    teacher_dtype: torch.dtype,
+    device: str,
+    free: int,
+) -> None:
+    """Raise MachineError where `free` bytes hold less than a student in training and the teacher.
+
+    Counted are the student's weights, gradients and moments, and the teacher's weights with its head once more in
+    float32; activations come on top of that.
+    """
+    for_student = _COPIES_OF_A_STUDENT * student.num_parameters * student_dtype.itemsize
+    # embedding and head, of which one may be the other's
+    outside = teacher.num_parameters - teacher.num_non_embedding_parameters
+    for_teacher = teacher.num_parameters * teacher_dtype.itemsize + outside * torch.float32.itemsize
+    if for_student + for_teacher > free:
+        raise MachineError(
+            "teacher and student do not fit on the device together",
+            where="train.targets: online",
+            found=f"{free / 1e9:.1f} GB free on {device}",
+            expected=f"{for_student / 1e9:.1f} GB for the student in training and {for_teacher / 1e9:.1f} GB for the "
+            "teacher, and activations",
+            fix="learn from the cache (targets: cache), where they never meet",
+        )

@@ -1,0 +1,43 @@
+"""benchmarks/train_step.py measures its ways and judges its goals; what it finds is not asserted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "train_step.py"
+
+
+@pytest.mark.slow
+def test_each_way_is_measured_and_the_goals_are_judged(tmp_path) -> None:
+    results = tmp_path / "results"
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARK), "--smoke", "--work", str(tmp_path / "work"), "--results", str(results)],
+        # the benchmark finds its neighbours beside it
+        env=os.environ | {"PYTHONSAFEPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (path,) = results.iterdir()
+    figures = json.loads(path.read_text())["figures"]
+    assert figures["tokens_per_step"] == 4 * 64
+    assert list(figures["ways"]) == ["cross-entropy alone", "sampled, n = 50", "top-64"]
+    for name, found in figures["ways"].items():
+        assert found["ms"] > found["of_which_loader_ms"] > 0, name
+        assert 0 <= found["waiting_share"] < 1
+        low, high = found["ratio_quartiles"]
+        assert low <= found["ratio"] <= high
+    own = figures["ways"]["cross-entropy alone"]
+    assert own["ratio"] == own["peak_ratio"] == 1
+    sizes = figures["bytes_per_token"]
+    assert sizes["cross-entropy alone"] < sizes["sampled, n = 50"] < sizes["top-64"]
+    assert len(figures["goals"]) == 6
+    for goal in figures["goals"]:
+        # both are rounded
+        assert goal["met"] == (goal["found"] <= goal["at_most"]) or abs(goal["found"] - goal["at_most"]) < 1e-4
