@@ -76,8 +76,8 @@ def objective_of(settings: TrainSettings, recording: Recording, where: Path | st
     """What the settings ask for.
 
     Raises:
-        MismatchError: the recording does not support it; the divergence is not looked at where it never counts, or where
-            the teacher itself is asked.
+        MismatchError: the recording does not support it; the divergence is not looked at where the cache's targets do
+            not count.
     """
     objective = Objective(
         settings.divergence,

@@ -102,8 +102,8 @@ class Head:
     @classmethod
     def of(cls, head: heads.Head) -> Head:
         """A copy in float32, with the scale in it."""
-        weight_VH, bias_V = head.linear.weight.detach().float(), head.linear.bias
-        bias_V = None if bias_V is None else bias_V.detach().float() * head.scale
+        weight_VH = head.linear.weight.detach().float()
+        bias_V = None if head.linear.bias is None else head.linear.bias.detach().float() * head.scale
         return cls(weight_VH if head.scale == 1 else weight_VH * head.scale, bias_V, head.softcap)
 
     def logits(self, hidden_CH: Tensor, vocab_size: int) -> Tensor:
