@@ -61,9 +61,9 @@ def _refusal(curve: Curve, size: Size) -> str | None:
     num_seeds, num_teachers = len(curve.seeds), len({size_of(one, size) for one in curve.teachers})
     if num_seeds < MIN_SEEDS:
         left = f"; left out, with a run missing: {_listed(curve.left_out_seeds)}" if curve.left_out_seeds else ""
-        return f"{num_seeds} complete seeds, {MIN_SEEDS} are needed to tell noise from difference{left}"
+        return f"complete seeds: {num_seeds}, and {MIN_SEEDS} are needed to tell noise from difference{left}"
     if num_teachers < MIN_TEACHERS:
-        return f"{num_teachers} sizes of teachers with results, {MIN_TEACHERS} are needed for a curve"
+        return f"sizes of teachers with results: {num_teachers}, and {MIN_TEACHERS} are needed for a curve"
     return None
 
 

@@ -70,7 +70,7 @@ def _law(curves: Sequence[CurveFit]) -> GlobalLaw:
     sizes = {student.size for student in students}
     if len(sizes) < MIN_STUDENTS:
         rest = f"; without an interior best: {', '.join(others)}" if others else ""
-        refused = f"{len(sizes)} sizes of students with an interior best teacher, {MIN_STUDENTS} are needed{rest}"
+        refused = f"sizes of students with an interior best teacher: {len(sizes)}, and {MIN_STUDENTS} are needed{rest}"
         return GlobalLaw(budget=first.budget, alpha=first.alpha, init=first.init, students=names, refused=refused)
     slope, exponent = _estimate(students, lambda *c: _line(*c)[0]), _estimate(students, lambda *c: _power(*c)[0])
     return GlobalLaw(

@@ -7,7 +7,7 @@ import re
 from capgap.schemas.errors import SettingError
 
 _LETTERS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)([kKMBTbt]?)")
+_COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)([kKMBTbt]?)")
 
 
 def parse_count(text: str, where: str) -> int:
