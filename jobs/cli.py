@@ -18,6 +18,7 @@ _HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
   run       make every stage of a run file current; --only STAGE, --from STAGE, --force
   status    say of every stage whether it is current, and why not
   verify    check every file and shard below a folder against its digests; --rescore FRACTION asks the teacher too
+  law       which teacher size is best for a student: fit a table of runs, its page, advice
 
   corpus    text into packed sequences                      (one stage of the run file)
   teacher   check or train the teacher
@@ -81,11 +82,13 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _commands() -> dict[str, Command]:
     from capgap.jobs.commands import run_command, stage_command, status_command, verify_command
+    from capgap.jobs.law import law_command
     from capgap.pipeline.store import keep_freed_memory
     from capgap.pipeline.workflow.context import STAGES
 
     keep_freed_memory()
     commands: dict[str, Command] = {"run": run_command, "status": status_command, "verify": verify_command}
+    commands["law"] = law_command
     return commands | {stage: stage_command(stage) for stage in STAGES}
 
 

@@ -1,0 +1,160 @@
+"""Which teacher for a student that was not trained yet: stored fits and published laws, side by side.
+
+Nothing is averaged. Each answer stands with its source and with whether the student lies in what that source measured,
+and the answers' disagreement is said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from capgap.pipeline.law.published import GivenTeacher, human, nearest, predictions
+from capgap.schemas.base import Record
+from capgap.schemas.errors import SettingError
+from capgap.schemas.law_fit import CurveFit, GlobalLaw, LawFit, Prediction
+from capgap.schemas.results import Interval
+
+
+class Answer(Record):
+    """What one source says."""
+
+    source: str
+    """A fit or a published law, with where it comes from."""
+
+    best_size: float | None
+    """Parameters of the best teacher; None where the source cannot say."""
+
+    interval: Interval | None
+    """95 %, of a fit; the published laws give none that applies to one student."""
+
+    choice: str | None
+    """Of the teachers given, the one nearest to that size, or for a law of losses the one with the least."""
+
+    within_validity: bool
+    """Whether the student and its tokens lie in what the source measured."""
+
+    said: str
+    """The answer in words."""
+
+    validity: str
+    """What the source measured."""
+
+
+class Advice(Record):
+    """All answers."""
+
+    student: int
+    """Parameters."""
+
+    tokens: int
+    """Of its training."""
+
+    answers: tuple[Answer, ...]
+    """Stored fits first."""
+
+    disagreement: str
+    """In words."""
+
+
+def advise(student: int, tokens: int, teachers: Sequence[GivenTeacher], fit: LawFit | None = None) -> Advice:
+    """What a stored fit, if there is one, and the published laws say.
+
+    Args:
+        student: parameters.
+        tokens: of its training.
+        teachers: at hand.
+        fit: of a grid of one's own.
+
+    Raises:
+        SettingError: there is no teacher to choose from, or two of one name.
+    """
+    names = [teacher.name for teacher in teachers]
+    if not names or len(set(names)) < len(names):
+        raise SettingError(
+            "not a choice", where="--teachers", found=", ".join(names) or "none", expected="sizes, each once"
+        )
+    answers = [] if fit is None else [_of_law(law, fit, student, tokens, teachers) for law in fit.laws]
+    answers += [_of_published(one, teachers) for one in predictions(student, tokens, teachers)]
+    return Advice(student=student, tokens=tokens, answers=tuple(answers), disagreement=_disagreement(answers))
+
+
+def _of_law(law: GlobalLaw, fit: LawFit, student: int, tokens: int, teachers: Sequence[GivenTeacher]) -> Answer:
+    curves = [c for c in fit.curves if (c.budget, c.alpha, c.init) == (law.budget, law.alpha, law.init)]
+    sizes = [curve.student_size for curve in curves]
+    ratios = [curve.tokens / curve.student_size for curve in curves]
+    within = min(sizes) <= student <= max(sizes) and 0.5 * min(ratios) <= tokens / student <= 2 * max(ratios)
+    validity = (
+        f"students of {human(min(sizes))} to {human(max(sizes))}, {min(ratios):.3g} to {max(ratios):.3g} tokens a "
+        f"parameter, {fit.kept}"
+    )
+    source = f"fit of {fit.table} ({law.budget}, alpha {law.alpha:g}, {law.init} init)"
+    best, interval, said = _from_power(law, student) if law.refused is None else _from_nearest(law, curves, student)
+    choice = nearest(teachers, best) if best else None
+    if choice is not None:
+        said = f"{said}; nearest: {choice}"
+    return Answer(
+        source=source,
+        best_size=best,
+        interval=interval,
+        choice=choice,
+        within_validity=within,
+        said=said,
+        validity=validity,
+    )
+
+
+def _from_power(law: GlobalLaw, student: int) -> tuple[float, Interval, str]:
+    """The power law's best; its interval turns about the middle of the students, with the exponent's."""
+    assert law.exponent is not None and law.log_factor is not None and law.proportional is not None
+    assert law.min_size is not None and law.max_size is not None
+    best = math.exp(law.log_factor + law.exponent.value * math.log(student))
+    middle = (math.log(law.min_size) + math.log(law.max_size)) / 2
+    arm = math.log(student) - middle
+    steep = [(end - law.exponent.value) * arm for end in (law.exponent.interval.low, law.exponent.interval.high)]
+    level = [
+        math.log(end / law.proportional.value)
+        for end in (law.proportional.interval.low, law.proportional.interval.high)
+    ]
+    low, high = math.exp(min(steep) + level[0]) * best, math.exp(max(steep) + level[1]) * best
+    said = f"{human(best)} ({human(low)} to {human(high)}), {best / student:.2g} x the student"
+    return best, Interval(low=low, high=high), f"{said}, by T = c S^{law.exponent.value:.3g}"
+
+
+def _from_nearest(law: GlobalLaw, curves: Sequence[CurveFit], student: int) -> tuple[float | None, None, str]:
+    """Without a law, what the student of the nearest size showed, and no number for this one."""
+    curve = min(curves, key=lambda curve: abs(math.log(curve.student_size / student)))
+    axis = curve.axis("size")
+    shown = f"{axis.verdict}: {axis.reason}" if axis is not None else f"not judged: {curve.refused}"
+    equals = [point for point in curve.points if point.within_delta]
+    good = ", ".join(f"{point.name} ({point.size / curve.student_size:.2g} x)" for point in equals)
+    within = f"; within delta of its best: {good}" if good else ""
+    where = f"nearest student {curve.student} ({human(curve.student_size)})"
+    return None, None, f"no law, {law.refused}; {where} {shown}{within}"
+
+
+def _of_published(one: Prediction, teachers: Sequence[GivenTeacher]) -> Answer:
+    if one.losses:
+        choice: str | None = min(one.losses, key=lambda name: one.losses[name])
+    else:
+        choice = nearest(teachers, one.best_size) if one.best_size else None
+    return Answer(
+        source=f"{one.law}: {one.source}",
+        best_size=one.best_size,
+        interval=None,
+        choice=choice,
+        within_validity=one.within_validity,
+        said=one.said,
+        validity=one.validity,
+    )
+
+
+def _disagreement(answers: Sequence[Answer]) -> str:
+    sizes = [answer.best_size for answer in answers if answer.best_size is not None]
+    choices = dict.fromkeys(answer.choice for answer in answers if answer.choice is not None)
+    if len(sizes) < 2:
+        return "fewer than two sources name a size: nothing to compare"
+    apart = f"best sizes are {max(sizes) / min(sizes):.2g} x apart ({human(min(sizes))} to {human(max(sizes))})"
+    if len(choices) == 1:
+        return f"{apart}; all choose {next(iter(choices))}"
+    return f"{apart}; the sources choose differently: {', '.join(map(str, choices))}. Measure, with `capgap law fit`"

@@ -1,0 +1,91 @@
+"""Where the lowest point of an interior curve lies, and how little is known about it.
+
+Legend: M teachers, B resampled sets of means.
+
+The interval spans M + 1 intervals: with all teachers, and with each of them left out. Each is the middle 95 % over
+resampled means, and for each of these the form is chosen anew, by leave-one-out, among those with a valley. So it holds
+the noise of seeds, the choice of form, and the accident of which teachers were tried. A single form's bootstrap is
+narrow and wrong where the curve is not of that form; `docs/law.md` has the figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from capgap.pipeline.law.contrasts import Contrasts
+from capgap.pipeline.law.forms import FORMS, Form, fit, leave_one_out
+from capgap.schemas.law_fit import Best
+from capgap.schemas.results import Interval
+
+Array = npt.NDArray[np.float64]
+
+NUM_RESAMPLES = 400
+_TAIL = 0.025
+
+
+def locate(places_M: Array, found: Contrasts, bracket: Interval, num_resamples: int = NUM_RESAMPLES) -> Best:
+    """The lowest point of a curve whose verdict is interior.
+
+    Args:
+        places_M: of the teachers on the axis.
+        found: their means and noise.
+        bracket: from the verdict. Where there are too few teachers for a form with a valley it is all there is: the
+            interval, with the best teacher tried as the value.
+        num_resamples: sets of means behind the interval.
+    """
+    start, span = float(places_M.min()), float(np.ptp(places_M))
+    u_M = (places_M - start) / span
+    valleys = [form for form in FORMS.values() if form.has_valley and form.min_teachers <= len(set(u_M))]
+    if not valleys:
+        return Best(value=float(places_M[np.argmin(found.means_M)]), interval=bracket, bracket=bracket, forms={})
+    means_BM = _resampled(found, _scatter(valleys, u_M, found), num_resamples)
+    errors, whole, without = [], [], []
+    for form in valleys:
+        fits, error_B = leave_one_out(form, u_M, means_BM)
+        errors.append(error_B)
+        whole.append(fit(form, u_M, means_BM).lowest())
+        without.append([one.lowest() for one in fits])
+    chosen_B = np.argmin(errors, axis=0)
+    rows = np.arange(len(chosen_B))
+    whole_B = start + span * np.stack(whole)[chosen_B, rows]
+    without_MB = start + span * np.moveaxis(np.array(without), 0, 1)[:, chosen_B, rows]
+    ends = [np.quantile(some, [_TAIL, 1 - _TAIL]) for some in (whole_B, *without_MB)]
+    interval = _within(float(min(end[0] for end in ends)), float(max(end[1] for end in ends)), bracket)
+    value = min(max(float(whole_B[0]), interval.low), interval.high)
+    shares = {form.name: float(np.mean(chosen_B[1:] == i)) for i, form in enumerate(valleys)}
+    return Best(value=value, interval=interval, bracket=bracket, forms=shares)
+
+
+def _within(low: float, high: float, bracket: Interval) -> Interval:
+    """What the fits and the bracket have in common; the bracket where that is nothing, for it needs no form."""
+    low, high = max(low, bracket.low), min(high, bracket.high)
+    return Interval(low=low, high=high) if low < high else bracket
+
+
+def _scatter(forms: Sequence[Form], u_M: Array, found: Contrasts) -> float:
+    """Standard deviation of a teacher's mean about the curve.
+
+    That of the seeds' noise, or, if it is more, what the chosen form leaves over: teachers are models with a luck of
+    their own, which more seeds of the student do not average out.
+    """
+    means_1M = found.means_M[None]
+    errors = [float(leave_one_out(form, u_M, means_1M)[1][0]) for form in forms]
+    chosen = forms[int(np.argmin(errors))]
+    left = float(fit(chosen, u_M, means_1M).squares_B[0]) / (len(u_M) - chosen.num_parameters)
+    return max(found.noise / math.sqrt(found.num_seeds), math.sqrt(left))
+
+
+def _resampled(found: Contrasts, scatter: float, num_resamples: int) -> Array:
+    """The means as measured, then with as much scatter again as they hold; the size of the scatter is uncertain too.
+
+    Drawn from the pooled noise and not by drawing seeds again: three seeds have ten different resamples, and their
+    spread is two thirds of the truth.
+    """
+    rng = np.random.default_rng(0)
+    scales_B = np.sqrt(found.degrees / rng.chisquare(found.degrees, num_resamples))
+    noise_BM = rng.standard_normal((num_resamples, len(found.means_M)))
+    return np.concatenate([found.means_M[None], found.means_M + scatter * scales_B[:, None] * noise_BM])

@@ -1,0 +1,191 @@
+"""One curve: verdict, forms and best teacher, over size and over the teacher's cross-entropy.
+
+Legend: M teachers, R seeds.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from capgap.pipeline.eval.intervals import t_interval, t_quantile
+from capgap.pipeline.law.best import locate
+from capgap.pipeline.law.contrasts import Contrasts, contrasts
+from capgap.pipeline.law.forms import FORMS, fit, leave_one_out
+from capgap.pipeline.law.grid import Curve, size_of
+from capgap.pipeline.law.published import GivenTeacher, human, predictions
+from capgap.pipeline.law.verdict import delta_of, judge
+from capgap.schemas.law_fit import AxisFit, AxisName, Best, CurveFit, FormFit, Prediction, Size, TeacherPoint
+from capgap.schemas.results import Interval
+
+Array = npt.NDArray[np.float64]
+
+MIN_TEACHERS = 3
+MIN_SEEDS = 2
+
+_NUM_DRAWN = 61  # places at which a fitted curve is kept, for drawing
+
+
+def fit_curve(curve: Curve, size: Size, min_delta: float) -> CurveFit:
+    """Everything that one curve says."""
+    refused = _refusal(curve, size)
+    num_seeds = len(curve.seeds)
+    found = contrasts(curve.losses_MR) if len(curve.teachers) > 1 and num_seeds > 1 else None
+    delta = delta_of(found, min_delta) if found else None
+    axes = () if refused or found is None or delta is None else _axes(curve, size, found, delta)
+    common = curve.init == "common" and num_seeds > 0
+    return CurveFit(
+        student=curve.student.name,
+        student_size=size_of(curve.student, size),
+        budget=curve.budget,
+        tokens=curve.tokens,
+        alpha=curve.alpha,
+        init=curve.init,
+        seeds=curve.seeds,
+        left_out_seeds=curve.left_out_seeds,
+        left_out_teachers=curve.left_out_teachers,
+        supervised_loss=float(curve.supervised_MR.mean()) if common else None,
+        noise=found.noise if found else None,
+        delta=delta,
+        points=_points(curve, size, found, delta) if found is not None and delta is not None else (),
+        axes=axes,
+        refused=refused,
+        notes=_notes(curve, axes),
+        predictions=_predictions(curve, size, axes),
+    )
+
+
+def _refusal(curve: Curve, size: Size) -> str | None:
+    num_seeds, num_teachers = len(curve.seeds), len({size_of(one, size) for one in curve.teachers})
+    if num_seeds < MIN_SEEDS:
+        left = f"; left out, with a run missing: {_listed(curve.left_out_seeds)}" if curve.left_out_seeds else ""
+        return f"complete seeds: {num_seeds}, and {MIN_SEEDS} are needed to tell noise from difference{left}"
+    if num_teachers < MIN_TEACHERS:
+        return f"sizes of teachers with results: {num_teachers}, and {MIN_TEACHERS} are needed for a curve"
+    return None
+
+
+def _points(curve: Curve, size: Size, found: Contrasts, delta: float) -> tuple[TeacherPoint, ...]:
+    best = int(np.argmin(found.means_M))
+    half = t_quantile(found.degrees) * found.standard_error
+    points = []
+    for i, teacher in enumerate(curve.teachers):
+        above = float(found.means_M[i] - found.means_M[best])
+        gain, gain_interval = t_interval((curve.supervised_MR[i] - curve.losses_MR[i]).tolist())
+        points.append(
+            TeacherPoint(
+                name=teacher.name,
+                size=size_of(teacher, size),
+                teacher_loss=teacher.loss,
+                loss=float(found.means_M[i]),
+                above_best=above,
+                above_best_interval=Interval(low=above - half, high=above + half)
+                if i != best
+                else Interval(low=0.0, high=0.0),
+                gain=gain,
+                gain_interval=gain_interval,
+                within_delta=above <= delta,
+            )
+        )
+    return tuple(points)
+
+
+def _axes(curve: Curve, size: Size, found: Contrasts, delta: float) -> tuple[AxisFit, ...]:
+    log_size_M = np.log([float(size_of(teacher, size)) for teacher in curve.teachers])
+    quality_M = -np.array([teacher.loss for teacher in curve.teachers])
+    axes = [_axis("size", log_size_M, curve, found, delta)]
+    if len(set(quality_M.tolist())) >= MIN_TEACHERS:
+        axes.append(_axis("cross_entropy", quality_M, curve, found, delta))
+    return tuple(axes)
+
+
+def _axis(axis: AxisName, places_M: Array, curve: Curve, found: Contrasts, delta: float) -> AxisFit:
+    judged = judge(places_M, tuple(teacher.name for teacher in curve.teachers), found, delta)
+    u_M = (places_M - places_M.min()) / np.ptp(places_M)
+    u_drawn = np.linspace(0.0, 1.0, _NUM_DRAWN)
+    forms = []
+    for form in FORMS.values():
+        if len(set(u_M.tolist())) < form.min_teachers:
+            forms.append(FormFit(name=form.name, formula=form.formula, leave_one_out=None, losses=()))
+            continue
+        error = math.sqrt(float(leave_one_out(form, u_M, found.means_M[None])[1][0]))
+        losses = fit(form, u_M, found.means_M[None]).at(u_drawn)[0]
+        forms.append(
+            FormFit(name=form.name, formula=form.formula, leave_one_out=error, losses=tuple(map(float, losses)))
+        )
+    tried = [form for form in forms if form.leave_one_out is not None]
+    places = places_M.min() + u_drawn * np.ptp(places_M)
+    best = locate(places_M, found, judged.bracket) if judged.bracket is not None else None
+    return AxisFit(
+        axis=axis,
+        verdict=judged.verdict,
+        reason=judged.reason,
+        best=_on_axis(axis, best) if best is not None else None,
+        chosen=min(tried, key=lambda form: form.leave_one_out or 0.0).name,
+        forms=tuple(forms),
+        places=tuple(map(float, np.exp(places) if axis == "size" else -places)),
+    )
+
+
+def _on_axis(axis: AxisName, best: Best) -> Best:
+    """From the place on the axis to parameters or nats."""
+
+    def turned(interval: Interval) -> Interval:
+        if axis == "size":
+            return Interval(low=math.exp(interval.low), high=math.exp(interval.high))
+        return Interval(low=-interval.high, high=-interval.low)
+
+    value = math.exp(best.value) if axis == "size" else -best.value
+    return best.model_copy(update={"value": value, "interval": turned(best.interval), "bracket": turned(best.bracket)})
+
+
+def _notes(curve: Curve, axes: tuple[AxisFit, ...]) -> tuple[str, ...]:
+    notes = []
+    if curve.init == "pruned":
+        notes.append(
+            "students are cut out of their teachers: how hard the first weights were pruned changes together with the "
+            "teacher, so the curve is not one of the choice of teacher alone"
+        )
+    for smaller, larger in zip(curve.teachers, curve.teachers[1:], strict=False):
+        if larger.loss > smaller.loss:
+            notes.append(
+                f"{larger.name} is larger than {smaller.name} and a worse model ({larger.loss:.4f} against "
+                f"{smaller.loss:.4f} nats): read the curve over cross-entropy"
+            )
+    if len(axes) == 2 and axes[0].verdict != axes[1].verdict:
+        notes.append(f"over size the verdict is {axes[0].verdict}, over cross-entropy {axes[1].verdict}")
+    if curve.left_out_seeds:
+        notes.append(f"left out whole, for a run of theirs is missing: {_listed(curve.left_out_seeds)}")
+    if curve.left_out_teachers:
+        notes.append(f"without any finished run: {', '.join(curve.left_out_teachers)}")
+    return tuple(notes)
+
+
+def _predictions(curve: Curve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[Prediction, ...]:
+    if not curve.teachers:
+        return ()
+    given = [GivenTeacher(one.name, size_of(one, size), one.train_tokens) for one in curve.teachers]
+    found = predictions(size_of(curve.student, size), curve.tokens, given)
+    return tuple(one.model_copy(update={"disagreement": _disagreement(one, axes)}) for one in found)
+
+
+def _disagreement(prediction: Prediction, axes: tuple[AxisFit, ...]) -> str:
+    if prediction.best_size is None:
+        return "no prediction to compare"
+    if not axes:
+        return "no measurement to compare: the curve was not judged"
+    best = axes[0].best
+    if best is None:
+        return f"no measured best to compare: the curve is {axes[0].verdict}"
+    low, high = best.interval.low, best.interval.high
+    stands = "inside" if low <= prediction.best_size <= high else "outside"
+    return (
+        f"{prediction.best_size / best.value:.2g} x the measured {human(best.value)}, {stands} its interval "
+        f"({human(low)} to {human(high)})"
+    )
+
+
+def _listed(seeds: tuple[int, ...]) -> str:
+    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"

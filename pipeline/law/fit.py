@@ -1,0 +1,74 @@
+"""From the table of runs to `law.json`.
+
+table --curves--> Curve --contrasts--> verdict --best--> CurveFit --global_law--> GlobalLaw
+  |                                                                                  |
+  '--frontier--> Frontier -----------------------------------------------------> LawFit (law.json)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from capgap.pipeline.law.curve_fit import fit_curve
+from capgap.pipeline.law.frontier import frontiers
+from capgap.pipeline.law.global_law import global_laws
+from capgap.pipeline.law.grid import curves, missing_runs
+from capgap.pipeline.law.table import read_table
+from capgap.pipeline.law.verdict import MIN_DELTA
+from capgap.pipeline.store.files import sha256_of, write_atomically
+from capgap.schemas.errors import InputError
+from capgap.schemas.law_fit import LAW_NAME, LawFit, Size
+
+
+def fit_table(path: Path, size: Size = "total", min_delta: float = MIN_DELTA) -> LawFit:
+    """Everything that a table says.
+
+    Args:
+        path: of the table.
+        size: which parameters count as size, of teachers and students alike.
+        min_delta: nats per token below which two teachers count as equally good.
+
+    Raises:
+        InputError: the table cannot be read, or lacks an arm.
+        MismatchError: its rows cannot stand in one grid.
+    """
+    runs = read_table(path)
+    fitted = tuple(fit_curve(curve, size, min_delta) for curve in curves(runs))
+    names = sorted({name for run in runs for name in run.common})
+    return LawFit(
+        table=str(path),
+        table_sha256=sha256_of(path),
+        num_runs=sum(run.loss is not None for run in runs),
+        size=size,
+        kept=next(run.cache.kept for run in runs if run.cache is not None),
+        common={name: str(runs[0].common[name]) for name in names},
+        missing=missing_runs(runs),
+        curves=fitted,
+        laws=global_laws(fitted),
+        frontiers=frontiers(runs),
+    )
+
+
+def write_fit(folder: Path, law: LawFit) -> Path:
+    """Write `law.json` and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / LAW_NAME, law.model_dump_json(indent=2) + "\n")
+    return folder / LAW_NAME
+
+
+def read_fit(path: Path) -> LawFit:
+    """The fit in a folder, or in a file.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    file = path / LAW_NAME if path.is_dir() else path
+    try:
+        return LawFit.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise InputError("there is no fit", where=file, fix="make it with `capgap law fit TABLE`") from None
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise InputError("not a fit", where=file, found=reason, fix="make it with `capgap law fit TABLE`") from None

@@ -1,0 +1,214 @@
+"""The shapes that a student's loss may have over its teachers, and their least-squares fits.
+
+Legend: M teachers, B sets of losses that are fitted at once, P coefficients, C shapes of a form (values of its one
+parameter that is not linear).
+
+Every form is linear once its shape is held fixed, so a fit is exact: the best of a grid of shapes, each solved by least
+squares. The matrices depend on where the teachers stand and not on the losses, which makes thousands of resampled fits
+cheap. The axis is `u`: 0 at the smallest teacher, 1 at the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+# decay over the whole axis: 0.5 is nearly a straight line, 40 falls within the first teachers
+_RATES = np.geomspace(0.5, 40.0, 28)
+_NO_SHAPE = np.zeros(1)
+_NUM_KNOTS = 33
+
+
+@dataclass(frozen=True)
+class Form:
+    """One shape.
+
+    Attributes:
+        name: as reports show it.
+        formula: in `u`, for people.
+        num_parameters: coefficients and the shape.
+        has_valley: whether its lowest point can lie between the ends.
+        shapes: from the teachers' places to the shapes that are tried.
+        basis: from places [..., M] and a shape to columns [..., M, P].
+        lowest: from coefficients [..., P] and shapes [...] to the place of the lowest point within 0 to 1.
+    """
+
+    name: str
+    formula: str
+    num_parameters: int
+    has_valley: bool
+    shapes: Callable[[Array], Array]
+    basis: Callable[[Array, float], Array]
+    lowest: Callable[[Array, Array], Array]
+
+    @property
+    def min_teachers(self) -> int:
+        """With one of them left out, a fit still has more teachers than parameters."""
+        return self.num_parameters + 2
+
+
+@dataclass(frozen=True)
+class Fits:
+    """One form, fitted to B sets of losses."""
+
+    form: Form
+    coefficients_BP: Array
+    shapes_B: Array
+    squares_B: Array
+    """Sum of squared residuals."""
+
+    def lowest(self) -> Array:
+        """Place of each fit's lowest point [B]."""
+        return self.form.lowest(self.coefficients_BP, self.shapes_B)
+
+    def at(self, u_M: Array) -> Array:
+        """The fitted losses [B, M] at these places."""
+        values = [
+            self.form.basis(u_M, float(shape)) @ row
+            for row, shape in zip(self.coefficients_BP, self.shapes_B, strict=True)
+        ]
+        return np.stack(values)
+
+
+def fit(form: Form, u_M: Array, losses_BM: Array) -> Fits:
+    """The best fit of each row of losses."""
+    shapes_C, columns_CMP, solve_CPM = _solvers(form.name, tuple(u_M))
+    coefficients_CBP = losses_BM @ solve_CPM.transpose(0, 2, 1)
+    residuals_CBM = losses_BM - coefficients_CBP @ columns_CMP.transpose(0, 2, 1)
+    squares_CB = np.einsum("cbm,cbm->cb", residuals_CBM, residuals_CBM)
+    best_B = np.argmin(squares_CB, axis=0)
+    rows = np.arange(len(losses_BM))
+    return Fits(form, coefficients_CBP[best_B, rows], shapes_C[best_B], squares_CB[best_B, rows])
+
+
+def leave_one_out(form: Form, u_M: Array, losses_BM: Array) -> tuple[list[Fits], Array]:
+    """The fits without each teacher in turn, and the squared errors [B] with which they foretell the one left out.
+
+    The error is the mean over teachers.
+    """
+    fits, squares_B = [], np.zeros(len(losses_BM))
+    for out in range(len(u_M)):
+        kept = np.arange(len(u_M)) != out
+        without = fit(form, u_M[kept], losses_BM[:, kept])
+        told_B = _at_one_place(without, float(u_M[out]))
+        squares_B += (told_B - losses_BM[:, out]) ** 2 / len(u_M)
+        fits.append(without)
+    return fits, squares_B
+
+
+def _at_one_place(fits: Fits, u: float) -> Array:
+    """As `Fits.at` for one place, without a loop over the fits."""
+    shapes, which_B = np.unique(fits.shapes_B, return_inverse=True)
+    columns_CP = np.stack([fits.form.basis(np.array([u]), float(shape))[0] for shape in shapes])
+    told_B: Array = np.einsum("bp,bp->b", fits.coefficients_BP, columns_CP[which_B])
+    return told_B
+
+
+@lru_cache(maxsize=512)
+def _solvers(name: str, places: tuple[float, ...]) -> tuple[Array, Array, Array]:
+    form, u_M = FORMS[name], np.array(places)
+    shapes_C = form.shapes(u_M)
+    columns_CMP = np.stack([form.basis(u_M, float(shape)) for shape in shapes_C])
+    solve_CPM = np.asarray(np.linalg.pinv(columns_CMP), dtype=np.float64)
+    return shapes_C, columns_CMP, solve_CPM
+
+
+def _flat(u: Array, shape: float) -> Array:
+    return np.ones((*u.shape, 1))
+
+
+def _saturating(u: Array, rate: float) -> Array:
+    return np.stack([np.ones_like(u), np.exp(-rate * u)], axis=-1)
+
+
+def _quadratic(u: Array, shape: float) -> Array:
+    return np.stack([np.ones_like(u), u, u * u], axis=-1)
+
+
+def _cubic(u: Array, shape: float) -> Array:
+    return np.stack([np.ones_like(u), u, u * u, u * u * u], axis=-1)
+
+
+def _decay_and_rise(u: Array, rate: float) -> Array:
+    return np.stack([np.ones_like(u), np.exp(-rate * u), u], axis=-1)
+
+
+def _hinge(u: Array, knot: float) -> Array:
+    return np.stack([np.ones_like(u), np.minimum(u - knot, 0), np.maximum(u - knot, 0)], axis=-1)
+
+
+def _knots(u_M: Array) -> Array:
+    """Between the second and the last but one place: each line has two teachers at least."""
+    places = np.sort(u_M)
+    return np.linspace(places[1], places[-2], _NUM_KNOTS)
+
+
+def _flat_lowest(coefficients: Array, shapes: Array) -> Array:
+    return np.full(shapes.shape, np.nan)
+
+
+def _saturating_lowest(coefficients: Array, shapes: Array) -> Array:
+    return np.where(coefficients[..., 1] > 0, 1.0, 0.0)
+
+
+def _quadratic_lowest(coefficients: Array, shapes: Array) -> Array:
+    slope, bend = coefficients[..., 1], coefficients[..., 2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        turning = np.clip(-slope / (2 * bend), 0.0, 1.0)
+    return np.where(bend > 0, turning, np.where(slope + bend < 0, 1.0, 0.0))
+
+
+def _cubic_lowest(coefficients: Array, shapes: Array) -> Array:
+    slope, bend, third = (coefficients[..., i] for i in (1, 2, 3))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        root = np.sqrt(bend * bend - 3 * third * slope)
+        # of the two turning points the one where the curve bends upwards
+        turning = np.where(third == 0, -slope / (2 * bend), (root - bend) / (3 * third))
+    turning = np.where(np.isfinite(turning), np.clip(turning, 0.0, 1.0), 0.0)
+    candidates = np.stack([np.zeros_like(turning), turning, np.ones_like(turning)])
+    heights = slope * candidates + bend * candidates**2 + third * candidates**3
+    lowest: Array = np.take_along_axis(candidates, np.argmin(heights, axis=0)[None], axis=0)[0]
+    return lowest
+
+
+def _decay_and_rise_lowest(coefficients: Array, shapes: Array) -> Array:
+    decay, rise = coefficients[..., 1], coefficients[..., 2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        turning = np.clip(np.log(decay * shapes / rise) / shapes, 0.0, 1.0)
+    falls = decay * (np.exp(-shapes) - 1) + rise < 0
+    return np.where((decay > 0) & (rise > 0), turning, np.where(falls, 1.0, 0.0))
+
+
+def _hinge_lowest(coefficients: Array, shapes: Array) -> Array:
+    before, after = coefficients[..., 1], coefficients[..., 2]
+    falls = before * shapes + after * (1 - shapes) < 0
+    return np.where((before < 0) & (after > 0), shapes, np.where(falls, 1.0, 0.0))
+
+
+def _none(u_M: Array) -> Array:
+    return _NO_SHAPE
+
+
+def _rates(u_M: Array) -> Array:
+    return _RATES
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form("flat", "a", 1, False, _none, _flat, _flat_lowest),
+        Form("saturating", "a + b exp(-k u)", 3, False, _rates, _saturating, _saturating_lowest),
+        Form("quadratic", "a + b u + c u^2", 3, True, _none, _quadratic, _quadratic_lowest),
+        Form("cubic", "a + b u + c u^2 + d u^3", 4, True, _none, _cubic, _cubic_lowest),
+        Form("decay and rise", "a + b exp(-k u) + c u", 4, True, _rates, _decay_and_rise, _decay_and_rise_lowest),
+        Form("hinge", "a + b min(u - k, 0) + c max(u - k, 0)", 4, True, _knots, _hinge, _hinge_lowest),
+    )
+}
+"""By name. The hinge is a broken power law: for the small differences between teachers, a line in the logarithm of the
+size is a power of it."""

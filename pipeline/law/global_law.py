@@ -1,0 +1,169 @@
+"""Best teacher as a function of the student: a line and a power, over interior students only.
+
+Legend: S students, B draws.
+
+Each student's best teacher is known within an interval, which is taken as one of its logarithm: normal on both sides,
+with a spread of its own on each. Students weigh by the inverse square of that spread. An estimate's interval holds the
+middle 95 % of the fits to drawn bests, and the fits without each student in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from capgap.pipeline.law.published import GAP_SLOPE, human
+from capgap.schemas.law_fit import CurveFit, Estimate, GlobalLaw
+from capgap.schemas.results import Interval
+
+Array = npt.NDArray[np.float64]
+
+MIN_STUDENTS = 3
+
+_NUM_DRAWS = 2000
+_HALF_WIDTH = 1.96  # standard deviations of half a 95 % interval
+_MIN_SPREAD = 1e-6  # of a logarithm; an interval of no width would weigh infinitely
+
+
+@dataclass(frozen=True)
+class StudentBest:
+    """An interior student: its size, and its best teacher's with the interval; parameters."""
+
+    name: str
+    size: float
+    best: float
+    interval: Interval
+
+
+def global_laws(curves: Sequence[CurveFit]) -> tuple[GlobalLaw, ...]:
+    """One law, or the reason why there is none, for each budget, alpha and init."""
+    groups: dict[tuple[str, float, str], list[CurveFit]] = {}
+    for curve in curves:
+        groups.setdefault((curve.init, curve.alpha, curve.budget), []).append(curve)
+    return tuple(_law(group) for group in groups.values())
+
+
+def fit_line(students: Sequence[StudentBest]) -> tuple[float, float, float]:
+    """a and b of T = a S + b, and R^2."""
+    sizes_S, logs_1S, spread_S = _columns(students)
+    slope_1, intercept_1 = _line(sizes_S, logs_1S, spread_S)
+    best_S = np.exp(logs_1S[0])
+    rest_S = best_S - slope_1[0] * sizes_S - intercept_1[0]
+    total = float(np.sum((best_S - best_S.mean()) ** 2))
+    return float(slope_1[0]), float(intercept_1[0]), 1 - float(np.sum(rest_S**2)) / total if total else 1.0
+
+
+def _law(curves: Sequence[CurveFit]) -> GlobalLaw:
+    first = curves[0]
+    students, others = [], []
+    for curve in curves:
+        axis = curve.axis("size")
+        if axis is not None and axis.best is not None:
+            best = StudentBest(curve.student, curve.student_size, axis.best.value, axis.best.interval)
+            students.append(best)
+        else:
+            others.append(f"{curve.student} ({axis.verdict if axis else 'not judged'})")
+    names = tuple(student.name for student in students)
+    sizes = {student.size for student in students}
+    if len(sizes) < MIN_STUDENTS:
+        rest = f"; without an interior best: {', '.join(others)}" if others else ""
+        refused = f"sizes of students with an interior best teacher: {len(sizes)}, and {MIN_STUDENTS} are needed{rest}"
+        return GlobalLaw(budget=first.budget, alpha=first.alpha, init=first.init, students=names, refused=refused)
+    slope, exponent = _estimate(students, lambda *c: _line(*c)[0]), _estimate(students, lambda *c: _power(*c)[0])
+    return GlobalLaw(
+        budget=first.budget,
+        alpha=first.alpha,
+        init=first.init,
+        students=names,
+        refused=None,
+        min_size=int(min(sizes)),
+        max_size=int(max(sizes)),
+        proportional=_estimate(students, _proportional),
+        slope=slope,
+        intercept=_estimate(students, lambda *c: _line(*c)[1]),
+        r_squared=fit_line(students)[2],
+        exponent=exponent,
+        log_factor=float(_power(*_columns(students))[1][0]),
+        said=(_against("the exponent", exponent, 1.0), _against("the slope", slope, GAP_SLOPE), _weak(len(sizes))),
+    )
+
+
+def _against(what: str, estimate: Estimate, value: float) -> str:
+    low, high = estimate.interval.low, estimate.interval.high
+    stands = "lies in" if low <= value <= high else "lies outside"
+    return f"{value:g} {stands} the interval of {what}, {low:.3g} to {high:.3g}"
+
+
+def _weak(num_sizes: int) -> str:
+    return f"a fit to {num_sizes} points, each no finer than the teachers that were tried: R^2 says little"
+
+
+def _estimate(students: Sequence[StudentBest], of: Callable[[Array, Array, Array], Array]) -> Estimate:
+    sizes_S, logs_1S, spread_S = _columns(students)
+    rng = np.random.default_rng(0)
+    z_BS = rng.standard_normal((_NUM_DRAWS, len(students)))
+    below_S, above_S = _spreads(students)
+    drawn = of(sizes_S, logs_1S + z_BS * np.where(z_BS < 0, below_S, above_S), spread_S)
+    kept = [np.arange(len(students)) != out for out in range(len(students))]
+    without = [float(of(sizes_S[keep], logs_1S[:, keep], spread_S[keep])[0]) for keep in kept]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    value = float(of(sizes_S, logs_1S, spread_S)[0])
+    return Estimate(
+        value=value, interval=Interval(low=float(min(low, value, *without)), high=float(max(high, value, *without)))
+    )
+
+
+def _columns(students: Sequence[StudentBest]) -> tuple[Array, Array, Array]:
+    """Sizes [S], logarithms of the best teachers as one set [1, S], spreads [S]."""
+    sizes_S = np.array([student.size for student in students], dtype=np.float64)
+    logs_1S = np.log(np.array([[student.best for student in students]]))
+    below_S, above_S = _spreads(students)
+    return sizes_S, logs_1S, (below_S + above_S) / 2
+
+
+def _spreads(students: Sequence[StudentBest]) -> tuple[Array, Array]:
+    """Of the logarithm, below and above the best."""
+    below = [np.log(student.best / student.interval.low) / _HALF_WIDTH for student in students]
+    above = [np.log(student.interval.high / student.best) / _HALF_WIDTH for student in students]
+    return np.maximum(below, _MIN_SPREAD), np.maximum(above, _MIN_SPREAD)
+
+
+def _proportional(sizes_S: Array, logs_BS: Array, spread_S: Array) -> Array:
+    """k of T = k S: the weighted mean of the logarithm of T / S."""
+    weights_S = spread_S**-2
+    k_B: Array = np.exp((logs_BS - np.log(sizes_S)) @ weights_S / weights_S.sum())
+    return k_B
+
+
+def _line(sizes_S: Array, logs_BS: Array, spread_S: Array) -> tuple[Array, Array]:
+    """a and b of T = a S + b. The spread of T is that of its logarithm times T, and T is nearly in proportion to S;
+    weights by S do not depend on what was drawn, those by T would favour low draws."""
+    return _weighted_line(sizes_S, np.exp(logs_BS), np.broadcast_to((spread_S * sizes_S) ** -2.0, logs_BS.shape))
+
+
+def _power(sizes_S: Array, logs_BS: Array, spread_S: Array) -> tuple[Array, Array]:
+    """q and ln c of T = c S^q."""
+    return _weighted_line(np.log(sizes_S), logs_BS, np.broadcast_to(spread_S**-2.0, logs_BS.shape))
+
+
+def _weighted_line(x_S: Array, y_BS: Array, weights_BS: Array) -> tuple[Array, Array]:
+    total_B = weights_BS.sum(1)
+    x_B, y_B = weights_BS @ x_S / total_B, (weights_BS * y_BS).sum(1) / total_B
+    off_BS = x_S - x_B[:, None]
+    slope_B = (weights_BS * off_BS * y_BS).sum(1) / (weights_BS * off_BS**2).sum(1)
+    return slope_B, y_B - slope_B * x_B
+
+
+def describe(law: GlobalLaw) -> str:
+    """The law in a sentence."""
+    if law.refused is not None or law.slope is None or law.intercept is None or law.proportional is None:
+        return f"no law: {law.refused}"
+    intercept = f"{'-' if law.intercept.value < 0 else '+'} {human(abs(law.intercept.value))}"
+    interval = law.proportional.interval
+    return (
+        f"best teacher = {law.slope.value:.3g} x student {intercept} over {len(law.students)} students; "
+        f"in proportion {law.proportional.value:.3g} ({interval.low:.3g} to {interval.high:.3g})"
+    )

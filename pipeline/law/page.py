@@ -1,0 +1,69 @@
+"""The page of a fit: one file, no script, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from capgap.pipeline.law.charts import curve_charts, frontier_chart, law_chart
+from capgap.pipeline.law.global_law import describe
+from capgap.pipeline.law.published import CAPACITY_GAP, DISTILLATION_SCALING
+from capgap.pipeline.law.summary import sentences
+from capgap.pipeline.store.files import write_atomically
+from capgap.schemas.law_fit import CurveFit, LawFit
+
+PAGE_NAME = "law.html"
+
+_TEMPLATE_NAME = "law.html.j2"
+
+
+def write_page(folder: Path, law: LawFit) -> Path:
+    """Write `law.html` and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / PAGE_NAME, render_page(law))
+    return folder / PAGE_NAME
+
+
+def render_page(law: LawFit) -> str:
+    """The page; every text of the table is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(_TEMPLATE_NAME).render(
+        law=law,
+        verdicts=[_verdict_row(curve) for curve in law.curves],
+        curves=[(curve, list(sentences(curve)), curve_charts(i, curve)) for i, curve in enumerate(law.curves)],
+        forms_of=_form_rows,
+        laws=[(one, describe(one), law_chart(i, one, law)) for i, one in enumerate(law.laws)],
+        frontiers=[frontier_chart(one) for one in law.frontiers],
+        published=(CAPACITY_GAP, DISTILLATION_SCALING),
+    )
+
+
+def _verdict_row(curve: CurveFit) -> tuple[str, ...]:
+    size, quality = curve.axis("size"), curve.axis("cross_entropy")
+    good = ", ".join(point.name for point in curve.points if point.within_delta)
+    return (
+        curve.title,
+        size.verdict if size else "not judged",
+        quality.verdict if quality else "not judged",
+        good if size else "-",
+        str(len(curve.seeds)),
+        f"{curve.noise:.4f}" if curve.noise is not None else "-",
+    )
+
+
+def _form_rows(curve: CurveFit) -> list[tuple[str, ...]]:
+    """Every form on every axis, with its error."""
+    rows: list[tuple[str, ...]] = []
+    for axis in curve.axes:
+        for form in axis.forms:
+            error = f"{form.leave_one_out:.5f}" if form.leave_one_out is not None else "too few teachers"
+            over = "size" if axis.axis == "size" else "cross-entropy"
+            rows.append((form.name, over, form.formula, error, "chosen" if form.name == axis.chosen else ""))
+    return rows

@@ -1,0 +1,70 @@
+"""A fit and advice as lines for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from capgap.pipeline.law.advise import Advice
+from capgap.pipeline.law.global_law import describe
+from capgap.pipeline.law.published import human
+from capgap.schemas.law_fit import AxisFit, CurveFit, LawFit
+
+
+def lines(law: LawFit) -> Iterator[str]:
+    """Verdict by verdict, then the laws, then what is missing."""
+    for curve in law.curves:
+        yield f"{curve.title}:"
+        for sentence in sentences(curve):
+            yield f"  {sentence}"
+    for one in law.laws:
+        yield f"{one.budget}, alpha {one.alpha:g}, {one.init} init: {describe(one)}"
+        for said in one.said:
+            yield f"  {said}"
+    if law.missing:
+        yield f"missing runs ({len(law.missing)}), in no mean:"
+        for name in law.missing:
+            yield f"  {name}"
+
+
+def sentences(curve: CurveFit) -> Iterator[str]:
+    """What a curve says, in words."""
+    if curve.refused is not None:
+        yield f"not judged: {curve.refused}"
+    for axis in curve.axes:
+        over = "size" if axis.axis == "size" else "cross-entropy"
+        yield f"over {over}: {axis.verdict}. {axis.reason}{_best(axis)}"
+    if curve.axes and curve.delta is not None:
+        good = ", ".join(point.name for point in curve.points if point.within_delta)
+        yield f"within {curve.delta:.4f} nats of the best: {good}"
+        best = min(curve.points, key=lambda point: point.loss)
+        interval = best.gain_interval
+        yield (
+            f"gain of {best.name} over training without a teacher: {best.gain:.4f} nats "
+            f"({interval.low:.4f} to {interval.high:.4f})"
+        )
+    for note in curve.notes:
+        yield f"note: {note}"
+    for one in curve.predictions:
+        outside = "" if one.within_validity else " (outside what it was measured on)"
+        yield f"{one.law}{outside}: {one.said}; {one.disagreement}"
+
+
+def advice_lines(advice: Advice) -> Iterator[str]:
+    """Answer by answer, then their disagreement."""
+    yield f"student of {human(advice.student)}, {human(advice.tokens)} tokens"
+    for answer in advice.answers:
+        yield ""
+        yield answer.source
+        yield f"  {answer.said}"
+        yield f"  {'inside' if answer.within_validity else 'OUTSIDE'} what it measured: {answer.validity}"
+    yield ""
+    yield f"disagreement: {advice.disagreement}"
+
+
+def _best(axis: AxisFit) -> str:
+    if axis.best is None:
+        return ""
+    value, low, high = axis.best.value, axis.best.interval.low, axis.best.interval.high
+    if axis.axis == "size":
+        return f". Best at {human(value)} ({human(low)} to {human(high)})"
+    return f". Best at {value:.3f} nats ({low:.3f} to {high:.3f})"

@@ -1,0 +1,98 @@
+"""The verdict on a curve: interior, saturating, edge or flat.
+
+Let teachers be ordered along an axis. *Start* and *end* are the teachers at its first and last place (several where
+they share it), *best* is the teacher with the lowest mean loss, and *worse* means: by more than the threshold of
+:class:`~capgap.pipeline.law.contrasts.Contrasts`, which noise alone passes at one side with probability 0.025 however
+many teachers there are. `delta` is the larger of `min_delta` (0.005 nats) and one standard error of a difference.
+
+interior    every teacher at the start and every teacher at the end is worse than the best
+saturating  the start is worse than the best, the end is not, and a teacher before the end is within delta of the end
+edge        the start is worse and the end is not, and no teacher before the end is within delta of it: still falling;
+            or the end is worse and the start is not: the smallest teachers are as good as any
+flat        neither end is worse than the best
+
+Only an interior curve has a best teacher that the data show. The others say: any from here on, look further out, or
+no difference was seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from capgap.pipeline.law.contrasts import Contrasts
+from capgap.schemas.law_fit import Verdict
+from capgap.schemas.results import Interval
+
+Array = npt.NDArray[np.float64]
+
+MIN_DELTA = 0.005
+"""Nats per token; below this a difference decides nothing for a user."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A verdict and its reason.
+
+    Attributes:
+        verdict: the verdict.
+        reason: why, in words.
+        bracket: for an interior curve, the nearest places on both sides whose teachers are worse than the best.
+    """
+
+    verdict: Verdict
+    reason: str
+    bracket: Interval | None
+
+
+def delta_of(found: Contrasts, min_delta: float = MIN_DELTA) -> float:
+    """Difference up to which two teachers count as equally good."""
+    return max(min_delta, found.standard_error)
+
+
+def judge(places_M: Array, names: tuple[str, ...], found: Contrasts, delta: float) -> Judged:
+    """The verdict on a curve.
+
+    Args:
+        places_M: of the teachers on the axis, in any order.
+        names: of the teachers.
+        found: their means and noise.
+        delta: from :func:`delta_of`.
+    """
+    means_M = found.means_M
+    best = int(np.argmin(means_M))
+    above_M = means_M - means_M[best]
+    start_M, end_M = places_M == places_M.min(), places_M == places_M.max()
+    fall, rise = float(above_M[start_M].min()), float(above_M[end_M].min())
+    falls, rises = fall > found.threshold, rise > found.threshold
+    start, end = (" and ".join(n for n, at in zip(names, mask, strict=True) if at) for mask in (start_M, end_M))
+    noise = f"noise reaches {found.threshold:.4f}"
+    if falls and rises:
+        worse_M = above_M > found.threshold
+        return Judged(
+            "interior",
+            f"{names[best]} is best: {start} is worse by {fall:.4f} nats and {end} by {rise:.4f}; {noise}",
+            Interval(
+                low=float(places_M[worse_M & (places_M < places_M[best])].max()),
+                high=float(places_M[worse_M & (places_M > places_M[best])].min()),
+            ),
+        )
+    if falls:
+        end_loss = float(means_M[end_M].min())
+        as_good_M = ~end_M & (means_M <= end_loss + delta)
+        if as_good_M.any():
+            first = names[int(np.flatnonzero(as_good_M)[np.argmin(places_M[as_good_M])])]
+            reason = (
+                f"{start} is worse than the best by {fall:.4f} nats ({noise}), but from {first} on nothing is gained "
+                f"beyond delta = {delta:.4f}, and {end} is not shown to be worse than the best ({rise:.4f})"
+            )
+            return Judged("saturating", reason, None)
+        reason = f"the loss still falls at {end}: every other teacher is worse than it by more than delta = {delta:.4f}"
+        return Judged("edge", f"{reason}; teachers beyond it were not tried", None)
+    if rises:
+        reason = f"{start} is not shown to be worse than the best ({fall:.4f} nats; {noise}), {end} is, by {rise:.4f}"
+        return Judged("edge", f"{reason}; teachers before {start} were not tried", None)
+    reason = f"neither {start} ({fall:.4f} nats above the best) nor {end} ({rise:.4f}) is worse beyond noise"
+    return Judged("flat", f"{reason}, which reaches {found.threshold:.4f}", None)
