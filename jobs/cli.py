@@ -48,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     die_with_driver()
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        # here, where it is known what to do if nobody reads
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         tell_interrupted(INTERRUPTED)
         return INTERRUPTED

@@ -56,7 +56,7 @@ def log_format() -> LogFormat:
     return cast(LogFormat, os.environ.get(_VARIABLE, "text"))
 
 
-def tell(name: str, text: str, **fields: Any) -> None:
+def tell(name: str, text: str, /, **fields: Any) -> None:
     """A result of the command, on stdout: `text` as it is, or an event of that name with its fields."""
     if log_format() == "text":
         print(text, flush=True)

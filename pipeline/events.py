@@ -16,7 +16,7 @@ _LOG = logging.getLogger("capgap")
 _stage = ""
 
 
-def event(name: str, text: str, level: int = logging.INFO, **fields: Any) -> None:
+def event(name: str, text: str, level: int = logging.INFO, /, **fields: Any) -> None:
     """Say something.
 
     Args:

@@ -56,8 +56,8 @@ def _busbridge(work: RunWork) -> PublishedLaw:
         best_ratio=ratio,
         best_teacher_parameters=ratio * student,
         says=f"{rule}; for {tokens / student:.3g} tokens a parameter and teachers that saw 20, {ratio:.3g} x the "
-        f"student, {_size(ratio * student)}; {least:.3g} to {largest:.3g} x come within 0.005 nats; without embeddings{chosen}; "
-        "some coefficients are from secondary sources",
+        f"student, {_size(ratio * student)}; {least:.3g} to {largest:.3g} x come within 0.005 nats; without "
+        f"embeddings{chosen}; some coefficients are from secondary sources",
     )
 
 
