@@ -1,32 +1,41 @@
-# The image that packs the corpus, trains students, measures and reports: PyTorch's own, with capgap added and without
+# The image that makes first weights, trains students, measures and reports: PyTorch's own, with capgap added and without
 # vLLM. Build it from the repository's root:
 #     docker build -f docker/student.Dockerfile -t capgap-student .
-# If the tag below is not there, choose one with torch 2.11 or newer: --build-arg PYTORCH_IMAGE=pytorch/pytorch:TAG
+# The base is pinned by its tag. A tag can be moved: where that matters, look its digest up and pin it too, with
+#     --build-arg PYTORCH_IMAGE=pytorch/pytorch@sha256:DIGEST
+# If the tag below is not there, choose one with torch 2.11 or newer and Python 3.12.
 ARG PYTORCH_IMAGE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 FROM ${PYTORCH_IMAGE}
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
-# Triton compiles its launcher when a kernel first runs, with a C compiler and Python's headers.
+# Triton compiles its launcher when a kernel first runs, with a C compiler and Python's headers. They are the base's
+# distribution's, whatever that is by then: their versions are no part of any result.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc libc6-dev python3-dev \
     && rm -rf /var/lib/apt/lists/*
 
 # Without PYTHONSAFEPATH, capgap's folder `kernels` could hide a package of that name.
 ENV PYTHONSAFEPATH=1 \
-    PIP_BREAK_SYSTEM_PACKAGES=1
+    PIP_BREAK_SYSTEM_PACKAGES=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
 
+# What the base lacks, every file by its sha256 (docker/lock.sh). torch and what it needs stay the base's; what is
+# installed here may not contradict any of it.
 WORKDIR /src
+COPY docker/requirements-student.txt requirements.txt
+RUN { python3 -m pip check > /tmp/before.txt || true; } \
+    && python3 -m pip install --no-cache-dir --require-hashes --no-deps -r requirements.txt
+
 COPY pyproject.toml README.md LICENSE ./
-COPY docker/constraints.txt docker/constraints.txt
 COPY schemas schemas
 COPY kernels kernels
 COPY pipeline pipeline
 COPY jobs jobs
-
-# torch and its triton stay the image's; everything else is as last tested.
-RUN python3 -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > /tmp/pins.txt \
-    && grep -v -e '^torch==' -e '^triton==' docker/constraints.txt >> /tmp/pins.txt \
-    && python3 -m pip install --no-cache-dir -c /tmp/pins.txt . \
-    && rm -r /src/* /tmp/pins.txt
+RUN python3 -m pip install --no-cache-dir --no-deps --no-index --no-build-isolation . \
+    && { python3 -m pip check > /tmp/after.txt || true; } \
+    && ! grep -v -x -F -e 'No broken requirements found.' -f /tmp/before.txt /tmp/after.txt \
+    && rm -r /src/* /tmp/before.txt /tmp/after.txt
 
 RUN useradd --create-home --uid 10001 capgap && install -d -o capgap -g capgap /runs
 USER 10001

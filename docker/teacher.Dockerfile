@@ -1,5 +1,8 @@
-# The image that scores a corpus: vLLM's own, with capgap added. Build it from the repository's root:
+# The image that packs a corpus, trains or checks a teacher and scores with it: vLLM's own, with capgap added. Build it from
+# the repository's root:
 #     docker build -f docker/teacher.Dockerfile -t capgap-teacher .
+# The base is pinned by its tag. A tag can be moved: where that matters, look its digest up and pin it too, with
+#     --build-arg VLLM_IMAGE=vllm/vllm-openai@sha256:DIGEST
 # Another vLLM within capgap's range: --build-arg VLLM_IMAGE=vllm/vllm-openai:TAG
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 FROM ${VLLM_IMAGE}
@@ -10,18 +13,22 @@ ENV PYTHONSAFEPATH=1 \
     UV_SYSTEM_PYTHON=1 \
     UV_BREAK_SYSTEM_PACKAGES=1
 
+# What the base lacks, every file by its sha256 (docker/lock.sh). vLLM and what it needs stay the base's; what is
+# installed here may not contradict any of it.
 WORKDIR /src
+COPY docker/requirements-teacher.txt requirements.txt
+RUN { uv pip check > /tmp/before.txt 2>&1 || true; } \
+    && uv pip install --no-cache --require-hashes --no-deps -r requirements.txt
+
 COPY pyproject.toml README.md LICENSE ./
 COPY schemas schemas
 COPY kernels kernels
 COPY pipeline pipeline
 COPY jobs jobs
-
-# Every package that the image brings keeps its version; the build stops where capgap cannot live with one.
-RUN uv pip freeze | grep -v -e ' @ ' -e '^-e ' > /tmp/kept.txt \
-    && uv pip install --no-cache -c /tmp/kept.txt . \
-    && uv pip freeze | grep -F -x -f /tmp/kept.txt | cmp - /tmp/kept.txt \
-    && rm -r /src/* /tmp/kept.txt
+RUN uv pip install --no-cache --no-deps --no-index --no-build-isolation . \
+    && { uv pip check > /tmp/after.txt 2>&1 || true; } \
+    && ! { grep '^The package' /tmp/after.txt | grep -v -x -F -f /tmp/before.txt; } \
+    && rm -r /src/* /tmp/before.txt /tmp/after.txt
 
 RUN useradd --create-home --uid 10001 capgap && install -d -o capgap -g capgap /runs
 USER 10001

@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from pydantic import ValidationError
 
+from capgap.jobs.logs import LOG_FORMAT_HELP, LOG_FORMATS
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.run_file import RunFile
 
@@ -27,7 +28,13 @@ def run_parser(prog: str, description: str) -> ArgumentParser:
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", metavar="RUN.yaml", help="The run file; may stand first, bare.")
     parser.add_class_arguments(RunFile, None)
+    add_log_format(parser)
     return parser
+
+
+def add_log_format(parser: ArgumentParser) -> None:
+    """The flag that every command takes; `set_up_logs` has read it by then."""
+    parser.add_argument("--log-format", type=str, choices=LOG_FORMATS, default=None, help=LOG_FORMAT_HELP)
 
 
 def parse_run(parser: ArgumentParser, argv: Sequence[str]) -> tuple[RunFile, dict[str, Any]]:

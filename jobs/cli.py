@@ -1,15 +1,15 @@
-"""The `capgap` command: parse, build, run, report errors in one line."""
+"""The `capgap` command: set up what it says and how, run it, report what went wrong in one line."""
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 
+from capgap.jobs.faults import CRASHED, INTERRUPTED, READER_GONE, named
+from capgap.jobs.logs import set_up_logs, tell_crash, tell_error, tell_interrupted
 from capgap.jobs.process import die_with_driver
-from capgap.schemas.errors import CapgapError, MachineError
+from capgap.schemas.errors import CapgapError
 
 Command = Callable[[Sequence[str]], int]
 
@@ -17,6 +17,7 @@ _HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
 
   run       make every stage of a run file current; --only STAGE, --from STAGE, --force
   status    say of every stage whether it is current, and why not
+  plan      say what a run will cost, before it does: tokens, disk, device hours; --json
   verify    check every file and shard below a folder against its digests; --rescore FRACTION asks the teacher too
   law       which teacher size is best for a student: fit a table of runs, its page, advice
 
@@ -29,14 +30,18 @@ _HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
   report    one HTML page and one table
 
 Every setting of the run file is also a flag: `capgap run RUN.yaml --train.learning_rate 1e-3`.
+`--log-format json` makes every line one JSON object, for any command.
 `capgap COMMAND --help` lists them. `capgap --version` says which capgap this is."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 2 for an error that the user can mend, 130 when interrupted."""
+    """Run a command and return its exit code.
+
+    0 done, 1 a fault of ours, 2 what the user can mend, 3 the machine, 4 damaged data, 130 interrupted, 141 where
+    nobody reads the output any more, 128 + n where a stage was killed by signal n.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("capgap").setLevel(logging.INFO)
+    set_up_logs(arguments)
     # before torch is imported, with the commands: threads that spin while they wait cost up to 90 % of the speed on a
     # machine that has other work, and gain about 13 % on one that has none
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -44,25 +49,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     die_with_driver()
     try:
-        return _dispatch(arguments)
-    except CapgapError as error:
-        if not error.already_said:
-            print(f"capgap: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
-            raise
-        print(f"capgap: {_machine_error(error)}", file=sys.stderr)
-        return MachineError.exit_code
-    except Exception as error:
-        # tokenizers and safetensors write files in Rust, and report a full disk as an exception of their own
-        if "(os error 28)" not in str(error):
-            raise
-        print(f"capgap: {_machine_error(OSError(errno.ENOSPC, 'no space'))}", file=sys.stderr)
-        return MachineError.exit_code
+        code = _dispatch(arguments)
+        # here, where it is known what to do if nobody reads
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
-        print("capgap: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        tell_interrupted(INTERRUPTED)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # as in `capgap status RUN.yaml | head -1`; what is left in the buffer has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    except Exception as error:
+        fault = named(error)
+        if fault is None:
+            tell_crash(error, CRASHED)
+            return CRASHED
+        if not fault.already_said:
+            tell_error(fault)
+        return fault.exit_code
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -83,27 +88,19 @@ def _dispatch(arguments: list[str]) -> int:
 def _commands() -> dict[str, Command]:
     from capgap.jobs.commands import run_command, stage_command, status_command, verify_command
     from capgap.jobs.law import law_command
+    from capgap.jobs.plan import plan_command
     from capgap.pipeline.store import keep_freed_memory
     from capgap.pipeline.workflow.context import STAGES
 
     keep_freed_memory()
-    commands: dict[str, Command] = {"run": run_command, "status": status_command, "verify": verify_command}
-    commands["law"] = law_command
+    commands: dict[str, Command] = {
+        "run": run_command,
+        "status": status_command,
+        "plan": plan_command,
+        "verify": verify_command,
+        "law": law_command,
+    }
     return commands | {stage: stage_command(stage) for stage in STAGES}
-
-
-def _machine_error(error: OSError) -> MachineError:
-    where = error.filename or "the output folder"
-    if error.errno in (errno.EROFS, errno.EACCES):
-        return MachineError(
-            "cannot be written", where=where, found=os.strerror(error.errno), fix="choose another `out`"
-        )
-    return MachineError(
-        "no space is left to write to",
-        where=where,
-        found=os.strerror(error.errno or 0),
-        fix="free some space and run the same command again; finished shards are kept",
-    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from capgap.jobs.arguments import parse, parse_run, run_parser
+from capgap.jobs.arguments import add_log_format, parse, parse_run, run_parser
+from capgap.jobs.logs import log_format, tell
+from capgap.pipeline.events import set_stage
 from capgap.pipeline.workflow.context import Instance, StageName
 from capgap.pipeline.workflow.graph import downstream, instances, select
 from capgap.pipeline.workflow.state import State, states
@@ -39,11 +41,12 @@ def run_command(argv: Sequence[str]) -> int:
         chosen = instances(run)
     made = _walk(run, chosen, flags)
     _show_table(run)
-    took = f"{time.monotonic() - started:.1f} s"
+    wall_s = round(time.monotonic() - started, 1)
     if made:
-        print(f"made {len(made)} of {len(chosen)} stages in {took}: {', '.join(made)}")
+        text = f"made {len(made)} of {len(chosen)} stages in {wall_s:.1f} s: {', '.join(made)}"
     else:
-        print(f"nothing to do: {len(chosen)} of {len(chosen)} stages are current ({took})")
+        text = f"nothing to do: {len(chosen)} of {len(chosen)} stages are current ({wall_s:.1f} s)"
+    tell("run_done", text, made=made, num_stages=len(chosen), wall_s=wall_s)
     return 0
 
 
@@ -57,6 +60,8 @@ def stage_command(stage: StageName) -> Callable[[Sequence[str]], int]:
             raise SettingError(
                 "not an instance of this stage", where="--instance", found=chosen[0].name, expected=stage
             )
+        if len(chosen) == 1:
+            set_stage(chosen[0].name)
         if flags.get("slice") is not None:
             _make_slice(run, chosen[0], flags)
         elif len(chosen) > 1:
@@ -99,6 +104,12 @@ def _make_slice(run: RunFile, instance: Instance, flags: dict[str, Any]) -> None
 def status_command(argv: Sequence[str]) -> int:
     """`capgap status`: one line per stage."""
     run, _ = parse_run(run_parser("capgap status", "Say of every stage whether it is current, and why not."), argv)
+    if log_format() == "json":
+        for name, state in states(run).items():
+            tell("stage_state", f"{name}: {state.state}", instance=name, state=state.state, why=state.why)
+        for stage, folder in run.reuse.items():
+            tell("stage_state", f"{stage}: reused", instance=stage, state="reused", why=folder)
+        return 0
     table = Table(box=None, pad_edge=False)
     for title in ("stage", "state", "why"):
         table.add_column(title)
@@ -124,7 +135,7 @@ def verify_command(argv: Sequence[str]) -> int:
 
     for folder in flags["folders"]:
         for line in verify(Path(folder)):
-            print(line)
+            tell("verified", line)
     if fraction is not None:
         from capgap.pipeline.verify.rescore import rescore
 
@@ -132,7 +143,7 @@ def verify_command(argv: Sequence[str]) -> int:
             for line in rescore(
                 Path(folder), fraction, teacher=flags["teacher"], device=flags["device"], wait=not flags["no_wait"]
             ):
-                print(line, flush=True)
+                tell("rescored", line)
     return 0
 
 
@@ -152,6 +163,7 @@ def verify_parser() -> ArgumentParser:
         "--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="Where to score again."
     )
     parser.add_argument("--no-wait", action="store_true", help="Stop if a stage holds the device.")
+    add_log_format(parser)
     return parser
 
 
@@ -163,13 +175,17 @@ def _add_walk_flags(parser: ArgumentParser) -> None:
 def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any]) -> list[str]:
     from capgap.pipeline.workflow.driver import walk
 
-    return walk(run, chosen, force=flags["force"], wait=not flags["no_wait"], say=lambda line: print(line, flush=True))
+    def say(name: str, why: str) -> None:
+        tell("stage_checked", f"{name}: {why}", instance=name, why=why)
+
+    return walk(run, chosen, force=flags["force"], wait=not flags["no_wait"], say=say)
 
 
 def _show_table(run: RunFile) -> None:
     report = states(run)["report"]
     if report.state is State.CURRENT:
-        from capgap.pipeline.report.table import print_table
+        if log_format() == "text":
+            from capgap.pipeline.report.table import print_table
 
-        print_table(report.folder, Console())
-        print(f"report: {report.folder / 'report.html'}")
+            print_table(report.folder, Console())
+        tell("report", f"report: {report.folder / 'report.html'}", page=str(report.folder / "report.html"))

@@ -1,8 +1,8 @@
-"""One progress bar for every stage: a rich bar with tokens/s and time left on a terminal, else a line now and then."""
+"""How far a stage is: a rich bar with tokens/s and time left on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
-import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,7 +12,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-_LOG = logging.getLogger("capgap")
+from capgap.pipeline.events import event
+
 _QUIET_INTERVAL_S = 15.0
 
 
@@ -24,13 +25,21 @@ class Meter(Protocol):
 
 
 @contextmanager
-def progress(title: str, num_steps: int, unit: str, done: int = 0) -> Iterator[Meter]:
-    """A meter for `num_steps` steps of `unit`, of which `done` were finished by an earlier run."""
-    if sys.stderr.isatty():
+def progress(title: str, num_steps: int, unit: str, done: int = 0, *, lines: bool = True) -> Iterator[Meter]:
+    """A meter for `num_steps` steps of `unit`, of which `done` were finished by an earlier run.
+
+    Without `lines` nothing is said off a terminal: the caller has lines of its own.
+    """
+    if _bars_are_seen():
         with _terminal_bar() as bar:
             yield _Bar(bar, bar.add_task(title, total=num_steps, completed=done, rate="", note=""))
     else:
-        yield _Lines(title, num_steps, unit, done)
+        yield _Lines(title, num_steps, unit, done) if lines else _Silence()
+
+
+def _bars_are_seen() -> bool:
+    # a bar among lines of JSON is none
+    return sys.stderr.isatty() and os.environ.get("CAPGAP_LOG_FORMAT", "text") == "text"
 
 
 def _terminal_bar() -> Progress:
@@ -56,6 +65,11 @@ class _Bar:
         self._bar.update(self._task, advance=steps, rate=rate, note=note)
 
 
+class _Silence:
+    def advance(self, steps: int = 1, tokens: int = 0, note: str = "") -> None:
+        pass
+
+
 class _Lines:
     def __init__(self, title: str, num_steps: int, unit: str, done: int) -> None:
         self._title, self._num_steps, self._unit, self._done, self._first = title, num_steps, unit, done, done
@@ -71,8 +85,18 @@ class _Lines:
         self._last = now
         elapsed = max(now - self._start, 1e-9)
         left_s = elapsed / max(self._done - self._first, 1) * (self._num_steps - self._done)
-        rate = f", {self._tokens / elapsed:,.0f} tokens/s" if self._tokens else ""
-        tail = f", {note}" if note else ""
-        _LOG.info(
-            "%s: %d of %d %s%s, %.0f s left%s", self._title, self._done, self._num_steps, self._unit, rate, left_s, tail
+        rate = self._tokens / elapsed
+        event(
+            "progress",
+            f"{self._title}: {self._done} of {self._num_steps} {self._unit}"
+            + (f", {rate:,.0f} tokens/s" if self._tokens else "")
+            + f", {left_s:.0f} s left"
+            + (f", {note}" if note else ""),
+            title=self._title,
+            done=self._done,
+            total=self._num_steps,
+            unit=self._unit,
+            tokens_per_s=round(rate, 1) if self._tokens else None,
+            eta_s=round(left_s, 1),
+            note=note or None,
         )

@@ -1,7 +1,8 @@
 """Every error a user can cause, as one family.
 
-The command line turns a :class:`CapgapError` into one line on stderr and exit code 2. A message names what is wrong,
-where, what was found, what was expected, and what to do about it.
+The command line turns a :class:`CapgapError` into one line on stderr and the class's exit code: 2 for what the user can
+mend in the run file or its inputs, 3 for the machine, 4 for damaged data. A message names what is wrong, where, what
+was found, what was expected, and what to do about it.
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ class MismatchError(CapgapError):
 class CorruptError(CapgapError):
     """Bytes on disk differ from what the manifest says of them."""
 
+    exit_code = 4
+
 
 class MachineError(CapgapError):
-    """The machine lacks something: a package, disk space, a free device."""
+    """The machine lacks something: a package, disk space, a free device, the network."""
+
+    exit_code = 3

@@ -22,12 +22,11 @@ from typing import Any
 
 from capgap.pipeline.cache.ray_cluster import Cluster, ray_cluster
 from capgap.pipeline.cache.shards import CacheJob, FinishedShard, ShardScorer
+from capgap.pipeline.events import event
 from capgap.pipeline.workflow.context import StageContext
 from capgap.pipeline.workflow.device import devices_from
 from capgap.pipeline.workflow.lease import leases
 from capgap.schemas.errors import CapgapError, InputError, MachineError
-
-_LOG = logging.getLogger("capgap")
 
 MAX_DEATHS = 3
 _PATIENCE_S = 60.0
@@ -130,7 +129,10 @@ class _Fleet:
         while self._calls:
             ready, _ = self._ray.wait(list(self._calls), timeout=_PATIENCE_S if patient else None)
             if not ready:
-                _LOG.info("cache: no replica has made a shard yet; they start, or wait for devices in use")
+                event(
+                    "replicas_starting",
+                    "cache: no replica has made a shard yet; they start, or wait for devices in use",
+                )
                 patient = False
                 continue
             replica, index = self._calls.pop(ready[0])
@@ -200,7 +202,7 @@ class _Fleet:
                 )
             if one is not None:
                 self._suspects.append(one)
-        _LOG.warning("cache: a replica died (%s); another takes its place", why)
+        event("replica_died", f"cache: a replica died ({why}); another takes its place", logging.WARNING, why=why)
         self._start()
 
 

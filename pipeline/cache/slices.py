@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from capgap.pipeline.cache.overlap import overlap
+from capgap.pipeline.cache.shard_lines import shard_lines
 from capgap.pipeline.cache.shards import SCORED_FOLDER, CacheJob, ScoredShard, ShardScorer
 from capgap.pipeline.cache.stage import WRITING_THREADS
-from capgap.pipeline.progress import progress
 from capgap.pipeline.workflow.locks import ProcessLock
 from capgap.pipeline.workflow.slices import Slice
 from capgap.schemas.manifest import MANIFEST_NAME
@@ -28,17 +28,15 @@ def make_slice(job: CacheJob, part: Slice) -> None:
     # vLLM binds the threads of each engine to the same cores, unless it is told not to
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     claims, scorer = _Claims(job, part), ShardScorer(job)
-    wanted = [shard for index, shard in enumerate(job.source.shards) if part.has(index)]
-    num_done = sum(job.source.shards[index].num_sequences for index in claims.made() if part.has(index))
+    wanted = [index for index in range(len(job.source.shards)) if part.has(index)]
 
     def write(shard: ScoredShard) -> None:
-        scorer.write(shard)
+        written = scorer.write(shard)
         claims.release(shard.index)
-        meter.advance(len(shard.sequences), tokens=len(shard.sequences) * job.source.seq_len)
+        lines.finished(shard.index, written)
 
-    title = f"cache: slice {part}"
     try:
-        with progress(title, sum(shard.num_sequences for shard in wanted), "sequences", num_done) as meter:
+        with shard_lines(job, f"cache: slice {part}", wanted, claims.made(), job.device) as lines:
             for _ in overlap(claims.take_each(), scorer.score, write, WRITING_THREADS):
                 pass
     finally:

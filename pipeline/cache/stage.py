@@ -11,9 +11,9 @@ from itertools import accumulate
 
 from capgap.pipeline.cache.overlap import overlap
 from capgap.pipeline.cache.request_checks import require_kept
+from capgap.pipeline.cache.shard_lines import ShardLines, shard_lines
 from capgap.pipeline.cache.shards import SCORED_FOLDER, CacheJob, FinishedShard, ScoredShard, ShardScorer
 from capgap.pipeline.models import model_path
-from capgap.pipeline.progress import Meter, progress
 from capgap.pipeline.store import rank_ids, read_blocks
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.store.ranking import RANKING_NAME
@@ -115,23 +115,22 @@ def _make(scorer: ShardScorer, context: StageContext) -> list[FinishedShard]:
     found = {index: scorer.finished(index) for index in range(len(source.shards))}
     done = {index: shard for index, shard in found.items() if shard is not None}
     missing = [index for index in found if index not in done]
-    num_finished = sum(source.shards[index].num_sequences for index in done)
+    by_replicas = bool(missing) and context.run.cache.replicas > 1
+    # replicas have devices of their own, which this process does not know
+    device = "" if by_replicas else scorer.job.device
     try:
-        with progress("cache: score", source.num_sequences, "sequences", num_finished) as meter:
-            if missing and context.run.cache.replicas > 1:
-                done |= _make_by_replicas(scorer.job, missing, context, meter)
+        with shard_lines(scorer.job, "cache", list(found), set(done), device) as lines:
+            if by_replicas:
+                done |= _make_by_replicas(scorer.job, missing, context, lines)
             else:
-                written = overlap(
-                    missing, lambda i: _score(scorer, i, meter), lambda s: _write(scorer, s), WRITING_THREADS
-                )
-                done |= dict(written)
+                done |= dict(overlap(missing, scorer.score, lambda s: _write(scorer, s, lines), WRITING_THREADS))
     finally:
         scorer.close()
     return [done[index] for index in range(len(source.shards))]
 
 
 def _make_by_replicas(
-    job: CacheJob, missing: list[int], context: StageContext, meter: Meter
+    job: CacheJob, missing: list[int], context: StageContext, lines: ShardLines
 ) -> dict[int, FinishedShard]:
     # imported here: Ray is an extra
     from capgap.pipeline.cache.replicas import make_by_replicas
@@ -139,19 +138,14 @@ def _make_by_replicas(
     made = {}
     for index, shard in make_by_replicas(job, missing, context):
         made[index] = shard
-        num_sequences = job.source.shards[index].num_sequences
-        meter.advance(num_sequences, tokens=num_sequences * job.source.seq_len)
+        lines.finished(index, shard)
     return made
 
 
-def _score(scorer: ShardScorer, index: int, meter: Meter) -> ScoredShard:
-    shard = scorer.score(index)
-    meter.advance(len(shard.sequences), tokens=len(shard.sequences) * scorer.job.source.seq_len)
-    return shard
-
-
-def _write(scorer: ShardScorer, shard: ScoredShard) -> tuple[int, FinishedShard]:
-    return shard.index, scorer.write(shard)
+def _write(scorer: ShardScorer, shard: ScoredShard, lines: ShardLines) -> tuple[int, FinishedShard]:
+    written = scorer.write(shard)
+    lines.finished(shard.index, written)
+    return shard.index, written
 
 
 def _recordings(settings: CacheSettings) -> dict[RecordingName, RecordingFacts]:

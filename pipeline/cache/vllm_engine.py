@@ -28,9 +28,8 @@ from capgap.pipeline.cache.vllm_start import (
     silence_dumps,
     teacher_config,
 )
+from capgap.pipeline.events import event
 from capgap.schemas.errors import MachineError
-
-_LOG = logging.getLogger("capgap")
 
 # the last is all that oneDNN says where it finds no room for the code of a matrix product
 _OUT_OF_MEMORY = (
@@ -147,7 +146,7 @@ class VllmEngine:
         require_public(recording, self._num_columns, why)
         self._llm.collective_rpc("capgap_remove")
         if self._capture != "public":
-            _LOG.warning("slower, through vLLM's public logprobs, because %s", why)
+            event("public_capture", f"slower, through vLLM's public logprobs, because {why}", logging.WARNING, why=why)
         self._way, self.runner = PublicRequests(recording), "public"
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:

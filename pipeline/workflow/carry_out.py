@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
+from capgap.pipeline.events import event
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageName, StageResult
 from capgap.pipeline.workflow.device import devices_from, resolve_device
 from capgap.pipeline.workflow.folder import WORK_FOLDER, begin, clear, content_files, finish, lock_folder, remove_halves
@@ -32,8 +31,6 @@ from capgap.pipeline.workflow.versions import versions
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
 from capgap.schemas.run_file import RunFile
-
-_LOG = logging.getLogger("capgap")
 
 # These put a model on a device; the others only read and write files.
 _STAGES_WITH_A_MODEL: frozenset[StageName] = frozenset({"teacher", "cache", "student", "train", "eval"})
@@ -59,7 +56,7 @@ def carry_out(
     try:
         state = states(run)[instance.name]
         if state.state is State.CURRENT and not force and state.manifest is not None:
-            _LOG.info("%s is current: nothing to do", instance.name)
+            event("stage_current", f"{instance.name} is current: nothing to do")
             _say_begun(meeting, False)
             return state.manifest
         refuse_early(run, instance, inputs)
@@ -125,7 +122,9 @@ def finish_with(
         command=tuple(sys.argv),
         resolved=run.model_dump(mode="json"),
     )
-    return finish(state.folder, manifest)
+    finished = finish(state.folder, manifest)
+    event("stage_done", f"{order.instance}: done in {clock.wall_s:.1f} s", wall_s=clock.wall_s, totals=result.totals)
+    return finished
 
 
 def refuse_early(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
@@ -212,7 +211,7 @@ def work(
             if meeting is not None:
                 device = devices[ranks.local_rank % len(devices)]
                 stack.enter_context(_on_leased_devices(meeting, device))
-        _LOG.debug("%s on %s: %s", state.instance.name, device, shlex.join(sys.argv))
+        event("stage_started", f"{state.instance.name}: begun on {device}", device=device, command=sys.argv)
         (state.folder / WORK_FOLDER).mkdir(exist_ok=True)
         module = importlib.import_module(f"capgap.pipeline.{stage}.stage")
         context = StageContext(run, state.instance, state.folder, inputs, device, holder, wait, group, ranks)

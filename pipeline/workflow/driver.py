@@ -28,7 +28,10 @@ from capgap.schemas.run_file import RunFile
 
 RESOLVED_NAME = "run.resolved.json"
 
-Say = Callable[[str], None]
+Say = Callable[[str, str], None]
+
+# 128 + n is the shell's word for a process that signal n has ended, and 130 is what a stage says after Ctrl-C.
+_SIGNALLED, _INTERRUPTED = 128, 130
 
 
 class StageFailedError(CapgapError):
@@ -38,8 +41,9 @@ class StageFailedError(CapgapError):
         super().__init__(
             f"{name} failed", found=_how_it_ended(code), fix="mend the cause and run the same command again"
         )
-        self.exit_code = code if code > 0 else 1
-        self.already_said = code == CapgapError.exit_code
+        # a signal as shells tell it
+        self.exit_code = code if code > 0 else _SIGNALLED - code
+        self.already_said = 0 < code < _SIGNALLED or code == _INTERRUPTED
 
 
 def walk(run: RunFile, chosen: Sequence[Instance], *, force: bool, wait: bool, say: Say) -> list[str]:
@@ -50,7 +54,7 @@ def walk(run: RunFile, chosen: Sequence[Instance], *, force: bool, wait: bool, s
         chosen: instances to bring up to date; what they read and is not chosen must be current already.
         force: make them even if they are current.
         wait: wait for a device that another stage holds.
-        say: receives a line per stage.
+        say: receives the name of each stage, and why it is made again, or `current`.
 
     Raises:
         StageFailedError: a stage's process failed; later ones were not started.
@@ -91,9 +95,9 @@ class _Walk:
     def _is_current(self, instance: Instance) -> bool:
         state = states(self.run)[instance.name]
         if state.state is State.CURRENT and not self.force:
-            self.say(f"{instance.name}: current")
+            self.say(instance.name, "current")
             return True
-        self.say(f"{instance.name}: {state.why or 'current, made again because of --force'}")
+        self.say(instance.name, state.why or "current, made again because of --force")
         return False
 
     def _make(self, instance: Instance) -> TaskFailed | None:

@@ -3,6 +3,9 @@
 A lease is an operating-system lock on a file named after the device, so it ends with the process that holds it,
 however that process ends. This is what keeps teacher and student from ever being on one device at once. The processes
 of one stage, its slices and replicas, may share a lease: they are one model.
+
+    cpu.lock   held by the stage          cpu.turn   held for the blink in which one asks for the lease
+    cpu.json   the note: who holds it     all of them for every user of the machine, in a folder for all, as /tmp is one
 """
 
 from __future__ import annotations
@@ -10,27 +13,27 @@ from __future__ import annotations
 import json
 import logging
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
-from capgap.pipeline.workflow.locks import ProcessLock
+from capgap.pipeline.events import event
+from capgap.pipeline.workflow.device import device_identity
+from capgap.pipeline.workflow.locks import ProcessLock, open_shared
 from capgap.schemas.errors import MachineError
 
-_LOG = logging.getLogger("capgap")
 _POLL_S = 0.1
 _ALONE = ""
 
+# everyone may make files here, and nobody may remove another's
+_FOLDER_MODE = 0o777 | stat.S_ISVTX
+_FILE_MODE = 0o666
 
-def device_identity(device: str) -> str:
-    """A name of the device that is the same for every process of the machine: `cpu`, or the GPU's UUID."""
-    if device == "cpu":
-        return "cpu"
-    import torch
-
-    return f"gpu-{torch.cuda.get_device_properties(torch.device(device)).uuid}"
+_Note = dict[str, object]
 
 
 @contextmanager
@@ -45,63 +48,103 @@ def leases(devices: list[str], holder: str, wait: bool, group: str = _ALONE) -> 
             names none holds them alone.
 
     Raises:
-        MachineError: another stage holds a device and `wait` is off.
+        MachineError: another stage holds a device and `wait` is off; or the folder of leases cannot be used.
     """
-    folder = Path(os.environ.get("CAPGAP_LEASE_DIR") or Path(tempfile.gettempdir()) / "capgap-leases")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = lease_folder()
     with ExitStack() as stack:
         for name in sorted(device_identity(device) for device in devices):
             _take(stack, folder, name, holder, wait, group)
         yield
 
 
+def lease_folder() -> Path:
+    """Where the leases of this machine are: CAPGAP_LEASE_DIR, or a folder of the temporary one."""
+    folder = Path(os.environ.get("CAPGAP_LEASE_DIR") or Path(tempfile.gettempdir()) / "capgap-leases")
+    folder.mkdir(parents=True, exist_ok=True)
+    # whoever made it opens it to the others; umask took its share
+    if folder.stat().st_uid == os.geteuid():
+        folder.chmod(_FOLDER_MODE)
+    return folder
+
+
 def _take(stack: ExitStack, folder: Path, name: str, holder: str, wait: bool, group: str) -> None:
-    # soft errors of a shared folder: another user's file may be there, so everyone may write it
-    lock = stack.enter_context(ProcessLock(folder / f"{name}.lock", mode=0o666))
-    turn = stack.enter_context(ProcessLock(folder / f"{name}.turn", mode=0o666))
-    note = folder / f"{name}.json"
+    try:
+        lock = stack.enter_context(ProcessLock(folder / f"{name}.lock", _FILE_MODE))
+        turn = stack.enter_context(ProcessLock(folder / f"{name}.turn", _FILE_MODE))
+        note = stack.enter_context(_NoteFile(folder / f"{name}.json"))
+    except PermissionError as error:
+        raise MachineError(
+            "the lease on a device cannot be asked for",
+            where=error.filename,
+            found=os.strerror(error.errno or 0),
+            fix=f"open {folder} to every user, or name another folder in CAPGAP_LEASE_DIR, the same for all",
+        ) from None
     waiting = False
-    while not _taken(lock, turn, note, holder, group):
+    while (other := _attempt(lock, turn, note, holder, group)) is not None:
         if not wait:
             raise MachineError(
                 "the device is in use",
                 where=name,
-                found=_holder_of(note),
+                found=_holder_of(other),
                 fix="wait for it to end, or leave out --no-wait",
             )
         if not waiting:
-            _LOG.info("waiting for %s, held by %s", name, _holder_of(note))
+            text = f"waiting for {name}, held by {_holder_of(other)}"
+            said = {key: other.get(key) for key in ("holder", "pid", "since")}
+            event("lease_waiting", text, logging.INFO, device=name, **said)
         waiting = True
         time.sleep(_POLL_S)
 
 
-def _taken(lock: ProcessLock, turn: ProcessLock, note: Path, holder: str, group: str) -> bool:
-    """One attempt. A group's first member has the device alone while it writes the note that the others go by."""
+def _attempt(lock: ProcessLock, turn: ProcessLock, note: _NoteFile, holder: str, group: str) -> _Note | None:
+    """One attempt: None where the lease is taken, else the note of who has it.
+
+    A group's first member has the device alone while it writes the note that the others go by. Notes are written and
+    read by whoever has the turn, so none is ever seen half-written.
+    """
     turn.exclusive(wait=True)
     try:
         if lock.exclusive():
-            note.write_text(json.dumps({"holder": holder, "pid": os.getpid(), "group": group}))
-            return group == _ALONE or lock.shared()
+            since = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+            note.write({"holder": holder, "pid": os.getpid(), "since": since, "group": group})
+            if group == _ALONE or lock.shared():
+                return None
         if group != _ALONE and lock.shared():
-            if _note_of(note).get("group") == group:
-                return True
+            if note.read().get("group") == group:
+                return None
             lock.release()
-        return False
+        return note.read()
     finally:
         turn.release()
 
 
-def _holder_of(note: Path) -> str:
-    values = _note_of(note)
+def _holder_of(note: _Note) -> str:
     try:
-        return f"{values['holder']} (pid {values['pid']})"
+        return f"{note['holder']} (pid {note['pid']}, since {note['since']})"
     except KeyError:
         return "another stage"
 
 
-def _note_of(note: Path) -> dict[str, object]:
-    try:
-        values = json.loads(note.read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+class _NoteFile:
+    """The note beside a lock, opened; it is written in place, for nobody may rename onto another user's file."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = open_shared(path, _FILE_MODE)
+
+    def write(self, values: _Note) -> None:
+        text = json.dumps(values).encode()
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, text, 0)
+
+    def read(self) -> _Note:
+        try:
+            values = json.loads(os.pread(self._descriptor, 1 << 16, 0))
+        except ValueError:
+            return {}
+        return values if isinstance(values, dict) else {}
+
+    def __enter__(self) -> _NoteFile:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        os.close(self._descriptor)

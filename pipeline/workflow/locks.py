@@ -20,6 +20,33 @@ _HELD = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
+def open_shared(path: Path, mode: int) -> int:
+    """A descriptor of a file that processes share, perhaps those of several users; made where it is not there.
+
+    In a folder that is open to all, nobody can lead this process to another file by a link, nor is a file of another
+    user in the way, as it would be to a plain `O_CREAT` there (`fs.protected_regular` of Linux).
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+        PermissionError: it belongs to another user who keeps it.
+        MachineError: a link stands in its place.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    while True:
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                return os.open(path, flags)
+            with contextlib.suppress(FileExistsError):
+                descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, mode)
+                # the process's umask took its share
+                os.fchmod(descriptor, mode)
+                return descriptor
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise MachineError("a link stands where a lock belongs", where=path, fix="remove it") from None
+
+
 class ProcessLock:
     """One lock file, opened; nothing is held at first.
 
@@ -28,15 +55,12 @@ class ProcessLock:
         mode: of the file, if it is made here.
 
     Raises:
-        FileNotFoundError: its folder does not exist.
+        FileNotFoundError, PermissionError, MachineError: as `open_shared`.
     """
 
     def __init__(self, path: Path, mode: int = 0o644) -> None:
         self._path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
-        # the process's umask took its share; another user's file keeps its own mode
-        with contextlib.suppress(PermissionError):
-            os.fchmod(self._descriptor, mode)
+        self._descriptor = open_shared(path, mode)
 
     def exclusive(self, *, wait: bool = False) -> bool:
         """Hold it alone; whether that is so. What was held before may be lost where it is not."""

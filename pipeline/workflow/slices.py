@@ -10,13 +10,13 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from capgap.pipeline.events import event
 from capgap.pipeline.workflow.carry_out import Clock, finish_with, make_ready, open_inputs, order_of, refuse_early
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
 from capgap.pipeline.workflow.device import devices_from, resolve_device
@@ -34,8 +34,6 @@ from capgap.pipeline.workflow.state import StageState, State, states
 from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.manifest import Manifest, WorkOrder
 from capgap.schemas.run_file import RunFile
-
-_LOG = logging.getLogger("capgap")
 
 
 @dataclass(frozen=True)
@@ -101,10 +99,11 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
         group = str(state.folder.resolve()) if device == "cpu" else ""
         with leases(devices_from(device, run.cache.num_devices), holder, wait, group):
             clock.begin()
+            event("stage_started", f"{instance.name}: slice {part} begun on {device}", device=device, slice=str(part))
             units.make_slice(job, part)
             if not units.all_made(job):
                 done = finished_units(state.folder / WORK_FOLDER).replace("shards", "shards finished")
-                _LOG.info("%s: %s; other slices have the rest to do", instance.name, done)
+                event("slice_done", f"{instance.name}: {done}; other slices have the rest to do", slice=str(part))
                 return None
             with _turn(state.folder):
                 if (found := _finished(run, instance)) is not None:
@@ -141,7 +140,7 @@ def _finished(run: RunFile, instance: Instance) -> Manifest | None:
     state = states(run)[instance.name]
     if state.state is not State.CURRENT or state.manifest is None:
         return None
-    _LOG.info("%s is current: nothing to do", instance.name)
+    event("stage_current", f"{instance.name} is current: nothing to do")
     return state.manifest
 
 

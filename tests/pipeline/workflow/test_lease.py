@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from capgap.pipeline.workflow.lease import device_identity, leases
+from capgap.pipeline.workflow.lease import leases
 from capgap.schemas.errors import MachineError
 
 _HOLDER = """
@@ -24,6 +30,23 @@ with leases(["cpu"], holder=sys.argv[1], wait=True):
 """
 
 Start = Callable[..., subprocess.Popen[str]]
+
+SINCE = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+
+# Says in one file, a line at a time, when it comes to the device and when it leaves it; a round in ten it dies there.
+_ROUNDS = """
+import os, random, signal, sys, time
+from capgap.pipeline.workflow.lease import leases
+log = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+chance = random.Random(int(sys.argv[2]))
+for number in range(6):
+    with leases(["cpu"], holder=sys.argv[2], wait=True):
+        os.write(log, b"come\\n")
+        time.sleep(chance.uniform(0, 0.05))
+        os.write(log, b"go\\n")
+        if chance.random() < 0.1:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 @pytest.fixture
@@ -52,7 +75,7 @@ def test_a_second_stage_that_does_not_wait_is_told_who_holds_the_device(start: S
     holder = start("teacher of run demo")
     assert _line(holder) == "held"
     message = (
-        rf"cpu: the device is in use; found teacher of run demo \(pid {holder.pid}\); wait for it to end, or leave"
+        rf"cpu: the device is in use; found teacher of run demo \(pid {holder.pid}, since {SINCE}\); wait for it to end"
     )
     with pytest.raises(MachineError, match=message), leases(["cpu"], holder="cache of run demo", wait=False):
         pytest.fail("two stages on one device")
@@ -62,14 +85,15 @@ def test_a_second_stage_waits_and_has_the_device_once_the_holder_is_killed(start
     holder = start("teacher of run demo")
     assert _line(holder) == "held"
     second = start("cache of run demo")
-    assert _line(second) == f"waiting for cpu, held by teacher of run demo (pid {holder.pid})"
+    waits = rf"waiting for cpu, held by teacher of run demo \(pid {holder.pid}, since {SINCE}\)"
+    assert re.fullmatch(waits, _line(second))
     time.sleep(0.3)
     assert second.poll() is None
     os.kill(holder.pid, signal.SIGKILL)
     assert _line(second) == "held"
     assert holder.wait() == -signal.SIGKILL
     with (
-        pytest.raises(MachineError, match=rf"found cache of run demo \(pid {second.pid}\)"),
+        pytest.raises(MachineError, match=rf"found cache of run demo \(pid {second.pid}, since"),
         leases(["cpu"], holder="eval of run demo", wait=False),
     ):
         pytest.fail("two stages on one device")
@@ -98,10 +122,6 @@ def test_a_holder_without_a_readable_note_is_another_stage(start: Start, tmp_pat
         path.write_bytes(note)
     with pytest.raises(MachineError, match="found another stage"), leases(["cpu"], holder="cache", wait=False):
         pytest.fail("two stages on one device")
-
-
-def test_the_cpu_is_one_device() -> None:
-    assert device_identity("cpu") == "cpu"
 
 
 def test_a_group_shares_a_device_that_nobody_else_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,3 +155,103 @@ def test_another_group_gets_the_device_once_the_last_of_the_first_has_ended(
     second.__exit__(None, None, None)
     with leases(["cpu"], "cache of run b", False, group="b"):
         pass
+
+
+def test_eight_processes_that_are_killed_at_random_are_never_on_one_device_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAPGAP_LEASE_DIR", str(tmp_path / "leases"))
+    log = tmp_path / "log"
+    started = [subprocess.Popen([sys.executable, "-P", "-c", _ROUNDS, str(log), str(seed)]) for seed in range(8)]
+    ended = [process.wait() for process in started]
+    assert set(ended) == {0, -signal.SIGKILL}, "some are killed while they hold the device, and the others get it"
+    marks = log.read_text().split()
+    assert marks == ["come", "go"] * (len(marks) // 2)
+    assert len(marks) >= 2 * 8
+
+
+def test_the_note_says_stage_run_process_and_since_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPGAP_LEASE_DIR", str(tmp_path / "leases"))
+    with leases(["cpu"], "a much longer name than that of the next holder", False):
+        pass
+    with leases(["cpu"], "cache of run a", False):
+        note = json.loads((tmp_path / "leases" / "cpu.json").read_text())
+    assert (note["holder"], note["pid"]) == ("cache of run a", os.getpid())
+    assert re.fullmatch(SINCE, note["since"])
+
+
+def test_another_user_waits_for_the_device_and_gets_it_whatever_the_umask_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("two other users are needed, which only root may become")
+    # as in /tmp: everyone may write, nobody may remove what others wrote
+    shared = Path(tempfile.mkdtemp(prefix="capgap-shared-", dir="/tmp"))
+    shared.chmod(0o1777)
+    monkeypatch.setenv("CAPGAP_LEASE_DIR", str(shared / "leases"))
+    try:
+        held, release = os.pipe(), os.pipe()
+
+        def hold() -> None:
+            with leases(["cpu"], "teacher of run demo", False):
+                os.write(held[1], b"1")
+                os.read(release[0], 1)
+
+        def be_refused_then_wait() -> None:
+            message = "found teacher of run demo"
+            with pytest.raises(MachineError, match=message), leases(["cpu"], "cache of run demo", False):
+                pytest.fail("two stages on one device")
+            os.write(release[1], b"1")
+            with leases(["cpu"], "cache of run demo", True):
+                pass
+
+        first = _as_user(1001, 0o077, hold)
+        assert os.read(held[0], 1) == b"1"
+        assert _ended(_as_user(1002, 0o077, be_refused_then_wait)) == 0
+        assert _ended(first) == 0
+        assert stat.S_IMODE((shared / "leases").stat().st_mode) == 0o1777
+        assert {stat.S_IMODE(path.stat().st_mode) for path in (shared / "leases").iterdir()} == {0o666}
+    finally:
+        shutil.rmtree(shared)
+
+
+def test_a_folder_of_leases_that_is_closed_to_this_user_is_named_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("another user is needed, whom only root may become")
+    shared = Path(tempfile.mkdtemp(prefix="capgap-shared-", dir="/tmp"))
+    shared.chmod(0o755)
+    monkeypatch.setenv("CAPGAP_LEASE_DIR", str(shared))
+
+    def be_refused() -> None:
+        with (
+            pytest.raises(MachineError, match=rf"{shared}/cpu.lock: the lease .* CAPGAP_LEASE_DIR"),
+            leases(["cpu"], "x", False),
+        ):
+            pytest.fail("a lease without a file")
+
+    try:
+        assert _ended(_as_user(1001, 0o022, be_refused)) == 0
+    finally:
+        shutil.rmtree(shared)
+
+
+def _as_user(user: int, umask: int, work: Callable[[], None]) -> int:
+    """A process of that user which does the work; its exit code is 0 where nothing was raised."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setgid(user)
+        os.setuid(user)
+        os.umask(umask)
+        work()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def _ended(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

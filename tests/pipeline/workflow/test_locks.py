@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from filelock import FileLock, Timeout
 
 from capgap.pipeline.workflow.locks import ProcessLock
+from capgap.schemas.errors import MachineError
 
 _HOLDER = """
 import sys, time
@@ -65,3 +67,22 @@ def test_a_lock_can_be_made_shared_and_exclusive_again(tmp_path: Path) -> None:
 def test_a_lock_needs_its_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         ProcessLock(tmp_path / "gone" / "lock")
+
+
+def test_a_link_in_a_lock_s_place_is_not_followed(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_text("kept")
+    theirs.chmod(0o600)
+    (tmp_path / "lock").symlink_to(theirs)
+    with pytest.raises(MachineError, match="lock: a link stands where a lock belongs"):
+        ProcessLock(tmp_path / "lock", 0o666)
+    assert (theirs.read_text(), theirs.stat().st_mode & 0o777) == ("kept", 0o600)
+
+
+def test_a_lock_of_a_given_mode_has_it_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        ProcessLock(tmp_path / "lock", 0o666).close()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o666

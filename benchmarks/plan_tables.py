@@ -1,0 +1,57 @@
+"""The measured tables that `capgap plan` goes by, gathered from benchmarks/results into the package.
+
+python benchmarks/plan_tables.py        after new figures of benchmarks/store.py or benchmarks/corpus.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+TABLE = Path(__file__).parents[1] / "pipeline" / "plan" / "measured.json"
+
+CODECS, CORPUS = "store-codecs-amd-epyc.json", "corpus-amd-epyc.json"
+# a small vocabulary, and a teacher that is hardly sharper than the text: the largest token of all
+DEMO, DEMO_VOCAB_SIZE = "demo-3-seeds-amd-epyc.json", 4096
+
+
+def table() -> dict[str, Any]:
+    """What the kept results say of a token's size."""
+    codecs = json.loads((RESULTS / CODECS).read_text())["figures"]
+    corpus = json.loads((RESULTS / CORPUS).read_text())["figures"]
+    demo = json.loads((RESULTS / DEMO).read_text())["figures"]["cache_bytes_per_token"]
+    return {
+        "cache": {
+            "source": f"benchmarks/results/{CODECS} and {DEMO}",
+            "num_draws": 50,
+            "num_kept": 64,
+            "rows": [
+                {name: row[name] for name in ("codec", "regime", "vocab_size", "entropy_nats", "bytes_per_token")}
+                for row in codecs
+                if row["codec"].startswith("sampled-planes") or row["codec"].startswith("topk-")
+            ]
+            + [
+                {
+                    "codec": "sampled-planes-1",
+                    "regime": "natural",
+                    "vocab_size": DEMO_VOCAB_SIZE,
+                    "entropy_nats": None,
+                    "bytes_per_token": demo,
+                }
+            ],
+        },
+        "corpus": {
+            "source": f"benchmarks/results/{CORPUS}",
+            "rows": [
+                {name: row[name] for name in ("vocab_size", "text_bytes_per_token", "stored_bytes_per_token")}
+                for row in corpus
+            ],
+        },
+    }
+
+
+if __name__ == "__main__":
+    TABLE.write_text(json.dumps(table(), indent=1) + "\n")
+    print(TABLE)

@@ -1,0 +1,56 @@
+"""Which exit code a fault has, and which faults that no stage has named are the machine's.
+
+0 done, 1 a fault of ours, 2 the user's to mend, 3 the machine's, 4 damaged data, 130 interrupted, 128 + n where a stage
+was killed by signal n.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+from capgap.schemas.errors import CapgapError, MachineError
+
+CRASHED = 1
+READER_GONE = 141
+INTERRUPTED = 130
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_WRITING = (errno.EROFS, errno.EACCES)
+
+
+def named(error: Exception) -> CapgapError | None:
+    """The error in the user's words; None for what nobody expected."""
+    if isinstance(error, CapgapError):
+        return error
+    # tokenizers and safetensors write files in Rust, and report a full disk as an exception of their own
+    if "(os error 28)" in str(error):
+        return _of_the_disk(OSError(errno.ENOSPC, "no space"))
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] != "capgap":
+        return MachineError(
+            "a package is not installed",
+            where=error.name,
+            fix="install capgap with the extra that needs it; CONTRIBUTING.md and pyproject.toml name them",
+        )
+    if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
+        return MachineError(
+            "the network fails", found=str(error) or type(error).__name__, fix="run the same command again"
+        )
+    if isinstance(error, OSError) and error.errno in (*_NO_SPACE, *_NO_WRITING):
+        return _of_the_disk(error)
+    return None
+
+
+def _of_the_disk(error: OSError) -> MachineError:
+    where = error.filename or "the output folder"
+    if error.errno in _NO_WRITING:
+        return MachineError(
+            "cannot be written", where=where, found=os.strerror(error.errno or 0), fix="choose another `out`"
+        )
+    return MachineError(
+        "no space is left to write to",
+        where=where,
+        found=os.strerror(error.errno or 0),
+        fix="free some space and run the same command again; finished shards are kept",
+    )

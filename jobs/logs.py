@@ -1,0 +1,137 @@
+"""How a command speaks: text for people, or one JSON object a line.
+
+results      --> stdout    tables and lines, or JSON
+all the rest --> stderr    progress, warnings, the final error: lines, or JSON
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import Any, Literal, TextIO, cast
+
+from capgap.pipeline.events import current_stage, set_stage
+from capgap.schemas.errors import CapgapError
+
+LOG_FORMATS = ("text", "json")
+LogFormat = Literal["text", "json"]
+
+# Stages are processes of their own; they inherit it.
+_VARIABLE = "CAPGAP_LOG_FORMAT"
+_FLAG = "--log-format"
+
+LOG_FORMAT_HELP = f"`text`, or `json`: one object a line, on both streams. {_VARIABLE} says it too."
+
+
+def set_up_logs(arguments: Sequence[str]) -> None:
+    """Format and levels of everything that is said from here on, in this process and in those that it starts.
+
+    A format that does not exist is left for the command's own parser to refuse.
+    """
+    asked = _asked_for(arguments) or os.environ.get(_VARIABLE, "")
+    os.environ[_VARIABLE] = asked if asked in LOG_FORMATS else "text"
+    set_stage("")
+    root, handler = logging.getLogger(), _Stderr()
+    handler.setFormatter(_Json() if log_format() == "json" else logging.Formatter("%(message)s"))
+    for old in [old for old in root.handlers if isinstance(old, _Stderr)]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING)
+    logging.getLogger("capgap").setLevel(logging.INFO)
+    if log_format() == "json":
+        logging.captureWarnings(True)
+        # vLLM would write lines of its own form; its errors arrive here instead
+        os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+
+
+def log_format() -> LogFormat:
+    """`text` or `json`."""
+    return cast(LogFormat, os.environ.get(_VARIABLE, "text"))
+
+
+def tell(name: str, text: str, /, **fields: Any) -> None:
+    """A result of the command, on stdout: `text` as it is, or an event of that name with its fields."""
+    if log_format() == "text":
+        print(text, flush=True)
+        return
+    print(_line("info", name, text, {key: value for key, value in fields.items() if value is not None}), flush=True)
+
+
+def tell_error(error: CapgapError) -> None:
+    """The final line of a command that the user can mend."""
+    parts = {part: getattr(error, part) for part in ("what", "where", "found", "expected", "fix")}
+    said = {part: str(value) for part, value in parts.items() if value is not None}
+    _last(f"capgap: {error}", "failed", {"error": type(error).__name__, "exit_code": error.exit_code, **said})
+
+
+def tell_interrupted(exit_code: int) -> None:
+    """The final line of a command that was interrupted."""
+    _last("capgap: interrupted; the same command goes on from here", "interrupted", {"exit_code": exit_code})
+
+
+def tell_crash(error: BaseException, exit_code: int) -> None:
+    """The final lines of a command that met what it did not expect: the traceback, and whose fault it is."""
+    trace = "".join(traceback.format_exception(error))
+    if log_format() == "text":
+        sys.stderr.write(trace)
+    _last(
+        f"capgap: {type(error).__name__} was not expected: a fault of capgap or of a package that it uses; "
+        "please report the command, the lines above and what `capgap --version` says",
+        "crashed",
+        {"error": type(error).__name__, "exit_code": exit_code, "traceback": trace},
+    )
+
+
+def _last(text: str, name: str, fields: dict[str, Any]) -> None:
+    line = text if log_format() == "text" else _line("error", name, text.removeprefix("capgap: "), fields)
+    print(line, file=sys.stderr, flush=True)
+
+
+def _asked_for(arguments: Sequence[str]) -> str:
+    for word, following in pairwise([*arguments, ""]):
+        if word == _FLAG:
+            return following
+        if word.startswith(f"{_FLAG}="):
+            return word.partition("=")[2]
+    return ""
+
+
+def _line(level: str, name: str, text: str, fields: dict[str, Any]) -> str:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    record = {"time": now, "level": level, "stage": current_stage(), "event": name, "message": text, "fields": fields}
+    return json.dumps(record, default=str)
+
+
+class _Json(logging.Formatter):
+    """A record as one JSON object; what other packages log is an event `log` with the logger's name."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = dict(getattr(record, "fields", {}))
+        if record.name != "capgap":
+            fields["logger"] = record.name
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return _line(record.levelname.lower(), getattr(record, "event", "log"), record.getMessage(), fields)
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what `sys.stderr` is at that moment: while a progress bar stands there, above the bar."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        """The stream of the moment."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        raise AssertionError("the stream is sys.stderr")

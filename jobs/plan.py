@@ -1,0 +1,143 @@
+"""`capgap plan`: what a run will cost, before it does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from capgap.jobs.arguments import parse_run, run_parser
+from capgap.jobs.logs import log_format, tell
+from capgap.pipeline.plan import Stated, make_plan
+from capgap.schemas.errors import SettingError
+from capgap.schemas.plan import Figure, Plan
+
+# A pipe gets whole lines.
+_WIDTH_OFF_A_TERMINAL = 200
+
+
+def plan_command(argv: Sequence[str]) -> int:
+    """`capgap plan`: a table, or JSON; nothing is made or run."""
+    run, flags = parse_run(plan_parser(), argv)
+    plan = make_plan(
+        run,
+        _stated(flags),
+        text_bytes_per_token=_positive(flags, "text_bytes_per_token"),
+        online_teacher_tokens_per_s=_positive(flags, "online_teacher_tokens_per_s"),
+    )
+    if flags["json"]:
+        print(plan.model_dump_json(indent=2))
+    elif log_format() == "json":
+        tell("plan", f"plan of {run.name}", **plan.model_dump(mode="json"))
+    else:
+        _show(plan)
+    return 0
+
+
+def plan_parser() -> ArgumentParser:
+    """The parser of `capgap plan`."""
+    parser = run_parser("capgap plan", "Say what a run will take, before anything is made.")
+    parser.add_argument("--json", action="store_true", help="The plan as one JSON object.")
+    for flag, help_text in (
+        ("--teacher-tokens-per-s", "At which one engine caches, if no earlier run has measured it."),
+        ("--train-tokens-per-s", "Of one student's training, if no earlier run has measured it."),
+        ("--online-teacher-tokens-per-s", "Of a teacher beside a student; the cache's rate where it is left out."),
+        ("--device-peak-tflops", "Of one device, in 10^12 operations a second; with --mfu."),
+        ("--mfu", "Share of that peak that is used; with --device-peak-tflops."),
+        ("--text-bytes-per-token", "Bytes of text in a token; measured on the text where it is left out."),
+    ):
+        parser.add_argument(flag, type=float, default=None, help=help_text)
+    parser.add_argument(
+        "--like", type=str, action="append", default=None, help="A finished run whose measured rates count; again."
+    )
+    return parser
+
+
+def _stated(flags: dict[str, Any]) -> Stated:
+    peak, mfu = _positive(flags, "device_peak_tflops"), _positive(flags, "mfu")
+    if (peak is None) != (mfu is None):
+        raise SettingError("--device-peak-tflops and --mfu belong together", found="mfu" if peak is None else "peak")
+    if mfu is not None and mfu > 1:
+        raise SettingError("no share", where="--mfu", found=mfu, expected="a number above 0, at most 1")
+    return Stated(
+        teacher_tokens_per_s=_positive(flags, "teacher_tokens_per_s"),
+        train_tokens_per_s=_positive(flags, "train_tokens_per_s"),
+        device_peak_tflops=peak,
+        mfu=mfu,
+        like=tuple(flags["like"] or ()),
+    )
+
+
+def _positive(flags: dict[str, Any], name: str) -> float | None:
+    value: float | None = flags[name]
+    if value is not None and not 0 < value < float("inf"):
+        raise SettingError("no rate", where=f"--{name.replace('_', '-')}", found=value, expected="a number above 0")
+    return value
+
+
+def _show(plan: Plan) -> None:
+    table = Table(box=None, pad_edge=False)
+    for title in ("stage", "state", "tokens", "disk", "scratch", "tokens/s", "device hours"):
+        table.add_column(title, justify="left" if title in ("stage", "state") else "right")
+    for stage in plan.stages:
+        table.add_row(
+            stage.instance,
+            stage.state,
+            _count(stage.tokens),
+            _bytes(stage.disk_bytes),
+            _bytes(stage.scratch_bytes),
+            "-" if stage.tokens_per_s.value is None else f"{stage.tokens_per_s.value:,.0f}",
+            "?" if stage.device_hours.value is None else f"{stage.device_hours.value:,.2f}",
+        )
+    console = Console()
+    Console(width=console.width if console.is_terminal else _WIDTH_OFF_A_TERMINAL).print(table)
+    for line in _lines(plan):
+        print(line)
+
+
+def _lines(plan: Plan) -> list[str]:
+    needed, free = plan.needed_bytes, plan.free_bytes
+    lines = [
+        f"teacher: {_parameters(plan.teacher_parameters)}; student: {_parameters(plan.student_parameters)}",
+        f"disk: {_bytes(needed)} needed ({needed.source}), {free / 1e9:,.2f} GB free"
+        + ("" if needed.value is None or needed.value <= free else ": NOT ENOUGH"),
+        f"device hours: {'?' if plan.device_hours.value is None else f'{plan.device_hours.value:,.2f}'} "
+        f"({plan.device_hours.source})",
+    ]
+    for name, figures in (
+        ("tokens", [(s.instance, s.tokens) for s in plan.stages]),
+        ("disk", [(s.instance, s.disk_bytes) for s in plan.stages if s.disk_bytes.value != 0]),
+        ("hours", [(s.instance, s.device_hours) for s in plan.stages if s.device_hours.value != 0]),
+    ):
+        by_source: dict[str, list[str]] = {}
+        for instance, figure in figures:
+            by_source.setdefault(figure.source, []).append(instance)
+        lines += [f"  {name} of {', '.join(of)}: {source}" for source, of in by_source.items() if source != "none"]
+    lines.append(f"students from the cache in this run: {plan.num_students}; caching costs less than an online teacher")
+    for even in plan.break_even:
+        least = "?" if even.num_students is None else f"from {even.num_students} students on"
+        lines.append(f"  {least}, counted in {even.accounting} ({even.source})")
+    lines.append("published laws, which disagree; `capgap plan` only repeats them:")
+    lines += [f"  {law.name}: {law.says}" for law in plan.laws]
+    return [*lines, *(f"note: {note}" for note in plan.notes)]
+
+
+def _count(figure: Figure) -> str:
+    return "?" if figure.value is None else f"{figure.value:,.0f}"
+
+
+def _bytes(figure: Figure) -> str:
+    if figure.value is None:
+        return "?"
+    value = figure.value
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if value >= size:
+            return f"{value / size:,.2f} {unit}"
+    return f"{value / 1e3:,.1f} kB" if value else "-"
+
+
+def _parameters(figure: Figure) -> str:
+    return f"{'?' if figure.value is None else f'{figure.value / 1e6:,.2f}M parameters'} ({figure.source})"

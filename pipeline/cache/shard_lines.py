@@ -1,0 +1,89 @@
+"""One line for each shard that is finished: what it holds, how fast it goes, how long it will take, how full the device
+is."""
+
+from __future__ import annotations
+
+import resource
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from capgap.pipeline.cache.shards import CacheJob, FinishedShard
+from capgap.pipeline.events import event
+from capgap.pipeline.progress import Meter, progress
+
+
+class ShardLines:
+    """Says a line for each shard, and feeds the bar of a terminal. Threads may share it.
+
+    Rates are of this process's shards: from its start for the first one, and with it the teacher's own start; from the
+    end of the first one for all that follow.
+    """
+
+    def __init__(self, job: CacheJob, title: str, total: int, missing: list[int], meter: Meter, device: str) -> None:
+        self._job, self._title, self._meter, self._device = job, title, meter, device
+        self._total, self._num_done = total, total - len(missing)
+        self._left_tokens = sum(job.source.shards[index].num_sequences for index in missing) * job.source.seq_len
+        self._tokens, self._since, self._first = 0, time.monotonic(), True
+        self._lock = threading.Lock()
+
+    def finished(self, index: int, shard: FinishedShard) -> None:
+        """Shard `index` was made here."""
+        with self._lock:
+            self._say(index, shard)
+
+    def _say(self, index: int, shard: FinishedShard) -> None:
+        num_tokens = shard.facts.num_targets
+        num_bytes = sum(entry.file.num_bytes for entry in shard.entries.values())
+        self._num_done += 1
+        self._tokens += num_tokens
+        self._left_tokens -= num_tokens
+        now = time.monotonic()
+        rate = self._tokens / max(now - self._since, 1e-9)
+        eta_s = max(self._left_tokens, 0) / rate
+        memory_bytes = device_memory_bytes(self._device)
+        self._meter.advance(self._job.source.shards[index].num_sequences, tokens=num_tokens)
+        event(
+            "shard",
+            f"{self._title}: shard {index}, {self._num_done} of {self._total}: {num_tokens:,} tokens, "
+            f"{num_bytes / num_tokens:.2f} bytes/token, {rate:,.0f} tokens/s, {eta_s:.0f} s left"
+            + ("" if memory_bytes is None else f", {memory_bytes / 1e9:.2f} GB on {self._device}"),
+            shard=index,
+            num_done=self._num_done,
+            num_shards=self._total,
+            num_tokens=num_tokens,
+            num_bytes=num_bytes,
+            bytes_per_token=round(num_bytes / num_tokens, 3),
+            tokens_per_s=round(rate, 1),
+            eta_s=round(eta_s, 1),
+            device=self._device or None,
+            device_memory_bytes=memory_bytes,
+        )
+        if self._first:
+            self._first, self._tokens, self._since = False, 0, now
+
+
+@contextmanager
+def shard_lines(job: CacheJob, title: str, wanted: list[int], done: set[int], device: str) -> Iterator[ShardLines]:
+    """For the shards `wanted`, of which `done` are finished already; `device` is empty where others hold theirs."""
+    sizes = [shard.num_sequences for shard in job.source.shards]
+    num_finished = sum(sizes[index] for index in wanted if index in done)
+    num_sequences = sum(sizes[index] for index in wanted)
+    with progress(title, num_sequences, "sequences", num_finished, lines=False) as meter:
+        missing = [index for index in wanted if index not in done]
+        yield ShardLines(job, title, len(wanted), missing, meter, device)
+
+
+def device_memory_bytes(device: str) -> int | None:
+    """What is taken of a GPU's memory, by whomever, or of the machine's by this process; None where nobody says."""
+    if device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(torch.device(device))
+        return int(total - free)
+    statm = Path("/proc/self/statm")
+    if device != "cpu" or not statm.exists():
+        return None
+    return int(statm.read_text().split()[1]) * resource.getpagesize()

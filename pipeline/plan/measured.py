@@ -1,0 +1,79 @@
+"""Measured sizes of a token, kept in `measured.json`; benchmarks/plan_tables.py gathers them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS
+from capgap.schemas.plan import Figure
+from capgap.schemas.run_cache import CacheSettings, RecordingName
+
+# What a teacher's distributions are like decides the size; text at temperature 1 is the largest of those measured.
+_REGIME = "natural"
+
+
+def cache_bytes_per_token(settings: CacheSettings, vocab_size: float | None) -> Figure:
+    """Of all recordings together: as measured for a teacher on natural text, with the range over sharper ones."""
+    found = [_of_recording(settings, name, vocab_size) for name in settings.recordings]
+    note = "; tails at extra temperatures not counted" if settings.extra_temperatures else ""
+    source = "; ".join(part.source for part in found)
+    return Figure(
+        value=sum(part.value or 0 for part in found), source=f"{source}{note} ({_table()['cache']['source']})"
+    )
+
+
+def text_bytes_per_token(vocab_size: float | None) -> Figure:
+    """Bytes of text that a trained tokenizer of about that size makes a token of."""
+    return _of_corpus("text_bytes_per_token", vocab_size)
+
+
+def corpus_bytes_per_token(vocab_size: float | None) -> Figure:
+    """Bytes of disk that a packed token takes, with the starts of documents and the mask."""
+    return _of_corpus("stored_bytes_per_token", vocab_size)
+
+
+def _of_recording(settings: CacheSettings, name: RecordingName, vocab_size: float | None) -> Figure:
+    table = _table()["cache"]
+    codec = SAMPLED if name == "sampled" else TOPK_CODECS[settings.stored_profile or ""]
+    measured = table["num_draws"] if name == "sampled" else table["num_kept"]
+    asked = settings.num_ids(name)
+    rows = [row for row in table["rows"] if row["codec"] == codec]
+    nearest = _nearest(rows, vocab_size)
+    alike = [row for row in rows if row["vocab_size"] == nearest["vocab_size"]]
+    (usual,) = (row["bytes_per_token"] for row in alike if row["regime"] == _REGIME)
+    scale = asked / measured
+    low, high = (choose(row["bytes_per_token"] for row in alike) * scale for choose in (min, max))
+    unit = "draws" if name == "sampled" else "ids"
+    scaled = "" if asked == measured else f", in proportion from {measured}"
+    source = (
+        f"{codec}, {asked} {unit}{scaled}: {usual * scale:.1f} bytes/token, {low:.1f} to {high:.1f} by how sharp the "
+        f"teacher is, measured at {nearest['vocab_size']:,} ids"
+    )
+    return Figure(value=usual * scale, source=source)
+
+
+def _of_corpus(name: str, vocab_size: float | None) -> Figure:
+    table = _table()["corpus"]
+    row = _nearest(table["rows"], vocab_size)
+    source = (
+        f"{row[name]:.2f} bytes/token, measured at {row['vocab_size']:,} ids on Python's own text ({table['source']})"
+    )
+    return Figure(value=row[name], source=source)
+
+
+def _nearest(rows: Sequence[dict[str, Any]], vocab_size: float | None) -> dict[str, Any]:
+    """The row of the nearest vocabulary; of the largest where none is known, for given tokenizers are large."""
+    if vocab_size is None:
+        return max(rows, key=lambda row: int(row["vocab_size"]))
+    return min(rows, key=lambda row: abs(math.log(row["vocab_size"] / max(vocab_size, 1))))
+
+
+@cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(Path(__file__).with_name("measured.json").read_text())
+    return table

@@ -1,0 +1,125 @@
+"""The plan of a run: work, rates, hours, disk, and what the published laws say, put together."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from capgap.pipeline.plan.break_even import break_even
+from capgap.pipeline.plan.laws import published_laws
+from capgap.pipeline.plan.rates import Stated, rate_of
+from capgap.pipeline.plan.work import RunWork, work_of
+from capgap.pipeline.workflow.state import StageState, State, states
+from capgap.schemas.plan import Figure, Plan, StagePlan
+from capgap.schemas.run_file import RunFile
+
+
+def make_plan(
+    run: RunFile,
+    stated: Stated,
+    *,
+    text_bytes_per_token: float | None = None,
+    online_teacher_tokens_per_s: float | None = None,
+) -> Plan:
+    """What the run will take from here on.
+
+    Args:
+        run: the run file.
+        stated: what the user says of speed.
+        text_bytes_per_token: bytes of text in a token, where the corpus is not made; measured where it is not given.
+        online_teacher_tokens_per_s: of a teacher beside a student, for the comparison with a cache.
+
+    Raises:
+        InputError: a source of the corpus, or a reused folder, cannot be read.
+        CorruptError: a manifest cannot be understood.
+    """
+    known = states(run)
+    work = work_of(run, known, text_bytes_per_token)
+    stages = [_stage_plan(state, work, stated) for state in known.values()]
+    stages += [_reused(stage, work) for stage in run.reuse]
+    open_stages = [stage for stage in stages if stage.state not in ("current", "reused")]
+    notes = []
+    if run.reuse:
+        notes.append(f"reused: {', '.join(run.reuse)}")
+    if run.cache.replicas > 1:
+        notes.append(f"device hours of the cache are of all {run.cache.replicas} replicas together")
+    if not all(figure.value is not None for stage in stages for figure in (stage.tokens,)):
+        notes.append("some numbers of tokens are not known; what depends on them is left out")
+    return Plan(
+        name=run.name,
+        teacher_parameters=work.teacher.figure,
+        student_parameters=work.student.figure,
+        stages=tuple(stages),
+        needed_bytes=_needed(open_stages),
+        free_bytes=shutil.disk_usage(_nearest_folder(Path(run.out))).free,
+        device_hours=_total((s.instance, s.device_hours) for s in open_stages if _has_model(s)),
+        num_students=work.num_cache_students,
+        break_even=break_even(work, rate_of("cache", work, stated), online_teacher_tokens_per_s),
+        laws=published_laws(work),
+        notes=tuple(notes),
+    )
+
+
+def _stage_plan(state: StageState, work: RunWork, stated: Stated) -> StagePlan:
+    stage = state.instance.stage
+    rate, tokens = rate_of(stage, work, stated), work.tokens(stage)
+    num_devices = work.run.cache.num_devices if stage == "cache" else 1
+    if state.state is State.CURRENT:
+        hours = Figure(value=0, source="finished")
+    elif tokens.value == 0 or stage == "corpus":
+        hours = Figure(value=0, source="no model is run")
+    elif rate.value is None or tokens.value is None:
+        hours = Figure(value=None, source=rate.source if rate.value is None else tokens.source)
+    else:
+        hours = Figure(value=tokens.value / rate.value * num_devices / 3600, source=rate.source)
+    return StagePlan(
+        instance=state.instance.name,
+        state=str(state.state),
+        tokens=tokens,
+        disk_bytes=work.disk_bytes(stage),
+        scratch_bytes=work.scratch_bytes(stage),
+        tokens_per_s=rate,
+        device_hours=hours,
+    )
+
+
+def _reused(stage: str, work: RunWork) -> StagePlan:
+    nothing = Figure(value=0, source="reused")
+    return StagePlan(
+        instance=stage,
+        state="reused",
+        tokens=work.tokens(stage),
+        disk_bytes=nothing,
+        scratch_bytes=nothing,
+        tokens_per_s=Figure(value=None, source="reused"),
+        device_hours=nothing,
+    )
+
+
+def _has_model(stage: StagePlan) -> bool:
+    return stage.device_hours.source != "no model is run"
+
+
+def _needed(open_stages: list[StagePlan]) -> Figure:
+    kept = _total((stage.instance, stage.disk_bytes) for stage in open_stages)
+    scratch = _total((f"the scratch of {stage.instance}", stage.scratch_bytes) for stage in open_stages)
+    if kept.value is None or scratch.value is None:
+        return kept if kept.value is None else scratch
+    # one stage is at work at a time
+    largest = max((stage.scratch_bytes.value or 0 for stage in open_stages), default=0)
+    return Figure(value=kept.value + largest, source="finished folders, and the largest scratch of one stage")
+
+
+def _total(figures: Iterable[tuple[str, Figure]]) -> Figure:
+    found = list(figures)
+    unknown = [name for name, figure in found if figure.value is None]
+    if unknown:
+        return Figure(value=None, source=f"not known for {', '.join(unknown)}")
+    return Figure(value=sum(figure.value or 0 for _, figure in found), source="all stages that are not current")
+
+
+def _nearest_folder(path: Path) -> Path:
+    """The folder, or the one above it that is there already."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())

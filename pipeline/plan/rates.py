@@ -1,0 +1,114 @@
+"""How fast a stage goes: as it was stated, as an earlier run of the same stage went, or as a device's peak allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capgap.pipeline.plan.work import RunWork
+from capgap.pipeline.workflow.state import read_manifest
+from capgap.schemas.errors import CorruptError
+from capgap.schemas.manifest import MANIFEST_NAME, Manifest
+from capgap.schemas.plan import Figure
+
+_STAGES_WITH_A_RATE = ("teacher", "cache", "train", "eval")
+
+# What must be equal for an earlier run's rate to be this run's: settings of the resolved run file, by dotted name.
+_SAME: dict[str, tuple[str, ...]] = {
+    "teacher": ("teacher.model", "teacher.training.precision", "corpus.seq_len"),
+    "cache": (
+        "teacher.path",
+        "teacher.model",
+        "cache.engine",
+        "cache.dtype",
+        "cache.recording",
+        "cache.tensor_parallel",
+        "cache.replicas",
+        "corpus.seq_len",
+    ),
+    "train": ("student", "train.precision", "train.micro_batch_sequences", "train.batch_sequences", "corpus.seq_len"),
+    "eval": ("teacher.path", "teacher.model", "student", "corpus.seq_len"),
+}
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What the user says of speed.
+
+    Attributes:
+        teacher_tokens_per_s: at which one engine caches.
+        train_tokens_per_s: of one student's training.
+        device_peak_tflops: of one device, in 10^12 operations a second.
+        mfu: share of that peak which is used, above 0, at most 1.
+        like: folders of finished runs whose rates count.
+    """
+
+    teacher_tokens_per_s: float | None = None
+    train_tokens_per_s: float | None = None
+    device_peak_tflops: float | None = None
+    mfu: float | None = None
+    like: tuple[str, ...] = ()
+
+
+def rate_of(stage: str, work: RunWork, stated: Stated) -> Figure:
+    """Tokens/s of one engine or training; the first source that says it."""
+    if stage not in _STAGES_WITH_A_RATE or work.tokens(stage).value == 0:
+        return Figure(value=None, source="no model is run")
+    said = {"cache": stated.teacher_tokens_per_s, "train": stated.train_tokens_per_s}.get(stage)
+    if said is not None:
+        return Figure(value=said, source="stated")
+    earlier = _earlier(stage, work, [work.run.out, *stated.like])
+    if earlier is not None:
+        return earlier
+    operations, tokens = work.operations(stage), work.tokens(stage).value
+    if stated.device_peak_tflops is None or stated.mfu is None or operations is None or not tokens:
+        return Figure(value=None, source=_missing(stage, operations is not None))
+    rate = stated.device_peak_tflops * 1e12 * stated.mfu / (operations / tokens)
+    num_devices = work.run.cache.num_devices if stage == "cache" else 1
+    source = f"{operations / tokens:.3g} operations a token at {stated.mfu:g} of {stated.device_peak_tflops:g} TFLOP/s"
+    return Figure(value=rate * num_devices, source=source)
+
+
+def _missing(stage: str, counted: bool) -> str:
+    flag = {"cache": "--teacher-tokens-per-s, ", "train": "--train-tokens-per-s, "}.get(stage, "")
+    needs = "" if counted else " (and a model and text that can be counted)"
+    return f"give {flag}--like RUN, or --device-peak-tflops and --mfu{needs}"
+
+
+def _earlier(stage: str, work: RunWork, folders: Iterable[str]) -> Figure | None:
+    wanted = work.run.model_dump(mode="json")
+    for path, manifest in _manifests(stage, folders):
+        num_tokens = _tokens_of(stage, manifest)
+        if not num_tokens or manifest.wall_s <= 0:
+            continue
+        if all(_at(manifest.resolved, name) == _at(wanted, name) for name in _SAME[stage]):
+            source = f"measured: {path.parent}, {num_tokens:,} tokens in {manifest.wall_s:.0f} s, start included"
+            replicas = work.run.cache.replicas if stage == "cache" else 1
+            return Figure(value=num_tokens / manifest.wall_s / replicas, source=source)
+    return None
+
+
+def _manifests(stage: str, folders: Iterable[str]) -> Iterator[tuple[Path, Manifest]]:
+    for folder in folders:
+        for path in sorted(Path(folder).glob(f"{stage}/**/{MANIFEST_NAME}")):
+            try:
+                manifest = read_manifest(path.parent)
+            except CorruptError:
+                continue
+            if manifest is not None and manifest.stage == stage:
+                yield path, manifest
+
+
+def _tokens_of(stage: str, manifest: Manifest) -> int:
+    if stage == "eval":
+        # scored once by every model
+        return int(manifest.totals.get("labels", 0)) * int(manifest.totals.get("models", 0))  # type: ignore[arg-type]
+    return int(manifest.totals.get("num_tokens", 0))  # type: ignore[arg-type]
+
+
+def _at(values: Any, name: str) -> Any:
+    for part in name.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values

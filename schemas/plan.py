@@ -1,0 +1,106 @@
+"""What `capgap plan` says of a run, as data."""
+
+from __future__ import annotations
+
+from capgap.schemas.base import Record
+
+
+class Figure(Record):
+    """A number, and where it comes from; without the number, what is missing to say it."""
+
+    value: float | None
+    """The number; None where nothing supports one."""
+
+    source: str
+    """What it was counted, measured or computed from; or what to give."""
+
+
+class StagePlan(Record):
+    """What one instance of a stage will take."""
+
+    instance: str
+    """For example `train/distilled/seed-0`."""
+
+    state: str
+    """current, stale, partial, missing or reused; what is current or reused costs nothing any more."""
+
+    tokens: Figure
+    """Targets that it works on."""
+
+    disk_bytes: Figure
+    """Of its finished folder."""
+
+    scratch_bytes: Figure
+    """More that it takes while it works."""
+
+    tokens_per_s: Figure
+    """Of one engine, or one training."""
+
+    device_hours: Figure
+    """Hours of its devices together; 0 where it is current or reused."""
+
+
+class BreakEven(Record):
+    """From how many students a cache costs less than a teacher beside each of them."""
+
+    accounting: str
+    """What is counted: floating-point operations, or seconds of a device."""
+
+    num_students: int | None
+    """The least number; None where a cache never costs less, or where something is missing."""
+
+    source: str
+    """The figures behind it, or what is missing."""
+
+
+class PublishedLaw(Record):
+    """What a published law says of this pair of models."""
+
+    name: str
+    """Whose law."""
+
+    best_ratio: float | None
+    """Teacher over student that it calls best; None where it says nothing of this pair."""
+
+    best_teacher_parameters: float | None
+    """The same as a size."""
+
+    says: str
+    """In words, with its range and source."""
+
+
+class Plan(Record):
+    """All of it."""
+
+    name: str
+    """The run's."""
+
+    teacher_parameters: Figure
+    """All of the teacher's."""
+
+    student_parameters: Figure
+    """All of the student's."""
+
+    stages: tuple[StagePlan, ...]
+    """In order."""
+
+    needed_bytes: Figure
+    """Disk that is still to be filled: of everything that is not current, and the largest scratch."""
+
+    free_bytes: int
+    """Free where the run writes."""
+
+    device_hours: Figure
+    """Of everything that is not current."""
+
+    num_students: int
+    """That this run trains from the cache."""
+
+    break_even: tuple[BreakEven, ...]
+    """By accounting."""
+
+    laws: tuple[PublishedLaw, ...]
+    """What the published laws say."""
+
+    notes: tuple[str, ...]
+    """What else to know."""

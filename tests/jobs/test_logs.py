@@ -1,0 +1,123 @@
+"""What a command says: text, or one JSON object a line, on both streams."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capgap.jobs.logs import set_up_logs, tell, tell_crash
+from capgap.pipeline.events import event, set_stage
+
+NAMES = {"time", "level", "stage", "event", "message", "fields"}
+
+
+def records(text: str) -> list[dict[str, Any]]:
+    """Every line, which must be a record; a line of another form fails the test."""
+    found = [json.loads(line) for line in text.splitlines()]
+    for record in found:
+        assert set(record) == NAMES
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", record["time"])
+    return found
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The format is in the environment, and handlers are the process's."""
+    monkeypatch.setenv("CAPGAP_LOG_FORMAT", "text")
+    monkeypatch.setenv("VLLM_CONFIGURE_LOGGING", "1")
+    yield
+    set_up_logs(["--log-format", "text"])
+    logging.captureWarnings(False)
+
+
+def test_a_stage_says_when_it_begins_how_far_it_is_and_what_it_made(made: Any) -> None:
+    _, done = made
+    said = records(done.stderr)
+    assert done.stdout == ""
+    assert {record["stage"] for record in said} == {"corpus"}
+    names = [record["event"] for record in said]
+    assert (names[0], names[-1]) == ("stage_started", "stage_done")
+    progress = [record["fields"] for record in said if record["event"] == "progress"]
+    assert progress[-1]["done"] == progress[-1]["total"] and progress[-1]["tokens_per_s"] > 0
+    assert progress[-1]["eta_s"] == 0
+    assert said[-1]["fields"]["totals"]["num_student_tokens"] > 0
+
+
+def test_results_are_json_on_stdout(made: Any, capgap: Any) -> None:
+    folder, _ = made
+    status = capgap("status", folder / "run.yaml", "--log-format=json")
+    states = {record["fields"]["instance"]: record["fields"]["state"] for record in records(status.stdout)}
+    assert states["corpus"] == "current" and states["cache"] == "missing"
+    verified = records(capgap("verify", folder / "out", "--log-format", "json").stdout)
+    assert [record["event"] for record in verified] == ["verified"]
+
+
+def test_the_environment_chooses_the_format_too_and_a_flag_wins(capgap: Any) -> None:
+    json_by_variable = capgap("status", "nowhere.yaml", env={"CAPGAP_LOG_FORMAT": "json"})
+    (record,) = records(json_by_variable.stderr)
+    assert (record["event"], record["level"], record["fields"]["exit_code"]) == ("failed", "error", 2)
+    assert record["fields"]["where"] == "nowhere.yaml" and record["fields"]["error"] == "InputError"
+    text = capgap("status", "nowhere.yaml", "--log-format", "text", env={"CAPGAP_LOG_FORMAT": "json"})
+    assert text.stderr.startswith("capgap: nowhere.yaml: no such run file")
+    assert len(text.stderr.splitlines()) == 1
+
+
+def test_an_unknown_format_is_refused_by_name(made: Any, capgap: Any) -> None:
+    folder, _ = made
+    refused = capgap("status", folder / "run.yaml", "--log-format", "xml")
+    assert refused.returncode == 2 and "xml" in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
+def test_events_warnings_and_other_packages_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logs(["--log-format", "json"])
+    set_stage("train/distilled/seed-0")
+    event("shard", "100 % of 3\nlines", shard=2, eta_s=None, path=Path("a"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("careful", stacklevel=1)
+    logging.getLogger("other").error("%d of them", 3)
+    shard, warned, other = records(capsys.readouterr().err)
+    assert (shard["event"], shard["message"], shard["stage"]) == (
+        "shard",
+        "100 % of 3\nlines",
+        "train/distilled/seed-0",
+    )
+    assert shard["fields"] == {"shard": 2, "path": "a"}
+    assert warned["level"] == "warning" and "careful" in warned["message"]
+    assert (other["event"], other["message"], other["fields"]) == ("log", "3 of them", {"logger": "other"})
+
+
+def test_text_goes_to_the_stream_of_the_moment_once_however_often_logs_are_set_up(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    set_up_logs([])
+    set_up_logs([])
+    event("shard", "a line")
+    tell("verified", "a result")
+    assert capsys.readouterr() == ("a result\n", "a line\n")
+
+
+def test_a_crash_is_one_json_line_with_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logs(["--log-format", "json"])
+    try:
+        raise KeyError("gone")
+    except KeyError as error:
+        tell_crash(error, 1)
+    (record,) = records(capsys.readouterr().err)
+    assert record["event"] == "crashed" and "please report" in record["message"]
+    assert 'raise KeyError("gone")' in record["fields"]["traceback"] and record["fields"]["exit_code"] == 1
+
+
+def test_stderr_is_looked_up_when_something_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    set_up_logs([])
+    with (tmp_path / "above-the-bar").open("w") as other:
+        monkeypatch.setattr(sys, "stderr", other)
+        event("shard", "a line")
+    assert (tmp_path / "above-the-bar").read_text() == "a line\n"

@@ -1,0 +1,193 @@
+"""The plan of a run that is not begun, of one whose corpus is made, and what it refuses to say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from capgap.pipeline.plan import Stated, make_plan
+from capgap.pipeline.plan.break_even import least_students
+from capgap.pipeline.plan.sizes import shape_parameters
+from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.pipeline.workflow.context import Instance
+from capgap.schemas.plan import Plan, StagePlan
+from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_model import ModelShape
+
+SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+
+
+@pytest.fixture
+def run(make_corpus_run: Callable[..., RunFile]) -> Callable[..., RunFile]:
+    def make(**settings: Any) -> RunFile:
+        base = make_corpus_run().model_dump(mode="json")
+        base["cache"]["engine"] = "transformers"
+        models = {"teacher": {"model": SHAPE}, "student": {"model": SHAPE}}
+        return RunFile.model_validate(base | {"device": "cpu"} | models | settings)
+
+    return make
+
+
+def stages(plan: Plan) -> dict[str, StagePlan]:
+    return {stage.instance: stage for stage in plan.stages}
+
+
+def test_a_shape_is_counted_as_the_model_that_is_made_of_it() -> None:
+    shape = ModelShape.model_validate(SHAPE)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=1,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                intermediate_size=48,
+                tie_word_embeddings=True,
+            )
+        )
+    assert shape_parameters(shape) + 32 == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_before_anything_is_made_tokens_are_estimated_and_after_the_corpus_counted(run: Callable[..., RunFile]) -> None:
+    estimated = stages(make_plan(run(), Stated()))
+    made = carry_out(run(), Instance("corpus"))
+    counted = stages(make_plan(run(), Stated()))
+    assert (
+        "estimated: 60 .txt" in estimated["cache"].tokens.source
+        and "measured at 512 ids" in estimated["cache"].tokens.source
+    )
+    assert counted["cache"].tokens.value == made.shard_sets["student"].num_tokens
+    # the ratio of bytes to tokens is that of another text
+    assert estimated["corpus"].tokens.value == pytest.approx(counted["corpus"].tokens.value, rel=0.5)
+    assert (counted["corpus"].state, counted["corpus"].device_hours.value) == ("current", 0)
+
+
+def test_a_stated_ratio_of_bytes_and_tokens_is_taken(run: Callable[..., RunFile], texts: Path) -> None:
+    num_bytes = sum(path.stat().st_size for path in texts.iterdir())
+    plan = stages(make_plan(run(), Stated(), text_bytes_per_token=4.0))
+    assert plan["corpus"].tokens.value == pytest.approx(num_bytes / 4)
+    assert plan["cache"].tokens.value == pytest.approx(num_bytes / 4 * 0.3), "what teacher and held-out leave"
+
+
+def test_without_a_rate_no_hours_are_said_but_what_to_give(run: Callable[..., RunFile]) -> None:
+    plan = make_plan(run(), Stated())
+    for stage in ("teacher", "cache", "train/distilled/seed-0", "eval"):
+        hours = stages(plan)[stage].device_hours
+        assert hours.value is None and "--device-peak-tflops" in hours.source
+    assert plan.device_hours.value is None and "teacher, cache, train" in plan.device_hours.source
+
+
+def test_stated_rates_are_tokens_over_rate_and_flops_are_6_n_d_and_2_n_d(run: Callable[..., RunFile]) -> None:
+    stated = Stated(teacher_tokens_per_s=100, train_tokens_per_s=50, device_peak_tflops=0.5, mfu=0.2)
+    plan = make_plan(run(), stated)
+    found = stages(plan)
+    tokens = found["cache"].tokens.value
+    size = plan.teacher_parameters.value
+    assert tokens is not None and size is not None
+    assert size == shape_parameters(ModelShape.model_validate(SHAPE)) + 400 * 32
+    assert found["cache"].device_hours.value == pytest.approx(tokens / 100 / 3600)
+    assert found["train/distilled/seed-0"].device_hours.value == pytest.approx(tokens / 50 / 3600)
+    trained = found["teacher"].tokens.value
+    assert found["teacher"].device_hours.value == pytest.approx(6 * size * trained / (0.5e12 * 0.2) / 3600)
+    measured = found["eval"].tokens.value
+    assert found["eval"].device_hours.value == pytest.approx(2 * size * measured / (0.5e12 * 0.2) / 3600)
+    assert plan.device_hours.value == pytest.approx(sum(stage.device_hours.value for stage in plan.stages))
+
+
+def test_an_earlier_run_of_the_same_stage_says_how_fast_it_goes_and_another_teacher_s_does_not(
+    run: Callable[..., RunFile], tmp_path: Path
+) -> None:
+    for name in ("corpus", "teacher"):
+        manifest = carry_out(run(), Instance(name))  # type: ignore[arg-type]
+    rate = manifest.totals["num_tokens"] / manifest.wall_s
+    other = run(out=str(tmp_path / "other"))
+    like = Stated(like=(run().out,))
+    found = stages(make_plan(other, like))["teacher"].tokens_per_s
+    assert found.value == pytest.approx(rate) and "measured: " in found.source and "start included" in found.source
+    changed = run(out=str(tmp_path / "other"), teacher={"model": {**SHAPE, "num_layers": 1}})
+    assert stages(make_plan(changed, like))["teacher"].tokens_per_s.value is None
+
+
+def test_disk_is_compared_with_what_is_free_and_holds_every_seed(run: Callable[..., RunFile]) -> None:
+    one, three = (make_plan(run(seeds=seeds), Stated()) for seeds in ([0], [0, 1, 2]))
+    assert one.free_bytes > 0 and one.needed_bytes.value is not None and three.needed_bytes.value is not None
+    size = one.student_parameters.value
+    # a student and a trained student for each further seed, in float32
+    assert three.needed_bytes.value - one.needed_bytes.value == pytest.approx(2 * 2 * 4 * size)
+
+
+def test_what_is_reused_costs_nothing(run: Callable[..., RunFile], tmp_path: Path) -> None:
+    carry_out(run(), Instance("corpus"))
+    plan = make_plan(run(out=str(tmp_path / "other"), reuse={"corpus": f"{run().out}/corpus"}), Stated())
+    corpus = stages(plan)["corpus"]
+    assert (corpus.state, corpus.disk_bytes.value, corpus.device_hours.value) == ("reused", 0, 0)
+    assert stages(plan)["cache"].tokens.source == "the corpus"
+
+
+@pytest.mark.parametrize(
+    ("once", "each", "least"), [(10, 10, 2), (10, 11, 1), (10, 4, 3), (10, 5, 3), (0, 1, 1), (1, 0, None)]
+)
+def test_a_cache_pays_from_the_first_number_of_students_that_costs_more_online(
+    once: float, each: float, least: int | None
+) -> None:
+    assert least_students(once, each) == least
+    if least is not None:
+        assert once < least * each and once >= (least - 1) * each
+
+
+def test_a_cache_beats_an_online_teacher_from_the_second_student_of_one_epoch_and_the_first_of_two(
+    run: Callable[..., RunFile],
+) -> None:
+    stated = Stated(teacher_tokens_per_s=100)
+    once = make_plan(run(), stated)
+    assert [even.num_students for even in once.break_even] == [2, 2]
+    twice = make_plan(run(train={"num_epochs": 2}), stated)
+    assert [even.num_students for even in twice.break_even] == [1, 1]
+    slow_beside_a_student = make_plan(run(), stated, online_teacher_tokens_per_s=30)
+    assert [even.num_students for even in slow_beside_a_student.break_even] == [2, 1]
+    fast = make_plan(run(), stated, online_teacher_tokens_per_s=250)
+    assert [even.num_students for even in fast.break_even] == [2, 3]
+    assert make_plan(run(), Stated()).break_even[1].num_students is None
+
+
+def test_arms_without_the_teacher_are_no_students_of_the_cache(run: Callable[..., RunFile]) -> None:
+    plan = make_plan(run(seeds=[0, 1], arms={"distilled": {}, "cross_entropy": {"alpha": 0}}), Stated())
+    assert plan.num_students == 2
+
+
+def test_the_laws_say_nothing_of_models_outside_their_range(run: Callable[..., RunFile]) -> None:
+    minima, busbridge = make_plan(run(), Stated()).laws
+    assert minima.best_ratio is None and "so small" in minima.says
+    assert busbridge.best_ratio is None and "outside its range" in busbridge.says
+
+
+def test_the_laws_name_a_teacher_beside_the_chosen_one_within_their_range(run: Callable[..., RunFile]) -> None:
+    student = {"hidden_size": 1024, "num_layers": 16, "num_heads": 16, "intermediate_size": 2816}
+    teacher = {"hidden_size": 2048, "num_layers": 16, "num_heads": 16, "intermediate_size": 5632}
+    plan = make_plan(run(student={"model": student}, teacher={"model": teacher}), Stated(), text_bytes_per_token=1e-6)
+    minima, busbridge = plan.laws
+    assert plan.student_parameters.value is not None
+    assert minima.best_teacher_parameters == pytest.approx(2.498 * plan.student_parameters.value - 11.498e6)
+    assert "chosen: 4.0" in minima.says
+    assert busbridge.best_ratio is not None and "chosen: 4.0" in busbridge.says
+
+
+def test_a_tokenizer_that_is_not_here_leaves_out_what_depends_on_it(
+    run: Callable[..., RunFile], tmp_path: Path
+) -> None:
+    base = run().model_dump(mode="json")
+    base["corpus"] |= {"tokenizer": "nobody/nowhere", "vocab_size": None}
+    base["teacher"] = {"path": str(tmp_path / "absent")}
+    plan = make_plan(RunFile.model_validate(base), Stated(teacher_tokens_per_s=100))
+    found = stages(plan)
+    assert found["cache"].tokens.value is None and "--text-bytes-per-token" in found["cache"].tokens.source
+    assert found["cache"].device_hours.value is None and found["cache"].disk_bytes.value is None
+    assert plan.teacher_parameters.value is None and "no model can be found" in plan.teacher_parameters.source
+    assert plan.student_parameters.value is None and plan.needed_bytes.value is None
+    assert any("not known" in note for note in plan.notes)

@@ -1,0 +1,58 @@
+"""Estimates of text against what is there. Tolerances: a sample's mean is a few per cent off the whole's."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from capgap.pipeline.plan.text import text_bytes
+from capgap.schemas.errors import InputError
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    chance = random.Random(1)
+    words = ["".join(chance.choices("abcdefgh\u00e9", k=chance.randrange(2, 9))) for _ in range(500)]
+    return [" ".join(chance.choices(words, k=chance.randrange(50, 150))) for _ in range(3000)]
+
+
+def _bytes(texts: list[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
+def test_plain_text_is_counted(tmp_path: Path, texts: list[str]) -> None:
+    (tmp_path / "a.txt").write_text(texts[0])
+    (tmp_path / "b.md").write_text(texts[1])
+    assert text_bytes((str(tmp_path),), "text").value == _bytes(texts[:2])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".parquet"])
+def test_records_are_estimated_from_a_sample_and_say_so(tmp_path: Path, texts: list[str], suffix: str) -> None:
+    for number in range(4):
+        part, path = texts[number::4], tmp_path / f"{number}{suffix}"
+        if suffix == ".parquet":
+            pyarrow.parquet.write_table(pa.table({"text": part, "id": list(range(len(part)))}), path)
+            continue
+        lines = "".join(
+            json.dumps({"id": i, "text": t}, ensure_ascii=False) + "\n" for i, t in enumerate(part)
+        ).encode()
+        path.write_bytes(zstandard.compress(lines) if suffix.endswith("zst") else lines)
+    found = text_bytes((f"{tmp_path}/*{suffix}",), "text")
+    assert found.value == pytest.approx(_bytes(texts), rel=0.05)
+    assert f"4 {suffix} of " in found.source and "by a sample" in found.source
+
+
+def test_python_s_own_text_is_counted() -> None:
+    found = text_bytes(("builtin:python",), "text")
+    assert found.value is not None and found.value > 1e6 and "counted" in found.source
+
+
+def test_a_missing_source_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no text found"):
+        text_bytes((str(tmp_path / "absent.txt"),), "text")
