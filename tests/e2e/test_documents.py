@@ -1,6 +1,7 @@
-"""`capgap run` on conversations under the context rule `document`: corpus, teacher, cache, training, eval and report."""
+"""`capgap run` on conversations under the context rule `document`, from the corpus to the report."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def _counted_losses(out: Path, folder: Path) -> tuple[float, int]:
     ]
     for tokens_L1, starts_L1, mask_L1 in sequences[:32]:
         firsts = [0, *(int(i) for i in np.flatnonzero(starts_L1) if 0 < i < SEQ_LEN), SEQ_LEN]
-        for first, end in zip(firsts, firsts[1:], strict=False):
+        for first, end in itertools.pairwise(firsts):
             tokens = torch.from_numpy(tokens_L1[first : end + 1]).long()
             with torch.no_grad():
                 logprobs = model(input_ids=tokens[None, :-1]).logits[0].log_softmax(-1)

@@ -96,6 +96,39 @@ def test_what_cannot_be_mixed_is_refused(readers, settings, message: str) -> Non
         _mixed(readers, **settings)
 
 
+def _by_steps(readers, sizes: dict[str, tuple[int, int]], **settings) -> MixedLoader:
+    """Loaders with steps and micro-batches of these sizes."""
+    loaders = {
+        name: SequenceLoader(reader, sizes[name][0], 0, micro_batch=sizes[name][1]) for name, reader in readers.items()
+    }
+    return MixedLoader(loaders, {"a": 3, "b": 2}, 7, **settings)
+
+
+def test_the_stream_ends_with_a_whole_step(readers) -> None:
+    """Steps of three micro-batches of 4 sequences of 12 targets."""
+    whole = _by_steps(readers, {"a": (12, 4), "b": (12, 4)})
+    assert len(whole) == 3 * whole.num_steps > 0
+    assert (whole._given(len(whole) + 3) > whole._has).any()
+    for max_tokens in (3 * 48, 3 * 48 * 4 - 1, 3 * 48 * 4):
+        loader = _by_steps(readers, {"a": (12, 4), "b": (12, 4)}, max_tokens=max_tokens)
+        assert (loader.num_steps, loader.num_tokens) == (max_tokens // 144, max_tokens // 144 * 144)
+        assert (len(list(loader)), loader.tokens_per_step) == (3 * loader.num_steps, 144)
+
+
+def test_passes_over_the_counted_cache_are_epochs(readers) -> None:
+    of_a = _by_steps(readers, {"a": (12, 4), "b": (12, 4)}, epochs_of="a").steps_per_epoch
+    of_b = _by_steps(readers, {"a": (12, 4), "b": (12, 4)}, epochs_of="b").steps_per_epoch
+    # 10 steps of `a` take 3 of 5 turns, 4 steps of `b` 2 of 5
+    assert (of_a, of_b) == (pytest.approx(10 * 5 / 3), pytest.approx(4 * 5 / 2))
+
+
+def test_steps_of_unequal_micro_batches_and_less_than_a_step_are_refused(readers) -> None:
+    with pytest.raises(InputError, match=r"micro-batches in a step; found \[1, 3\], expected as many of each cache"):
+        _by_steps(readers, {"a": (12, 4), "b": (4, 4)})
+    with pytest.raises(InputError, match="not enough data for one step of the mix"):
+        _by_steps(readers, {"a": (12, 4), "b": (12, 4)}, max_tokens=143)
+
+
 def test_a_state_of_another_mix_is_refused(readers) -> None:
     with pytest.raises(InputError, match="another mix"):
         _mixed(readers).load_state_dict(_mixed(readers, weights={"a": 1, "b": 1}).state_dict())
