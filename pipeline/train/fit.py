@@ -48,6 +48,8 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     first_step = int(resume.stem.split("-")[1]) if resume else 0
     book = LogBook(task.folder / LOGS_FOLDER, work, task.folder / METRICS_NAME, first_step, task.title)
     told = make_loggers(settings.loggers, book)
+    for one in told:
+        one.logger.log_hyperparams(_described(task))
     metrics = MetricsFile(book.metrics, first_step, told)
     clock = Clock()
     watch = NotFinite(loader, accumulate, work / NOT_FINITE_FOLDER, setting_of(task, model, checkpoints))
@@ -84,6 +86,12 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
         "num_epochs": round(num_steps / steps_per_epoch, 4),
         **({"skipped_sequences": loader.skips.as_dict()} if loader.skips.as_dict() else {}),
     }
+
+
+def _described(task: Task) -> dict[str, Any]:
+    """What trackers show of a training."""
+    settings = task.settings.model_dump(mode="json", exclude={"loggers"})
+    return settings | {"alpha": task.alpha, "temperature": task.temperature, "seed": task.seed}
 
 
 @contextmanager

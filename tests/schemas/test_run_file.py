@@ -13,7 +13,7 @@ from capgap.schemas.base import Record
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
 from capgap.schemas.run_file import RunFile
-from capgap.schemas.run_model import ModelShape, StudentSettings, TeacherSettings, TrainSettings
+from capgap.schemas.run_model import LoggerSettings, ModelShape, StudentSettings, TeacherSettings, TrainSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE: dict[str, Any] = {"name": "tried", "out": "runs/tried", "teacher": {"model": {}}, "student": {"model": {}}}
@@ -220,7 +220,7 @@ def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
     [
         (CorpusSettings(), {}),
         (
-            CacheSettings(),
+            CacheSettings(num_heldout_sequences=7),
             {
                 "chunk_rows": 7,
                 "batch_tokens": 99,
@@ -236,6 +236,7 @@ def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
                 "micro_batch_sequences": 2,
                 "checkpoint_every_steps": 7,
                 "log_every_steps": 7,
+                "loggers": ["csv", {"class_path": "wandb", "init_args": {"offline": True}}],
                 "on_corrupt": "skip",
                 "decode": "device",
             },
@@ -297,6 +298,12 @@ def test_a_choice_of_divergence_decides_and_no_choice_leaves_older_students_curr
     assert all(one != other for one, other in itertools.combinations([plain, *found], 2))
 
 
+def test_held_out_sequences_decide_and_their_default_leaves_older_caches_current() -> None:
+    assert "num_heldout_sequences" not in CacheSettings().decisive()
+    assert CacheSettings(num_heldout_sequences=64).decisive() == CacheSettings().decisive()
+    assert CacheSettings(num_heldout_sequences=0).decisive()["num_heldout_sequences"] == 0
+
+
 def test_a_beta_without_jsd_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"jsd_beta: found .* with divergence forward_kl, expected it with jsd"):
         TrainSettings(jsd_beta=0.3)
@@ -309,5 +316,6 @@ def test_settings_are_frozen() -> None:
 
 def test_every_setting_says_what_it_is() -> None:
     models = {RunFile, CorpusSettings, TeacherSettings, CacheSettings, StudentSettings, TrainSettings, ModelShape}
+    models |= {LoggerSettings}
     silent = [f"{m.__name__}.{name}" for m in models for name, info in m.model_fields.items() if not info.description]
     assert silent == []
