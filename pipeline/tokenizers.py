@@ -30,6 +30,16 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ) from None
 
 
+def chat_template_of(path: str | Path) -> str | None:
+    """The chat template of a tokenizer on this machine; None where it has none, or is not here."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    template: str | None = tokenizer.chat_template
+    return template
+
+
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
     """Fingerprint, real vocabulary size and the id that ends a document.
 

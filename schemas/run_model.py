@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
 from capgap.schemas.run_cache import RecordingName
@@ -54,6 +54,15 @@ class LoggerSettings(Record):
 
     init_args: dict[str, JsonValue] = Field(default_factory=dict)
     """Arguments; of a logger with a name they are laid over its own."""
+
+    @classmethod
+    def read(cls, given: str | dict[str, Any]) -> LoggerSettings:
+        """An entry of `loggers`: a name alone, or with arguments.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        return cls(class_path=given) if isinstance(given, str) else cls.model_validate(given)
 
 
 class OptimizationSettings(Record):
@@ -172,9 +181,17 @@ class OptimizationSettings(Record):
     output: Literal["last", "best"] = "last"
     """Which weights the stage hands on: those of the `last` step, or the `best`, of the lowest held-out loss measured
     (`validate_every_steps`)."""
-    loggers: tuple[str | LoggerSettings, ...] = Field(("tensorboard",), json_schema_extra=OPERATIONAL)
+
+    loggers: tuple[str | dict[str, Any], ...] = Field(("tensorboard",), json_schema_extra=OPERATIONAL)
     """Who hears of these rows beside metrics.csv: `tensorboard`, `csv`, `wandb`, `mlflow`, or any Lightning logger as
     `{class_path: ..., init_args: {...}}`. Files are in the stage's folder `logs`; [] for none."""
+
+    @field_validator("loggers")
+    @classmethod
+    def _check_loggers(cls, loggers: tuple[str | dict[str, Any], ...]) -> tuple[str | dict[str, Any], ...]:
+        for one in loggers:
+            LoggerSettings.read(one)
+        return loggers
 
     @model_validator(mode="after")
     def _check_batches(self) -> Self:

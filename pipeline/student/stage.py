@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from capgap.pipeline.model_checks import check_given_model, corpus_tokenizer, fresh_model
 from capgap.pipeline.models import MODEL_FOLDER, load_model, model_facts, save_model
+from capgap.pipeline.tokenizers import chat_template_of
 from capgap.pipeline.train.heads import served_head
 from capgap.pipeline.workflow.context import StageContext, StageResult
 
@@ -24,6 +25,7 @@ def run(context: StageContext) -> StageResult:
         path, facts = check_given_model(settings.path, corpus, "student.path")
         model = load_model(path, "cpu")
         served_head(model, facts.tokenizer.vocab_size)  # refused here rather than by the first training
+        tokenizer.chat_template = chat_template_of(path) or tokenizer.chat_template
     save_model(model, tokenizer, context.folder / MODEL_FOLDER)
     facts = model_facts(model, tokenizer)
     return StageResult(

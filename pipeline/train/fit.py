@@ -64,6 +64,8 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     first_step = int(resume.stem.split("-")[1]) if resume else 0
     book = LogBook(task.folder / LOGS_FOLDER, work, task.folder / METRICS_NAME, first_step, task.title)
     told = make_loggers(settings.loggers, book) if ranks.is_first else []
+    for one in told:
+        one.logger.log_hyperparams(_described(task))
     metrics = MetricsFile(book.metrics, first_step, told)
     clock = Clock()
     watch = NotFinite(loader, accumulate, work / NOT_FINITE_FOLDER, setting_of(task, model, folder, num_steps))
@@ -117,6 +119,12 @@ def _module(model: PreTrainedModel, task: Task, num_steps: int) -> DistillationM
     vocab_size = task.training.codec.vocab_size
     arguments = (model, task.settings, num_steps, task.alpha, task.temperature, vocab_size, task.objective)
     return DistillationModule(*arguments) if task.teacher is None else OnlineModule(*arguments, teacher=task.teacher)
+
+
+def _described(task: Task) -> dict[str, Any]:
+    """What trackers show of a training."""
+    settings = task.settings.model_dump(mode="json", exclude={"loggers"})
+    return settings | {"alpha": task.alpha, "temperature": task.temperature, "seed": task.seed}
 
 
 def _resume(task: Task, folder: Path, num_steps: int) -> Path | None:

@@ -96,7 +96,7 @@ _KNOWN = {
 }
 
 
-def require_loggers(settings: Sequence[str | LoggerSettings]) -> None:
+def require_loggers(settings: Sequence[str | dict[str, Any]]) -> None:
     """Refuse a logger that does not exist, or whose package is missing.
 
     Raises:
@@ -107,7 +107,7 @@ def require_loggers(settings: Sequence[str | LoggerSettings]) -> None:
         one.find()
 
 
-def make_loggers(settings: Sequence[str | LoggerSettings], book: LogBook) -> list[Told]:
+def make_loggers(settings: Sequence[str | dict[str, Any]], book: LogBook) -> list[Told]:
     """The loggers, ready to be told of the steps to come; those of a training that was killed go on in their logs.
 
     Raises:
@@ -141,8 +141,9 @@ class _Wanted:
     known: _Known | None
 
     @classmethod
-    def read(cls, given: str | LoggerSettings) -> _Wanted:
-        name, arguments = (given, {}) if isinstance(given, str) else (given.class_path, given.init_args)
+    def read(cls, given: str | dict[str, Any]) -> _Wanted:
+        settings = LoggerSettings.read(given)
+        name, arguments = settings.class_path, settings.init_args
         known = _KNOWN.get(name) or next((one for one in _KNOWN.values() if one.class_path == name), None)
         return cls(name, known.class_path if known else name, dict(arguments), known)
 
@@ -157,7 +158,8 @@ class _Wanted:
             if isinstance(found, type) and issubclass(found, Logger):
                 return found
         except ModuleNotFoundError as error:
-            if error.name is not None and not f"{module}.".startswith(f"{error.name}."):
+            # a module that is missing inside of the package that is named is no such module
+            if error.name is not None and ("." not in error.name or not module.startswith(error.name)):
                 raise self._missing(error.name) from None
         except (AttributeError, ValueError):
             pass

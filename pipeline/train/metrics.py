@@ -24,6 +24,7 @@ from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.not_finite import NotFinite
 
 METRICS_NAME = "metrics.csv"
+_STATE = "capgap_metrics"
 COLUMNS = (
     "step",
     "epoch",
@@ -111,12 +112,25 @@ class Sums:
         row = torch.stack([value.detach().double() for value in values])
         self._sums = row if self._sums is None else self._sums + row
 
+    def look(self, trainer: Any) -> list[float] | None:
+        """The sums over all processes, None of nothing: this waits for the device."""
+        if self._sums is None:
+            return None
+        sums: list[float] = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
+        return sums
+
     def take(self, trainer: Any) -> list[float]:
         """The sums over all processes, which begin anew: this waits for the device."""
-        assert self._sums is not None
-        sums: list[float] = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
+        sums = self.look(trainer)
+        assert sums is not None
         self._sums = None
         return sums
+
+    def put(self, sums: list[float] | None, trainer: Any, device: torch.device) -> None:
+        """Go on from sums over all processes; the first one has them all."""
+        if sums is not None:
+            share = 1.0 if trainer.is_global_zero else 0.0
+            self._sums = share * torch.tensor(sums, dtype=torch.float64, device=device)
 
 
 class Metrics(lightning.Callback):
@@ -141,12 +155,23 @@ class Metrics(lightning.Callback):
         self._file, self._watch, self._clock, self._every = file, watch, clock, every_steps
         self._steps_per_epoch, self._tokens_per_step = steps_per_epoch, tokens_per_step
         self._losses, self._norms = Sums(), Sums()
+        self._loaded: dict[str, list[float] | None] = {}
         self._begin(0)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """The step that a resumed training begins with has its row."""
         self._seen_step = trainer.global_step
+        self._losses.put(self._loaded.get("losses"), trainer, module.device)
+        self._norms.put(self._loaded.get("norms"), trainer, module.device)
         self._begin(trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint within an interval keeps its sums, so that a resumed training writes the same row."""
+        checkpoint[_STATE] = {"losses": self._losses.look(trainer), "norms": self._norms.look(trainer)}
+
+    def on_load_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+        """Have them ready for the start."""
+        self._loaded = checkpoint.get(_STATE, {})
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Add up; write a row at the interval, and at the last step."""

@@ -62,10 +62,7 @@ def model_card(
         "parameters": f"{facts.num_parameters:,} ({facts.num_non_embedding_parameters:,} without embedding and head)",
         "made by": f"capgap {version('capgap')}",
     }
-    shown = [
-        f"| {_FIGURES[key][0]} | {value:.6g} {_FIGURES[key][1]} |".replace("  |", " |")
-        for key, value in figures.items()
-    ]
+    shown = [f"| {_FIGURES[key][0]} | {f'{value:.6g} {_FIGURES[key][1]}'.strip()} |" for key, value in figures.items()]
     inputs = [
         f"| {role} | `{made.manifest.identity}` | `{made.manifest.content}` |" for role, made in context.inputs.items()
     ]
@@ -171,9 +168,9 @@ def _loss(settings: TrainSettings, temperature: float) -> str:
 
 
 def _is_id(path: str | None) -> bool:
-    return (
-        path is not None and not Path(path).exists() and path.count("/") <= 1 and not path.startswith((".", "~", "/"))
-    )
+    if path is None or path.startswith((".", "~", "/")):
+        return False
+    return path.count("/") <= 1 and not Path(path).exists()
 
 
 def _escaped(value: str) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from capgap.pipeline.model_checks import corpus_tokenizer
 from capgap.pipeline.models import (
     MODEL_FOLDER,
     empty_model,
@@ -19,7 +19,7 @@ from capgap.pipeline.models import (
     save_model,
 )
 from capgap.pipeline.store import ShardReader
-from capgap.pipeline.tokenizers import load_tokenizer
+from capgap.pipeline.tokenizers import chat_template_of, load_tokenizer
 from capgap.pipeline.train.caches import chosen_caches, require_fit
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.fits import require_memory
@@ -104,7 +104,7 @@ def run(context: StageContext) -> StageResult:
     totals = fit(model, task)
     if not context.ranks.is_first:
         return StageResult()
-    tokenizer = with_chat_template(load_tokenizer(path), corpus)
+    tokenizer = _with_chat_template(load_tokenizer(path), _teacher_path(context.input("cache")))
     folder = context.folder / MODEL_FOLDER
     save_model(model, tokenizer, folder)
     made = model_facts(model, tokenizer)
@@ -113,11 +113,17 @@ def run(context: StageContext) -> StageResult:
     return StageResult(facts=made.model_dump(mode="json"), totals=totals)
 
 
-def with_chat_template(tokenizer: PreTrainedTokenizerBase, corpus: StageInput) -> PreTrainedTokenizerBase:
-    """The student's tokenizer; where it has no chat template, with that of the corpus's, which is the teacher's own."""
+def _with_chat_template(tokenizer: PreTrainedTokenizerBase, teacher: str) -> PreTrainedTokenizerBase:
+    """The student's tokenizer; where it has no chat template, with the teacher's, if that is on this machine."""
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = corpus_tokenizer(corpus).chat_template
+        tokenizer.chat_template = chat_template_of(teacher)
     return tokenizer
+
+
+def _teacher_path(cache: StageInput) -> str:
+    """Folder or id of the teacher that made the cache."""
+    given: str | None = cache.manifest.resolved["teacher"]["path"]
+    return given or str(Path(cache.manifest.inputs["teacher"].path) / MODEL_FOLDER)
 
 
 def _require_same_corpus(cache: StageInput, corpus: StageInput) -> None:

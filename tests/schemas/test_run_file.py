@@ -13,7 +13,14 @@ from capgap.schemas.base import Record
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
 from capgap.schemas.run_file import RunFile
-from capgap.schemas.run_model import FurtherCache, ModelShape, StudentSettings, TeacherSettings, TrainSettings
+from capgap.schemas.run_model import (
+    FurtherCache,
+    LoggerSettings,
+    ModelShape,
+    StudentSettings,
+    TeacherSettings,
+    TrainSettings,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE: dict[str, Any] = {"name": "tried", "out": "runs/tried", "teacher": {"model": {}}, "student": {"model": {}}}
@@ -230,7 +237,7 @@ def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
     [
         (CorpusSettings(tokenizer="t", messages_field="messages"), {}),
         (
-            CacheSettings(),
+            CacheSettings(num_heldout_sequences=7),
             {
                 "chunk_rows": 7,
                 "batch_tokens": 99,
@@ -246,6 +253,7 @@ def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
                 "micro_batch_sequences": 2,
                 "checkpoint_every_steps": 7,
                 "log_every_steps": 7,
+                "loggers": ["csv", {"class_path": "wandb", "init_args": {"offline": True}}],
                 "on_corrupt": "skip",
                 "decode": "device",
             },
@@ -337,6 +345,12 @@ def test_a_tail_is_refused_where_the_teacher_is_asked() -> None:
         TrainSettings(targets="online", tail="ghost")
 
 
+def test_held_out_sequences_decide_and_their_default_leaves_older_caches_current() -> None:
+    assert "num_heldout_sequences" not in CacheSettings().decisive()
+    assert CacheSettings(num_heldout_sequences=64).decisive() == CacheSettings().decisive()
+    assert CacheSettings(num_heldout_sequences=0).decisive()["num_heldout_sequences"] == 0
+
+
 def test_a_beta_without_jsd_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"jsd_beta: found .* with divergence forward_kl, expected it with jsd"):
         TrainSettings(jsd_beta=0.3)
@@ -349,6 +363,6 @@ def test_settings_are_frozen() -> None:
 
 def test_every_setting_says_what_it_is() -> None:
     models = {RunFile, CorpusSettings, TeacherSettings, CacheSettings, StudentSettings, TrainSettings, ModelShape}
-    models.add(FurtherCache)
+    models |= {FurtherCache, LoggerSettings}
     silent = [f"{m.__name__}.{name}" for m in models for name, info in m.model_fields.items() if not info.description]
     assert silent == []

@@ -1,11 +1,33 @@
-"""metrics.csv across a kill."""
+"""metrics.csv: its rows across a kill, and what its columns are."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from capgap.pipeline.train.metrics import MetricsFile
+import lightning
+import pytest
+import torch
+
+from capgap.pipeline.store import Batch, SequenceLoader
+from capgap.pipeline.train import clock as clock_module
+from capgap.pipeline.train import fit as fit_module
+from capgap.pipeline.train import heldout as heldout_module
+from capgap.pipeline.train import metrics as metrics_module
+from capgap.pipeline.train.clock import Clock, ClockedLoader
+from capgap.pipeline.train.data import training_loader
+from capgap.pipeline.train.fit import fit
+from capgap.pipeline.train.heldout import HeldOutFigures, measure
+from capgap.pipeline.train.metrics import COLUMNS, MetricsFile, memory_bytes, read_rows
+from capgap.pipeline.train.module import DistillationModule
+from capgap.pipeline.train.task import Task
+from capgap.schemas.run_model import OptimizationSettings
+
+SEQ_LEN, V = 16, 40
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -19,7 +41,7 @@ def test_rows_past_the_checkpoint_and_a_torn_row_are_dropped(tmp_path) -> None:
     for step in (5, 10, 15):
         file.add(step=step, train_loss=1.5, tokens_per_s=100.0)
     with path.open("a") as torn:
-        torn.write("20,0.5,3")
+        torn.write("20,0.5,3" + "," * (len(COLUMNS) - 3))
     MetricsFile(path, 10).add(step=15, train_loss=1.25, tokens_per_s=90.0)
     assert [(row["step"], row["train_loss"]) for row in _rows(path)] == [("5", "1.5"), ("10", "1.5"), ("15", "1.25")]
 
@@ -28,3 +50,175 @@ def test_a_fresh_training_forgets_what_an_earlier_one_logged(tmp_path) -> None:
     MetricsFile(tmp_path / "metrics.csv", 0).add(step=5, tokens_per_s=1.0)
     MetricsFile(tmp_path / "metrics.csv", 0)
     assert _rows(tmp_path / "metrics.csv") == []
+
+
+def test_a_file_with_fewer_columns_is_gone_on_with(tmp_path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,epoch,train_loss,tokens_per_s\r\n5,0.1,1.5,9.0\r\n10,0.2,1.25,9.5\r\n15,0.3,")
+    MetricsFile(path, 10).add(step=15, train_loss=1.0, waiting_share=0.5)
+    found = [(row["step"], row["train_loss"], row["tokens_per_s"], row["waiting_share"]) for row in _rows(path)]
+    assert found == [("5", "1.5", "9.0", ""), ("10", "1.25", "9.5", ""), ("15", "1.0", "", "0.5")]
+
+
+def test_of_no_file_there_are_no_rows(tmp_path) -> None:
+    assert read_rows(tmp_path / "metrics.csv") == []
+    (tmp_path / "metrics.csv").write_text("st")
+    assert read_rows(tmp_path / "metrics.csv") == []
+
+
+@pytest.fixture
+def task(make_shards, tmp_path) -> Task:
+    """Steps of 6 sequences in micro-batches of 2; a row every 3 steps."""
+    settings = {"batch_sequences": 6, "micro_batch_sequences": 2, "log_every_steps": 3, "learning_rate": 1e-2}
+    return Task(
+        title="",
+        settings=OptimizationSettings.model_validate(settings | {"clip_norm": 0.05, "loggers": []}),
+        training=make_shards(tmp_path / "shards", "topk", 42),
+        heldout=make_shards(tmp_path / "heldout", None, 6, seed=1),
+        alpha=0.5,
+        temperature=1.0,
+        seed=0,
+        device="cpu",
+        folder=tmp_path,
+    )
+
+
+def test_losses_and_norms_are_means_over_the_interval_and_the_norm_is_before_clipping(task, make_student) -> None:
+    """Held against a loop of its own in plain torch."""
+    student = make_student()
+    module = DistillationModule(make_student(), task.settings, 7, task.alpha, 1.0, V)
+    fit(student, task)
+    optimizer = module.configure_optimizers()["optimizer"]
+    schedule = module.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas[0]
+    expected, values, norms = [], [], []
+    for number, batch in enumerate(training_loader(task)):
+        out = module.loss(batch, task.alpha)
+        (out.loss / 3).backward()
+        values.append([float(out.loss), float(out.kl_N.mean()), float(out.ce_N.mean())])
+        if (number + 1) % 3:
+            continue
+        step = (number + 1) // 3
+        norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), 0.05)))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * schedule(step - 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (3, 6, 7):
+            expected.append((step, *torch.tensor(values).mean(0).tolist(), sum(norms) / len(norms)))
+            values, norms = [], []
+    rows = [row for row in _rows(task.folder / "metrics.csv") if row["train_loss"]]
+    names = ("step", "train_loss", "train_kl", "train_ce", "gradient_norm")
+    # the same sums in another order of float32
+    assert [[float(row[name]) for name in names] for row in rows] == [pytest.approx(one, abs=2e-4) for one in expected]
+    assert all(float(row["gradient_norm"]) > 0.05 for row in rows)
+    assert torch.allclose(next(student.parameters()), next(module.model.parameters()), atol=1e-5)
+
+
+class Ticks:
+    """A clock that stands still unless it is told how much time passes."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_waiting_and_the_rate_leave_measurements_out(task, make_student, monkeypatch) -> None:
+    """Each micro-batch is waited for 3 s and worked on 1 s; each measurement takes 100 s."""
+    ticks = Ticks()
+    for module in (clock_module, metrics_module):
+        monkeypatch.setattr(module, "time", ticks)
+
+    class Slow:
+        def __init__(self, loader: SequenceLoader) -> None:
+            self._loader = loader
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._loader, name)
+
+        def __len__(self) -> int:
+            return len(self._loader)
+
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in self._loader:
+                ticks.now += 3
+                yield batch
+
+    def worked(*given: Any) -> torch.Tensor:
+        ticks.now += 1
+        return training_step(*given)
+
+    def measured(*given: Any) -> HeldOutFigures:
+        ticks.now += 100
+        return measure(*given)
+
+    training_step = DistillationModule.training_step
+    monkeypatch.setattr(DistillationModule, "training_step", worked)
+    monkeypatch.setattr(fit_module, "training_loader", lambda task: Slow(training_loader(task)))
+    monkeypatch.setattr(heldout_module, "measure", measured)
+    settings = task.settings.model_copy(update={"validate_every_steps": 1})
+    fit(make_student(), dataclasses.replace(task, settings=settings))
+    rows = [row for row in _rows(task.folder / "metrics.csv") if row["tokens_per_s"]]
+    # three, three and one step of three micro-batches
+    for row, num_steps in zip(rows, (3, 3, 1), strict=True):
+        assert float(row["waiting_share"]) == 0.75
+        assert float(row["tokens_per_s"]) == round(num_steps * 6 * SEQ_LEN / (num_steps * 3 * 4), 1)
+
+
+def test_a_loader_under_a_clock_is_the_same_loader(task) -> None:
+    plain, clock = training_loader(task), Clock()
+    clocked = ClockedLoader(training_loader(task), clock)
+    assert len(clocked) == len(plain) == 21
+    stream, expected = iter(clocked), iter(plain)
+    for _ in range(5):
+        assert torch.equal(next(stream).input_ids_BL, next(expected).input_ids_BL)
+    state = clocked.state_dict()
+    assert state == plain.state_dict()
+    stream.close()
+    again = ClockedLoader(training_loader(task), clock)
+    again.load_state_dict(state)
+    assert [b.input_ids_BL.tolist() for b in again] == [b.input_ids_BL.tolist() for b in expected]
+    assert clock.waiting_s > 0 and clock.aside_s == 0
+
+
+def test_every_row_has_its_columns(task, make_student) -> None:
+    fit(make_student(), task)
+    logged, measured = [], []
+    for row in _rows(task.folder / "metrics.csv"):
+        (measured if row["validation_loss"] else logged).append({name for name, value in row.items() if value})
+    against_the_teacher = {"heldout_kl", "heldout_teacher_ce", "heldout_top1"}
+    assert logged == [set(COLUMNS) - {"validation_loss"} - against_the_teacher] * 3
+    assert measured == [{"step", "num_tokens", "validation_loss"}]
+    values = [float(value) for row in _rows(task.folder / "metrics.csv") for value in row.values() if value]
+    assert all(map(math.isfinite, values))
+
+
+def test_memory_of_a_cpu_is_what_the_process_takes() -> None:
+    before = memory_bytes(torch.device("cpu"))
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    # some of it may lie in pages that were free before
+    assert memory_bytes(torch.device("cpu")) - before > 32 << 20
+    assert int(block.sum()) == 64 << 20
+
+
+def test_micro_batches_between_two_rows_are_not_looked_at(task, make_student, monkeypatch) -> None:
+    """Nothing asks the device for a number but at a row: `tolist` of the sums is called once a row and kind."""
+    calls = []
+    original = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: calls.append(tuple(self.shape)) or original(self))
+
+    class Counted(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+            seen.append(len([shape for shape in calls if shape in ((4,), (2,))]))
+
+    seen: list[int] = []
+    trainer = fit_module.lightning.Trainer
+    monkeypatch.setattr(
+        fit_module.lightning,
+        "Trainer",
+        lambda **given: trainer(**given | {"callbacks": [*given["callbacks"], Counted()]}),
+    )
+    fit(make_student(), task)
+    # rows after steps 3, 6 and 7, of three micro-batches each
+    assert seen == [0] * 8 + [2] * 9 + [4] * 3 + [6]

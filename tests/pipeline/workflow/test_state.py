@@ -48,6 +48,7 @@ OPTIMIZATION_OPERATIONAL: dict[str, Any] = {
     "micro_batch_sequences": 2,
     "checkpoint_every_steps": 7,
     "log_every_steps": 7,
+    "loggers": ["csv"],
     "on_corrupt": "skip",
     "decode": "device",
 }
@@ -82,6 +83,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("cache.seed", 1, FROM_CACHE),
     ("cache.dtype", "float32", FROM_CACHE),
     ("cache.max_tokens", 10**6, FROM_CACHE),
+    ("cache.num_heldout_sequences", 7, FROM_CACHE),
     ("cache.chunk_rows", 7, set()),
     ("cache.batch_tokens", 100, set()),
     ("cache.gpu_memory_fraction", 0.5, set()),
@@ -159,6 +161,7 @@ def _settings(model: type[Record], prefix: str = "") -> Iterator[str]:
         ("corpus.vocab_size", 4096),
         ("cache.num_draws", 50),
         ("corpus.seq_len", 256),
+        ("cache.num_heldout_sequences", 64),
         ("train.alpha", 1.0),
         ("train.learning_rate", 3e-3),
         ("eval.num_sequences", 512),

@@ -1,0 +1,181 @@
+"""A loss or a gradient that is not finite: where a training stops, what it says, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from capgap.pipeline.store import SequenceLoader
+from capgap.pipeline.train.data import training_loader
+from capgap.pipeline.train.fit import fit
+from capgap.pipeline.train.kept_batches import load_batches
+from capgap.pipeline.train.metrics import read_rows
+from capgap.pipeline.train.module import DistillationModule
+from capgap.pipeline.train.replay import replay
+from capgap.pipeline.train.task import Task
+from capgap.schemas.errors import InputError
+from capgap.schemas.run_model import OptimizationSettings
+
+SEQ_LEN, V = 16, 40
+
+
+@pytest.fixture
+def make_task(make_shards, tmp_path) -> Callable[..., Task]:
+    def make(**settings: Any) -> Task:
+        return Task(
+            title="train: test",
+            settings=OptimizationSettings.model_validate({"batch_sequences": 4, "loggers": []} | settings),
+            training=make_shards(tmp_path / "shards", "topk", 48),
+            heldout=make_shards(tmp_path / "heldout", None, 6, seed=1),
+            alpha=0.5,
+            temperature=1.0,
+            seed=0,
+            device="cpu",
+            folder=tmp_path,
+        )
+
+    return make
+
+
+def _overflowing(student, token: int) -> Any:
+    """One whose logit of that token is beyond float32 in about half of all contexts, and minus that in the others.
+
+    Elsewhere its head is the one it was.
+    """
+    with torch.no_grad():
+        student.lm_head.weight[token] = 3e38
+    return student
+
+
+def _rows_at_fault(student, loader: SequenceLoader, number: int) -> list[int]:
+    batch = loader.micro_batch(number)
+    with torch.no_grad():
+        logits_NV = student(input_ids=batch.input_ids_BL).logits[..., :V]
+    nats_BL = torch.logsumexp(logits_NV, -1) - logits_NV.gather(2, batch.labels_BL[..., None])[..., 0]
+    return (~nats_BL.isfinite()).any(1).nonzero().flatten().tolist()
+
+
+def test_a_batch_that_overflows_stops_at_once_with_its_sequences_named_and_kept(
+    make_task, make_student, tmp_path
+) -> None:
+    task = make_task(micro_batch_sequences=1, log_every_steps=100, checkpoint_every_steps=1, validate_every_steps=1)
+    student, loader = make_student(tied=False), training_loader(task)
+    # of a token that no sequence of the first two steps has
+    first, trigger = _trigger(loader)
+    with torch.no_grad():
+        student.model.embed_tokens.weight[trigger] = torch.inf
+    with pytest.raises(InputError) as caught:
+        fit(student, task)
+    (name,) = loader.names(first)
+    assert f"training step {first // 4 + 1}: the loss is not finite; found nan at {name}, expected" in str(caught.value)
+    assert {int(row["step"]) for row in read_rows(tmp_path / "metrics.csv")} == set(range(1, first // 4 + 1))
+    assert max(int(path.stem[5:]) for path in (tmp_path / "work" / "checkpoints").glob("*.ckpt")) == first // 4
+    ((kept,), setting) = load_batches(tmp_path / "work" / "not-finite")
+    assert (kept.number, kept.sequences, kept.at_fault) == (first, [name], [name])
+    assert (setting["step"], setting["what"], setting["value"]) == (first // 4 + 1, "loss", "nan")
+    for key, value in vars(loader.micro_batch(first)).items():
+        assert (value is None and vars(kept.batch)[key] is None) or torch.equal(value, vars(kept.batch)[key]), key
+    # the same command goes on from the sound checkpoint, and comes to it again
+    with pytest.raises(InputError, match=f"training step {first // 4 + 1}: the loss is not finite"):
+        fit(make_student(tied=False), task)
+
+
+def _trigger(loader: SequenceLoader) -> tuple[int, int]:
+    """The first micro-batch after two steps with a context that no earlier one has, and that token."""
+    seen: set[int] = set()
+    for number in range(len(loader)):
+        tokens = set(loader.micro_batch(number).input_ids_BL.flatten().tolist())
+        if number >= 8 and tokens - seen:
+            return number, min(tokens - seen)
+        seen |= tokens
+    raise AssertionError("every token is in the first steps")
+
+
+def test_of_a_batch_the_sequences_that_overflow_are_named_and_no_others(make_task, make_student) -> None:
+    task = make_task(batch_sequences=24, max_tokens=24 * SEQ_LEN)
+    loader = training_loader(task)
+    student = _overflowing(make_student(tied=False), token=3)
+    names, expected = loader.names(0), _rows_at_fault(student, loader, 0)
+    with pytest.raises(InputError, match="training step 1: the loss is not finite"):
+        fit(student, task)
+    ((kept,), _) = load_batches(task.folder / "work" / "not-finite")
+    assert kept.sequences == names
+    assert len(expected) > 0
+    assert kept.at_fault == [names[row] for row in expected]
+
+
+def test_a_gradient_that_overflows_stops_its_step_and_keeps_all_that_it_added_up(make_task, make_student) -> None:
+    """Losses are finite: the gradient of a weight that is multiplied with a huge one is not."""
+    task = make_task(micro_batch_sequences=2, checkpoint_every_steps=1)
+    student = make_student(tied=False)
+    with torch.no_grad():
+        student.model.norm.weight.fill_(1e-38)
+        student.lm_head.weight.mul_(1e38)
+        student.model.layers[-1].mlp.down_proj.weight.mul_(1e-30)
+    with pytest.raises(InputError, match=r"training step 1: the gradient's norm is not finite; found (inf|nan) at"):
+        fit(student, task)
+    kept, setting = load_batches(task.folder / "work" / "not-finite")
+    assert [one.number for one in kept] == [0, 1]
+    assert setting["what"] == "gradient's norm"
+    assert all(one.at_fault == one.sequences and len(one.sequences) == 2 for one in kept)
+    assert list((task.folder / "work" / "checkpoints").iterdir()) == []
+    assert read_rows(task.folder / "metrics.csv") == []
+
+
+def test_a_kept_batch_is_computed_again_alone_by_the_line_that_is_said(make_task, make_student, tmp_path) -> None:
+    student = _overflowing(make_student(tied=False), token=3)
+    student.save_pretrained(tmp_path / "student")
+    student = type(student).from_pretrained(tmp_path / "student")
+    with pytest.raises(InputError) as caught:
+        fit(student, make_task())
+    command = re.search(r"alone: (\S+) (-m \S+) (\S+)$", str(caught.value))
+    assert command is not None
+    done = subprocess.run(
+        [sys.executable, "-P", *command[2].split(), command[3]], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    weights, computed = done.stdout.splitlines()
+    assert weights == f"step 1: the loss was nan; weights of {tmp_path / 'student'}"
+    assert computed.startswith("micro-batch 0: loss nan, gradient's norm ")
+    # the same batch with sound weights is sound
+    make_student(seed=1, tied=False).save_pretrained(tmp_path / "sound")
+    _, computed = replay(Path(command[3]), str(tmp_path / "sound"))
+    found = re.match(r"micro-batch 0: loss ([\d.]+), gradient's norm ([\d.]+); at fault was", computed)
+    assert found is not None and 1 < float(found[1]) < 6
+
+
+def test_a_replay_takes_the_newest_checkpoint(make_task, make_student, tmp_path) -> None:
+    student = make_student(tied=False)
+    student.save_pretrained(tmp_path / "student")
+    student = type(student).from_pretrained(tmp_path / "student")
+    task = make_task(learning_rate=1e30, checkpoint_every_steps=1, log_every_steps=1)
+    with pytest.raises(InputError, match=r"training step \d+: the (loss|gradient's norm) is not finite"):
+        fit(student, task)
+    lines = list(replay(tmp_path / "work" / "not-finite"))
+    assert re.search(r"weights of .*/work/checkpoints/step-0000000\d\.ckpt$", lines[0])
+    assert "nan" in lines[1] or "inf" in lines[1], "its weights were at 1e30"
+
+
+def test_a_folder_without_a_kept_batch_is_refused(tmp_path) -> None:
+    with pytest.raises(InputError, match=f"{tmp_path}: holds no kept batch; found no not-finite.json"):
+        list(replay(tmp_path))
+
+
+def test_what_a_replay_must_know_is_plain_json(make_task, make_student) -> None:
+    with pytest.raises(InputError):
+        fit(_overflowing(make_student(tied=False), 3), make_task())
+    folder = make_task().folder / "work" / "not-finite"
+    setting = json.loads((folder / "not-finite.json").read_bytes())
+    assert setting["settings"]["batch_sequences"] == 4 and setting["alpha"] == 0.5 and setting["vocab_size"] == V
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    with pytest.raises(InputError, match="the model had no folder; name one"):
+        list(replay(folder))
+    assert DistillationModule(make_student(), OptimizationSettings(), 1, 0.5, 1.0, V).gradient_norm == 0
