@@ -162,8 +162,20 @@ def _add_walk_flags(parser: ArgumentParser) -> None:
 
 def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any]) -> list[str]:
     from capgap.pipeline.workflow.driver import walk
+    from capgap.pipeline.workflow.ranks import ranks_in_environment
 
-    return walk(run, chosen, force=flags["force"], wait=not flags["no_wait"], say=lambda line: print(line, flush=True))
+    # of the processes that torchrun starts, each walks, and one speaks
+    ranks = ranks_in_environment()
+    say = _say if ranks is None or ranks.is_first else _say_nothing
+    return walk(run, chosen, force=flags["force"], wait=not flags["no_wait"], say=say)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 def _show_table(run: RunFile) -> None:

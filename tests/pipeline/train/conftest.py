@@ -49,7 +49,10 @@ def make_sequences(chain) -> Callable[..., Sequences]:
 
 @pytest.fixture(scope="session")
 def make_shards(chain, make_sequences) -> Callable[..., ShardReader]:
-    """`kind`: sampled, topk, or None for text without targets. Shards of 12 sequences, each in two members."""
+    """`kind`: sampled, topk, or None for text without targets. Shards of 12 sequences, each in two members.
+
+    `masked`: sequences differ in the number of their labels.
+    """
 
     def make(
         folder: Path,
@@ -59,9 +62,16 @@ def make_shards(chain, make_sequences) -> Callable[..., ShardReader]:
         temperature: float = 1.0,
         extra: tuple[float, ...] = (),
         seed: int = 0,
+        masked: bool = False,
     ) -> ShardReader:
         folder.mkdir(parents=True, exist_ok=True)
         sequences = make_sequences(num_sequences, seed)
+        if masked:
+            # no two neighbours have as many labels, and one in eight has none
+            counts_B1 = np.arange(num_sequences)[:, None] % 8 * 2
+            sequences = Sequences(
+                sequences.tokens_BL1, sequences.starts_BL1, sequences.mask_BL1 & (np.arange(SEQ_LEN + 1) <= counts_B1)
+            )
         name = {None: SEQUENCES, "sampled": SAMPLED, "topk": TOPK}[kind]
         codec = Codec(name, SEQ_LEN, VOCAB_SIZE, NUM_IDS.get(kind, 0), None, temperature, extra)
         writer = ShardWriter(folder, folder / "sidecars", "shard", codec)
