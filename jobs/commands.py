@@ -174,9 +174,15 @@ def _add_walk_flags(parser: ArgumentParser) -> None:
 
 def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any]) -> list[str]:
     from capgap.pipeline.workflow.driver import walk
+    from capgap.pipeline.workflow.ranks import ranks_in_environment
+
+    # of the processes that torchrun starts, each walks, and one speaks
+    ranks = ranks_in_environment()
+    silent = ranks is not None and not ranks.is_first
 
     def say(name: str, why: str) -> None:
-        tell("stage_checked", f"{name}: {why}", instance=name, why=why)
+        if not silent:
+            tell("stage_checked", f"{name}: {why}", instance=name, why=why)
 
     return walk(run, chosen, force=flags["force"], wait=not flags["no_wait"], say=say)
 

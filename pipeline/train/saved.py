@@ -7,6 +7,7 @@ archive, read as tensors and plain values only, never as code; its checksums tel
 from __future__ import annotations
 
 import os
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,8 @@ def fault_of(path: Path) -> str:
             if damaged is not None:
                 return f"{file.name}: checksum mismatch"
         expected = torch.load(_files(path)[0], map_location="cpu", mmap=True, weights_only=True)[_NUM_PARTS]
-    except (OSError, IndexError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
-        return f"{type(error).__name__}: {error}"
+    except (OSError, IndexError, KeyError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
     return "" if expected == len(_files(path)) else f"{len(_files(path))} of {expected} files"
 
 

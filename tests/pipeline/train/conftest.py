@@ -52,6 +52,7 @@ def make_shards(chain, make_sequences) -> Callable[..., ShardReader]:
     """`kind`: sampled, topk, or None for text without targets. Shards of 12 sequences, each in two members.
 
     With `cut`, documents begin anywhere, some sequences within one, and four of ten tokens do not count.
+    With `masked`, sequences differ in the number of their labels.
     """
 
     def make(
@@ -63,6 +64,7 @@ def make_shards(chain, make_sequences) -> Callable[..., ShardReader]:
         extra: tuple[float, ...] = (),
         seed: int = 0,
         cut: bool = False,
+        masked: bool = False,
     ) -> ShardReader:
         folder.mkdir(parents=True, exist_ok=True)
         sequences = make_sequences(num_sequences, seed)
@@ -70,6 +72,10 @@ def make_shards(chain, make_sequences) -> Callable[..., ShardReader]:
             rng = np.random.default_rng(seed)
             sequences.starts_BL1[:] = rng.random(sequences.starts_BL1.shape) < 0.2
             sequences.mask_BL1[:] = rng.random(sequences.mask_BL1.shape) < 0.6
+        if masked:
+            # no two neighbours have as many labels, and one in eight has none
+            counts_B1 = np.arange(num_sequences)[:, None] % 8 * 2
+            sequences.mask_BL1[:] &= np.arange(SEQ_LEN + 1) <= counts_B1
         name = {None: SEQUENCES, "sampled": SAMPLED, "topk": TOPK}[kind]
         codec = Codec(name, SEQ_LEN, VOCAB_SIZE, NUM_IDS.get(kind, 0), None, temperature, extra)
         writer = ShardWriter(folder, folder / "sidecars", "shard", codec)

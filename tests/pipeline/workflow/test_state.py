@@ -43,6 +43,7 @@ OPTIMIZATION: dict[str, Any] = {
     "precision": "bf16-mixed",
     "validate_every_steps": 7,
     "num_validation_sequences": 7,
+    "output": "best",
 }
 OPTIMIZATION_OPERATIONAL: dict[str, Any] = {
     "micro_batch_sequences": 2,
@@ -51,6 +52,9 @@ OPTIMIZATION_OPERATIONAL: dict[str, Any] = {
     "loggers": ["csv"],
     "on_corrupt": "skip",
     "decode": "device",
+    "num_devices": 2,
+    "strategy": "fsdp2",
+    "keep_checkpoints": 7,
 }
 GIVEN_TEACHER = {"teacher.model": None, "teacher.training": None}
 TABLE: list[tuple[str, Any, set[str]]] = [
