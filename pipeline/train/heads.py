@@ -102,6 +102,8 @@ def _tried(model: PreTrainedModel, linear: nn.Linear, vocab_size: int) -> Head:
     ids_BL = ids_BL.to(linear.weight.device)
     try:
         true_BLV = model(input_ids=ids_BL, use_cache=False).logits
+        if not true_BLV.isfinite().all():
+            raise _refusal(model, "logits that are not finite", "weights that are numbers")
         read_BLH, scale, softcap = _logits_of_probe(model, linear, ids_BL, generator)
         decoder = _decoder_that_gives(model, read_BLH, ids_BL)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:

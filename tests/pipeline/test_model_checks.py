@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BartConfig, LlamaConfig, LlamaForCausalLM, MambaConfig, PreTrainedTokenizerFast
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.model_checks import check_given_model, corpus_tokenizer, fresh_model, seq_len_of
@@ -148,3 +148,17 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(corpus, tokenizer, 
 def test_fewer_positions_than_a_sequence_has_are_refused(corpus, tokenizer, tmp_path) -> None:
     with pytest.raises(InputError, match=r"max_position_embeddings = 31, expected at least corpus\.seq_len = 32"):
         check_given_model(_given(tmp_path, tokenizer, positions=31), corpus, "teacher.path")
+
+
+def test_a_model_without_a_bound_takes_any_sequence(corpus, tokenizer, tmp_path) -> None:
+    MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert check_given_model(str(tmp_path), corpus, "student.path")[1].max_positions is None
+
+
+def test_a_model_with_an_encoder_is_refused(corpus, tokenizer, tmp_path) -> None:
+    """Transformers would open it as a language model, without its encoder and without a word."""
+    BartConfig(vocab_size=320, d_model=32).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"student\.path: .*no causal language model; found an encoder beside the dec"):
+        check_given_model(str(tmp_path), corpus, "student.path")

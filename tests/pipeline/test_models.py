@@ -2,12 +2,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MptConfig,
+    ViTConfig,
+)
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.models import load_config, load_model, model_facts, model_path, save_model
 from capgap.pipeline.workflow.context import StageInput
 from capgap.schemas.errors import InputError
+from capgap.schemas.facts import ModelFacts
 from capgap.schemas.manifest import Manifest
 
 PADDED = 320
@@ -44,6 +55,28 @@ def test_parameters_are_counted_and_tied_ones_once(tokenizer, tied: bool, given:
     assert facts.num_non_embedding_parameters == OUTSIDE_EMBEDDINGS
     assert facts.num_parameters == OUTSIDE_EMBEDDINGS + PADDED * 32 * (1 if tied else 2)
     assert (facts.padded_vocab_size, facts.tokenizer.vocab_size, facts.max_positions) == (PADDED, 280, 64)
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (GPT2Config(n_positions=96, n_embd=32, n_layer=1, n_head=2), 96),
+        (MptConfig(max_seq_len=80, d_model=32, n_layers=1, n_heads=2), 80),
+        (BloomConfig(hidden_size=32, n_layer=1, n_head=2), None),
+        (MambaConfig(hidden_size=32, num_hidden_layers=1), None),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_positions_are_found_by_any_name_and_some_models_have_no_bound(tokenizer, config, positions) -> None:
+    config.vocab_size = PADDED
+    facts = model_facts(config, tokenizer)
+    assert facts.max_positions == positions
+    assert ModelFacts.model_validate(facts.model_dump(mode="json")) == facts
+
+
+def test_an_architecture_that_is_no_language_model_is_refused(tokenizer) -> None:
+    with pytest.raises(InputError, match="vit: this is no causal language model; found Unrecognized configuration"):
+        model_facts(ViTConfig(), tokenizer)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -17,6 +17,7 @@ from capgap.schemas.run_model import (
     FurtherCache,
     LoggerSettings,
     ModelShape,
+    OptimizationSettings,
     StudentSettings,
     TeacherSettings,
     TrainSettings,
@@ -27,7 +28,7 @@ BASE: dict[str, Any] = {"name": "tried", "out": "runs/tried", "teacher": {"model
 
 
 # Their default decides nothing, so that students from before the choice stay current; see the tests of each.
-LEFT_OUT_AS_DEFAULT = {"targets"}
+LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight"}
 
 
 def _with(settings: dict[str, Any]) -> dict[str, Any]:
@@ -198,6 +199,31 @@ def test_all_faults_are_told_at_once() -> None:
         ({"train.caches": {"a/b": {}}}, "train", "caches: found the name 'a/b', expected a word"),
         ({"train.own_weight": 2}, "train", "own_weight: found 2 without caches, expected it beside others"),
         ({"corpus.messages_field": "messages"}, "corpus", "corpus.messages_field: found without corpus.tokenizer"),
+        (
+            {"train.decay_fraction": 0.1},
+            "train",
+            "decay_fraction: found 0.1 with schedule cosine, expected it with wsd",
+        ),
+        (
+            {"train.decay_shape": "sqrt"},
+            "train",
+            "decay_shape: found sqrt with schedule cosine, expected it with wsd",
+        ),
+        (
+            {"train.schedule": "wsd", "train.warmup_fraction": 0.5, "train.decay_fraction": 0.75},
+            "train",
+            "warmup_fraction + decay_fraction: found 1.25, expected at most 1",
+        ),
+        (
+            {"train.schedule": "wsd", "train.final_learning_rate_ratio": 0},
+            "train",
+            "final_learning_rate_ratio: found 0 with decay_shape exponential, expected more than 0",
+        ),
+        (
+            {"train.alpha_schedule": "cosine"},
+            "train",
+            "alpha_schedule: found cosine alone, expected it with final_alpha",
+        ),
         ({"seeds": []}, "", "seeds: found [], expected at least one, none twice, none negative"),
         ({"seeds": [1, 2, 1]}, "", "seeds: found [1, 2, 1], expected at least one"),
         ({"seeds": [-1]}, "", "seeds: found [-1], expected at least one"),
@@ -252,7 +278,16 @@ def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
             },
         ),
         (
-            TrainSettings(divergence="jsd", tail="renorm", row_len=1024),
+            TrainSettings(
+                divergence="jsd",
+                tail="renorm",
+                row_len=1024,
+                final_alpha=0.5,
+                token_weights="entropy",
+                router_loss_weight=0.1,
+                schedule="wsd",
+                output="best",
+            ),
             {
                 "micro_batch_sequences": 2,
                 "checkpoint_every_steps": 7,
@@ -260,6 +295,11 @@ def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
                 "loggers": ["csv", {"class_path": "wandb", "init_args": {"offline": True}}],
                 "on_corrupt": "skip",
                 "decode": "device",
+                "activation_checkpointing": True,
+                "compile": True,
+                "num_devices": 2,
+                "strategy": "fsdp2",
+                "keep_checkpoints": 7,
             },
         ),
         (ModelShape(), {}),
@@ -299,21 +339,35 @@ def test_what_is_left_out_decides_like_its_default_spelt_out() -> None:
         ),
         (CorpusSettings(), CorpusSettings(vocab_size=4096)),
         (TrainSettings(divergence="jsd"), TrainSettings(divergence="jsd", jsd_beta=0.5)),
+        (TrainSettings(final_alpha=0.5), TrainSettings(final_alpha=0.5, alpha_schedule="linear")),
+        (
+            OptimizationSettings(schedule="wsd"),
+            OptimizationSettings(schedule="wsd", decay_fraction=0.1, decay_shape="exponential"),
+        ),
     ]
     for silent, spelt in pairs:
         assert silent != spelt
         assert silent.decisive() == spelt.decisive()
 
 
-def test_a_choice_of_divergence_decides_and_no_choice_leaves_older_students_current() -> None:
+def test_a_choice_of_loss_or_schedule_decides_and_no_choice_leaves_older_students_current() -> None:
     plain = TrainSettings().decisive()
-    assert not {"divergence", "jsd_beta", "tail"} & set(plain)
+    assert not {"divergence", "jsd_beta", "tail", "final_alpha", "alpha_schedule", "token_weights"} & set(plain)
+    assert not {"router_loss_weight", "schedule", "decay_fraction", "decay_shape"} & set(plain)
     chosen: list[dict] = [
         {"divergence": "reverse_kl"},
         {"divergence": "jsd"},
         {"divergence": "jsd", "jsd_beta": 0.1},
         {"tail": "label"},
         {"tail": "drop"},
+        {"final_alpha": 1.0},
+        {"final_alpha": 0.0},
+        {"final_alpha": 0.0, "alpha_schedule": "cosine"},
+        {"token_weights": "entropy"},
+        {"router_loss_weight": 0.1},
+        {"schedule": "wsd"},
+        {"schedule": "wsd", "decay_fraction": 0.2},
+        {"schedule": "wsd", "decay_shape": "sqrt"},
     ]
     found = [TrainSettings.model_validate(settings).decisive() for settings in chosen]
     assert all(one != other for one, other in itertools.combinations([plain, *found], 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from capgap.pipeline.train import stage
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
 from capgap.pipeline.workflow.state import State, read_manifest, states
-from capgap.schemas.errors import InputError, MismatchError, SettingError
+from capgap.schemas.errors import InputError, MachineError, MismatchError, SettingError
 from capgap.schemas.run_file import RunFile
 
 SEQ_LEN = 32
@@ -116,6 +117,44 @@ def _train(run: dict[str, Any], **settings: Any) -> dict[str, str]:
     train = run["train"] | {"max_tokens": 3 * 4 * SEQ_LEN} | settings
     manifest = carry_out(RunFile.model_validate(run | {"train": train}), TRAIN, force=True)
     return {file.path: file.sha256 for file in manifest.files if file.path.endswith(".safetensors")}
+
+
+def test_each_setting_of_loss_and_schedule_makes_another_student(with_both) -> None:
+    chosen: list[dict[str, Any]] = [
+        {},
+        {"final_alpha": 0.0},
+        {"final_alpha": 0.0, "alpha_schedule": "cosine"},
+        {"token_weights": "entropy"},
+        {"schedule": "wsd", "decay_fraction": 0.75, "decay_shape": "sqrt"},
+        {"schedule": "wsd", "decay_fraction": 0.75, "decay_shape": "linear"},
+    ]
+    # four steps: with three, both shapes of alpha have the same middle
+    made = [_train(with_both, recording="topk", max_tokens=4 * 4 * SEQ_LEN, **settings) for settings in chosen]
+    assert all(one != other for one, other in itertools.combinations(made, 2))
+
+
+def test_checkpointed_activations_make_the_same_student(with_both) -> None:
+    plain, checkpointed = (_train(with_both, recording="topk", activation_checkpointing=on) for on in (False, True))
+    assert plain == checkpointed
+
+
+def test_draws_cannot_weigh_tokens_by_entropy(made) -> None:
+    with pytest.raises(MismatchError, match=r"the cache does not support these token weights; found sampled targets"):
+        _train(made["number"], token_weights="entropy")
+
+
+def test_a_temperature_that_counts_in_a_later_step_only_is_looked_at_too(made) -> None:
+    with pytest.raises(
+        SettingError, match=r"train\.temperature: .*no targets at this temperature; found 9, expected 1"
+    ):
+        _train(made["number"], alpha=0.0, final_alpha=0.5, temperature=9)
+
+
+def test_a_student_larger_than_memory_is_refused_before_its_weights_are_read(made, monkeypatch) -> None:
+    monkeypatch.setattr("capgap.pipeline.train.fits.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("capgap.pipeline.train.stage.load_model", None)
+    with pytest.raises(MachineError, match="cpu: the model does not fit into this device's memory; found 9"):
+        _train(made["number"])
 
 
 def test_of_a_cache_with_both_recordings_the_named_one_is_trained_from(made, with_both) -> None:

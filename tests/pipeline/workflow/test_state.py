@@ -44,6 +44,9 @@ OPTIMIZATION: dict[str, Any] = {
     "validate_every_steps": 7,
     "num_validation_sequences": 7,
     "output": "best",
+    "schedule": "wsd",
+    "decay_fraction": 0.2,
+    "decay_shape": "linear",
 }
 OPTIMIZATION_OPERATIONAL: dict[str, Any] = {
     "micro_batch_sequences": 2,
@@ -55,6 +58,8 @@ OPTIMIZATION_OPERATIONAL: dict[str, Any] = {
     "num_devices": 2,
     "strategy": "fsdp2",
     "keep_checkpoints": 7,
+    "activation_checkpointing": True,
+    "compile": True,
 }
 GIVEN_TEACHER = {"teacher.model": None, "teacher.training": None}
 TABLE: list[tuple[str, Any, set[str]]] = [
@@ -108,6 +113,10 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("train.own_weight", 3.0, FROM_TRAIN),
     ("train.row_len", 1024, FROM_TRAIN),
     ("train.targets", "online", FROM_TRAIN),
+    ("train.final_alpha", 0.5, FROM_TRAIN),
+    ("train.alpha_schedule", "cosine", FROM_TRAIN),
+    ("train.token_weights", "entropy", FROM_TRAIN),
+    ("train.router_loss_weight", 0.1, FROM_TRAIN),
     ("eval.num_sequences", 7, {"eval", "report"}),
     ("eval.num_full_sequences", 7, {"eval", "report"}),
     ("eval.num_bootstrap", 700, {"eval", "report"}),
@@ -118,6 +127,9 @@ BESIDE = {f"cache.{name}": {"cache.recording": "topk"} for name in ("num_kept", 
 BESIDE["corpus.messages_field"] = {"corpus.tokenizer": "folder"}
 BESIDE["train.jsd_beta"] = {"train.divergence": "jsd"}
 BESIDE["train.own_weight"] = {"train.caches": {"draws": {}}}
+BESIDE["train.alpha_schedule"] = {"train.final_alpha": 0.5}
+for _stage in ("train", "teacher.training"):
+    BESIDE |= {f"{_stage}.{name}": {f"{_stage}.schedule": "wsd"} for name in ("decay_fraction", "decay_shape")}
 REPLACES = {"teacher.path": GIVEN_TEACHER, "student.path": {"student.model": None}}
 STRUCTURE = {"seeds", "arms", "reuse"}  # each has tests of its own below
 
@@ -181,6 +193,14 @@ def test_more_defaults_that_are_spelt_out_change_nothing(make_run) -> None:
     silent = {"teacher.training": None}
     assert _changed(make_run(silent), make_run({"teacher.training": {}})) == set()
     assert _changed(make_run({"arms.distilled": {"alpha": 1}}), make_run()) == set()
+    for stage in ("train", "teacher.training"):
+        wsd = {f"{stage}.schedule": "wsd"}
+        spelt_out = {f"{stage}.decay_fraction": 0.1, f"{stage}.decay_shape": "exponential"}
+        assert _changed(make_run(wsd), make_run(wsd | spelt_out)) == set()
+        assert _changed(make_run(), make_run({f"{stage}.schedule": "cosine"})) == set()
+    falling = {"train.final_alpha": 0.5}
+    assert _changed(make_run(falling), make_run(falling | {"train.alpha_schedule": "linear"})) == set()
+    assert _changed(make_run(), make_run({"train.token_weights": "equal", "train.router_loss_weight": 0})) == set()
 
 
 def test_another_arm_leaves_the_others_as_they_are(make_run) -> None:
