@@ -20,8 +20,8 @@ def run(context: StageContext) -> StageResult:
         model = fresh_model(settings.model, corpus, context.instance.seed)
     else:
         assert settings.path is not None
-        path, _ = check_given_model(settings.path, corpus, "student.path")
-        model = load_model(path, "cpu")
+        path, _ = check_given_model(settings.path, corpus, "student.path", settings.trust_remote_code)
+        model = load_model(path, "cpu", None, settings.trust_remote_code)
     save_model(model, tokenizer, context.folder / MODEL_FOLDER)
     facts = model_facts(model, tokenizer)
     return StageResult(

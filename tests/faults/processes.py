@@ -100,4 +100,3 @@ def _sleep_while_alive(pid: int, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0 and is_alive(pid):
         time.sleep(min(left, 0.02))
-
