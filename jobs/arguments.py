@@ -10,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from pydantic import ValidationError
 
 from capgap.jobs.logs import LOG_FORMAT_HELP, LOG_FORMATS
+from capgap.jobs.plain_yaml import require_plain
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.run_file import RunFile
 
@@ -79,17 +79,10 @@ def _with_config_flag(argv: Sequence[str]) -> list[str]:
 
 
 def _require_run_file(arguments: list[str]) -> None:
-    for flag, value in pairwise(arguments):
-        if flag != "--config":
-            continue
-        if not Path(value).is_file():
-            raise InputError("no such run file", where=value, fix="see jobs/runs/demo.yaml for an example")
-        try:
-            content = yaml.safe_load(Path(value).read_bytes())
-        except yaml.YAMLError as error:
-            raise InputError("not a YAML file", where=value, found=error, expected="YAML") from None
-        if not isinstance(content, dict):
-            raise InputError("not a run file", where=value, found=type(content).__name__, expected="settings by name")
+    named = [value for flag, value in pairwise(arguments) if flag == "--config"]
+    named += [flag.removeprefix("--config=") for flag in arguments if flag.startswith("--config=")]
+    for path in named:
+        require_plain(Path(path))
 
 
 def _said(error: ValidationError) -> str:

@@ -134,14 +134,19 @@ def verify_command(argv: Sequence[str]) -> int:
     from capgap.pipeline.verify.verify import verify
 
     for folder in flags["folders"]:
-        for line in verify(Path(folder)):
+        for line in verify(Path(folder), flags["quarantine"]):
             tell("verified", line)
     if fraction is not None:
         from capgap.pipeline.verify.rescore import rescore
 
         for folder in flags["folders"]:
             for line in rescore(
-                Path(folder), fraction, teacher=flags["teacher"], device=flags["device"], wait=not flags["no_wait"]
+                Path(folder),
+                fraction,
+                teacher=flags["teacher"],
+                device=flags["device"],
+                wait=not flags["no_wait"],
+                trust_remote_code=flags["trust_remote_code"],
             ):
                 tell("rescored", line)
     return 0
@@ -155,6 +160,7 @@ def verify_parser() -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("folders", nargs="+", type=str, help="A run's folder, or a stage's.")
+    parser.add_argument("--quarantine", action="store_true", help="List damaged shards, so that they alone are remade.")
     parser.add_argument(
         "--rescore", type=float, default=None, help="Share of a cache's sequences to score again; one at least."
     )
@@ -163,6 +169,7 @@ def verify_parser() -> ArgumentParser:
         "--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="Where to score again."
     )
     parser.add_argument("--no-wait", action="store_true", help="Stop if a stage holds the device.")
+    parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the teacher.")
     add_log_format(parser)
     return parser
 

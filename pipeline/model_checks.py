@@ -53,13 +53,16 @@ def seq_len_of(corpus: StageInput) -> int:
     return next(iter(corpus.manifest.shard_sets.values())).seq_len
 
 
-def check_given_model(path: str, corpus: StageInput, setting: str) -> tuple[str, ModelFacts]:
+def check_given_model(
+    path: str, corpus: StageInput, setting: str, trust_remote_code: bool = False
+) -> tuple[str, ModelFacts]:
     """Facts of a given model that fits the corpus, and its path, absolute where it is a folder.
 
     Args:
         path: folder or id, as given.
         corpus: the corpus that it must fit.
         setting: the setting that names the model, for errors.
+        trust_remote_code: run code that comes with it.
 
     Raises:
         InputError: there is no such model, it has an encoder, or it takes shorter sequences than the corpus has.
@@ -67,14 +70,14 @@ def check_given_model(path: str, corpus: StageInput, setting: str) -> tuple[str,
     """
     where = f"{setting}: {path}"
     resolved = str(Path(path).resolve()) if Path(path).is_dir() else path
-    config = load_config(resolved)
+    config = load_config(resolved, trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(
             "this is no causal language model", where=where, found="an encoder beside the decoder", expected="a decoder"
         )
-    tokenizer = load_tokenizer(resolved)
+    tokenizer = load_tokenizer(resolved, trust_remote_code)
     require_same_tokenizer(corpus_tokenizer(corpus), "the corpus", tokenizer, where)
-    facts = model_facts(config, tokenizer, resolved)
+    facts = model_facts(config, tokenizer, resolved, trust_remote_code)
     if facts.padded_vocab_size < facts.tokenizer.vocab_size:
         raise MismatchError(
             "the model's vocabulary is smaller than the corpus's",

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from capgap.pipeline.tokenizers import tokenizer_facts
+from capgap.pipeline.tokenizers import refuse_code, tokenizer_facts
 from capgap.pipeline.workflow.context import StageInput
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import ModelFacts
@@ -26,36 +26,43 @@ def model_path(made: StageInput) -> str:
     return str(made.path / MODEL_FOLDER) if facts.path == MODEL_FOLDER else facts.path
 
 
-def load_model(path: str, device: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A causal language model in evaluation mode; code that comes with a model is never run.
+def load_model(
+    path: str, device: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode, of weights as safetensors: pickled ones are not opened.
 
     Args:
         path: folder or id.
         device: `cpu` or `cuda:0`.
         dtype: of its weights; the one it was saved in where it is left out.
+        trust_remote_code: run code that comes with the model; without it, a model that needs it is refused.
 
     Raises:
         InputError: there is no such model, or it is no causal language model.
     """
-    config = load_config(path)
+    config = load_config(path, trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype or "auto", trust_remote_code=False
+            path, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
         )
     except (OSError, ValueError) as error:
-        raise InputError("the model cannot be loaded", where=path, found=_first_line(error)) from None
+        refuse_code(error, path)
+        raise InputError(
+            "the model cannot be loaded", where=path, found=_first_line(error), expected="weights as safetensors"
+        ) from None
     return model.to(device).eval()
 
 
-def load_config(path: str) -> Any:
+def load_config(path: str, trust_remote_code: bool = False) -> Any:
     """The configuration of a model.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it needs code that is not trusted.
     """
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        refuse_code(error, path)
         raise InputError(
             "no model can be found",
             where=path,
@@ -64,7 +71,7 @@ def load_config(path: str) -> Any:
         ) from None
 
 
-def empty_model(config: Any) -> PreTrainedModel:
+def empty_model(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal language model of this configuration without memory for its weights.
 
     Raises:
@@ -72,8 +79,9 @@ def empty_model(config: Any) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
+        refuse_code(error, config.name_or_path or config.model_type)
         raise InputError(
             "this is no causal language model",
             where=config.name_or_path or config.model_type,
@@ -90,13 +98,19 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     tokenizer.save_pretrained(folder)
 
 
-def model_facts(model_or_config: Any, tokenizer: PreTrainedTokenizerBase, path: str = MODEL_FOLDER) -> ModelFacts:
+def model_facts(
+    model_or_config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str = MODEL_FOLDER,
+    trust_remote_code: bool = False,
+) -> ModelFacts:
     """What later stages must know of a model; its sizes are counted without weights where only a config is given.
 
     Raises:
         InputError: it has no embedding or no head, or as `empty_model`.
     """
-    model = model_or_config if isinstance(model_or_config, PreTrainedModel) else empty_model(model_or_config)
+    given = isinstance(model_or_config, PreTrainedModel)
+    model = model_or_config if given else empty_model(model_or_config, trust_remote_code)
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     if any(getattr(end, "weight", None) is None for end in ends):
         raise InputError(

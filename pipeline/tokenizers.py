@@ -13,15 +13,16 @@ from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import TokenizerFacts
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or id.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it needs code that is not trusted.
     """
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        refuse_code(error, path)
         raise InputError(
             "no tokenizer can be found",
             where=path,
@@ -38,6 +39,16 @@ def chat_template_of(path: str | Path) -> str | None:
         return None
     template: str | None = tokenizer.chat_template
     return template
+
+
+def refuse_code(error: Exception, where: str | Path) -> None:
+    """Raise InputError if that is what transformers says of a model or tokenizer with code of its own."""
+    if "trust_remote_code" in str(error):
+        raise InputError(
+            "needs Python code that comes with it, which is not run",
+            where=where,
+            fix="if you trust whoever wrote it, set teacher.trust_remote_code or student.trust_remote_code",
+        ) from None
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:

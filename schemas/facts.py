@@ -86,6 +86,25 @@ def heldout_set(recording: RecordingName) -> str:
     return f"heldout-{recording}"
 
 
+class ShardFacts(Record):
+    """What a cache that is being made knows of one finished shard: written last, after the shard's files."""
+
+    sha256: dict[RecordingName, str]
+    """Digests of the shard's files, by recording."""
+
+    engine: str
+    """Engine and its version."""
+
+    dtype: str
+    """Of the teacher's weights and activations."""
+
+    num_targets: int
+    """Targets in the shard."""
+
+    label_loss: float
+    """Sum over them of minus the teacher's logprob of the real next token, nats."""
+
+
 class CacheFacts(Record):
     """What the cache stage hands on."""
 
@@ -113,21 +132,5 @@ class CacheFacts(Record):
     mean_label_loss: float
     """Mean of minus the teacher's logprob of the real next token, nats."""
 
-
-class ShardFacts(Record):
-    """What a cache that is being made knows of one finished shard: written last, after the shard's files."""
-
-    sha256: dict[RecordingName, str]
-    """Digests of the shard's files, by recording."""
-
-    engine: str
-    """Engine and its version."""
-
-    dtype: str
-    """Of the teacher's weights and activations."""
-
-    num_targets: int
-    """Targets in the shard."""
-
-    label_loss: float
-    """Sum over them of minus the teacher's logprob of the real next token, nats."""
+    scored: tuple[ShardFacts, ...] = ()
+    """Of each shard, in order: a cache that loses shards makes those again and no others."""

@@ -10,9 +10,10 @@ notice that an input was made again and came out different.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, Self
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from capgap.schemas.base import Record
 
@@ -20,13 +21,25 @@ MANIFEST_NAME = "manifest.json"
 WORK_NAME = "work.json"
 
 
+# A manifest may come from a stranger: no count may pass what arithmetic on offsets and arrays holds.
+Count = Annotated[int, Field(ge=0, lt=1 << 48)]
+
+
+def _inside(path: str) -> str:
+    """The path, if it can only lead to a file of the folder."""
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
+        raise ValueError(f"found the path {path!r}, expected one inside the folder")
+    return path
+
+
 class FileEntry(Record):
     """One file of a stage folder."""
 
-    path: str
-    """Relative to the folder, with forward slashes."""
+    path: Annotated[str, AfterValidator(_inside)]
+    """Relative to the folder, with forward slashes, and never out of it."""
 
-    num_bytes: int
+    num_bytes: Count
     """Size."""
 
     sha256: str
@@ -70,16 +83,16 @@ class Member(NamedTuple):
 class Members(Record):
     """The members of a shard in the order of the file, a list a property: a cache has a million of them."""
 
-    offset: tuple[int, ...] = ()
+    offset: tuple[Count, ...] = ()
     """Byte of the shard at which each member's data begins."""
 
-    num_bytes: tuple[int, ...] = ()
+    num_bytes: tuple[Count, ...] = ()
     """Length of the data."""
 
-    num_sequences: tuple[int, ...] = ()
+    num_sequences: tuple[Count, ...] = ()
     """Sequences in the block."""
 
-    crc32: tuple[int, ...] = ()
+    crc32: tuple[Count, ...] = ()
     """Of the data as stored."""
 
     @model_validator(mode="after")
@@ -99,7 +112,7 @@ class ShardEntry(Record):
     file: FileEntry
     """The tar file."""
 
-    num_sequences: int
+    num_sequences: Count
     """Sequences in all its members."""
 
     members: Members
@@ -130,7 +143,7 @@ class ShardSet(Record):
     codec_settings: dict[str, JsonValue]
     """What the codec needs beside the bytes, for example the vocabulary size."""
 
-    seq_len: int
+    seq_len: int = Field(ge=1, le=1 << 24)
     """Targets per sequence."""
 
     shards: tuple[ShardEntry, ...]

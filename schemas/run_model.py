@@ -376,9 +376,13 @@ class TeacherSettings(Record):
     seed: int = Field(0, ge=0)
     """Seed of its weights and data order."""
 
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model at `path`. Whoever wrote it may do anything that you may."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         _exactly_one("teacher", self.path, self.model)
+        _code_of_a_path("teacher", self.path, self.trust_remote_code)
         if self.path is not None and self.training is not None:
             raise ValueError("teacher.training: found beside teacher.path, expected only with teacher.model")
         return self
@@ -390,7 +394,8 @@ class TeacherSettings(Record):
 
     def decisive(self) -> dict[str, Any]:
         """As for every record, with the recipe spelt out where it was left out."""
-        return super().decisive() | ({} if self.path else {"training": self.recipe.decisive()})
+        values = _without_code(super().decisive())
+        return values | ({} if self.path else {"training": self.recipe.decisive()})
 
 
 class StudentSettings(Record):
@@ -402,13 +407,31 @@ class StudentSettings(Record):
     model: ModelShape | None = None
     """Shape of a student with fresh weights."""
 
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model at `path`. Whoever wrote it may do anything that you may."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         _exactly_one("student", self.path, self.model)
+        _code_of_a_path("student", self.path, self.trust_remote_code)
         return self
+
+    def decisive(self) -> dict[str, Any]:
+        """As for every record, and nothing of code where none is trusted."""
+        return _without_code(super().decisive())
 
 
 def _exactly_one(stage: str, path: str | None, model: ModelShape | None) -> None:
     if (path is None) == (model is None):
         found = "neither" if path is None else "both"
         raise ValueError(f"{stage}: found {found} of path and model, expected one of them")
+
+
+def _code_of_a_path(stage: str, path: str | None, trusted: bool) -> None:
+    if trusted and path is None:
+        raise ValueError(f"{stage}.trust_remote_code: found true with {stage}.model, expected it with {stage}.path")
+
+
+def _without_code(values: dict[str, Any]) -> dict[str, Any]:
+    """Models that were given before code could be trusted are found again."""
+    return {name: value for name, value in values.items() if name != "trust_remote_code" or value}

@@ -32,7 +32,7 @@ from capgap.schemas.run_cache import CacheSettings, RecordingName
 from capgap.schemas.run_corpus import ContextRule
 
 SCORED_FOLDER = "scored"
-_SIDECARS_FOLDER = "shards"
+SIDECARS_FOLDER = "shards"
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class CacheJob:
         vocab_size: real vocabulary.
         ranking_sha256: digest of the ranking.
         device: `cpu` or `cuda:0`.
+        trust_remote_code: run code that comes with the teacher.
     """
 
     settings: CacheSettings
@@ -65,6 +66,7 @@ class CacheJob:
     vocab_size: int
     ranking_sha256: str
     device: str
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ class ShardScorer:
                 settings.sorted_temperatures if name == "topk" else (),
             )
             for set_name in (name, heldout_set(name)):
-                writers[set_name] = ShardWriter(job.folder, job.work / _SIDECARS_FOLDER, set_name, codec)
+                writers[set_name] = ShardWriter(job.folder, job.work / SIDECARS_FOLDER, set_name, codec)
         return writers
 
     def _read(self, index: int) -> Sequences:
@@ -254,7 +256,9 @@ def _start_transformers(job: CacheJob, recording: Recording) -> Engine:
     from capgap.pipeline.cache.transformers_engine import TransformersEngine
 
     settings = job.settings
-    return TransformersEngine(job.teacher, recording, settings.dtype, settings.batch_tokens, job.device)
+    return TransformersEngine(
+        job.teacher, recording, settings.dtype, settings.batch_tokens, job.device, job.trust_remote_code
+    )
 
 
 def _start_vllm(job: CacheJob, recording: Recording) -> Engine:
@@ -271,6 +275,7 @@ def _start_vllm(job: CacheJob, recording: Recording) -> Engine:
         job.device,
         settings.tensor_parallel,
         settings.capture,
+        trust_remote_code=job.trust_remote_code,
     )
 
 

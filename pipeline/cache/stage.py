@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from itertools import accumulate
 
 from capgap.pipeline.cache.overlap import overlap
+from capgap.pipeline.cache.reopen import reopen
 from capgap.pipeline.cache.request_checks import require_kept
 from capgap.pipeline.cache.shard_lines import ShardLines, shard_lines
 from capgap.pipeline.cache.shards import SCORED_FOLDER, CacheJob, FinishedShard, ScoredShard, ShardScorer
@@ -24,6 +25,8 @@ from capgap.schemas.facts import CacheFacts, CorpusFacts, ModelFacts, RecordingF
 from capgap.schemas.manifest import Members, ShardEntry, ShardSet
 from capgap.schemas.run_cache import CacheSettings, RecordingName
 from capgap.schemas.run_file import RunFile
+
+__all__ = ["check", "prepare", "reopen", "run"]
 
 # A thread encodes about a million tokens a second. With two, three shards are in memory at most: one that the teacher
 # is at, and two in the writing.
@@ -66,6 +69,7 @@ def run(context: StageContext) -> StageResult:
         engines=tuple(sorted({shard.facts.engine for shard in shards})),
         dtypes=tuple(sorted({shard.facts.dtype for shard in shards})),
         mean_label_loss=sum(shard.facts.label_loss for shard in shards) / num_targets,
+        scored=tuple(shard.facts for shard in shards),
     )
     num_bytes = sum(shard_set.num_bytes for shard_set in sets.values())
     totals = {
@@ -106,6 +110,7 @@ def prepare(context: StageContext) -> CacheJob:
         vocab_size=facts.tokenizer.vocab_size,
         ranking_sha256=ranking.sha256,
         device=context.device,
+        trust_remote_code=context.run.teacher.trust_remote_code,
     )
 
 

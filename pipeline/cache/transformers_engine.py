@@ -33,16 +33,25 @@ class TransformersEngine:
         dtype: `auto` or a float type of the teacher's weights.
         batch_tokens: tokens in one forward pass.
         device: `cpu` or `cuda:0`.
+        trust_remote_code: run code that comes with the teacher.
 
     Raises:
         InputError: there is no such model, or its logits are more than a linear function of the hidden states.
         SettingError: more ids are to be kept than the vocabulary has.
     """
 
-    def __init__(self, path: str, recording: Recording, dtype: str, batch_tokens: int, device: str) -> None:
+    def __init__(
+        self,
+        path: str,
+        recording: Recording,
+        dtype: str,
+        batch_tokens: int,
+        device: str,
+        trust_remote_code: bool = False,
+    ) -> None:
         require_kept(recording.num_kept, recording.vocab_size)
         self._recording, self._batch_tokens, self._device = recording, batch_tokens, device
-        self._model = load_model(path, device, _DTYPES.get(dtype))
+        self._model = load_model(path, device, _DTYPES.get(dtype), trust_remote_code)
         self.name = f"transformers {transformers.__version__}"
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         # a copy in float32: rounding the logits to bfloat16 changes half of all rows' kept ids

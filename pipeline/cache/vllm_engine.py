@@ -54,6 +54,7 @@ class VllmEngine:
         device: `cpu` or `cuda:0`.
         tensor_parallel: devices that the teacher is spread over.
         capture: `worker`, `public`, or `auto`: the public logprobs where the worker's are not to be had.
+        trust_remote_code: run code that comes with the teacher.
         extra: further arguments of `vllm.LLM`, for tests and benchmarks.
 
     Attributes:
@@ -76,6 +77,7 @@ class VllmEngine:
         device: str,
         tensor_parallel: int = 1,
         capture: Literal["auto", "worker", "public"] = "auto",
+        trust_remote_code: bool = False,
         **extra: Any,
     ) -> None:
         require_kept(recording.num_kept, recording.vocab_size)
@@ -84,12 +86,14 @@ class VllmEngine:
         import vllm
 
         require_platform(device)
-        config = teacher_config(path, seq_len, device)
+        config = teacher_config(path, seq_len, device, trust_remote_code)
         self._seq_len, self._num_columns, self._capture = seq_len, int(config.vocab_size), capture
         if capture == "public":
             require_public(recording, self._num_columns, "cache.capture: public")
         settings: dict[str, Any] = {
             "model": path,
+            "trust_remote_code": trust_remote_code,
+            "load_format": "safetensors",  # nothing pickled is opened
             "dtype": saved_dtype(config) if dtype == "auto" else dtype,
             "max_model_len": seq_len + 1,
             "max_num_batched_tokens": max(batch_tokens, seq_len + 1),

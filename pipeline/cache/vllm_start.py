@@ -70,14 +70,14 @@ def require_platform(device: str) -> None:
         )
 
 
-def teacher_config(path: str, seq_len: int, device: str) -> Any:
+def teacher_config(path: str, seq_len: int, device: str, trust_remote_code: bool = False) -> Any:
     """The configuration of the teacher's language model.
 
     Raises:
         InputError: its positions are fewer than `seq_len`.
         MachineError: vLLM has no attention of its shape here.
     """
-    config = load_config(path).get_text_config()
+    config = load_config(path, trust_remote_code).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < seq_len:
         raise InputError(

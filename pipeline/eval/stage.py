@@ -118,7 +118,8 @@ def _score_alone(
     meter: Meter,
 ) -> Float64Array:
     """Score with a model that is on the device for the length of this call only."""
-    model = load_model(model_path(context.input(name)), context.device)
+    made_from = context.run.teacher if name == TEACHER else context.run.student
+    model = load_model(model_path(context.input(name)), context.device, None, made_from.trust_remote_code)
     nats_S = score(
         model,
         sequences,

@@ -9,6 +9,7 @@ One Arrow row is one sequence, so that any Arrow program can read a member:
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import zstandard
 
 from capgap.pipeline.store.alignment import EXACT, StoredError
 from capgap.pipeline.store.checks import check_ids
-from capgap.pipeline.store.columns import Columns, fixed_lists, from_frame, to_frame
+from capgap.pipeline.store.columns import MAX_MEMBER_BYTES, Columns, fixed_lists, from_frame, to_frame
 from capgap.pipeline.store.planes import join_planes, num_planes, pack_bits, split_planes, unpack_bits
 from capgap.pipeline.store.ranking import RANKING_NAME, Ranking, read_ranking
 from capgap.pipeline.store.sampled import LABELS, sampled_columns, sampled_targets
@@ -58,6 +59,12 @@ _ZSTD_LEVELS = {
     TOPK_CODECS["compact"]: 2,
     TOPK_CODECS["small"]: 1,
 }
+
+
+# Manifests may come from strangers: these bound what their numbers can ask for. A count of draws has 16 bits.
+_MAX_VOCAB_SIZE = 1 << 24
+_MAX_IDS = (1 << 16) - 1
+_MAX_SCHEMA_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -122,17 +129,29 @@ class Codec:
             columns |= topk_columns(targets, self._topk)
         return to_frame(columns, _ZSTD_LEVELS[self.name])
 
-    def decode(self, data: bytes, where: str) -> tuple[Sequences, Targets | None]:
+    def decode(self, data: bytes, where: str, num_sequences: int | None = None) -> tuple[Sequences, Targets | None]:
         """The block of one member; `where` names it in errors.
+
+        Args:
+            data: the member.
+            where: names it in errors.
+            num_sequences: that the manifest says it holds: no memory is given to a frame that claims more.
 
         Raises:
             CorruptError: the frame's checksum, the Arrow stream or its shapes are wrong.
         """
         with decoding(self, where):
-            columns = from_frame(data)
+            columns = from_frame(data, self.most_bytes(num_sequences))
             sequences, targets = self._sequences(columns), self._targets(columns)
             columns.require_all_read()
             return sequences, targets
+
+    def most_bytes(self, num_sequences: int | None) -> int:
+        """A bound on a member's bytes once it is inflated: 8 for each kept id, 32 for what else a target has."""
+        if num_sequences is None:
+            return MAX_MEMBER_BYTES
+        per_target = 8 * self.num_ids + 4 * len(self.extra_temperatures) + 32
+        return min(MAX_MEMBER_BYTES, _MAX_SCHEMA_BYTES + num_sequences * (self.seq_len + 1) * per_target)
 
     def _sequences(self, columns: Columns) -> Sequences:
         width = self.seq_len + 1
@@ -171,6 +190,10 @@ def decoding(codec: Codec, where: str) -> Iterator[None]:
         StopIteration,
         KeyError,
         ValueError,
+        IndexError,
+        OverflowError,
+        MemoryError,
+        struct.error,
         InputError,
     ) as error:
         raise CorruptError(
@@ -203,15 +226,19 @@ def codec_for(
     if (
         len(numbers) != 2
         or not all(isinstance(value, int) for value in numbers.values())
+        or not 0 < numbers["vocab_size"] <= _MAX_VOCAB_SIZE
+        or not 0 <= numbers["num_ids"] <= _MAX_IDS
         or not _are_temperatures(heat)
         or (heat and name not in PROFILES)
         or named.keys() not in (set(), {"ranking", "ranking_sha256"})
         or not all(isinstance(value, str) for value in named.values())
+        or named.get("ranking", RANKING_NAME) != RANKING_NAME
     ):
         raise InputError(
             f"codec {name} has other settings",
             found=settings,
-            expected="numbers vocab_size and num_ids; if ids are ranked, ranking and ranking_sha256; "
+            expected=f"numbers vocab_size, at most {_MAX_VOCAB_SIZE}, and num_ids, at most {_MAX_IDS}; if ids are "
+            f"ranked, ranking, {RANKING_NAME}, and ranking_sha256; "
             "and for topk at more than one temperature, temperature and extra_temperatures",
         )
     if heat:

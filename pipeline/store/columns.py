@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow as pa
 import zstandard
 
 # A member holds some thousand tokens; a frame that claims more than this is not one of ours.
-_MAX_MEMBER_BYTES = 1 << 30
+MAX_MEMBER_BYTES = 1 << 30
 
 
 def fixed_lists(values_BW: npt.NDArray[Any]) -> pa.Array:
@@ -104,18 +105,55 @@ def to_frame(columns: dict[str, pa.Array], level: int) -> bytes:
     return zstandard.ZstdCompressor(level=level, write_checksum=True).compress(sink.getvalue())
 
 
-def from_frame(data: bytes) -> Columns:
-    """The columns of one frame.
+def from_frame(data: bytes, most_bytes: int = MAX_MEMBER_BYTES) -> Columns:
+    """The columns of one frame, which may be anyone's: nothing that it claims is believed before it is checked.
+
+    Args:
+        data: the frame.
+        most_bytes: that it may be once inflated; memory for no more is asked for.
 
     Raises:
         zstandard.ZstdError: the frame is damaged.
-        ValueError: the frame has no checksum, or claims to be larger than any member.
-        pa.ArrowException, OSError, StopIteration: the stream is not one.
+        ValueError: the frame has no checksum, claims to be larger than it may be, or holds another stream than ours.
+        pa.ArrowException, OSError, StopIteration, struct.error: the stream is not one.
     """
     frame = zstandard.get_frame_parameters(data)
     if not frame.has_checksum:
         raise ValueError("a frame without a checksum")
-    if frame.content_size > _MAX_MEMBER_BYTES:
-        raise ValueError(f"a frame of {frame.content_size} bytes, expected at most {_MAX_MEMBER_BYTES}")
+    if frame.content_size > most_bytes:
+        raise ValueError(f"a frame of {frame.content_size} bytes, expected at most {most_bytes}")
     content = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
-    return Columns(pa.ipc.open_stream(pa.py_buffer(content)).read_next_batch())
+    return Columns(_only_batch(content))
+
+
+def _only_batch(content: bytes) -> pa.RecordBatch:
+    messages = pa.ipc.MessageReader.open_stream(pa.py_buffer(content))
+    schema, batch = messages.read_next_message(), messages.read_next_message()
+    if (schema.type, batch.type) != ("schema", "record batch") or next(iter(messages), None) is not None:
+        raise ValueError("a stream of other messages than one schema and one record batch")
+    if _is_compressed(memoryview(batch.metadata)):
+        # it would be inflated to whatever size it claims
+        raise ValueError("a record batch that is compressed within the frame")
+    found = pa.ipc.read_record_batch(batch, pa.ipc.read_schema(schema))
+    found.validate()  # lengths that pass their buffers' ends would be read past them
+    return found
+
+
+def _is_compressed(message: memoryview) -> bool:
+    """Whether a record batch names a compression: field 3 of the table that is field 2 of Message, in Arrow's
+    Message.fbs. Nothing in pyarrow tells; that the tables lie within the message was checked when it was read."""
+    (root,) = struct.unpack_from("<I", message, 0)
+    header = _field(message, root, 2)
+    if not header:
+        raise ValueError("a message without a header")
+    (distance,) = struct.unpack_from("<I", message, header)
+    return _field(message, header + distance, 3) != 0
+
+
+def _field(message: memoryview, table: int, number: int) -> int:
+    """Where a field of a flatbuffers table lies; 0 where it is left out."""
+    (back,) = struct.unpack_from("<i", message, table)
+    (size,) = struct.unpack_from("<H", message, table - back)
+    place = 4 + 2 * number
+    (offset,) = struct.unpack_from("<H", message, table - back + place) if place + 2 <= size else (0,)
+    return table + offset if offset else 0

@@ -10,7 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from capgap.schemas.errors import InputError
+
 TEMP_MARK = ".partial-"
+
+# A manifest's million members are 40 MB, the ranking of a vocabulary of 16 million 64 MiB.
+MAX_SMALL_BYTES = 256 << 20
 
 
 @contextmanager
@@ -47,6 +52,29 @@ def sha256_of(path: Path) -> str:
     """Digest of a file's bytes, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_small(path: Path) -> bytes:
+    """A small file of a local disk as a whole.
+
+    Raises:
+        FileNotFoundError: it is not there, or no file but a folder, a pipe or a device.
+        InputError: it is too large.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    with path.open("rb") as file:
+        data = file.read(MAX_SMALL_BYTES + 1)
+    if len(data) > MAX_SMALL_BYTES:
+        raise too_large(path)
+    return data
+
+
+def too_large(where: Path | str) -> InputError:
+    """What is said of a file that should be small and is not."""
+    return InputError(
+        "larger than any manifest", where=where, found=f"over {MAX_SMALL_BYTES >> 20} MiB", fix="do not use this folder"
+    )
 
 
 class HashingWriter:

@@ -57,7 +57,7 @@ class SequenceLoader:
             of their own, and what is left is padding without weight; a sequence a row where it is left out.
         lanes: of the order; where it is left out, 64, or fewer for less than 128 members.
         on_corrupt: `stop` at a damaged member, or `skip` it: each of its sequences is replaced by the next good one of
-            its lane. More damage than 0.1 % of the sequences stops in any case.
+            its lane. More damage than 0.1 % of the sequences stops in any case, shards in quarantine not counted.
         threads: that read and decode ahead; 0 reads when asked.
         ahead: micro-batches in the making or ready.
         max_block_bytes: of decoded blocks kept.
@@ -109,7 +109,8 @@ class SequenceLoader:
         self._require_divisible()
         self.steps_per_epoch = len(self.order) // batch_sequences
         self.num_steps = _steps(reader, batch_sequences, self.steps_per_epoch * num_epochs, max_tokens)
-        self.skips = Skips(len(self.order), on_corrupt)
+        excused = {reader.place.name_of(s.file) for s in shard_set.shards if s.file.path in reader.quarantined}
+        self.skips = Skips(len(self.order), on_corrupt, excused)
         self.blocks = BlockCache[tuple[int, int]](
             self._read, max_block_bytes, once=self.num_steps <= self.steps_per_epoch
         )

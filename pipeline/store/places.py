@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Protocol, runtime_checkable
 
 from capgap.pipeline.store.disk_cache import DiskCache
+from capgap.pipeline.store.files import read_small
 from capgap.pipeline.store.remote import Remote
 from capgap.schemas.errors import InputError
 from capgap.schemas.manifest import FileEntry
@@ -43,7 +44,7 @@ class LocalPlace:
         """
         path = self.folder / file.path
         try:
-            return path.open("rb")
+            return _open_file(path)
         except FileNotFoundError:
             raise InputError(
                 "the shard is missing", where=path, fix="rerun the stage that wrote it; the other shards are kept"
@@ -60,7 +61,7 @@ class LocalPlace:
             InputError: it is missing.
         """
         try:
-            return (self.folder / name).read_bytes()
+            return read_small(self.folder / name)
         except FileNotFoundError:
             raise _missing(self.folder / name) from None
 
@@ -107,6 +108,13 @@ def place_of(folder: Path | str, cache: DiskCache | None = None) -> ShardPlace:
     if isinstance(folder, str) and is_url(folder):
         return RemotePlace(folder, cache or DiskCache.default())
     return LocalPlace(Path(folder))
+
+
+def _open_file(path: Path) -> IO[bytes]:
+    """A file, and neither a pipe nor a device, which could be read for ever."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    return path.open("rb")
 
 
 def _missing(where: Path | str) -> InputError:

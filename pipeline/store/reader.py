@@ -17,7 +17,8 @@ from pathlib import Path
 
 from capgap.pipeline.store.alignment import check_alignment
 from capgap.pipeline.store.codec import Codec, codec_for
-from capgap.pipeline.store.places import ShardPlace, place_of
+from capgap.pipeline.store.places import LocalPlace, ShardPlace, place_of
+from capgap.pipeline.store.quarantine import read_quarantine
 from capgap.pipeline.store.stored import StoredBlock, read_stored
 from capgap.schemas.errors import CorruptError
 from capgap.schemas.manifest import Member, ShardEntry, ShardSet
@@ -31,13 +32,26 @@ class ShardReader:
         folder: holds the shard files: a path, a URL, or a place that `place_of` made.
         shard_set: their description, from the folder's manifest.
 
+    Attributes:
+        quarantined: what is wrong with the shards in quarantine, by path; they are not opened.
+
     Raises:
         InputError: the codec is unknown.
+        CorruptError: the description contradicts itself.
     """
 
     def __init__(self, folder: Path | str | ShardPlace, shard_set: ShardSet) -> None:
         self.place = folder if isinstance(folder, ShardPlace) else place_of(folder)
+        self.quarantined = read_quarantine(self.place.folder) if isinstance(self.place, LocalPlace) else {}
         self.shard_set = shard_set
+        for shard in shard_set.shards:
+            if shard.num_sequences != sum(shard.members.num_sequences):
+                raise CorruptError(
+                    "the manifest contradicts itself",
+                    where=self.place.name_of(shard.file),
+                    found=f"{shard.num_sequences} sequences",
+                    expected=f"{sum(shard.members.num_sequences)}, as in its members",
+                )
         self.codec: Codec = codec_for(
             shard_set.codec, shard_set.seq_len, dict(shard_set.codec_settings), self.place.read
         )
@@ -66,8 +80,9 @@ class ShardReader:
         """
         entry = self.shard_set.shards[shard]
         where = self._name_of(entry, entry.member(member))
-        block = read_stored(self.codec, self._bytes_of(entry, entry.member(member), where), where)
-        _require_size(len(block), entry.member(member), where)
+        of = entry.member(member)
+        block = read_stored(self.codec, self._bytes_of(entry, of, where), where, of.num_sequences)
+        _require_size(len(block), of, where)
         return block
 
     def name_of(self, shard: int, member: int) -> str:
@@ -81,7 +96,7 @@ class ShardReader:
 
     def _read(self, shard: ShardEntry, member: Member) -> tuple[Sequences, Targets | None]:
         where = self._name_of(shard, member)
-        sequences, targets = self.codec.decode(self._bytes_of(shard, member, where), where)
+        sequences, targets = self.codec.decode(self._bytes_of(shard, member, where), where, member.num_sequences)
         _require_size(len(sequences), member, where)
         if targets is not None:
             check_alignment(sequences, targets, self.codec.num_ids, where, self.codec.error)
@@ -91,6 +106,20 @@ class ShardReader:
         return f"{self.place.name_of(shard.file)}, member {member.key}"
 
     def _bytes_of(self, shard: ShardEntry, member: Member, where: str) -> bytes:
+        if shard.file.path in self.quarantined:
+            raise CorruptError(
+                "the shard is in quarantine",
+                where=where,
+                found=self.quarantined[shard.file.path],
+                fix="run the stage that wrote it again, or set train.on_corrupt to skip",
+            )
+        if member.offset + member.num_bytes > shard.file.num_bytes:
+            raise CorruptError(
+                "the manifest places the member outside its shard",
+                where=where,
+                found=f"bytes {member.offset} to {member.offset + member.num_bytes}",
+                expected=f"within {shard.file.num_bytes}",
+            )
         with self.place.open(shard.file) as file:
             file.seek(member.offset)
             data = file.read(member.num_bytes)

@@ -1,4 +1,4 @@
-"""Files behind URLs, through fsspec: S3, Google Storage, Hugging Face, web servers and all it has a client for."""
+"""Files behind URLs, through fsspec: S3, Google Storage, Azure, Hugging Face and web servers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 
 import fsspec
 
+from capgap.pipeline.store.files import MAX_SMALL_BYTES, too_large
 from capgap.schemas.errors import InputError, MachineError
 
 # Large enough that a request's latency is small beside its transfer, small beside the memory of a decoded window.
 _CHUNK_BYTES = 8 << 20
+# Where stored bytes come from, and nothing that could start a program, mount or unpack anything: `pipe:`, `exec:` and
+# chains such as `zip::` or `simplecache::` among them, and whatever else an installed package has a name for.
+SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https")
 _EXTRAS = {"s3": "pip install 'capgap[s3]'", "s3a": "pip install 'capgap[s3]'"}
 _EXTRAS |= dict.fromkeys(("gs", "gcs"), "pip install 'capgap[gs]'")
 
@@ -32,10 +36,15 @@ class Remote:
 
         Raises:
             MachineError: the client for such URLs is not installed.
-            InputError: it cannot be read.
+            InputError: it cannot be read, or is no small file.
         """
         try:
-            return b"".join(self._chunks(path))
+            data = b""
+            for chunk in self._chunks(path):
+                data += chunk
+                if len(data) > MAX_SMALL_BYTES:
+                    raise too_large(f"{self.url}/{path}")
+            return data
         except FileNotFoundError:
             return None
 
@@ -69,6 +78,13 @@ class Remote:
     @cached_property
     def _filesystem(self) -> Any:
         scheme = self.url.partition("://")[0]
+        if scheme not in SCHEMES:
+            raise InputError(
+                "shards are not read from such a URL",
+                where=self.url,
+                found=f"{scheme}://",
+                expected=f"one of {', '.join(SCHEMES)}",
+            )
         try:
             return fsspec.filesystem(scheme)
         except (ImportError, ValueError) as error:

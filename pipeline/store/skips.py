@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Collection
 from typing import Literal
 
 from capgap.schemas.errors import CorruptError
@@ -20,9 +21,11 @@ class Skips:
     Args:
         num_sequences: in the whole set.
         on_corrupt: `stop` raises at the first, `skip` when they hold more than 0.1 % of the sequences.
+        excused: shards, as `ShardPlace.name_of` names them, whose members do not count: somebody has seen to them.
     """
 
-    def __init__(self, num_sequences: int, on_corrupt: Literal["stop", "skip"]) -> None:
+    def __init__(self, num_sequences: int, on_corrupt: Literal["stop", "skip"], excused: Collection[str] = ()) -> None:
+        self._excused = frozenset(excused)
         self._most = int(num_sequences * _LARGEST_SHARE) if on_corrupt == "skip" else 0
         self._skip = on_corrupt == "skip"
         self._lock = threading.Lock()
@@ -46,11 +49,14 @@ class Skips:
             skipped = self.as_dict()
         if not known:
             _LOG.warning("skipped: %s", error)
-        if sum(skipped.values()) > self._most:
+        counted = {
+            name: count for name, count in skipped.items() if name.partition(", member ")[0] not in self._excused
+        }
+        if sum(counted.values()) > self._most:
             raise CorruptError(
                 "too much is damaged to be skipped",
                 where=name,
-                found=f"{sum(skipped.values())} sequences in {len(skipped)} members",
+                found=f"{sum(counted.values())} sequences in {len(counted)} members",
                 expected=f"at most {self._most}, 0.1 % of all",
                 fix="delete the shards and rerun the stage that wrote them; the others are kept",
             ) from error

@@ -92,15 +92,15 @@ def columns_of(codec: Codec) -> list[Column]:
     return columns
 
 
-def read_stored(codec: Codec, data: bytes, where: str) -> StoredBlock:
-    """The columns of one member; `where` names it in errors.
+def read_stored(codec: Codec, data: bytes, where: str, num_sequences: int | None = None) -> StoredBlock:
+    """The columns of one member; `where` and `num_sequences` as for `Codec.decode`.
 
     Raises:
         CorruptError: the frame's checksum, the Arrow stream, its shapes or its lists' sizes are wrong. What the values
             say is for the device to check.
     """
     with decoding(codec, where):
-        columns = from_frame(data)
+        columns = from_frame(data, codec.most_bytes(num_sequences))
         fixed, ragged, offsets = {}, {}, {}
         for column in columns_of(codec):
             if column.width:

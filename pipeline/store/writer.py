@@ -14,12 +14,12 @@ from pydantic import ValidationError
 
 from capgap.pipeline.store.codec import Codec
 from capgap.pipeline.store.files import HashingWriter, atomic_file, sha256_of, write_atomically
+from capgap.pipeline.store.plain_tar import SUFFIX
 from capgap.schemas.manifest import FileEntry, Members, ShardEntry, ShardSet
 from capgap.schemas.records import Sequences, Targets
 
 # Members below 2k tokens cost bytes and decoding speed; 8k tokens are within 1 % of the best.
 _MEMBER_TOKENS = 8192
-_SUFFIX = ".arrow.zst"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class ShardWriter:
             for number, block in enumerate(blocks):
                 key = f"{self._stem(index)}-{number:04d}"
                 data = self._codec.encode(block.sequences, block.targets)
-                info = tarfile.TarInfo(key + _SUFFIX)
+                info = tarfile.TarInfo(key + SUFFIX)
                 info.size = len(data)
                 offset = tar.offset + tarfile.BLOCKSIZE
                 tar.addfile(info, io.BytesIO(data))

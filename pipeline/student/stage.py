@@ -22,8 +22,8 @@ def run(context: StageContext) -> StageResult:
         model = fresh_model(settings.model, corpus, context.instance.seed)
     else:
         assert settings.path is not None
-        path, facts = check_given_model(settings.path, corpus, "student.path")
-        model = load_model(path, "cpu")
+        path, facts = check_given_model(settings.path, corpus, "student.path", settings.trust_remote_code)
+        model = load_model(path, "cpu", None, settings.trust_remote_code)
         served_head(model, facts.tokenizer.vocab_size)  # refused here rather than by the first training
         tokenizer.chat_template = chat_template_of(path) or tokenizer.chat_template
     save_model(model, tokenizer, context.folder / MODEL_FOLDER)

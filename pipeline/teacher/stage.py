@@ -21,7 +21,7 @@ def run(context: StageContext) -> StageResult:
     """
     settings = context.run.teacher
     if settings.path is not None:
-        _, facts = check_given_model(settings.path, context.input("corpus"), "teacher.path")
+        _, facts = check_given_model(settings.path, context.input("corpus"), "teacher.path", settings.trust_remote_code)
         return StageResult(facts=facts.model_dump(mode="json"), totals={"num_parameters": facts.num_parameters})
     assert settings.model is not None
     return _train(context, settings.model)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,13 @@ Place = tuple[int, int]
 
 
 def rescore(
-    folder: Path, fraction: float, *, teacher: str | None = None, device: str = "auto", wait: bool = True
+    folder: Path,
+    fraction: float,
+    *,
+    teacher: str | None = None,
+    device: str = "auto",
+    wait: bool = True,
+    trust_remote_code: bool = False,
 ) -> Iterator[str]:
     """Lines about each cache at or below `folder`; what they say is in the module's first lines.
 
@@ -56,6 +63,7 @@ def rescore(
         teacher: its folder or id, where it is not where it was.
         device: `auto`, `cpu` or `cuda`.
         wait: wait for a device that a stage holds.
+        trust_remote_code: run code that comes with the teacher; what the cache says of that is not asked.
 
     Raises:
         InputError: there is no cache, or no teacher.
@@ -68,7 +76,7 @@ def rescore(
         raise InputError("no finished cache", where=folder, fix="name the folder of a run or of its stage cache")
     place = resolve_device(device)
     for path, manifest in caches:
-        job = _job(path, manifest, teacher, place)
+        job = replace(_job(path, manifest, teacher, place), trust_remote_code=trust_remote_code)
         devices = devices_from(place, job.settings.num_devices)
         with leases(devices, f"verify --rescore of {path}", wait):
             yield from _rescore_cache(job, manifest, fraction)

@@ -139,11 +139,16 @@ def refuse_early(run: RunFile, instance: Instance, inputs: Mapping[str, StageInp
 
 
 def make_ready(state: StageState, force: bool) -> None:
-    """Empty a folder that holds something else; the caller has it for itself.
+    """Empty a folder that holds something else, or open it again where it only lost files. The caller has it alone.
 
     Raises:
         MismatchError: it is unfinished and was begun under other settings.
     """
+    if not force and state.lost and state.manifest is not None:
+        stage = importlib.import_module(f"capgap.pipeline.{state.instance.stage}.stage")
+        reopen = getattr(stage, "reopen", None)
+        if reopen is not None and reopen(state.folder, state.manifest):
+            return
     if force or state.state is State.STALE:
         clear(state.folder)
     elif state.begun_otherwise:
@@ -173,7 +178,7 @@ def open_inputs(run: RunFile, state: StageState) -> dict[str, StageInput]:
             continue
         upstream = known[name]
         found = read_manifest(upstream.folder)
-        if upstream.state is not State.CURRENT or found is None:
+        if not upstream.can_be_read(run, state.instance) or found is None:
             why = f" ({upstream.why})" if upstream.why else ""
             stage = upstream.instance.stage
             raise InputError(

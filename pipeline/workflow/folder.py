@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from capgap.pipeline.store.files import TEMP_MARK, sha256_of, write_atomically
+from capgap.pipeline.store.quarantine import QUARANTINE_NAME
 from capgap.pipeline.workflow.identity import seal_of
 from capgap.schemas.errors import MachineError
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, FileEntry, Manifest, WorkOrder
@@ -25,7 +26,7 @@ LOCK_NAME = ".lock"
 TURN_NAME = ".turn"
 _PLAN_NAME = "plan.json"
 _LOCKS = (LOCK_NAME, TURN_NAME)
-_NOT_CONTENT = {MANIFEST_NAME, WORK_NAME, *_LOCKS}
+_NOT_CONTENT = {MANIFEST_NAME, WORK_NAME, QUARANTINE_NAME, *_LOCKS}
 
 
 def lock_folder(folder: Path) -> FileLock:

@@ -12,6 +12,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from capgap.pipeline.store import Remote, is_url
+from capgap.pipeline.store.files import read_small
+from capgap.pipeline.store.quarantine import read_quarantine
 from capgap.pipeline.workflow.context import Instance, StageName
 from capgap.pipeline.workflow.folder import WORK_FOLDER, finished_units
 from capgap.pipeline.workflow.graph import decisive_settings, further_caches, input_names, instances
@@ -42,6 +44,8 @@ class StageState:
         why: in words: the setting or input that changed, or how far it got; empty when current.
         order: what is to be done, as `work.json` will say; its inputs may lack a content as long as they are unmade.
         manifest: of the folder, where there is one.
+        lost: files of a finished folder that are gone, of another size or in quarantine, where nothing else is amiss.
+        in_quarantine: all of them are: what is left can be read, by who may skip.
         begun_otherwise: of an unfinished folder, the setting or input in which it was begun for another result, in
             words; empty where it can be continued.
     """
@@ -53,6 +57,14 @@ class StageState:
     order: WorkOrder
     manifest: Manifest | None
     begun_otherwise: str = ""
+    lost: tuple[str, ...] = ()
+    in_quarantine: bool = False
+
+    def can_be_read(self, run: RunFile, reader: Instance) -> bool:
+        """Whether that instance may read the folder: it is current, or lacks only what the reader is told to skip."""
+        if self.in_quarantine and reader.stage == "train" and reader.arm is not None:
+            return run.train_settings(reader.arm).on_corrupt == "skip"
+        return self.state is State.CURRENT
 
 
 def states(run: RunFile) -> dict[str, StageState]:
@@ -106,7 +118,7 @@ def read_manifest(folder: Path | str) -> Manifest | None:
         InputError, MachineError: the URL cannot be read.
     """
     try:
-        text = Remote(folder).read(MANIFEST_NAME) if isinstance(folder, str) else (folder / MANIFEST_NAME).read_bytes()
+        text = Remote(folder).read(MANIFEST_NAME) if isinstance(folder, str) else read_small(folder / MANIFEST_NAME)
         return None if text is None else Manifest.model_validate_json(text)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -123,11 +135,15 @@ def read_manifest(folder: Path | str) -> Manifest | None:
 
 def require_seal(folder: Path | str, manifest: Manifest) -> None:
     """Raise CorruptError if the manifest is not what was written when its stage was finished."""
-    if manifest.seal != seal_of(manifest):
+    try:
+        seal = seal_of(manifest)
+    except ValueError as error:  # a number that no manifest of ours holds: not a number, or of thousands of digits
+        seal = str(error)
+    if manifest.seal != seal:
         raise CorruptError(
             "the manifest is not what was written",
             where=f"{folder}/{MANIFEST_NAME}",
-            found=f"a digest of {seal_of(manifest)[:12]}",
+            found=f"a digest of {seal[:12]}",
             expected=f"its seal, {manifest.seal[:12] or 'none'}",
             fix="delete this file and run the same command again",
         )
@@ -164,9 +180,21 @@ def _state_of(
     order = WorkOrder(stage=instance.stage, instance=instance.name, settings=settings, inputs=inputs, identity=identity)
     manifest = read_manifest(folder)
     if manifest is not None:
-        why = _difference(manifest, order) or _missing_file(folder, manifest)
-        why = why or changed_source(run, instance, manifest.sources) or _waiting(inputs, found)
-        return StageState(instance, folder, State.STALE if why else State.CURRENT, why, order, manifest)
+        why = _difference(manifest, order)
+        quarantined = read_quarantine(folder)
+        lost = {} if why else _lost_files(folder, manifest, quarantined)
+        other = why or changed_source(run, instance, manifest.sources) or _waiting(run, instance, inputs, found)
+        why = why or next(iter(lost.values()), "") or other
+        return StageState(
+            instance,
+            folder,
+            State.STALE if why else State.CURRENT,
+            why,
+            order,
+            manifest,
+            lost=() if other else tuple(lost),
+            in_quarantine=bool(lost) and not other and lost.keys() <= quarantined.keys(),
+        )
     begun = read_work_order(folder)
     if begun is None:
         return StageState(instance, folder, State.MISSING, "never made", order, None)
@@ -202,18 +230,24 @@ def _difference(old: WorkOrder, new: WorkOrder) -> str:
     return ""
 
 
-def _missing_file(folder: Path, manifest: Manifest) -> str:
+def _lost_files(folder: Path, manifest: Manifest, quarantined: Mapping[str, str]) -> dict[str, str]:
+    """What has become of each file that is not as it was, in words, by path."""
+    lost = {}
     for file in manifest.files:
         path = folder / file.path
-        if not path.is_file():
-            return f"{file.path} is gone"
-        if path.stat().st_size != file.num_bytes:
-            return f"{file.path} has {path.stat().st_size} bytes, not {file.num_bytes}"
-    return ""
+        if file.path in quarantined:
+            lost[file.path] = f"{file.path} is in quarantine"
+        elif not path.is_file():
+            lost[file.path] = f"{file.path} is gone"
+        elif path.stat().st_size != file.num_bytes:
+            lost[file.path] = f"{file.path} has {path.stat().st_size} bytes, not {file.num_bytes}"
+    return lost
 
 
-def _waiting(inputs: Mapping[str, InputEntry], found: Mapping[str, StageState]) -> str:
+def _waiting(
+    run: RunFile, instance: Instance, inputs: Mapping[str, InputEntry], found: Mapping[str, StageState]
+) -> str:
     for name in inputs:
-        if name in found and found[name].state is not State.CURRENT:
+        if name in found and not found[name].can_be_read(run, instance):
             return f"input {name} is {found[name].state}"
     return ""

@@ -414,6 +414,15 @@ def test_a_beta_without_jsd_is_refused() -> None:
         TrainSettings(jsd_beta=0.3)
 
 
+def test_code_is_trusted_of_a_given_model_only_and_decides_only_then() -> None:
+    for settings in (TeacherSettings, StudentSettings):
+        given, trusted = settings(path="folder"), settings(path="folder", trust_remote_code=True)
+        assert "trust_remote_code" not in given.decisive()
+        assert trusted.decisive()["trust_remote_code"] is True
+        with pytest.raises(ValidationError, match=r"trust_remote_code: found true with .*, expected it with .*path"):
+            settings(model=ModelShape(), trust_remote_code=True)
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         StudentSettings(model=ModelShape()).path = "other"  # type: ignore[misc]

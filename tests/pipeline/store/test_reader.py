@@ -111,4 +111,5 @@ def _altered(reader: ShardReader, update: dict[str, int]) -> ShardSet:
     shard = reader.shard_set.shards[0]
     first = {name: values[:1] for name, values in vars(shard.members).items()}
     members = Members(**first | {name: (value,) for name, value in update.items()})
-    return reader.shard_set.model_copy(update={"shards": (shard.model_copy(update={"members": members}),)})
+    altered = shard.model_copy(update={"members": members, "num_sequences": sum(members.num_sequences)})
+    return reader.shard_set.model_copy(update={"shards": (altered,)})

@@ -82,6 +82,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     *((f"teacher.training.{name}", value, FROM_TEACHER) for name, value in OPTIMIZATION.items()),
     *((f"teacher.training.{name}", value, set()) for name, value in OPTIMIZATION_OPERATIONAL.items()),
     ("teacher.seed", 1, FROM_TEACHER),
+    ("teacher.trust_remote_code", True, FROM_TEACHER),
     ("cache.engine", "transformers", FROM_CACHE),
     ("cache.recording", "topk", FROM_CACHE),
     ("cache.num_draws", 64, FROM_CACHE),
@@ -100,6 +101,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("cache.capture", "worker", set()),
     ("cache.replicas", 4, set()),
     ("student.path", "folder", FROM_STUDENT),
+    ("student.trust_remote_code", True, FROM_STUDENT),
     *((f"student.model.{name}", value, FROM_STUDENT) for name, value in SHAPE.items()),
     *((f"train.{name}", value, FROM_TRAIN) for name, value in OPTIMIZATION.items()),
     *((f"train.{name}", value, set()) for name, value in OPTIMIZATION_OPERATIONAL.items()),
@@ -130,6 +132,8 @@ BESIDE["train.own_weight"] = {"train.caches": {"draws": {}}}
 BESIDE["train.alpha_schedule"] = {"train.final_alpha": 0.5}
 for _stage in ("train", "teacher.training"):
     BESIDE |= {f"{_stage}.{name}": {f"{_stage}.schedule": "wsd"} for name in ("decay_fraction", "decay_shape")}
+BESIDE["teacher.trust_remote_code"] = {"teacher.path": "folder", **GIVEN_TEACHER}
+BESIDE["student.trust_remote_code"] = {"student.path": "folder", "student.model": None}
 REPLACES = {"teacher.path": GIVEN_TEACHER, "student.path": {"student.model": None}}
 STRUCTURE = {"seeds", "arms", "reuse"}  # each has tests of its own below
 
@@ -181,6 +185,8 @@ def _settings(model: type[Record], prefix: str = "") -> Iterator[str]:
         ("train.alpha", 1.0),
         ("train.learning_rate", 3e-3),
         ("eval.num_sequences", 512),
+        ("teacher.trust_remote_code", False),
+        ("student.trust_remote_code", False),
     ],
 )
 def test_a_default_that_is_spelt_out_changes_nothing(make_run, path: str, default: object) -> None:

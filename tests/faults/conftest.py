@@ -1,0 +1,97 @@
+"""A tiny run on this machine's CPU, made once, and the zygote that forks `capgap` upon it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import Zygote
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from capgap.pipeline.corpus.tokenizer import train_tokenizer
+
+SEQ_LEN = 32
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    zygote = Zygote(tmp_path_factory.mktemp("logs"))
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run file over sixty short texts and a given teacher: ten shards, sixty steps, a checkpoint every third."""
+    folder = tmp_path_factory.mktemp("given")
+    texts = [f"line {i} says {i * i} and then {' '.join(str(i * k) for k in range(40))}\n" for i in range(60)]
+    (folder / "texts").mkdir()
+    for i, text in enumerate(texts):
+        (folder / "texts" / f"{i:02d}.txt").write_text(text)
+    tokenizer = train_tokenizer(texts, 300)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        config = LlamaConfig(
+            vocab_size=320,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            head_dim=32,  # the smallest that vLLM has on a CPU
+            max_position_embeddings=SEQ_LEN,
+            initializer_range=0.2,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    return {
+        "name": "tiny",
+        "out": str(folder / "nowhere"),
+        "device": "cpu",
+        "corpus": {
+            "sources": [str(folder / "texts")],
+            "tokenizer": str(folder / "teacher"),
+            "seq_len": SEQ_LEN,
+            "teacher_fraction": 0.0,
+            "heldout_fraction": 0.2,
+            "shard_sequences": 8,
+        },
+        "teacher": {"path": str(folder / "teacher")},
+        "cache": {"engine": "transformers", "num_draws": 20, "chunk_rows": 100, "batch_tokens": 200},
+        "student": {"model": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}},
+        "train": {
+            "batch_sequences": 4,
+            "num_epochs": 3,
+            "validate_every_steps": 20,
+            "num_validation_sequences": 8,
+            "checkpoint_every_steps": 3,
+        },
+        "eval": {"num_sequences": 8, "num_full_sequences": 4, "num_bootstrap": 100},
+    }
+
+
+@pytest.fixture(scope="session")
+def run_file(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run-file") / "run.json"
+    path.write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture(scope="session")
+def made(zygote: Zygote, run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's folder with every stage up to the training finished, and nothing disturbed."""
+    out = tmp_path_factory.mktemp("made") / "out"
+    for stage in ("corpus", "teacher", "cache", "student", "train"):
+        code, said = zygote.run(stage, run_file, "--out", out)
+        assert code == 0, said
+    return out
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    """The same, to be spoilt."""
+    return Path(shutil.copytree(made, tmp_path / "out"))
