@@ -8,7 +8,7 @@ from capgap.pipeline.cache.shards import SCORED_FOLDER, SIDECARS_FOLDER
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.store.quarantine import write_quarantine
 from capgap.pipeline.workflow.folder import WORK_FOLDER
-from capgap.schemas.facts import CacheFacts
+from capgap.schemas.facts import CacheFacts, heldout_set
 from capgap.schemas.manifest import MANIFEST_NAME, Manifest
 
 
@@ -18,10 +18,12 @@ def reopen(folder: Path, manifest: Manifest) -> bool:
     Which shards are whole is found by their digests, as after a kill. False, and nothing is done, where the manifest
     says too little: it is of a version that did not keep the facts of each shard.
     """
-    scored = CacheFacts.model_validate(manifest.facts).scored
-    sets = manifest.shard_sets
-    if any(len(shard_set.shards) != len(scored) for shard_set in sets.values()):
-        return False
+    facts = CacheFacts.model_validate(manifest.facts)
+    scored, sets = facts.scored, manifest.shard_sets
+    for recording in facts.recordings:
+        own = [sets[one] for one in (recording, heldout_set(recording)) if one in sets]
+        if sum(len(shard_set.shards) for shard_set in own) != len(scored):
+            return False
     work = folder / WORK_FOLDER
     for name in (SCORED_FOLDER, SIDECARS_FOLDER):
         (work / name).mkdir(parents=True, exist_ok=True)
@@ -29,8 +31,8 @@ def reopen(folder: Path, manifest: Manifest) -> bool:
         for shard in shard_set.shards:
             name = Path(shard.file.path).with_suffix(".json").name
             write_atomically(work / SIDECARS_FOLDER / name, shard.model_dump_json())
-    for index, facts in enumerate(scored):
-        write_atomically(work / SCORED_FOLDER / f"{index:06d}.json", facts.model_dump_json())
+    for index, one in enumerate(scored):
+        write_atomically(work / SCORED_FOLDER / f"{index:06d}.json", one.model_dump_json())
     (folder / MANIFEST_NAME).unlink()
     write_quarantine(folder, {})
     return True

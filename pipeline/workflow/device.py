@@ -30,24 +30,8 @@ def resolve_device(setting: str) -> str:
 
 
 def devices_from(device: str, count: int) -> list[str]:
-    """The devices of whatever takes `count` of them; the CPU is one, however many do its work.
-
-    Raises:
-        MachineError: the machine has fewer GPUs.
-    """
-    if device == "cpu":
-        return [device]
-    import torch
-
-    if torch.cuda.device_count() < count:
-        raise MachineError(
-            "too few GPUs",
-            where="device",
-            found=torch.cuda.device_count(),
-            expected=count,
-            fix="lower train.num_devices or cache.tensor_parallel, or make more of them visible",
-        )
-    return [f"cuda:{i}" for i in range(count)]
+    """The devices of whatever takes `count` of them; the CPU is one, however many do its work."""
+    return [device] if device == "cpu" else [f"cuda:{i}" for i in range(count)]
 
 
 def device_identity(device: str) -> str:
@@ -75,7 +59,7 @@ def device_identity(device: str) -> str:
             where=f"CUDA_VISIBLE_DEVICES: {'not set' if setting is None else setting}",
             found=f"{len(names)} that CUDA shows",
             expected=f"at least {number + 1}",
-            fix="lower cache.tensor_parallel, or show more",
+            fix="lower cache.tensor_parallel or train.num_devices, or show more",
         )
     return names[number].lower().replace("/", "_")
 
