@@ -228,7 +228,12 @@ class TrainSettings(OptimizationSettings):
     @property
     def needs_targets(self) -> bool:
         """Whether the teacher's targets count in any step."""
-        return max(self.alpha, self.final_alpha or 0.0) > 0
+        return self.largest_alpha > 0
+
+    @property
+    def largest_alpha(self) -> float:
+        """Of all steps."""
+        return max(self.alpha, self.final_alpha or 0.0)
 
     @model_validator(mode="after")
     def _check_beta(self) -> Self:
