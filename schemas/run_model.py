@@ -289,7 +289,12 @@ class TrainSettings(OptimizationSettings):
     @property
     def needs_targets(self) -> bool:
         """Whether the cache's targets count in any step."""
-        return self.targets == "cache" and self._learns_from_a_teacher
+        return self.targets == "cache" and self.largest_alpha > 0
+
+    @property
+    def largest_alpha(self) -> float:
+        """Of all steps."""
+        return max(self.alpha, self.final_alpha or 0.0)
 
     caches: dict[str, FurtherCache] = Field(default_factory=dict)
     """Further caches by a name of yours, for example `code: {path: s3://bucket/code/cache, weight: 2}`. Each
@@ -333,11 +338,7 @@ class TrainSettings(OptimizationSettings):
     @property
     def needs_teacher(self) -> bool:
         """Whether the teacher itself takes part; cross-entropy alone asks for nobody's distribution."""
-        return self.targets == "online" and self._learns_from_a_teacher
-
-    @property
-    def _learns_from_a_teacher(self) -> bool:
-        return max(self.alpha, self.final_alpha or 0.0) > 0
+        return self.targets == "online" and self.largest_alpha > 0
 
     @property
     def beta(self) -> float:

@@ -20,7 +20,7 @@ def gather(context: StageContext) -> Report:
     """Everything that the report shows."""
     results = EvalResults.model_validate_json((context.input("eval").path / RESULTS_NAME).read_bytes())
     cache = _cache(context.input("cache"))
-    alphas = {arm: context.run.train_settings(arm).alpha for arm in context.run.arms}
+    alphas = {arm: context.run.train_settings(arm).largest_alpha for arm in context.run.arms}
     found = gains(results, alphas)
     return Report(
         name=context.run.name,

@@ -13,7 +13,7 @@ def gains(results: EvalResults, alphas: Mapping[str, float]) -> tuple[Gain, ...]
 
     Args:
         results: of the eval stage.
-        alphas: weight of the KL, by arm; 0 is cross-entropy alone.
+        alphas: largest weight of the KL in any step, by arm; 0 is cross-entropy alone.
     """
     distilled = [arm for arm in results.arms if alphas[arm] > 0]
     baselines = [arm for arm in results.arms if alphas[arm] == 0]

@@ -78,6 +78,12 @@ def test_without_a_cross_entropy_arm_nothing_is_claimed(tmp_path, make_context):
     assert sentence.startswith("no arm is distilled")
 
 
+def test_an_arm_that_learns_from_the_teacher_in_later_steps_only_is_a_distilled_one(tmp_path, make_context):
+    arms = {"cross_entropy": {"alpha": 0}, "late": {"alpha": 0, "final_alpha": 1}}
+    (sentence,) = _verdicts(make_context(tmp_path, {"cross_entropy": [3.6], "late": [3.5]}, arms=arms))
+    assert sentence.startswith("late beats cross_entropy by 0.1")
+
+
 def test_every_recording_of_the_cache_has_its_cost(tmp_path, make_context):
     report = gather(make_context(tmp_path, THREE_SEEDS, recordings={"sampled": 50, "topk": 64}))
     assert (

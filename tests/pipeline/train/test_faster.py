@@ -60,14 +60,11 @@ def test_checkpointed_layers_run_twice(batch) -> None:
     assert len(runs) == 2
 
 
-def test_a_model_that_cannot_checkpoint_is_refused() -> None:
+def test_a_model_that_cannot_checkpoint_is_refused(monkeypatch) -> None:
     model = AutoModelForCausalLM.from_config(LLAMA)
-    type(model).supports_gradient_checkpointing, before = False, type(model).supports_gradient_checkpointing
-    try:
-        with pytest.raises(InputError, match="llama: this model cannot compute its activations again"):
-            checkpoint_activations(model)
-    finally:
-        type(model).supports_gradient_checkpointing = before
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(InputError, match="llama: this model cannot compute its activations again"):
+        checkpoint_activations(model)
 
 
 @pytest.mark.slow

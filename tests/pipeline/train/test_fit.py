@@ -193,6 +193,20 @@ def test_weights_that_are_not_finite_are_refused_before_the_first_step(make_task
         fit(student, make_task())
 
 
+@pytest.mark.slow
+def test_a_compiled_training_has_the_losses_of_a_plain_one(make_task, make_student, tmp_path) -> None:
+    settings = {"log_every_steps": 1, "max_tokens": 4 * 4 * SEQ_LEN, "validate_every_steps": 2}
+    fit(make_student(), make_task(**settings))
+    plain = {name: _column(tmp_path, name) for name in ("train_loss", "validation_loss")}
+    student = make_student()
+    names = list(student.state_dict())
+    fit(student, make_task(compile=True, **settings))
+    assert list(student.state_dict()) == names, "it is saved under its own names"
+    for name, values in plain.items():
+        # float32 in another order, over four steps
+        assert _column(tmp_path, name) == [(step, pytest.approx(value, rel=1e-3)) for step, value in values]
+
+
 # Imports once, then trains in forked processes, each of which may be killed as soon as metrics.csv names a step.
 FORKED = """
 import json, os, signal, sys, time
