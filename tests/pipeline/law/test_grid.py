@@ -105,3 +105,12 @@ def test_a_pruned_student_is_compared_with_the_same_one_trained_alone() -> None:
 def test_the_order_of_rows_does_not_matter(order: int) -> None:
     (curve,) = curves(grid()[::order])
     np.testing.assert_array_equal(curve.losses_MR, curves(grid())[0].losses_MR)
+
+
+def test_a_student_may_have_fewer_seeds_than_another() -> None:
+    rows = (
+        *planted(valley(4.0), [1e6], [1, 4, 16], num_seeds=5),
+        *planted(valley(4.0), [2e6], [1, 4, 16], num_seeds=2),
+    )
+    assert [curve.seeds for curve in curves(rows)] == [(0, 1, 2, 3, 4), (0, 1)]
+    assert missing_runs(rows) == ()
