@@ -267,7 +267,10 @@ class FrontierPoint(Record):
     """Floating-point operations under the accounting."""
 
     loss: float
-    """Mean over its seeds, nats per token."""
+    """Mean over all seeds of its student, nats per token."""
+
+    num_seeds: int
+    """Behind it."""
 
     supervised: bool
     """Without a teacher."""
@@ -284,9 +287,6 @@ class Frontier(Record):
 
     stated: str
     """What is counted."""
-
-    seeds: tuple[int, ...]
-    """Behind every mean: those that all points have."""
 
     points: tuple[FrontierPoint, ...]
     """By cost."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from capgap.pipeline.law.published import CAPACITY_GAP, GAP_INTERCEPT, GAP_SLOPE, human
 from capgap.pipeline.report.charts import Chart
@@ -98,11 +98,12 @@ def frontier_chart(frontier: Frontier) -> Chart:
     return Chart(
         name=name,
         title=f"Frontier, accounting '{frontier.accounting}'",
-        caption=f"{frontier.stated} Means over {len(frontier.seeds)} seeds.{missing}",
+        caption=f"{frontier.stated} Means over all seeds of a student.{missing}",
         svg=draw(name, f"Loss against compute; not dominated: {best}", 3.5, paint),
-        headings=("setting", "operations", "loss, nats/token", "on the frontier"),
+        headings=("setting", "operations", "loss, nats/token", "seeds", "on the frontier"),
         rows=tuple(
-            (p.name, f"{p.flops:.4g}", f"{p.loss:.4f}", "yes" if p.on_frontier else "no") for p in frontier.points
+            (p.name, f"{p.flops:.4g}", f"{p.loss:.4f}", str(p.num_seeds), "yes" if p.on_frontier else "no")
+            for p in frontier.points
         ),
     )
 
@@ -201,7 +202,7 @@ def _is_near(loss: float, curve: CurveFit) -> bool:
 def _log_counts(axis: Any, set_scale: Any) -> None:
     set_scale("log")
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_major_formatter(FuncFormatter(lambda count, _: human(count)))
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -20,9 +20,9 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 # decay over the whole axis: 0.5 is nearly a straight line, 40 falls within the first teachers
-_RATES = np.geomspace(0.5, 40.0, 28)
+_RATES = np.geomspace(0.5, 40.0, 20)
 _NO_SHAPE = np.zeros(1)
-_NUM_KNOTS = 33
+_NUM_KNOTS = 25
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from capgap.pipeline.law.costs import STATED, flops, students_of_caches, unknown
+from capgap.pipeline.law.grid import seeds_of
 from capgap.schemas.law import LawRun
 from capgap.schemas.law_fit import Accounting, Frontier, FrontierPoint
 
@@ -13,7 +14,7 @@ from capgap.schemas.law_fit import Accounting, Frontier, FrontierPoint
 def frontiers(runs: Sequence[LawRun]) -> tuple[Frontier, ...]:
     """One for each accounting, over every setting of the grid, the supervised ones included.
 
-    A setting's loss is the mean over all seeds of the table. One that misses a seed is left out and named.
+    A setting's loss is the mean over all seeds of its student. One that misses a seed is left out and named.
     """
     return tuple(_frontier(runs, accounting) for accounting in STATED)
 
@@ -27,7 +28,6 @@ def non_dominated(costs: Sequence[float], losses: Sequence[float]) -> tuple[bool
 
 
 def _frontier(runs: Sequence[LawRun], accounting: Accounting) -> Frontier:
-    seeds = tuple(sorted({run.seed for run in runs}))
     num_students = students_of_caches(runs)
     teachers = {run.teacher.name: run.teacher for run in runs if run.teacher is not None}
     settings: dict[str, list[LawRun]] = {}
@@ -36,7 +36,7 @@ def _frontier(runs: Sequence[LawRun], accounting: Accounting) -> Frontier:
     found, left_out = [], []
     for name, group in settings.items():
         finished = {run.seed: run.loss for run in group if run.loss is not None}
-        absent = [str(seed) for seed in seeds if seed not in finished]
+        absent = [str(seed) for seed in seeds_of(runs, group[0].student.name) if seed not in finished]
         if absent:
             left_out.append(f"{name}: no result for seed {', '.join(absent)}")
             continue
@@ -45,17 +45,21 @@ def _frontier(runs: Sequence[LawRun], accounting: Accounting) -> Frontier:
             continue
         cost = flops(group[0], accounting, num_students, teachers)
         mean = math.fsum(finished.values()) / len(finished)
-        found.append((cost, mean, name, group[0].teacher is None))
-    found.sort()
-    best = non_dominated([point[0] for point in found], [point[1] for point in found])
+        point = FrontierPoint(
+            name=name,
+            flops=cost,
+            loss=mean,
+            num_seeds=len(finished),
+            supervised=group[0].teacher is None,
+            on_frontier=False,
+        )
+        found.append(point)
+    found.sort(key=lambda point: (point.flops, point.loss))
+    best = non_dominated([point.flops for point in found], [point.loss for point in found])
     return Frontier(
         accounting=accounting,
         stated=STATED[accounting],
-        seeds=seeds,
-        points=tuple(
-            FrontierPoint(name=name, flops=cost, loss=loss, supervised=supervised, on_frontier=on)
-            for (cost, loss, name, supervised), on in zip(found, best, strict=True)
-        ),
+        points=tuple(point.model_copy(update={"on_frontier": on}) for point, on in zip(found, best, strict=True)),
         left_out=tuple(left_out),
     )
 

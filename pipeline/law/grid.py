@@ -61,17 +61,20 @@ def size_of(model: LawModel, size: Size) -> int:
 def curves(runs: Sequence[LawRun]) -> tuple[Curve, ...]:
     """All curves of a table, by init, alpha, budget and student's size.
 
-    What the grid holds is read off the table: a student's teachers are all that it has a row with, and the seeds are
-    those of the whole table.
+    What the grid holds is read off the table: a student's teachers and seeds are all that it has a row with.
     """
-    seeds = tuple(sorted({run.seed for run in runs}))
     keys = {
         (run.init, run.alpha, run.tokens, run.budget, run.student.num_parameters, run.student.name)
         for run in runs
         if run.teacher is not None
     }
     ordered = sorted(keys, key=lambda key: (key[0], key[1], key[3], key[4], key[5]))
-    return tuple(_curve(runs, seeds, _Key(key[5], key[3], key[1], key[0])) for key in ordered)
+    return tuple(_curve(runs, _Key(key[5], key[3], key[1], key[0])) for key in ordered)
+
+
+def seeds_of(runs: Sequence[LawRun], student: str) -> tuple[int, ...]:
+    """Seeds that the grid has for a student."""
+    return tuple(sorted({run.seed for run in runs if run.student.name == student}))
 
 
 def missing_runs(runs: Sequence[LawRun]) -> tuple[str, ...]:
@@ -92,8 +95,9 @@ class _Key:
         return teacher if self.init == "pruned" else None
 
 
-def _curve(runs: Sequence[LawRun], seeds: tuple[int, ...], key: _Key) -> Curve:
+def _curve(runs: Sequence[LawRun], key: _Key) -> Curve:
     of_student = [run for run in runs if run.student.name == key.student]
+    seeds = seeds_of(runs, key.student)
     candidates = {run.teacher.name: run.teacher for run in of_student if run.teacher is not None}
     ordered = sorted(candidates.values(), key=lambda teacher: (teacher.num_parameters, -teacher.loss, teacher.name))
     here = [run for run in of_student if run.budget == key.budget and run.init == key.init]

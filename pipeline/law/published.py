@@ -28,6 +28,7 @@ class PublishedLaw:
         source: paper.
         validity: what it was measured on, in words.
         min_student, max_student: parameters.
+        max_teacher: parameters.
         min_tokens, max_tokens: of the student's training; None where the source has no such variable.
     """
 
@@ -36,13 +37,15 @@ class PublishedLaw:
     validity: str
     min_student: float
     max_student: float
+    max_teacher: float
     min_tokens: float | None = None
     max_tokens: float | None = None
 
-    def covers(self, student: float, tokens: float) -> bool:
-        """Whether a student of this size and training lies within what was measured."""
+    def covers(self, student: float, tokens: float, teachers: Sequence[float]) -> bool:
+        """Whether a student of this size and training, and teachers of these, lie within what was measured."""
         return (
             self.min_student <= student <= self.max_student
+            and max(teachers) <= self.max_teacher
             and (self.min_tokens is None or tokens >= self.min_tokens)
             and (self.max_tokens is None or tokens <= self.max_tokens)
         )
@@ -66,10 +69,11 @@ class GivenTeacher:
 CAPACITY_GAP = PublishedLaw(
     name="law of capacity gap",
     source="Zhang et al., Towards the Law of Capacity Gap in Distilling Language Models, ACL 2025, arXiv:2311.07052",
-    validity="students pruned from their own teacher (GPT-2 and Pythia of 70M to 2.8B, one check with LLaMA-2 7B): as "
-    "much a law of how far to prune as of which teacher to choose; does not depend on tokens",
+    validity="students pruned from their own teacher (GPT-2 and Pythia of 70M to 2.8B; one check at 3B with LLaMA-2 of "
+    "7B, 13B and 70B): as much a law of how far to prune as of which teacher to choose; does not depend on tokens",
     min_student=28e6,
     max_student=3.02e9,
+    max_teacher=70e9,
 )
 """Its students are 0.4 of their teachers."""
 
@@ -81,6 +85,7 @@ DISTILLATION_SCALING = PublishedLaw(
     "were not",
     min_student=143e6,
     max_student=12.6e9,
+    max_teacher=12.6e9,
     min_tokens=4e9,
     max_tokens=512e9,
 )
@@ -155,7 +160,7 @@ def _by_gap(student: float, tokens: float, teachers: Sequence[GivenTeacher]) -> 
         said = (
             f"2.498 S - 11.498M = {human(best)}, {best / student:.2f} x the student; nearest: {nearest(teachers, best)}"
         )
-    return _prediction(CAPACITY_GAP, student, tokens, best, said, {})
+    return _prediction(CAPACITY_GAP, student, tokens, teachers, best, said, {})
 
 
 def _by_scaling(student: float, tokens: float, teachers: Sequence[GivenTeacher]) -> Prediction:
@@ -184,17 +189,23 @@ def _by_scaling(student: float, tokens: float, teachers: Sequence[GivenTeacher])
         f"{where}, for teachers trained on {ratio:.3g} tokens a parameter ({trained}); "
         f"of those at hand {chosen}{rest}, {gain}"
     )
-    return _prediction(DISTILLATION_SCALING, student, tokens, best, said, losses)
+    return _prediction(DISTILLATION_SCALING, student, tokens, teachers, best, said, losses)
 
 
 def _prediction(
-    law: PublishedLaw, student: float, tokens: float, best: float | None, said: str, losses: dict[str, float]
+    law: PublishedLaw,
+    student: float,
+    tokens: float,
+    teachers: Sequence[GivenTeacher],
+    best: float | None,
+    said: str,
+    losses: dict[str, float],
 ) -> Prediction:
     return Prediction(
         law=law.name,
         source=law.source,
         validity=law.validity,
-        within_validity=law.covers(student, tokens),
+        within_validity=law.covers(student, tokens, [teacher.size for teacher in teachers]),
         best_size=best,
         said=said,
         losses=losses,

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from capgap.jobs.arguments import parse, parse_run, run_parser
 from capgap.jobs.cli import main
 from capgap.jobs.commands import stage_parser, verify_parser
+from capgap.jobs.law import COMMANDS
 from capgap.jobs.plan import plan_parser
 from capgap.pipeline.workflow.context import STAGES
 from capgap.pipeline.workflow.graph import instances
@@ -74,7 +75,7 @@ def test_a_command_in_the_documents_is_one_that_exists(line: str) -> None:
         assert {word for word in words[1:] if "=" not in word and not word.startswith("-")} <= targets
         return
     command, arguments = words[1], words[2:]
-    assert command in ("run", "status", "verify", "plan", *STAGES)
+    assert command in ("run", "status", "verify", "plan", "law", *STAGES)
     if arguments == ["--help"]:
         return
     if command == "verify":
@@ -84,6 +85,10 @@ def test_a_command_in_the_documents_is_one_that_exists(line: str) -> None:
         parse_run(
             plan_parser(), [str(ROOT / "jobs/runs/demo.yaml") if word == "RUN.yaml" else word for word in arguments]
         )
+        return
+    if command == "law":
+        law_parser, _ = COMMANDS[arguments[0]]
+        parse(law_parser(), arguments[1:])
         return
     parser = stage_parser(command) if command in STAGES else run_parser(f"capgap {command}", "")
     if command == "run":
@@ -107,7 +112,7 @@ def test_a_yaml_in_the_documents_fits_the_run_file(document: str, text: str) -> 
 def test_help_names_every_command_and_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    for command in ("run", "status", "verify", "plan", *STAGES):
+    for command in ("run", "status", "verify", "plan", "law", *STAGES):
         assert f"  {command}" in overview
     with pytest.raises(SystemExit):
         main(["train", "--help"])

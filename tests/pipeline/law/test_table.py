@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,10 @@ def test_a_table_that_is_not_there_or_empty_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs.jsonl").write_text("\n")
     with pytest.raises(InputError, match="empty"):
         read_table(tmp_path / "runs.jsonl")
+
+
+def test_the_row_that_the_documentation_shows_is_one() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "law.md").read_text()
+    (shown,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    row = LawRun.model_validate_json(shown)
+    assert row.name == "s-1M, t-4M, 2 tokens a parameter, alpha 1, common, seed 0"

@@ -1,0 +1,68 @@
+"""Advice: every source by itself, with where it holds and how far they are apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from law_tables import planted, valley
+
+from capgap.pipeline.law.advise import advise
+from capgap.pipeline.law.fit import fit_table
+from capgap.pipeline.law.published import GivenTeacher
+from capgap.pipeline.law.table import write_table
+from capgap.schemas.errors import SettingError
+from capgap.schemas.law_fit import LawFit
+
+TEACHERS = [GivenTeacher("7B", 7e9), GivenTeacher("13B", 13e9), GivenTeacher("70B", 70e9)]
+RATIOS = np.geomspace(1, 32, 6).tolist()
+
+
+@pytest.fixture(scope="module")
+def fit(tmp_path_factory: pytest.TempPathFactory) -> LawFit:
+    path = tmp_path_factory.mktemp("law") / "runs.jsonl"
+    write_table(path, planted(valley(4.0), [1e6, 2e6, 4e6, 8e6], RATIOS))
+    return fit_table(path)
+
+
+def test_without_a_fit_the_published_laws_answer_and_their_disagreement_is_said() -> None:
+    advice = advise(3_000_000_000, 126_000_000_000, TEACHERS)
+    gap, scaling = advice.answers
+    assert gap.choice == "7B" and "arXiv:2311.07052" in gap.source
+    assert scaling.best_size is not None and scaling.best_size / 3e9 > 5
+    assert advice.disagreement.startswith("best sizes are")
+    assert "7B" in advice.disagreement and str(scaling.choice) in advice.disagreement
+
+
+def test_a_fit_answers_first_with_its_interval(fit: LawFit) -> None:
+    teachers = [GivenTeacher("6M", 6e6), GivenTeacher("12M", 12e6), GivenTeacher("60M", 60e6)]
+    answer = advise(3_000_000, 3_000_000, teachers, fit).answers[0]
+    assert answer.source.startswith("fit of ") and "common init" in answer.source
+    assert answer.best_size == pytest.approx(12e6, rel=0.15)
+    assert answer.interval is not None and answer.interval.low < 12e6 < answer.interval.high
+    assert answer.choice == "12M" and answer.within_validity
+
+
+def test_a_fit_says_when_the_student_lies_outside_of_it_and_its_interval_widens(fit: LawFit) -> None:
+    inside = advise(3_000_000, 3_000_000, TEACHERS, fit).answers[0]
+    outside = advise(3_000_000_000, 3_000_000_000, TEACHERS, fit).answers[0]
+    assert outside.within_validity is False
+    assert inside.interval is not None and outside.interval is not None
+    assert outside.interval.high / outside.interval.low > 1.5 * inside.interval.high / inside.interval.low
+    longer = advise(3_000_000, 30_000_000_000, TEACHERS, fit).answers[0]
+    assert longer.within_validity is False, "other tokens a parameter were not measured"
+
+
+def test_a_fit_without_a_law_gives_no_number_and_says_what_was_seen(tmp_path: Path) -> None:
+    write_table(tmp_path / "runs.jsonl", planted(valley(4.0), [1e6], RATIOS))
+    answer = advise(1_000_000, 2_000_000, TEACHERS, fit_table(tmp_path / "runs.jsonl")).answers[0]
+    assert answer.best_size is None and answer.choice is None
+    assert "no law, sizes of students with an interior best teacher: 1, and 3" in answer.said
+    assert "nearest student m1000000 (1M) interior" in answer.said
+    assert "t4000000 (4 x)" in answer.said
+
+
+def test_one_teacher_twice_is_no_choice() -> None:
+    with pytest.raises(SettingError, match="each once"):
+        advise(3_000_000_000, 126_000_000_000, [TEACHERS[0], TEACHERS[0]])
