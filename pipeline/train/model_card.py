@@ -108,7 +108,8 @@ def heldout_figures(metrics: Path) -> dict[str, float]:
 
 def _head(context: StageContext, name: str, figures: Mapping[str, float]) -> str:
     # what the hub calls a base model has an id there; a folder of this machine means nothing to it
-    bases = [path for path in (context.run.student.path, _given_teacher(context.input("cache"))) if _is_id(path)]
+    given = (context.run.student.path, _given_teacher(context.input("cache")))
+    bases = [path for path in given if path is not None and _is_id(path)]
     results = [
         EvalResult(
             task_type="text-generation",
@@ -167,10 +168,8 @@ def _loss(settings: TrainSettings, temperature: float) -> str:
     return kl if settings.alpha == 1 else f"{kl} + {1 - settings.alpha:g} x cross-entropy"
 
 
-def _is_id(path: str | None) -> bool:
-    if path is None or path.startswith((".", "~", "/")):
-        return False
-    return path.count("/") <= 1 and not Path(path).exists()
+def _is_id(path: str) -> bool:
+    return not path.startswith((".", "~", "/")) and path.count("/") <= 1 and not Path(path).exists()
 
 
 def _escaped(value: str) -> str:

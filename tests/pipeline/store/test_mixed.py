@@ -55,6 +55,20 @@ def test_each_cache_keeps_its_own_order(readers) -> None:
         assert mine
 
 
+def test_any_micro_batch_can_be_made_again_and_its_sequences_named(readers) -> None:
+    loader = _mixed(readers)
+    for number, batch in enumerate(loader):
+        again = loader.micro_batch(number)
+        assert _rows([again]) == _rows([batch])
+        for name, row in zip(loader.names(number), _rows([batch]), strict=True):
+            path, sequence = name.rsplit(", sequence ", 1)
+            reader = next(reader for reader in readers.values() if path.startswith(str(reader.place.folder)))
+            places = [(s, m) for s, entry in enumerate(reader.shard_set.shards) for m in range(len(entry.members))]
+            (place,) = [place for place in places if reader.name_of(*place) == path]
+            sequences, _ = reader.read_member(*place)
+            assert sequences.tokens_BL1[int(sequence), :-1].astype("int64").tobytes() == row
+
+
 def test_the_stream_ends_where_a_cache_has_no_more_to_give(readers) -> None:
     loader = _mixed(readers)
     given = loader._given(len(loader))

@@ -69,7 +69,7 @@ def make_task(make_shards, tmp_path) -> Callable[..., Task]:
         settings = {
             "batch_sequences": 2,
             "log_every_steps": 2,
-            "checkpoint_every_steps": 4,
+            "checkpoint_every_steps": 3,
             "validate_every_steps": 6,
             "loggers": loggers,
         }
@@ -123,7 +123,7 @@ def _scalars(folder: Path) -> dict[str, list[int]]:
 
 
 def _train_and_kill(task: Task, make_student, killed_after) -> None:
-    for step in (3, 7, 11, None):  # before the first checkpoint, and behind two of them
+    for step in (2, 7, 11, None):  # before the first checkpoint, and behind others, one of them between two rows
         killed_after(step)
         if step is None:
             fit(make_student(), task)
@@ -148,6 +148,10 @@ def test_a_killed_training_goes_on_in_its_logs_without_double_rows(make_task, ma
     assert [step for step, name in Tracker.told if name == "train_loss"] == steps
     assert [step for step, name in Tracker.told if name == "validation_loss"] == [6, 12]
     assert Tracker.statuses == ["failed", "failed", "failed", "success"]
+    undisturbed = make_task(folder="undisturbed")
+    killed_after(None)
+    fit(make_student(), undisturbed)
+    assert ours == {(row["step"], row["train_loss"]) for row in read_rows(undisturbed.folder / "metrics.csv")}
 
 
 def test_a_tracker_is_told_what_the_training_is_once(make_task, make_student) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from capgap.pipeline.store import SequenceLoader
+from capgap.pipeline.train import not_finite
 from capgap.pipeline.train.data import training_loader
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.kept_batches import load_batches
@@ -86,6 +87,44 @@ def test_a_batch_that_overflows_stops_at_once_with_its_sequences_named_and_kept(
     # the same command goes on from the sound checkpoint, and comes to it again
     with pytest.raises(InputError, match=f"training step {first // 4 + 1}: the loss is not finite"):
         fit(make_student(tied=False), task)
+
+
+class Late:
+    """An event of a GPU that is never over by itself."""
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        """What was copied is here."""
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_flags_that_come_late_are_waited_for_before_anything_is_written(
+    make_task, make_student, monkeypatch, every: int
+) -> None:
+    """As on a GPU, where a step does not wait: at most four micro-batches go on, and none past a checkpoint."""
+    monkeypatch.setattr(not_finite, "_to_host", lambda flags: (flags.clone(), Late()))
+    intervals = ("checkpoint_every_steps", "validate_every_steps", "log_every_steps")
+    task = make_task(micro_batch_sequences=1, **dict.fromkeys(intervals, every))
+    student, loader = make_student(tied=False), training_loader(task)
+    first, trigger = _trigger(loader)
+    with torch.no_grad():
+        student.model.embed_tokens.weight[trigger] = torch.inf
+    taken, training_step = [], DistillationModule.training_step
+
+    def counted(module: DistillationModule, batch: Any, number: int) -> torch.Tensor:
+        taken.append(number)
+        return training_step(module, batch, number)
+
+    monkeypatch.setattr(DistillationModule, "training_step", counted)
+    with pytest.raises(InputError, match=f"training step {first // 4 + 1}: the loss is not finite"):
+        fit(student, task)
+    ends_step = first // 4 * 4 + 3
+    assert max(taken) == (min(first + 4, ends_step) if every == 1 else first + 4)
+    steps = [int(path.stem[5:]) for path in (task.folder / "work" / "checkpoints").glob("*.ckpt")]
+    assert max(steps, default=0) == (first // 4 if every == 1 else 0)
+    assert all(int(row["step"]) <= first // 4 for row in read_rows(task.folder / "metrics.csv"))
 
 
 def _trigger(loader: SequenceLoader) -> tuple[int, int]:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
+import logging
 import math
+import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from huggingface_hub import ModelCard
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.train import stage
+from capgap.pipeline.train.metrics import read_rows
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
 from capgap.pipeline.workflow.state import State, read_manifest, states
@@ -92,6 +98,93 @@ def test_a_student_is_trained_and_its_folder_can_be_used(made) -> None:
     assert math.isfinite(float(model(input_ids=ids, labels=ids).loss.detach()))
     start = AutoModelForCausalLM.from_pretrained(Path(run.out) / NEEDED[3].name / "model")
     assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
+
+
+def test_the_folder_says_what_the_student_is_and_was_made_of(made) -> None:
+    run = RunFile.model_validate(made["number"])
+    manifest = carry_out(run, TRAIN)
+    folder = Path(run.out) / TRAIN.name
+    card = ModelCard.load(folder / "model" / "README.md")
+    assert card.data.library_name == "transformers" and "knowledge-distillation" in card.data.tags
+    assert card.data.base_model is None, "folders of this machine are no base models"
+    measured = [row for row in read_rows(folder / "metrics.csv") if row["validation_loss"]][-1]
+    figures = {"validation_loss", "heldout_teacher_ce", "heldout_top1"}
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found == {name: float(measured[name]) for name in figures}
+    for text in (
+        f"| teacher | {run.teacher.path}, scored by transformers ",
+        f"| corpus | {run.corpus.sources[0]}, 3,840 tokens trained on (",
+        "| recording | sampled: 20 draws a token, at temperature 1, context packed |",
+        "| loss | 1 x 1^2 x forward_kl |",
+        "| student before | fresh weights |",
+        f"| made by | capgap {version('capgap')} |",
+        *(f"| `{made.identity}` | `{made.content}` |" for made in manifest.inputs.values()),
+    ):
+        assert text in card.text, text
+    assert "model/README.md" in {file.path for file in manifest.files}
+    assert not any(file.path.startswith("logs/") for file in manifest.files), "their reader may throw them away"
+    assert EventAccumulator(str(folder / "logs" / "tensorboard")).Reload().Scalars("heldout_top1")[-1].step == 30
+    generation = GenerationConfig.from_pretrained(folder / "model")
+    assert generation.eos_token_id == AutoTokenizer.from_pretrained(folder / "model").eos_token_id
+
+
+def test_a_card_of_cross_entropy_alone_names_no_recording(made) -> None:
+    run = RunFile.model_validate(made["number"])
+    carry_out(run, Instance("train", "cross_entropy", 1))
+    text = (Path(run.out) / "train" / "cross_entropy" / "seed-1" / "model" / "README.md").read_text()
+    assert "| recording | none: cross-entropy alone |" in text and "trained on text alone" in text
+
+
+@pytest.mark.parametrize("owner", ["teacher", "student"])
+def test_the_chat_template_of_student_or_teacher_is_kept(made, tmp_path, owner: str) -> None:
+    """Where the corpus's tokenizer, which is made by hand of the same tokens, has none."""
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    given, run = {}, made["number"]
+    for name in ("teacher", "student"):
+        given[name] = tmp_path / name
+        shutil.copytree(run["teacher"]["path"], given[name])
+        if name == owner:
+            tokenizer = AutoTokenizer.from_pretrained(given[name])
+            tokenizer.chat_template = template
+            tokenizer.save_pretrained(given[name])
+    new = RunFile.model_validate(
+        run
+        | {"out": str(tmp_path / "out"), "reuse": {"corpus": f"{run['out']}/corpus"}}
+        | {"teacher": {"path": str(given["teacher"])}, "student": {"path": str(given["student"])}}
+        | {"arms": {"distilled": {"max_tokens": 2 * 4 * SEQ_LEN}}}
+    )
+    for instance in (*NEEDED[1:], TRAIN):
+        carry_out(new, instance)
+    folder = Path(new.out) / TRAIN.name / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == template
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "3"}], tokenize=False) == "[user] 3 "
+
+
+def test_a_cache_without_held_out_sequences_trains_the_same_student(made, tmp_path, caplog) -> None:
+    given = made["number"]
+    reuse = {stage: f"{given['out']}/{stage}" for stage in ("corpus", "teacher")}
+    cache = given["cache"] | {"num_heldout_sequences": 0}
+    run = RunFile.model_validate(given | {"out": str(tmp_path), "reuse": reuse, "cache": cache})
+    for instance in NEEDED[2:]:
+        carry_out(run, instance)
+    with caplog.at_level(logging.INFO, "capgap"):
+        without = carry_out(run, TRAIN)
+    said = f"{TRAIN.name}: the cache has no held-out sequences: nearness to the teacher is not measured"
+    assert said in caplog.messages
+    rows = read_rows(tmp_path / TRAIN.name / "metrics.csv")
+    assert rows and not any(row["heldout_top1"] or row["heldout_teacher_ce"] for row in rows)
+    weights = [{f.path: f.sha256 for f in m.files} for m in (without, carry_out(RunFile.model_validate(given), TRAIN))]
+    assert weights[0]["model/model.safetensors"] == weights[1]["model/model.safetensors"]
+
+
+def test_a_logger_that_does_not_exist_is_refused_and_leaves_the_finished_student(made) -> None:
+    run = made["number"]
+    before = carry_out(RunFile.model_validate(run), TRAIN)
+    wrong = RunFile.model_validate(run | {"train": run["train"] | {"loggers": ["tensorbord"]}})
+    with pytest.raises(SettingError, match=r"train.loggers: no such logger; found tensorbord"):
+        carry_out(wrong, TRAIN, force=True)
+    assert read_manifest(Path(run["out"]) / TRAIN.name) == before
 
 
 def test_an_arm_has_its_own_settings(made) -> None:
