@@ -11,19 +11,19 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from processes import TIMEOUT_S, is_alive, one_line
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+psutil = pytest.importorskip("psutil", reason="comes with vLLM")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's build for GPUs does not run on a CPU"),
 ]
 
 CAPGAP = Path(sys.executable).with_name("capgap")
-# A pass of the model over sixteen tokens: shards take long enough for a kill to fall within one.
+# A few sequences a pass of the model: shards take long enough for a kill to fall within one.
 ENGINE = ("--cache.engine", "vllm", "--cache.batch_tokens", "64")
 
 
