@@ -96,7 +96,7 @@ def _verify_stage(folder: Path, manifest: Manifest, damage: Damage | None) -> in
 
 
 def _require_own_words(folder: Path, manifest: Manifest) -> None:
-    """Raise CorruptError unless manifest and work order are as written, and the list of files agrees with itself."""
+    """Raise CorruptError unless manifest and work order are what was written, and the list of files has its digest."""
     require_seal(folder, manifest)
     if content_of(manifest.files, manifest.sources) != manifest.content:
         raise CorruptError("the manifest's list of files contradicts its own digest", where=folder / MANIFEST_NAME)

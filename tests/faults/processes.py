@@ -44,12 +44,12 @@ class Zygote:
 
     def start(self, *arguments: str | Path) -> int:
         """Begin a command and return its pid; `end` must follow."""
-        self._begin(arguments)
+        self._log = self._begin(arguments)
         return int(self._answer())
 
-    def end(self) -> int:
-        """Wait for what `start` began."""
-        return int(self._answer())
+    def end(self) -> tuple[int, str]:
+        """Wait for what `start` began; as `run`."""
+        return int(self._answer()), self._log.read_text(errors="replace")
 
     def close(self) -> None:
         """End it; a child that still runs is killed with it by the test that started it."""
