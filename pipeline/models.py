@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from capgap.pipeline.hub import require_reached
 from capgap.pipeline.tokenizers import tokenizer_facts
 from capgap.pipeline.workflow.context import StageInput
 from capgap.schemas.errors import InputError
@@ -43,6 +44,7 @@ def load_model(path: str, device: str, dtype: torch.dtype | None = None) -> PreT
             path, config=config, dtype=dtype or "auto", trust_remote_code=False
         )
     except (OSError, ValueError) as error:
+        require_reached(path, error)
         raise InputError("the model cannot be loaded", where=path, found=_first_line(error)) from None
     return model.to(device).eval()
 
@@ -56,6 +58,7 @@ def load_config(path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        require_reached(path, error)
         raise InputError(
             "no model can be found",
             where=path,
