@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from capgap.jobs import cli
@@ -43,6 +44,9 @@ def test_each_kind_of_error_has_its_code() -> None:
         (ConnectionRefusedError(111, "Connection refused"), "the network fails"),
         (socket.gaierror(-3, "Temporary failure in name resolution"), "the network fails"),
         (TimeoutError("timed out"), "the network fails"),
+        (MemoryError(), "memory has run out; found MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory has run out; found CUDA"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory has run out"),
     ],
 )
 def test_what_the_machine_lacks_is_told_in_its_words(error: Exception, says: str) -> None:

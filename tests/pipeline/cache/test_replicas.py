@@ -77,7 +77,7 @@ def test_three_replicas_make_the_cache_that_one_process_makes_and_ray_is_not_hea
     assert process.returncode == 0, error
     assert read_manifest(Path(tiny.out) / "cache").content == whole
     assert output == ""
-    assert all(line.startswith("cache: score: ") for line in error.splitlines()), error
+    assert all(line.startswith("cache: ") for line in error.splitlines()), error
     _until(lambda: not _marked(mark))
 
 
