@@ -35,6 +35,10 @@ lock() {
     done >>"$scratch/versions.txt"
   "${compile[@]}" --generate-hashes --no-annotate "${brought[@]}" -c "$scratch/versions.txt" \
     -o "docker/requirements-$image.txt" "$scratch/main.in" "$scratch/build.in" pyproject.toml
+  {
+    printf '\n# The image brings, and keeps, its own:\n'
+    sed 's/^\([^=[]*\).*/# \1/' "$scratch/brought.txt"
+  } >>"docker/requirements-$image.txt"
 }
 
 lock student torch
