@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from rich.console import Console
 from rich.table import Table
 
 from capgap.jobs.arguments import add_log_format, parse, parse_run, run_parser
 from capgap.jobs.logs import log_format, tell
+from capgap.jobs.tables import ResultConsole, print_wide
 from capgap.pipeline.events import set_stage
 from capgap.pipeline.workflow.context import Instance, StageName
 from capgap.pipeline.workflow.graph import downstream, instances, select
@@ -117,9 +117,7 @@ def status_command(argv: Sequence[str]) -> int:
         table.add_row(name, str(state.state), state.why)
     for stage, folder in run.reuse.items():
         table.add_row(stage, "reused", folder)
-    # a pipe gets whole lines: an ellipsis would hide what a script looks for
-    console = Console()
-    Console(width=console.width if console.is_terminal else 200).print(table)
+    print_wide(table)
     return 0
 
 
@@ -200,5 +198,5 @@ def _show_table(run: RunFile) -> None:
         if log_format() == "text":
             from capgap.pipeline.report.table import print_table
 
-            print_table(report.folder, Console())
+            print_table(report.folder, ResultConsole())
         tell("report", f"report: {report.folder / 'report.html'}", page=str(report.folder / "report.html"))

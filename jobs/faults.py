@@ -33,6 +33,12 @@ def named(error: Exception) -> CapgapError | None:
             where=error.name,
             fix="install capgap with the extra that needs it; CONTRIBUTING.md and pyproject.toml name them",
         )
+    if _is_of_memory(error):
+        return MachineError(
+            "memory has run out",
+            found=(str(error) or type(error).__name__).splitlines()[0],
+            fix="lower train.micro_batch_sequences, eval.batch_sequences or cache.chunk_rows, whichever stage it was",
+        )
     if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
         return MachineError(
             "the network fails", found=str(error) or type(error).__name__, fix="run the same command again"
@@ -40,6 +46,12 @@ def named(error: Exception) -> CapgapError | None:
     if isinstance(error, OSError) and error.errno in (*_NO_SPACE, *_NO_WRITING):
         return _of_the_disk(error)
     return None
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """torch's own class is known by its name: torch is not imported to tell an error."""
+    by_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or by_torch
 
 
 def _of_the_disk(error: OSError) -> MachineError:

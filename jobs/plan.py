@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from rich.console import Console
 from rich.table import Table
 
 from capgap.jobs.arguments import parse_run, run_parser
 from capgap.jobs.logs import log_format, tell
+from capgap.jobs.tables import print_wide
 from capgap.pipeline.plan import Stated, make_plan
 from capgap.schemas.errors import SettingError
 from capgap.schemas.plan import Figure, Plan
-
-# A pipe gets whole lines.
-_WIDTH_OFF_A_TERMINAL = 200
 
 
 def plan_command(argv: Sequence[str]) -> int:
@@ -92,8 +89,7 @@ def _show(plan: Plan) -> None:
             "-" if stage.tokens_per_s.value is None else f"{stage.tokens_per_s.value:,.0f}",
             "?" if stage.device_hours.value is None else f"{stage.device_hours.value:,.2f}",
         )
-    console = Console()
-    Console(width=console.width if console.is_terminal else _WIDTH_OFF_A_TERMINAL).print(table)
+    print_wide(table)
     for line in _lines(plan):
         print(line)
 

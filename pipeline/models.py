@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from capgap.pipeline.hub import require_reached
 from capgap.pipeline.tokenizers import refuse_code, tokenizer_facts
 from capgap.pipeline.workflow.context import StageInput
 from capgap.schemas.errors import InputError
@@ -47,6 +48,7 @@ def load_model(
         )
     except (OSError, ValueError) as error:
         refuse_code(error, path)
+        require_reached(path, error)
         raise InputError(
             "the model cannot be loaded", where=path, found=_first_line(error), expected="weights as safetensors"
         ) from None
@@ -63,6 +65,7 @@ def load_config(path: str, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         refuse_code(error, path)
+        require_reached(path, error)
         raise InputError(
             "no model can be found",
             where=path,

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from capgap.pipeline.hub import require_reached
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import TokenizerFacts
 
@@ -23,6 +24,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         refuse_code(error, path)
+        require_reached(str(path), error)
         raise InputError(
             "no tokenizer can be found",
             where=path,

@@ -16,19 +16,23 @@ from capgap.pipeline.cache.shards import CacheJob, FinishedShard
 from capgap.pipeline.events import event
 from capgap.pipeline.progress import Meter, progress
 
+# Several replicas end their first shards at nearly the same moment, which says nothing of how fast they are.
+_SETTLED_S = 5.0
+
 
 class ShardLines:
     """Says a line for each shard, and feeds the bar of a terminal. Threads may share it.
 
-    Rates are of this process's shards: from its start for the first one, and with it the teacher's own start; from the
-    end of the first one for all that follow.
+    Rates are of this process's shards: from its beginning, the teacher's own start included, and from the end of the
+    first shard once that is `_SETTLED_S` ago.
     """
 
     def __init__(self, job: CacheJob, title: str, total: int, missing: list[int], meter: Meter, device: str) -> None:
         self._job, self._title, self._meter, self._device = job, title, meter, device
         self._total, self._num_done = total, total - len(missing)
         self._left_tokens = sum(job.source.shards[index].num_sequences for index in missing) * job.source.seq_len
-        self._tokens, self._since, self._first = 0, time.monotonic(), True
+        self._tokens, self._began = 0, time.monotonic()
+        self._first: tuple[int, float] | None = None
         self._lock = threading.Lock()
 
     def finished(self, index: int, shard: FinishedShard) -> None:
@@ -43,7 +47,7 @@ class ShardLines:
         self._tokens += num_tokens
         self._left_tokens -= num_tokens
         now = time.monotonic()
-        rate = self._tokens / max(now - self._since, 1e-9)
+        rate = self._rate(now)
         eta_s = max(self._left_tokens, 0) / rate
         memory_bytes = device_memory_bytes(self._device)
         self._meter.advance(self._job.source.shards[index].num_sequences, tokens=num_tokens)
@@ -63,8 +67,13 @@ class ShardLines:
             device=self._device or None,
             device_memory_bytes=memory_bytes,
         )
-        if self._first:
-            self._first, self._tokens, self._since = False, 0, now
+        self._first = self._first or (num_tokens, now)
+
+    def _rate(self, now: float) -> float:
+        tokens, since = self._first or (0, self._began)
+        if now - since < _SETTLED_S:
+            tokens, since = 0, self._began
+        return (self._tokens - tokens) / max(now - since, 1e-9)
 
 
 @contextmanager

@@ -23,6 +23,8 @@ _CHECKPOINT_BYTES, _CHECKPOINTS = 12, 3
 _CHECKPOINTS_WORDS = f"{_CHECKPOINTS} checkpoints of {_CHECKPOINT_BYTES} bytes a parameter"
 _FLOAT32_BYTES = 4
 
+_NOT_PLANNED = Figure(value=None, source="`capgap plan` does not know this stage")
+
 
 @dataclass(frozen=True)
 class RunWork:
@@ -78,8 +80,10 @@ class RunWork:
                 each = self.run.corpus.seq_len * self.num_models
                 value = None if sequences.value is None else sequences.value * each
                 return Figure(value=value, source=f"{self.num_models} models")
-            case _:
+            case "student" | "report":
                 return Figure(value=0, source="none")
+            case _:
+                return _NOT_PLANNED
 
     def disk_bytes(self, stage: str) -> Figure:
         """Of one finished folder."""
@@ -93,8 +97,10 @@ class RunWork:
             case "teacher" | "student" | "train":
                 size = self.teacher if stage == "teacher" else self.student
                 return Figure(value=size.saved_bytes, source=f"4 bytes a parameter, by {size.where}")
-            case _:
+            case "eval" | "report":
                 return Figure(value=0, source="a page or a table, not counted")
+            case _:
+                return _NOT_PLANNED
 
     def scratch_bytes(self, stage: str) -> Figure:
         """More that one instance takes while it works."""
@@ -110,8 +116,10 @@ class RunWork:
                 value = None if self.vocab_size is None else rows * self.vocab_size * _FLOAT32_BYTES
                 how = "the teacher's distributions, in float32"
                 return Figure(value=value, source=how if value is not None else "needs the tokenizer")
-            case _:
+            case "corpus" | "cache" | "student" | "report":
                 return Figure(value=0, source="none")
+            case _:
+                return _NOT_PLANNED
 
     def operations(self, stage: str) -> float | None:
         """Floating-point operations of one instance: 6 N D for a training, 2 N D for a forward pass."""
@@ -127,10 +135,8 @@ class RunWork:
                 return None if student is None else 6 * student * tokens
             case "eval" if teacher is not None and student is not None:
                 return 2 * tokens / self.num_models * (teacher + student * (self.num_models - 1))
-            case "eval":
-                return None
             case _:
-                return 0
+                return None
 
 
 def work_of(run: RunFile, known: dict[str, StageState], stated_bytes_per_token: float | None) -> RunWork:

@@ -10,6 +10,7 @@ of one stage, its slices and replicas, may share a lease: they are one model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -60,9 +61,9 @@ def leases(devices: list[str], holder: str, wait: bool, group: str = _ALONE) -> 
 def lease_folder() -> Path:
     """Where the leases of this machine are: CAPGAP_LEASE_DIR, or a folder of the temporary one."""
     folder = Path(os.environ.get("CAPGAP_LEASE_DIR") or Path(tempfile.gettempdir()) / "capgap-leases")
-    folder.mkdir(parents=True, exist_ok=True)
-    # whoever made it opens it to the others; umask took its share
-    if folder.stat().st_uid == os.geteuid():
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True)
+        # umask took its share; a folder that is there already is as its owner wants it
         folder.chmod(_FOLDER_MODE)
     return folder
 

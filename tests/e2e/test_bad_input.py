@@ -1,4 +1,4 @@
-"""What a newcomer gets wrong: one clear line, exit code 2, and nothing half-written that a rerun takes for finished."""
+"""What a newcomer gets wrong: one clear line, an exit code, and nothing that a rerun takes for finished."""
 
 import json
 import os
@@ -203,7 +203,7 @@ def test_vllm_not_installed_is_said_before_anything_is_loaded(run: Run, finished
         "sys.meta_path.insert(0, Absent())\n"
     )
     said = capgap("cache", path, env={"PYTHONPATH": str(blocked)})
-    assert said.returncode == 2
+    assert said.returncode == 3
     assert said.stderr.strip().splitlines()[-1].startswith("capgap: cache.engine: vllm: vLLM is not installed")
     assert not (run.out / "cache" / "manifest.json").exists()
 
@@ -219,7 +219,7 @@ def test_a_full_disk_is_said_in_one_line_and_the_same_command_goes_on_afterwards
     )
     if "mount:" in full.stderr:
         pytest.skip(f"no file system can be mounted here: {full.stderr.strip()}")
-    assert full.returncode == 2, full.stderr
+    assert full.returncode == 3, full.stderr
     last = full.stderr.strip().splitlines()[-1]
     assert last.startswith("capgap: ") and "no space is left" in last and "run the same command again" in last
 

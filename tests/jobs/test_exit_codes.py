@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from capgap.jobs import cli
@@ -43,6 +44,9 @@ def test_each_kind_of_error_has_its_code() -> None:
         (ConnectionRefusedError(111, "Connection refused"), "the network fails"),
         (socket.gaierror(-3, "Temporary failure in name resolution"), "the network fails"),
         (TimeoutError("timed out"), "the network fails"),
+        (MemoryError(), "memory has run out; found MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory has run out; found CUDA"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory has run out"),
     ],
 )
 def test_what_the_machine_lacks_is_told_in_its_words(error: Exception, says: str) -> None:
@@ -73,7 +77,8 @@ def test_an_unexpected_exception_is_exit_code_1_with_traceback_and_a_line_that_a
 def test_verify_ends_with_4_at_a_flipped_byte_and_so_does_a_run_that_reads_it(run_file: Path, capgap: Any) -> None:
     shard = next((run_file.parent / "out" / "corpus").glob("teacher-*.tar"))
     data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
+    for position in range(100, len(data), 512):
+        data[position] ^= 1
     shard.write_bytes(data)
     verified = capgap("verify", run_file.parent / "out")
     assert verified.returncode == 4 and str(shard) in verified.stderr

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import pty
 import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -113,6 +117,38 @@ def test_a_crash_is_one_json_line_with_its_traceback(capsys: pytest.CaptureFixtu
     (record,) = records(capsys.readouterr().err)
     assert record["event"] == "crashed" and "please report" in record["message"]
     assert 'raise KeyError("gone")' in record["fields"]["traceback"] and record["fields"]["exit_code"] == 1
+
+
+_ABOVE_THE_BAR = """
+import time
+from capgap.jobs.logs import set_up_logs
+from capgap.pipeline.events import event
+from capgap.pipeline.progress import progress
+set_up_logs([])
+with progress("cache", 20, "sequences", lines=False) as meter:
+    for number in range(20):
+        meter.advance()
+        event("shard", f"shard {number} is whole")
+        time.sleep(0.05)
+"""
+
+
+def test_on_a_terminal_every_line_stands_whole_above_the_bar() -> None:
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", _ABOVE_THE_BAR], stderr=child, env=os.environ | {"TERM": "xterm", "COLUMNS": "120"}
+    )
+    os.close(child)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other side is closed
+        while part := os.read(parent, 4096):
+            shown += part
+    os.close(parent)
+    assert process.wait() == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", plain)]
+    assert [line for line in lines if "is whole" in line] == [f"shard {number} is whole" for number in range(20)]
+    assert "20/20" in plain
 
 
 def test_stderr_is_looked_up_when_something_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
