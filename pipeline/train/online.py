@@ -183,12 +183,11 @@ def full_divergence(logp_NV: Tensor, logq_NV: Tensor, divergence: Divergence, be
 
 
 def _kl(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
-    kl_N: Tensor = (logp_NV.exp() * (logp_NV - logq_NV)).sum(-1)
-    return kl_N
+    return (logp_NV.exp() * (logp_NV - logq_NV)).sum(-1)
 
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The last hidden states of all rows [N, H]."""
     several = {} if batch.positions_BL is None else ending_attention(model, batch.positions_BL)
-    hidden_BLH = model.base_model(input_ids=batch.input_ids_BL, use_cache=False, **several).last_hidden_state
+    hidden_BLH: Tensor = model.base_model(input_ids=batch.input_ids_BL, use_cache=False, **several).last_hidden_state
     return hidden_BLH.flatten(0, 1)
