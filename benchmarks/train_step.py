@@ -61,10 +61,12 @@ def measure(size: Size, device: str, work: Path) -> dict[str, Any]:
     run, corpus, cache = make_cache(size, work, device)
     shape = run.student.model
     assert shape is not None
-    text = ShardReader(corpus.path, corpus.manifest.shard_sets["student"])
+    sampled, student = cache.manifest.shard_sets["sampled"], corpus.manifest.shard_sets["student"]
+    # the shards from which the cache was made, and no others
+    text = ShardReader(corpus.path, student.model_copy(update={"shards": student.shards[: len(sampled.shards)]}))
     readers = {
         CROSS_ENTROPY: text,
-        f"sampled, n = {NUM_DRAWS}": ShardReader(cache.path, cache.manifest.shard_sets["sampled"]),
+        f"sampled, n = {NUM_DRAWS}": ShardReader(cache.path, sampled),
         f"top-{NUM_KEPT}": ShardReader(cache.path, cache.manifest.shard_sets["topk"]),
     }
     model = fresh_model(shape, corpus, 0).train()

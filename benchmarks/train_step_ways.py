@@ -33,7 +33,7 @@ class Size:
     Attributes:
         run_file: whose corpus, teacher and student are taken.
         changes: to it.
-        num_tokens: of the cache: one epoch, enough for all steps.
+        num_tokens: of the cache: the steps of all rounds, and of one to warm up, are an epoch of it.
         batch_sequences: of a step.
         precision: Lightning's name.
         rounds: each takes `steps` steps of every way.
@@ -51,7 +51,7 @@ class Size:
 
 _SHORT_TEACHER = {"teacher": {"training": {"learning_rate": 3e-3, "batch_sequences": 4, "max_tokens": 200_000}}}
 SIZES = {
-    "cpu": Size("jobs/runs/demo.yaml", _SHORT_TEACHER, 196_608, 4, "32-true", 12, 16),
+    "cpu": Size("jobs/runs/demo.yaml", _SHORT_TEACHER, 196_608, 4, "32-true", 11, 16),
     "cuda": Size(
         "jobs/runs/demo.yaml",
         _SHORT_TEACHER
@@ -70,7 +70,7 @@ SIZES = {
         524_288,
         32,
         "bf16-mixed",
-        6,
+        5,
         10,
     ),
     "smoke": Size("tests/assets/tiny.yaml", {}, 4096, 4, "32-true", 2, 2),

@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     """The rows of a chunk, beside their logits and on the same device; floats are float32, or float64 in float64.
 
     Attributes:
-        ids_NK: kept ids, int32, ascending. No id of [0, V) stands twice in a row with probability. Where the
+        ids_NK: kept ids, int32, in any order. No id of [0, V) stands twice in a row with probability. Where the
             probability is 0 the entry is padding, and its id is any of [0, V].
         p_NK: the teacher's probabilities, repeats merged; finite, at least 0.
         p_tail_N: the teacher's probability of all other ids, at least 0. Counts only where there are other ids.
