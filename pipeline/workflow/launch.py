@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -70,9 +71,9 @@ def is_launched() -> bool:
 
 
 def _failed(instance: Instance, codes: dict[int, int]) -> RankFailedError:
-    """Of several ends the one that caused the others: a kill, or whatever is no mere loss of another rank."""
+    """Of several ends the one that caused the others, which the supervisor has asked to end or which have lost a rank."""
     said = CapgapError.exit_code in codes.values()
-    rank, code = min(codes.items(), key=lambda item: (item[1] == LOST, item[1]))
+    rank, code = min(codes.items(), key=lambda item: (item[1] in (LOST, -signal.SIGTERM), item[1]))
     error = RankFailedError(
         f"{instance.name} failed",
         where=f"rank {rank}",
