@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from capgap.pipeline.workflow.context import Instance
-from capgap.schemas.errors import CapgapError, MachineError
+from capgap.schemas.errors import MachineError
 from capgap.schemas.run_file import RunFile
 
-LOST = 3
-"""How a rank ends that another one's end has ended."""
+LOST = 75
+"""How a rank ends that another one's end has ended; no code of the command line."""
 
 _MARK = "CAPGAP_LAUNCHED"
 
@@ -70,16 +71,17 @@ def is_launched() -> bool:
 
 
 def _failed(instance: Instance, codes: dict[int, int]) -> RankFailedError:
-    """Of several ends the one that caused the others: a kill, or whatever is no mere loss of another rank."""
-    said = CapgapError.exit_code in codes.values()
-    rank, code = min(codes.items(), key=lambda item: (item[1] == LOST, item[1]))
+    """Of several ends the one that caused the others, whom the supervisor has asked to end or who have lost a rank."""
+    rank, code = min(codes.items(), key=lambda item: (item[1] in (LOST, -signal.SIGTERM), item[1]))
     error = RankFailedError(
         f"{instance.name} failed",
         where=f"rank {rank}",
         found=f"killed by signal {-code}" if code < 0 else f"exit code {code}",
         fix="mend the cause and run the same command again",
     )
-    error.already_said = said
+    if 0 < code < LOST:
+        # it has said why
+        error.already_said, error.exit_code = True, code
     return error
 
 

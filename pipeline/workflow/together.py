@@ -86,7 +86,8 @@ def _as_one_voice(error: Exception, instance: Instance, meeting: Meeting) -> Exc
         fix="look for what killed it (memory?), and run the same command again",
     )
     lost.already_said = not is_first_to_fail or is_launched()
-    lost.exit_code = LOST if is_first_to_fail else lost.exit_code
+    if is_launched():
+        lost.exit_code = LOST
     return lost
 
 

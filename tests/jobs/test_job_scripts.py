@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from capgap.jobs.arguments import parse_run
 from capgap.jobs.commands import stage_parser
 from capgap.pipeline.workflow.slices import Slice
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = [ROOT / "jobs/slurm/cache.sbatch", ROOT / "jobs/ray/cache.sh"]
+SCRIPTS = [ROOT / "jobs/slurm/cache.sbatch", ROOT / "jobs/ray/cache.sh", ROOT / "jobs/slurm/train.sbatch"]
 DEMO = str(ROOT / "jobs" / "runs" / "demo.yaml")
 
 
@@ -67,3 +68,23 @@ def _require_all(slices) -> None:
 def test_the_ray_script_sets_the_replicas() -> None:
     run, _ = _parsed(_command(SCRIPTS[1].read_text(), {"run": DEMO, "replicas": "16"}))
     assert run.cache.replicas == 16
+
+
+def test_the_training_job_starts_a_rank_on_every_gpu_of_every_machine() -> None:
+    """torchrun and capgap both know every flag."""
+    text = SCRIPTS[2].read_text().replace("\\\n", " ")
+    given = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", text, re.MULTILINE))
+    assert given["ntasks-per-node"] == "1", "one torchrun a machine"
+    (line,) = re.findall(r"^srun torchrun (.*)$", text, re.MULTILINE)
+    names = {"SLURM_JOB_NUM_NODES": given["nodes"], "SLURM_GPUS_ON_NODE": given["gpus-per-node"], "SLURM_JOB_ID": "7"}
+    names |= {"first": "node-1", "run": DEMO}
+    for name, value in names.items():
+        line = line.replace(f"${name}", value)
+    words = shlex.split(line.replace('"$@"', "--train.strategy fsdp2"))
+    assert "$" not in line.replace('"$@"', "")
+    arguments = torchrun_parser().parse_args(words)
+    assert (arguments.nnodes, arguments.nproc_per_node, arguments.no_python) == ("2", "8", True)
+    assert (arguments.rdzv_backend, arguments.rdzv_endpoint) == ("c10d", "node-1:29500")
+    assert [arguments.training_script, arguments.training_script_args[0]] == ["capgap", "train"]
+    run, _ = parse_run(stage_parser("train"), arguments.training_script_args[1:])
+    assert run.train.strategy == "fsdp2"

@@ -17,7 +17,10 @@ import pytest
 import torch
 
 from capgap.pipeline.store import ShardReader
+from capgap.pipeline.train.data import heldout_batches
 from capgap.pipeline.train.fit import fit
+from capgap.pipeline.train.heldout import heldout_loss
+from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.task import Task
 from capgap.schemas.errors import CorruptError, InputError
@@ -159,6 +162,20 @@ def test_micro_batches_take_the_steps_of_the_whole_batch_in_every_epoch(
     start = torch.cat([p.detach().flatten() for p in make_student().parameters()])
     # a gradient summed in another order; Adam divides small ones by their size, so single weights stray further
     assert float((whole - parts).norm() / (whole - start).norm()) < 0.01
+
+
+def test_the_best_weights_are_handed_on_where_they_are_asked_for(make_task, make_student, tmp_path) -> None:
+    """At a learning rate at which the loss goes up and down."""
+    student = make_student()
+    settings = {"learning_rate": 1.0, "final_learning_rate_ratio": 1.0, "warmup_fraction": 0.5, "num_epochs": 2}
+    task = make_task(validate_every_steps=2, checkpoint_every_steps=3, output="best", **settings)
+    totals = fit(student, task)
+    measured = {loss: step for step, loss in _column(tmp_path, "validation_loss")}
+    best = min(measured)
+    assert (totals["best_step"], totals["best_validation_loss"]) == (measured[best], best)
+    assert best < list(measured)[-1] - 0.01
+    module = DistillationModule(student, task.settings, 1, 0.0, 1.0, task.training.codec.vocab_size)
+    assert heldout_loss(module, heldout_batches(task)) == pytest.approx(best, abs=1e-5)
 
 
 @pytest.mark.parametrize("given, steps", [(1, None), (63, None), (64, 1), (20 * 64 + 63, 20), (10**9, 30)])
