@@ -43,7 +43,7 @@ from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance, StageInput
 from capgap.schemas.records import SampledTargets, Sequences
 from capgap.schemas.run_file import EvalSettings, RunFile
-from capgap.schemas.run_model import TrainSettings
+from capgap.schemas.run_train import TrainSettings
 
 ROOT = Path(__file__).parents[1]
 # One pass over the first shards of the demo's cache. The whole table takes about an hour of one core.

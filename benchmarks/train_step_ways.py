@@ -18,7 +18,7 @@ from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance, StageInput
 from capgap.schemas.run_file import RunFile
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 ROOT = Path(__file__).parents[1]
 CROSS_ENTROPY = "cross-entropy alone"

@@ -15,7 +15,8 @@ from pydantic_core import ErrorDetails
 from capgap.schemas.base import OPERATIONAL, Record
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
-from capgap.schemas.run_model import StudentSettings, TeacherSettings, TrainSettings
+from capgap.schemas.run_model import StudentSettings, TeacherSettings
+from capgap.schemas.run_train import TrainSettings
 
 ReusableStage = Literal["corpus", "teacher", "cache"]
 

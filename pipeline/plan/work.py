@@ -16,7 +16,7 @@ from capgap.schemas.facts import CorpusFacts
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.plan import Figure
 from capgap.schemas.run_file import RunFile
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 # A checkpoint holds weights and two moments in float32; two are kept while the third is written.
 _CHECKPOINT_BYTES, _CHECKPOINTS = 12, 3

@@ -16,7 +16,7 @@ from capgap.schemas.errors import InputError, MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, ModelFacts
 from capgap.schemas.manifest import ShardSet
 from capgap.schemas.run_cache import RecordingName
-from capgap.schemas.run_model import TrainSettings
+from capgap.schemas.run_train import TrainSettings
 
 
 @dataclass(frozen=True)

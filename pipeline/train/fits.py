@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from capgap.pipeline.models import max_positions
 from capgap.schemas.errors import InputError, MachineError
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 _GIB = 2**30
 _STATES_PER_PARAMETER = 2  # AdamW's running means of the gradient and of its square, in the weight's dtype

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.train.metrics import Told, read_rows
 from capgap.schemas.errors import InputError, SettingError
-from capgap.schemas.run_model import LoggerSettings
+from capgap.schemas.run_optimization import LoggerSettings
 
 _LIGHTNING = "lightning.pytorch.loggers"
 _IDS_NAME = "loggers.json"

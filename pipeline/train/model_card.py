@@ -16,7 +16,7 @@ from capgap.pipeline.train.metrics import read_rows
 from capgap.pipeline.workflow.context import StageContext, StageInput
 from capgap.schemas.facts import CacheFacts, ModelFacts
 from capgap.schemas.run_cache import RecordingName
-from capgap.schemas.run_model import TrainSettings
+from capgap.schemas.run_train import TrainSettings
 
 CARD_NAME = "README.md"
 

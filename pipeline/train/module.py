@@ -24,7 +24,7 @@ from capgap.pipeline.train.optimizer import optimizer_and_schedule
 from capgap.pipeline.train.router import RouterLoss
 from capgap.pipeline.train.strategy import shard
 from capgap.pipeline.train.top_ids import top_ids
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 # Where the logits' buffer and the gradients of one chunk stay in a CPU's cache.
 _CPU_WORKSPACE_MB = 16

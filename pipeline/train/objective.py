@@ -15,7 +15,7 @@ import torch
 from capgap.kernels.sparse_kl import Divergence, Recording, Tail, check_pair
 from capgap.pipeline.store import Batch
 from capgap.schemas.errors import MismatchError
-from capgap.schemas.run_model import TrainSettings
+from capgap.schemas.run_train import TrainSettings
 
 # A row of which the teacher is certain still has a loss to be measured, though next to none to learn from.
 _LEAST_ENTROPY_NATS = 1e-4

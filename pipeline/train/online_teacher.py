@@ -10,7 +10,7 @@ from capgap.pipeline.train.fits import free_bytes
 from capgap.pipeline.workflow.context import StageContext
 from capgap.schemas.errors import MachineError
 from capgap.schemas.facts import CacheFacts, ModelFacts
-from capgap.schemas.run_model import TrainSettings
+from capgap.schemas.run_train import TrainSettings
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # weights, their gradients and the optimizer's two moments

@@ -26,7 +26,7 @@ from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.saved import read_checkpoint, whole
 from capgap.pipeline.train.task import Task
 from capgap.schemas.errors import CapgapError, InputError
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 
 def setting_of(task: Task, model: PreTrainedModel, checkpoints: Path, num_steps: int) -> dict[str, Any]:

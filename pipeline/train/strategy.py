@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from capgap.pipeline.train.saved import CheckpointFiles, read_checkpoint, whole, write_part
 from capgap.pipeline.workflow.ranks import Ranks
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 
 def trainer_arguments(settings: OptimizationSettings, ranks: Ranks, device: str) -> dict[str, Any]:

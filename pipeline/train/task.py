@@ -13,7 +13,7 @@ from capgap.pipeline.store.batch import Heat
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.workflow.ranks import Ranks
 from capgap.schemas.run_corpus import ContextRule
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from capgap.pipeline.workflow.ranks import Meeting, ranks_in_environment
 from capgap.pipeline.workflow.state import states
 from capgap.schemas.errors import MachineError, SettingError
 from capgap.schemas.run_file import RunFile
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 
 class LostRankError(MachineError):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from capgap.jobs.arguments import parse_run
 from capgap.jobs.commands import stage_parser
-from capgap.schemas.run_model import FurtherCache
+from capgap.schemas.run_train import FurtherCache
 
 DEMO = Path(__file__).parents[2] / "jobs" / "runs" / "demo.yaml"
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +8,15 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from capgap.schemas.base import Record
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
 from capgap.schemas.run_file import RunFile
-from capgap.schemas.run_model import (
-    FurtherCache,
-    LoggerSettings,
-    ModelShape,
-    OptimizationSettings,
-    StudentSettings,
-    TeacherSettings,
-    TrainSettings,
-)
+from capgap.schemas.run_model import ModelShape, StudentSettings, TeacherSettings
+from capgap.schemas.run_optimization import LoggerSettings
+from capgap.schemas.run_train import FurtherCache, TrainSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE: dict[str, Any] = {"name": "tried", "out": "runs/tried", "teacher": {"model": {}}, "student": {"model": {}}}
-
-
-# Their default decides nothing, so that students from before the choice stay current; see the tests of each.
-LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight"}
 
 
 def _with(settings: dict[str, Any]) -> dict[str, Any]:
@@ -260,167 +248,6 @@ def test_an_arm_is_the_training_with_its_own_settings_in_their_place() -> None:
     assert run.train_settings("own") == run.train.model_copy(update={"alpha": 0.0, "clip_norm": 2.0})
     with pytest.raises(ValueError, match="arms: found no 'other', expected one of own, plain"):
         run.train_settings("other")
-
-
-@pytest.mark.parametrize(
-    ("record", "operational"),
-    [
-        (CorpusSettings(tokenizer="t", messages_field="messages"), {}),
-        (
-            CacheSettings(num_heldout_sequences=7),
-            {
-                "chunk_rows": 7,
-                "batch_tokens": 99,
-                "gpu_memory_fraction": 0.5,
-                "tensor_parallel": 2,
-                "capture": "public",
-                "replicas": 4,
-            },
-        ),
-        (
-            TrainSettings(
-                divergence="jsd",
-                tail="renorm",
-                row_len=1024,
-                final_alpha=0.5,
-                token_weights="entropy",
-                router_loss_weight=0.1,
-                schedule="wsd",
-                output="best",
-            ),
-            {
-                "micro_batch_sequences": 2,
-                "checkpoint_every_steps": 7,
-                "log_every_steps": 7,
-                "loggers": ["csv", {"class_path": "wandb", "init_args": {"offline": True}}],
-                "on_corrupt": "skip",
-                "decode": "device",
-                "activation_checkpointing": True,
-                "compile": True,
-                "num_devices": 2,
-                "strategy": "fsdp2",
-                "keep_checkpoints": 7,
-            },
-        ),
-        (ModelShape(), {}),
-        (RunFile.model_validate(BASE), {"out": "elsewhere", "device": "cpu"}),
-        (RunFile.model_validate(BASE).eval, {"batch_sequences": 7}),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_operational_settings_and_no_others_are_left_out_of_what_decides(record: Record, operational: dict) -> None:
-    changed = type(record).model_validate({**record.model_dump(), **operational})
-    assert changed.decisive() == record.decisive()
-    silent = {name for name in type(record).model_fields if name not in record.decisive()}
-    assert silent - LEFT_OUT_AS_DEFAULT == set(operational)
-
-
-def test_operational_settings_inside_others_are_left_out_too() -> None:
-    plain, other = (
-        TeacherSettings.model_validate({"model": {}, "training": {"num_epochs": 2, **more}})
-        for more in ({}, {"log_every_steps": 3})
-    )
-    assert plain != other
-    assert plain.decisive() == other.decisive()
-    assert "log_every_steps" not in plain.decisive()["training"]
-    assert plain.decisive()["training"]["num_epochs"] == 2
-
-
-def test_what_is_left_out_decides_like_its_default_spelt_out() -> None:
-    pairs = [
-        (TeacherSettings(model=ModelShape()), TeacherSettings.model_validate({"model": {}, "training": {}})),
-        (CacheSettings(), CacheSettings(num_draws=50)),
-        (CacheSettings(recording="topk"), CacheSettings(recording="topk", num_kept=64, profile="near-lossless")),
-        (
-            CacheSettings(recording="both", extra_temperatures=(3.0, 2.0)),
-            CacheSettings(
-                recording="both", num_draws=50, num_kept=64, profile="near-lossless", extra_temperatures=(2.0, 3.0)
-            ),
-        ),
-        (CorpusSettings(), CorpusSettings(vocab_size=4096)),
-        (TrainSettings(divergence="jsd"), TrainSettings(divergence="jsd", jsd_beta=0.5)),
-        (TrainSettings(final_alpha=0.5), TrainSettings(final_alpha=0.5, alpha_schedule="linear")),
-        (
-            OptimizationSettings(schedule="wsd"),
-            OptimizationSettings(schedule="wsd", decay_fraction=0.1, decay_shape="exponential"),
-        ),
-    ]
-    for silent, spelt in pairs:
-        assert silent != spelt
-        assert silent.decisive() == spelt.decisive()
-
-
-def test_a_choice_of_loss_or_schedule_decides_and_no_choice_leaves_older_students_current() -> None:
-    plain = TrainSettings().decisive()
-    assert not {"divergence", "jsd_beta", "tail", "final_alpha", "alpha_schedule", "token_weights"} & set(plain)
-    assert not {"router_loss_weight", "schedule", "decay_fraction", "decay_shape"} & set(plain)
-    chosen: list[dict] = [
-        {"divergence": "reverse_kl"},
-        {"divergence": "jsd"},
-        {"divergence": "jsd", "jsd_beta": 0.1},
-        {"tail": "label"},
-        {"tail": "drop"},
-        {"final_alpha": 1.0},
-        {"final_alpha": 0.0},
-        {"final_alpha": 0.0, "alpha_schedule": "cosine"},
-        {"token_weights": "entropy"},
-        {"router_loss_weight": 0.1},
-        {"schedule": "wsd"},
-        {"schedule": "wsd", "decay_fraction": 0.2},
-        {"schedule": "wsd", "decay_shape": "sqrt"},
-    ]
-    found = [TrainSettings.model_validate(settings).decisive() for settings in chosen]
-    assert all(one != other for one, other in itertools.combinations([plain, *found], 2))
-
-
-def test_further_caches_decide_by_what_is_taken_of_them_and_not_by_where_they_lie() -> None:
-    plain, here, there, more = (
-        TrainSettings.model_validate({"micro_batch_sequences": size, "caches": caches}).decisive()
-        for size, caches in (
-            (None, {}),
-            (None, {"a": {"path": "here"}}),
-            (8, {"a": {"path": "there"}}),
-            (None, {"a": {"path": "here", "weight": 2}}),
-        )
-    )
-    assert here == there != more and "caches" not in plain
-    # the unit of the mix
-    smaller = TrainSettings.model_validate({"micro_batch_sequences": 4, "caches": {"a": {"path": "here"}}})
-    assert smaller.decisive() != here
-    assert not {"caches", "own_weight", "row_len", "micro_batch_sequences"} & set(plain)
-
-
-def test_asking_the_teacher_decides_and_the_cache_as_ever_leaves_older_students_current() -> None:
-    plain, spelt, online = TrainSettings(), TrainSettings(targets="cache"), TrainSettings(targets="online")
-    assert plain.decisive() == spelt.decisive() and "targets" not in plain.decisive()
-    assert online.decisive() == plain.decisive() | {"targets": "online"}
-    assert online.needs_teacher and not plain.needs_teacher
-    assert not TrainSettings(targets="online", alpha=0).needs_teacher
-
-
-def test_a_tail_is_refused_where_the_teacher_is_asked() -> None:
-    with pytest.raises(ValidationError, match="tail: found ghost with targets online, expected none; there is no tail"):
-        TrainSettings(targets="online", tail="ghost")
-
-
-def test_held_out_sequences_decide_and_their_default_leaves_older_caches_current() -> None:
-    assert "num_heldout_sequences" not in CacheSettings().decisive()
-    assert CacheSettings(num_heldout_sequences=64).decisive() == CacheSettings().decisive()
-    assert CacheSettings(num_heldout_sequences=0).decisive()["num_heldout_sequences"] == 0
-
-
-def test_a_beta_without_jsd_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"jsd_beta: found .* with divergence forward_kl, expected it with jsd"):
-        TrainSettings(jsd_beta=0.3)
-
-
-def test_code_is_trusted_of_a_given_model_only_and_decides_only_then() -> None:
-    for settings in (TeacherSettings, StudentSettings):
-        given, trusted = settings(path="folder"), settings(path="folder", trust_remote_code=True)
-        assert "trust_remote_code" not in given.decisive()
-        assert trusted.decisive()["trust_remote_code"] is True
-        with pytest.raises(ValidationError, match=r"trust_remote_code: found true with .*, expected it with .*path"):
-            settings(model=ModelShape(), trust_remote_code=True)
 
 
 def test_settings_are_frozen() -> None:

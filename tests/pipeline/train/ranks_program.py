@@ -27,7 +27,7 @@ from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.task import Task
 from capgap.pipeline.workflow.ranks import Meeting, Ranks, ranks_in_environment
 from capgap.schemas.manifest import ShardSet
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 
 def train(job: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from capgap.pipeline.store import Batch
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 SEQ_LEN, NUM_SEQUENCES, VOCAB_SIZE = 16, 8, 40
 LABELS = (0, 1, 16, 3, 16, 16, 2, 0)  # that each sequence of a step has

@@ -17,7 +17,7 @@ from capgap.pipeline.train.data import heldout_batches, training_loader
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.task import Source, Task
 from capgap.schemas.errors import InputError
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 SEQ_LEN = 16
 

@@ -19,7 +19,7 @@ from capgap.pipeline.train.heldout import heldout_loss
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.task import Task
 from capgap.schemas.errors import InputError
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 VOCAB_SIZE = 40
 SEQ_LEN = 16

@@ -14,7 +14,7 @@ from capgap.pipeline.store import Batch
 from capgap.pipeline.train.faster import checkpoint_activations, compile_decoder
 from capgap.pipeline.train.module import DistillationModule
 from capgap.schemas.errors import InputError
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 LLAMA = LlamaConfig(vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 GPT2 = GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=2, n_positions=32)  # has dropout

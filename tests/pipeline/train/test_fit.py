@@ -24,7 +24,7 @@ from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.task import Task
 from capgap.schemas.errors import CorruptError, InputError
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 SEQ_LEN = 16
 NUM_SEQUENCES = 62  # 15 batches of 4 an epoch, and two sequences left over
@@ -237,7 +237,7 @@ from capgap.pipeline.store import ShardReader
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.task import Task
 from capgap.schemas.manifest import ShardSet
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 def train(job):
     folder = Path(job["folder"])

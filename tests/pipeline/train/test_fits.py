@@ -23,7 +23,7 @@ from capgap.pipeline.train.fits import (
     require_positions,
 )
 from capgap.schemas.errors import InputError, MachineError
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 GIB = 2**30
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

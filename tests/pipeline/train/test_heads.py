@@ -17,7 +17,7 @@ from capgap.pipeline.store import Batch
 from capgap.pipeline.train.heads import served_head
 from capgap.pipeline.train.module import DistillationModule
 from capgap.schemas.errors import InputError
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 VOCAB_SIZE = 40
 PADDED = 48

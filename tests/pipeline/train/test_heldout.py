@@ -15,7 +15,7 @@ from capgap.pipeline.train.heldout import entropies, measure, top_ids
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.task import Task
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 V = 40
 

@@ -20,7 +20,7 @@ from capgap.pipeline.train.loggers import LogBook, make_loggers, require_loggers
 from capgap.pipeline.train.metrics import read_rows
 from capgap.pipeline.train.task import Task
 from capgap.schemas.errors import CapgapError, InputError, SettingError
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 
 class Tracker(Logger):

@@ -25,7 +25,7 @@ from capgap.pipeline.train.heldout import HeldOutFigures, measure
 from capgap.pipeline.train.metrics import COLUMNS, MetricsFile, memory_bytes, read_rows
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.task import Task
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 SEQ_LEN, V = 16, 40
 

@@ -11,7 +11,7 @@ from capgap.pipeline.store.batch import collate
 from capgap.pipeline.store.rows import in_rows
 from capgap.pipeline.train.module import DistillationModule
 from capgap.schemas.errors import InputError
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 VOCAB_SIZE = 40
 TEMPERATURES = {"sampled": 2.0, "topk": 1.0}

@@ -23,7 +23,7 @@ from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.replay import replay
 from capgap.pipeline.train.task import Task
 from capgap.schemas.errors import InputError
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 SEQ_LEN, V = 16, 40
 

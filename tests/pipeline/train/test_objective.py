@@ -10,7 +10,7 @@ from capgap.kernels.sparse_kl import Divergence, Tail
 from capgap.pipeline.store import Batch
 from capgap.pipeline.train.objective import Objective, objective_of
 from capgap.schemas.errors import MismatchError
-from capgap.schemas.run_model import TrainSettings
+from capgap.schemas.run_train import TrainSettings
 
 
 @pytest.mark.parametrize(("setting", "known"), [("divergence", Divergence), ("tail", Tail)])

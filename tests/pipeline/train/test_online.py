@@ -14,7 +14,7 @@ from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.online import Head, OnlineModule, full_divergence, linear_full_kl
 from capgap.schemas.errors import InputError
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 VOCAB_SIZE = 40
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd"]

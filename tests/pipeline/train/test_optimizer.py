@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from capgap.pipeline.train.optimizer import learning_rate_factor, optimizer_and_schedule
-from capgap.schemas.run_model import OptimizationSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 
 def test_the_learning_rate_rises_to_its_peak_and_ends_at_the_final_ratio() -> None:

@@ -1,0 +1,153 @@
+"""Settings of the train stage: what a student learns from, and by which loss."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.run_cache import RecordingName
+from capgap.schemas.run_optimization import OptimizationSettings
+
+
+class FurtherCache(Record):
+    """A cache that a student learns from beside the run's own."""
+
+    path: str | None = Field(None, json_schema_extra=OPERATIONAL)
+    """Folder or URL of a finished cache, of any corpus and teacher with the student's tokenizer; what decides is what
+    lies there. Left out, it is the run's own cache, to mix its recordings."""
+
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Its share of the micro-batches, beside the other caches' weights and `own_weight`."""
+
+    recording: RecordingName | None = None
+    """Which of its recordings to learn from; needed where it has both."""
+
+
+class TrainSettings(OptimizationSettings):
+    """How a student learns from a cache, or from several."""
+
+    alpha: float = Field(1.0, ge=0, le=1)
+    """Weight of the KL to the teacher; cross-entropy with the text has weight 1 - alpha. 0 is cross-entropy alone."""
+
+    recording: RecordingName | None = None
+    """Which recording of the cache to learn from; needed where it has both."""
+
+    temperature: float | None = Field(None, gt=0)
+    """At which teacher and student are compared, the cache's where it is left out: `cache.temperature`, or for `topk`
+    also one of `cache.extra_temperatures`."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """What is called KL here: `forward_kl`, KL(teacher || student); `reverse_kl`; or `jsd`, the generalised
+    Jensen-Shannon divergence. A `sampled` cache supports `forward_kl` only."""
+
+    jsd_beta: float | None = Field(None, gt=0, lt=1)
+    """With `jsd` only: weight of KL(teacher || mixture), and the teacher's share of the mixture. 0.5 where left out."""
+
+    tail: Literal["drop", "renorm", "ghost", "label"] | None = None
+    """What becomes of the teacher's probability outside the kept ids: `drop` leaves it out, `renorm` scales the kept
+    ids up to 1, `ghost` compares it with the student's as one, `label` adds it to the real next token. Left out, it is
+    `ghost` for a `topk` cache and `drop` for a `sampled` one, which has no tail."""
+
+    final_alpha: float | None = Field(None, ge=0, le=1)
+    """`alpha` of the last step; the first has `alpha`. Constant where left out."""
+
+    alpha_schedule: Literal["linear", "cosine"] | None = None
+    """With `final_alpha` only: how `alpha` gets there, in equal parts (`linear`) or slowly at both ends (`cosine`).
+    `linear` where left out."""
+
+    token_weights: Literal["equal", "entropy"] = "equal"
+    """What a token counts in the mean: `equal`; or `entropy`, as many nats as the teacher is uncertain there, so that
+    its hard tokens lead (teacher entropy as a measure of importance: arXiv 2602.01395, 2605.01732). Needs a `topk`
+    cache. Tokens that the loss mask leaves out never count."""
+
+    router_loss_weight: float = Field(0.0, ge=0)
+    """Of a mixture of experts' load-balancing loss (arXiv 2101.03961), added to the loss; the student's own
+    `router_aux_loss_coef` is not read."""
+
+    @model_validator(mode="after")
+    def _check_alpha_schedule(self) -> Self:
+        if self.alpha_schedule is not None and self.final_alpha is None:
+            raise ValueError(f"alpha_schedule: found {self.alpha_schedule} alone, expected it with final_alpha")
+        return self
+
+    @property
+    def alpha_shape(self) -> Literal["linear", "cosine"]:
+        """How alpha moves."""
+        return self.alpha_schedule or "linear"
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether the cache's targets count in any step."""
+        return self.targets == "cache" and self.largest_alpha > 0
+
+    @property
+    def largest_alpha(self) -> float:
+        """Of all steps."""
+        return max(self.alpha, self.final_alpha or 0.0)
+
+    caches: dict[str, FurtherCache] = Field(default_factory=dict)
+    """Further caches by a name of yours, for example `code: {path: s3://bucket/code/cache, weight: 2}`. Each
+    micro-batch is of one cache, all at one temperature. The run's own is read `num_epochs` times, the others as often
+    as the mix takes."""
+
+    own_weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """The share of the run's own cache beside `caches`."""
+
+    row_len: int | None = Field(None, ge=8)
+    """Targets in a row of a batch: as many whole sequences as fit stand in it one after the other, with positions of
+    their own and no sight of one another, and padding without weight. Needed where caches differ in `seq_len`. A
+    sequence a row where it is left out."""
+
+    @model_validator(mode="after")
+    def _check_caches(self) -> Self:
+        for name in self.caches:
+            if not name or "/" in name or name != name.strip():
+                raise ValueError(f"caches: found the name {name!r}, expected a word")
+        if not self.caches and self.own_weight != 1:
+            raise ValueError(f"own_weight: found {self.own_weight:g} without caches, expected it beside others")
+        return self
+
+    targets: Literal["cache", "online"] = "cache"
+    """Where the teacher's distributions come from: the `cache`; or, `online`, the teacher of the run, which then stands
+    on the device beside the student and gives its whole distribution for each token of the same sequences: the
+    undistorted baseline, for models that fit there together."""
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> Self:
+        if self.targets == "online" and self.tail is not None:
+            raise ValueError(f"tail: found {self.tail} with targets online, expected none; there is no tail")
+        return self
+
+    @model_validator(mode="after")
+    def _check_beta(self) -> Self:
+        if self.jsd_beta is not None and self.divergence != "jsd":
+            raise ValueError(f"jsd_beta: found {self.jsd_beta} with divergence {self.divergence}, expected it with jsd")
+        return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher itself takes part; cross-entropy alone asks for nobody's distribution."""
+        return self.targets == "online" and self.largest_alpha > 0
+
+    @property
+    def beta(self) -> float:
+        """Of `jsd`."""
+        return 0.5 if self.jsd_beta is None else self.jsd_beta
+
+    def decisive(self) -> dict[str, Any]:
+        """As for every record, with the beta of `jsd` spelt out, and nothing of the choice where none was made.
+
+        Students that were trained before there was a choice are found again. Beside other caches a micro-batch is the
+        unit of the mix, so that its size decides.
+        """
+        values = super().decisive() | ({"jsd_beta": self.beta} if self.divergence == "jsd" else {})
+        values |= {"alpha_schedule": self.alpha_shape} if self.final_alpha is not None else {}
+        values["caches"] = {name: cache.decisive() for name, cache in self.caches.items()}
+        if self.caches:
+            values["micro_batch_sequences"] = self.micro_batch
+        defaults: dict[str, Any] = {"divergence": "forward_kl", "jsd_beta": None, "tail": None}
+        defaults |= {"final_alpha": None, "alpha_schedule": None, "token_weights": "equal", "router_loss_weight": 0.0}
+        defaults |= {"caches": {}, "own_weight": 1.0, "row_len": None, "targets": "cache"}
+        return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}

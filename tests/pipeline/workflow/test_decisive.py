@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import UnionType
+from typing import Any, get_args
+
+import pytest
+
+from capgap.pipeline.workflow.context import STAGES
+from capgap.pipeline.workflow.state import states
+from capgap.schemas.base import Record
+from capgap.schemas.run_file import RunFile
+
+ALL = set(STAGES)
+FROM_TEACHER = {"teacher", "cache", "train", "eval", "report"}
+FROM_CACHE = {"cache", "train", "eval", "report"}
+FROM_STUDENT = {"student", "train", "eval", "report"}
+FROM_TRAIN = {"train", "eval", "report"}
+
+# Setting, a value other than its default and than the run file's, and the stages that are made again for it.
+SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_layers": 3,
+    "num_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "tie_word_embeddings": False,
+}
+OPTIMIZATION: dict[str, Any] = {
+    "learning_rate": 2e-3,
+    "final_learning_rate_ratio": 0.2,
+    "warmup_fraction": 0.1,
+    "weight_decay": 0.2,
+    "clip_norm": 2.0,
+    "batch_sequences": 16,
+    "num_epochs": 2,
+    "max_tokens": 10**6,
+    "precision": "bf16-mixed",
+    "validate_every_steps": 7,
+    "num_validation_sequences": 7,
+    "output": "best",
+    "schedule": "wsd",
+    "decay_fraction": 0.2,
+    "decay_shape": "linear",
+}
+OPTIMIZATION_OPERATIONAL: dict[str, Any] = {
+    "micro_batch_sequences": 2,
+    "checkpoint_every_steps": 7,
+    "log_every_steps": 7,
+    "loggers": ["csv"],
+    "on_corrupt": "skip",
+    "decode": "device",
+    "num_devices": 2,
+    "strategy": "fsdp2",
+    "keep_checkpoints": 7,
+    "activation_checkpointing": True,
+    "compile": True,
+}
+GIVEN_TEACHER = {"teacher.model": None, "teacher.training": None}
+TABLE: list[tuple[str, Any, set[str]]] = [
+    ("name", "other", {"report"}),
+    ("out", "elsewhere", set()),
+    ("device", "cpu", set()),
+    ("corpus.sources", ["other.txt"], ALL),
+    ("corpus.text_field", "body", ALL),
+    ("corpus.tokenizer", "folder", ALL),
+    ("corpus.messages_field", "messages", ALL),
+    ("corpus.vocab_size", 512, ALL),
+    ("corpus.seq_len", 64, ALL),
+    ("corpus.long_documents", "drop", ALL),
+    ("corpus.context", "document", ALL),
+    ("corpus.teacher_fraction", 0.5, ALL),
+    ("corpus.heldout_fraction", 0.1, ALL),
+    ("corpus.shard_sequences", 64, ALL),
+    ("teacher.path", "folder", FROM_TEACHER),
+    *((f"teacher.model.{name}", value, FROM_TEACHER) for name, value in SHAPE.items()),
+    *((f"teacher.training.{name}", value, FROM_TEACHER) for name, value in OPTIMIZATION.items()),
+    *((f"teacher.training.{name}", value, set()) for name, value in OPTIMIZATION_OPERATIONAL.items()),
+    ("teacher.seed", 1, FROM_TEACHER),
+    ("teacher.trust_remote_code", True, FROM_TEACHER),
+    ("cache.engine", "transformers", FROM_CACHE),
+    ("cache.recording", "topk", FROM_CACHE),
+    ("cache.num_draws", 64, FROM_CACHE),
+    ("cache.num_kept", 8, FROM_CACHE),
+    ("cache.profile", "small", FROM_CACHE),
+    ("cache.temperature", 2.0, FROM_CACHE),
+    ("cache.extra_temperatures", [2.0], FROM_CACHE),
+    ("cache.seed", 1, FROM_CACHE),
+    ("cache.dtype", "float32", FROM_CACHE),
+    ("cache.max_tokens", 10**6, FROM_CACHE),
+    ("cache.num_heldout_sequences", 7, FROM_CACHE),
+    ("cache.chunk_rows", 7, set()),
+    ("cache.batch_tokens", 100, set()),
+    ("cache.gpu_memory_fraction", 0.5, set()),
+    ("cache.tensor_parallel", 2, set()),
+    ("cache.capture", "worker", set()),
+    ("cache.replicas", 4, set()),
+    ("student.path", "folder", FROM_STUDENT),
+    ("student.trust_remote_code", True, FROM_STUDENT),
+    *((f"student.model.{name}", value, FROM_STUDENT) for name, value in SHAPE.items()),
+    *((f"train.{name}", value, FROM_TRAIN) for name, value in OPTIMIZATION.items()),
+    *((f"train.{name}", value, set()) for name, value in OPTIMIZATION_OPERATIONAL.items()),
+    ("train.alpha", 0.5, {"train/distilled", "eval", "report"}),  # the other arm has an alpha of its own
+    ("train.recording", "sampled", FROM_TRAIN),
+    ("train.temperature", 2.0, FROM_TRAIN),
+    ("train.divergence", "reverse_kl", FROM_TRAIN),
+    ("train.jsd_beta", 0.3, FROM_TRAIN),
+    ("train.tail", "renorm", FROM_TRAIN),
+    ("train.caches", {"draws": {"recording": "sampled"}}, FROM_TRAIN),
+    ("train.own_weight", 3.0, FROM_TRAIN),
+    ("train.row_len", 1024, FROM_TRAIN),
+    ("train.targets", "online", FROM_TRAIN),
+    ("train.final_alpha", 0.5, FROM_TRAIN),
+    ("train.alpha_schedule", "cosine", FROM_TRAIN),
+    ("train.token_weights", "entropy", FROM_TRAIN),
+    ("train.router_loss_weight", 0.1, FROM_TRAIN),
+    ("eval.num_sequences", 7, {"eval", "report"}),
+    ("eval.num_full_sequences", 7, {"eval", "report"}),
+    ("eval.num_bootstrap", 700, {"eval", "report"}),
+    ("eval.batch_sequences", 7, set()),
+]
+# What else must be set for the setting above to be allowed, in the run file before and after.
+BESIDE = {f"cache.{name}": {"cache.recording": "topk"} for name in ("num_kept", "profile", "extra_temperatures")}
+BESIDE["corpus.messages_field"] = {"corpus.tokenizer": "folder"}
+BESIDE["train.jsd_beta"] = {"train.divergence": "jsd"}
+BESIDE["train.own_weight"] = {"train.caches": {"draws": {}}}
+BESIDE["train.alpha_schedule"] = {"train.final_alpha": 0.5}
+for _stage in ("train", "teacher.training"):
+    BESIDE |= {f"{_stage}.{name}": {f"{_stage}.schedule": "wsd"} for name in ("decay_fraction", "decay_shape")}
+BESIDE["teacher.trust_remote_code"] = {"teacher.path": "folder", **GIVEN_TEACHER}
+BESIDE["student.trust_remote_code"] = {"student.path": "folder", "student.model": None}
+REPLACES = {"teacher.path": GIVEN_TEACHER, "student.path": {"student.model": None}}
+STRUCTURE = {"seeds", "arms", "reuse"}  # each has tests of its own below
+
+
+def _identities(run: RunFile) -> dict[str, str]:
+    return {name: state.order.identity for name, state in states(run).items()}
+
+
+def _changed(before: RunFile, after: RunFile) -> set[str]:
+    old, new = _identities(before), _identities(after)
+    assert old.keys() == new.keys()
+    return {name for name in old if old[name] != new[name]}
+
+
+def _instances_of(stages: set[str], run: RunFile) -> set[str]:
+    return {name for name in states(run) if any(name == stage or name.startswith(stage + "/") for stage in stages)}
+
+
+@pytest.mark.parametrize(("path", "value", "stages"), TABLE, ids=[row[0] for row in TABLE])
+def test_a_setting_changes_the_identity_of_exactly_these_stages(make_run, path: str, value, stages: set[str]) -> None:
+    beside = BESIDE.get(path, {})
+    before = make_run(beside)
+    after = make_run(beside | REPLACES.get(path, {}) | {path: value})
+    assert before != after
+    assert _changed(before, after) == _instances_of(stages, before)
+
+
+def test_the_table_has_every_setting() -> None:
+    assert sorted(row[0] for row in TABLE) == sorted(_settings(RunFile))
+
+
+def _settings(model: type[Record], prefix: str = "") -> Iterator[str]:
+    for name, info in model.model_fields.items():
+        types = get_args(info.annotation) if isinstance(info.annotation, UnionType) else (info.annotation,)
+        records = [kind for kind in types if isinstance(kind, type) and issubclass(kind, Record)]
+        if records:
+            yield from _settings(records[0], f"{prefix}{name}.")
+        elif prefix + name not in STRUCTURE:
+            yield prefix + name
+
+
+@pytest.mark.parametrize(
+    ("path", "default"),
+    [
+        ("corpus.vocab_size", 4096),
+        ("cache.num_draws", 50),
+        ("corpus.seq_len", 256),
+        ("cache.num_heldout_sequences", 64),
+        ("train.alpha", 1.0),
+        ("train.learning_rate", 3e-3),
+        ("eval.num_sequences", 512),
+        ("teacher.trust_remote_code", False),
+        ("student.trust_remote_code", False),
+    ],
+)
+def test_a_default_that_is_spelt_out_changes_nothing(make_run, path: str, default: object) -> None:
+    assert _changed(make_run(), make_run({path: default})) == set()
+
+
+def test_more_defaults_that_are_spelt_out_change_nothing(make_run) -> None:
+    topk = {"cache.recording": "topk"}
+    assert _changed(make_run(topk), make_run(topk | {"cache.num_kept": 64, "cache.profile": "near-lossless"})) == set()
+    silent = {"teacher.training": None}
+    assert _changed(make_run(silent), make_run({"teacher.training": {}})) == set()
+    assert _changed(make_run({"arms.distilled": {"alpha": 1}}), make_run()) == set()
+    for stage in ("train", "teacher.training"):
+        wsd = {f"{stage}.schedule": "wsd"}
+        spelt_out = {f"{stage}.decay_fraction": 0.1, f"{stage}.decay_shape": "exponential"}
+        assert _changed(make_run(wsd), make_run(wsd | spelt_out)) == set()
+        assert _changed(make_run(), make_run({f"{stage}.schedule": "cosine"})) == set()
+    falling = {"train.final_alpha": 0.5}
+    assert _changed(make_run(falling), make_run(falling | {"train.alpha_schedule": "linear"})) == set()
+    assert _changed(make_run(), make_run({"train.token_weights": "equal", "train.router_loss_weight": 0})) == set()
+
+
+def test_another_arm_leaves_the_others_as_they_are(make_run) -> None:
+    old = _identities(make_run())
+    new = _identities(make_run({"arms.half": {"alpha": 0.5}}))
+    assert set(new) - set(old) == {"train/half/seed-0", "train/half/seed-1"}
+    assert {name for name in old if old[name] != new[name]} == {"eval", "report"}
+
+
+def test_another_seed_leaves_the_others_as_they_are(make_run) -> None:
+    old = _identities(make_run({"seeds": [0]}))
+    new = _identities(make_run({"seeds": [0, 5]}))
+    assert set(new) - set(old) == {"student/seed-5", "train/distilled/seed-5", "train/cross_entropy/seed-5"}
+    assert {name for name in old if old[name] != new[name]} == {"eval", "report"}
+
+
+def test_a_setting_of_one_arm_leaves_the_others_as_they_are(make_run) -> None:
+    changed = _changed(make_run(), make_run({"arms.distilled": {"alpha": 0.9}}))
+    assert changed == {"train/distilled/seed-0", "train/distilled/seed-1", "eval", "report"}
+
+
+def test_an_operational_setting_of_one_arm_changes_nothing(make_run) -> None:
+    assert _changed(make_run(), make_run({"arms.distilled": {"log_every_steps": 3}})) == set()
+
+
+def test_seeds_and_arms_have_identities_of_their_own(make_run) -> None:
+    found = _identities(make_run({"arms": {"a": {}, "b": {}}}))
+    assert len(set(found.values())) == len(found)
+
+
+def test_the_order_of_arms_and_seeds_changes_no_training(make_run) -> None:
+    old = _identities(make_run())
+    new = _identities(make_run({"seeds": [1, 0], "arms": {"cross_entropy": {"alpha": 0}, "distilled": {}}}))
+    assert old == new
