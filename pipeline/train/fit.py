@@ -45,7 +45,14 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     # FSDP2 takes a model apart; what is handed back must be whole
     student = copy.deepcopy(model) if sharded and ranks.is_first else model
     module = DistillationModule(
-        student, settings, num_steps, task.alpha, task.temperature, task.training.codec.vocab_size, task.objective
+        student,
+        settings,
+        num_steps,
+        task.alpha,
+        task.temperature,
+        task.training.codec.vocab_size,
+        task.objective,
+        accumulate * ranks.world_size,
     )
     folder = task.folder / WORK_FOLDER / "checkpoints"
     resume = _resume(task, folder, num_steps)

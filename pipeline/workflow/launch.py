@@ -71,7 +71,7 @@ def is_launched() -> bool:
 
 
 def _failed(instance: Instance, codes: dict[int, int]) -> RankFailedError:
-    """Of several ends the one that caused the others, which the supervisor has asked to end or which have lost a rank."""
+    """Of several ends the one that caused the others: those were asked to end, or have lost a rank."""
     said = CapgapError.exit_code in codes.values()
     rank, code = min(codes.items(), key=lambda item: (item[1] in (LOST, -signal.SIGTERM), item[1]))
     error = RankFailedError(
