@@ -55,7 +55,7 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     sharded = is_sharded(settings, ranks)
     # FSDP2 takes a model apart; what is handed back must be whole
     student = copy.deepcopy(model) if sharded and ranks.is_first else model
-    module = _module(student, task, num_steps)
+    module = _module(student, task, num_steps, accumulate * ranks.world_size)
     require_positions(model, task.training.shard_set.seq_len)
     require_memory(model, settings, task.device, task.training.shard_set.seq_len, ranks.world_size if sharded else 1)
     work = task.folder / WORK_FOLDER
@@ -115,10 +115,19 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     }
 
 
-def _module(model: PreTrainedModel, task: Task, num_steps: int) -> DistillationModule:
-    vocab_size = task.training.codec.vocab_size
-    arguments = (model, task.settings, num_steps, task.alpha, task.temperature, vocab_size, task.objective)
-    return DistillationModule(*arguments) if task.teacher is None else OnlineModule(*arguments, teacher=task.teacher)
+def _module(model: PreTrainedModel, task: Task, num_steps: int, num_micro_batches: int) -> DistillationModule:
+    arguments: dict[str, Any] = {
+        "settings": task.settings,
+        "num_steps": num_steps,
+        "alpha": task.alpha,
+        "temperature": task.temperature,
+        "vocab_size": task.training.codec.vocab_size,
+        "objective": task.objective,
+        "num_micro_batches": num_micro_batches,
+    }
+    if task.teacher is None:
+        return DistillationModule(model, **arguments)
+    return OnlineModule(model, **arguments, teacher=task.teacher)
 
 
 def _described(task: Task) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class DistillationModule(lightning.LightningModule):
         temperature: of the targets.
         vocab_size: real vocabulary; the head's rows past it are padding.
         objective: what stands for the KL, how alpha moves, what rows count.
+        num_micro_batches: of a step, over all ranks.
 
     Attributes:
         last: of the last micro-batch.
@@ -64,6 +65,7 @@ class DistillationModule(lightning.LightningModule):
         temperature: float,
         vocab_size: int,
         objective: Objective = Objective(),  # noqa: B008  # frozen
+        num_micro_batches: int = 1,
     ) -> None:
         super().__init__()
         self._head = served_head(model, vocab_size)
@@ -72,7 +74,7 @@ class DistillationModule(lightning.LightningModule):
         self._settings, self._num_steps = settings, num_steps
         self._alpha, self._temperature, self._vocab_size = alpha, temperature, vocab_size
         self._objective = objective
-        self._shares = LabelShares()
+        self._num_micro_batches, self._shares = num_micro_batches, LabelShares()
         self.last: SparseKl | None = None
         self.gradient_norm = torch.zeros(())
         self.top_N: torch.Tensor | None = None
@@ -102,12 +104,6 @@ class DistillationModule(lightning.LightningModule):
         """Make the gradient that of the mean over all that counts in the step."""
         if self._num_micro_batches > 1:
             self._shares.settle(self.model.parameters(), self._num_micro_batches)
-
-    @property
-    def _num_micro_batches(self) -> int:
-        """Of a step, over all ranks."""
-        number: int = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return number
 
     def loss(self, batch: Batch, alpha: float) -> SparseKl:
         """Loss of a batch, and the KL and cross-entropy of each of its N rows.

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny_runs import NEEDED, settings_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from capgap.pipeline.cache.convert import to_targets
 from capgap.pipeline.cache.scoring import Recording, record_rows, row_offsets, sequence_digest, unpack
 from capgap.pipeline.store import Block, Codec, ShardReader, ShardWriter
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK
+from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.records import Sequences
+from capgap.schemas.run_file import RunFile
 
 VOCAB_SIZE = 40
 SEQ_LEN = 16
@@ -128,3 +132,27 @@ def make_student() -> Callable[..., LlamaForCausalLM]:
             return LlamaForCausalLM(config)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """Two runs whose texts, and so corpora and tokenizers, differ; all that training needs is made."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = {salt: settings_of(folder / salt, salt) for salt in ("number", "square")}
+    for run in runs.values():
+        for instance in NEEDED:
+            carry_out(RunFile.model_validate(run), instance)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def with_both(made, tmp_path_factory) -> dict[str, Any]:
+    """The run with a cache of both recordings and three temperatures in place of its own."""
+    run = made["number"] | {
+        "out": str(tmp_path_factory.mktemp("both")),
+        "reuse": {stage: f"{made['number']['out']}/{stage}" for stage in ("corpus", "teacher")},
+        "cache": made["number"]["cache"] | {"recording": "both", "num_kept": 9, "extra_temperatures": [2.0, 0.5]},
+    }
+    for instance in NEEDED[2:]:
+        carry_out(RunFile.model_validate(run), instance)
+    return run

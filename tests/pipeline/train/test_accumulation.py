@@ -61,13 +61,14 @@ def _train(model, micro_batch: int, objective: Objective, labels: tuple[int, ...
     settings = OptimizationSettings(
         batch_sequences=NUM_SEQUENCES, micro_batch_sequences=micro_batch, clip_norm=0.5, learning_rate=1e-2, **more
     )
-    module = _Recorded(model, settings, num_steps, 0.7, 1.0, VOCAB_SIZE, objective)
+    accumulate = NUM_SEQUENCES // micro_batch
+    module = _Recorded(model, settings, num_steps, 0.7, 1.0, VOCAB_SIZE, objective, accumulate)
     batches = [batch for seed in range(num_steps) for batch in _step_batches(micro_batch, labels, seed)]
     trainer = lightning.Trainer(
         accelerator="cpu",
         precision=settings.precision,
         max_steps=num_steps,
-        accumulate_grad_batches=NUM_SEQUENCES // micro_batch,
+        accumulate_grad_batches=accumulate,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

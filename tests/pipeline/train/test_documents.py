@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 from capgap.pipeline.store import Batch, SequenceLoader, ShardReader
 from capgap.pipeline.train.data import heldout_batches
 from capgap.pipeline.train.fit import fit
-from capgap.pipeline.train.heldout import heldout_loss
+from capgap.pipeline.train.heldout import measure
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.task import Task
 from capgap.schemas.errors import InputError
@@ -135,12 +135,12 @@ def _task(readers, tmp_path, kind: str = "sampled", **settings) -> Task:
 def test_the_held_out_loss_falls_and_is_that_of_documents_alone(readers, make_student, tmp_path, kind) -> None:
     task, model = _task(readers, tmp_path, kind, row_len=40), make_student()
     module = _module(model)
-    before = heldout_loss(module, heldout_batches(task))
+    before = measure(module, heldout_batches(task)).loss
     totals = fit(model, task)
-    after = heldout_loss(module, heldout_batches(task))
+    after = measure(module, heldout_batches(task)).loss
     assert totals["num_steps"] == 6
     assert after < before - 0.02
-    packed = heldout_loss(module, heldout_batches(dataclasses.replace(task, context="packed")))
+    packed = measure(module, heldout_batches(dataclasses.replace(task, context="packed"))).loss
     assert abs(after - packed) > 1e-4
 
 

@@ -11,10 +11,11 @@ from capgap.pipeline.cache.stage import _first_blocks
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.batch import collate
 from capgap.pipeline.train.data import heldout_batches
-from capgap.pipeline.train.heldout import entropies, measure, top_ids
+from capgap.pipeline.train.heldout import entropies, measure
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.top_ids import top_ids
 from capgap.schemas.run_optimization import OptimizationSettings
 
 V = 40

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import itertools
 import logging
 import math
@@ -12,73 +11,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from tiny_runs import NEEDED, SEQ_LEN, TRAIN, train
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from capgap.pipeline.corpus.tokenizer import train_tokenizer
-from capgap.pipeline.train import stage
 from capgap.pipeline.train.metrics import read_rows
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
-from capgap.pipeline.workflow.state import State, read_manifest, states
-from capgap.schemas.errors import InputError, MachineError, MismatchError, SettingError
+from capgap.pipeline.workflow.context import Instance
+from capgap.pipeline.workflow.state import read_manifest
+from capgap.schemas.errors import MachineError, MismatchError, SettingError
 from capgap.schemas.run_file import RunFile
-
-SEQ_LEN = 32
-TRAIN = Instance("train", "distilled", 1)
-NEEDED = (Instance("corpus"), Instance("teacher"), Instance("cache"), Instance("student", seed=1))
-
-
-def _settings(folder: Path, salt: str) -> dict[str, Any]:
-    folder.mkdir()
-    texts = [f"{salt} {i} is {i * i} and then {' '.join(str(i * k) for k in range(30))}\n" for i in range(60)]
-    for i, text in enumerate(texts):
-        (folder / f"{i:02d}.txt").write_text(text)
-    torch.manual_seed(2)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=SEQ_LEN,
-        initializer_range=0.3,  # sharp: there is something to learn
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "given")
-    train_tokenizer(texts, 300).save_pretrained(folder / "given")
-    return {
-        "name": "tiny",
-        "out": str(folder / "out"),
-        "device": "cpu",
-        "seeds": [1],
-        "corpus": {
-            "sources": [str(folder / "*.txt")],
-            "tokenizer": str(folder / "given"),
-            "seq_len": SEQ_LEN,
-            "teacher_fraction": 0.0,
-            "heldout_fraction": 0.2,
-        },
-        "teacher": {"path": str(folder / "given")},
-        "cache": {"engine": "transformers", "num_draws": 20},
-        "student": {"model": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}},
-        "train": {"batch_sequences": 4, "log_every_steps": 2, "max_tokens": 30 * 4 * SEQ_LEN},
-        "arms": {"distilled": {}, "cross_entropy": {"alpha": 0.0, "max_tokens": 2 * 4 * SEQ_LEN}},
-    }
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """Two runs whose texts, and so corpora and tokenizers, differ; all that training needs is made."""
-    folder = tmp_path_factory.mktemp("runs")
-    runs = {salt: _settings(folder / salt, salt) for salt in ("number", "square")}
-    for run in runs.values():
-        for instance in NEEDED:
-            carry_out(RunFile.model_validate(run), instance)
-    return runs
 
 
 def test_a_student_is_trained_and_its_folder_can_be_used(made) -> None:
@@ -192,26 +137,6 @@ def test_an_arm_has_its_own_settings(made) -> None:
     assert manifest.totals["num_steps"] == 2
 
 
-@pytest.fixture(scope="module")
-def with_both(made, tmp_path_factory) -> dict[str, Any]:
-    """The run with a cache of both recordings and three temperatures in place of its own."""
-    run = made["number"] | {
-        "out": str(tmp_path_factory.mktemp("both")),
-        "reuse": {stage: f"{made['number']['out']}/{stage}" for stage in ("corpus", "teacher")},
-        "cache": made["number"]["cache"] | {"recording": "both", "num_kept": 9, "extra_temperatures": [2.0, 0.5]},
-    }
-    for instance in NEEDED[2:]:
-        carry_out(RunFile.model_validate(run), instance)
-    return run
-
-
-def _train(run: dict[str, Any], **settings: Any) -> dict[str, str]:
-    """Digests of what a training of three steps made."""
-    train = run["train"] | {"max_tokens": 3 * 4 * SEQ_LEN} | settings
-    manifest = carry_out(RunFile.model_validate(run | {"train": train}), TRAIN, force=True)
-    return {file.path: file.sha256 for file in manifest.files if file.path.endswith(".safetensors")}
-
-
 def test_each_setting_of_loss_and_schedule_makes_another_student(with_both) -> None:
     chosen: list[dict[str, Any]] = [
         {},
@@ -222,46 +147,44 @@ def test_each_setting_of_loss_and_schedule_makes_another_student(with_both) -> N
         {"schedule": "wsd", "decay_fraction": 0.75, "decay_shape": "linear"},
     ]
     # four steps: with three, both shapes of alpha have the same middle
-    made = [_train(with_both, recording="topk", max_tokens=4 * 4 * SEQ_LEN, **settings) for settings in chosen]
+    made = [train(with_both, recording="topk", max_tokens=4 * 4 * SEQ_LEN, **settings) for settings in chosen]
     assert all(one != other for one, other in itertools.combinations(made, 2))
 
 
 def test_checkpointed_activations_make_the_same_student(with_both) -> None:
-    plain, checkpointed = (_train(with_both, recording="topk", activation_checkpointing=on) for on in (False, True))
+    plain, checkpointed = (train(with_both, recording="topk", activation_checkpointing=on) for on in (False, True))
     assert plain == checkpointed
 
 
 def test_draws_cannot_weigh_tokens_by_entropy(made) -> None:
     with pytest.raises(MismatchError, match=r"the cache does not support these token weights; found sampled targets"):
-        _train(made["number"], token_weights="entropy")
+        train(made["number"], token_weights="entropy")
 
 
 def test_a_temperature_that_counts_in_a_later_step_only_is_looked_at_too(made) -> None:
     with pytest.raises(
         SettingError, match=r"train\.temperature: .*no targets at this temperature; found 9, expected 1"
     ):
-        _train(made["number"], alpha=0.0, final_alpha=0.5, temperature=9)
+        train(made["number"], alpha=0.0, final_alpha=0.5, temperature=9)
 
 
 def test_a_student_larger_than_memory_is_refused_before_its_weights_are_read(made, monkeypatch) -> None:
     monkeypatch.setattr("capgap.pipeline.train.fits.free_bytes", lambda device: 1000)
     monkeypatch.setattr("capgap.pipeline.train.stage.load_model", None)
     with pytest.raises(MachineError, match="cpu: the model does not fit into this device's memory; found 9"):
-        _train(made["number"])
+        train(made["number"])
 
 
 def test_of_a_cache_with_both_recordings_the_named_one_is_trained_from(made, with_both) -> None:
-    sampled = _train(with_both, recording="sampled")
-    assert sampled == _train(made["number"]) == _train(made["number"], recording="sampled")
-    assert _train(with_both, recording="topk") != sampled
+    sampled = train(with_both, recording="sampled")
+    assert sampled == train(made["number"]) == train(made["number"], recording="sampled")
+    assert train(with_both, recording="topk") != sampled
     # cross-entropy alone reads no target
-    assert (
-        _train(with_both, alpha=0.0) == _train(made["number"], alpha=0.0) == _train(with_both, alpha=0, temperature=9)
-    )
+    assert train(with_both, alpha=0.0) == train(made["number"], alpha=0.0) == train(with_both, alpha=0, temperature=9)
 
 
 def test_a_student_trains_at_each_temperature_that_the_cache_keeps(with_both, tmp_path) -> None:
-    found = {at: _train(with_both, recording="topk", temperature=at) for at in (None, 0.5, 1.0, 2.0)}
+    found = {at: train(with_both, recording="topk", temperature=at) for at in (None, 0.5, 1.0, 2.0)}
     assert found[None] == found[1.0]
     assert len({tuple(digests.values()) for digests in found.values()}) == 3
     # a cache that was recorded at 2 holds the same target as one that keeps 2 beside 1
@@ -273,7 +196,7 @@ def test_a_student_trains_at_each_temperature_that_the_cache_keeps(with_both, tm
         carry_out(RunFile.model_validate(alone), instance)
     losses = []
     for run, temperature in ((with_both, 2.0), (alone, 2.0), (with_both, 1.0)):
-        _train(run, recording="topk", temperature=temperature)
+        train(run, recording="topk", temperature=temperature)
         with (Path(run["out"]) / TRAIN.name / "metrics.csv").open() as file:
             losses.append(next(float(row["train_kl"]) for row in csv.DictReader(file) if row["train_kl"]))
     # logprobs are stored within 1/128 nat, and twice so far apart in two caches
@@ -298,15 +221,15 @@ def test_a_student_trains_at_each_temperature_that_the_cache_keeps(with_both, tm
 )
 def test_what_a_cache_with_both_lacks_is_refused(with_both, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError) as caught:
-        _train(with_both, **settings)
+        train(with_both, **settings)
     assert str(caught.value).startswith(message)
 
 
 def test_what_is_refused_leaves_the_finished_student_where_it_was(with_both) -> None:
-    weights = _train(with_both, recording="topk")
+    weights = train(with_both, recording="topk")
     folder = Path(with_both["out"]) / TRAIN.name
     with pytest.raises(SettingError, match="has no targets at this temperature"):
-        _train(with_both, recording="topk", temperature=3.0)
+        train(with_both, recording="topk", temperature=3.0)
     manifest = read_manifest(folder)
     assert manifest is not None and (folder / "model" / "model.safetensors").is_file()
     assert weights == {file.path: file.sha256 for file in manifest.files if file.path.endswith(".safetensors")}
@@ -315,106 +238,4 @@ def test_what_is_refused_leaves_the_finished_student_where_it_was(with_both) -> 
 def test_a_recording_that_the_cache_lacks_is_refused(made) -> None:
     message = r"train.recording: the cache has no such recording; found topk, expected sampled; set train.recording, or"
     with pytest.raises(SettingError, match=message):
-        _train(made["number"], recording="topk")
-
-
-def test_a_cache_of_another_corpus_is_refused(made) -> None:
-    cache = f"{made['square']['out']}/cache"
-    run = RunFile.model_validate(made["number"] | {"reuse": {"cache": cache}})
-    with pytest.raises(MismatchError, match=f"{cache}: the cache was made from another corpus; found corpus"):
-        carry_out(run, TRAIN, force=True)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"divergence": "jsd"},
-            "sampled targets with train.divergence jsd, train.tail drop, expected forward_kl; freq",
-        ),
-        ({"tail": "ghost"}, ".* forward_kl, train.tail ghost, expected drop or renorm; drawn targets"),
-    ],
-)
-def test_a_divergence_that_the_recording_cannot_give_is_refused(made, settings: dict, message: str) -> None:
-    given = made["number"]
-    run = RunFile.model_validate(given | {"train": given["train"] | settings})
-    with pytest.raises(MismatchError, match=f"cache: the cache does not support this divergence; found {message}"):
-        carry_out(run, TRAIN, force=True)
-
-
-def test_an_arm_without_divergence_needs_no_support_for_it(made) -> None:
-    given = made["number"]
-    run = RunFile.model_validate(given | {"train": given["train"] | {"divergence": "reverse_kl"}})
-    assert carry_out(run, Instance("train", "cross_entropy", 1), force=True).totals["num_steps"] == 2
-
-
-def test_a_cache_in_s3_trains_the_same_student(made, s3_server, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("CAPGAP_DOWNLOADS", str(tmp_path / "downloads"))
-    local = made["number"]
-    folder = Path(local["out"]) / "cache"
-    filesystem = fsspec.filesystem("s3")
-    filesystem.mkdir("caches")
-    filesystem.put(str(folder), "caches/number", recursive=True)
-    here = carry_out(RunFile.model_validate(local), TRAIN, force=True)
-    reuse = {stage: f"{local['out']}/{stage}" for stage in ("corpus", "teacher")} | {"cache": "s3://caches/number"}
-    run = RunFile.model_validate(local | {"out": str(tmp_path / "out"), "reuse": reuse})
-    carry_out(run, NEEDED[3])
-    there = carry_out(run, TRAIN)
-    assert there.inputs["cache"].path == "s3://caches/number"
-    weights = [{file.path: file.sha256 for file in manifest.files} for manifest in (here, there)]
-    assert weights[0]["model/model.safetensors"] == weights[1]["model/model.safetensors"]
-    assert states(run)[TRAIN.name].state is State.CURRENT
-
-
-def test_a_corpus_is_not_read_from_a_url(made, s3_server, tmp_path) -> None:
-    filesystem = fsspec.filesystem("s3")
-    filesystem.mkdir("caches")
-    filesystem.put(f"{made['number']['out']}/corpus/manifest.json", "caches/corpus/manifest.json")
-    given = made["number"] | {"out": str(tmp_path / "out"), "reuse": {"corpus": "s3://caches/corpus"}}
-    with pytest.raises(InputError, match=r"reuse.corpus: must lie on a local disk; found s3://caches/corpus"):
-        carry_out(RunFile.model_validate(given), NEEDED[3])
-
-
-def test_a_url_without_a_manifest_is_refused(made, s3_server) -> None:
-    fsspec.filesystem("s3").mkdir("caches")
-    run = RunFile.model_validate(made["number"] | {"reuse": {"cache": "s3://caches/none"}})
-    with pytest.raises(InputError, match=r"reuse.cache: s3://caches/none: cannot be reused; found no manifest.json"):
-        states(run)
-
-
-def test_a_student_of_another_tokenizer_is_refused(made, tmp_path) -> None:
-    run = RunFile.model_validate(made["number"])
-    inputs = {instance.name: _input(run, instance) for instance in NEEDED}
-    context = StageContext(run, TRAIN, tmp_path, inputs, "cpu")
-    other = _input(RunFile.model_validate(made["square"]), NEEDED[3])
-    with pytest.raises(MismatchError, match=f"{other.path}: cache and student have different tokenizers"):
-        stage.run(dataclasses.replace(context, inputs=inputs | {NEEDED[3].name: other}))
-
-
-@pytest.mark.parametrize(
-    ("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)]
-)
-def test_a_bfloat16_student_is_trained_in_the_precision_of_the_run_file(made, tmp_path, precision, dtype) -> None:
-    given = tmp_path / "given"
-    run = RunFile.model_validate(made["number"])
-    source = Path(run.out) / NEEDED[3].name / "model"
-    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(given)
-    AutoTokenizer.from_pretrained(source).save_pretrained(given)
-    reuse = {stage: f"{run.out}/{stage}" for stage in ("teacher", "cache")}
-    run = RunFile.model_validate(
-        made["number"]
-        | {"out": str(tmp_path / "out"), "reuse": reuse | {"corpus": f"{run.out}/corpus"}}
-        | {"student": {"path": str(given)}, "train": made["number"]["train"] | {"precision": precision}}
-        | {"arms": {"distilled": {"max_tokens": 2 * 4 * SEQ_LEN}}}
-    )
-    carry_out(run, NEEDED[3])
-    carry_out(run, TRAIN)
-    trained = AutoModelForCausalLM.from_pretrained(Path(run.out) / TRAIN.name / "model", dtype="auto")
-    assert trained.dtype == dtype
-
-
-def _input(run: RunFile, instance: Instance) -> StageInput:
-    folder = Path(run.out) / instance.name
-    manifest = read_manifest(folder)
-    assert manifest is not None
-    return StageInput(folder, manifest)
+        train(made["number"], recording="topk")

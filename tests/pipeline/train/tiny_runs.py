@@ -1,0 +1,62 @@
+"""The smallest runs that go through the stages themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.pipeline.workflow.context import Instance
+from capgap.schemas.run_file import RunFile
+
+SEQ_LEN = 32
+TRAIN = Instance("train", "distilled", 1)
+NEEDED = (Instance("corpus"), Instance("teacher"), Instance("cache"), Instance("student", seed=1))
+
+
+def settings_of(folder: Path, salt: str) -> dict[str, Any]:
+    folder.mkdir()
+    texts = [f"{salt} {i} is {i * i} and then {' '.join(str(i * k) for k in range(30))}\n" for i in range(60)]
+    for i, text in enumerate(texts):
+        (folder / f"{i:02d}.txt").write_text(text)
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=SEQ_LEN,
+        initializer_range=0.3,  # sharp: there is something to learn
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "given")
+    train_tokenizer(texts, 300).save_pretrained(folder / "given")
+    return {
+        "name": "tiny",
+        "out": str(folder / "out"),
+        "device": "cpu",
+        "seeds": [1],
+        "corpus": {
+            "sources": [str(folder / "*.txt")],
+            "tokenizer": str(folder / "given"),
+            "seq_len": SEQ_LEN,
+            "teacher_fraction": 0.0,
+            "heldout_fraction": 0.2,
+        },
+        "teacher": {"path": str(folder / "given")},
+        "cache": {"engine": "transformers", "num_draws": 20},
+        "student": {"model": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}},
+        "train": {"batch_sequences": 4, "log_every_steps": 2, "max_tokens": 30 * 4 * SEQ_LEN},
+        "arms": {"distilled": {}, "cross_entropy": {"alpha": 0.0, "max_tokens": 2 * 4 * SEQ_LEN}},
+    }
+
+
+def train(run: dict[str, Any], **settings: Any) -> dict[str, str]:
+    """Digests of what a training of three steps made."""
+    train = run["train"] | {"max_tokens": 3 * 4 * SEQ_LEN} | settings
+    manifest = carry_out(RunFile.model_validate(run | {"train": train}), TRAIN, force=True)
+    return {file.path: file.sha256 for file in manifest.files if file.path.endswith(".safetensors")}
