@@ -27,7 +27,7 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run file over sixty short texts and a given teacher: ten shards, sixty steps, a checkpoint every third."""
+    """A run file over sixty short texts and a given teacher: twenty shards, a checkpoint every third step."""
     folder = tmp_path_factory.mktemp("given")
     texts = [f"line {i} says {i * i} and then {' '.join(str(i * k) for k in range(40))}\n" for i in range(60)]
     (folder / "texts").mkdir()

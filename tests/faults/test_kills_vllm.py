@@ -74,7 +74,9 @@ def test_a_cache_killed_between_shards_and_with_its_driver_ends_in_what_an_undis
     assert content_of(out) == content_of(whole)
 
 
-def test_a_worker_that_dies_within_a_shard_is_one_line_and_the_same_command_goes_on(run_file: Path, out: Path) -> None:
+def test_a_worker_that_dies_within_a_shard_is_one_line_and_the_same_command_goes_on(
+    run_file: Path, made: Path, out: Path
+) -> None:
     process = start(run_file, out, "--cache.tensor_parallel", "2")
     wait_for_shards(process, out, 1)
     workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
@@ -83,9 +85,12 @@ def test_a_worker_that_dies_within_a_shard_is_one_line_and_the_same_command_goes
     said = process.communicate(timeout=TIMEOUT_S)[1]
     assert process.returncode > 0
     assert "engine failed" in one_line(said)
-    finished = {path: path.stat().st_mtime_ns for path in (out / "cache" / "work" / "scored").glob("*.json")}
+    shards = [out / "cache" / f"sampled-{path.stem}.tar" for path in (out / "cache" / "work" / "scored").glob("*.json")]
+    finished = {shard: shard.stat().st_mtime_ns for shard in shards}
     assert finished
     again = start(run_file, out, "--cache.tensor_parallel", "2")
     said = again.communicate(timeout=TIMEOUT_S)[1]
     assert again.returncode == 0, said
-    assert len(list((out / "cache").glob("sampled-*.tar"))) == 10
+    assert {shard: shard.stat().st_mtime_ns for shard in finished} == finished
+    made_shards = {path.name for path in (made / "cache").glob("*.tar")}
+    assert {path.name for path in (out / "cache").glob("*.tar")} == made_shards

@@ -125,6 +125,8 @@ def test_after_a_kill_only_unfinished_shards_are_written_again(run) -> None:
     assert second.content == first.content
     # the means of all shards were put together from those of finished ones
     losses = [manifest.facts.pop("mean_label_loss") for manifest in (first, second)]
+    scored = [manifest.facts.pop("scored") for manifest in (first, second)]
+    assert [shard["sha256"] for shard in scored[0]] == [shard["sha256"] for shard in scored[1]]
     assert second.facts == first.facts and losses[0] == pytest.approx(losses[1], abs=0.2)
 
 
