@@ -26,8 +26,9 @@ class HeldOutFigures:
     Attributes:
         loss: cross-entropy with the text, nats per token.
         kl: of a `topk` cache, the divergence that alpha weighs between teacher and student, at the training's
-            temperature: with `forward_kl` and its tail as one cell a lower bound of KL(teacher || student), and
-            comparable with `train_kl`. None for a `sampled` cache: draws give the teacher's entropy with a bias.
+            temperature; forward KL where the cache does not support that one. With `forward_kl` and its tail as one
+            cell a lower bound of KL(teacher || student), and comparable with `train_kl`. None for a `sampled` cache:
+            draws give the teacher's entropy with a bias.
         teacher_ce: of a `sampled` cache, the student's cross-entropy with the teacher's draws, nats per token. Over
             draws its mean is that with the teacher's whole distribution, which is KL(teacher || student) and the
             teacher's entropy: on the same sequences two of these figures differ as two KLs do. None for `topk`.

@@ -34,7 +34,7 @@ class LabelShares:
         if distributed.is_initialized():
             distributed.all_reduce(total)
         # without a label there is no gradient either
-        factor = num_micro_batches / total.clamp(min=torch.finfo(torch.float32).tiny)
+        factor = torch.where(total > 0, num_micro_batches / total, 0.0)
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:
             torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)

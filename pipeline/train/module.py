@@ -129,9 +129,11 @@ class DistillationModule(lightning.LightningModule):
         return result._replace(loss=result.loss + self._objective.router_loss_weight * router(output))
 
     def _loss_of(self, hidden_BLH: torch.Tensor, batch: Batch, alpha: float) -> SparseKl:
+        targets = _targets(batch)
+        objective = self._objective if self.training else self._objective.measured_on(targets.recording)
         return linear_sparse_kl(
             **self._head.inputs(hidden_BLH),
-            targets=_targets(batch),
+            targets=targets,
             labels_N=batch.labels_BL.flatten(),
             alpha=alpha,
             temperature=self._temperature,
@@ -139,7 +141,7 @@ class DistillationModule(lightning.LightningModule):
             vocab_size=self._vocab_size,
             want_kl=alpha > 0,
             workspace_mb=_CPU_WORKSPACE_MB if batch.labels_BL.device.type == "cpu" else _GPU_WORKSPACE_MB,
-            **(self._objective.arguments() if alpha > 0 else {}),
+            **(objective.arguments() if alpha > 0 else {}),
         )
 
     def configure_optimizers(self) -> Any:

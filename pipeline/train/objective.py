@@ -47,6 +47,17 @@ class Objective:
         """Of `linear_sparse_kl`."""
         return {"divergence": self.divergence, "tail": self.tail, "beta": self.beta}
 
+    def measured_on(self, recording: Recording) -> Objective:
+        """By what held-out sequences of a cache are measured: this divergence, or forward KL where it has none of it.
+
+        An arm that learns from the text alone, or from the teacher itself, may ask for what the cache does not support.
+        """
+        try:
+            check_pair(recording, self.divergence, self.tail or _own_tail(recording))
+        except ValueError:
+            return Objective()
+        return self
+
     def alpha(self, first: float, step: int, num_steps: int) -> float:
         """Weight of the divergence in a step, counted from 0; from the last step on it is `final_alpha`, exactly."""
         if self.final_alpha is None or step == 0:
@@ -88,7 +99,7 @@ def objective_of(settings: TrainSettings, recording: Recording, where: Path | st
         settings.token_weights,
         settings.router_loss_weight,
     )
-    tail: Tail = objective.tail or ("drop" if recording == "sampled" else "ghost")
+    tail = objective.tail or _own_tail(recording)
     if settings.needs_targets:
         try:
             check_pair(recording, objective.divergence, tail)
@@ -110,3 +121,7 @@ def objective_of(settings: TrainSettings, recording: Recording, where: Path | st
             fix="leave train.token_weights out, or learn from a topk recording",
         )
     return objective
+
+
+def _own_tail(recording: Recording) -> Tail:
+    return "drop" if recording == "sampled" else "ghost"

@@ -165,9 +165,9 @@ def test_micro_batches_take_the_steps_of_the_whole_batch_in_every_epoch(
 
 
 def test_the_best_weights_are_handed_on_where_they_are_asked_for(make_task, make_student, tmp_path) -> None:
-    """At a learning rate at which the loss goes up and down."""
+    """At a learning rate that rises until the loss does."""
     student = make_student()
-    settings = {"learning_rate": 1.0, "final_learning_rate_ratio": 1.0, "warmup_fraction": 0.5, "num_epochs": 2}
+    settings = {"learning_rate": 3.0, "final_learning_rate_ratio": 1.0, "warmup_fraction": 0.9, "num_epochs": 2}
     task = make_task(validate_every_steps=2, checkpoint_every_steps=3, output="best", **settings)
     totals = fit(student, task)
     measured = {loss: step for step, loss in _column(tmp_path, "validation_loss")}

@@ -146,8 +146,8 @@ def test_the_likeliest_ids_are_found_chunk_by_chunk_and_padding_is_none(monkeypa
     hidden_NH, weight_VH = (torch.randn(n, 8, generator=generator) for n in (50, 33))
     bias_V = torch.randn(33, generator=generator)
     weight_VH[32] *= 100
-    monkeypatch.setattr("capgap.pipeline.train.heldout._TOP_ROWS", 7)
-    monkeypatch.setattr("capgap.pipeline.train.heldout._TOP_COLUMNS", 5)
+    monkeypatch.setattr("capgap.pipeline.train.top_ids._TOP_ROWS", 7)
+    monkeypatch.setattr("capgap.pipeline.train.top_ids._TOP_COLUMNS", 5)
     for bias in (None, bias_V):
         logits_NV = hidden_NH @ weight_VH.T + (0 if bias is None else bias)
         assert torch.equal(top_ids(hidden_NH, weight_VH, bias, 32), logits_NV[:, :32].argmax(1))

@@ -17,6 +17,7 @@ from capgap.pipeline.store import SequenceLoader
 from capgap.pipeline.train import not_finite
 from capgap.pipeline.train.data import training_loader
 from capgap.pipeline.train.fit import fit
+from capgap.pipeline.train.heads import served_head
 from capgap.pipeline.train.kept_batches import load_batches
 from capgap.pipeline.train.metrics import read_rows
 from capgap.pipeline.train.module import DistillationModule
@@ -46,14 +47,20 @@ def make_task(make_shards, tmp_path) -> Callable[..., Task]:
     return make
 
 
-def _overflowing(student, token: int) -> Any:
-    """One whose logit of that token is beyond float32 in about half of all contexts, and minus that in the others.
-
-    Elsewhere its head is the one it was.
-    """
-    with torch.no_grad():
-        student.lm_head.weight[token] = 3e38
-    return student
+def _overflowing(student, loader: SequenceLoader) -> Any:
+    """One that says nothing finite after some token of the first micro-batch, which its head's trial does not see."""
+    for token in loader.micro_batch(0).input_ids_BL.unique().tolist():
+        row_H = student.model.embed_tokens.weight[token].detach().clone()
+        with torch.no_grad():
+            student.model.embed_tokens.weight[token] = torch.inf
+        try:
+            served_head(student, V)
+        except InputError:
+            with torch.no_grad():
+                student.model.embed_tokens.weight[token] = row_H
+        else:
+            return student
+    raise AssertionError("the trial sees every token of the micro-batch")
 
 
 def _rows_at_fault(student, loader: SequenceLoader, number: int) -> list[int]:
@@ -141,13 +148,13 @@ def _trigger(loader: SequenceLoader) -> tuple[int, int]:
 def test_of_a_batch_the_sequences_that_overflow_are_named_and_no_others(make_task, make_student) -> None:
     task = make_task(batch_sequences=24, max_tokens=24 * SEQ_LEN)
     loader = training_loader(task)
-    student = _overflowing(make_student(tied=False), token=3)
+    student = _overflowing(make_student(tied=False), loader)
     names, expected = loader.names(0), _rows_at_fault(student, loader, 0)
     with pytest.raises(InputError, match="training step 1: the loss is not finite"):
         fit(student, task)
     ((kept,), _) = load_batches(task.folder / "work" / "not-finite")
     assert kept.sequences == names
-    assert len(expected) > 0
+    assert 0 < len(expected) < len(names)
     assert kept.at_fault == [names[row] for row in expected]
 
 
@@ -170,7 +177,7 @@ def test_a_gradient_that_overflows_stops_its_step_and_keeps_all_that_it_added_up
 
 
 def test_a_kept_batch_is_computed_again_alone_by_the_line_that_is_said(make_task, make_student, tmp_path) -> None:
-    student = _overflowing(make_student(tied=False), token=3)
+    student = _overflowing(make_student(tied=False), training_loader(make_task()))
     student.save_pretrained(tmp_path / "student")
     student = type(student).from_pretrained(tmp_path / "student")
     with pytest.raises(InputError) as caught:
@@ -210,7 +217,7 @@ def test_a_folder_without_a_kept_batch_is_refused(tmp_path) -> None:
 
 def test_what_a_replay_must_know_is_plain_json(make_task, make_student) -> None:
     with pytest.raises(InputError):
-        fit(_overflowing(make_student(tied=False), 3), make_task())
+        fit(_overflowing(make_student(tied=False), training_loader(make_task())), make_task())
     folder = make_task().folder / "work" / "not-finite"
     setting = json.loads((folder / "not-finite.json").read_bytes())
     assert setting["settings"]["batch_sequences"] == 4 and setting["alpha"] == 0.5 and setting["vocab_size"] == V
