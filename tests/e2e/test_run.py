@@ -119,6 +119,7 @@ def test_a_run_may_reuse_the_cache_of_another(finished: Path, tmp_path: Path) ->
     assert mine["content"] == manifests(finished)["train/distilled/seed-0"]["content"]
 
 
+@pytest.mark.slow  # tests/faults kills the stages one by one, a hundred times
 def test_a_run_killed_in_every_stage_ends_with_the_digests_of_an_undisturbed_one(
     finished: Path, tmp_path: Path
 ) -> None:
