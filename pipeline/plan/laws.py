@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from capgap.pipeline.plan.published import (
-    BUSBRIDGE_SIZES,
-    BUSBRIDGE_TOKENS,
-    MINIMA_INTERCEPT,
-    MINIMA_LARGEST_STUDENT,
-    MINIMA_SLOPE,
-    best_ratio,
-    minima_teacher,
+from capgap.pipeline.law.published import (
+    CAPACITY_GAP,
+    CHINCHILLA_TOKENS_PER_PARAMETER,
+    DISTILLATION_SCALING,
+    GAP_INTERCEPT,
+    GAP_SLOPE,
+    NEAR,
+    distilled_loss,
+    gap_best_teacher,
+    supervised_loss,
 )
 from capgap.pipeline.plan.work import RunWork
 from capgap.schemas.plan import PublishedLaw
@@ -25,14 +27,14 @@ def published_laws(work: RunWork) -> tuple[PublishedLaw, ...]:
 
 def _minima(work: RunWork) -> PublishedLaw:
     student, teacher = work.student.total, work.teacher.total
-    rule = f"best teacher = {MINIMA_SLOPE:g} x student - {-MINIMA_INTERCEPT / 1e6:.1f}M parameters"
+    rule = f"best teacher = {GAP_SLOPE:g} x student - {-GAP_INTERCEPT / 1e6:.1f}M parameters"
     of = "of students below 3B, pruned from their own teacher"
-    if student is None or minima_teacher(student) <= 0:
+    best = None if student is None else gap_best_teacher(student)
+    if student is None or best is None:
         why = "the student's size is not known" if student is None else "it names no teacher for a student so small"
         return _silent(_MINIMA, f"{rule}, {of}; {why}")
-    best = minima_teacher(student)
     chosen = "" if teacher is None else f"; chosen: {teacher / student:.2f} x"
-    outside = "" if student < MINIMA_LARGEST_STUDENT else f"; a student of {_size(student)} is outside its range"
+    outside = "" if student <= CAPACITY_GAP.max_student else f"; a student of {_size(student)} is outside its range"
     return PublishedLaw(
         name=_MINIMA,
         best_ratio=best / student,
@@ -46,8 +48,8 @@ def _busbridge(work: RunWork) -> PublishedLaw:
     rule = "the teacher's loss decides, not its size"
     if student is None or not tokens:
         return _silent(_BUSBRIDGE, f"{rule}; needs the student's size and its tokens")
-    smallest, largest_size = BUSBRIDGE_SIZES
-    if not smallest <= student <= largest_size or tokens > BUSBRIDGE_TOKENS:
+    law = DISTILLATION_SCALING
+    if not law.min_student <= student <= law.max_student or tokens > (law.max_tokens or 0):
         return _silent(_BUSBRIDGE, f"{rule}; this student is outside its range, 143M to 12.6B parameters, 512B tokens")
     ratio, least, largest = best_ratio(student, tokens)
     chosen = "" if teacher is None else f"; chosen: {teacher / student:.2f} x"
@@ -59,6 +61,29 @@ def _busbridge(work: RunWork) -> PublishedLaw:
         f"student, {_size(ratio * student)}; {least:.3g} to {largest:.3g} x come within 0.005 nats; without "
         f"embeddings{chosen}; some coefficients are from secondary sources",
     )
+
+
+def best_ratio(
+    num_student_parameters: float,
+    num_tokens: float,
+    teacher_tokens_per_parameter: float = CHINCHILLA_TOKENS_PER_PARAMETER,
+) -> tuple[float, float, float]:
+    """Teacher over student where `distilled_loss` is lowest, and the least and the largest ratio nearly as good.
+
+    Ratios from 0.25 to 256 are looked at, and nearly is within `NEAR` nats. The teacher has seen so many tokens a
+    parameter.
+    """
+
+    def loss(ratio: float) -> float:
+        size = ratio * num_student_parameters
+        teacher_loss = supervised_loss(size, teacher_tokens_per_parameter * size)
+        return distilled_loss(num_student_parameters, num_tokens, teacher_loss)
+
+    ratios = [2 ** (step / 16) for step in range(-32, 129)]
+    losses = list(map(loss, ratios))
+    lowest = min(losses)
+    near = [ratio for ratio, value in zip(ratios, losses, strict=True) if value <= lowest + NEAR]
+    return ratios[losses.index(lowest)], near[0], near[-1]
 
 
 def _silent(name: str, says: str) -> PublishedLaw:
