@@ -101,7 +101,11 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
                 *([Progress(meter)] if meter else []),
             ],
         )
-        trainer.fit(module, ClockedLoader(loader, clock), ckpt_path=resume, weights_only=True)
+        try:
+            trainer.fit(module, ClockedLoader(loader, clock), ckpt_path=resume, weights_only=True)
+        except SystemExit:
+            # what Lightning makes of an interrupt
+            raise KeyboardInterrupt from None
     if sharded:
         gather_into(model if ranks.is_first else None, student)
     model.to("cpu").eval()

@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 from capgap.pipeline.events import event
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageName, StageResult
 from capgap.pipeline.workflow.device import devices_from, resolve_device
 from capgap.pipeline.workflow.folder import WORK_FOLDER, begin, clear, content_files, finish, lock_folder, remove_halves
 from capgap.pipeline.workflow.identity import content_of
+from capgap.pipeline.workflow.interrupts import interrupts_heard
 from capgap.pipeline.workflow.lease import leases
 from capgap.pipeline.workflow.ranks import Meeting, Ranks
 from capgap.pipeline.workflow.sources import record_sources, source_paths
@@ -133,7 +135,7 @@ def refuse_early(run: RunFile, instance: Instance, inputs: Mapping[str, StageInp
     Raises:
         CapgapError: whatever the stage's `check` raises.
     """
-    check = getattr(importlib.import_module(f"capgap.pipeline.{instance.stage}.stage"), "check", None)
+    check = getattr(_module_of(instance.stage), "check", None)
     if check is not None:
         check(run, instance, inputs)
 
@@ -145,7 +147,7 @@ def make_ready(state: StageState, force: bool) -> None:
         MismatchError: it is unfinished and was begun under other settings.
     """
     if not force and state.lost and state.manifest is not None:
-        stage = importlib.import_module(f"capgap.pipeline.{state.instance.stage}.stage")
+        stage = _module_of(state.instance.stage)
         reopen = getattr(stage, "reopen", None)
         if reopen is not None and reopen(state.folder, state.manifest):
             return
@@ -218,10 +220,15 @@ def work(
                 stack.enter_context(_on_leased_devices(meeting, device))
         event("stage_started", f"{state.instance.name}: begun on {device}", device=device, command=sys.argv)
         (state.folder / WORK_FOLDER).mkdir(exist_ok=True)
-        module = importlib.import_module(f"capgap.pipeline.{stage}.stage")
+        module = _module_of(stage)
         context = StageContext(run, state.instance, state.folder, inputs, device, holder, wait, group, ranks)
         result: StageResult = module.run(context)
         return result
+
+
+def _module_of(stage: StageName) -> Any:
+    with interrupts_heard():
+        return importlib.import_module(f"capgap.pipeline.{stage}.stage")
 
 
 @contextlib.contextmanager
