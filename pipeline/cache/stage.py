@@ -69,7 +69,7 @@ def run(context: StageContext) -> StageResult:
         engines=tuple(sorted({shard.facts.engine for shard in shards})),
         dtypes=tuple(sorted({shard.facts.dtype for shard in shards})),
         mean_label_loss=sum(shard.facts.label_loss for shard in shards) / num_targets,
-        scored=tuple(shard.facts for shard in shards),
+        scored=tuple(shard.facts for shard in made),
     )
     num_bytes = sum(shard_set.num_bytes for shard_set in sets.values())
     totals = {

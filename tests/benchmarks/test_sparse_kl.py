@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "sparse_kl.py"
 
 NEEDS_A_GPU = {
@@ -18,6 +20,7 @@ NEEDS_A_GPU = {
 }
 
 
+@pytest.mark.slow
 def test_every_way_is_measured_and_the_goals_are_judged(tmp_path: Path) -> None:
     # 1 MiB holds 1023 rows of 256 float32: two chunks of the loss, and of torch.func two of 1024
     flags = ["--shape", "1500,8,250,4", "--repeats", "1", "--workspace-mb", "1", "--results", str(tmp_path)]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from command import capgap, run_of
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,6 +52,7 @@ def test_the_students_card_is_one_that_the_hub_reads(finished: Path) -> None:
     assert "| made by | capgap " in card.text
 
 
+@pytest.mark.slow
 def test_a_student_with_a_teachers_chat_template_answers_in_vllm_as_in_transformers(
     finished: Path, tmp_path: Path
 ) -> None:

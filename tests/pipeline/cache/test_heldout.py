@@ -73,7 +73,9 @@ def test_training_shards_are_the_same_with_and_without_held_out_ones(run) -> Non
     assert without.shard_sets == {name: beside.shard_sets[name] for name in ("sampled", "topk")}
     assert _files(without).items() < _files(beside).items()
     assert without.totals | {"num_heldout_tokens": 16 * 32} == beside.totals
+    scored = [made.facts.pop("scored") for made in (without, beside)]
     assert without.facts == beside.facts
+    assert scored[0] == scored[1][: len(scored[0])]
 
 
 def test_a_killed_stage_makes_only_the_held_out_shards_that_are_missing(run, context_of) -> None:

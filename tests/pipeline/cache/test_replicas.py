@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from capgap.pipeline.cache.ray_cluster import ray_cluster
 from capgap.pipeline.cache.replicas import MAX_DEATHS, make_by_replicas
+from capgap.pipeline.cache.shards import SCORED_FOLDER
 from capgap.pipeline.cache.stage import prepare
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance
@@ -131,10 +132,9 @@ def test_a_shard_at_which_replicas_keep_dying_stops_the_stage_by_name(run, mark,
     tiny = run(replicas=2)
     context = context_of(tiny)
     job = prepare(context)
-    # whoever reads this shard waits until it is killed: there is nobody at the pipe's other end
-    pipe = Path(tiny.out) / "corpus" / job.source.shards[1].file.path
-    pipe.unlink()
-    os.mkfifo(pipe)
+    # whoever looks whether this shard is finished waits until it is killed: there is nobody at the pipe's other end
+    (job.work / SCORED_FOLDER).mkdir()
+    os.mkfifo(job.work / SCORED_FOLDER / "000001.json")
     made: list[int] = []
     killed: list[int] = []
 

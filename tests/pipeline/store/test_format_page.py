@@ -26,7 +26,7 @@ from capgap.pipeline.corpus.stage import SPLITS
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK, TOPK_CODECS, Codec
 from capgap.pipeline.workflow.identity import content_of
-from capgap.schemas.facts import CacheFacts, CorpusFacts, RecordingFacts, ShardFacts, TokenizerFacts
+from capgap.schemas.facts import CacheFacts, CorpusFacts, RecordingFacts, ShardFacts, TokenizerFacts, heldout_set
 from capgap.schemas.manifest import FileEntry, Manifest, Members, ShardEntry, ShardSet
 from capgap.schemas.run_cache import RecordingName
 
@@ -331,7 +331,7 @@ def test_the_manifests_keys_are_those_of_the_page() -> None:
 
 def test_the_names_of_the_shard_sets_are_those_of_the_page() -> None:
     (line,) = [line for line in PAGE.splitlines() if line.startswith("NAME-000000.tar ...")]
-    assert _codes(line) == [*SPLITS, *get_args(RecordingName)]
+    assert _codes(line) == [*SPLITS, *get_args(RecordingName), heldout_set("")]
 
 
 def test_the_content_digest_is_computed_as_the_page_says() -> None:

@@ -97,7 +97,7 @@ def test_devices_of_one_machine_train_one_model_and_so_do_the_processes_of_torch
     assert again.returncode == 0 and again.stderr.count("teacher is current: nothing to do") == 1
 
 
-@pytest.mark.parametrize("start", [_capgap, _torchrun])
+@pytest.mark.parametrize("start", [_capgap, pytest.param(_torchrun, marks=pytest.mark.slow)])
 def test_a_step_that_does_not_divide_among_the_ranks_is_refused_in_one_line(run_file, start) -> None:
     path = run_file(batch_sequences=3, num_devices=2)
     done = _end(start(path))
@@ -109,7 +109,7 @@ def test_a_step_that_does_not_divide_among_the_ranks_is_refused_in_one_line(run_
     assert not _out(path).exists()
 
 
-@pytest.mark.parametrize("start", [_capgap, _torchrun])
+@pytest.mark.parametrize("start", [_capgap, pytest.param(_torchrun, marks=pytest.mark.slow)])
 def test_an_error_of_one_rank_ends_all_of_them_with_its_one_line(run_file, start) -> None:
     path = run_file(num_devices=2, micro_batch_sequences=1)
     _damage_last_member(_out(path).parent / "corpus")
