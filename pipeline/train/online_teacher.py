@@ -34,7 +34,7 @@ def online_teacher(context: StageContext, cache: CacheFacts, settings: TrainSett
         context.device,
         free_bytes(context.device),
     )
-    return load_model(model_path(teacher), context.device, dtype)
+    return load_model(model_path(teacher), context.device, dtype, context.run.teacher.trust_remote_code)
 
 
 def require_room(

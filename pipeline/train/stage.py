@@ -79,8 +79,10 @@ def run(context: StageContext) -> StageResult:
     # a bfloat16 student is trained on float32 weights unless the run file says otherwise
     dtype = torch.bfloat16 if settings.precision == "bf16-true" else torch.float32
     num_parts = context.ranks.world_size if is_sharded(settings, context.ranks) else 1
-    require_memory(empty_model(load_config(path)).to(dtype), settings, context.device, own.shards.seq_len, num_parts)
-    model = load_model(path, "cpu", dtype)
+    trusted = context.run.student.trust_remote_code
+    empty = empty_model(load_config(path, trusted), trusted)
+    require_memory(empty.to(dtype), settings, context.device, own.shards.seq_len, num_parts)
+    model = load_model(path, "cpu", dtype, trusted)
     task = Task(
         title=f"train: {instance.arm}, seed {instance.seed}",
         settings=settings,
@@ -104,7 +106,7 @@ def run(context: StageContext) -> StageResult:
     totals = fit(model, task)
     if not context.ranks.is_first:
         return StageResult()
-    tokenizer = _with_chat_template(load_tokenizer(path), _teacher_path(context.input("cache")))
+    tokenizer = _with_chat_template(load_tokenizer(path, trusted), _teacher_path(context.input("cache")))
     folder = context.folder / MODEL_FOLDER
     save_model(model, tokenizer, folder)
     made = model_facts(model, tokenizer)

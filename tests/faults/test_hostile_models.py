@@ -82,6 +82,18 @@ def test_code_of_a_teacher_runs_where_the_run_file_says_so(
     assert code == 0 and marker.exists(), said
 
 
+def test_code_of_a_student_runs_where_the_run_file_says_so(
+    zygote: Zygote, copy: Path, run_file: Path, strange: tuple[Path, Path]
+) -> None:
+    folder, marker = strange
+    given = ("--out", copy, "--student.model", "null", "--student.path", folder)
+    code, said = zygote.run("student", run_file, *given, "--student.trust_remote_code", "true")
+    assert code == 0 and marker.exists(), said
+    marker.unlink()
+    code, said = zygote.run("train", run_file, *given, "--student.trust_remote_code", "true")
+    assert code == 0 and marker.exists(), said
+
+
 class _Payload:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
