@@ -73,6 +73,7 @@ def _said(stderr: str, by_torchrun: bool = False) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("capgap: ")]
 
 
+@pytest.mark.slow
 def test_devices_of_one_machine_train_one_model_and_so_do_the_processes_of_torchrun(run_file) -> None:
     path, weights = run_file(), {}
     for name, command in {
@@ -131,6 +132,7 @@ def _damage_last_member(corpus: Path) -> None:
         file.write(bytes([byte ^ 1]))
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_all_and_a_killed_parent_leaves_none(run_file) -> None:
     path = run_file(num_devices=2, num_epochs=1000)
     with _started(_capgap(path)) as process:
