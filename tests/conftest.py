@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -18,4 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
         VLLM_NO_USAGE_STATS="1",
         DO_NOT_TRACK="1",
     )
+    # a shell starts what it puts into the background with interrupts ignored, and so would be whatever that starts
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums come out alike on any machine
