@@ -9,6 +9,7 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 TORCH_INDEX ?=
 SEEDS ?=
+FLAGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -21,6 +22,7 @@ help: ## this text
 	@echo
 	@echo 'Variables, for example `make demo SEEDS=3`:'
 	@echo '  SEEDS=n           demo with n seeds an arm: 0, 1, ... n-1; finished seeds are kept'
+	@echo '  FLAGS="--a.b c"   settings of the demo, for example --cache.max_tokens 100000 for a shorter one'
 	@echo '  DEVICE=cpu|cuda   what to install for; cuda if nvidia-smi finds a GPU'
 	@echo '  PYTHON=path       interpreter for .venv, 3.11 or newer'
 	@echo '  TORCH_INDEX="--index-url URL"'
@@ -30,9 +32,9 @@ venv: $(STAMP) ## make .venv with everything in it
 
 demo: $(STAMP) ## distil a tiny student on this machine, with report; run it again and nothing is redone
 	@case '$(SEEDS)' in \
-	'') exec $(BIN)/capgap run jobs/runs/demo.yaml ;; \
+	'') exec $(BIN)/capgap run jobs/runs/demo.yaml $(FLAGS) ;; \
 	0* | *[!0-9]*) echo 'make demo: SEEDS: found "$(SEEDS)", expected a number of 1 or more' >&2; exit 2 ;; \
-	*) exec $(BIN)/capgap run jobs/runs/demo.yaml --seeds "[$$(seq 0 $$(($(SEEDS) - 1)) | paste -s -d , -)]" ;; \
+	*) exec $(BIN)/capgap run jobs/runs/demo.yaml --seeds "[$$(seq 0 $$(($(SEEDS) - 1)) | paste -s -d , -)]" $(FLAGS) ;; \
 	esac
 
 test: $(STAMP) ## the tests that take seconds

@@ -95,7 +95,7 @@ def run(tmp_path_factory) -> Callable[[list[dict[str, Any]]], None]:
     return start
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_two_ranks_take_the_very_steps_of_two_micro_batches(job, run, tied: bool) -> None:
     """A step is two sequences, one each: halves of two gradients are added either way, and halving is exact."""
     settings = {"batch_sequences": 2, "micro_batch_sequences": 1, "clip_norm": 1e9, "tied": tied}
@@ -113,7 +113,12 @@ def test_two_ranks_take_the_very_steps_of_two_micro_batches(job, run, tied: bool
 # Other orders of sums: 8e-7 of the way was seen in float32. bfloat16 rounds by 2^-9, and Adam divides small gradients
 # by their size: up to 0.09 of the way, and 0.009 nats, was seen.
 @pytest.mark.parametrize(
-    ("precision", "of_the_way", "nats"), [("32-true", 1e-5, 1e-5), ("bf16-mixed", 0.3, 0.05), ("bf16-true", 0.3, 0.05)]
+    ("precision", "of_the_way", "nats"),
+    [
+        ("32-true", 1e-5, 1e-5),
+        pytest.param("bf16-mixed", 0.3, 0.05, marks=pytest.mark.slow),
+        pytest.param("bf16-true", 0.3, 0.05, marks=pytest.mark.slow),
+    ],
 )
 def test_the_loss_is_the_mean_over_the_labels_of_all_ranks(job, run, precision: str, of_the_way, nats) -> None:
     """Masks leave sequences 0 to 14 labels, and clipping is at work."""
