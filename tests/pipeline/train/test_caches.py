@@ -10,10 +10,9 @@ from typing import Any
 
 import fsspec
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny_runs import SEQ_LEN, save_teacher
+from transformers import AutoModelForCausalLM
 
-from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.identity import seal_of
@@ -22,7 +21,6 @@ from capgap.schemas.errors import CapgapError, InputError, MismatchError, Settin
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile
 
-SEQ_LEN = 32
 TRAIN = Instance("train", "distilled", 1)
 NEEDED = (Instance("corpus"), Instance("teacher"), Instance("cache"), Instance("student", seed=1))
 
@@ -36,18 +34,7 @@ def _texts(folder: Path, salt: str) -> str:
 
 
 def _teacher(folder: Path, seed: int, texts: list[str]) -> str:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=SEQ_LEN,
-        initializer_range=0.3,  # sharp: there is something to learn
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    train_tokenizer(texts, 300).save_pretrained(folder)
+    save_teacher(folder, texts, seed)
     return str(folder)
 
 

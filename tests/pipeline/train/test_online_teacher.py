@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny_runs import SEQ_LEN, save_teacher, settings_of
+from transformers import AutoModelForCausalLM
 
-from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.train.online_teacher import free_bytes, require_room
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance
@@ -17,52 +17,18 @@ from capgap.schemas.errors import MachineError, MismatchError
 from capgap.schemas.facts import ModelFacts, TokenizerFacts
 from capgap.schemas.run_file import RunFile
 
-SEQ_LEN = 32
 NUM_STEPS = 20
-
-
-def _teacher(folder: Path, texts: list[str], seed: int) -> int:
-    """Its vocabulary."""
-    tokenizer = train_tokenizer(texts, 300)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + 20,  # padding
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=SEQ_LEN,
-        initializer_range=0.3,  # sharp: there is something to learn
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return len(tokenizer)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> dict[str, Any]:
     """A run whose cache keeps every id without loss, all that training needs made."""
     folder = tmp_path_factory.mktemp("run")
-    texts = [f"number {i} is {i * i} and then {' '.join(str(i * k) for k in range(30))}\n" for i in range(60)]
-    for i, text in enumerate(texts):
-        (folder / f"{i:02d}.txt").write_text(text)
-    vocab_size = _teacher(folder / "given", texts, 2)
-    _teacher(folder / "other", texts, 3)
-    settings = {
-        "name": "tiny",
-        "out": str(folder / "out"),
-        "device": "cpu",
-        "seeds": [1],
-        "corpus": {
-            "sources": [str(folder / "*.txt")],
-            "tokenizer": str(folder / "given"),
-            "seq_len": SEQ_LEN,
-            "teacher_fraction": 0.0,
-            "heldout_fraction": 0.2,
-        },
-        "teacher": {"path": str(folder / "given")},
+    settings = settings_of(folder / "number", "number")
+    texts = [path.read_text() for path in sorted((folder / "number").glob("*.txt"))]
+    vocab_size = save_teacher(folder / "number" / "other", texts, 3)
+    settings |= {
         "cache": {"engine": "transformers", "recording": "topk", "num_kept": vocab_size, "profile": "lossless"},
-        "student": {"model": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}},
         "train": {"batch_sequences": 4, "log_every_steps": 2, "max_tokens": NUM_STEPS * 4 * SEQ_LEN},
         "arms": {"distilled": {}, "online": {"targets": "online"}, "cross_entropy": {"alpha": 0.0}},
     }

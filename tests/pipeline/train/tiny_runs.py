@@ -18,12 +18,9 @@ TRAIN = Instance("train", "distilled", 1)
 NEEDED = (Instance("corpus"), Instance("teacher"), Instance("cache"), Instance("student", seed=1))
 
 
-def settings_of(folder: Path, salt: str) -> dict[str, Any]:
-    folder.mkdir()
-    texts = [f"{salt} {i} is {i * i} and then {' '.join(str(i * k) for k in range(30))}\n" for i in range(60)]
-    for i, text in enumerate(texts):
-        (folder / f"{i:02d}.txt").write_text(text)
-    torch.manual_seed(2)
+def save_teacher(folder: Path, texts: list[str], seed: int) -> int:
+    """A teacher of fresh weights with a tokenizer of the texts, and the number of ids."""
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=320,
         hidden_size=32,
@@ -33,8 +30,18 @@ def settings_of(folder: Path, salt: str) -> dict[str, Any]:
         max_position_embeddings=SEQ_LEN,
         initializer_range=0.3,  # sharp: there is something to learn
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "given")
-    train_tokenizer(texts, 300).save_pretrained(folder / "given")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = train_tokenizer(texts, 300)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def settings_of(folder: Path, salt: str) -> dict[str, Any]:
+    folder.mkdir()
+    texts = [f"{salt} {i} is {i * i} and then {' '.join(str(i * k) for k in range(30))}\n" for i in range(60)]
+    for i, text in enumerate(texts):
+        (folder / f"{i:02d}.txt").write_text(text)
+    save_teacher(folder / "given", texts, 2)
     return {
         "name": "tiny",
         "out": str(folder / "out"),
