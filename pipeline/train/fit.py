@@ -50,7 +50,9 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     accumulate = settings.batch_sequences // (task.micro_batch * ranks.world_size)
     loader = training_loader(task)
     if task.several_in_a_row:
-        require_ending_attention(model, task.longest_row)
+        for one in (model, task.teacher):
+            if one is not None:
+                require_ending_attention(one, task.longest_row)
     num_steps, steps_per_epoch, tokens_per_step = loader.num_steps, loader.steps_per_epoch, loader.tokens_per_step
     sharded = is_sharded(settings, ranks)
     # FSDP2 takes a model apart; what is handed back must be whole
@@ -104,7 +106,7 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
         try:
             trainer.fit(module, ClockedLoader(loader, clock), ckpt_path=resume, weights_only=True)
         except SystemExit:
-            # what Lightning makes of an interrupt
+            # what Lightning makes of an interrupt, and of the signal by which clusters end a job
             raise KeyboardInterrupt from None
     if sharded:
         gather_into(model if ranks.is_first else None, student)

@@ -18,6 +18,9 @@ from capgap.schemas.run_file import RunFile
 LOST = 75
 """How a rank ends that another one's end has ended; no code of the command line."""
 
+# how a rank ends that was asked to
+_INTERRUPTED = 130
+
 _MARK = "CAPGAP_LAUNCHED"
 
 
@@ -72,7 +75,7 @@ def is_launched() -> bool:
 
 def _failed(instance: Instance, codes: dict[int, int]) -> RankFailedError:
     """Of several ends the one that caused the others, whom the supervisor has asked to end or who have lost a rank."""
-    rank, code = min(codes.items(), key=lambda item: (item[1] in (LOST, -signal.SIGTERM), item[1]))
+    rank, code = min(codes.items(), key=lambda item: (item[1] in (LOST, _INTERRUPTED, -signal.SIGTERM), item[1]))
     error = RankFailedError(
         f"{instance.name} failed",
         where=f"rank {rank}",

@@ -153,3 +153,12 @@ def test_a_model_that_cannot_is_refused_before_the_first_step(readers, tmp_path,
         fit(MambaForCausalLM(config), _task(readers, tmp_path, **settings))
     assert not list(tmp_path.rglob("metrics.csv"))
     fit(MambaForCausalLM(config), dataclasses.replace(_task(readers, tmp_path), context="packed"))
+
+
+def test_a_teacher_that_cannot_is_refused_beside_the_student_that_can(readers, make_student, tmp_path) -> None:
+    teacher = MambaForCausalLM(MambaConfig(vocab_size=48, hidden_size=32, num_hidden_layers=1))
+    task = dataclasses.replace(_task(readers, tmp_path), teacher=teacher)
+    with pytest.raises(
+        InputError, match=r"mamba: this model would look across the sequences or documents of a row; found"
+    ):
+        fit(make_student(), task)
