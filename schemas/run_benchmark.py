@@ -12,7 +12,7 @@ from capgap.schemas.base import OPERATIONAL, Record
 class BenchmarkTask(Record):
     """How one task is measured; what is left out is the preset's or the task's own."""
 
-    num_fewshot: int | None = Field(None, ge=0)
+    num_fewshot: int | None = None
     """Solved examples before each question."""
 
     metric: str | None = None
@@ -23,7 +23,7 @@ class BenchmarkTask(Record):
 class BenchmarkSettings(Record):
     """Which tasks of lm-eval the trained students, and the teacher, are measured on."""
 
-    tasks: dict[str, BenchmarkTask] = Field(min_length=1)
+    tasks: dict[str, BenchmarkTask] = Field(default_factory=dict)
     """Presets (`paper`, or one of its six: `mmlu`, `ceval`, `drop`, `humaneval`, `bbh`, `gsm8k`), and tasks, groups and
     tags of lm-eval by their names, each with its settings or `{}`."""
 
@@ -57,6 +57,11 @@ class BenchmarkSettings(Record):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if not self.tasks:
+            raise ValueError("benchmarks.tasks: found none, expected at least one, for example {paper: {}}")
+        for name, task in self.tasks.items():
+            if task.num_fewshot is not None and task.num_fewshot < 0:
+                raise ValueError(f"benchmarks.tasks.{name}.num_fewshot: found {task.num_fewshot}, expected 0 or more")
         if self.trust_task_code and self.include_path is None:
             raise ValueError("benchmarks.trust_task_code: found true, expected it with benchmarks.include_path")
         return self
