@@ -24,8 +24,8 @@ def settings_page() -> str:
     lines = [
         "# Settings",
         "",
-        "Every key of a run file. Each is a flag too: `--train.learning_rate 1e-4`. A setting marked *operational* says "
-        "how a stage works and not what comes out: to change it makes nothing stale.",
+        "Every key of a run file. Each is a flag too: `--train.learning_rate 1e-4`. A setting marked *operational* "
+        "says how a stage works and not what comes out: to change it makes nothing stale.",
     ]
     for name, model in _sections("", RunFile):
         lines += ["", f"## {name or 'The run file'}", "", _sentence(model), "", *_table(model)]
@@ -72,11 +72,13 @@ def _row(name: str, info: FieldInfo) -> str:
 
 def _type(info: FieldInfo) -> str:
     annotation = info.annotation
-    text = annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    text = (
+        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    )
     for prefix in ("typing.", "NoneType"):
         text = text.replace(prefix, "None" if prefix == "NoneType" else "")
     bounds = [f"{word} {getattr(m, key)}" for m in info.metadata for key, word in _BOUNDS.items() if hasattr(m, key)]
-    return ", ".join([_without_modules(text), *bounds])
+    return ", ".join([_without_modules(text).replace(" | ", " or "), *bounds])
 
 
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}

@@ -31,7 +31,7 @@ from capgap.schemas.run_train import TrainSettings
 
 @dataclass(frozen=True)
 class Cache:
-    """A finished cache; made by :func:`open_cache`.
+    """A finished cache; made by `open_cache`.
 
     Attributes:
         location: its folder or URL.
@@ -71,7 +71,7 @@ class Cache:
             heldout: the held-out sequences in place of those to train on.
             seed: of the order.
             num_epochs: passes over the data.
-            options: of :class:`capgap.pipeline.store.SequenceLoader`, for example `micro_batch`, `row_len`, `threads`.
+            options: of `SequenceLoader`, for example `micro_batch`, `row_len`, `threads`.
 
         Raises:
             SettingError: the cache lacks the recording or the temperature, or has two recordings and none is named.
@@ -127,7 +127,7 @@ class DistillationLoss:
         model: a causal language model of transformers.
         cache: whose batches it is to learn from; tokenizer and vocabulary must be the model's.
         alpha: weight of the KL.
-        recording: as for :meth:`Cache.batches`, whose `temperature` this one must be too.
+        recording: as for `Cache.batches`, whose `temperature` this one must be too.
         temperature: at which teacher and student are compared.
         divergence: what is called KL here; see `train.divergence`.
         tail: what becomes of the teacher's probability outside the kept ids; see `train.tail`.
@@ -180,7 +180,7 @@ class DistillationLoss:
         """`loss`, a scalar to differentiate, and `kl_N` and `ce_N`, nats, of each of the batch's N tokens.
 
         Args:
-            batch: of :meth:`Cache.batches`; it is moved to the model's device.
+            batch: of `Cache.batches`; it is moved to the model's device.
             alpha: for this batch, where it has a schedule of yours.
 
         Raises:

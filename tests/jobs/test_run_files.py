@@ -20,7 +20,7 @@ from capgap.schemas.run_file import RunFile
 
 ROOT = Path(__file__).parents[2]
 RUN_FILES = sorted((ROOT / "jobs" / "runs").glob("*.yaml"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -107,9 +107,7 @@ def test_what_a_run_file_would_refuse_is_refused(cache: Cache, student: LlamaFor
 
 
 def test_a_model_with_fewer_ids_is_refused(cache: Cache) -> None:
-    config = LlamaConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
+    config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     with pytest.raises(MismatchError, match="fewer ids than the cache; found 16, expected at least"):
         DistillationLoss(LlamaForCausalLM(config), cache, recording="topk")
 
