@@ -47,7 +47,7 @@ def input_names(run: RunFile, instance: Instance) -> list[str]:
         "corpus": [],
         "teacher": ["corpus"],
         "cache": ["corpus", "teacher"],
-        "student": ["corpus"],
+        "student": ["corpus", *_pruned_teacher(run)],
         "train": ["corpus", *_online_teacher(run, instance), "cache", Instance("student", seed=seed).name],
         "eval": ["corpus", "teacher", *trained],
         "report": ["corpus", "teacher", "cache", *students, *trained, "eval"],
@@ -92,6 +92,11 @@ def decisive_settings(run: RunFile, instance: Instance) -> dict[str, Any]:
 def _online_teacher(run: RunFile, instance: Instance) -> list[str]:
     """The teacher, where the arm asks it rather than the cache."""
     return ["teacher"] if instance.arm is not None and run.train_settings(instance.arm).needs_teacher else []
+
+
+def _pruned_teacher(run: RunFile) -> list[str]:
+    """The teacher, where the student is what pruning leaves of it."""
+    return [] if run.student.prune is None else ["teacher"]
 
 
 def _all_instances(run: RunFile) -> list[Instance]:
