@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from capgap.schemas.base import Record
+from capgap.schemas.run_benchmark import BenchmarkSettings, BenchmarkTask
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
 from capgap.schemas.run_file import RunFile
@@ -21,7 +22,7 @@ BASE: dict[str, Any] = {"name": "tried", "out": "runs/tried", "teacher": {"model
 
 
 # Their default decides nothing, so that students from before the choice stay current; see the tests of each.
-LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight"}
+LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight", "benchmarks"}
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,10 @@ LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight"}
         (PruneSettings(num_layers=2), {"batch_sequences": 7}),
         (RunFile.model_validate(BASE), {"out": "elsewhere", "device": "cpu"}),
         (RunFile.model_validate(BASE).eval, {"batch_sequences": 7}),
+        (
+            BenchmarkSettings(tasks={"mmlu": BenchmarkTask()}, include_path="tasks"),
+            {"teacher": False, "trust_task_code": True, "allow_code_execution": True, "batch_sequences": 7},
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )
