@@ -49,7 +49,7 @@ def input_names(run: RunFile, instance: Instance) -> list[str]:
         "corpus": [],
         "teacher": ["corpus"],
         "cache": ["corpus", "teacher"],
-        "student": ["corpus"],
+        "student": ["corpus", *_pruned_teacher(run)],
         "train": ["corpus", *_online_teacher(run, instance), "cache", Instance("student", seed=seed).name],
         "eval": ["corpus", "teacher", *trained],
         "benchmark": ["teacher" if seed is None else Instance("train", instance.arm, seed).name],
@@ -99,6 +99,11 @@ def _online_teacher(run: RunFile, instance: Instance) -> list[str]:
     """The teacher, where the arm asks it rather than the cache."""
     asked = instance.stage == "train" and instance.arm is not None and run.train_settings(instance.arm).needs_teacher
     return ["teacher"] if asked else []
+
+
+def _pruned_teacher(run: RunFile) -> list[str]:
+    """The teacher, where the student is what pruning leaves of it."""
+    return [] if run.student.prune is None else ["teacher"]
 
 
 def _all_instances(run: RunFile) -> list[Instance]:

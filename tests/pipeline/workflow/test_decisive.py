@@ -98,6 +98,15 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("student.path", "folder", FROM_STUDENT),
     ("student.trust_remote_code", True, FROM_STUDENT),
     *((f"student.model.{name}", value, FROM_STUDENT) for name, value in SHAPE.items()),
+    ("student.prune.num_layers", 2, FROM_STUDENT),
+    ("student.prune.hidden_size", 16, FROM_STUDENT),
+    ("student.prune.num_heads", 2, FROM_STUDENT),
+    ("student.prune.num_key_value_heads", 2, FROM_STUDENT),
+    ("student.prune.intermediate_size", 16, FROM_STUDENT),
+    ("student.prune.importance", "taylor", FROM_STUDENT),
+    ("student.prune.layers", "loss", FROM_STUDENT),
+    ("student.prune.num_sequences", 7, FROM_STUDENT),
+    ("student.prune.batch_sequences", 7, set()),
     *((f"train.{name}", value, FROM_TRAIN) for name, value in OPTIMIZATION.items()),
     *((f"train.{name}", value, set()) for name, value in OPTIMIZATION_OPERATIONAL.items()),
     ("train.alpha", 0.5, {"train/distilled", "eval", "report"}),  # the other arm has an alpha of its own
@@ -131,6 +140,8 @@ TABLE: list[tuple[str, Any, set[str]]] = [
 # What else must be set for the setting above to be allowed, in the run file before and after.
 BESIDE = {f"cache.{name}": {"cache.recording": "topk"} for name in ("num_kept", "profile", "extra_temperatures")}
 BESIDE["corpus.messages_field"] = {"corpus.tokenizer": "folder"}
+PRUNED = {"student.model": None, "student.prune": {}}
+BESIDE |= {path: PRUNED for path, _, _ in TABLE if path.startswith("student.prune.")}
 BESIDE["train.jsd_beta"] = {"train.divergence": "jsd"}
 BESIDE["train.own_weight"] = {"train.caches": {"draws": {}}}
 BESIDE["train.alpha_schedule"] = {"train.final_alpha": 0.5}
@@ -214,6 +225,14 @@ def test_more_defaults_that_are_spelt_out_change_nothing(make_run) -> None:
     falling = {"train.final_alpha": 0.5}
     assert _changed(make_run(falling), make_run(falling | {"train.alpha_schedule": "linear"})) == set()
     assert _changed(make_run(), make_run({"train.token_weights": "equal", "train.router_loss_weight": 0})) == set()
+
+
+def test_a_pruned_student_depends_on_the_teacher_and_another_does_not(make_run) -> None:
+    for settings, stages in ((PRUNED, FROM_TEACHER | FROM_STUDENT), ({}, FROM_TEACHER)):
+        before, after = make_run(settings), make_run(settings | {"teacher.seed": 5})
+        assert _changed(before, after) == _instances_of(stages, before)
+    spelt_out = PRUNED | {"student.prune": {"importance": "activation", "layers": "block_influence"}}
+    assert _changed(make_run(PRUNED), make_run(spelt_out)) == set()
 
 
 def test_another_arm_leaves_the_others_as_they_are(make_run) -> None:
