@@ -53,8 +53,9 @@ def table_text(table: Table) -> str:
 
 
 def build_rows(results: EvalResults) -> tuple[Row, ...]:
-    """The teacher's row and one row for every arm, means over its seeds."""
-    return _row(TEACHER, (results.teacher,)), *(_row(arm, results.of_arm(arm)) for arm in results.arms)
+    """The teacher's row, if it was measured, and one row for every arm, means over its seeds."""
+    teacher = () if results.teacher is None else (_row(TEACHER, (results.teacher,)),)
+    return *teacher, *(_row(arm, results.of_arm(arm)) for arm in results.arms)
 
 
 def cache_line(cache: CacheSummary) -> str:
