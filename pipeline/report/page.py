@@ -8,6 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from capgap.pipeline.report.charts import charts
+from capgap.pipeline.report.nearness import DIFFERENCE_HEADINGS, difference_rows
 from capgap.pipeline.report.summary import Report, StageLine
 from capgap.pipeline.report.table import HEADINGS, cells
 from capgap.schemas.facts import RecordingFacts
@@ -30,6 +31,8 @@ def render_page(report: Report) -> str:
         headings=HEADINGS,
         rows=[cells(row) for row in report.table.rows],
         charts=charts(report),
+        difference_headings=DIFFERENCE_HEADINGS,
+        differences=difference_rows(report.results),
         stages=[(stage, duration(stage.wall_s), _own_versions(stage, common)) for stage in report.stages],
         common=_listed(common),
         facts=_facts(report),

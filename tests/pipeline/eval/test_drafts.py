@@ -24,9 +24,7 @@ def test_prompts_are_the_beginnings_of_the_first_sequences(make_sequences) -> No
     assert prompts_of(sequences, settings) == tuple(tuple(row) for row in sequences.tokens_BL1[:4, :8].tolist())
     # no more than leaves room for what is written
     assert {len(prompt) for prompt in prompts_of(sequences, settings.model_copy(update={"num_new_tokens": 20}))} == {4}
-    with pytest.raises(
-        SettingError, match=r"num_new_tokens: no room for a prompt; found 24, expected fewer than .* 24"
-    ):
+    with pytest.raises(SettingError, match=r"num_new_tokens: no room for a prompt; found 24, expected fewer .* 24"):
         prompts_of(sequences, settings.model_copy(update={"num_new_tokens": 24}))
 
 
