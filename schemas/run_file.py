@@ -17,26 +17,11 @@ from capgap.schemas.results import TEACHER
 from capgap.schemas.run_benchmark import BenchmarkSettings
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
+from capgap.schemas.run_eval import EvalSettings
 from capgap.schemas.run_model import StudentSettings, TeacherSettings
 from capgap.schemas.run_train import TrainSettings
 
 ReusableStage = Literal["corpus", "teacher", "cache"]
-
-
-class EvalSettings(Record):
-    """How models are measured on held-out text."""
-
-    num_sequences: int = Field(512, ge=2)
-    """Held-out sequences that every model is scored on (all of them, if there are fewer)."""
-
-    num_full_sequences: int = Field(64, ge=2)
-    """Of these, how many are compared with the teacher's full distribution (KL, agreement, acceptance)."""
-
-    num_bootstrap: int = Field(1000, ge=100)
-    """Resamples of the held-out sequences behind each interval."""
-
-    batch_sequences: int = Field(16, ge=1, json_schema_extra=OPERATIONAL)
-    """Sequences in one forward pass."""
 
 
 class RunFile(Record):

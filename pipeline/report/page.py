@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from capgap.pipeline.report.benchmarks import benchmark_cells, benchmark_headings
 from capgap.pipeline.report.charts import charts
+from capgap.pipeline.report.nearness import DIFFERENCE_HEADINGS, difference_rows
 from capgap.pipeline.report.summary import Report, StageLine
 from capgap.pipeline.report.table import HEADINGS, cells
 from capgap.schemas.facts import RecordingFacts
@@ -32,6 +33,8 @@ def render_page(report: Report) -> str:
         rows=[cells(row) for row in report.table.rows],
         benchmarks=_benchmarks(report),
         charts=charts(report),
+        difference_headings=DIFFERENCE_HEADINGS,
+        differences=difference_rows(report.results),
         stages=[(stage, duration(stage.wall_s), _own_versions(stage, common)) for stage in report.stages],
         common=_listed(common),
         facts=_facts(report),

@@ -49,6 +49,9 @@ class Row(Record):
     acceptance: Measure | None
     """Expected share of drafts that speculative decoding accepts."""
 
+    ece: Measure | None = None
+    """Expected calibration error; None in reports from before it was measured."""
+
 
 class SeedGain(Record):
     """One seed of a gain."""

@@ -11,8 +11,16 @@ from capgap.schemas.run_file import RunFile
 
 
 def instances(run: RunFile) -> list[Instance]:
-    """Every instance of every stage that is not reused from another run, inputs before what reads them."""
-    return [instance for instance in _all_instances(run) if instance.stage not in run.reuse]
+    """Every instance of every stage that is not reused from another run, inputs before what reads them.
+
+    A teacher that nothing reads, because a cache is reused and stands for it, is none of them.
+    """
+    unused = (
+        ()
+        if any("teacher" in input_names(run, i) for i in _all_instances(run) if i.stage not in run.reuse)
+        else ("teacher",)
+    )
+    return [instance for instance in _all_instances(run) if instance.stage not in (*run.reuse, *unused)]
 
 
 def select(run: RunFile, pattern: str) -> list[Instance]:
@@ -51,11 +59,19 @@ def input_names(run: RunFile, instance: Instance) -> list[str]:
         "cache": ["corpus", "teacher"],
         "student": ["corpus", *_pruned_teacher(run)],
         "train": ["corpus", *_online_teacher(run, instance), "cache", Instance("student", seed=seed).name],
-        "eval": ["corpus", "teacher", *trained],
+        "eval": ["corpus", *_measured_teacher(run), "cache", *trained],
         "benchmark": ["teacher" if seed is None else Instance("train", instance.arm, seed).name],
-        "report": ["corpus", "teacher", "cache", *students, *trained, "eval", *measured],
+        "report": ["corpus", *_measured_teacher(run), "cache", *students, *trained, "eval", *measured],
     }
     return by_stage[instance.stage]
+
+
+def implied_inputs(instance: Instance) -> frozenset[str]:
+    """Inputs that the identities of others already hold, so that the instance's own identity does without them.
+
+    Students hold that of their cache; and what was evaluated before caches were read there stays current.
+    """
+    return frozenset({"cache"} if instance.stage == "eval" else ())
 
 
 def further_caches(run: RunFile, instance: Instance) -> dict[str, str]:
@@ -104,6 +120,11 @@ def _online_teacher(run: RunFile, instance: Instance) -> list[str]:
 def _pruned_teacher(run: RunFile) -> list[str]:
     """The teacher, where the student is what pruning leaves of it."""
     return [] if run.student.prune is None else ["teacher"]
+
+
+def _measured_teacher(run: RunFile) -> list[str]:
+    """The teacher, unless the cache alone stands for it."""
+    return [] if run.eval.teacher == "cache" else ["teacher"]
 
 
 def _all_instances(run: RunFile) -> list[Instance]:

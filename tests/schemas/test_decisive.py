@@ -12,6 +12,7 @@ from capgap.schemas.base import Record
 from capgap.schemas.run_benchmark import BenchmarkSettings, BenchmarkTask
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
+from capgap.schemas.run_eval import EvalSettings, SpeculativeSettings
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_model import ModelShape, StudentSettings, TeacherSettings
 from capgap.schemas.run_optimization import OptimizationSettings
@@ -68,7 +69,8 @@ LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight", "benchmarks"}
         (ModelShape(), {}),
         (PruneSettings(num_layers=2), {"batch_sequences": 7}),
         (RunFile.model_validate(BASE), {"out": "elsewhere", "device": "cpu"}),
-        (RunFile.model_validate(BASE).eval, {"batch_sequences": 7}),
+        (EvalSettings(teacher="live", speculative=SpeculativeSettings()), {"batch_sequences": 7}),
+        (SpeculativeSettings(), {"gpu_memory_fraction": 0.5}),
         (
             BenchmarkSettings(tasks={"mmlu": BenchmarkTask()}, include_path="tasks"),
             {"teacher": False, "trust_task_code": True, "allow_code_execution": True, "batch_sequences": 7},
@@ -177,6 +179,19 @@ def test_held_out_sequences_decide_and_their_default_leaves_older_caches_current
     assert "num_heldout_sequences" not in CacheSettings().decisive()
     assert CacheSettings(num_heldout_sequences=64).decisive() == CacheSettings().decisive()
     assert CacheSettings(num_heldout_sequences=0).decisive()["num_heldout_sequences"] == 0
+
+
+def test_what_eval_asks_of_the_teacher_decides_and_the_default_leaves_older_results_current() -> None:
+    plain = EvalSettings().decisive()
+    assert not {"teacher", "speculative"} & set(plain)
+    assert EvalSettings(teacher="cache").decisive() == plain | {"teacher": "cache"}
+    drafting = EvalSettings(speculative=SpeculativeSettings(num_prompts=7, gpu_memory_fraction=0.5)).decisive()
+    assert drafting["speculative"]["num_prompts"] == 7 and "gpu_memory_fraction" not in drafting["speculative"]
+
+
+def test_drafts_for_a_teacher_that_is_left_out_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"eval.speculative: found with eval.teacher cache, expected live"):
+        EvalSettings(teacher="cache", speculative=SpeculativeSettings())
 
 
 def test_a_beta_without_jsd_is_refused() -> None:

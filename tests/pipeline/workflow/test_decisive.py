@@ -136,9 +136,16 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("benchmarks.trust_task_code", True, set()),
     ("benchmarks.allow_code_execution", True, set()),
     ("benchmarks.batch_sequences", 7, set()),
+    ("eval.teacher", "live", {"eval", "report"}),
+    ("eval.speculative.num_speculative_tokens", 7, {"eval", "report"}),
+    ("eval.speculative.num_prompts", 7, {"eval", "report"}),
+    ("eval.speculative.num_prompt_tokens", 7, {"eval", "report"}),
+    ("eval.speculative.num_new_tokens", 7, {"eval", "report"}),
+    ("eval.speculative.gpu_memory_fraction", 0.5, set()),
 ]
 # What else must be set for the setting above to be allowed, in the run file before and after.
 BESIDE = {f"cache.{name}": {"cache.recording": "topk"} for name in ("num_kept", "profile", "extra_temperatures")}
+BESIDE["eval.speculative.gpu_memory_fraction"] = {"eval.speculative": {}}
 BESIDE["corpus.messages_field"] = {"corpus.tokenizer": "folder"}
 PRUNED = {"student.model": None, "student.prune": {}}
 BESIDE |= {path: PRUNED for path, _, _ in TABLE if path.startswith("student.prune.")}

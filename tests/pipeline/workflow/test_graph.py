@@ -60,6 +60,17 @@ def test_a_reused_stage_has_no_instance_and_stays_an_input(make_run) -> None:
     assert input_names(run, Instance("cache")) == ["corpus", "teacher"]
 
 
+def test_a_teacher_that_a_reused_cache_stands_for_is_neither_made_nor_read(make_run) -> None:
+    reuse = {"reuse": {"corpus": "there/corpus", "cache": "there/cache"}}
+    assert "teacher" in _names(instances(make_run(reuse)))
+    run = make_run(reuse | {"eval.teacher": "cache"})
+    assert _names(instances(run)) == ALL[3:]
+    assert not any("teacher" in input_names(run, instance) for instance in instances(run))
+    # who makes the cache needs it, and who asks it while training
+    assert "teacher" in _names(instances(make_run({"eval.teacher": "cache"})))
+    assert "teacher" in _names(instances(make_run(reuse | {"eval.teacher": "cache", "train.targets": "online"})))
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
