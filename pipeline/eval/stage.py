@@ -23,8 +23,10 @@ from capgap.pipeline.eval.measure import Visit, score
 from capgap.pipeline.eval.spool import open_spool
 from capgap.pipeline.models import load_model, model_path
 from capgap.pipeline.progress import Meter, progress
+from capgap.pipeline.scalars import EVAL_SCALARS, ScalarFile
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.workflow.context import Instance, StageContext, StageResult
+from capgap.pipeline.workflow.folder import LOGS_FOLDER
 from capgap.schemas.errors import MismatchError
 from capgap.schemas.facts import CorpusFacts, ModelFacts
 from capgap.schemas.records import Sequences
@@ -50,6 +52,7 @@ def run(context: StageContext) -> StageResult:
     losses, nearness = _measure(context, sequences, num_full, students)
     results = _results(context, facts, sequences, num_full, students, losses, nearness)
     write_atomically(context.folder / RESULTS_NAME, results.model_dump_json(indent=2) + "\n")
+    _say_scalars(context, results)
     totals = {
         "models": len(results.models),
         "sequences": results.num_sequences,
@@ -136,6 +139,14 @@ def _score_alone(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return nats_S
+
+
+def _say_scalars(context: StageContext, results: EvalResults) -> None:
+    for model in results.models:
+        near = model.against_teacher
+        figures: dict[str, float | None] = {"validation_loss": model.loss}
+        figures |= {"heldout_kl": near.kl, "heldout_top1": near.top1} if near else {}
+        ScalarFile(context.folder / LOGS_FOLDER / "tensorboard" / model.name, EVAL_SCALARS).add(0, figures)
 
 
 def _results(
