@@ -43,7 +43,7 @@ CACHE_SCALARS = {
 """Of the cache stage, by number of finished shards."""
 
 EVAL_SCALARS = {name: TRAINING_SCALARS[name] for name in ("validation_loss", "heldout_kl", "heldout_top1")}
-"""Of the eval stage, once for each model, in a run of its name; of students against the teacher's whole distribution."""
+"""Of the eval stage, once for each model, in a run of its name; against the teacher's whole distribution."""
 
 
 class ScalarFile:

@@ -45,7 +45,7 @@ from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
 from capgap.schemas.run_file import RunFile
 
 # These put a model on a device; the others only read and write files.
-_STAGES_WITH_A_MODEL: frozenset[StageName] = frozenset({"teacher", "cache", "student", "train", "eval"})
+_STAGES_WITH_A_MODEL: frozenset[StageName] = frozenset({"teacher", "cache", "student", "train", "eval", "benchmark"})
 
 
 def carry_out(
@@ -157,10 +157,10 @@ def refuse_early(run: RunFile, instance: Instance, inputs: Mapping[str, StageInp
 def make_ready(state: StageState, force: bool) -> None:
     """Empty a folder that holds something else, or open it again where it only lost files. The caller has it alone.
 
-    What was begun under other settings, and has nothing in it yet, is begun anew.
+    What was begun under other settings, and got nowhere, is begun anew.
 
     Raises:
-        MismatchError: it is unfinished, holds something, and was begun under other settings.
+        MismatchError: it is unfinished, got somewhere, and was begun under other settings.
     """
     if not force and state.lost and state.manifest is not None:
         stage = _module_of(state.instance.stage)

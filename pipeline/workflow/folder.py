@@ -114,11 +114,9 @@ def content_files(folder: Path) -> tuple[FileEntry, ...]:
 
 
 def is_untouched(folder: Path) -> bool:
-    """Whether a folder that was begun holds nothing yet, neither of the result nor a finished unit of work."""
-    for path in folder.iterdir():
-        if path.name not in (WORK_FOLDER, LOGS_FOLDER, *_NOT_CONTENT):
-            return False
-    return finished_units(folder / WORK_FOLDER).partition(" of ")[0] in ("begun", "0")
+    """Whether a folder that was begun holds no finished unit of work, so that nothing could be continued."""
+    work = folder / WORK_FOLDER
+    return work.is_dir() and finished_units(work).partition(" of ")[0] in ("begun", "0")
 
 
 def plan_units(work: Path, unit: str, total: int, pattern: str) -> None:
