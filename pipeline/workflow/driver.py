@@ -21,6 +21,7 @@ from doit.task import Task, dict_to_task
 
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.workflow.context import Instance
+from capgap.pipeline.workflow.folder import make_folder
 from capgap.pipeline.workflow.graph import input_names
 from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.errors import CapgapError
@@ -62,7 +63,7 @@ def walk(run: RunFile, chosen: Sequence[Instance], *, force: bool, wait: bool, s
     """
     states(run)
     out = Path(run.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_atomically(out / RESOLVED_NAME, run.model_dump_json(indent=1))
     walked = _Walk(run, chosen, force, wait, say)
     with tempfile.TemporaryDirectory(prefix="capgap-") as scratch:

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -56,6 +57,46 @@ def leases(devices: list[str], holder: str, wait: bool, group: str = _ALONE) -> 
         for name in sorted(device_identity(device) for device in devices):
             _take(stack, folder, name, holder, wait, group)
         yield
+
+
+@dataclass(frozen=True)
+class HeldLease:
+    """A lease that somebody holds on this machine.
+
+    Attributes:
+        device: `cpu`, or a GPU's UUID as a file's name.
+        holder: stage and run.
+        pid: of the process that took it; of a group, of its first.
+        since: when, as ISO 8601.
+    """
+
+    device: str
+    holder: str
+    pid: int
+    since: str
+
+
+def held_leases() -> list[HeldLease]:
+    """Who holds which device of this machine now; whoever asks for a lease meanwhile does not notice.
+
+    Leases of users who keep theirs to themselves are left out.
+    """
+    held = []
+    folder = lease_folder()
+    for path in sorted(folder.glob("*.lock")):
+        device = path.name.removesuffix(".lock")
+        with (
+            contextlib.suppress(PermissionError, FileNotFoundError),
+            ProcessLock(path, _FILE_MODE) as lock,
+            ProcessLock(folder / f"{device}.turn", _FILE_MODE) as turn,
+            _NoteFile(folder / f"{device}.json") as note,
+        ):
+            # all who ask have the turn, so none finds the device taken by this look at it
+            turn.exclusive(wait=True)
+            found = {} if lock.exclusive() else note.read()
+            if isinstance(pid := found.get("pid"), int):
+                held.append(HeldLease(device, str(found.get("holder")), pid, str(found.get("since"))))
+    return held
 
 
 def lease_folder() -> Path:
