@@ -27,8 +27,8 @@ _MAX_DEPTH = 32
 _NOT_SETTINGS = {"class_path", "init_args", "dict_kwargs", "__path__", "__default_config__"}
 
 
-def require_plain(path: Path) -> None:
-    """Raise where a run file is anything but settings by name.
+def require_plain(path: Path, record: type[Record] = RunFile) -> None:
+    """Raise where a run file, or a file of another record's settings, is anything but settings by name.
 
     Raises:
         InputError: it is missing, no YAML, too large, or holds tags, which stand for objects.
@@ -52,7 +52,7 @@ def require_plain(path: Path) -> None:
     if "config" in content:
         raise SettingError("a run file cannot name another", where=f"{path}: config", found=content["config"])
     _require_no_class(path, content, "")
-    _require_settings(path, content, RunFile, "")
+    _require_settings(path, content, record, "")
 
 
 class _TooLargeError(ValueError):
