@@ -58,11 +58,12 @@ def _grid_parser(name: str, description: str) -> ArgumentParser:
 
 def run_grid_command(flags: dict[str, Any]) -> int:
     """`capgap law run`: 0, or the code of a grid that has runs without a result."""
-    from capgap.pipeline.law.run import run_grid
+    from capgap.jobs import forks
+    from capgap.pipeline.law.run import Starter, run_grid
 
     started = time.monotonic()
     grid = read_grid(flags)
-    done = run_grid(grid, flags["workers"], wait=not flags["no_wait"])
+    done = run_grid(grid, flags["workers"], wait=not flags["no_wait"], on_cpu=Starter(forks.prepare, forks.start))
     wall_s = round(time.monotonic() - started, 1)
     num_results = done.num_runs - len(done.missing)
     if done.made:

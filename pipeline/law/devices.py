@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-from capgap.pipeline.workflow.device import resolve_device
 from capgap.pipeline.workflow.lease import new_cpu_group
 from capgap.schemas.errors import MachineError, SettingError
 from capgap.schemas.law_grid import LawGrid
@@ -13,11 +12,12 @@ from capgap.schemas.law_grid import LawGrid
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 
-def worker_environments(grid: LawGrid, num_workers: int | None) -> list[dict[str, str]]:
+def worker_environments(grid: LawGrid, device: str, num_workers: int | None) -> list[dict[str, str]]:
     """What each worker's environment is beside this process's own; as many as there are workers.
 
     Args:
-        grid: says which device, and how many GPUs its stages take.
+        grid: says how many GPUs its stages take.
+        device: `cpu`, or a GPU where there are some.
         num_workers: None for one a core, or as many as the GPUs allow.
 
     Raises:
@@ -26,7 +26,7 @@ def worker_environments(grid: LawGrid, num_workers: int | None) -> list[dict[str
     """
     if num_workers is not None and num_workers < 1:
         raise SettingError("no number of workers", where="--workers", found=num_workers, expected="at least 1")
-    if resolve_device(grid.device) == "cpu":
+    if device == "cpu":
         group = new_cpu_group(f"law {grid.name}")
         # a worker names its stages' output a log, whatever form the command's own lines have
         shared = {**_ONE_THREAD, **group, "CAPGAP_LOG_FORMAT": "text"}

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -35,7 +35,8 @@ from capgap.pipeline.law.reused import require_reused
 from capgap.pipeline.law.table import write_table
 from capgap.pipeline.law.worker import Job, cell_job, process_of, read_failures, teacher_job
 from capgap.pipeline.workflow.context import Instance
-from capgap.pipeline.workflow.driver import walk
+from capgap.pipeline.workflow.device import resolve_device
+from capgap.pipeline.workflow.driver import Start, start_afresh, walk
 from capgap.pipeline.workflow.folder import lock_folder
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.facts import CorpusFacts
@@ -65,13 +66,29 @@ class Done:
     num_runs: int
 
 
-def run_grid(grid: LawGrid, num_workers: int | None = None, *, wait: bool = True) -> Done:
+@dataclass(frozen=True)
+class Starter:
+    """How the processes of stages are started on a CPU.
+
+    Attributes:
+        prepare: called once, before the first.
+        start: starts one.
+    """
+
+    prepare: Callable[[], None]
+    start: Start
+
+
+def run_grid(
+    grid: LawGrid, num_workers: int | None = None, *, wait: bool = True, on_cpu: Starter | None = None
+) -> Done:
     """Make every run of the grid that is not current, and write the table.
 
     Args:
         grid: the grid.
         num_workers: processes side by side; one a core or a group of GPUs where it is left out.
         wait: wait for a device that another run holds.
+        on_cpu: how stages are started there; as fresh processes where it is left out, and on GPUs.
 
     Raises:
         StageFailedError: the corpus could not be made.
@@ -80,12 +97,14 @@ def run_grid(grid: LawGrid, num_workers: int | None = None, *, wait: bool = True
     """
     lock = lock_folder(Path(grid.out))
     try:
-        environments = worker_environments(grid, num_workers)
+        device = resolve_device(grid.device)
+        environments = worker_environments(grid, device, num_workers)
+        starter = on_cpu if device == "cpu" and on_cpu is not None else Starter(lambda: None, start_afresh)
         made = _make_corpus(grid, wait)
         work = _Work(grid)
         work.write()
         try:
-            made += _Workers(environments, wait, work).carry_out()
+            made += _Workers(environments, wait, work, starter).carry_out()
         finally:
             work.write()
         missing = {row.name: row.missing for row in work.rows() if row.missing is not None}
@@ -165,9 +184,9 @@ class _Work:
         return found
 
     def cell_jobs(self) -> list[Job]:
-        """Of cells that are not finished, the longest first."""
+        """Of cells that are not finished: seed by seed, for a seed counts when it is complete; the longest first."""
         pending = [one for one in self.cells.values() if not is_finished(one)]
-        pending.sort(key=lambda one: -self._cost(one))
+        pending.sort(key=lambda one: (self._grid.seeds.index(one.seed), -self._cost(one)))
         return [cell_job(one, _teacher_name(one.reads)) for one in pending]
 
     def failed(self, job: Job, code: int) -> None:
@@ -215,9 +234,11 @@ class _Work:
 class _Workers:
     """Processes side by side, each at one job; whoever is free takes the next that can be done."""
 
-    def __init__(self, environments: Sequence[Mapping[str, str]], wait: bool, work: _Work) -> None:
+    def __init__(
+        self, environments: Sequence[Mapping[str, str]], wait: bool, work: _Work, starter: Starter
+    ) -> None:
         self._free = list(environments)
-        self._wait, self._work = wait, work
+        self._wait, self._work, self._starter = wait, work, starter
         self._running: list[tuple[BaseProcess, Job, Mapping[str, str], float]] = []
         self._failed: dict[str, int] = {}
 
@@ -225,6 +246,8 @@ class _Workers:
         """Do all that can be done; names of the jobs that were started."""
         waiting = [*self._work.teacher_jobs(), *self._work.cell_jobs()]
         total, started = len(waiting), []
+        if waiting:
+            self._starter.prepare()
         try:
             while waiting or self._running:
                 waiting = self._without_lost(waiting)
@@ -260,7 +283,7 @@ class _Workers:
     def _start(self, job: Job) -> None:
         environment = self._free.pop(0)
         sys.stdout.flush()
-        process = process_of(job, environment, self._wait)
+        process = process_of(job, environment, self._wait, self._starter.start)
         process.start()
         self._running.append((process, job, environment, time.monotonic()))
         event("law_started", f"{job.name}: begun", run=job.name)

@@ -16,7 +16,7 @@ from pathlib import Path
 from capgap.pipeline.law.expand import Cell, write_run_file
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.workflow.context import Instance
-from capgap.pipeline.workflow.driver import StageFailedError, walk
+from capgap.pipeline.workflow.driver import StageFailedError, Start, start_afresh, walk
 from capgap.pipeline.workflow.orphans import die_with
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.run_file import RunFile
@@ -84,20 +84,23 @@ def read_failures(run: RunFile) -> dict[str, str]:
     return {}
 
 
-def process_of(job: Job, environment: Mapping[str, str], wait: bool) -> BaseProcess:
+def process_of(job: Job, environment: Mapping[str, str], wait: bool, start: Start) -> BaseProcess:
     """The process that does the job; not started yet. Its log is begun.
 
-    It is forked, for what it needs is imported here already, and it starts the stages as fresh processes.
+    It is forked, for what it needs is imported here already; `start` starts the processes of its stages.
     """
     # imported here: commands that fork nothing do without it
     import multiprocessing
 
     log = begin_log(job)
     fork = multiprocessing.get_context("fork")
-    return fork.Process(target=_be_the_worker, args=(job, dict(environment), log, wait, os.getpid()), name=job.name)
+    arguments = (job, dict(environment), log, wait, start, os.getpid())
+    return fork.Process(target=_be_the_worker, args=arguments, name=job.name)
 
 
-def _be_the_worker(job: Job, environment: Mapping[str, str], log: Path, wait: bool, parent_pid: int) -> None:
+def _be_the_worker(
+    job: Job, environment: Mapping[str, str], log: Path, wait: bool, start: Start, parent_pid: int
+) -> None:
     die_with(parent_pid)
     os.environ.update(environment)
     with log.open("ab") as file:
@@ -105,13 +108,13 @@ def _be_the_worker(job: Job, environment: Mapping[str, str], log: Path, wait: bo
         os.dup2(file.fileno(), 2)
     code = _FAULT
     try:
-        code = carry_out_job(job, log, wait)
+        code = carry_out_job(job, log, wait, start)
     except KeyboardInterrupt:
         code = _INTERRUPTED
     os._exit(code)
 
 
-def carry_out_job(job: Job, log: Path, wait: bool) -> int:
+def carry_out_job(job: Job, log: Path, wait: bool, start: Start = start_afresh) -> int:
     """Make everything of the job that can be made; the code of the first failure, or 0."""
     failures: dict[str, str] = {}
     codes: list[int] = []
@@ -119,7 +122,7 @@ def carry_out_job(job: Job, log: Path, wait: bool) -> int:
     def made(run: RunFile, instance: Instance) -> bool:
         heard = log.stat().st_size
         try:
-            walk(run, [instance], force=False, wait=wait, say=lambda name, why: print(f"{name}: {why}", flush=True))
+            walk(run, [instance], force=False, wait=wait, say=_say, start=_start_of(run, instance, start))
         except CapgapError as error:
             said = _last_words(log, heard) if isinstance(error, StageFailedError) and error.already_said else str(error)
             failures[instance.name] = said or str(error)
@@ -136,6 +139,15 @@ def carry_out_job(job: Job, log: Path, wait: bool) -> int:
     if failures:
         write_atomically(Path(job.run.out) / FAILED_NAME, json.dumps(failures, indent=1) + "\n")
     return codes[0] if codes else 0
+
+
+def _say(name: str, why: str) -> None:
+    print(f"{name}: {why}", flush=True)
+
+
+def _start_of(run: RunFile, instance: Instance, start: Start) -> Start:
+    """vLLM looks for its own what to start from, and needs a process that nothing was imported in."""
+    return start_afresh if instance.stage == "cache" and run.cache.engine == "vllm" else start
 
 
 def _last_words(log: Path, start: int) -> str:
