@@ -8,17 +8,21 @@ import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from pydantic import ValidationError
 
 from capgap.jobs.logs import LOG_FORMAT_HELP, LOG_FORMATS
 from capgap.jobs.plain_yaml import require_plain
+from capgap.schemas.base import Record
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.run_file import RunFile
 
 _POINTLESS = re.compile(r"\s*For further information visit \S+\.?|\s*\[type=[^\]]*\]|\d+ validation errors? for \S+")
+
+_R = TypeVar("_R", bound=Record)
 
 _KINDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
 _KINDS |= {"tuple": "a list, as in [1, 2]", "list": "a list, as in [1, 2]", "dict": "settings by name, as in {a: 1}"}
@@ -59,6 +63,20 @@ def parse_run(parser: ArgumentParser, argv: Sequence[str]) -> tuple[RunFile, dic
         return RunFile.model_validate(settings), plain
     except ValidationError as error:
         raise SettingError(_said(error)) from None
+
+
+def read_settings(record: type[_R], path: Path, given: dict[str, Any]) -> _R:
+    """A file of settings by name, read as it stands, with those that were given as flags laid over it.
+
+    Raises:
+        InputError: the file is missing or no YAML.
+        SettingError: a setting is unknown, missing or of the wrong kind.
+    """
+    require_plain(path, record)
+    try:
+        return record.model_validate({**yaml.safe_load(path.read_bytes()), **given})
+    except ValidationError as error:
+        raise SettingError(_said(error), where=path) from None
 
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from pathlib import Path
 import yaml
 
 from capgap.jobs.run_file_check import require_settings
+from capgap.schemas.base import Record
 from capgap.schemas.errors import InputError, SettingError
+from capgap.schemas.run_file import RunFile
 
 # A run file that names ten thousand sources is half a megabyte of fifty thousand values; none is ten deep.
 _MAX_BYTES = 4 << 20
@@ -26,8 +28,8 @@ _KINDS = {list: "a list", str: "text", int: "a number", float: "a number"}
 _NOT_SETTINGS = {"class_path", "init_args", "dict_kwargs", "__path__", "__default_config__"}
 
 
-def require_plain(path: Path) -> None:
-    """Raise where a run file is anything but settings by name.
+def require_plain(path: Path, record: type[Record] = RunFile) -> None:
+    """Raise where a run file, or a file of another record's settings, is anything but settings by name.
 
     Raises:
         InputError: it is missing, no YAML, too large, or holds tags, which stand for objects.
@@ -68,7 +70,8 @@ def require_plain(path: Path) -> None:
     if "config" in content:
         raise SettingError("a run file cannot name another", where=f"{path}: config", found=content["config"])
     _require_no_class(path, content, "")
-    require_settings(path, document, content)
+    assert document is not None  # there are values
+    require_settings(path, document, content, record)
 
 
 def _no_yaml(path: Path, error: yaml.MarkedYAMLError) -> InputError:

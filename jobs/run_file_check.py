@@ -26,8 +26,8 @@ from capgap.schemas.run_train import TrainSettings
 _Lines = dict[str, int]
 
 
-def require_settings(path: Path, document: yaml.Node, content: dict[Any, Any]) -> None:
-    """Raise at the first thing that is no setting of a run file.
+def require_settings(path: Path, document: yaml.Node, content: dict[Any, Any], record: type[Record] = RunFile) -> None:
+    """Raise at the first thing that is no setting of a run file, or of another record.
 
     Raises:
         InputError: a key stands twice.
@@ -35,7 +35,7 @@ def require_settings(path: Path, document: yaml.Node, content: dict[Any, Any]) -
     """
     lines: _Lines = {}
     _require_keys_once(path, document, "", lines, ())
-    _Check(path, lines).group(RunFile, content, "")
+    _Check(path, lines, record).group(record, content, "")
 
 
 def _require_keys_once(path: Path, node: yaml.Node, where: str, lines: _Lines, above: tuple[int, ...]) -> None:
@@ -57,8 +57,8 @@ def _require_keys_once(path: Path, node: yaml.Node, where: str, lines: _Lines, a
 
 
 class _Check:
-    def __init__(self, path: Path, lines: _Lines) -> None:
-        self._path, self._lines = path, lines
+    def __init__(self, path: Path, lines: _Lines, record: type[Record]) -> None:
+        self._path, self._lines, self._record = path, lines, record
 
     def group(self, record: type[Record], values: dict[Any, Any], where: str) -> None:
         """Settings by name."""
@@ -105,7 +105,7 @@ class _Check:
 
     def _unknown(self, record: type[Record], name: Any, value: Any, where: str) -> SettingError:
         near = difflib.get_close_matches(str(name), record.model_fields, n=1)
-        elsewhere = [full for full in _names(RunFile, "") if full.rpartition(".")[2] == name]
+        elsewhere = [full for full in _names(self._record, "") if full.rpartition(".")[2] == name]
         if near:
             fix = f"did you mean {near[0]}?"
         elif elsewhere:

@@ -27,7 +27,7 @@ from capgap.pipeline.workflow.folder import (
 )
 from capgap.pipeline.workflow.identity import content_of
 from capgap.pipeline.workflow.interrupts import interrupts_heard
-from capgap.pipeline.workflow.lease import leases
+from capgap.pipeline.workflow.lease import cpu_group, leases
 from capgap.pipeline.workflow.ranks import Meeting, Ranks
 from capgap.pipeline.workflow.sources import record_sources, source_paths
 from capgap.pipeline.workflow.state import (
@@ -226,6 +226,7 @@ def work(
         device, holder, group = "cpu", f"{state.instance.name} of run {run.name}", ""
         if stage in _STAGES_WITH_A_MODEL:
             device = resolve_device(run.device)
+            group = cpu_group() if device == "cpu" else ""
             replicas = run.cache.replicas if stage == "cache" else 1
             if replicas > 1 and device == "cpu":
                 # no other process's: what a killed stage left running is waited for

@@ -30,6 +30,7 @@ from capgap.schemas.errors import MachineError
 
 _POLL_S = 0.1
 _ALONE = ""
+_GROUP_VARIABLE = "CAPGAP_CPU_GROUP"
 
 # everyone may make files here, and nobody may remove another's
 _FOLDER_MODE = 0o777 | stat.S_ISVTX
@@ -107,6 +108,16 @@ def lease_folder() -> Path:
         # umask took its share; a folder that is there already is as its owner wants it
         folder.chmod(_FOLDER_MODE)
     return folder
+
+
+def cpu_group() -> str:
+    """The group of the CPU that this process was started into, as the workers of a grid are; empty for none."""
+    return os.environ.get(_GROUP_VARIABLE, _ALONE)
+
+
+def new_cpu_group(holder: str) -> dict[str, str]:
+    """The environment by which the processes that this one starts share the CPU, and nobody else with them."""
+    return {_GROUP_VARIABLE: f"{holder} {os.uname().nodename} {os.getpid()} {time.monotonic_ns()}"}
 
 
 def _take(stack: ExitStack, folder: Path, name: str, holder: str, wait: bool, group: str) -> None:
