@@ -37,7 +37,8 @@ from capgap.pipeline.law.worker import Job, cell_job, process_of, read_failures,
 from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.device import resolve_device
 from capgap.pipeline.workflow.driver import Start, start_afresh, walk
-from capgap.pipeline.workflow.folder import lock_folder
+from capgap.pipeline.workflow.folder import LOCK_NAME, in_use
+from capgap.pipeline.workflow.locks import ProcessLock
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.facts import CorpusFacts
 from capgap.schemas.law import LawRun
@@ -95,8 +96,10 @@ def run_grid(
         MachineError: another process is at work on the grid, or there are no such devices.
         SettingError, MismatchError, InputError: the grid, or something it reuses, cannot be used.
     """
-    lock = lock_folder(Path(grid.out))
-    try:
+    Path(grid.out).mkdir(parents=True, exist_ok=True)
+    with ProcessLock(Path(grid.out) / LOCK_NAME) as lock:
+        if not lock.exclusive():
+            raise in_use(Path(grid.out))
         device = resolve_device(grid.device)
         environments = worker_environments(grid, device, num_workers)
         starter = on_cpu if device == "cpu" and on_cpu is not None else Starter(lambda: None, start_afresh)
@@ -104,13 +107,11 @@ def run_grid(
         work = _Work(grid)
         work.write()
         try:
-            made += _Workers(environments, wait, work, starter).carry_out()
+            made += _Workers(environments, wait, work, starter, lock).carry_out()
         finally:
             work.write()
         missing = {row.name: row.missing for row in work.rows() if row.missing is not None}
         return Done(table_path(grid), tuple(made), missing, len(work.rows()))
-    finally:
-        lock.release()
 
 
 def gather(grid: LawGrid) -> Path:
@@ -234,9 +235,16 @@ class _Work:
 class _Workers:
     """Processes side by side, each at one job; whoever is free takes the next that can be done."""
 
-    def __init__(self, environments: Sequence[Mapping[str, str]], wait: bool, work: _Work, starter: Starter) -> None:
+    def __init__(
+        self,
+        environments: Sequence[Mapping[str, str]],
+        wait: bool,
+        work: _Work,
+        starter: Starter,
+        lock: ProcessLock,
+    ) -> None:
         self._free = list(environments)
-        self._wait, self._work, self._starter = wait, work, starter
+        self._wait, self._work, self._starter, self._lock = wait, work, starter, lock
         self._running: list[tuple[BaseProcess, Job, Mapping[str, str], float]] = []
         self._failed: dict[str, int] = {}
 
@@ -281,7 +289,7 @@ class _Workers:
     def _start(self, job: Job) -> None:
         environment = self._free.pop(0)
         sys.stdout.flush()
-        process = process_of(job, environment, self._wait, self._starter.start)
+        process = process_of(job, environment, self._wait, self._starter.start, self._lock.close)
         process.start()
         self._running.append((process, job, environment, time.monotonic()))
         event("law_started", f"{job.name}: begun", run=job.name)
@@ -305,6 +313,8 @@ class _Workers:
             else:
                 self._work.ended_well(job)
                 event("law_done", f"{job.name}: done in {wall_s} s ({done})", run=job.name, wall_s=wall_s)
+        if gone:
+            self._work.write()
         return bool(gone)
 
     def _stop(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -84,24 +84,34 @@ def read_failures(run: RunFile) -> dict[str, str]:
     return {}
 
 
-def process_of(job: Job, environment: Mapping[str, str], wait: bool, start: Start) -> BaseProcess:
+def process_of(
+    job: Job, environment: Mapping[str, str], wait: bool, start: Start, leave: Callable[[], None]
+) -> BaseProcess:
     """The process that does the job; not started yet. Its log is begun.
 
-    It is forked, for what it needs is imported here already; `start` starts the processes of its stages.
+    It is forked, for what it needs is imported here already; `start` starts the processes of its stages. `leave` lets go
+    there of what only this process is to hold.
     """
     # imported here: commands that fork nothing do without it
     import multiprocessing
 
     log = begin_log(job)
     fork = multiprocessing.get_context("fork")
-    arguments = (job, dict(environment), log, wait, start, os.getpid())
+    arguments = (job, dict(environment), log, wait, start, leave, os.getpid())
     return fork.Process(target=_be_the_worker, args=arguments, name=job.name)
 
 
 def _be_the_worker(
-    job: Job, environment: Mapping[str, str], log: Path, wait: bool, start: Start, parent_pid: int
+    job: Job,
+    environment: Mapping[str, str],
+    log: Path,
+    wait: bool,
+    start: Start,
+    leave: Callable[[], None],
+    parent_pid: int,
 ) -> None:
     die_with(parent_pid)
+    leave()
     os.environ.update(environment)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
