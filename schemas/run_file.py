@@ -13,8 +13,10 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.results import TEACHER
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
+from capgap.schemas.run_judge import JudgeSettings
 from capgap.schemas.run_model import StudentSettings, TeacherSettings
 from capgap.schemas.run_train import TrainSettings
 
@@ -77,6 +79,9 @@ class RunFile(Record):
     eval: EvalSettings = Field(default_factory=EvalSettings)
     """How models are measured."""
 
+    judge: JudgeSettings | None = None
+    """Who judges the models' answers to questions; leave it out for none."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
@@ -87,6 +92,8 @@ class RunFile(Record):
             _require_folder_name(name)
         for arm in self.arms:
             self.train_settings(arm)
+        if self.judge is not None and self.judge.teacher and TEACHER in self.arms:
+            raise ValueError(f"arms: found {TEACHER!r}, which the teacher is called beside the arms; rename the arm")
         return self
 
     def train_settings(self, arm: str) -> TrainSettings:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from capgap.pipeline.corpus.split import SPLITS
+from capgap.pipeline.plan.judging import answer_tokens
 from capgap.pipeline.plan.measured import cache_bytes_per_token, corpus_bytes_per_token, text_bytes_per_token
 from capgap.pipeline.plan.sizes import ModelSize, model_size
 from capgap.pipeline.plan.text import bytes_per_token, text_bytes
@@ -80,7 +81,9 @@ class RunWork:
                 each = self.run.corpus.seq_len * self.num_models
                 value = None if sequences.value is None else sequences.value * each
                 return Figure(value=value, source=f"{self.num_models} models")
-            case "student" | "report":
+            case "answers":
+                return answer_tokens(self.run)
+            case "student" | "judge" | "report":
                 return Figure(value=0, source="none")
             case _:
                 return _NOT_PLANNED
@@ -97,8 +100,8 @@ class RunWork:
             case "teacher" | "student" | "train":
                 size = self.teacher if stage == "teacher" else self.student
                 return Figure(value=size.saved_bytes, source=f"4 bytes a parameter, by {size.where}")
-            case "eval" | "report":
-                return Figure(value=0, source="a page or a table, not counted")
+            case "eval" | "answers" | "judge" | "report":
+                return Figure(value=0, source="a page, a table or texts, not counted")
             case _:
                 return _NOT_PLANNED
 
@@ -116,7 +119,7 @@ class RunWork:
                 value = None if self.vocab_size is None else rows * self.vocab_size * _FLOAT32_BYTES
                 how = "the teacher's distributions, in float32"
                 return Figure(value=value, source=how if value is not None else "needs the tokenizer")
-            case "corpus" | "cache" | "student" | "report":
+            case "corpus" | "cache" | "student" | "answers" | "judge" | "report":
                 return Figure(value=0, source="none")
             case _:
                 return _NOT_PLANNED

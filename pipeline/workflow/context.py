@@ -15,14 +15,18 @@ from capgap.schemas.errors import InputError
 from capgap.schemas.manifest import Manifest, ShardSet
 from capgap.schemas.run_file import RunFile
 
-StageName = Literal["corpus", "teacher", "cache", "student", "train", "eval", "report"]
+StageName = Literal["corpus", "teacher", "cache", "student", "train", "eval", "answers", "judge", "report"]
 
-STAGES: tuple[StageName, ...] = ("corpus", "teacher", "cache", "student", "train", "eval", "report")
+STAGES: tuple[StageName, ...] = ("corpus", "teacher", "cache", "student", "train", "eval", "answers", "judge", "report")
+
+OPTIONAL_STAGES: frozenset[StageName] = frozenset({"answers", "judge"})
+"""Which a run has only where its file says so."""
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One run of a stage: `train` runs once per arm and seed, `student` once per seed, the others once."""
+    """One run of a stage: `train` runs once per arm and seed, `answers` also for the teacher, `student` once per seed,
+    the others once."""
 
     stage: StageName
     arm: str | None = None

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from capgap.pipeline.answers.questions import own_questions_digest
+from capgap.pipeline.judge.prompts import prompts_digest
 from capgap.pipeline.workflow.context import STAGES, Instance, StageName
 from capgap.schemas.errors import SettingError
+from capgap.schemas.results import TEACHER
 from capgap.schemas.run_file import RunFile
+
+# Stages that make the weights of an arm, each from those before it.
+_MAKERS = ("train", "tune")
 
 
 def instances(run: RunFile) -> list[Instance]:
@@ -43,6 +49,8 @@ def input_names(run: RunFile, instance: Instance) -> list[str]:
     seed = instance.seed
     students = [i.name for i in _all_instances(run) if i.stage == "student"]
     trained = [i.name for i in _all_instances(run) if i.stage == "train"]
+    answers = [i.name for i in _all_instances(run) if i.stage == "answers"]
+    judged = ["judge"] if run.judge is not None else []
     by_stage: dict[StageName, list[str]] = {
         "corpus": [],
         "teacher": ["corpus"],
@@ -50,7 +58,9 @@ def input_names(run: RunFile, instance: Instance) -> list[str]:
         "student": ["corpus"],
         "train": ["corpus", *_online_teacher(run, instance), "cache", Instance("student", seed=seed).name],
         "eval": ["corpus", "teacher", *trained],
-        "report": ["corpus", "teacher", "cache", *students, *trained, "eval"],
+        "answers": _answering(run, instance),
+        "judge": answers,
+        "report": ["corpus", "teacher", "cache", *students, *trained, "eval", *judged],
     }
     return by_stage[instance.stage]
 
@@ -85,16 +95,30 @@ def decisive_settings(run: RunFile, instance: Instance) -> dict[str, Any]:
             return {"train": run.train_settings(instance.arm).decisive(), "arm": instance.arm, "seed": instance.seed}
         case "eval":
             return {"eval": run.eval.decisive()}
+        case "answers":
+            assert run.judge is not None
+            own = {"own_questions": own_questions_digest()} if run.judge.questions is None else {}
+            return {"judge": run.judge.decisive_for_answers(), **own}
+        case "judge":
+            assert run.judge is not None
+            return {"judge": run.judge.decisive_for_verdicts(), "prompts": prompts_digest()}
         case "report":
             return {"name": run.name, "arms": sorted(run.arms)}
 
 
 def _online_teacher(run: RunFile, instance: Instance) -> list[str]:
     """The teacher, where the arm asks it rather than the cache."""
-    return ["teacher"] if instance.arm is not None and run.train_settings(instance.arm).needs_teacher else []
+    if instance.stage != "train":
+        return []
+    assert instance.arm is not None
+    return ["teacher"] if run.train_settings(instance.arm).needs_teacher else []
 
 
 def _all_instances(run: RunFile) -> list[Instance]:
+    return [*_before_answers(run), *_judging(run), Instance("report")]
+
+
+def _before_answers(run: RunFile) -> list[Instance]:
     return [
         Instance("corpus"),
         Instance("teacher"),
@@ -102,5 +126,28 @@ def _all_instances(run: RunFile) -> list[Instance]:
         *(Instance("student", seed=seed) for seed in run.seeds),
         *(Instance("train", arm=arm, seed=seed) for seed in run.seeds for arm in run.arms),
         Instance("eval"),
-        Instance("report"),
     ]
+
+
+def _final_models(run: RunFile) -> list[Instance]:
+    """What makes the students that a run ends with: of the stages that make their weights, the last."""
+    makers = [instance for instance in _before_answers(run) if instance.stage in _MAKERS]
+    last = max(makers, key=lambda instance: _MAKERS.index(instance.stage)).stage
+    return [instance for instance in makers if instance.stage == last]
+
+
+def _judging(run: RunFile) -> list[Instance]:
+    """What a judge needs: answers of every model, each in a process of its own, and its verdicts."""
+    if run.judge is None:
+        return []
+    teacher = [Instance("answers", arm=TEACHER)] if run.judge.teacher else []
+    students = [Instance("answers", arm=model.arm, seed=model.seed) for model in _final_models(run)]
+    return [*teacher, *students, Instance("judge")]
+
+
+def _answering(run: RunFile, instance: Instance) -> list[str]:
+    """What made the model that answers."""
+    if instance.seed is None:
+        return ["teacher"]
+    of = (instance.arm, instance.seed)
+    return [model.name for model in _final_models(run) if (model.arm, model.seed) == of]

@@ -12,6 +12,7 @@ from capgap.schemas.base import Record
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
 from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_judge import AnswerSettings, JudgeSettings
 from capgap.schemas.run_model import ModelShape, StudentSettings, TeacherSettings
 from capgap.schemas.run_optimization import OptimizationSettings
 from capgap.schemas.run_train import TrainSettings
@@ -66,6 +67,17 @@ LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight"}
         (ModelShape(), {}),
         (RunFile.model_validate(BASE), {"out": "elsewhere", "device": "cpu"}),
         (RunFile.model_validate(BASE).eval, {"batch_sequences": 7}),
+        (AnswerSettings(), {"gpu_memory_fraction": 0.5}),
+        (
+            JudgeSettings(model="one"),
+            {
+                "base_url": "http://elsewhere/v1",
+                "api_key_env": "OTHER_KEY",
+                "num_parallel": 7,
+                "timeout_s": 7.0,
+                "num_retries": 7,
+            },
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )
