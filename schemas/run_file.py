@@ -92,6 +92,8 @@ class RunFile(Record):
             _require_folder_name(name)
         for arm in self.arms:
             self.train_settings(arm)
+        if self.judge is not None:
+            self.judge.require_no_key()
         if self.judge is not None and self.judge.teacher and TEACHER in self.arms:
             raise ValueError(f"arms: found {TEACHER!r}, which the teacher is called beside the arms; rename the arm")
         return self

@@ -9,7 +9,7 @@ import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from capgap.schemas.base import OPERATIONAL, Record
 
@@ -24,28 +24,6 @@ MT_BENCH_TEMPERATURES = {
     "humanities": 0.1,
 }
 """At which MT-Bench has its eight categories answered (Zheng et al., 2023, arXiv:2306.05685)."""
-
-
-def _plain_url(url: str) -> str:
-    """The URL, if nothing in it can be a key: it is written into manifests. A refusal does not repeat it."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("base_url: found no such address, expected http://HOST/v1 or https://HOST/v1")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError(
-            "base_url: found a name, a password or a query in it, expected an address alone; "
-            "the key stands in the environment variable that api_key_env names"
-        )
-    return url.rstrip("/")
-
-
-def _variable_name(name: str) -> str:
-    """The name, if it is one. A refusal does not repeat it: it may be the key itself."""
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ValueError(
-            "api_key_env: found no name of an environment variable; the key itself stands in none of these"
-        )
-    return name
 
 
 Probability = Annotated[float, Field(gt=0, le=1)]
@@ -90,12 +68,10 @@ class JudgeSettings(Record):
     model: str = Field(min_length=1)
     """The judge, as its endpoint calls it."""
 
-    base_url: Annotated[str, AfterValidator(_plain_url)] = Field(
-        "http://localhost:8000/v1", json_schema_extra=OPERATIONAL
-    )
+    base_url: str = Field("http://localhost:8000/v1", json_schema_extra=OPERATIONAL)
     """Where an endpoint of OpenAI's form stands; the default is that of `vllm serve`."""
 
-    api_key_env: Annotated[str, AfterValidator(_variable_name)] = Field("OPENAI_API_KEY", json_schema_extra=OPERATIONAL)
+    api_key_env: str = Field("OPENAI_API_KEY", json_schema_extra=OPERATIONAL)
     """Environment variable that holds the key. The key itself is never written anywhere."""
 
     mode: Literal["single", "pairwise", "both"] = "single"
@@ -138,6 +114,22 @@ class JudgeSettings(Record):
     def modes(self) -> tuple[Literal["single", "pairwise"], ...]:
         """The kinds of verdict."""
         return ("single", "pairwise") if self.mode == "both" else (self.mode,)
+
+    def require_no_key(self) -> None:
+        """Raise ValueError where an address or a name could be, or hold, a key; what stands there is not repeated.
+
+        Called by the run file: an error that arises here would be told with what was found.
+        """
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("judge.base_url: expected http://HOST/v1 or https://HOST/v1")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError(
+                "judge.base_url: found more than an address, expected no name, no password and no query; "
+                "the key belongs into the environment variable that judge.api_key_env names"
+            )
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise ValueError("judge.api_key_env: expected the name of an environment variable, which holds the key")
 
     def decisive_for_answers(self) -> dict[str, Any]:
         """What decides the answers."""

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from capgap.pipeline.answers.chat import Chat, require_template
 from capgap.pipeline.answers.generators import BATCH_QUESTIONS, Generator, TransformersGenerator, VllmGenerator
+from capgap.pipeline.answers.kept import read_answers, write_answers
 from capgap.pipeline.answers.questions import read_questions
 from capgap.pipeline.models import model_path
 from capgap.pipeline.progress import progress
-from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.tokenizers import load_tokenizer
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
@@ -66,13 +66,13 @@ def run(context: StageContext) -> StageResult:
             try:
                 for number in missing:
                     answered = _answer(batches[number], chat, generator)
-                    _write(_path(folder, number), answered)
+                    write_answers(_path(folder, number), answered)
                     num_tokens = sum(reply.num_tokens for one in answered for reply in one.replies)
                     meter.advance(1, num_tokens)
             finally:
                 generator.close()
     everything = [one for number in range(len(batches)) for one in read_answers(_path(folder, number))]
-    _write(context.folder / ANSWERS_NAME, everything)
+    write_answers(context.folder / ANSWERS_NAME, everything)
     replies = [reply for one in everything for reply in one.replies]
     totals = {
         "questions": len(questions),
@@ -80,11 +80,6 @@ def run(context: StageContext) -> StageResult:
         "not_ended": sum(reply.finish != "stop" for reply in replies),
     }
     return StageResult(totals=totals)
-
-
-def read_answers(path: Path) -> tuple[Answered, ...]:
-    """The lines of an `answers.jsonl`."""
-    return tuple(Answered.model_validate_json(line) for line in path.read_bytes().splitlines())
 
 
 def _answer(questions: Sequence[Question], chat: Chat, generator: Generator) -> list[Answered]:
@@ -127,7 +122,3 @@ def _trusts(run: RunFile, instance: Instance) -> bool:
 
 def _path(folder: Path, number: int) -> Path:
     return folder / f"{number:04d}.jsonl"
-
-
-def _write(path: Path, answered: Sequence[Answered]) -> None:
-    write_atomically(path, "".join(one.model_dump_json() + "\n" for one in answered))

@@ -6,8 +6,9 @@ A file is named by a digest of the item and its prompt, so that whoever goes on 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Event
 
 from pydantic import ValidationError
 
@@ -42,13 +43,14 @@ def ask_about(tasks: Sequence[Task], endpoint: Endpoint, settings: JudgeSettings
     """
     found: dict[str, Verdict] = {}
     pool = ThreadPoolExecutor(settings.num_parallel, thread_name_prefix="judge")
-    waiting: dict[Future[Verdict], Task] = {}
+    stop = Event()
     try:
         with progress("judge", len(tasks), "verdicts") as meter:
-            waiting = {pool.submit(_ask_and_keep, task, endpoint, settings, folder): task for task in tasks}
+            waiting = {pool.submit(_ask_and_keep, task, endpoint, settings, folder, stop): task for task in tasks}
             for done in as_completed(waiting):
-                found[waiting[done].key] = done.result()
-                meter.advance()
+                if (verdict := done.result()) is not None:
+                    found[waiting[done].key] = verdict
+                    meter.advance()
         pool.shutdown()
     except Exception:
         # those under way may still come to an end, and are kept
@@ -81,8 +83,15 @@ def with_what_is_kept(error: MachineError, num_kept: int, num_all: int) -> Machi
     )
 
 
-def _ask_and_keep(task: Task, endpoint: Endpoint, settings: JudgeSettings, folder: Path) -> Verdict:
-    verdict = _ask(task, endpoint, settings.num_asks)
+def _ask_and_keep(task: Task, endpoint: Endpoint, settings: JudgeSettings, folder: Path, stop: Event) -> Verdict | None:
+    """None where another request has failed in a way that ends the stage."""
+    if stop.is_set():
+        return None
+    try:
+        verdict = _ask(task, endpoint, settings.num_asks)
+    except BaseException:
+        stop.set()
+        raise
     if not _is_refused(verdict):
         _keep(folder, task, verdict)
     return verdict

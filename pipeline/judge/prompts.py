@@ -46,7 +46,7 @@ _REMINDER: dict[Kind, str] = {
 _LAYOUT = "1"
 
 _MARK = re.compile(r"\[\[([^\[\]]*)\]\]")
-_NUMBER = re.compile(r"\d{1,2}(\.\d+)?")
+_NUMBER = re.compile(r"[0-9]{1,2}(\.[0-9]+)?")
 _WINNERS: dict[str, Winner] = {"A": "first", "B": "second", "TIE": "tie"}
 _THOUGHTS_END = "</think>"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from capgap.pipeline.answers.stage import read_answers
+from capgap.pipeline.answers.kept import read_answers
 from capgap.pipeline.judge.asking import ask_about, kept_verdicts, with_what_is_kept
 from capgap.pipeline.judge.endpoint import Endpoint, key_of
 from capgap.pipeline.judge.items import Answers, Model, Task, tasks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -96,9 +96,9 @@ def test_vllm_s_likeliest_answers_are_those_of_transformers(
 
 @pytest.mark.slow
 def test_vllm_s_draws_follow_from_the_seed_whatever_stands_beside(vllm: VllmGenerator) -> None:
-    make: Callable[[int], list[Prompt]] = lambda seed: [
-        prompt(first, 1.0, seed + first) for first in range(10, 100, 10)
-    ]
-    first, again, other = (vllm.generate(make(seed)) for seed in (0, 0, 1))
+    def drawn(seed: int) -> list[Prompt]:
+        return [prompt(first, 1.0, seed + first) for first in range(10, 100, 10)]
+
+    first, again, other = (vllm.generate(drawn(seed)) for seed in (0, 0, 1))
     assert first == again != other
-    assert vllm.generate(make(0)[3:4]) == first[3:4]
+    assert vllm.generate(drawn(0)[3:4]) == first[3:4]

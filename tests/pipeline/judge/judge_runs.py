@@ -27,6 +27,7 @@ QUESTIONS: tuple[dict[str, Any], ...] = (
     {"question_id": "own", "category": "cooking", "turns": ["How is tea made?", "And coffee?"]},
 )
 MAX_TOKENS = 6
+KEY = "sk-0123456789abcdef"
 
 
 def tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
