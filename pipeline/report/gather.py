@@ -6,11 +6,13 @@ import csv
 import math
 from pathlib import Path
 
+from capgap.pipeline.report.frontier import run_frontier
 from capgap.pipeline.report.summary import CacheSummary, Curve, Gain, Report, StageLine, Table
 from capgap.pipeline.report.table import build_rows, cache_line
 from capgap.pipeline.report.verdict import gains, no_verdict, verdict
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
 from capgap.schemas.facts import CacheFacts
+from capgap.schemas.judge_results import JUDGE_NAME, JudgeResults
 from capgap.schemas.results import RESULTS_NAME, EvalResults
 
 _METRICS_NAME = "metrics.csv"
@@ -31,6 +33,8 @@ def gather(context: StageContext) -> Report:
         ),
         gains=found,
         results=results,
+        frontier=run_frontier(context, results),
+        judge=_judged(context),
         cache=cache,
         curves=_curves(context),
         stages=tuple(_stage_line(stage) for stage in context.inputs.values()),
@@ -48,6 +52,11 @@ def read_curve(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
                 tokens.append(int(num_tokens))
                 losses.append(float(loss))
     return tuple(tokens), tuple(losses)
+
+
+def _judged(context: StageContext) -> JudgeResults | None:
+    judge = context.inputs.get("judge")
+    return None if judge is None else JudgeResults.model_validate_json((judge.path / JUDGE_NAME).read_bytes())
 
 
 def _cache(cache: StageInput) -> CacheSummary:

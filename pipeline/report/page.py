@@ -8,6 +8,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from capgap.pipeline.report.charts import charts
+from capgap.pipeline.report.frontier_charts import frontier_charts
+from capgap.pipeline.report.judge_tables import judge_line, judge_tables
 from capgap.pipeline.report.summary import Report, StageLine
 from capgap.pipeline.report.table import HEADINGS, cells
 from capgap.schemas.facts import RecordingFacts
@@ -29,7 +31,9 @@ def render_page(report: Report) -> str:
         report=report,
         headings=HEADINGS,
         rows=[cells(row) for row in report.table.rows],
-        charts=charts(report),
+        charts=(*charts(report), *frontier_charts(report.frontier, report.results.arms)),
+        judge_tables=() if report.judge is None else judge_tables(report.judge),
+        judge_line="" if report.judge is None else judge_line(report.judge),
         stages=[(stage, duration(stage.wall_s), _own_versions(stage, common)) for stage in report.stages],
         common=_listed(common),
         facts=_facts(report),
