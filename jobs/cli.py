@@ -27,7 +27,9 @@ _HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
   student   the student's first weights
   train     train the student from the cache
   eval      measure teacher and students on held-out text
-  benchmark measure them on tasks of lm-eval, where the run file has `benchmarks`
+  benchmark measure them on tasks of lm-eval               (only with `benchmarks` in the run file)
+  answers   every model answers questions                  (only with `judge`)
+  judge     a language model judges the answers            (the same)
   report    one HTML page and one table
 
 Every setting of the run file is also a flag: `capgap run RUN.yaml --train.learning_rate 1e-3`.

@@ -99,7 +99,8 @@ class _Check:
         if isinstance(value, float) and not -float("inf") < value < float("inf"):
             raise self._at(where, SettingError("cannot be used", found=value, expected="a number that is finite"))
         try:
-            TypeAdapter(Annotated[info.annotation, Field(), *info.metadata]).validate_python(value)
+            setting: Any = Annotated[info.annotation, Field(), *info.metadata]
+            TypeAdapter(setting).validate_python(value)
         except ValidationError as error:
             raise self._at(where, error_of(error.errors())) from None
 

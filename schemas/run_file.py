@@ -18,8 +18,11 @@ from capgap.schemas.run_benchmark import BenchmarkSettings
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
 from capgap.schemas.run_eval import EvalSettings
+from capgap.schemas.run_judge import JudgeSettings
 from capgap.schemas.run_model import StudentSettings, TeacherSettings
 from capgap.schemas.run_train import TrainSettings
+
+_OPTIONAL = ("benchmarks", "judge")
 
 ReusableStage = Literal["corpus", "teacher", "cache"]
 
@@ -67,6 +70,9 @@ class RunFile(Record):
     benchmarks: BenchmarkSettings | None = None
     """Tasks of lm-eval that models are measured on; none where the section is left out."""
 
+    judge: JudgeSettings | None = None
+    """Who judges the models' answers to questions; leave it out for none."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
@@ -79,12 +85,16 @@ class RunFile(Record):
             self.train_settings(arm)
         if self.benchmarks is not None and self.benchmarks.teacher and TEACHER in self.arms:
             raise ValueError(f"arms: found {TEACHER!r}, expected another name where benchmarks measure the teacher")
+        if self.judge is not None:
+            self.judge.require_no_key()
+        if self.judge is not None and self.judge.teacher and TEACHER in self.arms:
+            raise ValueError(f"arms: found {TEACHER!r}, which the teacher is called beside the arms; rename the arm")
         return self
 
     def decisive(self) -> dict[str, Any]:
-        """As for every record, and nothing of benchmarks where there are none."""
+        """As for every record, and nothing of the sections that are left out."""
         values = super().decisive()
-        return {name: value for name, value in values.items() if name != "benchmarks" or value is not None}
+        return {name: value for name, value in values.items() if name not in _OPTIONAL or value is not None}
 
     def train_settings(self, arm: str) -> TrainSettings:
         """The settings of `train` with the arm's own in their place.

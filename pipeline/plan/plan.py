@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from capgap.pipeline.plan.break_even import break_even
+from capgap.pipeline.plan.judging import judge_requests
 from capgap.pipeline.plan.laws import published_laws
 from capgap.pipeline.plan.rates import Stated, rate_of
 from capgap.pipeline.plan.work import RunWork, work_of
@@ -44,6 +45,8 @@ def make_plan(
         notes.append(f"reused: {', '.join(run.reuse)}")
     if run.cache.replicas > 1:
         notes.append(f"device hours of the cache are of all {run.cache.replicas} replicas together")
+    if run.judge is not None:
+        notes.append(f"the judge is asked {judge_requests(run):,} times, if each of its replies can be read")
     if not all(figure.value is not None for stage in stages for figure in (stage.tokens,)):
         notes.append("some numbers of tokens are not known; what depends on them is left out")
     return Plan(

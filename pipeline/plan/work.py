@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from capgap.pipeline.corpus.split import SPLITS
+from capgap.pipeline.plan.judging import answer_tokens
 from capgap.pipeline.plan.measured import cache_bytes_per_token, corpus_bytes_per_token, text_bytes_per_token
 from capgap.pipeline.plan.sizes import ModelSize, model_size, pruned_size
 from capgap.pipeline.plan.text import bytes_per_token, text_bytes
@@ -82,7 +83,9 @@ class RunWork:
                 return Figure(value=value, source=f"{self.num_models} models")
             case "student" if self.run.student.prune is not None:
                 return Figure(value=0, source="the passes that score the teacher's parts are not counted")
-            case "student" | "report":
+            case "answers":
+                return answer_tokens(self.run)
+            case "student" | "judge" | "report":
                 return Figure(value=0, source="none")
             case _:
                 return _NOT_PLANNED
@@ -99,8 +102,8 @@ class RunWork:
             case "teacher" | "student" | "train":
                 size = self.teacher if stage == "teacher" else self.student
                 return Figure(value=size.saved_bytes, source=f"4 bytes a parameter, by {size.where}")
-            case "eval" | "report":
-                return Figure(value=0, source="a page or a table, not counted")
+            case "eval" | "answers" | "judge" | "report":
+                return Figure(value=0, source="a page, a table or texts, not counted")
             case _:
                 return _NOT_PLANNED
 
@@ -118,7 +121,7 @@ class RunWork:
                 value = None if self.vocab_size is None else rows * self.vocab_size * _FLOAT32_BYTES
                 how = "the teacher's distributions, in float32"
                 return Figure(value=value, source=how if value is not None else "needs the tokenizer")
-            case "corpus" | "cache" | "student" | "report":
+            case "corpus" | "cache" | "student" | "answers" | "judge" | "report":
                 return Figure(value=0, source="none")
             case _:
                 return _NOT_PLANNED

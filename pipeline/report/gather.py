@@ -7,12 +7,14 @@ import math
 from pathlib import Path
 
 from capgap.pipeline.report.benchmarks import benchmarks
+from capgap.pipeline.report.frontier import run_frontier
 from capgap.pipeline.report.nearness import nearness_lines
 from capgap.pipeline.report.summary import CacheSummary, Curve, Gain, Report, StageLine, Table
 from capgap.pipeline.report.table import build_rows, cache_line
 from capgap.pipeline.report.verdict import gains, no_verdict, verdict
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
 from capgap.schemas.facts import CacheFacts
+from capgap.schemas.judge_results import JUDGE_NAME, JudgeResults
 from capgap.schemas.results import RESULTS_NAME, EvalResults
 
 _METRICS_NAME = "metrics.csv"
@@ -34,6 +36,8 @@ def gather(context: StageContext) -> Report:
         ),
         gains=found,
         results=results,
+        frontier=run_frontier(context, results),
+        judge=_judged(context),
         cache=cache,
         curves=_curves(context),
         stages=tuple(_stage_line(stage) for stage in context.inputs.values()),
@@ -51,6 +55,11 @@ def read_curve(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
                 tokens.append(int(num_tokens))
                 losses.append(float(loss))
     return tuple(tokens), tuple(losses)
+
+
+def _judged(context: StageContext) -> JudgeResults | None:
+    judge = context.inputs.get("judge")
+    return None if judge is None else JudgeResults.model_validate_json((judge.path / JUDGE_NAME).read_bytes())
 
 
 def _cache(cache: StageInput) -> CacheSummary:

@@ -9,6 +9,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from capgap.pipeline.report.benchmarks import benchmark_cells, benchmark_headings
 from capgap.pipeline.report.charts import charts
+from capgap.pipeline.report.frontier_charts import frontier_charts
+from capgap.pipeline.report.judge_tables import judge_line, judge_tables
 from capgap.pipeline.report.nearness import DIFFERENCE_HEADINGS, difference_rows
 from capgap.pipeline.report.summary import Report, StageLine
 from capgap.pipeline.report.table import HEADINGS, cells
@@ -32,9 +34,11 @@ def render_page(report: Report) -> str:
         headings=HEADINGS,
         rows=[cells(row) for row in report.table.rows],
         benchmarks=_benchmarks(report),
-        charts=charts(report),
+        charts=(*charts(report), *frontier_charts(report.frontier, report.results.arms)),
         difference_headings=DIFFERENCE_HEADINGS,
         differences=difference_rows(report.results),
+        judge_tables=() if report.judge is None else judge_tables(report.judge),
+        judge_line="" if report.judge is None else judge_line(report.judge),
         stages=[(stage, duration(stage.wall_s), _own_versions(stage, common)) for stage in report.stages],
         common=_listed(common),
         facts=_facts(report),

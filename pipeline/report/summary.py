@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from capgap.pipeline.report.frontier import RunFrontier
 from capgap.schemas.base import Record
 from capgap.schemas.facts import CacheFacts
+from capgap.schemas.judge_results import JudgeResults
 from capgap.schemas.results import EvalResults, Interval
 from capgap.schemas.run_cache import RecordingName
 
@@ -209,6 +211,12 @@ class Report(Record):
 
     results: EvalResults
     """As measured."""
+
+    frontier: RunFrontier
+    """Compute against quality."""
+
+    judge: JudgeResults | None
+    """The judge's ratings and comparisons; None where the run has no judge."""
 
     cache: CacheSummary
     """The cache behind the students."""

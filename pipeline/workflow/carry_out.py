@@ -45,7 +45,9 @@ from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
 from capgap.schemas.run_file import RunFile
 
 # These put a model on a device; the others only read and write files.
-_STAGES_WITH_A_MODEL: frozenset[StageName] = frozenset({"teacher", "cache", "student", "train", "eval", "benchmark"})
+_STAGES_WITH_A_MODEL: frozenset[StageName] = frozenset(
+    {"teacher", "cache", "student", "train", "eval", "benchmark", "answers"}
+)
 
 
 def carry_out(

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from capgap.pipeline.answers.questions import own_questions_digest
+from capgap.pipeline.judge.prompts import prompts_digest
 from capgap.pipeline.workflow.context import STAGES, Instance, StageName
 from capgap.schemas.errors import SettingError
 from capgap.schemas.results import TEACHER
 from capgap.schemas.run_file import RunFile
+
+# Stages that make the weights of an arm, each from those before it.
+_MAKERS = ("train", "tune")
 
 
 def instances(run: RunFile) -> list[Instance]:
@@ -53,6 +58,8 @@ def input_names(run: RunFile, instance: Instance) -> list[str]:
     students = [i.name for i in _all_instances(run) if i.stage == "student"]
     trained = [i.name for i in _all_instances(run) if i.stage == "train"]
     measured = [i.name for i in _benchmarks(run)]
+    answers = [i.name for i in _all_instances(run) if i.stage == "answers"]
+    judged = ["judge"] if run.judge is not None else []
     by_stage: dict[StageName, list[str]] = {
         "corpus": [],
         "teacher": ["corpus"],
@@ -60,8 +67,10 @@ def input_names(run: RunFile, instance: Instance) -> list[str]:
         "student": ["corpus", *_pruned_teacher(run)],
         "train": ["corpus", *_online_teacher(run, instance), "cache", Instance("student", seed=seed).name],
         "eval": ["corpus", *_measured_teacher(run), "cache", *trained],
-        "benchmark": ["teacher" if seed is None else Instance("train", instance.arm, seed).name],
-        "report": ["corpus", *_measured_teacher(run), "cache", *students, *trained, "eval", *measured],
+        "benchmark": _measured_or_asked(run, instance),
+        "answers": _measured_or_asked(run, instance),
+        "judge": answers,
+        "report": ["corpus", *_measured_teacher(run), "cache", *students, *trained, "eval", *measured, *judged],
     }
     return by_stage[instance.stage]
 
@@ -107,6 +116,13 @@ def decisive_settings(run: RunFile, instance: Instance) -> dict[str, Any]:
         case "benchmark":
             assert run.benchmarks is not None
             return {"benchmarks": run.benchmarks.decisive()}
+        case "answers":
+            assert run.judge is not None
+            own = {"own_questions": own_questions_digest()} if run.judge.questions is None else {}
+            return {"judge": run.judge.decisive_for_answers(), **own}
+        case "judge":
+            assert run.judge is not None
+            return {"judge": run.judge.decisive_for_verdicts(), "prompts": prompts_digest()}
         case "report":
             return {"name": run.name, "arms": sorted(run.arms)}
 
@@ -128,6 +144,10 @@ def _measured_teacher(run: RunFile) -> list[str]:
 
 
 def _all_instances(run: RunFile) -> list[Instance]:
+    return [*_before_answers(run), *_judging(run), Instance("report")]
+
+
+def _before_answers(run: RunFile) -> list[Instance]:
     return [
         Instance("corpus"),
         Instance("teacher"),
@@ -136,8 +156,14 @@ def _all_instances(run: RunFile) -> list[Instance]:
         *(Instance("train", arm=arm, seed=seed) for seed in run.seeds for arm in run.arms),
         Instance("eval"),
         *_benchmarks(run),
-        Instance("report"),
     ]
+
+
+def _final_models(run: RunFile) -> list[Instance]:
+    """What makes the students that a run ends with: of the stages that make their weights, the last."""
+    makers = [instance for instance in _before_answers(run) if instance.stage in _MAKERS]
+    last = max(makers, key=lambda instance: _MAKERS.index(instance.stage)).stage
+    return [instance for instance in makers if instance.stage == last]
 
 
 def _benchmarks(run: RunFile) -> list[Instance]:
@@ -146,3 +172,20 @@ def _benchmarks(run: RunFile) -> list[Instance]:
         return []
     teacher = [Instance("benchmark", arm=TEACHER)] if run.benchmarks.teacher else []
     return [*teacher, *(Instance("benchmark", arm=arm, seed=seed) for seed in run.seeds for arm in run.arms)]
+
+
+def _judging(run: RunFile) -> list[Instance]:
+    """What a judge needs: answers of every model, each in a process of its own, and its verdicts."""
+    if run.judge is None:
+        return []
+    teacher = [Instance("answers", arm=TEACHER)] if run.judge.teacher else []
+    students = [Instance("answers", arm=model.arm, seed=model.seed) for model in _final_models(run)]
+    return [*teacher, *students, Instance("judge")]
+
+
+def _measured_or_asked(run: RunFile, instance: Instance) -> list[str]:
+    """What made the model that is measured on tasks, or answers."""
+    if instance.seed is None:
+        return ["teacher"]
+    of = (instance.arm, instance.seed)
+    return [model.name for model in _final_models(run) if (model.arm, model.seed) == of]

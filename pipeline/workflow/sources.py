@@ -18,7 +18,7 @@ def source_paths(run: RunFile, instance: Instance) -> list[Path]:
     """The files outside the run that the instance reads; none for a Hugging Face id and for builtin text.
 
     Raises:
-        InputError: a source of the corpus does not exist.
+        InputError: a source of the corpus, or the file of questions, does not exist.
     """
     match instance.stage:
         case "corpus":
@@ -35,6 +35,8 @@ def source_paths(run: RunFile, instance: Instance) -> list[Path]:
             from capgap.pipeline.benchmark.own_tasks import task_files
 
             return task_files(Path(run.benchmarks.include_path))
+        case "answers":
+            return _questions_file(run)
         case _:
             return []
 
@@ -80,3 +82,13 @@ def _model_files(path: str | None) -> list[Path]:
     if folder is None or not folder.is_dir():
         return []
     return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in _MODEL_SUFFIXES)
+
+
+def _questions_file(run: RunFile) -> list[Path]:
+    """Capgap's own are none: a digest of them is among the settings."""
+    if run.judge is None or run.judge.questions is None:
+        return []
+    path = Path(run.judge.questions)
+    if not path.is_file():
+        raise InputError("no such file", where=f"judge.questions: {path}", expected="questions as JSONL")
+    return [path]

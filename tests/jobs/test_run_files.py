@@ -16,7 +16,7 @@ from capgap.jobs.law import COMMANDS
 from capgap.jobs.plan import plan_parser
 from capgap.pipeline.prune.cut import pruned_config
 from capgap.pipeline.prune.shapes import shape_of, target_shape
-from capgap.pipeline.workflow.context import STAGES
+from capgap.pipeline.workflow.context import OPTIONAL_STAGES, STAGES
 from capgap.pipeline.workflow.graph import instances
 from capgap.schemas.run_file import RunFile
 
@@ -45,7 +45,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
 def test_a_shipped_run_file_parses_and_names_every_stage(path: Path) -> None:
     run = RunFile.model_validate(yaml.safe_load(path.read_text()))
-    assert {instance.stage for instance in instances(run)} >= set(STAGES) - {"benchmark"}
+    assert {instance.stage for instance in instances(run)} >= set(STAGES) - OPTIONAL_STAGES
 
 
 def test_the_demo_the_one_gpu_run_and_the_paper_s_shape_are_shipped() -> None:

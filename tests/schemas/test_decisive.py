@@ -14,6 +14,7 @@ from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
 from capgap.schemas.run_eval import EvalSettings, SpeculativeSettings
 from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_judge import AnswerSettings, JudgeSettings
 from capgap.schemas.run_model import ModelShape, StudentSettings, TeacherSettings
 from capgap.schemas.run_optimization import OptimizationSettings
 from capgap.schemas.run_prune import PruneSettings
@@ -23,7 +24,7 @@ BASE: dict[str, Any] = {"name": "tried", "out": "runs/tried", "teacher": {"model
 
 
 # Their default decides nothing, so that students from before the choice stay current; see the tests of each.
-LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight", "benchmarks"}
+LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight", "benchmarks", "judge"}
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,17 @@ LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight", "benchmarks"}
         (
             BenchmarkSettings(tasks={"mmlu": BenchmarkTask()}, include_path="tasks"),
             {"teacher": False, "trust_task_code": True, "allow_code_execution": True, "batch_sequences": 7},
+        ),
+        (AnswerSettings(), {"gpu_memory_fraction": 0.5}),
+        (
+            JudgeSettings(model="one"),
+            {
+                "base_url": "http://elsewhere/v1",
+                "api_key_env": "OTHER_KEY",
+                "num_parallel": 7,
+                "timeout_s": 7.0,
+                "num_retries": 7,
+            },
         ),
     ],
     ids=lambda value: type(value).__name__,

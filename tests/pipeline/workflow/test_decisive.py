@@ -16,6 +16,7 @@ FROM_TEACHER = {"teacher", "cache", "train", "eval", "report"}
 FROM_CACHE = {"cache", "train", "eval", "report"}
 FROM_STUDENT = {"student", "train", "eval", "report"}
 FROM_TRAIN = {"train", "eval", "report"}
+FROM_ANSWERS = {"answers", "judge", "report"}
 
 # Setting, a value other than its default and than the run file's, and the stages that are made again for it.
 SHAPE: dict[str, Any] = {
@@ -142,6 +143,26 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("eval.speculative.num_prompt_tokens", 7, {"eval", "report"}),
     ("eval.speculative.num_new_tokens", 7, {"eval", "report"}),
     ("eval.speculative.gpu_memory_fraction", 0.5, set()),
+    ("judge.model", "other", {"judge", "report"}),
+    ("judge.base_url", "http://elsewhere/v1", set()),
+    ("judge.api_key_env", "OTHER_KEY", set()),
+    ("judge.mode", "both", {"judge", "report"}),
+    ("judge.questions", "other.jsonl", FROM_ANSWERS),
+    ("judge.answers.engine", "transformers", FROM_ANSWERS),
+    ("judge.answers.dtype", "float32", FROM_ANSWERS),
+    ("judge.answers.max_tokens", 7, FROM_ANSWERS),
+    ("judge.answers.temperatures", {"math": 0.1}, FROM_ANSWERS),
+    ("judge.answers.temperature", 0.1, FROM_ANSWERS),
+    ("judge.answers.top_p", 0.5, FROM_ANSWERS),
+    ("judge.answers.seed", 1, FROM_ANSWERS),
+    ("judge.answers.gpu_memory_fraction", 0.5, set()),
+    ("judge.temperature", 1.0, {"judge", "report"}),
+    ("judge.max_tokens", 7, {"judge", "report"}),
+    ("judge.num_asks", 7, {"judge", "report"}),
+    ("judge.num_bootstrap", 700, {"judge", "report"}),
+    ("judge.num_parallel", 7, set()),
+    ("judge.timeout_s", 7.0, set()),
+    ("judge.num_retries", 7, set()),
 ]
 # What else must be set for the setting above to be allowed, in the run file before and after.
 BESIDE = {f"cache.{name}": {"cache.recording": "topk"} for name in ("num_kept", "profile", "extra_temperatures")}
@@ -151,6 +172,7 @@ PRUNED = {"student.model": None, "student.prune": {}}
 BESIDE |= {path: PRUNED for path, _, _ in TABLE if path.startswith("student.prune.")}
 BESIDE["train.jsd_beta"] = {"train.divergence": "jsd"}
 BESIDE["train.own_weight"] = {"train.caches": {"draws": {}}}
+BESIDE |= {row[0]: {"judge.model": "one"} for row in TABLE if row[0].startswith("judge.")}
 BESIDE["train.alpha_schedule"] = {"train.final_alpha": 0.5}
 for _stage in ("train", "teacher.training"):
     BESIDE |= {f"{_stage}.{name}": {f"{_stage}.schedule": "wsd"} for name in ("decay_fraction", "decay_shape")}
@@ -160,7 +182,7 @@ _tasks = {"benchmarks.tasks": {"mmlu": {}}}
 BESIDE |= {row[0]: _tasks for row in TABLE if row[0].startswith("benchmarks.")}
 BESIDE["benchmarks.trust_task_code"] = {**_tasks, "benchmarks.include_path": "tasks"}
 REPLACES = {"teacher.path": GIVEN_TEACHER, "student.path": {"student.model": None}}
-STRUCTURE = {"seeds", "arms", "reuse", "benchmarks.teacher"}  # each has tests of its own below
+STRUCTURE = {"seeds", "arms", "reuse", "benchmarks.teacher", "judge.teacher"}  # each has tests of its own below
 
 
 def _identities(run: RunFile) -> dict[str, str]:
@@ -285,3 +307,24 @@ def test_the_order_of_arms_and_seeds_changes_no_training(make_run) -> None:
     old = _identities(make_run())
     new = _identities(make_run({"seeds": [1, 0], "arms": {"cross_entropy": {"alpha": 0}, "distilled": {}}}))
     assert old == new
+
+
+def test_a_judge_adds_stages_and_leaves_the_others_but_the_report_as_they_are(make_run) -> None:
+    old, new = _identities(make_run()), _identities(make_run({"judge.model": "one"}))
+    answers = {f"answers/{arm}/seed-{seed}" for arm in ("distilled", "cross_entropy") for seed in (0, 1)}
+    assert set(new) - set(old) == {"answers/teacher", *answers, "judge"}
+    assert {name for name in old if old[name] != new[name]} == {"report"}
+
+
+def test_without_the_teacher_s_answers_its_students_answer_as_before(make_run) -> None:
+    old = _identities(make_run({"judge.model": "one"}))
+    new = _identities(make_run({"judge.model": "one", "judge.teacher": False}))
+    assert set(old) - set(new) == {"answers/teacher"}
+    assert {name for name in new if old[name] != new[name]} == {"judge", "report"}
+
+
+def test_a_model_s_answers_follow_from_that_model_alone(make_run) -> None:
+    judge = {"judge.model": "one"}
+    changed = _changed(make_run(judge), make_run(judge | {"arms.distilled": {"alpha": 0.9}}))
+    answers = {f"answers/distilled/seed-{seed}" for seed in (0, 1)}
+    assert answers | {"judge"} == {name for name in changed if name.startswith(("answers", "judge"))}

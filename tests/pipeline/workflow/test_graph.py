@@ -114,7 +114,7 @@ def test_downstream_is_what_depends_on_it_in_order(make_run, pattern: str, missi
 
 
 def test_every_stage_of_the_graph_has_decisive_settings(make_run) -> None:
-    run = make_run({"benchmarks.tasks": {"mmlu": {}}})
+    run = make_run({"benchmarks.tasks": {"mmlu": {}}, "judge.model": "one"})
     assert [stage for stage in STAGES if stage not in {i.stage for i in instances(run)}] == []
     assert all(decisive_settings(run, instance) for instance in instances(run))
 
@@ -137,3 +137,15 @@ def test_an_arm_may_not_take_the_teacher_s_place_among_benchmarks(make_run) -> N
     with pytest.raises(ValueError, match="arms: found 'teacher', expected another name"):
         make_run(tasks | {"arms": {"teacher": {}}})
     make_run(tasks | {"arms": {"teacher": {}}, "benchmarks.teacher": False})
+
+
+def test_each_final_model_answers_and_the_judge_reads_all_answers(make_run) -> None:
+    run = make_run({"judge.model": "one", "seeds": [0]})
+    judging = {i.name: input_names(run, i) for i in instances(run) if i.stage in ("answers", "judge")}
+    assert judging == {
+        "answers/teacher": ["teacher"],
+        "answers/distilled/seed-0": ["train/distilled/seed-0"],
+        "answers/cross_entropy/seed-0": ["train/cross_entropy/seed-0"],
+        "judge": ["answers/teacher", "answers/distilled/seed-0", "answers/cross_entropy/seed-0"],
+    }
+    assert "judge" in input_names(run, Instance("report"))
