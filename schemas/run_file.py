@@ -17,6 +17,7 @@ from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
 from capgap.schemas.run_model import StudentSettings, TeacherSettings
 from capgap.schemas.run_train import TrainSettings
+from capgap.schemas.run_tune import TuneSettings
 
 ReusableStage = Literal["corpus", "teacher", "cache"]
 
@@ -73,6 +74,9 @@ class RunFile(Record):
 
     arms: dict[str, dict[str, Any]] = Field(default={"distilled": {}})
     """Variants of `train`, each with the settings in which it differs, for example `cross_entropy: {alpha: 0}`."""
+
+    tune: TuneSettings | None = None
+    """How trained students become chat models; left out, there is no such stage."""
 
     eval: EvalSettings = Field(default_factory=EvalSettings)
     """How models are measured."""

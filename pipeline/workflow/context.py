@@ -15,14 +15,14 @@ from capgap.schemas.errors import InputError
 from capgap.schemas.manifest import Manifest, ShardSet
 from capgap.schemas.run_file import RunFile
 
-StageName = Literal["corpus", "teacher", "cache", "student", "train", "eval", "report"]
+StageName = Literal["corpus", "teacher", "cache", "student", "train", "tune", "eval", "report"]
 
-STAGES: tuple[StageName, ...] = ("corpus", "teacher", "cache", "student", "train", "eval", "report")
+STAGES: tuple[StageName, ...] = ("corpus", "teacher", "cache", "student", "train", "tune", "eval", "report")
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One run of a stage: `train` runs once per arm and seed, `student` once per seed, the others once."""
+    """One run of a stage: `train` and `tune` run once per arm and seed, `student` once per seed, the others once."""
 
     stage: StageName
     arm: str | None = None

@@ -49,6 +49,7 @@ def input_names(run: RunFile, instance: Instance) -> list[str]:
         "cache": ["corpus", "teacher"],
         "student": ["corpus"],
         "train": ["corpus", *_online_teacher(run, instance), "cache", Instance("student", seed=seed).name],
+        "tune": _tuned(run, instance),
         "eval": ["corpus", "teacher", *trained],
         "report": ["corpus", "teacher", "cache", *students, *trained, "eval"],
     }
@@ -83,6 +84,9 @@ def decisive_settings(run: RunFile, instance: Instance) -> dict[str, Any]:
         case "train":
             assert instance.arm is not None
             return {"train": run.train_settings(instance.arm).decisive(), "arm": instance.arm, "seed": instance.seed}
+        case "tune":
+            assert run.tune is not None
+            return {"tune": run.tune.decisive(), "arm": instance.arm, "seed": instance.seed}
         case "eval":
             return {"eval": run.eval.decisive()}
         case "report":
@@ -94,6 +98,20 @@ def _online_teacher(run: RunFile, instance: Instance) -> list[str]:
     return ["teacher"] if instance.arm is not None and run.train_settings(instance.arm).needs_teacher else []
 
 
+def _tuned(run: RunFile, instance: Instance) -> list[str]:
+    """The student that is tuned; none where a model is given."""
+    is_given = run.tune is not None and run.tune.path is not None
+    return [] if is_given else [Instance("train", arm=instance.arm, seed=instance.seed).name]
+
+
+def _tune_instances(run: RunFile) -> list[Instance]:
+    if run.tune is None:
+        return []
+    # a given model is the same in every arm
+    arms = [None] if run.tune.path is not None else list(run.arms)
+    return [Instance("tune", arm=arm, seed=seed) for seed in run.seeds for arm in arms]
+
+
 def _all_instances(run: RunFile) -> list[Instance]:
     return [
         Instance("corpus"),
@@ -101,6 +119,7 @@ def _all_instances(run: RunFile) -> list[Instance]:
         Instance("cache"),
         *(Instance("student", seed=seed) for seed in run.seeds),
         *(Instance("train", arm=arm, seed=seed) for seed in run.seeds for arm in run.arms),
+        *_tune_instances(run),
         Instance("eval"),
         Instance("report"),
     ]
