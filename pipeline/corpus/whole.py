@@ -8,17 +8,65 @@ Legend: B rows, L targets a row.
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from capgap.pipeline.corpus.conversations import ChatFormat, Turns
 from capgap.pipeline.corpus.pack import Encoded
+from capgap.pipeline.corpus.sources import Document
+from capgap.pipeline.progress import progress
 from capgap.schemas.records import Sequences
 
+_LOG = logging.getLogger("capgap")
 
-def in_whole_rows(conversations: Sequence[Encoded], seq_len: int, fill_id: int, packing: bool) -> Sequences:
+
+@dataclass(frozen=True)
+class WholeConversations:
+    """Conversations in tokens.
+
+    Attributes:
+        rows: of each conversation one, or several where answers need prompts of their own.
+        num_conversations: in them.
+        num_answers: in them.
+        num_dropped_conversations: of which no answer ends within a row.
+        num_dropped_answers: that do not, or come after one that does not.
+    """
+
+    rows: list[Encoded]
+    num_conversations: int
+    num_answers: int
+    num_dropped_conversations: int
+    num_dropped_answers: int
+
+
+def encode_whole(chat: ChatFormat, documents: Sequence[Document], seq_len: int, title: str) -> WholeConversations:
+    """Tokens of conversations, of which each fits into a row of `seq_len + 1`; what is left out is counted and said.
+
+    Raises:
+        InputError: a conversation cannot be used.
+    """
+    made: list[Turns] = []
+    with progress(title, len(documents), "conversations") as meter:
+        for document in documents:
+            made.append(chat.encode(document, seq_len + 1))
+            meter.advance(tokens=sum(len(row.ids) for row in made[-1].rows))
+    num_empty = sum(not turns.rows for turns in made)
+    num_dropped = sum(turns.num_dropped for turns in made)
+    if num_dropped:
+        text = "%s: %d answers do not end within a row of %d and were left out, with them %d whole conversations"
+        _LOG.warning(text, title, num_dropped, seq_len, num_empty)
+    rows = [row for turns in made for row in turns.rows]
+    return WholeConversations(
+        rows, len(made) - num_empty, sum(turns.num_answers for turns in made), num_empty, num_dropped
+    )
+
+
+def in_whole_rows(conversations: Sequence[Encoded], seq_len: int, fill_id: int, packing: bool = True) -> Sequences:
     """Rows of `seq_len + 1` tokens.
 
     Args:

@@ -7,9 +7,9 @@ from importlib.metadata import version
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from transformers import PreTrainedTokenizerBase
 
 from capgap.pipeline.train.model_card import escaped, is_id
+from capgap.pipeline.tune.lesson import Lesson
 from capgap.pipeline.workflow.context import StageContext
 from capgap.schemas.facts import ModelFacts
 from capgap.schemas.run_tune import TuneSettings
@@ -25,8 +25,7 @@ def chat_card(
     context: StageContext,
     settings: TuneSettings,
     before: str,
-    template: str,
-    tokenizer: PreTrainedTokenizerBase,
+    lesson: Lesson,
     facts: ModelFacts,
     totals: Mapping[str, Any],
 ) -> str:
@@ -36,8 +35,7 @@ def chat_card(
         context: of the tune stage.
         settings: of it.
         before: folder or id of the model that was tuned.
-        template: its name.
-        tokenizer: with the template.
+        lesson: tokenizer, template and what was learnt from.
         facts: of the tuned model.
         totals: of the stage.
     """
@@ -46,11 +44,11 @@ def chat_card(
     lines = {
         "model before": before,
         "conversations": _data(settings, totals),
-        "chat template": template,
+        "chat template": lesson.template,
         "weights": "all"
         if lora is None
         else f"adapters of rank {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, merged",
-        "loss": _loss(settings),
+        "loss": _loss(settings, lesson),
         "optimization": f"{totals['num_steps']:,} steps of {settings.batch_sequences} rows ({totals['num_epochs']:g} "
         f"epochs), peak learning rate {settings.learning_rate:g}, {settings.precision}, seed {context.instance.seed}",
         "parameters": f"{facts.num_parameters:,} ({facts.num_non_embedding_parameters:,} without embedding and head)",
@@ -58,7 +56,7 @@ def chat_card(
         "held-out answers after": f"{totals['heldout_loss_after']:.6g} nats per token",
         "made by": f"capgap {version('capgap')}",
     }
-    example = tokenizer.apply_chat_template(list(_EXAMPLE), tokenize=False, add_generation_prompt=True)
+    example = lesson.format.tokenizer.apply_chat_template(list(_EXAMPLE), tokenize=False, add_generation_prompt=True)
     inputs = [
         f"| {role} | `{made.manifest.identity}` | `{made.manifest.content}` |" for role, made in context.inputs.items()
     ]
@@ -90,14 +88,21 @@ def chat_card(
 
 
 def _data(settings: TuneSettings, totals: Mapping[str, Any]) -> str:
+    if settings.cache is not None:
+        return f"{totals['num_train_rows']:,} rows of the cache {settings.cache}"
     said = f"{totals['num_train_conversations']:,} with {totals['num_train_answers']:,} answers"
     dropped = totals.get("num_train_dropped_answers", 0)
     left_out = f"; {dropped:,} answers do not end within {settings.max_len:,} tokens and were left out"
     return f"{', '.join(settings.sources)}: {said}{left_out if dropped else ''}"
 
 
-def _loss(settings: TuneSettings) -> str:
-    return "cross-entropy with the tokens of the answers"
+def _loss(settings: TuneSettings, lesson: Lesson) -> str:
+    plain = "cross-entropy with the tokens of the answers"
+    if lesson.cache is None:
+        return plain
+    loss, chosen = settings.loss_settings(), lesson.cache.chosen
+    kl = f"{loss.alpha:g} x {chosen.temperature:g}^2 x {loss.divergence} from the chat teacher ({chosen.recording})"
+    return kl if loss.alpha == 1 else f"{kl} + {1 - loss.alpha:g} x {plain}"
 
 
 def _head(name: str, before: str, totals: Mapping[str, Any]) -> str:

@@ -5,7 +5,6 @@ Whoever finds `work/rows.json` finds all shards: they are made once, whatever is
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +14,9 @@ import torch
 from pydantic import Field
 
 from capgap.pipeline.corpus.conversations import ChatFormat, messages_of
-from capgap.pipeline.corpus.pack import Encoded
 from capgap.pipeline.corpus.sources import Document, list_files, read_documents
-from capgap.pipeline.corpus.split import split_documents
-from capgap.pipeline.corpus.whole import in_whole_rows
-from capgap.pipeline.progress import progress
+from capgap.pipeline.corpus.split import Split, split_documents
+from capgap.pipeline.corpus.whole import encode_whole, in_whole_rows
 from capgap.pipeline.store import Block, ShardWriter, split_blocks
 from capgap.pipeline.store.codec import SEQUENCES, Codec
 from capgap.pipeline.store.files import write_atomically
@@ -32,10 +29,9 @@ from capgap.schemas.manifest import ShardSet
 from capgap.schemas.records import Sequences
 from capgap.schemas.run_tune import TuneSettings
 
-_LOG = logging.getLogger("capgap")
 _ROWS_NAME = "rows.json"
 _SHARD_ROWS = 1024
-_SPLITS = {"train": "student", "heldout": "heldout"}
+_SPLITS: dict[str, Split] = {"train": "student", "heldout": "heldout"}
 
 
 class ChatRows(Record):
@@ -99,10 +95,12 @@ def _make(context: StageContext, chat: ChatFormat, facts: TokenizerFacts) -> Cha
     sidecars = context.folder / WORK_FOLDER / "shards"
     sets, totals = {}, {"num_repeated_conversations": num_repeated}
     for name, split in _SPLITS.items():
-        encoded, counts = _encoded(chat, settings, name, documents[split])  # type: ignore[index]
+        with _as_of_tune():
+            made = encode_whole(chat, documents[split], settings.max_len, f"tune: tokenize {name}")
+        counts = {what.removeprefix("num_"): number for what, number in vars(made).items() if what != "rows"}
         totals |= {f"num_{name}_{what}": number for what, number in counts.items()}
-        rows = in_whole_rows(encoded, settings.max_len, facts.eos_id, settings.packing)
-        _require_rows(settings, name, rows, counts)
+        rows = in_whole_rows(made.rows, settings.max_len, facts.eos_id, settings.packing)
+        _require_rows(settings, name, rows, made.num_dropped_conversations)
         totals |= {f"num_{name}_rows": len(rows), f"num_{name}_labels": int(rows.mask_BL1.sum())}
         writer = ShardWriter(context.folder, sidecars, name, Codec(SEQUENCES, settings.max_len, facts.vocab_size))
         starts = range(0, len(rows), _SHARD_ROWS)
@@ -115,38 +113,16 @@ def _make(context: StageContext, chat: ChatFormat, facts: TokenizerFacts) -> Cha
     return ChatRows(shard_sets=sets, totals=totals)
 
 
-def _encoded(
-    chat: ChatFormat, settings: TuneSettings, name: str, documents: list[Document]
-) -> tuple[list[Encoded], dict[str, int]]:
-    rows: list[Encoded] = []
-    counts = {"conversations": 0, "answers": 0, "dropped_conversations": 0, "dropped_answers": 0}
-    with progress(f"tune: tokenize {name}", len(documents), "conversations") as meter:
-        for document in documents:
-            with _as_of_tune():
-                turns = chat.encode(document, settings.max_len + 1)
-            counts["conversations" if turns.rows else "dropped_conversations"] += 1
-            counts["answers"] += turns.num_answers
-            counts["dropped_answers"] += turns.num_dropped
-            rows += turns.rows
-            meter.advance(tokens=sum(len(row.ids) for row in turns.rows))
-    if counts["dropped_answers"]:
-        _LOG.warning(
-            "tune: %d answers of %s do not end within tune.max_len = %d and were left out, %d conversations with them",
-            counts["dropped_answers"], name, settings.max_len, counts["dropped_conversations"],
-        )  # fmt: skip
-    return rows, counts
-
-
-def _require_rows(settings: TuneSettings, name: str, rows: Sequences, counts: dict[str, int]) -> None:
+def _require_rows(settings: TuneSettings, name: str, rows: Sequences, num_dropped: int) -> None:
     if not len(rows):
         raise InputError(
             "no conversation is left to learn from" if name == "train" else "no conversation is held out",
             where=f"tune.sources: {', '.join(settings.sources)}",
-            found=f"{counts['dropped_conversations']} without an answer that ends within {settings.max_len} tokens"
-            if counts["dropped_conversations"]
+            found=f"{num_dropped} without an answer that ends within {settings.max_len} tokens"
+            if num_dropped
             else "none",
             expected="at least one",
-            fix="raise tune.max_len" if counts["dropped_conversations"] else "change tune.heldout_fraction",
+            fix="raise tune.max_len" if num_dropped else "change tune.heldout_fraction",
         )
 
 

@@ -8,6 +8,9 @@ from capgap.pipeline.workflow.context import STAGES, Instance, StageName
 from capgap.schemas.errors import SettingError
 from capgap.schemas.run_file import RunFile
 
+CHAT_CACHE = "caches/chat"
+"""The name of the input that `tune.cache` is."""
+
 
 def instances(run: RunFile) -> list[Instance]:
     """Every instance of every stage that is not reused from another run, inputs before what reads them."""
@@ -57,7 +60,9 @@ def input_names(run: RunFile, instance: Instance) -> list[str]:
 
 
 def further_caches(run: RunFile, instance: Instance) -> dict[str, str]:
-    """Finished caches of other runs that a training reads beside its own: folder or URL, by the name of the input."""
+    """Finished caches of other runs that a training or tuning reads: folder or URL, by the name of the input."""
+    if instance.stage == "tune" and run.tune is not None and run.tune.cache is not None:
+        return {CHAT_CACHE: run.tune.cache}
     if instance.stage != "train":
         return {}
     assert instance.arm is not None

@@ -26,7 +26,7 @@ LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight"}
 @pytest.mark.parametrize(
     ("record", "operational"),
     [
-        (CorpusSettings(tokenizer="t", messages_field="messages"), {}),
+        (CorpusSettings(tokenizer="t", messages_field="messages", context="document", whole_conversations=True), {}),
         (
             CacheSettings(num_heldout_sequences=7),
             {

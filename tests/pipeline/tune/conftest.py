@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_chats import MAX_LEN, conversations, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.schemas.run_file import RunFile
-
-MAX_LEN = 48
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def conversations(count: int = 60) -> list[list[dict[str, str]]]:
-    return [
-        [
-            {"role": "user", "content": f"say {i}"},
-            {"role": "assistant", "content": f"it is {i}!"},
-            {"role": "user", "content": "again"},
-            {"role": "assistant", "content": f"{i}."},
-        ]
-        for i in range(count)
-    ]
-
-
-def write(path: Path, records: list[Any]) -> str:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +22,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=304,
+        vocab_size=len(tokenizer) + 1,  # a row of padding, and two to be added for the marks of roles
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.eos_token_id,
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=1,

@@ -66,6 +66,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("corpus.text_field", "body", ALL),
     ("corpus.tokenizer", "folder", ALL),
     ("corpus.messages_field", "messages", ALL),
+    ("corpus.whole_conversations", True, ALL),
     ("corpus.vocab_size", 512, ALL),
     ("corpus.seq_len", 64, ALL),
     ("corpus.long_documents", "drop", ALL),
@@ -135,6 +136,11 @@ TABLE: list[tuple[str, Any, set[str]]] = [
 # What else must be set for the setting above to be allowed, in the run file before and after.
 BESIDE = {f"cache.{name}": {"cache.recording": "topk"} for name in ("num_kept", "profile", "extra_temperatures")}
 BESIDE["corpus.messages_field"] = {"corpus.tokenizer": "folder"}
+BESIDE["corpus.whole_conversations"] = {
+    "corpus.tokenizer": "folder",
+    "corpus.messages_field": "messages",
+    "corpus.context": "document",
+}
 BESIDE["train.jsd_beta"] = {"train.divergence": "jsd"}
 BESIDE["train.own_weight"] = {"train.caches": {"draws": {}}}
 BESIDE["train.alpha_schedule"] = {"train.final_alpha": 0.5}
