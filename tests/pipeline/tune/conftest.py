@@ -54,7 +54,7 @@ def make_run(base: Path, chats: str) -> Callable[..., RunFile]:
             "heldout_fraction": 0.2,
             "learning_rate": 1e-2,
             "batch_sequences": 4,
-            "num_epochs": 3,
+            "num_epochs": 10,
             "validate_every_steps": 10,
             "checkpoint_every_steps": 4,
             "loggers": [],

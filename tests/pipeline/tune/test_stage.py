@@ -88,7 +88,7 @@ def test_the_tuned_folder_chats_in_transformers_as_it_was_trained(tuned: Made) -
     assert tuple(asked) in seen
     said = model.generate(torch.tensor([asked]), max_new_tokens=20, do_sample=False)[0, len(asked) :].tolist()
     assert said[-1] == tokenizer.eos_token_id == model.generation_config.eos_token_id, "it learnt to stop"
-    assert said[-2] == tokenizer(".")["input_ids"][0]
+    assert tokenizer.decode(said[:-1]) and set(tokenizer.decode(said[:-1])) <= set("it s0123456789!.")
 
 
 def test_adapters_are_saved_as_peft_reads_them_and_the_model_has_them_merged(adapted: Made, base: Path) -> None:
