@@ -26,6 +26,7 @@ _HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
   cache     keep the teacher's distributions as shards
   student   the student's first weights
   train     train the student from the cache
+  tune      make a chat model of a trained student, where the run file says so
   eval      measure teacher and students on held-out text
   benchmark measure them on tasks of lm-eval               (only with `benchmarks` in the run file)
   answers   every model answers questions                  (only with `judge`)

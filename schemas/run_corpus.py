@@ -28,6 +28,11 @@ class CorpusSettings(Record):
     measured, and the others only read; the template must mark them, with `{% generation %}`. Left out, records are
     text."""
 
+    whole_conversations: bool = False
+    """With `messages_field` and context `document`: a sequence holds whole conversations, and padding that does not
+    count, and a longer one is cut after the last answer that ends within. The template need not mark answers where they
+    can be told without. Otherwise conversations are joined like texts, and cut where a sequence ends."""
+
     tokenizer: str | None = None
     """A Hugging Face folder or id. Leave it out to train a byte-level BPE tokenizer of `vocab_size` entries."""
 
@@ -67,6 +72,14 @@ class CorpusSettings(Record):
             raise ValueError(
                 "corpus.messages_field: found without corpus.tokenizer, expected one that brings a chat template"
             )
+        if self.whole_conversations and (
+            self.messages_field is None or self.context != "document" or self.long_documents != "split"
+        ):
+            raise ValueError(
+                f"corpus.whole_conversations: found with messages_field {self.messages_field}, context {self.context} "
+                f"and long_documents {self.long_documents}, expected it with a messages_field and context document; "
+                "leave long_documents out"
+            )
         if self.teacher_fraction + self.heldout_fraction >= 1:
             raise ValueError(
                 "corpus.teacher_fraction + corpus.heldout_fraction: found "
@@ -83,7 +96,11 @@ class CorpusSettings(Record):
     def decisive(self) -> dict[str, Any]:
         """As for every record, with the vocabulary's size spelt out where it was left out.
 
-        A corpus of text is that which was made before there were conversations.
+        A corpus of text is that which was made before there were conversations, or whole ones.
         """
         values = super().decisive() | ({} if self.tokenizer else {"vocab_size": self.trained_vocab_size})
-        return {name: value for name, value in values.items() if name != "messages_field" or value is not None}
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in ("messages_field", "whole_conversations") or value not in (None, False)
+        }

@@ -21,8 +21,9 @@ from capgap.schemas.run_eval import EvalSettings
 from capgap.schemas.run_judge import JudgeSettings
 from capgap.schemas.run_model import StudentSettings, TeacherSettings
 from capgap.schemas.run_train import TrainSettings
+from capgap.schemas.run_tune import TuneSettings
 
-_OPTIONAL = ("benchmarks", "judge")
+_OPTIONAL = ("tune", "benchmarks", "judge")
 
 ReusableStage = Literal["corpus", "teacher", "cache"]
 
@@ -63,6 +64,9 @@ class RunFile(Record):
 
     arms: dict[str, dict[str, Any]] = Field(default={"distilled": {}})
     """Variants of `train`, each with the settings in which it differs, for example `cross_entropy: {alpha: 0}`."""
+
+    tune: TuneSettings | None = None
+    """How trained students become chat models; left out, there is no such stage."""
 
     eval: EvalSettings = Field(default_factory=EvalSettings)
     """How models are measured."""

@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from capgap.pipeline.corpus.pack import Encoded
+from capgap.pipeline.corpus.plain_text import plain_messages, special_texts
 from capgap.pipeline.corpus.sources import Document
 from capgap.schemas.errors import InputError
 
@@ -33,7 +34,7 @@ def require_marks(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
             found=type(tokenizer).__name__,
             expected="a fast tokenizer, of a tokenizer.json",
         )
-    if not isinstance(template, str) or not _GENERATION.search(template):
+    if not has_marks(tokenizer):
         raise InputError(
             "the chat template does not say what the assistant says",
             where=where,
@@ -43,14 +44,22 @@ def require_marks(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         )
 
 
+def has_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's chat template marks what the assistant says."""
+    template = tokenizer.chat_template
+    return isinstance(template, str) and _GENERATION.search(template) is not None
+
+
 def encode_chat(tokenizer: PreTrainedTokenizerBase, document: Document) -> Encoded:
     """Tokens of a conversation, which of them the assistant says, and its text as the template renders it.
+
+    What would be a special token in a message is none: see `plain_text`.
 
     Raises:
         InputError: the template refuses the conversation.
     """
     assert document.messages is not None
-    messages: list[dict[str, Any]] = json.loads(document.messages)
+    messages: list[dict[str, Any]] = plain_messages(json.loads(document.messages), special_texts(tokenizer))
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)

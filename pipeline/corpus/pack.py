@@ -42,6 +42,7 @@ class Packed:
         num_text_bytes: UTF-8 bytes of the kept documents.
         num_text_tokens: tokens of the kept documents, end tokens included.
         num_cut_tokens: tokens at the very end that did not fill a sequence.
+        num_dropped_answers: of whole conversations, left out because they did not end within a sequence.
     """
 
     sequences: Sequences
@@ -50,6 +51,7 @@ class Packed:
     num_text_bytes: int
     num_text_tokens: int
     num_cut_tokens: int
+    num_dropped_answers: int = 0
 
 
 def pack(

@@ -10,6 +10,7 @@ import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import pyarrow as pa
@@ -52,7 +53,8 @@ def read_documents(sources: tuple[str, ...], text_field: str, messages_field: st
     Args:
         sources: files, folders, globs or builtin text.
         text_field: of a record, that holds its text.
-        messages_field: of a record, that holds a conversation; records are conversations where it is given.
+        messages_field: of a record, that holds a conversation; records are conversations where it is given. A record
+            that is a list is one itself.
 
     Raises:
         InputError: a file is missing, of an unknown kind, not UTF-8, damaged, or a record without text or messages.
@@ -180,7 +182,7 @@ def _field(where: str, record: object, text_field: str) -> str:
 
 def _messages(where: str, record: object, field: str) -> str:
     """A conversation as JSON, the same for the same messages."""
-    value = record.get(field) if isinstance(record, dict) else None
+    value = _as_messages(record.get(field) if isinstance(record, dict) else record)
     if not isinstance(value, list) or not value or not all(_is_message(message) for message in value):
         fields = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
         raise InputError(
@@ -195,6 +197,22 @@ def _messages(where: str, record: object, field: str) -> str:
     text = json.dumps(messages, ensure_ascii=False, sort_keys=True, default=str)
     _require_text(where, text)
     return text
+
+
+def _as_messages(value: object) -> object:
+    """Lists of turns as lists of messages; anything else as it is.
+
+    Texts in turn, the user's first, or the question and answer of each turn, as MiniChat's data has them.
+    """
+    if not isinstance(value, list) or not value:
+        return value
+    if all(isinstance(turn, str) for turn in value):
+        return [
+            {"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), value, strict=False)
+        ]
+    if all(isinstance(turn, dict) and turn.keys() == {"User", "Assistant"} for turn in value):
+        return [{"role": role.lower(), "content": turn[role]} for turn in value for role in ("User", "Assistant")]
+    return value
 
 
 def _is_message(value: object) -> bool:

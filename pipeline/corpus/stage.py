@@ -8,10 +8,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from capgap.pipeline.corpus.chat import encode_chat, require_marks
+from capgap.pipeline.corpus.conversations import ChatFormat
 from capgap.pipeline.corpus.pack import Encoded, Packed, pack
 from capgap.pipeline.corpus.sources import Document, read_documents
 from capgap.pipeline.corpus.split import SPLITS, Split, split_documents
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.corpus.whole import encode_whole, in_whole_rows
 from capgap.pipeline.model_checks import TOKENIZER_FOLDER
 from capgap.pipeline.progress import progress
 from capgap.pipeline.store import Block, ShardWriter, split_blocks
@@ -36,7 +38,9 @@ def run(context: StageContext) -> StageResult:
             does not mark answers.
     """
     settings = context.run.corpus
-    if settings.messages_field is not None:
+    if settings.whole_conversations:
+        ChatFormat(load_tokenizer(str(settings.tokenizer)), f"corpus.tokenizer: {settings.tokenizer}")
+    elif settings.messages_field is not None:
         require_marks(load_tokenizer(str(settings.tokenizer)), f"corpus.tokenizer: {settings.tokenizer}")
     documents, num_repeated = split_documents(
         read_documents(settings.sources, settings.text_field, settings.messages_field),
@@ -57,6 +61,8 @@ def run(context: StageContext) -> StageResult:
         totals |= {f"num_{split}_labels": int(packed[split].sequences.mask_BL1[:, 1:].sum()) for split in SPLITS}
     totals["num_repeated_documents"] = num_repeated
     totals["num_dropped_documents"] = sum(p.num_dropped for p in packed.values())
+    if settings.whole_conversations:
+        totals["num_dropped_answers"] = sum(p.num_dropped_answers for p in packed.values())
     return StageResult(
         facts=CorpusFacts(tokenizer=facts, context=settings.context, splits=splits).model_dump(mode="json"),
         totals=totals,
@@ -88,7 +94,8 @@ def _pack(
     split: Split,
     documents: list[Document],
 ) -> Packed:
-    packed = pack(_encoded(tokenizer, split, documents), settings.seq_len, facts.eos_id, settings.long_documents)
+    encode = _whole if settings.whole_conversations else _joined
+    packed = encode(settings, tokenizer, facts, split, documents)
     if not len(packed.sequences) and not (split == "teacher" and settings.teacher_fraction == 0):
         raise InputError(
             f"no whole sequence for the split {split}",
@@ -106,6 +113,36 @@ def _pack(
             fix="give conversations with answers",
         )
     return packed
+
+
+def _joined(
+    settings: CorpusSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: TokenizerFacts,
+    split: Split,
+    documents: list[Document],
+) -> Packed:
+    return pack(_encoded(tokenizer, split, documents), settings.seq_len, facts.eos_id, settings.long_documents)
+
+
+def _whole(
+    settings: CorpusSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: TokenizerFacts,
+    split: Split,
+    documents: list[Document],
+) -> Packed:
+    chat = ChatFormat(tokenizer, f"corpus.tokenizer: {settings.tokenizer}")
+    made = encode_whole(chat, documents, settings.seq_len, f"corpus: tokenize {split}")
+    return Packed(
+        in_whole_rows(made.rows, settings.seq_len, facts.eos_id),
+        num_documents=made.num_conversations,
+        num_dropped=made.num_dropped_conversations,
+        num_text_bytes=sum(len(row.document.text.encode()) for row in made.rows),
+        num_text_tokens=sum(len(row.ids) for row in made.rows),
+        num_cut_tokens=0,
+        num_dropped_answers=made.num_dropped_answers,
+    )
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, split: Split, documents: list[Document]) -> Iterator[Encoded]:

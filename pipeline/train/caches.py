@@ -122,11 +122,11 @@ def choose(cache: CacheFacts, settings: TrainSettings, setting: str = "train") -
     if settings.needs_targets and temperature not in temperatures:
         raise SettingError(
             f"the cache's recording {recording} has no targets at this temperature",
-            where="train.temperature" if setting == "train" else setting,
+            where=f"{setting}.temperature" if setting in ("train", "tune") else setting,
             found=f"{temperature:g}",
             expected=f"{'one of ' if len(temperatures) > 1 else ''}{', '.join(f'{one:g}' for one in temperatures)}",
             fix="leave it out, or make a topk cache with it in cache.extra_temperatures"
-            if setting == "train"
+            if setting in ("train", "tune")
             else "set train.temperature to one that all caches have, or make a topk cache with it",
         )
     return recording, temperature if settings.needs_targets or settings.needs_teacher else cache.temperature

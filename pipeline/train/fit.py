@@ -158,7 +158,8 @@ def _resume(task: Task, folder: Path, num_steps: int) -> Path | None:
 
 def _take_best(model: PreTrainedModel, folder: Path, checkpoints: Checkpoints) -> dict[str, Any]:
     saved = read_checkpoint(best_checkpoint(folder))["state_dict"]
-    model.load_state_dict({name.removeprefix("model."): whole(value) for name, value in saved.items()})
+    trained = {name.removeprefix("model."): whole(value) for name, value in saved.items()}
+    model.load_state_dict(trained, strict=False)  # what is frozen is not in it
     return {"best_step": checkpoints.best_step, "best_validation_loss": round(checkpoints.best_loss, 6)}
 
 

@@ -80,7 +80,7 @@ def model_card(
             "",
             "| | |",
             "|---|---|",
-            *(f"| {key} | {_escaped(value)} |" for key, value in lines.items()),
+            *(f"| {key} | {escaped(value)} |" for key, value in lines.items()),
             "",
             "## Held-out text, at the end of the training",
             "",
@@ -109,7 +109,7 @@ def heldout_figures(metrics: Path) -> dict[str, float]:
 def _head(context: StageContext, name: str, figures: Mapping[str, float]) -> str:
     # what the hub calls a base model has an id there; a folder of this machine means nothing to it
     given = (context.run.student.path, _given_teacher(context.input("cache")))
-    bases = [path for path in given if path is not None and _is_id(path)]
+    bases = [path for path in given if path is not None and is_id(path)]
     results = [
         EvalResult(
             task_type="text-generation",
@@ -168,9 +168,11 @@ def _loss(settings: TrainSettings, temperature: float) -> str:
     return kl if settings.alpha == 1 else f"{kl} + {1 - settings.alpha:g} x cross-entropy"
 
 
-def _is_id(path: str) -> bool:
+def is_id(path: str) -> bool:
+    """Whether it looks like a model's id on the hub, and no folder of that name is here."""
     return not path.startswith((".", "~", "/")) and path.count("/") <= 1 and not Path(path).exists()
 
 
-def _escaped(value: str) -> str:
+def escaped(value: str) -> str:
+    """A value as a cell of a table."""
     return value.replace("|", "\\|").replace("\n", " ")

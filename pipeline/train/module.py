@@ -79,6 +79,11 @@ class DistillationModule(lightning.LightningModule):
         self.gradient_norm = torch.zeros(())
         self.top_N: torch.Tensor | None = None
         _freeze_all_but(model, self._head.decoder, self._head.linear)
+        self._frozen = frozenset(
+            name for name, one in self.named_parameters(remove_duplicate=False) if not one.requires_grad
+        )
+        # Lightning's: whether a checkpoint must have every parameter
+        self.strict_loading = not self._frozen
         if settings.activation_checkpointing:
             checkpoint_activations(model)
 
@@ -91,6 +96,11 @@ class DistillationModule(lightning.LightningModule):
         """Divide the parameters among the ranks, where the strategy has a mesh to divide them over."""
         if self.device_mesh is not None and not isinstance(self, FSDPModule):
             shard(self, self.model, self.device_mesh["data_parallel"], self._settings.precision)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Frozen weights are where they were read from."""
+        saved = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in saved.items() if name not in self._frozen}
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Loss of one micro-batch; of several, by its share of what counts in the step."""

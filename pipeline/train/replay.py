@@ -71,7 +71,8 @@ def replay(folder: Path, model: str | None = None) -> Iterator[str]:
     checkpoint = newest_checkpoint(Path(setting["checkpoints"]))
     if checkpoint is not None:
         module.load_state_dict(
-            {name: whole(value) for name, value in read_checkpoint(checkpoint)["state_dict"].items()}
+            {name: whole(value) for name, value in read_checkpoint(checkpoint)["state_dict"].items()},
+            strict=module.strict_loading,
         )
     yield f"step {setting['step']}: the {setting['what']} was {setting['value']}; weights of {checkpoint or path}"
     module.train()

@@ -46,7 +46,7 @@ from capgap.schemas.run_file import RunFile
 
 # These put a model on a device; the others only read and write files.
 _STAGES_WITH_A_MODEL: frozenset[StageName] = frozenset(
-    {"teacher", "cache", "student", "train", "eval", "benchmark", "answers"}
+    {"teacher", "cache", "student", "train", "tune", "eval", "benchmark", "answers"}
 )
 
 

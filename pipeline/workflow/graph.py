@@ -13,6 +13,8 @@ from capgap.schemas.run_file import RunFile
 
 # Stages that make the weights of an arm, each from those before it.
 _MAKERS = ("train", "tune")
+CHAT_CACHE = "caches/chat"
+"""The name of the input that `tune.cache` is."""
 
 
 def instances(run: RunFile) -> list[Instance]:
@@ -66,6 +68,7 @@ def input_names(run: RunFile, instance: Instance) -> list[str]:
         "cache": ["corpus", "teacher"],
         "student": ["corpus", *_pruned_teacher(run)],
         "train": ["corpus", *_online_teacher(run, instance), "cache", Instance("student", seed=seed).name],
+        "tune": _tuned(run, instance),
         "eval": ["corpus", *_measured_teacher(run), "cache", *trained],
         "benchmark": _measured_or_asked(run, instance),
         "answers": _measured_or_asked(run, instance),
@@ -84,7 +87,9 @@ def implied_inputs(instance: Instance) -> frozenset[str]:
 
 
 def further_caches(run: RunFile, instance: Instance) -> dict[str, str]:
-    """Finished caches of other runs that a training reads beside its own: folder or URL, by the name of the input."""
+    """Finished caches of other runs that a training or tuning reads: folder or URL, by the name of the input."""
+    if instance.stage == "tune" and run.tune is not None and run.tune.cache is not None:
+        return {CHAT_CACHE: run.tune.cache}
     if instance.stage != "train":
         return {}
     assert instance.arm is not None
@@ -111,6 +116,9 @@ def decisive_settings(run: RunFile, instance: Instance) -> dict[str, Any]:
         case "train":
             assert instance.arm is not None
             return {"train": run.train_settings(instance.arm).decisive(), "arm": instance.arm, "seed": instance.seed}
+        case "tune":
+            assert run.tune is not None
+            return {"tune": run.tune.decisive(), "arm": instance.arm, "seed": instance.seed}
         case "eval":
             return {"eval": run.eval.decisive()}
         case "benchmark":
@@ -143,8 +151,22 @@ def _measured_teacher(run: RunFile) -> list[str]:
     return [] if run.eval.teacher == "cache" else ["teacher"]
 
 
+def _tuned(run: RunFile, instance: Instance) -> list[str]:
+    """The student that is tuned; none where a model is given."""
+    is_given = run.tune is not None and run.tune.path is not None
+    return [] if is_given else [Instance("train", arm=instance.arm, seed=instance.seed).name]
+
+
+def _tune_instances(run: RunFile) -> list[Instance]:
+    if run.tune is None:
+        return []
+    # a given model is the same in every arm
+    arms = [None] if run.tune.path is not None else list(run.arms)
+    return [Instance("tune", arm=arm, seed=seed) for seed in run.seeds for arm in arms]
+
+
 def _all_instances(run: RunFile) -> list[Instance]:
-    return [*_before_answers(run), *_judging(run), Instance("report")]
+    return [*_before_answers(run), *_benchmarks(run), *_judging(run), Instance("report")]
 
 
 def _before_answers(run: RunFile) -> list[Instance]:
@@ -154,8 +176,8 @@ def _before_answers(run: RunFile) -> list[Instance]:
         Instance("cache"),
         *(Instance("student", seed=seed) for seed in run.seeds),
         *(Instance("train", arm=arm, seed=seed) for seed in run.seeds for arm in run.arms),
+        *_tune_instances(run),
         Instance("eval"),
-        *_benchmarks(run),
     ]
 
 
@@ -171,7 +193,7 @@ def _benchmarks(run: RunFile) -> list[Instance]:
     if run.benchmarks is None:
         return []
     teacher = [Instance("benchmark", arm=TEACHER)] if run.benchmarks.teacher else []
-    return [*teacher, *(Instance("benchmark", arm=arm, seed=seed) for seed in run.seeds for arm in run.arms)]
+    return [*teacher, *(Instance("benchmark", arm=model.arm, seed=model.seed) for model in _final_models(run))]
 
 
 def _judging(run: RunFile) -> list[Instance]:

@@ -37,6 +37,12 @@ def source_paths(run: RunFile, instance: Instance) -> list[Path]:
             return task_files(Path(run.benchmarks.include_path))
         case "answers":
             return _questions_file(run)
+        case "tune" if run.tune is not None:
+            from capgap.pipeline.tune.data import chat_files
+
+            template = Path(run.tune.chat_template or "")
+            files = chat_files(run.tune) if run.tune.sources else []
+            return [*files, *([template] if template.is_file() else []), *_model_files(run.tune.path)]
         case _:
             return []
 

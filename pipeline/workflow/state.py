@@ -16,7 +16,14 @@ from capgap.pipeline.store.files import read_small
 from capgap.pipeline.store.quarantine import read_quarantine
 from capgap.pipeline.workflow.context import Instance, StageName
 from capgap.pipeline.workflow.folder import WORK_FOLDER, finished_units
-from capgap.pipeline.workflow.graph import decisive_settings, further_caches, implied_inputs, input_names, instances
+from capgap.pipeline.workflow.graph import (
+    CHAT_CACHE,
+    decisive_settings,
+    further_caches,
+    implied_inputs,
+    input_names,
+    instances,
+)
 from capgap.pipeline.workflow.identity import first_difference, identity_of, seal_of
 from capgap.pipeline.workflow.sources import changed_source
 from capgap.schemas.errors import CorruptError, InputError
@@ -109,7 +116,10 @@ def further_manifests(
     """
     found = further_caches(run, instance)
     find = read or _finished
-    return {name: find("cache", folder, f"train.{name.replace('/', '.')}") for name, folder in found.items()}
+    return {
+        name: find("cache", folder, "tune.cache" if name == CHAT_CACHE else f"train.{name.replace('/', '.')}")
+        for name, folder in found.items()
+    }
 
 
 def read_manifest(folder: Path | str) -> Manifest | None:

@@ -24,13 +24,13 @@ BASE: dict[str, Any] = {"name": "tried", "out": "runs/tried", "teacher": {"model
 
 
 # Their default decides nothing, so that students from before the choice stay current; see the tests of each.
-LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight", "benchmarks", "judge"}
+LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight", "benchmarks", "judge", "tune"}
 
 
 @pytest.mark.parametrize(
     ("record", "operational"),
     [
-        (CorpusSettings(tokenizer="t", messages_field="messages"), {}),
+        (CorpusSettings(tokenizer="t", messages_field="messages", context="document", whole_conversations=True), {}),
         (
             CacheSettings(num_heldout_sequences=7),
             {

@@ -57,6 +57,7 @@ OPTIMIZATION_OPERATIONAL: dict[str, Any] = {
     "activation_checkpointing": True,
     "compile": True,
 }
+LORA: dict[str, Any] = {"r": 4, "alpha": 4.0, "dropout": 0.5, "target_modules": ["q_proj"]}
 GIVEN_TEACHER = {"teacher.model": None, "teacher.training": None}
 TABLE: list[tuple[str, Any, set[str]]] = [
     ("name", "other", {"report"}),
@@ -66,6 +67,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("corpus.text_field", "body", ALL),
     ("corpus.tokenizer", "folder", ALL),
     ("corpus.messages_field", "messages", ALL),
+    ("corpus.whole_conversations", True, ALL),
     ("corpus.vocab_size", 512, ALL),
     ("corpus.seq_len", 64, ALL),
     ("corpus.long_documents", "drop", ALL),
@@ -124,6 +126,18 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("train.alpha_schedule", "cosine", FROM_TRAIN),
     ("train.token_weights", "entropy", FROM_TRAIN),
     ("train.router_loss_weight", 0.1, FROM_TRAIN),
+    *((f"tune.{name}", value, {"tune"}) for name, value in OPTIMIZATION.items() if name != "num_epochs"),
+    *((f"tune.{name}", value, set()) for name, value in OPTIMIZATION_OPERATIONAL.items()),
+    ("tune.num_epochs", 2, {"tune"}),
+    ("tune.path", "folder", {"tune"}),
+    ("tune.trust_remote_code", True, {"tune"}),
+    ("tune.sources", ["other.jsonl"], {"tune"}),
+    ("tune.messages_field", "turns", {"tune"}),
+    ("tune.chat_template", "own", {"tune"}),
+    ("tune.max_len", 64, {"tune"}),
+    ("tune.heldout_fraction", 0.2, {"tune"}),
+    ("tune.packing", False, {"tune"}),
+    *((f"tune.lora.{name}", value, {"tune"}) for name, value in LORA.items()),
     ("eval.num_sequences", 7, {"eval", "report"}),
     ("eval.num_full_sequences", 7, {"eval", "report"}),
     ("eval.num_bootstrap", 700, {"eval", "report"}),
@@ -170,6 +184,11 @@ BESIDE["eval.speculative.gpu_memory_fraction"] = {"eval.speculative": {}}
 BESIDE["corpus.messages_field"] = {"corpus.tokenizer": "folder"}
 PRUNED = {"student.model": None, "student.prune": {}}
 BESIDE |= {path: PRUNED for path, _, _ in TABLE if path.startswith("student.prune.")}
+BESIDE["corpus.whole_conversations"] = {
+    "corpus.tokenizer": "folder",
+    "corpus.messages_field": "messages",
+    "corpus.context": "document",
+}
 BESIDE["train.jsd_beta"] = {"train.divergence": "jsd"}
 BESIDE["train.own_weight"] = {"train.caches": {"draws": {}}}
 BESIDE |= {row[0]: {"judge.model": "one"} for row in TABLE if row[0].startswith("judge.")}
@@ -181,8 +200,16 @@ BESIDE["student.trust_remote_code"] = {"student.path": "folder", "student.model"
 _tasks = {"benchmarks.tasks": {"mmlu": {}}}
 BESIDE |= {row[0]: _tasks for row in TABLE if row[0].startswith("benchmarks.")}
 BESIDE["benchmarks.trust_task_code"] = {**_tasks, "benchmarks.include_path": "tasks"}
+TUNE: dict[str, Any] = {"sources": ["chat.jsonl"], "warmup_fraction": 0.05, "path": "other"}
+BESIDE |= {row[0]: {"tune": dict(TUNE)} for row in TABLE if row[0].startswith("tune.")}
+BESIDE |= {f"tune.lora.{name}": {"tune": TUNE | {"lora": {}}} for name in LORA}
+BESIDE |= {f"tune.{name}": {"tune": TUNE | {"schedule": "wsd"}} for name in ("decay_fraction", "decay_shape")}
 REPLACES = {"teacher.path": GIVEN_TEACHER, "student.path": {"student.model": None}}
 STRUCTURE = {"seeds", "arms", "reuse", "benchmarks.teacher", "judge.teacher"}  # each has tests of its own below
+# these need a finished cache: tests/pipeline/tune
+STRUCTURE |= {
+    f"tune.{name}" for name in ("cache", "alpha", "recording", "temperature", "divergence", "jsd_beta", "tail")
+}
 
 
 def _identities(run: RunFile) -> dict[str, str]:

@@ -114,7 +114,7 @@ def test_downstream_is_what_depends_on_it_in_order(make_run, pattern: str, missi
 
 
 def test_every_stage_of_the_graph_has_decisive_settings(make_run) -> None:
-    run = make_run({"benchmarks.tasks": {"mmlu": {}}, "judge.model": "one"})
+    run = make_run({"benchmarks.tasks": {"mmlu": {}}, "judge.model": "one", "tune": {"sources": ["chat.jsonl"]}})
     assert [stage for stage in STAGES if stage not in {i.stage for i in instances(run)}] == []
     assert all(decisive_settings(run, instance) for instance in instances(run))
 

@@ -1,0 +1,222 @@
+"""Whole conversations into tokens: for each answer exactly those before it with which a chat would ask for it.
+
+    messages --template--> prompt of answer 1 | answer 1 | what follows, prompt of answer 2 | answer 2
+                           not learnt           learnt     not learnt                         learnt
+
+A prompt is what `apply_chat_template(messages so far, add_generation_prompt=True)` gives; an answer ends with a special
+token, by which the model learns to stop. Where a template shows an earlier answer otherwise than it was given, without
+its thoughts say, or where a tokenizer joins the end of a prompt with the beginning of an answer, the next answer stands
+in a row of its own behind its own prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from capgap.pipeline.corpus.chat import has_marks
+from capgap.pipeline.corpus.pack import Encoded
+from capgap.pipeline.corpus.plain_text import plain_messages, special_texts
+from capgap.pipeline.corpus.sources import Document
+from capgap.schemas.errors import InputError
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+_TRIED = (
+    {"role": "user", "content": "How many are 3 and 4?"},
+    {"role": "assistant", "content": "They are 7."},
+    {"role": "user", "content": "And 5 more?"},
+    {"role": "assistant", "content": "Then they are 12."},
+)
+# before the words of an answer a template may say that there were no thoughts
+_NOTHING = re.compile(r"\s*(<think>\s*</think>\s*)?")
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What became of a conversation.
+
+    Attributes:
+        rows: its tokens, and which of them are learnt; one row but where answers need prompts of their own.
+        num_answers: in them.
+        num_dropped: that do not end within the longest row, or come after one that does not.
+    """
+
+    rows: tuple[Encoded, ...]
+    num_answers: int
+    num_dropped: int
+
+
+class ChatFormat:
+    """A tokenizer with a chat template that can be learnt from, which has been seen by trying it.
+
+    Args:
+        tokenizer: its chat template decides.
+        where: the template as the user knows it, for errors.
+
+    Attributes:
+        end_ids: the special tokens with which its answers end.
+
+    Raises:
+        InputError: it has no template, or one whose answers cannot be told from the rest, or do not end.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+        self.tokenizer, self._where = tokenizer, where
+        self._specials = special_texts(tokenizer)
+        self._special_ids = set(tokenizer.convert_tokens_to_ids(self._specials)) - {tokenizer.unk_token_id}
+        if not isinstance(tokenizer.chat_template, str):
+            found = "several" if tokenizer.chat_template else "no chat template"
+            raise self._refusal("there is no one chat template", found, "one")
+        self._marks = tokenizer.is_fast and has_marks(tokenizer)
+        self.end_ids = self._try()
+
+    def encode(self, document: Document, most: int | None = None) -> Turns:
+        """Tokens of a conversation.
+
+        Args:
+            document: the conversation.
+            most: tokens of a row at most; a longer conversation loses the answers that do not end within.
+
+        Raises:
+            InputError: the template refuses the conversation.
+        """
+        messages = plain_messages(messages_of(document), self._specials)
+        places = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        rows: list[tuple[list[int], list[bool]]] = []
+        num_kept = 0
+        for place in places:
+            prompt, answer, learnt = self._turn(messages, place, document.name)
+            if most is not None and len(prompt) + len(answer) > most:
+                break
+            goes_on = bool(rows) and prompt[: len(rows[-1][0])] == rows[-1][0]
+            if not goes_on:
+                rows.append(([], []))
+            ids, mask = rows[-1]
+            mask += [False] * (len(prompt) - len(ids)) + learnt
+            ids[:] = [*prompt, *answer]
+            num_kept += 1
+        text = self.tokenizer.decode([one for ids, _ in rows for one in ids])
+        encoded = tuple(Encoded(Document(document.name, text), ids, mask) for ids, mask in rows)
+        return Turns(encoded, num_kept, len(places) - num_kept)
+
+    def _turn(
+        self, messages: Sequence[dict[str, Any]], place: int, name: str
+    ) -> tuple[list[int], list[int], list[bool]]:
+        """The prompt of an answer, the answer with its end, and which of its tokens are learnt."""
+        asked = self._render(messages[:place], name, True)
+        told = self._render(messages[: place + 1], name, False)
+        if not told.startswith(asked):
+            raise self._refusal(
+                "the prompt for an answer is not how the answer's turn begins",
+                ascii(asked[-40:]),
+                f"the beginning of {told[-80:]!a}",
+            )
+        prompt, whole = self._ids(asked), self._ids(told)
+        if whole[: len(prompt)] == prompt:
+            answer = whole[len(prompt) :]
+            learnt = self._marked(messages[: place + 1])[len(prompt) :] if self._marks else [True] * len(answer)
+        else:
+            answer = self._ids(told[len(asked) :])
+            learnt = [True] * len(answer)
+        stop = self._stop(answer, learnt, told[len(asked) :])
+        return prompt, answer[:stop], learnt[:stop]
+
+    def _stop(self, answer: list[int], learnt: list[bool], text: str) -> int:
+        """Tokens up to the answer's end: behind it a template may have a line break, which no model has to say."""
+        if self._marks:
+            return max((number + 1 for number, one in enumerate(learnt) if one), default=0)
+        ends = [number + 1 for number, one in enumerate(answer) if one in self._special_ids]
+        behind = min(
+            (text.rpartition(special)[2] for special in self._specials if special in text), key=len, default=""
+        )
+        return ends[-1] if ends and not behind.strip() else len(answer)
+
+    def _try(self) -> tuple[int, ...]:
+        ends = set()
+        for place in (1, 3):
+            content = _TRIED[place]["content"]
+            _, answer, learnt = self._turn(_TRIED, place, "a conversation to try it")
+            asked = self._render(_TRIED[:place], "", True)
+            words = self._render(_TRIED[: place + 1], "", False)[len(asked) :]
+            before, found, _ = words.partition(content)
+            if not found or not _NOTHING.fullmatch(before):
+                raise self._refusal(
+                    "the chat template cannot say which tokens the assistant says",
+                    f"{words[:80]!a} after the prompt for an answer",
+                    f"{content!a} and a special token that ends it",
+                    "let add_generation_prompt begin the assistant's turn",
+                )
+            if not learnt or not learnt[0] or not all(learnt[: len(answer)]) or answer[-1] not in self._special_ids:
+                raise self._refusal(
+                    "the answers of the chat template have no end, or none that is learnt",
+                    f"{words!a} of which {self.tokenizer.decode(_only(answer, learnt))!a} is marked"
+                    if self._marks
+                    else ascii(words),
+                    "a special token behind the answer" + (", within the marks" if self._marks else ""),
+                )
+            if content in asked:
+                raise self._refusal("the chat template shows an answer before it is given", ascii(content), "none")
+            ends.add(answer[-1])
+        return tuple(sorted(ends))
+
+    def _render(self, messages: Sequence[dict[str, Any]], name: str, asks: bool) -> str:
+        try:
+            text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asks)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise InputError(
+                "the chat template refuses the conversation",
+                where=name,
+                found=str(error).strip() or type(error).__name__,
+                expected=f"roles and contents as {self._where} takes them",
+            ) from None
+        return text
+
+    def _ids(self, text: str) -> list[int]:
+        # as `apply_chat_template` does it, and vLLM
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _marked(self, messages: Sequence[dict[str, Any]]) -> list[bool]:
+        made = self.tokenizer.apply_chat_template(list(messages), return_dict=True, return_assistant_tokens_mask=True)
+        return [bool(one) for one in made["assistant_masks"]]
+
+    def _refusal(self, what: str, found: str, expected: str, fix: str | None = None) -> InputError:
+        return InputError(what, where=self._where, found=found, expected=expected, fix=fix or "use another template")
+
+
+def messages_of(document: Document) -> list[dict[str, Any]]:
+    """The messages of a conversation.
+
+    Raises:
+        InputError: it is none, somebody has an unknown role, or the assistant says nothing.
+    """
+    if document.messages is None:
+        raise InputError("is no conversation", where=document.name, found="text", expected="a .jsonl or .parquet file")
+    messages: list[dict[str, Any]] = json.loads(document.messages)
+    for number, message in enumerate(messages, start=1):
+        if message["role"] not in ROLES:
+            raise InputError(
+                "unknown role",
+                where=f"{document.name}, message {number}",
+                found=ascii(message["role"]),
+                expected=f"one of {', '.join(ROLES)}",
+            )
+    if not any(message["role"] == "assistant" for message in messages):
+        raise InputError(
+            "the conversation has no turn of the assistant",
+            where=document.name,
+            found=f"roles {', '.join(message['role'] for message in messages)}",
+            expected="at least one answer to learn from",
+            fix="remove the record",
+        )
+    return messages
+
+
+def _only(ids: list[int], mask: list[bool]) -> list[int]:
+    return [one for one, wanted in zip(ids, mask, strict=True) if wanted]

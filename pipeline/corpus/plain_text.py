@@ -1,0 +1,48 @@
+"""What people write stays text: nothing in a message can become a special token of the tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts that the tokenizer takes for special tokens wherever they stand, longest first; blank ones are none."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    known = {text for text in (*added, *tokenizer.all_special_tokens) if text.strip()}
+    return sorted(known, key=lambda text: (-len(text), text))
+
+
+def plain(text: str, specials: list[str]) -> str:
+    """The text with a space behind the first character of everything that would be a special token.
+
+    `<|user|>` becomes `< |user|>`. What a space within would not change, one character say, is left out.
+    """
+    while found := [special for special in specials if special in text]:
+        for special in found:
+            text = text.replace(special, apart(special))
+    return text
+
+
+def apart(special: str) -> str:
+    """What stands in the place of a special token's text."""
+    return "" if special[0].isspace() or len(special.strip()) < 2 else f"{special[0]} {special[1:]}"
+
+
+def plain_messages(messages: list[dict[str, Any]], specials: list[str]) -> list[dict[str, Any]]:
+    """The messages, every text in them plain but the roles, which templates compare."""
+    return [
+        {name: value if name == "role" else _plain_value(value, specials) for name, value in message.items()}
+        for message in messages
+    ]
+
+
+def _plain_value(value: Any, specials: list[str]) -> Any:
+    if isinstance(value, str):
+        return plain(value, specials)
+    if isinstance(value, list):
+        return [_plain_value(one, specials) for one in value]
+    if isinstance(value, dict):
+        return {name: _plain_value(one, specials) for name, one in value.items()}
+    return value

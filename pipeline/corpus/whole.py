@@ -1,0 +1,118 @@
+"""Whole conversations in rows of one length: as many as fit, in any order, and padding behind them.
+
+    row 0:  [ conversation | conversation | padding ]     each a document, and so is the padding, which counts nothing
+    row 1:  [ conversation | padding                ]
+
+Legend: B rows, L targets a row.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from capgap.pipeline.corpus.conversations import ChatFormat, Turns
+from capgap.pipeline.corpus.pack import Encoded
+from capgap.pipeline.corpus.sources import Document
+from capgap.pipeline.progress import progress
+from capgap.schemas.records import Sequences
+
+_LOG = logging.getLogger("capgap")
+
+
+@dataclass(frozen=True)
+class WholeConversations:
+    """Conversations in tokens.
+
+    Attributes:
+        rows: of each conversation one, or several where answers need prompts of their own.
+        num_conversations: in them.
+        num_answers: in them.
+        num_dropped_conversations: of which no answer ends within a row.
+        num_dropped_answers: that do not, or come after one that does not.
+    """
+
+    rows: list[Encoded]
+    num_conversations: int
+    num_answers: int
+    num_dropped_conversations: int
+    num_dropped_answers: int
+
+
+def encode_whole(chat: ChatFormat, documents: Sequence[Document], seq_len: int, title: str) -> WholeConversations:
+    """Tokens of conversations, of which each fits into a row of `seq_len + 1`; what is left out is counted and said.
+
+    Raises:
+        InputError: a conversation cannot be used.
+    """
+    made: list[Turns] = []
+    with progress(title, len(documents), "conversations") as meter:
+        for document in documents:
+            made.append(chat.encode(document, seq_len + 1))
+            meter.advance(tokens=sum(len(row.ids) for row in made[-1].rows))
+    num_empty = sum(not turns.rows for turns in made)
+    num_dropped = sum(turns.num_dropped for turns in made)
+    if num_dropped:
+        text = "%s: %d answers do not end within a row of %d and were left out, with them %d whole conversations"
+        _LOG.warning(text, title, num_dropped, seq_len, num_empty)
+    rows = [row for turns in made for row in turns.rows]
+    return WholeConversations(
+        rows, len(made) - num_empty, sum(turns.num_answers for turns in made), num_empty, num_dropped
+    )
+
+
+def in_whole_rows(conversations: Sequence[Encoded], seq_len: int, fill_id: int, packing: bool = True) -> Sequences:
+    """Rows of `seq_len + 1` tokens.
+
+    Args:
+        conversations: each of at most that many tokens, with a mask.
+        seq_len: targets of a row.
+        fill_id: the token of the padding.
+        packing: several in a row; best fit, the longest first, which leaves little padding.
+    """
+    rows = _best_fit([len(one.ids) for one in conversations], seq_len + 1) if packing else _one_each(conversations)
+    shape = (len(rows), seq_len + 1)
+    tokens_BL1, starts_BL1, mask_BL1 = np.full(shape, fill_id, np.int32), np.zeros(shape, bool), np.zeros(shape, bool)
+    for number, row in enumerate(rows):
+        place = 0
+        for one in (conversations[index] for index in row):
+            part = slice(place, place + len(one.ids))
+            tokens_BL1[number, part], mask_BL1[number, part] = one.ids, one.mask
+            # nothing is before a first token from which it could be told
+            starts_BL1[number, place], mask_BL1[number, place] = True, False
+            place += len(one.ids)
+        if place <= seq_len:
+            starts_BL1[number, place] = True
+    return Sequences(tokens_BL1, starts_BL1, mask_BL1)
+
+
+def _one_each(conversations: Sequence[Encoded]) -> list[list[int]]:
+    return [[index] for index in range(len(conversations))]
+
+
+def _best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Rows of indices: each length, from the longest down, goes where it leaves the least room."""
+    rows: list[list[int]] = []
+    with_room: dict[int, list[int]] = defaultdict(list)
+    rooms: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        at = bisect_left(rooms, lengths[index])
+        if at == len(rooms):
+            rows.append([])
+            number, left = len(rows) - 1, room
+        else:
+            left = rooms[at]
+            number = with_room[left].pop()
+            if not with_room[left]:
+                del with_room[left], rooms[at]
+        rows[number].append(index)
+        left -= lengths[index]
+        if left not in with_room:
+            insort(rooms, left)
+        with_room[left].append(number)
+    return rows

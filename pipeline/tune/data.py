@@ -1,0 +1,149 @@
+"""The rows that a model is tuned on: conversations of files as shards in the stage's folder, or a chat teacher's cache.
+
+Whoever finds `work/rows.json` finds all shards: they are made once, whatever is killed, and by one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from capgap.pipeline.corpus.conversations import ChatFormat, messages_of
+from capgap.pipeline.corpus.sources import Document, list_files, read_documents
+from capgap.pipeline.corpus.split import Split, split_documents
+from capgap.pipeline.corpus.whole import encode_whole, in_whole_rows
+from capgap.pipeline.store import Block, ShardWriter, split_blocks
+from capgap.pipeline.store.codec import SEQUENCES, Codec
+from capgap.pipeline.store.files import write_atomically
+from capgap.pipeline.workflow.context import StageContext
+from capgap.pipeline.workflow.folder import WORK_FOLDER
+from capgap.schemas.base import Record
+from capgap.schemas.errors import InputError
+from capgap.schemas.facts import TokenizerFacts
+from capgap.schemas.manifest import ShardSet
+from capgap.schemas.records import Sequences
+from capgap.schemas.run_tune import TuneSettings
+
+_ROWS_NAME = "rows.json"
+_SHARD_ROWS = 1024
+_SPLITS: dict[str, Split] = {"train": "student", "heldout": "heldout"}
+
+
+class ChatRows(Record):
+    """The shards of the conversations, and what became of these."""
+
+    shard_sets: dict[str, ShardSet]
+    """`train` and `heldout`."""
+
+    totals: dict[str, int] = Field(default_factory=dict)
+    """Counts for people."""
+
+
+def chat_rows(context: StageContext, chat: ChatFormat, facts: TokenizerFacts) -> ChatRows:
+    """The rows of the settings' conversations; made by the first rank, once.
+
+    Raises:
+        InputError: conversations cannot be read, or none is left to learn from or to measure.
+    """
+    path = context.folder / WORK_FOLDER / _ROWS_NAME
+    if context.ranks.is_first and not path.is_file():
+        made = _make(context, chat, facts)
+        write_atomically(path, made.model_dump_json())
+    if context.ranks.world_size > 1:
+        torch.distributed.barrier()
+    return ChatRows.model_validate_json(path.read_bytes())
+
+
+def chat_files(settings: TuneSettings) -> list[Path]:
+    """The files of the conversations.
+
+    Raises:
+        InputError: a source names nothing, or no file of conversations.
+    """
+    with _as_of_tune():
+        files = list_files(settings.sources)
+    for file in files:
+        if not file.name.endswith((".jsonl", ".jsonl.zst", ".parquet")):
+            raise InputError(
+                "holds no conversations", where=f"tune.sources: {file}", expected=".jsonl, .jsonl.zst or .parquet"
+            )
+    return files
+
+
+def conversations(settings: TuneSettings) -> Iterator[Document]:
+    """Every conversation, each looked at for roles and an answer.
+
+    Raises:
+        InputError: a record is none.
+    """
+    chat_files(settings)
+    with _as_of_tune():
+        for document in read_documents(settings.sources, "", settings.messages_field):
+            messages_of(document)
+            yield document
+
+
+def _make(context: StageContext, chat: ChatFormat, facts: TokenizerFacts) -> ChatRows:
+    settings = context.run.tune
+    assert settings is not None
+    documents, num_repeated = split_documents(conversations(settings), 0.0, settings.heldout_fraction)
+    sidecars = context.folder / WORK_FOLDER / "shards"
+    sets, totals = {}, {"num_repeated_conversations": num_repeated}
+    for name, split in _SPLITS.items():
+        with _as_of_tune():
+            made = encode_whole(chat, documents[split], settings.max_len, f"tune: tokenize {name}")
+        counts = {what.removeprefix("num_"): number for what, number in vars(made).items() if what != "rows"}
+        totals |= {f"num_{name}_{what}": number for what, number in counts.items()}
+        rows = in_whole_rows(made.rows, settings.max_len, facts.eos_id, settings.packing)
+        _require_rows(settings, name, rows, made.num_dropped_conversations)
+        totals |= {f"num_{name}_rows": len(rows), f"num_{name}_labels": int(rows.mask_BL1.sum())}
+        writer = ShardWriter(context.folder, sidecars, name, Codec(SEQUENCES, settings.max_len, facts.vocab_size))
+        starts = range(0, len(rows), _SHARD_ROWS)
+        sets[name] = writer.shard_set(
+            [
+                writer.write(index, [Block(part) for part in split_blocks(_slice(rows, start))])
+                for index, start in enumerate(starts)
+            ]
+        )
+    return ChatRows(shard_sets=sets, totals=totals)
+
+
+def _require_rows(settings: TuneSettings, name: str, rows: Sequences, num_dropped: int) -> None:
+    if not len(rows):
+        raise InputError(
+            "no conversation is left to learn from" if name == "train" else "no conversation is held out",
+            where=f"tune.sources: {', '.join(settings.sources)}",
+            found=f"{num_dropped} without an answer that ends within {settings.max_len} tokens"
+            if num_dropped
+            else "none",
+            expected="at least one",
+            fix="raise tune.max_len" if num_dropped else "change tune.heldout_fraction",
+        )
+
+
+def _slice(rows: Sequences, start: int) -> Sequences:
+    part = slice(start, start + _SHARD_ROWS)
+    return Sequences(rows.tokens_BL1[part], rows.starts_BL1[part], rows.mask_BL1[part])
+
+
+@contextmanager
+def _as_of_tune() -> Iterator[None]:
+    """Errors of the corpus's readers in the words of these settings."""
+    try:
+        yield
+    except InputError as error:
+        where = f"tune.sources: {str(error.where).removeprefix('corpus.sources: ')}"
+        fix = None if error.fix is None else error.fix.replace("corpus.", "tune.").partition(", or leave it out")[0]
+        if str(error.where).startswith("tune."):
+            raise
+        raise InputError(error.what, where=where, found=error.found, expected=error.expected, fix=fix) from None
+
+
+def row_facts(rows: ChatRows) -> dict[str, Any]:
+    """The counts for the manifest, those of nothing left out."""
+    return {name: number for name, number in rows.totals.items() if number or "dropped" not in name}

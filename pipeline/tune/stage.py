@@ -1,0 +1,143 @@
+"""The tune stage: one trained student, or a given model, and conversations into a chat model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from capgap.pipeline.models import MODEL_FOLDER, load_model, model_facts, model_path, save_model
+from capgap.pipeline.scalars import METRICS_NAME
+from capgap.pipeline.store.files import write_atomically
+from capgap.pipeline.train.data import heldout_batches
+from capgap.pipeline.train.fit import fit
+from capgap.pipeline.train.heldout import measure
+from capgap.pipeline.train.loggers import require_loggers
+from capgap.pipeline.train.metrics import MetricsFile, read_rows
+from capgap.pipeline.train.model_card import CARD_NAME
+from capgap.pipeline.train.module import DistillationModule
+from capgap.pipeline.train.task import Task
+from capgap.pipeline.tune.card import chat_card
+from capgap.pipeline.tune.data import conversations
+from capgap.pipeline.tune.lesson import Lesson, lesson_of
+from capgap.pipeline.tune.lora import Adapters, require_peft
+from capgap.pipeline.tune.template import extend_vocabulary
+from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
+from capgap.pipeline.workflow.folder import WORK_FOLDER
+from capgap.pipeline.workflow.graph import CHAT_CACHE
+from capgap.schemas.facts import ModelFacts
+from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_tune import TuneSettings
+
+ADAPTER_FOLDER = "adapter"
+_BEFORE_NAME = "before.json"
+
+
+def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
+    """Refuse data, templates and packages that cannot be used.
+
+    Raises:
+        InputError: a record is no conversation with an answer, or the chat template cannot be learnt from.
+        SettingError, MismatchError: as `lesson_of`.
+        MachineError: a package is not installed.
+    """
+    settings = _settings(run)
+    require_loggers(settings.loggers)
+    if settings.lora is not None:
+        require_peft()
+    lesson_of(settings, _before(run, instance, inputs), inputs.get(CHAT_CACHE))
+    if settings.sources:
+        for _ in conversations(settings):
+            pass
+
+
+def run(context: StageContext) -> StageResult:
+    """Tune and write the folder `model`, and `adapter` beside it where adapters were trained.
+
+    Raises:
+        CapgapError: as `check` and `fit`.
+    """
+    settings, seed = _settings(context.run), context.instance.seed
+    assert seed is not None
+    path = _before(context.run, context.instance, context.inputs)
+    lesson = lesson_of(settings, path, context.inputs.get(CHAT_CACHE))
+    learnt_from, rows = lesson.task_arguments(context, settings)
+    dtype = torch.bfloat16 if settings.precision == "bf16-true" else torch.float32
+    model = load_model(path, "cpu", dtype, settings.trust_remote_code)
+    extend_vocabulary(model, lesson.old_size, lesson.facts.vocab_size)
+    adapters = None if settings.lora is None else Adapters(model, settings.lora, seed)
+    task = Task(
+        title=f"tune: {', '.join(part.replace('-', ' ') for part in context.instance.name.split('/')[1:])}",
+        settings=settings,
+        seed=seed,
+        device=context.device,
+        folder=context.folder,
+        ranks=context.ranks,
+        **learnt_from,
+    )
+    before = _measured_before(model, task) if context.ranks.is_first else 0.0
+    totals = fit(model, task)
+    if not context.ranks.is_first:
+        return StageResult()
+    if adapters is not None:
+        adapters.save(context.folder / ADAPTER_FOLDER, with_embedding=lesson.facts.vocab_size > lesson.old_size)
+        model = adapters.merge()
+    totals |= {"heldout_loss_before": before, "heldout_loss_after": _loss(model, task)} | rows.totals
+    made = _save(model, lesson, context.folder / MODEL_FOLDER)
+    card = chat_card(context, settings, path, lesson, made, totals)
+    (context.folder / MODEL_FOLDER / CARD_NAME).write_text(card)
+    return StageResult(facts=made.model_dump(mode="json"), totals=totals, shard_sets=rows.shard_sets)
+
+
+def _settings(run: RunFile) -> TuneSettings:
+    assert run.tune is not None
+    return run.tune
+
+
+def _before(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> str:
+    """Folder or id of the model that is tuned."""
+    given = _settings(run).path
+    return given if given is not None else model_path(inputs[f"train/{instance.arm}/seed-{instance.seed}"])
+
+
+def _measured_before(model: PreTrainedModel, task: Task) -> float:
+    """The held-out loss before the first step, which is also a row of the metrics; measured once."""
+    path = task.folder / WORK_FOLDER / _BEFORE_NAME
+    if not path.is_file():
+        write_atomically(path, json.dumps(_loss(model, task)))
+    before: float = json.loads(path.read_bytes())
+    metrics = task.folder / METRICS_NAME
+    if not any(row["step"] == "0" for row in read_rows(metrics)):
+        MetricsFile(metrics, 0).add(step=0, num_tokens=0, validation_loss=before)
+    return before
+
+
+def _loss(model: PreTrainedModel, task: Task) -> float:
+    """Mean over the held-out answers' tokens, nats."""
+    is_trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    size = task.training.codec.vocab_size
+    module = DistillationModule(
+        model.to(task.device), task.settings, 1, task.alpha, task.temperature, size, task.objective
+    )
+    loss = measure(module, heldout_batches(task)).loss
+    model.to("cpu")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in is_trained)
+    return round(loss, 6)
+
+
+def _save(model: PreTrainedModel, lesson: Lesson, folder: Path) -> ModelFacts:
+    tokenizer = lesson.format.tokenizer
+    # where a server stops an answer
+    ends = sorted({*lesson.format.end_ids, *_end_ids(model.generation_config.eos_token_id)})
+    model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
+    save_model(model, tokenizer, folder)
+    return model_facts(model, tokenizer)
+
+
+def _end_ids(value: Any) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -1,0 +1,105 @@
+"""The chat template of a tuned model: the tokenizer's own, a given one, or one with special tokens for roles.
+
+    <|system|>Be brief.<|user|>How much is 3 + 4?<|assistant|>7.</s><|user|>And 5?<|assistant|>12.</s>
+
+The marks of `roles` are added to the tokenizer as special tokens, so no text can be taken for one, and a prompt always
+ends with one: answers are tokenised alike behind it and by themselves. Messages pass through the template with a space
+in whatever would be a special token, where the model is served too.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from capgap.pipeline.corpus.plain_text import apart, special_texts
+from capgap.schemas.errors import InputError
+
+ROLE_MARKS = ("<|system|>", "<|user|>", "<|assistant|>")
+
+_ROLES = """\
+{%- set specials = SPECIALS -%}
+{%- macro plain(text) -%}
+{%- set said = namespace(text=text) -%}
+{%- for special, instead in specials -%}
+{%- set said.text = said.text | replace(special, instead) -%}
+{%- endfor -%}
+{{- said.text -}}
+{%- endmacro -%}
+{{- BEGIN -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{- '<|assistant|>' ~ plain(message['content']) ~ eos_token -}}
+{%- elif message['role'] == 'user' -%}
+{{- '<|user|>' ~ plain(message['content']) -}}
+{%- elif message['role'] == 'system' -%}
+{{- '<|system|>' ~ plain(message['content']) -}}
+{%- else -%}
+{{- raise_exception('no role ' ~ message['role'] ~ ', but system, user and assistant') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+"""
+
+
+def chosen_template(setting: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    """`own`, `roles` or the path of a file: what the setting says, or what it means where it is left out."""
+    return setting or ("roles" if tokenizer.chat_template is None else "own")
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, setting: str | None) -> tuple[PreTrainedTokenizerBase, str]:
+    """The tokenizer with its chat template, in place, and the template's name for errors and the model card.
+
+    Raises:
+        InputError: there is no such file, or it is no text.
+    """
+    chosen = chosen_template(setting, tokenizer)
+    if chosen == "own":
+        return tokenizer, "the tokenizer's own chat template"
+    if chosen == "roles":
+        tokenizer.add_special_tokens({"extra_special_tokens": list(ROLE_MARKS)}, replace_extra_special_tokens=False)
+        tokenizer.chat_template = roles_template(tokenizer)
+        return tokenizer, "the chat template roles"
+    try:
+        tokenizer.chat_template = Path(chosen).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            "no chat template can be read",
+            where=f"tune.chat_template: {chosen}",
+            found=error.strerror if isinstance(error, OSError) else error,
+            expected="own, roles, or a Jinja file in UTF-8",
+        ) from None
+    return tokenizer, f"the chat template {chosen}"
+
+
+def roles_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template `roles`, for a tokenizer that has the marks: what its special tokens are stands in the template."""
+    specials = json.dumps([[text, apart(text)] for text in special_texts(tokenizer)], ensure_ascii=False)
+    begins = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return _ROLES.replace("SPECIALS", specials).replace("BEGIN", "bos_token" if begins else "''")
+
+
+@torch.no_grad()
+def extend_vocabulary(model: PreTrainedModel, old_size: int, new_size: int) -> None:
+    """Give the ids from `old_size` to `new_size` rows of their own, in place.
+
+    A new row of the embedding is drawn around the mean of the old ones with their spread, the same in every run: marks
+    that begin alike could not be told apart where adapters alone are trained. A head of its own gets the mean, so that
+    no new token begins likely. Rows of padding are used before any are added.
+    """
+    if new_size <= old_size:
+        return
+    if model.get_input_embeddings().weight.shape[0] < new_size:
+        model.resize_token_embeddings(new_size, mean_resizing=False)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    old_VH = embedding.weight[:old_size].float()
+    noise_VH = torch.randn(new_size - old_size, old_VH.shape[1], generator=torch.Generator().manual_seed(0))
+    drawn_VH = old_VH.mean(0) + old_VH.std(0) * noise_VH.to(old_VH.device)
+    if head.weight is not embedding.weight:
+        head.weight[old_size:new_size] = head.weight[:old_size].float().mean(0).to(head.weight.dtype)
+    embedding.weight[old_size:new_size] = drawn_VH.to(embedding.weight.dtype)
+    if head.bias is not None:
+        head.bias[old_size:new_size] = head.bias[:old_size].float().mean().to(head.bias.dtype)
