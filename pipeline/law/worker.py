@@ -89,8 +89,8 @@ def process_of(
 ) -> BaseProcess:
     """The process that does the job; not started yet. Its log is begun.
 
-    It is forked, for what it needs is imported here already; `start` starts the processes of its stages. `leave` lets go
-    there of what only this process is to hold.
+    It is forked, for what it needs is imported here already; `start` starts the processes of its stages. `leave` lets
+    go there of what only this process is to hold.
     """
     # imported here: commands that fork nothing do without it
     import multiprocessing

@@ -1,4 +1,4 @@
-"""A grid of the law through the command line: what it makes, that a second run makes nothing, and kill -9 on the way."""
+"""A grid of the law through the command line: what it makes, a second run, and kill -9 on the way."""
 
 from __future__ import annotations
 
