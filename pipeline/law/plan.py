@@ -227,6 +227,9 @@ class _Works:
         return work_of(run, states(run), None)
 
 
+# Sources of a sum that are named: there is one for each size of model.
+_SHOWN = 3
+
 _OF_A_TEACHER = ("teacher", "cache")
 
 
@@ -248,9 +251,10 @@ def _sum(figures: Iterable[tuple[str, Figure]]) -> Figure:
     unknown: Mapping[str, str] = {name: figure.source for name, figure in found if figure.value is None}
     if unknown:
         return Figure(value=None, source=f"not known for {', '.join(unknown)}: {next(iter(unknown.values()))}")
-    sources = dict.fromkeys(figure.source for _, figure in found if figure.value)
+    sources = list(dict.fromkeys(figure.source for _, figure in found if figure.value))
+    more = f"; and {len(sources) - _SHOWN} more" if len(sources) > _SHOWN else ""
     total = sum(figure.value or 0 for _, figure in found)
-    return Figure(value=total, source="; ".join(sources) or "nothing is left to do")
+    return Figure(value=total, source=("; ".join(sources[:_SHOWN]) or "nothing is left to do") + more)
 
 
 def _disk(phases: Iterable[PhasePlan], scratch: float, num_workers: int) -> Figure:
