@@ -19,7 +19,7 @@ _HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
   status    say of every stage whether it is current, and why not; --watch shows it at work, --json
   plan      say what a run will cost, before it does: tokens, disk, device hours; --json
   verify    check every file and shard below a folder against its digests; --rescore FRACTION asks the teacher too
-  law       which teacher size is best for a student: fit a table of runs, its page, advice
+  law       which teacher size is best for a student: run a grid, fit its table, its page, advice
 
   corpus    text into packed sequences                      (one stage of the run file)
   teacher   check or train the teacher
@@ -41,7 +41,8 @@ Every setting of the run file is also a flag: `capgap run RUN.yaml --train.learn
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0 done, 1 a fault of ours, 2 what the user can mend, 3 the machine, 4 damaged data, 130 interrupted, 141 where
+    0 done, 1 a fault of ours, 2 what the user can mend, 3 the machine, 4 damaged data, 5 runs of a grid without a
+    result, 130 interrupted, 141 where
     nobody reads the output any more, 128 + n where a stage was killed by signal n.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from capgap.pipeline.workflow.device import resolve_device
 from capgap.pipeline.workflow.lease import new_cpu_group
 from capgap.schemas.errors import MachineError, SettingError
 from capgap.schemas.law_grid import LawGrid
@@ -46,6 +47,11 @@ def worker_environments(grid: LawGrid, device: str, num_workers: int | None) -> 
         {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each]), "CAPGAP_LOG_FORMAT": "text"}
         for i in range(wanted)
     ]
+
+
+def num_workers_of(grid: LawGrid, num_workers: int | None) -> int:
+    """How many `worker_environments` would give; raises as that."""
+    return len(worker_environments(grid, resolve_device(grid.device), num_workers))
 
 
 def gpus_of_a_stage(grid: LawGrid) -> int:

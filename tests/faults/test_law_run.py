@@ -1,10 +1,11 @@
-"""A grid of the law through the command line: what it makes, that a second run makes nothing, and kill -9 midway."""
+"""A grid of the law through the command line: what it makes, a second run, and kill -9 on the way."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -150,6 +151,17 @@ def test_a_second_run_has_nothing_to_do_and_the_table_can_be_made_again(
     code, said = zygote.run("law", "run", grid_file, "--out", whole)
     assert code == 0 and "nothing to do: 6 of 6 runs have their result" in said
     assert (whole / "runs.jsonl").read_bytes() == before
+    code, said = zygote.run("law", "plan", grid_file, "--out", whole, "--json")
+    assert code == 0, said
+    plan = json.loads(said)
+    assert plan["num_processes"] == 0 and plan["device_hours"]["value"] == 0
+    assert {phase["phase"]: phase["num_runs"] for phase in plan["phases"]} == {
+        "corpus": 1,
+        "teachers": 2,
+        "caches": 2,
+        "students": 6,
+        "measurements": 6,
+    }
 
 
 def test_the_run_files_of_the_grid_are_ordinary_ones(zygote: Zygote, whole: Path) -> None:
@@ -183,10 +195,26 @@ def test_killed_on_the_way_a_grid_goes_on_and_ends_in_the_same_table(
     assert {path: path.stat().st_mtime_ns for path in finished} == stamps, "what was finished is made again"
 
 
+def test_interrupted_a_grid_ends_with_all_its_processes_and_keeps_its_table(
+    zygote: Zygote, whole: Path, grid_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "law"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "students")
+    pid = zygote.start("law", "run", grid_file, "--out", out, "--workers", "2")
+    while is_alive(pid) and not list(out.glob("students/*/*/*/log.txt")):
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGINT)
+    code, said = zygote.end()
+    assert code == 130 and "interrupted; the same command goes on from here" in said
+    assert processes_of(pid) == []
+    assert len(table(out)) == 6
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(
     zygote: Zygote, whole: Path, grid: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Two alphas; a student of a learning rate that no training survives, beside one of a sound one."""
+    """A student of a learning rate that no training survives, beside one of a sound one."""
     sound, wild = {"model": SHAPE}, {"model": {**SHAPE, "intermediate_size": 16}}
     values = {
         **grid,

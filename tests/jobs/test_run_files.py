@@ -14,14 +14,17 @@ from capgap.jobs.cli import main
 from capgap.jobs.commands import stage_parser, verify_parser
 from capgap.jobs.law import COMMANDS
 from capgap.jobs.plan import plan_parser
+from capgap.pipeline.law.expand import cells
 from capgap.pipeline.prune.cut import pruned_config
 from capgap.pipeline.prune.shapes import shape_of, target_shape
 from capgap.pipeline.workflow.context import OPTIONAL_STAGES, STAGES
 from capgap.pipeline.workflow.graph import instances
+from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.run_file import RunFile
 
 ROOT = Path(__file__).parents[2]
-RUN_FILES = sorted((ROOT / "jobs" / "runs").glob("*.yaml"))
+GRID_FILES = sorted((ROOT / "jobs" / "runs").glob("law-*.yaml"))
+RUN_FILES = sorted({*(ROOT / "jobs" / "runs").glob("*.yaml")} - {*GRID_FILES})
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -46,6 +49,22 @@ def commands() -> list[str]:
 def test_a_shipped_run_file_parses_and_names_every_stage(path: Path) -> None:
     run = RunFile.model_validate(yaml.safe_load(path.read_text()))
     assert {instance.stage for instance in instances(run)} >= set(STAGES) - OPTIONAL_STAGES
+
+
+@pytest.mark.parametrize("path", GRID_FILES, ids=lambda path: path.stem)
+def test_a_shipped_grid_file_parses_and_its_runs_are_run_files(path: Path) -> None:
+    grid = LawGrid.model_validate(yaml.safe_load(path.read_text()))
+    tokens = {student: dict.fromkeys(grid.budgets, 10_000) for student in grid.students}
+    found = list(cells(grid, tokens))
+    assert len(found) == len(grid.students) * (1 + len(grid.teachers)) * len(grid.seeds)
+    for cell in found:
+        assert RunFile.model_validate(cell.run.model_dump(mode="json")).arms == cell.run.arms
+
+
+def test_the_smoke_grid_and_the_measurement_are_shipped() -> None:
+    assert {path.stem for path in GRID_FILES} >= {"law-smoke", "law-cpu"}
+    grid = LawGrid.model_validate(yaml.safe_load((ROOT / "jobs/runs/law-cpu.yaml").read_text()))
+    assert len(grid.teachers) >= 5 and len(grid.students) >= 2 and len(grid.seeds) >= 3
 
 
 def test_the_demo_the_one_gpu_run_and_the_paper_s_shape_are_shipped() -> None:
@@ -104,6 +123,9 @@ def test_a_command_in_the_documents_is_one_that_exists(line: str) -> None:
 def test_a_yaml_in_the_documents_fits_the_run_file(document: str, text: str) -> None:
     demo = yaml.safe_load((ROOT / "jobs/runs/demo.yaml").read_text())
     shown = yaml.safe_load(text)
+    if "teachers" in shown:
+        LawGrid.model_validate(shown)
+        return
     RunFile.model_validate({**demo, **shown})
 
 
