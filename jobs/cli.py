@@ -19,6 +19,7 @@ _HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
   status    say of every stage whether it is current, and why not
   plan      say what a run will cost, before it does: tokens, disk, device hours; --json
   verify    check every file and shard below a folder against its digests; --rescore FRACTION asks the teacher too
+  fidelity  what a cache keeps of its teacher, and which trainings it supports; --json, --teacher
   law       which teacher size is best for a student: fit a table of runs, its page, advice
 
   corpus    text into packed sequences                      (one stage of the run file)
@@ -87,6 +88,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _commands() -> dict[str, Command]:
     from capgap.jobs.commands import run_command, stage_command, status_command, verify_command
+    from capgap.jobs.fidelity import fidelity_command
     from capgap.jobs.law import law_command
     from capgap.jobs.plan import plan_command
     from capgap.pipeline.store import keep_freed_memory
@@ -98,6 +100,7 @@ def _commands() -> dict[str, Command]:
         "status": status_command,
         "plan": plan_command,
         "verify": verify_command,
+        "fidelity": fidelity_command,
         "law": law_command,
     }
     return commands | {stage: stage_command(stage) for stage in STAGES}

@@ -19,7 +19,7 @@ DIFFERENCE_HEADINGS = ("pair", "quantity", "difference, nats/token", "low", "hig
 
 def nearness_lines(results: EvalResults) -> tuple[str, ...]:
     """Lines below the final table."""
-    missing = ()
+    missing: tuple[str, ...] = ()
     if results.teacher_missing is not None:
         missing = (f"note: the teacher itself was not measured ({results.teacher_missing}), nor KL, top-1, acceptance",)
     return (*missing, *_cached(results), *_drafts(results))
@@ -27,11 +27,15 @@ def nearness_lines(results: EvalResults) -> tuple[str, ...]:
 
 def difference_rows(results: EvalResults) -> tuple[tuple[str, ...], ...]:
     """Every two arms' difference in nearness, at each seed and over seeds: positive means that the second is nearer."""
-    seeds = [(f"{one.first} - {one.second}, seed {one.seed}", one) for one in results.paired_nearness]
-    means = [(f"{one.first} - {one.second}, mean", one) for one in results.nearness_over_seeds]
-    return tuple(
-        (pair, _NAMES[one.quantity], *_numbers(one.difference, one.interval)) for pair, one in (*seeds, *means)
-    )
+    seeds = [
+        (f"{one.first} - {one.second}, seed {one.seed}", _NAMES[one.quantity], *_numbers(one.difference, one.interval))
+        for one in results.paired_nearness
+    ]
+    means = [
+        (f"{one.first} - {one.second}, mean", _NAMES[one.quantity], *_numbers(one.difference, one.interval))
+        for one in results.nearness_over_seeds
+    ]
+    return (*seeds, *means)
 
 
 def _cached(results: EvalResults) -> Iterable[str]:
