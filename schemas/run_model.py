@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from capgap.schemas.base import Record
 from capgap.schemas.run_optimization import OptimizationSettings
+from capgap.schemas.run_prune import PruneSettings
 
 
 class ModelShape(Record):
@@ -65,7 +66,7 @@ class TeacherSettings(Record):
     @model_validator(mode="after")
     def _check(self) -> Self:
         _exactly_one("teacher", self.path, self.model)
-        _code_of_a_path("teacher", self.path, self.trust_remote_code)
+        _code_of_a_path("teacher.model", self.path, self.trust_remote_code)
         if self.path is not None and self.training is not None:
             raise ValueError("teacher.training: found beside teacher.path, expected only with teacher.model")
         return self
@@ -90,18 +91,26 @@ class StudentSettings(Record):
     model: ModelShape | None = None
     """Shape of a student with fresh weights."""
 
+    prune: PruneSettings | None = None
+    """The shape that the teacher is pruned to."""
+
     trust_remote_code: bool = False
     """Run the Python code that comes with the model at `path`. Whoever wrote it may do anything that you may."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _exactly_one("student", self.path, self.model)
-        _code_of_a_path("student", self.path, self.trust_remote_code)
+        _one_of_three(self.path, self.model, self.prune)
+        origin = "student.model" if self.prune is None else "student.prune"
+        _code_of_a_path(origin, self.path, self.trust_remote_code)
         return self
 
     def decisive(self) -> dict[str, Any]:
-        """As for every record, and nothing of code where none is trusted."""
-        return _without_code(super().decisive())
+        """As for every record, and nothing of code where none is trusted.
+
+        A student that is not pruned is that which was made before a teacher could be.
+        """
+        values = _without_code(super().decisive())
+        return {name: value for name, value in values.items() if name != "prune" or value is not None}
 
 
 def _exactly_one(stage: str, path: str | None, model: ModelShape | None) -> None:
@@ -110,9 +119,17 @@ def _exactly_one(stage: str, path: str | None, model: ModelShape | None) -> None
         raise ValueError(f"{stage}: found {found} of path and model, expected one of them")
 
 
-def _code_of_a_path(stage: str, path: str | None, trusted: bool) -> None:
+def _one_of_three(path: str | None, model: ModelShape | None, prune: PruneSettings | None) -> None:
+    named = [name for name, value in (("path", path), ("model", model), ("prune", prune)) if value is not None]
+    if len(named) != 1:
+        found = " and ".join(named) if named else "none"
+        raise ValueError(f"student: found {found} of path, model and prune, expected one of them")
+
+
+def _code_of_a_path(origin: str, path: str | None, trusted: bool) -> None:
     if trusted and path is None:
-        raise ValueError(f"{stage}.trust_remote_code: found true with {stage}.model, expected it with {stage}.path")
+        stage = origin.partition(".")[0]
+        raise ValueError(f"{stage}.trust_remote_code: found true with {origin}, expected it with {stage}.path")
 
 
 def _without_code(values: dict[str, Any]) -> dict[str, Any]:

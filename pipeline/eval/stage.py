@@ -27,12 +27,14 @@ from capgap.pipeline.eval.results import Measured, Text, results_of
 from capgap.pipeline.eval.spool import open_spool
 from capgap.pipeline.models import load_model, model_path
 from capgap.pipeline.progress import Meter, progress
+from capgap.pipeline.scalars import EVAL_SCALARS, ScalarFile
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.workflow.context import Instance, StageContext, StageResult
+from capgap.pipeline.workflow.folder import LOGS_FOLDER
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import CorpusFacts, ModelFacts
 from capgap.schemas.records import Sequences
-from capgap.schemas.results import RESULTS_NAME, TEACHER
+from capgap.schemas.results import RESULTS_NAME, TEACHER, EvalResults
 from capgap.schemas.run_eval import SpeculativeSettings
 
 _LOG = logging.getLogger("capgap")
@@ -70,6 +72,7 @@ def run(context: StageContext) -> StageResult:
             model.drafted = drafted(_job(context, model.name, prompts, settings.speculative))
     results = results_of(models, evaluation.text, settings.num_bootstrap, missing)
     write_atomically(context.folder / RESULTS_NAME, results.model_dump_json(indent=2) + "\n")
+    _say_scalars(context, results)
     totals = {
         "models": len(results.models),
         "sequences": results.num_sequences,
@@ -117,6 +120,14 @@ def _require_other_means(context: StageContext, missing: str, cached: CachedRows
         )
     stands_for_it = "the cache's held-out sequences stand for it" if cached else "students are held against text alone"
     _LOG.warning("eval: the teacher itself is not measured: %s; %s", missing, stands_for_it)
+
+
+def _say_scalars(context: StageContext, results: EvalResults) -> None:
+    for model in results.models:
+        near = model.against_teacher
+        figures: dict[str, float | None] = {"validation_loss": model.loss}
+        figures |= {"heldout_kl": near.kl, "heldout_top1": near.top1} if near else {}
+        ScalarFile(context.folder / LOGS_FOLDER / "tensorboard" / model.name, EVAL_SCALARS).add(0, figures)
 
 
 def _job(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
 from rich.table import Table
 
@@ -93,12 +94,18 @@ def _errors(errors: tuple[DrawError, ...]) -> Table:
 
 def _supports(supports: tuple[Support, ...]) -> Iterator[Shown]:
     yield "  a training can have:"
-    for one in supports:
-        said = ", ".join(
-            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in one.settings.items()
-        )
-        yield f"    {'yes' if one.supported else 'no '}  {said}{'' if one.why is None else f': {one.why}'}"
+    # of one divergence, tails that share their answer stand in one line
+    for (answer, named, first, why), same in groupby(supports, _answer):
+        name, *others = named
+        rest = ", ".join(f"{other} {', '.join(str(one.settings[other]) for one in same)}" for other in others)
+        said = f"{name} {first}{', ' if rest else ''}{rest}"
+        yield f"    {answer:<3}  {said}{'' if why is None else f': {why}'}"
+
+
+def _answer(one: Support) -> tuple[str, tuple[str, ...], str, str | None]:
+    first = next(iter(one.settings.values()))
+    shown_first = f"{first:g}" if isinstance(first, float) else first
+    return "yes" if one.supported else "no", tuple(one.settings), shown_first, one.why
 
 
 def _table(*titles: str) -> Table:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from capgap.pipeline.corpus.split import SPLITS
 from capgap.pipeline.plan.measured import cache_bytes_per_token, corpus_bytes_per_token, text_bytes_per_token
-from capgap.pipeline.plan.sizes import ModelSize, model_size
+from capgap.pipeline.plan.sizes import ModelSize, model_size, pruned_size
 from capgap.pipeline.plan.text import bytes_per_token, text_bytes
 from capgap.pipeline.tokenizers import load_tokenizer
 from capgap.pipeline.workflow.state import StageState, State, reused_manifests
@@ -84,6 +84,8 @@ class RunWork:
                 each = self.run.corpus.seq_len * self.num_models
                 value = None if sequences.value is None else sequences.value * each
                 return Figure(value=value, source=f"{self.num_models} models")
+            case "student" if self.run.student.prune is not None:
+                return Figure(value=0, source="the passes that score the teacher's parts are not counted")
             case "student" | "report":
                 return Figure(value=0, source="none")
             case _:
@@ -169,7 +171,9 @@ def work_of(run: RunFile, known: dict[str, StageState], stated_bytes_per_token: 
         run=run,
         vocab_size=vocab_size,
         teacher=model_size(finished("teacher", run, known), run.teacher.path, run.teacher.model, vocab_size),
-        student=model_size(next(iter(students), None), run.student.path, run.student.model, vocab_size),
+        student=model_size(next(iter(students), None), run.student.path, run.student.model, vocab_size)
+        if run.student.prune is None
+        else pruned_size(next(iter(students), None), run.student.prune, run.teacher, vocab_size),
         split_tokens=splits,
         cache_tokens=cached,
         student_tokens=max(arms, key=lambda figure: figure.value or 0),

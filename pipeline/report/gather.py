@@ -9,6 +9,7 @@ from pathlib import Path
 
 from capgap.pipeline.fidelity.fidelity import fidelity_of
 from capgap.pipeline.fidelity.sample import Sampling
+from capgap.pipeline.report.benchmarks import benchmarks
 from capgap.pipeline.report.nearness import nearness_lines
 from capgap.pipeline.report.summary import CacheSummary, Curve, Gain, Report, StageLine, Table
 from capgap.pipeline.report.table import build_rows, cache_line
@@ -38,6 +39,7 @@ def gather(context: StageContext) -> Report:
             rows=build_rows(results),
             lines=(cache_line(cache), *nearness_lines(results), *_caveats(found)),
             verdicts=tuple(verdict(gain, results.num_sequences) for gain in found) or (no_verdict(results, alphas),),
+            benchmarks=benchmarks(context),
         ),
         gains=found,
         results=results,

@@ -14,6 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from capgap.pipeline.report.benchmarks import benchmark_cells, benchmark_headings
 from capgap.pipeline.report.summary import REPORT_NAME, CacheSummary, Measure, Report, Row, Table
 from capgap.schemas.errors import InputError
 from capgap.schemas.results import TEACHER, AgainstTeacher, EvalResults, ModelResult
@@ -139,6 +140,11 @@ def _print(table: Table, console: Console, style: box.Box) -> None:
     console.print(shown)
     for line in (*table.lines, *table.verdicts):
         console.print(Text(line), soft_wrap=True)
+    if table.benchmarks is not None:
+        console.print()
+        console.print(_rich_table(benchmark_headings(table.benchmarks), benchmark_cells(table.benchmarks), style))
+        for note in table.benchmarks.notes:
+            console.print(Text(note), soft_wrap=True)
 
 
 def _rich_table(headings: Iterable[str], rows: Iterable[Iterable[str]], style: box.Box) -> RichTable:

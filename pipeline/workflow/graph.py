@@ -6,6 +6,7 @@ from typing import Any
 
 from capgap.pipeline.workflow.context import STAGES, Instance, StageName
 from capgap.schemas.errors import SettingError
+from capgap.schemas.results import TEACHER
 from capgap.schemas.run_file import RunFile
 
 
@@ -51,14 +52,16 @@ def input_names(run: RunFile, instance: Instance) -> list[str]:
     seed = instance.seed
     students = [i.name for i in _all_instances(run) if i.stage == "student"]
     trained = [i.name for i in _all_instances(run) if i.stage == "train"]
+    measured = [i.name for i in _benchmarks(run)]
     by_stage: dict[StageName, list[str]] = {
         "corpus": [],
         "teacher": ["corpus"],
         "cache": ["corpus", "teacher"],
-        "student": ["corpus"],
+        "student": ["corpus", *_pruned_teacher(run)],
         "train": ["corpus", *_online_teacher(run, instance), "cache", Instance("student", seed=seed).name],
         "eval": ["corpus", *_measured_teacher(run), "cache", *trained],
-        "report": ["corpus", *_measured_teacher(run), "cache", *students, *trained, "eval"],
+        "benchmark": ["teacher" if seed is None else Instance("train", instance.arm, seed).name],
+        "report": ["corpus", *_measured_teacher(run), "cache", *students, *trained, "eval", *measured],
     }
     return by_stage[instance.stage]
 
@@ -101,13 +104,22 @@ def decisive_settings(run: RunFile, instance: Instance) -> dict[str, Any]:
             return {"train": run.train_settings(instance.arm).decisive(), "arm": instance.arm, "seed": instance.seed}
         case "eval":
             return {"eval": run.eval.decisive()}
+        case "benchmark":
+            assert run.benchmarks is not None
+            return {"benchmarks": run.benchmarks.decisive()}
         case "report":
             return {"name": run.name, "arms": sorted(run.arms)}
 
 
 def _online_teacher(run: RunFile, instance: Instance) -> list[str]:
     """The teacher, where the arm asks it rather than the cache."""
-    return ["teacher"] if instance.arm is not None and run.train_settings(instance.arm).needs_teacher else []
+    asked = instance.stage == "train" and instance.arm is not None and run.train_settings(instance.arm).needs_teacher
+    return ["teacher"] if asked else []
+
+
+def _pruned_teacher(run: RunFile) -> list[str]:
+    """The teacher, where the student is what pruning leaves of it."""
+    return [] if run.student.prune is None else ["teacher"]
 
 
 def _measured_teacher(run: RunFile) -> list[str]:
@@ -123,5 +135,14 @@ def _all_instances(run: RunFile) -> list[Instance]:
         *(Instance("student", seed=seed) for seed in run.seeds),
         *(Instance("train", arm=arm, seed=seed) for seed in run.seeds for arm in run.arms),
         Instance("eval"),
+        *_benchmarks(run),
         Instance("report"),
     ]
+
+
+def _benchmarks(run: RunFile) -> list[Instance]:
+    """One for each model: vLLM gives a device's memory back only when its process ends."""
+    if run.benchmarks is None:
+        return []
+    teacher = [Instance("benchmark", arm=TEACHER)] if run.benchmarks.teacher else []
+    return [*teacher, *(Instance("benchmark", arm=arm, seed=seed) for seed in run.seeds for arm in run.arms)]

@@ -9,19 +9,21 @@ import pytest
 from pydantic import ValidationError
 
 from capgap.schemas.base import Record
+from capgap.schemas.run_benchmark import BenchmarkSettings, BenchmarkTask
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
 from capgap.schemas.run_eval import EvalSettings, SpeculativeSettings
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_model import ModelShape, StudentSettings, TeacherSettings
 from capgap.schemas.run_optimization import OptimizationSettings
+from capgap.schemas.run_prune import PruneSettings
 from capgap.schemas.run_train import TrainSettings
 
 BASE: dict[str, Any] = {"name": "tried", "out": "runs/tried", "teacher": {"model": {}}, "student": {"model": {}}}
 
 
 # Their default decides nothing, so that students from before the choice stay current; see the tests of each.
-LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight"}
+LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight", "benchmarks"}
 
 
 @pytest.mark.parametrize(
@@ -65,9 +67,14 @@ LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight"}
             },
         ),
         (ModelShape(), {}),
+        (PruneSettings(num_layers=2), {"batch_sequences": 7}),
         (RunFile.model_validate(BASE), {"out": "elsewhere", "device": "cpu"}),
         (EvalSettings(teacher="live", speculative=SpeculativeSettings()), {"batch_sequences": 7}),
         (SpeculativeSettings(), {"gpu_memory_fraction": 0.5}),
+        (
+            BenchmarkSettings(tasks={"mmlu": BenchmarkTask()}, include_path="tasks"),
+            {"teacher": False, "trust_task_code": True, "allow_code_execution": True, "batch_sequences": 7},
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -102,6 +109,8 @@ def test_what_is_left_out_decides_like_its_default_spelt_out() -> None:
         ),
         (CorpusSettings(), CorpusSettings(vocab_size=4096)),
         (TrainSettings(divergence="jsd"), TrainSettings(divergence="jsd", jsd_beta=0.5)),
+        (PruneSettings(), PruneSettings(layers="block_influence")),
+        (PruneSettings(importance="random"), PruneSettings(importance="random", layers="random")),
         (TrainSettings(final_alpha=0.5), TrainSettings(final_alpha=0.5, alpha_schedule="linear")),
         (
             OptimizationSettings(schedule="wsd"),
@@ -188,6 +197,18 @@ def test_drafts_for_a_teacher_that_is_left_out_are_refused() -> None:
 def test_a_beta_without_jsd_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"jsd_beta: found .* with divergence forward_kl, expected it with jsd"):
         TrainSettings(jsd_beta=0.3)
+
+
+def test_a_student_that_is_not_pruned_is_that_of_before_there_was_pruning() -> None:
+    assert set(StudentSettings(path="folder").decisive()) == {"path", "model"}
+    assert set(StudentSettings(prune=PruneSettings()).decisive()) == {"path", "model", "prune"}
+
+
+def test_a_student_has_one_origin() -> None:
+    with pytest.raises(ValidationError, match="found none of path, model and prune, expected one of them"):
+        StudentSettings()
+    with pytest.raises(ValidationError, match="found path and prune of path, model and prune, expected one of them"):
+        StudentSettings(path="folder", prune=PruneSettings())
 
 
 def test_code_is_trusted_of_a_given_model_only_and_decides_only_then() -> None:

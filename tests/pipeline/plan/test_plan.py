@@ -54,6 +54,19 @@ def test_a_shape_is_counted_as_the_model_that_is_made_of_it() -> None:
     assert shape_parameters(shape) + 32 == sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_a_pruned_student_is_counted_before_it_is_made(run: Callable[..., RunFile]) -> None:
+    """Width 16, one layer of one group of two heads of 8, 24 neurons; embedding and head are one."""
+    prune = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+    pruned = run(student={"prune": prune})
+    carry_out(pruned, Instance("corpus"))
+    layer = (2 * 16 * 16 + 2 * 16 * 8) + 3 * 16 * 24 + 2 * 16
+    assert make_plan(pruned, Stated()).student_parameters.value == 400 * 16 + layer + 16
+    full = make_plan(run(student={"prune": {}}), Stated())
+    assert full.student_parameters.value == full.teacher_parameters.value
+    wider = make_plan(run(student={"prune": {"num_layers": 9}}), Stated())
+    assert "found 9, expected at most the teacher's 2" in wider.student_parameters.source
+
+
 def test_before_anything_is_made_tokens_are_estimated_and_after_the_corpus_counted(run: Callable[..., RunFile]) -> None:
     estimated = stages(make_plan(run(), Stated()))
     made = carry_out(run(), Instance("corpus"))
