@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from capgap.schemas.base import OPERATIONAL, Record
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
-from capgap.schemas.run_file import EvalSettings
+from capgap.schemas.run_eval import EvalSettings
 from capgap.schemas.run_model import StudentSettings, TeacherSettings
 from capgap.schemas.run_optimization import OptimizationSettings
 from capgap.schemas.run_train import TrainSettings

@@ -71,7 +71,8 @@ def outcome_of(cell: Cell, why: str = "") -> Outcome:
         else:
             found.missing[arm.name] = _reason(cell, trained, known[_EVAL.name], failures, why)
     if measured:
-        found.teacher_loss = _read_results(cell.run).teacher.loss
+        teacher = _read_results(cell.run).teacher
+        found.teacher_loss = None if teacher is None else teacher.loss
     return found
 
 
