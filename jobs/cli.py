@@ -19,6 +19,7 @@ _HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
   status    say of every stage whether it is current, and why not; --watch shows it at work, --json
   plan      say what a run will cost, before it does: tokens, disk, device hours; --json
   verify    check every file and shard below a folder against its digests; --rescore FRACTION asks the teacher too
+  fidelity  what a cache keeps of its teacher, and which trainings it supports; --json, --teacher
   law       which teacher size is best for a student: run a grid, fit its table, its page, advice
 
   corpus    text into packed sequences                      (one stage of the run file)
@@ -92,6 +93,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _commands() -> dict[str, Command]:
     from capgap.jobs.commands import run_command, stage_command, verify_command
+    from capgap.jobs.fidelity import fidelity_command
     from capgap.jobs.law import law_command
     from capgap.jobs.plan import plan_command
     from capgap.jobs.status import status_command
@@ -104,6 +106,7 @@ def _commands() -> dict[str, Command]:
         "status": status_command,
         "plan": plan_command,
         "verify": verify_command,
+        "fidelity": fidelity_command,
         "law": law_command,
     }
     return commands | {stage: stage_command(stage) for stage in STAGES}

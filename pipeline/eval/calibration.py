@@ -36,13 +36,19 @@ class Calibration:
     def add(self, sequence: int, logprobs_NV: torch.Tensor, labels_N: torch.Tensor) -> None:
         """Count further rows of a sequence: float32 logprobs at temperature 1, and labels, int64."""
         top_N, ids_N = logprobs_NV.max(-1)
-        confidence_N = top_N.double().exp()
+        self.count(sequence, top_N.double().exp(), ids_N == labels_N)
+
+    def count(self, sequence: int, confidence_N: torch.Tensor, right_N: torch.Tensor) -> None:
+        """Count further rows of a sequence: probabilities of the likeliest ids, float64, and whether they are right."""
         bins_N = (confidence_N * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
-        excess_N = confidence_N - (ids_N == labels_N).double()
-        self.excess_SB[sequence] += np.bincount(bins_N.cpu(), excess_N.cpu(), NUM_BINS)
+        self.excess_SB[sequence] += np.bincount(bins_N.cpu(), (confidence_N - right_N.double()).cpu(), NUM_BINS)
 
     def error(self, labels_S: Int64Array, weights_RS: Int64Array) -> tuple[float, Interval]:
         """The error, and its interval over sequences."""
-        found = np.abs(self.excess_SB.sum(axis=0)).sum() / labels_S.sum()
+        found = self.value(int(labels_S.sum()))
         resampled_R = np.abs(weights_RS @ self.excess_SB).sum(axis=1) / (weights_RS @ labels_S)
-        return float(found), interval_of(resampled_R)
+        return found, interval_of(resampled_R)
+
+    def value(self, num_rows: int) -> float:
+        """The error alone; `num_rows` is how many were counted."""
+        return float(np.abs(self.excess_SB.sum(axis=0)).sum() / num_rows)

@@ -55,7 +55,11 @@ class RunWork:
     @property
     def num_models(self) -> int:
         """That eval measures."""
-        return 1 + len(self.run.seeds) * len(self.run.arms)
+        return self._measured_teachers + len(self.run.seeds) * len(self.run.arms)
+
+    @property
+    def _measured_teachers(self) -> int:
+        return 0 if self.run.eval.teacher == "cache" else 1
 
     @property
     def num_cache_students(self) -> int:
@@ -117,7 +121,7 @@ class RunWork:
                 value = None if size.total is None else size.total * _CHECKPOINT_BYTES * _CHECKPOINTS
                 return Figure(value=value, source=_CHECKPOINTS_WORDS)
             case "eval":
-                rows = self.run.eval.num_full_sequences * self.run.corpus.seq_len
+                rows = self._measured_teachers * self.run.eval.num_full_sequences * self.run.corpus.seq_len
                 value = None if self.vocab_size is None else rows * self.vocab_size * _FLOAT32_BYTES
                 how = "the teacher's distributions, in float32"
                 return Figure(value=value, source=how if value is not None else "needs the tokenizer")
@@ -139,7 +143,8 @@ class RunWork:
             case "train":
                 return None if student is None else 6 * student * tokens
             case "eval" if teacher is not None and student is not None:
-                return 2 * tokens / self.num_models * (teacher + student * (self.num_models - 1))
+                teachers = self._measured_teachers
+                return 2 * tokens / self.num_models * (teachers * teacher + (self.num_models - teachers) * student)
             case _:
                 return None
 
@@ -186,8 +191,8 @@ def finished(stage: str, run: RunFile, known: dict[str, StageState]) -> Manifest
     """The manifest of a stage that is current or reused."""
     if stage in run.reuse:
         return next(manifest for name, (_, manifest) in reused_manifests(run).items() if name == stage)
-    state = known[stage]
-    return state.manifest if state.state is State.CURRENT else None
+    state = known.get(stage)  # nobody may need it
+    return state.manifest if state is not None and state.state is State.CURRENT else None
 
 
 def _vocab_size(run: RunFile, corpus: Manifest | None) -> float | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 from pathlib import Path
 
+from capgap.pipeline.fidelity.fidelity import fidelity_of
+from capgap.pipeline.fidelity.sample import Sampling
 from capgap.pipeline.report.benchmarks import benchmarks
 from capgap.pipeline.report.frontier import run_frontier
 from capgap.pipeline.report.nearness import nearness_lines
@@ -13,11 +16,17 @@ from capgap.pipeline.report.summary import CacheSummary, Curve, Gain, Report, St
 from capgap.pipeline.report.table import build_rows, cache_line
 from capgap.pipeline.report.verdict import gains, no_verdict, verdict
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
+from capgap.schemas.errors import CapgapError
 from capgap.schemas.facts import CacheFacts
+from capgap.schemas.fidelity import Fidelity
 from capgap.schemas.judge_results import JUDGE_NAME, JudgeResults
 from capgap.schemas.results import RESULTS_NAME, EvalResults
 
 _METRICS_NAME = "metrics.csv"
+# One shard, which a URL's cache may have to fetch: `capgap fidelity` reads more.
+_SAMPLE = Sampling(num_sequences=64, num_shards=1)
+
+_LOG = logging.getLogger("capgap")
 
 
 def gather(context: StageContext) -> Report:
@@ -39,6 +48,7 @@ def gather(context: StageContext) -> Report:
         frontier=run_frontier(context, results),
         judge=_judged(context),
         cache=cache,
+        fidelity=_fidelity(context.input("cache")),
         curves=_curves(context),
         stages=tuple(_stage_line(stage) for stage in context.inputs.values()),
         settings=context.run.decisive(),
@@ -71,6 +81,15 @@ def _cache(cache: StageInput) -> CacheSummary:
         num_tokens=any_set.num_tokens,
         num_shards=len(any_set.shards),
     )
+
+
+def _fidelity(cache: StageInput) -> Fidelity | None:
+    """Of a small sample; None where the shards are not at hand any more."""
+    try:
+        return fidelity_of(cache, _SAMPLE)
+    except CapgapError as error:
+        _LOG.warning("report: what the cache keeps is not told: %s", error)
+        return None
 
 
 def _caveats(found: tuple[Gain, ...]) -> tuple[str, ...]:

@@ -27,18 +27,15 @@ def nearness_lines(results: EvalResults) -> tuple[str, ...]:
 
 def difference_rows(results: EvalResults) -> tuple[tuple[str, ...], ...]:
     """Every two arms' difference in nearness, at each seed and over seeds: positive means that the second is nearer."""
-    seeds = (
-        (f"{one.first} - {one.second}, seed {one.seed}", one.quantity, one.difference, one.interval)
+    seeds = [
+        (f"{one.first} - {one.second}, seed {one.seed}", _NAMES[one.quantity], *_numbers(one.difference, one.interval))
         for one in results.paired_nearness
-    )
-    means = (
-        (f"{one.first} - {one.second}, mean", one.quantity, one.difference, one.interval)
+    ]
+    means = [
+        (f"{one.first} - {one.second}, mean", _NAMES[one.quantity], *_numbers(one.difference, one.interval))
         for one in results.nearness_over_seeds
-    )
-    return tuple(
-        (pair, _NAMES[quantity], *_numbers(difference, interval))
-        for pair, quantity, difference, interval in (*seeds, *means)
-    )
+    ]
+    return (*seeds, *means)
 
 
 def _cached(results: EvalResults) -> Iterable[str]:

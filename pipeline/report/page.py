@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from capgap.pipeline.fidelity.text import summary
 from capgap.pipeline.report.benchmarks import benchmark_cells, benchmark_headings
 from capgap.pipeline.report.charts import charts
 from capgap.pipeline.report.frontier_charts import frontier_charts
@@ -75,6 +76,7 @@ def _facts(report: Report) -> tuple[tuple[str, str], ...]:
         ("tokens", f"{cache.num_tokens:,}"),
         ("size", f"{size / 1e6:,.1f} MB in {num_files} shard{'' if num_files == 1 else 's'}"),
         ("bytes per token", ", ".join(f"{cache.bytes_per_token(name):.1f}" for name, _ in recordings)),
+        *(("fidelity", line) for line in (summary(report.fidelity) if report.fidelity else ())),
         ("teacher's loss on the cached text", f"{cache.facts.mean_label_loss:.4f} nats per token"),
         ("vocabulary", f"{cache.facts.tokenizer.vocab_size:,} ids ({cache.facts.padded_vocab_size:,} with padding)"),
         ("engine", ", ".join((*cache.facts.engines, *cache.facts.dtypes))),

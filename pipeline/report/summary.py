@@ -7,6 +7,7 @@ from typing import Any
 from capgap.pipeline.report.frontier import RunFrontier
 from capgap.schemas.base import Record
 from capgap.schemas.facts import CacheFacts
+from capgap.schemas.fidelity import Fidelity
 from capgap.schemas.judge_results import JudgeResults
 from capgap.schemas.results import EvalResults, Interval
 from capgap.schemas.run_cache import RecordingName
@@ -220,6 +221,9 @@ class Report(Record):
 
     cache: CacheSummary
     """The cache behind the students."""
+
+    fidelity: Fidelity | None = None
+    """What it keeps of the teacher, on a small sample; None where its shards were not at hand."""
 
     curves: tuple[Curve, ...]
     """Of the teacher, if it was trained here, and of the students."""

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from capgap.jobs.arguments import parse, parse_run, run_parser
 from capgap.jobs.cli import main
 from capgap.jobs.commands import stage_parser, verify_parser
+from capgap.jobs.fidelity import fidelity_parser
 from capgap.jobs.law import COMMANDS
 from capgap.jobs.plan import plan_parser
 from capgap.pipeline.law.expand import cells
@@ -92,11 +93,14 @@ def test_a_command_in_the_documents_is_one_that_exists(line: str) -> None:
         assert {word for word in words[1:] if "=" not in word and not word.startswith("-")} <= targets
         return
     command, arguments = words[1], words[2:]
-    assert command in ("run", "status", "verify", "plan", "law", *STAGES)
+    assert command in ("run", "status", "verify", "plan", "fidelity", "law", *STAGES)
     if arguments == ["--help"]:
         return
     if command == "verify":
         parse(verify_parser(), arguments)
+        return
+    if command == "fidelity":
+        parse(fidelity_parser(), arguments)
         return
     if command == "plan":
         parse_run(

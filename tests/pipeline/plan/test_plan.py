@@ -143,6 +143,13 @@ def test_what_is_reused_costs_nothing(run: Callable[..., RunFile], tmp_path: Pat
     assert stages(plan)["cache"].tokens.source == "the corpus"
 
 
+def test_an_evaluation_without_the_teacher_is_of_students_alone(run: Callable[..., RunFile]) -> None:
+    whole, less = (stages(make_plan(run(**more), Stated()))["eval"] for more in ({}, {"eval": {"teacher": "cache"}}))
+    # one arm of one seed
+    assert whole.tokens.value is not None and less.tokens.value == whole.tokens.value / 2
+    assert whole.scratch_bytes.value and less.scratch_bytes.value == 0
+
+
 @pytest.mark.parametrize(
     ("once", "each", "least"), [(10, 10, 2), (10, 11, 1), (10, 4, 3), (10, 5, 3), (0, 1, 1), (1, 0, None)]
 )
