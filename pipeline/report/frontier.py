@@ -22,9 +22,9 @@ from capgap.schemas.results import TEACHER, EvalResults, ModelResult
 
 STATED = (
     "Compute is 6 N D for a training and 2 N D for a pass, over all parameters. Of a student: its training, and for a "
-    "distilled one the teacher's pass over the cached tokens (6 N_S D + 2 N_T D_C, as in the paper). With the "
-    "teacher's training: 6 N_T D_T more for every student that it taught or that was made from it. First weights that "
-    "were given, and the tuning of a student, are not counted."
+    "distilled one the teacher's pass over the cached tokens (6 N_S D + 2 N_T D_C, as the paper has it). The column "
+    "with the teacher's training has 6 N_T D_T more, for every student that the teacher taught or that was made from "
+    "it. First weights that were given, and the tuning of a student, are not counted."
 )
 
 _BENCHMARK_STAGE, _BENCHMARK_NAME = "benchmark", "benchmark.json"

@@ -72,9 +72,9 @@ def _published(frontier: RunFrontier, measured: Sequence[CostedModel], arms: tup
             label="published",
         )
         for model in MODELS:
-            axes.annotate(
-                model.name, (model.flops, model.mean), (4, 3), textcoords="offset points", fontsize=_SMALL, color=INK
-            )
+            side: dict[str, Any] = {"xytext": (-4, 3), "ha": "right"} if _is_crowded(model) else {"xytext": (4, 3)}
+            at = (model.flops, model.mean)
+            axes.annotate(model.name, at, textcoords="offset points", fontsize=_SMALL, color=INK, **side)
         _line(axes, [(model.flops, model.mean) for model in best])
         for own in measured:
             _mark(axes, own, own.mean_score, arms)
@@ -117,6 +117,11 @@ def _published(frontier: RunFrontier, measured: Sequence[CostedModel], arms: tup
 def _published_row(model: PublishedModel, best: Sequence[PublishedModel]) -> tuple[str, ...]:
     scores = (f"{score:.2f}" for score in model.scores)
     return model.name, _operations(model.flops), *scores, f"{model.mean:.1f}", "yes" if model in best else "no"
+
+
+def _is_crowded(model: PublishedModel) -> bool:
+    """Whether its name would run into a mark to its right."""
+    return any(1 < one.flops / model.flops < 2.5 and abs(one.mean - model.mean) < 2 for one in MODELS)
 
 
 def _mark(axes: Any, model: CostedModel, quality: float | None, arms: tuple[str, ...]) -> None:

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """Base URL and folder of the model behind it."""
-    pytest.importorskip("vllm")
+    for package in ("vllm", "uvicorn", "watchfiles", "prometheus_fastapi_instrumentator"):
+        pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("judge-model")
     save_model(tiny_model(9, positions=4096), tokenizer(), folder)
     with socket.socket() as probe:
