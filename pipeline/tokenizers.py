@@ -91,6 +91,27 @@ def require_same_tokenizer(
         )
 
 
+def require_extended_tokenizer(
+    extended: PreTrainedTokenizerBase, extended_where: str, found: PreTrainedTokenizerBase, found_where: str
+) -> None:
+    """Raise MismatchError, naming the first differing entry, unless every entry of `found` has its id in `extended`.
+
+    Special tokens must be the same ones.
+    """
+    whole, part = _entries(extended), _entries(found)
+    whole["vocab"] = {token: number for token, number in whole["vocab"].items() if token in part["vocab"]}
+    difference = _first_difference(whole, part)
+    if difference is not None:
+        name, here, there = difference
+        raise MismatchError(
+            f"the tokenizer of {extended_where} does not extend this one",
+            where=found_where,
+            found=f"{name} = {there}",
+            expected=here,
+            fix="make the corpus with this tokenizer, extended by corpus.extend_vocabulary or not",
+        )
+
+
 def _entries(tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return {"vocab": dict(tokenizer.get_vocab()), "special": special}

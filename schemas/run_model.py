@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from capgap.schemas.base import Record
+from capgap.schemas.base import OPERATIONAL, Record
 from capgap.schemas.run_optimization import OptimizationSettings
 from capgap.schemas.run_prune import PruneSettings
 
@@ -45,8 +45,19 @@ class ModelShape(Record):
         return self
 
 
+class AdaptSettings(OptimizationSettings):
+    """How a given teacher goes on to be trained, with cross-entropy alone, on the corpus's text for teachers."""
+
+    learning_rate: float = Field(3e-5, gt=0)
+    """Peak learning rate."""
+
+    pad_to_multiple_of: int | None = Field(None, ge=1)
+    """Rows of embedding and head are filled up to a multiple of this; no token has a filler's id. No more rows than the
+    vocabulary needs, or the teacher has, where it is left out."""
+
+
 class TeacherSettings(Record):
-    """A given teacher (`path`), or the recipe of a small one (`model` and `training`)."""
+    """A given teacher (`path`), perhaps adapted, or the recipe of a small one (`model` and `training`)."""
 
     path: str | None = None
     """A Hugging Face folder or id."""
@@ -56,6 +67,15 @@ class TeacherSettings(Record):
 
     training: OptimizationSettings | None = None
     """How that teacher is trained."""
+
+    adapt: AdaptSettings | None = None
+    """Trains the teacher at `path` further on the teacher's part of the corpus before it is asked: to a vocabulary that
+    `corpus.extend_vocabulary` has extended, or, with few tokens, to the corpus's kind of text ("teacher correction",
+    arXiv 2408.11796). The result is a folder of this run; the model at `path` stays as it is."""
+
+    home_loss: float | None = Field(None, gt=0, json_schema_extra=OPERATIONAL)
+    """Mean loss of the teacher at `path` on text like that it was trained on, nats a token, where you know it: `capgap
+    plan` then says whether its loss on this corpus lies far above."""
 
     seed: int = Field(0, ge=0)
     """Seed of its weights and data order."""
@@ -67,6 +87,8 @@ class TeacherSettings(Record):
     def _check(self) -> Self:
         _exactly_one("teacher", self.path, self.model)
         _code_of_a_path("teacher.model", self.path, self.trust_remote_code)
+        if self.adapt is not None and self.path is None:
+            raise ValueError("teacher.adapt: found with teacher.model, expected it with teacher.path")
         if self.path is not None and self.training is not None:
             raise ValueError("teacher.training: found beside teacher.path, expected only with teacher.model")
         return self
@@ -76,9 +98,18 @@ class TeacherSettings(Record):
         """How a teacher with fresh weights is trained."""
         return self.training if self.training is not None else OptimizationSettings()
 
+    @property
+    def optimization(self) -> OptimizationSettings | None:
+        """Of the training that the stage is; None where a given teacher is taken as it is."""
+        return self.adapt if self.path is not None else self.recipe
+
     def decisive(self) -> dict[str, Any]:
-        """As for every record, with the recipe spelt out where it was left out."""
+        """As for every record, with the recipe spelt out where it was left out.
+
+        A given teacher that is not adapted is that of before one could be.
+        """
         values = _without_code(super().decisive())
+        values = {name: value for name, value in values.items() if name != "adapt" or value is not None}
         return values | ({} if self.path else {"training": self.recipe.decisive()})
 
 

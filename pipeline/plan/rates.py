@@ -17,7 +17,13 @@ _STAGES_WITH_A_RATE = ("teacher", "cache", "train", "eval")
 
 # What must be equal for an earlier run's rate to be this run's: settings of the resolved run file, by dotted name.
 _SAME: dict[str, tuple[str, ...]] = {
-    "teacher": ("teacher.model", "teacher.training.precision", "corpus.seq_len"),
+    "teacher": (
+        "teacher.path",
+        "teacher.model",
+        "teacher.training.precision",
+        "teacher.adapt.precision",
+        "corpus.seq_len",
+    ),
     "cache": (
         "teacher.path",
         "teacher.model",

@@ -101,7 +101,7 @@ class RunWork:
                 return _times(corpus_bytes_per_token(self.vocab_size), self.tokens("corpus"))
             case "cache":
                 return _times(cache_bytes_per_token(self.run.cache, self.vocab_size), self.cache_tokens)
-            case "teacher" if self.run.teacher.path is not None:
+            case "teacher" if self.run.teacher.optimization is None:
                 return Figure(value=0, source="a given model stays where it is")
             case "teacher" | "student" | "train":
                 size = self.teacher if stage == "teacher" else self.student
@@ -114,7 +114,7 @@ class RunWork:
     def scratch_bytes(self, stage: str) -> Figure:
         """More that one instance takes while it works."""
         match stage:
-            case "teacher" if self.run.teacher.path is not None:
+            case "teacher" if self.run.teacher.optimization is None:
                 return Figure(value=0, source="none")
             case "teacher" | "train":
                 size = self.teacher if stage == "teacher" else self.student
@@ -169,7 +169,7 @@ def work_of(run: RunFile, known: dict[str, StageState], stated_bytes_per_token: 
     heldout = splits["heldout"]
     sequences = None if heldout.value is None else min(run.eval.num_sequences, heldout.value // run.corpus.seq_len)
     students = [state.manifest for state in known.values() if state.instance.stage == "student"]
-    recipe = run.teacher.recipe
+    optimization = run.teacher.optimization
     return RunWork(
         run=run,
         vocab_size=vocab_size,
@@ -181,8 +181,8 @@ def work_of(run: RunFile, known: dict[str, StageState], stated_bytes_per_token: 
         cache_tokens=cached,
         student_tokens=max(arms, key=lambda figure: figure.value or 0),
         teacher_tokens=Figure(value=0, source="a given model is only checked")
-        if run.teacher.model is None
-        else _trained_tokens(recipe, splits["teacher"]),
+        if optimization is None
+        else _trained_tokens(optimization, splits["teacher"]),
         eval_sequences=Figure(value=sequences, source=heldout.source),
     )
 
@@ -200,8 +200,9 @@ def _vocab_size(run: RunFile, corpus: Manifest | None) -> float | None:
         return CorpusFacts.model_validate(corpus.facts).tokenizer.vocab_size
     if run.corpus.tokenizer is None:
         return run.corpus.trained_vocab_size
+    more = run.corpus.extend_vocabulary
     try:
-        return len(load_tokenizer(run.corpus.tokenizer))
+        return len(load_tokenizer(run.corpus.tokenizer)) + (0 if more is None else more.num_pieces)
     except CapgapError:
         return None
 

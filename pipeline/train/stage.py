@@ -124,7 +124,8 @@ def _with_chat_template(tokenizer: PreTrainedTokenizerBase, teacher: str) -> Pre
 
 def _teacher_path(cache: StageInput) -> str:
     """Folder or id of the teacher that made the cache."""
-    given: str | None = cache.manifest.resolved["teacher"]["path"]
+    teacher = cache.manifest.resolved["teacher"]
+    given: str | None = None if teacher.get("adapt") else teacher["path"]
     return given or str(Path(cache.manifest.inputs["teacher"].path) / MODEL_FOLDER)
 
 

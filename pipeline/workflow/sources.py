@@ -25,7 +25,10 @@ def source_paths(run: RunFile, instance: Instance) -> list[Path]:
             # imported here: reading Parquet needs more than the state of a run does
             from capgap.pipeline.corpus.sources import list_files
 
-            return [*list_files(run.corpus.sources), *_model_files(run.corpus.tokenizer)]
+            extend = run.corpus.extend_vocabulary
+            further = () if extend is None or extend.sources is None else extend.sources
+            files = dict.fromkeys([*list_files(run.corpus.sources), *(list_files(further) if further else ())])
+            return [*files, *_model_files(run.corpus.tokenizer)]
         case "teacher":
             return _model_files(run.teacher.path)
         case "student":

@@ -73,10 +73,12 @@ def test_the_demo_the_one_gpu_run_and_the_paper_s_shape_are_shipped() -> None:
 
 
 def test_the_paper_s_student_has_three_billion_parameters() -> None:
-    prune = RunFile.model_validate(yaml.safe_load((ROOT / "jobs/runs/minima-3b.yaml").read_text())).student.prune
-    assert prune is not None
-    # Llama-2-7b with the paper's vocabulary
-    teacher = LlamaConfig(vocab_size=49216, intermediate_size=11008)
+    run = RunFile.model_validate(yaml.safe_load((ROOT / "jobs/runs/minima-3b.yaml").read_text()))
+    prune, more = run.student.prune, run.corpus.extend_vocabulary
+    assert prune is not None and more is not None and run.teacher.adapt is not None
+    # Llama-2-7b, whose configuration is that of LlamaConfig, and the paper's vocabulary
+    teacher = LlamaConfig(vocab_size=32000 + more.num_pieces)
+    assert teacher.vocab_size == 49216
     target = target_shape(shape_of(teacher, "the teacher"), prune)
     assert (target.num_layers, target.hidden_size, target.num_heads, target.intermediate_size) == (24, 3072, 24, 8192)
     with torch.device("meta"):

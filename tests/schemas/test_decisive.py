@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from capgap.schemas.base import Record
 from capgap.schemas.run_benchmark import BenchmarkSettings, BenchmarkTask
 from capgap.schemas.run_cache import CacheSettings
-from capgap.schemas.run_corpus import CorpusSettings
+from capgap.schemas.run_corpus import CorpusSettings, ExtendVocabularySettings
 from capgap.schemas.run_eval import EvalSettings, SpeculativeSettings
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_judge import AnswerSettings, JudgeSettings
@@ -23,6 +23,8 @@ from capgap.schemas.run_train import TrainSettings
 BASE: dict[str, Any] = {"name": "tried", "out": "runs/tried", "teacher": {"model": {}}, "student": {"model": {}}}
 
 
+MORE = ExtendVocabularySettings(num_pieces=5)
+
 # Their default decides nothing, so that students from before the choice stay current; see the tests of each.
 LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight", "benchmarks", "judge", "tune"}
 
@@ -30,7 +32,16 @@ LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight", "benchmarks", "judge",
 @pytest.mark.parametrize(
     ("record", "operational"),
     [
-        (CorpusSettings(tokenizer="t", messages_field="messages", context="document", whole_conversations=True), {}),
+        (
+            CorpusSettings(
+                tokenizer="t",
+                messages_field="messages",
+                context="document",
+                whole_conversations=True,
+                extend_vocabulary=MORE,
+            ),
+            {},
+        ),
         (
             CacheSettings(num_heldout_sequences=7),
             {
@@ -209,6 +220,23 @@ def test_drafts_for_a_teacher_that_is_left_out_are_refused() -> None:
 def test_a_beta_without_jsd_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"jsd_beta: found .* with divergence forward_kl, expected it with jsd"):
         TrainSettings(jsd_beta=0.3)
+
+
+def test_what_is_neither_extended_nor_adapted_is_that_of_before_it_could_be() -> None:
+    assert "extend_vocabulary" not in CorpusSettings(tokenizer="folder").decisive()
+    assert "adapt" not in TeacherSettings(path="folder").decisive()
+    assert "home_loss" not in TeacherSettings(path="folder", home_loss=2.0).decisive()
+    adapted = TeacherSettings.model_validate({"path": "folder", "adapt": {"log_every_steps": 3}}).decisive()["adapt"]
+    assert adapted["learning_rate"] == 3e-5 and "log_every_steps" not in adapted
+
+
+def test_what_cannot_be_extended_or_adapted_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"corpus\.extend_vocabulary: found without corpus\.tokenizer"):
+        CorpusSettings.model_validate({"extend_vocabulary": {"num_pieces": 5}})
+    with pytest.raises(
+        ValidationError, match=r"teacher\.adapt: found with teacher\.model, expected it with teacher\.p"
+    ):
+        TeacherSettings.model_validate({"model": {}, "adapt": {}})
 
 
 def test_a_student_that_is_not_pruned_is_that_of_before_there_was_pruning() -> None:

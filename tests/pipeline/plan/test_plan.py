@@ -12,9 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from capgap.pipeline.plan import Stated, make_plan
 from capgap.pipeline.plan.break_even import least_students
+from capgap.pipeline.plan.plan import far_from_home
 from capgap.pipeline.plan.sizes import shape_parameters
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance
+from capgap.pipeline.workflow.state import states
 from capgap.schemas.plan import Plan, StagePlan
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_model import ModelShape
@@ -211,3 +213,15 @@ def test_a_tokenizer_that_is_not_here_leaves_out_what_depends_on_it(
     assert plan.teacher_parameters.value is None and "no model can be found" in plan.teacher_parameters.source
     assert plan.student_parameters.value is None and plan.needed_bytes.value is None
     assert any("not known" in note for note in plan.notes)
+
+
+def test_a_teacher_far_from_home_is_told_to_be_adapted(run: Callable[..., RunFile]) -> None:
+    made = run(teacher={"model": SHAPE, "training": {"max_tokens": 256}})
+    for stage in ("corpus", "teacher", "cache"):
+        carry_out(made, Instance(stage))
+    loss = states(made)["cache"].manifest.facts["mean_label_loss"]  # type: ignore[union-attr]
+    for home, said in ((loss - 0.3, True), (loss - 0.1, False), (loss + 1, False)):
+        there = run(teacher={"model": SHAPE, "training": {"max_tokens": 256}, "home_loss": home})
+        notes = make_plan(there, Stated()).notes
+        assert any("0.300 above" in note and "teacher.adapt" in note for note in notes) == said
+    assert not far_from_home(1.0, None), "nothing is known of a corpus that was not scored"

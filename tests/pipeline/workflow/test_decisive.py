@@ -69,6 +69,9 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("corpus.messages_field", "messages", ALL),
     ("corpus.whole_conversations", True, ALL),
     ("corpus.vocab_size", 512, ALL),
+    ("corpus.extend_vocabulary.num_pieces", 7, ALL),
+    ("corpus.extend_vocabulary.sources", ["other.txt"], ALL),
+    ("corpus.extend_vocabulary.min_frequency", 7, ALL),
     ("corpus.seq_len", 64, ALL),
     ("corpus.long_documents", "drop", ALL),
     ("corpus.context", "document", ALL),
@@ -79,6 +82,10 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     *((f"teacher.model.{name}", value, FROM_TEACHER) for name, value in SHAPE.items()),
     *((f"teacher.training.{name}", value, FROM_TEACHER) for name, value in OPTIMIZATION.items()),
     *((f"teacher.training.{name}", value, set()) for name, value in OPTIMIZATION_OPERATIONAL.items()),
+    *((f"teacher.adapt.{name}", value, FROM_TEACHER) for name, value in OPTIMIZATION.items()),
+    *((f"teacher.adapt.{name}", value, set()) for name, value in OPTIMIZATION_OPERATIONAL.items()),
+    ("teacher.adapt.pad_to_multiple_of", 64, FROM_TEACHER),
+    ("teacher.home_loss", 2.0, set()),
     ("teacher.seed", 1, FROM_TEACHER),
     ("teacher.trust_remote_code", True, FROM_TEACHER),
     ("cache.engine", "transformers", FROM_CACHE),
@@ -193,6 +200,12 @@ BESIDE["train.jsd_beta"] = {"train.divergence": "jsd"}
 BESIDE["train.own_weight"] = {"train.caches": {"draws": {}}}
 BESIDE |= {row[0]: {"judge.model": "one"} for row in TABLE if row[0].startswith("judge.")}
 BESIDE["train.alpha_schedule"] = {"train.final_alpha": 0.5}
+EXTENDED = {"corpus.tokenizer": "folder", "corpus.extend_vocabulary": {"num_pieces": 5}}
+BESIDE |= {path: EXTENDED for path, _, _ in TABLE if path.startswith("corpus.extend_vocabulary.")}
+ADAPTED = {"teacher.path": "folder", **GIVEN_TEACHER, "teacher.adapt": {}}
+BESIDE |= {path: ADAPTED for path, _, _ in TABLE if path.startswith("teacher.adapt.")}
+for _name in ("decay_fraction", "decay_shape"):
+    BESIDE[f"teacher.adapt.{_name}"] = ADAPTED | {"teacher.adapt": {"schedule": "wsd"}}
 for _stage in ("train", "teacher.training"):
     BESIDE |= {f"{_stage}.{name}": {f"{_stage}.schedule": "wsd"} for name in ("decay_fraction", "decay_shape")}
 BESIDE["teacher.trust_remote_code"] = {"teacher.path": "folder", **GIVEN_TEACHER}
