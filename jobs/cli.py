@@ -20,6 +20,8 @@ _HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
   plan      say what a run will cost, before it does: tokens, disk, device hours; --json
   verify    check every file and shard below a folder against its digests; --rescore FRACTION asks the teacher too
   law       which teacher size is best for a student: fit a table of runs, its page, advice
+  import    another program's captures, in Parquet, into a corpus and a cache
+  export    a cache into Parquet, for other programs
 
   corpus    text into packed sequences                      (one stage of the run file)
   teacher   check or train the teacher
@@ -87,6 +89,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _commands() -> dict[str, Command]:
     from capgap.jobs.commands import run_command, stage_command, status_command, verify_command
+    from capgap.jobs.interchange import export_command, import_command
     from capgap.jobs.law import law_command
     from capgap.jobs.plan import plan_command
     from capgap.pipeline.store import keep_freed_memory
@@ -99,6 +102,8 @@ def _commands() -> dict[str, Command]:
         "plan": plan_command,
         "verify": verify_command,
         "law": law_command,
+        "import": import_command,
+        "export": export_command,
     }
     return commands | {stage: stage_command(stage) for stage in STAGES}
 
