@@ -62,7 +62,7 @@ def parse_run(parser: ArgumentParser, argv: Sequence[str]) -> tuple[RunFile, dic
     try:
         return RunFile.model_validate(settings), plain
     except ValidationError as error:
-        raise SettingError(_said(error)) from None
+        raise SettingError(said(error)) from None
 
 
 def read_settings(record: type[_R], path: Path, given: dict[str, Any]) -> _R:
@@ -76,7 +76,7 @@ def read_settings(record: type[_R], path: Path, given: dict[str, Any]) -> _R:
     try:
         return record.model_validate({**yaml.safe_load(path.read_bytes()), **given})
     except ValidationError as error:
-        raise SettingError(_said(error), where=path) from None
+        raise SettingError(said(error), where=path) from None
 
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _require_run_file(arguments: list[str]) -> None:
         require_plain(Path(path))
 
 
-def _said(error: ValidationError) -> str:
+def said(error: ValidationError) -> str:
     """Every problem, each with the setting's full name and what was found there."""
     problems = []
     for problem in error.errors():

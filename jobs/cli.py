@@ -21,6 +21,8 @@ _HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
   verify    check every file and shard below a folder against its digests; --rescore FRACTION asks the teacher too
   fidelity  what a cache keeps of its teacher, and which trainings it supports; --json, --teacher
   law       which teacher size is best for a student: run a grid, fit its table, its page, advice
+  import    another program's captures, in Parquet, into a corpus and a cache
+  export    a cache into Parquet, for other programs
 
   corpus    text into packed sequences                      (one stage of the run file)
   teacher   check or train the teacher
@@ -94,6 +96,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _commands() -> dict[str, Command]:
     from capgap.jobs.commands import run_command, stage_command, verify_command
     from capgap.jobs.fidelity import fidelity_command
+    from capgap.jobs.interchange import export_command, import_command
     from capgap.jobs.law import law_command
     from capgap.jobs.plan import plan_command
     from capgap.jobs.status import status_command
@@ -108,6 +111,8 @@ def _commands() -> dict[str, Command]:
         "verify": verify_command,
         "fidelity": fidelity_command,
         "law": law_command,
+        "import": import_command,
+        "export": export_command,
     }
     return commands | {stage: stage_command(stage) for stage in STAGES}
 

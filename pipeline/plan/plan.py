@@ -77,7 +77,7 @@ def far_from_home(home_loss: float | None, cache: Manifest | None) -> list[str]:
     if home_loss is None or cache is None:
         return []
     found = CacheFacts.model_validate(cache.facts).mean_label_loss
-    if found <= home_loss + _FAR_NATS:
+    if found is None or found <= home_loss + _FAR_NATS:
         return []
     return [
         f"the teacher's loss on this corpus is {found:.3f} nats/token, {found - home_loss:.3f} above the {home_loss:g} "

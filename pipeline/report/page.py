@@ -77,7 +77,7 @@ def _facts(report: Report) -> tuple[tuple[str, str], ...]:
         ("size", f"{size / 1e6:,.1f} MB in {num_files} shard{'' if num_files == 1 else 's'}"),
         ("bytes per token", ", ".join(f"{cache.bytes_per_token(name):.1f}" for name, _ in recordings)),
         *(("fidelity", line) for line in (summary(report.fidelity) if report.fidelity else ())),
-        ("teacher's loss on the cached text", f"{cache.facts.mean_label_loss:.4f} nats per token"),
+        ("teacher's loss on the cached text", _nats(cache.facts.mean_label_loss)),
         ("vocabulary", f"{cache.facts.tokenizer.vocab_size:,} ids ({cache.facts.padded_vocab_size:,} with padding)"),
         ("engine", ", ".join((*cache.facts.engines, *cache.facts.dtypes))),
         ("measured on", f"{results.num_sequences:,} held-out sequences, {results.num_labels:,} tokens"),
@@ -86,6 +86,10 @@ def _facts(report: Report) -> tuple[tuple[str, str], ...]:
             f"{results.num_full_sequences:,} of these sequences, {results.num_full_labels:,} tokens",
         ),
     )
+
+
+def _nats(loss: float | None) -> str:
+    return "unknown" if loss is None else f"{loss:.4f} nats per token"
 
 
 def _heat(facts: RecordingFacts) -> str:

@@ -44,8 +44,8 @@ def source_paths(run: RunFile, instance: Instance) -> list[Path]:
             from capgap.pipeline.tune.data import chat_files
 
             template = Path(run.tune.chat_template or "")
-            files = chat_files(run.tune) if run.tune.sources else []
-            return [*files, *([template] if template.is_file() else []), *_model_files(run.tune.path)]
+            chats = chat_files(run.tune) if run.tune.sources else []
+            return [*chats, *([template] if template.is_file() else []), *_model_files(run.tune.path)]
         case _:
             return []
 

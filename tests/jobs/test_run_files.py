@@ -13,6 +13,7 @@ from capgap.jobs.arguments import parse, parse_run, run_parser
 from capgap.jobs.cli import main
 from capgap.jobs.commands import stage_parser, verify_parser
 from capgap.jobs.fidelity import fidelity_parser
+from capgap.jobs.interchange import export_parser, import_parser
 from capgap.jobs.law import COMMANDS
 from capgap.jobs.plan import plan_parser
 from capgap.pipeline.law.expand import cells
@@ -95,11 +96,12 @@ def test_a_command_in_the_documents_is_one_that_exists(line: str) -> None:
         assert {word for word in words[1:] if "=" not in word and not word.startswith("-")} <= targets
         return
     command, arguments = words[1], words[2:]
-    assert command in ("run", "status", "verify", "plan", "fidelity", "law", *STAGES)
+    assert command in ("run", "status", "verify", "plan", "fidelity", "law", "import", "export", *STAGES)
     if arguments == ["--help"]:
         return
-    if command == "verify":
-        parse(verify_parser(), arguments)
+    if command in ("verify", "import", "export"):
+        parser = {"verify": verify_parser, "import": import_parser, "export": export_parser}[command]()
+        parse(parser, arguments)
         return
     if command == "fidelity":
         parse(fidelity_parser(), arguments)
@@ -138,7 +140,7 @@ def test_a_yaml_in_the_documents_fits_the_run_file(document: str, text: str) -> 
 def test_help_names_every_command_and_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    for command in ("run", "status", "verify", "plan", "law", *STAGES):
+    for command in ("run", "status", "verify", "plan", "law", "import", "export", *STAGES):
         assert f"  {command}" in overview
     with pytest.raises(SystemExit):
         main(["train", "--help"])
