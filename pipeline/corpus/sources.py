@@ -104,7 +104,10 @@ def _expand(source: str) -> list[Path]:
         found = [path] if path.is_file() else []
         expected = f"a file, a folder, a glob or {BUILTIN}"
     if not found:
-        raise InputError("no text found", where=f"corpus.sources: {source}", found="nothing", expected=expected)
+        fix = "check the path" + ("" if path.is_absolute() else f", from {Path.cwd()}")
+        raise InputError(
+            "no text found", where=f"corpus.sources: {source}", found="nothing", expected=expected, fix=fix
+        )
     for file in found:
         if not file.name.endswith(_SUFFIXES):
             raise InputError(
