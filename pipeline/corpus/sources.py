@@ -156,7 +156,13 @@ def _lines(path: Path) -> Iterator[bytes]:
         with pa.input_stream(str(path), compression="zstd") as stream:
             yield from io.BufferedReader(stream)
     except OSError as error:
-        raise InputError("cannot be decompressed", where=f"corpus.sources: {path}", found=error) from None
+        raise InputError(
+            "cannot be decompressed",
+            where=f"corpus.sources: {path}",
+            found=error,
+            expected="zstd, as `zstd FILE` writes it",
+            fix="compress it again, or take .zst off a file that is none",
+        ) from None
 
 
 def _parse(where: str, line: str) -> object:
@@ -219,7 +225,13 @@ def _rows(path: Path, field: str, setting: str) -> Iterator[tuple[str, object]]:
     try:
         file = pa.parquet.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise InputError("not a Parquet file", where=f"corpus.sources: {path}", found=error) from None
+        raise InputError(
+            "not a Parquet file",
+            where=f"corpus.sources: {path}",
+            found=error,
+            expected="Parquet",
+            fix="write it again, or take it out of the sources",
+        ) from None
     if field not in file.schema_arrow.names:
         raise InputError(
             f"no column {field!r}",

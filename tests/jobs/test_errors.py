@@ -35,27 +35,27 @@ def without(name: str) -> dict[str, Any]:
 PARSED: dict[str, tuple[dict[str, Any] | str, str]] = {
     "a misspelt setting": (
         GOOD | {"train": {"learning_rat": 1e-3}},
-        "run.yaml, line 22: train.learning_rat: no such setting; found 0.001; did you mean learning_rate?",
+        "run.yaml, line 24: train.learning_rat: no such setting; found 0.001; did you mean learning_rate?",
     ),
     "a setting at the wrong level": (
         GOOD | {"alpha": 1},
-        "run.yaml, line 27: alpha: no such setting; found 1; did you mean train.alpha?",
+        "run.yaml, line 25: alpha: no such setting; found 1; did you mean train.alpha?",
     ),
     "a misspelt group": (
         GOOD | {"studnet": {}},
-        "run.yaml, line 27: studnet: no such setting; found {}; did you mean student?",
+        "run.yaml, line 25: studnet: no such setting; found {}; did you mean student?",
     ),
     "a misspelt setting of an arm": (
         GOOD | {"arms": {"distilled": {"alfa": 1}}},
-        "run.yaml, line 29: arms.distilled.alfa: no such setting; found 1; did you mean alpha?",
+        "run.yaml, line 27: arms.distilled.alfa: no such setting; found 1; did you mean alpha?",
     ),
     "a word for a number": (
         GOOD | {"train": {"batch_sequences": "many"}},
-        "run.yaml, line 26: train.batch_sequences: cannot be used; found many, expected an integer",
+        "run.yaml, line 24: train.batch_sequences: cannot be used; found many, expected an integer",
     ),
     "a number out of its bounds": (
         GOOD | {"train": {"alpha": 1.5}},
-        "run.yaml, line 26: train.alpha: cannot be used; found 1.5, expected at most 1",
+        "run.yaml, line 24: train.alpha: cannot be used; found 1.5, expected at most 1",
     ),
     "a word that is no choice": (
         GOOD | {"device": "gpu"},
@@ -100,8 +100,8 @@ PARSED: dict[str, tuple[dict[str, Any] | str, str]] = {
     ),
     "a tab": (
         "name: small\ncorpus:\n\tseq_len: 16\n",
-        "run.yaml, line 3, column 1: not a YAML file; found character '\\t' that cannot start any token, expected YAML; "
-        "indent with spaces; YAML takes no tabs",
+        "run.yaml, line 3, column 1: not a YAML file; found character '\\t' that cannot start any token, expected "
+        "YAML; indent with spaces; YAML takes no tabs",
     ),
     "a colon within a value": (
         "name: small: one\n",
@@ -113,8 +113,8 @@ PARSED: dict[str, tuple[dict[str, Any] | str, str]] = {
     ),
     "a run that is not there to be reused": (
         GOOD | {"reuse": {"corpus": "other/corpus"}},
-        "reuse.corpus: other/corpus: cannot be reused; found no manifest.json, expected the folder of a finished corpus "
-        "stage",
+        "reuse.corpus: other/corpus: cannot be reused; found no manifest.json, expected the folder of a finished "
+        "corpus stage",
     ),
 }
 
@@ -190,15 +190,16 @@ def test_a_record_without_its_text(said: Said) -> None:
     Path("a.jsonl").write_text('{"content": "words"}\n')
     line = said(GOOD | {"corpus": {"sources": ["a.jsonl"]}}, "corpus")
     assert line == (
-        "capgap: corpus.sources: a.jsonl:1: no text in field 'text'; found fields content, expected a string in 'text'; "
-        "set corpus.text_field"
+        "capgap: corpus.sources: a.jsonl:1: no text in field 'text'; found fields content, expected a string in "
+        "'text'; set corpus.text_field"
     )
 
 
 def test_too_little_text(said: Said) -> None:
     line = said(GOOD | {"corpus": {"sources": ["text.txt"], "vocab_size": 300, "seq_len": 4096}}, "corpus")
     assert line.startswith("capgap: corpus: no whole sequence for the split ") and line.endswith(
-        "0 too long, expected at least 4097 tokens; give more text, lower corpus.seq_len, or give teacher a larger share"
+        "0 too long, expected at least 4097 tokens; give more text, lower corpus.seq_len, or give teacher a larger "
+        "share"
     )
 
 

@@ -38,7 +38,7 @@ def test_a_disk_that_takes_nothing_stops_no_stage(tmp_path: Path) -> None:
 
 
 def test_a_name_means_one_thing_in_every_stage() -> None:
-    assert COLUMNS == ("step", *TRAINING_SCALARS)
+    assert ("step", *TRAINING_SCALARS) == COLUMNS
     assert EVAL_SCALARS.items() <= TRAINING_SCALARS.items()
     shared = CACHE_SCALARS.keys() & TRAINING_SCALARS.keys()
     assert shared == {"num_tokens", "tokens_per_s", "memory_bytes"}

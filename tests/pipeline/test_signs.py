@@ -133,7 +133,7 @@ def test_a_sign_that_cannot_be_written_is_nobody_s_trouble(tmp_path: Path) -> No
         (tmp_path / "work" / "progress.half").mkdir()
         signs.say("at work")
         time.sleep(1.5)
-    assert json.loads((tmp_path / "work" / "progress.json").read_text())["phase"] == "begins"
+    assert json.loads((tmp_path / "work" / "progress.json").read_text())["phase"] == "reads its inputs"
     assert current_signs() is None
 
 
