@@ -74,7 +74,11 @@ def test_a_logger_by_its_name_is_one(tmp_path: Path, place: str) -> None:
     settings = {"loggers": loggers} if place == "train" else {"a": {"loggers": loggers}}
     (tmp_path / "run.yaml").write_text(json.dumps(BASE | {"out": str(tmp_path / "out"), place: settings}))
     run, _ = parse_run(run_parser("capgap status", ""), [str(tmp_path / "run.yaml")])
-    assert list(run.train_settings("distilled" if place == "train" else "a").loggers) == loggers
+    *by_name, of_lightning = run.train_settings("distilled" if place == "train" else "a").loggers
+    assert by_name == loggers[:2]
+    # beside other defaults of the class, in an arm
+    assert of_lightning["class_path"] == "lightning.pytorch.loggers.CSVLogger"
+    assert of_lightning["init_args"]["save_dir"] == "logs"
 
 
 @pytest.mark.parametrize(
