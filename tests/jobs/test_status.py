@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -168,18 +169,20 @@ def test_a_stage_that_fails_under_the_watch_s_eyes_ends_it_with_its_word_and_cod
     state.folder.mkdir(parents=True)
     begin(state.folder, state.order)
 
+    shown = io.StringIO()
+
     def stage() -> None:
         with contextlib.suppress(MachineError), signs_of_life(state.folder / WORK_FOLDER):
-            time.sleep(1.0)
+            _when(lambda: "corpus: at work" in shown.getvalue())
             raise MachineError("no space is left", where="/runs", fix="free some")
 
     thread = threading.Thread(target=stage)
     thread.start()
-    assert main(["status", str(tmp_path / "run.yaml"), "--watch", "--every", "0.1"]) == 3
+    with contextlib.redirect_stdout(shown):
+        assert main(["status", str(tmp_path / "run.yaml"), "--watch", "--every", "0.1"]) == 3
     thread.join()
-    said = capsys.readouterr()
-    assert said.err == "capgap: corpus: /runs: no space is left; free some\n"
-    assert said.out.splitlines()[-1] == "corpus: failed, begun; /runs: no space is left; free some"
+    assert capsys.readouterr().err == "capgap: corpus: /runs: no space is left; free some\n"
+    assert shown.getvalue().splitlines()[-1] == "corpus: failed, begun; /runs: no space is left; free some"
 
 
 @pytest.mark.parametrize(
