@@ -97,6 +97,9 @@ def _make_slice(run: RunFile, instance: Instance, flags: dict[str, Any]) -> None
     if flags["force"]:
         raise SettingError(
             "--force and --slice exclude each other: each slice would undo what the others made",
+            where="--force",
+            found=f"--slice {flags['slice']}",
+            expected="one of them",
             fix=f"delete {Path(run.out) / instance.name} to start over",
         )
     from capgap.pipeline.workflow.slices import Slice, carry_out_slice
@@ -109,7 +112,13 @@ def verify_command(argv: Sequence[str]) -> int:
     flags = parse(verify_parser(), list(argv))
     fraction = flags["rescore"]
     if fraction is None and flags["teacher"] is not None:
-        raise SettingError("--teacher is for --rescore", where="--teacher", found=flags["teacher"])
+        raise SettingError(
+            "is for --rescore",
+            where="--teacher",
+            found=flags["teacher"],
+            expected="--rescore FRACTION beside it",
+            fix="give both, or neither",
+        )
     if fraction is not None and not 0 < fraction <= 1:
         raise SettingError("no share", where="--rescore", found=fraction, expected="a number above 0, at most 1")
     from capgap.pipeline.verify.verify import verify

@@ -68,7 +68,13 @@ def require_plain(path: Path, record: type[Record] = RunFile) -> None:
             fix="see jobs/runs/demo.yaml for an example",
         )
     if "config" in content:
-        raise SettingError("a run file cannot name another", where=f"{path}: config", found=content["config"])
+        raise SettingError(
+            "a run file cannot name another",
+            where=f"{path}: config",
+            found=content["config"],
+            expected="settings alone",
+            fix="copy its settings into this one",
+        )
     _require_no_class(path, content, "")
     assert document is not None  # there are values
     require_settings(path, document, content, record)
@@ -131,5 +137,11 @@ def _require_no_class(path: Path, value: object, where: str) -> None:
         for name, item in value.items():
             inner = f"{where}.{name}" if where else str(name)
             if name in _NOT_SETTINGS:
-                raise SettingError("a run file cannot name a class", where=f"{path}: {inner}", found=item)
+                raise SettingError(
+                    "a run file cannot name a class",
+                    where=f"{path}: {inner}",
+                    found=item,
+                    expected="settings; in train.loggers a logger's name, or a class of lightning.pytorch.loggers",
+                    fix="give a class of your own by a flag, as in --train.loggers",
+                )
             _require_no_class(path, item, inner)

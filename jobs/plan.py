@@ -76,7 +76,11 @@ def stated_speed(flags: dict[str, Any]) -> Stated:
     """
     peak, mfu = positive(flags, "device_peak_tflops"), positive(flags, "mfu")
     if (peak is None) != (mfu is None):
-        raise SettingError("--device-peak-tflops and --mfu belong together", found="mfu" if peak is None else "peak")
+        raise SettingError(
+            "--device-peak-tflops and --mfu belong together",
+            found="--mfu alone" if peak is None else "--device-peak-tflops alone",
+            expected="both",
+        )
     if mfu is not None and mfu > 1:
         raise SettingError("no share", where="--mfu", found=mfu, expected="a number above 0, at most 1")
     return Stated(

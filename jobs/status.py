@@ -36,7 +36,13 @@ def status_command(argv: Sequence[str]) -> int:
     run, flags = parse_run(status_parser(), argv)
     every_s = _EVERY_S if flags["every"] is None else flags["every"]
     if flags["every"] is not None and not flags["watch"]:
-        raise SettingError("--every is for --watch", where="--every", found=flags["every"])
+        raise SettingError(
+            "is for --watch",
+            where="--every",
+            found=f"{flags['every']:g}",
+            expected="--watch beside it",
+            fix="give both, or neither",
+        )
     if not 0.1 <= every_s < float("inf"):
         raise SettingError("no interval", where="--every", found=every_s, expected="at least 0.1 seconds")
     if not flags["watch"]:

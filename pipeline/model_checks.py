@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,6 +55,15 @@ def seq_len_of(corpus: StageInput) -> int:
     return next(iter(corpus.manifest.shard_sets.values())).seq_len
 
 
+@contextmanager
+def _named(setting: str) -> Iterator[None]:
+    """Whoever made the run file knows the setting."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(error.what, where=setting, found=error.found, expected=error.expected, fix=error.fix) from None
+
+
 def check_given_model(
     path: str, corpus: StageInput, setting: str, trust_remote_code: bool = False, *, to_be_adapted: bool = False
 ) -> tuple[str, ModelFacts]:
@@ -71,12 +82,14 @@ def check_given_model(
     """
     where = f"{setting}: {path}"
     resolved = str(Path(path).resolve()) if Path(path).is_dir() else path
-    config = load_config(resolved, trust_remote_code)
+    with _named(where):
+        config = load_config(resolved, trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(
             "this is no causal language model", where=where, found="an encoder beside the decoder", expected="a decoder"
         )
-    tokenizer = load_tokenizer(resolved, trust_remote_code)
+    with _named(where):
+        tokenizer = load_tokenizer(resolved, trust_remote_code)
     require = require_extended_tokenizer if to_be_adapted else require_same_tokenizer
     require(corpus_tokenizer(corpus), "the corpus", tokenizer, where)
     facts = model_facts(config, tokenizer, resolved, trust_remote_code)

@@ -47,7 +47,7 @@ class Signs:
             namespace=_namespace(),
             pid=os.getpid(),
             pid_started=_started(os.getpid()),
-            phase="begins",
+            phase="reads its inputs",
             begun_s=now,
             advanced_s=now,
             written_s=now,
@@ -63,7 +63,7 @@ class Signs:
     def counts(self, counter: Callable[[], Count] | None) -> None:
         """Who knows from here on how far it is; None where nothing is counted any more. Asked when it is written."""
         self._counter = counter
-        self._change(count=counter() if counter else None)
+        self._change(count=counter() if counter else None, **({} if counter else {"phase": "goes on"}))
 
     def stop(self) -> None:
         """Write nothing more."""

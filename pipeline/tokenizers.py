@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from capgap.pipeline.hub import require_reached
+from capgap.pipeline.hub import not_there, require_reached
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import TokenizerFacts
 
@@ -25,12 +25,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     except (OSError, ValueError) as error:
         refuse_code(error, path)
         require_reached(str(path), error)
-        raise InputError(
-            "no tokenizer can be found",
-            where=path,
-            found=str(error).strip().splitlines()[0],
-            expected="a Hugging Face folder with tokenizer.json, or an id that can be downloaded",
-        ) from None
+        raise not_there("no tokenizer can be found", path, error, "tokenizer.json") from None
 
 
 def chat_template_of(path: str | Path) -> str | None:

@@ -242,7 +242,7 @@ def work(
                 device = devices[ranks.local_rank % len(devices)]
                 stack.enter_context(_on_leased_devices(meeting, device))
         event("stage_started", f"{state.instance.name}: begun on {device}", device=device, command=sys.argv)
-        _say_phase("at work", device if stage in _STAGES_WITH_A_MODEL else "")
+        _say_phase("prepares", device if stage in _STAGES_WITH_A_MODEL else "")
         (state.folder / WORK_FOLDER).mkdir(exist_ok=True)
         module = _module_of(stage)
         context = StageContext(run, state.instance, state.folder, inputs, device, holder, wait, group, ranks)

@@ -15,7 +15,9 @@ from capgap.jobs.commands import stage_parser, verify_parser
 from capgap.jobs.fidelity import fidelity_parser
 from capgap.jobs.interchange import export_parser, import_parser
 from capgap.jobs.law import COMMANDS
+from capgap.jobs.plain_yaml import require_plain
 from capgap.jobs.plan import plan_parser
+from capgap.jobs.status import status_parser
 from capgap.pipeline.law.expand import cells
 from capgap.pipeline.prune.cut import pruned_config
 from capgap.pipeline.prune.shapes import shape_of, target_shape
@@ -111,6 +113,11 @@ def test_a_command_in_the_documents_is_one_that_exists(line: str) -> None:
             plan_parser(), [str(ROOT / "jobs/runs/demo.yaml") if word == "RUN.yaml" else word for word in arguments]
         )
         return
+    if command == "status":
+        parse_run(
+            status_parser(), [str(ROOT / "jobs/runs/demo.yaml") if word == "RUN.yaml" else word for word in arguments]
+        )
+        return
     if command == "law":
         law_parser, _ = COMMANDS[arguments[0]]
         parse(law_parser(), arguments[1:])
@@ -128,13 +135,15 @@ def test_a_command_in_the_documents_is_one_that_exists(line: str) -> None:
 
 
 @pytest.mark.parametrize("document, text", blocks("yaml"))
-def test_a_yaml_in_the_documents_fits_the_run_file(document: str, text: str) -> None:
+def test_a_yaml_in_the_documents_fits_the_run_file(document: str, text: str, tmp_path: Path) -> None:
     demo = yaml.safe_load((ROOT / "jobs/runs/demo.yaml").read_text())
     shown = yaml.safe_load(text)
     if "teachers" in shown:
         LawGrid.model_validate(shown)
         return
     RunFile.model_validate({**demo, **shown})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**demo, **shown}))
+    require_plain(tmp_path / "run.yaml")
 
 
 def test_help_names_every_command_and_setting(capsys: pytest.CaptureFixture[str]) -> None:
