@@ -14,6 +14,9 @@ from capgap.schemas.run_train import TrainSettings
 _OF_A_CACHE = ("alpha", "recording", "temperature", "divergence", "jsd_beta", "tail")
 _OF_SOURCES = ("sources", "messages_field", "chat_template", "max_len", "heldout_fraction", "packing")
 
+OWN_CACHE = "own"
+"""The run's own, as `tune.cache`."""
+
 
 class LoraSettings(Record):
     """Low-rank adapters (arXiv 2106.09685) in place of all weights; needs the extra `lora`."""
@@ -64,8 +67,9 @@ class TuneSettings(OptimizationSettings):
     attention cannot be told where a conversation ends."""
 
     cache: str | None = Field(None, json_schema_extra=OPERATIONAL)
-    """Folder or URL of a finished cache, in place of `sources`: the distributions of a chat teacher after each token of
-    whole conversations (`corpus.messages_field` with `corpus.whole_conversations`). What decides is what lies there."""
+    """In place of `sources`: a chat teacher's distributions after each token of whole conversations, which
+    `corpus.messages_field` and `corpus.whole_conversations` make. `own`, the run's own cache; or folder or URL of a
+    finished one, of which decides what lies there."""
 
     alpha: float | None = Field(None, ge=0, le=1)
     """With `cache` only: weight of the KL to the teacher, beside cross-entropy with the answers; 1 where left out."""

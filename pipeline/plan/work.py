@@ -91,6 +91,8 @@ class RunWork:
                 return answer_tokens(self.run)
             case "student" | "judge" | "report":
                 return Figure(value=0, source="none")
+            case "tune":
+                return Figure(value=None, source="conversations are not counted before they are tokens")
             case _:
                 return _NOT_PLANNED
 
@@ -103,7 +105,7 @@ class RunWork:
                 return _times(cache_bytes_per_token(self.run.cache, self.vocab_size), self.cache_tokens)
             case "teacher" if self.run.teacher.optimization is None:
                 return Figure(value=0, source="a given model stays where it is")
-            case "teacher" | "student" | "train":
+            case "teacher" | "student" | "train" | "tune":
                 size = self.teacher if stage == "teacher" else self.student
                 return Figure(value=size.saved_bytes, source=f"4 bytes a parameter, by {size.where}")
             case "eval" | "answers" | "judge" | "report":
@@ -116,7 +118,7 @@ class RunWork:
         match stage:
             case "teacher" if self.run.teacher.optimization is None:
                 return Figure(value=0, source="none")
-            case "teacher" | "train":
+            case "teacher" | "train" | "tune":
                 size = self.teacher if stage == "teacher" else self.student
                 value = None if size.total is None else size.total * _CHECKPOINT_BYTES * _CHECKPOINTS
                 return Figure(value=value, source=_CHECKPOINTS_WORDS)

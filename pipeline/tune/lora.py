@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from capgap.schemas.errors import InputError, MachineError
@@ -31,6 +30,9 @@ class Adapters:
 
     def __init__(self, model: PreTrainedModel, settings: LoraSettings, seed: int) -> None:
         peft = _peft()
+        head = next(name for name, part in model.named_modules() if part is model.get_output_embeddings())
+        if any(f".{head}".endswith(f".{name}") for name in settings.target_modules or ()):
+            raise _refusal(model, settings, "the head among them")
         config = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=settings.r,
@@ -44,8 +46,6 @@ class Adapters:
                 self._with_adapters = peft.get_peft_model(model, config)
         except ValueError as error:
             raise _refusal(model, settings, str(error).partition(". ")[0]) from None
-        if type(model.get_output_embeddings()) is not nn.Linear:
-            raise _refusal(model, settings, "the head among them")
 
     def save(self, folder: Path, with_embedding: bool) -> None:
         """Write them as peft does; `with_embedding` where it has rows that the model before did not have."""

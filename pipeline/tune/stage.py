@@ -49,7 +49,7 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     require_loggers(settings.loggers)
     if settings.lora is not None:
         require_peft()
-    lesson_of(settings, _before(run, instance, inputs), inputs.get(CHAT_CACHE))
+    lesson_of(settings, _before(run, instance, inputs), _cache_in(inputs))
     if settings.sources:
         for _ in conversations(settings):
             pass
@@ -64,7 +64,7 @@ def run(context: StageContext) -> StageResult:
     settings, seed = _settings(context.run), context.instance.seed
     assert seed is not None
     path = _before(context.run, context.instance, context.inputs)
-    lesson = lesson_of(settings, path, context.inputs.get(CHAT_CACHE))
+    lesson = lesson_of(settings, path, _cache_in(context.inputs))
     learnt_from, rows = lesson.task_arguments(context, settings)
     dtype = torch.bfloat16 if settings.precision == "bf16-true" else torch.float32
     model = load_model(path, "cpu", dtype, settings.trust_remote_code)
@@ -102,6 +102,10 @@ def _before(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) 
     """Folder or id of the model that is tuned."""
     given = _settings(run).path
     return given if given is not None else model_path(inputs[f"train/{instance.arm}/seed-{instance.seed}"])
+
+
+def _cache_in(inputs: Mapping[str, StageInput]) -> StageInput | None:
+    return inputs.get(CHAT_CACHE, inputs.get("cache"))
 
 
 def _measured_before(model: PreTrainedModel, task: Task) -> float:

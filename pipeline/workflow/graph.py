@@ -10,6 +10,7 @@ from capgap.pipeline.workflow.context import STAGES, Instance, StageName
 from capgap.schemas.errors import SettingError
 from capgap.schemas.results import TEACHER
 from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_tune import OWN_CACHE
 
 # Stages that make the weights of an arm, each from those before it.
 _MAKERS = ("train", "tune")
@@ -68,7 +69,7 @@ def input_names(run: RunFile, instance: Instance) -> list[str]:
         "cache": ["corpus", "teacher"],
         "student": ["corpus", *_pruned_teacher(run)],
         "train": ["corpus", *_online_teacher(run, instance), "cache", Instance("student", seed=seed).name],
-        "tune": _tuned(run, instance),
+        "tune": _tuned(run, instance) if instance.stage == "tune" else [],
         "eval": ["corpus", *_measured_teacher(run), "cache", *trained],
         "benchmark": _measured_or_asked(run, instance),
         "answers": _measured_or_asked(run, instance),
@@ -88,8 +89,8 @@ def implied_inputs(instance: Instance) -> frozenset[str]:
 
 def further_caches(run: RunFile, instance: Instance) -> dict[str, str]:
     """Finished caches of other runs that a training or tuning reads: folder or URL, by the name of the input."""
-    if instance.stage == "tune" and run.tune is not None and run.tune.cache is not None:
-        return {CHAT_CACHE: run.tune.cache}
+    if instance.stage == "tune" and run.tune is not None and run.tune.cache not in (None, OWN_CACHE):
+        return {CHAT_CACHE: str(run.tune.cache)}
     if instance.stage != "train":
         return {}
     assert instance.arm is not None
@@ -152,9 +153,10 @@ def _measured_teacher(run: RunFile) -> list[str]:
 
 
 def _tuned(run: RunFile, instance: Instance) -> list[str]:
-    """The student that is tuned; none where a model is given."""
-    is_given = run.tune is not None and run.tune.path is not None
-    return [] if is_given else [Instance("train", arm=instance.arm, seed=instance.seed).name]
+    """The student that is tuned, where no model is given, and the run's own cache, where that is learnt from."""
+    assert run.tune is not None
+    students = [] if run.tune.path is not None else [Instance("train", arm=instance.arm, seed=instance.seed).name]
+    return [*students, *(["cache"] if run.tune.cache == OWN_CACHE else [])]
 
 
 def _tune_instances(run: RunFile) -> list[Instance]:

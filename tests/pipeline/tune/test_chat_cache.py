@@ -137,6 +137,13 @@ def test_where_the_cache_lies_decides_nothing_and_how_it_is_learnt_from_does(
     assert identity(divergence="jsd") == identity(divergence="jsd", jsd_beta=0.5)
 
 
+def test_the_runs_own_cache_is_an_input_and_need_not_be_finished_before(taught: dict[str, Any], tmp_path: Path) -> None:
+    fresh = states(_run(taught, tmp_path / "fresh", cache="own"))
+    assert fresh[TUNE.name].order.inputs.keys() == {"train/distilled/seed-0", "cache"}
+    manifest = carry_out(_run(taught, cache="own", num_epochs=1), TUNE, force=True)
+    assert manifest.inputs.keys() == {"train/distilled/seed-0", "cache"}
+
+
 @pytest.mark.parametrize(
     ("tune", "message"),
     [
