@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance
 from capgap.schemas.judge_results import JudgeResults, Verdict
 
-START_S = 400
+START_S = 900
 NUM_VERDICTS = (3 + 2 * 3) * len(QUESTIONS) * 2
 
 pytestmark = pytest.mark.slow
@@ -48,8 +49,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1", folder
     finally:
-        server.terminate()
-        server.wait(60)
+        # the server, and its engine and worker, which would outlive it
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def test_a_random_model_s_nonsense_is_kept_and_counted_and_rates_nothing(make_run, served) -> None:
