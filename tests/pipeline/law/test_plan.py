@@ -1,4 +1,4 @@
-"""What a grid will take: counted, with rates that are stated, measured or computed, and held to limits."""
+"""What a grid will take: counted from the grid, at rates that are stated or computed, and held to its limits."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from capgap.pipeline.workflow.lease import held_leases, leases
+from capgap.pipeline.workflow.lease import cpu_group, held_leases, leases, new_cpu_group
 from capgap.schemas.errors import MachineError
 
 _HOLDER = """
@@ -153,6 +153,23 @@ def test_a_group_shares_a_device_that_nobody_else_gets(tmp_path: Path, monkeypat
         leases(["cpu"], "cache of run a", False, group="a"),
     ):
         pytest.fail("two stages on one device")
+
+
+def test_processes_that_a_grid_starts_share_the_cpu_and_no_other_grid_s_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAPGAP_LEASE_DIR", str(tmp_path))
+    assert cpu_group() == ""
+    one, other = new_cpu_group("law g"), new_cpu_group("law g")
+    with monkeypatch.context() as inside:
+        for name, value in one.items():
+            inside.setenv(name, value)
+        of_one = cpu_group()
+    assert of_one and of_one not in other.values()
+    with leases(["cpu"], "train of run a", False, of_one), leases(["cpu"], "cache of run b", False, of_one):
+        for group in (*other.values(), ""):
+            with pytest.raises(MachineError, match="train of run a"), leases(["cpu"], "x", False, group):
+                pass
 
 
 def test_another_group_gets_the_device_once_the_last_of_the_first_has_ended(
