@@ -16,7 +16,7 @@ Command = Callable[[Sequence[str]], int]
 _HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
 
   run       make every stage of a run file current; --only STAGE, --from STAGE, --force
-  status    say of every stage whether it is current, and why not
+  status    say of every stage whether it is current, and why not; --watch shows it at work, --json
   plan      say what a run will cost, before it does: tokens, disk, device hours; --json
   verify    check every file and shard below a folder against its digests; --rescore FRACTION asks the teacher too
   law       which teacher size is best for a student: fit a table of runs, its page, advice
@@ -27,6 +27,7 @@ _HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
   student   the student's first weights
   train     train the student from the cache
   eval      measure teacher and students on held-out text
+  benchmark measure them on tasks of lm-eval, where the run file has `benchmarks`
   report    one HTML page and one table
 
 Every setting of the run file is also a flag: `capgap run RUN.yaml --train.learning_rate 1e-3`.
@@ -86,9 +87,10 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _commands() -> dict[str, Command]:
-    from capgap.jobs.commands import run_command, stage_command, status_command, verify_command
+    from capgap.jobs.commands import run_command, stage_command, verify_command
     from capgap.jobs.law import law_command
     from capgap.jobs.plan import plan_command
+    from capgap.jobs.status import status_command
     from capgap.pipeline.store import keep_freed_memory
     from capgap.pipeline.workflow.context import STAGES
 

@@ -78,7 +78,7 @@ def _points(curve: Curve, size: Size, found: Contrasts, delta: float) -> tuple[T
             TeacherPoint(
                 name=teacher.name,
                 size=size_of(teacher, size),
-                teacher_loss=teacher.loss,
+                teacher_loss=teacher.known_loss,
                 loss=float(found.means_M[i]),
                 above_best=above,
                 above_best_interval=Interval(low=above - half, high=above + half)
@@ -94,7 +94,7 @@ def _points(curve: Curve, size: Size, found: Contrasts, delta: float) -> tuple[T
 
 def _axes(curve: Curve, size: Size, found: Contrasts, delta: float) -> tuple[AxisFit, ...]:
     log_size_M = np.log([float(size_of(teacher, size)) for teacher in curve.teachers])
-    quality_M = -np.array([teacher.loss for teacher in curve.teachers])
+    quality_M = -np.array([teacher.known_loss for teacher in curve.teachers])
     axes = [_axis("size", log_size_M, curve, found, delta)]
     if len(set(quality_M.tolist())) >= MIN_TEACHERS:
         axes.append(_axis("cross_entropy", quality_M, curve, found, delta))
@@ -149,10 +149,10 @@ def _notes(curve: Curve, axes: tuple[AxisFit, ...]) -> tuple[str, ...]:
             "teacher, so the curve is not one of the choice of teacher alone"
         )
     for smaller, larger in zip(curve.teachers, curve.teachers[1:], strict=False):
-        if larger.loss > smaller.loss:
+        if larger.known_loss > smaller.known_loss:
             notes.append(
-                f"{larger.name} is larger than {smaller.name} and a worse model ({larger.loss:.4f} against "
-                f"{smaller.loss:.4f} nats): read the curve over cross-entropy"
+                f"{larger.name} is larger than {smaller.name} and a worse model ({larger.known_loss:.4f} against "
+                f"{smaller.known_loss:.4f} nats): read the curve over cross-entropy"
             )
     if len(axes) == 2 and axes[0].verdict != axes[1].verdict:
         notes.append(f"over size the verdict is {axes[0].verdict}, over cross-entropy {axes[1].verdict}")

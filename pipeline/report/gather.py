@@ -6,6 +6,8 @@ import csv
 import math
 from pathlib import Path
 
+from capgap.pipeline.report.benchmarks import benchmarks
+from capgap.pipeline.report.nearness import nearness_lines
 from capgap.pipeline.report.summary import CacheSummary, Curve, Gain, Report, StageLine, Table
 from capgap.pipeline.report.table import build_rows, cache_line
 from capgap.pipeline.report.verdict import gains, no_verdict, verdict
@@ -26,8 +28,9 @@ def gather(context: StageContext) -> Report:
         name=context.run.name,
         table=Table(
             rows=build_rows(results),
-            lines=(cache_line(cache), *_caveats(found)),
+            lines=(cache_line(cache), *nearness_lines(results), *_caveats(found)),
             verdicts=tuple(verdict(gain, results.num_sequences) for gain in found) or (no_verdict(results, alphas),),
+            benchmarks=benchmarks(context),
         ),
         gains=found,
         results=results,

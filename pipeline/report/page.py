@@ -7,7 +7,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from capgap.pipeline.report.benchmarks import benchmark_cells, benchmark_headings
 from capgap.pipeline.report.charts import charts
+from capgap.pipeline.report.nearness import DIFFERENCE_HEADINGS, difference_rows
 from capgap.pipeline.report.summary import Report, StageLine
 from capgap.pipeline.report.table import HEADINGS, cells
 from capgap.schemas.facts import RecordingFacts
@@ -29,12 +31,21 @@ def render_page(report: Report) -> str:
         report=report,
         headings=HEADINGS,
         rows=[cells(row) for row in report.table.rows],
+        benchmarks=_benchmarks(report),
         charts=charts(report),
+        difference_headings=DIFFERENCE_HEADINGS,
+        differences=difference_rows(report.results),
         stages=[(stage, duration(stage.wall_s), _own_versions(stage, common)) for stage in report.stages],
         common=_listed(common),
         facts=_facts(report),
         settings=json.dumps(report.settings, indent=2, ensure_ascii=False),
     )
+
+
+def _benchmarks(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]], tuple[str, ...]] | None:
+    """Headings, rows and notes."""
+    found = report.table.benchmarks
+    return None if found is None else (benchmark_headings(found), benchmark_cells(found), found.notes)
 
 
 def duration(seconds: float) -> str:

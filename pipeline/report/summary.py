@@ -49,6 +49,9 @@ class Row(Record):
     acceptance: Measure | None
     """Expected share of drafts that speculative decoding accepts."""
 
+    ece: Measure | None = None
+    """Expected calibration error; None in reports from before it was measured."""
+
 
 class SeedGain(Record):
     """One seed of a gain."""
@@ -82,6 +85,45 @@ class Gain(Record):
     """By seed."""
 
 
+class Score(Record):
+    """A model, or the seeds of an arm, on one benchmark."""
+
+    mean: float
+    """Over the seeds."""
+
+    error: float | None
+    """Standard deviation over the seeds; of a single model the standard error over examples, where lm-eval has one."""
+
+
+class BenchmarkLine(Record):
+    """One benchmark."""
+
+    task: str
+    """As the run file names it, or as lm-eval does where that is a tag."""
+
+    metric: str
+    """Of lm-eval."""
+
+    num_fewshot: int | None
+    """Solved examples before each question; None for a mean, and for a group whose tasks differ."""
+
+    chance: float | None
+    """What guessing gives; None where it is not known."""
+
+    scores: dict[str, Score]
+    """By model: the teacher where it was measured, then the arms."""
+
+
+class Benchmarks(Record):
+    """The table of benchmarks."""
+
+    lines: tuple[BenchmarkLine, ...]
+    """In the order of the run file; means of presets last."""
+
+    notes: tuple[str, ...]
+    """What they were measured with, and whether in full."""
+
+
 class Table(Record):
     """The final table."""
 
@@ -93,6 +135,9 @@ class Table(Record):
 
     verdicts: tuple[str, ...]
     """One sentence for each gain."""
+
+    benchmarks: Benchmarks | None = None
+    """None where the run file asks for none."""
 
 
 class CacheSummary(Record):

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from capgap.pipeline.progress import Meter, progress
+from capgap.pipeline.scalars import METRICS_NAME
 from capgap.pipeline.train.attention import require_ending_attention
 from capgap.pipeline.train.checkpoints import Checkpoints, best_checkpoint, checkpoint_to_resume
 from capgap.pipeline.train.clock import Clock, ClockedLoader
@@ -22,7 +23,7 @@ from capgap.pipeline.train.data import heldout_batches, training_loader
 from capgap.pipeline.train.fits import require_memory, require_positions
 from capgap.pipeline.train.heldout import HeldOut
 from capgap.pipeline.train.loggers import LogBook, make_loggers
-from capgap.pipeline.train.metrics import METRICS_NAME, Metrics, MetricsFile, Progress, read_rows
+from capgap.pipeline.train.metrics import Metrics, MetricsFile, Progress, read_rows
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.not_finite import NOT_FINITE_FOLDER, NotFinite
 from capgap.pipeline.train.online import OnlineModule

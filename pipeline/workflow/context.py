@@ -15,14 +15,15 @@ from capgap.schemas.errors import InputError
 from capgap.schemas.manifest import Manifest, ShardSet
 from capgap.schemas.run_file import RunFile
 
-StageName = Literal["corpus", "teacher", "cache", "student", "train", "eval", "report"]
+StageName = Literal["corpus", "teacher", "cache", "student", "train", "eval", "benchmark", "report"]
 
-STAGES: tuple[StageName, ...] = ("corpus", "teacher", "cache", "student", "train", "eval", "report")
+STAGES: tuple[StageName, ...] = ("corpus", "teacher", "cache", "student", "train", "eval", "benchmark", "report")
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One run of a stage: `train` runs once per arm and seed, `student` once per seed, the others once."""
+    """One run of a stage: `train` runs once per arm and seed, `student` once per seed, `benchmark` once per
+    trained student and for the teacher, the others once."""
 
     stage: StageName
     arm: str | None = None

@@ -6,12 +6,21 @@ from typing import Any
 
 from capgap.pipeline.workflow.context import STAGES, Instance, StageName
 from capgap.schemas.errors import SettingError
+from capgap.schemas.results import TEACHER
 from capgap.schemas.run_file import RunFile
 
 
 def instances(run: RunFile) -> list[Instance]:
-    """Every instance of every stage that is not reused from another run, inputs before what reads them."""
-    return [instance for instance in _all_instances(run) if instance.stage not in run.reuse]
+    """Every instance of every stage that is not reused from another run, inputs before what reads them.
+
+    A teacher that nothing reads, because a cache is reused and stands for it, is none of them.
+    """
+    unused = (
+        ()
+        if any("teacher" in input_names(run, i) for i in _all_instances(run) if i.stage not in run.reuse)
+        else ("teacher",)
+    )
+    return [instance for instance in _all_instances(run) if instance.stage not in (*run.reuse, *unused)]
 
 
 def select(run: RunFile, pattern: str) -> list[Instance]:
@@ -43,16 +52,26 @@ def input_names(run: RunFile, instance: Instance) -> list[str]:
     seed = instance.seed
     students = [i.name for i in _all_instances(run) if i.stage == "student"]
     trained = [i.name for i in _all_instances(run) if i.stage == "train"]
+    measured = [i.name for i in _benchmarks(run)]
     by_stage: dict[StageName, list[str]] = {
         "corpus": [],
         "teacher": ["corpus"],
         "cache": ["corpus", "teacher"],
         "student": ["corpus", *_pruned_teacher(run)],
         "train": ["corpus", *_online_teacher(run, instance), "cache", Instance("student", seed=seed).name],
-        "eval": ["corpus", "teacher", *trained],
-        "report": ["corpus", "teacher", "cache", *students, *trained, "eval"],
+        "eval": ["corpus", *_measured_teacher(run), "cache", *trained],
+        "benchmark": ["teacher" if seed is None else Instance("train", instance.arm, seed).name],
+        "report": ["corpus", *_measured_teacher(run), "cache", *students, *trained, "eval", *measured],
     }
     return by_stage[instance.stage]
+
+
+def implied_inputs(instance: Instance) -> frozenset[str]:
+    """Inputs that the identities of others already hold, so that the instance's own identity does without them.
+
+    Students hold that of their cache; and what was evaluated before caches were read there stays current.
+    """
+    return frozenset({"cache"} if instance.stage == "eval" else ())
 
 
 def further_caches(run: RunFile, instance: Instance) -> dict[str, str]:
@@ -85,18 +104,27 @@ def decisive_settings(run: RunFile, instance: Instance) -> dict[str, Any]:
             return {"train": run.train_settings(instance.arm).decisive(), "arm": instance.arm, "seed": instance.seed}
         case "eval":
             return {"eval": run.eval.decisive()}
+        case "benchmark":
+            assert run.benchmarks is not None
+            return {"benchmarks": run.benchmarks.decisive()}
         case "report":
             return {"name": run.name, "arms": sorted(run.arms)}
 
 
 def _online_teacher(run: RunFile, instance: Instance) -> list[str]:
     """The teacher, where the arm asks it rather than the cache."""
-    return ["teacher"] if instance.arm is not None and run.train_settings(instance.arm).needs_teacher else []
+    asked = instance.stage == "train" and instance.arm is not None and run.train_settings(instance.arm).needs_teacher
+    return ["teacher"] if asked else []
 
 
 def _pruned_teacher(run: RunFile) -> list[str]:
     """The teacher, where the student is what pruning leaves of it."""
     return [] if run.student.prune is None else ["teacher"]
+
+
+def _measured_teacher(run: RunFile) -> list[str]:
+    """The teacher, unless the cache alone stands for it."""
+    return [] if run.eval.teacher == "cache" else ["teacher"]
 
 
 def _all_instances(run: RunFile) -> list[Instance]:
@@ -107,5 +135,14 @@ def _all_instances(run: RunFile) -> list[Instance]:
         *(Instance("student", seed=seed) for seed in run.seeds),
         *(Instance("train", arm=arm, seed=seed) for seed in run.seeds for arm in run.arms),
         Instance("eval"),
+        *_benchmarks(run),
         Instance("report"),
     ]
+
+
+def _benchmarks(run: RunFile) -> list[Instance]:
+    """One for each model: vLLM gives a device's memory back only when its process ends."""
+    if run.benchmarks is None:
+        return []
+    teacher = [Instance("benchmark", arm=TEACHER)] if run.benchmarks.teacher else []
+    return [*teacher, *(Instance("benchmark", arm=arm, seed=seed) for seed in run.seeds for arm in run.arms)]

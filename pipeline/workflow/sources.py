@@ -33,6 +33,11 @@ def source_paths(run: RunFile, instance: Instance) -> list[Path]:
             return _model_files(run.teacher.path)
         case "student":
             return _model_files(run.student.path)
+        case "benchmark" if run.benchmarks is not None and run.benchmarks.include_path is not None:
+            # imported here, as above
+            from capgap.pipeline.benchmark.own_tasks import task_files
+
+            return task_files(Path(run.benchmarks.include_path))
         case _:
             return []
 

@@ -9,8 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from capgap.schemas.base import Record
+from capgap.schemas.run_benchmark import BenchmarkSettings, BenchmarkTask
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings, ExtendVocabularySettings
+from capgap.schemas.run_eval import EvalSettings, SpeculativeSettings
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_model import ModelShape, StudentSettings, TeacherSettings
 from capgap.schemas.run_optimization import OptimizationSettings
@@ -23,7 +25,7 @@ BASE: dict[str, Any] = {"name": "tried", "out": "runs/tried", "teacher": {"model
 MORE = ExtendVocabularySettings(num_pieces=5)
 
 # Their default decides nothing, so that students from before the choice stay current; see the tests of each.
-LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight"}
+LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight", "benchmarks"}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,12 @@ LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight"}
         (ModelShape(), {}),
         (PruneSettings(num_layers=2), {"batch_sequences": 7}),
         (RunFile.model_validate(BASE), {"out": "elsewhere", "device": "cpu"}),
-        (RunFile.model_validate(BASE).eval, {"batch_sequences": 7}),
+        (EvalSettings(teacher="live", speculative=SpeculativeSettings()), {"batch_sequences": 7}),
+        (SpeculativeSettings(), {"gpu_memory_fraction": 0.5}),
+        (
+            BenchmarkSettings(tasks={"mmlu": BenchmarkTask()}, include_path="tasks"),
+            {"teacher": False, "trust_task_code": True, "allow_code_execution": True, "batch_sequences": 7},
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -174,6 +181,19 @@ def test_held_out_sequences_decide_and_their_default_leaves_older_caches_current
     assert "num_heldout_sequences" not in CacheSettings().decisive()
     assert CacheSettings(num_heldout_sequences=64).decisive() == CacheSettings().decisive()
     assert CacheSettings(num_heldout_sequences=0).decisive()["num_heldout_sequences"] == 0
+
+
+def test_what_eval_asks_of_the_teacher_decides_and_the_default_leaves_older_results_current() -> None:
+    plain = EvalSettings().decisive()
+    assert not {"teacher", "speculative"} & set(plain)
+    assert EvalSettings(teacher="cache").decisive() == plain | {"teacher": "cache"}
+    drafting = EvalSettings(speculative=SpeculativeSettings(num_prompts=7, gpu_memory_fraction=0.5)).decisive()
+    assert drafting["speculative"]["num_prompts"] == 7 and "gpu_memory_fraction" not in drafting["speculative"]
+
+
+def test_drafts_for_a_teacher_that_is_left_out_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"eval.speculative: found with eval.teacher cache, expected live"):
+        EvalSettings(teacher="cache", speculative=SpeculativeSettings())
 
 
 def test_a_beta_without_jsd_is_refused() -> None:

@@ -134,9 +134,25 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("eval.num_full_sequences", 7, {"eval", "report"}),
     ("eval.num_bootstrap", 700, {"eval", "report"}),
     ("eval.batch_sequences", 7, set()),
+    ("benchmarks.tasks", {"mmlu": {"num_fewshot": 0}}, {"benchmark", "report"}),
+    ("benchmarks.backend", "hf", {"benchmark", "report"}),
+    ("benchmarks.limit", 7, {"benchmark", "report"}),
+    ("benchmarks.context_tokens", 77, {"benchmark", "report"}),
+    ("benchmarks.apply_chat_template", True, {"benchmark", "report"}),
+    ("benchmarks.include_path", "tasks", {"benchmark", "report"}),
+    ("benchmarks.trust_task_code", True, set()),
+    ("benchmarks.allow_code_execution", True, set()),
+    ("benchmarks.batch_sequences", 7, set()),
+    ("eval.teacher", "live", {"eval", "report"}),
+    ("eval.speculative.num_speculative_tokens", 7, {"eval", "report"}),
+    ("eval.speculative.num_prompts", 7, {"eval", "report"}),
+    ("eval.speculative.num_prompt_tokens", 7, {"eval", "report"}),
+    ("eval.speculative.num_new_tokens", 7, {"eval", "report"}),
+    ("eval.speculative.gpu_memory_fraction", 0.5, set()),
 ]
 # What else must be set for the setting above to be allowed, in the run file before and after.
 BESIDE = {f"cache.{name}": {"cache.recording": "topk"} for name in ("num_kept", "profile", "extra_temperatures")}
+BESIDE["eval.speculative.gpu_memory_fraction"] = {"eval.speculative": {}}
 BESIDE["corpus.messages_field"] = {"corpus.tokenizer": "folder"}
 PRUNED = {"student.model": None, "student.prune": {}}
 BESIDE |= {path: PRUNED for path, _, _ in TABLE if path.startswith("student.prune.")}
@@ -153,8 +169,11 @@ for _stage in ("train", "teacher.training"):
     BESIDE |= {f"{_stage}.{name}": {f"{_stage}.schedule": "wsd"} for name in ("decay_fraction", "decay_shape")}
 BESIDE["teacher.trust_remote_code"] = {"teacher.path": "folder", **GIVEN_TEACHER}
 BESIDE["student.trust_remote_code"] = {"student.path": "folder", "student.model": None}
+_tasks = {"benchmarks.tasks": {"mmlu": {}}}
+BESIDE |= {row[0]: _tasks for row in TABLE if row[0].startswith("benchmarks.")}
+BESIDE["benchmarks.trust_task_code"] = {**_tasks, "benchmarks.include_path": "tasks"}
 REPLACES = {"teacher.path": GIVEN_TEACHER, "student.path": {"student.model": None}}
-STRUCTURE = {"seeds", "arms", "reuse"}  # each has tests of its own below
+STRUCTURE = {"seeds", "arms", "reuse", "benchmarks.teacher"}  # each has tests of its own below
 
 
 def _identities(run: RunFile) -> dict[str, str]:
@@ -248,6 +267,17 @@ def test_another_seed_leaves_the_others_as_they_are(make_run) -> None:
     new = _identities(make_run({"seeds": [0, 5]}))
     assert set(new) - set(old) == {"student/seed-5", "train/distilled/seed-5", "train/cross_entropy/seed-5"}
     assert {name for name in old if old[name] != new[name]} == {"eval", "report"}
+
+
+def test_benchmarks_make_stages_of_their_own_and_leave_the_others_as_they_are(make_run) -> None:
+    old, new = _identities(make_run()), _identities(make_run({"benchmarks.tasks": {"mmlu": {}}}))
+    models = ["teacher", *(f"{arm}/seed-{seed}" for arm in ("distilled", "cross_entropy") for seed in (0, 1))]
+    assert set(new) - set(old) == {f"benchmark/{model}" for model in models}
+    assert {name for name in old if old[name] != new[name]} == {"report"}
+    students = _identities(make_run({"benchmarks.tasks": {"mmlu": {}}, "benchmarks.teacher": False}))
+    assert set(new) - set(students) == {"benchmark/teacher"}
+    # whether the teacher is measured too is no matter of a student's
+    assert all(students[name] == new[name] for name in students if name != "report")
 
 
 def test_a_setting_of_one_arm_leaves_the_others_as_they_are(make_run) -> None:

@@ -1,0 +1,102 @@
+"""`capgap law plan|run|table`: the grid from its file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from capgap.jobs.arguments import add_log_format, read_settings
+from capgap.jobs.faults import INCOMPLETE
+from capgap.jobs.logs import tell
+from capgap.schemas.law_grid import LawGrid
+
+_SETTINGS = ("out", "device", "seeds", "max_hours", "max_disk_gb")
+
+
+def grid_run_parser() -> ArgumentParser:
+    """The parser of `capgap law run`."""
+    parser = _grid_parser("run", "Make every run of a grid current, then table, fit and page.")
+    parser.add_argument(
+        "--workers", type=int, default=None, help="Processes side by side; one a core, or a GPU, where it is left out."
+    )
+    parser.add_argument("--no-wait", action="store_true", help="Stop if another run holds the device.")
+    return parser
+
+
+def table_parser() -> ArgumentParser:
+    """The parser of `capgap law table`."""
+    return _grid_parser("table", "Write the table of what a grid has so far, and run nothing.")
+
+
+def read_grid(flags: dict[str, Any]) -> LawGrid:
+    """The grid file with the flags laid over it.
+
+    Raises:
+        InputError, SettingError: as `read_settings`.
+    """
+    given = {name: flags[name] for name in _SETTINGS if flags[name] is not None}
+    return read_settings(LawGrid, Path(flags["grid"]), given)
+
+
+def _grid_parser(name: str, description: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=f"capgap law {name}", description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("grid", type=str, help="The grid file, as docs/law.md describes it.")
+    for setting, kind, said in (
+        ("out", str, "Folder for everything that is made, in place of the file's."),
+        ("device", str, "cpu, cuda or auto, in place of the file's."),
+        ("seeds", list[int], "As [0,1,2], in place of the file's."),
+        ("max_hours", float, "Refuse a grid that is planned to take longer."),
+        ("max_disk_gb", float, "Refuse a grid that is planned to fill more disk, in 10^9 bytes."),
+    ):
+        parser.add_argument(f"--{setting.replace('_', '-')}", type=kind, default=None, help=said)
+    add_log_format(parser)
+    return parser
+
+
+def run_grid_command(flags: dict[str, Any]) -> int:
+    """`capgap law run`: 0, or the code of a grid that has runs without a result."""
+    from capgap.jobs import forks
+    from capgap.pipeline.law.run import Starter, run_grid
+
+    started = time.monotonic()
+    grid = read_grid(flags)
+    done = run_grid(grid, flags["workers"], wait=not flags["no_wait"], on_cpu=Starter(forks.prepare, forks.start))
+    wall_s = round(time.monotonic() - started, 1)
+    num_results = done.num_runs - len(done.missing)
+    if done.made:
+        text = f"made {len(done.made)} in {wall_s} s: {', '.join(done.made)}"
+    else:
+        text = f"nothing to do: {num_results} of {done.num_runs} runs have their result ({wall_s} s)"
+    tell("law_run_done", text, made=list(done.made), num_runs=done.num_runs, num_results=num_results, wall_s=wall_s)
+    tell("law_table", f"table: {done.table}", path=str(done.table))
+    for name, why in done.missing.items():
+        tell("law_missing", f"missing: {name}: {why}", run=name, why=why)
+    if num_results:
+        _fit_and_report(done.table)
+    return INCOMPLETE if done.missing else 0
+
+
+def table_command(flags: dict[str, Any]) -> int:
+    """`capgap law table`."""
+    from capgap.pipeline.law.run import gather
+
+    path = gather(read_grid(flags))
+    tell("law_table", f"table: {path}", path=str(path))
+    return 0
+
+
+def _fit_and_report(table: Path) -> None:
+    from capgap.pipeline.law.fit import fit_table, write_fit
+    from capgap.pipeline.law.page import write_page
+    from capgap.pipeline.law.summary import lines
+
+    law = fit_table(table)
+    path = write_fit(table.parent, law)
+    page = write_page(table.parent, law)
+    for line in lines(law):
+        tell("law_said", line)
+    tell("law_fit", f"fit: {path}", path=str(path))
+    tell("report", f"report: {page}", page=str(page))
