@@ -59,7 +59,7 @@ def require_plain(path: Path, record: type[Record] = RunFile) -> None:
         raise _no_yaml(path, error) from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that is none
         raise InputError("not a YAML file", where=path, found=error, expected="YAML") from None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or document is None:
         raise InputError(
             "not a run file",
             where=path,

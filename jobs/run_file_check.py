@@ -98,9 +98,9 @@ class _Check:
     def _value(self, info: FieldInfo, value: Any, where: str) -> None:
         if isinstance(value, float) and not -float("inf") < value < float("inf"):
             raise self._at(where, SettingError("cannot be used", found=value, expected="a number that is finite"))
+        kind: Any = Annotated[info.annotation, Field(), *info.metadata]
         try:
-            setting: Any = Annotated[info.annotation, Field(), *info.metadata]
-            TypeAdapter(setting).validate_python(value)
+            TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
             raise self._at(where, error_of(error.errors())) from None
 

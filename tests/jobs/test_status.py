@@ -53,6 +53,7 @@ def at_work(made: Any, tmp_path: Path) -> Iterator[Path]:
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_training_is_watched_in_every_form_until_it_is_killed(at_work: Path) -> None:
     """As JSON, as lines that an interrupt ends, and as a table on a terminal: all at once, to start the run once."""
     _when(lambda: list((at_work.parent / "out" / "teacher" / "work").glob("checkpoints/*.ckpt")))
