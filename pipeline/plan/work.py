@@ -99,7 +99,7 @@ class RunWork:
             case "teacher" | "student" | "train":
                 size = self.teacher if stage == "teacher" else self.student
                 return Figure(value=size.saved_bytes, source=f"4 bytes a parameter, by {size.where}")
-            case "eval" | "report":
+            case "eval" | "benchmark" | "report":
                 return Figure(value=0, source="a page or a table, not counted")
             case _:
                 return _NOT_PLANNED
@@ -118,7 +118,7 @@ class RunWork:
                 value = None if self.vocab_size is None else rows * self.vocab_size * _FLOAT32_BYTES
                 how = "the teacher's distributions, in float32"
                 return Figure(value=value, source=how if value is not None else "needs the tokenizer")
-            case "corpus" | "cache" | "student" | "report":
+            case "corpus" | "cache" | "student" | "benchmark" | "report":
                 return Figure(value=0, source="none")
             case _:
                 return _NOT_PLANNED

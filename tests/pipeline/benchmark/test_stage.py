@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,19 @@ def test_code_of_models_runs_only_where_it_is_allowed(make_context, monkeypatch)
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     stage.run(make_context(tasks={"pairs": {}}, limit=1))
     assert "HF_ALLOW_CODE_EVAL" not in os.environ
+
+
+def test_a_chat_template_is_used_where_it_is_asked_for_and_there_is_one(make_context, model_folder, tmp_path) -> None:
+    asked = {"tasks": {"pairs": {"metric": "brier_score"}}, "limit": 4}
+    stage.run(make_context("plain", **asked))
+    with pytest.raises(InputError, match=r"task pairs cannot be measured; found ValueError: .*chat.template"):
+        stage.run(make_context("none", apply_chat_template=True, **asked))
+    chat = make_context("chat", apply_chat_template=True, **asked)
+    folder = Path(shutil.copytree(model_folder, tmp_path / "chat-model"))
+    (folder / "chat_template.jinja").write_text("Q : {{ messages[0].content }}\nA :")
+    (made,) = chat.inputs.values()
+    made.manifest.facts["path"] = str(folder)
+    stage.run(chat)
+    plain, templated = (results(make_context(name, **asked)).rows[0].value for name in ("plain", "chat"))
+    # the same question, behind other words
+    assert templated != plain
