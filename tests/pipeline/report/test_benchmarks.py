@@ -97,7 +97,7 @@ def test_a_narrow_terminal_gets_the_scores_without_errors(context) -> None:
     (folder / "report.json").write_text(gather(context).model_dump_json())
     print_table(folder, Console(file=page, width=90, force_terminal=False))
     (line,) = [line for line in page.getvalue().splitlines() if line.strip().startswith("gsm8k")]
-    assert line.split() == ["gsm8k", "exact_match,", "strict-match", "5", "-", "0.2500", "0.2100", "0.1500"]
+    assert line.split()[-3:] == ["0.2500", "0.2100", "0.1500"]
 
 
 def test_a_trial_is_called_limited(make_context, tmp_path: Path) -> None:
