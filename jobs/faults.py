@@ -38,7 +38,8 @@ def named(error: Exception) -> CapgapError | None:
         return MachineError(
             "memory has run out",
             found=(str(error) or type(error).__name__).splitlines()[0],
-            fix="lower train.micro_batch_sequences, eval.batch_sequences or cache.chunk_rows, whichever stage it was",
+            fix="lower train.micro_batch_sequences, eval.batch_sequences, benchmarks.batch_sequences or "
+            "cache.chunk_rows, whichever stage it was",
         )
     if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
         return MachineError(

@@ -130,8 +130,7 @@ def _vllm(
         set_environment(device, 1)
         require_platform(device)
         config = teacher_config(path, 1, device, trust_remote_code)
-        batch_tokens = max(chunk_rows, context_tokens) if device == "cpu" else chunk_rows
-        memory = memory_settings(config, device, batch_tokens, context_tokens, gpu_memory_fraction, chunk_rows, 1)
+        memory = memory_settings(config, device, chunk_rows, context_tokens, gpu_memory_fraction, chunk_rows, 1)
     try:
         lm = _lm_eval_vllm()(
             pretrained=path,
@@ -139,8 +138,10 @@ def _vllm(
             trust_remote_code=trust_remote_code,
             max_model_len=context_tokens,
             batch_size=_VLLM_REQUESTS,
-            max_num_batched_tokens=batch_tokens,
-            max_num_seqs=max(1, min(256, batch_tokens // 8)),
+            # a longer prompt is computed in parts; vLLM holds the logits of every token of a part
+            enable_chunked_prefill=True,
+            max_num_batched_tokens=chunk_rows,
+            max_num_seqs=max(1, min(256, chunk_rows // 8)),
             load_format="safetensors",  # nothing pickled is opened
             hf_overrides={"head_dtype": "float32"},
             enforce_eager=device == "cpu",

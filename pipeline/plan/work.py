@@ -108,7 +108,7 @@ class RunWork:
             case "teacher" | "student" | "train" | "tune":
                 size = self.teacher if stage == "teacher" else self.student
                 return Figure(value=size.saved_bytes, source=f"4 bytes a parameter, by {size.where}")
-            case "eval" | "answers" | "judge" | "report":
+            case "eval" | "benchmark" | "answers" | "judge" | "report":
                 return Figure(value=0, source="a page, a table or texts, not counted")
             case _:
                 return _NOT_PLANNED
@@ -127,7 +127,7 @@ class RunWork:
                 value = None if self.vocab_size is None else rows * self.vocab_size * _FLOAT32_BYTES
                 how = "the teacher's distributions, in float32"
                 return Figure(value=value, source=how if value is not None else "needs the tokenizer")
-            case "corpus" | "cache" | "student" | "answers" | "judge" | "report":
+            case "corpus" | "cache" | "student" | "benchmark" | "answers" | "judge" | "report":
                 return Figure(value=0, source="none")
             case _:
                 return _NOT_PLANNED

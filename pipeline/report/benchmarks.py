@@ -32,15 +32,15 @@ def benchmark_headings(table: Benchmarks) -> tuple[str, ...]:
     return ("task", "metric", "shots", "chance", *table.lines[0].scores)
 
 
-def benchmark_cells(table: Benchmarks) -> list[tuple[str, ...]]:
-    """The lines as text, one cell a heading."""
+def benchmark_cells(table: Benchmarks, errors: bool = True) -> list[tuple[str, ...]]:
+    """The lines as text, one cell a heading, with the scores' errors or without."""
     return [
         (
             line.task,
             line.metric,
             "-" if line.num_fewshot is None else str(line.num_fewshot),
             "-" if line.chance is None else f"{line.chance:.4f}",
-            *(_text(score) for score in line.scores.values()),
+            *(_text(score, errors) for score in line.scores.values()),
         )
         for line in table.lines
     ]
@@ -97,5 +97,5 @@ def _notes(models: dict[str, list[BenchmarkResults]]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _text(score: Score) -> str:
-    return f"{score.mean:.4f}" if score.error is None else f"{score.mean:.4f} +- {score.error:.4f}"
+def _text(score: Score, errors: bool) -> str:
+    return f"{score.mean:.4f}" if score.error is None or not errors else f"{score.mean:.4f} +- {score.error:.4f}"

@@ -134,7 +134,7 @@ def _percent(measure: Measure | None) -> str:
 
 def _print(table: Table, console: Console, style: box.Box) -> None:
     shown = _rich_table(HEADINGS, [cells(row) for row in table.rows], style)
-    if Measurement.get(console, console.options.update(width=_TEXT_WIDTH), shown).maximum > console.width:
+    if _is_too_wide(shown, console):
         narrow = [cells(_without_seeds(row))[: len(_NARROW_HEADINGS)] for row in table.rows]
         shown = _rich_table(_NARROW_HEADINGS, narrow, style)
     console.print(shown)
@@ -142,9 +142,17 @@ def _print(table: Table, console: Console, style: box.Box) -> None:
         console.print(Text(line), soft_wrap=True)
     if table.benchmarks is not None:
         console.print()
-        console.print(_rich_table(benchmark_headings(table.benchmarks), benchmark_cells(table.benchmarks), style))
+        headings = benchmark_headings(table.benchmarks)
+        shown = _rich_table(headings, benchmark_cells(table.benchmarks), style)
+        if _is_too_wide(shown, console):
+            shown = _rich_table(headings, benchmark_cells(table.benchmarks, errors=False), style)
+        console.print(shown)
         for note in table.benchmarks.notes:
             console.print(Text(note), soft_wrap=True)
+
+
+def _is_too_wide(shown: RichTable, console: Console) -> bool:
+    return Measurement.get(console, console.options.update(width=_TEXT_WIDTH), shown).maximum > console.width
 
 
 def _rich_table(headings: Iterable[str], rows: Iterable[Iterable[str]], style: box.Box) -> RichTable:

@@ -17,6 +17,8 @@ _PACKAGES = (
     "pyarrow",
     "zstandard",
     "numpy",
+    "lm-eval",
+    "datasets",
 )
 
 

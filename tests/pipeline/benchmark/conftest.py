@@ -76,7 +76,8 @@ def make_context(model_folder: Path, tmp_path: Path) -> Callable[..., StageConte
     def make(name: str = "benchmark", **settings: Any) -> StageContext:
         settings = {"tasks": {"animals": {}}, "include_path": str(TASKS), **settings}
         values = {"name": "tiny", "out": str(tmp_path), "teacher": {"path": "somewhere"}, "student": {"model": {}}}
-        run = RunFile.model_validate({**values, "benchmarks": settings})
+        # small, so that vLLM computes a prompt in parts
+        run = RunFile.model_validate({**values, "cache": {"chunk_rows": 16}, "benchmarks": settings})
         facts = ModelFacts(
             tokenizer=TokenizerFacts(fingerprint="f" * 64, vocab_size=17, eos_id=0),
             num_parameters=1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from capgap.schemas.errors import InputError, SettingError
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
-ALL = {"animals": {"num_fewshot": 2}, "animals_written": {}, "pairs": {}}
+# with seven examples a prompt has 36 tokens of the 64 that the model takes
+ALL = {"animals": {"num_fewshot": 7}, "animals_written": {}, "pairs": {}}
 
 # Probabilities of float32 models whose sums run in another order; measured: 2e-8.
 TOLERANCE_BRIER = 1e-5
@@ -60,7 +62,7 @@ def test_rows_say_what_was_asked_how_and_of_how_many(through_transformers) -> No
     by_task = {row.task: row for row in found.main}
     assert list(by_task) == list(ALL)
     animals = by_task["animals"]
-    assert (animals.metric, animals.num_fewshot, animals.num_samples, animals.version) == ("acc", 2, 14, "1.0")
+    assert (animals.metric, animals.num_fewshot, animals.num_samples, animals.version) == ("acc", 7, 14, "1.0")
     # of 14 answers, with one degree of freedom less
     assert animals.stderr == pytest.approx((animals.value * (1 - animals.value) / 13) ** 0.5)
     assert [by_task[task].chance for task in ALL] == [0.25, None, 0.5]
@@ -136,3 +138,19 @@ def test_code_of_models_runs_only_where_it_is_allowed(make_context, monkeypatch)
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     stage.run(make_context(tasks={"pairs": {}}, limit=1))
     assert "HF_ALLOW_CODE_EVAL" not in os.environ
+
+
+def test_a_chat_template_is_used_where_it_is_asked_for_and_there_is_one(make_context, model_folder, tmp_path) -> None:
+    asked = {"tasks": {"pairs": {"metric": "brier_score"}}, "limit": 4}
+    stage.run(make_context("plain", **asked))
+    with pytest.raises(InputError, match=r"task pairs cannot be measured; found ValueError: .*chat.template"):
+        stage.run(make_context("none", apply_chat_template=True, **asked))
+    chat = make_context("chat", apply_chat_template=True, **asked)
+    folder = Path(shutil.copytree(model_folder, tmp_path / "chat-model"))
+    (folder / "chat_template.jinja").write_text("Q : {{ messages[0].content }}\nA :")
+    (made,) = chat.inputs.values()
+    made.manifest.facts["path"] = str(folder)
+    stage.run(chat)
+    plain, templated = (results(make_context(name, **asked)).rows[0].value for name in ("plain", "chat"))
+    # the same question, behind other words
+    assert templated != plain

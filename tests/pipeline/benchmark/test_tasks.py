@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from typing import Any
 
@@ -11,7 +12,7 @@ from capgap.pipeline.benchmark.measure import mean_of
 from capgap.pipeline.benchmark.presets import PRESETS, asked_tasks
 from capgap.pipeline.benchmark.tasks import check_tasks, task_manager
 from capgap.schemas.benchmark import BenchmarkRow
-from capgap.schemas.errors import InputError, SettingError
+from capgap.schemas.errors import InputError, MachineError, SettingError
 from capgap.schemas.run_benchmark import BenchmarkSettings
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
@@ -80,6 +81,12 @@ def test_a_task_twice_and_a_preset_with_settings_are_refused() -> None:
 def test_a_folder_that_is_not_there_is_named(tmp_path) -> None:
     with pytest.raises(InputError, match=r"benchmarks\.include_path: there is no such folder"):
         check_tasks(settings(include_path=str(tmp_path / "nowhere")))
+
+
+def test_a_machine_without_lm_eval_is_told_what_to_install(monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MachineError, match=r"benchmarks: lm-eval is not installed; .*capgap\[eval\]"):
+        check_tasks(settings())
 
 
 def _row(value: float, stderr: float | None) -> BenchmarkRow:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from capgap.pipeline.report.gather import gather
 from capgap.pipeline.report.page import render_page
-from capgap.pipeline.report.table import table_text
+from capgap.pipeline.report.table import print_table, table_text
 from capgap.pipeline.workflow.context import StageContext, StageInput
 from capgap.schemas.benchmark import BENCHMARK_NAME, BenchmarkMean, BenchmarkResults, BenchmarkRow
 
@@ -88,6 +90,14 @@ def test_the_table_and_the_page_show_them_with_chance_and_shots(context) -> None
     ]
     assert "benchmarks: lm-eval 0.4.13 through hf, float32; +- is" in text and "limited" not in text
     assert "Benchmarks</h2>" in page and "0.4200 \u00b1 0.0283" in page
+
+
+def test_a_narrow_terminal_gets_the_scores_without_errors(context) -> None:
+    folder, page = context.folder, io.StringIO()
+    (folder / "report.json").write_text(gather(context).model_dump_json())
+    print_table(folder, Console(file=page, width=90, force_terminal=False))
+    (line,) = [line for line in page.getvalue().splitlines() if line.strip().startswith("gsm8k")]
+    assert line.split()[-3:] == ["0.2500", "0.2100", "0.1500"]
 
 
 def test_a_trial_is_called_limited(make_context, tmp_path: Path) -> None:
