@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 
 from capgap.pipeline.events import event
 from capgap.pipeline.law.devices import worker_environments
@@ -33,7 +34,7 @@ from capgap.pipeline.law.gather import (
 )
 from capgap.pipeline.law.reused import require_reused
 from capgap.pipeline.law.table import write_table
-from capgap.pipeline.law.worker import Job, cell_job, process_of, read_failures, teacher_job
+from capgap.pipeline.law.worker import INTERRUPTED, Job, cell_job, process_of, read_failures, teacher_job
 from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.device import resolve_device
 from capgap.pipeline.workflow.driver import Start, start_afresh, walk
@@ -247,15 +248,34 @@ class _Workers:
         self._wait, self._work, self._starter, self._lock = wait, work, starter, lock
         self._running: list[tuple[BaseProcess, Job, Mapping[str, str], float]] = []
         self._failed: dict[str, int] = {}
+        self._interrupted = False
 
     def carry_out(self) -> list[str]:
-        """Do all that can be done; names of the jobs that were started."""
+        """Do all that can be done; names of the jobs that were started.
+
+        Raises:
+            KeyboardInterrupt: this process or a worker was interrupted.
+        """
+        before = signal.signal(signal.SIGINT, self._hear)
+        try:
+            return self._carry_out()
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        # Python swallows what is raised in the hooks around a fork
+        self._interrupted = True
+        raise KeyboardInterrupt
+
+    def _carry_out(self) -> list[str]:
         waiting = [*self._work.teacher_jobs(), *self._work.cell_jobs()]
         total, started = len(waiting), []
         if waiting:
             self._starter.prepare()
         try:
             while waiting or self._running:
+                if self._interrupted:
+                    raise KeyboardInterrupt
                 waiting = self._without_lost(waiting)
                 job = self._next(waiting)
                 if job is not None:
@@ -305,6 +325,7 @@ class _Workers:
             wall_s = round(time.monotonic() - began, 1)
             done = f"{total - num_waiting - len(self._running)} of {total}"
             code = process.exitcode or 0
+            self._interrupted |= code == INTERRUPTED
             if code:
                 self._failed[job.name] = code
                 self._work.failed(job, code)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from capgap.schemas.run_file import RunFile
 FAILED_NAME = "failed.json"
 LOG_NAME = "log.txt"
 
+INTERRUPTED = 130
+"""How a worker ends that was interrupted."""
+
 _FAULT = 1
-_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ def _be_the_worker(
     parent_pid: int,
 ) -> None:
     die_with(parent_pid)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     leave()
     os.environ.update(environment)
     with log.open("ab") as file:
@@ -120,7 +124,7 @@ def _be_the_worker(
     try:
         code = carry_out_job(job, log, wait, start)
     except KeyboardInterrupt:
-        code = _INTERRUPTED
+        code = INTERRUPTED
     os._exit(code)
 
 
@@ -137,7 +141,7 @@ def carry_out_job(job: Job, log: Path, wait: bool, start: Start = start_afresh) 
             said = _last_words(log, heard) if isinstance(error, StageFailedError) and error.already_said else str(error)
             failures[instance.name] = said or str(error)
             codes.append(error.exit_code)
-            if error.exit_code == _INTERRUPTED:
+            if error.exit_code == INTERRUPTED:
                 raise KeyboardInterrupt from None
             return False
         return True
