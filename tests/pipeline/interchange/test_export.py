@@ -12,9 +12,14 @@ import pytest
 import yaml
 
 from capgap.pipeline.interchange.export import export_cache
+from capgap.pipeline.interchange.folders import make_folder, order_for
 from capgap.pipeline.interchange.importing import import_captures
-from capgap.pipeline.store import read_blocks
+from capgap.pipeline.store import Block, Codec, ShardWriter, read_blocks
+from capgap.pipeline.store.codec import SAMPLED
+from capgap.pipeline.workflow.context import StageResult
 from capgap.schemas.errors import InputError, MismatchError, SettingError
+from capgap.schemas.facts import CacheFacts, RecordingFacts, TokenizerFacts
+from capgap.schemas.records import SampledTargets, Sequences
 
 MINIMAL = ("input_ids", "ids", "logprobs")
 
@@ -122,6 +127,41 @@ def test_datasets_reads_the_files_and_the_card(cache: Any, tmp_path: Path, monke
     (config,) = head["configs"]
     assert [part["split"] for part in config["data_files"]] == ["train", "heldout"]
     assert all(list(out.glob(part["path"])) for part in config["data_files"])
+
+
+def test_counts_of_draws_go_out_as_they_are(tmp_path: Path) -> None:
+    tokens_BL1 = np.tile(np.arange(1, 10, dtype=np.int32), (2, 1))
+    ids_D = np.stack([tokens_BL1[:, 1:], tokens_BL1[:, 1:] + 20], axis=2).ravel()
+    targets = SampledTargets(
+        np.full((2, 8), 2, np.int32),
+        ids_D,
+        np.tile(np.array([3, 1], np.int32), 16),
+        np.full((2, 8), np.log(0.75), np.float32),
+    )
+    flags_BL1 = tokens_BL1 > 2
+
+    def work(folder: Path) -> StageResult:
+        writer = ShardWriter(folder, folder / "work" / "shards", "sampled", Codec(SAMPLED, 8, 40, 4))
+        shard = writer.write(0, [Block(Sequences(tokens_BL1, flags_BL1, flags_BL1), targets)])
+        facts = CacheFacts(
+            tokenizer=TokenizerFacts(fingerprint="none", vocab_size=40, eos_id=0),
+            context="packed",
+            temperature=1.0,
+            recordings={"sampled": RecordingFacts(num_ids=4, temperatures=(1.0,))},
+            padded_vocab_size=40,
+            engines=("by hand",),
+            dtypes=("float32",),
+            mean_label_loss=0.2877,
+        )
+        return StageResult(facts=facts.model_dump(mode="json"), shard_sets={"sampled": writer.shard_set([shard])})
+
+    made = make_folder(tmp_path / "cache", order_for("cache", {}, {}), (), {}, work, False)
+    export_cache(str(made.path), tmp_path / "out")
+    rows = pyarrow.parquet.read_table(tmp_path / "out" / "sampled" / "train-000000.parquet").to_pylist()
+    assert [row["input_ids"] for row in rows] == tokens_BL1.tolist()
+    # an order within a target is none of a count's
+    found = [dict(zip(*of, strict=True)) for row in rows for of in zip(row["ids"], row["counts"], strict=True)]
+    assert found == [{int(ids[0]): 3, int(ids[1]): 1} for ids in ids_D.reshape(-1, 2)]
 
 
 def test_what_is_no_cache_and_what_it_lacks_are_refused(cache: Any, tmp_path: Path) -> None:
