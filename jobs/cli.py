@@ -16,10 +16,13 @@ Command = Callable[[Sequence[str]], int]
 _HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
 
   run       make every stage of a run file current; --only STAGE, --from STAGE, --force
-  status    say of every stage whether it is current, and why not
+  status    say of every stage whether it is current, and why not; --watch shows it at work, --json
   plan      say what a run will cost, before it does: tokens, disk, device hours; --json
   verify    check every file and shard below a folder against its digests; --rescore FRACTION asks the teacher too
-  law       which teacher size is best for a student: fit a table of runs, its page, advice
+  fidelity  what a cache keeps of its teacher, and which trainings it supports; --json, --teacher
+  law       which teacher size is best for a student: run a grid, fit its table, its page, advice
+  import    another program's captures, in Parquet, into a corpus and a cache
+  export    a cache into Parquet, for other programs
 
   corpus    text into packed sequences                      (one stage of the run file)
   teacher   check or train the teacher
@@ -28,6 +31,9 @@ _HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
   train     train the student from the cache
   tune      make a chat model of a trained student, where the run file says so
   eval      measure teacher and students on held-out text
+  benchmark measure them on tasks of lm-eval               (only with `benchmarks` in the run file)
+  answers   every model answers questions                  (only with `judge`)
+  judge     a language model judges the answers            (the same)
   report    one HTML page and one table
 
 Every setting of the run file is also a flag: `capgap run RUN.yaml --train.learning_rate 1e-3`.
@@ -38,7 +44,8 @@ Every setting of the run file is also a flag: `capgap run RUN.yaml --train.learn
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0 done, 1 a fault of ours, 2 what the user can mend, 3 the machine, 4 damaged data, 130 interrupted, 141 where
+    0 done, 1 a fault of ours, 2 what the user can mend, 3 the machine, 4 damaged data, 5 runs of a grid without a
+    result, 130 interrupted, 141 where
     nobody reads the output any more, 128 + n where a stage was killed by signal n.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -87,9 +94,12 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _commands() -> dict[str, Command]:
-    from capgap.jobs.commands import run_command, stage_command, status_command, verify_command
+    from capgap.jobs.commands import run_command, stage_command, verify_command
+    from capgap.jobs.fidelity import fidelity_command
+    from capgap.jobs.interchange import export_command, import_command
     from capgap.jobs.law import law_command
     from capgap.jobs.plan import plan_command
+    from capgap.jobs.status import status_command
     from capgap.pipeline.store import keep_freed_memory
     from capgap.pipeline.workflow.context import STAGES
 
@@ -99,7 +109,10 @@ def _commands() -> dict[str, Command]:
         "status": status_command,
         "plan": plan_command,
         "verify": verify_command,
+        "fidelity": fidelity_command,
         "law": law_command,
+        "import": import_command,
+        "export": export_command,
     }
     return commands | {stage: stage_command(stage) for stage in STAGES}
 

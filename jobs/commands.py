@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from rich.table import Table
 
 from capgap.jobs.arguments import add_log_format, parse, parse_run, run_parser
 from capgap.jobs.logs import log_format, tell
-from capgap.jobs.tables import ResultConsole, print_wide
+from capgap.jobs.tables import ResultConsole
 from capgap.pipeline.events import set_stage
 from capgap.pipeline.workflow.context import Instance, StageName
 from capgap.pipeline.workflow.graph import downstream, instances, select
@@ -32,7 +31,11 @@ def run_command(argv: Sequence[str]) -> int:
     )
     run, flags = parse_run(parser, argv)
     if flags["only"] and flags["from_stage"]:
-        raise SettingError("--only and --from exclude each other")
+        raise SettingError(
+            "--only and --from exclude each other",
+            found=f"--only {flags['only']} --from {flags['from_stage']}",
+            expected="one of them",
+        )
     if flags["only"]:
         chosen = select(run, flags["only"])
     elif flags["from_stage"]:
@@ -94,6 +97,9 @@ def _make_slice(run: RunFile, instance: Instance, flags: dict[str, Any]) -> None
     if flags["force"]:
         raise SettingError(
             "--force and --slice exclude each other: each slice would undo what the others made",
+            where="--force",
+            found=f"--slice {flags['slice']}",
+            expected="one of them",
             fix=f"delete {Path(run.out) / instance.name} to start over",
         )
     from capgap.pipeline.workflow.slices import Slice, carry_out_slice
@@ -101,32 +107,18 @@ def _make_slice(run: RunFile, instance: Instance, flags: dict[str, Any]) -> None
     carry_out_slice(run, instance, Slice.parse(flags["slice"]), wait=not flags["no_wait"])
 
 
-def status_command(argv: Sequence[str]) -> int:
-    """`capgap status`: one line per stage."""
-    run, _ = parse_run(run_parser("capgap status", "Say of every stage whether it is current, and why not."), argv)
-    if log_format() == "json":
-        for name, state in states(run).items():
-            tell("stage_state", f"{name}: {state.state}", instance=name, state=state.state, why=state.why)
-        for stage, folder in run.reuse.items():
-            tell("stage_state", f"{stage}: reused", instance=stage, state="reused", why=folder)
-        return 0
-    table = Table(box=None, pad_edge=False)
-    for title in ("stage", "state", "why"):
-        table.add_column(title)
-    for name, state in states(run).items():
-        table.add_row(name, str(state.state), state.why)
-    for stage, folder in run.reuse.items():
-        table.add_row(stage, "reused", folder)
-    print_wide(table)
-    return 0
-
-
 def verify_command(argv: Sequence[str]) -> int:
     """`capgap verify`: every file and shard of every finished stage below the folders; caches, by their teacher too."""
     flags = parse(verify_parser(), list(argv))
     fraction = flags["rescore"]
     if fraction is None and flags["teacher"] is not None:
-        raise SettingError("--teacher is for --rescore", where="--teacher", found=flags["teacher"])
+        raise SettingError(
+            "is for --rescore",
+            where="--teacher",
+            found=flags["teacher"],
+            expected="--rescore FRACTION beside it",
+            fix="give both, or neither",
+        )
     if fraction is not None and not 0 < fraction <= 1:
         raise SettingError("no share", where="--rescore", found=fraction, expected="a number above 0, at most 1")
     from capgap.pipeline.verify.verify import verify

@@ -1,7 +1,7 @@
 """Which exit code a fault has, and which faults that no stage has named are the machine's.
 
-0 done, 1 a fault of ours, 2 the user's to mend, 3 the machine's, 4 damaged data, 130 interrupted, 128 + n where a stage
-was killed by signal n.
+0 done, 1 a fault of ours, 2 the user's to mend, 3 the machine's, 4 damaged data, 5 a grid was gone through and some of
+its runs have no result, 130 interrupted, 128 + n where a stage was killed by signal n.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import socket
 from capgap.schemas.errors import CapgapError, MachineError
 
 CRASHED = 1
+INCOMPLETE = 5
 READER_GONE = 141
 INTERRUPTED = 130
 

@@ -1,4 +1,4 @@
-"""`capgap law`: fits, their page, and advice."""
+"""`capgap law`: grids, fits, their page, and advice."""
 
 from __future__ import annotations
 
@@ -9,10 +9,21 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from capgap.jobs.arguments import parse
+from capgap.jobs.law_grid import (
+    grid_plan_parser,
+    grid_run_parser,
+    plan_grid_command,
+    run_grid_command,
+    table_command,
+    table_parser,
+)
 from capgap.schemas.errors import SettingError
 
-_HELP = """usage: capgap law fit|report|advise
+_HELP = """usage: capgap law plan|run|table|fit|report|advise
 
+  plan GRID.yaml   say what a grid of teachers, students and seeds will take, before anything is made
+  run GRID.yaml    make every run of a grid, then table, fit and page
+  table GRID.yaml  write the table of what a grid has so far, and run nothing
   fit TABLE        which teacher is best for each student of a table of runs; writes law.json
   report FIT       a page of a fit: curves, verdicts, frontiers, the published laws beside them; writes law.html
   advise           which teacher for a student that was not trained yet, from a fit or from published laws
@@ -142,6 +153,9 @@ def _teacher_tokens(text: str | None, num_teachers: int) -> Sequence[int | None]
 
 
 COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[dict[str, Any]], int]]] = {
+    "plan": (grid_plan_parser, plan_grid_command),
+    "run": (grid_run_parser, run_grid_command),
+    "table": (table_parser, table_command),
     "fit": (fit_parser, _fit),
     "report": (report_parser, _report),
     "advise": (advise_parser, _advise),

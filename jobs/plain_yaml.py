@@ -9,11 +9,10 @@ a hundred aliases of aliases.
 from __future__ import annotations
 
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args
 
 import yaml
 
+from capgap.jobs.run_file_check import require_settings
 from capgap.schemas.base import Record
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.run_file import RunFile
@@ -23,12 +22,14 @@ _MAX_BYTES = 4 << 20
 _MAX_VALUES = 200_000
 _MAX_DEPTH = 32
 
+_KINDS = {list: "a list", str: "text", int: "a number", float: "a number"}
+
 # With these jsonargparse means a class to import, its arguments, or another file to read.
 _NOT_SETTINGS = {"class_path", "init_args", "dict_kwargs", "__path__", "__default_config__"}
 
 
-def require_plain(path: Path) -> None:
-    """Raise where a run file is anything but settings by name.
+def require_plain(path: Path, record: type[Record] = RunFile) -> None:
+    """Raise where a run file, or a file of another record's settings, is anything but settings by name.
 
     Raises:
         InputError: it is missing, no YAML, too large, or holds tags, which stand for objects.
@@ -41,18 +42,50 @@ def require_plain(path: Path) -> None:
     try:
         if len(data) > _MAX_BYTES:
             raise _TooLargeError(f"more than {_MAX_BYTES:,} bytes")
+        data.decode()
         _require_small(data)
-        content = yaml.safe_load(data)
+        content, document = yaml.safe_load(data), yaml.compose(data, Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            "not UTF-8",
+            where=f"{path}, byte {error.start}",
+            found=f"0x{data[error.start]:02x}",
+            expected="text in UTF-8",
+            fix="save it as UTF-8",
+        ) from None
     except _TooLargeError as error:
         raise InputError("not a run file", where=path, found=error, expected="settings by name") from None
+    except yaml.MarkedYAMLError as error:
+        raise _no_yaml(path, error) from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that is none
         raise InputError("not a YAML file", where=path, found=error, expected="YAML") from None
     if not isinstance(content, dict):
-        raise InputError("not a run file", where=path, found=type(content).__name__, expected="settings by name")
+        raise InputError(
+            "not a run file",
+            where=path,
+            found="nothing" if content is None else _KINDS.get(type(content), type(content).__name__),
+            expected="settings by name",
+            fix="see jobs/runs/demo.yaml for an example",
+        )
     if "config" in content:
-        raise SettingError("a run file cannot name another", where=f"{path}: config", found=content["config"])
+        raise SettingError(
+            "a run file cannot name another",
+            where=f"{path}: config",
+            found=content["config"],
+            expected="settings alone",
+            fix="copy its settings into this one",
+        )
     _require_no_class(path, content, "")
-    _require_settings(path, content, RunFile, "")
+    assert document is not None  # there are values
+    require_settings(path, document, content, record)
+
+
+def _no_yaml(path: Path, error: yaml.MarkedYAMLError) -> InputError:
+    mark = error.problem_mark or error.context_mark
+    where = path if mark is None else f"{path}, line {mark.line + 1}, column {mark.column + 1}"
+    problem = error.problem or error.context or "something else"
+    fix = "indent with spaces; YAML takes no tabs" if "'\\t'" in problem else None
+    return InputError("not a YAML file", where=where, found=problem.removeprefix("found "), expected="YAML", fix=fix)
 
 
 class _TooLargeError(ValueError):
@@ -87,31 +120,28 @@ def _require_small(data: bytes) -> None:
             raise _TooLargeError(f"more than {_MAX_VALUES:,} values, aliases spelt out")
 
 
+def _is_logger(item: object) -> bool:
+    """A logger by its name, or one of Lightning's; any other class can be named by a flag, which no stranger writes."""
+    if not isinstance(item, dict) or not item.keys() <= {"class_path", "init_args"}:
+        return False
+    name = item.get("class_path")
+    return isinstance(name, str) and ("." not in name or name.startswith("lightning.pytorch.loggers."))
+
+
 def _require_no_class(path: Path, value: object, where: str) -> None:
     if isinstance(value, list):
         for item in value:
-            _require_no_class(path, item, where)
+            is_logger = where.endswith(".loggers") and _is_logger(item)
+            _require_no_class(path, item.get("init_args") if is_logger else item, where)
     if isinstance(value, dict):
         for name, item in value.items():
             inner = f"{where}.{name}" if where else str(name)
             if name in _NOT_SETTINGS:
-                raise SettingError("a run file cannot name a class", where=f"{path}: {inner}", found=item)
+                raise SettingError(
+                    "a run file cannot name a class",
+                    where=f"{path}: {inner}",
+                    found=item,
+                    expected="settings; in train.loggers a logger's name, or a class of lightning.pytorch.loggers",
+                    fix="give a class of your own by a flag, as in --train.loggers",
+                )
             _require_no_class(path, item, inner)
-
-
-def _require_settings(path: Path, values: dict[str, Any], record: type[Record], where: str) -> None:
-    """Text in the place of a group of settings would be taken for the name of another file."""
-    for name, info in record.model_fields.items():
-        group = _record_in(info.annotation)
-        value = values.get(name)
-        if group is None or value is None:
-            continue
-        inner = f"{where}.{name}" if where else name
-        if not isinstance(value, dict):
-            raise SettingError("not settings by name", where=f"{path}: {inner}", found=value)
-        _require_settings(path, value, group, inner)
-
-
-def _record_in(annotation: object) -> type[Record] | None:
-    options = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    return next((o for o in options if isinstance(o, type) and issubclass(o, Record)), None)

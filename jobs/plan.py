@@ -21,9 +21,9 @@ def plan_command(argv: Sequence[str]) -> int:
     run, flags = parse_run(plan_parser(), argv)
     plan = make_plan(
         run,
-        _stated(flags),
-        text_bytes_per_token=_positive(flags, "text_bytes_per_token"),
-        online_teacher_tokens_per_s=_positive(flags, "online_teacher_tokens_per_s"),
+        stated_speed(flags),
+        text_bytes_per_token=positive(flags, "text_bytes_per_token"),
+        online_teacher_tokens_per_s=positive(flags, "online_teacher_tokens_per_s"),
     )
     if flags["json"]:
         print(plan.model_dump_json(indent=2))
@@ -38,37 +38,66 @@ def plan_parser() -> ArgumentParser:
     """The parser of `capgap plan`."""
     parser = run_parser("capgap plan", "Say what a run will take, before anything is made.")
     parser.add_argument("--json", action="store_true", help="The plan as one JSON object.")
+    parser.add_argument(
+        "--online-teacher-tokens-per-s",
+        type=float,
+        default=None,
+        help="Of a teacher beside a student; the cache's rate where it is left out.",
+    )
+    parser.add_argument(
+        "--text-bytes-per-token",
+        type=float,
+        default=None,
+        help="Bytes of text in a token; measured on the text where it is left out.",
+    )
+    add_speed_flags(parser)
+    return parser
+
+
+def add_speed_flags(parser: ArgumentParser) -> None:
+    """Flags by which the user says how fast a stage goes; `stated_speed` reads them."""
     for flag, help_text in (
         ("--teacher-tokens-per-s", "At which one engine caches, if no earlier run has measured it."),
         ("--train-tokens-per-s", "Of one student's training, if no earlier run has measured it."),
-        ("--online-teacher-tokens-per-s", "Of a teacher beside a student; the cache's rate where it is left out."),
         ("--device-peak-tflops", "Of one device, in 10^12 operations a second; with --mfu."),
         ("--mfu", "Share of that peak that is used; with --device-peak-tflops."),
-        ("--text-bytes-per-token", "Bytes of text in a token; measured on the text where it is left out."),
     ):
         parser.add_argument(flag, type=float, default=None, help=help_text)
     parser.add_argument(
         "--like", type=str, action="append", default=None, help="A finished run whose measured rates count; again."
     )
-    return parser
 
 
-def _stated(flags: dict[str, Any]) -> Stated:
-    peak, mfu = _positive(flags, "device_peak_tflops"), _positive(flags, "mfu")
+def stated_speed(flags: dict[str, Any]) -> Stated:
+    """What the flags say.
+
+    Raises:
+        SettingError: a rate is none, or a peak stands without its share.
+    """
+    peak, mfu = positive(flags, "device_peak_tflops"), positive(flags, "mfu")
     if (peak is None) != (mfu is None):
-        raise SettingError("--device-peak-tflops and --mfu belong together", found="mfu" if peak is None else "peak")
+        raise SettingError(
+            "--device-peak-tflops and --mfu belong together",
+            found="--mfu alone" if peak is None else "--device-peak-tflops alone",
+            expected="both",
+        )
     if mfu is not None and mfu > 1:
         raise SettingError("no share", where="--mfu", found=mfu, expected="a number above 0, at most 1")
     return Stated(
-        teacher_tokens_per_s=_positive(flags, "teacher_tokens_per_s"),
-        train_tokens_per_s=_positive(flags, "train_tokens_per_s"),
+        teacher_tokens_per_s=positive(flags, "teacher_tokens_per_s"),
+        train_tokens_per_s=positive(flags, "train_tokens_per_s"),
         device_peak_tflops=peak,
         mfu=mfu,
         like=tuple(flags["like"] or ()),
     )
 
 
-def _positive(flags: dict[str, Any], name: str) -> float | None:
+def positive(flags: dict[str, Any], name: str) -> float | None:
+    """A flag's value, where it is given.
+
+    Raises:
+        SettingError: it is no number above 0.
+    """
     value: float | None = flags[name]
     if value is not None and not 0 < value < float("inf"):
         raise SettingError("no rate", where=f"--{name.replace('_', '-')}", found=value, expected="a number above 0")
@@ -83,9 +112,9 @@ def _show(plan: Plan) -> None:
         table.add_row(
             stage.instance,
             stage.state,
-            _count(stage.tokens),
-            _bytes(stage.disk_bytes),
-            _bytes(stage.scratch_bytes),
+            count_text(stage.tokens),
+            bytes_text(stage.disk_bytes),
+            bytes_text(stage.scratch_bytes),
             "-" if stage.tokens_per_s.value is None else f"{stage.tokens_per_s.value:,.0f}",
             "?" if stage.device_hours.value is None else f"{stage.device_hours.value:,.2f}",
         )
@@ -98,7 +127,7 @@ def _lines(plan: Plan) -> list[str]:
     needed, free = plan.needed_bytes, plan.free_bytes
     lines = [
         f"teacher: {_parameters(plan.teacher_parameters)}; student: {_parameters(plan.student_parameters)}",
-        f"disk: {_bytes(needed)} needed ({needed.source}), {free / 1e9:,.2f} GB free"
+        f"disk: {bytes_text(needed)} needed ({needed.source}), {free / 1e9:,.2f} GB free"
         + ("" if needed.value is None or needed.value <= free else ": NOT ENOUGH"),
         f"device hours: {'?' if plan.device_hours.value is None else f'{plan.device_hours.value:,.2f}'} "
         f"({plan.device_hours.source})",
@@ -121,11 +150,13 @@ def _lines(plan: Plan) -> list[str]:
     return [*lines, *(f"note: {note}" for note in plan.notes)]
 
 
-def _count(figure: Figure) -> str:
+def count_text(figure: Figure) -> str:
+    """A count, `?` where it is not known."""
     return "?" if figure.value is None else f"{figure.value:,.0f}"
 
 
-def _bytes(figure: Figure) -> str:
+def bytes_text(figure: Figure) -> str:
+    """A number of bytes as people write it, `?` where it is not known."""
     if figure.value is None:
         return "?"
     value = figure.value

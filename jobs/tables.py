@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 # an ellipsis would hide what a script looks for
 _WIDTH_OFF_A_TERMINAL = 200
 
 
-def print_wide(table: Table) -> None:
+def print_wide(table: RenderableType) -> None:
     """Print a table."""
     console = ResultConsole()
     ResultConsole(width=console.width if console.is_terminal else _WIDTH_OFF_A_TERMINAL).print(table)

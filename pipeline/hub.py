@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
 
-from capgap.schemas.errors import MachineError
+from capgap.schemas.errors import InputError, MachineError
 
 
 def require_reached(name: str, error: BaseException) -> None:
@@ -26,6 +29,37 @@ def require_reached(name: str, error: BaseException) -> None:
                 found=str(cause) or type(cause).__name__,
                 fix="run the same command again, or name a folder on this machine",
             ) from None
+
+
+def not_there(what: str, path: str | Path, error: BaseException, file: str) -> InputError:
+    """What is said where a model or tokenizer cannot be had.
+
+    Args:
+        what: the fault.
+        path: folder or id, as it was asked for.
+        error: what came of it.
+        file: that a folder should hold.
+    """
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
+    found = (str(error).strip() or type(error).__name__).splitlines()[0].partition(": \n")[0].rstrip(" :.")
+    fix = None
+    if Path(path).exists():
+        found = found if Path(path).is_dir() else "a file"
+    elif not is_id:
+        found, fix = "no such folder", "check the path" + ("" if Path(path).is_absolute() else f", from {Path.cwd()}")
+    elif any(isinstance(cause, GatedRepoError) for cause in _causes(error)):
+        found = "an id whose owner grants access one by one"
+        fix = "ask for it on its page and log in with `hf auth login`, or name a folder"
+    elif constants.HF_HUB_OFFLINE:
+        found = "no such folder, and nothing is downloaded while HF_HUB_OFFLINE is set"
+        fix = f"download it first with `hf download {path}`, or name a folder"
+    return InputError(
+        what,
+        where=path,
+        found=found,
+        expected=f"a Hugging Face folder with {file}, or an id that can be downloaded",
+        fix=fix,
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

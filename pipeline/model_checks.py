@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from capgap.pipeline.models import load_config, model_facts
-from capgap.pipeline.tokenizers import load_tokenizer, require_same_tokenizer
+from capgap.pipeline.tokenizers import load_tokenizer, require_extended_tokenizer, require_same_tokenizer
 from capgap.pipeline.workflow.context import StageInput
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import CorpusFacts, ModelFacts
@@ -53,8 +55,17 @@ def seq_len_of(corpus: StageInput) -> int:
     return next(iter(corpus.manifest.shard_sets.values())).seq_len
 
 
+@contextmanager
+def _named(setting: str) -> Iterator[None]:
+    """Whoever made the run file knows the setting."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(error.what, where=setting, found=error.found, expected=error.expected, fix=error.fix) from None
+
+
 def check_given_model(
-    path: str, corpus: StageInput, setting: str, trust_remote_code: bool = False
+    path: str, corpus: StageInput, setting: str, trust_remote_code: bool = False, *, to_be_adapted: bool = False
 ) -> tuple[str, ModelFacts]:
     """Facts of a given model that fits the corpus, and its path, absolute where it is a folder.
 
@@ -63,6 +74,7 @@ def check_given_model(
         corpus: the corpus that it must fit.
         setting: the setting that names the model, for errors.
         trust_remote_code: run code that comes with it.
+        to_be_adapted: the corpus's tokenizer may have entries that the model has not.
 
     Raises:
         InputError: there is no such model, it has an encoder, or it takes shorter sequences than the corpus has.
@@ -70,13 +82,16 @@ def check_given_model(
     """
     where = f"{setting}: {path}"
     resolved = str(Path(path).resolve()) if Path(path).is_dir() else path
-    config = load_config(resolved, trust_remote_code)
+    with _named(where):
+        config = load_config(resolved, trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(
             "this is no causal language model", where=where, found="an encoder beside the decoder", expected="a decoder"
         )
-    tokenizer = load_tokenizer(resolved, trust_remote_code)
-    require_same_tokenizer(corpus_tokenizer(corpus), "the corpus", tokenizer, where)
+    with _named(where):
+        tokenizer = load_tokenizer(resolved, trust_remote_code)
+    require = require_extended_tokenizer if to_be_adapted else require_same_tokenizer
+    require(corpus_tokenizer(corpus), "the corpus", tokenizer, where)
     facts = model_facts(config, tokenizer, resolved, trust_remote_code)
     if facts.padded_vocab_size < facts.tokenizer.vocab_size:
         raise MismatchError(

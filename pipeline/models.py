@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from capgap.pipeline.hub import require_reached
+from capgap.pipeline.hub import not_there, require_reached
 from capgap.pipeline.tokenizers import refuse_code, tokenizer_facts
 from capgap.pipeline.workflow.context import StageInput
 from capgap.schemas.errors import InputError
@@ -66,12 +66,7 @@ def load_config(path: str, trust_remote_code: bool = False) -> Any:
     except (OSError, ValueError) as error:
         refuse_code(error, path)
         require_reached(path, error)
-        raise InputError(
-            "no model can be found",
-            where=path,
-            found=_first_line(error),
-            expected="a Hugging Face folder with config.json, or an id that can be downloaded",
-        ) from None
+        raise not_there("no model can be found", path, error, "config.json") from None
 
 
 def empty_model(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -1,4 +1,8 @@
-"""How far a stage is: a rich bar with tokens/s and time left on a terminal, else a line now and then."""
+"""How far a stage is: a rich bar with tokens/s and time left on a terminal, else a line now and then.
+
+meter --> bar, or lines
+      --> signs of life, on disk, in either case
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from capgap.pipeline.events import event
+from capgap.pipeline.signs import current_signs
+from capgap.schemas.sign import Count
 
 _QUIET_INTERVAL_S = 15.0
 
@@ -30,11 +36,26 @@ def progress(title: str, num_steps: int, unit: str, done: int = 0, *, lines: boo
 
     Without `lines` nothing is said off a terminal: the caller has lines of its own.
     """
-    if _bars_are_seen():
-        with _terminal_bar() as bar:
-            yield _Bar(bar, bar.add_task(title, total=num_steps, completed=done, rate="", note=""))
-    else:
-        yield _Lines(title, num_steps, unit, done) if lines else _Silence()
+    with _counted(Count(title=title, done=done, total=num_steps, unit=unit)) as tally:
+        if _bars_are_seen():
+            with _terminal_bar() as bar:
+                yield _Both(_Bar(bar, bar.add_task(title, total=num_steps, completed=done, rate="", note="")), tally)
+        else:
+            yield _Both(_Lines(title, num_steps, unit, done) if lines else _Silence(), tally)
+
+
+@contextmanager
+def _counted(begun: Count) -> Iterator[_Tally]:
+    """The stage's signs of life, where it gives any, tell the count for as long as the block runs."""
+    signs, tally = current_signs(), _Tally(begun)
+    if signs is None:
+        yield tally
+        return
+    signs.counts(tally.count)
+    try:
+        yield tally
+    finally:
+        signs.counts(None)
 
 
 def _bars_are_seen() -> bool:
@@ -53,6 +74,36 @@ def _terminal_bar() -> Progress:
         console=Console(stderr=True),
         refresh_per_second=4,
     )
+
+
+class _Both:
+    def __init__(self, shown: Meter, tally: _Tally) -> None:
+        self._shown, self._tally = shown, tally
+
+    def advance(self, steps: int = 1, tokens: int = 0, note: str = "") -> None:
+        self._shown.advance(steps, tokens, note)
+        self._tally.advance(steps, tokens, note)
+
+
+class _Tally:
+    """Counts, and works out rates when it is asked: a corpus has millions of documents."""
+
+    def __init__(self, begun: Count) -> None:
+        self._begun, self._steps, self._tokens, self._note = begun, 0, 0, ""
+        self._start = time.monotonic()
+
+    def advance(self, steps: int = 1, tokens: int = 0, note: str = "") -> None:
+        self._steps, self._tokens, self._note = self._steps + steps, self._tokens + tokens, note
+
+    def count(self) -> Count:
+        steps, tokens, begun = self._steps, self._tokens, self._begun
+        elapsed, done = max(time.monotonic() - self._start, 1e-9), begun.done + steps
+        known: dict[str, object] = {"done": done, "note": self._note}
+        if tokens:
+            known["tokens_per_s"] = round(tokens / elapsed, 1)
+        if steps:
+            known["eta_s"] = round(elapsed / steps * (begun.total - done), 1)
+        return begun.model_copy(update=known)
 
 
 class _Bar:

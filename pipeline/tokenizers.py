@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from capgap.pipeline.hub import require_reached
+from capgap.pipeline.hub import not_there, require_reached
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import TokenizerFacts
 
@@ -25,12 +25,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     except (OSError, ValueError) as error:
         refuse_code(error, path)
         require_reached(str(path), error)
-        raise InputError(
-            "no tokenizer can be found",
-            where=path,
-            found=str(error).strip().splitlines()[0],
-            expected="a Hugging Face folder with tokenizer.json, or an id that can be downloaded",
-        ) from None
+        raise not_there("no tokenizer can be found", path, error, "tokenizer.json") from None
 
 
 def chat_template_of(path: str | Path) -> str | None:
@@ -88,6 +83,27 @@ def require_same_tokenizer(
             found=f"{name} = {there}",
             expected=here,
             fix="use models of one tokenizer, or set corpus.tokenizer to the teacher's folder",
+        )
+
+
+def require_extended_tokenizer(
+    extended: PreTrainedTokenizerBase, extended_where: str, found: PreTrainedTokenizerBase, found_where: str
+) -> None:
+    """Raise MismatchError, naming the first differing entry, unless every entry of `found` has its id in `extended`.
+
+    Special tokens must be the same ones.
+    """
+    whole, part = _entries(extended), _entries(found)
+    whole["vocab"] = {token: number for token, number in whole["vocab"].items() if token in part["vocab"]}
+    difference = _first_difference(whole, part)
+    if difference is not None:
+        name, here, there = difference
+        raise MismatchError(
+            f"the tokenizer of {extended_where} does not extend this one",
+            where=found_where,
+            found=f"{name} = {there}",
+            expected=here,
+            fix="make the corpus with this tokenizer, extended by corpus.extend_vocabulary or not",
         )
 
 

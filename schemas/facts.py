@@ -129,8 +129,9 @@ class CacheFacts(Record):
     dtypes: tuple[str, ...]
     """Of the teacher's weights and activations, sorted; more than one only where shards were scored differently."""
 
-    mean_label_loss: float
-    """Mean of minus the teacher's logprob of the real next token, nats."""
+    mean_label_loss: float | None
+    """Mean of minus the teacher's logprob of the real next token, nats. None where some are not known, which makes no
+    difference to a training: an imported cache knows those of the ids that it keeps."""
 
     scored: tuple[ShardFacts, ...] = ()
     """Of each shard, in order: a cache that loses shards makes those again and no others."""

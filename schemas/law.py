@@ -37,11 +37,18 @@ class LawModel(Record):
 class LawTeacher(LawModel):
     """Size and quality of a teacher."""
 
-    loss: float = Field(gt=0)
-    """Cross-entropy on the grid's held-out text, nats per token."""
+    loss: float | None = Field(gt=0)
+    """Cross-entropy on the grid's held-out text, nats per token; None where it was not measured, for a run without a
+    result."""
 
     train_tokens: int | None = Field(None, gt=0)
     """Tokens that it was trained on, for what it cost; None where nobody knows."""
+
+    @property
+    def known_loss(self) -> float:
+        """Of a teacher that a finished run had: there it was measured."""
+        assert self.loss is not None
+        return self.loss
 
 
 class LawCache(Record):
@@ -137,6 +144,8 @@ class LawRun(Record):
             raise ValueError("init_source: expected the teacher's name where init is pruned, and nothing otherwise")
         if (self.loss is None) == (self.missing is None):
             raise ValueError("missing: expected the reason where loss is null, and nothing where there is a loss")
+        if self.loss is not None and self.teacher is not None and self.teacher.loss is None:
+            raise ValueError("teacher.loss: found nothing beside a student's loss, expected the teacher's too")
         if self.loss is not None and not (math.isfinite(self.loss) and self.loss > 0):
             raise ValueError(f"loss: found {self.loss}, expected a finite number above 0, or null and a reason")
         return self

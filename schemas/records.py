@@ -61,7 +61,8 @@ class TopkTargets:
         ids_BLK: ids by falling probability [B, L, K], int32.
         logprobs_BLK: their logprobs [B, L, K], float32, nats.
         tail_BL: probability of every other id together [B, L], float32.
-        label_logprobs_BL: the teacher's logprob of the real next token [B, L], float32, nats.
+        label_logprobs_BL: the teacher's logprob of the real next token [B, L], float32, nats; NaN where nobody knows
+            it, which only a target that was not made here and does not keep the token may say.
         log_tails_BLT: for each further temperature, the logarithm of the sum of p^(temperature / T) over every other
             id [B, L, T], float32; -inf where there is none. At T the kept ids' probabilities and the tail are
             proportional to exp(logprob)^(temperature / T) and to that sum.

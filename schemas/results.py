@@ -3,14 +3,23 @@
 loss        mean of minus the logprob of the real next token, nats per token, over all labels of the held-out text
 interval    95 %, from resampling held-out sequences; over several seeds, Student's t of the seeds' differences
 difference  loss of `first` minus loss of `second`, on the same text: positive means that `second` is better
+ece         expected calibration error (Guo et al., 2017, arXiv 1706.04599): tokens are put into 15 bins of equal width
+            by the probability of the model's likeliest id; the mean over tokens of how far, in a bin, that probability
+            is on average from the share of tokens at which that id is the real next token. Few tokens raise it
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 from capgap.schemas.base import Record
+from capgap.schemas.run_cache import RecordingName
 
 RESULTS_NAME = "results.json"
 TEACHER = "teacher"
+
+Quantity = Literal["loss", "kl", "cached_kl", "cached_teacher_ce"]
+"""What differs between two arms: the loss; `AgainstTeacher.kl`; `AgainstCache.kl` or its `teacher_ce`."""
 
 
 class Interval(Record):
@@ -37,6 +46,75 @@ class AgainstTeacher(Record):
 
     acceptance: float
     """Sum over ids of the smaller probability: how often speculative decoding accepts the student's draft."""
+
+    kl_interval: Interval | None = None
+    """Over the choice of held-out sequences, like the next three."""
+
+    top1_interval: Interval | None = None
+    """Of `top1`."""
+
+    top5_interval: Interval | None = None
+    """Of `top5`."""
+
+    acceptance_interval: Interval | None = None
+    """Of `acceptance`."""
+
+
+class AgainstCache(Record):
+    """How near a student comes to what the cache holds of held-out sequences, as means over their labels.
+
+    Teacher and student are compared at the cache's temperature.
+    """
+
+    loss: float
+    """The student's, on these sequences, at temperature 1; nats per token."""
+
+    kl: float | None
+    """Of a `topk` recording, KL(teacher || student) with all ids that were not kept as one: a lower bound of the whole,
+    nats per token. None for `sampled`: draws give the teacher's entropy with a bias."""
+
+    teacher_ce: float | None
+    """Of a `sampled` recording, the student's cross-entropy with the teacher's draws, nats per token: on average over
+    draws KL(teacher || student) and the teacher's entropy, so that two students differ in it as in their KL."""
+
+    top1: float
+    """Share of positions at which the student's likeliest id is the teacher's, or the one drawn most often."""
+
+    interval: Interval
+    """Of `kl` or `teacher_ce`, over the choice of sequences."""
+
+    top1_interval: Interval
+    """Likewise."""
+
+
+class Drafted(Record):
+    """A student's drafts for the teacher in vLLM, both sampling at temperature 1, with rejection sampling.
+
+    Measured on what the teacher writes, where `AgainstTeacher.acceptance` is of held-out text.
+    """
+
+    num_speculative_tokens: int
+    """Drafted before the teacher looks."""
+
+    num_drafts: int
+    """How often the teacher looked."""
+
+    num_accepted_by_place: tuple[int, ...]
+    """Accepted tokens at each place of a draft; the first one's share is what the sum over ids of the smaller
+    probability foretells, a later place counts only where all before it were accepted."""
+
+    engine: str
+    """vLLM and its version."""
+
+    @property
+    def acceptance(self) -> float:
+        """Share of first drafted tokens that were accepted."""
+        return self.num_accepted_by_place[0] / self.num_drafts
+
+    @property
+    def tokens_per_look(self) -> float:
+        """Tokens that one pass of the teacher yields: the accepted ones and its own."""
+        return 1 + sum(self.num_accepted_by_place) / self.num_drafts
 
 
 class ModelResult(Record):
@@ -70,7 +148,19 @@ class ModelResult(Record):
     """exp(loss)."""
 
     against_teacher: AgainstTeacher | None
-    """None for the teacher itself."""
+    """None for the teacher itself, and where it was not at hand."""
+
+    ece: float | None = None
+    """Expected calibration error; None in results from before it was measured, like its interval."""
+
+    ece_interval: Interval | None = None
+    """Over the choice of held-out sequences."""
+
+    against_cache: AgainstCache | None = None
+    """None for the teacher itself, and where the cache holds no held-out sequences."""
+
+    drafted: Drafted | None = None
+    """None where speculative decoding was not measured."""
 
 
 class PairedDifference(Record):
@@ -86,10 +176,13 @@ class PairedDifference(Record):
     """Of both: the same initial weights and data order."""
 
     difference: float
-    """Loss of `first` minus loss of `second`."""
+    """Loss, or other quantity, of `first` minus that of `second`."""
 
     interval: Interval
     """Over the choice of held-out sequences; says nothing about other seeds."""
+
+    quantity: Quantity = "loss"
+    """What differs."""
 
 
 class SeedsDifference(Record):
@@ -110,6 +203,28 @@ class SeedsDifference(Record):
     interval: Interval
     """Student's t with one degree of freedom less than seeds."""
 
+    quantity: Quantity = "loss"
+    """What differs."""
+
+
+class HeldoutCache(Record):
+    """The held-out sequences of the cache, where it has them."""
+
+    recording: RecordingName
+    """Which of its recordings was read: `topk` where it has that."""
+
+    temperature: float
+    """At which the teacher was recorded."""
+
+    num_sequences: int
+    """Those that hold a label, at most `eval.num_sequences`."""
+
+    num_labels: int
+    """In them."""
+
+    teacher_loss: float | None
+    """The teacher's, on these sequences, as recorded; None at another temperature than 1. Nats per token."""
+
 
 class EvalResults(Record):
     """Everything in `results.json`."""
@@ -121,7 +236,7 @@ class EvalResults(Record):
     """Labels in them."""
 
     num_full_sequences: int
-    """Of these, sequences compared with the teacher's full distribution."""
+    """Of these, sequences compared with the teacher's full distribution; 0 where it was not at hand."""
 
     num_full_labels: int
     """Labels in those."""
@@ -130,7 +245,7 @@ class EvalResults(Record):
     """Resamples behind each interval."""
 
     models: tuple[ModelResult, ...]
-    """The teacher first, then arm after arm in the order of the run file, by seed."""
+    """The teacher first, if it was at hand, then arm after arm in the order of the run file, by seed."""
 
     paired: tuple[PairedDifference, ...]
     """Every two arms at every seed that both have."""
@@ -138,10 +253,22 @@ class EvalResults(Record):
     over_seeds: tuple[SeedsDifference, ...]
     """Every two arms that share at least two seeds."""
 
+    paired_nearness: tuple[PairedDifference, ...] = ()
+    """As `paired`, of every quantity that was measured against the teacher."""
+
+    nearness_over_seeds: tuple[SeedsDifference, ...] = ()
+    """As `over_seeds`, of the same."""
+
+    cached: HeldoutCache | None = None
+    """What `against_cache` is measured on."""
+
+    teacher_missing: str | None = None
+    """Why the teacher itself was not measured, in words; None where it was."""
+
     @property
-    def teacher(self) -> ModelResult:
-        """The teacher's row."""
-        return self.models[0]
+    def teacher(self) -> ModelResult | None:
+        """The teacher's row; None where it was not at hand."""
+        return self.models[0] if self.models[0].arm is None else None
 
     @property
     def arms(self) -> tuple[str, ...]:

@@ -12,6 +12,20 @@ ContextRule = Literal["packed", "document"]
 """What a model sees before a token: all of the packed sequence, or its own document alone."""
 
 
+class ExtendVocabularySettings(Record):
+    """Further pieces for a given BPE tokenizer; its own keep their ids and their meaning."""
+
+    num_pieces: int = Field(ge=1)
+    """New pieces at most."""
+
+    sources: tuple[str, ...] | None = Field(None, min_length=1)
+    """Text that they are learnt from, as `corpus.sources`; the corpus's own, without what is held out, where it is left
+    out."""
+
+    min_frequency: int = Field(2, ge=1)
+    """A piece is made only where its two halves stand side by side at least that often."""
+
+
 class CorpusSettings(Record):
     """Which text, how it becomes tokens, and who may see which part of it."""
 
@@ -38,6 +52,10 @@ class CorpusSettings(Record):
 
     vocab_size: int | None = Field(None, ge=300, le=1 << 24)
     """Entries of a tokenizer trained on the text; 4096 where neither this nor `tokenizer` is given."""
+
+    extend_vocabulary: ExtendVocabularySettings | None = None
+    """Extends the given tokenizer by pieces of new text (a BPE one whose learning is continued: arXiv 2512.03989). A
+    given teacher then needs `teacher.adapt`."""
 
     seq_len: int = Field(256, ge=8)
     """Targets per sequence. A packed sequence has one token more."""
@@ -80,6 +98,11 @@ class CorpusSettings(Record):
                 f"and long_documents {self.long_documents}, expected it with a messages_field and context document; "
                 "leave long_documents out"
             )
+        if self.extend_vocabulary is not None and self.tokenizer is None:
+            raise ValueError(
+                "corpus.extend_vocabulary: found without corpus.tokenizer, expected one to extend; "
+                "the size of one that is trained is corpus.vocab_size"
+            )
         if self.teacher_fraction + self.heldout_fraction >= 1:
             raise ValueError(
                 "corpus.teacher_fraction + corpus.heldout_fraction: found "
@@ -96,11 +119,9 @@ class CorpusSettings(Record):
     def decisive(self) -> dict[str, Any]:
         """As for every record, with the vocabulary's size spelt out where it was left out.
 
-        A corpus of text is that which was made before there were conversations, or whole ones.
+        A corpus of text is that which was made before there were conversations, or whole ones, and one of a tokenizer
+        as it is that of before there were extended ones.
         """
         values = super().decisive() | ({} if self.tokenizer else {"vocab_size": self.trained_vocab_size})
-        return {
-            name: value
-            for name, value in values.items()
-            if name not in ("messages_field", "whole_conversations") or value not in (None, False)
-        }
+        newer = ("messages_field", "whole_conversations", "extend_vocabulary")
+        return {name: value for name, value in values.items() if name not in newer or value not in (None, False)}

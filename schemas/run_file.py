@@ -13,29 +13,19 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.results import TEACHER
+from capgap.schemas.run_benchmark import BenchmarkSettings
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
+from capgap.schemas.run_eval import EvalSettings
+from capgap.schemas.run_judge import JudgeSettings
 from capgap.schemas.run_model import StudentSettings, TeacherSettings
 from capgap.schemas.run_train import TrainSettings
 from capgap.schemas.run_tune import TuneSettings
 
+_OPTIONAL = ("tune", "benchmarks", "judge")
+
 ReusableStage = Literal["corpus", "teacher", "cache"]
-
-
-class EvalSettings(Record):
-    """How models are measured on held-out text."""
-
-    num_sequences: int = Field(512, ge=2)
-    """Held-out sequences that every model is scored on (all of them, if there are fewer)."""
-
-    num_full_sequences: int = Field(64, ge=2)
-    """Of these, how many are compared with the teacher's full distribution (KL, agreement, acceptance)."""
-
-    num_bootstrap: int = Field(1000, ge=100)
-    """Resamples of the held-out sequences behind each interval."""
-
-    batch_sequences: int = Field(16, ge=1, json_schema_extra=OPERATIONAL)
-    """Sequences in one forward pass."""
 
 
 class RunFile(Record):
@@ -81,6 +71,12 @@ class RunFile(Record):
     eval: EvalSettings = Field(default_factory=EvalSettings)
     """How models are measured."""
 
+    benchmarks: BenchmarkSettings | None = None
+    """Tasks of lm-eval that models are measured on; none where the section is left out."""
+
+    judge: JudgeSettings | None = None
+    """Who judges the models' answers to questions; leave it out for none."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
@@ -91,7 +87,18 @@ class RunFile(Record):
             _require_folder_name(name)
         for arm in self.arms:
             self.train_settings(arm)
+        if self.benchmarks is not None and self.benchmarks.teacher and TEACHER in self.arms:
+            raise ValueError(f"arms: found {TEACHER!r}, expected another name where benchmarks measure the teacher")
+        if self.judge is not None:
+            self.judge.require_no_key()
+        if self.judge is not None and self.judge.teacher and TEACHER in self.arms:
+            raise ValueError(f"arms: found {TEACHER!r}, which the teacher is called beside the arms; rename the arm")
         return self
+
+    def decisive(self) -> dict[str, Any]:
+        """As for every record, and nothing of the sections that are left out."""
+        values = super().decisive()
+        return {name: value for name, value in values.items() if name not in _OPTIONAL or value is not None}
 
     def train_settings(self, arm: str) -> TrainSettings:
         """The settings of `train` with the arm's own in their place.

@@ -6,8 +6,9 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from capgap.schemas.base import Record
+from capgap.schemas.base import OPERATIONAL, Record
 from capgap.schemas.run_optimization import OptimizationSettings
+from capgap.schemas.run_prune import PruneSettings
 
 
 class ModelShape(Record):
@@ -44,8 +45,19 @@ class ModelShape(Record):
         return self
 
 
+class AdaptSettings(OptimizationSettings):
+    """How a given teacher goes on to be trained, with cross-entropy alone, on the corpus's text for teachers."""
+
+    learning_rate: float = Field(3e-5, gt=0)
+    """Peak learning rate."""
+
+    pad_to_multiple_of: int | None = Field(None, ge=1)
+    """Rows of embedding and head are filled up to a multiple of this; no token has a filler's id. No more rows than the
+    vocabulary needs, or the teacher has, where it is left out."""
+
+
 class TeacherSettings(Record):
-    """A given teacher (`path`), or the recipe of a small one (`model` and `training`)."""
+    """A given teacher (`path`), perhaps adapted, or the recipe of a small one (`model` and `training`)."""
 
     path: str | None = None
     """A Hugging Face folder or id."""
@@ -56,6 +68,15 @@ class TeacherSettings(Record):
     training: OptimizationSettings | None = None
     """How that teacher is trained."""
 
+    adapt: AdaptSettings | None = None
+    """Trains the teacher at `path` further on the teacher's part of the corpus before it is asked: to a vocabulary that
+    `corpus.extend_vocabulary` has extended, or, with few tokens, to the corpus's kind of text ("teacher correction",
+    arXiv 2408.11796). The result is a folder of this run; the model at `path` stays as it is."""
+
+    home_loss: float | None = Field(None, gt=0, json_schema_extra=OPERATIONAL)
+    """Mean loss of the teacher at `path` on text like that it was trained on, nats a token, where you know it: `capgap
+    plan` then says whether its loss on this corpus lies far above."""
+
     seed: int = Field(0, ge=0)
     """Seed of its weights and data order."""
 
@@ -65,7 +86,9 @@ class TeacherSettings(Record):
     @model_validator(mode="after")
     def _check(self) -> Self:
         _exactly_one("teacher", self.path, self.model)
-        _code_of_a_path("teacher", self.path, self.trust_remote_code)
+        _code_of_a_path("teacher.model", self.path, self.trust_remote_code)
+        if self.adapt is not None and self.path is None:
+            raise ValueError("teacher.adapt: found with teacher.model, expected it with teacher.path")
         if self.path is not None and self.training is not None:
             raise ValueError("teacher.training: found beside teacher.path, expected only with teacher.model")
         return self
@@ -75,9 +98,18 @@ class TeacherSettings(Record):
         """How a teacher with fresh weights is trained."""
         return self.training if self.training is not None else OptimizationSettings()
 
+    @property
+    def optimization(self) -> OptimizationSettings | None:
+        """Of the training that the stage is; None where a given teacher is taken as it is."""
+        return self.adapt if self.path is not None else self.recipe
+
     def decisive(self) -> dict[str, Any]:
-        """As for every record, with the recipe spelt out where it was left out."""
+        """As for every record, with the recipe spelt out where it was left out.
+
+        A given teacher that is not adapted is that of before one could be.
+        """
         values = _without_code(super().decisive())
+        values = {name: value for name, value in values.items() if name != "adapt" or value is not None}
         return values | ({} if self.path else {"training": self.recipe.decisive()})
 
 
@@ -90,18 +122,26 @@ class StudentSettings(Record):
     model: ModelShape | None = None
     """Shape of a student with fresh weights."""
 
+    prune: PruneSettings | None = None
+    """The shape that the teacher is pruned to."""
+
     trust_remote_code: bool = False
     """Run the Python code that comes with the model at `path`. Whoever wrote it may do anything that you may."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _exactly_one("student", self.path, self.model)
-        _code_of_a_path("student", self.path, self.trust_remote_code)
+        _one_of_three(self.path, self.model, self.prune)
+        origin = "student.model" if self.prune is None else "student.prune"
+        _code_of_a_path(origin, self.path, self.trust_remote_code)
         return self
 
     def decisive(self) -> dict[str, Any]:
-        """As for every record, and nothing of code where none is trusted."""
-        return _without_code(super().decisive())
+        """As for every record, and nothing of code where none is trusted.
+
+        A student that is not pruned is that which was made before a teacher could be.
+        """
+        values = _without_code(super().decisive())
+        return {name: value for name, value in values.items() if name != "prune" or value is not None}
 
 
 def _exactly_one(stage: str, path: str | None, model: ModelShape | None) -> None:
@@ -110,9 +150,17 @@ def _exactly_one(stage: str, path: str | None, model: ModelShape | None) -> None
         raise ValueError(f"{stage}: found {found} of path and model, expected one of them")
 
 
-def _code_of_a_path(stage: str, path: str | None, trusted: bool) -> None:
+def _one_of_three(path: str | None, model: ModelShape | None, prune: PruneSettings | None) -> None:
+    named = [name for name, value in (("path", path), ("model", model), ("prune", prune)) if value is not None]
+    if len(named) != 1:
+        found = " and ".join(named) if named else "none"
+        raise ValueError(f"student: found {found} of path, model and prune, expected one of them")
+
+
+def _code_of_a_path(origin: str, path: str | None, trusted: bool) -> None:
     if trusted and path is None:
-        raise ValueError(f"{stage}.trust_remote_code: found true with {stage}.model, expected it with {stage}.path")
+        stage = origin.partition(".")[0]
+        raise ValueError(f"{stage}.trust_remote_code: found true with {origin}, expected it with {stage}.path")
 
 
 def _without_code(values: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@ is."""
 
 from __future__ import annotations
 
+import os
 import resource
 import threading
 import time
@@ -15,6 +16,8 @@ import torch
 from capgap.pipeline.cache.shards import CacheJob, FinishedShard
 from capgap.pipeline.events import event
 from capgap.pipeline.progress import Meter, progress
+from capgap.pipeline.scalars import CACHE_SCALARS, ScalarFile
+from capgap.pipeline.workflow.folder import LOGS_FOLDER
 
 # Several replicas end their first shards at nearly the same moment, which says nothing of how fast they are.
 _SETTLED_S = 5.0
@@ -34,6 +37,7 @@ class ShardLines:
         self._tokens, self._began = 0, time.monotonic()
         self._first: tuple[int, float] | None = None
         self._lock = threading.Lock()
+        self._scalars = ScalarFile(job.folder / LOGS_FOLDER / "tensorboard" / _run_of(title), CACHE_SCALARS)
 
     def finished(self, index: int, shard: FinishedShard) -> None:
         """Shard `index` was made here."""
@@ -67,6 +71,13 @@ class ShardLines:
             device=self._device or None,
             device_memory_bytes=memory_bytes,
         )
+        figures: dict[str, float | None] = {
+            "num_shards": self._num_done,
+            "num_tokens": self._tokens,
+            "tokens_per_s": rate,
+        }
+        figures |= {"bytes_per_token": num_bytes / num_tokens, "memory_bytes": memory_bytes}
+        self._scalars.add(self._num_done, figures)
         self._first = self._first or (num_tokens, now)
 
     def _rate(self, now: float) -> float:
@@ -74,6 +85,12 @@ class ShardLines:
         if now - since < _SETTLED_S:
             tokens, since = 0, self._began
         return (self._tokens - tokens) / max(now - since, 1e-9)
+
+
+def _run_of(title: str) -> str:
+    """Slices have curves of their own; `any` may be several."""
+    _, _, part = title.partition(": slice ")
+    return f"slice-{part.replace('/', '-')}-{os.uname().nodename}-{os.getpid()}" if part else ""
 
 
 @contextmanager

@@ -21,14 +21,14 @@ _BYTES_PER_LOGIT = 18
 _BYTES_PER_GATHERED_LOGIT = 8
 
 
-def require_vllm() -> None:
-    """Raise MachineError where vLLM is not installed."""
+def require_vllm(setting: str = "cache.engine") -> None:
+    """Raise MachineError where vLLM is not installed; `setting` is the one that asks for it."""
     if importlib.util.find_spec("vllm") is None:
         raise MachineError(
             "vLLM is not installed",
-            where="cache.engine: vllm",
+            where=f"{setting}: vllm",
             fix="run `make venv`, or `pip install capgap[teacher]` on a machine with a GPU; "
-            "or set cache.engine to transformers, which is slower",
+            f"or set {setting} to transformers, which is slower",
         )
 
 
@@ -56,21 +56,23 @@ def silence_dumps() -> None:
     logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
 
 
-def require_platform(device: str) -> None:
+def require_platform(device: str, setting: str = "cache.engine") -> None:
     """Raise MachineError where vLLM was built for another device than the one that the stage has leased."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu() != (device == "cpu"):
         raise MachineError(
             "the installed vLLM runs elsewhere",
-            where="cache.engine: vllm",
+            where=f"{setting}: vllm",
             found=f"a build for {current_platform.device_name}",
             expected=f"one for {device}",
-            fix="change device, or set cache.engine to transformers",
+            fix=f"change device, or set {setting} to transformers",
         )
 
 
-def teacher_config(path: str, seq_len: int, device: str, trust_remote_code: bool = False) -> Any:
+def teacher_config(
+    path: str, seq_len: int, device: str, trust_remote_code: bool = False, setting: str = "cache.engine"
+) -> Any:
     """The configuration of the teacher's language model.
 
     Raises:
@@ -88,7 +90,7 @@ def teacher_config(path: str, seq_len: int, device: str, trust_remote_code: bool
             fix="lower corpus.seq_len",
         )
     if device == "cpu":
-        _require_head_size(config, path)
+        _require_head_size(config, path, setting)
     return config
 
 
@@ -140,7 +142,7 @@ def require_room(total_bytes: int, gpu_memory_fraction: float, needed_bytes: int
         )
 
 
-def _require_head_size(config: Any, path: str) -> None:
+def _require_head_size(config: Any, path: str, setting: str) -> None:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     size, possible = _head_size(config), CPUAttentionBackend.get_supported_head_sizes()
@@ -150,7 +152,7 @@ def _require_head_size(config: Any, path: str) -> None:
             where=path,
             found=f"attention heads of size {size}",
             expected=f"one of {', '.join(map(str, possible))}",
-            fix="set cache.engine to transformers",
+            fix=f"set {setting} to transformers",
         )
 
 

@@ -106,7 +106,10 @@ def _expand(source: str) -> list[Path]:
         found = [path] if path.is_file() else []
         expected = f"a file, a folder, a glob or {BUILTIN}"
     if not found:
-        raise InputError("no text found", where=f"corpus.sources: {source}", found="nothing", expected=expected)
+        fix = "check the path" + ("" if path.is_absolute() else f", from {Path.cwd()}")
+        raise InputError(
+            "no text found", where=f"corpus.sources: {source}", found="nothing", expected=expected, fix=fix
+        )
     for file in found:
         if not file.name.endswith(_SUFFIXES):
             raise InputError(
@@ -155,7 +158,13 @@ def _lines(path: Path) -> Iterator[bytes]:
         with pa.input_stream(str(path), compression="zstd") as stream:
             yield from io.BufferedReader(stream)
     except OSError as error:
-        raise InputError("cannot be decompressed", where=f"corpus.sources: {path}", found=error) from None
+        raise InputError(
+            "cannot be decompressed",
+            where=f"corpus.sources: {path}",
+            found=error,
+            expected="zstd, as `zstd FILE` writes it",
+            fix="compress it again, or take .zst off a file that is none",
+        ) from None
 
 
 def _parse(where: str, line: str) -> object:
@@ -234,7 +243,13 @@ def _rows(path: Path, field: str, setting: str) -> Iterator[tuple[str, object]]:
     try:
         file = pa.parquet.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise InputError("not a Parquet file", where=f"corpus.sources: {path}", found=error) from None
+        raise InputError(
+            "not a Parquet file",
+            where=f"corpus.sources: {path}",
+            found=error,
+            expected="Parquet",
+            fix="write it again, or take it out of the sources",
+        ) from None
     if field not in file.schema_arrow.names:
         raise InputError(
             f"no column {field!r}",

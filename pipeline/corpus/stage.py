@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from capgap.pipeline.corpus.chat import encode_chat, require_marks
 from capgap.pipeline.corpus.conversations import ChatFormat
+from capgap.pipeline.corpus.extend import extend_tokenizer
 from capgap.pipeline.corpus.pack import Encoded, Packed, pack
 from capgap.pipeline.corpus.sources import Document, read_documents
 from capgap.pipeline.corpus.split import SPLITS, Split, split_documents
@@ -71,9 +72,14 @@ def run(context: StageContext) -> StageResult:
 
 
 def _tokenizer(settings: CorpusSettings, documents: dict[Split, list[Document]]) -> PreTrainedTokenizerBase:
-    if settings.tokenizer is not None:
-        return load_tokenizer(settings.tokenizer)
     seen = (document.text for split in ("teacher", "student") for document in documents[split])
+    extend = settings.extend_vocabulary
+    if settings.tokenizer is not None and extend is None:
+        return load_tokenizer(settings.tokenizer)
+    if settings.tokenizer is not None and extend is not None:
+        if extend.sources is not None:
+            seen = (document.text for document in read_documents(extend.sources, settings.text_field))
+        return extend_tokenizer(load_tokenizer(settings.tokenizer), seen, extend.num_pieces, extend.min_frequency)
     return train_tokenizer(seen, settings.trained_vocab_size)
 
 

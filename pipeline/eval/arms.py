@@ -1,4 +1,4 @@
-"""Arm against arm: paired differences of held-out loss, at each seed and over all seeds.
+"""Arm against arm: paired differences of held-out loss, or of nearness to the teacher, at each seed and over all seeds.
 
 Legend: S sequences, R resamples.
 """
@@ -16,16 +16,18 @@ from capgap.pipeline.eval.intervals import (
     bootstrap_interval,
     t_interval,
 )
-from capgap.schemas.results import PairedDifference, SeedsDifference
+from capgap.schemas.results import PairedDifference, Quantity, SeedsDifference
 
 Losses = Mapping[str, Mapping[int, Float64Array]]
-"""Nats [S] of every student, by arm and seed."""
+"""Nats [S] of every student, summed over each sequence's labels, by arm and seed."""
 
 
-def paired_differences(losses: Losses, labels_S: Int64Array, weights_RS: Int64Array) -> tuple[PairedDifference, ...]:
+def paired_differences(
+    losses: Losses, labels_S: Int64Array, weights_RS: Int64Array, quantity: Quantity = "loss"
+) -> tuple[PairedDifference, ...]:
     """Every two arms at every seed that both have, with an interval over sequences."""
     return tuple(
-        _paired(first, second, seed, losses[first][seed] - losses[second][seed], labels_S, weights_RS)
+        _paired(first, second, seed, losses[first][seed] - losses[second][seed], labels_S, weights_RS, quantity)
         for first, second in combinations(losses, 2)
         for seed in losses[first]
         if seed in losses[second]
@@ -34,14 +36,20 @@ def paired_differences(losses: Losses, labels_S: Int64Array, weights_RS: Int64Ar
 
 def differences_over_seeds(paired: tuple[PairedDifference, ...]) -> tuple[SeedsDifference, ...]:
     """Every two arms that share at least two seeds, with an interval over seeds."""
-    by_arms: dict[tuple[str, str], list[PairedDifference]] = {}
+    by_arms: dict[tuple[str, str, Quantity], list[PairedDifference]] = {}
     for difference in paired:
-        by_arms.setdefault((difference.first, difference.second), []).append(difference)
-    return tuple(_over_seeds(first, second, found) for (first, second), found in by_arms.items() if len(found) > 1)
+        by_arms.setdefault((difference.first, difference.second, difference.quantity), []).append(difference)
+    return tuple(_over_seeds(*of, found) for of, found in by_arms.items() if len(found) > 1)
 
 
 def _paired(
-    first: str, second: str, seed: int, nats_S: Float64Array, labels_S: Int64Array, weights_RS: Int64Array
+    first: str,
+    second: str,
+    seed: int,
+    nats_S: Float64Array,
+    labels_S: Int64Array,
+    weights_RS: Int64Array,
+    quantity: Quantity,
 ) -> PairedDifference:
     return PairedDifference(
         first=first,
@@ -49,10 +57,13 @@ def _paired(
         seed=seed,
         difference=float(np.sum(nats_S) / np.sum(labels_S)),
         interval=bootstrap_interval(nats_S, labels_S, weights_RS),
+        quantity=quantity,
     )
 
 
-def _over_seeds(first: str, second: str, found: list[PairedDifference]) -> SeedsDifference:
+def _over_seeds(first: str, second: str, quantity: Quantity, found: list[PairedDifference]) -> SeedsDifference:
     mean, interval = t_interval([one.difference for one in found])
     seeds = tuple(one.seed for one in found)
-    return SeedsDifference(first=first, second=second, seeds=seeds, difference=mean, interval=interval)
+    return SeedsDifference(
+        first=first, second=second, seeds=seeds, difference=mean, interval=interval, quantity=quantity
+    )

@@ -32,12 +32,16 @@ def bootstrap_interval(nats_S: Float64Array, labels_S: Int64Array, weights_RS: I
     """Percentile interval of sum(nats) / sum(labels).
 
     Args:
-        nats_S: losses, or differences of losses, summed over each sequence's labels.
+        nats_S: losses, or anything else a label has, summed over each sequence's labels.
         labels_S: labels of each sequence, at least one.
         weights_RS: from :func:`resample_weights`.
     """
-    means_R = (weights_RS @ nats_S) / (weights_RS @ labels_S)
-    low, high = np.quantile(means_R, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return interval_of((weights_RS @ nats_S) / (weights_RS @ labels_S))
+
+
+def interval_of(resampled_R: Float64Array) -> Interval:
+    """Percentile interval of what each resample gave."""
+    low, high = np.quantile(resampled_R, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     return Interval(low=float(low), high=float(high))
 
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from capgap.pipeline.eval.calibration import Calibration
 from capgap.pipeline.progress import Meter
 from capgap.schemas.errors import InputError
 from capgap.schemas.records import Sequences
@@ -41,6 +42,7 @@ def score(
     context: ContextRule = "packed",
     visit: Visit | None = None,
     num_visited: int = 0,
+    calibration: Calibration | None = None,
     meter: Meter | None = None,
 ) -> npt.NDArray[np.float64]:
     """Loss of every sequence, summed over its labels.
@@ -55,6 +57,7 @@ def score(
         visit: called with the float32 logprobs [n, V] of the labelled positions of the first `num_visited` sequences,
             in order, some at a time.
         num_visited: see `visit`.
+        calibration: counts every labelled position.
         meter: counts sequences and tokens.
 
     Returns:
@@ -71,7 +74,7 @@ def score(
             logits_PMV = model(input_ids=_tokens(sequences, parts, model), use_cache=False).logits[..., :vocab_size]
             for part, logits_MV in zip(parts, logits_PMV, strict=True):
                 visit_one = visit if part.sequence < num_visited else None
-                nats_S[part.sequence] += _score_one(logits_MV[: len(part)], sequences, part, visit_one)
+                nats_S[part.sequence] += _score_one(logits_MV[: len(part)], sequences, part, visit_one, calibration)
         first, last = parts[0].sequence, parts[-1].sequence + 1
         _check(nats_S[first:last], name, first)
         if meter is not None:
@@ -132,7 +135,13 @@ def _tokens(sequences: Sequences, parts: list[_Part], model: nn.Module) -> torch
     return tokens_PM.to(next(model.parameters()).device)
 
 
-def _score_one(logits_mV: torch.Tensor, sequences: Sequences, part: _Part, visit: Visit | None) -> float:
+def _score_one(
+    logits_mV: torch.Tensor,
+    sequences: Sequences,
+    part: _Part,
+    visit: Visit | None,
+    calibration: Calibration | None,
+) -> float:
     after = slice(part.start + 1, part.stop + 1)
     labels_m = torch.from_numpy(sequences.tokens_BL1[part.sequence, after]).long().to(logits_mV.device)
     positions_N = torch.from_numpy(np.flatnonzero(sequences.mask_BL1[part.sequence, after])).to(logits_mV.device)
@@ -141,6 +150,8 @@ def _score_one(logits_mV: torch.Tensor, sequences: Sequences, part: _Part, visit
         chunk_N = positions_N[start : start + _CHUNK_ROWS]
         logprobs_NV = logits_mV[chunk_N].float().log_softmax(-1)
         nats -= float(logprobs_NV.gather(1, labels_m[chunk_N, None]).sum(dtype=torch.float64))
+        if calibration is not None:
+            calibration.add(part.sequence, logprobs_NV, labels_m[chunk_N])
         if visit is not None:
             visit(logprobs_NV)
     return nats

@@ -1,55 +1,78 @@
 """The eval stage: held-out losses of the teacher and of every student, and how near students come to the teacher.
 
-Legend: S sequences, R resamples, L targets a sequence.
+Legend: S sequences, L targets a sequence.
 
 The teacher leaves the device before the first student enters it; only its logprobs of a few sequences stay, on disk.
-Cost: one forward pass of every model over `eval.num_sequences` sequences, and `num_full_sequences` x L x vocabulary x 4
-bytes of disk while it runs.
+Where it is not at hand, students are held against the cache's held-out sequences alone. Cost: one forward pass of every
+model over `eval.num_sequences` sequences and the cache's held-out ones, and `num_full_sequences` x L x vocabulary x 4
+bytes of disk while it runs. Only with `eval.speculative`, and last of all, do both stand on the device together.
 """
 
 from __future__ import annotations
 
 import gc
-import math
+import logging
 from dataclasses import dataclass
 
 import torch
 
-from capgap.pipeline.eval.arms import differences_over_seeds, paired_differences
+from capgap.pipeline.eval.at_hand import why_missing
+from capgap.pipeline.eval.cached import CachedRows, cached_rows, score_on_cache
+from capgap.pipeline.eval.calibration import Calibration
 from capgap.pipeline.eval.compare import Comparison
+from capgap.pipeline.eval.drafts import DraftJob, drafted, prompts_of, require_drafting
 from capgap.pipeline.eval.heldout import first_sequences, num_labels
-from capgap.pipeline.eval.intervals import Float64Array, bootstrap_interval, resample_weights
 from capgap.pipeline.eval.measure import Visit, score
+from capgap.pipeline.eval.results import Measured, Text, results_of
 from capgap.pipeline.eval.spool import open_spool
 from capgap.pipeline.models import load_model, model_path
 from capgap.pipeline.progress import Meter, progress
+from capgap.pipeline.scalars import EVAL_SCALARS, ScalarFile
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.workflow.context import Instance, StageContext, StageResult
-from capgap.schemas.errors import MismatchError
+from capgap.pipeline.workflow.folder import LOGS_FOLDER
+from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import CorpusFacts, ModelFacts
 from capgap.schemas.records import Sequences
-from capgap.schemas.results import RESULTS_NAME, TEACHER, AgainstTeacher, EvalResults, ModelResult
+from capgap.schemas.results import RESULTS_NAME, TEACHER, EvalResults
+from capgap.schemas.run_eval import SpeculativeSettings
+
+_LOG = logging.getLogger("capgap")
 
 
 def run(context: StageContext) -> StageResult:
     """Measure every model and write `results.json`.
 
     Raises:
-        InputError: the held-out split holds no labels, or a loss is not a number.
+        InputError: the held-out split holds no labels, or a loss is not a number; or the teacher is left out and the
+            cache has no held-out sequences.
         MismatchError: a model's tokenizer is not the corpus's.
-        MachineError: too little disk for the teacher's distributions.
+        MachineError: too little disk for the teacher's distributions, or drafts cannot be measured in vLLM.
+        SettingError: sequences are too short for the drafts that are wanted.
     """
     settings = context.run.eval
     corpus = context.input("corpus")
     facts = CorpusFacts.model_validate(corpus.manifest.facts)
     sequences = first_sequences(corpus.path, corpus.manifest.shard_sets["heldout"], settings.num_sequences)
-    num_full = min(settings.num_full_sequences, len(sequences))
     students = _students(context)
-    for name in (TEACHER, *(student.name for student in students)):
+    missing = why_missing(context)
+    for name in (*(() if missing is not None else (TEACHER,)), *(student.name for student in students)):
         _check_tokenizer(context, name, facts)
-    losses, nearness = _measure(context, sequences, num_full, students)
-    results = _results(context, facts, sequences, num_full, students, losses, nearness)
+    cached = cached_rows(context.input("cache"), settings.num_sequences)
+    if missing is not None:
+        _require_other_means(context, missing, cached)
+    prompts: tuple[tuple[int, ...], ...] = ()
+    if settings.speculative is not None:
+        require_drafting()
+        prompts = prompts_of(sequences, settings.speculative)
+    evaluation = _Evaluation(context, facts, sequences, 0 if missing else settings.num_full_sequences, cached)
+    models = evaluation.measure(students)
+    if settings.speculative is not None:
+        for model in models[1:]:
+            model.drafted = drafted(_job(context, model.name, prompts, settings.speculative))
+    results = results_of(models, evaluation.text, settings.num_bootstrap, missing)
     write_atomically(context.folder / RESULTS_NAME, results.model_dump_json(indent=2) + "\n")
+    _say_scalars(context, results)
     totals = {
         "models": len(results.models),
         "sequences": results.num_sequences,
@@ -86,99 +109,110 @@ def _check_tokenizer(context: StageContext, name: str, corpus: CorpusFacts) -> N
         )
 
 
-def _measure(
-    context: StageContext, sequences: Sequences, num_full: int, students: tuple[_Student, ...]
-) -> tuple[dict[str, Float64Array], dict[str, AgainstTeacher]]:
-    """Nats [S] of every model, and every student's nearness to the teacher, by name."""
-    vocab_size = ModelFacts.model_validate(context.input(TEACHER).manifest.facts).tokenizer.vocab_size
-    num_rows = int(num_labels(sequences)[:num_full].sum())
-    nearness: dict[str, AgainstTeacher] = {}
-    num_steps = len(sequences) * (1 + len(students))
-    with (
-        progress("eval", num_steps, "sequences") as meter,
-        open_spool(context.folder, num_rows, vocab_size) as spool,
-    ):
-        losses = {TEACHER: _score_alone(context, TEACHER, sequences, vocab_size, spool.append, num_full, meter)}
-        for student in students:
-            comparison = Comparison(spool)
-            losses[student.name] = _score_alone(
-                context, student.name, sequences, vocab_size, comparison.add, num_full, meter
-            )
-            nearness[student.name] = comparison.result(student.name)
-    return losses, nearness
-
-
-def _score_alone(
-    context: StageContext,
-    name: str,
-    sequences: Sequences,
-    vocab_size: int,
-    visit: Visit,
-    num_full: int,
-    meter: Meter,
-) -> Float64Array:
-    """Score with a model that is on the device for the length of this call only."""
-    made_from = context.run.teacher if name == TEACHER else context.run.student
-    model = load_model(model_path(context.input(name)), context.device, None, made_from.trust_remote_code)
-    nats_S = score(
-        model,
-        sequences,
-        name=name,
-        vocab_size=vocab_size,
-        batch_sequences=context.run.eval.batch_sequences,
-        context=CorpusFacts.model_validate(context.input("corpus").manifest.facts).context,
-        visit=visit,
-        num_visited=num_full,
-        meter=meter,
-    )
-    del model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return nats_S
-
-
-def _results(
-    context: StageContext,
-    corpus: CorpusFacts,
-    sequences: Sequences,
-    num_full: int,
-    students: tuple[_Student, ...],
-    losses: dict[str, Float64Array],
-    nearness: dict[str, AgainstTeacher],
-) -> EvalResults:
-    labels_S = num_labels(sequences)
-    weights_RS = resample_weights(len(sequences), context.run.eval.num_bootstrap)
-    heldout = corpus.splits["heldout"]
-    tokens_per_byte = heldout.num_text_tokens / heldout.num_text_bytes
-
-    def row(name: str, arm: str | None, seed: int | None) -> ModelResult:
-        facts = ModelFacts.model_validate(context.input(name).manifest.facts)
-        loss = float(losses[name].sum() / labels_S.sum())
-        return ModelResult(
-            name=name,
-            arm=arm,
-            seed=seed,
-            num_parameters=facts.num_parameters,
-            num_non_embedding_parameters=facts.num_non_embedding_parameters,
-            loss=loss,
-            loss_interval=bootstrap_interval(losses[name], labels_S, weights_RS),
-            bits_per_byte=loss * tokens_per_byte / math.log(2),
-            perplexity=math.exp(min(loss, 700.0)),
-            against_teacher=nearness.get(name),
+def _require_other_means(context: StageContext, missing: str, cached: CachedRows | None) -> None:
+    if cached is None and context.run.eval.teacher == "cache":
+        raise InputError(
+            "the cache holds no held-out sequences to measure students on",
+            where=context.input("cache").location,
+            found="eval.teacher cache",
+            expected="a cache with cache.num_heldout_sequences above 0",
+            fix="set eval.teacher to live, or make the cache again with held-out sequences",
         )
+    stands_for_it = "the cache's held-out sequences stand for it" if cached else "students are held against text alone"
+    _LOG.warning("eval: the teacher itself is not measured: %s; %s", missing, stands_for_it)
 
-    by_arm: dict[str, dict[int, Float64Array]] = {}
-    for student in students:
-        by_arm.setdefault(student.arm, {})[student.seed] = losses[student.name]
-    paired = paired_differences(by_arm, labels_S, weights_RS)
-    return EvalResults(
-        num_sequences=len(sequences),
-        num_labels=int(labels_S.sum()),
-        num_full_sequences=num_full,
-        num_full_labels=int(labels_S[:num_full].sum()),
-        num_bootstrap=context.run.eval.num_bootstrap,
-        models=(row(TEACHER, None, None), *(row(student.name, student.arm, student.seed) for student in students)),
-        paired=paired,
-        over_seeds=differences_over_seeds(paired),
+
+def _say_scalars(context: StageContext, results: EvalResults) -> None:
+    for model in results.models:
+        near = model.against_teacher
+        figures: dict[str, float | None] = {"validation_loss": model.loss}
+        figures |= {"heldout_kl": near.kl, "heldout_top1": near.top1} if near else {}
+        ScalarFile(context.folder / LOGS_FOLDER / "tensorboard" / model.name, EVAL_SCALARS).add(0, figures)
+
+
+def _job(
+    context: StageContext, student: str, prompts: tuple[tuple[int, ...], ...], settings: SpeculativeSettings
+) -> DraftJob:
+    return DraftJob(
+        teacher=model_path(context.input(TEACHER)),
+        student=model_path(context.input(student)),
+        prompts=prompts,
+        settings=settings,
+        device=context.device,
+        trust_remote_code=context.run.teacher.trust_remote_code,
     )
+
+
+class _Evaluation:
+    """What is the same for all models."""
+
+    def __init__(
+        self,
+        context: StageContext,
+        facts: CorpusFacts,
+        sequences: Sequences,
+        num_full: int,
+        cached: CachedRows | None,
+    ) -> None:
+        self._context, self._facts, self._sequences, self._cached = context, facts, sequences, cached
+        self._vocab_size = facts.tokenizer.vocab_size
+        self._batch = context.run.eval.batch_sequences
+        labels_S = num_labels(sequences)
+        self.text = Text(facts, labels_S, min(num_full, len(sequences)))
+        if cached is not None:
+            self.text = Text(facts, labels_S, self.text.num_full, *cached.described())
+
+    def measure(self, students: tuple[_Student, ...]) -> list[Measured]:
+        """Every model, one on the device at a time; the teacher first, if it takes part."""
+        num_full = self.text.num_full
+        num_cached = 0 if self.text.cached is None else self.text.cached.num_sequences
+        num_steps = len(self._sequences) * (bool(num_full) + len(students)) + num_cached * len(students)
+        with (
+            progress("eval", num_steps, "sequences") as meter,
+            open_spool(self._context.folder, int(self.text.labels_S[:num_full].sum()), self._vocab_size) as spool,
+        ):
+            models = []
+            if num_full:
+                models.append(self._measure(TEACHER, None, None, spool.append, meter))
+            for student in students:
+                comparison = Comparison(spool) if num_full else None
+                visit = None if comparison is None else comparison.add
+                found = self._measure(student.name, student.arm, student.seed, visit, meter)
+                found.comparison = comparison
+                models.append(found)
+        return models
+
+    def _measure(self, name: str, arm: str | None, seed: int | None, visit: Visit | None, meter: Meter) -> Measured:
+        made_from = self._context.run.teacher if name == TEACHER else self._context.run.student
+        facts = ModelFacts.model_validate(self._context.input(name).manifest.facts)
+        calibration = Calibration(len(self._sequences))
+        cached = None
+        model = load_model(
+            model_path(self._context.input(name)), self._context.device, None, made_from.trust_remote_code
+        )
+        nats_S = score(
+            model,
+            self._sequences,
+            name=name,
+            vocab_size=self._vocab_size,
+            batch_sequences=self._batch,
+            context=self._facts.context,
+            visit=visit,
+            num_visited=self.text.num_full,
+            calibration=calibration,
+            meter=meter,
+        )
+        if self._cached is not None and arm is not None:
+            cached = score_on_cache(
+                model,
+                self._cached,
+                name=name,
+                vocab_size=self._vocab_size,
+                batch_sequences=self._batch,
+                meter=meter,
+            )
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return Measured(name, arm, seed, facts, nats_S, calibration, cached=cached)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from capgap.pipeline.law.published import GivenTeacher, human, nearest, predictions
+from capgap.pipeline.law.published import GivenTeacher, human, nearest, predictions, warning_of_ratio
 from capgap.schemas.base import Record
 from capgap.schemas.errors import SettingError
 from capgap.schemas.law_fit import CurveFit, GlobalLaw, LawFit, Prediction
@@ -56,6 +56,9 @@ class Advice(Record):
     disagreement: str
     """In words."""
 
+    warning: str | None = None
+    """Of teachers that are too large for the student by another study; None where there are none."""
+
 
 def advise(student: int, tokens: int, teachers: Sequence[GivenTeacher], fit: LawFit | None = None) -> Advice:
     """What a stored fit, if there is one, and the published laws say.
@@ -76,7 +79,13 @@ def advise(student: int, tokens: int, teachers: Sequence[GivenTeacher], fit: Law
         )
     answers = [] if fit is None else [_of_law(law, fit, student, tokens, teachers) for law in fit.laws]
     answers += [_of_published(one, teachers) for one in predictions(student, tokens, teachers)]
-    return Advice(student=student, tokens=tokens, answers=tuple(answers), disagreement=_disagreement(answers))
+    return Advice(
+        student=student,
+        tokens=tokens,
+        answers=tuple(answers),
+        disagreement=_disagreement(answers),
+        warning=warning_of_ratio(student, teachers),
+    )
 
 
 def _of_law(law: GlobalLaw, fit: LawFit, student: int, tokens: int, teachers: Sequence[GivenTeacher]) -> Answer:

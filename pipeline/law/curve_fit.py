@@ -15,7 +15,7 @@ from capgap.pipeline.law.best import locate
 from capgap.pipeline.law.contrasts import Contrasts, contrasts
 from capgap.pipeline.law.forms import FORMS, fit, leave_one_out
 from capgap.pipeline.law.grid import Curve, size_of
-from capgap.pipeline.law.published import GivenTeacher, human, predictions
+from capgap.pipeline.law.published import GivenTeacher, human, predictions, warning_of_ratio
 from capgap.pipeline.law.verdict import delta_of, judge
 from capgap.schemas.law_fit import AxisFit, AxisName, Best, CurveFit, FormFit, Prediction, Size, TeacherPoint
 from capgap.schemas.results import Interval
@@ -52,7 +52,7 @@ def fit_curve(curve: Curve, size: Size, min_delta: float) -> CurveFit:
         points=_points(curve, size, found, delta) if found is not None and delta is not None else (),
         axes=axes,
         refused=refused,
-        notes=_notes(curve, axes),
+        notes=_notes(curve, size, axes),
         predictions=_predictions(curve, size, axes),
     )
 
@@ -78,7 +78,7 @@ def _points(curve: Curve, size: Size, found: Contrasts, delta: float) -> tuple[T
             TeacherPoint(
                 name=teacher.name,
                 size=size_of(teacher, size),
-                teacher_loss=teacher.loss,
+                teacher_loss=teacher.known_loss,
                 loss=float(found.means_M[i]),
                 above_best=above,
                 above_best_interval=Interval(low=above - half, high=above + half)
@@ -94,7 +94,7 @@ def _points(curve: Curve, size: Size, found: Contrasts, delta: float) -> tuple[T
 
 def _axes(curve: Curve, size: Size, found: Contrasts, delta: float) -> tuple[AxisFit, ...]:
     log_size_M = np.log([float(size_of(teacher, size)) for teacher in curve.teachers])
-    quality_M = -np.array([teacher.loss for teacher in curve.teachers])
+    quality_M = -np.array([teacher.known_loss for teacher in curve.teachers])
     axes = [_axis("size", log_size_M, curve, found, delta)]
     if len(set(quality_M.tolist())) >= MIN_TEACHERS:
         axes.append(_axis("cross_entropy", quality_M, curve, found, delta))
@@ -141,7 +141,7 @@ def _on_axis(axis: AxisName, best: Best) -> Best:
     return best.model_copy(update={"value": value, "interval": turned(best.interval), "bracket": turned(best.bracket)})
 
 
-def _notes(curve: Curve, axes: tuple[AxisFit, ...]) -> tuple[str, ...]:
+def _notes(curve: Curve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[str, ...]:
     notes = []
     if curve.init == "pruned":
         notes.append(
@@ -149,15 +149,17 @@ def _notes(curve: Curve, axes: tuple[AxisFit, ...]) -> tuple[str, ...]:
             "teacher, so the curve is not one of the choice of teacher alone"
         )
     for smaller, larger in zip(curve.teachers, curve.teachers[1:], strict=False):
-        if larger.loss > smaller.loss:
+        if larger.known_loss > smaller.known_loss:
             notes.append(
-                f"{larger.name} is larger than {smaller.name} and a worse model ({larger.loss:.4f} against "
-                f"{smaller.loss:.4f} nats): read the curve over cross-entropy"
+                f"{larger.name} is larger than {smaller.name} and a worse model ({larger.known_loss:.4f} against "
+                f"{smaller.known_loss:.4f} nats): read the curve over cross-entropy"
             )
     if len(axes) == 2 and axes[0].verdict != axes[1].verdict:
         notes.append(f"over size the verdict is {axes[0].verdict}, over cross-entropy {axes[1].verdict}")
     if curve.left_out_seeds:
         notes.append(f"left out whole, for a run of theirs is missing: {_listed(curve.left_out_seeds)}")
+    ratio = warning_of_ratio(size_of(curve.student, size), _given(curve, size))
+    notes += [ratio] if ratio else []
     if curve.left_out_teachers:
         notes.append(f"without any finished run: {', '.join(curve.left_out_teachers)}")
     return tuple(notes)
@@ -166,9 +168,12 @@ def _notes(curve: Curve, axes: tuple[AxisFit, ...]) -> tuple[str, ...]:
 def _predictions(curve: Curve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[Prediction, ...]:
     if not curve.teachers:
         return ()
-    given = [GivenTeacher(one.name, size_of(one, size), one.train_tokens) for one in curve.teachers]
-    found = predictions(size_of(curve.student, size), curve.tokens, given)
+    found = predictions(size_of(curve.student, size), curve.tokens, _given(curve, size))
     return tuple(one.model_copy(update={"disagreement": _disagreement(one, axes)}) for one in found)
+
+
+def _given(curve: Curve, size: Size) -> list[GivenTeacher]:
+    return [GivenTeacher(one.name, size_of(one, size), one.train_tokens) for one in curve.teachers]
 
 
 def _disagreement(prediction: Prediction, axes: tuple[AxisFit, ...]) -> str:

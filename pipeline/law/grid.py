@@ -99,7 +99,9 @@ def _curve(runs: Sequence[LawRun], key: _Key) -> Curve:
     of_student = [run for run in runs if run.student.name == key.student]
     seeds = seeds_of(runs, key.student)
     candidates = {run.teacher.name: run.teacher for run in of_student if run.teacher is not None}
-    ordered = sorted(candidates.values(), key=lambda teacher: (teacher.num_parameters, -teacher.loss, teacher.name))
+    ordered = sorted(
+        candidates.values(), key=lambda teacher: (teacher.num_parameters, -(teacher.loss or 0), teacher.name)
+    )
     here = [run for run in of_student if run.budget == key.budget and run.init == key.init]
     cells: dict[_Cell, LawRun] = {
         (run.teacher.name if run.teacher else None, run.init_source, run.seed): run

@@ -19,6 +19,11 @@ NEAR = 0.005
 """Nats per token within which predicted losses count as equally good."""
 
 
+LARGEST_RATIO = 10
+"""Teacher over student up to which distillation is advised: the student should have about a tenth of its teacher's
+parameters at least (pre-training distillation, arXiv 2410.16215; read in a secondary source)."""
+
+
 @dataclass(frozen=True)
 class PublishedLaw:
     """A law and where it comes from.
@@ -209,6 +214,17 @@ def _prediction(
         best_size=best,
         said=said,
         losses=losses,
+    )
+
+
+def warning_of_ratio(student: float, teachers: Sequence[GivenTeacher]) -> str | None:
+    """A warning that names the teachers more than `LARGEST_RATIO` times as large as the student; None without any."""
+    large = [f"{one.name} ({one.size / student:.3g} x)" for one in teachers if one.size > LARGEST_RATIO * student]
+    if not large:
+        return None
+    return (
+        f"more than {LARGEST_RATIO} x the student: {', '.join(large)}; a study of pre-training distillation advises "
+        "students of at least a tenth of their teacher (arXiv 2410.16215)"
     )
 
 

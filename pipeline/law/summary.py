@@ -59,6 +59,8 @@ def advice_lines(advice: Advice) -> Iterator[str]:
         yield f"  {'inside' if answer.within_validity else 'OUTSIDE'} what it measured: {answer.validity}"
     yield ""
     yield f"disagreement: {advice.disagreement}"
+    if advice.warning is not None:
+        yield f"warning: {advice.warning}"
 
 
 def _best(axis: AxisFit) -> str:

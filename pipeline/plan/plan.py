@@ -7,12 +7,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from capgap.pipeline.plan.break_even import break_even
+from capgap.pipeline.plan.judging import judge_requests
 from capgap.pipeline.plan.laws import published_laws
 from capgap.pipeline.plan.rates import Stated, rate_of
-from capgap.pipeline.plan.work import RunWork, work_of
+from capgap.pipeline.plan.work import RunWork, finished, work_of
 from capgap.pipeline.workflow.state import StageState, State, states
+from capgap.schemas.facts import CacheFacts
+from capgap.schemas.manifest import Manifest
 from capgap.schemas.plan import Figure, Plan, StagePlan
 from capgap.schemas.run_file import RunFile
+
+_FAR_NATS = 0.2
 
 
 def make_plan(
@@ -44,6 +49,9 @@ def make_plan(
         notes.append(f"reused: {', '.join(run.reuse)}")
     if run.cache.replicas > 1:
         notes.append(f"device hours of the cache are of all {run.cache.replicas} replicas together")
+    if run.judge is not None:
+        notes.append(f"the judge is asked {judge_requests(run):,} times, if each of its replies can be read")
+    notes += far_from_home(run.teacher.home_loss, finished("cache", run, known))
     if not all(figure.value is not None for stage in stages for figure in (stage.tokens,)):
         notes.append("some numbers of tokens are not known; what depends on them is left out")
     return Plan(
@@ -59,6 +67,22 @@ def make_plan(
         laws=published_laws(work),
         notes=tuple(notes),
     )
+
+
+def far_from_home(home_loss: float | None, cache: Manifest | None) -> list[str]:
+    """A sentence where the teacher knows the corpus's text much less well than its own, as far as that is known.
+
+    Between text of one kind and another some difference is usual; what is called far is a choice of ours.
+    """
+    if home_loss is None or cache is None:
+        return []
+    found = CacheFacts.model_validate(cache.facts).mean_label_loss
+    if found is None or found <= home_loss + _FAR_NATS:
+        return []
+    return [
+        f"the teacher's loss on this corpus is {found:.3f} nats/token, {found - home_loss:.3f} above the {home_loss:g} "
+        "of teacher.home_loss: its distributions may teach little here; teacher.adapt trains it on such text first"
+    ]
 
 
 def _stage_plan(state: StageState, work: RunWork, stated: Stated) -> StagePlan:

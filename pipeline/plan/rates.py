@@ -17,7 +17,13 @@ _STAGES_WITH_A_RATE = ("teacher", "cache", "train", "eval")
 
 # What must be equal for an earlier run's rate to be this run's: settings of the resolved run file, by dotted name.
 _SAME: dict[str, tuple[str, ...]] = {
-    "teacher": ("teacher.model", "teacher.training.precision", "corpus.seq_len"),
+    "teacher": (
+        "teacher.path",
+        "teacher.model",
+        "teacher.training.precision",
+        "teacher.adapt.precision",
+        "corpus.seq_len",
+    ),
     "cache": (
         "teacher.path",
         "teacher.model",
@@ -55,7 +61,8 @@ class Stated:
 def rate_of(stage: str, work: RunWork, stated: Stated) -> Figure:
     """Tokens/s of one engine or training; the first source that says it."""
     if stage not in _STAGES_WITH_A_RATE or work.tokens(stage).value == 0:
-        return Figure(value=None, source=work.tokens(stage).source)
+        to_do = work.tokens(stage)
+        return Figure(value=None, source="no rate is known of this stage" if to_do.value else to_do.source)
     said = {"cache": stated.teacher_tokens_per_s, "train": stated.train_tokens_per_s}.get(stage)
     if said is not None:
         return Figure(value=said, source="stated")

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from capgap.pipeline.models import load_config, model_facts
+from transformers import LlamaConfig
+
+from capgap.pipeline.models import empty_model, load_config, model_facts
+from capgap.pipeline.prune.cut import pruned_config
+from capgap.pipeline.prune.shapes import shape_of, target_shape
 from capgap.pipeline.tokenizers import load_tokenizer
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.facts import ModelFacts
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.plan import Figure
-from capgap.schemas.run_model import ModelShape
+from capgap.schemas.run_model import ModelShape, TeacherSettings
+from capgap.schemas.run_prune import PruneSettings
 
 _FLOAT32_BYTES = 4
 
@@ -60,6 +66,43 @@ def model_size(
         embedding = vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
         return ModelSize(outside + embedding, outside, "its shape")
     return ModelSize(None, None, "not known before it is made")
+
+
+def pruned_size(
+    manifest: Manifest | None, settings: PruneSettings, teacher: TeacherSettings, vocab_size: float | None
+) -> ModelSize:
+    """Of a finished stage, or of the teacher's configuration with the sizes asked for."""
+    if manifest is not None:
+        return model_size(manifest, None, None, vocab_size)
+    try:
+        config = _teacher_config(teacher, vocab_size)
+        if config is None:
+            return ModelSize(None, None, "its embedding is as large as a tokenizer that cannot be read")
+        target = target_shape(shape_of(config, str(teacher.path)), settings)
+        model = empty_model(pruned_config(config, target, list(range(target.num_layers))))
+    except CapgapError as error:
+        return ModelSize(None, None, f"cannot be counted: {error}")
+    total = sum(p.numel() for p in model.parameters())
+    ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    return ModelSize(total, total - sum(end.numel() for end in ends), "the teacher's configuration, pruned")
+
+
+def _teacher_config(teacher: TeacherSettings, vocab_size: float | None) -> Any:
+    if teacher.path is not None:
+        return load_config(teacher.path)
+    assert teacher.model is not None
+    shape = teacher.model
+    if vocab_size is None:
+        return None
+    return LlamaConfig(
+        vocab_size=int(vocab_size),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_key_value_heads or shape.num_heads,
+        tie_word_embeddings=shape.tie_word_embeddings,
+    )
 
 
 def shape_parameters(shape: ModelShape) -> int:

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 from capgap.pipeline.corpus.split import SPLITS
+from capgap.pipeline.plan.judging import answer_tokens
 from capgap.pipeline.plan.measured import cache_bytes_per_token, corpus_bytes_per_token, text_bytes_per_token
-from capgap.pipeline.plan.sizes import ModelSize, model_size
+from capgap.pipeline.plan.sizes import ModelSize, model_size, pruned_size
 from capgap.pipeline.plan.text import bytes_per_token, text_bytes
 from capgap.pipeline.tokenizers import load_tokenizer
 from capgap.pipeline.workflow.state import StageState, State, reused_manifests
@@ -54,7 +55,11 @@ class RunWork:
     @property
     def num_models(self) -> int:
         """That eval measures."""
-        return 1 + len(self.run.seeds) * len(self.run.arms)
+        return self._measured_teachers + len(self.run.seeds) * len(self.run.arms)
+
+    @property
+    def _measured_teachers(self) -> int:
+        return 0 if self.run.eval.teacher == "cache" else 1
 
     @property
     def num_cache_students(self) -> int:
@@ -80,7 +85,11 @@ class RunWork:
                 each = self.run.corpus.seq_len * self.num_models
                 value = None if sequences.value is None else sequences.value * each
                 return Figure(value=value, source=f"{self.num_models} models")
-            case "student" | "report":
+            case "student" if self.run.student.prune is not None:
+                return Figure(value=0, source="the passes that score the teacher's parts are not counted")
+            case "answers":
+                return answer_tokens(self.run)
+            case "student" | "judge" | "report":
                 return Figure(value=0, source="none")
             case "tune":
                 return Figure(value=None, source="conversations are not counted before they are tokens")
@@ -94,31 +103,31 @@ class RunWork:
                 return _times(corpus_bytes_per_token(self.vocab_size), self.tokens("corpus"))
             case "cache":
                 return _times(cache_bytes_per_token(self.run.cache, self.vocab_size), self.cache_tokens)
-            case "teacher" if self.run.teacher.path is not None:
+            case "teacher" if self.run.teacher.optimization is None:
                 return Figure(value=0, source="a given model stays where it is")
             case "teacher" | "student" | "train" | "tune":
                 size = self.teacher if stage == "teacher" else self.student
                 return Figure(value=size.saved_bytes, source=f"4 bytes a parameter, by {size.where}")
-            case "eval" | "report":
-                return Figure(value=0, source="a page or a table, not counted")
+            case "eval" | "answers" | "judge" | "report":
+                return Figure(value=0, source="a page, a table or texts, not counted")
             case _:
                 return _NOT_PLANNED
 
     def scratch_bytes(self, stage: str) -> Figure:
         """More that one instance takes while it works."""
         match stage:
-            case "teacher" if self.run.teacher.path is not None:
+            case "teacher" if self.run.teacher.optimization is None:
                 return Figure(value=0, source="none")
             case "teacher" | "train" | "tune":
                 size = self.teacher if stage == "teacher" else self.student
                 value = None if size.total is None else size.total * _CHECKPOINT_BYTES * _CHECKPOINTS
                 return Figure(value=value, source=_CHECKPOINTS_WORDS)
             case "eval":
-                rows = self.run.eval.num_full_sequences * self.run.corpus.seq_len
+                rows = self._measured_teachers * self.run.eval.num_full_sequences * self.run.corpus.seq_len
                 value = None if self.vocab_size is None else rows * self.vocab_size * _FLOAT32_BYTES
                 how = "the teacher's distributions, in float32"
                 return Figure(value=value, source=how if value is not None else "needs the tokenizer")
-            case "corpus" | "cache" | "student" | "report":
+            case "corpus" | "cache" | "student" | "answers" | "judge" | "report":
                 return Figure(value=0, source="none")
             case _:
                 return _NOT_PLANNED
@@ -136,7 +145,8 @@ class RunWork:
             case "train":
                 return None if student is None else 6 * student * tokens
             case "eval" if teacher is not None and student is not None:
-                return 2 * tokens / self.num_models * (teacher + student * (self.num_models - 1))
+                teachers = self._measured_teachers
+                return 2 * tokens / self.num_models * (teachers * teacher + (self.num_models - teachers) * student)
             case _:
                 return None
 
@@ -161,18 +171,20 @@ def work_of(run: RunFile, known: dict[str, StageState], stated_bytes_per_token: 
     heldout = splits["heldout"]
     sequences = None if heldout.value is None else min(run.eval.num_sequences, heldout.value // run.corpus.seq_len)
     students = [state.manifest for state in known.values() if state.instance.stage == "student"]
-    recipe = run.teacher.recipe
+    optimization = run.teacher.optimization
     return RunWork(
         run=run,
         vocab_size=vocab_size,
         teacher=model_size(finished("teacher", run, known), run.teacher.path, run.teacher.model, vocab_size),
-        student=model_size(next(iter(students), None), run.student.path, run.student.model, vocab_size),
+        student=model_size(next(iter(students), None), run.student.path, run.student.model, vocab_size)
+        if run.student.prune is None
+        else pruned_size(next(iter(students), None), run.student.prune, run.teacher, vocab_size),
         split_tokens=splits,
         cache_tokens=cached,
         student_tokens=max(arms, key=lambda figure: figure.value or 0),
         teacher_tokens=Figure(value=0, source="a given model is only checked")
-        if run.teacher.model is None
-        else _trained_tokens(recipe, splits["teacher"]),
+        if optimization is None
+        else _trained_tokens(optimization, splits["teacher"]),
         eval_sequences=Figure(value=sequences, source=heldout.source),
     )
 
@@ -181,8 +193,8 @@ def finished(stage: str, run: RunFile, known: dict[str, StageState]) -> Manifest
     """The manifest of a stage that is current or reused."""
     if stage in run.reuse:
         return next(manifest for name, (_, manifest) in reused_manifests(run).items() if name == stage)
-    state = known[stage]
-    return state.manifest if state.state is State.CURRENT else None
+    state = known.get(stage)  # nobody may need it
+    return state.manifest if state is not None and state.state is State.CURRENT else None
 
 
 def _vocab_size(run: RunFile, corpus: Manifest | None) -> float | None:
@@ -190,8 +202,9 @@ def _vocab_size(run: RunFile, corpus: Manifest | None) -> float | None:
         return CorpusFacts.model_validate(corpus.facts).tokenizer.vocab_size
     if run.corpus.tokenizer is None:
         return run.corpus.trained_vocab_size
+    more = run.corpus.extend_vocabulary
     try:
-        return len(load_tokenizer(run.corpus.tokenizer))
+        return len(load_tokenizer(run.corpus.tokenizer)) + (0 if more is None else more.num_pieces)
     except CapgapError:
         return None
 

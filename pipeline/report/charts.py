@@ -54,11 +54,11 @@ def _curves(name: str, title: str, curves: tuple[Curve, ...], arms: tuple[str, .
         for curve in curves:
             label = None if curve.arm in labelled else curve.arm or "teacher"
             labelled.add(curve.arm)
-            axes.plot(curve.tokens, curve.losses, label=label, markersize=3, linewidth=1.2, **_look(curve.arm, arms))
+            axes.plot(curve.tokens, curve.losses, label=label, markersize=3, linewidth=1.2, **arm_look(curve.arm, arms))
         axes.set_xlabel("training tokens")
         axes.set_ylabel("held-out loss, nats per token")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        _legend(figure, axes)
+        legend(figure, axes)
 
     ends = "; ".join(f"{_title(curve.arm, curve.seed)} ends at {curve.losses[-1]:.4f}" for curve in curves)
     return Chart(
@@ -139,7 +139,7 @@ def _points(
         if zero:
             axes.axvline(0, color=INK, linewidth=0.8)
         for y, point in enumerate(points):
-            look = _look(point.arm, arms)
+            look = arm_look(point.arm, arms)
             axes.plot([point.interval.low, point.interval.high], [y, y], color=look["color"], linewidth=2.2)
             axes.plot([point.value], [y], marker=look["marker"], color=look["color"], markersize=7, linestyle="none")
         axes.set_yticks(range(len(points)), [point.title for point in points])
@@ -153,7 +153,8 @@ def _points(
     return 0.9 + 0.34 * len(points), paint
 
 
-def _look(arm: str | None, arms: tuple[str, ...]) -> dict[str, Any]:
+def arm_look(arm: str | None, arms: tuple[str, ...]) -> dict[str, Any]:
+    """Colour, marker and line of an arm; None is the teacher."""
     if arm is None:
         return {"color": INK, "marker": "s", "linestyle": "-"}
     i = arms.index(arm)
@@ -165,7 +166,8 @@ def _title(arm: str | None, seed: int | None) -> str:
     return "teacher" if arm is None else f"{arm}, seed {seed}"
 
 
-def _legend(figure: Figure, axes: Any) -> None:
+def legend(figure: Figure, axes: Any) -> None:
+    """Above the chart, where there is more than one thing to name."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
         figure.legend(handles, labels, loc="outside upper left", ncols=3)

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 from pathlib import Path
 
+from capgap.pipeline.fidelity.fidelity import fidelity_of
+from capgap.pipeline.fidelity.sample import Sampling
+from capgap.pipeline.report.benchmarks import benchmarks
+from capgap.pipeline.report.frontier import run_frontier
+from capgap.pipeline.report.nearness import nearness_lines
 from capgap.pipeline.report.summary import CacheSummary, Curve, Gain, Report, StageLine, Table
 from capgap.pipeline.report.table import build_rows, cache_line
 from capgap.pipeline.report.verdict import gains, no_verdict, verdict
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
+from capgap.schemas.errors import CapgapError
 from capgap.schemas.facts import CacheFacts
+from capgap.schemas.fidelity import Fidelity
+from capgap.schemas.judge_results import JUDGE_NAME, JudgeResults
 from capgap.schemas.results import RESULTS_NAME, EvalResults
 
 _METRICS_NAME = "metrics.csv"
+# One shard, which a URL's cache may have to fetch: `capgap fidelity` reads more.
+_SAMPLE = Sampling(num_sequences=64, num_shards=1)
+
+_LOG = logging.getLogger("capgap")
 
 
 def gather(context: StageContext) -> Report:
@@ -26,12 +39,16 @@ def gather(context: StageContext) -> Report:
         name=context.run.name,
         table=Table(
             rows=build_rows(results),
-            lines=(cache_line(cache), *_caveats(found)),
+            lines=(cache_line(cache), *nearness_lines(results), *_caveats(found)),
             verdicts=tuple(verdict(gain, results.num_sequences) for gain in found) or (no_verdict(results, alphas),),
+            benchmarks=benchmarks(context),
         ),
         gains=found,
         results=results,
+        frontier=run_frontier(context, results),
+        judge=_judged(context),
         cache=cache,
+        fidelity=_fidelity(context.input("cache")),
         curves=_curves(context),
         stages=tuple(_stage_line(stage) for stage in context.inputs.values()),
         settings=context.run.decisive(),
@@ -50,6 +67,11 @@ def read_curve(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
     return tuple(tokens), tuple(losses)
 
 
+def _judged(context: StageContext) -> JudgeResults | None:
+    judge = context.inputs.get("judge")
+    return None if judge is None else JudgeResults.model_validate_json((judge.path / JUDGE_NAME).read_bytes())
+
+
 def _cache(cache: StageInput) -> CacheSummary:
     facts, sets = CacheFacts.model_validate(cache.manifest.facts), cache.manifest.shard_sets
     any_set = next(iter(sets.values()))
@@ -59,6 +81,15 @@ def _cache(cache: StageInput) -> CacheSummary:
         num_tokens=any_set.num_tokens,
         num_shards=len(any_set.shards),
     )
+
+
+def _fidelity(cache: StageInput) -> Fidelity | None:
+    """Of a small sample; None where the shards are not at hand any more."""
+    try:
+        return fidelity_of(cache, _SAMPLE)
+    except CapgapError as error:
+        _LOG.warning("report: what the cache keeps is not told: %s", error)
+        return None
 
 
 def _caveats(found: tuple[Gain, ...]) -> tuple[str, ...]:

@@ -7,7 +7,12 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from capgap.pipeline.fidelity.text import summary
+from capgap.pipeline.report.benchmarks import benchmark_cells, benchmark_headings
 from capgap.pipeline.report.charts import charts
+from capgap.pipeline.report.frontier_charts import frontier_charts
+from capgap.pipeline.report.judge_tables import judge_line, judge_tables
+from capgap.pipeline.report.nearness import DIFFERENCE_HEADINGS, difference_rows
 from capgap.pipeline.report.summary import Report, StageLine
 from capgap.pipeline.report.table import HEADINGS, cells
 from capgap.schemas.facts import RecordingFacts
@@ -29,12 +34,23 @@ def render_page(report: Report) -> str:
         report=report,
         headings=HEADINGS,
         rows=[cells(row) for row in report.table.rows],
-        charts=charts(report),
+        benchmarks=_benchmarks(report),
+        charts=(*charts(report), *frontier_charts(report.frontier, report.results.arms)),
+        difference_headings=DIFFERENCE_HEADINGS,
+        differences=difference_rows(report.results),
+        judge_tables=() if report.judge is None else judge_tables(report.judge),
+        judge_line="" if report.judge is None else judge_line(report.judge),
         stages=[(stage, duration(stage.wall_s), _own_versions(stage, common)) for stage in report.stages],
         common=_listed(common),
         facts=_facts(report),
         settings=json.dumps(report.settings, indent=2, ensure_ascii=False),
     )
+
+
+def _benchmarks(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]], tuple[str, ...]] | None:
+    """Headings, rows and notes."""
+    found = report.table.benchmarks
+    return None if found is None else (benchmark_headings(found), benchmark_cells(found), found.notes)
 
 
 def duration(seconds: float) -> str:
@@ -60,7 +76,8 @@ def _facts(report: Report) -> tuple[tuple[str, str], ...]:
         ("tokens", f"{cache.num_tokens:,}"),
         ("size", f"{size / 1e6:,.1f} MB in {num_files} shard{'' if num_files == 1 else 's'}"),
         ("bytes per token", ", ".join(f"{cache.bytes_per_token(name):.1f}" for name, _ in recordings)),
-        ("teacher's loss on the cached text", f"{cache.facts.mean_label_loss:.4f} nats per token"),
+        *(("fidelity", line) for line in (summary(report.fidelity) if report.fidelity else ())),
+        ("teacher's loss on the cached text", _nats(cache.facts.mean_label_loss)),
         ("vocabulary", f"{cache.facts.tokenizer.vocab_size:,} ids ({cache.facts.padded_vocab_size:,} with padding)"),
         ("engine", ", ".join((*cache.facts.engines, *cache.facts.dtypes))),
         ("measured on", f"{results.num_sequences:,} held-out sequences, {results.num_labels:,} tokens"),
@@ -69,6 +86,10 @@ def _facts(report: Report) -> tuple[tuple[str, str], ...]:
             f"{results.num_full_sequences:,} of these sequences, {results.num_full_labels:,} tokens",
         ),
     )
+
+
+def _nats(loss: float | None) -> str:
+    return "unknown" if loss is None else f"{loss:.4f} nats per token"
 
 
 def _heat(facts: RecordingFacts) -> str:

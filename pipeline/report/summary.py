@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from capgap.pipeline.report.frontier import RunFrontier
 from capgap.schemas.base import Record
 from capgap.schemas.facts import CacheFacts
+from capgap.schemas.fidelity import Fidelity
+from capgap.schemas.judge_results import JudgeResults
 from capgap.schemas.results import EvalResults, Interval
 from capgap.schemas.run_cache import RecordingName
 
@@ -49,6 +52,9 @@ class Row(Record):
     acceptance: Measure | None
     """Expected share of drafts that speculative decoding accepts."""
 
+    ece: Measure | None = None
+    """Expected calibration error; None in reports from before it was measured."""
+
 
 class SeedGain(Record):
     """One seed of a gain."""
@@ -82,6 +88,45 @@ class Gain(Record):
     """By seed."""
 
 
+class Score(Record):
+    """A model, or the seeds of an arm, on one benchmark."""
+
+    mean: float
+    """Over the seeds."""
+
+    error: float | None
+    """Standard deviation over the seeds; of a single model the standard error over examples, where lm-eval has one."""
+
+
+class BenchmarkLine(Record):
+    """One benchmark."""
+
+    task: str
+    """As the run file names it, or as lm-eval does where that is a tag."""
+
+    metric: str
+    """Of lm-eval."""
+
+    num_fewshot: int | None
+    """Solved examples before each question; None for a mean, and for a group whose tasks differ."""
+
+    chance: float | None
+    """What guessing gives; None where it is not known."""
+
+    scores: dict[str, Score]
+    """By model: the teacher where it was measured, then the arms."""
+
+
+class Benchmarks(Record):
+    """The table of benchmarks."""
+
+    lines: tuple[BenchmarkLine, ...]
+    """In the order of the run file; means of presets last."""
+
+    notes: tuple[str, ...]
+    """What they were measured with, and whether in full."""
+
+
 class Table(Record):
     """The final table."""
 
@@ -93,6 +138,9 @@ class Table(Record):
 
     verdicts: tuple[str, ...]
     """One sentence for each gain."""
+
+    benchmarks: Benchmarks | None = None
+    """None where the run file asks for none."""
 
 
 class CacheSummary(Record):
@@ -165,8 +213,17 @@ class Report(Record):
     results: EvalResults
     """As measured."""
 
+    frontier: RunFrontier
+    """Compute against quality."""
+
+    judge: JudgeResults | None
+    """The judge's ratings and comparisons; None where the run has no judge."""
+
     cache: CacheSummary
     """The cache behind the students."""
+
+    fidelity: Fidelity | None = None
+    """What it keeps of the teacher, on a small sample; None where its shards were not at hand."""
 
     curves: tuple[Curve, ...]
     """Of the teacher, if it was trained here, and of the students."""

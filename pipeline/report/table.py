@@ -14,18 +14,19 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from capgap.pipeline.report.benchmarks import benchmark_cells, benchmark_headings
 from capgap.pipeline.report.summary import REPORT_NAME, CacheSummary, Measure, Report, Row, Table
 from capgap.schemas.errors import InputError
 from capgap.schemas.results import TEACHER, AgainstTeacher, EvalResults, ModelResult
 
-HEADINGS = ("model", "parameters", "loss, nats/token", "bits/byte", "KL to teacher", "top-1", "acceptance")
+HEADINGS = ("model", "parameters", "loss, nats/token", "bits/byte", "KL to teacher", "top-1", "acceptance", "ECE")
 _NARROW_HEADINGS = ("model", "params", "loss", "bits/byte", "KL", "top-1", "acceptance")
 
 _TEXT_WIDTH = 400
 
 
 def print_table(results_folder: Path, console: Console) -> None:
-    """Print the table of a finished report stage; where the console is too narrow, without deviations over seeds.
+    """Print the table of a finished report stage; where the console is too narrow, without calibration and deviations.
 
     Args:
         results_folder: the report stage's folder; it holds `report.json`.
@@ -53,8 +54,9 @@ def table_text(table: Table) -> str:
 
 
 def build_rows(results: EvalResults) -> tuple[Row, ...]:
-    """The teacher's row and one row for every arm, means over its seeds."""
-    return _row(TEACHER, (results.teacher,)), *(_row(arm, results.of_arm(arm)) for arm in results.arms)
+    """The teacher's row, if it was measured, and one row for every arm, means over its seeds."""
+    teacher = () if results.teacher is None else (_row(TEACHER, (results.teacher,)),)
+    return *teacher, *(_row(arm, results.of_arm(arm)) for arm in results.arms)
 
 
 def cache_line(cache: CacheSummary) -> str:
@@ -77,6 +79,7 @@ def cells(row: Row) -> tuple[str, ...]:
         _number(row.kl),
         _percent(row.top1),
         _percent(row.acceptance),
+        _percent(row.ece),
     )
 
 
@@ -104,6 +107,7 @@ def _row(name: str, models: tuple[ModelResult, ...]) -> Row:
         kl=near(lambda one: one.kl),
         top1=near(lambda one: one.top1),
         acceptance=near(lambda one: one.acceptance),
+        ece=_measure(errors) if (errors := [one.ece for one in models if one.ece is not None]) else None,
     )
 
 
@@ -131,10 +135,16 @@ def _percent(measure: Measure | None) -> str:
 def _print(table: Table, console: Console, style: box.Box) -> None:
     shown = _rich_table(HEADINGS, [cells(row) for row in table.rows], style)
     if Measurement.get(console, console.options.update(width=_TEXT_WIDTH), shown).maximum > console.width:
-        shown = _rich_table(_NARROW_HEADINGS, [cells(_without_seeds(row)) for row in table.rows], style)
+        narrow = [cells(_without_seeds(row))[: len(_NARROW_HEADINGS)] for row in table.rows]
+        shown = _rich_table(_NARROW_HEADINGS, narrow, style)
     console.print(shown)
     for line in (*table.lines, *table.verdicts):
         console.print(Text(line), soft_wrap=True)
+    if table.benchmarks is not None:
+        console.print()
+        console.print(_rich_table(benchmark_headings(table.benchmarks), benchmark_cells(table.benchmarks), style))
+        for note in table.benchmarks.notes:
+            console.print(Text(note), soft_wrap=True)
 
 
 def _rich_table(headings: Iterable[str], rows: Iterable[Iterable[str]], style: box.Box) -> RichTable:

@@ -4,7 +4,7 @@ Every row carries the teacher's logprob of the real next token, taken from the l
 distribution must agree with it:
 
 - `topk`: where the next token is among the kept ids, its kept logprob is that logprob; where it is not, its
-  probability is at most that of the last kept id.
+  probability is at most that of the last kept id, or unknown (NaN) in a codec that has such.
 - `sampled`: a systematic draw gives every id the floor or the ceiling of n p draws, so the next token's count lies
   within one of n exp(logprob).
 """
@@ -92,8 +92,9 @@ def _contradictions_topk(
     padded = np.flatnonzero(np.isneginf(bound_N))
     bound_N[padded] = np.where(np.isneginf(logprobs_NK[padded]), 0.0, logprobs_NK[padded]).min(axis=1)
     tolerance = LOGPROB_TOLERANCE_NATS + error.label_nats + error.kept_nats
-    apart_N = np.abs(bound_N - np.maximum(label_N, error.floor_nats)) > tolerance
-    bad: npt.NDArray[np.bool_] = np.where(is_kept_N, apart_N, label_N > bound_N + tolerance)
+    # of NaN, no comparison is true: an unknown label agrees with no kept id, and contradicts none where it is not kept
+    agrees_N = np.abs(bound_N - np.maximum(label_N, error.floor_nats)) <= tolerance
+    bad: npt.NDArray[np.bool_] = np.where(is_kept_N, ~agrees_N, label_N > bound_N + tolerance)
     return bad.reshape(labels_BL.shape)
 
 

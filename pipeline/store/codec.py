@@ -79,6 +79,7 @@ class Codec:
         ranking: of the ids; None stores them as they are.
         temperature: at which the teacher was recorded; told only where there are further ones.
         extra_temperatures: at which `topk` has a tail too.
+        unknown_labels: a label's logprob may be NaN, for unknown, where its id is not kept; for `topk`.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Codec:
     ranking: Ranking | None = None
     temperature: float = 1.0
     extra_temperatures: tuple[float, ...] = ()
+    unknown_labels: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -95,6 +97,8 @@ class Codec:
         numbers: dict[str, Any] = {"vocab_size": self.vocab_size, "num_ids": self.num_ids}
         if self.extra_temperatures:
             numbers |= {"temperature": self.temperature, "extra_temperatures": list(self.extra_temperatures)}
+        if self.unknown_labels:
+            numbers["unknown_labels"] = True
         if self.ranking is None:
             return numbers
         return {**numbers, "ranking": RANKING_NAME, "ranking_sha256": self.ranking.sha256}
@@ -175,7 +179,9 @@ class Codec:
 
     @property
     def _topk(self) -> TopkShape:
-        return TopkShape(PROFILES[self.name], self.seq_len, self.num_ids, self.ranking_used, self.powers)
+        return TopkShape(
+            PROFILES[self.name], self.seq_len, self.num_ids, self.ranking_used, self.powers, self.unknown_labels
+        )
 
 
 @contextmanager
@@ -222,7 +228,8 @@ def codec_for(
         )
     numbers = {key: value for key, value in settings.items() if key in ("vocab_size", "num_ids")}
     heat = {key: value for key, value in settings.items() if key in ("temperature", "extra_temperatures")}
-    named = {key: value for key, value in settings.items() if key not in numbers and key not in heat}
+    unknown = {key: value for key, value in settings.items() if key == "unknown_labels"}
+    named = {key: value for key, value in settings.items() if key not in {*numbers, *heat, *unknown}}
     if (
         len(numbers) != 2
         or not all(isinstance(value, int) for value in numbers.values())
@@ -230,6 +237,7 @@ def codec_for(
         or not 0 <= numbers["num_ids"] <= _MAX_IDS
         or not _are_temperatures(heat)
         or (heat and name not in PROFILES)
+        or (unknown and (name not in PROFILES or unknown["unknown_labels"] is not True))
         or named.keys() not in (set(), {"ranking", "ranking_sha256"})
         or not all(isinstance(value, str) for value in named.values())
         or named.get("ranking", RANKING_NAME) != RANKING_NAME
@@ -239,10 +247,12 @@ def codec_for(
             found=settings,
             expected=f"numbers vocab_size, at most {_MAX_VOCAB_SIZE}, and num_ids, at most {_MAX_IDS}; if ids are "
             f"ranked, ranking, {RANKING_NAME}, and ranking_sha256; "
-            "and for topk at more than one temperature, temperature and extra_temperatures",
+            "for topk at more than one temperature, temperature and extra_temperatures; "
+            "and for topk whose labels' logprobs are not all known, unknown_labels, true",
         )
     if heat:
         numbers |= {"temperature": heat["temperature"], "extra_temperatures": tuple(heat["extra_temperatures"])}
+    numbers |= unknown
     if not named:
         return Codec(name, seq_len, **numbers)
     assert read_file is not None, "a ranking is read from the folder of the shards"

@@ -85,9 +85,10 @@ class DeviceDecoder:
         error = self._codec.error
         tolerance = LOGPROB_TOLERANCE_NATS + error.label_nats + error.kept_nats
         kept_N = rows.logprobs_NK.masked_fill(rows.ids_NK != labels_N[:, None], -torch.inf).amax(1)
-        apart_N = (kept_N - rows.label_logprobs_N.clamp(min=error.floor_nats)).abs() > tolerance
+        # as on the host: of NaN, an unknown label, no comparison is true
+        agrees_N = (kept_N - rows.label_logprobs_N.clamp(min=error.floor_nats)).abs() <= tolerance
         above_N = rows.label_logprobs_N > rows.last_N + tolerance
-        return apart_N.where(kept_N > -torch.inf, above_N).any()
+        return (~agrees_N).where(kept_N > -torch.inf, above_N).any()
 
     def _contradict_sampled(self, labels_N: torch.Tensor, rows: SampledRows) -> torch.Tensor:
         count_N = (rows.counts_NK * (rows.ids_NK == labels_N[:, None])).sum(1)

@@ -17,7 +17,7 @@ from capgap.pipeline.store.codec import PROFILES, Codec
 from capgap.pipeline.store.planes import ESCAPE, QUADS, num_planes
 from capgap.pipeline.store.quantise import NUM_COMPANDED, Companded
 from capgap.pipeline.store.stored_batch import StoredBatch
-from capgap.pipeline.store.topk import NO_TAIL, SHIFT_NATS, largest_log_tail, tail_name
+from capgap.pipeline.store.topk import NO_TAIL, SHIFT_NATS, UNKNOWN_LABEL, largest_log_tail, tail_name
 
 _FINE_STEP = -1 / 64
 
@@ -62,7 +62,7 @@ class TopkRows:
         logprobs_NK: float32, nats.
         last_N: the logprob of each row's last kept id.
         tail_N: probability of all other ids.
-        label_logprobs_N: of the next token, nats.
+        label_logprobs_N: of the next token, nats; NaN for unknown.
         log_tails_TN: the logarithm of each further temperature's unscaled tail.
     """
 
@@ -98,7 +98,8 @@ def topk_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[tor
     if profile == "lossless":
         logprobs_NK = joined(batch, "logprobs", 4).view(torch.float32).view(-1, kept)
         tail_N, labels_N = (joined(batch, name, 4).view(torch.float32).flatten() for name in ("tail", "label"))
-        faults += [~values.isfinite().all() for values in (logprobs_NK, tail_N, labels_N)]
+        known_N = labels_N.where(~labels_N.isnan(), 0.0) if codec.unknown_labels else labels_N
+        faults += [~values.isfinite().all() for values in (logprobs_NK, tail_N, known_N)]
         names = map(tail_name, range(len(codec.powers)))
         log_tails_TN = [joined(batch, name, 4).view(torch.float32).flatten() for name in names]
         # of NaN, no comparison is true
@@ -208,7 +209,11 @@ def _companded(codes_NK: torch.Tensor, tables: Tables, faults: list[torch.Tensor
 def _fine(batch: StoredBatch, codec: Codec) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Tails, the labels' logprobs, and the logarithms of the further tails [N]."""
     log_tails_TN = [_log_tail(batch, tail_name(number)) + SHIFT_NATS for number in range(len(codec.powers))]
-    return _log_tail(batch, "tail").exp(), joined(batch, "label", 2).flatten().float() * _FINE_STEP, log_tails_TN
+    codes_N = joined(batch, "label", 2).flatten()
+    labels_N = codes_N.float() * _FINE_STEP
+    if codec.unknown_labels:
+        labels_N = labels_N.masked_fill(codes_N == UNKNOWN_LABEL, torch.nan)
+    return _log_tail(batch, "tail").exp(), labels_N, log_tails_TN
 
 
 def _log_tail(batch: StoredBatch, name: str) -> torch.Tensor:

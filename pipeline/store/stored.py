@@ -21,6 +21,14 @@ from capgap.pipeline.store.topk import tail_name
 
 IntArray = npt.NDArray[np.int64]
 
+# By the beginnings of columns' names; others say how likely ids are.
+_PARTS = (
+    *((name, "text") for name in ("tokens", "starts", "mask")),
+    *((name, "ids") for name in ("ids", "repeated", "once")),
+    ("tail", "tail"),
+    ("label", "label"),
+)
+
 
 @dataclass(frozen=True)
 class Column:
@@ -61,6 +69,15 @@ class StoredBlock:
         """Memory that it takes."""
         arrays = (*self.fixed.values(), *self.ragged.values(), *self.offsets.values())
         return sum(int(array.nbytes) for array in arrays)
+
+    @property
+    def part_bytes(self) -> dict[str, int]:
+        """Bytes of its values by what they say: `text`, `ids`, `weights`, `tail`, `label`; no part that has none."""
+        found: dict[str, int] = {}
+        for name, array in (self.fixed | self.ragged).items():
+            part = next((part for start, part in _PARTS if name.startswith(start)), "weights")
+            found[part] = found.get(part, 0) + int(array.nbytes)
+        return found
 
 
 def columns_of(codec: Codec) -> list[Column]:

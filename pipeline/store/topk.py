@@ -53,6 +53,9 @@ SHIFT_NATS = 17
 # the code of a tail of 0, which has no logarithm
 NO_TAIL = 0xFFFF
 
+# the code of a label's logprob that nobody knows, where a codec has such
+UNKNOWN_LABEL = 0xFFFF
+
 _Columns = dict[str, pa.Array]
 
 
@@ -66,6 +69,7 @@ class TopkShape:
         num_kept: K.
         ranking: of the ids.
         powers: capture temperature over each further temperature.
+        unknown_labels: a label's logprob may be NaN, for unknown.
     """
 
     profile: str
@@ -73,6 +77,7 @@ class TopkShape:
     num_kept: int
     ranking: Ranking
     powers: tuple[float, ...] = ()
+    unknown_labels: bool = False
 
     @property
     def planes(self) -> int:
@@ -105,7 +110,7 @@ def topk_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
         columns |= _plane_columns("steps", steps_BKL.reshape(flat), 2)
     else:
         columns |= _quad_columns(_steps_by_rank(COARSE.encode(targets.logprobs_BLK)).reshape(flat))
-    return columns | _fine_columns(targets.tail_BL, targets.log_tails_BLT, targets.label_logprobs_BL)
+    return columns | _fine_columns(targets, targets.tail_BL, targets.log_tails_BLT, shape)
 
 
 def topk_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
@@ -122,7 +127,7 @@ def topk_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
     if shape.profile == "lossless":
         logprobs_BLK = _joined(columns, "logprobs", width, 4).view("<f4").reshape(ids_BLK.shape)
         tail_BL, labels_BL = (_joined(columns, name, length, 4).view("<f4") for name in ("tail", "label"))
-        for name, values in (("logprobs", logprobs_BLK), ("tail", tail_BL), ("label", labels_BL)):
+        for name, values in (("logprobs", logprobs_BLK), ("tail", tail_BL), ("label", _known(labels_BL, shape))):
             check_finite(name, values)
         log_tails = [_joined(columns, tail_name(i), length, 4).view("<f4") for i in range(len(shape.powers))]
         log_tails_BLT = _stacked(log_tails, tail_BL)
@@ -150,8 +155,8 @@ def largest_log_tail(vocab_size: int) -> float:
 
 def _check(targets: TopkTargets, shape: TopkShape) -> None:
     check_ids("ids", targets.ids_BLK, len(shape.ranking.ids_V))
-    for name in ("logprobs_BLK", "label_logprobs_BL"):
-        check_logprobs(name, getattr(targets, name))
+    check_logprobs("logprobs_BLK", targets.logprobs_BLK)
+    check_logprobs("label_logprobs_BL", _known(targets.label_logprobs_BL, shape))
     check_finite("tail_BL", targets.tail_BL)
     for worst in (targets.tail_BL.min(initial=0), targets.tail_BL.max(initial=1)):
         if not 0 <= worst <= 1 + ROUNDING:
@@ -204,7 +209,7 @@ def _small_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
         columns[f"ids_{i}"] = lists(plane, _sizes(ranks))
     columns["quads"] = lists(np.concatenate(quads), _sizes(quads))
     columns["escapes"] = lists(np.concatenate(escapes), _sizes(escapes))
-    return columns | _fine_columns(tail_BL, log_tails_BLT, targets.label_logprobs_BL)
+    return columns | _fine_columns(targets, tail_BL, log_tails_BLT, shape)
 
 
 def _small_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
@@ -260,13 +265,18 @@ def _unpack_ragged(quads: Bytes, escapes: Bytes, sizes_B: npt.NDArray[Any]) -> B
     return np.delete(steps, np.array(filling, np.int64))
 
 
-def _fine_columns(tail_BL: FloatArray, log_tails_BLT: FloatArray, labels_BL: FloatArray) -> _Columns:
+def _known(labels_BL: FloatArray, shape: TopkShape) -> FloatArray:
+    """Those that must be logprobs: all, or all but NaN."""
+    return labels_BL[~np.isnan(labels_BL)] if shape.unknown_labels else labels_BL
+
+
+def _fine_columns(targets: TopkTargets, tail_BL: FloatArray, log_tails_BLT: FloatArray, shape: TopkShape) -> _Columns:
     with np.errstate(divide="ignore"):
         columns = _plane_columns("tail", _tail_codes(np.log(tail_BL)), 2)
     for number in range(log_tails_BLT.shape[2]):
         codes_BL = _tail_codes(log_tails_BLT[..., number] - np.float32(SHIFT_NATS))
         columns |= _plane_columns(tail_name(number), codes_BL, 2)
-    return columns | _plane_columns("label", FINE.encode(labels_BL), 2)
+    return columns | _plane_columns("label", _label_codes(targets.label_logprobs_BL, shape), 2)
 
 
 def _fine_values(columns: Columns, shape: TopkShape) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -276,7 +286,20 @@ def _fine_values(columns: Columns, shape: TopkShape) -> tuple[FloatArray, FloatA
     log_tails = [
         _tail_logs(_joined(columns, tail_name(i), length, 2)) + np.float32(SHIFT_NATS) for i in range(len(shape.powers))
     ]
-    return tail_BL, FINE.decode(_joined(columns, "label", length, 2)), _stacked(log_tails, tail_BL)
+    codes_BL = _joined(columns, "label", length, 2)
+    labels_BL = FINE.decode(codes_BL)
+    if shape.unknown_labels:
+        labels_BL[codes_BL == UNKNOWN_LABEL] = np.nan
+    return tail_BL, labels_BL, _stacked(log_tails, tail_BL)
+
+
+def _label_codes(labels_BL: FloatArray, shape: TopkShape) -> npt.NDArray[np.uint16]:
+    if not shape.unknown_labels:
+        return FINE.encode(labels_BL)
+    is_unknown_BL = np.isnan(labels_BL)
+    codes_BL = np.minimum(FINE.encode(np.where(is_unknown_BL, np.float32(0), labels_BL)), np.uint16(UNKNOWN_LABEL - 1))
+    codes_BL[is_unknown_BL] = UNKNOWN_LABEL
+    return codes_BL
 
 
 def _tail_codes(logs_BL: FloatArray) -> npt.NDArray[np.uint16]:

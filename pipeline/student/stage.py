@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from capgap.pipeline.model_checks import check_given_model, corpus_tokenizer, fresh_model
-from capgap.pipeline.models import MODEL_FOLDER, load_model, model_facts, save_model
+from capgap.pipeline.models import MODEL_FOLDER, load_model, model_facts, model_path, save_model
+from capgap.pipeline.prune.prune import prune, require_prunable
 from capgap.pipeline.tokenizers import chat_template_of
 from capgap.pipeline.train.heads import served_head
-from capgap.pipeline.workflow.context import StageContext, StageResult
+from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
+from capgap.schemas.run_file import RunFile
+
+
+def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
+    """Refuse a shape that the teacher cannot be pruned to.
+
+    Raises:
+        InputError, SettingError: as `require_prunable`.
+    """
+    if run.student.prune is not None:
+        require_prunable(run.student.prune, inputs["teacher"])
 
 
 def run(context: StageContext) -> StageResult:
-    """Write the folder `model`.
+    """Write the folder `model`; beside it `prune.json`, where the student is the teacher, pruned.
 
     Raises:
         InputError, MismatchError: as `check_given_model` and `served_head`.
+        InputError, SettingError, MachineError: as `prune`.
     """
     settings, corpus = context.run.student, context.input("corpus")
     tokenizer = corpus_tokenizer(corpus)
+    totals: dict[str, Any] = {}
     if settings.model is not None:
         assert context.instance.seed is not None
         model = fresh_model(settings.model, corpus, context.instance.seed)
+    elif settings.prune is not None:
+        teacher = model_path(context.input("teacher"))
+        tokenizer.chat_template = chat_template_of(teacher) or tokenizer.chat_template
+        model, totals = prune(context, settings.prune)
     else:
         assert settings.path is not None
         path, facts = check_given_model(settings.path, corpus, "student.path", settings.trust_remote_code)
@@ -33,5 +54,6 @@ def run(context: StageContext) -> StageResult:
         totals={
             "num_parameters": facts.num_parameters,
             "num_non_embedding_parameters": facts.num_non_embedding_parameters,
+            **totals,
         },
     )

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from capgap.pipeline.progress import Meter, progress
+from capgap.pipeline.scalars import METRICS_NAME
 from capgap.pipeline.train.attention import require_ending_attention
 from capgap.pipeline.train.checkpoints import Checkpoints, best_checkpoint, checkpoint_to_resume
 from capgap.pipeline.train.clock import Clock, ClockedLoader
@@ -22,7 +23,7 @@ from capgap.pipeline.train.data import heldout_batches, training_loader
 from capgap.pipeline.train.fits import require_memory, require_positions
 from capgap.pipeline.train.heldout import HeldOut
 from capgap.pipeline.train.loggers import LogBook, make_loggers
-from capgap.pipeline.train.metrics import METRICS_NAME, Metrics, MetricsFile, Progress
+from capgap.pipeline.train.metrics import Metrics, MetricsFile, Progress, read_rows
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.not_finite import NOT_FINITE_FOLDER, NotFinite
 from capgap.pipeline.train.online import OnlineModule
@@ -72,7 +73,13 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     clock = Clock()
     watch = NotFinite(loader, accumulate, work / NOT_FINITE_FOLDER, setting_of(task, model, folder, num_steps))
     heldout = HeldOut(
-        metrics, watch, clock, lambda: heldout_batches(task), settings.validate_every_steps, tokens_per_step
+        metrics,
+        watch,
+        clock,
+        lambda: heldout_batches(task),
+        settings.validate_every_steps,
+        tokens_per_step,
+        also_before=task.alpha > 0 and task.heldout_targets is not None,
     )
     checkpoints = Checkpoints(
         folder,
@@ -116,6 +123,7 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
         "num_steps": num_steps,
         "num_tokens": loader.num_tokens,
         "num_epochs": round(num_steps / steps_per_epoch, 4),
+        **_before(task.folder / METRICS_NAME),
         **best,
         **({"skipped_sequences": loader.skipped} if loader.skipped else {}),
     }
@@ -160,6 +168,13 @@ def _take_best(model: PreTrainedModel, folder: Path, checkpoints: Checkpoints) -
     trained = {name.removeprefix("model."): whole(value) for name, value in saved.items()}
     model.load_state_dict(trained, strict=False)  # what is frozen is not in it
     return {"best_step": checkpoints.best_step, "best_validation_loss": round(checkpoints.best_loss, 6)}
+
+
+def _before(metrics: Path) -> dict[str, float]:
+    """What was measured before the first step, which may have been taken by a process that was killed."""
+    first = next((row for row in read_rows(metrics) if row["step"] == "0"), {})
+    names = ("validation_loss", "heldout_kl", "heldout_teacher_ce", "heldout_top1")
+    return {f"first_{name}": float(first[name]) for name in names if first.get(name)}
 
 
 def _meter(task: Task, num_steps: int, first_step: int) -> AbstractContextManager[Meter | None]:

@@ -5,6 +5,7 @@ Legend: B sequences, L targets a sequence, N = B x L rows, K ids kept, V vocabul
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from capgap.pipeline.train.clock import Clock
 from capgap.pipeline.train.metrics import MetricsFile
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.not_finite import NotFinite
+
+_LOG = logging.getLogger("capgap")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,10 @@ class HeldOutFigures:
 
 
 class HeldOut(lightning.Callback):
-    """Measures held-out sequences every few steps and at the end.
+    """Measures held-out sequences every few steps and at the end, and with `also_before` before the first step.
+
+    How far a student is from its teacher before it has learnt anything says whether its start is any good: of a pruned
+    one, what pruning has cost. That row of the file has the step 0.
 
     Attributes:
         last: the figures of the last measurement; None before the first.
@@ -58,7 +64,9 @@ class HeldOut(lightning.Callback):
         batches: Callable[[], Iterable[Batch]],
         every_steps: int,
         tokens_per_step: int,
+        also_before: bool = False,
     ) -> None:
+        self._also_before = also_before
         self._file, self._watch, self._clock, self._batches = file, watch, clock, batches
         self._every, self._tokens_per_step, self._last_step = every_steps, tokens_per_step, 0
         self.last: HeldOutFigures | None = None
@@ -71,6 +79,16 @@ class HeldOut(lightning.Callback):
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """The step that a resumed training begins with has been measured."""
         self._last_step = trainer.global_step
+        if trainer.global_step or not self._also_before:
+            return
+        with self._clock.aside():
+            before = measure(module, self._batches())
+        self._write(0, before)
+        if trainer.is_global_zero:
+            near = f"KL {before.kl:.4f}" if before.kl is not None else f"cross-entropy {before.teacher_ce:.4f}"
+            _LOG.info(
+                "before the first step, on held-out text: %s nats/token with the teacher, loss %.4f", near, before.loss
+            )
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Measure at the interval and at the last step."""
@@ -81,13 +99,16 @@ class HeldOut(lightning.Callback):
         self._watch.settle(trainer)
         with self._clock.aside():
             self.last = measure(module, self._batches())
+        self._write(step, self.last)
+
+    def _write(self, step: int, figures: HeldOutFigures) -> None:
         self._file.add(
             step=step,
             num_tokens=step * self._tokens_per_step,
-            validation_loss=round(self.last.loss, 6),
-            heldout_kl=_rounded(self.last.kl),
-            heldout_teacher_ce=_rounded(self.last.teacher_ce),
-            heldout_top1=_rounded(self.last.top1),
+            validation_loss=round(figures.loss, 6),
+            heldout_kl=_rounded(figures.kl),
+            heldout_teacher_ce=_rounded(figures.teacher_ce),
+            heldout_top1=_rounded(figures.top1),
         )
 
 

@@ -62,7 +62,13 @@ def load_batches(folder: Path) -> tuple[list[Kept], dict[str, Any]]:
     try:
         setting = json.loads((folder / _NAME).read_bytes())
     except FileNotFoundError:
-        raise InputError("holds no kept batch", where=folder, found=f"no {_NAME}") from None
+        raise InputError(
+            "holds no kept batch",
+            where=folder,
+            found=f"no {_NAME}",
+            expected="what a training keeps where a loss is not finite",
+            fix="name the folder that its error names",
+        ) from None
     entries = setting.pop("micro_batches")
     kept = [Kept(e["number"], Batch(**load_file(folder / e["file"])), e["sequences"], e["at_fault"]) for e in entries]
     return kept, setting

@@ -18,30 +18,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from capgap.pipeline.progress import Meter
+from capgap.pipeline.scalars import TRAINING_SCALARS
 from capgap.pipeline.store import Batch
 from capgap.pipeline.train.clock import Clock
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.not_finite import NotFinite
 
-METRICS_NAME = "metrics.csv"
 _STATE = "capgap_metrics"
-COLUMNS = (
-    "step",
-    "epoch",
-    "num_tokens",
-    "train_loss",
-    "train_kl",
-    "train_ce",
-    "validation_loss",
-    "heldout_kl",
-    "heldout_teacher_ce",
-    "heldout_top1",
-    "learning_rate",
-    "gradient_norm",
-    "tokens_per_s",
-    "waiting_share",
-    "memory_bytes",
-)
+COLUMNS = ("step", *TRAINING_SCALARS)
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,8 @@ def _teacher(cache: StageInput) -> str:
     made = cache.manifest.inputs["teacher"]
     cached = CacheFacts.model_validate(cache.manifest.facts)
     name = _given_teacher(cache) or made.path
+    if cache.manifest.resolved.get("teacher", {}).get("adapt"):
+        name += ", adapted"
     return f"{name}, scored by {', '.join(cached.engines)} in {', '.join(cached.dtypes)}"
 
 
@@ -145,6 +147,8 @@ def _given_teacher(cache: StageInput) -> str | None:
 
 def _student(context: StageContext) -> str:
     given = context.run.student
+    if given.prune is not None:
+        return "the teacher, pruned"
     return given.path if given.path is not None else "fresh weights"
 
 

@@ -18,13 +18,13 @@ from capgap.pipeline.models import (
     model_path,
     save_model,
 )
+from capgap.pipeline.scalars import METRICS_NAME
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.tokenizers import chat_template_of, load_tokenizer
 from capgap.pipeline.train.caches import chosen_caches, require_fit
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.fits import require_memory
 from capgap.pipeline.train.loggers import require_loggers
-from capgap.pipeline.train.metrics import METRICS_NAME
 from capgap.pipeline.train.model_card import CARD_NAME, model_card
 from capgap.pipeline.train.objective import objective_of
 from capgap.pipeline.train.online_teacher import online_teacher
@@ -124,7 +124,8 @@ def _with_chat_template(tokenizer: PreTrainedTokenizerBase, teacher: str) -> Pre
 
 def _teacher_path(cache: StageInput) -> str:
     """Folder or id of the teacher that made the cache."""
-    given: str | None = cache.manifest.resolved["teacher"]["path"]
+    teacher = cache.manifest.resolved["teacher"]
+    given: str | None = None if teacher.get("adapt") else teacher["path"]
     return given or str(Path(cache.manifest.inputs["teacher"].path) / MODEL_FOLDER)
 
 

@@ -11,12 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from capgap.pipeline.models import MODEL_FOLDER, load_model, model_facts, model_path, save_model
+from capgap.pipeline.scalars import METRICS_NAME
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.train.data import heldout_batches
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.heldout import measure
 from capgap.pipeline.train.loggers import require_loggers
-from capgap.pipeline.train.metrics import METRICS_NAME, MetricsFile, read_rows
+from capgap.pipeline.train.metrics import MetricsFile, read_rows
 from capgap.pipeline.train.model_card import CARD_NAME
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.task import Task

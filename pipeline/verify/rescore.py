@@ -66,7 +66,7 @@ def rescore(
         trust_remote_code: run code that comes with the teacher; what the cache says of that is not asked.
 
     Raises:
-        InputError: there is no cache, or no teacher.
+        InputError: there is no cache, or no teacher; or a cache was imported.
         MismatchError: a cache does not say what its teacher says.
         CapgapError: as the engine, the lease and the reader.
     """
@@ -103,6 +103,14 @@ def _cache_at(folder: Path) -> Manifest | None:
 def _job(folder: Path, manifest: Manifest, teacher: str | None, device: str) -> CacheJob:
     """The cache's own job, with the engine and the dtype that made it."""
     facts = CacheFacts.model_validate(manifest.facts)
+    if "cache" not in manifest.resolved:
+        raise InputError(
+            "an imported cache cannot be scored again",
+            where=folder,
+            found=f"engine {', '.join(facts.engines)}, dtype {', '.join(facts.dtypes)}",
+            expected="the engine and the dtype that made it",
+            fix="score its corpus with `capgap cache` to compare",
+        )
     settings = CacheSettings.model_validate(manifest.resolved["cache"])
     made_by = {name.split()[0] for name in facts.engines}
     if settings.engine not in made_by:

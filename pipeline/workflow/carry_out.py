@@ -12,12 +12,22 @@ from datetime import UTC, datetime
 from typing import Any
 
 from capgap.pipeline.events import event
+from capgap.pipeline.signs import current_signs, signs_of_life
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageName, StageResult
 from capgap.pipeline.workflow.device import devices_from, resolve_device
-from capgap.pipeline.workflow.folder import WORK_FOLDER, begin, clear, content_files, finish, lock_folder, remove_halves
+from capgap.pipeline.workflow.folder import (
+    WORK_FOLDER,
+    begin,
+    clear,
+    content_files,
+    finish,
+    is_untouched,
+    lock_folder,
+    remove_halves,
+)
 from capgap.pipeline.workflow.identity import content_of
 from capgap.pipeline.workflow.interrupts import interrupts_heard
-from capgap.pipeline.workflow.lease import leases
+from capgap.pipeline.workflow.lease import cpu_group, leases
 from capgap.pipeline.workflow.ranks import Meeting, Ranks
 from capgap.pipeline.workflow.sources import record_sources, source_paths
 from capgap.pipeline.workflow.state import (
@@ -35,7 +45,9 @@ from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
 from capgap.schemas.run_file import RunFile
 
 # These put a model on a device; the others only read and write files.
-_STAGES_WITH_A_MODEL: frozenset[StageName] = frozenset({"teacher", "cache", "student", "train", "tune", "eval"})
+_STAGES_WITH_A_MODEL: frozenset[StageName] = frozenset(
+    {"teacher", "cache", "student", "train", "tune", "eval", "benchmark", "answers"}
+)
 
 
 def carry_out(
@@ -66,9 +78,10 @@ def carry_out(
         order = order_of(state, inputs)
         begin(state.folder, order)
         clock.begin()
-        sources = record_sources(source_paths(run, instance))
-        _say_begun(meeting, True)
-        return finish_with(run, state, order, sources, work(run, state, inputs, wait, meeting), clock)
+        with signs_of_life(state.folder / WORK_FOLDER):
+            sources = record_sources(source_paths(run, instance))
+            _say_begun(meeting, True)
+            return finish_with(run, state, order, sources, work(run, state, inputs, wait, meeting), clock)
     finally:
         lock.release()
 
@@ -124,6 +137,9 @@ def finish_with(
         command=tuple(sys.argv),
         resolved=run.model_dump(mode="json"),
     )
+    if (signs := current_signs()) is not None:
+        # the folder that they lie in goes
+        signs.stop()
     finished = finish(state.folder, manifest)
     event("stage_done", f"{order.instance}: done in {clock.wall_s:.1f} s", wall_s=clock.wall_s, totals=result.totals)
     return finished
@@ -143,8 +159,10 @@ def refuse_early(run: RunFile, instance: Instance, inputs: Mapping[str, StageInp
 def make_ready(state: StageState, force: bool) -> None:
     """Empty a folder that holds something else, or open it again where it only lost files. The caller has it alone.
 
+    What was begun under other settings, and got nowhere, is begun anew.
+
     Raises:
-        MismatchError: it is unfinished and was begun under other settings.
+        MismatchError: it is unfinished, got somewhere, and was begun under other settings.
     """
     if not force and state.lost and state.manifest is not None:
         stage = _module_of(state.instance.stage)
@@ -152,6 +170,9 @@ def make_ready(state: StageState, force: bool) -> None:
         if reopen is not None and reopen(state.folder, state.manifest):
             return
     if force or state.state is State.STALE:
+        clear(state.folder)
+    elif state.begun_otherwise and is_untouched(state.folder):
+        # as where a first attempt failed over a setting that has been mended since
         clear(state.folder)
     elif state.begun_otherwise:
         raise MismatchError(
@@ -207,11 +228,13 @@ def work(
         device, holder, group = "cpu", f"{state.instance.name} of run {run.name}", ""
         if stage in _STAGES_WITH_A_MODEL:
             device = resolve_device(run.device)
+            group = cpu_group() if device == "cpu" else ""
             replicas = run.cache.replicas if stage == "cache" else 1
             if replicas > 1 and device == "cpu":
                 # no other process's: what a killed stage left running is waited for
                 group = f"{os.uname().nodename} {os.getpid()} {time.monotonic_ns()}"
             devices = devices_from(device, run.cache.num_devices if stage == "cache" else ranks.local_size)
+            _say_phase("waits for its device")
             # with replicas on GPUs each takes the lease on its own, which this process does not know: Ray picks them
             if (replicas == 1 or device == "cpu") and ranks.local_rank == 0:
                 stack.enter_context(leases(devices, holder, wait, group))
@@ -219,11 +242,17 @@ def work(
                 device = devices[ranks.local_rank % len(devices)]
                 stack.enter_context(_on_leased_devices(meeting, device))
         event("stage_started", f"{state.instance.name}: begun on {device}", device=device, command=sys.argv)
+        _say_phase("prepares", device if stage in _STAGES_WITH_A_MODEL else "")
         (state.folder / WORK_FOLDER).mkdir(exist_ok=True)
         module = _module_of(stage)
         context = StageContext(run, state.instance, state.folder, inputs, device, holder, wait, group, ranks)
         result: StageResult = module.run(context)
         return result
+
+
+def _say_phase(phase: str, device: str | None = None) -> None:
+    if (signs := current_signs()) is not None:
+        signs.say(phase, device)
 
 
 def _module_of(stage: StageName) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from capgap.pipeline.store import is_url
 from capgap.pipeline.workflow.ranks import Ranks
@@ -15,14 +15,20 @@ from capgap.schemas.errors import InputError
 from capgap.schemas.manifest import Manifest, ShardSet
 from capgap.schemas.run_file import RunFile
 
-StageName = Literal["corpus", "teacher", "cache", "student", "train", "tune", "eval", "report"]
+StageName = Literal[
+    "corpus", "teacher", "cache", "student", "train", "tune", "eval", "benchmark", "answers", "judge", "report"
+]
 
-STAGES: tuple[StageName, ...] = ("corpus", "teacher", "cache", "student", "train", "tune", "eval", "report")
+STAGES: tuple[StageName, ...] = get_args(StageName)
+
+OPTIONAL_STAGES: frozenset[StageName] = frozenset({"tune", "benchmark", "answers", "judge"})
+"""Which a run has only where its file says so."""
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One run of a stage: `train` and `tune` run once per arm and seed, `student` once per seed, the others once."""
+    """One run of a stage: `train` and `tune` run once per arm and seed, `student` once per seed, `benchmark` and
+    `answers` once per student that comes out and for the teacher, the others once."""
 
     stage: StageName
     arm: str | None = None

@@ -21,6 +21,7 @@ from doit.task import Task, dict_to_task
 
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.workflow.context import Instance
+from capgap.pipeline.workflow.folder import make_folder
 from capgap.pipeline.workflow.graph import input_names
 from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.errors import CapgapError
@@ -29,6 +30,9 @@ from capgap.schemas.run_file import RunFile
 RESOLVED_NAME = "run.resolved.json"
 
 Say = Callable[[str, str], None]
+
+Start = Callable[[Sequence[str]], int]
+"""Runs `capgap` with these arguments in a process of its own, to its end; its exit code, or minus the signal's."""
 
 # 128 + n is the shell's word for a process that signal n has ended, and 130 is what a stage says after Ctrl-C.
 _SIGNALLED, _INTERRUPTED = 128, 130
@@ -46,7 +50,16 @@ class StageFailedError(CapgapError):
         self.already_said = 0 < code < _SIGNALLED or code == _INTERRUPTED
 
 
-def walk(run: RunFile, chosen: Sequence[Instance], *, force: bool, wait: bool, say: Say) -> list[str]:
+def start_afresh(arguments: Sequence[str]) -> int:
+    """As `Start`, in a fresh Python."""
+    # -P: the repository's folders `kernels` and `schemas` must not shadow installed packages of those names
+    command = [sys.executable, "-P", "-m", "capgap.jobs.cli", *arguments]
+    return subprocess.run(command, check=False, env=_environment()).returncode
+
+
+def walk(
+    run: RunFile, chosen: Sequence[Instance], *, force: bool, wait: bool, say: Say, start: Start = start_afresh
+) -> list[str]:
     """Make the chosen instances current, in order, and return the names of those that had to be made.
 
     Args:
@@ -55,6 +68,7 @@ def walk(run: RunFile, chosen: Sequence[Instance], *, force: bool, wait: bool, s
         force: make them even if they are current.
         wait: wait for a device that another stage holds.
         say: receives the name of each stage, and why it is made again, or `current`.
+        start: starts the process of a stage.
 
     Raises:
         StageFailedError: a stage's process failed; later ones were not started.
@@ -62,9 +76,9 @@ def walk(run: RunFile, chosen: Sequence[Instance], *, force: bool, wait: bool, s
     """
     states(run)
     out = Path(run.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_atomically(out / RESOLVED_NAME, run.model_dump_json(indent=1))
-    walked = _Walk(run, chosen, force, wait, say)
+    walked = _Walk(run, chosen, force, wait, say, start)
     with tempfile.TemporaryDirectory(prefix="capgap-") as scratch:
         database = str(Path(scratch) / "doit.json")
         loader = _Loader(walked, {"backend": "json", "dep_file": database, "reporter": _SilentReporter, "verbosity": 2})
@@ -75,8 +89,10 @@ def walk(run: RunFile, chosen: Sequence[Instance], *, force: bool, wait: bool, s
 
 
 class _Walk:
-    def __init__(self, run: RunFile, chosen: Sequence[Instance], force: bool, wait: bool, say: Say) -> None:
-        self.run, self.chosen, self.force, self.wait, self.say = run, chosen, force, wait, say
+    def __init__(
+        self, run: RunFile, chosen: Sequence[Instance], force: bool, wait: bool, say: Say, start: Start
+    ) -> None:
+        self.run, self.chosen, self.force, self.wait, self.say, self.start = run, chosen, force, wait, say, start
         self.made: list[str] = []
         self.failed: CapgapError | None = None
 
@@ -101,19 +117,17 @@ class _Walk:
         return False
 
     def _make(self, instance: Instance) -> TaskFailed | None:
-        code = subprocess.run(self._command(instance), check=False, env=_environment()).returncode
+        code = self.start(self._arguments(instance))
         if code:
             self.failed = StageFailedError(instance.name, code)
             return TaskFailed(str(self.failed))
         self.made.append(instance.name)
         return None
 
-    def _command(self, instance: Instance) -> list[str]:
-        # -P: the repository's folders `kernels` and `schemas` must not shadow installed packages of those names
-        command = [sys.executable, "-P", "-m", "capgap.jobs.cli", instance.stage]
-        command += ["--config", str(Path(self.run.out) / RESOLVED_NAME), "--instance", instance.name]
-        command += ["--force"] if self.force else []
-        return command if self.wait else [*command, "--no-wait"]
+    def _arguments(self, instance: Instance) -> list[str]:
+        arguments = [instance.stage, "--config", str(Path(self.run.out) / RESOLVED_NAME), "--instance", instance.name]
+        arguments += ["--force"] if self.force else []
+        return arguments if self.wait else [*arguments, "--no-wait"]
 
 
 def _environment() -> dict[str, str]:

@@ -8,6 +8,7 @@ Whatever is killed in between leaves a folder without a manifest, which no reade
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from filelock import FileLock, Timeout
 from capgap.pipeline.store.files import TEMP_MARK, sha256_of, write_atomically
 from capgap.pipeline.store.quarantine import QUARANTINE_NAME
 from capgap.pipeline.workflow.identity import seal_of
-from capgap.schemas.errors import MachineError
+from capgap.schemas.errors import MachineError, SettingError
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, FileEntry, Manifest, WorkOrder
 
 WORK_FOLDER = "work"
@@ -35,13 +36,31 @@ def lock_folder(folder: Path) -> FileLock:
     Raises:
         MachineError: another process has it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = FileLock(folder / LOCK_NAME)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise in_use(folder) from None
     return lock
+
+
+def make_folder(folder: Path) -> None:
+    """Make it, and what it lies in, where it is not there.
+
+    Raises:
+        SettingError: something else stands there, or where there are no folders.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError, FileNotFoundError) as error:
+        raise SettingError(
+            "no folder can be made there",
+            where="out",
+            found=f"{error.filename}: {os.strerror(error.errno or 0)}",
+            expected="a folder, or a place for one",
+            fix="choose another `out`",
+        ) from None
 
 
 def in_use(folder: Path) -> MachineError:
@@ -92,6 +111,12 @@ def content_files(folder: Path) -> tuple[FileEntry, ...]:
         if path.is_file():
             entries.append(FileEntry(path=relative.as_posix(), num_bytes=path.stat().st_size, sha256=sha256_of(path)))
     return tuple(entries)
+
+
+def is_untouched(folder: Path) -> bool:
+    """Whether a folder that was begun holds no finished unit of work, so that nothing could be continued."""
+    work = folder / WORK_FOLDER
+    return work.is_dir() and finished_units(work).partition(" of ")[0] in ("begun", "0")
 
 
 def plan_units(work: Path, unit: str, total: int, pattern: str) -> None:

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from capgap.schemas.errors import MachineError
 
 _POLL_S = 0.1
 _ALONE = ""
+_GROUP_VARIABLE = "CAPGAP_CPU_GROUP"
 
 # everyone may make files here, and nobody may remove another's
 _FOLDER_MODE = 0o777 | stat.S_ISVTX
@@ -58,6 +60,46 @@ def leases(devices: list[str], holder: str, wait: bool, group: str = _ALONE) -> 
         yield
 
 
+@dataclass(frozen=True)
+class HeldLease:
+    """A lease that somebody holds on this machine.
+
+    Attributes:
+        device: `cpu`, or a GPU's UUID as a file's name.
+        holder: stage and run.
+        pid: of the process that took it; of a group, of its first.
+        since: when, as ISO 8601.
+    """
+
+    device: str
+    holder: str
+    pid: int
+    since: str
+
+
+def held_leases() -> list[HeldLease]:
+    """Who holds which device of this machine now; whoever asks for a lease meanwhile does not notice.
+
+    Leases of users who keep theirs to themselves are left out.
+    """
+    held = []
+    folder = lease_folder()
+    for path in sorted(folder.glob("*.lock")):
+        device = path.name.removesuffix(".lock")
+        with (
+            contextlib.suppress(PermissionError, FileNotFoundError),
+            ProcessLock(path, _FILE_MODE) as lock,
+            ProcessLock(folder / f"{device}.turn", _FILE_MODE) as turn,
+            _NoteFile(folder / f"{device}.json") as note,
+        ):
+            # all who ask have the turn, so none finds the device taken by this look at it
+            turn.exclusive(wait=True)
+            found = {} if lock.exclusive() else note.read()
+            if isinstance(pid := found.get("pid"), int):
+                held.append(HeldLease(device, str(found.get("holder")), pid, str(found.get("since"))))
+    return held
+
+
 def lease_folder() -> Path:
     """Where the leases of this machine are: CAPGAP_LEASE_DIR, or a folder of the temporary one."""
     folder = Path(os.environ.get("CAPGAP_LEASE_DIR") or Path(tempfile.gettempdir()) / "capgap-leases")
@@ -66,6 +108,16 @@ def lease_folder() -> Path:
         # umask took its share; a folder that is there already is as its owner wants it
         folder.chmod(_FOLDER_MODE)
     return folder
+
+
+def cpu_group() -> str:
+    """The group of the CPU that this process was started into, as the workers of a grid are; empty for none."""
+    return os.environ.get(_GROUP_VARIABLE, _ALONE)
+
+
+def new_cpu_group(holder: str) -> dict[str, str]:
+    """The environment by which the processes that this one starts share the CPU, and nobody else with them."""
+    return {_GROUP_VARIABLE: f"{holder} {os.uname().nodename} {os.getpid()} {time.monotonic_ns()}"}
 
 
 def _take(stack: ExitStack, folder: Path, name: str, holder: str, wait: bool, group: str) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capgap.pipeline.events import event
+from capgap.pipeline.signs import signs_of_life
 from capgap.pipeline.workflow.carry_out import Clock, finish_with, make_ready, open_inputs, order_of, refuse_early
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
 from capgap.pipeline.workflow.device import devices_from, resolve_device
@@ -27,6 +28,7 @@ from capgap.pipeline.workflow.folder import (
     begin,
     finished_units,
     in_use,
+    make_folder,
 )
 from capgap.pipeline.workflow.lease import leases
 from capgap.pipeline.workflow.locks import ProcessLock
@@ -84,7 +86,7 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
     state = states(run)[instance.name]
     inputs = open_inputs(run, state)
     refuse_early(run, instance, inputs)
-    state.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(state.folder)
     units = importlib.import_module(f"capgap.pipeline.{instance.stage}.slices")
     stage = importlib.import_module(f"capgap.pipeline.{instance.stage}.stage")
     device, holder = resolve_device(run.device), f"{instance.name} of run {run.name}"
@@ -97,14 +99,20 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
             job = stage.prepare(context)
         # slices on GPUs have one each; on CPUs they share what there is
         group = str(state.folder.resolve()) if device == "cpu" else ""
-        with leases(devices_from(device, run.cache.num_devices), holder, wait, group):
+        with (
+            signs_of_life(state.folder / WORK_FOLDER, shared=True) as signs,
+            leases(devices_from(device, run.cache.num_devices), holder, wait, group),
+        ):
             clock.begin()
+            signs.say(f"slice {part}", device)
             event("stage_started", f"{instance.name}: slice {part} begun on {device}", device=device, slice=str(part))
             units.make_slice(job, part)
             if not units.all_made(job):
                 done = finished_units(state.folder / WORK_FOLDER).replace("shards", "shards finished")
                 event("slice_done", f"{instance.name}: {done}; other slices have the rest to do", slice=str(part))
                 return None
+            # whoever is first at the end removes the folder that they lie in
+            signs.stop()
             with _turn(state.folder):
                 if (found := _finished(run, instance)) is not None:
                     return found

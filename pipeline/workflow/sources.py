@@ -18,24 +18,34 @@ def source_paths(run: RunFile, instance: Instance) -> list[Path]:
     """The files outside the run that the instance reads; none for a Hugging Face id and for builtin text.
 
     Raises:
-        InputError: a source of the corpus does not exist.
+        InputError: a source of the corpus, or the file of questions, does not exist.
     """
     match instance.stage:
         case "corpus":
             # imported here: reading Parquet needs more than the state of a run does
             from capgap.pipeline.corpus.sources import list_files
 
-            return [*list_files(run.corpus.sources), *_model_files(run.corpus.tokenizer)]
+            extend = run.corpus.extend_vocabulary
+            further = () if extend is None or extend.sources is None else extend.sources
+            files = dict.fromkeys([*list_files(run.corpus.sources), *(list_files(further) if further else ())])
+            return [*files, *_model_files(run.corpus.tokenizer)]
         case "teacher":
             return _model_files(run.teacher.path)
         case "student":
             return _model_files(run.student.path)
+        case "benchmark" if run.benchmarks is not None and run.benchmarks.include_path is not None:
+            # imported here, as above
+            from capgap.pipeline.benchmark.own_tasks import task_files
+
+            return task_files(Path(run.benchmarks.include_path))
+        case "answers":
+            return _questions_file(run)
         case "tune" if run.tune is not None:
             from capgap.pipeline.tune.data import chat_files
 
             template = Path(run.tune.chat_template or "")
-            files = chat_files(run.tune) if run.tune.sources else []
-            return [*files, *([template] if template.is_file() else []), *_model_files(run.tune.path)]
+            chats = chat_files(run.tune) if run.tune.sources else []
+            return [*chats, *([template] if template.is_file() else []), *_model_files(run.tune.path)]
         case _:
             return []
 
@@ -81,3 +91,13 @@ def _model_files(path: str | None) -> list[Path]:
     if folder is None or not folder.is_dir():
         return []
     return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in _MODEL_SUFFIXES)
+
+
+def _questions_file(run: RunFile) -> list[Path]:
+    """Capgap's own are none: a digest of them is among the settings."""
+    if run.judge is None or run.judge.questions is None:
+        return []
+    path = Path(run.judge.questions)
+    if not path.is_file():
+        raise InputError("no such file", where=f"judge.questions: {path}", expected="questions as JSONL")
+    return [path]

@@ -16,7 +16,14 @@ from capgap.pipeline.store.files import read_small
 from capgap.pipeline.store.quarantine import read_quarantine
 from capgap.pipeline.workflow.context import Instance, StageName
 from capgap.pipeline.workflow.folder import WORK_FOLDER, finished_units
-from capgap.pipeline.workflow.graph import CHAT_CACHE, decisive_settings, further_caches, input_names, instances
+from capgap.pipeline.workflow.graph import (
+    CHAT_CACHE,
+    decisive_settings,
+    further_caches,
+    implied_inputs,
+    input_names,
+    instances,
+)
 from capgap.pipeline.workflow.identity import first_difference, identity_of, seal_of
 from capgap.pipeline.workflow.sources import changed_source
 from capgap.schemas.errors import CorruptError, InputError
@@ -64,6 +71,8 @@ class StageState:
         """Whether that instance may read the folder: it is current, or lacks only what the reader is told to skip."""
         if self.in_quarantine and reader.stage == "train" and reader.arm is not None:
             return run.train_settings(reader.arm).on_corrupt == "skip"
+        if self.in_quarantine and reader.stage == "eval":
+            return True  # held-out shards in quarantine are not measured on, others not read
         return self.state is State.CURRENT
 
 
@@ -179,7 +188,9 @@ def _state_of(
     folder = Path(run.out) / instance.name
     settings = json.loads(json.dumps(decisive_settings(run, instance)))
     inputs = {name: known[name] for name in (*input_names(run, instance), *further_caches(run, instance))}
-    identity = identity_of(instance.stage, settings, {name: entry.identity for name, entry in inputs.items()})
+    implied = implied_inputs(instance)
+    deciding = {name: entry.identity for name, entry in inputs.items() if name not in implied}
+    identity = identity_of(instance.stage, settings, deciding)
     order = WorkOrder(stage=instance.stage, instance=instance.name, settings=settings, inputs=inputs, identity=identity)
     manifest = read_manifest(folder)
     if manifest is not None:
@@ -228,7 +239,8 @@ def _difference(old: WorkOrder, new: WorkOrder) -> str:
         ]
         return f"input {', '.join(changed)} changed" if changed else "made by another version of capgap"
     for name, entry in new.inputs.items():
-        if entry.content and old.inputs[name].content != entry.content:
+        # an implied input may be new
+        if entry.content and name in old.inputs and old.inputs[name].content != entry.content:
             return f"input {name} was made again and came out different"
     return ""
 

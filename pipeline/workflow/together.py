@@ -61,8 +61,8 @@ def training_of(run: RunFile, instance: Instance) -> OptimizationSettings | None
         return run.train_settings(instance.arm)
     if instance.stage == "tune":
         return run.tune
-    if instance.stage == "teacher" and run.teacher.model is not None:
-        return run.teacher.recipe
+    if instance.stage == "teacher":
+        return run.teacher.optimization
     return None
 
 

@@ -67,7 +67,7 @@ def test_a_setting_of_the_wrong_type_is_named_with_what_was_found(run: Run) -> N
 
 def test_a_flag_out_of_bounds_is_named_with_its_bound(run: Run) -> None:
     line = run.refused("--train.alpha", "7")
-    assert "train.alpha" in line and "less than or equal to 1" in line and "7" in line
+    assert "train.alpha" in line and "at most 1" in line and "7" in line
 
 
 def test_an_optional_setting_of_the_wrong_kind_is_named_with_what_it_takes(run: Run) -> None:
@@ -87,7 +87,7 @@ def test_contradicting_settings_are_both_named(run: Run) -> None:
 
 def test_an_arm_with_an_unknown_setting_is_named(run: Run) -> None:
     run.settings["arms"]["distilled"] = {"alfa": 1}
-    assert "arms.distilled.alfa: no such setting of train" in run.refused()
+    assert "arms.distilled.alfa: no such setting; found 1; did you mean alpha?" in run.refused()
 
 
 def test_a_missing_run_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,18 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from command import capgap, run_of
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
+
+from capgap.pipeline.prune.cut import cut
+from capgap.pipeline.prune.kept import choose, random_scores
+from capgap.pipeline.prune.shapes import shape_of
 
 TEMPLATE = "{% for m in messages %}import {{ m.content }} {% endfor %}"
 
@@ -19,6 +25,18 @@ from vllm import LLM, SamplingParams
 llm = LLM(model=sys.argv[1], enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=64)
 output = llm.chat([{"role": "user", "content": "os"}], SamplingParams(max_tokens=8, temperature=0.0))[0]
 print("asked", list(output.prompt_token_ids), "answered", list(output.outputs[0].token_ids))
+"""
+
+COMPLETE_IDS = """
+import os, sys
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from vllm import LLM, SamplingParams
+llm = LLM(
+    model=sys.argv[1], enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=64, skip_tokenizer_init=True
+)
+prompt = {"prompt_token_ids": [5, 9, 2, 7, 1]}
+output = llm.generate([prompt], SamplingParams(max_tokens=8, temperature=0.0, detokenize=False))[0].outputs[0]
+print("completed", list(output.token_ids))
 """
 
 COMPLETE = """
@@ -80,3 +98,42 @@ def test_a_student_with_a_teachers_chat_template_answers_in_vllm_as_in_transform
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"asked {asked} answered {answer}" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama with groups", "qwen2 tied", "qwen3 tied"])
+def test_a_pruned_teacher_is_served_by_vllm_as_by_transformers(name: str, tmp_path: Path) -> None:
+    """Heads stay 32 wide beside a width that they no longer divide: what each of the two makes of that is compared."""
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 128,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,  # far from ties
+    }
+    config = {
+        "llama with groups": LlamaConfig(**sizes, tie_word_embeddings=False),
+        "qwen2 tied": Qwen2Config(**sizes, tie_word_embeddings=True),
+        "qwen3 tied": Qwen3Config(**sizes, head_dim=32, tie_word_embeddings=True),
+    }[name]
+    torch.manual_seed(0)
+    teacher = AutoModelForCausalLM.from_config(config)
+    shape = shape_of(config, name)
+    target = replace(shape, num_layers=2, hidden_size=96, num_heads=2, intermediate_size=64)
+    energy_NH = torch.full((7, 128), 1 / 128, dtype=torch.float64)
+    student = cut(teacher, target, choose(random_scores(shape, 0), target, "random"), energy_NH)
+    student.save_pretrained(tmp_path)
+    prompt = torch.tensor([[5, 9, 2, 7, 1]])
+    generated = student.generate(prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", COMPLETE_IDS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"completed {generated[0, 5:].tolist()}" in done.stdout

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from processes import one_line
 
+from capgap.jobs.arguments import parse_run, run_parser
 from capgap.jobs.cli import main
 from capgap.jobs.plain_yaml import require_plain
 from capgap.schemas.errors import InputError
@@ -54,13 +55,30 @@ def test_the_payload_would_work(marker: Path) -> None:
         {"teacher": {"model": {"class_path": "stranger.Evil"}}},
         {"arms": {"a": {"alpha": {"class_path": "stranger.Evil", "init_args": {}}}}},
         {"corpus": {"sources": [{"class_path": "stranger.Evil"}]}},
+        {"train": {"loggers": [{"class_path": "stranger.Evil", "init_args": {}}]}},
+        {"arms": {"a": {"loggers": [{"class_path": "stranger.Evil"}]}}},
+        {"train": {"loggers": [{"class_path": "csv", "init_args": {"a": {"class_path": "stranger.Evil"}}}]}},
     ],
-    ids=["teacher", "train", "optional", "arms", "list"],
+    ids=["teacher", "train", "optional", "arms", "list", "logger", "logger-of-an-arm", "argument-of-a-logger"],
 )
 def test_no_class_is_imported(marker: Path, said_of: Callable[[str], str], place: dict[str, Any]) -> None:
     line = said_of(json.dumps(BASE | place))
     assert "class_path: a run file cannot name a class; found stranger.Evil" in line
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("place", ["train", "arms"])
+def test_a_logger_by_its_name_is_one(tmp_path: Path, place: str) -> None:
+    loggers = ["csv", {"class_path": "wandb", "init_args": {"project": "students"}}]
+    loggers += [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "logs"}}]
+    settings = {"loggers": loggers} if place == "train" else {"a": {"loggers": loggers}}
+    (tmp_path / "run.yaml").write_text(json.dumps(BASE | {"out": str(tmp_path / "out"), place: settings}))
+    run, _ = parse_run(run_parser("capgap status", ""), [str(tmp_path / "run.yaml")])
+    *by_name, of_lightning = run.train_settings("distilled" if place == "train" else "a").loggers
+    assert by_name == loggers[:2]
+    # beside other defaults of the class, in an arm
+    assert of_lightning["class_path"] == "lightning.pytorch.loggers.CSVLogger"
+    assert of_lightning["init_args"]["save_dir"] == "logs"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +137,8 @@ def test_no_other_file_is_read(tmp_path: Path, place: str, capsys: pytest.Captur
     inner[name] = str(tmp_path / "other.yaml")
     (tmp_path / "run.yaml").write_text(json.dumps(settings))
     assert main(["status", str(tmp_path / "run.yaml")]) != 0
-    assert f"{place}: not settings by name" in one_line(capsys.readouterr().err)
+    line = one_line(capsys.readouterr().err)
+    assert f": {place}: cannot be used; found {tmp_path / 'other.yaml'}, expected settings by name" in line
 
 
 def test_a_run_file_names_no_other_run_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,7 @@ def test_advice_from_a_fit_as_json(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["frobnicate"], "no such command; found frobnicate, expected one of fit, report, advise"),
+        (["frobnicate"], "no such command; found frobnicate, expected one of plan, run, table, fit, report, advise"),
         (["fit", "none.jsonl"], "none.jsonl: no such table"),
         (["fit", "none.jsonl", "--delta", "0"], "--delta: not a difference"),
         (["report", "none"], "there is no fit"),
@@ -83,4 +83,4 @@ def test_what_a_person_mistypes_is_one_line(
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["law", "--help"]) == 0
-    assert "capgap law fit|report|advise" in capsys.readouterr().out
+    assert "capgap law plan|run|table|fit|report|advise" in capsys.readouterr().out

@@ -12,15 +12,24 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from capgap.jobs.arguments import parse, parse_run, run_parser
 from capgap.jobs.cli import main
 from capgap.jobs.commands import stage_parser, verify_parser
+from capgap.jobs.fidelity import fidelity_parser
+from capgap.jobs.interchange import export_parser, import_parser
 from capgap.jobs.law import COMMANDS
+from capgap.jobs.plain_yaml import require_plain
 from capgap.jobs.plan import plan_parser
-from capgap.pipeline.workflow.context import STAGES
+from capgap.jobs.status import status_parser
+from capgap.pipeline.law.expand import cells
+from capgap.pipeline.prune.cut import pruned_config
+from capgap.pipeline.prune.shapes import shape_of, target_shape
+from capgap.pipeline.workflow.context import OPTIONAL_STAGES, STAGES
 from capgap.pipeline.workflow.graph import instances
+from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.run_file import RunFile
 
 ROOT = Path(__file__).parents[2]
-RUN_FILES = sorted((ROOT / "jobs" / "runs").glob("*.yaml"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+GRID_FILES = sorted((ROOT / "jobs" / "runs").glob("law-*.yaml"))
+RUN_FILES = sorted({*(ROOT / "jobs" / "runs").glob("*.yaml")} - {*GRID_FILES})
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -43,7 +52,23 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
 def test_a_shipped_run_file_parses_and_names_every_stage(path: Path) -> None:
     run = RunFile.model_validate(yaml.safe_load(path.read_text()))
-    assert {instance.stage for instance in instances(run)} == set(STAGES) - ({"tune"} if run.tune is None else set())
+    assert {instance.stage for instance in instances(run)} >= set(STAGES) - OPTIONAL_STAGES
+
+
+@pytest.mark.parametrize("path", GRID_FILES, ids=lambda path: path.stem)
+def test_a_shipped_grid_file_parses_and_its_runs_are_run_files(path: Path) -> None:
+    grid = LawGrid.model_validate(yaml.safe_load(path.read_text()))
+    tokens = {student: dict.fromkeys(grid.budgets, 10_000) for student in grid.students}
+    found = list(cells(grid, tokens))
+    assert len(found) == len(grid.students) * (1 + len(grid.teachers)) * len(grid.seeds)
+    for cell in found:
+        assert RunFile.model_validate(cell.run.model_dump(mode="json")).arms == cell.run.arms
+
+
+def test_the_smoke_grid_and_the_measurement_are_shipped() -> None:
+    assert {path.stem for path in GRID_FILES} >= {"law-smoke", "law-cpu"}
+    grid = LawGrid.model_validate(yaml.safe_load((ROOT / "jobs/runs/law-cpu.yaml").read_text()))
+    assert len(grid.teachers) >= 5 and len(grid.students) >= 2 and len(grid.seeds) >= 3
 
 
 def test_the_demo_the_one_gpu_run_and_the_paper_s_shape_are_shipped() -> None:
@@ -51,18 +76,16 @@ def test_the_demo_the_one_gpu_run_and_the_paper_s_shape_are_shipped() -> None:
 
 
 def test_the_paper_s_student_has_three_billion_parameters() -> None:
-    shape = RunFile.model_validate(yaml.safe_load((ROOT / "jobs/runs/minima-3b.yaml").read_text())).student.model
-    assert shape is not None
+    run = RunFile.model_validate(yaml.safe_load((ROOT / "jobs/runs/minima-3b.yaml").read_text()))
+    prune, more = run.student.prune, run.corpus.extend_vocabulary
+    assert prune is not None and more is not None and run.teacher.adapt is not None
+    # Llama-2-7b, whose configuration is that of LlamaConfig, and the paper's vocabulary
+    teacher = LlamaConfig(vocab_size=32000 + more.num_pieces)
+    assert teacher.vocab_size == 49216
+    target = target_shape(shape_of(teacher, "the teacher"), prune)
+    assert (target.num_layers, target.hidden_size, target.num_heads, target.intermediate_size) == (24, 3072, 24, 8192)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            LlamaConfig(
-                vocab_size=49216,  # the paper's vocabulary
-                hidden_size=shape.hidden_size,
-                intermediate_size=shape.intermediate_size,
-                num_hidden_layers=shape.num_layers,
-                num_attention_heads=shape.num_heads,
-            )
-        )
+        model = AutoModelForCausalLM.from_config(pruned_config(teacher, target, list(range(4, 28))))
     # MiniMA-3B is published with 3.02B parameters
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(3.02e9, rel=0.01)
 
@@ -75,15 +98,24 @@ def test_a_command_in_the_documents_is_one_that_exists(line: str) -> None:
         assert {word for word in words[1:] if "=" not in word and not word.startswith("-")} <= targets
         return
     command, arguments = words[1], words[2:]
-    assert command in ("run", "status", "verify", "plan", "law", *STAGES)
+    assert command in ("run", "status", "verify", "plan", "fidelity", "law", "import", "export", *STAGES)
     if arguments == ["--help"]:
         return
-    if command == "verify":
-        parse(verify_parser(), arguments)
+    if command in ("verify", "import", "export"):
+        parser = {"verify": verify_parser, "import": import_parser, "export": export_parser}[command]()
+        parse(parser, arguments)
+        return
+    if command == "fidelity":
+        parse(fidelity_parser(), arguments)
         return
     if command == "plan":
         parse_run(
             plan_parser(), [str(ROOT / "jobs/runs/demo.yaml") if word == "RUN.yaml" else word for word in arguments]
+        )
+        return
+    if command == "status":
+        parse_run(
+            status_parser(), [str(ROOT / "jobs/runs/demo.yaml") if word == "RUN.yaml" else word for word in arguments]
         )
         return
     if command == "law":
@@ -103,16 +135,21 @@ def test_a_command_in_the_documents_is_one_that_exists(line: str) -> None:
 
 
 @pytest.mark.parametrize("document, text", blocks("yaml"))
-def test_a_yaml_in_the_documents_fits_the_run_file(document: str, text: str) -> None:
+def test_a_yaml_in_the_documents_fits_the_run_file(document: str, text: str, tmp_path: Path) -> None:
     demo = yaml.safe_load((ROOT / "jobs/runs/demo.yaml").read_text())
     shown = yaml.safe_load(text)
+    if "teachers" in shown:
+        LawGrid.model_validate(shown)
+        return
     RunFile.model_validate({**demo, **shown})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**demo, **shown}))
+    require_plain(tmp_path / "run.yaml")
 
 
 def test_help_names_every_command_and_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    for command in ("run", "status", "verify", "plan", "law", *STAGES):
+    for command in ("run", "status", "verify", "plan", "law", "import", "export", *STAGES):
         assert f"  {command}" in overview
     with pytest.raises(SystemExit):
         main(["train", "--help"])

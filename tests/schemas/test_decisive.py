@@ -9,24 +9,39 @@ import pytest
 from pydantic import ValidationError
 
 from capgap.schemas.base import Record
+from capgap.schemas.run_benchmark import BenchmarkSettings, BenchmarkTask
 from capgap.schemas.run_cache import CacheSettings
-from capgap.schemas.run_corpus import CorpusSettings
+from capgap.schemas.run_corpus import CorpusSettings, ExtendVocabularySettings
+from capgap.schemas.run_eval import EvalSettings, SpeculativeSettings
 from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_judge import AnswerSettings, JudgeSettings
 from capgap.schemas.run_model import ModelShape, StudentSettings, TeacherSettings
 from capgap.schemas.run_optimization import OptimizationSettings
+from capgap.schemas.run_prune import PruneSettings
 from capgap.schemas.run_train import TrainSettings
 
 BASE: dict[str, Any] = {"name": "tried", "out": "runs/tried", "teacher": {"model": {}}, "student": {"model": {}}}
 
 
+MORE = ExtendVocabularySettings(num_pieces=5)
+
 # Their default decides nothing, so that students from before the choice stay current; see the tests of each.
-LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight"}
+LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight", "benchmarks", "judge", "tune"}
 
 
 @pytest.mark.parametrize(
     ("record", "operational"),
     [
-        (CorpusSettings(tokenizer="t", messages_field="messages", context="document", whole_conversations=True), {}),
+        (
+            CorpusSettings(
+                tokenizer="t",
+                messages_field="messages",
+                context="document",
+                whole_conversations=True,
+                extend_vocabulary=MORE,
+            ),
+            {},
+        ),
         (
             CacheSettings(num_heldout_sequences=7),
             {
@@ -64,8 +79,25 @@ LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight"}
             },
         ),
         (ModelShape(), {}),
+        (PruneSettings(num_layers=2), {"batch_sequences": 7}),
         (RunFile.model_validate(BASE), {"out": "elsewhere", "device": "cpu"}),
-        (RunFile.model_validate(BASE).eval, {"batch_sequences": 7}),
+        (EvalSettings(teacher="live", speculative=SpeculativeSettings()), {"batch_sequences": 7}),
+        (SpeculativeSettings(), {"gpu_memory_fraction": 0.5}),
+        (
+            BenchmarkSettings(tasks={"mmlu": BenchmarkTask()}, include_path="tasks"),
+            {"teacher": False, "trust_task_code": True, "allow_code_execution": True, "batch_sequences": 7},
+        ),
+        (AnswerSettings(), {"gpu_memory_fraction": 0.5}),
+        (
+            JudgeSettings(model="one"),
+            {
+                "base_url": "http://elsewhere/v1",
+                "api_key_env": "OTHER_KEY",
+                "num_parallel": 7,
+                "timeout_s": 7.0,
+                "num_retries": 7,
+            },
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -100,6 +132,8 @@ def test_what_is_left_out_decides_like_its_default_spelt_out() -> None:
         ),
         (CorpusSettings(), CorpusSettings(vocab_size=4096)),
         (TrainSettings(divergence="jsd"), TrainSettings(divergence="jsd", jsd_beta=0.5)),
+        (PruneSettings(), PruneSettings(layers="block_influence")),
+        (PruneSettings(importance="random"), PruneSettings(importance="random", layers="random")),
         (TrainSettings(final_alpha=0.5), TrainSettings(final_alpha=0.5, alpha_schedule="linear")),
         (
             OptimizationSettings(schedule="wsd"),
@@ -170,9 +204,51 @@ def test_held_out_sequences_decide_and_their_default_leaves_older_caches_current
     assert CacheSettings(num_heldout_sequences=0).decisive()["num_heldout_sequences"] == 0
 
 
+def test_what_eval_asks_of_the_teacher_decides_and_the_default_leaves_older_results_current() -> None:
+    plain = EvalSettings().decisive()
+    assert not {"teacher", "speculative"} & set(plain)
+    assert EvalSettings(teacher="cache").decisive() == plain | {"teacher": "cache"}
+    drafting = EvalSettings(speculative=SpeculativeSettings(num_prompts=7, gpu_memory_fraction=0.5)).decisive()
+    assert drafting["speculative"]["num_prompts"] == 7 and "gpu_memory_fraction" not in drafting["speculative"]
+
+
+def test_drafts_for_a_teacher_that_is_left_out_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"eval.speculative: found with eval.teacher cache, expected live"):
+        EvalSettings(teacher="cache", speculative=SpeculativeSettings())
+
+
 def test_a_beta_without_jsd_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"jsd_beta: found .* with divergence forward_kl, expected it with jsd"):
         TrainSettings(jsd_beta=0.3)
+
+
+def test_what_is_neither_extended_nor_adapted_is_that_of_before_it_could_be() -> None:
+    assert "extend_vocabulary" not in CorpusSettings(tokenizer="folder").decisive()
+    assert "adapt" not in TeacherSettings(path="folder").decisive()
+    assert "home_loss" not in TeacherSettings(path="folder", home_loss=2.0).decisive()
+    adapted = TeacherSettings.model_validate({"path": "folder", "adapt": {"log_every_steps": 3}}).decisive()["adapt"]
+    assert adapted["learning_rate"] == 3e-5 and "log_every_steps" not in adapted
+
+
+def test_what_cannot_be_extended_or_adapted_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"corpus\.extend_vocabulary: found without corpus\.tokenizer"):
+        CorpusSettings.model_validate({"extend_vocabulary": {"num_pieces": 5}})
+    with pytest.raises(
+        ValidationError, match=r"teacher\.adapt: found with teacher\.model, expected it with teacher\.p"
+    ):
+        TeacherSettings.model_validate({"model": {}, "adapt": {}})
+
+
+def test_a_student_that_is_not_pruned_is_that_of_before_there_was_pruning() -> None:
+    assert set(StudentSettings(path="folder").decisive()) == {"path", "model"}
+    assert set(StudentSettings(prune=PruneSettings()).decisive()) == {"path", "model", "prune"}
+
+
+def test_a_student_has_one_origin() -> None:
+    with pytest.raises(ValidationError, match="found none of path, model and prune, expected one of them"):
+        StudentSettings()
+    with pytest.raises(ValidationError, match="found path and prune of path, model and prune, expected one of them"):
+        StudentSettings(path="folder", prune=PruneSettings())
 
 
 def test_code_is_trusted_of_a_given_model_only_and_decides_only_then() -> None:

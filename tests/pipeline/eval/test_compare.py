@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from capgap.pipeline.eval.compare import Comparison, compare_rows
+from capgap.pipeline.eval.intervals import resample_weights
 from capgap.pipeline.eval.measure import score
 from capgap.pipeline.eval.spool import open_spool
 from capgap.schemas.errors import InputError, MachineError
@@ -55,10 +58,31 @@ def test_numbers_equal_a_float64_computation(tmp_path, make_model, make_sequence
 
 def test_an_id_that_the_teacher_excludes_adds_nothing():
     teacher_NV = torch.tensor([[0.5, 0.5, 0.0]]).log()
-    kl, _, _, acceptance = compare_rows(teacher_NV, torch.tensor([[0.25, 0.25, 0.5]]).log()).tolist()
+    ((kl, _, _, acceptance),) = compare_rows(teacher_NV, torch.tensor([[0.25, 0.25, 0.5]]).log()).tolist()
     assert kl == pytest.approx(0.6931472)
     assert acceptance == pytest.approx(0.5)
-    assert compare_rows(teacher_NV, teacher_NV)[0] == 0
+    assert compare_rows(teacher_NV, teacher_NV)[0, 0] == 0
+
+
+def test_intervals_are_over_sequences(tmp_path) -> None:
+    """Sequences that a student gets wholly right or wholly wrong: the interval is that of so many coins."""
+    p_N2 = torch.tensor([[0.9, 0.1]]).repeat(40, 1)
+    q_N2 = p_N2.clone()
+    q_N2[20:] = p_N2[20:].flip(1)
+    labels_S = np.full(10, 4)
+    with open_spool(tmp_path, 40, 2) as spool:
+        spool.append(p_N2.log())
+        comparison = Comparison(spool)
+        comparison.add(q_N2.log())
+        found = comparison.result("student", labels_S, resample_weights(10, 2000))
+    kl = 0.8 * math.log(9)
+    assert (found.kl, found.top1, found.acceptance) == pytest.approx((kl / 2, 0.5, 0.6), rel=1e-6)
+    assert comparison.kl_of_sequences(labels_S) == pytest.approx(np.repeat([0, 4 * kl], 5), abs=1e-6)
+    # of ten coins between two and eight come down heads with a probability of 98 %, between three and seven of 89 %
+    assert found.top1_interval is not None and found.kl_interval is not None and found.acceptance_interval is not None
+    assert (found.top1_interval.low, found.top1_interval.high) == pytest.approx((0.2, 0.8))
+    assert (found.kl_interval.low, found.kl_interval.high) == pytest.approx((0.2 * kl, 0.8 * kl), rel=1e-6)
+    assert (found.acceptance_interval.low, found.acceptance_interval.high) == pytest.approx((0.36, 0.84), rel=1e-6)
 
 
 def test_an_infinite_kl_names_the_student(tmp_path):

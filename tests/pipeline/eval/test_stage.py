@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
-from pathlib import Path
+import shutil
 from typing import Any
 
 import numpy as np
@@ -10,96 +11,68 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from capgap.pipeline.eval import stage
+from capgap.pipeline.eval import at_hand, stage
 from capgap.pipeline.models import load_model
-from capgap.pipeline.store import Block, ShardWriter, codec_for
-from capgap.pipeline.store.codec import SEQUENCES
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
+from capgap.pipeline.workflow.context import StageContext
 from capgap.schemas.errors import InputError, MismatchError
-from capgap.schemas.facts import CorpusFacts, ModelFacts, SplitFacts, TokenizerFacts
-from capgap.schemas.manifest import Manifest, ShardSet
-from capgap.schemas.records import Sequences
 from capgap.schemas.results import EvalResults
-from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_eval import SpeculativeSettings
 
-TOKENIZER = TokenizerFacts(fingerprint="f" * 64, vocab_size=128, eos_id=0)
-
-
-def _manifest(name: str, facts: dict[str, Any], shard_sets: dict[str, ShardSet] | None = None) -> Manifest:
-    empty = {"settings": {}, "inputs": {}, "files": (), "versions": {}, "command": ()}
-    return Manifest(
-        stage=name.split("/")[0],
-        instance=name,
-        identity="0" * 64,
-        content="1" * 64,
-        started="2026-01-01T00:00:00Z",
-        wall_s=1.0,
-        facts=facts,
-        shard_sets=shard_sets or {},
-        **empty,
-    )
+ARMS: dict[str, Any] = {"cross_entropy": {"alpha": 0}, "distilled": {}}
 
 
-def _corpus(folder: Path, sequences: Sequences) -> StageInput:
-    folder.mkdir()
-    codec = codec_for(SEQUENCES, sequences.tokens_BL1.shape[1] - 1, {"vocab_size": 128, "num_ids": 0})
-    writer = ShardWriter(folder, folder / "sidecars", "heldout", codec)
-    blocks = [_part(sequences, 0, 3), _part(sequences, 3, 5)], [_part(sequences, 5, len(sequences))]
-    shards = [writer.write(i, [Block(part) for part in parts]) for i, parts in enumerate(blocks)]
-    splits = {"heldout": SplitFacts(num_documents=6, num_text_bytes=480, num_text_tokens=144)}
-    facts = CorpusFacts(tokenizer=TOKENIZER, splits=splits)
-    return StageInput(folder, _manifest("corpus", facts.model_dump(mode="json"), {"heldout": writer.shard_set(shards)}))
+@pytest.fixture(scope="module")
+def context(tmp_path_factory, make_context) -> StageContext:
+    """Two arms of two seeds, measured."""
+    context = make_context(tmp_path_factory.mktemp("measured"), ARMS)
+    stage.run(context)
+    return context
 
 
-def _part(sequences: Sequences, start: int, stop: int) -> Sequences:
-    return Sequences(sequences.tokens_BL1[start:stop], sequences.starts_BL1[start:stop], sequences.mask_BL1[start:stop])
-
-
-def _model(folder: Path, name: str, model: LlamaForCausalLM, tokenizer: TokenizerFacts = TOKENIZER) -> StageInput:
-    model.save_pretrained(folder / name / "model")
-    facts = ModelFacts(
-        tokenizer=tokenizer,
-        num_parameters=model.num_parameters(),
-        num_non_embedding_parameters=model.num_parameters(exclude_embeddings=True),
-        padded_vocab_size=model.config.vocab_size,
-        max_positions=64,
-        path="model",
-    )
-    return StageInput(folder / name, _manifest(name, facts.model_dump(mode="json")))
+@pytest.fixture(scope="module")
+def found(context) -> EvalResults:
+    return _found(context)
 
 
 @pytest.fixture
-def context(tmp_path, make_model, make_sequences) -> StageContext:
-    run = RunFile.model_validate(
-        {
-            "name": "tiny",
-            "out": str(tmp_path),
-            "seeds": [0, 1],
-            "teacher": {"path": "somewhere"},
-            "student": {"model": {}},
-            "arms": {"cross_entropy": {"alpha": 0}, "distilled": {}},
-            "eval": {"num_sequences": 5, "num_full_sequences": 2, "num_bootstrap": 200, "batch_sequences": 2},
-        }
-    )
-    inputs = {"corpus": _corpus(tmp_path / "corpus", make_sequences())}
-    inputs["teacher"] = _model(tmp_path, "teacher", make_model(0, rows=160))
-    for i, arm in enumerate(run.arms):
-        for seed in run.seeds:
-            name = f"train/{arm}/seed-{seed}"
-            # the first student of the second arm is the teacher itself
-            weights = 0 if (i, seed) == (1, 0) else 10 + 2 * i + seed
-            inputs[name] = _model(tmp_path, name, make_model(weights, rows=160))
-    folder = tmp_path / "eval"
-    folder.mkdir()
-    return StageContext(run, Instance("eval"), folder, inputs, "cpu")
+def small(tmp_path, make_context) -> StageContext:
+    """One student, and one that is the teacher; not measured yet."""
+    return make_context(tmp_path, {"distilled": {}})
 
 
-def test_the_stage_measures_every_model(context, make_sequences):
+def _found(context: StageContext) -> EvalResults:
+    return EvalResults.model_validate_json((context.folder / "results.json").read_bytes())
+
+
+def _part(sequences: Any, start: int, stop: int) -> Any:
+    return dataclasses.replace(sequences, **{name: values[start:stop] for name, values in vars(sequences).items()})
+
+
+def _with(context: StageContext, **settings: Any) -> StageContext:
+    changed = context.run.eval.model_copy(update=settings)
+    return dataclasses.replace(context, run=context.run.model_copy(update={"eval": changed}))
+
+
+def test_one_model_is_loaded_at_a_time_and_nothing_else_is_left(tmp_path, make_context, monkeypatch, make_sequences):
+    alive: list[int] = []
+
+    def load_and_count(*arguments: Any) -> LlamaForCausalLM:
+        alive.append(sum(type(one) is LlamaForCausalLM for one in gc.get_objects()))
+        return load_model(*arguments)
+
+    context = make_context(tmp_path, {"distilled": {}})
+    gc.collect()
+    before = sum(type(one) is LlamaForCausalLM for one in gc.get_objects())
+    monkeypatch.setattr(stage, "load_model", load_and_count)
     result = stage.run(context)
+    assert alive == [before] * 3
     assert [path.name for path in context.folder.iterdir()] == ["results.json"]
-    found = EvalResults.model_validate_json((context.folder / "results.json").read_bytes())
     mask = make_sequences().mask_BL1[:, 1:]
-    assert result.totals == {"models": 5, "sequences": 5, "labels": mask[:5].sum(), "full_sequences": 2}
+    assert result.totals == {"models": 3, "sequences": 5, "labels": mask[:5].sum(), "full_sequences": 2}
+
+
+def test_the_stage_measures_every_model(context, found, make_sequences):
+    mask = make_sequences().mask_BL1[:, 1:]
     assert (found.num_labels, found.num_full_labels) == (mask[:5].sum(), mask[:2].sum())
     assert [model.name for model in found.models] == ["teacher", *(n for n in context.inputs if n.startswith("train"))]
     assert found.arms == ("cross_entropy", "distilled")
@@ -109,9 +82,7 @@ def test_the_stage_measures_every_model(context, make_sequences):
         assert model.bits_per_byte == pytest.approx(model.loss * 144 / 480 / math.log(2))
 
 
-def test_losses_and_differences_equal_a_direct_computation(context, make_model, make_sequences):
-    stage.run(context)
-    found = EvalResults.model_validate_json((context.folder / "results.json").read_bytes())
+def test_losses_and_differences_equal_a_direct_computation(found, make_model, make_sequences):
     sequences = _part(make_sequences(), 0, 5)
     tokens = torch.from_numpy(sequences.tokens_BL1).long()
     with torch.inference_mode():
@@ -129,41 +100,119 @@ def test_losses_and_differences_equal_a_direct_computation(context, make_model, 
     assert over.seeds == (0, 1)
 
 
-def test_a_student_that_is_the_teacher_is_recognised(context):
-    stage.run(context)
-    found = EvalResults.model_validate_json((context.folder / "results.json").read_bytes())
+def test_a_student_that_is_the_teacher_is_recognised(found):
     twin, other = found.of_arm("distilled")
     assert found.teacher.against_teacher is None
     assert (twin.loss, twin.against_teacher.kl, twin.against_teacher.top1) == (found.teacher.loss, 0, 1)
     assert other.against_teacher.kl > 0.1
 
 
-def test_one_model_is_loaded_at_a_time(context, monkeypatch):
-    alive: list[int] = []
-
-    def load_and_count(*arguments: Any) -> LlamaForCausalLM:
-        alive.append(sum(type(one) is LlamaForCausalLM for one in gc.get_objects()))
-        return load_model(*arguments)
-
-    monkeypatch.setattr(stage, "load_model", load_and_count)
-    gc.collect()
-    stage.run(context)
-    assert alive == [0] * 5
-
-
-def test_another_tokenizer_is_refused(context, tmp_path, make_model):
-    other = TOKENIZER.model_copy(update={"fingerprint": "a" * 64})
+def test_another_tokenizer_is_refused(small):
     name = "train/distilled/seed-1"
-    context.inputs[name] = _model(tmp_path / "other", name, make_model(3), other)
+    small.inputs[name].manifest.facts["tokenizer"]["fingerprint"] = "a" * 64
     with pytest.raises(MismatchError, match=f"{name}: the tokenizer is not the corpus's"):
-        stage.run(context)
+        stage.run(small)
 
 
-def test_a_broken_student_is_named_and_leaves_nothing(context, tmp_path, make_model):
+def test_a_broken_student_is_named_and_leaves_nothing(small, tmp_path, make_model, make_student):
     model = make_model(3)
     torch.nn.init.constant_(model.model.norm.weight, float("inf"))
     name = "train/distilled/seed-1"
-    context.inputs[name] = _model(tmp_path / "broken", name, model)
+    small.inputs[name] = make_student(tmp_path / "broken", name, model)
     with pytest.raises(InputError, match=f"{name}: the loss of held-out sequence 0"):
-        stage.run(context)
-    assert not list(context.folder.iterdir())
+        stage.run(small)
+    assert not list(small.folder.iterdir())
+
+
+def test_every_model_is_calibrated_and_every_comparison_has_an_interval(found):
+    for model in found.models:
+        assert model.ece is not None and 0 < model.ece < 1 and model.ece_interval.low < model.ece_interval.high
+    twin, other = found.of_arm("distilled")
+    assert twin.ece == found.teacher.ece
+    near = other.against_teacher
+    for quantity in ("kl", "top1", "top5", "acceptance"):
+        interval = getattr(near, f"{quantity}_interval")
+        assert interval.low <= getattr(near, quantity) <= interval.high, quantity
+
+
+def test_arms_differ_in_kl_as_their_kls_do(found):
+    models = {model.name: model for model in found.models}
+    assert [one.quantity for one in found.paired_nearness] == ["kl", "kl", "cached_kl", "cached_kl"]
+    for one in found.paired_nearness:
+        first, second = (models[f"train/{arm}/seed-{one.seed}"] for arm in (one.first, one.second))
+        if one.quantity == "kl":
+            expected = first.against_teacher.kl - second.against_teacher.kl
+        else:
+            expected = first.against_cache.kl - second.against_cache.kl
+        assert one.difference == pytest.approx(expected, abs=1e-6)  # a KL below 0 by rounding is told as 0
+        assert one.interval.low <= one.difference <= one.interval.high
+    assert [one.quantity for one in found.nearness_over_seeds] == ["kl", "cached_kl"]
+    assert all(one.quantity == "loss" for one in (*found.paired, *found.over_seeds))
+
+
+def test_students_are_held_against_the_caches_held_out_sequences(found, make_sequences):
+    # the sixth lies in the second block, and the first of all has no label
+    labels = int(make_sequences().mask_BL1[1:6, 1:].sum())
+    assert (found.cached.recording, found.cached.num_sequences, found.cached.num_labels) == ("topk", 5, labels)
+    twin, other = found.of_arm("distilled")
+    # the twin's own loss, rounded otherwise
+    assert found.cached.teacher_loss == pytest.approx(twin.against_cache.loss, rel=1e-5)
+    assert twin.against_cache.kl == pytest.approx(0, abs=1e-6)
+    assert (twin.against_cache.top1, twin.against_cache.teacher_ce) == (1, None)
+    assert other.against_cache.kl > 0.1 and other.against_cache.top1 < 1
+    assert other.against_cache.interval.low < other.against_cache.kl < other.against_cache.interval.high
+    assert found.teacher.against_cache is None
+
+
+def test_without_the_teacher_losses_and_the_cache_remain(context, found, tmp_path, caplog):
+    alone = dataclasses.replace(_with(context, teacher="cache"), folder=tmp_path, inputs=dict(context.inputs))
+    del alone.inputs["teacher"]
+    stage.run(alone)
+    less = _found(alone)
+    assert less.teacher is None and less.num_full_sequences == less.num_full_labels == 0
+    for here, there in zip(less.models, found.models[1:], strict=True):
+        assert here == there.model_copy(update={"against_teacher": None})
+    assert less.cached == found.cached and {one.quantity for one in less.paired_nearness} == {"cached_kl"}
+    assert less.paired == found.paired
+    assert less.teacher_missing == "eval.teacher is cache"
+    assert "eval.teacher is cache; the cache's held-out sequences stand for it" in caplog.text
+
+
+def test_a_teacher_that_is_gone_or_too_large_is_left_out_unless_it_must_be_there(small, monkeypatch):
+    assert at_hand.why_missing(small) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(at_hand, "free_bytes", lambda device: 1000)
+        assert "its weights take" in str(at_hand.why_missing(small))
+        assert at_hand.why_missing(_with(small, teacher="live")) is None
+    folder = small.inputs["teacher"].path / "model"
+    (folder / "model.safetensors").unlink()
+    assert "no weights as safetensors" in str(at_hand.why_missing(small))
+    shutil.rmtree(folder)
+    assert "its model cannot be found" in str(at_hand.why_missing(small))
+    with pytest.raises(InputError, match="no model can be found"):
+        stage.run(_with(small, teacher="live"))
+    # drafts are for the teacher itself
+    assert at_hand.why_missing(_with(small, speculative=SpeculativeSettings())) is None
+
+
+def test_a_teacher_that_is_gone_is_told_in_the_results(tmp_path, make_context):
+    context = make_context(tmp_path, {"distilled": {}}, num_seeds=1)
+    shutil.rmtree(context.inputs["teacher"].path / "model")
+    stage.run(context)
+    (model,) = _found(context).models
+    assert model.against_teacher is None and model.against_cache is not None
+    assert "its model cannot be found" in _found(context).teacher_missing
+
+
+def test_neither_teacher_nor_cached_sequences_is_refused_where_it_was_asked_for(
+    tmp_path, make_context, make_eval_cache, make_model, make_sequences
+):
+    context = make_context(tmp_path, {"distilled": {}}, num_seeds=1)
+    context.inputs["cache"] = make_eval_cache(tmp_path / "bare", make_sequences(), make_model(0), {}, 1.0)
+    with pytest.raises(InputError, match=r"no held-out sequences .* set eval.teacher to live"):
+        stage.run(_with(context, teacher="cache"))
+    # and where it was not, text and teacher remain
+    stage.run(context)
+    found = _found(context)
+    assert found.cached is None and found.teacher is not None
+    assert all(model.against_cache is None for model in found.models)

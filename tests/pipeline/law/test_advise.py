@@ -11,6 +11,7 @@ from law_tables import planted, valley
 from capgap.pipeline.law.advise import advise
 from capgap.pipeline.law.fit import fit_table
 from capgap.pipeline.law.published import GivenTeacher
+from capgap.pipeline.law.summary import advice_lines
 from capgap.pipeline.law.table import write_table
 from capgap.schemas.errors import SettingError
 from capgap.schemas.law_fit import LawFit
@@ -66,3 +67,15 @@ def test_a_fit_without_a_law_gives_no_number_and_says_what_was_seen(tmp_path: Pa
 def test_one_teacher_twice_is_no_choice() -> None:
     with pytest.raises(SettingError, match="each once"):
         advise(3_000_000_000, 126_000_000_000, [TEACHERS[0], TEACHERS[0]])
+
+
+def test_a_teacher_more_than_ten_times_the_student_is_warned_of() -> None:
+    advice = advise(3_000_000_000, 126_000_000_000, TEACHERS)
+    assert advice.warning is not None and "70B (23.3 x)" in advice.warning and "13B" not in advice.warning
+    assert list(advice_lines(advice))[-1].startswith("warning: more than 10 x the student")
+    assert advise(3_000_000_000, 126_000_000_000, TEACHERS[:2]).warning is None
+
+
+def test_a_fit_warns_of_them_too(fit: LawFit) -> None:
+    notes = fit.curves[0].notes
+    assert any(note.startswith("more than 10 x the student: t16000000 (16 x)") for note in notes), notes

@@ -12,9 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from capgap.pipeline.plan import Stated, make_plan
 from capgap.pipeline.plan.break_even import least_students
+from capgap.pipeline.plan.plan import far_from_home
 from capgap.pipeline.plan.sizes import shape_parameters
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance
+from capgap.pipeline.workflow.state import states
 from capgap.schemas.plan import Plan, StagePlan
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_model import ModelShape
@@ -52,6 +54,19 @@ def test_a_shape_is_counted_as_the_model_that_is_made_of_it() -> None:
             )
         )
     assert shape_parameters(shape) + 32 == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_pruned_student_is_counted_before_it_is_made(run: Callable[..., RunFile]) -> None:
+    """Width 16, one layer of one group of two heads of 8, 24 neurons; embedding and head are one."""
+    prune = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+    pruned = run(student={"prune": prune})
+    carry_out(pruned, Instance("corpus"))
+    layer = (2 * 16 * 16 + 2 * 16 * 8) + 3 * 16 * 24 + 2 * 16
+    assert make_plan(pruned, Stated()).student_parameters.value == 400 * 16 + layer + 16
+    full = make_plan(run(student={"prune": {}}), Stated())
+    assert full.student_parameters.value == full.teacher_parameters.value
+    wider = make_plan(run(student={"prune": {"num_layers": 9}}), Stated())
+    assert "found 9, expected at most the teacher's 2" in wider.student_parameters.source
 
 
 def test_before_anything_is_made_tokens_are_estimated_and_after_the_corpus_counted(run: Callable[..., RunFile]) -> None:
@@ -130,6 +145,13 @@ def test_what_is_reused_costs_nothing(run: Callable[..., RunFile], tmp_path: Pat
     assert stages(plan)["cache"].tokens.source == "the corpus"
 
 
+def test_an_evaluation_without_the_teacher_is_of_students_alone(run: Callable[..., RunFile]) -> None:
+    whole, less = (stages(make_plan(run(**more), Stated()))["eval"] for more in ({}, {"eval": {"teacher": "cache"}}))
+    # one arm of one seed
+    assert whole.tokens.value is not None and less.tokens.value == whole.tokens.value / 2
+    assert whole.scratch_bytes.value and less.scratch_bytes.value == 0
+
+
 @pytest.mark.parametrize(
     ("once", "each", "least"), [(10, 10, 2), (10, 11, 1), (10, 4, 3), (10, 5, 3), (0, 1, 1), (1, 0, None)]
 )
@@ -191,3 +213,15 @@ def test_a_tokenizer_that_is_not_here_leaves_out_what_depends_on_it(
     assert plan.teacher_parameters.value is None and "no model can be found" in plan.teacher_parameters.source
     assert plan.student_parameters.value is None and plan.needed_bytes.value is None
     assert any("not known" in note for note in plan.notes)
+
+
+def test_a_teacher_far_from_home_is_told_to_be_adapted(run: Callable[..., RunFile]) -> None:
+    made = run(teacher={"model": SHAPE, "training": {"max_tokens": 256}})
+    for stage in ("corpus", "teacher", "cache"):
+        carry_out(made, Instance(stage))
+    loss = states(made)["cache"].manifest.facts["mean_label_loss"]  # type: ignore[union-attr]
+    for home, said in ((loss - 0.3, True), (loss - 0.1, False), (loss + 1, False)):
+        there = run(teacher={"model": SHAPE, "training": {"max_tokens": 256}, "home_loss": home})
+        notes = make_plan(there, Stated()).notes
+        assert any("0.300 above" in note and "teacher.adapt" in note for note in notes) == said
+    assert not far_from_home(1.0, None), "nothing is known of a corpus that was not scored"

@@ -83,6 +83,8 @@ def _manifest(name: str, recordings: dict[str, int]) -> Manifest:
         extra["facts"] = facts.model_dump(mode="json")
         extra["shard_sets"] = {name: _shards(4096, 64_000_000 * (1 + n)) for n, name in enumerate(recordings)}
         extra["versions"] |= {"vllm": "<script>alert(1)</script>"}
+    if stage in ("teacher", "train"):
+        extra["totals"] = {"num_tokens": 8_000_000 if stage == "teacher" else 2_000_000}
     if stage == "corpus":
         extra["shard_sets"] = {"heldout": _shards(NUM_SEQUENCES, 300_000)}
     empty = {"settings": {}, "inputs": {}, "files": (), "command": (), "started": "2026-01-01T00:00:00Z"}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from tiny_runs import settings_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance
+from capgap.pipeline.workflow.state import State, states
+from capgap.schemas.errors import SettingError
 from capgap.schemas.run_file import RunFile
 
 SHAPE = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
@@ -40,3 +46,62 @@ def test_a_given_model_s_weights_arrive_unchanged_with_the_corpus_s_tokenizer(ma
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(source).get_vocab()
     assert {Path(entry.path).name for entry in manifest.sources} >= {"model.safetensors", "config.json"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> dict[str, Any]:
+    """A run whose corpus and teacher, given, are made."""
+    run = settings_of(tmp_path_factory.mktemp("pruned") / "run", "number")
+    for instance in (Instance("corpus"), Instance("teacher")):
+        carry_out(RunFile.model_validate(run), instance)
+    return run
+
+
+def _pruned(run: dict[str, Any], **prune: Any) -> RunFile:
+    return RunFile.model_validate(run | {"student": {"prune": prune}, "seeds": [0, 1]})
+
+
+def test_a_teacher_pruned_to_its_own_shape_is_the_teacher(tiny: dict[str, Any]) -> None:
+    run = _pruned(tiny)
+    manifest = carry_out(run, Instance("student", seed=0), force=True)
+    before, after = _weights(Path(tiny["teacher"]["path"])), _weights(Path(run.out) / "student/seed-0/model")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert manifest.totals["kl_of_student"] == 0
+    assert manifest.totals["heldout_loss_of_teacher"] == manifest.totals["heldout_loss_of_student"]
+    assert set(manifest.inputs) == {"corpus", "teacher"}
+
+
+@pytest.mark.parametrize("importance", ["activation", "taylor", "random"])
+def test_a_pruned_teacher_says_what_went_and_what_that_cost(tiny: dict[str, Any], importance: str) -> None:
+    run = _pruned(tiny, hidden_size=24, num_heads=1, num_key_value_heads=1, intermediate_size=20, importance=importance)
+    made = [carry_out(run, Instance("student", seed=seed), force=True) for seed in (0, 1)]
+    folder = Path(run.out) / "student/seed-0"
+    report = json.loads((folder / "prune.json").read_text())
+    assert [len(report["kept"][name]) for name in ("layers", "hidden")] == [1, 24]
+    assert [len(report["kept"][name][0]) for name in ("heads", "key_value_heads", "neurons")] == [1, 1, 20]
+    assert [len(report["scores"][name][0]) for name in ("heads", "neurons")] == [2, 32]
+    totals = made[0].totals
+    assert {name: totals[name] for name in report["figures"]} == report["figures"]
+    assert totals["kl_of_student"] > 0.001 and totals["heldout_loss_of_student"] != totals["heldout_loss_of_teacher"]
+    teacher, student = (_weights(p) for p in (Path(tiny["teacher"]["path"]), folder / "model"))
+    kept = torch.tensor(report["kept"]["hidden"])
+    assert torch.equal(student["model.embed_tokens.weight"], teacher["model.embed_tokens.weight"][:, kept])
+    # a seed decides what is drawn, and nothing else of a pruning
+    assert (made[0].content == made[1].content) == (importance != "random")
+
+
+def test_layers_can_be_scored_by_the_loss_without_them(tiny: dict[str, Any]) -> None:
+    run = _pruned(tiny, layers="loss", num_sequences=4)
+    carry_out(run, Instance("student", seed=0), force=True)
+    report = json.loads((Path(run.out) / "student/seed-0/prune.json").read_text())
+    assert report["figures"]["num_calibration_sequences"] == 4
+    assert len(report["scores"]["layers"]) == 1 and report["scores"]["layers"][0] != 0
+
+
+def test_a_shape_that_the_teacher_cannot_give_is_refused_before_the_folder_is_emptied(tiny: dict[str, Any]) -> None:
+    carry_out(_pruned(tiny), Instance("student", seed=0), force=True)
+    wrong = _pruned(tiny, num_layers=2)
+    with pytest.raises(SettingError, match=r"student\.prune\.num_layers: .* found 2, expected at most the teacher's 1"):
+        carry_out(wrong, Instance("student", seed=0))
+    assert states(_pruned(tiny))["student/seed-0"].state is State.CURRENT

@@ -37,6 +37,11 @@ def test_a_student_is_trained_and_its_folder_can_be_used(made) -> None:
         rows = [row for row in csv.DictReader(file) if row["train_kl"]]
     assert [int(row["step"]) for row in rows] == [*range(2, 31, 2)]
     assert float(rows[-1]["train_kl"]) < float(rows[0]["train_kl"]) - 0.05
+    before, *_, after = [row for row in read_rows(folder / "metrics.csv") if row["heldout_teacher_ce"]]
+    assert (before["step"], after["step"]) == ("0", "30"), "how far it was before it had learnt anything"
+    assert float(before["heldout_teacher_ce"]) > float(after["heldout_teacher_ce"]) + 0.05
+    for name in ("validation_loss", "heldout_teacher_ce", "heldout_top1"):
+        assert manifest.totals[f"first_{name}"] == float(before[name])
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     ids = tokenizer("number 3 is 9", return_tensors="pt").input_ids

@@ -35,7 +35,7 @@ def make_run(tmp_path: Path) -> Callable[..., RunFile]:
             place = values
             for parent in parents:
                 place = place.setdefault(parent, {})
-            place[name] = value
+            place[name] = copy.deepcopy(value)
         return RunFile.model_validate(values)
 
     return make

@@ -16,6 +16,7 @@ FROM_TEACHER = {"teacher", "cache", "train", "eval", "report"}
 FROM_CACHE = {"cache", "train", "eval", "report"}
 FROM_STUDENT = {"student", "train", "eval", "report"}
 FROM_TRAIN = {"train", "eval", "report"}
+FROM_ANSWERS = {"answers", "judge", "report"}
 
 # Setting, a value other than its default and than the run file's, and the stages that are made again for it.
 SHAPE: dict[str, Any] = {
@@ -68,6 +69,9 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("corpus.messages_field", "messages", ALL),
     ("corpus.whole_conversations", True, ALL),
     ("corpus.vocab_size", 512, ALL),
+    ("corpus.extend_vocabulary.num_pieces", 7, ALL),
+    ("corpus.extend_vocabulary.sources", ["other.txt"], ALL),
+    ("corpus.extend_vocabulary.min_frequency", 7, ALL),
     ("corpus.seq_len", 64, ALL),
     ("corpus.long_documents", "drop", ALL),
     ("corpus.context", "document", ALL),
@@ -78,6 +82,10 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     *((f"teacher.model.{name}", value, FROM_TEACHER) for name, value in SHAPE.items()),
     *((f"teacher.training.{name}", value, FROM_TEACHER) for name, value in OPTIMIZATION.items()),
     *((f"teacher.training.{name}", value, set()) for name, value in OPTIMIZATION_OPERATIONAL.items()),
+    *((f"teacher.adapt.{name}", value, FROM_TEACHER) for name, value in OPTIMIZATION.items()),
+    *((f"teacher.adapt.{name}", value, set()) for name, value in OPTIMIZATION_OPERATIONAL.items()),
+    ("teacher.adapt.pad_to_multiple_of", 64, FROM_TEACHER),
+    ("teacher.home_loss", 2.0, set()),
     ("teacher.seed", 1, FROM_TEACHER),
     ("teacher.trust_remote_code", True, FROM_TEACHER),
     ("cache.engine", "transformers", FROM_CACHE),
@@ -100,6 +108,15 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("student.path", "folder", FROM_STUDENT),
     ("student.trust_remote_code", True, FROM_STUDENT),
     *((f"student.model.{name}", value, FROM_STUDENT) for name, value in SHAPE.items()),
+    ("student.prune.num_layers", 2, FROM_STUDENT),
+    ("student.prune.hidden_size", 16, FROM_STUDENT),
+    ("student.prune.num_heads", 2, FROM_STUDENT),
+    ("student.prune.num_key_value_heads", 2, FROM_STUDENT),
+    ("student.prune.intermediate_size", 16, FROM_STUDENT),
+    ("student.prune.importance", "taylor", FROM_STUDENT),
+    ("student.prune.layers", "loss", FROM_STUDENT),
+    ("student.prune.num_sequences", 7, FROM_STUDENT),
+    ("student.prune.batch_sequences", 7, set()),
     *((f"train.{name}", value, FROM_TRAIN) for name, value in OPTIMIZATION.items()),
     *((f"train.{name}", value, set()) for name, value in OPTIMIZATION_OPERATIONAL.items()),
     ("train.alpha", 0.5, {"train/distilled", "eval", "report"}),  # the other arm has an alpha of its own
@@ -132,10 +149,48 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("eval.num_full_sequences", 7, {"eval", "report"}),
     ("eval.num_bootstrap", 700, {"eval", "report"}),
     ("eval.batch_sequences", 7, set()),
+    ("benchmarks.tasks", {"mmlu": {"num_fewshot": 0}}, {"benchmark", "report"}),
+    ("benchmarks.backend", "hf", {"benchmark", "report"}),
+    ("benchmarks.limit", 7, {"benchmark", "report"}),
+    ("benchmarks.context_tokens", 77, {"benchmark", "report"}),
+    ("benchmarks.apply_chat_template", True, {"benchmark", "report"}),
+    ("benchmarks.include_path", "tasks", {"benchmark", "report"}),
+    ("benchmarks.trust_task_code", True, set()),
+    ("benchmarks.allow_code_execution", True, set()),
+    ("benchmarks.batch_sequences", 7, set()),
+    ("eval.teacher", "live", {"eval", "report"}),
+    ("eval.speculative.num_speculative_tokens", 7, {"eval", "report"}),
+    ("eval.speculative.num_prompts", 7, {"eval", "report"}),
+    ("eval.speculative.num_prompt_tokens", 7, {"eval", "report"}),
+    ("eval.speculative.num_new_tokens", 7, {"eval", "report"}),
+    ("eval.speculative.gpu_memory_fraction", 0.5, set()),
+    ("judge.model", "other", {"judge", "report"}),
+    ("judge.base_url", "http://elsewhere/v1", set()),
+    ("judge.api_key_env", "OTHER_KEY", set()),
+    ("judge.mode", "both", {"judge", "report"}),
+    ("judge.questions", "other.jsonl", FROM_ANSWERS),
+    ("judge.answers.engine", "transformers", FROM_ANSWERS),
+    ("judge.answers.dtype", "float32", FROM_ANSWERS),
+    ("judge.answers.max_tokens", 7, FROM_ANSWERS),
+    ("judge.answers.temperatures", {"math": 0.1}, FROM_ANSWERS),
+    ("judge.answers.temperature", 0.1, FROM_ANSWERS),
+    ("judge.answers.top_p", 0.5, FROM_ANSWERS),
+    ("judge.answers.seed", 1, FROM_ANSWERS),
+    ("judge.answers.gpu_memory_fraction", 0.5, set()),
+    ("judge.temperature", 1.0, {"judge", "report"}),
+    ("judge.max_tokens", 7, {"judge", "report"}),
+    ("judge.num_asks", 7, {"judge", "report"}),
+    ("judge.num_bootstrap", 700, {"judge", "report"}),
+    ("judge.num_parallel", 7, set()),
+    ("judge.timeout_s", 7.0, set()),
+    ("judge.num_retries", 7, set()),
 ]
 # What else must be set for the setting above to be allowed, in the run file before and after.
 BESIDE = {f"cache.{name}": {"cache.recording": "topk"} for name in ("num_kept", "profile", "extra_temperatures")}
+BESIDE["eval.speculative.gpu_memory_fraction"] = {"eval.speculative": {}}
 BESIDE["corpus.messages_field"] = {"corpus.tokenizer": "folder"}
+PRUNED = {"student.model": None, "student.prune": {}}
+BESIDE |= {path: PRUNED for path, _, _ in TABLE if path.startswith("student.prune.")}
 BESIDE["corpus.whole_conversations"] = {
     "corpus.tokenizer": "folder",
     "corpus.messages_field": "messages",
@@ -143,17 +198,27 @@ BESIDE["corpus.whole_conversations"] = {
 }
 BESIDE["train.jsd_beta"] = {"train.divergence": "jsd"}
 BESIDE["train.own_weight"] = {"train.caches": {"draws": {}}}
+BESIDE |= {row[0]: {"judge.model": "one"} for row in TABLE if row[0].startswith("judge.")}
 BESIDE["train.alpha_schedule"] = {"train.final_alpha": 0.5}
+EXTENDED = {"corpus.tokenizer": "folder", "corpus.extend_vocabulary": {"num_pieces": 5}}
+BESIDE |= {path: EXTENDED for path, _, _ in TABLE if path.startswith("corpus.extend_vocabulary.")}
+ADAPTED = {"teacher.path": "folder", **GIVEN_TEACHER, "teacher.adapt": {}}
+BESIDE |= {path: ADAPTED for path, _, _ in TABLE if path.startswith("teacher.adapt.")}
+for _name in ("decay_fraction", "decay_shape"):
+    BESIDE[f"teacher.adapt.{_name}"] = ADAPTED | {"teacher.adapt": {"schedule": "wsd"}}
 for _stage in ("train", "teacher.training"):
     BESIDE |= {f"{_stage}.{name}": {f"{_stage}.schedule": "wsd"} for name in ("decay_fraction", "decay_shape")}
 BESIDE["teacher.trust_remote_code"] = {"teacher.path": "folder", **GIVEN_TEACHER}
 BESIDE["student.trust_remote_code"] = {"student.path": "folder", "student.model": None}
+_tasks = {"benchmarks.tasks": {"mmlu": {}}}
+BESIDE |= {row[0]: _tasks for row in TABLE if row[0].startswith("benchmarks.")}
+BESIDE["benchmarks.trust_task_code"] = {**_tasks, "benchmarks.include_path": "tasks"}
 TUNE: dict[str, Any] = {"sources": ["chat.jsonl"], "warmup_fraction": 0.05, "path": "other"}
 BESIDE |= {row[0]: {"tune": dict(TUNE)} for row in TABLE if row[0].startswith("tune.")}
 BESIDE |= {f"tune.lora.{name}": {"tune": TUNE | {"lora": {}}} for name in LORA}
 BESIDE |= {f"tune.{name}": {"tune": TUNE | {"schedule": "wsd"}} for name in ("decay_fraction", "decay_shape")}
 REPLACES = {"teacher.path": GIVEN_TEACHER, "student.path": {"student.model": None}}
-STRUCTURE = {"seeds", "arms", "reuse"}  # each has tests of its own below
+STRUCTURE = {"seeds", "arms", "reuse", "benchmarks.teacher", "judge.teacher"}  # each has tests of its own below
 # these need a finished cache: tests/pipeline/tune
 STRUCTURE |= {
     f"tune.{name}" for name in ("cache", "alpha", "recording", "temperature", "divergence", "jsd_beta", "tail")
@@ -231,6 +296,14 @@ def test_more_defaults_that_are_spelt_out_change_nothing(make_run) -> None:
     assert _changed(make_run(), make_run({"train.token_weights": "equal", "train.router_loss_weight": 0})) == set()
 
 
+def test_a_pruned_student_depends_on_the_teacher_and_another_does_not(make_run) -> None:
+    for settings, stages in ((PRUNED, FROM_TEACHER | FROM_STUDENT), ({}, FROM_TEACHER)):
+        before, after = make_run(settings), make_run(settings | {"teacher.seed": 5})
+        assert _changed(before, after) == _instances_of(stages, before)
+    spelt_out = PRUNED | {"student.prune": {"importance": "activation", "layers": "block_influence"}}
+    assert _changed(make_run(PRUNED), make_run(spelt_out)) == set()
+
+
 def test_another_arm_leaves_the_others_as_they_are(make_run) -> None:
     old = _identities(make_run())
     new = _identities(make_run({"arms.half": {"alpha": 0.5}}))
@@ -243,6 +316,17 @@ def test_another_seed_leaves_the_others_as_they_are(make_run) -> None:
     new = _identities(make_run({"seeds": [0, 5]}))
     assert set(new) - set(old) == {"student/seed-5", "train/distilled/seed-5", "train/cross_entropy/seed-5"}
     assert {name for name in old if old[name] != new[name]} == {"eval", "report"}
+
+
+def test_benchmarks_make_stages_of_their_own_and_leave_the_others_as_they_are(make_run) -> None:
+    old, new = _identities(make_run()), _identities(make_run({"benchmarks.tasks": {"mmlu": {}}}))
+    models = ["teacher", *(f"{arm}/seed-{seed}" for arm in ("distilled", "cross_entropy") for seed in (0, 1))]
+    assert set(new) - set(old) == {f"benchmark/{model}" for model in models}
+    assert {name for name in old if old[name] != new[name]} == {"report"}
+    students = _identities(make_run({"benchmarks.tasks": {"mmlu": {}}, "benchmarks.teacher": False}))
+    assert set(new) - set(students) == {"benchmark/teacher"}
+    # whether the teacher is measured too is no matter of a student's
+    assert all(students[name] == new[name] for name in students if name != "report")
 
 
 def test_a_setting_of_one_arm_leaves_the_others_as_they_are(make_run) -> None:
@@ -263,3 +347,24 @@ def test_the_order_of_arms_and_seeds_changes_no_training(make_run) -> None:
     old = _identities(make_run())
     new = _identities(make_run({"seeds": [1, 0], "arms": {"cross_entropy": {"alpha": 0}, "distilled": {}}}))
     assert old == new
+
+
+def test_a_judge_adds_stages_and_leaves_the_others_but_the_report_as_they_are(make_run) -> None:
+    old, new = _identities(make_run()), _identities(make_run({"judge.model": "one"}))
+    answers = {f"answers/{arm}/seed-{seed}" for arm in ("distilled", "cross_entropy") for seed in (0, 1)}
+    assert set(new) - set(old) == {"answers/teacher", *answers, "judge"}
+    assert {name for name in old if old[name] != new[name]} == {"report"}
+
+
+def test_without_the_teacher_s_answers_its_students_answer_as_before(make_run) -> None:
+    old = _identities(make_run({"judge.model": "one"}))
+    new = _identities(make_run({"judge.model": "one", "judge.teacher": False}))
+    assert set(old) - set(new) == {"answers/teacher"}
+    assert {name for name in new if old[name] != new[name]} == {"judge", "report"}
+
+
+def test_a_model_s_answers_follow_from_that_model_alone(make_run) -> None:
+    judge = {"judge.model": "one"}
+    changed = _changed(make_run(judge), make_run(judge | {"arms.distilled": {"alpha": 0.9}}))
+    answers = {f"answers/distilled/seed-{seed}" for seed in (0, 1)}
+    assert answers | {"judge"} == {name for name in changed if name.startswith(("answers", "judge"))}

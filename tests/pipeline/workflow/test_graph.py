@@ -60,6 +60,17 @@ def test_a_reused_stage_has_no_instance_and_stays_an_input(make_run) -> None:
     assert input_names(run, Instance("cache")) == ["corpus", "teacher"]
 
 
+def test_a_teacher_that_a_reused_cache_stands_for_is_neither_made_nor_read(make_run) -> None:
+    reuse = {"reuse": {"corpus": "there/corpus", "cache": "there/cache"}}
+    assert "teacher" in _names(instances(make_run(reuse)))
+    run = make_run(reuse | {"eval.teacher": "cache"})
+    assert _names(instances(run)) == ALL[3:]
+    assert not any("teacher" in input_names(run, instance) for instance in instances(run))
+    # who makes the cache needs it, and who asks it while training
+    assert "teacher" in _names(instances(make_run({"eval.teacher": "cache"})))
+    assert "teacher" in _names(instances(make_run(reuse | {"eval.teacher": "cache", "train.targets": "online"})))
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
@@ -103,6 +114,38 @@ def test_downstream_is_what_depends_on_it_in_order(make_run, pattern: str, missi
 
 
 def test_every_stage_of_the_graph_has_decisive_settings(make_run) -> None:
-    run = make_run()
+    run = make_run({"benchmarks.tasks": {"mmlu": {}}, "judge.model": "one", "tune": {"sources": ["chat.jsonl"]}})
     assert [stage for stage in STAGES if stage not in {i.stage for i in instances(run)}] == []
     assert all(decisive_settings(run, instance) for instance in instances(run))
+
+
+def test_benchmarks_are_a_stage_of_each_model_between_eval_and_report(make_run) -> None:
+    run = make_run({"benchmarks.tasks": {"mmlu": {}}})
+    measured = _names(select(run, "benchmark"))
+    assert measured == ["benchmark/teacher", *(name.replace("train", "benchmark", 1) for name in ALL[5:9])]
+    assert _names(instances(run)) == [*ALL[:-1], *measured, "report"]
+    read = {i.name: input_names(run, i) for i in select(run, "benchmark")}
+    assert read["benchmark/teacher"] == ["teacher"]
+    assert read["benchmark/cross_entropy/seed-1"] == ["train/cross_entropy/seed-1"]
+    assert input_names(run, Instance("report"))[-5:] == measured
+    with pytest.raises(SettingError, match="found benchmark, expected one of corpus"):
+        select(make_run(), "benchmark")
+
+
+def test_an_arm_may_not_take_the_teacher_s_place_among_benchmarks(make_run) -> None:
+    tasks = {"benchmarks.tasks": {"mmlu": {}}}
+    with pytest.raises(ValueError, match="arms: found 'teacher', expected another name"):
+        make_run(tasks | {"arms": {"teacher": {}}})
+    make_run(tasks | {"arms": {"teacher": {}}, "benchmarks.teacher": False})
+
+
+def test_each_final_model_answers_and_the_judge_reads_all_answers(make_run) -> None:
+    run = make_run({"judge.model": "one", "seeds": [0]})
+    judging = {i.name: input_names(run, i) for i in instances(run) if i.stage in ("answers", "judge")}
+    assert judging == {
+        "answers/teacher": ["teacher"],
+        "answers/distilled/seed-0": ["train/distilled/seed-0"],
+        "answers/cross_entropy/seed-0": ["train/cross_entropy/seed-0"],
+        "judge": ["answers/teacher", "answers/distilled/seed-0", "answers/cross_entropy/seed-0"],
+    }
+    assert "judge" in input_names(run, Instance("report"))

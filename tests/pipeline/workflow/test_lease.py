@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from capgap.pipeline.workflow.lease import leases
+from capgap.pipeline.workflow.lease import held_leases, leases
 from capgap.schemas.errors import MachineError
 
 _HOLDER = """
@@ -65,6 +65,20 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def test_whoever_looks_sees_what_is_held_and_nobody_notices(start: Start) -> None:
+    assert held_leases() == []
+    holder = start("cache of run a")
+    assert _line(holder) == "held"
+    (held,) = held_leases()
+    assert (held.device, held.holder, held.pid) == ("cpu", "cache of run a", holder.pid)
+    assert re.fullmatch(SINCE, held.since)
+    holder.kill()
+    holder.wait()
+    assert held_leases() == [], "the note is still there, and nobody is behind it"
+    with leases(["cpu"], "train of run b", wait=False):
+        pass
 
 
 def _line(process: subprocess.Popen[str]) -> str:

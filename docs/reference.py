@@ -1,0 +1,110 @@
+"""Writes the pages of the reference that follow from the code: settings, manifests and results.
+
+mkdocs runs it when it builds the site; the pages are in no folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mkdocs_gen_files
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from capgap.schemas import facts, law, law_fit, manifest, results
+from capgap.schemas.base import OPERATIONAL
+from capgap.schemas.run_file import RunFile
+
+(_MARK,) = OPERATIONAL
+
+
+def settings_page() -> str:
+    """Every setting of the run file, section by section, as the schemas have them."""
+    lines = [
+        "# Settings",
+        "",
+        "Every key of a run file. Each is a flag too: `--train.learning_rate 1e-4`. A setting marked *operational* "
+        "says how a stage works and not what comes out: to change it makes nothing stale.",
+    ]
+    for name, model in _sections("", RunFile):
+        lines += ["", f"## {name or 'The run file'}", "", _sentence(model), "", *_table(model)]
+    return "\n".join(lines) + "\n"
+
+
+def records_page() -> str:
+    """What is written down: manifests, facts, results, the law's table and fit."""
+    lines = ["# Manifests and results", "", "What stands in the JSON files that stages write."]
+    for module in (manifest, facts, results, law, law_fit):
+        lines += ["", f"## {module.__name__.removeprefix('capgap.')}", "", (module.__doc__ or "").strip()]
+        for model in vars(module).values():
+            if isinstance(model, type) and issubclass(model, BaseModel) and model.__module__ == module.__name__:
+                lines += ["", f"### {model.__name__}", "", _sentence(model), "", *_table(model)]
+    return "\n".join(lines) + "\n"
+
+
+def _sections(name: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
+    """The model and those below it, by the key under which they stand."""
+    yield name, model
+    for field, info in model.model_fields.items():
+        for inner in _models_in(info.annotation):
+            yield from _sections(f"{name}.{field}".lstrip("."), inner)
+
+
+def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _models_in(part)
+
+
+def _table(model: type[BaseModel]) -> list[str]:
+    rows = [_row(name, info) for name, info in model.model_fields.items()]
+    return ["| name | type | default | |", "|---|---|---|---|", *rows] if rows else []
+
+
+def _row(name: str, info: FieldInfo) -> str:
+    extra = info.json_schema_extra
+    operational = " *operational*" if isinstance(extra, dict) and extra.get(_MARK) else ""
+    cells = (f"`{name}`", f"`{_type(info)}`", _default(info), f"{_one_line(info.description or '')}{operational}")
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _type(info: FieldInfo) -> str:
+    annotation = info.annotation
+    text = (
+        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    )
+    for prefix in ("typing.", "NoneType"):
+        text = text.replace(prefix, "None" if prefix == "NoneType" else "")
+    bounds = [f"{word} {getattr(m, key)}" for m in info.metadata for key, word in _BOUNDS.items() if hasattr(m, key)]
+    return ", ".join([_without_modules(text).replace(" | ", " or "), *bounds])
+
+
+_BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def _without_modules(text: str) -> str:
+    words = []
+    for word in text.replace("[", " [ ").replace("]", " ] ").replace(",", " , ").split():
+        words.append(word.rsplit(".", 1)[-1] if word.startswith("capgap.") else word)
+    return " ".join(words).replace(" [ ", "[").replace(" ]", "]").replace(" ,", ",")
+
+
+def _default(info: FieldInfo) -> str:
+    if info.default_factory is not None:
+        return ""
+    return "**needed**" if info.default is PydanticUndefined else f"`{info.default!r}`"
+
+
+def _sentence(model: type[BaseModel]) -> str:
+    return _one_line(model.__doc__ or "")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+for path, text in (("reference/settings.md", settings_page()), ("reference/manifests.md", records_page())):
+    with mkdocs_gen_files.open(path, "w") as page:
+        page.write(text)

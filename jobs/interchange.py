@@ -1,0 +1,88 @@
+"""`capgap import` and `capgap export`: what other programs keep, in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+from pydantic import ValidationError
+
+from capgap.jobs.arguments import add_log_format, parse, said
+from capgap.jobs.logs import tell
+from capgap.schemas.errors import SettingError
+from capgap.schemas.interchange import ImportSettings
+
+
+def import_command(argv: Sequence[str]) -> int:
+    """`capgap import`: a corpus and a cache of another program's captures."""
+    flags = parse(import_parser(), list(argv))
+    force, named = flags.pop("force"), {name: value for name, value in flags.items() if name != "log_format"}
+    try:
+        settings = ImportSettings.model_validate(named)
+    except ValidationError as error:
+        raise SettingError(said(error)) from None
+    from capgap.pipeline.interchange.importing import import_captures
+
+    made = import_captures(settings, force)
+    folders = {"corpus": made.corpus, "teacher": made.teacher, "cache": made.cache}
+    paths = {name: str(at.location) for name, at in folders.items() if at is not None}
+    lines = "\n".join(f"  {name}: {path}" for name, path in paths.items())
+    tell("imported", f"to train from it, put into a run file:\nreuse:\n{lines}", **paths)
+    return 0
+
+
+def import_parser() -> ArgumentParser:
+    """The parser of `capgap import`."""
+    parser = ArgumentParser(
+        prog="capgap import",
+        description="Make a corpus and a cache of captures in Parquet; docs/interchange.md says what they must hold.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("sources", nargs="+", type=str, help="Parquet files, folders or globs.")
+    parser.add_argument("--heldout", nargs="+", type=str, default=(), help="The same, for held-out text.")
+    parser.add_class_arguments(ImportSettings, None, skip={"sources", "heldout"})
+    parser.add_argument("--force", action="store_true", help="Make the folders anew, whatever they hold.")
+    add_log_format(parser)
+    return parser
+
+
+def export_command(argv: Sequence[str]) -> int:
+    """`capgap export`: a cache as Parquet."""
+    flags = parse(export_parser(), list(argv))
+    from capgap.pipeline.interchange.export import export_cache
+
+    made = export_cache(flags["cache"], Path(flags["to"]), tuple(flags["recording"] or ()))
+    tell(
+        "exported",
+        f"export: {made.num_files} files, {made.num_bytes:,} bytes, in {made.folder}"
+        + (f"; {made.num_kept} of them were there" if made.num_kept else ""),
+        folder=str(made.folder),
+        num_files=made.num_files,
+        num_kept=made.num_kept,
+        num_bytes=made.num_bytes,
+    )
+    return 0
+
+
+def export_parser() -> ArgumentParser:
+    """The parser of `capgap export`."""
+    parser = ArgumentParser(
+        prog="capgap export",
+        description="Write a finished cache as Parquet, one file a shard; docs/interchange.md lists the columns.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("cache", type=str, help="Folder or URL of a finished cache.")
+    parser.add_argument("--to", type=str, required=True, help="Folder for the files; what is finished there is kept.")
+    parser.add_argument(
+        "--recording",
+        type=str,
+        choices=["sampled", "topk"],
+        nargs="+",
+        default=None,
+        help="Which of the cache's recordings; all where it is left out.",
+    )
+    add_log_format(parser)
+    return parser

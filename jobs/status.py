@@ -1,0 +1,162 @@
+"""`capgap status`: how every stage stands, once or for as long as the run is at work."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+from rich.live import Live
+
+from capgap.jobs.arguments import parse_run, run_parser
+from capgap.jobs.faults import CRASHED, INTERRUPTED
+from capgap.jobs.logs import log_format, tell
+from capgap.jobs.status_view import as_json, as_line, as_table
+from capgap.jobs.tables import ResultConsole, print_wide
+from capgap.pipeline.workflow.lease import held_leases
+from capgap.pipeline.workflow.look import Look, look_at
+from capgap.schemas.errors import MachineError, SettingError
+from capgap.schemas.run_file import RunFile
+from capgap.schemas.sign import End
+
+_EVERY_S = 2.0
+# of a run with thousands of shards a look takes a while, and it should leave the machine to the stages
+_LOOKING_SHARE = 0.2
+# between two stages nobody is at work while the next one's packages are imported
+_QUIET_S = 120.0
+
+
+def status_command(argv: Sequence[str]) -> int:
+    """`capgap status`: one line per stage; with `--watch` again and again, until all is current or a stage has failed.
+
+    Returns:
+        0, or where a watched stage failed the code that it failed with.
+    """
+    run, flags = parse_run(status_parser(), argv)
+    every_s = _EVERY_S if flags["every"] is None else flags["every"]
+    if flags["every"] is not None and not flags["watch"]:
+        raise SettingError(
+            "is for --watch",
+            where="--every",
+            found=f"{flags['every']:g}",
+            expected="--watch beside it",
+            fix="give both, or neither",
+        )
+    if not 0.1 <= every_s < float("inf"):
+        raise SettingError("no interval", where="--every", found=every_s, expected="at least 0.1 seconds")
+    if not flags["watch"]:
+        _show_once(run, flags["json"])
+        return 0
+    try:
+        return _Watch(run, every_s, flags["json"]).to_the_end()
+    except KeyboardInterrupt:
+        # the usual end of a watch, and nothing that could go on
+        return INTERRUPTED
+
+
+def status_parser() -> ArgumentParser:
+    """The parser of `capgap status`."""
+    parser = run_parser("capgap status", "Say of every stage whether it is current, and why not.")
+    parser.add_argument(
+        "--watch", action="store_true", help="Go on until all is current, or a stage that was at work has failed."
+    )
+    parser.add_argument("--every", type=float, default=None, help="Seconds between two looks, with --watch; 2.")
+    parser.add_argument("--json", action="store_true", help="One JSON object a look.")
+    return parser
+
+
+def _show_once(run: RunFile, json_wanted: bool) -> None:
+    looks = look_at(run)
+    if json_wanted:
+        print(as_json(run, looks, held_leases()))
+    elif log_format() == "json":
+        for look in looks:
+            tell("stage_state", f"{look.name}: {look.state}", instance=look.name, state=look.state, why=look.why)
+    else:
+        print_wide(as_table(run, looks, ()))
+
+
+class _Watch:
+    """Looks at a run now and then, and knows who was at work."""
+
+    def __init__(self, run: RunFile, every_s: float, json_wanted: bool) -> None:
+        self._run, self._every_s, self._json = run, every_s, json_wanted
+        self._looks: list[Look] = []
+        self._began_s, self._took_s = time.time(), 0.0
+        self._quiet_since_s: float | None = None
+        self._seen: set[str] = set()
+        self._said: dict[str, str] = {}
+
+    def to_the_end(self) -> int:
+        """Show the run until nothing is left to watch; the exit code."""
+        console = ResultConsole()
+        if self._json or log_format() == "json" or not console.is_terminal or console.is_dumb_terminal:
+            while not self._look_is_last():
+                self._say()
+            self._say()
+        else:
+            with Live(console=console, auto_refresh=False, transient=True) as live:
+                while not self._look_is_last():
+                    live.update(as_table(self._run, self._looks, held_leases(), console.height - 1), refresh=True)
+            print_wide(as_table(self._run, self._looks, held_leases()))
+        return self._code()
+
+    def _look_is_last(self) -> bool:
+        """Look, after the pause that is due; whether all is current, or nothing is at work any more that was."""
+        if self._looks:
+            time.sleep(max(self._every_s, self._took_s / _LOOKING_SHARE))
+        begun = time.monotonic()
+        self._looks = look_at(self._run)
+        self._took_s = time.monotonic() - begun
+        if at_work := {look.name for look in self._looks if look.at_work}:
+            self._seen |= at_work
+            self._quiet_since_s = time.monotonic()
+            return False
+        return all(look.is_current for look in self._looks) or self._failed() is not None or self._is_quiet()
+
+    def _is_quiet(self) -> bool:
+        """Whether nobody has been at work for long, after somebody was."""
+        return self._quiet_since_s is not None and time.monotonic() - self._quiet_since_s > _QUIET_S
+
+    def _failed(self) -> Look | None:
+        """The last one that was at work since the watch began, and is neither at work nor finished."""
+        failed = [
+            look
+            for look in self._looks
+            if look.gone and (look.name in self._seen or look.gone[0].written_s > self._began_s)
+        ]
+        return max(failed, key=lambda look: look.gone[0].written_s, default=None)
+
+    def _code(self) -> int:
+        failed = self._failed()
+        if all(look.is_current for look in self._looks):
+            return 0
+        if failed is None:
+            left = next(look for look in self._looks if not look.is_current)
+            raise MachineError(
+                "nobody is at work any more",
+                where=left.name,
+                found=f"{left.state}, {left.why}",
+                expected="current",
+                fix="run `capgap run RUN.yaml` again",
+            )
+        ended = failed.gone[0].ended or _killed()
+        print(f"capgap: {failed.name}: {ended.what}", file=sys.stderr)
+        return ended.exit_code or CRASHED
+
+    def _say(self) -> None:
+        if self._json:
+            print(as_json(self._run, self._looks, held_leases()), flush=True)
+            return
+        for look in self._looks:
+            state, text = "at work" if look.at_work else look.state, as_line(look)
+            if self._said.get(look.name) == text:
+                continue
+            self._said[look.name] = text
+            tell("stage_state", text, instance=look.name, state=state, why=look.why or None)
+
+
+def _killed() -> End:
+    error = MachineError("its process is gone without a word", fix="look for what killed it (memory?); run it again")
+    return End(what=str(error), exit_code=error.exit_code)

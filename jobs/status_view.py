@@ -1,0 +1,149 @@
+"""How the state of a run is shown: a table, lines, JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from capgap.pipeline.workflow.lease import HeldLease
+from capgap.pipeline.workflow.look import Look
+from capgap.schemas.run_file import RunFile
+from capgap.schemas.sign import SignOfLife
+
+# a step or a shard may take as long without anything being wrong
+_QUIET_S = 60.0
+_STYLES = {"at work": "bold cyan", "current": "green", "reused": "green", "missing": "dim", "failed": "bold red"}
+
+
+def as_table(
+    run: RunFile, looks: Sequence[Look], leases: Sequence[HeldLease], height: int | None = None
+) -> RenderableType:
+    """One row for each instance, columns only where there is something in them, and the machine's leases below.
+
+    Args:
+        run: the run file.
+        looks: of its instances.
+        leases: that are held on this machine.
+        height: lines that there is room for; stages that nobody is at are counted rather than listed where it is short.
+    """
+    room = len(looks) if height is None else max(height - len(leases) - 3, 1)
+    shown, hidden = _that_fit(looks, room)
+    at_work = any(look.at_work or look.gone for look in looks)
+    table = Table(box=None, pad_edge=False)
+    titles = ["stage", "state", "how far, or why"] if at_work else ["stage", "state", "why"]
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    if at_work:
+        for title in ("tokens/s", "left", "loss", "device", "seen"):
+            table.add_column(title, justify="right", no_wrap=True)
+    for look in shown:
+        state = _state(look)
+        row: list[str | Text] = [look.name, Text(state, _STYLES.get(state, "yellow")), _how_far(look) or look.why]
+        table.add_row(*row, *(_figures(look) if at_work else ()))
+    below = [Text(f"and {count} more: {state}", "dim") for state, count in sorted(hidden.items())]
+    below += [
+        Text(f"{lease.device} of this machine: {lease.holder}, pid {lease.pid}, since {lease.since}")
+        for lease in leases
+    ]
+    return Group(table, *below) if below else table
+
+
+def as_line(look: Look) -> str:
+    """The same as one line."""
+    parts = [f"{look.name}: {_state(look)}", _how_far(look) or look.why]
+    if look.at_work:
+        tokens, left, loss, device, _ = _figures(look)
+        parts += [f"{tokens} tokens/s"] if tokens else []
+        parts += [f"{left} left"] if left else []
+        parts += [f"loss {loss}"] if loss else []
+        parts += [f"on {device}"] if device else []
+    return ", ".join(part for part in parts if part)
+
+
+def as_json(run: RunFile, looks: Sequence[Look], leases: Sequence[HeldLease]) -> str:
+    """The same as one JSON object on one line, whose names are stable."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    held = [{"device": one.device, "holder": one.holder, "pid": one.pid, "since": one.since} for one in leases]
+    return json.dumps({"time": now, "run": run.name, "stages": [_values(look) for look in looks], "leases": held})
+
+
+def _values(look: Look) -> dict[str, Any]:
+    return {
+        "instance": look.name,
+        "state": str(look.state),
+        "why": look.why,
+        "at_work": [_said(sign) for sign in look.at_work],
+        "ended": [_said(sign) for sign in look.gone],
+        "tokens_per_s": look.tokens_per_s,
+        "eta_s": look.eta_s,
+        "train_loss": look.loss,
+        "seen_s_ago": None if look.seen_s_ago is None else round(look.seen_s_ago, 1),
+    }
+
+
+def _said(sign: SignOfLife) -> dict[str, Any]:
+    return sign.model_dump(mode="json", exclude={"namespace", "pid_started"})
+
+
+def _that_fit(looks: Sequence[Look], room: int) -> tuple[list[Look], Counter[str]]:
+    """Those at work, then those that ended, then the others, as many as there is room for; and how many are left."""
+    if len(looks) <= room:
+        return list(looks), Counter()
+    ranked = sorted(looks, key=lambda look: (not look.at_work, not look.gone, look.is_current))
+    kept = {look.name for look in ranked[:room]}
+    return [look for look in looks if look.name in kept], Counter(_state(look) for look in ranked[room:])
+
+
+def _state(look: Look) -> str:
+    if look.at_work:
+        return "at work"
+    return "failed" if look.gone and look.gone[0].ended and look.gone[0].ended.exit_code != 130 else look.state
+
+
+def _how_far(look: Look) -> str:
+    """Of a stage that somebody is or was at; empty for others."""
+    if look.at_work:
+        several = f"{look.why}, by {len(look.at_work)} processes: " if len(look.at_work) > 1 else ""
+        return several + _doing(look.at_work[0])
+    if look.gone:
+        ended = look.gone[0].ended
+        return f"{look.why}; {ended.what if ended else 'its process was killed'}"
+    return ""
+
+
+def _doing(sign: SignOfLife) -> str:
+    quiet_s = time.time() - sign.advanced_s
+    quiet = f", nothing new for {_time(quiet_s)}" if quiet_s > _QUIET_S else ""
+    count = sign.count
+    if count is None:
+        return sign.phase + quiet
+    _, _, part = count.title.partition(": ")
+    note = f", {count.note}" if count.note else ""
+    return f"{count.done:,} of {count.total:,} {count.unit}{f' ({part})' if part else ''}{note}{quiet}"
+
+
+def _figures(look: Look) -> tuple[str, str, str, str, str]:
+    """Tokens a second, time left, loss, device, age of the last sign of life."""
+    devices = sorted({f"{sign.device} of {sign.machine}" for sign in look.at_work if sign.device})
+    return (
+        f"{look.tokens_per_s:,.0f}" if look.tokens_per_s is not None else "",
+        _time(look.eta_s) if look.eta_s is not None else "",
+        f"{look.loss:.4f}" if look.loss is not None else "",
+        ", ".join(devices),
+        f"{_time(look.seen_s_ago)} ago" if look.seen_s_ago is not None else "",
+    )
+
+
+def _time(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    return f"{minutes} min" if minutes < 120 else f"{hours} h {minutes % 60:02d} min"

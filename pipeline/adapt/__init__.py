@@ -1,0 +1,1 @@
+"""A given teacher, adapted: rows for the pieces that it has not, then further training with cross-entropy alone."""

@@ -1,0 +1,43 @@
+"""Whether the teacher itself takes part in an evaluation, or the cache alone stands for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from capgap.pipeline.models import load_config, model_path
+from capgap.pipeline.train.fits import free_bytes
+from capgap.pipeline.workflow.context import StageContext
+from capgap.schemas.errors import InputError, MachineError
+from capgap.schemas.facts import ModelFacts
+from capgap.schemas.results import TEACHER
+
+
+def why_missing(context: StageContext) -> str | None:
+    """Why the teacher itself is not measured, in words; None where it is.
+
+    Under `auto` it is not where its model is not to be found, or its weights are more than the device has free. Under
+    `live`, and where students are to draft for it, nothing excuses it: whatever is wrong is raised when it is loaded.
+    """
+    settings = context.run.eval
+    if settings.teacher == "cache":
+        return "eval.teacher is cache"
+    if settings.teacher == "live" or settings.speculative is not None:
+        return None
+    path = model_path(context.input(TEACHER))
+    try:
+        config = load_config(path, context.run.teacher.trust_remote_code)
+    except (InputError, MachineError) as error:
+        return f"its model cannot be found: {error}"
+    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
+        return f"its model cannot be found: no weights as safetensors in {path}"
+    facts = ModelFacts.model_validate(context.input(TEACHER).manifest.facts)
+    needed, free = facts.num_parameters * _bytes_a_parameter(config), free_bytes(context.device)
+    if needed > free:
+        return f"its weights take {needed / 2**30:.3g} GiB, and {context.device} has {free / 2**30:.3g} GiB free"
+    return None
+
+
+def _bytes_a_parameter(config: object) -> int:
+    """Of weights in the dtype that the configuration names."""
+    dtype = getattr(config, "dtype", None)
+    return 4 if dtype is None else int(dtype.itemsize)

@@ -1,0 +1,197 @@
+"""A student's distributions against what the cache holds of held-out sequences; the teacher itself is not needed.
+
+Legend: B sequences of a block, S sequences, N rows (labelled positions), K ids kept, V real vocabulary, R resamples.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from capgap.kernels.sparse_kl.divergence import coarse
+from capgap.pipeline.eval.compare import sums_of_sequences
+from capgap.pipeline.eval.heldout import num_labels, part_of
+from capgap.pipeline.eval.intervals import Float64Array, Int64Array, bootstrap_interval
+from capgap.pipeline.eval.measure import score
+from capgap.pipeline.progress import Meter
+from capgap.pipeline.store import Batch, ShardReader
+from capgap.pipeline.store.batch import collate
+from capgap.pipeline.workflow.context import StageInput
+from capgap.schemas.facts import CacheFacts, heldout_set
+from capgap.schemas.records import Sequences
+from capgap.schemas.results import AgainstCache, HeldoutCache
+from capgap.schemas.run_cache import RecordingName
+
+_LOG = logging.getLogger("capgap")
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """The held-out sequences of one recording.
+
+    Attributes:
+        reader: of their shards.
+        facts: of the cache.
+        recording: which.
+        num_sequences: that are read, of those that hold a label.
+    """
+
+    reader: ShardReader
+    facts: CacheFacts
+    recording: RecordingName
+    num_sequences: int
+
+    def blocks(self) -> Iterator[tuple[Sequences, Batch, Float64Array]]:
+        """Sequences, their targets' rows and the teacher's logprobs of their labels [N], block after block.
+
+        Raises:
+            CorruptError, InputError: as the reader.
+        """
+        missing = self.num_sequences
+        for index in range(self.reader.shard_set.num_members):
+            sequences, targets = self.reader.read(index)
+            assert targets is not None
+            rows_B = np.flatnonzero(sequences.mask_BL1[:, 1:].any(axis=1))[:missing]
+            missing -= len(rows_B)
+            if len(rows_B):
+                batch = collate([(sequences, targets, int(row)) for row in rows_B], self.reader.codec.num_ids)
+                mask_BL = sequences.mask_BL1[rows_B, 1:]
+                yield part_of(sequences, rows_B), batch, targets.label_logprobs_BL[rows_B][mask_BL].astype(np.float64)
+            if missing == 0:
+                return
+
+    def described(self) -> tuple[HeldoutCache, Int64Array]:
+        """What is read, and the labels of each sequence [S]."""
+        labels, nats = [], 0.0
+        for sequences, _, label_logprobs_N in self.blocks():
+            labels.append(num_labels(sequences))
+            nats -= float(label_logprobs_N.sum())
+        labels_S = np.concatenate(labels) if labels else np.zeros(0, np.int64)
+        found = HeldoutCache(
+            recording=self.recording,
+            temperature=self.facts.temperature,
+            num_sequences=len(labels_S),
+            num_labels=int(labels_S.sum()),
+            teacher_loss=nats / int(labels_S.sum()) if self.facts.temperature == 1 and len(labels_S) else None,
+        )
+        return found, labels_S
+
+
+def cached_rows(cache: StageInput, num_sequences: int) -> CachedRows | None:
+    """The cache's held-out sequences, of `topk` where it has that; None where it has none, or some in quarantine."""
+    facts = CacheFacts.model_validate(cache.manifest.facts)
+    names: list[RecordingName] = sorted(facts.recordings, reverse=True)
+    for name in names:
+        shards = cache.manifest.shard_sets.get(heldout_set(name))
+        if shards is None or not shards.num_sequences:
+            continue
+        reader = ShardReader(cache.location, shards)
+        if any(shard.file.path in reader.quarantined for shard in shards.shards):
+            _LOG.warning("eval: held-out shards of the cache are in quarantine: they are not measured on")
+            return None
+        return CachedRows(reader, facts, name, num_sequences)
+    return None
+
+
+@dataclass(frozen=True)
+class CachedSums:
+    """What one student made of the sequences, summed over the labels of each.
+
+    Attributes:
+        nats_S: loss of the text [S].
+        apart_S: KL, or cross-entropy with the teacher's draws [S].
+        top1_S: agreements [S].
+    """
+
+    nats_S: Float64Array
+    apart_S: Float64Array
+    top1_S: Float64Array
+
+    def result(self, recording: RecordingName, labels_S: Int64Array, weights_RS: Int64Array) -> AgainstCache:
+        """Means over labels, with intervals over sequences."""
+        count = labels_S.sum()
+        apart = float(self.apart_S.sum() / count)
+        return AgainstCache(
+            loss=float(self.nats_S.sum() / count),
+            kl=max(apart, 0.0) if recording == "topk" else None,
+            teacher_ce=apart if recording == "sampled" else None,
+            top1=float(self.top1_S.sum() / count),
+            interval=bootstrap_interval(self.apart_S, labels_S, weights_RS),
+            top1_interval=bootstrap_interval(self.top1_S, labels_S, weights_RS),
+        )
+
+
+def score_on_cache(
+    model: nn.Module, cached: CachedRows, *, name: str, vocab_size: int, batch_sequences: int, meter: Meter | None
+) -> CachedSums:
+    """Score a student on the cache's held-out sequences, as its teacher was scored: under the cache's context rule.
+
+    Raises:
+        InputError: a loss is not a number.
+        CorruptError: as the reader.
+    """
+    found: list[tuple[Float64Array, ...]] = []
+    for sequences, batch, _ in cached.blocks():
+        against = _Against(batch, cached.facts.temperature)
+        nats_B = score(
+            model,
+            sequences,
+            name=name,
+            vocab_size=vocab_size,
+            batch_sequences=batch_sequences,
+            context=cached.facts.context,
+            visit=against.add,
+            num_visited=len(sequences),
+            meter=meter,
+        )
+        sums = partial(sums_of_sequences, labels_S=num_labels(sequences))
+        rows_N2 = torch.cat(against.found).numpy()
+        found.append((nats_B, sums(rows_N2[:, 0]), sums(rows_N2[:, 1])))
+    return CachedSums(*(np.concatenate(part) for part in zip(*found, strict=True)))
+
+
+class _Against:
+    """Takes a block's rows in order, and holds each against the target of its place."""
+
+    def __init__(self, batch: Batch, temperature: float) -> None:
+        assert batch.ids_NK is not None and batch.weights_NK is not None
+        counted_N = batch.labels_BL.flatten() >= 0
+        self._ids_NK, self._p_NK = batch.ids_NK[counted_N], batch.weights_NK[counted_N]
+        self._tail_N = None if batch.tail_N is None else batch.tail_N[counted_N]
+        self._temperature, self._num_rows = temperature, 0
+        self.found: list[torch.Tensor] = []
+
+    def add(self, logprobs_NV: torch.Tensor) -> None:
+        rows = slice(self._num_rows, self._num_rows + len(logprobs_NV))
+        self._num_rows = rows.stop
+        ids_NK, p_NK = self._ids_NK[rows].to(logprobs_NV.device), self._p_NK[rows].to(logprobs_NV.device)
+        tail_N = None if self._tail_N is None else self._tail_N[rows].to(logprobs_NV.device)
+        logq_NV = logprobs_NV if self._temperature == 1 else (logprobs_NV / self._temperature).log_softmax(-1)
+        self.found.append(against_targets(ids_NK, p_NK, tail_N, logq_NV).cpu())
+
+
+def against_targets(
+    ids_NK: torch.Tensor, p_NK: torch.Tensor, tail_N: torch.Tensor | None, logq_NV: torch.Tensor
+) -> torch.Tensor:
+    """Of each row, how far the student is from the target, and whether their likeliest ids agree: float64 [N, 2].
+
+    With a tail it is KL(teacher || student), all ids that were not kept being one; without, the cross-entropy.
+    """
+    logq_NK = logq_NV.gather(1, ids_NK).double()
+    p_NK = p_NK.double()
+    if tail_N is None:
+        apart_N = -(p_NK * logq_NK).sum(dim=1)
+    else:
+        kept_NV = torch.zeros_like(logq_NV, dtype=torch.uint8).scatter_reduce_(
+            1, ids_NK, (p_NK > 0).to(torch.uint8), "amax"
+        )
+        rest_N = logq_NV.double().masked_fill(kept_NV.bool(), float("-inf")).logsumexp(dim=1)
+        apart_N = coarse(logq_NK, rest_N, p_NK, tail_N.double().clamp_min(0), "forward_kl", 0.5).value_B
+    likeliest_N = ids_NK.gather(1, p_NK.argmax(dim=1, keepdim=True))[:, 0]
+    return torch.stack([apart_N, (logq_NV.argmax(dim=1) == likeliest_N).double()], dim=1)

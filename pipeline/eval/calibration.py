@@ -1,0 +1,54 @@
+"""Expected calibration error: how far a model's confidence in its likeliest id is from how often that id is right.
+
+Legend: S sequences, N rows (labelled positions), V real vocabulary, B bins, R resamples.
+
+Bin m of 15 holds the rows at which the likeliest id has a probability in ((m - 1) / 15, m / 15]. Over bins of n_m of N
+rows, ECE is the sum of n_m / N x |share of rows at which that id is the label - mean probability|: Guo et al., "On
+Calibration of Modern Neural Networks", 2017 (arXiv 1706.04599), equation 3. As a mean of absolute values it is above
+0 also for a calibrated model, the more so the fewer the rows; so are its resamples, and its interval.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from capgap.pipeline.eval.intervals import Float64Array, Int64Array, interval_of
+from capgap.schemas.results import Interval
+
+NUM_BINS = 15
+
+
+class Calibration:
+    """Sums over the rows of each sequence; hand it to :func:`capgap.pipeline.eval.measure.score`.
+
+    Args:
+        num_sequences: S.
+
+    Attributes:
+        excess_SB: probability of the likeliest id minus 1 where it is the label, summed over the rows of each sequence
+            that fall into each bin [S, B], float64.
+    """
+
+    def __init__(self, num_sequences: int) -> None:
+        self.excess_SB: Float64Array = np.zeros((num_sequences, NUM_BINS))
+
+    def add(self, sequence: int, logprobs_NV: torch.Tensor, labels_N: torch.Tensor) -> None:
+        """Count further rows of a sequence: float32 logprobs at temperature 1, and labels, int64."""
+        top_N, ids_N = logprobs_NV.max(-1)
+        self.count(sequence, top_N.double().exp(), ids_N == labels_N)
+
+    def count(self, sequence: int, confidence_N: torch.Tensor, right_N: torch.Tensor) -> None:
+        """Count further rows of a sequence: probabilities of the likeliest ids, float64, and whether they are right."""
+        bins_N = (confidence_N * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
+        self.excess_SB[sequence] += np.bincount(bins_N.cpu(), (confidence_N - right_N.double()).cpu(), NUM_BINS)
+
+    def error(self, labels_S: Int64Array, weights_RS: Int64Array) -> tuple[float, Interval]:
+        """The error, and its interval over sequences."""
+        found = self.value(int(labels_S.sum()))
+        resampled_R = np.abs(weights_RS @ self.excess_SB).sum(axis=1) / (weights_RS @ labels_S)
+        return found, interval_of(resampled_R)
+
+    def value(self, num_rows: int) -> float:
+        """The error alone; `num_rows` is how many were counted."""
+        return float(np.abs(self.excess_SB.sum(axis=0)).sum() / num_rows)

@@ -1,0 +1,190 @@
+"""The figures of a cache: read a sample of its shards, and ask the teacher where it is at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from capgap.pipeline.eval.heldout import part_of
+from capgap.pipeline.fidelity.rows import DrawSums, LabelSums, RowsAtTemperature, labelled
+from capgap.pipeline.fidelity.sample import Place, Sampling, places_of, read_places
+from capgap.pipeline.fidelity.supports import supports
+from capgap.pipeline.models import model_path
+from capgap.pipeline.store import ShardReader, heat_of, is_url
+from capgap.pipeline.store.batch import Sample, collate
+from capgap.pipeline.workflow.context import StageInput
+from capgap.pipeline.workflow.device import resolve_device
+from capgap.pipeline.workflow.lease import leases
+from capgap.pipeline.workflow.state import read_manifest, require_seal
+from capgap.schemas.errors import InputError
+from capgap.schemas.facts import CacheFacts
+from capgap.schemas.fidelity import Bytes, Fidelity, LiveFigures, RecordingFidelity
+from capgap.schemas.records import Sequences
+from capgap.schemas.run_cache import RecordingName
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher that is to be asked.
+
+    Attributes:
+        path: its folder, the folder of its stage, or its id.
+        device: `auto`, `cpu` or `cuda`.
+        wait: wait for a device that a stage holds.
+        trust_remote_code: run code that comes with it.
+    """
+
+    path: str
+    device: str = "auto"
+    wait: bool = True
+    trust_remote_code: bool = False
+
+
+def measure_cache(
+    location: str, sampling: Sampling, teacher: Teacher | None = None, num_live_sequences: int = 16
+) -> Fidelity:
+    """The figures of the finished cache in a folder or behind a URL.
+
+    Args:
+        location: of the cache stage's folder.
+        sampling: how much of it is read.
+        teacher: asked about the first `num_live_sequences` of the sample.
+        num_live_sequences: see `teacher`.
+
+    Raises:
+        InputError: there is no finished cache, or it has no labels; or the teacher cannot be loaded.
+        MismatchError: the teacher has another tokenizer.
+        CorruptError: manifest or shards are damaged.
+        MachineError: the URL cannot be reached.
+    """
+    return fidelity_of(open_cache(location), sampling, teacher, num_live_sequences)
+
+
+def open_cache(location: str) -> StageInput:
+    """The finished cache in a folder or behind a URL.
+
+    Raises:
+        InputError: there is none.
+        CorruptError: its manifest is damaged.
+    """
+    place: Path | str = location.rstrip("/") if is_url(location) else Path(location)
+    manifest = read_manifest(place)
+    if manifest is None or manifest.stage != "cache":
+        raise InputError(
+            "no finished cache",
+            where=location,
+            found="no manifest.json" if manifest is None else f"a finished {manifest.stage} stage",
+            expected="the folder of a finished cache stage, or its URL",
+        )
+    require_seal(place, manifest)
+    return StageInput(place, manifest)
+
+
+def fidelity_of(
+    cache: StageInput, sampling: Sampling, teacher: Teacher | None = None, num_live_sequences: int = 16
+) -> Fidelity:
+    """As `measure_cache`, of a cache that is open."""
+    facts = CacheFacts.model_validate(cache.manifest.facts)
+    names = sorted(facts.recordings)
+    readers = {name: ShardReader(cache.location, cache.manifest.shard_sets[name]) for name in names}
+    recordings = tuple(_recording(cache, facts, name, readers[name], sampling) for name in names)
+    reader = readers[names[0]]
+    places = places_of(reader, sampling)
+    live = None
+    if teacher is not None:
+        live = _live(facts, reader, places, teacher, num_live_sequences, str(cache.location))
+    return Fidelity(
+        location=str(cache.location),
+        tokenizer=facts.tokenizer,
+        context=facts.context,
+        temperature=facts.temperature,
+        num_sequences=reader.shard_set.num_sequences,
+        num_sampled=sum(len(rows_B) for _, _, rows_B in places),
+        recordings=recordings,
+        live=live,
+    )
+
+
+def _recording(
+    cache: StageInput, facts: CacheFacts, name: RecordingName, reader: ShardReader, sampling: Sampling
+) -> RecordingFidelity:
+    about = facts.recordings[name]
+    vocab_size = facts.tokenizer.vocab_size
+    by_temperature = {t: RowsAtTemperature(t, about.num_ids, vocab_size) for t in sorted(about.temperatures)}
+    labels, draws = LabelSums(), DrawSums(about.num_ids)
+    parts: dict[str, int] = {}
+    num_tokens = 0
+    for sequences, targets, rows_B in read_places(reader, places_of(reader, sampling)):
+        samples: list[Sample] = [(sequences, targets, int(row)) for row in rows_B]
+        for temperature, rows in by_temperature.items():
+            batch = collate(samples, about.num_ids, heat_of(reader.codec, facts.temperature, temperature))
+            ids_NK, p_NK, tail_N, labels_N = labelled(batch)
+            if not len(labels_N):
+                continue
+            rows.add(p_NK, tail_N)
+            if temperature == facts.temperature:
+                mask_BL = sequences.mask_BL1[rows_B, 1:]
+                labels.add(ids_NK, p_NK, labels_N, targets.label_logprobs_BL[rows_B][mask_BL].astype(np.float64))
+                if name == "sampled":
+                    draws.add(p_NK)
+    for shard, member, _ in places_of(reader, sampling):
+        stored = reader.read_stored(shard, member)
+        for part, num_bytes in stored.part_bytes.items():
+            parts[part] = parts.get(part, 0) + num_bytes
+        num_tokens += len(stored) * reader.shard_set.seq_len
+    if not labels.num_rows:
+        raise InputError("the cache holds no labels", where=cache.location, found=f"recording {name}")
+    return RecordingFidelity(
+        recording=name,
+        num_ids=about.num_ids,
+        profile=about.profile,
+        num_rows=labels.num_rows,
+        at=tuple(rows.result() for rows in by_temperature.values()),
+        draw_errors=draws.result() if name == "sampled" else (),
+        num_bytes=Bytes(
+            stored=reader.shard_set.num_bytes / reader.shard_set.num_tokens,
+            parts={part: num_bytes / num_tokens for part, num_bytes in parts.items()},
+        ),
+        supports=supports(facts, name),
+        **labels.means(),
+    )
+
+
+def _live(
+    facts: CacheFacts, reader: ShardReader, places: list[Place], teacher: Teacher, num_sequences: int, where: str
+) -> LiveFigures:
+    # what only reads a cache needs no model
+    from capgap.pipeline.fidelity.live import live_figures
+
+    sequences = _labelled_sequences(reader, places, num_sequences)
+    device = resolve_device(teacher.device)
+    with leases([device], f"fidelity of {where}", teacher.wait):
+        return live_figures(
+            sequences,
+            facts,
+            _model_at(teacher.path),
+            {recording.num_ids for recording in facts.recordings.values()},
+            device,
+            teacher.trust_remote_code,
+        )
+
+
+def _labelled_sequences(reader: ShardReader, places: list[Place], num_sequences: int) -> Sequences:
+    """The first of the sample that hold a label."""
+    found: list[Sequences] = []
+    missing = num_sequences
+    for sequences, _, rows_B in read_places(reader, places):
+        with_label_B = rows_B[sequences.mask_BL1[rows_B, 1:].any(axis=1)][:missing]
+        found.append(part_of(sequences, with_label_B))
+        missing -= len(with_label_B)
+        if missing == 0:
+            break
+    return Sequences(*(np.concatenate([getattr(part, name) for part in found]) for name in vars(found[0])))
+
+
+def _model_at(path: str) -> str:
+    """A stage's folder, a model's folder or an id."""
+    made = read_manifest(Path(path)) if Path(path).is_dir() else None
+    return path if made is None else model_path(StageInput(Path(path), made))

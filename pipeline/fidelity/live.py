@@ -1,0 +1,119 @@
+"""The teacher itself on a few of the cache's sequences: exact figures where the cache alone gives bounds.
+
+Legend: N rows (labelled positions), V real vocabulary, Q numbers of ids.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from capgap.pipeline.eval.calibration import Calibration
+from capgap.pipeline.eval.measure import score
+from capgap.pipeline.fidelity.rows import exact_draw_errors, ladder
+from capgap.pipeline.models import load_model
+from capgap.pipeline.tokenizers import load_tokenizer, tokenizer_facts
+from capgap.schemas.errors import MismatchError
+from capgap.schemas.facts import CacheFacts
+from capgap.schemas.fidelity import DrawError, KeptMass, LiveFigures
+from capgap.schemas.records import Sequences
+
+_BATCH_SEQUENCES = 4
+
+
+def live_figures(
+    sequences: Sequences, facts: CacheFacts, teacher: str, nums: set[int], device: str, trust_remote_code: bool
+) -> LiveFigures:
+    """Score the sequences under the cache's context rule, at its temperature.
+
+    Args:
+        sequences: with a label each.
+        facts: of the cache.
+        teacher: folder or id.
+        nums: ids that recordings keep, or draws; masses and errors are told of these, and up to ten times the most.
+        device: `cpu` or `cuda:0`, which the caller has leased.
+        trust_remote_code: run code that comes with the teacher.
+
+    Raises:
+        MismatchError: its tokenizer is not the cache's.
+        InputError: it cannot be loaded, or says what is no number.
+    """
+    found = tokenizer_facts(load_tokenizer(teacher, trust_remote_code))
+    if found.fingerprint != facts.tokenizer.fingerprint:
+        raise MismatchError(
+            "the tokenizer is not the cache's",
+            where=f"--teacher {teacher}",
+            found=found.fingerprint[:12],
+            expected=facts.tokenizer.fingerprint[:12],
+            fix="name the teacher that the cache was made with",
+        )
+    mask_BL = sequences.mask_BL1[:, 1:]
+    labels_N = torch.from_numpy(sequences.tokens_BL1[:, 1:][mask_BL].astype(np.int64))
+    sums = LiveSums(labels_N, facts.temperature, facts.tokenizer.vocab_size, nums)
+    model = load_model(teacher, device, None, trust_remote_code)
+    score(
+        model,
+        sequences,
+        name=teacher,
+        vocab_size=facts.tokenizer.vocab_size,
+        batch_sequences=_BATCH_SEQUENCES,
+        context=facts.context,
+        visit=sums.add,
+        num_visited=len(sequences),
+    )
+    return sums.result()
+
+
+class LiveSums:
+    """Takes full distributions in the order of their labels.
+
+    Args:
+        labels_N: of all rows.
+        temperature: of the figures.
+        vocab_size: real ids.
+        nums: as of `live_figures`.
+    """
+
+    def __init__(self, labels_N: torch.Tensor, temperature: float, vocab_size: int, nums: set[int]) -> None:
+        self._labels_N, self._temperature = labels_N, temperature
+        most = min(10 * max(nums), vocab_size)
+        self._nums_Q = tuple(sorted({*ladder(most), *(num for num in nums if num < most)}))
+        self._mass_Q, self._kl_Q = np.zeros(len(self._nums_Q)), np.zeros(len(self._nums_Q))
+        self._errors_Q2 = np.zeros((len(self._nums_Q), 2))
+        self._entropy, self._nats, self._num_rows = 0.0, 0.0, 0
+        self._calibration = Calibration(1)
+
+    def add(self, logprobs_NV: torch.Tensor) -> None:
+        """Count further rows, float32 logprobs at temperature 1."""
+        logp_NV = (logprobs_NV.double() / self._temperature).log_softmax(-1).cpu()
+        labels_N = self._labels_N[self._num_rows : self._num_rows + len(logp_NV)]
+        self._num_rows += len(logp_NV)
+        p_NV = logp_NV.exp()
+        self._entropy += float(torch.special.entr(p_NV).sum())
+        self._nats -= float(logp_NV.gather(1, labels_N[:, None]).sum())
+        kept = p_NV.topk(self._nums_Q[-1])
+        self._calibration.count(0, kept.values[:, 0], kept.indices[:, 0] == labels_N)
+        mass_NK = kept.values.cumsum(dim=1).clamp(max=1.0)
+        for place, num in enumerate(self._nums_Q):
+            self._mass_Q[place] += float(mass_NK[:, num - 1].sum())
+            self._kl_Q[place] -= float(mass_NK[:, num - 1].log().sum())
+        self._errors_Q2 += np.array(list(exact_draw_errors(p_NV, self._nums_Q)))
+
+    def result(self) -> LiveFigures:
+        """Means over the rows so far, of which there is one at least."""
+        count = self._num_rows
+        return LiveFigures(
+            temperature=self._temperature,
+            num_rows=count,
+            entropy=self._entropy / count,
+            label_loss=self._nats / count,
+            ece=self._calibration.value(count),
+            kept=tuple(
+                KeptMass(num_ids=num, mass=float(mass / count), truncation_kl=max(float(kl / count), 0.0))
+                for num, mass, kl in zip(self._nums_Q, self._mass_Q, self._kl_Q, strict=True)
+            ),
+            draw_errors=tuple(
+                DrawError(num_draws=num, independent=float(independent / count), systematic=float(systematic / count))
+                for num, (independent, systematic) in zip(self._nums_Q, self._errors_Q2, strict=True)
+            ),
+        )

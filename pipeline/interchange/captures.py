@@ -1,0 +1,214 @@
+"""A capture as it is read: a row of tokens, and what its teacher expected after each of them.
+
+Legend: M tokens of a row, T targets of a row, W ids of its widest target, K ids kept, D draws' ids of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from capgap.schemas.errors import InputError, MismatchError
+from capgap.schemas.records import BoolArray, FloatArray, IntArray
+
+# Logprobs that were rounded to 16 bits before they were written do not quite sum to 1.
+MOST_OVER_ONE = 0.01
+# The same of rows that were approximated.
+MOST_OVER_ONE_APPROXIMATED = 0.1
+# How far a label's logprob may be from that of the same id among those that were kept: the coarsest profile's rounding.
+LABEL_TOLERANCE_NATS = 0.11
+# Below this the coarse profiles have one code for all.
+_FLOOR_NATS = -23.9
+_ROUNDING = 1e-4
+
+
+@dataclass(frozen=True)
+class RowTargets:
+    """What the teacher expected after each of a row's first T tokens.
+
+    Attributes:
+        ids_TW: by falling logprob, int32; -1 behind a target's last.
+        logprobs_TW: nats, float32; -inf behind a target's last.
+        tail_T: probability of all other ids.
+        label_logprobs_T: of the row's next token; NaN for unknown, and for a target after the last token.
+    """
+
+    ids_TW: IntArray
+    logprobs_TW: FloatArray
+    tail_T: FloatArray
+    label_logprobs_T: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.tail_T)
+
+    @property
+    def narrowest(self) -> int:
+        """Ids of the target that has the fewest."""
+        return int((self.ids_TW >= 0).sum(axis=1).min(initial=self.ids_TW.shape[1]))
+
+    def kept(self, num_kept: int, where: str) -> RowTargets:
+        """The likeliest `num_kept` of each target; what is cut joins the tail.
+
+        Raises:
+            InputError: a target has fewer.
+        """
+        if len(self) and self.narrowest < num_kept:
+            raise InputError(
+                "a target with fewer ids than are kept",
+                where=where,
+                found=self.narrowest,
+                expected=f"at least {num_kept}",
+                fix=f"set --num_kept {max(self.narrowest, 1)} or fewer",
+            )
+        cut_T = np.exp(self.logprobs_TW[:, num_kept:]).sum(axis=1, dtype=np.float32)
+        return RowTargets(
+            np.ascontiguousarray(self.ids_TW[:, :num_kept]),
+            np.ascontiguousarray(self.logprobs_TW[:, :num_kept]),
+            np.minimum(self.tail_T + cut_T, np.float32(1)),
+            self.label_logprobs_T,
+        )
+
+
+@dataclass(frozen=True)
+class CapturedRow:
+    """One row of a capture, without its padding.
+
+    Attributes:
+        where: file and row, for errors.
+        tokens_M: ids, int32.
+        starts_M: True where a token begins a document.
+        mask_M: True where a token counts as a label.
+        targets: None where only the tokens are read.
+    """
+
+    where: str
+    tokens_M: IntArray
+    starts_M: BoolArray
+    mask_M: BoolArray
+    targets: RowTargets | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens_M)
+
+
+def checked_targets(
+    tokens_M: IntArray,
+    ids_TW: IntArray,
+    logprobs_TW: FloatArray,
+    tail_T: FloatArray | None,
+    label_logprobs_T: FloatArray | None,
+    vocab_size: int,
+    where: str,
+    most_over_one: float = MOST_OVER_ONE,
+) -> RowTargets:
+    """Targets as they came, sorted and completed.
+
+    Args:
+        tokens_M: of the row.
+        ids_TW: in any order; -1 behind a target's last.
+        logprobs_TW: of them.
+        tail_T: None for what is left of 1.
+        label_logprobs_T: None for those of the ids that are there.
+        vocab_size: ids are below it.
+        where: file and row, for errors.
+        most_over_one: how far above 1 a target's probabilities may sum.
+
+    Raises:
+        InputError: an id outside the vocabulary or twice in a target, a value that is no logprob, or probabilities that
+            do not sum to 1 with the tail, or to more than 1 without one.
+        MismatchError: a label's logprob is not that of the same id among those that were kept.
+    """
+    is_id_TW = ids_TW >= 0
+    _require_ids(ids_TW, is_id_TW, vocab_size, where)
+    bad_TW = is_id_TW & ~(logprobs_TW <= most_over_one) | is_id_TW & np.isneginf(logprobs_TW)
+    if bad_TW.any():
+        target, place = np.argwhere(bad_TW)[0]
+        raise InputError(
+            "not a logprob",
+            where=f"{where}, target {target}",
+            found=f"{logprobs_TW[target, place]:g}",
+            expected="a finite number of nats, at most 0",
+            fix="store logprobs, not logits or probabilities",
+        )
+    logprobs_TW = np.where(is_id_TW, np.minimum(logprobs_TW, 0), -np.inf).astype(np.float32)
+    if (logprobs_TW[:, 1:] > logprobs_TW[:, :-1]).any():
+        order_TW = np.argsort(-logprobs_TW, axis=1, kind="stable")
+        logprobs_TW = np.take_along_axis(logprobs_TW, order_TW, axis=1)
+        ids_TW = np.take_along_axis(ids_TW, order_TW, axis=1)
+    sums_T = np.exp(logprobs_TW.astype(np.float64)).sum(axis=1)
+    tail_T = _tail(sums_T, tail_T, where, most_over_one)
+    found_T = _among(ids_TW, logprobs_TW, tokens_M)
+    if label_logprobs_T is not None:
+        found_T = _agreed(found_T, label_logprobs_T, logprobs_TW, where)
+    return RowTargets(ids_TW, logprobs_TW, tail_T, found_T)
+
+
+def _require_ids(ids_TW: IntArray, is_id_TW: npt.NDArray[np.bool_], vocab_size: int, where: str) -> None:
+    if ids_TW.max(initial=0) >= vocab_size:
+        target, place = np.argwhere(ids_TW >= vocab_size)[0]
+        raise InputError(
+            "an id outside the vocabulary",
+            where=f"{where}, target {target}",
+            found=int(ids_TW[target, place]),
+            expected=f"0 to {vocab_size - 1}, the tokenizer's",
+            fix="name the tokenizer of the teacher that made the captures",
+        )
+    sorted_TW = np.sort(ids_TW, axis=1)
+    twice_T = ((sorted_TW[:, 1:] == sorted_TW[:, :-1]) & (sorted_TW[:, 1:] >= 0)).any(axis=1)
+    if twice_T.any():
+        raise InputError("an id twice in a target", where=f"{where}, target {int(np.flatnonzero(twice_T)[0])}")
+
+
+def _tail(sums_T: npt.NDArray[np.float64], tail_T: FloatArray | None, where: str, most_over_one: float) -> FloatArray:
+    if tail_T is None:
+        too_much_T = sums_T > 1 + most_over_one
+        expected = f"at most 1 + {most_over_one:g}"
+        tail_T = np.maximum(1 - sums_T, 0).astype(np.float32)
+    else:
+        # a coarse profile's kept ids are each up to a tenth of a nat off
+        too_much_T = ~(np.abs(sums_T + tail_T - 1) <= MOST_OVER_ONE_APPROXIMATED + _ROUNDING) | (tail_T < 0)
+        expected = f"1 with the tail, up to {MOST_OVER_ONE_APPROXIMATED:g}"
+    if too_much_T.any():
+        target = int(np.flatnonzero(too_much_T)[0])
+        raise InputError(
+            "probabilities that are none of one distribution",
+            where=f"{where}, target {target}",
+            found=f"a sum of {sums_T[target]:.4f}, tail {tail_T[target]:.4f}, in {int(too_much_T.sum())} targets",
+            expected=expected,
+            fix="store normalised logprobs in nats, or name their true temperature's",
+        )
+    return tail_T.astype(np.float32)
+
+
+def _among(ids_TW: IntArray, logprobs_TW: FloatArray, tokens_M: IntArray) -> FloatArray:
+    """The logprob of each next token among a target's ids; NaN where it is none of them, or where none follows."""
+    found_T = np.full(len(ids_TW), np.nan, np.float32)
+    num = min(len(ids_TW), len(tokens_M) - 1)
+    row, place = np.nonzero(ids_TW[:num] == tokens_M[1 : num + 1, None])
+    found_T[row] = logprobs_TW[row, place]
+    return found_T
+
+
+def _agreed(found_T: FloatArray, given_T: FloatArray, logprobs_TW: FloatArray, where: str) -> FloatArray:
+    """Those found among the ids, and for the others what was given."""
+    num = min(len(found_T), len(given_T))
+    given_T = np.concatenate([given_T[:num], np.full(len(found_T) - num, np.nan, np.float32)])
+    is_found_T = ~np.isnan(found_T)
+    last_T = np.where(np.isneginf(logprobs_TW), np.float32(0), logprobs_TW).min(axis=1)
+    above_T = given_T - np.where(is_found_T, found_T, last_T)
+    apart_T = np.abs(np.maximum(given_T, _FLOOR_NATS) - np.maximum(found_T, _FLOOR_NATS)) > LABEL_TOLERANCE_NATS
+    wrong_T = np.where(is_found_T, apart_T, above_T > LABEL_TOLERANCE_NATS)
+    if wrong_T.any():
+        target = int(np.flatnonzero(wrong_T)[0])
+        raise MismatchError(
+            "the logprob of the next token is not that of the same id in its target",
+            where=f"{where}, target {target}",
+            found=f"{given_T[target]:.4f}, in {int(wrong_T.sum())} of {len(wrong_T)} targets",
+            expected=f"{(found_T if is_found_T[target] else last_T)[target]:.4f}"
+            f"{'' if is_found_T[target] else ' or less'}",
+            fix="check which token each target predicts, and --offset",
+        )
+    merged: FloatArray = np.where(is_found_T, found_T, np.minimum(given_T, last_T)).astype(np.float32)
+    return merged

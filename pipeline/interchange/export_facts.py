@@ -1,0 +1,75 @@
+"""What an exported Parquet file says of itself, in its schema: so that an import cannot mistake it for another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from capgap.pipeline.interchange.parquet import open_file
+from capgap.schemas.base import Record
+from capgap.schemas.errors import MismatchError
+from capgap.schemas.facts import RecordingFacts, TokenizerFacts
+from capgap.schemas.interchange import ImportSettings
+from capgap.schemas.run_cache import RecordingName
+from capgap.schemas.run_corpus import ContextRule
+
+KEY = b"capgap"
+
+
+class ExportFacts(Record):
+    """Of one exported file."""
+
+    cache: str
+    """The cache's content, a digest."""
+
+    shard: str
+    """Digest of the shard that it was made of."""
+
+    recording: RecordingName
+    """Which of the cache's recordings."""
+
+    facts: RecordingFacts
+    """Of that recording."""
+
+    tokenizer: TokenizerFacts
+    """Of corpus and teacher."""
+
+    context: ContextRule
+    """What the teacher saw before a token."""
+
+    temperature: float
+    """At which the teacher was recorded."""
+
+
+def facts_of(path: Path) -> ExportFacts | None:
+    """What a file says of itself; None where it is no export, or of another version."""
+    metadata = open_file(path).schema_arrow.metadata or {}
+    try:
+        return ExportFacts.model_validate_json(metadata[KEY])
+    except (KeyError, ValidationError):
+        return None
+
+
+def require_same_facts(path: Path, settings: ImportSettings, tokenizer: TokenizerFacts) -> None:
+    """Raise MismatchError if an exported file is to be imported as something that it is not."""
+    facts = facts_of(path)
+    if facts is None:
+        return
+    if facts.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise MismatchError(
+            "the captures were made with another tokenizer",
+            where=path,
+            found=f"fingerprint {facts.tokenizer.fingerprint[:12]}",
+            expected=f"{tokenizer.fingerprint[:12]}, that of --tokenizer {settings.tokenizer}",
+            fix="name the tokenizer of the corpus that the cache was made of",
+        )
+    for name, found, given in (
+        ("context", facts.context, settings.context),
+        ("temperature", facts.temperature, settings.temperature),
+    ):
+        if found != given:
+            raise MismatchError(
+                f"the captures are of another {name}", where=path, found=found, expected=given,
+                fix=f"set --{name} {found}",
+            )  # fmt: skip

@@ -1,0 +1,123 @@
+"""Finished folders that no run file's stage made: the same work order, files and manifest, and the same life."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from capgap.pipeline.events import event
+from capgap.pipeline.workflow.context import StageInput, StageName, StageResult
+from capgap.pipeline.workflow.folder import WORK_FOLDER, begin, clear, content_files, finish, lock_folder
+from capgap.pipeline.workflow.identity import content_of, first_difference, identity_of
+from capgap.pipeline.workflow.state import read_manifest, read_work_order, require_seal
+from capgap.pipeline.workflow.versions import versions
+from capgap.schemas.errors import MismatchError
+from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
+
+
+def order_for(stage: StageName, settings: dict[str, Any], inputs: dict[str, InputEntry]) -> WorkOrder:
+    """What is to be made; the identity is that of a stage with these settings and inputs."""
+    identity = identity_of(stage, settings, {name: entry.identity for name, entry in inputs.items()})
+    return WorkOrder(stage=stage, instance=stage, settings=settings, inputs=inputs, identity=identity)
+
+
+def entry_of(folder: Path, manifest: Manifest) -> InputEntry:
+    """A finished folder, as whoever reads it writes it down."""
+    return InputEntry(path=str(folder), identity=manifest.identity, content=manifest.content)
+
+
+def make_folder(
+    folder: Path,
+    order: WorkOrder,
+    sources: tuple[SourceEntry, ...],
+    resolved: dict[str, Any],
+    work: Callable[[Path], StageResult],
+    force: bool,
+) -> StageInput:
+    """The finished folder: as it is where it holds what was ordered, made or continued where it does not.
+
+    Args:
+        folder: of the stage.
+        order: what it is to hold.
+        sources: files that are read.
+        resolved: settings with their defaults, for the manifest.
+        work: makes the files, and may find what an earlier, killed one finished.
+        force: make it anew, whatever it holds.
+
+    Raises:
+        MismatchError: it holds something else.
+        MachineError: another process is at work on it.
+        CapgapError: as `work`.
+    """
+    started, begun_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    lock = lock_folder(folder)
+    try:
+        manifest = read_manifest(folder)
+        if manifest is not None and not force and _holds(folder, manifest, order):
+            require_seal(folder, manifest)
+            event("stage_current", f"{order.instance} is current: nothing to do")
+            return StageInput(folder, manifest)
+        if force:
+            clear(folder)
+        else:
+            _require_ours(folder, manifest, order)
+            if manifest is not None:
+                clear(folder)
+        begin(folder, order)
+        (folder / WORK_FOLDER).mkdir(exist_ok=True)
+        result = work(folder)
+        files = content_files(folder)
+        made = finish(
+            folder,
+            Manifest(
+                **order.model_dump(),
+                content=content_of(files, sources),
+                sources=sources,
+                files=files,
+                shard_sets=result.shard_sets,
+                facts=result.facts,
+                totals=result.totals,
+                versions=versions(),
+                started=begun_at,
+                wall_s=round(time.monotonic() - started, 3),
+                command=tuple(sys.argv),
+                resolved=resolved,
+            ),
+        )
+        wall_s = made.wall_s
+        event("stage_done", f"{order.instance}: done in {wall_s:.1f} s", wall_s=wall_s, totals=result.totals)
+        return StageInput(folder, made)
+    finally:
+        lock.release()
+
+
+def _holds(folder: Path, manifest: Manifest, order: WorkOrder) -> bool:
+    """Whether it is what was ordered, of the very inputs, with every file there and of its size."""
+    return (
+        manifest.identity == order.identity
+        and all(manifest.inputs[name].content == entry.content for name, entry in order.inputs.items())
+        and all(_is_there(folder / file.path, file.num_bytes) for file in manifest.files)
+    )
+
+
+def _is_there(path: Path, num_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == num_bytes
+
+
+def _require_ours(folder: Path, manifest: Manifest | None, order: WorkOrder) -> None:
+    """Nothing that something else made is thrown away unasked."""
+    there = manifest if manifest is not None else read_work_order(folder)
+    if there is None or there.identity == order.identity:
+        return
+    changed = first_difference(there.settings, order.settings)
+    found = "other inputs" if changed is None else f"{changed[0]} was {changed[1]!r}, is {changed[2]!r}"
+    raise MismatchError(
+        f"the folder holds another {there.stage}",
+        where=folder,
+        found=found,
+        fix="name another folder with --out, or make it anew with --force",
+    )

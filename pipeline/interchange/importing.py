@@ -1,0 +1,283 @@
+"""Import: captures of another program become a corpus and a cache that a run file reuses.
+
+    captures --tokens--> corpus/       tokenizer, shards `student` and `heldout`
+                           |
+                           +--ranking of ids--+
+    captures --targets, proven aligned--------+--> cache/    shards `topk` and `heldout-topk`, of the same sequences
+
+The captures are read twice, some rows at a time. A killed import goes on where it stopped: what it has packed is packed
+again, shards that are finished stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from capgap.pipeline.interchange.folders import entry_of, make_folder, order_for
+from capgap.pipeline.interchange.pack import Sequence, pack, to_sequences, to_topk
+from capgap.pipeline.interchange.plan import SPLITS, Plan, plan
+from capgap.pipeline.model_checks import TOKENIZER_FOLDER, check_given_model
+from capgap.pipeline.progress import progress
+from capgap.pipeline.store import (
+    Block,
+    Codec,
+    ShardReader,
+    ShardWriter,
+    check_alignment,
+    rank_ids,
+    read_blocks,
+    split_blocks,
+)
+from capgap.pipeline.store.codec import SEQUENCES, TOPK_CODECS
+from capgap.pipeline.store.files import write_atomically
+from capgap.pipeline.store.ranking import RANKING_NAME
+from capgap.pipeline.workflow.context import StageInput, StageResult
+from capgap.pipeline.workflow.folder import WORK_FOLDER
+from capgap.pipeline.workflow.sources import record_sources
+from capgap.schemas.errors import InputError, MismatchError
+from capgap.schemas.facts import CacheFacts, CorpusFacts, ModelFacts, RecordingFacts, SplitFacts, heldout_set
+from capgap.schemas.interchange import ImportSettings
+from capgap.schemas.manifest import InputEntry, ShardEntry, ShardSet
+from capgap.schemas.run_model import TeacherSettings
+
+# In the place of engine and dtype: what the captures do not say.
+ENGINE, DTYPE = "imported", "unknown"
+
+_SET_NAMES = {"student": "topk", "heldout": heldout_set("topk")}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """The finished folders; `teacher` only where the teacher is a folder of this machine."""
+
+    corpus: StageInput
+    teacher: StageInput | None
+    cache: StageInput
+
+
+def import_captures(settings: ImportSettings, force: bool = False) -> Imported:
+    """Make the folders `corpus`, `teacher` and `cache` below `settings.out`.
+
+    Raises:
+        InputError: captures, tokenizer or teacher cannot be used.
+        MismatchError: targets and tokens do not belong together, the teacher has another tokenizer, or a folder holds
+            something else.
+        CapgapError: as the store.
+    """
+    planned = plan(settings)
+    out = Path(settings.out)
+    order = order_for("corpus", planned.corpus_settings, {})
+    resolved = {"import": settings.model_dump(mode="json"), "corpus": {"sources": list(settings.sources)}}
+    corpus = make_folder(
+        out / "corpus", order, planned.sources, resolved, lambda folder: _make_corpus(planned, folder), force
+    )
+    teacher, teacher_entry = _teacher(settings, corpus, out / "teacher", force)
+    inputs = {"corpus": entry_of(out / "corpus", corpus.manifest), "teacher": teacher_entry}
+    order = order_for("cache", planned.cache_settings, inputs)
+    resolved = {"import": settings.model_dump(mode="json"), "teacher": {"path": settings.teacher}}
+    facts = None if teacher is None else ModelFacts.model_validate(teacher.manifest.facts)
+    cache = make_folder(
+        out / "cache",
+        order,
+        planned.sources,
+        resolved,
+        lambda folder: _make_cache(planned, corpus, facts, folder),
+        force,
+    )
+    return Imported(corpus, teacher, cache)
+
+
+def _make_corpus(planned: Plan, folder: Path) -> StageResult:
+    planned.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+    codec = Codec(SEQUENCES, planned.seq_len, planned.facts.vocab_size)
+    sets: dict[str, ShardSet] = {}
+    splits = {"teacher": SplitFacts(num_documents=0, num_text_bytes=0, num_text_tokens=0)}
+    totals: dict[str, Any] = {}
+    for split in SPLITS:
+        writer = ShardWriter(folder, folder / WORK_FOLDER / "shards", split, codec)
+        counts = _Counts(planned)
+        shards: list[ShardEntry] = []
+        for number, packed in enumerate(_shards(planned, split, with_targets=False)):
+            sequences = to_sequences(packed, planned.seq_len, planned.facts.eos_id)
+            counts.add(packed, int(sequences.mask_BL1[:, 1:].sum()))
+            blocks = (Block(part) for part in split_blocks(sequences))
+            shards.append(writer.finished(number) or writer.write(number, blocks))
+        counts.require_some(split)
+        sets[split], splits[split] = writer.shard_set(shards), counts.facts
+        totals |= {f"num_{split}_tokens": sets[split].num_tokens, f"num_{split}_labels": counts.num_labels}
+    facts = CorpusFacts(tokenizer=planned.facts, context=planned.settings.context, splits=splits)
+    return StageResult(facts=facts.model_dump(mode="json"), totals=totals, shard_sets=sets)
+
+
+class _Counts:
+    """What is in a split."""
+
+    def __init__(self, planned: Plan) -> None:
+        self._planned = planned
+        self._num_documents = self._num_bytes = self._num_tokens = self.num_labels = 0
+
+    def add(self, packed: list[Sequence], num_labels: int) -> None:
+        """Count some sequences."""
+        rows = [row for one in packed for row in one.rows]
+        texts = self._planned.tokenizer.batch_decode([row.tokens_M.tolist() for row in rows], skip_special_tokens=True)
+        self._num_documents += sum(max(int(row.starts_M.sum()), 1) for row in rows)
+        self._num_bytes += sum(len(text.encode(errors="replace")) for text in texts)
+        self._num_tokens += sum(map(len, rows))
+        self.num_labels += num_labels
+
+    @property
+    def facts(self) -> SplitFacts:
+        """Of the rows; padding is no text."""
+        return SplitFacts(
+            num_documents=self._num_documents, num_text_bytes=self._num_bytes, num_text_tokens=self._num_tokens
+        )
+
+    def require_some(self, split: str) -> None:
+        """Raise InputError if there is nothing to train on, or to measure on."""
+        if self.num_labels and self._num_bytes:
+            return
+        settings = self._planned.settings
+        raise InputError(
+            f"no row with labels for the split {split}",
+            where=", ".join(settings.heldout if split == "heldout" and settings.heldout else settings.sources),
+            found=f"{self._num_documents} documents, {self.num_labels} labels, {self._num_bytes} bytes of text",
+            expected="at least one label",
+            fix="raise --heldout_fraction, or name rows with --heldout" if split == "heldout" else "give more rows",
+        )
+
+
+def _teacher(
+    settings: ImportSettings, corpus: StageInput, folder: Path, force: bool
+) -> tuple[StageInput | None, InputEntry]:
+    """The finished folder of a teacher that is here; and how the cache names it, here or not.
+
+    Its identity is that which the stage `teacher` of a run file gives to `teacher.path`.
+    """
+    decisive = {"teacher": TeacherSettings(path=settings.teacher).decisive()}
+    order = order_for("teacher", decisive, {"corpus": entry_of(corpus.path, corpus.manifest)})
+    if not Path(settings.teacher).is_dir():
+        return None, InputEntry(path=str(folder), identity=order.identity, content="")
+
+    def check(_: Path) -> StageResult:
+        model = check_given_model(settings.teacher, corpus, "--teacher", False)[1]
+        return StageResult(facts=model.model_dump(mode="json"), totals={"num_parameters": model.num_parameters})
+
+    files = sorted(file for file in Path(settings.teacher).iterdir() if file.is_file())
+    resolved = {"import": settings.model_dump(mode="json"), "teacher": {"path": settings.teacher}}
+    made = make_folder(folder, order, record_sources(files), resolved, check, force)
+    return made, entry_of(folder, made.manifest)
+
+
+def _make_cache(planned: Plan, corpus: StageInput, teacher: ModelFacts | None, folder: Path) -> StageResult:
+    settings, vocab_size = planned.settings, planned.facts.vocab_size
+    student = corpus.manifest.shard_sets["student"]
+    ranking = rank_ids((block for block, _ in read_blocks(corpus.path, student)), vocab_size)
+    write_atomically(folder / RANKING_NAME, ranking.data)
+    num_kept = settings.num_kept or _narrowest(planned)
+    name = TOPK_CODECS[settings.profile]
+    codec = Codec(name, planned.seq_len, vocab_size, num_kept, ranking, unknown_labels=True)
+    counts = _CacheCounts()
+    sets: dict[str, ShardSet] = {}
+    for split in SPLITS:
+        writer = ShardWriter(folder, folder / WORK_FOLDER / "shards", _SET_NAMES[split], codec)
+        source = corpus.manifest.shard_sets[split]
+        shards = []
+        with progress(f"import: {split}", len(source.shards), "shards") as meter:
+            for number, packed in enumerate(_shards(planned, split, with_targets=True)):
+                blocks = list(_blocks(planned, corpus, source, number, packed, num_kept))
+                if split == "student":
+                    counts.add(blocks)
+                shards.append(writer.finished(number) or writer.write(number, blocks))
+                meter.advance(tokens=shards[-1].num_sequences * planned.seq_len)
+        sets[_SET_NAMES[split]] = writer.shard_set(shards)
+    recording = RecordingFacts(num_ids=num_kept, profile=settings.profile, temperatures=(settings.temperature,))
+    facts = CacheFacts(
+        tokenizer=planned.facts,
+        context=settings.context,
+        temperature=settings.temperature,
+        recordings={"topk": recording},
+        padded_vocab_size=vocab_size if teacher is None else teacher.padded_vocab_size,
+        engines=(ENGINE,),
+        dtypes=(DTYPE,),
+        mean_label_loss=counts.mean_label_loss,
+    )
+    own = sets["topk"]
+    totals = {
+        "num_tokens": own.num_tokens,
+        "num_bytes": own.num_bytes,
+        "bytes_per_token": round(own.num_bytes / own.num_tokens, 3),
+        "num_heldout_tokens": sets[heldout_set("topk")].num_tokens,
+    } | counts.totals
+    return StageResult(facts=facts.model_dump(mode="json"), totals=totals, shard_sets=sets)
+
+
+class _CacheCounts:
+    """What the labels of the training sequences show."""
+
+    def __init__(self) -> None:
+        self._num_labels = self._num_known = 0
+        self._loss = self._tail = 0.0
+
+    def add(self, blocks: list[Block]) -> None:
+        """Count the targets whose labels count."""
+        for block in blocks:
+            assert block.targets is not None
+            counts_BL = block.sequences.mask_BL1[:, 1:]
+            logprobs_N = block.targets.label_logprobs_BL[counts_BL].astype(np.float64)
+            known_N = logprobs_N[~np.isnan(logprobs_N)]
+            self._num_labels += len(logprobs_N)
+            self._num_known += len(known_N)
+            self._loss -= float(known_N.sum())
+            self._tail += float(block.targets.tail_BL[counts_BL].sum(dtype=np.float64))  # type: ignore[union-attr]
+
+    @property
+    def mean_label_loss(self) -> float | None:
+        """None unless every label's logprob is known: those that are not kept are the unlikely ones."""
+        return self._loss / self._num_labels if self._num_known == self._num_labels else None
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """For people."""
+        return {
+            "num_labels": self._num_labels,
+            "num_unknown_labels": self._num_labels - self._num_known,
+            "mean_tail": round(self._tail / self._num_labels, 6),
+        }
+
+
+def _blocks(
+    planned: Plan, corpus: StageInput, source: ShardSet, number: int, packed: list[Sequence], num_kept: int
+) -> Iterator[Block]:
+    """The members of a shard: the corpus's sequences, each with its targets."""
+    sequences = to_sequences(packed, planned.seq_len, planned.facts.eos_id)
+    reader = ShardReader(corpus.path, source)
+    start = 0
+    for member, part in enumerate(split_blocks(sequences)):
+        theirs, _ = reader.read_member(number, member)
+        if any(not np.array_equal(own, getattr(theirs, name)) for name, own in vars(part).items()):
+            raise MismatchError(
+                "the captures changed while they were imported", where=corpus.path, fix="run the same command again"
+            )
+        targets = to_topk(packed[start : start + len(part)], part, num_kept, planned.facts.vocab_size)
+        check_alignment(part, targets, num_kept, f"{source.shards[number].file.path}, member {member}")
+        start += len(part)
+        yield Block(part, targets)
+
+
+def _shards(planned: Plan, split: str, with_targets: bool) -> Iterator[list[Sequence]]:
+    """The sequences of each shard."""
+    sequences = pack(planned.rows(split, with_targets), planned.seq_len, planned.settings.context)
+    while shard := list(islice(sequences, planned.settings.shard_sequences)):
+        yield shard
+
+
+def _narrowest(planned: Plan) -> int:
+    """Ids of the narrowest target of the first rows."""
+    first = islice(planned.rows("student", with_targets=True), 16)
+    return min(row.targets.narrowest for row in first if row.targets is not None and len(row.targets))

@@ -1,0 +1,106 @@
+"""Captured rows into sequences of one length: whole rows, one after the other, and padding behind them.
+
+    document   [ row | row | row | padding ]   a student's attention ends where each of them begins
+    packed     [ row | padding ]               it sees all that stands before, so a sequence is one row
+
+No row is split, for the teacher saw what stands before a token in its row. A row's first token is the label of no
+target. Where the teacher said nothing, after a row's last token and in the padding, stands the uniform distribution,
+and no label counts there.
+
+Legend: L targets a sequence, M tokens of a row, K ids kept, B sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from capgap.pipeline.interchange.captures import CapturedRow
+from capgap.schemas.records import Sequences, TopkTargets
+from capgap.schemas.run_corpus import ContextRule
+
+# Sequences that are not full yet. A row goes to the fullest that it fits into; sixteen leave a few per cent of padding
+# on text, and each is held in memory with its targets.
+_NUM_OPEN = 16
+
+
+@dataclass
+class Sequence:
+    """A sequence in the making: its rows, from its first token on."""
+
+    rows: list[CapturedRow] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+def pack(rows: Iterable[CapturedRow], seq_len: int, context: ContextRule) -> Iterator[Sequence]:
+    """Sequences as they get full, then those that are left; the same rows make the same ones."""
+    is_full = seq_len + 1
+    open_ones: list[Sequence] = []
+    for row in rows:
+        fitting = [one for one in open_ones if one.num_tokens + len(row) <= is_full]
+        if fitting and context == "document":
+            one = max(fitting, key=lambda one: one.num_tokens)
+        else:
+            one = Sequence()
+            open_ones.append(one)
+        one.rows.append(row)
+        one.num_tokens += len(row)
+        # a row has two tokens at least
+        if context == "packed" or one.num_tokens > is_full - 2:
+            open_ones.remove(one)
+            yield one
+        elif len(open_ones) > _NUM_OPEN:
+            fullest = max(open_ones, key=lambda one: one.num_tokens)
+            open_ones.remove(fullest)
+            yield fullest
+    yield from open_ones
+
+
+def to_sequences(packed: list[Sequence], seq_len: int, eos_id: int) -> Sequences:
+    """The tokens of these sequences, padded with `eos_id`."""
+    shape = (len(packed), seq_len + 1)
+    tokens_BL1 = np.full(shape, eos_id, np.int32)
+    starts_BL1, mask_BL1 = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
+    for number, one in enumerate(packed):
+        place = 0
+        for row in one.rows:
+            part = slice(place, place + len(row))
+            tokens_BL1[number, part], starts_BL1[number, part] = row.tokens_M, row.starts_M
+            mask_BL1[number, part] = row.mask_M
+            # what stands before it is another row's
+            mask_BL1[number, place] = False
+            starts_BL1[number, place] |= place > 0
+            place += len(row)
+        starts_BL1[number, place : place + 1] = True
+    return Sequences(tokens_BL1, starts_BL1, mask_BL1)
+
+
+def to_topk(packed: list[Sequence], sequences: Sequences, num_kept: int, vocab_size: int) -> TopkTargets:
+    """The targets of these sequences.
+
+    Raises:
+        InputError: a target has fewer than `num_kept` ids.
+    """
+    shape = sequences.tokens_BL1[:, 1:].shape
+    evenly = np.float32(-np.log(vocab_size))
+    ids_BLK = np.broadcast_to(np.arange(num_kept, dtype=np.int32), (*shape, num_kept)).copy()
+    logprobs_BLK = np.full((*shape, num_kept), evenly, np.float32)
+    tail_BL = np.full(shape, 1 - num_kept / vocab_size, np.float32)
+    labels_BL = np.full(shape, evenly, np.float32)
+    for number, one in enumerate(packed):
+        place = 0
+        for row in one.rows:
+            assert row.targets is not None
+            targets = row.targets.kept(num_kept, row.where)
+            num = min(len(targets), shape[1] - place)
+            part = slice(place, place + num)
+            ids_BLK[number, part], logprobs_BLK[number, part] = targets.ids_TW[:num], targets.logprobs_TW[:num]
+            tail_BL[number, part], labels_BL[number, part] = targets.tail_T[:num], targets.label_logprobs_T[:num]
+            place += len(row)
+    # after a row's last token comes another row's first, of which its target may say something
+    is_kept_BLK = (ids_BLK == sequences.tokens_BL1[:, 1:, None]) & np.isnan(labels_BL)[..., None]
+    number_D, target_D, place_D = np.nonzero(is_kept_BLK)
+    labels_BL[number_D, target_D] = logprobs_BLK[number_D, target_D, place_D]
+    return TopkTargets(ids_BLK, logprobs_BLK, tail_BL, labels_BL, np.zeros((*shape, 0), np.float32))

@@ -1,0 +1,317 @@
+"""Captures from Parquet files: some rows at a time, each checked and without its padding.
+
+Legend: M tokens of a row, T targets of a row, W ids of its widest target.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet
+
+from capgap.pipeline.interchange.captures import CapturedRow, RowTargets, checked_targets
+from capgap.pipeline.interchange.ragged import Ragged, lists_of
+from capgap.schemas.errors import InputError
+from capgap.schemas.interchange import ColumnNames
+from capgap.schemas.records import BoolArray, IntArray
+
+SUFFIX = ".parquet"
+IGNORED_LABEL = -100
+
+# Some rows of four thousand tokens with a hundred ids each are a hundred megabytes.
+_BATCH_ROWS = 16
+
+
+class TargetReader(Protocol):
+    """Reads the targets of rows from columns of one layout."""
+
+    required: tuple[str, ...]
+    """Columns without which there are no targets."""
+
+    optional: tuple[str, ...]
+    """Columns that are read where they are there."""
+
+    def open(self, batch: pa.RecordBatch, where: str) -> None:
+        """Take the columns of some rows."""
+
+    def row(self, number: int, tokens_M: IntArray, where: str) -> RowTargets:
+        """The targets of one of them, as many as the columns have."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is read of a file.
+
+    Attributes:
+        columns: their names.
+        vocab_size: ids are below it.
+        targets: reads them; None to read tokens alone.
+        end_padding: an id that does not count as a label at a row's end; None where there is none such.
+    """
+
+    columns: ColumnNames
+    vocab_size: int
+    targets: TargetReader | None = None
+    end_padding: int | None = None
+
+
+def list_captures(sources: tuple[str, ...]) -> list[Path]:
+    """The Parquet files that these files, folders and globs name, in the order in which they are read.
+
+    Raises:
+        InputError: a source names none.
+    """
+    files: list[Path] = []
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            found = sorted(file for file in path.rglob(f"*{SUFFIX}") if file.is_file())
+        elif glob.has_magic(source):
+            found = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]  # noqa: PTH207 (an absolute pattern)
+        else:
+            found = [path] if path.is_file() else []
+        if not found:
+            raise InputError("no captures found", where=source, expected=f"a {SUFFIX} file, a folder or a glob of such")
+        files += found
+    return files
+
+
+def open_file(path: Path) -> Any:
+    """A Parquet file.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return pa.parquet.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError("not a Parquet file", where=path, found=_first_line(error)) from None
+
+
+def batches_of(file: Any, path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Some rows of an open file at a time.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError("the file is damaged", where=path, found=_first_line(error)) from None
+
+
+def read_rows(path: Path, layout: Layout) -> Iterator[CapturedRow]:
+    """Every row of a file that has at least two tokens, in order.
+
+    Raises:
+        InputError: a column is missing or of another kind, a list is not as long as its row, an id lies outside the
+            vocabulary, or the file is damaged.
+    """
+    file, names = open_file(path), layout.columns
+    there = set(file.schema_arrow.names)
+    wanted = [names.input_ids, *(layout.targets.required if layout.targets else ())]
+    for name in wanted:
+        if name not in there:
+            raise InputError(
+                f"no column {name!r}",
+                where=path,
+                found=", ".join(file.schema_arrow.names),
+                fix="name the columns with --columns.input_ids and so on, or the layout with --format",
+            )
+    marks = (names.loss_mask, names.labels, names.attention_mask, names.starts)
+    wanted += [name for name in (*marks, *(layout.targets.optional if layout.targets else ())) if name in there]
+    first = 0
+    for batch in batches_of(file, path, wanted):
+        where = f"{path}, rows {first} to {first + batch.num_rows - 1}"
+        tokens = lists_of(batch.column(names.input_ids), 1, np.int32, f"{where}, {names.input_ids}")
+        rows = [
+            _row(layout, batch, number, tokens.row(number), f"{path}, row {first + number}")
+            for number in range(batch.num_rows)
+        ]
+        if layout.targets is not None:
+            layout.targets.open(batch, where)
+        for number, (row, keep) in enumerate(rows):
+            if len(row) < 2:
+                continue
+            if layout.targets is None:
+                yield row
+                continue
+            found = layout.targets.row(number, tokens.row(number), row.where)
+            _require_length(len(found), len(tokens.row(number)), row.where)
+            part = slice(keep.start, min(keep.stop, len(found)))
+            yield replace(row, targets=_part(found, part, len(row)))
+        first += batch.num_rows
+
+
+def _row(
+    layout: Layout, batch: pa.RecordBatch, number: int, tokens_M: IntArray, where: str
+) -> tuple[CapturedRow, slice]:
+    """The row without its targets and its padding, and which of its tokens are left."""
+    if tokens_M.size and (tokens_M.min() < 0 or tokens_M.max() >= layout.vocab_size):
+        raise InputError(
+            "a token outside the vocabulary",
+            where=where,
+            found=f"{tokens_M.min()} to {tokens_M.max()}",
+            expected=f"0 to {layout.vocab_size - 1}, the tokenizer's",
+            fix="name the tokenizer of the teacher that made the captures",
+        )
+    keep = _unpadded(_marks(layout.columns.attention_mask, batch, number, len(tokens_M), where), len(tokens_M), where)
+    mask_M = _label_mask(layout.columns, batch, number, tokens_M, where)
+    starts_M = _marks(layout.columns.starts, batch, number, len(tokens_M), where)
+    if starts_M is None:
+        starts_M = np.zeros(len(tokens_M), np.bool_)
+        starts_M[keep.start : keep.start + 1] = True
+    if layout.end_padding is not None and tokens_M[-1:] == [layout.end_padding]:
+        mask_M[-1] = False
+    return CapturedRow(where, tokens_M[keep], starts_M[keep], mask_M[keep]), keep
+
+
+def _label_mask(names: ColumnNames, batch: pa.RecordBatch, number: int, tokens_M: IntArray, where: str) -> BoolArray:
+    mask_M = _marks(names.loss_mask, batch, number, len(tokens_M), where)
+    if mask_M is not None:
+        return mask_M
+    labels = _lists(names.labels, batch, where)
+    if labels is None:
+        return np.ones(len(tokens_M), np.bool_)
+    labels_M = labels.row(number)
+    if len(labels_M) != len(tokens_M) or ((labels_M != IGNORED_LABEL) & (labels_M != tokens_M)).any():
+        raise InputError(
+            "labels that are not the row's own tokens",
+            where=f"{where}, {names.labels}",
+            found=f"{len(labels_M)} labels for {len(tokens_M)} tokens, or others than these",
+            expected=f"of each token itself, or {IGNORED_LABEL} where it does not count; not shifted",
+            fix="name another column with --columns.labels or --columns.loss_mask",
+        )
+    mask: BoolArray = labels_M != IGNORED_LABEL
+    return mask
+
+
+def _unpadded(attention_M: BoolArray | None, num_tokens: int, where: str) -> slice:
+    if attention_M is None or attention_M.all():
+        return slice(0, num_tokens)
+    kept = np.flatnonzero(attention_M)
+    if not len(kept):
+        return slice(0, 0)
+    first, last = int(kept[0]), int(kept[-1])
+    if len(kept) != last - first + 1:
+        raise InputError(
+            "padding within a row", where=where, found=f"{last - first + 1 - len(kept)} tokens", expected="at its ends"
+        )
+    return slice(first, last + 1)
+
+
+def _marks(name: str, batch: pa.RecordBatch, number: int, num_tokens: int, where: str) -> BoolArray | None:
+    lists = _lists(name, batch, where)
+    if lists is None:
+        return None
+    values = lists.row(number)
+    if len(values) != num_tokens:
+        raise InputError(
+            "not as many marks as tokens", where=f"{where}, {name}", found=len(values), expected=num_tokens
+        )
+    marks: BoolArray = values != 0
+    return marks
+
+
+def _lists(name: str, batch: pa.RecordBatch, where: str) -> Ragged | None:
+    if name not in batch.schema.names:
+        return None
+    return lists_of(batch.column(name), 1, np.int32, f"{where}, {name}")
+
+
+def _require_length(num_targets: int, num_tokens: int, where: str) -> None:
+    if num_targets not in (num_tokens, num_tokens - 1):
+        raise InputError(
+            "not a target for each token",
+            where=where,
+            found=f"{num_targets} targets for {num_tokens} tokens",
+            expected=f"{num_tokens}, or {num_tokens - 1} where the last token has none",
+            fix="see --offset: the first target may be no prediction",
+        )
+
+
+def _part(targets: RowTargets, part: slice, num_tokens: int) -> RowTargets:
+    """Those of the tokens that are left; what follows the last of them is padding."""
+    labels_T = targets.label_logprobs_T[part].copy()
+    labels_T[num_tokens - 1 :] = np.nan
+    return RowTargets(targets.ids_TW[part], targets.logprobs_TW[part], targets.tail_T[part], labels_T)
+
+
+class ListTargets:
+    """Targets from columns of lists.
+
+    Args:
+        columns: their names.
+        vocab_size: ids are below it.
+        offset: 0 where the first target follows the first token, -1 where it is one of the first token itself.
+    """
+
+    def __init__(self, columns: ColumnNames, vocab_size: int, offset: int = 0) -> None:
+        self.required: tuple[str, ...] = (columns.ids, columns.logprobs)
+        self.optional: tuple[str, ...] = (columns.tail, columns.label_logprobs)
+        self._columns, self._vocab_size, self._offset = columns, vocab_size, offset
+        self._lists: dict[str, Ragged] = {}
+
+    def open(self, batch: pa.RecordBatch, where: str) -> None:
+        """Take the columns of some rows."""
+        names = self._columns
+        kinds: dict[str, tuple[int, Any]] = {names.ids: (2, np.int32), names.logprobs: (2, np.float32)}
+        kinds |= {names.tail: (1, np.float32), names.label_logprobs: (1, np.float32)}
+        self._lists = {
+            name: lists_of(batch.column(name), *kind, f"{where}, {name}")
+            for name, kind in kinds.items()
+            if name in batch.schema.names
+        }
+
+    def row(self, number: int, tokens_M: IntArray, where: str) -> RowTargets:
+        """The targets of one row."""
+        names, skipped = self._columns, -self._offset
+        ids, logprobs = self._lists[names.ids].row(number), self._lists[names.logprobs].row(number)
+        if not np.array_equal(ids.ends_R1, logprobs.ends_R1):
+            raise InputError(
+                "not as many logprobs as ids",
+                where=where,
+                found=f"{len(logprobs)} lists with {logprobs.ends_R1[-1]} in all",
+                expected=f"{len(ids)} with {ids.ends_R1[-1]}",
+            )
+        of = Ragged(ids.values, ids.ends_R1[skipped:]) if len(ids) >= skipped else ids
+        ids_TW, logprobs_TW = _filled(ids.values, of, -1), _filled(logprobs.values, of, -np.inf)
+        if (ids.values < 0).any():
+            raise InputError(
+                "an id below 0", where=where, found=int(ids.values.min()), expected="ids of the vocabulary"
+            )
+        tail_T, labels_T = (
+            self._numbers(name, number, skipped, len(of)) for name in (names.tail, names.label_logprobs)
+        )
+        if tail_T is not None and len(tail_T) != len(of):
+            raise InputError("not as many tails as targets", where=where, found=len(tail_T), expected=len(of))
+        return checked_targets(tokens_M, ids_TW, logprobs_TW, tail_T, labels_T, self._vocab_size, where)
+
+    def _numbers(self, name: str, number: int, skipped: int, num_targets: int) -> npt.NDArray[np.float32] | None:
+        if name not in self._lists:
+            return None
+        values: npt.NDArray[np.float32] = self._lists[name].row(number)[skipped:]
+        return values[:num_targets]
+
+
+def _filled(values_D: npt.NDArray[Any], of: Ragged, filling: float) -> npt.NDArray[Any]:
+    """Lists [T] as an array [T, W], with what is behind a list's last value filled."""
+    sizes_T = of.sizes_R
+    width = int(sizes_T.max(initial=0))
+    start, stop = int(of.ends_R1[0]), int(of.ends_R1[-1])
+    if len(of) * width == stop - start:
+        return np.ascontiguousarray(values_D[start:stop].reshape(len(of), width))
+    filled_TW = np.full((len(of), width), filling, values_D.dtype)
+    filled_TW[np.arange(width) < sizes_T[:, None]] = values_D[start:stop]
+    return filled_TW
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,176 @@
+"""A grid as ordinary run files: what each run of it is, where it lies, and which stages of others it reads.
+
+    OUT/run.yaml                                the corpus
+    OUT/teachers/TEACHER/run.yaml               a teacher and its cache, over that corpus
+    OUT/students/STUDENT/TEACHER/seed-N/...     first weights, an arm for each budget and alpha, their measurement
+    OUT/students/STUDENT/supervised/seed-N/...  the same without a teacher
+
+A student's first weights come from its shape, the corpus and the seed, and the order of its data from the seed and the
+cached text, which all teachers score alike: runs of one seed are paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from capgap.pipeline.store.files import write_atomically
+from capgap.pipeline.workflow.context import Instance
+from capgap.schemas.errors import SettingError
+from capgap.schemas.law_grid import SUPERVISED, LawGrid
+from capgap.schemas.run_file import RunFile
+
+RUN_NAME = "run.yaml"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training of a cell."""
+
+    budget: str
+    alpha: float
+
+    @property
+    def name(self) -> str:
+        """Of the arm in the run file."""
+        return f"{self.budget}-{SUPERVISED}" if self.alpha == 0 else f"{self.budget}-alpha-{self.alpha:g}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One student, one teacher or none, one seed.
+
+    Attributes:
+        student: its name.
+        teacher: its name; None for the supervised arm.
+        seed: of first weights and data order.
+        reads: the teacher whose cache holds the text; of the supervised arm any one, for it reads no targets.
+        arms: its trainings.
+        run: its run file.
+    """
+
+    student: str
+    teacher: str | None
+    seed: int
+    reads: str
+    arms: tuple[Arm, ...]
+    run: RunFile
+
+    @property
+    def name(self) -> str:
+        """Path of its folder below the grid's."""
+        return cell_name(self.student, self.teacher, self.seed)
+
+    def trained(self, arm: Arm) -> Instance:
+        """The instance that trains the arm."""
+        return Instance("train", arm.name, self.seed)
+
+
+def cell_name(student: str, teacher: str | None, seed: int) -> str:
+    """Path of a cell's folder below the grid's."""
+    return f"students/{student}/{teacher or SUPERVISED}/seed-{seed}"
+
+
+def corpus_run(grid: LawGrid) -> RunFile:
+    """The run whose corpus stage is everybody's."""
+    reuse = {"corpus": grid.reuse.corpus} if grid.reuse.corpus else {}
+    return _run_file(grid, grid.out, "corpus", next(iter(grid.teachers)), reuse)
+
+
+def corpus_folder(grid: LawGrid) -> str:
+    """Where the corpus lies."""
+    return grid.reuse.corpus or str(Path(grid.out) / "corpus")
+
+
+def teacher_run(grid: LawGrid, teacher: str) -> RunFile:
+    """The run whose stages teacher and cache are that teacher's."""
+    reuse = {"corpus": corpus_folder(grid)}
+    reuse |= {"teacher": grid.reuse.teachers[teacher]} if teacher in grid.reuse.teachers else {}
+    reuse |= {"cache": grid.reuse.caches[teacher]} if teacher in grid.reuse.caches else {}
+    return _run_file(grid, _teacher_folder(grid, teacher), f"teacher-{teacher}", teacher, reuse)
+
+
+def teacher_folder(grid: LawGrid, teacher: str) -> str:
+    """Where the teacher's stage lies."""
+    return grid.reuse.teachers.get(teacher) or str(Path(_teacher_folder(grid, teacher)) / "teacher")
+
+
+def cache_folder(grid: LawGrid, teacher: str) -> str:
+    """Where the teacher's cache lies, or its URL."""
+    return grid.reuse.caches.get(teacher) or str(Path(_teacher_folder(grid, teacher)) / "cache")
+
+
+def cell(
+    grid: LawGrid, student: str, teacher: str | None, seed: int, tokens: Mapping[str, int], reads: str | None = None
+) -> Cell:
+    """One cell of the grid.
+
+    Args:
+        grid: the grid.
+        student: its name.
+        teacher: its name; None for the supervised arm.
+        seed: one of the grid's.
+        tokens: of each budget, for this student.
+        reads: whose cache the supervised arm reads; the grid's first teacher's where it is left out.
+    """
+    source = teacher or reads or next(iter(grid.teachers))
+    alphas = grid.alphas if teacher else (0.0,)
+    arms = tuple(Arm(budget, alpha) for budget in grid.budgets for alpha in alphas)
+    reuse = {
+        "corpus": corpus_folder(grid),
+        "teacher": teacher_folder(grid, source),
+        "cache": cache_folder(grid, source),
+    }
+    name = cell_name(student, teacher, seed)
+    run = _run_file(grid, str(Path(grid.out) / name), name.replace("/", "-"), source, reuse, student)
+    settings = {arm.name: {"alpha": arm.alpha, "max_tokens": tokens[arm.budget]} for arm in arms}
+    return Cell(student, teacher, seed, source, arms, run.model_copy(update={"seeds": (seed,), "arms": settings}))
+
+
+def cells(grid: LawGrid, tokens: Mapping[str, Mapping[str, int]]) -> Iterator[Cell]:
+    """Every cell, the supervised ones of a student first; `tokens` by student and budget."""
+    for student in grid.students:
+        for seed in grid.seeds:
+            for teacher in (None, *grid.teachers):
+                yield cell(grid, student, teacher, seed, tokens[student])
+
+
+def write_run_file(run: RunFile) -> Path:
+    """Write the run file into its own folder, for people to start by hand; returns its path."""
+    folder = Path(run.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = run.model_dump(mode="json", exclude_defaults=True)
+    write_atomically(folder / RUN_NAME, yaml.safe_dump(values, sort_keys=False, width=120))
+    return folder / RUN_NAME
+
+
+def _teacher_folder(grid: LawGrid, teacher: str) -> str:
+    return str(Path(grid.out) / "teachers" / teacher)
+
+
+def _run_file(
+    grid: LawGrid, out: str, name: str, teacher: str, reuse: Mapping[str, str], student: str | None = None
+) -> RunFile:
+    trained = student or next(iter(grid.students))
+    try:
+        return RunFile.model_validate(
+            {
+                "name": f"{grid.name}-{name}",
+                "out": out,
+                "device": grid.device,
+                "seeds": grid.seeds,
+                "reuse": dict(reuse),
+                "corpus": grid.corpus,
+                "teacher": grid.teacher_settings(teacher),
+                "cache": grid.cache,
+                "student": grid.students[trained],
+                "train": grid.train_settings(trained),
+                "eval": grid.eval,
+            }
+        )
+    except ValidationError as error:
+        raise SettingError(error.errors()[0]["msg"].removeprefix("Value error, "), where=grid.name) from None

@@ -1,0 +1,65 @@
+"""What a grid takes from earlier runs must be of its own corpus, teacher and recording."""
+
+from __future__ import annotations
+
+from capgap.pipeline.law.expand import teacher_run
+from capgap.pipeline.workflow.state import reused_manifests, states
+from capgap.schemas.errors import MismatchError
+from capgap.schemas.facts import CacheFacts
+from capgap.schemas.law_grid import LawGrid
+from capgap.schemas.manifest import Manifest
+
+
+def require_reused(grid: LawGrid, corpus: Manifest) -> None:
+    """Refuse a reused cache or teacher before anything is trained.
+
+    Raises:
+        MismatchError: it is of another corpus, teacher or recording than the grid's.
+        InputError: there is none in the folder that is named.
+    """
+    for name in grid.teachers:
+        run = teacher_run(grid, name)
+        found = reused_manifests(run)
+        for stage in ("teacher", "cache"):
+            if stage not in found:
+                continue
+            location, manifest = found[stage]
+            where = f"reuse.{stage}s.{name}: {location}"
+            _require(where, "corpus", manifest.inputs["corpus"].identity, corpus.identity)
+            if stage == "cache":
+                wanted = found["teacher"][1].identity if "teacher" in found else states(run)["teacher"].order.identity
+                _require(where, "teacher", manifest.inputs["teacher"].identity, wanted)
+                _require_kept(where, CacheFacts.model_validate(manifest.facts), grid)
+
+
+def _require(where: str, what: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise MismatchError(
+            f"made from another {what} than the grid's",
+            where=where,
+            found=f"{what} {found[:12]}",
+            expected=expected[:12],
+            fix=f"reuse that {what} too, or leave this out",
+        )
+
+
+def _require_kept(where: str, facts: CacheFacts, grid: LawGrid) -> None:
+    settings = grid.cache
+    asked = {name: (settings.num_ids(name), settings.stored_profile) for name in settings.recordings}
+    for name, (num_ids, profile) in asked.items():
+        kept = facts.recordings.get(name)
+        wanted = f"{name} of {num_ids}" + (f", {profile}" if name == "topk" else "")
+        wanted += f", temperature {settings.temperature:g}"
+        if kept is None:
+            said = f"no recording {name}"
+        else:
+            said = f"{name} of {kept.num_ids}" + (f", {kept.profile}" if name == "topk" else "")
+            said += f", temperature {facts.temperature:g}"
+        if said != wanted:
+            raise MismatchError(
+                "caches of different recordings in one grid",
+                where=where,
+                found=said,
+                expected=wanted,
+                fix="record all teachers alike: what a recording leaves out looks like an effect of the teacher",
+            )

@@ -1,0 +1,168 @@
+"""One job of a grid in a process of its own: the stages of one run file, walked like those of any run.
+
+What fails is written down beside the run file, so that the table can name the reason after everybody has forgotten it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from capgap.pipeline.law.expand import Cell, write_run_file
+from capgap.pipeline.store.files import write_atomically
+from capgap.pipeline.workflow.context import Instance
+from capgap.pipeline.workflow.driver import StageFailedError, Start, start_afresh, walk
+from capgap.pipeline.workflow.orphans import die_with
+from capgap.schemas.errors import CapgapError
+from capgap.schemas.run_file import RunFile
+
+FAILED_NAME = "failed.json"
+LOG_NAME = "log.txt"
+
+_FAULT = 1
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process makes.
+
+    Attributes:
+        name: path of the run's folder below the grid's.
+        run: the run file.
+        first: instances that all the others need, in order.
+        each: instances of which one may fail and the others go on: the trainings of a cell.
+        measured: whether those that are there are measured by the eval stage.
+        needs: names of the jobs that must have ended well.
+    """
+
+    name: str
+    run: RunFile
+    first: tuple[Instance, ...]
+    each: tuple[Instance, ...] = ()
+    measured: bool = False
+    needs: tuple[str, ...] = ()
+
+
+def teacher_job(name: str, run: RunFile) -> Job:
+    """A teacher and its cache, as far as they are not reused."""
+    stages = [Instance("teacher"), Instance("cache")]
+    return Job(name, run, tuple(one for one in stages if one.stage not in run.reuse))
+
+
+def cell_job(cell: Cell, needs: str) -> Job:
+    """First weights, trainings and measurement of a cell."""
+    student = Instance("student", seed=cell.seed)
+    return Job(cell.name, cell.run, (student,), tuple(map(cell.trained, cell.arms)), True, (needs,))
+
+
+def with_arms(run: RunFile, trained: Sequence[Instance]) -> RunFile:
+    """The run of these arms alone, so that they are measured though another has failed."""
+    arms = {one.arm for one in trained}
+    return run.model_copy(update={"arms": {name: values for name, values in run.arms.items() if name in arms}})
+
+
+def begin_log(job: Job) -> Path:
+    """The run file in its folder, and the log of this attempt, empty."""
+    write_run_file(job.run)
+    (Path(job.run.out) / FAILED_NAME).unlink(missing_ok=True)
+    log = Path(job.run.out) / LOG_NAME
+    log.write_bytes(b"")
+    return log
+
+
+def read_failures(run: RunFile) -> dict[str, str]:
+    """Why instances of the run failed when it was last tried, by name."""
+    with suppress(FileNotFoundError, ValueError):
+        found = json.loads((Path(run.out) / FAILED_NAME).read_bytes())
+        return {str(name): str(why) for name, why in found.items()} if isinstance(found, dict) else {}
+    return {}
+
+
+def process_of(
+    job: Job, environment: Mapping[str, str], wait: bool, start: Start, leave: Callable[[], None]
+) -> BaseProcess:
+    """The process that does the job; not started yet. Its log is begun.
+
+    It is forked, for what it needs is imported here already; `start` starts the processes of its stages. `leave` lets
+    go there of what only this process is to hold.
+    """
+    # imported here: commands that fork nothing do without it
+    import multiprocessing
+
+    log = begin_log(job)
+    fork = multiprocessing.get_context("fork")
+    arguments = (job, dict(environment), log, wait, start, leave, os.getpid())
+    return fork.Process(target=_be_the_worker, args=arguments, name=job.name)
+
+
+def _be_the_worker(
+    job: Job,
+    environment: Mapping[str, str],
+    log: Path,
+    wait: bool,
+    start: Start,
+    leave: Callable[[], None],
+    parent_pid: int,
+) -> None:
+    die_with(parent_pid)
+    leave()
+    os.environ.update(environment)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    code = _FAULT
+    try:
+        code = carry_out_job(job, log, wait, start)
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    os._exit(code)
+
+
+def carry_out_job(job: Job, log: Path, wait: bool, start: Start = start_afresh) -> int:
+    """Make everything of the job that can be made; the code of the first failure, or 0."""
+    failures: dict[str, str] = {}
+    codes: list[int] = []
+
+    def made(run: RunFile, instance: Instance) -> bool:
+        heard = log.stat().st_size
+        try:
+            walk(run, [instance], force=False, wait=wait, say=_say, start=_start_of(run, instance, start))
+        except CapgapError as error:
+            said = _last_words(log, heard) if isinstance(error, StageFailedError) and error.already_said else str(error)
+            failures[instance.name] = said or str(error)
+            codes.append(error.exit_code)
+            if error.exit_code == _INTERRUPTED:
+                raise KeyboardInterrupt from None
+            return False
+        return True
+
+    if all(made(job.run, instance) for instance in job.first):
+        trained = [instance for instance in job.each if made(job.run, instance)]
+        if job.measured and trained:
+            made(with_arms(job.run, trained), Instance("eval"))
+    if failures:
+        write_atomically(Path(job.run.out) / FAILED_NAME, json.dumps(failures, indent=1) + "\n")
+    return codes[0] if codes else 0
+
+
+def _say(name: str, why: str) -> None:
+    print(f"{name}: {why}", flush=True)
+
+
+def _start_of(run: RunFile, instance: Instance, start: Start) -> Start:
+    """vLLM looks for its own what to start from, and needs a process that nothing was imported in."""
+    return start_afresh if instance.stage == "cache" and run.cache.engine == "vllm" else start
+
+
+def _last_words(log: Path, start: int) -> str:
+    """What the stage said last of why it failed."""
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").splitlines()
+    return next((line.removeprefix("capgap: ") for line in reversed(lines) if line.startswith("capgap: ")), "")

@@ -1,0 +1,101 @@
+"""The table of benchmarks: a line for each task, a column for the teacher and for each arm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from capgap.pipeline.report.summary import BenchmarkLine, Benchmarks, Score
+from capgap.pipeline.workflow.context import StageContext
+from capgap.schemas.benchmark import BENCHMARK_NAME, BenchmarkResults
+from capgap.schemas.results import TEACHER
+
+_Value = tuple[float, float | None]
+
+
+def benchmarks(context: StageContext) -> Benchmarks | None:
+    """What the run's benchmark stages measured; None where it has none."""
+    found: dict[str, list[BenchmarkResults]] = {}
+    for name, made in context.inputs.items():
+        if made.manifest.stage == "benchmark":
+            results = BenchmarkResults.model_validate_json((made.path / BENCHMARK_NAME).read_bytes())
+            # benchmark/<arm>/seed-<seed>, or benchmark/teacher
+            found.setdefault(name.split("/")[1], []).append(results)
+    if not found:
+        return None
+    models = {name: found[name] for name in (TEACHER, *context.run.arms) if name in found}
+    return Benchmarks(lines=(*_tasks(models), *_means(models)), notes=_notes(models))
+
+
+def benchmark_headings(table: Benchmarks) -> tuple[str, ...]:
+    """One for each column."""
+    return ("task", "metric", "shots", "chance", *table.lines[0].scores)
+
+
+def benchmark_cells(table: Benchmarks) -> list[tuple[str, ...]]:
+    """The lines as text, one cell a heading."""
+    return [
+        (
+            line.task,
+            line.metric,
+            "-" if line.num_fewshot is None else str(line.num_fewshot),
+            "-" if line.chance is None else f"{line.chance:.4f}",
+            *(_text(score) for score in line.scores.values()),
+        )
+        for line in table.lines
+    ]
+
+
+def _tasks(models: dict[str, list[BenchmarkResults]]) -> Iterable[BenchmarkLine]:
+    """Every model has the same tasks, for all are of one run file."""
+    first = next(iter(models.values()))[0]
+    for place, row in enumerate(first.main):
+        scores = {
+            name: _score([(one.main[place].value, one.main[place].stderr) for one in results])
+            for name, results in models.items()
+        }
+        alone = sum(other.asked == row.asked for other in first.main) == 1
+        yield BenchmarkLine(
+            task=row.asked if alone else row.task,
+            metric=row.metric if row.filter == "none" else f"{row.metric}, {row.filter}",
+            num_fewshot=row.num_fewshot,
+            chance=row.chance,
+            scores=scores,
+        )
+
+
+def _means(models: dict[str, list[BenchmarkResults]]) -> Iterable[BenchmarkLine]:
+    first = next(iter(models.values()))[0]
+    for place, mean in enumerate(first.means):
+        scores = {
+            name: _score([(one.means[place].value, one.means[place].stderr) for one in results])
+            for name, results in models.items()
+        }
+        yield BenchmarkLine(
+            task=mean.preset, metric=f"mean of {len(mean.tasks)}", num_fewshot=None, chance=None, scores=scores
+        )
+
+
+def _score(values: Sequence[_Value]) -> Score:
+    mean = math.fsum(value for value, _ in values) / len(values)
+    if len(values) == 1:
+        return Score(mean=mean, error=values[0][1])
+    variance = math.fsum((value - mean) ** 2 for value, _ in values) / (len(values) - 1)
+    return Score(mean=mean, error=math.sqrt(variance))
+
+
+def _notes(models: dict[str, list[BenchmarkResults]]) -> tuple[str, ...]:
+    every = [one for results in models.values() for one in results]
+    ways = sorted({f"{one.backend}, {one.dtype}" for one in every})
+    versions = sorted({one.versions["lm-eval"] for one in every})
+    seeds = any(len(results) > 1 for results in models.values())
+    errors = "+- is lm-eval's standard error over examples" + (", of several seeds their deviation" if seeds else "")
+    notes = [f"benchmarks: lm-eval {', '.join(versions)} through {' and '.join(ways)}; {errors}"]
+    limit = every[0].limit
+    if limit is not None:
+        notes.append(f"limited: the first {limit} examples of each task only; a trial, not the benchmarks' own figures")
+    return tuple(notes)
+
+
+def _text(score: Score) -> str:
+    return f"{score.mean:.4f}" if score.error is None else f"{score.mean:.4f} +- {score.error:.4f}"

@@ -1,0 +1,192 @@
+"""Compute against quality, of all models of a run: what each costs, and which no other beats.
+
+Held-out loss is comparable within the run alone. Benchmarks are comparable with what others published, but only where
+the run was measured on the very same six, with as many solved examples and without a limit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from capgap.pipeline.law.costs import paper_flops, scoring_flops, training_flops
+from capgap.pipeline.law.frontier import non_dominated
+from capgap.pipeline.law.published_models import SHOTS
+from capgap.pipeline.workflow.context import Instance, StageContext
+from capgap.schemas.base import Record
+from capgap.schemas.facts import CacheFacts
+from capgap.schemas.results import TEACHER, EvalResults, ModelResult
+
+STATED = (
+    "Compute is 6 N D for a training and 2 N D for a pass, over all parameters. Of a student: its training, and for a "
+    "distilled one the teacher's pass over the cached tokens (6 N_S D + 2 N_T D_C, as the paper has it). The column "
+    "with the teacher's training has 6 N_T D_T more, for every student that the teacher taught or that was made from "
+    "it. First weights that were given, and the tuning of a student, are not counted."
+)
+
+_BENCHMARK_STAGE, _BENCHMARK_NAME = "benchmark", "benchmark.json"
+
+
+class CostedModel(Record):
+    """The teacher or an arm; means over seeds."""
+
+    name: str
+    """`teacher`, or the arm."""
+
+    num_parameters: int
+    """Of one model."""
+
+    tokens: int | None
+    """That it was trained on; None where that is not known."""
+
+    flops: float | None
+    """The paper's accounting; None where something in it is not known."""
+
+    flops_with_teacher: float | None
+    """With the teacher's training."""
+
+    unknown: str
+    """Why a cost is missing, in words; empty where none is."""
+
+    loss: float
+    """Held out, nats per token."""
+
+    scores: tuple[float, ...] = ()
+    """Per cent on the paper's six benchmarks, in its order; empty unless the run was measured on all six as it was."""
+
+    @property
+    def mean_score(self) -> float | None:
+        """Of the six; None without them."""
+        return math.fsum(self.scores) / len(self.scores) if self.scores else None
+
+
+class RunFrontier(Record):
+    """All models of a run at their costs."""
+
+    models: tuple[CostedModel, ...]
+    """The teacher first, where it was measured."""
+
+    by_loss: tuple[str, ...]
+    """Those that no other beats in compute and held-out loss, by rising cost."""
+
+    by_score: tuple[str, ...]
+    """The same in compute and the benchmarks' mean; empty without them."""
+
+
+def run_frontier(context: StageContext, results: EvalResults) -> RunFrontier:
+    """What every model of the run costs and what it reaches."""
+    teacher = () if results.teacher is None else (_teacher(context, results.teacher),)
+    models = (*teacher, *(_arm(context, results, arm) for arm in results.arms))
+    return RunFrontier(
+        models=models,
+        by_loss=_best([(m.name, m.flops, m.loss) for m in models]),
+        by_score=_best([(m.name, m.flops, None if m.mean_score is None else -m.mean_score) for m in models]),
+    )
+
+
+def _best(models: Sequence[tuple[str, float | None, float | None]]) -> tuple[str, ...]:
+    """Names of those that no other beats; whose cost or quality is not known takes no part."""
+    known = [(name, cost, worse) for name, cost, worse in models if cost is not None and worse is not None]
+    on = non_dominated([cost for _, cost, _ in known], [worse for _, _, worse in known])
+    best = [point for point, is_on in zip(known, on, strict=True) if is_on]
+    return tuple(name for name, _, _ in sorted(best, key=lambda point: point[1]))
+
+
+def _teacher(context: StageContext, measured: ModelResult) -> CostedModel:
+    size = measured.num_parameters
+    tokens = _trained_tokens(context, Instance("teacher"))
+    cost = None if tokens is None else training_flops(size, tokens)
+    return CostedModel(
+        name=TEACHER,
+        num_parameters=size,
+        tokens=tokens,
+        flops=cost,
+        flops_with_teacher=cost,
+        unknown="" if tokens else "a given model: nothing here says on how many tokens it was trained",
+        loss=measured.loss,
+        scores=_scores(context, [f"{_BENCHMARK_STAGE}/{TEACHER}"]),
+    )
+
+
+def _arm(context: StageContext, results: EvalResults, arm: str) -> CostedModel:
+    models = results.of_arm(arm)
+    trained = [Instance("train", model.arm, model.seed) for model in models]
+    size, tokens = models[0].num_parameters, _trained_tokens(context, trained[0])
+    scored, unknown = _scored_tokens(context, arm, tokens)
+    if tokens is None:
+        unknown = "its manifest does not say on how many tokens it was trained"
+    if scored and results.teacher is None:
+        scored, unknown = None, "its teacher was not measured, and nothing here says how large it is"
+    flops = with_teacher = None
+    if tokens is not None and scored is not None:
+        teacher = 0 if results.teacher is None else results.teacher.num_parameters
+        flops = paper_flops(size, tokens) + scoring_flops(teacher, scored)
+        taught = _trained_tokens(context, Instance("teacher"))
+        if scored == 0 and not _made_from_teacher(context, models[0]):
+            with_teacher = flops
+        elif taught is not None:
+            with_teacher = flops + training_flops(teacher, taught)
+        else:
+            unknown = "nothing here says on how many tokens its teacher was trained"
+    return CostedModel(
+        name=arm,
+        num_parameters=size,
+        tokens=tokens,
+        flops=flops,
+        flops_with_teacher=with_teacher,
+        unknown=unknown,
+        loss=math.fsum(model.loss for model in models) / len(models),
+        scores=_scores(context, [f"{_BENCHMARK_STAGE}/{model.arm}/seed-{model.seed}" for model in models]),
+    )
+
+
+def _trained_tokens(context: StageContext, instance: Instance) -> int | None:
+    made = context.inputs.get(instance.name)
+    found = None if made is None else made.manifest.totals.get("num_tokens")
+    return found if isinstance(found, int) else None
+
+
+def _scored_tokens(context: StageContext, arm: str, tokens: int | None) -> tuple[int | None, str]:
+    """Tokens of the teacher's pass, 0 without a teacher; or why they cannot be said."""
+    settings = context.run.train_settings(arm)
+    if settings.largest_alpha == 0:
+        return 0, ""
+    if settings.needs_teacher:
+        return tokens, ""
+    if settings.caches:
+        return None, "it learns from further caches, of whose teachers nothing here says the size"
+    cache = context.input("cache").manifest
+    recording = next(iter(CacheFacts.model_validate(cache.facts).recordings))
+    return cache.shard_sets[recording].num_tokens, ""
+
+
+def _made_from_teacher(context: StageContext, model: ModelResult) -> bool:
+    """Whether a student's first weights come from the teacher's."""
+    student = context.inputs.get(Instance("student", seed=model.seed).name)
+    return student is not None and TEACHER in student.manifest.inputs
+
+
+def _scores(context: StageContext, names: Sequence[str]) -> tuple[float, ...]:
+    """Per cent, mean over the models; empty unless each was measured on all six as the paper was."""
+    each = [_scores_of(context, name) for name in names]
+    found = [scores for scores in each if scores is not None]
+    if not found or len(found) < len(names):
+        return ()
+    return tuple(100 * math.fsum(scores[name] for scores in found) / len(found) for name in SHOTS)
+
+
+def _scores_of(context: StageContext, name: str) -> Mapping[str, float] | None:
+    made = context.inputs.get(name)
+    path = None if made is None else Path(made.path) / _BENCHMARK_NAME
+    if path is None or not path.is_file():
+        return None
+    measured: dict[str, Any] = json.loads(path.read_bytes())
+    scores = {
+        row["asked"]: float(row["value"])
+        for row in measured["rows"]
+        if row["main"] and row["asked"] in SHOTS and row["num_fewshot"] in (SHOTS[row["asked"]], None)
+    }
+    return scores if measured["limit"] is None and scores.keys() == SHOTS.keys() else None

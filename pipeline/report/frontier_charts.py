@@ -1,0 +1,145 @@
+"""Compute against quality as charts: the run's models by held-out loss, and the paper's by its six benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from capgap.pipeline.law.published_models import MODELS, SHOTS, SOURCE, PublishedModel, not_dominated
+from capgap.pipeline.report.charts import Chart, arm_look, legend
+from capgap.pipeline.report.frontier import STATED, CostedModel, RunFrontier
+from capgap.pipeline.report.svg import INK, SERIES, draw
+from capgap.pipeline.report.table import human_count
+
+_SMALL = 8  # points, of names beside marks
+
+
+def frontier_charts(frontier: RunFrontier, arms: Sequence[str]) -> tuple[Chart, ...]:
+    """The run's own, if any model's cost is known, and the published one, with the run's models where they belong."""
+    placed = [model for model in frontier.models if model.flops is not None]
+    own = (_own(frontier, placed, tuple(arms)),) if placed else ()
+    return (*own, _published(frontier, [model for model in placed if model.scores], tuple(arms)))
+
+
+def _own(frontier: RunFrontier, placed: Sequence[CostedModel], arms: tuple[str, ...]) -> Chart:
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        for model in placed:
+            _mark(axes, model, model.loss, arms)
+        _line(axes, [(m.flops, m.loss) for name in frontier.by_loss for m in placed if m.name == name])
+        axes.set_xscale("log")
+        axes.set_xlabel("floating-point operations")
+        axes.set_ylabel("held-out loss, nats per token")
+        legend(figure, axes)
+
+    absent = [f"{model.name}: {model.unknown}" for model in frontier.models if model.flops is None]
+    said = "; ".join(f"{model.name} {model.loss:.4f} at {model.flops:.3g}" for model in placed)
+    return Chart(
+        name="frontier",
+        title="Compute and held-out loss",
+        caption=f"{STATED} Lower and further left is better; the line joins the models that no other beats."
+        + (f" Not drawn: {'; '.join(absent)}." if absent else ""),
+        svg=draw("frontier", f"Held-out loss against floating-point operations: {said}", 3.4, paint),
+        headings=("model", "parameters", "tokens", "operations", "with teacher's training", "loss", "not beaten"),
+        rows=tuple(
+            (
+                model.name,
+                human_count(model.num_parameters),
+                "-" if model.tokens is None else f"{model.tokens:,}",
+                _operations(model.flops),
+                _operations(model.flops_with_teacher),
+                f"{model.loss:.4f}",
+                "-" if model.flops is None else "yes" if model.name in frontier.by_loss else "no",
+            )
+            for model in frontier.models
+        ),
+    )
+
+
+def _published(frontier: RunFrontier, measured: Sequence[CostedModel], arms: tuple[str, ...]) -> Chart:
+    best = not_dominated()
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.plot(
+            [model.flops for model in MODELS],
+            [model.mean for model in MODELS],
+            "o",
+            color=SERIES[0],
+            markersize=5,
+            label="published",
+        )
+        for model in MODELS:
+            side: dict[str, Any] = {"xytext": (-4, 3), "ha": "right"} if _is_crowded(model) else {"xytext": (4, 3)}
+            at = (model.flops, model.mean)
+            axes.annotate(model.name, at, textcoords="offset points", fontsize=_SMALL, color=INK, **side)
+        _line(axes, [(model.flops, model.mean) for model in best])
+        for own in measured:
+            _mark(axes, own, own.mean_score, arms)
+        axes.set_xscale("log")
+        axes.margins(x=0.18)
+        axes.set_xlabel("floating-point operations")
+        axes.set_ylabel("mean of six benchmarks, %")
+        legend(figure, axes)
+
+    doubts = " ".join(f"{model.name}: {model.doubt}." for model in MODELS if model.doubt)
+    whose = (
+        "This run's models were measured on the same six, and stand beside them; the line is of the published ones."
+        if measured
+        else "This run's models are not drawn: they were not measured on these six."
+    )
+    said = "; ".join(f"{model.name} {model.mean:.1f} at {model.flops:.3g}" for model in MODELS)
+    return Chart(
+        name="published",
+        title="What others published",
+        caption=f"{SOURCE}: compute as printed, and the mean of its six benchmarks, whose metrics it does not name. "
+        f"The line joins the models that no other beats. {whose} {doubts}",
+        svg=draw("published", f"Mean of six benchmarks against floating-point operations: {said}", 4.2, paint),
+        headings=("model", "operations", *SHOTS, "mean", "not beaten"),
+        rows=(
+            *(_published_row(model, best) for model in sorted(MODELS, key=lambda one: one.flops)),
+            *(
+                (
+                    f"{own.name} (this run)",
+                    _operations(own.flops),
+                    *(f"{score:.2f}" for score in own.scores),
+                    f"{own.mean_score:.1f}",
+                    "yes" if own.name in frontier.by_score else "no",
+                )
+                for own in measured
+            ),
+        ),
+    )
+
+
+def _published_row(model: PublishedModel, best: Sequence[PublishedModel]) -> tuple[str, ...]:
+    scores = (f"{score:.2f}" for score in model.scores)
+    return model.name, _operations(model.flops), *scores, f"{model.mean:.1f}", "yes" if model in best else "no"
+
+
+def _is_crowded(model: PublishedModel) -> bool:
+    """Whether its name would run into a mark to its right."""
+    return any(1 < one.flops / model.flops < 2.5 and abs(one.mean - model.mean) < 2 for one in MODELS)
+
+
+def _mark(axes: Any, model: CostedModel, quality: float | None, arms: tuple[str, ...]) -> None:
+    look = arm_look(model.name if model.name in arms else None, arms)
+    axes.plot(
+        [model.flops],
+        [quality],
+        marker=look["marker"],
+        color=look["color"],
+        markersize=7,
+        linestyle="none",
+        label=model.name,
+    )
+
+
+def _line(axes: Any, points: Sequence[tuple[float | None, float]]) -> None:
+    axes.step([x for x, _ in points], [y for _, y in points], where="post", color=INK, linewidth=1, label="not beaten")
+
+
+def _operations(flops: float | None) -> str:
+    return "-" if flops is None else f"{flops:.3g}"

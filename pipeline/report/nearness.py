@@ -1,0 +1,78 @@
+"""What the report says of nearness to the teacher beyond the table's columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from capgap.schemas.results import EvalResults, Interval, ModelResult, Quantity
+
+_NAMES: dict[Quantity, str] = {
+    "loss": "loss",
+    "kl": "KL to the teacher",
+    "cached_kl": "KL to the cache",
+    "cached_teacher_ce": "cross-entropy with the cached draws",
+}
+
+DIFFERENCE_HEADINGS = ("pair", "quantity", "difference, nats/token", "low", "high")
+
+
+def nearness_lines(results: EvalResults) -> tuple[str, ...]:
+    """Lines below the final table."""
+    missing: tuple[str, ...] = ()
+    if results.teacher_missing is not None:
+        missing = (f"note: the teacher itself was not measured ({results.teacher_missing}), nor KL, top-1, acceptance",)
+    return (*missing, *_cached(results), *_drafts(results))
+
+
+def difference_rows(results: EvalResults) -> tuple[tuple[str, ...], ...]:
+    """Every two arms' difference in nearness, at each seed and over seeds: positive means that the second is nearer."""
+    seeds = [
+        (f"{one.first} - {one.second}, seed {one.seed}", _NAMES[one.quantity], *_numbers(one.difference, one.interval))
+        for one in results.paired_nearness
+    ]
+    means = [
+        (f"{one.first} - {one.second}, mean", _NAMES[one.quantity], *_numbers(one.difference, one.interval))
+        for one in results.nearness_over_seeds
+    ]
+    return (*seeds, *means)
+
+
+def _cached(results: EvalResults) -> Iterable[str]:
+    cached = results.cached
+    if cached is None:
+        return
+    found = [(_title(model), model.against_cache) for model in results.models if model.against_cache is not None]
+    topk = cached.recording == "topk"
+    what = "KL to its kept ids and their tail, a lower bound" if topk else "cross-entropy with its draws"
+    values = ", ".join(f"{title} {near.kl if topk else near.teacher_ce:.4f}" for title, near in found)
+    teacher = "" if cached.teacher_loss is None else f"; the teacher's loss there {cached.teacher_loss:.4f}"
+    yield (
+        f"on the cache's {cached.num_sequences:,} held-out sequences (recording {cached.recording}, temperature "
+        f"{cached.temperature:g}), {what}, nats per token: {values}{teacher}"
+    )
+
+
+def _drafts(results: EvalResults) -> Iterable[str]:
+    for model in results.models:
+        if model.drafted is None:
+            continue
+        foretold = ""
+        if model.against_teacher is not None:
+            foretold = f" (foretold on held-out text {100 * model.against_teacher.acceptance:.1f} %)"
+        yield (
+            f"drafts for the teacher in {model.drafted.engine}: {_title(model)} has "
+            f"{100 * model.drafted.acceptance:.1f} % of first tokens accepted{foretold}, "
+            f"{model.drafted.tokens_per_look:.2f} tokens a look of the teacher at "
+            f"{model.drafted.num_speculative_tokens} drafted"
+        )
+
+
+def _title(model: ModelResult) -> str:
+    return "teacher" if model.arm is None else f"{model.arm}, seed {model.seed}"
+
+
+def _numbers(difference: float, interval: Interval) -> tuple[str, ...]:
+    return tuple(
+        f"{value:+.4f}" if math.isfinite(value) else "-" for value in (difference, interval.low, interval.high)
+    )

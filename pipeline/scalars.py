@@ -1,0 +1,77 @@
+"""Names of what is measured over a stage's course: one table for metrics.csv, TensorBoard and every other logger.
+
+    teacher, train, tune: rows of metrics.csv and scalars of the training's loggers
+    cache, eval:          scalars of TensorBoard, in the stage's folder `logs`
+
+A name means one thing in every stage, so that curves of different stages can be laid over one another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+METRICS_NAME = "metrics.csv"
+
+TRAINING_SCALARS = {
+    "epoch": "passes over the training text",
+    "num_tokens": "tokens seen",
+    "train_loss": "what is minimised, nats a token, mean since the row before",
+    "train_kl": "divergence from the teacher that alpha weighs, nats a token",
+    "train_ce": "cross-entropy with the text, nats a token",
+    "validation_loss": "cross-entropy with held-out text, nats a token",
+    "heldout_kl": "divergence from the teacher on held-out text, nats a token; of a topk cache",
+    "heldout_teacher_ce": "cross-entropy with the teacher's draws on held-out text, nats a token; of a sampled cache",
+    "heldout_top1": "share of held-out tokens at which student and teacher hold the same one for the likeliest",
+    "learning_rate": "of the step",
+    "gradient_norm": "before clipping, mean since the row before",
+    "tokens_per_s": "tokens a second",
+    "waiting_share": "share of the time in which the loader was waited for",
+    "memory_bytes": "most that tensors took of a GPU; on a CPU what the process takes",
+}
+"""Of the stages that train, by step; the columns of metrics.csv behind `step`, in their order."""
+
+CACHE_SCALARS = {
+    "num_shards": "shards that are finished",
+    "num_tokens": "tokens scored by this process",
+    "tokens_per_s": TRAINING_SCALARS["tokens_per_s"],
+    "bytes_per_token": "bytes on disk for a token of the shard",
+    "memory_bytes": "what is taken of a GPU by anyone; on a CPU what the process takes",
+}
+"""Of the cache stage, by number of finished shards."""
+
+EVAL_SCALARS = {name: TRAINING_SCALARS[name] for name in ("validation_loss", "heldout_kl", "heldout_top1")}
+"""Of the eval stage, once for each model, in a run of its name; against the teacher's whole distribution."""
+
+
+class ScalarFile:
+    """A run of TensorBoard, of a stage that is no training: each call is on disk when it returns.
+
+    A figure that cannot be written is not the stage's trouble: the disk may be full, and the stage will say so.
+
+    Args:
+        folder: of the run; files of earlier processes in it are gone on with.
+        known: the table that names are of.
+    """
+
+    def __init__(self, folder: Path, known: dict[str, str]) -> None:
+        self._known = known
+        # how TensorBoard knows them
+        self._path = folder / f"events.out.tfevents.{time.time_ns()}.{os.uname().nodename}.{os.getpid()}"
+
+    def add(self, step: int, values: dict[str, float | None]) -> None:
+        """Figures at a step, by their names; those that are None are left out."""
+        # imported here: whoever looks at a run needs the names alone
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        assert values.keys() <= self._known.keys(), values.keys() - self._known.keys()
+        said = [Summary.Value(tag=name, simple_value=value) for name, value in values.items() if value is not None]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=said))
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab") as file:
+                RecordWriter(file).write(event.SerializeToString())

@@ -1,0 +1,119 @@
+"""A look at a run from outside: what its manifests say, and who is at work on what is not finished, from here or from
+another machine.
+
+    manifests --states--+
+    work/progress.json -+--> Look of each instance
+    metrics.csv --------+
+
+Nothing is written, and no lock of a stage's folder is touched.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from capgap.pipeline.scalars import METRICS_NAME
+from capgap.pipeline.signs import is_alive, read_signs
+from capgap.pipeline.workflow.context import StageName
+from capgap.pipeline.workflow.folder import WORK_FOLDER
+from capgap.pipeline.workflow.state import StageState, State, states
+from capgap.schemas.run_file import RunFile
+from capgap.schemas.sign import SignOfLife
+
+# the end of a file of any length; a row has a few hundred bytes
+_TAIL_BYTES = 1 << 14
+
+
+@dataclass(frozen=True)
+class Look:
+    """One instance as it stands now.
+
+    Attributes:
+        name: of the instance, or of a stage that is reused.
+        state: where it stands by its manifest; `reused` for a stage of another run.
+        why: in words, where it is not current; the folder of one that is reused.
+        at_work: signs of life of the processes that are at it, the latest first.
+        gone: of those that were, and ended without finishing it, the latest first.
+        loss: of the last row that a training has logged.
+    """
+
+    name: str
+    stage: StageName
+    state: str
+    why: str
+    at_work: tuple[SignOfLife, ...] = ()
+    gone: tuple[SignOfLife, ...] = ()
+    loss: float | None = None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether nothing has to be done."""
+        return self.state in (State.CURRENT, "reused")
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of all processes at work together."""
+        rates = [sign.count.tokens_per_s for sign in self.at_work if sign.count and sign.count.tokens_per_s]
+        return sum(rates) if rates else None
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to the end of what is counted now, of the slowest process."""
+        lefts = [sign.count.eta_s for sign in self.at_work if sign.count and sign.count.eta_s is not None]
+        return max(lefts) if lefts else None
+
+    @property
+    def seen_s_ago(self) -> float | None:
+        """Age of the last sign of life; None where none is left."""
+        signs = (*self.at_work, *self.gone)
+        return max(0.0, time.time() - max(sign.written_s for sign in signs)) if signs else None
+
+
+def look_at(run: RunFile) -> list[Look]:
+    """Every instance, inputs before what reads them, and after them what is reused.
+
+    Raises:
+        InputError, CorruptError: as `states`.
+    """
+    try:
+        found = states(run)
+    except FileNotFoundError:
+        # a stage emptied its folder while it was read
+        found = states(run)
+    looks = [_look(state) for state in found.values()]
+    return looks + [Look(stage, stage, "reused", folder) for stage, folder in run.reuse.items()]
+
+
+def _look(state: StageState) -> Look:
+    name, stage = state.instance.name, state.instance.stage
+    if state.state is State.CURRENT:
+        return Look(name, stage, state.state, "")
+    signs = read_signs(state.folder / WORK_FOLDER)
+    at_work = tuple(sign for sign in signs if is_alive(sign))
+    gone = tuple(sign for sign in signs if sign not in at_work)
+    loss = last_loss(state.folder / METRICS_NAME) if at_work else None
+    return Look(name, stage, state.state, state.why, at_work, gone, loss)
+
+
+def last_loss(metrics: Path) -> float | None:
+    """`train_loss` of the last whole row that has one; None where there is none."""
+    try:
+        with metrics.open("rb") as file:
+            header = file.readline().decode()
+            begin = file.tell()
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(begin, end - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines(keepends=True)
+    except OSError:
+        return None
+    names = next(csv.reader([header]), [])
+    # the first may have lost its beginning, and the last may be half-written
+    for row in csv.reader(reversed([line for line in lines if line.endswith("\n")])):
+        values = dict(zip(names, row, strict=False))
+        if len(row) == len(names) and values.get("train_loss"):
+            return float(values["train_loss"])
+    return None

@@ -1,0 +1,201 @@
+"""The grid file: teachers x students x token budgets x alphas x seeds, as one YAML.
+
+    grid file --pipeline/law/expand--> run files: one for the corpus, one a teacher, one a student x teacher x seed
+
+The supervised arm (alpha 0, no teacher) stands in every grid, for each student, budget and seed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import Field, ValidationError, model_validator
+
+from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.run_cache import CacheSettings
+from capgap.schemas.run_corpus import CorpusSettings
+from capgap.schemas.run_eval import EvalSettings
+from capgap.schemas.run_model import StudentSettings, TeacherSettings
+from capgap.schemas.run_optimization import OptimizationSettings
+from capgap.schemas.run_train import TrainSettings
+
+_R = TypeVar("_R", bound=Record)
+
+SUPERVISED = "supervised"
+"""Stands where a teacher's name would, in folders and in names of arms."""
+
+
+class Budget(Record):
+    """How long students train: one rule for all of them."""
+
+    tokens: int | None = Field(None, ge=1)
+    """Targets, alike for every student."""
+
+    tokens_per_parameter: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Targets for each of the student's parameters, all of them counted."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.tokens is None) == (self.tokens_per_parameter is None):
+            found = "neither" if self.tokens is None else "both"
+            raise ValueError(f"budgets: found {found} of tokens and tokens_per_parameter, expected one of them")
+        return self
+
+    def tokens_of(self, num_parameters: int) -> int:
+        """Targets for a student of that size."""
+        if self.tokens is not None:
+            return self.tokens
+        assert self.tokens_per_parameter is not None
+        return max(1, round(self.tokens_per_parameter * num_parameters))
+
+
+class LawReuse(Record):
+    """Finished folders of earlier runs in the place of stages of the grid."""
+
+    corpus: str | None = None
+    """Of a corpus."""
+
+    teachers: dict[str, str] = Field(default_factory=dict)
+    """Of teachers, by the grid's names."""
+
+    caches: dict[str, str] = Field(default_factory=dict)
+    """Of caches, by the teachers' names: folders, or URLs. They must be of the grid's corpus, teacher and recording."""
+
+
+class LawGrid(Record):
+    """Every setting of a grid."""
+
+    name: str
+    """Name of the grid."""
+
+    out: str = Field(json_schema_extra=OPERATIONAL)
+    """Folder that receives the corpus, `teachers/`, `students/`, the table, the fit and its page."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Runs of one seed have the same first weights and data order, whatever the teacher, so they are paired."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=OPERATIONAL)
+    """Where models run. `auto` takes GPUs if there are some."""
+
+    reuse: LawReuse = Field(default_factory=LawReuse)
+    """What earlier runs have made."""
+
+    corpus: CorpusSettings = Field(default_factory=CorpusSettings)
+    """Text, tokenizer, packing and splits, for all models."""
+
+    teachers: dict[str, TeacherSettings]
+    """By a name of yours: given ones (`path`), or small ones to train (`model` and `training`)."""
+
+    teacher_training: dict[str, Any] = Field(default_factory=dict)
+    """Settings that the trainings of all teachers share; those that stand at a teacher's own `training` win."""
+
+    cache: CacheSettings = Field(default_factory=CacheSettings)
+    """How distributions are kept: one recording for all teachers, or it would look like an effect of the teacher."""
+
+    students: dict[str, StudentSettings]
+    """By a name of yours."""
+
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    """How students are trained; `alpha` and `max_tokens` are the grid's, `alphas` and `budgets`."""
+
+    train_of: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """By student: the settings of `train` in which its trainings differ, for example `{learning_rate: 1.0e-3}`."""
+
+    budgets: dict[str, Budget]
+    """By a name of yours: how long students train."""
+
+    alphas: tuple[float, ...] = (1.0,)
+    """Weights of the KL to the teacher, each a curve of its own; the supervised arm comes by itself."""
+
+    eval: EvalSettings = Field(default_factory=EvalSettings)
+    """How models are measured."""
+
+    max_hours: float | None = Field(None, gt=0, json_schema_extra=OPERATIONAL)
+    """A grid that is planned to take longer is refused."""
+
+    max_disk_gb: float | None = Field(None, gt=0, json_schema_extra=OPERATIONAL)
+    """A grid that is planned to fill more disk, in 10^9 bytes, is refused."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds: found {list(self.seeds)}, expected at least one, none twice, none negative")
+        for setting in ("teachers", "students", "budgets"):
+            if not getattr(self, setting):
+                raise ValueError(f"{setting}: found none, expected at least one")
+        for setting in ("teachers", "students", "budgets"):
+            for name in getattr(self, setting):
+                _require_word(setting, name)
+        _require_word("name", self.name)
+        if not self.alphas or len(set(self.alphas)) != len(self.alphas) or not all(0 < a <= 1 for a in self.alphas):
+            raise ValueError(
+                f"alphas: found {list(self.alphas)}, expected numbers above 0, at most 1, none twice; "
+                "the supervised arm comes by itself"
+            )
+        self._check_names()
+        self._check_training()
+        return self
+
+    def _check_names(self) -> None:
+        for setting, names, known in (
+            ("train_of", self.train_of, self.students),
+            ("reuse.teachers", self.reuse.teachers, self.teachers),
+            ("reuse.caches", self.reuse.caches, self.teachers),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"{setting}: found {name!r}, expected one of {', '.join(known)}")
+
+    def _check_training(self) -> None:
+        given = self.train.model_fields_set.union(*(set(values) for values in self.train_of.values()))
+        for name, instead in (("alpha", "alphas"), ("max_tokens", "budgets")):
+            if name in given:
+                raise ValueError(f"train.{name}: found in a grid, expected {instead}")
+        for student in self.students:
+            settings = self.train_settings(student)
+            if settings.final_alpha is not None or settings.targets != "cache" or settings.caches:
+                raise ValueError(
+                    "train: found final_alpha, targets online or further caches, expected in a grid one alpha, and one "
+                    "teacher through its cache"
+                )
+        for teacher in self.teachers:
+            self.teacher_settings(teacher)
+
+    def teacher_settings(self, name: str) -> TeacherSettings:
+        """A teacher with what all share laid below its own training.
+
+        Raises:
+            ValueError: a shared setting is none of a training, or of the wrong kind.
+        """
+        teacher = self.teachers[name]
+        if teacher.model is None:
+            return teacher
+        own = teacher.training.model_dump(exclude_unset=True) if teacher.training is not None else {}
+        training = _merged(OptimizationSettings, {**self.teacher_training, **own}, "teacher_training")
+        return teacher.model_copy(update={"training": training})
+
+    def train_settings(self, student: str) -> TrainSettings:
+        """The settings of `train` with the student's own in their place.
+
+        Raises:
+            ValueError: a setting is none of a training, or of the wrong kind.
+        """
+        own = {**self.train.model_dump(exclude_unset=True), **self.train_of.get(student, {})}
+        return _merged(TrainSettings, own, f"train_of.{student}")
+
+
+def _merged(record: type[_R], values: dict[str, Any], where: str) -> _R:
+    try:
+        return record.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join([where, *(str(part) for part in first["loc"])])
+        raise ValueError(f"{name}: {first['msg'].removeprefix('Value error, ')}; found {first['input']!r}") from None
+
+
+def _require_word(setting: str, name: str) -> None:
+    """Names become folders and parts of arms' names."""
+    if not name or name.startswith(".") or any(not (c.isalnum() or c in "-_.") for c in name) or name == SUPERVISED:
+        raise ValueError(
+            f"{setting}: found the name {name!r}, expected letters, digits, '-', '_' and '.', and not {SUPERVISED!r}"
+        )

@@ -1,0 +1,71 @@
+"""What `capgap law plan` says of a grid, as data."""
+
+from __future__ import annotations
+
+from capgap.schemas.base import Record
+from capgap.schemas.plan import Figure
+
+
+class PhasePlan(Record):
+    """All runs of one kind, together."""
+
+    phase: str
+    """corpus, teachers, caches, students or measurements."""
+
+    num_runs: int
+    """How many there are."""
+
+    num_left: int
+    """Of these, those that are not current."""
+
+    tokens: Figure
+    """Targets that those that are left work on, together."""
+
+    flops: Figure
+    """Their floating-point operations: 6 N D for a training, 2 N D for a forward pass."""
+
+    disk_bytes: Figure
+    """Of their finished folders."""
+
+    device_hours: Figure
+    """Hours of their devices together."""
+
+
+class LawPlan(Record):
+    """All of it."""
+
+    name: str
+    """The grid's."""
+
+    num_teachers: int
+    """Teachers."""
+
+    num_students: int
+    """Students."""
+
+    num_rows: int
+    """Rows of its table: student x (teacher x alpha, or none) x budget x seed."""
+
+    num_processes: int
+    """Stages that are left, each a process."""
+
+    num_workers: int | None
+    """Side by side; None where the grid's device is not there to count."""
+
+    phases: tuple[PhasePlan, ...]
+    """In order."""
+
+    flops: Figure
+    """Of everything that is left."""
+
+    disk_bytes: Figure
+    """Of everything that is left, and the largest scratch of as many stages as there are workers."""
+
+    device_hours: Figure
+    """Of everything that is left."""
+
+    hours: Figure
+    """Until it is done: device hours over workers."""
+
+    notes: tuple[str, ...]
+    """What else to know."""

@@ -1,0 +1,143 @@
+"""Settings of the judge: which questions models answer, how, and who says how good the answers are.
+
+questions --> stage answers, one folder a model --> stage judge --> judge.json
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field
+
+from capgap.schemas.base import OPERATIONAL, Record
+
+MT_BENCH_TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
+"""At which MT-Bench has its eight categories answered (Zheng et al., 2023, arXiv:2306.05685)."""
+
+
+Probability = Annotated[float, Field(gt=0, le=1)]
+Temperature = Annotated[float, Field(ge=0, le=2)]
+
+
+class AnswerSettings(Record):
+    """How every model of the run answers the questions."""
+
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """What runs the models. `transformers` is slow: one question at a time."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and activations; `auto` as they were saved."""
+
+    max_tokens: int = Field(1024, ge=1)
+    """Longest answer to one turn."""
+
+    temperatures: dict[str, Temperature] = Field(default_factory=lambda: dict(MT_BENCH_TEMPERATURES))
+    """By category; 0 takes the likeliest token each time."""
+
+    temperature: Temperature = 0.7
+    """Of categories that `temperatures` does not name."""
+
+    top_p: Probability = 1.0
+    """Of what is drawn, the likeliest tokens that hold this probability."""
+
+    seed: int = Field(0, ge=0)
+    """Each answer draws with a seed of its own, made of this, the question and the turn."""
+
+    gpu_memory_fraction: float = Field(0.8, gt=0, le=0.95, json_schema_extra=OPERATIONAL)
+    """Share of a GPU's memory that vLLM may claim."""
+
+    def temperature_of(self, category: str) -> float:
+        """At which a question of this category is answered."""
+        return self.temperatures.get(category, self.temperature)
+
+
+class JudgeSettings(Record):
+    """Answers to a set of two-turn questions, and a language model that judges them."""
+
+    model: str = Field(min_length=1)
+    """The judge, as its endpoint calls it."""
+
+    base_url: str = Field("http://localhost:8000/v1", json_schema_extra=OPERATIONAL)
+    """Where an endpoint of OpenAI's form stands; the default is that of `vllm serve`."""
+
+    api_key_env: str = Field("OPENAI_API_KEY", json_schema_extra=OPERATIONAL)
+    """Environment variable that holds the key. The key itself is never written anywhere."""
+
+    mode: Literal["single", "pairwise", "both"] = "single"
+    """`single`: each answer is given a number from 1 to 10. `pairwise`: each two models of a seed, and each student and
+    the teacher, are held against each other, in both orders."""
+
+    questions: str | None = None
+    """JSONL in MT-Bench's form: question_id, category, turns, and for some reference. A dozen of capgap's own where it
+    is left out: enough to try the stage, too few to tell models apart."""
+
+    teacher: bool = True
+    """Whether the teacher answers too."""
+
+    answers: AnswerSettings = Field(default_factory=AnswerSettings)
+    """How the models answer."""
+
+    temperature: Temperature | None = 0.0
+    """Of the judge; null sends none, for endpoints that take none."""
+
+    max_tokens: int = Field(2048, ge=1)
+    """Longest reply of the judge."""
+
+    num_asks: int = Field(3, ge=1)
+    """How often the judge is asked in all, where no verdict can be read in its reply."""
+
+    num_bootstrap: int = Field(1000, ge=100)
+    """Resamples of the questions behind each interval."""
+
+    num_parallel: int = Field(4, ge=1, json_schema_extra=OPERATIONAL)
+    """Requests that are under way at once."""
+
+    timeout_s: float = Field(120.0, gt=0, json_schema_extra=OPERATIONAL)
+    """Seconds that one reply may take."""
+
+    num_retries: int = Field(5, ge=0, json_schema_extra=OPERATIONAL)
+    """How often a request is sent again after a timeout, a lost connection, 429 or 5xx: after the time that the
+    endpoint asks for, up to two minutes, else after 0.5 s, and twice as long each time, up to 8 s."""
+
+    @property
+    def modes(self) -> tuple[Literal["single", "pairwise"], ...]:
+        """The kinds of verdict."""
+        return ("single", "pairwise") if self.mode == "both" else (self.mode,)
+
+    def require_no_key(self) -> None:
+        """Raise ValueError where an address or a name could be, or hold, a key; what stands there is not repeated.
+
+        Called by the run file: an error that arises here would be told with what was found.
+        """
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("judge.base_url: expected http://HOST/v1 or https://HOST/v1")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError(
+                "judge.base_url: found more than an address, expected no name, no password and no query; "
+                "the key belongs into the environment variable that judge.api_key_env names"
+            )
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise ValueError("judge.api_key_env: expected the name of an environment variable, which holds the key")
+
+    def decisive_for_answers(self) -> dict[str, Any]:
+        """What decides the answers."""
+        found = self.decisive()
+        return {name: found[name] for name in ("questions", "answers")}
+
+    def decisive_for_verdicts(self) -> dict[str, Any]:
+        """What decides the verdicts on given answers."""
+        return {
+            name: value for name, value in self.decisive().items() if name not in ("questions", "answers", "teacher")
+        }

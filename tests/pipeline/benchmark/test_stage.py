@@ -1,0 +1,138 @@
+"""The stage over lm-eval itself, on a tiny model and tasks whose data lie beside them: nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from capgap.pipeline.benchmark import stage
+from capgap.pipeline.benchmark.measure import measure
+from capgap.schemas.benchmark import BenchmarkResults
+from capgap.schemas.errors import InputError, SettingError
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
+ALL = {"animals": {"num_fewshot": 2}, "animals_written": {}, "pairs": {}}
+
+# Probabilities of float32 models whose sums run in another order; measured: 2e-8.
+TOLERANCE_BRIER = 1e-5
+
+
+def results(context) -> BenchmarkResults:
+    return BenchmarkResults.model_validate_json((context.folder / "benchmark.json").read_bytes())
+
+
+def values(found: BenchmarkResults) -> dict[tuple[str, str], float]:
+    return {(row.task, row.metric): row.value for row in found.rows}
+
+
+@pytest.fixture
+def through_transformers(make_context) -> BenchmarkResults:
+    context = make_context("hf", tasks=ALL)
+    stage.run(context)
+    return results(context)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's build for GPUs does not run on a CPU")
+def test_both_backends_give_equal_scores(make_context, through_transformers) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    context = make_context("vllm", tasks=ALL, backend="vllm")
+    stage.run(context)
+    found = results(context)
+    assert (found.backend, through_transformers.backend) == ("vllm", "hf")
+    assert found.dtype == through_transformers.dtype == "float32"
+    one, other = values(found), values(through_transformers)
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert value == pytest.approx(other[key], abs=TOLERANCE_BRIER if key[1] == "brier_score" else 0), key
+    # neither sure of everything nor clueless, or equality would say nothing
+    assert 0.25 < one["animals", "acc"] < 1 and 0 < one["animals_written", "exact_match"] < 1
+
+
+def test_rows_say_what_was_asked_how_and_of_how_many(through_transformers) -> None:
+    found = through_transformers
+    assert (found.model, found.limit, found.context_tokens) == ("train/distilled/seed-0", None, 64)
+    assert found.versions["lm-eval"]
+    by_task = {row.task: row for row in found.main}
+    assert list(by_task) == list(ALL)
+    animals = by_task["animals"]
+    assert (animals.metric, animals.num_fewshot, animals.num_samples, animals.version) == ("acc", 2, 14, "1.0")
+    # of 14 answers, with one degree of freedom less
+    assert animals.stderr == pytest.approx((animals.value * (1 - animals.value) / 13) ** 0.5)
+    assert [by_task[task].chance for task in ALL] == [0.25, None, 0.5]
+    assert by_task["animals_written"].filter == "first_word"
+
+
+def test_a_group_stands_for_its_tasks_and_keeps_their_rows(make_context) -> None:
+    context = make_context(tasks={"animals_both": {}}, limit=6)
+    stage.run(context)
+    found = results(context)
+    (both,) = found.main
+    parts = [row for row in found.rows if row.metric == "acc" and row.task != "animals_both"]
+    assert [row.task for row in parts] == ["animals", "pairs"] and not any(row.main for row in parts)
+    assert both.value == pytest.approx(sum(row.value for row in parts) / 2)
+    assert both.chance == pytest.approx((0.25 + 0.5) / 2)
+    assert (found.limit, both.num_samples, both.num_all_samples) == (6, 12, 28)
+
+
+def test_another_metric_may_stand_for_a_task(make_context) -> None:
+    context = make_context(tasks={"pairs": {"metric": "brier_score"}}, limit=2)
+    stage.run(context)
+    assert [row.metric for row in results(context).rows] == ["brier_score", "acc"]
+    context = make_context("other", tasks={"pairs": {"metric": "f1"}}, limit=2)
+    with pytest.raises(SettingError, match=r"tasks\.pairs\.metric: .* found f1, expected one of acc,none or brier"):
+        stage.run(context)
+
+
+def test_a_stage_that_was_killed_goes_on_with_the_next_task(make_context, through_transformers, monkeypatch) -> None:
+    asked: list[str] = []
+
+    def until_killed(lm, loaded, one, settings):
+        asked.append(one.task)
+        if asked == ["animals", "animals_written"]:
+            raise KeyboardInterrupt
+        return measure(lm, loaded, one, settings)
+
+    monkeypatch.setattr(stage, "measure", until_killed)
+    context = make_context("killed", tasks=ALL)
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(context)
+    assert not (context.folder / "benchmark.json").exists()
+    assert json.loads((context.folder / "work" / "plan.json").read_text())["total"] == 3
+    stage.run(context)
+    assert asked == ["animals", "animals_written", "animals_written", "pairs"]
+    assert results(context) == through_transformers
+
+
+def test_lm_eval_is_silent_off_a_terminal(make_context, capfd) -> None:
+    stage.run(make_context(tasks={"pairs": {}}, limit=2))
+    assert capfd.readouterr().err == ""
+
+
+def test_more_examples_than_there_are_is_said_in_one_line(make_context) -> None:
+    context = make_context(tasks={"animals": {"num_fewshot": 40}}, limit=2)
+    with pytest.raises(InputError, match=r"benchmarks\.tasks\.animals: the task animals cannot be measured; found \w+"):
+        stage.run(context)
+
+
+def test_data_that_are_not_there_name_the_task_before_the_model_is_loaded(make_context, tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "lost.yaml").write_text(
+        "task: lost\ndataset_path: json\ndataset_kwargs: {data_files: {test: nowhere.jsonl}}\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: a\ndoc_to_choice: [b]\ndoc_to_target: 0\n"
+    )
+    context = make_context(tasks={"lost": {}}, include_path=str(folder))
+    context.inputs.clear()
+    with pytest.raises(InputError, match=r"tasks\.lost: the task lost cannot be loaded; found FileNotFound.*nowhere"):
+        stage.run(context)
+
+
+def test_code_of_models_runs_only_where_it_is_allowed(make_context, monkeypatch) -> None:
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    stage.run(make_context(tasks={"pairs": {}}, limit=1))
+    assert "HF_ALLOW_CODE_EVAL" not in os.environ

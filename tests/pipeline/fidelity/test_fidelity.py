@@ -1,0 +1,245 @@
+"""Planted distributions, of which every figure is known, and a real cache against its teacher.
+
+Legend: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from capgap.jobs.cli import main
+from capgap.pipeline.fidelity.fidelity import Teacher, fidelity_of, measure_cache
+from capgap.pipeline.fidelity.sample import Sampling
+from capgap.pipeline.fidelity.text import summary
+from capgap.schemas.errors import CorruptError, InputError, MismatchError
+from capgap.schemas.fidelity import AtTemperature, Fidelity, RecordingFidelity
+
+VOCAB_SIZE = 200
+RATIO = 0.8
+ALL = Sampling(10**9)
+WHOLE = np.arange(VOCAB_SIZE)
+
+
+def _geometric(ratio: float = RATIO, temperature: float = 1.0) -> np.ndarray:
+    weights_V = ratio ** (WHOLE / temperature)
+    return weights_V / weights_V.sum()
+
+
+def _mass(num: int, ratio: float = RATIO) -> float:
+    """Of the first ids of a geometric distribution over all."""
+    return (1 - ratio**num) / (1 - ratio**VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory, make_cache) -> Fidelity:
+    """40 sequences of ten targets; the next token is the likeliest id at 3 of 10, and the fifth at 7 of 10."""
+    labels = np.where(np.arange(400) % 10 < 3, 0, 4)
+    kinds = {"topk": 16, "sampled": 20}
+    return fidelity_of(make_cache(tmp_path_factory.mktemp("x") / "c", _geometric(), labels, kinds, (2.0,)), ALL)
+
+
+def _of(fidelity: Fidelity, name: str) -> RecordingFidelity:
+    return next(one for one in fidelity.recordings if one.recording == name)
+
+
+def test_kept_mass_tail_and_truncation_are_those_of_the_distribution(planted) -> None:
+    topk = _of(planted, "topk")
+    # labels of the last position are masked
+    assert (topk.num_rows, planted.num_sampled) == (360, 40)
+    for at, ratio in zip(topk.at, (RATIO, RATIO**0.5), strict=True):
+        assert [one.num_ids for one in at.kept] == [1, 2, 5, 10, 16]
+        for one in at.kept:
+            # lossless logprobs are float32
+            assert one.mass == pytest.approx(_mass(one.num_ids, ratio), rel=1e-5)
+            assert one.truncation_kl == pytest.approx(-np.log(_mass(one.num_ids, ratio)), rel=1e-4)
+        assert at.tail is not None
+        assert at.tail.mean == pytest.approx(1 - _mass(16, ratio), rel=1e-4)
+        for quantile in (at.tail.median, at.tail.p95, at.tail.p99):
+            assert at.tail.mean <= quantile * (1 + 1e-6) and quantile <= 1.025 * at.tail.mean
+
+
+def test_the_entropy_lies_between_its_bounds(planted) -> None:
+    for at, temperature in zip(_of(planted, "topk").at, (1.0, 2.0), strict=True):
+        p_V = _geometric(temperature=temperature)
+        coarse_K = np.append(p_V[:16], p_V[16:].sum())
+        least = -(coarse_K * np.log(coarse_K)).sum()
+        assert at.least_entropy == pytest.approx(least, rel=1e-5)
+        assert at.most_entropy == pytest.approx(least + coarse_K[-1] * np.log(VOCAB_SIZE - 16), rel=1e-5)
+        assert at.least_entropy < -(p_V * np.log(p_V)).sum() < at.most_entropy
+
+
+def test_targets_are_held_against_the_real_next_tokens(planted) -> None:
+    p_V = _geometric()
+    for one in planted.recordings:
+        # at 3 of 9 labelled positions the likeliest id is right
+        assert one.ece == pytest.approx(abs(1 / 3 - p_V[0]), abs=0.02 if one.recording == "sampled" else 1e-5)
+        assert one.label_kept == 1
+        # the label's logprob of drawn targets is stored in steps
+        expected = -np.log(p_V[0]) / 3 - 2 * np.log(p_V[4]) / 3
+        assert one.label_loss == pytest.approx(expected, abs=0.01 if one.recording == "sampled" else 1e-5)
+
+
+def test_draws_hold_what_they_must(planted) -> None:
+    sampled = _of(planted, "sampled")
+    p_V = _geometric()
+    (at,) = sampled.at
+    assert at.tail is None and at.most_entropy is None
+    assert all(one.truncation_kl is None for one in at.kept)
+    assert at.kept[-1].mass == pytest.approx(1)
+    # each id is drawn at least as often as n p rounded down, and the likeliest five at most once more each
+    for one in at.kept[:3]:
+        exact = p_V[: one.num_ids].sum()
+        assert exact - one.num_ids / 20 < one.mass < exact + one.num_ids / 20
+    assert at.least_entropy < -(p_V * np.log(p_V)).sum()
+
+
+def test_the_error_of_draws_is_between_what_theory_says_and_its_bound(planted) -> None:
+    p_V = _geometric()
+    errors = {one.num_draws: one for one in _of(planted, "sampled").draw_errors}
+    assert list(errors) == [1, 2, 5, 10, 20]
+    fraction_V = (20 * p_V) % 1
+    systematic = (fraction_V * (1 - fraction_V)).sum() / 400
+    assert errors[20].systematic is not None and systematic < errors[20].systematic < 5 * systematic
+    independent = (1 - (p_V**2).sum()) / 20
+    # frequencies in the place of p: too low by at most the systematic error over n
+    assert independent - errors[20].systematic / 20 - 1e-4 <= errors[20].independent <= independent + 1e-4
+    assert errors[1].independent == pytest.approx(20 * errors[20].independent)
+    assert errors[10].systematic is None
+
+
+def test_bytes_add_up(planted) -> None:
+    topk, sampled = _of(planted, "topk"), _of(planted, "sampled")
+    # tokens of one byte, eleven to ten targets; ids of one byte and logprobs of four; tails at two temperatures
+    assert topk.num_bytes.parts["ids"] == 16 and topk.num_bytes.parts["weights"] == 64
+    assert topk.num_bytes.parts["tail"] == 8 and topk.num_bytes.parts["label"] == 4
+    assert topk.num_bytes.parts["text"] == pytest.approx(1.1 + 0.4)
+    assert set(sampled.num_bytes.parts) == {"text", "ids", "weights", "label"}
+    assert topk.num_bytes.stored > 0
+
+
+def test_a_flat_and_a_certain_teacher_are_told_apart(tmp_path, make_cache) -> None:
+    flat_V = np.full(VOCAB_SIZE, 1 / VOCAB_SIZE)
+    certain_V = np.full(VOCAB_SIZE, 1e-12)
+    certain_V[7] = 1 - 199e-12
+    found: dict[str, AtTemperature] = {}
+    for name, p_V in (("flat", flat_V), ("certain", certain_V)):
+        cache = make_cache(tmp_path / name, p_V, np.full(80, 7), {"topk": 4})
+        (recording,) = fidelity_of(cache, ALL).recordings
+        (found[name],) = recording.at
+        # the label is not the id that is the likeliest among equals
+        assert recording.ece == pytest.approx(0 if name == "certain" else 1 / VOCAB_SIZE, abs=1e-6)
+    assert found["flat"].kept[-1].mass == pytest.approx(4 / VOCAB_SIZE, rel=1e-5)
+    assert found["certain"].kept[0].mass == pytest.approx(1)
+    tail = found["certain"].tail
+    assert tail is not None and tail.p99 < 1e-6
+
+
+def test_a_sample_is_spread_over_the_shards(tmp_path, make_cache) -> None:
+    cache = make_cache(tmp_path / "c", _geometric(), np.zeros(400), {"topk": 4})
+    found = fidelity_of(cache, Sampling(12, 2))
+    assert (found.num_sequences, found.num_sampled) == (40, 12)
+    # 12 sequences of nine labelled targets
+    assert found.recordings[0].num_rows == 108
+    # whatever is sampled, the teacher says the same
+    few, every = (fidelity_of(cache, sampling).recordings[0].at[0].kept for sampling in (Sampling(12, 2), ALL))
+    assert [one.mass for one in few] == pytest.approx([one.mass for one in every])
+    (tmp_path / "c" / "topk-000000.tar").unlink()
+    fidelity_of(cache, Sampling(12, 2))
+    with pytest.raises(InputError, match="the shard is missing"):
+        fidelity_of(cache, ALL)
+
+
+def test_what_is_no_cache_is_refused(real, tmp_path) -> None:
+    with pytest.raises(InputError, match=r"no finished cache; found no manifest.json"):
+        measure_cache(str(tmp_path), ALL)
+    with pytest.raises(InputError, match=r"no finished cache; found a finished corpus stage"):
+        measure_cache(str(real["corpus"]), ALL)
+
+
+def test_a_damaged_shard_is_the_readers_error(real, tmp_path) -> None:
+    folder = Path(shutil.copytree(real["cache"], tmp_path / "cache"))
+    path = next(iter(sorted(folder.glob("topk-*.tar"))))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptError, match="checksum mismatch"):
+        measure_cache(str(folder), ALL)
+
+
+def test_the_teacher_itself_confirms_what_the_cache_says(real) -> None:
+    found = measure_cache(str(real["cache"]), ALL, Teacher(str(real["teacher"]), "cpu"), 10**6)
+    live = found.live
+    topk, sampled = _of(found, "topk"), _of(found, "sampled")
+    assert live is not None and live.num_rows == topk.num_rows == sampled.num_rows
+    at = topk.at[0]
+    exact = {one.num_ids: one for one in live.kept}
+    for one in at.kept:
+        # float32 logits of two batchings
+        assert exact[one.num_ids].mass == pytest.approx(one.mass, rel=1e-5)
+        assert exact[one.num_ids].truncation_kl == pytest.approx(one.truncation_kl, rel=1e-4)
+    assert at.most_entropy is not None and at.least_entropy < live.entropy < at.most_entropy
+    assert live.label_loss == pytest.approx(topk.label_loss, rel=1e-5)
+    assert live.ece == pytest.approx(topk.ece, abs=1e-5)
+    errors = {one.num_draws: one for one in live.draw_errors}
+    cached = {one.num_draws: one for one in sampled.draw_errors}
+    assert errors[30].systematic is not None and cached[30].systematic is not None
+    assert errors[30].systematic < cached[30].systematic
+    assert errors[30].systematic < errors[30].independent
+    assert 0 <= errors[30].independent - cached[30].independent <= cached[30].systematic / 30 + 1e-5
+
+
+def test_another_tokenizer_is_refused(real, tmp_path) -> None:
+    other = Path(shutil.copytree(real["given"], tmp_path / "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(MismatchError, match="the tokenizer is not the cache's"):
+        measure_cache(str(real["cache"]), ALL, Teacher(str(other), "cpu"))
+
+
+def test_the_command_prints_tables_or_json(real, capsys: Any) -> None:
+    assert main(["fidelity", str(real["cache"])]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "topk: 40 ids, lossless",
+        "sampled: 30 draws",
+        "truncation KL",
+        "error, systematic",
+        "yes  divergence",
+    ):
+        assert part in text, part
+    assert main(["fidelity", str(real["cache"]), "--json", "--teacher", str(real["teacher"]), "--device", "cpu"]) == 0
+    found = Fidelity.model_validate_json(capsys.readouterr().out)
+    assert found.live is not None and [one.recording for one in found.recordings] == ["sampled", "topk"]
+    assert main(["fidelity", str(real["corpus"])]) == 2
+    assert main(["fidelity", str(real["cache"]), "--num-shards", "0"]) == 2
+
+
+def test_a_cache_behind_a_url_is_read(real, s3_server, tmp_path, monkeypatch) -> None:
+    import fsspec
+
+    monkeypatch.setenv("CAPGAP_DOWNLOADS", str(tmp_path / "downloads"))
+    s3 = fsspec.filesystem("s3")
+    s3.mkdir("caches")
+    s3.put(str(real["cache"]), "caches/tiny", recursive=True)
+    found = measure_cache("s3://caches/tiny", ALL)
+    assert found.recordings == measure_cache(str(real["cache"]), ALL).recordings
+
+
+def test_a_recording_in_a_line_for_the_report(planted) -> None:
+    sampled, topk = summary(planted)
+    assert topk.startswith(f"topk, temperature 1: {_mass(16):.2%} of the teacher's probability kept, tail ")
+    assert re.fullmatch(
+        r"sampled, temperature 1: 1\d\.\d distinct ids of 20 draws, ECE against the text 1\d\.\d\d%, next token among "
+        r"the ids at 100\.0% of 360 rows",
+        sampled,
+    )

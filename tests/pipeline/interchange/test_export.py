@@ -1,0 +1,133 @@
+"""A cache goes out as Parquet, and comes in again as what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import yaml
+
+from capgap.pipeline.interchange.export import export_cache
+from capgap.pipeline.interchange.importing import import_captures
+from capgap.pipeline.store import read_blocks
+from capgap.schemas.errors import InputError, MismatchError, SettingError
+
+MINIMAL = ("input_ids", "ids", "logprobs")
+
+
+@pytest.fixture
+def cache(teacher: Any, write: Callable[..., Path], settings_for: Callable[..., Any]) -> Any:
+    return import_captures(settings_for(write(teacher.rows, columns=MINIMAL), profile="lossless")).cache
+
+
+def test_every_shard_is_a_file_of_its_sequences_and_decoded_targets(cache: Any, tmp_path: Path) -> None:
+    made = export_cache(str(cache.path), tmp_path / "out")
+    shards = cache.manifest.shard_sets["topk"].shards
+    assert made.num_files == len(shards) + len(cache.manifest.shard_sets["heldout-topk"].shards)
+    rows = [
+        row
+        for number in range(len(shards))
+        for row in pyarrow.parquet.read_table(tmp_path / "out" / "topk" / f"train-{number:06d}.parquet").to_pylist()
+    ]
+    at = iter(rows)
+    for sequences, targets in read_blocks(cache.path, cache.manifest.shard_sets["topk"]):
+        for b in range(len(sequences)):
+            row = next(at)
+            assert row["input_ids"] == sequences.tokens_BL1[b].tolist()
+            assert row["loss_mask"] == sequences.mask_BL1[b].tolist()
+            assert row["starts"] == sequences.starts_BL1[b].tolist()
+            assert row["ids"] == targets.ids_BLK[b].tolist()
+            assert row["logprobs"] == targets.logprobs_BLK[b].tolist()
+            assert row["tail"] == targets.tail_BL[b].tolist()
+            assert row["label_logprobs"] == [None if np.isnan(p) else p for p in targets.label_logprobs_BL[b].tolist()]
+    assert next(at, None) is None
+
+
+@pytest.mark.parametrize("profile", ["lossless", "near-lossless", "compact"])
+def test_what_went_out_comes_in_again_as_it_was(
+    teacher: Any, write: Callable[..., Path], settings_for: Callable[..., Any], tmp_path: Path, profile: str
+) -> None:
+    first = import_captures(settings_for(write(teacher.rows, columns=MINIMAL), profile=profile)).cache
+    export_cache(str(first.path), tmp_path / "out")
+    captures, heldout = (str(tmp_path / "out" / "topk" / f"{split}-*.parquet") for split in ("train", "heldout"))
+    # written exactly, what was decoded comes back bit by bit
+    settings = settings_for(
+        Path(captures), heldout=(heldout,), profile="lossless", out=str(tmp_path / "again"), context="document"
+    )
+    again = import_captures(settings).cache
+    for name in ("topk", "heldout-topk"):
+        there = list(read_blocks(first.path, first.manifest.shard_sets[name]))
+        here = list(read_blocks(again.path, again.manifest.shard_sets[name]))
+        for (sequences, targets), (others, found) in zip(there, here, strict=True):
+            assert np.array_equal(sequences.tokens_BL1, others.tokens_BL1)
+            assert np.array_equal(sequences.starts_BL1, others.starts_BL1)
+            assert np.array_equal(sequences.mask_BL1[:, 1:], others.mask_BL1[:, 1:])
+            for field in ("ids_BLK", "logprobs_BLK", "tail_BL"):
+                assert np.array_equal(getattr(targets, field), getattr(found, field)), field
+            assert np.array_equal(np.isnan(targets.label_logprobs_BL), np.isnan(found.label_logprobs_BL))
+
+
+def test_finished_files_are_kept_and_another_cache_s_are_refused(
+    cache: Any, tmp_path: Path, write: Callable[..., Path], teacher: Any, settings_for: Callable[..., Any]
+) -> None:
+    out = tmp_path / "out"
+    export_cache(str(cache.path), out)
+    first, second = (out / "topk" / f"train-{number:06d}.parquet" for number in range(2))
+    kept = first.stat().st_mtime_ns
+    second.unlink()
+    made = export_cache(str(cache.path), out)
+    assert made.num_kept == made.num_files - 1 and second.is_file() and first.stat().st_mtime_ns == kept
+    other = settings_for(write(teacher.rows[:40], "b.parquet", MINIMAL), out=str(tmp_path / "other"))
+    with pytest.raises(MismatchError, match=r"the folder holds something else.*another folder with --to"):
+        export_cache(str(import_captures(other).cache.path), out)
+
+
+def test_an_export_is_not_imported_as_something_else(
+    cache: Any, teacher: Any, tmp_path: Path, settings_for: Callable[..., Any]
+) -> None:
+    export_cache(str(cache.path), tmp_path / "out")
+    captures = tmp_path / "out" / "topk"
+    with pytest.raises(MismatchError, match=r"of another context; found document, expected packed"):
+        import_captures(settings_for(captures, context="packed"))
+    with pytest.raises(MismatchError, match=r"of another temperature; found 1.0, expected 2.0"):
+        import_captures(settings_for(captures, temperature=2.0))
+
+
+def test_an_export_with_another_tokenizer_is_refused(
+    cache: Any, tmp_path: Path, settings_for: Callable[..., Any]
+) -> None:
+    from capgap.pipeline.corpus.tokenizer import train_tokenizer
+
+    export_cache(str(cache.path), tmp_path / "out")
+    train_tokenizer(["other words altogether " * 30], 300).save_pretrained(tmp_path / "other")
+    with pytest.raises(MismatchError, match=r"the captures were made with another tokenizer"):
+        import_captures(settings_for(tmp_path / "out" / "topk", tokenizer=str(tmp_path / "other")))
+
+
+def test_datasets_reads_the_files_and_the_card(cache: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    export_cache(str(cache.path), out)
+    files = str(out / "topk" / "train-*.parquet")
+    rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    first = next(iter(rows))
+    sequences, targets = next(read_blocks(cache.path, cache.manifest.shard_sets["topk"]))
+    assert first["input_ids"] == sequences.tokens_BL1[0].tolist() and first["ids"] == targets.ids_BLK[0].tolist()
+    head = yaml.safe_load((out / "README.md").read_text().split("---")[1])
+    (config,) = head["configs"]
+    assert [part["split"] for part in config["data_files"]] == ["train", "heldout"]
+    assert all(list(out.glob(part["path"])) for part in config["data_files"])
+
+
+def test_what_is_no_cache_and_what_it_lacks_are_refused(cache: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="found a finished corpus stage"):
+        export_cache(str(cache.path.parent / "corpus"), tmp_path / "out")
+    with pytest.raises(InputError, match=r"found no manifest.json"):
+        export_cache(str(tmp_path), tmp_path / "out")
+    with pytest.raises(SettingError, match="no such recording; found sampled, expected one of topk"):
+        export_cache(str(cache.path), tmp_path / "out", ("sampled",))

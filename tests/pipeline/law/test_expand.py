@@ -1,0 +1,79 @@
+"""From the grid to run files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from capgap.pipeline.law.expand import cell, cells, corpus_run, teacher_run, write_run_file
+from capgap.pipeline.workflow.context import Instance
+from capgap.pipeline.workflow.graph import decisive_settings
+from capgap.schemas.law_grid import LawGrid
+from capgap.schemas.run_file import RunFile
+
+TOKENS = {"s": {"short": 1000, "long": 5000}}
+
+
+def grid(out: Path, **changes: Any) -> LawGrid:
+    shape = {"hidden_size": 32, "num_heads": 2}
+    values = {
+        "name": "g",
+        "out": str(out),
+        "seeds": [0, 7],
+        "teachers": {"a": {"model": shape}, "b": {"path": "somewhere"}},
+        "students": {"s": {"model": shape}},
+        "budgets": {"short": {"tokens": 1000}, "long": {"tokens": 5000}},
+        "alphas": [1.0, 0.5],
+    }
+    return LawGrid.model_validate(values | changes)
+
+
+def test_a_supervised_run_stands_beside_each_student_budget_and_seed(tmp_path: Path) -> None:
+    found = {one.name: one for one in cells(grid(tmp_path), TOKENS)}
+    assert sorted(found) == [f"students/s/{who}/seed-{seed}" for who in ("a", "b", "supervised") for seed in (0, 7)]
+    alone = found["students/s/supervised/seed-7"].run
+    assert alone.arms == {
+        "short-supervised": {"alpha": 0.0, "max_tokens": 1000},
+        "long-supervised": {"alpha": 0.0, "max_tokens": 5000},
+    }
+    assert alone.seeds == (7,)
+    assert set(found["students/s/b/seed-0"].run.arms) == {
+        "short-alpha-1",
+        "short-alpha-0.5",
+        "long-alpha-1",
+        "long-alpha-0.5",
+    }
+
+
+def test_runs_of_all_teachers_read_what_one_run_of_each_has_made(tmp_path: Path) -> None:
+    asked = grid(tmp_path)
+    assert corpus_run(asked).out == str(tmp_path)
+    assert teacher_run(asked, "b").reuse == {"corpus": str(tmp_path / "corpus")}
+    assert cell(asked, "s", "b", 0, TOKENS["s"]).run.reuse == {
+        "corpus": str(tmp_path / "corpus"),
+        "teacher": str(tmp_path / "teachers/b/teacher"),
+        "cache": str(tmp_path / "teachers/b/cache"),
+    }
+
+
+def test_what_earlier_runs_have_made_takes_their_place(tmp_path: Path) -> None:
+    asked = grid(tmp_path, reuse={"corpus": "c", "teachers": {"a": "t"}, "caches": {"a": "s3://bucket/cache"}})
+    assert teacher_run(asked, "a").reuse == {"corpus": "c", "teacher": "t", "cache": "s3://bucket/cache"}
+    assert cell(asked, "s", "a", 0, TOKENS["s"]).run.reuse == teacher_run(asked, "a").reuse
+
+
+def test_first_weights_are_decided_by_student_and_seed_alone(tmp_path: Path) -> None:
+    def first_weights(teacher: str | None, seed: int) -> object:
+        run = cell(grid(tmp_path), "s", teacher, seed, TOKENS["s"]).run
+        return decisive_settings(run, Instance("student", seed=seed))
+
+    assert first_weights("a", 7) == first_weights("b", 7) == first_weights(None, 7) != first_weights("a", 0)
+
+
+def test_an_expanded_run_file_is_the_run(tmp_path: Path) -> None:
+    run = cell(grid(tmp_path), "s", "a", 7, TOKENS["s"]).run
+    path = write_run_file(run)
+    assert path == tmp_path / "students/s/a/seed-7/run.yaml"
+    assert RunFile.model_validate(yaml.safe_load(path.read_text())) == run

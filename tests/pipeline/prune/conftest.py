@@ -1,0 +1,36 @@
+"""Tiny models, and text for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from tiny_models import CONFIGS, SEQ_LEN, VOCAB_SIZE, made
+from transformers import PreTrainedModel
+
+from capgap.pipeline.store import Batch
+
+
+@pytest.fixture(scope="session", params=sorted(CONFIGS))
+def teacher(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return made(CONFIGS[request.param])
+
+
+@pytest.fixture(scope="session")
+def llama() -> PreTrainedModel:
+    return made(CONFIGS["llama"])
+
+
+@pytest.fixture(scope="session")
+def make_batches() -> Callable[..., Iterator[Batch]]:
+    """Eight random sequences, some of whose labels do not count, `size` at a time."""
+
+    def make(size: int = 4) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(VOCAB_SIZE, (8, SEQ_LEN + 1), generator=generator)
+        labels = tokens[:, 1:].masked_fill(torch.rand((8, SEQ_LEN), generator=generator) < 0.3, -100)
+        for start in range(0, 8, size):
+            yield Batch(tokens[start : start + size, :-1], labels[start : start + size])
+
+    return make
