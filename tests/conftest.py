@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -23,3 +24,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums come out alike on any machine
+
+
+@pytest.fixture(autouse=True)
+def _log_format() -> Iterator[None]:
+    """A command that a test runs in its own process decides nothing for the tests after it."""
+    before = os.environ.get("CAPGAP_LOG_FORMAT")
+    yield
+    os.environ.pop("CAPGAP_LOG_FORMAT", None)
+    if before is not None:
+        os.environ["CAPGAP_LOG_FORMAT"] = before

@@ -39,7 +39,8 @@ PARSED: dict[str, tuple[dict[str, Any] | str, str]] = {
     ),
     "a setting at the wrong level": (
         GOOD | {"alpha": 1},
-        "run.yaml, line 25: alpha: no such setting; found 1; did you mean train.alpha?",
+        "run.yaml, line 25: alpha: no such setting; found 1; did you mean train.alpha or tune.alpha "
+        "or tune.lora.alpha?",
     ),
     "a misspelt group": (
         GOOD | {"studnet": {}},
