@@ -5,13 +5,14 @@ An arm keeps its colour and its marker in every chart; the teacher is drawn in t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from capgap.pipeline.report.summary import Curve, Gain, Report
 from capgap.pipeline.report.svg import INK, NUM_SERIES, SERIES, draw
@@ -19,6 +20,8 @@ from capgap.schemas.results import Interval, ModelResult
 
 _MARKERS = "osD^vP"
 _LINES = ("-", "--", ":", "-.")
+# as many fit beside each other over the width of a chart; a mark takes the room of eight
+_LEGEND_LETTERS = 60
 
 
 @dataclass(frozen=True)
@@ -170,4 +173,15 @@ def legend(figure: Figure, axes: Any) -> None:
     """Above the chart, where there is more than one thing to name."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside upper left", ncols=3)
+        columns = max(1, min(3, _LEGEND_LETTERS // (max(map(len, labels)) + 8)))
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns)
+
+
+def log_operations(axes: Any) -> None:
+    """A logarithmic axis of counts too large for words; to be called when everything is drawn."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    few = math.log10(high / low) < 2
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:.0e}".replace("e+", "e")))
+    axes.xaxis.set_minor_formatter(NullFormatter())
