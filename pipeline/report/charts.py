@@ -6,6 +6,7 @@ An arm keeps its colour and its marker in every chart; the teacher is drawn in t
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ _MARKERS = "osD^vP"
 _LINES = ("-", "--", ":", "-.")
 # as many fit beside each other over the width of a chart; a mark takes the room of eight
 _LEGEND_LETTERS = 60
+# of a line of what stands left of a chart: more than half of the width stays for the chart itself
+_TITLE_LETTERS = 24
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,9 @@ def _points(
 ) -> tuple[float, Callable[[Figure], None]]:
     """Height in inches and painter of a chart with one line a point."""
 
+    titles = [textwrap.fill(point.title, _TITLE_LETTERS) for point in points]
+    num_lines = max(title.count("\n") for title in titles) + 1
+
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         if zero:
@@ -145,15 +151,16 @@ def _points(
             look = arm_look(point.arm, arms)
             axes.plot([point.interval.low, point.interval.high], [y, y], color=look["color"], linewidth=2.2)
             axes.plot([point.value], [y], marker=look["marker"], color=look["color"], markersize=7, linestyle="none")
-        axes.set_yticks(range(len(points)), [point.title for point in points])
+        axes.set_yticks(range(len(points)), titles)
         axes.set_ylim(len(points) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel(f"{quantity}, nats per token")
+        # centred on the figure: beside long titles the axes are narrower than this
+        figure.supxlabel(f"{quantity}, nats per token", fontsize="medium")
         axes.locator_params(axis="x", nbins=5)
 
-    return 0.9 + 0.34 * len(points), paint
+    return 0.9 + (0.16 + 0.18 * num_lines) * len(points), paint
 
 
 def arm_look(arm: str | None, arms: tuple[str, ...]) -> dict[str, Any]:
