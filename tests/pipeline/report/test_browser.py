@@ -1,4 +1,4 @@
-"""The pages as a browser shows them: on a phone, a tablet and a desk, light, dark and printed, and to a screen reader."""
+"""The pages as a browser shows them: on a phone, a tablet and a desk, light, dark and printed, and to axe."""
 
 from __future__ import annotations
 
