@@ -1,6 +1,6 @@
 # One true path: `make demo` on a clean clone. Every target below makes the environment first, if it is not there.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint types check docs clean
+.PHONY: help venv demo minima test test-slow lint types check docs clean
 
 # Without it, the folder `kernels` would hide Hugging Face's package of that name wherever the root is on sys.path.
 export PYTHONSAFEPATH = 1
@@ -42,6 +42,9 @@ test: $(STAMP) ## the tests that take seconds
 
 test-slow: $(STAMP) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+minima: $(STAMP) ## the whole recipe of MiniMA and MiniChat at the smallest size: adapt, prune, distil, tune, judge
+	$(BIN)/python -P benchmarks/minima_tiny.py $(FLAGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

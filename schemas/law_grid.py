@@ -1,8 +1,9 @@
-"""The grid file: teachers x students x token budgets x alphas x seeds, as one YAML.
+"""The grid file: teachers x students x inits x token budgets x alphas x seeds, as one YAML.
 
     grid file --pipeline/law/expand--> run files: one for the corpus, one a teacher, one a student x teacher x seed
 
-The supervised arm (alpha 0, no teacher) stands in every grid, for each student, budget and seed.
+The supervised arm (alpha 0, no teacher) stands in every grid, for each student, budget and seed, and of pruned students
+for each teacher too.
 """
 
 from __future__ import annotations
@@ -12,17 +13,22 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.law import Init
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
 from capgap.schemas.run_eval import EvalSettings
 from capgap.schemas.run_model import StudentSettings, TeacherSettings
 from capgap.schemas.run_optimization import OptimizationSettings
+from capgap.schemas.run_prune import PruneSettings
 from capgap.schemas.run_train import TrainSettings
 
 _R = TypeVar("_R", bound=Record)
 
 SUPERVISED = "supervised"
 """Stands where a teacher's name would, in folders and in names of arms."""
+
+# Of a student's shape and of what a teacher is pruned to.
+_SIZES = ("num_layers", "hidden_size", "num_heads", "num_key_value_heads", "intermediate_size")
 
 
 class Budget(Record):
@@ -95,6 +101,14 @@ class LawGrid(Record):
     students: dict[str, StudentSettings]
     """By a name of yours."""
 
+    inits: tuple[Init, ...] = ("common",)
+    """Where students' first weights come from, each with curves of its own. `common`: from the seed, or the student's
+    `path`, whatever the teacher. `pruned`: a student of the same shape, cut out of the teacher that it then learns
+    from."""
+
+    prune: PruneSettings = Field(default_factory=PruneSettings)
+    """What stays of a teacher in pruned students. Sizes are the students' shapes."""
+
     train: TrainSettings = Field(default_factory=TrainSettings)
     """How students are trained; `alpha` and `max_tokens` are the grid's, `alphas` and `budgets`."""
 
@@ -133,6 +147,7 @@ class LawGrid(Record):
                 "the supervised arm comes by itself"
             )
         self._check_names()
+        self._check_inits()
         self._check_training()
         return self
 
@@ -145,6 +160,21 @@ class LawGrid(Record):
             for name in names:
                 if name not in known:
                     raise ValueError(f"{setting}: found {name!r}, expected one of {', '.join(known)}")
+
+    def _check_inits(self) -> None:
+        if not self.inits or len(set(self.inits)) != len(self.inits):
+            raise ValueError(f"inits: found {list(self.inits)}, expected at least one of common and pruned, none twice")
+        for name, student in self.students.items():
+            if student.prune is not None:
+                raise ValueError(f"students.{name}.prune: found in a grid, expected a model and inits: [pruned]")
+            if "pruned" in self.inits and student.model is None:
+                raise ValueError(f"students.{name}: found path, expected a model where inits has pruned")
+        given = self.prune.model_fields_set
+        for size in _SIZES:
+            if size in given:
+                raise ValueError(f"prune.{size}: found in a grid, expected the shapes of students")
+        if given and "pruned" not in self.inits:
+            raise ValueError(f"prune: found with inits {list(self.inits)}, expected it where inits has pruned")
 
     def _check_training(self) -> None:
         given = self.train.model_fields_set.union(*(set(values) for values in self.train_of.values()))
@@ -173,6 +203,16 @@ class LawGrid(Record):
         own = teacher.training.model_dump(exclude_unset=True) if teacher.training is not None else {}
         training = _merged(OptimizationSettings, {**self.teacher_training, **own}, "teacher_training")
         return teacher.model_copy(update={"training": training})
+
+    def student_settings(self, student: str, init: Init) -> StudentSettings:
+        """Where a student's first weights come from: of a pruned one its shape, as sizes to prune to."""
+        if init == "common":
+            return self.students[student]
+        shape = self.students[student].model
+        assert shape is not None
+        sizes = {name: getattr(shape, name) for name in _SIZES}
+        sizes["num_key_value_heads"] = shape.num_key_value_heads or shape.num_heads
+        return StudentSettings(prune=PruneSettings(**{**self.prune.model_dump(exclude_unset=True), **sizes}))
 
     def train_settings(self, student: str) -> TrainSettings:
         """The settings of `train` with the student's own in their place.

@@ -10,7 +10,7 @@ class PhasePlan(Record):
     """All runs of one kind, together."""
 
     phase: str
-    """corpus, teachers, caches, students or measurements."""
+    """corpus, teachers, caches, prunings (of a grid with pruned students), students or measurements."""
 
     num_runs: int
     """How many there are."""
@@ -44,7 +44,8 @@ class LawPlan(Record):
     """Students."""
 
     num_rows: int
-    """Rows of its table: student x (teacher x alpha, or none) x budget x seed."""
+    """Rows of its table: student x (teacher x alpha, or none) x budget x seed; of a pruned student none stands for each
+    teacher."""
 
     num_processes: int
     """Stages that are left, each a process."""

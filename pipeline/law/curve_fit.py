@@ -6,6 +6,7 @@ Legend: M teachers, R seeds.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from capgap.pipeline.law.forms import FORMS, fit, leave_one_out
 from capgap.pipeline.law.grid import Curve, size_of
 from capgap.pipeline.law.published import GivenTeacher, human, predictions, warning_of_ratio
 from capgap.pipeline.law.verdict import delta_of, judge
+from capgap.schemas.law import LawTeacher
 from capgap.schemas.law_fit import AxisFit, AxisName, Best, CurveFit, FormFit, Prediction, Size, TeacherPoint
 from capgap.schemas.results import Interval
 
@@ -24,6 +26,10 @@ Array = npt.NDArray[np.float64]
 
 MIN_TEACHERS = 3
 MIN_SEEDS = 2
+
+# Tokens a parameter at which size and tokens are spent evenly (Hoffmann et al., arXiv 2203.15556): with fewer, the loss
+# still falls fast with every token. How many times as many make teachers unlike is a choice of ours.
+_ENOUGH_TOKENS, _UNLIKE = 20, 4
 
 _NUM_DRAWN = 61  # places at which a fitted curve is kept, for drawing
 
@@ -154,6 +160,8 @@ def _notes(curve: Curve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[str, ..
                 f"{larger.name} is larger than {smaller.name} and a worse model ({larger.known_loss:.4f} against "
                 f"{smaller.known_loss:.4f} nats): read the curve over cross-entropy"
             )
+    unlike = _unlike_trainings(curve.teachers)
+    notes += [unlike] if unlike else []
     if len(axes) == 2 and axes[0].verdict != axes[1].verdict:
         notes.append(f"over size the verdict is {axes[0].verdict}, over cross-entropy {axes[1].verdict}")
     if curve.left_out_seeds:
@@ -163,6 +171,20 @@ def _notes(curve: Curve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[str, ..
     if curve.left_out_teachers:
         notes.append(f"without any finished run: {', '.join(curve.left_out_teachers)}")
     return tuple(notes)
+
+
+def _unlike_trainings(teachers: Sequence[LawTeacher]) -> str | None:
+    """A sentence where some teachers were trained far less, for their size, than others, and too little."""
+    known = [(one.train_tokens / one.num_parameters, one.name) for one in teachers if one.train_tokens is not None]
+    if not known:
+        return None
+    (least, short), (most, long) = min(known), max(known)
+    if least >= _ENOUGH_TOKENS or most <= _UNLIKE * least:
+        return None
+    return (
+        f"tokens a parameter of the teachers lie between {least:.3g} ({short}) and {most:.3g} ({long}): size and "
+        "training are mixed; look at cross-entropy"
+    )
 
 
 def _predictions(curve: Curve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[Prediction, ...]:

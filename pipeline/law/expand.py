@@ -4,9 +4,10 @@
     OUT/teachers/TEACHER/run.yaml               a teacher and its cache, over that corpus
     OUT/students/STUDENT/TEACHER/seed-N/...     first weights, an arm for each budget and alpha, their measurement
     OUT/students/STUDENT/supervised/seed-N/...  the same without a teacher
+    OUT/students/STUDENT/TEACHER/pruned/seed-N/...  the student cut out of that teacher, with it and without it
 
-A student's first weights come from its shape, the corpus and the seed, and the order of its data from the seed and the
-cached text, which all teachers score alike: runs of one seed are paired.
+A student's first weights come from its shape, the corpus and the seed, or from its teacher where it is pruned, and the
+order of its data from the seed and the cached text, which all teachers score alike: runs of one seed are paired.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pydantic import ValidationError
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.workflow.context import Instance
 from capgap.schemas.errors import SettingError
+from capgap.schemas.law import Init
 from capgap.schemas.law_grid import SUPERVISED, LawGrid
 from capgap.schemas.run_file import RunFile
 
@@ -42,15 +44,17 @@ class Arm:
 
 @dataclass(frozen=True)
 class Cell:
-    """One student, one teacher or none, one seed.
+    """One student of one init, one teacher or none, one seed.
 
     Attributes:
         student: its name.
-        teacher: its name; None for the supervised arm.
+        teacher: its name; None for the supervised arm of a common init. The supervised arms of a pruned student stand
+            in the cell of the teacher that it was cut out of.
         seed: of first weights and data order.
         reads: the teacher whose cache holds the text; of the supervised arm any one, for it reads no targets.
         arms: its trainings.
         run: its run file.
+        init: where the first weights come from.
     """
 
     student: str
@@ -59,20 +63,27 @@ class Cell:
     reads: str
     arms: tuple[Arm, ...]
     run: RunFile
+    init: Init = "common"
 
     @property
     def name(self) -> str:
         """Path of its folder below the grid's."""
-        return cell_name(self.student, self.teacher, self.seed)
+        return cell_name(self.student, self.teacher, self.seed, self.init)
+
+    @property
+    def init_source(self) -> str | None:
+        """The teacher that the student was cut out of; None with a common init."""
+        return self.teacher if self.init == "pruned" else None
 
     def trained(self, arm: Arm) -> Instance:
         """The instance that trains the arm."""
         return Instance("train", arm.name, self.seed)
 
 
-def cell_name(student: str, teacher: str | None, seed: int) -> str:
+def cell_name(student: str, teacher: str | None, seed: int, init: Init = "common") -> str:
     """Path of a cell's folder below the grid's."""
-    return f"students/{student}/{teacher or SUPERVISED}/seed-{seed}"
+    of_init = "" if init == "common" else f"{init}/"
+    return f"students/{student}/{teacher or SUPERVISED}/{of_init}seed-{seed}"
 
 
 def corpus_run(grid: LawGrid) -> RunFile:
@@ -105,7 +116,13 @@ def cache_folder(grid: LawGrid, teacher: str) -> str:
 
 
 def cell(
-    grid: LawGrid, student: str, teacher: str | None, seed: int, tokens: Mapping[str, int], reads: str | None = None
+    grid: LawGrid,
+    student: str,
+    teacher: str | None,
+    seed: int,
+    tokens: Mapping[str, int],
+    reads: str | None = None,
+    init: Init = "common",
 ) -> Cell:
     """One cell of the grid.
 
@@ -116,27 +133,32 @@ def cell(
         seed: one of the grid's.
         tokens: of each budget, for this student.
         reads: whose cache the supervised arm reads; the grid's first teacher's where it is left out.
+        init: where first weights come from; a pruned student has a teacher.
     """
     source = teacher or reads or next(iter(grid.teachers))
-    alphas = grid.alphas if teacher else (0.0,)
+    alone = (0.0,) if teacher is None or init == "pruned" else ()
+    alphas = (*alone, *(grid.alphas if teacher else ()))
     arms = tuple(Arm(budget, alpha) for budget in grid.budgets for alpha in alphas)
     reuse = {
         "corpus": corpus_folder(grid),
         "teacher": teacher_folder(grid, source),
         "cache": cache_folder(grid, source),
     }
-    name = cell_name(student, teacher, seed)
-    run = _run_file(grid, str(Path(grid.out) / name), name.replace("/", "-"), source, reuse, student)
+    name = cell_name(student, teacher, seed, init)
+    run = _run_file(grid, str(Path(grid.out) / name), name.replace("/", "-"), source, reuse, student, init)
     settings = {arm.name: {"alpha": arm.alpha, "max_tokens": tokens[arm.budget]} for arm in arms}
-    return Cell(student, teacher, seed, source, arms, run.model_copy(update={"seeds": (seed,), "arms": settings}))
+    of_cell = run.model_copy(update={"seeds": (seed,), "arms": settings})
+    return Cell(student, teacher, seed, source, arms, of_cell, init)
 
 
 def cells(grid: LawGrid, tokens: Mapping[str, Mapping[str, int]]) -> Iterator[Cell]:
     """Every cell, the supervised ones of a student first; `tokens` by student and budget."""
     for student in grid.students:
         for seed in grid.seeds:
-            for teacher in (None, *grid.teachers):
-                yield cell(grid, student, teacher, seed, tokens[student])
+            for init in grid.inits:
+                alone = (None,) if init == "common" else ()
+                for teacher in (*alone, *grid.teachers):
+                    yield cell(grid, student, teacher, seed, tokens[student], init=init)
 
 
 def write_run_file(run: RunFile) -> Path:
@@ -153,7 +175,13 @@ def _teacher_folder(grid: LawGrid, teacher: str) -> str:
 
 
 def _run_file(
-    grid: LawGrid, out: str, name: str, teacher: str, reuse: Mapping[str, str], student: str | None = None
+    grid: LawGrid,
+    out: str,
+    name: str,
+    teacher: str,
+    reuse: Mapping[str, str],
+    student: str | None = None,
+    init: Init = "common",
 ) -> RunFile:
     trained = student or next(iter(grid.students))
     try:
@@ -167,7 +195,7 @@ def _run_file(
                 "corpus": grid.corpus,
                 "teacher": grid.teacher_settings(teacher),
                 "cache": grid.cache,
-                "student": grid.students[trained],
+                "student": grid.student_settings(trained, init),
                 "train": grid.train_settings(trained),
                 "eval": grid.eval,
             }

@@ -11,9 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from capgap.pipeline.law.expand import Arm, Cell, cache_folder, corpus_folder, teacher_folder, teacher_run
+from capgap.pipeline.law.expand import (
+    Arm,
+    Cell,
+    cache_folder,
+    corpus_folder,
+    corpus_run,
+    teacher_folder,
+    teacher_run,
+)
+from capgap.pipeline.law.pruned import pruned_sizes
 from capgap.pipeline.law.worker import read_failures, with_arms
 from capgap.pipeline.plan.sizes import model_size
+from capgap.pipeline.plan.work import vocab_size_of
 from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.state import StageState, State, read_manifest, states
 from capgap.schemas.errors import InputError
@@ -122,12 +132,18 @@ class Sizes:
     """What all rows say of the models, whether they were made or not.
 
     Attributes:
-        students: by name.
+        students: by name, of a common init.
         teachers: by name, without a loss where none was measured.
+        pruned: students that are cut out of their teachers, by name in the grid; none where the grid has no such.
     """
 
     students: dict[str, LawModel]
     teachers: dict[str, LawModel]
+    pruned: dict[str, LawModel] = field(default_factory=dict)
+
+    def student(self, cell: Cell) -> LawModel:
+        """What the cell trains."""
+        return (self.pruned if cell.init == "pruned" else self.students)[cell.student]
 
 
 def sizes_of(grid: LawGrid, vocab_size: int) -> Sizes:
@@ -135,10 +151,11 @@ def sizes_of(grid: LawGrid, vocab_size: int) -> Sizes:
 
     Raises:
         InputError: a given model cannot be read.
+        SettingError: as `pruned_sizes`.
     """
     teachers = {name: _size(name, grid.teacher_settings(name), vocab_size, "teachers") for name in grid.teachers}
     students = {name: _size(name, settings, vocab_size, "students") for name, settings in grid.students.items()}
-    return Sizes(students, teachers)
+    return Sizes(students, teachers, pruned_sizes(grid, students, vocab_size) if "pruned" in grid.inits else {})
 
 
 def _size(name: str, given: TeacherSettings | StudentSettings, vocab_size: int, setting: str) -> LawModel:
@@ -148,6 +165,11 @@ def _size(name: str, given: TeacherSettings | StudentSettings, vocab_size: int, 
     return LawModel(
         name=name, num_parameters=round(size.total), num_non_embedding_parameters=round(size.outside_embedding)
     )
+
+
+def vocab_size_of_grid(grid: LawGrid) -> int:
+    """Of the grid's corpus, made or not; 0 where its tokenizer cannot be read."""
+    return round(vocab_size_of(corpus_run(grid), read_manifest(Path(corpus_folder(grid)))) or 0)
 
 
 def corpus_manifest(grid: LawGrid) -> Manifest:
@@ -193,19 +215,22 @@ def rows(
         for arm in cell.arms:
             outcome = outcomes[cell.name]
             result, manifest = outcome.results.get(arm.name), outcome.manifests.get(arm.name)
+            taught = arm.alpha > 0
             table.append(
                 LawRun(
-                    student=sizes.students[cell.student],
-                    teacher=_teacher(grid, cell.teacher, sizes, losses) if cell.teacher else None,
-                    cache=about.cache() if cell.teacher else None,
+                    student=_as_made(sizes.student(cell), result),
+                    teacher=_teacher(grid, cell.reads, sizes, losses) if taught else None,
+                    cache=about.cache() if taught else None,
                     budget=arm.budget,
                     tokens=about.tokens(tokens[cell.student][arm.budget], manifest),
                     alpha=arm.alpha,
+                    init=cell.init,
+                    init_source=cell.init_source,
                     arm=arm.name,
                     seed=cell.seed,
                     loss=result.loss if result else None,
                     missing=None if result else outcome.missing[arm.name],
-                    metrics=_metrics(result, taught=cell.teacher is not None) if result else {},
+                    metrics=_metrics(result, taught=taught) if result else {},
                     wall_s=manifest.wall_s if manifest else None,
                     common=about.common(),
                     per_student=about.per_student(arm),
@@ -285,6 +310,14 @@ class _About:
 
 def _is_group(value: Any) -> bool:
     return isinstance(value, dict | list | tuple)
+
+
+def _as_made(counted: LawModel, result: ModelResult | None) -> LawModel:
+    """A model that was measured was counted as it is; another size than all others have is refused with the table."""
+    if result is None:
+        return counted
+    made = ("num_parameters", "num_non_embedding_parameters")
+    return counted.model_copy(update={name: getattr(result, name) for name in made})
 
 
 def _teacher(grid: LawGrid, name: str, sizes: Sizes, losses: Mapping[str, float]) -> LawTeacher:

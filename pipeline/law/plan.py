@@ -12,15 +12,17 @@ from capgap.pipeline.law.expand import (
     corpus_run,
     teacher_run,
 )
-from capgap.pipeline.law.gather import is_finished, is_made, sizes_of
+from capgap.pipeline.law.gather import is_finished, is_made, sizes_of, vocab_size_of_grid
+from capgap.pipeline.law.pruned import require_cuts
 from capgap.pipeline.law.run import tokens_by_student
 from capgap.pipeline.plan import Stated
 from capgap.pipeline.plan.rates import rate_of
+from capgap.pipeline.plan.scoring import scoring_hours, scoring_of
 from capgap.pipeline.plan.work import RunWork, work_of
 from capgap.pipeline.store import is_url
 from capgap.pipeline.workflow.state import read_manifest, states
 from capgap.schemas.errors import SettingError
-from capgap.schemas.facts import CorpusFacts
+from capgap.schemas.law import Init
 from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.law_plan import LawPlan, PhasePlan
 from capgap.schemas.plan import Figure
@@ -38,12 +40,15 @@ def plan_grid(grid: LawGrid, stated: Stated, num_workers: int | None, start_s: f
 
     Raises:
         InputError: a source of the corpus, a given model or something reused cannot be read.
+        SettingError: as `require_cuts` and `pruned_sizes`.
     """
+    require_cuts(grid)
     works = _Works(grid, stated)
     phases = (
         works.phase("corpus", "corpus", [works.corpus_run] if not works.corpus_made else [], 1, lambda run: 1),
         works.teachers("teachers", "teacher"),
         works.teachers("caches", "cache"),
+        *([works.prunings()] if "pruned" in grid.inits else []),
         works.trainings(),
         works.measurements(),
     )
@@ -64,7 +69,7 @@ def plan_grid(grid: LawGrid, stated: Stated, num_workers: int | None, start_s: f
         name=grid.name,
         num_teachers=len(grid.teachers),
         num_students=len(grid.students),
-        num_rows=len(grid.students) * len(grid.seeds) * len(grid.budgets) * (1 + len(grid.teachers) * len(grid.alphas)),
+        num_rows=works.num_arms,
         num_processes=works.num_processes,
         num_workers=num_workers,
         phases=phases,
@@ -117,19 +122,13 @@ class _Works:
         self._grid, self._stated = grid, stated
         self.corpus_run = corpus_run(grid)
         corpus = read_manifest(Path(corpus_folder(grid)))
-        vocab_size = (
-            grid.corpus.trained_vocab_size
-            if corpus is None
-            else CorpusFacts.model_validate(corpus.facts).tokenizer.vocab_size
-        )
-        if corpus is None and grid.corpus.tokenizer is not None:
-            vocab_size = round(self._look_at(self.corpus_run).vocab_size or 0)
+        self._splits: dict[str, Figure] | None = None
         self.corpus_made = corpus is not None and is_made(self.corpus_run, ["corpus"])
-        self._tokens = tokens_by_student(grid, sizes_of(grid, vocab_size))
+        self._tokens = tokens_by_student(grid, sizes_of(grid, vocab_size_of_grid(grid)))
         every = list(cells(grid, self._tokens))
         self.left = [one for one in every if not is_finished(one)]
-        self._num_cells = len(every)
-        self._num_arms = sum(len(one.arms) for one in every)
+        self._every = every
+        self.num_arms = sum(len(one.arms) for one in every)
         self._pending = {stage: [t for t in grid.teachers if not self._is_made(t, stage)] for stage in _OF_A_TEACHER}
         self._scratch: list[float] = []
 
@@ -146,28 +145,36 @@ class _Works:
 
     def trainings(self) -> PhasePlan:
         """All students' trainings: alike for all teachers and seeds, as many times as there are such."""
-        times: dict[tuple[str, str], int] = {}
-        examples: dict[tuple[str, str], RunFile] = {}
+        times: dict[tuple[str, Init, str], int] = {}
+        examples: dict[tuple[str, Init, str], RunFile] = {}
         for one in self.left:
             for arm in one.arms:
-                key = (one.student, arm.budget)
+                key = (one.student, one.init, arm.budget)
                 times[key] = times.get(key, 0) + 1
                 examples.setdefault(key, _with_one_arm(one, arm.name))
         runs = {key: self._plannable(run) for key, run in examples.items()}
         counts = {id(run): times[key] for key, run in runs.items()}
-        return self.phase("students", "train", list(runs.values()), self._num_arms, lambda run: counts[id(run)])
+        return self.phase("students", "train", list(runs.values()), self.num_arms, lambda run: counts[id(run)])
+
+    def prunings(self) -> PhasePlan:
+        """The passes that score what a teacher can do without: one a pruned cell, alike for all seeds."""
+        return self._of_cells("prunings", "student", lambda one: one.init == "pruned")
 
     def measurements(self) -> PhasePlan:
         """The eval stages: one a cell, alike for all seeds."""
-        times: dict[tuple[str, str | None], int] = {}
-        examples: dict[tuple[str, str | None], RunFile] = {}
-        for one in self.left:
-            key = (one.student, one.teacher)
+        return self._of_cells("measurements", "eval", lambda one: True)
+
+    def _of_cells(self, phase: str, stage: str, has: Callable[[Cell], bool]) -> PhasePlan:
+        times: dict[tuple[str, str | None, Init], int] = {}
+        examples: dict[tuple[str, str | None, Init], RunFile] = {}
+        for one in filter(has, self.left):
+            key = (one.student, one.teacher, one.init)
             times[key] = times.get(key, 0) + 1
             examples.setdefault(key, one.run)
         runs = {key: self._plannable(run) for key, run in examples.items()}
         counts = {id(run): times[key] for key, run in runs.items()}
-        return self.phase("measurements", "eval", list(runs.values()), self._num_cells, lambda run: counts[id(run)])
+        num_runs = sum(map(has, self._every))
+        return self.phase(phase, stage, list(runs.values()), num_runs, lambda run: counts[id(run)])
 
     def phase(
         self, phase: str, stage: str, runs: list[RunFile], num_runs: int, times: Callable[[RunFile], int]
@@ -176,9 +183,8 @@ class _Works:
         tokens, flops, disk, hours = [], [], [], []
         for run in runs:
             work, count = self._look_at(run), times(run)
-            each = work.tokens(stage)
+            each, counted = self._to_do(stage, work)
             tokens.append((run.name, _times(each, count)))
-            counted = work.operations(stage)
             unknown = Figure(value=None, source="model or text cannot be counted")
             free = Figure(value=0, source="no model is run")
             operations = free if stage == "corpus" or each.value == 0 else unknown
@@ -200,11 +206,18 @@ class _Works:
         """More disk that one stage takes while it works."""
         return max(self._scratch, default=0)
 
+    def _to_do(self, stage: str, work: RunWork) -> tuple[Figure, float | None]:
+        """Tokens and operations of one stage."""
+        return scoring_of(work) if stage == "student" else (work.tokens(stage), work.operations(stage))
+
     def _hours(self, stage: str, work: RunWork) -> Figure:
-        tokens = work.tokens(stage)
+        tokens, operations = self._to_do(stage, work)
         if stage == "corpus" or tokens.value == 0:
             return Figure(value=0, source="no model is run")
-        rate = rate_of(stage, work, Stated(**{**vars(self._stated), "like": (*self._stated.like, *self._measured())}))
+        stated = Stated(**{**vars(self._stated), "like": (*self._stated.like, *self._measured())})
+        if stage == "student":
+            return scoring_hours(work.run, operations, stated)
+        rate = rate_of(stage, work, stated)
         if rate.value is None or tokens.value is None:
             return Figure(value=None, source=rate.source if rate.value is None else tokens.source)
         devices = work.run.cache.num_devices if stage == "cache" else 1
@@ -213,7 +226,8 @@ class _Works:
     def _measured(self) -> Iterable[str]:
         """Folders of the grid's own runs: those that are finished have measured a rate."""
         out = Path(self._grid.out)
-        return [str(path) for path in (*out.glob("teachers/*"), *sorted(out.glob("students/*/*/seed-*")))]
+        cells = (*sorted(out.glob("students/*/*/seed-*")), *sorted(out.glob("students/*/*/pruned/seed-*")))
+        return [str(path) for path in (*out.glob("teachers/*"), *cells)]
 
     def _is_made(self, teacher: str, stage: str) -> bool:
         return self.corpus_made and is_made(teacher_run(self._grid, teacher), [stage])
@@ -224,7 +238,9 @@ class _Works:
         return run.model_copy(update={"reuse": there})
 
     def _look_at(self, run: RunFile) -> RunWork:
-        return work_of(run, states(run), None)
+        work = work_of(run, states(run), None, self._splits)
+        self._splits = work.split_tokens
+        return work
 
 
 # Sources of a sum that are named: there is one for each size of model.

@@ -31,7 +31,9 @@ from capgap.pipeline.law.gather import (
     outcome_of,
     rows,
     sizes_of,
+    vocab_size_of_grid,
 )
+from capgap.pipeline.law.pruned import require_cuts
 from capgap.pipeline.law.reused import require_reused
 from capgap.pipeline.law.table import write_table
 from capgap.pipeline.law.worker import INTERRUPTED, Job, cell_job, process_of, read_failures, teacher_job
@@ -97,6 +99,9 @@ def run_grid(
         MachineError: another process is at work on the grid, or there are no such devices.
         SettingError, MismatchError, InputError: the grid, or something it reuses, cannot be used.
     """
+    if "pruned" in grid.inits:
+        require_cuts(grid)
+        sizes_of(grid, vocab_size_of_grid(grid))
     Path(grid.out).mkdir(parents=True, exist_ok=True)
     with ProcessLock(Path(grid.out) / LOCK_NAME) as lock:
         if not lock.exclusive():

@@ -12,6 +12,7 @@ from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.errors import CorruptError
 from capgap.schemas.manifest import MANIFEST_NAME, Manifest
 from capgap.schemas.plan import Figure
+from capgap.schemas.run_file import RunFile
 
 _STAGES_WITH_A_RATE = ("teacher", "cache", "train", "eval")
 
@@ -36,6 +37,7 @@ _SAME: dict[str, tuple[str, ...]] = {
     ),
     "train": ("student", "train.precision", "train.micro_batch_sequences", "train.batch_sequences", "corpus.seq_len"),
     "eval": ("teacher.path", "teacher.model", "student", "corpus.seq_len"),
+    "student": ("teacher.path", "teacher.model", "student", "corpus.seq_len"),
 }
 
 
@@ -76,6 +78,15 @@ def rate_of(stage: str, work: RunWork, stated: Stated) -> Figure:
     num_devices = work.run.cache.num_devices if stage == "cache" else 1
     source = f"{operations / tokens:.3g} operations a token at {stated.mfu:g} of {stated.device_peak_tflops:g} TFLOP/s"
     return Figure(value=rate * num_devices, source=source)
+
+
+def earlier_wall_s(stage: str, run: RunFile, folders: Iterable[str]) -> Figure | None:
+    """Seconds that an earlier stage of the same kind took, whatever it counts; None where there is none."""
+    wanted = run.model_dump(mode="json")
+    for path, manifest in _manifests(stage, folders):
+        if manifest.wall_s > 0 and all(_at(manifest.resolved, name) == _at(wanted, name) for name in _SAME[stage]):
+            return Figure(value=manifest.wall_s, source=f"measured: {path.parent}, {manifest.wall_s:.0f} s")
+    return None
 
 
 def _missing(stage: str, counted: bool) -> str:

@@ -75,7 +75,7 @@ def pruned_size(
     if manifest is not None:
         return model_size(manifest, None, None, vocab_size)
     try:
-        config = _teacher_config(teacher, vocab_size)
+        config = teacher_config(teacher, vocab_size)
         if config is None:
             return ModelSize(None, None, "its embedding is as large as a tokenizer that cannot be read")
         target = target_shape(shape_of(config, str(teacher.path)), settings)
@@ -87,9 +87,18 @@ def pruned_size(
     return ModelSize(total, total - sum(end.numel() for end in ends), "the teacher's configuration, pruned")
 
 
-def _teacher_config(teacher: TeacherSettings, vocab_size: float | None) -> Any:
+def teacher_config(teacher: TeacherSettings, vocab_size: float | None) -> Any:
+    """The configuration of the teacher that is pruned; None where its embedding cannot be counted.
+
+    Raises:
+        InputError: a given model's cannot be read.
+    """
     if teacher.path is not None:
-        return load_config(teacher.path)
+        config = load_config(teacher.path)
+        if teacher.adapt is not None and vocab_size is not None:
+            multiple = teacher.adapt.pad_to_multiple_of or 1
+            config.vocab_size = -(-max(config.vocab_size, int(vocab_size)) // multiple) * multiple
+        return config
     assert teacher.model is not None
     shape = teacher.model
     if vocab_size is None:

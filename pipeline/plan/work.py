@@ -151,21 +151,27 @@ class RunWork:
                 return None
 
 
-def work_of(run: RunFile, known: dict[str, StageState], stated_bytes_per_token: float | None) -> RunWork:
+def work_of(
+    run: RunFile,
+    known: dict[str, StageState],
+    stated_bytes_per_token: float | None,
+    splits: dict[str, Figure] | None = None,
+) -> RunWork:
     """What the run has to do, as far as it can be known.
 
     Args:
         run: the run file.
         known: states of its instances.
         stated_bytes_per_token: of text, where the corpus is not made; measured on a sample where it is not given.
+        splits: tokens of the corpus's splits, where another run of the same corpus was looked at.
 
     Raises:
         InputError: a source of the corpus cannot be read.
     """
     corpus = finished("corpus", run, known)
     cache = finished("cache", run, known)
-    vocab_size = _vocab_size(run, corpus)
-    splits = _split_tokens(run, corpus, vocab_size, stated_bytes_per_token)
+    vocab_size = vocab_size_of(run, corpus)
+    splits = splits or _split_tokens(run, corpus, vocab_size, stated_bytes_per_token)
     cached = _cache_tokens(run, cache, splits["student"])
     arms = [_trained_tokens(run.train_settings(arm), cached) for arm in run.arms]
     heldout = splits["heldout"]
@@ -197,7 +203,8 @@ def finished(stage: str, run: RunFile, known: dict[str, StageState]) -> Manifest
     return state.manifest if state is not None and state.state is State.CURRENT else None
 
 
-def _vocab_size(run: RunFile, corpus: Manifest | None) -> float | None:
+def vocab_size_of(run: RunFile, corpus: Manifest | None) -> float | None:
+    """Of the corpus, or of the tokenizer that it is to have; None where that cannot be read."""
     if corpus is not None:
         return CorpusFacts.model_validate(corpus.facts).tokenizer.vocab_size
     if run.corpus.tokenizer is None:

@@ -36,6 +36,13 @@ SMALL: dict[str, Any] = {
         ({"budgets": {"short": {"tokens": 1, "tokens_per_parameter": 1}}}, "found both of tokens"),
         ({"budgets": {"short": {}}}, "found neither of tokens"),
         ({"seeds": [1, 1]}, "none twice"),
+        ({"inits": []}, "inits: found \\[\\], expected at least one of common and pruned"),
+        ({"inits": ["pruned", "pruned"]}, "none twice"),
+        ({"inits": ["cut"]}, "Input should be 'common' or 'pruned'"),
+        ({"prune": {"importance": "taylor"}}, "prune: found with inits .*, expected it where inits has pruned"),
+        ({"inits": ["pruned"], "prune": {"num_layers": 2}}, "prune.num_layers: found in a grid, expected the shapes"),
+        ({"students": {"s": {"prune": {}}}}, "students.s.prune: found in a grid, expected a model and inits"),
+        ({"inits": ["pruned"], "students": {"s": {"path": "x"}}}, "students.s: found path, expected a model"),
     ],
 )
 def test_what_cannot_be_a_grid_is_refused(changes: dict[str, Any], said: str) -> None:

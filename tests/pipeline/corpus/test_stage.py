@@ -13,7 +13,7 @@ from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.folder import content_files
 from capgap.pipeline.workflow.state import State, read_manifest, states
-from capgap.schemas.errors import InputError, MismatchError
+from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CorpusFacts
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile
@@ -98,18 +98,20 @@ def test_a_stale_folder_is_made_anew(make_corpus_run) -> None:
     assert {shard_set.seq_len for shard_set in second.shard_sets.values()} == {64}
 
 
-def test_an_unfinished_folder_goes_on_and_is_refused_under_other_settings(make_corpus_run, texts: Path) -> None:
+@pytest.mark.parametrize("seq_len", [32, 64])
+def test_a_folder_without_anything_finished_goes_on_under_the_same_settings_and_under_others(
+    make_corpus_run, texts: Path, seq_len: int
+) -> None:
     run = make_corpus_run()
     (texts / "zz.jsonl").write_text("broken")
     with pytest.raises(InputError, match=r"zz.jsonl:1: not a JSON record"):
         carry_out(run, CORPUS)
     assert states(run)["corpus"].state is State.PARTIAL
     (texts / "zz.jsonl").unlink()
-    with pytest.raises(MismatchError, match=r"begun under other settings; found corpus.seq_len was 32, is 64; restore"):
-        carry_out(make_corpus_run(seq_len=64), CORPUS)
+    run = make_corpus_run(seq_len=seq_len)
     manifest = carry_out(run, CORPUS)
     assert states(run)["corpus"].state is State.CURRENT
-    assert manifest.content == carry_out(make_corpus_run("undisturbed"), CORPUS).content
+    assert manifest.content == carry_out(make_corpus_run("undisturbed", seq_len=seq_len), CORPUS).content
 
 
 def test_a_stage_whose_input_is_not_made_says_what_to_run(make_corpus_run) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from capgap.pipeline.law.expand import cell, cells, corpus_run, teacher_run, write_run_file
 from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.graph import decisive_settings
+from capgap.schemas.law import Init
 from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.run_file import RunFile
 
@@ -72,8 +74,36 @@ def test_first_weights_are_decided_by_student_and_seed_alone(tmp_path: Path) -> 
     assert first_weights("a", 7) == first_weights("b", 7) == first_weights(None, 7) != first_weights("a", 0)
 
 
-def test_an_expanded_run_file_is_the_run(tmp_path: Path) -> None:
-    run = cell(grid(tmp_path), "s", "a", 7, TOKENS["s"]).run
+def test_a_pruned_student_is_cut_out_of_each_teacher_and_trained_with_it_and_alone(tmp_path: Path) -> None:
+    asked = grid(tmp_path, inits=["common", "pruned"], prune={"importance": "taylor"}, alphas=[1.0])
+    found = {one.name: one for one in cells(asked, TOKENS) if one.seed == 7}
+    common = {f"students/s/{who}/seed-7" for who in ("a", "b", "supervised")}
+    assert found.keys() - common == {f"students/s/{who}/pruned/seed-7" for who in ("a", "b")}
+    pruned = found["students/s/b/pruned/seed-7"]
+    assert (pruned.init, pruned.init_source, pruned.reads) == ("pruned", "b", "b")
+    assert set(pruned.run.arms) == {"short-supervised", "long-supervised", "short-alpha-1", "long-alpha-1"}
+    assert pruned.run.arms["long-supervised"] == {"alpha": 0.0, "max_tokens": 5000}
+    assert pruned.run.reuse == found["students/s/b/seed-7"].run.reuse
+    settings, shape = pruned.run.student.prune, asked.students["s"].model
+    assert settings is not None and shape is not None
+    for size in ("num_layers", "hidden_size", "num_heads", "intermediate_size"):
+        assert getattr(settings, size) == getattr(shape, size)
+    assert settings.num_key_value_heads == shape.num_heads and settings.importance == "taylor"
+    order = [one.run.train_settings("short-alpha-1").decisive() for one in found.values() if one.reads == "b"]
+    assert order[0] == order[1], "trained otherwise than the common one"
+
+
+def test_another_init_changes_nothing_of_the_runs_of_the_common_one(tmp_path: Path) -> None:
+    plain = {one.name: one for one in cells(grid(tmp_path), TOKENS)}
+    more = {one.name: one for one in cells(grid(tmp_path, inits=["common", "pruned"]), TOKENS)}
+    assert {name: more[name] for name in plain} == plain
+    alone = {one.name for one in cells(grid(tmp_path, inits=["pruned"]), TOKENS)}
+    assert alone == more.keys() - plain.keys()
+
+
+@pytest.mark.parametrize("init", ["common", "pruned"])
+def test_an_expanded_run_file_is_the_run(tmp_path: Path, init: Init) -> None:
+    run = cell(grid(tmp_path), "s", "b", 7, TOKENS["s"], init=init).run
     path = write_run_file(run)
-    assert path == tmp_path / "students/s/a/seed-7/run.yaml"
+    assert path == tmp_path / "students/s/b" / ("pruned" if init == "pruned" else "") / "seed-7/run.yaml"
     assert RunFile.model_validate(yaml.safe_load(path.read_text())) == run

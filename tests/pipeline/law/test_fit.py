@@ -55,6 +55,22 @@ def test_the_teachers_within_delta_of_the_best_are_told(tmp_path: Path) -> None:
     assert [point.name for point in curve.points if point.within_delta] == ["t4000000"]
 
 
+@pytest.mark.parametrize(("least", "said"), [(20, False), (6, False), (4, True)])
+def test_teachers_trained_far_less_than_others_for_their_size_are_told(tmp_path: Path, least: int, said: bool) -> None:
+    """All have 20 tokens a parameter but the largest: 20 over 6 is less than the factor told, 20 over 4 more."""
+
+    def largest_trained_on(row: LawRun) -> LawRun:
+        if row.teacher is None or row.teacher.num_parameters < 32e6:
+            return row
+        tokens = least * row.teacher.num_parameters
+        return row.model_copy(update={"teacher": row.teacher.model_copy(update={"train_tokens": tokens})})
+
+    (curve,) = fitted(tmp_path, [largest_trained_on(row) for row in planted(valley(4.0), [1e6], RATIOS)]).curves
+    notes = [note for note in curve.notes if "size and training are mixed; look at cross-entropy" in note]
+    assert len(notes) == said
+    assert not said or "between 4 (t32000000) and 20 (" in notes[0]
+
+
 def test_size_can_be_counted_without_embedding(tmp_path: Path) -> None:
     def bare(one: LawRun) -> LawRun:
         halved = {"num_non_embedding_parameters": one.student.num_parameters // 2}

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from capgap.pipeline.law.plan import plan_grid, require_limits
-from capgap.pipeline.plan import Stated
+from capgap.pipeline.plan import Stated, work
+from capgap.pipeline.plan.text import text_bytes
 from capgap.schemas.errors import SettingError
 from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.law_plan import LawPlan, PhasePlan
+from capgap.schemas.plan import Figure
 
 SMALL = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 64}
 LARGE = {**SMALL, "hidden_size": 64}
@@ -55,6 +57,37 @@ def test_runs_tokens_and_operations_are_counted(values: dict[str, Any]) -> None:
     assert phase(plan, "students").flops.value == 6 * NUM_SMALL * 3 * 5 * (1000 + 3000)
     assert phase(plan, "teachers").tokens.value == 2 * 8000
     assert (phase(plan, "caches").flops.value or 0) > 0
+
+
+def test_the_text_of_a_corpus_that_is_not_made_is_looked_at_once(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at = []
+
+    def noted(sources: tuple[str, ...], text_field: str) -> Figure:
+        looked_at.append(sources)
+        return text_bytes(sources, text_field)
+
+    monkeypatch.setattr(work, "text_bytes", noted)
+    plan = plan_grid(LawGrid.model_validate(values), Stated(), num_workers=2)
+    assert plan.num_rows > 1 and len(looked_at) == 1
+
+
+def test_layers_scored_by_the_loss_without_them_take_a_pass_each(values: dict[str, Any]) -> None:
+    teacher = {**LARGE, "num_layers": 3, "num_heads": 4}
+    cuts = {"teachers": {"t": {"model": teacher}}, "inits": ["pruned"]}
+
+    def scoring(**prune: Any) -> PhasePlan:
+        grid = LawGrid.model_validate(values | cuts | {"prune": {"num_sequences": 10, **prune}})
+        return phase(plan_grid(grid, Stated(), num_workers=1), "prunings")
+
+    plain, by_loss, taylor = scoring(), scoring(layers="loss"), scoring(importance="taylor")
+    assert plain.num_left == 3 and plain.tokens.value == taylor.tokens.value == 3 * 10 * 64
+    # one pass for the scores, one with all layers, one without each
+    assert by_loss.tokens.value == (1 + 1 + 3) * 3 * 10 * 64
+    assert plain.flops.value is not None
+    assert by_loss.flops.value == 5 * plain.flops.value and taylor.flops.value == 2 * plain.flops.value
+    assert plain.device_hours.value is None and "--like RUN" in plain.device_hours.source
 
 
 def test_hours_that_nothing_supports_are_left_out_and_it_is_said_what_to_give(values: dict[str, Any]) -> None:

@@ -1,0 +1,54 @@
+"""The passes over text that score a teacher's parts before it is pruned."""
+
+from __future__ import annotations
+
+from capgap.pipeline.plan.rates import Stated, earlier_wall_s
+from capgap.pipeline.plan.sizes import teacher_config
+from capgap.pipeline.plan.work import RunWork
+from capgap.pipeline.prune.shapes import shape_of
+from capgap.schemas.errors import CapgapError
+from capgap.schemas.plan import Figure
+from capgap.schemas.run_file import RunFile
+
+# Of a forward pass, and of a backward pass without gradients of weights: each 2 operations a parameter and token.
+_FORWARD, _BACKWARD = 2, 2
+
+
+def scoring_of(work: RunWork) -> tuple[Figure, float | None]:
+    """Tokens of the passes that one student stage makes, and their operations; of a student that is not pruned none.
+
+    What pruning cost, measured on 64 held-out sequences, is not counted.
+    """
+    settings, text = work.run.student.prune, work.split_tokens["student"]
+    if settings is None:
+        return Figure(value=0, source="no teacher is scored"), None
+    if text.value is None:
+        return text, None
+    seq_len = work.run.corpus.seq_len
+    once = min(settings.num_sequences, text.value // seq_len) * seq_len
+    passes = 1
+    if settings.layer_importance == "loss":
+        try:
+            # depth is counted, and does not depend on the vocabulary
+            passes += 1 + shape_of(teacher_config(work.run.teacher, work.vocab_size or 1), "teacher").num_layers
+        except CapgapError as error:
+            return Figure(value=None, source=f"cannot be counted: {error}"), None
+    tokens = Figure(value=once * passes, source=f"{passes} passes over {settings.num_sequences} sequences at most")
+    if work.teacher.total is None:
+        return tokens, None
+    each = _FORWARD * passes + (_BACKWARD if settings.importance == "taylor" else 0)
+    return tokens, each * work.teacher.total * once
+
+
+def scoring_hours(run: RunFile, operations: float | None, stated: Stated) -> Figure:
+    """Device hours of one student stage: as an earlier one of the same teacher and shape took, or by a stated peak."""
+    earlier = earlier_wall_s("student", run, stated.like)
+    if earlier is not None:
+        return earlier.model_copy(update={"value": (earlier.value or 0) / 3600})
+    if operations is None:
+        return Figure(value=None, source="model or text cannot be counted")
+    if stated.device_peak_tflops is None or stated.mfu is None:
+        return Figure(value=None, source="give --like RUN, or --device-peak-tflops and --mfu")
+    per_s = stated.device_peak_tflops * 1e12 * stated.mfu
+    source = f"{operations:.3g} operations at {stated.mfu:g} of {stated.device_peak_tflops:g} TFLOP/s"
+    return Figure(value=operations / per_s / 3600, source=source)
