@@ -163,6 +163,19 @@ class ModelResult(Record):
     """None where speculative decoding was not measured."""
 
 
+class Sample(Record):
+    """What every model makes of one beginning of held-out text, always with its likeliest token; one text a model."""
+
+    prompt: str
+    """The beginning, as text."""
+
+    truth: str
+    """How the held-out text itself goes on."""
+
+    continuations: dict[str, str]
+    """By name of the model, the teacher first where it was at hand; a model that cannot write is left out."""
+
+
 class PairedDifference(Record):
     """Two arms of one seed, sequence by sequence on the same text."""
 
@@ -264,6 +277,9 @@ class EvalResults(Record):
 
     teacher_missing: str | None = None
     """Why the teacher itself was not measured, in words; None where it was."""
+
+    samples: tuple[Sample, ...] = ()
+    """Empty where `eval.num_samples` is 0, and in results from before there were any."""
 
     @property
     def teacher(self) -> ModelResult | None:

@@ -38,6 +38,7 @@ class Measured:
         comparison: with the teacher's full distributions.
         cached: with what the cache holds.
         drafted: for the teacher.
+        written: its continuations of held-out beginnings, as text.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Measured:
     comparison: Comparison | None = None
     cached: CachedSums | None = None
     drafted: Drafted | None = None
+    written: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,10 @@ from capgap.pipeline.eval.drafts import DraftJob, drafted, prompts_of, require_d
 from capgap.pipeline.eval.heldout import first_sequences, num_labels
 from capgap.pipeline.eval.measure import Visit, score
 from capgap.pipeline.eval.results import Measured, Text, results_of
+from capgap.pipeline.eval.samples import Prompts
+from capgap.pipeline.eval.samples import prompts_of as sample_prompts_of
 from capgap.pipeline.eval.spool import open_spool
+from capgap.pipeline.model_checks import corpus_tokenizer
 from capgap.pipeline.models import load_model, model_path
 from capgap.pipeline.progress import Meter, progress
 from capgap.pipeline.scalars import EVAL_SCALARS, ScalarFile
@@ -65,12 +68,20 @@ def run(context: StageContext) -> StageResult:
     if settings.speculative is not None:
         require_drafting()
         prompts = prompts_of(sequences, settings.speculative)
-    evaluation = _Evaluation(context, facts, sequences, 0 if missing else settings.num_full_sequences, cached)
+    samples = None
+    if settings.num_samples:
+        tokenizer = corpus_tokenizer(corpus)
+        samples = sample_prompts_of(sequences, facts.context, settings, tokenizer, facts.tokenizer.vocab_size)
+    num_full = 0 if missing else settings.num_full_sequences
+    evaluation = _Evaluation(context, facts, sequences, num_full, cached, samples)
     models = evaluation.measure(students)
     if settings.speculative is not None:
         for model in models[1:]:
             model.drafted = drafted(_job(context, model.name, prompts, settings.speculative))
     results = results_of(models, evaluation.text, settings.num_bootstrap, missing)
+    if samples is not None:
+        written = {model.name: model.written for model in models if model.written is not None}
+        results = results.model_copy(update={"samples": samples.samples(written)})
     write_atomically(context.folder / RESULTS_NAME, results.model_dump_json(indent=2) + "\n")
     _say_scalars(context, results)
     totals = {
@@ -153,8 +164,10 @@ class _Evaluation:
         sequences: Sequences,
         num_full: int,
         cached: CachedRows | None,
+        samples: Prompts | None,
     ) -> None:
         self._context, self._facts, self._sequences, self._cached = context, facts, sequences, cached
+        self._samples = samples
         self._vocab_size = facts.tokenizer.vocab_size
         self._batch = context.run.eval.batch_sequences
         labels_S = num_labels(sequences)
@@ -211,8 +224,9 @@ class _Evaluation:
                 batch_sequences=self._batch,
                 meter=meter,
             )
+        written = None if self._samples is None else self._samples.write(model, name)
         del model
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return Measured(name, arm, seed, facts, nats_S, calibration, cached=cached)
+        return Measured(name, arm, seed, facts, nats_S, calibration, cached=cached, written=written)

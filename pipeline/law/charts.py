@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from capgap.pipeline.law.published import CAPACITY_GAP, GAP_INTERCEPT, GAP_SLOPE, human
-from capgap.pipeline.report.charts import Chart
+from capgap.pipeline.report.charts import Chart, legend, log_operations
 from capgap.pipeline.report.svg import INK, SERIES, draw
 from capgap.schemas.law_fit import AxisFit, CurveFit, Frontier, GlobalLaw, LawFit
 
@@ -47,7 +47,7 @@ def law_chart(i: int, law: GlobalLaw, fit: LawFit) -> Chart | None:
         _log_counts(axes.yaxis, axes.set_yscale)
         axes.set_xlabel("student, parameters")
         axes.set_ylabel("best teacher, parameters")
-        _legend(figure, axes)
+        legend(figure, axes)
 
     name, title = f"law-{i}", f"Best teacher by student: {law.budget}, alpha {law.alpha:g}, {law.init} init"
     said = "; ".join(f"{curve.student} {human(best.value)}" for curve, best in rows)
@@ -87,10 +87,10 @@ def frontier_chart(frontier: Frontier) -> Chart:
         axes.step(
             [p.flops for p in best], [p.loss for p in best], where="post", color=INK, linewidth=1, label="frontier"
         )
-        axes.set_xscale("log")
+        log_operations(axes)
         axes.set_xlabel("floating-point operations")
         axes.set_ylabel("held-out loss, nats per token")
-        _legend(figure, axes)
+        legend(figure, axes)
 
     name = f"frontier-{frontier.accounting}"
     best = "; ".join(f"{p.name} {p.loss:.4f} at {p.flops:.3g}" for p in frontier.points if p.on_frontier)
@@ -134,7 +134,7 @@ def _curve(name: str, curve: CurveFit, axis: AxisFit) -> Chart:
             axes.invert_xaxis()
             axes.set_xlabel("teacher's loss, nats per token (better to the right)")
         axes.set_ylabel("student's loss, nats per token")
-        _legend(figure, axes)
+        legend(figure, axes)
 
     over = "size" if by_size else "cross-entropy"
     title = f"{curve.title}: over {over}"
@@ -142,7 +142,7 @@ def _curve(name: str, curve: CurveFit, axis: AxisFit) -> Chart:
     return Chart(
         name=name,
         title=title,
-        caption=f"{axis.verdict}. Means over seeds {', '.join(map(str, curve.seeds))}. Black lines: 95 % of a "
+        caption=f"{axis.verdict}. Means over seeds {', '.join(map(str, curve.seeds))}. Upright lines: 95 % of a "
         "teacher's difference to the best, seeds paired. Band: 95 % of the best teacher, where the curve is interior.",
         svg=draw(name, f"{title}, {axis.verdict}: {points}", 3.6, paint),
         headings=_CURVE_HEADINGS,
@@ -204,9 +204,3 @@ def _log_counts(axis: Any, set_scale: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda count, _: human(count)))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _legend(figure: Figure, axes: Any) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside upper left", ncols=2)

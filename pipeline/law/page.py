@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from capgap.pipeline.law.charts import curve_charts, frontier_chart, law_chart
 from capgap.pipeline.law.global_law import describe
 from capgap.pipeline.law.published import CAPACITY_GAP, DISTILLATION_SCALING
 from capgap.pipeline.law.summary import sentences
+from capgap.pipeline.report.templates import page_template
 from capgap.pipeline.store.files import write_atomically
 from capgap.schemas.law_fit import CurveFit, LawFit
 
 PAGE_NAME = "law.html"
 
-_TEMPLATE_NAME = "law.html.j2"
+_TEMPLATE = Path(__file__).parent / "law.html.j2"
 
 
 def write_page(folder: Path, law: LawFit) -> Path:
@@ -27,14 +26,7 @@ def write_page(folder: Path, law: LawFit) -> Path:
 
 def render_page(law: LawFit) -> str:
     """The page; every text of the table is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(_TEMPLATE_NAME).render(
+    return page_template(_TEMPLATE).render(
         law=law,
         verdicts=[_verdict_row(curve) for curve in law.curves],
         curves=[(curve, list(sentences(curve)), curve_charts(i, curve)) for i, curve in enumerate(law.curves)],

@@ -5,13 +5,15 @@ An arm keeps its colour and its marker in every chart; the teacher is drawn in t
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from capgap.pipeline.report.summary import Curve, Gain, Report
 from capgap.pipeline.report.svg import INK, NUM_SERIES, SERIES, draw
@@ -19,6 +21,10 @@ from capgap.schemas.results import Interval, ModelResult
 
 _MARKERS = "osD^vP"
 _LINES = ("-", "--", ":", "-.")
+# as many fit beside each other over the width of a chart; a mark takes the room of eight
+_LEGEND_LETTERS = 60
+# of a line of what stands left of a chart: more than half of the width stays for the chart itself
+_TITLE_LETTERS = 24
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,9 @@ def _points(
 ) -> tuple[float, Callable[[Figure], None]]:
     """Height in inches and painter of a chart with one line a point."""
 
+    titles = [textwrap.fill(point.title, _TITLE_LETTERS) for point in points]
+    num_lines = max(title.count("\n") for title in titles) + 1
+
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         if zero:
@@ -142,15 +151,16 @@ def _points(
             look = arm_look(point.arm, arms)
             axes.plot([point.interval.low, point.interval.high], [y, y], color=look["color"], linewidth=2.2)
             axes.plot([point.value], [y], marker=look["marker"], color=look["color"], markersize=7, linestyle="none")
-        axes.set_yticks(range(len(points)), [point.title for point in points])
+        axes.set_yticks(range(len(points)), titles)
         axes.set_ylim(len(points) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel(f"{quantity}, nats per token")
+        # centred on the figure: beside long titles the axes are narrower than this
+        figure.supxlabel(f"{quantity}, nats per token", fontsize="medium")
         axes.locator_params(axis="x", nbins=5)
 
-    return 0.9 + 0.34 * len(points), paint
+    return 0.9 + (0.16 + 0.18 * num_lines) * len(points), paint
 
 
 def arm_look(arm: str | None, arms: tuple[str, ...]) -> dict[str, Any]:
@@ -170,4 +180,15 @@ def legend(figure: Figure, axes: Any) -> None:
     """Above the chart, where there is more than one thing to name."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside upper left", ncols=3)
+        columns = max(1, min(3, _LEGEND_LETTERS // (max(map(len, labels)) + 8)))
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns)
+
+
+def log_operations(axes: Any) -> None:
+    """A logarithmic axis of counts too large for words; to be called when everything is drawn."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    few = math.log10(high / low) < 2
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:.0e}".replace("e+", "e")))
+    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from capgap.pipeline.law.published_models import MODELS, SHOTS, SOURCE, PublishedModel, not_dominated
-from capgap.pipeline.report.charts import Chart, arm_look, legend
+from capgap.pipeline.report.charts import Chart, arm_look, legend, log_operations
 from capgap.pipeline.report.frontier import STATED, CostedModel, RunFrontier
 from capgap.pipeline.report.svg import INK, SERIES, draw
 from capgap.pipeline.report.table import human_count
@@ -29,7 +29,7 @@ def _own(frontier: RunFrontier, placed: Sequence[CostedModel], arms: tuple[str, 
         for model in placed:
             _mark(axes, model, model.loss, arms)
         _line(axes, [(m.flops, m.loss) for name in frontier.by_loss for m in placed if m.name == name])
-        axes.set_xscale("log")
+        log_operations(axes)
         axes.set_xlabel("floating-point operations")
         axes.set_ylabel("held-out loss, nats per token")
         legend(figure, axes)
@@ -78,8 +78,8 @@ def _published(frontier: RunFrontier, measured: Sequence[CostedModel], arms: tup
         _line(axes, [(model.flops, model.mean) for model in best])
         for own in measured:
             _mark(axes, own, own.mean_score, arms)
-        axes.set_xscale("log")
         axes.margins(x=0.18)
+        log_operations(axes)
         axes.set_xlabel("floating-point operations")
         axes.set_ylabel("mean of six benchmarks, %")
         legend(figure, axes)

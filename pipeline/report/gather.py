@@ -12,7 +12,8 @@ from capgap.pipeline.fidelity.sample import Sampling
 from capgap.pipeline.report.benchmarks import benchmarks
 from capgap.pipeline.report.frontier import run_frontier
 from capgap.pipeline.report.nearness import nearness_lines
-from capgap.pipeline.report.summary import CacheSummary, Curve, Gain, Report, StageLine, Table
+from capgap.pipeline.report.stages import stage_line
+from capgap.pipeline.report.summary import CacheSummary, Curve, Gain, Report, Table
 from capgap.pipeline.report.table import build_rows, cache_line
 from capgap.pipeline.report.verdict import gains, no_verdict, verdict
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
@@ -50,7 +51,7 @@ def gather(context: StageContext) -> Report:
         cache=cache,
         fidelity=_fidelity(context.input("cache")),
         curves=_curves(context),
-        stages=tuple(_stage_line(stage) for stage in context.inputs.values()),
+        stages=tuple(stage_line(stage, context.run) for stage in context.inputs.values()),
         settings=context.run.decisive(),
     )
 
@@ -113,10 +114,3 @@ def _curves(context: StageContext) -> tuple[Curve, ...]:
             curve = Curve(name=instance.name, arm=instance.arm, seed=instance.seed, tokens=tokens, losses=losses)
             curves.append(curve)
     return tuple(curves)
-
-
-def _stage_line(stage: StageInput) -> StageLine:
-    manifest = stage.manifest
-    return StageLine(
-        instance=manifest.instance, identity=manifest.identity, wall_s=manifest.wall_s, versions=manifest.versions
-    )

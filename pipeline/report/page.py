@@ -5,32 +5,26 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from capgap.pipeline.fidelity.text import summary
 from capgap.pipeline.report.benchmarks import benchmark_cells, benchmark_headings
 from capgap.pipeline.report.charts import charts
 from capgap.pipeline.report.frontier_charts import frontier_charts
 from capgap.pipeline.report.judge_tables import judge_line, judge_tables
 from capgap.pipeline.report.nearness import DIFFERENCE_HEADINGS, difference_rows
+from capgap.pipeline.report.samples import shown_samples
+from capgap.pipeline.report.stages import STAGE_HEADINGS, stage_row, total_line
 from capgap.pipeline.report.summary import Report, StageLine
 from capgap.pipeline.report.table import HEADINGS, cells
+from capgap.pipeline.report.templates import page_template
 from capgap.schemas.facts import RecordingFacts
 
-_TEMPLATE_NAME = "report.html.j2"
+_TEMPLATE = Path(__file__).parent / "report.html.j2"
 
 
 def render_page(report: Report) -> str:
     """The page; every text of the run is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     common = _common_versions(report.stages)
-    return environment.get_template(_TEMPLATE_NAME).render(
+    return page_template(_TEMPLATE).render(
         report=report,
         headings=HEADINGS,
         rows=[cells(row) for row in report.table.rows],
@@ -40,7 +34,11 @@ def render_page(report: Report) -> str:
         differences=difference_rows(report.results),
         judge_tables=() if report.judge is None else judge_tables(report.judge),
         judge_line="" if report.judge is None else judge_line(report.judge),
-        stages=[(stage, duration(stage.wall_s), _own_versions(stage, common)) for stage in report.stages],
+        samples=shown_samples(report.results),
+        stage_headings=STAGE_HEADINGS,
+        stages=[stage_row(stage) for stage in report.stages],
+        stage_total=total_line(report.stages),
+        own_versions=[(one.instance, own) for one in report.stages if (own := _own_versions(one, common))],
         common=_listed(common),
         facts=_facts(report),
         settings=json.dumps(report.settings, indent=2, ensure_ascii=False),
@@ -51,16 +49,6 @@ def _benchmarks(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]],
     """Headings, rows and notes."""
     found = report.table.benchmarks
     return None if found is None else (benchmark_headings(found), benchmark_cells(found), found.notes)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `3.2 s`, `12 min 5 s` or `2 h 3 min`."""
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def _facts(report: Report) -> tuple[tuple[str, str], ...]:

@@ -191,11 +191,33 @@ class StageLine(Record):
     identity: str
     """Of its manifest."""
 
+    content: str = ""
+    """Digest of its files' digests; empty in reports from before it was told, as the next three are None or 0."""
+
     wall_s: float
     """Seconds of its last process."""
 
+    num_tokens: int | None = None
+    """Tokens that it packed, scored, trained on or measured; None where it did none of these."""
+
+    steps_tokens_per_s: float | None = None
+    """Of a training, median over its logged steps: without the start, and right where it was resumed."""
+
+    num_devices: int = 0
+    """Devices that held its model, as the run file now has it; 0 for a stage without one."""
+
     versions: dict[str, str]
     """Of the packages that matter."""
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Over the whole last process, its start included."""
+        return None if self.num_tokens is None or not self.wall_s else self.num_tokens / self.wall_s
+
+    @property
+    def device_s(self) -> float:
+        """Seconds of devices."""
+        return self.wall_s * self.num_devices
 
 
 class Report(Record):

@@ -27,7 +27,7 @@ _VARIABLES = {INK: "currentColor", GRID: "var(--grid)"} | {
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "capgap",
-    "font.size": 11,
+    "font.size": 10.5,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": GRID,
@@ -56,7 +56,7 @@ def draw(name: str, label: str, height_in: float, paint: Callable[[Figure], None
     """
     buffer = io.StringIO()
     with _house_style():
-        figure = Figure(figsize=(5.8, height_in), layout="constrained")
+        figure = Figure(figsize=(5, height_in), layout="constrained")
         paint(figure)
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)

@@ -45,7 +45,7 @@ from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
 from capgap.schemas.run_file import RunFile
 
 # These put a model on a device; the others only read and write files.
-_STAGES_WITH_A_MODEL: frozenset[StageName] = frozenset(
+STAGES_WITH_A_MODEL: frozenset[StageName] = frozenset(
     {"teacher", "cache", "student", "train", "tune", "eval", "benchmark", "answers"}
 )
 
@@ -226,7 +226,7 @@ def work(
     stage, ranks = state.instance.stage, Ranks() if meeting is None else meeting.ranks
     with contextlib.ExitStack() as stack:
         device, holder, group = "cpu", f"{state.instance.name} of run {run.name}", ""
-        if stage in _STAGES_WITH_A_MODEL:
+        if stage in STAGES_WITH_A_MODEL:
             device = resolve_device(run.device)
             group = cpu_group() if device == "cpu" else ""
             replicas = run.cache.replicas if stage == "cache" else 1
@@ -242,7 +242,7 @@ def work(
                 device = devices[ranks.local_rank % len(devices)]
                 stack.enter_context(_on_leased_devices(meeting, device))
         event("stage_started", f"{state.instance.name}: begun on {device}", device=device, command=sys.argv)
-        _say_phase("prepares", device if stage in _STAGES_WITH_A_MODEL else "")
+        _say_phase("prepares", device if stage in STAGES_WITH_A_MODEL else "")
         (state.folder / WORK_FOLDER).mkdir(exist_ok=True)
         module = _module_of(stage)
         context = StageContext(run, state.instance, state.folder, inputs, device, holder, wait, group, ranks)

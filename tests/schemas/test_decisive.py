@@ -81,7 +81,10 @@ LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight", "benchmarks", "judge",
         (ModelShape(), {}),
         (PruneSettings(num_layers=2), {"batch_sequences": 7}),
         (RunFile.model_validate(BASE), {"out": "elsewhere", "device": "cpu"}),
-        (EvalSettings(teacher="live", speculative=SpeculativeSettings()), {"batch_sequences": 7}),
+        (
+            EvalSettings(teacher="live", num_samples=7, sample_tokens=7, speculative=SpeculativeSettings()),
+            {"batch_sequences": 7},
+        ),
         (SpeculativeSettings(), {"gpu_memory_fraction": 0.5}),
         (
             BenchmarkSettings(tasks={"mmlu": BenchmarkTask()}, include_path="tasks"),
@@ -206,7 +209,8 @@ def test_held_out_sequences_decide_and_their_default_leaves_older_caches_current
 
 def test_what_eval_asks_of_the_teacher_decides_and_the_default_leaves_older_results_current() -> None:
     plain = EvalSettings().decisive()
-    assert not {"teacher", "speculative"} & set(plain)
+    assert not {"teacher", "speculative", "num_samples", "sample_tokens"} & set(plain)
+    assert EvalSettings(num_samples=0).decisive() == plain | {"num_samples": 0}
     assert EvalSettings(teacher="cache").decisive() == plain | {"teacher": "cache"}
     drafting = EvalSettings(speculative=SpeculativeSettings(num_prompts=7, gpu_memory_fraction=0.5)).decisive()
     assert drafting["speculative"]["num_prompts"] == 7 and "gpu_memory_fraction" not in drafting["speculative"]

@@ -77,6 +77,7 @@ def make_context(make_model, make_sequences) -> Callable[..., StageContext]:
 
     def make(folder: Path, arms: dict[str, Any], num_seeds: int = 2, **settings: Any) -> StageContext:
         evaluated = {"num_sequences": 5, "num_full_sequences": 2, "num_bootstrap": 200, "batch_sequences": 2}
+        evaluated["num_samples"] = 0  # the corpus below has no tokenizer to write with
         run = RunFile.model_validate(
             {
                 "name": "tiny",

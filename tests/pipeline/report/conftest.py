@@ -15,7 +15,7 @@ from capgap.pipeline.eval.intervals import bootstrap_interval, resample_weights
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
 from capgap.schemas.facts import CacheFacts, RecordingFacts, TokenizerFacts
 from capgap.schemas.manifest import FileEntry, Manifest, Members, ShardEntry, ShardSet
-from capgap.schemas.results import RESULTS_NAME, AgainstTeacher, EvalResults, ModelResult
+from capgap.schemas.results import RESULTS_NAME, AgainstTeacher, EvalResults, ModelResult, Sample
 from capgap.schemas.run_file import RunFile
 
 TOKENIZER = TokenizerFacts(fingerprint="f" * 64, vocab_size=4096, eos_id=0)
@@ -104,10 +104,10 @@ def _shards(num_sequences: int, num_bytes: int) -> ShardSet:
 def _write_curves(inputs: dict[str, StageInput], losses: dict[str, list[float]]) -> None:
     ends = {f"train/{arm}/seed-{seed}": loss for arm, found in losses.items() for seed, loss in enumerate(found)}
     for name, loss in {"teacher": 2.9, **ends}.items():
-        lines = ["step,num_tokens,train_loss,validation_loss"]
+        lines = ["step,num_tokens,train_loss,validation_loss,tokens_per_s"]
         for step in range(100, 2001, 100):
-            lines.append(f"{step},{2048 * step},{loss + 0.1},")
-            lines.append(f"{step},{2048 * step},,{loss + 3 * math.exp(-step / 400):.6f}")
+            lines.append(f"{step},{2048 * step},{loss + 0.1},,{step + 450}")
+            lines.append(f"{step},{2048 * step},,{loss + 3 * math.exp(-step / 400):.6f},")
         (inputs[name].path / "metrics.csv").write_text("\n".join(lines) + "\n")
 
 
@@ -155,4 +155,11 @@ def _results(losses: dict[str, list[float]]) -> EvalResults:
         ),
         paired=paired,
         over_seeds=differences_over_seeds(paired),
+        samples=tuple(_sample(i, nats_of) for i in range(2)),
     )
+
+
+def _sample(i: int, arms: dict[str, dict[int, Any]]) -> Sample:
+    students = [f"train/{arm}/seed-{seed}" for arm, seeds in arms.items() for seed in seeds]
+    written = {name: f"  return {name} <{i}>" for name in ("teacher", *students)}
+    return Sample(prompt=f"def number_{i}():\n", truth=f"  return {i}", continuations=written)

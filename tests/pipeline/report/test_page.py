@@ -6,9 +6,10 @@ from html.parser import HTMLParser
 import pytest
 
 from capgap.pipeline.report import stage
-from capgap.pipeline.report.page import duration
+from capgap.pipeline.report.stages import duration
 
-VOID = {"meta", "br", "hr", "img", "input", "link"}
+ARMS = ("cross_entropy", "distilled", "mixed")
+VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
 
 
 class Page(HTMLParser):
@@ -93,10 +94,21 @@ def test_the_figures_are_those_of_the_table(page):
 def test_stages_are_listed_with_identity_time_and_their_own_versions(page):
     texts = page.texts
     assert "train/distilled/seed-1" in texts
-    identity = texts[texts.index("train/distilled/seed-1") + 1]
-    assert re.fullmatch(r"[0-9a-f]{12}", identity)
-    assert "1 min 15 s" in texts
+    row = [text for text in texts[texts.index("train/distilled/seed-1") :] if text.strip()][:8]
+    # 2 million tokens in 75 s on one device
+    assert row[1:6] == ["1 min 15 s", "2,000,000", "26,667", "1,500", "0.0208"]
+    assert all(re.fullmatch(r"[0-9a-f]{12}", digest) for digest in row[6:])
+    # all but corpus and eval's report hold a device: teacher, cache, two students, six trainings and eval
+    assert any(text.startswith("all stages: 15 min 0 s, of which 0.2292 device hours") for text in texts)
     assert any(text.endswith("All stages: python 3.11.2, torch 2.13.0.") for text in texts)
+
+
+def test_samples_stand_side_by_side(page):
+    texts = page.texts
+    names = ["the text itself", "teacher", *ARMS]
+    assert [text for text in texts[texts.index("Beginning 2") :] if text in names][:5] == names
+    # of each arm the first seed; the others stand in the results
+    assert "  return train/mixed/seed-0 <1>" in texts and "  return train/mixed/seed-1 <1>" not in texts
 
 
 def test_text_of_the_run_is_escaped(html, page):

@@ -159,6 +159,8 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("benchmarks.allow_code_execution", True, set()),
     ("benchmarks.batch_sequences", 7, set()),
     ("eval.teacher", "live", {"eval", "report"}),
+    ("eval.num_samples", 7, {"eval", "report"}),
+    ("eval.sample_tokens", 7, {"eval", "report"}),
     ("eval.speculative.num_speculative_tokens", 7, {"eval", "report"}),
     ("eval.speculative.num_prompts", 7, {"eval", "report"}),
     ("eval.speculative.num_prompt_tokens", 7, {"eval", "report"}),

@@ -1,0 +1,106 @@
+"""What models write: each continues the same held-out beginnings, greedily, so that they can be read side by side."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from capgap.schemas.records import Sequences
+from capgap.schemas.results import Sample
+from capgap.schemas.run_corpus import ContextRule
+from capgap.schemas.run_eval import EvalSettings
+
+_LOG = logging.getLogger("capgap")
+
+# a beginning that a reader takes in at a glance
+_MOST_PROMPT_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Beginnings of held-out sequences, and how each goes on.
+
+    Attributes:
+        tokenizer: of the corpus.
+        vocab_size: real ids; no other is written.
+        prompts: token ids of each beginning.
+        truths: token ids that follow it in the text.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    prompts: tuple[tuple[int, ...], ...]
+    truths: tuple[tuple[int, ...], ...]
+
+    def samples(self, written: dict[str, tuple[str, ...]]) -> tuple[Sample, ...]:
+        """As `results.json` holds them; `written` has the continuations of each model."""
+        return tuple(
+            Sample(
+                prompt=self._text(prompt),
+                truth=self._text(truth),
+                continuations={name: texts[i] for name, texts in written.items()},
+            )
+            for i, (prompt, truth) in enumerate(zip(self.prompts, self.truths, strict=True))
+        )
+
+    def write(self, model: PreTrainedModel, name: str) -> tuple[str, ...] | None:
+        """The model's greedy continuation of each; None, with a warning, where its class cannot write.
+
+        The model's own generation settings, penalties among them, are put out of force for good.
+        """
+        if not model.can_generate():
+            _LOG.warning("eval: %s writes no samples: %s cannot generate", name, type(model).__name__)
+            return None
+        # what a call leaves open, transformers takes from here
+        model.generation_config = GenerationConfig()
+        eos_id = self.tokenizer.eos_token_id
+        rows = model.get_output_embeddings().weight.shape[0]
+        padding = list(range(self.vocab_size, rows)) or None
+        texts = []
+        for prompt, truth in zip(self.prompts, self.truths, strict=True):
+            ids_1L = torch.tensor([prompt], device=model.device)
+            settings = GenerationConfig(
+                max_new_tokens=len(truth),
+                do_sample=False,
+                eos_token_id=eos_id,
+                pad_token_id=eos_id,
+                suppress_tokens=padding,
+            )
+            with torch.inference_mode():
+                out_1M = model.generate(
+                    input_ids=ids_1L, attention_mask=torch.ones_like(ids_1L), generation_config=settings
+                )
+            texts.append(self._text(tuple(out_1M[0, len(prompt) :].tolist())))
+        return tuple(texts)
+
+    def _text(self, ids: tuple[int, ...]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def prompts_of(
+    sequences: Sequences,
+    context: ContextRule,
+    settings: EvalSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+) -> Prompts:
+    """Beginnings of `eval.num_samples` sequences, spread evenly over the held-out ones.
+
+    A beginning and what follows it never pass a sequence's end: short sequences give shorter ones. Under the rule
+    `document` it begins where its last document does, for a model sees no other.
+    """
+    num_tokens = sequences.tokens_BL1.shape[1]
+    stop = min(_MOST_PROMPT_TOKENS, num_tokens // 2)
+    places = np.linspace(0, len(sequences), min(settings.num_samples, len(sequences)), endpoint=False).astype(int)
+    prompts, truths = [], []
+    for place in places:
+        row_L1 = sequences.tokens_BL1[place]
+        starts = np.flatnonzero(sequences.starts_BL1[place, :stop])
+        first = int(starts[-1]) if context == "document" and len(starts) else 0
+        prompts.append(tuple(map(int, row_L1[first:stop])))
+        truths.append(tuple(map(int, row_L1[stop : stop + settings.sample_tokens])))
+    return Prompts(tokenizer, vocab_size, tuple(prompts), tuple(truths))
