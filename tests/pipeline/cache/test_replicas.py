@@ -128,6 +128,7 @@ def test_what_the_user_can_mend_is_said_once_in_one_line(run, inputs, start) -> 
     assert "the teacher's logits are not finite" in line
 
 
+@pytest.mark.slow
 def test_a_shard_at_which_replicas_keep_dying_stops_the_stage_by_name(run, mark, context_of) -> None:
     tiny = run(replicas=2)
     context = context_of(tiny)
