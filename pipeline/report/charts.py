@@ -45,7 +45,7 @@ def charts(report: Report) -> tuple[Chart, ...]:
     students = tuple(curve for curve in report.curves if curve.arm is not None)
     teachers = tuple(curve for curve in report.curves if curve.arm is None)
     found = [_gains(report.gains, arms)] if report.gains else []
-    found.append(_losses(report.results.models, arms))
+    found.append(loss_chart(report.results.models, arms))
     if students:
         found.append(_curves("curves", "Students in training", students, arms))
     if teachers:
@@ -88,7 +88,8 @@ def _side_by_side(curves: tuple[Curve, ...]) -> tuple[tuple[str, ...], ...]:
     )
 
 
-def _losses(models: tuple[ModelResult, ...], arms: tuple[str, ...]) -> Chart:
+def loss_chart(models: tuple[ModelResult, ...], arms: tuple[str, ...]) -> Chart:
+    """Held-out loss of every model, with its interval."""
     points = [_Point(_title(one.arm, one.seed), one.arm, one.loss, one.loss_interval) for one in models]
     said = "; ".join(f"{point.title} {point.value:.4f}" for point in points)
     return Chart(
