@@ -15,6 +15,8 @@ from capgap.pipeline.law.table import read_table
 from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.law import LawRun
 
+pytestmark = pytest.mark.slow
+
 STUDENT = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
 TEACHERS = {
     "deep": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 32},

@@ -136,7 +136,9 @@ def test_the_loss_is_the_mean_over_the_labels_of_all_ranks(job, run, precision: 
         assert _apart(other, whole, start) < of_the_way, other["settings"]
 
 
-@pytest.mark.parametrize(("ranks", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp2")])
+@pytest.mark.parametrize(
+    ("ranks", "strategy"), [pytest.param(1, "ddp", marks=pytest.mark.slow), (2, "ddp"), (2, "fsdp2")]
+)
 def test_a_killed_training_ends_in_the_very_weights_of_an_undisturbed_one(job, run, ranks: int, strategy: str) -> None:
     """With dropout, and with several micro-batches a step; all ranks are killed, twice, at steps drawn by chance."""
     settings = {"ranks": ranks, "strategy": strategy, "dropout": 0.2, "micro_batch_sequences": 1, "num_epochs": 5}
