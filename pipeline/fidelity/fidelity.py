@@ -12,12 +12,12 @@ from capgap.pipeline.fidelity.rows import DrawSums, LabelSums, RowsAtTemperature
 from capgap.pipeline.fidelity.sample import Place, Sampling, places_of, read_places
 from capgap.pipeline.fidelity.supports import supports
 from capgap.pipeline.models import model_path
-from capgap.pipeline.store import ShardReader, heat_of, is_url
+from capgap.pipeline.store import ShardReader, heat_of
 from capgap.pipeline.store.batch import Sample, collate
 from capgap.pipeline.workflow.context import StageInput
 from capgap.pipeline.workflow.device import resolve_device
 from capgap.pipeline.workflow.lease import leases
-from capgap.pipeline.workflow.state import read_manifest, require_seal
+from capgap.pipeline.workflow.state import finished_stage, read_manifest, require_seal
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.fidelity import Bytes, Fidelity, LiveFigures, RecordingFidelity
@@ -69,15 +69,8 @@ def open_cache(location: str) -> StageInput:
         InputError: there is none.
         CorruptError: its manifest is damaged.
     """
-    place: Path | str = location.rstrip("/") if is_url(location) else Path(location)
-    manifest = read_manifest(place)
-    if manifest is None or manifest.stage != "cache":
-        raise InputError(
-            "no finished cache",
-            where=location,
-            found="no manifest.json" if manifest is None else f"a finished {manifest.stage} stage",
-            expected="the folder of a finished cache stage, or its URL",
-        )
+    expected = "the folder of a finished cache stage, or its URL"
+    place, manifest = finished_stage("cache", location, "no finished cache", location, expected)
     require_seal(place, manifest)
     return StageInput(place, manifest)
 

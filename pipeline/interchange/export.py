@@ -24,12 +24,11 @@ import pyarrow.parquet
 from capgap.pipeline.interchange.card import CARD_NAME, card
 from capgap.pipeline.interchange.export_facts import KEY, ExportFacts, facts_of
 from capgap.pipeline.progress import progress
-from capgap.pipeline.store import ShardReader, is_url
+from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.files import atomic_file, write_atomically
-from capgap.pipeline.workflow.state import read_manifest, require_seal
-from capgap.schemas.errors import InputError, MismatchError, SettingError
+from capgap.pipeline.workflow.state import finished_stage, require_seal
+from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, heldout_set
-from capgap.schemas.manifest import Manifest
 from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
 from capgap.schemas.run_cache import RecordingName
 
@@ -62,8 +61,9 @@ def export_cache(location: str, folder: Path, recordings: tuple[RecordingName, .
         MismatchError: the folder holds the export of another cache.
         CorruptError: a member of the cache is damaged.
     """
-    at: Path | str = location.rstrip("/") if is_url(location) else Path(location)
-    manifest = _cache_at(at)
+    expected = "the folder or URL of a finished cache, for example runs/demo/cache"
+    at, manifest = finished_stage("cache", location, "cannot be exported", location, expected)
+    require_seal(at, manifest)
     facts = CacheFacts.model_validate(manifest.facts)
     chosen = recordings or tuple(sorted(facts.recordings))
     for name in chosen:
@@ -105,19 +105,6 @@ def export_cache(location: str, folder: Path, recordings: tuple[RecordingName, .
         folder / CARD_NAME, card(location, manifest, facts, {(name, split): s for name, split, s in parts})
     )
     return Exported(folder, num_files, num_kept, num_bytes)
-
-
-def _cache_at(at: Path | str) -> Manifest:
-    manifest = read_manifest(at)
-    if manifest is None or manifest.stage != "cache":
-        raise InputError(
-            "cannot be exported",
-            where=at,
-            found="no manifest.json" if manifest is None else f"a finished {manifest.stage} stage",
-            expected="the folder or URL of a finished cache, for example runs/demo/cache",
-        )
-    require_seal(at, manifest)
-    return manifest
 
 
 def _is_finished(path: Path, expected: ExportFacts) -> bool:

@@ -169,17 +169,31 @@ def read_work_order(folder: Path) -> WorkOrder | None:
         return None
 
 
-def _finished(stage: StageName, folder: str, setting: str) -> Finished:
+def finished_stage(stage: StageName, folder: str, what: str, where: str, expected: str) -> Finished:
+    """A finished stage by its folder or URL; its seal is not looked at.
+
+    Args:
+        stage: which must stand there.
+        folder: path, or URL.
+        what: the fault where it does not, in the caller's words; `where` and `expected` likewise.
+        where: see `what`.
+        expected: see `what`.
+
+    Raises:
+        InputError: none is there, or another one.
+        CorruptError, MachineError: as `read_manifest`.
+    """
     location = folder.rstrip("/") if is_url(folder) else Path(folder)
     manifest = read_manifest(location)
     if manifest is None or manifest.stage != stage:
-        raise InputError(
-            "cannot be reused",
-            where=f"{setting}: {folder}",
-            found="no manifest.json" if manifest is None else f"a finished {manifest.stage} stage",
-            expected=f"the folder of a finished {stage} stage",
-        )
+        found = "no manifest.json" if manifest is None else f"a finished {manifest.stage} stage"
+        raise InputError(what, where=where, found=found, expected=expected)
     return location, manifest
+
+
+def _finished(stage: StageName, folder: str, setting: str) -> Finished:
+    expected = f"the folder of a finished {stage} stage"
+    return finished_stage(stage, folder, "cannot be reused", f"{setting}: {folder}", expected)
 
 
 def _state_of(
