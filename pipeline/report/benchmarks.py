@@ -12,6 +12,9 @@ from capgap.schemas.results import TEACHER
 
 _Value = tuple[float, float | None]
 
+# A given model that is tuned belongs to no arm.
+_TUNED = "tuned"
+
 
 def benchmarks(context: StageContext) -> Benchmarks | None:
     """What the run's benchmark stages measured; None where it has none."""
@@ -19,11 +22,10 @@ def benchmarks(context: StageContext) -> Benchmarks | None:
     for name, made in context.inputs.items():
         if made.manifest.stage == "benchmark":
             results = BenchmarkResults.model_validate_json((made.path / BENCHMARK_NAME).read_bytes())
-            # benchmark/<arm>/seed-<seed>, or benchmark/teacher
-            found.setdefault(name.split("/")[1], []).append(results)
+            found.setdefault(_column(name), []).append(results)
     if not found:
         return None
-    models = {name: found[name] for name in (TEACHER, *context.run.arms) if name in found}
+    models = {name: found[name] for name in (TEACHER, *context.run.arms, _TUNED) if name in found}
     return Benchmarks(lines=(*_tasks(models), *_means(models)), notes=_notes(models))
 
 
@@ -44,6 +46,12 @@ def benchmark_cells(table: Benchmarks, errors: bool = True) -> list[tuple[str, .
         )
         for line in table.lines
     ]
+
+
+def _column(instance: str) -> str:
+    """Of benchmark/<arm>/seed-<seed>, benchmark/teacher or benchmark/seed-<seed>."""
+    _, first, *seed = instance.split("/")
+    return first if seed or first == TEACHER else _TUNED
 
 
 def _tasks(models: dict[str, list[BenchmarkResults]]) -> Iterable[BenchmarkLine]:

@@ -62,6 +62,14 @@ def test_a_run_without_benchmarks_has_no_table_of_them(make_context, tmp_path: P
     assert "Benchmarks" not in render_page(report) and "shots" not in table_text(report.table)
 
 
+def test_a_given_model_that_is_tuned_has_a_column_of_its_own(make_context, tmp_path: Path) -> None:
+    plain = make_context(tmp_path, {"distilled": [4.0]})
+    found = gather(_with(plain, {"seed-0": 0.4, "seed-1": 0.44})).table.benchmarks
+    assert found is not None
+    assert list(found.lines[0].scores) == ["tuned"]
+    assert found.lines[0].scores["tuned"].mean == pytest.approx(0.42)
+
+
 def test_models_are_columns_with_errors_over_seeds_or_examples(context) -> None:
     found = gather(context).table.benchmarks
     assert found is not None
