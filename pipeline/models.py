@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from capgap.pipeline.hub import not_there, require_reached
 from capgap.pipeline.tokenizers import refuse_code, tokenizer_facts
 from capgap.pipeline.workflow.context import StageInput
+from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import ModelFacts
 
@@ -25,6 +26,16 @@ def model_path(made: StageInput) -> str:
     """The folder or id of the model that a teacher, student or train stage made or was given."""
     facts = ModelFacts.model_validate(made.manifest.facts)
     return str(made.path / MODEL_FOLDER) if facts.path == MODEL_FOLDER else facts.path
+
+
+def model_at(path: str) -> str:
+    """The folder or id of a model that is given as a stage's folder, a model's folder or an id.
+
+    Raises:
+        CorruptError: the stage's manifest cannot be understood.
+    """
+    made = read_manifest(Path(path)) if Path(path).is_dir() else None
+    return path if made is None else model_path(StageInput(Path(path), made))
 
 
 def load_model(

@@ -7,7 +7,6 @@ stage goes on with the next. Cost: for each example of a task one answer, or one
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import quote
 
@@ -22,6 +21,7 @@ from capgap.pipeline.models import model_path
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
+from capgap.pipeline.workflow.versions import versions_of
 from capgap.schemas.base import Record
 from capgap.schemas.benchmark import BENCHMARK_NAME, BenchmarkResults, BenchmarkRow
 from capgap.schemas.run_benchmark import BenchmarkSettings
@@ -73,7 +73,7 @@ def run(context: StageContext) -> StageResult:
             "dtype": ran.dtype,
             "context_tokens": ran.context_tokens,
             "limit": settings.limit,
-            "versions": _versions(),
+            "versions": versions_of(_PACKAGES),
             "rows": tuple(row for found in rows.values() for row in found),
             "means": tuple(
                 mean_of(suite, tuple(rows[name][0] for name in names))
@@ -139,13 +139,3 @@ def _kept(folder: Path, asked: Asked) -> Path:
 def _keep_backend(work: Path, backend: Backend) -> None:
     ran = _Ran(name=backend.name, dtype=backend.dtype, context_tokens=backend.context_tokens)
     write_atomically(work / _BACKEND_NAME, ran.model_dump_json())
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

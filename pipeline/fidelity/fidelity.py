@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -11,13 +10,13 @@ from capgap.pipeline.eval.heldout import part_of
 from capgap.pipeline.fidelity.rows import DrawSums, LabelSums, RowsAtTemperature, labelled
 from capgap.pipeline.fidelity.sample import Place, Sampling, places_of, read_places
 from capgap.pipeline.fidelity.supports import supports
-from capgap.pipeline.models import model_path
+from capgap.pipeline.models import model_at
 from capgap.pipeline.store import ShardReader, heat_of
 from capgap.pipeline.store.batch import Sample, collate
 from capgap.pipeline.workflow.context import StageInput
 from capgap.pipeline.workflow.device import resolve_device
 from capgap.pipeline.workflow.lease import leases
-from capgap.pipeline.workflow.state import finished_stage, read_manifest, require_seal
+from capgap.pipeline.workflow.state import finished_stage, require_seal
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.fidelity import Bytes, Fidelity, LiveFigures, RecordingFidelity
@@ -157,7 +156,7 @@ def _live(
         return live_figures(
             sequences,
             facts,
-            _model_at(teacher.path),
+            model_at(teacher.path),
             {recording.num_ids for recording in facts.recordings.values()},
             device,
             teacher.trust_remote_code,
@@ -175,9 +174,3 @@ def _labelled_sequences(reader: ShardReader, places: list[Place], num_sequences:
         if missing == 0:
             break
     return Sequences(*(np.concatenate([getattr(part, name) for part in found]) for name in vars(found[0])))
-
-
-def _model_at(path: str) -> str:
-    """A stage's folder, a model's folder or an id."""
-    made = read_manifest(Path(path)) if Path(path).is_dir() else None
-    return path if made is None else model_path(StageInput(Path(path), made))

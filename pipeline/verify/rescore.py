@@ -24,7 +24,7 @@ import numpy as np
 from capgap.pipeline.cache.convert import join, to_requests, to_targets
 from capgap.pipeline.cache.scoring import Engine, Scored
 from capgap.pipeline.cache.shards import CacheJob, start_engine
-from capgap.pipeline.models import MODEL_FOLDER, model_path
+from capgap.pipeline.models import MODEL_FOLDER, model_at, model_path
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.verify.compare import Apart, apart
 from capgap.pipeline.workflow.context import StageInput
@@ -136,9 +136,7 @@ def _job(folder: Path, manifest: Manifest, teacher: str | None, device: str) -> 
 def _teacher_path(folder: Path, manifest: Manifest, teacher: str | None) -> str:
     recorded = manifest.inputs["teacher"].path
     if teacher is not None:
-        # a stage's folder, a model's folder or an id
-        made = read_manifest(Path(teacher)) if Path(teacher).is_dir() else None
-        return teacher if made is None else model_path(StageInput(Path(teacher), made))
+        return model_at(teacher)
     # beside the cache, where the whole run was moved
     for place in (Path(recorded), folder.parent / "teacher"):
         made = read_manifest(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 _PACKAGES = (
@@ -24,8 +25,13 @@ _PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Version of Python and of every package above that is installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    return {"python": platform.python_version()} | versions_of(_PACKAGES)
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Version of each of these packages that is installed."""
+    found = {}
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
