@@ -164,10 +164,10 @@ class Bench:
         return scored
 
     def _write(self, scored: Sequence[Scored], recording: Recording) -> None:
-        if recording.num_draws:
-            self._write_one(scored, "sampled", recording.num_draws, SAMPLED)
-        if recording.num_kept:
-            self._write_one(scored, "topk", recording.num_kept, TOPK_CODECS["near-lossless"])
+        if recording.num_samples:
+            self._write_one(scored, "sampled", recording.num_samples, SAMPLED)
+        if recording.top_k:
+            self._write_one(scored, "topk", recording.top_k, TOPK_CODECS["near-lossless"])
 
     def _write_one(self, scored: Sequence[Scored], name: RecordingName, num_ids: int, stored_as: str) -> None:
         length = self.sequences.tokens_BL1.shape[1] - 1

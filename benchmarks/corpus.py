@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 from machine import keep
 
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
 from capgap.schemas.facts import CorpusFacts
 from capgap.schemas.run_file import RunFile
 

@@ -84,12 +84,12 @@ def _sequences(targets: TopkTargets) -> list[TopkTargets]:
     return [TopkTargets(*(array[i : i + 1] for array in vars(targets).values())) for i in range(len(targets.tail_BL))]
 
 
-def _first(targets: TopkTargets, num_kept: int) -> TopkTargets:
+def _first(targets: TopkTargets, top_k: int) -> TopkTargets:
     """The likeliest of the kept ids; the others join the tail."""
-    rest_BL = np.exp(targets.logprobs_BLK[:, :, num_kept:]).sum(axis=2)
+    rest_BL = np.exp(targets.logprobs_BLK[:, :, top_k:]).sum(axis=2)
     return TopkTargets(
-        targets.ids_BLK[:, :, :num_kept],
-        targets.logprobs_BLK[:, :, :num_kept],
+        targets.ids_BLK[:, :, :top_k],
+        targets.logprobs_BLK[:, :, :top_k],
         targets.tail_BL + rest_BL,
         targets.label_logprobs_BL,
         targets.log_tails_BLT,

@@ -55,14 +55,14 @@ def independent_draws(systematic: ShardReader, teacher: PreTrainedModel, folder:
 def _drawn(systematic: ShardReader, teacher: PreTrainedModel, shard: int, member: int) -> Block:
     sequences, targets = systematic.read_member(shard, member)
     assert isinstance(targets, SampledTargets)
-    num_draws, vocab_size = systematic.codec.num_ids, systematic.codec.vocab_size
+    num_samples, vocab_size = systematic.codec.num_ids, systematic.codec.vocab_size
     generator = torch.Generator().manual_seed((shard << 16) + member)
     num_ids_N, ids, counts = [], [], []
     for tokens_L1 in sequences.tokens_BL1:
         tokens_1L = torch.from_numpy(tokens_L1[None, :-1]).long()
         logits_LV = teacher(input_ids=tokens_1L, use_cache=False).logits[0, :, :vocab_size]
         probs_LV = torch.softmax(logits_LV.float(), -1)
-        draws_Ln = torch.multinomial(probs_LV, num_draws, replacement=True, generator=generator).numpy()
+        draws_Ln = torch.multinomial(probs_LV, num_samples, replacement=True, generator=generator).numpy()
         for draws_n in draws_Ln:
             found, times = np.unique(draws_n, return_counts=True)
             num_ids_N.append(len(found))

@@ -166,7 +166,7 @@ def memory(scratch: Path, num_members: int) -> dict[str, Any]:
     With 8 ids a token, so that the smaller set fills the 150 MB of decoded blocks that are allowed, too.
     """
     folder = scratch / "memory"
-    reader = make_cache(folder, 256, [num_members // 8] * 8, num_kept=8)
+    reader = make_cache(folder, 256, [num_members // 8] * 8, top_k=8)
     found = {}
     for times in (1, 10):
         many = reader.shard_set.model_copy(update={"shards": reader.shard_set.shards * times})
@@ -215,10 +215,10 @@ def resident_mb() -> float:
     return round(int(line.split()[1]) / 1024, 1)
 
 
-def make_cache(folder: Path, seq_len: int, members_of_shards: list[int], num_kept: int = NUM_KEPT) -> ShardReader:
+def make_cache(folder: Path, seq_len: int, members_of_shards: list[int], top_k: int = NUM_KEPT) -> ShardReader:
     """Shards of made-up rows whose ids and logprobs have about the entropy of a real teacher's."""
     folder.mkdir(parents=True, exist_ok=True)
-    codec = codec_for(TOPK, seq_len, {"vocab_size": VOCAB_SIZE, "num_ids": num_kept})
+    codec = codec_for(TOPK, seq_len, {"vocab_size": VOCAB_SIZE, "num_ids": top_k})
     writer = ShardWriter(folder, folder / "sidecars", "targets", codec)
     rng = np.random.default_rng(0)
     shards = [

@@ -25,8 +25,8 @@ def table() -> dict[str, Any]:
     return {
         "cache": {
             "source": f"benchmarks/results/{CODECS} and {DEMO}",
-            "num_draws": 50,
-            "num_kept": 64,
+            "num_samples": 50,
+            "top_k": 64,
             "rows": [
                 {name: row[name] for name in ("codec", "regime", "vocab_size", "entropy_nats", "bytes_per_token")}
                 for row in codecs

@@ -20,8 +20,8 @@ from typing import Any
 
 from machine import RESULTS, keep
 
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.graph import instances
 from capgap.schemas.results import RESULTS_NAME, EvalResults
 from capgap.schemas.run_file import RunFile

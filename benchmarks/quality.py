@@ -33,14 +33,14 @@ from capgap.pipeline.eval.compare import Comparison
 from capgap.pipeline.eval.heldout import first_sequences, num_labels
 from capgap.pipeline.eval.measure import score
 from capgap.pipeline.eval.spool import Spool, open_spool
-from capgap.pipeline.model_checks import fresh_model
-from capgap.pipeline.models import load_model, model_path
+from capgap.pipeline.models.checks import fresh_model
+from capgap.pipeline.models.load import load_model, model_path
+from capgap.pipeline.stage.context import Instance, StageInput
 from capgap.pipeline.store import ShardReader, keep_freed_memory
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.task import Task
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance, StageInput
 from capgap.schemas.records import SampledTargets, Sequences
 from capgap.schemas.run_eval import EvalSettings
 from capgap.schemas.run_file import RunFile

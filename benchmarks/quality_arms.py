@@ -38,9 +38,9 @@ class Arm:
 # One pass of the teacher each; by name, the settings of the cache stage. Where two recordings come from one pass, they
 # are stored apart, and their bytes are counted apart.
 CACHES: dict[str, dict[str, Any]] = {
-    "50": {"recording": "both", "num_draws": 50, "num_kept": 50},
-    "12": {"recording": "both", "num_draws": 12, "num_kept": 12},
-    "100": {"recording": "topk", "num_kept": 100},
+    "50": {"recording": "both", "num_samples": 50, "top_k": 50},
+    "12": {"recording": "both", "num_samples": 12, "top_k": 12},
+    "100": {"recording": "topk", "top_k": 100},
 }
 
 

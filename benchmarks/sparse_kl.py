@@ -52,7 +52,7 @@ def main() -> None:
     figures = []
     for shape in [flags.shape] if flags.shape else SHAPES[flags.device]:
         problem = Problem(*shape, flags.device, workspace_mb)
-        with_peers = not on_gpu or flags.shape is not None or problem.num_kept == KEPT_BESIDE_PEERS
+        with_peers = not on_gpu or flags.shape is not None or problem.top_k == KEPT_BESIDE_PEERS
         figures.append(measure(problem, repeats, with_peers))
         del problem
     print(f"kept in {keep('sparse-kl', flags.device, figures, flags.results)}")
@@ -69,7 +69,7 @@ def measure(problem: Problem, repeats: int, with_peers: bool) -> dict[str, objec
     def ratio(name: str, other: str) -> float:
         return round(statistics.median(a / b for a, b in zip(times[name], times[other], strict=True)), 3)
 
-    print(f"N={problem.num_rows} H={problem.hidden} V={problem.vocab} K={problem.num_kept}")
+    print(f"N={problem.num_rows} H={problem.hidden} V={problem.vocab} K={problem.top_k}")
     figures: dict[str, object] = {}
     for name in every:
         if name not in available:
@@ -103,8 +103,8 @@ def _goal(what: str, found: float, at_most: float) -> dict[str, object]:
 
 
 def _shape(text: str) -> Shape:
-    num_rows, hidden, vocab, num_kept = (int(number) for number in text.split(","))
-    return num_rows, hidden, vocab, num_kept
+    num_rows, hidden, vocab, top_k = (int(number) for number in text.split(","))
+    return num_rows, hidden, vocab, top_k
 
 
 def _interleaved(available: dict[str, Way], device: str, repeats: int) -> dict[str, list[float]]:

@@ -21,8 +21,8 @@ Way = Callable[[], None]
 class Problem:
     """Rows, a head and targets of one shape, random."""
 
-    def __init__(self, num_rows: int, hidden: int, vocab: int, num_kept: int, device: str, workspace_mb: int) -> None:
-        self.num_rows, self.hidden, self.vocab, self.num_kept = num_rows, hidden, vocab, num_kept
+    def __init__(self, num_rows: int, hidden: int, vocab: int, top_k: int, device: str, workspace_mb: int) -> None:
+        self.num_rows, self.hidden, self.vocab, self.top_k = num_rows, hidden, vocab, top_k
         self.device, self.workspace_mb = device, workspace_mb
         generator = torch.Generator(device).manual_seed(0)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -35,8 +35,8 @@ class Problem:
         self.labels_N = torch.randint(vocab, (num_rows,), device=device, generator=generator)
         first_N = torch.randint(vocab, (num_rows,), device=device, generator=generator)
         # distinct in a row, as a cache keeps them, and spread over the vocabulary
-        self.ids_NK = (first_N[:, None] + torch.arange(num_kept, device=device) * (vocab // num_kept)) % vocab
-        weights_NK = torch.rand(num_rows, num_kept, device=device, generator=generator)
+        self.ids_NK = (first_N[:, None] + torch.arange(top_k, device=device) * (vocab // top_k)) % vocab
+        weights_NK = torch.rand(num_rows, top_k, device=device, generator=generator)
         self.weights_NK = 0.9 * weights_NK / weights_NK.sum(-1, keepdim=True)
         self.tail_N = torch.full((num_rows,), 0.1, device=device)
         self.targets = SparseTargets(self.ids_NK, self.weights_NK, self.tail_N)
@@ -48,7 +48,7 @@ class Problem:
             "num_rows": self.num_rows,
             "hidden": self.hidden,
             "vocab": self.vocab,
-            "num_kept": self.num_kept,
+            "top_k": self.top_k,
             "workspace_mb": self.workspace_mb,
         }
 

@@ -51,7 +51,7 @@ from capgap.schemas.run_cache import RecordingName
 PARTS = {
     "tokens": ("tokens", "starts", "mask"),
     "ids": ("ids", "repeated", "once"),
-    "values": ("counts", "num_repeated", "logprobs", "steps", "quads", "escapes", "num_kept", "tail"),
+    "values": ("counts", "num_repeated", "logprobs", "steps", "quads", "escapes", "top_k", "tail"),
     "label": ("label",),
 }
 Way = Callable[[], object]

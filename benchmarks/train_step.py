@@ -32,7 +32,7 @@ from machine import RESULTS, keep
 from memory import peak_mb
 from train_step_ways import CROSS_ENTROPY, NUM_DRAWS, NUM_KEPT, SIZES, THREADS, Size, Way, make_cache
 
-from capgap.pipeline.model_checks import fresh_model
+from capgap.pipeline.models.checks import fresh_model
 from capgap.pipeline.store import ShardReader, keep_freed_memory
 
 TIME_GOALS = {"cpu": 1.05, "cuda": 1.03}

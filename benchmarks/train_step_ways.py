@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import yaml
 
+from capgap.pipeline.stage.context import Instance, StageInput
 from capgap.pipeline.store import Batch, SequenceLoader, ShardReader
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance, StageInput
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_optimization import OptimizationSettings
 
@@ -82,7 +82,7 @@ def make_cache(size: Size, work: Path, device: str) -> tuple[RunFile, StageInput
     given = yaml.safe_load((ROOT / size.run_file).read_text())
     for name, changes in size.changes.items():
         given[name] = given[name] | changes
-    cache = {"engine": "transformers", "recording": "both", "num_draws": NUM_DRAWS, "num_kept": NUM_KEPT}
+    cache = {"engine": "transformers", "recording": "both", "num_samples": NUM_DRAWS, "top_k": NUM_KEPT}
     run = RunFile.model_validate(
         given | {"out": str(work), "device": device, "cache": cache | {"max_tokens": size.num_tokens}}
     )

@@ -100,8 +100,8 @@ def _commands() -> dict[str, Command]:
     from capgap.jobs.law import law_command
     from capgap.jobs.plan import plan_command
     from capgap.jobs.status import status_command
+    from capgap.pipeline.stage.context import STAGES
     from capgap.pipeline.store import keep_freed_memory
-    from capgap.pipeline.workflow.context import STAGES
 
     keep_freed_memory()
     commands: dict[str, Command] = {

@@ -12,8 +12,8 @@ from jsonargparse import ArgumentParser
 from capgap.jobs.arguments import add_log_format, parse, parse_run, run_parser
 from capgap.jobs.logs import log_format, tell
 from capgap.jobs.tables import ResultConsole
-from capgap.pipeline.events import set_stage
-from capgap.pipeline.workflow.context import Instance, StageName
+from capgap.pipeline.stage.context import Instance, StageName
+from capgap.pipeline.stage.events import set_stage
 from capgap.pipeline.workflow.graph import downstream, instances, select
 from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.errors import SettingError
@@ -102,7 +102,8 @@ def _make_slice(run: RunFile, instance: Instance, flags: dict[str, Any]) -> None
             expected="one of them",
             fix=f"delete {Path(run.out) / instance.name} to start over",
         )
-    from capgap.pipeline.workflow.slices import Slice, carry_out_slice
+    from capgap.pipeline.stage.context import Slice
+    from capgap.pipeline.workflow.slices import carry_out_slice
 
     carry_out_slice(run, instance, Slice.parse(flags["slice"]), wait=not flags["no_wait"])
 
@@ -170,8 +171,8 @@ def _add_walk_flags(parser: ArgumentParser) -> None:
 
 
 def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any]) -> list[str]:
+    from capgap.pipeline.stage.ranks import ranks_in_environment
     from capgap.pipeline.workflow.driver import walk
-    from capgap.pipeline.workflow.ranks import ranks_in_environment
 
     # of the processes that torchrun starts, each walks, and one speaks
     ranks = ranks_in_environment()

@@ -57,10 +57,10 @@ def export_command(argv: Sequence[str]) -> int:
     tell(
         "exported",
         f"export: {made.num_files} files, {made.num_bytes:,} bytes, in {made.folder}"
-        + (f"; {made.num_kept} of them were there" if made.num_kept else ""),
+        + (f"; {made.top_k} of them were there" if made.top_k else ""),
         folder=str(made.folder),
         num_files=made.num_files,
-        num_kept=made.num_kept,
+        top_k=made.top_k,
         num_bytes=made.num_bytes,
     )
     return 0

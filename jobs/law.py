@@ -120,9 +120,9 @@ def _report(flags: dict[str, Any]) -> int:
 def _advise(flags: dict[str, Any]) -> int:
     from capgap.pipeline.law.advise import advise
     from capgap.pipeline.law.fit import read_fit
-    from capgap.pipeline.law.published import GivenTeacher
     from capgap.pipeline.law.sizes import parse_count, parse_counts
     from capgap.pipeline.law.summary import advice_lines
+    from capgap.pipeline.plan.published import GivenTeacher
 
     sizes = parse_counts(flags["teachers"], "--teachers")
     names = [name.strip() for name in flags["teachers"].split(",")]

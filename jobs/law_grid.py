@@ -133,7 +133,8 @@ def _hours(figure: Figure) -> str:
 
 def run_grid_command(flags: dict[str, Any]) -> int:
     """`capgap law run`: 0, or the code of a grid that has runs without a result."""
-    from capgap.jobs import forks
+    from capgap.jobs.cli import main
+    from capgap.pipeline.law import forks
     from capgap.pipeline.law.plan import require_limits
     from capgap.pipeline.law.run import Starter, run_grid
 
@@ -142,7 +143,9 @@ def run_grid_command(flags: dict[str, Any]) -> int:
     if grid.max_hours is not None or grid.max_disk_gb is not None:
         for note in require_limits(grid, _plan_of(grid, flags)):
             tell("law_limit", f"note: {note}")
-    done = run_grid(grid, flags["workers"], wait=not flags["no_wait"], on_cpu=Starter(forks.prepare, forks.start))
+    done = run_grid(
+        grid, flags["workers"], wait=not flags["no_wait"], on_cpu=Starter(forks.prepare, forks.starter(main))
+    )
     wall_s = round(time.monotonic() - started, 1)
     num_results = done.num_runs - len(done.missing)
     if done.made:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any, Literal, TextIO, cast
 
-from capgap.pipeline.events import current_stage, set_stage
+from capgap.pipeline.stage.events import current_stage, set_stage
 from capgap.schemas.errors import CapgapError
 
 LOG_FORMATS = ("text", "json")

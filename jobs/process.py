@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from capgap.pipeline.workflow.orphans import die_with
+from capgap.pipeline.stage.orphans import die_with
 
 
 def die_with_driver() -> None:

@@ -14,11 +14,11 @@ from capgap.jobs.faults import CRASHED, INTERRUPTED
 from capgap.jobs.logs import log_format, tell
 from capgap.jobs.status_view import as_json, as_line, as_table
 from capgap.jobs.tables import ResultConsole, print_wide
-from capgap.pipeline.workflow.lease import held_leases
+from capgap.pipeline.stage.lease import held_leases
 from capgap.pipeline.workflow.look import Look, look_at
 from capgap.schemas.errors import MachineError, SettingError
+from capgap.schemas.heartbeat import End
 from capgap.schemas.run_file import RunFile
-from capgap.schemas.sign import End
 
 _EVERY_S = 2.0
 # of a run with thousands of shards a look takes a while, and it should leave the machine to the stages

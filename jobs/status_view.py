@@ -13,10 +13,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from capgap.pipeline.workflow.lease import HeldLease
+from capgap.pipeline.stage.lease import HeldLease
 from capgap.pipeline.workflow.look import Look
+from capgap.schemas.heartbeat import SignOfLife
 from capgap.schemas.run_file import RunFile
-from capgap.schemas.sign import SignOfLife
 
 # a step or a shard may take as long without anything being wrong
 _QUIET_S = 60.0

@@ -17,11 +17,11 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from capgap.kernels.sparse_kl import SparseKl
+from capgap.pipeline.stage.manifests import read_manifest, require_seal
 from capgap.pipeline.store import Batch, SequenceLoader, ShardReader, heat_of, is_url
 from capgap.pipeline.train.caches import choose
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import objective_of
-from capgap.pipeline.workflow.state import read_manifest, require_seal
 from capgap.schemas.errors import InputError, MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, heldout_set
 from capgap.schemas.manifest import Manifest

@@ -66,7 +66,7 @@ class AtTemperature(Record):
 class DrawError(Record):
     """Squared distance of drawn frequencies from the teacher's probabilities, sum over ids, mean over rows."""
 
-    num_draws: int
+    num_samples: int
     """n."""
 
     independent: float

@@ -95,7 +95,7 @@ class ImportSettings(Record):
     temperature: float = Field(1.0, gt=0)
     """At which the teacher's logprobs were taken."""
 
-    num_kept: int | None = Field(None, ge=1, le=65535)
+    top_k: int | None = Field(None, ge=1, le=65535)
     """Ids kept of each target, the likeliest; what is cut joins the tail. As many as the narrowest target of the first
     rows has where it is left out."""
 

@@ -26,10 +26,10 @@ class CacheSettings(Record):
     """`sampled`: ids and counts of systematic draws, an unbiased target. `topk`: the likeliest ids, and the tail.
     `both`: side by side from one pass of the teacher; a training takes one, `train.recording`."""
 
-    num_draws: int | None = Field(None, ge=1, le=65535)
+    num_samples: int | None = Field(None, ge=1, le=65535)
     """Draws a token, for `sampled`; 50 where it is left out."""
 
-    num_kept: int | None = Field(None, ge=1, le=65535)
+    top_k: int | None = Field(None, ge=1, le=65535)
     """Ids kept a token, for `topk`; 64 where it is left out."""
 
     profile: Profile | None = None
@@ -85,10 +85,10 @@ class CacheSettings(Record):
             raise ValueError("cache.tensor_parallel: found with engine transformers, expected vllm")
         if self.engine == "transformers" and self.capture != "auto":
             raise ValueError("cache.capture: found with engine transformers, expected vllm")
-        if self.recording == "topk" and self.num_draws is not None:
-            raise ValueError("cache.num_draws: found with recording topk, expected sampled; use cache.num_kept")
-        if self.recording == "sampled" and self.num_kept is not None:
-            raise ValueError("cache.num_kept: found with recording sampled, expected topk; use cache.num_draws")
+        if self.recording == "topk" and self.num_samples is not None:
+            raise ValueError("cache.num_samples: found with recording topk, expected sampled; use cache.top_k")
+        if self.recording == "sampled" and self.top_k is not None:
+            raise ValueError("cache.top_k: found with recording sampled, expected topk; use cache.num_samples")
         if self.recording == "sampled" and self.profile is not None:
             raise ValueError("cache.profile: found with recording sampled, expected topk; counts are always exact")
         if self.recording == "sampled" and self.extra_temperatures:
@@ -113,8 +113,8 @@ class CacheSettings(Record):
         if recording not in self.recordings:
             return 0
         if recording == "sampled":
-            return self.num_draws if self.num_draws is not None else 50
-        return self.num_kept if self.num_kept is not None else 64
+            return self.num_samples if self.num_samples is not None else 50
+        return self.top_k if self.top_k is not None else 64
 
     @property
     def stored_profile(self) -> Profile | None:
@@ -141,8 +141,8 @@ class CacheSettings(Record):
         if self.num_heldout_sequences == type(self).model_fields["num_heldout_sequences"].default:
             del values["num_heldout_sequences"]
         return values | {
-            "num_draws": self.num_ids("sampled") or None,
-            "num_kept": self.num_ids("topk") or None,
+            "num_samples": self.num_ids("sampled") or None,
+            "top_k": self.num_ids("topk") or None,
             "profile": self.stored_profile,
             "extra_temperatures": list(self.sorted_temperatures),
         }

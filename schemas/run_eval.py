@@ -49,11 +49,11 @@ class EvalSettings(Record):
     hold; neither its stage nor its model is needed. `auto`: `live`, or with a warning `cache` where the model is not to
     be found or its weights exceed the device's free memory."""
 
-    num_samples: int = Field(3, ge=0, le=64)
+    num_text_samples: int = Field(3, ge=0, le=64)
     """Beginnings of held-out text that every model continues, always with its likeliest token, for the report to show
     side by side; 0 for none."""
 
-    sample_tokens: int = Field(48, ge=1, le=1024)
+    text_sample_tokens: int = Field(48, ge=1, le=1024)
     """Tokens that continue each of them at most; fewer where a sequence ends before."""
 
     speculative: SpeculativeSettings | None = None
@@ -69,7 +69,7 @@ class EvalSettings(Record):
     def decisive(self) -> dict[str, Any]:
         """As for every record; what was measured before there was a choice stays current."""
         values = super().decisive()
-        for name in ("teacher", "speculative", "num_samples", "sample_tokens"):
+        for name in ("teacher", "speculative", "num_text_samples", "text_sample_tokens"):
             if getattr(self, name) == type(self).model_fields[name].default:
                 del values[name]
         return values

@@ -14,7 +14,7 @@ Memory on a GPU is two or three float32 copies of the logits: hand over a chunk 
 
 >>> import torch
 >>> logits_NV = torch.tensor([[0.5, 0.25, 0.25, 0.0]]).log()
->>> sampled_rows(logits_NV, torch.tensor([1]), torch.tensor([0.5]), num_draws=4).draws_Nn
+>>> sampled_rows(logits_NV, torch.tensor([1]), torch.tensor([0.5]), num_samples=4).draws_Nn
 tensor([[0, 0, 1, 2]], dtype=torch.int32)
 """
 

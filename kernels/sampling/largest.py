@@ -20,41 +20,41 @@ _MIN_HEIGHT = 3  # of columns: lower ones leave so many candidates that one step
 _MAX_SHARE = 8  # candidates for each of the K: equal numbers can make them many, and then one step is faster
 
 
-def largest(rows_NV: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
-    """The `num_kept` largest of each row, falling, and their places, int64; as `torch.topk`, up to the order of equals.
+def largest(rows_NV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The `top_k` largest of each row, falling, and their places, int64; as `torch.topk`, up to the order of equals.
 
     Args:
         rows_NV: any floating dtype.
-        num_kept: K, at most V.
+        top_k: K, at most V.
     """
-    height = math.isqrt(rows_NV.shape[1] // num_kept)
+    height = math.isqrt(rows_NV.shape[1] // top_k)
     if rows_NV.device.type == "cpu" and height >= _MIN_HEIGHT and len(rows_NV):
-        found = _among_candidates(rows_NV, num_kept, height)
+        found = _among_candidates(rows_NV, top_k, height)
         if found is not None:
             return found
-    return torch.topk(rows_NV, num_kept, dim=-1)
+    return torch.topk(rows_NV, top_k, dim=-1)
 
 
-def _among_candidates(rows_NV: Tensor, num_kept: int, height: int) -> tuple[Tensor, Tensor] | None:
+def _among_candidates(rows_NV: Tensor, top_k: int, height: int) -> tuple[Tensor, Tensor] | None:
     """As `largest`; None where a row has too many candidates, or for NaN too few."""
     num_rows, vocab_size = rows_NV.shape
     num_columns = vocab_size // height
     # NumPy knows no bfloat16 and is slow with float16; contiguous, so that a place in all rows is an index
     wide_NV = rows_NV.detach().to(torch.promote_types(rows_NV.dtype, torch.float32)).contiguous()
     maxima_NG = wide_NV[:, : height * num_columns].view(num_rows, height, num_columns).amax(1).numpy()
-    thresholds_N1 = np.partition(maxima_NG, num_columns - num_kept)[:, num_columns - num_kept, None]
+    thresholds_N1 = np.partition(maxima_NG, num_columns - top_k)[:, num_columns - top_k, None]
     values_NV = wide_NV.numpy()
     places_C = np.flatnonzero(values_NV >= thresholds_N1)
     rows_N = np.arange(num_rows + 1) * vocab_size
     starts_N = np.searchsorted(places_C, rows_N)
     num_candidates_N1 = np.diff(starts_N)[:, None]
-    if num_candidates_N1.min() < num_kept or num_candidates_N1.max() > _MAX_SHARE * num_kept:
+    if num_candidates_N1.min() < top_k or num_candidates_N1.max() > _MAX_SHARE * top_k:
         return None
     numbers_M = np.arange(num_candidates_N1.max())
     places_NM = places_C.take(starts_N[:-1, None] + numbers_M, mode="clip")
     values_NM = values_NV.ravel().take(places_NM)
     values_NM[numbers_M >= num_candidates_N1] = -np.inf
-    order_NK = np.argsort(values_NM)[:, : -num_kept - 1 : -1]
+    order_NK = np.argsort(values_NM)[:, : -top_k - 1 : -1]
     ids_NK = np.take_along_axis(places_NM, order_NK, 1) - rows_N[:-1, None]
     kept_NK = torch.from_numpy(np.take_along_axis(values_NM, order_NK, 1)).to(rows_NV.dtype)
     return kept_NK, torch.from_numpy(ids_NK)

@@ -16,28 +16,28 @@ from capgap.kernels.sampling.rows import SampledRows, TopkRows, check_draws, che
 def topk_rows(
     logits_NV: Tensor,
     labels_N: Tensor,
-    num_kept: int,
+    top_k: int,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     powers: Sequence[float] = (),
 ) -> TopkRows:
-    """The `num_kept` likeliest ids of softmax(logits / temperature), by a full sort.
+    """The `top_k` likeliest ids of softmax(logits / temperature), by a full sort.
 
     Raises:
         ValueError: shapes, dtypes or settings do not fit.
     """
     check_rows(logits_NV, labels_N, temperature, vocab_size)
     logprobs_NV = torch.log_softmax(logits_NV[:, :vocab_size].double() / temperature, -1)
-    check_num_kept(num_kept, logprobs_NV.shape[1])
+    check_num_kept(top_k, logprobs_NV.shape[1])
     check_powers(powers)
     sorted_NV, ids_NV = logprobs_NV.sort(dim=-1, descending=True)
     return TopkRows(
-        ids_NV[:, :num_kept].to(torch.int32),
-        sorted_NV[:, :num_kept],
-        sorted_NV[:, num_kept:].exp().sum(-1),
+        ids_NV[:, :top_k].to(torch.int32),
+        sorted_NV[:, :top_k],
+        sorted_NV[:, top_k:].exp().sum(-1),
         _at_label(logprobs_NV, labels_N),
         torch.stack(
-            [torch.logsumexp(sorted_NV[:, num_kept:] * power, -1) for power in powers]
+            [torch.logsumexp(sorted_NV[:, top_k:] * power, -1) for power in powers]
             or [sorted_NV.new_empty(len(sorted_NV))],
             dim=1,
         )[:, : len(powers)],
@@ -48,21 +48,21 @@ def sampled_rows(
     logits_NV: Tensor,
     labels_N: Tensor,
     offsets_N: Tensor,
-    num_draws: int,
+    num_samples: int,
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> SampledRows:
-    """`num_draws` systematic draws from softmax(logits / temperature), by the whole cumulative distribution.
+    """`num_samples` systematic draws from softmax(logits / temperature), by the whole cumulative distribution.
 
     Raises:
         ValueError: shapes, dtypes or settings do not fit.
     """
     check_rows(logits_NV, labels_N, temperature, vocab_size)
-    check_draws(offsets_N, num_draws, logits_NV)
+    check_draws(offsets_N, num_samples, logits_NV)
     logprobs_NV = torch.log_softmax(logits_NV[:, :vocab_size].double() / temperature, -1)
     ends_NV = logprobs_NV.exp().cumsum(-1)
-    steps_n = torch.arange(num_draws, dtype=torch.float64, device=logits_NV.device)
-    points_Nn = (steps_n + offsets_N.double()[:, None]) / num_draws * ends_NV[:, -1:]
+    steps_n = torch.arange(num_samples, dtype=torch.float64, device=logits_NV.device)
+    points_Nn = (steps_n + offsets_N.double()[:, None]) / num_samples * ends_NV[:, -1:]
     draws_Nn = torch.searchsorted(ends_NV, points_Nn, right=True)
     return SampledRows(draws_Nn.to(torch.int32), _at_label(logprobs_NV, labels_N), logprobs_NV.amax(-1))
 

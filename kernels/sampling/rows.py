@@ -64,19 +64,19 @@ class SampledRows:
 def topk_rows(
     logits_NV: Tensor,
     labels_N: Tensor,
-    num_kept: int,
+    top_k: int,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     powers: Sequence[float] = (),
 ) -> TopkRows:
-    """The `num_kept` likeliest ids of softmax(logits / temperature).
+    """The `top_k` likeliest ids of softmax(logits / temperature).
 
     The tail is summed from the other ids' own probabilities, not subtracted from 1: a tail of 1e-9 keeps its digits.
 
     Args:
         logits_NV: any floating dtype; softmax is computed in float32.
         labels_N: real next tokens, any integer dtype.
-        num_kept: K, at most the vocabulary.
+        top_k: K, at most the vocabulary.
         temperature: the logits are divided by it.
         vocab_size: columns at or past it are dropped before anything else; None keeps all.
         powers: temperature / T for each further temperature T at which the tail is wanted too: the probabilities at T
@@ -86,11 +86,11 @@ def topk_rows(
         ValueError: shapes, dtypes or settings do not fit.
     """
     check_rows(logits_NV, labels_N, temperature, vocab_size)
-    check_num_kept(num_kept, logits_NV.shape[1] if vocab_size is None else vocab_size)
+    check_num_kept(top_k, logits_NV.shape[1] if vocab_size is None else vocab_size)
     check_powers(powers)
-    rows = _empty_topk(logits_NV, num_kept, len(powers))
+    rows = _empty_topk(logits_NV, top_k, len(powers))
     for part in _parts(logits_NV):
-        _keep(rows, part, _softmax(logits_NV[part], temperature, vocab_size, num_kept), labels_N[part], powers)
+        _keep(rows, part, _softmax(logits_NV[part], temperature, vocab_size, top_k), labels_N[part], powers)
     return rows
 
 
@@ -98,11 +98,11 @@ def sampled_rows(
     logits_NV: Tensor,
     labels_N: Tensor,
     offsets_N: Tensor,
-    num_draws: int,
+    num_samples: int,
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> SampledRows:
-    """`num_draws` systematic draws from softmax(logits / temperature).
+    """`num_samples` systematic draws from softmax(logits / temperature).
 
     Draw j is the id at which the cumulative distribution first exceeds (j + offset) / n. It never has probability 0.
 
@@ -110,7 +110,7 @@ def sampled_rows(
         logits_NV: any floating dtype; softmax is computed in float32.
         labels_N: real next tokens, any integer dtype.
         offsets_N: one number in [0, 1) a row.
-        num_draws: n.
+        num_samples: n.
         temperature: the logits are divided by it.
         vocab_size: columns at or past it are dropped before anything else; None keeps all.
 
@@ -118,9 +118,9 @@ def sampled_rows(
         ValueError: shapes, dtypes or settings do not fit.
     """
     check_rows(logits_NV, labels_N, temperature, vocab_size)
-    check_draws(offsets_N, num_draws, logits_NV)
-    points_Nn = _points(offsets_N, num_draws)
-    rows = _empty_sampled(logits_NV, num_draws)
+    check_draws(offsets_N, num_samples, logits_NV)
+    points_Nn = _points(offsets_N, num_samples)
+    rows = _empty_sampled(logits_NV, num_samples)
     for part in _parts(logits_NV):
         _draw(rows, part, _softmax(logits_NV[part], temperature, vocab_size), labels_N[part], points_Nn[part])
     return rows
@@ -130,8 +130,8 @@ def sampled_and_topk_rows(
     logits_NV: Tensor,
     labels_N: Tensor,
     offsets_N: Tensor,
-    num_draws: int,
-    num_kept: int,
+    num_samples: int,
+    top_k: int,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     powers: Sequence[float] = (),
@@ -142,13 +142,13 @@ def sampled_and_topk_rows(
         ValueError: as they.
     """
     check_rows(logits_NV, labels_N, temperature, vocab_size)
-    check_draws(offsets_N, num_draws, logits_NV)
-    check_num_kept(num_kept, logits_NV.shape[1] if vocab_size is None else vocab_size)
+    check_draws(offsets_N, num_samples, logits_NV)
+    check_num_kept(top_k, logits_NV.shape[1] if vocab_size is None else vocab_size)
     check_powers(powers)
-    points_Nn = _points(offsets_N, num_draws)
-    drawn, kept = _empty_sampled(logits_NV, num_draws), _empty_topk(logits_NV, num_kept, len(powers))
+    points_Nn = _points(offsets_N, num_samples)
+    drawn, kept = _empty_sampled(logits_NV, num_samples), _empty_topk(logits_NV, top_k, len(powers))
     for part in _parts(logits_NV):
-        softmax = _softmax(logits_NV[part], temperature, vocab_size, num_kept)
+        softmax = _softmax(logits_NV[part], temperature, vocab_size, top_k)
         _draw(drawn, part, softmax, labels_N[part], points_Nn[part])
         _keep(kept, part, softmax, labels_N[part], powers)
     return drawn, kept
@@ -169,10 +169,10 @@ def check_rows(logits_NV: Tensor, labels_N: Tensor, temperature: float, vocab_si
         raise ValueError(f"vocab_size: got {vocab_size}, expected 1 to {logits_NV.shape[1]}, the columns of logits_NV")
 
 
-def check_num_kept(num_kept: int, vocab_size: int) -> None:
+def check_num_kept(top_k: int, vocab_size: int) -> None:
     """Raise ValueError where so many ids cannot be kept."""
-    if not 1 <= num_kept <= vocab_size:
-        raise ValueError(f"num_kept: got {num_kept}, expected 1 to {vocab_size}, the vocabulary")
+    if not 1 <= top_k <= vocab_size:
+        raise ValueError(f"top_k: got {top_k}, expected 1 to {vocab_size}, the vocabulary")
 
 
 def check_powers(powers: Sequence[float]) -> None:
@@ -182,7 +182,7 @@ def check_powers(powers: Sequence[float]) -> None:
             raise ValueError(f"powers: got {power}, expected finite numbers above 0")
 
 
-def check_draws(offsets_N: Tensor, num_draws: int, logits_NV: Tensor) -> None:
+def check_draws(offsets_N: Tensor, num_samples: int, logits_NV: Tensor) -> None:
     """Raise ValueError where the offsets do not belong to the rows, or nothing is to be drawn."""
     if offsets_N.shape != logits_NV.shape[:1] or not offsets_N.is_floating_point():
         raise ValueError(
@@ -191,8 +191,8 @@ def check_draws(offsets_N: Tensor, num_draws: int, logits_NV: Tensor) -> None:
         )
     if offsets_N.device != logits_NV.device:
         raise ValueError(f"offsets_N: got {offsets_N.device}, expected {logits_NV.device}")
-    if num_draws < 1:
-        raise ValueError(f"num_draws: got {num_draws}, expected at least 1")
+    if num_samples < 1:
+        raise ValueError(f"num_samples: got {num_samples}, expected at least 1")
 
 
 def _parts(logits_NV: Tensor) -> Iterator[slice]:
@@ -203,29 +203,29 @@ def _parts(logits_NV: Tensor) -> Iterator[slice]:
     return (slice(start, start + num_rows) for start in range(0, len(logits_NV), num_rows))
 
 
-def _empty_topk(logits_NV: Tensor, num_kept: int, num_powers: int) -> TopkRows:
+def _empty_topk(logits_NV: Tensor, top_k: int, num_powers: int) -> TopkRows:
     num_rows = len(logits_NV)
     return TopkRows(
-        logits_NV.new_empty((num_rows, num_kept), dtype=torch.int32),
-        logits_NV.new_empty((num_rows, num_kept), dtype=torch.float32),
+        logits_NV.new_empty((num_rows, top_k), dtype=torch.int32),
+        logits_NV.new_empty((num_rows, top_k), dtype=torch.float32),
         logits_NV.new_empty(num_rows, dtype=torch.float32),
         logits_NV.new_empty(num_rows, dtype=torch.float32),
         logits_NV.new_empty((num_rows, num_powers), dtype=torch.float32),
     )
 
 
-def _empty_sampled(logits_NV: Tensor, num_draws: int) -> SampledRows:
+def _empty_sampled(logits_NV: Tensor, num_samples: int) -> SampledRows:
     num_rows = len(logits_NV)
     return SampledRows(
-        logits_NV.new_empty((num_rows, num_draws), dtype=torch.int32),
+        logits_NV.new_empty((num_rows, num_samples), dtype=torch.int32),
         logits_NV.new_empty(num_rows, dtype=torch.float32),
         logits_NV.new_empty(num_rows, dtype=torch.float32),
     )
 
 
-def _points(offsets_N: Tensor, num_draws: int) -> Tensor:
-    steps_n = torch.arange(num_draws, dtype=torch.float64, device=offsets_N.device)
-    return ((steps_n + offsets_N.double()[:, None]) / num_draws).clamp_(0, _LARGEST_POINT)
+def _points(offsets_N: Tensor, num_samples: int) -> Tensor:
+    steps_n = torch.arange(num_samples, dtype=torch.float64, device=offsets_N.device)
+    return ((steps_n + offsets_N.double()[:, None]) / num_samples).clamp_(0, _LARGEST_POINT)
 
 
 @dataclass(frozen=True)
@@ -244,16 +244,16 @@ class _Softmax:
         return scaled.float() - self.top_N1 + self.top_logprob_N1
 
 
-def _softmax(logits_NV: Tensor, temperature: float, vocab_size: int | None, num_kept: int = 0) -> _Softmax:
+def _softmax(logits_NV: Tensor, temperature: float, vocab_size: int | None, top_k: int = 0) -> _Softmax:
     """The softmax of real ids; the scaled logits are no copy where there is nothing to divide by."""
     if vocab_size is not None:
         logits_NV = logits_NV[:, :vocab_size]
     if temperature != 1.0:
         logits_NV = logits_NV.float() / temperature
     probs_NV = torch.softmax(logits_NV, -1, dtype=torch.float32)
-    kept_NK, ids_NK = largest(logits_NV, num_kept) if num_kept else (logits_NV[:, :0], logits_NV[:, :0])
-    top_N1 = kept_NK[:, :1] if num_kept else logits_NV.amax(-1, keepdim=True)
-    top_prob_N1 = probs_NV.gather(-1, ids_NK[:, :1]) if num_kept else probs_NV.amax(-1, keepdim=True)
+    kept_NK, ids_NK = largest(logits_NV, top_k) if top_k else (logits_NV[:, :0], logits_NV[:, :0])
+    top_N1 = kept_NK[:, :1] if top_k else logits_NV.amax(-1, keepdim=True)
+    top_prob_N1 = probs_NV.gather(-1, ids_NK[:, :1]) if top_k else probs_NV.amax(-1, keepdim=True)
     return _Softmax(logits_NV, probs_NV, top_N1.float(), top_prob_N1.log(), kept_NK, ids_NK)
 
 
@@ -317,9 +317,9 @@ def _inverse_cdf(probs_NV: Tensor, points_Nn: Tensor) -> Tensor:
     return (block_Nn * size + within_D.view_as(block_Nn).long()).to(torch.int32)
 
 
-def _block_size(vocab_size: int, num_draws: int) -> int:
+def _block_size(vocab_size: int, num_samples: int) -> int:
     """Ids in a block: V / size sums against n x size ids inside; a power of two, 32, 64 and 128 as measured.
 
     At n = 50 these are fastest on a CPU for V = 4096, 32000 and 128256.
     """
-    return 1 << max(3, round(math.log2(3 * math.sqrt(vocab_size / num_draws))))
+    return 1 << max(3, round(math.log2(3 * math.sqrt(vocab_size / num_samples))))

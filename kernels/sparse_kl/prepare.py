@@ -148,8 +148,8 @@ def _merge(ids_NK: Tensor, p_NK: Tensor) -> tuple[Tensor, Tensor]:
     ids_NK, order_NK = ids_NK.sort(dim=-1, stable=True)  # stable: equal bits from run to run
     p_NK = p_NK.gather(1, order_NK)
     followed_NK = ids_NK[:, :-1] == ids_NK[:, 1:]
-    width, num_kept = 1, ids_NK.shape[1]
-    while width < num_kept:
+    width, top_k = 1, ids_NK.shape[1]
+    while width < top_k:
         same_NK = ids_NK[:, width:] == ids_NK[:, :-width]
         p_NK = torch.cat([p_NK[:, :width], p_NK[:, width:] + p_NK[:, :-width].where(same_NK, 0.0)], dim=1)
         width *= 2

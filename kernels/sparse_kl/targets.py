@@ -55,9 +55,9 @@ class SparseTargets:
         return cls(ids_NK, logprobs_NK.exp(), tail_N, "topk")
 
     @classmethod
-    def sampled(cls, ids_NK: Tensor, counts_NK: Tensor, num_draws: int) -> SparseTargets:
-        """Drawn ids and how often each came up in `num_draws` draws, an integer of which 0 marks padding."""
-        return cls(ids_NK, counts_NK.to(torch.float32) / num_draws, None, "sampled")
+    def sampled(cls, ids_NK: Tensor, counts_NK: Tensor, num_samples: int) -> SparseTargets:
+        """Drawn ids and how often each came up in `num_samples` draws, an integer of which 0 marks padding."""
+        return cls(ids_NK, counts_NK.to(torch.float32) / num_samples, None, "sampled")
 
 
 class SparseKl(NamedTuple):

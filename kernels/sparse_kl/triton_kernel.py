@@ -41,7 +41,7 @@ def sparse_rows(
     ce_ptr,
     vocab_size,
     num_columns,
-    num_kept,
+    top_k,
     inverse_temperature,
     beta,
     softcap,
@@ -66,8 +66,8 @@ def sparse_rows(
     columns = tl.arange(0, BLOCK_V)
     k = tl.arange(0, BLOCK_K)
 
-    p = tl.load(p_ptr + row * num_kept + k, mask=k < num_kept, other=0.0)
-    ids = tl.load(ids_ptr + row * num_kept + k, mask=k < num_kept, other=0)
+    p = tl.load(p_ptr + row * top_k + k, mask=k < top_k, other=0.0)
+    ids = tl.load(ids_ptr + row * top_k + k, mask=k < top_k, other=0)
     kept = p > 0.0
     label = tl.load(labels_ptr + row).to(tl.int32)
     kept_logits, kept_slope = _capped(

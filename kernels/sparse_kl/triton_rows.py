@@ -58,7 +58,7 @@ def triton_rows(logits_NP: Tensor, rows: Rows, settings: RowSettings, want_gradi
 
 
 def specialise(
-    settings: RowSettings, want_gradient: bool, num_logit_bytes: int, num_columns: int, num_kept: int
+    settings: RowSettings, want_gradient: bool, num_logit_bytes: int, num_columns: int, top_k: int
 ) -> tuple[dict[str, str | bool | int], dict[str, bool | int]]:
     """What a program is compiled for, and how.
 
@@ -74,7 +74,7 @@ def specialise(
         "TEMPERED": tempered,
         "CAPPED": capped,
         "GRADIENT": want_gradient,
-        "BLOCK_K": triton.next_power_of_2(max(1, num_kept)),
+        "BLOCK_K": triton.next_power_of_2(max(1, top_k)),
         "BLOCK_V": num_block_columns,
     }
     num_warps = max(1, num_block_columns // columns_a_thread // _THREADS_A_WARP)

@@ -144,14 +144,14 @@ class _Part:
 
     def _complete(self, sums: Sums, rows: Rows) -> Sums:
         """A sum over processes in which each entry comes from one of them, so that all get the same bits."""
-        num_kept, size = sums.kept_BK.shape[1], self.group.size()
-        packed = sums.kept_BK.new_zeros((len(sums.kept_BK), num_kept + 1 + 2 * size))
-        packed[:, :num_kept] = sums.kept_BK.where(rows.ids_NK < self._num_columns, 0.0)
-        packed[:, num_kept] = sums.label_B.where(rows.labels_N < self._num_columns, 0.0)
-        packed[:, num_kept + 1 + self.group.rank()] = sums.rest_T_B
-        packed[:, num_kept + 1 + size + self.group.rank()] = sums.rest_1_B
+        top_k, size = sums.kept_BK.shape[1], self.group.size()
+        packed = sums.kept_BK.new_zeros((len(sums.kept_BK), top_k + 1 + 2 * size))
+        packed[:, :top_k] = sums.kept_BK.where(rows.ids_NK < self._num_columns, 0.0)
+        packed[:, top_k] = sums.label_B.where(rows.labels_N < self._num_columns, 0.0)
+        packed[:, top_k + 1 + self.group.rank()] = sums.rest_T_B
+        packed[:, top_k + 1 + size + self.group.rank()] = sums.rest_1_B
         distributed.all_reduce(packed, group=self.group)
-        kept_BK, label_B1, rest_T_BR, rest_1_BR = torch.split(packed, [num_kept, 1, size, size], dim=1)
+        kept_BK, label_B1, rest_T_BR, rest_1_BR = torch.split(packed, [top_k, 1, size, size], dim=1)
         return Sums(
             kept_BK.where(rows.p_NK > 0, float("-inf")),
             label_B1[:, 0],

@@ -19,7 +19,7 @@ from capgap.pipeline.cache.vllm_start import (
     silence_dumps,
     teacher_config,
 )
-from capgap.pipeline.models import load_model
+from capgap.pipeline.models.load import load_model
 from capgap.schemas.errors import CapgapError, InputError, MachineError
 
 _SETTING = "judge.answers.engine"

@@ -13,11 +13,11 @@ from capgap.pipeline.answers.chat import Chat, require_template
 from capgap.pipeline.answers.generators import BATCH_QUESTIONS, Generator, TransformersGenerator, VllmGenerator
 from capgap.pipeline.answers.kept import read_answers, write_answers
 from capgap.pipeline.answers.questions import read_questions
-from capgap.pipeline.models import model_path
-from capgap.pipeline.progress import progress
-from capgap.pipeline.tokenizers import load_tokenizer
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
-from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
+from capgap.pipeline.models.load import model_path
+from capgap.pipeline.models.tokenizers import load_tokenizer
+from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
+from capgap.pipeline.stage.folder import WORK_FOLDER, plan_units
+from capgap.pipeline.stage.progress import progress
 from capgap.schemas.facts import ModelFacts
 from capgap.schemas.judge_results import ANSWERS_NAME, NUM_TURNS, Answered, Question, Reply
 from capgap.schemas.run_file import RunFile

@@ -16,12 +16,12 @@ from capgap.pipeline.benchmark.backends import Backend, open_backend
 from capgap.pipeline.benchmark.measure import mean_of, measure, templates
 from capgap.pipeline.benchmark.presets import Asked, asked_suites
 from capgap.pipeline.benchmark.tasks import check_tasks, load_task
-from capgap.pipeline.events import event
-from capgap.pipeline.models import model_path
+from capgap.pipeline.models.load import model_path
+from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
+from capgap.pipeline.stage.events import event
+from capgap.pipeline.stage.folder import WORK_FOLDER, plan_units
+from capgap.pipeline.stage.versions import versions_of
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
-from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
-from capgap.pipeline.workflow.versions import versions_of
 from capgap.schemas.base import Record
 from capgap.schemas.benchmark import BENCHMARK_NAME, BenchmarkResults, BenchmarkRow
 from capgap.schemas.run_benchmark import BenchmarkSettings

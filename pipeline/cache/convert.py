@@ -61,8 +61,8 @@ def _place_digest(sequence: bytes, first: int) -> bytes:
 
 def _count(draws_BLn: IntArray, label_logprobs_BL: FloatArray) -> SampledTargets:
     """Run lengths of each row's ascending draws."""
-    num_draws = draws_BLn.shape[2]
-    draws_Nn = draws_BLn.reshape(-1, num_draws)
+    num_samples = draws_BLn.shape[2]
+    draws_Nn = draws_BLn.reshape(-1, num_samples)
     first_Nn = np.ones(draws_Nn.shape, dtype=np.bool_)
     first_Nn[:, 1:] = draws_Nn[:, 1:] != draws_Nn[:, :-1]
     starts_D = np.flatnonzero(first_Nn)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from capgap.pipeline.cache.shards import SCORED_FOLDER, SIDECARS_FOLDER
+from capgap.pipeline.stage.folder import WORK_FOLDER
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.store.quarantine import write_quarantine
-from capgap.pipeline.workflow.folder import WORK_FOLDER
 from capgap.schemas.facts import CacheFacts, heldout_set
 from capgap.schemas.manifest import MANIFEST_NAME, Manifest
 

@@ -22,10 +22,10 @@ from typing import Any
 
 from capgap.pipeline.cache.ray_cluster import Cluster, ray_cluster
 from capgap.pipeline.cache.shards import CacheJob, FinishedShard, ShardScorer
-from capgap.pipeline.events import event
-from capgap.pipeline.workflow.context import StageContext
-from capgap.pipeline.workflow.device import devices_from
-from capgap.pipeline.workflow.lease import leases
+from capgap.pipeline.stage.context import StageContext
+from capgap.pipeline.stage.device import devices_from
+from capgap.pipeline.stage.events import event
+from capgap.pipeline.stage.lease import leases
 from capgap.schemas.errors import CapgapError, InputError, MachineError
 
 MAX_DEATHS = 3

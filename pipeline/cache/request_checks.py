@@ -8,13 +8,13 @@ from capgap.pipeline.cache.scoring import Request
 from capgap.schemas.errors import InputError, SettingError
 
 
-def require_kept(num_kept: int, vocab_size: int) -> None:
+def require_kept(top_k: int, vocab_size: int) -> None:
     """Raise SettingError where more ids are to be kept than there are."""
-    if num_kept > vocab_size:
+    if top_k > vocab_size:
         raise SettingError(
             "more ids than the vocabulary has",
-            where="cache.num_kept",
-            found=num_kept,
+            where="cache.top_k",
+            found=top_k,
             expected=f"at most {vocab_size}",
         )
 

@@ -24,8 +24,8 @@ class Recording:
     """How rows of logits are turned into what is kept.
 
     Attributes:
-        num_draws: n of `sampled`; 0 where nothing is drawn.
-        num_kept: K of `topk`; 0 where the likeliest ids are not kept.
+        num_samples: n of `sampled`; 0 where nothing is drawn.
+        top_k: K of `topk`; 0 where the likeliest ids are not kept.
         temperature: logits are divided by it.
         seed: of the draws.
         vocab_size: real vocabulary; columns past it are dropped.
@@ -33,8 +33,8 @@ class Recording:
         extra_temperatures: at which the tail of `topk` is kept too.
     """
 
-    num_draws: int
-    num_kept: int
+    num_samples: int
+    top_k: int
     temperature: float
     seed: int
     vocab_size: int
@@ -128,14 +128,14 @@ def sequence_digest(tokens_L1: npt.NDArray[np.int32]) -> bytes:
 
 def row_offsets(recording: Recording, digest: bytes, start: int, num_rows: int) -> npt.NDArray[np.float32] | None:
     """Offsets of the draws for rows `start` and on; None where nothing is drawn."""
-    return offsets(recording.seed, digest, start, num_rows) if recording.num_draws else None
+    return offsets(recording.seed, digest, start, num_rows) if recording.num_samples else None
 
 
 def record_rows(
     recording: Recording, logits_NV: torch.Tensor, labels_N: torch.Tensor, offsets_N: torch.Tensor | None
 ) -> Packed:
     """What is kept of these rows of logits, on the device of the logits."""
-    n, k = recording.num_draws, recording.num_kept
+    n, k = recording.num_samples, recording.top_k
     temperature, vocab_size, powers = recording.temperature, recording.vocab_size, recording.powers
     if offsets_N is None:
         kept = topk_rows(logits_NV, labels_N, k, temperature, vocab_size, powers)
@@ -180,10 +180,10 @@ def unpack(
             fix="check the teacher's weights, or score in another cache.dtype",
         )
     first = 3 + len(recording.extra_temperatures)
-    tail_L = numbers_LW[:, 2] if recording.num_kept else np.zeros(len(numbers_LW), np.float32)
+    tail_L = numbers_LW[:, 2] if recording.top_k else np.zeros(len(numbers_LW), np.float32)
     return Scored(
-        np.ascontiguousarray(ids_LC[:, : recording.num_draws]),
-        np.ascontiguousarray(ids_LC[:, recording.num_draws :]),
+        np.ascontiguousarray(ids_LC[:, : recording.num_samples]),
+        np.ascontiguousarray(ids_LC[:, recording.num_samples :]),
         np.ascontiguousarray(numbers_LW[:, first:]),
         np.ascontiguousarray(tail_L),
         np.ascontiguousarray(numbers_LW[:, 3:first]),

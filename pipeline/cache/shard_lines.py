@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from capgap.pipeline.cache.shards import CacheJob, FinishedShard
-from capgap.pipeline.events import event
-from capgap.pipeline.progress import Meter, progress
-from capgap.pipeline.scalars import CACHE_SCALARS, ScalarFile
-from capgap.pipeline.workflow.folder import LOGS_FOLDER
+from capgap.pipeline.stage.events import event
+from capgap.pipeline.stage.folder import LOGS_FOLDER
+from capgap.pipeline.stage.progress import Meter, progress
+from capgap.pipeline.stage.scalars import CACHE_SCALARS, ScalarFile
 
 # Several replicas end their first shards at nearly the same moment, which says nothing of how fast they are.
 _SETTLED_S = 5.0

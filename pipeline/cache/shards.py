@@ -242,8 +242,8 @@ def recording_of(job: CacheJob) -> Recording:
     """What the engine is to keep of each row of logits."""
     settings = job.settings
     return Recording(
-        num_draws=settings.num_ids("sampled"),
-        num_kept=settings.num_ids("topk"),
+        num_samples=settings.num_ids("sampled"),
+        top_k=settings.num_ids("topk"),
         temperature=settings.temperature,
         seed=settings.seed,
         vocab_size=job.vocab_size,

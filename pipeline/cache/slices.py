@@ -10,8 +10,8 @@ from capgap.pipeline.cache.overlap import overlap
 from capgap.pipeline.cache.shard_lines import shard_lines
 from capgap.pipeline.cache.shards import SCORED_FOLDER, CacheJob, ScoredShard, ShardScorer
 from capgap.pipeline.cache.stage import WRITING_THREADS
-from capgap.pipeline.workflow.locks import ProcessLock
-from capgap.pipeline.workflow.slices import Slice
+from capgap.pipeline.stage.context import Slice
+from capgap.pipeline.stage.locks import ProcessLock
 from capgap.schemas.manifest import MANIFEST_NAME
 
 _CLAIMS_FOLDER = "claims"

@@ -14,12 +14,12 @@ from capgap.pipeline.cache.reopen import reopen
 from capgap.pipeline.cache.request_checks import require_kept
 from capgap.pipeline.cache.shard_lines import ShardLines, shard_lines
 from capgap.pipeline.cache.shards import SCORED_FOLDER, CacheJob, FinishedShard, ScoredShard, ShardScorer
-from capgap.pipeline.models import model_path
+from capgap.pipeline.models.load import model_path
+from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
+from capgap.pipeline.stage.folder import WORK_FOLDER, plan_units
 from capgap.pipeline.store import rank_ids, read_blocks
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.store.ranking import RANKING_NAME
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
-from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
 from capgap.schemas.errors import MismatchError
 from capgap.schemas.facts import CacheFacts, CorpusFacts, ModelFacts, RecordingFacts, heldout_set
 from capgap.schemas.manifest import Members, ShardEntry, ShardSet

@@ -14,7 +14,7 @@ import transformers
 
 from capgap.pipeline.cache.request_checks import require_kept, require_scorable
 from capgap.pipeline.cache.scoring import Packed, Recording, Request, Scored, record_rows, row_offsets, unpack
-from capgap.pipeline.models import load_model
+from capgap.pipeline.models.load import load_model
 from capgap.schemas.errors import InputError
 
 # Both sides have the same hidden states; 2 % of the largest logit is ten times what rounding to bfloat16 does.
@@ -49,7 +49,7 @@ class TransformersEngine:
         device: str,
         trust_remote_code: bool = False,
     ) -> None:
-        require_kept(recording.num_kept, recording.vocab_size)
+        require_kept(recording.top_k, recording.vocab_size)
         self._recording, self._batch_tokens, self._device = recording, batch_tokens, device
         self._model = load_model(path, device, _DTYPES.get(dtype), trust_remote_code)
         self.name = f"transformers {transformers.__version__}"

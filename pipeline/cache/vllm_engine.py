@@ -28,7 +28,7 @@ from capgap.pipeline.cache.vllm_start import (
     silence_dumps,
     teacher_config,
 )
-from capgap.pipeline.events import event
+from capgap.pipeline.stage.events import event
 from capgap.schemas.errors import MachineError
 
 # the last is all that oneDNN says where it finds no room for the code of a matrix product
@@ -80,7 +80,7 @@ class VllmEngine:
         trust_remote_code: bool = False,
         **extra: Any,
     ) -> None:
-        require_kept(recording.num_kept, recording.vocab_size)
+        require_kept(recording.top_k, recording.vocab_size)
         require_vllm()
         set_environment(device, tensor_parallel)
         import vllm
@@ -132,7 +132,7 @@ class VllmEngine:
             MachineError: this vLLM cannot be captured.
             SettingError: what is to be kept cannot be had.
         """
-        require_kept(recording.num_kept, recording.vocab_size)
+        require_kept(recording.top_k, recording.vocab_size)
         self._vocab_size = recording.vocab_size
         self._way: CapturedRequests | PublicRequests
         why = "cache.capture: public"

@@ -34,8 +34,8 @@ class PublicRequests:
             max_tokens=1,
             temperature=0.0,
             detokenize=False,
-            prompt_logprobs=recording.num_kept,
-            logprobs=recording.num_kept,
+            prompt_logprobs=recording.top_k,
+            logprobs=recording.top_k,
             flat_logprobs=True,
         )
 
@@ -51,7 +51,7 @@ class PublicRequests:
     def _rows(self, request: Request, output: Any) -> tuple[np.ndarray, np.ndarray]:
         """Ids and numbers, as capture packs them; the last label's logprob is -inf where it is not known."""
         prompt, last, length = output.prompt_logprobs, output.outputs[0].logprobs, len(request.tokens_L1) - 1
-        shape = (length, self._recording.num_kept + 1)
+        shape = (length, self._recording.top_k + 1)
         ids = np.concatenate([np.asarray(part.token_ids, dtype=np.int32) for part in (prompt, last)])
         if len(prompt) != length or len(last) != 1 or ids.size != length * shape[1]:
             raise InputError(
@@ -93,8 +93,8 @@ def require_public(recording: Recording, num_columns: int, why: str) -> None:
         num_columns: of the teacher's head.
         why: the reason for the public path, as the user knows it.
     """
-    if recording.num_draws:
-        found = "both" if recording.num_kept else "sampled"
+    if recording.num_samples:
+        found = "both" if recording.top_k else "sampled"
         _refuse("cache.recording", found, "topk, all that vLLM's public logprobs can give", why)
     if recording.temperature != 1.0:
         _refuse("cache.temperature", recording.temperature, "1, that of vLLM's public logprobs", why)

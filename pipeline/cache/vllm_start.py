@@ -13,7 +13,7 @@ import os
 import warnings
 from typing import Any
 
-from capgap.pipeline.models import load_config
+from capgap.pipeline.models.load import load_config
 from capgap.schemas.errors import InputError, MachineError
 
 _MIN_KV_CACHE_BYTES = 128 << 20

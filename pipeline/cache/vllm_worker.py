@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from capgap.pipeline.cache.scoring import Packed, Recording, record_rows, row_offsets
-from capgap.pipeline.workflow.orphans import die_with
+from capgap.pipeline.stage.orphans import die_with
 
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]
 

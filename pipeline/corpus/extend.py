@@ -23,7 +23,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from capgap.pipeline.tokenizers import load_tokenizer
+from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.schemas.errors import InputError
 
 _COVERAGE = 0.9995

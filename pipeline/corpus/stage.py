@@ -15,13 +15,13 @@ from capgap.pipeline.corpus.sources import Document, read_documents
 from capgap.pipeline.corpus.split import SPLITS, Split, split_documents
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.corpus.whole import encode_whole, in_whole_rows
-from capgap.pipeline.model_checks import TOKENIZER_FOLDER
-from capgap.pipeline.progress import progress
+from capgap.pipeline.models.checks import TOKENIZER_FOLDER
+from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts
+from capgap.pipeline.stage.context import StageContext, StageResult
+from capgap.pipeline.stage.folder import WORK_FOLDER, plan_units
+from capgap.pipeline.stage.progress import progress
 from capgap.pipeline.store import Block, ShardWriter, split_blocks
 from capgap.pipeline.store.codec import SEQUENCES, Codec
-from capgap.pipeline.tokenizers import load_tokenizer, tokenizer_facts
-from capgap.pipeline.workflow.context import StageContext, StageResult
-from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CorpusFacts, SplitFacts, TokenizerFacts
 from capgap.schemas.manifest import ShardSet

@@ -19,7 +19,7 @@ import numpy as np
 from capgap.pipeline.corpus.conversations import ChatFormat, Turns
 from capgap.pipeline.corpus.pack import Encoded
 from capgap.pipeline.corpus.sources import Document
-from capgap.pipeline.progress import progress
+from capgap.pipeline.stage.progress import progress
 from capgap.schemas.records import Sequences
 
 _LOG = logging.getLogger("capgap")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from capgap.pipeline.models import load_config, model_path
+from capgap.pipeline.models.load import load_config, model_path
+from capgap.pipeline.stage.context import StageContext
 from capgap.pipeline.train.fits import free_bytes
-from capgap.pipeline.workflow.context import StageContext
 from capgap.schemas.errors import InputError, MachineError
 from capgap.schemas.facts import ModelFacts
 from capgap.schemas.results import TEACHER

@@ -19,10 +19,10 @@ from capgap.pipeline.eval.compare import sums_of_sequences
 from capgap.pipeline.eval.heldout import num_labels, part_of
 from capgap.pipeline.eval.intervals import Float64Array, Int64Array, bootstrap_interval
 from capgap.pipeline.eval.measure import score
-from capgap.pipeline.progress import Meter
+from capgap.pipeline.stage.context import StageInput
+from capgap.pipeline.stage.progress import Meter
 from capgap.pipeline.store import Batch, ShardReader
 from capgap.pipeline.store.batch import collate
-from capgap.pipeline.workflow.context import StageInput
 from capgap.schemas.facts import CacheFacts, heldout_set
 from capgap.schemas.records import Sequences
 from capgap.schemas.results import AgainstCache, HeldoutCache

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from capgap.pipeline.cache.vllm_start import memory_settings, require_platform, saved_dtype, set_environment
-from capgap.pipeline.models import load_config
-from capgap.pipeline.workflow.orphans import die_with
+from capgap.pipeline.models.load import load_config
+from capgap.pipeline.stage.orphans import die_with
 from capgap.schemas.errors import CapgapError, MachineError, SettingError
 from capgap.schemas.records import Sequences
 from capgap.schemas.results import Drafted

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from capgap.pipeline.eval.calibration import Calibration
-from capgap.pipeline.progress import Meter
+from capgap.pipeline.stage.progress import Meter
 from capgap.schemas.errors import InputError
 from capgap.schemas.records import Sequences
 from capgap.schemas.run_corpus import ContextRule

@@ -88,19 +88,19 @@ def prompts_of(
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
 ) -> Prompts:
-    """Beginnings of `eval.num_samples` sequences, spread evenly over the held-out ones.
+    """Beginnings of `eval.num_text_samples` sequences, spread evenly over the held-out ones.
 
     A beginning and what follows it never pass a sequence's end: short sequences give shorter ones. Under the rule
     `document` it begins where its last document does, for a model sees no other.
     """
     num_tokens = sequences.tokens_BL1.shape[1]
     stop = min(_MOST_PROMPT_TOKENS, num_tokens // 2)
-    places = np.linspace(0, len(sequences), min(settings.num_samples, len(sequences)), endpoint=False).astype(int)
+    places = np.linspace(0, len(sequences), min(settings.num_text_samples, len(sequences)), endpoint=False).astype(int)
     prompts, truths = [], []
     for place in places:
         row_L1 = sequences.tokens_BL1[place]
         starts = np.flatnonzero(sequences.starts_BL1[place, :stop])
         first = int(starts[-1]) if context == "document" and len(starts) else 0
         prompts.append(tuple(map(int, row_L1[first:stop])))
-        truths.append(tuple(map(int, row_L1[stop : stop + settings.sample_tokens])))
+        truths.append(tuple(map(int, row_L1[stop : stop + settings.text_sample_tokens])))
     return Prompts(tokenizer, vocab_size, tuple(prompts), tuple(truths))

@@ -27,13 +27,13 @@ from capgap.pipeline.eval.results import Measured, Text, results_of
 from capgap.pipeline.eval.samples import Prompts
 from capgap.pipeline.eval.samples import prompts_of as sample_prompts_of
 from capgap.pipeline.eval.spool import open_spool
-from capgap.pipeline.model_checks import corpus_tokenizer
-from capgap.pipeline.models import load_model, model_path
-from capgap.pipeline.progress import Meter, progress
-from capgap.pipeline.scalars import EVAL_SCALARS, ScalarFile
+from capgap.pipeline.models.checks import corpus_tokenizer
+from capgap.pipeline.models.load import load_model, model_path
+from capgap.pipeline.stage.context import Instance, StageContext, StageResult
+from capgap.pipeline.stage.folder import LOGS_FOLDER
+from capgap.pipeline.stage.progress import Meter, progress
+from capgap.pipeline.stage.scalars import EVAL_SCALARS, ScalarFile
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.workflow.context import Instance, StageContext, StageResult
-from capgap.pipeline.workflow.folder import LOGS_FOLDER
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import CorpusFacts, ModelFacts
 from capgap.schemas.records import Sequences
@@ -69,7 +69,7 @@ def run(context: StageContext) -> StageResult:
         require_drafting()
         prompts = prompts_of(sequences, settings.speculative)
     samples = None
-    if settings.num_samples:
+    if settings.num_text_samples:
         tokenizer = corpus_tokenizer(corpus)
         samples = sample_prompts_of(sequences, facts.context, settings, tokenizer, facts.tokenizer.vocab_size)
     num_full = 0 if missing else settings.num_full_sequences

@@ -10,13 +10,13 @@ from capgap.pipeline.eval.heldout import part_of
 from capgap.pipeline.fidelity.rows import DrawSums, LabelSums, RowsAtTemperature, labelled
 from capgap.pipeline.fidelity.sample import Place, Sampling, places_of, read_places
 from capgap.pipeline.fidelity.supports import supports
-from capgap.pipeline.models import model_at
+from capgap.pipeline.models.load import model_at
+from capgap.pipeline.stage.context import StageInput
+from capgap.pipeline.stage.device import resolve_device
+from capgap.pipeline.stage.lease import leases
+from capgap.pipeline.stage.manifests import finished_stage, require_seal
 from capgap.pipeline.store import ShardReader, heat_of
 from capgap.pipeline.store.batch import Sample, collate
-from capgap.pipeline.workflow.context import StageInput
-from capgap.pipeline.workflow.device import resolve_device
-from capgap.pipeline.workflow.lease import leases
-from capgap.pipeline.workflow.state import finished_stage, require_seal
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.fidelity import Bytes, Fidelity, LiveFigures, RecordingFidelity

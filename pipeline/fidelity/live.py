@@ -11,8 +11,8 @@ import torch
 from capgap.pipeline.eval.calibration import Calibration
 from capgap.pipeline.eval.measure import score
 from capgap.pipeline.fidelity.rows import exact_draw_errors, ladder
-from capgap.pipeline.models import load_model
-from capgap.pipeline.tokenizers import load_tokenizer, tokenizer_facts
+from capgap.pipeline.models.load import load_model
+from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts
 from capgap.schemas.errors import MismatchError
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.fidelity import DrawError, KeptMass, LiveFigures
@@ -113,7 +113,7 @@ class LiveSums:
                 for num, mass, kl in zip(self._nums_Q, self._mass_Q, self._kl_Q, strict=True)
             ),
             draw_errors=tuple(
-                DrawError(num_draws=num, independent=float(independent / count), systematic=float(systematic / count))
+                DrawError(num_samples=num, independent=float(independent / count), systematic=float(systematic / count))
                 for num, (independent, systematic) in zip(self._nums_Q, self._errors_Q2, strict=True)
             ),
         )

@@ -119,11 +119,11 @@ class DrawSums:
     """How far the frequencies of n draws are from the teacher's probabilities, from the draws alone.
 
     Args:
-        num_draws: n.
+        num_samples: n.
     """
 
-    def __init__(self, num_draws: int) -> None:
-        self._num_draws, self._alike, self._bound, self._num_rows = num_draws, 0.0, 0.0, 0
+    def __init__(self, num_samples: int) -> None:
+        self._num_draws, self._alike, self._bound, self._num_rows = num_samples, 0.0, 0.0, 0
 
     def add(self, p_NK: torch.Tensor) -> None:
         """Count further rows of frequencies."""
@@ -143,7 +143,7 @@ class DrawSums:
         alike = self._alike / self._num_rows
         return tuple(
             DrawError(
-                num_draws=num,
+                num_samples=num,
                 independent=(1 - alike) / num,
                 systematic=self._bound / self._num_rows if num == self._num_draws else None,
             )

@@ -88,7 +88,7 @@ def _errors(errors: tuple[DrawError, ...]) -> Table:
     table = _table("draws", "error, independent", "error, systematic")
     for one in errors:
         systematic = "-" if one.systematic is None else f"{one.systematic:.2e}"
-        table.add_row(f"{one.num_draws:,}", f"{one.independent:.2e}", systematic)
+        table.add_row(f"{one.num_samples:,}", f"{one.independent:.2e}", systematic)
     return table
 
 

@@ -48,24 +48,24 @@ class RowTargets:
         """Ids of the target that has the fewest."""
         return int((self.ids_TW >= 0).sum(axis=1).min(initial=self.ids_TW.shape[1]))
 
-    def kept(self, num_kept: int, where: str) -> RowTargets:
-        """The likeliest `num_kept` of each target; what is cut joins the tail.
+    def kept(self, top_k: int, where: str) -> RowTargets:
+        """The likeliest `top_k` of each target; what is cut joins the tail.
 
         Raises:
             InputError: a target has fewer.
         """
-        if len(self) and self.narrowest < num_kept:
+        if len(self) and self.narrowest < top_k:
             raise InputError(
                 "a target with fewer ids than are kept",
                 where=where,
                 found=self.narrowest,
-                expected=f"at least {num_kept}",
-                fix=f"set --num_kept {max(self.narrowest, 1)} or fewer",
+                expected=f"at least {top_k}",
+                fix=f"set --top_k {max(self.narrowest, 1)} or fewer",
             )
-        cut_T = np.exp(self.logprobs_TW[:, num_kept:]).sum(axis=1, dtype=np.float32)
+        cut_T = np.exp(self.logprobs_TW[:, top_k:]).sum(axis=1, dtype=np.float32)
         return RowTargets(
-            np.ascontiguousarray(self.ids_TW[:, :num_kept]),
-            np.ascontiguousarray(self.logprobs_TW[:, :num_kept]),
+            np.ascontiguousarray(self.ids_TW[:, :top_k]),
+            np.ascontiguousarray(self.logprobs_TW[:, :top_k]),
             np.minimum(self.tail_T + cut_T, np.float32(1)),
             self.label_logprobs_T,
         )

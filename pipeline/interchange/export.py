@@ -23,10 +23,10 @@ import pyarrow.parquet
 
 from capgap.pipeline.interchange.card import CARD_NAME, card
 from capgap.pipeline.interchange.export_facts import KEY, ExportFacts, facts_of
-from capgap.pipeline.progress import progress
+from capgap.pipeline.stage.manifests import finished_stage, require_seal
+from capgap.pipeline.stage.progress import progress
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.files import atomic_file, write_atomically
-from capgap.pipeline.workflow.state import finished_stage, require_seal
 from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, heldout_set
 from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
@@ -42,13 +42,13 @@ class Exported:
     Attributes:
         folder: that holds it.
         num_files: Parquet files in it.
-        num_kept: of these, that an earlier export had finished.
+        top_k: of these, that an earlier export had finished.
         num_bytes: of all of them.
     """
 
     folder: Path
     num_files: int
-    num_kept: int
+    top_k: int
     num_bytes: int
 
 
@@ -79,7 +79,7 @@ def export_cache(location: str, folder: Path, recordings: tuple[RecordingName, .
         if set_name in manifest.shard_sets and manifest.shard_sets[set_name].shards
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    num_files = num_kept = num_bytes = 0
+    num_files = top_k = num_bytes = 0
     with progress("export", sum(len(shards.shards) for *_, shards in parts), "shards") as meter:
         for name, split, shards in parts:
             reader = ShardReader(at, shards)
@@ -98,13 +98,13 @@ def export_cache(location: str, folder: Path, recordings: tuple[RecordingName, .
                 is_there = _is_finished(path, said)
                 if not is_there:
                     _write(path, reader, number, said)
-                num_files, num_kept = num_files + 1, num_kept + is_there
+                num_files, top_k = num_files + 1, top_k + is_there
                 num_bytes += path.stat().st_size
                 meter.advance(tokens=shard.num_sequences * shards.seq_len)
     write_atomically(
         folder / CARD_NAME, card(location, manifest, facts, {(name, split): s for name, split, s in parts})
     )
-    return Exported(folder, num_files, num_kept, num_bytes)
+    return Exported(folder, num_files, top_k, num_bytes)
 
 
 def _is_finished(path: Path, expected: ExportFacts) -> bool:

@@ -9,12 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from capgap.pipeline.events import event
-from capgap.pipeline.workflow.context import StageInput, StageName, StageResult
-from capgap.pipeline.workflow.folder import WORK_FOLDER, begin, clear, content_files, finish, lock_folder
-from capgap.pipeline.workflow.identity import content_of, first_difference, identity_of
-from capgap.pipeline.workflow.state import read_manifest, read_work_order, require_seal
-from capgap.pipeline.workflow.versions import versions
+from capgap.pipeline.stage.context import StageInput, StageName, StageResult
+from capgap.pipeline.stage.events import event
+from capgap.pipeline.stage.folder import WORK_FOLDER, begin, clear, content_files, finish, lock_folder
+from capgap.pipeline.stage.identity import content_of, first_difference, identity_of
+from capgap.pipeline.stage.manifests import read_manifest, read_work_order, require_seal
+from capgap.pipeline.stage.versions import versions
 from capgap.schemas.errors import MismatchError
 from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
 

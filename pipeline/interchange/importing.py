@@ -22,8 +22,11 @@ import numpy as np
 from capgap.pipeline.interchange.folders import entry_of, make_folder, order_for
 from capgap.pipeline.interchange.pack import Sequence, pack, to_sequences, to_topk
 from capgap.pipeline.interchange.plan import SPLITS, Plan, plan
-from capgap.pipeline.model_checks import TOKENIZER_FOLDER, check_given_model
-from capgap.pipeline.progress import progress
+from capgap.pipeline.models.checks import TOKENIZER_FOLDER, check_given_model
+from capgap.pipeline.stage.context import StageInput, StageResult
+from capgap.pipeline.stage.folder import WORK_FOLDER
+from capgap.pipeline.stage.manifests import record_sources
+from capgap.pipeline.stage.progress import progress
 from capgap.pipeline.store import (
     Block,
     Codec,
@@ -37,9 +40,6 @@ from capgap.pipeline.store import (
 from capgap.pipeline.store.codec import SEQUENCES, TOPK_CODECS
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.store.ranking import RANKING_NAME
-from capgap.pipeline.workflow.context import StageInput, StageResult
-from capgap.pipeline.workflow.folder import WORK_FOLDER
-from capgap.pipeline.workflow.sources import record_sources
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import CacheFacts, CorpusFacts, ModelFacts, RecordingFacts, SplitFacts, heldout_set
 from capgap.schemas.interchange import ImportSettings
@@ -179,9 +179,9 @@ def _make_cache(planned: Plan, corpus: StageInput, teacher: ModelFacts | None, f
     student = corpus.manifest.shard_sets["student"]
     ranking = rank_ids((block for block, _ in read_blocks(corpus.path, student)), vocab_size)
     write_atomically(folder / RANKING_NAME, ranking.data)
-    num_kept = settings.num_kept or _narrowest(planned)
+    top_k = settings.top_k or _narrowest(planned)
     name = TOPK_CODECS[settings.profile]
-    codec = Codec(name, planned.seq_len, vocab_size, num_kept, ranking, unknown_labels=True)
+    codec = Codec(name, planned.seq_len, vocab_size, top_k, ranking, unknown_labels=True)
     counts = _CacheCounts()
     sets: dict[str, ShardSet] = {}
     for split in SPLITS:
@@ -190,13 +190,13 @@ def _make_cache(planned: Plan, corpus: StageInput, teacher: ModelFacts | None, f
         shards = []
         with progress(f"import: {split}", len(source.shards), "shards") as meter:
             for number, packed in enumerate(_shards(planned, split, with_targets=True)):
-                blocks = list(_blocks(planned, corpus, source, number, packed, num_kept))
+                blocks = list(_blocks(planned, corpus, source, number, packed, top_k))
                 if split == "student":
                     counts.add(blocks)
                 shards.append(writer.finished(number) or writer.write(number, blocks))
                 meter.advance(tokens=shards[-1].num_sequences * planned.seq_len)
         sets[_SET_NAMES[split]] = writer.shard_set(shards)
-    recording = RecordingFacts(num_ids=num_kept, profile=settings.profile, temperatures=(settings.temperature,))
+    recording = RecordingFacts(num_ids=top_k, profile=settings.profile, temperatures=(settings.temperature,))
     facts = CacheFacts(
         tokenizer=planned.facts,
         context=settings.context,
@@ -252,7 +252,7 @@ class _CacheCounts:
 
 
 def _blocks(
-    planned: Plan, corpus: StageInput, source: ShardSet, number: int, packed: list[Sequence], num_kept: int
+    planned: Plan, corpus: StageInput, source: ShardSet, number: int, packed: list[Sequence], top_k: int
 ) -> Iterator[Block]:
     """The members of a shard: the corpus's sequences, each with its targets."""
     sequences = to_sequences(packed, planned.seq_len, planned.facts.eos_id)
@@ -264,8 +264,8 @@ def _blocks(
             raise MismatchError(
                 "the captures changed while they were imported", where=corpus.path, fix="run the same command again"
             )
-        targets = to_topk(packed[start : start + len(part)], part, num_kept, planned.facts.vocab_size)
-        check_alignment(part, targets, num_kept, f"{source.shards[number].file.path}, member {member}")
+        targets = to_topk(packed[start : start + len(part)], part, top_k, planned.facts.vocab_size)
+        check_alignment(part, targets, top_k, f"{source.shards[number].file.path}, member {member}")
         start += len(part)
         yield Block(part, targets)
 

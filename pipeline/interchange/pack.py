@@ -78,23 +78,23 @@ def to_sequences(packed: list[Sequence], seq_len: int, eos_id: int) -> Sequences
     return Sequences(tokens_BL1, starts_BL1, mask_BL1)
 
 
-def to_topk(packed: list[Sequence], sequences: Sequences, num_kept: int, vocab_size: int) -> TopkTargets:
+def to_topk(packed: list[Sequence], sequences: Sequences, top_k: int, vocab_size: int) -> TopkTargets:
     """The targets of these sequences.
 
     Raises:
-        InputError: a target has fewer than `num_kept` ids.
+        InputError: a target has fewer than `top_k` ids.
     """
     shape = sequences.tokens_BL1[:, 1:].shape
     evenly = np.float32(-np.log(vocab_size))
-    ids_BLK = np.broadcast_to(np.arange(num_kept, dtype=np.int32), (*shape, num_kept)).copy()
-    logprobs_BLK = np.full((*shape, num_kept), evenly, np.float32)
-    tail_BL = np.full(shape, 1 - num_kept / vocab_size, np.float32)
+    ids_BLK = np.broadcast_to(np.arange(top_k, dtype=np.int32), (*shape, top_k)).copy()
+    logprobs_BLK = np.full((*shape, top_k), evenly, np.float32)
+    tail_BL = np.full(shape, 1 - top_k / vocab_size, np.float32)
     labels_BL = np.full(shape, evenly, np.float32)
     for number, one in enumerate(packed):
         place = 0
         for row in one.rows:
             assert row.targets is not None
-            targets = row.targets.kept(num_kept, row.where)
+            targets = row.targets.kept(top_k, row.where)
             num = min(len(targets), shape[1] - place)
             part = slice(place, place + num)
             ids_BLK[number, part], logprobs_BLK[number, part] = targets.ids_TW[:num], targets.logprobs_TW[:num]

@@ -26,8 +26,8 @@ from capgap.pipeline.interchange.parquet import (
 )
 from capgap.pipeline.interchange.ragged import lists_of
 from capgap.pipeline.interchange.shift import proven
-from capgap.pipeline.tokenizers import load_tokenizer, tokenizer_facts
-from capgap.pipeline.workflow.sources import record_sources
+from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts
+from capgap.pipeline.stage.manifests import record_sources
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import TokenizerFacts
 from capgap.schemas.interchange import ImportSettings
@@ -93,7 +93,7 @@ class Plan:
                 "compression": None if self._config is None else self._config.model_dump(mode="json"),
                 "offset": settings.offset,
                 "temperature": settings.temperature,
-                "num_kept": settings.num_kept,
+                "top_k": settings.top_k,
                 "profile": settings.profile,
             }
         }

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from capgap.pipeline.judge.endpoint import Endpoint, RefusedError
 from capgap.pipeline.judge.items import Task
 from capgap.pipeline.judge.prompts import rating_in, reminded, winner_in
-from capgap.pipeline.progress import progress
+from capgap.pipeline.stage.progress import progress
 from capgap.pipeline.store.files import write_atomically
 from capgap.schemas.errors import InputError, MachineError
 from capgap.schemas.judge_results import Ask, Verdict

@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Literal
 
 from capgap.pipeline.judge.prompts import Messages, messages_for
-from capgap.pipeline.workflow.identity import digest_of
+from capgap.pipeline.stage.identity import digest_of
 from capgap.schemas.judge_results import Answered, Item, Kind
 
 _TURNS: tuple[Literal[1, 2], ...] = (1, 2)

@@ -10,9 +10,9 @@ from capgap.pipeline.judge.asking import ask_about, kept_verdicts, with_what_is_
 from capgap.pipeline.judge.endpoint import Endpoint, key_of
 from capgap.pipeline.judge.items import Answers, Model, Task, tasks
 from capgap.pipeline.judge.summary import summarise
+from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
+from capgap.pipeline.stage.folder import WORK_FOLDER, plan_units
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
-from capgap.pipeline.workflow.folder import WORK_FOLDER, plan_units
 from capgap.schemas.errors import MachineError, MismatchError
 from capgap.schemas.judge_results import ANSWERS_NAME, JUDGE_NAME, VERDICTS_NAME, Answered, JudgeIdentity, Verdict
 from capgap.schemas.results import TEACHER

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from capgap.pipeline.law.published import GivenTeacher, human, nearest, predictions, warning_of_ratio
+from capgap.pipeline.plan.published import GivenTeacher, human, nearest, predictions, warning_of_ratio
 from capgap.schemas.base import Record
 from capgap.schemas.errors import SettingError
 from capgap.schemas.law_fit import CurveFit, GlobalLaw, LawFit, Prediction

@@ -8,9 +8,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from capgap.pipeline.law.published import CAPACITY_GAP, GAP_INTERCEPT, GAP_SLOPE, human
-from capgap.pipeline.report.charts import Chart, legend, log_operations
-from capgap.pipeline.report.svg import INK, SERIES, draw
+from capgap.pipeline.pages.charts import Chart, legend, log_operations
+from capgap.pipeline.pages.svg import INK, SERIES, draw
+from capgap.pipeline.plan.published import CAPACITY_GAP, GAP_INTERCEPT, GAP_SLOPE, human
 from capgap.schemas.law_fit import AxisFit, CurveFit, Frontier, GlobalLaw, LawFit
 
 _PUBLISHED_LINES = ("--", ":")

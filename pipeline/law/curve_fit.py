@@ -16,8 +16,8 @@ from capgap.pipeline.law.best import locate
 from capgap.pipeline.law.contrasts import Contrasts, contrasts
 from capgap.pipeline.law.forms import FORMS, fit, leave_one_out
 from capgap.pipeline.law.grid import Curve, size_of
-from capgap.pipeline.law.published import GivenTeacher, human, predictions, warning_of_ratio
 from capgap.pipeline.law.verdict import delta_of, judge
+from capgap.pipeline.plan.published import GivenTeacher, human, predictions, warning_of_ratio
 from capgap.schemas.law import LawTeacher
 from capgap.schemas.law_fit import AxisFit, AxisName, Best, CurveFit, FormFit, Prediction, Size, TeacherPoint
 from capgap.schemas.results import Interval

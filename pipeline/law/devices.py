@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from capgap.pipeline.workflow.device import resolve_device
-from capgap.pipeline.workflow.lease import new_cpu_group
+from capgap.pipeline.stage.device import resolve_device
+from capgap.pipeline.stage.lease import new_cpu_group
 from capgap.schemas.errors import MachineError, SettingError
 from capgap.schemas.law_grid import LawGrid
 

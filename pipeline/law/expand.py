@@ -19,8 +19,8 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.workflow.context import Instance
 from capgap.schemas.errors import SettingError
 from capgap.schemas.law import Init
 from capgap.schemas.law_grid import SUPERVISED, LawGrid

@@ -24,8 +24,9 @@ from capgap.pipeline.law.pruned import pruned_sizes
 from capgap.pipeline.law.worker import read_failures, with_arms
 from capgap.pipeline.plan.sizes import model_size
 from capgap.pipeline.plan.work import vocab_size_of
-from capgap.pipeline.workflow.context import Instance
-from capgap.pipeline.workflow.state import StageState, State, read_manifest, states
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.manifests import read_manifest
+from capgap.pipeline.workflow.state import StageState, State, states
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CacheFacts, CorpusFacts
 from capgap.schemas.law import LawCache, LawModel, LawRun, LawTeacher, Setting

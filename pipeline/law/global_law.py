@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from capgap.pipeline.law.published import GAP_SLOPE, human
+from capgap.pipeline.plan.published import GAP_SLOPE, human
 from capgap.schemas.law_fit import CurveFit, Estimate, GlobalLaw
 from capgap.schemas.results import Interval
 

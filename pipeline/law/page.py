@@ -6,9 +6,9 @@ from pathlib import Path
 
 from capgap.pipeline.law.charts import curve_charts, frontier_chart, law_chart
 from capgap.pipeline.law.global_law import describe
-from capgap.pipeline.law.published import CAPACITY_GAP, DISTILLATION_SCALING
 from capgap.pipeline.law.summary import sentences
-from capgap.pipeline.report.templates import page_template
+from capgap.pipeline.pages.templates import page_template
+from capgap.pipeline.plan.published import CAPACITY_GAP, DISTILLATION_SCALING
 from capgap.pipeline.store.files import write_atomically
 from capgap.schemas.law_fit import CurveFit, LawFit
 

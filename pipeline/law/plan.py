@@ -19,8 +19,9 @@ from capgap.pipeline.plan import Stated
 from capgap.pipeline.plan.rates import rate_of
 from capgap.pipeline.plan.scoring import scoring_hours, scoring_of
 from capgap.pipeline.plan.work import RunWork, work_of
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import is_url
-from capgap.pipeline.workflow.state import read_manifest, states
+from capgap.pipeline.workflow.state import states
 from capgap.schemas.errors import SettingError
 from capgap.schemas.law import Init
 from capgap.schemas.law_grid import LawGrid

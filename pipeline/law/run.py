@@ -19,7 +19,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
-from capgap.pipeline.events import event
 from capgap.pipeline.law.devices import worker_environments
 from capgap.pipeline.law.expand import Cell, cell, cells, corpus_run, teacher_run, write_run_file
 from capgap.pipeline.law.gather import (
@@ -37,11 +36,12 @@ from capgap.pipeline.law.pruned import require_cuts
 from capgap.pipeline.law.reused import require_reused
 from capgap.pipeline.law.table import write_table
 from capgap.pipeline.law.worker import INTERRUPTED, Job, cell_job, process_of, read_failures, teacher_job
-from capgap.pipeline.workflow.context import Instance
-from capgap.pipeline.workflow.device import resolve_device
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.device import resolve_device
+from capgap.pipeline.stage.events import event
+from capgap.pipeline.stage.folder import LOCK_NAME, in_use
+from capgap.pipeline.stage.locks import ProcessLock
 from capgap.pipeline.workflow.driver import Start, start_afresh, walk
-from capgap.pipeline.workflow.folder import LOCK_NAME, in_use
-from capgap.pipeline.workflow.locks import ProcessLock
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.facts import CorpusFacts
 from capgap.schemas.law import LawRun

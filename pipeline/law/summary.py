@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from capgap.pipeline.law.advise import Advice
 from capgap.pipeline.law.global_law import describe
-from capgap.pipeline.law.published import human
+from capgap.pipeline.plan.published import human
 from capgap.schemas.law_fit import AxisFit, CurveFit, LawFit
 
 

@@ -15,10 +15,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from capgap.pipeline.law.expand import Cell, write_run_file
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.orphans import die_with
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.driver import StageFailedError, Start, start_afresh, walk
-from capgap.pipeline.workflow.orphans import die_with
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.run_file import RunFile
 

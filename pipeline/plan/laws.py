@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from capgap.pipeline.law.published import (
+from capgap.pipeline.plan.published import (
     CAPACITY_GAP,
     CHINCHILLA_TOKENS_PER_PARAMETER,
     DISTILLATION_SCALING,

@@ -40,7 +40,7 @@ def corpus_bytes_per_token(vocab_size: float | None) -> Figure:
 def _of_recording(settings: CacheSettings, name: RecordingName, vocab_size: float | None) -> Figure:
     table = _table()["cache"]
     codec = SAMPLED if name == "sampled" else TOPK_CODECS[settings.stored_profile or ""]
-    measured = table["num_draws"] if name == "sampled" else table["num_kept"]
+    measured = table["num_samples"] if name == "sampled" else table["top_k"]
     asked = settings.num_ids(name)
     rows = [row for row in table["rows"] if row["codec"] == codec]
     nearest = _nearest(rows, vocab_size)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from capgap.pipeline.plan.work import RunWork
-from capgap.pipeline.workflow.state import read_manifest
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.schemas.errors import CorruptError
 from capgap.schemas.manifest import MANIFEST_NAME, Manifest
 from capgap.schemas.plan import Figure

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from capgap.pipeline.models import empty_model, load_config, model_facts
-from capgap.pipeline.prune.cut import pruned_config
-from capgap.pipeline.prune.shapes import shape_of, target_shape
-from capgap.pipeline.tokenizers import load_tokenizer
+from capgap.pipeline.models.load import empty_model, load_config, model_facts
+from capgap.pipeline.models.tokenizers import load_tokenizer
+from capgap.pipeline.student.cut import pruned_config
+from capgap.pipeline.student.shapes import shape_of, target_shape
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.facts import ModelFacts
 from capgap.schemas.manifest import Manifest

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 
 from capgap.pipeline.corpus.split import SPLITS
+from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.plan.judging import answer_tokens
 from capgap.pipeline.plan.measured import cache_bytes_per_token, corpus_bytes_per_token, text_bytes_per_token
 from capgap.pipeline.plan.sizes import ModelSize, model_size, pruned_size
 from capgap.pipeline.plan.text import bytes_per_token, text_bytes
-from capgap.pipeline.tokenizers import load_tokenizer
 from capgap.pipeline.workflow.state import StageState, State, reused_manifests
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.facts import CorpusFacts

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from capgap.pipeline.report.summary import BenchmarkLine, Benchmarks, Score
-from capgap.pipeline.workflow.context import StageContext
+from capgap.pipeline.stage.context import StageContext
 from capgap.schemas.benchmark import BENCHMARK_NAME, BenchmarkResults
 from capgap.schemas.results import TEACHER
 

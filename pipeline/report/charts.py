@@ -5,38 +5,23 @@ An arm keeps its colour and its marker in every chart; the teacher is drawn in t
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter
 
+from capgap.pipeline.pages.charts import Chart, legend
+from capgap.pipeline.pages.svg import INK, NUM_SERIES, SERIES, draw
 from capgap.pipeline.report.summary import Curve, Gain, Report
-from capgap.pipeline.report.svg import INK, NUM_SERIES, SERIES, draw
 from capgap.schemas.results import Interval, ModelResult
 
 _MARKERS = "osD^vP"
 _LINES = ("-", "--", ":", "-.")
-# as many fit beside each other over the width of a chart; a mark takes the room of eight
-_LEGEND_LETTERS = 60
 # of a line of what stands left of a chart: more than half of the width stays for the chart itself
 _TITLE_LETTERS = 24
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A drawing and what it says in words and numbers."""
-
-    name: str
-    title: str
-    caption: str
-    svg: Markup
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 def charts(report: Report) -> tuple[Chart, ...]:
@@ -175,21 +160,3 @@ def arm_look(arm: str | None, arms: tuple[str, ...]) -> dict[str, Any]:
 
 def _title(arm: str | None, seed: int | None) -> str:
     return "teacher" if arm is None else f"{arm}, seed {seed}"
-
-
-def legend(figure: Figure, axes: Any) -> None:
-    """Above the chart, where there is more than one thing to name."""
-    handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 1:
-        columns = max(1, min(3, _LEGEND_LETTERS // (max(map(len, labels)) + 8)))
-        figure.legend(handles, labels, loc="outside upper left", ncols=columns)
-
-
-def log_operations(axes: Any) -> None:
-    """A logarithmic axis of counts too large for words; to be called when everything is drawn."""
-    axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    few = math.log10(high / low) < 2
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:.0e}".replace("e+", "e")))
-    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from capgap.pipeline.law.costs import paper_flops, scoring_flops, training_flops
-from capgap.pipeline.law.frontier import non_dominated
-from capgap.pipeline.law.published_models import SHOTS
-from capgap.pipeline.workflow.context import Instance, StageContext
+from capgap.pipeline.plan.costs import paper_flops, scoring_flops, training_flops
+from capgap.pipeline.plan.frontier import non_dominated
+from capgap.pipeline.plan.published_models import SHOTS
+from capgap.pipeline.stage.context import Instance, StageContext
 from capgap.schemas.base import Record
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.results import TEACHER, EvalResults, ModelResult

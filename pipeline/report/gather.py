@@ -16,7 +16,7 @@ from capgap.pipeline.report.stages import stage_line
 from capgap.pipeline.report.summary import CacheSummary, Curve, Gain, Report, Table
 from capgap.pipeline.report.table import build_rows, cache_line
 from capgap.pipeline.report.verdict import gains, no_verdict, verdict
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
+from capgap.pipeline.stage.context import Instance, StageContext, StageInput
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.fidelity import Fidelity

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from capgap.pipeline.fidelity.text import summary
+from capgap.pipeline.pages.templates import page_template
 from capgap.pipeline.report.benchmarks import benchmark_cells, benchmark_headings
 from capgap.pipeline.report.charts import charts
 from capgap.pipeline.report.frontier_charts import frontier_charts
@@ -15,7 +16,6 @@ from capgap.pipeline.report.samples import shown_samples
 from capgap.pipeline.report.stages import STAGE_HEADINGS, stage_row, total_line
 from capgap.pipeline.report.summary import Report, StageLine
 from capgap.pipeline.report.table import HEADINGS, cells
-from capgap.pipeline.report.templates import page_template
 from capgap.schemas.facts import RecordingFacts
 
 _TEMPLATE = Path(__file__).parent / "report.html.j2"

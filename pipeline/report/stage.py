@@ -6,8 +6,8 @@ from capgap.pipeline.report.gather import gather
 from capgap.pipeline.report.page import render_page
 from capgap.pipeline.report.summary import REPORT_NAME
 from capgap.pipeline.report.table import table_text
+from capgap.pipeline.stage.context import StageContext, StageResult
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.workflow.context import StageContext, StageResult
 
 PAGE_NAME = "report.html"
 TABLE_NAME = "table.txt"

@@ -8,9 +8,8 @@ from pathlib import Path
 from statistics import median
 
 from capgap.pipeline.report.summary import StageLine
-from capgap.pipeline.scalars import METRICS_NAME
-from capgap.pipeline.workflow.carry_out import STAGES_WITH_A_MODEL
-from capgap.pipeline.workflow.context import StageInput
+from capgap.pipeline.stage.context import STAGES_WITH_A_MODEL, StageInput
+from capgap.pipeline.stage.scalars import METRICS_NAME
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile
 

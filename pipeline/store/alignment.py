@@ -44,7 +44,7 @@ EXACT = StoredError()
 
 
 def check_alignment(
-    sequences: Sequences, targets: Targets, num_draws: int, where: str, error: StoredError = EXACT
+    sequences: Sequences, targets: Targets, num_samples: int, where: str, error: StoredError = EXACT
 ) -> None:
     """Raise CorruptError, naming the first row, where a target contradicts the token that follows it.
 
@@ -52,7 +52,7 @@ def check_alignment(
     """
     labels_BL = sequences.tokens_BL1[:, 1:]
     if isinstance(targets, SampledTargets):
-        bad_BL = _contradictions_sampled(labels_BL, targets, num_draws, error)
+        bad_BL = _contradictions_sampled(labels_BL, targets, num_samples, error)
     else:
         bad_BL = _contradictions_topk(labels_BL, targets, error)
     if bad_BL.any():
@@ -67,13 +67,13 @@ def check_alignment(
 
 
 def _contradictions_sampled(
-    labels_BL: npt.NDArray[np.int32], targets: SampledTargets, num_draws: int, error: StoredError
+    labels_BL: npt.NDArray[np.int32], targets: SampledTargets, num_samples: int, error: StoredError
 ) -> npt.NDArray[np.bool_]:
     num_rows = labels_BL.size
     row_D = np.repeat(np.arange(num_rows), targets.num_ids_BL.ravel())
     is_label_D = targets.ids_D == labels_BL.ravel()[row_D]
     count_N = np.bincount(row_D[is_label_D], weights=targets.counts_D[is_label_D], minlength=num_rows)
-    expected_N = num_draws * np.exp(targets.label_logprobs_BL.ravel().astype(np.float64))
+    expected_N = num_samples * np.exp(targets.label_logprobs_BL.ravel().astype(np.float64))
     tolerance_N = 1 + COUNT_TOLERANCE + expected_N * np.expm1(error.label_nats)
     bad: npt.NDArray[np.bool_] = np.abs(count_N - expected_N) >= tolerance_N
     return bad.reshape(labels_BL.shape)
@@ -82,8 +82,8 @@ def _contradictions_sampled(
 def _contradictions_topk(
     labels_BL: npt.NDArray[np.int32], targets: TopkTargets, error: StoredError
 ) -> npt.NDArray[np.bool_]:
-    num_kept = targets.ids_BLK.shape[2]
-    ids_NK, logprobs_NK = targets.ids_BLK.reshape(-1, num_kept), targets.logprobs_BLK.reshape(-1, num_kept)
+    top_k = targets.ids_BLK.shape[2]
+    ids_NK, logprobs_NK = targets.ids_BLK.reshape(-1, top_k), targets.logprobs_BLK.reshape(-1, top_k)
     kept_logprob_N = _kept_logprobs(ids_NK, logprobs_NK, labels_BL.reshape(-1, 1))
     is_kept_N = kept_logprob_N > -np.inf
     label_N = targets.label_logprobs_BL.ravel()

@@ -74,12 +74,14 @@ Sample = tuple[Sequences, Targets | None, int]
 """A decoded block and the number of a sequence in it."""
 
 
-def collate(samples: list[Sample], num_draws: int, heat: Heat | None = None, context: ContextRule = "packed") -> Batch:
+def collate(
+    samples: list[Sample], num_samples: int, heat: Heat | None = None, context: ContextRule = "packed"
+) -> Batch:
     """One micro-batch of these sequences.
 
     Args:
         samples: the sequences.
-        num_draws: turns the counts of `sampled` targets into probabilities.
+        num_samples: turns the counts of `sampled` targets into probabilities.
         heat: the further temperature at which `topk` targets are wanted; None for that of the stored logprobs.
         context: under `document`, the batch has positions that begin anew at each document.
     """
@@ -92,7 +94,7 @@ def collate(samples: list[Sample], num_draws: int, heat: Heat | None = None, con
         batch.positions_BL = positions_in_documents(torch.from_numpy(starts_BL1))
     first = samples[0][1]
     if isinstance(first, SampledTargets):
-        return _with_sampled(batch, samples, num_draws)
+        return _with_sampled(batch, samples, num_samples)
     if isinstance(first, TopkTargets):
         return _with_topk(batch, samples, heat)
     return batch
@@ -108,7 +110,7 @@ def positions_in_documents(starts_BL1: torch.Tensor) -> torch.Tensor:
     return places_L - first_BL
 
 
-def _with_sampled(batch: Batch, samples: list[Sample], num_draws: int) -> Batch:
+def _with_sampled(batch: Batch, samples: list[Sample], num_samples: int) -> Batch:
     parts = [_rows_of(targets, row) for _, targets, row in samples if isinstance(targets, SampledTargets)]
     num_ids_N = np.concatenate([part[0] for part in parts])
     row_D = np.repeat(np.arange(len(num_ids_N)), num_ids_N)
@@ -117,7 +119,7 @@ def _with_sampled(batch: Batch, samples: list[Sample], num_draws: int) -> Batch:
     shape = (len(num_ids_N), int(num_ids_N.max()))
     ids_NK, weights_NK = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
     ids_NK[row_D, column_D] = np.concatenate([part[1] for part in parts])
-    weights_NK[row_D, column_D] = np.concatenate([part[2] for part in parts]) / np.float32(num_draws)
+    weights_NK[row_D, column_D] = np.concatenate([part[2] for part in parts]) / np.float32(num_samples)
     batch.ids_NK, batch.weights_NK = torch.from_numpy(ids_NK), torch.from_numpy(weights_NK)
     return batch
 

@@ -115,7 +115,7 @@ def topk_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[tor
 
 
 def _small_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[torch.Tensor]) -> TopkRows:
-    num_kept_N = batch["num_kept"].int().flatten()
+    num_kept_N = batch["top_k"].int().flatten()
     ends_N = num_kept_N.cumsum(0, dtype=torch.int32)
     column_K = torch.arange(codec.num_ids, device=batch.device, dtype=torch.int32)
     is_kept_NK = column_K < num_kept_N[:, None]

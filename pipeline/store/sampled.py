@@ -31,7 +31,7 @@ _RANK_BITS = 24
 _COUNT_BITS = 16
 
 
-def sampled_columns(targets: SampledTargets, ranking: Ranking, num_draws: int) -> dict[str, pa.Array]:
+def sampled_columns(targets: SampledTargets, ranking: Ranking, num_samples: int) -> dict[str, pa.Array]:
     """The columns of one member.
 
     Raises:
@@ -41,14 +41,14 @@ def sampled_columns(targets: SampledTargets, ranking: Ranking, num_draws: int) -
     num_ids_N = targets.num_ids_BL.ravel()
     check_ids("ids", targets.ids_D, vocab_size)
     check_logprobs("label_logprobs_BL", targets.label_logprobs_BL)
-    check_counts(num_ids_N, targets.ids_D, targets.counts_D, num_draws)
+    check_counts(num_ids_N, targets.ids_D, targets.counts_D, num_samples)
     ranks_D, counts_D = _sorted(targets, ranking)
     row_D = np.repeat(np.arange(len(num_ids_N)), num_ids_N)
     repeated_D = counts_D > 1
     num_repeated_BL = np.bincount(row_D[repeated_D], minlength=len(num_ids_N)).reshape(targets.num_ids_BL.shape)
     repeated_B = num_repeated_BL.sum(axis=1)
     once_B = targets.num_ids_BL.sum(axis=1) - repeated_B
-    count_type = np.uint8 if num_draws < 1 << 8 else np.uint16
+    count_type = np.uint8 if num_samples < 1 << 8 else np.uint16
     columns = {
         "num_repeated": fixed_lists(num_repeated_BL.astype(count_type)),
         "counts": lists(counts_D[repeated_D].astype(count_type), repeated_B),
@@ -65,19 +65,19 @@ def sampled_columns(targets: SampledTargets, ranking: Ranking, num_draws: int) -
     return columns
 
 
-def sampled_targets(columns: Columns, ranking: Ranking, seq_len: int, num_draws: int) -> SampledTargets:
+def sampled_targets(columns: Columns, ranking: Ranking, seq_len: int, num_samples: int) -> SampledTargets:
     """The targets of one member.
 
     Raises:
         KeyError, ValueError, InputError: the columns are not those of a member, or contradict one another.
     """
     planes = num_planes(len(ranking.ids_V) - 1)
-    count_type = np.uint8 if num_draws < 1 << 8 else np.uint16
+    count_type = np.uint8 if num_samples < 1 << 8 else np.uint16
     num_repeated_N = columns.fixed("num_repeated", seq_len, count_type).ravel().astype(np.int32)
     counts_R = columns.ragged("counts", count_type).astype(np.int32)
     ranks_R = join_planes([columns.ragged(f"repeated_{number}") for number in range(planes)])
     steps_O = join_planes([columns.ragged(f"once_{number}") for number in range(planes)])
-    num_once_N = _num_once(num_repeated_N, counts_R, num_draws)
+    num_once_N = _num_once(num_repeated_N, counts_R, num_samples)
     if num_once_N.sum() != len(steps_O) or len(counts_R) != len(ranks_R):
         raise ValueError(f"{len(steps_O)} ids drawn once, expected {num_once_N.sum()}")
     ranks_O = cumulate_runs(steps_O, num_once_N)
@@ -117,13 +117,13 @@ def _differences(ranks_O: npt.NDArray[np.uint32], row_O: npt.NDArray[np.int64]) 
 
 
 def _num_once(
-    num_repeated_N: npt.NDArray[np.int32], counts_R: npt.NDArray[np.int32], num_draws: int
+    num_repeated_N: npt.NDArray[np.int32], counts_R: npt.NDArray[np.int32], num_samples: int
 ) -> npt.NDArray[np.int64]:
     if num_repeated_N.sum() != len(counts_R) or (len(counts_R) and counts_R.min() < 2):
         raise ValueError(f"{len(counts_R)} counts, expected {num_repeated_N.sum()} of at least 2")
     ends_R = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts_R, dtype=np.int64)])
     first_N = sums_before(num_repeated_N)
-    num_once_N: npt.NDArray[Any] = num_draws - (ends_R[first_N + num_repeated_N] - ends_R[first_N])
+    num_once_N: npt.NDArray[Any] = num_samples - (ends_R[first_N + num_repeated_N] - ends_R[first_N])
     if len(num_once_N) and num_once_N.min() < 0:
-        raise ValueError(f"more than {num_draws} draws in a row")
+        raise ValueError(f"more than {num_samples} draws in a row")
     return num_once_N

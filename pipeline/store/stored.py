@@ -94,7 +94,7 @@ def columns_of(codec: Codec) -> list[Column]:
         return columns + _planes("label", length, 2)
     profile, kept = PROFILES[codec.name], length * codec.num_ids
     if profile == "small":
-        columns += [Column("num_kept", length, count_type), *_planes("ids", 0, planes)]
+        columns += [Column("top_k", length, count_type), *_planes("ids", 0, planes)]
         columns += [Column("quads", 0), Column("escapes", 0)]
     else:
         columns += _planes("ids", kept, planes)
@@ -160,7 +160,7 @@ def _widest(
         widest_B: IntArray = (num_repeated_BL + num_once_BL).max(axis=1, initial=1)
         return widest_B
     if PROFILES[codec.name] == "small":
-        num_kept_BL = fixed["num_kept"]
+        num_kept_BL = fixed["top_k"]
         if num_kept_BL.size and (num_kept_BL.min() < 1 or num_kept_BL.max() > codec.num_ids):
             raise ValueError(f"{num_kept_BL.min()} to {num_kept_BL.max()} ids in a row")
         sizes_B = num_kept_BL.sum(axis=1, dtype=np.int64)

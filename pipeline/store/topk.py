@@ -66,7 +66,7 @@ class TopkShape:
     Attributes:
         profile: `lossless`, `near-lossless`, `compact` or `small`.
         seq_len: L.
-        num_kept: K.
+        top_k: K.
         ranking: of the ids.
         powers: capture temperature over each further temperature.
         unknown_labels: a label's logprob may be NaN, for unknown.
@@ -74,7 +74,7 @@ class TopkShape:
 
     profile: str
     seq_len: int
-    num_kept: int
+    top_k: int
     ranking: Ranking
     powers: tuple[float, ...] = ()
     unknown_labels: bool = False
@@ -95,7 +95,7 @@ def topk_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
     if shape.profile == "small":
         return _small_columns(targets, shape)
     ranks_BLK = np.take(shape.ranking.ranks_V, targets.ids_BLK)
-    flat = (len(ranks_BLK), shape.seq_len * shape.num_kept)
+    flat = (len(ranks_BLK), shape.seq_len * shape.top_k)
     columns = _plane_columns("ids", ranks_BLK.reshape(flat), shape.planes)
     if shape.profile == "lossless":
         bits_BLK = targets.logprobs_BLK.astype("<f4").view("<u4")
@@ -121,9 +121,9 @@ def topk_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
     """
     if shape.profile == "small":
         return _small_targets(columns, shape)
-    length, width = shape.seq_len, shape.seq_len * shape.num_kept
+    length, width = shape.seq_len, shape.seq_len * shape.top_k
     ids_BLK = _ids_of([columns.fixed(f"ids_{i}", width) for i in range(shape.planes)], shape)
-    ids_BLK = ids_BLK.reshape(len(columns), length, shape.num_kept)
+    ids_BLK = ids_BLK.reshape(len(columns), length, shape.top_k)
     if shape.profile == "lossless":
         logprobs_BLK = _joined(columns, "logprobs", width, 4).view("<f4").reshape(ids_BLK.shape)
         tail_BL, labels_BL = (_joined(columns, name, length, 4).view("<f4") for name in ("tail", "label"))
@@ -184,13 +184,13 @@ def _small_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
 
     One sequence after the other: what is made on the way stays in the cache, and every sequence begins a new quad.
     """
-    num_kept_BL = np.empty(targets.tail_BL.shape, _count_type(shape.num_kept))
+    num_kept_BL = np.empty(targets.tail_BL.shape, _count_type(shape.top_k))
     tail_BL, log_tails_BLT = targets.tail_BL.copy(), targets.log_tails_BLT.copy()
     ranks, quads, escapes = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)], [np.zeros(0, np.uint8)]
     for sequence, (ids_LK, logprobs_LK) in enumerate(zip(targets.ids_BLK, targets.logprobs_BLK, strict=True)):
         probs_LK = np.exp(logprobs_LK)
         num_kept_BL[sequence] = _num_kept(probs_LK)
-        kept_LK = np.arange(shape.num_kept, dtype=num_kept_BL.dtype) < num_kept_BL[sequence][:, None]
+        kept_LK = np.arange(shape.top_k, dtype=num_kept_BL.dtype) < num_kept_BL[sequence][:, None]
         np.copyto(probs_LK, 0, where=kept_LK)
         tail_BL[sequence] += probs_LK.sum(axis=1)
         for i, power in enumerate(shape.powers):
@@ -204,7 +204,7 @@ def _small_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
         steps_LK[:, 1:] -= steps_LK[:, :-1].copy()
         for parts, packed in zip((quads, escapes), pack_quads(steps_LK.ravel().take(place_D)), strict=True):
             parts.append(packed)
-    columns: _Columns = {"num_kept": fixed_lists(num_kept_BL)}
+    columns: _Columns = {"top_k": fixed_lists(num_kept_BL)}
     for i, plane in enumerate(split_planes(np.concatenate(ranks), shape.planes)):
         columns[f"ids_{i}"] = lists(plane, _sizes(ranks))
     columns["quads"] = lists(np.concatenate(quads), _sizes(quads))
@@ -213,10 +213,10 @@ def _small_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
 
 
 def _small_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
-    num_kept_BL = columns.fixed("num_kept", shape.seq_len, _count_type(shape.num_kept)).astype(np.int32)
-    if num_kept_BL.size and (num_kept_BL.min() < 1 or num_kept_BL.max() > shape.num_kept):
-        raise ValueError(f"{num_kept_BL.min()} to {num_kept_BL.max()} ids in a row, expected 1 to {shape.num_kept}")
-    kept_BLK = np.arange(shape.num_kept) < num_kept_BL[:, :, None]
+    num_kept_BL = columns.fixed("top_k", shape.seq_len, _count_type(shape.top_k)).astype(np.int32)
+    if num_kept_BL.size and (num_kept_BL.min() < 1 or num_kept_BL.max() > shape.top_k):
+        raise ValueError(f"{num_kept_BL.min()} to {num_kept_BL.max()} ids in a row, expected 1 to {shape.top_k}")
+    kept_BLK = np.arange(shape.top_k) < num_kept_BL[:, :, None]
     ids_BLK = np.zeros(kept_BLK.shape, np.int32)
     ids_D = _ids_of([columns.ragged(f"ids_{i}") for i in range(shape.planes)], shape)
     size = int(num_kept_BL.sum())
@@ -328,8 +328,8 @@ def _steps_by_rank(codes_BLK: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _codes_by_rank(steps_BD: npt.NDArray[Any], shape: TopkShape) -> npt.NDArray[Any]:
-    codes_BKL = steps_BD.reshape(len(steps_BD), shape.num_kept, shape.seq_len).copy()
-    for k in range(1, shape.num_kept):
+    codes_BKL = steps_BD.reshape(len(steps_BD), shape.top_k, shape.seq_len).copy()
+    for k in range(1, shape.top_k):
         codes_BKL[:, k] += codes_BKL[:, k - 1]
     return codes_BKL
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from capgap.pipeline.model_checks import check_given_model, corpus_tokenizer, fresh_model
-from capgap.pipeline.models import MODEL_FOLDER, load_model, model_facts, model_path, save_model
-from capgap.pipeline.prune.prune import prune, require_prunable
-from capgap.pipeline.tokenizers import chat_template_of
+from capgap.pipeline.models.checks import check_given_model, corpus_tokenizer, fresh_model
+from capgap.pipeline.models.load import MODEL_FOLDER, load_model, model_facts, model_path, save_model
+from capgap.pipeline.models.tokenizers import chat_template_of
+from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
+from capgap.pipeline.student.prune import prune, require_prunable
 from capgap.pipeline.train.heads import served_head
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
 from capgap.schemas.run_file import RunFile
 
 

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from capgap.pipeline.adapt.vocabulary import extend_vocabulary
-from capgap.pipeline.model_checks import check_given_model, corpus_tokenizer, fresh_model
-from capgap.pipeline.models import MODEL_FOLDER, empty_model, load_config, load_model, model_facts, save_model
+from capgap.pipeline.models.checks import check_given_model, corpus_tokenizer, fresh_model
+from capgap.pipeline.models.load import MODEL_FOLDER, empty_model, load_config, load_model, model_facts, save_model
+from capgap.pipeline.models.tokenizers import chat_template_of, load_tokenizer
+from capgap.pipeline.stage.context import StageContext, StageInput, StageResult
 from capgap.pipeline.store import ShardReader
-from capgap.pipeline.tokenizers import chat_template_of, load_tokenizer
+from capgap.pipeline.teacher.vocabulary import extend_vocabulary
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.fits import require_memory
 from capgap.pipeline.train.strategy import is_sharded
 from capgap.pipeline.train.task import Task
-from capgap.pipeline.workflow.context import StageContext, StageInput, StageResult
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CorpusFacts
 from capgap.schemas.manifest import ShardSet

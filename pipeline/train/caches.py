@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from capgap.pipeline.stage.context import StageInput, further_cache
 from capgap.pipeline.store import ShardReader, heat_of
 from capgap.pipeline.store.rows import sequences_per_row
 from capgap.pipeline.train.objective import objective_of
 from capgap.pipeline.train.task import Source
-from capgap.pipeline.workflow.context import StageInput
-from capgap.pipeline.workflow.graph import further_cache
 from capgap.schemas.errors import InputError, MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, ModelFacts
 from capgap.schemas.manifest import ShardSet

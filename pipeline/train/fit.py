@@ -14,8 +14,9 @@ import lightning
 import torch
 from transformers import PreTrainedModel
 
-from capgap.pipeline.progress import Meter, progress
-from capgap.pipeline.scalars import METRICS_NAME
+from capgap.pipeline.stage.folder import LOGS_FOLDER, WORK_FOLDER, plan_units
+from capgap.pipeline.stage.progress import Meter, progress
+from capgap.pipeline.stage.scalars import METRICS_NAME
 from capgap.pipeline.train.attention import require_ending_attention
 from capgap.pipeline.train.checkpoints import Checkpoints, best_checkpoint, checkpoint_to_resume
 from capgap.pipeline.train.clock import Clock, ClockedLoader
@@ -31,7 +32,6 @@ from capgap.pipeline.train.replay import setting_of
 from capgap.pipeline.train.saved import read_checkpoint, whole
 from capgap.pipeline.train.strategy import gather_into, is_sharded, trainer_arguments
 from capgap.pipeline.train.task import Task
-from capgap.pipeline.workflow.folder import LOGS_FOLDER, WORK_FOLDER, plan_units
 
 
 def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from capgap.pipeline.progress import Meter
-from capgap.pipeline.scalars import TRAINING_SCALARS
+from capgap.pipeline.stage.progress import Meter
+from capgap.pipeline.stage.scalars import TRAINING_SCALARS
 from capgap.pipeline.store import Batch
 from capgap.pipeline.train.clock import Clock
 from capgap.pipeline.train.module import DistillationModule

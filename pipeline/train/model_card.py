@@ -12,8 +12,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from capgap.pipeline.stage.context import StageContext, StageInput
 from capgap.pipeline.train.metrics import read_rows
-from capgap.pipeline.workflow.context import StageContext, StageInput
 from capgap.schemas.facts import CacheFacts, ModelFacts
 from capgap.schemas.run_cache import RecordingName
 from capgap.schemas.run_train import TrainSettings

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from capgap.pipeline.models import load_model, model_path
+from capgap.pipeline.models.load import load_model, model_path
+from capgap.pipeline.stage.context import StageContext
 from capgap.pipeline.train.fits import free_bytes
-from capgap.pipeline.workflow.context import StageContext
 from capgap.schemas.errors import MachineError
 from capgap.schemas.facts import CacheFacts, ModelFacts
 from capgap.schemas.run_train import TrainSettings

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from capgap.pipeline.models import load_model
+from capgap.pipeline.models.load import load_model
 from capgap.pipeline.train.checkpoints import newest_checkpoint
 from capgap.pipeline.train.kept_batches import Kept, load_batches
 from capgap.pipeline.train.module import DistillationModule

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from capgap.pipeline.models import (
+from capgap.pipeline.models.load import (
     MODEL_FOLDER,
     empty_model,
     load_config,
@@ -18,9 +18,10 @@ from capgap.pipeline.models import (
     model_path,
     save_model,
 )
-from capgap.pipeline.scalars import METRICS_NAME
+from capgap.pipeline.models.tokenizers import chat_template_of, load_tokenizer
+from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
+from capgap.pipeline.stage.scalars import METRICS_NAME
 from capgap.pipeline.store import ShardReader
-from capgap.pipeline.tokenizers import chat_template_of, load_tokenizer
 from capgap.pipeline.train.caches import chosen_caches, require_fit
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.fits import require_memory
@@ -30,7 +31,6 @@ from capgap.pipeline.train.objective import objective_of
 from capgap.pipeline.train.online_teacher import online_teacher
 from capgap.pipeline.train.strategy import is_sharded
 from capgap.pipeline.train.task import Task
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
 from capgap.schemas.errors import MismatchError
 from capgap.schemas.facts import heldout_set
 from capgap.schemas.run_file import RunFile

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from capgap.pipeline.stage.ranks import Ranks
 from capgap.pipeline.train.saved import CheckpointFiles, read_checkpoint, whole, write_part
-from capgap.pipeline.workflow.ranks import Ranks
 from capgap.schemas.run_optimization import OptimizationSettings
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from capgap.pipeline.stage.ranks import Ranks
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.batch import Heat
 from capgap.pipeline.train.objective import Objective
-from capgap.pipeline.workflow.ranks import Ranks
 from capgap.schemas.run_corpus import ContextRule
 from capgap.schemas.run_optimization import OptimizationSettings
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from capgap.pipeline.stage.context import StageContext
 from capgap.pipeline.train.model_card import escaped, is_id
 from capgap.pipeline.tune.lesson import Lesson
-from capgap.pipeline.workflow.context import StageContext
 from capgap.schemas.facts import ModelFacts
 from capgap.schemas.run_tune import TuneSettings
 

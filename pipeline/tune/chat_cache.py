@@ -7,13 +7,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from capgap.pipeline.model_checks import corpus_tokenizer
+from capgap.pipeline.models.checks import corpus_tokenizer
+from capgap.pipeline.models.tokenizers import require_same_tokenizer
+from capgap.pipeline.stage.context import StageInput
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import ShardReader
-from capgap.pipeline.tokenizers import require_same_tokenizer
 from capgap.pipeline.train.caches import ChosenCache, choose
 from capgap.pipeline.train.objective import Objective, objective_of
-from capgap.pipeline.workflow.context import StageInput
-from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CacheFacts, heldout_set
 from capgap.schemas.run_tune import TuneSettings

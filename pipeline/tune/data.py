@@ -17,11 +17,11 @@ from capgap.pipeline.corpus.conversations import ChatFormat, messages_of
 from capgap.pipeline.corpus.sources import Document, list_files, read_documents
 from capgap.pipeline.corpus.split import Split, split_documents
 from capgap.pipeline.corpus.whole import encode_whole, in_whole_rows
+from capgap.pipeline.stage.context import StageContext
+from capgap.pipeline.stage.folder import WORK_FOLDER
 from capgap.pipeline.store import Block, ShardWriter, split_blocks
 from capgap.pipeline.store.codec import SEQUENCES, Codec
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.workflow.context import StageContext
-from capgap.pipeline.workflow.folder import WORK_FOLDER
 from capgap.schemas.base import Record
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import TokenizerFacts

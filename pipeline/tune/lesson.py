@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from capgap.pipeline.corpus.conversations import ChatFormat
-from capgap.pipeline.models import load_config, max_positions
+from capgap.pipeline.models.load import load_config, max_positions
+from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts
+from capgap.pipeline.stage.context import StageContext, StageInput
 from capgap.pipeline.store import ShardReader
-from capgap.pipeline.tokenizers import load_tokenizer, tokenizer_facts
 from capgap.pipeline.tune.chat_cache import ChatCache, chat_cache
 from capgap.pipeline.tune.data import ChatRows, chat_rows, row_facts
 from capgap.pipeline.tune.template import with_template
-from capgap.pipeline.workflow.context import StageContext, StageInput
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import TokenizerFacts
 from capgap.schemas.run_tune import TuneSettings

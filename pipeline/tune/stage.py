@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from capgap.pipeline.models import MODEL_FOLDER, load_model, model_facts, model_path, save_model
-from capgap.pipeline.scalars import METRICS_NAME
+from capgap.pipeline.models.load import MODEL_FOLDER, load_model, model_facts, model_path, save_model
+from capgap.pipeline.stage.context import CHAT_CACHE, Instance, StageContext, StageInput, StageResult
+from capgap.pipeline.stage.folder import WORK_FOLDER
+from capgap.pipeline.stage.scalars import METRICS_NAME
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.train.data import heldout_batches
 from capgap.pipeline.train.fit import fit
@@ -26,9 +28,6 @@ from capgap.pipeline.tune.data import conversations
 from capgap.pipeline.tune.lesson import Lesson, lesson_of
 from capgap.pipeline.tune.lora import Adapters, require_peft
 from capgap.pipeline.tune.template import extend_vocabulary
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageResult
-from capgap.pipeline.workflow.folder import WORK_FOLDER
-from capgap.pipeline.workflow.graph import CHAT_CACHE
 from capgap.schemas.facts import ModelFacts
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_tune import TuneSettings

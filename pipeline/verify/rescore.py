@@ -24,13 +24,13 @@ import numpy as np
 from capgap.pipeline.cache.convert import join, to_requests, to_targets
 from capgap.pipeline.cache.scoring import Engine, Scored
 from capgap.pipeline.cache.shards import CacheJob, start_engine
-from capgap.pipeline.models import MODEL_FOLDER, model_at, model_path
+from capgap.pipeline.models.load import MODEL_FOLDER, model_at, model_path
+from capgap.pipeline.stage.context import StageInput
+from capgap.pipeline.stage.device import devices_from, resolve_device
+from capgap.pipeline.stage.lease import leases
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.verify.compare import Apart, apart
-from capgap.pipeline.workflow.context import StageInput
-from capgap.pipeline.workflow.device import devices_from, resolve_device
-from capgap.pipeline.workflow.lease import leases
-from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.manifest import MANIFEST_NAME, Manifest

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from capgap.pipeline.stage.identity import content_of
+from capgap.pipeline.stage.manifests import read_manifest, read_work_order, require_seal
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.files import sha256_of
 from capgap.pipeline.store.plain_tar import require_plain_tar
 from capgap.pipeline.store.quarantine import write_quarantine
-from capgap.pipeline.workflow.identity import content_of
-from capgap.pipeline.workflow.state import read_manifest, read_work_order, require_seal
 from capgap.schemas.errors import CorruptError, InputError
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, FileEntry, Manifest, WorkOrder
 

@@ -11,11 +11,17 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from capgap.pipeline.events import event
-from capgap.pipeline.signs import current_signs, signs_of_life
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput, StageName, StageResult
-from capgap.pipeline.workflow.device import devices_from, resolve_device
-from capgap.pipeline.workflow.folder import (
+from capgap.pipeline.stage.context import (
+    STAGES_WITH_A_MODEL,
+    Instance,
+    StageContext,
+    StageInput,
+    StageName,
+    StageResult,
+)
+from capgap.pipeline.stage.device import devices_from, resolve_device
+from capgap.pipeline.stage.events import event
+from capgap.pipeline.stage.folder import (
     WORK_FOLDER,
     begin,
     clear,
@@ -25,29 +31,18 @@ from capgap.pipeline.workflow.folder import (
     lock_folder,
     remove_halves,
 )
-from capgap.pipeline.workflow.identity import content_of
-from capgap.pipeline.workflow.interrupts import interrupts_heard
-from capgap.pipeline.workflow.lease import cpu_group, leases
-from capgap.pipeline.workflow.ranks import Meeting, Ranks
-from capgap.pipeline.workflow.sources import record_sources, source_paths
-from capgap.pipeline.workflow.state import (
-    StageState,
-    State,
-    further_manifests,
-    read_manifest,
-    require_seal,
-    reused_manifests,
-    states,
-)
-from capgap.pipeline.workflow.versions import versions
+from capgap.pipeline.stage.heartbeat import current_signs, signs_of_life
+from capgap.pipeline.stage.identity import content_of
+from capgap.pipeline.stage.interrupts import interrupts_heard
+from capgap.pipeline.stage.lease import cpu_group, leases
+from capgap.pipeline.stage.manifests import read_manifest, record_sources, require_seal
+from capgap.pipeline.stage.ranks import Meeting, Ranks
+from capgap.pipeline.stage.versions import versions
+from capgap.pipeline.workflow.sources import source_paths
+from capgap.pipeline.workflow.state import StageState, State, further_manifests, reused_manifests, states
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
 from capgap.schemas.run_file import RunFile
-
-# These put a model on a device; the others only read and write files.
-STAGES_WITH_A_MODEL: frozenset[StageName] = frozenset(
-    {"teacher", "cache", "student", "train", "tune", "eval", "benchmark", "answers"}
-)
 
 
 def carry_out(

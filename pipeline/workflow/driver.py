@@ -19,9 +19,9 @@ from doit.doit_cmd import DoitMain
 from doit.exceptions import TaskFailed
 from doit.task import Task, dict_to_task
 
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.folder import make_folder
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.workflow.context import Instance
-from capgap.pipeline.workflow.folder import make_folder
 from capgap.pipeline.workflow.graph import input_names
 from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.errors import CapgapError

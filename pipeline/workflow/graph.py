@@ -6,7 +6,7 @@ from typing import Any
 
 from capgap.pipeline.answers.questions import own_questions_digest
 from capgap.pipeline.judge.prompts import prompts_digest
-from capgap.pipeline.workflow.context import STAGES, Instance, StageName
+from capgap.pipeline.stage.context import CHAT_CACHE, STAGES, Instance, StageName, further_cache
 from capgap.schemas.errors import SettingError
 from capgap.schemas.results import TEACHER
 from capgap.schemas.run_file import RunFile
@@ -14,8 +14,6 @@ from capgap.schemas.run_tune import OWN_CACHE
 
 # Stages that make the weights of an arm, each from those before it.
 _MAKERS = ("train", "tune")
-CHAT_CACHE = "caches/chat"
-"""The name of the input that `tune.cache` is."""
 
 
 def instances(run: RunFile) -> list[Instance]:
@@ -96,11 +94,6 @@ def further_caches(run: RunFile, instance: Instance) -> dict[str, str]:
     assert instance.arm is not None
     caches = run.train_settings(instance.arm).caches
     return {further_cache(name): cache.path for name, cache in caches.items() if cache.path is not None}
-
-
-def further_cache(name: str) -> str:
-    """The name of the input that `train.caches.NAME` is."""
-    return f"caches/{name}"
 
 
 def decisive_settings(run: RunFile, instance: Instance) -> dict[str, Any]:

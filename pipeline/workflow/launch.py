@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from capgap.pipeline.workflow.context import Instance
+from capgap.pipeline.stage.context import Instance
 from capgap.schemas.errors import MachineError
 from capgap.schemas.run_file import RunFile
 

@@ -16,13 +16,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from capgap.pipeline.scalars import METRICS_NAME
-from capgap.pipeline.signs import is_alive, read_signs
-from capgap.pipeline.workflow.context import StageName
-from capgap.pipeline.workflow.folder import WORK_FOLDER
+from capgap.pipeline.stage.context import StageName
+from capgap.pipeline.stage.folder import WORK_FOLDER
+from capgap.pipeline.stage.heartbeat import is_alive, read_signs
+from capgap.pipeline.stage.scalars import METRICS_NAME
 from capgap.pipeline.workflow.state import StageState, State, states
+from capgap.schemas.heartbeat import SignOfLife
 from capgap.schemas.run_file import RunFile
-from capgap.schemas.sign import SignOfLife
 
 # the end of a file of any length; a row has a few hundred bytes
 _TAIL_BYTES = 1 << 14

@@ -10,18 +10,14 @@
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from capgap.pipeline.events import event
-from capgap.pipeline.signs import signs_of_life
-from capgap.pipeline.workflow.carry_out import Clock, finish_with, make_ready, open_inputs, order_of, refuse_early
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
-from capgap.pipeline.workflow.device import devices_from, resolve_device
-from capgap.pipeline.workflow.folder import (
+from capgap.pipeline.stage.context import Instance, Slice, StageContext, StageInput
+from capgap.pipeline.stage.device import devices_from, resolve_device
+from capgap.pipeline.stage.events import event
+from capgap.pipeline.stage.folder import (
     LOCK_NAME,
     TURN_NAME,
     WORK_FOLDER,
@@ -30,43 +26,14 @@ from capgap.pipeline.workflow.folder import (
     in_use,
     make_folder,
 )
-from capgap.pipeline.workflow.lease import leases
-from capgap.pipeline.workflow.locks import ProcessLock
+from capgap.pipeline.stage.heartbeat import signs_of_life
+from capgap.pipeline.stage.lease import leases
+from capgap.pipeline.stage.locks import ProcessLock
+from capgap.pipeline.workflow.carry_out import Clock, finish_with, make_ready, open_inputs, order_of, refuse_early
 from capgap.pipeline.workflow.state import StageState, State, states
 from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.manifest import Manifest, WorkOrder
 from capgap.schemas.run_file import RunFile
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Which shards a process makes: those with `index % count == number`, or with no number whichever nobody has."""
-
-    number: int | None
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> Slice:
-        """`0/8` to `7/8`, or `any`.
-
-        Raises:
-            SettingError: it is something else.
-        """
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
-        if text == "any":
-            return cls(None)
-        if found is None or int(found[1]) >= int(found[2]):
-            raise SettingError(
-                "no such slice", where="--slice", found=text, expected="i/n with i from 0 to n - 1, or any"
-            )
-        return cls(int(found[1]), int(found[2]))
-
-    def has(self, index: int) -> bool:
-        """Whether shard `index` is this slice's to make."""
-        return self.number is None or index % self.count == self.number
-
-    def __str__(self) -> str:
-        return "any" if self.number is None else f"{self.number}/{self.count}"
 
 
 def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool = True) -> Manifest | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.store.files import sha256_of
-from capgap.pipeline.workflow.context import Instance
 from capgap.schemas.errors import InputError
 from capgap.schemas.manifest import SourceEntry
 from capgap.schemas.run_file import RunFile
@@ -48,19 +47,6 @@ def source_paths(run: RunFile, instance: Instance) -> list[Path]:
             return [*chats, *([template] if template.is_file() else []), *_model_files(run.tune.path)]
         case _:
             return []
-
-
-def record_sources(paths: Iterable[Path]) -> tuple[SourceEntry, ...]:
-    """What the files are now."""
-    entries = []
-    for path in paths:
-        before = path.stat()
-        entries.append(
-            SourceEntry(
-                path=str(path), num_bytes=before.st_size, modified_ns=before.st_mtime_ns, sha256=sha256_of(path)
-            )
-        )
-    return tuple(entries)
 
 
 def changed_source(run: RunFile, instance: Instance, recorded: tuple[SourceEntry, ...]) -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.ranks import Meeting, ranks_in_environment
 from capgap.pipeline.workflow.carry_out import carry_out, open_inputs, work
-from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.launch import LOST, is_launched, launch
-from capgap.pipeline.workflow.ranks import Meeting, ranks_in_environment
 from capgap.pipeline.workflow.state import states
 from capgap.schemas.errors import MachineError, SettingError
 from capgap.schemas.run_file import RunFile

@@ -35,7 +35,7 @@ def test_every_way_is_measured_and_the_goals_are_judged(tmp_path: Path) -> None:
     kept = json.loads(path.read_text())
     assert kept["machine"]["device"] and path.name.startswith("sparse-kl-")
     (shape,) = kept["figures"]
-    assert [shape[key] for key in ("num_rows", "hidden", "vocab", "num_kept")] == [1500, 8, 250, 4]
+    assert [shape[key] for key in ("num_rows", "hidden", "vocab", "top_k")] == [1500, 8, 250, 4]
     missing = {name for name, figures in shape["ways"].items() if figures is None}
     assert missing - {"torch linear_cross_entropy"} == NEEDS_A_GPU
     for name, figures in shape["ways"].items():

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from capgap.jobs.arguments import parse_run, run_parser
-from capgap.pipeline.workflow.context import OPTIONAL_STAGES, STAGES
+from capgap.pipeline.stage.context import OPTIONAL_STAGES, STAGES
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"

@@ -81,8 +81,8 @@ def test_a_missing_setting_is_named(run: Run) -> None:
 
 
 def test_contradicting_settings_are_both_named(run: Run) -> None:
-    line = run.refused("--cache.recording", "topk", "--cache.num_draws", "3")
-    assert "cache.num_draws" in line and "topk" in line and "cache.num_kept" in line
+    line = run.refused("--cache.recording", "topk", "--cache.num_samples", "3")
+    assert "cache.num_samples" in line and "topk" in line and "cache.top_k" in line
 
 
 def test_an_arm_with_an_unknown_setting_is_named(run: Run) -> None:

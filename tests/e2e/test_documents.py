@@ -13,8 +13,8 @@ from command import capgap
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import read_blocks
-from capgap.pipeline.workflow.state import read_manifest
 
 TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}] "
@@ -51,7 +51,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "heldout_fraction": 0.2,
         },
         "teacher": {"model": shape, "training": {"num_epochs": 4, "learning_rate": 1e-2}},
-        "cache": {"engine": "transformers", "recording": "both", "num_kept": 8},
+        "cache": {"engine": "transformers", "recording": "both", "top_k": 8},
         "student": {"model": shape | {"num_layers": 1}},
         "train": {"batch_sequences": 4, "num_epochs": 4, "learning_rate": 1e-2, "recording": "sampled"},
         "arms": {

@@ -12,9 +12,9 @@ from command import capgap, run_of
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
-from capgap.pipeline.prune.cut import cut
-from capgap.pipeline.prune.kept import choose, random_scores
-from capgap.pipeline.prune.shapes import shape_of
+from capgap.pipeline.student.cut import cut
+from capgap.pipeline.student.kept import choose, random_scores
+from capgap.pipeline.student.shapes import shape_of
 
 TEMPLATE = "{% for m in messages %}import {{ m.content }} {% endfor %}"
 

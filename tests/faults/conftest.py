@@ -61,7 +61,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "shard_sequences": 8,
         },
         "teacher": {"path": str(folder / "teacher")},
-        "cache": {"engine": "transformers", "num_draws": 20, "chunk_rows": 100, "batch_tokens": 200},
+        "cache": {"engine": "transformers", "num_samples": 20, "chunk_rows": 100, "batch_tokens": 200},
         "student": {"model": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}},
         "train": {
             "batch_sequences": 4,

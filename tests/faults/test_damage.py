@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from processes import Zygote, one_line
 
+from capgap.pipeline.stage.manifests import read_manifest, read_work_order
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.verify.verify import verify
-from capgap.pipeline.workflow.state import read_manifest, read_work_order
 from capgap.schemas.errors import CapgapError, CorruptError
 from capgap.schemas.manifest import Manifest
 

@@ -22,10 +22,10 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from capgap.pipeline.stage.manifests import read_manifest, require_seal
 from capgap.pipeline.store import Block, Codec, ShardReader, ShardWriter, rank_ids
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK_CODECS
 from capgap.pipeline.store.ranking import RANKING_NAME
-from capgap.pipeline.workflow.state import read_manifest, require_seal
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.manifest import MANIFEST_NAME, ShardSet
 from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets

@@ -20,11 +20,11 @@ import pyarrow as pa
 import pytest
 import zstandard
 
+from capgap.pipeline.stage.folder import content_files, finish
+from capgap.pipeline.stage.identity import content_of
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.verify.verify import verify
-from capgap.pipeline.workflow.folder import content_files, finish
-from capgap.pipeline.workflow.identity import content_of
-from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.errors import CapgapError, CorruptError, InputError
 from capgap.schemas.manifest import Manifest, Members, ShardEntry
 

@@ -15,7 +15,7 @@ import torch
 from processes import Zygote, one_line
 from safetensors.torch import load_file
 
-from capgap.pipeline.models import load_model
+from capgap.pipeline.models.load import load_model
 from capgap.schemas.errors import InputError
 
 CODE = """

@@ -12,7 +12,7 @@ from processes import Zygote
 
 from capgap.pipeline.law.grid import curves
 from capgap.pipeline.law.table import read_table
-from capgap.pipeline.workflow.state import read_manifest
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.schemas.law import LawRun
 
 pytestmark = pytest.mark.slow

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from processes import TIMEOUT_S, Zygote, is_alive
 
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import SequenceLoader, ShardReader
-from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.manifest import Manifest
 
 SHAPE = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
@@ -121,7 +121,7 @@ def test_every_run_of_the_grid_is_a_row_with_its_result(whole: Path, grid: dict[
             assert row["loss"] == student["loss"] and row["metrics"]["kl"] == student["against_teacher"]["kl"]
         kept = manifest(whole, f"teachers/{row['teacher']['name']}/cache")
         assert row["cache"]["identity"] == kept.identity
-        assert row["cache"]["num_ids"] == grid["cache"]["num_draws"]
+        assert row["cache"]["num_ids"] == grid["cache"]["num_samples"]
     trained = {row["teacher"]["name"]: row["teacher"]["train_tokens"] for row in rows if row["teacher"]}
     assert trained["given"] is None and 0 < trained["small"] <= 1000
     assert (whole / "law.json").is_file() and (whole / "law.html").is_file()
@@ -243,7 +243,7 @@ def test_a_reused_cache_of_another_recording_is_refused_before_anything_is_train
 ) -> None:
     values = {
         **grid,
-        "cache": {**grid["cache"], "num_draws": 10},
+        "cache": {**grid["cache"], "num_samples": 10},
         "reuse": {"corpus": str(whole / "corpus"), "caches": {"given": str(whole / "teachers/given/cache")}},
     }
     path = tmp_path / "grid.yaml"

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from capgap.jobs.cli import main
-from capgap.pipeline.workflow.context import STAGES
+from capgap.pipeline.stage.context import STAGES
 
 HEAVY = (lightning, pyarrow, torch, transformers, transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast)
 

@@ -15,7 +15,7 @@ import yaml
 
 from capgap.jobs.arguments import parse_run, run_parser
 from capgap.jobs.commands import stage_parser
-from capgap.pipeline.workflow.slices import Slice
+from capgap.pipeline.stage.context import Slice
 
 ROOT = Path(__file__).parents[2]
 K8S, SKY = ROOT / "jobs" / "k8s", ROOT / "jobs" / "sky"

@@ -79,8 +79,8 @@ PARSED: dict[str, tuple[dict[str, Any] | str, str]] = {
         "student",
     ),
     "settings that contradict": (
-        GOOD | {"cache": {"recording": "topk", "num_draws": 50}},
-        "cache.num_draws: found with recording topk, expected sampled; use cache.num_kept",
+        GOOD | {"cache": {"recording": "topk", "num_samples": 50}},
+        "cache.num_samples: found with recording topk, expected sampled; use cache.top_k",
     ),
     "a micro-batch that does not divide": (
         GOOD | {"train": {"batch_sequences": 8, "micro_batch_sequences": 3}},

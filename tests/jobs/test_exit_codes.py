@@ -23,7 +23,7 @@ import yaml
 
 from capgap.jobs import cli
 from capgap.jobs.faults import named
-from capgap.pipeline.workflow.lease import leases
+from capgap.pipeline.stage.lease import leases
 from capgap.schemas.errors import CapgapError, CorruptError, InputError, MachineError
 
 CAPGAP = Path(sys.executable).with_name("capgap")

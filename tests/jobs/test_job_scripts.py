@@ -11,7 +11,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from capgap.jobs.arguments import parse_run
 from capgap.jobs.commands import stage_parser
-from capgap.pipeline.workflow.slices import Slice
+from capgap.pipeline.stage.context import Slice
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [ROOT / "jobs/slurm/cache.sbatch", ROOT / "jobs/ray/cache.sh", ROOT / "jobs/slurm/train.sbatch"]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from capgap.jobs.logs import set_up_logs, tell, tell_crash
-from capgap.pipeline.events import event, set_stage
+from capgap.pipeline.stage.events import event, set_stage
 
 NAMES = {"time", "level", "stage", "event", "message", "fields"}
 
@@ -122,8 +122,8 @@ def test_a_crash_is_one_json_line_with_its_traceback(capsys: pytest.CaptureFixtu
 _ABOVE_THE_BAR = """
 import time
 from capgap.jobs.logs import set_up_logs
-from capgap.pipeline.events import event
-from capgap.pipeline.progress import progress
+from capgap.pipeline.stage.events import event
+from capgap.pipeline.stage.progress import progress
 set_up_logs([])
 with progress("cache", 20, "sequences", lines=False) as meter:
     for number in range(20):

@@ -19,9 +19,9 @@ from capgap.jobs.plain_yaml import require_plain
 from capgap.jobs.plan import plan_parser
 from capgap.jobs.status import status_parser
 from capgap.pipeline.law.expand import cells
-from capgap.pipeline.prune.cut import pruned_config
-from capgap.pipeline.prune.shapes import shape_of, target_shape
-from capgap.pipeline.workflow.context import OPTIONAL_STAGES, STAGES
+from capgap.pipeline.stage.context import OPTIONAL_STAGES, STAGES
+from capgap.pipeline.student.cut import pruned_config
+from capgap.pipeline.student.shapes import shape_of, target_shape
 from capgap.pipeline.workflow.graph import instances
 from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.run_file import RunFile
@@ -157,6 +157,6 @@ def test_help_names_every_command_and_setting(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for setting in ("--train.alpha", "--cache.num_draws", "--corpus.long_documents", "--teacher.model"):
+    for setting in ("--train.alpha", "--cache.num_samples", "--corpus.long_documents", "--teacher.model"):
         assert setting in text
     assert "Peak learning rate." in text

@@ -22,9 +22,9 @@ import pytest
 import yaml
 
 from capgap.jobs.cli import main
-from capgap.pipeline.signs import signs_of_life
-from capgap.pipeline.workflow.folder import WORK_FOLDER, begin, content_files, finish
-from capgap.pipeline.workflow.identity import content_of
+from capgap.pipeline.stage.folder import WORK_FOLDER, begin, content_files, finish
+from capgap.pipeline.stage.heartbeat import signs_of_life
+from capgap.pipeline.stage.identity import content_of
 from capgap.pipeline.workflow.state import states
 from capgap.schemas.errors import MachineError
 from capgap.schemas.manifest import Manifest

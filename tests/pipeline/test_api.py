@@ -21,7 +21,7 @@ from capgap.schemas.run_file import RunFile
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
     settings: dict[str, Any] = settings_of(tmp_path_factory.mktemp("run") / "tiny", "number")
-    settings["cache"] |= {"recording": "both", "num_kept": 9, "extra_temperatures": [2.0]}
+    settings["cache"] |= {"recording": "both", "top_k": 9, "extra_temperatures": [2.0]}
     for instance in NEEDED:
         carry_out(RunFile.model_validate(settings), instance)
     return Path(settings["out"])

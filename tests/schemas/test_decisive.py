@@ -82,7 +82,7 @@ LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight", "benchmarks", "judge",
         (PruneSettings(num_layers=2), {"batch_sequences": 7}),
         (RunFile.model_validate(BASE), {"out": "elsewhere", "device": "cpu"}),
         (
-            EvalSettings(teacher="live", num_samples=7, sample_tokens=7, speculative=SpeculativeSettings()),
+            EvalSettings(teacher="live", num_text_samples=7, text_sample_tokens=7, speculative=SpeculativeSettings()),
             {"batch_sequences": 7},
         ),
         (SpeculativeSettings(), {"gpu_memory_fraction": 0.5}),
@@ -125,12 +125,12 @@ def test_operational_settings_inside_others_are_left_out_too() -> None:
 def test_what_is_left_out_decides_like_its_default_spelt_out() -> None:
     pairs = [
         (TeacherSettings(model=ModelShape()), TeacherSettings.model_validate({"model": {}, "training": {}})),
-        (CacheSettings(), CacheSettings(num_draws=50)),
-        (CacheSettings(recording="topk"), CacheSettings(recording="topk", num_kept=64, profile="near-lossless")),
+        (CacheSettings(), CacheSettings(num_samples=50)),
+        (CacheSettings(recording="topk"), CacheSettings(recording="topk", top_k=64, profile="near-lossless")),
         (
             CacheSettings(recording="both", extra_temperatures=(3.0, 2.0)),
             CacheSettings(
-                recording="both", num_draws=50, num_kept=64, profile="near-lossless", extra_temperatures=(2.0, 3.0)
+                recording="both", num_samples=50, top_k=64, profile="near-lossless", extra_temperatures=(2.0, 3.0)
             ),
         ),
         (CorpusSettings(), CorpusSettings(vocab_size=4096)),
@@ -209,8 +209,8 @@ def test_held_out_sequences_decide_and_their_default_leaves_older_caches_current
 
 def test_what_eval_asks_of_the_teacher_decides_and_the_default_leaves_older_results_current() -> None:
     plain = EvalSettings().decisive()
-    assert not {"teacher", "speculative", "num_samples", "sample_tokens"} & set(plain)
-    assert EvalSettings(num_samples=0).decisive() == plain | {"num_samples": 0}
+    assert not {"teacher", "speculative", "num_text_samples", "text_sample_tokens"} & set(plain)
+    assert EvalSettings(num_text_samples=0).decisive() == plain | {"num_text_samples": 0}
     assert EvalSettings(teacher="cache").decisive() == plain | {"teacher": "cache"}
     drafting = EvalSettings(speculative=SpeculativeSettings(num_prompts=7, gpu_memory_fraction=0.5)).decisive()
     assert drafting["speculative"]["num_prompts"] == 7 and "gpu_memory_fraction" not in drafting["speculative"]

@@ -94,8 +94,8 @@ def test_a_missing_setting_is_named(path: str) -> None:
         ("teacher.seed", -1),
         ("cache.engine", "http"),
         ("cache.recording", "all"),
-        ("cache.num_draws", 0),
-        ("cache.num_draws", 65536),
+        ("cache.num_samples", 0),
+        ("cache.num_samples", 65536),
         ("cache.temperature", 0),
         ("cache.extra_temperatures", "hot"),
         ("corpus.context", "none"),
@@ -129,17 +129,17 @@ def test_a_value_of_the_wrong_kind_or_size_is_refused_where_it_stands(path: str,
 
 
 def test_all_faults_are_told_at_once() -> None:
-    found = {where for where, _ in _refusals({"cache.num_draws": 0, "train.alpha": 2, "nmae": "x"})}
-    assert found == {"cache.num_draws", "train.alpha", "nmae"}
+    found = {where for where, _ in _refusals({"cache.num_samples": 0, "train.alpha": 2, "nmae": "x"})}
+    assert found == {"cache.num_samples", "train.alpha", "nmae"}
 
 
 @pytest.mark.parametrize(
     ("settings", "where", "message"),
     [
         (
-            {"cache.num_kept": 8},
+            {"cache.top_k": 8},
             "cache",
-            "cache.num_kept: found with recording sampled, expected topk; use cache.num_d",
+            "cache.top_k: found with recording sampled, expected topk; use cache.num_samples",
         ),
         ({"cache.profile": "small"}, "cache", "cache.profile: found with recording sampled, expected topk"),
         (
@@ -157,7 +157,7 @@ def test_all_faults_are_told_at_once() -> None:
             "cache",
             "cache.extra_temperatures: found [0.0], expected numbers above 0",
         ),
-        ({"cache.recording": "topk", "cache.num_draws": 8}, "cache", "cache.num_draws: found with recording topk"),
+        ({"cache.recording": "topk", "cache.num_samples": 8}, "cache", "cache.num_samples: found with recording topk"),
         ({"corpus.tokenizer": "t", "corpus.vocab_size": 512}, "corpus", "corpus.vocab_size: found beside corpus.token"),
         (
             {"corpus.teacher_fraction": 0.7, "corpus.heldout_fraction": 0.3},

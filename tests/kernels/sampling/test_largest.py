@@ -10,20 +10,20 @@ def _rows(vocab_size: int) -> torch.Tensor:
     return torch.randn(12, vocab_size, generator=torch.Generator().manual_seed(1))
 
 
-def _require_those_of_torch(rows_NV: torch.Tensor, num_kept: int) -> None:
-    kept_NK, ids_NK = largest(rows_NV, num_kept)
-    expected_NK = rows_NV.topk(num_kept).values
+def _require_those_of_torch(rows_NV: torch.Tensor, top_k: int) -> None:
+    kept_NK, ids_NK = largest(rows_NV, top_k)
+    expected_NK = rows_NV.topk(top_k).values
     assert kept_NK.dtype == rows_NV.dtype and ids_NK.dtype == torch.int64
     assert torch.equal(kept_NK.nan_to_num(), expected_NK.nan_to_num())
     assert torch.equal(rows_NV.gather(1, ids_NK).nan_to_num(), expected_NK.nan_to_num())
-    assert all(len(set(row)) == num_kept for row in ids_NK.tolist())
+    assert all(len(set(row)) == top_k for row in ids_NK.tolist())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_kept", [1, 2, 17, 64, 300, 999, 1000])
+@pytest.mark.parametrize("top_k", [1, 2, 17, 64, 300, 999, 1000])
 @pytest.mark.parametrize("vocab_size", [1000, 4099])
-def test_the_largest_are_those_of_torch(vocab_size: int, num_kept: int, dtype: torch.dtype) -> None:
-    _require_those_of_torch(_rows(vocab_size).to(dtype), num_kept)
+def test_the_largest_are_those_of_torch(vocab_size: int, top_k: int, dtype: torch.dtype) -> None:
+    _require_those_of_torch(_rows(vocab_size).to(dtype), top_k)
 
 
 def test_numbers_that_float32_cannot_tell_apart_are_told_apart_in_float64() -> None:

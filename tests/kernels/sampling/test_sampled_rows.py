@@ -21,7 +21,7 @@ def _logits(num_rows: int, vocab_size: int, scale: float, seed: int = 0) -> torc
 @given(
     num_rows=st.sampled_from([0, 1, 9]),
     vocab_size=st.sampled_from([1, 2, 31, 32, 33, 500, 1025]),
-    num_draws=st.sampled_from([1, 2, 50, 64]),
+    num_samples=st.sampled_from([1, 2, 50, 64]),
     scale=st.sampled_from([0.1, 3.0, 50.0]),
     temperature=st.sampled_from([1.0, 2.0]),
     padding=st.sampled_from([0, 1, 40]),
@@ -31,7 +31,7 @@ def _logits(num_rows: int, vocab_size: int, scale: float, seed: int = 0) -> torc
 def test_each_draw_is_the_id_at_its_point_of_the_cumulative_distribution(
     num_rows: int,
     vocab_size: int,
-    num_draws: int,
+    num_samples: int,
     scale: float,
     temperature: float,
     padding: int,
@@ -43,12 +43,12 @@ def test_each_draw_is_the_id_at_its_point_of_the_cumulative_distribution(
     if edge is not None:
         offsets_N.fill_(edge)
     labels_N = torch.arange(num_rows) % vocab_size
-    fast = sampled_rows(logits_NV, labels_N, offsets_N, num_draws, temperature, vocab_size)
-    true = reference.sampled_rows(logits_NV, labels_N, offsets_N, num_draws, temperature, vocab_size)
+    fast = sampled_rows(logits_NV, labels_N, offsets_N, num_samples, temperature, vocab_size)
+    true = reference.sampled_rows(logits_NV, labels_N, offsets_N, num_samples, temperature, vocab_size)
 
     probs_NV = torch.softmax(logits_NV[:, :vocab_size].double() / temperature, -1)
     ends_NV = probs_NV.cumsum(-1)
-    points_Nn = (torch.arange(num_draws) + offsets_N.double()[:, None]) / num_draws
+    points_Nn = (torch.arange(num_samples) + offsets_N.double()[:, None]) / num_samples
     ids_Nn = fast.draws_Nn.long()
     # float32 probabilities up to 1 whose block sums are taken in float32: 32 roundings of 6e-8
     assert (points_Nn <= ends_NV.gather(1, ids_Nn) + 2e-6).all()
@@ -68,28 +68,28 @@ def test_each_draw_is_the_id_at_its_point_of_the_cumulative_distribution(
 
 @pytest.mark.parametrize("scorer", [sampled_rows, reference.sampled_rows], ids=["fast", "reference"])
 def test_counts_average_to_n_p_over_the_offset(scorer) -> None:
-    num_draws, num_offsets, vocab_size = 10, 512, 77
+    num_samples, num_offsets, vocab_size = 10, 512, 77
     logits_NV = _logits(1, vocab_size, 2.0).expand(num_offsets, -1)
     grid_N = (torch.arange(num_offsets) + 0.5) / num_offsets
-    draws_Nn = scorer(logits_NV, torch.zeros(num_offsets, dtype=torch.long), grid_N, num_draws).draws_Nn
-    mean_V = _counts(draws_Nn, vocab_size).mean(0) / num_draws
+    draws_Nn = scorer(logits_NV, torch.zeros(num_offsets, dtype=torch.long), grid_N, num_samples).draws_Nn
+    mean_V = _counts(draws_Nn, vocab_size).mean(0) / num_samples
     # all offsets' points together are a grid of 5120: an interval holds its share to one point, rounding aside
     difference_V = (mean_V - torch.softmax(logits_NV[0].double(), -1)).abs()
-    assert difference_V.max() <= 1.01 / (num_draws * num_offsets)
+    assert difference_V.max() <= 1.01 / (num_samples * num_offsets)
 
 
 @pytest.mark.parametrize("scale", [0.3, 4.0])
 def test_a_count_is_the_floor_or_the_ceiling_of_n_p(scale: float) -> None:
-    num_rows, num_draws, vocab_size = 64, 50, 300
+    num_rows, num_samples, vocab_size = 64, 50, 300
     logits_NV = _logits(num_rows, vocab_size, scale)
     offsets_N = torch.rand(num_rows, generator=torch.Generator().manual_seed(1))
-    draws_Nn = sampled_rows(logits_NV, torch.zeros(num_rows, dtype=torch.long), offsets_N, num_draws).draws_Nn
+    draws_Nn = sampled_rows(logits_NV, torch.zeros(num_rows, dtype=torch.long), offsets_N, num_samples).draws_Nn
     counts_NV = _counts(draws_Nn, vocab_size)
-    expected_NV = num_draws * torch.softmax(logits_NV.double(), -1)
+    expected_NV = num_samples * torch.softmax(logits_NV.double(), -1)
     # an expectation within float32 rounding of a whole number may fall to either side of it
     assert (counts_NV >= (expected_NV - 1e-4).floor()).all()
     assert (counts_NV <= (expected_NV + 1e-4).ceil()).all()
-    assert (counts_NV.sum(-1) == num_draws).all()
+    assert (counts_NV.sum(-1) == num_samples).all()
 
 
 @settings(deadline=None, max_examples=60)
@@ -171,7 +171,7 @@ def test_a_label_outside_the_vocabulary_has_probability_zero() -> None:
     [
         ({"offsets_N": torch.zeros(3)}, r"offsets_N: got \[3\] torch.float32, expected \[2\]"),
         ({"offsets_N": torch.zeros(2, dtype=torch.long)}, r"offsets_N: got \[2\] torch.int64"),
-        ({"num_draws": 0}, "num_draws: got 0, expected at least 1"),
+        ({"num_samples": 0}, "num_samples: got 0, expected at least 1"),
         ({"vocab_size": 0}, "vocab_size: got 0, expected 1 to 5"),
         ({"temperature": float("inf")}, "temperature: got inf"),
     ],
@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_refused_with_what_was_got(scorer, changed: dict, m
         "logits_NV": torch.zeros(2, 5),
         "labels_N": torch.zeros(2, dtype=torch.long),
         "offsets_N": torch.zeros(2),
-        "num_draws": 2,
+        "num_samples": 2,
     }
     with pytest.raises(ValueError, match=message):
         scorer(**(arguments | changed))
@@ -190,35 +190,35 @@ def test_what_does_not_fit_is_refused_with_what_was_got(scorer, changed: dict, m
 
 @pytest.mark.parametrize(("scale", "at_least"), [(0.3, 1.5), (4.0, 5.0)], ids=["flat", "sharp"])
 def test_counts_vary_less_than_those_of_independent_draws(scale: float, at_least: float) -> None:
-    num_rows, num_draws, vocab_size = 2000, 50, 60
+    num_rows, num_samples, vocab_size = 2000, 50, 60
     logits_NV = _logits(1, vocab_size, scale).expand(num_rows, -1).contiguous()
     offsets_N = torch.rand(num_rows, generator=torch.Generator().manual_seed(4))
-    draws_Nn = sampled_rows(logits_NV, torch.zeros(num_rows, dtype=torch.long), offsets_N, num_draws).draws_Nn
-    shares_NV = _counts(draws_Nn, vocab_size) / num_draws
+    draws_Nn = sampled_rows(logits_NV, torch.zeros(num_rows, dtype=torch.long), offsets_N, num_samples).draws_Nn
+    shares_NV = _counts(draws_Nn, vocab_size) / num_samples
     probs_V = torch.softmax(logits_NV[0].double(), -1)
     error = (shares_NV - probs_V).square().sum(-1).mean()
     # independent draws: each share has variance p (1 - p) / n
-    independent = (probs_V * (1 - probs_V)).sum() / num_draws
+    independent = (probs_V * (1 - probs_V)).sum() / num_samples
     assert independent / error > at_least
     # exactly f (1 - f) / n^2, with f what n p has after the point; 2000 offsets leave 2 % of chance
-    fraction_V = (num_draws * probs_V).frac()
-    assert float(error) == pytest.approx(float((fraction_V * (1 - fraction_V)).sum() / num_draws**2), rel=0.1)
+    fraction_V = (num_samples * probs_V).frac()
+    assert float(error) == pytest.approx(float((fraction_V * (1 - fraction_V)).sum() / num_samples**2), rel=0.1)
 
 
 @pytest.mark.parametrize("scale", [0.3, 4.0], ids=["flat", "sharp"])
 def test_counts_over_random_offsets_pass_a_chi_square_test(scale: float) -> None:
-    num_rows, num_draws, vocab_size = 4000, 50, 60
+    num_rows, num_samples, vocab_size = 4000, 50, 60
     logits_NV = _logits(1, vocab_size, scale, seed=3).expand(num_rows, -1).contiguous()
     offsets_N = torch.rand(num_rows, generator=torch.Generator().manual_seed(5))
-    draws_Nn = sampled_rows(logits_NV, torch.zeros(num_rows, dtype=torch.long), offsets_N, num_draws).draws_Nn
+    draws_Nn = sampled_rows(logits_NV, torch.zeros(num_rows, dtype=torch.long), offsets_N, num_samples).draws_Nn
     probs_V = torch.softmax(logits_NV[0].double(), -1)
-    fraction_V = (num_draws * probs_V).frac()
+    fraction_V = (num_samples * probs_V).frac()
     variance_V = fraction_V * (1 - fraction_V) / num_rows
-    difference_V = _counts(draws_Nn, vocab_size).mean(0) - num_draws * probs_V
+    difference_V = _counts(draws_Nn, vocab_size).mean(0) - num_samples * probs_V
     # each id's mean count is its expectation up to its own standard error; five of them in 60 ids are chance of 3e-5
     assert (difference_V.abs() < 5 * variance_V.sqrt() + 1e-6).all()
     # one draw of each row, at random, is an independent draw from the row's distribution: Pearson's test
-    which_N = torch.randint(num_draws, (num_rows, 1), generator=torch.Generator().manual_seed(6))
+    which_N = torch.randint(num_samples, (num_rows, 1), generator=torch.Generator().manual_seed(6))
     found_V = torch.bincount(draws_Nn.gather(1, which_N)[:, 0], minlength=vocab_size)
     common_V = num_rows * probs_V > 5
     terms_V = (found_V - num_rows * probs_V).square() / (num_rows * probs_V)
@@ -230,8 +230,8 @@ def test_counts_over_random_offsets_pass_a_chi_square_test(scale: float) -> None
 def test_the_block_is_small_beside_the_vocabulary_and_covers_any_number_of_draws() -> None:
     logits_NV = _logits(20, 40, 2.0)
     offsets_N = torch.rand(20, generator=torch.Generator().manual_seed(2))
-    for num_draws in (1, 7, 5000):
-        fast = sampled_rows(logits_NV, torch.zeros(20, dtype=torch.long), offsets_N, num_draws)
-        true = reference.sampled_rows(logits_NV, torch.zeros(20, dtype=torch.long), offsets_N, num_draws)
+    for num_samples in (1, 7, 5000):
+        fast = sampled_rows(logits_NV, torch.zeros(20, dtype=torch.long), offsets_N, num_samples)
+        true = reference.sampled_rows(logits_NV, torch.zeros(20, dtype=torch.long), offsets_N, num_samples)
         # a point within float32 rounding of an id's end may fall to its neighbour
-        assert (fast.draws_Nn != true.draws_Nn).sum() <= 1 + num_draws * 20 // 2000
+        assert (fast.draws_Nn != true.draws_Nn).sum() <= 1 + num_samples * 20 // 2000

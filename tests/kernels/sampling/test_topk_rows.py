@@ -14,21 +14,21 @@ POWERS = (0.25, 2.0)
 def cases(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int, float, int | None]:
     num_rows, num_columns = draw(st.sampled_from([0, 1, 7])), draw(st.sampled_from([1, 2, 31, 33, 257]))
     vocab_size = draw(st.sampled_from([None, max(1, num_columns - 3)]))
-    num_kept = draw(st.sampled_from([1, max(1, num_columns // 2), num_columns if vocab_size is None else vocab_size]))
-    num_kept = min(num_kept, num_columns if vocab_size is None else vocab_size)
+    top_k = draw(st.sampled_from([1, max(1, num_columns // 2), num_columns if vocab_size is None else vocab_size]))
+    top_k = min(top_k, num_columns if vocab_size is None else vocab_size)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     scale = draw(st.sampled_from([0.1, 3.0, 80.0]))
     logits_NV = torch.randn(num_rows, num_columns, generator=generator) * scale
     labels_N = torch.randint(0, num_columns if vocab_size is None else vocab_size, (num_rows,), generator=generator)
-    return logits_NV, labels_N, num_kept, draw(st.sampled_from([1.0, 2.0])), vocab_size
+    return logits_NV, labels_N, top_k, draw(st.sampled_from([1.0, 2.0])), vocab_size
 
 
 @settings(deadline=None, max_examples=80)
 @given(cases())
 def test_the_fast_scorer_agrees_with_float64(case: tuple[torch.Tensor, torch.Tensor, int, float, int | None]) -> None:
-    logits_NV, labels_N, num_kept, temperature, vocab_size = case
-    fast = topk_rows(logits_NV, labels_N, num_kept, temperature, vocab_size, POWERS)
-    true = reference.topk_rows(logits_NV, labels_N, num_kept, temperature, vocab_size, POWERS)
+    logits_NV, labels_N, top_k, temperature, vocab_size = case
+    fast = topk_rows(logits_NV, labels_N, top_k, temperature, vocab_size, POWERS)
+    true = reference.topk_rows(logits_NV, labels_N, top_k, temperature, vocab_size, POWERS)
     # logprobs reach 500, where half a unit in the last place of float32 is 1.5e-5; two roundings
     close = {"atol": 4e-5, "rtol": 1e-6, "check_dtype": False}
     torch.testing.assert_close(fast.logprobs_NK, true.logprobs_NK, **close)
@@ -42,7 +42,7 @@ def test_the_fast_scorer_agrees_with_float64(case: tuple[torch.Tensor, torch.Ten
     logprobs_NV = torch.log_softmax(logits_NV[:, :vocab_size].double() / temperature, -1)
     at_ids_NK = logprobs_NV.gather(1, fast.ids_NK.long())
     torch.testing.assert_close(fast.logprobs_NK, at_ids_NK, **close)
-    assert all(len(set(row)) == num_kept for row in fast.ids_NK.tolist())
+    assert all(len(set(row)) == top_k for row in fast.ids_NK.tolist())
     assert (fast.logprobs_NK.diff(dim=-1) <= 0).all()
 
 
@@ -103,16 +103,16 @@ def test_the_callers_logits_are_left_alone() -> None:
         ({"logits_NV": torch.zeros(2, 5, dtype=torch.int32)}, r"logits_NV: got \[2, 5\] torch.int32"),
         ({"labels_N": torch.zeros(3, dtype=torch.long)}, r"labels_N: got \[3\]"),
         ({"labels_N": torch.zeros(2)}, r"labels_N: got \[2\] torch.float32"),
-        ({"num_kept": 6}, "num_kept: got 6, expected 1 to 5"),
-        ({"num_kept": 0}, "num_kept: got 0"),
-        ({"num_kept": 4, "vocab_size": 3}, "num_kept: got 4, expected 1 to 3"),
+        ({"top_k": 6}, "top_k: got 6, expected 1 to 5"),
+        ({"top_k": 0}, "top_k: got 0"),
+        ({"top_k": 4, "vocab_size": 3}, "top_k: got 4, expected 1 to 3"),
         ({"vocab_size": 6}, "vocab_size: got 6, expected 1 to 5"),
         ({"temperature": 0.0}, "temperature: got 0.0"),
     ],
 )
 @pytest.mark.parametrize("scorer", [topk_rows, reference.topk_rows], ids=["fast", "reference"])
 def test_what_does_not_fit_is_refused_with_what_was_got(scorer, changed: dict, message: str) -> None:
-    arguments = {"logits_NV": torch.zeros(2, 5), "labels_N": torch.zeros(2, dtype=torch.long), "num_kept": 2}
+    arguments = {"logits_NV": torch.zeros(2, 5), "labels_N": torch.zeros(2, dtype=torch.long), "top_k": 2}
     with pytest.raises(ValueError, match=message):
         scorer(**(arguments | changed))
 
@@ -154,16 +154,16 @@ def test_both_from_one_softmax_are_each_as_alone(vocab_size: int | None, tempera
             assert torch.equal(getattr(found, name), tensor), name
 
 
-@pytest.mark.parametrize("num_kept", [1, 2, 17, 64, 300])
+@pytest.mark.parametrize("top_k", [1, 2, 17, 64, 300])
 @pytest.mark.parametrize("vocab_size", [1000, 4096, 4099, 50257])
-def test_ids_found_in_two_steps_are_those_of_one(vocab_size: int, num_kept: int) -> None:
+def test_ids_found_in_two_steps_are_those_of_one(vocab_size: int, top_k: int) -> None:
     logits_NV = torch.randn(6, vocab_size, generator=torch.Generator().manual_seed(1))
     logits_NV[0] = logits_NV[0].round()  # hundreds of equals
     logits_NV[1, 30:] = -torch.inf
     logits_NV[2, :-3] -= 50  # the likeliest stand behind the last whole column
-    rows = topk_rows(logits_NV, torch.zeros(6, dtype=torch.long), num_kept)
-    true = reference.topk_rows(logits_NV, torch.zeros(6, dtype=torch.long), num_kept)
+    rows = topk_rows(logits_NV, torch.zeros(6, dtype=torch.long), top_k)
+    true = reference.topk_rows(logits_NV, torch.zeros(6, dtype=torch.long), top_k)
     # float32 against float64 logprobs of up to 60 nats
     torch.testing.assert_close(rows.logprobs_NK, true.logprobs_NK, atol=1e-5, rtol=1e-6, check_dtype=False)
-    assert torch.equal(logits_NV.gather(1, rows.ids_NK.long()), logits_NV.topk(num_kept).values)
-    assert all(len(set(row)) == num_kept for row in rows.ids_NK.tolist())
+    assert torch.equal(logits_NV.gather(1, rows.ids_NK.long()), logits_NV.topk(top_k).values)
+    assert all(len(set(row)) == top_k for row in rows.ids_NK.tolist())

@@ -41,7 +41,7 @@ TYPES = {
     "ce_ptr": "*fp32",
     "vocab_size": "i32",
     "num_columns": "i32",
-    "num_kept": "i32",
+    "top_k": "i32",
 }
 SCALARS = ("inverse_temperature", "beta", "softcap")
 Variant = tuple[int, str, str, float, float | None, bool, int, str]
@@ -63,9 +63,9 @@ def every() -> Iterator[Variant]:
 
 def compile_one(variant: Variant) -> dict[str, object]:
     """Registers, bytes of spills and of shared memory; loads of 128 bits and float64 instructions among its PTX."""
-    architecture, dtype, divergence, temperature, softcap, want_gradient, num_kept, scalar = variant
+    architecture, dtype, divergence, temperature, softcap, want_gradient, top_k, scalar = variant
     settings = RowSettings(NUM_COLUMNS - 1, temperature, divergence, 0.5, softcap)
-    constants, options = specialise(settings, want_gradient, 4 if dtype == "fp32" else 2, NUM_COLUMNS, num_kept)
+    constants, options = specialise(settings, want_gradient, 4 if dtype == "fp32" else 2, NUM_COLUMNS, top_k)
     types = TYPES | {"logits_ptr": f"*{dtype}"} | dict.fromkeys(SCALARS, scalar) | dict.fromkeys(constants, "constexpr")
     names = sparse_rows.arg_names
     # what a launch finds out about its arguments: torch's memory is aligned, pitches are multiples of 16

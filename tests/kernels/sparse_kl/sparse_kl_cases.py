@@ -55,7 +55,7 @@ def make(
     width: int = 6,
     vocab_size: int = 33,
     padding: int = 0,
-    num_kept: int = 5,
+    top_k: int = 5,
     kind: str = "topk",
     scale: float = 1.0,
     masked: str = "none",
@@ -74,7 +74,7 @@ def make(
     hidden_NH, weight_VH = normal(num_rows, width), normal(vocab_size + padding, width) * scale / width
     labels_N = torch.randint(0, vocab_size, (num_rows,), generator=generator)
     teacher_NV = torch.softmax(normal(num_rows, vocab_size) * 3, -1)
-    weights_NK, ids_NK = teacher_NV.topk(min(num_kept, vocab_size))
+    weights_NK, ids_NK = teacher_NV.topk(min(top_k, vocab_size))
     if repeats:
         ids_NK = ids_NK[:, torch.randint(0, ids_NK.shape[1], (ids_NK.shape[1],), generator=generator)]
     if num_rows:
@@ -137,7 +137,7 @@ def cases(draw: st.DrawFn) -> Case:
         width=draw(st.sampled_from([1, 6])),
         vocab_size=vocab_size,
         padding=draw(st.sampled_from([0, 1, 20])),
-        num_kept=draw(st.sampled_from([1, 5, vocab_size])),
+        top_k=draw(st.sampled_from([1, 5, vocab_size])),
         kind=kind,
         scale=draw(st.sampled_from([1.0, 8.0, 200.0])),
         masked=draw(st.sampled_from(["none", "some", "all"])),

@@ -133,7 +133,7 @@ def test_a_row_without_a_kept_id_pulls_nowhere(tail: str) -> None:
 
 
 def test_counts_are_frequencies() -> None:
-    targets = SparseTargets.sampled(torch.tensor([[3, 1, 0]]), torch.tensor([[5, 3, 0]]), num_draws=8)
+    targets = SparseTargets.sampled(torch.tensor([[3, 1, 0]]), torch.tensor([[5, 3, 0]]), num_samples=8)
     assert targets.recording == "sampled" and targets.tail_N is None
     assert targets.weights_NK.tolist() == [[0.625, 0.375, 0.0]]
 

@@ -189,10 +189,10 @@ def test_drawn_targets_pull_on_average_like_the_whole_distribution() -> None:
     case = make(6, num_rows=1, vocab_size=20, alpha=1.0)
     teacher_V = torch.softmax(torch.randn(20, generator=torch.Generator().manual_seed(1), dtype=torch.float64), -1)
     ends_V = teacher_V.cumsum(-1)
-    num_offsets, num_draws = 2000, 8
-    points_On = (torch.arange(num_draws) + (torch.arange(num_offsets)[:, None] + 0.5) / num_offsets) / num_draws
+    num_offsets, num_samples = 2000, 8
+    points_On = (torch.arange(num_samples) + (torch.arange(num_offsets)[:, None] + 0.5) / num_offsets) / num_samples
     ids_On = torch.searchsorted(ends_V, points_On.double() * ends_V[-1], right=True)
-    drawn = SparseTargets(ids_On, torch.full(ids_On.shape, 1 / num_draws))
+    drawn = SparseTargets(ids_On, torch.full(ids_On.shape, 1 / num_samples))
     rows = replace(case, hidden_NH=case.hidden_NH.expand(num_offsets, -1), labels_N=case.labels_N.expand(num_offsets))
     mean = run(linear_sparse_kl, replace(rows, targets=drawn))[1][1]
     whole = SparseTargets(torch.arange(20)[None], teacher_V[None])

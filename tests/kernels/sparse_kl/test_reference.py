@@ -76,8 +76,8 @@ def test_a_tail_only_groups_ids_so_the_kl_is_a_lower_bound_of_the_full_one() -> 
     teacher_NV = torch.softmax(torch.randn(20, 30, generator=generator, dtype=torch.float64), -1)
     full_N = (teacher_NV * (teacher_NV.log() - torch.log_softmax(logits_NV, -1))).sum(-1)
     before_N = torch.zeros(20, dtype=torch.float64)
-    for num_kept in (1, 5, 15, 30):
-        weights_NK, ids_NK = teacher_NV.topk(num_kept)
+    for top_k in (1, 5, 15, 30):
+        weights_NK, ids_NK = teacher_NV.topk(top_k)
         targets = SparseTargets(ids_NK, weights_NK, 1 - weights_NK.sum(-1))
         kl_N = linear_sparse_kl(logits_NV, torch.eye(30).double(), targets, torch.zeros(20).long(), alpha=1.0).kl_N
         # more kept ids, a finer grouping; float64 rounding

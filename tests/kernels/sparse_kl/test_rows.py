@@ -8,11 +8,11 @@ import torch
 from capgap.kernels.sparse_kl.rows import Rows, RowSettings, kernel_for
 
 
-def _rows(num_kept: int, dtype: torch.dtype = torch.float32) -> Rows:
+def _rows(top_k: int, dtype: torch.dtype = torch.float32) -> Rows:
     return Rows(
-        ids_NK=torch.arange(num_kept, dtype=torch.int32).expand(3, -1).contiguous(),
-        p_NK=torch.full((3, num_kept), 0.1, dtype=dtype),
-        p_tail_N=torch.full((3,), 1 - 0.1 * num_kept, dtype=dtype),
+        ids_NK=torch.arange(top_k, dtype=torch.int32).expand(3, -1).contiguous(),
+        p_NK=torch.full((3, top_k), 0.1, dtype=dtype),
+        p_tail_N=torch.full((3,), 1 - 0.1 * top_k, dtype=dtype),
         labels_N=torch.tensor([0, 1, 4]),
         ckl_N=torch.ones(3, dtype=dtype),
         cce_N=torch.ones(3, dtype=dtype),
@@ -22,8 +22,8 @@ def _rows(num_kept: int, dtype: torch.dtype = torch.float32) -> Rows:
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("num_kept", [0, 2, 5])
-def test_nothing_past_the_vocabulary_is_read(num_kept: int, temperature: float, divergence, softcap) -> None:
+@pytest.mark.parametrize("top_k", [0, 2, 5])
+def test_nothing_past_the_vocabulary_is_read(top_k: int, temperature: float, divergence, softcap) -> None:
     settings = RowSettings(5, temperature, divergence, 0.5, softcap)
     kernel = kernel_for("auto", torch.device("cpu"), torch.float32)
     logits_NP = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
@@ -31,7 +31,7 @@ def test_nothing_past_the_vocabulary_is_read(num_kept: int, temperature: float, 
     for filling in (torch.nan, 1e30):
         chunk_NP = logits_NP.clone()
         chunk_NP[:, 5:] = filling
-        kl_N, ce_N = kernel(chunk_NP, _rows(num_kept), settings, want_gradient=True)
+        kl_N, ce_N = kernel(chunk_NP, _rows(top_k), settings, want_gradient=True)
         results.append([kl_N, ce_N, chunk_NP[:, :5]])
     assert all(torch.isfinite(tensor).all() for tensor in results[0])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

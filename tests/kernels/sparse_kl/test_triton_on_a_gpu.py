@@ -19,12 +19,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 CUDA = torch.device("cuda")
 
 
-def _rows(num_rows: int, vocab_size: int, num_kept: int, device: torch.device = CUDA) -> Rows:
+def _rows(num_rows: int, vocab_size: int, top_k: int, device: torch.device = CUDA) -> Rows:
     generator = torch.Generator(device).manual_seed(0)
     first_N1 = torch.randint(vocab_size, (num_rows, 1), device=device, generator=generator)
-    steps_K = torch.arange(num_kept, device=device) * (vocab_size // num_kept)
+    steps_K = torch.arange(top_k, device=device) * (vocab_size // top_k)
     ids_NK = ((first_N1 + steps_K) % vocab_size).sort(dim=-1).values.to(torch.int32)
-    p_NK = torch.rand(num_rows, num_kept, device=device, generator=generator) / num_kept
+    p_NK = torch.rand(num_rows, top_k, device=device, generator=generator) / top_k
     labels_N = torch.randint(vocab_size, (num_rows,), device=device, generator=generator)
     factors = torch.rand(2, num_rows, device=device, generator=generator)
     return Rows(ids_NK, p_NK, 1 - p_NK.sum(-1), labels_N, *factors)

@@ -41,17 +41,17 @@ ABSOLUTE = 1e-6
 
 
 def random_rows(
-    num_rows: int, vocab_size: int, num_kept: int, dtype: torch.dtype, *, scale: float = 4.0, device=DEVICE
+    num_rows: int, vocab_size: int, top_k: int, dtype: torch.dtype, *, scale: float = 4.0, device=DEVICE
 ) -> tuple[Tensor, Rows]:
     """Logits whose padding is NaN, and rows of every sort: repeats, holes, empty, label kept and not."""
     generator = torch.Generator().manual_seed(vocab_size)
     logits_NP = torch.full((num_rows, pitch(vocab_size)), torch.nan)
     logits_NP[:, :vocab_size] = torch.randn(num_rows, vocab_size, generator=generator) * scale
-    ids_NK = torch.randint(-1, vocab_size + 1, (num_rows, num_kept), generator=generator)
-    p_NK = torch.rand(num_rows, num_kept, generator=generator) / num_kept
+    ids_NK = torch.randint(-1, vocab_size + 1, (num_rows, top_k), generator=generator)
+    p_NK = torch.rand(num_rows, top_k, generator=generator) / top_k
     p_NK[1:2] = 0
     labels_N = torch.randint(0, vocab_size, (num_rows,), generator=generator)
-    if num_kept:
+    if top_k:
         labels_N[0] = ids_NK[0, 0].clamp(0, vocab_size - 1)
     kept = prepare(ids_NK, p_NK, torch.full((num_rows,), 0.25), labels_N, "ghost", vocab_size)
     factors = torch.rand(2, num_rows, generator=generator)
@@ -131,11 +131,11 @@ def test_a_gradient_is_rounded_once(temperature: float, divergence, dtype: torch
     assert_agrees(*random_rows(4, 101, 7, dtype), RowSettings(101, temperature, divergence, 0.3, None))
 
 
-@pytest.mark.parametrize(("vocab_size", "num_kept"), [(1, 1), (2, 1), (15, 15), (16, 1), (33, 128), (129, 64), (8, 0)])
+@pytest.mark.parametrize(("vocab_size", "top_k"), [(1, 1), (2, 1), (15, 15), (16, 1), (33, 128), (129, 64), (8, 0)])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
-def test_any_number_of_ids_is_kept(divergence, vocab_size: int, num_kept: int) -> None:
+def test_any_number_of_ids_is_kept(divergence, vocab_size: int, top_k: int) -> None:
     assert_agrees(
-        *random_rows(3, vocab_size, num_kept, torch.float32), RowSettings(vocab_size, 2.0, divergence, 0.5, None)
+        *random_rows(3, vocab_size, top_k, torch.float32), RowSettings(vocab_size, 2.0, divergence, 0.5, None)
     )
 
 

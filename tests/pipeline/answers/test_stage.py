@@ -11,9 +11,9 @@ from judge_runs import MAX_TOKENS, QUESTIONS, finish_models, settings, tiny_mode
 from capgap.pipeline.answers.chat import Chat
 from capgap.pipeline.answers.generators import BATCH_QUESTIONS, TransformersGenerator
 from capgap.pipeline.answers.kept import read_answers
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.lease import leases
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
-from capgap.pipeline.workflow.lease import leases
 from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.errors import InputError, MachineError
 from capgap.schemas.judge_results import Answered, Question

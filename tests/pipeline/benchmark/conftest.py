@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from capgap.pipeline.models import save_model
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
+from capgap.pipeline.models.load import save_model
+from capgap.pipeline.stage.context import Instance, StageContext, StageInput
 from capgap.schemas.facts import ModelFacts, TokenizerFacts
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile

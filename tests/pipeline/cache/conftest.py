@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from capgap.pipeline.cache.scoring import Recording, Request
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.stage.context import Instance, StageContext, StageInput
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
-from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.run_file import RunFile
 
 VOCAB_SIZE = 300
@@ -75,8 +75,8 @@ def recording() -> Callable[..., Recording]:
         extra_temperatures: tuple[float, ...] = (),
     ) -> Recording:
         """`kind`: sampled, topk or both."""
-        num_draws, num_kept = num_ids if kind != "topk" else 0, num_ids if kind != "sampled" else 0
-        return Recording(num_draws, num_kept, temperature, seed, vocab_size, chunk_rows, extra_temperatures)
+        num_samples, top_k = num_ids if kind != "topk" else 0, num_ids if kind != "sampled" else 0
+        return Recording(num_samples, top_k, temperature, seed, vocab_size, chunk_rows, extra_temperatures)
 
     return make
 
@@ -115,7 +115,7 @@ def inputs(tmp_path_factory) -> dict[str, Any]:
         # no held-out ones: what is said of shards below is of those that students train on
         "cache": {
             "engine": "transformers",
-            "num_draws": 20,
+            "num_samples": 20,
             "chunk_rows": 100,
             "batch_tokens": 200,
             "num_heldout_sequences": 0,

@@ -84,13 +84,13 @@ def test_every_engine_gives_the_rows_of_the_reference(engines, submission, recor
 def test_a_label_has_the_logprob_of_its_entry_bit_for_bit(engines, submission, recording) -> None:
     engine, _ = engines
     engine.record(recording("topk", 40, chunk_rows=64))
-    num_kept = num_last = 0
+    top_k = num_last = 0
     for request, scored in zip(submission, engine.score(submission), strict=True):
         kept_LK = scored.ids_LK == request.tokens_L1[1:, None]
         rows_L = kept_LK.any(1)
         assert (scored.logprobs_LK[kept_LK] == scored.label_logprobs_L[rows_L]).all()
-        num_kept, num_last = num_kept + int(rows_L.sum()), num_last + int(rows_L[-1])
-    assert num_kept > 100
+        top_k, num_last = top_k + int(rows_L.sum()), num_last + int(rows_L[-1])
+    assert top_k > 100
     assert 0 < num_last < len(submission), "last rows of both kinds: the label among those kept, and not"
 
 
@@ -118,7 +118,7 @@ def test_a_sequence_too_long_or_with_unknown_ids_is_refused_by_name_and_nothing_
 
 def test_more_ids_than_the_vocabulary_has_are_refused(engines, recording) -> None:
     engine, _ = engines
-    with pytest.raises(SettingError, match=r"cache\.num_kept: .* found 301, expected at most 300"):
+    with pytest.raises(SettingError, match=r"cache\.top_k: .* found 301, expected at most 300"):
         engine.record(recording("topk", VOCAB_SIZE + 1))
 
 

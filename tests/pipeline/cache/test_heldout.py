@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from capgap.pipeline.cache import stage
+from capgap.pipeline.stage.context import Instance, Slice
 from capgap.pipeline.store import ShardReader, check_alignment
 from capgap.pipeline.verify.verify import verify
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
-from capgap.pipeline.workflow.slices import Slice, carry_out_slice
+from capgap.pipeline.workflow.slices import carry_out_slice
 from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.facts import heldout_set
 from capgap.schemas.manifest import Manifest, ShardEntry, ShardSet
@@ -22,7 +22,7 @@ from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_file import RunFile
 
 CACHE = Instance("cache")
-BOTH = {"recording": "both", "num_kept": 12}
+BOTH = {"recording": "both", "top_k": 12}
 
 
 def _files(manifest: Manifest) -> dict[str, str]:

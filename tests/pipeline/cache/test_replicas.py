@@ -23,9 +23,9 @@ from capgap.pipeline.cache.ray_cluster import ray_cluster
 from capgap.pipeline.cache.replicas import MAX_DEATHS, make_by_replicas
 from capgap.pipeline.cache.shards import SCORED_FOLDER
 from capgap.pipeline.cache.stage import prepare
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
-from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.errors import MachineError
 from capgap.schemas.run_file import RunFile
 

@@ -32,7 +32,7 @@ def test_what_cannot_be_scored_is_named_sequence_or_document() -> None:
 @pytest.mark.parametrize("kind", ["topk", "both"])
 def test_as_many_ids_as_the_vocabulary_has_can_be_kept_and_no_more(recording, kind: str) -> None:
     _require_kept(recording(kind, 300))
-    with pytest.raises(SettingError, match=r"cache\.num_kept: .*found 301, expected at most 300"):
+    with pytest.raises(SettingError, match=r"cache\.top_k: .*found 301, expected at most 300"):
         _require_kept(recording(kind, 301))
 
 
@@ -41,4 +41,4 @@ def test_more_draws_than_ids_are_no_fault(recording) -> None:
 
 
 def _require_kept(recording: Recording) -> None:
-    require_kept(recording.num_kept, recording.vocab_size)
+    require_kept(recording.top_k, recording.vocab_size)

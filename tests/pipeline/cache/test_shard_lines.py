@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from capgap.pipeline.cache.shard_lines import device_memory_bytes
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
 
 LINE = re.compile(
     r"cache: shard \d+, \d+ of \d+: [\d,]+ tokens, [\d.]+ bytes/token, [\d,]+ tokens/s, \d+ s left, [\d.]+ GB on cpu"
@@ -16,7 +16,7 @@ LINE = re.compile(
 
 
 def test_every_shard_is_a_line_that_says_what_it_holds_and_how_long_the_rest_takes(run, inputs, caplog) -> None:
-    tiny = run(num_draws=7)
+    tiny = run(num_samples=7)
     with caplog.at_level(logging.INFO, logger="capgap"):
         manifest = carry_out(tiny, Instance("cache"))
     records = [record for record in caplog.records if getattr(record, "event", "") == "shard"]
@@ -36,7 +36,7 @@ def test_every_shard_is_a_line_that_says_what_it_holds_and_how_long_the_rest_tak
     (Path(tiny.out) / "cache" / "manifest.json").unlink()
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="capgap"):
-        carry_out(run(num_draws=7), Instance("cache"))
+        carry_out(run(num_samples=7), Instance("cache"))
     again = [record for record in caplog.records if getattr(record, "event", "") == "shard"]
     assert len(again) == len(shards), "the work folder is gone, and with it what vouched for the shards"
 

@@ -19,20 +19,20 @@ from transformers import LlamaForCausalLM
 
 from capgap.pipeline.cache import stage
 from capgap.pipeline.cache.shards import ShardScorer
+from capgap.pipeline.stage.context import Instance, StageContext, StageInput
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import ShardReader, heat_of
 from capgap.pipeline.store.batch import collate
 from capgap.pipeline.store.codec import TOPK_CODECS
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
-from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.errors import CorruptError, InputError, MachineError, SettingError
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile
 
 SEQ_LEN = 32
 CORPUS, TEACHER, CACHE = Instance("corpus"), Instance("teacher"), Instance("cache")
-TOPK = {"recording": "topk", "num_draws": None, "num_kept": 12}
-BOTH = {"recording": "both", "num_kept": 12, "extra_temperatures": [2.0, 0.5]}
+TOPK = {"recording": "topk", "num_samples": None, "top_k": 12}
+BOTH = {"recording": "both", "top_k": 12, "extra_temperatures": [2.0, 0.5]}
 BOTH_NAMES = ("sampled", "topk")
 
 
@@ -156,7 +156,7 @@ def test_how_rows_leave_vllm_and_how_many_devices_share_the_teacher_reach_the_en
 
 
 def test_under_the_rule_document_each_document_is_scored_by_itself(inputs, tmp_path) -> None:
-    settings = TOPK | {"profile": "lossless", "max_tokens": 1, "num_kept": 300}
+    settings = TOPK | {"profile": "lossless", "max_tokens": 1, "top_k": 300}
     tiny = RunFile.model_validate(
         inputs
         | {"out": str(tmp_path / "out"), "corpus": inputs["corpus"] | {"context": "document"}}

@@ -14,13 +14,13 @@ import pytest
 from capgap.jobs.cli import main
 from capgap.pipeline.cache.shards import ShardScorer
 from capgap.pipeline.cache.stage import prepare
+from capgap.pipeline.stage.context import Instance, Slice
+from capgap.pipeline.stage.folder import LOCK_NAME, lock_folder
+from capgap.pipeline.stage.locks import ProcessLock
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store.files import TEMP_MARK
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
-from capgap.pipeline.workflow.folder import LOCK_NAME, lock_folder
-from capgap.pipeline.workflow.locks import ProcessLock
-from capgap.pipeline.workflow.slices import Slice, carry_out_slice
-from capgap.pipeline.workflow.state import read_manifest
+from capgap.pipeline.workflow.slices import carry_out_slice
 from capgap.schemas.errors import CapgapError, MachineError, MismatchError
 from capgap.schemas.run_file import RunFile
 

@@ -13,11 +13,11 @@ from transformers import LlamaForCausalLM
 
 from capgap.pipeline.cache import stage
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.stage.context import Instance, StageContext, StageInput
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import ShardReader, check_alignment, rank_ids, read_blocks
 from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
-from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, ShardFacts
 from capgap.schemas.manifest import Manifest
@@ -35,7 +35,7 @@ def _digests(manifest: Manifest, recording: str = "sampled") -> list[str]:
     return [shard.file.sha256 for shard in manifest.shard_sets[recording].shards]
 
 
-TOPK = {"recording": "topk", "num_draws": None, "num_kept": 12}
+TOPK = {"recording": "topk", "num_samples": None, "top_k": 12}
 PROFILES = [TOPK | {"profile": profile} for profile in TOPK_CODECS]
 
 
@@ -181,18 +181,18 @@ def test_a_teacher_of_another_tokenizer_is_refused(run, inputs, save_teacher, tm
 
 
 def test_more_ids_than_the_vocabulary_has_are_refused(run) -> None:
-    with pytest.raises(SettingError, match=r"cache.num_kept: more ids .* found 301, expected at most 300"):
-        carry_out(run(recording="topk", num_draws=None, num_kept=301), CACHE)
+    with pytest.raises(SettingError, match=r"cache.top_k: more ids .* found 301, expected at most 300"):
+        carry_out(run(recording="topk", num_samples=None, top_k=301), CACHE)
 
 
 def test_the_whole_vocabulary_can_be_kept(run) -> None:
-    tiny = run(recording="topk", num_draws=None, num_kept=300, max_tokens=1)
+    tiny = run(recording="topk", num_samples=None, top_k=300, max_tokens=1)
     _, targets = _reader(tiny, carry_out(tiny, CACHE), "topk").read(0)
     assert (np.sort(targets.ids_BLK, axis=2) == np.arange(300)).all()
     assert (targets.tail_BL == 0).all()
 
 
-BOTH = {"recording": "both", "num_kept": 12, "extra_temperatures": [2.0, 0.5]}
+BOTH = {"recording": "both", "top_k": 12, "extra_temperatures": [2.0, 0.5]}
 
 
 def test_both_recordings_lie_side_by_side_each_as_if_it_were_alone(run) -> None:

@@ -183,7 +183,7 @@ for name, recording in recordings.items():
         "rows": sorted({len(s.label_logprobs_L) for s in scored}),
         "label": apart("label_logprobs_L"),
         "top": apart("top_logprobs_L"),
-        "kept": apart("logprobs_LK") if recording.num_kept else 0.0,
+        "kept": apart("logprobs_LK") if recording.top_k else 0.0,
         "tails": apart("log_tails_LT") if recording.extra_temperatures else 0.0,
         "different": sum(int((ids_of(a) != ids_of(b)).any(1).sum()) for a, b in zip(scored, reference)),
     }

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from capgap.pipeline.corpus.sources import read_documents
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.store import read_blocks
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
 from capgap.schemas.errors import InputError
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile

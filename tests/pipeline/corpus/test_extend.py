@@ -11,7 +11,7 @@ from transformers import BertTokenizerFast, LlamaTokenizer, PreTrainedTokenizerB
 
 from capgap.pipeline.corpus.extend import extend_tokenizer
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
-from capgap.pipeline.tokenizers import load_tokenizer
+from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.schemas.errors import InputError
 
 OLD = ["the quick brown fox jumps over the lazy dog, then the dog sleeps in the sun. "] * 20

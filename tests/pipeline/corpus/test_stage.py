@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from capgap.pipeline.corpus.tokenizer import END_OF_TEXT
+from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.folder import content_files
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import ShardReader
-from capgap.pipeline.tokenizers import load_tokenizer, tokenizer_facts
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
-from capgap.pipeline.workflow.folder import content_files
-from capgap.pipeline.workflow.state import State, read_manifest, states
+from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CorpusFacts
 from capgap.schemas.manifest import Manifest

@@ -12,9 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from capgap.kernels.sampling import sampled_rows, topk_rows
+from capgap.pipeline.stage.context import Instance, StageContext, StageInput
 from capgap.pipeline.store import Block, ShardWriter, codec_for
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK_CODECS, Codec
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
 from capgap.schemas.facts import (
     CacheFacts,
     CorpusFacts,
@@ -77,7 +77,7 @@ def make_context(make_model, make_sequences) -> Callable[..., StageContext]:
 
     def make(folder: Path, arms: dict[str, Any], num_seeds: int = 2, **settings: Any) -> StageContext:
         evaluated = {"num_sequences": 5, "num_full_sequences": 2, "num_bootstrap": 200, "batch_sequences": 2}
-        evaluated["num_samples"] = 0  # the corpus below has no tokenizer to write with
+        evaluated["num_text_samples"] = 0  # the corpus below has no tokenizer to write with
         run = RunFile.model_validate(
             {
                 "name": "tiny",

@@ -14,8 +14,8 @@ from transformers import LlamaForCausalLM
 from capgap.kernels.sparse_kl import SparseTargets
 from capgap.kernels.sparse_kl.reference import linear_sparse_kl
 from capgap.pipeline.eval.cached import CachedSums, against_targets, cached_rows, score_on_cache
+from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.store.quarantine import write_quarantine
-from capgap.pipeline.workflow.context import StageInput
 
 
 def test_a_student_that_is_the_teacher_has_no_kl() -> None:

@@ -31,7 +31,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, make_context, tokenizer) -> EvalResults:
-    context = make_context(tmp_path_factory.mktemp("run"), {"distilled": {}}, 1, num_samples=2, sample_tokens=5)
+    context = make_context(
+        tmp_path_factory.mktemp("run"), {"distilled": {}}, 1, num_text_samples=2, text_sample_tokens=5
+    )
     tokenizer.save_pretrained(context.input("corpus").path / "tokenizer")
     stage.run(context)
     return EvalResults.model_validate_json((Path(context.folder) / "results.json").read_bytes())
@@ -55,7 +57,9 @@ def test_a_sample_is_the_greedy_continuation_and_twins_write_alike(measured, mak
 
 
 def test_padded_ids_and_a_models_own_generation_settings_have_no_say(make_model, make_sequences, tokenizer):
-    prompts = prompts_of(make_sequences(), "packed", EvalSettings(num_samples=1, sample_tokens=6), tokenizer, 100)
+    prompts = prompts_of(
+        make_sequences(), "packed", EvalSettings(num_text_samples=1, text_sample_tokens=6), tokenizer, 100
+    )
     model = make_model(3, rows=160, tied=False)
     with torch.no_grad():
         model.lm_head.weight[100:] *= 50  # else no padded id would ever be the likeliest
@@ -76,7 +80,7 @@ def test_under_the_rule_document_a_beginning_is_of_one_document(make_sequences, 
     starts_BL1 = np.zeros_like(sequences.starts_BL1)
     starts_BL1[:, [0, 4, 7, 20]] = True
     sequences = dataclasses.replace(sequences, starts_BL1=starts_BL1)
-    settings = EvalSettings(num_samples=64, sample_tokens=1024)
+    settings = EvalSettings(num_text_samples=64, text_sample_tokens=1024)
     packed, alone = (prompts_of(sequences, rule, settings, tokenizer, 128) for rule in ("packed", "document"))
     assert [len(prompt) for prompt in packed.prompts] == [12] * len(sequences)
     assert [len(prompt) for prompt in alone.prompts] == [5] * len(sequences)

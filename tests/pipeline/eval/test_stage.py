@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from capgap.pipeline.eval import at_hand, stage
-from capgap.pipeline.models import load_model
-from capgap.pipeline.workflow.context import StageContext
+from capgap.pipeline.models.load import load_model
+from capgap.pipeline.stage.context import StageContext
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.results import EvalResults
 from capgap.schemas.run_eval import SpeculativeSettings

@@ -16,10 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from capgap.kernels.sampling import sampled_rows, topk_rows
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.stage.context import Instance, StageInput
 from capgap.pipeline.store import Block, ShardWriter
 from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS, Codec
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance, StageInput
 from capgap.schemas.facts import CacheFacts, RecordingFacts, TokenizerFacts
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.records import SampledTargets, Sequences, TopkTargets
@@ -137,7 +137,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             "teacher": {"path": str(folder / "given")},
             "student": {"model": {}},
             "cache": {
-                "engine": "transformers", "recording": "both", "num_draws": 30, "num_kept": 40, "temperature": 1.0,
+                "engine": "transformers", "recording": "both", "num_samples": 30, "top_k": 40, "temperature": 1.0,
                 "extra_temperatures": [2.0], "profile": "lossless",
             },
         }

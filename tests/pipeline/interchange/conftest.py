@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
-from capgap.pipeline.tokenizers import tokenizer_facts
+from capgap.pipeline.models.tokenizers import tokenizer_facts
 from capgap.schemas.interchange import ImportSettings
 
 NUM_KEPT = 8
@@ -50,7 +50,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def teacher(tokenizer_folder: Path) -> Teacher:
-    from capgap.pipeline.tokenizers import load_tokenizer
+    from capgap.pipeline.models.tokenizers import load_tokenizer
 
     facts = tokenizer_facts(load_tokenizer(tokenizer_folder))
     rng = np.random.default_rng(3)

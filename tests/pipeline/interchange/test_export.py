@@ -14,9 +14,9 @@ import yaml
 from capgap.pipeline.interchange.export import export_cache
 from capgap.pipeline.interchange.folders import make_folder, order_for
 from capgap.pipeline.interchange.importing import import_captures
+from capgap.pipeline.stage.context import StageResult
 from capgap.pipeline.store import Block, Codec, ShardWriter, read_blocks
 from capgap.pipeline.store.codec import SAMPLED
-from capgap.pipeline.workflow.context import StageResult
 from capgap.schemas.errors import InputError, MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, RecordingFacts, TokenizerFacts
 from capgap.schemas.records import SampledTargets, Sequences
@@ -85,7 +85,7 @@ def test_finished_files_are_kept_and_another_cache_s_are_refused(
     kept = first.stat().st_mtime_ns
     second.unlink()
     made = export_cache(str(cache.path), out)
-    assert made.num_kept == made.num_files - 1 and second.is_file() and first.stat().st_mtime_ns == kept
+    assert made.top_k == made.num_files - 1 and second.is_file() and first.stat().st_mtime_ns == kept
     other = settings_for(write(teacher.rows[:40], "b.parquet", MINIMAL), out=str(tmp_path / "other"))
     with pytest.raises(MismatchError, match=r"the folder holds something else.*another folder with --to"):
         export_cache(str(import_captures(other).cache.path), out)

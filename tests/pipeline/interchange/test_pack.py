@@ -66,7 +66,7 @@ def test_padding_of_a_row_is_left_out(
             padded = (tokens + pad, mask + [0] * len(pad), one["ids"] + ids, one["logprobs"] + logprobs)
         rows.append(dict(zip(("input_ids", "attention_mask", "ids", "logprobs"), padded, strict=True)))
     out = str(write(rows).parent / "padded")
-    padded_cache = import_captures(settings_for(write(rows), out=out, seq_len=32, num_kept=8)).cache
+    padded_cache = import_captures(settings_for(write(rows), out=out, seq_len=32, top_k=8)).cache
     pairs = zip(*(read_blocks(at.path, at.manifest.shard_sets["topk"]) for at in (plain, padded_cache)), strict=True)
     for (sequences, targets), (others, found) in pairs:
         for name, array in vars(sequences).items():

@@ -13,10 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from capgap.jobs.cli import main
 from capgap.pipeline.interchange.importing import import_captures
-from capgap.pipeline.tokenizers import load_tokenizer
+from capgap.pipeline.models.tokenizers import load_tokenizer
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.verify.rescore import rescore
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.graph import select
 from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.errors import InputError, MismatchError

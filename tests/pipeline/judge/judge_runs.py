@@ -10,9 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
-from capgap.pipeline.models import MODEL_FOLDER, model_facts, save_model
-from capgap.pipeline.workflow.folder import begin, content_files, finish
-from capgap.pipeline.workflow.identity import content_of
+from capgap.pipeline.models.load import MODEL_FOLDER, model_facts, save_model
+from capgap.pipeline.stage.folder import begin, content_files, finish
+from capgap.pipeline.stage.identity import content_of
 from capgap.pipeline.workflow.state import states
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile

@@ -9,9 +9,9 @@ import pytest
 from judge_runs import QUESTIONS
 from judge_server import Answer, Body, JudgeServer, said
 
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.lease import leases
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
-from capgap.pipeline.workflow.lease import leases
 from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.errors import InputError, MachineError, MismatchError, SettingError
 from capgap.schemas.judge_results import JudgeResults, Verdict

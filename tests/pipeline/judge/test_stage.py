@@ -6,8 +6,8 @@ from pathlib import Path
 from judge_runs import QUESTIONS
 from judge_server import Answer, Body, JudgeServer, said
 
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.judge_results import JudgeResults, Verdict
 from capgap.schemas.run_file import RunFile

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from judge_runs import QUESTIONS, tiny_model, tokenizer
 
-from capgap.pipeline.models import save_model
+from capgap.pipeline.models.load import save_model
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
 from capgap.schemas.judge_results import JudgeResults, Verdict
 
 START_S = 900

@@ -10,9 +10,9 @@ from law_tables import planted, valley
 
 from capgap.pipeline.law.advise import advise
 from capgap.pipeline.law.fit import fit_table
-from capgap.pipeline.law.published import GivenTeacher
 from capgap.pipeline.law.summary import advice_lines
 from capgap.pipeline.law.table import write_table
+from capgap.pipeline.plan.published import GivenTeacher
 from capgap.schemas.errors import SettingError
 from capgap.schemas.law_fit import LawFit
 

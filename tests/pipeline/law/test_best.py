@@ -6,7 +6,7 @@ import numpy as np
 
 from capgap.pipeline.law.best import locate
 from capgap.pipeline.law.contrasts import Contrasts
-from capgap.pipeline.law.published import distilled_loss, supervised_loss
+from capgap.pipeline.plan.published import distilled_loss, supervised_loss
 from capgap.schemas.results import Interval
 
 WIDE = Interval(low=-10.0, high=10.0)

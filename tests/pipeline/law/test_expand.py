@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from capgap.pipeline.law.expand import cell, cells, corpus_run, teacher_run, write_run_file
-from capgap.pipeline.workflow.context import Instance
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.workflow.graph import decisive_settings
 from capgap.schemas.law import Init
 from capgap.schemas.law_grid import LawGrid

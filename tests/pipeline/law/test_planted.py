@@ -15,8 +15,8 @@ import pytest
 
 from capgap.pipeline.law.best import locate
 from capgap.pipeline.law.contrasts import contrasts
-from capgap.pipeline.law.published import distilled_loss, scaling_best_teacher, supervised_loss
 from capgap.pipeline.law.verdict import Judged, delta_of, judge
+from capgap.pipeline.plan.published import distilled_loss, scaling_best_teacher, supervised_loss
 
 Array = npt.NDArray[np.float64]
 

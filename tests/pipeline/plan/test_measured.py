@@ -28,7 +28,7 @@ def test_a_recording_that_was_measured_is_given_as_measured_with_its_source() ->
 
 
 def test_other_numbers_are_in_proportion_and_say_so() -> None:
-    found = measured.cache_bytes_per_token(CacheSettings(recording="sampled", num_draws=100), 32768)
+    found = measured.cache_bytes_per_token(CacheSettings(recording="sampled", num_samples=100), 32768)
     assert found.value == pytest.approx(2 * 33.08) and "in proportion from 50" in found.source
 
 

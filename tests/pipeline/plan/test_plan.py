@@ -14,8 +14,8 @@ from capgap.pipeline.plan import Stated, make_plan
 from capgap.pipeline.plan.break_even import least_students
 from capgap.pipeline.plan.plan import far_from_home
 from capgap.pipeline.plan.sizes import shape_parameters
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.state import states
 from capgap.schemas.plan import Plan, StagePlan
 from capgap.schemas.run_file import RunFile

@@ -12,7 +12,7 @@ import pytest
 
 from capgap.pipeline.eval.arms import differences_over_seeds, paired_differences
 from capgap.pipeline.eval.intervals import bootstrap_interval, resample_weights
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
+from capgap.pipeline.stage.context import Instance, StageContext, StageInput
 from capgap.schemas.facts import CacheFacts, RecordingFacts, TokenizerFacts
 from capgap.schemas.manifest import FileEntry, Manifest, Members, ShardEntry, ShardSet
 from capgap.schemas.results import RESULTS_NAME, AgainstTeacher, EvalResults, ModelResult, Sample

@@ -13,7 +13,7 @@ from rich.console import Console
 from capgap.pipeline.report.gather import gather
 from capgap.pipeline.report.page import render_page
 from capgap.pipeline.report.table import print_table, table_text
-from capgap.pipeline.workflow.context import StageContext, StageInput
+from capgap.pipeline.stage.context import StageContext, StageInput
 from capgap.schemas.benchmark import BENCHMARK_NAME, BenchmarkMean, BenchmarkResults, BenchmarkRow
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from capgap.pipeline.law.published_models import MODELS, SHOTS
-from capgap.pipeline.report.charts import Chart
+from capgap.pipeline.pages.charts import Chart
+from capgap.pipeline.plan.published_models import MODELS, SHOTS
 from capgap.pipeline.report.frontier import RunFrontier, run_frontier
 from capgap.pipeline.report.frontier_charts import frontier_charts
-from capgap.pipeline.workflow.context import StageContext, StageInput
+from capgap.pipeline.stage.context import StageContext, StageInput
 from capgap.schemas.results import RESULTS_NAME, EvalResults
 
 LOSSES = {"cross_entropy": [3.53, 3.57], "distilled": [3.50, 3.52], "wasteful": [3.56, 3.56]}

@@ -7,7 +7,7 @@ import pytest
 
 from capgap.pipeline.report import stage
 from capgap.pipeline.report.judge_tables import judge_line, judge_tables
-from capgap.pipeline.workflow.context import StageInput
+from capgap.pipeline.stage.context import StageInput
 from capgap.schemas.judge_results import JudgeIdentity, JudgeResults, Mean, ModelRatings, PairResult
 from capgap.schemas.results import Interval
 

@@ -128,10 +128,10 @@ def _shifted(targets: Targets, shift: int) -> Targets:
     )
 
 
-def _topk(label: int, num_kept: int = 3) -> tuple[Sequences, TopkTargets]:
+def _topk(label: int, top_k: int = 3) -> tuple[Sequences, TopkTargets]:
     """One target: probabilities 0.4 0.3 0.2 0.1 for the ids 0 to 3, of which the first are kept."""
     logits_1V = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    rows = topk_rows(logits_1V, torch.tensor([label]), num_kept)
+    rows = topk_rows(logits_1V, torch.tensor([label]), top_k)
     return _sequence(label), TopkTargets(
         rows.ids_NK[None].numpy(), rows.logprobs_NK[None].numpy(), rows.tail_N[None].numpy(),
         rows.label_logprobs_N[None].numpy(), rows.log_tails_NT[None].numpy(),
@@ -142,9 +142,9 @@ def _sequence(label: int) -> Sequences:
     return Sequences(np.array([[0, label]], np.int32), np.zeros((1, 2), np.bool_), np.ones((1, 2), np.bool_))
 
 
-def _passes(sequences: Sequences, targets: Targets, num_draws: int = 0, error: StoredError = EXACT) -> bool:
+def _passes(sequences: Sequences, targets: Targets, num_samples: int = 0, error: StoredError = EXACT) -> bool:
     try:
-        check_alignment(sequences, targets, num_draws, "here", error)
+        check_alignment(sequences, targets, num_samples, "here", error)
     except CorruptError:
         return False
     return True

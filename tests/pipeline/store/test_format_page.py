@@ -23,9 +23,9 @@ import webdataset
 import zstandard
 
 from capgap.pipeline.corpus.stage import SPLITS
+from capgap.pipeline.stage.identity import content_of
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK, TOPK_CODECS, Codec
-from capgap.pipeline.workflow.identity import content_of
 from capgap.schemas.facts import CacheFacts, CorpusFacts, RecordingFacts, ShardFacts, TokenizerFacts, heldout_set
 from capgap.schemas.manifest import FileEntry, Manifest, Members, ShardEntry, ShardSet
 from capgap.schemas.run_cache import RecordingName
@@ -151,7 +151,7 @@ class _Page:
         return targets
 
     def _topk(self, row: dict[str, list[int]], length: int) -> list[list[tuple[int, float]]]:
-        kept = row.get("num_kept", [self._num_ids] * length)
+        kept = row.get("top_k", [self._num_ids] * length)
         ids = iter(self._ids(self._join(row, "ids")))
         ids_of = [list(itertools.islice(ids, size)) for size in kept]
         return [list(zip(ids_of[i], logprobs, strict=True)) for i, logprobs in enumerate(self._logprobs(row, kept))]

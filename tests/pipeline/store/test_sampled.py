@@ -22,18 +22,18 @@ NUM_DRAWS = st.sampled_from([1, 2, 50, 255, 256, 65535])
 LABEL_ERROR = 1 / 128
 
 
-def _targets(rng: np.random.Generator, num_sequences: int, length: int, vocab_size: int, num_draws: int):
+def _targets(rng: np.random.Generator, num_sequences: int, length: int, vocab_size: int, num_samples: int):
     """Rows of few and of many ids, certain ones, and such whose counts are all alike."""
     rows = []
     for _ in range(num_sequences * length):
         num_ids = int(
-            rng.choice([1, min(num_draws, vocab_size, 40), rng.integers(1, min(num_draws, vocab_size, 40) + 1)])
+            rng.choice([1, min(num_samples, vocab_size, 40), rng.integers(1, min(num_samples, vocab_size, 40) + 1)])
         )
         ids = np.sort(rng.choice(vocab_size, num_ids, replace=False))
-        cuts = np.sort(rng.choice(num_draws - 1, num_ids - 1, replace=False)) + 1 if num_ids > 1 else []
-        counts = np.diff([0, *cuts, num_draws])
-        if num_draws % num_ids == 0 and rng.random() < 0.5:
-            counts = np.full(num_ids, num_draws // num_ids)
+        cuts = np.sort(rng.choice(num_samples - 1, num_ids - 1, replace=False)) + 1 if num_ids > 1 else []
+        counts = np.diff([0, *cuts, num_samples])
+        if num_samples % num_ids == 0 and rng.random() < 0.5:
+            counts = np.full(num_ids, num_samples // num_ids)
         rows.append((ids, counts))
     nothing = np.zeros(0, np.int32)
     return SampledTargets(
@@ -53,19 +53,19 @@ def _rows(targets: SampledTargets) -> list[list[tuple[int, int]]]:
 @settings(deadline=None, max_examples=150)
 @given(
     vocab_size=VOCAB_SIZES,
-    num_draws=NUM_DRAWS,
+    num_samples=NUM_DRAWS,
     num_sequences=st.integers(0, 4),
     length=st.integers(1, 20),
     seed=st.integers(0, 2**32),
 )
 def test_ids_and_counts_come_back_exactly_and_labels_within_the_stated_error(
-    vocab_size, num_draws, num_sequences, length, seed
+    vocab_size, num_samples, num_sequences, length, seed
 ) -> None:
     rng = np.random.default_rng(seed)
-    targets = _targets(rng, num_sequences, length, vocab_size, num_draws)
+    targets = _targets(rng, num_sequences, length, vocab_size, num_samples)
     tokens_BL1 = rng.integers(0, vocab_size, (num_sequences, length + 1), dtype=np.int32)
     sequences = Sequences(tokens_BL1, tokens_BL1 % 3 == 0, tokens_BL1 % 5 > 0)
-    codec = Codec(SAMPLED, length, vocab_size, num_draws)
+    codec = Codec(SAMPLED, length, vocab_size, num_samples)
     _, found = codec.decode(codec.encode(sequences, targets), "here")
     assert [sorted(row) for row in _rows(found)] == [sorted(row) for row in _rows(targets)]
     for name, array in vars(targets).items():

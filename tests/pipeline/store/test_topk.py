@@ -35,13 +35,13 @@ def _targets(
     num_sequences: int,
     length: int,
     vocab_size: int,
-    num_kept: int,
+    top_k: int,
     spread: float,
     num_temperatures: int,
 ) -> TopkTargets:
     """Logprobs of any spread: some rows all alike, some past every floor; some tails of no id."""
-    shape = (num_sequences, length, num_kept)
-    ids_NK = [rng.choice(vocab_size, num_kept, replace=False) for _ in range(num_sequences * length)]
+    shape = (num_sequences, length, top_k)
+    ids_NK = [rng.choice(vocab_size, top_k, replace=False) for _ in range(num_sequences * length)]
     logprobs_BLK = -np.sort(rng.exponential(spread, shape), axis=2)
     logprobs_BLK[rng.random(shape[:2]) < 0.2] = -1.25
     return TopkTargets(
@@ -60,10 +60,10 @@ def _log_tails(rng: np.random.Generator, shape: tuple[int, ...], vocab_size: int
 
 
 def _round_trip(profile: str, targets: TopkTargets, vocab_size: int) -> TopkTargets:
-    num_sequences, length, num_kept = targets.ids_BLK.shape
+    num_sequences, length, top_k = targets.ids_BLK.shape
     tokens_BL1 = np.zeros((num_sequences, length + 1), np.int32)
     temperatures = TEMPERATURES[: targets.log_tails_BLT.shape[2]]
-    codec = Codec(TOPK_CODECS[profile], length, vocab_size, num_kept, None, CAPTURE, temperatures)
+    codec = Codec(TOPK_CODECS[profile], length, vocab_size, top_k, None, CAPTURE, temperatures)
     sequences = Sequences(tokens_BL1, tokens_BL1 == 0, tokens_BL1 == 0)
     _, found = codec.decode(codec.encode(sequences, targets), "here")
     assert isinstance(found, TopkTargets)
@@ -74,7 +74,7 @@ def _round_trip(profile: str, targets: TopkTargets, vocab_size: int) -> TopkTarg
 @settings(deadline=None, max_examples=80)
 @given(
     vocab_size=VOCAB_SIZES,
-    num_kept=st.sampled_from([1, 2, 3, 9, 64]),
+    top_k=st.sampled_from([1, 2, 3, 9, 64]),
     spread=st.sampled_from([1e-3, 0.5, 3, 40, 1e4]),
     num_sequences=st.integers(0, 4),
     length=st.integers(1, 20),
@@ -82,10 +82,10 @@ def _round_trip(profile: str, targets: TopkTargets, vocab_size: int) -> TopkTarg
     seed=st.integers(0, 2**32),
 )
 def test_targets_come_back_within_the_stated_error(
-    profile, vocab_size, num_kept, spread, num_sequences, length, num_temperatures, seed
+    profile, vocab_size, top_k, spread, num_sequences, length, num_temperatures, seed
 ) -> None:
-    num_kept, rng = min(num_kept, vocab_size), np.random.default_rng(seed)
-    targets = _targets(rng, num_sequences, length, vocab_size, num_kept, spread, num_temperatures)
+    top_k, rng = min(top_k, vocab_size), np.random.default_rng(seed)
+    targets = _targets(rng, num_sequences, length, vocab_size, top_k, spread, num_temperatures)
     found = _round_trip(profile, targets, vocab_size)
     for name, array in vars(targets).items():
         assert getattr(found, name).dtype == array.dtype and getattr(found, name).shape == array.shape, name

@@ -11,8 +11,8 @@ import torch
 from tiny_runs import settings_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.errors import SettingError
 from capgap.schemas.run_file import RunFile

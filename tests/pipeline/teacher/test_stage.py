@@ -9,8 +9,8 @@ import pytest
 from tiny_runs import settings_of
 from transformers import AutoModelForCausalLM
 
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import ModelFacts
 from capgap.schemas.run_file import RunFile

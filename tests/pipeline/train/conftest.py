@@ -151,7 +151,7 @@ def with_both(made, tmp_path_factory) -> dict[str, Any]:
     run = made["number"] | {
         "out": str(tmp_path_factory.mktemp("both")),
         "reuse": {stage: f"{made['number']['out']}/{stage}" for stage in ("corpus", "teacher")},
-        "cache": made["number"]["cache"] | {"recording": "both", "num_kept": 9, "extra_temperatures": [2.0, 0.5]},
+        "cache": made["number"]["cache"] | {"recording": "both", "top_k": 9, "extra_temperatures": [2.0, 0.5]},
     }
     for instance in NEEDED[2:]:
         carry_out(RunFile.model_validate(run), instance)

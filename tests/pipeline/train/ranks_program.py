@@ -21,11 +21,11 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
+from capgap.pipeline.stage.ranks import Meeting, Ranks, ranks_in_environment
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.task import Task
-from capgap.pipeline.workflow.ranks import Meeting, Ranks, ranks_in_environment
 from capgap.schemas.manifest import ShardSet
 from capgap.schemas.run_optimization import OptimizationSettings
 

@@ -13,10 +13,11 @@ import pytest
 from tiny_runs import SEQ_LEN, save_teacher
 from transformers import AutoModelForCausalLM
 
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.identity import seal_of
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
-from capgap.pipeline.workflow.identity import seal_of
-from capgap.pipeline.workflow.state import read_manifest, states
+from capgap.pipeline.workflow.state import states
 from capgap.schemas.errors import CapgapError, InputError, MismatchError, SettingError
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile
@@ -53,7 +54,7 @@ def made(tmp_path_factory) -> dict[str, dict[str, Any]]:
         "seeds": [1],
         "corpus": {"sources": [sources["number"]], "tokenizer": teachers[1], "seq_len": SEQ_LEN},
         "teacher": {"path": teachers[1]},
-        "cache": {"engine": "transformers", "num_draws": 20},
+        "cache": {"engine": "transformers", "num_samples": 20},
         "student": {"model": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}},
         "train": {"batch_sequences": 4, "log_every_steps": 2, "max_tokens": 30 * 4 * SEQ_LEN, "learning_rate": 1e-2},
     }
@@ -72,7 +73,7 @@ def made(tmp_path_factory) -> dict[str, dict[str, Any]]:
         "documents": run(
             "documents",
             corpus={"sources": [sources["short"]], "seq_len": 12, "context": "document"},
-            cache={"recording": "topk", "num_draws": None},
+            cache={"recording": "topk", "num_samples": None},
         ),
         "foreign": run("foreign", corpus={"tokenizer": other}, teacher={"path": other}),
         "long": run("long", corpus={"seq_len": 2 * SEQ_LEN}),

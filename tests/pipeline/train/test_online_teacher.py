@@ -10,9 +10,9 @@ import torch
 from tiny_runs import SEQ_LEN, save_teacher, settings_of
 from transformers import AutoModelForCausalLM
 
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.train.online_teacher import free_bytes, require_room
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
 from capgap.schemas.errors import MachineError, MismatchError
 from capgap.schemas.facts import ModelFacts, TokenizerFacts
 from capgap.schemas.run_file import RunFile
@@ -28,7 +28,7 @@ def run(tmp_path_factory) -> dict[str, Any]:
     texts = [path.read_text() for path in sorted((folder / "number").glob("*.txt"))]
     vocab_size = save_teacher(folder / "number" / "other", texts, 3)
     settings |= {
-        "cache": {"engine": "transformers", "recording": "topk", "num_kept": vocab_size, "profile": "lossless"},
+        "cache": {"engine": "transformers", "recording": "topk", "top_k": vocab_size, "profile": "lossless"},
         "train": {"batch_sequences": 4, "log_every_steps": 2, "max_tokens": NUM_STEPS * 4 * SEQ_LEN},
         "arms": {"distilled": {}, "online": {"targets": "online"}, "cross_entropy": {"alpha": 0.0}},
     }

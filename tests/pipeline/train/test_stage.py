@@ -18,10 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import NEEDED, SEQ_LEN, TRAIN, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.train.metrics import read_rows
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
-from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.errors import MachineError, MismatchError, SettingError
 from capgap.schemas.run_file import RunFile
 

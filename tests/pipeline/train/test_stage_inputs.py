@@ -11,10 +11,11 @@ import torch
 from tiny_runs import NEEDED, SEQ_LEN, TRAIN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from capgap.pipeline.stage.context import Instance, StageContext, StageInput
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.train import stage
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance, StageContext, StageInput
-from capgap.pipeline.workflow.state import State, read_manifest, states
+from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.run_file import RunFile
 

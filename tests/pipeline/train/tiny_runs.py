@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
 from capgap.schemas.run_file import RunFile
 
 SEQ_LEN = 32
@@ -55,7 +55,7 @@ def settings_of(folder: Path, salt: str) -> dict[str, Any]:
             "heldout_fraction": 0.2,
         },
         "teacher": {"path": str(folder / "given")},
-        "cache": {"engine": "transformers", "num_draws": 20},
+        "cache": {"engine": "transformers", "num_samples": 20},
         "student": {"model": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}},
         "train": {"batch_sequences": 4, "log_every_steps": 2, "max_tokens": 30 * 4 * SEQ_LEN},
         "arms": {"distilled": {}, "cross_entropy": {"alpha": 0.0, "max_tokens": 2 * 4 * SEQ_LEN}},

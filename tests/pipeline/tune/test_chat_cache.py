@@ -12,11 +12,11 @@ import pytest
 from tiny_chats import MAX_LEN, conversations, write
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.store import read_blocks
 from capgap.pipeline.train.metrics import read_rows
 from capgap.pipeline.tune.template import with_template
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.run_file import RunFile
@@ -47,7 +47,7 @@ def taught(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
             "heldout_fraction": 0.2,
         },
         "teacher": {"path": str(folder / "teacher")},
-        "cache": {"engine": "transformers", "recording": "both", "num_draws": 20, "num_kept": 9},
+        "cache": {"engine": "transformers", "recording": "both", "num_samples": 20, "top_k": 9},
         "student": {"model": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}},
         "train": {"batch_sequences": 4, "max_tokens": 2 * 4 * MAX_LEN, "alpha": 0.0, "loggers": []},
         "tune": {

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from tiny_chats import CHATML, MAX_LEN, conversations, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from capgap.pipeline.models import load_model
+from capgap.pipeline.models.load import load_model
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.store import read_blocks
 from capgap.pipeline.train.metrics import read_rows
 from capgap.pipeline.tune.template import ROLE_MARKS
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.errors import CapgapError, InputError
 from capgap.schemas.manifest import Manifest

@@ -13,14 +13,14 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from capgap.jobs.cli import main
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.folder import content_files, finish
+from capgap.pipeline.stage.identity import content_of
+from capgap.pipeline.stage.lease import leases
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import Block, ShardReader, ShardWriter
 from capgap.pipeline.verify.rescore import rescore, sample_of
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
-from capgap.pipeline.workflow.folder import content_files, finish
-from capgap.pipeline.workflow.identity import content_of
-from capgap.pipeline.workflow.lease import leases
-from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.run_file import RunFile
 
@@ -62,7 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run
 
 
-BOTH = {"recording": "both", "num_draws": 20, "num_kept": 12}
+BOTH = {"recording": "both", "num_samples": 20, "top_k": 12}
 
 
 @pytest.fixture
@@ -91,8 +91,8 @@ def cache(made, tmp_path: Path) -> Any:
         BOTH | {"profile": "lossless"},
         BOTH | {"profile": "compact", "temperature": 2.0},
         BOTH | {"profile": "small", "context": "document"},
-        {"num_draws": 20},
-        {"recording": "topk", "num_kept": 300},
+        {"num_samples": 20},
+        {"recording": "topk", "top_k": 300},
     ],
     ids=["lossless", "compact", "small", "sampled", "all-ids"],
 )
@@ -120,7 +120,7 @@ def test_the_sample_is_the_same_each_time_one_at_least_and_all_at_most(cache) ->
     assert sample_of(manifest, 1.0) == every
 
 
-@pytest.mark.parametrize("settings", [{"num_draws": 20}, {"recording": "topk", "num_kept": 12, "profile": "compact"}])
+@pytest.mark.parametrize("settings", [{"num_samples": 20}, {"recording": "topk", "top_k": 12, "profile": "compact"}])
 def test_another_teacher_is_caught(cache, made, tmp_path, settings, capsys) -> None:
     folder = cache(**settings)
     other = _save_teacher(tmp_path / "other", seed=3)
@@ -135,7 +135,7 @@ def test_another_teacher_is_caught(cache, made, tmp_path, settings, capsys) -> N
 
 
 def test_a_teacher_that_differs_by_a_little_training_is_caught(cache, made, tmp_path) -> None:
-    folder = cache(recording="both", num_draws=20, num_kept=12)
+    folder = cache(recording="both", num_samples=20, top_k=12)
     model = LlamaForCausalLM.from_pretrained(made["teacher"]["path"])
     with torch.no_grad():
         for parameter in model.parameters():
@@ -145,13 +145,13 @@ def test_a_teacher_that_differs_by_a_little_training_is_caught(cache, made, tmp_
         list(rescore(folder, 0.1, teacher=str(tmp_path / "further")))
 
 
-@pytest.mark.parametrize("num_kept", [1, 12])
-def test_a_shard_whose_targets_are_shifted_by_one_is_caught(cache, num_kept: int, capsys) -> None:
+@pytest.mark.parametrize("top_k", [1, 12])
+def test_a_shard_whose_targets_are_shifted_by_one_is_caught(cache, top_k: int, capsys) -> None:
     """With twelve ids the shard contradicts its own tokens; with one id almost nothing does, but the teacher does."""
-    folder = cache(recording="topk", num_kept=num_kept, profile="lossless", extra_temperatures=[2.0])
+    folder = cache(recording="topk", top_k=top_k, profile="lossless", extra_temperatures=[2.0])
     manifest = read_manifest(folder)
     _shift(folder)
-    assert main(["verify", str(folder), "--rescore", "1", "--device", "cpu"]) == (4 if num_kept > 1 else 2)
+    assert main(["verify", str(folder), "--rescore", "1", "--device", "cpu"]) == (4 if top_k > 1 else 2)
     error = capsys.readouterr().err
     assert "not aligned" in error or "not what its teacher says" in error
     assert read_manifest(folder).identity == manifest.identity

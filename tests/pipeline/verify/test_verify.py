@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.folder import content_files, finish
+from capgap.pipeline.stage.identity import content_of
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.verify.verify import verify
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
-from capgap.pipeline.workflow.folder import content_files, finish
-from capgap.pipeline.workflow.identity import content_of
-from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.errors import CapgapError, CorruptError, InputError
 from capgap.schemas.manifest import MANIFEST_NAME, FileEntry, Manifest
 

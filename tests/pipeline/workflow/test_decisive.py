@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from capgap.pipeline.workflow.context import STAGES
+from capgap.pipeline.stage.context import STAGES
 from capgap.pipeline.workflow.state import states
 from capgap.schemas.base import Record
 from capgap.schemas.run_file import RunFile
@@ -90,8 +90,8 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("teacher.trust_remote_code", True, FROM_TEACHER),
     ("cache.engine", "transformers", FROM_CACHE),
     ("cache.recording", "topk", FROM_CACHE),
-    ("cache.num_draws", 64, FROM_CACHE),
-    ("cache.num_kept", 8, FROM_CACHE),
+    ("cache.num_samples", 64, FROM_CACHE),
+    ("cache.top_k", 8, FROM_CACHE),
     ("cache.profile", "small", FROM_CACHE),
     ("cache.temperature", 2.0, FROM_CACHE),
     ("cache.extra_temperatures", [2.0], FROM_CACHE),
@@ -159,8 +159,8 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("benchmarks.allow_code_execution", True, set()),
     ("benchmarks.batch_sequences", 7, set()),
     ("eval.teacher", "live", {"eval", "report"}),
-    ("eval.num_samples", 7, {"eval", "report"}),
-    ("eval.sample_tokens", 7, {"eval", "report"}),
+    ("eval.num_text_samples", 7, {"eval", "report"}),
+    ("eval.text_sample_tokens", 7, {"eval", "report"}),
     ("eval.speculative.num_speculative_tokens", 7, {"eval", "report"}),
     ("eval.speculative.num_prompts", 7, {"eval", "report"}),
     ("eval.speculative.num_prompt_tokens", 7, {"eval", "report"}),
@@ -188,7 +188,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("judge.num_retries", 7, set()),
 ]
 # What else must be set for the setting above to be allowed, in the run file before and after.
-BESIDE = {f"cache.{name}": {"cache.recording": "topk"} for name in ("num_kept", "profile", "extra_temperatures")}
+BESIDE = {f"cache.{name}": {"cache.recording": "topk"} for name in ("top_k", "profile", "extra_temperatures")}
 BESIDE["eval.speculative.gpu_memory_fraction"] = {"eval.speculative": {}}
 BESIDE["corpus.messages_field"] = {"corpus.tokenizer": "folder"}
 PRUNED = {"student.model": None, "student.prune": {}}
@@ -268,7 +268,7 @@ def _settings(model: type[Record], prefix: str = "") -> Iterator[str]:
     ("path", "default"),
     [
         ("corpus.vocab_size", 4096),
-        ("cache.num_draws", 50),
+        ("cache.num_samples", 50),
         ("corpus.seq_len", 256),
         ("cache.num_heldout_sequences", 64),
         ("train.alpha", 1.0),
@@ -284,7 +284,7 @@ def test_a_default_that_is_spelt_out_changes_nothing(make_run, path: str, defaul
 
 def test_more_defaults_that_are_spelt_out_change_nothing(make_run) -> None:
     topk = {"cache.recording": "topk"}
-    assert _changed(make_run(topk), make_run(topk | {"cache.num_kept": 64, "cache.profile": "near-lossless"})) == set()
+    assert _changed(make_run(topk), make_run(topk | {"cache.top_k": 64, "cache.profile": "near-lossless"})) == set()
     silent = {"teacher.training": None}
     assert _changed(make_run(silent), make_run({"teacher.training": {}})) == set()
     assert _changed(make_run({"arms.distilled": {"alpha": 1}}), make_run()) == set()

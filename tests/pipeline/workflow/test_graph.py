@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from capgap.pipeline.workflow.context import STAGES, Instance
+from capgap.pipeline.stage.context import STAGES, Instance
 from capgap.pipeline.workflow.graph import decisive_settings, downstream, input_names, instances, select
 from capgap.schemas.errors import SettingError
 

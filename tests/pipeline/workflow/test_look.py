@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from capgap.pipeline.progress import progress
-from capgap.pipeline.signs import signs_of_life
-from capgap.pipeline.workflow.folder import WORK_FOLDER, begin, plan_units
+from capgap.pipeline.stage.folder import WORK_FOLDER, begin, plan_units
+from capgap.pipeline.stage.heartbeat import signs_of_life
+from capgap.pipeline.stage.progress import progress
 from capgap.pipeline.workflow.look import last_loss, look_at
 from capgap.pipeline.workflow.state import State, states
 

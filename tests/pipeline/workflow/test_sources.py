@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
 from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.run_file import RunFile
 
@@ -75,9 +75,9 @@ def test_what_follows_from_changed_text_is_made_again(run: RunFile, texts: Path)
 
 
 def test_other_weights_in_a_given_model_s_folder_are_another_content(run: RunFile, tmp_path: Path) -> None:
-    from capgap.pipeline.model_checks import corpus_tokenizer, fresh_model
-    from capgap.pipeline.models import model_path, save_model
-    from capgap.pipeline.workflow.context import StageInput
+    from capgap.pipeline.models.checks import corpus_tokenizer, fresh_model
+    from capgap.pipeline.models.load import model_path, save_model
+    from capgap.pipeline.stage.context import StageInput
     from capgap.schemas.run_model import ModelShape
 
     corpus = StageInput(Path(run.out) / "corpus", carry_out(run, Instance("corpus")))

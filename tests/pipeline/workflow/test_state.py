@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from capgap.pipeline.workflow.folder import WORK_FOLDER, begin, plan_units
-from capgap.pipeline.workflow.identity import identity_of, seal_of
-from capgap.pipeline.workflow.state import State, read_manifest, states
+from capgap.pipeline.stage.folder import WORK_FOLDER, begin, plan_units
+from capgap.pipeline.stage.identity import identity_of, seal_of
+from capgap.pipeline.stage.manifests import read_manifest
+from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.errors import CorruptError, InputError
 from capgap.schemas.manifest import MANIFEST_NAME, Manifest
 from capgap.schemas.run_file import RunFile
@@ -36,8 +37,8 @@ def test_a_run_that_was_made_is_current_throughout(finished_run) -> None:
 
 
 def test_a_changed_setting_makes_its_stage_stale_and_names_it(finished_run, make_run) -> None:
-    found = _states(make_run({"cache.num_draws": 64}))
-    assert found["cache"] == "stale: cache.num_draws was 50, is 64"
+    found = _states(make_run({"cache.num_samples": 64}))
+    assert found["cache"] == "stale: cache.num_samples was 50, is 64"
     assert found["train/distilled/seed-1"] == "stale: input cache changed"
     assert {name for name, text in found.items() if text == "current"} == {"corpus", "teacher", "student/seed-0",
                                                                            "student/seed-1"}  # fmt: skip

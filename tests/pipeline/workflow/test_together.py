@@ -19,10 +19,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.manifests import read_manifest
+from capgap.pipeline.stage.ranks import Ranks, ranks_in_environment
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.pipeline.workflow.context import Instance
-from capgap.pipeline.workflow.ranks import Ranks, ranks_in_environment
-from capgap.pipeline.workflow.state import read_manifest
 from capgap.schemas.errors import MachineError
 
 BIN = Path(sys.executable).parent

@@ -1,0 +1,112 @@
+"""Fresh models of a given shape, and the checks that a given one must pass before it meets a corpus."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from capgap.pipeline.models.load import load_config, model_facts
+from capgap.pipeline.models.tokenizers import load_tokenizer, require_extended_tokenizer, require_same_tokenizer
+from capgap.pipeline.stage.context import StageInput
+from capgap.schemas.errors import InputError, MismatchError
+from capgap.schemas.facts import CorpusFacts, ModelFacts
+from capgap.schemas.run_model import ModelShape
+
+TOKENIZER_FOLDER = "tokenizer"
+
+
+def corpus_tokenizer(corpus: StageInput) -> PreTrainedTokenizerBase:
+    """The tokenizer of a finished corpus."""
+    return load_tokenizer(corpus.path / TOKENIZER_FOLDER)
+
+
+def fresh_model(shape: ModelShape, corpus: StageInput, seed: int) -> PreTrainedModel:
+    """A Llama-shaped model whose weights are a pure function of shape, vocabulary and seed.
+
+    Weights have the standard deviation sqrt(2 / (5 hidden)) ("small init": Nguyen & Salazar, arXiv 1910.05895). With
+    the 0.02 that is usual at widths of thousands, a narrow model spends its first hundreds of steps on a plateau.
+    """
+    facts = CorpusFacts.model_validate(corpus.manifest.facts)
+    config = LlamaConfig(
+        vocab_size=facts.tokenizer.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_key_value_heads or shape.num_heads,
+        max_position_embeddings=seq_len_of(corpus),
+        tie_word_embeddings=shape.tie_word_embeddings,
+        initializer_range=math.sqrt(2 / (5 * shape.hidden_size)),
+        bos_token_id=facts.tokenizer.eos_id,
+        eos_token_id=facts.tokenizer.eos_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def seq_len_of(corpus: StageInput) -> int:
+    """Targets per sequence of a finished corpus."""
+    return next(iter(corpus.manifest.shard_sets.values())).seq_len
+
+
+@contextmanager
+def _named(setting: str) -> Iterator[None]:
+    """Whoever made the run file knows the setting."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(error.what, where=setting, found=error.found, expected=error.expected, fix=error.fix) from None
+
+
+def check_given_model(
+    path: str, corpus: StageInput, setting: str, trust_remote_code: bool = False, *, to_be_adapted: bool = False
+) -> tuple[str, ModelFacts]:
+    """Facts of a given model that fits the corpus, and its path, absolute where it is a folder.
+
+    Args:
+        path: folder or id, as given.
+        corpus: the corpus that it must fit.
+        setting: the setting that names the model, for errors.
+        trust_remote_code: run code that comes with it.
+        to_be_adapted: the corpus's tokenizer may have entries that the model has not.
+
+    Raises:
+        InputError: there is no such model, it has an encoder, or it takes shorter sequences than the corpus has.
+        MismatchError: its tokenizer differs from the corpus's, or its vocabulary is smaller.
+    """
+    where = f"{setting}: {path}"
+    resolved = str(Path(path).resolve()) if Path(path).is_dir() else path
+    with _named(where):
+        config = load_config(resolved, trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            "this is no causal language model", where=where, found="an encoder beside the decoder", expected="a decoder"
+        )
+    with _named(where):
+        tokenizer = load_tokenizer(resolved, trust_remote_code)
+    require = require_extended_tokenizer if to_be_adapted else require_same_tokenizer
+    require(corpus_tokenizer(corpus), "the corpus", tokenizer, where)
+    facts = model_facts(config, tokenizer, resolved, trust_remote_code)
+    if facts.padded_vocab_size < facts.tokenizer.vocab_size:
+        raise MismatchError(
+            "the model's vocabulary is smaller than the corpus's",
+            where=where,
+            found=f"{facts.padded_vocab_size} rows in its embedding",
+            expected=f"at least {facts.tokenizer.vocab_size}",
+            fix="resize its embeddings, or use a model of this tokenizer",
+        )
+    if facts.max_positions is not None and facts.max_positions < seq_len_of(corpus):
+        raise InputError(
+            "the model takes shorter sequences than the corpus has",
+            where=where,
+            found=f"max_position_embeddings = {facts.max_positions}",
+            expected=f"at least corpus.seq_len = {seq_len_of(corpus)}",
+            fix="lower corpus.seq_len",
+        )
+    return resolved, facts

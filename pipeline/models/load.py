@@ -1,0 +1,155 @@
+"""Hugging Face models as capgap meets them: where a stage's model lies, its facts, loading and saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from capgap.pipeline.models.hub import not_there, require_reached
+from capgap.pipeline.models.tokenizers import refuse_code, tokenizer_facts
+from capgap.pipeline.stage.context import StageInput
+from capgap.pipeline.stage.manifests import read_manifest
+from capgap.schemas.errors import InputError
+from capgap.schemas.facts import ModelFacts
+
+MODEL_FOLDER = "model"
+
+# its bars count files, which is noise between capgap's own
+disable_progress_bar()
+
+
+def model_path(made: StageInput) -> str:
+    """The folder or id of the model that a teacher, student or train stage made or was given."""
+    facts = ModelFacts.model_validate(made.manifest.facts)
+    return str(made.path / MODEL_FOLDER) if facts.path == MODEL_FOLDER else facts.path
+
+
+def model_at(path: str) -> str:
+    """The folder or id of a model that is given as a stage's folder, a model's folder or an id.
+
+    Raises:
+        CorruptError: the stage's manifest cannot be understood.
+    """
+    made = read_manifest(Path(path)) if Path(path).is_dir() else None
+    return path if made is None else model_path(StageInput(Path(path), made))
+
+
+def load_model(
+    path: str, device: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode, of weights as safetensors: pickled ones are not opened.
+
+    Args:
+        path: folder or id.
+        device: `cpu` or `cuda:0`.
+        dtype: of its weights; the one it was saved in where it is left out.
+        trust_remote_code: run code that comes with the model; without it, a model that needs it is refused.
+
+    Raises:
+        InputError: there is no such model, or it is no causal language model.
+    """
+    config = load_config(path, trust_remote_code)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        refuse_code(error, path)
+        require_reached(path, error)
+        raise InputError(
+            "the model cannot be loaded", where=path, found=_first_line(error), expected="weights as safetensors"
+        ) from None
+    return model.to(device).eval()
+
+
+def load_config(path: str, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        InputError: there is none, or it needs code that is not trusted.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        refuse_code(error, path)
+        require_reached(path, error)
+        raise not_there("no model can be found", path, error, "config.json") from None
+
+
+def empty_model(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model of this configuration without memory for its weights.
+
+    Raises:
+        InputError: transformers has none.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        refuse_code(error, config.name_or_path or config.model_type)
+        raise InputError(
+            "this is no causal language model",
+            where=config.name_or_path or config.model_type,
+            found=_first_line(error).partition(". ")[0],
+            expected="an architecture of transformers' AutoModelForCausalLM",
+        ) from None
+    model.tie_weights()
+    return model
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Weights as safetensors, configuration and tokenizer: a folder that transformers and vLLM open."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def model_facts(
+    model_or_config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str = MODEL_FOLDER,
+    trust_remote_code: bool = False,
+) -> ModelFacts:
+    """What later stages must know of a model; its sizes are counted without weights where only a config is given.
+
+    Raises:
+        InputError: it has no embedding or no head, or as `empty_model`.
+    """
+    given = isinstance(model_or_config, PreTrainedModel)
+    model = model_or_config if given else empty_model(model_or_config, trust_remote_code)
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if any(getattr(end, "weight", None) is None for end in ends):
+        raise InputError(
+            "this model cannot be used",
+            where=model.name_or_path or model.config.model_type,
+            found="no embedding or no head" if None in ends else "an embedding or a head without a weight",
+            expected="one matrix each for embedding and head",
+        )
+    embedding, head = (end.weight for end in ends)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    outside = embedding.numel() if head is embedding else embedding.numel() + head.numel()
+    return ModelFacts(
+        tokenizer=tokenizer_facts(tokenizer),
+        num_parameters=total,
+        num_non_embedding_parameters=total - outside,
+        padded_vocab_size=embedding.shape[0],
+        max_positions=max_positions(model.config),
+        path=path,
+    )
+
+
+def max_positions(config: Any) -> int | None:
+    """Longest sequence that a model of this configuration takes; None where nothing bounds it."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "max_seq_len"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,157 @@
+"""What a stage is handed and what it hands back.
+
+driver --StageContext--> stage.run(context) --StageResult--> manifest.json
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from capgap.pipeline.stage.ranks import Ranks
+from capgap.pipeline.store import is_url
+from capgap.schemas.errors import InputError, SettingError
+from capgap.schemas.manifest import Manifest, ShardSet
+from capgap.schemas.run_file import RunFile
+
+StageName = Literal[
+    "corpus", "teacher", "cache", "student", "train", "tune", "eval", "benchmark", "answers", "judge", "report"
+]
+
+STAGES: tuple[StageName, ...] = get_args(StageName)
+
+OPTIONAL_STAGES: frozenset[StageName] = frozenset({"tune", "benchmark", "answers", "judge"})
+"""Which a run has only where its file says so."""
+
+# These put a model on a device; the others only read and write files.
+STAGES_WITH_A_MODEL: frozenset[StageName] = frozenset(
+    {"teacher", "cache", "student", "train", "tune", "eval", "benchmark", "answers"}
+)
+
+CHAT_CACHE = "caches/chat"
+"""The name of the input that `tune.cache` is."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One run of a stage: `train` and `tune` run once per arm and seed, `student` once per seed, `benchmark` and
+    `answers` once per student that comes out and for the teacher, the others once."""
+
+    stage: StageName
+    arm: str | None = None
+    seed: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Path of the instance's folder below the run's, for example `train/distilled/seed-0`."""
+        parts = [self.stage, self.arm, None if self.seed is None else f"seed-{self.seed}"]
+        return "/".join(part for part in parts if part is not None)
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """A finished folder that a stage reads.
+
+    Attributes:
+        location: path of the folder, or its URL.
+        manifest: what stands in it.
+    """
+
+    location: Path | str
+    manifest: Manifest
+
+    @property
+    def path(self) -> Path:
+        """The folder on a local disk.
+
+        Raises:
+            InputError: it lies behind a URL; only shards are read from there.
+        """
+        if is_url(self.location):
+            raise InputError(
+                "must lie on a local disk",
+                where=f"reuse.{self.manifest.stage}",
+                found=self.location,
+                expected="a path; only a cache is read from a URL",
+                fix="download the folder and name that",
+            )
+        return Path(self.location)
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """Everything a stage needs.
+
+    Attributes:
+        run: the run file with its defaults.
+        instance: which run of the stage this is.
+        folder: the stage's own folder; it exists, and may hold what a killed run left.
+        inputs: finished folders, by the name of their instance.
+        device: `cpu` or `cuda:0`; the stage holds the lease on it, unless its replicas hold those of their GPUs.
+            A rank's own, where several processes train.
+        holder: stage and run, as a lease names them.
+        wait: wait for a device that another stage holds.
+        group: under which the stage's replicas share its lease; empty where each holds one of its own.
+        ranks: which process of the stage's this is; the first alone writes to the folder.
+    """
+
+    run: RunFile
+    instance: Instance
+    folder: Path
+    inputs: dict[str, StageInput]
+    device: str
+    holder: str = ""
+    wait: bool = True
+    group: str = ""
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def input(self, name: str) -> StageInput:
+        """The input made by the instance of that name."""
+        return self.inputs[name]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage adds to its manifest; the files of its folder are listed and hashed by the driver."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    totals: dict[str, Any] = field(default_factory=dict)
+    shard_sets: dict[str, ShardSet] = field(default_factory=dict)
+
+
+def further_cache(name: str) -> str:
+    """The name of the input that `train.caches.NAME` is."""
+    return f"caches/{name}"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which shards a process makes: those with `index % count == number`, or with no number whichever nobody has."""
+
+    number: int | None
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Slice:
+        """`0/8` to `7/8`, or `any`.
+
+        Raises:
+            SettingError: it is something else.
+        """
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        if text == "any":
+            return cls(None)
+        if found is None or int(found[1]) >= int(found[2]):
+            raise SettingError(
+                "no such slice", where="--slice", found=text, expected="i/n with i from 0 to n - 1, or any"
+            )
+        return cls(int(found[1]), int(found[2]))
+
+    def has(self, index: int) -> bool:
+        """Whether shard `index` is this slice's to make."""
+        return self.number is None or index % self.count == self.number
+
+    def __str__(self) -> str:
+        return "any" if self.number is None else f"{self.number}/{self.count}"

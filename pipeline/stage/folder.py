@@ -1,0 +1,145 @@
+"""The life of a stage folder: begun (`work.json`), worked on (`work/`), finished (`manifest.json`).
+
+    clear --> work.json --> files and work/ --> manifest.json --> work/ removed
+
+Whatever is killed in between leaves a folder without a manifest, which no reader takes for finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from capgap.pipeline.stage.identity import seal_of
+from capgap.pipeline.store.files import TEMP_MARK, sha256_of, write_atomically
+from capgap.pipeline.store.quarantine import QUARANTINE_NAME
+from capgap.schemas.errors import MachineError, SettingError
+from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, FileEntry, Manifest, WorkOrder
+
+WORK_FOLDER = "work"
+# for people and their tools, which may add to it or throw it away: no part of the result
+LOGS_FOLDER = "logs"
+LOCK_NAME = ".lock"
+TURN_NAME = ".turn"
+_PLAN_NAME = "plan.json"
+_LOCKS = (LOCK_NAME, TURN_NAME)
+_NOT_CONTENT = {MANIFEST_NAME, WORK_NAME, QUARANTINE_NAME, *_LOCKS}
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Take the folder for this process; the lock ends with the process.
+
+    Raises:
+        MachineError: another process has it.
+    """
+    make_folder(folder)
+    lock = FileLock(folder / LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise in_use(folder) from None
+    return lock
+
+
+def make_folder(folder: Path) -> None:
+    """Make it, and what it lies in, where it is not there.
+
+    Raises:
+        SettingError: something else stands there, or where there are no folders.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError, FileNotFoundError) as error:
+        raise SettingError(
+            "no folder can be made there",
+            where="out",
+            found=f"{error.filename}: {os.strerror(error.errno or 0)}",
+            expected="a folder, or a place for one",
+            fix="choose another `out`",
+        ) from None
+
+
+def in_use(folder: Path) -> MachineError:
+    """What is said where another process has the folder."""
+    return MachineError("another process is at work on this folder", where=folder, fix="wait for it to end, or stop it")
+
+
+def clear(folder: Path) -> None:
+    """Empty the folder, manifest first, so that a kill in between leaves nothing that looks finished."""
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    (folder / WORK_NAME).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.name in _LOCKS:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def begin(folder: Path, order: WorkOrder) -> None:
+    """Write down what the folder is for; leave what an earlier run of the same order finished."""
+    write_atomically(folder / WORK_NAME, order.model_dump_json(indent=1))
+    remove_halves(folder)
+
+
+def remove_halves(folder: Path) -> None:
+    """Remove what kills left half-written; for whoever knows that nobody else is writing here."""
+    for path in folder.rglob(f"*{TEMP_MARK}*"):
+        path.unlink(missing_ok=True)
+
+
+def finish(folder: Path, manifest: Manifest) -> Manifest:
+    """Make the folder a finished one; the manifest that is written and returned bears its seal."""
+    sealed = manifest.model_copy(update={"seal": seal_of(manifest)})
+    write_atomically(folder / MANIFEST_NAME, sealed.model_dump_json(indent=1))
+    shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+    return sealed
+
+
+def content_files(folder: Path) -> tuple[FileEntry, ...]:
+    """Every file of the result, hashed, in the order of their paths; what is half-written is none."""
+    entries = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if relative.parts[0] in (WORK_FOLDER, LOGS_FOLDER) or str(relative) in _NOT_CONTENT or TEMP_MARK in path.name:
+            continue
+        if path.is_file():
+            entries.append(FileEntry(path=relative.as_posix(), num_bytes=path.stat().st_size, sha256=sha256_of(path)))
+    return tuple(entries)
+
+
+def is_untouched(folder: Path) -> bool:
+    """Whether a folder that was begun holds no finished unit of work, so that nothing could be continued."""
+    work = folder / WORK_FOLDER
+    return work.is_dir() and finished_units(work).partition(" of ")[0] in ("begun", "0")
+
+
+def plan_units(work: Path, unit: str, total: int, pattern: str) -> None:
+    """Say how much there is to do, so that `capgap status` can say how far a killed stage got.
+
+    Args:
+        work: the folder's `work`.
+        unit: what is counted, in the plural.
+        total: how many there are.
+        pattern: glob below `work` of the files of which there is one per finished unit, or one named after the number
+            of finished units, as in `checkpoints/step-000200.ckpt`.
+    """
+    work.mkdir(exist_ok=True)
+    write_atomically(work / _PLAN_NAME, json.dumps({"unit": unit, "total": total, "pattern": pattern}))
+
+
+def finished_units(work: Path) -> str:
+    """How far an unfinished stage got, in words."""
+    try:
+        plan = json.loads((work / _PLAN_NAME).read_bytes())
+        paths = list(work.glob(plan["pattern"]))
+    except (OSError, ValueError, KeyError):
+        return "begun"
+    numbers = [int(path.stem.split("-")[-1]) for path in paths if path.stem.split("-")[0] == "step"]
+    done = max(numbers) if numbers else len(paths)
+    return f"{done} of {plan['total']} {plan['unit']}"

@@ -1,0 +1,193 @@
+"""Signs of life: how far a stage is, on disk, for whoever watches it from another process or another machine.
+
+    stage: phases, meters --> memory --> one thread, at most once a second --> work/progress.json --> read_signs
+
+The file decides nothing. It lies in `work`, so it is no content and goes with it when the stage is finished; a kill
+leaves it, and `is_alive` says that nobody is behind it any more. Of a stage's processes that share a folder, as slices
+do, each has a file of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from capgap.schemas.errors import CapgapError
+from capgap.schemas.heartbeat import Count, End, SignOfLife
+
+_PATTERN = "progress*.json"
+_WRITE_EVERY_S = 1.0
+# and where nothing happens; a shard may take minutes
+_BEAT_EVERY_S = 5.0
+# NFS may show an old file for a minute, and clocks differ
+_BELIEVED_S = 120.0
+_CRASHED, _INTERRUPTED = 1, 130
+
+
+class Signs:
+    """What a process says of its work on a folder; a thread of its own writes it down.
+
+    Args:
+        path: of the file, in a folder that exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock, self._over = path, threading.Lock(), threading.Event()
+        self._counter: Callable[[], Count] | None = None
+        now = time.time()
+        self._said = SignOfLife(
+            machine=os.uname().nodename,
+            namespace=_namespace(),
+            pid=os.getpid(),
+            pid_started=_started(os.getpid()),
+            phase="reads its inputs",
+            begun_s=now,
+            advanced_s=now,
+            written_s=now,
+        )
+        self._write()
+        self._thread = threading.Thread(target=self._write_now_and_then, name="signs of life", daemon=True)
+        self._thread.start()
+
+    def say(self, phase: str, device: str | None = None) -> None:
+        """What is done from here on, and on which device."""
+        self._change(phase=phase, **({} if device is None else {"device": device}))
+
+    def counts(self, counter: Callable[[], Count] | None) -> None:
+        """Who knows from here on how far it is; None where nothing is counted any more. Asked when it is written."""
+        self._counter = counter
+        self._change(count=counter() if counter else None, **({} if counter else {"phase": "goes on"}))
+
+    def stop(self) -> None:
+        """Write nothing more."""
+        self._over.set()
+        self._thread.join()
+
+    def end(self, error: BaseException) -> None:
+        """Write down why the process gives up, as the last thing."""
+        self.stop()
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            ended = End(what="interrupted", exit_code=_INTERRUPTED)
+        elif isinstance(error, CapgapError):
+            ended = End(what=str(error), exit_code=error.exit_code)
+        else:
+            ended = End(what=" ".join(f"{type(error).__name__}: {error}".split()), exit_code=_CRASHED)
+        self._change(ended=ended)
+        self._write()
+
+    def _change(self, **values: object) -> None:
+        with self._lock:
+            self._said = self._said.model_copy(update={**values, "advanced_s": time.time()})
+
+    def _write_now_and_then(self) -> None:
+        while not self._over.wait(_WRITE_EVERY_S):
+            counter, last = self._counter, self._said
+            count = counter() if counter is not None else None
+            # its time left changes even where nothing gets on
+            if count is not None and (last.count is None or count.done != last.count.done):
+                self._change(count=count)
+            if self._said.advanced_s > last.written_s or time.time() - last.written_s >= _BEAT_EVERY_S:
+                self._write()
+
+    def _write(self) -> None:
+        with self._lock:
+            self._said = self._said.model_copy(update={"written_s": time.time()})
+            text = self._said.model_dump_json()
+        half = self._path.with_suffix(".half")
+        # a sign that cannot be written is not the stage's trouble; without fsync, for it need not outlive the machine
+        with contextlib.suppress(OSError):
+            half.write_text(text)
+            half.replace(self._path)
+
+
+_current: Signs | None = None
+
+
+@contextmanager
+def signs_of_life(work: Path, *, shared: bool = False) -> Iterator[Signs]:
+    """Say in the folder `work` that this process is at work, and how it ended if not well.
+
+    Args:
+        work: the stage folder's `work`; made if need be.
+        shared: other processes are at work there too: they made the folder, and may finish the stage and remove it.
+            Nothing is left of this process where it ends well.
+    """
+    global _current
+    if not shared:
+        work.mkdir(exist_ok=True)
+    path = work / (f"progress-{os.uname().nodename}-{os.getpid()}.json" if shared else "progress.json")
+    signs = _current = Signs(path)
+    try:
+        yield signs
+    except BaseException as error:
+        signs.end(error)
+        raise
+    else:
+        if shared:
+            signs.stop()
+            path.unlink(missing_ok=True)
+    finally:
+        signs.stop()
+        _current = None
+
+
+def current_signs() -> Signs | None:
+    """Those of the stage that this process is at; None where it is at none."""
+    return _current
+
+
+def read_signs(work: Path) -> list[SignOfLife]:
+    """Every sign of life below a stage folder's `work`, the latest first; what cannot be read is left out."""
+    found = []
+    for path in work.glob(_PATTERN):
+        with contextlib.suppress(OSError, ValidationError):
+            found.append(SignOfLife.model_validate_json(path.read_bytes()))
+    return sorted(found, key=lambda sign: sign.written_s, reverse=True)
+
+
+def is_alive(sign: SignOfLife) -> bool:
+    """Whether the process is still at work: certain on its own machine; elsewhere, whether it wrote of late."""
+    if sign.ended is not None:
+        return False
+    if (sign.machine, sign.namespace) != (os.uname().nodename, _namespace()):
+        return time.time() - sign.written_s < _BELIEVED_S
+    return _is_running(sign.pid) and sign.pid_started == _started(sign.pid)
+
+
+def _namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    fields = _stat(pid)
+    # a killed process whose parent has not looked yet still has its id
+    return not fields or fields[0] not in "ZX"
+
+
+def _started(pid: int) -> int | None:
+    fields = _stat(pid)
+    return int(fields[19]) if fields else None
+
+
+def _stat(pid: int) -> list[str]:
+    """Of Linux's `stat`, from the third field, the state, on; the second, a name in parentheses, may hold anything."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []

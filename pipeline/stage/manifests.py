@@ -1,0 +1,100 @@
+"""Manifests and work orders of stage folders: read them, and hold them against what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from capgap.pipeline.stage.context import StageName
+from capgap.pipeline.stage.identity import seal_of
+from capgap.pipeline.store import Remote, is_url
+from capgap.pipeline.store.files import read_small, sha256_of
+from capgap.schemas.errors import CorruptError, InputError
+from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, Manifest, SourceEntry, WorkOrder
+
+Finished = tuple[Path | str, Manifest]
+"""Folder, or URL, and manifest of a finished stage."""
+
+
+def read_manifest(folder: Path | str) -> Manifest | None:
+    """The manifest of a finished folder, given by its path or URL; None where there is none.
+
+    Raises:
+        CorruptError: it cannot be understood.
+        InputError, MachineError: the URL cannot be read.
+    """
+    try:
+        text = Remote(folder).read(MANIFEST_NAME) if isinstance(folder, str) else read_small(folder / MANIFEST_NAME)
+        return None if text is None else Manifest.model_validate_json(text)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CorruptError(
+            "the manifest cannot be understood",
+            where=f"{folder}/{MANIFEST_NAME}",
+            found=f"{'.'.join(map(str, first['loc'])) or 'text'}: {first['msg']}",
+            expected="a manifest written by this version of capgap",
+            fix="delete this file and run the same command again",
+        ) from None
+
+
+def require_seal(folder: Path | str, manifest: Manifest) -> None:
+    """Raise CorruptError if the manifest is not what was written when its stage was finished."""
+    try:
+        seal = seal_of(manifest)
+    except ValueError as error:  # a number that no manifest of ours holds: not a number, or of thousands of digits
+        seal = str(error)
+    if manifest.seal != seal:
+        raise CorruptError(
+            "the manifest is not what was written",
+            where=f"{folder}/{MANIFEST_NAME}",
+            found=f"a digest of {seal[:12]}",
+            expected=f"its seal, {manifest.seal[:12] or 'none'}",
+            fix="delete this file and run the same command again",
+        )
+
+
+def read_work_order(folder: Path) -> WorkOrder | None:
+    """What an unfinished folder was begun for; None where nothing was begun, or where that cannot be read."""
+    try:
+        return WorkOrder.model_validate_json((folder / WORK_NAME).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        return None
+
+
+def finished_stage(stage: StageName, folder: str, what: str, where: str, expected: str) -> Finished:
+    """A finished stage by its folder or URL; its seal is not looked at.
+
+    Args:
+        stage: which must stand there.
+        folder: path, or URL.
+        what: the fault where it does not, in the caller's words; `where` and `expected` likewise.
+        where: see `what`.
+        expected: see `what`.
+
+    Raises:
+        InputError: none is there, or another one.
+        CorruptError, MachineError: as `read_manifest`.
+    """
+    location = folder.rstrip("/") if is_url(folder) else Path(folder)
+    manifest = read_manifest(location)
+    if manifest is None or manifest.stage != stage:
+        found = "no manifest.json" if manifest is None else f"a finished {manifest.stage} stage"
+        raise InputError(what, where=where, found=found, expected=expected)
+    return location, manifest
+
+
+def record_sources(paths: Iterable[Path]) -> tuple[SourceEntry, ...]:
+    """What the files are now."""
+    entries = []
+    for path in paths:
+        before = path.stat()
+        entries.append(
+            SourceEntry(
+                path=str(path), num_bytes=before.st_size, modified_ns=before.st_mtime_ns, sha256=sha256_of(path)
+            )
+        )
+    return tuple(entries)

@@ -1,0 +1,43 @@
+"""Distil a large language model into a small one without ever holding both on one device.
+
+A teacher scores a corpus once, and its distributions are kept as shards on disk; any number of students train from
+them. The command line is `capgap`; in a notebook or in a training loop of your own:
+
+    import capgap
+
+    cache = capgap.open_cache("runs/demo/cache")        # a finished cache: a folder or a URL
+    loss = capgap.DistillationLoss(cache)               # KL to the teacher, mixed with cross-entropy
+    capgap.run("run.yaml")                              # every stage that a run file names
+
+`help(capgap.open_cache)` and the documentation say more.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from capgap.pipeline.api import Cache, DistillationLoss, open_cache
+
+try:
+    __version__ = version("capgap")
+except PackageNotFoundError:  # a checkout on the path that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["Cache", "DistillationLoss", "__version__", "open_cache"]
+
+_HOMES = {name: "capgap.pipeline.api" for name in ("Cache", "DistillationLoss", "open_cache")}
+
+
+def __getattr__(name: str) -> Any:
+    """The names above, imported when they are asked for: `import capgap` waits for no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

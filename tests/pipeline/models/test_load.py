@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MptConfig,
+    ViTConfig,
+)
+
+from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.models.load import load_config, load_model, model_facts, model_path, save_model
+from capgap.pipeline.stage.context import StageInput
+from capgap.schemas.errors import InputError
+from capgap.schemas.facts import ModelFacts
+from capgap.schemas.manifest import Manifest
+
+PADDED = 320
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["a text that is long enough to train a tokenizer on, " * 20], 280)
+
+
+def _config(tied: bool) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=PADDED,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+
+
+# Per layer: queries and outputs 32 x 32 each, keys and values 32 x 16 each, three matrices 32 x 48, two norms of 32.
+LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
+OUTSIDE_EMBEDDINGS = 2 * LAYER + 32
+
+
+@pytest.mark.parametrize("given", ["model", "config"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_parameters_are_counted_and_tied_ones_once(tokenizer, tied: bool, given: str) -> None:
+    config = _config(tied)
+    facts = model_facts(LlamaForCausalLM(config) if given == "model" else config, tokenizer)
+    assert facts.num_non_embedding_parameters == OUTSIDE_EMBEDDINGS
+    assert facts.num_parameters == OUTSIDE_EMBEDDINGS + PADDED * 32 * (1 if tied else 2)
+    assert (facts.padded_vocab_size, facts.tokenizer.vocab_size, facts.max_positions) == (PADDED, 280, 64)
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (GPT2Config(n_positions=96, n_embd=32, n_layer=1, n_head=2), 96),
+        (MptConfig(max_seq_len=80, d_model=32, n_layers=1, n_heads=2), 80),
+        (BloomConfig(hidden_size=32, n_layer=1, n_head=2), None),
+        (MambaConfig(hidden_size=32, num_hidden_layers=1), None),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_positions_are_found_by_any_name_and_some_models_have_no_bound(tokenizer, config, positions) -> None:
+    config.vocab_size = PADDED
+    facts = model_facts(config, tokenizer)
+    assert facts.max_positions == positions
+    assert ModelFacts.model_validate(facts.model_dump(mode="json")) == facts
+
+
+def test_an_architecture_that_is_no_language_model_is_refused(tokenizer) -> None:
+    with pytest.raises(InputError, match="vit: this is no causal language model; found Unrecognized configuration"):
+        model_facts(ViTConfig(), tokenizer)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_saved_model_opens_in_transformers_with_equal_logits(tokenizer, tmp_path, tied: bool) -> None:
+    model = LlamaForCausalLM(_config(tied)).eval()
+    save_model(model, tokenizer, tmp_path)
+    ids = torch.arange(20)[None]
+    opened, ours = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), load_model(str(tmp_path), "cpu")
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits
+        assert torch.equal(opened(input_ids=ids).logits, expected)
+        assert torch.equal(ours(input_ids=ids).logits, expected)
+    assert not ours.training
+    assert model_facts(opened, tokenizer) == model_facts(model, tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_model_is_loaded_in_the_dtype_it_was_saved_in_or_in_the_one_asked_for(tokenizer, tmp_path) -> None:
+    save_model(LlamaForCausalLM(_config(True)).bfloat16(), tokenizer, tmp_path)
+    assert load_model(str(tmp_path), "cpu").dtype == torch.bfloat16
+    assert load_model(str(tmp_path), "cpu", torch.float32).dtype == torch.float32
+
+
+def test_what_is_no_model_is_refused(tmp_path) -> None:
+    with pytest.raises(InputError, match=f"{tmp_path}/no: no model can be found.*expected a Hugging Face folder"):
+        load_config(str(tmp_path / "no"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="no model can be found"):
+        load_model(str(tmp_path), "cpu")
+    _config(True).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"{tmp_path}: the model cannot be loaded"):
+        load_model(str(tmp_path), "cpu")
+
+
+def test_the_path_of_a_made_model_is_below_its_stage_and_that_of_a_given_one_is_as_given(tokenizer, tmp_path) -> None:
+    def made(path: str) -> StageInput:
+        facts = model_facts(_config(True), tokenizer, path).model_dump(mode="json")
+        manifest = Manifest(
+            stage="teacher",
+            instance="teacher",
+            settings={},
+            inputs={},
+            identity="0",
+            content="1",
+            files=(),
+            facts=facts,
+            versions={},
+            started="2026-01-01T00:00:00Z",
+            wall_s=1.0,
+            command=(),
+        )
+        return StageInput(tmp_path, manifest)
+
+    assert model_path(made("model")) == str(tmp_path / "model")
+    assert model_path(made("/models/llama")) == "/models/llama"
