@@ -100,7 +100,7 @@ def _commands() -> dict[str, Command]:
     from capgap.jobs.law import law_command
     from capgap.jobs.plan import plan_command
     from capgap.jobs.status import status_command
-    from capgap.pipeline.stage.context import STAGES
+    from capgap.pipeline.stages import declared
     from capgap.pipeline.store import keep_freed_memory
 
     keep_freed_memory()
@@ -114,7 +114,7 @@ def _commands() -> dict[str, Command]:
         "import": import_command,
         "export": export_command,
     }
-    return commands | {stage: stage_command(stage) for stage in STAGES}
+    return commands | {stage.name: stage_command(stage.name) for stage in declared()}
 
 
 if __name__ == "__main__":

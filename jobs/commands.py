@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from capgap.jobs.arguments import add_log_format, parse, parse_run, run_parser
 from capgap.jobs.logs import log_format, tell
 from capgap.jobs.tables import ResultConsole
-from capgap.pipeline.stage.context import Instance, StageName
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.events import set_stage
 from capgap.pipeline.workflow.graph import downstream, instances, select
 from capgap.pipeline.workflow.state import State, states
@@ -53,7 +53,7 @@ def run_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def stage_command(stage: StageName) -> Callable[[Sequence[str]], int]:
+def stage_command(stage: str) -> Callable[[Sequence[str]], int]:
     """`capgap corpus`, `capgap cache` and so on: one stage, in this process where it is one instance."""
 
     def command(argv: Sequence[str]) -> int:
@@ -72,13 +72,13 @@ def stage_command(stage: StageName) -> Callable[[Sequence[str]], int]:
         else:
             from capgap.pipeline.workflow.together import carry_out_on_devices
 
-            carry_out_on_devices(run, chosen[0], force=flags["force"], wait=not flags["no_wait"])
+            carry_out_on_devices(run, chosen[0], remake=flags["force"], wait=not flags["no_wait"])
         return 0
 
     return command
 
 
-def stage_parser(stage: StageName) -> ArgumentParser:
+def stage_parser(stage: str) -> ArgumentParser:
     """The parser of a stage's own command."""
     parser = run_parser(f"capgap {stage}", f"Make the stage {stage} of a run file current.")
     _add_walk_flags(parser)
@@ -182,7 +182,7 @@ def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any]) -> li
         if not silent:
             tell("stage_checked", f"{name}: {why}", instance=name, why=why)
 
-    return walk(run, chosen, force=flags["force"], wait=not flags["no_wait"], say=say)
+    return walk(run, chosen, force=flags["force"], wait=not flags["no_wait"], log=say)
 
 
 def _show_table(run: RunFile) -> None:

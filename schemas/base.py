@@ -18,18 +18,32 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    def meant(self) -> dict[str, Any]:
+        """Settings that mean something else than what stands there, by name, as plain JSON values.
+
+        They are the ones that may be left out and whose default depends on other settings, so that a run file that
+        spells the default out decides the same as one that does not.
+        """
+        return {}
+
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide the result, as plain JSON values: operational ones are left out."""
-        values = self.model_dump(mode="json")
-        return {
-            name: _identity_of(getattr(self, name), values[name])
-            for name, info in type(self).model_fields.items()
-            if not _is_operational(info)
-        }
+        """The settings that decide the result, as plain JSON values.
+
+        The rule is one for all records: every setting that is not operational, with the value that it means.
+        """
+        dumped = self.model_dump(mode="json")
+        fields = type(self).model_fields
+        counted = {name: dumped[name] for name, info in fields.items() if name in dumped and not _is_operational(info)}
+        return {name: _decisive_part(getattr(self, name), value) for name, value in counted.items()} | self.meant()
 
 
-def _identity_of(value: object, dumped: object) -> object:
-    return value.decisive() if isinstance(value, Record) else dumped
+def _decisive_part(value: object, dumped: object) -> object:
+    """A setting that is a record, or records by name, with its own decisive settings alone."""
+    if isinstance(value, Record):
+        return value.decisive()
+    if isinstance(value, dict) and isinstance(dumped, dict):
+        return {name: _decisive_part(value[name], part) for name, part in dumped.items() if name in value}
+    return dumped
 
 
 def _is_operational(info: FieldInfo) -> bool:

@@ -131,16 +131,9 @@ class CacheSettings(Record):
         """The further temperatures, rising."""
         return tuple(sorted(self.extra_temperatures))
 
-    def decisive(self) -> dict[str, Any]:
-        """As for every record, with numbers of ids and profile spelt out where they were left out.
-
-        Caches that were made before held-out sequences were scored are found again: a teacher need not score a whole
-        corpus anew for them.
-        """
-        values = super().decisive()
-        if self.num_heldout_sequences == type(self).model_fields["num_heldout_sequences"].default:
-            del values["num_heldout_sequences"]
-        return values | {
+    def meant(self) -> dict[str, Any]:
+        """Numbers of ids and the profile where they were left out; the order of temperatures decides nothing."""
+        return {
             "num_samples": self.num_ids("sampled") or None,
             "top_k": self.num_ids("topk") or None,
             "profile": self.stored_profile,

@@ -116,12 +116,6 @@ class CorpusSettings(Record):
         """Entries of the tokenizer that is trained where none is given."""
         return self.vocab_size if self.vocab_size is not None else 4096
 
-    def decisive(self) -> dict[str, Any]:
-        """As for every record, with the vocabulary's size spelt out where it was left out.
-
-        A corpus of text is that which was made before there were conversations, or whole ones, and one of a tokenizer
-        as it is that of before there were extended ones.
-        """
-        values = super().decisive() | ({} if self.tokenizer else {"vocab_size": self.trained_vocab_size})
-        newer = ("messages_field", "whole_conversations", "extend_vocabulary")
-        return {name: value for name, value in values.items() if name not in newer or value not in (None, False)}
+    def meant(self) -> dict[str, Any]:
+        """The vocabulary's size, where a tokenizer is trained."""
+        return {} if self.tokenizer else {"vocab_size": self.trained_vocab_size}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -65,11 +65,3 @@ class EvalSettings(Record):
         if self.speculative is not None and self.teacher == "cache":
             raise ValueError("eval.speculative: found with eval.teacher cache, expected live; it needs the teacher")
         return self
-
-    def decisive(self) -> dict[str, Any]:
-        """As for every record; what was measured before there was a choice stays current."""
-        values = super().decisive()
-        for name in ("teacher", "speculative", "num_text_samples", "text_sample_tokens"):
-            if getattr(self, name) == type(self).model_fields[name].default:
-                del values[name]
-        return values

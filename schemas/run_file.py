@@ -2,14 +2,19 @@
 
     run file --> stage instances --> one folder each under `out`, with a manifest
 
+**The run file follows the use.** A section that is written asks for its stage; one that is left out is not made and not
+asked for. `corpus`, `teacher` and `cache` alone make shards; `reuse: {cache: ...}`, `student` and `train` train from
+shards that are there. In Python every section has its defaults; `has` says whether a run has the stage.
+
 Flags of the command line are derived from these models (`--train.learning_rate 1e-3`) and win over the YAML.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 from pydantic_core import ErrorDetails
 
 from capgap.schemas.base import OPERATIONAL, Record
@@ -20,12 +25,14 @@ from capgap.schemas.run_corpus import CorpusSettings
 from capgap.schemas.run_eval import EvalSettings
 from capgap.schemas.run_judge import JudgeSettings
 from capgap.schemas.run_model import StudentSettings, TeacherSettings
+from capgap.schemas.run_needs import require_needs
 from capgap.schemas.run_train import TrainSettings
 from capgap.schemas.run_tune import TuneSettings
 
-_OPTIONAL = ("tune", "benchmarks", "judge")
-
 ReusableStage = Literal["corpus", "teacher", "cache"]
+
+# What asks for no stage of its own; every other field of a run file is a section.
+_NO_SECTIONS = ("name", "out", "seeds", "device", "reuse", "arms")
 
 
 class RunFile(Record):
@@ -44,19 +51,20 @@ class RunFile(Record):
     """Where models run. `auto` takes a GPU if there is one."""
 
     reuse: dict[ReusableStage, str] = Field(default_factory=dict)
-    """Finished folders of another run to use in place of a stage, for example one cache for many students. A cache may
-    lie behind a URL, s3:// and others: its shards pass through a disk cache (CAPGAP_DOWNLOADS, CAPGAP_DOWNLOADS_GB)."""
+    """Finished folders of another run to use in place of a stage, for example one cache for many students: a cache is
+    enough to train from, for it carries tokenizer, context rule and held-out sequences. It may lie behind a URL,
+    s3:// and others: its shards pass through a disk cache (CAPGAP_DOWNLOADS, CAPGAP_DOWNLOADS_GB)."""
 
     corpus: CorpusSettings = Field(default_factory=CorpusSettings)
     """Text, tokenizer, packing and splits."""
 
-    teacher: TeacherSettings
+    teacher: TeacherSettings = Field(default_factory=TeacherSettings)
     """The model whose distributions are kept."""
 
     cache: CacheSettings = Field(default_factory=CacheSettings)
     """How the teacher's distributions are kept."""
 
-    student: StudentSettings
+    student: StudentSettings = Field(default_factory=StudentSettings)
     """The model that is trained."""
 
     train: TrainSettings = Field(default_factory=TrainSettings)
@@ -66,16 +74,33 @@ class RunFile(Record):
     """Variants of `train`, each with the settings in which it differs, for example `cross_entropy: {alpha: 0}`."""
 
     tune: TuneSettings | None = None
-    """How trained students become chat models; left out, there is no such stage."""
+    """How trained students become chat models."""
 
     eval: EvalSettings = Field(default_factory=EvalSettings)
-    """How models are measured."""
+    """How models are measured; the report is made of what is measured."""
 
     benchmarks: BenchmarkSettings | None = None
-    """Tasks of lm-eval that models are measured on; none where the section is left out."""
+    """Tasks of lm-eval that models are measured on."""
 
     judge: JudgeSettings | None = None
-    """Who judges the models' answers to questions; leave it out for none."""
+    """Who judges the models' answers to questions."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_is_null(cls, values: Any) -> Any:
+        """A section that is null is one that was left out."""
+        if not isinstance(values, Mapping):
+            return values
+        return {name: value for name, value in values.items() if value is not None or name in _NO_SECTIONS}
+
+    @model_serializer(mode="wrap")
+    def _write_what_was_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Sections that were left out stay out, so that what is read back asks for the same stages."""
+        values: dict[str, Any] = write(self)
+        left_out = set(values) - set(_NO_SECTIONS) - self.model_fields_set
+        if "train" not in self.sections:
+            left_out.add("arms")
+        return {name: value for name, value in values.items() if name not in left_out}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -85,20 +110,39 @@ class RunFile(Record):
             raise ValueError("arms: found none, expected at least one; leave the setting out for `distilled` alone")
         for name in (self.name, *self.arms):
             _require_folder_name(name)
-        for arm in self.arms:
-            self.train_settings(arm)
-        if self.benchmarks is not None and self.benchmarks.teacher and TEACHER in self.arms:
-            raise ValueError(f"arms: found {TEACHER!r}, expected another name where benchmarks measure the teacher")
         if self.judge is not None:
             self.judge.require_no_key()
-        if self.judge is not None and self.judge.teacher and TEACHER in self.arms:
-            raise ValueError(f"arms: found {TEACHER!r}, which the teacher is called beside the arms; rename the arm")
+        for measured in ("benchmarks", "judge"):
+            if self.asks_teacher(measured) and TEACHER in self.arms:
+                raise ValueError(
+                    f"arms: found {TEACHER!r}, expected another name where {measured} names the teacher so too"
+                )
+        require_needs(self)
         return self
 
-    def decisive(self) -> dict[str, Any]:
-        """As for every record, and nothing of the sections that are left out."""
-        values = super().decisive()
-        return {name: value for name, value in values.items() if name not in _OPTIONAL or value is not None}
+    @property
+    def sections(self) -> frozenset[str]:
+        """The sections that were written; `arms` stands for `train`, whose variants they are."""
+        written = self.model_fields_set - set(_NO_SECTIONS)
+        return frozenset(written | ({"train"} if "arms" in self.model_fields_set else set()))
+
+    def makes(self, section: str) -> bool:
+        """Whether the run makes the stage of that section itself."""
+        return section in self.sections and section not in self.reuse
+
+    def has(self, section: str) -> bool:
+        """Whether the run has that stage's result, made here or reused."""
+        return section in self.sections or section in self.reuse
+
+    def asks_teacher(self, section: Literal["benchmarks", "judge"]) -> bool:
+        """Whether benchmarks, or questions, are put to the teacher too: where there is one, unless told otherwise."""
+        settings = self.benchmarks if section == "benchmarks" else self.judge
+        return settings is not None and settings.teacher and self.has("teacher")
+
+    @property
+    def measures_teacher(self) -> bool:
+        """Whether `eval` holds students against the teacher itself, or the cache alone stands for it."""
+        return self.eval.teacher != "cache" and self.has("teacher")
 
     def train_settings(self, arm: str) -> TrainSettings:
         """The settings of `train` with the arm's own in their place.

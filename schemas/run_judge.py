@@ -6,7 +6,7 @@ questions --> stage answers, one folder a model --> stage judge --> judge.json
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field
@@ -130,14 +130,3 @@ class JudgeSettings(Record):
             )
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
             raise ValueError("judge.api_key_env: expected the name of an environment variable, which holds the key")
-
-    def decisive_for_answers(self) -> dict[str, Any]:
-        """What decides the answers."""
-        found = self.decisive()
-        return {name: found[name] for name in ("questions", "answers")}
-
-    def decisive_for_verdicts(self) -> dict[str, Any]:
-        """What decides the verdicts on given answers."""
-        return {
-            name: value for name, value in self.decisive().items() if name not in ("questions", "answers", "teacher")
-        }

@@ -85,7 +85,8 @@ class TeacherSettings(Record):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _exactly_one("teacher", self.path, self.model)
+        if self.path is not None and self.model is not None:
+            raise ValueError("teacher: found both of path and model, expected one of them")
         _code_of_a_path("teacher.model", self.path, self.trust_remote_code)
         if self.adapt is not None and self.path is None:
             raise ValueError("teacher.adapt: found with teacher.model, expected it with teacher.path")
@@ -103,14 +104,9 @@ class TeacherSettings(Record):
         """Of the training that the stage is; None where a given teacher is taken as it is."""
         return self.adapt if self.path is not None else self.recipe
 
-    def decisive(self) -> dict[str, Any]:
-        """As for every record, with the recipe spelt out where it was left out.
-
-        A given teacher that is not adapted is that of before one could be.
-        """
-        values = _without_code(super().decisive())
-        values = {name: value for name, value in values.items() if name != "adapt" or value is not None}
-        return values | ({} if self.path else {"training": self.recipe.decisive()})
+    def meant(self) -> dict[str, Any]:
+        """The recipe, where a teacher with fresh weights has none of its own."""
+        return {} if self.path else {"training": self.recipe.decisive()}
 
 
 class StudentSettings(Record):
@@ -130,39 +126,15 @@ class StudentSettings(Record):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _one_of_three(self.path, self.model, self.prune)
+        named = [name for name in ("path", "model", "prune") if getattr(self, name) is not None]
+        if len(named) > 1:
+            raise ValueError(f"student: found {' and '.join(named)}, expected one of path, model and prune")
         origin = "student.model" if self.prune is None else "student.prune"
         _code_of_a_path(origin, self.path, self.trust_remote_code)
         return self
-
-    def decisive(self) -> dict[str, Any]:
-        """As for every record, and nothing of code where none is trusted.
-
-        A student that is not pruned is that which was made before a teacher could be.
-        """
-        values = _without_code(super().decisive())
-        return {name: value for name, value in values.items() if name != "prune" or value is not None}
-
-
-def _exactly_one(stage: str, path: str | None, model: ModelShape | None) -> None:
-    if (path is None) == (model is None):
-        found = "neither" if path is None else "both"
-        raise ValueError(f"{stage}: found {found} of path and model, expected one of them")
-
-
-def _one_of_three(path: str | None, model: ModelShape | None, prune: PruneSettings | None) -> None:
-    named = [name for name, value in (("path", path), ("model", model), ("prune", prune)) if value is not None]
-    if len(named) != 1:
-        found = " and ".join(named) if named else "none"
-        raise ValueError(f"student: found {found} of path, model and prune, expected one of them")
 
 
 def _code_of_a_path(origin: str, path: str | None, trusted: bool) -> None:
     if trusted and path is None:
         stage = origin.partition(".")[0]
         raise ValueError(f"{stage}.trust_remote_code: found true with {origin}, expected it with {stage}.path")
-
-
-def _without_code(values: dict[str, Any]) -> dict[str, Any]:
-    """Models that were given before code could be trusted are found again."""
-    return {name: value for name, value in values.items() if name != "trust_remote_code" or value}

@@ -8,8 +8,6 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
 
-_OF_THE_SCHEDULE = ("schedule", "decay_fraction", "decay_shape")
-
 
 class LoggerSettings(Record):
     """A logger of a training and its arguments."""
@@ -172,14 +170,8 @@ class OptimizationSettings(Record):
         """Sequences in one forward pass."""
         return self.micro_batch_sequences or self.batch_sequences
 
-    def decisive(self) -> dict[str, Any]:
-        """As for every record, with the decay spelt out under `wsd`, and nothing of what was not chosen.
-
-        Models that were trained before there was a choice are found again.
-        """
-        values = super().decisive()
-        if self.output == "last":
-            del values["output"]
-        if self.schedule == "wsd":
-            return values | {"decay_fraction": self.decay_share, "decay_shape": self.decay}
-        return {name: value for name, value in values.items() if name not in _OF_THE_SCHEDULE}
+    def meant(self) -> dict[str, Any]:
+        """The decay of `wsd`, where it was left out."""
+        if self.schedule != "wsd":
+            return {}
+        return {"decay_fraction": self.decay_share, "decay_shape": self.decay}

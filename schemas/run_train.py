@@ -10,6 +10,15 @@ from capgap.schemas.base import OPERATIONAL, Record
 from capgap.schemas.run_cache import RecordingName
 from capgap.schemas.run_optimization import OptimizationSettings
 
+SUPPORTED_TAILS: dict[tuple[RecordingName, str], tuple[str, ...]] = {
+    ("topk", "forward_kl"): ("ghost", "drop", "renorm", "label"),
+    ("topk", "reverse_kl"): ("ghost",),
+    ("topk", "jsd"): ("ghost", "renorm", "label"),
+    ("sampled", "forward_kl"): ("drop", "renorm"),
+}
+"""By recording and divergence, which `tail` the loss can have; the first is what it has where the setting is left out.
+A pair that is missing has no unbiased loss. A test holds this table against that of the kernel."""
+
 
 class FurtherCache(Record):
     """A cache that a student learns from beside the run's own."""
@@ -136,18 +145,16 @@ class TrainSettings(OptimizationSettings):
         """Of `jsd`."""
         return 0.5 if self.jsd_beta is None else self.jsd_beta
 
-    def decisive(self) -> dict[str, Any]:
-        """As for every record, with the beta of `jsd` spelt out, and nothing of the choice where none was made.
+    def meant(self) -> dict[str, Any]:
+        """The beta of `jsd` and the way of alpha where they were left out.
 
-        Students that were trained before there was a choice are found again. Beside other caches a micro-batch is the
-        unit of the mix, so that its size decides.
+        Beside other caches a micro-batch is the unit of the mix, so that its size decides.
         """
-        values = super().decisive() | ({"jsd_beta": self.beta} if self.divergence == "jsd" else {})
-        values |= {"alpha_schedule": self.alpha_shape} if self.final_alpha is not None else {}
-        values["caches"] = {name: cache.decisive() for name, cache in self.caches.items()}
+        values: dict[str, Any] = super().meant()
+        if self.divergence == "jsd":
+            values["jsd_beta"] = self.beta
+        if self.final_alpha is not None:
+            values["alpha_schedule"] = self.alpha_shape
         if self.caches:
             values["micro_batch_sequences"] = self.micro_batch
-        defaults: dict[str, Any] = {"divergence": "forward_kl", "jsd_beta": None, "tail": None}
-        defaults |= {"final_alpha": None, "alpha_schedule": None, "token_weights": "equal", "router_loss_weight": 0.0}
-        defaults |= {"caches": {}, "own_weight": 1.0, "row_len": None, "targets": "cache"}
-        return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+        return values

@@ -127,12 +127,9 @@ class TuneSettings(OptimizationSettings):
         values |= {name: getattr(self, name) for name in _OF_A_CACHE if getattr(self, name) is not None}
         return TrainSettings.model_validate({"alpha": 0.0 if self.cache is None else 1.0} | values)
 
-    def decisive(self) -> dict[str, Any]:
-        """As for every record; nothing of code where none is trusted, and of the loss or the sources what counts."""
-        values = super().decisive()
-        unused = set(_OF_A_CACHE if self.cache is None else _OF_SOURCES)
-        if self.cache is not None:
-            loss = self.loss_settings().decisive()
-            values |= {name: loss.get(name) for name in _OF_A_CACHE}
-        unused |= set() if self.trust_remote_code else {"trust_remote_code"}
-        return {name: value for name, value in values.items() if name not in unused}
+    def meant(self) -> dict[str, Any]:
+        """What the loss means where it was left out."""
+        if self.cache is None:
+            return super().meant()
+        loss = self.loss_settings().decisive()
+        return super().meant() | {name: loss[name] for name in _OF_A_CACHE}

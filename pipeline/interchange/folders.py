@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from capgap.pipeline.stage.context import StageInput, StageName, StageResult
+from capgap.pipeline.stage.context import StageInput, StageResult
 from capgap.pipeline.stage.events import event
 from capgap.pipeline.stage.folder import WORK_FOLDER, begin, clear, content_files, finish, lock_folder
 from capgap.pipeline.stage.identity import content_of, first_difference, identity_of
@@ -19,7 +19,7 @@ from capgap.schemas.errors import MismatchError
 from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
 
 
-def order_for(stage: StageName, settings: dict[str, Any], inputs: dict[str, InputEntry]) -> WorkOrder:
+def order_for(stage: str, settings: dict[str, Any], inputs: dict[str, InputEntry]) -> WorkOrder:
     """What is to be made; the identity is that of a stage with these settings and inputs."""
     identity = identity_of(stage, settings, {name: entry.identity for name, entry in inputs.items()})
     return WorkOrder(stage=stage, instance=stage, settings=settings, inputs=inputs, identity=identity)

@@ -148,7 +148,7 @@ def _make_corpus(grid: LawGrid, wait: bool) -> list[str]:
     write_run_file(run)
     if is_made(run, ["corpus"]):
         return []
-    return walk(run, [Instance("corpus")], force=False, wait=wait, say=_say)
+    return walk(run, [Instance("corpus")], log=_say, wait=wait)
 
 
 def _say(name: str, why: str) -> None:

@@ -136,7 +136,7 @@ def carry_out_job(job: Job, log: Path, wait: bool, start: Start = start_afresh) 
     def made(run: RunFile, instance: Instance) -> bool:
         heard = log.stat().st_size
         try:
-            walk(run, [instance], force=False, wait=wait, say=_say, start=_start_of(run, instance, start))
+            walk(run, [instance], log=_say, replace=True, wait=wait, start=_start_of(run, instance, start))
         except CapgapError as error:
             said = _last_words(log, heard) if isinstance(error, StageFailedError) and error.already_said else str(error)
             failures[instance.name] = said or str(error)

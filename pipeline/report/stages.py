@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import median
 
 from capgap.pipeline.report.summary import StageLine
-from capgap.pipeline.stage.context import STAGES_WITH_A_MODEL, StageInput
+from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.stage.scalars import METRICS_NAME
+from capgap.pipeline.stages import stage_named
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile
 
@@ -88,7 +89,7 @@ def _of_steps(metrics: Path) -> float | None:
 
 def _num_devices(manifest: Manifest, run: RunFile) -> int:
     stage, *rest = manifest.instance.split("/")
-    if stage not in STAGES_WITH_A_MODEL:
+    if not stage_named(stage).on_device:
         return 0
     if stage == "cache":
         return run.cache.num_devices * run.cache.replicas

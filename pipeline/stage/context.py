@@ -8,27 +8,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from capgap.pipeline.stage.ranks import Ranks
 from capgap.pipeline.store import is_url
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.manifest import Manifest, ShardSet
 from capgap.schemas.run_file import RunFile
-
-StageName = Literal[
-    "corpus", "teacher", "cache", "student", "train", "tune", "eval", "benchmark", "answers", "judge", "report"
-]
-
-STAGES: tuple[StageName, ...] = get_args(StageName)
-
-OPTIONAL_STAGES: frozenset[StageName] = frozenset({"tune", "benchmark", "answers", "judge"})
-"""Which a run has only where its file says so."""
-
-# These put a model on a device; the others only read and write files.
-STAGES_WITH_A_MODEL: frozenset[StageName] = frozenset(
-    {"teacher", "cache", "student", "train", "tune", "eval", "benchmark", "answers"}
-)
 
 CHAT_CACHE = "caches/chat"
 """The name of the input that `tune.cache` is."""
@@ -39,7 +25,7 @@ class Instance:
     """One run of a stage: `train` and `tune` run once per arm and seed, `student` once per seed, `benchmark` and
     `answers` once per student that comes out and for the teacher, the others once."""
 
-    stage: StageName
+    stage: str
     arm: str | None = None
     seed: int | None = None
 

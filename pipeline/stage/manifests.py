@@ -7,7 +7,6 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from capgap.pipeline.stage.context import StageName
 from capgap.pipeline.stage.identity import seal_of
 from capgap.pipeline.store import Remote, is_url
 from capgap.pipeline.store.files import read_small, sha256_of
@@ -65,7 +64,7 @@ def read_work_order(folder: Path) -> WorkOrder | None:
         return None
 
 
-def finished_stage(stage: StageName, folder: str, what: str, where: str, expected: str) -> Finished:
+def finished_stage(stage: str, folder: str, what: str, where: str, expected: str) -> Finished:
     """A finished stage by its folder or URL; its seal is not looked at.
 
     Args:

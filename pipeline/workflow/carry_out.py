@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any
 
-from capgap.pipeline.stage.context import (
-    STAGES_WITH_A_MODEL,
-    Instance,
-    StageContext,
-    StageInput,
-    StageName,
-    StageResult,
-)
+from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.device import devices_from, resolve_device
 from capgap.pipeline.stage.events import event
 from capgap.pipeline.stage.folder import (
@@ -33,43 +24,46 @@ from capgap.pipeline.stage.folder import (
 )
 from capgap.pipeline.stage.heartbeat import current_signs, signs_of_life
 from capgap.pipeline.stage.identity import content_of
-from capgap.pipeline.stage.interrupts import interrupts_heard
 from capgap.pipeline.stage.lease import cpu_group, leases
-from capgap.pipeline.stage.manifests import read_manifest, record_sources, require_seal
+from capgap.pipeline.stage.manifests import record_sources
 from capgap.pipeline.stage.ranks import Meeting, Ranks
 from capgap.pipeline.stage.versions import versions
+from capgap.pipeline.stages import stage_named
 from capgap.pipeline.workflow.sources import source_paths
-from capgap.pipeline.workflow.state import StageState, State, further_manifests, reused_manifests, states
-from capgap.schemas.errors import InputError, MismatchError
+from capgap.pipeline.workflow.state import RunStates, StageState, State
+from capgap.schemas.errors import MismatchError
 from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
 from capgap.schemas.run_file import RunFile
 
 
 def carry_out(
-    run: RunFile, instance: Instance, *, force: bool = False, wait: bool = True, meeting: Meeting | None = None
+    run: RunFile, instance: Instance, *, remake: bool = False, wait: bool = True, meeting: Meeting | None = None
 ) -> Manifest:
     """Make the instance's folder current and return its manifest.
 
-    A finished folder of the same identity is left alone unless `force` is set; an unfinished one is continued. Where
-    other processes work on it too, they hear at the meeting whether it was begun.
+    A finished folder of the same identity is left alone unless `remake` is set, and one of another identity that cost
+    device time is not replaced without it; an unfinished one is continued. Where other processes work on it too, they
+    hear at the meeting whether it was begun.
 
     Raises:
         InputError: an input is not current.
-        MismatchError: the folder was begun under other settings and is not finished.
+        MismatchError: the folder was begun under other settings and is not finished, or is finished and costly.
         CapgapError: whatever the stage raises.
     """
     clock = Clock()
-    state = states(run)[instance.name]
-    inputs = open_inputs(run, state)
-    lock = lock_folder(state.folder)
+    known = RunStates(run)
+    inputs = known.inputs_of(instance)
+    lock = lock_folder(known.of(instance.name).folder)
     try:
-        state = states(run)[instance.name]
-        if state.state is State.CURRENT and not force and state.manifest is not None:
+        # looked at again, for another process may have finished it meanwhile
+        known.forget(instance.name)
+        state = known.of(instance.name)
+        if state.state is State.CURRENT and not remake and state.manifest is not None:
             event("stage_current", f"{instance.name} is current: nothing to do")
             _say_begun(meeting, False)
             return state.manifest
-        refuse_early(run, instance, inputs)
-        make_ready(state, force)
+        stage_named(instance.stage).check(run, instance, inputs)
+        make_ready(state, remake)
         order = order_of(state, inputs)
         begin(state.folder, order)
         clock.begin()
@@ -140,31 +134,26 @@ def finish_with(
     return finished
 
 
-def refuse_early(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
-    """Let the stage refuse what can be seen without any work, while what its folder holds is still there.
-
-    Raises:
-        CapgapError: whatever the stage's `check` raises.
-    """
-    check = getattr(_module_of(instance.stage), "check", None)
-    if check is not None:
-        check(run, instance, inputs)
-
-
-def make_ready(state: StageState, force: bool) -> None:
+def make_ready(state: StageState, remake: bool) -> None:
     """Empty a folder that holds something else, or open it again where it only lost files. The caller has it alone.
 
     What was begun under other settings, and got nowhere, is begun anew.
 
     Raises:
-        MismatchError: it is unfinished, got somewhere, and was begun under other settings.
+        MismatchError: it is unfinished, got somewhere, and was begun under other settings; or it is finished, cost
+            device time, and would be replaced without having been named.
     """
-    if not force and state.lost and state.manifest is not None:
-        stage = _module_of(state.instance.stage)
-        reopen = getattr(stage, "reopen", None)
-        if reopen is not None and reopen(state.folder, state.manifest):
-            return
-    if force or state.state is State.STALE:
+    stage = stage_named(state.instance.stage)
+    if not remake and state.lost and state.manifest is not None and stage.reopen(state.folder, state.manifest):
+        return
+    if not remake and stage.is_costly and state.manifest is not None and state.replaced:
+        raise MismatchError(
+            "this stage is finished and would be replaced",
+            where=state.folder,
+            found=state.replaced,
+            fix=f"restore the setting, or replace it with --remake {stage.name}",
+        )
+    if remake or state.state is State.STALE:
         clear(state.folder)
     elif state.begun_otherwise and is_untouched(state.folder):
         # as where a first attempt failed over a setting that has been mended since
@@ -174,41 +163,8 @@ def make_ready(state: StageState, force: bool) -> None:
             "this stage is unfinished and was begun under other settings",
             where=state.folder,
             found=state.begun_otherwise,
-            fix="restore the setting to continue, or start over with --force",
+            fix=f"restore the setting to continue, or start over with --remake {stage.name}",
         )
-
-
-def open_inputs(run: RunFile, state: StageState) -> dict[str, StageInput]:
-    """The finished folders that the instance reads.
-
-    Raises:
-        InputError: one is not current.
-        CorruptError: a manifest is not what was written.
-    """
-    reused = reused_manifests(run) | further_manifests(run, state.instance)
-    known = states(run)
-    inputs = {}
-    for name in state.order.inputs:
-        if name in reused:
-            path, manifest = reused[name]
-            require_seal(path, manifest)
-            inputs[name] = StageInput(path, manifest)
-            continue
-        upstream = known[name]
-        found = read_manifest(upstream.folder)
-        if not upstream.can_be_read(run, state.instance) or found is None:
-            why = f" ({upstream.why})" if upstream.why else ""
-            stage = upstream.instance.stage
-            raise InputError(
-                f"needs {name}",
-                where=state.instance.name,
-                found=f"{upstream.state}{why}",
-                expected="current",
-                fix=f"run `capgap run RUN.yaml --from {stage}`, or `capgap {stage} --config RUN.yaml` first",
-            )
-        require_seal(upstream.folder, found)
-        inputs[name] = StageInput(upstream.folder, found)
-    return inputs
 
 
 def work(
@@ -218,41 +174,33 @@ def work(
 
     Of several processes at it, the first on each machine holds the leases of that machine's devices.
     """
-    stage, ranks = state.instance.stage, Ranks() if meeting is None else meeting.ranks
+    stage, ranks = stage_named(state.instance.stage), Ranks() if meeting is None else meeting.ranks
     with contextlib.ExitStack() as stack:
         device, holder, group = "cpu", f"{state.instance.name} of run {run.name}", ""
-        if stage in STAGES_WITH_A_MODEL:
-            device = resolve_device(run.device)
+        if stage.on_device:
+            device, engines = resolve_device(run.device), stage.engines(run)
             group = cpu_group() if device == "cpu" else ""
-            replicas = run.cache.replicas if stage == "cache" else 1
-            if replicas > 1 and device == "cpu":
+            if engines.replicas > 1 and device == "cpu":
                 # no other process's: what a killed stage left running is waited for
                 group = f"{os.uname().nodename} {os.getpid()} {time.monotonic_ns()}"
-            devices = devices_from(device, run.cache.num_devices if stage == "cache" else ranks.local_size)
+            is_training = stage.training(run, state.instance) is not None
+            devices = devices_from(device, ranks.local_size if is_training else engines.num_devices)
             _say_phase("waits for its device")
             # with replicas on GPUs each takes the lease on its own, which this process does not know: Ray picks them
-            if (replicas == 1 or device == "cpu") and ranks.local_rank == 0:
+            if (engines.replicas == 1 or device == "cpu") and ranks.local_rank == 0:
                 stack.enter_context(leases(devices, holder, wait, group))
             if meeting is not None:
                 device = devices[ranks.local_rank % len(devices)]
                 stack.enter_context(_on_leased_devices(meeting, device))
         event("stage_started", f"{state.instance.name}: begun on {device}", device=device, command=sys.argv)
-        _say_phase("prepares", device if stage in STAGES_WITH_A_MODEL else "")
+        _say_phase("prepares", device if stage.on_device else "")
         (state.folder / WORK_FOLDER).mkdir(exist_ok=True)
-        module = _module_of(stage)
-        context = StageContext(run, state.instance, state.folder, inputs, device, holder, wait, group, ranks)
-        result: StageResult = module.run(context)
-        return result
+        return stage.run(StageContext(run, state.instance, state.folder, inputs, device, holder, wait, group, ranks))
 
 
 def _say_phase(phase: str, device: str | None = None) -> None:
     if (signs := current_signs()) is not None:
         signs.say(phase, device)
-
-
-def _module_of(stage: StageName) -> Any:
-    with interrupts_heard():
-        return importlib.import_module(f"capgap.pipeline.{stage}.stage")
 
 
 @contextlib.contextmanager

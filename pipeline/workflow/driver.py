@@ -1,7 +1,6 @@
-"""Walk the stage graph: order and selection by doit, each stage in a process of its own, the manifests the only truth.
+"""Walk the graph of a run: each instance in a process of its own, in order; the manifests are the only truth.
 
-doit's own record of what was done is never consulted: every task's `uptodate` is our reading of the manifests, and
-its database lives in a temporary folder that is gone when the walk ends.
+states --> what would be replaced? refused, unless it is named --> for each instance: current, or made
 """
 
 from __future__ import annotations
@@ -9,27 +8,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
-
-from doit.cmd_base import TaskLoader2
-from doit.doit_cmd import DoitMain
-from doit.exceptions import TaskFailed
-from doit.task import Task, dict_to_task
 
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.folder import make_folder
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.workflow.graph import input_names
-from capgap.pipeline.workflow.state import State, states
+from capgap.pipeline.workflow.remake import EVERY_STAGE, require_nothing_lost
+from capgap.pipeline.workflow.state import RunStates, State
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.run_file import RunFile
 
 RESOLVED_NAME = "run.resolved.json"
 
-Say = Callable[[str, str], None]
+Log = Callable[[str, str], None]
+"""Receives the name of an instance, and why it is made again, or `current`."""
 
 Start = Callable[[Sequence[str]], int]
 """Runs `capgap` with these arguments in a process of its own, to its end; its exit code, or minus the signal's."""
@@ -58,76 +51,67 @@ def start_afresh(arguments: Sequence[str]) -> int:
 
 
 def walk(
-    run: RunFile, chosen: Sequence[Instance], *, force: bool, wait: bool, say: Say, start: Start = start_afresh
+    run: RunFile,
+    chosen: Sequence[Instance],
+    *,
+    log: Log,
+    remake: Collection[str] = (),
+    force: bool = False,
+    replace: bool = False,
+    wait: bool = True,
+    start: Start = start_afresh,
 ) -> list[str]:
     """Make the chosen instances current, in order, and return the names of those that had to be made.
 
     Args:
         run: the run file.
         chosen: instances to bring up to date; what they read and is not chosen must be current already.
-        force: make them even if they are current.
+        log: receives the name of each instance, and why it is made again, or `current`.
+        remake: stages, or instances by name, that are made again even if they are current. Nothing else that has cost
+            device time is replaced.
+        force: make all that is chosen again.
+        replace: replace what has cost device time where its settings have changed, named or not.
         wait: wait for a device that another stage holds.
-        say: receives the name of each stage, and why it is made again, or `current`.
         start: starts the process of a stage.
 
     Raises:
+        MismatchError: something that cost device time would be replaced, and `remake` does not name it.
         StageFailedError: a stage's process failed; later ones were not started.
-        InputError, CorruptError: as `states`.
+        InputError, CorruptError: as `RunStates`.
     """
-    states(run)
+    known = RunStates(run)
+    named = EVERY_STAGE if force else frozenset(remake)
+    if not replace:
+        require_nothing_lost(known, chosen, named)
     out = Path(run.out)
     make_folder(out)
     write_atomically(out / RESOLVED_NAME, run.model_dump_json(indent=1))
-    walked = _Walk(run, chosen, force, wait, say, start)
-    with tempfile.TemporaryDirectory(prefix="capgap-") as scratch:
-        database = str(Path(scratch) / "doit.json")
-        loader = _Loader(walked, {"backend": "json", "dep_file": database, "reporter": _SilentReporter, "verbosity": 2})
-        DoitMain(loader, config_filenames=()).run(["run"])
-    if walked.failed is not None:
-        raise walked.failed
-    return walked.made
+    made = []
+    for instance in chosen:
+        again = _is_named(instance, named)
+        state = known.of(instance.name)
+        if state.state is State.CURRENT and not again:
+            log(instance.name, "current")
+            continue
+        if not replace:
+            # an input may have come out otherwise than the manifests foretold
+            require_nothing_lost(known, [instance], named)
+        log(instance.name, state.why or "current, made again as asked")
+        if code := start(_arguments(run, instance, again or bool(state.replaced), wait)):
+            raise StageFailedError(instance.name, code)
+        known.forget(instance.name)
+        made.append(instance.name)
+    return made
 
 
-class _Walk:
-    def __init__(
-        self, run: RunFile, chosen: Sequence[Instance], force: bool, wait: bool, say: Say, start: Start
-    ) -> None:
-        self.run, self.chosen, self.force, self.wait, self.say, self.start = run, chosen, force, wait, say, start
-        self.made: list[str] = []
-        self.failed: CapgapError | None = None
+def _is_named(instance: Instance, named: frozenset[str]) -> bool:
+    return named is EVERY_STAGE or any(instance.name == name or instance.name.startswith(f"{name}/") for name in named)
 
-    def tasks(self) -> Iterator[Task]:
-        names = {instance.name for instance in self.chosen}
-        for instance in self.chosen:
-            yield dict_to_task(
-                {
-                    "name": instance.name,
-                    "actions": [(self._make, [instance])],
-                    "uptodate": [(self._is_current, [instance])],
-                    "task_dep": [name for name in input_names(self.run, instance) if name in names],
-                }
-            )
 
-    def _is_current(self, instance: Instance) -> bool:
-        state = states(self.run)[instance.name]
-        if state.state is State.CURRENT and not self.force:
-            self.say(instance.name, "current")
-            return True
-        self.say(instance.name, state.why or "current, made again because of --force")
-        return False
-
-    def _make(self, instance: Instance) -> TaskFailed | None:
-        code = self.start(self._arguments(instance))
-        if code:
-            self.failed = StageFailedError(instance.name, code)
-            return TaskFailed(str(self.failed))
-        self.made.append(instance.name)
-        return None
-
-    def _arguments(self, instance: Instance) -> list[str]:
-        arguments = [instance.stage, "--config", str(Path(self.run.out) / RESOLVED_NAME), "--instance", instance.name]
-        arguments += ["--force"] if self.force else []
-        return arguments if self.wait else [*arguments, "--no-wait"]
+def _arguments(run: RunFile, instance: Instance, remake: bool, wait: bool) -> list[str]:
+    arguments = [instance.stage, "--config", str(Path(run.out) / RESOLVED_NAME), "--instance", instance.name]
+    arguments += ["--force"] if remake else []
+    return arguments if wait else [*arguments, "--no-wait"]
 
 
 def _environment() -> dict[str, str]:
@@ -136,37 +120,3 @@ def _environment() -> dict[str, str]:
 
 def _how_it_ended(code: int) -> str:
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-
-
-class _Loader(TaskLoader2):
-    def __init__(self, walked: _Walk, config: dict[str, Any]) -> None:
-        super().__init__()
-        self._walked, self._config = walked, config
-
-    def setup(self, opt_values: object) -> None:
-        pass
-
-    def load_doit_config(self) -> dict[str, Any]:
-        return self._config
-
-    def load_tasks(self, cmd: object, pos_args: object) -> list[Task]:
-        return list(self._walked.tasks())
-
-
-class _SilentReporter:
-    """What happens is said by the walk itself; doit reports only its own faults."""
-
-    desc = "capgap"
-
-    def __init__(self, outstream: object, options: object) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
-
-    def runtime_error(self, message: str) -> None:
-        """A fault of the graph itself."""
-        raise AssertionError(message)
-
-    def complete_run(self) -> None:
-        """Nothing to print."""

@@ -28,7 +28,7 @@ class RankFailedError(MachineError):
     """A process of a training failed; says nothing more where that process has said why."""
 
 
-def launch(run: RunFile, instance: Instance, num_ranks: int, *, force: bool, wait: bool) -> None:
+def launch(run: RunFile, instance: Instance, num_ranks: int, *, remake: bool, wait: bool) -> None:
     """Run the instance's stage in that many processes, and return when all have ended well.
 
     They are killed when one fails, and when this process dies.
@@ -47,7 +47,7 @@ def launch(run: RunFile, instance: Instance, num_ranks: int, *, force: bool, wai
         # -P: the repository's folders `kernels` and `schemas` must not shadow installed packages of those names
         command = ["-P", "-m", "capgap.jobs.cli", instance.stage, "--config", str(resolved)]
         command += ["--instance", instance.name]
-        command += ["--force"] if force else []
+        command += ["--force"] if remake else []
         command += [] if wait else ["--no-wait"]
         config = LaunchConfig(
             min_nodes=1,

@@ -16,7 +16,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from capgap.pipeline.stage.context import StageName
 from capgap.pipeline.stage.folder import WORK_FOLDER
 from capgap.pipeline.stage.heartbeat import is_alive, read_signs
 from capgap.pipeline.stage.scalars import METRICS_NAME
@@ -42,7 +41,7 @@ class Look:
     """
 
     name: str
-    stage: StageName
+    stage: str
     state: str
     why: str
     at_work: tuple[SignOfLife, ...] = ()

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +28,9 @@ from capgap.pipeline.stage.folder import (
 from capgap.pipeline.stage.heartbeat import signs_of_life
 from capgap.pipeline.stage.lease import leases
 from capgap.pipeline.stage.locks import ProcessLock
-from capgap.pipeline.workflow.carry_out import Clock, finish_with, make_ready, open_inputs, order_of, refuse_early
-from capgap.pipeline.workflow.state import StageState, State, states
+from capgap.pipeline.stages import stage_named
+from capgap.pipeline.workflow.carry_out import Clock, finish_with, make_ready, order_of
+from capgap.pipeline.workflow.state import RunStates, StageState, State
 from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.manifest import Manifest, WorkOrder
 from capgap.schemas.run_file import RunFile
@@ -45,17 +45,22 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
         MismatchError: the folder was begun under other settings and is not finished.
         CapgapError: as `carry_out`.
     """
-    if run.cache.replicas > 1:
+    stage = stage_named(instance.stage)
+    engines = stage.engines(run)
+    if engines.replicas > 1:
         raise SettingError(
-            "a slice is one engine", where="cache.replicas", found=run.cache.replicas, expected="1 with --slice"
+            "a slice is one engine",
+            where=f"{stage.section}.replicas",
+            found=engines.replicas,
+            expected="1 with --slice",
         )
     clock = Clock()
-    state = states(run)[instance.name]
-    inputs = open_inputs(run, state)
-    refuse_early(run, instance, inputs)
+    known = RunStates(run)
+    inputs = known.inputs_of(instance)
+    stage.check(run, instance, inputs)
+    state = known.of(instance.name)
     make_folder(state.folder)
-    units = importlib.import_module(f"capgap.pipeline.{instance.stage}.slices")
-    stage = importlib.import_module(f"capgap.pipeline.{instance.stage}.stage")
+    slices = stage.slices()
     device, holder = resolve_device(run.device), f"{instance.name} of run {run.name}"
     context = StageContext(run, instance, state.folder, inputs, device, holder, wait)
     with ProcessLock(state.folder / LOCK_NAME) as lock:
@@ -63,18 +68,18 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
             order = _join(run, instance, inputs, lock)
             if isinstance(order, Manifest):
                 return order
-            job = stage.prepare(context)
+            job = slices.prepare(context)
         # slices on GPUs have one each; on CPUs they share what there is
         group = str(state.folder.resolve()) if device == "cpu" else ""
         with (
             signs_of_life(state.folder / WORK_FOLDER, shared=True) as signs,
-            leases(devices_from(device, run.cache.num_devices), holder, wait, group),
+            leases(devices_from(device, engines.num_devices), holder, wait, group),
         ):
             clock.begin()
             signs.say(f"slice {part}", device)
             event("stage_started", f"{instance.name}: slice {part} begun on {device}", device=device, slice=str(part))
-            units.make_slice(job, part)
-            if not units.all_made(job):
+            slices.make_slice(job, part)
+            if not slices.all_made(job):
                 done = finished_units(state.folder / WORK_FOLDER).replace("shards", "shards finished")
                 event("slice_done", f"{instance.name}: {done}; other slices have the rest to do", slice=str(part))
                 return None
@@ -99,10 +104,10 @@ def _join(run: RunFile, instance: Instance, inputs: dict[str, StageInput], lock:
     if (found := _finished(run, instance)) is not None:
         return found
     alone = lock.exclusive()
-    state = states(run)[instance.name]
+    state = RunStates(run).of(instance.name)
     order = order_of(state, inputs)
     if alone:
-        make_ready(state, force=False)
+        make_ready(state, remake=False)
         begin(state.folder, order)
     if not lock.shared():
         raise in_use(state.folder)
@@ -112,7 +117,7 @@ def _join(run: RunFile, instance: Instance, inputs: dict[str, StageInput], lock:
 
 
 def _finished(run: RunFile, instance: Instance) -> Manifest | None:
-    state = states(run)[instance.name]
+    state = RunStates(run).of(instance.name)
     if state.state is not State.CURRENT or state.manifest is None:
         return None
     event("stage_current", f"{instance.name} is current: nothing to do")

@@ -1,52 +1,24 @@
-"""Files outside the run: which a stage reads, what they were, and whether they are still the same."""
+"""Files outside the run: are those that a finished stage read still the same?"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stages import stage_named
 from capgap.pipeline.store.files import sha256_of
 from capgap.schemas.errors import InputError
 from capgap.schemas.manifest import SourceEntry
 from capgap.schemas.run_file import RunFile
-
-_MODEL_SUFFIXES = {".safetensors", ".json", ".bin", ".model", ".txt", ".jinja"}
 
 
 def source_paths(run: RunFile, instance: Instance) -> list[Path]:
     """The files outside the run that the instance reads; none for a Hugging Face id and for builtin text.
 
     Raises:
-        InputError: a source of the corpus, or the file of questions, does not exist.
+        InputError: one that the run file names does not exist.
     """
-    match instance.stage:
-        case "corpus":
-            # imported here: reading Parquet needs more than the state of a run does
-            from capgap.pipeline.corpus.sources import list_files
-
-            extend = run.corpus.extend_vocabulary
-            further = () if extend is None or extend.sources is None else extend.sources
-            files = dict.fromkeys([*list_files(run.corpus.sources), *(list_files(further) if further else ())])
-            return [*files, *_model_files(run.corpus.tokenizer)]
-        case "teacher":
-            return _model_files(run.teacher.path)
-        case "student":
-            return _model_files(run.student.path)
-        case "benchmark" if run.benchmarks is not None and run.benchmarks.include_path is not None:
-            # imported here, as above
-            from capgap.pipeline.benchmark.own_tasks import task_files
-
-            return task_files(Path(run.benchmarks.include_path))
-        case "answers":
-            return _questions_file(run)
-        case "tune" if run.tune is not None:
-            from capgap.pipeline.tune.data import chat_files
-
-            template = Path(run.tune.chat_template or "")
-            chats = chat_files(run.tune) if run.tune.sources else []
-            return [*chats, *([template] if template.is_file() else []), *_model_files(run.tune.path)]
-        case _:
-            return []
+    return stage_named(instance.stage).sources(run, instance)
 
 
 def changed_source(run: RunFile, instance: Instance, recorded: tuple[SourceEntry, ...]) -> str:
@@ -70,20 +42,3 @@ def changed_source(run: RunFile, instance: Instance, recorded: tuple[SourceEntry
         if found.st_size != entry.num_bytes or sha256_of(now[path]) != entry.sha256:
             return f"source {path} changed"
     return ""
-
-
-def _model_files(path: str | None) -> list[Path]:
-    folder = Path(path) if path else None
-    if folder is None or not folder.is_dir():
-        return []
-    return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in _MODEL_SUFFIXES)
-
-
-def _questions_file(run: RunFile) -> list[Path]:
-    """Capgap's own are none: a digest of them is among the settings."""
-    if run.judge is None or run.judge.questions is None:
-        return []
-    path = Path(run.judge.questions)
-    if not path.is_file():
-        raise InputError("no such file", where=f"judge.questions: {path}", expected="questions as JSONL")
-    return [path]

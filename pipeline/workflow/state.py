@@ -1,21 +1,27 @@
-"""Is a stage current? Decided from the run file and the manifests on disk, and from nothing else."""
+"""Is a stage current? Decided from the run file and the manifests on disk, and from nothing else.
+
+RunStates(run)            every manifest is read once, when it is asked for
+  .of("train/.../seed-0") the state of one instance, and of what it reads
+  .forget("cache")        after it was made: its manifest, and the states that follow from it, are read again
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import lru_cache
 from pathlib import Path
 
-from capgap.pipeline.stage.context import CHAT_CACHE, Instance, StageName
+from capgap.pipeline.stage.context import CHAT_CACHE, Instance, StageInput
 from capgap.pipeline.stage.folder import WORK_FOLDER, finished_units
 from capgap.pipeline.stage.identity import first_difference, identity_of
-from capgap.pipeline.stage.manifests import Finished, finished_stage, read_manifest, read_work_order
+from capgap.pipeline.stage.manifests import Finished, finished_stage, read_manifest, read_work_order, require_seal
+from capgap.pipeline.stages import stage_named
 from capgap.pipeline.store.quarantine import read_quarantine
-from capgap.pipeline.workflow.graph import decisive_settings, further_caches, implied_inputs, input_names, instances
+from capgap.pipeline.workflow.graph import decisive_settings, further_caches, input_names, instances
 from capgap.pipeline.workflow.sources import changed_source
+from capgap.schemas.errors import InputError
 from capgap.schemas.manifest import InputEntry, Manifest, WorkOrder
 from capgap.schemas.run_file import RunFile
 
@@ -40,6 +46,8 @@ class StageState:
         why: in words: the setting or input that changed, or how far it got; empty when current.
         order: what is to be done, as `work.json` will say; its inputs may lack a content as long as they are unmade.
         manifest: of the folder, where there is one.
+        replaced: why a finished folder is to be replaced by another result, in words: a setting, an input or a source
+            that changed; empty where it only lost files, or waits for an input that will come out the same.
         lost: files of a finished folder that are gone, of another size or in quarantine, where nothing else is amiss.
         in_quarantine: all of them are: what is left can be read, by who may skip.
         begun_otherwise: of an unfinished folder, the setting or input in which it was begun for another result, in
@@ -52,16 +60,15 @@ class StageState:
     why: str
     order: WorkOrder
     manifest: Manifest | None
+    replaced: str = ""
     begun_otherwise: str = ""
     lost: tuple[str, ...] = ()
     in_quarantine: bool = False
 
     def can_be_read(self, run: RunFile, reader: Instance) -> bool:
-        """Whether that instance may read the folder: it is current, or lacks only what the reader is told to skip."""
-        if self.in_quarantine and reader.stage == "train" and reader.arm is not None:
-            return run.train_settings(reader.arm).on_corrupt == "skip"
-        if self.in_quarantine and reader.stage == "eval":
-            return True  # held-out shards in quarantine are not measured on, others not read
+        """Whether that instance may read the folder: it is current, or lacks only what the reader may skip."""
+        if self.in_quarantine and stage_named(reader.stage).may_skip_quarantined(run, reader):
+            return True
         return self.state is State.CURRENT
 
 
@@ -72,63 +79,132 @@ def states(run: RunFile) -> dict[str, StageState]:
         InputError: a folder named under `reuse` or `train.caches` holds no manifest of that stage.
         CorruptError: a manifest cannot be read.
     """
-    reused = reused_manifests(run)
-    known = {name: _entry(*at) for name, at in reused.items()}
-    found: dict[str, StageState] = {}
-    # every arm and seed may read the same one, of a million members
-    read = lru_cache(maxsize=None)(_finished)
-    for instance in instances(run):
-        further = {name: _entry(*at) for name, at in further_manifests(run, instance, read).items()}
-        state = _state_of(run, instance, known | further, found)
-        found[instance.name] = state
-        content = state.manifest.content if state.manifest and state.state is State.CURRENT else ""
-        known[instance.name] = InputEntry(path=str(state.folder), identity=state.order.identity, content=content)
-    return found
+    return RunStates(run).all()
 
 
 def reused_manifests(run: RunFile) -> dict[str, Finished]:
-    """Every reused stage, by the stage's name."""
+    """Every reused stage, by the stage's name.
+
+    Raises:
+        InputError: a folder named under `reuse` holds no manifest of that stage.
+        CorruptError: its manifest cannot be read.
+    """
     return {str(stage): _finished(stage, folder, f"reuse.{stage}") for stage, folder in run.reuse.items()}
 
 
-def further_manifests(
-    run: RunFile, instance: Instance, read: Callable[[StageName, str, str], Finished] | None = None
-) -> dict[str, Finished]:
-    """Each further cache that the instance reads, by the name of the input; `read` is what finds one.
+class RunStates:
+    """The states of a run's instances, each looked at once."""
 
-    Raises:
-        InputError: a folder or URL holds no finished cache.
-    """
-    found = further_caches(run, instance)
-    find = read or _finished
-    return {
-        name: find("cache", folder, "tune.cache" if name == CHAT_CACHE else f"train.{name.replace('/', '.')}")
-        for name, folder in found.items()
-    }
+    def __init__(self, run: RunFile) -> None:
+        """
+        Raises:
+            InputError: a folder named under `reuse` holds no manifest of that stage.
+            CorruptError: its manifest cannot be read.
+        """
+        self.run = run
+        self.instances = {instance.name: instance for instance in instances(run)}
+        self.reused = reused_manifests(run)
+        self._further: dict[str, Finished] = {}
+        self._known: dict[str, StageState] = {}
 
+    def all(self) -> dict[str, StageState]:
+        """Every instance, by name, inputs before what reads them."""
+        return {name: self.of(name) for name in self.instances}
 
-def _finished(stage: StageName, folder: str, setting: str) -> Finished:
-    expected = f"the folder of a finished {stage} stage"
-    return finished_stage(stage, folder, "cannot be reused", f"{setting}: {folder}", expected)
+    def of(self, name: str) -> StageState:
+        """One instance.
 
+        Raises:
+            InputError: a folder named under `train.caches` holds no manifest of a cache.
+            CorruptError: a manifest cannot be read.
+        """
+        if name not in self._known:
+            self._known[name] = self._look(self.instances[name])
+        return self._known[name]
 
-def _state_of(
-    run: RunFile, instance: Instance, known: Mapping[str, InputEntry], found: Mapping[str, StageState]
-) -> StageState:
-    folder = Path(run.out) / instance.name
-    settings = json.loads(json.dumps(decisive_settings(run, instance)))
-    inputs = {name: known[name] for name in (*input_names(run, instance), *further_caches(run, instance))}
-    implied = implied_inputs(instance)
-    deciding = {name: entry.identity for name, entry in inputs.items() if name not in implied}
-    identity = identity_of(instance.stage, settings, deciding)
-    order = WorkOrder(stage=instance.stage, instance=instance.name, settings=settings, inputs=inputs, identity=identity)
-    manifest = read_manifest(folder)
-    if manifest is not None:
-        why = _difference(manifest, order)
+    def forget(self, name: str) -> None:
+        """Look again at an instance, and at what follows from it, when they are asked for next."""
+        self._known.pop(name, None)
+        for other in [other for other, state in self._known.items() if name in state.order.inputs]:
+            self.forget(other)
+
+    def finished(self, stage: str) -> Manifest | None:
+        """The manifest of a stage that has one instance, where it is current or reused."""
+        if stage in self.reused:
+            return self.reused[stage][1]
+        if stage not in self.instances:
+            return None
+        state = self.of(stage)
+        return state.manifest if state.state is State.CURRENT else None
+
+    def inputs_of(self, instance: Instance) -> dict[str, StageInput]:
+        """The finished folders that the instance reads.
+
+        Raises:
+            InputError: one is not current.
+            CorruptError: a manifest is not what was written.
+        """
+        found: dict[str, StageInput] = {}
+        for name in self.of(instance.name).order.inputs:
+            location, manifest = self._finished_input(name, instance)
+            require_seal(location, manifest)
+            found[name] = StageInput(location, manifest)
+        return found
+
+    def _finished_input(self, name: str, reader: Instance) -> Finished:
+        if name in self.reused:
+            return self.reused[name]
+        if name not in self.instances:
+            return self._further_input(name, further_caches(self.run, reader)[name])
+        upstream = self.of(name)
+        if upstream.can_be_read(self.run, reader) and upstream.manifest is not None:
+            return upstream.folder, upstream.manifest
+        stage = upstream.instance.stage
+        raise InputError(
+            f"needs {name}",
+            where=reader.name,
+            found=f"{upstream.state}{f' ({upstream.why})' if upstream.why else ''}",
+            expected="current",
+            fix=f"run `capgap run RUN.yaml --from {stage}`, or `capgap {stage} --config RUN.yaml` first",
+        )
+
+    def _further_input(self, name: str, folder: str) -> Finished:
+        # every arm and seed may read the same one, of a million members
+        if folder not in self._further:
+            setting = "tune.cache" if name == CHAT_CACHE else f"train.{name.replace('/', '.')}"
+            self._further[folder] = _finished("cache", folder, setting)
+        return self._further[folder]
+
+    def _entry(self, name: str, reader: Instance) -> InputEntry:
+        if name in self.instances:
+            state = self.of(name)
+            content = state.manifest.content if state.manifest and state.state is State.CURRENT else ""
+            return InputEntry(path=str(state.folder), identity=state.order.identity, content=content)
+        location, manifest = self._finished_input(name, reader)
+        return InputEntry(path=str(location), identity=manifest.identity, content=manifest.content)
+
+    def _look(self, instance: Instance) -> StageState:
+        folder = Path(self.run.out) / instance.name
+        order = self._order(instance)
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            return self._look_at_finished(instance, folder, order, manifest)
+        begun = read_work_order(folder)
+        if begun is None:
+            return StageState(instance, folder, State.MISSING, "never made", order, None)
+        why = finished_units(folder / WORK_FOLDER)
+        changed = _difference(begun, order)
+        if changed:
+            why = f"{why}, begun under other settings: {changed}"
+        return StageState(instance, folder, State.PARTIAL, why, order, None, begun_otherwise=changed)
+
+    def _look_at_finished(self, instance: Instance, folder: Path, order: WorkOrder, manifest: Manifest) -> StageState:
+        different = _difference(manifest, order)
         quarantined = read_quarantine(folder)
-        lost = {} if why else _lost_files(folder, manifest, quarantined)
-        other = why or changed_source(run, instance, manifest.sources) or _waiting(run, instance, inputs, found)
-        why = why or next(iter(lost.values()), "") or other
+        lost = {} if different else _lost_files(folder, manifest, quarantined)
+        replaced = different or changed_source(self.run, instance, manifest.sources) or self._replaced_input(instance)
+        other = replaced or self._waiting(instance)
+        why = different or next(iter(lost.values()), "") or other
         return StageState(
             instance,
             folder,
@@ -136,21 +212,37 @@ def _state_of(
             why,
             order,
             manifest,
+            replaced=replaced,
             lost=() if other else tuple(lost),
             in_quarantine=bool(lost) and not other and lost.keys() <= quarantined.keys(),
         )
-    begun = read_work_order(folder)
-    if begun is None:
-        return StageState(instance, folder, State.MISSING, "never made", order, None)
-    why = finished_units(folder / WORK_FOLDER)
-    changed = _difference(begun, order)
-    if changed:
-        why = f"{why}, begun under other settings: {changed}"
-    return StageState(instance, folder, State.PARTIAL, why, order, None, changed)
+
+    def _order(self, instance: Instance) -> WorkOrder:
+        settings = json.loads(json.dumps(decisive_settings(self.run, instance)))
+        read = (*input_names(self.run, instance), *further_caches(self.run, instance))
+        inputs = {name: self._entry(name, instance) for name in read}
+        identity = identity_of(instance.stage, settings, {name: entry.identity for name, entry in inputs.items()})
+        return WorkOrder(
+            stage=instance.stage, instance=instance.name, settings=settings, inputs=inputs, identity=identity
+        )
+
+    def _replaced_input(self, instance: Instance) -> str:
+        """The first input that is itself to be replaced by another result."""
+        for name in input_names(self.run, instance):
+            if name in self.instances and self.of(name).replaced:
+                return f"input {name} is {self.of(name).state}"
+        return ""
+
+    def _waiting(self, instance: Instance) -> str:
+        for name in input_names(self.run, instance):
+            if name in self.instances and not self.of(name).can_be_read(self.run, instance):
+                return f"input {name} is {self.of(name).state}"
+        return ""
 
 
-def _entry(path: Path | str, manifest: Manifest) -> InputEntry:
-    return InputEntry(path=str(path), identity=manifest.identity, content=manifest.content)
+def _finished(stage: str, folder: str, setting: str) -> Finished:
+    expected = f"the folder of a finished {stage} stage"
+    return finished_stage(stage, folder, "cannot be reused", f"{setting}: {folder}", expected)
 
 
 def _difference(old: WorkOrder, new: WorkOrder) -> str:
@@ -169,8 +261,7 @@ def _difference(old: WorkOrder, new: WorkOrder) -> str:
         ]
         return f"input {', '.join(changed)} changed" if changed else "made by another version of capgap"
     for name, entry in new.inputs.items():
-        # an implied input may be new
-        if entry.content and name in old.inputs and old.inputs[name].content != entry.content:
+        if entry.content and old.inputs[name].content != entry.content:
             return f"input {name} was made again and came out different"
     return ""
 
@@ -187,12 +278,3 @@ def _lost_files(folder: Path, manifest: Manifest, quarantined: Mapping[str, str]
         elif path.stat().st_size != file.num_bytes:
             lost[file.path] = f"{file.path} has {path.stat().st_size} bytes, not {file.num_bytes}"
     return lost
-
-
-def _waiting(
-    run: RunFile, instance: Instance, inputs: Mapping[str, InputEntry], found: Mapping[str, StageState]
-) -> str:
-    for name in inputs:
-        if name in found and not found[name].can_be_read(run, instance):
-            return f"input {name} is {found[name].state}"
-    return ""

@@ -11,9 +11,10 @@ import logging
 
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.ranks import Meeting, ranks_in_environment
-from capgap.pipeline.workflow.carry_out import carry_out, open_inputs, work
+from capgap.pipeline.stages import stage_named
+from capgap.pipeline.workflow.carry_out import carry_out, work
 from capgap.pipeline.workflow.launch import LOST, is_launched, launch
-from capgap.pipeline.workflow.state import states
+from capgap.pipeline.workflow.state import RunStates
 from capgap.schemas.errors import MachineError, SettingError
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_optimization import OptimizationSettings
@@ -23,7 +24,7 @@ class LostRankError(MachineError):
     """Another process of this training has ended."""
 
 
-def carry_out_on_devices(run: RunFile, instance: Instance, *, force: bool = False, wait: bool = True) -> None:
+def carry_out_on_devices(run: RunFile, instance: Instance, *, remake: bool = False, wait: bool = True) -> None:
     """Make the instance's folder current, with a process for each device that its training is to use.
 
     Raises:
@@ -31,47 +32,35 @@ def carry_out_on_devices(run: RunFile, instance: Instance, *, force: bool = Fals
         LostRankError: another process ended first; marked as said where that one has said why.
         CapgapError: as `carry_out`.
     """
-    recipe = training_of(run, instance)
+    recipe = stage_named(instance.stage).training(run, instance)
     if recipe is None:
-        carry_out(run, instance, force=force, wait=wait)
+        carry_out(run, instance, remake=remake, wait=wait)
         return
     ranks = ranks_in_environment()
     if ranks is None:
         _require_shares(recipe, recipe.num_devices)
         if recipe.num_devices > 1:
-            launch(run, instance, recipe.num_devices, force=force, wait=wait)
+            launch(run, instance, recipe.num_devices, remake=remake, wait=wait)
         else:
-            carry_out(run, instance, force=force, wait=wait)
+            carry_out(run, instance, remake=remake, wait=wait)
         return
     meeting = Meeting(ranks, instance.name)
     try:
         _require_shares(recipe, ranks.world_size)
         if ranks.is_first:
-            carry_out(run, instance, force=force, wait=wait, meeting=meeting)
+            carry_out(run, instance, remake=remake, wait=wait, meeting=meeting)
         else:
             _follow(run, instance, wait, meeting)
     except Exception as error:
         raise _as_one_voice(error, instance, meeting) from None
 
 
-def training_of(run: RunFile, instance: Instance) -> OptimizationSettings | None:
-    """The settings of the training that an instance is; None for one that trains nothing."""
-    if instance.stage == "train":
-        assert instance.arm is not None
-        return run.train_settings(instance.arm)
-    if instance.stage == "tune":
-        return run.tune
-    if instance.stage == "teacher":
-        return run.teacher.optimization
-    return None
-
-
 def _follow(run: RunFile, instance: Instance, wait: bool, meeting: Meeting) -> None:
     logging.getLogger("capgap").setLevel(logging.WARNING)
     if not meeting.hear("begun"):
         return
-    state = states(run)[instance.name]
-    work(run, state, open_inputs(run, state), wait, meeting)
+    known = RunStates(run)
+    work(run, known.of(instance.name), known.inputs_of(instance), wait, meeting)
 
 
 def _as_one_voice(error: Exception, instance: Instance, meeting: Meeting) -> Exception:

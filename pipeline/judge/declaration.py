@@ -1,0 +1,33 @@
+"""What the rest of the pipeline knows of the judge stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from capgap.pipeline.answers.declaration import answering
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.declaration import Stage
+from capgap.pipeline.stage.instances import names, once
+from capgap.schemas.run_file import RunFile
+
+# what decides the answers decides the verdicts through them
+_OF_THE_ANSWERS = ("questions", "answers", "teacher")
+
+
+def _decisive(run: RunFile, instance: Instance) -> dict[str, Any]:
+    from capgap.pipeline.judge.prompts import prompts_digest
+
+    assert run.judge is not None
+    settings = {name: value for name, value in run.judge.decisive().items() if name not in _OF_THE_ANSWERS}
+    return {"judge": settings, "prompts": prompts_digest()}
+
+
+STAGE = Stage(
+    name="judge",
+    help="let a language model judge the answers",
+    code="capgap.pipeline.judge.stage",
+    section="judge",
+    instances=lambda run: once("judge", "judge", run),
+    inputs=lambda run, instance: names(answering(run)),
+    settings=_decisive,
+)

@@ -1,0 +1,74 @@
+"""The instances that several stages speak of: students, trainings, tunings, and the models that a run ends with."""
+
+from __future__ import annotations
+
+from capgap.pipeline.stage.context import Instance
+from capgap.schemas.results import TEACHER
+from capgap.schemas.run_file import RunFile
+
+
+def once(stage: str, section: str, run: RunFile) -> list[Instance]:
+    """The one instance of a stage, where the run makes it."""
+    return [Instance(stage)] if run.makes(section) else []
+
+
+def students(run: RunFile) -> list[Instance]:
+    """First weights, once a seed."""
+    return [Instance("student", seed=seed) for seed in run.seeds] if run.makes("student") else []
+
+
+def trainings(run: RunFile) -> list[Instance]:
+    """One for each arm and seed."""
+    if not run.makes("train"):
+        return []
+    return [Instance("train", arm=arm, seed=seed) for seed in run.seeds for arm in run.arms]
+
+
+def tunings(run: RunFile) -> list[Instance]:
+    """One for each trained student; of a given model, which is the same in every arm, one a seed."""
+    if run.tune is None:
+        return []
+    arms = [None] if run.tune.path is not None else list(run.arms)
+    return [Instance("tune", arm=arm, seed=seed) for seed in run.seeds for arm in arms]
+
+
+def final_models(run: RunFile) -> list[Instance]:
+    """What makes the students that the run ends with: of the stages that make their weights, the last."""
+    return tunings(run) or trainings(run)
+
+
+def measured_models(run: RunFile, stage: str, with_teacher: bool) -> list[Instance]:
+    """An instance of a stage for each final model, and one for the teacher, whose arm is called so.
+
+    vLLM gives a device's memory back only when its process ends, so that each model needs a process of its own.
+    """
+    teacher = [Instance(stage, arm=TEACHER)] if with_teacher else []
+    return [*teacher, *(Instance(stage, arm=model.arm, seed=model.seed) for model in final_models(run))]
+
+
+def maker_of(run: RunFile, instance: Instance) -> str:
+    """The name of what made the model that an instance of `measured_models` looks at."""
+    if instance.seed is None:
+        return TEACHER
+    looked_at = (instance.arm, instance.seed)
+    return next(model.name for model in final_models(run) if (model.arm, model.seed) == looked_at)
+
+
+def names(instances: list[Instance]) -> list[str]:
+    """Their names."""
+    return [instance.name for instance in instances]
+
+
+def text_inputs(run: RunFile) -> list[str]:
+    """What carries tokenizer, context rule and held-out text: the corpus, or where the run has none its cache."""
+    return ["corpus"] if run.has("corpus") else ["cache"] if run.has("cache") else []
+
+
+def corpus_inputs(run: RunFile) -> list[str]:
+    """The corpus, where the run has one."""
+    return ["corpus"] if run.has("corpus") else []
+
+
+def teacher_inputs(run: RunFile) -> list[str]:
+    """The teacher, where `eval` measures it."""
+    return [TEACHER] if run.measures_teacher else []

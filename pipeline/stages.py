@@ -1,0 +1,42 @@
+"""The stages, in the order in which a run comes to them. A new stage is its folder, and one line here.
+
+Each name is a folder beside this file, whose `declaration.py` holds its `STAGE`. Nothing else in the pipeline names the
+stages: graph, identities, leases, commands, help, status and plan are derived from the declarations.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+
+from capgap.pipeline.stage.declaration import Stage
+
+FOLDERS = (
+    "capgap.pipeline.corpus",
+    "capgap.pipeline.teacher",
+    "capgap.pipeline.cache",
+    "capgap.pipeline.student",
+    "capgap.pipeline.train",
+    "capgap.pipeline.tune",
+    "capgap.pipeline.eval",
+    "capgap.pipeline.benchmark",
+    "capgap.pipeline.answers",
+    "capgap.pipeline.judge",
+    "capgap.pipeline.report",
+)
+
+
+def declared() -> tuple[Stage, ...]:
+    """Every stage."""
+    return tuple(_declaration(folder) for folder in FOLDERS)
+
+
+def stage_named(name: str) -> Stage:
+    """The stage of that name."""
+    return next(stage for stage in declared() if stage.name == name)
+
+
+@cache
+def _declaration(folder: str) -> Stage:
+    stage: Stage = importlib.import_module(f"{folder}.declaration").STAGE
+    return stage

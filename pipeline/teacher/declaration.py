@@ -1,0 +1,21 @@
+"""What the rest of the pipeline knows of the teacher stage."""
+
+from __future__ import annotations
+
+from capgap.pipeline.stage.declaration import Stage
+from capgap.pipeline.stage.instances import corpus_inputs, once
+from capgap.pipeline.stage.sources import model_files
+
+STAGE = Stage(
+    name="teacher",
+    help="check a given teacher, adapt it, or train a small one",
+    code="capgap.pipeline.teacher.stage",
+    section="teacher",
+    instances=lambda run: once("teacher", "teacher", run),
+    inputs=lambda run, instance: corpus_inputs(run) or (["cache"] if "cache" in run.reuse else []),
+    settings=lambda run, instance: {"teacher": run.teacher.decisive()},
+    sources=lambda run, instance: model_files(run.teacher.path),
+    on_device=True,
+    is_costly=True,
+    training=lambda run, instance: run.teacher.optimization,
+)

@@ -1,0 +1,55 @@
+"""What the rest of the pipeline knows of the tune stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from capgap.pipeline.stage.context import CHAT_CACHE, Instance
+from capgap.pipeline.stage.declaration import Stage
+from capgap.pipeline.stage.instances import tunings
+from capgap.pipeline.stage.sources import model_files
+from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_tune import OWN_CACHE
+
+
+def _inputs(run: RunFile, instance: Instance) -> list[str]:
+    assert run.tune is not None
+    students = [] if run.tune.path is not None else [Instance("train", arm=instance.arm, seed=instance.seed).name]
+    return [*students, *(["cache"] if run.tune.cache == OWN_CACHE else [])]
+
+
+def _decisive(run: RunFile, instance: Instance) -> dict[str, Any]:
+    assert run.tune is not None
+    return {"tune": run.tune.decisive(), "arm": instance.arm, "seed": instance.seed}
+
+
+def _further(run: RunFile, instance: Instance) -> dict[str, str]:
+    assert run.tune is not None
+    return {} if run.tune.cache in (None, OWN_CACHE) else {CHAT_CACHE: str(run.tune.cache)}
+
+
+def _sources(run: RunFile, instance: Instance) -> list[Path]:
+    # imported here: whoever reads manifests alone needs no reader of Parquet
+    from capgap.pipeline.tune.data import chat_files
+
+    assert run.tune is not None
+    template = Path(run.tune.chat_template or "")
+    chats = chat_files(run.tune) if run.tune.sources else []
+    return [*chats, *([template] if template.is_file() else []), *model_files(run.tune.path)]
+
+
+STAGE = Stage(
+    name="tune",
+    help="make a chat model of a trained student",
+    code="capgap.pipeline.tune.stage",
+    section="tune",
+    instances=tunings,
+    inputs=_inputs,
+    settings=_decisive,
+    sources=_sources,
+    further=_further,
+    on_device=True,
+    is_costly=True,
+    training=lambda run, instance: run.tune,
+)

@@ -1,0 +1,111 @@
+"""What has cost device time is never replaced because a flag was forgotten.
+
+A finished teacher, cache, training or tuning whose settings or inputs have changed is kept until somebody names its
+stage. The refusal comes before anything is made, and says which settings differ and how the run was started before.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stages import declared, stage_named
+from capgap.pipeline.store.files import write_atomically
+from capgap.pipeline.workflow.state import RunStates, StageState
+from capgap.schemas.base import Record
+from capgap.schemas.errors import MismatchError, SettingError
+
+LAST_COMMAND_NAME = "run.command.json"
+
+EVERY_STAGE = frozenset({"*"})
+"""As stages to make again: all of them."""
+
+# in an error's line; the others are counted
+_MOST_NAMED = 3
+
+
+class LastCommand(Record):
+    """`run.command.json`: how the run in this folder was started last."""
+
+    run_file: str
+    """The run file, as it was named."""
+
+    flags: tuple[str, ...] = ()
+    """The settings that were given beside it, as they were typed."""
+
+
+def write_command(out: Path, command: LastCommand) -> None:
+    """Remember how a run was started."""
+    write_atomically(out / LAST_COMMAND_NAME, command.model_dump_json(indent=1) + "\n")
+
+
+def last_command(out: Path) -> LastCommand | None:
+    """How the run in this folder was started last; None where that is not known."""
+    try:
+        return LastCommand.model_validate_json((out / LAST_COMMAND_NAME).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def require_stages(names: Collection[str]) -> None:
+    """Refuse names of stages to make again that are none.
+
+    Raises:
+        SettingError: one is neither a stage nor an instance of one.
+    """
+    known = [stage.name for stage in declared()]
+    for name in names:
+        if name.partition("/")[0] not in known:
+            raise SettingError("no such stage", where="--remake", found=name, expected=f"one of {', '.join(known)}")
+
+
+def require_nothing_lost(known: RunStates, chosen: Sequence[Instance], named: frozenset[str]) -> None:
+    """Refuse to replace what cost device time, unless its stage is among those that are to be made again.
+
+    What only lost files is made again as it was, and what waits for an input may come out current.
+
+    Raises:
+        MismatchError: something finished would be replaced.
+    """
+    if named is EVERY_STAGE:
+        return
+    lost = [known.of(one.name) for one in chosen if stage_named(one.stage).is_costly]
+    lost = [state for state in lost if state.manifest is not None and state.replaced and not _is_among(state, named)]
+    if not lost:
+        return
+    told = [f"{state.instance.name} ({_why(known, state)})" for state in lost[:_MOST_NAMED]]
+    told += [f"{len(lost) - _MOST_NAMED} more"] if len(lost) > _MOST_NAMED else []
+    stages = dict.fromkeys(state.instance.stage for state in lost)
+    permission = " ".join(f"--remake {stage}" for stage in stages)
+    raise MismatchError(
+        "finished stages would be replaced, and have cost device time",
+        where=known.run.out,
+        found=", ".join(told),
+        expected="the settings that they were made with",
+        fix=f"{_as_before(Path(known.run.out))}, choose another `out`, or replace them with {permission}",
+    )
+
+
+def _is_among(state: StageState, named: frozenset[str]) -> bool:
+    return not named.isdisjoint({state.instance.stage, state.instance.name})
+
+
+def _why(known: RunStates, state: StageState) -> str:
+    """The cause in the user's words: a setting rather than the input that it changed, where that is to be had."""
+    if not state.replaced.startswith("input "):
+        return state.replaced
+    for name in state.order.inputs:
+        if name in known.instances and known.of(name).replaced:
+            return f"{name}: {_why(known, known.of(name))}"
+    return state.replaced
+
+
+def _as_before(out: Path) -> str:
+    before = last_command(out)
+    if before is None or not before.flags:
+        return "restore the settings"
+    return f"give the flags of the run before ({shlex.join(before.flags)})"

@@ -1,0 +1,138 @@
+"""What the sections of a run file need of one another: a cache its teacher, a training its cache, a loss its recording.
+
+Every message begins with the setting at fault, says what was found and expected, and what to write.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from capgap.schemas.run_cache import CacheSettings
+from capgap.schemas.run_train import SUPPORTED_TAILS, TrainSettings
+
+if TYPE_CHECKING:
+    from capgap.schemas.run_file import RunFile
+
+
+def require_needs(run: RunFile) -> None:
+    """Raise ValueError where a section lacks another one, or contradicts it."""
+    if not run.sections:
+        raise ValueError(
+            "found no section, expected at least one that asks for a stage, for example corpus, teacher and cache "
+            "for shards, or reuse, student and train for a student"
+        )
+    _require_models(run)
+    _require(run, "cache", "corpus")
+    _require(run, "cache", "teacher")
+    _require_text(run, "student")
+    _require(run, "train", "student")
+    _require(run, "train", "cache")
+    if run.makes("train"):
+        for arm in run.arms:
+            _require_arm(run, arm)
+    _require_tune(run)
+    _require_eval(run)
+    for section in ("benchmarks", "judge"):
+        if run.makes(section) and not (run.has("train") or run.has("tune") or run.has("teacher")):
+            raise ValueError(f"{section}: found no model to ask, expected a section train, tune or teacher beside it")
+
+
+def _require(run: RunFile, section: str, needed: str) -> None:
+    if run.makes(section) and not run.has(needed):
+        raise ValueError(f"{section}: found without {needed}, expected {_given(needed)} beside it")
+
+
+def _given(section: str) -> str:
+    reused = f", or reuse: {{{section}: FOLDER}}," if section in ("corpus", "teacher", "cache") else ""
+    return f"a section {section}{reused}"
+
+
+def _require_text(run: RunFile, section: str) -> None:
+    if run.makes(section) and not (run.has("corpus") or run.has("cache")):
+        raise ValueError(f"{section}: found without corpus and cache, expected {_given('cache')} beside it")
+
+
+def _require_models(run: RunFile) -> None:
+    if run.makes("teacher"):
+        if run.teacher.path is None and run.teacher.model is None:
+            raise ValueError("teacher: found neither of path and model, expected one of them")
+        if run.teacher.optimization is not None and not run.has("corpus"):
+            setting = "model" if run.teacher.path is None else "adapt"
+            raise ValueError(f"teacher.{setting}: found without corpus, expected {_given('corpus')} to train it on")
+    if run.makes("student"):
+        student = run.student
+        if student.path is None and student.model is None and student.prune is None:
+            raise ValueError("student: found none of path, model and prune, expected one of them")
+        if student.prune is not None and not run.has("teacher"):
+            raise ValueError(f"student.prune: found without a teacher to prune, expected {_given('teacher')}")
+
+
+def _require_arm(run: RunFile, arm: str) -> None:
+    settings = run.train_settings(arm)
+    if settings.needs_teacher and not run.has("teacher"):
+        raise ValueError(
+            f"arms.{arm}.targets: found online without a teacher to ask, expected {_given('teacher')} beside it"
+        )
+    if run.makes("cache"):
+        _require_recorded(arm, settings, run.cache)
+
+
+def _require_recorded(arm: str, settings: TrainSettings, cache: CacheSettings) -> None:
+    """What an arm asks of the run's own cache, before that is made."""
+    where = f"arms.{arm}"
+    recording = settings.recording
+    if recording is not None and recording not in cache.recordings:
+        raise ValueError(
+            f"{where}.recording: found {recording}, expected {' or '.join(cache.recordings)}, which is what "
+            "cache.recording keeps"
+        )
+    if not settings.needs_targets:
+        return
+    if recording is None and len(cache.recordings) > 1:
+        raise ValueError(f"{where}.recording: found none named, expected one of {', '.join(cache.recordings)}")
+    recording = recording or cache.recordings[0]
+    fix = "set cache.recording to topk, or leave the setting out"
+    divergences = [divergence for known, divergence in SUPPORTED_TAILS if known == recording]
+    tails = SUPPORTED_TAILS.get((recording, settings.divergence), ())
+    if settings.divergence not in divergences:
+        raise ValueError(
+            f"{where}.divergence: found {settings.divergence} with a {recording} cache, expected "
+            f"{' or '.join(divergences)}; {fix}"
+        )
+    if settings.tail is not None and settings.tail not in tails:
+        raise ValueError(
+            f"{where}.tail: found {settings.tail} with {settings.divergence} and a {recording} cache, expected "
+            f"{' or '.join(tails)}; {fix}"
+        )
+    if recording == "sampled" and settings.token_weights != "equal":
+        raise ValueError(
+            f"{where}.token_weights: found {settings.token_weights} with a sampled cache, expected equal; {fix}"
+        )
+    known = (cache.temperature, *(cache.extra_temperatures if recording == "topk" else ()))
+    if settings.temperature is not None and settings.temperature not in known:
+        expected = " or ".join(f"{one:g}" for one in sorted(known))
+        fix = "add it to cache.extra_temperatures" if recording == "topk" else "a topk cache can have several"
+        raise ValueError(
+            f"{where}.temperature: found {settings.temperature:g}, expected {expected}, at which the cache is to be "
+            f"made; {fix}"
+        )
+
+
+def _require_tune(run: RunFile) -> None:
+    if run.tune is None:
+        return
+    if run.tune.path is None and not run.has("train"):
+        raise ValueError("tune: found without train and without tune.path, expected one of them: a model to tune")
+    if run.tune.cache == "own" and not run.has("cache"):
+        raise ValueError(f"tune.cache: found own without a cache, expected {_given('cache')} beside it")
+
+
+def _require_eval(run: RunFile) -> None:
+    if not run.makes("eval"):
+        return
+    _require_text(run, "eval")
+    if not run.has("train") and not run.has("teacher"):
+        raise ValueError("eval: found no model to measure, expected a section train or teacher beside it")
+    live = "eval.teacher" if run.eval.teacher == "live" else "eval.speculative" if run.eval.speculative else None
+    if live is not None and not run.has("teacher"):
+        raise ValueError(f"{live}: found without a teacher, expected {_given('teacher')} beside it")
