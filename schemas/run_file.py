@@ -110,6 +110,8 @@ class RunFile(Record):
             raise ValueError("arms: found none, expected at least one; leave the setting out for `distilled` alone")
         for name in (self.name, *self.arms):
             _require_folder_name(name)
+        for arm in self.arms:
+            self.train_settings(arm)
         if self.judge is not None:
             self.judge.require_no_key()
         for measured in ("benchmarks", "judge"):
@@ -125,6 +127,11 @@ class RunFile(Record):
         """The sections that were written; `arms` stands for `train`, whose variants they are."""
         written = self.model_fields_set - set(_NO_SECTIONS)
         return frozenset(written | ({"train"} if "arms" in self.model_fields_set else set()))
+
+    def written(self) -> dict[str, Any]:
+        """The run file at its shortest: every section that was written, with the settings that are no defaults."""
+        values = self.model_dump(mode="json", exclude_defaults=True)
+        return values | {name: {} for name in sorted(self.model_fields_set - set(_NO_SECTIONS)) if name not in values}
 
     def makes(self, section: str) -> bool:
         """Whether the run makes the stage of that section itself."""

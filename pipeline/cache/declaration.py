@@ -14,7 +14,7 @@ STAGE = Stage(
     inputs=lambda run, instance: ["corpus", "teacher"],
     settings=lambda run, instance: {"cache": run.cache.decisive()},
     on_device=True,
-    is_costly=True,
+    is_costly=lambda run, instance: True,
     engines=lambda run: Engines(run.cache.replicas, run.cache.num_devices),
     is_sliced=True,
 )

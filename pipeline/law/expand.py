@@ -165,8 +165,7 @@ def write_run_file(run: RunFile) -> Path:
     """Write the run file into its own folder, for people to start by hand; returns its path."""
     folder = Path(run.out)
     folder.mkdir(parents=True, exist_ok=True)
-    values = run.model_dump(mode="json", exclude_defaults=True)
-    write_atomically(folder / RUN_NAME, yaml.safe_dump(values, sort_keys=False, width=120))
+    write_atomically(folder / RUN_NAME, yaml.safe_dump(run.written(), sort_keys=False, width=120))
     return folder / RUN_NAME
 
 

@@ -41,6 +41,10 @@ def _one_engine(run: RunFile) -> Engines:
     return Engines()
 
 
+def _costs_little(run: RunFile, instance: Instance) -> bool:
+    return False
+
+
 def _reads_whole_inputs(run: RunFile, instance: Instance) -> bool:
     return False
 
@@ -75,8 +79,8 @@ class Stage:
         sources: files outside the run that an instance reads.
         further: finished caches of other runs that an instance reads: folder or URL, by the name of the input.
         on_device: whether it puts a model on a device, and so needs the lease.
-        is_costly: whether what it has finished cost so much device time that it is replaced only when that is asked
-            for by name.
+        is_costly: whether what an instance has finished cost so much device time that it is replaced only when that is
+            asked for by name.
         engines: how many engines it starts, and on how many devices each.
         training: the settings of the training that an instance is; None for one that trains nothing.
         may_skip_quarantined: whether an instance may read an input that lacks only what is in quarantine.
@@ -95,7 +99,7 @@ class Stage:
     sources: Callable[[RunFile, Instance], list[Path]] = no_sources
     further: Callable[[RunFile, Instance], dict[str, str]] = no_further
     on_device: bool = False
-    is_costly: bool = False
+    is_costly: Callable[[RunFile, Instance], bool] = _costs_little
     engines: Callable[[RunFile], Engines] = _one_engine
     training: Callable[[RunFile, Instance], OptimizationSettings | None] = _trains_nothing
     may_skip_quarantined: Callable[[RunFile, Instance], bool] = _reads_whole_inputs

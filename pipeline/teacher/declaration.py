@@ -16,6 +16,6 @@ STAGE = Stage(
     settings=lambda run, instance: {"teacher": run.teacher.decisive()},
     sources=lambda run, instance: model_files(run.teacher.path),
     on_device=True,
-    is_costly=True,
+    is_costly=lambda run, instance: run.teacher.optimization is not None,
     training=lambda run, instance: run.teacher.optimization,
 )

@@ -40,7 +40,7 @@ STAGE = Stage(
     settings=_decisive,
     further=_further,
     on_device=True,
-    is_costly=True,
+    is_costly=lambda run, instance: True,
     training=_settings_of,
     may_skip_quarantined=lambda run, instance: _settings_of(run, instance).on_corrupt == "skip",
 )

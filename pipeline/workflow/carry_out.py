@@ -63,7 +63,7 @@ def carry_out(
             _say_begun(meeting, False)
             return state.manifest
         stage_named(instance.stage).check(run, instance, inputs)
-        make_ready(state, remake)
+        make_ready(run, state, remake)
         order = order_of(state, inputs)
         begin(state.folder, order)
         clock.begin()
@@ -134,7 +134,7 @@ def finish_with(
     return finished
 
 
-def make_ready(state: StageState, remake: bool) -> None:
+def make_ready(run: RunFile, state: StageState, remake: bool) -> None:
     """Empty a folder that holds something else, or open it again where it only lost files. The caller has it alone.
 
     What was begun under other settings, and got nowhere, is begun anew.
@@ -146,7 +146,8 @@ def make_ready(state: StageState, remake: bool) -> None:
     stage = stage_named(state.instance.stage)
     if not remake and state.lost and state.manifest is not None and stage.reopen(state.folder, state.manifest):
         return
-    if not remake and stage.is_costly and state.manifest is not None and state.replaced:
+    is_kept = state.manifest is not None and stage.is_costly(run, state.instance)
+    if is_kept and state.replaced and not remake:
         raise MismatchError(
             "this stage is finished and would be replaced",
             where=state.folder,

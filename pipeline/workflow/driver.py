@@ -14,7 +14,7 @@ from pathlib import Path
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.folder import make_folder
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.workflow.remake import EVERY_STAGE, require_nothing_lost
+from capgap.pipeline.workflow.remake import EVERY_STAGE, is_named, require_nothing_lost
 from capgap.pipeline.workflow.state import RunStates, State
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.run_file import RunFile
@@ -88,7 +88,7 @@ def walk(
     write_atomically(out / RESOLVED_NAME, run.model_dump_json(indent=1))
     made = []
     for instance in chosen:
-        again = _is_named(instance, named)
+        again = is_named(instance, named)
         state = known.of(instance.name)
         if state.state is State.CURRENT and not again:
             log(instance.name, "current")
@@ -102,10 +102,6 @@ def walk(
         known.forget(instance.name)
         made.append(instance.name)
     return made
-
-
-def _is_named(instance: Instance, named: frozenset[str]) -> bool:
-    return named is EVERY_STAGE or any(instance.name == name or instance.name.startswith(f"{name}/") for name in named)
 
 
 def _arguments(run: RunFile, instance: Instance, remake: bool, wait: bool) -> list[str]:

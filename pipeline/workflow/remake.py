@@ -63,6 +63,12 @@ def require_stages(names: Collection[str]) -> None:
             raise SettingError("no such stage", where="--remake", found=name, expected=f"one of {', '.join(known)}")
 
 
+def is_named(instance: Instance, named: frozenset[str]) -> bool:
+    """Whether an instance is among those to make again: by its stage, by stage and arm, in full, or with all others."""
+    own = (name for name in named if instance.name == name or instance.name.startswith(f"{name}/"))
+    return named == EVERY_STAGE or any(own)
+
+
 def require_nothing_lost(known: RunStates, chosen: Sequence[Instance], named: frozenset[str]) -> None:
     """Refuse to replace what cost device time, unless its stage is among those that are to be made again.
 
@@ -71,10 +77,10 @@ def require_nothing_lost(known: RunStates, chosen: Sequence[Instance], named: fr
     Raises:
         MismatchError: something finished would be replaced.
     """
-    if named is EVERY_STAGE:
-        return
-    lost = [known.of(one.name) for one in chosen if stage_named(one.stage).is_costly]
-    lost = [state for state in lost if state.manifest is not None and state.replaced and not _is_among(state, named)]
+    lost = [known.of(one.name) for one in chosen if stage_named(one.stage).is_costly(known.run, one)]
+    lost = [
+        state for state in lost if state.manifest is not None and state.replaced and not is_named(state.instance, named)
+    ]
     if not lost:
         return
     told = [f"{state.instance.name} ({_why(known, state)})" for state in lost[:_MOST_NAMED]]
@@ -88,10 +94,6 @@ def require_nothing_lost(known: RunStates, chosen: Sequence[Instance], named: fr
         expected="the settings that they were made with",
         fix=f"{_as_before(Path(known.run.out))}, choose another `out`, or replace them with {permission}",
     )
-
-
-def _is_among(state: StageState, named: frozenset[str]) -> bool:
-    return not named.isdisjoint({state.instance.stage, state.instance.name})
 
 
 def _why(known: RunStates, state: StageState) -> str:

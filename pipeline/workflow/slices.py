@@ -107,7 +107,7 @@ def _join(run: RunFile, instance: Instance, inputs: dict[str, StageInput], lock:
     state = RunStates(run).of(instance.name)
     order = order_of(state, inputs)
     if alone:
-        make_ready(state, remake=False)
+        make_ready(run, state, remake=False)
         begin(state.folder, order)
     if not lock.shared():
         raise in_use(state.folder)

@@ -27,6 +27,10 @@ NUM_TEXTS = 60
 BASE: dict[str, Any] = {
     "name": "tried",
     "seeds": [0, 1],
+    "corpus": {},
+    "cache": {},
+    "train": {},
+    "eval": {},
     "teacher": {"model": {"hidden_size": 64, "num_heads": 4}, "training": {"learning_rate": 1e-3}},
     "student": {"model": {"hidden_size": 32, "num_heads": 4}},
     "arms": {"distilled": {}, "cross_entropy": {"alpha": 0}},

@@ -1,22 +1,32 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from capgap.schemas.run_cache import CacheSettings
+from capgap.kernels.sparse_kl.divergence import Divergence, Tail, check_pair
+from capgap.schemas.run_cache import CacheSettings, RecordingName
 from capgap.schemas.run_corpus import CorpusSettings
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_model import ModelShape, StudentSettings, TeacherSettings
 from capgap.schemas.run_optimization import LoggerSettings
-from capgap.schemas.run_train import FurtherCache, TrainSettings
+from capgap.schemas.run_train import SUPPORTED_TAILS, FurtherCache, TrainSettings
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE: dict[str, Any] = {"name": "tried", "out": "runs/tried", "teacher": {"model": {}}, "student": {"model": {}}}
+BASE: dict[str, Any] = {
+    "name": "tried",
+    "out": "runs/tried",
+    "corpus": {},
+    "teacher": {"model": {}},
+    "cache": {},
+    "student": {"model": {}},
+    "train": {},
+}
 
 
 def _with(settings: dict[str, Any]) -> dict[str, Any]:
@@ -58,6 +68,47 @@ def test_a_run_file_comes_back_from_json_as_it_was() -> None:
     assert RunFile.model_validate_json(run.model_dump_json()) == run
 
 
+SHARDS: dict[str, Any] = {"corpus": {}, "teacher": {"path": "t"}, "cache": {}}
+FROM_SHARDS: dict[str, Any] = {"reuse": {"cache": "s3://there/cache"}, "student": {"model": {}}, "train": {}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "made"),
+    [
+        (SHARDS, {"corpus", "teacher", "cache"}),
+        (FROM_SHARDS, {"student", "train"}),
+        (FROM_SHARDS | {"eval": {}}, {"student", "train", "eval"}),
+        ({"corpus": {}}, {"corpus"}),
+        ({"reuse": {"cache": "c"}, "student": {"path": "s"}, "arms": {"a": {}}}, {"student", "train"}),
+    ],
+)
+def test_a_section_asks_for_its_stage_and_none_is_asked_for_otherwise(sections: dict[str, Any], made: set[str]) -> None:
+    run = RunFile.model_validate({"name": "tried", "out": "runs/tried", **sections})
+    assert {section for section in RunFile.model_fields if run.makes(section)} == made
+    again = RunFile.model_validate_json(run.model_dump_json())
+    assert (again, again.sections) == (run, run.sections)
+    assert RunFile.model_validate(run.written()).sections == run.sections
+
+
+def test_a_run_file_without_any_section_is_refused() -> None:
+    with pytest.raises(ValidationError, match="found no section, expected at least one that asks for a stage"):
+        RunFile(name="tried", out="runs/tried")
+
+
+def test_what_a_loss_can_have_of_a_recording_is_what_the_kernel_can() -> None:
+    for (recording, divergence), tails in SUPPORTED_TAILS.items():
+        for tail in get_args(Tail):
+            if tail in tails:
+                check_pair(recording, divergence, tail)
+            else:
+                with pytest.raises(ValueError, match="tail"):
+                    check_pair(recording, divergence, tail)
+    missing = set(itertools.product(get_args(RecordingName), get_args(Divergence))) - SUPPORTED_TAILS.keys()
+    for recording, divergence in missing:
+        with pytest.raises(ValueError, match="divergence"):
+            check_pair(recording, divergence, "ghost")
+
+
 @pytest.mark.parametrize(
     "path",
     ["nmae", "corpus.sorces", "teacher.modell", "teacher.model.hiden_size", "teacher.training.alpha", "cache.k",
@@ -68,7 +119,7 @@ def test_an_unknown_key_is_refused_by_its_full_name(path: str) -> None:
     assert where.startswith(path)
 
 
-@pytest.mark.parametrize("path", ["name", "out", "teacher", "student"])
+@pytest.mark.parametrize("path", ["name", "out"])
 def test_a_missing_setting_is_named(path: str) -> None:
     with pytest.raises(ValidationError) as caught:
         RunFile.model_validate({name: value for name, value in BASE.items() if name != path})
@@ -166,8 +217,52 @@ def test_all_faults_are_told_at_once() -> None:
         ),
         ({"corpus.sources": []}, "corpus", "corpus.sources: found none, expected at least one file"),
         ({"teacher.path": "t"}, "teacher", "teacher: found both of path and model, expected one of them"),
-        ({"teacher": {}}, "teacher", "teacher: found neither of path and model, expected one of them"),
-        ({"student.path": "s"}, "student", "student: found path and model of path, model and prune"),
+        ({"teacher": {}}, "", "teacher: found neither of path and model, expected one of them"),
+        ({"student.path": "s"}, "student", "student: found path and model, expected one of path, model and prune"),
+        ({"student": {}}, "", "student: found none of path, model and prune, expected one of them"),
+        (
+            {"teacher": None},
+            "",
+            "cache: found without teacher, expected a section teacher, or reuse: {teacher: FOLDER}",
+        ),
+        (
+            {"cache": None},
+            "",
+            "train: found without cache, expected a section cache, or reuse: {cache: FOLDER}, beside",
+        ),
+        ({"student": None}, "", "train: found without student, expected a section student beside it"),
+        ({"corpus": None}, "", "teacher.model: found without corpus, expected a section corpus, or reuse: {corpus"),
+        (
+            {"eval.teacher": "live", "teacher": None, "cache": None, "reuse": {"cache": "c"}},
+            "",
+            "eval.teacher: found w",
+        ),
+        (
+            {"train.divergence": "jsd"},
+            "",
+            "arms.distilled.divergence: found jsd with a sampled cache, expected forward",
+        ),
+        (
+            {"train.tail": "ghost"},
+            "",
+            "arms.distilled.tail: found ghost with forward_kl and a sampled cache, expected d",
+        ),
+        (
+            {"train.temperature": 2},
+            "",
+            "arms.distilled.temperature: found 2, expected 1, at which the cache is to be mad",
+        ),
+        (
+            {"train.token_weights": "entropy"},
+            "",
+            "arms.distilled.token_weights: found entropy with a sampled cache, exp",
+        ),
+        (
+            {"train.recording": "topk"},
+            "",
+            "arms.distilled.recording: found topk, expected sampled, which is what cache.r",
+        ),
+        ({"cache.recording": "both"}, "", "arms.distilled.recording: found none named, expected one of sampled, topk"),
         (
             {"teacher": {"path": "t", "training": {}}},
             "teacher",

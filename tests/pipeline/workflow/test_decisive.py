@@ -6,12 +6,12 @@ from typing import Any, get_args
 
 import pytest
 
-from capgap.pipeline.stage.context import STAGES
+from capgap.pipeline.stages import declared
 from capgap.pipeline.workflow.state import states
 from capgap.schemas.base import Record
 from capgap.schemas.run_file import RunFile
 
-ALL = set(STAGES)
+ALL = {stage.name for stage in declared()}
 FROM_TEACHER = {"teacher", "cache", "train", "eval", "report"}
 FROM_CACHE = {"cache", "train", "eval", "report"}
 FROM_STUDENT = {"student", "train", "eval", "report"}
@@ -189,6 +189,9 @@ TABLE: list[tuple[str, Any, set[str]]] = [
 ]
 # What else must be set for the setting above to be allowed, in the run file before and after.
 BESIDE = {f"cache.{name}": {"cache.recording": "topk"} for name in ("top_k", "profile", "extra_temperatures")}
+TOPK = {"cache.recording": "topk"}
+BESIDE |= {f"train.{name}": TOPK for name in ("divergence", "token_weights")}
+BESIDE["train.temperature"] = TOPK | {"cache.extra_temperatures": [2.0]}
 BESIDE["eval.speculative.gpu_memory_fraction"] = {"eval.speculative": {}}
 BESIDE["corpus.messages_field"] = {"corpus.tokenizer": "folder"}
 PRUNED = {"student.model": None, "student.prune": {}}
@@ -198,7 +201,7 @@ BESIDE["corpus.whole_conversations"] = {
     "corpus.messages_field": "messages",
     "corpus.context": "document",
 }
-BESIDE["train.jsd_beta"] = {"train.divergence": "jsd"}
+BESIDE["train.jsd_beta"] = TOPK | {"train.divergence": "jsd"}
 BESIDE["train.own_weight"] = {"train.caches": {"draws": {}}}
 BESIDE |= {row[0]: {"judge.model": "one"} for row in TABLE if row[0].startswith("judge.")}
 BESIDE["train.alpha_schedule"] = {"train.final_alpha": 0.5}
