@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
+from typing import Any
+
+from pydantic import Field, create_model
 
 from capgap.pipeline.stage.declaration import Stage
+from capgap.schemas.run_file import RunFile
 
 FOLDERS = (
     "capgap.pipeline.corpus",
@@ -34,6 +38,16 @@ def declared() -> tuple[Stage, ...]:
 def stage_named(name: str) -> Stage:
     """The stage of that name."""
     return next(stage for stage in declared() if stage.name == name)
+
+
+def run_file_type() -> type[RunFile]:
+    """The run file, with a section more for each stage that brings settings of its own."""
+    own = {stage.section: stage.settings_type for stage in declared() if stage.settings_type is not None}
+    if not own:
+        return RunFile
+    fields: dict[str, Any] = {name: (kind, Field(default_factory=kind)) for name, kind in own.items()}
+    extended: type[RunFile] = create_model("RunFile", __base__=RunFile, **fields)
+    return extended
 
 
 @cache

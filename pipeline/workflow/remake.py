@@ -77,10 +77,9 @@ def require_nothing_lost(known: RunStates, chosen: Sequence[Instance], named: fr
     Raises:
         MismatchError: something finished would be replaced.
     """
-    lost = [known.of(one.name) for one in chosen if stage_named(one.stage).is_costly(known.run, one)]
-    lost = [
-        state for state in lost if state.manifest is not None and state.replaced and not is_named(state.instance, named)
-    ]
+    costly = [one for one in chosen if stage_named(one.stage).is_costly(known.run, one) and not is_named(one, named)]
+    finished = [state for state in (known.of(one.name) for one in costly) if state.manifest is not None]
+    lost = [state for state in finished if state.replaced]
     if not lost:
         return
     told = [f"{state.instance.name} ({_why(known, state)})" for state in lost[:_MOST_NAMED]]
