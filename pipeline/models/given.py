@@ -1,0 +1,109 @@
+"""Is a model or tokenizer that the run file names to be had? Asked before anything is made, and without loading it.
+
+A name that can only be a path is looked for on this machine alone: a misspelt folder is told at once, rather than after
+a hub has been asked for it several times.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+from capgap.schemas.errors import InputError, MachineError
+
+_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_TIMEOUT_S = 10.0
+
+
+def is_local(path: str) -> bool:
+    """Whether a name means a folder of this machine: it is there, or cannot be an id, or its parent folder is there."""
+    if Path(path).exists() or path.startswith((".", "/", "~")) or _ID.fullmatch(path) is None:
+        return True
+    parent = Path(path).parent
+    return parent != Path() and parent.is_dir()
+
+
+def require_findable(path: str, setting: str, file: str = "config.json") -> None:
+    """Refuse a folder that is not there, or that lacks the file; and an id that no hub knows.
+
+    Args:
+        path: folder or id, as given.
+        setting: the setting that names it, for errors.
+        file: that the folder must hold.
+
+    Raises:
+        InputError: there is no such folder, file or id.
+        MachineError: the id is not on this machine, and the hub cannot be asked.
+    """
+    if is_local(path):
+        _require_folder(path, setting, file)
+    elif not _is_downloaded(path, file):
+        _ask_hub(path, setting)
+
+
+def _require_folder(path: str, setting: str, file: str) -> None:
+    folder = Path(path)
+    expected = f"a Hugging Face folder with {file}, or an id such as owner/name"
+    if folder.is_dir():
+        if not (folder / file).is_file() and not (folder / "model" / file).is_file():
+            raise InputError("no model lies there", where=f"{setting}: {path}", found=f"no {file}", expected=expected)
+        return
+    if folder.exists():
+        raise InputError("not a folder", where=f"{setting}: {path}", found="a file", expected=expected)
+    raise InputError(
+        "no such folder",
+        where=f"{setting}: {path}",
+        found="nothing" if folder.is_absolute() else f"nothing, from {Path.cwd()}",
+        expected=expected,
+        fix=_near(folder),
+    )
+
+
+def _near(folder: Path) -> str:
+    """The folder that may have been meant."""
+    if not folder.parent.is_dir():
+        return "check the path"
+    names = [other.name for other in folder.parent.iterdir() if other.is_dir()]
+    near = difflib.get_close_matches(folder.name, names, n=1)
+    return f"did you mean {folder.parent / near[0]}?" if near else "check the path"
+
+
+def _is_downloaded(path: str, file: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(path, file), str)
+
+
+def _ask_hub(path: str, setting: str) -> None:
+    """One question, and no second one: whoever is offline learns it at once."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    where = f"{setting}: {path}"
+    if constants.HF_HUB_OFFLINE:
+        raise InputError(
+            "no such folder, and nothing is downloaded while HF_HUB_OFFLINE is set",
+            where=where,
+            expected="a folder, or an id that was downloaded before",
+            fix=f"download it first with `hf download {path}`, or name a folder",
+        )
+    try:
+        HfApi().model_info(path, timeout=_HUB_TIMEOUT_S)
+    except HfHubHTTPError as error:
+        found = str(error).strip().splitlines()[-1]
+        raise InputError(
+            "no such folder, and no model of that id that you may read",
+            where=where,
+            found=found,
+            expected="a folder, or an id such as owner/name",
+            fix="check the name; for a gated model log in with `hf auth login`",
+        ) from None
+    except Exception as error:  # whatever the client's transport raises where there is no network
+        raise MachineError(
+            "no such folder, and the hub cannot be reached",
+            where=where,
+            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            expected="a folder, or an id that can be downloaded",
+            fix="check the path or the network",
+        ) from None

@@ -1,0 +1,38 @@
+"""Before anything is made, everything that can be known is checked for all stages to come.
+
+    device --> what is given: files, models, packages --> stage by stage: does it fit what it will meet? --> disk
+
+A run of hours that fails at its end over a word in the run file is the worst that a pipeline can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.device import resolve_device
+from capgap.pipeline.stages import stage_named
+from capgap.pipeline.workflow.state import RunStates, State
+from capgap.schemas.run_file import RunFile
+
+
+def to_be_made(known: RunStates, chosen: Sequence[Instance], again: frozenset[str] = frozenset()) -> list[Instance]:
+    """Those of the chosen instances that are not current, or are named to be made again."""
+    return [one for one in chosen if known.of(one.name).state is not State.CURRENT or one.stage in again]
+
+
+def require_possible(run: RunFile, coming: Sequence[Instance]) -> None:
+    """Refuse what cannot end well, whichever stage it would stop.
+
+    Args:
+        run: the run file.
+        coming: the instances that are to be made.
+
+    Raises:
+        CapgapError: whatever the checks of the stages find.
+    """
+    stages = [stage_named(name) for name in dict.fromkeys(one.stage for one in coming)]
+    if run.device == "cuda" and any(stage.on_device for stage in stages):
+        resolve_device(run.device)
+    for stage in stages:
+        stage.require_possible(run)
