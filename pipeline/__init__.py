@@ -1,12 +1,12 @@
-"""The stages, one folder each, and what they share.
+"""The stages, one folder each, and what they stand on.
 
-    corpus -> teacher -> cache -> student -> train -> eval -> report        (workflow: order, state, lease, manifests)
-        \\________ store: shards of sequences and targets ________/
+    store/ <- stage/ <- models/ <- corpus/ teacher/ cache/ student/ train/ tune/ eval/ ...  <- stages.py: the list
+                                                      <- workflow/ <- pages/ plan/ report/ law/
 
-A stage is `run(StageContext) -> StageResult` in `pipeline/<stage>/stage.py`. It reads the folders of its inputs and
-writes its own; `workflow` hashes the files and writes the manifest.
+A stage declares itself in `declaration.py`, and does its work in `stage.py`: `run(StageContext) -> StageResult`. It
+reads the folders of its inputs and writes its own; `workflow` hashes the files and writes the manifest.
 
-In a notebook or a training loop of one's own: `from capgap.pipeline import DistillationLoss, open_cache`.
+In a notebook or a training loop of your own: `from capgap import DistillationLoss, open_cache`.
 """
 
 from __future__ import annotations

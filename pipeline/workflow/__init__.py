@@ -1,10 +1,13 @@
-"""From a run file to finished folders: which stages there are, which are current, and how one is carried out.
+"""From a run file to finished folders: what is current, what would be replaced, and how a stage is carried out.
 
     RunFile --graph--> instances and their inputs --state--> current | stale | partial | missing, and why
                                                       |
-            driver (doit: order, selection) --- one process per instance ---> carry_out
+        preflight: can all that is to come end well?  |  remake: would anything costly be replaced?
+                                                      |
+                   driver: in order, one process per instance ---> carry_out
                                                       |
             folder lock, device lease --> stage.run(context) --> files hashed --> manifest.json, last and atomically
 
-The manifests are the only truth: nothing else remembers what was done.
+The manifests are the only truth: nothing else remembers what was done. Which stages there are, and what each reads,
+is what they declare (`pipeline/stages.py`); no stage is known here by name.
 """
