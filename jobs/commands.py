@@ -7,11 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from capgap.jobs.arguments import add_log_format, parse, parse_run, run_parser
-from capgap.jobs.logs import log_format, tell
-from capgap.jobs.tables import ResultConsole
+from capgap.jobs.arguments import Parser, number, one_of, parse, parse_run, run_file_parser
+from capgap.jobs.logs import log, log_format
 from capgap.pipeline.stage.context import Instance, StageName
 from capgap.pipeline.stage.events import set_stage
 from capgap.pipeline.workflow.graph import downstream, instances, select
@@ -23,13 +20,7 @@ from capgap.schemas.run_file import RunFile
 def run_command(argv: Sequence[str]) -> int:
     """`capgap run`: walk the stage graph, then show the report's table."""
     started = time.monotonic()
-    parser = run_parser("capgap run", "Make every stage of a run file current.")
-    _add_walk_flags(parser)
-    parser.add_argument("--only", type=str, default=None, help="Just this stage, e.g. train or train/distilled/seed-0.")
-    parser.add_argument(
-        "--from", type=str, default=None, dest="from_stage", help="This stage and what follows from it."
-    )
-    run, flags = parse_run(parser, argv)
+    run, flags, given = parse_run(run_parser(), argv)
     if flags["only"] and flags["from_stage"]:
         raise SettingError(
             "--only and --from exclude each other",
@@ -42,22 +33,43 @@ def run_command(argv: Sequence[str]) -> int:
         chosen = downstream(run, flags["from_stage"])
     else:
         chosen = instances(run)
-    made = _walk(run, chosen, flags)
+    made = _walk(run, chosen, flags, given)
     _show_table(run)
     wall_s = round(time.monotonic() - started, 1)
     if made:
         text = f"made {len(made)} of {len(chosen)} stages in {wall_s:.1f} s: {', '.join(made)}"
     else:
         text = f"nothing to do: {len(chosen)} of {len(chosen)} stages are current ({wall_s:.1f} s)"
-    tell("run_done", text, made=made, num_stages=len(chosen), wall_s=wall_s)
+    log("run_done", text, made=made, num_stages=len(chosen), wall_s=wall_s)
     return 0
+
+
+def run_parser() -> Parser:
+    """The parser of `capgap run`."""
+    parser = run_file_parser("capgap run", "Make every stage of a run file current.")
+    parser.add_argument("--only", metavar="STAGE", help="Just this stage, for example train or train/distilled/seed-0.")
+    parser.add_argument("--from", metavar="STAGE", dest="from_stage", help="This stage and what follows from it.")
+    parser.add_argument(
+        "--remake",
+        metavar="STAGE",
+        action="append",
+        default=[],
+        help="Replace this finished stage, where its settings have changed; several with commas, or the flag again.",
+    )
+    _add_walk_flags(parser)
+    return parser
+
+
+def remade(flags: dict[str, Any]) -> frozenset[str]:
+    """The stages that `--remake` names."""
+    return frozenset(name.strip() for names in flags["remake"] for name in names.split(",") if name.strip())
 
 
 def stage_command(stage: StageName) -> Callable[[Sequence[str]], int]:
     """`capgap corpus`, `capgap cache` and so on: one stage, in this process where it is one instance."""
 
     def command(argv: Sequence[str]) -> int:
-        run, flags = parse_run(stage_parser(stage), argv)
+        run, flags, _ = parse_run(stage_parser(stage), argv)
         chosen = select(run, flags["instance"])
         if chosen[0].stage != stage:
             raise SettingError(
@@ -78,11 +90,13 @@ def stage_command(stage: StageName) -> Callable[[Sequence[str]], int]:
     return command
 
 
-def stage_parser(stage: StageName) -> ArgumentParser:
+def stage_parser(stage: StageName) -> Parser:
     """The parser of a stage's own command."""
-    parser = run_parser(f"capgap {stage}", f"Make the stage {stage} of a run file current.")
+    section = {"benchmark": "benchmarks", "answers": "judge"}.get(stage, stage)
+    sections = (section,) if section in RunFile.model_fields else ()
+    parser = run_file_parser(f"capgap {stage}", f"Make the stage {stage} of a run file current.", sections)
+    parser.add_argument("--instance", default=stage, help="Just this one, for example train/distilled/seed-0.")
     _add_walk_flags(parser)
-    parser.add_argument("--instance", type=str, default=stage, help="Just this one, e.g. train/distilled/seed-0.")
     if stage == "cache":
         parser.add_argument(
             "--slice",
@@ -126,7 +140,7 @@ def verify_command(argv: Sequence[str]) -> int:
 
     for folder in flags["folders"]:
         for line in verify(Path(folder), flags["quarantine"]):
-            tell("verified", line)
+            log("verified", line)
     if fraction is not None:
         from capgap.pipeline.verify.rescore import rescore
 
@@ -139,38 +153,31 @@ def verify_command(argv: Sequence[str]) -> int:
                 wait=not flags["no_wait"],
                 trust_remote_code=flags["trust_remote_code"],
             ):
-                tell("rescored", line)
+                log("rescored", line)
     return 0
 
 
-def verify_parser() -> ArgumentParser:
+def verify_parser() -> Parser:
     """The parser of `capgap verify`."""
-    parser = ArgumentParser(
-        prog="capgap verify",
-        description="Check finished stages against their manifests, and caches against their teacher.",
-        exit_on_error=False,
-    )
+    parser = Parser("capgap verify", "Check finished stages against their manifests, and caches against their teacher.")
     parser.add_argument("folders", nargs="+", type=str, help="A run's folder, or a stage's.")
     parser.add_argument("--quarantine", action="store_true", help="List damaged shards, so that they alone are remade.")
     parser.add_argument(
-        "--rescore", type=float, default=None, help="Share of a cache's sequences to score again; one at least."
+        "--rescore", type=number, default=None, help="Share of a cache's sequences to score again; one at least."
     )
     parser.add_argument("--teacher", type=str, default=None, help="Its folder or id, if it is not where it was.")
-    parser.add_argument(
-        "--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="Where to score again."
-    )
+    parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), default="auto", help="Where to score again.")
     parser.add_argument("--no-wait", action="store_true", help="Stop if a stage holds the device.")
     parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the teacher.")
-    add_log_format(parser)
     return parser
 
 
-def _add_walk_flags(parser: ArgumentParser) -> None:
+def _add_walk_flags(parser: Parser) -> None:
     parser.add_argument("--force", action="store_true", help="Make them again even if they are current.")
     parser.add_argument("--no-wait", action="store_true", help="Stop if another stage holds the device.")
 
 
-def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any]) -> list[str]:
+def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any], given: Sequence[str] = ()) -> list[str]:
     from capgap.pipeline.stage.ranks import ranks_in_environment
     from capgap.pipeline.workflow.driver import walk
 
@@ -180,7 +187,7 @@ def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any]) -> li
 
     def say(name: str, why: str) -> None:
         if not silent:
-            tell("stage_checked", f"{name}: {why}", instance=name, why=why)
+            log("stage_checked", f"{name}: {why}", instance=name, why=why)
 
     return walk(run, chosen, force=flags["force"], wait=not flags["no_wait"], say=say)
 
@@ -189,7 +196,8 @@ def _show_table(run: RunFile) -> None:
     report = states(run)["report"]
     if report.state is State.CURRENT:
         if log_format() == "text":
+            from capgap.jobs.tables import ResultConsole
             from capgap.pipeline.report.table import print_table
 
             print_table(report.folder, ResultConsole())
-        tell("report", f"report: {report.folder / 'report.html'}", page=str(report.folder / "report.html"))
+        log("report", f"report: {report.folder / 'report.html'}", page=str(report.folder / "report.html"))

@@ -17,7 +17,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from capgap.jobs.arguments import parse_run, run_parser
+from capgap.jobs.arguments import parse_run
+from capgap.jobs.commands import run_parser
 from capgap.pipeline.stage.context import OPTIONAL_STAGES, STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -122,9 +123,7 @@ def test_the_compose_file_runs_each_stage_once_after_the_one_before_it() -> None
     for stage, service in services.items():
         words = service["command"]
         assert words[0] == "run" and words[-2:] == ["--only", stage]
-        parser = run_parser("capgap run", "")
-        parser.add_argument("--only", type=str)
-        run, _ = parse_run(parser, [demo, *words[2:]])
+        run, *_ = parse_run(run_parser(), [demo, *words[2:]])
         assert run.out == "/runs/out"
     for before, after in pairwise(ALWAYS):
         assert services[after]["depends_on"] == {before: {"condition": "service_completed_successfully"}}

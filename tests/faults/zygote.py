@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from capgap.jobs.cli import main
+from capgap.jobs.registry import COMMANDS
 from capgap.pipeline.stage.context import STAGES
 
 HEAVY = (lightning, pyarrow, torch, transformers, transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast)
@@ -30,7 +31,8 @@ def serve() -> None:
     """Fork a child per line until the input ends."""
     for stage in STAGES:
         importlib.import_module(f"capgap.pipeline.{stage}.stage")
-    importlib.import_module("capgap.jobs.commands")
+    for command in COMMANDS.values():
+        command.parser()
     importlib.import_module("capgap.pipeline.cache.transformers_engine")
     # Arrow's allocator, which is made for forks, has a thread of its own; any other could leave a lock taken for ever
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
