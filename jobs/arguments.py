@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, add_help=False, allow_abbrev=False, exit_on_error=False)
         self.record, self.file, self.sections = record, file, tuple(sections)
         if file is not None:
-            self.add_argument("--config", metavar=file, help=f"The {file} file; may stand bare, after the command.")
+            self.add_argument("--config", metavar=file, help="The same by a flag.")
         self.add_argument("--log-format", type=one_of(*LOG_FORMATS), metavar="FORMAT", help=LOG_FORMAT_HELP)
 
     def error(self, message: str) -> NoReturn:
@@ -73,8 +73,9 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def own_flags(self) -> list[argparse.Action]:
-        """The command's own flags."""
-        return [action for action in self._actions if action.option_strings]
+        """The command's own flags, those of every command last."""
+        flags = [action for action in self._actions if action.option_strings]
+        return sorted(flags, key=lambda action: action.dest in ("config", "log_format"))
 
     @property
     def positionals(self) -> list[argparse.Action]:
@@ -183,6 +184,8 @@ def _split(
             (own if parser.file is None or word.startswith("-") else files).append(word)
         elif (action := parser.own(flag)) is not None:
             own.append(word)
+            if not equals and action.nargs != 0 and (not words or words[0].startswith("--")):
+                raise SettingError("has no value", where=flag, fix=f"see {parser.prog} --help")
             if not equals and action.nargs != 0:
                 several = action.nargs in ("+", "*")
                 while words and not words[0].startswith("--") and (several or own[-1] == word):

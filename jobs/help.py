@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from capgap.jobs.arguments import Parser
+from capgap.jobs.arguments import Parser, integer, number
 from capgap.jobs.settings import Setting, all_settings, children, find
 from capgap.jobs.suggest import did_you_mean, settings_like
 from capgap.schemas.base import Record
@@ -103,11 +104,11 @@ def _screen(parser: Parser) -> Iterator[str]:
     yield from _usage(parser)
     yield ""
     yield from _wrapped(parser.description or "", "")
-    if parser.positionals:
-        yield ""
-        for action in parser.positionals:
-            yield from _row(f"  {action.metavar or action.dest}", action.help or "")
     yield ""
+    if parser.file is not None:
+        yield from _row(f"  {parser.file}", "Path of the file, or the name of a shipped one; see capgap ls.")
+    for action in parser.positionals:
+        yield from _row(f"  {action.metavar or action.dest}", action.help or "")
     for action in parser.own_flags:
         words = " ".join([*action.option_strings, *([_value_name(action)] if action.nargs != 0 else [])])
         yield from _row(f"  {words}", action.help or "")
@@ -119,8 +120,8 @@ def _screen(parser: Parser) -> Iterator[str]:
     for name in common(parser):
         setting = find(parser.record, tuple(name.split(".")))
         assert setting is not None
-        first = setting.sentences.partition(". ")[0].partition(": ")[0].rstrip(".:")
-        default = f" [{setting.default}]" if setting.default else ""
+        first = setting.sentences.partition(". ")[0].rstrip(".")
+        default = f" ({setting.default})" if setting.default else ""
         yield from _row(
             f"  --{name}", textwrap.shorten(first, _WIDTH - _COLUMN - len(default), placeholder=" ...") + default
         )
@@ -140,9 +141,10 @@ def _usage(parser: Parser) -> Iterator[str]:
     yield f"usage: {' '.join(words)}"
 
 
-def _value_name(action: object) -> str:
-    metavar = getattr(action, "metavar", None)
-    return str(metavar) if metavar else str(getattr(action, "dest", "")).upper()
+def _value_name(action: argparse.Action) -> str:
+    if action.metavar is not None:
+        return str(action.metavar)
+    return "N" if action.type in (number, integer) else action.dest.rpartition("_")[2].upper()
 
 
 def _all(record: type[Record]) -> Iterator[str]:

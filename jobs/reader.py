@@ -17,9 +17,9 @@ from pydantic import ValidationError
 from capgap.jobs.problems import Origin, errors_of, not_finite, unknown_setting
 from capgap.jobs.settings import Setting, find, locate
 from capgap.jobs.shipped import find_file
-from capgap.jobs.yaml_nodes import Document, Loc, dotted, parse_value, read_document
+from capgap.jobs.yaml_nodes import Document, Loc, parse_value, read_document
 from capgap.schemas.base import Record
-from capgap.schemas.errors import SettingError, SettingsError
+from capgap.schemas.errors import InputError, SettingError, SettingsError
 
 _R = TypeVar("_R", bound=Record)
 
@@ -45,7 +45,7 @@ def read_settings(record: type[_R], file: str | Path | None, given: Sequence[Giv
     path = None if file is None else find_file(file)
     document = Document({}, {}, frozenset()) if path is None else read_document(path)
     if path is not None:
-        _require_no_class(path, document.values, ())
+        _require_no_class(Origin(record, document.values, path, document.lines, {}), document.values, ())
     values = document.values
     for loc in sorted(document.bare, key=len):
         _open_section(record, values, loc)
@@ -61,6 +61,7 @@ def read_settings(record: type[_R], file: str | Path | None, given: Sequence[Giv
         value = _value_of(setting, flag, text)
         _trust_loggers(value, loc)
         values = _laid_over(values, loc, value)
+    _require_kind(record, values, path)
     origin = Origin(record, values, path, document.lines, flags)
     problems = [unknown_setting(loc, value, origin) for loc, value in unknown.items()]
     try:
@@ -71,6 +72,18 @@ def read_settings(record: type[_R], file: str | Path | None, given: Sequence[Giv
     if problems:
         raise _together(problems)
     return settings
+
+
+def _require_kind(record: type[Record], values: dict[Any, Any], path: Path | None) -> None:
+    """A run file is no grid file, and the other way round."""
+    takes_grids = "teachers" in record.model_fields
+    is_grid = "teachers" in values and "students" in values
+    is_run = "teachers" not in values and ("teacher" in values or "student" in values)
+    if path is None or not (is_run if takes_grids else is_grid and "teacher" in record.model_fields):
+        return
+    found, expected, command = ("a grid file", "a run file", "law run") if is_grid else ("a run file", "a grid", "run")
+    fix = f"did you mean capgap {command} {path}?"
+    raise InputError("another kind of file", where=path, found=found, expected=expected, fix=fix)
 
 
 def _together(problems: list[SettingError]) -> SettingError:
@@ -94,8 +107,12 @@ def _open_section(record: type[Record], values: dict[Any, Any], loc: Loc) -> Non
 
 def _value_of(setting: Setting, flag: str, text: str | None) -> Any:
     if text is None:
-        raise SettingError("has no value", where=flag, expected=setting.kind, fix=f"write {flag} VALUE")
-    return text if setting.takes_text and text != "null" else parse_value(text, flag)
+        raise SettingError("has no value", where=flag, expected=f"one: {setting.kind}", fix=f"write {flag} VALUE")
+    if setting.takes_text and text != "null":
+        return text
+    quoted = f'"{text}"'
+    fix = f"write '[{quoted}]'" if setting.kind.startswith("list") else f"put what is text in quotes: '{quoted}'"
+    return parse_value(text, flag, fix)
 
 
 def _laid_over(values: Any, loc: Loc, value: Any) -> Any:
@@ -132,20 +149,20 @@ def _is_logger(item: object) -> bool:
     return "." not in name or name.startswith("lightning.pytorch.loggers.") or name in _trusted()
 
 
-def _require_no_class(path: Path, value: object, loc: Loc) -> None:
+def _require_no_class(origin: Origin, value: object, loc: Loc) -> None:
     """A file from a stranger imports nothing."""
     if isinstance(value, list):
-        for item in value:
+        for number, item in enumerate(value):
             is_logger = loc[-1:] == ("loggers",) and isinstance(item, dict) and _is_logger(item)
-            _require_no_class(path, item.get("init_args") if is_logger and isinstance(item, dict) else item, loc)
+            _require_no_class(origin, item.get("init_args") if is_logger else item, (*loc, number))
     if isinstance(value, dict):
         for name, item in value.items():
             if name == "class_path":
                 raise SettingError(
                     "a run file cannot name a class",
-                    where=f"{path}: {dotted((*loc, name))}",
+                    where=origin.place((*loc, name)),
                     found=item,
                     expected="settings; in train.loggers a logger's name, or a class of lightning.pytorch.loggers",
                     fix="give a class of your own by a flag, as in --train.loggers",
                 )
-            _require_no_class(path, item, (*loc, name))
+            _require_no_class(origin, item, (*loc, name))

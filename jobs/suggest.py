@@ -25,17 +25,17 @@ def settings_like(record: type[Record], loc: Loc) -> list[str]:
     siblings = {str(s.loc[-1]): s.name for s in children(section.section if section and section.section else record)}
     prefix = f"{dotted(tuple(outer))}." if outer else ""
     meant = synonyms.SETTINGS.get(last, ())
-    near = [name for name in (last, *(one.rpartition(".")[2] for one in meant)) if name in siblings]
-    near = near or difflib.get_close_matches(last, siblings, n=1)
-    if near:
+    if near := [name for name in (last, *(one.rpartition(".")[2] for one in meant)) if name in siblings]:
         return [prefix + near[0]]
-    known = {setting.name for setting in all_settings(record)}
+    # the outer ones first
+    known = sorted((setting.name for setting in all_settings(record)), key=lambda name: name.count("."))
     if found := [name for name in meant if name in known]:
         return found
-    if found := [name for name in (s.name for s in all_settings(record)) if name.rpartition(".")[2] == last]:
-        return found[:_MOST]
-    close = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in known}, n=1)
-    found = [s.name for s in all_settings(record) if close and s.name.rpartition(".")[2] == close[0]]
+    if near := difflib.get_close_matches(last, siblings, n=1):
+        return [prefix + near[0]]
+    lasts = {name: name.rpartition(".")[2] for name in known}
+    like = [last] if last in lasts.values() else difflib.get_close_matches(last, set(lasts.values()), n=1)
+    found = [name for name, end in lasts.items() if end in like]
     return found[:_MOST] or difflib.get_close_matches(dotted(loc), known, n=1)
 
 

@@ -93,7 +93,7 @@ def read_document(path: Path) -> Document:
     return Document(values, builder.lines, frozenset(builder.bare))
 
 
-def parse_value(text: str, where: str) -> Any:
+def parse_value(text: str, where: str, fix: str) -> Any:
     """What a flag's value says in YAML.
 
     Raises:
@@ -107,9 +107,7 @@ def parse_value(text: str, where: str) -> Any:
         ) from None
     except (yaml.YAMLError, _TooLargeError) as error:
         found = _problem(error) if isinstance(error, yaml.MarkedYAMLError) else error
-        raise SettingError(
-            "not YAML", where=where, found=f"{text!r}: {found}", fix=f"put what is text in quotes: '\"{text}\"'"
-        ) from None
+        raise SettingError("not YAML", where=where, found=f"{text!r}: {found}", fix=fix) from None
 
 
 def dotted(loc: Loc) -> str:

@@ -78,8 +78,8 @@ PARSED: dict[str, tuple[dict[str, Any] | str, str]] = {
     ),
     "fractions that leave nothing": (
         GOOD | {"corpus": {"teacher_fraction": 0.9, "heldout_fraction": 0.3}},
-        "run.yaml, line 5: corpus.teacher_fraction + corpus.heldout_fraction: found 1.2, expected less than 1; nothing is left for the "
-        "student",
+        "run.yaml, line 5: corpus.teacher_fraction + corpus.heldout_fraction: found 1.2, expected less than 1; "
+        "nothing is left for the student",
     ),
     "settings that contradict": (
         GOOD | {"cache": {"recording": "topk", "num_samples": 50}},
