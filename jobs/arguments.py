@@ -1,195 +1,249 @@
-"""The command line's arguments: flags derived from the run file's schema, YAML below them, errors in one line."""
+"""The arguments of a command: its own flags, which argparse reads, and settings of its file, which are flags too.
+
+arguments --split--> own flags and names --argparse--> values
+                \\--> --a.b VALUE, --a.b=VALUE --reader--> the file with the settings laid over it
+"""
 
 from __future__ import annotations
 
+import argparse
 import difflib
-import re
-import warnings
-from collections.abc import Sequence
-from itertools import pairwise
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser
-from pydantic import ValidationError
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 from capgap.jobs.logs import LOG_FORMAT_HELP, LOG_FORMATS
-from capgap.jobs.plain_yaml import require_plain
+from capgap.jobs.reader import Given, read_settings
+from capgap.jobs.settings import find
+from capgap.jobs.suggest import did_you_mean, settings_like
+from capgap.pipeline.stages import run_file_type
 from capgap.schemas.base import Record
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.run_file import RunFile
 
-_POINTLESS = re.compile(r"\s*For further information visit \S+\.?|\s*\[type=[^\]]*\]|\d+ validation errors? for \S+")
-
 _R = TypeVar("_R", bound=Record)
 
-_KINDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
-_KINDS |= {"tuple": "a list, as in [1, 2]", "list": "a list, as in [1, 2]", "dict": "settings by name, as in {a: 1}"}
 
-_BOUNDS = {
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "greater than": "more than",
-}
+class Parsed(NamedTuple, Generic[_R]):
+    """What a command was asked for.
 
+    Attributes:
+        settings: of the file and the flags, checked.
+        flags: the command's own, by name.
+        given: the settings that were flags, as `--a.b=VALUE`, in their order.
+    """
 
-def run_parser(prog: str, description: str) -> ArgumentParser:
-    """A parser that takes a run file, by position or as `--config`, and every setting of it as a flag."""
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", metavar="RUN.yaml", help="The run file; may stand first, bare.")
-    parser.add_class_arguments(RunFile, None)
-    add_log_format(parser)
-    return parser
+    settings: _R
+    flags: dict[str, Any]
+    given: list[str]
 
 
-def add_log_format(parser: ArgumentParser) -> None:
-    """The flag that every command takes; `set_up_logs` has read it by then."""
-    parser.add_argument("--log-format", type=str, choices=LOG_FORMATS, default=None, help=LOG_FORMAT_HELP)
+class Parser(argparse.ArgumentParser):
+    """Parses a command's own flags, and knows of which record the others are settings.
+
+    Args:
+        prog: the command, as in `capgap run`.
+        description: what it does, in a sentence.
+        record: whose settings are flags; None for a command without.
+        file: what the file is called in the usage; None where there is none to name.
+        sections: whose commonest settings the command's help shows first.
+    """
+
+    def __init__(
+        self,
+        prog: str,
+        description: str,
+        record: type[Record] | None = None,
+        file: str | None = None,
+        sections: Sequence[str] = (),
+    ) -> None:
+        super().__init__(prog=prog, description=description, add_help=False, allow_abbrev=False, exit_on_error=False)
+        self.record, self.file, self.sections = record, file, tuple(sections)
+        if file is not None:
+            self.add_argument("--config", metavar=file, help="The same by a flag.")
+        self.add_argument("--log-format", type=one_of(*LOG_FORMATS), metavar="FORMAT", help=LOG_FORMAT_HELP)
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse says of the arguments as a whole."""
+        raise SettingError(message, fix=f"see {self.prog} --help")
+
+    def own(self, flag: str) -> argparse.Action | None:
+        """The command's own flag of that name."""
+        return self._option_string_actions.get(flag)
+
+    @property
+    def own_flags(self) -> list[argparse.Action]:
+        """The command's own flags, those of every command last."""
+        flags = [action for action in self._actions if action.option_strings]
+        return sorted(flags, key=lambda action: action.dest in ("config", "log_format"))
+
+    @property
+    def positionals(self) -> list[argparse.Action]:
+        """What the command takes without a flag, beside its file."""
+        return [action for action in self._actions if not action.option_strings]
 
 
-def parse_run(parser: ArgumentParser, argv: Sequence[str]) -> tuple[RunFile, dict[str, Any]]:
+def run_file_parser(prog: str, description: str, sections: Sequence[str] = ()) -> Parser:
+    """A parser of a command that takes a run file, by position or as `--config`, and its settings as flags."""
+    return Parser(prog, description, run_file_type(), "RUN", sections)
+
+
+def number(text: str) -> float:
+    """A number, for a flag's `type`."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a number") from None
+
+
+def integer(text: str) -> int:
+    """An integer, for a flag's `type`."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text}, expected an integer") from None
+
+
+def one_of(*options: str) -> Callable[[str], str]:
+    """One of several words, for a flag's `type`."""
+
+    def chosen(text: str) -> str:
+        if text not in options:
+            near = did_you_mean(option for option in options if option.startswith(text[:1]))
+            raise argparse.ArgumentTypeError(
+                f"found {text}, expected {' or '.join(options)}" + (f"; {near}" if near else "")
+            )
+        return text
+
+    return chosen
+
+
+def parse_run(parser: Parser, argv: Sequence[str]) -> Parsed[RunFile]:
     """The run file with the flags laid over it, and the command's own flags.
 
     Raises:
         InputError: the file is missing or no YAML.
-        SettingError: a setting is unknown, missing or of the wrong kind.
+        SettingError: a flag or setting is unknown, missing or of the wrong kind.
     """
-    plain = parse(parser, _with_config_flag(argv))
-    plain.pop("config", None)
-    settings = {name: plain.pop(name) for name in RunFile.model_fields if name in plain}
-    _require_finite(settings, "")
-    try:
-        return RunFile.model_validate(settings), plain
-    except ValidationError as error:
-        raise SettingError(said(error)) from None
+    return parse_settings(parser, argv, run_file_type())
 
 
-def read_settings(record: type[_R], path: Path, given: dict[str, Any]) -> _R:
-    """A file of settings by name, read as it stands, with those that were given as flags laid over it.
+def parse_settings(parser: Parser, argv: Sequence[str], record: type[_R]) -> Parsed[_R]:
+    """As `parse_run`, for another record's file, or for settings that are flags alone.
 
     Raises:
         InputError: the file is missing or no YAML.
-        SettingError: a setting is unknown, missing or of the wrong kind.
+        SettingError: a flag or setting is unknown, missing or of the wrong kind.
     """
-    require_plain(path, record)
-    try:
-        return record.model_validate({**yaml.safe_load(path.read_bytes()), **given})
-    except ValidationError as error:
-        raise SettingError(said(error), where=path) from None
+    files, own, given = _split(parser, argv, record)
+    flags = _parse_own(parser, own)
+    texts = [f"--{name}" if text is None else f"--{name}={text}" for name, text in given]
+    if parser.file is None:
+        named = {name: value for name, value in flags.items() if name in record.model_fields and value is not None}
+        given = [*given, *((name, json.dumps(value)) for name, value in named.items())]
+        return Parsed(read_settings(record, None, given), flags, texts)
+    files += [] if (config := flags.pop("config")) is None else [config]
+    if not files:
+        if unknown := [name for name, _ in given if _is_unknown(record, name)]:
+            raise _unknown(parser, unknown[0], record)
+        raise InputError(
+            f"no {parser.file} file is named" if parser.file != "RUN" else "no run file is named",
+            where=parser.prog,
+            expected="its path, or a shipped name, after the command",
+            fix="`capgap ls` lists those that are shipped, and `capgap init` writes one",
+        )
+    if len(files) > 1:
+        raise SettingError("two files are named", found=" and ".join(files), expected="one")
+    return Parsed(read_settings(record, files[0], given), flags, texts)
 
 
-def parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
-    """The arguments as plain values.
+def parse(parser: Parser, argv: Sequence[str]) -> dict[str, Any]:
+    """A command's own flags, where it has no others.
 
     Raises:
-        InputError: the run file is missing or no YAML.
-        SettingError: an argument is unknown, missing or of the wrong kind.
+        SettingError: a flag is unknown, missing or of the wrong kind.
     """
-    _require_run_file(arguments)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            values: dict[str, Any] = parser.parse_args(arguments).as_dict()
-        return values
-    except ArgumentError as error:
-        raise _setting_error(str(error), parser) from None
+    _, own, _ = _split(parser, argv, None)
+    return _parse_own(parser, own)
 
 
-def _with_config_flag(argv: Sequence[str]) -> list[str]:
-    if argv and not argv[0].startswith("-"):
-        return ["--config", *argv]
-    if not any(word in ("-h", "--help") or word.startswith("--config") for word in argv):
-        raise InputError("no run file is named", expected="its path after the command", fix="see jobs/runs/demo.yaml")
-    return list(argv)
-
-
-def _require_finite(value: Any, where: str) -> None:
-    """No setting is infinite or no number, and no digest can be taken of one."""
-    if isinstance(value, float) and not -float("inf") < value < float("inf"):
-        raise SettingError("cannot be used", where=where, found=value, expected="a number that is finite")
-    if isinstance(value, dict):
-        for name, one in value.items():
-            _require_finite(one, f"{where}.{name}" if where else str(name))
-    if isinstance(value, (list, tuple)):
-        for one in value:
-            _require_finite(one, where)
-
-
-def _require_run_file(arguments: list[str]) -> None:
-    named = [value for flag, value in pairwise(arguments) if flag == "--config"]
-    named += [flag.removeprefix("--config=") for flag in arguments if flag.startswith("--config=")]
-    for path in named:
-        require_plain(Path(path))
-
-
-def said(error: ValidationError) -> str:
-    """Every problem, each with the setting's full name and what was found there."""
-    problems = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] != "value_error":
-            message = f"{message}; found {problem['input']!r}"
-            problems.append(f"{where}: {message}")
-        elif where and not message.startswith(where):
-            problems.append(f"{where}.{message}" if _names_a_setting(message) else f"{where}: {message}")
+def _split(
+    parser: Parser, argv: Sequence[str], record: type[Record] | None
+) -> tuple[list[str], list[str], list[Given]]:
+    """The files that are named, the command's own arguments, and the settings."""
+    files: list[str] = []
+    own: list[str] = []
+    given: list[Given] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        if not word.startswith("--") or word == "--":
+            if equals and record is not None and not Path(word).exists():
+                _refuse_bare(flag, word, record)
+            (own if parser.file is None or word.startswith("-") else files).append(word)
+        elif (action := parser.own(flag)) is not None:
+            own.append(word)
+            if not equals and action.nargs != 0 and (not words or words[0].startswith("--")):
+                raise SettingError("has no value", where=flag, fix=f"see {parser.prog} --help")
+            if not equals and action.nargs != 0:
+                several = action.nargs in ("+", "*")
+                while words and not words[0].startswith("--") and (several or own[-1] == word):
+                    own.append(words.pop(0))
+        elif record is None:
+            raise _unknown(parser, flag.removeprefix("--"), record)
+        elif equals:
+            given.append((flag.removeprefix("--"), value))
         else:
-            problems.append(message)
-    return "; ".join(problems)
+            has_value = bool(words) and not words[0].startswith("--")
+            if not has_value and _is_unknown(record, flag.removeprefix("--")):
+                raise _unknown(parser, flag.removeprefix("--"), record)
+            given.append((flag.removeprefix("--"), words.pop(0) if has_value else None))
+    _refuse_own_misspelt(parser, given, record)
+    return files, own, given
 
 
-def _names_a_setting(message: str) -> bool:
-    return re.match(r"[a-z_]+: found ", message) is not None
+def _refuse_own_misspelt(parser: Parser, given: Sequence[Given], record: type[Record] | None) -> None:
+    """A flag that is no setting, and is written much like one of the command's own."""
+    for name, _ in given:
+        if record is not None and _is_unknown(record, name) and _own_like(parser, name):
+            raise _unknown(parser, name, record)
 
 
-def _setting_error(text: str, parser: ArgumentParser) -> SettingError:
-    """jsonargparse's words, on one line, without addresses and types of exceptions."""
-    unknown = re.search(r"unrecognized arguments: (--[\w.]+)", text)
-    if unknown:
-        return _unknown_flag(unknown.group(1), parser)
-    text = " ".join(_POINTLESS.sub("", text).split())
-    union = re.search(r'Parser key "([^"]*)": Does not validate against any .*Given value: (\S+)', text)
-    nested = re.search(r"NestedArg\(key='([^']*)', val='?([^')]*)", text)
-    if union and nested:
-        name = f"{union.group(1)}.{nested.group(1)}"
-        return SettingError("no such setting, or a value of the wrong kind", where=name, found=nested.group(2))
-    if union:
-        kinds = dict.fromkeys(_KINDS.get(kind, kind) for kind in re.findall(r"Expected a <class '(\w+)'>", text))
-        return SettingError(
-            "a value of the wrong kind",
-            where=union.group(1),
-            found=union.group(2),
-            expected=" or ".join([*kinds, *(["settings by name"] if "null" in kinds and len(kinds) == 1 else [])])
-            or None,
-        )
-    missing = re.search(r"the following arguments are required: ([\w.]+)", text)
-    if missing:
-        name = missing.group(1)
-        return SettingError("is missing", where=name, fix=f"write `{name}: ...` into the run file, or --{name} ...")
-    text = re.sub(r'Parser key "([^"]*)": ?', r"\1: ", text)
-    found = re.fullmatch(r"([\w.]+): (.*?)\.? ?Got value: (.*)", text)
-    if found:
-        where, said, value = found.groups()
-        return SettingError("cannot be used", where=where, found=value, expected=_expected(said))
-    return SettingError(text.rstrip(". "))
+def _is_unknown(record: type[Record], name: str) -> bool:
+    return find(record, tuple(name.split("."))) is None
 
 
-def _expected(said: str) -> str:
-    """What jsonargparse and pydantic say of a value, in our words."""
-    options = re.match(r"Expected a typing.Literal\[(.*)\]", said)
-    if options:
-        return "one of " + options.group(1).replace("'", "")
-    kind = re.match(r"Expected a <class '(\w+)'>", said)
-    if kind:
-        return _KINDS.get(kind.group(1), kind.group(1))
-    said = said.partition(",")[0].removeprefix("Input should be ").removeprefix("a valid ")
-    for theirs, ours in _BOUNDS.items():
-        said = said.replace(theirs, ours)
-    return {"number": "a number", "integer": "an integer"}.get(said, said)
+def _refuse_bare(name: str, word: str, record: type[Record]) -> None:
+    """A setting without its dashes, as other programs write them."""
+    if name.replace(".", "").replace("_", "").isalnum() and name.split(".")[0] in record.model_fields:
+        raise SettingError("no such file", where=word, fix=f"did you mean --{word}?")
 
 
-def _unknown_flag(flag: str, parser: ArgumentParser) -> SettingError:
-    known = [option for action in parser._actions for option in action.option_strings]
-    near = difflib.get_close_matches(flag, known, n=1)
-    return SettingError("no such setting", found=flag, fix=f"did you mean {near[0]}?" if near else "see --help")
+def _unknown(parser: Parser, name: str, record: type[Record] | None) -> SettingError:
+    meant = _own_like(parser, name)
+    if record is not None and not meant:
+        meant = [f"--{one}" for one in settings_like(record, tuple(name.split(".")))]
+    return SettingError(
+        "no such flag" if record is None else "no such setting",
+        where=f"--{name}",
+        fix=did_you_mean(meant) or f"see {parser.prog} --help",
+    )
+
+
+def _own_like(parser: Parser, name: str) -> list[str]:
+    known = [option for action in parser.own_flags for option in action.option_strings]
+    return difflib.get_close_matches(f"--{name}".replace("_", "-"), known, n=1, cutoff=0.8)
+
+
+def _parse_own(parser: Parser, own: list[str]) -> dict[str, Any]:
+    try:
+        values, more = parser.parse_known_args(own)
+    except argparse.ArgumentError as error:
+        raise SettingError(str(error.message), where=error.argument_name, fix=f"see {parser.prog} --help") from None
+    if more:
+        raise SettingError("not understood", where=" ".join(more), fix=f"see {parser.prog} --help")
+    flags = vars(values)
+    flags.pop("log_format")
+    return flags

@@ -1,44 +1,18 @@
-"""The `capgap` command: set up what it says and how, run it, report what went wrong in one line."""
+"""The `capgap` command: set up its logs, run it, and report what went wrong in one line."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 from capgap.jobs.faults import CRASHED, INTERRUPTED, READER_GONE, named
-from capgap.jobs.logs import set_up_logs, tell_crash, tell_error, tell_interrupted
+from capgap.jobs.logs import log_crash, log_error, log_interrupted, set_up_logs
 from capgap.jobs.process import die_with_driver
-from capgap.schemas.errors import CapgapError
-
-Command = Callable[[Sequence[str]], int]
-
-_HELP = """usage: capgap COMMAND [RUN.yaml] [--setting value ...]
-
-  run       make every stage of a run file current; --only STAGE, --from STAGE, --force
-  status    say of every stage whether it is current, and why not; --watch shows it at work, --json
-  plan      say what a run will cost, before it does: tokens, disk, device hours; --json
-  verify    check every file and shard below a folder against its digests; --rescore FRACTION asks the teacher too
-  fidelity  what a cache keeps of its teacher, and which trainings it supports; --json, --teacher
-  law       which teacher size is best for a student: run a grid, fit its table, its page, advice
-  import    another program's captures, in Parquet, into a corpus and a cache
-  export    a cache into Parquet, for other programs
-
-  corpus    text into packed sequences                      (one stage of the run file)
-  teacher   check or train the teacher
-  cache     keep the teacher's distributions as shards
-  student   the student's first weights
-  train     train the student from the cache
-  tune      make a chat model of a trained student, where the run file says so
-  eval      measure teacher and students on held-out text
-  benchmark measure them on tasks of lm-eval               (only with `benchmarks` in the run file)
-  answers   every model answers questions                  (only with `judge`)
-  judge     a language model judges the answers            (the same)
-  report    one HTML page and one table
-
-Every setting of the run file is also a flag: `capgap run RUN.yaml --train.learning_rate 1e-3`.
-`--log-format json` makes every line one JSON object, for any command.
-`capgap COMMAND --help` lists them. `capgap --version` says which capgap this is."""
+from capgap.jobs.registry import COMMANDS, Command, first_words, overview
+from capgap.jobs.shipped import shipped_names
+from capgap.schemas.errors import CapgapError, SettingError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        tell_interrupted(INTERRUPTED)
+        log_interrupted(INTERRUPTED)
         return INTERRUPTED
     except BrokenPipeError:
         # as in `capgap status RUN.yaml | head -1`; what is left in the buffer has nowhere to go
@@ -71,50 +45,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         fault = named(error)
         if fault is None:
-            tell_crash(error, CRASHED)
+            log_crash(error, CRASHED)
             return CRASHED
         if not fault.already_said:
-            tell_error(fault)
+            log_error(fault)
         return fault.exit_code
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_HELP)
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
         return 0
-    if arguments[0] == "--version":
-        from importlib.metadata import version
+    if arguments[0] in ("--version", "version"):
+        import capgap
 
-        print(f"capgap {version('capgap')}")
+        print(f"capgap {capgap.__version__}")
         return 0
-    commands = _commands()
-    if arguments[0] not in commands:
-        raise CapgapError("no such command", found=arguments[0], expected=f"one of {', '.join(commands)}")
-    return commands[arguments[0]](arguments[1:])
+    if arguments[0] == "law" and (len(arguments) == 1 or arguments[1] in ("-h", "--help", "help")):
+        print(overview("law "))
+        return 0
+    command, rest = _command(arguments)
+    asked = next((number for number, word in enumerate(rest) if word in ("-h", "--help")), None)
+    if asked is not None:
+        from capgap.jobs.help import help_text
 
-
-def _commands() -> dict[str, Command]:
-    from capgap.jobs.commands import run_command, stage_command, verify_command
-    from capgap.jobs.fidelity import fidelity_command
-    from capgap.jobs.interchange import export_command, import_command
-    from capgap.jobs.law import law_command
-    from capgap.jobs.plan import plan_command
-    from capgap.jobs.status import status_command
-    from capgap.pipeline.stages import declared
-    from capgap.pipeline.store import keep_freed_memory
+        topics = [word for word in rest[asked + 1 : asked + 2] if not word.startswith("-")]
+        print(help_text(command.parser(), topics[0] if topics else None))
+        return 0
+    # before torch or numpy asks for memory
+    from capgap.pipeline.store.memory import keep_freed_memory
 
     keep_freed_memory()
-    commands: dict[str, Command] = {
-        "run": run_command,
-        "status": status_command,
-        "plan": plan_command,
-        "verify": verify_command,
-        "fidelity": fidelity_command,
-        "law": law_command,
-        "import": import_command,
-        "export": export_command,
-    }
-    return commands | {stage.name: stage_command(stage.name) for stage in declared()}
+    return command.run(rest)
+
+
+def _command(arguments: list[str]) -> tuple[Command, list[str]]:
+    """The command that is named, and its arguments."""
+    for words in (2, 1):
+        if (command := COMMANDS.get(" ".join(arguments[:words]))) is not None:
+            return command, arguments[words:]
+    first = arguments[0]
+    if first == "law":
+        names = ", ".join(name.removeprefix("law ") for name in COMMANDS if name.startswith("law "))
+        raise SettingError("no such command", where="capgap law", found=arguments[1], expected=f"one of {names}")
+    from capgap.jobs.suggest import command_like, did_you_mean
+
+    if Path(first).is_file() or first.endswith((".yaml", ".yml")) or first in shipped_names():
+        raise CapgapError("no command is named", found=first, fix=f"did you mean capgap run {first}?")
+    meant = command_like(first, first_words())
+    fix = did_you_mean([f"capgap {meant}"] if meant else []) or "`capgap --help` lists the commands"
+    raise CapgapError("no such command", found=first, fix=fix)
 
 
 if __name__ == "__main__":

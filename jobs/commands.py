@@ -7,15 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from capgap.jobs.arguments import add_log_format, parse, parse_run, run_parser
-from capgap.jobs.logs import log_format, tell
-from capgap.jobs.tables import ResultConsole
+from capgap.jobs.arguments import Parser, number, one_of, parse, parse_run, run_file_parser
+from capgap.jobs.logs import log, log_format
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.events import set_stage
+from capgap.pipeline.stages import stage_named
 from capgap.pipeline.workflow.graph import downstream, instances, select
-from capgap.pipeline.workflow.state import State, states
+from capgap.pipeline.workflow.remake import LastCommand, is_named, require_stages
+from capgap.pipeline.workflow.state import RunStates, State
 from capgap.schemas.errors import SettingError
 from capgap.schemas.run_file import RunFile
 
@@ -23,13 +22,8 @@ from capgap.schemas.run_file import RunFile
 def run_command(argv: Sequence[str]) -> int:
     """`capgap run`: walk the stage graph, then show the report's table."""
     started = time.monotonic()
-    parser = run_parser("capgap run", "Make every stage of a run file current.")
-    _add_walk_flags(parser)
-    parser.add_argument("--only", type=str, default=None, help="Just this stage, e.g. train or train/distilled/seed-0.")
-    parser.add_argument(
-        "--from", type=str, default=None, dest="from_stage", help="This stage and what follows from it."
-    )
-    run, flags = parse_run(parser, argv)
+    run, flags, given = parse_run(run_parser(), argv)
+    command = LastCommand(run_file=str(flags["config"]), flags=tuple(given))
     if flags["only"] and flags["from_stage"]:
         raise SettingError(
             "--only and --from exclude each other",
@@ -42,22 +36,46 @@ def run_command(argv: Sequence[str]) -> int:
         chosen = downstream(run, flags["from_stage"])
     else:
         chosen = instances(run)
-    made = _walk(run, chosen, flags)
+    made = _walk(run, chosen, flags, command)
     _show_table(run)
     wall_s = round(time.monotonic() - started, 1)
     if made:
         text = f"made {len(made)} of {len(chosen)} stages in {wall_s:.1f} s: {', '.join(made)}"
     else:
         text = f"nothing to do: {len(chosen)} of {len(chosen)} stages are current ({wall_s:.1f} s)"
-    tell("run_done", text, made=made, num_stages=len(chosen), wall_s=wall_s)
+    log("run_done", text, made=made, num_stages=len(chosen), wall_s=wall_s)
     return 0
+
+
+def run_parser() -> Parser:
+    """The parser of `capgap run`."""
+    parser = run_file_parser("capgap run", "Make every stage of a run file current.")
+    parser.add_argument("--only", metavar="STAGE", help="Just this stage, for example train or train/distilled/seed-0.")
+    parser.add_argument("--from", metavar="STAGE", dest="from_stage", help="This stage and what follows from it.")
+    _add_walk_flags(parser)
+    return parser
+
+
+def remade(flags: dict[str, Any]) -> frozenset[str]:
+    """The stages that `--remake` names.
+
+    Raises:
+        SettingError: one is no stage.
+    """
+    names = frozenset(name.strip() for given in flags["remake"] for name in given.split(",") if name.strip())
+    require_stages(names)
+    return names
+
+
+def _is_remade(instance: Instance, flags: dict[str, Any]) -> bool:
+    return flags["force"] or is_named(instance, remade(flags))
 
 
 def stage_command(stage: str) -> Callable[[Sequence[str]], int]:
     """`capgap corpus`, `capgap cache` and so on: one stage, in this process where it is one instance."""
 
     def command(argv: Sequence[str]) -> int:
-        run, flags = parse_run(stage_parser(stage), argv)
+        run, flags, given = parse_run(stage_parser(stage), argv)
         chosen = select(run, flags["instance"])
         if chosen[0].stage != stage:
             raise SettingError(
@@ -68,22 +86,23 @@ def stage_command(stage: str) -> Callable[[Sequence[str]], int]:
         if flags.get("slice") is not None:
             _make_slice(run, chosen[0], flags)
         elif len(chosen) > 1:
-            _walk(run, chosen, flags)
+            _walk(run, chosen, flags, LastCommand(run_file=str(flags["config"]), flags=tuple(given)))
         else:
             from capgap.pipeline.workflow.together import carry_out_on_devices
 
-            carry_out_on_devices(run, chosen[0], remake=flags["force"], wait=not flags["no_wait"])
+            carry_out_on_devices(run, chosen[0], remake=_is_remade(chosen[0], flags), wait=not flags["no_wait"])
         return 0
 
     return command
 
 
-def stage_parser(stage: str) -> ArgumentParser:
+def stage_parser(stage: str) -> Parser:
     """The parser of a stage's own command."""
-    parser = run_parser(f"capgap {stage}", f"Make the stage {stage} of a run file current.")
+    declared = stage_named(stage)
+    parser = run_file_parser(f"capgap {stage}", f"{declared.help.capitalize()}: one stage.", (declared.section,))
+    parser.add_argument("--instance", default=stage, help="Just this one, for example train/distilled/seed-0.")
     _add_walk_flags(parser)
-    parser.add_argument("--instance", type=str, default=stage, help="Just this one, e.g. train/distilled/seed-0.")
-    if stage == "cache":
+    if declared.is_sliced:
         parser.add_argument(
             "--slice",
             type=str,
@@ -126,7 +145,7 @@ def verify_command(argv: Sequence[str]) -> int:
 
     for folder in flags["folders"]:
         for line in verify(Path(folder), flags["quarantine"]):
-            tell("verified", line)
+            log("verified", line)
     if fraction is not None:
         from capgap.pipeline.verify.rescore import rescore
 
@@ -139,38 +158,38 @@ def verify_command(argv: Sequence[str]) -> int:
                 wait=not flags["no_wait"],
                 trust_remote_code=flags["trust_remote_code"],
             ):
-                tell("rescored", line)
+                log("rescored", line)
     return 0
 
 
-def verify_parser() -> ArgumentParser:
+def verify_parser() -> Parser:
     """The parser of `capgap verify`."""
-    parser = ArgumentParser(
-        prog="capgap verify",
-        description="Check finished stages against their manifests, and caches against their teacher.",
-        exit_on_error=False,
-    )
+    parser = Parser("capgap verify", "Check finished stages against their manifests, and caches against their teacher.")
     parser.add_argument("folders", nargs="+", type=str, help="A run's folder, or a stage's.")
     parser.add_argument("--quarantine", action="store_true", help="List damaged shards, so that they alone are remade.")
     parser.add_argument(
-        "--rescore", type=float, default=None, help="Share of a cache's sequences to score again; one at least."
+        "--rescore", type=number, default=None, help="Share of a cache's sequences to score again; one at least."
     )
     parser.add_argument("--teacher", type=str, default=None, help="Its folder or id, if it is not where it was.")
-    parser.add_argument(
-        "--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="Where to score again."
-    )
+    parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), default="auto", help="Where to score again.")
     parser.add_argument("--no-wait", action="store_true", help="Stop if a stage holds the device.")
     parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the teacher.")
-    add_log_format(parser)
     return parser
 
 
-def _add_walk_flags(parser: ArgumentParser) -> None:
+def _add_walk_flags(parser: Parser) -> None:
     parser.add_argument("--force", action="store_true", help="Make them again even if they are current.")
+    parser.add_argument(
+        "--remake",
+        metavar="STAGE",
+        action="append",
+        default=[],
+        help="Make this stage again and replace what it made; several with commas, or the flag again.",
+    )
     parser.add_argument("--no-wait", action="store_true", help="Stop if another stage holds the device.")
 
 
-def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any]) -> list[str]:
+def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any], command: LastCommand) -> list[str]:
     from capgap.pipeline.stage.ranks import ranks_in_environment
     from capgap.pipeline.workflow.driver import walk
 
@@ -178,18 +197,24 @@ def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any]) -> li
     ranks = ranks_in_environment()
     silent = ranks is not None and not ranks.is_first
 
-    def say(name: str, why: str) -> None:
+    def checked(name: str, why: str) -> None:
         if not silent:
-            tell("stage_checked", f"{name}: {why}", instance=name, why=why)
+            log("stage_checked", f"{name}: {why}", instance=name, why=why)
 
-    return walk(run, chosen, force=flags["force"], wait=not flags["no_wait"], log=say)
+    remake = remade(flags)
+    return walk(
+        run, chosen, log=checked, remake=remake, force=flags["force"], wait=not flags["no_wait"], command=command
+    )
 
 
 def _show_table(run: RunFile) -> None:
-    report = states(run)["report"]
+    if not run.makes("eval"):
+        return
+    report = RunStates(run).of("report")
     if report.state is State.CURRENT:
         if log_format() == "text":
+            from capgap.jobs.tables import ResultConsole
             from capgap.pipeline.report.table import print_table
 
             print_table(report.folder, ResultConsole())
-        tell("report", f"report: {report.folder / 'report.html'}", page=str(report.folder / "report.html"))
+        log("report", f"report: {report.folder / 'report.html'}", page=str(report.folder / "report.html"))

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
-from rich.table import Table
-
-from capgap.jobs.arguments import add_log_format, parse
-from capgap.jobs.logs import log_format, tell
-from capgap.jobs.tables import print_wide
+from capgap.jobs.arguments import Parser, integer, one_of, parse
+from capgap.jobs.logs import log, log_format
 from capgap.schemas.errors import SettingError
 
 
@@ -19,6 +15,9 @@ def fidelity_command(argv: Sequence[str]) -> int:
     for name in ("num_sequences", "num_shards", "num_teacher_sequences"):
         if flags[name] < 1:
             raise SettingError("too few", where=f"--{name.replace('_', '-')}", found=flags[name], expected="at least 1")
+    from rich.table import Table
+
+    from capgap.jobs.tables import print_wide
     from capgap.pipeline.fidelity.fidelity import Teacher, measure_cache
     from capgap.pipeline.fidelity.sample import Sampling
     from capgap.pipeline.fidelity.text import shown
@@ -35,7 +34,7 @@ def fidelity_command(argv: Sequence[str]) -> int:
     if flags["json"]:
         print(found.model_dump_json(indent=2))
     elif log_format() == "json":
-        tell("fidelity", f"fidelity of {found.location}", **found.model_dump(mode="json"))
+        log("fidelity", f"fidelity of {found.location}", **found.model_dump(mode="json"))
     else:
         for part in shown(found):
             if isinstance(part, Table):
@@ -45,25 +44,23 @@ def fidelity_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def fidelity_parser() -> ArgumentParser:
+def fidelity_parser() -> Parser:
     """The parser of `capgap fidelity`."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="capgap fidelity",
         description="Say what a finished cache keeps of its teacher, and which trainings it supports.",
-        exit_on_error=False,
     )
     parser.add_argument("cache", type=str, help="Folder of a finished cache stage, or its URL.")
     parser.add_argument("--json", action="store_true", help="The figures as one JSON object.")
-    parser.add_argument("--num-sequences", type=int, default=256, help="Of the figures; evenly spaced.")
+    parser.add_argument("--num-sequences", type=integer, default=256, help="Of the figures; evenly spaced.")
     parser.add_argument(
-        "--num-shards", type=int, default=8, help="To open; all, where as many sequences are wanted as there are."
+        "--num-shards", type=integer, default=8, help="To open; all, where as many sequences are wanted as there are."
     )
     parser.add_argument("--teacher", type=str, default=None, help="Its folder or id, to ask it about some rows too.")
-    parser.add_argument("--num-teacher-sequences", type=int, default=16, help="Of the sample that it is asked about.")
     parser.add_argument(
-        "--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="Where the teacher runs."
+        "--num-teacher-sequences", type=integer, default=16, help="Of the sample that it is asked about."
     )
+    parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), default="auto", help="Where the teacher runs.")
     parser.add_argument("--no-wait", action="store_true", help="Stop if a stage holds the device.")
     parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the teacher.")
-    add_log_format(parser)
     return parser

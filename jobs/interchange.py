@@ -5,46 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-from pydantic import ValidationError
-
-from capgap.jobs.arguments import add_log_format, parse, said
-from capgap.jobs.logs import tell
-from capgap.schemas.errors import SettingError
+from capgap.jobs.arguments import Parser, one_of, parse, parse_settings
+from capgap.jobs.logs import log
 from capgap.schemas.interchange import ImportSettings
 
 
 def import_command(argv: Sequence[str]) -> int:
     """`capgap import`: a corpus and a cache of another program's captures."""
-    flags = parse(import_parser(), list(argv))
-    force, named = flags.pop("force"), {name: value for name, value in flags.items() if name != "log_format"}
-    try:
-        settings = ImportSettings.model_validate(named)
-    except ValidationError as error:
-        raise SettingError(said(error)) from None
+    settings, flags, _ = parse_settings(import_parser(), argv, ImportSettings)
     from capgap.pipeline.interchange.importing import import_captures
 
-    made = import_captures(settings, force)
+    made = import_captures(settings, flags["force"])
     folders = {"corpus": made.corpus, "teacher": made.teacher, "cache": made.cache}
     paths = {name: str(at.location) for name, at in folders.items() if at is not None}
     lines = "\n".join(f"  {name}: {path}" for name, path in paths.items())
-    tell("imported", f"to train from it, put into a run file:\nreuse:\n{lines}", **paths)
+    log("imported", f"to train from it, put into a run file:\nreuse:\n{lines}", **paths)
     return 0
 
 
-def import_parser() -> ArgumentParser:
+def import_parser() -> Parser:
     """The parser of `capgap import`."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="capgap import",
         description="Make a corpus and a cache of captures in Parquet; docs/interchange.md says what they must hold.",
-        exit_on_error=False,
-        allow_abbrev=False,
+        record=ImportSettings,
+        sections=("import",),
     )
     parser.add_argument("sources", nargs="+", type=str, help="Parquet files, folders or globs.")
     parser.add_argument("--heldout", nargs="+", type=str, default=(), help="The same, for held-out text.")
-    parser.add_class_arguments(ImportSettings, None, skip={"sources", "heldout"})
     parser.add_argument("--force", action="store_true", help="Make the folders anew, whatever they hold.")
-    add_log_format(parser)
     return parser
 
 
@@ -54,7 +43,7 @@ def export_command(argv: Sequence[str]) -> int:
     from capgap.pipeline.interchange.export import export_cache
 
     made = export_cache(flags["cache"], Path(flags["to"]), tuple(flags["recording"] or ()))
-    tell(
+    log(
         "exported",
         f"export: {made.num_files} files, {made.num_bytes:,} bytes, in {made.folder}"
         + (f"; {made.top_k} of them were there" if made.top_k else ""),
@@ -66,23 +55,19 @@ def export_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def export_parser() -> ArgumentParser:
+def export_parser() -> Parser:
     """The parser of `capgap export`."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="capgap export",
         description="Write a finished cache as Parquet, one file a shard; docs/interchange.md lists the columns.",
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     parser.add_argument("cache", type=str, help="Folder or URL of a finished cache.")
     parser.add_argument("--to", type=str, required=True, help="Folder for the files; what is finished there is kept.")
     parser.add_argument(
         "--recording",
-        type=str,
-        choices=["sampled", "topk"],
+        type=one_of("sampled", "topk"),
         nargs="+",
         default=None,
         help="Which of the cache's recordings; all where it is left out.",
     )
-    add_log_format(parser)
     return parser

@@ -1,68 +1,32 @@
-"""`capgap law`: grids, fits, their page, and advice."""
+"""`capgap law fit|report|advise`: fits, their page, and advice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from capgap.jobs.arguments import parse
-from capgap.jobs.law_grid import (
-    grid_plan_parser,
-    grid_run_parser,
-    plan_grid_command,
-    run_grid_command,
-    table_command,
-    table_parser,
-)
+from capgap.jobs.arguments import Parser, number, one_of, parse
 from capgap.schemas.errors import SettingError
 
-_HELP = """usage: capgap law plan|run|table|fit|report|advise
 
-  plan GRID.yaml   say what a grid of teachers, students and seeds will take, before anything is made
-  run GRID.yaml    make every run of a grid, then table, fit and page
-  table GRID.yaml  write the table of what a grid has so far, and run nothing
-  fit TABLE        which teacher is best for each student of a table of runs; writes law.json
-  report FIT       a page of a fit: curves, verdicts, frontiers, the published laws beside them; writes law.html
-  advise           which teacher for a student that was not trained yet, from a fit or from published laws
-
-`capgap law COMMAND --help` lists its flags. docs/law.md describes the table and what the verdicts mean."""
-
-
-def law_command(argv: Sequence[str]) -> int:
-    """`capgap law`: hand on to its own commands."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_HELP)
-        return 0
-    if argv[0] not in COMMANDS:
-        raise SettingError(
-            "no such command", where="capgap law", found=argv[0], expected=f"one of {', '.join(COMMANDS)}"
-        )
-    parser, command = COMMANDS[argv[0]]
-    return command(parse(parser(), list(argv[1:])))
-
-
-def fit_parser() -> ArgumentParser:
+def fit_parser() -> Parser:
     """The parser of `capgap law fit`."""
     parser = _parser("fit", "Fit a table of runs, one row a run.")
     parser.add_argument("table", type=str, help="JSON lines, as docs/law.md describes them.")
     parser.add_argument("--out", type=str, default=None, help="Folder for law.json; the table's where it is left out.")
     parser.add_argument(
         "--size",
-        type=str,
-        choices=["total", "non_embedding"],
+        type=one_of("total", "non_embedding"),
         default="total",
         help="Parameters that count as size: all, or without embedding and head.",
     )
     parser.add_argument(
-        "--delta", type=float, default=0.005, help="Nats per token below which two teachers count as equally good."
+        "--delta", type=number, default=0.005, help="Nats per token below which two teachers count as equally good."
     )
     return parser
 
 
-def report_parser() -> ArgumentParser:
+def report_parser() -> Parser:
     """The parser of `capgap law report`."""
     parser = _parser("report", "Make the page of a fit.")
     parser.add_argument("fit", type=str, help="law.json, or its folder.")
@@ -70,7 +34,7 @@ def report_parser() -> ArgumentParser:
     return parser
 
 
-def advise_parser() -> ArgumentParser:
+def advise_parser() -> Parser:
     """The parser of `capgap law advise`."""
     parser = _parser("advise", "Say which teacher suits a student, source by source.")
     parser.add_argument("--student", type=str, required=True, help="Parameters, e.g. 3B or 350M.")
@@ -87,11 +51,13 @@ def advise_parser() -> ArgumentParser:
     return parser
 
 
-def _parser(name: str, description: str) -> ArgumentParser:
-    return ArgumentParser(prog=f"capgap law {name}", description=description, exit_on_error=False, allow_abbrev=False)
+def _parser(name: str, description: str) -> Parser:
+    return Parser(f"capgap law {name}", description)
 
 
-def _fit(flags: dict[str, Any]) -> int:
+def fit_command(argv: Sequence[str]) -> int:
+    """`capgap law fit`."""
+    flags = parse(fit_parser(), argv)
     from capgap.pipeline.law.fit import fit_table, write_fit
     from capgap.pipeline.law.summary import lines
 
@@ -106,7 +72,9 @@ def _fit(flags: dict[str, Any]) -> int:
     return 0
 
 
-def _report(flags: dict[str, Any]) -> int:
+def report_command(argv: Sequence[str]) -> int:
+    """`capgap law report`."""
+    flags = parse(report_parser(), argv)
     from capgap.pipeline.law.fit import read_fit
     from capgap.pipeline.law.page import write_page
 
@@ -117,7 +85,9 @@ def _report(flags: dict[str, Any]) -> int:
     return 0
 
 
-def _advise(flags: dict[str, Any]) -> int:
+def advise_command(argv: Sequence[str]) -> int:
+    """`capgap law advise`."""
+    flags = parse(advise_parser(), argv)
     from capgap.pipeline.law.advise import advise
     from capgap.pipeline.law.fit import read_fit
     from capgap.pipeline.law.sizes import parse_count, parse_counts
@@ -150,14 +120,3 @@ def _teacher_tokens(text: str | None, num_teachers: int) -> Sequence[int | None]
             "not as many as teachers", where="--teacher-tokens", found=len(counts), expected=f"1 or {num_teachers}"
         )
     return counts if len(counts) == num_teachers else counts * num_teachers
-
-
-COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[dict[str, Any]], int]]] = {
-    "plan": (grid_plan_parser, plan_grid_command),
-    "run": (grid_run_parser, run_grid_command),
-    "table": (table_parser, table_command),
-    "fit": (fit_parser, _fit),
-    "report": (report_parser, _report),
-    "advise": (advise_parser, _advise),
-}
-"""Of `capgap law`, by name: its parser, and what it does."""

@@ -3,91 +3,68 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
-from rich.table import Table
-
-from capgap.jobs.arguments import add_log_format, read_settings
+from capgap.jobs.arguments import Parser, integer, number, parse_settings
 from capgap.jobs.faults import INCOMPLETE
-from capgap.jobs.logs import log_format, tell
+from capgap.jobs.logs import log, log_format
 from capgap.jobs.plan import add_speed_flags, bytes_text, count_text, positive, stated_speed
-from capgap.jobs.tables import print_wide
 from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.law_plan import LawPlan
 from capgap.schemas.plan import Figure
 
-_SETTINGS = ("out", "device", "seeds", "max_hours", "max_disk_gb")
 
-
-def grid_plan_parser() -> ArgumentParser:
+def grid_plan_parser() -> Parser:
     """The parser of `capgap law plan`."""
     parser = _with_speed(_grid_parser("plan", "Say what a grid will take, before anything is made."))
     parser.add_argument("--json", action="store_true", help="The plan as one JSON object.")
     return parser
 
 
-def grid_run_parser() -> ArgumentParser:
+def grid_run_parser() -> Parser:
     """The parser of `capgap law run`."""
     parser = _with_speed(_grid_parser("run", "Make every run of a grid current, then table, fit and page."))
     parser.add_argument("--no-wait", action="store_true", help="Stop if another run holds the device.")
     return parser
 
 
-def table_parser() -> ArgumentParser:
+def grid_table_parser() -> Parser:
     """The parser of `capgap law table`."""
     return _grid_parser("table", "Write the table of what a grid has so far, and run nothing.")
 
 
-def read_grid(flags: dict[str, Any]) -> LawGrid:
-    """The grid file with the flags laid over it.
-
-    Raises:
-        InputError, SettingError: as `read_settings`.
-    """
-    given = {name: flags[name] for name in _SETTINGS if flags[name] is not None}
-    return read_settings(LawGrid, Path(flags["grid"]), given)
+def _grid_parser(name: str, description: str) -> Parser:
+    return Parser(f"capgap law {name}", description, LawGrid, "GRID", ("grid",))
 
 
-def _grid_parser(name: str, description: str) -> ArgumentParser:
-    parser = ArgumentParser(prog=f"capgap law {name}", description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("grid", type=str, help="The grid file, as docs/law.md describes it.")
-    for setting, kind, said in (
-        ("out", str, "Folder for everything that is made, in place of the file's."),
-        ("device", str, "cpu, cuda or auto, in place of the file's."),
-        ("seeds", list[int], "As [0,1,2], in place of the file's."),
-        ("max_hours", float, "Refuse a grid that is planned to take longer."),
-        ("max_disk_gb", float, "Refuse a grid that is planned to fill more disk, in 10^9 bytes."),
-    ):
-        parser.add_argument(f"--{setting.replace('_', '-')}", type=kind, default=None, help=said)
-    add_log_format(parser)
-    return parser
-
-
-def _with_speed(parser: ArgumentParser) -> ArgumentParser:
+def _with_speed(parser: Parser) -> Parser:
     parser.add_argument(
-        "--workers", type=int, default=None, help="Processes side by side; one a core, or a GPU, where it is left out."
+        "--workers",
+        type=integer,
+        default=None,
+        help="Processes side by side; one a core, or a GPU, where it is left out.",
     )
-    parser.add_argument("--start-s", type=float, default=None, help="Seconds that a stage takes to start.")
+    parser.add_argument("--start-s", type=number, default=None, help="Seconds that a stage takes to start.")
     add_speed_flags(parser)
     return parser
 
 
-def plan_grid_command(flags: dict[str, Any]) -> int:
+def grid_plan_command(argv: Sequence[str]) -> int:
     """`capgap law plan`: a table, or JSON; refuses a grid beyond its limits."""
     from capgap.pipeline.law.plan import require_limits
 
-    grid = read_grid(flags)
+    grid, flags, _ = parse_settings(grid_plan_parser(), argv, LawGrid)
     plan = _plan_of(grid, flags)
     if flags["json"]:
         print(plan.model_dump_json(indent=2))
     elif log_format() == "json":
-        tell("law_plan", f"plan of {grid.name}", **plan.model_dump(mode="json"))
+        log("law_plan", f"plan of {grid.name}", **plan.model_dump(mode="json"))
     else:
         _show_plan(plan)
     for note in require_limits(grid, plan):
-        tell("law_limit", f"note: {note}")
+        log("law_limit", f"note: {note}")
     return 0
 
 
@@ -99,6 +76,10 @@ def _plan_of(grid: LawGrid, flags: dict[str, Any]) -> LawPlan:
 
 
 def _show_plan(plan: LawPlan) -> None:
+    from rich.table import Table
+
+    from capgap.jobs.tables import print_wide
+
     table = Table(box=None, pad_edge=False)
     for title in ("phase", "runs", "left", "tokens", "FLOPs", "disk", "device hours"):
         table.add_column(title, justify="left" if title == "phase" else "right")
@@ -131,18 +112,18 @@ def _hours(figure: Figure) -> str:
     return "?" if figure.value is None else f"{figure.value:,.3f}"
 
 
-def run_grid_command(flags: dict[str, Any]) -> int:
+def grid_run_command(argv: Sequence[str]) -> int:
     """`capgap law run`: 0, or the code of a grid that has runs without a result."""
+    grid, flags, _ = parse_settings(grid_run_parser(), argv, LawGrid)
     from capgap.jobs.cli import main
     from capgap.pipeline.law import forks
     from capgap.pipeline.law.plan import require_limits
     from capgap.pipeline.law.run import Starter, run_grid
 
     started = time.monotonic()
-    grid = read_grid(flags)
     if grid.max_hours is not None or grid.max_disk_gb is not None:
         for note in require_limits(grid, _plan_of(grid, flags)):
-            tell("law_limit", f"note: {note}")
+            log("law_limit", f"note: {note}")
     done = run_grid(
         grid, flags["workers"], wait=not flags["no_wait"], on_cpu=Starter(forks.prepare, forks.starter(main))
     )
@@ -152,21 +133,22 @@ def run_grid_command(flags: dict[str, Any]) -> int:
         text = f"made {len(done.made)} in {wall_s} s: {', '.join(done.made)}"
     else:
         text = f"nothing to do: {num_results} of {done.num_runs} runs have their result ({wall_s} s)"
-    tell("law_run_done", text, made=list(done.made), num_runs=done.num_runs, num_results=num_results, wall_s=wall_s)
-    tell("law_table", f"table: {done.table}", path=str(done.table))
+    log("law_run_done", text, made=list(done.made), num_runs=done.num_runs, num_results=num_results, wall_s=wall_s)
+    log("law_table", f"table: {done.table}", path=str(done.table))
     for name, why in done.missing.items():
-        tell("law_missing", f"missing: {name}: {why}", run=name, why=why)
+        log("law_missing", f"missing: {name}: {why}", run=name, why=why)
     if num_results:
         _fit_and_report(done.table)
     return INCOMPLETE if done.missing else 0
 
 
-def table_command(flags: dict[str, Any]) -> int:
+def grid_table_command(argv: Sequence[str]) -> int:
     """`capgap law table`."""
+    grid = parse_settings(grid_table_parser(), argv, LawGrid).settings
     from capgap.pipeline.law.run import gather
 
-    path = gather(read_grid(flags))
-    tell("law_table", f"table: {path}", path=str(path))
+    path = gather(grid)
+    log("law_table", f"table: {path}", path=str(path))
     return 0
 
 
@@ -179,6 +161,6 @@ def _fit_and_report(table: Path) -> None:
     path = write_fit(table.parent, law)
     page = write_page(table.parent, law)
     for line in lines(law):
-        tell("law_said", line)
-    tell("law_fit", f"fit: {path}", path=str(path))
-    tell("report", f"report: {page}", page=str(page))
+        log("law_said", line)
+    log("law_fit", f"fit: {path}", path=str(path))
+    log("report", f"report: {page}", page=str(page))

@@ -1,4 +1,4 @@
-"""How a command speaks: text for people, or one JSON object a line.
+"""What a command prints and logs: text for people, or one JSON object a line.
 
 results      --> stdout    tables and lines, or JSON
 all the rest --> stderr    progress, warnings, the final error: lines, or JSON
@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any, Literal, TextIO, cast
 
 from capgap.pipeline.stage.events import current_stage, set_stage
-from capgap.schemas.errors import CapgapError
+from capgap.schemas.errors import CapgapError, SettingsError
 
 LOG_FORMATS = ("text", "json")
 LogFormat = Literal["text", "json"]
@@ -30,7 +30,7 @@ LOG_FORMAT_HELP = f"`text`, or `json`: one object a line, on both streams. {_VAR
 
 
 def set_up_logs(arguments: Sequence[str]) -> None:
-    """Format and levels of everything that is said from here on, in this process and in those that it starts.
+    """Set format and levels of everything that is logged from here on, in this process and in those that it starts.
 
     A format that does not exist is left for the command's own parser to refuse.
     """
@@ -56,7 +56,7 @@ def log_format() -> LogFormat:
     return cast(LogFormat, os.environ.get(_VARIABLE, "text"))
 
 
-def tell(name: str, text: str, /, **fields: Any) -> None:
+def log(name: str, text: str, /, **fields: Any) -> None:
     """A result of the command, on stdout: `text` as it is, or an event of that name with its fields."""
     if log_format() == "text":
         print(text, flush=True)
@@ -64,19 +64,20 @@ def tell(name: str, text: str, /, **fields: Any) -> None:
     print(_line("info", name, text, {key: value for key, value in fields.items() if value is not None}), flush=True)
 
 
-def tell_error(error: CapgapError) -> None:
-    """The final line of a command that the user can mend."""
-    parts = {part: getattr(error, part) for part in ("what", "where", "found", "expected", "fix")}
-    said = {part: str(value) for part, value in parts.items() if value is not None}
-    _last(f"capgap: {error}", "failed", {"error": type(error).__name__, "exit_code": error.exit_code, **said})
+def log_error(error: CapgapError) -> None:
+    """The final line of a command that the user can mend; one for each of several settings."""
+    for one in error.problems if isinstance(error, SettingsError) else (error,):
+        parts = {part: getattr(one, part) for part in ("what", "where", "found", "expected", "fix")}
+        said = {part: str(value) for part, value in parts.items() if value is not None}
+        _last(f"capgap: {one}", "failed", {"error": type(one).__name__, "exit_code": one.exit_code, **said})
 
 
-def tell_interrupted(exit_code: int) -> None:
+def log_interrupted(exit_code: int) -> None:
     """The final line of a command that was interrupted."""
     _last("capgap: interrupted; the same command goes on from here", "interrupted", {"exit_code": exit_code})
 
 
-def tell_crash(error: BaseException, exit_code: int) -> None:
+def log_crash(error: BaseException, exit_code: int) -> None:
     """The final lines of a command that met what it did not expect: the traceback, and whose fault it is."""
     trace = "".join(traceback.format_exception(error))
     if log_format() == "text":

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser
-from rich.table import Table
-
-from capgap.jobs.arguments import parse_run, run_parser
-from capgap.jobs.logs import log_format, tell
-from capgap.jobs.tables import print_wide
-from capgap.pipeline.plan import Stated, make_plan
+from capgap.jobs.arguments import Parser, number, parse_run, run_file_parser
+from capgap.jobs.logs import log, log_format
 from capgap.schemas.errors import SettingError
 from capgap.schemas.plan import Figure, Plan
+
+if TYPE_CHECKING:
+    from capgap.pipeline.plan import Stated
 
 
 def plan_command(argv: Sequence[str]) -> int:
     """`capgap plan`: a table, or JSON; nothing is made or run."""
-    run, flags = parse_run(plan_parser(), argv)
+    from capgap.pipeline.plan import make_plan
+
+    run, flags, _ = parse_run(plan_parser(), argv)
     plan = make_plan(
         run,
         stated_speed(flags),
@@ -28,25 +28,25 @@ def plan_command(argv: Sequence[str]) -> int:
     if flags["json"]:
         print(plan.model_dump_json(indent=2))
     elif log_format() == "json":
-        tell("plan", f"plan of {run.name}", **plan.model_dump(mode="json"))
+        log("plan", f"plan of {run.name}", **plan.model_dump(mode="json"))
     else:
         _show(plan)
     return 0
 
 
-def plan_parser() -> ArgumentParser:
+def plan_parser() -> Parser:
     """The parser of `capgap plan`."""
-    parser = run_parser("capgap plan", "Say what a run will take, before anything is made.")
+    parser = run_file_parser("capgap plan", "Say what a run will take, before anything is made.")
     parser.add_argument("--json", action="store_true", help="The plan as one JSON object.")
     parser.add_argument(
         "--online-teacher-tokens-per-s",
-        type=float,
+        type=number,
         default=None,
         help="Of a teacher beside a student; the cache's rate where it is left out.",
     )
     parser.add_argument(
         "--text-bytes-per-token",
-        type=float,
+        type=number,
         default=None,
         help="Bytes of text in a token; measured on the text where it is left out.",
     )
@@ -54,7 +54,7 @@ def plan_parser() -> ArgumentParser:
     return parser
 
 
-def add_speed_flags(parser: ArgumentParser) -> None:
+def add_speed_flags(parser: Parser) -> None:
     """Flags by which the user says how fast a stage goes; `stated_speed` reads them."""
     for flag, help_text in (
         ("--teacher-tokens-per-s", "At which one engine caches, if no earlier run has measured it."),
@@ -62,7 +62,7 @@ def add_speed_flags(parser: ArgumentParser) -> None:
         ("--device-peak-tflops", "Of one device, in 10^12 operations a second; with --mfu."),
         ("--mfu", "Share of that peak that is used; with --device-peak-tflops."),
     ):
-        parser.add_argument(flag, type=float, default=None, help=help_text)
+        parser.add_argument(flag, type=number, default=None, help=help_text)
     parser.add_argument(
         "--like", type=str, action="append", default=None, help="A finished run whose measured rates count; again."
     )
@@ -74,6 +74,8 @@ def stated_speed(flags: dict[str, Any]) -> Stated:
     Raises:
         SettingError: a rate is none, or a peak stands without its share.
     """
+    from capgap.pipeline.plan import Stated
+
     peak, mfu = positive(flags, "device_peak_tflops"), positive(flags, "mfu")
     if (peak is None) != (mfu is None):
         raise SettingError(
@@ -105,6 +107,10 @@ def positive(flags: dict[str, Any], name: str) -> float | None:
 
 
 def _show(plan: Plan) -> None:
+    from rich.table import Table
+
+    from capgap.jobs.tables import print_wide
+
     table = Table(box=None, pad_edge=False)
     for title in ("stage", "state", "tokens", "disk", "scratch", "tokens/s", "device hours"):
         table.add_column(title, justify="left" if title in ("stage", "state") else "right")

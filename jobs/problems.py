@@ -1,11 +1,20 @@
-"""What pydantic finds wrong with a setting, in the words of our errors."""
+"""What pydantic finds wrong with settings, in the words of our errors, each with its line or its flag."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from capgap.jobs.settings import children, find
+from capgap.jobs.suggest import did_you_mean, settings_like
+from capgap.jobs.yaml_nodes import Loc, dotted
+from capgap.schemas.base import Record
 from capgap.schemas.errors import SettingError
 
 # by the beginning of the kind of problem
@@ -20,7 +29,6 @@ _EXPECTED = {
     "list": "a list",
     "dict": "settings by name",
     "model": "settings by name",
-    "missing": "a value",
 }
 
 _BOUNDS = {
@@ -30,23 +38,165 @@ _BOUNDS = {
     "less_than": ("less than", "lt"),
 }
 
+# how validators of ours begin: `cache.top_k: found 5, ...`, `a + b: found ...`, `name, arms: found ...`
+_NAMED = re.compile(r"([\w.]+(?:(?: \+ |, )[\w.]+)*): (.*)", re.DOTALL)
 
-def error_of(problems: list[ErrorDetails]) -> SettingError:
-    """The error for one setting, without its place; for one that may be of several kinds, what each of them takes."""
-    first = problems[0]
-    if first["type"] == "value_error":
-        return SettingError(first["msg"].removeprefix("Value error, "))
-    expected = " or ".join(dict.fromkeys(expected_of(problem) for problem in problems))
-    is_alone = expected == "a list" and isinstance(first["input"], (str, int, float))
+
+@dataclass(frozen=True)
+class Origin:
+    """Where settings come from.
+
+    Attributes:
+        record: what they are settings of.
+        values: as they stand, with flags laid over the file.
+        path: the file; None where all are flags.
+        lines: of the file's values.
+        flags: places that flags have set, the last one first, by the place.
+    """
+
+    record: type[Record]
+    values: Any
+    path: Path | None
+    lines: dict[Loc, int]
+    flags: dict[Loc, str]
+
+    def place(self, loc: Loc, name: str = "") -> str:
+        """A setting with its flag, or with file and line."""
+        name = name or dotted(loc)
+        given = next((flag for at, flag in self.flags.items() if loc[: len(at)] == at), None)
+        if given is not None:
+            return given if name == given.removeprefix("--") else f"{given}: {name}"
+        if self.path is None:
+            return f"--{name}"
+        line = next((self.lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in self.lines), None)
+        place = f"{self.path}" if line is None else f"{self.path}, line {line}"
+        return f"{place}: {name}" if name else place
+
+
+def errors_of(error: ValidationError, origin: Origin) -> list[SettingError]:
+    """Every problem, one for each setting, in the order of the file."""
+    by_place: dict[Loc, list[ErrorDetails]] = {}
+    for problem in error.errors(include_url=False):
+        by_place.setdefault(_standing(problem, origin), []).append(problem)
+    ordered = sorted(by_place.items(), key=lambda item: origin.lines.get(item[0], len(origin.lines)))
+    return [_error_of(loc, problems, origin) for loc, problems in ordered]
+
+
+def not_finite(values: Any, origin: Origin, loc: Loc = ()) -> Iterator[SettingError]:
+    """No setting is infinite or no number, and no digest can be taken of one."""
+    if isinstance(values, float) and not -float("inf") < values < float("inf"):
+        yield SettingError("cannot be used", where=origin.place(loc), found=values, expected="a number that is finite")
+    parts = (
+        values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, (list, tuple)) else ()
+    )
+    for part, value in parts:
+        yield from not_finite(value, origin, (*loc, part))
+
+
+def unknown_setting(loc: Loc, value: Any, origin: Origin) -> SettingError:
+    """The error for a name that is no setting."""
+    if loc == ("config",):
+        return SettingError(
+            "a run file cannot name another",
+            where=origin.place(loc),
+            found=plain(value),
+            expected="settings alone",
+            fix="copy its settings into this one",
+        )
+    return SettingError("no such setting", where=origin.place(loc), found=plain(value), fix=_meant(loc, origin))
+
+
+def plain(value: Any) -> str:
+    """A value as YAML would show it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict):
+        return f"settings by name: {', '.join(map(str, value))}" if value else "{}"
+    return f"[{', '.join(map(plain, value))}]" if isinstance(value, (list, tuple)) else str(value)
+
+
+def _standing(problem: ErrorDetails, origin: Origin) -> Loc:
+    """The place without what pydantic adds: the kinds of a union that were tried, and that a name is meant."""
+    values, loc = origin.values, []
+    for part in problem["loc"]:
+        if (isinstance(values, dict) and part in values) or (
+            isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values)
+        ):
+            values = values[part]
+        else:
+            break
+        loc.append(part)
+    return (*loc, problem["loc"][-1]) if problem["type"] == "missing" else tuple(loc)
+
+
+def _error_of(loc: Loc, problems: list[ErrorDetails], origin: Origin) -> SettingError:
+    first, where = problems[0], origin.place(loc)
+    match first["type"]:
+        case "value_error":
+            return _ours(loc, first["msg"].removeprefix("Value error, "), origin)
+        case "extra_forbidden":
+            return unknown_setting(loc, first["input"], origin)
+        case "missing":
+            return _missing(loc, origin)
+    if first["loc"][-1] == "[key]":
+        expected = "text for a name"
+        return SettingError(
+            "cannot be used", where=where, found=plain(first["input"]), expected=expected, fix="write it in quotes"
+        )
+    expected = " or ".join(dict.fromkeys(_expected(problem) for problem in problems))
     return SettingError(
         "cannot be used",
+        where=where,
         found=plain(first["input"]),
         expected=expected,
-        fix=f"write [{first['input']}]" if is_alone else None,
+        fix=_fix(loc, first["input"], expected, origin.record),
     )
 
 
-def expected_of(problem: ErrorDetails) -> str:
+def _ours(loc: Loc, message: str, origin: Origin) -> SettingError:
+    """What a validator of ours says, which may begin with a setting of the section, or with its full name."""
+    named = _NAMED.fullmatch(message)
+    if named is None:
+        return SettingError(message, where=origin.place(loc))
+    parts = re.split(r" \+ |, ", named[1])
+    if dotted(loc[: parts[0].count(".") + 1]) == parts[0] and len(parts) == 1:
+        # `budgets: found ...` of budgets.short
+        return SettingError(named[2], where=origin.place(loc))
+    inside = loc if find(origin.record, (*loc, *parts[0].split("."))) is not None else ()
+    if find(origin.record, (*inside, *parts[0].split("."))) is None:
+        return SettingError(message, where=origin.place(loc))
+    prefix = f"{dotted(inside)}." if inside else ""
+    separator = " + " if " + " in named[1] else ", "
+    names = separator.join(prefix + part for part in parts)
+    # the place of the one that a flag has set, if there is such a one
+    locs = [(*inside, *part.split(".")) for part in parts]
+    at = next((one for one in locs if one in origin.flags), locs[0])
+    return SettingError(named[2], where=origin.place(at, names))
+
+
+def _meant(loc: Loc, origin: Origin) -> str:
+    names = settings_like(origin.record, loc)
+    if loc in origin.flags or origin.path is None:
+        return did_you_mean(f"--{name}" for name in names) or "`--help all` lists every setting"
+    prefix = f"{dotted(loc[:-1])}." if len(loc) > 1 else ""
+    if found := did_you_mean(name.removeprefix(prefix) for name in names):
+        return found
+    section = find(origin.record, loc[:-1])
+    record = section.section if section is not None and section.section is not None else origin.record
+    return f"there are {', '.join(str(setting.loc[-1]) for setting in children(record))}"
+
+
+def _missing(loc: Loc, origin: Origin) -> SettingError:
+    name, setting = dotted(loc), find(origin.record, loc)
+    has_path = setting is not None and setting.section is not None and "path" in setting.section.model_fields
+    flag = f"--{name}.path" if has_path else f"--{name}"
+    if origin.path is None:
+        return SettingError("is missing", where=flag, fix=f"give {flag} ...")
+    written = f"{loc[-1]}: {{path: ...}}" if has_path else f"{loc[-1]}: ..."
+    return SettingError("is missing", where=origin.place(loc), fix=f"write `{written}` into the file, or {flag} ...")
+
+
+def _expected(problem: ErrorDetails) -> str:
     """What should stand there."""
     kind, context = problem["type"], problem.get("ctx", {})
     if kind in _BOUNDS:
@@ -60,10 +210,13 @@ def expected_of(problem: ErrorDetails) -> str:
     return next((words for name, words in _EXPECTED.items() if kind.startswith(name)), problem["msg"])
 
 
-def plain(value: Any) -> str:
-    """A value as YAML would show it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, dict):
-        return f"settings by name: {', '.join(map(str, value))}" if value else "{}"
-    return f"[{', '.join(map(plain, value))}]" if isinstance(value, (list, tuple)) else str(value)
+def _fix(loc: Loc, value: Any, expected: str, record: type[Record]) -> str | None:
+    setting = find(record, loc)
+    if expected == "settings by name" and isinstance(value, str):
+        section = setting.section if setting is not None else None
+        return f"write {{path: {value}}}" if section is not None and "path" in section.model_fields else None
+    if expected == "a list" and isinstance(value, (str, int, float)):
+        return f"write [{value}]"
+    if expected == "text" and not isinstance(value, (dict, list, type(None))):
+        return f'write "{plain(value)}"'
+    return None

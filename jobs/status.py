@@ -6,12 +6,11 @@ import sys
 import time
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
 from rich.live import Live
 
-from capgap.jobs.arguments import parse_run, run_parser
+from capgap.jobs.arguments import Parser, number, parse_run, run_file_parser
 from capgap.jobs.faults import CRASHED, INTERRUPTED
-from capgap.jobs.logs import log_format, tell
+from capgap.jobs.logs import log, log_format
 from capgap.jobs.status_view import as_json, as_line, as_table
 from capgap.jobs.tables import ResultConsole, print_wide
 from capgap.pipeline.stage.lease import held_leases
@@ -33,7 +32,7 @@ def status_command(argv: Sequence[str]) -> int:
     Returns:
         0, or where a watched stage failed the code that it failed with.
     """
-    run, flags = parse_run(status_parser(), argv)
+    run, flags, _ = parse_run(status_parser(), argv)
     every_s = _EVERY_S if flags["every"] is None else flags["every"]
     if flags["every"] is not None and not flags["watch"]:
         raise SettingError(
@@ -55,13 +54,13 @@ def status_command(argv: Sequence[str]) -> int:
         return INTERRUPTED
 
 
-def status_parser() -> ArgumentParser:
+def status_parser() -> Parser:
     """The parser of `capgap status`."""
-    parser = run_parser("capgap status", "Say of every stage whether it is current, and why not.")
+    parser = run_file_parser("capgap status", "Say of every stage whether it is current, and why not.")
     parser.add_argument(
         "--watch", action="store_true", help="Go on until all is current, or a stage that was at work has failed."
     )
-    parser.add_argument("--every", type=float, default=None, help="Seconds between two looks, with --watch; 2.")
+    parser.add_argument("--every", type=number, default=None, help="Seconds between two looks, with --watch; 2.")
     parser.add_argument("--json", action="store_true", help="One JSON object a look.")
     return parser
 
@@ -72,7 +71,7 @@ def _show_once(run: RunFile, json_wanted: bool) -> None:
         print(as_json(run, looks, held_leases()))
     elif log_format() == "json":
         for look in looks:
-            tell("stage_state", f"{look.name}: {look.state}", instance=look.name, state=look.state, why=look.why)
+            log("stage_state", f"{look.name}: {look.state}", instance=look.name, state=look.state, why=look.why)
     else:
         print_wide(as_table(run, looks, ()))
 
@@ -154,7 +153,7 @@ class _Watch:
             if self._said.get(look.name) == text:
                 continue
             self._said[look.name] = text
-            tell("stage_state", text, instance=look.name, state=state, why=look.why or None)
+            log("stage_state", text, instance=look.name, state=state, why=look.why or None)
 
 
 def _killed() -> End:

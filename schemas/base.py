@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails
 
 _OPERATIONAL = "capgap_operational"
 
@@ -44,6 +46,22 @@ def _decisive_part(value: object, dumped: object) -> object:
     if isinstance(value, dict) and isinstance(dumped, dict):
         return {name: _decisive_part(value[name], part) for name, part in dumped.items() if name in value}
     return dumped
+
+
+@dataclass(frozen=True)
+class PartOf:
+    """Marks settings by name that are some of a record's: `Annotated[dict[str, Any], PartOf(TrainSettings)]`."""
+
+    record: type[Record]
+
+
+def below(error: ValidationError, *where: str | int) -> ValidationError:
+    """The same problems, of settings that stand below that place."""
+    problems = [
+        InitErrorDetails(type=e["type"], loc=(*where, *e["loc"]), input=e["input"], ctx=e.get("ctx", {}))  # type: ignore[typeddict-item]
+        for e in error.errors(include_url=False)
+    ]
+    return ValidationError.from_exception_data(error.title, problems)
 
 
 def _is_operational(info: FieldInfo) -> bool:

@@ -7,6 +7,8 @@ was found, what was expected, and what to do about it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class CapgapError(Exception):
     """Root of all errors that a user can cause and mend.
@@ -51,6 +53,21 @@ class CapgapError(Exception):
 
 class SettingError(CapgapError):
     """A setting of the run file or a flag cannot be used."""
+
+
+class SettingsError(SettingError):
+    """Several settings cannot be used; each is a line of its own.
+
+    Args:
+        problems: one for each setting.
+    """
+
+    def __init__(self, problems: Sequence[SettingError]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(map(str, problems)))
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
 
 
 class InputError(CapgapError):

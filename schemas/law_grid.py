@@ -8,11 +8,11 @@ for each teacher too.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.base import OPERATIONAL, PartOf, Record, below
 from capgap.schemas.law import Init
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
@@ -92,7 +92,7 @@ class LawGrid(Record):
     teachers: dict[str, TeacherSettings]
     """By a name of yours: given ones (`path`), or small ones to train (`model` and `training`)."""
 
-    teacher_training: dict[str, Any] = Field(default_factory=dict)
+    teacher_training: Annotated[dict[str, Any], PartOf(OptimizationSettings)] = Field(default_factory=dict)
     """Settings that the trainings of all teachers share; those that stand at a teacher's own `training` win."""
 
     cache: CacheSettings = Field(default_factory=CacheSettings)
@@ -112,7 +112,7 @@ class LawGrid(Record):
     train: TrainSettings = Field(default_factory=TrainSettings)
     """How students are trained; `alpha` and `max_tokens` are the grid's, `alphas` and `budgets`."""
 
-    train_of: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    train_of: dict[str, Annotated[dict[str, Any], PartOf(TrainSettings)]] = Field(default_factory=dict)
     """By student: the settings of `train` in which its trainings differ, for example `{learning_rate: 1.0e-3}`."""
 
     budgets: dict[str, Budget]
@@ -201,7 +201,7 @@ class LawGrid(Record):
         if teacher.model is None:
             return teacher
         own = teacher.training.model_dump(exclude_unset=True) if teacher.training is not None else {}
-        training = _merged(OptimizationSettings, {**self.teacher_training, **own}, "teacher_training")
+        training = _merged(OptimizationSettings, {**self.teacher_training, **own}, ("teacher_training",))
         return teacher.model_copy(update={"training": training})
 
     def student_settings(self, student: str, init: Init) -> StudentSettings:
@@ -221,16 +221,14 @@ class LawGrid(Record):
             ValueError: a setting is none of a training, or of the wrong kind.
         """
         own = {**self.train.model_dump(exclude_unset=True), **self.train_of.get(student, {})}
-        return _merged(TrainSettings, own, f"train_of.{student}")
+        return _merged(TrainSettings, own, ("train_of", student))
 
 
-def _merged(record: type[_R], values: dict[str, Any], where: str) -> _R:
+def _merged(record: type[_R], values: dict[str, Any], where: tuple[str, ...]) -> _R:
     try:
         return record.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join([where, *(str(part) for part in first["loc"])])
-        raise ValueError(f"{name}: {first['msg'].removeprefix('Value error, ')}; found {first['input']!r}") from None
+        raise below(error, *where) from None
 
 
 def _require_word(setting: str, name: str) -> None:

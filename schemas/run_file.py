@@ -12,12 +12,11 @@ Flags of the command line are derived from these models (`--train.learning_rate 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
-from pydantic_core import ErrorDetails
 
-from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.base import OPERATIONAL, PartOf, Record, below
 from capgap.schemas.results import TEACHER
 from capgap.schemas.run_benchmark import BenchmarkSettings
 from capgap.schemas.run_cache import CacheSettings
@@ -70,7 +69,7 @@ class RunFile(Record):
     train: TrainSettings = Field(default_factory=TrainSettings)
     """How the student is trained from the cache."""
 
-    arms: dict[str, dict[str, Any]] = Field(default={"distilled": {}})
+    arms: dict[str, Annotated[dict[str, Any], PartOf(TrainSettings)]] = Field(default={"distilled": {}})
     """Variants of `train`, each with the settings in which it differs, for example `cross_entropy: {alpha: 0}`."""
 
     tune: TuneSettings | None = None
@@ -162,16 +161,9 @@ class RunFile(Record):
         try:
             return TrainSettings.model_validate({**self.train.model_dump(), **self.arms[arm]})
         except ValidationError as error:
-            raise ValueError("; ".join(_problem(f"arms.{arm}", e) for e in error.errors())) from None
+            raise below(error, "arms", arm) from None
 
 
 def _require_folder_name(value: str) -> None:
     if not value or value.startswith(".") or any(not (c.isalnum() or c in "-_.") for c in value):
         raise ValueError(f"name, arms: found {value!r}, expected a folder's name: letters, digits, '-', '_' and '.'")
-
-
-def _problem(where: str, error: ErrorDetails) -> str:
-    name = ".".join([where, *(str(part) for part in error["loc"])])
-    if error["type"] == "extra_forbidden":
-        return f"{name}: no such setting of train"
-    return f"{name}: {error['msg'].removeprefix('Value error, ')}; found {error['input']!r}"

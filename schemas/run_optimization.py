@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
 
-from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.base import OPERATIONAL, Record, below
 
 
 class LoggerSettings(Record):
@@ -152,8 +152,11 @@ class OptimizationSettings(Record):
     @field_validator("loggers")
     @classmethod
     def _check_loggers(cls, loggers: tuple[str | dict[str, Any], ...]) -> tuple[str | dict[str, Any], ...]:
-        for one in loggers:
-            LoggerSettings.read(one)
+        for number, one in enumerate(loggers):
+            try:
+                LoggerSettings.read(one)
+            except ValidationError as error:
+                raise below(error, number) from None
         return loggers
 
     @model_validator(mode="after")

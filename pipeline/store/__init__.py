@@ -9,19 +9,47 @@ A shard is a plain WebDataset tar, so other programs can read it; order, resume 
 manifest. A shard that no manifest (or, while its stage is at work, no sidecar) lists does not exist.
 """
 
-from capgap.pipeline.store.alignment import check_alignment
-from capgap.pipeline.store.batch import Batch
-from capgap.pipeline.store.codec import Codec, codec_for
-from capgap.pipeline.store.disk_cache import DiskCache
-from capgap.pipeline.store.loader import SequenceLoader, heat_of
-from capgap.pipeline.store.memory import keep_freed_memory
-from capgap.pipeline.store.mixed import MixedLoader
-from capgap.pipeline.store.order import Order
-from capgap.pipeline.store.places import is_url, place_of
-from capgap.pipeline.store.ranking import Ranking, rank_ids
-from capgap.pipeline.store.reader import ShardReader, read_blocks
-from capgap.pipeline.store.remote import Remote
-from capgap.pipeline.store.writer import Block, ShardWriter, split_blocks
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from capgap.pipeline.store.alignment import check_alignment
+    from capgap.pipeline.store.batch import Batch
+    from capgap.pipeline.store.codec import Codec, codec_for
+    from capgap.pipeline.store.disk_cache import DiskCache
+    from capgap.pipeline.store.loader import SequenceLoader, heat_of
+    from capgap.pipeline.store.memory import keep_freed_memory
+    from capgap.pipeline.store.mixed import MixedLoader
+    from capgap.pipeline.store.order import Order
+    from capgap.pipeline.store.places import is_url, place_of
+    from capgap.pipeline.store.ranking import Ranking, rank_ids
+    from capgap.pipeline.store.reader import ShardReader, read_blocks
+    from capgap.pipeline.store.remote import Remote
+    from capgap.pipeline.store.writer import Block, ShardWriter, split_blocks
+
+_HOMES = {
+    "Batch": "batch",
+    "Block": "writer",
+    "Codec": "codec",
+    "DiskCache": "disk_cache",
+    "MixedLoader": "mixed",
+    "Order": "order",
+    "Ranking": "ranking",
+    "Remote": "remote",
+    "SequenceLoader": "loader",
+    "ShardReader": "reader",
+    "ShardWriter": "writer",
+    "check_alignment": "alignment",
+    "codec_for": "codec",
+    "heat_of": "loader",
+    "is_url": "places",
+    "keep_freed_memory": "memory",
+    "place_of": "places",
+    "rank_ids": "ranking",
+    "read_blocks": "reader",
+    "split_blocks": "writer",
+}
 
 __all__ = [
     "Batch",
@@ -45,3 +73,12 @@ __all__ = [
     "read_blocks",
     "split_blocks",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The names above, imported when they are asked for: what only reads manifests waits for no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-import fsspec
-
 from capgap.pipeline.store.files import MAX_SMALL_BYTES, too_large
 from capgap.schemas.errors import InputError, MachineError
 
@@ -85,6 +83,9 @@ class Remote:
                 found=f"{scheme}://",
                 expected=f"one of {', '.join(SCHEMES)}",
             )
+        # here, for a run whose files are all on local disks asks for none of its clients
+        import fsspec
+
         try:
             return fsspec.filesystem(scheme)
         except (ImportError, ValueError) as error:

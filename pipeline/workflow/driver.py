@@ -14,7 +14,8 @@ from pathlib import Path
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.folder import make_folder
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.workflow.remake import EVERY_STAGE, is_named, require_nothing_lost
+from capgap.pipeline.workflow.preflight import require_possible, to_be_made
+from capgap.pipeline.workflow.remake import EVERY_STAGE, LastCommand, is_named, require_nothing_lost, write_command
 from capgap.pipeline.workflow.state import RunStates, State
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.run_file import RunFile
@@ -60,6 +61,7 @@ def walk(
     replace: bool = False,
     wait: bool = True,
     start: Start = start_afresh,
+    command: LastCommand | None = None,
 ) -> list[str]:
     """Make the chosen instances current, in order, and return the names of those that had to be made.
 
@@ -73,6 +75,7 @@ def walk(
         replace: replace what has cost device time where its settings have changed, named or not.
         wait: wait for a device that another stage holds.
         start: starts the process of a stage.
+        command: how the run was started, which is remembered beside it.
 
     Raises:
         MismatchError: something that cost device time would be replaced, and `remake` does not name it.
@@ -83,8 +86,11 @@ def walk(
     named = EVERY_STAGE if force else frozenset(remake)
     if not replace:
         require_nothing_lost(known, chosen, named)
+    require_possible(run, to_be_made(known, chosen, named))
     out = Path(run.out)
     make_folder(out)
+    if command is not None:
+        write_command(out, command)
     write_atomically(out / RESOLVED_NAME, run.model_dump_json(indent=1))
     made = []
     for instance in chosen:

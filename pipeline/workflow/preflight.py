@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.device import resolve_device
 from capgap.pipeline.stages import stage_named
+from capgap.pipeline.workflow.remake import is_named
 from capgap.pipeline.workflow.state import RunStates, State
 from capgap.schemas.run_file import RunFile
 
 
 def to_be_made(known: RunStates, chosen: Sequence[Instance], again: frozenset[str] = frozenset()) -> list[Instance]:
     """Those of the chosen instances that are not current, or are named to be made again."""
-    return [one for one in chosen if known.of(one.name).state is not State.CURRENT or one.stage in again]
+    return [one for one in chosen if known.of(one.name).state is not State.CURRENT or is_named(one, again)]
 
 
 def require_possible(run: RunFile, coming: Sequence[Instance]) -> None:

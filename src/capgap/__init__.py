@@ -14,16 +14,12 @@ them. The command line is `capgap`; in a notebook or in a training loop of your 
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from capgap.pipeline.api import Cache, DistillationLoss, open_cache
 
-try:
-    __version__ = version("capgap")
-except PackageNotFoundError:  # a checkout on the path that was never installed
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = ["Cache", "DistillationLoss", "__version__", "open_cache"]
 
@@ -32,6 +28,8 @@ _HOMES = {name: "capgap.pipeline.api" for name in ("Cache", "DistillationLoss", 
 
 def __getattr__(name: str) -> Any:
     """The names above, imported when they are asked for: `import capgap` waits for no torch."""
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
@@ -41,3 +39,12 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("capgap")
+    except PackageNotFoundError:  # a checkout on the path that was never installed
+        return "0+unknown"

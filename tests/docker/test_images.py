@@ -17,14 +17,14 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from capgap.jobs.arguments import parse_run, run_parser
-from capgap.pipeline.stage.context import OPTIONAL_STAGES, STAGES
+from capgap.jobs.arguments import parse_run
+from capgap.jobs.commands import run_parser
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 IMAGES = ["student", "teacher"]
-# what a run has whatever its file says
-ALWAYS = [stage for stage in STAGES if stage not in OPTIONAL_STAGES]
+# what a run with shards, a student and its evaluation has
+ALWAYS = [stage.name for stage in declared() if stage.section not in ("tune", "benchmarks", "judge")]
 TOOLS = Path(sys.executable).parent
 
 
@@ -122,9 +122,7 @@ def test_the_compose_file_runs_each_stage_once_after_the_one_before_it() -> None
     for stage, service in services.items():
         words = service["command"]
         assert words[0] == "run" and words[-2:] == ["--only", stage]
-        parser = run_parser("capgap run", "")
-        parser.add_argument("--only", type=str)
-        run, _ = parse_run(parser, [demo, *words[2:]])
+        run, *_ = parse_run(run_parser(), [demo, *words[2:]])
         assert run.out == "/runs/out"
     for before, after in pairwise(ALWAYS):
         assert services[after]["depends_on"] == {before: {"condition": "service_completed_successfully"}}

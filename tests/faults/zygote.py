@@ -21,16 +21,18 @@ import torch
 import transformers
 
 from capgap.jobs.cli import main
-from capgap.pipeline.stage.context import STAGES
+from capgap.jobs.registry import COMMANDS
+from capgap.pipeline.stages import declared
 
 HEAVY = (lightning, pyarrow, torch, transformers, transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast)
 
 
 def serve() -> None:
     """Fork a child per line until the input ends."""
-    for stage in STAGES:
+    for stage in [stage.name for stage in declared()]:
         importlib.import_module(f"capgap.pipeline.{stage}.stage")
-    importlib.import_module("capgap.jobs.commands")
+    for command in COMMANDS.values():
+        command.parser()
     importlib.import_module("capgap.pipeline.cache.transformers_engine")
     # Arrow's allocator, which is made for forks, has a thread of its own; any other could leave a lock taken for ever
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]

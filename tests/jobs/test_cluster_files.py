@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from capgap.jobs.arguments import parse_run, run_parser
-from capgap.jobs.commands import stage_parser
+from capgap.jobs.arguments import parse_run
+from capgap.jobs.commands import run_parser, stage_parser
 from capgap.pipeline.stage.context import Slice
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def slices_of(text: str, index: str, others: dict[str, str], count: int) -> list
     for number in range(count):
         words = command(text, {index: str(number), **others})
         assert words[:2] == ["capgap", "cache"]
-        found.append(Slice.parse(parse_run(stage_parser("cache"), words[2:])[1]["slice"]))
+        found.append(Slice.parse(parse_run(stage_parser("cache"), words[2:]).flags["slice"]))
     return found
 
 
@@ -59,9 +59,7 @@ def require_all(parts: list[Slice]) -> None:
 def require_from_student(text: str, names: dict[str, str]) -> None:
     words = command(text, names)
     assert words[:2] == ["capgap", "run"]
-    parser = run_parser("capgap run", "")
-    parser.add_argument("--from", type=str, dest="from_stage")
-    assert parse_run(parser, words[2:])[1]["from_stage"] == "student"
+    assert parse_run(run_parser(), words[2:]).flags["from_stage"] == "student"
 
 
 def test_the_job_set_caches_in_slices_and_trains_when_all_are_done() -> None:

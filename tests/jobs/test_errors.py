@@ -71,28 +71,31 @@ PARSED: dict[str, tuple[dict[str, Any] | str, str]] = {
         "run.yaml, line 9: teacher: cannot be used; found org/model, expected settings by name; "
         "write {path: org/model}",
     ),
-    "no name": (without("name"), "name: is missing; write `name: ...` into the run file, or --name ..."),
-    "no teacher": (without("teacher"), "teacher: found neither of path and model, expected one of them"),
+    "no name": (without("name"), "run.yaml: name: is missing; write `name: ...` into the file, or --name ..."),
+    "a teacher of nothing": (
+        GOOD | {"teacher": {}},
+        "run.yaml, line 9: teacher: found neither of path and model, expected one of them",
+    ),
     "fractions that leave nothing": (
         GOOD | {"corpus": {"teacher_fraction": 0.9, "heldout_fraction": 0.3}},
-        "corpus.teacher_fraction + corpus.heldout_fraction: found 1.2, expected less than 1; nothing is left for the "
-        "student",
+        "run.yaml, line 5: corpus.teacher_fraction + corpus.heldout_fraction: found 1.2, expected less than 1; "
+        "nothing is left for the student",
     ),
     "settings that contradict": (
         GOOD | {"cache": {"recording": "topk", "num_samples": 50}},
-        "cache.num_samples: found with recording topk, expected sampled; use cache.top_k",
+        "run.yaml, line 17: cache.num_samples: found with recording topk, expected sampled; use cache.top_k",
     ),
     "a micro-batch that does not divide": (
         GOOD | {"train": {"batch_sequences": 8, "micro_batch_sequences": 3}},
-        "train.micro_batch_sequences: found 3, expected a divisor of batch_sequences = 8",
+        "run.yaml, line 25: train.micro_batch_sequences: found 3, expected a divisor of batch_sequences = 8",
     ),
     "seeds that are equal": (
         GOOD | {"seeds": [0, 0]},
-        "seeds: found [0, 0], expected at least one, none twice, none negative",
+        "run.yaml, line 25: seeds: found [0, 0], expected at least one, none twice, none negative",
     ),
     "an arm that is no folder's name": (
         GOOD | {"arms": {"a/b": {}}},
-        "name, arms: found 'a/b', expected a folder's name: letters, digits, '-', '_' and '.'",
+        "run.yaml, line 1: name, arms: found 'a/b', expected a folder's name: letters, digits, '-', '_' and '.'",
     ),
     "a setting twice": (
         "name: small\nout: out\ntrain:\n  alpha: 1\n  alpha: 0\n",
@@ -110,7 +113,8 @@ PARSED: dict[str, tuple[dict[str, Any] | str, str]] = {
     ),
     "an empty file": (
         "",
-        "run.yaml: not a run file; found nothing, expected settings by name; see jobs/runs/demo.yaml for an example",
+        "run.yaml: not a run file; found nothing, expected settings by name; `capgap init` writes one, and `capgap ls` "
+        "lists examples",
     ),
     "a run that is not there to be reused": (
         GOOD | {"reuse": {"corpus": "other/corpus"}},
@@ -153,7 +157,7 @@ def test_a_file_that_is_not_utf_8_is_refused_with_the_byte(said: Said) -> None:
 
 def test_no_run_file_where_one_is_named(said: Said, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "nowhere.yaml"]) == 2
-    line = "capgap: nowhere.yaml: no such run file; see jobs/runs/demo.yaml for an example\n"
+    line = "capgap: nowhere.yaml: no such run file; `capgap init` writes one, and `capgap ls` lists examples\n"
     assert capsys.readouterr().err == line
 
 
@@ -162,16 +166,16 @@ def test_no_run_file_where_one_is_named(said: Said, capsys: pytest.CaptureFixtur
     [
         (
             ["--train.learning_rat", "1e-3"],
-            "no such setting; found --train.learning_rat; did you mean --train.learning_rate?",
+            "--train.learning_rat: no such setting; found 1e-3; did you mean --train.learning_rate?",
         ),
-        (["--train.alpha", "x"], "train.alpha: cannot be used; found x, expected a number"),
-        (["--train.alpha", "7"], "train.alpha: cannot be used; found 7, expected at most 1"),
+        (["--train.alpha", "x"], "--train.alpha: cannot be used; found x, expected a number"),
+        (["--train.alpha", "7"], "--train.alpha: cannot be used; found 7, expected at most 1"),
         (
             ["--train.learning_rate", "inf"],
-            "train.learning_rate: cannot be used; found inf, expected a number that is finite",
+            "--train.learning_rate: cannot be used; found inf, expected a number that is finite",
         ),
-        (["--seeds", "3"], "seeds: cannot be used; found 3, expected a list, as in [1, 2]"),
-        (["--device", "gpu"], "device: cannot be used; found gpu, expected one of auto, cpu, cuda"),
+        (["--seeds", "3"], "--seeds: cannot be used; found 3, expected a list; write [3]"),
+        (["--device", "gpu"], "--device: cannot be used; found gpu, expected one of auto, cpu or cuda"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -66,7 +66,7 @@ def _require_all(slices) -> None:
 
 
 def test_the_ray_script_sets_the_replicas() -> None:
-    run, _ = _parsed(_command(SCRIPTS[1].read_text(), {"run": DEMO, "replicas": "16"}))
+    run, *_ = _parsed(_command(SCRIPTS[1].read_text(), {"run": DEMO, "replicas": "16"}))
     assert run.cache.replicas == 16
 
 
@@ -86,5 +86,5 @@ def test_the_training_job_starts_a_rank_on_every_gpu_of_every_machine() -> None:
     assert (arguments.nnodes, arguments.nproc_per_node, arguments.no_python) == ("2", "8", True)
     assert (arguments.rdzv_backend, arguments.rdzv_endpoint) == ("c10d", "node-1:29500")
     assert [arguments.training_script, arguments.training_script_args[0]] == ["capgap", "train"]
-    run, _ = parse_run(stage_parser("train"), arguments.training_script_args[1:])
+    run, *_ = parse_run(stage_parser("train"), arguments.training_script_args[1:])
     assert run.train.strategy == "fsdp2"

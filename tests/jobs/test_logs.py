@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from capgap.jobs.logs import set_up_logs, tell, tell_crash
+from capgap.jobs.logs import log, log_crash, set_up_logs
 from capgap.pipeline.stage.events import event, set_stage
 
 NAMES = {"time", "level", "stage", "event", "message", "fields"}
@@ -104,7 +104,7 @@ def test_text_goes_to_the_stream_of_the_moment_once_however_often_logs_are_set_u
     set_up_logs([])
     set_up_logs([])
     event("shard", "a line")
-    tell("verified", "a result")
+    log("verified", "a result")
     assert capsys.readouterr() == ("a result\n", "a line\n")
 
 
@@ -113,7 +113,7 @@ def test_a_crash_is_one_json_line_with_its_traceback(capsys: pytest.CaptureFixtu
     try:
         raise KeyError("gone")
     except KeyError as error:
-        tell_crash(error, 1)
+        log_crash(error, 1)
     (record,) = records(capsys.readouterr().err)
     assert record["event"] == "crashed" and "please report" in record["message"]
     assert 'raise KeyError("gone")' in record["fields"]["traceback"] and record["fields"]["exit_code"] == 1

@@ -13,7 +13,7 @@ import pytest
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from capgap.jobs.arguments import parse_run, run_parser
+from capgap.jobs.arguments import parse_run, run_file_parser
 from capgap.pipeline.train import fit as fit_module
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.loggers import LogBook, make_loggers, require_loggers
@@ -218,15 +218,15 @@ def test_a_logger_whose_package_is_missing_says_what_to_install(monkeypatch, nam
 def test_loggers_are_a_setting_like_any_other(tmp_path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text("{name: a, out: o, teacher: {path: t}, student: {path: s}, train: {loggers: [csv, tensorboard]}}")
-    parsed, _ = parse_run(run_parser("capgap", ""), [str(run)])
+    parsed, *_ = parse_run(run_file_parser("capgap", ""), [str(run)])
     assert parsed.train.loggers == ("csv", "tensorboard")
     flag = "[tensorboard, {class_path: wandb, init_args: {project: mine, offline: true}}]"
-    parsed, _ = parse_run(run_parser("capgap", ""), [str(run), "--train.loggers", flag])
+    parsed, *_ = parse_run(run_file_parser("capgap", ""), [str(run), "--train.loggers", flag])
     assert parsed.train.loggers == (
         "tensorboard",
         {"class_path": "wandb", "init_args": {"project": "mine", "offline": True}},
     )
-    assert parse_run(run_parser("capgap", ""), [str(run), "--train.loggers", "[]"])[0].train.loggers == ()
+    assert parse_run(run_file_parser("capgap", ""), [str(run), "--train.loggers", "[]"])[0].train.loggers == ()
     run.write_text(run.read_text().replace("csv", "{class: csv}"))
     with pytest.raises(SettingError, match=r"train.loggers.*class"):
-        parse_run(run_parser("capgap", ""), [str(run)])
+        parse_run(run_file_parser("capgap", ""), [str(run)])

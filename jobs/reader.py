@@ -1,0 +1,168 @@
+"""Settings from their file and from flags, in one pass.
+
+file --yaml_nodes--> values with lines --flags laid over--> one validation --> the record
+                                                                 |
+                           every problem, with its line of the file or its flag  <--+
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from capgap.jobs.problems import Origin, errors_of, not_finite, unknown_setting
+from capgap.jobs.settings import Setting, find, locate
+from capgap.jobs.shipped import find_file
+from capgap.jobs.yaml_nodes import Document, Loc, parse_value, read_document
+from capgap.schemas.base import Record
+from capgap.schemas.errors import InputError, SettingError, SettingsError
+
+_R = TypeVar("_R", bound=Record)
+
+Given = tuple[str, str | None]
+"""A setting that a flag gives: its dotted name, and its value in YAML; no value where none followed."""
+
+# The user's own loggers, which a flag has named, for the processes of the stages that this one starts.
+_TRUSTED = "CAPGAP_LOGGER_CLASSES"
+
+
+def read_settings(record: type[_R], file: str | Path | None, given: Sequence[Given] = ()) -> _R:
+    """A file of settings by name, with those that were given as flags laid over it; later flags win.
+
+    Args:
+        record: what they are settings of.
+        file: path of the file, or the name of a shipped one; None where all settings are flags.
+        given: the flags.
+
+    Raises:
+        InputError: the file is missing or no YAML.
+        SettingError: a setting is unknown, missing, of the wrong kind, or contradicts another.
+    """
+    path = None if file is None else find_file(file)
+    document = Document({}, {}, frozenset()) if path is None else read_document(path)
+    if path is not None:
+        _require_no_class(Origin(record, document.values, path, document.lines, {}), document.values, ())
+    values = document.values
+    for loc in sorted(document.bare, key=len):
+        _open_section(record, values, loc)
+    flags: dict[Loc, str] = {}
+    unknown: dict[Loc, Any] = {}
+    for name, text in given:
+        flag, loc = f"--{name}", locate(record, name, values)
+        setting = find(record, loc)
+        flags = {loc: flag} | {at: before for at, before in flags.items() if at[: len(loc)] != loc}
+        if setting is None:
+            unknown[loc] = text
+            continue
+        value = _value_of(setting, flag, text)
+        _trust_loggers(value, loc)
+        values = _laid_over(values, loc, value)
+    _require_kind(record, values, path)
+    origin = Origin(record, values, path, document.lines, flags)
+    problems = [unknown_setting(loc, value, origin) for loc, value in unknown.items()]
+    try:
+        settings = record.model_validate(values)
+        problems += not_finite(settings.model_dump(), origin)
+    except ValidationError as error:
+        raise _together([*problems, *errors_of(error, origin)]) from None
+    if problems:
+        raise _together(problems)
+    return settings
+
+
+def _require_kind(record: type[Record], values: dict[Any, Any], path: Path | None) -> None:
+    """A run file is no grid file, and the other way round."""
+    takes_grids = "teachers" in record.model_fields
+    is_grid = "teachers" in values and "students" in values
+    is_run = "teachers" not in values and ("teacher" in values or "student" in values)
+    if path is None or not (is_run if takes_grids else is_grid and "teacher" in record.model_fields):
+        return
+    found, expected, command = ("a grid file", "a run file", "law run") if is_grid else ("a run file", "a grid", "run")
+    fix = f"did you mean capgap {command} {path}?"
+    raise InputError("another kind of file", where=path, found=found, expected=expected, fix=fix)
+
+
+def _together(problems: list[SettingError]) -> SettingError:
+    return problems[0] if len(problems) == 1 else SettingsError(problems)
+
+
+def _open_section(record: type[Record], values: dict[Any, Any], loc: Loc) -> None:
+    """A name with nothing after its colon is a section with its defaults, where it is a section."""
+    setting, outer = find(record, loc), values
+    if setting is None or any(isinstance(part, int) for part in loc):
+        return
+    for part in loc[:-1]:
+        outer = outer[part]
+    if outer.get(loc[-1], "") is not None:
+        return
+    if setting.section is not None:
+        outer[loc[-1]] = {}
+    elif setting.entry is not None:
+        del outer[loc[-1]]
+
+
+def _value_of(setting: Setting, flag: str, text: str | None) -> Any:
+    if text is None:
+        raise SettingError("has no value", where=flag, expected=f"one: {setting.kind}", fix=f"write {flag} VALUE")
+    if setting.takes_text and text != "null":
+        return text
+    quoted = f'"{text}"'
+    fix = f"write '[{quoted}]'" if setting.kind.startswith("list") else f"put what is text in quotes: '{quoted}'"
+    return parse_value(text, flag, fix)
+
+
+def _laid_over(values: Any, loc: Loc, value: Any) -> Any:
+    """The values with one of them set; a list, or a value of another kind, in the way is replaced."""
+    if not loc:
+        return value
+    here = dict(values) if isinstance(values, dict) else {}
+    here[loc[0]] = _laid_over(here.get(loc[0]), loc[1:], value)
+    return here
+
+
+def _trust_loggers(value: Any, loc: Loc) -> None:
+    """Loggers that the user names by a flag, which no stranger writes, may be of any class in stages too."""
+    if isinstance(value, dict):
+        for name, one in value.items():
+            _trust_loggers(one, (*loc, name))
+    if not isinstance(value, list) or loc[-1] != "loggers":
+        return
+    names = [str(one["class_path"]) for one in value if isinstance(one, dict) and "class_path" in one]
+    os.environ[_TRUSTED] = ",".join(dict.fromkeys([*_trusted(), *names]))
+
+
+def _trusted() -> list[str]:
+    return [name for name in os.environ.get(_TRUSTED, "").split(",") if name]
+
+
+def _is_logger(item: object) -> bool:
+    """A logger by its name, or one of Lightning's; any other class can be named by a flag alone."""
+    if not isinstance(item, dict) or not item.keys() <= {"class_path", "init_args"}:
+        return False
+    name = item.get("class_path")
+    if not isinstance(name, str):
+        return False
+    return "." not in name or name.startswith("lightning.pytorch.loggers.") or name in _trusted()
+
+
+def _require_no_class(origin: Origin, value: object, loc: Loc) -> None:
+    """A file from a stranger imports nothing."""
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            is_logger = loc[-1:] == ("loggers",) and isinstance(item, dict) and _is_logger(item)
+            _require_no_class(origin, item.get("init_args") if is_logger else item, (*loc, number))
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if name == "class_path":
+                raise SettingError(
+                    "a run file cannot name a class",
+                    where=origin.place((*loc, name)),
+                    found=item,
+                    expected="settings; in train.loggers a logger's name, or a class of lightning.pytorch.loggers",
+                    fix="give a class of your own by a flag, as in --train.loggers",
+                )
+            _require_no_class(origin, item, (*loc, name))

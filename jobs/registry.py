@@ -1,0 +1,104 @@
+"""The commands by name: where each is, and its line in `capgap --help`. None is imported before it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from capgap.pipeline.stages import declared
+
+if TYPE_CHECKING:
+    from capgap.jobs.arguments import Parser
+
+Run = Callable[[Sequence[str]], int]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        name: as it is typed, for example `law plan`.
+        help: what it does, in a line.
+        module: where it is, below capgap.jobs.
+        function: the function that runs it; its parser is made by `<function less _command>_parser`.
+    """
+
+    name: str
+    help: str
+    module: str
+    function: str
+
+    def run(self, argv: Sequence[str]) -> int:
+        """Run it with its arguments, and return the exit code."""
+        module = import_module(f"capgap.jobs.{self.module}")
+        run: Run = module.stage_command(self.name) if self.is_stage else getattr(module, self.function)
+        return run(argv)
+
+    def parser(self) -> Parser:
+        """What reads its arguments."""
+        module = import_module(f"capgap.jobs.{self.module}")
+        if self.is_stage:
+            return module.stage_parser(self.name)
+        return getattr(module, self.function.removesuffix("_command") + "_parser")()
+
+    @property
+    def is_stage(self) -> bool:
+        """Whether it makes one stage of a run file."""
+        return self.function == "stage_command"
+
+
+def stage_names() -> tuple[str, ...]:
+    """Names of the stages, in order."""
+    return tuple(stage.name for stage in declared())
+
+
+_OTHERS = (
+    Command("run", "make every stage of a run file current; --only STAGE, --from STAGE", "commands", "run_command"),
+    Command("status", "whether every stage is current, and why not; --watch, --json", "status", "status_command"),
+    Command("plan", "tokens, disk and device hours of a run, before it is made", "plan", "plan_command"),
+    Command("init", "write a commented run file here", "init", "init_command"),
+    Command("ls", "the run files that are shipped, or the runs in a folder", "listing", "ls_command"),
+    Command("doctor", "what this machine has, and what that lets one do", "doctor", "doctor_command"),
+    Command("verify", "check files and shards against their digests; --rescore", "commands", "verify_command"),
+    Command("fidelity", "what a cache keeps of its teacher", "fidelity", "fidelity_command"),
+    Command("import", "another program's captures, in Parquet, into a cache", "interchange", "import_command"),
+    Command("export", "a cache into Parquet, for other programs", "interchange", "export_command"),
+    Command("law plan", "what a grid of teachers, students and seeds will take", "law_grid", "grid_plan_command"),
+    Command("law run", "make every run of a grid, then table, fit and page", "law_grid", "grid_run_command"),
+    Command("law table", "the table of what a grid has so far", "law_grid", "grid_table_command"),
+    Command("law fit", "which teacher is best for each student of a table of runs", "law", "fit_command"),
+    Command("law report", "a page of a fit: curves, verdicts, frontiers", "law", "report_command"),
+    Command("law advise", "which teacher for a student that was not trained yet", "law", "advise_command"),
+    Command("completion", "a script that completes these words in bash or zsh", "completion", "completion_command"),
+)
+
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (*_OTHERS, *(Command(stage.name, stage.help, "commands", "stage_command") for stage in declared()))
+}
+"""Every command by its name."""
+
+
+def first_words() -> list[str]:
+    """What may stand after `capgap`."""
+    return list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+
+
+def overview(prefix: str = "") -> str:
+    """The text of `capgap --help`, or of `capgap law --help`."""
+    chosen = [command for command in COMMANDS.values() if command.name.startswith(prefix)]
+    lines = [
+        f"usage: capgap {f'{prefix}COMMAND' if prefix else 'COMMAND'} [RUN.yaml or a shipped name] [--flag ...]",
+        "",
+    ]
+    lines += [f"  {command.name:<12}{command.help}" for command in chosen if not command.is_stage]
+    if not prefix:
+        lines += ["", "One stage of the run file:", ""]
+        lines += [f"  {command.name:<12}{command.help}" for command in chosen if command.is_stage]
+        lines += ["", "Every setting of a run file is also a flag: capgap run RUN.yaml --train.learning_rate 1e-3"]
+        lines += ["--log-format json makes every line one JSON object, for any command."]
+    lines += ["", "capgap COMMAND --help shows its flags. capgap --version says which capgap this is."]
+    return "\n".join(lines)

@@ -1,0 +1,46 @@
+"""Run files that come with capgap, which every command takes by their names, from any folder."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from capgap.schemas.errors import InputError
+
+FOLDER = Path(__file__).parent / "runs"
+
+
+def shipped_names() -> list[str]:
+    """Names of the run files and grid files that are shipped."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def find_file(given: str | Path) -> Path:
+    """The file at a path or, where nothing lies there, the shipped one of that name.
+
+    Raises:
+        InputError: there is neither.
+    """
+    path, name = Path(given), str(given).removesuffix(".yaml")
+    if path.is_file():
+        return path
+    if name in shipped_names():
+        return FOLDER / f"{name}.yaml"
+    if path.exists():
+        raise InputError(
+            "not a run file", where=given, found="a folder" if path.is_dir() else "a device", expected="a file"
+        )
+    near = difflib.get_close_matches(name, shipped_names(), n=1)
+    fix = (
+        f"did you mean {near[0]}, which is shipped?"
+        if near
+        else "`capgap init` writes one, and `capgap ls` lists examples"
+    )
+    raise InputError("no such run file", where=given, fix=fix)
+
+
+def first_comment(path: Path) -> str:
+    """What a run file says of itself in its first line."""
+    with path.open() as file:
+        line = file.readline()
+    return line.removeprefix("#").strip() if line.startswith("#") else ""

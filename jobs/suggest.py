@@ -1,0 +1,53 @@
+"""Did you mean ...? By spelling, and by what other programs call it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from capgap.jobs import synonyms
+from capgap.jobs.settings import all_settings, children, find
+from capgap.jobs.yaml_nodes import Loc, dotted
+from capgap.schemas.base import Record
+
+_MOST = 3
+
+
+def settings_like(record: type[Record], loc: Loc) -> list[str]:
+    """Full names of settings that may have been meant by one that does not exist, the likeliest first."""
+    *outer, last = (str(part).lower().replace("-", "_") for part in loc)
+    # the innermost part of the name that is no setting, for example `trian` of `trian.alpha`
+    number = next(n for n in range(1, len(loc) + 1) if find(record, loc[:n]) is None)
+    if number < len(loc):
+        inner = [f"{name}.{dotted(loc[number:])}" for name in settings_like(record, loc[:number])]
+        return [name for name in inner if find(record, tuple(name.split("."))) is not None] or inner[:1]
+    section = find(record, tuple(outer)) if outer else None
+    siblings = {str(s.loc[-1]): s.name for s in children(section.section if section and section.section else record)}
+    prefix = f"{dotted(tuple(outer))}." if outer else ""
+    meant = synonyms.SETTINGS.get(last, ())
+    if near := [name for name in (last, *(one.rpartition(".")[2] for one in meant)) if name in siblings]:
+        return [prefix + near[0]]
+    # the outer ones first
+    known = sorted((setting.name for setting in all_settings(record)), key=lambda name: name.count("."))
+    if found := [name for name in meant if name in known]:
+        return found
+    if near := difflib.get_close_matches(last, siblings, n=1):
+        return [prefix + near[0]]
+    lasts = {name: name.rpartition(".")[2] for name in known}
+    like = [last] if last in lasts.values() else difflib.get_close_matches(last, set(lasts.values()), n=1)
+    found = [name for name, end in lasts.items() if end in like]
+    return found[:_MOST] or difflib.get_close_matches(dotted(loc), known, n=1)
+
+
+def command_like(name: str, commands: Iterable[str]) -> str | None:
+    """The command that may have been meant by one that does not exist."""
+    known = list(commands)
+    if (meant := synonyms.COMMANDS.get(name.lower())) is not None and meant.split()[0] in known:
+        return meant
+    return next(iter(difflib.get_close_matches(name.lower(), known, n=1)), None)
+
+
+def did_you_mean(names: Iterable[str]) -> str | None:
+    """The question, or nothing where there is nothing to ask."""
+    found = list(names)
+    return f"did you mean {' or '.join(found)}?" if found else None
