@@ -31,11 +31,8 @@ _MOST_NAMED = 3
 class LastCommand(Record):
     """`run.command.json`: how the run in this folder was started last."""
 
-    run_file: str
-    """The run file, as it was named."""
-
     flags: tuple[str, ...] = ()
-    """The settings that were given beside it, as they were typed."""
+    """The settings that were given beside the run file."""
 
 
 def write_command(out: Path, command: LastCommand) -> None:

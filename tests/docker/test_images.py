@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 
 from capgap.jobs.arguments import parse_run
 from capgap.jobs.commands import run_parser
+from capgap.pipeline.stages import declared
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"

@@ -14,6 +14,7 @@ from capgap.jobs.help import help_text
 from capgap.jobs.reader import read_settings
 from capgap.jobs.registry import COMMANDS
 from capgap.pipeline.law.expand import cells
+from capgap.pipeline.stages import declared
 from capgap.pipeline.student.cut import pruned_config
 from capgap.pipeline.student.shapes import shape_of, target_shape
 from capgap.pipeline.workflow.graph import instances

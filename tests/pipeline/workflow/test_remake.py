@@ -49,7 +49,7 @@ def test_a_finished_run_can_be_walked_again(finished_run: RunFile) -> None:
 
 def test_a_forgotten_flag_is_refused_with_the_setting_and_the_flags_of_the_run_before(finished_run, make_run) -> None:
     flags = ("--cache.num_samples", "12")
-    write_command(Path(finished_run.out), LastCommand(run_file="given.yaml", flags=flags))
+    write_command(Path(finished_run.out), LastCommand(flags=flags))
     said = _refused(make_run({"cache.num_samples": 64}))
     assert "cache (cache.num_samples was 50, is 64)" in said
     assert "give the flags of the run before (--cache.num_samples 12)" in said
