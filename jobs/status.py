@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.live import Live
 
@@ -15,6 +18,7 @@ from capgap.jobs.status_view import as_json, as_line, as_table
 from capgap.jobs.tables import ResultConsole, print_wide
 from capgap.pipeline.stage.lease import held_leases
 from capgap.pipeline.workflow.look import Look, look_at
+from capgap.pipeline.workflow.remake import last_command
 from capgap.schemas.errors import MachineError, SettingError
 from capgap.schemas.heartbeat import End
 from capgap.schemas.run_file import RunFile
@@ -32,7 +36,7 @@ def status_command(argv: Sequence[str]) -> int:
     Returns:
         0, or where a watched stage failed the code that it failed with.
     """
-    run, flags, _ = parse_run(status_parser(), argv)
+    run, flags = _as_last_started(argv)
     every_s = _EVERY_S if flags["every"] is None else flags["every"]
     if flags["every"] is not None and not flags["watch"]:
         raise SettingError(
@@ -52,6 +56,17 @@ def status_command(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         # the usual end of a watch, and nothing that could go on
         return INTERRUPTED
+
+
+def _as_last_started(argv: Sequence[str]) -> tuple[RunFile, dict[str, Any]]:
+    """The run and the command's flags. Without settings of its own the look is at the run as it was started last."""
+    run, flags, given = parse_run(status_parser(), argv)
+    last = None if given else last_command(Path(run.out))
+    if last is None or not last.flags:
+        return run, flags
+    run, flags, _ = parse_run(status_parser(), [*argv, *last.flags])
+    log("flags_remembered", f"with the flags of the last run: {shlex.join(last.flags)}", flags=list(last.flags))
+    return run, flags
 
 
 def status_parser() -> Parser:
