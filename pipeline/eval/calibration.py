@@ -19,7 +19,7 @@ from capgap.schemas.results import Interval
 NUM_BINS = 15
 
 
-class Calibration:
+class CalibrationError:
     """Sums over the rows of each sequence; hand it to :func:`capgap.pipeline.eval.measure.score`.
 
     Args:

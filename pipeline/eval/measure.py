@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from capgap.pipeline.eval.calibration import Calibration
+from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.stage.progress import Meter
 from capgap.schemas.errors import InputError
 from capgap.schemas.records import Sequences
@@ -42,7 +42,7 @@ def score(
     context: ContextRule = "packed",
     visit: Visit | None = None,
     num_visited: int = 0,
-    calibration: Calibration | None = None,
+    calibration: CalibrationError | None = None,
     meter: Meter | None = None,
 ) -> npt.NDArray[np.float64]:
     """Loss of every sequence, summed over its labels.
@@ -140,7 +140,7 @@ def _score_one(
     sequences: Sequences,
     part: _Part,
     visit: Visit | None,
-    calibration: Calibration | None,
+    calibration: CalibrationError | None,
 ) -> float:
     after = slice(part.start + 1, part.stop + 1)
     labels_m = torch.from_numpy(sequences.tokens_BL1[part.sequence, after]).long().to(logits_mV.device)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from capgap.pipeline.eval.arms import Losses, differences_over_seeds, paired_differences
 from capgap.pipeline.eval.cached import CachedSums
-from capgap.pipeline.eval.calibration import Calibration
+from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.eval.compare import Comparison
 from capgap.pipeline.eval.intervals import Float64Array, Int64Array, bootstrap_interval, resample_weights
 from capgap.schemas.facts import CorpusFacts, ModelFacts
@@ -46,7 +46,7 @@ class Measured:
     seed: int | None
     facts: ModelFacts
     nats_S: Float64Array
-    calibration: Calibration
+    calibration: CalibrationError
     comparison: Comparison | None = None
     cached: CachedSums | None = None
     drafted: Drafted | None = None

@@ -18,7 +18,7 @@ import torch
 
 from capgap.pipeline.eval.at_hand import why_missing
 from capgap.pipeline.eval.cached import CachedRows, cached_rows, score_on_cache
-from capgap.pipeline.eval.calibration import Calibration
+from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.eval.compare import Comparison
 from capgap.pipeline.eval.drafts import DraftJob, drafted, prompts_of, require_drafting
 from capgap.pipeline.eval.heldout import first_sequences, num_labels
@@ -198,7 +198,7 @@ class _Evaluation:
     def _measure(self, name: str, arm: str | None, seed: int | None, visit: Visit | None, meter: Meter) -> Measured:
         made_from = self._context.run.teacher if name == TEACHER else self._context.run.student
         facts = ModelFacts.model_validate(self._context.input(name).manifest.facts)
-        calibration = Calibration(len(self._sequences))
+        calibration = CalibrationError(len(self._sequences))
         cached = None
         model = load_model(
             model_path(self._context.input(name)), self._context.device, None, made_from.trust_remote_code

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from capgap.pipeline.eval.calibration import Calibration
+from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.eval.measure import score
 from capgap.pipeline.fidelity.rows import exact_draw_errors, ladder
 from capgap.pipeline.models.load import load_model
@@ -81,7 +81,7 @@ class LiveSums:
         self._mass_Q, self._kl_Q = np.zeros(len(self._nums_Q)), np.zeros(len(self._nums_Q))
         self._errors_Q2 = np.zeros((len(self._nums_Q), 2))
         self._entropy, self._nats, self._num_rows = 0.0, 0.0, 0
-        self._calibration = Calibration(1)
+        self._calibration = CalibrationError(1)
 
     def add(self, logprobs_NV: torch.Tensor) -> None:
         """Count further rows, float32 logprobs at temperature 1."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from capgap.pipeline.eval.calibration import Calibration
+from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.fidelity.spread import SpreadSums
 from capgap.pipeline.store import Batch
 from capgap.schemas.fidelity import AtTemperature, DrawError, KeptMass
@@ -92,7 +92,7 @@ class LabelSums:
     """How the targets fare against the real next tokens."""
 
     def __init__(self) -> None:
-        self._calibration = Calibration(1)
+        self._calibration = CalibrationError(1)
         self._nats, self._kept, self._ids, self.num_rows = 0.0, 0, 0, 0
 
     def add(

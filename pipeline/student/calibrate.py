@@ -33,7 +33,7 @@ from capgap.schemas.errors import InputError
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationStatistics:
     """What was seen of the teacher.
 
     Attributes:
@@ -55,7 +55,7 @@ def calibrate(
     vocab_size: int,
     taylor: bool,
     meter: Meter | None = None,
-) -> Calibration:
+) -> CalibrationStatistics:
     """One pass over the batches, and with `taylor` a backward pass beside each.
 
     The model is left as it was; no gradient of a weight is computed.
@@ -167,7 +167,7 @@ class _Tally:
         self._num_labels += int(labels_B.sum())
         self._count(batch)
 
-    def result(self, taylor: bool) -> Calibration:
+    def result(self, taylor: bool) -> CalibrationStatistics:
         if not taylor:
             self._hidden_NH, self._heads_MC = self._hidden_NH.sqrt(), self._heads_MC.sqrt()
             self._neurons_MF = self._neurons_MF.sqrt()
@@ -183,7 +183,7 @@ class _Tally:
         )
         self._require_finite(scores)
         loss = self._nats / max(self._num_labels, 1) if taylor else None
-        return Calibration(scores, (self._energy_NH / self._num_tokens).cpu(), loss)
+        return CalibrationStatistics(scores, (self._energy_NH / self._num_tokens).cpu(), loss)
 
     def _watch(self, hooks: ExitStack) -> None:
         """What every calibration wants to know: how far layers turn their input, and the energy of channels."""

@@ -33,7 +33,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptParts:
     """Indices into the teacher, int64, rising.
 
     Attributes:
@@ -51,7 +51,7 @@ class Kept:
     neurons: tuple[Tensor, ...]
 
 
-def choose(scores: Scores, target: Shape, layers: LayerImportance) -> Kept:
+def choose(scores: Scores, target: Shape, layers: LayerImportance) -> KeptParts:
     """The parts of the highest scores, as many as the target has; of equal ones the first.
 
     A group is as important as its query heads together. Of each group that stays, the same number of query heads stays.
@@ -68,7 +68,7 @@ def choose(scores: Scores, target: Shape, layers: LayerImportance) -> Kept:
         kept_heads = [group * size + _best(heads_GQ[group], target.heads_per_group) for group in kept_groups.tolist()]
         groups.append(kept_groups)
         heads.append(torch.cat(kept_heads))
-    return Kept(
+    return KeptParts(
         layers=layers_kept,
         hidden=_best(scores.hidden_H, target.hidden_size),
         groups=tuple(groups),

@@ -10,7 +10,7 @@ from capgap.pipeline.stage.context import StageInput, further_cache
 from capgap.pipeline.store import ShardReader, heat_of
 from capgap.pipeline.store.rows import sequences_per_row
 from capgap.pipeline.train.objective import objective_of
-from capgap.pipeline.train.task import Source
+from capgap.pipeline.train.task import CacheSource
 from capgap.schemas.errors import InputError, MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, ModelFacts
 from capgap.schemas.manifest import ShardSet
@@ -45,7 +45,7 @@ class ChosenCache:
         """Whether its targets are of that temperature; where the teacher itself is asked they need not be."""
         return self.temperature in self.facts.recordings[self.recording].temperatures
 
-    def source(self) -> Source:
+    def source(self) -> CacheSource:
         """What the loader reads.
 
         Raises:
@@ -53,7 +53,7 @@ class ChosenCache:
         """
         reader = ShardReader(self.location, self.shards)
         heat = heat_of(reader.codec, self.facts.temperature, self.temperature) if self.has_targets else None
-        return Source(reader, self.weight, self.facts.context, heat)
+        return CacheSource(reader, self.weight, self.facts.context, heat)
 
 
 def chosen_caches(settings: TrainSettings, inputs: Mapping[str, StageInput]) -> dict[str | None, ChosenCache]:

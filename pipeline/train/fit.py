@@ -19,7 +19,6 @@ from capgap.pipeline.stage.progress import Meter, progress
 from capgap.pipeline.stage.scalars import METRICS_NAME
 from capgap.pipeline.train.attention import require_ending_attention
 from capgap.pipeline.train.checkpoints import Checkpoints, best_checkpoint, checkpoint_to_resume
-from capgap.pipeline.train.clock import Clock, ClockedLoader
 from capgap.pipeline.train.data import heldout_batches, training_loader
 from capgap.pipeline.train.fits import require_memory, require_positions
 from capgap.pipeline.train.heldout import HeldOut
@@ -31,10 +30,11 @@ from capgap.pipeline.train.online import OnlineModule
 from capgap.pipeline.train.replay import setting_of
 from capgap.pipeline.train.saved import read_checkpoint, whole
 from capgap.pipeline.train.strategy import gather_into, is_sharded, trainer_arguments
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
+from capgap.pipeline.train.timer import TimedLoader, TrainingTimer
 
 
-def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
+def fit(model: PreTrainedModel, task: TrainingTask) -> dict[str, Any]:
     """Train `model` in place and return totals for the manifest; of several ranks, the first one's model is trained.
 
     Every rank calls it, within torch's process group.
@@ -70,12 +70,12 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     for one in told:
         one.logger.log_hyperparams(_described(task))
     metrics = MetricsFile(book.metrics, first_step, told)
-    clock = Clock()
+    timer = TrainingTimer()
     watch = NotFinite(loader, accumulate, work / NOT_FINITE_FOLDER, setting_of(task, model, folder, num_steps))
     heldout = HeldOut(
         metrics,
         watch,
-        clock,
+        timer,
         lambda: heldout_batches(task),
         settings.validate_every_steps,
         tokens_per_step,
@@ -104,14 +104,14 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
             # on every rank: what they measure may need all of them; the first writes
             callbacks=[
                 watch,
-                Metrics(metrics, watch, clock, settings.log_every_steps, steps_per_epoch, tokens_per_step),
+                Metrics(metrics, watch, timer, settings.log_every_steps, steps_per_epoch, tokens_per_step),
                 heldout,
                 checkpoints,
                 *([Progress(meter)] if meter else []),
             ],
         )
         try:
-            trainer.fit(module, ClockedLoader(loader, clock), ckpt_path=resume, weights_only=True)
+            trainer.fit(module, TimedLoader(loader, timer), ckpt_path=resume, weights_only=True)
         except SystemExit:
             # what Lightning makes of an interrupt, and of the signal by which clusters end a job
             raise KeyboardInterrupt from None
@@ -129,7 +129,7 @@ def fit(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     }
 
 
-def _module(model: PreTrainedModel, task: Task, num_steps: int, num_micro_batches: int) -> DistillationModule:
+def _module(model: PreTrainedModel, task: TrainingTask, num_steps: int, num_micro_batches: int) -> DistillationModule:
     arguments: dict[str, Any] = {
         "settings": task.settings,
         "num_steps": num_steps,
@@ -144,13 +144,13 @@ def _module(model: PreTrainedModel, task: Task, num_steps: int, num_micro_batche
     return OnlineModule(model, **arguments, teacher=task.teacher)
 
 
-def _described(task: Task) -> dict[str, Any]:
+def _described(task: TrainingTask) -> dict[str, Any]:
     """What trackers show of a training."""
     settings = task.settings.model_dump(mode="json", exclude={"loggers"})
     return settings | {"alpha": task.alpha, "temperature": task.temperature, "seed": task.seed}
 
 
-def _resume(task: Task, folder: Path, num_steps: int) -> Path | None:
+def _resume(task: TrainingTask, folder: Path, num_steps: int) -> Path | None:
     """The checkpoint to go on from; the first rank chooses."""
     resume = None
     if task.ranks.is_first:
@@ -177,7 +177,7 @@ def _before(metrics: Path) -> dict[str, float]:
     return {f"first_{name}": float(first[name]) for name in names if first.get(name)}
 
 
-def _meter(task: Task, num_steps: int, first_step: int) -> AbstractContextManager[Meter | None]:
+def _meter(task: TrainingTask, num_steps: int, first_step: int) -> AbstractContextManager[Meter | None]:
     return progress(task.title, num_steps, "steps", first_step) if task.ranks.is_first else nullcontext()
 
 

@@ -14,10 +14,10 @@ import lightning
 import torch
 
 from capgap.pipeline.store import Batch
-from capgap.pipeline.train.clock import Clock
 from capgap.pipeline.train.metrics import MetricsFile
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.not_finite import NotFinite
+from capgap.pipeline.train.timer import TrainingTimer
 
 _LOG = logging.getLogger("capgap")
 
@@ -60,14 +60,14 @@ class HeldOut(lightning.Callback):
         self,
         file: MetricsFile,
         watch: NotFinite,
-        clock: Clock,
+        timer: TrainingTimer,
         batches: Callable[[], Iterable[Batch]],
         every_steps: int,
         tokens_per_step: int,
         also_before: bool = False,
     ) -> None:
         self._also_before = also_before
-        self._file, self._watch, self._clock, self._batches = file, watch, clock, batches
+        self._file, self._watch, self._timer, self._batches = file, watch, timer, batches
         self._every, self._tokens_per_step, self._last_step = every_steps, tokens_per_step, 0
         self.last: HeldOutFigures | None = None
 
@@ -81,7 +81,7 @@ class HeldOut(lightning.Callback):
         self._last_step = trainer.global_step
         if trainer.global_step or not self._also_before:
             return
-        with self._clock.aside():
+        with self._timer.excluded():
             before = measure(module, self._batches())
         self._write(0, before)
         if trainer.is_global_zero:
@@ -97,7 +97,7 @@ class HeldOut(lightning.Callback):
             return
         self._last_step = step
         self._watch.settle(trainer)
-        with self._clock.aside():
+        with self._timer.excluded():
             self.last = measure(module, self._batches())
         self._write(step, self.last)
 

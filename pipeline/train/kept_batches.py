@@ -22,7 +22,7 @@ _NAME = "not-finite.json"
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptBatch:
     """A micro-batch that is kept.
 
     Attributes:
@@ -38,7 +38,7 @@ class Kept:
     at_fault: list[str]
 
 
-def keep_batches(folder: Path, kept: Sequence[Kept], setting: dict[str, Any]) -> None:
+def keep_batches(folder: Path, kept: Sequence[KeptBatch], setting: dict[str, Any]) -> None:
     """Write them, in place of what an earlier training kept there; `setting` is of JSON values."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("micro-batch-*.safetensors"):
@@ -53,7 +53,7 @@ def keep_batches(folder: Path, kept: Sequence[Kept], setting: dict[str, Any]) ->
     write_atomically(folder / _NAME, json.dumps(setting | {"micro_batches": micro_batches}, indent=1))
 
 
-def load_batches(folder: Path) -> tuple[list[Kept], dict[str, Any]]:
+def load_batches(folder: Path) -> tuple[list[KeptBatch], dict[str, Any]]:
     """What `keep_batches` wrote: the micro-batches, and the settings.
 
     Raises:
@@ -70,5 +70,7 @@ def load_batches(folder: Path) -> tuple[list[Kept], dict[str, Any]]:
             fix="name the folder that its error names",
         ) from None
     entries = setting.pop("micro_batches")
-    kept = [Kept(e["number"], Batch(**load_file(folder / e["file"])), e["sequences"], e["at_fault"]) for e in entries]
+    kept = [
+        KeptBatch(e["number"], Batch(**load_file(folder / e["file"])), e["sequences"], e["at_fault"]) for e in entries
+    ]
     return kept, setting

@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.train.metrics import Told, read_rows
+from capgap.pipeline.train.metrics import ResumedLogger, read_rows
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.run_optimization import LoggerSettings
 
@@ -107,7 +107,7 @@ def require_loggers(settings: Sequence[str | dict[str, Any]]) -> None:
         one.find()
 
 
-def make_loggers(settings: Sequence[str | dict[str, Any]], book: LogBook) -> list[Told]:
+def make_loggers(settings: Sequence[str | dict[str, Any]], book: LogBook) -> list[ResumedLogger]:
     """The loggers, ready to be told of the steps to come; those of a training that was killed go on in their logs.
 
     Raises:
@@ -120,12 +120,12 @@ def make_loggers(settings: Sequence[str | dict[str, Any]], book: LogBook) -> lis
         logger = one.make(book, ids.get(key))
         if one.known is not None and one.known.class_path == _KNOWN["csv"].class_path:
             _tell_again(logger, book)
-            told.append(Told(logger, book.first_step))
+            told.append(ResumedLogger(logger, book.first_step))
         elif one.known is not None and one.known.id_of is None:
-            told.append(Told(logger, book.first_step))
+            told.append(ResumedLogger(logger, book.first_step))
         else:
             steps = [int(row["step"]) for row in read_rows(book.metrics)] if key in ids else []
-            told.append(Told(logger, max(steps, default=0)))
+            told.append(ResumedLogger(logger, max(steps, default=0)))
             ids[key] = "" if one.known is None or one.known.id_of is None else one.known.id_of(logger)
     _remember(book, ids)
     return told

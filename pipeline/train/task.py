@@ -17,7 +17,7 @@ from capgap.schemas.run_optimization import OptimizationSettings
 
 
 @dataclass(frozen=True)
-class Source:
+class CacheSource:
     """A cache that is read beside the task's own.
 
     Attributes:
@@ -34,7 +34,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingTask:
     """What to train on, and how.
 
     Attributes:
@@ -74,7 +74,7 @@ class Task:
     context: ContextRule = "packed"
     row_len: int | None = None
     weight: float = 1.0
-    others: Mapping[str, Source] = field(default_factory=dict)
+    others: Mapping[str, CacheSource] = field(default_factory=dict)
     teacher: PreTrainedModel | None = None
 
     @property

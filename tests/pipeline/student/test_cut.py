@@ -17,19 +17,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from capgap.pipeline.student.calibrate import calibrate, norms_of
 from capgap.pipeline.student.cut import cut
 from capgap.pipeline.student.hooks import after, around, before
-from capgap.pipeline.student.kept import Kept, choose, random_scores
+from capgap.pipeline.student.kept import KeptParts, choose, random_scores
 from capgap.pipeline.student.shapes import Shape, shape_of
 from capgap.schemas.errors import InputError
 
 IDS = torch.arange(2 * SEQ_LEN).reshape(2, SEQ_LEN) * 7 % VOCAB_SIZE
 
 
-def _kept(shape: Shape, **sizes: int) -> tuple[Shape, Kept]:
+def _kept(shape: Shape, **sizes: int) -> tuple[Shape, KeptParts]:
     target = replace(shape, **sizes)
     return target, choose(random_scores(shape, 3), target, "random")
 
 
-def _energy_in(shape: Shape, kept: Kept) -> torch.Tensor:
+def _energy_in(shape: Shape, kept: KeptParts) -> torch.Tensor:
     """As if nothing were in the channels that go."""
     energy_NH = torch.zeros(2 * shape.num_layers + 1, shape.hidden_size, dtype=torch.float64)
     energy_NH[:, kept.hidden] = 1 / len(kept.hidden)
@@ -43,7 +43,7 @@ def _only(indices: torch.Tensor, size: int, width: int = 1) -> Any:
 
 
 @torch.no_grad()
-def _masked_logits(teacher: PreTrainedModel, shape: Shape, kept: Kept) -> torch.Tensor:
+def _masked_logits(teacher: PreTrainedModel, shape: Shape, kept: KeptParts) -> torch.Tensor:
     """The teacher's with what goes made nothing where it stands."""
     layers: list[nn.Module] = list(teacher.get_decoder().layers)
     hidden = _only(kept.hidden, shape.hidden_size)

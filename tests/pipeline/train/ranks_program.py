@@ -25,7 +25,7 @@ from capgap.pipeline.stage.ranks import Meeting, Ranks, ranks_in_environment
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.module import DistillationModule
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.manifest import ShardSet
 from capgap.schemas.run_optimization import OptimizationSettings
 
@@ -34,7 +34,7 @@ def train(job: dict[str, Any]) -> None:
     folder, ranks = Path(job["folder"]), ranks_in_environment() or Ranks()
     readers = [ShardReader(Path(path), ShardSet.model_validate_json(text)) for path, text in job["shards"]]
     settings = OptimizationSettings.model_validate(job["settings"])
-    task = Task("train", settings, *readers, 1.0, 1.0, 0, "cpu", folder, ranks=ranks)
+    task = TrainingTask("train", settings, *readers, 1.0, 1.0, 0, "cpu", folder, ranks=ranks)
     _write_down_what_is_read(folder / f"read-{ranks.rank}.jsonl", job["number"])
     model = LlamaForCausalLM.from_pretrained(job["student"])
     if ranks.world_size == 1:

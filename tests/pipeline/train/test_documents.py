@@ -17,7 +17,7 @@ from capgap.pipeline.train.data import heldout_batches
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.heldout import measure
 from capgap.pipeline.train.module import DistillationModule
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.errors import InputError
 from capgap.schemas.run_optimization import OptimizationSettings
 
@@ -115,8 +115,8 @@ def test_what_does_not_count_has_no_part_in_loss_or_gradient(readers, make_stude
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def _task(readers, tmp_path, kind: str = "sampled", **settings) -> Task:
-    return Task(
+def _task(readers, tmp_path, kind: str = "sampled", **settings) -> TrainingTask:
+    return TrainingTask(
         title="train: test",
         settings=OptimizationSettings(batch_sequences=4, learning_rate=1e-2),
         training=readers[kind],

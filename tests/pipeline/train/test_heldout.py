@@ -14,7 +14,7 @@ from capgap.pipeline.train.data import heldout_batches
 from capgap.pipeline.train.heldout import entropies, measure
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
 from capgap.pipeline.train.top_ids import top_ids
 from capgap.schemas.run_optimization import OptimizationSettings
 
@@ -60,13 +60,13 @@ def _taught(student, batch):
 def make_task(make_shards, tmp_path):
     """Six sequences of the twelve held-out ones are in the cache."""
 
-    def make(kind: str | None, **settings) -> Task:
+    def make(kind: str | None, **settings) -> TrainingTask:
         scored = None
         if kind is not None:
             whole = make_shards(tmp_path / "scored", kind, 12, seed=1)
             half = whole.shard_set.model_copy(update={"shards": _first_blocks(whole.shard_set, 6)})
             scored = ShardReader(tmp_path / "scored", half)
-        return Task(
+        return TrainingTask(
             title="",
             settings=OptimizationSettings(**settings),
             training=make_shards(tmp_path / "training", kind, 12),

@@ -18,7 +18,7 @@ from capgap.pipeline.train import fit as fit_module
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.loggers import LogBook, make_loggers, require_loggers
 from capgap.pipeline.train.metrics import read_rows
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.errors import CapgapError, InputError, SettingError
 from capgap.schemas.run_optimization import OptimizationSettings
 
@@ -64,8 +64,8 @@ def _tracker() -> None:
 
 
 @pytest.fixture
-def make_task(make_shards, tmp_path) -> Callable[..., Task]:
-    def make(*loggers: Any, folder: str = "stage") -> Task:
+def make_task(make_shards, tmp_path) -> Callable[..., TrainingTask]:
+    def make(*loggers: Any, folder: str = "stage") -> TrainingTask:
         settings = {
             "batch_sequences": 2,
             "log_every_steps": 2,
@@ -74,7 +74,7 @@ def make_task(make_shards, tmp_path) -> Callable[..., Task]:
             "loggers": loggers,
         }
         (tmp_path / folder).mkdir(exist_ok=True)
-        return Task(
+        return TrainingTask(
             title="train: test",
             settings=OptimizationSettings.model_validate(settings),
             training=make_shards(tmp_path / "shards", "sampled", 24),
@@ -122,7 +122,7 @@ def _scalars(folder: Path) -> dict[str, list[int]]:
     return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def _train_and_kill(task: Task, make_student, killed_after) -> None:
+def _train_and_kill(task: TrainingTask, make_student, killed_after) -> None:
     for step in (2, 7, 11, None):  # before the first checkpoint, and behind others, one of them between two rows
         killed_after(step)
         if step is None:

@@ -22,7 +22,7 @@ from capgap.pipeline.train.kept_batches import load_batches
 from capgap.pipeline.train.metrics import read_rows
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.replay import replay
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.errors import InputError
 from capgap.schemas.run_optimization import OptimizationSettings
 
@@ -30,9 +30,9 @@ SEQ_LEN, V = 16, 40
 
 
 @pytest.fixture
-def make_task(make_shards, tmp_path) -> Callable[..., Task]:
-    def make(**settings: Any) -> Task:
-        return Task(
+def make_task(make_shards, tmp_path) -> Callable[..., TrainingTask]:
+    def make(**settings: Any) -> TrainingTask:
+        return TrainingTask(
             title="train: test",
             settings=OptimizationSettings.model_validate({"batch_sequences": 4, "loggers": []} | settings),
             training=make_shards(tmp_path / "shards", "topk", 48),

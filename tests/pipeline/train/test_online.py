@@ -12,7 +12,7 @@ from capgap.pipeline.store.batch import collate
 from capgap.pipeline.store.rows import in_rows
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
-from capgap.pipeline.train.online import Head, OnlineModule, full_divergence, linear_full_kl
+from capgap.pipeline.train.online import HeadWeights, OnlineModule, full_divergence, linear_full_kl
 from capgap.schemas.run_optimization import OptimizationSettings
 
 VOCAB_SIZE = 40
@@ -113,9 +113,9 @@ def rows() -> dict[str, torch.Tensor]:
 def _full(rows, **settings):
     return linear_full_kl(
         rows["hidden"],
-        Head(rows["weight"], rows["bias"], 4.0),
+        HeadWeights(rows["weight"], rows["bias"], 4.0),
         rows["teacher_hidden"],
-        Head(rows["teacher_weight"]),
+        HeadWeights(rows["teacher_weight"]),
         rows["labels"],
         vocab_size=11,
         **settings,
@@ -168,7 +168,7 @@ def test_logits_of_one_chunk_stand_in_memory_at_a_time() -> None:
     hidden_NH, weight_VH = torch.randn(num_rows, 4, requires_grad=True), torch.randn(vocab_size, 4)
     labels_N = torch.zeros(num_rows, dtype=torch.int64)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        head = Head(weight_VH)
+        head = HeadWeights(weight_VH)
         linear_full_kl(
             hidden_NH, head, hidden_NH.detach(), head, labels_N, alpha=1.0, chunk_rows=chunk_rows
         ).loss.backward()
