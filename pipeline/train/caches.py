@@ -52,8 +52,10 @@ class ChosenCache:
             InputError: as the reader.
         """
         reader = ShardReader(self.location, self.shards)
-        heat = heat_of(reader.codec, self.facts.temperature, self.temperature) if self.has_targets else None
-        return CacheSource(reader, self.weight, self.facts.context, heat)
+        target_temperature = None
+        if self.has_targets:
+            target_temperature = heat_of(reader.codec, self.facts.temperature, self.temperature)
+        return CacheSource(reader, self.weight, self.facts.context, target_temperature)
 
 
 def chosen_caches(settings: TrainSettings, inputs: Mapping[str, StageInput]) -> dict[str | None, ChosenCache]:

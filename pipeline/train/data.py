@@ -26,7 +26,7 @@ def training_loader(task: TrainingTask) -> SequenceLoader | MixedLoader:
         InputError: too little data for one step, or the caches do not make rows of one shape.
     """
     settings = task.settings
-    own = CacheSource(task.training, task.weight, task.context, task.heat)
+    own = CacheSource(task.training, task.weight, task.context, task.target_temperature)
     if not task.others:
         return _loader(task, own, settings.num_epochs, settings.max_tokens)
     loaders = {OWN: _loader(task, own, settings.num_epochs)}
@@ -61,7 +61,7 @@ def _batches_of(task: TrainingTask, reader: ShardReader, wanted: range) -> Itera
         sequences, targets = reader.read(index)
         for start in range(rows.start, rows.stop, task.micro_batch):
             part = [(sequences, targets, row) for row in range(start, min(start + task.micro_batch, rows.stop))]
-            yield collate(part, reader.codec.num_ids, task.heat, task.context)
+            yield collate(part, reader.codec.num_ids, task.target_temperature, task.context)
 
 
 def _loader(task: TrainingTask, source: CacheSource, num_epochs: int, max_tokens: int | None = None) -> SequenceLoader:
@@ -78,7 +78,7 @@ def _loader(task: TrainingTask, source: CacheSource, num_epochs: int, max_tokens
         row_len=task.row_len,
         on_corrupt=settings.on_corrupt,
         decode_on=task.device if settings.decode == "device" else None,
-        heat=source.heat,
+        heat=source.target_temperature,
         context=source.context,
     )
 

@@ -112,7 +112,7 @@ def killed_after(monkeypatch) -> Callable[[int | None], None]:
         def made(**given: Any) -> lightning.Trainer:
             return trainer(**given | {"callbacks": [*given["callbacks"], *more]})
 
-        monkeypatch.setattr(fit_module.lightning, "Trainer", made)
+        monkeypatch.setattr(lightning, "Trainer", made)
 
     return arm
 

@@ -18,7 +18,7 @@ from capgap.pipeline.store import Batch, SequenceLoader
 from capgap.pipeline.train import fit as fit_module
 from capgap.pipeline.train import heldout as heldout_module
 from capgap.pipeline.train import metrics as metrics_module
-from capgap.pipeline.train import timer as clock_module
+from capgap.pipeline.train import timer as timer_module
 from capgap.pipeline.train.data import training_loader
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.heldout import HeldOutFigures, measure
@@ -128,7 +128,7 @@ class Ticks:
 def test_waiting_and_the_rate_leave_measurements_out(task, make_student, monkeypatch) -> None:
     """Each micro-batch is waited for 3 s and worked on 1 s; each measurement takes 100 s."""
     ticks = Ticks()
-    for module in (clock_module, metrics_module):
+    for module in (timer_module, metrics_module):
         monkeypatch.setattr(module, "time", ticks)
 
     class Slow:
@@ -216,9 +216,9 @@ def test_micro_batches_between_two_rows_are_not_looked_at(task, make_student, mo
             seen.append(len([shape for shape in calls if shape in ((4,), (2,))]))
 
     seen: list[int] = []
-    trainer = fit_module.lightning.Trainer
+    trainer = lightning.Trainer
     monkeypatch.setattr(
-        fit_module.lightning,
+        lightning,
         "Trainer",
         lambda **given: trainer(**given | {"callbacks": [*given["callbacks"], Counted()]}),
     )
