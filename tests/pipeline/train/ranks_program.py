@@ -21,7 +21,7 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
-from capgap.pipeline.stage.ranks import Meeting, Ranks, ranks_in_environment
+from capgap.pipeline.stage.ranks import Ranks, Rendezvous, ranks_in_environment
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.module import DistillationModule
@@ -40,7 +40,7 @@ def train(job: dict[str, Any]) -> None:
     if ranks.world_size == 1:
         totals = fit(model, task)
     else:
-        with Meeting(ranks, "train").group("cpu"):
+        with Rendezvous(ranks, "train").group("cpu"):
             totals = fit(model, task)
     if ranks.is_first:
         (folder / "totals.json").write_text(json.dumps(totals))
