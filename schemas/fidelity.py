@@ -63,7 +63,7 @@ class AtTemperature(Record):
     """Of `topk` with the tail spread evenly over all other ids: at least the teacher's. None for draws."""
 
 
-class DrawError(Record):
+class SamplingError(Record):
     """Squared distance of drawn frequencies from the teacher's probabilities, sum over ids, mean over rows."""
 
     num_samples: int
@@ -134,7 +134,7 @@ class RecordingFidelity(Record):
     (Guo et al., 2017, arXiv 1706.04599), at the temperature of the recording. For draws the confidence is the
     largest frequency, which is a little too high."""
 
-    draw_errors: tuple[DrawError, ...]
+    sampling_errors: tuple[SamplingError, ...]
     """Of a `sampled` recording, by rising n."""
 
     num_bytes: Bytes
@@ -165,7 +165,7 @@ class LiveFigures(Record):
     kept: tuple[KeptMass, ...]
     """Of the full distributions, also for numbers of ids that were not kept."""
 
-    draw_errors: tuple[DrawError, ...]
+    sampling_errors: tuple[SamplingError, ...]
     """Exact for both ways of drawing."""
 
 

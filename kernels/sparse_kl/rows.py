@@ -81,8 +81,8 @@ class RowsKernel(Protocol):
                 such a buffer's rows). Float16, bfloat16, float32 or float64. Afterwards the first V columns hold
                 `ckl d divergence / d (logits / T) + cce d ce / d logits`, softcap's slope included, rounded once;
                 without `want_gradient` they are scratch too.
-            rows: see there.
-            settings: see there.
+            rows: of the chunk.
+            settings: of all rows.
             want_gradient: False where neither hidden states nor head are trained.
 
         Returns:

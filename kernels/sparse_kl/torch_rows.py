@@ -64,10 +64,10 @@ def differentiate(
     """Divergence [B] and cross-entropy [B] of a block in the rows' dtype, which becomes the gradient.
 
     Args:
-        logits_BP: see `RowsKernel`.
-        rows: see there.
-        settings: see there.
-        want_gradient: see there.
+        logits_BP: as `RowsKernel` takes them, and so are the arguments that follow.
+        rows: likewise.
+        settings: likewise.
+        want_gradient: likewise.
         complete: where the block holds a part of the vocabulary only: makes its sums those of the whole. Ids and
             labels of other parts then stand at column V, with their probability.
     """

@@ -83,7 +83,7 @@ def run(context: StageContext) -> StageResult:
         written = {model.name: model.written for model in models if model.written is not None}
         results = results.model_copy(update={"samples": samples.samples(written)})
     write_atomically(context.folder / RESULTS_NAME, results.model_dump_json(indent=2) + "\n")
-    _say_scalars(context, results)
+    _log_scalars(context, results)
     totals = {
         "models": len(results.models),
         "sequences": results.num_sequences,
@@ -133,7 +133,7 @@ def _require_other_means(context: StageContext, missing: str, cached: CachedRows
     _LOG.warning("eval: the teacher itself is not measured: %s; %s", missing, stands_for_it)
 
 
-def _say_scalars(context: StageContext, results: EvalResults) -> None:
+def _log_scalars(context: StageContext, results: EvalResults) -> None:
     for model in results.models:
         near = model.against_teacher
         figures: dict[str, float | None] = {"validation_loss": model.loss}

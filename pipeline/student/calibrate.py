@@ -66,13 +66,13 @@ def calibrate(
     tally = _Tally(model, shape, vocab_size)
     with frozen(model):
         for batch in batches:
-            there = batch.to(model.device)
+            batch = batch.to(model.device)
             if taylor:
-                tally.add_taylor(there)
+                tally.add_taylor(batch)
             else:
-                tally.add_activations(there)
+                tally.add_activations(batch)
             if meter is not None:
-                meter.advance(len(there.labels_BL), there.labels_BL.numel())
+                meter.advance(len(batch.labels_BL), batch.labels_BL.numel())
     return tally.result(taylor)
 
 
@@ -90,7 +90,7 @@ def loss_without_each_layer(
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Of the decoder's last norm [B, L, H]; under the rule `document` no document sees another."""
+    """The output of the decoder's last norm [B, L, H]; under the rule `document` no document sees another."""
     positions = {} if batch.positions_BL is None else {"position_ids": batch.positions_BL}
     hidden_BLH: Tensor = model.get_decoder()(
         input_ids=batch.input_ids_BL, use_cache=False, **positions
@@ -241,7 +241,7 @@ class _Tally:
 
 
 def losses(model: PreTrainedModel, batch: Batch, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Of each sequence: cross-entropy summed over its labels, nats [B], and how many labels there are [B]."""
+    """Cross-entropy of each sequence, summed over its labels, nats [B], and how many labels it has [B]."""
     hidden_BLH, head = hidden_states(model, batch), model.get_output_embeddings()
     nats = []
     for hidden_LH, labels_L in zip(hidden_BLH, batch.labels_BL, strict=True):

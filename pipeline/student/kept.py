@@ -81,14 +81,14 @@ def random_scores(teacher: Shape, seed: int) -> Scores:
     """Uniform ones, a pure function of shape and seed."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(*size: int) -> Tensor:
+    def uniform(*size: int) -> Tensor:
         return torch.rand(size, generator=generator, dtype=torch.float64)
 
     return Scores(
-        layers_M=draw(teacher.num_layers),
-        hidden_H=draw(teacher.hidden_size),
-        heads_MGQ=draw(teacher.num_layers, teacher.num_key_value_heads, teacher.heads_per_group),
-        neurons_MF=draw(teacher.num_layers, teacher.intermediate_size),
+        layers_M=uniform(teacher.num_layers),
+        hidden_H=uniform(teacher.hidden_size),
+        heads_MGQ=uniform(teacher.num_layers, teacher.num_key_value_heads, teacher.heads_per_group),
+        neurons_MF=uniform(teacher.num_layers, teacher.intermediate_size),
     )
 
 

@@ -104,7 +104,7 @@ def write_report(folder: Path, kept: KeptParts, scores: Scores, figures: dict[st
 
 
 def _rounded(scores: Tensor) -> Any:
-    """Six digits: more say nothing of what is more important."""
+    """Scores with six digits: further ones do not change what is more important."""
     if scores.ndim > 1:
         return [_rounded(part) for part in scores]
     return [float(f"{value:.6g}") for value in scores.tolist()]

@@ -68,9 +68,9 @@ def chosen_caches(settings: TrainSettings, inputs: Mapping[str, StageInput]) -> 
     found: dict[str | None, ChosenCache] = {None: own}
     for name, cache in settings.caches.items():
         # at one temperature, or divergences of different sizes would be added up
-        its = settings.model_copy(update={"recording": cache.recording, "temperature": _shared(settings, own)})
-        at = inputs["cache" if cache.path is None else further_cache(name)]
-        found[name] = _chosen(f"train.caches.{name}", at, its, cache.weight)
+        asked = settings.model_copy(update={"recording": cache.recording, "temperature": _shared(settings, own)})
+        made = inputs["cache" if cache.path is None else further_cache(name)]
+        found[name] = _chosen(f"train.caches.{name}", made, asked, cache.weight)
     return found
 
 
@@ -133,11 +133,11 @@ def choose(cache: CacheFacts, settings: TrainSettings, setting: str = "train") -
     return recording, temperature if settings.needs_targets or settings.needs_teacher else cache.temperature
 
 
-def _chosen(setting: str, at: StageInput, settings: TrainSettings, weight: float) -> ChosenCache:
-    facts = CacheFacts.model_validate(at.manifest.facts)
+def _chosen(setting: str, cache: StageInput, settings: TrainSettings, weight: float) -> ChosenCache:
+    facts = CacheFacts.model_validate(cache.manifest.facts)
     recording, temperature = choose(facts, settings, setting)
-    shards = at.manifest.shard_sets[recording]
-    return ChosenCache(setting, at.location, facts, recording, temperature, shards, weight)
+    shards = cache.manifest.shard_sets[recording]
+    return ChosenCache(setting, cache.location, facts, recording, temperature, shards, weight)
 
 
 def _shared(settings: TrainSettings, own: ChosenCache) -> float | None:

@@ -35,7 +35,7 @@ class Checkpoints(lightning.Callback):
         accumulate: micro-batches of a step on each rank.
         keep: how many of the last ones stay.
         seed: of random numbers.
-        heldout: whose measurements say which weights are best; None where the best are not kept.
+        heldout: whose measurements decide which weights are best; None where the best are not kept.
 
     Attributes:
         folder: of the checkpoints.

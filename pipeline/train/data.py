@@ -51,7 +51,7 @@ def heldout_batches(task: TrainingTask) -> Iterator[Batch]:
 
 
 def _batches_of(task: TrainingTask, reader: ShardReader, wanted: range) -> Iterator[Batch]:
-    """Those of the reader's sequences, or as many of them as there are."""
+    """The wanted sequences of the reader, or as many of them as there are."""
     first = 0
     for index, size in enumerate(m.num_sequences for s in reader.shard_set.shards for m in s.each_member()):
         rows = range(max(wanted.start - first, 0), min(wanted.stop - first, size))
@@ -85,8 +85,8 @@ def _loader(task: TrainingTask, source: CacheSource, num_epochs: int, max_tokens
 
 def _as_many_rows(task: TrainingTask, source: CacheSource, num_sequences: int) -> int:
     """Sequences of a source that fill as many rows as that many of the task's own."""
-    own, its = (_per_row(task, reader.shard_set.seq_len) for reader in (task.training, source.reader))
-    return num_sequences if own == its else num_sequences // own * its
+    own, others = (_per_row(task, reader.shard_set.seq_len) for reader in (task.training, source.reader))
+    return num_sequences if own == others else num_sequences // own * others
 
 
 def _per_row(task: TrainingTask, seq_len: int) -> int:

@@ -64,7 +64,7 @@ class LmHead:
 def served_head(model: PreTrainedModel, vocab_size: int) -> LmHead:
     """The head of a model, once the loss has been seen to stand for it: a few forward passes of 16 tokens.
 
-    The model is left as it was, and no global random number is drawn.
+    The model is left as it was, and torch's global random numbers are not used.
 
     Args:
         model: in any dtype, on the device where it can run.
@@ -117,7 +117,7 @@ def _tried(model: PreTrainedModel, linear: nn.Linear, vocab_size: int) -> LmHead
 def _logits_of_probe(
     model: PreTrainedModel, linear: nn.Linear, ids_BL: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, float, float | None]:
-    """What the head reads [B, L, H], and the scale and cap that the model puts on what the head says."""
+    """What the head reads [B, L, H], and the scale and cap that the model puts on the head's output."""
     seen: list[Tensor] = []
 
     def replace(_: nn.Module, inputs: tuple[Tensor, ...], output_BLV: Tensor) -> Tensor:

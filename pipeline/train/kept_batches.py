@@ -1,4 +1,4 @@
-"""Micro-batches on disk: one safetensors file each, and a JSON file that says what they are.
+"""Micro-batches on disk: one safetensors file each, and a JSON file that describes them.
 
 micro-batch-00000123.safetensors ...   tensors by the names of `Batch`'s attributes
 not-finite.json                        what was found there, by which settings, of which sequences
@@ -29,7 +29,7 @@ class KeptBatch:
         number: over the whole training.
         batch: itself.
         sequences: shard, member and row of each.
-        at_fault: those of them in which something is wrong, or all where that cannot be told.
+        at_fault: those of them in which something is wrong, or all where that cannot be known.
     """
 
     number: int

@@ -34,7 +34,7 @@ class ResumedLogger:
 
     Attributes:
         logger: itself.
-        last_step: the last one that it was told of.
+        last_step: the last step that it has logged.
     """
 
     logger: Any
@@ -42,14 +42,14 @@ class ResumedLogger:
 
 
 class MetricsFile:
-    """`metrics.csv`, and whatever loggers are to hear of its rows; the first process of a training writes, no other.
+    """`metrics.csv`, and the loggers that receive its rows; the first process of a training writes, no other.
 
-    After a resume, rows of steps that will be taken again are dropped. Loggers hear of a row after the file has it.
+    After a resume, rows of steps that will be taken again are dropped. Loggers receive a row after the file has it.
 
     Args:
-        path: of the file; one of an earlier version, with fewer columns, is gone on with.
+        path: of the file.
         first_step: that a resumed training begins with.
-        loggers: that hear of the steps after their last one.
+        loggers: that receive the steps after their last one.
     """
 
     def __init__(self, path: Path, first_step: int, loggers: Sequence[ResumedLogger] = ()) -> None:
@@ -70,9 +70,9 @@ class MetricsFile:
         known = {name: value for name, value in values.items() if value is not None}
         with self._path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow({"step": step, **known})
-        for told in self._loggers:
-            if step > told.last_step:
-                told.logger.log_metrics(known, step=step)
+        for one in self._loggers:
+            if step > one.last_step:
+                one.logger.log_metrics(known, step=step)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -97,7 +97,7 @@ class RunningSums:
         self._sums = row if self._sums is None else self._sums + row
 
     def look(self, trainer: Any) -> list[float] | None:
-        """The sums over all processes, None of nothing: this waits for the device."""
+        """The sums over all processes, None before anything was added: this waits for the device."""
         if self._sums is None:
             return None
         sums: list[float] = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
@@ -211,7 +211,7 @@ class Progress(lightning.Callback):
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Of a GPU the most that tensors have taken at once so far; of a CPU what the process takes now."""
+    """On a GPU the most that tensors have taken at once so far; on a CPU what the process takes now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # the second number of the file is of pages in memory

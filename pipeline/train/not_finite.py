@@ -82,7 +82,7 @@ class NotFinite(lightning.Callback):
         """Note the flags, and look at those that have arrived.
 
         Raises:
-            InputError: one of them says no.
+            InputError: one of them is not finite.
         """
         last, loss = module.last, module.last.loss.detach()
         ends_step = (batch_idx + 1) % self._accumulate == 0

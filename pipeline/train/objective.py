@@ -44,7 +44,7 @@ class Objective:
     router_loss_weight: float = 0.0
 
     def arguments(self) -> dict[str, Any]:
-        """Of `linear_sparse_kl`."""
+        """The arguments of `linear_sparse_kl` that the objective decides."""
         return {"divergence": self.divergence, "tail": self.tail, "beta": self.beta}
 
     def measured_on(self, recording: Recording) -> Objective:
@@ -116,8 +116,8 @@ def objective_of(settings: TrainSettings, recording: Recording, where: Path | st
             "the cache does not support these token weights",
             where=where,
             found="sampled targets with train.token_weights entropy",
-            # the entropy of n draws is not above log n, and it varies with the very draws that it would weigh
-            expected="a topk recording: a few draws do not tell the teacher's entropy",
+            # the entropy of n samples is not above log n, and it varies with the very samples that it would weigh
+            expected="a topk recording: a few samples do not give the teacher's entropy",
             fix="leave train.token_weights out, or learn from a topk recording",
         )
     return objective

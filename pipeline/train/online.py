@@ -37,9 +37,9 @@ class OnlineModule(DistillationModule):
     """As `DistillationModule`, with the teacher's whole distribution in the place of the batch's targets.
 
     Args:
-        *args: as there.
+        *args: as `DistillationModule` takes them.
         teacher: on the device of the training; it is frozen here, and is no part of the module's state.
-        **kwargs: as there.
+        **kwargs: as `DistillationModule` takes them.
 
     Raises:
         InputError: the teacher's head cannot be served, as the student's.
@@ -53,7 +53,7 @@ class OnlineModule(DistillationModule):
         self._teacher_head = HeadWeights.from_lm_head(self._teacher[1])
 
     def _loss_of(self, hidden_BLH: Tensor, batch: Batch, alpha: float) -> SparseKl:
-        """As there; in training the divergence is that of all V probabilities.
+        """As `DistillationModule`; in training the divergence is that of all V probabilities.
 
         Held-out sequences are measured against the cache, as in any other training.
         """
@@ -183,7 +183,7 @@ def linear_full_kl(
 
 
 def full_divergence(logp_NV: Tensor, logq_NV: Tensor, divergence: Divergence, beta: float) -> Tensor:
-    """Of each row, by its definition, from the log-probabilities of teacher p and student q [N, V].
+    """The divergence of each row, by its definition, from the log-probabilities of teacher p and student q [N, V].
 
     In the reverse KL a teacher's logprob below -30 counts as -30, as in `linear_sparse_kl`.
     """

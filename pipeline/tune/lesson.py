@@ -66,7 +66,7 @@ class Lesson:
 
 
 def lesson_of(settings: TuneSettings, path: str, cache_input: StageInput | None) -> Lesson:
-    """What the settings say, for the model at `path`.
+    """What the settings ask for, for the model at `path`.
 
     Raises:
         InputError: the chat template cannot be learnt from, or rows are longer than the model takes.

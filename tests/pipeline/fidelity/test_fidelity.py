@@ -102,7 +102,7 @@ def test_draws_hold_what_they_must(planted) -> None:
 
 def test_the_error_of_draws_is_between_what_theory_says_and_its_bound(planted) -> None:
     p_V = _geometric()
-    errors = {one.num_samples: one for one in _of(planted, "sampled").draw_errors}
+    errors = {one.num_samples: one for one in _of(planted, "sampled").sampling_errors}
     assert list(errors) == [1, 2, 5, 10, 20]
     fraction_V = (20 * p_V) % 1
     systematic = (fraction_V * (1 - fraction_V)).sum() / 400
@@ -187,8 +187,8 @@ def test_the_teacher_itself_confirms_what_the_cache_says(real) -> None:
     assert at.most_entropy is not None and at.least_entropy < live.entropy < at.most_entropy
     assert live.label_loss == pytest.approx(topk.label_loss, rel=1e-5)
     assert live.ece == pytest.approx(topk.ece, abs=1e-5)
-    errors = {one.num_samples: one for one in live.draw_errors}
-    cached = {one.num_samples: one for one in sampled.draw_errors}
+    errors = {one.num_samples: one for one in live.sampling_errors}
+    cached = {one.num_samples: one for one in sampled.sampling_errors}
     assert errors[30].systematic is not None and cached[30].systematic is not None
     assert errors[30].systematic < cached[30].systematic
     assert errors[30].systematic < errors[30].independent

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CONFIGS, SEQ_LEN, VOCAB_SIZE, made
+from tiny_models import PRUNED_SEQ_LEN as SEQ_LEN
+from tiny_models import PRUNED_VOCAB_SIZE as VOCAB_SIZE
+from tiny_models import prunable_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -156,7 +158,7 @@ def test_norms_give_what_stays_the_mean_square_that_it_had(llama: PreTrainedMode
 
 
 def test_half_precision_is_kept(llama: PreTrainedModel) -> None:
-    teacher = made(CONFIGS["llama"]).to(torch.bfloat16)
+    teacher = prunable_model("llama").to(torch.bfloat16)
     shape = shape_of(llama.config, "")
     target, kept = _kept(shape, hidden_size=16)
     student = cut(teacher, target, kept, _energy_in(shape, kept))
@@ -165,7 +167,7 @@ def test_half_precision_is_kept(llama: PreTrainedModel) -> None:
 
 
 def test_a_qwen2_with_windows_is_refused_where_its_heads_would_no_longer_divide_its_width() -> None:
-    teacher = made(CONFIGS["qwen2 with windows"])
+    teacher = prunable_model("qwen2 with windows")
     shape = shape_of(teacher.config, "")
     target, kept = _kept(shape, hidden_size=24)
     with pytest.raises(InputError, match=r"sliding window, 4 heads of 8, expected 3 heads for a width of 24") as e:

@@ -10,7 +10,8 @@ from typing import Any
 
 import fsspec
 import pytest
-from tiny_runs import SEQ_LEN, save_teacher
+from tiny_runs import SEQ_LEN, salted_texts, save_teacher
+from tiny_texts import write_texts
 from transformers import AutoModelForCausalLM
 
 from capgap.pipeline.stage.context import Instance
@@ -27,11 +28,7 @@ NEEDED = (Instance("corpus"), Instance("teacher"), Instance("cache"), Instance("
 
 
 def _texts(folder: Path, salt: str) -> str:
-    folder.mkdir(parents=True)
-    for i in range(60):
-        text = f"{salt} {i} is {i * i} and then {' '.join(str(i * k) for k in range(30))}\n"
-        (folder / f"{i:02d}.txt").write_text(text)
-    return str(folder / "*.txt")
+    return str(write_texts(folder, salted_texts(salt)) / "*.txt")
 
 
 def _teacher(folder: Path, seed: int, texts: list[str]) -> str:

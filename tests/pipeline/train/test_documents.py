@@ -10,7 +10,8 @@ import itertools
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from tiny_models import mamba_config, tiny_model
+from transformers import LlamaForCausalLM
 
 from capgap.pipeline.store import Batch, SequenceLoader, ShardReader
 from capgap.pipeline.train.data import heldout_batches
@@ -146,17 +147,17 @@ def test_the_held_out_loss_falls_and_is_that_of_documents_alone(readers, make_st
 
 @pytest.mark.parametrize("settings", [{}, {"row_len": 40}])
 def test_a_model_that_cannot_is_refused_before_the_first_step(readers, tmp_path, settings) -> None:
-    config = MambaConfig(vocab_size=48, hidden_size=32, num_hidden_layers=1)
+    config = mamba_config()
     with pytest.raises(
         InputError, match=r"mamba: this model would look across the sequences or documents of a row; found"
     ):
-        fit(MambaForCausalLM(config), _task(readers, tmp_path, **settings))
+        fit(tiny_model(config), _task(readers, tmp_path, **settings))
     assert not list(tmp_path.rglob("metrics.csv"))
-    fit(MambaForCausalLM(config), dataclasses.replace(_task(readers, tmp_path), context="packed"))
+    fit(tiny_model(config), dataclasses.replace(_task(readers, tmp_path), context="packed"))
 
 
 def test_a_teacher_that_cannot_is_refused_beside_the_student_that_can(readers, make_student, tmp_path) -> None:
-    teacher = MambaForCausalLM(MambaConfig(vocab_size=48, hidden_size=32, num_hidden_layers=1))
+    teacher = tiny_model(mamba_config())
     task = dataclasses.replace(_task(readers, tmp_path), teacher=teacher)
     with pytest.raises(
         InputError, match=r"mamba: this model would look across the sequences or documents of a row; found"

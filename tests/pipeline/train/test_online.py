@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaConfig
+from tiny_models import SIZES, tiny_llama, tiny_model
+from transformers import CohereConfig, Gemma2Config
 
 from capgap.kernels.sparse_kl import SparseTargets, linear_sparse_kl
 from capgap.pipeline.store import Batch
@@ -198,22 +199,13 @@ def test_ids_without_any_probability_cost_nothing_forward_and_30_nats_at_most_ba
 
 
 def test_a_teacher_with_a_soft_cap_a_bias_and_its_own_width(batch, make_student) -> None:
-    torch.manual_seed(0)
-    shape = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 48,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "initializer_range": 0.5,
-    }
-    capped = AutoModelForCausalLM.from_config(Gemma2Config(**shape, final_logit_softcapping=2.0)).eval()
-    biased = AutoModelForCausalLM.from_config(LlamaConfig(**shape)).eval()
-    biased.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB_SIZE))
+    wide = {"vocab_size": VOCAB_SIZE, "hidden_size": 48, "head_dim": 24, "initializer_range": 0.5}
+    shape = SIZES | wide | {"num_key_value_heads": 2}
+    capped = tiny_model(Gemma2Config(**shape, final_logit_softcapping=2.0), 1).eval()
+    biased = tiny_llama(2, **wide).eval()
+    biased.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(0)))
     config = CohereConfig(**shape, logit_scale=0.25, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    scaled = AutoModelForCausalLM.from_config(config).eval()
+    scaled = tiny_model(config, 3).eval()
     for teacher in (capped, biased, scaled):
         model = make_student()
         found = _module(model, teacher).loss(batch, 1.0).loss
