@@ -107,7 +107,7 @@ class _Part:
 
 
 def _parts(sequences: Sequences, context: ContextRule) -> Iterator[_Part]:
-    """In the order of the tokens; a document that began in an earlier sequence begins anew."""
+    """Parts in the order of the tokens; a document that began in an earlier sequence begins anew."""
     length = sequences.tokens_BL1.shape[1] - 1
     for sequence, starts_L1 in enumerate(sequences.starts_BL1):
         firsts = np.flatnonzero(starts_L1[1:length]) + 1 if context == "document" else ()
@@ -142,9 +142,9 @@ def _score_one(
     visit: Visit | None,
     calibration: CalibrationError | None,
 ) -> float:
-    after = slice(part.start + 1, part.stop + 1)
-    labels_m = torch.from_numpy(sequences.tokens_BL1[part.sequence, after]).long().to(logits_mV.device)
-    positions_N = torch.from_numpy(np.flatnonzero(sequences.mask_BL1[part.sequence, after])).to(logits_mV.device)
+    next_tokens = slice(part.start + 1, part.stop + 1)
+    labels_m = torch.from_numpy(sequences.tokens_BL1[part.sequence, next_tokens]).long().to(logits_mV.device)
+    positions_N = torch.from_numpy(np.flatnonzero(sequences.mask_BL1[part.sequence, next_tokens])).to(logits_mV.device)
     nats = 0.0
     for start in range(0, len(positions_N), _CHUNK_ROWS):
         chunk_N = positions_N[start : start + _CHUNK_ROWS]

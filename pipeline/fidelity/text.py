@@ -37,7 +37,7 @@ def summary(fidelity: Fidelity) -> tuple[str, ...]:
 
 
 def _in_short(recording: RecordingFidelity) -> str:
-    first = recording.at[0]
+    first = recording.by_temperature[0]
     if first.tail is not None:
         kept = f"{1 - first.tail.mean:.2%} of the teacher's probability kept, tail {first.tail.p99:.2%} at p99"
     else:
@@ -59,7 +59,7 @@ def _recording(recording: RecordingFidelity) -> Iterator[Shown]:
         f"  against the text: label loss {recording.label_loss:.4f} nats, top-1 ECE {recording.ece:.2%}, "
         f"next token among the ids at {recording.label_kept:.1%} of rows; {recording.distinct_ids:.1f} ids a row"
     )
-    for figures in recording.at:
+    for figures in recording.by_temperature:
         yield from _at_temperature(figures)
     if recording.sampling_errors:
         yield _errors(recording.sampling_errors)

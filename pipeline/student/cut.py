@@ -184,7 +184,7 @@ def _indexed(weight: Tensor, axes: tuple[str | None, ...], indices: dict[str, Te
 
 
 def _factors(energy_NH: Tensor, kept: KeptParts) -> dict[tuple[int | None, str], float]:
-    """By layer of the student and name, for every norm of the residual stream; none where all channels stay."""
+    """Factors by layer of the student and name of each norm of the residual stream; none where all channels stay."""
     num_all, num_kept = energy_NH.shape[1], len(kept.hidden)
     if num_kept == num_all:
         return {}

@@ -20,7 +20,7 @@ from capgap.schemas.errors import InputError
 _ATTENTION_THAT_ENDS = ("eager", "sdpa", "flex_attention")
 # one of a single token between two others, and more tokens in each than a short convolution reaches back
 _DOCUMENT_LENGTHS = (6, 1, 7)
-# Relative to the vectors' size. Sums in another order make up to 4e-7 of it in float32 (14 tiny models), and a hundredth
+# Relative to the vectors' size. Sums in another order make up to 4e-7 of it in float32 (14 tiny models), a hundredth
 # in bfloat16 after many layers; what is seen of another document makes a third and more even with fresh weights.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 _OTHER_TOLERANCE = 0.05

@@ -104,7 +104,7 @@ class NotFinite(lightning.Callback):
         self.settle(trainer)
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        """Nor the last weights."""
+        """Let the last weights be of no such model either."""
         self.settle(trainer)
 
     def _look(self, trainer: Any) -> None:

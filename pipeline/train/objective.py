@@ -48,7 +48,7 @@ class Objective:
         return {"divergence": self.divergence, "tail": self.tail, "beta": self.beta}
 
     def measured_on(self, recording: Recording) -> Objective:
-        """By what held-out sequences of a cache are measured: this divergence, or forward KL where it has none of it.
+        """The objective that measures a cache's held-out sequences: this one, or forward KL if they do not support it.
 
         An arm that learns from the text alone, or from the teacher itself, may ask for what the cache does not support.
         """

@@ -76,7 +76,7 @@ class OnlineModule(DistillationModule):
 
     @torch.no_grad()
     def _teacher_hidden(self, batch: Batch) -> Tensor:
-        """In the teacher's own dtype, whatever the student's precision is."""
+        """The teacher's hidden states, computed in its own dtype, whatever the student's precision is."""
         teacher, head = self._teacher
         several = {} if batch.positions_BL is None else ending_attention(teacher, batch.positions_BL)
         with torch.autocast(batch.input_ids_BL.device.type, enabled=False):

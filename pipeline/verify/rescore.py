@@ -194,13 +194,13 @@ def _score(
     requests = [to_requests(b.tokens_BL1[row], b.starts_BL1[row], job.context) for b, row in blocks]
     num_beside = max(0, job.settings.batch_tokens // job.source.seq_len - len(requests))
     block, first = blocks[0]
-    beside = [
+    company = [
         request
         for row in range(min(num_beside + 1, len(block)))
         if row != first
         for request in to_requests(block.tokens_BL1[row], block.starts_BL1[row], job.context)
     ]
-    answers = iter(engine.score([*(request for several in requests for request in several), *beside]))
+    answers = iter(engine.score([*(request for several in requests for request in several), *company]))
     together = [join([next(answers) for _ in several]) for several in requests]
     alone = [join([engine.score([request])[0] for request in several]) for several in requests]
     return together, alone

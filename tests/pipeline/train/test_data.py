@@ -79,9 +79,9 @@ def test_the_own_cache_is_read_once_an_epoch_and_the_others_as_often_as_the_mix_
     assert 86 <= counts["own"] <= 96, "its two epochs, to the last whole step"
     assert 70 <= counts["draws"] <= 120 and 160 <= counts["kept"] <= 220
     for batch in batches:
-        of = {name for name in texts for row in _rows([batch]) if row in texts[name]}
-        assert len(of) == 1
-        assert (batch.tail_N is None) == (of != {"kept"})
+        sources = {name for name in texts for row in _rows([batch]) if row in texts[name]}
+        assert len(sources) == 1
+        assert (batch.tail_N is None) == (sources != {"kept"})
     assert loader.steps_per_epoch == pytest.approx(12 * 4)
     assert loader.num_tokens == len(batches) * 2 * SEQ_LEN == loader.num_steps * loader.tokens_per_step
 

@@ -74,7 +74,7 @@ def test_the_held_out_loss_has_none_of_it(model, batch) -> None:
 def test_experts_that_are_used_evenly_have_the_least_loss() -> None:
     loss = RouterLoss(tiny_model(CONFIGS["mixtral"]))
 
-    def of(logits_NE: torch.Tensor) -> float:
+    def loss_of(logits_NE: torch.Tensor) -> float:
         return loss(MoeModelOutputWithPast(router_logits=(logits_NE, logits_NE))).item()
 
     tokens = torch.arange(12)
@@ -82,8 +82,8 @@ def test_experts_that_are_used_evenly_have_the_least_loss() -> None:
     even_NE[tokens, tokens % 4] = even_NE[tokens, (tokens + 1) % 4] = 0.0
     one_sided_NE = torch.tensor([0.0, 0.0, -20.0, -20.0]).expand(12, 4)
     # transformers adds over the two experts of a token: 2 where the paper's loss has 1
-    assert of(even_NE) == pytest.approx(2.0)
-    assert of(one_sided_NE) == pytest.approx(4.0)
+    assert loss_of(even_NE) == pytest.approx(2.0)
+    assert loss_of(one_sided_NE) == pytest.approx(4.0)
 
 
 def test_a_model_without_experts_is_refused() -> None:
