@@ -79,7 +79,7 @@ def test_vllm_accepts_what_the_distributions_foretell(folders) -> None:
     error = 4 * math.sqrt(expected * (1 - expected) / found.num_drafts)
     assert found.num_drafts > 1500
     assert found.acceptance == pytest.approx(expected, abs=error)
-    # a draft that was its likeliest id would be accepted a tenth as often
+    # a draft that was its top-1 token would be accepted a tenth as often
     assert found.acceptance > 0.15
 
 

@@ -39,7 +39,7 @@ def _mass(num: int, ratio: float = RATIO) -> float:
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory, make_cache) -> Fidelity:
-    """40 sequences of ten targets; the next token is the likeliest id at 3 of 10, and the fifth at 7 of 10."""
+    """40 sequences of ten targets; the next token is the top-1 token at 3 of 10, and the fifth at 7 of 10."""
     labels = np.where(np.arange(400) % 10 < 3, 0, 4)
     kinds = {"topk": 16, "sampled": 20}
     return fidelity_of(make_cache(tmp_path_factory.mktemp("x") / "c", _geometric(), labels, kinds, (2.0,)), ALL)
@@ -78,7 +78,7 @@ def test_the_entropy_lies_between_its_bounds(planted) -> None:
 def test_targets_are_held_against_the_real_next_tokens(planted) -> None:
     p_V = _geometric()
     for one in planted.recordings:
-        # at 3 of 9 labelled positions the likeliest id is right
+        # at 3 of 9 labelled positions the top-1 token is right
         assert one.ece == pytest.approx(abs(1 / 3 - p_V[0]), abs=0.02 if one.recording == "sampled" else 1e-5)
         assert one.label_kept == 1
         # the label's logprob of drawn targets is stored in steps
@@ -93,7 +93,7 @@ def test_draws_hold_what_they_must(planted) -> None:
     assert figures.tail is None and figures.most_entropy is None
     assert all(one.truncation_kl is None for one in figures.kept)
     assert figures.kept[-1].mass == pytest.approx(1)
-    # each id is drawn at least as often as n p rounded down, and the top five at most once more each
+    # each id is sampled at least as often as n p rounded down, and the top five at most once more each
     for one in figures.kept[:3]:
         exact = p_V[: one.num_ids].sum()
         assert exact - one.num_ids / 20 < one.mass < exact + one.num_ids / 20
@@ -133,7 +133,7 @@ def test_a_flat_and_a_certain_teacher_are_told_apart(tmp_path, make_cache) -> No
         cache = make_cache(tmp_path / name, p_V, np.full(80, 7), {"topk": 4})
         (recording,) = fidelity_of(cache, ALL).recordings
         (found[name],) = recording.by_temperature
-        # the label is not the id that is the likeliest among equals
+        # the label is not the top-1 token among equals
         assert recording.ece == pytest.approx(0 if name == "certain" else 1 / VOCAB_SIZE, abs=1e-6)
     assert found["flat"].kept[-1].mass == pytest.approx(4 / VOCAB_SIZE, rel=1e-5)
     assert found["certain"].kept[0].mass == pytest.approx(1)
@@ -213,7 +213,7 @@ def test_the_command_prints_tables_or_json(real, capsys: Any) -> None:
     text = capsys.readouterr().out
     for part in (
         "topk: 40 ids, lossless",
-        "sampled: 30 draws",
+        "sampled: 30 samples",
         "truncation KL",
         "error, systematic",
         "yes  divergence",
@@ -241,7 +241,7 @@ def test_a_recording_in_a_line_for_the_report(planted) -> None:
     sampled, topk = summary(planted)
     assert topk.startswith(f"topk, temperature 1: {_mass(16):.2%} of the teacher's probability kept, tail ")
     assert re.fullmatch(
-        r"sampled, temperature 1: 1\d\.\d distinct ids of 20 draws, ECE against the text 1\d\.\d\d%, next token among "
-        r"the ids at 100\.0% of 360 rows",
+        r"sampled, temperature 1: 1\d\.\d distinct ids of 20 samples, ECE against the text 1\d\.\d\d%, next token "
+        r"among the ids at 100\.0% of 360 rows",
         sampled,
     )

@@ -11,6 +11,7 @@ import itertools
 import pytest
 import torch
 from tiny_models import mamba_config, tiny_model
+from tiny_tasks import tiny_task
 from transformers import LlamaForCausalLM
 
 from capgap.pipeline.store import Batch, SequenceLoader, ShardReader
@@ -117,19 +118,8 @@ def test_what_does_not_count_has_no_part_in_loss_or_gradient(readers, make_stude
 
 
 def _task(readers, tmp_path, kind: str = "sampled", **settings) -> TrainingTask:
-    return TrainingTask(
-        title="train: test",
-        settings=OptimizationSettings(batch_sequences=4, learning_rate=1e-2),
-        training=readers[kind],
-        heldout=readers["text"],
-        alpha=0.0 if kind == "text" else 1.0,
-        temperature=1.0,
-        seed=0,
-        device="cpu",
-        folder=tmp_path,
-        context="document",
-        **settings,
-    )
+    given = {"alpha": 0.0 if kind == "text" else 1.0, "context": "document", **settings}
+    return tiny_task(tmp_path, readers[kind], readers["text"], {"batch_sequences": 4, "learning_rate": 1e-2}, **given)
 
 
 @pytest.mark.parametrize("kind", ["sampled", "text"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_tasks import tiny_task
 
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.train.data import heldout_batches
@@ -24,7 +25,6 @@ from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.errors import CorruptError, InputError
-from capgap.schemas.run_optimization import OptimizationSettings
 
 SEQ_LEN = 16
 NUM_SEQUENCES = 62  # 15 batches of 4 an epoch, and two sequences left over
@@ -44,17 +44,7 @@ def shards(make_shards, tmp_path_factory) -> dict[str, Any]:
 def make_task(shards, tmp_path) -> Callable[..., TrainingTask]:
     def make(kind: str = "sampled", alpha: float = 1.0, **settings: Any) -> TrainingTask:
         given = {"batch_sequences": 4, "log_every_steps": 5, "learning_rate": 1e-2} | settings
-        return TrainingTask(
-            title="train: test",
-            settings=OptimizationSettings.model_validate(given),
-            training=shards[kind],
-            heldout=shards["heldout"],
-            alpha=alpha,
-            temperature=1.0,
-            seed=0,
-            device="cpu",
-            folder=tmp_path,
-        )
+        return tiny_task(tmp_path, shards[kind], shards["heldout"], given, alpha=alpha)
 
     return make
 
@@ -119,7 +109,7 @@ def test_a_training_that_decodes_on_the_device_takes_the_same_steps(make_task, m
         shutil.rmtree(tmp_path / "work")
     (weights, losses), (other_weights, other_losses) = found["host"], found["device"]
     assert len(losses) == len(other_losses) == 30
-    if kind == "sampled":  # counts over draws: the same bits
+    if kind == "sampled":  # counts over samples: the same bits
         assert losses == other_losses
         assert torch.equal(weights, other_weights)
     # exp of two libraries: probabilities differ by 1e-7, and metrics.csv keeps six digits

@@ -12,6 +12,7 @@ import lightning
 import pytest
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_tasks import tiny_task
 
 from capgap.jobs.arguments import parse_run, run_parser
 from capgap.pipeline.train import fit as fit_module
@@ -20,7 +21,6 @@ from capgap.pipeline.train.loggers import LogBook, make_loggers, require_loggers
 from capgap.pipeline.train.metrics import read_rows
 from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.errors import CapgapError, InputError, SettingError
-from capgap.schemas.run_optimization import OptimizationSettings
 
 
 class Tracker(Logger):
@@ -74,17 +74,8 @@ def make_task(make_shards, tmp_path) -> Callable[..., TrainingTask]:
             "loggers": loggers,
         }
         (tmp_path / folder).mkdir(exist_ok=True)
-        return TrainingTask(
-            title="train: test",
-            settings=OptimizationSettings.model_validate(settings),
-            training=make_shards(tmp_path / "shards", "sampled", 24),
-            heldout=make_shards(tmp_path / "heldout", None, 6, seed=1),
-            alpha=1.0,
-            temperature=1.0,
-            seed=0,
-            device="cpu",
-            folder=tmp_path / folder,
-        )
+        training = make_shards(tmp_path / "shards", "sampled", 24)
+        return tiny_task(tmp_path / folder, training, make_shards(tmp_path / "heldout", None, 6, seed=1), settings)
 
     return make
 

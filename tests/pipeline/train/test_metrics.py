@@ -13,6 +13,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from tiny_tasks import tiny_task
 
 from capgap.pipeline.store import Batch, SequenceLoader
 from capgap.pipeline.train import fit as fit_module
@@ -26,7 +27,6 @@ from capgap.pipeline.train.metrics import COLUMNS, MetricsFile, memory_bytes, re
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.task import TrainingTask
 from capgap.pipeline.train.timer import TimedLoader, TrainingTimer
-from capgap.schemas.run_optimization import OptimizationSettings
 
 SEQ_LEN, V = 16, 40
 
@@ -71,17 +71,9 @@ def test_of_no_file_there_are_no_rows(tmp_path) -> None:
 def task(make_shards, tmp_path) -> TrainingTask:
     """Steps of 6 sequences in micro-batches of 2; a row every 3 steps."""
     settings = {"batch_sequences": 6, "micro_batch_sequences": 2, "log_every_steps": 3, "learning_rate": 1e-2}
-    return TrainingTask(
-        title="",
-        settings=OptimizationSettings.model_validate(settings | {"clip_norm": 0.05, "loggers": []}),
-        training=make_shards(tmp_path / "shards", "topk", 42),
-        heldout=make_shards(tmp_path / "heldout", None, 6, seed=1),
-        alpha=0.5,
-        temperature=1.0,
-        seed=0,
-        device="cpu",
-        folder=tmp_path,
-    )
+    training = make_shards(tmp_path / "shards", "topk", 42)
+    heldout = make_shards(tmp_path / "heldout", None, 6, seed=1)
+    return tiny_task(tmp_path, training, heldout, settings | {"clip_norm": 0.05, "loggers": []}, alpha=0.5)
 
 
 def test_losses_and_norms_are_means_over_the_interval_and_the_norm_is_before_clipping(task, make_student) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_tasks import tiny_task
 
 from capgap.pipeline.store import SequenceLoader
 from capgap.pipeline.train import not_finite
@@ -32,17 +33,9 @@ SEQ_LEN, V = 16, 40
 @pytest.fixture
 def make_task(make_shards, tmp_path) -> Callable[..., TrainingTask]:
     def make(**settings: Any) -> TrainingTask:
-        return TrainingTask(
-            title="train: test",
-            settings=OptimizationSettings.model_validate({"batch_sequences": 4, "loggers": []} | settings),
-            training=make_shards(tmp_path / "shards", "topk", 48),
-            heldout=make_shards(tmp_path / "heldout", None, 6, seed=1),
-            alpha=0.5,
-            temperature=1.0,
-            seed=0,
-            device="cpu",
-            folder=tmp_path,
-        )
+        training = make_shards(tmp_path / "shards", "topk", 48)
+        heldout = make_shards(tmp_path / "heldout", None, 6, seed=1)
+        return tiny_task(tmp_path, training, heldout, {"batch_sequences": 4, "loggers": []} | settings, alpha=0.5)
 
     return make
 

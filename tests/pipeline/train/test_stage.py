@@ -64,7 +64,7 @@ def test_the_folder_says_what_the_student_is_and_was_made_of(made) -> None:
     for text in (
         f"| teacher | {run.teacher.path}, scored by transformers ",
         f"| corpus | {run.corpus.sources[0]}, 3,840 tokens trained on (",
-        "| recording | sampled: 20 draws a token, at temperature 1, context packed |",
+        "| recording | sampled: 20 samples a token, at temperature 1, context packed |",
         "| loss | 1 x 1^2 x forward_kl |",
         "| student before | fresh weights |",
         f"| made by | capgap {version('capgap')} |",
