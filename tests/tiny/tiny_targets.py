@@ -23,11 +23,11 @@ def targets_of(codec: Codec, logits_NV: torch.Tensor, labels_BL: torch.Tensor, s
             kept.log_tails_NT.view(*shape, len(codec.powers)).numpy(),
         )
     offsets_N = torch.rand(len(labels_N), generator=torch.Generator().manual_seed(seed))
-    drawn = sampled_rows(logits_NV, labels_N, offsets_N, codec.num_ids)
-    rows = [np.unique(draws_n, return_counts=True) for draws_n in drawn.draws_Nn.numpy()]
+    sampled = sampled_rows(logits_NV, labels_N, offsets_N, codec.num_ids)
+    rows = [np.unique(samples_n, return_counts=True) for samples_n in sampled.samples_Nn.numpy()]
     return SampledTargets(
         np.array([len(ids) for ids, _ in rows], np.int32).reshape(shape),
         np.concatenate([ids for ids, _ in rows]).astype(np.int32),
         np.concatenate([counts for _, counts in rows]).astype(np.int32),
-        drawn.label_logprobs_N.view(shape).numpy(),
+        sampled.label_logprobs_N.view(shape).numpy(),
     )
