@@ -63,8 +63,8 @@ def _drawn(systematic: ShardReader, teacher: PreTrainedModel, shard: int, member
         logits_LV = teacher(input_ids=tokens_1L, use_cache=False).logits[0, :, :vocab_size]
         probs_LV = torch.softmax(logits_LV.float(), -1)
         draws_Ln = torch.multinomial(probs_LV, num_samples, replacement=True, generator=generator).numpy()
-        for draws_n in draws_Ln:
-            found, times = np.unique(draws_n, return_counts=True)
+        for samples_n in draws_Ln:
+            found, times = np.unique(samples_n, return_counts=True)
             num_ids_N.append(len(found))
             ids.append(found)
             counts.append(times)

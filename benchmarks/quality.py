@@ -39,7 +39,7 @@ from capgap.pipeline.stage.context import Instance, StageInput
 from capgap.pipeline.store import ShardReader, keep_freed_memory
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.objective import Objective
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.records import SampledTargets, Sequences
 from capgap.schemas.run_eval import EvalSettings
@@ -163,7 +163,7 @@ class Bench:
         started, cpu_started = time.perf_counter(), time.process_time()
         totals = fit(
             model,
-            Task(
+            TrainingTask(
                 title=name,
                 settings=self._settings,
                 training=reader,

@@ -11,7 +11,7 @@ text by a small teacher. All run in one process, in turn, round after round.
 On a CPU time is CPU time of the process, which neighbours on the machine disturb least, and the loader decodes in the
 step's own thread, so that its work is counted whole: the mean over a whole epoch, as it comes in bursts. On a GPU it is
 the time between synchronised ends of a round, the loader's threads beside it. Ratios are medians over rounds, with
-their quartiles. The waiting share is the time in which a step stood still for its batch, threads decoding ahead on
+their quartiles. The data-wait fraction is the time in which a step stood still for its batch, threads decoding ahead on
 either machine. Memory is weights and moments, and the peak of what torch allocates in a step.
 """
 
@@ -36,7 +36,7 @@ from capgap.pipeline.models.checks import fresh_model
 from capgap.pipeline.store import ShardReader, keep_freed_memory
 
 TIME_GOALS = {"cpu": 1.05, "cuda": 1.03}
-WAITING_GOAL, MEMORY_GOAL = 0.02, 1.05
+DATA_WAIT_GOAL, MEMORY_GOAL = 0.02, 1.05
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measure(size: Size, device: str, work: Path) -> dict[str, Any]:
-    """Milliseconds of a step, ratios, waiting shares, memory, and whether the goals were met."""
+    """Milliseconds of a step, ratios, data-wait fractions, memory, and whether the goals were met."""
     run, corpus, cache = make_cache(size, work, device)
     shape = run.student.model
     assert shape is not None
@@ -73,7 +73,7 @@ def measure(size: Size, device: str, work: Path) -> dict[str, Any]:
     ways = {name: Way(name, model, reader, size, device) for name, reader in readers.items()}
     del model
     times = _interleaved(ways, size, device)
-    waits = {name: _waiting_share(way, size, device) for name, way in ways.items()}
+    waits = {name: _data_wait_fraction(way, size, device) for name, way in ways.items()}
     peaks = {name: way.standing_mb() + peak_mb(way.step, device) for name, way in ways.items()}
     return {
         "student": shape.model_dump(),
@@ -132,7 +132,7 @@ def _now_s(device: str) -> float:
     return time.perf_counter()
 
 
-def _waiting_share(way: Way, size: Size, device: str) -> float:
+def _data_wait_fraction(way: Way, size: Size, device: str) -> float:
     """Of the time of some steps on end, that in which the step stood still for its batch."""
     way.batches = way.loader(THREADS)
     way.step()  # its threads start with it
@@ -161,7 +161,7 @@ def _figures(
         "of_which_loader_ms": round(times[name].loader_ms, 3),
         "ratio": round(statistics.median(ratios), 4),
         "ratio_quartiles": [round(quartiles[0], 4), round(quartiles[2], 4)],
-        "waiting_share": round(waits[name], 4),
+        "data_wait_fraction": round(waits[name], 4),
         "peak_mb": round(peaks[name], 1),
         "peak_ratio": round(peaks[name] / peaks[CROSS_ENTROPY], 4),
     }
@@ -174,7 +174,7 @@ def _goals(
 ) -> list[dict[str, object]]:
     found = {
         "step time over cross-entropy": (statistics.median(_ratios(name, times)), TIME_GOALS[device]),
-        "waiting share": (waits[name], WAITING_GOAL),
+        "data-wait fraction": (waits[name], DATA_WAIT_GOAL),
         "peak memory over cross-entropy": (peaks[name] / peaks[CROSS_ENTROPY], MEMORY_GOAL),
     }
     goals = []

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from capgap.pipeline.stage.lease import HeldLease
 from capgap.pipeline.workflow.look import Look
-from capgap.schemas.heartbeat import SignOfLife
+from capgap.schemas.heartbeat import Heartbeat
 from capgap.schemas.run_file import RunFile
 
 # a step or a shard may take as long without anything being wrong
@@ -80,8 +80,8 @@ def _values(look: Look) -> dict[str, Any]:
         "instance": look.name,
         "state": str(look.state),
         "why": look.why,
-        "at_work": [_said(sign) for sign in look.at_work],
-        "ended": [_said(sign) for sign in look.gone],
+        "at_work": [_as_json(beat) for beat in look.at_work],
+        "ended": [_as_json(beat) for beat in look.gone],
         "tokens_per_s": look.tokens_per_s,
         "eta_s": look.eta_s,
         "train_loss": look.loss,
@@ -89,8 +89,8 @@ def _values(look: Look) -> dict[str, Any]:
     }
 
 
-def _said(sign: SignOfLife) -> dict[str, Any]:
-    return sign.model_dump(mode="json", exclude={"namespace", "pid_started"})
+def _as_json(beat: Heartbeat) -> dict[str, Any]:
+    return beat.model_dump(mode="json", exclude={"namespace", "pid_started"})
 
 
 def _that_fit(looks: Sequence[Look], room: int) -> tuple[list[Look], Counter[str]]:
@@ -119,20 +119,20 @@ def _how_far(look: Look) -> str:
     return ""
 
 
-def _doing(sign: SignOfLife) -> str:
-    quiet_s = time.time() - sign.advanced_s
+def _doing(beat: Heartbeat) -> str:
+    quiet_s = time.time() - beat.advanced_s
     quiet = f", nothing new for {_time(quiet_s)}" if quiet_s > _QUIET_S else ""
-    count = sign.count
+    count = beat.count
     if count is None:
-        return sign.phase + quiet
+        return beat.phase + quiet
     _, _, part = count.title.partition(": ")
     note = f", {count.note}" if count.note else ""
     return f"{count.done:,} of {count.total:,} {count.unit}{f' ({part})' if part else ''}{note}{quiet}"
 
 
 def _figures(look: Look) -> tuple[str, str, str, str, str]:
-    """Tokens a second, time left, loss, device, age of the last sign of life."""
-    devices = sorted({f"{sign.device} of {sign.machine}" for sign in look.at_work if sign.device})
+    """Tokens a second, time left, loss, device, age of the last heartbeat."""
+    devices = sorted({f"{beat.device} of {beat.machine}" for beat in look.at_work if beat.device})
     return (
         f"{look.tokens_per_s:,.0f}" if look.tokens_per_s is not None else "",
         _time(look.eta_s) if look.eta_s is not None else "",

@@ -29,10 +29,10 @@ class Spread(Record):
 
 
 class KeptMass(Record):
-    """What the likeliest ids of a row hold."""
+    """What the top-k tokens of a row hold."""
 
     num_ids: int
-    """So many of the likeliest, all that were kept where a row has fewer."""
+    """So many of the top-k tokens, all that were kept where a row has fewer."""
 
     mass: float
     """Their probability together, mean over rows. Of draws the share that fell on the ids drawn most often, which is
@@ -56,14 +56,14 @@ class AtTemperature(Record):
     """Probability of all ids that were not kept; None for draws."""
 
     least_entropy: float
-    """Nats, mean over rows: of `topk` with all ids that were not kept as one; of draws that of their frequencies. Both
-    are at most the teacher's."""
+    """Nats, mean over rows: of `topk` with all ids that were not kept as one; of samples that of their frequencies.
+    Both are at most the teacher's."""
 
     most_entropy: float | None
     """Of `topk` with the tail spread evenly over all other ids: at least the teacher's. None for draws."""
 
 
-class DrawError(Record):
+class SamplingError(Record):
     """Squared distance of drawn frequencies from the teacher's probabilities, sum over ids, mean over rows."""
 
     num_samples: int
@@ -120,8 +120,8 @@ class RecordingFidelity(Record):
     distinct_ids: float
     """Ids a row, mean."""
 
-    at: tuple[AtTemperature, ...]
-    """By temperature, rising."""
+    by_temperature: tuple[AtTemperature, ...]
+    """The figures at each temperature, rising."""
 
     label_loss: float
     """Mean of minus the teacher's logprob of the real next token at the temperature of the recording, nats."""
@@ -130,11 +130,11 @@ class RecordingFidelity(Record):
     """Share of rows whose real next token is among the kept ids."""
 
     ece: float
-    """Expected calibration error of the target's likeliest id against the real next token, 15 bins of equal width
+    """Expected calibration error of the target's top-1 token against the real next token, 15 bins of equal width
     (Guo et al., 2017, arXiv 1706.04599), at the temperature of the recording. For draws the confidence is the
     largest frequency, which is a little too high."""
 
-    draw_errors: tuple[DrawError, ...]
+    sampling_errors: tuple[SamplingError, ...]
     """Of a `sampled` recording, by rising n."""
 
     num_bytes: Bytes
@@ -165,7 +165,7 @@ class LiveFigures(Record):
     kept: tuple[KeptMass, ...]
     """Of the full distributions, also for numbers of ids that were not kept."""
 
-    draw_errors: tuple[DrawError, ...]
+    sampling_errors: tuple[SamplingError, ...]
     """Exact for both ways of drawing."""
 
 

@@ -1,4 +1,4 @@
-"""The sign of life of a stage that is at work: `work/progress.json`, of no weight for what comes out."""
+"""The heartbeat of a stage that is at work: `work/progress.json`. No result depends on it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class End(Record):
     """As the command ends."""
 
 
-class SignOfLife(Record):
+class Heartbeat(Record):
     """Who is at work on a folder, and how far. Times are seconds since 1970 by the clock of that machine."""
 
     machine: str
@@ -75,3 +75,6 @@ class SignOfLife(Record):
 
     ended: End | None = None
     """How it ended; None while it is at work, or where it was killed."""
+
+
+SignOfLife = Heartbeat  # until workflow/ calls it by its name

@@ -33,6 +33,15 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.tokens_BL1)
 
+    def part(self, rows: slice | npt.NDArray[np.int64]) -> Sequences:
+        """Some of the sequences, by a slice or by their places."""
+        return Sequences(self.tokens_BL1[rows], self.starts_BL1[rows], self.mask_BL1[rows])
+
+    @classmethod
+    def joined(cls, parts: list[Sequences]) -> Sequences:
+        """The sequences of all parts, one after the other."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+
 
 @dataclass(frozen=True)
 class SampledTargets:

@@ -15,11 +15,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from capgap.kernels.sparse_kl.backends import kernel_for
 from capgap.kernels.sparse_kl.checks import Loss, check_arguments, check_vocab_size, check_workspace, in_one_dtype
 from capgap.kernels.sparse_kl.chunks import Needs, chunk_rows, pitch, run_chunks
 from capgap.kernels.sparse_kl.divergence import Divergence, Tail
 from capgap.kernels.sparse_kl.prepare import live_rows, sum_dtype
-from capgap.kernels.sparse_kl.rows import Backend, RowSettings, kernel_for
+from capgap.kernels.sparse_kl.rows import Backend, RowSettings
 from capgap.kernels.sparse_kl.targets import SparseKl, SparseTargets
 
 

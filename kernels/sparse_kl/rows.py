@@ -3,7 +3,7 @@
     kl_N, ce_N = kernel(logits_NP, rows, settings, want_gradient)
 
 It turns a chunk of logits into the gradient of the loss, in the same memory, and returns each row's divergence and
-cross-entropy. Every implementation has this signature; `kernel_for` chooses one by device. What differs between
+cross-entropy. Every implementation has this signature; `backends.py` chooses one by device. What differs between
 recordings and treatments of the tail is settled before (`prepare.py`): a kernel sees distinct ids, the teacher's
 probabilities and that of the one cell for all other ids, which may be 0.
 
@@ -13,18 +13,14 @@ Legend: N rows of a chunk, P columns of the buffer, V real columns, K ids kept a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Literal, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from capgap.kernels.sparse_kl.divergence import Divergence
 
 Backend = Literal["auto", "torch", "triton"]
 """Which rows kernel; `auto` takes Triton's on a GPU, and torch's on a CPU, in float64 and where Triton is missing."""
-
-_TRITON_IS_INSTALLED = find_spec("triton") is not None
 
 
 class Rows(NamedTuple):
@@ -85,48 +81,11 @@ class RowsKernel(Protocol):
                 such a buffer's rows). Float16, bfloat16, float32 or float64. Afterwards the first V columns hold
                 `ckl d divergence / d (logits / T) + cce d ce / d logits`, softcap's slope included, rounded once;
                 without `want_gradient` they are scratch too.
-            rows: see there.
-            settings: see there.
+            rows: of the chunk.
+            settings: of all rows.
             want_gradient: False where neither hidden states nor head are trained.
 
         Returns:
             Divergence (without T^2) and cross-entropy of each row, nats, in the dtype of `rows.ckl_N`. No host sync,
             no atomics: equal inputs give equal bits.
         """
-
-
-def kernel_for(backend: Backend, device: torch.device, dtype: torch.dtype) -> RowsKernel:
-    """The rows kernel of that name for logits of that dtype; modules are imported as they are needed.
-
-    Raises:
-        ValueError: there is none, or it does not run there.
-    """
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"backend: got {backend!r} on {device}, expected auto, torch or triton")
-    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
-        why = _why_no_triton(device, dtype)
-        if why is None:
-            from capgap.kernels.sparse_kl.triton_rows import triton_rows
-
-            return triton_rows
-        if backend == "triton":
-            raise ValueError(f"backend: got 'triton' on {device} in {dtype}, expected auto or torch; {why}")
-    from capgap.kernels.sparse_kl.torch_rows import torch_rows
-
-    return torch_rows
-
-
-def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    if not _TRITON_IS_INSTALLED:
-        return "triton is not installed"
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return "the Triton kernel is for float16, bfloat16 and float32"
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        old = f"the Triton kernel is for compute capability 8.0 on, and this is {major}.{minor}"
-        return None if major >= 8 else old
-    from capgap.kernels.sparse_kl.triton_rows import INTERPRETED
-
-    if device.type == "cpu" and INTERPRETED:
-        return None
-    return "the Triton kernel runs on a GPU, and under TRITON_INTERPRET=1 on a CPU"

@@ -143,9 +143,9 @@ def record_rows(
     if not k:
         drawn = sampled_rows(logits_NV, labels_N, offsets_N, n, temperature, vocab_size)
         top_N = _own_top(recording, logits_NV, drawn.top_logprobs_N)
-        return Packed(drawn.draws_Nn, torch.stack([drawn.label_logprobs_N, top_N], dim=1))
+        return Packed(drawn.samples_Nn, torch.stack([drawn.label_logprobs_N, top_N], dim=1))
     drawn, kept = sampled_and_topk_rows(logits_NV, labels_N, offsets_N, n, k, temperature, vocab_size, powers)
-    return Packed(torch.cat([drawn.draws_Nn, kept.ids_NK], dim=1), _topk_numbers(recording, logits_NV, kept))
+    return Packed(torch.cat([drawn.samples_Nn, kept.ids_NK], dim=1), _topk_numbers(recording, logits_NV, kept))
 
 
 def _topk_numbers(recording: Recording, logits_NV: torch.Tensor, kept: TopkRows) -> torch.Tensor:

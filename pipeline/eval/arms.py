@@ -39,7 +39,7 @@ def differences_over_seeds(paired: tuple[PairedDifference, ...]) -> tuple[SeedsD
     by_arms: dict[tuple[str, str, Quantity], list[PairedDifference]] = {}
     for difference in paired:
         by_arms.setdefault((difference.first, difference.second, difference.quantity), []).append(difference)
-    return tuple(_over_seeds(*of, found) for of, found in by_arms.items() if len(found) > 1)
+    return tuple(_over_seeds(*arms, found) for arms, found in by_arms.items() if len(found) > 1)
 
 
 def _paired(

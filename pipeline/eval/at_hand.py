@@ -38,6 +38,6 @@ def why_missing(context: StageContext) -> str | None:
 
 
 def _bytes_a_parameter(config: object) -> int:
-    """Of weights in the dtype that the configuration names."""
+    """Bytes of a weight in the dtype that the configuration names."""
     dtype = getattr(config, "dtype", None)
     return 4 if dtype is None else int(dtype.itemsize)

@@ -16,7 +16,7 @@ from torch import nn
 
 from capgap.kernels.sparse_kl.divergence import coarse
 from capgap.pipeline.eval.compare import sums_of_sequences
-from capgap.pipeline.eval.heldout import num_labels, part_of
+from capgap.pipeline.eval.heldout import num_labels
 from capgap.pipeline.eval.intervals import Float64Array, Int64Array, bootstrap_interval
 from capgap.pipeline.eval.measure import score
 from capgap.pipeline.stage.context import StageInput
@@ -62,7 +62,7 @@ class CachedRows:
             if len(rows_B):
                 batch = collate([(sequences, targets, int(row)) for row in rows_B], self.reader.codec.num_ids)
                 mask_BL = sequences.mask_BL1[rows_B, 1:]
-                yield part_of(sequences, rows_B), batch, targets.label_logprobs_BL[rows_B][mask_BL].astype(np.float64)
+                yield sequences.part(rows_B), batch, targets.label_logprobs_BL[rows_B][mask_BL].astype(np.float64)
             if missing == 0:
                 return
 
@@ -105,8 +105,8 @@ class CachedSums:
 
     Attributes:
         nats_S: loss of the text [S].
-        apart_S: KL, or cross-entropy with the teacher's draws [S].
-        top1_S: agreements [S].
+        apart_S: KL, or cross-entropy with the teacher's samples [S].
+        top1_S: top-1 agreements [S].
     """
 
     nats_S: Float64Array
@@ -179,7 +179,7 @@ class _Against:
 def against_targets(
     ids_NK: torch.Tensor, p_NK: torch.Tensor, tail_N: torch.Tensor | None, logq_NV: torch.Tensor
 ) -> torch.Tensor:
-    """Of each row, how far the student is from the target, and whether their likeliest ids agree: float64 [N, 2].
+    """How far the student is from the target at each row, and whether their top-1 tokens agree: float64 [N, 2].
 
     With a tail it is KL(teacher || student), all ids that were not kept being one; without, the cross-entropy.
     """
@@ -193,5 +193,5 @@ def against_targets(
         )
         rest_N = logq_NV.double().masked_fill(kept_NV.bool(), float("-inf")).logsumexp(dim=1)
         apart_N = coarse(logq_NK, rest_N, p_NK, tail_N.double().clamp_min(0), "forward_kl", 0.5).value_B
-    likeliest_N = ids_NK.gather(1, p_NK.argmax(dim=1, keepdim=True))[:, 0]
-    return torch.stack([apart_N, (logq_NV.argmax(dim=1) == likeliest_N).double()], dim=1)
+    top1_N = ids_NK.gather(1, p_NK.argmax(dim=1, keepdim=True))[:, 0]
+    return torch.stack([apart_N, (logq_NV.argmax(dim=1) == top1_N).double()], dim=1)

@@ -1,9 +1,9 @@
-"""Expected calibration error: how far a model's confidence in its likeliest id is from how often that id is right.
+"""Expected calibration error: how far a model's confidence in its top-1 token is from how often that token is right.
 
 Legend: S sequences, N rows (labelled positions), V real vocabulary, B bins, R resamples.
 
-Bin m of 15 holds the rows at which the likeliest id has a probability in ((m - 1) / 15, m / 15]. Over bins of n_m of N
-rows, ECE is the sum of n_m / N x |share of rows at which that id is the label - mean probability|: Guo et al., "On
+Bin m of 15 holds the rows at which the top-1 token has a probability in ((m - 1) / 15, m / 15]. Over bins of n_m of N
+rows, ECE is the sum of n_m / N x |share of rows at which that token is the label - mean probability|: Guo et al., "On
 Calibration of Modern Neural Networks", 2017 (arXiv 1706.04599), equation 3. As a mean of absolute values it is above
 0 also for a calibrated model, the more so the fewer the rows; so are its resamples, and its interval.
 """
@@ -19,14 +19,14 @@ from capgap.schemas.results import Interval
 NUM_BINS = 15
 
 
-class Calibration:
+class CalibrationError:
     """Sums over the rows of each sequence; hand it to :func:`capgap.pipeline.eval.measure.score`.
 
     Args:
         num_sequences: S.
 
     Attributes:
-        excess_SB: probability of the likeliest id minus 1 where it is the label, summed over the rows of each sequence
+        excess_SB: probability of the top-1 token minus 1 where it is the label, summed over the rows of each sequence
             that fall into each bin [S, B], float64.
     """
 
@@ -39,7 +39,7 @@ class Calibration:
         self.count(sequence, top_N.double().exp(), ids_N == labels_N)
 
     def count(self, sequence: int, confidence_N: torch.Tensor, right_N: torch.Tensor) -> None:
-        """Count further rows of a sequence: probabilities of the likeliest ids, float64, and whether they are right."""
+        """Count further rows of a sequence: probabilities of the top-1 tokens, float64, and whether they are right."""
         bins_N = (confidence_N * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
         self.excess_SB[sequence] += np.bincount(bins_N.cpu(), (confidence_N - right_N.double()).cpu(), NUM_BINS)
 

@@ -1,6 +1,6 @@
 """A student's distributions against the teacher's full ones.
 
-Legend: N rows (labelled positions), S sequences, R resamples, V real vocabulary, K likeliest ids.
+Legend: N rows (labelled positions), S sequences, R resamples, V real vocabulary, K top tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Comparison:
         self._num_rows = stop
 
     def kl_of_sequences(self, labels_S: Int64Array) -> Float64Array:
-        """KL of each sequence, summed over its labels [S]; `labels_S` says how many rows are whose."""
+        """KL of each sequence, summed over its labels [S]; `labels_S` is how many rows each one has."""
         return sums_of_sequences(torch.cat(self._found)[:, 0].numpy(), labels_S)
 
     def result(
@@ -66,7 +66,7 @@ class Comparison:
 
 
 def sums_of_sequences(values_N: Float64Array, labels_S: Int64Array) -> Float64Array:
-    """Of rows that stand sequence after sequence, `labels_S` of each, at least one."""
+    """Sums over the rows of each sequence, which stand one after the other: `labels_S` rows each, at least one."""
     sums_S: Float64Array = np.add.reduceat(values_N, np.cumsum(labels_S) - labels_S)
     return sums_S
 

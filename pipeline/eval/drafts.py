@@ -132,7 +132,7 @@ def _drafted(job: DraftJob) -> Drafted:
             "method": "draft_model",
             "model": job.student,
             "num_speculative_tokens": settings.num_speculative_tokens,
-            # vLLM's own choice is the draft's likeliest id, which is accepted with its probability alone
+            # vLLM's own choice is the draft's top-1 token, which is accepted with its probability alone
             "draft_sample_method": "probabilistic",
         },
         **memory_settings(config, job.device, tokens, length, settings.gpu_memory_fraction, 1, 1),

@@ -26,7 +26,7 @@ def first_sequences(folder: Path, shard_set: ShardSet, num_sequences: int) -> Se
     missing = num_sequences
     for block, _ in read_blocks(folder, shard_set):
         rows_B = np.flatnonzero(block.mask_BL1[:, 1:].any(axis=1))[:missing]
-        blocks.append(part_of(block, rows_B))
+        blocks.append(block.part(rows_B))
         missing -= len(rows_B)
         if missing == 0:
             break
@@ -34,20 +34,7 @@ def first_sequences(folder: Path, shard_set: ShardSet, num_sequences: int) -> Se
         raise InputError(
             "the held-out split holds no labels", where=folder, fix="raise corpus.heldout_fraction or add text"
         )
-    return Sequences(
-        tokens_BL1=np.concatenate([block.tokens_BL1 for block in blocks]),
-        starts_BL1=np.concatenate([block.starts_BL1 for block in blocks]),
-        mask_BL1=np.concatenate([block.mask_BL1 for block in blocks]),
-    )
-
-
-def part_of(sequences: Sequences, rows_B: Int64Array) -> Sequences:
-    """Some of the sequences, by their places."""
-    return Sequences(
-        tokens_BL1=sequences.tokens_BL1[rows_B],
-        starts_BL1=sequences.starts_BL1[rows_B],
-        mask_BL1=sequences.mask_BL1[rows_B],
-    )
+    return Sequences.joined(blocks)
 
 
 def num_labels(sequences: Sequences) -> Int64Array:

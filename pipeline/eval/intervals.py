@@ -23,7 +23,7 @@ COVERAGE = 0.95
 
 
 def resample_weights(num_sequences: int, num_resamples: int, seed: int = 0) -> Int64Array:
-    """How often each sequence is drawn in each resample [R, S]; every row sums to S."""
+    """How often each sequence stands in each resample [R, S]; every row sums to S."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(num_sequences, np.full(num_sequences, 1.0 / num_sequences), size=num_resamples)
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from capgap.pipeline.eval.calibration import Calibration
+from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.stage.progress import Meter
 from capgap.schemas.errors import InputError
 from capgap.schemas.records import Sequences
@@ -42,7 +42,7 @@ def score(
     context: ContextRule = "packed",
     visit: Visit | None = None,
     num_visited: int = 0,
-    calibration: Calibration | None = None,
+    calibration: CalibrationError | None = None,
     meter: Meter | None = None,
 ) -> npt.NDArray[np.float64]:
     """Loss of every sequence, summed over its labels.
@@ -107,7 +107,7 @@ class _Part:
 
 
 def _parts(sequences: Sequences, context: ContextRule) -> Iterator[_Part]:
-    """In the order of the tokens; a document that began in an earlier sequence begins anew."""
+    """Parts in the order of the tokens; a document that began in an earlier sequence begins anew."""
     length = sequences.tokens_BL1.shape[1] - 1
     for sequence, starts_L1 in enumerate(sequences.starts_BL1):
         firsts = np.flatnonzero(starts_L1[1:length]) + 1 if context == "document" else ()
@@ -140,11 +140,11 @@ def _score_one(
     sequences: Sequences,
     part: _Part,
     visit: Visit | None,
-    calibration: Calibration | None,
+    calibration: CalibrationError | None,
 ) -> float:
-    after = slice(part.start + 1, part.stop + 1)
-    labels_m = torch.from_numpy(sequences.tokens_BL1[part.sequence, after]).long().to(logits_mV.device)
-    positions_N = torch.from_numpy(np.flatnonzero(sequences.mask_BL1[part.sequence, after])).to(logits_mV.device)
+    next_tokens = slice(part.start + 1, part.stop + 1)
+    labels_m = torch.from_numpy(sequences.tokens_BL1[part.sequence, next_tokens]).long().to(logits_mV.device)
+    positions_N = torch.from_numpy(np.flatnonzero(sequences.mask_BL1[part.sequence, next_tokens])).to(logits_mV.device)
     nats = 0.0
     for start in range(0, len(positions_N), _CHUNK_ROWS):
         chunk_N = positions_N[start : start + _CHUNK_ROWS]

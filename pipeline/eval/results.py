@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from capgap.pipeline.eval.arms import Losses, differences_over_seeds, paired_differences
 from capgap.pipeline.eval.cached import CachedSums
-from capgap.pipeline.eval.calibration import Calibration
+from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.eval.compare import Comparison
 from capgap.pipeline.eval.intervals import Float64Array, Int64Array, bootstrap_interval, resample_weights
 from capgap.schemas.facts import CorpusFacts, ModelFacts
@@ -46,7 +46,7 @@ class Measured:
     seed: int | None
     facts: ModelFacts
     nats_S: Float64Array
-    calibration: Calibration
+    calibration: CalibrationError
     comparison: Comparison | None = None
     cached: CachedSums | None = None
     drafted: Drafted | None = None
@@ -87,7 +87,7 @@ class _Results:
     def __init__(self, models: list[Measured], text: Text, num_bootstrap: int) -> None:
         self._models, self._text, self._num_bootstrap = models, text, num_bootstrap
         self._weights_RS = resample_weights(len(text.labels_S), num_bootstrap)
-        self._full_S = text.labels_S[: text.num_full]
+        self._full_labels_S = text.labels_S[: text.num_full]
         self._full_weights_RS = resample_weights(text.num_full, num_bootstrap) if text.num_full else None
         if text.cached is not None:
             self._cached_weights_RS = resample_weights(len(text.cached_labels_S), num_bootstrap)
@@ -100,7 +100,7 @@ class _Results:
             num_sequences=len(text.labels_S),
             num_labels=int(text.labels_S.sum()),
             num_full_sequences=text.num_full,
-            num_full_labels=int(self._full_S.sum()),
+            num_full_labels=int(self._full_labels_S.sum()),
             num_bootstrap=self._num_bootstrap,
             models=tuple(self._row(model) for model in self._models),
             paired=paired,
@@ -117,7 +117,7 @@ class _Results:
         ece, ece_interval = model.calibration.error(labels_S, self._weights_RS)
         near = None
         if model.comparison is not None:
-            near = model.comparison.result(model.name, self._full_S, self._full_weights_RS)
+            near = model.comparison.result(model.name, self._full_labels_S, self._full_weights_RS)
         against_cache = None
         if model.cached is not None and self._text.cached is not None:
             against_cache = model.cached.result(
@@ -143,7 +143,7 @@ class _Results:
     def _nearness(self) -> tuple[PairedDifference, ...]:
         found: tuple[PairedDifference, ...] = ()
         if self._full_weights_RS is not None:
-            found += paired_differences(self._by_arm("kl"), self._full_S, self._full_weights_RS, "kl")
+            found += paired_differences(self._by_arm("kl"), self._full_labels_S, self._full_weights_RS, "kl")
         if self._text.cached is not None:
             quantity: Quantity = "cached_kl" if self._text.cached.recording == "topk" else "cached_teacher_ce"
             by_arm = self._by_arm(quantity)
@@ -151,7 +151,7 @@ class _Results:
         return found
 
     def _by_arm(self, quantity: Quantity) -> Losses:
-        """Of every student, summed over the labels of each sequence."""
+        """The quantity of every student, summed over the labels of each sequence."""
         found: dict[str, dict[int, Float64Array]] = {}
         for model in self._models:
             if model.arm is None or model.seed is None:
@@ -160,7 +160,7 @@ class _Results:
                 sums_S = model.nats_S
             elif quantity == "kl":
                 assert model.comparison is not None
-                sums_S = model.comparison.kl_of_sequences(self._full_S)
+                sums_S = model.comparison.kl_of_sequences(self._full_labels_S)
             else:
                 assert model.cached is not None
                 sums_S = model.cached.apart_S

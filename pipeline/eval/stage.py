@@ -18,7 +18,7 @@ import torch
 
 from capgap.pipeline.eval.at_hand import why_missing
 from capgap.pipeline.eval.cached import CachedRows, cached_rows, score_on_cache
-from capgap.pipeline.eval.calibration import Calibration
+from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.eval.compare import Comparison
 from capgap.pipeline.eval.drafts import DraftJob, drafted, prompts_of, require_drafting
 from capgap.pipeline.eval.heldout import first_sequences, num_labels
@@ -83,7 +83,7 @@ def run(context: StageContext) -> StageResult:
         written = {model.name: model.written for model in models if model.written is not None}
         results = results.model_copy(update={"samples": samples.samples(written)})
     write_atomically(context.folder / RESULTS_NAME, results.model_dump_json(indent=2) + "\n")
-    _say_scalars(context, results)
+    _log_scalars(context, results)
     totals = {
         "models": len(results.models),
         "sequences": results.num_sequences,
@@ -133,7 +133,7 @@ def _require_other_means(context: StageContext, missing: str, cached: CachedRows
     _LOG.warning("eval: the teacher itself is not measured: %s; %s", missing, stands_for_it)
 
 
-def _say_scalars(context: StageContext, results: EvalResults) -> None:
+def _log_scalars(context: StageContext, results: EvalResults) -> None:
     for model in results.models:
         near = model.against_teacher
         figures: dict[str, float | None] = {"validation_loss": model.loss}
@@ -198,7 +198,7 @@ class _Evaluation:
     def _measure(self, name: str, arm: str | None, seed: int | None, visit: Visit | None, meter: Meter) -> Measured:
         made_from = self._context.run.teacher if name == TEACHER else self._context.run.student
         facts = ModelFacts.model_validate(self._context.input(name).manifest.facts)
-        calibration = Calibration(len(self._sequences))
+        calibration = CalibrationError(len(self._sequences))
         cached = None
         model = load_model(
             model_path(self._context.input(name)), self._context.device, None, made_from.trust_remote_code

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from capgap.pipeline.eval.heldout import part_of
-from capgap.pipeline.fidelity.rows import DrawSums, LabelSums, RowsAtTemperature, labelled
+from capgap.pipeline.fidelity.rows import LabelSums, RowsAtTemperature, SamplingErrorSums, labelled
 from capgap.pipeline.fidelity.sample import Place, Sampling, places_of, read_places
 from capgap.pipeline.fidelity.supports import supports
 from capgap.pipeline.models.load import model_at
@@ -105,7 +104,7 @@ def _recording(
     about = facts.recordings[name]
     vocab_size = facts.tokenizer.vocab_size
     by_temperature = {t: RowsAtTemperature(t, about.num_ids, vocab_size) for t in sorted(about.temperatures)}
-    labels, draws = LabelSums(), DrawSums(about.num_ids)
+    labels, errors = LabelSums(), SamplingErrorSums(about.num_ids)
     parts: dict[str, int] = {}
     num_tokens = 0
     for sequences, targets, rows_B in read_places(reader, places_of(reader, sampling)):
@@ -120,7 +119,7 @@ def _recording(
                 mask_BL = sequences.mask_BL1[rows_B, 1:]
                 labels.add(ids_NK, p_NK, labels_N, targets.label_logprobs_BL[rows_B][mask_BL].astype(np.float64))
                 if name == "sampled":
-                    draws.add(p_NK)
+                    errors.add(p_NK)
     for shard, member, _ in places_of(reader, sampling):
         stored = reader.read_stored(shard, member)
         for part, num_bytes in stored.part_bytes.items():
@@ -133,8 +132,8 @@ def _recording(
         num_ids=about.num_ids,
         profile=about.profile,
         num_rows=labels.num_rows,
-        at=tuple(rows.result() for rows in by_temperature.values()),
-        draw_errors=draws.result() if name == "sampled" else (),
+        by_temperature=tuple(rows.result() for rows in by_temperature.values()),
+        sampling_errors=errors.result() if name == "sampled" else (),
         num_bytes=Bytes(
             stored=reader.shard_set.num_bytes / reader.shard_set.num_tokens,
             parts={part: num_bytes / num_tokens for part, num_bytes in parts.items()},
@@ -169,8 +168,8 @@ def _labelled_sequences(reader: ShardReader, places: list[Place], num_sequences:
     missing = num_sequences
     for sequences, _, rows_B in read_places(reader, places):
         with_label_B = rows_B[sequences.mask_BL1[rows_B, 1:].any(axis=1)][:missing]
-        found.append(part_of(sequences, with_label_B))
+        found.append(sequences.part(with_label_B))
         missing -= len(with_label_B)
         if missing == 0:
             break
-    return Sequences(*(np.concatenate([getattr(part, name) for part in found]) for name in vars(found[0])))
+    return Sequences.joined(found)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from capgap.pipeline.eval.calibration import Calibration
+from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.eval.measure import score
-from capgap.pipeline.fidelity.rows import exact_draw_errors, ladder
+from capgap.pipeline.fidelity.rows import exact_sampling_errors, ladder
 from capgap.pipeline.models.load import load_model
 from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts
 from capgap.schemas.errors import MismatchError
 from capgap.schemas.facts import CacheFacts
-from capgap.schemas.fidelity import DrawError, KeptMass, LiveFigures
+from capgap.schemas.fidelity import KeptMass, LiveFigures, SamplingError
 from capgap.schemas.records import Sequences
 
 _BATCH_SEQUENCES = 4
@@ -30,13 +30,13 @@ def live_figures(
         sequences: with a label each.
         facts: of the cache.
         teacher: folder or id.
-        nums: ids that recordings keep, or draws; masses and errors are told of these, and up to ten times the most.
+        nums: ids that recordings keep, or samples; masses and errors are given for these, and up to ten times the most.
         device: `cpu` or `cuda:0`, which the caller has leased.
         trust_remote_code: run code that comes with the teacher.
 
     Raises:
         MismatchError: its tokenizer is not the cache's.
-        InputError: it cannot be loaded, or says what is no number.
+        InputError: it cannot be loaded, or its logits are not finite.
     """
     found = tokenizer_facts(load_tokenizer(teacher, trust_remote_code))
     if found.fingerprint != facts.tokenizer.fingerprint:
@@ -81,7 +81,7 @@ class LiveSums:
         self._mass_Q, self._kl_Q = np.zeros(len(self._nums_Q)), np.zeros(len(self._nums_Q))
         self._errors_Q2 = np.zeros((len(self._nums_Q), 2))
         self._entropy, self._nats, self._num_rows = 0.0, 0.0, 0
-        self._calibration = Calibration(1)
+        self._calibration = CalibrationError(1)
 
     def add(self, logprobs_NV: torch.Tensor) -> None:
         """Count further rows, float32 logprobs at temperature 1."""
@@ -97,7 +97,7 @@ class LiveSums:
         for place, num in enumerate(self._nums_Q):
             self._mass_Q[place] += float(mass_NK[:, num - 1].sum())
             self._kl_Q[place] -= float(mass_NK[:, num - 1].log().sum())
-        self._errors_Q2 += np.array(list(exact_draw_errors(p_NV, self._nums_Q)))
+        self._errors_Q2 += np.array(list(exact_sampling_errors(p_NV, self._nums_Q)))
 
     def result(self) -> LiveFigures:
         """Means over the rows so far, of which there is one at least."""
@@ -112,8 +112,10 @@ class LiveSums:
                 KeptMass(num_ids=num, mass=float(mass / count), truncation_kl=max(float(kl / count), 0.0))
                 for num, mass, kl in zip(self._nums_Q, self._mass_Q, self._kl_Q, strict=True)
             ),
-            draw_errors=tuple(
-                DrawError(num_samples=num, independent=float(independent / count), systematic=float(systematic / count))
+            sampling_errors=tuple(
+                SamplingError(
+                    num_samples=num, independent=float(independent / count), systematic=float(systematic / count)
+                )
                 for num, (independent, systematic) in zip(self._nums_Q, self._errors_Q2, strict=True)
             ),
         )

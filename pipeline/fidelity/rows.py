@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from capgap.pipeline.eval.calibration import Calibration
+from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.fidelity.spread import SpreadSums
 from capgap.pipeline.store import Batch
-from capgap.schemas.fidelity import AtTemperature, DrawError, KeptMass
+from capgap.schemas.fidelity import AtTemperature, KeptMass, SamplingError
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -38,8 +38,8 @@ class RowsAtTemperature:
     """Masses, tails and entropies at one temperature.
 
     Args:
-        temperature: told in the result.
-        num_ids: kept ids or draws a row.
+        temperature: stands in the result.
+        num_ids: kept ids or samples a row.
         vocab_size: real ids.
     """
 
@@ -69,12 +69,12 @@ class RowsAtTemperature:
 
     def result(self) -> AtTemperature:
         """Means over the rows so far, of which there is one at least."""
-        drawn = self._tails is None
+        is_sampled = self._tails is None
         kept = tuple(
             KeptMass(
                 num_ids=num,
                 mass=float(self._mass_Q[place] / self._num_rows),
-                truncation_kl=None if drawn else max(float(self._kl_Q[place] / self._num_rows), 0.0),
+                truncation_kl=None if is_sampled else max(float(self._kl_Q[place] / self._num_rows), 0.0),
             )
             for place, num in enumerate(self._nums_Q)
         )
@@ -84,7 +84,7 @@ class RowsAtTemperature:
             kept=kept,
             tail=None if self._tails is None else self._tails.result(),
             least_entropy=least,
-            most_entropy=None if drawn else least + self._more / self._num_rows,
+            most_entropy=None if is_sampled else least + self._more / self._num_rows,
         )
 
 
@@ -92,7 +92,7 @@ class LabelSums:
     """How the targets fare against the real next tokens."""
 
     def __init__(self) -> None:
-        self._calibration = Calibration(1)
+        self._calibration = CalibrationError(1)
         self._nats, self._kept, self._ids, self.num_rows = 0.0, 0, 0, 0
 
     def add(
@@ -115,44 +115,44 @@ class LabelSums:
         }
 
 
-class DrawSums:
-    """How far the frequencies of n draws are from the teacher's probabilities, from the draws alone.
+class SamplingErrorSums:
+    """How far the frequencies of n samples are from the teacher's probabilities, from the samples alone.
 
     Args:
         num_samples: n.
     """
 
     def __init__(self, num_samples: int) -> None:
-        self._num_draws, self._alike, self._bound, self._num_rows = num_samples, 0.0, 0.0, 0
+        self._num_samples, self._alike, self._bound, self._num_rows = num_samples, 0.0, 0.0, 0
 
     def add(self, p_NK: torch.Tensor) -> None:
         """Count further rows of frequencies."""
-        n = self._num_draws
+        n = self._num_samples
         counts_NK = (p_NK * n).round()
         self._num_rows += len(p_NK)
         # the mean of a squared frequency is p^2 and that id's part of the systematic error, which is small
         self._alike += float(p_NK.square().sum())
-        # of an id with n p below 1, f is n p, whose mean is that of its draws; any other adds a quarter at most
+        # of an id with n p below 1, f is n p, whose mean is that of its samples; any other adds a quarter at most
         once = float((counts_NK == 1).sum())
         self._bound += (once + 0.25 * float((counts_NK > 1).sum())) / n**2
 
-    def result(self) -> tuple[DrawError, ...]:
-        """By rising number of draws; none of a single draw, which says nothing of its spread."""
-        if self._num_draws == 1:
+    def result(self) -> tuple[SamplingError, ...]:
+        """Errors by rising number of samples; none for a single sample, which has no spread."""
+        if self._num_samples == 1:
             return ()
         alike = self._alike / self._num_rows
         return tuple(
-            DrawError(
+            SamplingError(
                 num_samples=num,
                 independent=(1 - alike) / num,
-                systematic=self._bound / self._num_rows if num == self._num_draws else None,
+                systematic=self._bound / self._num_rows if num == self._num_samples else None,
             )
-            for num in ladder(self._num_draws)
+            for num in ladder(self._num_samples)
         )
 
 
-def exact_draw_errors(p_NV: torch.Tensor, nums: tuple[int, ...]) -> Iterator[tuple[float, float]]:
-    """Of full distributions, sums over rows of the squared error of n independent and of n systematic draws."""
+def exact_sampling_errors(p_NV: torch.Tensor, nums: tuple[int, ...]) -> Iterator[tuple[float, float]]:
+    """Squared errors of n independent and of n systematic samples of full distributions, summed over rows."""
     alike = float(len(p_NV) - p_NV.square().sum())
     for num in nums:
         fraction_NV = (p_NV * num).frac()

@@ -1,4 +1,4 @@
-"""Which sequences the figures are of: spread evenly over a few shards, so that a large cache need not be read.
+"""Which sequences are measured: spread evenly over a few shards, so that a large cache need not be read.
 
 Legend: B sequences of a block.
 """

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from capgap.schemas.fidelity import Spread
 
-# a hundred bins a decade: a quantile is told as the upper edge of its bin, at most 2.4 % too high
+# a hundred bins a decade: a quantile is given as the upper edge of its bin, at most 2.4 % too high
 _EDGES_B = np.concatenate([[0.0], np.logspace(-9, 0, 901)])
 
 
@@ -27,7 +27,7 @@ class SpreadSums:
         self._counts_B += np.bincount(np.minimum(bins_N, len(_EDGES_B) - 1), minlength=len(_EDGES_B))
 
     def result(self) -> Spread:
-        """Of all rows so far, of which there is one at least."""
+        """The spread of all rows so far, of which there is one at least."""
         ends_B = np.cumsum(self._counts_B)
         median, p95, p99 = (float(_EDGES_B[np.searchsorted(ends_B, q * ends_B[-1])]) for q in (0.5, 0.95, 0.99))
         return Spread(mean=self._sum / int(ends_B[-1]), median=median, p95=p95, p99=p99)

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from rich.table import Table
 
-from capgap.schemas.fidelity import AtTemperature, DrawError, Fidelity, KeptMass, RecordingFidelity, Support
+from capgap.schemas.fidelity import AtTemperature, Fidelity, KeptMass, RecordingFidelity, SamplingError, Support
 
 Shown = str | Table
 
@@ -28,7 +28,7 @@ def shown(fidelity: Fidelity) -> Iterator[Shown]:
             f"{live.entropy:.4f} nats, label loss {live.label_loss:.4f}, ECE {live.ece:.2%}"
         )
         yield _masses(live.kept)
-        yield _errors(live.draw_errors)
+        yield _errors(live.sampling_errors)
 
 
 def summary(fidelity: Fidelity) -> tuple[str, ...]:
@@ -37,55 +37,57 @@ def summary(fidelity: Fidelity) -> tuple[str, ...]:
 
 
 def _in_short(recording: RecordingFidelity) -> str:
-    at = recording.at[0]
-    if at.tail is not None:
-        kept = f"{1 - at.tail.mean:.2%} of the teacher's probability kept, tail {at.tail.p99:.2%} at p99"
+    first = recording.by_temperature[0]
+    if first.tail is not None:
+        kept = f"{1 - first.tail.mean:.2%} of the teacher's probability kept, tail {first.tail.p99:.2%} at p99"
     else:
-        kept = f"{recording.distinct_ids:.1f} distinct ids of {recording.num_ids} draws"
+        kept = f"{recording.distinct_ids:.1f} distinct ids of {recording.num_ids} samples"
     return (
-        f"{recording.recording}, temperature {at.temperature:g}: {kept}, ECE against the text {recording.ece:.2%}, "
+        f"{recording.recording}, temperature {first.temperature:g}: {kept}, ECE against the text {recording.ece:.2%}, "
         f"next token among the ids at {recording.label_kept:.1%} of {recording.num_rows:,} rows"
     )
 
 
 def _recording(recording: RecordingFidelity) -> Iterator[Shown]:
-    drawn = recording.recording == "sampled"
-    what = f"{recording.num_ids} draws" if drawn else f"{recording.num_ids} ids, {recording.profile}"
+    is_sampled = recording.recording == "sampled"
+    what = f"{recording.num_ids} samples" if is_sampled else f"{recording.num_ids} ids, {recording.profile}"
     parts = ", ".join(f"{part} {num_bytes:.1f}" for part, num_bytes in recording.num_bytes.parts.items())
     yield ""
     yield f"{recording.recording}: {what}, {recording.num_rows:,} rows"
     yield f"  bytes a token: {recording.num_bytes.stored:.1f} on disk; before compression {parts}"
     yield (
-        f"  against the text: label loss {recording.label_loss:.4f} nats, ECE of the likeliest id {recording.ece:.2%}, "
+        f"  against the text: label loss {recording.label_loss:.4f} nats, top-1 ECE {recording.ece:.2%}, "
         f"next token among the ids at {recording.label_kept:.1%} of rows; {recording.distinct_ids:.1f} ids a row"
     )
-    for at in recording.at:
-        yield from _at(at)
-    if recording.draw_errors:
-        yield _errors(recording.draw_errors)
+    for figures in recording.by_temperature:
+        yield from _at_temperature(figures)
+    if recording.sampling_errors:
+        yield _errors(recording.sampling_errors)
     yield from _supports(recording.supports)
 
 
-def _at(at: AtTemperature) -> Iterator[Shown]:
-    most = "" if at.most_entropy is None else f", at most {at.most_entropy:.4f}"
-    yield f"  at temperature {at.temperature:g}: entropy at least {at.least_entropy:.4f} nats{most}"
-    if at.tail is not None:
-        tail = at.tail
+def _at_temperature(figures: AtTemperature) -> Iterator[Shown]:
+    most = "" if figures.most_entropy is None else f", at most {figures.most_entropy:.4f}"
+    yield f"  at temperature {figures.temperature:g}: entropy at least {figures.least_entropy:.4f} nats{most}"
+    if figures.tail is not None:
+        tail = figures.tail
         yield f"  tail: mean {tail.mean:.3%}, median {tail.median:.3%}, p95 {tail.p95:.3%}, p99 {tail.p99:.3%}"
-    yield _masses(at.kept)
+    yield _masses(figures.kept)
 
 
 def _masses(kept: tuple[KeptMass, ...]) -> Table:
-    drawn = all(one.truncation_kl is None for one in kept)
-    table = _table("likeliest ids", "share of draws" if drawn else "probability", *([] if drawn else ["truncation KL"]))
+    is_sampled = all(one.truncation_kl is None for one in kept)
+    table = _table(
+        "top k", "share of samples" if is_sampled else "probability", *([] if is_sampled else ["truncation KL"])
+    )
     for one in kept:
         kl = [] if one.truncation_kl is None else [f"{one.truncation_kl:.5f}"]
         table.add_row(f"{one.num_ids:,}", f"{one.mass:.3%}", *kl)
     return table
 
 
-def _errors(errors: tuple[DrawError, ...]) -> Table:
-    table = _table("draws", "error, independent", "error, systematic")
+def _errors(errors: tuple[SamplingError, ...]) -> Table:
+    table = _table("samples", "error, independent", "error, systematic")
     for one in errors:
         systematic = "-" if one.systematic is None else f"{one.systematic:.2e}"
         table.add_row(f"{one.num_samples:,}", f"{one.independent:.2e}", systematic)
@@ -98,8 +100,8 @@ def _supports(supports: tuple[Support, ...]) -> Iterator[Shown]:
     for (answer, named, first, why), same in groupby(supports, _answer):
         name, *others = named
         rest = ", ".join(f"{other} {', '.join(str(one.settings[other]) for one in same)}" for other in others)
-        said = f"{name} {first}{', ' if rest else ''}{rest}"
-        yield f"    {answer:<3}  {said}{'' if why is None else f': {why}'}"
+        choice = f"{name} {first}{', ' if rest else ''}{rest}"
+        yield f"    {answer:<3}  {choice}{'' if why is None else f': {why}'}"
 
 
 def _answer(one: Support) -> tuple[str, tuple[str, ...], str, str | None]:

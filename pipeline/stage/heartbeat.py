@@ -1,10 +1,10 @@
-"""Signs of life: how far a stage is, on disk, for whoever watches it from another process or another machine.
+"""Heartbeats: how far a stage is, on disk, for whoever watches it from another process or another machine.
 
-    stage: phases, meters --> memory --> one thread, at most once a second --> work/progress.json --> read_signs
+    stage: phases, meters --> memory --> one thread, at most once a second --> work/progress.json --> read_heartbeats
 
-The file decides nothing. It lies in `work`, so it is no content and goes with it when the stage is finished; a kill
-leaves it, and `is_alive` says that nobody is behind it any more. Of a stage's processes that share a folder, as slices
-do, each has a file of its own.
+The file decides nothing. It lies in `work`, so it is no content and goes with it when the stage is finished. A kill
+leaves it there, and `is_alive` finds that its process is gone. Where several processes of a stage share a folder, as
+slices do, each has a file of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from capgap.schemas.errors import CapgapError
-from capgap.schemas.heartbeat import Count, End, SignOfLife
+from capgap.schemas.heartbeat import Count, End, Heartbeat
 
 _PATTERN = "progress*.json"
 _WRITE_EVERY_S = 1.0
@@ -31,8 +31,8 @@ _BELIEVED_S = 120.0
 _CRASHED, _INTERRUPTED = 1, 130
 
 
-class Signs:
-    """What a process says of its work on a folder; a thread of its own writes it down.
+class HeartbeatWriter:
+    """Keeps the heartbeat of a process that works on a folder; a thread of its own writes it down.
 
     Args:
         path: of the file, in a folder that exists.
@@ -42,7 +42,7 @@ class Signs:
         self._path, self._lock, self._over = path, threading.Lock(), threading.Event()
         self._counter: Callable[[], Count] | None = None
         now = time.time()
-        self._said = SignOfLife(
+        self._beat = Heartbeat(
             machine=os.uname().nodename,
             namespace=_namespace(),
             pid=os.getpid(),
@@ -53,15 +53,17 @@ class Signs:
             written_s=now,
         )
         self._write()
-        self._thread = threading.Thread(target=self._write_now_and_then, name="signs of life", daemon=True)
+        self._thread = threading.Thread(target=self._write_now_and_then, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def say(self, phase: str, device: str | None = None) -> None:
-        """What is done from here on, and on which device."""
+    def begin_phase(self, phase: str, device: str | None = None) -> None:
+        """Record what is done from here on, and on which device."""
         self._change(phase=phase, **({} if device is None else {"device": device}))
 
-    def counts(self, counter: Callable[[], Count] | None) -> None:
-        """Who knows from here on how far it is; None where nothing is counted any more. Asked when it is written."""
+    say = begin_phase  # until workflow/ calls it by its name
+
+    def count_with(self, counter: Callable[[], Count] | None) -> None:
+        """Ask `counter` from here on how far the stage is, at every write; None where nothing is counted any more."""
         self._counter = counter
         self._change(count=counter() if counter else None, **({} if counter else {"phase": "goes on"}))
 
@@ -84,35 +86,35 @@ class Signs:
 
     def _change(self, **values: object) -> None:
         with self._lock:
-            self._said = self._said.model_copy(update={**values, "advanced_s": time.time()})
+            self._beat = self._beat.model_copy(update={**values, "advanced_s": time.time()})
 
     def _write_now_and_then(self) -> None:
         while not self._over.wait(_WRITE_EVERY_S):
-            counter, last = self._counter, self._said
+            counter, last = self._counter, self._beat
             count = counter() if counter is not None else None
             # its time left changes even where nothing gets on
             if count is not None and (last.count is None or count.done != last.count.done):
                 self._change(count=count)
-            if self._said.advanced_s > last.written_s or time.time() - last.written_s >= _BEAT_EVERY_S:
+            if self._beat.advanced_s > last.written_s or time.time() - last.written_s >= _BEAT_EVERY_S:
                 self._write()
 
     def _write(self) -> None:
         with self._lock:
-            self._said = self._said.model_copy(update={"written_s": time.time()})
-            text = self._said.model_dump_json()
+            self._beat = self._beat.model_copy(update={"written_s": time.time()})
+            text = self._beat.model_dump_json()
         half = self._path.with_suffix(".half")
-        # a sign that cannot be written is not the stage's trouble; without fsync, for it need not outlive the machine
+        # a heartbeat that cannot be written does not stop the stage; without fsync, for it need not outlive the machine
         with contextlib.suppress(OSError):
             half.write_text(text)
             half.replace(self._path)
 
 
-_current: Signs | None = None
+_current: HeartbeatWriter | None = None
 
 
 @contextmanager
-def signs_of_life(work: Path, *, shared: bool = False) -> Iterator[Signs]:
-    """Say in the folder `work` that this process is at work, and how it ended if not well.
+def heartbeat(work: Path, *, shared: bool = False) -> Iterator[HeartbeatWriter]:
+    """Write a heartbeat into the folder `work` while the block runs; if the block fails, the file says how it ended.
 
     Args:
         work: the stage folder's `work`; made if need be.
@@ -123,42 +125,42 @@ def signs_of_life(work: Path, *, shared: bool = False) -> Iterator[Signs]:
     if not shared:
         work.mkdir(exist_ok=True)
     path = work / (f"progress-{os.uname().nodename}-{os.getpid()}.json" if shared else "progress.json")
-    signs = _current = Signs(path)
+    writer = _current = HeartbeatWriter(path)
     try:
-        yield signs
+        yield writer
     except BaseException as error:
-        signs.end(error)
+        writer.end(error)
         raise
     else:
         if shared:
-            signs.stop()
+            writer.stop()
             path.unlink(missing_ok=True)
     finally:
-        signs.stop()
+        writer.stop()
         _current = None
 
 
-def current_signs() -> Signs | None:
-    """Those of the stage that this process is at; None where it is at none."""
+def current_heartbeat() -> HeartbeatWriter | None:
+    """The heartbeat of the stage that this process works on; None where it works on none."""
     return _current
 
 
-def read_signs(work: Path) -> list[SignOfLife]:
-    """Every sign of life below a stage folder's `work`, the latest first; what cannot be read is left out."""
+def read_heartbeats(work: Path) -> list[Heartbeat]:
+    """Every heartbeat below a stage folder's `work`, the latest first; what cannot be read is left out."""
     found = []
     for path in work.glob(_PATTERN):
         with contextlib.suppress(OSError, ValidationError):
-            found.append(SignOfLife.model_validate_json(path.read_bytes()))
-    return sorted(found, key=lambda sign: sign.written_s, reverse=True)
+            found.append(Heartbeat.model_validate_json(path.read_bytes()))
+    return sorted(found, key=lambda beat: beat.written_s, reverse=True)
 
 
-def is_alive(sign: SignOfLife) -> bool:
+def is_alive(beat: Heartbeat) -> bool:
     """Whether the process is still at work: certain on its own machine; elsewhere, whether it wrote of late."""
-    if sign.ended is not None:
+    if beat.ended is not None:
         return False
-    if (sign.machine, sign.namespace) != (os.uname().nodename, _namespace()):
-        return time.time() - sign.written_s < _BELIEVED_S
-    return _is_running(sign.pid) and sign.pid_started == _started(sign.pid)
+    if (beat.machine, beat.namespace) != (os.uname().nodename, _namespace()):
+        return time.time() - beat.written_s < _BELIEVED_S
+    return _is_running(beat.pid) and beat.pid_started == _started(beat.pid)
 
 
 def _namespace() -> str:
@@ -186,8 +188,12 @@ def _started(pid: int) -> int | None:
 
 
 def _stat(pid: int) -> list[str]:
-    """Of Linux's `stat`, from the third field, the state, on; the second, a name in parentheses, may hold anything."""
+    """Fields of Linux's `stat` from the third one, the state, on; the second is a name that may hold anything."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
+
+
+# until workflow/ calls them by their names
+signs_of_life, current_signs, read_signs = heartbeat, current_heartbeat, read_heartbeats

@@ -1,7 +1,7 @@
 """How far a stage is: a rich bar with tokens/s and time left on a terminal, else a line now and then.
 
 meter --> bar, or lines
-      --> signs of life, on disk, in either case
+      --> heartbeat, on disk, in either case
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from capgap.pipeline.stage.events import event
-from capgap.pipeline.stage.heartbeat import current_signs
+from capgap.pipeline.stage.heartbeat import current_heartbeat
 from capgap.schemas.heartbeat import Count
 
 _QUIET_INTERVAL_S = 15.0
@@ -34,7 +34,7 @@ class Meter(Protocol):
 def progress(title: str, num_steps: int, unit: str, done: int = 0, *, lines: bool = True) -> Iterator[Meter]:
     """A meter for `num_steps` steps of `unit`, of which `done` were finished by an earlier run.
 
-    Without `lines` nothing is said off a terminal: the caller has lines of its own.
+    Without `lines` nothing is logged off a terminal: the caller has lines of its own.
     """
     with _counted(Count(title=title, done=done, total=num_steps, unit=unit)) as tally:
         if _bars_are_seen():
@@ -46,16 +46,16 @@ def progress(title: str, num_steps: int, unit: str, done: int = 0, *, lines: boo
 
 @contextmanager
 def _counted(begun: Count) -> Iterator[_Tally]:
-    """The stage's signs of life, where it gives any, tell the count for as long as the block runs."""
-    signs, tally = current_signs(), _Tally(begun)
-    if signs is None:
+    """Put the count into the stage's heartbeat, where there is one, for as long as the block runs."""
+    beat, tally = current_heartbeat(), _Tally(begun)
+    if beat is None:
         yield tally
         return
-    signs.counts(tally.count)
+    beat.count_with(tally.count)
     try:
         yield tally
     finally:
-        signs.counts(None)
+        beat.count_with(None)
 
 
 def _bars_are_seen() -> bool:

@@ -1,7 +1,7 @@
-"""The processes of one training: which of them this is, and where they leave word for one another.
+"""The ranks of one training: which of them this process is, and the rendezvous at which they exchange values.
 
-Whoever starts them - torchrun, another launcher that sets the same variables, or `launch.py` - tells each its rank in
-the environment. Rank 0 owns the stage's folder, its manifest and what is printed; the others follow its word.
+Whoever starts them - torchrun, another launcher that sets the same variables, or `launch.py` - gives each its rank in
+the environment. Rank 0 owns the stage's folder, its manifest and what is printed; the others do as it has published.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from capgap.schemas.errors import MachineError
 
 # As long as another stage may hold a device that rank 0 waits for.
-_WORD_TIMEOUT = timedelta(days=30)
+_VALUE_TIMEOUT = timedelta(days=30)
 # A rank may take this long over a checkpoint or the held-out text while the others wait for it.
 _GROUP_TIMEOUT = timedelta(hours=2)
 
@@ -72,8 +72,8 @@ def ranks_in_environment() -> Ranks | None:
     return ranks
 
 
-class Meeting:
-    """Where the ranks of one stage leave word for one another: the key-value store that they find by the environment.
+class Rendezvous:
+    """Where the ranks of one stage exchange values: the key-value store that they find by the environment.
 
     Args:
         ranks: which of them this process is.
@@ -88,21 +88,23 @@ class Meeting:
         store, _, _ = next(rendezvous("env://"))
         self._store = PrefixStore(name, store)
 
-    def say(self, word: str, value: Any = True) -> None:
-        """Leave word for the others; once for each word."""
-        self._store.set(word, json.dumps(value))
+    def publish(self, key: str, value: Any = True) -> None:
+        """Store a JSON value for the other ranks; once for each key."""
+        self._store.set(key, json.dumps(value))
 
-    def hear(self, word: str) -> Any:
-        """Wait until it is left."""
-        self._store.wait([word], _WORD_TIMEOUT)
-        return json.loads(self._store.get(word))
+    def wait_for(self, key: str) -> Any:
+        """The value of the key, as soon as a rank has published it."""
+        self._store.wait([key], _VALUE_TIMEOUT)
+        return json.loads(self._store.get(key))
+
+    say, hear = publish, wait_for  # until workflow/ calls them by their names
 
     def is_first_to_fail(self) -> bool:
-        """Whether no other rank has failed before; only the first says why. True where nobody can be asked."""
+        """Whether no other rank has failed before; only the first one reports why. True where the store is gone."""
         try:
             return bool(self._store.add("failed", 1) == 1)
         except RuntimeError:
-            # the store went with rank 0, which has said why, if it could
+            # the store went with rank 0, which has reported why, if it could
             return self.ranks.is_first
 
     @contextmanager
@@ -125,3 +127,6 @@ class Meeting:
         yield
         # not after an error: the others may never answer
         distributed.destroy_process_group()
+
+
+Meeting = Rendezvous  # until workflow/ calls it by its name

@@ -28,7 +28,7 @@ TRAINING_SCALARS = {
     "learning_rate": "of the step",
     "gradient_norm": "before clipping, mean since the row before",
     "tokens_per_s": "tokens a second",
-    "waiting_share": "share of the time in which the loader was waited for",
+    "data_wait_fraction": "data-wait fraction: the part of the time in which the loader was waited for",
     "memory_bytes": "most that tensors took of a GPU; on a CPU what the process takes",
 }
 """Of the stages that train, by step; the columns of metrics.csv behind `step`, in their order."""

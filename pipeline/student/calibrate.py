@@ -33,7 +33,7 @@ from capgap.schemas.errors import InputError
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationStatistics:
     """What was seen of the teacher.
 
     Attributes:
@@ -55,7 +55,7 @@ def calibrate(
     vocab_size: int,
     taylor: bool,
     meter: Meter | None = None,
-) -> Calibration:
+) -> CalibrationStatistics:
     """One pass over the batches, and with `taylor` a backward pass beside each.
 
     The model is left as it was; no gradient of a weight is computed.
@@ -66,13 +66,13 @@ def calibrate(
     tally = _Tally(model, shape, vocab_size)
     with frozen(model):
         for batch in batches:
-            there = batch.to(model.device)
+            batch = batch.to(model.device)
             if taylor:
-                tally.add_taylor(there)
+                tally.add_taylor(batch)
             else:
-                tally.add_activations(there)
+                tally.add_activations(batch)
             if meter is not None:
-                meter.advance(len(there.labels_BL), there.labels_BL.numel())
+                meter.advance(len(batch.labels_BL), batch.labels_BL.numel())
     return tally.result(taylor)
 
 
@@ -90,7 +90,7 @@ def loss_without_each_layer(
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Of the decoder's last norm [B, L, H]; under the rule `document` no document sees another."""
+    """The output of the decoder's last norm [B, L, H]; under the rule `document` no document sees another."""
     positions = {} if batch.positions_BL is None else {"position_ids": batch.positions_BL}
     hidden_BLH: Tensor = model.get_decoder()(
         input_ids=batch.input_ids_BL, use_cache=False, **positions
@@ -167,7 +167,7 @@ class _Tally:
         self._num_labels += int(labels_B.sum())
         self._count(batch)
 
-    def result(self, taylor: bool) -> Calibration:
+    def result(self, taylor: bool) -> CalibrationStatistics:
         if not taylor:
             self._hidden_NH, self._heads_MC = self._hidden_NH.sqrt(), self._heads_MC.sqrt()
             self._neurons_MF = self._neurons_MF.sqrt()
@@ -183,7 +183,7 @@ class _Tally:
         )
         self._require_finite(scores)
         loss = self._nats / max(self._num_labels, 1) if taylor else None
-        return Calibration(scores, (self._energy_NH / self._num_tokens).cpu(), loss)
+        return CalibrationStatistics(scores, (self._energy_NH / self._num_tokens).cpu(), loss)
 
     def _watch(self, hooks: ExitStack) -> None:
         """What every calibration wants to know: how far layers turn their input, and the energy of channels."""
@@ -241,7 +241,7 @@ class _Tally:
 
 
 def losses(model: PreTrainedModel, batch: Batch, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Of each sequence: cross-entropy summed over its labels, nats [B], and how many labels there are [B]."""
+    """Cross-entropy of each sequence, summed over its labels, nats [B], and how many labels it has [B]."""
     hidden_BLH, head = hidden_states(model, batch), model.get_output_embeddings()
     nats = []
     for hidden_LH, labels_L in zip(hidden_BLH, batch.labels_BL, strict=True):

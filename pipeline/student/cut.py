@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 from capgap.pipeline.models.load import empty_model
-from capgap.pipeline.student.kept import Kept
+from capgap.pipeline.student.kept import KeptParts
 from capgap.pipeline.student.shapes import Shape
 from capgap.schemas.errors import InputError
 
@@ -58,7 +58,7 @@ _AXES: dict[str, tuple[str | None, ...]] = {
 }
 
 
-def cut(teacher: PreTrainedModel, target: Shape, kept: Kept, energy_NH: Tensor) -> PreTrainedModel:
+def cut(teacher: PreTrainedModel, target: Shape, kept: KeptParts, energy_NH: Tensor) -> PreTrainedModel:
     """The kept parts as a model of their own, on the CPU, in the teacher's dtype; the teacher is left as it was.
 
     With everything kept it is the teacher, to the bit.
@@ -67,7 +67,7 @@ def cut(teacher: PreTrainedModel, target: Shape, kept: Kept, energy_NH: Tensor) 
         teacher: on any device.
         target: the shape that `kept` has.
         kept: indices of what stays.
-        energy_NH: mean share of each channel in the square of each norm's input; see `Calibration`.
+        energy_NH: mean share of each channel in the square of each norm's input; see `CalibrationStatistics`.
 
     Raises:
         InputError: it has a parameter of a name that its architecture has not.
@@ -161,7 +161,7 @@ def _axes_of(name: str, part: str, model: PreTrainedModel) -> tuple[str | None, 
     return _AXES[part]
 
 
-def _indices(kept: Kept, layer: int | None, head_dim: int) -> dict[str, Tensor]:
+def _indices(kept: KeptParts, layer: int | None, head_dim: int) -> dict[str, Tensor]:
     if layer is None:
         return {"hidden": kept.hidden}
     return {
@@ -183,8 +183,8 @@ def _indexed(weight: Tensor, axes: tuple[str | None, ...], indices: dict[str, Te
     return weight
 
 
-def _factors(energy_NH: Tensor, kept: Kept) -> dict[tuple[int | None, str], float]:
-    """By layer of the student and name, for every norm of the residual stream; none where all channels stay."""
+def _factors(energy_NH: Tensor, kept: KeptParts) -> dict[tuple[int | None, str], float]:
+    """Factors by layer of the student and name of each norm of the residual stream; none where all channels stay."""
     num_all, num_kept = energy_NH.shape[1], len(kept.hidden)
     if num_kept == num_all:
         return {}

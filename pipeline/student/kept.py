@@ -33,7 +33,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptParts:
     """Indices into the teacher, int64, rising.
 
     Attributes:
@@ -51,7 +51,7 @@ class Kept:
     neurons: tuple[Tensor, ...]
 
 
-def choose(scores: Scores, target: Shape, layers: LayerImportance) -> Kept:
+def choose(scores: Scores, target: Shape, layers: LayerImportance) -> KeptParts:
     """The parts of the highest scores, as many as the target has; of equal ones the first.
 
     A group is as important as its query heads together. Of each group that stays, the same number of query heads stays.
@@ -68,7 +68,7 @@ def choose(scores: Scores, target: Shape, layers: LayerImportance) -> Kept:
         kept_heads = [group * size + _best(heads_GQ[group], target.heads_per_group) for group in kept_groups.tolist()]
         groups.append(kept_groups)
         heads.append(torch.cat(kept_heads))
-    return Kept(
+    return KeptParts(
         layers=layers_kept,
         hidden=_best(scores.hidden_H, target.hidden_size),
         groups=tuple(groups),
@@ -81,14 +81,14 @@ def random_scores(teacher: Shape, seed: int) -> Scores:
     """Uniform ones, a pure function of shape and seed."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(*size: int) -> Tensor:
+    def uniform(*size: int) -> Tensor:
         return torch.rand(size, generator=generator, dtype=torch.float64)
 
     return Scores(
-        layers_M=draw(teacher.num_layers),
-        hidden_H=draw(teacher.hidden_size),
-        heads_MGQ=draw(teacher.num_layers, teacher.num_key_value_heads, teacher.heads_per_group),
-        neurons_MF=draw(teacher.num_layers, teacher.intermediate_size),
+        layers_M=uniform(teacher.num_layers),
+        hidden_H=uniform(teacher.hidden_size),
+        heads_MGQ=uniform(teacher.num_layers, teacher.num_key_value_heads, teacher.heads_per_group),
+        neurons_MF=uniform(teacher.num_layers, teacher.intermediate_size),
     )
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from capgap.pipeline.eval.heldout import num_labels
 from capgap.pipeline.eval.measure import score
-from capgap.pipeline.student.kept import Kept, Scores
+from capgap.pipeline.student.kept import KeptParts, Scores
 from capgap.schemas.records import Sequences
 from capgap.schemas.run_corpus import ContextRule
 
@@ -85,7 +85,7 @@ class Nearness:
         return float(nats_S.sum() / self._labels_S.sum())
 
 
-def write_report(folder: Path, kept: Kept, scores: Scores, figures: dict[str, Any]) -> None:
+def write_report(folder: Path, kept: KeptParts, scores: Scores, figures: dict[str, Any]) -> None:
     """Which parts stayed, by layer of the student, the score of every part of the teacher, and the figures."""
     indices = {
         "layers": kept.layers.tolist(),
@@ -104,7 +104,7 @@ def write_report(folder: Path, kept: Kept, scores: Scores, figures: dict[str, An
 
 
 def _rounded(scores: Tensor) -> Any:
-    """Six digits: more say nothing of what is more important."""
+    """Scores with six digits: further ones do not change what is more important."""
     if scores.ndim > 1:
         return [_rounded(part) for part in scores]
     return [float(f"{value:.6g}") for value in scores.tolist()]

@@ -16,7 +16,7 @@ from capgap.pipeline.teacher.vocabulary import extend_vocabulary
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.fits import require_memory
 from capgap.pipeline.train.strategy import is_sharded
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CorpusFacts
 from capgap.schemas.manifest import ShardSet
@@ -82,7 +82,7 @@ def _fit(
     context: StageContext, model: PreTrainedModel, settings: OptimizationSettings, text: ShardSet, title: str
 ) -> dict[str, Any]:
     corpus: StageInput = context.input("corpus")
-    task = Task(
+    task = TrainingTask(
         title=title,
         settings=settings,
         training=ShardReader(corpus.path, text),

@@ -1,4 +1,4 @@
-"""Several sequences or documents in one row, none of which sees another: how a model is told, and proof that it heeds.
+"""Several sequences or documents in one row, none of which sees another: the argument for it, and proof that it works.
 
 Transformers makes the masks of eager, sdpa and flex attention from positions that begin anew. Which models pay
 attention to that is not to be read off a model: one with a recurrent state takes positions too. So before a training
@@ -20,10 +20,10 @@ from capgap.schemas.errors import InputError
 _ATTENTION_THAT_ENDS = ("eager", "sdpa", "flex_attention")
 # one of a single token between two others, and more tokens in each than a short convolution reaches back
 _DOCUMENT_LENGTHS = (6, 1, 7)
-# Of the vectors' size. Sums in another order make up to 4e-7 of it in float32 (14 tiny models), and in bfloat16 a
-# hundredth after many layers; what is seen of another document makes a third and more even with fresh weights.
+# Relative to the vectors' size. Sums in another order make up to 4e-7 of it in float32 (14 tiny models), a hundredth
+# in bfloat16 after many layers; what is seen of another document makes a third and more even with fresh weights.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
-_TOLERANCE_OF_OTHERS = 0.05
+_OTHER_TOLERANCE = 0.05
 _FIX = "make corpus and cache with corpus.context: packed, and leave train.row_len out"
 
 
@@ -55,7 +55,7 @@ def require_ending_attention(model: PreTrainedModel, row_len: int) -> None:
         row_len: tokens of the rows that it is to be trained on.
 
     Raises:
-        InputError: it cannot be told where documents end, or does not heed it.
+        InputError: it takes no positions that end documents, or does not heed them.
     """
     chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
     if chunk is not None and chunk < row_len:
@@ -67,7 +67,7 @@ def require_ending_attention(model: PreTrainedModel, row_len: int) -> None:
             fix=_FIX,
         )
     apart = _apart(model)
-    tolerance = _TOLERANCE.get(model.dtype, _TOLERANCE_OF_OTHERS)
+    tolerance = _TOLERANCE.get(model.dtype, _OTHER_TOLERANCE)
     # not a number is too far as well
     if not apart <= tolerance:
         raise InputError(

@@ -10,7 +10,7 @@ from capgap.pipeline.stage.context import StageInput, further_cache
 from capgap.pipeline.store import ShardReader, heat_of
 from capgap.pipeline.store.rows import sequences_per_row
 from capgap.pipeline.train.objective import objective_of
-from capgap.pipeline.train.task import Source
+from capgap.pipeline.train.task import CacheSource
 from capgap.schemas.errors import InputError, MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, ModelFacts
 from capgap.schemas.manifest import ShardSet
@@ -45,15 +45,17 @@ class ChosenCache:
         """Whether its targets are of that temperature; where the teacher itself is asked they need not be."""
         return self.temperature in self.facts.recordings[self.recording].temperatures
 
-    def source(self) -> Source:
+    def source(self) -> CacheSource:
         """What the loader reads.
 
         Raises:
             InputError: as the reader.
         """
         reader = ShardReader(self.location, self.shards)
-        heat = heat_of(reader.codec, self.facts.temperature, self.temperature) if self.has_targets else None
-        return Source(reader, self.weight, self.facts.context, heat)
+        target_temperature = None
+        if self.has_targets:
+            target_temperature = heat_of(reader.codec, self.facts.temperature, self.temperature)
+        return CacheSource(reader, self.weight, self.facts.context, target_temperature)
 
 
 def chosen_caches(settings: TrainSettings, inputs: Mapping[str, StageInput]) -> dict[str | None, ChosenCache]:
@@ -66,9 +68,9 @@ def chosen_caches(settings: TrainSettings, inputs: Mapping[str, StageInput]) -> 
     found: dict[str | None, ChosenCache] = {None: own}
     for name, cache in settings.caches.items():
         # at one temperature, or divergences of different sizes would be added up
-        its = settings.model_copy(update={"recording": cache.recording, "temperature": _shared(settings, own)})
-        at = inputs["cache" if cache.path is None else further_cache(name)]
-        found[name] = _chosen(f"train.caches.{name}", at, its, cache.weight)
+        asked = settings.model_copy(update={"recording": cache.recording, "temperature": _shared(settings, own)})
+        made = inputs["cache" if cache.path is None else further_cache(name)]
+        found[name] = _chosen(f"train.caches.{name}", made, asked, cache.weight)
     return found
 
 
@@ -131,11 +133,11 @@ def choose(cache: CacheFacts, settings: TrainSettings, setting: str = "train") -
     return recording, temperature if settings.needs_targets or settings.needs_teacher else cache.temperature
 
 
-def _chosen(setting: str, at: StageInput, settings: TrainSettings, weight: float) -> ChosenCache:
-    facts = CacheFacts.model_validate(at.manifest.facts)
+def _chosen(setting: str, cache: StageInput, settings: TrainSettings, weight: float) -> ChosenCache:
+    facts = CacheFacts.model_validate(cache.manifest.facts)
     recording, temperature = choose(facts, settings, setting)
-    shards = at.manifest.shard_sets[recording]
-    return ChosenCache(setting, at.location, facts, recording, temperature, shards, weight)
+    shards = cache.manifest.shard_sets[recording]
+    return ChosenCache(setting, cache.location, facts, recording, temperature, shards, weight)
 
 
 def _shared(settings: TrainSettings, own: ChosenCache) -> float | None:

@@ -35,13 +35,18 @@ class Checkpoints(lightning.Callback):
         accumulate: micro-batches of a step on each rank.
         keep: how many of the last ones stay.
         seed: of random numbers.
-        heldout: whose measurements say which weights are best; None where the best are not kept.
+        heldout: whose measurements decide which weights are best; None where the best are not kept.
+
+    Attributes:
+        folder: of the checkpoints.
+        best_loss: lowest held-out loss so far.
+        best_step: at which it was measured.
     """
 
     def __init__(
         self, folder: Path, every_steps: int, accumulate: int, keep: int, seed: int, heldout: HeldOut | None
     ) -> None:
-        self._folder, self._every, self._accumulate, self._keep = folder, every_steps, accumulate, keep
+        self.folder, self._every, self._accumulate, self._keep = folder, every_steps, accumulate, keep
         self._seed, self._heldout = seed, heldout
         self._random: list[dict[str, Any]] = []
         self.best_loss, self.best_step = math.inf, 0
@@ -81,20 +86,20 @@ class Checkpoints(lightning.Callback):
             self._save(trainer, f"step-{step:08d}")
 
     def _save(self, trainer: Any, name: str, weights_only: bool = False) -> None:
-        temporary, path = self._folder / f"{name}.saving", self._folder / f"{name}.ckpt"
+        temporary, path = self.folder / f"{name}.saving", self.folder / f"{name}.ckpt"
         trainer.save_checkpoint(temporary, weights_only=weights_only)
         if trainer.is_global_zero:
             publish(temporary, path)
             self._delete_old()
 
     def _delete_old(self) -> None:
-        steps = sorted(self._folder.glob("step-*.ckpt"))
+        steps = sorted(self.folder.glob("step-*.ckpt"))
         for path in steps[: -self._keep]:
             _delete(path)
-        kept = [_step_of(path) for path in steps[-self._keep :]]
-        best = sorted(self._folder.glob("best-*.ckpt"))
+        kept = [step_of(path) for path in steps[-self._keep :]]
+        best = sorted(self.folder.glob("best-*.ckpt"))
         # whichever checkpoint a training goes on from, the best of its time is there
-        needed = {max((path for path in best if _step_of(path) <= step), default=None) for step in kept}
+        needed = {max((path for path in best if step_of(path) <= step), default=None) for step in kept}
         needed |= set(best[-1:])
         for path in best:
             if path not in needed:
@@ -114,9 +119,9 @@ def checkpoint_to_resume(folder: Path) -> Path | None:
             resume = path
             break
         _LOG.warning("%s is damaged (%s): the one before it is used", path, fault)
-    step = 0 if resume is None else _step_of(resume)
+    step = 0 if resume is None else step_of(resume)
     for path in folder.iterdir():
-        if path.suffix == ".saving" or _step_of(path) > step:
+        if path.suffix == ".saving" or step_of(path) > step:
             _delete(path)
     return resume
 
@@ -131,7 +136,8 @@ def best_checkpoint(folder: Path) -> Path:
     return max(folder.glob("best-*.ckpt"))
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step after which a checkpoint was saved."""
     return int(path.stem.split("-")[1])
 
 

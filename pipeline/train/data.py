@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from capgap.pipeline.store import Batch, MixedLoader, SequenceLoader, ShardReader
 from capgap.pipeline.store.batch import collate
 from capgap.pipeline.store.rows import sequences_per_row
-from capgap.pipeline.train.task import Source, Task
+from capgap.pipeline.train.task import CacheSource, TrainingTask
 
 # The name of the run's own cache in a mix; the run file cannot give it to another.
 OWN = ""
@@ -19,14 +19,14 @@ OWN = ""
 _WITHOUT_END = 1 << 32
 
 
-def training_loader(task: Task) -> SequenceLoader | MixedLoader:
+def training_loader(task: TrainingTask) -> SequenceLoader | MixedLoader:
     """The micro-batches of the whole training, in their order.
 
     Raises:
         InputError: too little data for one step, or the caches do not make rows of one shape.
     """
     settings = task.settings
-    own = Source(task.training, task.weight, task.context, task.heat)
+    own = CacheSource(task.training, task.weight, task.context, task.target_temperature)
     if not task.others:
         return _loader(task, own, settings.num_epochs, settings.max_tokens)
     loaders = {OWN: _loader(task, own, settings.num_epochs)}
@@ -38,7 +38,7 @@ def training_loader(task: Task) -> SequenceLoader | MixedLoader:
     return MixedLoader(loaders, weights, task.seed, epochs_of=OWN, max_tokens=settings.max_tokens)
 
 
-def heldout_batches(task: Task) -> Iterator[Batch]:
+def heldout_batches(task: TrainingTask) -> Iterator[Batch]:
     """The first held-out sequences, in micro-batches: with the teacher's targets as far as the cache has them.
 
     The cache holds the first sequences of the same held-out text.
@@ -50,8 +50,8 @@ def heldout_batches(task: Task) -> Iterator[Batch]:
     yield from _batches_of(task, task.heldout, range(num_scored, wanted))
 
 
-def _batches_of(task: Task, reader: ShardReader, wanted: range) -> Iterator[Batch]:
-    """Those of the reader's sequences, or as many of them as there are."""
+def _batches_of(task: TrainingTask, reader: ShardReader, wanted: range) -> Iterator[Batch]:
+    """The wanted sequences of the reader, or as many of them as there are."""
     first = 0
     for index, size in enumerate(m.num_sequences for s in reader.shard_set.shards for m in s.each_member()):
         rows = range(max(wanted.start - first, 0), min(wanted.stop - first, size))
@@ -61,10 +61,10 @@ def _batches_of(task: Task, reader: ShardReader, wanted: range) -> Iterator[Batc
         sequences, targets = reader.read(index)
         for start in range(rows.start, rows.stop, task.micro_batch):
             part = [(sequences, targets, row) for row in range(start, min(start + task.micro_batch, rows.stop))]
-            yield collate(part, reader.codec.num_ids, task.heat, task.context)
+            yield collate(part, reader.codec.num_ids, task.target_temperature, task.context)
 
 
-def _loader(task: Task, source: Source, num_epochs: int, max_tokens: int | None = None) -> SequenceLoader:
+def _loader(task: TrainingTask, source: CacheSource, num_epochs: int, max_tokens: int | None = None) -> SequenceLoader:
     settings = task.settings
     return SequenceLoader(
         source.reader,
@@ -78,16 +78,16 @@ def _loader(task: Task, source: Source, num_epochs: int, max_tokens: int | None 
         row_len=task.row_len,
         on_corrupt=settings.on_corrupt,
         decode_on=task.device if settings.decode == "device" else None,
-        heat=source.heat,
+        heat=source.target_temperature,
         context=source.context,
     )
 
 
-def _as_many_rows(task: Task, source: Source, num_sequences: int) -> int:
+def _as_many_rows(task: TrainingTask, source: CacheSource, num_sequences: int) -> int:
     """Sequences of a source that fill as many rows as that many of the task's own."""
-    own, its = (_per_row(task, reader.shard_set.seq_len) for reader in (task.training, source.reader))
-    return num_sequences if own == its else num_sequences // own * its
+    own, others = (_per_row(task, reader.shard_set.seq_len) for reader in (task.training, source.reader))
+    return num_sequences if own == others else num_sequences // own * others
 
 
-def _per_row(task: Task, seq_len: int) -> int:
+def _per_row(task: TrainingTask, seq_len: int) -> int:
     return 1 if task.row_len is None else sequences_per_row(task.row_len, seq_len)

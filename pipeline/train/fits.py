@@ -44,7 +44,7 @@ def require_memory(
     """
     on_device = torch.device(device)
     weights = sum(p.nbytes for p in model.parameters())
-    # what has no part in the logits, a vision tower say, is not trained
+    # what has no part in the logits, such as a vision tower, is not trained
     parts = (model.get_decoder(), model.get_output_embeddings())
     trained = sum(p.nbytes for p in {p for part in parts for p in part.parameters()} if p.requires_grad)
     held = sum(p.nbytes for p in model.parameters() if p.device.type == on_device.type)

@@ -30,7 +30,7 @@ _SMALL, _LARGE = 2.0**-17, 2.0**20
 
 
 @dataclass(frozen=True)
-class Head:
+class LmHead:
     """A model's logits are `capped(scale * linear(hidden))`, hidden being the last hidden states of `decoder`.
 
     Attributes:
@@ -61,17 +61,17 @@ class Head:
         }
 
 
-def served_head(model: PreTrainedModel, vocab_size: int) -> Head:
+def served_head(model: PreTrainedModel, vocab_size: int) -> LmHead:
     """The head of a model, once the loss has been seen to stand for it: a few forward passes of 16 tokens.
 
-    The model is left as it was, and no global random number is drawn.
+    The model is left as it was, and torch's global random numbers are not used.
 
     Args:
         model: in any dtype, on the device where it can run.
         vocab_size: the real vocabulary; columns of the head at or past it are padding.
 
     Raises:
-        InputError: its head is no plain linear layer, or its logits are not `Head`'s; or a token changes what comes
+        InputError: its head is no plain linear layer, or its logits are not `LmHead`'s; or a token changes what comes
             before it; or it cannot be run on tokens alone.
     """
     linear = _plain_linear(model)
@@ -93,7 +93,7 @@ def _plain_linear(model: PreTrainedModel) -> nn.Linear:
     return linear
 
 
-def _tried(model: PreTrainedModel, linear: nn.Linear, vocab_size: int) -> Head:
+def _tried(model: PreTrainedModel, linear: nn.Linear, vocab_size: int) -> LmHead:
     generator = torch.Generator().manual_seed(0)
     num_tokens = min(_NUM_TOKENS, max_positions(model.config) or _NUM_TOKENS)
     ids_BL = torch.randint(vocab_size, (2, num_tokens), generator=generator)
@@ -109,7 +109,7 @@ def _tried(model: PreTrainedModel, linear: nn.Linear, vocab_size: int) -> Head:
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise _refusal(model, str(error).strip().partition("\n")[0], "a model that runs on token ids alone") from error
     _require_causal(model, read_BLH)
-    head = Head(decoder, linear, scale, softcap)
+    head = LmHead(decoder, linear, scale, softcap)
     _require_equal_loss(model, head, read_BLH, true_BLV, vocab_size, generator)
     return head
 
@@ -117,7 +117,7 @@ def _tried(model: PreTrainedModel, linear: nn.Linear, vocab_size: int) -> Head:
 def _logits_of_probe(
     model: PreTrainedModel, linear: nn.Linear, ids_BL: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, float, float | None]:
-    """What the head reads [B, L, H], and the scale and cap that the model puts on what the head says."""
+    """What the head reads [B, L, H], and the scale and cap that the model puts on the head's output."""
     seen: list[Tensor] = []
 
     def replace(_: nn.Module, inputs: tuple[Tensor, ...], output_BLV: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def _require_causal(model: PreTrainedModel, read_BLH: Tensor) -> None:
 
 def _require_equal_loss(
     model: PreTrainedModel,
-    head: Head,
+    head: LmHead,
     hidden_BLH: Tensor,
     true_BLV: Tensor,
     vocab_size: int,

@@ -1,4 +1,4 @@
-"""Held-out sequences, measured while a training runs: their text, and how near the student comes to the teacher there.
+"""Held-out sequences, measured while a training runs: their text, and how near the student comes to the teacher batch.
 
 Legend: B sequences, L targets a sequence, N = B x L rows, K ids kept, V vocabulary, H hidden.
 """
@@ -14,10 +14,10 @@ import lightning
 import torch
 
 from capgap.pipeline.store import Batch
-from capgap.pipeline.train.clock import Clock
 from capgap.pipeline.train.metrics import MetricsFile
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.not_finite import NotFinite
+from capgap.pipeline.train.timer import TrainingTimer
 
 _LOG = logging.getLogger("capgap")
 
@@ -27,17 +27,17 @@ class HeldOutFigures:
     """What was measured, as means over the labels of held-out sequences.
 
     Attributes:
-        loss: cross-entropy with the text, nats per token.
+        loss: cross-entropy with the text, nats/token.
         kl: of a `topk` cache, the divergence that alpha weighs between teacher and student, at the training's
             temperature; forward KL where the cache does not support that one. With `forward_kl` and its tail as one
             cell a lower bound of KL(teacher || student), and comparable with `train_kl`. None for a `sampled` cache:
-            draws give the teacher's entropy with a bias.
-        teacher_ce: of a `sampled` cache, the student's cross-entropy with the teacher's draws, nats per token. Over
-            draws its mean is that with the teacher's whole distribution, which is KL(teacher || student) and the
+            samples give the teacher's entropy with a bias.
+        teacher_ce: of a `sampled` cache, the student's cross-entropy with the teacher's samples, nats/token. Over
+            samples its mean is that with the teacher's whole distribution, which is KL(teacher || student) and the
             teacher's entropy: on the same sequences two of these figures differ as two KLs do. None for `topk`.
-        top1: share of rows at which the student's likeliest id is the teacher's likeliest. For `sampled` that is the id
-            drawn most often, the lower one of two. Each id is drawn n p times, rounded up or down: so it can be another
-            than the teacher's likeliest only where two ids are less than two draws apart.
+        top1: top-1 agreement: share of rows at which the student's top-1 token is the teacher's. For `sampled` that is
+            the id sampled most often, the lower one of two. Each id is sampled n p times, rounded up or down: so it can
+            be another than the teacher's top-1 token only where two ids are less than two samples apart.
     """
 
     loss: float
@@ -49,8 +49,8 @@ class HeldOutFigures:
 class HeldOut(lightning.Callback):
     """Measures held-out sequences every few steps and at the end, and with `also_before` before the first step.
 
-    How far a student is from its teacher before it has learnt anything says whether its start is any good: of a pruned
-    one, what pruning has cost. That row of the file has the step 0.
+    How far a student is from its teacher before it has learnt anything shows whether its start is any good, and what
+    pruning has cost. That row of the file has the step 0.
 
     Attributes:
         last: the figures of the last measurement; None before the first.
@@ -60,14 +60,14 @@ class HeldOut(lightning.Callback):
         self,
         file: MetricsFile,
         watch: NotFinite,
-        clock: Clock,
+        timer: TrainingTimer,
         batches: Callable[[], Iterable[Batch]],
         every_steps: int,
         tokens_per_step: int,
         also_before: bool = False,
     ) -> None:
         self._also_before = also_before
-        self._file, self._watch, self._clock, self._batches = file, watch, clock, batches
+        self._file, self._watch, self._timer, self._batches = file, watch, timer, batches
         self._every, self._tokens_per_step, self._last_step = every_steps, tokens_per_step, 0
         self.last: HeldOutFigures | None = None
 
@@ -81,7 +81,7 @@ class HeldOut(lightning.Callback):
         self._last_step = trainer.global_step
         if trainer.global_step or not self._also_before:
             return
-        with self._clock.aside():
+        with self._timer.excluded():
             before = measure(module, self._batches())
         self._write(0, before)
         if trainer.is_global_zero:
@@ -97,7 +97,7 @@ class HeldOut(lightning.Callback):
             return
         self._last_step = step
         self._watch.settle(trainer)
-        with self._clock.aside():
+        with self._timer.excluded():
             self.last = measure(module, self._batches())
         self._write(step, self.last)
 
@@ -117,23 +117,23 @@ def measure(module: DistillationModule, batches: Iterable[Batch]) -> HeldOutFigu
     """The figures over all labels of the batches; those against the teacher over the batches that have targets."""
     was_training = module.training
     module.eval()
-    # loss and labels; then of batches with targets labels, KL, cross-entropy with the teacher, agreements
+    # loss and labels; then, over batches with targets: labels, KL, entropy of the targets, top-1 agreements
     sums_6 = torch.zeros(6, dtype=torch.float64, device=module.device)
     is_sampled = False
     for batch in batches:
-        there = batch.to(module.device)
-        has_targets = there.ids_NK is not None
-        last = module.loss(there, alpha=1.0 if has_targets else 0.0)
-        counted_N = there.labels_BL.flatten() >= 0
+        batch = batch.to(module.device)
+        has_targets = batch.ids_NK is not None
+        last = module.loss(batch, alpha=1.0 if has_targets else 0.0)
+        counted_N = batch.labels_BL.flatten() >= 0
         sums_6[0] += last.ce_N[counted_N].double().sum()
         sums_6[1] += counted_N.sum()
         if has_targets:
             assert last.kl_N is not None
-            is_sampled = there.tail_N is None
+            is_sampled = batch.tail_N is None
             sums_6[2] += counted_N.sum()
             sums_6[3] += last.kl_N[counted_N].double().sum()
-            sums_6[4] += entropies(there)[counted_N].sum()
-            sums_6[5] += _agrees(module, there)[counted_N].sum()
+            sums_6[4] += entropies(batch)[counted_N].sum()
+            sums_6[5] += _agrees(module, batch)[counted_N].sum()
     module.train(was_training)
     loss, count, count_with, kl, entropy, agreements = sums_6.tolist()
     loss /= max(count, 1)
@@ -145,7 +145,7 @@ def measure(module: DistillationModule, batches: Iterable[Batch]) -> HeldOutFigu
 
 
 def entropies(batch: Batch) -> torch.Tensor:
-    """Of the kept ids' probabilities of each row [N], float64, nats."""
+    """The entropy of the kept ids' probabilities of each row [N], float64, nats."""
     assert batch.weights_NK is not None
     weights_NK = batch.weights_NK.double()
     return -torch.xlogy(weights_NK, weights_NK).sum(dim=1)

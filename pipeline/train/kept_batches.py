@@ -1,4 +1,4 @@
-"""Micro-batches on disk: one safetensors file each, and a JSON file that says what they are.
+"""Micro-batches on disk: one safetensors file each, and a JSON file that describes them.
 
 micro-batch-00000123.safetensors ...   tensors by the names of `Batch`'s attributes
 not-finite.json                        what was found there, by which settings, of which sequences
@@ -22,14 +22,14 @@ _NAME = "not-finite.json"
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptBatch:
     """A micro-batch that is kept.
 
     Attributes:
         number: over the whole training.
         batch: itself.
         sequences: shard, member and row of each.
-        at_fault: those of them in which something is wrong, or all where that cannot be told.
+        at_fault: those of them in which something is wrong, or all where that cannot be known.
     """
 
     number: int
@@ -38,7 +38,7 @@ class Kept:
     at_fault: list[str]
 
 
-def keep_batches(folder: Path, kept: Sequence[Kept], setting: dict[str, Any]) -> None:
+def keep_batches(folder: Path, kept: Sequence[KeptBatch], setting: dict[str, Any]) -> None:
     """Write them, in place of what an earlier training kept there; `setting` is of JSON values."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("micro-batch-*.safetensors"):
@@ -53,7 +53,7 @@ def keep_batches(folder: Path, kept: Sequence[Kept], setting: dict[str, Any]) ->
     write_atomically(folder / _NAME, json.dumps(setting | {"micro_batches": micro_batches}, indent=1))
 
 
-def load_batches(folder: Path) -> tuple[list[Kept], dict[str, Any]]:
+def load_batches(folder: Path) -> tuple[list[KeptBatch], dict[str, Any]]:
     """What `keep_batches` wrote: the micro-batches, and the settings.
 
     Raises:
@@ -70,5 +70,7 @@ def load_batches(folder: Path) -> tuple[list[Kept], dict[str, Any]]:
             fix="name the folder that its error names",
         ) from None
     entries = setting.pop("micro_batches")
-    kept = [Kept(e["number"], Batch(**load_file(folder / e["file"])), e["sequences"], e["at_fault"]) for e in entries]
+    kept = [
+        KeptBatch(e["number"], Batch(**load_file(folder / e["file"])), e["sequences"], e["at_fault"]) for e in entries
+    ]
     return kept, setting

@@ -3,7 +3,7 @@
     train.loggers --> classes and arguments --> Lightning loggers --log_metrics--> logs/tensorboard, a tracker, ...
 
 A resumed training takes some steps again. No logger shows them twice: TensorBoard drops what it has of them, the file
-of `csv` is written anew from metrics.csv, and any other is told of a step only if it was not told before.
+of `csv` is written anew from metrics.csv, and any other receives a step only if it did not receive it before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.train.metrics import Told, read_rows
+from capgap.pipeline.train.metrics import ResumedLogger, read_rows
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.run_optimization import LoggerSettings
 
@@ -67,7 +67,7 @@ class _Known:
 
 
 def _tensorboard(book: LogBook, _: str | None) -> dict[str, Any]:
-    # what earlier files say of the steps to come is not shown
+    # steps to come that earlier files hold are not shown
     again = {"purge_step": book.first_step + 1}
     return {"save_dir": str(book.logs), "name": "tensorboard", "version": "", "default_hp_metric": False, **again}
 
@@ -107,28 +107,28 @@ def require_loggers(settings: Sequence[str | dict[str, Any]]) -> None:
         one.find()
 
 
-def make_loggers(settings: Sequence[str | dict[str, Any]], book: LogBook) -> list[Told]:
-    """The loggers, ready to be told of the steps to come; those of a training that was killed go on in their logs.
+def make_loggers(settings: Sequence[str | dict[str, Any]], book: LogBook) -> list[ResumedLogger]:
+    """The loggers, ready for the steps to come; those of a training that was killed go on in their logs.
 
     Raises:
         SettingError, InputError: as `require_loggers`; or a logger does not take its arguments.
     """
     ids = _remembered(book)
-    told = []
+    loggers = []
     for number, one in enumerate(map(_Wanted.read, settings)):
         key = f"{number} {one.class_path}"
         logger = one.make(book, ids.get(key))
         if one.known is not None and one.known.class_path == _KNOWN["csv"].class_path:
-            _tell_again(logger, book)
-            told.append(Told(logger, book.first_step))
+            _log_again(logger, book)
+            loggers.append(ResumedLogger(logger, book.first_step))
         elif one.known is not None and one.known.id_of is None:
-            told.append(Told(logger, book.first_step))
+            loggers.append(ResumedLogger(logger, book.first_step))
         else:
             steps = [int(row["step"]) for row in read_rows(book.metrics)] if key in ids else []
-            told.append(Told(logger, max(steps, default=0)))
+            loggers.append(ResumedLogger(logger, max(steps, default=0)))
             ids[key] = "" if one.known is None or one.known.id_of is None else one.known.id_of(logger)
     _remember(book, ids)
-    return told
+    return loggers
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class _Wanted:
         )
 
 
-def _tell_again(logger: Any, book: LogBook) -> None:
+def _log_again(logger: Any, book: LogBook) -> None:
     """Its file is begun anew by every process."""
     for row in read_rows(book.metrics):
         if int(row["step"]) <= book.first_step:

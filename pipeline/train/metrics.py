@@ -1,6 +1,6 @@
 """What a training writes down while it runs: rows of metrics.csv and of every logger, and the progress bar.
 
-micro-batch --Sums, on the device--> one look at the interval --> row --> metrics.csv, loggers
+micro-batch --RunningSums, on the device--> one look at the interval --> row --> metrics.csv, loggers
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from lightning.pytorch.utilities import rank_zero_only
 from capgap.pipeline.stage.progress import Meter
 from capgap.pipeline.stage.scalars import TRAINING_SCALARS
 from capgap.pipeline.store import Batch
-from capgap.pipeline.train.clock import Clock
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.not_finite import NotFinite
+from capgap.pipeline.train.timer import TrainingTimer
 
 _STATE = "capgap_metrics"
 COLUMNS = ("step", *TRAINING_SCALARS)
 
 
 @dataclass(frozen=True)
-class Told:
+class ResumedLogger:
     """One of Lightning's loggers.
 
     Attributes:
         logger: itself.
-        last_step: the last one that it was told of.
+        last_step: the last step that it has logged.
     """
 
     logger: Any
@@ -42,17 +42,17 @@ class Told:
 
 
 class MetricsFile:
-    """`metrics.csv`, and whatever loggers are to hear of its rows; the first process of a training writes, no other.
+    """`metrics.csv`, and the loggers that receive its rows; the first process of a training writes, no other.
 
-    After a resume, rows of steps that will be taken again are dropped. Loggers hear of a row after the file has it.
+    After a resume, rows of steps that will be taken again are dropped. Loggers receive a row after the file has it.
 
     Args:
-        path: of the file; one of an earlier version, with fewer columns, is gone on with.
+        path: of the file.
         first_step: that a resumed training begins with.
-        loggers: that hear of the steps after their last one.
+        loggers: that receive the steps after their last one.
     """
 
-    def __init__(self, path: Path, first_step: int, loggers: Sequence[Told] = ()) -> None:
+    def __init__(self, path: Path, first_step: int, loggers: Sequence[ResumedLogger] = ()) -> None:
         self._path, self._first_step, self._loggers = path, first_step, loggers
         self._begin()
 
@@ -70,9 +70,9 @@ class MetricsFile:
         known = {name: value for name, value in values.items() if value is not None}
         with self._path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow({"step": step, **known})
-        for told in self._loggers:
-            if step > told.last_step:
-                told.logger.log_metrics(known, step=step)
+        for one in self._loggers:
+            if step > one.last_step:
+                one.logger.log_metrics(known, step=step)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -85,7 +85,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return [row for row in rows if None not in row and None not in row.values() and row["step"].isdigit()]
 
 
-class Sums:
+class RunningSums:
     """Sums over the micro-batches of an interval; they lie on the device, so that adding waits for nothing."""
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class Sums:
         self._sums = row if self._sums is None else self._sums + row
 
     def look(self, trainer: Any) -> list[float] | None:
-        """The sums over all processes, None of nothing: this waits for the device."""
+        """The sums over all processes, None before anything was added: this waits for the device."""
         if self._sums is None:
             return None
         sums: list[float] = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
@@ -122,8 +122,9 @@ class Metrics(lightning.Callback):
 
     A row's `train_loss`, `train_kl`, `train_ce` and `gradient_norm` are means since the row before: over micro-batches
     of all processes, over steps for the norm, which is taken before clipping. `train_kl` is the divergence that alpha
-    weighs, and for a `sampled` cache counts the draws' own entropy, not the teacher's. `tokens_per_s` and
-    `waiting_share`, the part of the time in which the loader was waited for, leave measurements on held-out text out.
+    weighs, and for a `sampled` cache counts the samples' own entropy, not the teacher's. `tokens_per_s` and
+    `data_wait_fraction`, the part of the time in which the loader was waited for, leave out measurements on held-out
+    text.
     `memory_bytes` is the most that tensors have taken on a GPU so far, or what the process takes now on a CPU.
     """
 
@@ -131,14 +132,14 @@ class Metrics(lightning.Callback):
         self,
         file: MetricsFile,
         watch: NotFinite,
-        clock: Clock,
+        timer: TrainingTimer,
         every_steps: int,
         steps_per_epoch: float,
         tokens_per_step: int,
     ) -> None:
-        self._file, self._watch, self._clock, self._every = file, watch, clock, every_steps
+        self._file, self._watch, self._timer, self._every = file, watch, timer, every_steps
         self._steps_per_epoch, self._tokens_per_step = steps_per_epoch, tokens_per_step
-        self._losses, self._norms = Sums(), Sums()
+        self._losses, self._norms = RunningSums(), RunningSums()
         self._loaded: dict[str, list[float] | None] = {}
         self._begin(0)
 
@@ -170,7 +171,7 @@ class Metrics(lightning.Callback):
         self._watch.settle(trainer)
         loss, ce, kl, num_micro_batches = self._losses.take(trainer)
         norm, num_norms = self._norms.take(trainer)
-        elapsed_s = max(time.monotonic() - self._time - (self._clock.aside_s - self._aside_s), 1e-9)
+        elapsed_s = max(time.monotonic() - self._time - (self._timer.excluded_s - self._excluded_s), 1e-9)
         self._file.add(
             step=step,
             epoch=round(step / self._steps_per_epoch, 4),
@@ -181,14 +182,14 @@ class Metrics(lightning.Callback):
             learning_rate=trainer.optimizers[0].param_groups[0]["lr"],
             gradient_norm=round(norm / num_norms, 6),
             tokens_per_s=round((step - self._step) * self._tokens_per_step / elapsed_s, 1),
-            waiting_share=round((self._clock.waiting_s - self._waiting_s) / elapsed_s, 4),
+            data_wait_fraction=round((self._timer.data_wait_s - self._data_wait_s) / elapsed_s, 4),
             memory_bytes=memory_bytes(module.device),
         )
         self._begin(step)
 
     def _begin(self, step: int) -> None:
         self._time, self._step = time.monotonic(), step
-        self._waiting_s, self._aside_s = self._clock.waiting_s, self._clock.aside_s
+        self._data_wait_s, self._excluded_s = self._timer.data_wait_s, self._timer.excluded_s
 
 
 class Progress(lightning.Callback):
@@ -210,7 +211,7 @@ class Progress(lightning.Callback):
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Of a GPU the most that tensors have taken at once so far; of a CPU what the process takes now."""
+    """On a GPU the most that tensors have taken at once so far; on a CPU what the process takes now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # the second number of the file is of pages in memory

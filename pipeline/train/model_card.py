@@ -21,10 +21,10 @@ from capgap.schemas.run_train import TrainSettings
 CARD_NAME = "README.md"
 
 _FIGURES = {
-    "validation_loss": ("cross-entropy with the text", "nats per token"),
-    "heldout_kl": ("divergence from the teacher, as trained by", "nats per token"),
-    "heldout_teacher_ce": ("cross-entropy with the teacher's draws: KL and the teacher's entropy", "nats per token"),
-    "heldout_top1": ("share of tokens with the teacher's likeliest", ""),
+    "validation_loss": ("cross-entropy with the text", "nats/token"),
+    "heldout_kl": ("divergence from the teacher, as trained by", "nats/token"),
+    "heldout_teacher_ce": ("cross-entropy with the teacher's samples: KL and the teacher's entropy", "nats/token"),
+    "heldout_top1": ("top-1 agreement with the teacher", ""),
 }
 
 
@@ -159,7 +159,7 @@ def _sources(context: StageContext) -> str:
 
 def _recording(cached: CacheFacts, recording: RecordingName, temperature: float) -> str:
     kept = cached.recordings[recording]
-    what = f"{kept.num_ids} draws" if recording == "sampled" else f"{kept.num_ids} likeliest ids ({kept.profile})"
+    what = f"{kept.num_ids} samples" if recording == "sampled" else f"top {kept.num_ids} ({kept.profile})"
     return f"{recording}: {what} a token, at temperature {temperature:g}, context {cached.context}"
 
 

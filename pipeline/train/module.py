@@ -35,7 +35,7 @@ class DistillationModule(lightning.LightningModule):
     """Computes `alpha T^2 KL + (1 - alpha) CE` of a batch; with alpha 0 it is plain language-model training.
 
     A step of several micro-batches has the mean over all its rows, each with its weight, however many of them a
-    micro-batch has. What of the model has no part in its logits, a vision tower say, is frozen.
+    micro-batch has. What has no part in the model's logits, such as a vision tower, is frozen.
 
     Args:
         model: the student.
@@ -48,8 +48,8 @@ class DistillationModule(lightning.LightningModule):
         num_micro_batches: of a step, over all ranks.
 
     Attributes:
-        last: of the last micro-batch.
-        top_N: likeliest ids of the last micro-batch with targets that was measured in evaluation mode.
+        last: loss of the last micro-batch.
+        top_N: top-1 tokens of the last micro-batch with targets that was measured in evaluation mode.
         gradient_norm: of the last step, before it was clipped; a scalar tensor.
 
     Raises:

@@ -23,7 +23,7 @@ import lightning
 import torch
 
 from capgap.pipeline.store import Batch
-from capgap.pipeline.train.kept_batches import Kept, keep_batches
+from capgap.pipeline.train.kept_batches import KeptBatch, keep_batches
 from capgap.schemas.errors import InputError
 
 NOT_FINITE_FOLDER = "not-finite"
@@ -32,7 +32,7 @@ NOT_FINITE_FOLDER = "not-finite"
 _BEHIND = 4
 
 
-class Source(Protocol):
+class MicroBatchSource(Protocol):
     """Where micro-batches come from."""
 
     def micro_batch(self, number: int) -> Batch:
@@ -74,7 +74,7 @@ class NotFinite(lightning.Callback):
         setting: what else a replay must know, as JSON values.
     """
 
-    def __init__(self, source: Source, accumulate: int, folder: Path, setting: dict[str, Any]) -> None:
+    def __init__(self, source: MicroBatchSource, accumulate: int, folder: Path, setting: dict[str, Any]) -> None:
         self._source, self._accumulate, self._folder, self._setting = source, accumulate, folder, setting
         self._pending: deque[_Flags] = deque()
 
@@ -82,7 +82,7 @@ class NotFinite(lightning.Callback):
         """Note the flags, and look at those that have arrived.
 
         Raises:
-            InputError: one of them says no.
+            InputError: one of them is not finite.
         """
         last, loss = module.last, module.last.loss.detach()
         ends_step = (batch_idx + 1) % self._accumulate == 0
@@ -104,7 +104,7 @@ class NotFinite(lightning.Callback):
         self.settle(trainer)
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        """Nor the last weights."""
+        """Let the last weights be of no such model either."""
         self.settle(trainer)
 
     def _look(self, trainer: Any) -> None:
@@ -134,12 +134,12 @@ class NotFinite(lightning.Callback):
             f"{shlex.join([Path(sys.executable).name, '-m', 'capgap.pipeline.train.replay', str(folder)])}",
         )
 
-    def _kept(self, number: int, flags: _Flags) -> Kept:
+    def _kept(self, number: int, flags: _Flags) -> KeptBatch:
         names = self._source.names(number)
         rows = [] if number != flags.number else flags.rows_N.isfinite().logical_not().nonzero().flatten().tolist()
         # as many rows a sequence
         wrong = sorted({row * len(names) // len(flags.rows_N) for row in rows})
-        return Kept(number, self._source.micro_batch(number), names, [names[i] for i in wrong] or names)
+        return KeptBatch(number, self._source.micro_batch(number), names, [names[i] for i in wrong] or names)
 
 
 def _to_host(flags_2: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:

@@ -44,11 +44,11 @@ class Objective:
     router_loss_weight: float = 0.0
 
     def arguments(self) -> dict[str, Any]:
-        """Of `linear_sparse_kl`."""
+        """The arguments of `linear_sparse_kl` that the objective decides."""
         return {"divergence": self.divergence, "tail": self.tail, "beta": self.beta}
 
     def measured_on(self, recording: Recording) -> Objective:
-        """By what held-out sequences of a cache are measured: this divergence, or forward KL where it has none of it.
+        """The objective that measures a cache's held-out sequences: this one, or forward KL if they do not support it.
 
         An arm that learns from the text alone, or from the teacher itself, may ask for what the cache does not support.
         """
@@ -116,8 +116,8 @@ def objective_of(settings: TrainSettings, recording: Recording, where: Path | st
             "the cache does not support these token weights",
             where=where,
             found="sampled targets with train.token_weights entropy",
-            # the entropy of n draws is not above log n, and it varies with the very draws that it would weigh
-            expected="a topk recording: a few draws do not tell the teacher's entropy",
+            # the entropy of n samples is not above log n, and it varies with the very samples that it would weigh
+            expected="a topk recording: a few samples do not give the teacher's entropy",
             fix="leave train.token_weights out, or learn from a topk recording",
         )
     return objective

@@ -37,9 +37,9 @@ class OnlineModule(DistillationModule):
     """As `DistillationModule`, with the teacher's whole distribution in the place of the batch's targets.
 
     Args:
-        *args: as there.
+        *args: as `DistillationModule` takes them.
         teacher: on the device of the training; it is frozen here, and is no part of the module's state.
-        **kwargs: as there.
+        **kwargs: as `DistillationModule` takes them.
 
     Raises:
         InputError: the teacher's head cannot be served, as the student's.
@@ -50,10 +50,10 @@ class OnlineModule(DistillationModule):
         # in a tuple, and so no submodule: neither optimizer nor checkpoints nor strategies are to see it
         self._teacher = (teacher.requires_grad_(False).eval(), heads.served_head(teacher, self._vocab_size))
         # a copy in float32, as for a cache: rounded logits would be another target
-        self._teacher_head = Head.of(self._teacher[1])
+        self._teacher_head = HeadWeights.from_lm_head(self._teacher[1])
 
     def _loss_of(self, hidden_BLH: Tensor, batch: Batch, alpha: float) -> SparseKl:
-        """As there; in training the divergence is that of all V probabilities.
+        """As `DistillationModule`; in training the divergence is that of all V probabilities.
 
         Held-out sequences are measured against the cache, as in any other training.
         """
@@ -62,7 +62,7 @@ class OnlineModule(DistillationModule):
         student = self._head.inputs(hidden_BLH)
         return linear_full_kl(
             student["hidden_NH"],
-            Head(student["weight_VH"], student["bias_V"], student["softcap"]),
+            HeadWeights(student["weight_VH"], student["bias_V"], student["softcap"]),
             self._teacher_hidden(batch),
             self._teacher_head,
             batch.labels_BL.flatten(),
@@ -76,7 +76,7 @@ class OnlineModule(DistillationModule):
 
     @torch.no_grad()
     def _teacher_hidden(self, batch: Batch) -> Tensor:
-        """In the teacher's own dtype, whatever the student's precision is."""
+        """The teacher's hidden states, computed in its own dtype, whatever the student's precision is."""
         teacher, head = self._teacher
         several = {} if batch.positions_BL is None else ending_attention(teacher, batch.positions_BL)
         with torch.autocast(batch.input_ids_BL.device.type, enabled=False):
@@ -86,7 +86,7 @@ class OnlineModule(DistillationModule):
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadWeights:
     """What turns hidden states into logits.
 
     Attributes:
@@ -100,7 +100,7 @@ class Head:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, head: heads.Head) -> Head:
+    def from_lm_head(cls, head: heads.LmHead) -> HeadWeights:
         """A copy in float32, with the scale in it."""
         weight_VH = head.linear.weight.detach().float()
         bias_V = None if head.linear.bias is None else head.linear.bias.detach().float() * head.scale
@@ -116,9 +116,9 @@ class Head:
 
 def linear_full_kl(
     hidden_NH: Tensor,
-    head: Head,
+    head: HeadWeights,
     teacher_hidden_NG: Tensor,
-    teacher_head: Head,
+    teacher_head: HeadWeights,
     labels_N: Tensor,
     *,
     alpha: float,
@@ -156,7 +156,7 @@ def linear_full_kl(
 
     def rows(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, chunk_C: Tensor) -> tuple[Tensor, Tensor]:
         """KL and CE of a chunk; what gradients flow to are arguments, for `checkpoint` to see."""
-        student_CV = Head(weight_VH, bias_V, head.softcap).logits(hidden_CH, vocab_size)
+        student_CV = HeadWeights(weight_VH, bias_V, head.softcap).logits(hidden_CH, vocab_size)
         with torch.no_grad(), torch.autocast(hidden_CH.device.type, enabled=False):
             teacher_CV = teacher_head.logits(teacher_hidden_NG[chunk_C], vocab_size).to(student_CV.dtype)
             logp_CV = torch.log_softmax(teacher_CV / temperature, -1)
@@ -183,7 +183,7 @@ def linear_full_kl(
 
 
 def full_divergence(logp_NV: Tensor, logq_NV: Tensor, divergence: Divergence, beta: float) -> Tensor:
-    """Of each row, by its definition, from the log-probabilities of teacher p and student q [N, V].
+    """The divergence of each row, by its definition, from the log-probabilities of teacher p and student q [N, V].
 
     In the reverse KL a teacher's logprob below -30 counts as -30, as in `linear_sparse_kl`.
     """

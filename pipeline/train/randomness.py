@@ -1,4 +1,4 @@
-"""The random numbers of a training - dropout draws some - so that a resumed one draws what an undisturbed one would."""
+"""The random numbers of a training, dropout's above all: a resumed training uses those of an undisturbed one."""
 
 from __future__ import annotations
 

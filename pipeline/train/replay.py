@@ -20,16 +20,16 @@ from transformers import PreTrainedModel
 
 from capgap.pipeline.models.load import load_model
 from capgap.pipeline.train.checkpoints import newest_checkpoint
-from capgap.pipeline.train.kept_batches import Kept, load_batches
+from capgap.pipeline.train.kept_batches import KeptBatch, load_batches
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.saved import read_checkpoint, whole
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.errors import CapgapError, InputError
 from capgap.schemas.run_optimization import OptimizationSettings
 
 
-def setting_of(task: Task, model: PreTrainedModel, checkpoints: Path, num_steps: int) -> dict[str, Any]:
+def setting_of(task: TrainingTask, model: PreTrainedModel, checkpoints: Path, num_steps: int) -> dict[str, Any]:
     """What a replay must know, as JSON values."""
     return {
         "model": model.name_or_path,
@@ -81,7 +81,7 @@ def replay(folder: Path, model: str | None = None) -> Iterator[str]:
         yield _computed(module, one, alpha, settings.precision == "bf16-mixed")
 
 
-def _computed(module: DistillationModule, one: Kept, alpha: float, is_mixed: bool) -> str:
+def _computed(module: DistillationModule, one: KeptBatch, alpha: float, is_mixed: bool) -> str:
     module.zero_grad()
     with torch.autocast("cpu", torch.bfloat16) if is_mixed else contextlib.nullcontext():
         loss = module.loss(one.batch, alpha).loss

@@ -25,8 +25,8 @@ class RouterLoss:
         InputError: transformers has no such loss for it.
     """
 
-    arguments = {"output_router_logits": True}  # noqa: RUF012  # of the decoder's forward, for `__call__` to read
-    """Of the decoder, whose output `__call__` reads."""
+    arguments = {"output_router_logits": True}  # noqa: RUF012
+    """Arguments of the decoder's forward, whose output `__call__` reads."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         loss: Callable[..., torch.Tensor] | None = getattr(

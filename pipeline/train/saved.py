@@ -1,7 +1,7 @@
 """A checkpoint on disk: one file, or a folder with a file of each rank where ranks hold parts of the parameters.
 
 Both hold the same names, so that either is read under any strategy and by any number of ranks. A file is torch's zip
-archive, read as tensors and plain values only, never as code; its checksums tell a damaged one.
+archive, read as tensors and plain values only, never as code; its checksums reveal damage.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from capgap.pipeline.train.model_card import CARD_NAME, model_card
 from capgap.pipeline.train.objective import objective_of
 from capgap.pipeline.train.online_teacher import online_teacher
 from capgap.pipeline.train.strategy import is_sharded
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.errors import MismatchError
 from capgap.schemas.facts import heldout_set
 from capgap.schemas.run_file import RunFile
@@ -83,14 +83,14 @@ def run(context: StageContext) -> StageResult:
     empty = empty_model(load_config(path, trusted), trusted)
     require_memory(empty.to(dtype), settings, context.device, own.shards.seq_len, num_parts)
     model = load_model(path, "cpu", dtype, trusted)
-    task = Task(
+    task = TrainingTask(
         title=f"train: {instance.arm}, seed {instance.seed}",
         settings=settings,
         training=source.reader,
         heldout=ShardReader(corpus.path, corpus.manifest.shard_sets["heldout"]),
         alpha=settings.alpha,
         temperature=own.temperature,
-        heat=source.heat,
+        target_temperature=source.target_temperature,
         seed=instance.seed,
         device=context.device,
         folder=context.folder,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from capgap.pipeline.stage.folder import WORK_FOLDER
 from capgap.pipeline.stage.ranks import Ranks
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.batch import Heat
@@ -17,24 +18,24 @@ from capgap.schemas.run_optimization import OptimizationSettings
 
 
 @dataclass(frozen=True)
-class Source:
+class CacheSource:
     """A cache that is read beside the task's own.
 
     Attributes:
         reader: of its shards.
         weight: its share of the micro-batches.
         context: the rule under which its teacher scored.
-        heat: by which the loader turns its stored targets into those of the task's temperature.
+        target_temperature: of the targets that the loader hands out; None for that of the stored ones.
     """
 
     reader: ShardReader
     weight: float = 1.0
     context: ContextRule = "packed"
-    heat: Heat | None = None
+    target_temperature: Heat | None = None
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingTask:
     """What to train on, and how.
 
     Attributes:
@@ -47,7 +48,7 @@ class Task:
         seed: of the data order.
         device: `cpu` or `cuda:0`; of this rank.
         folder: of the stage; receives `metrics.csv`, and checkpoints below `work`.
-        heat: by which the loader turns the stored targets into those of that temperature.
+        target_temperature: what the loader turns stored targets into; None leaves them as they are.
         objective: which divergence alpha weighs.
         ranks: which of the training's processes this is; the first alone writes to the folder.
         heldout_targets: the cache's held-out sequences, the first ones of `heldout`; None where it has none.
@@ -67,20 +68,30 @@ class Task:
     seed: int
     device: str
     folder: Path
-    heat: Heat | None = None
+    target_temperature: Heat | None = None
     objective: Objective = Objective()  # noqa: RUF009  # frozen
     ranks: Ranks = Ranks()  # noqa: RUF009  # frozen
     heldout_targets: ShardReader | None = None
     context: ContextRule = "packed"
     row_len: int | None = None
     weight: float = 1.0
-    others: Mapping[str, Source] = field(default_factory=dict)
+    others: Mapping[str, CacheSource] = field(default_factory=dict)
     teacher: PreTrainedModel | None = None
 
     @property
     def micro_batch(self) -> int:
         """Sequences in one forward pass of one rank: its whole share of a step where no size is set."""
         return self.settings.micro_batch_sequences or max(1, self.settings.batch_sequences // self.ranks.world_size)
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches of a step on each rank."""
+        return self.settings.batch_sequences // (self.micro_batch * self.ranks.world_size)
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where checkpoints are, as long as the training is unfinished."""
+        return self.folder / WORK_FOLDER / "checkpoints"
 
     @property
     def several_in_a_row(self) -> bool:

@@ -1,4 +1,4 @@
-"""The likeliest ids of rows, without their logits in memory.
+"""The top-1 tokens of rows, without their logits in memory.
 
 Legend: N rows, n of them at a time, V vocabulary, H hidden.
 """
@@ -14,10 +14,10 @@ _TOP_ROWS, _TOP_COLUMNS = 4096, 8192
 def top_ids(
     hidden_NH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, vocab_size: int
 ) -> torch.Tensor:
-    """The likeliest of the first `vocab_size` ids of each row [N], int64; the lowest of several.
+    """The most probable of the first `vocab_size` ids of each row [N], int64; the lowest id of several.
 
-    Products are in float32, for in bfloat16 many ids are equally likely. What models do to logits afterwards, a cap or
-    a scale, changes no order.
+    Products are in float32, for in bfloat16 many ids are equally probable. What models do to logits afterwards, a cap
+    or a scale, changes no order.
     """
     found = []
     for hidden_nH in torch.split(hidden_NH, _TOP_ROWS):

@@ -52,8 +52,8 @@ def chat_card(
         "optimization": f"{totals['num_steps']:,} steps of {settings.batch_sequences} rows ({totals['num_epochs']:g} "
         f"epochs), peak learning rate {settings.learning_rate:g}, {settings.precision}, seed {context.instance.seed}",
         "parameters": f"{facts.num_parameters:,} ({facts.num_non_embedding_parameters:,} without embedding and head)",
-        "held-out answers before": f"{totals['heldout_loss_before']:.6g} nats per token",
-        "held-out answers after": f"{totals['heldout_loss_after']:.6g} nats per token",
+        "held-out answers before": f"{totals['heldout_loss_before']:.6g} nats/token",
+        "held-out answers after": f"{totals['heldout_loss_after']:.6g} nats/token",
         "made by": f"capgap {version('capgap')}",
     }
     example = lesson.format.tokenizer.apply_chat_template(list(_EXAMPLE), tokenize=False, add_generation_prompt=True)
@@ -69,7 +69,7 @@ def chat_card(
             "",
             f"# {name}",
             "",
-            "A chat model. Only what the assistant says was learnt.",
+            "A chat model. Only the assistant's answers were learnt.",
             "",
             "| | |",
             "|---|---|",
@@ -90,10 +90,10 @@ def chat_card(
 def _data(settings: TuneSettings, totals: Mapping[str, Any]) -> str:
     if settings.cache is not None:
         return f"{totals['num_train_rows']:,} rows of the cache {settings.cache}"
-    said = f"{totals['num_train_conversations']:,} with {totals['num_train_answers']:,} answers"
+    read = f"{totals['num_train_conversations']:,} with {totals['num_train_answers']:,} answers"
     dropped = totals.get("num_train_dropped_answers", 0)
     left_out = f"; {dropped:,} answers do not end within {settings.max_len:,} tokens and were left out"
-    return f"{', '.join(settings.sources)}: {said}{left_out if dropped else ''}"
+    return f"{', '.join(settings.sources)}: {read}{left_out if dropped else ''}"
 
 
 def _loss(settings: TuneSettings, lesson: Lesson) -> str:

@@ -52,36 +52,36 @@ class ChatCache:
         return tokenizer
 
 
-def chat_cache(settings: TuneSettings, at: StageInput) -> ChatCache:
+def chat_cache(settings: TuneSettings, cache: StageInput) -> ChatCache:
     """The cache that the settings name.
 
     Raises:
         InputError: it is not of whole conversations, or its corpus is gone.
         SettingError, MismatchError: it has not what the loss needs.
     """
-    facts, loss = CacheFacts.model_validate(at.manifest.facts), settings.loss_settings()
+    facts, loss = CacheFacts.model_validate(cache.manifest.facts), settings.loss_settings()
     recording, temperature = choose(facts, loss, "tune")
-    shards = at.manifest.shard_sets[recording]
-    chosen = ChosenCache("tune.cache", at.location, facts, recording, temperature, shards, 1.0)
-    corpus, objective = _corpus_of(at), objective_of(loss, recording, at.location)
-    heldout = at.manifest.shard_sets.get(heldout_set(recording)) if chosen.has_targets else None
-    return ChatCache(chosen, corpus, objective, None if heldout is None else ShardReader(at.location, heldout))
+    shards = cache.manifest.shard_sets[recording]
+    chosen = ChosenCache("tune.cache", cache.location, facts, recording, temperature, shards, 1.0)
+    corpus, objective = _corpus_of(cache), objective_of(loss, recording, cache.location)
+    heldout = cache.manifest.shard_sets.get(heldout_set(recording)) if chosen.has_targets else None
+    return ChatCache(chosen, corpus, objective, None if heldout is None else ShardReader(cache.location, heldout))
 
 
-def _corpus_of(at: StageInput) -> StageInput:
-    entry = at.manifest.inputs["corpus"]
+def _corpus_of(cache: StageInput) -> StageInput:
+    entry = cache.manifest.inputs["corpus"]
     manifest = read_manifest(Path(entry.path))
     if manifest is None or manifest.identity != entry.identity:
         raise InputError(
             "the corpus that the cache was made of is not there, whose tokenizer has the chat template",
-            where=f"tune.cache: {at.location}",
+            where=f"tune.cache: {cache.location}",
             found="no finished stage" if manifest is None else f"corpus {manifest.identity[:12]}",
             expected=f"corpus {entry.identity[:12]} at {entry.path}",
         )
     if not manifest.settings["corpus"].get("whole_conversations"):  # type: ignore[union-attr]
         raise InputError(
             "the cache is not of whole conversations",
-            where=f"tune.cache: {at.location}",
+            where=f"tune.cache: {cache.location}",
             found="a corpus that may cut answers",
             expected="one of corpus.messages_field with corpus.whole_conversations",
             fix="make corpus and cache again with whole_conversations: true",

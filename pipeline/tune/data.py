@@ -106,7 +106,9 @@ def _make(context: StageContext, chat: ChatFormat, facts: TokenizerFacts) -> Cha
         starts = range(0, len(rows), _SHARD_ROWS)
         sets[name] = writer.shard_set(
             [
-                writer.write(index, [Block(part) for part in split_blocks(_slice(rows, start))])
+                writer.write(
+                    index, [Block(part) for part in split_blocks(rows.part(slice(start, start + _SHARD_ROWS)))]
+                )
                 for index, start in enumerate(starts)
             ]
         )
@@ -124,11 +126,6 @@ def _require_rows(settings: TuneSettings, name: str, rows: Sequences, num_droppe
             expected="at least one",
             fix="raise tune.max_len" if num_dropped else "change tune.heldout_fraction",
         )
-
-
-def _slice(rows: Sequences, start: int) -> Sequences:
-    part = slice(start, start + _SHARD_ROWS)
-    return Sequences(rows.tokens_BL1[part], rows.starts_BL1[part], rows.mask_BL1[part])
 
 
 @contextmanager

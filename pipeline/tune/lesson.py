@@ -50,7 +50,7 @@ class Lesson:
                 "heldout_targets": self.cache.heldout_targets,
                 "alpha": settings.loss_settings().alpha,
                 "temperature": chosen.temperature,
-                "heat": source.heat,
+                "target_temperature": source.target_temperature,
                 "objective": self.cache.objective,
                 "context": source.context,
             }, ChatRows(shard_sets={}, totals={"num_train_rows": chosen.shards.num_sequences})
@@ -66,7 +66,7 @@ class Lesson:
 
 
 def lesson_of(settings: TuneSettings, path: str, cache_input: StageInput | None) -> Lesson:
-    """What the settings say, for the model at `path`.
+    """What the settings ask for, for the model at `path`.
 
     Raises:
         InputError: the chat template cannot be learnt from, or rows are longer than the model takes.

@@ -22,7 +22,7 @@ from capgap.pipeline.train.loggers import require_loggers
 from capgap.pipeline.train.metrics import MetricsFile, read_rows
 from capgap.pipeline.train.model_card import CARD_NAME
 from capgap.pipeline.train.module import DistillationModule
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
 from capgap.pipeline.tune.card import chat_card
 from capgap.pipeline.tune.data import conversations
 from capgap.pipeline.tune.lesson import Lesson, lesson_of
@@ -69,7 +69,7 @@ def run(context: StageContext) -> StageResult:
     model = load_model(path, "cpu", dtype, settings.trust_remote_code)
     extend_vocabulary(model, lesson.old_size, lesson.facts.vocab_size)
     adapters = None if settings.lora is None else Adapters(model, settings.lora, seed)
-    task = Task(
+    task = TrainingTask(
         title=f"tune: {', '.join(part.replace('-', ' ') for part in context.instance.name.split('/')[1:])}",
         settings=settings,
         seed=seed,
@@ -107,7 +107,7 @@ def _cache_in(inputs: Mapping[str, StageInput]) -> StageInput | None:
     return inputs.get(CHAT_CACHE, inputs.get("cache"))
 
 
-def _measured_before(model: PreTrainedModel, task: Task) -> float:
+def _measured_before(model: PreTrainedModel, task: TrainingTask) -> float:
     """The held-out loss before the first step, which is also a row of the metrics; measured once."""
     path = task.folder / WORK_FOLDER / _BEFORE_NAME
     if not path.is_file():
@@ -119,7 +119,7 @@ def _measured_before(model: PreTrainedModel, task: Task) -> float:
     return before
 
 
-def _loss(model: PreTrainedModel, task: Task) -> float:
+def _loss(model: PreTrainedModel, task: TrainingTask) -> float:
     """Mean over the held-out answers' tokens, nats."""
     is_trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     size = task.training.codec.vocab_size

@@ -46,7 +46,7 @@ _ROLES = """\
 
 
 def chosen_template(setting: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    """`own`, `roles` or the path of a file: what the setting says, or what it means where it is left out."""
+    """`own`, `roles` or the path of a file: as the setting has it, or its default."""
     return setting or ("roles" if tokenizer.chat_template is None else "own")
 
 
@@ -86,9 +86,9 @@ def roles_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def extend_vocabulary(model: PreTrainedModel, old_size: int, new_size: int) -> None:
     """Give the ids from `old_size` to `new_size` rows of their own, in place.
 
-    A new row of the embedding is drawn around the mean of the old ones with their spread, the same in every run: marks
-    that begin alike could not be told apart where adapters alone are trained. A head of its own gets the mean, so that
-    no new token begins likely. Rows of padding are used before any are added.
+    A new row of the embedding is sampled around the mean of the old ones with their spread, the same in every run:
+    marks that begin alike could not be distinguished where adapters alone are trained. A head of its own gets the mean,
+    so that no new token begins likely. Rows of padding are used before any are added.
     """
     if new_size <= old_size:
         return
@@ -97,9 +97,9 @@ def extend_vocabulary(model: PreTrainedModel, old_size: int, new_size: int) -> N
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     old_VH = embedding.weight[:old_size].float()
     noise_VH = torch.randn(new_size - old_size, old_VH.shape[1], generator=torch.Generator().manual_seed(0))
-    drawn_VH = old_VH.mean(0) + old_VH.std(0) * noise_VH.to(old_VH.device)
+    sampled_VH = old_VH.mean(0) + old_VH.std(0) * noise_VH.to(old_VH.device)
     if head.weight is not embedding.weight:
         head.weight[old_size:new_size] = head.weight[:old_size].float().mean(0).to(head.weight.dtype)
-    embedding.weight[old_size:new_size] = drawn_VH.to(embedding.weight.dtype)
+    embedding.weight[old_size:new_size] = sampled_VH.to(embedding.weight.dtype)
     if head.bias is not None:
         head.bias[old_size:new_size] = head.bias[:old_size].float().mean().to(head.bias.dtype)

@@ -1,6 +1,6 @@
-"""How far what is kept of some rows lies from what a teacher says of them now.
+"""How far what is kept of some rows lies from what a teacher gives for them now.
 
-Legend: N rows, K ids kept, K' ids kept by the other side, n draws.
+Legend: N rows, K ids kept, K' ids kept by the other side, n samples.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ class Apart:
         max_nats: largest difference of two logprobs, of kept ids and of labels.
         mean_nats: mean of those differences.
         num_rows: rows that were compared.
-        num_other_rows: rows that keep other ids, or draws.
-        moved_draws: share of all draws that fell on another id; 0 for `topk`.
+        num_other_rows: rows that keep other ids, or samples.
+        moved_samples: share of all samples that fell on another id; 0 for `topk`.
     """
 
     max_nats: float
     mean_nats: float
     num_rows: int
     num_other_rows: int
-    moved_draws: float = 0.0
+    moved_samples: float = 0.0
 
 
 def apart(kept: Targets, live: Targets, num_ids: int, error: StoredError = EXACT) -> Apart:
-    """Compare what was kept with what is said now, row by row.
+    """Compare what was kept with what the teacher gives now, row by row.
 
     Args:
         kept: rows as they were read.
         live: the same rows, scored now with at least as many ids.
-        num_ids: draws a row, or ids kept.
+        num_ids: samples a row, or ids kept.
         error: of the codec; logprobs below its floor were raised to it, and are here too.
     """
     labels_N = np.abs(kept.label_logprobs_BL - _raised(live.label_logprobs_BL, error)).ravel()
     if isinstance(kept, SampledTargets):
         assert isinstance(live, SampledTargets)
-        moved_N = _moved_draws(kept, live)
+        moved_N = _moved_samples(kept, live)
         other = int((moved_N > 0).sum())
         return _summed(labels_N, len(moved_N), other, float(moved_N.mean()) / num_ids)
     assert isinstance(live, TopkTargets)
@@ -59,9 +59,9 @@ def apart(kept: Targets, live: Targets, num_ids: int, error: StoredError = EXACT
     return _summed(np.concatenate([labels_N, steps]), labels_N.size, int(other_N.sum()))
 
 
-def _summed(differences: FloatArray, num_rows: int, num_other_rows: int, moved_draws: float = 0.0) -> Apart:
+def _summed(differences: FloatArray, num_rows: int, num_other_rows: int, moved_samples: float = 0.0) -> Apart:
     mean = float(differences.mean(dtype=np.float64))
-    return Apart(float(differences.max()), mean, num_rows, num_other_rows, moved_draws)
+    return Apart(float(differences.max()), mean, num_rows, num_other_rows, moved_samples)
 
 
 def _raised(logprobs: FloatArray, error: StoredError) -> FloatArray:
@@ -73,7 +73,7 @@ def _id_differences(
 ) -> tuple[FloatArray, BoolArray]:
     """Differences of ids that both keep; of an id that one side keeps, how far it lies above the other's last.
 
-    Two ids about as likely as one another may change places at the end of a row: that costs next to nothing here.
+    Two ids about as probable as one another may change places at the end of a row: that costs next to nothing here.
     """
     is_kept_NK = ~np.isneginf(logprobs_NK)
     # of a row that holds fewer ids, only as many of the live ones stand against it
@@ -99,8 +99,8 @@ def _id_differences(
     return np.concatenate(found), other_N
 
 
-def _moved_draws(kept: SampledTargets, live: SampledTargets) -> npt.NDArray[np.float64]:
-    """Draws of each row that fell on another id."""
+def _moved_samples(kept: SampledTargets, live: SampledTargets) -> npt.NDArray[np.float64]:
+    """Samples of each row that fell on another id."""
     num_rows = kept.num_ids_BL.size
     row = np.concatenate([np.repeat(np.arange(num_rows), t.num_ids_BL.ravel()) for t in (kept, live)])
     ids = np.concatenate([kept.ids_D, live.ids_D]).astype(np.int64)

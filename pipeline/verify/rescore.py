@@ -7,8 +7,8 @@
        +-----> read from the shards ----------------+
 
 The rule: the cache may lie at most `FACTOR` times as far from the teacher as the teacher from itself, and beyond that
-by the error that the profile states and by `SLACK_NATS`, or `SLACK_DRAWS` of the draws. The factor leaves room for the
-largest of few differences to be small by luck, and for sums of another kind of machine; the slack for a floor of 0.
+by the error that the profile states and by `SLACK_NATS`, or `SLACK_SAMPLES` of the samples. The factor leaves room for
+the largest of few differences to be small by luck, and for sums of another kind of machine; the slack for a floor of 0.
 Another teacher, or rows of another token, are apart by whole nats.
 """
 
@@ -39,7 +39,7 @@ from capgap.schemas.run_cache import CacheSettings, RecordingName
 
 FACTOR = 4
 SLACK_NATS = 1e-3
-SLACK_DRAWS = 0.01
+SLACK_SAMPLES = 0.01
 
 
 Place = tuple[int, int]
@@ -55,7 +55,7 @@ def rescore(
     wait: bool = True,
     trust_remote_code: bool = False,
 ) -> Iterator[str]:
-    """Lines about each cache at or below `folder`; what they say is in the module's first lines.
+    """Lines about each cache at or below `folder`; the module's docstring explains them.
 
     Args:
         folder: of a run or a cache.
@@ -63,11 +63,11 @@ def rescore(
         teacher: its folder or id, where it is not where it was.
         device: `auto`, `cpu` or `cuda`.
         wait: wait for a device that a stage holds.
-        trust_remote_code: run code that comes with the teacher; what the cache says of that is not asked.
+        trust_remote_code: run code that comes with the teacher; what the cache records about that is not used.
 
     Raises:
         InputError: there is no cache, or no teacher; or a cache was imported.
-        MismatchError: a cache does not say what its teacher says.
+        MismatchError: a cache does not hold what its teacher gives.
         CapgapError: as the engine, the lease and the reader.
     """
     paths = sorted(folder.rglob(MANIFEST_NAME))
@@ -177,13 +177,13 @@ def _rescore_cache(job: CacheJob, manifest: Manifest, fraction: float) -> Iterat
         wrong += faults
     if wrong:
         raise MismatchError(
-            "the cache is not what its teacher says",
+            "the cache does not hold what its teacher gives",
             where=job.folder,
             found="; ".join(wrong),
             fix=f"name the teacher that it was made with, or make it again with `capgap run RUN.yaml --only "
             f"{manifest.instance} --force`",
         )
-    yield f"{manifest.instance}: what its teacher says"
+    yield f"{manifest.instance}: agrees with its teacher"
 
 
 def _score(
@@ -194,15 +194,15 @@ def _score(
     requests = [to_requests(b.tokens_BL1[row], b.starts_BL1[row], job.context) for b, row in blocks]
     num_beside = max(0, job.settings.batch_tokens // job.source.seq_len - len(requests))
     block, first = blocks[0]
-    beside = [
+    company = [
         request
         for row in range(min(num_beside + 1, len(block)))
         if row != first
         for request in to_requests(block.tokens_BL1[row], block.starts_BL1[row], job.context)
     ]
-    answers = iter(engine.score([*(request for of in requests for request in of), *beside]))
-    together = [join([next(answers) for _ in of]) for of in requests]
-    alone = [join([engine.score([request])[0] for request in of]) for of in requests]
+    answers = iter(engine.score([*(request for several in requests for request in several), *company]))
+    together = [join([next(answers) for _ in several]) for several in requests]
+    alone = [join([engine.score([request])[0] for request in several]) for several in requests]
     return together, alone
 
 
@@ -229,7 +229,7 @@ def _row(targets: Targets | None, row: int) -> Targets:
 
 
 def _judge(name: RecordingName, found: Apart, floor: Apart, error_nats: float) -> tuple[list[str], list[str]]:
-    """What is said of one recording, and what is wrong with it."""
+    """Lines about one recording, and what is wrong with it."""
     most = FACTOR * floor.max_nats + error_nats + SLACK_NATS
     mean = FACTOR * floor.mean_nats + error_nats + SLACK_NATS
     what = "labels" if name == "sampled" else "kept ids and labels"
@@ -247,11 +247,11 @@ def _judge(name: RecordingName, found: Apart, floor: Apart, error_nats: float) -
     if name == "topk":
         lines.append(f"  {name}: {others} keep other ids; of the teacher's own {floor.num_other_rows:,}")
         return lines, wrong
-    moved = FACTOR * floor.moved_draws + SLACK_DRAWS
+    moved = FACTOR * floor.moved_samples + SLACK_SAMPLES
     lines.append(
-        f"  {name}: {others} hold other draws, {found.moved_draws:.2%} of all; of the teacher's own "
-        f"{floor.num_other_rows:,} and {floor.moved_draws:.2%}; allowed {moved:.2%}"
+        f"  {name}: {others} hold other samples, {found.moved_samples:.2%} of all; of the teacher's own "
+        f"{floor.num_other_rows:,} and {floor.moved_samples:.2%}; allowed {moved:.2%}"
     )
-    if found.moved_draws > moved:
-        wrong.append(f"{found.moved_draws:.1%} other draws where {moved:.1%} are allowed")
+    if found.moved_samples > moved:
+        wrong.append(f"{found.moved_samples:.1%} other samples where {moved:.1%} are allowed")
     return lines, wrong

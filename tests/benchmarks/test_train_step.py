@@ -30,7 +30,7 @@ def test_each_way_is_measured_and_the_goals_are_judged(tmp_path) -> None:
     assert list(figures["ways"]) == ["cross-entropy alone", "sampled, n = 50", "top-64"]
     for name, found in figures["ways"].items():
         assert found["ms"] > found["of_which_loader_ms"] > 0, name
-        assert 0 <= found["waiting_share"] < 1
+        assert 0 <= found["data_wait_fraction"] < 1
         low, high = found["ratio_quartiles"]
         assert low <= found["ratio"] <= high
     own = figures["ways"]["cross-entropy alone"]

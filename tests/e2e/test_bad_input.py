@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 from command import CAPGAP, TINY, capgap
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_models import save_model, tiny_llama
+from transformers import AutoTokenizer
 
 from capgap.jobs.cli import main
 
@@ -145,13 +146,9 @@ def test_a_teacher_of_another_tokenizer_is_refused_with_the_first_differing_entr
 
 def test_a_student_whose_vocabulary_is_too_small_is_refused_with_both_sizes(run: Run, finished: Path) -> None:
     shutil.copytree(finished / "corpus", run.out / "corpus")
-    folder = run.folder / "student"
-    config = LlamaConfig(
-        vocab_size=500, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(finished / "corpus" / "tokenizer").save_pretrained(folder)
-    run.settings["student"] = {"path": str(folder)}
+    tokenizer = AutoTokenizer.from_pretrained(finished / "corpus" / "tokenizer")
+    path = save_model(run.folder / "student", tiny_llama(vocab_size=500), tokenizer)
+    run.settings["student"] = {"path": path}
     line = run.refused(stage="student")
     assert "found 500 rows in its embedding, expected at least 512" in line
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from command import capgap, run_of
 from huggingface_hub import ModelCard
+from tiny_models import SIZES, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
 from capgap.pipeline.student.cut import cut
@@ -104,23 +105,15 @@ def test_a_student_with_a_teachers_chat_template_answers_in_vllm_as_in_transform
 @pytest.mark.parametrize("name", ["llama with groups", "qwen2 tied", "qwen3 tied"])
 def test_a_pruned_teacher_is_served_by_vllm_as_by_transformers(name: str, tmp_path: Path) -> None:
     """Heads stay 32 wide beside a width that they no longer divide: what each of the two makes of that is compared."""
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": 128,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,  # far from ties
-    }
+    sizes = SIZES | {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    sizes |= {"initializer_range": 0.2}  # far from ties
     config = {
         "llama with groups": LlamaConfig(**sizes, tie_word_embeddings=False),
         "qwen2 tied": Qwen2Config(**sizes, tie_word_embeddings=True),
         "qwen3 tied": Qwen3Config(**sizes, head_dim=32, tie_word_embeddings=True),
     }[name]
-    torch.manual_seed(0)
-    teacher = AutoModelForCausalLM.from_config(config)
+    teacher = tiny_model(config)
     shape = shape_of(config, name)
     target = replace(shape, num_layers=2, hidden_size=96, num_heads=2, intermediate_size=64)
     energy_NH = torch.full((7, 128), 1 / 128, dtype=torch.float64)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from processes import Zygote
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import save_model, tiny_vllm_llama
+from tiny_texts import numbered_texts, write_texts
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 
@@ -29,25 +29,9 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run file over sixty short texts and a given teacher: twenty shards, a checkpoint every third step."""
     folder = tmp_path_factory.mktemp("given")
-    texts = [f"line {i} says {i * i} and then {' '.join(str(i * k) for k in range(40))}\n" for i in range(60)]
-    (folder / "texts").mkdir()
-    for i, text in enumerate(texts):
-        (folder / "texts" / f"{i:02d}.txt").write_text(text)
-    tokenizer = train_tokenizer(texts, 300)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        config = LlamaConfig(
-            vocab_size=320,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            head_dim=32,  # the smallest that vLLM has on a CPU
-            max_position_embeddings=SEQ_LEN,
-            initializer_range=0.2,
-        )
-        LlamaForCausalLM(config).save_pretrained(folder / "teacher")
-    tokenizer.save_pretrained(folder / "teacher")
+    texts = numbered_texts(60)
+    write_texts(folder / "texts", texts)
+    save_model(folder / "teacher", tiny_vllm_llama(2, SEQ_LEN), train_tokenizer(texts, 300))
     return {
         "name": "tiny",
         "out": str(folder / "nowhere"),

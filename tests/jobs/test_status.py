@@ -23,7 +23,7 @@ import yaml
 
 from capgap.jobs.cli import main
 from capgap.pipeline.stage.folder import WORK_FOLDER, begin, content_files, finish
-from capgap.pipeline.stage.heartbeat import signs_of_life
+from capgap.pipeline.stage.heartbeat import heartbeat
 from capgap.pipeline.stage.identity import content_of
 from capgap.pipeline.workflow.state import states
 from capgap.schemas.errors import MachineError
@@ -98,14 +98,14 @@ def _json_shows_a_training(looks: Iterator[dict[str, Any]]) -> int:
     assert stages["cache"]["state"] == "missing"
     teacher = stages["teacher"]
     assert teacher["state"] == "partial" and teacher["train_loss"] > 0 and teacher["tokens_per_s"] > 0
-    (sign,) = teacher["at_work"]
-    assert (sign["device"], sign["machine"], sign["ended"]) == ("cpu", os.uname().nodename, None)
-    assert 0 < sign["count"]["done"] < sign["count"]["total"] and sign["count"]["unit"] == "steps"
+    (beat,) = teacher["at_work"]
+    assert (beat["device"], beat["machine"], beat["ended"]) == ("cpu", os.uname().nodename, None)
+    assert 0 < beat["count"]["done"] < beat["count"]["total"] and beat["count"]["unit"] == "steps"
     (lease,) = first["leases"]
-    assert (lease["device"], lease["holder"], lease["pid"]) == ("cpu", "teacher of run small", sign["pid"])
-    later = next(look for look in looks if _count(look) > sign["count"]["done"])
+    assert (lease["device"], lease["holder"], lease["pid"]) == ("cpu", "teacher of run small", beat["pid"])
+    later = next(look for look in looks if _count(look) > beat["count"]["done"])
     assert later["time"] > first["time"]
-    pid: int = sign["pid"]
+    pid: int = beat["pid"]
     return pid
 
 
@@ -173,7 +173,7 @@ def test_a_stage_that_fails_under_the_watch_s_eyes_ends_it_with_its_word_and_cod
     shown = io.StringIO()
 
     def stage() -> None:
-        with contextlib.suppress(MachineError), signs_of_life(state.folder / WORK_FOLDER):
+        with contextlib.suppress(MachineError), heartbeat(state.folder / WORK_FOLDER):
             _when(lambda: "corpus: at work" in shown.getvalue())
             raise MachineError("no space is left", where="/runs", fix="free some")
 

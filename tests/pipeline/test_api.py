@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_llama
 from tiny_runs import NEEDED, settings_of
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from capgap.kernels.sparse_kl import SparseTargets
 from capgap.kernels.sparse_kl.reference import linear_sparse_kl
@@ -107,9 +108,8 @@ def test_what_a_run_file_would_refuse_is_refused(cache: Cache, student: LlamaFor
 
 
 def test_a_model_with_fewer_ids_is_refused(cache: Cache) -> None:
-    config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     with pytest.raises(MismatchError, match="fewer ids than the cache; found 16, expected at least"):
-        DistillationLoss(LlamaForCausalLM(config), cache, recording="topk")
+        DistillationLoss(tiny_llama(vocab_size=16), cache, recording="topk")
 
 
 def test_a_manifest_that_was_changed_is_damage(out: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_the_gradient_is_that_of_the_returned_scalar(alpha: float, temperature: 
         direction = torch.randn(grad.shape, generator=generator, dtype=torch.float64)
         ends = []
         for step in (1e-5, -1e-5):
-            moved = [leaf + step * direction if at == index else leaf for at, leaf in enumerate(leaves)]
+            moved = [leaf + step * direction if number == index else leaf for number, leaf in enumerate(leaves)]
             moved_case = replace(case, hidden_NH=moved[0], weight_VH=moved[1], bias_V=moved[2])
             ends.append(run(linear_sparse_kl, moved_case)[0].loss.item())
         slope = (ends[0] - ends[1]) / 2e-5

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from capgap.kernels.sparse_kl.rows import Rows, RowSettings, kernel_for
+from capgap.kernels.sparse_kl.backends import kernel_for
+from capgap.kernels.sparse_kl.rows import Rows, RowSettings
 
 
 def _rows(top_k: int, dtype: torch.dtype = torch.float32) -> Rows:

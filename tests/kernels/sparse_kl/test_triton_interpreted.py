@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from capgap.kernels.sparse_kl.rows import Backend, kernel_for
+from capgap.kernels.sparse_kl.backends import kernel_for
+from capgap.kernels.sparse_kl.rows import Backend
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -47,7 +48,7 @@ def test_asked_for_where_it_does_not_run_the_kernel_says_why(dtype: str, why: st
 def test_on_a_cpu_triton_is_not_even_imported() -> None:
     program = (
         "import sys, torch\n"
-        "from capgap.kernels.sparse_kl.rows import kernel_for\n"
+        "from capgap.kernels.sparse_kl.backends import kernel_for\n"
         "kernel_for('auto', torch.device('cpu'), torch.float32)\n"
         "sys.exit('capgap.kernels.sparse_kl.triton_rows' in sys.modules)"
     )

@@ -7,9 +7,10 @@ import torch
 from sparse_kl_cases import make, run
 
 from capgap.kernels.sparse_kl import SparseTargets, linear_sparse_kl
+from capgap.kernels.sparse_kl.backends import kernel_for
 from capgap.kernels.sparse_kl.chunks import pitch
 from capgap.kernels.sparse_kl.reference import linear_sparse_kl as reference
-from capgap.kernels.sparse_kl.rows import Rows, RowSettings, kernel_for
+from capgap.kernels.sparse_kl.rows import Rows, RowSettings
 from capgap.kernels.sparse_kl.torch_rows import torch_rows
 
 pytest.importorskip("triton", reason="Triton is not installed")

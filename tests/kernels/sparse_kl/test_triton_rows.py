@@ -13,10 +13,11 @@ from sparse_kl_cases import PAIRS, Case, assert_within_float32, cases, make, run
 from torch import Tensor
 
 from capgap.kernels.sparse_kl import SparseTargets, linear_sparse_kl
+from capgap.kernels.sparse_kl.backends import kernel_for
 from capgap.kernels.sparse_kl.chunks import pitch
 from capgap.kernels.sparse_kl.prepare import prepare
 from capgap.kernels.sparse_kl.reference import linear_sparse_kl as reference
-from capgap.kernels.sparse_kl.rows import Rows, RowSettings, kernel_for
+from capgap.kernels.sparse_kl.rows import Rows, RowSettings
 from capgap.kernels.sparse_kl.torch_rows import torch_rows
 
 pytest.importorskip("triton", reason="Triton is not installed")

@@ -112,7 +112,7 @@ def sharded_parameters(rank: int) -> dict[str, Tensor | str]:
 
 
 def main(rank: int, folder: Path) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     results = {name: split_by_vocabulary(rank, case) for name, case in CASES.items()}
     results["sharded"] = sharded_parameters(rank)
     torch.save(results, folder / f"{rank}.pt")

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import VLLM_HEAD_DIM, tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from capgap.pipeline.models.load import save_model
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput
@@ -39,22 +40,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     backing.decoder = decoders.WordPiece(prefix="")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backing, eos_token="<eos>", unk_token="<unk>")
+    model = tiny_llama(
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=64,
+        head_dim=VLLM_HEAD_DIM,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(words),
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=32,  # the smallest that vLLM has on a CPU
-            max_position_embeddings=MAX_POSITIONS,
-            initializer_range=0.1,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        model = LlamaForCausalLM(config)
         lines = [f"after {one} comes {other} .\n" for one, other in itertools.pairwise(ANIMALS)]
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         for _ in range(12):

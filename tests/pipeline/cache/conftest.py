@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_models import PADDED_VOCAB_SIZE, VLLM_HEAD_DIM, save_model, tiny_llama, tiny_vllm_llama
+from tiny_texts import numbered_texts, write_texts
+from transformers import PreTrainedTokenizerFast
 
 from capgap.pipeline.cache.scoring import Recording, Request
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
@@ -22,7 +24,6 @@ from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.run_file import RunFile
 
 VOCAB_SIZE = 300
-PADDED_VOCAB_SIZE = 320
 SEQ_LEN = 48
 STAGE_SEQ_LEN = 32
 
@@ -34,31 +35,28 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., st
     def make(
         tied: bool = False,
         max_positions: int = SEQ_LEN,
-        head_dim: int = 32,
+        head_dim: int = VLLM_HEAD_DIM,
         num_columns: int = PADDED_VOCAB_SIZE,
         num_kv_heads: int = 2,
         broken_id: int | None = None,
     ) -> str:
         folder: Path = tmp_path_factory.mktemp("teacher")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
-            config = LlamaConfig(
-                vocab_size=num_columns,
-                hidden_size=64,
-                intermediate_size=96,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=num_kv_heads,
-                head_dim=head_dim,  # 32 is the smallest that vLLM has on a CPU
-                max_position_embeddings=max_positions,
-                initializer_range=0.2,  # the likeliest id has a probability of 0.1 on average, of up to 0.55
-                tie_word_embeddings=tied,
-            )
-            model = LlamaForCausalLM(config)
-            if broken_id is not None:
-                model.model.embed_tokens.weight.data[broken_id] = torch.nan
-            model.save_pretrained(folder)
-        return str(folder)
+        model = tiny_llama(
+            3,
+            vocab_size=num_columns,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=num_kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=max_positions,
+            initializer_range=0.2,  # the top-1 token has a probability of 0.1 on average, of up to 0.55
+            tie_word_embeddings=tied,
+        )
+        if broken_id is not None:
+            model.model.embed_tokens.weight.data[broken_id] = torch.nan
+        return save_model(folder, model)
 
     return make
 
@@ -94,9 +92,8 @@ def requests_of() -> Callable[..., list[Request]]:
 def inputs(tmp_path_factory) -> dict[str, Any]:
     """A run with its corpus (ten student shards of at most 8 sequences) and teacher made."""
     folder = tmp_path_factory.mktemp("run")
-    texts = [f"line {i} says {i * i} and then {' '.join(str(i * k) for k in range(40))}\n" for i in range(60)]
-    for i, text in enumerate(texts):
-        (folder / f"{i:02d}.txt").write_text(text)
+    texts = numbered_texts(60)
+    write_texts(folder, texts)
     tokenizer = train_tokenizer(texts, 300)
     run = {
         "name": "tiny",
@@ -133,20 +130,7 @@ def save_teacher() -> Callable[[Path, PreTrainedTokenizerFast], str]:
 
 
 def _save_teacher(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
-    torch.manual_seed(2)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        head_dim=32,  # the smallest that vLLM has on a CPU
-        max_position_embeddings=STAGE_SEQ_LEN,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_model(folder, tiny_vllm_llama(2, STAGE_SEQ_LEN), tokenizer)
 
 
 @pytest.fixture

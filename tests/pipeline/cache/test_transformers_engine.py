@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny_models import SIZES, llama_config, save_model, tiny_model
 from transformers import AutoModelForCausalLM as AnyModel
-from transformers import CohereConfig, Gemma2Config, GPTJConfig, GraniteConfig, LlamaConfig
+from transformers import CohereConfig, Gemma2Config, GPTJConfig, GraniteConfig
 
 from capgap.pipeline.cache.scoring import Request, row_offsets
 from capgap.pipeline.cache.transformers_engine import TransformersEngine
@@ -23,30 +24,20 @@ def requests(requests_of):
 def folder(request, teacher_folder, tmp_path_factory) -> str:
     if request.param in ("tied", "untied"):
         return teacher_folder(tied=request.param == "tied")
-    small = {"vocab_size": 320, "hidden_size": 32, "initializer_range": 0.2}
     if request.param == "biased":
         config = GPTJConfig(vocab_size=320, n_embd=32, n_layer=1, n_head=2, rotary_dim=8, initializer_range=0.2)
     else:
-        config = Gemma2Config(
-            **small,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            final_logit_softcapping=2.0,
-        )
+        capped = {"final_logit_softcapping": 2.0, "initializer_range": 0.2}
+        config = Gemma2Config(**SIZES | capped, num_key_value_heads=1, head_dim=16)
     return _saved(config, tmp_path_factory.mktemp("model"))
 
 
 def _saved(config, folder) -> str:
-    torch.manual_seed(1)
-    model = AnyModel.from_config(config)
+    model = tiny_model(config, 1)
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:
-        torch.nn.init.normal_(bias)
-    model.save_pretrained(folder)
-    return str(folder)
+        torch.nn.init.normal_(bias, generator=torch.Generator().manual_seed(1))
+    return save_model(folder, model)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +163,7 @@ def test_a_head_that_does_more_than_a_product_is_refused(tmp_path, recording, co
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path, recording) -> None:
-    LlamaConfig(vocab_size=320, hidden_size=32).save_pretrained(tmp_path)
+    save_model(tmp_path, llama_config())
     with pytest.raises(InputError, match="the model cannot be loaded"):
         TransformersEngine(str(tmp_path), recording(), "auto", 64, "cpu")
     with pytest.raises(InputError, match="no model can be found"):

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_llama
+from tiny_targets import targets_of
+from transformers import LlamaForCausalLM
 
-from capgap.kernels.sampling import sampled_rows, topk_rows
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput
 from capgap.pipeline.store import Block, ShardWriter, codec_for
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK_CODECS, Codec
@@ -25,7 +26,7 @@ from capgap.schemas.facts import (
     heldout_set,
 )
 from capgap.schemas.manifest import Manifest, ShardSet
-from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
+from capgap.schemas.records import Sequences, Targets
 from capgap.schemas.run_file import RunFile
 
 VOCAB_SIZE = 128
@@ -35,10 +36,9 @@ TOKENIZER = TokenizerFacts(fingerprint="f" * 64, vocab_size=128, eos_id=0)
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., LlamaForCausalLM]:
     def make(seed: int = 0, rows: int = VOCAB_SIZE, tied: bool = True) -> LlamaForCausalLM:
-        torch.manual_seed(seed)
-        config = LlamaConfig(
+        return tiny_llama(
+            seed,
             vocab_size=rows,
-            hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,
@@ -46,8 +46,7 @@ def make_model() -> Callable[..., LlamaForCausalLM]:
             max_position_embeddings=64,
             initializer_range=0.3,  # sharp enough that models differ visibly
             tie_word_embeddings=tied,
-        )
-        return LlamaForCausalLM(config).eval()
+        ).eval()
 
     return make
 
@@ -130,15 +129,11 @@ def _corpus(folder: Path, sequences: Sequences) -> StageInput:
     folder.mkdir()
     codec = codec_for(SEQUENCES, sequences.tokens_BL1.shape[1] - 1, {"vocab_size": 128, "num_ids": 0})
     writer = ShardWriter(folder, folder / "sidecars", "heldout", codec)
-    blocks = [_part(sequences, 0, 3), _part(sequences, 3, 5)], [_part(sequences, 5, len(sequences))]
+    blocks = [sequences.part(slice(3)), sequences.part(slice(3, 5))], [sequences.part(slice(5, None))]
     shards = [writer.write(i, [Block(part) for part in parts]) for i, parts in enumerate(blocks)]
     splits = {"heldout": SplitFacts(num_documents=6, num_text_bytes=480, num_text_tokens=144)}
     facts = CorpusFacts(tokenizer=TOKENIZER, splits=splits)
     return StageInput(folder, _manifest("corpus", facts.model_dump(mode="json"), {"heldout": writer.shard_set(shards)}))
-
-
-def _part(sequences: Sequences, start: int, stop: int) -> Sequences:
-    return Sequences(sequences.tokens_BL1[start:stop], sequences.starts_BL1[start:stop], sequences.mask_BL1[start:stop])
 
 
 def _model(folder: Path, name: str, model: LlamaForCausalLM, tokenizer: TokenizerFacts = TOKENIZER) -> StageInput:
@@ -163,7 +158,7 @@ def _cache(folder: Path, sequences: Sequences, teacher: LlamaForCausalLM, kinds:
     for kind, num_ids in kinds.items():
         codec = Codec(SAMPLED if kind == "sampled" else TOPK_CODECS["lossless"], length, 128, num_ids)
         writer = ShardWriter(folder, folder / f"sidecars-{kind}", f"heldout-{kind}", codec)
-        parts = _part(sequences, 0, 4), _part(sequences, 4, len(sequences))
+        parts = sequences.part(slice(4)), sequences.part(slice(4, None))
         blocks = [Block(part, _targets(codec, part, teacher, temperature)) for part in parts]
         sets[heldout_set(kind)] = writer.shard_set([writer.write(0, blocks)])
         sets[kind] = sets[heldout_set(kind)]
@@ -185,22 +180,4 @@ def _targets(codec: Codec, part: Sequences, teacher: LlamaForCausalLM, temperatu
     tokens = torch.from_numpy(part.tokens_BL1).long()
     with torch.inference_mode():
         logits_NV = teacher(input_ids=tokens[:, :-1]).logits.flatten(0, 1)[:, :128] / temperature
-    shape, labels_N = (len(part), -1), tokens[:, 1:].flatten()
-    if codec.name != SAMPLED:
-        kept = topk_rows(logits_NV, labels_N, codec.num_ids)
-        return TopkTargets(
-            kept.ids_NK.view(*shape, codec.num_ids).numpy(),
-            kept.logprobs_NK.view(*shape, codec.num_ids).numpy(),
-            kept.tail_N.view(shape).numpy(),
-            kept.label_logprobs_N.view(shape).numpy(),
-            np.zeros((len(part), tokens.shape[1] - 1, 0), np.float32),
-        )
-    offsets_N = torch.rand(len(labels_N), generator=torch.Generator().manual_seed(0))
-    drawn = sampled_rows(logits_NV, labels_N, offsets_N, codec.num_ids)
-    rows = [np.unique(draws_n, return_counts=True) for draws_n in drawn.draws_Nn.numpy()]
-    return SampledTargets(
-        np.array([len(ids) for ids, _ in rows], np.int32).reshape(shape),
-        np.concatenate([ids for ids, _ in rows]).astype(np.int32),
-        np.concatenate([counts for _, counts in rows]).astype(np.int32),
-        drawn.label_logprobs_N.view(shape).numpy(),
-    )
+    return targets_of(codec, logits_NV, tokens[:, 1:], seed=0)

@@ -89,7 +89,7 @@ def test_cross_entropies_with_draws_differ_as_kls_do(
         for name in ("topk", "sampled")
     )
     assert kl > 0.3
-    # 2000 systematic draws leave each id's share within 1/2000; logprobs of 128 ids spread over a few nats
+    # 2000 systematic samples leave each id's share within 1/2000; logprobs of 128 ids spread over a few nats
     assert ce == pytest.approx(kl, abs=0.02)
 
 

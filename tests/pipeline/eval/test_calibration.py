@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from capgap.pipeline.eval.calibration import NUM_BINS, Calibration
+from capgap.pipeline.eval.calibration import NUM_BINS, CalibrationError
 from capgap.pipeline.eval.intervals import resample_weights
 from capgap.pipeline.eval.measure import score
 
@@ -20,7 +20,7 @@ def _rows(confidence: float, num_rows: int) -> torch.Tensor:
 
 def _error(*groups: tuple[float, int, int]) -> float:
     """Of sequences with one confidence each, so many rows, and so many of them right."""
-    calibration = Calibration(len(groups))
+    calibration = CalibrationError(len(groups))
     for sequence, (confidence, num_rows, num_right) in enumerate(groups):
         labels_N = torch.tensor([0] * num_right + [1] * (num_rows - num_right))
         calibration.add(sequence, _rows(confidence, num_rows), labels_N)
@@ -49,7 +49,7 @@ def test_planted_confidences_have_the_error_of_the_definition(groups, error: flo
 
 
 def test_bins_have_equal_width() -> None:
-    calibration = Calibration(1)
+    calibration = CalibrationError(1)
     for bin_number in range(4, NUM_BINS):  # four ids cannot all be less likely than a quarter
         calibration.add(0, _rows((bin_number + 0.5) / NUM_BINS, 1), torch.tensor([0]))
     expected_B = [-(1 - (number + 0.5) / NUM_BINS) if number >= 4 else 0 for number in range(NUM_BINS)]
@@ -61,7 +61,7 @@ def test_the_interval_of_a_miscalibrated_model_holds_its_error() -> None:
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(40):
-        calibration = Calibration(60)
+        calibration = CalibrationError(60)
         for sequence in range(60):
             labels_N = torch.from_numpy((rng.random(20) > 0.6).astype(np.int64))  # right at 60 %
             calibration.add(sequence, _rows(0.9, 20), labels_N)
@@ -72,7 +72,7 @@ def test_the_interval_of_a_miscalibrated_model_holds_its_error() -> None:
 
 def test_a_model_is_scored_like_a_direct_computation(make_model, make_sequences) -> None:
     model, sequences = make_model(), make_sequences()
-    calibration = Calibration(len(sequences))
+    calibration = CalibrationError(len(sequences))
     score(model, sequences, name="m", vocab_size=VOCAB_SIZE, batch_sequences=4, calibration=calibration)
     mask_BL = sequences.mask_BL1[:, 1:]
     tokens = torch.from_numpy(sequences.tokens_BL1).long()

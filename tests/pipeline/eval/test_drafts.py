@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import save_model, tiny_llama
+from transformers import LlamaForCausalLM
 
 from capgap.pipeline.eval.drafts import DraftJob, _spread, drafted, prompts_of
 from capgap.schemas.errors import MachineError, SettingError
@@ -38,20 +39,16 @@ def folders(tmp_path_factory) -> dict[str, str]:
     """A teacher, and a student that agrees with it now and then; vLLM has no narrower heads on a CPU."""
     found = {}
     for name, seed, layers in (("teacher", 0, 2), ("student", 1, 1)):
-        torch.manual_seed(seed)
-        config = LlamaConfig(
+        model = tiny_llama(
+            seed,
             vocab_size=128,
             hidden_size=64,
             intermediate_size=64,
             num_hidden_layers=layers,
-            num_attention_heads=2,
             max_position_embeddings=128,
             initializer_range=0.15,
-            tie_word_embeddings=False,
         )
-        folder = tmp_path_factory.mktemp(name)
-        LlamaForCausalLM(config).save_pretrained(folder)
-        found[name] = str(folder)
+        found[name] = save_model(tmp_path_factory.mktemp(name), model)
     return found
 
 
@@ -82,7 +79,7 @@ def test_vllm_accepts_what_the_distributions_foretell(folders) -> None:
     error = 4 * math.sqrt(expected * (1 - expected) / found.num_drafts)
     assert found.num_drafts > 1500
     assert found.acceptance == pytest.approx(expected, abs=error)
-    # a draft that was its likeliest id would be accepted a tenth as often
+    # a draft that was its top-1 token would be accepted a tenth as often
     assert found.acceptance > 0.15
 
 
@@ -98,10 +95,7 @@ def test_a_student_that_is_the_teacher_drafts_what_is_accepted(folders) -> None:
 @pytest.mark.slow
 def test_models_that_vllm_does_not_take_are_one_line(folders, tmp_path) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    narrow = LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
-    )
-    LlamaForCausalLM(narrow).save_pretrained(tmp_path)
+    save_model(tmp_path, tiny_llama(vocab_size=96, hidden_size=64, intermediate_size=64))
     job = _job({"teacher": folders["teacher"], "student": str(tmp_path)}, "student")
     with pytest.raises(MachineError, match=r"eval.speculative: .* cannot be measured; found .*vocab") as error:
         drafted(job)

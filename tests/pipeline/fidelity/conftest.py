@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import save_model, tiny_llama
+from tiny_targets import targets_of
+from tiny_texts import numbered_texts
 
-from capgap.kernels.sampling import sampled_rows, topk_rows
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.stage.context import Instance, StageInput
 from capgap.pipeline.store import Block, ShardWriter
@@ -22,7 +23,7 @@ from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS, Codec
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.facts import CacheFacts, RecordingFacts, TokenizerFacts
 from capgap.schemas.manifest import Manifest
-from capgap.schemas.records import SampledTargets, Sequences, TopkTargets
+from capgap.schemas.records import Sequences, Targets
 from capgap.schemas.run_file import RunFile
 
 VOCAB_SIZE, SEQ_LEN = 200, 10
@@ -49,15 +50,9 @@ def make_cache() -> Callable[..., StageInput]:
             writer = ShardWriter(folder, folder / f"sidecars-{kind}", kind, codec)
             shards = []
             for number, rows in enumerate(np.array_split(np.arange(num_sequences), 4)):
-                of = Sequences(tokens_BL1[rows], np.zeros_like(mask_BL1[rows]), mask_BL1[rows])
+                sequences = Sequences(tokens_BL1[rows], np.zeros_like(mask_BL1[rows]), mask_BL1[rows])
                 halves = np.array_split(np.arange(len(rows)), 2)
-                blocks = [
-                    Block(
-                        Sequences(*(part[half] for part in vars(of).values())),
-                        _targets(codec, p_V, labels_BL[rows][half]),
-                    )
-                    for half in halves
-                ]
+                blocks = [Block(sequences.part(half), _targets(codec, p_V, labels_BL[rows][half])) for half in halves]
                 shards.append(writer.write(number, blocks))
             sets[kind] = writer.shard_set(shards)
             recordings[kind] = RecordingFacts(
@@ -88,43 +83,20 @@ def _manifest(facts: CacheFacts, sets: dict[str, Any]) -> Manifest:
     )  # fmt: skip
 
 
-def _targets(codec: Codec, p_V: np.ndarray, labels_BL: np.ndarray) -> SampledTargets | TopkTargets:
-    shape, labels_N = labels_BL.shape, torch.from_numpy(labels_BL.astype(np.int64)).flatten()
-    logits_NV = torch.from_numpy(np.log(p_V)).float().repeat(len(labels_N), 1)
-    if codec.name == SAMPLED:
-        offsets_N = torch.rand(len(labels_N), generator=torch.Generator().manual_seed(len(labels_N)))
-        drawn = sampled_rows(logits_NV, labels_N, offsets_N, codec.num_ids)
-        rows = [np.unique(draws_n, return_counts=True) for draws_n in drawn.draws_Nn.numpy()]
-        return SampledTargets(
-            np.array([len(ids) for ids, _ in rows], np.int32).reshape(shape),
-            np.concatenate([ids for ids, _ in rows]).astype(np.int32),
-            np.concatenate([counts for _, counts in rows]).astype(np.int32),
-            drawn.label_logprobs_N.view(shape).numpy(),
-        )
-    kept = topk_rows(logits_NV, labels_N, codec.num_ids, 1.0, powers=codec.powers)
-    return TopkTargets(
-        kept.ids_NK.view(*shape, -1).numpy(),
-        kept.logprobs_NK.view(*shape, -1).numpy(),
-        kept.tail_N.view(shape).numpy(),
-        kept.label_logprobs_N.view(shape).numpy(),
-        kept.log_tails_NT.view(*shape, len(codec.powers)).numpy(),
-    )
+def _targets(codec: Codec, p_V: np.ndarray, labels_BL: np.ndarray) -> Targets:
+    logits_NV = torch.from_numpy(np.log(p_V)).float().repeat(labels_BL.size, 1)
+    return targets_of(codec, logits_NV, torch.from_numpy(labels_BL.astype(np.int64)), seed=labels_BL.size)
 
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders of a finished cache, of both recordings, and of the teacher that made it."""
     folder = tmp_path_factory.mktemp("fidelity")
-    texts = [f"line {i} says {i * i} and then {' '.join(str(i * k) for k in range(40))}\n" for i in range(20)]
+    texts = numbered_texts(20)
     for i, text in enumerate(texts):
         (folder / f"{i:02d}.txt").write_text(text)
-    torch.manual_seed(2)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=32, initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "given")
-    train_tokenizer(texts, 300).save_pretrained(folder / "given")
+    teacher = tiny_llama(2, max_position_embeddings=32, initializer_range=0.2)
+    save_model(folder / "given", teacher, train_tokenizer(texts, 300))
     run = RunFile.model_validate(
         {
             "name": "tiny",

@@ -39,7 +39,7 @@ def _mass(num: int, ratio: float = RATIO) -> float:
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory, make_cache) -> Fidelity:
-    """40 sequences of ten targets; the next token is the likeliest id at 3 of 10, and the fifth at 7 of 10."""
+    """40 sequences of ten targets; the next token is the top-1 token at 3 of 10, and the fifth at 7 of 10."""
     labels = np.where(np.arange(400) % 10 < 3, 0, 4)
     kinds = {"topk": 16, "sampled": 20}
     return fidelity_of(make_cache(tmp_path_factory.mktemp("x") / "c", _geometric(), labels, kinds, (2.0,)), ALL)
@@ -53,32 +53,32 @@ def test_kept_mass_tail_and_truncation_are_those_of_the_distribution(planted) ->
     topk = _of(planted, "topk")
     # labels of the last position are masked
     assert (topk.num_rows, planted.num_sampled) == (360, 40)
-    for at, ratio in zip(topk.at, (RATIO, RATIO**0.5), strict=True):
-        assert [one.num_ids for one in at.kept] == [1, 2, 5, 10, 16]
-        for one in at.kept:
+    for figures, ratio in zip(topk.by_temperature, (RATIO, RATIO**0.5), strict=True):
+        assert [one.num_ids for one in figures.kept] == [1, 2, 5, 10, 16]
+        for one in figures.kept:
             # lossless logprobs are float32
             assert one.mass == pytest.approx(_mass(one.num_ids, ratio), rel=1e-5)
             assert one.truncation_kl == pytest.approx(-np.log(_mass(one.num_ids, ratio)), rel=1e-4)
-        assert at.tail is not None
-        assert at.tail.mean == pytest.approx(1 - _mass(16, ratio), rel=1e-4)
-        for quantile in (at.tail.median, at.tail.p95, at.tail.p99):
-            assert at.tail.mean <= quantile * (1 + 1e-6) and quantile <= 1.025 * at.tail.mean
+        assert figures.tail is not None
+        assert figures.tail.mean == pytest.approx(1 - _mass(16, ratio), rel=1e-4)
+        for quantile in (figures.tail.median, figures.tail.p95, figures.tail.p99):
+            assert figures.tail.mean <= quantile * (1 + 1e-6) and quantile <= 1.025 * figures.tail.mean
 
 
 def test_the_entropy_lies_between_its_bounds(planted) -> None:
-    for at, temperature in zip(_of(planted, "topk").at, (1.0, 2.0), strict=True):
+    for figures, temperature in zip(_of(planted, "topk").by_temperature, (1.0, 2.0), strict=True):
         p_V = _geometric(temperature=temperature)
         coarse_K = np.append(p_V[:16], p_V[16:].sum())
         least = -(coarse_K * np.log(coarse_K)).sum()
-        assert at.least_entropy == pytest.approx(least, rel=1e-5)
-        assert at.most_entropy == pytest.approx(least + coarse_K[-1] * np.log(VOCAB_SIZE - 16), rel=1e-5)
-        assert at.least_entropy < -(p_V * np.log(p_V)).sum() < at.most_entropy
+        assert figures.least_entropy == pytest.approx(least, rel=1e-5)
+        assert figures.most_entropy == pytest.approx(least + coarse_K[-1] * np.log(VOCAB_SIZE - 16), rel=1e-5)
+        assert figures.least_entropy < -(p_V * np.log(p_V)).sum() < figures.most_entropy
 
 
 def test_targets_are_held_against_the_real_next_tokens(planted) -> None:
     p_V = _geometric()
     for one in planted.recordings:
-        # at 3 of 9 labelled positions the likeliest id is right
+        # at 3 of 9 labelled positions the top-1 token is right
         assert one.ece == pytest.approx(abs(1 / 3 - p_V[0]), abs=0.02 if one.recording == "sampled" else 1e-5)
         assert one.label_kept == 1
         # the label's logprob of drawn targets is stored in steps
@@ -89,20 +89,20 @@ def test_targets_are_held_against_the_real_next_tokens(planted) -> None:
 def test_draws_hold_what_they_must(planted) -> None:
     sampled = _of(planted, "sampled")
     p_V = _geometric()
-    (at,) = sampled.at
-    assert at.tail is None and at.most_entropy is None
-    assert all(one.truncation_kl is None for one in at.kept)
-    assert at.kept[-1].mass == pytest.approx(1)
-    # each id is drawn at least as often as n p rounded down, and the likeliest five at most once more each
-    for one in at.kept[:3]:
+    (figures,) = sampled.by_temperature
+    assert figures.tail is None and figures.most_entropy is None
+    assert all(one.truncation_kl is None for one in figures.kept)
+    assert figures.kept[-1].mass == pytest.approx(1)
+    # each id is sampled at least as often as n p rounded down, and the top five at most once more each
+    for one in figures.kept[:3]:
         exact = p_V[: one.num_ids].sum()
         assert exact - one.num_ids / 20 < one.mass < exact + one.num_ids / 20
-    assert at.least_entropy < -(p_V * np.log(p_V)).sum()
+    assert figures.least_entropy < -(p_V * np.log(p_V)).sum()
 
 
 def test_the_error_of_draws_is_between_what_theory_says_and_its_bound(planted) -> None:
     p_V = _geometric()
-    errors = {one.num_samples: one for one in _of(planted, "sampled").draw_errors}
+    errors = {one.num_samples: one for one in _of(planted, "sampled").sampling_errors}
     assert list(errors) == [1, 2, 5, 10, 20]
     fraction_V = (20 * p_V) % 1
     systematic = (fraction_V * (1 - fraction_V)).sum() / 400
@@ -132,8 +132,8 @@ def test_a_flat_and_a_certain_teacher_are_told_apart(tmp_path, make_cache) -> No
     for name, p_V in (("flat", flat_V), ("certain", certain_V)):
         cache = make_cache(tmp_path / name, p_V, np.full(80, 7), {"topk": 4})
         (recording,) = fidelity_of(cache, ALL).recordings
-        (found[name],) = recording.at
-        # the label is not the id that is the likeliest among equals
+        (found[name],) = recording.by_temperature
+        # the label is not the top-1 token among equals
         assert recording.ece == pytest.approx(0 if name == "certain" else 1 / VOCAB_SIZE, abs=1e-6)
     assert found["flat"].kept[-1].mass == pytest.approx(4 / VOCAB_SIZE, rel=1e-5)
     assert found["certain"].kept[0].mass == pytest.approx(1)
@@ -148,7 +148,9 @@ def test_a_sample_is_spread_over_the_shards(tmp_path, make_cache) -> None:
     # 12 sequences of nine labelled targets
     assert found.recordings[0].num_rows == 108
     # whatever is sampled, the teacher says the same
-    few, every = (fidelity_of(cache, sampling).recordings[0].at[0].kept for sampling in (Sampling(12, 2), ALL))
+    few, every = (
+        fidelity_of(cache, sampling).recordings[0].by_temperature[0].kept for sampling in (Sampling(12, 2), ALL)
+    )
     assert [one.mass for one in few] == pytest.approx([one.mass for one in every])
     (tmp_path / "c" / "topk-000000.tar").unlink()
     fidelity_of(cache, Sampling(12, 2))
@@ -178,17 +180,17 @@ def test_the_teacher_itself_confirms_what_the_cache_says(real) -> None:
     live = found.live
     topk, sampled = _of(found, "topk"), _of(found, "sampled")
     assert live is not None and live.num_rows == topk.num_rows == sampled.num_rows
-    at = topk.at[0]
+    figures = topk.by_temperature[0]
     exact = {one.num_ids: one for one in live.kept}
-    for one in at.kept:
+    for one in figures.kept:
         # float32 logits of two batchings
         assert exact[one.num_ids].mass == pytest.approx(one.mass, rel=1e-5)
         assert exact[one.num_ids].truncation_kl == pytest.approx(one.truncation_kl, rel=1e-4)
-    assert at.most_entropy is not None and at.least_entropy < live.entropy < at.most_entropy
+    assert figures.most_entropy is not None and figures.least_entropy < live.entropy < figures.most_entropy
     assert live.label_loss == pytest.approx(topk.label_loss, rel=1e-5)
     assert live.ece == pytest.approx(topk.ece, abs=1e-5)
-    errors = {one.num_samples: one for one in live.draw_errors}
-    cached = {one.num_samples: one for one in sampled.draw_errors}
+    errors = {one.num_samples: one for one in live.sampling_errors}
+    cached = {one.num_samples: one for one in sampled.sampling_errors}
     assert errors[30].systematic is not None and cached[30].systematic is not None
     assert errors[30].systematic < cached[30].systematic
     assert errors[30].systematic < errors[30].independent
@@ -211,7 +213,7 @@ def test_the_command_prints_tables_or_json(real, capsys: Any) -> None:
     text = capsys.readouterr().out
     for part in (
         "topk: 40 ids, lossless",
-        "sampled: 30 draws",
+        "sampled: 30 samples",
         "truncation KL",
         "error, systematic",
         "yes  divergence",
@@ -239,7 +241,7 @@ def test_a_recording_in_a_line_for_the_report(planted) -> None:
     sampled, topk = summary(planted)
     assert topk.startswith(f"topk, temperature 1: {_mass(16):.2%} of the teacher's probability kept, tail ")
     assert re.fullmatch(
-        r"sampled, temperature 1: 1\d\.\d distinct ids of 20 draws, ECE against the text 1\d\.\d\d%, next token among "
-        r"the ids at 100\.0% of 360 rows",
+        r"sampled, temperature 1: 1\d\.\d distinct ids of 20 samples, ECE against the text 1\d\.\d\d%, next token "
+        r"among the ids at 100\.0% of 360 rows",
         sampled,
     )

@@ -85,6 +85,6 @@ def test_a_refusal_says_why_in_the_trainers_words(cache) -> None:
         if one.why
     }
     assert "only the forward KL's gradient is linear in them" in str(said["jsd", "renorm"])
-    assert "a few draws do not tell the teacher's entropy" in str(said["entropy",])
+    assert "a few samples do not give the teacher's entropy" in str(said["entropy",])
     assert "no targets at this temperature; expected 1" in str(said[2.0,])
     assert all(one.why is None for one in supports(facts, "topk") if one.supported)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import save_model, tiny_llama
+from transformers import LlamaForCausalLM
 
 from capgap.jobs.cli import main
 from capgap.pipeline.interchange.importing import import_captures
@@ -30,16 +31,8 @@ SHAPE = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size"
 def model(teacher: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of the captures' tokenizer; that it gave other logprobs is nothing that an import can know."""
     folder = tmp_path_factory.mktemp("model") / "model"
-    config = LlamaConfig(
-        vocab_size=teacher.vocab_size,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    load_tokenizer(teacher.tokenizer).save_pretrained(folder)
+    narrow = tiny_llama(vocab_size=teacher.vocab_size, hidden_size=16, intermediate_size=16, max_position_embeddings=64)
+    save_model(folder, narrow, load_tokenizer(teacher.tokenizer))
     return folder
 
 

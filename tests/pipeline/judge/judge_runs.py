@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_models import tiny_vllm_llama
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.models.load import MODEL_FOLDER, model_facts, save_model
@@ -37,19 +37,7 @@ def tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
 
 
 def tiny_model(seed: int, positions: int = 256) -> LlamaForCausalLM:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=320,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            head_dim=32,  # the smallest that vLLM has on a CPU
-            max_position_embeddings=positions,
-            initializer_range=0.2,
-        )
-        return LlamaForCausalLM(config).eval()
+    return tiny_vllm_llama(seed, positions).eval()
 
 
 def settings(folder: Path, judge: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BartConfig, LlamaConfig, LlamaForCausalLM, MambaConfig, PreTrainedTokenizerFast
+from tiny_models import llama_config, mamba_config, save_model, tiny_llama, tiny_model, tiny_tokenizer
+from transformers import BartConfig, PreTrainedTokenizerFast
 
-from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.models.checks import check_given_model, corpus_tokenizer, fresh_model, seq_len_of
 from capgap.pipeline.models.tokenizers import tokenizer_facts
 from capgap.pipeline.stage.context import StageInput
@@ -21,11 +21,7 @@ SHAPE = ModelShape(hidden_size=32, num_layers=1, num_heads=4, num_key_value_head
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return _tokenizer("a text that is long enough to train a tokenizer on, ")
-
-
-def _tokenizer(text: str) -> PreTrainedTokenizerFast:
-    return train_tokenizer([text * 20], 300)
+    return tiny_tokenizer(vocab_size=300)
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +49,8 @@ def corpus(tokenizer, tmp_path_factory) -> StageInput:
 
 
 def _given(folder: Path, tokenizer, vocab_size: int = 320, positions: int = SEQ_LEN, weights: bool = True) -> str:
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=positions,
-    )
-    (LlamaForCausalLM(config) if weights else config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    config = llama_config(vocab_size=vocab_size, max_position_embeddings=positions)
+    return save_model(folder, tiny_model(config) if weights else config, tokenizer)
 
 
 def _weights(model) -> torch.Tensor:
@@ -116,13 +103,13 @@ def test_a_folder_that_is_not_there_is_refused(corpus, tmp_path) -> None:
 
 
 def test_a_model_without_a_tokenizer_is_refused(corpus, tmp_path) -> None:
-    LlamaForCausalLM(LlamaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1)).save_pretrained(tmp_path)
+    save_model(tmp_path, tiny_llama())
     with pytest.raises(InputError, match=f"{tmp_path}: no tokenizer can be found"):
         check_given_model(str(tmp_path), corpus, "teacher.path")
 
 
 def test_another_tokenizer_is_refused_with_the_first_entry_that_differs(corpus, tokenizer, tmp_path) -> None:
-    other = _tokenizer("quite another text: zebras quiz the jumping fox, ")
+    other = tiny_tokenizer("quite another text: zebras quiz the jumping fox, ", 300)
     path = _given(tmp_path / "given", other)
     first = next(i for i in range(300) if tokenizer.convert_ids_to_tokens(i) != other.convert_ids_to_tokens(i))
     names = {tokenizer.convert_ids_to_tokens(first), other.convert_ids_to_tokens(first)}
@@ -132,7 +119,7 @@ def test_another_tokenizer_is_refused_with_the_first_entry_that_differs(corpus, 
 
 
 def test_another_end_of_text_is_refused_by_name(corpus, tmp_path) -> None:
-    other = _tokenizer("a text that is long enough to train a tokenizer on, ")
+    other = tiny_tokenizer(vocab_size=300)
     other.eos_token = "a"
     with pytest.raises(MismatchError, match=r"found special token eos_token = 'a', expected '<\|endoftext\|>'"):
         check_given_model(_given(tmp_path, other), corpus, "teacher.path")
@@ -151,8 +138,7 @@ def test_fewer_positions_than_a_sequence_has_are_refused(corpus, tokenizer, tmp_
 
 
 def test_a_model_without_a_bound_takes_any_sequence(corpus, tokenizer, tmp_path) -> None:
-    MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    save_model(tmp_path, mamba_config(vocab_size=320), tokenizer)
     assert check_given_model(str(tmp_path), corpus, "student.path")[1].max_positions is None
 
 

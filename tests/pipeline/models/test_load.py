@@ -2,19 +2,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import DEEPER, gpt2_config, llama_config, mamba_config, tiny_model, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BloomConfig,
-    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
-    MambaConfig,
     MptConfig,
     ViTConfig,
 )
 
-from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.models.load import load_config, load_model, model_facts, model_path, save_model
 from capgap.pipeline.stage.context import StageInput
 from capgap.schemas.errors import InputError
@@ -26,20 +24,12 @@ PADDED = 320
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["a text that is long enough to train a tokenizer on, " * 20], 280)
+    return tiny_tokenizer()
 
 
 def _config(tied: bool) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=PADDED,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-    )
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    return llama_config(vocab_size=PADDED, tie_word_embeddings=tied, **DEEPER, **heads)
 
 
 # Per layer: queries and outputs 32 x 32 each, keys and values 32 x 16 each, three matrices 32 x 48, two norms of 32.
@@ -51,7 +41,7 @@ OUTSIDE_EMBEDDINGS = 2 * LAYER + 32
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_parameters_are_counted_and_tied_ones_once(tokenizer, tied: bool, given: str) -> None:
     config = _config(tied)
-    facts = model_facts(LlamaForCausalLM(config) if given == "model" else config, tokenizer)
+    facts = model_facts(tiny_model(config) if given == "model" else config, tokenizer)
     assert facts.num_non_embedding_parameters == OUTSIDE_EMBEDDINGS
     assert facts.num_parameters == OUTSIDE_EMBEDDINGS + PADDED * 32 * (1 if tied else 2)
     assert (facts.padded_vocab_size, facts.tokenizer.vocab_size, facts.max_positions) == (PADDED, 280, 64)
@@ -60,10 +50,10 @@ def test_parameters_are_counted_and_tied_ones_once(tokenizer, tied: bool, given:
 @pytest.mark.parametrize(
     ("config", "positions"),
     [
-        (GPT2Config(n_positions=96, n_embd=32, n_layer=1, n_head=2), 96),
+        (gpt2_config(n_positions=96), 96),
         (MptConfig(max_seq_len=80, d_model=32, n_layers=1, n_heads=2), 80),
         (BloomConfig(hidden_size=32, n_layer=1, n_head=2), None),
-        (MambaConfig(hidden_size=32, num_hidden_layers=1), None),
+        (mamba_config(), None),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )

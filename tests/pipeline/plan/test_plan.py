@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import DEEPER, tiny_llama
 
 from capgap.pipeline.plan import Stated, make_plan
 from capgap.pipeline.plan.break_even import least_students
@@ -42,16 +42,8 @@ def stages(plan: Plan) -> dict[str, StagePlan]:
 def test_a_shape_is_counted_as_the_model_that_is_made_of_it() -> None:
     shape = ModelShape.model_validate(SHAPE)
     with torch.device("meta"):
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=1,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                intermediate_size=48,
-                tie_word_embeddings=True,
-            )
+        model = tiny_llama(
+            vocab_size=1, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, **DEEPER
         )
     assert shape_parameters(shape) + 32 == sum(parameter.numel() for parameter in model.parameters())
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from capgap.pipeline.stage.heartbeat import current_signs, is_alive, read_signs, signs_of_life
+from capgap.pipeline.stage.heartbeat import current_heartbeat, heartbeat, is_alive, read_heartbeats
 from capgap.pipeline.stage.progress import progress
 from capgap.schemas.errors import MachineError
 
@@ -20,8 +20,8 @@ _STAGE = """
 import sys, time
 from pathlib import Path
 from capgap.pipeline.stage.progress import progress
-from capgap.pipeline.stage.heartbeat import signs_of_life
-with signs_of_life(Path(sys.argv[1]) / "work"), progress("cache", 40, "sequences", 10, lines=False) as meter:
+from capgap.pipeline.stage.heartbeat import heartbeat
+with heartbeat(Path(sys.argv[1]) / "work"), progress("cache", 40, "sequences", 10, lines=False) as meter:
     meter.advance(5, tokens=640, note="halfway")
     print("counted", flush=True)
     time.sleep(600)
@@ -48,46 +48,46 @@ def stage(tmp_path: Path):
 
 
 def test_another_process_sees_how_far_it_is_and_that_it_is_alive(stage, tmp_path: Path) -> None:
-    (sign,) = _until(lambda: [s for s in read_signs(tmp_path / "work") if s.count and s.count.done == 15])
-    assert (sign.pid, sign.machine) == (stage.pid, os.uname().nodename)
-    assert (sign.count.title, sign.count.total, sign.count.unit) == ("cache", 40, "sequences")
-    assert sign.count.note == "halfway" and sign.count.tokens_per_s > 0 and sign.count.eta_s > 0
-    assert sign.ended is None and is_alive(sign)
+    (beat,) = _until(lambda: [s for s in read_heartbeats(tmp_path / "work") if s.count and s.count.done == 15])
+    assert (beat.pid, beat.machine) == (stage.pid, os.uname().nodename)
+    assert (beat.count.title, beat.count.total, beat.count.unit) == ("cache", 40, "sequences")
+    assert beat.count.note == "halfway" and beat.count.tokens_per_s > 0 and beat.count.eta_s > 0
+    assert beat.ended is None and is_alive(beat)
 
 
-def test_a_killed_process_leaves_its_sign_and_is_not_alive(stage, tmp_path: Path) -> None:
-    (sign,) = read_signs(tmp_path / "work")
+def test_a_killed_process_leaves_its_heartbeat_and_is_not_alive(stage, tmp_path: Path) -> None:
+    (beat,) = read_heartbeats(tmp_path / "work")
     stage.send_signal(signal.SIGKILL)
     # not yet waited for, so that its process id still exists
-    _until(lambda: not is_alive(sign))
+    _until(lambda: not is_alive(beat))
     assert stage.poll() is None or stage.returncode == -signal.SIGKILL
     stage.wait()
-    (left,) = read_signs(tmp_path / "work")
+    (left,) = read_heartbeats(tmp_path / "work")
     assert left.ended is None and not is_alive(left)
 
 
 def test_another_process_of_the_same_number_is_not_it(tmp_path: Path) -> None:
-    with signs_of_life(tmp_path / "work"):
-        (sign,) = read_signs(tmp_path / "work")
-    assert is_alive(sign)
-    if sign.pid_started is None:
+    with heartbeat(tmp_path / "work"):
+        (beat,) = read_heartbeats(tmp_path / "work")
+    assert is_alive(beat)
+    if beat.pid_started is None:
         pytest.skip("this system does not say when a process began")
-    assert not is_alive(sign.model_copy(update={"pid_started": sign.pid_started - 1}))
+    assert not is_alive(beat.model_copy(update={"pid_started": beat.pid_started - 1}))
 
 
 def test_a_process_of_another_machine_is_believed_for_two_minutes(tmp_path: Path) -> None:
-    with signs_of_life(tmp_path / "work"):
-        (sign,) = read_signs(tmp_path / "work")
-    elsewhere = sign.model_copy(update={"machine": "elsewhere", "pid": 1 << 22})
+    with heartbeat(tmp_path / "work"):
+        (beat,) = read_heartbeats(tmp_path / "work")
+    elsewhere = beat.model_copy(update={"machine": "elsewhere", "pid": 1 << 22})
     assert is_alive(elsewhere)
     assert not is_alive(elsewhere.model_copy(update={"written_s": elsewhere.written_s - 121}))
     # of another container, where process ids are others
-    assert is_alive(sign.model_copy(update={"namespace": "pid:[1]", "pid": 1 << 22}))
+    assert is_alive(beat.model_copy(update={"namespace": "pid:[1]", "pid": 1 << 22}))
 
 
 def test_it_is_written_at_most_once_a_second_however_often_it_advances(tmp_path: Path) -> None:
     path = tmp_path / "work" / "progress.json"
-    with signs_of_life(tmp_path / "work"), progress("cache", 10**6, "sequences", lines=False) as meter:
+    with heartbeat(tmp_path / "work"), progress("cache", 10**6, "sequences", lines=False) as meter:
         seen, deadline = set(), time.monotonic() + 2.5
         while time.monotonic() < deadline:
             for _ in range(1000):
@@ -99,45 +99,45 @@ def test_it_is_written_at_most_once_a_second_however_often_it_advances(tmp_path:
 
 def test_why_a_stage_gave_up_is_its_last_word(tmp_path: Path) -> None:
     error = MachineError("no space", where="/runs", fix="free some")
-    with pytest.raises(MachineError), signs_of_life(tmp_path / "work"):
+    with pytest.raises(MachineError), heartbeat(tmp_path / "work"):
         raise error
-    (sign,) = read_signs(tmp_path / "work")
-    assert (sign.ended.what, sign.ended.exit_code) == ("/runs: no space; free some", 3)
-    assert not is_alive(sign)
-    with pytest.raises(KeyboardInterrupt), signs_of_life(tmp_path / "work"):
+    (beat,) = read_heartbeats(tmp_path / "work")
+    assert (beat.ended.what, beat.ended.exit_code) == ("/runs: no space; free some", 3)
+    assert not is_alive(beat)
+    with pytest.raises(KeyboardInterrupt), heartbeat(tmp_path / "work"):
         raise KeyboardInterrupt
-    (sign,) = read_signs(tmp_path / "work")
-    assert (sign.ended.what, sign.ended.exit_code) == ("interrupted", 130)
-    with pytest.raises(ValueError), signs_of_life(tmp_path / "work"):
+    (beat,) = read_heartbeats(tmp_path / "work")
+    assert (beat.ended.what, beat.ended.exit_code) == ("interrupted", 130)
+    with pytest.raises(ValueError), heartbeat(tmp_path / "work"):
         raise ValueError("two\nlines")
-    (sign,) = read_signs(tmp_path / "work")
-    assert (sign.ended.what, sign.ended.exit_code) == ("ValueError: two lines", 1)
+    (beat,) = read_heartbeats(tmp_path / "work")
+    assert (beat.ended.what, beat.ended.exit_code) == ("ValueError: two lines", 1)
 
 
 def test_processes_that_share_a_folder_have_a_file_each_and_leave_none(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
-    with signs_of_life(work, shared=True):
+    with heartbeat(work, shared=True):
         assert [path.name for path in work.iterdir()] == [f"progress-{os.uname().nodename}-{os.getpid()}.json"]
     assert list(work.iterdir()) == []
 
 
 def test_a_folder_that_another_process_has_finished_is_not_made_again(tmp_path: Path) -> None:
-    with signs_of_life(tmp_path / "work", shared=True) as signs:
-        signs.say("slice 0/2")
+    with heartbeat(tmp_path / "work", shared=True) as beat:
+        beat.begin_phase("slice 0/2")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sign_that_cannot_be_written_is_nobody_s_trouble(tmp_path: Path) -> None:
-    with signs_of_life(tmp_path / "work") as signs:
+def test_a_heartbeat_that_cannot_be_written_is_nobody_s_trouble(tmp_path: Path) -> None:
+    with heartbeat(tmp_path / "work") as beat:
         (tmp_path / "work" / "progress.half").mkdir()
-        signs.say("at work")
+        beat.begin_phase("at work")
         time.sleep(1.5)
     assert json.loads((tmp_path / "work" / "progress.json").read_text())["phase"] == "reads its inputs"
-    assert current_signs() is None
+    assert current_heartbeat() is None
 
 
-def test_half_a_sign_and_one_of_another_version_are_none(tmp_path: Path) -> None:
+def test_half_a_heartbeat_and_one_of_another_version_are_none(tmp_path: Path) -> None:
     (tmp_path / "progress.json").write_text('{"machine": "a')
     (tmp_path / "progress-b-1.json").write_text('{"machine": "b", "mood": "good"}')
-    assert read_signs(tmp_path) == read_signs(tmp_path / "nowhere") == []
+    assert read_heartbeats(tmp_path) == read_heartbeats(tmp_path / "nowhere") == []

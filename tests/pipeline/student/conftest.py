@@ -6,20 +6,22 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from tiny_models import CONFIGS, SEQ_LEN, VOCAB_SIZE, made
+from tiny_models import PRUNABLE, prunable_model
+from tiny_models import PRUNED_SEQ_LEN as SEQ_LEN
+from tiny_models import PRUNED_VOCAB_SIZE as VOCAB_SIZE
 from transformers import PreTrainedModel
 
 from capgap.pipeline.store import Batch
 
 
-@pytest.fixture(scope="session", params=sorted(CONFIGS))
+@pytest.fixture(scope="session", params=sorted(PRUNABLE))
 def teacher(request: pytest.FixtureRequest) -> PreTrainedModel:
-    return made(CONFIGS[request.param])
+    return prunable_model(request.param)
 
 
 @pytest.fixture(scope="session")
 def llama() -> PreTrainedModel:
-    return made(CONFIGS["llama"])
+    return prunable_model("llama")
 
 
 @pytest.fixture(scope="session")

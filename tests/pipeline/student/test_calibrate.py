@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from tiny_models import CONFIGS, VOCAB_SIZE, made
+from tiny_models import PRUNED_VOCAB_SIZE as VOCAB_SIZE
+from tiny_models import prunable_model
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
@@ -39,7 +40,7 @@ def test_a_model_is_left_as_it_was(llama: PreTrainedModel, make_batches) -> None
 
 @pytest.mark.parametrize("taylor", [False, True])
 def test_what_adds_nothing_has_the_lowest_score_and_goes_first(make_batches, taylor: bool) -> None:
-    model = made(CONFIGS["llama"])
+    model = prunable_model("llama")
     shape = shape_of(model.config, "")
     with torch.no_grad():
         layer = model.model.layers[1]
@@ -92,7 +93,7 @@ def test_an_activation_score_is_the_norm_over_sequences_of_means_over_tokens(
 
 
 def test_a_layer_that_does_nothing_has_the_least_influence_and_adds_no_loss(make_batches) -> None:
-    model = made(CONFIGS["llama"])
+    model = prunable_model("llama")
     with torch.no_grad():
         model.model.layers[2].self_attn.o_proj.weight.zero_()
         model.model.layers[2].mlp.down_proj.weight.zero_()
@@ -119,7 +120,7 @@ def test_random_scores_are_a_pure_function_of_the_seed(llama: PreTrainedModel) -
 
 @pytest.mark.parametrize("taylor", [False, True])
 def test_a_broken_teacher_is_refused(make_batches, taylor: bool) -> None:
-    model = made(CONFIGS["llama"])
+    model = prunable_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(InputError, match="scores are not numbers"):

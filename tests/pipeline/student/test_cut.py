@@ -10,26 +10,28 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CONFIGS, SEQ_LEN, VOCAB_SIZE, made
+from tiny_models import PRUNED_SEQ_LEN as SEQ_LEN
+from tiny_models import PRUNED_VOCAB_SIZE as VOCAB_SIZE
+from tiny_models import prunable_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from capgap.pipeline.student.calibrate import calibrate, norms_of
 from capgap.pipeline.student.cut import cut
 from capgap.pipeline.student.hooks import after, around, before
-from capgap.pipeline.student.kept import Kept, choose, random_scores
+from capgap.pipeline.student.kept import KeptParts, choose, random_scores
 from capgap.pipeline.student.shapes import Shape, shape_of
 from capgap.schemas.errors import InputError
 
 IDS = torch.arange(2 * SEQ_LEN).reshape(2, SEQ_LEN) * 7 % VOCAB_SIZE
 
 
-def _kept(shape: Shape, **sizes: int) -> tuple[Shape, Kept]:
+def _kept(shape: Shape, **sizes: int) -> tuple[Shape, KeptParts]:
     target = replace(shape, **sizes)
     return target, choose(random_scores(shape, 3), target, "random")
 
 
-def _energy_in(shape: Shape, kept: Kept) -> torch.Tensor:
+def _energy_in(shape: Shape, kept: KeptParts) -> torch.Tensor:
     """As if nothing were in the channels that go."""
     energy_NH = torch.zeros(2 * shape.num_layers + 1, shape.hidden_size, dtype=torch.float64)
     energy_NH[:, kept.hidden] = 1 / len(kept.hidden)
@@ -43,7 +45,7 @@ def _only(indices: torch.Tensor, size: int, width: int = 1) -> Any:
 
 
 @torch.no_grad()
-def _masked_logits(teacher: PreTrainedModel, shape: Shape, kept: Kept) -> torch.Tensor:
+def _masked_logits(teacher: PreTrainedModel, shape: Shape, kept: KeptParts) -> torch.Tensor:
     """The teacher's with what goes made nothing where it stands."""
     layers: list[nn.Module] = list(teacher.get_decoder().layers)
     hidden = _only(kept.hidden, shape.hidden_size)
@@ -156,7 +158,7 @@ def test_norms_give_what_stays_the_mean_square_that_it_had(llama: PreTrainedMode
 
 
 def test_half_precision_is_kept(llama: PreTrainedModel) -> None:
-    teacher = made(CONFIGS["llama"]).to(torch.bfloat16)
+    teacher = prunable_model("llama").to(torch.bfloat16)
     shape = shape_of(llama.config, "")
     target, kept = _kept(shape, hidden_size=16)
     student = cut(teacher, target, kept, _energy_in(shape, kept))
@@ -165,7 +167,7 @@ def test_half_precision_is_kept(llama: PreTrainedModel) -> None:
 
 
 def test_a_qwen2_with_windows_is_refused_where_its_heads_would_no_longer_divide_its_width() -> None:
-    teacher = made(CONFIGS["qwen2 with windows"])
+    teacher = prunable_model("qwen2 with windows")
     shape = shape_of(teacher.config, "")
     target, kept = _kept(shape, hidden_size=24)
     with pytest.raises(InputError, match=r"sliding window, 4 heads of 8, expected 3 heads for a width of 24") as e:

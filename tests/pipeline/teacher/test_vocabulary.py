@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from tiny_models import tiny_llama, tiny_tokenizer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from capgap.pipeline.corpus.extend import extend_tokenizer
-from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.teacher.vocabulary import extend_vocabulary
 
 
 @pytest.fixture(scope="module")
 def tokenizers() -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    old = train_tokenizer(["a text that is long enough to train a tokenizer on, "] * 20, 280)
+    old = tiny_tokenizer()
     return old, extend_tokenizer(old, ["zebras quiz zebras "] * 20, 12, 2)
 
 
 def _model(num_rows: int, tied: bool) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=num_rows, num_attention_heads=2, tie_word_embeddings=tied, **sizes)
-    ).eval()
+    return tiny_llama(vocab_size=num_rows, hidden_size=16, intermediate_size=16, tie_word_embeddings=tied).eval()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -83,7 +77,7 @@ def test_a_tokenizer_as_it_was_changes_nothing(tokenizers) -> None:
 
 def test_a_token_that_stands_in_text_as_it_is_takes_the_spelling_of_its_letters(tokenizers) -> None:
     old, _ = tokenizers
-    new = train_tokenizer(["a text that is long enough to train a tokenizer on, "] * 20, 280)
+    new = tiny_tokenizer()
     new.add_tokens([" <note>"])
     model = _model(len(old), True)
     before = model.get_input_embeddings().weight.clone()

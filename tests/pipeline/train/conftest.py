@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_models import DEEPER, tiny_llama
 from tiny_runs import NEEDED, settings_of
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from capgap.pipeline.cache.convert import to_targets
 from capgap.pipeline.cache.scoring import Recording, record_rows, row_offsets, sequence_digest, unpack
@@ -87,16 +88,11 @@ def make_shards(chain, make_sequences) -> Callable[..., ShardReader]:
         recording = Recording(num_ids["sampled"], num_ids["topk"], temperature, 0, VOCAB_SIZE, 64, extra)
         shards = []
         for index, start in enumerate(range(0, num_sequences, 12)):
-            parts = [_part(sequences, i, min(i + 6, num_sequences)) for i in (start, start + 6) if i < num_sequences]
+            parts = [sequences.part(slice(i, i + 6)) for i in (start, start + 6) if i < num_sequences]
             shards.append(writer.write(index, [Block(p, _targets(kind, recording, chain, p)) for p in parts]))
         return ShardReader(folder, writer.shard_set(shards))
 
     return make
-
-
-def _part(sequences: Sequences, start: int, stop: int) -> Sequences:
-    rows = slice(start, stop)
-    return Sequences(sequences.tokens_BL1[rows], sequences.starts_BL1[rows], sequences.mask_BL1[rows])
 
 
 def _targets(kind: str | None, recording: Recording, chain: torch.Tensor, sequences: Sequences):
@@ -118,18 +114,8 @@ def make_student() -> Callable[..., LlamaForCausalLM]:
     """A Llama with 8 rows of padding behind its vocabulary."""
 
     def make(seed: int = 0, tied: bool = True) -> LlamaForCausalLM:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            config = LlamaConfig(
-                vocab_size=VOCAB_SIZE + 8,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=SEQ_LEN,
-                tie_word_embeddings=tied,
-            )
-            return LlamaForCausalLM(config)
+        sizes = DEEPER | {"vocab_size": VOCAB_SIZE + 8, "max_position_embeddings": SEQ_LEN}
+        return tiny_llama(seed, tie_word_embeddings=tied, **sizes)
 
     return make
 

@@ -21,11 +21,11 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
-from capgap.pipeline.stage.ranks import Meeting, Ranks, ranks_in_environment
+from capgap.pipeline.stage.ranks import Ranks, Rendezvous, ranks_in_environment
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.module import DistillationModule
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.manifest import ShardSet
 from capgap.schemas.run_optimization import OptimizationSettings
 
@@ -34,13 +34,13 @@ def train(job: dict[str, Any]) -> None:
     folder, ranks = Path(job["folder"]), ranks_in_environment() or Ranks()
     readers = [ShardReader(Path(path), ShardSet.model_validate_json(text)) for path, text in job["shards"]]
     settings = OptimizationSettings.model_validate(job["settings"])
-    task = Task("train", settings, *readers, 1.0, 1.0, 0, "cpu", folder, ranks=ranks)
+    task = TrainingTask("train", settings, *readers, 1.0, 1.0, 0, "cpu", folder, ranks=ranks)
     _write_down_what_is_read(folder / f"read-{ranks.rank}.jsonl", job["number"])
     model = LlamaForCausalLM.from_pretrained(job["student"])
     if ranks.world_size == 1:
         totals = fit(model, task)
     else:
-        with Meeting(ranks, "train").group("cpu"):
+        with Rendezvous(ranks, "train").group("cpu"):
             totals = fit(model, task)
     if ranks.is_first:
         (folder / "totals.json").write_text(json.dumps(totals))

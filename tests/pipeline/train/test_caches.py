@@ -10,7 +10,8 @@ from typing import Any
 
 import fsspec
 import pytest
-from tiny_runs import SEQ_LEN, save_teacher
+from tiny_runs import SEQ_LEN, salted_texts, save_teacher
+from tiny_texts import write_texts
 from transformers import AutoModelForCausalLM
 
 from capgap.pipeline.stage.context import Instance
@@ -27,11 +28,7 @@ NEEDED = (Instance("corpus"), Instance("teacher"), Instance("cache"), Instance("
 
 
 def _texts(folder: Path, salt: str) -> str:
-    folder.mkdir(parents=True)
-    for i in range(60):
-        text = f"{salt} {i} is {i * i} and then {' '.join(str(i * k) for k in range(30))}\n"
-        (folder / f"{i:02d}.txt").write_text(text)
-    return str(folder / "*.txt")
+    return str(write_texts(folder, salted_texts(salt)) / "*.txt")
 
 
 def _teacher(folder: Path, seed: int, texts: list[str]) -> str:
@@ -98,7 +95,7 @@ def _longer(teacher: Path, folder: Path) -> str:
 @pytest.fixture
 def train(made) -> Callable[..., Manifest]:
     def make(caches: dict[str, dict[str, Any]], **settings: Any) -> Manifest:
-        given = {name: {"path": f"{made[name]['out']}/cache"} | of for name, of in caches.items()}
+        given = {name: {"path": f"{made[name]['out']}/cache"} | cache for name, cache in caches.items()}
         return carry_out(_run(made, given, **settings), TRAIN, force=True)
 
     return make
@@ -239,7 +236,7 @@ def test_an_empty_cache_is_refused(made, tmp_path) -> None:
     folder.mkdir()
     manifest = read_manifest(Path(made["second"]["out"]) / "cache")
     assert manifest is not None
-    sets = {name: of.model_copy(update={"shards": ()}) for name, of in manifest.shard_sets.items()}
+    sets = {name: one.model_copy(update={"shards": ()}) for name, one in manifest.shard_sets.items()}
     empty = manifest.model_copy(update={"shard_sets": sets, "seal": ""})
     empty = empty.model_copy(update={"seal": seal_of(empty)})
     (folder / "manifest.json").write_text(empty.model_dump_json())

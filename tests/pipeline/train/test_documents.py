@@ -10,14 +10,16 @@ import itertools
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from tiny_models import mamba_config, tiny_model
+from tiny_tasks import tiny_task
+from transformers import LlamaForCausalLM
 
 from capgap.pipeline.store import Batch, SequenceLoader, ShardReader
 from capgap.pipeline.train.data import heldout_batches
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.heldout import measure
 from capgap.pipeline.train.module import DistillationModule
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.errors import InputError
 from capgap.schemas.run_optimization import OptimizationSettings
 
@@ -115,20 +117,9 @@ def test_what_does_not_count_has_no_part_in_loss_or_gradient(readers, make_stude
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def _task(readers, tmp_path, kind: str = "sampled", **settings) -> Task:
-    return Task(
-        title="train: test",
-        settings=OptimizationSettings(batch_sequences=4, learning_rate=1e-2),
-        training=readers[kind],
-        heldout=readers["text"],
-        alpha=0.0 if kind == "text" else 1.0,
-        temperature=1.0,
-        seed=0,
-        device="cpu",
-        folder=tmp_path,
-        context="document",
-        **settings,
-    )
+def _task(readers, tmp_path, kind: str = "sampled", **settings) -> TrainingTask:
+    given = {"alpha": 0.0 if kind == "text" else 1.0, "context": "document", **settings}
+    return tiny_task(tmp_path, readers[kind], readers["text"], {"batch_sequences": 4, "learning_rate": 1e-2}, **given)
 
 
 @pytest.mark.parametrize("kind", ["sampled", "text"])
@@ -146,17 +137,17 @@ def test_the_held_out_loss_falls_and_is_that_of_documents_alone(readers, make_st
 
 @pytest.mark.parametrize("settings", [{}, {"row_len": 40}])
 def test_a_model_that_cannot_is_refused_before_the_first_step(readers, tmp_path, settings) -> None:
-    config = MambaConfig(vocab_size=48, hidden_size=32, num_hidden_layers=1)
+    config = mamba_config()
     with pytest.raises(
         InputError, match=r"mamba: this model would look across the sequences or documents of a row; found"
     ):
-        fit(MambaForCausalLM(config), _task(readers, tmp_path, **settings))
+        fit(tiny_model(config), _task(readers, tmp_path, **settings))
     assert not list(tmp_path.rglob("metrics.csv"))
-    fit(MambaForCausalLM(config), dataclasses.replace(_task(readers, tmp_path), context="packed"))
+    fit(tiny_model(config), dataclasses.replace(_task(readers, tmp_path), context="packed"))
 
 
 def test_a_teacher_that_cannot_is_refused_beside_the_student_that_can(readers, make_student, tmp_path) -> None:
-    teacher = MambaForCausalLM(MambaConfig(vocab_size=48, hidden_size=32, num_hidden_layers=1))
+    teacher = tiny_model(mamba_config())
     task = dataclasses.replace(_task(readers, tmp_path), teacher=teacher)
     with pytest.raises(
         InputError, match=r"mamba: this model would look across the sequences or documents of a row; found"

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from tiny_models import DEEPER, gpt2_config, llama_config, tiny_model
+from transformers import AutoModelForCausalLM
 
 from capgap.pipeline.store import Batch
 from capgap.pipeline.train.faster import checkpoint_activations, compile_decoder
@@ -16,8 +17,7 @@ from capgap.pipeline.train.module import DistillationModule
 from capgap.schemas.errors import InputError
 from capgap.schemas.run_optimization import OptimizationSettings
 
-LLAMA = LlamaConfig(vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-GPT2 = GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=2, n_positions=32)  # has dropout
+LLAMA, GPT2 = llama_config(vocab_size=48, **DEEPER), gpt2_config()
 
 
 @pytest.fixture
@@ -30,8 +30,7 @@ def batch() -> Batch:
 
 def _step(config, batch: Batch, device: str = "cpu", **settings: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of a fresh model's first step."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = tiny_model(config)
     module = DistillationModule(model, OptimizationSettings(**settings), 10, 0.5, 1.0, 40).train()
     if settings.get("compile"):
         compile_decoder(module._head.decoder, torch.device(device))
@@ -51,8 +50,7 @@ def test_checkpointed_activations_give_the_same_bits(config, batch) -> None:
 
 
 def test_checkpointed_layers_run_twice(batch) -> None:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LLAMA)
+    model = tiny_model(LLAMA)
     module = DistillationModule(model, OptimizationSettings(activation_checkpointing=True), 10, 0.5, 1.0, 40).train()
     runs = []
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: runs.append(1))

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_tasks import tiny_task
 
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.train.data import heldout_batches
@@ -22,9 +23,8 @@ from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.heldout import measure
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.errors import CorruptError, InputError
-from capgap.schemas.run_optimization import OptimizationSettings
 
 SEQ_LEN = 16
 NUM_SEQUENCES = 62  # 15 batches of 4 an epoch, and two sequences left over
@@ -41,20 +41,10 @@ def shards(make_shards, tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.fixture
-def make_task(shards, tmp_path) -> Callable[..., Task]:
-    def make(kind: str = "sampled", alpha: float = 1.0, **settings: Any) -> Task:
+def make_task(shards, tmp_path) -> Callable[..., TrainingTask]:
+    def make(kind: str = "sampled", alpha: float = 1.0, **settings: Any) -> TrainingTask:
         given = {"batch_sequences": 4, "log_every_steps": 5, "learning_rate": 1e-2} | settings
-        return Task(
-            title="train: test",
-            settings=OptimizationSettings.model_validate(given),
-            training=shards[kind],
-            heldout=shards["heldout"],
-            alpha=alpha,
-            temperature=1.0,
-            seed=0,
-            device="cpu",
-            folder=tmp_path,
-        )
+        return tiny_task(tmp_path, shards[kind], shards["heldout"], given, alpha=alpha)
 
     return make
 
@@ -119,7 +109,7 @@ def test_a_training_that_decodes_on_the_device_takes_the_same_steps(make_task, m
         shutil.rmtree(tmp_path / "work")
     (weights, losses), (other_weights, other_losses) = found["host"], found["device"]
     assert len(losses) == len(other_losses) == 30
-    if kind == "sampled":  # counts over draws: the same bits
+    if kind == "sampled":  # counts over samples: the same bits
         assert losses == other_losses
         assert torch.equal(weights, other_weights)
     # exp of two libraries: probabilities differ by 1e-7, and metrics.csv keeps six digits
@@ -235,7 +225,7 @@ from transformers import LlamaForCausalLM
 
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.train.fit import fit
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.manifest import ShardSet
 from capgap.schemas.run_optimization import OptimizationSettings
 
@@ -244,7 +234,7 @@ def train(job):
     model = LlamaForCausalLM.from_pretrained(job["student"])
     readers = [ShardReader(Path(path), ShardSet.model_validate_json(text)) for path, text in job["shards"]]
     settings = OptimizationSettings.model_validate(job["settings"])
-    fit(model, Task("train", settings, *readers, 1.0, 1.0, 0, "cpu", folder))
+    fit(model, TrainingTask("train", settings, *readers, 1.0, 1.0, 0, "cpu", folder))
     save_file({name: p.detach() for name, p in model.named_parameters()}, folder / "weights.safetensors")
 
 def last_step(folder):
@@ -308,7 +298,7 @@ def test_a_killed_training_goes_on_as_if_undisturbed(shards, make_student, tmp_p
         undisturbed, killed = (tmp_path / f"{name}-{micro_batch}" for name in ("undisturbed", "killed"))
         weights = [(folder / "weights.safetensors").read_bytes() for folder in (undisturbed, killed)]
         assert weights[0] == weights[1], f"micro-batch {micro_batch}, killed at {seen}"
-        of_this_process = dict.fromkeys(("tokens_per_s", "waiting_share", "memory_bytes"))
+        of_this_process = dict.fromkeys(("tokens_per_s", "data_wait_fraction", "memory_bytes"))
         rows = [[row | of_this_process for row in _metrics(folder)] for folder in (undisturbed, killed)]
         assert rows[0] == rows[1], f"micro-batch {micro_batch}, killed at {seen}"
         steps = [step for step, _ in _column(killed, "train_loss")]

@@ -4,12 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import DEEPER, SIZES, gpt2_config, llama_config, mamba_config, tiny_model
 from transformers import (
-    AutoModelForCausalLM,
     Gemma3Config,
-    GPT2Config,
-    LlamaConfig,
-    MambaConfig,
     PreTrainedModel,
     SiglipVisionConfig,
 )
@@ -26,12 +23,12 @@ from capgap.schemas.errors import InputError, MachineError
 from capgap.schemas.run_optimization import OptimizationSettings
 
 GIB = 2**30
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = llama_config(vocab_size=40, **DEEPER)
 
 
 def _huge(**settings: int) -> PreTrainedModel:
     """A model of 2^40 parameters in its embedding alone, on no memory at all."""
-    return empty_model(LlamaConfig(vocab_size=2**30, hidden_size=2**10, num_hidden_layers=1, **settings))
+    return empty_model(llama_config(vocab_size=2**30, hidden_size=2**10, **settings))
 
 
 def test_a_model_larger_than_memory_is_refused_with_the_sum_and_its_parts() -> None:
@@ -58,7 +55,7 @@ def test_half_the_bytes_a_weight_are_half_the_sum() -> None:
 
 
 def test_a_model_that_fits_is_not_refused_whatever_its_activations() -> None:
-    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=40, **SMALL))
+    model = tiny_model(SMALL)
     settings = OptimizationSettings(batch_sequences=2**30)
     assert activation_bytes(model, settings, 2**20) > free_bytes("cpu")
     require_memory(model, settings, "cpu", 2**20)
@@ -66,8 +63,7 @@ def test_a_model_that_fits_is_not_refused_whatever_its_activations() -> None:
 
 def test_the_limit_is_that_of_the_device(monkeypatch) -> None:
     """Weights, gradients and two states in 32 bits: 16 bytes a parameter, and the weights may lie there already."""
-    config = LlamaConfig(vocab_size=40, **SMALL)
-    held, empty = AutoModelForCausalLM.from_config(config), empty_model(config)
+    held, empty = tiny_model(SMALL), empty_model(SMALL)
     num_bytes = 4 * sum(p.numel() for p in held.parameters())
     for model, still_needed in ((held, 3 * num_bytes), (empty, 4 * num_bytes)):
         monkeypatch.setattr("capgap.pipeline.train.fits.free_bytes", lambda _, free=still_needed: free)
@@ -78,7 +74,7 @@ def test_the_limit_is_that_of_the_device(monkeypatch) -> None:
 
 
 def test_what_is_not_trained_needs_no_gradients(monkeypatch) -> None:
-    text = SMALL | {"vocab_size": 40, "head_dim": 16, "num_key_value_heads": 2}
+    text = SIZES | DEEPER | {"vocab_size": 40, "head_dim": 16, "num_key_value_heads": 2}
     vision = SiglipVisionConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
     )
@@ -91,7 +87,7 @@ def test_what_is_not_trained_needs_no_gradients(monkeypatch) -> None:
 
 
 def test_checkpointed_layers_keep_their_inputs_alone() -> None:
-    model = empty_model(LlamaConfig(vocab_size=40, **SMALL))
+    model = empty_model(SMALL)
     settings = {"batch_sequences": 8, "micro_batch_sequences": 2, "precision": "bf16-mixed"}
     kept = activation_bytes(model, OptimizationSettings(**settings), 64)
     recomputed = activation_bytes(model, OptimizationSettings(**settings, activation_checkpointing=True), 64)
@@ -129,7 +125,7 @@ def test_a_containers_limit_counts_without_its_file_cache(tmp_path: Path, names,
 
 @pytest.mark.parametrize(
     "config",
-    [LlamaConfig(vocab_size=40, max_position_embeddings=16, **SMALL), GPT2Config(n_positions=16, n_embd=32, n_head=2)],
+    [llama_config(max_position_embeddings=16), gpt2_config(n_positions=16)],
     ids=["rotary", "learned"],
 )
 def test_a_sequence_beyond_the_models_positions_is_refused(config) -> None:
@@ -142,4 +138,4 @@ def test_a_sequence_beyond_the_models_positions_is_refused(config) -> None:
 
 
 def test_a_model_without_positions_takes_any_sequence() -> None:
-    require_positions(empty_model(MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1)), 10**9)
+    require_positions(empty_model(mamba_config()), 10**9)

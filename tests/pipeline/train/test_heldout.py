@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_tasks import tiny_task
 
 from capgap.pipeline.cache.stage import _first_blocks
 from capgap.pipeline.store import ShardReader
@@ -14,7 +15,7 @@ from capgap.pipeline.train.data import heldout_batches
 from capgap.pipeline.train.heldout import entropies, measure
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
 from capgap.pipeline.train.top_ids import top_ids
 from capgap.schemas.run_optimization import OptimizationSettings
 
@@ -60,24 +61,15 @@ def _taught(student, batch):
 def make_task(make_shards, tmp_path):
     """Six sequences of the twelve held-out ones are in the cache."""
 
-    def make(kind: str | None, **settings) -> Task:
+    def make(kind: str | None, **settings) -> TrainingTask:
         scored = None
         if kind is not None:
             whole = make_shards(tmp_path / "scored", kind, 12, seed=1)
             half = whole.shard_set.model_copy(update={"shards": _first_blocks(whole.shard_set, 6)})
             scored = ShardReader(tmp_path / "scored", half)
-        return Task(
-            title="",
-            settings=OptimizationSettings(**settings),
-            training=make_shards(tmp_path / "training", kind, 12),
-            heldout=make_shards(tmp_path / "text", None, 12, seed=1),
-            alpha=1.0,
-            temperature=1.0,
-            seed=0,
-            device="cpu",
-            folder=tmp_path,
-            heldout_targets=scored,
-        )
+        training = make_shards(tmp_path / "training", kind, 12)
+        heldout = make_shards(tmp_path / "text", None, 12, seed=1)
+        return tiny_task(tmp_path, training, heldout, settings, heldout_targets=scored)
 
     return make
 
@@ -116,7 +108,7 @@ def test_figures_against_the_teacher_are_those_of_whole_logits(make_student, mak
 
 
 def test_the_cross_entropy_with_draws_has_the_mean_of_that_with_the_teacher(make_student, make_task, chain) -> None:
-    """Where the KL with draws is too small by their missing entropy."""
+    """Where the KL with samples is too small by their missing entropy."""
     task = make_task("sampled", num_validation_sequences=6, batch_sequences=6)
     (batch,) = heldout_batches(task)
     module = _module(make_student())
@@ -124,7 +116,7 @@ def test_the_cross_entropy_with_draws_has_the_mean_of_that_with_the_teacher(make
     p_NV = torch.softmax(chain.double(), -1)[batch.input_ids_BL.flatten()]
     ce_N = -(p_NV * torch.log_softmax(_logits(module, batch.input_ids_BL), -1)).sum(1)
     entropy_N = -(p_NV * p_NV.log()).sum(1)
-    # 96 rows of 20 draws: the standard error is about a hundredth of a nat
+    # 96 rows of 20 samples: the standard error is about a hundredth of a nat
     assert found.teacher_ce == pytest.approx(float(ce_N.mean()), abs=0.03)
     bias = float(entropy_N.mean() - entropies(batch).mean())
     assert bias > 0.05, "or this teacher would not show it"

@@ -12,15 +12,15 @@ import lightning
 import pytest
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_tasks import tiny_task
 
 from capgap.jobs.arguments import parse_run, run_file_parser
 from capgap.pipeline.train import fit as fit_module
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.loggers import LogBook, make_loggers, require_loggers
 from capgap.pipeline.train.metrics import read_rows
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.errors import CapgapError, InputError, SettingError
-from capgap.schemas.run_optimization import OptimizationSettings
 
 
 class Tracker(Logger):
@@ -64,8 +64,8 @@ def _tracker() -> None:
 
 
 @pytest.fixture
-def make_task(make_shards, tmp_path) -> Callable[..., Task]:
-    def make(*loggers: Any, folder: str = "stage") -> Task:
+def make_task(make_shards, tmp_path) -> Callable[..., TrainingTask]:
+    def make(*loggers: Any, folder: str = "stage") -> TrainingTask:
         settings = {
             "batch_sequences": 2,
             "log_every_steps": 2,
@@ -74,17 +74,8 @@ def make_task(make_shards, tmp_path) -> Callable[..., Task]:
             "loggers": loggers,
         }
         (tmp_path / folder).mkdir(exist_ok=True)
-        return Task(
-            title="train: test",
-            settings=OptimizationSettings.model_validate(settings),
-            training=make_shards(tmp_path / "shards", "sampled", 24),
-            heldout=make_shards(tmp_path / "heldout", None, 6, seed=1),
-            alpha=1.0,
-            temperature=1.0,
-            seed=0,
-            device="cpu",
-            folder=tmp_path / folder,
-        )
+        training = make_shards(tmp_path / "shards", "sampled", 24)
+        return tiny_task(tmp_path / folder, training, make_shards(tmp_path / "heldout", None, 6, seed=1), settings)
 
     return make
 
@@ -112,7 +103,7 @@ def killed_after(monkeypatch) -> Callable[[int | None], None]:
         def made(**given: Any) -> lightning.Trainer:
             return trainer(**given | {"callbacks": [*given["callbacks"], *more]})
 
-        monkeypatch.setattr(fit_module.lightning, "Trainer", made)
+        monkeypatch.setattr(lightning, "Trainer", made)
 
     return arm
 
@@ -122,7 +113,7 @@ def _scalars(folder: Path) -> dict[str, list[int]]:
     return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def _train_and_kill(task: Task, make_student, killed_after) -> None:
+def _train_and_kill(task: TrainingTask, make_student, killed_after) -> None:
     for step in (2, 7, 11, None):  # before the first checkpoint, and behind others, one of them between two rows
         killed_after(step)
         if step is None:

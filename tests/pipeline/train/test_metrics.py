@@ -13,20 +13,20 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from tiny_tasks import tiny_task
 
 from capgap.pipeline.store import Batch, SequenceLoader
-from capgap.pipeline.train import clock as clock_module
 from capgap.pipeline.train import fit as fit_module
 from capgap.pipeline.train import heldout as heldout_module
 from capgap.pipeline.train import metrics as metrics_module
-from capgap.pipeline.train.clock import Clock, ClockedLoader
+from capgap.pipeline.train import timer as timer_module
 from capgap.pipeline.train.data import training_loader
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.heldout import HeldOutFigures, measure
 from capgap.pipeline.train.metrics import COLUMNS, MetricsFile, memory_bytes, read_rows
 from capgap.pipeline.train.module import DistillationModule
-from capgap.pipeline.train.task import Task
-from capgap.schemas.run_optimization import OptimizationSettings
+from capgap.pipeline.train.task import TrainingTask
+from capgap.pipeline.train.timer import TimedLoader, TrainingTimer
 
 SEQ_LEN, V = 16, 40
 
@@ -56,8 +56,8 @@ def test_a_fresh_training_forgets_what_an_earlier_one_logged(tmp_path) -> None:
 def test_a_file_with_fewer_columns_is_gone_on_with(tmp_path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("step,epoch,train_loss,tokens_per_s\r\n5,0.1,1.5,9.0\r\n10,0.2,1.25,9.5\r\n15,0.3,")
-    MetricsFile(path, 10).add(step=15, train_loss=1.0, waiting_share=0.5)
-    found = [(row["step"], row["train_loss"], row["tokens_per_s"], row["waiting_share"]) for row in _rows(path)]
+    MetricsFile(path, 10).add(step=15, train_loss=1.0, data_wait_fraction=0.5)
+    found = [(row["step"], row["train_loss"], row["tokens_per_s"], row["data_wait_fraction"]) for row in _rows(path)]
     assert found == [("5", "1.5", "9.0", ""), ("10", "1.25", "9.5", ""), ("15", "1.0", "", "0.5")]
 
 
@@ -68,20 +68,12 @@ def test_of_no_file_there_are_no_rows(tmp_path) -> None:
 
 
 @pytest.fixture
-def task(make_shards, tmp_path) -> Task:
+def task(make_shards, tmp_path) -> TrainingTask:
     """Steps of 6 sequences in micro-batches of 2; a row every 3 steps."""
     settings = {"batch_sequences": 6, "micro_batch_sequences": 2, "log_every_steps": 3, "learning_rate": 1e-2}
-    return Task(
-        title="",
-        settings=OptimizationSettings.model_validate(settings | {"clip_norm": 0.05, "loggers": []}),
-        training=make_shards(tmp_path / "shards", "topk", 42),
-        heldout=make_shards(tmp_path / "heldout", None, 6, seed=1),
-        alpha=0.5,
-        temperature=1.0,
-        seed=0,
-        device="cpu",
-        folder=tmp_path,
-    )
+    training = make_shards(tmp_path / "shards", "topk", 42)
+    heldout = make_shards(tmp_path / "heldout", None, 6, seed=1)
+    return tiny_task(tmp_path, training, heldout, settings | {"clip_norm": 0.05, "loggers": []}, alpha=0.5)
 
 
 def test_losses_and_norms_are_means_over_the_interval_and_the_norm_is_before_clipping(task, make_student) -> None:
@@ -116,7 +108,7 @@ def test_losses_and_norms_are_means_over_the_interval_and_the_norm_is_before_cli
 
 
 class Ticks:
-    """A clock that stands still unless it is told how much time passes."""
+    """A timer that stands still unless it is told how much time passes."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -128,7 +120,7 @@ class Ticks:
 def test_waiting_and_the_rate_leave_measurements_out(task, make_student, monkeypatch) -> None:
     """Each micro-batch is waited for 3 s and worked on 1 s; each measurement takes 100 s."""
     ticks = Ticks()
-    for module in (clock_module, metrics_module):
+    for module in (timer_module, metrics_module):
         monkeypatch.setattr(module, "time", ticks)
 
     class Slow:
@@ -163,13 +155,13 @@ def test_waiting_and_the_rate_leave_measurements_out(task, make_student, monkeyp
     rows = [row for row in _rows(task.folder / "metrics.csv") if row["tokens_per_s"]]
     # three, three and one step of three micro-batches
     for row, num_steps in zip(rows, (3, 3, 1), strict=True):
-        assert float(row["waiting_share"]) == 0.75
+        assert float(row["data_wait_fraction"]) == 0.75
         assert float(row["tokens_per_s"]) == round(num_steps * 6 * SEQ_LEN / (num_steps * 3 * 4), 1)
 
 
 def test_a_loader_under_a_clock_is_the_same_loader(task) -> None:
-    plain, clock = training_loader(task), Clock()
-    clocked = ClockedLoader(training_loader(task), clock)
+    plain, timer = training_loader(task), TrainingTimer()
+    clocked = TimedLoader(training_loader(task), timer)
     assert len(clocked) == len(plain) == 21
     stream, expected = iter(clocked), iter(plain)
     for _ in range(5):
@@ -177,10 +169,10 @@ def test_a_loader_under_a_clock_is_the_same_loader(task) -> None:
     state = clocked.state_dict()
     assert state == plain.state_dict()
     stream.close()
-    again = ClockedLoader(training_loader(task), clock)
+    again = TimedLoader(training_loader(task), timer)
     again.load_state_dict(state)
     assert [b.input_ids_BL.tolist() for b in again] == [b.input_ids_BL.tolist() for b in expected]
-    assert clock.waiting_s > 0 and clock.aside_s == 0
+    assert timer.data_wait_s > 0 and timer.excluded_s == 0
 
 
 def test_every_row_has_its_columns(task, make_student) -> None:
@@ -216,9 +208,9 @@ def test_micro_batches_between_two_rows_are_not_looked_at(task, make_student, mo
             seen.append(len([shape for shape in calls if shape in ((4,), (2,))]))
 
     seen: list[int] = []
-    trainer = fit_module.lightning.Trainer
+    trainer = lightning.Trainer
     monkeypatch.setattr(
-        fit_module.lightning,
+        lightning,
         "Trainer",
         lambda **given: trainer(**given | {"callbacks": [*given["callbacks"], Counted()]}),
     )

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
+from tiny_models import DEEPER, llama_config, mamba_config, tiny_llama, tiny_model
 
 from capgap.pipeline.store import Batch
 from capgap.pipeline.store.batch import collate
@@ -99,11 +99,7 @@ def test_a_large_gradient_is_clipped_and_a_small_one_left_alone(make_student) ->
 def test_rows_of_several_sequences_and_padding_have_the_loss_and_the_gradient_of_the_sequences(
     batch, kind, row_len: int, alpha: float, attention: str
 ) -> None:
-    config = LlamaConfig(
-        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model = tiny_llama(vocab_size=48, attn_implementation=attention, **DEEPER)
     found = []
     for part in (batch, in_rows(batch, row_len)):
         model.zero_grad()
@@ -119,16 +115,12 @@ def test_rows_of_several_sequences_and_padding_have_the_loss_and_the_gradient_of
 @pytest.mark.parametrize(
     ("config", "attention", "found"),
     [
-        (
-            LlamaConfig(vocab_size=48, hidden_size=32, num_hidden_layers=1),
-            "flash_attention_2",
-            "attention flash_attention_2",
-        ),
-        (MambaConfig(vocab_size=48, hidden_size=32, num_hidden_layers=1), None, "a model without positions"),
+        (llama_config(vocab_size=48), "flash_attention_2", "attention flash_attention_2"),
+        (mamba_config(), None, "a model without positions"),
     ],
 )
 def test_a_model_that_would_look_across_the_sequences_of_a_row_is_refused(batch, config, attention, found) -> None:
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    model = tiny_model(copy.deepcopy(config))
     if attention is not None:
         model.config._attn_implementation_internal = attention
     with pytest.raises(

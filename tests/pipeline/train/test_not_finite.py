@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_tasks import tiny_task
 
 from capgap.pipeline.store import SequenceLoader
 from capgap.pipeline.train import not_finite
@@ -22,7 +23,7 @@ from capgap.pipeline.train.kept_batches import load_batches
 from capgap.pipeline.train.metrics import read_rows
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.replay import replay
-from capgap.pipeline.train.task import Task
+from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.errors import InputError
 from capgap.schemas.run_optimization import OptimizationSettings
 
@@ -30,19 +31,11 @@ SEQ_LEN, V = 16, 40
 
 
 @pytest.fixture
-def make_task(make_shards, tmp_path) -> Callable[..., Task]:
-    def make(**settings: Any) -> Task:
-        return Task(
-            title="train: test",
-            settings=OptimizationSettings.model_validate({"batch_sequences": 4, "loggers": []} | settings),
-            training=make_shards(tmp_path / "shards", "topk", 48),
-            heldout=make_shards(tmp_path / "heldout", None, 6, seed=1),
-            alpha=0.5,
-            temperature=1.0,
-            seed=0,
-            device="cpu",
-            folder=tmp_path,
-        )
+def make_task(make_shards, tmp_path) -> Callable[..., TrainingTask]:
+    def make(**settings: Any) -> TrainingTask:
+        training = make_shards(tmp_path / "shards", "topk", 48)
+        heldout = make_shards(tmp_path / "heldout", None, 6, seed=1)
+        return tiny_task(tmp_path, training, heldout, {"batch_sequences": 4, "loggers": []} | settings, alpha=0.5)
 
     return make
 

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaConfig
+from tiny_models import SIZES, tiny_llama, tiny_model
+from transformers import CohereConfig, Gemma2Config
 
 from capgap.kernels.sparse_kl import SparseTargets, linear_sparse_kl
 from capgap.pipeline.store import Batch
@@ -12,7 +13,7 @@ from capgap.pipeline.store.batch import collate
 from capgap.pipeline.store.rows import in_rows
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
-from capgap.pipeline.train.online import Head, OnlineModule, full_divergence, linear_full_kl
+from capgap.pipeline.train.online import HeadWeights, OnlineModule, full_divergence, linear_full_kl
 from capgap.schemas.run_optimization import OptimizationSettings
 
 VOCAB_SIZE = 40
@@ -113,9 +114,9 @@ def rows() -> dict[str, torch.Tensor]:
 def _full(rows, **settings):
     return linear_full_kl(
         rows["hidden"],
-        Head(rows["weight"], rows["bias"], 4.0),
+        HeadWeights(rows["weight"], rows["bias"], 4.0),
         rows["teacher_hidden"],
-        Head(rows["teacher_weight"]),
+        HeadWeights(rows["teacher_weight"]),
         rows["labels"],
         vocab_size=11,
         **settings,
@@ -168,7 +169,7 @@ def test_logits_of_one_chunk_stand_in_memory_at_a_time() -> None:
     hidden_NH, weight_VH = torch.randn(num_rows, 4, requires_grad=True), torch.randn(vocab_size, 4)
     labels_N = torch.zeros(num_rows, dtype=torch.int64)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        head = Head(weight_VH)
+        head = HeadWeights(weight_VH)
         linear_full_kl(
             hidden_NH, head, hidden_NH.detach(), head, labels_N, alpha=1.0, chunk_rows=chunk_rows
         ).loss.backward()
@@ -198,22 +199,13 @@ def test_ids_without_any_probability_cost_nothing_forward_and_30_nats_at_most_ba
 
 
 def test_a_teacher_with_a_soft_cap_a_bias_and_its_own_width(batch, make_student) -> None:
-    torch.manual_seed(0)
-    shape = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 48,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "initializer_range": 0.5,
-    }
-    capped = AutoModelForCausalLM.from_config(Gemma2Config(**shape, final_logit_softcapping=2.0)).eval()
-    biased = AutoModelForCausalLM.from_config(LlamaConfig(**shape)).eval()
-    biased.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB_SIZE))
+    wide = {"vocab_size": VOCAB_SIZE, "hidden_size": 48, "head_dim": 24, "initializer_range": 0.5}
+    shape = SIZES | wide | {"num_key_value_heads": 2}
+    capped = tiny_model(Gemma2Config(**shape, final_logit_softcapping=2.0), 1).eval()
+    biased = tiny_llama(2, **wide).eval()
+    biased.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(0)))
     config = CohereConfig(**shape, logit_scale=0.25, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    scaled = AutoModelForCausalLM.from_config(config).eval()
+    scaled = tiny_model(config, 3).eval()
     for teacher in (capped, biased, scaled):
         model = make_student()
         found = _module(model, teacher).loss(batch, 1.0).loss

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2MoeConfig
+from tiny_models import SIZES, tiny_llama, tiny_model
+from transformers import MixtralConfig, Qwen2MoeConfig
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from capgap.pipeline.store import Batch
@@ -14,15 +15,7 @@ from capgap.pipeline.train.router import RouterLoss
 from capgap.schemas.errors import InputError
 from capgap.schemas.run_optimization import OptimizationSettings
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-}
+SHAPE = SIZES | {"vocab_size": 40, "num_hidden_layers": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
 CONFIGS = {
     "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2),
     "qwen2_moe": Qwen2MoeConfig(
@@ -33,8 +26,7 @@ CONFIGS = {
 
 @pytest.fixture(params=list(CONFIGS))
 def model(request):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[request.param])
+    return tiny_model(CONFIGS[request.param])
 
 
 @pytest.fixture
@@ -80,9 +72,9 @@ def test_the_held_out_loss_has_none_of_it(model, batch) -> None:
 
 
 def test_experts_that_are_used_evenly_have_the_least_loss() -> None:
-    loss = RouterLoss(AutoModelForCausalLM.from_config(CONFIGS["mixtral"]))
+    loss = RouterLoss(tiny_model(CONFIGS["mixtral"]))
 
-    def of(logits_NE: torch.Tensor) -> float:
+    def loss_of(logits_NE: torch.Tensor) -> float:
         return loss(MoeModelOutputWithPast(router_logits=(logits_NE, logits_NE))).item()
 
     tokens = torch.arange(12)
@@ -90,12 +82,12 @@ def test_experts_that_are_used_evenly_have_the_least_loss() -> None:
     even_NE[tokens, tokens % 4] = even_NE[tokens, (tokens + 1) % 4] = 0.0
     one_sided_NE = torch.tensor([0.0, 0.0, -20.0, -20.0]).expand(12, 4)
     # transformers adds over the two experts of a token: 2 where the paper's loss has 1
-    assert of(even_NE) == pytest.approx(2.0)
-    assert of(one_sided_NE) == pytest.approx(4.0)
+    assert loss_of(even_NE) == pytest.approx(2.0)
+    assert loss_of(one_sided_NE) == pytest.approx(4.0)
 
 
 def test_a_model_without_experts_is_refused() -> None:
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
+    model = tiny_llama()
     with pytest.raises(
         InputError, match=r"llama: this model has no load-balancing loss; found train\.router_loss_weight"
     ):

@@ -64,7 +64,7 @@ def test_the_folder_says_what_the_student_is_and_was_made_of(made) -> None:
     for text in (
         f"| teacher | {run.teacher.path}, scored by transformers ",
         f"| corpus | {run.corpus.sources[0]}, 3,840 tokens trained on (",
-        "| recording | sampled: 20 draws a token, at temperature 1, context packed |",
+        "| recording | sampled: 20 samples a token, at temperature 1, context packed |",
         "| loss | 1 x 1^2 x forward_kl |",
         "| student before | fresh weights |",
         f"| made by | capgap {version('capgap')} |",
@@ -157,7 +157,9 @@ def test_each_setting_of_loss_and_schedule_makes_another_student(with_both) -> N
 
 
 def test_checkpointed_activations_make_the_same_student(with_both) -> None:
-    plain, checkpointed = (train(with_both, recording="topk", activation_checkpointing=on) for on in (False, True))
+    plain, checkpointed = (
+        train(with_both, recording="topk", activation_checkpointing=value) for value in (False, True)
+    )
     assert plain == checkpointed
 
 
@@ -189,7 +191,7 @@ def test_of_a_cache_with_both_recordings_the_named_one_is_trained_from(made, wit
 
 
 def test_a_student_trains_at_each_temperature_that_the_cache_keeps(with_both, tmp_path) -> None:
-    found = {at: train(with_both, recording="topk", temperature=at) for at in (None, 0.5, 1.0, 2.0)}
+    found = {value: train(with_both, recording="topk", temperature=value) for value in (None, 0.5, 1.0, 2.0)}
     assert found[None] == found[1.0]
     assert len({tuple(digests.values()) for digests in found.values()}) == 3
     # a cache that was recorded at 2 holds the same target as one that keeps 2 beside 1

@@ -34,7 +34,7 @@ def test_a_cache_of_another_corpus_is_refused(made) -> None:
             {"divergence": "jsd"},
             "sampled targets with train.divergence jsd, train.tail drop, expected forward_kl; freq",
         ),
-        ({"tail": "ghost"}, ".* forward_kl, train.tail ghost, expected drop or renorm; drawn targets"),
+        ({"tail": "ghost"}, ".* forward_kl, train.tail ghost, expected drop or renorm; samples have"),
     ],
 )
 def test_a_divergence_that_the_recording_cannot_give_is_refused(made, settings: dict, message: str) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import DEEPER, save_model, tiny_llama
+from transformers import LlamaForCausalLM
 
 PROGRAM = Path(__file__).with_name("ranks_program.py")
 NUM_SEQUENCES = 48
@@ -38,20 +39,9 @@ def student(tmp_path_factory) -> Callable[..., str]:
     folder = tmp_path_factory.mktemp("students")
 
     def make(tied: bool = True, dropout: float = 0.0) -> str:
-        torch.manual_seed(3)
-        config = LlamaConfig(
-            vocab_size=49,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            tie_word_embeddings=tied,
-            attention_dropout=dropout,
-        )
-        path = folder / f"{tied}-{dropout}"
-        LlamaForCausalLM(config).save_pretrained(path)
-        return str(path)
+        sizes = DEEPER | {"vocab_size": 49, "max_position_embeddings": 16}
+        model = tiny_llama(3, tie_word_embeddings=tied, attention_dropout=dropout, **sizes)
+        return save_model(folder / f"{tied}-{dropout}", model)
 
     return make
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny_chats import MAX_LEN, conversations, write
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import save_model, tiny_llama
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.schemas.run_file import RunFile
@@ -19,20 +18,14 @@ from capgap.schemas.run_file import RunFile
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     tokenizer = train_tokenizer(["say 12 it is 345! again 67. 890 how much? be brief\n" * 20], 300)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    model = tiny_llama(
         vocab_size=len(tokenizer) + 1,  # a row of padding, and two to be added for the marks of roles
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.eos_token_id,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    save_model(folder, model, tokenizer)
     return folder
 
 

@@ -66,8 +66,8 @@ def test_the_held_out_loss_is_of_the_answers_alone(tuned: Made) -> None:
             for first, end in pairwise(bounds):
                 ids = torch.from_numpy(tokens[first:end]).long()[None]
                 logprobs = torch.log_softmax(model(input_ids=ids).logits[0, :-1].detach(), -1)
-                of = -logprobs.gather(1, ids[0, 1:, None])[:, 0]
-                losses.append(of[torch.from_numpy(mask[first + 1 : end])])
+                nats = -logprobs.gather(1, ids[0, 1:, None])[:, 0]
+                losses.append(nats[torch.from_numpy(mask[first + 1 : end])])
     # sums in another order
     assert float(torch.cat(losses).mean()) == pytest.approx(manifest.totals["heldout_loss_after"], abs=1e-4)
 

@@ -70,4 +70,4 @@ def test_draws_that_fell_on_another_id_are_counted_row_by_row() -> None:
     live = _sampled([{1: 2, 2: 2}, {7: 4}, {3: 2, 2: 2}], [-1.0, -2.5, -3.0])
     found = apart(kept, live, 4)
     assert (found.num_rows, found.num_other_rows, found.max_nats) == (3, 1, 0.5)
-    assert found.moved_draws == pytest.approx(1 / 12)
+    assert found.moved_samples == pytest.approx(1 / 12)

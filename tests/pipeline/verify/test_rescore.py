@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_models import save_model, tiny_llama
+from tiny_texts import numbered_texts, write_texts
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from capgap.jobs.cli import main
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
@@ -28,23 +30,15 @@ SEQ_LEN = 32
 
 
 def _save_teacher(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> str:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=SEQ_LEN, initializer_range=0.2,
-        )  # fmt: skip
-        LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
-    return str(folder)
+    return save_model(folder, tiny_llama(seed, max_position_embeddings=SEQ_LEN, initializer_range=0.2).to(dtype))
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run with its corpus and teacher made."""
     folder = tmp_path_factory.mktemp("rescore")
-    texts = [f"line {i} says {i * i} and then {' '.join(str(i * k) for k in range(40))}\n" for i in range(30)]
-    for i, text in enumerate(texts):
-        (folder / f"{i:02d}.txt").write_text(text)
+    texts = numbered_texts(30)
+    write_texts(folder, texts)
     teacher = _save_teacher(folder / "given", 2)
     train_tokenizer(texts, 300).save_pretrained(teacher)
     run = {
@@ -98,7 +92,7 @@ def cache(made, tmp_path: Path) -> Any:
 )
 def test_a_sound_cache_says_what_its_teacher_says(cache, settings: dict[str, Any]) -> None:
     lines = list(rescore(cache(**settings), 0.2))
-    assert lines[-1] == "cache: what its teacher says"
+    assert lines[-1] == "cache: agrees with its teacher"
     assert re.search(r"cache: (\d+) of \d+ sequences, (\d+) targets, scored again by transformers", lines[0])
     recordings = {"both": ["sampled", "topk"]}.get(
         settings.get("recording", ""), [settings.get("recording", "sampled")]
@@ -125,11 +119,11 @@ def test_another_teacher_is_caught(cache, made, tmp_path, settings, capsys) -> N
     folder = cache(**settings)
     other = _save_teacher(tmp_path / "other", seed=3)
     AutoTokenizer.from_pretrained(made["teacher"]["path"]).save_pretrained(other)
-    with pytest.raises(MismatchError, match=r"the cache is not what its teacher says; found .* nats apart where"):
+    with pytest.raises(MismatchError, match=r"the cache is not hold what its teacher gives; found .* nats apart where"):
         list(rescore(folder, 0.001, teacher=other))
     assert main(["verify", str(folder.parent), "--rescore", "0.001", "--teacher", other, "--device", "cpu"]) == 2
     shown = capsys.readouterr()
-    assert "cache: 1 of " in shown.out and "the cache is not what its teacher says" in shown.err
+    assert "cache: 1 of " in shown.out and "the cache is not hold what its teacher gives" in shown.err
     assert len([line for line in shown.err.splitlines() if line.startswith("capgap: ")]) == 1
     assert main(["verify", str(folder.parent), "--rescore", "0.001", "--device", "cpu"]) == 0
 
@@ -141,7 +135,7 @@ def test_a_teacher_that_differs_by_a_little_training_is_caught(cache, made, tmp_
         for parameter in model.parameters():
             parameter *= 1.02
     model.save_pretrained(tmp_path / "further")
-    with pytest.raises(MismatchError, match="not what its teacher says"):
+    with pytest.raises(MismatchError, match="not hold what its teacher gives"):
         list(rescore(folder, 0.1, teacher=str(tmp_path / "further")))
 
 
@@ -153,7 +147,7 @@ def test_a_shard_whose_targets_are_shifted_by_one_is_caught(cache, top_k: int, c
     _shift(folder)
     assert main(["verify", str(folder), "--rescore", "1", "--device", "cpu"]) == (4 if top_k > 1 else 2)
     error = capsys.readouterr().err
-    assert "not aligned" in error or "not what its teacher says" in error
+    assert "not aligned" in error or "not hold what its teacher gives" in error
     assert read_manifest(folder).identity == manifest.identity
 
 
@@ -179,11 +173,11 @@ def _shift(folder: Path) -> None:
 def test_a_run_that_was_moved_finds_its_teacher_and_one_that_lost_it_says_so(cache, made, tmp_path) -> None:
     folder = cache()
     moved = Path(shutil.move(folder.parent, tmp_path / "moved")) / "cache"
-    assert list(rescore(moved, 0.001))[-1] == "cache: what its teacher says"
+    assert list(rescore(moved, 0.001))[-1] == "cache: agrees with its teacher"
     shutil.rmtree(moved.parent / "teacher")
     with pytest.raises(InputError, match=r"the teacher is not where it was; .* name its folder with --teacher"):
         list(rescore(moved, 0.001))
-    assert list(rescore(moved, 0.001, teacher=made["teacher"]["path"]))[-1] == "cache: what its teacher says"
+    assert list(rescore(moved, 0.001, teacher=made["teacher"]["path"]))[-1] == "cache: agrees with its teacher"
 
 
 def test_scoring_again_waits_its_turn_at_the_device(cache, capsys) -> None:

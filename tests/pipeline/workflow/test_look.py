@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from capgap.pipeline.stage.folder import WORK_FOLDER, begin, plan_units
-from capgap.pipeline.stage.heartbeat import signs_of_life
+from capgap.pipeline.stage.heartbeat import heartbeat
 from capgap.pipeline.stage.progress import progress
 from capgap.pipeline.workflow.look import last_loss, look_at
 from capgap.pipeline.workflow.state import State, states
@@ -19,9 +19,9 @@ def test_a_stage_at_work_is_seen_with_how_far_it_is(make_run, make_finished) -> 
     state.folder.mkdir(parents=True)
     begin(state.folder, state.order)
     (state.folder / "metrics.csv").write_text("step,train_loss,heldout_kl\n10,5.5,\n")
-    with signs_of_life(state.folder / WORK_FOLDER) as signs:
+    with heartbeat(state.folder / WORK_FOLDER) as beat:
         plan_units(state.folder / WORK_FOLDER, "steps", 50, "checkpoints/step-*.ckpt")
-        signs.say("at work", "cpu")
+        beat.begin_phase("at work", "cpu")
         with progress("teacher: train", 50, "steps", 20, lines=False) as meter:
             meter.advance(5, tokens=100)
             # it is written once a second
@@ -30,8 +30,8 @@ def test_a_stage_at_work_is_seen_with_how_far_it_is(make_run, make_finished) -> 
     assert (looks["corpus"].state, looks["corpus"].at_work) == (State.CURRENT, ())
     teacher = looks["teacher"]
     assert (teacher.state, teacher.why, teacher.loss) == (State.PARTIAL, "0 of 50 steps", 5.5)
-    (sign,) = teacher.at_work
-    assert (sign.device, sign.count.done, sign.count.total) == ("cpu", 25, 50)
+    (beat,) = teacher.at_work
+    assert (beat.device, beat.count.done, beat.count.total) == ("cpu", 25, 50)
     assert teacher.tokens_per_s > 0 and teacher.eta_s > 0 and teacher.seen_s_ago < 60
     assert looks["cache"].state == State.MISSING and looks["cache"].seen_s_ago is None
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import save_model, tiny_llama
+from tiny_texts import numbered_texts, write_texts
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.stage.context import Instance
@@ -20,27 +20,19 @@ NEEDED = (Instance("corpus"), Instance("teacher"), Instance("cache"), Instance("
 
 def save_teacher(folder: Path, texts: list[str], seed: int) -> int:
     """A teacher of fresh weights with a tokenizer of the texts, and the number of ids."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=SEQ_LEN,
-        initializer_range=0.3,  # sharp: there is something to learn
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer = train_tokenizer(texts, 300)
-    tokenizer.save_pretrained(folder)
+    # sharp: there is something to learn
+    save_model(folder, tiny_llama(seed, max_position_embeddings=SEQ_LEN, initializer_range=0.3), tokenizer)
     return len(tokenizer)
 
 
+def salted_texts(salt: str) -> list[str]:
+    return numbered_texts(60, f"{salt} {{i}} is", 30)
+
+
 def settings_of(folder: Path, salt: str) -> dict[str, Any]:
-    folder.mkdir()
-    texts = [f"{salt} {i} is {i * i} and then {' '.join(str(i * k) for k in range(30))}\n" for i in range(60)]
-    for i, text in enumerate(texts):
-        (folder / f"{i:02d}.txt").write_text(text)
+    texts = salted_texts(salt)
+    write_texts(folder, texts)
     save_teacher(folder / "given", texts, 2)
     return {
         "name": "tiny",

@@ -1,4 +1,4 @@
-"""Where the time of a training goes: to its steps, to waiting for the loader, or to work beside them."""
+"""Where the time of a training goes: to its steps, to waiting for the loader, or to measurements between them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any, Protocol
 from capgap.pipeline.store import Batch
 
 
-class Clock:
-    """Seconds that are no work on a step.
+class TrainingTimer:
+    """Counts the seconds in which no step was computed.
 
     Attributes:
-        waiting_s: spent in waiting for the loader's next micro-batch.
-        aside_s: spent beside the training, in measurements.
+        data_wait_s: seconds spent waiting for the loader's next micro-batch.
+        excluded_s: seconds spent in measurements, which are no part of the training.
     """
 
     def __init__(self) -> None:
-        self.waiting_s = self.aside_s = 0.0
+        self.data_wait_s = self.excluded_s = 0.0
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Count what is done under it as no part of the training."""
+    def excluded(self) -> Iterator[None]:
+        """Count the time of the block as no part of the training."""
         begun = time.monotonic()
         try:
             yield
         finally:
-            self.aside_s += time.monotonic() - begun
+            self.excluded_s += time.monotonic() - begun
 
 
 class Loader(Protocol):
@@ -45,11 +45,11 @@ class Loader(Protocol):
         """Go on from there."""
 
 
-class ClockedLoader:
-    """The same loader; the clock counts how long each micro-batch was waited for."""
+class TimedLoader:
+    """The same loader; the timer counts how long each micro-batch was waited for."""
 
-    def __init__(self, loader: Loader, clock: Clock) -> None:
-        self._loader, self._clock = loader, clock
+    def __init__(self, loader: Loader, timer: TrainingTimer) -> None:
+        self._loader, self._timer = loader, timer
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -60,7 +60,7 @@ class ClockedLoader:
             while True:
                 begun = time.monotonic()
                 batch = next(batches, None)
-                self._clock.waiting_s += time.monotonic() - begun
+                self._timer.data_wait_s += time.monotonic() - begun
                 if batch is None:
                     return
                 yield batch

@@ -1,0 +1,49 @@
+"""Lightning's Trainer, set up for a training whose loop, checkpoints, metrics and progress bar are capgap's own."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import lightning
+
+from capgap.pipeline.train.metrics import ResumedLogger
+from capgap.pipeline.train.strategy import trainer_arguments
+from capgap.pipeline.train.task import TrainingTask
+
+
+def make_trainer(
+    task: TrainingTask,
+    num_steps: int,
+    loggers: Sequence[ResumedLogger],
+    callbacks: list[lightning.Callback],
+) -> lightning.Trainer:
+    """The trainer of a task: it takes `num_steps` optimizer steps in one pass over the loader."""
+    return lightning.Trainer(
+        **trainer_arguments(task.settings, task.ranks, task.device),
+        precision=task.settings.precision,
+        max_steps=num_steps,
+        max_epochs=1,
+        accumulate_grad_batches=task.accumulate,
+        logger=[one.logger for one in loggers],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+    )
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Silence Lightning's tips, which are about set-ups that are fixed here."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        logger.setLevel(level)
