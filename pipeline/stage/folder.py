@@ -90,6 +90,8 @@ def clear(folder: Path) -> None:
 
 def begin(folder: Path, order: WorkOrder) -> None:
     """Write down what the folder is for; leave what an earlier run of the same order finished."""
+    # with the work order, the disk has the folder of what can be continued
+    (folder / WORK_FOLDER).mkdir(exist_ok=True)
     write_atomically(folder / WORK_NAME, order.model_dump_json(indent=1))
     remove_halves(folder)
 

@@ -13,7 +13,8 @@ from capgap.pipeline.store.alignment import check_alignment
 from capgap.pipeline.store.batch import Batch
 from capgap.pipeline.store.codec import Codec, codec_for
 from capgap.pipeline.store.disk_cache import DiskCache
-from capgap.pipeline.store.loader import SequenceLoader, heat_of
+from capgap.pipeline.store.loader import SequenceLoader, target_temperature_of
+from capgap.pipeline.store.loader_settings import LoaderSettings
 from capgap.pipeline.store.memory import keep_freed_memory
 from capgap.pipeline.store.mixed import MixedLoader
 from capgap.pipeline.store.order import Order
@@ -28,6 +29,7 @@ __all__ = [
     "Block",
     "Codec",
     "DiskCache",
+    "LoaderSettings",
     "MixedLoader",
     "Order",
     "Ranking",
@@ -37,11 +39,11 @@ __all__ = [
     "ShardWriter",
     "check_alignment",
     "codec_for",
-    "heat_of",
     "is_url",
     "keep_freed_memory",
     "place_of",
     "rank_ids",
     "read_blocks",
     "split_blocks",
+    "target_temperature_of",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capgap.pipeline.stage.context import StageInput, further_cache
-from capgap.pipeline.store import ShardReader, heat_of
+from capgap.pipeline.store import ShardReader, target_temperature_of
 from capgap.pipeline.store.rows import sequences_per_row
 from capgap.pipeline.train.objective import objective_of
 from capgap.pipeline.train.task import Source
@@ -52,8 +52,10 @@ class ChosenCache:
             InputError: as the reader.
         """
         reader = ShardReader(self.location, self.shards)
-        heat = heat_of(reader.codec, self.facts.temperature, self.temperature) if self.has_targets else None
-        return Source(reader, self.weight, self.facts.context, heat)
+        target = (
+            target_temperature_of(reader.codec, self.facts.temperature, self.temperature) if self.has_targets else None
+        )
+        return Source(reader, self.weight, self.facts.context, target)
 
 
 def chosen_caches(settings: TrainSettings, inputs: Mapping[str, StageInput]) -> dict[str | None, ChosenCache]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from capgap.pipeline.store import Batch, MixedLoader, SequenceLoader, ShardReader
+from capgap.pipeline.store import Batch, LoaderSettings, MixedLoader, SequenceLoader, ShardReader
 from capgap.pipeline.store.batch import collate
 from capgap.pipeline.store.rows import sequences_per_row
 from capgap.pipeline.train.task import Source, Task
@@ -26,7 +26,7 @@ def training_loader(task: Task) -> SequenceLoader | MixedLoader:
         InputError: too little data for one step, or the caches do not make rows of one shape.
     """
     settings = task.settings
-    own = Source(task.training, task.weight, task.context, task.heat)
+    own = Source(task.training, task.weight, task.context, task.target_temperature)
     if not task.others:
         return _loader(task, own, settings.num_epochs, settings.max_tokens)
     loaders = {OWN: _loader(task, own, settings.num_epochs)}
@@ -61,25 +61,27 @@ def _batches_of(task: Task, reader: ShardReader, wanted: range) -> Iterator[Batc
         sequences, targets = reader.read(index)
         for start in range(rows.start, rows.stop, task.micro_batch):
             part = [(sequences, targets, row) for row in range(start, min(start + task.micro_batch, rows.stop))]
-            yield collate(part, reader.codec.num_ids, task.heat, task.context)
+            yield collate(part, reader.codec.num_ids, task.target_temperature, task.context)
 
 
 def _loader(task: Task, source: Source, num_epochs: int, max_tokens: int | None = None) -> SequenceLoader:
     settings = task.settings
     return SequenceLoader(
         source.reader,
-        _as_many_rows(task, source, settings.batch_sequences),
-        task.seed,
-        num_epochs=num_epochs,
-        max_tokens=max_tokens,
-        micro_batch=_as_many_rows(task, source, task.micro_batch),
-        rank=task.ranks.rank,
-        world_size=task.ranks.world_size,
-        row_len=task.row_len,
-        on_corrupt=settings.on_corrupt,
-        decode_on=task.device if settings.decode == "device" else None,
-        heat=source.heat,
-        context=source.context,
+        LoaderSettings(
+            _as_many_rows(task, source, settings.batch_sequences),
+            task.seed,
+            num_epochs=num_epochs,
+            max_tokens=max_tokens,
+            micro_batch=_as_many_rows(task, source, task.micro_batch),
+            rank=task.ranks.rank,
+            world_size=task.ranks.world_size,
+            row_len=task.row_len,
+            on_corrupt=settings.on_corrupt,
+            decode_on=task.device if settings.decode == "device" else None,
+            target_temperature=source.target_temperature,
+            context=source.context,
+        ),
     )
 
 

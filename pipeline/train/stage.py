@@ -90,7 +90,7 @@ def run(context: StageContext) -> StageResult:
         heldout=ShardReader(corpus.path, corpus.manifest.shard_sets["heldout"]),
         alpha=settings.alpha,
         temperature=own.temperature,
-        heat=source.heat,
+        target_temperature=source.target_temperature,
         seed=instance.seed,
         device=context.device,
         folder=context.folder,

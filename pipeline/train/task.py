@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from capgap.pipeline.stage.ranks import Ranks
 from capgap.pipeline.store import ShardReader
-from capgap.pipeline.store.batch import Heat
+from capgap.pipeline.store.batch import TargetTemperature
 from capgap.pipeline.train.objective import Objective
 from capgap.schemas.run_corpus import ContextRule
 from capgap.schemas.run_optimization import OptimizationSettings
@@ -24,13 +24,13 @@ class Source:
         reader: of its shards.
         weight: its share of the micro-batches.
         context: the rule under which its teacher scored.
-        heat: by which the loader turns its stored targets into those of the task's temperature.
+        target_temperature: by which the loader turns its stored targets into those of the task's temperature.
     """
 
     reader: ShardReader
     weight: float = 1.0
     context: ContextRule = "packed"
-    heat: Heat | None = None
+    target_temperature: TargetTemperature | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Task:
         seed: of the data order.
         device: `cpu` or `cuda:0`; of this rank.
         folder: of the stage; receives `metrics.csv`, and checkpoints below `work`.
-        heat: by which the loader turns the stored targets into those of that temperature.
+        target_temperature: by which the loader turns the stored targets into those of that temperature.
         objective: which divergence alpha weighs.
         ranks: which of the training's processes this is; the first alone writes to the folder.
         heldout_targets: the cache's held-out sequences, the first ones of `heldout`; None where it has none.
@@ -67,7 +67,7 @@ class Task:
     seed: int
     device: str
     folder: Path
-    heat: Heat | None = None
+    target_temperature: TargetTemperature | None = None
     objective: Objective = Objective()  # noqa: RUF009  # frozen
     ranks: Ranks = Ranks()  # noqa: RUF009  # frozen
     heldout_targets: ShardReader | None = None

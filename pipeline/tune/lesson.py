@@ -50,7 +50,7 @@ class Lesson:
                 "heldout_targets": self.cache.heldout_targets,
                 "alpha": settings.loss_settings().alpha,
                 "temperature": chosen.temperature,
-                "heat": source.heat,
+                "target_temperature": source.target_temperature,
                 "objective": self.cache.objective,
                 "context": source.context,
             }, ChatRows(shard_sets={}, totals={"num_train_rows": chosen.shards.num_sequences})
