@@ -224,7 +224,7 @@ def _record(
         "logprobs": kept.logprobs_NK.numpy(),
         "tail": kept.tail_N.numpy(),
         "labels": kept.label_logprobs_N.numpy(),
-        "draws": drawn.draws_Nn.numpy(),
+        "draws": drawn.samples_Nn.numpy(),
         "student": (student_NV / temperature).log_softmax(-1).gather(1, kept.ids_NK.long()).numpy(),
         "entropy": _entropy(logprobs_NV, temperature).numpy(),
     }

@@ -1,6 +1,6 @@
 """The scorers in plain float64: the truth that the fast ones are tested against. Logprobs and tails are float64 too.
 
-Legend: N rows, V vocabulary, K ids kept, T further temperatures, n draws.
+Legend: N rows, V vocabulary, K ids kept, T further temperatures, n samples.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from capgap.kernels.sampling.rows import SampledRows, TopkRows, check_draws, check_num_kept, check_powers, check_rows
+from capgap.kernels.sampling.rows import SampledRows, TopkRows, check_num_kept, check_powers, check_rows, check_samples
 
 
 def topk_rows(
@@ -21,7 +21,7 @@ def topk_rows(
     vocab_size: int | None = None,
     powers: Sequence[float] = (),
 ) -> TopkRows:
-    """The `top_k` likeliest ids of softmax(logits / temperature), by a full sort.
+    """The `top_k` most probable ids of softmax(logits / temperature), by a full sort.
 
     Raises:
         ValueError: shapes, dtypes or settings do not fit.
@@ -52,19 +52,19 @@ def sampled_rows(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> SampledRows:
-    """`num_samples` systematic draws from softmax(logits / temperature), by the whole cumulative distribution.
+    """`num_samples` systematic samples from softmax(logits / temperature), by the whole cumulative distribution.
 
     Raises:
         ValueError: shapes, dtypes or settings do not fit.
     """
     check_rows(logits_NV, labels_N, temperature, vocab_size)
-    check_draws(offsets_N, num_samples, logits_NV)
+    check_samples(offsets_N, num_samples, logits_NV)
     logprobs_NV = torch.log_softmax(logits_NV[:, :vocab_size].double() / temperature, -1)
     ends_NV = logprobs_NV.exp().cumsum(-1)
     steps_n = torch.arange(num_samples, dtype=torch.float64, device=logits_NV.device)
     points_Nn = (steps_n + offsets_N.double()[:, None]) / num_samples * ends_NV[:, -1:]
-    draws_Nn = torch.searchsorted(ends_NV, points_Nn, right=True)
-    return SampledRows(draws_Nn.to(torch.int32), _at_label(logprobs_NV, labels_N), logprobs_NV.amax(-1))
+    samples_Nn = torch.searchsorted(ends_NV, points_Nn, right=True)
+    return SampledRows(samples_Nn.to(torch.int32), _at_label(logprobs_NV, labels_N), logprobs_NV.amax(-1))
 
 
 def _at_label(logprobs_NV: Tensor, labels_N: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """The fast scorers: a few passes over logits [N, V] on any device, without a host sync.
 
-One softmax serves all: the likeliest id's probability gives its logprob, and every other logprob is that one less the
-distance of the logits. Draws cumulate the sums of blocks in float64, then look inside the hit blocks only. A CPU goes
-through a few rows at a time, in memory that stays mapped and partly cached.
+One softmax serves all: the top-1 token's probability gives its logprob, and every other logprob is that one less the
+distance of the logits. Sampling cumulates the sums of blocks in float64, then looks inside the hit blocks only. A CPU
+goes through a few rows at a time, in memory that stays mapped and partly cached.
 
 Memory beyond the logits, off the CPU: N x V float32, once more at a temperature, once more for further temperatures or
-draws from a vocabulary that is no multiple of the block's size (32 to 128), and for draws N x n x size float32 twice.
+samples from a vocabulary that is no multiple of the block's size (32 to 128), and for samples N x n x size float32
+twice.
 
-Legend: N rows, V vocabulary, K ids kept, T further temperatures, n draws, G blocks of ids, D = N x n draws
+Legend: N rows, V vocabulary, K ids kept, T further temperatures, n samples, G blocks of ids, D = N x n samples
 of all rows.
 """
 
@@ -28,7 +29,7 @@ _LARGEST_POINT = 1 - 2**-40  # below 1, so that rounding cannot carry a point pa
 
 @dataclass(frozen=True)
 class TopkRows:
-    """The likeliest ids of each row.
+    """The top-k tokens of each row.
 
     Attributes:
         ids_NK: ids by falling logprob, int32; the order among equals is open.
@@ -48,15 +49,15 @@ class TopkRows:
 
 @dataclass(frozen=True)
 class SampledRows:
-    """Systematic draws from each row.
+    """Systematic samples from each row.
 
     Attributes:
-        draws_Nn: ids, ascending, as often as they were drawn, int32.
+        samples_Nn: ids, ascending, as often as they were sampled, int32.
         label_logprobs_N: logprob of the label, float32, nats; -inf where the label is no id of the vocabulary.
-        top_logprobs_N: logprob of the likeliest id, float32, nats; the label's bit for bit where the label is that id.
+        top_logprobs_N: logprob of the top-1 token, float32, nats; the label's bit for bit where the label is that id.
     """
 
-    draws_Nn: Tensor
+    samples_Nn: Tensor
     label_logprobs_N: Tensor
     top_logprobs_N: Tensor
 
@@ -69,7 +70,7 @@ def topk_rows(
     vocab_size: int | None = None,
     powers: Sequence[float] = (),
 ) -> TopkRows:
-    """The `top_k` likeliest ids of softmax(logits / temperature).
+    """The `top_k` most probable ids of softmax(logits / temperature).
 
     The tail is summed from the other ids' own probabilities, not subtracted from 1: a tail of 1e-9 keeps its digits.
 
@@ -102,9 +103,9 @@ def sampled_rows(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> SampledRows:
-    """`num_samples` systematic draws from softmax(logits / temperature).
+    """`num_samples` systematic samples from softmax(logits / temperature).
 
-    Draw j is the id at which the cumulative distribution first exceeds (j + offset) / n. It never has probability 0.
+    Sample j is the id at which the cumulative distribution first exceeds (j + offset) / n. It never has probability 0.
 
     Args:
         logits_NV: any floating dtype; softmax is computed in float32.
@@ -118,11 +119,11 @@ def sampled_rows(
         ValueError: shapes, dtypes or settings do not fit.
     """
     check_rows(logits_NV, labels_N, temperature, vocab_size)
-    check_draws(offsets_N, num_samples, logits_NV)
+    check_samples(offsets_N, num_samples, logits_NV)
     points_Nn = _points(offsets_N, num_samples)
     rows = _empty_sampled(logits_NV, num_samples)
     for part in _parts(logits_NV):
-        _draw(rows, part, _softmax(logits_NV[part], temperature, vocab_size), labels_N[part], points_Nn[part])
+        _sample(rows, part, _softmax(logits_NV[part], temperature, vocab_size), labels_N[part], points_Nn[part])
     return rows
 
 
@@ -142,16 +143,16 @@ def sampled_and_topk_rows(
         ValueError: as they.
     """
     check_rows(logits_NV, labels_N, temperature, vocab_size)
-    check_draws(offsets_N, num_samples, logits_NV)
+    check_samples(offsets_N, num_samples, logits_NV)
     check_num_kept(top_k, logits_NV.shape[1] if vocab_size is None else vocab_size)
     check_powers(powers)
     points_Nn = _points(offsets_N, num_samples)
-    drawn, kept = _empty_sampled(logits_NV, num_samples), _empty_topk(logits_NV, top_k, len(powers))
+    sampled, kept = _empty_sampled(logits_NV, num_samples), _empty_topk(logits_NV, top_k, len(powers))
     for part in _parts(logits_NV):
         softmax = _softmax(logits_NV[part], temperature, vocab_size, top_k)
-        _draw(drawn, part, softmax, labels_N[part], points_Nn[part])
+        _sample(sampled, part, softmax, labels_N[part], points_Nn[part])
         _keep(kept, part, softmax, labels_N[part], powers)
-    return drawn, kept
+    return sampled, kept
 
 
 def check_rows(logits_NV: Tensor, labels_N: Tensor, temperature: float, vocab_size: int | None) -> None:
@@ -182,8 +183,8 @@ def check_powers(powers: Sequence[float]) -> None:
             raise ValueError(f"powers: got {power}, expected finite numbers above 0")
 
 
-def check_draws(offsets_N: Tensor, num_samples: int, logits_NV: Tensor) -> None:
-    """Raise ValueError where the offsets do not belong to the rows, or nothing is to be drawn."""
+def check_samples(offsets_N: Tensor, num_samples: int, logits_NV: Tensor) -> None:
+    """Raise ValueError where the offsets do not belong to the rows, or nothing is to be sampled."""
     if offsets_N.shape != logits_NV.shape[:1] or not offsets_N.is_floating_point():
         raise ValueError(
             f"offsets_N: got {list(offsets_N.shape)} {offsets_N.dtype}, "
@@ -230,7 +231,7 @@ def _points(offsets_N: Tensor, num_samples: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Softmax:
-    """Scaled logits, probabilities in float32, of the likeliest id logit and logprob, and the K largest, if any."""
+    """Scaled logits, probabilities in float32, the top-1 token's logit and logprob, and the K largest, if any."""
 
     scaled_NV: Tensor
     probs_NV: Tensor
@@ -240,7 +241,7 @@ class _Softmax:
     ids_NK: Tensor
 
     def logprobs(self, scaled: Tensor) -> Tensor:
-        """Of some of the scaled logits, in rows; the same bits for the same logit, whichever it is asked with."""
+        """The logprobs of some of the scaled logits, in rows; one logit gives the same bits, whatever is beside it."""
         return scaled.float() - self.top_N1 + self.top_logprob_N1
 
 
@@ -257,11 +258,11 @@ def _softmax(logits_NV: Tensor, temperature: float, vocab_size: int | None, top_
     return _Softmax(logits_NV, probs_NV, top_N1.float(), top_prob_N1.log(), kept_NK, ids_NK)
 
 
-def _draw(rows: SampledRows, part: slice, softmax: _Softmax, labels_N: Tensor, points_Nn: Tensor) -> None:
+def _sample(rows: SampledRows, part: slice, softmax: _Softmax, labels_N: Tensor, points_Nn: Tensor) -> None:
     """Fill in a part."""
     rows.label_logprobs_N[part] = _at_label(softmax, labels_N)
     rows.top_logprobs_N[part] = softmax.top_logprob_N1[:, 0]
-    rows.draws_Nn[part] = _inverse_cdf(softmax.probs_NV, points_Nn)
+    rows.samples_Nn[part] = _inverse_cdf(softmax.probs_NV, points_Nn)
 
 
 def _keep(rows: TopkRows, part: slice, softmax: _Softmax, labels_N: Tensor, powers: Sequence[float]) -> None:

@@ -19,7 +19,7 @@ Tail = Literal["drop", "renorm", "ghost", "label"]
 added to the real next token."""
 
 Recording = Literal["topk", "sampled"]
-"""Whether targets are the likeliest ids, or ids drawn from the teacher."""
+"""Whether targets are the top-k tokens, or samples from the teacher."""
 
 LOWEST_LOGPROB = -30.0
 """A teacher's logprob below it counts as this much in the reverse KL, which would be infinite at probability 0."""
@@ -34,7 +34,7 @@ _TAILS: dict[tuple[Recording, Divergence], tuple[Tail, ...]] = {
 _REASONS: dict[tuple[Recording, Divergence], str] = {
     ("topk", "reverse_kl"): "elsewhere the teacher has probability 0 outside the kept ids, and the divergence no bound",
     ("topk", "jsd"): "without its tail a target is no distribution",
-    ("sampled", "forward_kl"): "drawn targets have no tail",
+    ("sampled", "forward_kl"): "sampled targets have no tail",
 }
 
 
@@ -43,7 +43,7 @@ def check_pair(recording: Recording, divergence: Divergence, tail: Tail) -> None
     if (recording, divergence) not in _TAILS:
         if recording == "sampled" and divergence in ("reverse_kl", "jsd"):
             raise ValueError(
-                f"divergence: got {divergence} on sampled targets, expected forward_kl; frequencies of draws are "
+                f"divergence: got {divergence} on sampled targets, expected forward_kl; frequencies of samples are "
                 "unbiased for the teacher's probabilities, and only the forward KL's gradient is linear in them"
             )
         raise ValueError(

@@ -106,7 +106,7 @@ def _cells(
 
 
 def _divergence(cell_nC: Tensor, p_nC: Tensor, logq_nC: Tensor, divergence: Divergence, beta: float) -> Tensor:
-    """Of each row [n], by its definition."""
+    """The divergence of each row [n], by its definition."""
     if divergence == "forward_kl":
         return (torch.xlogy(p_nC, p_nC) - p_nC * logq_nC).where(cell_nC, 0.0).sum(-1)
     q_nC = logq_nC.exp()

@@ -18,18 +18,18 @@ from capgap.kernels.sparse_kl.divergence import Recording
 class SparseTargets:
     """The teacher's distribution after each of N tokens, on K ids.
 
-    Drawn targets carry counts / n and no tail: a row's weights sum to 1. The likeliest ids carry their probabilities,
+    Sampled targets carry counts / n and no tail: a row's weights sum to 1. Top-k tokens carry their probabilities,
     and the tail carries the rest: weights and tail sum to 1 together.
 
     Attributes:
         ids_NK: token ids, int64. An id may repeat: its weights are added. An id outside [0, vocab_size) is padding,
             and its weight counts nowhere.
         weights_NK: probabilities, float32. 0 marks padding.
-        tail_N: probability of every other id together, float32; None for drawn targets. Below 0 reads as 0.
+        tail_N: probability of every other id together, float32; None for sampled targets. Below 0 reads as 0.
         recording: `topk` or `sampled`; decides which divergences have a meaning.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or drawn targets have a tail.
+        ValueError: shapes, dtypes or devices do not fit together, or sampled targets have a tail.
     """
 
     ids_NK: Tensor
@@ -44,19 +44,19 @@ class SparseTargets:
         if self.tail_N is not None:
             expect("tail_N", self.tail_N, (self.ids_NK.shape[0],), self.ids_NK)
         if self.recording == "sampled" and self.tail_N is not None:
-            raise ValueError("tail_N: got a tensor with sampled targets, expected None; draws have no tail")
+            raise ValueError("tail_N: got a tensor with sampled targets, expected None; samples have no tail")
 
     def __len__(self) -> int:
         return self.ids_NK.shape[0]
 
     @classmethod
     def topk(cls, ids_NK: Tensor, logprobs_NK: Tensor, tail_N: Tensor | None) -> SparseTargets:
-        """The likeliest ids by their logprobs, of which -inf marks padding, and the probability of all others."""
+        """Top-k tokens by their logprobs, of which -inf marks padding, and the probability of all others."""
         return cls(ids_NK, logprobs_NK.exp(), tail_N, "topk")
 
     @classmethod
     def sampled(cls, ids_NK: Tensor, counts_NK: Tensor, num_samples: int) -> SparseTargets:
-        """Drawn ids and how often each came up in `num_samples` draws, an integer of which 0 marks padding."""
+        """Sampled ids and how often each came up in `num_samples` samples, an integer of which 0 marks padding."""
         return cls(ids_NK, counts_NK.to(torch.float32) / num_samples, None, "sampled")
 
 

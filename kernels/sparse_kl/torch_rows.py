@@ -23,7 +23,7 @@ _BLOCK_ELEMENTS = 2**24  # 64 MiB of float32: few launches, and a bounded second
 _NEVER = float("-inf")
 
 
-class Sums(NamedTuple):
+class RowSums(NamedTuple):
     """All that the loss needs to know of a row's logits.
 
     Attributes:
@@ -59,7 +59,7 @@ def differentiate(
     rows: Rows,
     settings: RowSettings,
     want_gradient: bool,
-    complete: Callable[[Sums], Sums] | None = None,
+    complete: Callable[[RowSums], RowSums] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Divergence [B] and cross-entropy [B] of a block in the rows' dtype, which becomes the gradient.
 
@@ -81,7 +81,7 @@ def differentiate(
     kept_BK = logits_BP.gather(1, columns_BK)
     logits_BP.scatter_(1, columns_BK, _NEVER)
     rest = _exp_in_place(logits_BP, temperature)
-    local = Sums(kept_BK, label_B, rest.log_sum_T_B, rest.log_sum_1_B)
+    local = RowSums(kept_BK, label_B, rest.log_sum_T_B, rest.log_sum_1_B)
     sums = local if complete is None else complete(local)
 
     all_1_B = torch.logaddexp(sums.rest_1_B, torch.logsumexp(sums.kept_BK, -1))

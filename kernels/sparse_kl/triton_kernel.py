@@ -85,9 +85,9 @@ def sparse_rows(
     lane_sum_1 = tl.zeros([BLOCK_V], tl.float32)
     lane_sum_T = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, num_columns, BLOCK_V):
-        at = start + columns
-        raw = tl.load(logits_ptr + at, mask=at < num_columns, other=_NEVER).to(tl.float32)
-        logits, _ = _capped(tl.where(at < vocab_size, raw, _NEVER), softcap, CAPPED)
+        place = start + columns
+        raw = tl.load(logits_ptr + place, mask=place < num_columns, other=_NEVER).to(tl.float32)
+        logits, _ = _capped(tl.where(place < vocab_size, raw, _NEVER), softcap, CAPPED)
         # exp of minus the distance is the factor of whichever is smaller, the sum so far or the new term
         distance = -tl.abs(logits - lane_largest) * _LOG2E
         rises = logits > lane_largest
@@ -146,11 +146,11 @@ def sparse_rows(
         rest_T = ckl * grad_tail / sum_T
         rest_1 = cce * exp_rest_1 / total_1
         for start in range(0, num_columns, BLOCK_V):
-            at = start + columns
-            raw = tl.load(logits_ptr + at, mask=at < num_columns, other=_NEVER).to(tl.float32)
-            logits, slope = _capped(tl.where(at < vocab_size, raw, _NEVER), softcap, CAPPED)
+            place = start + columns
+            raw = tl.load(logits_ptr + place, mask=place < num_columns, other=_NEVER).to(tl.float32)
+            logits, slope = _capped(tl.where(place < vocab_size, raw, _NEVER), softcap, CAPPED)
             d_logits = _rest_gradient(logits, largest, rest_T, rest_1, inverse_temperature, TEMPERED) * slope
-            tl.store(logits_ptr + at, d_logits.to(logits_ptr.dtype.element_ty), mask=at < num_columns)
+            tl.store(logits_ptr + place, d_logits.to(logits_ptr.dtype.element_ty), mask=place < num_columns)
         # 1 - q of the label is the sum of the others: a difference from 1 would lose a confident label's gradient
         unlabelled_1 *= tl.exp(largest_unlabelled - top)
         unlabelled_1 = (unlabelled_1 + tl.sum(tl.where(is_label, 0.0, exp_kept_1), axis=0)) / total_1

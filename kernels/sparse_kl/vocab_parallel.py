@@ -24,7 +24,7 @@ from capgap.kernels.sparse_kl.op import scaled_grad
 from capgap.kernels.sparse_kl.prepare import LiveRows, live_rows
 from capgap.kernels.sparse_kl.rows import Rows, RowSettings
 from capgap.kernels.sparse_kl.targets import SparseKl, SparseTargets
-from capgap.kernels.sparse_kl.torch_rows import Sums, differentiate
+from capgap.kernels.sparse_kl.torch_rows import RowSums, differentiate
 
 
 def vocab_parallel_sparse_kl(
@@ -133,7 +133,7 @@ class _Part:
     ) -> tuple[Tensor, Tensor]:
         """The step that `rows.py` defines, on the whole chunk at once: one collective."""
 
-        def complete(sums: Sums) -> Sums:
+        def complete(sums: RowSums) -> RowSums:
             return self._complete(sums, rows)
 
         full_NP = logits_NP.to(rows.ckl_N.dtype)
@@ -142,7 +142,7 @@ class _Part:
             logits_NP.copy_(full_NP)
         return kl_N, ce_N
 
-    def _complete(self, sums: Sums, rows: Rows) -> Sums:
+    def _complete(self, sums: RowSums, rows: Rows) -> RowSums:
         """A sum over processes in which each entry comes from one of them, so that all get the same bits."""
         top_k, size = sums.kept_BK.shape[1], self.group.size()
         packed = sums.kept_BK.new_zeros((len(sums.kept_BK), top_k + 1 + 2 * size))
@@ -152,7 +152,7 @@ class _Part:
         packed[:, top_k + 1 + size + self.group.rank()] = sums.rest_1_B
         distributed.all_reduce(packed, group=self.group)
         kept_BK, label_B1, rest_T_BR, rest_1_BR = torch.split(packed, [top_k, 1, size, size], dim=1)
-        return Sums(
+        return RowSums(
             kept_BK.where(rows.p_NK > 0, float("-inf")),
             label_B1[:, 0],
             torch.logsumexp(rest_T_BR, -1),

@@ -62,14 +62,14 @@ def _place_digest(sequence: bytes, first: int) -> bytes:
 def _count(draws_BLn: IntArray, label_logprobs_BL: FloatArray) -> SampledTargets:
     """Run lengths of each row's ascending draws."""
     num_samples = draws_BLn.shape[2]
-    draws_Nn = draws_BLn.reshape(-1, num_samples)
-    first_Nn = np.ones(draws_Nn.shape, dtype=np.bool_)
-    first_Nn[:, 1:] = draws_Nn[:, 1:] != draws_Nn[:, :-1]
+    samples_Nn = draws_BLn.reshape(-1, num_samples)
+    first_Nn = np.ones(samples_Nn.shape, dtype=np.bool_)
+    first_Nn[:, 1:] = samples_Nn[:, 1:] != samples_Nn[:, :-1]
     starts_D = np.flatnonzero(first_Nn)
-    counts_D = np.diff(starts_D, append=draws_Nn.size)
+    counts_D = np.diff(starts_D, append=samples_Nn.size)
     return SampledTargets(
         first_Nn.sum(axis=1, dtype=np.int32).reshape(label_logprobs_BL.shape),
-        draws_Nn.ravel()[starts_D].astype(np.int32),
+        samples_Nn.ravel()[starts_D].astype(np.int32),
         counts_D.astype(np.int32),
         label_logprobs_BL,
     )

@@ -47,6 +47,6 @@ def reopen(folder: Path, manifest: Manifest) -> bool:
 
 
 def _all_shards(manifest: Manifest, recording: RecordingName) -> list[ShardEntry]:
-    """Of one recording, in the order of the facts: the shards to train on, then the held-out ones."""
+    """All shards of one recording in the order of the facts: those to train on, then the held-out ones."""
     names = (recording, heldout_set(recording))
     return [shard for name in names if name in manifest.shard_sets for shard in manifest.shard_sets[name].shards]

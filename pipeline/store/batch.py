@@ -104,7 +104,7 @@ def collate(
 
 
 def positions_in_documents(starts_BL1: torch.Tensor) -> torch.Tensor:
-    """Of each of the first L tokens, its position in its document [B, L], int64.
+    """The position of each of the first L tokens in its document [B, L], int64.
 
     A document that began in an earlier sequence begins anew, as it did when the teacher scored it.
     """

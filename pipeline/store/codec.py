@@ -36,7 +36,7 @@ from capgap.pipeline.store.layout import (
     TOPK,
     TOPK_CODECS,
     Field,
-    Ragged,
+    RaggedValues,
     fields_of,
     read_values,
     to_columns,
@@ -136,7 +136,7 @@ class Codec:
             InputError: an id outside the vocabulary, a NaN, or counts that do not sum to the number of samples.
         """
         check_ids("tokens", sequences.tokens_BL1, self.vocab_size)
-        values: dict[str, npt.NDArray[Any] | Ragged] = {
+        values: dict[str, npt.NDArray[Any] | RaggedValues] = {
             "tokens": np.take(self.ranking_used.ranks_V, sequences.tokens_BL1),
             "starts": pack_bits(sequences.starts_BL1),
             "mask": pack_bits(sequences.mask_BL1),

@@ -52,7 +52,7 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Ragged:
+class RaggedValues:
     """Numbers of sequences that differ in how many they have.
 
     Attributes:
@@ -119,18 +119,18 @@ def tail_name(number: int) -> str:
     return f"tail{number + 1}"
 
 
-def to_columns(fields: tuple[Field, ...], values: Mapping[str, npt.NDArray[Any] | Ragged]) -> dict[str, pa.Array]:
+def to_columns(fields: tuple[Field, ...], values: Mapping[str, npt.NDArray[Any] | RaggedValues]) -> dict[str, pa.Array]:
     """Values by field, [B, width] or ragged, as the columns of one member."""
     assert {field.name for field in fields} == values.keys(), "every field has values, and nothing else has"
     columns: dict[str, pa.Array] = {}
     for field in fields:
         given = values[field.name]
-        numbers = given.values_D if isinstance(given, Ragged) else given
+        numbers = given.values_D if isinstance(given, RaggedValues) else given
         planes = [numbers.astype(field.kind, copy=False)]
         if field.planes is not None:
             planes = split_planes(numbers, field.planes)
         for name, plane in zip(field.columns, planes, strict=True):
-            columns[name] = lists(plane, given.lengths_B) if isinstance(given, Ragged) else fixed_lists(plane)
+            columns[name] = lists(plane, given.lengths_B) if isinstance(given, RaggedValues) else fixed_lists(plane)
     return columns
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capgap.pipeline.store.checks import check_counts, check_ids, check_logprobs
-from capgap.pipeline.store.layout import Ragged
+from capgap.pipeline.store.layout import RaggedValues
 from capgap.pipeline.store.planes import cumulate_runs, sums_before
 from capgap.pipeline.store.quantise import LogUniform
 from capgap.pipeline.store.ranking import Ranking
@@ -31,7 +31,9 @@ _RANK_BITS = 24
 _COUNT_BITS = 16
 
 
-def sampled_values(targets: SampledTargets, ranking: Ranking, num_samples: int) -> dict[str, npt.NDArray[Any] | Ragged]:
+def sampled_values(
+    targets: SampledTargets, ranking: Ranking, num_samples: int
+) -> dict[str, npt.NDArray[Any] | RaggedValues]:
     """The values of one member, by field.
 
     Raises:
@@ -50,9 +52,9 @@ def sampled_values(targets: SampledTargets, ranking: Ranking, num_samples: int) 
     ranks_O, row_O = ranks_D[~repeated_D], row_D[~repeated_D]
     return {
         "num_repeated": num_repeated_BL,
-        "counts": Ragged(counts_D[repeated_D], repeated_B),
-        "repeated": Ragged(ranks_D[repeated_D], repeated_B),
-        "once": Ragged(_differences(ranks_O, row_O), once_B),
+        "counts": RaggedValues(counts_D[repeated_D], repeated_B),
+        "repeated": RaggedValues(ranks_D[repeated_D], repeated_B),
+        "once": RaggedValues(_differences(ranks_O, row_O), once_B),
         "label": LABELS.encode(targets.label_logprobs_BL),
     }
 

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capgap.pipeline.store.checks import ROUNDING, check_finite, check_ids, check_logprobs
-from capgap.pipeline.store.layout import Ragged, tail_name
+from capgap.pipeline.store.layout import RaggedValues, tail_name
 from capgap.pipeline.store.planes import ESCAPE, Bytes, cumulate_runs, pack_quads, unpack_quads
 from capgap.pipeline.store.quantise import Companded, LogUniform
 from capgap.pipeline.store.ranking import Ranking
@@ -47,7 +47,7 @@ NO_TAIL = 0xFFFF
 # the code of a label's logprob that nobody knows, where a codec has such
 UNKNOWN_LABEL = 0xFFFF
 
-_Values = dict[str, npt.NDArray[Any] | Ragged]
+_Values = dict[str, npt.NDArray[Any] | RaggedValues]
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _quad_values(steps_BD: Bytes) -> _Values:
     escapes_B = np.count_nonzero(steps_BD >= ESCAPE, axis=1)
     return {
         "quads": quads.reshape(num_sequences, padded.shape[1] // 4),
-        "escapes": Ragged(escapes, escapes_B),
+        "escapes": RaggedValues(escapes, escapes_B),
     }
 
 
@@ -304,9 +304,9 @@ def _codes_by_rank(steps_BD: npt.NDArray[Any], shape: TopkShape) -> npt.NDArray[
     return codes_BKL
 
 
-def _joined(parts: list[npt.NDArray[Any]]) -> Ragged:
+def _joined(parts: list[npt.NDArray[Any]]) -> RaggedValues:
     """The sequences' parts, which stand behind an empty one."""
-    return Ragged(np.concatenate(parts), np.array([len(part) for part in parts[1:]], np.int64))
+    return RaggedValues(np.concatenate(parts), np.array([len(part) for part in parts[1:]], np.int64))
 
 
 def _ids_of(ranks: npt.NDArray[Any], shape: TopkShape) -> IntArray:

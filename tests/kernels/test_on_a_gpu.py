@@ -47,4 +47,4 @@ def test_rows_agree_with_the_reference() -> None:
     drawn = sampled_rows(logits_NV, labels_N, offsets_N, 50, vocab_size=50000)
     expected = sampling_reference.sampled_rows(logits_NV, labels_N, offsets_N, 50, vocab_size=50000)
     # of 10,000 points a few lie within float32 rounding of an id's border
-    assert (drawn.draws_Nn != expected.draws_Nn).float().mean() < 1e-2
+    assert (drawn.samples_Nn != expected.samples_Nn).float().mean() < 1e-2

@@ -94,7 +94,7 @@ def _targets(codec: Codec, p_V: np.ndarray, labels_BL: np.ndarray) -> SampledTar
     if codec.name == SAMPLED:
         offsets_N = torch.rand(len(labels_N), generator=torch.Generator().manual_seed(len(labels_N)))
         drawn = sampled_rows(logits_NV, labels_N, offsets_N, codec.num_ids)
-        rows = [np.unique(draws_n, return_counts=True) for draws_n in drawn.draws_Nn.numpy()]
+        rows = [np.unique(draws_n, return_counts=True) for draws_n in drawn.samples_Nn.numpy()]
         return SampledTargets(
             np.array([len(ids) for ids, _ in rows], np.int32).reshape(shape),
             np.concatenate([ids for ids, _ in rows]).astype(np.int32),

@@ -74,7 +74,7 @@ def targets_of(
             kept.log_tails_NT.view(*shape, -1).numpy(),
         )
     drawn = sampled_rows(logits_NV, labels_N, torch.rand(len(labels_N), generator=generator), codec.num_ids)
-    rows = [np.unique(draws_n, return_counts=True) for draws_n in drawn.draws_Nn.numpy()]
+    rows = [np.unique(draws_n, return_counts=True) for draws_n in drawn.samples_Nn.numpy()]
     return SampledTargets(
         np.array([len(ids) for ids, _ in rows], np.int32).reshape(shape),
         np.concatenate([ids for ids, _ in rows]).astype(np.int32),
