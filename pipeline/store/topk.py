@@ -179,8 +179,7 @@ def _small_values(targets: TopkTargets, shape: TopkShape) -> _Values:
         for parts, packed in zip((quads, escapes), pack_quads(steps_LK.ravel().take(place_D)), strict=True):
             parts.append(packed)
     values: _Values = {"top_k": num_kept_BL}
-    for name, parts in (("ids", ranks), ("quads", quads), ("escapes", escapes)):
-        values[name] = _joined(parts)
+    values |= {"ids": _joined(ranks), "quads": _joined(quads), "escapes": _joined(escapes)}
     return values | _fine_values(targets, tail_BL, log_tails_BLT, shape)
 
 
