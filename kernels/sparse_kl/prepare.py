@@ -90,7 +90,7 @@ def live_rows(
 
 
 def sum_dtype(hidden_NH: Tensor) -> torch.dtype:
-    """Of softmax, losses and sums."""
+    """The type of softmax, losses and sums."""
     return torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
 
 

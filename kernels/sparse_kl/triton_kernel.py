@@ -177,7 +177,7 @@ def _capped(raw, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _rest_gradient(logits, largest, rest_T, rest_1, inverse_temperature, TEMPERED: tl.constexpr):
-    """Of ids outside the kept ones; 0 at -inf."""
+    """The gradient of ids outside the kept ones; 0 at -inf."""
     distance = (logits - largest) * _LOG2E
     if TEMPERED:
         gradient = rest_T * tl.exp2(distance * inverse_temperature) + rest_1 * tl.exp2(distance)

@@ -26,7 +26,7 @@ def identity_of(stage: str, settings: Mapping[str, Any], input_identities: Mappi
 
 
 def content_of(files: Iterable[FileEntry], sources: Iterable[SourceEntry] = ()) -> str:
-    """Digest of the files of a folder that are computed, wherever it lies and whenever they were, and of what was read."""
+    """Digest of what a stage computed, wherever its folder lies and whenever it was made, and of what it read."""
     made = [[file.path, file.sha256] for file in files if file.path not in _NOT_COMPUTED]
     return digest_of(sorted(made) + sorted([PurePath(source.path).name, source.sha256] for source in sources))
 

@@ -92,7 +92,7 @@ def _contradictions_topk(
     padded = np.flatnonzero(np.isneginf(bound_N))
     bound_N[padded] = np.where(np.isneginf(logprobs_NK[padded]), 0.0, logprobs_NK[padded]).min(axis=1)
     tolerance = LOGPROB_TOLERANCE_NATS + error.label_nats + error.kept_nats
-    # of NaN, no comparison is true: an unknown label agrees with no kept id, and contradicts none where it is not kept
+    # no comparison with NaN is true: an unknown label agrees with no kept id, and contradicts none where it is not kept
     agrees_N = np.abs(bound_N - np.maximum(label_N, error.floor_nats)) <= tolerance
     bad: npt.NDArray[np.bool_] = np.where(is_kept_N, ~agrees_N, label_N > bound_N + tolerance)
     return bad.reshape(labels_BL.shape)

@@ -143,7 +143,7 @@ def _with_topk(batch: Batch, samples: list[Sample], temperature: TargetTemperatu
     else:
         log_tail_N = np.concatenate([targets.log_tails_BLT[row, :, temperature.number] for targets, row in parts])
         logprobs_NK = logprobs_NK * np.float32(temperature.power)
-        # of the largest summand, so that none of them overflows and not all of them vanish
+        # all are divided by the largest summand, so that none of them overflows and not all of them vanish
         largest_N = np.maximum(logprobs_NK.max(axis=1), log_tail_N)
         weights_NK, tail_N = np.exp(logprobs_NK - largest_N[:, None]), np.exp(log_tail_N - largest_N)
     # rounded logprobs do not quite sum to 1, and powers of them to anything; the loss reads a row as one distribution

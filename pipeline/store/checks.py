@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from capgap.schemas.errors import InputError
 
-# of sums in float32, of a probability as of its logarithm
+# what rounding does to sums in float32, of probabilities as well as of their logarithms
 ROUNDING = 1e-4
 
 

@@ -85,7 +85,7 @@ class Codec:
         vocab_size: ids are below it.
         num_ids: n samples (`sampled`) or K kept ids (`topk`) a row; 0 for sequences alone.
         ranking: of the ids; None stores them as they are.
-        temperature: at which the teacher was recorded; told only where there are further ones.
+        temperature: at which the teacher was recorded; written down only where there are further ones.
         extra_temperatures: at which `topk` has a tail too.
         unknown_labels: a label's logprob may be NaN, for unknown, where its id is not kept; for `topk`.
     """

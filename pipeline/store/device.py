@@ -88,7 +88,7 @@ class DeviceDecoder:
         error = self._codec.error
         tolerance = LOGPROB_TOLERANCE_NATS + error.label_nats + error.kept_nats
         kept_N = rows.logprobs_NK.masked_fill(rows.ids_NK != labels_N[:, None], -torch.inf).amax(1)
-        # as on the host: of NaN, an unknown label, no comparison is true
+        # no comparison with NaN, an unknown label, is true, as on the host
         agrees_N = (kept_N - rows.label_logprobs_N.clamp(min=error.floor_nats)).abs() <= tolerance
         above_N = rows.label_logprobs_N > rows.last_N + tolerance
         return (~agrees_N).where(kept_N > -torch.inf, above_N).any()

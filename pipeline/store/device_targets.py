@@ -103,7 +103,7 @@ def topk_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[tor
         faults += [~values.isfinite().all() for values in (logprobs_NK, tail_N, known_N)]
         names = map(tail_name, range(len(codec.powers)))
         log_tails_TN = [joined(batch, name).view(torch.float32).flatten() for name in names]
-        # of NaN, no comparison is true
+        # no comparison with NaN is true
         faults += [~(log_tail_N <= largest_log_tail(codec.vocab_size)).all() for log_tail_N in log_tails_TN]
         return DecodedTopk(ids_NK, logprobs_NK, logprobs_NK[:, -1], tail_N, labels_N, log_tails_TN)
     if profile == "near-lossless":

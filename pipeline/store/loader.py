@@ -64,7 +64,7 @@ class SequenceLoader:
 
     @property
     def order(self) -> Order:
-        """Of the sequences."""
+        """In which the sequences come."""
         return self._stream.order
 
     @property

@@ -144,7 +144,7 @@ def _check_log_tails(log_tails_BLT: FloatArray, shape: TopkShape) -> None:
     if log_tails_BLT.shape[2] != len(shape.powers):
         raise InputError("log_tails_BLT: temperatures", found=log_tails_BLT.shape[2], expected=len(shape.powers))
     largest = largest_log_tail(len(shape.ranking.ids_V))
-    # of NaN, no comparison is true
+    # no comparison with NaN is true
     if not (log_tails_BLT <= largest).all():
         raise InputError(
             "log_tails_BLT: a value that is no logarithm of a tail",
@@ -229,7 +229,7 @@ def _unpack_sequences(quads_BQ: Bytes, escapes: Bytes, width: int) -> Bytes:
 
 
 def _unpack_ragged(quads: Bytes, escapes: Bytes, sizes_B: npt.NDArray[Any]) -> Bytes:
-    """As `_unpack_sequences`, of sequences that differ in size; each one's last quad may be filled up with zeros."""
+    """Unpack as `_unpack_sequences` does, where sequences differ in size; each one's last quad may be filled up with zeros."""
     num_quads_B = -(-sizes_B // 4)
     steps = unpack_quads(quads, escapes, 4 * int(num_quads_B.sum()))
     ends_B = 4 * np.cumsum(num_quads_B)
@@ -317,7 +317,7 @@ def _ids_of(ranks: npt.NDArray[Any], shape: TopkShape) -> IntArray:
 def _num_kept(probs_LK: FloatArray) -> npt.NDArray[np.int64]:
     """The fewest of each row that hold `KEPT_MASS`, or all."""
     num_kept_L = np.full(len(probs_LK), probs_LK.shape[1])
-    # a cumulative sum takes longer than all else: rows that need their last id are told by their sum
+    # a cumulative sum takes longer than all else: rows that need their last id are known by their sum
     some = np.flatnonzero(probs_LK.sum(axis=1) - probs_LK[:, -1] >= KEPT_MASS - ROUNDING)
     enough = np.cumsum(probs_LK[some], axis=1) >= np.float32(KEPT_MASS)
     num_kept_L[some] = np.where(enough[:, -1], enough.argmax(axis=1) + 1, probs_LK.shape[1])
