@@ -229,7 +229,7 @@ def _unpack_sequences(quads_BQ: Bytes, escapes: Bytes, width: int) -> Bytes:
 
 
 def _unpack_ragged(quads: Bytes, escapes: Bytes, sizes_B: npt.NDArray[Any]) -> Bytes:
-    """Unpack as `_unpack_sequences` does, where sequences differ in size; each one's last quad may be filled up with zeros."""
+    """Unpack sequences that differ in size; each one's last quad may be filled up with zeros."""
     num_quads_B = -(-sizes_B // 4)
     steps = unpack_quads(quads, escapes, 4 * int(num_quads_B.sum()))
     ends_B = 4 * np.cumsum(num_quads_B)
