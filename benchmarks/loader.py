@@ -39,6 +39,7 @@ from machine import keep
 from capgap.pipeline.store import (
     Block,
     Codec,
+    LoaderSettings,
     SequenceLoader,
     ShardReader,
     ShardWriter,
@@ -134,7 +135,7 @@ def throughput(reader: ShardReader, scratch: Path, repeats: int, max_tokens: int
 
 
 def _ours(reader: ShardReader, micro_batch: int, threads: int) -> Iterator[Batch]:
-    return iter(SequenceLoader(reader, micro_batch, 0, threads=threads))
+    return iter(SequenceLoader(reader, LoaderSettings(micro_batch, 0, threads=threads)))
 
 
 def _shortened(reader: ShardReader, max_tokens: int) -> ShardReader:
@@ -182,7 +183,8 @@ def child(what: str, folder: str, seq_len: int) -> dict[str, float]:
     shard_set = ShardSet.model_validate_json(text)
     parsed = time.perf_counter()
     loader = SequenceLoader(
-        ShardReader(Path(folder), shard_set), MICRO_BATCH_TOKENS // seq_len, 0, max_block_bytes=150 << 20
+        ShardReader(Path(folder), shard_set),
+        LoaderSettings(MICRO_BATCH_TOKENS // seq_len, 0, max_block_bytes=150 << 20),
     )
     batches = iter(loader)
     next(batches)

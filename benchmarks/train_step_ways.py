@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from capgap.pipeline.stage.context import Instance, StageInput
-from capgap.pipeline.store import Batch, SequenceLoader, ShardReader
+from capgap.pipeline.store import Batch, LoaderSettings, SequenceLoader, ShardReader
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.run_file import RunFile
@@ -124,7 +124,9 @@ class Way:
 
     def loader(self, threads: int) -> Iterator[Batch]:
         """An epoch's batches; another one follows where it ends."""
-        return iter(SequenceLoader(self.reader, self.size.batch_sequences, 0, num_epochs=2, threads=threads))
+        return iter(
+            SequenceLoader(self.reader, LoaderSettings(self.size.batch_sequences, 0, num_epochs=2, threads=threads))
+        )
 
     def step(self) -> None:
         """One step, the time for its batch counted by itself too."""

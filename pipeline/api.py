@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from capgap.kernels.sparse_kl import SparseKl
 from capgap.pipeline.stage.manifests import read_manifest, require_seal
-from capgap.pipeline.store import Batch, SequenceLoader, ShardReader, heat_of, is_url
+from capgap.pipeline.store import Batch, LoaderSettings, SequenceLoader, ShardReader, is_url, target_temperature_of
 from capgap.pipeline.train.caches import choose
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import objective_of
@@ -87,9 +87,17 @@ class Cache:
                 fix="make one with cache.num_heldout_sequences above 0",
             )
         reader = ShardReader(self.location, self.manifest.shard_sets[name])
-        heat = heat_of(reader.codec, self.facts.temperature, at)
+        target = target_temperature_of(reader.codec, self.facts.temperature, at)
         return SequenceLoader(
-            reader, batch_sequences, seed, num_epochs=num_epochs, heat=heat, context=self.facts.context, **options
+            reader,
+            LoaderSettings(
+                batch_sequences,
+                seed,
+                num_epochs=num_epochs,
+                target_temperature=target,
+                context=self.facts.context,
+                **options,
+            ),
         )
 
 

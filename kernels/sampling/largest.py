@@ -36,7 +36,7 @@ def largest(rows_NV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def _among_candidates(rows_NV: Tensor, top_k: int, height: int) -> tuple[Tensor, Tensor] | None:
-    """As `largest`; None where a row has too many candidates, or for NaN too few."""
+    """What `largest` gives; None where a row has too many candidates, or for NaN too few."""
     num_rows, vocab_size = rows_NV.shape
     num_columns = vocab_size // height
     # NumPy knows no bfloat16 and is slow with float16; contiguous, so that a place in all rows is an index

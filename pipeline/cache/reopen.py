@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from capgap.pipeline.cache.shards import SCORED_FOLDER, SIDECARS_FOLDER
 from capgap.pipeline.stage.folder import WORK_FOLDER
-from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.store.quarantine import write_quarantine
+from capgap.pipeline.store.files import sync_folder
+from capgap.pipeline.store.quarantine import read_quarantine, write_quarantine
+from capgap.pipeline.store.sidecars import write_sidecar
 from capgap.schemas.facts import CacheFacts, heldout_set
-from capgap.schemas.manifest import MANIFEST_NAME, Manifest
+from capgap.schemas.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from capgap.schemas.run_cache import RecordingName
 
 
 def reopen(folder: Path, manifest: Manifest) -> bool:
     """Write down of every shard what was known of it before the cache was finished, then take the manifest away.
 
-    Which shards are whole is found by their digests, as after a kill. False, and nothing is done, where the manifest
-    says too little: it is of a version that did not keep the facts of each shard.
+    Which shards are whole is found by their digests, as after a kill. Of a shard in quarantine nothing is written down,
+    so that it is made again in every recording: its digest may have been taken of bytes that were damaged already.
+
+    Returns:
+        False, and nothing is done, where the manifest lacks the facts of each shard, as that of an import does.
     """
     facts = CacheFacts.model_validate(manifest.facts)
-    scored, sets = facts.scored, manifest.shard_sets
-    for recording in facts.recordings:
-        own = [sets[one] for one in (recording, heldout_set(recording)) if one in sets]
-        if sum(len(shard_set.shards) for shard_set in own) != len(scored):
-            return False
-    work = folder / WORK_FOLDER
+    shards = {name: _all_shards(manifest, name) for name in facts.recordings}
+    if any(len(each) != len(facts.scored) for each in shards.values()):
+        return False
+    quarantined, work = read_quarantine(folder), folder / WORK_FOLDER
+    # what a kill may have left there is older than the quarantine
+    shutil.rmtree(work, ignore_errors=True)
     for name in (SCORED_FOLDER, SIDECARS_FOLDER):
-        (work / name).mkdir(parents=True, exist_ok=True)
-    for shard_set in sets.values():
-        for shard in shard_set.shards:
-            name = Path(shard.file.path).with_suffix(".json").name
-            write_atomically(work / SIDECARS_FOLDER / name, shard.model_dump_json())
-    for index, one in enumerate(scored):
-        write_atomically(work / SCORED_FOLDER / f"{index:06d}.json", one.model_dump_json())
+        (work / name).mkdir(parents=True)
+    for index, scored in enumerate(facts.scored):
+        entries = [each[index] for each in shards.values()]
+        if any(entry.file.path in quarantined for entry in entries):
+            continue
+        for entry in entries:
+            write_sidecar(work / SIDECARS_FOLDER / Path(entry.file.path).with_suffix(".json").name, entry)
+        write_sidecar(work / SCORED_FOLDER / f"{index:06d}.json", scored)
     (folder / MANIFEST_NAME).unlink()
+    sync_folder(folder)
     write_quarantine(folder, {})
     return True
+
+
+def _all_shards(manifest: Manifest, recording: RecordingName) -> list[ShardEntry]:
+    """All shards of one recording in the order of the facts: those to train on, then the held-out ones."""
+    names = (recording, heldout_set(recording))
+    return [shard for name in names if name in manifest.shard_sets for shard in manifest.shard_sets[name].shards]

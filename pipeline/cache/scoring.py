@@ -110,7 +110,7 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedRows:
     """Rows as two tensors, the form in which they travel: ids [N, C] int32, numbers [N, W] float32.
 
     The columns of `ids_NC` are n draws and K kept ids; those of `numbers_NW` the label's logprob, the top logprob and,
@@ -133,19 +133,19 @@ def row_offsets(recording: Recording, digest: bytes, start: int, num_rows: int) 
 
 def record_rows(
     recording: Recording, logits_NV: torch.Tensor, labels_N: torch.Tensor, offsets_N: torch.Tensor | None
-) -> Packed:
+) -> PackedRows:
     """What is kept of these rows of logits, on the device of the logits."""
     n, k = recording.num_samples, recording.top_k
     temperature, vocab_size, powers = recording.temperature, recording.vocab_size, recording.powers
     if offsets_N is None:
         kept = topk_rows(logits_NV, labels_N, k, temperature, vocab_size, powers)
-        return Packed(kept.ids_NK, _topk_numbers(recording, logits_NV, kept))
+        return PackedRows(kept.ids_NK, _topk_numbers(recording, logits_NV, kept))
     if not k:
         drawn = sampled_rows(logits_NV, labels_N, offsets_N, n, temperature, vocab_size)
         top_N = _own_top(recording, logits_NV, drawn.top_logprobs_N)
-        return Packed(drawn.samples_Nn, torch.stack([drawn.label_logprobs_N, top_N], dim=1))
+        return PackedRows(drawn.samples_Nn, torch.stack([drawn.label_logprobs_N, top_N], dim=1))
     drawn, kept = sampled_and_topk_rows(logits_NV, labels_N, offsets_N, n, k, temperature, vocab_size, powers)
-    return Packed(torch.cat([drawn.samples_Nn, kept.ids_NK], dim=1), _topk_numbers(recording, logits_NV, kept))
+    return PackedRows(torch.cat([drawn.samples_Nn, kept.ids_NK], dim=1), _topk_numbers(recording, logits_NV, kept))
 
 
 def _topk_numbers(recording: Recording, logits_NV: torch.Tensor, kept: TopkRows) -> torch.Tensor:

@@ -17,14 +17,13 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
 
 from capgap.pipeline.cache.convert import join, to_requests, to_targets
 from capgap.pipeline.cache.scoring import Engine, Recording, Scored
 from capgap.pipeline.store import Block, Codec, ShardReader, ShardWriter, check_alignment, split_blocks
 from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS
-from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.store.ranking import RANKING_NAME, read_ranking
+from capgap.pipeline.store.sidecars import read_sidecar, write_sidecar
 from capgap.schemas.facts import ShardFacts, heldout_set
 from capgap.schemas.manifest import ShardEntry, ShardSet
 from capgap.schemas.records import Sequences
@@ -106,9 +105,8 @@ class ShardScorer:
 
     def finished(self, index: int) -> FinishedShard | None:
         """Shard `index`, if it is whole: its files are read and digested."""
-        try:
-            facts = ShardFacts.model_validate_json(self._facts_path(index).read_bytes())
-        except (FileNotFoundError, ValidationError):
+        facts = read_sidecar(self._facts_path(index), ShardFacts)
+        if facts is None:
             return None
         found = {name: writer.finished(number) for name, writer, number in self._writers_of(index)}
         entries = {name: entry for name, entry in found.items() if entry is not None}
@@ -152,7 +150,7 @@ class ShardScorer:
             num_targets=sum(len(s.label_logprobs_L) for s in shard.scored),
             label_loss=-sum(float(s.label_logprobs_L.sum(dtype=np.float64)) for s in shard.scored),
         )
-        write_atomically(self._facts_path(shard.index), facts.model_dump_json())
+        write_sidecar(self._facts_path(shard.index), facts)
         return FinishedShard(entries, facts)
 
     def make(self, index: int) -> FinishedShard:

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from capgap.pipeline.cache.request_checks import require_kept, require_scorable
-from capgap.pipeline.cache.scoring import Packed, Recording, Request, Scored, record_rows, row_offsets, unpack
+from capgap.pipeline.cache.scoring import PackedRows, Recording, Request, Scored, record_rows, row_offsets, unpack
 from capgap.pipeline.models.load import load_model
 from capgap.schemas.errors import InputError
 
@@ -130,7 +130,7 @@ class TransformersEngine:
                 fix="set cache.engine to vllm",
             )
 
-    def _split(self, parts: list[Packed], requests: Sequence[Request], lengths: list[int]) -> list[Scored]:
+    def _split(self, parts: list[PackedRows], requests: Sequence[Request], lengths: list[int]) -> list[Scored]:
         ids_NC = torch.cat([part.ids_NC for part in parts]).cpu().numpy()
         numbers_NW = torch.cat([part.numbers_NW for part in parts]).cpu().numpy()
         rows = [slice(*bounds) for bounds in pairwise(accumulate(lengths, initial=0))]

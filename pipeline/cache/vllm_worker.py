@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from capgap.pipeline.cache.scoring import Packed, Recording, record_rows, row_offsets
+from capgap.pipeline.cache.scoring import PackedRows, Recording, record_rows, row_offsets
 from capgap.pipeline.stage.orphans import die_with
 
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]
@@ -86,7 +86,7 @@ class Capture:
 
     def __init__(self, recording: Recording, answers: bool = True) -> None:
         self._recording, self._answers = recording, answers
-        self._unfinished: dict[str, list[tuple[_Span, Packed]]] = {}
+        self._unfinished: dict[str, list[tuple[_Span, PackedRows]]] = {}
 
     def step(self, hidden_NH: torch.Tensor, logits_of: LogitsOf, spans: list[_Span]) -> dict[str, Any]:
         """The finished requests of this step, as vLLM's `LogprobsTensors`."""
@@ -106,7 +106,7 @@ class Capture:
             finished[span.request_id] = LogprobsTensors(ids_LC, numbers_LW, ids_LC[:0, 0])
         return finished
 
-    def _record(self, hidden_NH: torch.Tensor, logits_of: LogitsOf, spans: list[_Span]) -> list[Packed]:
+    def _record(self, hidden_NH: torch.Tensor, logits_of: LogitsOf, spans: list[_Span]) -> list[PackedRows]:
         if not spans:
             return []
         device = hidden_NH.device
@@ -125,7 +125,7 @@ class Capture:
         sizes = [s.num_rows for s in spans]
         ids = torch.split(_joined([part.ids_NC for part in parts]), sizes)
         numbers = torch.split(_joined([part.numbers_NW for part in parts]), sizes)
-        return [Packed(i, n) for i, n in zip(ids, numbers, strict=True)]
+        return [PackedRows(i, n) for i, n in zip(ids, numbers, strict=True)]
 
     def _offsets(self, spans: list[_Span], device: torch.device) -> torch.Tensor | None:
         drawn = [

@@ -14,8 +14,9 @@ from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.stage.device import resolve_device
 from capgap.pipeline.stage.lease import leases
 from capgap.pipeline.stage.manifests import finished_stage, require_seal
-from capgap.pipeline.store import ShardReader, heat_of
+from capgap.pipeline.store import ShardReader, target_temperature_of
 from capgap.pipeline.store.batch import Sample, collate
+from capgap.pipeline.store.stored import part_bytes
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.fidelity import Bytes, Fidelity, LiveFigures, RecordingFidelity
@@ -110,7 +111,7 @@ def _recording(
     for sequences, targets, rows_B in read_places(reader, places_of(reader, sampling)):
         samples: list[Sample] = [(sequences, targets, int(row)) for row in rows_B]
         for temperature, rows in by_temperature.items():
-            batch = collate(samples, about.num_ids, heat_of(reader.codec, facts.temperature, temperature))
+            batch = collate(samples, about.num_ids, target_temperature_of(reader.codec, facts.temperature, temperature))
             ids_NK, p_NK, tail_N, labels_N = labelled(batch)
             if not len(labels_N):
                 continue
@@ -122,7 +123,7 @@ def _recording(
                     errors.add(p_NK)
     for shard, member, _ in places_of(reader, sampling):
         stored = reader.read_stored(shard, member)
-        for part, num_bytes in stored.part_bytes.items():
+        for part, num_bytes in part_bytes(reader.codec, stored).items():
             parts[part] = parts.get(part, 0) + num_bytes
         num_tokens += len(stored) * reader.shard_set.seq_len
     if not labels.num_rows:

@@ -1,8 +1,9 @@
 """The life of a stage folder: begun (`work.json`), worked on (`work/`), finished (`manifest.json`).
 
-    clear --> work.json --> files and work/ --> manifest.json --> work/ removed
+    clear --> work.json --> files and work/ --> all on the disk --> manifest.json --> work/ removed
 
-Whatever is killed in between leaves a folder without a manifest, which no reader takes for finished.
+Whatever is killed in between leaves a folder without a manifest, which no reader takes for finished. A power failure
+may lose whatever was not flushed; the manifest is written when nothing of the result can be lost any more.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from capgap.pipeline.stage.identity import seal_of
-from capgap.pipeline.store.files import TEMP_MARK, sha256_of, write_atomically
+from capgap.pipeline.store.files import TEMP_MARK, sha256_of, sync_file, sync_folder, write_atomically
 from capgap.pipeline.store.quarantine import QUARANTINE_NAME
 from capgap.schemas.errors import MachineError, SettingError
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, FileEntry, Manifest, WorkOrder
@@ -31,7 +32,7 @@ _NOT_CONTENT = {MANIFEST_NAME, WORK_NAME, QUARANTINE_NAME, *_LOCKS}
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """Take the folder for this process; the lock ends with the process.
+    """Take the folder for this process; the lock ends with the process. What a kill left of a finished stage goes.
 
     Raises:
         MachineError: another process has it.
@@ -42,6 +43,7 @@ def lock_folder(folder: Path) -> FileLock:
         lock.acquire(timeout=0)
     except Timeout:
         raise in_use(folder) from None
+    remove_leftovers(folder)
     return lock
 
 
@@ -51,6 +53,7 @@ def make_folder(folder: Path) -> None:
     Raises:
         SettingError: something else stands there, or where there are no folders.
     """
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (NotADirectoryError, FileExistsError, FileNotFoundError) as error:
@@ -61,6 +64,8 @@ def make_folder(folder: Path) -> None:
             expected="a folder, or a place for one",
             fix="choose another `out`",
         ) from None
+    for one in missing:
+        sync_folder(one.parent)
 
 
 def in_use(folder: Path) -> MachineError:
@@ -72,6 +77,8 @@ def clear(folder: Path) -> None:
     """Empty the folder, manifest first, so that a kill in between leaves nothing that looks finished."""
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     (folder / WORK_NAME).unlink(missing_ok=True)
+    # no power failure may keep the manifest and lose what it lists
+    sync_folder(folder)
     for path in folder.iterdir():
         if path.name in _LOCKS:
             continue
@@ -83,6 +90,8 @@ def clear(folder: Path) -> None:
 
 def begin(folder: Path, order: WorkOrder) -> None:
     """Write down what the folder is for; leave what an earlier run of the same order finished."""
+    # with the work order, the disk has the folder of what can be continued
+    (folder / WORK_FOLDER).mkdir(exist_ok=True)
     write_atomically(folder / WORK_NAME, order.model_dump_json(indent=1))
     remove_halves(folder)
 
@@ -94,11 +103,37 @@ def remove_halves(folder: Path) -> None:
 
 
 def finish(folder: Path, manifest: Manifest) -> Manifest:
-    """Make the folder a finished one; the manifest that is written and returned bears its seal."""
+    """Make the folder a finished one; the manifest that is written and returned bears its seal.
+
+    All that it lists is on the disk before the manifest is, and the manifest is before the work folder goes: whenever
+    the power fails, the disk holds a whole stage, or one that can be continued.
+    """
+    # what was in quarantine has been made again
+    (folder / QUARANTINE_NAME).unlink(missing_ok=True)
+    _sync_files(folder, manifest)
     sealed = manifest.model_copy(update={"seal": seal_of(manifest)})
     write_atomically(folder / MANIFEST_NAME, sealed.model_dump_json(indent=1))
-    shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+    remove_leftovers(folder)
     return sealed
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the work folder of a stage that is finished, which stays where it was killed just after its manifest.
+
+    For whoever holds the folder's lock.
+    """
+    if (folder / MANIFEST_NAME).is_file():
+        shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+
+
+def _sync_files(folder: Path, manifest: Manifest) -> None:
+    """Wait until the disk has every file of the result, and every folder that leads to one."""
+    paths = [folder / file.path for file in manifest.files]
+    for path in paths:
+        sync_file(path)
+    folders = {parent for path in paths for parent in path.parents if parent.is_relative_to(folder)} | {folder}
+    for one in sorted(folders, reverse=True):
+        sync_folder(one)
 
 
 def content_files(folder: Path) -> tuple[FileEntry, ...]:

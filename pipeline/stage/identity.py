@@ -13,8 +13,9 @@ from capgap.schemas.manifest import FileEntry, Manifest, SourceEntry
 # Part of every identity: raise it when a stage's meaning changes under unchanged settings.
 _GENERATION = 1
 
-# Two runs of one training agree in every weight and differ here.
-_WALL_CLOCK_FILES = {"metrics.csv"}
+# Two runs of one training agree in every weight and differ here: one holds times, the other names folders and texts by
+# the paths at which they lay.
+_NOT_COMPUTED = {"metrics.csv", "model/README.md"}
 
 
 def identity_of(stage: str, settings: Mapping[str, Any], input_identities: Mapping[str, str]) -> str:
@@ -25,8 +26,8 @@ def identity_of(stage: str, settings: Mapping[str, Any], input_identities: Mappi
 
 
 def content_of(files: Iterable[FileEntry], sources: Iterable[SourceEntry] = ()) -> str:
-    """Digest of the files of a folder, without those that record how long things took, and of what was read."""
-    made = [[file.path, file.sha256] for file in files if file.path not in _WALL_CLOCK_FILES]
+    """Digest of what a stage computed, wherever its folder lies and whenever it was made, and of what it read."""
+    made = [[file.path, file.sha256] for file in files if file.path not in _NOT_COMPUTED]
     return digest_of(sorted(made) + sorted([PurePath(source.path).name, source.sha256] for source in sources))
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from capgap.pipeline.store.batch import Batch
     from capgap.pipeline.store.codec import Codec, codec_for
     from capgap.pipeline.store.disk_cache import DiskCache
-    from capgap.pipeline.store.loader import SequenceLoader, heat_of
+    from capgap.pipeline.store.loader import SequenceLoader, target_temperature_of
+    from capgap.pipeline.store.loader_settings import LoaderSettings
     from capgap.pipeline.store.memory import keep_freed_memory
     from capgap.pipeline.store.mixed import MixedLoader
     from capgap.pipeline.store.order import Order
@@ -33,6 +34,7 @@ _HOMES = {
     "Block": "writer",
     "Codec": "codec",
     "DiskCache": "disk_cache",
+    "LoaderSettings": "loader_settings",
     "MixedLoader": "mixed",
     "Order": "order",
     "Ranking": "ranking",
@@ -42,13 +44,13 @@ _HOMES = {
     "ShardWriter": "writer",
     "check_alignment": "alignment",
     "codec_for": "codec",
-    "heat_of": "loader",
     "is_url": "places",
     "keep_freed_memory": "memory",
     "place_of": "places",
     "rank_ids": "ranking",
     "read_blocks": "reader",
     "split_blocks": "writer",
+    "target_temperature_of": "loader",
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "Block",
     "Codec",
     "DiskCache",
+    "LoaderSettings",
     "MixedLoader",
     "Order",
     "Ranking",
@@ -65,13 +68,13 @@ __all__ = [
     "ShardWriter",
     "check_alignment",
     "codec_for",
-    "heat_of",
     "is_url",
     "keep_freed_memory",
     "place_of",
     "rank_ids",
     "read_blocks",
     "split_blocks",
+    "target_temperature_of",
 ]
 
 

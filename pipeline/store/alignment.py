@@ -5,7 +5,7 @@ distribution must agree with it:
 
 - `topk`: where the next token is among the kept ids, its kept logprob is that logprob; where it is not, its
   probability is at most that of the last kept id, or unknown (NaN) in a codec that has such.
-- `sampled`: a systematic draw gives every id the floor or the ceiling of n p draws, so the next token's count lies
+- `sampled`: systematic sampling gives every id the floor or the ceiling of n p samples, so the next token's count lies
   within one of n exp(logprob).
 """
 
@@ -21,7 +21,7 @@ from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTarge
 
 # The same float32 logprob was written to both places; beside the codec's own error they may differ by rounding alone.
 LOGPROB_TOLERANCE_NATS = 1e-4
-# n p is rounded in float32 and the draw's cumulative sums in another order: a hundredth of a draw covers both.
+# n p is rounded in float32 and the cumulative sums of sampling in another order: a hundredth of a sample covers both.
 COUNT_TOLERANCE = 1e-2
 
 
@@ -92,7 +92,7 @@ def _contradictions_topk(
     padded = np.flatnonzero(np.isneginf(bound_N))
     bound_N[padded] = np.where(np.isneginf(logprobs_NK[padded]), 0.0, logprobs_NK[padded]).min(axis=1)
     tolerance = LOGPROB_TOLERANCE_NATS + error.label_nats + error.kept_nats
-    # of NaN, no comparison is true: an unknown label agrees with no kept id, and contradicts none where it is not kept
+    # no comparison with NaN is true: an unknown label agrees with no kept id, and contradicts none where it is not kept
     agrees_N = np.abs(bound_N - np.maximum(label_N, error.floor_nats)) <= tolerance
     bad: npt.NDArray[np.bool_] = np.where(is_kept_N, ~agrees_N, label_N > bound_N + tolerance)
     return bad.reshape(labels_BL.shape)

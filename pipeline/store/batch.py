@@ -58,7 +58,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Heat:
+class TargetTemperature:
     """Another temperature than that of the stored logprobs.
 
     Attributes:
@@ -75,14 +75,17 @@ Sample = tuple[Sequences, Targets | None, int]
 
 
 def collate(
-    samples: list[Sample], num_samples: int, heat: Heat | None = None, context: ContextRule = "packed"
+    samples: list[Sample],
+    num_samples: int,
+    temperature: TargetTemperature | None = None,
+    context: ContextRule = "packed",
 ) -> Batch:
     """One micro-batch of these sequences.
 
     Args:
         samples: the sequences.
         num_samples: turns the counts of `sampled` targets into probabilities.
-        heat: the further temperature at which `topk` targets are wanted; None for that of the stored logprobs.
+        temperature: the further temperature at which `topk` targets are wanted; None for that of the stored logprobs.
         context: under `document`, the batch has positions that begin anew at each document.
     """
     tokens_BL1 = np.stack([sequences.tokens_BL1[row] for sequences, _, row in samples]).astype(np.int64)
@@ -96,12 +99,12 @@ def collate(
     if isinstance(first, SampledTargets):
         return _with_sampled(batch, samples, num_samples)
     if isinstance(first, TopkTargets):
-        return _with_topk(batch, samples, heat)
+        return _with_topk(batch, samples, temperature)
     return batch
 
 
 def positions_in_documents(starts_BL1: torch.Tensor) -> torch.Tensor:
-    """Of each of the first L tokens, its position in its document [B, L], int64.
+    """The position of each of the first L tokens in its document [B, L], int64.
 
     A document that began in an earlier sequence begins anew, as it did when the teacher scored it.
     """
@@ -130,17 +133,17 @@ def _rows_of(targets: SampledTargets, row: int) -> tuple[npt.NDArray[np.int32], 
     return targets.num_ids_BL[row], targets.ids_D[part], targets.counts_D[part]
 
 
-def _with_topk(batch: Batch, samples: list[Sample], heat: Heat | None) -> Batch:
+def _with_topk(batch: Batch, samples: list[Sample], temperature: TargetTemperature | None) -> Batch:
     parts = [(targets, row) for _, targets, row in samples if isinstance(targets, TopkTargets)]
     ids_NK = np.concatenate([targets.ids_BLK[row] for targets, row in parts]).astype(np.int64)
     logprobs_NK = np.concatenate([targets.logprobs_BLK[row] for targets, row in parts])
-    if heat is None:
+    if temperature is None:
         weights_NK = np.exp(logprobs_NK)
         tail_N = np.concatenate([targets.tail_BL[row] for targets, row in parts])
     else:
-        log_tail_N = np.concatenate([targets.log_tails_BLT[row, :, heat.number] for targets, row in parts])
-        logprobs_NK = logprobs_NK * np.float32(heat.power)
-        # of the largest summand, so that none of them overflows and not all of them vanish
+        log_tail_N = np.concatenate([targets.log_tails_BLT[row, :, temperature.number] for targets, row in parts])
+        logprobs_NK = logprobs_NK * np.float32(temperature.power)
+        # all are divided by the largest summand, so that none of them overflows and not all of them vanish
         largest_N = np.maximum(logprobs_NK.max(axis=1), log_tail_N)
         weights_NK, tail_N = np.exp(logprobs_NK - largest_N[:, None]), np.exp(log_tail_N - largest_N)
     # rounded logprobs do not quite sum to 1, and powers of them to anything; the loss reads a row as one distribution

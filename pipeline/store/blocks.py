@@ -12,7 +12,7 @@ from capgap.pipeline.store.stored import StoredBlock
 from capgap.schemas.records import Sequences, Targets
 
 Key = TypeVar("Key", bound=Hashable)
-Block = tuple[Sequences, Targets | None] | StoredBlock
+LoadedBlock = tuple[Sequences, Targets | None] | StoredBlock
 
 
 class BlockCache(Generic[Key]):
@@ -24,15 +24,15 @@ class BlockCache(Generic[Key]):
         once: drop a block when it was asked for as often as it has sequences: nobody will ask again.
     """
 
-    def __init__(self, read: Callable[[Key], Block], max_bytes: int, once: bool = False) -> None:
+    def __init__(self, read: Callable[[Key], LoadedBlock], max_bytes: int, once: bool = False) -> None:
         self._read, self._max_bytes, self._once = read, max_bytes, once
         self._lock = threading.Lock()
-        self._blocks: OrderedDict[Key, Future[Block]] = OrderedDict()
+        self._blocks: OrderedDict[Key, Future[LoadedBlock]] = OrderedDict()
         self._sizes: dict[Key, int] = {}
         self._uses: Counter[Key] = Counter()
         self.num_bytes = 0
 
-    def get(self, key: Key) -> Block:
+    def get(self, key: Key) -> LoadedBlock:
         """The block of that key."""
         with self._lock:
             known = key in self._blocks
@@ -51,7 +51,7 @@ class BlockCache(Generic[Key]):
                 if key in self._sizes:  # neither dropped before nor in the making again
                     self._drop(key)
 
-    def _make(self, key: Key, future: Future[Block]) -> Block:
+    def _make(self, key: Key, future: Future[LoadedBlock]) -> LoadedBlock:
         try:
             block = self._read(key)
         except BaseException as error:
@@ -82,7 +82,7 @@ class BlockCache(Generic[Key]):
         return [key for key in self._blocks if key in self._sizes]
 
 
-def _size_of(block: Block) -> int:
+def _size_of(block: LoadedBlock) -> int:
     if isinstance(block, StoredBlock):
         return block.num_bytes
     return sum(int(array.nbytes) for part in block if part is not None for array in vars(part).values())

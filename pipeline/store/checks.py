@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from capgap.schemas.errors import InputError
 
-# of sums in float32, of a probability as of its logarithm
+# what rounding does to sums in float32, of probabilities as well as of their logarithms
 ROUNDING = 1e-4
 
 
@@ -39,11 +39,11 @@ def check_finite(name: str, values: npt.NDArray[np.float32]) -> None:
 
 
 def check_counts(num_ids_N: npt.NDArray[Any], ids_D: npt.NDArray[Any], counts_D: npt.NDArray[Any], total: int) -> None:
-    """Raise InputError unless every row has ids, every id draws, and every row's draws sum to `total`."""
+    """Raise InputError unless every row has ids, every id samples, and every row's samples sum to `total`."""
     if num_ids_N.sum() != len(ids_D) or len(ids_D) != len(counts_D):
         raise InputError("ids, counts and num_ids disagree", found=len(ids_D), expected=num_ids_N.sum())
     if len(num_ids_N) and (num_ids_N.min() < 1 or counts_D.min() < 1):
-        raise InputError("a row without ids, or an id without draws")
+        raise InputError("a row without ids, or an id without samples")
     first_N = np.cumsum(num_ids_N) - num_ids_N
     sums_N = np.add.reduceat(counts_D, first_N) if len(first_N) else np.zeros(0)
     if (sums_N != total).any():

@@ -3,41 +3,53 @@
 One Arrow row is one sequence, so that any Arrow program can read a member:
 
     every codec             tokens (planes of ranks), starts, mask (bits)
-    sampled-planes-1        `sampled`: ids and counts of draws
-    topk-PROFILE-1          `topk`: the likeliest ids, their logprobs and the tail
+    sampled-planes-1        `sampled`: the ids that were sampled, and how often each was
+    topk-PROFILE-1          `topk`: the top-k tokens, their logprobs and the tail
+
+Which columns these are stands in layout.py.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, get_args
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import zstandard
+from pydantic import JsonValue, ValidationError
 
 from capgap.pipeline.store.alignment import EXACT, StoredError
 from capgap.pipeline.store.checks import check_ids
-from capgap.pipeline.store.columns import MAX_MEMBER_BYTES, Columns, fixed_lists, from_frame, to_frame
-from capgap.pipeline.store.planes import join_planes, num_planes, pack_bits, split_planes, unpack_bits
+from capgap.pipeline.store.codec_settings import EXPECTED, CodecSettings
+from capgap.pipeline.store.columns import MAX_MEMBER_BYTES, from_frame, to_frame
+from capgap.pipeline.store.layout import (
+    CODECS,
+    PROFILES,
+    SAMPLED,
+    SEQUENCES,
+    TOPK,
+    TOPK_CODECS,
+    Field,
+    RaggedValues,
+    fields_of,
+    read_values,
+    to_columns,
+)
+from capgap.pipeline.store.planes import pack_bits, unpack_bits
 from capgap.pipeline.store.ranking import RANKING_NAME, Ranking, read_ranking
-from capgap.pipeline.store.sampled import LABELS, sampled_columns, sampled_targets
-from capgap.pipeline.store.topk import COARSE, FINE, TopkShape, topk_columns, topk_targets
+from capgap.pipeline.store.sampled import LABELS, sampled_targets, sampled_values
+from capgap.pipeline.store.topk import COARSE, FINE, TopkShape, topk_targets, topk_values
 from capgap.schemas.errors import CorruptError, InputError
 from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
-from capgap.schemas.run_cache import Profile
 
-SEQUENCES = "sequences-planes-1"
-SAMPLED = "sampled-planes-1"
-TOPK_CODECS: dict[str, str] = {profile: f"topk-{profile}-1" for profile in get_args(Profile)}
-TOPK = TOPK_CODECS["near-lossless"]
+__all__ = ["PROFILES", "SAMPLED", "SEQUENCES", "TOPK", "TOPK_CODECS", "Codec", "codec_for", "decoding"]
 
-PROFILES = {name: profile for profile, name in TOPK_CODECS.items()}
-_KNOWN = (SEQUENCES, SAMPLED, *PROFILES)
 _LABEL_ERROR = StoredError(label_nats=LABELS.error_nats)
 _ERRORS = {
     SEQUENCES: EXACT,
@@ -60,10 +72,6 @@ _ZSTD_LEVELS = {
     TOPK_CODECS["small"]: 1,
 }
 
-
-# Manifests may come from strangers: these bound what their numbers can ask for. A count of draws has 16 bits.
-_MAX_VOCAB_SIZE = 1 << 24
-_MAX_IDS = (1 << 16) - 1
 _MAX_SCHEMA_BYTES = 1 << 16
 
 
@@ -75,9 +83,9 @@ class Codec:
         name: name with version, as the manifest states it.
         seq_len: L, targets a sequence.
         vocab_size: ids are below it.
-        num_ids: n draws (`sampled`) or K kept ids (`topk`) a row; 0 for sequences alone.
+        num_ids: n samples (`sampled`) or K kept ids (`topk`) a row; 0 for sequences alone.
         ranking: of the ids; None stores them as they are.
-        temperature: at which the teacher was recorded; told only where there are further ones.
+        temperature: at which the teacher was recorded; written down only where there are further ones.
         extra_temperatures: at which `topk` has a tail too.
         unknown_labels: a label's logprob may be NaN, for unknown, where its id is not kept; for `topk`.
     """
@@ -92,16 +100,24 @@ class Codec:
     unknown_labels: bool = False
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, JsonValue]:
         """What the manifest must say beside the name."""
-        numbers: dict[str, Any] = {"vocab_size": self.vocab_size, "num_ids": self.num_ids}
-        if self.extra_temperatures:
-            numbers |= {"temperature": self.temperature, "extra_temperatures": list(self.extra_temperatures)}
-        if self.unknown_labels:
-            numbers["unknown_labels"] = True
-        if self.ranking is None:
-            return numbers
-        return {**numbers, "ranking": RANKING_NAME, "ranking_sha256": self.ranking.sha256}
+        extra = self.extra_temperatures or None
+        settings = CodecSettings(
+            vocab_size=self.vocab_size,
+            num_ids=self.num_ids,
+            temperature=None if extra is None else self.temperature,
+            extra_temperatures=extra,
+            unknown_labels=self.unknown_labels or None,
+            ranking=None if self.ranking is None else RANKING_NAME,
+            ranking_sha256=None if self.ranking is None else self.ranking.sha256,
+        )
+        return settings.model_dump(mode="json", exclude_none=True)
+
+    @cached_property
+    def fields(self) -> tuple[Field, ...]:
+        """What is stored of each sequence, in the order of the columns."""
+        return fields_of(self.name, self.seq_len, self.vocab_size, self.num_ids, len(self.extra_temperatures))
 
     @property
     def powers(self) -> tuple[float, ...]:
@@ -117,21 +133,20 @@ class Codec:
         """One member.
 
         Raises:
-            InputError: an id outside the vocabulary, a NaN, or counts that do not sum to the number of draws.
+            InputError: an id outside the vocabulary, a NaN, or counts that do not sum to the number of samples.
         """
         check_ids("tokens", sequences.tokens_BL1, self.vocab_size)
-        ranks_BL1 = np.take(self.ranking_used.ranks_V, sequences.tokens_BL1)
-        planes = split_planes(ranks_BL1, num_planes(self.vocab_size - 1))
-        columns = {f"tokens_{i}": fixed_lists(plane) for i, plane in enumerate(planes)}
-        columns |= {
-            "starts": fixed_lists(pack_bits(sequences.starts_BL1)),
-            "mask": fixed_lists(pack_bits(sequences.mask_BL1)),
+        values: dict[str, npt.NDArray[Any] | RaggedValues] = {
+            "tokens": np.take(self.ranking_used.ranks_V, sequences.tokens_BL1),
+            "starts": pack_bits(sequences.starts_BL1),
+            "mask": pack_bits(sequences.mask_BL1),
         }
         if isinstance(targets, SampledTargets):
-            columns |= sampled_columns(targets, self.ranking_used, self.num_ids)
+            values |= sampled_values(targets, self.ranking_used, self.num_ids)
         elif isinstance(targets, TopkTargets):
-            columns |= topk_columns(targets, self._topk)
-        return to_frame(columns, _ZSTD_LEVELS[self.name])
+            values |= topk_values(targets, self._topk)
+        fields = self.fields if targets is not None else tuple(field for field in self.fields if field.part == "text")
+        return to_frame(to_columns(fields, values), _ZSTD_LEVELS[self.name])
 
     def decode(self, data: bytes, where: str, num_sequences: int | None = None) -> tuple[Sequences, Targets | None]:
         """The block of one member; `where` names it in errors.
@@ -145,10 +160,8 @@ class Codec:
             CorruptError: the frame's checksum, the Arrow stream or its shapes are wrong.
         """
         with decoding(self, where):
-            columns = from_frame(data, self.most_bytes(num_sequences))
-            sequences, targets = self._sequences(columns), self._targets(columns)
-            columns.require_all_read()
-            return sequences, targets
+            values = read_values(self.fields, from_frame(data, self.most_bytes(num_sequences)))
+            return self._sequences(values), self._targets(values)
 
     def most_bytes(self, num_sequences: int | None) -> int:
         """A bound on a member's bytes once it is inflated: 8 for each kept id, 32 for what else a target has."""
@@ -157,20 +170,17 @@ class Codec:
         per_target = 8 * self.num_ids + 4 * len(self.extra_temperatures) + 32
         return min(MAX_MEMBER_BYTES, _MAX_SCHEMA_BYTES + num_sequences * (self.seq_len + 1) * per_target)
 
-    def _sequences(self, columns: Columns) -> Sequences:
-        width = self.seq_len + 1
-        planes = [columns.fixed(f"tokens_{i}", width) for i in range(num_planes(self.vocab_size - 1))]
-        ranks_BL1 = join_planes(planes)
-        check_ids("tokens", ranks_BL1, self.vocab_size)
-        starts_BL1, mask_BL1 = (unpack_bits(columns.fixed(name, -(-width // 8)), width) for name in ("starts", "mask"))
-        return Sequences(np.take(self.ranking_used.ids_V, ranks_BL1), starts_BL1, mask_BL1)
+    def _sequences(self, values: dict[str, npt.NDArray[Any]]) -> Sequences:
+        check_ids("tokens", values["tokens"], self.vocab_size)
+        starts_BL1, mask_BL1 = (unpack_bits(values[name], self.seq_len + 1) for name in ("starts", "mask"))
+        return Sequences(np.take(self.ranking_used.ids_V, values["tokens"]), starts_BL1, mask_BL1)
 
-    def _targets(self, columns: Columns) -> Targets | None:
+    def _targets(self, values: dict[str, npt.NDArray[Any]]) -> Targets | None:
         if self.name == SEQUENCES:
             return None
         if self.name == SAMPLED:
-            return sampled_targets(columns, self.ranking_used, self.seq_len, self.num_ids)
-        return topk_targets(columns, self._topk)
+            return sampled_targets(values, self.ranking_used, self.num_ids)
+        return topk_targets(values, self._topk)
 
     @property
     def ranking_used(self) -> Ranking:
@@ -208,7 +218,7 @@ def decoding(codec: Codec, where: str) -> Iterator[None]:
 
 
 def codec_for(
-    name: str, seq_len: int, settings: dict[str, Any], read_file: Callable[[str], bytes] | None = None
+    name: str, seq_len: int, settings: Mapping[str, JsonValue], read_file: Callable[[str], bytes] | None = None
 ) -> Codec:
     """The codec that a manifest names.
 
@@ -222,58 +232,35 @@ def codec_for(
         InputError: the name is not one that this version of capgap knows, or its settings are not the codec's.
         CorruptError: the ranking is not the one that the members were written with.
     """
-    if name not in _KNOWN:
+    if name not in CODECS:
         raise InputError(
-            "unknown codec", found=name, expected=", ".join(_KNOWN), fix="update capgap to read this shard"
+            "unknown codec", found=name, expected=", ".join(CODECS), fix="update capgap to read this shard"
         )
-    numbers = {key: value for key, value in settings.items() if key in ("vocab_size", "num_ids")}
-    heat = {key: value for key, value in settings.items() if key in ("temperature", "extra_temperatures")}
-    unknown = {key: value for key, value in settings.items() if key == "unknown_labels"}
-    named = {key: value for key, value in settings.items() if key not in {*numbers, *heat, *unknown}}
-    if (
-        len(numbers) != 2
-        or not all(isinstance(value, int) for value in numbers.values())
-        or not 0 < numbers["vocab_size"] <= _MAX_VOCAB_SIZE
-        or not 0 <= numbers["num_ids"] <= _MAX_IDS
-        or not _are_temperatures(heat)
-        or (heat and name not in PROFILES)
-        or (unknown and (name not in PROFILES or unknown["unknown_labels"] is not True))
-        or named.keys() not in (set(), {"ranking", "ranking_sha256"})
-        or not all(isinstance(value, str) for value in named.values())
-        or named.get("ranking", RANKING_NAME) != RANKING_NAME
-    ):
-        raise InputError(
-            f"codec {name} has other settings",
-            found=settings,
-            expected=f"numbers vocab_size, at most {_MAX_VOCAB_SIZE}, and num_ids, at most {_MAX_IDS}; if ids are "
-            f"ranked, ranking, {RANKING_NAME}, and ranking_sha256; "
-            "for topk at more than one temperature, temperature and extra_temperatures; "
-            "and for topk whose labels' logprobs are not all known, unknown_labels, true",
-        )
-    if heat:
-        numbers |= {"temperature": heat["temperature"], "extra_temperatures": tuple(heat["extra_temperatures"])}
-    numbers |= unknown
-    if not named:
-        return Codec(name, seq_len, **numbers)
-    assert read_file is not None, "a ranking is read from the folder of the shards"
-    data = read_file(named["ranking"])
+    given = _settings_of(name, settings)
+    ranking = None
+    if given.ranking is not None and given.ranking_sha256 is not None:
+        assert read_file is not None, "a ranking is read from the folder of the shards"
+        ranking = read_ranking(read_file(given.ranking), given.ranking_sha256, given.vocab_size, given.ranking)
     return Codec(
         name,
         seq_len,
-        **numbers,
-        ranking=read_ranking(data, named["ranking_sha256"], numbers["vocab_size"], named["ranking"]),
+        given.vocab_size,
+        given.num_ids,
+        ranking,
+        given.temperature or 1.0,
+        given.extra_temperatures or (),
+        given.unknown_labels or False,
     )
 
 
-def _are_temperatures(found: dict[str, Any]) -> bool:
-    """Both or neither; numbers above 0."""
-    if not found:
-        return True
-    extra = found.get("extra_temperatures")
-    if len(found) != 2 or not isinstance(extra, list) or not extra:
-        return False
-    every = [found["temperature"], *extra]
-    return all(isinstance(value, (int, float)) and 0 < value < float("inf") for value in every)
+def _settings_of(name: str, settings: Mapping[str, JsonValue]) -> CodecSettings:
+    try:
+        given = CodecSettings.model_validate(settings)
+    except ValidationError:
+        given = None
+    if given is None or (given.only_for_topk and name not in PROFILES):
+        raise InputError(f"codec {name} has other settings", found=settings, expected=EXPECTED)
+    return given
 
 
 @lru_cache(maxsize=4)

@@ -63,7 +63,7 @@ class Columns:
         return self.ragged_parts(name, kind)[0]
 
     def ragged_parts(self, name: str, kind: Any = np.uint8) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """As `ragged`, and where each list begins, and the last one ends [B + 1].
+        """What `ragged` gives, and where each list begins and the last one ends [B + 1].
 
         Raises:
             KeyError, ValueError: as `ragged`, or the lists do not lie one after the other.

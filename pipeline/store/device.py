@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 
 from capgap.pipeline.store.alignment import COUNT_TOLERANCE, LOGPROB_TOLERANCE_NATS
-from capgap.pipeline.store.batch import IGNORED_LABEL, Batch, Heat, positions_in_documents
-from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, Codec
-from capgap.pipeline.store.device_targets import SampledRows, Tables, TopkRows, joined, sampled_rows, topk_rows
-from capgap.pipeline.store.planes import num_planes
+from capgap.pipeline.store.batch import IGNORED_LABEL, Batch, TargetTemperature, positions_in_documents
+from capgap.pipeline.store.codec import Codec
+from capgap.pipeline.store.device_targets import DecodedSamples, DecodedTopk, Tables, joined, sampled_rows, topk_rows
+from capgap.pipeline.store.layout import SAMPLED, SEQUENCES
 from capgap.pipeline.store.stored_batch import StoredBatch
 
 _NONE = torch.iinfo(torch.int64).max
@@ -29,13 +29,13 @@ class DeviceDecoder:
     Args:
         codec: of the members.
         device: that decodes.
-        heat: the further temperature at which targets are wanted; None for the capture temperature.
+        temperature: the further temperature at which targets are wanted; None for the capture temperature.
 
     Where stored columns say where documents start, batches have positions that begin anew there.
     """
 
-    def __init__(self, codec: Codec, device: torch.device | str, heat: Heat | None = None) -> None:
-        self._codec, self.device, self._heat = codec, torch.device(device), heat
+    def __init__(self, codec: Codec, device: torch.device | str, temperature: TargetTemperature | None = None) -> None:
+        self._codec, self.device, self._temperature = codec, torch.device(device), temperature
         self._tables = Tables.of(codec, self.device)
         self._first_fault = torch.full((), _NONE, dtype=torch.int64, device=self.device)
 
@@ -43,7 +43,7 @@ class DeviceDecoder:
         """The batch; `number` is what `first_fault` calls it by."""
         faults: list[torch.Tensor] = []
         stored = stored.to(self.device)
-        tokens_BL1 = self._tables.ids(joined(stored, "tokens", num_planes(self._codec.vocab_size - 1)), faults)
+        tokens_BL1 = self._tables.ids(joined(stored, "tokens"), faults)
         labels_BL = tokens_BL1[:, 1:]
         is_label_BL1 = self._bits(stored["mask"], tokens_BL1.shape[1])
         batch = Batch(tokens_BL1[:, :-1].contiguous(), labels_BL.masked_fill(~is_label_BL1[:, 1:], IGNORED_LABEL))
@@ -73,24 +73,27 @@ class DeviceDecoder:
         bit_8 = torch.arange(8, dtype=torch.uint8, device=self.device)
         return ((packed[:, :, None] >> bit_8) & 1).flatten(1)[:, :width].bool()
 
-    def _unscaled(self, rows: TopkRows) -> tuple[torch.Tensor, torch.Tensor]:
+    def _unscaled(self, rows: DecodedTopk) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and tails at the temperature that is wanted, as in `collate`; their sums are not 1."""
-        if self._heat is None:
+        if self._temperature is None:
             return rows.logprobs_NK.exp(), rows.tail_N
-        logprobs_NK, log_tail_N = rows.logprobs_NK * self._heat.power, rows.log_tails_TN[self._heat.number]
+        logprobs_NK, log_tail_N = (
+            rows.logprobs_NK * self._temperature.power,
+            rows.log_tails_TN[self._temperature.number],
+        )
         largest_N = logprobs_NK.amax(1).maximum(log_tail_N)
         return (logprobs_NK - largest_N[:, None]).exp(), (log_tail_N - largest_N).exp()
 
-    def _contradict_topk(self, labels_N: torch.Tensor, rows: TopkRows) -> torch.Tensor:
+    def _contradict_topk(self, labels_N: torch.Tensor, rows: DecodedTopk) -> torch.Tensor:
         error = self._codec.error
         tolerance = LOGPROB_TOLERANCE_NATS + error.label_nats + error.kept_nats
         kept_N = rows.logprobs_NK.masked_fill(rows.ids_NK != labels_N[:, None], -torch.inf).amax(1)
-        # as on the host: of NaN, an unknown label, no comparison is true
+        # no comparison with NaN, an unknown label, is true, as on the host
         agrees_N = (kept_N - rows.label_logprobs_N.clamp(min=error.floor_nats)).abs() <= tolerance
         above_N = rows.label_logprobs_N > rows.last_N + tolerance
         return (~agrees_N).where(kept_N > -torch.inf, above_N).any()
 
-    def _contradict_sampled(self, labels_N: torch.Tensor, rows: SampledRows) -> torch.Tensor:
+    def _contradict_sampled(self, labels_N: torch.Tensor, rows: DecodedSamples) -> torch.Tensor:
         count_N = (rows.counts_NK * (rows.ids_NK == labels_N[:, None])).sum(1)
         expected_N = self._codec.num_ids * rows.label_logprobs_N.double().exp()
         error = torch.tensor(self._codec.error.label_nats, dtype=torch.float64)

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from capgap.pipeline.store.codec import PROFILES, Codec
-from capgap.pipeline.store.planes import ESCAPE, QUADS, num_planes
+from capgap.pipeline.store.codec import Codec
+from capgap.pipeline.store.layout import PROFILES, tail_name
+from capgap.pipeline.store.planes import ESCAPE, QUADS
 from capgap.pipeline.store.quantise import NUM_COMPANDED, Companded
 from capgap.pipeline.store.stored_batch import StoredBatch
-from capgap.pipeline.store.topk import NO_TAIL, SHIFT_NATS, UNKNOWN_LABEL, largest_log_tail, tail_name
+from capgap.pipeline.store.topk import NO_TAIL, SHIFT_NATS, UNKNOWN_LABEL, largest_log_tail
 
 _FINE_STEP = -1 / 64
 
@@ -54,7 +55,7 @@ class Tables:
 
 
 @dataclass(frozen=True)
-class TopkRows:
+class DecodedTopk:
     """N rows of `topk` targets; padding has id 0 and logprob -inf.
 
     Attributes:
@@ -75,7 +76,7 @@ class TopkRows:
 
 
 @dataclass(frozen=True)
-class SampledRows:
+class DecodedSamples:
     """N rows of `sampled` targets; padding has id 0 and count 0.
 
     Attributes:
@@ -89,45 +90,45 @@ class SampledRows:
     label_logprobs_N: torch.Tensor
 
 
-def topk_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[torch.Tensor]) -> TopkRows:
+def topk_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[torch.Tensor]) -> DecodedTopk:
     """The rows of a batch of one of the topk codecs."""
     profile, length, kept = PROFILES[codec.name], codec.seq_len, codec.num_ids
     if profile == "small":
         return _small_rows(batch, codec, tables, faults)
-    ids_NK = tables.ids(joined(batch, "ids", _planes(codec)), faults).view(-1, kept)
+    ids_NK = tables.ids(joined(batch, "ids"), faults).view(-1, kept)
     if profile == "lossless":
-        logprobs_NK = joined(batch, "logprobs", 4).view(torch.float32).view(-1, kept)
-        tail_N, labels_N = (joined(batch, name, 4).view(torch.float32).flatten() for name in ("tail", "label"))
+        logprobs_NK = joined(batch, "logprobs").view(torch.float32).view(-1, kept)
+        tail_N, labels_N = (joined(batch, name).view(torch.float32).flatten() for name in ("tail", "label"))
         known_N = labels_N.where(~labels_N.isnan(), 0.0) if codec.unknown_labels else labels_N
         faults += [~values.isfinite().all() for values in (logprobs_NK, tail_N, known_N)]
         names = map(tail_name, range(len(codec.powers)))
-        log_tails_TN = [joined(batch, name, 4).view(torch.float32).flatten() for name in names]
-        # of NaN, no comparison is true
+        log_tails_TN = [joined(batch, name).view(torch.float32).flatten() for name in names]
+        # no comparison with NaN is true
         faults += [~(log_tail_N <= largest_log_tail(codec.vocab_size)).all() for log_tail_N in log_tails_TN]
-        return TopkRows(ids_NK, logprobs_NK, logprobs_NK[:, -1], tail_N, labels_N, log_tails_TN)
+        return DecodedTopk(ids_NK, logprobs_NK, logprobs_NK[:, -1], tail_N, labels_N, log_tails_TN)
     if profile == "near-lossless":
-        codes_NK = _by_row(joined(batch, "steps", 2), length, kept, 0xFFFF)
+        codes_NK = _by_row(joined(batch, "steps"), length, kept, 0xFFFF)
         logprobs_NK = codes_NK.float() * _FINE_STEP
     else:
         steps_BD = _steps(batch, tables, faults).view(batch.num_sequences, -1)[:, : length * kept]
         logprobs_NK = _companded(_by_row(steps_BD, length, kept, 0xFF), tables, faults)
-    return TopkRows(ids_NK, logprobs_NK, logprobs_NK[:, -1], *_fine(batch, codec))
+    return DecodedTopk(ids_NK, logprobs_NK, logprobs_NK[:, -1], *_fine(batch, codec))
 
 
-def _small_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[torch.Tensor]) -> TopkRows:
+def _small_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[torch.Tensor]) -> DecodedTopk:
     num_kept_N = batch["top_k"].int().flatten()
     ends_N = num_kept_N.cumsum(0, dtype=torch.int32)
     column_K = torch.arange(codec.num_ids, device=batch.device, dtype=torch.int32)
     is_kept_NK = column_K < num_kept_N[:, None]
     place_NK = (ends_N - num_kept_N)[:, None] + column_K
-    ids_D = tables.ids(joined(batch, "ids", _planes(codec)), faults)
+    ids_D = tables.ids(joined(batch, "ids"), faults)
     # the numbers of a sequence begin a new quad
     skipped_B = 4 * batch["offsets quads"][:-1] - batch["offsets ids_0"][:-1]
     number_NK = place_NK + skipped_B.repeat_interleave(codec.seq_len, output_size=len(num_kept_N))[:, None]
     steps_NK = _taken(_steps(batch, tables, faults), number_NK) * is_kept_NK
     codes_NK = steps_NK.cumsum(1, dtype=torch.int32) & 0xFF
     logprobs_NK = _companded(codes_NK, tables, faults)
-    return TopkRows(
+    return DecodedTopk(
         _taken(ids_D, place_NK) * is_kept_NK,
         logprobs_NK.masked_fill(~is_kept_NK, -torch.inf),
         # sums stand still behind the last kept id
@@ -136,9 +137,8 @@ def _small_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[t
     )
 
 
-def sampled_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[torch.Tensor]) -> SampledRows:
+def sampled_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[torch.Tensor]) -> DecodedSamples:
     """The rows of a batch of the sampled codec."""
-    planes = _planes(codec)
     num_repeated_N = batch["num_repeated"].int().flatten()
     counts_R = batch["counts"].int()
     sums_R = torch.nn.functional.pad(counts_R.cumsum(0, dtype=torch.int32), (1, 0))
@@ -150,25 +150,21 @@ def sampled_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[
     is_repeated_NK = column_K < num_repeated_N[:, None]
     is_id_NK = column_K < (num_repeated_N + num_once_N)[:, None]
     place_NK, once_NK = first_N[:, None] + column_K, (first_once_N - num_repeated_N)[:, None] + column_K
-    steps_NK = _taken(joined(batch, "once", planes), once_NK) * (is_id_NK & ~is_repeated_NK)
-    ranks_NK = _taken(joined(batch, "repeated", planes), place_NK).where(
-        is_repeated_NK, steps_NK.cumsum(1, dtype=torch.int32)
-    )
+    steps_NK = _taken(joined(batch, "once"), once_NK) * (is_id_NK & ~is_repeated_NK)
+    ranks_NK = _taken(joined(batch, "repeated"), place_NK).where(is_repeated_NK, steps_NK.cumsum(1, dtype=torch.int32))
     counts_NK = _taken(counts_R, place_NK).where(is_repeated_NK, is_id_NK.int())
     ids_NK = tables.ids(ranks_NK * is_id_NK, faults) * is_id_NK
-    return SampledRows(ids_NK, counts_NK, joined(batch, "label", 2).flatten().float() * _FINE_STEP)
+    return DecodedSamples(ids_NK, counts_NK, joined(batch, "label").flatten().float() * _FINE_STEP)
 
 
-def joined(batch: StoredBatch, name: str, planes: int) -> torch.Tensor:
+def joined(batch: StoredBatch, name: str) -> torch.Tensor:
     """The numbers of which the columns are planes, int32; of four planes, their bits."""
     number = batch[f"{name}_0"].int()
-    for i in range(1, planes):
+    for i in range(1, 4):
+        if f"{name}_{i}" not in batch:
+            break
         number |= batch[f"{name}_{i}"].int() << 8 * i
     return number
-
-
-def _planes(codec: Codec) -> int:
-    return num_planes(codec.vocab_size - 1)
 
 
 def _by_row(steps_BD: torch.Tensor, length: int, kept: int, largest: int) -> torch.Tensor:
@@ -209,7 +205,7 @@ def _companded(codes_NK: torch.Tensor, tables: Tables, faults: list[torch.Tensor
 def _fine(batch: StoredBatch, codec: Codec) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Tails, the labels' logprobs, and the logarithms of the further tails [N]."""
     log_tails_TN = [_log_tail(batch, tail_name(number)) + SHIFT_NATS for number in range(len(codec.powers))]
-    codes_N = joined(batch, "label", 2).flatten()
+    codes_N = joined(batch, "label").flatten()
     labels_N = codes_N.float() * _FINE_STEP
     if codec.unknown_labels:
         labels_N = labels_N.masked_fill(codes_N == UNKNOWN_LABEL, torch.nan)
@@ -217,5 +213,5 @@ def _fine(batch: StoredBatch, codec: Codec) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def _log_tail(batch: StoredBatch, name: str) -> torch.Tensor:
-    codes_N = joined(batch, name, 2).flatten()
+    codes_N = joined(batch, name).flatten()
     return (codes_N.float() * _FINE_STEP).masked_fill(codes_N == NO_TAIL, -torch.inf)

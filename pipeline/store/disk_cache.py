@@ -92,7 +92,7 @@ class DiskCache:
             )
         partial = path.with_name(path.name + _PARTIAL)
         with self._room():
-            partial.unlink(missing_ok=True)  # of a killed download
+            partial.unlink(missing_ok=True)  # a killed download left it
             self._make_room(file.num_bytes)
             with partial.open("wb") as reserved:
                 reserved.truncate(file.num_bytes)  # a sparse file of the full size: others count it
@@ -164,7 +164,7 @@ def _write(path: Path, download: Callable[[], Iterable[bytes]], expected_bytes: 
         for chunk in download():
             num_bytes += len(chunk)
             if num_bytes > expected_bytes:
-                break  # of another size for certain; nothing past the room that was made is written
+                break  # it has another size for certain; nothing past the room that was made is written
             file.write(chunk)
             digest.update(chunk)
         file.flush()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import hashlib
 import os
 import uuid
@@ -21,31 +24,55 @@ MAX_SMALL_BYTES = 256 << 20
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that appears under `path` only when the block ends without an error."""
-    temporary = path.with_name(f"{path.name}{TEMP_MARK}{uuid.uuid4().hex[:12]}")
+    temporary, file = _begin(path)
     try:
-        with temporary.open("xb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            # still locked, so that nobody takes it for one that a kill left
+            temporary.replace(path)
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a whole small file."""
+    """Write a whole small file, and remove what killed writers of the same file left half-written."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+    for half in path.parent.glob(f"{glob.escape(path.name)}{TEMP_MARK}*"):
+        # where it is not to be had, it belongs to a writer that lives, or has just gone
+        with contextlib.suppress(OSError), half.open("r+b") as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            half.unlink()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _begin(path: Path) -> tuple[Path, IO[bytes]]:
+    """A new file beside `path`, locked as long as its writer lives, where the file system has locks."""
+    while True:
+        temporary = path.with_name(f"{path.name}{TEMP_MARK}{uuid.uuid4().hex[:12]}")
+        file = temporary.open("xb")
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return temporary, file
+        # somebody took it for one that a kill left, before it was locked
+        file.close()
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the disk has a file's bytes, whoever wrote them."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was created, renamed and removed in `folder` survive a power failure."""
+    sync_file(folder)
 
 
 def sha256_of(path: Path) -> str:

@@ -1,6 +1,6 @@
 """Several caches as one stream of micro-batches, by weight.
 
-    number of a micro-batch --cycle of 1000, its order drawn from the seed--> which loader gives it --> that one's next
+    number of a micro-batch --cycle of 1000, ordered by the seed--> which loader gives it --> that one's next
 
 In every cycle each loader gives its share, to one in 1000, so the mix is exact over any long stretch and never runs
 away by chance. Which loader gives micro-batch m is a pure function of (seed, weights, m) and the same on every rank, so

@@ -1,4 +1,4 @@
-"""The order of samples as a pure function of seed and epoch: nothing but a position need ever be saved.
+"""The order of sequences as a pure function of seed and epoch: nothing but a position need ever be saved.
 
     shards, permuted; members, permuted within each --> one layout of all sequences, cut into C lanes of equal length
     lane --> windows of Q sequences, permuted
@@ -88,13 +88,13 @@ class Order:
         start = lane * whole + min(lane, over)
         position = start + window * self.window + int(self._window(epoch, lane, window)[within])
         shards, ends = self._epoch(epoch)
-        at = int(np.searchsorted(ends, position, side="right"))
-        shard = int(shards[at])
+        nth = int(np.searchsorted(ends, position, side="right"))
+        shard = int(shards[nth])
         members, member_ends = self._shard(epoch, shard)
-        position -= int(ends[at]) - int(self._shard_sizes[shard])
-        at = int(np.searchsorted(member_ends, position, side="right"))
-        before = int(member_ends[at - 1]) if at else 0
-        return Place(shard, int(members[at]), position - before)
+        position -= int(ends[nth]) - int(self._shard_sizes[shard])
+        nth = int(np.searchsorted(member_ends, position, side="right"))
+        before = int(member_ends[nth - 1]) if nth else 0
+        return Place(shard, int(members[nth]), position - before)
 
     def lane_length(self, lane: int) -> int:
         """Sequences in a lane: all lanes have as many, but for one."""

@@ -23,7 +23,7 @@ def prefetch(
     Closing the iterator, or its end, waits for the items that are in the making and leaves no thread behind.
 
     Args:
-        numbers: what to make; the consumer's thread draws from it.
+        numbers: what to make; the consumer's thread takes from it.
         make: called in the threads, at once for several numbers.
         num_threads: 0 makes each item when it is asked for.
         ahead: items in the making or ready, at most.

@@ -1,7 +1,8 @@
-"""Shards known to be damaged, by name: `quarantine.json` beside the manifest.
+"""Files known to be damaged, by name: `quarantine.json` beside the manifest.
 
 `capgap verify --quarantine` writes it. A reader raises at such a shard without opening it, a training that may skip
-takes other sequences, and the stage that wrote it makes it anew when it is run again.
+takes other sequences, and the stage that wrote it makes it anew when it is run again, whatever its digest says: that
+may have been taken of bytes that were damaged already.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ QUARANTINE_NAME = "quarantine.json"
 
 
 def read_quarantine(folder: Path) -> dict[str, str]:
-    """What is wrong with each damaged shard, by its path in the folder.
+    """What is wrong with each damaged file, by its path in the folder.
 
     Raises:
         CorruptError: the list cannot be understood.
@@ -31,7 +32,7 @@ def read_quarantine(folder: Path) -> dict[str, str]:
         found = None
     if not isinstance(found, dict) or not all(isinstance(why, str) for why in found.values()):
         raise CorruptError(
-            "the list of damaged shards cannot be understood",
+            "the list of damaged files cannot be understood",
             where=path,
             expected="reasons by file name",
             fix="delete it and run `capgap verify --quarantine` again",

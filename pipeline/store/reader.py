@@ -80,9 +80,9 @@ class ShardReader:
         """
         entry = self.shard_set.shards[shard]
         where = self._name_of(entry, entry.member(member))
-        of = entry.member(member)
-        block = read_stored(self.codec, self._bytes_of(entry, of, where), where, of.num_sequences)
-        _require_size(len(block), of, where)
+        found = entry.member(member)
+        block = read_stored(self.codec, self._bytes_of(entry, found, where), where, found.num_sequences)
+        _require_size(len(block), found, where)
         return block
 
     def name_of(self, shard: int, member: int) -> str:

@@ -1,26 +1,26 @@
-"""The columns of `sampled` targets.
+"""The values of `sampled` targets.
 
-A row's ids lie by falling count, those of equal count by rising rank. Most ids are drawn once: their counts need not
-be stored, for how many there are follows from the number of draws and the other counts.
+A row's ids lie by falling count, those of equal count by rising rank. Most ids are sampled once: their counts need not
+be stored, for how many there are follows from the number of samples and the other counts.
 
-    repeated_*, counts     rank and count of the ids drawn at least twice; `num_repeated` of them in each row
-    once_*                 the ids drawn once: the first one's rank in each row, then differences
+    repeated, counts     rank and count of the ids sampled at least twice; `num_repeated` of them in each row
+    once                 the ids sampled once: the first one's rank in each row, then differences
 
-Legend: B sequences, L targets a sequence, N = B x L rows, n draws a row, D ids of all rows, R drawn at least twice,
-O drawn once.
+Legend: B sequences, L targets a sequence, N = B x L rows, n samples a row, D ids of all rows, R sampled at least twice,
+O sampled once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from capgap.pipeline.store.checks import check_counts, check_ids, check_logprobs
-from capgap.pipeline.store.columns import Columns, fixed_lists, lists
-from capgap.pipeline.store.planes import cumulate_runs, join_planes, num_planes, split_planes, sums_before
+from capgap.pipeline.store.layout import RaggedValues
+from capgap.pipeline.store.planes import cumulate_runs, sums_before
 from capgap.pipeline.store.quantise import LogUniform
 from capgap.pipeline.store.ranking import Ranking
 from capgap.schemas.records import SampledTargets
@@ -31,15 +31,16 @@ _RANK_BITS = 24
 _COUNT_BITS = 16
 
 
-def sampled_columns(targets: SampledTargets, ranking: Ranking, num_samples: int) -> dict[str, pa.Array]:
-    """The columns of one member.
+def sampled_values(
+    targets: SampledTargets, ranking: Ranking, num_samples: int
+) -> dict[str, npt.NDArray[Any] | RaggedValues]:
+    """The values of one member, by field.
 
     Raises:
-        InputError: an id outside the vocabulary, a NaN, or counts that do not sum to the number of draws.
+        InputError: an id outside the vocabulary, a NaN, or counts that do not sum to the number of samples.
     """
-    vocab_size = len(ranking.ids_V)
     num_ids_N = targets.num_ids_BL.ravel()
-    check_ids("ids", targets.ids_D, vocab_size)
+    check_ids("ids", targets.ids_D, len(ranking.ids_V))
     check_logprobs("label_logprobs_BL", targets.label_logprobs_BL)
     check_counts(num_ids_N, targets.ids_D, targets.counts_D, num_samples)
     ranks_D, counts_D = _sorted(targets, ranking)
@@ -48,42 +49,32 @@ def sampled_columns(targets: SampledTargets, ranking: Ranking, num_samples: int)
     num_repeated_BL = np.bincount(row_D[repeated_D], minlength=len(num_ids_N)).reshape(targets.num_ids_BL.shape)
     repeated_B = num_repeated_BL.sum(axis=1)
     once_B = targets.num_ids_BL.sum(axis=1) - repeated_B
-    count_type = np.uint8 if num_samples < 1 << 8 else np.uint16
-    columns = {
-        "num_repeated": fixed_lists(num_repeated_BL.astype(count_type)),
-        "counts": lists(counts_D[repeated_D].astype(count_type), repeated_B),
-    }
     ranks_O, row_O = ranks_D[~repeated_D], row_D[~repeated_D]
-    for name, values, sizes_B in (
-        ("repeated", ranks_D[repeated_D], repeated_B),
-        ("once", _differences(ranks_O, row_O), once_B),
-    ):
-        for number, plane in enumerate(split_planes(values, num_planes(vocab_size - 1))):
-            columns[f"{name}_{number}"] = lists(plane, sizes_B)
-    for number, plane in enumerate(split_planes(LABELS.encode(targets.label_logprobs_BL), 2)):
-        columns[f"label_{number}"] = fixed_lists(plane)
-    return columns
+    return {
+        "num_repeated": num_repeated_BL,
+        "counts": RaggedValues(counts_D[repeated_D], repeated_B),
+        "repeated": RaggedValues(ranks_D[repeated_D], repeated_B),
+        "once": RaggedValues(_differences(ranks_O, row_O), once_B),
+        "label": LABELS.encode(targets.label_logprobs_BL),
+    }
 
 
-def sampled_targets(columns: Columns, ranking: Ranking, seq_len: int, num_samples: int) -> SampledTargets:
-    """The targets of one member.
+def sampled_targets(values: Mapping[str, npt.NDArray[Any]], ranking: Ranking, num_samples: int) -> SampledTargets:
+    """The targets of one member, of its values by field.
 
     Raises:
-        KeyError, ValueError, InputError: the columns are not those of a member, or contradict one another.
+        ValueError, InputError: the values contradict one another.
     """
-    planes = num_planes(len(ranking.ids_V) - 1)
-    count_type = np.uint8 if num_samples < 1 << 8 else np.uint16
-    num_repeated_N = columns.fixed("num_repeated", seq_len, count_type).ravel().astype(np.int32)
-    counts_R = columns.ragged("counts", count_type).astype(np.int32)
-    ranks_R = join_planes([columns.ragged(f"repeated_{number}") for number in range(planes)])
-    steps_O = join_planes([columns.ragged(f"once_{number}") for number in range(planes)])
+    num_repeated_N = values["num_repeated"].ravel().astype(np.int32)
+    counts_R = values["counts"].astype(np.int32)
+    ranks_R, steps_O = values["repeated"], values["once"]
     num_once_N = _num_once(num_repeated_N, counts_R, num_samples)
     if num_once_N.sum() != len(steps_O) or len(counts_R) != len(ranks_R):
-        raise ValueError(f"{len(steps_O)} ids drawn once, expected {num_once_N.sum()}")
+        raise ValueError(f"{len(steps_O)} ids sampled once, expected {num_once_N.sum()}")
     ranks_O = cumulate_runs(steps_O, num_once_N)
     check_ids("ids", ranks_R, len(ranking.ids_V))
     check_ids("ids", ranks_O, len(ranking.ids_V))
-    # the ids of a row that were drawn once stand behind its others
+    # the ids of a row that were sampled once stand behind its others
     place_R = np.arange(len(ranks_R)) + np.repeat(sums_before(num_once_N), num_repeated_N)
     is_once_D = np.ones(len(ranks_R) + len(ranks_O), np.bool_)
     is_once_D[place_R] = False
@@ -92,9 +83,8 @@ def sampled_targets(columns: Columns, ranking: Ranking, seq_len: int, num_sample
     ids_D[is_once_D] = ranking.ids_V[ranks_O]
     counts_D = np.ones(len(is_once_D), np.int32)
     counts_D[place_R] = counts_R
-    labels_BL = join_planes([columns.fixed(f"label_{number}", seq_len) for number in range(2)])
-    num_ids_BL = (num_repeated_N + num_once_N).astype(np.int32).reshape(labels_BL.shape)
-    return SampledTargets(num_ids_BL, ids_D, counts_D, LABELS.decode(labels_BL))
+    num_ids_BL = (num_repeated_N + num_once_N).astype(np.int32).reshape(values["label"].shape)
+    return SampledTargets(num_ids_BL, ids_D, counts_D, LABELS.decode(values["label"]))
 
 
 def _sorted(targets: SampledTargets, ranking: Ranking) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
@@ -125,5 +115,5 @@ def _num_once(
     first_N = sums_before(num_repeated_N)
     num_once_N: npt.NDArray[Any] = num_samples - (ends_R[first_N + num_repeated_N] - ends_R[first_N])
     if len(num_once_N) and num_once_N.min() < 0:
-        raise ValueError(f"more than {num_samples} draws in a row")
+        raise ValueError(f"more than {num_samples} samples in a row")
     return num_once_N

@@ -3,46 +3,23 @@
 This is the host's part where a device decodes (`decode_on` of the loader). A sequence's part of a column is a slice:
 of a list of fixed size its row, of others what lies between two offsets.
 
-Legend: B sequences, L targets a sequence, K ids kept a row, n draws a row.
+Legend: B sequences, L targets a sequence, K ids kept a row, n samples a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from capgap.pipeline.store.codec import PROFILES, SAMPLED, SEQUENCES, Codec, decoding
+from capgap.pipeline.store.codec import Codec, decoding
 from capgap.pipeline.store.columns import Columns, from_frame
-from capgap.pipeline.store.planes import num_planes
-from capgap.pipeline.store.topk import tail_name
+from capgap.pipeline.store.layout import PROFILES, SAMPLED, SEQUENCES, Part
 
 IntArray = npt.NDArray[np.int64]
-
-# By the beginnings of columns' names; others say how likely ids are.
-_PARTS = (
-    *((name, "text") for name in ("tokens", "starts", "mask")),
-    *((name, "ids") for name in ("ids", "repeated", "once")),
-    ("tail", "tail"),
-    ("label", "label"),
-)
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of a codec.
-
-    Attributes:
-        name: in the Arrow stream.
-        width: values a sequence; 0 for a list of any size.
-        kind: of a value.
-    """
-
-    name: str
-    width: int
-    kind: Any = np.uint8
 
 
 @dataclass(frozen=True)
@@ -70,43 +47,14 @@ class StoredBlock:
         arrays = (*self.fixed.values(), *self.ragged.values(), *self.offsets.values())
         return sum(int(array.nbytes) for array in arrays)
 
-    @property
-    def part_bytes(self) -> dict[str, int]:
-        """Bytes of its values by what they say: `text`, `ids`, `weights`, `tail`, `label`; no part that has none."""
-        found: dict[str, int] = {}
-        for name, array in (self.fixed | self.ragged).items():
-            part = next((part for start, part in _PARTS if name.startswith(start)), "weights")
-            found[part] = found.get(part, 0) + int(array.nbytes)
-        return found
 
-
-def columns_of(codec: Codec) -> list[Column]:
-    """The columns of a codec's members, as docs/format.md lists them."""
-    length, width, planes = codec.seq_len, codec.seq_len + 1, num_planes(codec.vocab_size - 1)
-    packed = [Column(name, -(-width // 8)) for name in ("starts", "mask")]
-    columns = [*_planes("tokens", width, planes), *packed]
-    count_type = np.uint8 if codec.num_ids < 1 << 8 else np.uint16
-    if codec.name == SEQUENCES:
-        return columns
-    if codec.name == SAMPLED:
-        columns += [Column("num_repeated", length, count_type), Column("counts", 0, count_type)]
-        columns += [*_planes("repeated", 0, planes), *_planes("once", 0, planes)]
-        return columns + _planes("label", length, 2)
-    profile, kept = PROFILES[codec.name], length * codec.num_ids
-    if profile == "small":
-        columns += [Column("top_k", length, count_type), *_planes("ids", 0, planes)]
-        columns += [Column("quads", 0), Column("escapes", 0)]
-    else:
-        columns += _planes("ids", kept, planes)
-        columns += {
-            "lossless": _planes("logprobs", kept, 4),
-            "near-lossless": _planes("steps", kept, 2),
-            "compact": [Column("quads", -(-kept // 4)), Column("escapes", 0)],
-        }[profile]
-    fine = 4 if profile == "lossless" else 2
-    for name in ("tail", *map(tail_name, range(len(codec.powers))), "label"):
-        columns += _planes(name, length, fine)
-    return columns
+def part_bytes(codec: Codec, block: StoredBlock) -> dict[Part, int]:
+    """Bytes of a block's values by what they speak of; no part that has none."""
+    found: dict[Part, int] = {}
+    arrays = block.fixed | block.ragged
+    for field in codec.fields:
+        found[field.part] = found.get(field.part, 0) + sum(int(arrays[name].nbytes) for name in field.columns)
+    return found
 
 
 def read_stored(codec: Codec, data: bytes, where: str, num_sequences: int | None = None) -> StoredBlock:
@@ -119,17 +67,14 @@ def read_stored(codec: Codec, data: bytes, where: str, num_sequences: int | None
     with decoding(codec, where):
         columns = from_frame(data, codec.most_bytes(num_sequences))
         fixed, ragged, offsets = {}, {}, {}
-        for column in columns_of(codec):
-            if column.width:
-                fixed[column.name] = columns.fixed(column.name, column.width, column.kind)
-            else:
-                ragged[column.name], offsets[column.name] = columns.ragged_parts(column.name, column.kind)
+        for field in codec.fields:
+            for name in field.columns:
+                if field.width:
+                    fixed[name] = columns.fixed(name, field.width, field.kind)
+                else:
+                    ragged[name], offsets[name] = columns.ragged_parts(name, field.kind)
         columns.require_all_read()
         return StoredBlock(fixed, ragged, offsets, _widest(codec, columns, fixed, ragged, offsets))
-
-
-def _planes(name: str, width: int, planes: int) -> list[Column]:
-    return [Column(f"{name}_{i}", width) for i in range(planes)]
 
 
 def _widest(
@@ -144,19 +89,19 @@ def _widest(
     Raises:
         ValueError: sizes of lists contradict one another, so that a sequence's values could be another's.
     """
-    planes = num_planes(codec.vocab_size - 1)
+    columns_of = {field.name: field.columns for field in codec.fields}
     if codec.name == SEQUENCES:
         return np.zeros(0, np.int64)
     if codec.name == SAMPLED:
         num_repeated_BL = fixed["num_repeated"]
         if ragged["counts"].min(initial=2) < 2:
-            raise ValueError("a count of 1 among those of ids drawn at least twice")
+            raise ValueError("a count of 1 among those of ids sampled at least twice")
         sums_BL = _row_sums(ragged["counts"], offsets["counts"], num_repeated_BL)
         num_once_BL = codec.num_ids - sums_BL
         if num_once_BL.min(initial=0) < 0:
-            raise ValueError(f"more than {codec.num_ids} draws in a row")
-        _require_sizes(offsets, [f"repeated_{i}" for i in range(planes)], num_repeated_BL.sum(axis=1, dtype=np.int64))
-        _require_sizes(offsets, [f"once_{i}" for i in range(planes)], num_once_BL.sum(axis=1))
+            raise ValueError(f"more than {codec.num_ids} samples in a row")
+        _require_sizes(offsets, columns_of["repeated"], num_repeated_BL.sum(axis=1, dtype=np.int64))
+        _require_sizes(offsets, columns_of["once"], num_once_BL.sum(axis=1))
         widest_B: IntArray = (num_repeated_BL + num_once_BL).max(axis=1, initial=1)
         return widest_B
     if PROFILES[codec.name] == "small":
@@ -164,8 +109,8 @@ def _widest(
         if num_kept_BL.size and (num_kept_BL.min() < 1 or num_kept_BL.max() > codec.num_ids):
             raise ValueError(f"{num_kept_BL.min()} to {num_kept_BL.max()} ids in a row")
         sizes_B = num_kept_BL.sum(axis=1, dtype=np.int64)
-        _require_sizes(offsets, [f"ids_{i}" for i in range(planes)], sizes_B)
-        _require_sizes(offsets, ["quads"], -(-sizes_B // 4))
+        _require_sizes(offsets, columns_of["ids"], sizes_B)
+        _require_sizes(offsets, columns_of["quads"], -(-sizes_B // 4))
     return np.full(len(columns), codec.num_ids, np.int64)
 
 
@@ -185,7 +130,7 @@ def _row_sums(counts_R: npt.NDArray[Any], offsets: IntArray, num_repeated_BL: np
     return sums_N.reshape(num_repeated_BL.shape)
 
 
-def _require_sizes(offsets: dict[str, IntArray], names: list[str], sizes_B: IntArray) -> None:
+def _require_sizes(offsets: dict[str, IntArray], names: Iterable[str], sizes_B: IntArray) -> None:
     for name in names:
         if not np.array_equal(np.diff(offsets[name]), sizes_B):
             raise ValueError(f"column {name} has {offsets[name][-1]} entries, expected {sizes_B.sum()}")

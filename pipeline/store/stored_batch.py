@@ -92,6 +92,6 @@ def gather(samples: list[tuple[StoredBlock, int]], pin: bool, context: ContextRu
         len(samples),
         max((int(block.widest_B[row]) for block, row in samples if len(block.widest_B)), default=0),
     )
-    for name, of in arrays.items():
-        np.concatenate(of, out=batch[name].numpy().reshape(-1))
+    for name, parts_of_name in arrays.items():
+        np.concatenate(parts_of_name, out=batch[name].numpy().reshape(-1))
     return batch

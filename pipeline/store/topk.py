@@ -1,4 +1,4 @@
-"""The columns of `topk` targets, in four profiles.
+"""The values of `topk` targets, in four profiles.
 
     lossless         logprobs, tail and label as float32, in four planes each
     near-lossless    codes of 1/64 nat; differences along a row, in two planes
@@ -18,25 +18,16 @@ Legend: B sequences, L targets a sequence, K ids kept a row, T further temperatu
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from capgap.pipeline.store.checks import ROUNDING, check_finite, check_ids, check_logprobs
-from capgap.pipeline.store.columns import Columns, fixed_lists, lists
-from capgap.pipeline.store.planes import (
-    ESCAPE,
-    Bytes,
-    cumulate_runs,
-    join_planes,
-    num_planes,
-    pack_quads,
-    split_planes,
-    unpack_quads,
-)
+from capgap.pipeline.store.layout import RaggedValues, tail_name
+from capgap.pipeline.store.planes import ESCAPE, Bytes, cumulate_runs, pack_quads, unpack_quads
 from capgap.pipeline.store.quantise import Companded, LogUniform
 from capgap.pipeline.store.ranking import Ranking
 from capgap.schemas.errors import InputError
@@ -56,7 +47,7 @@ NO_TAIL = 0xFFFF
 # the code of a label's logprob that nobody knows, where a codec has such
 UNKNOWN_LABEL = 0xFFFF
 
-_Columns = dict[str, pa.Array]
+_Values = dict[str, npt.NDArray[Any] | RaggedValues]
 
 
 @dataclass(frozen=True)
@@ -79,73 +70,56 @@ class TopkShape:
     powers: tuple[float, ...] = ()
     unknown_labels: bool = False
 
-    @property
-    def planes(self) -> int:
-        """Planes of an id."""
-        return num_planes(len(self.ranking.ids_V) - 1)
 
-
-def topk_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
-    """The columns of one member.
+def topk_values(targets: TopkTargets, shape: TopkShape) -> _Values:
+    """The values of one member, by field.
 
     Raises:
         InputError: an id outside the vocabulary, a NaN, a tail below 0, or logprobs that rise within a row.
     """
     _check(targets, shape)
     if shape.profile == "small":
-        return _small_columns(targets, shape)
+        return _small_values(targets, shape)
     ranks_BLK = np.take(shape.ranking.ranks_V, targets.ids_BLK)
     flat = (len(ranks_BLK), shape.seq_len * shape.top_k)
-    columns = _plane_columns("ids", ranks_BLK.reshape(flat), shape.planes)
+    values: _Values = {"ids": ranks_BLK.reshape(flat)}
     if shape.profile == "lossless":
-        bits_BLK = targets.logprobs_BLK.astype("<f4").view("<u4")
-        columns |= _plane_columns("logprobs", bits_BLK.reshape(flat), 4)
-        columns |= _plane_columns("tail", targets.tail_BL.astype("<f4").view("<u4"), 4)
+        values |= {"logprobs": _bits_of(targets.logprobs_BLK).reshape(flat), "tail": _bits_of(targets.tail_BL)}
         for number in range(len(shape.powers)):
-            bits_BL = np.ascontiguousarray(targets.log_tails_BLT[..., number], "<f4").view("<u4")
-            columns |= _plane_columns(tail_name(number), bits_BL, 4)
-        return columns | _plane_columns("label", targets.label_logprobs_BL.astype("<f4").view("<u4"), 4)
+            values[tail_name(number)] = _bits_of(targets.log_tails_BLT[..., number])
+        return values | {"label": _bits_of(targets.label_logprobs_BL)}
     if shape.profile == "near-lossless":
-        steps_BKL = _steps_by_rank(FINE.encode(targets.logprobs_BLK))
-        columns |= _plane_columns("steps", steps_BKL.reshape(flat), 2)
+        values["steps"] = _steps_by_rank(FINE.encode(targets.logprobs_BLK)).reshape(flat)
     else:
-        columns |= _quad_columns(_steps_by_rank(COARSE.encode(targets.logprobs_BLK)).reshape(flat))
-    return columns | _fine_columns(targets, targets.tail_BL, targets.log_tails_BLT, shape)
+        values |= _quad_values(_steps_by_rank(COARSE.encode(targets.logprobs_BLK)).reshape(flat))
+    return values | _fine_values(targets, targets.tail_BL, targets.log_tails_BLT, shape)
 
 
-def topk_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
-    """The targets of one member; rows of `small` are padded to K with id 0 at logprob -inf.
+def topk_targets(values: Mapping[str, npt.NDArray[Any]], shape: TopkShape) -> TopkTargets:
+    """The targets of one member, of its values by field; rows of `small` are padded to K with id 0 at logprob -inf.
 
     Raises:
-        KeyError, ValueError, InputError: the columns are not those of a member, or contradict one another.
+        ValueError, InputError: the values are not those of a member, or contradict one another.
     """
     if shape.profile == "small":
-        return _small_targets(columns, shape)
-    length, width = shape.seq_len, shape.seq_len * shape.top_k
-    ids_BLK = _ids_of([columns.fixed(f"ids_{i}", width) for i in range(shape.planes)], shape)
-    ids_BLK = ids_BLK.reshape(len(columns), length, shape.top_k)
+        return _small_targets(values, shape)
+    width = shape.seq_len * shape.top_k
+    ids_BLK = _ids_of(values["ids"], shape).reshape(-1, shape.seq_len, shape.top_k)
     if shape.profile == "lossless":
-        logprobs_BLK = _joined(columns, "logprobs", width, 4).view("<f4").reshape(ids_BLK.shape)
-        tail_BL, labels_BL = (_joined(columns, name, length, 4).view("<f4") for name in ("tail", "label"))
-        for name, values in (("logprobs", logprobs_BLK), ("tail", tail_BL), ("label", _known(labels_BL, shape))):
-            check_finite(name, values)
-        log_tails = [_joined(columns, tail_name(i), length, 4).view("<f4") for i in range(len(shape.powers))]
-        log_tails_BLT = _stacked(log_tails, tail_BL)
+        logprobs_BLK = values["logprobs"].view("<f4").reshape(ids_BLK.shape)
+        tail_BL, labels_BL = (values[name].view("<f4") for name in ("tail", "label"))
+        for name, numbers in (("logprobs", logprobs_BLK), ("tail", tail_BL), ("label", _known(labels_BL, shape))):
+            check_finite(name, numbers)
+        log_tails_BLT = _stacked([values[tail_name(i)].view("<f4") for i in range(len(shape.powers))], tail_BL)
         _check_log_tails(log_tails_BLT, shape)
         return TopkTargets(ids_BLK, logprobs_BLK, tail_BL, labels_BL, log_tails_BLT)
     if shape.profile == "near-lossless":
-        codes_BKL = _codes_by_rank(_joined(columns, "steps", width, 2), shape)
+        codes_BKL = _codes_by_rank(values["steps"], shape)
         logprobs_BLK = FINE.decode(np.ascontiguousarray(codes_BKL.swapaxes(1, 2)))
     else:
-        packed = columns.fixed("quads", -(-width // 4))
-        steps_BD = _unpack_sequences(packed, columns.ragged("escapes"), width)
+        steps_BD = _unpack_sequences(values["quads"], values["escapes"], width)
         logprobs_BLK = COARSE.decode(np.ascontiguousarray(_codes_by_rank(steps_BD, shape).swapaxes(1, 2)))
-    return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, shape))
-
-
-def tail_name(number: int) -> str:
-    """The column of a further temperature's tail."""
-    return f"tail{number + 1}"
+    return TopkTargets(ids_BLK, logprobs_BLK, *_read_fine(values, shape))
 
 
 def largest_log_tail(vocab_size: int) -> float:
@@ -170,7 +144,7 @@ def _check_log_tails(log_tails_BLT: FloatArray, shape: TopkShape) -> None:
     if log_tails_BLT.shape[2] != len(shape.powers):
         raise InputError("log_tails_BLT: temperatures", found=log_tails_BLT.shape[2], expected=len(shape.powers))
     largest = largest_log_tail(len(shape.ranking.ids_V))
-    # of NaN, no comparison is true
+    # no comparison with NaN is true
     if not (log_tails_BLT <= largest).all():
         raise InputError(
             "log_tails_BLT: a value that is no logarithm of a tail",
@@ -179,12 +153,12 @@ def _check_log_tails(log_tails_BLT: FloatArray, shape: TopkShape) -> None:
         )
 
 
-def _small_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
-    """Of each row as few ids as hold `KEPT_MASS`, or all.
+def _small_values(targets: TopkTargets, shape: TopkShape) -> _Values:
+    """Keep as few ids of each row as hold `KEPT_MASS`, or all.
 
     One sequence after the other: what is made on the way stays in the cache, and every sequence begins a new quad.
     """
-    num_kept_BL = np.empty(targets.tail_BL.shape, _count_type(shape.top_k))
+    num_kept_BL = np.empty(targets.tail_BL.shape, np.int32)
     tail_BL, log_tails_BLT = targets.tail_BL.copy(), targets.log_tails_BLT.copy()
     ranks, quads, escapes = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)], [np.zeros(0, np.uint8)]
     for sequence, (ids_LK, logprobs_LK) in enumerate(zip(targets.ids_BLK, targets.logprobs_BLK, strict=True)):
@@ -204,38 +178,37 @@ def _small_columns(targets: TopkTargets, shape: TopkShape) -> _Columns:
         steps_LK[:, 1:] -= steps_LK[:, :-1].copy()
         for parts, packed in zip((quads, escapes), pack_quads(steps_LK.ravel().take(place_D)), strict=True):
             parts.append(packed)
-    columns: _Columns = {"top_k": fixed_lists(num_kept_BL)}
-    for i, plane in enumerate(split_planes(np.concatenate(ranks), shape.planes)):
-        columns[f"ids_{i}"] = lists(plane, _sizes(ranks))
-    columns["quads"] = lists(np.concatenate(quads), _sizes(quads))
-    columns["escapes"] = lists(np.concatenate(escapes), _sizes(escapes))
-    return columns | _fine_columns(targets, tail_BL, log_tails_BLT, shape)
+    values: _Values = {"top_k": num_kept_BL}
+    values |= {"ids": _joined(ranks), "quads": _joined(quads), "escapes": _joined(escapes)}
+    return values | _fine_values(targets, tail_BL, log_tails_BLT, shape)
 
 
-def _small_targets(columns: Columns, shape: TopkShape) -> TopkTargets:
-    num_kept_BL = columns.fixed("top_k", shape.seq_len, _count_type(shape.top_k)).astype(np.int32)
+def _small_targets(values: Mapping[str, npt.NDArray[Any]], shape: TopkShape) -> TopkTargets:
+    num_kept_BL = values["top_k"].astype(np.int32)
     if num_kept_BL.size and (num_kept_BL.min() < 1 or num_kept_BL.max() > shape.top_k):
         raise ValueError(f"{num_kept_BL.min()} to {num_kept_BL.max()} ids in a row, expected 1 to {shape.top_k}")
     kept_BLK = np.arange(shape.top_k) < num_kept_BL[:, :, None]
     ids_BLK = np.zeros(kept_BLK.shape, np.int32)
-    ids_D = _ids_of([columns.ragged(f"ids_{i}") for i in range(shape.planes)], shape)
+    ids_D = _ids_of(values["ids"], shape)
     size = int(num_kept_BL.sum())
     if len(ids_D) != size:
         raise ValueError(f"{len(ids_D)} ids, expected {size}")
     place_D = np.flatnonzero(kept_BLK)
     ids_BLK.reshape(-1)[place_D] = ids_D
     sizes_B = num_kept_BL.sum(axis=1)
-    steps_D = _unpack_ragged(columns.ragged("quads"), columns.ragged("escapes"), sizes_B)
+    steps_D = _unpack_ragged(values["quads"], values["escapes"], sizes_B)
     logprobs_BLK = np.full(kept_BLK.shape, -np.inf, np.float32)
     logprobs_BLK.reshape(-1)[place_D] = COARSE.decode(cumulate_runs(steps_D, num_kept_BL.ravel()))
-    return TopkTargets(ids_BLK, logprobs_BLK, *_fine_values(columns, shape))
+    return TopkTargets(ids_BLK, logprobs_BLK, *_read_fine(values, shape))
 
 
-def _plane_columns(name: str, values_BW: npt.NDArray[Any], planes: int) -> _Columns:
-    return {f"{name}_{i}": fixed_lists(plane) for i, plane in enumerate(split_planes(values_BW, planes))}
+def _bits_of(values: FloatArray) -> npt.NDArray[np.uint32]:
+    """The bits of 32-bit floats, as numbers."""
+    bits: npt.NDArray[np.uint32] = np.ascontiguousarray(values, "<f4").view("<u4")
+    return bits
 
 
-def _quad_columns(steps_BD: Bytes) -> _Columns:
+def _quad_values(steps_BD: Bytes) -> _Values:
     """Every sequence begins a new quad."""
     num_sequences, width = steps_BD.shape
     padded = steps_BD
@@ -245,8 +218,8 @@ def _quad_columns(steps_BD: Bytes) -> _Columns:
     quads, escapes = pack_quads(padded.ravel())
     escapes_B = np.count_nonzero(steps_BD >= ESCAPE, axis=1)
     return {
-        "quads": fixed_lists(quads.reshape(num_sequences, padded.shape[1] // 4)),
-        "escapes": lists(escapes, escapes_B),
+        "quads": quads.reshape(num_sequences, padded.shape[1] // 4),
+        "escapes": RaggedValues(escapes, escapes_B),
     }
 
 
@@ -256,7 +229,7 @@ def _unpack_sequences(quads_BQ: Bytes, escapes: Bytes, width: int) -> Bytes:
 
 
 def _unpack_ragged(quads: Bytes, escapes: Bytes, sizes_B: npt.NDArray[Any]) -> Bytes:
-    """As `_unpack_sequences`, of sequences that differ in size; each one's last quad may be filled up with zeros."""
+    """Unpack sequences that differ in size; each one's last quad may be filled up with zeros."""
     num_quads_B = -(-sizes_B // 4)
     steps = unpack_quads(quads, escapes, 4 * int(num_quads_B.sum()))
     ends_B = 4 * np.cumsum(num_quads_B)
@@ -270,26 +243,22 @@ def _known(labels_BL: FloatArray, shape: TopkShape) -> FloatArray:
     return labels_BL[~np.isnan(labels_BL)] if shape.unknown_labels else labels_BL
 
 
-def _fine_columns(targets: TopkTargets, tail_BL: FloatArray, log_tails_BLT: FloatArray, shape: TopkShape) -> _Columns:
+def _fine_values(targets: TopkTargets, tail_BL: FloatArray, log_tails_BLT: FloatArray, shape: TopkShape) -> _Values:
     with np.errstate(divide="ignore"):
-        columns = _plane_columns("tail", _tail_codes(np.log(tail_BL)), 2)
+        values: _Values = {"tail": _tail_codes(np.log(tail_BL))}
     for number in range(log_tails_BLT.shape[2]):
-        codes_BL = _tail_codes(log_tails_BLT[..., number] - np.float32(SHIFT_NATS))
-        columns |= _plane_columns(tail_name(number), codes_BL, 2)
-    return columns | _plane_columns("label", _label_codes(targets.label_logprobs_BL, shape), 2)
+        values[tail_name(number)] = _tail_codes(log_tails_BLT[..., number] - np.float32(SHIFT_NATS))
+    return values | {"label": _label_codes(targets.label_logprobs_BL, shape)}
 
 
-def _fine_values(columns: Columns, shape: TopkShape) -> tuple[FloatArray, FloatArray, FloatArray]:
+def _read_fine(values: Mapping[str, npt.NDArray[Any]], shape: TopkShape) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Tail, label's logprobs, and the logarithms of the further tails."""
-    length = shape.seq_len
-    tail_BL = np.exp(_tail_logs(_joined(columns, "tail", length, 2)))
-    log_tails = [
-        _tail_logs(_joined(columns, tail_name(i), length, 2)) + np.float32(SHIFT_NATS) for i in range(len(shape.powers))
-    ]
-    codes_BL = _joined(columns, "label", length, 2)
-    labels_BL = FINE.decode(codes_BL)
+    tail_BL = np.exp(_tail_logs(values["tail"]))
+    names = map(tail_name, range(len(shape.powers)))
+    log_tails = [_tail_logs(values[name]) + np.float32(SHIFT_NATS) for name in names]
+    labels_BL = FINE.decode(values["label"])
     if shape.unknown_labels:
-        labels_BL[codes_BL == UNKNOWN_LABEL] = np.nan
+        labels_BL[values["label"] == UNKNOWN_LABEL] = np.nan
     return tail_BL, labels_BL, _stacked(log_tails, tail_BL)
 
 
@@ -334,30 +303,21 @@ def _codes_by_rank(steps_BD: npt.NDArray[Any], shape: TopkShape) -> npt.NDArray[
     return codes_BKL
 
 
-def _joined(columns: Columns, name: str, width: int, planes: int) -> npt.NDArray[Any]:
-    return join_planes([columns.fixed(f"{name}_{i}", width) for i in range(planes)])
+def _joined(parts: list[npt.NDArray[Any]]) -> RaggedValues:
+    """The sequences' parts, which stand behind an empty one."""
+    return RaggedValues(np.concatenate(parts), np.array([len(part) for part in parts[1:]], np.int64))
 
 
-def _ids_of(planes: list[Bytes], shape: TopkShape) -> IntArray:
-    ranks = join_planes(planes)
+def _ids_of(ranks: npt.NDArray[Any], shape: TopkShape) -> IntArray:
     check_ids("ids", ranks, len(shape.ranking.ids_V))
     ids: IntArray = np.take(shape.ranking.ids_V, ranks)
     return ids
 
 
-def _count_type(largest: int) -> type[np.unsignedinteger[Any]]:
-    return np.uint8 if largest < 1 << 8 else np.uint16
-
-
-def _sizes(parts: list[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
-    """Of the sequences' parts, which stand behind an empty one."""
-    return np.array([len(part) for part in parts[1:]], np.int64)
-
-
 def _num_kept(probs_LK: FloatArray) -> npt.NDArray[np.int64]:
     """The fewest of each row that hold `KEPT_MASS`, or all."""
     num_kept_L = np.full(len(probs_LK), probs_LK.shape[1])
-    # a cumulative sum takes longer than all else: rows that need their last id are told by their sum
+    # a cumulative sum takes longer than all else: rows that need their last id are known by their sum
     some = np.flatnonzero(probs_LK.sum(axis=1) - probs_LK[:, -1] >= KEPT_MASS - ROUNDING)
     enough = np.cumsum(probs_LK[some], axis=1) >= np.float32(KEPT_MASS)
     num_kept_L[some] = np.where(enough[:, -1], enough.argmax(axis=1) + 1, probs_LK.shape[1])

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
 
 from capgap.pipeline.store.codec import Codec
-from capgap.pipeline.store.files import HashingWriter, atomic_file, sha256_of, write_atomically
+from capgap.pipeline.store.files import HashingWriter, atomic_file, sha256_of
 from capgap.pipeline.store.plain_tar import SUFFIX
+from capgap.pipeline.store.sidecars import read_sidecar, write_sidecar
 from capgap.schemas.manifest import FileEntry, Members, ShardEntry, ShardSet
 from capgap.schemas.records import Sequences, Targets
 
@@ -45,20 +45,18 @@ class ShardWriter:
         sidecars.mkdir(parents=True, exist_ok=True)
 
     def finished(self, index: int) -> ShardEntry | None:
-        """The entry of shard `index`, if its sidecar stands and the file's digest agrees with it."""
-        sidecar = self._sidecar(index)
-        try:
-            entry = ShardEntry.model_validate_json(sidecar.read_bytes())
-        except (FileNotFoundError, ValidationError):
+        """The entry of shard `index`, if its sidecar stands and is sound and the file's digest agrees with it."""
+        entry = read_sidecar(self._sidecar(index), ShardEntry)
+        path = self._path(index)
+        if entry is None or entry.file.path != path.name:
             return None
-        path = self._folder / entry.file.path
         if path.is_file() and path.stat().st_size == entry.file.num_bytes and sha256_of(path) == entry.file.sha256:
             return entry
         return None
 
     def write(self, index: int, blocks: Iterable[Block]) -> ShardEntry:
         """Write shard `index`, replacing what may be there under its name."""
-        path = self._folder / f"{self._stem(index)}.tar"
+        path = self._path(index)
         self._sidecar(index).unlink(missing_ok=True)
         with atomic_file(path) as file:
             hashing = HashingWriter(file)
@@ -68,7 +66,7 @@ class ShardWriter:
             num_sequences=sum(members.num_sequences),
             members=members,
         )
-        write_atomically(self._sidecar(index), entry.model_dump_json())
+        write_sidecar(self._sidecar(index), entry)
         return entry
 
     def shard_set(self, shards: Iterable[ShardEntry]) -> ShardSet:
@@ -96,6 +94,9 @@ class ShardWriter:
 
     def _stem(self, index: int) -> str:
         return f"{self._name}-{index:06d}"
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"{self._stem(index)}.tar"
 
     def _sidecar(self, index: int) -> Path:
         return self._sidecars / f"{self._stem(index)}.json"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capgap.pipeline.stage.context import StageInput, further_cache
-from capgap.pipeline.store import ShardReader, heat_of
+from capgap.pipeline.store import ShardReader, target_temperature_of
 from capgap.pipeline.store.rows import sequences_per_row
 from capgap.pipeline.train.objective import objective_of
 from capgap.pipeline.train.task import CacheSource
@@ -54,7 +54,7 @@ class ChosenCache:
         reader = ShardReader(self.location, self.shards)
         target_temperature = None
         if self.has_targets:
-            target_temperature = heat_of(reader.codec, self.facts.temperature, self.temperature)
+            target_temperature = target_temperature_of(reader.codec, self.facts.temperature, self.temperature)
         return CacheSource(reader, self.weight, self.facts.context, target_temperature)
 
 

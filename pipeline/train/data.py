@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from capgap.pipeline.store import Batch, MixedLoader, SequenceLoader, ShardReader
+from capgap.pipeline.store import Batch, LoaderSettings, MixedLoader, SequenceLoader, ShardReader
 from capgap.pipeline.store.batch import collate
 from capgap.pipeline.store.rows import sequences_per_row
 from capgap.pipeline.train.task import CacheSource, TrainingTask
@@ -68,18 +68,20 @@ def _loader(task: TrainingTask, source: CacheSource, num_epochs: int, max_tokens
     settings = task.settings
     return SequenceLoader(
         source.reader,
-        _as_many_rows(task, source, settings.batch_sequences),
-        task.seed,
-        num_epochs=num_epochs,
-        max_tokens=max_tokens,
-        micro_batch=_as_many_rows(task, source, task.micro_batch),
-        rank=task.ranks.rank,
-        world_size=task.ranks.world_size,
-        row_len=task.row_len,
-        on_corrupt=settings.on_corrupt,
-        decode_on=task.device if settings.decode == "device" else None,
-        heat=source.target_temperature,
-        context=source.context,
+        LoaderSettings(
+            _as_many_rows(task, source, settings.batch_sequences),
+            task.seed,
+            num_epochs=num_epochs,
+            max_tokens=max_tokens,
+            micro_batch=_as_many_rows(task, source, task.micro_batch),
+            rank=task.ranks.rank,
+            world_size=task.ranks.world_size,
+            row_len=task.row_len,
+            on_corrupt=settings.on_corrupt,
+            decode_on=task.device if settings.decode == "device" else None,
+            target_temperature=source.target_temperature,
+            context=source.context,
+        ),
     )
 
 

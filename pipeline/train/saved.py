@@ -100,6 +100,8 @@ def publish(temporary: Path, path: Path) -> None:
         sync_folder(temporary)
     temporary.replace(path)
     sync_folder(path.parent)
+    # the folder itself may be as new as its first checkpoint
+    sync_folder(path.parent.parent)
 
 
 def _files(path: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from capgap.pipeline.stage.folder import WORK_FOLDER
 from capgap.pipeline.stage.ranks import Ranks
 from capgap.pipeline.store import ShardReader
-from capgap.pipeline.store.batch import Heat
+from capgap.pipeline.store.batch import TargetTemperature
 from capgap.pipeline.train.objective import Objective
 from capgap.schemas.run_corpus import ContextRule
 from capgap.schemas.run_optimization import OptimizationSettings
@@ -31,7 +31,7 @@ class CacheSource:
     reader: ShardReader
     weight: float = 1.0
     context: ContextRule = "packed"
-    target_temperature: Heat | None = None
+    target_temperature: TargetTemperature | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class TrainingTask:
     seed: int
     device: str
     folder: Path
-    target_temperature: Heat | None = None
+    target_temperature: TargetTemperature | None = None
     objective: Objective = Objective()  # noqa: RUF009  # frozen
     ranks: Ranks = Ranks()  # noqa: RUF009  # frozen
     heldout_targets: ShardReader | None = None

@@ -15,7 +15,7 @@ from capgap.schemas.errors import CorruptError, InputError
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, FileEntry, Manifest, WorkOrder
 
 Damage = dict[str, CorruptError]
-"""What is wrong with each damaged shard, by its path in the folder."""
+"""What is wrong with each damaged file, by its path in the folder."""
 
 
 def verify(folder: Path, quarantine: bool = False) -> Iterator[str]:
@@ -23,8 +23,8 @@ def verify(folder: Path, quarantine: bool = False) -> Iterator[str]:
 
     Args:
         folder: of a run or a stage.
-        quarantine: go on past damaged shards, list them in `quarantine.json` beside their manifest, a line each, and
-            raise in the end; a list from earlier is replaced.
+        quarantine: go on past damaged shards, and whatever is damaged of a cache, list them in `quarantine.json` beside
+            their manifest, a line each, and raise in the end; a list from earlier is replaced.
 
     Raises:
         InputError: there is none.
@@ -42,13 +42,13 @@ def verify(folder: Path, quarantine: bool = False) -> Iterator[str]:
         num_members = _verify_stage(path.parent, manifest, damage if quarantine else None)
         num_bytes = sum(file.num_bytes for file in manifest.files)
         counts = f"{len(manifest.files)} files, {num_members} members, {num_bytes:,} bytes"
-        yield f"{manifest.instance}: {counts}: {f'{len(damage)} shards in quarantine' if damage else 'sound'}"
+        yield f"{manifest.instance}: {counts}: {f'{len(damage)} files in quarantine' if damage else 'sound'}"
         for name, error in damage.items():
             yield f"  {name}: {error}"
             damaged.append(path.parent / name)
     if damaged:
         raise CorruptError(
-            "damaged shards are in quarantine",
+            "damaged files are in quarantine",
             where=folder,
             found=", ".join(map(str, damaged)),
             fix="run the stage that wrote them again, or train with train.on_corrupt set to skip",
@@ -56,14 +56,15 @@ def verify(folder: Path, quarantine: bool = False) -> Iterator[str]:
 
 
 def _verify_stage(folder: Path, manifest: Manifest, damage: Damage | None) -> int:
-    """Number of members that are sound; damaged shards are noted in `damage`, or raised where it is None."""
+    """Number of members that are sound; damage that the stage can mend is noted, or raised where `damage` is None."""
     _require_own_words(folder, manifest)
     shards = {shard.file.path for shard_set in manifest.shard_sets.values() for shard in shard_set.shards}
     for file in manifest.files:
         try:
             _require_digest(folder, file, manifest)
         except CorruptError as error:
-            if damage is None or file.path not in shards:
+            # a cache makes any of its files again, other stages can name nothing but shards
+            if damage is None or (file.path not in shards and manifest.stage != "cache"):
                 raise
             damage[file.path] = error
     if damage is not None:
@@ -76,7 +77,15 @@ def _verify_stage(folder: Path, manifest: Manifest, damage: Damage | None) -> in
                     "the manifest contradicts itself", where=folder / MANIFEST_NAME, found=f"shard {shard.file.path}"
                 )
     for shard_set in manifest.shard_sets.values():
-        reader = ShardReader(folder, shard_set)
+        try:
+            reader = ShardReader(folder, shard_set)
+        except CorruptError as error:
+            ranking = shard_set.codec_settings.get("ranking")
+            if damage is None or not isinstance(ranking, str):
+                raise
+            # without it no member can be read; it is a function of the corpus, and is written again
+            damage.setdefault(ranking, error)
+            continue
         for number, shard in enumerate(shard_set.shards):
             if damage and shard.file.path in damage:
                 continue

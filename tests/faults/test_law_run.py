@@ -16,7 +16,7 @@ import yaml
 from processes import TIMEOUT_S, Zygote, is_alive
 
 from capgap.pipeline.stage.manifests import read_manifest
-from capgap.pipeline.store import SequenceLoader, ShardReader
+from capgap.pipeline.store import LoaderSettings, SequenceLoader, ShardReader
 from capgap.schemas.manifest import Manifest
 
 SHAPE = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
@@ -75,7 +75,7 @@ def manifest(out: Path, stage: str) -> Manifest:
 def loader_of(out: Path, teacher: str, seed: int) -> SequenceLoader:
     """What a training of that seed reads from the teacher's cache."""
     shards = manifest(out, f"teachers/{teacher}/cache").shard_sets["sampled"]
-    return SequenceLoader(ShardReader(out / "teachers" / teacher / "cache", shards), 4, seed)
+    return SequenceLoader(ShardReader(out / "teachers" / teacher / "cache", shards), LoaderSettings(4, seed))
 
 
 def processes_of(session: int) -> list[int]:

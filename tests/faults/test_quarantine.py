@@ -29,7 +29,7 @@ def test_only_damaged_shards_are_scored_again_and_the_cache_is_the_one_it_was(
     code, said = zygote.run("verify", "--quarantine", cache)
     assert code != 0
     line = one_line(said)
-    assert "damaged shards are in quarantine" in line and str(cache / SHARD) in line
+    assert "damaged files are in quarantine" in line and str(cache / SHARD) in line
     assert list(json.loads((cache / "quarantine.json").read_text())) == [SHARD]
     code, said = zygote.run("status", run_file, "--out", copy)
     assert f"{SHARD} is in quarantine" in said

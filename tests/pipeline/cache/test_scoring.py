@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from capgap.pipeline.cache.scoring import Packed, Recording, Request, record_rows, row_offsets, sequence_digest, unpack
+from capgap.pipeline.cache.scoring import (
+    PackedRows,
+    Recording,
+    Request,
+    record_rows,
+    row_offsets,
+    sequence_digest,
+    unpack,
+)
 from capgap.schemas.errors import InputError
 
 KINDS = pytest.mark.parametrize("kind", ["topk", "sampled", "both"])
@@ -124,5 +132,5 @@ def _given(rows, kind: str):
     return (*rows[:2], None if kind == "topk" else rows[2])
 
 
-def _scored(settings: Recording, packed: Packed, where: str = "here"):
+def _scored(settings: Recording, packed: PackedRows, where: str = "here"):
     return unpack(settings, packed.ids_NC.numpy(), packed.numbers_NW.numpy(), where)

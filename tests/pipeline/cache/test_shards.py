@@ -21,7 +21,7 @@ from capgap.pipeline.cache import stage
 from capgap.pipeline.cache.shards import ShardScorer
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput
 from capgap.pipeline.stage.manifests import read_manifest
-from capgap.pipeline.store import ShardReader, heat_of
+from capgap.pipeline.store import ShardReader, target_temperature_of
 from capgap.pipeline.store.batch import collate
 from capgap.pipeline.store.codec import TOPK_CODECS
 from capgap.pipeline.workflow.carry_out import carry_out
@@ -75,7 +75,7 @@ def test_targets_at_a_further_temperature_are_the_teachers_there(run, inputs, pr
     with torch.inference_mode():
         logits_NV = LlamaForCausalLM.from_pretrained(inputs["teacher"]["path"])(tokens[:, :-1]).logits[..., :300]
     for temperature in (0.75, 1.5, 3.0):
-        batch = collate(samples, 12, heat_of(reader.codec, 1.5, temperature))
+        batch = collate(samples, 12, target_temperature_of(reader.codec, 1.5, temperature))
         true_NV = (logits_NV.double().flatten(0, 1) / temperature).softmax(-1)
         true_NK = true_NV.gather(1, batch.ids_NK)
         true_tail_N = 1 - true_NK.where(batch.weights_NK > 0, 0.0).sum(1)
@@ -87,7 +87,7 @@ def test_targets_at_a_further_temperature_are_the_teachers_there(run, inputs, pr
         assert big_N.any() and (batch.tail_N / true_tail_N)[big_N].log().abs().max() < 2 * kept_nats + 2e-3
         assert (batch.weights_NK.sum(1) + batch.tail_N - 1).abs().max() < 1e-5
     with pytest.raises(InputError, match=r"no targets at this temperature; found 2, expected one of 0.75, 1.5, 3"):
-        heat_of(reader.codec, 1.5, 2.0)
+        target_temperature_of(reader.codec, 1.5, 2.0)
 
 
 def test_a_disk_that_takes_no_more_stops_the_stage_and_leaves_no_half_shard(run) -> None:

@@ -17,6 +17,7 @@ from capgap.pipeline.stage.context import Instance, StageContext, StageInput
 from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import ShardReader, check_alignment, rank_ids, read_blocks
 from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS
+from capgap.pipeline.store.sidecars import write_sidecar
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, ShardFacts
@@ -151,7 +152,7 @@ def _unfinish(folder: Path, manifest: Manifest, missing: int | None, engine: str
     for index, shard in enumerate(some.shards):
         files = {}
         for name, shard_set in manifest.shard_sets.items():
-            (sidecars / f"{name}-{index:06d}.json").write_text(shard_set.shards[index].model_dump_json())
+            write_sidecar(sidecars / f"{name}-{index:06d}.json", shard_set.shards[index])
             files[name] = shard_set.shards[index].file.sha256
         num_targets = shard.num_sequences * SEQ_LEN
         facts = ShardFacts(
@@ -162,7 +163,7 @@ def _unfinish(folder: Path, manifest: Manifest, missing: int | None, engine: str
             label_loss=manifest.facts["mean_label_loss"] * num_targets,
         )
         if index != missing:
-            (scored / f"{index:06d}.json").write_text(facts.model_dump_json())
+            write_sidecar(scored / f"{index:06d}.json", facts)
     (folder / "manifest.json").unlink()
 
 

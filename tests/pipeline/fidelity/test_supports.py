@@ -8,7 +8,7 @@ import torch
 
 from capgap.kernels.sparse_kl import SparseTargets, linear_sparse_kl
 from capgap.pipeline.fidelity.supports import supports
-from capgap.pipeline.store import ShardReader, heat_of
+from capgap.pipeline.store import ShardReader, target_temperature_of
 from capgap.pipeline.store.batch import Batch, collate
 from capgap.pipeline.train.caches import chosen_caches
 from capgap.pipeline.train.objective import objective_of
@@ -26,7 +26,9 @@ def cache(tmp_path_factory, make_cache):
 def _batch(cache, name: str, temperature: float) -> Batch:
     reader = ShardReader(cache.location, cache.manifest.shard_sets[name])
     sequences, targets = reader.read(0)
-    return collate([(sequences, targets, 0)], reader.codec.num_ids, heat_of(reader.codec, 1.0, temperature))
+    return collate(
+        [(sequences, targets, 0)], reader.codec.num_ids, target_temperature_of(reader.codec, 1.0, temperature)
+    )
 
 
 def _loss_takes(batch: Batch, name, divergence: str, tail: str) -> bool:

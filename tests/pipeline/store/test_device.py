@@ -13,7 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capgap.pipeline.store import Batch, MixedLoader, Ranking, SequenceLoader, columns, heat_of
+from capgap.pipeline.store import (
+    Batch,
+    LoaderSettings,
+    MixedLoader,
+    Ranking,
+    SequenceLoader,
+    columns,
+    target_temperature_of,
+)
 from capgap.pipeline.store.batch import collate
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK, TOPK_CODECS, Codec
 from capgap.pipeline.store.device import DeviceDecoder
@@ -65,18 +73,18 @@ def test_batches_are_those_of_the_host(
     num_ids = 0 if name == SEQUENCES else num_ids if name == SAMPLED else min(num_ids, vocab_size)
     rng = np.random.default_rng(seed)
     ranking = Ranking(rng.permutation(vocab_size).astype(np.int32))
-    codec, heat = Codec(name, length, vocab_size, num_ids, ranking), None
+    codec, target = Codec(name, length, vocab_size, num_ids, ranking), None
     if temperature is not None and name in TOPK_CODECS.values():
         codec = dataclasses.replace(codec, extra_temperatures=(2.0, temperature))
-        heat = heat_of(codec, codec.temperature, temperature)
+        target = target_temperature_of(codec, codec.temperature, temperature)
     blocks = [make_block(codec, int(rng.integers(1, 5)), seed % 1000 + i) for i in range(2)]
     members = [codec.encode(block.sequences, block.targets) for block in blocks]
     rows = [(i, row) for i, block in enumerate(blocks) for row in range(len(block.sequences))]
     chosen = data.draw(st.lists(st.sampled_from(rows), min_size=1, max_size=6))
     stored, decoded = ([read(m, "here") for m in members] for read in (lambda *a: read_stored(codec, *a), codec.decode))
-    decoder = DeviceDecoder(codec, device, heat)
+    decoder = DeviceDecoder(codec, device, target)
     found = decoder.decode(gather([(stored[i], row) for i, row in chosen], False, context), 0)
-    assert_alike(found, collate([(*decoded[i], row) for i, row in chosen], codec.num_ids, heat, context))
+    assert_alike(found, collate([(*decoded[i], row) for i, row in chosen], codec.num_ids, target, context))
     assert (found.positions_BL is None) == (context == "packed")
     assert decoder.first_fault() is None
 
@@ -178,7 +186,8 @@ def test_a_loader_that_decodes_on_a_device_hands_out_the_same_batches(
 ) -> None:
     reader = make_reader(ranked_codecs[TOPK_CODECS["compact"]], ((3, 4), (5,), (2, 6)))
     host, other = (
-        SequenceLoader(reader, 4, 0, num_epochs=num_epochs, row_len=row_len, decode_on=on) for on in (None, device)
+        SequenceLoader(reader, LoaderSettings(4, 0, num_epochs=num_epochs, row_len=row_len, decode_on=on))
+        for on in (None, device)
     )
     pairs = list(zip(host, other, strict=True))
     assert len(pairs) == len(host) == 5 * num_epochs
@@ -202,7 +211,7 @@ def _misaligned(make_reader, codec: Codec, monkeypatch) -> SequenceLoader:
 
     monkeypatch.setattr(Codec, "encode", moved)
     reader = make_reader(codec, ((4, 4), (4, 4)))
-    return SequenceLoader(reader, 4, 0, num_epochs=8, decode_on="cpu")
+    return SequenceLoader(reader, LoaderSettings(4, 0, num_epochs=8, decode_on="cpu"))
 
 
 def test_misaligned_shards_stop_before_the_last_batch_and_are_named(make_reader, codecs, monkeypatch) -> None:
@@ -237,7 +246,7 @@ def test_no_state_is_saved_once_a_batch_was_at_fault(make_reader, codecs, monkey
 
 
 def test_a_device_that_miscalculates_is_not_blamed_on_the_shards(make_reader, codecs, monkeypatch) -> None:
-    loader = SequenceLoader(make_reader(codecs[TOPK], ((4, 4),)), 4, 0, decode_on="cpu")
+    loader = SequenceLoader(make_reader(codecs[TOPK], ((4, 4),)), LoaderSettings(4, 0, decode_on="cpu"))
     monkeypatch.setattr(DeviceDecoder, "first_fault", lambda self: 1)
     with pytest.raises(CorruptError, match=r"micro-batch 1, of .*targets-000000.tar.*train.decode: host"):
         list(loader)
@@ -245,7 +254,9 @@ def test_a_device_that_miscalculates_is_not_blamed_on_the_shards(make_reader, co
 
 def test_stored_blocks_take_less_memory_than_decoded_ones(make_reader, codecs) -> None:
     reader = make_reader(codecs[TOPK_CODECS["compact"]], ((6, 6),))
-    host, other = (SequenceLoader(reader, 4, 0, num_epochs=2, decode_on=on, threads=0) for on in (None, "cpu"))
+    host, other = (
+        SequenceLoader(reader, LoaderSettings(4, 0, num_epochs=2, decode_on=on, threads=0)) for on in (None, "cpu")
+    )
     for loader in (host, other):
         list(loader)
     assert 0 < other.blocks.num_bytes < host.blocks.num_bytes / 2

@@ -13,7 +13,7 @@ import threading
 import pytest
 import torch
 
-from capgap.pipeline.store import Batch, SequenceLoader, ShardReader
+from capgap.pipeline.store import Batch, LoaderSettings, SequenceLoader, ShardReader
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK
 from capgap.schemas.errors import CorruptError, InputError
 
@@ -60,11 +60,11 @@ def _steps(ranks: list[SequenceLoader], parts: int = 1) -> list[list[bytes]]:
 def test_what_remains_after_a_resume_is_the_same_to_the_bit(codecs, make_reader, name: str, position: int) -> None:
     reader = make_reader(codecs[name], SIZES)
     settings = {"num_epochs": 3, "max_tokens": 25 * 4 * 12}  # two and a half epochs
-    whole = list(SequenceLoader(reader, 4, 3, **settings))
-    first = SequenceLoader(reader, 4, 3, **settings)
+    whole = list(SequenceLoader(reader, LoaderSettings(4, 3, **settings)))
+    first = SequenceLoader(reader, LoaderSettings(4, 3, **settings))
     begun = list(itertools.islice(first, position))
     assert _all_same(begun, whole[:position])
-    second = SequenceLoader(reader, 4, 3, **settings, threads=position % 4, ahead=1 + position % 3)
+    second = SequenceLoader(reader, LoaderSettings(4, 3, **settings, threads=position % 4, ahead=1 + position % 3))
     second.load_state_dict(first.state_dict())
     assert _all_same(list(second), whole[position:])
     assert len(second) == len(whole) == 25
@@ -72,7 +72,7 @@ def test_what_remains_after_a_resume_is_the_same_to_the_bit(codecs, make_reader,
 
 def test_200_kills_and_resumes_with_other_ranks_and_micro_batches_take_the_same_steps(many) -> None:
     """Killed after any step, and resumed with any number of ranks, micro-batches and threads."""
-    whole = _steps([SequenceLoader(many, 128, 5, num_epochs=2, threads=0)])
+    whole = _steps([SequenceLoader(many, LoaderSettings(128, 5, num_epochs=2, threads=0))])
     assert len(whole) == 18
     rng = random.Random(0)
     for _ in range(200):
@@ -83,7 +83,10 @@ def test_200_kills_and_resumes_with_other_ranks_and_micro_batches_take_the_same_
             micro_batch = rng.choice([size for size in (share, share // 2) if size])
             ranks = [
                 SequenceLoader(
-                    many, 128, 5, num_epochs=2, micro_batch=micro_batch, rank=rank, world_size=world_size, threads=0
+                    many,
+                    LoaderSettings(
+                        128, 5, num_epochs=2, micro_batch=micro_batch, rank=rank, world_size=world_size, threads=0
+                    ),
                 )
                 for rank in rng.sample(range(world_size), 1)
             ]
@@ -105,7 +108,7 @@ def test_after_200_random_kills_any_ranks_and_workers_go_on_to_the_bit(codecs, m
     """Rank r of w has every w-th sequence, so the ranks' rows, dealt out in turn, are one process's in its order."""
     reader = make_reader(codecs[SAMPLED], SIZES)
     settings = {"batch_sequences": 12, "seed": 4, "num_epochs": 4}
-    whole = [_rows(batch) for batch in SequenceLoader(reader, **settings, threads=0)]
+    whole = [_rows(batch) for batch in SequenceLoader(reader, LoaderSettings(**settings, threads=0))]
     assert len(whole) == 12
     rng = random.Random(1)
     for _ in range(200):
@@ -115,12 +118,14 @@ def test_after_200_random_kills_any_ranks_and_workers_go_on_to_the_bit(codecs, m
             rng.choice([1, 2, 3, 4, 6, 12]),
             rng.randrange(4),
         )
-        killed = SequenceLoader(reader, **settings, rank=rng.randrange(before), world_size=before, threads=workers)
+        killed = SequenceLoader(
+            reader, LoaderSettings(**settings, rank=rng.randrange(before), world_size=before, threads=workers)
+        )
         batches = iter(killed)
         for _ in range(kill_step):
             next(batches)
         ranks = [
-            SequenceLoader(reader, **settings, rank=rank, world_size=world_size, threads=workers)
+            SequenceLoader(reader, LoaderSettings(**settings, rank=rank, world_size=world_size, threads=workers))
             for rank in range(world_size)
         ]
         for rank in ranks:
@@ -135,7 +140,7 @@ def test_after_200_random_kills_any_ranks_and_workers_go_on_to_the_bit(codecs, m
 LOGGED = """
 import hashlib, json, os, signal, sys, time
 from pathlib import Path
-from capgap.pipeline.store import SequenceLoader, ShardReader
+from capgap.pipeline.store import LoaderSettings, SequenceLoader, ShardReader
 from capgap.schemas.manifest import ShardSet
 
 folder, kills = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -143,7 +148,7 @@ reader = ShardReader(folder, ShardSet.model_validate_json((folder / "set.json").
 log, state = folder / "log", folder / "state"
 
 def read():
-    loader = SequenceLoader(reader, 4, 3, num_epochs=6, threads=2)
+    loader = SequenceLoader(reader, LoaderSettings(4, 3, num_epochs=6, threads=2))
     if state.exists():
         loader.load_state_dict(json.loads(state.read_text()))
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -176,7 +181,7 @@ def test_a_process_that_is_killed_any_time_goes_on_with_the_batches_that_remaine
     (folder / "set.json").write_text(reader.shard_set.model_dump_json())
     kills = sorted(random.Random().sample(range(1, 55), 4))
     subprocess.run([sys.executable, "-c", LOGGED, str(folder), json.dumps(kills)], check=True, timeout=300)
-    whole = SequenceLoader(reader, 4, 3, num_epochs=6)
+    whole = SequenceLoader(reader, LoaderSettings(4, 3, num_epochs=6))
     expected = []
     for number, batch in enumerate(whole, 1):
         data = b"".join(v.numpy().tobytes() for v in vars(batch).values() if v is not None)
@@ -190,9 +195,9 @@ def test_a_process_that_is_killed_any_time_goes_on_with_the_batches_that_remaine
 
 @pytest.mark.parametrize("world_size", [2, 8, 64])
 def test_ranks_are_disjoint_and_together_take_the_steps_of_one(many, world_size: int) -> None:
-    alone = _steps([SequenceLoader(many, 128, 1, num_epochs=2, threads=0)])
+    alone = _steps([SequenceLoader(many, LoaderSettings(128, 1, num_epochs=2, threads=0))])
     ranks = [
-        SequenceLoader(many, 128, 1, num_epochs=2, rank=rank, world_size=world_size, threads=0)
+        SequenceLoader(many, LoaderSettings(128, 1, num_epochs=2, rank=rank, world_size=world_size, threads=0))
         for rank in range(world_size)
     ]
     assert {len(rank) for rank in ranks} == {18}
@@ -204,32 +209,32 @@ def test_ranks_are_disjoint_and_together_take_the_steps_of_one(many, world_size:
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 8])
 def test_smaller_micro_batches_hold_the_same_sequences_in_the_same_order(reader, micro_batch: int) -> None:
-    whole = [row for batch in SequenceLoader(reader, 8, 1, num_epochs=3) for row in _rows(batch)]
-    parts = SequenceLoader(reader, 8, 1, num_epochs=3, micro_batch=micro_batch)
+    whole = [row for batch in SequenceLoader(reader, LoaderSettings(8, 1, num_epochs=3)) for row in _rows(batch)]
+    parts = SequenceLoader(reader, LoaderSettings(8, 1, num_epochs=3, micro_batch=micro_batch))
     assert len(parts) == 15 * 8 // micro_batch
     assert [row for batch in parts for row in _rows(batch)] == whole
 
 
 def test_the_state_of_a_loader_at_its_end_leaves_nothing(reader) -> None:
-    loader = SequenceLoader(reader, 4, 3)
+    loader = SequenceLoader(reader, LoaderSettings(4, 3))
     assert len(list(loader)) == 10
     assert list(loader) == []
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_an_epoch_holds_no_sequence_twice_and_leaves_out_only_what_fills_no_step(reader, seed: int) -> None:
-    rows = [row for batch in SequenceLoader(reader, 4, seed) for row in _rows(batch)]
+    rows = [row for batch in SequenceLoader(reader, LoaderSettings(4, seed)) for row in _rows(batch)]
     assert len(set(rows)) == len(rows) == 40
 
 
 def test_seeds_and_epochs_have_orders_of_their_own(reader) -> None:
-    streams = [list(SequenceLoader(reader, 4, seed, num_epochs=2)) for seed in (0, 1)]
+    streams = [list(SequenceLoader(reader, LoaderSettings(4, seed, num_epochs=2))) for seed in (0, 1)]
     epochs = [part for stream in streams for part in (stream[:10], stream[10:])]
     assert len({tuple(row for batch in epoch for row in _rows(batch)) for epoch in epochs}) == 4
 
 
 def test_every_rank_has_the_same_state_whatever_was_made_ahead(reader) -> None:
-    ranks = [SequenceLoader(reader, 8, 1, num_epochs=2, rank=rank, world_size=2) for rank in range(2)]
+    ranks = [SequenceLoader(reader, LoaderSettings(8, 1, num_epochs=2, rank=rank, world_size=2)) for rank in range(2)]
     for rank in ranks:
         list(itertools.islice(rank, 3))
     assert ranks[0].state_dict() == ranks[1].state_dict()
@@ -245,9 +250,9 @@ def test_every_rank_has_the_same_state_whatever_was_made_ahead(reader) -> None:
     ],
 )
 def test_a_state_of_another_order_is_refused(reader, change, named: str) -> None:
-    loader = SequenceLoader(reader, 4, 3)
+    loader = SequenceLoader(reader, LoaderSettings(4, 3))
     list(itertools.islice(loader, 9))
-    other = SequenceLoader(reader, **({"batch_sequences": 4, "seed": 3} | change))
+    other = SequenceLoader(reader, LoaderSettings(**({"batch_sequences": 4, "seed": 3} | change)))
     with pytest.raises(
         InputError, match=rf"checkpoint of another data order; found {{'{named}'.* expected .*; restore"
     ):
@@ -255,19 +260,19 @@ def test_a_state_of_another_order_is_refused(reader, change, named: str) -> None
 
 
 def test_a_state_within_a_step_is_refused_by_ranks_that_cannot_divide_it(reader) -> None:
-    loader = SequenceLoader(reader, 8, 3, micro_batch=2)
+    loader = SequenceLoader(reader, LoaderSettings(8, 3, micro_batch=2))
     list(itertools.islice(loader, 5))
     state = loader.state_dict()
-    SequenceLoader(reader, 8, 3, micro_batch=1, world_size=2).load_state_dict(state)
+    SequenceLoader(reader, LoaderSettings(8, 3, micro_batch=1, world_size=2)).load_state_dict(state)
     with pytest.raises(InputError, match=r"within a step.* found 10 sequences, expected a multiple of 8"):
-        SequenceLoader(reader, 8, 3, world_size=2).load_state_dict(state)
+        SequenceLoader(reader, LoaderSettings(8, 3, world_size=2)).load_state_dict(state)
 
 
 def test_a_state_of_another_cache_is_refused(codecs, make_reader, reader, tmp_path) -> None:
     (tmp_path / "shards").rename(tmp_path / "first")
-    loader = SequenceLoader(make_reader(codecs[SAMPLED], SIZES[:2]), 4, 3)
+    loader = SequenceLoader(make_reader(codecs[SAMPLED], SIZES[:2]), LoaderSettings(4, 3))
     with pytest.raises(InputError, match=r"another data order; found {.*'shards'"):
-        SequenceLoader(reader, 4, 3).load_state_dict(loader.state_dict())
+        SequenceLoader(reader, LoaderSettings(4, 3)).load_state_dict(loader.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -282,7 +287,7 @@ def test_a_state_of_another_cache_is_refused(codecs, make_reader, reader, tmp_pa
 )
 def test_what_cannot_be_divided_is_refused(reader, given, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        SequenceLoader(reader, **({"batch_sequences": 4, "seed": 0} | given))
+        SequenceLoader(reader, LoaderSettings(**({"batch_sequences": 4, "seed": 0} | given)))
 
 
 def _threads() -> list[str]:
@@ -290,11 +295,11 @@ def _threads() -> list[str]:
 
 
 def test_threads_are_gone_after_the_last_batch_and_after_closing(reader) -> None:
-    batches = iter(SequenceLoader(reader, 4, 0, threads=3))
+    batches = iter(SequenceLoader(reader, LoaderSettings(4, 0, threads=3)))
     for _ in range(10):
         next(batches)
     assert _threads() == [], "nobody need ask for an eleventh"
-    batches = iter(SequenceLoader(reader, 4, 0, threads=3))
+    batches = iter(SequenceLoader(reader, LoaderSettings(4, 0, threads=3)))
     next(batches)
     assert _threads()
     batches.close()
@@ -305,17 +310,17 @@ def test_each_block_is_decoded_once_an_epoch_and_memory_is_bounded(many, monkeyp
     read = []
     original = many.read_member
     monkeypatch.setattr(many, "read_member", lambda *key: read.append(key) or original(*key))
-    loader = SequenceLoader(many, 12, 0, threads=4)
+    loader = SequenceLoader(many, LoaderSettings(12, 0, threads=4))
     list(loader)
     assert len(read) == 300
     read.clear()
-    small = SequenceLoader(many, 12, 0, num_epochs=2, threads=4, max_block_bytes=3000)
-    assert _all_same(list(small), list(SequenceLoader(many, 12, 0, num_epochs=2)))
+    small = SequenceLoader(many, LoaderSettings(12, 0, num_epochs=2, threads=4, max_block_bytes=3000))
+    assert _all_same(list(small), list(SequenceLoader(many, LoaderSettings(12, 0, num_epochs=2))))
     assert 0 < small.blocks.num_bytes <= 3000
 
 
 def test_in_a_single_epoch_a_block_is_dropped_after_its_last_sequence(many) -> None:
-    once, twice = (SequenceLoader(many, 12, 0, num_epochs=epochs, threads=0) for epochs in (1, 2))
+    once, twice = (SequenceLoader(many, LoaderSettings(12, 0, num_epochs=epochs, threads=0)) for epochs in (1, 2))
     held = [once.blocks.num_bytes for _ in once]
     assert held[-1] == 0
     list(itertools.islice(twice, 100))
@@ -337,7 +342,7 @@ def _damage(reader: ShardReader, shard: int, member: int) -> str:
 def test_a_damaged_member_stops_with_its_name_in_the_consumers_thread(many, threads: int) -> None:
     name = _damage(many, 3, 7)
     with pytest.raises(CorruptError, match=f"^{name} at byte .*checksum mismatch"):
-        list(SequenceLoader(many, 4, 0, threads=threads))
+        list(SequenceLoader(many, LoaderSettings(4, 0, threads=threads)))
     assert _threads() == []
 
 
@@ -348,10 +353,10 @@ def large(codecs, make_reader) -> ShardReader:
 
 
 def test_a_skipped_sequence_is_replaced_by_the_next_good_one_of_its_lane(large, caplog) -> None:
-    sound = list(SequenceLoader(large, 64, 0))
-    places = [place for number in range(64) for place in SequenceLoader(large, 64, 0).places(number)]
+    sound = list(SequenceLoader(large, LoaderSettings(64, 0)))
+    places = [place for number in range(64) for place in SequenceLoader(large, LoaderSettings(64, 0)).places(number)]
     name = _damage(large, 3, 7)
-    loader = SequenceLoader(large, 64, 0, on_corrupt="skip")
+    loader = SequenceLoader(large, LoaderSettings(64, 0, on_corrupt="skip"))
     found = list(loader)
     assert len(found) == len(sound)
     changed = [i for i in range(4096) if not torch.equal(_row(found, i), _row(sound, i))]
@@ -364,11 +369,13 @@ def test_a_skipped_sequence_is_replaced_by_the_next_good_one_of_its_lane(large, 
     assert [name in record.getMessage() for record in caplog.records] == [True]
     for world_size, threads in ((2, 0), (8, 3)):
         ranks = [
-            SequenceLoader(large, 64, 0, rank=r, world_size=world_size, threads=threads, on_corrupt="skip")
+            SequenceLoader(
+                large, LoaderSettings(64, 0, rank=r, world_size=world_size, threads=threads, on_corrupt="skip")
+            )
             for r in range(world_size)
         ]
         assert _steps(ranks) == [sorted(_rows(batch)) for batch in found]
-    resumed = SequenceLoader(large, 64, 0, on_corrupt="skip")
+    resumed = SequenceLoader(large, LoaderSettings(64, 0, on_corrupt="skip"))
     resumed.load_state_dict(loader.state_dict())
     assert resumed.skips.as_dict() == {name: 4}, "a resumed training still says what was skipped before"
 
@@ -381,10 +388,10 @@ def test_more_damage_than_one_in_a_thousand_stops(large) -> None:
     for shard, member in ((3, 7), (5, 1)):
         _damage(large, shard, member)
     with pytest.raises(CorruptError, match=r"too much is damaged .* found 8 sequences in 2 members, .* 4,"):
-        list(SequenceLoader(large, 64, 0, on_corrupt="skip"))
+        list(SequenceLoader(large, LoaderSettings(64, 0, on_corrupt="skip")))
 
 
 def test_batches_are_pinned_where_asked(reader) -> None:
     if not torch.cuda.is_available():
         pytest.skip("page-locked memory needs CUDA")
-    assert next(iter(SequenceLoader(reader, 4, 0))).input_ids_BL.is_pinned()
+    assert next(iter(SequenceLoader(reader, LoaderSettings(4, 0)))).input_ids_BL.is_pinned()

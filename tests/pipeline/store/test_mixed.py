@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from capgap.pipeline.store import Batch, MixedLoader, SequenceLoader, ShardReader
+from capgap.pipeline.store import Batch, LoaderSettings, MixedLoader, SequenceLoader, ShardReader
 from capgap.pipeline.store.codec import SEQUENCES
 from capgap.schemas.errors import InputError
 
@@ -24,7 +24,9 @@ def readers(codecs, make_reader, tmp_path) -> dict[str, ShardReader]:
 
 def _mixed(readers, epochs: int = 4, rank: int = 0, world_size: int = 1, **settings) -> MixedLoader:
     loaders = {
-        name: SequenceLoader(reader, 4, 0, num_epochs=epochs, rank=rank, world_size=world_size, threads=2)
+        name: SequenceLoader(
+            reader, LoaderSettings(4, 0, num_epochs=epochs, rank=rank, world_size=world_size, threads=2)
+        )
         for name, reader in readers.items()
     }
     return MixedLoader(loaders, settings.pop("weights", {"a": 3, "b": 1}), 7, **settings)
@@ -37,7 +39,9 @@ def _rows(batches: list[Batch]) -> list[bytes]:
 @pytest.mark.parametrize("weights", [{"a": 3, "b": 1}, {"a": 0.5, "b": 0.5}, {"a": 1, "b": 2}])
 def test_the_mix_is_that_of_the_weights(readers, weights) -> None:
     loader = MixedLoader(
-        {name: SequenceLoader(reader, 4, 0, num_epochs=2000) for name, reader in readers.items()}, weights, 7
+        {name: SequenceLoader(reader, LoaderSettings(4, 0, num_epochs=2000)) for name, reader in readers.items()},
+        weights,
+        7,
     )
     for cycles in (1, 5):
         given = dict(zip("ab", loader._given(1000 * cycles), strict=True))
@@ -49,7 +53,7 @@ def test_the_mix_is_that_of_the_weights(readers, weights) -> None:
 def test_each_cache_keeps_its_own_order(readers) -> None:
     found = _rows(list(_mixed(readers)))
     for reader in readers.values():
-        alone = _rows(list(SequenceLoader(reader, 4, 0, num_epochs=4)))
+        alone = _rows(list(SequenceLoader(reader, LoaderSettings(4, 0, num_epochs=4))))
         mine = [row for row in found if row in set(alone)]
         assert mine == alone[: len(mine)]
         assert mine
@@ -113,7 +117,8 @@ def test_what_cannot_be_mixed_is_refused(readers, settings, message: str) -> Non
 def _by_steps(readers, sizes: dict[str, tuple[int, int]], **settings) -> MixedLoader:
     """Loaders with steps and micro-batches of these sizes."""
     loaders = {
-        name: SequenceLoader(reader, sizes[name][0], 0, micro_batch=sizes[name][1]) for name, reader in readers.items()
+        name: SequenceLoader(reader, LoaderSettings(sizes[name][0], 0, micro_batch=sizes[name][1]))
+        for name, reader in readers.items()
     }
     return MixedLoader(loaders, {"a": 3, "b": 2}, 7, **settings)
 
@@ -155,7 +160,8 @@ def test_caches_of_unequal_sequences_are_mixed_in_rows_of_one_length(readers, co
 
     def make(**settings) -> MixedLoader:
         loaders = {
-            name: SequenceLoader(reader, size, 0, num_epochs=9, row_len=26) for name, (reader, size) in caches.items()
+            name: SequenceLoader(reader, LoaderSettings(size, 0, num_epochs=9, row_len=26))
+            for name, (reader, size) in caches.items()
         }
         return MixedLoader(loaders, {"a": 1, "long": 1}, 7, **settings)
 
@@ -172,5 +178,7 @@ def test_caches_of_unequal_sequences_are_mixed_in_rows_of_one_length(readers, co
         assert _rows(list(second)) == _rows(whole[stop:])
     with pytest.raises(InputError, match=r"rows in a batch, and targets in a row; found .*\(4, 12\), \(4, 20\)"):
         MixedLoader(
-            {name: SequenceLoader(reader, 4, 0) for name, (reader, _) in caches.items()}, {"a": 1, "long": 1}, 7
+            {name: SequenceLoader(reader, LoaderSettings(4, 0)) for name, (reader, _) in caches.items()},
+            {"a": 1, "long": 1},
+            7,
         )

@@ -13,7 +13,7 @@ import fsspec
 import pytest
 import torch
 
-from capgap.pipeline.store import DiskCache, Remote, SequenceLoader, ShardReader, is_url, place_of
+from capgap.pipeline.store import DiskCache, LoaderSettings, Remote, SequenceLoader, ShardReader, is_url, place_of
 from capgap.pipeline.store.codec import SAMPLED
 from capgap.schemas.errors import CorruptError, InputError, MachineError
 
@@ -52,8 +52,8 @@ def bucket(s3_server, reader, tmp_path) -> str:
 
 def _assert_reads(url: str, reader: ShardReader, folder: Path) -> None:
     there = ShardReader(place_of(url, DiskCache(folder, 1 << 20)), reader.shard_set)
-    alone = SequenceLoader(reader, 2, 0, num_epochs=2)
-    for found, expected in zip(SequenceLoader(there, 2, 0, num_epochs=2), alone, strict=True):
+    alone = SequenceLoader(reader, LoaderSettings(2, 0, num_epochs=2))
+    for found, expected in zip(SequenceLoader(there, LoaderSettings(2, 0, num_epochs=2)), alone, strict=True):
         for a, b in zip(vars(found).values(), vars(expected).values(), strict=True):
             assert a is b is None or torch.equal(a, b)
 

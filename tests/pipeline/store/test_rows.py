@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from capgap.pipeline.store import SequenceLoader, ShardReader
+from capgap.pipeline.store import LoaderSettings, SequenceLoader, ShardReader
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK
 from capgap.schemas.errors import InputError
 
@@ -21,8 +21,8 @@ def reader(codecs, make_reader, request) -> ShardReader:
 @pytest.mark.parametrize("row_len", [12, 13, 24, 29, 49])
 def test_rows_hold_the_sequences_one_after_the_other_and_padding_without_weight(reader, row_len: int) -> None:
     per_row, padding = divmod(row_len, 12)
-    plain = SequenceLoader(reader, 8, 3, num_epochs=2)
-    loader = SequenceLoader(reader, 8, 3, num_epochs=2, row_len=row_len)
+    plain = SequenceLoader(reader, LoaderSettings(8, 3, num_epochs=2))
+    loader = SequenceLoader(reader, LoaderSettings(8, 3, num_epochs=2, row_len=row_len))
     assert loader.shape == (8 // per_row, row_len)
     for batch, alone in zip(loader, plain, strict=True):
         assert batch.input_ids_BL.shape == batch.labels_BL.shape == (8 // per_row, row_len)
@@ -47,9 +47,9 @@ def test_rows_hold_the_sequences_one_after_the_other_and_padding_without_weight(
 @pytest.mark.parametrize("row_len", [None, 12, 29])
 def test_under_the_rule_document_positions_begin_anew_at_each_document(reader, row_len, decode_on) -> None:
     loader = SequenceLoader(
-        reader, 8, 3, num_epochs=2, row_len=row_len, context="document", decode_on=decode_on, pin=False
+        reader, LoaderSettings(8, 3, num_epochs=2, row_len=row_len, context="document", decode_on=decode_on, pin=False)
     )
-    plain = SequenceLoader(reader, 8, 3, num_epochs=2, row_len=row_len)
+    plain = SequenceLoader(reader, LoaderSettings(8, 3, num_epochs=2, row_len=row_len))
     per_row, width = (row_len or 12) // 12, row_len or 12
     for number, (batch, alone) in enumerate(zip(loader, plain, strict=True)):
         expected = []
@@ -68,10 +68,10 @@ def test_under_the_rule_document_positions_begin_anew_at_each_document(reader, r
 
 
 def test_a_resumed_loader_gives_the_same_rows(reader) -> None:
-    whole = list(SequenceLoader(reader, 8, 3, num_epochs=2, row_len=29))
-    first = SequenceLoader(reader, 8, 3, num_epochs=2, row_len=29)
+    whole = list(SequenceLoader(reader, LoaderSettings(8, 3, num_epochs=2, row_len=29)))
+    first = SequenceLoader(reader, LoaderSettings(8, 3, num_epochs=2, row_len=29))
     next(iter(first))
-    second = SequenceLoader(reader, 8, 3, num_epochs=2, row_len=29)
+    second = SequenceLoader(reader, LoaderSettings(8, 3, num_epochs=2, row_len=29))
     second.load_state_dict(first.state_dict())
     for batch, expected in zip(second, whole[1:], strict=True):
         for a, b in zip(vars(batch).values(), vars(expected).values(), strict=True):
@@ -88,4 +88,4 @@ def test_a_resumed_loader_gives_the_same_rows(reader) -> None:
 )
 def test_rows_that_cannot_be_filled_are_refused(reader, settings, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        SequenceLoader(reader, 8, 3, **settings)
+        SequenceLoader(reader, LoaderSettings(8, 3, **settings))

@@ -19,21 +19,21 @@ from typing import Any
 
 import pytest
 
-from capgap.pipeline.store import SequenceLoader, ShardReader
+from capgap.pipeline.store import LoaderSettings, SequenceLoader, ShardReader
 from capgap.pipeline.store.codec import SAMPLED
 
 SIZES = ((3, 1), (4,), (2, 2, 1))
 READ = """
 import hashlib, sys
 from pathlib import Path
-from capgap.pipeline.store import DiskCache, Remote, SequenceLoader, ShardReader, place_of
+from capgap.pipeline.store import DiskCache, LoaderSettings, Remote, SequenceLoader, ShardReader, place_of
 from capgap.schemas.manifest import ShardSet
 
 url, copies = sys.argv[1:]
 data = Remote(url).read("set.json")
 assert Remote(url).read("none.json") is None
 there = ShardReader(place_of(url, DiskCache(Path(copies), 1 << 20)), ShardSet.model_validate_json(data))
-print([row.numpy().tobytes().hex() for batch in SequenceLoader(there, 2, 0) for row in batch.ids_NK])
+print([row.numpy().tobytes().hex() for batch in SequenceLoader(there, LoaderSettings(2, 0)) for row in batch.ids_NK])
 """
 
 
@@ -58,7 +58,9 @@ def _read(url: str, tmp_path: Path, **environment: str) -> subprocess.CompletedP
 def _assert_reads(reader: ShardReader, url: str, tmp_path: Path, **environment: str) -> None:
     done = _read(url, tmp_path, **environment)
     assert done.returncode == 0, done.stderr
-    alone = [row.numpy().tobytes().hex() for batch in SequenceLoader(reader, 2, 0) for row in batch.ids_NK]
+    alone = [
+        row.numpy().tobytes().hex() for batch in SequenceLoader(reader, LoaderSettings(2, 0)) for row in batch.ids_NK
+    ]
     assert done.stdout.strip() == str(alone)
 
 

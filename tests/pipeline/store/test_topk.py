@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capgap.pipeline.store import check_alignment, heat_of
+from capgap.pipeline.store import check_alignment, target_temperature_of
 from capgap.pipeline.store.batch import collate
 from capgap.pipeline.store.codec import TOPK_CODECS, Codec
 from capgap.schemas.errors import InputError
@@ -214,10 +214,12 @@ def test_a_batch_at_another_temperature_is_within_the_error_that_follows_from_th
     codec = dataclasses.replace(codecs[TOPK_CODECS[profile]], temperature=1.5, extra_temperatures=(9.0, temperature))
     block = make_block(codec, 20)
     stored = codec.decode(codec.encode(block.sequences, block.targets), "here")
-    heat = heat_of(codec, 1.5, temperature)
+    target = target_temperature_of(codec, 1.5, temperature)
     exact = dataclasses.replace(codec, name=TOPK_CODECS["lossless"])
-    true = collate([(block.sequences, block.targets, row) for row in range(20)], 0, heat_of(exact, 1.5, temperature))
-    found = collate([(*stored, row) for row in range(20)], 0, heat)
+    true = collate(
+        [(block.sequences, block.targets, row) for row in range(20)], 0, target_temperature_of(exact, 1.5, temperature)
+    )
+    found = collate([(*stored, row) for row in range(20)], 0, target)
     kept_nats = 1.5 / temperature * ERRORS[profile][0]
     bound = kept_nats + max(kept_nats, ERRORS[profile][1]) + 1e-4
     kept = found.weights_NK > 1e-30

@@ -14,7 +14,7 @@ from tiny_models import mamba_config, tiny_model
 from tiny_tasks import tiny_task
 from transformers import LlamaForCausalLM
 
-from capgap.pipeline.store import Batch, SequenceLoader, ShardReader
+from capgap.pipeline.store import Batch, LoaderSettings, SequenceLoader, ShardReader
 from capgap.pipeline.train.data import heldout_batches
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.heldout import measure
@@ -74,8 +74,10 @@ def test_loss_and_gradient_are_those_of_the_counted_tokens_of_documents_alone(
     readers, make_student, kind: str, row_len: int | None, decode_on: str | None
 ) -> None:
     reader = readers[kind]
-    loader = SequenceLoader(reader, 4, 5, row_len=row_len, context="document", decode_on=decode_on, pin=False)
-    plain = SequenceLoader(reader, 4, 5)
+    loader = SequenceLoader(
+        reader, LoaderSettings(4, 5, row_len=row_len, context="document", decode_on=decode_on, pin=False)
+    )
+    plain = SequenceLoader(reader, LoaderSettings(4, 5))
     model = make_student()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -99,7 +101,7 @@ def test_loss_and_gradient_are_those_of_the_counted_tokens_of_documents_alone(
 
 def test_what_does_not_count_has_no_part_in_loss_or_gradient(readers, make_student) -> None:
     """Targets and labels of uncounted rows are replaced by nonsense."""
-    loader = SequenceLoader(readers["topk"], 8, 5, row_len=2 * SEQ_LEN + 5, context="document")
+    loader = SequenceLoader(readers["topk"], LoaderSettings(8, 5, row_len=2 * SEQ_LEN + 5, context="document"))
     batch, model = loader.micro_batch(0), make_student()
     uncounted_N = batch.labels_BL.flatten() < 0
     assert 0.3 < uncounted_N.float().mean() < 0.6

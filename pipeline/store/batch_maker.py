@@ -1,0 +1,124 @@
+"""Micro-batches out of members: found, decoded by the host or a device, collated.
+
+    places --BlockCache--> blocks --collate--> Batch                                            the host decodes
+    places --BlockCache--> stored columns --gather, one copy--> DeviceDecoder --> Batch         a device decodes
+
+Threads do the host's part of several micro-batches at once; the device's part is the consumer's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from capgap.pipeline.store.batch import Batch, collate
+from capgap.pipeline.store.blocks import BlockCache, LoadedBlock
+from capgap.pipeline.store.device import DeviceDecoder
+from capgap.pipeline.store.loader_settings import LoaderSettings
+from capgap.pipeline.store.reader import ShardReader
+from capgap.pipeline.store.rows import in_rows
+from capgap.pipeline.store.skips import Skips
+from capgap.pipeline.store.stored import StoredBlock
+from capgap.pipeline.store.stored_batch import StoredBatch, gather
+from capgap.pipeline.store.stream import Stream
+from capgap.schemas.errors import CorruptError
+
+
+class BatchMaker:
+    """Makes the micro-batches of a stream.
+
+    Args:
+        reader: of the shards.
+        stream: says which sequences a micro-batch holds.
+        settings: of the loader.
+
+    Attributes:
+        skips: the damaged members that were passed over.
+        blocks: those held in memory.
+    """
+
+    def __init__(self, reader: ShardReader, stream: Stream, settings: LoaderSettings) -> None:
+        self._reader, self._stream, self._settings = reader, stream, settings
+        shards = reader.shard_set.shards
+        excused = {reader.place.name_of(shard.file) for shard in shards if shard.file.path in reader.quarantined}
+        self.skips = Skips(len(stream.order), settings.on_corrupt, excused)
+        once = stream.num_steps <= stream.steps_per_epoch
+        self.blocks = BlockCache[tuple[int, int]](self._read, settings.max_block_bytes, once)
+        self._pin = torch.cuda.is_available() if settings.pin is None else settings.pin
+        self._decoder = None
+        if settings.decode_on is not None:
+            self._decoder = DeviceDecoder(reader.codec, settings.decode_on, settings.target_temperature)
+
+    def host_part(self, number: int) -> Batch | StoredBatch:
+        """What threads make of a micro-batch: all of it, or its stored columns.
+
+        Raises:
+            CorruptError: a member is damaged, and may not be skipped.
+        """
+        epoch, chosen = self._stream.chosen(number)
+        found = [self._find(epoch, index) for index in chosen]
+        stored = [(block, row) for block, row in found if isinstance(block, StoredBlock)]
+        if stored:
+            return gather(stored, self._pin, self._settings.context)
+        decoded = [(*block, row) for block, row in found if not isinstance(block, StoredBlock)]
+        settings = self._settings
+        batch = collate(decoded, self._reader.codec.num_ids, settings.target_temperature, settings.context)
+        batch = self._in_rows(batch)
+        return pinned(batch) if self._pin else batch
+
+    def finish(self, part: Batch | StoredBatch, number: int) -> Batch:
+        """The micro-batch of that number; what threads have stored columns of is decoded by the device."""
+        if isinstance(part, Batch):
+            return part
+        assert self._decoder is not None, "stored columns are read for a device only"
+        return self._in_rows(self._decoder.decode(part, number))
+
+    def require_sound(self) -> None:
+        """Raise CorruptError if a micro-batch that a device decoded contradicts the format or its own tokens.
+
+        This waits for the device. What the host decodes is checked before it is handed out.
+        """
+        number = None if self._decoder is None else self._decoder.first_fault()
+        if number is None:
+            return
+        places = self._stream.places(number)
+        # the host finds it again, and names it
+        for place in places:
+            if (place.shard, place.member) not in self.skips:
+                self._reader.read_member(place.shard, place.member)
+        raise CorruptError(
+            "a device decoded values that the host finds sound",
+            where=f"micro-batch {number}, of {', '.join(self._reader.name_of(*place[:2]) for place in places)}",
+            fix="decode on the host (train.decode: host), and test the device's memory",
+        )
+
+    def _in_rows(self, batch: Batch) -> Batch:
+        return batch if self._settings.row_len is None else in_rows(batch, self._settings.row_len)
+
+    def _find(self, epoch: int, index: int) -> tuple[LoadedBlock, int]:
+        """The sequence of that index, or where its member is damaged the next good one of its lane."""
+        order = self._stream.order
+        lane, lanes = index % order.lanes, order.lanes
+        for further in range(order.lane_length(lane)):
+            other = (index // lanes + further) % order.lane_length(lane)
+            place = order.locate(epoch, other * lanes + lane)
+            if (place.shard, place.member) in self.skips:
+                continue
+            try:
+                return self.blocks.get((place.shard, place.member)), place.row
+            except CorruptError as error:
+                lost = self._reader.shard_set.shards[place.shard].members.num_sequences[place.member]
+                self.skips.note((place.shard, place.member), self._reader.name_of(*place[:2]), lost, error)
+        raise CorruptError("no sound sequence is left in a lane of the order", where=self._reader.name_of(0, 0))
+
+    def _read(self, key: tuple[int, int]) -> LoadedBlock:
+        if self._decoder is not None:
+            return self._reader.read_stored(*key)
+        return self._reader.read_member(*key)
+
+
+def pinned(batch: Batch) -> Batch:
+    """The same batch in page-locked memory."""
+    tensors: list[Any] = [None if value is None else value.pin_memory() for value in vars(batch).values()]
+    return Batch(*tensors)

@@ -1,0 +1,74 @@
+"""What a loader is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from capgap.pipeline.store.batch import TargetTemperature
+from capgap.schemas.run_corpus import ContextRule
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How a `SequenceLoader` reads a shard set; only the first two have no default.
+
+    Attributes:
+        batch_sequences: The sequences in one step, over all ranks and micro-batches.
+        seed: It decides the order.
+        num_epochs: How many passes over the data there are.
+        max_tokens: The loader stops before the step that would pass this many targets, even within an epoch.
+        micro_batch: The sequences in one micro-batch on one rank. A rank's whole share of a step where it is None.
+        rank: The number of this process.
+        world_size: The number of processes. Times the micro-batch, it must divide the step. Each process holds open the
+            lanes it reads: lanes / world_size where that is whole, otherwise all of them.
+        row_len: The targets in a row of a batch: as many sequences as fit stand in it one after the other, with
+            positions of their own, and what is left is padding without weight. A row is one sequence where it is None.
+        lanes: How many lanes the order has. 64 where it is None, or fewer for less than 128 members.
+        on_corrupt: `stop` raises at a damaged member, and `skip` passes over it: each of its sequences is replaced by
+            the next good one of its lane. More damage than 0.1 % of the sequences raises in any case, except for shards
+            in quarantine, which are not counted.
+        threads: How many read and decode ahead. 0 reads when a batch is asked for. Two feed a GPU with half a million
+            tokens a second.
+        ahead: How many micro-batches are in the making or ready. Four cover a member that is being decoded.
+        max_block_bytes: How much is kept of decoded blocks. The default is above what the open windows of members of 8k
+            tokens take, 550 MB at 64 ids a token; below that, blocks are decoded again.
+        decode_on: The device that decodes, and on which batches come. Where it is None, threads of the host decode, and
+            batches lie in its memory. Batches are the same.
+        pin: Whether batches are copied to page-locked memory, for a transfer beside the computation. Where it is None,
+            they are if CUDA is there.
+        target_temperature: The further temperature at which targets are wanted, by `target_temperature_of`. None stands
+            for the capture temperature.
+        context: The rule under which the teacher scored. Under `document`, batches have positions that begin anew at
+            each document, where the student's attention must end.
+    """
+
+    batch_sequences: int
+    seed: int
+    num_epochs: int = 1
+    max_tokens: int | None = None
+    micro_batch: int | None = None
+    rank: int = 0
+    world_size: int = 1
+    row_len: int | None = None
+    lanes: int | None = None
+    on_corrupt: Literal["stop", "skip"] = "stop"
+    threads: int = 2
+    ahead: int = 4
+    max_block_bytes: int = 1 << 30
+    decode_on: torch.device | str | None = None
+    pin: bool | None = None
+    target_temperature: TargetTemperature | None = None
+    context: ContextRule = "packed"
+
+    @property
+    def rank_sequences(self) -> int:
+        """The sequences in one micro-batch on one rank."""
+        return self.micro_batch or max(1, self.batch_sequences // self.world_size)
+
+    @property
+    def round_sequences(self) -> int:
+        """The sequences in one micro-batch on every rank."""
+        return self.rank_sequences * self.world_size
