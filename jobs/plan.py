@@ -13,7 +13,7 @@ from capgap.jobs.logs import log_format, tell
 from capgap.jobs.tables import print_wide
 from capgap.pipeline.plan import Stated, make_plan
 from capgap.schemas.errors import SettingError
-from capgap.schemas.plan import Figure, Plan
+from capgap.schemas.plan import Figure, RunPlan
 
 
 def plan_command(argv: Sequence[str]) -> int:
@@ -104,7 +104,7 @@ def positive(flags: dict[str, Any], name: str) -> float | None:
     return value
 
 
-def _show(plan: Plan) -> None:
+def _show(plan: RunPlan) -> None:
     table = Table(box=None, pad_edge=False)
     for title in ("stage", "state", "tokens", "disk", "scratch", "tokens/s", "device hours"):
         table.add_column(title, justify="left" if title in ("stage", "state") else "right")
@@ -123,7 +123,7 @@ def _show(plan: Plan) -> None:
         print(line)
 
 
-def _lines(plan: Plan) -> list[str]:
+def _lines(plan: RunPlan) -> list[str]:
     needed, free = plan.needed_bytes, plan.free_bytes
     lines = [
         f"teacher: {_parameters(plan.teacher_parameters)}; student: {_parameters(plan.student_parameters)}",
@@ -146,7 +146,10 @@ def _lines(plan: Plan) -> list[str]:
         least = "?" if even.num_students is None else f"from {even.num_students} students on"
         lines.append(f"  {least}, counted in {even.accounting} ({even.source})")
     lines.append("published laws, which disagree; `capgap plan` only repeats them:")
-    lines += [f"  {law.name}: {law.says}" for law in plan.laws]
+    for law in plan.laws:
+        lines += [f"  {law.sentence}", f"    {law.source}; measured on: {law.validity}"]
+    if not plan.laws:
+        lines.append("  they need the student's size and the number of its training tokens")
     return [*lines, *(f"note: {note}" for note in plan.notes)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from capgap.schemas.base import Record
+from capgap.schemas.law_prediction import Prediction
 
 
 class Figure(Record):
@@ -53,24 +54,8 @@ class BreakEven(Record):
     """The figures behind it, or what is missing."""
 
 
-class PublishedLaw(Record):
-    """What a published law says of this pair of models."""
-
-    name: str
-    """Whose law."""
-
-    best_ratio: float | None
-    """Teacher over student that it calls best; None where it says nothing of this pair."""
-
-    best_teacher_parameters: float | None
-    """The same as a size."""
-
-    says: str
-    """In words, with its range and source."""
-
-
-class Plan(Record):
-    """All of it."""
+class RunPlan(Record):
+    """What all stages of a run will take, and what is known of the choice of its teacher."""
 
     name: str
     """The run's."""
@@ -99,8 +84,8 @@ class Plan(Record):
     break_even: tuple[BreakEven, ...]
     """By accounting."""
 
-    laws: tuple[PublishedLaw, ...]
-    """What the published laws say."""
+    laws: tuple[Prediction, ...]
+    """What the published laws say; none where the student's size or its tokens are not known."""
 
     notes: tuple[str, ...]
     """What else to know."""

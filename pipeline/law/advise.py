@@ -9,10 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from capgap.pipeline.plan.published import GivenTeacher, human, nearest, predictions, warning_of_ratio
+from capgap.pipeline.pages.numbers import human_count
+from capgap.pipeline.plan.predictions import nearest, predictions
+from capgap.pipeline.plan.published import GivenTeacher, warning_of_ratio
 from capgap.schemas.base import Record
 from capgap.schemas.errors import SettingError
-from capgap.schemas.law_fit import CurveFit, GlobalLaw, LawFit, Prediction
+from capgap.schemas.law_curve import CurveFit
+from capgap.schemas.law_fit import GlobalLaw, LawFit
+from capgap.schemas.law_prediction import Prediction
 from capgap.schemas.results import Interval
 
 
@@ -34,7 +38,7 @@ class Answer(Record):
     within_validity: bool
     """Whether the student and its tokens lie in what the source measured."""
 
-    said: str
+    summary: str
     """The answer in words."""
 
     validity: str
@@ -94,21 +98,21 @@ def _of_law(law: GlobalLaw, fit: LawFit, student: int, tokens: int, teachers: Se
     ratios = [curve.tokens / curve.student_size for curve in curves]
     within = min(sizes) <= student <= max(sizes) and 0.5 * min(ratios) <= tokens / student <= 2 * max(ratios)
     validity = (
-        f"students of {human(min(sizes))} to {human(max(sizes))}, {min(ratios):.3g} to {max(ratios):.3g} tokens a "
-        f"parameter, {fit.kept}"
+        f"students of {human_count(min(sizes))} to {human_count(max(sizes))}, {min(ratios):.3g} to {max(ratios):.3g} "
+        f"tokens a parameter, {fit.kept}"
     )
     source = f"fit of {fit.table} ({law.budget}, alpha {law.alpha:g}, {law.init} init)"
-    best, interval, said = _from_power(law, student) if law.refused is None else _from_nearest(law, curves, student)
-    choice = nearest(teachers, best) if best else None
+    best, interval, summary = _from_power(law, student) if law.refused is None else _from_nearest(law, curves, student)
+    choice = _nearest(teachers, best)
     if choice is not None:
-        said = f"{said}; nearest: {choice}"
+        summary = f"{summary}; nearest: {choice}"
     return Answer(
         source=source,
         best_size=best,
         interval=interval,
         choice=choice,
         within_validity=within,
-        said=said,
+        summary=summary,
         validity=validity,
     )
 
@@ -126,8 +130,8 @@ def _from_power(law: GlobalLaw, student: int) -> tuple[float, Interval, str]:
         for end in (law.proportional.interval.low, law.proportional.interval.high)
     ]
     low, high = math.exp(min(steep) + level[0]) * best, math.exp(max(steep) + level[1]) * best
-    said = f"{human(best)} ({human(low)} to {human(high)}), {best / student:.2g} x the student"
-    return best, Interval(low=low, high=high), f"{said}, by T = c S^{law.exponent.value:.3g}"
+    summary = f"{human_count(best)} ({human_count(low)} to {human_count(high)}), {best / student:.2g} x the student"
+    return best, Interval(low=low, high=high), f"{summary}, by T = c S^{law.exponent.value:.3g}"
 
 
 def _from_nearest(law: GlobalLaw, curves: Sequence[CurveFit], student: int) -> tuple[float | None, None, str]:
@@ -138,7 +142,7 @@ def _from_nearest(law: GlobalLaw, curves: Sequence[CurveFit], student: int) -> t
     equals = [point for point in curve.points if point.within_delta]
     good = ", ".join(f"{point.name} ({point.size / curve.student_size:.2g} x)" for point in equals)
     within = f"; within delta of its best: {good}" if good else ""
-    where = f"nearest student {curve.student} ({human(curve.student_size)})"
+    where = f"nearest student {curve.student} ({human_count(curve.student_size)})"
     return None, None, f"no law, {law.refused}; {where} {shown}{within}"
 
 
@@ -146,16 +150,22 @@ def _of_published(one: Prediction, teachers: Sequence[GivenTeacher]) -> Answer:
     if one.losses:
         choice: str | None = min(one.losses, key=lambda name: one.losses[name])
     else:
-        choice = nearest(teachers, one.best_size) if one.best_size else None
+        choice = _nearest(teachers, one.best_size)
     return Answer(
         source=f"{one.law}: {one.source}",
         best_size=one.best_size,
         interval=None,
         choice=choice,
         within_validity=one.within_validity,
-        said=one.said,
+        summary=one.summary,
         validity=one.validity,
     )
+
+
+def _nearest(teachers: Sequence[GivenTeacher], size: float | None) -> str | None:
+    """Name of the teacher nearest to a best size, where there is one."""
+    found = nearest(teachers, size) if size is not None else None
+    return None if found is None else found.name
 
 
 def _disagreement(answers: Sequence[Answer]) -> str:
@@ -163,7 +173,9 @@ def _disagreement(answers: Sequence[Answer]) -> str:
     choices = dict.fromkeys(answer.choice for answer in answers if answer.choice is not None)
     if len(sizes) < 2:
         return "fewer than two sources name a size: nothing to compare"
-    apart = f"best sizes are {max(sizes) / min(sizes):.2g} x apart ({human(min(sizes))} to {human(max(sizes))})"
+    apart = (
+        f"best sizes are {max(sizes) / min(sizes):.2g} x apart ({human_count(min(sizes))} to {human_count(max(sizes))})"
+    )
     if len(choices) == 1:
         return f"{apart}; all choose {next(iter(choices))}"
     return f"{apart}; the sources choose differently: {', '.join(map(str, choices))}. Measure, with `capgap law fit`"

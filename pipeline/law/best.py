@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from capgap.pipeline.law.contrasts import Contrasts
 from capgap.pipeline.law.forms import FORMS, Form, fit, leave_one_out
-from capgap.schemas.law_fit import Best
+from capgap.schemas.law_curve import Best
 from capgap.schemas.results import Interval
 
 Array = npt.NDArray[np.float64]

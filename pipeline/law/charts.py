@@ -9,9 +9,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from capgap.pipeline.pages.charts import Chart, legend, log_operations
+from capgap.pipeline.pages.numbers import human_count
 from capgap.pipeline.pages.svg import INK, SERIES, draw
-from capgap.pipeline.plan.published import CAPACITY_GAP, GAP_INTERCEPT, GAP_SLOPE, human
-from capgap.schemas.law_fit import AxisFit, CurveFit, Frontier, GlobalLaw, LawFit
+from capgap.pipeline.plan.published import CAPACITY_GAP, GAP_INTERCEPT, GAP_SLOPE
+from capgap.schemas.law_curve import AxisFit, CurveFit
+from capgap.schemas.law_fit import GlobalLaw, LawFit
+from capgap.schemas.law_frontier import Frontier
 
 _PUBLISHED_LINES = ("--", ":")
 _ROOM = 1.5  # a prediction further outside the teachers than this factor is left to the text
@@ -50,7 +53,7 @@ def law_chart(i: int, law: GlobalLaw, fit: LawFit) -> Chart | None:
         legend(figure, axes)
 
     name, title = f"law-{i}", f"Best teacher by student: {law.budget}, alpha {law.alpha:g}, {law.init} init"
-    said = "; ".join(f"{curve.student} {human(best.value)}" for curve, best in rows)
+    said = "; ".join(f"{curve.student} {human_count(best.value)}" for curve, best in rows)
     return Chart(
         name=name,
         title=title,
@@ -60,12 +63,12 @@ def law_chart(i: int, law: GlobalLaw, fit: LawFit) -> Chart | None:
         rows=tuple(
             (
                 curve.student,
-                human(curve.student_size),
-                human(best.value),
-                human(best.interval.low),
-                human(best.interval.high),
+                human_count(curve.student_size),
+                human_count(best.value),
+                human_count(best.interval.low),
+                human_count(best.interval.high),
                 f"{best.value / curve.student_size:.3g}",
-                human(max(GAP_SLOPE * curve.student_size + GAP_INTERCEPT, 0.0)),
+                human_count(max(GAP_SLOPE * curve.student_size + GAP_INTERCEPT, 0.0)),
             )
             for curve, best in rows
         ),
@@ -170,7 +173,7 @@ def _curve_rows(curve: CurveFit) -> Iterator[tuple[str, ...]]:
     for point in curve.points:
         yield (
             point.name,
-            human(point.size),
+            human_count(point.size),
             f"{point.size / curve.student_size:.3g}",
             f"{point.teacher_loss:.4f}",
             f"{point.loss:.4f}",
@@ -202,5 +205,5 @@ def _is_near(loss: float, curve: CurveFit) -> bool:
 def _log_counts(axis: Any, set_scale: Any) -> None:
     set_scale("log")
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda count, _: human(count)))
+    axis.set_major_formatter(FuncFormatter(lambda count, _: human_count(count)))
     axis.set_minor_formatter(NullFormatter())

@@ -17,9 +17,12 @@ from capgap.pipeline.law.contrasts import Contrasts, contrasts
 from capgap.pipeline.law.forms import FORMS, fit, leave_one_out
 from capgap.pipeline.law.grid import Curve, size_of
 from capgap.pipeline.law.verdict import delta_of, judge
-from capgap.pipeline.plan.published import GivenTeacher, human, predictions, warning_of_ratio
+from capgap.pipeline.pages.numbers import human_count
+from capgap.pipeline.plan.predictions import predictions
+from capgap.pipeline.plan.published import GivenTeacher, warning_of_ratio
 from capgap.schemas.law import LawTeacher
-from capgap.schemas.law_fit import AxisFit, AxisName, Best, CurveFit, FormFit, Prediction, Size, TeacherPoint
+from capgap.schemas.law_curve import AxisFit, AxisName, Best, CurveFit, FormFit, Size, TeacherPoint
+from capgap.schemas.law_prediction import Prediction
 from capgap.schemas.results import Interval
 
 Array = npt.NDArray[np.float64]
@@ -209,8 +212,8 @@ def _disagreement(prediction: Prediction, axes: tuple[AxisFit, ...]) -> str:
     low, high = best.interval.low, best.interval.high
     stands = "inside" if low <= prediction.best_size <= high else "outside"
     return (
-        f"{prediction.best_size / best.value:.2g} x the measured {human(best.value)}, {stands} its interval "
-        f"({human(low)} to {human(high)})"
+        f"{prediction.best_size / best.value:.2g} x the measured {human_count(best.value)}, {stands} its interval "
+        f"({human_count(low)} to {human_count(high)})"
     )
 
 

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from capgap.pipeline.plan.published import GAP_SLOPE, human
-from capgap.schemas.law_fit import CurveFit, Estimate, GlobalLaw
+from capgap.pipeline.pages.numbers import human_count
+from capgap.pipeline.plan.published import GAP_SLOPE
+from capgap.schemas.law_curve import CurveFit
+from capgap.schemas.law_fit import Estimate, GlobalLaw
 from capgap.schemas.results import Interval
 
 Array = npt.NDArray[np.float64]
@@ -87,7 +89,7 @@ def _law(curves: Sequence[CurveFit]) -> GlobalLaw:
         r_squared=fit_line(students)[2],
         exponent=exponent,
         log_factor=float(_power(*_columns(students))[1][0]),
-        said=(_against("the exponent", exponent, 1.0), _against("the slope", slope, GAP_SLOPE), _weak(len(sizes))),
+        remarks=(_against("the exponent", exponent, 1.0), _against("the slope", slope, GAP_SLOPE), _weak(len(sizes))),
     )
 
 
@@ -161,7 +163,7 @@ def describe(law: GlobalLaw) -> str:
     """The law in a sentence."""
     if law.refused is not None or law.slope is None or law.intercept is None or law.proportional is None:
         return f"no law: {law.refused}"
-    intercept = f"{'-' if law.intercept.value < 0 else '+'} {human(abs(law.intercept.value))}"
+    intercept = f"{'-' if law.intercept.value < 0 else '+'} {human_count(abs(law.intercept.value))}"
     interval = law.proportional.interval
     return (
         f"best teacher = {law.slope.value:.3g} x student {intercept} over {len(law.students)} students; "

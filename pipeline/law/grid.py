@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capgap.schemas.law import Init, LawModel, LawRun, LawTeacher
-from capgap.schemas.law_fit import Size
+from capgap.schemas.law_curve import Size
 
 Array = npt.NDArray[np.float64]
 

@@ -10,7 +10,8 @@ from capgap.pipeline.law.summary import sentences
 from capgap.pipeline.pages.templates import page_template
 from capgap.pipeline.plan.published import CAPACITY_GAP, DISTILLATION_SCALING
 from capgap.pipeline.store.files import write_atomically
-from capgap.schemas.law_fit import CurveFit, LawFit
+from capgap.schemas.law_curve import CurveFit
+from capgap.schemas.law_fit import LawFit
 
 PAGE_NAME = "law.html"
 

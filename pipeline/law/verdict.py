@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capgap.pipeline.law.contrasts import Contrasts
-from capgap.schemas.law_fit import Verdict
+from capgap.schemas.law_curve import Verdict
 from capgap.schemas.results import Interval
 
 Array = npt.NDArray[np.float64]

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from capgap.pipeline.plan.break_even import break_even
 from capgap.pipeline.plan.judging import judge_requests
-from capgap.pipeline.plan.laws import published_laws
+from capgap.pipeline.plan.predictions import gap_prediction, scaling_prediction
+from capgap.pipeline.plan.published import GivenTeacher
 from capgap.pipeline.plan.rates import Stated, rate_of
 from capgap.pipeline.plan.work import RunWork, finished, work_of
 from capgap.pipeline.workflow.state import StageState, State, states
 from capgap.schemas.facts import CacheFacts
+from capgap.schemas.law_prediction import Prediction
 from capgap.schemas.manifest import Manifest
-from capgap.schemas.plan import Figure, Plan, StagePlan
+from capgap.schemas.plan import Figure, RunPlan, StagePlan
 from capgap.schemas.run_file import RunFile
 
 _FAR_NATS = 0.2
@@ -26,7 +28,7 @@ def make_plan(
     *,
     text_bytes_per_token: float | None = None,
     online_teacher_tokens_per_s: float | None = None,
-) -> Plan:
+) -> RunPlan:
     """What the run will take from here on.
 
     Args:
@@ -54,7 +56,7 @@ def make_plan(
     notes += far_from_home(run.teacher.home_loss, finished("cache", run, known))
     if not all(figure.value is not None for stage in stages for figure in (stage.tokens,)):
         notes.append("some numbers of tokens are not known; what depends on them is left out")
-    return Plan(
+    return RunPlan(
         name=run.name,
         teacher_parameters=work.teacher.figure,
         student_parameters=work.student.figure,
@@ -64,7 +66,7 @@ def make_plan(
         device_hours=_total((s.instance, s.device_hours) for s in open_stages if _has_model(s)),
         num_students=work.num_cache_students,
         break_even=break_even(work, rate_of("cache", work, stated), online_teacher_tokens_per_s),
-        laws=published_laws(work),
+        laws=_laws(work),
         notes=tuple(notes),
     )
 
@@ -83,6 +85,22 @@ def far_from_home(home_loss: float | None, cache: Manifest | None) -> list[str]:
         f"the teacher's loss on this corpus is {found:.3f} nats/token, {found - home_loss:.3f} above the {home_loss:g} "
         "of teacher.home_loss: its distributions may teach little here; teacher.adapt trains it on such text first"
     ]
+
+
+def _laws(work: RunWork) -> tuple[Prediction, ...]:
+    """What the published laws say of the run's pair of models, each in the sizes that its paper counts."""
+    student, teacher, tokens = work.student, work.teacher, work.student_tokens.value
+    if student.total is None or student.outside_embedding is None or not tokens:
+        return ()
+    trained = work.teacher_tokens.value or None
+    whole, inner = (
+        [] if size is None else [GivenTeacher("the run's teacher", size, trained)]
+        for size in (teacher.total, teacher.outside_embedding)
+    )
+    return (
+        gap_prediction(student.total, tokens, whole),
+        scaling_prediction(student.outside_embedding, tokens, inner),
+    )
 
 
 def _stage_plan(state: StageState, work: RunWork, stated: Stated) -> StagePlan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from capgap.pipeline.plan.frontier import non_dominated
+from capgap.pipeline.plan.costs import non_dominated
 
 SOURCE = "Zhang et al., ACL 2025, arXiv:2311.07052"
 

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from capgap.pipeline.plan.costs import paper_flops, scoring_flops, training_flops
-from capgap.pipeline.plan.frontier import non_dominated
+from capgap.pipeline.plan.costs import non_dominated, paper_flops, scoring_flops, training_flops
 from capgap.pipeline.plan.published_models import SHOTS
 from capgap.pipeline.stage.context import Instance, StageContext
 from capgap.schemas.base import Record

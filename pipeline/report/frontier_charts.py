@@ -8,11 +8,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from capgap.pipeline.pages.charts import Chart, legend, log_operations
+from capgap.pipeline.pages.numbers import human_count
 from capgap.pipeline.pages.svg import INK, SERIES, draw
 from capgap.pipeline.plan.published_models import MODELS, SHOTS, SOURCE, PublishedModel, not_dominated
 from capgap.pipeline.report.charts import arm_look
 from capgap.pipeline.report.frontier import STATED, CostedModel, RunFrontier
-from capgap.pipeline.report.table import human_count
 
 _SMALL = 8  # points, of names beside marks
 

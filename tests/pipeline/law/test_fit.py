@@ -13,7 +13,8 @@ from capgap.pipeline.law.summary import lines
 from capgap.pipeline.law.table import write_table
 from capgap.schemas.errors import InputError
 from capgap.schemas.law import LawRun
-from capgap.schemas.law_fit import LawFit, Size
+from capgap.schemas.law_curve import Size
+from capgap.schemas.law_fit import LawFit
 
 RATIOS = np.geomspace(1, 32, 6).tolist()
 

@@ -10,7 +10,7 @@ from capgap.pipeline.report import stage
 from capgap.pipeline.report.gather import gather, read_curve
 from capgap.pipeline.report.page import render_page
 from capgap.pipeline.report.summary import Report
-from capgap.pipeline.report.table import human_count, print_table, table_text
+from capgap.pipeline.report.table import print_table, table_text
 from capgap.schemas.errors import InputError
 
 ONE_SEED = {"cross_entropy": [3.53], "distilled": [3.50]}
@@ -149,11 +149,3 @@ def test_sparse_metrics_become_a_curve(tmp_path):
     assert read_curve(path) == ((20, 40), (3.5, 3.25))
     path.write_text("step,train_loss\n10,4.0\n")
     assert read_curve(path) == ((), ())
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0"), (999, "999"), (1000, "1.00k"), (1_240_000, "1.24M"), (34_500_000, "34.5M"), (7_610_000_000, "7.61B")],
-)
-def test_counts_are_shortened(count, text):
-    assert human_count(count) == text
