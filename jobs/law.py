@@ -119,8 +119,8 @@ def _report(flags: dict[str, Any]) -> int:
 
 def _advise(flags: dict[str, Any]) -> int:
     from capgap.pipeline.law.advise import advise
+    from capgap.pipeline.law.counts import parse_count, parse_counts
     from capgap.pipeline.law.fit import read_fit
-    from capgap.pipeline.law.sizes import parse_count, parse_counts
     from capgap.pipeline.law.summary import advice_lines
     from capgap.pipeline.plan.published import GivenTeacher
 
@@ -140,7 +140,7 @@ def _advise(flags: dict[str, Any]) -> int:
 
 
 def _teacher_tokens(text: str | None, num_teachers: int) -> Sequence[int | None]:
-    from capgap.pipeline.law.sizes import parse_counts
+    from capgap.pipeline.law.counts import parse_counts
 
     if text is None:
         return [None] * num_teachers

@@ -136,7 +136,8 @@ def run_grid_command(flags: dict[str, Any]) -> int:
     from capgap.jobs.cli import main
     from capgap.pipeline.law import forks
     from capgap.pipeline.law.plan import require_limits
-    from capgap.pipeline.law.run import Starter, run_grid
+    from capgap.pipeline.law.pool import Starter
+    from capgap.pipeline.law.run import run_grid
 
     started = time.monotonic()
     grid = read_grid(flags)

@@ -15,7 +15,7 @@ from capgap.pipeline.eval.intervals import t_interval, t_quantile
 from capgap.pipeline.law.best import locate
 from capgap.pipeline.law.contrasts import Contrasts, contrasts
 from capgap.pipeline.law.forms import FORMS, fit, leave_one_out
-from capgap.pipeline.law.grid import Curve, size_of
+from capgap.pipeline.law.grid import TeacherCurve, size_of
 from capgap.pipeline.law.verdict import delta_of, judge
 from capgap.pipeline.pages.numbers import human_count
 from capgap.pipeline.plan.predictions import predictions
@@ -37,7 +37,7 @@ _ENOUGH_TOKENS, _UNLIKE = 20, 4
 _NUM_DRAWN = 61  # places at which a fitted curve is kept, for drawing
 
 
-def fit_curve(curve: Curve, size: Size, min_delta: float) -> CurveFit:
+def fit_curve(curve: TeacherCurve, size: Size, min_delta: float) -> CurveFit:
     """Everything that one curve says."""
     refused = _refusal(curve, size)
     num_seeds = len(curve.seeds)
@@ -66,7 +66,7 @@ def fit_curve(curve: Curve, size: Size, min_delta: float) -> CurveFit:
     )
 
 
-def _refusal(curve: Curve, size: Size) -> str | None:
+def _refusal(curve: TeacherCurve, size: Size) -> str | None:
     num_seeds, num_teachers = len(curve.seeds), len({size_of(one, size) for one in curve.teachers})
     if num_seeds < MIN_SEEDS:
         left = f"; left out, with a run missing: {_listed(curve.left_out_seeds)}" if curve.left_out_seeds else ""
@@ -76,7 +76,7 @@ def _refusal(curve: Curve, size: Size) -> str | None:
     return None
 
 
-def _points(curve: Curve, size: Size, found: Contrasts, delta: float) -> tuple[TeacherPoint, ...]:
+def _points(curve: TeacherCurve, size: Size, found: Contrasts, delta: float) -> tuple[TeacherPoint, ...]:
     best = int(np.argmin(found.means_M))
     half = t_quantile(found.degrees) * found.standard_error
     points = []
@@ -101,7 +101,7 @@ def _points(curve: Curve, size: Size, found: Contrasts, delta: float) -> tuple[T
     return tuple(points)
 
 
-def _axes(curve: Curve, size: Size, found: Contrasts, delta: float) -> tuple[AxisFit, ...]:
+def _axes(curve: TeacherCurve, size: Size, found: Contrasts, delta: float) -> tuple[AxisFit, ...]:
     log_size_M = np.log([float(size_of(teacher, size)) for teacher in curve.teachers])
     quality_M = -np.array([teacher.known_loss for teacher in curve.teachers])
     axes = [_axis("size", log_size_M, curve, found, delta)]
@@ -110,7 +110,7 @@ def _axes(curve: Curve, size: Size, found: Contrasts, delta: float) -> tuple[Axi
     return tuple(axes)
 
 
-def _axis(axis: AxisName, places_M: Array, curve: Curve, found: Contrasts, delta: float) -> AxisFit:
+def _axis(axis: AxisName, places_M: Array, curve: TeacherCurve, found: Contrasts, delta: float) -> AxisFit:
     judged = judge(places_M, tuple(teacher.name for teacher in curve.teachers), found, delta)
     u_M = (places_M - places_M.min()) / np.ptp(places_M)
     u_drawn = np.linspace(0.0, 1.0, _NUM_DRAWN)
@@ -150,7 +150,7 @@ def _on_axis(axis: AxisName, best: Best) -> Best:
     return best.model_copy(update={"value": value, "interval": turned(best.interval), "bracket": turned(best.bracket)})
 
 
-def _notes(curve: Curve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[str, ...]:
+def _notes(curve: TeacherCurve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[str, ...]:
     notes = []
     if curve.init == "pruned":
         notes.append(
@@ -190,14 +190,14 @@ def _unlike_trainings(teachers: Sequence[LawTeacher]) -> str | None:
     )
 
 
-def _predictions(curve: Curve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[Prediction, ...]:
+def _predictions(curve: TeacherCurve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[Prediction, ...]:
     if not curve.teachers:
         return ()
     found = predictions(size_of(curve.student, size), curve.tokens, _given(curve, size))
     return tuple(one.model_copy(update={"disagreement": _disagreement(one, axes)}) for one in found)
 
 
-def _given(curve: Curve, size: Size) -> list[GivenTeacher]:
+def _given(curve: TeacherCurve, size: Size) -> list[GivenTeacher]:
     return [GivenTeacher(one.name, size_of(one, size), one.train_tokens) for one in curve.teachers]
 
 

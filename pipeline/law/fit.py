@@ -1,6 +1,6 @@
 """From the table of runs to `law.json`.
 
-table --curves--> Curve --contrasts--> verdict --best--> CurveFit --global_law--> GlobalLaw
+table --curves--> TeacherCurve --contrasts--> verdict --best--> CurveFit --global_law--> GlobalLaw
   |                                                                                  |
   '--frontier--> Frontier -----------------------------------------------------> LawFit (law.json)
 """

@@ -25,7 +25,7 @@ _Cell = tuple[str | None, str | None, int]
 
 
 @dataclass(frozen=True)
-class Curve:
+class TeacherCurve:
     """One student, budget, alpha and init.
 
     Attributes:
@@ -58,7 +58,7 @@ def size_of(model: LawModel, size: Size) -> int:
     return model.num_parameters if size == "total" else model.num_non_embedding_parameters
 
 
-def curves(runs: Sequence[LawRun]) -> tuple[Curve, ...]:
+def curves(runs: Sequence[LawRun]) -> tuple[TeacherCurve, ...]:
     """All curves of a table, by init, alpha, budget and student's size.
 
     What the grid holds is read off the table: a student's teachers and seeds are all that it has a row with.
@@ -95,7 +95,7 @@ class _Key:
         return teacher if self.init == "pruned" else None
 
 
-def _curve(runs: Sequence[LawRun], key: _Key) -> Curve:
+def _curve(runs: Sequence[LawRun], key: _Key) -> TeacherCurve:
     of_student = [run for run in runs if run.student.name == key.student]
     seeds = seeds_of(runs, key.student)
     candidates = {run.teacher.name: run.teacher for run in of_student if run.teacher is not None}
@@ -132,7 +132,7 @@ def _curve(runs: Sequence[LawRun], key: _Key) -> Curve:
         ]
         return np.array(values, dtype=np.float64).reshape(len(teachers), len(complete))
 
-    return Curve(
+    return TeacherCurve(
         student=of_student[0].student,
         budget=key.budget,
         tokens=here[0].tokens,

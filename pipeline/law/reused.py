@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from capgap.pipeline.law.expand import teacher_run
-from capgap.pipeline.workflow.state import reused_manifests, states
+from capgap.pipeline.plan.work import reused_stage
+from capgap.pipeline.workflow.state import states
 from capgap.schemas.errors import MismatchError
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.law_grid import LawGrid
@@ -19,11 +20,8 @@ def require_reused(grid: LawGrid, corpus: Manifest) -> None:
     """
     for name in grid.teachers:
         run = teacher_run(grid, name)
-        found = reused_manifests(run)
-        for stage in ("teacher", "cache"):
-            if stage not in found:
-                continue
-            location, manifest = found[stage]
+        found = {stage: reused_stage(run, stage) for stage in ("teacher", "cache") if stage in run.reuse}
+        for stage, (location, manifest) in found.items():
             where = f"reuse.{stage}s.{name}: {location}"
             _require(where, "corpus", manifest.inputs["corpus"].identity, corpus.identity)
             if stage == "cache":

@@ -12,6 +12,7 @@ from capgap.pipeline.plan.predictions import gap_prediction, scaling_prediction
 from capgap.pipeline.plan.published import GivenTeacher
 from capgap.pipeline.plan.rates import Stated, rate_of
 from capgap.pipeline.plan.work import RunWork, finished, work_of
+from capgap.pipeline.stage.manifests import each_manifest_once
 from capgap.pipeline.workflow.state import StageState, State, states
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.law_prediction import Prediction
@@ -41,6 +42,13 @@ def make_plan(
         InputError: a source of the corpus, or a reused folder, cannot be read.
         CorruptError: a manifest cannot be understood.
     """
+    with each_manifest_once():
+        return _make_plan(run, stated, text_bytes_per_token, online_teacher_tokens_per_s)
+
+
+def _make_plan(
+    run: RunFile, stated: Stated, text_bytes_per_token: float | None, online_teacher_tokens_per_s: float | None
+) -> RunPlan:
     known = states(run)
     work = work_of(run, known, text_bytes_per_token)
     stages = [_stage_plan(state, work, stated) for state in known.values()]

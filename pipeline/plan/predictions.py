@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
-
-import numpy as np
 
 from capgap.pipeline.pages.numbers import human_count
 from capgap.pipeline.plan.published import (
@@ -54,7 +54,7 @@ def gap_prediction(student: float, tokens: float, teachers: Sequence[GivenTeache
 def scaling_prediction(student: float, tokens: float, teachers: Sequence[GivenTeacher]) -> Prediction:
     """What the distillation scaling law says; its paper counts parameters without embeddings."""
     ratios = [teacher.tokens / teacher.size for teacher in teachers if teacher.tokens]
-    ratio = float(np.median(ratios)) if ratios else CHINCHILLA_TOKENS_PER_PARAMETER
+    ratio = statistics.median(ratios) if ratios else CHINCHILLA_TOKENS_PER_PARAMETER
     losses = {
         teacher.name: distilled_loss(
             student, tokens, supervised_loss(teacher.size, teacher.tokens or ratio * teacher.size)
@@ -73,7 +73,7 @@ def scaling_prediction(student: float, tokens: float, teachers: Sequence[GivenTe
 
 def nearest(teachers: Sequence[GivenTeacher], size: float) -> GivenTeacher | None:
     """The teacher whose size is nearest, as a ratio; None where there is no teacher."""
-    return min(teachers, key=lambda teacher: abs(np.log(teacher.size / size)), default=None)
+    return min(teachers, key=lambda teacher: abs(math.log(teacher.size / size)), default=None)
 
 
 def _best(best: ScalingBest, student: float) -> str:

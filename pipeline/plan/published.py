@@ -6,11 +6,10 @@ take them from this table. Neither is used in a fit: each is shown beside the me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-import numpy as np
 
 NEAR = 0.005
 """Nats per token within which predicted losses count as equally good."""
@@ -22,7 +21,7 @@ parameters at least (pre-training distillation, arXiv 2410.16215; read in a seco
 LOOKED_AT = (0.1, 1000.0)
 """Teacher over student: where the best teacher of the distillation scaling law is looked for."""
 
-_NUM_SCANNED = 201  # places of a first look, for the valley that is then followed to its bottom
+_NUM_STEPS = 200  # steps of a first look, for the valley that is then followed to its bottom
 _STEP = 1e-3  # inwards from an end, of a logarithm: where the loss does not fall over it, the end is lowest
 _NUM_HALVINGS = 60  # of an interval of logarithms: to the last digit of a double
 
@@ -114,7 +113,7 @@ def gap_best_teacher(student: float) -> float | None:
 
 def supervised_loss(size: float, tokens: float) -> float:
     """Nats per token of a model trained on text alone: E + (A / N^alpha + B / D^beta)^gamma."""
-    return 1.220 + (3355 / size**0.408 + 18186 / tokens**0.431) ** 0.452
+    return float(1.220 + (3355 / size**0.408 + 18186 / tokens**0.431) ** 0.452)
 
 
 def distilled_loss(student: float, tokens: float, teacher_loss: float) -> float:
@@ -126,7 +125,7 @@ def distilled_loss(student: float, tokens: float, teacher_loss: float) -> float:
     alone = supervised_loss(student, tokens)
     gap = (1 + (teacher_loss / (alone * 1.315)) ** (1 / 0.090)) ** (-522.61 * 0.090)
     own = (2243 / student**0.321 + 24181 / tokens**0.637) ** 0.764
-    return teacher_loss + teacher_loss**-2.549 * gap * own
+    return float(teacher_loss + teacher_loss**-2.549 * gap * own)
 
 
 @dataclass(frozen=True)
@@ -149,23 +148,23 @@ def scaling_best_teacher(student: float, tokens: float, tokens_per_parameter: fl
     """The best teacher of a student, among teachers that were trained on so many tokens a parameter."""
 
     def loss(log_ratio: float) -> float:
-        size = student * np.exp(log_ratio)
+        size = student * math.exp(log_ratio)
         return distilled_loss(student, tokens, supervised_loss(size, tokens_per_parameter * size))
 
-    scanned = np.linspace(*np.log(LOOKED_AT), _NUM_SCANNED)
-    lowest = int(np.argmin([loss(place) for place in scanned]))
-    first, last = float(scanned[0]), float(scanned[-1])
-    bottom = _bottom(loss, float(scanned[max(lowest - 1, 0)]), float(scanned[min(lowest + 1, _NUM_SCANNED - 1)]))
+    first, last = map(math.log, LOOKED_AT)
+    step = (last - first) / _NUM_STEPS
+    lowest = min(range(_NUM_STEPS + 1), key=lambda i: loss(first + i * step))
+    bottom = _bottom(loss, first + max(lowest - 1, 0) * step, first + min(lowest + 1, _NUM_STEPS) * step)
     limit = loss(bottom) + NEAR
     within = (
-        LOOKED_AT[0] if loss(first) <= limit else float(np.exp(_crossing(loss, limit, bottom, first))),
-        LOOKED_AT[1] if loss(last) <= limit else float(np.exp(_crossing(loss, limit, bottom, last))),
+        LOOKED_AT[0] if loss(first) <= limit else math.exp(_crossing(loss, limit, bottom, first)),
+        LOOKED_AT[1] if loss(last) <= limit else math.exp(_crossing(loss, limit, bottom, last)),
     )
     if loss(first) <= loss(first + _STEP):
         return ScalingBest(None, "smallest", within)
     if loss(last) <= loss(last - _STEP):
         return ScalingBest(None, "largest", within)
-    return ScalingBest(float(np.exp(bottom)), None, within)
+    return ScalingBest(math.exp(bottom), None, within)
 
 
 def warning_of_ratio(student: float, teachers: Sequence[GivenTeacher]) -> str | None:

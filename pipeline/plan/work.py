@@ -11,12 +11,13 @@ from capgap.pipeline.plan.judging import answer_tokens
 from capgap.pipeline.plan.measured import cache_bytes_per_token, corpus_bytes_per_token, text_bytes_per_token
 from capgap.pipeline.plan.sizes import ModelSize, model_size, pruned_size
 from capgap.pipeline.plan.text import bytes_per_token, text_bytes
-from capgap.pipeline.workflow.state import StageState, State, reused_manifests
+from capgap.pipeline.stage.manifests import Finished, finished_stage
+from capgap.pipeline.workflow.state import StageState, State
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.facts import CorpusFacts
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.plan import Figure
-from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_file import ReusableStage, RunFile
 from capgap.schemas.run_optimization import OptimizationSettings
 
 # A checkpoint holds weights and two moments in float32; two are kept while the third is written.
@@ -195,10 +196,22 @@ def work_of(
     )
 
 
-def finished(stage: str, run: RunFile, known: dict[str, StageState]) -> Manifest | None:
+def reused_stage(run: RunFile, stage: ReusableStage) -> Finished:
+    """The folder or URL that the run takes in the place of a stage, with its manifest.
+
+    Raises:
+        InputError: it holds no such stage.
+    """
+    folder = run.reuse[stage]
+    return finished_stage(
+        stage, folder, "cannot be reused", f"reuse.{stage}: {folder}", f"the folder of a finished {stage} stage"
+    )
+
+
+def finished(stage: ReusableStage, run: RunFile, known: dict[str, StageState]) -> Manifest | None:
     """The manifest of a stage that is current or reused."""
     if stage in run.reuse:
-        return next(manifest for name, (_, manifest) in reused_manifests(run).items() if name == stage)
+        return reused_stage(run, stage)[1]
     state = known.get(stage)  # nobody may need it
     return state.manifest if state is not None and state.state is State.CURRENT else None
 

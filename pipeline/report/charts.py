@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter
 
 from capgap.pipeline.pages.charts import Chart, legend
 from capgap.pipeline.pages.svg import INK, NUM_SERIES, SERIES, draw
-from capgap.pipeline.report.summary import Curve, Gain, Report
+from capgap.pipeline.report.summary import Gain, Report, TrainingCurve
 from capgap.schemas.results import Interval, ModelResult
 
 _MARKERS = "osD^vP"
@@ -38,7 +38,7 @@ def charts(report: Report) -> tuple[Chart, ...]:
     return tuple(found)
 
 
-def _curves(name: str, title: str, curves: tuple[Curve, ...], arms: tuple[str, ...]) -> Chart:
+def _curves(name: str, title: str, curves: tuple[TrainingCurve, ...], arms: tuple[str, ...]) -> Chart:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         labelled: set[str | None] = set()
@@ -63,7 +63,7 @@ def _curves(name: str, title: str, curves: tuple[Curve, ...], arms: tuple[str, .
     )
 
 
-def _side_by_side(curves: tuple[Curve, ...]) -> tuple[tuple[str, ...], ...]:
+def _side_by_side(curves: tuple[TrainingCurve, ...]) -> tuple[tuple[str, ...], ...]:
     """One row for every number of tokens, one column for every curve."""
     columns = [dict(zip(curve.tokens, curve.losses, strict=True)) for curve in curves]
     every = sorted({tokens for curve in curves for tokens in curve.tokens})

@@ -163,7 +163,7 @@ class CacheSummary(Record):
         return self.num_bytes[recording] / self.num_tokens
 
 
-class Curve(Record):
+class TrainingCurve(Record):
     """Held-out loss in the course of a training."""
 
     name: str
@@ -247,7 +247,7 @@ class Report(Record):
     fidelity: Fidelity | None = None
     """What it keeps of the teacher, on a small sample; None where its shards were not at hand."""
 
-    curves: tuple[Curve, ...]
+    curves: tuple[TrainingCurve, ...]
     """Of the teacher, if it was trained here, and of the students."""
 
     stages: tuple[StageLine, ...]
