@@ -21,7 +21,7 @@ from capgap.schemas.errors import SettingError
 
 _HELP = """usage: capgap law plan|run|table|fit|report|advise
 
-  plan GRID.yaml   say what a grid of teachers, students and seeds will take, before anything is made
+  plan GRID.yaml   what a grid of teachers, students and seeds will take, before anything is made
   run GRID.yaml    make every run of a grid, then table, fit and page
   table GRID.yaml  write the table of what a grid has so far, and run nothing
   fit TABLE        which teacher is best for each student of a table of runs; writes law.json
@@ -72,7 +72,7 @@ def report_parser() -> ArgumentParser:
 
 def advise_parser() -> ArgumentParser:
     """The parser of `capgap law advise`."""
-    parser = _parser("advise", "Say which teacher suits a student, source by source.")
+    parser = _parser("advise", "Which teacher suits a student, source by source.")
     parser.add_argument("--student", type=str, required=True, help="Parameters, e.g. 3B or 350M.")
     parser.add_argument("--tokens", type=str, required=True, help="It will be trained on, e.g. 126B.")
     parser.add_argument("--teachers", type=str, required=True, help="Parameters of those at hand, e.g. 7B,13B,70B.")
@@ -160,4 +160,4 @@ COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[dict[str, Any]
     "report": (report_parser, _report),
     "advise": (advise_parser, _advise),
 }
-"""Of `capgap law`, by name: its parser, and what it does."""
+"""Commands of `capgap law`, by name: the parser, and what it does."""

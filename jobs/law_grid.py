@@ -23,7 +23,7 @@ _SETTINGS = ("out", "device", "seeds", "max_hours", "max_disk_gb")
 
 def grid_plan_parser() -> ArgumentParser:
     """The parser of `capgap law plan`."""
-    parser = _with_speed(_grid_parser("plan", "Say what a grid will take, before anything is made."))
+    parser = _with_speed(_grid_parser("plan", "What a grid will take, before anything is made."))
     parser.add_argument("--json", action="store_true", help="The plan as one JSON object.")
     return parser
 
@@ -53,14 +53,14 @@ def read_grid(flags: dict[str, Any]) -> LawGrid:
 def _grid_parser(name: str, description: str) -> ArgumentParser:
     parser = ArgumentParser(prog=f"capgap law {name}", description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("grid", type=str, help="The grid file, as docs/law.md describes it.")
-    for setting, kind, said in (
+    for setting, kind, help_text in (
         ("out", str, "Folder for everything that is made, in place of the file's."),
         ("device", str, "cpu, cuda or auto, in place of the file's."),
         ("seeds", list[int], "As [0,1,2], in place of the file's."),
         ("max_hours", float, "Refuse a grid that is planned to take longer."),
         ("max_disk_gb", float, "Refuse a grid that is planned to fill more disk, in 10^9 bytes."),
     ):
-        parser.add_argument(f"--{setting.replace('_', '-')}", type=kind, default=None, help=said)
+        parser.add_argument(f"--{setting.replace('_', '-')}", type=kind, default=None, help=help_text)
     add_log_format(parser)
     return parser
 
@@ -180,6 +180,6 @@ def _fit_and_report(table: Path) -> None:
     path = write_fit(table.parent, law)
     page = write_page(table.parent, law)
     for line in lines(law):
-        tell("law_said", line)
+        tell("law_summary", line)
     tell("law_fit", f"fit: {path}", path=str(path))
     tell("report", f"report: {page}", page=str(page))

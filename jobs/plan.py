@@ -36,13 +36,13 @@ def plan_command(argv: Sequence[str]) -> int:
 
 def plan_parser() -> ArgumentParser:
     """The parser of `capgap plan`."""
-    parser = run_parser("capgap plan", "Say what a run will take, before anything is made.")
+    parser = run_parser("capgap plan", "What a run will take, before anything is made.")
     parser.add_argument("--json", action="store_true", help="The plan as one JSON object.")
     parser.add_argument(
         "--online-teacher-tokens-per-s",
         type=float,
         default=None,
-        help="Of a teacher beside a student; the cache's rate where it is left out.",
+        help="Rate of a teacher beside a student; the cache's rate where it is left out.",
     )
     parser.add_argument(
         "--text-bytes-per-token",
@@ -55,11 +55,11 @@ def plan_parser() -> ArgumentParser:
 
 
 def add_speed_flags(parser: ArgumentParser) -> None:
-    """Flags by which the user says how fast a stage goes; `stated_speed` reads them."""
+    """Flags by which the user states how fast a stage goes; `stated_speed` reads them."""
     for flag, help_text in (
-        ("--teacher-tokens-per-s", "At which one engine caches, if no earlier run has measured it."),
-        ("--train-tokens-per-s", "Of one student's training, if no earlier run has measured it."),
-        ("--device-peak-tflops", "Of one device, in 10^12 operations a second; with --mfu."),
+        ("--teacher-tokens-per-s", "Rate at which one engine caches, if no earlier run has measured it."),
+        ("--train-tokens-per-s", "Rate of one student's training, if no earlier run has measured it."),
+        ("--device-peak-tflops", "Peak of one device, in 10^12 operations a second; with --mfu."),
         ("--mfu", "Share of that peak that is used; with --device-peak-tflops."),
     ):
         parser.add_argument(flag, type=float, default=None, help=help_text)
@@ -69,7 +69,7 @@ def add_speed_flags(parser: ArgumentParser) -> None:
 
 
 def stated_speed(flags: dict[str, Any]) -> Stated:
-    """What the flags say.
+    """The speeds that the flags state.
 
     Raises:
         SettingError: a rate is none, or a peak stands without its share.
@@ -140,7 +140,11 @@ def _lines(plan: RunPlan) -> list[str]:
         by_source: dict[str, list[str]] = {}
         for instance, figure in figures:
             by_source.setdefault(figure.source, []).append(instance)
-        lines += [f"  {name} of {', '.join(of)}: {source}" for source, of in by_source.items() if source != "none"]
+        lines += [
+            f"  {name} of {', '.join(instances)}: {source}"
+            for source, instances in by_source.items()
+            if source != "none"
+        ]
     lines.append(f"students from the cache in this run: {plan.num_students}; caching costs less than an online teacher")
     for even in plan.break_even:
         least = "?" if even.num_students is None else f"from {even.num_students} students on"

@@ -18,16 +18,16 @@ class TeacherPoint(Record):
     """One teacher of a curve; means are over the curve's complete seeds."""
 
     name: str
-    """Of the teacher."""
+    """The teacher's name."""
 
     size: int
     """Parameters, counted as the fit counts them."""
 
     teacher_loss: float
-    """The teacher's own cross-entropy, nats per token."""
+    """The teacher's own cross-entropy, nats/token."""
 
     loss: float
-    """The student's, nats per token."""
+    """The student's, nats/token."""
 
     above_best: float
     """Loss minus that of the curve's best teacher, paired by seed."""
@@ -50,7 +50,7 @@ class FormFit(Record):
     """One form on one axis."""
 
     name: str
-    """Of the form."""
+    """The form's name."""
 
     formula: str
     """In u, 0 at the smallest and 1 at the largest teacher."""
@@ -67,7 +67,7 @@ class Best(Record):
     """Where an interior curve is lowest."""
 
     value: float
-    """Parameters, or the teacher's cross-entropy in nats per token."""
+    """Parameters, or the teacher's cross-entropy in nats/token."""
 
     interval: Interval
     """Over noise, form and teachers left out; within the bracket."""
@@ -102,7 +102,7 @@ class AxisFit(Record):
     """All that were tried."""
 
     places: tuple[float, ...]
-    """Of the fitted curves: parameters, or nats per token."""
+    """Where the fitted curves are kept: parameters, or nats/token."""
 
 
 class CurveFit(Record):
@@ -118,13 +118,13 @@ class CurveFit(Record):
     """Name."""
 
     tokens: int
-    """Of the student's training."""
+    """That the student was trained on."""
 
     alpha: float
     """Weight of the KL."""
 
     init: Init
-    """Of the first weights."""
+    """Where the first weights come from."""
 
     seeds: tuple[int, ...]
     """Those for which every teacher's run and the supervised one are there."""
@@ -136,7 +136,7 @@ class CurveFit(Record):
     """Those without a single finished run here."""
 
     supervised_loss: float | None
-    """Mean of the supervised arm, nats per token; None with a pruned init, where each teacher has its own."""
+    """Mean of the supervised arm, nats/token; None with a pruned init, where each teacher has its own."""
 
     noise: float | None
     """Standard deviation of a run once its seed and its teacher are taken away, nats."""
@@ -157,7 +157,7 @@ class CurveFit(Record):
     """What a reader must know of it."""
 
     predictions: tuple[Prediction, ...]
-    """Of the published laws."""
+    """What the published laws predict."""
 
     @property
     def title(self) -> str:

@@ -1,4 +1,4 @@
-"""`law.json`: what a table of the law of capacity gap says, curve by curve. Its page and its advice are made of it."""
+"""`law.json`: what follows from a table of the law of capacity gap. Its page and its advice are made of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class GlobalLaw(Record):
     """Weight of the KL."""
 
     init: Init
-    """Of the first weights."""
+    """Where the first weights come from."""
 
     students: tuple[str, ...]
     """The interior ones."""
@@ -40,10 +40,10 @@ class GlobalLaw(Record):
     """Why there is no law; the rest is then None."""
 
     min_size: int | None = None
-    """Of the smallest student."""
+    """Parameters of the smallest student."""
 
     max_size: int | None = None
-    """Of the largest student."""
+    """Parameters of the largest student."""
 
     proportional: Estimate | None = None
     """k of T = k S."""
@@ -55,7 +55,7 @@ class GlobalLaw(Record):
     """b of T = a S + b, parameters."""
 
     r_squared: float | None = None
-    """Of that line, unweighted."""
+    """Share of the variance that the line explains, unweighted."""
 
     exponent: Estimate | None = None
     """q of T = c S^q."""

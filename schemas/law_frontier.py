@@ -19,7 +19,7 @@ class FrontierPoint(Record):
     """Floating-point operations under the accounting."""
 
     loss: float
-    """Mean over all seeds of its student, nats per token."""
+    """Mean over all seeds of its student, nats/token."""
 
     num_seeds: int
     """Behind it."""

@@ -1,4 +1,4 @@
-"""What a published law says of a student, as data."""
+"""What a published law predicts for a student, as data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from capgap.schemas.base import Record
 
 
 class Prediction(Record):
-    """What a published law says of this student."""
+    """What a published law predicts for this student."""
 
     law: str
     """Its name."""
@@ -23,13 +23,13 @@ class Prediction(Record):
     """Whether this student, these teachers and these tokens lie in there."""
 
     best_size: float | None
-    """Parameters of the best teacher; None where the law cannot say."""
+    """Parameters of the best teacher; None where the law has no optimum within what was looked at."""
 
     summary: str
     """The prediction in words, with what it rests on."""
 
     losses: dict[str, float] = Field(default_factory=dict)
-    """Predicted loss of the student by teacher, nats per token, for a law that gives one."""
+    """Predicted loss of the student by teacher, nats/token, for a law that gives one."""
 
     disagreement: str = ""
     """How it stands to the measurement, or to the other laws."""

@@ -1,4 +1,4 @@
-"""What `capgap plan` says of a run, as data."""
+"""What `capgap plan` finds of a run, as data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from capgap.schemas.law_prediction import Prediction
 
 
 class Figure(Record):
-    """A number, and where it comes from; without the number, what is missing to say it."""
+    """A number, and where it comes from; without the number, what is missing."""
 
     value: float | None
     """The number; None where nothing supports one."""
@@ -29,13 +29,13 @@ class StagePlan(Record):
     """Targets that it works on."""
 
     disk_bytes: Figure
-    """Of its finished folder."""
+    """Bytes of its finished folder."""
 
     scratch_bytes: Figure
     """More that it takes while it works."""
 
     tokens_per_s: Figure
-    """Of one engine, or one training."""
+    """Throughput of one engine, or one training."""
 
     device_hours: Figure
     """Hours of its devices together; 0 where it is current or reused."""
@@ -76,7 +76,7 @@ class RunPlan(Record):
     """Free where the run writes."""
 
     device_hours: Figure
-    """Of everything that is not current."""
+    """Device hours of everything that is not current."""
 
     num_students: int
     """That this run trains from the cache."""
@@ -85,7 +85,7 @@ class RunPlan(Record):
     """By accounting."""
 
     laws: tuple[Prediction, ...]
-    """What the published laws say; none where the student's size or its tokens are not known."""
+    """What the published laws predict; none where the student's size or its tokens are not known."""
 
     notes: tuple[str, ...]
     """What else to know."""

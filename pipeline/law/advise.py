@@ -1,7 +1,7 @@
 """Which teacher for a student that was not trained yet: stored fits and published laws, side by side.
 
 Nothing is averaged. Each answer stands with its source and with whether the student lies in what that source measured,
-and the answers' disagreement is said.
+and the answers' disagreement stands below them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from capgap.schemas.results import Interval
 
 
 class Answer(Record):
-    """What one source says."""
+    """The answer of one source."""
 
     source: str
     """A fit or a published law, with where it comes from."""
 
     best_size: float | None
-    """Parameters of the best teacher; None where the source cannot say."""
+    """Parameters of the best teacher; None where the source has no answer."""
 
     interval: Interval | None
     """95 %, of a fit; the published laws give none that applies to one student."""
 
     choice: str | None
-    """Of the teachers given, the one nearest to that size, or for a law of losses the one with the least."""
+    """The teacher at hand that is nearest to that size, or for a law of losses the one with the least."""
 
     within_validity: bool
     """Whether the student and its tokens lie in what the source measured."""
@@ -52,7 +52,7 @@ class Advice(Record):
     """Parameters."""
 
     tokens: int
-    """Of its training."""
+    """That it is to be trained on."""
 
     answers: tuple[Answer, ...]
     """Stored fits first."""
@@ -61,15 +61,15 @@ class Advice(Record):
     """In words."""
 
     warning: str | None = None
-    """Of teachers that are too large for the student by another study; None where there are none."""
+    """A warning of teachers that another study finds too large for the student; None where there are none."""
 
 
 def advise(student: int, tokens: int, teachers: Sequence[GivenTeacher], fit: LawFit | None = None) -> Advice:
-    """What a stored fit, if there is one, and the published laws say.
+    """The answers of a stored fit, if there is one, and of the published laws.
 
     Args:
         student: parameters.
-        tokens: of its training.
+        tokens: that it is to be trained on.
         teachers: at hand.
         fit: of a grid of one's own.
 

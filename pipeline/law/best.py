@@ -87,7 +87,7 @@ def _scatter(forms: Sequence[Form], u_M: Array, found: Contrasts) -> float:
 def _resampled(found: Contrasts, scatter: float, num_resamples: int) -> Array:
     """The means as measured, then with as much scatter again as they hold; the size of the scatter is uncertain too.
 
-    Drawn from the pooled noise and not by drawing seeds again: three seeds have ten different resamples, and their
+    Sampled from the pooled noise and not from the seeds: three seeds have ten different resamples, and their
     spread is two thirds of the truth.
     """
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from capgap.pipeline.pages.charts import Chart, legend, log_operations
 from capgap.pipeline.pages.numbers import human_count
 from capgap.pipeline.pages.svg import INK, SERIES, draw
-from capgap.pipeline.plan.published import CAPACITY_GAP, GAP_INTERCEPT, GAP_SLOPE
+from capgap.pipeline.plan.published import CAPACITY_GAP, gap_best_teacher
 from capgap.schemas.law_curve import AxisFit, CurveFit
 from capgap.schemas.law_fit import GlobalLaw, LawFit
 from capgap.schemas.law_frontier import Frontier
@@ -43,9 +43,11 @@ def law_chart(i: int, law: GlobalLaw, fit: LawFit) -> Chart | None:
         if law.slope is not None and law.intercept is not None and len(set(sizes)) > 1:
             fitted = [law.slope.value * size + law.intercept.value for size in sizes]
             axes.plot(sizes, fitted, color=SERIES[0], linewidth=1.2, label="line fitted")
-        told = [(size, GAP_SLOPE * size + GAP_INTERCEPT) for size in sizes if GAP_SLOPE * size + GAP_INTERCEPT > 0]
-        if told:
-            axes.plot(*zip(*told, strict=True), marker="x", color=SERIES[1], linestyle="--", label=CAPACITY_GAP.name)
+        predicted = [(size, best) for size in sizes if (best := gap_best_teacher(size)) is not None]
+        if predicted:
+            axes.plot(
+                *zip(*predicted, strict=True), marker="x", color=SERIES[1], linestyle="--", label=CAPACITY_GAP.name
+            )
         _log_counts(axes.xaxis, axes.set_xscale)
         _log_counts(axes.yaxis, axes.set_yscale)
         axes.set_xlabel("student, parameters")
@@ -53,12 +55,12 @@ def law_chart(i: int, law: GlobalLaw, fit: LawFit) -> Chart | None:
         legend(figure, axes)
 
     name, title = f"law-{i}", f"Best teacher by student: {law.budget}, alpha {law.alpha:g}, {law.init} init"
-    said = "; ".join(f"{curve.student} {human_count(best.value)}" for curve, best in rows)
+    listed = "; ".join(f"{curve.student} {human_count(best.value)}" for curve, best in rows)
     return Chart(
         name=name,
         title=title,
         caption=f"Interior students only. {law.refused or 'Lines are 95 % intervals.'}",
-        svg=draw(name, f"{title}: {said}", 3.5, paint),
+        svg=draw(name, f"{title}: {listed}", 3.5, paint),
         headings=("student", "parameters", "best teacher", "low", "high", "best / student", "2.498 S - 11.498M"),
         rows=tuple(
             (
@@ -68,11 +70,16 @@ def law_chart(i: int, law: GlobalLaw, fit: LawFit) -> Chart | None:
                 human_count(best.interval.low),
                 human_count(best.interval.high),
                 f"{best.value / curve.student_size:.3g}",
-                human_count(max(GAP_SLOPE * curve.student_size + GAP_INTERCEPT, 0.0)),
+                _predicted(curve.student_size),
             )
             for curve, best in rows
         ),
     )
+
+
+def _predicted(student: float) -> str:
+    best = gap_best_teacher(student)
+    return "-" if best is None else human_count(best)
 
 
 def frontier_chart(frontier: Frontier) -> Chart:
@@ -92,7 +99,7 @@ def frontier_chart(frontier: Frontier) -> Chart:
         )
         log_operations(axes)
         axes.set_xlabel("floating-point operations")
-        axes.set_ylabel("held-out loss, nats per token")
+        axes.set_ylabel("held-out loss, nats/token")
         legend(figure, axes)
 
     name = f"frontier-{frontier.accounting}"
@@ -135,8 +142,8 @@ def _curve(name: str, curve: CurveFit, axis: AxisFit) -> Chart:
             axes.set_xlabel("teacher, parameters")
         else:
             axes.invert_xaxis()
-            axes.set_xlabel("teacher's loss, nats per token (better to the right)")
-        axes.set_ylabel("student's loss, nats per token")
+            axes.set_xlabel("teacher's loss, nats/token (better to the right)")
+        axes.set_ylabel("student's loss, nats/token")
         legend(figure, axes)
 
     over = "size" if by_size else "cross-entropy"

@@ -34,11 +34,11 @@ MIN_SEEDS = 2
 # still falls fast with every token. How many times as many make teachers unlike is a choice of ours.
 _ENOUGH_TOKENS, _UNLIKE = 20, 4
 
-_NUM_DRAWN = 61  # places at which a fitted curve is kept, for drawing
+_NUM_PLACES = 61  # at which a fitted curve is kept, for its chart
 
 
 def fit_curve(curve: TeacherCurve, size: Size, min_delta: float) -> CurveFit:
-    """Everything that one curve says."""
+    """Everything that follows from one curve."""
     refused = _refusal(curve, size)
     num_seeds = len(curve.seeds)
     found = contrasts(curve.losses_MR) if len(curve.teachers) > 1 and num_seeds > 1 else None
@@ -113,19 +113,19 @@ def _axes(curve: TeacherCurve, size: Size, found: Contrasts, delta: float) -> tu
 def _axis(axis: AxisName, places_M: Array, curve: TeacherCurve, found: Contrasts, delta: float) -> AxisFit:
     judged = judge(places_M, tuple(teacher.name for teacher in curve.teachers), found, delta)
     u_M = (places_M - places_M.min()) / np.ptp(places_M)
-    u_drawn = np.linspace(0.0, 1.0, _NUM_DRAWN)
+    u_kept = np.linspace(0.0, 1.0, _NUM_PLACES)
     forms = []
     for form in FORMS.values():
         if len(set(u_M.tolist())) < form.min_teachers:
             forms.append(FormFit(name=form.name, formula=form.formula, leave_one_out=None, losses=()))
             continue
         error = math.sqrt(float(leave_one_out(form, u_M, found.means_M[None])[1][0]))
-        losses = fit(form, u_M, found.means_M[None]).at(u_drawn)[0]
+        losses = fit(form, u_M, found.means_M[None]).losses_at(u_kept)[0]
         forms.append(
             FormFit(name=form.name, formula=form.formula, leave_one_out=error, losses=tuple(map(float, losses)))
         )
     tried = [form for form in forms if form.leave_one_out is not None]
-    places = places_M.min() + u_drawn * np.ptp(places_M)
+    places = places_M.min() + u_kept * np.ptp(places_M)
     best = locate(places_M, found, judged.bracket) if judged.bracket is not None else None
     return AxisFit(
         axis=axis,

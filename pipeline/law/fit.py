@@ -24,7 +24,7 @@ from capgap.schemas.law_fit import LAW_NAME, LawFit
 
 
 def fit_table(path: Path, size: Size = "total", min_delta: float = MIN_DELTA) -> LawFit:
-    """Everything that a table says.
+    """Everything that follows from a table.
 
     Args:
         path: of the table.

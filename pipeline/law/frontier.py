@@ -52,7 +52,9 @@ def _frontier(runs: Sequence[LawRun], accounting: Accounting) -> Frontier:
     return Frontier(
         accounting=accounting,
         stated=STATED[accounting],
-        points=tuple(point.model_copy(update={"on_frontier": on}) for point, on in zip(found, best, strict=True)),
+        points=tuple(
+            point.model_copy(update={"on_frontier": is_best}) for point, is_best in zip(found, best, strict=True)
+        ),
         left_out=tuple(left_out),
     )
 

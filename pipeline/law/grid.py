@@ -34,7 +34,7 @@ class TeacherCurve:
         seeds: complete ones.
         left_out_seeds: with a run missing.
         left_out_teachers: without any finished run.
-        losses_MR: of the students, nats per token.
+        losses_MR: the students', nats/token.
         supervised_MR: of the same student without a teacher; rows are alike where the init is common.
         missing: names of the runs that are not there, with the reason.
     """
@@ -96,13 +96,13 @@ class _Key:
 
 
 def _curve(runs: Sequence[LawRun], key: _Key) -> TeacherCurve:
-    of_student = [run for run in runs if run.student.name == key.student]
+    own_runs = [run for run in runs if run.student.name == key.student]
     seeds = seeds_of(runs, key.student)
-    candidates = {run.teacher.name: run.teacher for run in of_student if run.teacher is not None}
+    candidates = {run.teacher.name: run.teacher for run in own_runs if run.teacher is not None}
     ordered = sorted(
         candidates.values(), key=lambda teacher: (teacher.num_parameters, -(teacher.loss or 0), teacher.name)
     )
-    here = [run for run in of_student if run.budget == key.budget and run.init == key.init]
+    here = [run for run in own_runs if run.budget == key.budget and run.init == key.init]
     cells: dict[_Cell, LawRun] = {
         (run.teacher.name if run.teacher else None, run.init_source, run.seed): run
         for run in here
@@ -133,7 +133,7 @@ def _curve(runs: Sequence[LawRun], key: _Key) -> TeacherCurve:
         return np.array(values, dtype=np.float64).reshape(len(teachers), len(complete))
 
     return TeacherCurve(
-        student=of_student[0].student,
+        student=own_runs[0].student,
         budget=key.budget,
         tokens=here[0].tokens,
         alpha=key.alpha,

@@ -52,8 +52,8 @@ class GridWork:
     @property
     def num_processes(self) -> int:
         """Stages that are left."""
-        of_cells = sum(2 + len(one.arms) for one in self.left)
-        return (0 if self.corpus_made else 1) + sum(map(len, self._pending.values())) + of_cells
+        in_cells = sum(2 + len(one.arms) for one in self.left)
+        return (0 if self.corpus_made else 1) + sum(map(len, self._pending.values())) + in_cells
 
     def corpus(self) -> PhasePlan:
         """The corpus."""

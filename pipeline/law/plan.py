@@ -19,9 +19,9 @@ def plan_grid(grid: LawGrid, stated: Stated, num_workers: int | None, start_s: f
 
     Args:
         grid: the grid.
-        stated: what the user says of speed.
+        stated: speeds that the user states.
         num_workers: processes side by side, if that is known.
-        start_s: that a stage takes before it begins, if the user says so; measured rates hold most of it.
+        start_s: that a stage takes before it begins, if the user states it; measured rates hold most of it.
 
     Raises:
         InputError: a source of the corpus, a given model or something reused cannot be read.
@@ -68,7 +68,7 @@ def plan_grid(grid: LawGrid, stated: Stated, num_workers: int | None, start_s: f
 
 
 def require_limits(grid: LawGrid, plan: LawPlan) -> tuple[str, ...]:
-    """Refuse a grid that is planned to take more than its limits; what cannot be held against one is said.
+    """Refuse a grid that is planned to take more than its limits; return what cannot be held against one, in words.
 
     Raises:
         SettingError: it takes more.

@@ -139,7 +139,7 @@ def _ended(code: int) -> str:
 
 
 def _require_text(grid: LawGrid, tokens: Mapping[str, Mapping[str, int]], num_tokens: int) -> None:
-    """Refuse budgets that the student's text does not hold: such a run would end early, and not say so."""
+    """Refuse budgets that the student's text does not hold: such a run would end early without a word."""
     for student, budgets in tokens.items():
         settings = grid.train_settings(student)
         cached = min(num_tokens, grid.cache.max_tokens or num_tokens)

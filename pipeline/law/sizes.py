@@ -18,7 +18,7 @@ from capgap.schemas.run_model import StudentSettings, TeacherSettings
 
 @dataclass(frozen=True)
 class Sizes:
-    """What all rows say of the models, whether they were made or not.
+    """The models' sizes, as all rows have them, whether they were made or not.
 
     Attributes:
         students: by name, for a common init.

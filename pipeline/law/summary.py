@@ -28,7 +28,7 @@ def lines(law: LawFit) -> Iterator[str]:
 
 
 def sentences(curve: CurveFit) -> Iterator[str]:
-    """What a curve says, in words."""
+    """What follows from a curve, in words."""
     if curve.refused is not None:
         yield f"not judged: {curve.refused}"
     for axis in curve.axes:

@@ -1,4 +1,4 @@
-"""The plan of a run: work, rates, hours, disk, and what the published laws say, put together."""
+"""The plan of a run: work, rates, hours, disk, and the published laws' predictions, put together."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_plan(
 
     Args:
         run: the run file.
-        stated: what the user says of speed.
+        stated: speeds that the user states.
         text_bytes_per_token: bytes of text in a token, where the corpus is not made; measured where it is not given.
         online_teacher_tokens_per_s: of a teacher beside a student, for the comparison with a cache.
 
@@ -96,7 +96,7 @@ def far_from_home(home_loss: float | None, cache: Manifest | None) -> list[str]:
 
 
 def _laws(work: RunWork) -> tuple[Prediction, ...]:
-    """What the published laws say of the run's pair of models, each in the sizes that its paper counts."""
+    """The published laws' predictions for the run's pair of models, each in the sizes that its paper counts."""
     student, teacher, tokens = work.student, work.teacher, work.student_tokens.value
     if student.total is None or student.outside_embedding is None or not tokens:
         return ()

@@ -1,4 +1,4 @@
-"""What the published laws say of a student and of the teachers at hand, in words and as data."""
+"""What the published laws predict for a student and of the teachers at hand, in words and as data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from capgap.schemas.law_prediction import Prediction
 
 
 def predictions(student: float, tokens: float, teachers: Sequence[GivenTeacher]) -> tuple[Prediction, ...]:
-    """What both laws say.
+    """What both laws predict.
 
     Args:
         student: parameters.
@@ -37,7 +37,7 @@ def predictions(student: float, tokens: float, teachers: Sequence[GivenTeacher])
 
 
 def gap_prediction(student: float, tokens: float, teachers: Sequence[GivenTeacher]) -> Prediction:
-    """What the law of capacity gap says; its paper counts all parameters."""
+    """What the law of capacity gap predicts; its paper counts all parameters."""
     best = gap_best_teacher(student)
     if best is None:
         summary = (
@@ -52,7 +52,7 @@ def gap_prediction(student: float, tokens: float, teachers: Sequence[GivenTeache
 
 
 def scaling_prediction(student: float, tokens: float, teachers: Sequence[GivenTeacher]) -> Prediction:
-    """What the distillation scaling law says; its paper counts parameters without embeddings."""
+    """What the distillation scaling law predicts; its paper counts parameters without embeddings."""
     ratios = [teacher.tokens / teacher.size for teacher in teachers if teacher.tokens]
     ratio = statistics.median(ratios) if ratios else CHINCHILLA_TOKENS_PER_PARAMETER
     losses = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 NEAR = 0.005
-"""Nats per token within which predicted losses count as equally good."""
+"""Nats/token within which predicted losses count as equally good."""
 
 LARGEST_RATIO = 10
 """Teacher over student up to which distillation is advised: the student should have about a tenth of its teacher's
@@ -23,7 +23,7 @@ LOOKED_AT = (0.1, 1000.0)
 
 _NUM_STEPS = 200  # steps of a first look, for the valley that is then followed to its bottom
 _STEP = 1e-3  # inwards from an end, of a logarithm: where the loss does not fall over it, the end is lowest
-_NUM_HALVINGS = 60  # of an interval of logarithms: to the last digit of a double
+_NUM_HALVINGS = 60  # halvings of an interval of logarithms: to the last digit of a double
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ GAP_INTERCEPT = -11.498e6
 """Parameters."""
 
 CHINCHILLA_TOKENS_PER_PARAMETER = 20.0
-"""How long a teacher is taken to have trained where nobody says."""
+"""How long a teacher is taken to have trained where nothing is known."""
 
 
 def gap_best_teacher(student: float) -> float | None:
@@ -112,12 +112,12 @@ def gap_best_teacher(student: float) -> float | None:
 
 
 def supervised_loss(size: float, tokens: float) -> float:
-    """Nats per token of a model trained on text alone: E + (A / N^alpha + B / D^beta)^gamma."""
+    """Nats/token of a model trained on text alone: E + (A / N^alpha + B / D^beta)^gamma."""
     return float(1.220 + (3355 / size**0.408 + 18186 / tokens**0.431) ** 0.452)
 
 
 def distilled_loss(student: float, tokens: float, teacher_loss: float) -> float:
-    """Nats per token of a student whose teacher has this loss.
+    """Nats/token of a student whose teacher has this loss.
 
     L_T + L_T^-c0 (1 + (L_T / (L_S d1))^(1/f1))^(-c1 f1) (A' / N^alpha' + B' / D^beta')^gamma', where L_S is what the
     student would reach alone.

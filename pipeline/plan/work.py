@@ -98,7 +98,7 @@ class RunWork:
                 return _NOT_PLANNED
 
     def disk_bytes(self, stage: str) -> Figure:
-        """Of one finished folder."""
+        """Bytes of one finished folder."""
         match stage:
             case "corpus":
                 return _times(corpus_bytes_per_token(self.vocab_size), self.tokens("corpus"))
@@ -217,7 +217,7 @@ def finished(stage: ReusableStage, run: RunFile, known: dict[str, StageState]) -
 
 
 def vocab_size_of(run: RunFile, corpus: Manifest | None) -> float | None:
-    """Of the corpus, or of the tokenizer that it is to have; None where that cannot be read."""
+    """Vocabulary of the corpus, or of the tokenizer that it is to have; None where that cannot be read."""
     if corpus is not None:
         return CorpusFacts.model_validate(corpus.facts).tokenizer.vocab_size
     if run.corpus.tokenizer is None:

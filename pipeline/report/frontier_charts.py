@@ -32,17 +32,17 @@ def _own(frontier: RunFrontier, placed: Sequence[CostedModel], arms: tuple[str, 
         _line(axes, [(m.flops, m.loss) for name in frontier.by_loss for m in placed if m.name == name])
         log_operations(axes)
         axes.set_xlabel("floating-point operations")
-        axes.set_ylabel("held-out loss, nats per token")
+        axes.set_ylabel("held-out loss, nats/token")
         legend(figure, axes)
 
     absent = [f"{model.name}: {model.unknown}" for model in frontier.models if model.flops is None]
-    said = "; ".join(f"{model.name} {model.loss:.4f} at {model.flops:.3g}" for model in placed)
+    listed = "; ".join(f"{model.name} {model.loss:.4f} at {model.flops:.3g}" for model in placed)
     return Chart(
         name="frontier",
         title="Compute and held-out loss",
         caption=f"{STATED} Lower and further left is better; the line joins the models that no other beats."
         + (f" Not drawn: {'; '.join(absent)}." if absent else ""),
-        svg=draw("frontier", f"Held-out loss against floating-point operations: {said}", 3.4, paint),
+        svg=draw("frontier", f"Held-out loss against floating-point operations: {listed}", 3.4, paint),
         headings=("model", "parameters", "tokens", "operations", "with teacher's training", "loss", "not beaten"),
         rows=tuple(
             (
@@ -74,8 +74,8 @@ def _published(frontier: RunFrontier, measured: Sequence[CostedModel], arms: tup
         )
         for model in MODELS:
             side: dict[str, Any] = {"xytext": (-4, 3), "ha": "right"} if _is_crowded(model) else {"xytext": (4, 3)}
-            at = (model.flops, model.mean)
-            axes.annotate(model.name, at, textcoords="offset points", fontsize=_SMALL, color=INK, **side)
+            place = (model.flops, model.mean)
+            axes.annotate(model.name, place, textcoords="offset points", fontsize=_SMALL, color=INK, **side)
         _line(axes, [(model.flops, model.mean) for model in best])
         for own in measured:
             _mark(axes, own, own.mean_score, arms)
@@ -91,13 +91,13 @@ def _published(frontier: RunFrontier, measured: Sequence[CostedModel], arms: tup
         if measured
         else "This run's models are not drawn: they were not measured on these six."
     )
-    said = "; ".join(f"{model.name} {model.mean:.1f} at {model.flops:.3g}" for model in MODELS)
+    listed = "; ".join(f"{model.name} {model.mean:.1f} at {model.flops:.3g}" for model in MODELS)
     return Chart(
         name="published",
         title="What others published",
         caption=f"{SOURCE}: compute as printed, and the mean of its six benchmarks, whose metrics it does not name. "
         f"The line joins the models that no other beats. {whose} {doubts}",
-        svg=draw("published", f"Mean of six benchmarks against floating-point operations: {said}", 4.2, paint),
+        svg=draw("published", f"Mean of six benchmarks against floating-point operations: {listed}", 4.2, paint),
         headings=("model", "operations", *SHOTS, "mean", "not beaten"),
         rows=(
             *(_published_row(model, best) for model in sorted(MODELS, key=lambda one: one.flops)),

@@ -85,11 +85,11 @@ def _cache(cache: StageInput) -> CacheSummary:
 
 
 def _fidelity(cache: StageInput) -> Fidelity | None:
-    """Of a small sample; None where the shards are not at hand any more."""
+    """Fidelity on a small sample; None where the shards are not at hand any more."""
     try:
         return fidelity_of(cache, _SAMPLE)
     except CapgapError as error:
-        _LOG.warning("report: what the cache keeps is not told: %s", error)
+        _LOG.warning("report: what the cache keeps is left out: %s", error)
         return None
 
 

@@ -56,7 +56,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> LawGrid:
     """A grid of two teachers, with its corpus, teachers and caches made."""
     folder = tmp_path_factory.mktemp("grid")
     chance = random.Random(3)
-    (folder / "text.txt").write_text(" ".join("".join(chance.choices("abcdefgh", k=5)) for _ in range(8_000)))
+    (folder / "texts").mkdir()
+    for number in range(40):
+        words = ("".join(chance.choices("abcdefgh", k=5)) for _ in range(200))
+        (folder / "texts" / f"{number}.txt").write_text(" ".join(words))
     grid = LawGrid.model_validate(
         {
             "name": "g",
@@ -64,7 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> LawGrid:
             "device": "cpu",
             "seeds": [0],
             "corpus": {
-                "sources": [str(folder / "text.txt")],
+                "sources": [str(folder / "texts")],
                 "vocab_size": 300,
                 "seq_len": 32,
                 "teacher_fraction": 0.3,

@@ -40,8 +40,8 @@ def test_results_from_before_any_of_it_say_nothing_of_it(report) -> None:
 @pytest.mark.parametrize(
     ("recording", "line"),
     [
-        ("topk", "KL to its kept ids and their tail, a lower bound, nats per token: cross_entropy, seed 0 0.2500"),
-        ("sampled", "cross-entropy with its draws, nats per token: cross_entropy, seed 0 3.1000"),
+        ("topk", "KL to its top-k tokens and their tail, a lower bound, nats/token: cross_entropy, seed 0 0.2500"),
+        ("sampled", "cross-entropy with its samples, nats/token: cross_entropy, seed 0 3.1000"),
     ],
 )
 def test_the_cached_sequences_have_a_line(report, recording, line) -> None:
