@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from capgap.pipeline.pages.charts import Chart, legend, log_operations
+from capgap.pipeline.pages.charts import Chart, draw_frontier, legend
 from capgap.pipeline.pages.numbers import human_count
 from capgap.pipeline.pages.svg import INK, SERIES, draw
 from capgap.pipeline.plan.published import CAPACITY_GAP, gap_best_teacher
@@ -93,13 +93,8 @@ def frontier_chart(frontier: Frontier) -> Chart:
             if some:
                 x, y = [point.flops for point in some], [point.loss for point in some]
                 axes.plot(x, y, marker, color=color, markersize=5, label=label)
-        best = [point for point in frontier.points if point.on_frontier]
-        axes.step(
-            [p.flops for p in best], [p.loss for p in best], where="post", color=INK, linewidth=1, label="frontier"
-        )
-        log_operations(axes)
-        axes.set_xlabel("floating-point operations")
-        axes.set_ylabel("held-out loss, nats/token")
+        best = ((point.flops, point.loss) for point in frontier.points if point.on_frontier)
+        draw_frontier(axes, best, "held-out loss, nats/token")
         legend(figure, axes)
 
     name = f"frontier-{frontier.accounting}"

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 
 from capgap.pipeline.law.advise import Advice
 from capgap.pipeline.law.global_law import describe
+from capgap.pipeline.law.headline import headline
 from capgap.pipeline.pages.numbers import human_count
 from capgap.schemas.law_curve import AxisFit, CurveFit
 from capgap.schemas.law_fit import LawFit
 
 
 def lines(law: LawFit) -> Iterator[str]:
-    """Verdict by verdict, then the laws, then what is missing."""
+    """The fit in one sentence, then verdict by verdict, then the laws, then what is missing."""
+    yield headline(law)
     for curve in law.curves:
         yield f"{curve.title}:"
         for sentence in sentences(curve):

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from capgap.pipeline.pages.charts import Chart, legend, log_operations
+from capgap.pipeline.pages.charts import Chart, draw_frontier, legend
 from capgap.pipeline.pages.numbers import human_count
 from capgap.pipeline.pages.svg import INK, SERIES, draw
 from capgap.pipeline.plan.published_models import MODELS, SHOTS, SOURCE, PublishedModel, not_dominated
@@ -29,10 +29,8 @@ def _own(frontier: RunFrontier, placed: Sequence[CostedModel], arms: tuple[str, 
         axes = figure.subplots()
         for model in placed:
             _mark(axes, model, model.loss, arms)
-        _line(axes, [(m.flops, m.loss) for name in frontier.by_loss for m in placed if m.name == name])
-        log_operations(axes)
-        axes.set_xlabel("floating-point operations")
-        axes.set_ylabel("held-out loss, nats/token")
+        best = [(m.flops, m.loss) for name in frontier.by_loss for m in placed if m.name == name and m.flops]
+        draw_frontier(axes, best, "held-out loss, nats/token")
         legend(figure, axes)
 
     absent = [f"{model.name}: {model.unknown}" for model in frontier.models if model.flops is None]
@@ -76,13 +74,10 @@ def _published(frontier: RunFrontier, measured: Sequence[CostedModel], arms: tup
             side: dict[str, Any] = {"xytext": (-4, 3), "ha": "right"} if _is_crowded(model) else {"xytext": (4, 3)}
             place = (model.flops, model.mean)
             axes.annotate(model.name, place, textcoords="offset points", fontsize=_SMALL, color=INK, **side)
-        _line(axes, [(model.flops, model.mean) for model in best])
         for own in measured:
             _mark(axes, own, own.mean_score, arms)
         axes.margins(x=0.18)
-        log_operations(axes)
-        axes.set_xlabel("floating-point operations")
-        axes.set_ylabel("mean of six benchmarks, %")
+        draw_frontier(axes, ((model.flops, model.mean) for model in best), "mean of six benchmarks, %")
         legend(figure, axes)
 
     doubts = " ".join(f"{model.name}: {model.doubt}." for model in MODELS if model.doubt)
@@ -136,10 +131,6 @@ def _mark(axes: Any, model: CostedModel, quality: float | None, arms: tuple[str,
         linestyle="none",
         label=model.name,
     )
-
-
-def _line(axes: Any, points: Sequence[tuple[float | None, float]]) -> None:
-    axes.step([x for x, _ in points], [y for _, y in points], where="post", color=INK, linewidth=1, label="not beaten")
 
 
 def _operations(flops: float | None) -> str:

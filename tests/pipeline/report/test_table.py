@@ -91,7 +91,7 @@ def test_every_recording_of_the_cache_has_its_cost(tmp_path, make_context):
         "1,048,576 tokens"
     ) in " ".join(table_text(report.table).split())
     page = render_page(report)
-    assert "topk, 64 ids a token, temperatures 1, 2.5" in page
+    assert "topk, 64 top-k tokens of each distribution, temperatures 1, 2.5" in page
     assert "sampled, 50 samples of each distribution, temperature 1" in page
     assert "192.0 MB in 2 shards" in page
 
