@@ -43,7 +43,7 @@ def law_chart(i: int, law: GlobalLaw, fit: LawFit) -> Chart | None:
         if law.slope is not None and law.intercept is not None and len(set(sizes)) > 1:
             fitted = [law.slope.value * size + law.intercept.value for size in sizes]
             axes.plot(sizes, fitted, color=SERIES[0], linewidth=1.2, label="line fitted")
-        predicted = [(size, best) for size in sizes if (best := gap_best_teacher(size)) is not None]
+        predicted = [(size, teacher) for size in sizes if (teacher := gap_best_teacher(size)) is not None]
         if predicted:
             axes.plot(
                 *zip(*predicted, strict=True), marker="x", color=SERIES[1], linestyle="--", label=CAPACITY_GAP.name

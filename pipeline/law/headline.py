@@ -56,9 +56,7 @@ def _of_interior(interior: Sequence[CurveFit], num_curves: int) -> str:
 def _of_none(curves: Sequence[CurveFit]) -> str:
     verdicts = Counter(verdict for curve in curves if (verdict := _verdict(curve)) is not None)
     if not verdicts:
-        return (
-            f"Nothing is shown of the best teacher: runs are missing, and none of {len(curves)} curves can be judged."
-        )
+        return f"The best teacher is not known: runs are missing, and none of {len(curves)} curves can be judged."
     counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
     return f"No best size of teacher is shown among those that were tried: curves over size are {counts}."
 
