@@ -81,8 +81,8 @@ def advise(student: int, tokens: int, teachers: Sequence[GivenTeacher], fit: Law
         raise SettingError(
             "not a choice", where="--teachers", found=", ".join(names) or "none", expected="sizes, each once"
         )
-    answers = [] if fit is None else [_of_law(law, fit, student, tokens, teachers) for law in fit.laws]
-    answers += [_of_published(one, teachers) for one in predictions(student, tokens, teachers)]
+    answers = [] if fit is None else [_law_answer(law, fit, student, tokens, teachers) for law in fit.laws]
+    answers += [_published_answer(one, teachers) for one in predictions(student, tokens, teachers)]
     return Advice(
         student=student,
         tokens=tokens,
@@ -92,7 +92,7 @@ def advise(student: int, tokens: int, teachers: Sequence[GivenTeacher], fit: Law
     )
 
 
-def _of_law(law: GlobalLaw, fit: LawFit, student: int, tokens: int, teachers: Sequence[GivenTeacher]) -> Answer:
+def _law_answer(law: GlobalLaw, fit: LawFit, student: int, tokens: int, teachers: Sequence[GivenTeacher]) -> Answer:
     curves = [c for c in fit.curves if (c.budget, c.alpha, c.init) == (law.budget, law.alpha, law.init)]
     sizes = [curve.student_size for curve in curves]
     ratios = [curve.tokens / curve.student_size for curve in curves]
@@ -146,7 +146,7 @@ def _from_nearest(law: GlobalLaw, curves: Sequence[CurveFit], student: int) -> t
     return None, None, f"no law, {law.refused}; {where} {shown}{within}"
 
 
-def _of_published(one: Prediction, teachers: Sequence[GivenTeacher]) -> Answer:
+def _published_answer(one: Prediction, teachers: Sequence[GivenTeacher]) -> Answer:
     if one.losses:
         choice: str | None = min(one.losses, key=lambda name: one.losses[name])
     else:

@@ -15,14 +15,14 @@ def headline(law: LawFit) -> str:
     """What the fit shows of the best teacher's size, or that it shows none."""
     fitted = [(one, one.proportional) for one in law.laws if one.proportional is not None]
     if fitted:
-        return _of_laws(fitted)
+        return _laws_sentence(fitted)
     interior = [curve for curve in law.curves if _verdict(curve) == "interior"]
     if interior:
-        return _of_interior(interior, len(law.curves))
-    return _of_none(law.curves)
+        return _interior_sentence(interior, len(law.curves))
+    return _nothing_sentence(law.curves)
 
 
-def _of_laws(fitted: Sequence[tuple[GlobalLaw, Estimate]]) -> str:
+def _laws_sentence(fitted: Sequence[tuple[GlobalLaw, Estimate]]) -> str:
     """One law with its interval, or the range of several."""
     first, ratio = fitted[0]
     sizes = [size for law, _ in fitted for size in (law.min_size, law.max_size) if size is not None]
@@ -40,7 +40,7 @@ def _of_laws(fitted: Sequence[tuple[GlobalLaw, Estimate]]) -> str:
     )
 
 
-def _of_interior(interior: Sequence[CurveFit], num_curves: int) -> str:
+def _interior_sentence(interior: Sequence[CurveFit], num_curves: int) -> str:
     """Bests of single students, too few for a law."""
     bests = [
         f"{human_count(axis.best.value)} for {curve.title}"
@@ -53,7 +53,7 @@ def _of_interior(interior: Sequence[CurveFit], num_curves: int) -> str:
     )
 
 
-def _of_none(curves: Sequence[CurveFit]) -> str:
+def _nothing_sentence(curves: Sequence[CurveFit]) -> str:
     verdicts = Counter(verdict for curve in curves if (verdict := _verdict(curve)) is not None)
     if not verdicts:
         return f"The best teacher is not known: runs are missing, and none of {len(curves)} curves can be judged."

@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
-from capgap.pipeline.law.progress import Progress
+from capgap.pipeline.law.progress import GridProgress
 from capgap.pipeline.law.worker import INTERRUPTED, Job, process_of
 from capgap.pipeline.stage.events import event
 from capgap.pipeline.stage.locks import ProcessLock
@@ -47,7 +47,7 @@ class Pool:
         self,
         environments: Sequence[Mapping[str, str]],
         wait: bool,
-        progress: Progress,
+        progress: GridProgress,
         starter: Starter,
         lock: ProcessLock,
     ) -> None:

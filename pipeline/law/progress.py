@@ -12,7 +12,7 @@ from pathlib import Path
 from capgap.pipeline.law.expand import Cell, cell, cells, teacher_run
 from capgap.pipeline.law.outcome import Outcome, outcome_of
 from capgap.pipeline.law.reused import require_reused
-from capgap.pipeline.law.rows import Tables, TeacherFacts, corpus_manifest, teacher_facts
+from capgap.pipeline.law.rows import GridFacts, TeacherFacts, corpus_manifest, teacher_facts
 from capgap.pipeline.law.sizes import sizes_of, tokens_by_student
 from capgap.pipeline.law.table import write_table
 from capgap.pipeline.law.worker import Job, cell_job, read_failures, teacher_job
@@ -25,7 +25,7 @@ from capgap.schemas.law_grid import LawGrid
 TABLE_NAME = "runs.jsonl"
 
 
-class Progress:
+class GridProgress:
     """The jobs of a grid whose corpus is made, and the table of what it has.
 
     Raises:
@@ -38,11 +38,11 @@ class Progress:
         with each_manifest_once():
             corpus = corpus_manifest(grid)
             sizes = sizes_of(grid, CorpusFacts.model_validate(corpus.facts).tokenizer.vocab_size)
-            self._tables = Tables(grid, corpus, sizes, tokens_by_student(grid, sizes))
-            _require_text(grid, self._tables.tokens, corpus.shard_sets["student"].num_tokens)
+            self._facts = GridFacts(grid, corpus, sizes, tokens_by_student(grid, sizes))
+            _require_text(grid, self._facts.tokens, corpus.shard_sets["student"].num_tokens)
             require_reused(grid, corpus)
             self._teachers: dict[str, TeacherFacts] = {name: teacher_facts(grid, name) for name in grid.teachers}
-            every = [self._as_begun(one) for one in cells(grid, self._tables.tokens)]
+            every = [self._as_begun(one) for one in cells(grid, self._facts.tokens)]
             self._cells: dict[str, Cell] = {one.name: one for one in every}
             self._outcomes: dict[str, Outcome] = {one.name: outcome_of(one, self._why_not(one.reads)) for one in every}
 
@@ -53,7 +53,7 @@ class Progress:
 
     def teacher_jobs(self) -> list[Job]:
         """Jobs of teachers whose teacher or cache is not current, the largest first."""
-        sizes = self._tables.sizes.teachers
+        sizes = self._facts.sizes.teachers
         names = sorted(self._teachers, key=lambda name: -sizes[name].num_parameters)
         return [teacher_job(_job_name(one), self._runs[one]) for one in names if not self._teachers[one].is_made]
 
@@ -92,7 +92,7 @@ class Progress:
 
     def rows(self) -> list[LawRun]:
         """The table."""
-        return self._tables.rows(self._cells.values(), self._outcomes, self._teachers)
+        return self._facts.rows(self._cells.values(), self._outcomes, self._teachers)
 
     def write(self) -> None:
         """Write the table."""
@@ -110,7 +110,7 @@ class Progress:
         return one
 
     def _supervised(self, one: Cell, reads: str) -> Cell:
-        return cell(self._grid, one.student, None, one.seed, self._tables.tokens[one.student], reads)
+        return cell(self._grid, one.student, None, one.seed, self._facts.tokens[one.student], reads)
 
     def _look_again(self, job: Job, why: str) -> None:
         with each_manifest_once():
@@ -126,8 +126,8 @@ class Progress:
         return "; ".join(f"{_job_name(teacher)}, {name}: {why}" for name, why in failures.items())
 
     def _cost(self, one: Cell) -> float:
-        size = self._tables.sizes.students[one.student].num_parameters
-        return size * sum(self._tables.tokens[one.student][arm.budget] for arm in one.arms)
+        size = self._facts.sizes.students[one.student].num_parameters
+        return size * sum(self._facts.tokens[one.student][arm.budget] for arm in one.arms)
 
 
 def _job_name(teacher: str) -> str:

@@ -75,7 +75,7 @@ def corpus_manifest(grid: LawGrid) -> Manifest:
 
 
 @dataclass(frozen=True)
-class Tables:
+class GridFacts:
     """What all rows of a grid's table rest on, beside what became of its cells.
 
     Attributes:

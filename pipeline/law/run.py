@@ -12,7 +12,7 @@ from capgap.pipeline.law.devices import worker_environments
 from capgap.pipeline.law.expand import corpus_run, write_run_file
 from capgap.pipeline.law.outcome import made_stages
 from capgap.pipeline.law.pool import Pool, Starter
-from capgap.pipeline.law.progress import Progress
+from capgap.pipeline.law.progress import GridProgress
 from capgap.pipeline.law.pruned import require_cuts
 from capgap.pipeline.law.sizes import sizes_of, vocab_size_of_grid
 from capgap.pipeline.stage.context import Instance
@@ -68,7 +68,7 @@ def run_grid(
         environments = worker_environments(grid, device, num_workers)
         starter = on_cpu if device == "cpu" and on_cpu is not None else Starter(lambda: None, start_afresh)
         made = _make_corpus(grid, wait)
-        progress = Progress(grid)
+        progress = GridProgress(grid)
         progress.write()
         try:
             made += Pool(environments, wait, progress, starter, lock).carry_out()
@@ -85,7 +85,7 @@ def gather(grid: LawGrid) -> Path:
     Raises:
         InputError: the corpus is not made.
     """
-    progress = Progress(grid)
+    progress = GridProgress(grid)
     progress.write()
     return progress.table_path
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from capgap.pipeline.law.expand import Cell, corpus_folder, corpus_run
 from capgap.pipeline.law.pruned import pruned_sizes
 from capgap.pipeline.plan.sizes import model_size
-from capgap.pipeline.plan.work import vocab_size_of
+from capgap.pipeline.plan.tokens import vocab_size_of
 from capgap.pipeline.stage.manifests import read_manifest
 from capgap.schemas.errors import InputError
 from capgap.schemas.law import LawModel

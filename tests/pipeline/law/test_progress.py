@@ -16,7 +16,7 @@ import pytest
 
 from capgap.pipeline.law.expand import Cell, cell, cells, corpus_run, teacher_run
 from capgap.pipeline.law.plan import plan_grid
-from capgap.pipeline.law.progress import Progress
+from capgap.pipeline.law.progress import GridProgress
 from capgap.pipeline.law.run import gather
 from capgap.pipeline.plan import Stated
 from capgap.pipeline.stage.context import Instance
@@ -133,7 +133,7 @@ def test_after_a_job_only_what_its_cell_reads_is_opened(
 ) -> None:
     seen = []
     for num_seeds in (1, 3):
-        progress = Progress(make_grid(num_seeds))
+        progress = GridProgress(make_grid(num_seeds))
         (job,) = (one for one in progress.cell_jobs() if one.name == "students/s/b/seed-0")
         train(cell(make_grid(num_seeds), "s", "b", 0, TOKENS["s"]))
         with opened() as counted:
@@ -149,7 +149,7 @@ def test_a_supervised_cell_stays_with_the_cache_whose_text_it_has_read(
 ) -> None:
     grid = make_grid(2)
     train(cell(grid, "s", None, 0, TOKENS["s"], reads="b"))
-    jobs = {job.name: job for job in Progress(grid).cell_jobs()}
+    jobs = {job.name: job for job in GridProgress(grid).cell_jobs()}
     begun, other = (jobs[f"students/s/supervised/seed-{seed}"] for seed in (0, 1))
     assert begun.needs == ("teachers/b",) and str(begun.run.reuse["cache"]).endswith("teachers/b/cache")
     assert other.needs == ("teachers/a",)
