@@ -36,7 +36,7 @@ def report_parser() -> Parser:
 
 def advise_parser() -> Parser:
     """The parser of `capgap law advise`."""
-    parser = _parser("advise", "Say which teacher suits a student, source by source.")
+    parser = _parser("advise", "Which teacher suits a student, source by source.")
     parser.add_argument("--student", type=str, required=True, help="Parameters, e.g. 3B or 350M.")
     parser.add_argument("--tokens", type=str, required=True, help="It will be trained on, e.g. 126B.")
     parser.add_argument("--teachers", type=str, required=True, help="Parameters of those at hand, e.g. 7B,13B,70B.")
@@ -89,8 +89,8 @@ def advise_command(argv: Sequence[str]) -> int:
     """`capgap law advise`."""
     flags = parse(advise_parser(), argv)
     from capgap.pipeline.law.advise import advise
+    from capgap.pipeline.law.counts import parse_count, parse_counts
     from capgap.pipeline.law.fit import read_fit
-    from capgap.pipeline.law.sizes import parse_count, parse_counts
     from capgap.pipeline.law.summary import advice_lines
     from capgap.pipeline.plan.published import GivenTeacher
 
@@ -110,7 +110,7 @@ def advise_command(argv: Sequence[str]) -> int:
 
 
 def _teacher_tokens(text: str | None, num_teachers: int) -> Sequence[int | None]:
-    from capgap.pipeline.law.sizes import parse_counts
+    from capgap.pipeline.law.counts import parse_counts
 
     if text is None:
         return [None] * num_teachers

@@ -18,7 +18,7 @@ from capgap.schemas.plan import Figure
 
 def grid_plan_parser() -> Parser:
     """The parser of `capgap law plan`."""
-    parser = _with_speed(_grid_parser("plan", "Say what a grid will take, before anything is made."))
+    parser = _with_speed(_grid_parser("plan", "What a grid will take, before anything is made."))
     parser.add_argument("--json", action="store_true", help="The plan as one JSON object.")
     return parser
 
@@ -118,7 +118,8 @@ def grid_run_command(argv: Sequence[str]) -> int:
     from capgap.jobs.cli import main
     from capgap.pipeline.law import forks
     from capgap.pipeline.law.plan import require_limits
-    from capgap.pipeline.law.run import Starter, run_grid
+    from capgap.pipeline.law.pool import Starter
+    from capgap.pipeline.law.run import run_grid
 
     started = time.monotonic()
     if grid.max_hours is not None or grid.max_disk_gb is not None:
@@ -161,6 +162,6 @@ def _fit_and_report(table: Path) -> None:
     path = write_fit(table.parent, law)
     page = write_page(table.parent, law)
     for line in lines(law):
-        log("law_said", line)
+        log("law_summary", line)
     log("law_fit", f"fit: {path}", path=str(path))
     log("report", f"report: {page}", page=str(page))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from capgap.jobs.arguments import Parser, number, parse_run, run_file_parser
 from capgap.jobs.logs import log, log_format
 from capgap.schemas.errors import SettingError
-from capgap.schemas.plan import Figure, Plan
+from capgap.schemas.plan import Figure, RunPlan
 
 if TYPE_CHECKING:
     from capgap.pipeline.plan import Stated
@@ -36,13 +36,13 @@ def plan_command(argv: Sequence[str]) -> int:
 
 def plan_parser() -> Parser:
     """The parser of `capgap plan`."""
-    parser = run_file_parser("capgap plan", "Say what a run will take, before anything is made.")
+    parser = run_file_parser("capgap plan", "What a run will take, before anything is made.")
     parser.add_argument("--json", action="store_true", help="The plan as one JSON object.")
     parser.add_argument(
         "--online-teacher-tokens-per-s",
         type=number,
         default=None,
-        help="Of a teacher beside a student; the cache's rate where it is left out.",
+        help="Rate of a teacher beside a student; the cache's rate where it is left out.",
     )
     parser.add_argument(
         "--text-bytes-per-token",
@@ -55,11 +55,11 @@ def plan_parser() -> Parser:
 
 
 def add_speed_flags(parser: Parser) -> None:
-    """Flags by which the user says how fast a stage goes; `stated_speed` reads them."""
+    """Flags by which the user states how fast a stage goes; `stated_speed` reads them."""
     for flag, help_text in (
-        ("--teacher-tokens-per-s", "At which one engine caches, if no earlier run has measured it."),
-        ("--train-tokens-per-s", "Of one student's training, if no earlier run has measured it."),
-        ("--device-peak-tflops", "Of one device, in 10^12 operations a second; with --mfu."),
+        ("--teacher-tokens-per-s", "Rate at which one engine caches, if no earlier run has measured it."),
+        ("--train-tokens-per-s", "Rate of one student's training, if no earlier run has measured it."),
+        ("--device-peak-tflops", "Peak of one device, in 10^12 operations a second; with --mfu."),
         ("--mfu", "Share of that peak that is used; with --device-peak-tflops."),
     ):
         parser.add_argument(flag, type=number, default=None, help=help_text)
@@ -69,7 +69,7 @@ def add_speed_flags(parser: Parser) -> None:
 
 
 def stated_speed(flags: dict[str, Any]) -> Stated:
-    """What the flags say.
+    """The speeds that the flags state.
 
     Raises:
         SettingError: a rate is none, or a peak stands without its share.
@@ -106,7 +106,7 @@ def positive(flags: dict[str, Any], name: str) -> float | None:
     return value
 
 
-def _show(plan: Plan) -> None:
+def _show(plan: RunPlan) -> None:
     from rich.table import Table
 
     from capgap.jobs.tables import print_wide
@@ -129,7 +129,7 @@ def _show(plan: Plan) -> None:
         print(line)
 
 
-def _lines(plan: Plan) -> list[str]:
+def _lines(plan: RunPlan) -> list[str]:
     needed, free = plan.needed_bytes, plan.free_bytes
     lines = [
         f"teacher: {_parameters(plan.teacher_parameters)}; student: {_parameters(plan.student_parameters)}",
@@ -146,13 +146,20 @@ def _lines(plan: Plan) -> list[str]:
         by_source: dict[str, list[str]] = {}
         for instance, figure in figures:
             by_source.setdefault(figure.source, []).append(instance)
-        lines += [f"  {name} of {', '.join(of)}: {source}" for source, of in by_source.items() if source != "none"]
+        lines += [
+            f"  {name} of {', '.join(instances)}: {source}"
+            for source, instances in by_source.items()
+            if source != "none"
+        ]
     lines.append(f"students from the cache in this run: {plan.num_students}; caching costs less than an online teacher")
     for even in plan.break_even:
         least = "?" if even.num_students is None else f"from {even.num_students} students on"
         lines.append(f"  {least}, counted in {even.accounting} ({even.source})")
     lines.append("published laws, which disagree; `capgap plan` only repeats them:")
-    lines += [f"  {law.name}: {law.says}" for law in plan.laws]
+    for law in plan.laws:
+        lines += [f"  {law.sentence}", f"    {law.source}; measured on: {law.validity}"]
+    if not plan.laws:
+        lines.append("  they need the student's size and the number of its training tokens")
     return [*lines, *(f"note: {note}" for note in plan.notes)]
 
 

@@ -38,15 +38,15 @@ class LawTeacher(LawModel):
     """Size and quality of a teacher."""
 
     loss: float | None = Field(gt=0)
-    """Cross-entropy on the grid's held-out text, nats per token; None where it was not measured, for a run without a
+    """Cross-entropy on the grid's held-out text, nats/token; None where it was not measured, for a run without a
     result."""
 
     train_tokens: int | None = Field(None, gt=0)
-    """Tokens that it was trained on, for what it cost; None where nobody knows."""
+    """Tokens that it was trained on, for what it cost; None where that is not known."""
 
     @property
     def known_loss(self) -> float:
-        """Of a teacher that a finished run had: there it was measured."""
+        """The loss of a teacher that a finished run had: there it was measured."""
         assert self.loss is not None
         return self.loss
 
@@ -55,13 +55,13 @@ class LawCache(Record):
     """The cache that a student learned from."""
 
     identity: str = Field(min_length=1)
-    """Of its manifest: rows that name the same one share it."""
+    """The identity in its manifest: rows that name the same one share it."""
 
     recording: RecordingName
     """Which of its recordings was read."""
 
     num_ids: int = Field(gt=0)
-    """Draws a token (`sampled`) or ids kept a token (`topk`)."""
+    """Samples (`sampled`) or top-k tokens (`topk`) of each distribution."""
 
     profile: Profile | None = None
     """How exactly `topk` logprobs are stored; None for `sampled`."""
@@ -75,8 +75,12 @@ class LawCache(Record):
     @property
     def kept(self) -> str:
         """What was kept of each distribution, in words; equal for all caches of a grid."""
-        profile = f", {self.profile}" if self.profile else ""
-        return f"{self.recording} of {self.num_ids}{profile}, temperature {self.temperature:g}"
+        return kept_text(self.recording, self.num_ids, self.profile, self.temperature)
+
+
+def kept_text(recording: RecordingName, num_ids: int, profile: Profile | None, temperature: float) -> str:
+    """What a recording keeps of each distribution, in words that are equal where it is equal."""
+    return f"{recording} of {num_ids}{f', {profile}' if profile else ''}, temperature {temperature:g}"
 
 
 class LawRun(Record):
@@ -110,10 +114,10 @@ class LawRun(Record):
     """Name of the arm in the run file."""
 
     seed: int = Field(ge=0)
-    """Of first weights and data order: runs of one seed are paired."""
+    """Seed of first weights and data order: runs of one seed are paired."""
 
     loss: float | None
-    """Cross-entropy of the trained student on the held-out text, nats per token; None where there is no result."""
+    """Cross-entropy of the trained student on the held-out text, nats/token; None where there is no result."""
 
     missing: str | None = None
     """Why there is no result."""

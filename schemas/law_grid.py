@@ -27,7 +27,7 @@ _R = TypeVar("_R", bound=Record)
 SUPERVISED = "supervised"
 """Stands where a teacher's name would, in folders and in names of arms."""
 
-# Of a student's shape and of what a teacher is pruned to.
+# What a student's shape and the target of pruning have in common.
 _SIZES = ("num_layers", "hidden_size", "num_heads", "num_key_value_heads", "intermediate_size")
 
 
@@ -59,13 +59,13 @@ class LawReuse(Record):
     """Finished folders of earlier runs in the place of stages of the grid."""
 
     corpus: str | None = None
-    """Of a corpus."""
+    """Folder of a corpus."""
 
     teachers: dict[str, str] = Field(default_factory=dict)
-    """Of teachers, by the grid's names."""
+    """Folders of teachers, by the grid's names."""
 
     caches: dict[str, str] = Field(default_factory=dict)
-    """Of caches, by the teachers' names: folders, or URLs. They must be of the grid's corpus, teacher and recording."""
+    """Folders or URLs of caches, by the teachers' names. They must be of the grid's corpus, teacher and recording."""
 
 
 class LawGrid(Record):

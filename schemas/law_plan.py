@@ -1,4 +1,4 @@
-"""What `capgap law plan` says of a grid, as data."""
+"""What `capgap law plan` finds of a grid, as data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PhasePlan(Record):
     """How many there are."""
 
     num_left: int
-    """Of these, those that are not current."""
+    """How many are not current."""
 
     tokens: Figure
     """Targets that those that are left work on, together."""
@@ -25,14 +25,14 @@ class PhasePlan(Record):
     """Their floating-point operations: 6 N D for a training, 2 N D for a forward pass."""
 
     disk_bytes: Figure
-    """Of their finished folders."""
+    """Bytes of their finished folders."""
 
     device_hours: Figure
     """Hours of their devices together."""
 
 
 class LawPlan(Record):
-    """All of it."""
+    """What all runs of a grid will take."""
 
     name: str
     """The grid's."""
@@ -57,13 +57,13 @@ class LawPlan(Record):
     """In order."""
 
     flops: Figure
-    """Of everything that is left."""
+    """Floating-point operations of everything that is left."""
 
     disk_bytes: Figure
-    """Of everything that is left, and the largest scratch of as many stages as there are workers."""
+    """Bytes of everything that is left, and the largest scratch of as many stages as there are workers."""
 
     device_hours: Figure
-    """Of everything that is left."""
+    """Device hours of everything that is left."""
 
     hours: Figure
     """Until it is done: device hours over workers."""

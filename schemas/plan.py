@@ -1,12 +1,13 @@
-"""What `capgap plan` says of a run, as data."""
+"""What `capgap plan` finds of a run, as data."""
 
 from __future__ import annotations
 
 from capgap.schemas.base import Record
+from capgap.schemas.law_prediction import Prediction
 
 
 class Figure(Record):
-    """A number, and where it comes from; without the number, what is missing to say it."""
+    """A number, and where it comes from; without the number, what is missing."""
 
     value: float | None
     """The number; None where nothing supports one."""
@@ -28,13 +29,13 @@ class StagePlan(Record):
     """Targets that it works on."""
 
     disk_bytes: Figure
-    """Of its finished folder."""
+    """Bytes of its finished folder."""
 
     scratch_bytes: Figure
     """More that it takes while it works."""
 
     tokens_per_s: Figure
-    """Of one engine, or one training."""
+    """Throughput of one engine, or one training."""
 
     device_hours: Figure
     """Hours of its devices together; 0 where it is current or reused."""
@@ -53,24 +54,8 @@ class BreakEven(Record):
     """The figures behind it, or what is missing."""
 
 
-class PublishedLaw(Record):
-    """What a published law says of this pair of models."""
-
-    name: str
-    """Whose law."""
-
-    best_ratio: float | None
-    """Teacher over student that it calls best; None where it says nothing of this pair."""
-
-    best_teacher_parameters: float | None
-    """The same as a size."""
-
-    says: str
-    """In words, with its range and source."""
-
-
-class Plan(Record):
-    """All of it."""
+class RunPlan(Record):
+    """What all stages of a run will take, and what is known of the choice of its teacher."""
 
     name: str
     """The run's."""
@@ -91,7 +76,7 @@ class Plan(Record):
     """Free where the run writes."""
 
     device_hours: Figure
-    """Of everything that is not current."""
+    """Device hours of everything that is not current."""
 
     num_students: int
     """That this run trains from the cache."""
@@ -99,8 +84,8 @@ class Plan(Record):
     break_even: tuple[BreakEven, ...]
     """By accounting."""
 
-    laws: tuple[PublishedLaw, ...]
-    """What the published laws say."""
+    laws: tuple[Prediction, ...]
+    """What the published laws predict; none where the student's size or its tokens are not known."""
 
     notes: tuple[str, ...]
     """What else to know."""

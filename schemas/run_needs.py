@@ -5,16 +5,12 @@ Every message begins with the setting at fault, says what was found and expected
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from capgap.schemas.run_cache import CacheSettings
+from capgap.schemas.run_sections import RunSections
 from capgap.schemas.run_train import SUPPORTED_TAILS, TrainSettings
 
-if TYPE_CHECKING:
-    from capgap.schemas.run_file import RunFile
 
-
-def require_needs(run: RunFile) -> None:
+def require_needs(run: RunSections) -> None:
     """Raise ValueError where a section lacks another one, or contradicts it."""
     if not run.sections:
         raise ValueError(
@@ -37,7 +33,7 @@ def require_needs(run: RunFile) -> None:
             raise ValueError(f"{section}: found no model to ask, expected a section train, tune or teacher beside it")
 
 
-def _require(run: RunFile, section: str, needed: str) -> None:
+def _require(run: RunSections, section: str, needed: str) -> None:
     if run.makes(section) and not run.has(needed):
         raise ValueError(f"{section}: found without {needed}, expected {_given(needed)} beside it")
 
@@ -47,12 +43,12 @@ def _given(section: str) -> str:
     return f"a section {section}{reused}"
 
 
-def _require_text(run: RunFile, section: str) -> None:
+def _require_text(run: RunSections, section: str) -> None:
     if run.makes(section) and not (run.has("corpus") or run.has("cache")):
         raise ValueError(f"{section}: found without corpus and cache, expected {_given('cache')} beside it")
 
 
-def _require_models(run: RunFile) -> None:
+def _require_models(run: RunSections) -> None:
     if run.makes("teacher"):
         if run.teacher.path is None and run.teacher.model is None:
             raise ValueError("teacher: found neither of path and model, expected one of them")
@@ -67,7 +63,7 @@ def _require_models(run: RunFile) -> None:
             raise ValueError(f"student.prune: found without a teacher to prune, expected {_given('teacher')}")
 
 
-def _require_arm(run: RunFile, arm: str) -> None:
+def _require_arm(run: RunSections, arm: str) -> None:
     settings = run.train_settings(arm)
     if settings.needs_teacher and not run.has("teacher"):
         raise ValueError(
@@ -118,7 +114,7 @@ def _require_recorded(arm: str, settings: TrainSettings, cache: CacheSettings) -
         )
 
 
-def _require_tune(run: RunFile) -> None:
+def _require_tune(run: RunSections) -> None:
     if run.tune is None:
         return
     if run.tune.path is None and not run.has("train"):
@@ -127,7 +123,7 @@ def _require_tune(run: RunFile) -> None:
         raise ValueError(f"tune.cache: found own without a cache, expected {_given('cache')} beside it")
 
 
-def _require_eval(run: RunFile) -> None:
+def _require_eval(run: RunSections) -> None:
     if not run.makes("eval"):
         return
     _require_text(run, "eval")

@@ -1,7 +1,7 @@
 """Which teacher for a student that was not trained yet: stored fits and published laws, side by side.
 
 Nothing is averaged. Each answer stands with its source and with whether the student lies in what that source measured,
-and the answers' disagreement is said.
+and the answers' disagreement stands below them.
 """
 
 from __future__ import annotations
@@ -9,32 +9,36 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from capgap.pipeline.plan.published import GivenTeacher, human, nearest, predictions, warning_of_ratio
+from capgap.pipeline.pages.numbers import human_count
+from capgap.pipeline.plan.predictions import nearest, predictions
+from capgap.pipeline.plan.published import GivenTeacher, warning_of_ratio
 from capgap.schemas.base import Record
 from capgap.schemas.errors import SettingError
-from capgap.schemas.law_fit import CurveFit, GlobalLaw, LawFit, Prediction
+from capgap.schemas.law_curve import CurveFit
+from capgap.schemas.law_fit import GlobalLaw, LawFit
+from capgap.schemas.law_prediction import Prediction
 from capgap.schemas.results import Interval
 
 
 class Answer(Record):
-    """What one source says."""
+    """The answer of one source."""
 
     source: str
     """A fit or a published law, with where it comes from."""
 
     best_size: float | None
-    """Parameters of the best teacher; None where the source cannot say."""
+    """Parameters of the best teacher; None where the source has no answer."""
 
     interval: Interval | None
     """95 %, of a fit; the published laws give none that applies to one student."""
 
     choice: str | None
-    """Of the teachers given, the one nearest to that size, or for a law of losses the one with the least."""
+    """The teacher at hand that is nearest to that size, or for a law of losses the one with the least."""
 
     within_validity: bool
     """Whether the student and its tokens lie in what the source measured."""
 
-    said: str
+    summary: str
     """The answer in words."""
 
     validity: str
@@ -48,7 +52,7 @@ class Advice(Record):
     """Parameters."""
 
     tokens: int
-    """Of its training."""
+    """That it is to be trained on."""
 
     answers: tuple[Answer, ...]
     """Stored fits first."""
@@ -57,15 +61,15 @@ class Advice(Record):
     """In words."""
 
     warning: str | None = None
-    """Of teachers that are too large for the student by another study; None where there are none."""
+    """A warning of teachers that another study finds too large for the student; None where there are none."""
 
 
 def advise(student: int, tokens: int, teachers: Sequence[GivenTeacher], fit: LawFit | None = None) -> Advice:
-    """What a stored fit, if there is one, and the published laws say.
+    """The answers of a stored fit, if there is one, and of the published laws.
 
     Args:
         student: parameters.
-        tokens: of its training.
+        tokens: that it is to be trained on.
         teachers: at hand.
         fit: of a grid of one's own.
 
@@ -77,8 +81,8 @@ def advise(student: int, tokens: int, teachers: Sequence[GivenTeacher], fit: Law
         raise SettingError(
             "not a choice", where="--teachers", found=", ".join(names) or "none", expected="sizes, each once"
         )
-    answers = [] if fit is None else [_of_law(law, fit, student, tokens, teachers) for law in fit.laws]
-    answers += [_of_published(one, teachers) for one in predictions(student, tokens, teachers)]
+    answers = [] if fit is None else [_law_answer(law, fit, student, tokens, teachers) for law in fit.laws]
+    answers += [_published_answer(one, teachers) for one in predictions(student, tokens, teachers)]
     return Advice(
         student=student,
         tokens=tokens,
@@ -88,27 +92,27 @@ def advise(student: int, tokens: int, teachers: Sequence[GivenTeacher], fit: Law
     )
 
 
-def _of_law(law: GlobalLaw, fit: LawFit, student: int, tokens: int, teachers: Sequence[GivenTeacher]) -> Answer:
+def _law_answer(law: GlobalLaw, fit: LawFit, student: int, tokens: int, teachers: Sequence[GivenTeacher]) -> Answer:
     curves = [c for c in fit.curves if (c.budget, c.alpha, c.init) == (law.budget, law.alpha, law.init)]
     sizes = [curve.student_size for curve in curves]
     ratios = [curve.tokens / curve.student_size for curve in curves]
     within = min(sizes) <= student <= max(sizes) and 0.5 * min(ratios) <= tokens / student <= 2 * max(ratios)
     validity = (
-        f"students of {human(min(sizes))} to {human(max(sizes))}, {min(ratios):.3g} to {max(ratios):.3g} tokens a "
-        f"parameter, {fit.kept}"
+        f"students of {human_count(min(sizes))} to {human_count(max(sizes))}, {min(ratios):.3g} to {max(ratios):.3g} "
+        f"tokens a parameter, {fit.kept}"
     )
     source = f"fit of {fit.table} ({law.budget}, alpha {law.alpha:g}, {law.init} init)"
-    best, interval, said = _from_power(law, student) if law.refused is None else _from_nearest(law, curves, student)
-    choice = nearest(teachers, best) if best else None
+    best, interval, summary = _from_power(law, student) if law.refused is None else _from_nearest(law, curves, student)
+    choice = _nearest(teachers, best)
     if choice is not None:
-        said = f"{said}; nearest: {choice}"
+        summary = f"{summary}; nearest: {choice}"
     return Answer(
         source=source,
         best_size=best,
         interval=interval,
         choice=choice,
         within_validity=within,
-        said=said,
+        summary=summary,
         validity=validity,
     )
 
@@ -126,8 +130,8 @@ def _from_power(law: GlobalLaw, student: int) -> tuple[float, Interval, str]:
         for end in (law.proportional.interval.low, law.proportional.interval.high)
     ]
     low, high = math.exp(min(steep) + level[0]) * best, math.exp(max(steep) + level[1]) * best
-    said = f"{human(best)} ({human(low)} to {human(high)}), {best / student:.2g} x the student"
-    return best, Interval(low=low, high=high), f"{said}, by T = c S^{law.exponent.value:.3g}"
+    summary = f"{human_count(best)} ({human_count(low)} to {human_count(high)}), {best / student:.2g} x the student"
+    return best, Interval(low=low, high=high), f"{summary}, by T = c S^{law.exponent.value:.3g}"
 
 
 def _from_nearest(law: GlobalLaw, curves: Sequence[CurveFit], student: int) -> tuple[float | None, None, str]:
@@ -138,24 +142,30 @@ def _from_nearest(law: GlobalLaw, curves: Sequence[CurveFit], student: int) -> t
     equals = [point for point in curve.points if point.within_delta]
     good = ", ".join(f"{point.name} ({point.size / curve.student_size:.2g} x)" for point in equals)
     within = f"; within delta of its best: {good}" if good else ""
-    where = f"nearest student {curve.student} ({human(curve.student_size)})"
+    where = f"nearest student {curve.student} ({human_count(curve.student_size)})"
     return None, None, f"no law, {law.refused}; {where} {shown}{within}"
 
 
-def _of_published(one: Prediction, teachers: Sequence[GivenTeacher]) -> Answer:
+def _published_answer(one: Prediction, teachers: Sequence[GivenTeacher]) -> Answer:
     if one.losses:
         choice: str | None = min(one.losses, key=lambda name: one.losses[name])
     else:
-        choice = nearest(teachers, one.best_size) if one.best_size else None
+        choice = _nearest(teachers, one.best_size)
     return Answer(
         source=f"{one.law}: {one.source}",
         best_size=one.best_size,
         interval=None,
         choice=choice,
         within_validity=one.within_validity,
-        said=one.said,
+        summary=one.summary,
         validity=one.validity,
     )
+
+
+def _nearest(teachers: Sequence[GivenTeacher], size: float | None) -> str | None:
+    """Name of the teacher nearest to a best size, where there is one."""
+    found = nearest(teachers, size) if size is not None else None
+    return None if found is None else found.name
 
 
 def _disagreement(answers: Sequence[Answer]) -> str:
@@ -163,7 +173,9 @@ def _disagreement(answers: Sequence[Answer]) -> str:
     choices = dict.fromkeys(answer.choice for answer in answers if answer.choice is not None)
     if len(sizes) < 2:
         return "fewer than two sources name a size: nothing to compare"
-    apart = f"best sizes are {max(sizes) / min(sizes):.2g} x apart ({human(min(sizes))} to {human(max(sizes))})"
+    apart = (
+        f"best sizes are {max(sizes) / min(sizes):.2g} x apart ({human_count(min(sizes))} to {human_count(max(sizes))})"
+    )
     if len(choices) == 1:
         return f"{apart}; all choose {next(iter(choices))}"
     return f"{apart}; the sources choose differently: {', '.join(map(str, choices))}. Measure, with `capgap law fit`"

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from capgap.pipeline.law.contrasts import Contrasts
 from capgap.pipeline.law.forms import FORMS, Form, fit, leave_one_out
-from capgap.schemas.law_fit import Best
+from capgap.schemas.law_curve import Best
 from capgap.schemas.results import Interval
 
 Array = npt.NDArray[np.float64]
@@ -54,8 +54,13 @@ def locate(places_M: Array, found: Contrasts, bracket: Interval, num_resamples: 
     whole_B = start + span * np.stack(whole)[chosen_B, rows]
     without_MB = start + span * np.moveaxis(np.array(without), 0, 1)[:, chosen_B, rows]
     ends = [np.quantile(some, [_TAIL, 1 - _TAIL]) for some in (whole_B, *without_MB)]
-    interval = _within(float(min(end[0] for end in ends)), float(max(end[1] for end in ends)), bracket)
-    value = min(max(float(whole_B[0]), interval.low), interval.high)
+    value, low, high = float(whole_B[0]), float(min(end[0] for end in ends)), float(max(end[1] for end in ends))
+    if not bracket.low < value < bracket.high:
+        # an end of the bracket is a teacher that is known to be worse, and no optimum: the best that was tried is
+        value = float(places_M[np.argmin(found.means_M)])
+        low, high = min(low, value), max(high, value)
+    interval = _within(low, high, bracket)
+    value = min(max(value, interval.low), interval.high)
     shares = {form.name: float(np.mean(chosen_B[1:] == i)) for i, form in enumerate(valleys)}
     return Best(value=value, interval=interval, bracket=bracket, forms=shares)
 
@@ -82,7 +87,7 @@ def _scatter(forms: Sequence[Form], u_M: Array, found: Contrasts) -> float:
 def _resampled(found: Contrasts, scatter: float, num_resamples: int) -> Array:
     """The means as measured, then with as much scatter again as they hold; the size of the scatter is uncertain too.
 
-    Drawn from the pooled noise and not by drawing seeds again: three seeds have ten different resamples, and their
+    Sampled from the pooled noise and not from the seeds: three seeds have ten different resamples, and their
     spread is two thirds of the truth.
     """
     rng = np.random.default_rng(0)

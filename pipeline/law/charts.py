@@ -8,10 +8,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from capgap.pipeline.pages.charts import Chart, legend, log_operations
+from capgap.pipeline.pages.charts import Chart, draw_frontier, legend
+from capgap.pipeline.pages.numbers import human_count
 from capgap.pipeline.pages.svg import INK, SERIES, draw
-from capgap.pipeline.plan.published import CAPACITY_GAP, GAP_INTERCEPT, GAP_SLOPE, human
-from capgap.schemas.law_fit import AxisFit, CurveFit, Frontier, GlobalLaw, LawFit
+from capgap.pipeline.plan.published import CAPACITY_GAP, gap_best_teacher
+from capgap.schemas.law_curve import AxisFit, CurveFit
+from capgap.schemas.law_fit import GlobalLaw, LawFit
+from capgap.schemas.law_frontier import Frontier
 
 _PUBLISHED_LINES = ("--", ":")
 _ROOM = 1.5  # a prediction further outside the teachers than this factor is left to the text
@@ -40,9 +43,11 @@ def law_chart(i: int, law: GlobalLaw, fit: LawFit) -> Chart | None:
         if law.slope is not None and law.intercept is not None and len(set(sizes)) > 1:
             fitted = [law.slope.value * size + law.intercept.value for size in sizes]
             axes.plot(sizes, fitted, color=SERIES[0], linewidth=1.2, label="line fitted")
-        told = [(size, GAP_SLOPE * size + GAP_INTERCEPT) for size in sizes if GAP_SLOPE * size + GAP_INTERCEPT > 0]
-        if told:
-            axes.plot(*zip(*told, strict=True), marker="x", color=SERIES[1], linestyle="--", label=CAPACITY_GAP.name)
+        predicted = [(size, teacher) for size in sizes if (teacher := gap_best_teacher(size)) is not None]
+        if predicted:
+            axes.plot(
+                *zip(*predicted, strict=True), marker="x", color=SERIES[1], linestyle="--", label=CAPACITY_GAP.name
+            )
         _log_counts(axes.xaxis, axes.set_xscale)
         _log_counts(axes.yaxis, axes.set_yscale)
         axes.set_xlabel("student, parameters")
@@ -50,26 +55,31 @@ def law_chart(i: int, law: GlobalLaw, fit: LawFit) -> Chart | None:
         legend(figure, axes)
 
     name, title = f"law-{i}", f"Best teacher by student: {law.budget}, alpha {law.alpha:g}, {law.init} init"
-    said = "; ".join(f"{curve.student} {human(best.value)}" for curve, best in rows)
+    listed = "; ".join(f"{curve.student} {human_count(best.value)}" for curve, best in rows)
     return Chart(
         name=name,
         title=title,
         caption=f"Interior students only. {law.refused or 'Lines are 95 % intervals.'}",
-        svg=draw(name, f"{title}: {said}", 3.5, paint),
+        svg=draw(name, f"{title}: {listed}", 3.5, paint),
         headings=("student", "parameters", "best teacher", "low", "high", "best / student", "2.498 S - 11.498M"),
         rows=tuple(
             (
                 curve.student,
-                human(curve.student_size),
-                human(best.value),
-                human(best.interval.low),
-                human(best.interval.high),
+                human_count(curve.student_size),
+                human_count(best.value),
+                human_count(best.interval.low),
+                human_count(best.interval.high),
                 f"{best.value / curve.student_size:.3g}",
-                human(max(GAP_SLOPE * curve.student_size + GAP_INTERCEPT, 0.0)),
+                _predicted(curve.student_size),
             )
             for curve, best in rows
         ),
     )
+
+
+def _predicted(student: float) -> str:
+    best = gap_best_teacher(student)
+    return "-" if best is None else human_count(best)
 
 
 def frontier_chart(frontier: Frontier) -> Chart:
@@ -83,13 +93,8 @@ def frontier_chart(frontier: Frontier) -> Chart:
             if some:
                 x, y = [point.flops for point in some], [point.loss for point in some]
                 axes.plot(x, y, marker, color=color, markersize=5, label=label)
-        best = [point for point in frontier.points if point.on_frontier]
-        axes.step(
-            [p.flops for p in best], [p.loss for p in best], where="post", color=INK, linewidth=1, label="frontier"
-        )
-        log_operations(axes)
-        axes.set_xlabel("floating-point operations")
-        axes.set_ylabel("held-out loss, nats per token")
+        best = ((point.flops, point.loss) for point in frontier.points if point.on_frontier)
+        draw_frontier(axes, best, "held-out loss, nats/token")
         legend(figure, axes)
 
     name = f"frontier-{frontier.accounting}"
@@ -132,8 +137,8 @@ def _curve(name: str, curve: CurveFit, axis: AxisFit) -> Chart:
             axes.set_xlabel("teacher, parameters")
         else:
             axes.invert_xaxis()
-            axes.set_xlabel("teacher's loss, nats per token (better to the right)")
-        axes.set_ylabel("student's loss, nats per token")
+            axes.set_xlabel("teacher's loss, nats/token (better to the right)")
+        axes.set_ylabel("student's loss, nats/token")
         legend(figure, axes)
 
     over = "size" if by_size else "cross-entropy"
@@ -170,7 +175,7 @@ def _curve_rows(curve: CurveFit) -> Iterator[tuple[str, ...]]:
     for point in curve.points:
         yield (
             point.name,
-            human(point.size),
+            human_count(point.size),
             f"{point.size / curve.student_size:.3g}",
             f"{point.teacher_loss:.4f}",
             f"{point.loss:.4f}",
@@ -202,5 +207,5 @@ def _is_near(loss: float, curve: CurveFit) -> bool:
 def _log_counts(axis: Any, set_scale: Any) -> None:
     set_scale("log")
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda count, _: human(count)))
+    axis.set_major_formatter(FuncFormatter(lambda count, _: human_count(count)))
     axis.set_minor_formatter(NullFormatter())

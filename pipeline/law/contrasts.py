@@ -20,7 +20,7 @@ Array = npt.NDArray[np.float64]
 LEVEL = 0.025
 """Probability, at one end, that noise alone passes for a difference from any of the other teachers."""
 
-_NUM_DRAWS = 200_000
+_NUM_SIMULATED = 200_000
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Contrasts:
 
     Attributes:
         means_M: over seeds, nats per token.
-        noise: standard deviation of the rest of one run, nats.
+        noise: standard deviation of what is left of one run, nats.
         degrees: of freedom, (M - 1)(R - 1).
         num_seeds: R.
     """
@@ -41,7 +41,7 @@ class Contrasts:
 
     @property
     def standard_error(self) -> float:
-        """Of the difference of two teachers' means."""
+        """Standard error of the difference of two teachers' means."""
         return self.noise * math.sqrt(2 / self.num_seeds)
 
     @property
@@ -67,9 +67,9 @@ def many_to_one(num_others: int, degrees: int) -> float:
     0.02 for the degrees of freedom that occur.
     """
     rng = np.random.default_rng(0)
-    largest = np.full(_NUM_DRAWS, -np.inf)
+    largest = np.full(_NUM_SIMULATED, -np.inf)
     for _ in range(num_others):
-        np.maximum(largest, rng.standard_normal(_NUM_DRAWS), out=largest)
-    scale = np.sqrt(rng.chisquare(degrees, _NUM_DRAWS) / degrees)
-    differences = (largest - rng.standard_normal(_NUM_DRAWS)) / (math.sqrt(2) * scale)
+        np.maximum(largest, rng.standard_normal(_NUM_SIMULATED), out=largest)
+    scale = np.sqrt(rng.chisquare(degrees, _NUM_SIMULATED) / degrees)
+    differences = (largest - rng.standard_normal(_NUM_SIMULATED)) / (math.sqrt(2) * scale)
     return float(np.quantile(differences, 1 - LEVEL))

@@ -15,11 +15,14 @@ from capgap.pipeline.eval.intervals import t_interval, t_quantile
 from capgap.pipeline.law.best import locate
 from capgap.pipeline.law.contrasts import Contrasts, contrasts
 from capgap.pipeline.law.forms import FORMS, fit, leave_one_out
-from capgap.pipeline.law.grid import Curve, size_of
+from capgap.pipeline.law.grid import TeacherCurve, size_of
 from capgap.pipeline.law.verdict import delta_of, judge
-from capgap.pipeline.plan.published import GivenTeacher, human, predictions, warning_of_ratio
+from capgap.pipeline.pages.numbers import human_count
+from capgap.pipeline.plan.predictions import predictions
+from capgap.pipeline.plan.published import GivenTeacher, warning_of_ratio
 from capgap.schemas.law import LawTeacher
-from capgap.schemas.law_fit import AxisFit, AxisName, Best, CurveFit, FormFit, Prediction, Size, TeacherPoint
+from capgap.schemas.law_curve import AxisFit, AxisName, Best, CurveFit, FormFit, Size, TeacherPoint
+from capgap.schemas.law_prediction import Prediction
 from capgap.schemas.results import Interval
 
 Array = npt.NDArray[np.float64]
@@ -31,11 +34,11 @@ MIN_SEEDS = 2
 # still falls fast with every token. How many times as many make teachers unlike is a choice of ours.
 _ENOUGH_TOKENS, _UNLIKE = 20, 4
 
-_NUM_DRAWN = 61  # places at which a fitted curve is kept, for drawing
+_NUM_PLACES = 61  # at which a fitted curve is kept, for its chart
 
 
-def fit_curve(curve: Curve, size: Size, min_delta: float) -> CurveFit:
-    """Everything that one curve says."""
+def fit_curve(curve: TeacherCurve, size: Size, min_delta: float) -> CurveFit:
+    """Everything that follows from one curve."""
     refused = _refusal(curve, size)
     num_seeds = len(curve.seeds)
     found = contrasts(curve.losses_MR) if len(curve.teachers) > 1 and num_seeds > 1 else None
@@ -63,7 +66,7 @@ def fit_curve(curve: Curve, size: Size, min_delta: float) -> CurveFit:
     )
 
 
-def _refusal(curve: Curve, size: Size) -> str | None:
+def _refusal(curve: TeacherCurve, size: Size) -> str | None:
     num_seeds, num_teachers = len(curve.seeds), len({size_of(one, size) for one in curve.teachers})
     if num_seeds < MIN_SEEDS:
         left = f"; left out, with a run missing: {_listed(curve.left_out_seeds)}" if curve.left_out_seeds else ""
@@ -73,7 +76,7 @@ def _refusal(curve: Curve, size: Size) -> str | None:
     return None
 
 
-def _points(curve: Curve, size: Size, found: Contrasts, delta: float) -> tuple[TeacherPoint, ...]:
+def _points(curve: TeacherCurve, size: Size, found: Contrasts, delta: float) -> tuple[TeacherPoint, ...]:
     best = int(np.argmin(found.means_M))
     half = t_quantile(found.degrees) * found.standard_error
     points = []
@@ -98,7 +101,7 @@ def _points(curve: Curve, size: Size, found: Contrasts, delta: float) -> tuple[T
     return tuple(points)
 
 
-def _axes(curve: Curve, size: Size, found: Contrasts, delta: float) -> tuple[AxisFit, ...]:
+def _axes(curve: TeacherCurve, size: Size, found: Contrasts, delta: float) -> tuple[AxisFit, ...]:
     log_size_M = np.log([float(size_of(teacher, size)) for teacher in curve.teachers])
     quality_M = -np.array([teacher.known_loss for teacher in curve.teachers])
     axes = [_axis("size", log_size_M, curve, found, delta)]
@@ -107,22 +110,22 @@ def _axes(curve: Curve, size: Size, found: Contrasts, delta: float) -> tuple[Axi
     return tuple(axes)
 
 
-def _axis(axis: AxisName, places_M: Array, curve: Curve, found: Contrasts, delta: float) -> AxisFit:
+def _axis(axis: AxisName, places_M: Array, curve: TeacherCurve, found: Contrasts, delta: float) -> AxisFit:
     judged = judge(places_M, tuple(teacher.name for teacher in curve.teachers), found, delta)
     u_M = (places_M - places_M.min()) / np.ptp(places_M)
-    u_drawn = np.linspace(0.0, 1.0, _NUM_DRAWN)
+    u_kept = np.linspace(0.0, 1.0, _NUM_PLACES)
     forms = []
     for form in FORMS.values():
         if len(set(u_M.tolist())) < form.min_teachers:
             forms.append(FormFit(name=form.name, formula=form.formula, leave_one_out=None, losses=()))
             continue
         error = math.sqrt(float(leave_one_out(form, u_M, found.means_M[None])[1][0]))
-        losses = fit(form, u_M, found.means_M[None]).at(u_drawn)[0]
+        losses = fit(form, u_M, found.means_M[None]).losses_at(u_kept)[0]
         forms.append(
             FormFit(name=form.name, formula=form.formula, leave_one_out=error, losses=tuple(map(float, losses)))
         )
     tried = [form for form in forms if form.leave_one_out is not None]
-    places = places_M.min() + u_drawn * np.ptp(places_M)
+    places = places_M.min() + u_kept * np.ptp(places_M)
     best = locate(places_M, found, judged.bracket) if judged.bracket is not None else None
     return AxisFit(
         axis=axis,
@@ -147,7 +150,7 @@ def _on_axis(axis: AxisName, best: Best) -> Best:
     return best.model_copy(update={"value": value, "interval": turned(best.interval), "bracket": turned(best.bracket)})
 
 
-def _notes(curve: Curve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[str, ...]:
+def _notes(curve: TeacherCurve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[str, ...]:
     notes = []
     if curve.init == "pruned":
         notes.append(
@@ -187,14 +190,14 @@ def _unlike_trainings(teachers: Sequence[LawTeacher]) -> str | None:
     )
 
 
-def _predictions(curve: Curve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[Prediction, ...]:
+def _predictions(curve: TeacherCurve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[Prediction, ...]:
     if not curve.teachers:
         return ()
     found = predictions(size_of(curve.student, size), curve.tokens, _given(curve, size))
     return tuple(one.model_copy(update={"disagreement": _disagreement(one, axes)}) for one in found)
 
 
-def _given(curve: Curve, size: Size) -> list[GivenTeacher]:
+def _given(curve: TeacherCurve, size: Size) -> list[GivenTeacher]:
     return [GivenTeacher(one.name, size_of(one, size), one.train_tokens) for one in curve.teachers]
 
 
@@ -209,8 +212,8 @@ def _disagreement(prediction: Prediction, axes: tuple[AxisFit, ...]) -> str:
     low, high = best.interval.low, best.interval.high
     stands = "inside" if low <= prediction.best_size <= high else "outside"
     return (
-        f"{prediction.best_size / best.value:.2g} x the measured {human(best.value)}, {stands} its interval "
-        f"({human(low)} to {human(high)})"
+        f"{prediction.best_size / best.value:.2g} x the measured {human_count(best.value)}, {stands} its interval "
+        f"({human_count(low)} to {human_count(high)})"
     )
 
 

@@ -17,7 +17,7 @@ def worker_environments(grid: LawGrid, device: str, num_workers: int | None) -> 
     """What each worker's environment is beside this process's own; as many as there are workers.
 
     Args:
-        grid: says how many GPUs its stages take.
+        grid: the grid; it decides how many GPUs its stages take.
         device: `cpu`, or a GPU where there are some.
         num_workers: None for one a core, or as many as the GPUs allow.
 

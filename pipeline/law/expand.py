@@ -38,7 +38,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Of the arm in the run file."""
+        """The arm's name in the run file."""
         return f"{self.budget}-{SUPERVISED}" if self.alpha == 0 else f"{self.budget}-alpha-{self.alpha:g}"
 
 
@@ -82,8 +82,8 @@ class Cell:
 
 def cell_name(student: str, teacher: str | None, seed: int, init: Init = "common") -> str:
     """Path of a cell's folder below the grid's."""
-    of_init = "" if init == "common" else f"{init}/"
-    return f"students/{student}/{teacher or SUPERVISED}/{of_init}seed-{seed}"
+    init_folder = "" if init == "common" else f"{init}/"
+    return f"students/{student}/{teacher or SUPERVISED}/{init_folder}seed-{seed}"
 
 
 def corpus_run(grid: LawGrid) -> RunFile:
@@ -147,8 +147,8 @@ def cell(
     name = cell_name(student, teacher, seed, init)
     run = _run_file(grid, str(Path(grid.out) / name), name.replace("/", "-"), source, reuse, student, init)
     settings = {arm.name: {"alpha": arm.alpha, "max_tokens": tokens[arm.budget]} for arm in arms}
-    of_cell = run.model_copy(update={"seeds": (seed,), "arms": settings})
-    return Cell(student, teacher, seed, source, arms, of_cell, init)
+    own = run.model_copy(update={"seeds": (seed,), "arms": settings})
+    return Cell(student, teacher, seed, source, arms, own, init)
 
 
 def cells(grid: LawGrid, tokens: Mapping[str, Mapping[str, int]]) -> Iterator[Cell]:

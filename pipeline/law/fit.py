@@ -1,6 +1,6 @@
 """From the table of runs to `law.json`.
 
-table --curves--> Curve --contrasts--> verdict --best--> CurveFit --global_law--> GlobalLaw
+table --curves--> TeacherCurve --contrasts--> verdict --best--> CurveFit --global_law--> GlobalLaw
   |                                                                                  |
   '--frontier--> Frontier -----------------------------------------------------> LawFit (law.json)
 """
@@ -12,18 +12,19 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from capgap.pipeline.law.curve_fit import fit_curve
+from capgap.pipeline.law.frontier import frontiers
 from capgap.pipeline.law.global_law import global_laws
 from capgap.pipeline.law.grid import curves, missing_runs
 from capgap.pipeline.law.table import read_table
 from capgap.pipeline.law.verdict import MIN_DELTA
-from capgap.pipeline.plan.frontier import frontiers
 from capgap.pipeline.store.files import sha256_of, write_atomically
 from capgap.schemas.errors import InputError
-from capgap.schemas.law_fit import LAW_NAME, LawFit, Size
+from capgap.schemas.law_curve import Size
+from capgap.schemas.law_fit import LAW_NAME, LawFit
 
 
 def fit_table(path: Path, size: Size = "total", min_delta: float = MIN_DELTA) -> LawFit:
-    """Everything that a table says.
+    """Everything that follows from a table.
 
     Args:
         path: of the table.

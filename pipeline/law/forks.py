@@ -26,7 +26,7 @@ _HEAVY = (
 )
 
 
-# how a process ends whose command could not even say what went wrong
+# how a process ends whose command could not even log what went wrong
 _CRASHED = 1
 
 

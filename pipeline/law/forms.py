@@ -67,7 +67,7 @@ class Fits:
         """Place of each fit's lowest point [B]."""
         return self.form.lowest(self.coefficients_BP, self.shapes_B)
 
-    def at(self, u_M: Array) -> Array:
+    def losses_at(self, u_M: Array) -> Array:
         """The fitted losses [B, M] at these places."""
         values = [
             self.form.basis(u_M, float(shape)) @ row
@@ -96,18 +96,18 @@ def leave_one_out(form: Form, u_M: Array, losses_BM: Array) -> tuple[list[Fits],
     for out in range(len(u_M)):
         kept = np.arange(len(u_M)) != out
         without = fit(form, u_M[kept], losses_BM[:, kept])
-        told_B = _at_one_place(without, float(u_M[out]))
-        squares_B += (told_B - losses_BM[:, out]) ** 2 / len(u_M)
+        foretold_B = _at_one_place(without, float(u_M[out]))
+        squares_B += (foretold_B - losses_BM[:, out]) ** 2 / len(u_M)
         fits.append(without)
     return fits, squares_B
 
 
 def _at_one_place(fits: Fits, u: float) -> Array:
-    """As `Fits.at` for one place, without a loop over the fits."""
+    """As `Fits.losses_at` for one place, without a loop over the fits."""
     shapes, which_B = np.unique(fits.shapes_B, return_inverse=True)
     columns_CP = np.stack([fits.form.basis(np.array([u]), float(shape))[0] for shape in shapes])
-    told_B: Array = np.einsum("bp,bp->b", fits.coefficients_BP, columns_CP[which_B])
-    return told_B
+    losses_B: Array = np.einsum("bp,bp->b", fits.coefficients_BP, columns_CP[which_B])
+    return losses_B
 
 
 @lru_cache(maxsize=512)
@@ -168,7 +168,7 @@ def _cubic_lowest(coefficients: Array, shapes: Array) -> Array:
     slope, bend, third = (coefficients[..., i] for i in (1, 2, 3))
     with np.errstate(divide="ignore", invalid="ignore"):
         root = np.sqrt(bend * bend - 3 * third * slope)
-        # of the two turning points the one where the curve bends upwards
+        # the one of two turning points where the curve bends upwards
         turning = np.where(third == 0, -slope / (2 * bend), (root - bend) / (3 * third))
     turning = np.where(np.isfinite(turning), np.clip(turning, 0.0, 1.0), 0.0)
     candidates = np.stack([np.zeros_like(turning), turning, np.ones_like(turning)])

@@ -1,10 +1,10 @@
 """Best teacher as a function of the student: a line and a power, over interior students only.
 
-Legend: S students, B draws.
+Legend: S students, B samples of all students' bests.
 
 Each student's best teacher is known within an interval, which is taken as one of its logarithm: normal on both sides,
 with a spread of its own on each. Students weigh by the inverse square of that spread. An estimate's interval holds the
-middle 95 % of the fits to drawn bests, and the fits without each student in turn.
+middle 95 % of the fits to sampled bests, and the fits without each student in turn.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from capgap.pipeline.plan.published import GAP_SLOPE, human
-from capgap.schemas.law_fit import CurveFit, Estimate, GlobalLaw
+from capgap.pipeline.pages.numbers import human_count
+from capgap.pipeline.plan.published import GAP_SLOPE
+from capgap.schemas.law_curve import CurveFit
+from capgap.schemas.law_fit import Estimate, GlobalLaw
 from capgap.schemas.results import Interval
 
 Array = npt.NDArray[np.float64]
 
 MIN_STUDENTS = 3
 
-_NUM_DRAWS = 2000
+_NUM_SAMPLES = 2000
 _HALF_WIDTH = 1.96  # standard deviations of half a 95 % interval
-_MIN_SPREAD = 1e-6  # of a logarithm; an interval of no width would weigh infinitely
+_MIN_SPREAD = 1e-6  # in a logarithm; an interval of no width would weigh infinitely
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def _law(curves: Sequence[CurveFit]) -> GlobalLaw:
         r_squared=fit_line(students)[2],
         exponent=exponent,
         log_factor=float(_power(*_columns(students))[1][0]),
-        said=(_against("the exponent", exponent, 1.0), _against("the slope", slope, GAP_SLOPE), _weak(len(sizes))),
+        remarks=(_against("the exponent", exponent, 1.0), _against("the slope", slope, GAP_SLOPE), _weak(len(sizes))),
     )
 
 
@@ -98,19 +100,19 @@ def _against(what: str, estimate: Estimate, value: float) -> str:
 
 
 def _weak(num_sizes: int) -> str:
-    return f"a fit to {num_sizes} points, each no finer than the teachers that were tried: R^2 says little"
+    return f"a fit to {num_sizes} points, each no finer than the teachers that were tried: R^2 means little"
 
 
-def _estimate(students: Sequence[StudentBest], of: Callable[[Array, Array, Array], Array]) -> Estimate:
+def _estimate(students: Sequence[StudentBest], coefficient: Callable[[Array, Array, Array], Array]) -> Estimate:
     sizes_S, logs_1S, spread_S = _columns(students)
     rng = np.random.default_rng(0)
-    z_BS = rng.standard_normal((_NUM_DRAWS, len(students)))
+    z_BS = rng.standard_normal((_NUM_SAMPLES, len(students)))
     below_S, above_S = _spreads(students)
-    drawn = of(sizes_S, logs_1S + z_BS * np.where(z_BS < 0, below_S, above_S), spread_S)
+    sampled = coefficient(sizes_S, logs_1S + z_BS * np.where(z_BS < 0, below_S, above_S), spread_S)
     kept = [np.arange(len(students)) != out for out in range(len(students))]
-    without = [float(of(sizes_S[keep], logs_1S[:, keep], spread_S[keep])[0]) for keep in kept]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    value = float(of(sizes_S, logs_1S, spread_S)[0])
+    without = [float(coefficient(sizes_S[keep], logs_1S[:, keep], spread_S[keep])[0]) for keep in kept]
+    low, high = np.quantile(sampled, [0.025, 0.975])
+    value = float(coefficient(sizes_S, logs_1S, spread_S)[0])
     return Estimate(
         value=value, interval=Interval(low=float(min(low, value, *without)), high=float(max(high, value, *without)))
     )
@@ -125,7 +127,7 @@ def _columns(students: Sequence[StudentBest]) -> tuple[Array, Array, Array]:
 
 
 def _spreads(students: Sequence[StudentBest]) -> tuple[Array, Array]:
-    """Of the logarithm, below and above the best."""
+    """Spreads of the logarithm, below and above the best."""
     below = [np.log(student.best / student.interval.low) / _HALF_WIDTH for student in students]
     above = [np.log(student.interval.high / student.best) / _HALF_WIDTH for student in students]
     return np.maximum(below, _MIN_SPREAD), np.maximum(above, _MIN_SPREAD)
@@ -140,7 +142,7 @@ def _proportional(sizes_S: Array, logs_BS: Array, spread_S: Array) -> Array:
 
 def _line(sizes_S: Array, logs_BS: Array, spread_S: Array) -> tuple[Array, Array]:
     """a and b of T = a S + b. The spread of T is that of its logarithm times T, and T is nearly in proportion to S;
-    weights by S do not depend on what was drawn, those by T would favour low draws."""
+    weights by S do not depend on the sample, those by T would favour low samples."""
     return _weighted_line(sizes_S, np.exp(logs_BS), np.broadcast_to((spread_S * sizes_S) ** -2.0, logs_BS.shape))
 
 
@@ -161,7 +163,7 @@ def describe(law: GlobalLaw) -> str:
     """The law in a sentence."""
     if law.refused is not None or law.slope is None or law.intercept is None or law.proportional is None:
         return f"no law: {law.refused}"
-    intercept = f"{'-' if law.intercept.value < 0 else '+'} {human(abs(law.intercept.value))}"
+    intercept = f"{'-' if law.intercept.value < 0 else '+'} {human_count(abs(law.intercept.value))}"
     interval = law.proportional.interval
     return (
         f"best teacher = {law.slope.value:.3g} x student {intercept} over {len(law.students)} students; "

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capgap.schemas.law import Init, LawModel, LawRun, LawTeacher
-from capgap.schemas.law_fit import Size
+from capgap.schemas.law_curve import Size
 
 Array = npt.NDArray[np.float64]
 
@@ -25,7 +25,7 @@ _Cell = tuple[str | None, str | None, int]
 
 
 @dataclass(frozen=True)
-class Curve:
+class TeacherCurve:
     """One student, budget, alpha and init.
 
     Attributes:
@@ -34,7 +34,7 @@ class Curve:
         seeds: complete ones.
         left_out_seeds: with a run missing.
         left_out_teachers: without any finished run.
-        losses_MR: of the students, nats per token.
+        losses_MR: the students', nats/token.
         supervised_MR: of the same student without a teacher; rows are alike where the init is common.
         missing: names of the runs that are not there, with the reason.
     """
@@ -58,7 +58,7 @@ def size_of(model: LawModel, size: Size) -> int:
     return model.num_parameters if size == "total" else model.num_non_embedding_parameters
 
 
-def curves(runs: Sequence[LawRun]) -> tuple[Curve, ...]:
+def curves(runs: Sequence[LawRun]) -> tuple[TeacherCurve, ...]:
     """All curves of a table, by init, alpha, budget and student's size.
 
     What the grid holds is read off the table: a student's teachers and seeds are all that it has a row with.
@@ -95,14 +95,14 @@ class _Key:
         return teacher if self.init == "pruned" else None
 
 
-def _curve(runs: Sequence[LawRun], key: _Key) -> Curve:
-    of_student = [run for run in runs if run.student.name == key.student]
+def _curve(runs: Sequence[LawRun], key: _Key) -> TeacherCurve:
+    own_runs = [run for run in runs if run.student.name == key.student]
     seeds = seeds_of(runs, key.student)
-    candidates = {run.teacher.name: run.teacher for run in of_student if run.teacher is not None}
+    candidates = {run.teacher.name: run.teacher for run in own_runs if run.teacher is not None}
     ordered = sorted(
         candidates.values(), key=lambda teacher: (teacher.num_parameters, -(teacher.loss or 0), teacher.name)
     )
-    here = [run for run in of_student if run.budget == key.budget and run.init == key.init]
+    here = [run for run in own_runs if run.budget == key.budget and run.init == key.init]
     cells: dict[_Cell, LawRun] = {
         (run.teacher.name if run.teacher else None, run.init_source, run.seed): run
         for run in here
@@ -132,8 +132,8 @@ def _curve(runs: Sequence[LawRun], key: _Key) -> Curve:
         ]
         return np.array(values, dtype=np.float64).reshape(len(teachers), len(complete))
 
-    return Curve(
-        student=of_student[0].student,
+    return TeacherCurve(
+        student=own_runs[0].student,
         budget=key.budget,
         tokens=here[0].tokens,
         alpha=key.alpha,

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from capgap.pipeline.law.charts import curve_charts, frontier_chart, law_chart
 from capgap.pipeline.law.global_law import describe
+from capgap.pipeline.law.headline import headline
 from capgap.pipeline.law.summary import sentences
 from capgap.pipeline.pages.templates import page_template
 from capgap.pipeline.plan.published import CAPACITY_GAP, DISTILLATION_SCALING
 from capgap.pipeline.store.files import write_atomically
-from capgap.schemas.law_fit import CurveFit, LawFit
+from capgap.schemas.law_curve import CurveFit
+from capgap.schemas.law_fit import LawFit
 
 PAGE_NAME = "law.html"
 
@@ -28,6 +30,7 @@ def render_page(law: LawFit) -> str:
     """The page; every text of the table is escaped."""
     return page_template(_TEMPLATE).render(
         law=law,
+        headline=headline(law),
         verdicts=[_verdict_row(curve) for curve in law.curves],
         curves=[(curve, list(sentences(curve)), curve_charts(i, curve)) for i, curve in enumerate(law.curves)],
         forms_of=_form_rows,

@@ -104,11 +104,11 @@ def _pruned_size(grid: LawGrid, student: str, common: LawModel, vocab_size: int)
             raise InputError("the model cannot be counted", where=f"teachers.{teacher}", found=size.where)
         found.setdefault((round(size.total), round(size.outside_embedding)), teacher)
     if len(found) > 1:
-        said = [f"{total:,} parameters from {teacher}" for (total, _), teacher in found.items()]
+        sizes = [f"{total:,} parameters from {teacher}" for (total, _), teacher in found.items()]
         raise SettingError(
             "cut to one shape, teachers make students of different sizes",
             where=f"inits: pruned, students.{student}",
-            found=", ".join(said),
+            found=", ".join(sizes),
             expected="one size: teachers of one architecture, with embeddings of one number of rows",
             fix="make a grid of each kind of teacher",
         )

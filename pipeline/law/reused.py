@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from capgap.pipeline.law.expand import teacher_run
-from capgap.pipeline.workflow.state import reused_manifests, states
+from capgap.pipeline.plan.work import reused_stage
+from capgap.pipeline.workflow.state import states
 from capgap.schemas.errors import MismatchError
 from capgap.schemas.facts import CacheFacts
+from capgap.schemas.law import kept_text
 from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.manifest import Manifest
 
@@ -19,16 +21,13 @@ def require_reused(grid: LawGrid, corpus: Manifest) -> None:
     """
     for name in grid.teachers:
         run = teacher_run(grid, name)
-        found = reused_manifests(run)
-        for stage in ("teacher", "cache"):
-            if stage not in found:
-                continue
-            location, manifest = found[stage]
+        found = {stage: reused_stage(run, stage) for stage in ("teacher", "cache") if stage in run.reuse}
+        for stage, (location, manifest) in found.items():
             where = f"reuse.{stage}s.{name}: {location}"
             _require(where, "corpus", manifest.inputs["corpus"].identity, corpus.identity)
             if stage == "cache":
-                wanted = found["teacher"][1].identity if "teacher" in found else states(run)["teacher"].order.identity
-                _require(where, "teacher", manifest.inputs["teacher"].identity, wanted)
+                expected = found["teacher"][1].identity if "teacher" in found else states(run)["teacher"].order.identity
+                _require(where, "teacher", manifest.inputs["teacher"].identity, expected)
                 _require_kept(where, CacheFacts.model_validate(manifest.facts), grid)
 
 
@@ -45,21 +44,18 @@ def _require(where: str, what: str, found: str, expected: str) -> None:
 
 def _require_kept(where: str, facts: CacheFacts, grid: LawGrid) -> None:
     settings = grid.cache
-    asked = {name: (settings.num_ids(name), settings.stored_profile) for name in settings.recordings}
-    for name, (num_ids, profile) in asked.items():
+    for name in settings.recordings:
+        profile = settings.stored_profile if name == "topk" else None
+        expected = kept_text(name, settings.num_ids(name), profile, settings.temperature)
         kept = facts.recordings.get(name)
-        wanted = f"{name} of {num_ids}" + (f", {profile}" if name == "topk" else "")
-        wanted += f", temperature {settings.temperature:g}"
-        if kept is None:
-            said = f"no recording {name}"
-        else:
-            said = f"{name} of {kept.num_ids}" + (f", {kept.profile}" if name == "topk" else "")
-            said += f", temperature {facts.temperature:g}"
-        if said != wanted:
+        found = (
+            f"no recording {name}" if kept is None else kept_text(name, kept.num_ids, kept.profile, facts.temperature)
+        )
+        if found != expected:
             raise MismatchError(
                 "caches of different recordings in one grid",
                 where=where,
-                found=said,
-                expected=wanted,
+                found=found,
+                expected=expected,
                 fix="record all teachers alike: what a recording leaves out looks like an effect of the teacher",
             )

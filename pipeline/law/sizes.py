@@ -1,32 +1,69 @@
-"""Counts as people write them: 3B, 350M, 126B."""
+"""How large the models of a grid are, made or not, and how many tokens each student is to be trained on."""
 
 from __future__ import annotations
 
-import re
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from capgap.schemas.errors import SettingError
+from capgap.pipeline.law.expand import Cell, corpus_folder, corpus_run
+from capgap.pipeline.law.pruned import pruned_sizes
+from capgap.pipeline.plan.sizes import model_size
+from capgap.pipeline.plan.tokens import vocab_size_of
+from capgap.pipeline.stage.manifests import read_manifest
+from capgap.schemas.errors import InputError
+from capgap.schemas.law import LawModel
+from capgap.schemas.law_grid import LawGrid
+from capgap.schemas.run_model import StudentSettings, TeacherSettings
 
-_LETTERS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)([kKMBTbt]?)")
+
+@dataclass(frozen=True)
+class Sizes:
+    """The models' sizes, as all rows have them, whether they were made or not.
+
+    Attributes:
+        students: by name, for a common init.
+        teachers: by name, without a loss where none was measured.
+        pruned: students that are cut out of their teachers, by name in the grid; none where the grid has no such.
+    """
+
+    students: dict[str, LawModel]
+    teachers: dict[str, LawModel]
+    pruned: dict[str, LawModel] = field(default_factory=dict)
+
+    def student(self, cell: Cell) -> LawModel:
+        """What the cell trains."""
+        return (self.pruned if cell.init == "pruned" else self.students)[cell.student]
 
 
-def parse_count(text: str, where: str) -> int:
-    """Parameters or tokens: a number, and k, M, B or T for thousands, millions, 10^9 or 10^12.
+def sizes_of(grid: LawGrid, vocab_size: int) -> Sizes:
+    """Sizes of all models: counted from their shapes or configurations.
 
     Raises:
-        SettingError: the text is no such count, or less than 1.
+        InputError: a given model cannot be read.
+        SettingError: as `pruned_sizes`.
     """
-    match = _COUNT.fullmatch(text.strip())
-    letter = match.group(2) if match else ""
-    letter = "k" if letter in ("k", "K") else letter.upper()
-    value = round(float(match.group(1)) * _LETTERS[letter]) if match else 0
-    if value < 1:
-        raise SettingError(
-            "not a count", where=where, found=text, expected="a number such as 350M, 3B, 126B or 1.5e9, at least 1"
-        )
-    return value
+    teachers = {name: _size(name, grid.teacher_settings(name), vocab_size, "teachers") for name in grid.teachers}
+    students = {name: _size(name, settings, vocab_size, "students") for name, settings in grid.students.items()}
+    return Sizes(students, teachers, pruned_sizes(grid, students, vocab_size) if "pruned" in grid.inits else {})
 
 
-def parse_counts(text: str, where: str) -> tuple[int, ...]:
-    """Several counts, separated by commas."""
-    return tuple(parse_count(part, where) for part in text.split(","))
+def vocab_size_of_grid(grid: LawGrid) -> int:
+    """The size of the vocabulary of the grid's corpus, made or not; 0 where its tokenizer cannot be read."""
+    return round(vocab_size_of(corpus_run(grid), read_manifest(Path(corpus_folder(grid)))) or 0)
+
+
+def tokens_by_student(grid: LawGrid, sizes: Sizes) -> dict[str, dict[str, int]]:
+    """Targets of every budget, by student and budget."""
+    return {
+        student: {name: budget.tokens_of(size.num_parameters) for name, budget in grid.budgets.items()}
+        for student, size in sizes.students.items()
+    }
+
+
+def _size(name: str, given: TeacherSettings | StudentSettings, vocab_size: int, setting: str) -> LawModel:
+    size = model_size(None, given.path, given.model, vocab_size)
+    if size.total is None or size.outside_embedding is None:
+        raise InputError("the model cannot be counted", where=f"{setting}.{name}", found=size.where)
+    return LawModel(
+        name=name, num_parameters=round(size.total), num_non_embedding_parameters=round(size.outside_embedding)
+    )

@@ -6,20 +6,23 @@ from collections.abc import Iterator
 
 from capgap.pipeline.law.advise import Advice
 from capgap.pipeline.law.global_law import describe
-from capgap.pipeline.plan.published import human
-from capgap.schemas.law_fit import AxisFit, CurveFit, LawFit
+from capgap.pipeline.law.headline import headline
+from capgap.pipeline.pages.numbers import human_count
+from capgap.schemas.law_curve import AxisFit, CurveFit
+from capgap.schemas.law_fit import LawFit
 
 
 def lines(law: LawFit) -> Iterator[str]:
-    """Verdict by verdict, then the laws, then what is missing."""
+    """The fit in one sentence, then verdict by verdict, then the laws, then what is missing."""
+    yield headline(law)
     for curve in law.curves:
         yield f"{curve.title}:"
         for sentence in sentences(curve):
             yield f"  {sentence}"
     for one in law.laws:
         yield f"{one.budget}, alpha {one.alpha:g}, {one.init} init: {describe(one)}"
-        for said in one.said:
-            yield f"  {said}"
+        for remark in one.remarks:
+            yield f"  {remark}"
     if law.missing:
         yield f"missing runs ({len(law.missing)}), in no mean:"
         for name in law.missing:
@@ -27,7 +30,7 @@ def lines(law: LawFit) -> Iterator[str]:
 
 
 def sentences(curve: CurveFit) -> Iterator[str]:
-    """What a curve says, in words."""
+    """What follows from a curve, in words."""
     if curve.refused is not None:
         yield f"not judged: {curve.refused}"
     for axis in curve.axes:
@@ -45,17 +48,16 @@ def sentences(curve: CurveFit) -> Iterator[str]:
     for note in curve.notes:
         yield f"note: {note}"
     for one in curve.predictions:
-        outside = "" if one.within_validity else " (outside what it was measured on)"
-        yield f"{one.law}{outside}: {one.said}; {one.disagreement}"
+        yield f"{one.sentence}; {one.disagreement}"
 
 
 def advice_lines(advice: Advice) -> Iterator[str]:
     """Answer by answer, then their disagreement."""
-    yield f"student of {human(advice.student)}, {human(advice.tokens)} tokens"
+    yield f"student of {human_count(advice.student)}, {human_count(advice.tokens)} tokens"
     for answer in advice.answers:
         yield ""
         yield answer.source
-        yield f"  {answer.said}"
+        yield f"  {answer.summary}"
         yield f"  {'inside' if answer.within_validity else 'OUTSIDE'} what it measured: {answer.validity}"
     yield ""
     yield f"disagreement: {advice.disagreement}"
@@ -68,5 +70,5 @@ def _best(axis: AxisFit) -> str:
         return ""
     value, low, high = axis.best.value, axis.best.interval.low, axis.best.interval.high
     if axis.axis == "size":
-        return f". Best at {human(value)} ({human(low)} to {human(high)})"
+        return f". Best at {human_count(value)} ({human_count(low)} to {human_count(high)})"
     return f". Best at {value:.3f} nats ({low:.3f} to {high:.3f})"

@@ -49,7 +49,7 @@ def check(runs: Sequence[LawRun], where: object) -> None:
     _refuse_repeated(runs, where)
     _equal(
         [run for run in runs if run.cache is not None],
-        of=lambda run: run.cache.kept if run.cache else "",
+        fact=lambda run: run.cache.kept if run.cache else "",
         what="caches of different recordings in one grid",
         where=where,
         fix="record all teachers alike: what a recording leaves out looks like an effect of the teacher",
@@ -76,9 +76,9 @@ def _row(path: Path, number: int, line: str) -> LawRun:
     except ValidationError as error:
         first = error.errors()[0]
         setting = ".".join(str(part) for part in first["loc"])
-        said = first["msg"].removeprefix("Value error, ")
+        reason = first["msg"].removeprefix("Value error, ")
         raise InputError(
-            f"{setting}: {said}" if setting else said, where=f"{path}, line {number}", fix="see docs/law.md"
+            f"{setting}: {reason}" if setting else reason, where=f"{path}, line {number}", fix="see docs/law.md"
         ) from None
 
 
@@ -91,16 +91,16 @@ def _refuse_repeated(runs: Sequence[LawRun], where: object) -> None:
 
 
 def _equal(
-    runs: Sequence[LawRun], of: Callable[[LawRun], str], what: str, where: object, fix: str | None = None
+    runs: Sequence[LawRun], fact: Callable[[LawRun], str], what: str, where: object, fix: str | None = None
 ) -> None:
-    """Refuse runs of which `of` says different things, with two of them by name."""
+    """Refuse runs that differ in a fact, with two of them by name."""
     for run in runs[1:]:
-        if of(run) != of(runs[0]):
+        if fact(run) != fact(runs[0]):
             raise MismatchError(
                 what,
                 where=where,
-                found=f"{of(run)} ({run.name})",
-                expected=f"{of(runs[0])} ({runs[0].name})",
+                found=f"{fact(run)} ({run.name})",
+                expected=f"{fact(runs[0])} ({runs[0].name})",
                 fix=fix,
             )
 
@@ -121,5 +121,5 @@ def _per_student(setting: str, run: LawRun) -> str:
 
 
 def _sizes(model: LawModel) -> str:
-    said = f"{model.num_parameters} parameters, {model.num_non_embedding_parameters} without embedding"
-    return f"{said}, loss {model.loss!r}, {model.train_tokens} tokens" if isinstance(model, LawTeacher) else said
+    sizes = f"{model.num_parameters} parameters, {model.num_non_embedding_parameters} without embedding"
+    return f"{sizes}, loss {model.loss!r}, {model.train_tokens} tokens" if isinstance(model, LawTeacher) else sizes

@@ -11,8 +11,8 @@ edge        the start is worse and the end is not, and no teacher before the end
             or the end is worse and the start is not: the smallest teachers are as good as any
 flat        neither end is worse than the best
 
-Only an interior curve has a best teacher that the data show. The others say: any from here on, look further out, or
-no difference was seen.
+Only an interior curve has a best teacher that the data show. The other verdicts mean: any from here on, look further
+out, or no difference was seen.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from capgap.pipeline.law.contrasts import Contrasts
-from capgap.schemas.law_fit import Verdict
+from capgap.schemas.law_curve import Verdict
 from capgap.schemas.results import Interval
 
 Array = npt.NDArray[np.float64]
 
 MIN_DELTA = 0.005
-"""Nats per token; below this a difference decides nothing for a user."""
+"""Nats/token; below this a difference decides nothing for a user."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ def judge(places_M: Array, names: tuple[str, ...], found: Contrasts, delta: floa
     start_M, end_M = places_M == places_M.min(), places_M == places_M.max()
     fall, rise = float(above_M[start_M].min()), float(above_M[end_M].min())
     falls, rises = fall > found.threshold, rise > found.threshold
-    start, end = (" and ".join(n for n, at in zip(names, mask, strict=True) if at) for mask in (start_M, end_M))
+    start, end = (
+        " and ".join(n for n, is_there in zip(names, mask, strict=True) if is_there) for mask in (start_M, end_M)
+    )
     noise = f"noise reaches {found.threshold:.4f}"
     if falls and rises:
         worse_M = above_M > found.threshold

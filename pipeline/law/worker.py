@@ -134,12 +134,16 @@ def carry_out_job(job: Job, log: Path, wait: bool, start: Start = start_afresh) 
     codes: list[int] = []
 
     def made(run: RunFile, instance: Instance) -> bool:
-        heard = log.stat().st_size
+        log_bytes = log.stat().st_size
         try:
-            walk(run, [instance], log=_say, replace=True, wait=wait, start=_start_of(run, instance, start))
+            walk(run, [instance], log=_log, replace=True, wait=wait, start=_start_of(run, instance, start))
         except CapgapError as error:
-            said = _last_words(log, heard) if isinstance(error, StageFailedError) and error.already_said else str(error)
-            failures[instance.name] = said or str(error)
+            logged = (
+                _last_words(log, log_bytes)
+                if isinstance(error, StageFailedError) and error.already_said
+                else str(error)
+            )
+            failures[instance.name] = logged or str(error)
             codes.append(error.exit_code)
             if error.exit_code == INTERRUPTED:
                 raise KeyboardInterrupt from None
@@ -155,17 +159,17 @@ def carry_out_job(job: Job, log: Path, wait: bool, start: Start = start_afresh) 
     return codes[0] if codes else 0
 
 
-def _say(name: str, why: str) -> None:
+def _log(name: str, why: str) -> None:
     print(f"{name}: {why}", flush=True)
 
 
 def _start_of(run: RunFile, instance: Instance, start: Start) -> Start:
-    """vLLM looks for its own what to start from, and needs a process that nothing was imported in."""
+    """How the instance is started: vLLM needs a process in which nothing was imported."""
     return start_afresh if instance.stage == "cache" and run.cache.engine == "vllm" else start
 
 
 def _last_words(log: Path, start: int) -> str:
-    """What the stage said last of why it failed."""
+    """The last line of a log that gives the reason of a failure."""
     with log.open("rb") as file:
         file.seek(start)
         lines = file.read().decode(errors="replace").splitlines()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from capgap.pipeline.pages.svg import INK
 
 # as many fit beside each other over the width of a chart; a mark takes the room of eight
 _LEGEND_LETTERS = 60
@@ -34,8 +37,23 @@ def legend(figure: Figure, axes: Any) -> None:
         figure.legend(handles, labels, loc="outside upper left", ncols=columns)
 
 
-def log_operations(axes: Any) -> None:
-    """A logarithmic axis of counts too large for words; to be called when everything is drawn."""
+def draw_frontier(axes: Any, points: Iterable[tuple[float, float]], quality: str) -> None:
+    """Join the points that no other beats, and label the axes; to be called when everything else is drawn.
+
+    Args:
+        axes: of the chart.
+        points: floating-point operations and quality, by rising operations.
+        quality: what the upright axis shows, with its unit.
+    """
+    best = list(points)
+    axes.step([x for x, _ in best], [y for _, y in best], where="post", color=INK, linewidth=1, label="not beaten")
+    _log_operations(axes)
+    axes.set_xlabel("floating-point operations")
+    axes.set_ylabel(quality)
+
+
+def _log_operations(axes: Any) -> None:
+    """A logarithmic axis of counts too large for words."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     few = math.log10(high / low) < 2

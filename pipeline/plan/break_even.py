@@ -54,7 +54,7 @@ def _in_seconds(work: RunWork, cache_rate: Figure, online_rate: float | None) ->
         missing = "the numbers of tokens" if cache_rate.value is not None else "the rate of the cache stage"
         return BreakEven(accounting=accounting, num_students=None, source=f"needs {missing}")
     online = cache_rate.value if online_rate is None else online_rate
-    how = "taken to be the same beside a student; --online-teacher-tokens-per-s says otherwise"
+    how = "taken to be the same beside a student; --online-teacher-tokens-per-s gives another"
     return BreakEven(
         accounting=accounting,
         num_students=least_students(cached / cache_rate.value, student / online),

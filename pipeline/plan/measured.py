@@ -18,7 +18,7 @@ _REGIME = "natural"
 
 
 def cache_bytes_per_token(settings: CacheSettings, vocab_size: float | None) -> Figure:
-    """Of all recordings together: as measured for a teacher on natural text, with the range over sharper ones."""
+    """Bytes of all recordings together: as measured for a teacher on natural text, with the range over sharper ones."""
     found = [_of_recording(settings, name, vocab_size) for name in settings.recordings]
     note = "; tails at extra temperatures not counted" if settings.extra_temperatures else ""
     source = "; ".join(part.source for part in found)
@@ -48,11 +48,11 @@ def _of_recording(settings: CacheSettings, name: RecordingName, vocab_size: floa
     (usual,) = (row["bytes_per_token"] for row in alike if row["regime"] == _REGIME)
     scale = asked / measured
     low, high = (choose(row["bytes_per_token"] for row in alike) * scale for choose in (min, max))
-    unit = "draws" if name == "sampled" else "ids"
+    unit = "samples" if name == "sampled" else "top-k tokens"
     scaled = "" if asked == measured else f", in proportion from {measured}"
     source = (
         f"{codec}, {asked} {unit}{scaled}: {usual * scale:.1f} bytes/token, {low:.1f} to {high:.1f} by how sharp the "
-        f"teacher is, measured at {nearest['vocab_size']:,} ids"
+        f"teacher is, measured at a vocabulary of {nearest['vocab_size']:,}"
     )
     return Figure(value=usual * scale, source=source)
 
@@ -61,7 +61,8 @@ def _of_corpus(name: str, vocab_size: float | None) -> Figure:
     table = _table()["corpus"]
     row = _nearest(table["rows"], vocab_size)
     source = (
-        f"{row[name]:.2f} bytes/token, measured at {row['vocab_size']:,} ids on Python's own text ({table['source']})"
+        f"{row[name]:.2f} bytes/token, measured at a vocabulary of {row['vocab_size']:,} on Python's own text "
+        f"({table['source']})"
     )
     return Figure(value=row[name], source=source)
 

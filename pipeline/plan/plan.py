@@ -1,4 +1,4 @@
-"""The plan of a run: work, rates, hours, disk, and what the published laws say, put together."""
+"""The plan of a run: work, rates, hours, disk, and the published laws' predictions, put together."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from pathlib import Path
 
 from capgap.pipeline.plan.break_even import break_even
 from capgap.pipeline.plan.judging import judge_requests
-from capgap.pipeline.plan.laws import published_laws
+from capgap.pipeline.plan.predictions import gap_prediction, scaling_prediction
+from capgap.pipeline.plan.published import GivenTeacher
 from capgap.pipeline.plan.rates import Stated, rate_of
 from capgap.pipeline.plan.work import RunWork, finished, work_of
+from capgap.pipeline.stage.manifests import each_manifest_once
 from capgap.pipeline.workflow.state import StageState, State, states
 from capgap.schemas.facts import CacheFacts
+from capgap.schemas.law_prediction import Prediction
 from capgap.schemas.manifest import Manifest
-from capgap.schemas.plan import Figure, Plan, StagePlan
+from capgap.schemas.plan import Figure, RunPlan, StagePlan
 from capgap.schemas.run_file import RunFile
 
 _FAR_NATS = 0.2
@@ -26,12 +29,12 @@ def make_plan(
     *,
     text_bytes_per_token: float | None = None,
     online_teacher_tokens_per_s: float | None = None,
-) -> Plan:
+) -> RunPlan:
     """What the run will take from here on.
 
     Args:
         run: the run file.
-        stated: what the user says of speed.
+        stated: speeds that the user states.
         text_bytes_per_token: bytes of text in a token, where the corpus is not made; measured where it is not given.
         online_teacher_tokens_per_s: of a teacher beside a student, for the comparison with a cache.
 
@@ -39,6 +42,13 @@ def make_plan(
         InputError: a source of the corpus, or a reused folder, cannot be read.
         CorruptError: a manifest cannot be understood.
     """
+    with each_manifest_once():
+        return _make_plan(run, stated, text_bytes_per_token, online_teacher_tokens_per_s)
+
+
+def _make_plan(
+    run: RunFile, stated: Stated, text_bytes_per_token: float | None, online_teacher_tokens_per_s: float | None
+) -> RunPlan:
     known = states(run)
     work = work_of(run, known, text_bytes_per_token)
     stages = [_stage_plan(state, work, stated) for state in known.values()]
@@ -54,7 +64,7 @@ def make_plan(
     notes += far_from_home(run.teacher.home_loss, finished("cache", run, known))
     if not all(figure.value is not None for stage in stages for figure in (stage.tokens,)):
         notes.append("some numbers of tokens are not known; what depends on them is left out")
-    return Plan(
+    return RunPlan(
         name=run.name,
         teacher_parameters=work.teacher.figure,
         student_parameters=work.student.figure,
@@ -64,7 +74,7 @@ def make_plan(
         device_hours=_total((s.instance, s.device_hours) for s in open_stages if _has_model(s)),
         num_students=work.num_cache_students,
         break_even=break_even(work, rate_of("cache", work, stated), online_teacher_tokens_per_s),
-        laws=published_laws(work),
+        laws=_laws(work),
         notes=tuple(notes),
     )
 
@@ -83,6 +93,22 @@ def far_from_home(home_loss: float | None, cache: Manifest | None) -> list[str]:
         f"the teacher's loss on this corpus is {found:.3f} nats/token, {found - home_loss:.3f} above the {home_loss:g} "
         "of teacher.home_loss: its distributions may teach little here; teacher.adapt trains it on such text first"
     ]
+
+
+def _laws(work: RunWork) -> tuple[Prediction, ...]:
+    """The published laws' predictions for the run's pair of models, each in the sizes that its paper counts."""
+    student, teacher, tokens = work.student, work.teacher, work.student_tokens.value
+    if student.total is None or student.outside_embedding is None or not tokens:
+        return ()
+    trained = work.teacher_tokens.value or None
+    whole, inner = (
+        [] if size is None else [GivenTeacher("the run's teacher", size, trained)]
+        for size in (teacher.total, teacher.outside_embedding)
+    )
+    return (
+        gap_prediction(student.total, tokens, whole),
+        scaling_prediction(student.outside_embedding, tokens, inner),
+    )
 
 
 def _stage_plan(state: StageState, work: RunWork, stated: Stated) -> StagePlan:

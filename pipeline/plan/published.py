@@ -1,27 +1,29 @@
 """What others published of the best teacher's size, as functions of sizes and tokens.
 
-Sizes are parameters. Neither law is used in a fit: each is shown beside the measurement, with what it was measured on.
+Sizes are parameters. The laws stand here and nowhere else: `capgap plan`, `law advise`, the law's page and the report
+take them from this table. Neither is used in a fit: each is shown beside the measurement, with what it was measured on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
-
-from capgap.schemas.law_fit import Prediction
-
-Array = npt.NDArray[np.float64]
+from typing import Literal
 
 NEAR = 0.005
-"""Nats per token within which predicted losses count as equally good."""
-
+"""Nats/token within which predicted losses count as equally good."""
 
 LARGEST_RATIO = 10
 """Teacher over student up to which distillation is advised: the student should have about a tenth of its teacher's
 parameters at least (pre-training distillation, arXiv 2410.16215; read in a secondary source)."""
+
+LOOKED_AT = (0.1, 1000.0)
+"""Teacher over student: where the best teacher of the distillation scaling law is looked for."""
+
+_NUM_STEPS = 200  # steps of a first look, for the valley that is then followed to its bottom
+_STEP = 1e-3  # inwards from an end, of a logarithm: where the loss does not fall over it, the end is lowest
+_NUM_HALVINGS = 60  # halvings of an interval of logarithms: to the last digit of a double
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class PublishedLaw:
         validity: what it was measured on, in words.
         min_student, max_student: parameters.
         max_teacher: parameters.
-        min_tokens, max_tokens: of the student's training; None where the source has no such variable.
+        min_tokens, max_tokens: that the student is trained on; None where the source has no such variable.
     """
 
     name: str
@@ -50,7 +52,7 @@ class PublishedLaw:
         """Whether a student of this size and training, and teachers of these, lie within what was measured."""
         return (
             self.min_student <= student <= self.max_student
-            and max(teachers) <= self.max_teacher
+            and all(teacher <= self.max_teacher for teacher in teachers)
             and (self.min_tokens is None or tokens >= self.min_tokens)
             and (self.max_tokens is None or tokens <= self.max_tokens)
         )
@@ -63,7 +65,7 @@ class GivenTeacher:
     Attributes:
         name: for people.
         size: parameters.
-        tokens: it was trained on; None where nobody knows.
+        tokens: that it was trained on; None where nobody knows.
     """
 
     name: str
@@ -100,7 +102,7 @@ GAP_INTERCEPT = -11.498e6
 """Parameters."""
 
 CHINCHILLA_TOKENS_PER_PARAMETER = 20.0
-"""How long a teacher is taken to have trained where nobody says."""
+"""How long a teacher is taken to have trained where nothing is known."""
 
 
 def gap_best_teacher(student: float) -> float | None:
@@ -110,111 +112,59 @@ def gap_best_teacher(student: float) -> float | None:
 
 
 def supervised_loss(size: float, tokens: float) -> float:
-    """Nats per token of a model trained on text alone: E + (A / N^alpha + B / D^beta)^gamma."""
-    return float(_alone(np.asarray(size), tokens))
+    """Nats/token of a model trained on text alone: E + (A / N^alpha + B / D^beta)^gamma."""
+    return float(1.220 + (3355 / size**0.408 + 18186 / tokens**0.431) ** 0.452)
 
 
 def distilled_loss(student: float, tokens: float, teacher_loss: float) -> float:
-    """Nats per token of a student whose teacher has this loss.
+    """Nats/token of a student whose teacher has this loss.
 
     L_T + L_T^-c0 (1 + (L_T / (L_S d1))^(1/f1))^(-c1 f1) (A' / N^alpha' + B' / D^beta')^gamma', where L_S is what the
     student would reach alone.
     """
-    return float(_distilled(student, tokens, np.asarray(teacher_loss)))
-
-
-def scaling_best_teacher(student: float, tokens: float, tokens_per_parameter: float) -> float | None:
-    """Size of the best teacher, trained on so many tokens a parameter; None where it is not within 0.1 x to 1000 x."""
-    sizes = student * np.geomspace(0.1, 1000, 4001)
-    losses = _distilled(student, tokens, _alone(sizes, tokens_per_parameter * sizes))
-    best = int(np.argmin(losses))
-    return float(sizes[best]) if 0 < best < len(sizes) - 1 else None
-
-
-def _alone(sizes: Array, tokens: Array | float) -> Array:
-    losses: Array = 1.220 + (3355 / sizes**0.408 + 18186 / tokens**0.431) ** 0.452
-    return losses
-
-
-def _distilled(student: float, tokens: float, teacher_losses: Array) -> Array:
     alone = supervised_loss(student, tokens)
-    gap = (1 + (teacher_losses / (alone * 1.315)) ** (1 / 0.090)) ** (-522.61 * 0.090)
+    gap = (1 + (teacher_loss / (alone * 1.315)) ** (1 / 0.090)) ** (-522.61 * 0.090)
     own = (2243 / student**0.321 + 24181 / tokens**0.637) ** 0.764
-    losses: Array = teacher_losses + teacher_losses**-2.549 * gap * own
-    return losses
+    return float(teacher_loss + teacher_loss**-2.549 * gap * own)
 
 
-def predictions(student: float, tokens: float, teachers: Sequence[GivenTeacher]) -> tuple[Prediction, ...]:
-    """What both laws say of a student and the teachers at hand."""
-    return _by_gap(student, tokens, teachers), _by_scaling(student, tokens, teachers)
+@dataclass(frozen=True)
+class ScalingBest:
+    """Where the distillation scaling law has its lowest loss, as teacher over student.
+
+    Attributes:
+        ratio: of the best teacher; None where the loss is lowest at an end of `LOOKED_AT`, which is no optimum.
+        end: that end.
+        within: the least and the largest ratio whose loss is within `NEAR` of the lowest; an end of `LOOKED_AT` stands
+            for "there and perhaps beyond".
+    """
+
+    ratio: float | None
+    end: Literal["smallest", "largest"] | None
+    within: tuple[float, float]
 
 
-def nearest(teachers: Sequence[GivenTeacher], size: float) -> str:
-    """Name of the teacher whose size is nearest, as a ratio."""
-    return min(teachers, key=lambda teacher: abs(np.log(teacher.size / size))).name
+def scaling_best_teacher(student: float, tokens: float, tokens_per_parameter: float) -> ScalingBest:
+    """The best teacher of a student, among teachers that were trained on so many tokens a parameter."""
 
+    def loss(log_ratio: float) -> float:
+        size = student * math.exp(log_ratio)
+        return distilled_loss(student, tokens, supervised_loss(size, tokens_per_parameter * size))
 
-def _by_gap(student: float, tokens: float, teachers: Sequence[GivenTeacher]) -> Prediction:
-    best = gap_best_teacher(student)
-    if best is None:
-        said = (
-            f"2.498 S - 11.498M is below the student's own size for S = {human(student)}: no prediction; "
-            f"its slope alone would say {human(GAP_SLOPE * student)}"
-        )
-    else:
-        said = (
-            f"2.498 S - 11.498M = {human(best)}, {best / student:.2f} x the student; nearest: {nearest(teachers, best)}"
-        )
-    return _prediction(CAPACITY_GAP, student, tokens, teachers, best, said, {})
-
-
-def _by_scaling(student: float, tokens: float, teachers: Sequence[GivenTeacher]) -> Prediction:
-    ratios = [teacher.tokens / teacher.size for teacher in teachers if teacher.tokens]
-    ratio = float(np.median(ratios)) if ratios else CHINCHILLA_TOKENS_PER_PARAMETER
-    losses = {
-        teacher.name: distilled_loss(
-            student, tokens, supervised_loss(teacher.size, teacher.tokens or ratio * teacher.size)
-        )
-        for teacher in teachers
-    }
-    least = min(losses.values())
-    chosen = min(losses, key=lambda name: losses[name])
-    as_good = [name for name, loss in losses.items() if loss <= least + NEAR and name != chosen]
-    best = scaling_best_teacher(student, tokens, ratio)
-    where = (
-        f"best at {human(best)}, {best / student:.1f} x the student"
-        if best
-        else "no best size between 0.1 x and 1000 x the student"
+    first, last = map(math.log, LOOKED_AT)
+    step = (last - first) / _NUM_STEPS
+    lowest = min(range(_NUM_STEPS + 1), key=lambda i: loss(first + i * step))
+    bottom = _bottom(loss, first + max(lowest - 1, 0) * step, first + min(lowest + 1, _NUM_STEPS) * step)
+    limit = loss(bottom) + NEAR
+    within = (
+        LOOKED_AT[0] if loss(first) <= limit else math.exp(_crossing(loss, limit, bottom, first)),
+        LOOKED_AT[1] if loss(last) <= limit else math.exp(_crossing(loss, limit, bottom, last)),
     )
-    rest = f" (within {NEAR} nats: {', '.join(as_good)})" if as_good else ""
-    trained = "the median given" if ratios else "an assumption, none was given"
-    alone = supervised_loss(student, tokens)
-    gain = f"{abs(alone - least):.3f} nats {'below' if least < alone else 'above'} training without a teacher"
-    said = (
-        f"{where}, for teachers trained on {ratio:.3g} tokens a parameter ({trained}); "
-        f"of those at hand {chosen}{rest}, {gain}"
-    )
-    return _prediction(DISTILLATION_SCALING, student, tokens, teachers, best, said, losses)
-
-
-def _prediction(
-    law: PublishedLaw,
-    student: float,
-    tokens: float,
-    teachers: Sequence[GivenTeacher],
-    best: float | None,
-    said: str,
-    losses: dict[str, float],
-) -> Prediction:
-    return Prediction(
-        law=law.name,
-        source=law.source,
-        validity=law.validity,
-        within_validity=law.covers(student, tokens, [teacher.size for teacher in teachers]),
-        best_size=best,
-        said=said,
-        losses=losses,
-    )
+    if loss(first) <= loss(first + _STEP):
+        return ScalingBest(None, "smallest", within)
+    if loss(last) <= loss(last - _STEP):
+        return ScalingBest(None, "largest", within)
+    return ScalingBest(math.exp(bottom), None, within)
 
 
 def warning_of_ratio(student: float, teachers: Sequence[GivenTeacher]) -> str | None:
@@ -228,9 +178,20 @@ def warning_of_ratio(student: float, teachers: Sequence[GivenTeacher]) -> str | 
     )
 
 
-def human(count: float) -> str:
-    """Three digits and k, M, B or T: 7544e6 is `7.54B`."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{letter}"
-    return f"{count:.3g}"
+def _bottom(loss: Callable[[float], float], low: float, high: float) -> float:
+    """The lowest place of a valley, by thirds of the interval."""
+    for _ in range(2 * _NUM_HALVINGS):
+        third = (high - low) / 3
+        if loss(low + third) <= loss(high - third):
+            high -= third
+        else:
+            low += third
+    return (low + high) / 2
+
+
+def _crossing(loss: Callable[[float], float], limit: float, inside: float, outside: float) -> float:
+    """Where the loss passes the limit on the way from a place below it to one above it."""
+    for _ in range(_NUM_HALVINGS):
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if loss(middle) <= limit else (inside, middle)
+    return inside

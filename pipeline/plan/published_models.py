@@ -1,14 +1,14 @@
 """What the law of capacity gap's paper printed of models: compute, and six benchmarks.
 
 Source: table of results in the repository of MiniMA, of arXiv:2311.07052. Compute is 6 N D, for MiniMA-3B 6 N_S D + 2
-N_T D: neither a teacher's own training nor its adaptation is in it. `docs/law.md` says which figures come out again.
+N_T D: neither a teacher's own training nor its adaptation is in it. `docs/law.md` lists which figures come out again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from capgap.pipeline.plan.frontier import non_dominated
+from capgap.pipeline.plan.costs import non_dominated
 
 SOURCE = "Zhang et al., ACL 2025, arXiv:2311.07052"
 
@@ -36,7 +36,7 @@ class PublishedModel:
 
     @property
     def mean(self) -> float:
-        """Of the six, per cent, each counting alike."""
+        """Mean of the six, per cent, each counting alike."""
         return sum(self.scores) / len(self.scores)
 
 
@@ -73,4 +73,4 @@ MODELS = (
 def not_dominated() -> tuple[PublishedModel, ...]:
     """Those of which no other costs as little and is as good, by rising cost."""
     best = non_dominated([model.flops for model in MODELS], [-model.mean for model in MODELS])
-    return tuple(sorted((m for m, on in zip(MODELS, best, strict=True) if on), key=lambda model: model.flops))
+    return tuple(sorted((m for m, is_on in zip(MODELS, best, strict=True) if is_on), key=lambda model: model.flops))

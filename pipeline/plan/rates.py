@@ -43,7 +43,7 @@ _SAME: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Stated:
-    """What the user says of speed.
+    """Speeds that the user states.
 
     Attributes:
         teacher_tokens_per_s: at which one engine caches.
@@ -61,13 +61,13 @@ class Stated:
 
 
 def rate_of(stage: str, work: RunWork, stated: Stated) -> Figure:
-    """Tokens/s of one engine or training; the first source that says it."""
+    """Tokens/s of one engine or training; from the first source that has it."""
     if stage not in _STAGES_WITH_A_RATE or work.tokens(stage).value == 0:
         to_do = work.tokens(stage)
         return Figure(value=None, source="no rate is known of this stage" if to_do.value else to_do.source)
-    said = {"cache": stated.teacher_tokens_per_s, "train": stated.train_tokens_per_s}.get(stage)
-    if said is not None:
-        return Figure(value=said, source="stated")
+    given = {"cache": stated.teacher_tokens_per_s, "train": stated.train_tokens_per_s}.get(stage)
+    if given is not None:
+        return Figure(value=given, source="stated")
     earlier = _earlier(stage, work, [work.run.out, *stated.like])
     if earlier is not None:
         return earlier

@@ -10,7 +10,7 @@ from capgap.schemas.errors import CapgapError
 from capgap.schemas.plan import Figure
 from capgap.schemas.run_file import RunFile
 
-# Of a forward pass, and of a backward pass without gradients of weights: each 2 operations a parameter and token.
+# A forward pass, and a backward pass without gradients of weights, take 2 operations a parameter and token each.
 _FORWARD, _BACKWARD = 2, 2
 
 

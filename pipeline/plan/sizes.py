@@ -37,7 +37,7 @@ class ModelSize:
 
     @property
     def figure(self) -> Figure:
-        """Of all parameters."""
+        """All parameters, with the source of their number."""
         return Figure(value=self.total, source=self.where)
 
     @property
@@ -49,7 +49,7 @@ class ModelSize:
 def model_size(
     manifest: Manifest | None, path: str | None, shape: ModelShape | None, vocab_size: float | None
 ) -> ModelSize:
-    """Of a finished stage, a given model, or a shape; the first of these that is there."""
+    """Size of a finished stage, a given model, or a shape; the first of these that is there."""
     if manifest is not None and "num_parameters" in manifest.facts:
         facts = ModelFacts.model_validate(manifest.facts)
         return ModelSize(facts.num_parameters, facts.num_non_embedding_parameters, "its manifest")
@@ -71,7 +71,7 @@ def model_size(
 def pruned_size(
     manifest: Manifest | None, settings: PruneSettings, teacher: TeacherSettings, vocab_size: float | None
 ) -> ModelSize:
-    """Of a finished stage, or of the teacher's configuration with the sizes asked for."""
+    """Size of a finished stage, or of the teacher's configuration with the sizes asked for."""
     if manifest is not None:
         return model_size(manifest, None, None, vocab_size)
     try:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from capgap.pipeline.corpus.sources import BUILTIN, list_files, read_documents
 from capgap.schemas.plan import Figure
 
-# Of each kind of file three are looked into, and of each the first records.
+# Three files of each kind are looked into, and the first records of each.
 _SAMPLED_FILES, _SAMPLED_RECORDS = 3, 200
 _SAMPLED_TEXT_BYTES = 1 << 20
 _INFLATED_BYTES = 1 << 22
@@ -47,7 +47,7 @@ def text_bytes(sources: tuple[str, ...], text_field: str) -> Figure:
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerBase, sources: tuple[str, ...], text_field: str) -> Figure:
-    """Of the first megabyte of the sources, by that tokenizer.
+    """Bytes of text a token, on the first megabyte of the sources, by that tokenizer.
 
     Raises:
         InputError: as `text_bytes`.

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from capgap.pipeline.corpus.split import SPLITS
-from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.plan.judging import answer_tokens
-from capgap.pipeline.plan.measured import cache_bytes_per_token, corpus_bytes_per_token, text_bytes_per_token
+from capgap.pipeline.plan.measured import cache_bytes_per_token, corpus_bytes_per_token
 from capgap.pipeline.plan.sizes import ModelSize, model_size, pruned_size
-from capgap.pipeline.plan.text import bytes_per_token, text_bytes
-from capgap.pipeline.workflow.state import StageState, State, reused_manifests
-from capgap.schemas.errors import CapgapError
-from capgap.schemas.facts import CorpusFacts
+from capgap.pipeline.plan.tokens import cache_tokens, split_tokens, trained_tokens, vocab_size_of
+from capgap.pipeline.stage.manifests import Finished, finished_stage
+from capgap.pipeline.workflow.state import StageState, State
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.plan import Figure
-from capgap.schemas.run_file import RunFile
-from capgap.schemas.run_optimization import OptimizationSettings
+from capgap.schemas.run_file import ReusableStage, RunFile
 
 # A checkpoint holds weights and two moments in float32; two are kept while the third is written.
 _CHECKPOINT_BYTES, _CHECKPOINTS = 12, 3
@@ -97,7 +92,7 @@ class RunWork:
                 return _NOT_PLANNED
 
     def disk_bytes(self, stage: str) -> Figure:
-        """Of one finished folder."""
+        """Bytes of one finished folder."""
         match stage:
             case "corpus":
                 return _times(corpus_bytes_per_token(self.vocab_size), self.tokens("corpus"))
@@ -171,9 +166,9 @@ def work_of(
     corpus = finished("corpus", run, known)
     cache = finished("cache", run, known)
     vocab_size = vocab_size_of(run, corpus)
-    splits = splits or _split_tokens(run, corpus, vocab_size, stated_bytes_per_token)
-    cached = _cache_tokens(run, cache, splits["student"])
-    arms = [_trained_tokens(run.train_settings(arm), cached) for arm in run.arms]
+    splits = splits or split_tokens(run, corpus, vocab_size, stated_bytes_per_token)
+    cached = cache_tokens(run, cache, splits["student"])
+    arms = [trained_tokens(run.train_settings(arm), cached) for arm in run.arms]
     heldout = splits["heldout"]
     sequences = None if heldout.value is None else min(run.eval.num_sequences, heldout.value // run.corpus.seq_len)
     students = [state.manifest for state in known.values() if state.instance.stage == "student"]
@@ -190,77 +185,29 @@ def work_of(
         student_tokens=max(arms, key=lambda figure: figure.value or 0),
         teacher_tokens=Figure(value=0, source="a given model is only checked")
         if optimization is None
-        else _trained_tokens(optimization, splits["teacher"]),
+        else trained_tokens(optimization, splits["teacher"]),
         eval_sequences=Figure(value=sequences, source=heldout.source),
     )
 
 
-def finished(stage: str, run: RunFile, known: dict[str, StageState]) -> Manifest | None:
+def reused_stage(run: RunFile, stage: ReusableStage) -> Finished:
+    """The folder or URL that the run takes in the place of a stage, with its manifest.
+
+    Raises:
+        InputError: it holds no such stage.
+    """
+    folder = run.reuse[stage]
+    return finished_stage(
+        stage, folder, "cannot be reused", f"reuse.{stage}: {folder}", f"the folder of a finished {stage} stage"
+    )
+
+
+def finished(stage: ReusableStage, run: RunFile, known: dict[str, StageState]) -> Manifest | None:
     """The manifest of a stage that is current or reused."""
     if stage in run.reuse:
-        return next(manifest for name, (_, manifest) in reused_manifests(run).items() if name == stage)
+        return reused_stage(run, stage)[1]
     state = known.get(stage)  # nobody may need it
     return state.manifest if state is not None and state.state is State.CURRENT else None
-
-
-def vocab_size_of(run: RunFile, corpus: Manifest | None) -> float | None:
-    """Of the corpus, or of the tokenizer that it is to have; None where that cannot be read."""
-    if corpus is not None:
-        return CorpusFacts.model_validate(corpus.facts).tokenizer.vocab_size
-    if run.corpus.tokenizer is None:
-        return run.corpus.trained_vocab_size
-    more = run.corpus.extend_vocabulary
-    try:
-        return len(load_tokenizer(run.corpus.tokenizer)) + (0 if more is None else more.num_pieces)
-    except CapgapError:
-        return None
-
-
-def _split_tokens(
-    run: RunFile, corpus: Manifest | None, vocab_size: float | None, stated_bytes_per_token: float | None
-) -> dict[str, Figure]:
-    if corpus is not None:
-        counted = {name: part.num_tokens for name, part in corpus.shard_sets.items()}
-        return {name: Figure(value=counted.get(name, 0), source="the corpus") for name in SPLITS}
-    settings = run.corpus
-    text = text_bytes(settings.sources, settings.text_field)
-    per_token = _bytes_per_token(run, vocab_size, stated_bytes_per_token)
-    if per_token.value is None:
-        return dict.fromkeys(SPLITS, per_token)
-    assert text.value is not None
-    total, source = text.value / per_token.value, f"estimated: {text.source}; {per_token.source}"
-    fractions = {"teacher": settings.teacher_fraction, "heldout": settings.heldout_fraction}
-    fractions["student"] = 1 - sum(fractions.values())
-    return {name: Figure(value=total * share, source=source) for name, share in fractions.items()}
-
-
-def _bytes_per_token(run: RunFile, vocab_size: float | None, stated: float | None) -> Figure:
-    settings = run.corpus
-    if stated is not None:
-        return Figure(value=stated, source=f"{stated:g} bytes of text a token, stated")
-    if settings.tokenizer is None:
-        return text_bytes_per_token(vocab_size)
-    try:
-        tokenizer = load_tokenizer(settings.tokenizer)
-    except CapgapError as error:
-        return Figure(value=None, source=f"give --text-bytes-per-token, or the tokenizer: {error}")
-    return bytes_per_token(tokenizer, settings.sources, settings.text_field)
-
-
-def _cache_tokens(run: RunFile, cache: Manifest | None, student: Figure) -> Figure:
-    if cache is not None:
-        return Figure(value=next(iter(cache.shard_sets.values())).num_tokens, source="the cache")
-    if student.value is None or run.cache.max_tokens is None:
-        return student
-    shard = run.corpus.shard_sequences * run.corpus.seq_len
-    return Figure(value=min(student.value, math.ceil(run.cache.max_tokens / shard) * shard), source=student.source)
-
-
-def _trained_tokens(settings: OptimizationSettings, data: Figure) -> Figure:
-    if data.value is None:
-        return data
-    value = data.value * settings.num_epochs
-    return Figure(value=min(value, settings.max_tokens or value), source=data.source)
 
 
 def _times(each: Figure, number: Figure) -> Figure:

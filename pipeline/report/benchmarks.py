@@ -49,7 +49,7 @@ def benchmark_cells(table: Benchmarks, errors: bool = True) -> list[tuple[str, .
 
 
 def _column(instance: str) -> str:
-    """Of benchmark/<arm>/seed-<seed>, benchmark/teacher or benchmark/seed-<seed>."""
+    """The column of benchmark/<arm>/seed-<seed>, benchmark/teacher or benchmark/seed-<seed>."""
     _, first, *seed = instance.split("/")
     return first if seed or first == TEACHER else _TUNED
 

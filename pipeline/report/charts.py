@@ -15,12 +15,12 @@ from matplotlib.ticker import EngFormatter
 
 from capgap.pipeline.pages.charts import Chart, legend
 from capgap.pipeline.pages.svg import INK, NUM_SERIES, SERIES, draw
-from capgap.pipeline.report.summary import Curve, Gain, Report
+from capgap.pipeline.report.summary import Gain, Report, TrainingCurve
 from capgap.schemas.results import Interval, ModelResult
 
 _MARKERS = "osD^vP"
 _LINES = ("-", "--", ":", "-.")
-# of a line of what stands left of a chart: more than half of the width stays for the chart itself
+# letters of a line of what stands left of a chart: more than half of the width stays for the chart itself
 _TITLE_LETTERS = 24
 
 
@@ -38,7 +38,7 @@ def charts(report: Report) -> tuple[Chart, ...]:
     return tuple(found)
 
 
-def _curves(name: str, title: str, curves: tuple[Curve, ...], arms: tuple[str, ...]) -> Chart:
+def _curves(name: str, title: str, curves: tuple[TrainingCurve, ...], arms: tuple[str, ...]) -> Chart:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         labelled: set[str | None] = set()
@@ -47,7 +47,7 @@ def _curves(name: str, title: str, curves: tuple[Curve, ...], arms: tuple[str, .
             labelled.add(curve.arm)
             axes.plot(curve.tokens, curve.losses, label=label, markersize=3, linewidth=1.2, **arm_look(curve.arm, arms))
         axes.set_xlabel("training tokens")
-        axes.set_ylabel("held-out loss, nats per token")
+        axes.set_ylabel("held-out loss, nats/token")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         legend(figure, axes)
 
@@ -63,7 +63,7 @@ def _curves(name: str, title: str, curves: tuple[Curve, ...], arms: tuple[str, .
     )
 
 
-def _side_by_side(curves: tuple[Curve, ...]) -> tuple[tuple[str, ...], ...]:
+def _side_by_side(curves: tuple[TrainingCurve, ...]) -> tuple[tuple[str, ...], ...]:
     """One row for every number of tokens, one column for every curve."""
     columns = [dict(zip(curve.tokens, curve.losses, strict=True)) for curve in curves]
     every = sorted({tokens for curve in curves for tokens in curve.tokens})
@@ -76,13 +76,13 @@ def _side_by_side(curves: tuple[Curve, ...]) -> tuple[tuple[str, ...], ...]:
 def loss_chart(models: tuple[ModelResult, ...], arms: tuple[str, ...]) -> Chart:
     """Held-out loss of every model, with its interval."""
     points = [_Point(_title(one.arm, one.seed), one.arm, one.loss, one.loss_interval) for one in models]
-    said = "; ".join(f"{point.title} {point.value:.4f}" for point in points)
+    listed = "; ".join(f"{point.title} {point.value:.4f}" for point in points)
     return Chart(
         name="losses",
         title="Held-out loss",
         caption="Lines are 95 % intervals over the choice of held-out sequences. All models read the same text, so "
         "intervals that overlap do not mean that two models are alike.",
-        svg=draw("losses", f"Held-out loss of every model, nats per token: {said}", *_points(points, arms, "loss")),
+        svg=draw("losses", f"Held-out loss of every model, nats/token: {listed}", *_points(points, arms, "loss")),
         headings=("model", "loss, nats/token", "low", "high"),
         rows=tuple(point.row() for point in points),
     )
@@ -96,7 +96,7 @@ def _gains(gains: tuple[Gain, ...], arms: tuple[str, ...]) -> Chart:
             points.append(_Point(f"{pair}, seed {one.seed}", gain.arm, one.difference, one.interval))
         if len(gain.seeds) > 1:
             points.append(_Point(f"{pair}, mean", gain.arm, gain.difference, gain.interval))
-    said = "; ".join(f"{p.title} {p.value:+.4f} ({p.interval.low:+.4f} to {p.interval.high:+.4f})" for p in points)
+    listed = "; ".join(f"{p.title} {p.value:+.4f} ({p.interval.low:+.4f} to {p.interval.high:+.4f})" for p in points)
     size = _points(points, arms, "gain", zero=True)
     return Chart(
         name="gains",
@@ -104,7 +104,7 @@ def _gains(gains: tuple[Gain, ...], arms: tuple[str, ...]) -> Chart:
         caption="Loss of the cross-entropy arm minus loss of the distilled arm, token by token on the same text: right "
         "of zero, distillation helped. Lines are 95 % intervals: over held-out sequences for a seed, over seeds for "
         "a mean.",
-        svg=draw("gains", f"Gain of distillation, nats per token: {said}", *size),
+        svg=draw("gains", f"Gain of distillation, nats/token: {listed}", *size),
         headings=("pair", "gain, nats/token", "low", "high"),
         rows=tuple(point.row() for point in points),
     )
@@ -143,7 +143,7 @@ def _points(
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         # centred on the figure: beside long titles the axes are narrower than this
-        figure.supxlabel(f"{quantity}, nats per token", fontsize="medium")
+        figure.supxlabel(f"{quantity}, nats/token", fontsize="medium")
         axes.locator_params(axis="x", nbins=5)
 
     return 0.9 + (0.16 + 0.18 * num_lines) * len(points), paint

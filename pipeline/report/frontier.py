@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from capgap.pipeline.plan.costs import paper_flops, scoring_flops, training_flops
-from capgap.pipeline.plan.frontier import non_dominated
+from capgap.pipeline.plan.costs import non_dominated, paper_flops, scoring_flops, training_flops
 from capgap.pipeline.plan.published_models import SHOTS
 from capgap.pipeline.stage.context import Instance, StageContext
 from capgap.schemas.base import Record
@@ -37,7 +36,7 @@ class CostedModel(Record):
     """`teacher`, or the arm."""
 
     num_parameters: int
-    """Of one model."""
+    """Parameters of one model."""
 
     tokens: int | None
     """That it was trained on; None where that is not known."""
@@ -52,14 +51,14 @@ class CostedModel(Record):
     """Why a cost is missing, in words; empty where none is."""
 
     loss: float
-    """Held out, nats per token."""
+    """Held out, nats/token."""
 
     scores: tuple[float, ...] = ()
     """Per cent on the paper's six benchmarks, in its order; empty unless the run was measured on all six as it was."""
 
     @property
     def mean_score(self) -> float | None:
-        """Of the six; None without them."""
+        """Mean of the six; None without them."""
         return math.fsum(self.scores) / len(self.scores) if self.scores else None
 
 
@@ -90,8 +89,8 @@ def run_frontier(context: StageContext, results: EvalResults) -> RunFrontier:
 def _best(models: Sequence[tuple[str, float | None, float | None]]) -> tuple[str, ...]:
     """Names of those that no other beats; whose cost or quality is not known takes no part."""
     known = [(name, cost, worse) for name, cost, worse in models if cost is not None and worse is not None]
-    on = non_dominated([cost for _, cost, _ in known], [worse for _, _, worse in known])
-    best = [point for point, is_on in zip(known, on, strict=True) if is_on]
+    undominated = non_dominated([cost for _, cost, _ in known], [worse for _, _, worse in known])
+    best = [point for point, is_best in zip(known, undominated, strict=True) if is_best]
     return tuple(name for name, _, _ in sorted(best, key=lambda point: point[1]))
 
 
@@ -105,7 +104,7 @@ def _teacher(context: StageContext, measured: ModelResult) -> CostedModel:
         tokens=tokens,
         flops=cost,
         flops_with_teacher=cost,
-        unknown="" if tokens else "a given model: nothing here says on how many tokens it was trained",
+        unknown="" if tokens else "a given model: on how many tokens it was trained is not known",
         loss=measured.loss,
         scores=_scores(context, [f"{_BENCHMARK_STAGE}/{TEACHER}"]),
     )
@@ -117,9 +116,9 @@ def _arm(context: StageContext, results: EvalResults, arm: str) -> CostedModel:
     size, tokens = models[0].num_parameters, _trained_tokens(context, trained[0])
     scored, unknown = _scored_tokens(context, arm, tokens)
     if tokens is None:
-        unknown = "its manifest does not say on how many tokens it was trained"
+        unknown = "its manifest has no number of training tokens"
     if scored and results.teacher is None:
-        scored, unknown = None, "its teacher was not measured, and nothing here says how large it is"
+        scored, unknown = None, "its teacher was not measured, so its size is not known"
     flops = with_teacher = None
     if tokens is not None and scored is not None:
         teacher = 0 if results.teacher is None else results.teacher.num_parameters
@@ -130,7 +129,7 @@ def _arm(context: StageContext, results: EvalResults, arm: str) -> CostedModel:
         elif taught is not None:
             with_teacher = flops + training_flops(teacher, taught)
         else:
-            unknown = "nothing here says on how many tokens its teacher was trained"
+            unknown = "on how many tokens its teacher was trained is not known"
     return CostedModel(
         name=arm,
         num_parameters=size,
@@ -150,14 +149,14 @@ def _trained_tokens(context: StageContext, instance: Instance) -> int | None:
 
 
 def _scored_tokens(context: StageContext, arm: str, tokens: int | None) -> tuple[int | None, str]:
-    """Tokens of the teacher's pass, 0 without a teacher; or why they cannot be said."""
+    """Tokens of the teacher's pass, 0 without a teacher; or why they are not known."""
     settings = context.run.train_settings(arm)
     if settings.largest_alpha == 0:
         return 0, ""
     if settings.needs_teacher:
         return tokens, ""
     if settings.caches:
-        return None, "it learns from further caches, of whose teachers nothing here says the size"
+        return None, "it learns from further caches, whose teachers' sizes are not known"
     cache = context.input("cache").manifest
     recording = next(iter(CacheFacts.model_validate(cache.facts).recordings))
     return cache.shard_sets[recording].num_tokens, ""

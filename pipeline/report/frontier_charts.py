@@ -7,12 +7,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from capgap.pipeline.pages.charts import Chart, legend, log_operations
+from capgap.pipeline.pages.charts import Chart, draw_frontier, legend
+from capgap.pipeline.pages.numbers import human_count
 from capgap.pipeline.pages.svg import INK, SERIES, draw
 from capgap.pipeline.plan.published_models import MODELS, SHOTS, SOURCE, PublishedModel, not_dominated
 from capgap.pipeline.report.charts import arm_look
 from capgap.pipeline.report.frontier import STATED, CostedModel, RunFrontier
-from capgap.pipeline.report.table import human_count
 
 _SMALL = 8  # points, of names beside marks
 
@@ -29,20 +29,18 @@ def _own(frontier: RunFrontier, placed: Sequence[CostedModel], arms: tuple[str, 
         axes = figure.subplots()
         for model in placed:
             _mark(axes, model, model.loss, arms)
-        _line(axes, [(m.flops, m.loss) for name in frontier.by_loss for m in placed if m.name == name])
-        log_operations(axes)
-        axes.set_xlabel("floating-point operations")
-        axes.set_ylabel("held-out loss, nats per token")
+        best = [(m.flops, m.loss) for name in frontier.by_loss for m in placed if m.name == name and m.flops]
+        draw_frontier(axes, best, "held-out loss, nats/token")
         legend(figure, axes)
 
     absent = [f"{model.name}: {model.unknown}" for model in frontier.models if model.flops is None]
-    said = "; ".join(f"{model.name} {model.loss:.4f} at {model.flops:.3g}" for model in placed)
+    listed = "; ".join(f"{model.name} {model.loss:.4f} at {model.flops:.3g}" for model in placed)
     return Chart(
         name="frontier",
         title="Compute and held-out loss",
         caption=f"{STATED} Lower and further left is better; the line joins the models that no other beats."
         + (f" Not drawn: {'; '.join(absent)}." if absent else ""),
-        svg=draw("frontier", f"Held-out loss against floating-point operations: {said}", 3.4, paint),
+        svg=draw("frontier", f"Held-out loss against floating-point operations: {listed}", 3.4, paint),
         headings=("model", "parameters", "tokens", "operations", "with teacher's training", "loss", "not beaten"),
         rows=tuple(
             (
@@ -74,15 +72,12 @@ def _published(frontier: RunFrontier, measured: Sequence[CostedModel], arms: tup
         )
         for model in MODELS:
             side: dict[str, Any] = {"xytext": (-4, 3), "ha": "right"} if _is_crowded(model) else {"xytext": (4, 3)}
-            at = (model.flops, model.mean)
-            axes.annotate(model.name, at, textcoords="offset points", fontsize=_SMALL, color=INK, **side)
-        _line(axes, [(model.flops, model.mean) for model in best])
+            place = (model.flops, model.mean)
+            axes.annotate(model.name, place, textcoords="offset points", fontsize=_SMALL, color=INK, **side)
         for own in measured:
             _mark(axes, own, own.mean_score, arms)
         axes.margins(x=0.18)
-        log_operations(axes)
-        axes.set_xlabel("floating-point operations")
-        axes.set_ylabel("mean of six benchmarks, %")
+        draw_frontier(axes, ((model.flops, model.mean) for model in best), "mean of six benchmarks, %")
         legend(figure, axes)
 
     doubts = " ".join(f"{model.name}: {model.doubt}." for model in MODELS if model.doubt)
@@ -91,13 +86,13 @@ def _published(frontier: RunFrontier, measured: Sequence[CostedModel], arms: tup
         if measured
         else "This run's models are not drawn: they were not measured on these six."
     )
-    said = "; ".join(f"{model.name} {model.mean:.1f} at {model.flops:.3g}" for model in MODELS)
+    listed = "; ".join(f"{model.name} {model.mean:.1f} at {model.flops:.3g}" for model in MODELS)
     return Chart(
         name="published",
         title="What others published",
         caption=f"{SOURCE}: compute as printed, and the mean of its six benchmarks, whose metrics it does not name. "
         f"The line joins the models that no other beats. {whose} {doubts}",
-        svg=draw("published", f"Mean of six benchmarks against floating-point operations: {said}", 4.2, paint),
+        svg=draw("published", f"Mean of six benchmarks against floating-point operations: {listed}", 4.2, paint),
         headings=("model", "operations", *SHOTS, "mean", "not beaten"),
         rows=(
             *(_published_row(model, best) for model in sorted(MODELS, key=lambda one: one.flops)),
@@ -136,10 +131,6 @@ def _mark(axes: Any, model: CostedModel, quality: float | None, arms: tuple[str,
         linestyle="none",
         label=model.name,
     )
-
-
-def _line(axes: Any, points: Sequence[tuple[float | None, float]]) -> None:
-    axes.step([x for x, _ in points], [y for _, y in points], where="post", color=INK, linewidth=1, label="not beaten")
 
 
 def _operations(flops: float | None) -> str:

@@ -13,7 +13,7 @@ from capgap.pipeline.report.benchmarks import benchmarks
 from capgap.pipeline.report.frontier import run_frontier
 from capgap.pipeline.report.nearness import nearness_lines
 from capgap.pipeline.report.stages import stage_line
-from capgap.pipeline.report.summary import CacheSummary, Curve, Gain, Report, Table
+from capgap.pipeline.report.summary import CacheSummary, Gain, Report, Table, TrainingCurve
 from capgap.pipeline.report.table import build_rows, cache_line
 from capgap.pipeline.report.verdict import gains, no_verdict, verdict
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput
@@ -85,11 +85,11 @@ def _cache(cache: StageInput) -> CacheSummary:
 
 
 def _fidelity(cache: StageInput) -> Fidelity | None:
-    """Of a small sample; None where the shards are not at hand any more."""
+    """Fidelity on a small sample; None where the shards are not at hand any more."""
     try:
         return fidelity_of(cache, _SAMPLE)
     except CapgapError as error:
-        _LOG.warning("report: what the cache keeps is not told: %s", error)
+        _LOG.warning("report: what the cache keeps is left out: %s", error)
         return None
 
 
@@ -101,7 +101,7 @@ def _caveats(found: tuple[Gain, ...]) -> tuple[str, ...]:
     return ()
 
 
-def _curves(context: StageContext) -> tuple[Curve, ...]:
+def _curves(context: StageContext) -> tuple[TrainingCurve, ...]:
     run = context.run
     trained = [Instance("teacher"), *(Instance("train", arm, seed) for arm in run.arms for seed in run.seeds)]
     curves = []
@@ -111,6 +111,8 @@ def _curves(context: StageContext) -> tuple[Curve, ...]:
             continue
         tokens, losses = read_curve(made.path / _METRICS_NAME)
         if losses:
-            curve = Curve(name=instance.name, arm=instance.arm, seed=instance.seed, tokens=tokens, losses=losses)
+            curve = TrainingCurve(
+                name=instance.name, arm=instance.arm, seed=instance.seed, tokens=tokens, losses=losses
+            )
             curves.append(curve)
     return tuple(curves)

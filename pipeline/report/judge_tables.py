@@ -1,4 +1,4 @@
-"""What the judge said, as tables of the page."""
+"""The judge's ratings and comparisons, as tables of the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the report says of nearness to the teacher beyond the table's columns."""
+"""Nearness to the teacher, beyond the table's columns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAMES: dict[Quantity, str] = {
     "loss": "loss",
     "kl": "KL to the teacher",
     "cached_kl": "KL to the cache",
-    "cached_teacher_ce": "cross-entropy with the cached draws",
+    "cached_teacher_ce": "cross-entropy with the cached samples",
 }
 
 DIFFERENCE_HEADINGS = ("pair", "quantity", "difference, nats/token", "low", "high")
@@ -44,12 +44,12 @@ def _cached(results: EvalResults) -> Iterable[str]:
         return
     found = [(_title(model), model.against_cache) for model in results.models if model.against_cache is not None]
     topk = cached.recording == "topk"
-    what = "KL to its kept ids and their tail, a lower bound" if topk else "cross-entropy with its draws"
+    what = "KL to its top-k tokens and their tail, a lower bound" if topk else "cross-entropy with its samples"
     values = ", ".join(f"{title} {near.kl if topk else near.teacher_ce:.4f}" for title, near in found)
     teacher = "" if cached.teacher_loss is None else f"; the teacher's loss there {cached.teacher_loss:.4f}"
     yield (
         f"on the cache's {cached.num_sequences:,} held-out sequences (recording {cached.recording}, temperature "
-        f"{cached.temperature:g}), {what}, nats per token: {values}{teacher}"
+        f"{cached.temperature:g}), {what}, nats/token: {values}{teacher}"
     )
 
 
@@ -63,7 +63,7 @@ def _drafts(results: EvalResults) -> Iterable[str]:
         yield (
             f"drafts for the teacher in {model.drafted.engine}: {_title(model)} has "
             f"{100 * model.drafted.acceptance:.1f} % of first tokens accepted{foretold}, "
-            f"{model.drafted.tokens_per_look:.2f} tokens a look of the teacher at "
+            f"{model.drafted.tokens_per_look:.2f} tokens for each pass of the teacher at "
             f"{model.drafted.num_speculative_tokens} drafted"
         )
 

@@ -57,16 +57,13 @@ def _facts(report: Report) -> tuple[tuple[str, str], ...]:
     size = sum(cache.num_bytes.values())
     num_files = cache.num_shards * len(recordings)
     return (
-        *(
-            ("recording", f"{name}, {facts.num_ids} {'draws' if name == 'sampled' else 'ids'} a token, {_heat(facts)}")
-            for name, facts in recordings
-        ),
+        *(("recording", f"{name}, {_kept(name, facts)}, {_temperature(facts)}") for name, facts in recordings),
         ("tokens", f"{cache.num_tokens:,}"),
         ("size", f"{size / 1e6:,.1f} MB in {num_files} shard{'' if num_files == 1 else 's'}"),
         ("bytes per token", ", ".join(f"{cache.bytes_per_token(name):.1f}" for name, _ in recordings)),
         *(("fidelity", line) for line in (summary(report.fidelity) if report.fidelity else ())),
         ("teacher's loss on the cached text", _nats(cache.facts.mean_label_loss)),
-        ("vocabulary", f"{cache.facts.tokenizer.vocab_size:,} ids ({cache.facts.padded_vocab_size:,} with padding)"),
+        ("vocabulary", f"{cache.facts.tokenizer.vocab_size:,} ({cache.facts.padded_vocab_size:,} with padding)"),
         ("engine", ", ".join((*cache.facts.engines, *cache.facts.dtypes))),
         ("measured on", f"{results.num_sequences:,} held-out sequences, {results.num_labels:,} tokens"),
         (
@@ -77,10 +74,14 @@ def _facts(report: Report) -> tuple[tuple[str, str], ...]:
 
 
 def _nats(loss: float | None) -> str:
-    return "unknown" if loss is None else f"{loss:.4f} nats per token"
+    return "unknown" if loss is None else f"{loss:.4f} nats/token"
 
 
-def _heat(facts: RecordingFacts) -> str:
+def _kept(name: str, facts: RecordingFacts) -> str:
+    return f"{facts.num_ids} {'samples' if name == 'sampled' else 'top-k tokens'} of each distribution"
+
+
+def _temperature(facts: RecordingFacts) -> str:
     temperatures = ", ".join(f"{one:g}" for one in facts.temperatures)
     return f"temperature{'' if len(facts.temperatures) == 1 else 's'} {temperatures}"
 

@@ -14,11 +14,11 @@ from capgap.pipeline.stages import stage_named
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile
 
-STAGE_HEADINGS = ("stage", "time", "tokens", "tokens/s", "of its steps", "device hours", "identity", "content")
+STAGE_HEADINGS = ("stage", "time", "tokens", "tokens/s", "step tokens/s", "device hours", "identity", "content")
 
 
 def stage_line(stage: StageInput, run: RunFile) -> StageLine:
-    """Of a finished stage."""
+    """The line of a finished stage."""
     manifest = stage.manifest
     return StageLine(
         instance=manifest.instance,

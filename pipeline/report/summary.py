@@ -35,7 +35,7 @@ class Row(Record):
     """Students behind the means."""
 
     num_parameters: int
-    """Of one model."""
+    """Parameters of one model."""
 
     loss: Measure
     """Nats per held-out token."""
@@ -44,23 +44,23 @@ class Row(Record):
     """The same per byte of text."""
 
     kl: Measure | None
-    """KL(teacher || student), nats per token; None for the teacher, like the next two."""
+    """KL(teacher || student), nats/token; None for the teacher, like the next two."""
 
     top1: Measure | None
-    """Share of positions with the teacher's likeliest id."""
+    """Share of positions with the teacher's most probable token."""
 
     acceptance: Measure | None
     """Expected share of drafts that speculative decoding accepts."""
 
-    ece: Measure | None = None
-    """Expected calibration error; None in reports from before it was measured."""
+    ece: Measure | None
+    """Expected calibration error; None where it was not measured."""
 
 
 class SeedGain(Record):
     """One seed of a gain."""
 
     seed: int
-    """Of both arms."""
+    """The seed of both arms."""
 
     difference: float
     """Loss of the baseline minus loss of the arm."""
@@ -105,7 +105,7 @@ class BenchmarkLine(Record):
     """As the run file names it, or as lm-eval does where that is a tag."""
 
     metric: str
-    """Of lm-eval."""
+    """The metric, as lm-eval names it."""
 
     num_fewshot: int | None
     """Solved examples before each question; None for a mean, and for a group whose tasks differ."""
@@ -150,7 +150,7 @@ class CacheSummary(Record):
     """As the cache stage handed them on."""
 
     num_bytes: dict[RecordingName, int]
-    """Of each recording's shard files."""
+    """Bytes of each recording's shard files."""
 
     num_tokens: int
     """Targets in each of them."""
@@ -163,7 +163,7 @@ class CacheSummary(Record):
         return self.num_bytes[recording] / self.num_tokens
 
 
-class Curve(Record):
+class TrainingCurve(Record):
     """Held-out loss in the course of a training."""
 
     name: str
@@ -179,7 +179,7 @@ class Curve(Record):
     """Training targets seen so far."""
 
     losses: tuple[float, ...]
-    """Nats per token on the training's own validation sequences."""
+    """Nats/token on the training's own validation sequences."""
 
 
 class StageLine(Record):
@@ -189,25 +189,25 @@ class StageLine(Record):
     """Stage, arm and seed."""
 
     identity: str
-    """Of its manifest."""
+    """The identity in its manifest."""
 
-    content: str = ""
-    """Digest of its files' digests; empty in reports from before it was told, as the next three are None or 0."""
+    content: str
+    """Digest of its files' digests."""
 
     wall_s: float
     """Seconds of its last process."""
 
-    num_tokens: int | None = None
+    num_tokens: int | None
     """Tokens that it packed, scored, trained on or measured; None where it did none of these."""
 
-    steps_tokens_per_s: float | None = None
-    """Of a training, median over its logged steps: without the start, and right where it was resumed."""
+    steps_tokens_per_s: float | None
+    """Throughput of a training, median over its logged steps: without the start, and right where it was resumed."""
 
-    num_devices: int = 0
+    num_devices: int
     """Devices that held its model, as the run file now has it; 0 for a stage without one."""
 
     versions: dict[str, str]
-    """Of the packages that matter."""
+    """Versions of the packages that matter."""
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -224,7 +224,7 @@ class Report(Record):
     """Everything in `report.json`."""
 
     name: str
-    """Of the run."""
+    """The run's name."""
 
     table: Table
     """The final table."""
@@ -244,11 +244,11 @@ class Report(Record):
     cache: CacheSummary
     """The cache behind the students."""
 
-    fidelity: Fidelity | None = None
+    fidelity: Fidelity | None
     """What it keeps of the teacher, on a small sample; None where its shards were not at hand."""
 
-    curves: tuple[Curve, ...]
-    """Of the teacher, if it was trained here, and of the students."""
+    curves: tuple[TrainingCurve, ...]
+    """The teacher's, if it was trained here, and the students'."""
 
     stages: tuple[StageLine, ...]
     """In the order of the run."""

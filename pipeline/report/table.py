@@ -14,6 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from capgap.pipeline.pages.numbers import human_count
 from capgap.pipeline.report.benchmarks import benchmark_cells, benchmark_headings
 from capgap.pipeline.report.summary import REPORT_NAME, CacheSummary, Measure, Report, Row, Table
 from capgap.schemas.errors import InputError
@@ -81,15 +82,6 @@ def cells(row: Row) -> tuple[str, ...]:
         _percent(row.acceptance),
         _percent(row.ece),
     )
-
-
-def human_count(count: int) -> str:
-    """Three digits and k, M or B: 1240000 is `1.24M`."""
-    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= size:
-            value = count / size
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}{letter}"
-    return str(count)
 
 
 def _row(name: str, models: tuple[ModelResult, ...]) -> Row:

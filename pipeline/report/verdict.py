@@ -1,4 +1,4 @@
-"""Says in a sentence whether distillation helped, and no more than the interval allows."""
+"""A sentence on whether distillation helped, which claims no more than the interval allows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def gains(results: EvalResults, alphas: Mapping[str, float]) -> tuple[Gain, ...]
 
 def verdict(gain: Gain, num_sequences: int) -> str:
     """The sentence on a gain, measured on `num_sequences` held-out sequences."""
-    size = f"{abs(gain.difference):.4f} nats per token"
+    size = f"{abs(gain.difference):.4f} nats/token"
     if gain.interval.low > 0:
         claim = f"{gain.arm} beats {gain.baseline} by {size}"
         interval = gain.interval
@@ -40,7 +40,7 @@ def verdict(gain: Gain, num_sequences: int) -> str:
 def no_verdict(results: EvalResults, alphas: Mapping[str, float]) -> str:
     """The sentence for a run without anything to compare."""
     if all(alphas[arm] > 0 for arm in results.arms):
-        return "no arm has alpha 0, so nothing is said here about distillation against cross-entropy alone"
+        return "no arm has alpha 0, so distillation is not compared with cross-entropy alone"
     return "no arm is distilled (alpha above 0), so there is nothing to compare"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -17,6 +19,23 @@ Finished = tuple[Path | str, Manifest]
 """Folder, or URL, and manifest of a finished stage."""
 
 
+_KNOWN: ContextVar[dict[str, Manifest | None] | None] = ContextVar("_KNOWN", default=None)
+
+
+@contextmanager
+def each_manifest_once() -> Iterator[None]:
+    """Within it, `read_manifest` reads each manifest once, and one that is written meanwhile is not seen.
+
+    For commands that look at many runs which share folders, and make nothing while they look.
+    """
+    outer = _KNOWN.get()
+    token = _KNOWN.set({} if outer is None else outer)
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
 def read_manifest(folder: Path | str) -> Manifest | None:
     """The manifest of a finished folder, given by its path or URL; None where there is none.
 
@@ -24,20 +43,12 @@ def read_manifest(folder: Path | str) -> Manifest | None:
         CorruptError: it cannot be understood.
         InputError, MachineError: the URL cannot be read.
     """
-    try:
-        text = Remote(folder).read(MANIFEST_NAME) if isinstance(folder, str) else read_small(folder / MANIFEST_NAME)
-        return None if text is None else Manifest.model_validate_json(text)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise CorruptError(
-            "the manifest cannot be understood",
-            where=f"{folder}/{MANIFEST_NAME}",
-            found=f"{'.'.join(map(str, first['loc'])) or 'text'}: {first['msg']}",
-            expected="a manifest written by this version of capgap",
-            fix="delete this file and run the same command again",
-        ) from None
+    known = _KNOWN.get()
+    if known is None:
+        return _read_manifest(folder)
+    if str(folder) not in known:
+        known[str(folder)] = _read_manifest(folder)
+    return known[str(folder)]
 
 
 def require_seal(folder: Path | str, manifest: Manifest) -> None:
@@ -97,3 +108,20 @@ def record_sources(paths: Iterable[Path]) -> tuple[SourceEntry, ...]:
             )
         )
     return tuple(entries)
+
+
+def _read_manifest(folder: Path | str) -> Manifest | None:
+    try:
+        text = Remote(folder).read(MANIFEST_NAME) if isinstance(folder, str) else read_small(folder / MANIFEST_NAME)
+        return None if text is None else Manifest.model_validate_json(text)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CorruptError(
+            "the manifest cannot be understood",
+            where=f"{folder}/{MANIFEST_NAME}",
+            found=f"{'.'.join(map(str, first['loc'])) or 'text'}: {first['msg']}",
+            expected="a manifest written by this version of capgap",
+            fix="delete this file and run the same command again",
+        ) from None

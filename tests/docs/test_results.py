@@ -9,7 +9,7 @@ import pytest
 
 from capgap.pipeline.law.fit import fit_table, read_fit
 from capgap.pipeline.law.table import read_table
-from capgap.schemas.law_fit import CurveFit
+from capgap.schemas.law_curve import CurveFit
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from capgap.jobs.cli import main
-from capgap.schemas.plan import Plan
+from capgap.schemas.plan import RunPlan
 
 DEMO = str(Path(__file__).parents[2] / "jobs" / "runs" / "demo.yaml")
 
@@ -24,7 +24,7 @@ def test_the_table_names_every_stage_and_the_lines_say_where_figures_come_from(
     said = capsys.readouterr().out
     for stage in ("corpus", "teacher", "cache", "student/seed-0", "train/distilled/seed-0", "eval", "report"):
         assert f"\n{stage} " in said
-    for words in ("9,000", "stated", "benchmarks/results/", "GB free", "from 2 students on", "arXiv 2311.07052"):
+    for words in ("9,000", "stated", "benchmarks/results/", "GB free", "from 2 students on", "arXiv:2311.07052"):
         assert words in said
     assert "?" not in said.split("teacher: ")[0], "every figure is known"
     assert not Path(out[1]).exists(), "nothing is made"
@@ -32,7 +32,7 @@ def test_the_table_names_every_stage_and_the_lines_say_where_figures_come_from(
 
 def test_json_is_the_plan(out: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", DEMO, *out, "--json"]) == 0
-    plan = Plan.model_validate_json(capsys.readouterr().out)
+    plan = RunPlan.model_validate_json(capsys.readouterr().out)
     assert plan.name == "demo" and plan.num_students == 1
 
 
@@ -43,7 +43,7 @@ def test_in_the_log_s_json_it_is_one_line(
     assert main(["plan", DEMO, *out, "--log-format", "json"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     record = json.loads(line)
-    assert record["event"] == "plan" and Plan.model_validate(record["fields"]).name == "demo"
+    assert record["event"] == "plan" and RunPlan.model_validate(record["fields"]).name == "demo"
 
 
 def test_a_disk_that_is_too_small_is_said(out: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,20 +30,20 @@ def teacher(num_parameters: float, loss: float | None = None, **changes: object)
     return LawTeacher.model_validate(facts | changes)
 
 
-def cache(of: LawTeacher, **changes: object) -> LawCache:
-    facts = {"identity": f"cache of {of.name}", "recording": "sampled", "num_ids": 50, "temperature": 1.0}
+def cache(tutor: LawTeacher, **changes: object) -> LawCache:
+    facts = {"identity": f"cache of {tutor.name}", "recording": "sampled", "num_ids": 50, "temperature": 1.0}
     return LawCache.model_validate(facts | {"num_tokens": 2_000_000} | changes)
 
 
-def run(student: LawModel, of: LawTeacher | None, seed: int, loss: float | None, **changes: object) -> LawRun:
+def run(student: LawModel, tutor: LawTeacher | None, seed: int, loss: float | None, **changes: object) -> LawRun:
     facts: dict[str, object] = {
         "student": student,
-        "teacher": of,
-        "cache": cache(of) if of else None,
+        "teacher": tutor,
+        "cache": cache(tutor) if tutor else None,
         "budget": "2M",
         "tokens": 2_000_000,
-        "alpha": 1.0 if of else 0.0,
-        "arm": "distilled" if of else "cross_entropy",
+        "alpha": 1.0 if tutor else 0.0,
+        "arm": "distilled" if tutor else "cross_entropy",
         "seed": seed,
         "loss": loss,
         "common": {"tokenizer": "abc", "heldout": "def"},
@@ -72,9 +72,9 @@ def planted(
             luck = rng.normal(0, 10 * noise)
             rows.append(run(student, None, one, 4.2 + luck + rng.normal(0, noise)))
             for ratio in ratios:
-                of = teacher(ratio * number)
-                loss = truth(of.num_parameters, student.num_parameters) + luck + rng.normal(0, noise)
-                rows.append(run(student, of, one, loss))
+                tutor = teacher(ratio * number)
+                loss = truth(tutor.num_parameters, student.num_parameters) + luck + rng.normal(0, noise)
+                rows.append(run(student, tutor, one, loss))
     return tuple(rows)
 
 

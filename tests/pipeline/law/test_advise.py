@@ -59,9 +59,9 @@ def test_a_fit_without_a_law_gives_no_number_and_says_what_was_seen(tmp_path: Pa
     write_table(tmp_path / "runs.jsonl", planted(valley(4.0), [1e6], RATIOS))
     answer = advise(1_000_000, 2_000_000, TEACHERS, fit_table(tmp_path / "runs.jsonl")).answers[0]
     assert answer.best_size is None and answer.choice is None
-    assert "no law, sizes of students with an interior best teacher: 1, and 3" in answer.said
-    assert "nearest student m1000000 (1M) interior" in answer.said
-    assert "t4000000 (4 x)" in answer.said
+    assert "no law, sizes of students with an interior best teacher: 1, and 3" in answer.summary
+    assert "nearest student m1000000 (1M) interior" in answer.summary
+    assert "t4000000 (4 x)" in answer.summary
 
 
 def test_one_teacher_twice_is_no_choice() -> None:

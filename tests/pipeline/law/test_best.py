@@ -32,6 +32,17 @@ def test_an_interval_never_leaves_the_bracket() -> None:
     assert narrow.low <= best.interval.low < best.interval.high <= narrow.high
 
 
+def test_a_fit_that_is_lowest_at_an_end_of_the_bracket_gives_way_to_the_best_teacher_tried() -> None:
+    """The teachers at the ends are known to be worse: to call one of these places the best would be wrong."""
+    places = np.linspace(0, 3, 6)
+    losses = 3 + 0.01 * (places - 1) ** 2
+    for bracket in (Interval(low=1.15, high=3.0), Interval(low=0.0, high=0.9)):
+        inside = (places > bracket.low) & (places < bracket.high)
+        best = locate(places, contrasts_of(np.where(inside, losses - 0.002, losses), 0.0002), bracket)
+        assert bracket.low < best.value < bracket.high
+        assert best.interval.low <= best.value <= best.interval.high
+
+
 def test_more_noise_widens_the_interval() -> None:
     places = np.linspace(0, 3, 6)
     losses = 3 + 0.01 * (places - 1.5) ** 2

@@ -13,7 +13,8 @@ from capgap.pipeline.law.summary import lines
 from capgap.pipeline.law.table import write_table
 from capgap.schemas.errors import InputError
 from capgap.schemas.law import LawRun
-from capgap.schemas.law_fit import LawFit, Size
+from capgap.schemas.law_curve import Size
+from capgap.schemas.law_fit import LawFit
 
 RATIOS = np.geomspace(1, 32, 6).tolist()
 
@@ -108,8 +109,8 @@ def test_a_missing_run_is_named_and_its_seed_is_in_no_mean(tmp_path: Path) -> No
 
 
 def test_a_larger_teacher_that_is_worse_is_pointed_out(tmp_path: Path) -> None:
-    student, of = size(1e6), [teacher(1e6, loss=3.0), teacher(2e6, loss=3.2), teacher(4e6, loss=2.9)]
-    runs = [run(student, one, seed, 4.0 + seed) for one in (None, *of) for seed in (0, 1)]
+    student, tutor = size(1e6), [teacher(1e6, loss=3.0), teacher(2e6, loss=3.2), teacher(4e6, loss=2.9)]
+    runs = [run(student, one, seed, 4.0 + seed) for one in (None, *tutor) for seed in (0, 1)]
     (curve,) = fitted(tmp_path, runs).curves
     assert any(
         note.startswith("t2000000 is larger than t1000000 and a worse model (3.2000 against") for note in curve.notes
@@ -120,7 +121,7 @@ def test_a_pruned_curve_says_what_else_changes_with_the_teacher(tmp_path: Path) 
     student, runs = size(1e6), []
     for one in map(teacher, (2e6, 4e6, 8e6)):
         pruned = {"init": "pruned", "init_source": one.name}
-        runs += [run(student, of, seed, 4.0 + seed, **pruned) for of in (None, one) for seed in (0, 1)]
+        runs += [run(student, tutor, seed, 4.0 + seed, **pruned) for tutor in (None, one) for seed in (0, 1)]
     (curve,) = fitted(tmp_path, runs).curves
     assert "not one of the choice of teacher alone" in curve.notes[0]
     assert curve.supervised_loss is None

@@ -30,8 +30,8 @@ def test_a_planted_ratio_is_found_with_exponent_one(tmp_path: Path) -> None:
     assert law.proportional.interval.low < 4.0 < law.proportional.interval.high
     assert law.exponent.interval.low < 1.0 < law.exponent.interval.high
     assert law.slope.interval.low < 4.0 < law.slope.interval.high
-    assert "1 lies in the interval of the exponent" in law.said[0]
-    assert "2.498 lies outside the interval of the slope" in law.said[1]
+    assert "1 lies in the interval of the exponent" in law.remarks[0]
+    assert "2.498 lies outside the interval of the slope" in law.remarks[1]
 
 
 def test_a_planted_power_is_found(tmp_path: Path) -> None:

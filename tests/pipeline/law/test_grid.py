@@ -75,11 +75,11 @@ def test_a_teacher_without_any_result_is_left_out_and_keeps_the_seeds() -> None:
 
 
 def test_alphas_budgets_and_inits_are_curves_of_their_own() -> None:
-    student, of = size(1e6), teacher(4e6)
-    rows = [run(student, None, 0, 4.0), run(student, of, 0, 3.9), run(student, of, 0, 3.8, alpha=0.5)]
-    rows += [run(student, one, 0, 3.7, budget="4M", tokens=4_000_000) for one in (None, of)]
-    pruned = {"init": "pruned", "init_source": of.name}
-    rows += [run(student, one, 0, 3.6, **pruned) for one in (None, of)]
+    student, tutor = size(1e6), teacher(4e6)
+    rows = [run(student, None, 0, 4.0), run(student, tutor, 0, 3.9), run(student, tutor, 0, 3.8, alpha=0.5)]
+    rows += [run(student, one, 0, 3.7, budget="4M", tokens=4_000_000) for one in (None, tutor)]
+    pruned = {"init": "pruned", "init_source": tutor.name}
+    rows += [run(student, one, 0, 3.6, **pruned) for one in (None, tutor)]
     found = [(c.budget, c.alpha, c.init, float(c.losses_MR[0, 0]), float(c.supervised_MR[0, 0])) for c in curves(rows)]
     assert found == [
         ("2M", 0.5, "common", 3.8, 4.0),

@@ -74,7 +74,7 @@ def test_a_published_law_within_reach_of_the_teachers_is_drawn(text: str) -> Non
 
 def test_a_curve_that_could_not_be_judged_says_why_and_names_are_escaped(tmp_path: Path) -> None:
     name = "<b>x</b>"
-    page = page_of(tmp_path, [run(size(1e6, name), of, 0, 4.0) for of in (None, teacher(4e6))])
+    page = page_of(tmp_path, [run(size(1e6, name), tutor, 0, 4.0) for tutor in (None, teacher(4e6))])
     assert "not judged: complete seeds: 1, and" in page
     assert Page(page).num_charts == 3
     assert name not in page and "&lt;b&gt;x&lt;/b&gt;" in page

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from capgap.pipeline.law.plan import plan_grid, require_limits
-from capgap.pipeline.plan import Stated, work
+from capgap.pipeline.plan import Stated, tokens
 from capgap.pipeline.plan.text import text_bytes
 from capgap.schemas.errors import SettingError
 from capgap.schemas.law_grid import LawGrid
@@ -68,7 +68,7 @@ def test_the_text_of_a_corpus_that_is_not_made_is_looked_at_once(
         looked_at.append(sources)
         return text_bytes(sources, text_field)
 
-    monkeypatch.setattr(work, "text_bytes", noted)
+    monkeypatch.setattr(tokens, "text_bytes", noted)
     plan = plan_grid(LawGrid.model_validate(values), Stated(), num_workers=2)
     assert plan.num_rows > 1 and len(looked_at) == 1
 

@@ -55,9 +55,9 @@ def published(tokens: float) -> Callable[[Array], Array]:
 
 
 def published_best(tokens: float) -> float:
-    best = scaling_best_teacher(1e9, tokens, 20)
+    best = scaling_best_teacher(1e9, tokens, 20).ratio
     assert best is not None
-    return best / 1e9
+    return best
 
 
 INTERIOR = {

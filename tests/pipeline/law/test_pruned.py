@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import GPT2Config, Qwen2Config
 
-from capgap.pipeline.law.gather import sizes_of
 from capgap.pipeline.law.pruned import pruned_sizes, require_cuts
 from capgap.pipeline.law.run import run_grid
+from capgap.pipeline.law.sizes import sizes_of
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.law import LawModel
 from capgap.schemas.law_grid import LawGrid

@@ -90,10 +90,10 @@ def test_noise_passes_the_critical_value_at_its_level(num_others: int, degrees: 
     grid = np.linspace(-20, 40, 6001)
     below = np.interp(z[:, None] + math.sqrt(2) * value * spread[None, :], grid, normal(grid)) ** num_others
     inside = z_weight @ below @ spread_weight / (z_weight.sum() * spread_weight.sum())
-    # 200,000 draws: three standard errors of a probability of 0.025
+    # 200,000 samples: three standard errors of a probability of 0.025
     assert 1 - inside == pytest.approx(0.025, abs=0.00105)
 
 
 def test_for_one_other_the_critical_value_is_students() -> None:
-    # the spread of a quantile from 200,000 draws
+    # the spread of a quantile from 200,000 samples
     assert many_to_one(1, 10) == pytest.approx(t_quantile(10), abs=0.02)

@@ -13,11 +13,12 @@ from tiny_models import DEEPER, tiny_llama
 from capgap.pipeline.plan import Stated, make_plan
 from capgap.pipeline.plan.break_even import least_students
 from capgap.pipeline.plan.plan import far_from_home
+from capgap.pipeline.plan.published import scaling_best_teacher
 from capgap.pipeline.plan.sizes import shape_parameters
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.state import states
-from capgap.schemas.plan import Plan, StagePlan
+from capgap.schemas.plan import RunPlan, StagePlan
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_model import ModelShape
 
@@ -35,7 +36,7 @@ def run(make_corpus_run: Callable[..., RunFile]) -> Callable[..., RunFile]:
     return make
 
 
-def stages(plan: Plan) -> dict[str, StagePlan]:
+def stages(plan: RunPlan) -> dict[str, StagePlan]:
     return {stage.instance: stage for stage in plan.stages}
 
 
@@ -175,21 +176,30 @@ def test_arms_without_the_teacher_are_no_students_of_the_cache(run: Callable[...
     assert plan.num_students == 2
 
 
-def test_the_laws_say_nothing_of_models_outside_their_range(run: Callable[..., RunFile]) -> None:
-    minima, busbridge = make_plan(run(), Stated()).laws
-    assert minima.best_ratio is None and "so small" in minima.says
-    assert busbridge.best_ratio is None and "outside its range" in busbridge.says
+def test_the_laws_are_marked_where_they_go_beyond_what_was_measured(run: Callable[..., RunFile]) -> None:
+    laws = make_plan(run(), Stated()).laws
+    assert all("(outside what it was measured on)" in law.sentence for law in laws)
+    assert laws[0].best_size is None and "below the student's own size" in laws[0].summary
 
 
 def test_the_laws_name_a_teacher_beside_the_chosen_one_within_their_range(run: Callable[..., RunFile]) -> None:
     student = {"hidden_size": 1024, "num_layers": 16, "num_heads": 16, "intermediate_size": 2816}
     teacher = {"hidden_size": 2048, "num_layers": 16, "num_heads": 16, "intermediate_size": 5632}
     plan = make_plan(run(student={"model": student}, teacher={"model": teacher}), Stated(), text_bytes_per_token=1e-6)
-    minima, busbridge = plan.laws
-    assert plan.student_parameters.value is not None
-    assert minima.best_teacher_parameters == pytest.approx(2.498 * plan.student_parameters.value - 11.498e6)
-    assert "chosen: 4.0" in minima.says
-    assert busbridge.best_ratio is not None and "chosen: 4.0" in busbridge.says
+    gap, scaling = plan.laws
+    size = plan.student_parameters.value
+    tokens = stages(plan)["train/distilled/seed-0"].tokens.value
+    assert size is not None and tokens is not None
+    assert gap.best_size == pytest.approx(2.498 * size - 11.498e6)
+    assert gap.within_validity and "nearest: the run's teacher, 4.0" in gap.summary
+    inner = shape_parameters(ModelShape.model_validate(student))
+    ratio = stages(plan)["teacher"].tokens.value / shape_parameters(ModelShape.model_validate(teacher))
+    assert scaling.best_size == pytest.approx(inner * scaling_best_teacher(inner, tokens, ratio).ratio)
+    assert scaling.within_validity and "the run's teacher, 4.0" in scaling.summary
+
+
+def test_the_laws_are_left_out_where_the_student_cannot_be_counted(run: Callable[..., RunFile]) -> None:
+    assert make_plan(run(student={"path": "nowhere"}), Stated()).laws == ()
 
 
 def test_a_tokenizer_that_is_not_here_leaves_out_what_depends_on_it(

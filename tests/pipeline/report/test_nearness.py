@@ -40,8 +40,8 @@ def test_results_from_before_any_of_it_say_nothing_of_it(report) -> None:
 @pytest.mark.parametrize(
     ("recording", "line"),
     [
-        ("topk", "KL to its kept ids and their tail, a lower bound, nats per token: cross_entropy, seed 0 0.2500"),
-        ("sampled", "cross-entropy with its draws, nats per token: cross_entropy, seed 0 3.1000"),
+        ("topk", "KL to its top-k tokens and their tail, a lower bound, nats/token: cross_entropy, seed 0 0.2500"),
+        ("sampled", "cross-entropy with its samples, nats/token: cross_entropy, seed 0 3.1000"),
     ],
 )
 def test_the_cached_sequences_have_a_line(report, recording, line) -> None:
@@ -71,7 +71,7 @@ def test_drafts_have_a_line_each(report) -> None:
     lines = nearness_lines(_with_students(report.results, drafted=found))
     assert lines[1] == (
         "drafts for the teacher in vllm 1.2: distilled, seed 0 has 70.0 % of first tokens accepted (foretold on "
-        "held-out text 72.0 %), 2.20 tokens a look of the teacher at 3 drafted"
+        "held-out text 72.0 %), 2.20 tokens for each pass of the teacher at 3 drafted"
     )
 
 
@@ -98,4 +98,4 @@ def test_calibration_has_a_column(tmp_path, make_context) -> None:
 
 def test_a_cache_whose_shards_are_gone_costs_the_report_a_line(tmp_path, make_context, caplog) -> None:
     assert gather(make_context(tmp_path, {"distilled": [3.4]})).fidelity is None
-    assert "what the cache keeps is not told" in caplog.text
+    assert "what the cache keeps is left out" in caplog.text

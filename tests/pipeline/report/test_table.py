@@ -10,7 +10,7 @@ from capgap.pipeline.report import stage
 from capgap.pipeline.report.gather import gather, read_curve
 from capgap.pipeline.report.page import render_page
 from capgap.pipeline.report.summary import Report
-from capgap.pipeline.report.table import human_count, print_table, table_text
+from capgap.pipeline.report.table import print_table, table_text
 from capgap.schemas.errors import InputError
 
 ONE_SEED = {"cross_entropy": [3.53], "distilled": [3.50]}
@@ -24,7 +24,7 @@ def _verdicts(context):
 def test_a_gain_is_claimed_where_the_interval_excludes_zero(tmp_path, make_context):
     (sentence,) = _verdicts(make_context(tmp_path, ONE_SEED))
     assert re.fullmatch(
-        r"distilled beats cross_entropy by 0\.0300 nats per token "
+        r"distilled beats cross_entropy by 0\.0300 nats/token "
         r"\(95 % interval 0\.02\d\d to 0\.03\d\d over 512 held-out sequences, 1 seed\)",
         sentence,
     )
@@ -33,7 +33,7 @@ def test_a_gain_is_claimed_where_the_interval_excludes_zero(tmp_path, make_conte
 def test_a_loss_is_told_as_one(tmp_path, make_context):
     (sentence,) = _verdicts(make_context(tmp_path, {"cross_entropy": [3.50], "distilled": [3.53]}))
     assert re.match(
-        r"distilled does not beat cross_entropy: its loss is higher by 0\.0300 nats per token "
+        r"distilled does not beat cross_entropy: its loss is higher by 0\.0300 nats/token "
         r"\(95 % interval 0\.02\d\d to 0\.03",
         sentence,
     )
@@ -43,7 +43,7 @@ def test_a_loss_is_told_as_one(tmp_path, make_context):
 def test_a_tie_is_told_as_one(tmp_path, make_context, distilled, ahead):
     (sentence,) = _verdicts(make_context(tmp_path, {"distilled": [distilled], "cross_entropy": [3.5]}))
     assert re.match(
-        rf"distilled and cross_entropy cannot be told apart: {ahead} is ahead by 0\.0001 nats per token "
+        rf"distilled and cross_entropy cannot be told apart: {ahead} is ahead by 0\.0001 nats/token "
         r"\(95 % interval -0\.00\d\d to 0\.00\d\d over 512",
         sentence,
     )
@@ -53,7 +53,7 @@ def test_several_seeds_are_judged_over_the_seeds(tmp_path, make_context):
     (sentence,) = _verdicts(make_context(tmp_path, THREE_SEEDS))
     # differences 0.03, 0.04, 0.03: half width 4.3027 x 0.005774 / sqrt(3) = 0.0143
     assert sentence == (
-        "distilled beats cross_entropy by 0.0333 nats per token (95 % interval 0.0190 to 0.0477 over 3 seeds, "
+        "distilled beats cross_entropy by 0.0333 nats/token (95 % interval 0.0190 to 0.0477 over 3 seeds, "
         "512 held-out sequences each); distilled has the lower loss at 3 of 3 seeds "
         "(seed 0: +0.0300, seed 1: +0.0400, seed 2: +0.0300)"
     )
@@ -91,8 +91,8 @@ def test_every_recording_of_the_cache_has_its_cost(tmp_path, make_context):
         "1,048,576 tokens"
     ) in " ".join(table_text(report.table).split())
     page = render_page(report)
-    assert "topk, 64 ids a token, temperatures 1, 2.5" in page
-    assert "sampled, 50 draws a token, temperature 1" in page
+    assert "topk, 64 top-k tokens of each distribution, temperatures 1, 2.5" in page
+    assert "sampled, 50 samples of each distribution, temperature 1" in page
     assert "192.0 MB in 2 shards" in page
 
 
@@ -149,11 +149,3 @@ def test_sparse_metrics_become_a_curve(tmp_path):
     assert read_curve(path) == ((20, 40), (3.5, 3.25))
     path.write_text("step,train_loss\n10,4.0\n")
     assert read_curve(path) == ((), ())
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0"), (999, "999"), (1000, "1.00k"), (1_240_000, "1.24M"), (34_500_000, "34.5M"), (7_610_000_000, "7.61B")],
-)
-def test_counts_are_shortened(count, text):
-    assert human_count(count) == text

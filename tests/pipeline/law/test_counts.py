@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from capgap.pipeline.law.sizes import parse_count, parse_counts
+from capgap.pipeline.law.counts import parse_count, parse_counts
 from capgap.schemas.errors import SettingError
 
 

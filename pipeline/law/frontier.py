@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from capgap.pipeline.law.costs import STATED, flops, students_of_caches, unknown
 from capgap.pipeline.law.grid import seeds_of
-from capgap.pipeline.plan.costs import STATED, flops, students_of_caches, unknown
+from capgap.pipeline.plan.costs import non_dominated
 from capgap.schemas.law import LawRun
-from capgap.schemas.law_fit import Accounting, Frontier, FrontierPoint
+from capgap.schemas.law_frontier import Accounting, Frontier, FrontierPoint
 
 
 def frontiers(runs: Sequence[LawRun]) -> tuple[Frontier, ...]:
@@ -17,14 +18,6 @@ def frontiers(runs: Sequence[LawRun]) -> tuple[Frontier, ...]:
     A setting's loss is the mean over all seeds of its student. One that misses a seed is left out and named.
     """
     return tuple(_frontier(runs, accounting) for accounting in STATED)
-
-
-def non_dominated(costs: Sequence[float], losses: Sequence[float]) -> tuple[bool, ...]:
-    """Of each point, whether no other is at most as costly and at most as bad, and better in one of both."""
-    points = list(zip(costs, losses, strict=True))
-    return tuple(
-        not any(c <= cost and loss <= own and (c, loss) != (cost, own) for c, loss in points) for cost, own in points
-    )
 
 
 def _frontier(runs: Sequence[LawRun], accounting: Accounting) -> Frontier:
@@ -59,7 +52,9 @@ def _frontier(runs: Sequence[LawRun], accounting: Accounting) -> Frontier:
     return Frontier(
         accounting=accounting,
         stated=STATED[accounting],
-        points=tuple(point.model_copy(update={"on_frontier": on}) for point, on in zip(found, best, strict=True)),
+        points=tuple(
+            point.model_copy(update={"on_frontier": is_best}) for point, is_best in zip(found, best, strict=True)
+        ),
         left_out=tuple(left_out),
     )
 

@@ -1,14 +1,13 @@
-"""Costs by hand, and the settings that no other beats."""
+"""Costs by hand, and the settings of a grid that no other beats."""
 
 from __future__ import annotations
 
-import pytest
 from law_tables import cache, planted, run, size, teacher, valley
 
-from capgap.pipeline.plan.costs import STATED, flops, students_of_caches
-from capgap.pipeline.plan.frontier import frontiers, non_dominated
+from capgap.pipeline.law.costs import STATED, flops, students_of_caches
+from capgap.pipeline.law.frontier import frontiers
 from capgap.schemas.law import LawRun
-from capgap.schemas.law_fit import Accounting, Frontier
+from capgap.schemas.law_frontier import Accounting, Frontier
 
 SMALL, LARGE = size(1e6), size(3e6)
 TEACHER = teacher(10e6)  # trained on 200M tokens
@@ -60,20 +59,6 @@ def test_a_setting_without_one_of_its_seeds_is_left_out_and_said() -> None:
     found = frontier(runs, "paper")
     assert found.left_out == ("m1000000, t10000000, 2M, alpha 1, common: no result for seed 1",)
     assert [point.supervised for point in found.points] == [True]
-
-
-@pytest.mark.parametrize(
-    "costs, losses, expected",
-    [
-        ([1, 2, 3], [3, 2, 1], [True, True, True]),
-        ([1, 2, 3], [1, 2, 3], [True, False, False]),
-        ([1, 1, 2], [2, 3, 2], [True, False, False]),
-        ([1, 1], [2, 2], [True, True]),
-        ([1, 2, 3, 4], [4, 5, 2, 3], [True, False, True, False]),
-    ],
-)
-def test_the_frontier_is_what_no_other_beats(costs: list[float], losses: list[float], expected: list[bool]) -> None:
-    assert list(non_dominated(costs, losses)) == expected
 
 
 def test_the_supervised_arm_stands_on_the_frontier_where_a_teacher_costs_too_much() -> None:

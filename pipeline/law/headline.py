@@ -1,0 +1,66 @@
+"""A fit in one plain sentence, for the head of its page and of `capgap law fit`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from capgap.pipeline.law.global_law import MIN_STUDENTS
+from capgap.pipeline.pages.numbers import human_count
+from capgap.schemas.law_curve import CurveFit
+from capgap.schemas.law_fit import Estimate, GlobalLaw, LawFit
+
+
+def headline(law: LawFit) -> str:
+    """What the fit shows of the best teacher's size, or that it shows none."""
+    fitted = [(one, one.proportional) for one in law.laws if one.proportional is not None]
+    if fitted:
+        return _laws_sentence(fitted)
+    interior = [curve for curve in law.curves if _verdict(curve) == "interior"]
+    if interior:
+        return _interior_sentence(interior, len(law.curves))
+    return _nothing_sentence(law.curves)
+
+
+def _laws_sentence(fitted: Sequence[tuple[GlobalLaw, Estimate]]) -> str:
+    """One law with its interval, or the range of several."""
+    first, ratio = fitted[0]
+    sizes = [size for law, _ in fitted for size in (law.min_size, law.max_size) if size is not None]
+    students = f"students of {human_count(min(sizes))} to {human_count(max(sizes))} parameters"
+    if len(fitted) == 1:
+        interval = f"{ratio.interval.low:.3g} to {ratio.interval.high:.3g}"
+        return (
+            f"The best teacher has about {ratio.value:.3g} times its student's parameters (95 % interval {interval}), "
+            f"measured on {len(first.students)} {students}."
+        )
+    values = [one.value for _, one in fitted]
+    return (
+        f"The best teacher has about {min(values):.3g} to {max(values):.3g} times its student's parameters, depending "
+        f"on budget, alpha and init, measured on {students}."
+    )
+
+
+def _interior_sentence(interior: Sequence[CurveFit], num_curves: int) -> str:
+    """Bests of single students, too few for a law."""
+    bests = [
+        f"{human_count(axis.best.value)} for {curve.title}"
+        for curve in interior
+        if (axis := curve.axis("size")) is not None and axis.best is not None
+    ]
+    return (
+        f"A best teacher is shown in {len(interior)} of {num_curves} curves ({'; '.join(bests)}), and a law over "
+        f"students needs {MIN_STUDENTS} students with one."
+    )
+
+
+def _nothing_sentence(curves: Sequence[CurveFit]) -> str:
+    verdicts = Counter(verdict for curve in curves if (verdict := _verdict(curve)) is not None)
+    if not verdicts:
+        return f"The best teacher is not known: runs are missing, and none of {len(curves)} curves can be judged."
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
+    return f"No best size of teacher is shown among those that were tried: curves over size are {counts}."
+
+
+def _verdict(curve: CurveFit) -> str | None:
+    axis = curve.axis("size")
+    return None if axis is None else axis.verdict

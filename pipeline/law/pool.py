@@ -1,0 +1,157 @@
+"""Processes side by side, each at one job of a grid.
+
+Workers on a CPU have one thread each and share the CPU's lease, which no other run has meanwhile. On GPUs each worker
+sees devices of its own and every stage takes the lease on them, so teacher and student never meet on one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+
+from capgap.pipeline.law.progress import GridProgress
+from capgap.pipeline.law.worker import INTERRUPTED, Job, process_of
+from capgap.pipeline.stage.events import event
+from capgap.pipeline.stage.locks import ProcessLock
+from capgap.pipeline.workflow.driver import Start
+
+_POLL_S = 0.05
+_PATIENCE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Starter:
+    """How the processes of stages are started on a CPU.
+
+    Attributes:
+        prepare: called once, before the first.
+        start: starts one.
+    """
+
+    prepare: Callable[[], None]
+    start: Start
+
+
+class Pool:
+    """Processes side by side, each at one job; whoever is free takes the next that can be done."""
+
+    def __init__(
+        self,
+        environments: Sequence[Mapping[str, str]],
+        wait: bool,
+        progress: GridProgress,
+        starter: Starter,
+        lock: ProcessLock,
+    ) -> None:
+        self._free = list(environments)
+        self._wait, self._progress, self._starter, self._lock = wait, progress, starter, lock
+        self._running: list[tuple[BaseProcess, Job, Mapping[str, str], float]] = []
+        self._failed: dict[str, int] = {}
+        self._interrupted = False
+
+    def carry_out(self) -> list[str]:
+        """Do all that can be done; names of the jobs that were started.
+
+        Raises:
+            KeyboardInterrupt: this process or a worker was interrupted.
+        """
+        before = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            return self._carry_out()
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        # Python swallows what is raised in the hooks around a fork
+        self._interrupted = True
+        raise KeyboardInterrupt
+
+    def _carry_out(self) -> list[str]:
+        waiting = [*self._progress.teacher_jobs(), *self._progress.cell_jobs()]
+        total, started = len(waiting), []
+        if waiting:
+            self._starter.prepare()
+        try:
+            while waiting or self._running:
+                if self._interrupted:
+                    raise KeyboardInterrupt
+                waiting = self._without_lost(waiting)
+                job = self._next(waiting)
+                if job is not None:
+                    waiting.remove(job)
+                    self._start(job)
+                    started.append(job.name)
+                elif not self._ended(total, len(waiting)):
+                    time.sleep(_POLL_S)
+        except BaseException:
+            self._stop()
+            raise
+        return started
+
+    def _without_lost(self, waiting: list[Job]) -> list[Job]:
+        """Jobs that can still be done."""
+        left = []
+        for job in waiting:
+            if any(need in self._failed for need in job.needs):
+                other = self._progress.without(job, self._failed)
+                left += [other] if other is not None else []
+            else:
+                left.append(job)
+        return left
+
+    def _next(self, waiting: Sequence[Job]) -> Job | None:
+        if not self._free:
+            return None
+        open_names = {job.name for job in waiting} | {job.name for _, job, _, _ in self._running}
+        return next((job for job in waiting if not any(need in open_names for need in job.needs)), None)
+
+    def _start(self, job: Job) -> None:
+        environment = self._free.pop(0)
+        sys.stdout.flush()
+        process = process_of(job, environment, self._wait, self._starter.start, self._lock.close)
+        process.start()
+        self._running.append((process, job, environment, time.monotonic()))
+        event("law_started", f"{job.name}: begun", run=job.name)
+
+    def _ended(self, total: int, num_waiting: int) -> bool:
+        """Take note of the processes that have ended; whether there was one."""
+        gone = [one for one in self._running if not one[0].is_alive()]
+        for one in gone:
+            process, job, environment, began = one
+            process.join()
+            self._running.remove(one)
+            self._free.append(environment)
+            wall_s = round(time.monotonic() - began, 1)
+            done = f"{total - num_waiting - len(self._running)} of {total}"
+            code = process.exitcode or 0
+            self._interrupted |= code == INTERRUPTED
+            if code:
+                self._failed[job.name] = code
+                self._progress.failed(job, code)
+                text = f"{job.name}: FAILED after {wall_s} s ({done}); {Path(job.run.out)}"
+                event("law_failed", text, run=job.name, wall_s=wall_s, exit_code=code)
+            else:
+                self._progress.ended_well(job)
+                event("law_done", f"{job.name}: done in {wall_s} s ({done})", run=job.name, wall_s=wall_s)
+        if gone:
+            self._progress.write()
+        return bool(gone)
+
+    def _stop(self) -> None:
+        """End all of them: as an interrupt would, and by force where that does not help."""
+        for number in (signal.SIGINT, signal.SIGKILL):
+            for process, _, _, _ in self._running:
+                with suppress(ProcessLookupError):
+                    if process.is_alive() and process.pid is not None:
+                        os.kill(process.pid, number)
+            deadline = time.monotonic() + _PATIENCE_S
+            for process, _, _, _ in self._running:
+                process.join(max(0.0, deadline - time.monotonic()))

@@ -1,0 +1,232 @@
+"""The rows of a grid's table, from what became of its cells and what is known of its teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capgap.pipeline.law.expand import Arm, Cell, cache_folder, corpus_folder, teacher_folder, teacher_run
+from capgap.pipeline.law.outcome import Outcome
+from capgap.pipeline.law.sizes import Sizes
+from capgap.pipeline.stage.manifests import read_manifest
+from capgap.pipeline.store import is_url
+from capgap.pipeline.workflow.state import State, states
+from capgap.schemas.errors import InputError
+from capgap.schemas.facts import CacheFacts, CorpusFacts
+from capgap.schemas.law import LawCache, LawModel, LawRun, LawTeacher, Setting
+from capgap.schemas.law_grid import LawGrid
+from capgap.schemas.manifest import Manifest
+from capgap.schemas.results import ModelResult
+
+# What differs from arm to arm by the grid's own axes, and what stands elsewhere in the row.
+_AXES = ("alpha", "max_tokens", "precision")
+
+_OF_A_TEACHER = ("teacher", "cache")
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What there is of a teacher and its cache.
+
+    Attributes:
+        train_tokens: that it was trained on; None where that is not known.
+        cache: the manifest of its cache; None where that is not made.
+        cache_identity: the cache's, as it is or as it is to be.
+        is_made: whether teacher and cache are current or reused.
+    """
+
+    train_tokens: int | None
+    cache: Manifest | None
+    cache_identity: str
+    is_made: bool
+
+
+def teacher_facts(grid: LawGrid, name: str) -> TeacherFacts:
+    """What there is of a teacher, from its folders.
+
+    Raises:
+        InputError: something that it reuses is not there.
+    """
+    run = teacher_run(grid, name)
+    known = states(run)
+    teacher, cache = (read_manifest(_location(folder(grid, name))) for folder in (teacher_folder, cache_folder))
+    trained = None if teacher is None else teacher.totals.get("num_tokens")
+    return TeacherFacts(
+        train_tokens=None if trained is None else int(trained),  # type: ignore[arg-type]
+        cache=cache,
+        cache_identity=known["cache"].order.identity if cache is None else cache.identity,
+        is_made=all(stage in run.reuse or known[stage].state is State.CURRENT for stage in _OF_A_TEACHER),
+    )
+
+
+def corpus_manifest(grid: LawGrid) -> Manifest:
+    """The manifest of the grid's corpus.
+
+    Raises:
+        InputError: it is not made.
+    """
+    folder = Path(corpus_folder(grid))
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise InputError("the corpus is not made", where=folder, fix="start it with `capgap law run GRID.yaml`")
+    return manifest
+
+
+@dataclass(frozen=True)
+class GridFacts:
+    """What all rows of a grid's table rest on, beside what became of its cells.
+
+    Attributes:
+        grid: the grid.
+        corpus: manifest of its corpus.
+        sizes: of its models.
+        tokens: that each student is to be trained on, by student and budget.
+    """
+
+    grid: LawGrid
+    corpus: Manifest
+    sizes: Sizes
+    tokens: Mapping[str, Mapping[str, int]]
+
+    def rows(
+        self, cells: Iterable[Cell], outcomes: Mapping[str, Outcome], teachers: Mapping[str, TeacherFacts]
+    ) -> list[LawRun]:
+        """The table.
+
+        Args:
+            cells: all of the grid's.
+            outcomes: by name of the cell.
+            teachers: by name.
+        """
+        every = list(cells)
+        losses: dict[str, float] = {}
+        for cell in every:
+            measured = outcomes[cell.name].teacher_loss
+            if measured is not None:
+                # measured beside every student: the same, but for rounding where a GPU batches it otherwise
+                losses.setdefault(cell.reads, measured)
+        common = {student: self._common(student) for student in self.grid.students}
+        return [
+            self._row(cell, arm, outcomes[cell.name], teachers[cell.reads], losses.get(cell.reads), common)
+            for cell in every
+            for arm in cell.arms
+        ]
+
+    def _row(
+        self,
+        cell: Cell,
+        arm: Arm,
+        outcome: Outcome,
+        teacher: TeacherFacts,
+        teacher_loss: float | None,
+        common: Mapping[str, dict[str, Setting]],
+    ) -> LawRun:
+        result, manifest = outcome.results.get(arm.name), outcome.manifests.get(arm.name)
+        taught = arm.alpha > 0
+        size = self.sizes.teachers[cell.reads]
+        return LawRun(
+            student=_as_made(self.sizes.student(cell), result),
+            teacher=LawTeacher(**size.model_dump(), loss=teacher_loss, train_tokens=teacher.train_tokens)
+            if taught
+            else None,
+            cache=self._cache(cell, teacher) if taught else None,
+            budget=arm.budget,
+            tokens=self._tokens(cell, arm, manifest),
+            alpha=arm.alpha,
+            init=cell.init,
+            init_source=cell.init_source,
+            arm=arm.name,
+            seed=cell.seed,
+            loss=result.loss if result else None,
+            missing=None if result else outcome.missing[arm.name],
+            metrics=_metrics(result, taught=taught) if result else {},
+            wall_s=manifest.wall_s if manifest else None,
+            common=common[cell.student],
+            per_student=_per_student(cell, arm),
+        )
+
+    def _tokens(self, cell: Cell, arm: Arm, manifest: Manifest | None) -> int:
+        """As trained; for a run that was not, whole steps of what was asked for."""
+        if manifest is not None:
+            return int(manifest.totals["num_tokens"])  # type: ignore[arg-type]
+        step = self.grid.train_settings(cell.student).batch_sequences * self.grid.corpus.seq_len
+        return max(1, self.tokens[cell.student][arm.budget] // step) * step
+
+    def _cache(self, cell: Cell, teacher: TeacherFacts) -> LawCache:
+        """The cache, as it is or as it is to be."""
+        settings, student = self.grid.cache, self.grid.train_settings(cell.student)
+        recording = student.recording or settings.recordings[0]
+        if teacher.cache is not None:
+            facts = CacheFacts.model_validate(teacher.cache.facts)
+            kept, temperature = facts.recordings[recording], facts.temperature
+            num_ids, profile = kept.num_ids, kept.profile
+            num_tokens = teacher.cache.shard_sets[recording].num_tokens
+        else:
+            num_ids, temperature = settings.num_ids(recording), settings.temperature
+            profile = settings.stored_profile if recording == "topk" else None
+            num_tokens = settings.max_tokens or self.corpus.shard_sets["student"].num_tokens
+        return LawCache(
+            identity=teacher.cache_identity,
+            recording=recording,
+            num_ids=num_ids,
+            profile=profile,
+            temperature=temperature if student.temperature is None else student.temperature,
+            num_tokens=num_tokens,
+        )
+
+    def _common(self, student: str) -> dict[str, Setting]:
+        """What must be equal in all rows."""
+        facts = CorpusFacts.model_validate(self.corpus.facts)
+        heldout = self.corpus.shard_sets["heldout"]
+        settings = self.grid.train_settings(student)
+        return {
+            "tokenizer": facts.tokenizer.fingerprint,
+            "corpus": self.corpus.identity,
+            "heldout": heldout.shards[0].file.sha256,
+            "heldout_sequences": min(self.grid.eval.num_sequences, heldout.num_sequences),
+            "context": facts.context,
+            "seq_len": heldout.seq_len,
+            "precision": settings.precision,
+            "divergence": settings.divergence,
+        }
+
+
+def _location(folder: str) -> Path | str:
+    return folder if is_url(folder) else Path(folder)
+
+
+def _per_student(cell: Cell, arm: Arm) -> dict[str, Setting]:
+    """What must be equal in all rows of one student and budget: how it was trained."""
+    values = cell.run.train_settings(arm.name).decisive()
+    return {name: value for name, value in values.items() if name not in _AXES and not _is_group(value)}
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, dict | list | tuple)
+
+
+def _as_made(counted: LawModel, result: ModelResult | None) -> LawModel:
+    """A model that was measured was counted as it is; another size than all others have is refused with the table."""
+    if result is None:
+        return counted
+    made = ("num_parameters", "num_non_embedding_parameters")
+    return counted.model_copy(update={name: getattr(result, name) for name in made})
+
+
+def _metrics(result: ModelResult, *, taught: bool) -> dict[str, float]:
+    """Every number that the eval stage measured; what compares with a teacher only where the student had that one."""
+    values = result.model_dump(mode="json")
+    nearness = values.pop("against_teacher") or {}
+    for name in ("loss", "seed", "num_parameters", "num_non_embedding_parameters"):
+        del values[name]
+    return _numbers(values) | (_numbers(nearness) if taught else {})
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }

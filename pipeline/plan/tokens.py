@@ -1,0 +1,83 @@
+"""How many tokens a run has: in its corpus, in its cache, in a training."""
+
+from __future__ import annotations
+
+import math
+
+from capgap.pipeline.corpus.split import SPLITS
+from capgap.pipeline.models.tokenizers import load_tokenizer
+from capgap.pipeline.plan.measured import text_bytes_per_token
+from capgap.pipeline.plan.text import bytes_per_token, text_bytes
+from capgap.schemas.errors import CapgapError
+from capgap.schemas.facts import CorpusFacts
+from capgap.schemas.manifest import Manifest
+from capgap.schemas.plan import Figure
+from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_optimization import OptimizationSettings
+
+
+def vocab_size_of(run: RunFile, corpus: Manifest | None) -> float | None:
+    """Vocabulary of the corpus, or of the tokenizer that it is to have; None where that cannot be read."""
+    if corpus is not None:
+        return CorpusFacts.model_validate(corpus.facts).tokenizer.vocab_size
+    if run.corpus.tokenizer is None:
+        return run.corpus.trained_vocab_size
+    more = run.corpus.extend_vocabulary
+    try:
+        return len(load_tokenizer(run.corpus.tokenizer)) + (0 if more is None else more.num_pieces)
+    except CapgapError:
+        return None
+
+
+def split_tokens(
+    run: RunFile, corpus: Manifest | None, vocab_size: float | None, stated_bytes_per_token: float | None
+) -> dict[str, Figure]:
+    """Tokens of each split: counted where the corpus is made, else estimated from its text.
+
+    Raises:
+        InputError: a source of the corpus cannot be read.
+    """
+    if corpus is not None:
+        counted = {name: part.num_tokens for name, part in corpus.shard_sets.items()}
+        return {name: Figure(value=counted.get(name, 0), source="the corpus") for name in SPLITS}
+    settings = run.corpus
+    text = text_bytes(settings.sources, settings.text_field)
+    per_token = _bytes_per_token(run, vocab_size, stated_bytes_per_token)
+    if per_token.value is None:
+        return dict.fromkeys(SPLITS, per_token)
+    assert text.value is not None
+    total, source = text.value / per_token.value, f"estimated: {text.source}; {per_token.source}"
+    fractions = {"teacher": settings.teacher_fraction, "heldout": settings.heldout_fraction}
+    fractions["student"] = 1 - sum(fractions.values())
+    return {name: Figure(value=total * share, source=source) for name, share in fractions.items()}
+
+
+def cache_tokens(run: RunFile, cache: Manifest | None, student: Figure) -> Figure:
+    """Tokens that the teacher scores: whole shards of the student\'s split."""
+    if cache is not None:
+        return Figure(value=next(iter(cache.shard_sets.values())).num_tokens, source="the cache")
+    if student.value is None or run.cache.max_tokens is None:
+        return student
+    shard = run.corpus.shard_sequences * run.corpus.seq_len
+    return Figure(value=min(student.value, math.ceil(run.cache.max_tokens / shard) * shard), source=student.source)
+
+
+def trained_tokens(settings: OptimizationSettings, data: Figure) -> Figure:
+    """Tokens that a training sees, epochs and all."""
+    if data.value is None:
+        return data
+    value = data.value * settings.num_epochs
+    return Figure(value=min(value, settings.max_tokens or value), source=data.source)
+
+
+def _bytes_per_token(run: RunFile, vocab_size: float | None, stated: float | None) -> Figure:
+    settings = run.corpus
+    if stated is not None:
+        return Figure(value=stated, source=f"{stated:g} bytes of text a token, stated")
+    if settings.tokenizer is None:
+        return text_bytes_per_token(vocab_size)
+    try:
+        tokenizer = load_tokenizer(settings.tokenizer)
+    except CapgapError as error:
+        return Figure(value=None, source=f"give --text-bytes-per-token, or the tokenizer: {error}")
+    return bytes_per_token(tokenizer, settings.sources, settings.text_field)
