@@ -16,7 +16,7 @@ def reopen(folder: Path, manifest: Manifest) -> bool:
     """Write down of every shard what was known of it before the cache was finished, then take the manifest away.
 
     Which shards are whole is found by their digests, as after a kill. False, and nothing is done, where the manifest
-    says too little: it is of a version that did not keep the facts of each shard.
+    says nothing of single shards: an imported cache is imported again.
     """
     facts = CacheFacts.model_validate(manifest.facts)
     scored, sets = facts.scored, manifest.shard_sets

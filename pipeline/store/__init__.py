@@ -13,6 +13,7 @@ from capgap.pipeline.store.alignment import check_alignment
 from capgap.pipeline.store.batch import Batch
 from capgap.pipeline.store.codec import Codec, codec_for
 from capgap.pipeline.store.disk_cache import DiskCache
+from capgap.pipeline.store.fetched import folder_with
 from capgap.pipeline.store.loader import SequenceLoader, heat_of
 from capgap.pipeline.store.memory import keep_freed_memory
 from capgap.pipeline.store.mixed import MixedLoader
@@ -37,6 +38,7 @@ __all__ = [
     "ShardWriter",
     "check_alignment",
     "codec_for",
+    "folder_with",
     "heat_of",
     "is_url",
     "keep_freed_memory",
