@@ -53,7 +53,7 @@ def _require_listed(path: Path, file: FileEntry) -> None:
     try:
         found = (path.stat().st_size, sha256_of(path))
     except (FileNotFoundError, IsADirectoryError):
-        raise InputError("a file is missing", where=path, fix="run the stage that wrote it again") from None
+        raise InputError("the file is missing", where=path, fix="run the stage that wrote it again") from None
     if found != (file.num_bytes, file.sha256):
         raise CorruptError(
             "not the file that the manifest lists",
