@@ -71,8 +71,12 @@ class StageInput:
         """One of its folders of small files, for example `tokenizer`, on a local disk and as the manifest lists it.
 
         Raises:
-            CorruptError, InputError: as `folder_with`; or the manifest lists no file of such a folder behind a URL.
+            CorruptError: a file is not what the manifest lists.
+            InputError: as `path` for all but a cache; or a file is missing, or the manifest of a cache behind a URL
+                lists none of this folder.
         """
+        if self.manifest.stage != "cache":
+            self.require_local()
         files = [file for file in self.manifest.files if file.path.startswith(f"{folder}/")]
         if self.is_remote and not files:
             raise InputError(
@@ -90,6 +94,11 @@ class StageInput:
         Raises:
             InputError: it lies behind a URL; only shards and small files are read from there.
         """
+        self.require_local()
+        return Path(self.location)
+
+    def require_local(self) -> None:
+        """Raise InputError if it lies behind a URL."""
         if self.is_remote:
             raise InputError(
                 "must lie on a local disk",
@@ -98,7 +107,6 @@ class StageInput:
                 expected="a path; only a cache is read from a URL",
                 fix="download the folder and name that",
             )
-        return Path(self.location)
 
 
 @dataclass(frozen=True)
