@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from capgap.schemas.base import Record
 from capgap.schemas.run_cache import Profile, RecordingName
 from capgap.schemas.run_corpus import ContextRule
@@ -143,3 +146,14 @@ class CacheFacts(TextFacts):
 
     scored: tuple[ShardFacts, ...] = ()
     """Of each shard, in order: a cache that loses shards makes those again and no others. Empty of an imported one."""
+
+
+def text_facts(stage: str, facts: Mapping[str, Any]) -> TextFacts:
+    """What a finished corpus, or a cache that stands for it, says of the text.
+
+    Args:
+        stage: `corpus` or `cache`.
+        facts: of its manifest.
+    """
+    kind = CacheFacts if stage == "cache" else CorpusFacts
+    return kind.model_validate(facts)

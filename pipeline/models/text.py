@@ -17,7 +17,7 @@ from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.files import write_atomically
 from capgap.schemas.errors import InputError
-from capgap.schemas.facts import CacheFacts, CorpusFacts, TextFacts, heldout_set
+from capgap.schemas.facts import CacheFacts, TextFacts, heldout_set, text_facts
 from capgap.schemas.manifest import ShardSet
 from capgap.schemas.run_cache import RecordingName
 
@@ -51,8 +51,7 @@ class RunText:
     @property
     def facts(self) -> TextFacts:
         """Tokenizer, context rule, and how many bytes the text of each split has."""
-        kind = CacheFacts if self.of_cache else CorpusFacts
-        return kind.model_validate(self.made.manifest.facts)
+        return text_facts(self.made.manifest.stage, self.made.manifest.facts)
 
     @property
     def tokenizer_folder(self) -> Path:

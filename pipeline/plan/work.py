@@ -13,7 +13,7 @@ from capgap.pipeline.plan.sizes import ModelSize, model_size, pruned_size
 from capgap.pipeline.plan.text import bytes_per_token, text_bytes
 from capgap.pipeline.workflow.state import StageState, State, reused_manifests
 from capgap.schemas.errors import CapgapError
-from capgap.schemas.facts import CorpusFacts
+from capgap.schemas.facts import CacheFacts, heldout_set, text_facts
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.plan import Figure
 from capgap.schemas.run_file import RunFile
@@ -170,12 +170,15 @@ def work_of(
     """
     corpus = finished("corpus", run, known)
     cache = finished("cache", run, known)
-    vocab_size = vocab_size_of(run, corpus)
-    splits = splits or _split_tokens(run, corpus, vocab_size, stated_bytes_per_token)
+    # a finished cache stands for a corpus that the run does not have
+    text = cache if corpus is None and "corpus" not in known else corpus
+    vocab_size = vocab_size_of(run, text)
+    splits = splits or _split_tokens(run, text, vocab_size, stated_bytes_per_token)
     cached = _cache_tokens(run, cache, splits["student"])
     arms = [_trained_tokens(run.train_settings(arm), cached) for arm in run.arms]
     heldout = splits["heldout"]
-    sequences = None if heldout.value is None else min(run.eval.num_sequences, heldout.value // run.corpus.seq_len)
+    seq_len = run.corpus.seq_len if text is None else next(iter(text.shard_sets.values())).seq_len
+    sequences = None if heldout.value is None else min(run.eval.num_sequences, heldout.value // seq_len)
     students = [state.manifest for state in known.values() if state.instance.stage == "student"]
     optimization = run.teacher.optimization
     return RunWork(
@@ -203,10 +206,11 @@ def finished(stage: str, run: RunFile, known: dict[str, StageState]) -> Manifest
     return state.manifest if state is not None and state.state is State.CURRENT else None
 
 
-def vocab_size_of(run: RunFile, corpus: Manifest | None) -> float | None:
-    """Of the corpus, or of the tokenizer that it is to have; None where that cannot be read."""
-    if corpus is not None:
-        return CorpusFacts.model_validate(corpus.facts).tokenizer.vocab_size
+def vocab_size_of(run: RunFile, text: Manifest | None) -> float | None:
+    """Of the corpus or the cache that stands for it, or of the tokenizer that it is to have; None where that cannot be
+    read."""
+    if text is not None:
+        return text_facts(text.stage, text.facts).tokenizer.vocab_size
     if run.corpus.tokenizer is None:
         return run.corpus.trained_vocab_size
     more = run.corpus.extend_vocabulary
@@ -217,11 +221,13 @@ def vocab_size_of(run: RunFile, corpus: Manifest | None) -> float | None:
 
 
 def _split_tokens(
-    run: RunFile, corpus: Manifest | None, vocab_size: float | None, stated_bytes_per_token: float | None
+    run: RunFile, made: Manifest | None, vocab_size: float | None, stated_bytes_per_token: float | None
 ) -> dict[str, Figure]:
-    if corpus is not None:
-        counted = {name: part.num_tokens for name, part in corpus.shard_sets.items()}
-        return {name: Figure(value=counted.get(name, 0), source="the corpus") for name in SPLITS}
+    if made is not None:
+        counted = {name: part.num_tokens for name, part in made.shard_sets.items()}
+        for name in CacheFacts.model_validate(made.facts).recordings if made.stage == "cache" else ():
+            counted |= {"student": counted[name], "heldout": counted.get(heldout_set(name), 0)}
+        return {name: Figure(value=counted.get(name, 0), source=f"the {made.stage}") for name in SPLITS}
     settings = run.corpus
     text = text_bytes(settings.sources, settings.text_field)
     per_token = _bytes_per_token(run, vocab_size, stated_bytes_per_token)
