@@ -127,7 +127,7 @@ def _arm(context: StageContext, results: EvalResults, arm: str) -> CostedModel:
         taught = _trained_tokens(context, Instance("teacher"))
         if scored == 0 and not _made_from_teacher(context, models[0]):
             with_teacher = flops
-        elif taught is not None:
+        elif taught is not None and teacher is not None:
             with_teacher = flops + training_flops(teacher, taught)
         else:
             unknown = "nothing here says on how many tokens its teacher was trained"
