@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from capgap.schemas.base import Record
 from capgap.schemas.run_cache import Profile, RecordingName
 from capgap.schemas.run_corpus import ContextRule
@@ -33,17 +36,28 @@ class SplitFacts(Record):
     """Tokens of their text, document ends included, before packing."""
 
 
-class CorpusFacts(Record):
-    """What the corpus stage hands on."""
+class TextFacts(Record):
+    """What a corpus and every cache made of it say of the text."""
 
     tokenizer: TokenizerFacts
     """The tokenizer in the folder `tokenizer`."""
 
-    context: ContextRule = "packed"
-    """`packed`: a model sees the whole packed sequence, across documents. `document`: each document by itself."""
+    context: ContextRule
+    """`packed`: a model sees the whole packed sequence, across documents. `document`: each document by itself. Students
+    must keep the rule under which their cache was made."""
 
     splits: dict[str, SplitFacts]
-    """teacher, student, heldout."""
+    """teacher, student, heldout: of the corpus, also where a cache holds less of it."""
+
+    text_sources: tuple[str, ...]
+    """Where the text came from, as the run file named it."""
+
+    whole_conversations: bool
+    """Whether the sequences are of whole conversations, packed so that none is cut."""
+
+
+class CorpusFacts(TextFacts):
+    """What the corpus stage hands on."""
 
 
 class ModelFacts(Record):
@@ -105,14 +119,8 @@ class ShardFacts(Record):
     """Sum over them of minus the teacher's logprob of the real next token, nats."""
 
 
-class CacheFacts(Record):
-    """What the cache stage hands on."""
-
-    tokenizer: TokenizerFacts
-    """Of corpus and teacher."""
-
-    context: ContextRule
-    """The corpus's; students must keep it."""
+class CacheFacts(TextFacts):
+    """What the cache stage hands on: all that a training, its evaluation and its report need of corpus and teacher."""
 
     temperature: float
     """At which the teacher was recorded: of all logprobs that are stored."""
@@ -122,6 +130,9 @@ class CacheFacts(Record):
 
     padded_vocab_size: int
     """Of the teacher."""
+
+    num_teacher_parameters: int | None
+    """All of the teacher's, tied ones once; None for an imported cache whose teacher is not on this machine."""
 
     engines: tuple[str, ...]
     """Every engine, with its version, that scored a shard, sorted."""
@@ -134,4 +145,15 @@ class CacheFacts(Record):
     difference to a training: an imported cache knows those of the ids that it keeps."""
 
     scored: tuple[ShardFacts, ...] = ()
-    """Of each shard, in order: a cache that loses shards makes those again and no others."""
+    """Of each shard, in order: a cache that loses shards makes those again and no others. Empty of an imported one."""
+
+
+def text_facts(stage: str, facts: Mapping[str, Any]) -> TextFacts:
+    """What a finished corpus, or a cache that stands for it, says of the text.
+
+    Args:
+        stage: `corpus` or `cache`.
+        facts: of its manifest.
+    """
+    kind = CacheFacts if stage == "cache" else CorpusFacts
+    return kind.model_validate(facts)

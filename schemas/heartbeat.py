@@ -75,6 +75,3 @@ class Heartbeat(Record):
 
     ended: End | None = None
     """How it ended; None while it is at work, or where it was killed."""
-
-
-SignOfLife = Heartbeat  # until workflow/ calls it by its name

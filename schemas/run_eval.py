@@ -46,8 +46,8 @@ class EvalSettings(Record):
     teacher: Literal["auto", "live", "cache"] = "auto"
     """What students are held against beside the text. `live`: the teacher itself, on the device before the first of
     them, and the cache's held-out sequences. `cache`: those alone, for a teacher that this machine lacks or cannot
-    hold; neither its stage nor its model is needed. `auto`: `live`, or with a warning `cache` where the model is not to
-    be found or its weights exceed the device's free memory."""
+    hold; neither its stage nor its model is needed. `auto`: `live`, or `cache` where a finished cache stands for the
+    teacher, and with a warning where the model is not to be found or its weights exceed the device's free memory."""
 
     num_text_samples: int = Field(3, ge=0, le=64)
     """Beginnings of held-out text that every model continues, always with its likeliest token, for the report to show

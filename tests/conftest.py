@@ -1,11 +1,22 @@
 """The environment of every test, set before the first of them imports torch or vLLM."""
 
+import functools
+import importlib.util
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from subprocess import PIPE
 
+import fsspec
 import pytest
 
 
@@ -34,3 +45,61 @@ def _log_format() -> Iterator[None]:
     os.environ.pop("CAPGAP_LOG_FORMAT", None)
     if before is not None:
         os.environ["CAPGAP_LOG_FORMAT"] = before
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], str]]:
+    """Puts a folder behind a URL of a web server on this machine, as long as the test runs."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with ExitStack() as stack:
+
+        def start(folder: Path) -> str:
+            server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_QuietFiles, directory=str(folder)))
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            return f"http://127.0.0.1:{server.server_port}"
+
+        yield start
+
+
+class _QuietFiles(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+# Flask, in the process in which vLLM starts, would break vLLM's walk over all modules. The server ends with its input.
+_S3_SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(*server.get_host_and_port(), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="session")
+def s3_address() -> Iterator[str]:
+    for name in ("s3fs", "moto", "flask_cors"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    with subprocess.Popen([sys.executable, "-P", "-c", _S3_SERVER], stdin=PIPE, stdout=PIPE, text=True) as server:
+        assert server.stdin is not None and server.stdout is not None
+        host, port = server.stdout.readline().split()
+        yield f"http://{host}:{port}"
+        server.stdin.close()
+
+
+@pytest.fixture
+def s3_server(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Its address; clients in this process, and in those it starts, find it through the environment."""
+    given = {"AWS_ENDPOINT_URL": s3_address, "AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
+    for name, value in (given | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
+        monkeypatch.setenv(name, value)
+    # one server holds what every test has put there
+    urllib.request.urlopen(urllib.request.Request(f"{s3_address}/moto-api/reset", method="POST")).close()
+    fsspec.filesystem("s3").clear_instance_cache()
+    yield s3_address
+    fsspec.filesystem("s3").clear_instance_cache()

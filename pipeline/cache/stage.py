@@ -15,6 +15,7 @@ from capgap.pipeline.cache.request_checks import require_kept
 from capgap.pipeline.cache.shard_lines import ShardLines, shard_lines
 from capgap.pipeline.cache.shards import SCORED_FOLDER, CacheJob, FinishedShard, ScoredShard, ShardScorer
 from capgap.pipeline.models.load import model_path
+from capgap.pipeline.models.text import write_tokenizer
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.folder import WORK_FOLDER, plan_units
 from capgap.pipeline.store import rank_ids, read_blocks
@@ -45,7 +46,7 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
 
 
 def run(context: StageContext) -> StageResult:
-    """Write the target shards.
+    """Write the target shards, and the tokenizer beside them.
 
     Raises:
         MismatchError, SettingError: as `check`.
@@ -60,12 +61,13 @@ def run(context: StageContext) -> StageResult:
     shards, heldout = made[: scorer.job.num_training], made[scorer.job.num_training :]
     sets = {str(name): scorer.shard_set(name, shards) for name in settings.recordings}
     num_targets = sum(shard.facts.num_targets for shard in shards)
+    write_tokenizer(context.input("corpus"), scorer.job.teacher, context.folder)
     facts = CacheFacts(
-        tokenizer=corpus_facts.tokenizer,
-        context=corpus_facts.context,
+        **corpus_facts.model_dump(),
         temperature=settings.temperature,
         recordings=_recordings(settings),
         padded_vocab_size=teacher_facts.padded_vocab_size,
+        num_teacher_parameters=teacher_facts.num_parameters,
         engines=tuple(sorted({shard.facts.engine for shard in shards})),
         dtypes=tuple(sorted({shard.facts.dtype for shard in shards})),
         mean_label_loss=sum(shard.facts.label_loss for shard in shards) / num_targets,

@@ -15,7 +15,7 @@ from capgap.pipeline.corpus.sources import Document, read_documents
 from capgap.pipeline.corpus.split import SPLITS, Split, split_documents
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.corpus.whole import encode_whole, in_whole_rows
-from capgap.pipeline.models.checks import TOKENIZER_FOLDER
+from capgap.pipeline.models.text import TOKENIZER_FOLDER
 from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts
 from capgap.pipeline.stage.context import StageContext, StageResult
 from capgap.pipeline.stage.folder import WORK_FOLDER, plan_units
@@ -64,8 +64,15 @@ def run(context: StageContext) -> StageResult:
     totals["num_dropped_documents"] = sum(p.num_dropped for p in packed.values())
     if settings.whole_conversations:
         totals["num_dropped_answers"] = sum(p.num_dropped_answers for p in packed.values())
+    made = CorpusFacts(
+        tokenizer=facts,
+        context=settings.context,
+        splits=splits,
+        text_sources=tuple(settings.sources),
+        whole_conversations=settings.whole_conversations,
+    )
     return StageResult(
-        facts=CorpusFacts(tokenizer=facts, context=settings.context, splits=splits).model_dump(mode="json"),
+        facts=made.model_dump(mode="json"),
         totals=totals,
         shard_sets=shard_sets,
     )

@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from capgap.pipeline.models.load import load_config, model_path
-from capgap.pipeline.stage.context import StageContext
+from capgap.pipeline.stage.context import StageContext, StageInput
 from capgap.pipeline.train.fits import free_bytes
-from capgap.schemas.errors import InputError, MachineError
+from capgap.schemas.errors import InputError, MachineError, SettingError
 from capgap.schemas.facts import ModelFacts
 from capgap.schemas.results import TEACHER
+from capgap.schemas.run_eval import EvalSettings
+
+NO_TEACHER = "the run has none: a finished cache stands for it"
+
+
+def require_teacher_if_wanted(settings: EvalSettings, inputs: Mapping[str, StageInput]) -> None:
+    """Refuse settings that need the teacher itself in a run that has none.
+
+    Raises:
+        SettingError: it is to be measured, or students are to draft for it.
+    """
+    if TEACHER in inputs or (settings.teacher != "live" and settings.speculative is None):
+        return
+    drafts = settings.speculative is not None
+    raise SettingError(
+        "students are to draft for the teacher, and this run has none"
+        if drafts
+        else "the teacher itself is to be measured, and this run has none",
+        where="eval.speculative" if drafts else "eval.teacher",
+        found="set" if drafts else "live",
+        expected="nothing that needs the teacher, where a finished cache stands for it",
+        fix="leave it out, or name teacher and corpus in the run file",
+    )
 
 
 def why_missing(context: StageContext) -> str | None:
     """Why the teacher itself is not measured, in words; None where it is.
 
-    Under `auto` it is not where its model is not to be found, or its weights are more than the device has free. Under
-    `live`, and where students are to draft for it, nothing excuses it: whatever is wrong is raised when it is loaded.
+    It is not in a run that has none, for a finished cache stands for it. Under `auto` it is not where its model is not
+    to be found, or its weights are more than the device has free. Under `live`, and where students are to draft for it,
+    nothing excuses it: whatever is wrong is raised when it is loaded.
     """
     settings = context.run.eval
     if settings.teacher == "cache":
         return "eval.teacher is cache"
+    if TEACHER not in context.inputs:
+        return NO_TEACHER
     if settings.teacher == "live" or settings.speculative is not None:
         return None
     path = model_path(context.input(TEACHER))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from capgap.kernels.sparse_kl.divergence import coarse
+from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.eval.compare import sums_of_sequences
 from capgap.pipeline.eval.heldout import num_labels
 from capgap.pipeline.eval.intervals import Float64Array, Int64Array, bootstrap_interval
@@ -128,16 +129,35 @@ class CachedSums:
 
 
 def score_on_cache(
-    model: nn.Module, cached: CachedRows, *, name: str, vocab_size: int, batch_sequences: int, meter: Meter | None
+    model: nn.Module,
+    cached: CachedRows,
+    *,
+    name: str,
+    vocab_size: int,
+    batch_sequences: int,
+    meter: Meter | None,
+    calibration: CalibrationError | None = None,
 ) -> CachedSums:
     """Score a student on the cache's held-out sequences, as its teacher was scored: under the cache's context rule.
+
+    Args:
+        model: as for `score`, like the following ones.
+        cached: what is scored, and held against.
+        name: of the model.
+        vocab_size: real ids.
+        batch_sequences: sequences in one forward pass.
+        meter: counts sequences and tokens.
+        calibration: of these sequences, where they are all that the student is measured on.
 
     Raises:
         InputError: a loss is not a number.
         CorruptError: as the reader.
     """
     found: list[tuple[Float64Array, ...]] = []
+    first = 0
     for sequences, batch, _ in cached.blocks():
+        counted = None if calibration is None else calibration.part(first, first + len(sequences))
+        first += len(sequences)
         against = _Against(batch, cached.facts.temperature)
         nats_B = score(
             model,
@@ -148,6 +168,7 @@ def score_on_cache(
             context=cached.facts.context,
             visit=against.add,
             num_visited=len(sequences),
+            calibration=counted,
             meter=meter,
         )
         sums = partial(sums_of_sequences, labels_S=num_labels(sequences))

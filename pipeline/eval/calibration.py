@@ -33,6 +33,12 @@ class CalibrationError:
     def __init__(self, num_sequences: int) -> None:
         self.excess_SB: Float64Array = np.zeros((num_sequences, NUM_BINS))
 
+    def part(self, start: int, stop: int) -> CalibrationError:
+        """That of the sequences `start` to `stop`, counted from 0 there: what is added to it is added here."""
+        part = CalibrationError(0)
+        part.excess_SB = self.excess_SB[start:stop]
+        return part
+
     def add(self, sequence: int, logprobs_NV: torch.Tensor, labels_N: torch.Tensor) -> None:
         """Count further rows of a sequence: float32 logprobs at temperature 1, and labels, int64."""
         top_N, ids_N = logprobs_NV.max(-1)

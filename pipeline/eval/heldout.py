@@ -16,8 +16,13 @@ from capgap.schemas.manifest import ShardSet
 from capgap.schemas.records import Sequences
 
 
-def first_sequences(folder: Path, shard_set: ShardSet, num_sequences: int) -> Sequences:
+def first_sequences(folder: Path | str, shard_set: ShardSet, num_sequences: int) -> Sequences:
     """The first sequences of a shard set that hold a label, `num_sequences` of them or all there are.
+
+    Args:
+        folder: or URL, of the shards.
+        shard_set: their description.
+        num_sequences: see above.
 
     Raises:
         InputError: there is none.

@@ -13,7 +13,7 @@ from capgap.pipeline.eval.cached import CachedSums
 from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.eval.compare import Comparison
 from capgap.pipeline.eval.intervals import Float64Array, Int64Array, bootstrap_interval, resample_weights
-from capgap.schemas.facts import CorpusFacts, ModelFacts
+from capgap.schemas.facts import ModelFacts, TextFacts
 from capgap.schemas.results import (
     Drafted,
     EvalResults,
@@ -58,14 +58,14 @@ class Text:
     """What models were measured on.
 
     Attributes:
-        facts: of the corpus.
+        facts: of the corpus, or of the cache that stands for it.
         labels_S: of each held-out sequence.
         num_full: of these, compared with the teacher's full distributions.
         cached: the cache's held-out sequences; None without.
         cached_labels_S: of each of those.
     """
 
-    facts: CorpusFacts
+    facts: TextFacts
     labels_S: Int64Array
     num_full: int
     cached: HeldoutCache | None = None

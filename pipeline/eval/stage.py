@@ -3,7 +3,8 @@
 Legend: S sequences, L targets a sequence.
 
 The teacher leaves the device before the first student enters it; only its logprobs of a few sequences stay, on disk.
-Where it is not at hand, students are held against the cache's held-out sequences alone. Cost: one forward pass of every
+Where it is not at hand, students are held against the cache's held-out sequences alone; where the run has no corpus
+either, these are also the text that all else is measured on, in the same pass. Cost: one forward pass of every
 model over `eval.num_sequences` sequences and the cache's held-out ones, and `num_full_sequences` x L x vocabulary x 4
 bytes of disk while it runs. Only with `eval.speculative`, and last of all, do both stand on the device together.
 """
@@ -12,56 +13,75 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from transformers import PreTrainedModel
 
-from capgap.pipeline.eval.at_hand import why_missing
-from capgap.pipeline.eval.cached import CachedRows, cached_rows, score_on_cache
+from capgap.pipeline.eval.at_hand import NO_TEACHER, require_teacher_if_wanted, why_missing
+from capgap.pipeline.eval.cached import CachedRows, CachedSums, cached_rows, score_on_cache
 from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.eval.compare import Comparison
 from capgap.pipeline.eval.drafts import DraftJob, drafted, prompts_of, require_drafting
 from capgap.pipeline.eval.heldout import first_sequences, num_labels
+from capgap.pipeline.eval.intervals import Float64Array
 from capgap.pipeline.eval.measure import Visit, score
 from capgap.pipeline.eval.results import Measured, Text, results_of
 from capgap.pipeline.eval.samples import Prompts
 from capgap.pipeline.eval.samples import prompts_of as sample_prompts_of
 from capgap.pipeline.eval.spool import open_spool
-from capgap.pipeline.models.checks import corpus_tokenizer
 from capgap.pipeline.models.load import load_model, model_path
-from capgap.pipeline.stage.context import Instance, StageContext, StageResult
+from capgap.pipeline.models.text import RunText
+from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.folder import LOGS_FOLDER
 from capgap.pipeline.stage.progress import Meter, progress
 from capgap.pipeline.stage.scalars import EVAL_SCALARS, ScalarFile
 from capgap.pipeline.store.files import write_atomically
 from capgap.schemas.errors import InputError, MismatchError
-from capgap.schemas.facts import CorpusFacts, ModelFacts
+from capgap.schemas.facts import ModelFacts, TextFacts
 from capgap.schemas.records import Sequences
 from capgap.schemas.results import RESULTS_NAME, TEACHER, EvalResults
 from capgap.schemas.run_eval import SpeculativeSettings
+from capgap.schemas.run_file import RunFile
 
 _LOG = logging.getLogger("capgap")
+
+
+def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
+    """Refuse what cannot be measured with what the run has.
+
+    Raises:
+        InputError: the run has no corpus, and its cache no held-out sequences.
+        SettingError: the teacher itself is to be measured, and the run has none.
+    """
+    require_teacher_if_wanted(run.eval, inputs)
+    RunText.among(inputs).heldout_shards()
 
 
 def run(context: StageContext) -> StageResult:
     """Measure every model and write `results.json`.
 
     Raises:
-        InputError: the held-out split holds no labels, or a loss is not a number; or the teacher is left out and the
-            cache has no held-out sequences.
+        InputError: as `check`; or the held-out split holds no labels, or a loss is not a number; or the teacher is left
+            out and the cache has no held-out sequences.
         MismatchError: a model's tokenizer is not the corpus's.
         MachineError: too little disk for the teacher's distributions, or drafts cannot be measured in vLLM.
-        SettingError: sequences are too short for the drafts that are wanted.
+        SettingError: as `check`; or sequences are too short for the drafts that are wanted.
     """
-    settings = context.run.eval
-    corpus = context.input("corpus")
-    facts = CorpusFacts.model_validate(corpus.manifest.facts)
-    sequences = first_sequences(corpus.path, corpus.manifest.shard_sets["heldout"], settings.num_sequences)
+    check(context.run, context.instance, context.inputs)
+    settings, run_text = context.run.eval, RunText.among(context.inputs)
+    facts = run_text.facts
+    cached = cached_rows(context.input("cache"), settings.num_sequences)
+    if run_text.of_cache and cached is None:
+        raise _in_quarantine(context)
+    shards = run_text.heldout_shards(None if cached is None else cached.recording)
+    sequences = first_sequences(run_text.made.location, shards, settings.num_sequences)
     students = _students(context)
     missing = why_missing(context)
     for name in (*(() if missing is not None else (TEACHER,)), *(student.name for student in students)):
         _check_tokenizer(context, name, facts)
-    cached = cached_rows(context.input("cache"), settings.num_sequences)
     if missing is not None:
         _require_other_means(context, missing, cached)
     prompts: tuple[tuple[int, ...], ...] = ()
@@ -70,7 +90,7 @@ def run(context: StageContext) -> StageResult:
         prompts = prompts_of(sequences, settings.speculative)
     samples = None
     if settings.num_text_samples:
-        tokenizer = corpus_tokenizer(corpus)
+        tokenizer = run_text.tokenizer()
         samples = sample_prompts_of(sequences, facts.context, settings, tokenizer, facts.tokenizer.vocab_size)
     num_full = 0 if missing else settings.num_full_sequences
     evaluation = _Evaluation(context, facts, sequences, num_full, cached, samples)
@@ -108,14 +128,14 @@ def _students(context: StageContext) -> tuple[_Student, ...]:
     return tuple(student for student in every if student.name in context.inputs)
 
 
-def _check_tokenizer(context: StageContext, name: str, corpus: CorpusFacts) -> None:
+def _check_tokenizer(context: StageContext, name: str, text: TextFacts) -> None:
     found = ModelFacts.model_validate(context.input(name).manifest.facts).tokenizer.fingerprint
-    if found != corpus.tokenizer.fingerprint:
+    if found != text.tokenizer.fingerprint:
         raise MismatchError(
             "the tokenizer is not the corpus's",
             where=name,
             found=found,
-            expected=corpus.tokenizer.fingerprint,
+            expected=text.tokenizer.fingerprint,
             fix="make both from one tokenizer",
         )
 
@@ -129,8 +149,19 @@ def _require_other_means(context: StageContext, missing: str, cached: CachedRows
             expected="a cache with cache.num_heldout_sequences above 0",
             fix="set eval.teacher to live, or make the cache again with held-out sequences",
         )
+    if missing == NO_TEACHER and cached is not None:
+        _LOG.info("eval: students are held against the cache's held-out sequences, which hold what its teacher said")
+        return
     stands_for_it = "the cache's held-out sequences stand for it" if cached else "students are held against text alone"
     _LOG.warning("eval: the teacher itself is not measured: %s; %s", missing, stands_for_it)
+
+
+def _in_quarantine(context: StageContext) -> InputError:
+    return InputError(
+        "held-out shards of the cache are in quarantine, and the run has no corpus to measure students on",
+        where=context.input("cache").location,
+        fix="make them again where the cache was made: run its cache stage",
+    )
 
 
 def _log_scalars(context: StageContext, results: EvalResults) -> None:
@@ -160,7 +191,7 @@ class _Evaluation:
     def __init__(
         self,
         context: StageContext,
-        facts: CorpusFacts,
+        facts: TextFacts,
         sequences: Sequences,
         num_full: int,
         cached: CachedRows | None,
@@ -168,6 +199,8 @@ class _Evaluation:
     ) -> None:
         self._context, self._facts, self._sequences, self._cached = context, facts, sequences, cached
         self._samples = samples
+        # one pass serves for all, if the teacher is not measured on the text too
+        self._text_is_cached = RunText.among(context.inputs).of_cache and not num_full
         self._vocab_size = facts.tokenizer.vocab_size
         self._batch = context.run.eval.batch_sequences
         labels_S = num_labels(sequences)
@@ -179,7 +212,8 @@ class _Evaluation:
         """Every model, one on the device at a time; the teacher first, if it takes part."""
         num_full = self.text.num_full
         num_cached = 0 if self.text.cached is None else self.text.cached.num_sequences
-        num_steps = len(self._sequences) * (bool(num_full) + len(students)) + num_cached * len(students)
+        num_text = len(self._sequences) * (bool(num_full) + len(students) * (not self._text_is_cached))
+        num_steps = num_text + num_cached * len(students)
         with (
             progress("eval", num_steps, "sequences") as meter,
             open_spool(self._context.folder, int(self.text.labels_S[:num_full].sum()), self._vocab_size) as spool,
@@ -199,10 +233,38 @@ class _Evaluation:
         made_from = self._context.run.teacher if name == TEACHER else self._context.run.student
         facts = ModelFacts.model_validate(self._context.input(name).manifest.facts)
         calibration = CalibrationError(len(self._sequences))
-        cached = None
         model = load_model(
             model_path(self._context.input(name)), self._context.device, None, made_from.trust_remote_code
         )
+        nats_S, cached = self._scored(model, name, arm is not None, visit, calibration, meter)
+        written = None if self._samples is None else self._samples.write(model, name)
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return Measured(name, arm, seed, facts, nats_S, calibration, cached=cached, written=written)
+
+    def _scored(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        is_student: bool,
+        visit: Visit | None,
+        calibration: CalibrationError,
+        meter: Meter,
+    ) -> tuple[Float64Array, CachedSums | None]:
+        """Loss of each sequence, and of a student how near it is to what the cache holds."""
+        on_cache = partial(
+            score_on_cache,
+            model,
+            name=name,
+            vocab_size=self._vocab_size,
+            batch_sequences=self._batch,
+            meter=meter,
+        )
+        if self._text_is_cached and self._cached is not None:
+            cached = on_cache(self._cached, calibration=calibration)
+            return cached.nats_S, cached
         nats_S = score(
             model,
             self._sequences,
@@ -215,18 +277,4 @@ class _Evaluation:
             calibration=calibration,
             meter=meter,
         )
-        if self._cached is not None and arm is not None:
-            cached = score_on_cache(
-                model,
-                self._cached,
-                name=name,
-                vocab_size=self._vocab_size,
-                batch_sequences=self._batch,
-                meter=meter,
-            )
-        written = None if self._samples is None else self._samples.write(model, name)
-        del model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return Measured(name, arm, seed, facts, nats_S, calibration, cached=cached, written=written)
+        return nats_S, on_cache(self._cached) if self._cached is not None and is_student else None

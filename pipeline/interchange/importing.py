@@ -22,7 +22,8 @@ import numpy as np
 from capgap.pipeline.interchange.folders import entry_of, make_folder, order_for
 from capgap.pipeline.interchange.pack import Sequence, pack, to_sequences, to_topk
 from capgap.pipeline.interchange.plan import SPLITS, Plan, plan
-from capgap.pipeline.models.checks import TOKENIZER_FOLDER, check_given_model
+from capgap.pipeline.models.checks import check_given_model
+from capgap.pipeline.models.text import TOKENIZER_FOLDER, write_tokenizer
 from capgap.pipeline.stage.context import StageInput, StageResult
 from capgap.pipeline.stage.folder import WORK_FOLDER
 from capgap.pipeline.stage.manifests import record_sources
@@ -111,7 +112,13 @@ def _make_corpus(planned: Plan, folder: Path) -> StageResult:
         counts.require_some(split)
         sets[split], splits[split] = writer.shard_set(shards), counts.facts
         totals |= {f"num_{split}_tokens": sets[split].num_tokens, f"num_{split}_labels": counts.num_labels}
-    facts = CorpusFacts(tokenizer=planned.facts, context=planned.settings.context, splits=splits)
+    facts = CorpusFacts(
+        tokenizer=planned.facts,
+        context=planned.settings.context,
+        splits=splits,
+        text_sources=tuple(planned.settings.sources),
+        whole_conversations=False,
+    )
     return StageResult(facts=facts.model_dump(mode="json"), totals=totals, shard_sets=sets)
 
 
@@ -197,12 +204,13 @@ def _make_cache(planned: Plan, corpus: StageInput, teacher: ModelFacts | None, f
                 meter.advance(tokens=shards[-1].num_sequences * planned.seq_len)
         sets[_SET_NAMES[split]] = writer.shard_set(shards)
     recording = RecordingFacts(num_ids=top_k, profile=settings.profile, temperatures=(settings.temperature,))
+    write_tokenizer(corpus, settings.teacher, folder)
     facts = CacheFacts(
-        tokenizer=planned.facts,
-        context=settings.context,
+        **CorpusFacts.model_validate(corpus.manifest.facts).model_dump(),
         temperature=settings.temperature,
         recordings={"topk": recording},
         padded_vocab_size=vocab_size if teacher is None else teacher.padded_vocab_size,
+        num_teacher_parameters=None if teacher is None else teacher.num_parameters,
         engines=(ENGINE,),
         dtypes=(DTYPE,),
         mean_label_loss=counts.mean_label_loss,

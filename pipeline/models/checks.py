@@ -11,18 +11,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from capgap.pipeline.models.load import load_config, model_facts
+from capgap.pipeline.models.text import RunText
 from capgap.pipeline.models.tokenizers import load_tokenizer, require_extended_tokenizer, require_same_tokenizer
 from capgap.pipeline.stage.context import StageInput
 from capgap.schemas.errors import InputError, MismatchError
-from capgap.schemas.facts import CorpusFacts, ModelFacts
+from capgap.schemas.facts import ModelFacts
 from capgap.schemas.run_model import ModelShape
-
-TOKENIZER_FOLDER = "tokenizer"
 
 
 def corpus_tokenizer(corpus: StageInput) -> PreTrainedTokenizerBase:
-    """The tokenizer of a finished corpus."""
-    return load_tokenizer(corpus.path / TOKENIZER_FOLDER)
+    """The tokenizer of a finished corpus, or of a cache that stands for it."""
+    return RunText(corpus).tokenizer()
 
 
 def fresh_model(shape: ModelShape, corpus: StageInput, seed: int) -> PreTrainedModel:
@@ -31,7 +30,7 @@ def fresh_model(shape: ModelShape, corpus: StageInput, seed: int) -> PreTrainedM
     Weights have the standard deviation sqrt(2 / (5 hidden)) ("small init": Nguyen & Salazar, arXiv 1910.05895). With
     the 0.02 that is usual at widths of thousands, a narrow model spends its first hundreds of steps on a plateau.
     """
-    facts = CorpusFacts.model_validate(corpus.manifest.facts)
+    facts = RunText(corpus).facts
     config = LlamaConfig(
         vocab_size=facts.tokenizer.vocab_size,
         hidden_size=shape.hidden_size,
@@ -51,8 +50,8 @@ def fresh_model(shape: ModelShape, corpus: StageInput, seed: int) -> PreTrainedM
 
 
 def seq_len_of(corpus: StageInput) -> int:
-    """Targets per sequence of a finished corpus."""
-    return next(iter(corpus.manifest.shard_sets.values())).seq_len
+    """Targets per sequence of a finished corpus, or of a cache that stands for it."""
+    return RunText(corpus).seq_len
 
 
 @contextmanager
@@ -67,11 +66,11 @@ def _named(setting: str) -> Iterator[None]:
 def check_given_model(
     path: str, corpus: StageInput, setting: str, trust_remote_code: bool = False, *, to_be_adapted: bool = False
 ) -> tuple[str, ModelFacts]:
-    """Facts of a given model that fits the corpus, and its path, absolute where it is a folder.
+    """Facts of a given model that fits the text, and its path, absolute where it is a folder.
 
     Args:
         path: folder or id, as given.
-        corpus: the corpus that it must fit.
+        corpus: the corpus that it must fit, or the cache that stands for it.
         setting: the setting that names the model, for errors.
         trust_remote_code: run code that comes with it.
         to_be_adapted: the corpus's tokenizer may have entries that the model has not.
@@ -91,11 +90,12 @@ def check_given_model(
     with _named(where):
         tokenizer = load_tokenizer(resolved, trust_remote_code)
     require = require_extended_tokenizer if to_be_adapted else require_same_tokenizer
-    require(corpus_tokenizer(corpus), "the corpus", tokenizer, where)
+    whose = f"the {corpus.manifest.stage}"
+    require(corpus_tokenizer(corpus), whose, tokenizer, where)
     facts = model_facts(config, tokenizer, resolved, trust_remote_code)
     if facts.padded_vocab_size < facts.tokenizer.vocab_size:
         raise MismatchError(
-            "the model's vocabulary is smaller than the corpus's",
+            f"the model's vocabulary is smaller than {whose}'s",
             where=where,
             found=f"{facts.padded_vocab_size} rows in its embedding",
             expected=f"at least {facts.tokenizer.vocab_size}",
@@ -103,10 +103,10 @@ def check_given_model(
         )
     if facts.max_positions is not None and facts.max_positions < seq_len_of(corpus):
         raise InputError(
-            "the model takes shorter sequences than the corpus has",
+            f"the model takes shorter sequences than {whose} has",
             where=where,
             found=f"max_position_embeddings = {facts.max_positions}",
-            expected=f"at least corpus.seq_len = {seq_len_of(corpus)}",
-            fix="lower corpus.seq_len",
+            expected=f"at least {'' if RunText(corpus).of_cache else 'corpus.seq_len = '}{seq_len_of(corpus)}",
+            fix="use a model with more positions, or a smaller corpus.seq_len",
         )
     return resolved, facts

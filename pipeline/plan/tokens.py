@@ -9,17 +9,20 @@ from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.plan.measured import text_bytes_per_token
 from capgap.pipeline.plan.text import bytes_per_token, text_bytes
 from capgap.schemas.errors import CapgapError
-from capgap.schemas.facts import CorpusFacts
+from capgap.schemas.facts import CacheFacts, heldout_set, text_facts
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.plan import Figure
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_optimization import OptimizationSettings
 
 
-def vocab_size_of(run: RunFile, corpus: Manifest | None) -> float | None:
-    """Vocabulary of the corpus, or of the tokenizer that it is to have; None where that cannot be read."""
-    if corpus is not None:
-        return CorpusFacts.model_validate(corpus.facts).tokenizer.vocab_size
+def vocab_size_of(run: RunFile, text: Manifest | None) -> float | None:
+    """Vocabulary of the corpus, or of the cache that stands for it, or of the tokenizer that it is to have.
+
+    None where that cannot be read.
+    """
+    if text is not None:
+        return text_facts(text.stage, text.facts).tokenizer.vocab_size
     if run.corpus.tokenizer is None:
         return run.corpus.trained_vocab_size
     more = run.corpus.extend_vocabulary
@@ -30,16 +33,18 @@ def vocab_size_of(run: RunFile, corpus: Manifest | None) -> float | None:
 
 
 def split_tokens(
-    run: RunFile, corpus: Manifest | None, vocab_size: float | None, stated_bytes_per_token: float | None
+    run: RunFile, made: Manifest | None, vocab_size: float | None, stated_bytes_per_token: float | None
 ) -> dict[str, Figure]:
-    """Tokens of each split: counted where the corpus is made, else estimated from its text.
+    """Tokens of each split: counted where the corpus, or the cache that stands for it, is made, else estimated.
 
     Raises:
         InputError: a source of the corpus cannot be read.
     """
-    if corpus is not None:
-        counted = {name: part.num_tokens for name, part in corpus.shard_sets.items()}
-        return {name: Figure(value=counted.get(name, 0), source="the corpus") for name in SPLITS}
+    if made is not None:
+        counted = {name: part.num_tokens for name, part in made.shard_sets.items()}
+        for name in CacheFacts.model_validate(made.facts).recordings if made.stage == "cache" else ():
+            counted |= {"student": counted[name], "heldout": counted.get(heldout_set(name), 0)}
+        return {name: Figure(value=counted.get(name, 0), source=f"the {made.stage}") for name in SPLITS}
     settings = run.corpus
     text = text_bytes(settings.sources, settings.text_field)
     per_token = _bytes_per_token(run, vocab_size, stated_bytes_per_token)

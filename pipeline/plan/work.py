@@ -12,7 +12,8 @@ from capgap.pipeline.stage.manifests import Finished, finished_stage
 from capgap.pipeline.workflow.state import StageState, State
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.plan import Figure
-from capgap.schemas.run_file import ReusableStage, RunFile
+from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_sections import ReusableStage
 
 # A checkpoint holds weights and two moments in float32; two are kept while the third is written.
 _CHECKPOINT_BYTES, _CHECKPOINTS = 12, 3
@@ -165,12 +166,15 @@ def work_of(
     """
     corpus = finished("corpus", run, known)
     cache = finished("cache", run, known)
-    vocab_size = vocab_size_of(run, corpus)
-    splits = splits or split_tokens(run, corpus, vocab_size, stated_bytes_per_token)
+    # a finished cache stands for a corpus that the run does not have
+    text = cache if corpus is None and "corpus" not in known else corpus
+    vocab_size = vocab_size_of(run, text)
+    splits = splits or split_tokens(run, text, vocab_size, stated_bytes_per_token)
     cached = cache_tokens(run, cache, splits["student"])
     arms = [trained_tokens(run.train_settings(arm), cached) for arm in run.arms]
     heldout = splits["heldout"]
-    sequences = None if heldout.value is None else min(run.eval.num_sequences, heldout.value // run.corpus.seq_len)
+    seq_len = run.corpus.seq_len if text is None else next(iter(text.shard_sets.values())).seq_len
+    sequences = None if heldout.value is None else min(run.eval.num_sequences, heldout.value // seq_len)
     students = [state.manifest for state in known.values() if state.instance.stage == "student"]
     optimization = run.teacher.optimization
     return RunWork(

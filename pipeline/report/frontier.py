@@ -117,16 +117,16 @@ def _arm(context: StageContext, results: EvalResults, arm: str) -> CostedModel:
     scored, unknown = _scored_tokens(context, arm, tokens)
     if tokens is None:
         unknown = "its manifest has no number of training tokens"
-    if scored and results.teacher is None:
-        scored, unknown = None, "its teacher was not measured, so its size is not known"
+    teacher = _teacher_parameters(context, results)
+    if scored and teacher is None:
+        scored, unknown = None, "its teacher was not measured, and its size is not known"
     flops = with_teacher = None
     if tokens is not None and scored is not None:
-        teacher = 0 if results.teacher is None else results.teacher.num_parameters
-        flops = paper_flops(size, tokens) + scoring_flops(teacher, scored)
+        flops = paper_flops(size, tokens) + scoring_flops(teacher or 0, scored)
         taught = _trained_tokens(context, Instance("teacher"))
         if scored == 0 and not _made_from_teacher(context, models[0]):
             with_teacher = flops
-        elif taught is not None:
+        elif taught is not None and teacher is not None:
             with_teacher = flops + training_flops(teacher, taught)
         else:
             unknown = "on how many tokens its teacher was trained is not known"
@@ -160,6 +160,13 @@ def _scored_tokens(context: StageContext, arm: str, tokens: int | None) -> tuple
     cache = context.input("cache").manifest
     recording = next(iter(CacheFacts.model_validate(cache.facts).recordings))
     return cache.shard_sets[recording].num_tokens, ""
+
+
+def _teacher_parameters(context: StageContext, results: EvalResults) -> int | None:
+    """As it was measured, or as the cache says."""
+    if results.teacher is not None:
+        return results.teacher.num_parameters
+    return CacheFacts.model_validate(context.input("cache").manifest.facts).num_teacher_parameters
 
 
 def _made_from_teacher(context: StageContext, model: ModelResult) -> bool:

@@ -27,7 +27,7 @@ def stage_line(stage: StageInput, run: RunFile) -> StageLine:
         wall_s=manifest.wall_s,
         versions=manifest.versions,
         num_tokens=_num_tokens(manifest),
-        steps_tokens_per_s=_of_steps(stage.path / METRICS_NAME),
+        steps_tokens_per_s=None if stage.is_remote else _of_steps(stage.path / METRICS_NAME),
         num_devices=_num_devices(manifest, run),
     )
 

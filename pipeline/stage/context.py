@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from capgap.pipeline.stage.ranks import Ranks
-from capgap.pipeline.store import is_url
+from capgap.pipeline.store import folder_with, is_url
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.manifest import Manifest, ShardSet
 from capgap.schemas.run_file import RunFile
@@ -49,13 +49,43 @@ class StageInput:
     manifest: Manifest
 
     @property
+    def is_remote(self) -> bool:
+        """Whether it lies behind a URL, from where shards and small files are read."""
+        return is_url(self.location)
+
+    def fetch(self, folder: str) -> Path:
+        """One of its folders of small files, for example `tokenizer`, on a local disk and as the manifest lists it.
+
+        Raises:
+            CorruptError: a file is not what the manifest lists.
+            InputError: as `path` for all but a cache; or a file is missing, or the manifest of a cache behind a URL
+                lists none of this folder.
+        """
+        if self.manifest.stage != "cache":
+            self.require_local()
+        files = [file for file in self.manifest.files if file.path.startswith(f"{folder}/")]
+        if self.is_remote and not files:
+            raise InputError(
+                f"the folder {folder} is missing",
+                where=self.location,
+                found=f"no file of it in the manifest of this {self.manifest.stage}",
+                fix="upload the whole folder of the stage again",
+            )
+        return folder_with(self.location, files) / folder
+
+    @property
     def path(self) -> Path:
         """The folder on a local disk.
 
         Raises:
-            InputError: it lies behind a URL; only shards are read from there.
+            InputError: it lies behind a URL; only shards and small files are read from there.
         """
-        if is_url(self.location):
+        self.require_local()
+        return Path(self.location)
+
+    def require_local(self) -> None:
+        """Raise InputError if it lies behind a URL."""
+        if self.is_remote:
             raise InputError(
                 "must lie on a local disk",
                 where=f"reuse.{self.manifest.stage}",
@@ -63,7 +93,6 @@ class StageInput:
                 expected="a path; only a cache is read from a URL",
                 fix="download the folder and name that",
             )
-        return Path(self.location)
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,6 @@ class HeartbeatWriter:
         """Record what is done from here on, and on which device."""
         self._change(phase=phase, **({} if device is None else {"device": device}))
 
-    say = begin_phase  # until workflow/ calls it by its name
-
     def count_with(self, counter: Callable[[], Count] | None) -> None:
         """Ask `counter` from here on how far the stage is, at every write; None where nothing is counted any more."""
         self._counter = counter
@@ -193,7 +191,3 @@ def _stat(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
-
-
-# until workflow/ calls them by their names
-signs_of_life, current_signs, read_signs = heartbeat, current_heartbeat, read_heartbeats

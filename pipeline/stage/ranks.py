@@ -97,8 +97,6 @@ class Rendezvous:
         self._store.wait([key], _VALUE_TIMEOUT)
         return json.loads(self._store.get(key))
 
-    say, hear = publish, wait_for  # until workflow/ calls them by their names
-
     def is_first_to_fail(self) -> bool:
         """Whether no other rank has failed before; only the first one reports why. True where the store is gone."""
         try:
@@ -127,6 +125,3 @@ class Rendezvous:
         yield
         # not after an error: the others may never answer
         distributed.destroy_process_group()
-
-
-Meeting = Rendezvous  # until workflow/ calls it by its name

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from capgap.pipeline.store.batch import Batch
     from capgap.pipeline.store.codec import Codec, codec_for
     from capgap.pipeline.store.disk_cache import DiskCache
+    from capgap.pipeline.store.fetched import folder_with
     from capgap.pipeline.store.loader import SequenceLoader, target_temperature_of
     from capgap.pipeline.store.loader_settings import LoaderSettings
     from capgap.pipeline.store.memory import keep_freed_memory
@@ -44,6 +45,7 @@ _HOMES = {
     "ShardWriter": "writer",
     "check_alignment": "alignment",
     "codec_for": "codec",
+    "folder_with": "fetched",
     "is_url": "places",
     "keep_freed_memory": "memory",
     "place_of": "places",
@@ -68,6 +70,7 @@ __all__ = [
     "ShardWriter",
     "check_alignment",
     "codec_for",
+    "folder_with",
     "is_url",
     "keep_freed_memory",
     "place_of",

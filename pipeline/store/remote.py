@@ -52,7 +52,9 @@ class Remote:
             yield from self._chunks(path)
         except FileNotFoundError:
             raise InputError(
-                "the shard is missing", where=f"{self.url}/{path}", fix="upload the whole folder of the stage again"
+                f"the {'shard' if path.endswith('.tar') else 'file'} is missing",
+                where=f"{self.url}/{path}",
+                fix="upload the whole folder of the stage again",
             ) from None
 
     def _chunks(self, path: str) -> Iterator[bytes]:

@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from capgap.pipeline.models.checks import check_given_model, corpus_tokenizer, fresh_model
+from capgap.pipeline.models.checks import check_given_model, fresh_model
 from capgap.pipeline.models.load import MODEL_FOLDER, load_model, model_facts, model_path, save_model
+from capgap.pipeline.models.text import RunText
 from capgap.pipeline.models.tokenizers import chat_template_of
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.student.prune import prune, require_prunable
 from capgap.pipeline.train.heads import served_head
+from capgap.schemas.errors import SettingError
 from capgap.schemas.run_file import RunFile
 
 
 def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
-    """Refuse a shape that the teacher cannot be pruned to.
+    """Refuse a shape that the teacher cannot be pruned to, or a teacher that is not there.
 
     Raises:
-        InputError, SettingError: as `require_prunable`.
+        InputError, SettingError: as `require_prunable`; or the run has no teacher or corpus.
     """
     if run.student.prune is not None:
+        for name in ("teacher", "corpus"):
+            _require_there(name, inputs)
         require_prunable(run.student.prune, inputs["teacher"])
 
 
@@ -31,19 +35,19 @@ def run(context: StageContext) -> StageResult:
         InputError, MismatchError: as `check_given_model` and `served_head`.
         InputError, SettingError, MachineError: as `prune`.
     """
-    settings, corpus = context.run.student, context.input("corpus")
-    tokenizer = corpus_tokenizer(corpus)
+    settings, text = context.run.student, RunText.among(context.inputs)
+    tokenizer = text.tokenizer()
     totals: dict[str, Any] = {}
     if settings.model is not None:
         assert context.instance.seed is not None
-        model = fresh_model(settings.model, corpus, context.instance.seed)
+        model = fresh_model(settings.model, text.made, context.instance.seed)
     elif settings.prune is not None:
         teacher = model_path(context.input("teacher"))
         tokenizer.chat_template = chat_template_of(teacher) or tokenizer.chat_template
         model, totals = prune(context, settings.prune)
     else:
         assert settings.path is not None
-        path, facts = check_given_model(settings.path, corpus, "student.path", settings.trust_remote_code)
+        path, facts = check_given_model(settings.path, text.made, "student.path", settings.trust_remote_code)
         model = load_model(path, "cpu", None, settings.trust_remote_code)
         served_head(model, facts.tokenizer.vocab_size)  # refused here rather than by the first training
         tokenizer.chat_template = chat_template_of(path) or tokenizer.chat_template
@@ -57,3 +61,14 @@ def run(context: StageContext) -> StageResult:
             **totals,
         },
     )
+
+
+def _require_there(name: str, inputs: Mapping[str, StageInput]) -> None:
+    if name not in inputs:
+        raise SettingError(
+            f"a student that is pruned from the teacher needs the {name}, and this run has none",
+            where="student.prune",
+            found="a finished cache alone",
+            expected=f"a section {name}, or reuse.{name}",
+            fix="name teacher and corpus in the run file, or give the student as model or path",
+        )

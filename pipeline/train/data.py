@@ -47,11 +47,11 @@ def heldout_batches(task: TrainingTask) -> Iterator[Batch]:
     if task.heldout_targets is not None:
         num_scored = min(wanted, task.heldout_targets.shard_set.num_sequences)
         yield from _batches_of(task, task.heldout_targets, range(num_scored))
-    yield from _batches_of(task, task.heldout, range(num_scored, wanted))
+    yield from _batches_of(task, task.heldout, range(num_scored, wanted), text_alone=True)
 
 
-def _batches_of(task: TrainingTask, reader: ShardReader, wanted: range) -> Iterator[Batch]:
-    """The wanted sequences of the reader, or as many of them as there are."""
+def _batches_of(task: TrainingTask, reader: ShardReader, wanted: range, text_alone: bool = False) -> Iterator[Batch]:
+    """Those of the reader's sequences, or as many of them as there are; with `text_alone` without their targets."""
     first = 0
     for index, size in enumerate(m.num_sequences for s in reader.shard_set.shards for m in s.each_member()):
         rows = range(max(wanted.start - first, 0), min(wanted.stop - first, size))
@@ -60,7 +60,8 @@ def _batches_of(task: TrainingTask, reader: ShardReader, wanted: range) -> Itera
             continue
         sequences, targets = reader.read(index)
         for start in range(rows.start, rows.stop, task.micro_batch):
-            part = [(sequences, targets, row) for row in range(start, min(start + task.micro_batch, rows.stop))]
+            kept = None if text_alone else targets
+            part = [(sequences, kept, row) for row in range(start, min(start + task.micro_batch, rows.stop))]
             yield collate(part, reader.codec.num_ids, task.target_temperature, task.context)
 
 

@@ -54,7 +54,8 @@ def model_card(
     lines = {
         "teacher": _teacher(cache),
         "student before": _student(context),
-        "corpus": f"{_sources(context)}, {totals['num_tokens']:,} tokens trained on ({totals['num_epochs']:g} epochs)",
+        "corpus": f"{', '.join(cached.text_sources)}, {totals['num_tokens']:,} tokens trained on "
+        f"({totals['num_epochs']:g} epochs)",
         "recording": _recording(cached, recording, temperature) if settings.alpha > 0 else "none: cross-entropy alone",
         "loss": _loss(settings, temperature),
         "optimization": f"{totals['num_steps']:,} steps of {settings.batch_sequences} sequences, peak learning rate "
@@ -150,11 +151,6 @@ def _student(context: StageContext) -> str:
     if given.prune is not None:
         return "the teacher, pruned"
     return given.path if given.path is not None else "fresh weights"
-
-
-def _sources(context: StageContext) -> str:
-    sources = context.input("corpus").manifest.resolved.get("corpus", {}).get("sources", ())
-    return ", ".join(map(str, sources)) or "text"
 
 
 def _recording(cached: CacheFacts, recording: RecordingName, temperature: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +17,8 @@ from capgap.pipeline.models.load import (
     model_path,
     save_model,
 )
-from capgap.pipeline.models.tokenizers import chat_template_of, load_tokenizer
+from capgap.pipeline.models.text import RunText
+from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.scalars import METRICS_NAME
 from capgap.pipeline.store import ShardReader
@@ -31,7 +31,7 @@ from capgap.pipeline.train.objective import objective_of
 from capgap.pipeline.train.online_teacher import online_teacher
 from capgap.pipeline.train.strategy import is_sharded
 from capgap.pipeline.train.task import TrainingTask
-from capgap.schemas.errors import MismatchError
+from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.facts import heldout_set
 from capgap.schemas.run_file import RunFile
 
@@ -44,17 +44,20 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     Raises:
         MismatchError: caches, corpus and student do not belong together, or a recording has not what the loss needs.
         SettingError: a cache lacks the recording or the temperature, or caches do not fit into rows of one length; or
-            there is no such logger.
-        InputError: a cache is empty or smaller than a step, or longer than the student takes; or a logger's package is
-            not installed.
+            there is no such logger; or the teacher is to take part, and the run has none.
+        InputError: a cache is empty or smaller than a step, or longer than the student takes; or neither the cache nor
+            a corpus has held-out sequences; or a logger's package is not installed.
     """
     assert instance.arm is not None
     settings = run.train_settings(instance.arm)
-    _require_same_corpus(inputs["cache"], inputs["corpus"])
-    require_fit(settings, chosen_caches(settings, inputs), inputs[f"student/seed-{instance.seed}"])
+    if "corpus" in inputs:
+        _require_same_corpus(inputs["cache"], inputs["corpus"])
+    caches = chosen_caches(settings, inputs)
+    require_fit(settings, caches, inputs[f"student/seed-{instance.seed}"])
+    RunText.among(inputs).heldout_shards(caches[None].recording)
     require_loggers(settings.loggers)
     if settings.needs_teacher:
-        _require_same_teacher(inputs["cache"], inputs["teacher"])
+        _require_same_teacher(inputs["cache"], inputs.get("teacher"))
 
 
 def run(context: StageContext) -> StageResult:
@@ -65,7 +68,7 @@ def run(context: StageContext) -> StageResult:
         MachineError: as `fit`; or the teacher is to take part, and does not fit on the device beside the student.
     """
     check(context.run, context.instance, context.inputs)
-    instance, corpus = context.instance, context.input("corpus")
+    instance, text = context.instance, RunText.among(context.inputs)
     assert instance.arm is not None and instance.seed is not None
     student = context.input(f"student/seed-{instance.seed}")
     settings = context.run.train_settings(instance.arm)
@@ -87,7 +90,7 @@ def run(context: StageContext) -> StageResult:
         title=f"train: {instance.arm}, seed {instance.seed}",
         settings=settings,
         training=source.reader,
-        heldout=ShardReader(corpus.path, corpus.manifest.shard_sets["heldout"]),
+        heldout=text.heldout(own.recording),
         alpha=settings.alpha,
         temperature=own.temperature,
         target_temperature=source.target_temperature,
@@ -106,7 +109,7 @@ def run(context: StageContext) -> StageResult:
     totals = fit(model, task)
     if not context.ranks.is_first:
         return StageResult()
-    tokenizer = _with_chat_template(load_tokenizer(path, trusted), _teacher_path(context.input("cache")))
+    tokenizer = _with_chat_template(load_tokenizer(path, trusted), context.input("cache"))
     folder = context.folder / MODEL_FOLDER
     save_model(model, tokenizer, folder)
     made = model_facts(model, tokenizer)
@@ -115,18 +118,11 @@ def run(context: StageContext) -> StageResult:
     return StageResult(facts=made.model_dump(mode="json"), totals=totals)
 
 
-def _with_chat_template(tokenizer: PreTrainedTokenizerBase, teacher: str) -> PreTrainedTokenizerBase:
-    """The student's tokenizer; where it has no chat template, with the teacher's, if that is on this machine."""
+def _with_chat_template(tokenizer: PreTrainedTokenizerBase, cache: StageInput) -> PreTrainedTokenizerBase:
+    """The student's tokenizer; where it has no chat template, with the cache's, which may be the teacher's."""
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = chat_template_of(teacher)
+        tokenizer.chat_template = RunText(cache).tokenizer().chat_template
     return tokenizer
-
-
-def _teacher_path(cache: StageInput) -> str:
-    """Folder or id of the teacher that made the cache."""
-    teacher = cache.manifest.resolved["teacher"]
-    given: str | None = None if teacher.get("adapt") else teacher["path"]
-    return given or str(Path(cache.manifest.inputs["teacher"].path) / MODEL_FOLDER)
 
 
 def _require_same_corpus(cache: StageInput, corpus: StageInput) -> None:
@@ -141,7 +137,15 @@ def _require_same_corpus(cache: StageInput, corpus: StageInput) -> None:
         )
 
 
-def _require_same_teacher(cache: StageInput, teacher: StageInput) -> None:
+def _require_same_teacher(cache: StageInput, teacher: StageInput | None) -> None:
+    if teacher is None:
+        raise SettingError(
+            "the teacher is to be asked online, and this run has none",
+            where="train.targets",
+            found="online",
+            expected="cache, where a finished cache stands for the teacher",
+            fix="learn from the cache (targets: cache), or name teacher and corpus in the run file",
+        )
     made_by = cache.manifest.inputs["teacher"]
     if made_by.identity != teacher.manifest.identity:
         raise MismatchError(

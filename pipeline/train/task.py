@@ -42,7 +42,7 @@ class TrainingTask:
         title: shown at the progress bar.
         settings: of the optimization.
         training: shards to train on.
-        heldout: shards to measure the held-out loss on.
+        heldout: shards to measure the held-out loss on; of targets in them nothing is read.
         alpha: weight of the KL to the targets; 0 for shards without targets.
         temperature: of the targets.
         seed: of the data order.

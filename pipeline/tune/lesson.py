@@ -47,7 +47,7 @@ class Lesson:
             return {
                 "training": source.reader,
                 "heldout": self.cache.heldout,
-                "heldout_targets": self.cache.heldout_targets,
+                "heldout_targets": self.cache.heldout,
                 "alpha": settings.loss_settings().alpha,
                 "temperature": chosen.temperature,
                 "target_temperature": source.target_temperature,

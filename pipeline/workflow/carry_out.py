@@ -22,11 +22,11 @@ from capgap.pipeline.stage.folder import (
     lock_folder,
     remove_halves,
 )
-from capgap.pipeline.stage.heartbeat import current_signs, signs_of_life
+from capgap.pipeline.stage.heartbeat import current_heartbeat, heartbeat
 from capgap.pipeline.stage.identity import content_of
 from capgap.pipeline.stage.lease import cpu_group, leases
 from capgap.pipeline.stage.manifests import record_sources
-from capgap.pipeline.stage.ranks import Meeting, Ranks
+from capgap.pipeline.stage.ranks import Ranks, Rendezvous
 from capgap.pipeline.stage.versions import versions
 from capgap.pipeline.stages import stage_named
 from capgap.pipeline.workflow.sources import source_paths
@@ -37,13 +37,13 @@ from capgap.schemas.run_file import RunFile
 
 
 def carry_out(
-    run: RunFile, instance: Instance, *, remake: bool = False, wait: bool = True, meeting: Meeting | None = None
+    run: RunFile, instance: Instance, *, remake: bool = False, wait: bool = True, rendezvous: Rendezvous | None = None
 ) -> Manifest:
     """Make the instance's folder current and return its manifest.
 
     A finished folder of the same identity is left alone unless `remake` is set, and one of another identity that cost
     device time is not replaced without it; an unfinished one is continued. Where other processes work on it too, they
-    hear at the meeting whether it was begun.
+    hear at the rendezvous whether it was begun.
 
     Raises:
         InputError: an input is not current.
@@ -60,17 +60,17 @@ def carry_out(
         state = known.of(instance.name)
         if state.state is State.CURRENT and not remake and state.manifest is not None:
             event("stage_current", f"{instance.name} is current: nothing to do")
-            _say_begun(meeting, False)
+            _publish_begun(rendezvous, False)
             return state.manifest
         stage_named(instance.stage).check(run, instance, inputs)
         make_ready(run, state, remake)
         order = order_of(state, inputs)
         begin(state.folder, order)
         clock.begin()
-        with signs_of_life(state.folder / WORK_FOLDER):
+        with heartbeat(state.folder / WORK_FOLDER):
             sources = record_sources(source_paths(run, instance))
-            _say_begun(meeting, True)
-            return finish_with(run, state, order, sources, work(run, state, inputs, wait, meeting), clock)
+            _publish_begun(rendezvous, True)
+            return finish_with(run, state, order, sources, work(run, state, inputs, wait, rendezvous), clock)
     finally:
         lock.release()
 
@@ -126,9 +126,9 @@ def finish_with(
         command=tuple(sys.argv),
         resolved=run.model_dump(mode="json"),
     )
-    if (signs := current_signs()) is not None:
+    if (beat := current_heartbeat()) is not None:
         # the folder that they lie in goes
-        signs.stop()
+        beat.stop()
     finished = finish(state.folder, manifest)
     event("stage_done", f"{order.instance}: done in {clock.wall_s:.1f} s", wall_s=clock.wall_s, totals=result.totals)
     return finished
@@ -169,13 +169,13 @@ def make_ready(run: RunFile, state: StageState, remake: bool) -> None:
 
 
 def work(
-    run: RunFile, state: StageState, inputs: dict[str, StageInput], wait: bool, meeting: Meeting | None = None
+    run: RunFile, state: StageState, inputs: dict[str, StageInput], wait: bool, rendezvous: Rendezvous | None = None
 ) -> StageResult:
     """Run the stage itself, on its devices, in a folder that was begun.
 
     Of several processes at it, the first on each machine holds the leases of that machine's devices.
     """
-    stage, ranks = stage_named(state.instance.stage), Ranks() if meeting is None else meeting.ranks
+    stage, ranks = stage_named(state.instance.stage), Ranks() if rendezvous is None else rendezvous.ranks
     with contextlib.ExitStack() as stack:
         device, holder, group = "cpu", f"{state.instance.name} of run {run.name}", ""
         if stage.on_device:
@@ -186,36 +186,36 @@ def work(
                 group = f"{os.uname().nodename} {os.getpid()} {time.monotonic_ns()}"
             is_training = stage.training(run, state.instance) is not None
             devices = devices_from(device, ranks.local_size if is_training else engines.num_devices)
-            _say_phase("waits for its device")
+            _begin_phase("waits for its device")
             # with replicas on GPUs each takes the lease on its own, which this process does not know: Ray picks them
             if (engines.replicas == 1 or device == "cpu") and ranks.local_rank == 0:
                 stack.enter_context(leases(devices, holder, wait, group))
-            if meeting is not None:
+            if rendezvous is not None:
                 device = devices[ranks.local_rank % len(devices)]
-                stack.enter_context(_on_leased_devices(meeting, device))
+                stack.enter_context(_on_leased_devices(rendezvous, device))
         event("stage_started", f"{state.instance.name}: begun on {device}", device=device, command=sys.argv)
-        _say_phase("prepares", device if stage.on_device else "")
+        _begin_phase("prepares", device if stage.on_device else "")
         (state.folder / WORK_FOLDER).mkdir(exist_ok=True)
         return stage.run(StageContext(run, state.instance, state.folder, inputs, device, holder, wait, group, ranks))
 
 
-def _say_phase(phase: str, device: str | None = None) -> None:
-    if (signs := current_signs()) is not None:
-        signs.say(phase, device)
+def _begin_phase(phase: str, device: str | None = None) -> None:
+    if (beat := current_heartbeat()) is not None:
+        beat.begin_phase(phase, device)
 
 
 @contextlib.contextmanager
-def _on_leased_devices(meeting: Meeting, device: str) -> Iterator[None]:
+def _on_leased_devices(rendezvous: Rendezvous, device: str) -> Iterator[None]:
     """The group of all ranks, once every machine's devices are leased."""
-    leased = f"leased on machine {meeting.ranks.node}"
-    if meeting.ranks.local_rank == 0:
-        meeting.say(leased)
+    leased = f"leased on machine {rendezvous.ranks.node}"
+    if rendezvous.ranks.local_rank == 0:
+        rendezvous.publish(leased)
     else:
-        meeting.hear(leased)
-    with meeting.group(device):
+        rendezvous.wait_for(leased)
+    with rendezvous.group(device):
         yield
 
 
-def _say_begun(meeting: Meeting | None, begun: bool) -> None:
-    if meeting is not None:
-        meeting.say("begun", begun)
+def _publish_begun(rendezvous: Rendezvous | None, begun: bool) -> None:
+    if rendezvous is not None:
+        rendezvous.publish("begun", begun)

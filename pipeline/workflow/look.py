@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capgap.pipeline.stage.folder import WORK_FOLDER
-from capgap.pipeline.stage.heartbeat import is_alive, read_signs
+from capgap.pipeline.stage.heartbeat import is_alive, read_heartbeats
 from capgap.pipeline.stage.scalars import METRICS_NAME
 from capgap.pipeline.workflow.state import StageState, State, states
-from capgap.schemas.heartbeat import SignOfLife
+from capgap.schemas.heartbeat import Heartbeat
 from capgap.schemas.run_file import RunFile
 
 # the end of a file of any length; a row has a few hundred bytes
@@ -35,7 +35,7 @@ class Look:
         name: of the instance, or of a stage that is reused.
         state: where it stands by its manifest; `reused` for a stage of another run.
         why: in words, where it is not current; the folder of one that is reused.
-        at_work: signs of life of the processes that are at it, the latest first.
+        at_work: heartbeats of the processes that are at it, the latest first.
         gone: of those that were, and ended without finishing it, the latest first.
         loss: of the last row that a training has logged.
     """
@@ -44,8 +44,8 @@ class Look:
     stage: str
     state: str
     why: str
-    at_work: tuple[SignOfLife, ...] = ()
-    gone: tuple[SignOfLife, ...] = ()
+    at_work: tuple[Heartbeat, ...] = ()
+    gone: tuple[Heartbeat, ...] = ()
     loss: float | None = None
 
     @property
@@ -56,20 +56,20 @@ class Look:
     @property
     def tokens_per_s(self) -> float | None:
         """Of all processes at work together."""
-        rates = [sign.count.tokens_per_s for sign in self.at_work if sign.count and sign.count.tokens_per_s]
+        rates = [beat.count.tokens_per_s for beat in self.at_work if beat.count and beat.count.tokens_per_s]
         return sum(rates) if rates else None
 
     @property
     def eta_s(self) -> float | None:
         """Seconds to the end of what is counted now, of the slowest process."""
-        lefts = [sign.count.eta_s for sign in self.at_work if sign.count and sign.count.eta_s is not None]
+        lefts = [beat.count.eta_s for beat in self.at_work if beat.count and beat.count.eta_s is not None]
         return max(lefts) if lefts else None
 
     @property
     def seen_s_ago(self) -> float | None:
-        """Age of the last sign of life; None where none is left."""
-        signs = (*self.at_work, *self.gone)
-        return max(0.0, time.time() - max(sign.written_s for sign in signs)) if signs else None
+        """Age of the last heartbeat; None where none is left."""
+        beats = (*self.at_work, *self.gone)
+        return max(0.0, time.time() - max(beat.written_s for beat in beats)) if beats else None
 
 
 def look_at(run: RunFile) -> list[Look]:
@@ -91,9 +91,9 @@ def _look(state: StageState) -> Look:
     name, stage = state.instance.name, state.instance.stage
     if state.state is State.CURRENT:
         return Look(name, stage, state.state, "")
-    signs = read_signs(state.folder / WORK_FOLDER)
-    at_work = tuple(sign for sign in signs if is_alive(sign))
-    gone = tuple(sign for sign in signs if sign not in at_work)
+    beats = read_heartbeats(state.folder / WORK_FOLDER)
+    at_work = tuple(beat for beat in beats if is_alive(beat))
+    gone = tuple(beat for beat in beats if beat not in at_work)
     loss = last_loss(state.folder / METRICS_NAME) if at_work else None
     return Look(name, stage, state.state, state.why, at_work, gone, loss)
 

@@ -25,7 +25,7 @@ from capgap.pipeline.stage.folder import (
     in_use,
     make_folder,
 )
-from capgap.pipeline.stage.heartbeat import signs_of_life
+from capgap.pipeline.stage.heartbeat import heartbeat
 from capgap.pipeline.stage.lease import leases
 from capgap.pipeline.stage.locks import ProcessLock
 from capgap.pipeline.stages import stage_named
@@ -72,11 +72,11 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
         # slices on GPUs have one each; on CPUs they share what there is
         group = str(state.folder.resolve()) if device == "cpu" else ""
         with (
-            signs_of_life(state.folder / WORK_FOLDER, shared=True) as signs,
+            heartbeat(state.folder / WORK_FOLDER, shared=True) as beat,
             leases(devices_from(device, engines.num_devices), holder, wait, group),
         ):
             clock.begin()
-            signs.say(f"slice {part}", device)
+            beat.begin_phase(f"slice {part}", device)
             event("stage_started", f"{instance.name}: slice {part} begun on {device}", device=device, slice=str(part))
             slices.make_slice(job, part)
             if not slices.all_made(job):
@@ -84,7 +84,7 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
                 event("slice_done", f"{instance.name}: {done}; other slices have the rest to do", slice=str(part))
                 return None
             # whoever is first at the end removes the folder that they lie in
-            signs.stop()
+            beat.stop()
             with _turn(state.folder):
                 if (found := _finished(run, instance)) is not None:
                     return found

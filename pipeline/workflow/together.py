@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 
 from capgap.pipeline.stage.context import Instance
-from capgap.pipeline.stage.ranks import Meeting, ranks_in_environment
+from capgap.pipeline.stage.ranks import Rendezvous, ranks_in_environment
 from capgap.pipeline.stages import stage_named
 from capgap.pipeline.workflow.carry_out import carry_out, work
 from capgap.pipeline.workflow.launch import LOST, is_launched, launch
@@ -44,35 +44,35 @@ def carry_out_on_devices(run: RunFile, instance: Instance, *, remake: bool = Fal
         else:
             carry_out(run, instance, remake=remake, wait=wait)
         return
-    meeting = Meeting(ranks, instance.name)
+    rendezvous = Rendezvous(ranks, instance.name)
     try:
         _require_shares(recipe, ranks.world_size)
         if ranks.is_first:
-            carry_out(run, instance, remake=remake, wait=wait, meeting=meeting)
+            carry_out(run, instance, remake=remake, wait=wait, rendezvous=rendezvous)
         else:
-            _follow(run, instance, wait, meeting)
+            _follow(run, instance, wait, rendezvous)
     except Exception as error:
-        raise _as_one_voice(error, instance, meeting) from None
+        raise _as_one_voice(error, instance, rendezvous) from None
 
 
-def _follow(run: RunFile, instance: Instance, wait: bool, meeting: Meeting) -> None:
+def _follow(run: RunFile, instance: Instance, wait: bool, rendezvous: Rendezvous) -> None:
     logging.getLogger("capgap").setLevel(logging.WARNING)
-    if not meeting.hear("begun"):
+    if not rendezvous.wait_for("begun"):
         return
     known = RunStates(run)
-    work(run, known.of(instance.name), known.inputs_of(instance), wait, meeting)
+    work(run, known.of(instance.name), known.inputs_of(instance), wait, rendezvous)
 
 
-def _as_one_voice(error: Exception, instance: Instance, meeting: Meeting) -> Exception:
+def _as_one_voice(error: Exception, instance: Instance, rendezvous: Rendezvous) -> Exception:
     """The error as it is for the first process that fails, and one that says nothing for those that fail after it."""
-    is_first_to_fail = meeting.is_first_to_fail()
-    if meeting.ranks.is_first:
-        meeting.say("begun", False)
+    is_first_to_fail = rendezvous.is_first_to_fail()
+    if rendezvous.ranks.is_first:
+        rendezvous.publish("begun", False)
     if is_first_to_fail and not _lost_a_peer(error):
         return error
     lost = LostRankError(
         "another process of this training ended without a word",
-        where=f"{instance.name}, rank {meeting.ranks.rank}",
+        where=f"{instance.name}, rank {rendezvous.ranks.rank}",
         found=str(error).splitlines()[0],
         fix="look for what killed it (memory?), and run the same command again",
     )

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import subprocess
-import sys
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from subprocess import PIPE
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 
@@ -109,40 +103,3 @@ def make_corpus_run(texts: Path, tmp_path: Path) -> Callable[..., RunFile]:
         )
 
     return make
-
-
-# Flask, in the process in which vLLM starts, would break vLLM's walk over all modules. The server ends with its input.
-_S3_SERVER = """
-import sys
-from moto.server import ThreadedMotoServer
-
-server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-server.start()
-print(*server.get_host_and_port(), flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.fixture(scope="session")
-def s3_address() -> Iterator[str]:
-    for name in ("s3fs", "moto", "flask_cors"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
-    with subprocess.Popen([sys.executable, "-P", "-c", _S3_SERVER], stdin=PIPE, stdout=PIPE, text=True) as server:
-        assert server.stdin is not None and server.stdout is not None
-        host, port = server.stdout.readline().split()
-        yield f"http://{host}:{port}"
-        server.stdin.close()
-
-
-@pytest.fixture
-def s3_server(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Its address; clients in this process, and in those it starts, find it through the environment."""
-    given = {"AWS_ENDPOINT_URL": s3_address, "AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
-    for name, value in (given | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
-        monkeypatch.setenv(name, value)
-    # one server holds what every test has put there
-    urllib.request.urlopen(urllib.request.Request(f"{s3_address}/moto-api/reset", method="POST")).close()
-    fsspec.filesystem("s3").clear_instance_cache()
-    yield s3_address
-    fsspec.filesystem("s3").clear_instance_cache()

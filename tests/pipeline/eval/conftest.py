@@ -31,6 +31,7 @@ from capgap.schemas.run_file import RunFile
 
 VOCAB_SIZE = 128
 TOKENIZER = TokenizerFacts(fingerprint="f" * 64, vocab_size=128, eos_id=0)
+TEXT = SplitFacts(num_documents=6, num_text_bytes=480, num_text_tokens=144)
 
 
 @pytest.fixture(scope="session")
@@ -131,8 +132,13 @@ def _corpus(folder: Path, sequences: Sequences) -> StageInput:
     writer = ShardWriter(folder, folder / "sidecars", "heldout", codec)
     blocks = [sequences.part(slice(3)), sequences.part(slice(3, 5))], [sequences.part(slice(5, None))]
     shards = [writer.write(i, [Block(part) for part in parts]) for i, parts in enumerate(blocks)]
-    splits = {"heldout": SplitFacts(num_documents=6, num_text_bytes=480, num_text_tokens=144)}
-    facts = CorpusFacts(tokenizer=TOKENIZER, splits=splits)
+    facts = CorpusFacts(
+        tokenizer=TOKENIZER,
+        context="packed",
+        splits={"heldout": TEXT},
+        text_sources=("somewhere",),
+        whole_conversations=False,
+    )
     return StageInput(folder, _manifest("corpus", facts.model_dump(mode="json"), {"heldout": writer.shard_set(shards)}))
 
 
@@ -166,9 +172,13 @@ def _cache(folder: Path, sequences: Sequences, teacher: LlamaForCausalLM, kinds:
     facts = CacheFacts(
         tokenizer=TOKENIZER,
         context="packed",
+        splits={"heldout": TEXT},
+        text_sources=("somewhere",),
+        whole_conversations=False,
         temperature=temperature,
         recordings=recordings,
         padded_vocab_size=160,
+        num_teacher_parameters=teacher.num_parameters(),
         engines=("transformers 5",),
         dtypes=("float32",),
         mean_label_loss=1.0,

@@ -63,9 +63,13 @@ def make_cache() -> Callable[..., StageInput]:
         facts = CacheFacts(
             tokenizer=TokenizerFacts(fingerprint="f" * 64, vocab_size=VOCAB_SIZE, eos_id=0),
             context="packed",
+            splits={},
+            text_sources=("somewhere",),
+            whole_conversations=False,
             temperature=1.0,
             recordings=recordings,
             padded_vocab_size=VOCAB_SIZE,
+            num_teacher_parameters=None,
             engines=("planted",),
             dtypes=("float32",),
             mean_label_loss=0.0,

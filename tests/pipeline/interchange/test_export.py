@@ -146,9 +146,13 @@ def test_counts_of_draws_go_out_as_they_are(tmp_path: Path) -> None:
         facts = CacheFacts(
             tokenizer=TokenizerFacts(fingerprint="none", vocab_size=40, eos_id=0),
             context="packed",
+            splits={},
+            text_sources=("somewhere",),
+            whole_conversations=False,
             temperature=1.0,
             recordings={"sampled": RecordingFacts(num_ids=4, temperatures=(1.0,))},
             padded_vocab_size=40,
+            num_teacher_parameters=None,
             engines=("by hand",),
             dtypes=("float32",),
             mean_label_loss=0.2877,

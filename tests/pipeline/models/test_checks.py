@@ -28,7 +28,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def corpus(tokenizer, tmp_path_factory) -> StageInput:
     folder = tmp_path_factory.mktemp("corpus")
     tokenizer.save_pretrained(folder / "tokenizer")
-    facts = CorpusFacts(tokenizer=tokenizer_facts(tokenizer), splits={})
+    facts = CorpusFacts(
+        tokenizer=tokenizer_facts(tokenizer),
+        context="packed",
+        splits={},
+        text_sources=("text",),
+        whole_conversations=False,
+    )
     shard_set = ShardSet(codec="sequences-planes-1", codec_settings={}, seq_len=SEQ_LEN, shards=())
     manifest = Manifest(
         stage="corpus",

@@ -15,6 +15,7 @@ from capgap.pipeline.plan.break_even import least_students
 from capgap.pipeline.plan.plan import far_from_home
 from capgap.pipeline.plan.published import scaling_best_teacher
 from capgap.pipeline.plan.sizes import shape_parameters
+from capgap.pipeline.plan.work import work_of
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.state import states
@@ -227,3 +228,18 @@ def test_a_teacher_far_from_home_is_told_to_be_adapted(run: Callable[..., RunFil
         notes = make_plan(there, Stated()).notes
         assert any("0.300 above" in note and "teacher.adapt" in note for note in notes) == said
     assert not far_from_home(1.0, None), "nothing is known of a corpus that was not scored"
+
+
+def test_a_cache_that_stands_for_the_corpus_says_how_much_text_there_is(run: Callable[..., RunFile]) -> None:
+    made = run(teacher={"model": SHAPE, "training": {"max_tokens": 256}})
+    for stage in ("corpus", "teacher", "cache"):
+        carry_out(made, Instance(stage))
+    known = states(made)
+    corpus, cache = known["corpus"].manifest, known["cache"].manifest
+    assert corpus is not None and cache is not None
+    alone = run(reuse={"cache": str(known["cache"].folder)}, corpus={"vocab_size": 999, "seq_len": 2048})
+    found = work_of(alone, {}, None)
+    assert found.vocab_size == corpus.facts["tokenizer"]["vocab_size"]  # type: ignore[index, call-overload]
+    assert found.split_tokens["student"].value == corpus.shard_sets["student"].num_tokens
+    assert found.eval_sequences.value == cache.shard_sets["heldout-sampled"].num_sequences
+    assert {figure.source for figure in found.split_tokens.values()} == {"the cache"}

@@ -66,6 +66,9 @@ def _manifest(name: str, recordings: dict[str, int]) -> Manifest:
         facts = CacheFacts(
             tokenizer=TOKENIZER,
             context="packed",
+            splits={},
+            text_sources=("somewhere",),
+            whole_conversations=False,
             temperature=1.0,
             recordings={
                 name: RecordingFacts(
@@ -76,6 +79,7 @@ def _manifest(name: str, recordings: dict[str, int]) -> Manifest:
                 for name, num_ids in recordings.items()
             },
             padded_vocab_size=4224,
+            num_teacher_parameters=7_610_000,
             engines=("<b>vllm</b> 0.30.1",),
             dtypes=("float32",),
             mean_label_loss=2.9,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import pytest
 from tiny_chats import MAX_LEN, conversations, write
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.context import Instance, StageInput
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import read_blocks
 from capgap.pipeline.train.metrics import read_rows
+from capgap.pipeline.tune.lesson import lesson_of
 from capgap.pipeline.tune.template import with_template
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.state import State, states
-from capgap.schemas.errors import CapgapError
+from capgap.schemas.errors import CapgapError, InputError
 from capgap.schemas.run_file import RunFile
 
 TUNE = Instance("tune", arm="distilled", seed=0)
@@ -142,6 +145,26 @@ def test_the_runs_own_cache_is_an_input_and_need_not_be_finished_before(taught: 
     assert fresh[TUNE.name].order.inputs.keys() == {"train/distilled/seed-0", "cache"}
     manifest = carry_out(_run(taught, cache="own", num_epochs=1), TUNE, force=True)
     assert manifest.inputs.keys() == {"train/distilled/seed-0", "cache"}
+
+
+def test_neither_corpus_nor_teacher_need_be_there(taught: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(taught["tune"]["cache"], tmp_path / "cache")
+    manifest = read_manifest(tmp_path / "cache")
+    assert manifest is not None
+    gone = {name: entry.model_copy(update={"path": "/nowhere"}) for name, entry in manifest.inputs.items()}
+    at = StageInput(tmp_path / "cache", manifest.model_copy(update={"inputs": gone}))
+    settings = _run(taught).tune
+    assert settings is not None
+    student = str(Path(taught["out"]) / "train" / "distilled" / "seed-0" / "model")
+    lesson = lesson_of(settings, student, at)
+    assert (
+        lesson.format.tokenizer.chat_template == AutoTokenizer.from_pretrained(taught["teacher"]["path"]).chat_template
+    )
+    assert lesson.cache is not None
+    assert lesson.cache.heldout.shard_set == manifest.shard_sets["heldout-topk"]
+    kept = {name: shards for name, shards in manifest.shard_sets.items() if not name.startswith("heldout")}
+    with pytest.raises(InputError, match=r"tune\.cache: .*the cache holds no held-out conversations"):
+        lesson_of(settings, student, StageInput(at.location, manifest.model_copy(update={"shard_sets": kept})))
 
 
 @pytest.mark.parametrize(

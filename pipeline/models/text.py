@@ -1,0 +1,125 @@
+"""The text side of a run: tokenizer, context rule, held-out sequences, bytes of text.
+
+corpus in the run     --> from the corpus
+a finished cache only --> from the cache, which holds the same tokenizer, facts, and its own held-out sequences
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from capgap.pipeline.models.tokenizers import chat_template_of, load_tokenizer
+from capgap.pipeline.stage.context import StageInput
+from capgap.pipeline.store import ShardReader
+from capgap.pipeline.store.files import write_atomically
+from capgap.schemas.errors import InputError
+from capgap.schemas.facts import CacheFacts, TextFacts, heldout_set, text_facts
+from capgap.schemas.manifest import ShardSet
+from capgap.schemas.run_cache import RecordingName
+
+TOKENIZER_FOLDER = "tokenizer"
+# as transformers writes it beside a tokenizer, and reads it
+_CHAT_TEMPLATE_NAME = "chat_template.jinja"
+
+_CORPUS, _CACHE = "corpus", "cache"
+
+
+@dataclass(frozen=True)
+class RunText:
+    """What a stage must know of the text that it works on.
+
+    Attributes:
+        made: the finished corpus, or a finished cache that stands for it.
+    """
+
+    made: StageInput
+
+    @classmethod
+    def among(cls, inputs: Mapping[str, StageInput]) -> RunText:
+        """That of a stage's inputs: of the corpus where it is one of them, otherwise of the cache."""
+        return cls(inputs[_CORPUS if _CORPUS in inputs else _CACHE])
+
+    @property
+    def of_cache(self) -> bool:
+        """Whether a cache stands for the corpus."""
+        return self.made.manifest.stage == _CACHE
+
+    @property
+    def facts(self) -> TextFacts:
+        """Tokenizer, context rule, and how many bytes the text of each split has."""
+        return text_facts(self.made.manifest.stage, self.made.manifest.facts)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The tokenizer's files, on a local disk.
+
+        Raises:
+            CorruptError, InputError: they are not what was written, or cannot be fetched.
+        """
+        return self.made.fetch(TOKENIZER_FOLDER)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer itself; errors as `tokenizer_folder`."""
+        return load_tokenizer(self.tokenizer_folder)
+
+    @property
+    def seq_len(self) -> int:
+        """Targets per sequence."""
+        return next(iter(self.made.manifest.shard_sets.values())).seq_len
+
+    def heldout_shards(self, recording: RecordingName | None = None) -> ShardSet:
+        """The shards of held-out sequences; of a cache those of the recording, or of any: the text is the same.
+
+        Raises:
+            InputError: the cache has none.
+        """
+        sets = self.made.manifest.shard_sets
+        if not self.of_cache:
+            return sets["heldout"]
+        known = CacheFacts.model_validate(self.made.manifest.facts).recordings
+        recordings = [recording] if recording else sorted(known, reverse=True)
+        for one in recordings:
+            found = sets.get(heldout_set(one))
+            if found is not None and found.num_sequences:
+                return found
+        raise InputError(
+            "the cache holds no held-out sequences to measure students on, and the run has no corpus",
+            where=self.made.location,
+            found="cache.num_heldout_sequences was 0",
+            expected="a cache with held-out sequences, or its corpus beside it",
+            fix="name the corpus that it was made of (reuse.corpus), or make the cache again with "
+            "cache.num_heldout_sequences above 0",
+        )
+
+    def heldout(self, recording: RecordingName | None = None) -> ShardReader:
+        """Reads them; errors as `heldout_shards`, or as the reader."""
+        return ShardReader(self.made.location, self.heldout_shards(recording))
+
+
+def write_tokenizer(corpus: StageInput, teacher: str, folder: Path) -> None:
+    """Give a cache's folder the corpus's tokenizer, file by file, with the teacher's chat template where it has none.
+
+    Whoever trains from the cache has them then, also where neither corpus nor teacher is.
+
+    Args:
+        corpus: that the cache is made of.
+        teacher: folder or id of the model that it is made by.
+        folder: of the cache.
+
+    Raises:
+        CorruptError, InputError: as `RunText.tokenizer_folder`.
+        OSError: the folder cannot be written.
+    """
+    text, target = RunText(corpus), folder / TOKENIZER_FOLDER
+    source = text.tokenizer_folder
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(copy, file.read_bytes())
+    template = None if text.tokenizer().chat_template is not None else chat_template_of(teacher)
+    if template is not None:
+        write_atomically(target / _CHAT_TEMPLATE_NAME, template)

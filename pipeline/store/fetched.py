@@ -1,0 +1,76 @@
+"""Small files of a finished folder, as other libraries want them: by their names, in a folder on a local disk.
+
+path   digests checked --> the folder itself
+URL    --RemotePlace--> disk cache: digest checked on arrival --> a folder of this process, gone with it
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from capgap.pipeline.store.files import MAX_SMALL_BYTES, sha256_of, too_large
+from capgap.pipeline.store.places import LocalPlace, ShardPlace, place_of
+from capgap.schemas.errors import CorruptError, InputError
+from capgap.schemas.manifest import FileEntry
+
+
+def folder_with(location: Path | str, files: Sequence[FileEntry]) -> Path:
+    """A local folder that holds these files under their paths, each with the size and digest of its entry.
+
+    They are looked at, or fetched, once in a process.
+
+    Args:
+        location: of the folder that they belong to: a path, or a URL.
+        files: entries of its manifest, of 256 MiB together at most.
+
+    Raises:
+        CorruptError: a file is not what its entry says.
+        InputError: a file is missing, cannot be fetched, or they are too large.
+    """
+    if sum(file.num_bytes for file in files) > MAX_SMALL_BYTES:
+        raise too_large(f"{location}/{files[0].path}")
+    return _folder_with(location, tuple(files))
+
+
+@lru_cache(maxsize=64)
+def _folder_with(location: Path | str, files: tuple[FileEntry, ...]) -> Path:
+    place = place_of(location)
+    if isinstance(place, LocalPlace):
+        for file in files:
+            _require_listed(place.folder / file.path, file)
+        return place.folder
+    folder = Path(_scratch().name) / f"{_folder_with.cache_info().misses}"
+    for file in files:
+        _copy(place, file, folder / file.path)
+    return folder
+
+
+def _require_listed(path: Path, file: FileEntry) -> None:
+    try:
+        found = (path.stat().st_size, sha256_of(path))
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError("the file is missing", where=path, fix="run the stage that wrote it again") from None
+    if found != (file.num_bytes, file.sha256):
+        raise CorruptError(
+            "not the file that the manifest lists",
+            where=path,
+            found=f"{found[0]} bytes with sha256 {found[1][:12]}",
+            expected=f"{file.num_bytes} bytes with {file.sha256[:12]}",
+            fix="delete it and run the stage that wrote it again",
+        )
+
+
+def _copy(place: ShardPlace, file: FileEntry, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with place.open(file) as source, path.open("wb") as target:
+        shutil.copyfileobj(source, target)
+
+
+@lru_cache(maxsize=1)
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="capgap-")
