@@ -6,9 +6,6 @@
 Each operation has a plain reference beside the fast form, with one signature. Imports no other part of capgap.
 """
 
-import sys
-from pathlib import Path
-
 # capgap imports this folder as `capgap.kernels`. Under the bare name it is met only where the repository's root is on
 # sys.path, as it is for `python` started there, and where Hugging Face's package `kernels` is meant.
 if __name__ == "kernels":
@@ -19,7 +16,9 @@ if __name__ == "kernels":
         If there is none, the name stands for an empty module without a version. It does not raise: transformers, which
         finds this folder and no distribution, imports it to ask for its version, and would fail as a whole.
         """
+        import sys
         from importlib.util import module_from_spec
+        from pathlib import Path
 
         # any checkout of capgap, or two of them would hand over to each other for ever
         elsewhere = [entry for entry in sys.path if not Path(entry, "kernels", "sparse_kl").is_dir()]

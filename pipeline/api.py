@@ -118,7 +118,7 @@ class Cache:
         | `ids` | [L, K] int64 | target i belongs to the token at i + 1; padding has weight 0 |
         | `weights` | [L, K] float32 | probabilities of the ids, at the temperature asked for |
         | `tail` | [L] float32 | probability of all other ids; only of the recording `topk` |
-        | `label_logprobs` | [L] float32 | the teacher's logprob of the real next token, nats, at the capture's temperature |
+        | `label_logprobs` | [L] float32 | logprob of the real next token under the teacher, as captured; nats |
 
         WebDataset deals whole shards out to ranks and workers. Here members are dealt out, so any number of workers has
         work as long as there are members, and a member is read by exactly one worker of one rank. Ranks may differ by

@@ -31,7 +31,7 @@ def out(tmp_path_factory) -> Path:
 
 
 def run(name: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", EXAMPLES / f"{name}.py", *arguments]
+    command = [sys.executable, EXAMPLES / f"{name}.py", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

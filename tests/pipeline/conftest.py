@@ -124,7 +124,7 @@ def s3_address() -> Iterator[str]:
     for name in ("s3fs", "moto", "flask_cors"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
-    with subprocess.Popen([sys.executable, "-P", "-c", _S3_SERVER], stdin=PIPE, stdout=PIPE, text=True) as server:
+    with subprocess.Popen([sys.executable, "-c", _S3_SERVER], stdin=PIPE, stdout=PIPE, text=True) as server:
         assert server.stdin is not None and server.stdout is not None
         host, port = server.stdout.readline().split()
         yield f"http://{host}:{port}"

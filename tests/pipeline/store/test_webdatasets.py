@@ -178,7 +178,7 @@ def test_a_flipped_bit_is_damage_that_names_the_member(reader: ShardReader) -> N
         wds.WebDataset(urls(reader), shardshuffle=False).compose(MemberDecoder(reader, shape_of(reader))),
     ):
         found: list[str] = []
-        with pytest.raises(CorruptError, match="member targets-000002-0001.*checksum mismatch"):
+        with pytest.raises(CorruptError, match=r"member targets-000002-0001.*checksum mismatch"):
             found.extend(sample["__key__"] for sample in samples)
 
 

@@ -156,7 +156,7 @@ for number in range(int(sys.argv[2])):
 
 def test_a_killed_writer_leaves_no_shard_that_is_taken_for_finished_and_is_not(tmp_path: Path) -> None:
     num_kills = 40
-    script = [sys.executable, "-P", "-c", _KILLS, str(tmp_path), str(num_kills)]
+    script = [sys.executable, "-c", _KILLS, str(tmp_path), str(num_kills)]
     subprocess.run(script, check=True, timeout=120)
     codec = Codec(SEQUENCES, 63, 50000)
     finished = temporary = 0
@@ -183,7 +183,7 @@ def _assert_written(reader: ShardReader, index: int) -> None:
 
 def test_a_writer_killed_before_its_first_shard_is_whole_leaves_no_shard_under_its_name(tmp_path: Path) -> None:
     endless = _KILLS.replace("range(6)", "range(10**6)").replace("number * 0.0015", "0.1")
-    subprocess.run([sys.executable, "-P", "-c", endless, str(tmp_path), "1"], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", endless, str(tmp_path), "1"], check=True, timeout=60)
     folder = tmp_path / "0"
     assert [path.name for path in (folder / "sidecars").iterdir()] == []
     (left,) = folder.glob("*.*")
