@@ -76,7 +76,7 @@ def test_a_file_that_holds_no_settings_is_refused(tmp_path: Path, text: str, wor
 
 
 def test_a_run_file_that_is_nowhere_is_refused_with_the_shipped_names(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such run file; found .*or one of demo, "):
+    with pytest.raises(InputError, match=r"no such run file; found .*or one of demo, "):
         capgap.run(tmp_path / "run.yaml")
     with pytest.raises(InputError, match="no such run file"):
         capgap.run("demos")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import tarfile
@@ -49,6 +50,21 @@ def test_offsets_are_where_the_tar_says_its_members_lie(folders, codecs, make_bl
     with tarfile.open(folders[0] / "a-000000.tar") as tar:
         expected = [(m.name.removesuffix(".arrow.zst"), m.offset_data, m.size) for m in tar]
     assert [(m.key, m.offset, m.num_bytes) for m in entry.each_member()] == expected
+
+
+@pytest.mark.parametrize("sizes", [(), (3,), (1, 4, 2)])
+def test_the_bytes_are_those_of_a_plain_ustar_file(folders, codecs, make_block, sizes) -> None:
+    """WebDataset's writer leaves the format of the tar to Python, whose own choice is another."""
+    blocks = [make_block(codecs[TOPK], size, size) for size in sizes]
+    entry = ShardWriter(*folders, "heldout-sampled", codecs[TOPK]).write(123456, blocks)
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for member, block in zip(entry.each_member(), blocks, strict=True):
+            data = codecs[TOPK].encode(block.sequences, block.targets)
+            info = tarfile.TarInfo(f"{member.key}.arrow.zst")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert (folders[0] / "heldout-sampled-123456.tar").read_bytes() == plain.getvalue()
 
 
 def _blocks_until(error: Exception, blocks: list[Block]) -> Iterator[Block]:
