@@ -14,7 +14,7 @@ import webdataset
 from tiny_runs import NEEDED, settings_of
 from transformers import AutoModelForCausalLM
 
-from capgap.pipeline import open_cache
+from capgap import open_cache
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.run_file import RunFile

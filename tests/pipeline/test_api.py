@@ -17,9 +17,9 @@ from tiny_runs import NEEDED, settings_of
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import capgap
+from capgap import Cache, DistillationLoss, open_cache
 from capgap.kernels.sparse_kl import SparseTargets
 from capgap.kernels.sparse_kl.reference import linear_sparse_kl
-from capgap.pipeline import Cache, DistillationLoss, open_cache
 from capgap.pipeline.store.samples import collate_samples
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.errors import CorruptError, InputError, MismatchError, SettingError
