@@ -2,9 +2,6 @@
 .DEFAULT_GOAL := help
 .PHONY: help venv demo minima test test-slow lint types check docs clean
 
-# Without it, the folder `kernels` would hide Hugging Face's package of that name wherever the root is on sys.path.
-export PYTHONSAFEPATH = 1
-
 PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 TORCH_INDEX ?=
@@ -44,7 +41,7 @@ test-slow: $(STAMP) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 minima: $(STAMP) ## the whole recipe of MiniMA and MiniChat at the smallest size: adapt, prune, distil, tune, judge
-	$(BIN)/python -P benchmarks/minima_tiny.py $(FLAGS)
+	$(BIN)/python benchmarks/minima_tiny.py $(FLAGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

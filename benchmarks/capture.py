@@ -3,9 +3,9 @@
 python benchmarks/capture.py                                    a tiny Llama, on this machine's CPU
 python benchmarks/capture.py --device cuda:0 --model FOLDER     a real teacher on a GPU
 
-PYTHONPATH=benchmarks where PYTHONSAFEPATH is set; OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE on a CPU, or threads that
-wait for work are counted. All ways share one engine and take turns; figures are medians, on a CPU of CPU time, on a GPU
-of wall time. The floor is prefill and the head's product for every row, which no way can do without:
+OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE on a CPU, or threads that wait for work are counted. All ways share one engine
+and take turns; figures are medians, on a CPU of CPU time, on a GPU of wall time. The floor is prefill and the head's
+product for every row, which no way can do without:
 
     tax = (prefill + capture + encode + write) / (prefill + head on all rows)
 

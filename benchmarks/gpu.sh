@@ -3,7 +3,6 @@
 # capture tests also need vLLM, and are skipped without it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONSAFEPATH=1
 python=${PYTHON:-.venv/bin/python}
 "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo 'gpu.sh: no GPU can be used here' >&2; exit 2; }
 "$python" -m pytest -q -m gpu tests

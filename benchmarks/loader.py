@@ -11,7 +11,7 @@ environment of their own, and run this in it:
     /tmp/peers/bin/pip install mosaicml-streaming==0.13.0 litdata==0.2.76 webdataset==1.0.2 pyarrow zstandard \\
         pydantic fsspec filelock
     /tmp/peers/bin/pip install --no-deps -e .
-    PYTHONSAFEPATH=1 PYTHONPATH=benchmarks OMP_NUM_THREADS=1 /tmp/peers/bin/python benchmarks/loader.py
+    OMP_NUM_THREADS=1 /tmp/peers/bin/python benchmarks/loader.py
 """
 
 from __future__ import annotations

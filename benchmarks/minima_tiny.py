@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def _capgap(*arguments: str) -> int:
-    return subprocess.run([sys.executable, "-P", "-m", "capgap.jobs.cli", *arguments], check=False).returncode
+    return subprocess.run([sys.executable, "-m", "capgap.jobs.cli", *arguments], check=False).returncode
 
 
 def _write_conversations(path: Path) -> None:
@@ -97,7 +97,7 @@ def _judge(folder: Path, base_url: str) -> Iterator[None]:
         LlamaForCausalLM(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     port = base_url.split(":")[2].partition("/")[0]
-    command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", "judge", "--host", "127.0.0.1", "--port", port, "--enforce-eager"]
     command += ["--kv-cache-memory-bytes", str(256 << 20), "--max-num-seqs", "8"]
     with (OUT / "judge-server.log").open("w") as log:

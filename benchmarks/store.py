@@ -5,9 +5,9 @@ python benchmarks/store.py --vocab-sizes 32768                    one of them
 python benchmarks/store.py --distillkit ~/DistillKit             DistillKit's own code beside ours, on the same rows
 python benchmarks/store.py --page docs/format.md                 the kept figures as tables, into that page
 
-PYTHONPATH=benchmarks where PYTHONSAFEPATH is set. Teacher and text are made from this Python's own library
-(teacher_rows.py) and kept in --folder; the first time takes some ten minutes a vocabulary. Beside ours stand plain
-int32 and float32, what simple models would take (entropy_bounds.py), and other programs' layouts at equal k, computed.
+Teacher and text are made from this Python's own library (teacher_rows.py) and kept in --folder; the first time takes
+some ten minutes a vocabulary. Beside ours stand plain int32 and float32, what simple models would take
+(entropy_bounds.py), and other programs' layouts at equal k, computed.
 `host part` is what is left to the host where a device decodes: read, check, inflate, gather into one buffer.
 
 Legend: S sequences, L targets a sequence, K ids kept, N = S x L rows.

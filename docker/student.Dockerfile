@@ -15,9 +15,7 @@ RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc libc6-dev python3-dev \
     && rm -rf /var/lib/apt/lists/*
 
-# Without PYTHONSAFEPATH, capgap's folder `kernels` could hide a package of that name.
-ENV PYTHONSAFEPATH=1 \
-    PIP_BREAK_SYSTEM_PACKAGES=1 \
+ENV PIP_BREAK_SYSTEM_PACKAGES=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # What the base lacks, every file by its sha256 (docker/lock.sh). torch and what it needs stay the base's; what is

@@ -8,9 +8,7 @@ ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 FROM ${VLLM_IMAGE}
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
-# Without PYTHONSAFEPATH, capgap's folder `kernels` could hide a package of that name.
-ENV PYTHONSAFEPATH=1 \
-    UV_SYSTEM_PYTHON=1 \
+ENV UV_SYSTEM_PYTHON=1 \
     UV_BREAK_SYSTEM_PACKAGES=1
 
 # What the base lacks, every file by its sha256 (docker/lock.sh). vLLM and what it needs stay the base's; what is

@@ -42,13 +42,8 @@ def read_settings(record: type[_R], file: str | Path | None, given: Sequence[Giv
         InputError: the file is missing or no YAML.
         SettingError: a setting is unknown, missing, of the wrong kind, or contradicts another.
     """
-    path = None if file is None else find_file(file)
-    document = Document({}, {}, frozenset()) if path is None else read_document(path)
-    if path is not None:
-        _require_no_class(Origin(record, document.values, path, document.lines, {}), document.values, ())
+    path, document = read_file(record, file)
     values = document.values
-    for loc in sorted(document.bare, key=len):
-        _open_section(record, values, loc)
     flags: dict[Loc, str] = {}
     unknown: dict[Loc, Any] = {}
     for name, text in given:
@@ -68,10 +63,36 @@ def read_settings(record: type[_R], file: str | Path | None, given: Sequence[Giv
         settings = record.model_validate(values)
         problems += not_finite(settings.model_dump(), origin)
     except ValidationError as error:
-        raise _together([*problems, *errors_of(error, origin)]) from None
+        raise together([*problems, *errors_of(error, origin)]) from None
     if problems:
-        raise _together(problems)
+        raise together(problems)
     return settings
+
+
+def read_file(record: type[Record], file: str | Path | None) -> tuple[Path | None, Document]:
+    """A file of settings by name as it stands, with its lines: nothing is checked but that it holds settings alone.
+
+    Args:
+        record: what they are settings of.
+        file: path of the file, or the name of a shipped one; None for none, which has no settings.
+
+    Raises:
+        InputError: the file is missing or no YAML.
+        SettingError: it names a class.
+    """
+    if file is None:
+        return None, Document({}, {}, frozenset())
+    path = find_file(file)
+    document = read_document(path)
+    _require_no_class(Origin(record, document.values, path, document.lines, {}), document.values, ())
+    for loc in sorted(document.bare, key=len):
+        _open_section(record, document.values, loc)
+    return path, document
+
+
+def together(problems: list[SettingError]) -> SettingError:
+    """Several problems as one error, a line each."""
+    return problems[0] if len(problems) == 1 else SettingsError(problems)
 
 
 def _require_kind(record: type[Record], values: dict[Any, Any], path: Path | None) -> None:
@@ -84,10 +105,6 @@ def _require_kind(record: type[Record], values: dict[Any, Any], path: Path | Non
     found, expected, command = ("a grid file", "a run file", "law run") if is_grid else ("a run file", "a grid", "run")
     fix = f"did you mean capgap {command} {path}?"
     raise InputError("another kind of file", where=path, found=found, expected=expected, fix=fix)
-
-
-def _together(problems: list[SettingError]) -> SettingError:
-    return problems[0] if len(problems) == 1 else SettingsError(problems)
 
 
 def _open_section(record: type[Record], values: dict[Any, Any], loc: Loc) -> None:

@@ -1,6 +1,7 @@
-"""For notebooks and training loops of one's own: a cache as torch tensors, and the student's loss.
+"""For notebooks and training loops of one's own: a cache as torch tensors or as a WebDataset, and the student's loss.
 
-    open_cache(folder or URL) --batches--> Batch --DistillationLoss--> loss, and each token's KL and cross-entropy
+    open_cache(folder or URL) --batches-----> Batch --DistillationLoss--> loss, and each token's KL and cross-entropy
+                              --webdataset--> a pipeline of webdataset, one sequence a sample
 
 Nothing of the workflow is needed: no run file, no stage, no lease. What a run file would refuse is refused here too.
 
@@ -15,10 +16,15 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 from transformers import PreTrainedModel
+from webdataset import FluidWrapper, split_by_node, split_by_worker
 
 from capgap.kernels.sparse_kl import SparseKl
-from capgap.pipeline.stage.manifests import read_manifest, require_seal
-from capgap.pipeline.store import Batch, LoaderSettings, SequenceLoader, ShardReader, is_url, target_temperature_of
+from capgap.pipeline.cache_lines import describe
+from capgap.pipeline.stage.manifests import finished_cache
+from capgap.pipeline.store import Batch, LoaderSettings, SequenceLoader, ShardReader, target_temperature_of
+from capgap.pipeline.store.batch import TargetTemperature
+from capgap.pipeline.store.samples import SampleShape
+from capgap.pipeline.store.webdatasets import MemberDecoder, Splitter, webdataset_of
 from capgap.pipeline.train.caches import choose
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import objective_of
@@ -29,7 +35,7 @@ from capgap.schemas.run_cache import RecordingName
 from capgap.schemas.run_train import TrainSettings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cache:
     """A finished cache; made by `open_cache`.
 
@@ -78,16 +84,7 @@ class Cache:
             InputError: there are fewer sequences than a step, or no held-out ones.
             CorruptError: a shard that is read is damaged.
         """
-        chosen, at = choose(self.facts, _settings(recording=recording, temperature=temperature))
-        name = heldout_set(chosen) if heldout else chosen
-        if name not in self.manifest.shard_sets:
-            raise InputError(
-                "the cache has no held-out sequences",
-                where=self.location,
-                fix="make one with cache.num_heldout_sequences above 0",
-            )
-        reader = ShardReader(self.location, self.manifest.shard_sets[name])
-        target = target_temperature_of(reader.codec, self.facts.temperature, at)
+        reader, target = self._chosen(recording, temperature, heldout)
         return SequenceLoader(
             reader,
             LoaderSettings(
@@ -100,6 +97,108 @@ class Cache:
             ),
         )
 
+    def webdataset(
+        self,
+        *,
+        recording: RecordingName | None = None,
+        temperature: float | None = None,
+        heldout: bool = False,
+        shuffle: bool = False,
+        seed: int = 0,
+        nodesplitter: Splitter | None = split_by_node,
+        workersplitter: Splitter | None = split_by_worker,
+    ) -> FluidWrapper:
+        """Its sequences as a pipeline of webdataset, each once an epoch, for `wds.WebLoader` and beside other sources.
+
+            samples = cache.webdataset(shuffle=True).shuffle(1000)
+            loader = wds.WebLoader(samples.batched(8, collation_fn=capgap.collate_samples), batch_size=None)
+
+        A sample is a dictionary of numpy arrays, for L targets and K ids, the draws or the kept ids a token:
+
+        | key | shape and dtype | holds |
+        |---|---|---|
+        | `__key__` | str | member of the shard and number in it, `sampled-000000-0002-0001` |
+        | `__url__` | str | path or URL of the shard |
+        | `tokens` | [L + 1] int64 | the sequence |
+        | `starts` | [L + 1] bool | where a document begins |
+        | `mask` | [L + 1] bool | where a token counts as a label; position 0 is never one |
+        | `positions` | [L] int64 | of each token in its document; only in a cache of the context rule `document` |
+        | `ids` | [L, K] int64 | target i belongs to the token at i + 1; padding has weight 0 |
+        | `weights` | [L, K] float32 | probabilities of the ids, at the temperature asked for |
+        | `tail` | [L] float32 | probability of all other ids; only of the recording `topk` |
+        | `label_logprobs` | [L] float32 | logprob of the real next token under the teacher, as captured; nats |
+
+        WebDataset deals whole shards out to ranks and workers. Here members are dealt out, so any number of workers has
+        work as long as there are members, and a member is read by exactly one worker of one rank. Ranks may differ by
+        a member's sequences; where every rank must take equally many steps, use `batches`, or `.with_epoch`.
+
+        Args:
+            recording: as for `batches`; `temperature` and `heldout` likewise.
+            temperature: see `recording`.
+            heldout: see `recording`.
+            shuffle: the members of each worker in another order each time it begins, which follows from `seed` and, in
+                a worker, from torch's seed. Sequences of a member stay together; `.shuffle(1000)` parts them.
+            seed: see `shuffle`.
+            nodesplitter: of webdataset's kind; None gives every rank everything.
+            workersplitter: likewise for the workers of a loader.
+
+        Raises:
+            SettingError, InputError: as `batches`.
+            CorruptError: on iteration, a member is damaged: bytes, structure, or targets of other tokens.
+        """
+        reader, target = self._chosen(recording, temperature, heldout)
+        shape = SampleShape(reader.codec.num_ids, self.facts.context, target)
+        return webdataset_of(
+            reader, shape, shuffle=shuffle, seed=seed, nodesplitter=nodesplitter, workersplitter=workersplitter
+        )
+
+    def webdataset_decoder(
+        self,
+        *,
+        recording: RecordingName | None = None,
+        temperature: float | None = None,
+        heldout: bool = False,
+        whole_shards: bool = True,
+    ) -> MemberDecoder:
+        """A stage that decodes this cache's members in a pipeline of yours; samples are those of `webdataset`.
+
+            wds.WebDataset(urls, shardshuffle=100).compose(cache.webdataset_decoder())
+
+        It runs no code from data, and checks each member's crc32 and checksum, and that none of a shard is missing. Do
+        not put `.decode` before it: WebDataset's own decoders unpickle what they find in a shard.
+
+        Args:
+            recording: as for `webdataset`; `temperature` and `heldout` likewise.
+            temperature: see `recording`.
+            heldout: see `recording`.
+            whole_shards: raise CorruptError at the end of a stream in which a shard gave only some of its members;
+                set it to False where you drop members on purpose.
+
+        Raises:
+            SettingError, InputError: as `batches`; on iteration, InputError for a sample of another source.
+            CorruptError: on iteration, as `webdataset`.
+        """
+        reader, target = self._chosen(recording, temperature, heldout)
+        return MemberDecoder(reader, SampleShape(reader.codec.num_ids, self.facts.context, target), whole_shards)
+
+    def __repr__(self) -> str:
+        """What it holds, of what teacher, and where."""
+        return describe(self.location, self.manifest, self.facts)
+
+    def _chosen(
+        self, recording: RecordingName | None, temperature: float | None, heldout: bool
+    ) -> tuple[ShardReader, TargetTemperature | None]:
+        chosen, at = choose(self.facts, _settings(recording=recording, temperature=temperature))
+        name = heldout_set(chosen) if heldout else chosen
+        if name not in self.manifest.shard_sets:
+            raise InputError(
+                "the cache has no held-out sequences",
+                where=self.location,
+                fix="make one with cache.num_heldout_sequences above 0",
+            )
+        reader = ShardReader(self.location, self.manifest.shard_sets[name])
+        return reader, target_temperature_of(reader.codec, self.facts.temperature, at)
+
 
 def open_cache(location: Path | str) -> Cache:
     """A finished cache, by its folder or URL.
@@ -109,17 +208,8 @@ def open_cache(location: Path | str) -> Cache:
         CorruptError: its manifest is not what was written.
         MachineError: the URL cannot be read.
     """
-    at = location.rstrip("/") if isinstance(location, str) and is_url(location) else Path(location)
-    manifest = read_manifest(at)
-    if manifest is None or manifest.stage != "cache":
-        raise InputError(
-            "no finished cache",
-            where=at,
-            found="no manifest" if manifest is None else f"a finished {manifest.stage}",
-            expected="the folder of a cache stage, for example runs/mine/cache",
-        )
-    require_seal(at, manifest)
-    return Cache(at, manifest, CacheFacts.model_validate(manifest.facts))
+    place, manifest = finished_cache(location)
+    return Cache(place, manifest, CacheFacts.model_validate(manifest.facts))
 
 
 class DistillationLoss:

@@ -25,7 +25,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(leases, ignore_errors=True))
     os.environ.update(
         CAPGAP_LEASE_DIR=leases,  # a run of the user's on this machine neither waits for a test nor makes it wait
-        PYTHONSAFEPATH="1",  # processes that tests start see no package in their working folder
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_OFFLINE="1",
         VLLM_NO_USAGE_STATS="1",

@@ -7,7 +7,7 @@ import sys
 
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from capgap.pipeline import DistillationLoss, open_cache
+from capgap import DistillationLoss, open_cache
 
 
 class DistillationTrainer(Trainer):

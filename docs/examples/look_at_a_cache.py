@@ -7,7 +7,7 @@ import sys
 
 from transformers import AutoTokenizer
 
-from capgap.pipeline import open_cache
+from capgap import open_cache
 
 cache = open_cache(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])

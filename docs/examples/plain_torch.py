@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from capgap.pipeline import DistillationLoss, open_cache
+from capgap import DistillationLoss, open_cache
 
 cache, out = open_cache(sys.argv[1]), Path(sys.argv[3])
 device = "cuda" if torch.cuda.is_available() else "cpu"

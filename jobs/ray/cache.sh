@@ -10,6 +10,5 @@ set -euo pipefail
 
 run=${1:?usage: jobs/ray/cache.sh RUN.yaml NUM_REPLICAS}
 replicas=${2:?usage: jobs/ray/cache.sh RUN.yaml NUM_REPLICAS}
-export PYTHONSAFEPATH=1
 
 capgap cache "$run" --cache.replicas "$replicas"

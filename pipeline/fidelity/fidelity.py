@@ -13,7 +13,7 @@ from capgap.pipeline.models.load import model_at
 from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.stage.device import resolve_device
 from capgap.pipeline.stage.lease import leases
-from capgap.pipeline.stage.manifests import finished_stage, require_seal
+from capgap.pipeline.stage.manifests import finished_cache
 from capgap.pipeline.store import ShardReader, target_temperature_of
 from capgap.pipeline.store.batch import Sample, collate
 from capgap.pipeline.store.stored import part_bytes
@@ -58,20 +58,7 @@ def measure_cache(
         CorruptError: manifest or shards are damaged.
         MachineError: the URL cannot be reached.
     """
-    return fidelity_of(open_cache(location), sampling, teacher, num_live_sequences)
-
-
-def open_cache(location: str) -> StageInput:
-    """The finished cache in a folder or behind a URL.
-
-    Raises:
-        InputError: there is none.
-        CorruptError: its manifest is damaged.
-    """
-    expected = "the folder of a finished cache stage, or its URL"
-    place, manifest = finished_stage("cache", location, "no finished cache", location, expected)
-    require_seal(place, manifest)
-    return StageInput(place, manifest)
+    return fidelity_of(StageInput(*finished_cache(location)), sampling, teacher, num_live_sequences)
 
 
 def fidelity_of(

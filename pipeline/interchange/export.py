@@ -23,7 +23,7 @@ import pyarrow.parquet
 
 from capgap.pipeline.interchange.card import CARD_NAME, card
 from capgap.pipeline.interchange.export_facts import KEY, ExportFacts, facts_of
-from capgap.pipeline.stage.manifests import finished_stage, require_seal
+from capgap.pipeline.stage.manifests import finished_cache
 from capgap.pipeline.stage.progress import progress
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.files import atomic_file, write_atomically
@@ -61,9 +61,7 @@ def export_cache(location: str, folder: Path, recordings: tuple[RecordingName, .
         MismatchError: the folder holds the export of another cache.
         CorruptError: a member of the cache is damaged.
     """
-    expected = "the folder or URL of a finished cache, for example runs/demo/cache"
-    at, manifest = finished_stage("cache", location, "cannot be exported", location, expected)
-    require_seal(at, manifest)
+    at, manifest = finished_cache(location, "cannot be exported")
     facts = CacheFacts.model_validate(manifest.facts)
     chosen = recordings or tuple(sorted(facts.recordings))
     for name in chosen:

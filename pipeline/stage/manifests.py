@@ -97,6 +97,24 @@ def finished_stage(stage: str, folder: str, what: str, where: str, expected: str
     return location, manifest
 
 
+def finished_cache(location: Path | str, what: str = "no finished cache") -> Finished:
+    """A finished cache by its folder or URL, its manifest held against its seal.
+
+    Args:
+        location: path, or URL.
+        what: the fault where none is there.
+
+    Raises:
+        InputError: none is there, or another stage's folder.
+        CorruptError: its manifest is not what was written.
+        MachineError: the URL cannot be read.
+    """
+    expected = "the folder of a finished cache, for example runs/demo/cache, or its URL"
+    place, manifest = finished_stage("cache", str(location), what, str(location), expected)
+    require_seal(place, manifest)
+    return place, manifest
+
+
 def record_sources(paths: Iterable[Path]) -> tuple[SourceEntry, ...]:
     """What the files are now."""
     entries = []

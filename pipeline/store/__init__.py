@@ -5,6 +5,8 @@
          |        ShardEntry (offsets, crc32, sha256) in manifest.json  <---------------------------+
          +--- reader (random access through the offsets) <--- loader <--- order (pure function of seed and epoch)
 
+    reader --members dealt out over ranks and workers--> samples, in anybody's WebDataset pipeline
+
 A shard is a plain WebDataset tar, so other programs can read it; order, resume and integrity are ours, through the
 manifest. A shard that no manifest (or, while its stage is at work, no sidecar) lists does not exist.
 """

@@ -51,6 +51,14 @@ class Batch:
         """Targets in the batch, those of padding included."""
         return self.labels_BL.numel()
 
+    def __repr__(self) -> str:
+        """Shapes and dtypes, one tensor a line, and the device."""
+        lines = [f"Batch on {self.labels_BL.device}: {self.num_tokens:,} targets"]
+        for name, value in vars(self).items():
+            about = "none" if value is None else f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+            lines.append(f"  {name:<13} {about}")
+        return "\n".join(lines)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         moved: list[Any] = [None if v is None else v.to(device, non_blocking=True) for v in vars(self).values()]

@@ -71,6 +71,13 @@ class ShardReader:
         entry = self.shard_set.shards[shard]
         return self._read(entry, entry.member(member))
 
+    def decode_member(self, shard: int, member: int, data: bytes) -> tuple[Sequences, Targets | None]:
+        """The block of one member whose bytes somebody else has read; errors as `read`, but no file is opened."""
+        entry = self.shard_set.shards[shard]
+        listed, where = entry.member(member), self.name_of(shard, member)
+        _require_checksum(data, listed, where)
+        return self._decoded(data, listed, where)
+
     def read_stored(self, shard: int, member: int) -> StoredBlock:
         """The columns of one member as they are stored; what they say is not looked at, nor their alignment.
 
@@ -96,7 +103,10 @@ class ShardReader:
 
     def _read(self, shard: ShardEntry, member: Member) -> tuple[Sequences, Targets | None]:
         where = self._name_of(shard, member)
-        sequences, targets = self.codec.decode(self._bytes_of(shard, member, where), where, member.num_sequences)
+        return self._decoded(self._bytes_of(shard, member, where), member, where)
+
+    def _decoded(self, data: bytes, member: Member, where: str) -> tuple[Sequences, Targets | None]:
+        sequences, targets = self.codec.decode(data, where, member.num_sequences)
         _require_size(len(sequences), member, where)
         if targets is not None:
             check_alignment(sequences, targets, self.codec.num_ids, where, self.codec.error)
@@ -123,15 +133,19 @@ class ShardReader:
         with self.place.open(shard.file) as file:
             file.seek(member.offset)
             data = file.read(member.num_bytes)
-        if len(data) != member.num_bytes or zlib.crc32(data) != member.crc32:
-            raise CorruptError(
-                "checksum mismatch",
-                where=f"{where} at byte {member.offset}",
-                found=f"{len(data)} bytes with crc32 {zlib.crc32(data):08x}",
-                expected=f"{member.num_bytes} bytes with crc32 {member.crc32:08x}",
-                fix="delete the shard and rerun the stage that wrote it; the other shards are kept",
-            )
+        _require_checksum(data, member, f"{where} at byte {member.offset}")
         return data
+
+
+def _require_checksum(data: bytes, member: Member, where: str) -> None:
+    if len(data) != member.num_bytes or zlib.crc32(data) != member.crc32:
+        raise CorruptError(
+            "checksum mismatch",
+            where=where,
+            found=f"{len(data)} bytes with crc32 {zlib.crc32(data):08x}",
+            expected=f"{member.num_bytes} bytes with crc32 {member.crc32:08x}",
+            fix="delete the shard and rerun the stage that wrote it; the other shards are kept",
+        )
 
 
 def _require_size(num_sequences: int, member: Member, where: str) -> None:

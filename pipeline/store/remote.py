@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 from capgap.pipeline.store.files import MAX_SMALL_BYTES, too_large
@@ -75,8 +74,9 @@ class Remote:
                 fix="check the address and the credentials, then run the same command again",
             ) from None
 
-    @cached_property
+    @property
     def _filesystem(self) -> Any:
+        # fsspec keeps one a process; one from before a fork, as a worker of a DataLoader is, would be refused there
         scheme = self.url.partition("://")[0]
         if scheme not in SCHEMES:
             raise InputError(

@@ -5,9 +5,11 @@ them. The command line is `capgap`; in a notebook or in a training loop of your 
 
     import capgap
 
-    cache = capgap.open_cache("runs/demo/cache")        # a finished cache: a folder or a URL
-    loss = capgap.DistillationLoss(cache)               # KL to the teacher, mixed with cross-entropy
-    capgap.run("run.yaml")                              # every stage that a run file names
+    capgap.run("demo", out="runs/mine")                 # every stage that a run file names; shipped ones by name
+    cache = capgap.open_cache("runs/mine/cache")        # a finished cache: a folder or a URL
+    batches = cache.batches(8)                          # its sequences with the teacher's targets, as torch tensors
+    samples = cache.webdataset()                        # the same as a pipeline of webdataset
+    loss = capgap.DistillationLoss(model, cache)        # KL to the teacher, mixed with cross-entropy
 
 `help(capgap.open_cache)` and the documentation say more.
 """
@@ -17,13 +19,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from capgap.jobs.api import RunResult, run
     from capgap.pipeline.api import Cache, DistillationLoss, open_cache
+    from capgap.pipeline.store.samples import collate_samples
 
     __version__: str
 
-__all__ = ["Cache", "DistillationLoss", "__version__", "open_cache"]
+__all__ = ["Cache", "DistillationLoss", "RunResult", "__version__", "collate_samples", "open_cache", "run"]
 
-_HOMES = {name: "capgap.pipeline.api" for name in ("Cache", "DistillationLoss", "open_cache")}
+_HOMES = {
+    "Cache": "capgap.pipeline.api",
+    "DistillationLoss": "capgap.pipeline.api",
+    "RunResult": "capgap.jobs.api",
+    "collate_samples": "capgap.pipeline.store.samples",
+    "open_cache": "capgap.pipeline.api",
+    "run": "capgap.jobs.api",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import webdataset
 from tiny_runs import NEEDED, settings_of
 from transformers import AutoModelForCausalLM
 
-from capgap.pipeline import open_cache
+from capgap import open_cache
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.run_file import RunFile
@@ -31,7 +32,7 @@ def out(tmp_path_factory) -> Path:
 
 
 def run(name: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", EXAMPLES / f"{name}.py", *arguments]
+    command = [sys.executable, EXAMPLES / f"{name}.py", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -45,6 +46,8 @@ def test_every_example_is_run_here() -> None:
         "plain_torch",
         "hf_trainer",
         "read_without_capgap",
+        "webdataset_loader",
+        "webdataset_mix",
     }
 
 
@@ -88,6 +91,24 @@ def test_a_student_learns_in_a_plain_loop_and_a_restarted_one_goes_on_to_the_sam
     assert run("plain_torch", *given, tmp_path / "again").returncode == 0
     whole, again = (weights_of(tmp_path / name / "model") for name in ("whole", "again"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_student_learns_from_webdataset_s_loader(out: Path) -> None:
+    done = run("webdataset_loader", out / "cache", out / "student" / "seed-1" / "model")
+    assert done.returncode == 0, done.stderr
+    *_, first, last, count = done.stdout.splitlines()
+    assert float(last.split()[1]) < float(first.split()[1])
+    assert count == f"{open_cache(out / 'cache').manifest.shard_sets['sampled'].num_sequences} sequences"
+
+
+def test_a_cache_is_mixed_with_another_webdataset(out: Path, tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "other.tar")) as tar:
+        for number in range(7):
+            tar.write({"__key__": f"{number}", "txt": f"line {number}"})
+    done = run("webdataset_mix", out / "cache", tmp_path / "other.tar")
+    assert done.returncode == 0, done.stderr
+    shards = open_cache(out / "cache").manifest.shard_sets["sampled"]
+    assert ast.literal_eval(done.stdout) == {"sequences": shards.num_sequences, "texts": 7}
 
 
 def test_a_student_learns_under_hugging_face_s_trainer(out: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def site(tmp_path_factory) -> Path:
     pytest.importorskip("mkdocs")
     folder = tmp_path_factory.mktemp("site")
     quiet = {"NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
-    command = [sys.executable, "-P", "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -36,8 +36,24 @@ def test_every_section_of_the_run_file_has_its_settings(site: Path) -> None:
 
 def test_the_python_api_comes_from_the_docstrings(site: Path) -> None:
     page = (site / "reference" / "api" / "index.html").read_text()
-    for name in ("open_cache", "DistillationLoss", "linear_sparse_kl", "SequenceLoader", "CorruptError"):
+    known = ["open_cache", "DistillationLoss", "RunResult", "MemberDecoder", "linear_sparse_kl", "SequenceLoader"]
+    for name in (*known, "CorruptError"):
         assert name in page
+
+
+def test_examples_stand_in_the_pages_that_include_them(site: Path) -> None:
+    included = {
+        page: re.findall(r'^--8<-- "examples/([a-z_]+\.py)"$', page.read_text(), re.MULTILINE)
+        for page in (ROOT / "docs").rglob("*.md")
+    }
+    assert {name for names in included.values() for name in names} == {
+        path.name for path in (ROOT / "docs" / "examples").glob("*.py")
+    }
+    for page, names in included.items():
+        built = site / page.relative_to(ROOT / "docs").with_suffix("") / "index.html"
+        for name in names:
+            # the docstring's usage line, as it is nowhere else
+            assert f"python {name}" in re.sub(r"<[^>]+>", "", built.read_text())
 
 
 def test_a_page_asks_nothing_of_other_hosts(site: Path) -> None:

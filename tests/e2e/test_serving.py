@@ -57,7 +57,7 @@ def test_the_student_loads_in_transformers_and_completes_text_in_vllm_alike(fini
     prompt = tokenizer("import os", return_tensors="pt")
     generated = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     done = subprocess.run(
-        [sys.executable, "-P", "-c", COMPLETE, folder], capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, "-c", COMPLETE, folder], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"completed {generated.tolist()}" in done.stdout
@@ -95,7 +95,7 @@ def test_a_student_with_a_teachers_chat_template_answers_in_vllm_as_in_transform
     asked = prompt["input_ids"][0].tolist()
     answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, len(asked) :].tolist()
     done = subprocess.run(
-        [sys.executable, "-P", "-c", CHAT, folder], capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, "-c", CHAT, folder], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"asked {asked} answered {answer}" in done.stdout
@@ -122,7 +122,7 @@ def test_a_pruned_teacher_is_served_by_vllm_as_by_transformers(name: str, tmp_pa
     prompt = torch.tensor([[5, 9, 2, 7, 1]])
     generated = student.generate(prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None)
     done = subprocess.run(
-        [sys.executable, "-P", "-c", COMPLETE_IDS, str(tmp_path)],
+        [sys.executable, "-c", COMPLETE_IDS, str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=600,

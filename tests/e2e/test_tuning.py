@@ -70,7 +70,7 @@ def test_a_killed_tuning_goes_on_to_the_same_bits_and_chats_in_vllm_as_in_transf
     assert [one for one in asked if one in marks] == [marks[0], *(marks[1:] * 2)], "none of the text's"
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, len(asked) :].tolist()
     served = subprocess.run(
-        [sys.executable, "-P", "-c", CHAT, folder, json.dumps(ASKED)],
+        [sys.executable, "-c", CHAT, folder, json.dumps(ASKED)],
         capture_output=True,
         text=True,
         timeout=600,

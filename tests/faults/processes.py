@@ -24,7 +24,7 @@ class Zygote:
     def __init__(self, logs: Path) -> None:
         self._logs, self._number = logs, 0
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("zygote.py"))],
+            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

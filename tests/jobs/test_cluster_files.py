@@ -85,11 +85,6 @@ def test_sky_caches_in_slices_on_spot_machines_and_trains_on_one() -> None:
     assert volume["config"]["access_mode"] == "ReadWriteMany"
 
 
-def test_nothing_runs_as_a_package_that_could_be_hidden() -> None:
-    for path in (SKY / "cache.yaml", SKY / "train.yaml"):
-        assert load(path)["envs"]["PYTHONSAFEPATH"] == "1"
-
-
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_is_one_that_bash_and_shellcheck_understand(path: Path) -> None:
     assert subprocess.run(["bash", "-n", path], check=False).returncode == 0

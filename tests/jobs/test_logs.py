@@ -136,7 +136,7 @@ with progress("cache", 20, "sequences", lines=False) as meter:
 def test_on_a_terminal_every_line_stands_whole_above_the_bar() -> None:
     parent, child = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-P", "-c", _ABOVE_THE_BAR], stderr=child, env=os.environ | {"TERM": "xterm", "COLUMNS": "120"}
+        [sys.executable, "-c", _ABOVE_THE_BAR], stderr=child, env=os.environ | {"TERM": "xterm", "COLUMNS": "120"}
     )
     os.close(child)
     shown = b""

@@ -1,19 +1,27 @@
 from __future__ import annotations
 
+import pydoc
+import re
 import sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import run
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+import webdataset as wds
 from tiny_models import tiny_llama
 from tiny_runs import NEEDED, settings_of
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+import capgap
+from capgap import Cache, DistillationLoss, open_cache
 from capgap.kernels.sparse_kl import SparseTargets
 from capgap.kernels.sparse_kl.reference import linear_sparse_kl
-from capgap.pipeline import Cache, DistillationLoss, open_cache
+from capgap.pipeline.store.samples import collate_samples
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.errors import CorruptError, InputError, MismatchError, SettingError
 from capgap.schemas.run_file import RunFile
@@ -101,9 +109,9 @@ def test_what_a_run_file_would_refuse_is_refused(cache: Cache, student: LlamaFor
         DistillationLoss(student, cache, alpha=2.0, recording="topk")
     with pytest.raises(MismatchError, match="does not support this divergence"):
         DistillationLoss(student, cache, recording="sampled", divergence="reverse_kl")
-    with pytest.raises(InputError, match="found a finished corpus, expected the folder of a cache"):
+    with pytest.raises(InputError, match="found a finished corpus stage, expected the folder of a finished cache"):
         open_cache(out / "corpus")
-    with pytest.raises(InputError, match="found no manifest"):
+    with pytest.raises(InputError, match=r"found no manifest\.json"):
         open_cache(out / "nowhere")
 
 
@@ -120,6 +128,96 @@ def test_a_manifest_that_was_changed_is_damage(out: Path, tmp_path: Path) -> Non
         open_cache(tmp_path)
 
 
-def test_the_package_itself_does_not_wait_for_torch() -> None:
-    code = "import sys, capgap.pipeline; print('torch' in sys.modules)"
-    assert run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+def test_a_cache_shows_itself_in_a_few_lines(cache: Cache, out: Path) -> None:
+    lines = repr(cache).splitlines()
+    topk, sampled = (cache.manifest.shard_sets[name] for name in ("topk", "sampled"))
+    assert lines[0] == f"Cache at {out / 'cache'}"
+    assert "  sampled: 20 samples a token, at temperature 1" in lines
+    assert "  topk: top 9, near-lossless a token, at temperature 1 or 2" in lines
+    for shards in (topk, sampled):
+        size = f"{shards.num_sequences} sequences of 32 tokens, {shards.num_tokens:,} in all"
+        files = f"{len(shards.shards)} shards, {shards.num_bytes / shards.num_tokens:.1f} bytes a token"
+        assert f"    to train on: {size}; {files}" in lines
+    text = "\n".join(lines)
+    assert f"vocabulary: {cache.vocab_size} ids, 320 with" in text and "held out: " in text
+    assert f"teacher: {out.parent / 'given'}, by transformers" in text and "context: packed" in text
+    assert f"fingerprint {cache.facts.tokenizer.fingerprint[:12]}" in text
+    assert len(lines) < 14 and max(len(line) for line in lines[1:] if "teacher" not in line) < 100
+
+
+def test_a_batch_shows_its_shapes(cache: Cache) -> None:
+    batch = next(iter(cache.batches(2, recording="topk")))
+    assert repr(batch).splitlines() == [
+        "Batch on cpu: 64 targets",
+        "  input_ids_BL  [2, 32] int64",
+        "  labels_BL     [2, 32] int64",
+        "  ids_NK        [64, 9] int64",
+        "  weights_NK    [64, 9] float32",
+        "  tail_N        [64] float32",
+        "  positions_BL  none",
+    ]
+
+
+@pytest.mark.parametrize("recording, temperature", [("sampled", None), ("topk", None), ("topk", 2.0)])
+def test_a_webdataset_gives_every_sequence_of_the_loader_with_its_bits(cache: Cache, recording, temperature) -> None:
+    chosen = {"recording": recording, "temperature": temperature, "heldout": True}
+    samples = {sample["tokens"][:-1].tobytes(): sample for sample in cache.webdataset(**chosen)}
+    num_sequences = cache.manifest.shard_sets[f"heldout-{recording}"].num_sequences
+    assert len(samples) == num_sequences
+    num_seen = 0
+    for batch in cache.batches(1, **chosen):
+        found = collate_samples([samples[batch.input_ids_BL[0].numpy().tobytes()]])
+        num_seen += 1
+        for here, there in zip(vars(found).values(), vars(batch).values(), strict=True):
+            assert (here is None) == (there is None)
+            assert here is None or torch.equal(here, there)
+    assert num_seen == num_sequences
+
+
+def test_a_cache_behind_a_url_is_a_webdataset_for_the_workers_of_a_loader(
+    cache: Cache, out: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("CAPGAP_DOWNLOADS", str(tmp_path / "copies"))
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("no_proxy", "*")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(out)))
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        there = open_cache(f"http://127.0.0.1:{server.server_port}/cache/")
+        assert repr(there).startswith("Cache at http://127.0.0.1:")
+        loader = wds.WebLoader(there.webdataset(recording="sampled"), batch_size=None, num_workers=2)
+        found = {sample["__key__"]: sample for sample in loader}
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    alone = list(cache.webdataset(recording="sampled"))
+    assert sorted(found) == sorted(sample["__key__"] for sample in alone)
+    for sample in alone:
+        for name in ("tokens", "ids", "weights", "label_logprobs"):
+            assert found[sample["__key__"]][name].numpy().tobytes() == sample[name].tobytes()
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("module", ["capgap", "capgap.pipeline"])
+def test_a_package_does_not_wait_for_torch(module: str) -> None:
+    code = f"import sys, {module}; dir({module}); print({{'torch', 'transformers', 'pydantic'}} & {{*sys.modules}})"
+    assert run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_the_package_names_and_explains_what_it_gives() -> None:
+    assert dir(capgap) == sorted(capgap.__all__)
+    assert {"__version__", "open_cache", "Cache", "DistillationLoss", "run", "collate_samples"} <= {*dir(capgap)}
+    assert re.fullmatch(r"\d+\.\d+.*", capgap.__version__)
+    for name in set(dir(capgap)) - {"__version__"}:
+        assert getattr(capgap, name).__doc__, name
+    text = pydoc.render_doc(capgap, renderer=pydoc.plaintext)
+    for name in (*dir(capgap), f"VERSION\n    {capgap.__version__}"):
+        assert name in text or name == "__version__"
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        capgap.nothing  # noqa: B018

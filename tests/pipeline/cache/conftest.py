@@ -173,7 +173,7 @@ def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     def begin(run: RunFile, *arguments: str) -> subprocess.Popen[str]:
         path = tmp_path / "run.json"
         path.write_text(run.model_dump_json())
-        command = [sys.executable, "-P", "-m", "capgap.jobs.cli", "cache", str(path), *arguments]
+        command = [sys.executable, "-m", "capgap.jobs.cli", "cache", str(path), *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, **pipes))
         return started[-1]

@@ -83,7 +83,7 @@ def folder(teacher_folder) -> str:
 def test_two_workers_give_what_the_reference_gives_and_end_with_a_parent_that_is_killed(folder, tmp_path: Path) -> None:
     script = tmp_path / "two_workers.py"
     script.write_text(TWO_WORKERS)  # workers are spawned: they must be able to import it
-    parent = subprocess.Popen([sys.executable, "-P", str(script), folder], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([sys.executable, str(script), folder], stdout=subprocess.PIPE, text=True)
     try:
         assert parent.stdout is not None
         line = parent.stdout.readline()
@@ -108,7 +108,7 @@ def test_two_workers_give_what_the_reference_gives_and_end_with_a_parent_that_is
 
 def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(folder) -> None:
     done = subprocess.run(
-        [sys.executable, "-P", "-c", EXHAUSTED, folder], env=os.environ, capture_output=True, text=True, check=False
+        [sys.executable, "-c", EXHAUSTED, folder], env=os.environ, capture_output=True, text=True, check=False
     )
     assert done.stdout.startswith("cache.engine: vllm: the engine failed: out of memory; found "), done.stderr[-2000:]
     assert "lower cache.chunk_rows, cache.batch_tokens or corpus.seq_len" in done.stdout

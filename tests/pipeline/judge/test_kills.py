@@ -35,7 +35,7 @@ def test_after_kill_9_exactly_the_missing_verdicts_are_asked_for(make_run, serve
     path = tmp_path / "run.json"
     path.write_text(run.model_dump_json())
     folder = tmp_path / "out" / "judge" / "work" / "verdicts"
-    command = [sys.executable, "-P", "-m", "capgap.jobs.cli", "judge", str(path)]
+    command = [sys.executable, "-m", "capgap.jobs.cli", "judge", str(path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ)) as process:
         deadline = time.monotonic() + TIMEOUT_S
         while len(list(folder.glob("*.json"))) < NUM_ANSWERED or len(server.asked) < NUM_ANSWERED + 3:

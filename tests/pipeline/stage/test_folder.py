@@ -86,7 +86,7 @@ def test_clearing_leaves_the_lock_alone_and_nothing_else(tmp_path: Path) -> None
 def test_clearing_begins_with_what_makes_the_folder_look_finished(tmp_path: Path) -> None:
     _fill(tmp_path)
     removed = subprocess.run(
-        [sys.executable, "-P", "-c", _CLEAR, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", _CLEAR, str(tmp_path)], capture_output=True, text=True, check=True
     ).stdout.split()
     assert removed[:2] == [MANIFEST_NAME, WORK_NAME]
     assert sorted(removed[2:]) == [".hidden", "model", "shard-000000.tar", WORK_FOLDER]
@@ -94,7 +94,7 @@ def test_clearing_begins_with_what_makes_the_folder_look_finished(tmp_path: Path
 
 def test_a_lock_is_one_processs_and_ends_with_it(tmp_path: Path) -> None:
     folder = tmp_path / "out" / "corpus"
-    holder = subprocess.Popen([sys.executable, "-P", "-c", _HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen([sys.executable, "-c", _HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(MachineError, match=f"{folder}: another process is at work on this folder"):

@@ -39,7 +39,7 @@ def _until(condition, seconds: float = 60.0):
 @pytest.fixture
 def stage(tmp_path: Path):
     """A process that is at work on a folder, and has counted 15 of 40."""
-    process = subprocess.Popen([sys.executable, "-P", "-c", _STAGE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", _STAGE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "counted\n"
     yield process
     process.kill()

@@ -55,7 +55,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
 
     def begin(holder: str, seconds: float = 120) -> subprocess.Popen[str]:
-        command = [sys.executable, "-P", "-c", _HOLDER, holder, str(seconds)]
+        command = [sys.executable, "-c", _HOLDER, holder, str(seconds)]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         assert _line(started[-1]) == "started"
         return started[-1]
@@ -193,7 +193,7 @@ def test_eight_processes_that_are_killed_at_random_are_never_on_one_device_at_on
 ) -> None:
     monkeypatch.setenv("CAPGAP_LEASE_DIR", str(tmp_path / "leases"))
     log = tmp_path / "log"
-    started = [subprocess.Popen([sys.executable, "-P", "-c", _ROUNDS, str(log), str(seed)]) for seed in range(8)]
+    started = [subprocess.Popen([sys.executable, "-c", _ROUNDS, str(log), str(seed)]) for seed in range(8)]
     ended = [process.wait() for process in started]
     assert set(ended) == {0, -signal.SIGKILL}, "some are killed while they hold the device, and the others get it"
     marks = log.read_text().split()

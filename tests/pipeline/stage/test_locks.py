@@ -34,7 +34,7 @@ def test_readers_share_and_nothing_else_goes_together_until_the_holder_is_killed
     tmp_path: Path, held: str, asked: str, had: bool
 ) -> None:
     path = tmp_path / "lock"
-    holder = subprocess.Popen([sys.executable, "-P", "-c", _HOLDER, str(path), held], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen([sys.executable, "-c", _HOLDER, str(path), held], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "True\n"
         with ProcessLock(path) as lock:

@@ -36,7 +36,7 @@ print(faults() - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_pages_of_dropped_arrays_are_used_again() -> None:
     found = {
-        how: int(subprocess.run([sys.executable, "-P", "-c", CODE, how], check=True, capture_output=True).stdout)
+        how: int(subprocess.run([sys.executable, "-c", CODE, how], check=True, capture_output=True).stdout)
         for how in ("kept", "left alone")
     }
     # 10 times 80 MB are 195,000 pages of 4 kB; what else the loop touches is a handful

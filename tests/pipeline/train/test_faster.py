@@ -93,8 +93,6 @@ except MachineError as error:
 
 def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path) -> None:
     environment = os.environ | {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", _WITHOUT_A_COMPILER], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", _WITHOUT_A_COMPILER], env=environment, capture_output=True, text=True)
     assert "train.compile: torch.compile does not work on this machine; found " in done.stdout, done.stderr
     assert "expected a C++ compiler; install g++, or leave train.compile out" in done.stdout

@@ -178,7 +178,7 @@ def test_a_kept_batch_is_computed_again_alone_by_the_line_that_is_said(make_task
     command = re.search(r"alone: (\S+) (-m \S+) (\S+)$", str(caught.value))
     assert command is not None
     done = subprocess.run(
-        [sys.executable, "-P", *command[2].split(), command[3]], capture_output=True, text=True, check=False
+        [sys.executable, *command[2].split(), command[3]], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     weights, computed = done.stdout.splitlines()

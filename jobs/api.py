@@ -1,0 +1,127 @@
+"""`capgap.run`: a run file from a notebook or a program, walked as the command `capgap run` walks it.
+
+path, shipped name or dict --settings laid over it--> RunFile --walk--> RunResult
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from capgap.jobs.problems import Origin, errors_of
+from capgap.jobs.reader import read_file, together
+from capgap.pipeline.stages import run_file_type
+from capgap.pipeline.workflow.driver import walk
+from capgap.pipeline.workflow.graph import downstream, instances, select
+from capgap.schemas.errors import SettingError
+from capgap.schemas.run_file import RunFile
+
+_REPORT = Path("report", "report.json")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run has made.
+
+    Attributes:
+        out: its folder.
+        folders: of every stage that was asked for, by the stage's name, as `train/distilled/seed-0`.
+        made: those that had to be made; the others were current.
+        report: the numbers of the run's report, `report.json`; empty where it has none.
+        run: every setting, as it was used.
+    """
+
+    out: Path
+    folders: dict[str, Path]
+    made: tuple[str, ...]
+    report: dict[str, Any] = field(repr=False)
+    run: RunFile = field(repr=False)
+
+
+def run(
+    run_file: str | Path | Mapping[str, Any],
+    *,
+    only: str | None = None,
+    from_stage: str | None = None,
+    remake: str | Collection[str] = (),
+    force: bool = False,
+    wait: bool = True,
+    **settings: Any,
+) -> RunResult:
+    """Make every stage of a run file current, each in a process of its own, and say where its results are.
+
+        result = capgap.run("demo", out="runs/mine", train={"learning_rate": 1e-3})
+        result = capgap.run("run.yaml", **{"train.learning_rate": 1e-3})
+        capgap.open_cache(result.folders["cache"])
+
+    What is current stays as it is, so the same call again does nothing, and goes on with what was interrupted.
+
+    Args:
+        run_file: its path; the name of a shipped one, such as `demo`; or its settings as a dict.
+        only: just this stage, as `train` or `train/distilled/seed-0`.
+        from_stage: this stage and what follows from it.
+        remake: stages to make again, and to replace what they made; what has cost device time is replaced so alone.
+        force: make stages again although they are current.
+        wait: wait for a device that another stage holds; without it, that is an error.
+        settings: laid over those of the run file, by section (`train={"alpha": 1.0}`) or by dotted name.
+
+    Raises:
+        InputError: the run file is missing or no YAML, or a stage cannot read its inputs.
+        SettingError: a setting is unknown, missing or of the wrong kind, or no stage has that name.
+        MismatchError: something that cost device time would be replaced, and `remake` does not name it.
+        StageFailedError: a stage's process failed; it has said why on stderr.
+    """
+    if only is not None and from_stage is not None:
+        raise SettingError("only and from_stage exclude each other", found=f"{only} and {from_stage}", expected="one")
+    kind = run_file_type()
+    path, document = read_file(kind, None if isinstance(run_file, Mapping) else run_file)
+    values = dict(run_file) if isinstance(run_file, Mapping) else document.values
+    for name, value in settings.items():
+        values = _laid_over(values, name, value)
+    try:
+        checked = kind.model_validate(values)
+    except ValidationError as error:
+        raise together(errors_of(error, Origin(kind, values, path, document.lines, {}))) from None
+    if only is not None:
+        chosen = select(checked, only)
+    else:
+        chosen = instances(checked) if from_stage is None else downstream(checked, from_stage)
+    made = walk(
+        checked,
+        chosen,
+        log=lambda name, why: print(f"{name}: {why}", flush=True),
+        remake=(remake,) if isinstance(remake, str) else remake,
+        force=force,
+        wait=wait,
+    )
+    out = Path(checked.out)
+    folders = {instance.name: out / instance.name for instance in chosen}
+    return RunResult(out, folders, tuple(made), _report(out), checked)
+
+
+def _laid_over(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """The values with one setting, or those of a section, in the place of theirs."""
+    first, _, rest = name.partition(".")
+    under = values.get(first)
+    if rest:
+        value = _laid_over(under if isinstance(under, Mapping) else {}, rest, value)
+    elif isinstance(value, Mapping) and isinstance(under, Mapping):
+        merged = dict(under)
+        for inner, one in value.items():
+            merged = _laid_over(merged, str(inner), one)
+        value = merged
+    return {**values, first: value}
+
+
+def _report(out: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((out / _REPORT).read_bytes())
+    except FileNotFoundError:
+        return {}
+    assert isinstance(found, dict), "the report is a record"
+    return found

@@ -1,0 +1,100 @@
+"""One sequence of a cache as a dictionary of numpy arrays, which is what a WebDataset pipeline hands on.
+
+    block of a member --samples_of--> one dictionary a sequence --collate_samples--> Batch
+
+Arrays are of one shape for every sequence of a cache, so that any collation can stack them, and of numpy, so that
+they pass between processes without a file descriptor each.
+
+Legend: B sequences, L targets a sequence, K ids a row, N = B x L rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from capgap.pipeline.store.batch import IGNORED_LABEL, Batch, TargetTemperature, collate
+from capgap.schemas.records import Sequences, Targets
+from capgap.schemas.run_corpus import ContextRule
+
+DictSample = dict[str, Any]
+"""One sequence; `Cache.webdataset` lists its keys, shapes and dtypes."""
+
+
+@dataclass(frozen=True)
+class SampleShape:
+    """What the samples of a cache have in common.
+
+    Attributes:
+        num_ids: K, the draws (`sampled`) or the kept ids (`topk`) of a row.
+        context: the rule under which the teacher scored.
+        target_temperature: the further temperature at which targets are wanted; None for that of the stored logprobs.
+    """
+
+    num_ids: int
+    context: ContextRule = "packed"
+    target_temperature: TargetTemperature | None = None
+
+    def samples_of(self, sequences: Sequences, targets: Targets | None, key: str, url: str) -> Iterator[DictSample]:
+        """The sequences of one member, in its order.
+
+        Args:
+            sequences: of the member.
+            targets: of the member.
+            key: of the member; each sequence's number in it follows.
+            url: of the shard.
+        """
+        for row in range(len(sequences)):
+            # by the loader's own arithmetic, so that both give the same bits
+            batch = collate([(sequences, targets, row)], self.num_ids, self.target_temperature, self.context)
+            sample: DictSample = {
+                "__key__": f"{key}-{row:04d}",
+                "__url__": url,
+                "tokens": sequences.tokens_BL1[row].astype(np.int64),
+                "starts": sequences.starts_BL1[row].copy(),
+                "mask": sequences.mask_BL1[row].copy(),
+            }
+            if batch.positions_BL is not None:
+                sample["positions"] = batch.positions_BL[0].numpy()
+            if targets is not None:
+                assert batch.ids_NK is not None and batch.weights_NK is not None, "collate gives targets where some are"
+                sample["ids"] = _widened(batch.ids_NK.numpy(), self.num_ids)
+                sample["weights"] = _widened(batch.weights_NK.numpy(), self.num_ids)
+                sample["label_logprobs"] = targets.label_logprobs_BL[row].copy()
+            if batch.tail_N is not None:
+                sample["tail"] = batch.tail_N.numpy()
+            yield sample
+
+
+def collate_samples(samples: Sequence[DictSample]) -> Batch:
+    """One `Batch` of these samples, the very one that the cache's own loader makes of these sequences.
+
+    For WebDataset's `batched(8, collation_fn=collate_samples)` and for `collate_fn` of a DataLoader.
+
+    Args:
+        samples: of one cache, as `Cache.webdataset` gives them.
+    """
+    tokens_BL1, mask_BL1 = (np.stack([sample[name] for sample in samples]) for name in ("tokens", "mask"))
+    labels_BL = np.where(mask_BL1[:, 1:], tokens_BL1[:, 1:], IGNORED_LABEL)
+    batch = Batch(torch.from_numpy(tokens_BL1[:, :-1].copy()), torch.from_numpy(labels_BL))
+    if "positions" in samples[0]:
+        batch.positions_BL = torch.from_numpy(np.stack([sample["positions"] for sample in samples]))
+    if "ids" in samples[0]:
+        ids_NK, weights_NK = (np.concatenate([sample[name] for sample in samples]) for name in ("ids", "weights"))
+        width = ids_NK.shape[1] if "tail" in samples[0] else int((weights_NK > 0).sum(axis=1).max())
+        batch.ids_NK, batch.weights_NK = (
+            torch.from_numpy(np.ascontiguousarray(values[:, :width])) for values in (ids_NK, weights_NK)
+        )
+    if "tail" in samples[0]:
+        batch.tail_N = torch.from_numpy(np.concatenate([sample["tail"] for sample in samples]))
+    return batch
+
+
+def _widened(values_NK: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
+    """The same rows with zeros behind them."""
+    return np.pad(values_NK, ((0, 0), (0, width - values_NK.shape[1])))

@@ -1,0 +1,172 @@
+"""A shard set as a WebDataset pipeline, and a stage that decodes its members in anybody's pipeline.
+
+    webdataset_of:   members of the manifest --ranks--> --workers--> --shuffled--> read by offset --> samples
+    MemberDecoder:   wds.WebDataset(urls): members as bytes, in the order of the tar --> samples
+
+WebDataset deals out whole shards: four shards on three ranks are 2, 1 and 1, and a worker without a shard stops the
+loop with an error. Here members are dealt out, of which a shard has hundreds, and a member belongs to exactly one
+worker of one rank whatever their number. Members are dealt out before they are shuffled, so that no two workers need
+agree about an order, and nothing is lost or doubled if they do not.
+
+Of webdataset no more is used than its pipeline, its splitters and its tar writer: `.decode` is never called, for what
+it finds beside a member in a shard it hands to decoders of its own, one of which unpickles.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+from webdataset import FluidWrapper, split_by_node, split_by_worker
+from webdataset.utils import pytorch_worker_info
+
+from capgap.pipeline.store.plain_tar import SUFFIX
+from capgap.pipeline.store.reader import ShardReader
+from capgap.pipeline.store.samples import DictSample, SampleShape
+from capgap.schemas.errors import CorruptError, InputError
+
+_FIELD = SUFFIX.removeprefix(".")
+
+Place = dict[str, Any]
+"""A member that is to be read: the numbers of its shard and of itself, and, as WebDataset has it, the shard's `url`."""
+
+Splitter = Callable[[Iterable[Place]], Iterable[Place]]
+
+
+def webdataset_of(
+    reader: ShardReader,
+    shape: SampleShape,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    nodesplitter: Splitter | None = split_by_node,
+    workersplitter: Splitter | None = split_by_worker,
+) -> FluidWrapper:
+    """The sequences of a shard set as a pipeline of webdataset; see `Cache.webdataset`."""
+    members = _Members(reader, needs_one_a_rank=nodesplitter is split_by_node)
+    stages = [nodesplitter, workersplitter, _Shuffle(seed) if shuffle else None, _Read(reader, shape)]
+    return FluidWrapper(members).compose(*(stage for stage in stages if stage is not None))
+
+
+class MemberDecoder:
+    """A stage for `wds.WebDataset(urls).compose(decoder)`: samples of WebDataset in, sequences out.
+
+    It runs no code from data. Of every member it checks the crc32 of the manifest, the checksum of the zstd frame, its
+    shape, and that targets belong to their tokens; and of every shard, when the stream ends, that all its members came.
+
+    Args:
+        reader: of the shard set, for what its manifest says; it opens no shard.
+        shape: what the samples are to be.
+        whole_shards: raise where a shard has given only some of its members when the stream ends, as WebDataset lets it
+            do behind a damaged tar header. Set it to False where something before this stage drops members on purpose.
+    """
+
+    def __init__(self, reader: ShardReader, shape: SampleShape, whole_shards: bool = True) -> None:
+        self._reader, self._shape, self._whole_shards = reader, shape, whole_shards
+        shards = reader.shard_set.shards
+        self._numbers = {shard.file.path.removesuffix(".tar"): number for number, shard in enumerate(shards)}
+
+    def __call__(self, source: Iterable[dict[str, Any]]) -> Iterator[DictSample]:
+        """The sequences of these members.
+
+        Raises:
+            CorruptError: a member is damaged, or members of a shard are missing.
+            InputError: a sample is of no shard that the manifest lists.
+        """
+        seen: Counter[int] = Counter()
+        for sample in source:
+            shard, member = self._place(sample)
+            seen[shard] += 1
+            block = self._reader.decode_member(shard, member, sample[_FIELD])
+            yield from self._shape.samples_of(*block, str(sample["__key__"]), str(sample.get("__url__", "")))
+        if self._whole_shards:
+            self._require_whole(seen)
+
+    def _place(self, sample: dict[str, Any]) -> tuple[int, int]:
+        key = str(sample.get("__key__"))
+        stem, _, number = key.rpartition("-")
+        shard = self._numbers.get(stem)
+        num_members = 0 if shard is None else len(self._reader.shard_set.shards[shard].members)
+        if shard is None or not number.isdecimal() or int(number) >= num_members:
+            raise InputError(
+                "a sample of no shard that the manifest lists",
+                where=str(sample.get("__url__", "")) or None,
+                found=repr(key),
+                expected="a member of the cache that the decoder was made for",
+                fix="decode other sources before they are mixed with this one",
+            )
+        if not isinstance(sample.get(_FIELD), bytes):
+            raise InputError(
+                "a member without its bytes",
+                where=key,
+                found=sorted(name for name in sample if not name.startswith("__")),
+                expected=_FIELD,
+                fix="compose the decoder directly onto wds.WebDataset, without `.decode`",
+            )
+        return shard, int(number)
+
+    def _require_whole(self, seen: Counter[int]) -> None:
+        for number, count in sorted(seen.items()):
+            shard = self._reader.shard_set.shards[number]
+            # a resampled shard comes more than once
+            if count % len(shard.members):
+                raise CorruptError(
+                    "a shard ended before its last member",
+                    where=self._reader.place.name_of(shard.file),
+                    found=f"{count} members",
+                    expected=f"{len(shard.members)}, as the manifest lists",
+                    fix="run `capgap verify` on the cache; with whole_shards=False nothing is said of missing members",
+                )
+
+
+class _Members(IterableDataset[Place]):
+    """Every member, in the order of the manifest."""
+
+    def __init__(self, reader: ShardReader, needs_one_a_rank: bool) -> None:
+        self._reader, self._needs_one_a_rank = reader, needs_one_a_rank
+
+    def __iter__(self) -> Iterator[Place]:
+        num_members, num_ranks = self._reader.shard_set.num_members, pytorch_worker_info()[1]
+        if self._needs_one_a_rank and num_members < num_ranks:
+            raise InputError(
+                "fewer members than ranks, so a rank would have nothing",
+                found=f"{num_members} members, {num_ranks} ranks",
+                expected="at least one a rank",
+                fix="use Cache.batches, which deals out sequences",
+            )
+        for number, shard in enumerate(self._reader.shard_set.shards):
+            url = self._reader.place.name_of(shard.file)
+            for member in range(len(shard.members)):
+                yield {"url": url, "shard": number, "member": member}
+
+
+class _Shuffle:
+    """Permutes this worker's members, anew each time it is asked."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._epoch = seed, -1
+
+    def __call__(self, source: Iterable[Place]) -> Iterator[Place]:
+        self._epoch += 1
+        info = get_worker_info()
+        # a worker that lives for one epoch counts none, but torch gives it another seed each time
+        seed = f"{self._seed}/{self._epoch}/{None if info is None else info.seed}"
+        members = list(source)
+        random.Random(seed).shuffle(members)
+        return iter(members)
+
+
+class _Read:
+    """Reads members by their offsets, with every check of the reader."""
+
+    def __init__(self, reader: ShardReader, shape: SampleShape) -> None:
+        self._reader, self._shape = reader, shape
+
+    def __call__(self, source: Iterable[Place]) -> Iterator[DictSample]:
+        for place in source:
+            entry = self._reader.shard_set.shards[place["shard"]]
+            sequences, targets = self._reader.read_member(place["shard"], place["member"])
+            yield from self._shape.samples_of(sequences, targets, entry.member(place["member"]).key, place["url"])
