@@ -40,7 +40,7 @@ def source_paths(run: RunFile, instance: Instance) -> list[Path]:
         case "answers":
             return _questions_file(run)
         case "tune" if run.tune is not None:
-            from capgap.pipeline.tune.data import chat_files
+            from capgap.pipeline.tune.files import chat_files
 
             template = Path(run.tune.chat_template or "")
             chats = chat_files(run.tune) if run.tune.sources else []
