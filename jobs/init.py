@@ -89,9 +89,7 @@ def init_command(argv: Sequence[str]) -> int:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w") as file:
             file.write(run_file_text(name, flags["use"]))
     except FileExistsError:
-        raise InputError(
-            "is there already", where=path, expected="a name that is free", fix="give another NAME"
-        ) from None
+        raise InputError("is there already", where=path, fix="give another NAME, as in `capgap init NAME`") from None
     log("run_file_written", f"{path}: fill in its lines, then `capgap plan {path}`", path=str(path))
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -80,7 +79,7 @@ def test_a_shipped_run_file_is_taken_by_its_name_from_any_folder(capsys: pytest.
 def test_a_path_wins_over_a_name(folder: Path) -> None:
     (folder / "demo").write_text("{}")
     assert find_file("demo") == Path("demo")
-    os.remove("demo")
+    Path("demo").unlink()
     assert find_file("demo") == FOLDER / "demo.yaml"
     (folder / "demo").mkdir()
     assert find_file("demo") == FOLDER / "demo.yaml", "a folder of the run's name is no run file"

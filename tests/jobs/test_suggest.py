@@ -66,7 +66,6 @@ def test_a_setting_is_found_by_spelling_and_by_meaning(name: str, meant: list[st
         ("score", "cache"),
         ("list", "ls"),
         ("statsu", "status"),
-        ("evaluate", "eval"),
         ("qqqq", None),
     ],
 )
