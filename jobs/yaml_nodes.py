@@ -223,7 +223,7 @@ class _Builder:
         if not isinstance(node, yaml.ScalarNode):
             raise _error(f"could not determine a constructor for the tag {node.tag!r}", node)
         try:
-            value = self._loader.construct_object(node)  # type: ignore[no-untyped-call]
+            value = self._loader.construct_object(node)
         except (ValueError, OverflowError) as error:  # a date or a number that is none
             raise _error(str(error), node) from None
         if value is None and not node.value and loc is not None:
