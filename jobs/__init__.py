@@ -1,6 +1,6 @@
 """What a person starts: the command line, run files (`runs/`), scripts for clusters (`slurm/`, `ray/`, `k8s/`, `sky/`).
 
-capgap run FILE      walk the stage graph          capgap status FILE   what is current, what is not, and why
-capgap STAGE FILE    one stage                     capgap verify DIR    check every digest below a folder
-capgap plan FILE     what a run will cost
+arguments --cli--> registry --> a command --arguments--> its flags, and a run file with settings laid over it
+                                                |
+reader: yaml_nodes (lines, bounds) --> flags merged --> one validation --> problems, each with its line or its flag
 """

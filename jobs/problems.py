@@ -117,16 +117,19 @@ def plain(value: Any) -> str:
 
 def _standing(problem: ErrorDetails, origin: Origin) -> Loc:
     """The place without what pydantic adds: the kinds of a union that were tried, and that a name is meant."""
-    values, loc = origin.values, []
+    values: Any = origin.values
+    loc: list[Any] = []
     for part in problem["loc"]:
-        if (isinstance(values, dict) and part in values) or (
-            isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values)
-        ):
-            values = values[part]
-        else:
+        is_there = part in values if isinstance(values, dict) else isinstance(part, int) and part in range(_len(values))
+        if not is_there:
             break
+        values = values[part]
         loc.append(part)
     return (*loc, problem["loc"][-1]) if problem["type"] == "missing" else tuple(loc)
+
+
+def _len(values: Any) -> int:
+    return len(values) if isinstance(values, (list, tuple)) else 0
 
 
 def _error_of(loc: Loc, problems: list[ErrorDetails], origin: Origin) -> SettingError:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from capgap.jobs.problems import Origin, errors_of, not_finite, unknown_setting
 from capgap.jobs.settings import Setting, find, locate
 from capgap.jobs.shipped import find_file
-from capgap.jobs.yaml_nodes import Document, Loc, parse_value, read_document
+from capgap.jobs.yaml_nodes import Loc, YamlDocument, parse_value, read_document
 from capgap.schemas.base import Record
 from capgap.schemas.errors import InputError, SettingError, SettingsError
 
@@ -69,7 +69,7 @@ def read_settings(record: type[_R], file: str | Path | None, given: Sequence[Giv
     return settings
 
 
-def read_file(record: type[Record], file: str | Path | None) -> tuple[Path | None, Document]:
+def read_file(record: type[Record], file: str | Path | None) -> tuple[Path | None, YamlDocument]:
     """A file of settings by name as it stands, with its lines: nothing is checked but that it holds settings alone.
 
     Args:
@@ -81,7 +81,7 @@ def read_file(record: type[Record], file: str | Path | None) -> tuple[Path | Non
         SettingError: it names a class.
     """
     if file is None:
-        return None, Document({}, {}, frozenset())
+        return None, YamlDocument({}, {}, frozenset())
     path = find_file(file)
     document = read_document(path)
     _require_no_class(Origin(record, document.values, path, document.lines, {}), document.values, ())

@@ -40,9 +40,9 @@ class Command:
     def parser(self) -> Parser:
         """What reads its arguments."""
         module = import_module(f"capgap.jobs.{self.module}")
-        if self.is_stage:
-            return module.stage_parser(self.name)
-        return getattr(module, self.function.removesuffix("_command") + "_parser")()
+        make = getattr(module, self.function.removesuffix("_command") + "_parser")
+        parser: Parser = make(self.name) if self.is_stage else make()
+        return parser
 
     @property
     def is_stage(self) -> bool:

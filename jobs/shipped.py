@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from itertools import takewhile
 from pathlib import Path
 
 from capgap.schemas.errors import InputError
@@ -40,7 +41,6 @@ def find_file(given: str | Path) -> Path:
 
 
 def first_comment(path: Path) -> str:
-    """What a run file says of itself in its first line."""
-    with path.open() as file:
-        line = file.readline()
-    return line.removeprefix("#").strip() if line.startswith("#") else ""
+    """The first sentence of the comment that a run file begins with."""
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in lines).partition(". ")[0].rstrip(".")

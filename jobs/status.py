@@ -9,13 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.live import Live
-
 from capgap.jobs.arguments import Parser, number, parse_run, run_file_parser
 from capgap.jobs.faults import CRASHED, INTERRUPTED
 from capgap.jobs.logs import log, log_format
-from capgap.jobs.status_view import as_json, as_line, as_table
-from capgap.jobs.tables import ResultConsole, print_wide
 from capgap.pipeline.stage.lease import held_leases
 from capgap.pipeline.workflow.look import Look, look_at
 from capgap.pipeline.workflow.remake import last_command
@@ -81,6 +77,10 @@ def status_parser() -> Parser:
 
 
 def _show_once(run: RunFile, json_wanted: bool) -> None:
+    # here and below: to refuse a run file asks for no tables
+    from capgap.jobs.status_view import as_json, as_table
+    from capgap.jobs.tables import print_wide
+
     looks = look_at(run)
     if json_wanted:
         print(as_json(run, looks, held_leases()))
@@ -100,15 +100,20 @@ class _Watch:
         self._began_s, self._took_s = time.time(), 0.0
         self._quiet_since_s: float | None = None
         self._seen: set[str] = set()
-        self._said: dict[str, str] = {}
+        self._logged: dict[str, str] = {}
 
     def to_the_end(self) -> int:
         """Show the run until nothing is left to watch; the exit code."""
+        from rich.live import Live
+
+        from capgap.jobs.status_view import as_table
+        from capgap.jobs.tables import ResultConsole, print_wide
+
         console = ResultConsole()
         if self._json or log_format() == "json" or not console.is_terminal or console.is_dumb_terminal:
             while not self._look_is_last():
-                self._say()
-            self._say()
+                self._log()
+            self._log()
         else:
             with Live(console=console, auto_refresh=False, transient=True) as live:
                 while not self._look_is_last():
@@ -159,15 +164,17 @@ class _Watch:
         print(f"capgap: {failed.name}: {ended.what}", file=sys.stderr)
         return ended.exit_code or CRASHED
 
-    def _say(self) -> None:
+    def _log(self) -> None:
+        from capgap.jobs.status_view import as_json, as_line
+
         if self._json:
             print(as_json(self._run, self._looks, held_leases()), flush=True)
             return
         for look in self._looks:
             state, text = "at work" if look.at_work else look.state, as_line(look)
-            if self._said.get(look.name) == text:
+            if self._logged.get(look.name) == text:
                 continue
-            self._said[look.name] = text
+            self._logged[look.name] = text
             log("stage_state", text, instance=look.name, state=state, why=look.why or None)
 
 

@@ -19,8 +19,9 @@ def settings_like(record: type[Record], loc: Loc) -> list[str]:
     # the innermost part of the name that is no setting, for example `trian` of `trian.alpha`
     number = next(n for n in range(1, len(loc) + 1) if find(record, loc[:n]) is None)
     if number < len(loc):
-        inner = [f"{name}.{dotted(loc[number:])}" for name in settings_like(record, loc[:number])]
-        return [name for name in inner if find(record, tuple(name.split("."))) is not None] or inner[:1]
+        mended = [(*name.split("."), *loc[number:]) for name in settings_like(record, loc[:number])]
+        known_already = [dotted(one) for one in mended if find(record, one) is not None]
+        return known_already or (settings_like(record, mended[0]) if mended else [])
     section = find(record, tuple(outer)) if outer else None
     siblings = {str(s.loc[-1]): s.name for s in children(section.section if section and section.section else record)}
     prefix = f"{dotted(tuple(outer))}." if outer else ""

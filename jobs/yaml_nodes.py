@@ -29,7 +29,7 @@ _MAP, _LIST, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "m
 
 
 @dataclass(frozen=True)
-class Document:
+class YamlDocument:
     """What a file says.
 
     Attributes:
@@ -43,7 +43,7 @@ class Document:
     bare: frozenset[Loc]
 
 
-def read_document(path: Path) -> Document:
+def read_document(path: Path) -> YamlDocument:
     """The file as settings by name.
 
     Raises:
@@ -90,7 +90,7 @@ def read_document(path: Path) -> Document:
             expected="settings by name",
             fix="`capgap init` writes one, and `capgap ls` lists examples",
         )
-    return Document(values, builder.lines, frozenset(builder.bare))
+    return YamlDocument(values, builder.lines, frozenset(builder.bare))
 
 
 def parse_value(text: str, where: str, fix: str) -> Any:
@@ -223,7 +223,7 @@ class _Builder:
         if not isinstance(node, yaml.ScalarNode):
             raise _error(f"could not determine a constructor for the tag {node.tag!r}", node)
         try:
-            value = self._loader.construct_object(node)  # type: ignore[no-untyped-call]
+            value = self._loader.construct_object(node)
         except (ValueError, OverflowError) as error:  # a date or a number that is none
             raise _error(str(error), node) from None
         if value is None and not node.value and loc is not None:

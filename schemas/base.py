@@ -58,7 +58,7 @@ class PartOf:
 def below(error: ValidationError, *where: str | int) -> ValidationError:
     """The same problems, of settings that stand below that place."""
     problems = [
-        InitErrorDetails(type=e["type"], loc=(*where, *e["loc"]), input=e["input"], ctx=e.get("ctx", {}))  # type: ignore[typeddict-item]
+        InitErrorDetails(type=e["type"], loc=(*where, *e["loc"]), input=e["input"], ctx=e.get("ctx", {}))
         for e in error.errors(include_url=False)
     ]
     return ValidationError.from_exception_data(error.title, problems)

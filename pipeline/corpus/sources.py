@@ -5,16 +5,12 @@ from __future__ import annotations
 import glob
 import io
 import json
-import pydoc_data.topics
 import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet
 
 from capgap.schemas.errors import InputError
 
@@ -74,6 +70,8 @@ def list_files(sources: tuple[str, ...]) -> list[Path]:
 
 
 def _builtin() -> Iterator[Document]:
+    import pydoc_data.topics
+
     for name, text in sorted(pydoc_data.topics.topics.items()):
         yield Document(f"{BUILTIN}/topics/{name}", text)
     root = Path(sysconfig.get_path("stdlib"))
@@ -153,6 +151,9 @@ def _lines(path: Path) -> Iterator[bytes]:
         with path.open("rb") as file:
             yield from file
         return
+    # here and below: to list files asks for no Arrow
+    import pyarrow as pa
+
     try:
         # Arrow's stream, unlike zstandard's reader, says when a file ends within a frame
         with pa.input_stream(str(path), compression="zstd") as stream:
@@ -240,8 +241,11 @@ def _require_text(where: str, value: str) -> None:
 
 
 def _rows(path: Path, field: str, setting: str) -> Iterator[tuple[str, object]]:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
     try:
-        file = pa.parquet.ParquetFile(path)
+        file = parquet.ParquetFile(path)
     except pa.ArrowInvalid as error:
         raise InputError(
             "not a Parquet file",

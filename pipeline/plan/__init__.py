@@ -7,7 +7,23 @@
 A figure that nothing supports is left out, with what to give for it: nothing here is guessed.
 """
 
-from capgap.pipeline.plan.plan import make_plan
-from capgap.pipeline.plan.rates import Stated
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from capgap.pipeline.plan.plan import make_plan
+    from capgap.pipeline.plan.rates import Stated
 
 __all__ = ["Stated", "make_plan"]
+
+_HOMES = {"Stated": "rates", "make_plan": "plan"}
+
+
+def __getattr__(name: str) -> Any:
+    """The names above, imported when they are asked for: to count costs asks for no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

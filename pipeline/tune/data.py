@@ -6,15 +6,13 @@ Whoever finds `work/rows.json` finds all shards: they are made once, whatever is
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
 
 from capgap.pipeline.corpus.conversations import ChatFormat, messages_of
-from capgap.pipeline.corpus.sources import Document, list_files, read_documents
+from capgap.pipeline.corpus.sources import Document, read_documents
 from capgap.pipeline.corpus.split import Split, split_documents
 from capgap.pipeline.corpus.whole import encode_whole, in_whole_rows
 from capgap.pipeline.stage.context import StageContext
@@ -22,6 +20,7 @@ from capgap.pipeline.stage.folder import WORK_FOLDER
 from capgap.pipeline.store import Block, ShardWriter, split_blocks
 from capgap.pipeline.store.codec import SEQUENCES, Codec
 from capgap.pipeline.store.files import write_atomically
+from capgap.pipeline.tune.files import as_of_tune, chat_files
 from capgap.schemas.base import Record
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import TokenizerFacts
@@ -59,22 +58,6 @@ def chat_rows(context: StageContext, chat: ChatFormat, facts: TokenizerFacts) ->
     return ChatRows.model_validate_json(path.read_bytes())
 
 
-def chat_files(settings: TuneSettings) -> list[Path]:
-    """The files of the conversations.
-
-    Raises:
-        InputError: a source names nothing, or no file of conversations.
-    """
-    with _as_of_tune():
-        files = list_files(settings.sources)
-    for file in files:
-        if not file.name.endswith((".jsonl", ".jsonl.zst", ".parquet")):
-            raise InputError(
-                "holds no conversations", where=f"tune.sources: {file}", expected=".jsonl, .jsonl.zst or .parquet"
-            )
-    return files
-
-
 def conversations(settings: TuneSettings) -> Iterator[Document]:
     """Every conversation, each looked at for roles and an answer.
 
@@ -82,7 +65,7 @@ def conversations(settings: TuneSettings) -> Iterator[Document]:
         InputError: a record is none.
     """
     chat_files(settings)
-    with _as_of_tune():
+    with as_of_tune():
         for document in read_documents(settings.sources, "", settings.messages_field):
             messages_of(document)
             yield document
@@ -95,7 +78,7 @@ def _make(context: StageContext, chat: ChatFormat, facts: TokenizerFacts) -> Cha
     sidecars = context.folder / WORK_FOLDER / "shards"
     sets, totals = {}, {"num_repeated_conversations": num_repeated}
     for name, split in _SPLITS.items():
-        with _as_of_tune():
+        with as_of_tune():
             made = encode_whole(chat, documents[split], settings.max_len, f"tune: tokenize {name}")
         counts = {what.removeprefix("num_"): number for what, number in vars(made).items() if what != "rows"}
         totals |= {f"num_{name}_{what}": number for what, number in counts.items()}
@@ -126,19 +109,6 @@ def _require_rows(settings: TuneSettings, name: str, rows: Sequences, num_droppe
             expected="at least one",
             fix="raise tune.max_len" if num_dropped else "change tune.heldout_fraction",
         )
-
-
-@contextmanager
-def _as_of_tune() -> Iterator[None]:
-    """Errors of the corpus's readers in the words of these settings."""
-    try:
-        yield
-    except InputError as error:
-        where = f"tune.sources: {str(error.where).removeprefix('corpus.sources: ')}"
-        fix = None if error.fix is None else error.fix.replace("corpus.", "tune.").partition(", or leave it out")[0]
-        if str(error.where).startswith("tune."):
-            raise
-        raise InputError(error.what, where=where, found=error.found, expected=error.expected, fix=fix) from None
 
 
 def row_facts(rows: ChatRows) -> dict[str, Any]:

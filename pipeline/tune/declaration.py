@@ -31,7 +31,7 @@ def _further(run: RunFile, instance: Instance) -> dict[str, str]:
 
 def _sources(run: RunFile, instance: Instance) -> list[Path]:
     # imported here: whoever reads manifests alone needs no reader of Parquet
-    from capgap.pipeline.tune.data import chat_files
+    from capgap.pipeline.tune.files import chat_files
 
     assert run.tune is not None
     template = Path(run.tune.chat_template or "")

@@ -16,7 +16,7 @@ import sys
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("lightning", "transformers", "vllm", "tokenizers", "jsonargparse"):
+        if name.partition(".")[0] in ("lightning", "transformers", "vllm", "tokenizers"):
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Blocked())
