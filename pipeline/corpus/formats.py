@@ -1,8 +1,8 @@
 """Files into records, one after another; a file is never held whole, but one that is a document itself.
 
-    .txt .md .rst .py          a document                         .json      a list of records, or one after another
-    .jsonl .ndjson             a record a line                    .csv .tsv  a record a row, named by the first row
-    .parquet .arrow .feather   a record a row                     .gz .bz2 .xz .zst behind any but these three
+.txt .md .rst .py          a document                         .json      a list of records, or one after another
+.jsonl .ndjson             a record a line                    .csv .tsv  a record a row, named by the first row
+.parquet .arrow .feather   a record a row                     .gz .bz2 .xz .zst behind any but these three
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_records(path: Path, fields: tuple[str, ...]) -> Iterator[Found]:
     if kind in TABLE_SUFFIXES:
         yield from table_rows(path, fields)
         return
-    with open_unpacked(path) as stream:
+    with open_unpacked(path) as (stream, _):
         yield from records_of(stream, kind, str(path))
 
 
@@ -83,15 +83,15 @@ def records_of(stream: BinaryIO, kind: str | None, name: str) -> Iterator[Found]
 
 
 @contextmanager
-def open_unpacked(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes as they were before it was compressed.
+def open_unpacked(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The file's bytes as they were before it was compressed, and the file itself.
 
     Raises:
         InputError: it cannot be opened, is damaged, or ends within its compression.
     """
     try:
-        with path.open("rb") as raw, unpacked(raw, path.suffix.lower()) as stream:
-            yield stream
+        with path.open("rb") as raw, _unpacked(raw, path.suffix.lower()) as stream:
+            yield stream, raw
     except (pa.ArrowException, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError("cannot be read", where=path, found=error.strerror, expected="a file") from None
@@ -107,7 +107,7 @@ def open_unpacked(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def unpacked(raw: BinaryIO, suffix: str) -> Iterator[BinaryIO]:
+def _unpacked(raw: BinaryIO, suffix: str) -> Iterator[BinaryIO]:
     """What an open file holds, before it was compressed as its last suffix says."""
     if suffix == ".gz":
         with gzip.GzipFile(fileobj=raw) as packed:
@@ -173,8 +173,11 @@ def _table_text(stream: BinaryIO, name: str, separator: str) -> Iterator[Found]:
             if header is None:
                 header = row
             elif row and len(row) != len(header):
-                yield where, BadRecordError(
-                    "the row does not fit the first", where=where, found=f"{len(row)} fields", expected=len(header)
+                yield (
+                    where,
+                    BadRecordError(
+                        "the row does not fit the first", where=where, found=f"{len(row)} fields", expected=len(header)
+                    ),
                 )
             elif row:
                 record: dict[str, Any] = dict(zip(header, row, strict=True))

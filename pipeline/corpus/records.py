@@ -2,7 +2,7 @@
 
     {"messages": [{"role": ..., "content": ...}], "tools": [...]}        OpenAI's form, with text parts and tool calls
     {"conversations": [{"from": "human", "value": ...}]}                 ShareGPT's
-    {"instruction": ..., "input": ..., "output": ...}                    Alpaca's, and other pairs of question and answer
+    {"instruction": ..., "input": ..., "output": ...}                    Alpaca's, and others of question and answer
     [{"role": ...}], ["question", "answer"], [{"User": ..., "Assistant": ...}]      a list, alone or in a field
 
 A list may also be given as the JSON that says it. Whatever cannot be used is named with its place.
@@ -192,7 +192,13 @@ def _kind(value: object) -> str:
         return "null"
     if isinstance(value, bytes):
         return f"{len(value)} bytes of binary"
-    kinds: dict[type, str] = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    kinds: dict[type, str] = {
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 

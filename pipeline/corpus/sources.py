@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from capgap.pipeline.corpus.bad_records import BadRecords
+from capgap.pipeline.corpus.bad_records import BadRecords, in_section
 from capgap.pipeline.corpus.files import BUILTIN, list_files
 from capgap.pipeline.corpus.formats import TEXT_SUFFIXES, kind_of, read_records
 from capgap.pipeline.corpus.records import fields_read, read_record
@@ -90,7 +90,7 @@ def _from_files(
                         raise record
                     found = record if is_text else read_record(where, record, text_field, messages_field)
                 except BadRecordError as error:
-                    bad.refuse(_in_section(error, section))
+                    bad.refuse(error)
                     continue
                 if isinstance(found, str):
                     yield Document(where, found)
@@ -98,15 +98,4 @@ def _from_files(
                     text = found.to_json()
                     yield Document(where, text, text)
         except InputError as error:
-            raise _in_section(error, section) from None
-
-
-def _in_section(error: InputError, section: str) -> InputError:
-    """The error with the setting before the file, and with that section's settings in what to do about it."""
-    before = f"{section}.sources: "
-    if str(error.where).startswith(before):
-        return error
-    fix = None if error.fix is None else error.fix.replace("corpus.", f"{section}.")
-    if fix is not None and section != "corpus":
-        fix = fix.partition(", or leave it out")[0]
-    return type(error)(error.what, where=f"{before}{error.where}", found=error.found, expected=error.expected, fix=fix)
+            raise in_section(error, section) from None

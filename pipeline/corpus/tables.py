@@ -26,13 +26,31 @@ def table_rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[str, dict[
     Raises:
         InputError: it is none, it is damaged, or has no column that is wanted.
     """
-    kind = "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
+    kind = _kind(path)
     number = 0
     with _damage_named(path, kind):
         for batch in (_parquet_batches if kind == "Parquet" else _arrow_batches)(path, fields):
             for row in batch.to_pylist():
                 yield f"{path}#{number}", {name: _without_filling(value) for name, value in row.items()}
                 number += 1
+
+
+def num_rows(path: Path) -> int:
+    """Rows of a .parquet, .arrow or .feather file.
+
+    Raises:
+        InputError: as `table_rows`.
+    """
+    kind = _kind(path)
+    with _damage_named(path, kind):
+        if kind == "Parquet":
+            return int(pa.parquet.read_metadata(path).num_rows)
+        with pa.memory_map(str(path)) as source:
+            return sum(batch.num_rows for batch in _open_arrow(source)[1])
+
+
+def _kind(path: Path) -> str:
+    return "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
 
 
 def _parquet_batches(path: Path, fields: tuple[str, ...]) -> Iterator[Any]:
@@ -42,21 +60,24 @@ def _parquet_batches(path: Path, fields: tuple[str, ...]) -> Iterator[Any]:
 
 
 def _arrow_batches(path: Path, fields: tuple[str, ...]) -> Iterator[Any]:
-    """Of a file with an index, as Feather has it, or of a stream, as `datasets` writes it."""
     with pa.memory_map(str(path)) as source:
-        if source.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC:
-            file = pa.ipc.open_file(source)
-            columns = _wanted(path, file.schema.names, fields)
-            batches = (file.get_batch(number) for number in range(file.num_record_batches))
-        else:
-            source.seek(0)
-            batches = pa.ipc.open_stream(source)
-            columns = _wanted(path, batches.schema.names, fields)
+        names, batches = _open_arrow(source)
+        columns = _wanted(path, names, fields)
         for batch in batches:
             wanted = batch.select(columns)
             wanted.validate(full=True)
             for start in range(0, len(wanted), _BATCH_ROWS):
                 yield wanted.slice(start, _BATCH_ROWS)
+
+
+def _open_arrow(source: Any) -> tuple[list[str], Iterator[Any]]:
+    """Columns and batches of a file with an index, as Feather has it, or of a stream, as `datasets` writes it."""
+    if source.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC:
+        file = pa.ipc.open_file(source)
+        return file.schema.names, (file.get_batch(number) for number in range(file.num_record_batches))
+    source.seek(0)
+    stream = pa.ipc.open_stream(source)
+    return stream.schema.names, iter(stream)
 
 
 def _wanted(path: Path, names: list[str], fields: tuple[str, ...]) -> list[str]:
@@ -90,9 +111,8 @@ def _damage_named(path: Path, kind: str) -> Iterator[None]:
         raise
     # Arrow reports a damaged page as any of these, also as a length that no memory holds
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, EOFError, KeyError) as error:
-        is_other = isinstance(error, pa.ArrowInvalid) and "magic bytes" in str(error)
         raise InputError(
-            f"not a {kind} file" if is_other else f"the {kind} file is damaged, or none",
+            f"not {'a' if kind == 'Parquet' else 'an'} {kind} file, or a damaged one",
             where=path,
             found=(str(error) or type(error).__name__)[:200],
             expected=kind,

@@ -37,6 +37,7 @@ class ChatTemplate:
     Attributes:
         has_marks: whether it marks what the assistant says, with `{% generation %}`.
         knows_tools: whether it speaks of tools at all.
+        has_warned: for whoever uses it, whether that was said.
 
     Raises:
         InputError: it is no template.
@@ -49,7 +50,7 @@ class ChatTemplate:
             found = "several" if source else "no chat template"
             raise InputError("there is no one chat template", where=where, found=found, expected="one")
         self.has_marks = _GENERATION.search(source) is not None
-        self.knows_tools = "tools" in source
+        self.knows_tools, self.has_warned = "tools" in source, False
         # theirs is asked with an empty template: compiling works out what is constant
         self._environment = BoundedEnvironment.like(_compile_jinja_template(_EMPTY).environment)
         try:
@@ -110,9 +111,3 @@ class ChatTemplate:
     def _refusal(self, what: str, found: object, expected: str) -> InputError:
         said = str(found)[:200] or type(found).__name__
         return InputError(what, where=self._where, found=said, expected=expected, fix="use another template")
-
-
-def has_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer's chat template marks what the assistant says."""
-    template = tokenizer.chat_template
-    return isinstance(template, str) and _GENERATION.search(template) is not None

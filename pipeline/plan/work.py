@@ -223,7 +223,7 @@ def _split_tokens(
         counted = {name: part.num_tokens for name, part in corpus.shard_sets.items()}
         return {name: Figure(value=counted.get(name, 0), source="the corpus") for name in SPLITS}
     settings = run.corpus
-    text = text_bytes(settings.sources, settings.text_field)
+    text = text_bytes(settings.sources, settings.text_field, settings.messages_field)
     per_token = _bytes_per_token(run, vocab_size, stated_bytes_per_token)
     if per_token.value is None:
         return dict.fromkeys(SPLITS, per_token)
@@ -244,7 +244,7 @@ def _bytes_per_token(run: RunFile, vocab_size: float | None, stated: float | Non
         tokenizer = load_tokenizer(settings.tokenizer)
     except CapgapError as error:
         return Figure(value=None, source=f"give --text-bytes-per-token, or the tokenizer: {error}")
-    return bytes_per_token(tokenizer, settings.sources, settings.text_field)
+    return bytes_per_token(tokenizer, settings.sources, settings.text_field, settings.messages_field)
 
 
 def _cache_tokens(run: RunFile, cache: Manifest | None, student: Figure) -> Figure:

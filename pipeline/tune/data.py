@@ -6,15 +6,17 @@ Whoever finds `work/rows.json` finds all shards: they are made once, whatever is
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
 
-from capgap.pipeline.corpus.conversations import ChatFormat, messages_of
-from capgap.pipeline.corpus.sources import Document, list_files, read_documents
+from capgap.pipeline.corpus.bad_records import NUM_NAMED, BadRecords
+from capgap.pipeline.corpus.conversations import ChatFormat, conversation_of
+from capgap.pipeline.corpus.files import list_files
+from capgap.pipeline.corpus.formats import TEXT_SUFFIXES, kind_of
+from capgap.pipeline.corpus.sources import Document, read_documents
 from capgap.pipeline.corpus.split import Split, split_documents
 from capgap.pipeline.corpus.whole import encode_whole, in_whole_rows
 from capgap.pipeline.stage.context import StageContext
@@ -23,7 +25,7 @@ from capgap.pipeline.store import Block, ShardWriter, split_blocks
 from capgap.pipeline.store.codec import SEQUENCES, Codec
 from capgap.pipeline.store.files import write_atomically
 from capgap.schemas.base import Record
-from capgap.schemas.errors import InputError
+from capgap.schemas.errors import BadRecordError, InputError
 from capgap.schemas.facts import TokenizerFacts
 from capgap.schemas.manifest import ShardSet
 from capgap.schemas.records import Sequences
@@ -63,40 +65,47 @@ def chat_files(settings: TuneSettings) -> list[Path]:
     """The files of the conversations.
 
     Raises:
-        InputError: a source names nothing, or no file of conversations.
+        InputError: a source names nothing, or no file of records.
     """
-    with _as_of_tune():
-        files = list_files(settings.sources)
+    files = list_files(settings.sources, "tune")
     for file in files:
-        if not file.name.endswith((".jsonl", ".jsonl.zst", ".parquet")):
+        if kind_of(file) in TEXT_SUFFIXES:
             raise InputError(
-                "holds no conversations", where=f"tune.sources: {file}", expected=".jsonl, .jsonl.zst or .parquet"
+                "holds no conversations", where=f"tune.sources: {file}", expected="a file of records, .jsonl say"
             )
     return files
 
 
-def conversations(settings: TuneSettings) -> Iterator[Document]:
-    """Every conversation, each looked at for roles and an answer.
+def bad_records(settings: TuneSettings, num_named: int = NUM_NAMED) -> BadRecords:
+    """What becomes of records that cannot be used."""
+    return BadRecords("tune", settings.on_bad_record, settings.max_bad_fraction, num_named)
+
+
+def conversations(settings: TuneSettings, bad: BadRecords) -> Iterator[Document]:
+    """Every conversation, each looked at for an answer.
 
     Raises:
-        InputError: a record is none.
+        BadRecordError: a record is none, and stops.
     """
     chat_files(settings)
-    with _as_of_tune():
-        for document in read_documents(settings.sources, "", settings.messages_field):
-            messages_of(document)
-            yield document
+    for document in read_documents(settings.sources, "", settings.messages_field, bad, "tune"):
+        try:
+            conversation_of(document)
+        except BadRecordError as error:
+            bad.refuse(error)
+            continue
+        yield document
 
 
 def _make(context: StageContext, chat: ChatFormat, facts: TokenizerFacts) -> ChatRows:
     settings = context.run.tune
     assert settings is not None
-    documents, num_repeated = split_documents(conversations(settings), 0.0, settings.heldout_fraction)
+    bad = bad_records(settings)
+    documents, num_repeated = split_documents(conversations(settings, bad), 0.0, settings.heldout_fraction)
     sidecars = context.folder / WORK_FOLDER / "shards"
     sets, totals = {}, {"num_repeated_conversations": num_repeated}
     for name, split in _SPLITS.items():
-        with _as_of_tune():
-            made = encode_whole(chat, documents[split], settings.max_len, f"tune: tokenize {name}")
+        made = encode_whole(chat, documents[split], settings.max_len, f"tune: tokenize {name}", bad)
         counts = {what.removeprefix("num_"): number for what, number in vars(made).items() if what != "rows"}
         totals |= {f"num_{name}_{what}": number for what, number in counts.items()}
         rows = in_whole_rows(made.rows, settings.max_len, facts.eos_id, settings.packing)
@@ -110,7 +119,8 @@ def _make(context: StageContext, chat: ChatFormat, facts: TokenizerFacts) -> Cha
                 for index, start in enumerate(starts)
             ]
         )
-    return ChatRows(shard_sets=sets, totals=totals)
+    bad.finish()
+    return ChatRows(shard_sets=sets, totals=totals | {"num_bad_records": bad.num_bad})
 
 
 def _require_rows(settings: TuneSettings, name: str, rows: Sequences, num_dropped: int) -> None:
@@ -131,19 +141,6 @@ def _slice(rows: Sequences, start: int) -> Sequences:
     return Sequences(rows.tokens_BL1[part], rows.starts_BL1[part], rows.mask_BL1[part])
 
 
-@contextmanager
-def _as_of_tune() -> Iterator[None]:
-    """Errors of the corpus's readers in the words of these settings."""
-    try:
-        yield
-    except InputError as error:
-        where = f"tune.sources: {str(error.where).removeprefix('corpus.sources: ')}"
-        fix = None if error.fix is None else error.fix.replace("corpus.", "tune.").partition(", or leave it out")[0]
-        if str(error.where).startswith("tune."):
-            raise
-        raise InputError(error.what, where=where, found=error.found, expected=error.expected, fix=fix) from None
-
-
 def row_facts(rows: ChatRows) -> dict[str, Any]:
     """The counts for the manifest, those of nothing left out."""
-    return {name: number for name, number in rows.totals.items() if number or "dropped" not in name}
+    return {name: number for name, number in rows.totals.items() if number or not ("dropped" in name or "bad" in name)}

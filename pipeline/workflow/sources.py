@@ -22,7 +22,7 @@ def source_paths(run: RunFile, instance: Instance) -> list[Path]:
     match instance.stage:
         case "corpus":
             # imported here: reading Parquet needs more than the state of a run does
-            from capgap.pipeline.corpus.sources import list_files
+            from capgap.pipeline.corpus.files import list_files
 
             extend = run.corpus.extend_vocabulary
             further = () if extend is None or extend.sources is None else extend.sources

@@ -40,7 +40,7 @@ LEFT_OUT_AS_DEFAULT = {"targets", "caches", "own_weight", "benchmarks", "judge",
                 whole_conversations=True,
                 extend_vocabulary=MORE,
             ),
-            {},
+            {"on_bad_record": "skip", "max_bad_fraction": 0.2},
         ),
         (
             CacheSettings(num_heldout_sequences=7),
