@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic.fields import FieldInfo
 
+_MAX_INTEGER_BITS = 63
 _OPERATIONAL = "capgap_operational"
 
 OPERATIONAL: dict[str, Any] = {_OPERATIONAL: True}
@@ -18,6 +19,15 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _require_usable(cls, values: Any) -> Any:
+        """No number that 64 bits cannot hold, and no text that no path can be: both would fail far from here."""
+        if isinstance(values, dict):
+            for name, value in values.items():
+                _require_usable(name, value)
+        return values
+
     def decisive(self) -> dict[str, Any]:
         """The settings that decide the result, as plain JSON values: operational ones are left out."""
         values = self.model_dump(mode="json")
@@ -26,6 +36,18 @@ class Record(BaseModel):
             for name, info in type(self).model_fields.items()
             if not _is_operational(info)
         }
+
+
+def _require_usable(name: object, value: object) -> None:
+    """Of a field's value; records within it look at their own."""
+    if isinstance(value, int) and value.bit_length() > _MAX_INTEGER_BITS:
+        # its digits would be thousands, which Python does not write
+        raise ValueError(f"{name}: found an integer of {value.bit_length()} bits, expected one of at most 64")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{name}: found {value[:80]!a}, expected text without the character zero")
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            _require_usable(name, one)
 
 
 def _identity_of(value: object, dumped: object) -> object:

@@ -33,6 +33,7 @@ class ChatTemplate:
     Args:
         tokenizer: which has one.
         where: the template as the user knows it, for errors.
+        source: the template, where the tokenizer has several.
 
     Attributes:
         has_marks: whether it marks what the assistant says, with `{% generation %}`.
@@ -43,9 +44,9 @@ class ChatTemplate:
         InputError: it is no template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str, source: str | None = None) -> None:
         self._where, self._special = where, dict(tokenizer.special_tokens_map)
-        source = tokenizer.chat_template
+        source = source or tokenizer.chat_template
         if not isinstance(source, str):
             found = "several" if source else "no chat template"
             raise InputError("there is no one chat template", where=where, found=found, expected="one")
