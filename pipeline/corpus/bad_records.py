@@ -47,7 +47,8 @@ class BadRecords:
         self.num_bad += 1
         self._first = self._first or error
         if self.num_bad <= self._num_named:
-            _LOG.warning("%s: left out record %d: %s", self._section, self.num_bad, error)
+            said = BadRecordError(error.what, where=error.where, found=error.found, expected=error.expected)
+            _LOG.warning("left out record %d, %s", self.num_bad, said)
 
     def finish(self) -> None:
         """Say how many were left out.
