@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails
 
+_MAX_INTEGER_BITS = 63
 _OPERATIONAL = "capgap_operational"
 
 OPERATIONAL: dict[str, Any] = {_OPERATIONAL: True}
@@ -19,6 +20,15 @@ class Record(BaseModel):
     """Frozen, and an unknown key is an error: a typing mistake is never silently a default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_usable(cls, values: Any) -> Any:
+        """No number that 64 bits cannot hold, and no text that no path can be: both would fail far from here."""
+        if isinstance(values, dict):
+            for name, value in values.items():
+                _require_usable(name, value)
+        return values
 
     def meant(self) -> dict[str, Any]:
         """Settings that mean something else than what stands there, by name, as plain JSON values.
@@ -62,6 +72,18 @@ def below(error: ValidationError, *where: str | int) -> ValidationError:
         for e in error.errors(include_url=False)
     ]
     return ValidationError.from_exception_data(error.title, problems)
+
+
+def _require_usable(name: object, value: object) -> None:
+    """Of a field's value; records within it look at their own."""
+    if isinstance(value, int) and value.bit_length() > _MAX_INTEGER_BITS:
+        # its digits would be thousands, which Python does not write
+        raise ValueError(f"{name}: found an integer of {value.bit_length()} bits, expected one of at most 64")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{name}: found {value[:80]!a}, expected text without the character zero")
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            _require_usable(name, one)
 
 
 def _is_operational(info: FieldInfo) -> bool:

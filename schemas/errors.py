@@ -74,6 +74,10 @@ class InputError(CapgapError):
     """A file, folder, document or model that a stage reads cannot be used."""
 
 
+class BadRecordError(InputError):
+    """One record of a source cannot be used; the others can, and it may be left out."""
+
+
 class MismatchError(CapgapError):
     """Two things that must belong together do not: tokenizers, vocabularies, a cache and its corpus."""
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from capgap.schemas.base import Record
+from capgap.schemas.base import OPERATIONAL, Record
 
 ContextRule = Literal["packed", "document"]
 """What a model sees before a token: all of the packed sequence, or its own document alone."""
@@ -30,17 +30,27 @@ class CorpusSettings(Record):
     """Which text, how it becomes tokens, and who may see which part of it."""
 
     sources: tuple[str, ...] = ("builtin:python",)
-    """Files, folders or globs: .txt .md .rst .py (a document each), .jsonl .jsonl.zst .parquet (a document a record).
-    `builtin:python` is the text that every CPython carries."""
+    """Files, folders or globs: .txt .md .rst .py (a document each); .jsonl .ndjson .json .csv .tsv .parquet .arrow
+    .feather (a document a record); with .gz .bz2 .xz .zst behind any but the last three. Of a folder, hidden files,
+    licences and dataset cards are left out. `builtin:python` is the text that every CPython carries."""
 
     text_field: str = "text"
-    """The field of a JSONL or Parquet record that holds the text."""
+    """The field or column of a record that holds the text."""
 
     messages_field: str | None = Field(None, min_length=1)
-    """The field of a JSONL or Parquet record that holds a conversation, a list of `{"role": ..., "content": ...}`, for
-    example `messages`. The tokenizer's chat template turns it into tokens, those that the assistant says are learnt and
-    measured, and the others only read; the template must mark them, with `{% generation %}`. Left out, records are
-    text."""
+    """The field of a record that holds a conversation; left out, records are text. `auto`: each record's own fields say
+    where it is, the first of `messages`, `conversations` and `conversation`, or else a question (`prompt`,
+    `instruction`, `question` or `query`) and its answer (`completion`, `output`, `response`, `answer` or `chosen`).
+    Turns may have OpenAI's form, ShareGPT's or MiniChat's, or be texts, the user's first; `tools` and `system` beside
+    them are used. The tokenizer's chat template turns it into tokens, those that the assistant says are learnt and
+    measured, and the others only read; the template must mark them, with `{% generation %}`."""
+
+    on_bad_record: Literal["stop", "skip"] = Field("stop", json_schema_extra=OPERATIONAL)
+    """What happens where a record cannot be used: no text in it, not JSON, an answer without a word, a conversation
+    that the chat template refuses. `skip` leaves it out, counts it, and names the first twenty."""
+
+    max_bad_fraction: float = Field(0.01, gt=0, lt=1, json_schema_extra=OPERATIONAL)
+    """With `skip`: share of the records that may be bad. More is an error."""
 
     whole_conversations: bool = False
     """With `messages_field` and context `document`: a sequence holds whole conversations, and padding that does not

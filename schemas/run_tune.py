@@ -12,7 +12,16 @@ from capgap.schemas.run_optimization import OptimizationSettings
 from capgap.schemas.run_train import TrainSettings
 
 _OF_A_CACHE = ("alpha", "recording", "temperature", "divergence", "jsd_beta", "tail")
-_OF_SOURCES = ("sources", "messages_field", "chat_template", "max_len", "heldout_fraction", "packing")
+_OF_SOURCES = (
+    "sources",
+    "messages_field",
+    "on_bad_record",
+    "max_bad_fraction",
+    "chat_template",
+    "max_len",
+    "heldout_fraction",
+    "packing",
+)
 
 OWN_CACHE = "own"
 """The run's own, as `tune.cache`."""
@@ -45,11 +54,17 @@ class TuneSettings(OptimizationSettings):
     """Run the Python code that comes with the model at `path`. Whoever wrote it may do anything that you may."""
 
     sources: tuple[str, ...] = ()
-    """Conversations: files, folders or globs of .jsonl .jsonl.zst .parquet, a record each."""
+    """Conversations: files, folders or globs of records, of the kinds that `corpus.sources` takes."""
 
-    messages_field: str = Field("messages", min_length=1)
-    """The field of a record that holds the conversation: a list of `{"role": ..., "content": ...}`; of texts, user and
-    assistant in turn; or of `{"User": ..., "Assistant": ...}`. A record may also be such a list itself."""
+    messages_field: str = Field("auto", min_length=1)
+    """The field of a record that holds the conversation, in any of the forms that `corpus.messages_field` takes;
+    `auto`: the record's own fields say where it is. A record may also be a list of turns itself."""
+
+    on_bad_record: Literal["stop", "skip"] = Field("stop", json_schema_extra=OPERATIONAL)
+    """What happens where a record cannot be used, as in `corpus`."""
+
+    max_bad_fraction: float = Field(0.01, gt=0, lt=1, json_schema_extra=OPERATIONAL)
+    """With `skip`: share of the records that may be bad. More is an error."""
 
     chat_template: str | None = None
     """`own`: the tokenizer's. `roles`: a simple one whose marks of roles are special tokens, which are added to the

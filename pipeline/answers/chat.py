@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from capgap.schemas.errors import InputError
+from capgap.pipeline.models.chat_template import ChatTemplate
+from capgap.schemas.errors import BadRecordError, InputError
 from capgap.schemas.judge_results import NUM_TURNS, Question, Reply
 from capgap.schemas.run_judge import AnswerSettings
 
@@ -81,6 +81,7 @@ class Chat:
     ) -> None:
         self._tokenizer, self._where, self._settings = tokenizer, where, settings
         require_template(tokenizer.chat_template, where)
+        self._template = ChatTemplate(tokenizer, where, tokenizer.get_chat_template())
         self.stop_ids = _stop_ids(tokenizer, where)
         longest = max(len(self._ids(question, ("",) * (NUM_TURNS - 1))) for question in questions)
         wanted = longest + _GROWTH * settings.max_tokens
@@ -118,17 +119,15 @@ class Chat:
             if i < len(answers):
                 messages.append({"role": "assistant", "content": answers[i]})
         try:
-            ids: list[int] = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except (TemplateError, TypeError, KeyError) as error:
+            text = self._template.render(messages, [], f"question {question.question_id}", asks=True)
+        except BadRecordError as error:
             raise InputError(
                 "the chat template cannot be used",
                 where=self._where,
-                found=" ".join(str(error).split())[:200],
+                found=error.found,
                 expected="one that takes the roles user and assistant",
             ) from None
-        return ids
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def require_template(template: object, where: str) -> None:

@@ -2,72 +2,133 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from capgap.pipeline.corpus.pack import Encoded
-from capgap.pipeline.corpus.plain_text import plain_messages, special_texts
+from capgap.pipeline.corpus.plain_text import plain_messages, plain_value, special_texts
+from capgap.pipeline.corpus.records import Conversation
 from capgap.pipeline.corpus.sources import Document
-from capgap.schemas.errors import InputError
+from capgap.pipeline.models.chat_template import ChatTemplate
+from capgap.schemas.errors import BadRecordError, InputError
 
-# what transformers looks for, too
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_LOG = logging.getLogger("capgap")
+# before the words of an answer a template may say that there were no thoughts
+_NOTHING = re.compile(r"\s*(<think>\s*</think>\s*)?")
+_SKIP = "remove the record, or set corpus.on_bad_record to skip"
 
 
-def require_marks(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raise InputError unless the tokenizer's chat template marks what the assistant says.
+class MarkedChat:
+    """A tokenizer whose chat template marks what the assistant says.
 
     Args:
         tokenizer: its template stands between `{% generation %}` and `{% endgeneration %}` where an answer begins and
             ends, as transformers' `apply_chat_template(..., return_assistant_tokens_mask=True)` wants it.
         where: the tokenizer as the user knows it.
-    """
-    template = tokenizer.chat_template
-    if not tokenizer.is_fast:
-        raise InputError(
-            "conversations need a tokenizer that knows which characters a token is made of",
-            where=where,
-            found=type(tokenizer).__name__,
-            expected="a fast tokenizer, of a tokenizer.json",
-        )
-    if not has_marks(tokenizer):
-        raise InputError(
-            "the chat template does not say what the assistant says",
-            where=where,
-            found="no chat template" if not template else "several" if not isinstance(template, str) else "no marks",
-            expected="one with {% generation %} and {% endgeneration %} around each answer",
-            fix="save one as chat_template.jinja beside the tokenizer",
-        )
-
-
-def has_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer's chat template marks what the assistant says."""
-    template = tokenizer.chat_template
-    return isinstance(template, str) and _GENERATION.search(template) is not None
-
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, document: Document) -> Encoded:
-    """Tokens of a conversation, which of them the assistant says, and its text as the template renders it.
-
-    What would be a special token in a message is none: see `plain_text`.
 
     Raises:
-        InputError: the template refuses the conversation.
+        InputError: it has no such template.
     """
-    assert document.messages is not None
-    messages: list[dict[str, Any]] = plain_messages(json.loads(document.messages), special_texts(tokenizer))
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise InputError(
-            "the chat template refuses the conversation",
-            where=f"corpus.sources: {document.name}",
-            found=str(error).strip() or type(error).__name__,
-            expected="roles and contents as the tokenizer's template takes them",
-        ) from None
-    return Encoded(Document(document.name, text), list(made["input_ids"]), [bool(m) for m in made["assistant_masks"]])
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+        template = tokenizer.chat_template
+        if not tokenizer.is_fast:
+            raise InputError(
+                "conversations need a tokenizer that knows which characters a token is made of",
+                where=where,
+                found=type(tokenizer).__name__,
+                expected="a fast tokenizer, of a tokenizer.json",
+            )
+        self._tokenizer, self._specials = tokenizer, special_texts(tokenizer)
+        self._template = ChatTemplate(tokenizer, where) if isinstance(template, str) else None
+        if self._template is None or not self._template.has_marks:
+            raise InputError(
+                "the chat template does not say what the assistant says",
+                where=where,
+                found="no chat template" if not template else "no marks" if self._template else "several",
+                expected="one with {% generation %} and {% endgeneration %} around each answer",
+                fix="save one as chat_template.jinja beside the tokenizer",
+            )
+
+    def encode(self, document: Document) -> Encoded:
+        """Tokens of a conversation, which of them the assistant says, and its text as the template renders it.
+
+        What would be a special token in a message is none: see `plain_text`.
+
+        Raises:
+            BadRecordError: the template refuses the conversation, leaves out what stands in it, or an answer says
+                nothing.
+        """
+        assert document.messages is not None and self._template is not None
+        talk = plain_conversation(Conversation.from_json(document.messages), self._specials)
+        warn_of_tools(self._template, talk, document.name)
+        text, spans = self._template.render_marked(talk.messages, talk.tools, document.name)
+        require_shown(text, talk.messages, document.name)
+        answers = [message for message in talk.messages if message["role"] == "assistant"]
+        for number, (start, end) in enumerate(spans):
+            said = answers[number] if len(spans) == len(answers) else {}
+            require_words(text[start:end], self._specials, said, f"{document.name}, answer {number + 1}")
+        ids, learnt = marked_tokens(self._tokenizer, text, spans)
+        return Encoded(Document(document.name, text), ids, learnt)
+
+
+def plain_conversation(conversation: Conversation, specials: list[str]) -> Conversation:
+    """The conversation with no special token in any text of it."""
+    return Conversation(
+        plain_messages(conversation.messages, specials), [plain_value(tool, specials) for tool in conversation.tools]
+    )
+
+
+def marked_tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[bool]]:
+    """Tokens of a text, and which of them have a character within the spans; as transformers has it."""
+    made = tokenizer(text, add_special_tokens=False, verbose=False)
+    ids = list(made["input_ids"])
+    learnt = [False] * len(ids)
+    for start, end in spans:
+        first = made.char_to_token(start)
+        last = made.char_to_token(end - 1)
+        if first is not None:
+            stop = len(ids) if last is None else last + 1
+            learnt[first:stop] = [True] * (stop - first)
+    return ids, learnt
+
+
+def says_nothing(words: str) -> bool:
+    """Whether there is no word in an answer, but perhaps that there were no thoughts."""
+    return _NOTHING.fullmatch(words) is not None
+
+
+def require_words(words: str, specials: list[str], message: dict[str, Any], where: str) -> None:
+    """Raise BadRecordError where an answer's turn holds nothing but its end: that alone would be learnt."""
+    for special in specials:
+        words = words.replace(special, "")
+    if says_nothing(words):
+        found = "tool calls that the chat template does not write" if message.get("tool_calls") else "none"
+        raise BadRecordError("the answer leaves no text", where=where, found=found, expected="some words", fix=_SKIP)
+
+
+def require_shown(text: str, messages: Sequence[dict[str, Any]], where: str) -> None:
+    """Raise BadRecordError where the template leaves out instructions, as many do with roles that they do not know."""
+    for number, message in enumerate(messages, start=1):
+        content = message.get("content")
+        if message["role"] in ("system", "developer") and isinstance(content, str) and content.strip() not in text:
+            raise BadRecordError(
+                f"the chat template leaves out the message of the role {message['role']}",
+                where=f"{where}, message {number}",
+                found=ascii(content.strip())[:60],
+                expected="a role that it writes",
+                fix=_SKIP,
+            )
+
+
+def warn_of_tools(template: ChatTemplate, conversation: Conversation, name: str) -> None:
+    """Say once of a template that it never looks at the tools it is given."""
+    if conversation.tools and not template.knows_tools and not template.has_warned:
+        template.has_warned = True
+        _LOG.warning("%s and others define tools, which the chat template does not write", name)

@@ -11,22 +11,24 @@ in a row of its own behind its own prompt.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from capgap.pipeline.corpus.chat import has_marks
+from capgap.pipeline.corpus.chat import (
+    marked_tokens,
+    plain_conversation,
+    require_shown,
+    require_words,
+    says_nothing,
+    warn_of_tools,
+)
 from capgap.pipeline.corpus.pack import Encoded
-from capgap.pipeline.corpus.plain_text import plain_messages, special_texts
+from capgap.pipeline.corpus.plain_text import special_texts
+from capgap.pipeline.corpus.records import Conversation
 from capgap.pipeline.corpus.sources import Document
-from capgap.schemas.errors import InputError
-
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+from capgap.pipeline.models.chat_template import ChatTemplate
+from capgap.schemas.errors import BadRecordError, InputError
 
 _TRIED = (
     {"role": "user", "content": "How many are 3 and 4?"},
@@ -34,8 +36,6 @@ _TRIED = (
     {"role": "user", "content": "And 5 more?"},
     {"role": "assistant", "content": "Then they are 12."},
 )
-# before the words of an answer a template may say that there were no thoughts
-_NOTHING = re.compile(r"\s*(<think>\s*</think>\s*)?")
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,8 @@ class ChatFormat:
         self.tokenizer, self._where = tokenizer, where
         self._specials = special_texts(tokenizer)
         self._special_ids = set(tokenizer.convert_tokens_to_ids(self._specials)) - {tokenizer.unk_token_id}
-        if not isinstance(tokenizer.chat_template, str):
-            found = "several" if tokenizer.chat_template else "no chat template"
-            raise self._refusal("there is no one chat template", found, "one")
-        self._marks = tokenizer.is_fast and has_marks(tokenizer)
+        self._template = ChatTemplate(tokenizer, where)
+        self._marks = tokenizer.is_fast and self._template.has_marks
         self.end_ids = self._try()
 
     def encode(self, document: Document, most: int | None = None) -> Turns:
@@ -85,14 +83,16 @@ class ChatFormat:
             most: tokens of a row at most; a longer conversation loses the answers that do not end within.
 
         Raises:
-            InputError: the template refuses the conversation.
+            BadRecordError: the template refuses the conversation, leaves out what stands in it, or an answer says
+                nothing.
         """
-        messages = plain_messages(messages_of(document), self._specials)
-        places = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        talk = plain_conversation(conversation_of(document), self._specials)
+        warn_of_tools(self._template, talk, document.name)
+        places = [number for number, message in enumerate(talk.messages) if message["role"] == "assistant"]
         rows: list[tuple[list[int], list[bool]]] = []
         num_kept = 0
         for place in places:
-            prompt, answer, learnt = self._turn(messages, place, document.name)
+            prompt, answer, learnt = self._turn(talk, place, document.name)
             if most is not None and len(prompt) + len(answer) > most:
                 break
             goes_on = bool(rows) and prompt[: len(rows[-1][0])] == rows[-1][0]
@@ -106,27 +106,45 @@ class ChatFormat:
         encoded = tuple(Encoded(Document(document.name, text), ids, mask) for ids, mask in rows)
         return Turns(encoded, num_kept, len(places) - num_kept)
 
-    def _turn(
-        self, messages: Sequence[dict[str, Any]], place: int, name: str
-    ) -> tuple[list[int], list[int], list[bool]]:
+    def _turn(self, talk: Conversation, place: int, name: str) -> tuple[list[int], list[int], list[bool]]:
         """The prompt of an answer, the answer with its end, and which of its tokens are learnt."""
-        asked = self._render(messages[:place], name, True)
-        told = self._render(messages[: place + 1], name, False)
+        asked = self._asked(talk, place, name)
+        told, spans = self._template.render_marked(talk.messages[: place + 1], talk.tools, name)
         if not told.startswith(asked):
-            raise self._refusal(
+            raise BadRecordError(
                 "the prompt for an answer is not how the answer's turn begins",
-                ascii(asked[-40:]),
-                f"the beginning of {told[-80:]!a}",
+                where=name,
+                found=ascii(asked[-40:]),
+                expected=f"the beginning of {told[-80:]!a}, as {self._where} writes it",
+                fix="use another template",
             )
+        require_words(told[len(asked) :], self._specials, talk.messages[place], f"{name}, message {place + 1}")
+        require_shown(told, talk.messages[:place], name)
         prompt, whole = self._ids(asked), self._ids(told)
         if whole[: len(prompt)] == prompt:
             answer = whole[len(prompt) :]
-            learnt = self._marked(messages[: place + 1])[len(prompt) :] if self._marks else [True] * len(answer)
+            learnt = (
+                marked_tokens(self.tokenizer, told, spans)[1][len(prompt) :] if self._marks else [True] * len(answer)
+            )
         else:
             answer = self._ids(told[len(asked) :])
             learnt = [True] * len(answer)
         stop = self._stop(answer, learnt, told[len(asked) :])
         return prompt, answer[:stop], learnt[:stop]
+
+    def _asked(self, talk: Conversation, place: int, name: str) -> str:
+        try:
+            return self._template.render(talk.messages[:place], talk.tools, name, asks=True)
+        except BadRecordError as error:
+            if place:
+                raise
+            raise BadRecordError(
+                "the assistant begins the conversation, which the chat template refuses",
+                where=name,
+                found=error.found,
+                expected="a turn of the user before it",
+                fix="remove the record, or set corpus.on_bad_record to skip",
+            ) from None
 
     def _stop(self, answer: list[int], learnt: list[bool], text: str) -> int:
         """Tokens up to the answer's end: behind it a template may have a line break, which no model has to say."""
@@ -141,12 +159,12 @@ class ChatFormat:
     def _try(self) -> tuple[int, ...]:
         ends = set()
         for place in (1, 3):
-            content = _TRIED[place]["content"]
-            _, answer, learnt = self._turn(_TRIED, place, "a conversation to try it")
-            asked = self._render(_TRIED[:place], "", True)
-            words = self._render(_TRIED[: place + 1], "", False)[len(asked) :]
+            content, name = _TRIED[place]["content"], "a conversation to try it"
+            _, answer, learnt = self._turn(Conversation(list(_TRIED), []), place, name)
+            asked = self._template.render(_TRIED[:place], [], name, True)
+            words = self._template.render(_TRIED[: place + 1], [], name)[len(asked) :]
             before, found, _ = words.partition(content)
-            if not found or not _NOTHING.fullmatch(before):
+            if not found or not says_nothing(before):
                 raise self._refusal(
                     "the chat template cannot say which tokens the assistant says",
                     f"{words[:80]!a} after the prompt for an answer",
@@ -166,56 +184,32 @@ class ChatFormat:
             ends.add(answer[-1])
         return tuple(sorted(ends))
 
-    def _render(self, messages: Sequence[dict[str, Any]], name: str, asks: bool) -> str:
-        try:
-            text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asks)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise InputError(
-                "the chat template refuses the conversation",
-                where=name,
-                found=str(error).strip() or type(error).__name__,
-                expected=f"roles and contents as {self._where} takes them",
-            ) from None
-        return text
-
     def _ids(self, text: str) -> list[int]:
         # as `apply_chat_template` does it, and vLLM
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _marked(self, messages: Sequence[dict[str, Any]]) -> list[bool]:
-        made = self.tokenizer.apply_chat_template(list(messages), return_dict=True, return_assistant_tokens_mask=True)
-        return [bool(one) for one in made["assistant_masks"]]
 
     def _refusal(self, what: str, found: str, expected: str, fix: str | None = None) -> InputError:
         return InputError(what, where=self._where, found=found, expected=expected, fix=fix or "use another template")
 
 
-def messages_of(document: Document) -> list[dict[str, Any]]:
-    """The messages of a conversation.
+def conversation_of(document: Document) -> Conversation:
+    """The conversation of a document.
 
     Raises:
-        InputError: it is none, somebody has an unknown role, or the assistant says nothing.
+        BadRecordError: it is none, or nobody answers in it.
     """
     if document.messages is None:
-        raise InputError("is no conversation", where=document.name, found="text", expected="a .jsonl or .parquet file")
-    messages: list[dict[str, Any]] = json.loads(document.messages)
-    for number, message in enumerate(messages, start=1):
-        if message["role"] not in ROLES:
-            raise InputError(
-                "unknown role",
-                where=f"{document.name}, message {number}",
-                found=ascii(message["role"]),
-                expected=f"one of {', '.join(ROLES)}",
-            )
-    if not any(message["role"] == "assistant" for message in messages):
-        raise InputError(
+        raise BadRecordError("is no conversation", where=document.name, found="text", expected="a file of records")
+    conversation = Conversation.from_json(document.messages)
+    if not any(message["role"] == "assistant" for message in conversation.messages):
+        raise BadRecordError(
             "the conversation has no turn of the assistant",
             where=document.name,
-            found=f"roles {', '.join(message['role'] for message in messages)}",
+            found=f"roles {', '.join(message['role'] for message in conversation.messages)}",
             expected="at least one answer to learn from",
-            fix="remove the record",
+            fix="remove the record, or set corpus.on_bad_record to skip",
         )
-    return messages
+    return conversation
 
 
 def _only(ids: list[int], mask: list[bool]) -> list[int]:

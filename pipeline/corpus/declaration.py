@@ -13,7 +13,7 @@ from capgap.schemas.run_file import RunFile
 
 def _sources(run: RunFile, instance: Instance) -> list[Path]:
     # imported here: whoever reads manifests alone needs no reader of Parquet
-    from capgap.pipeline.corpus.sources import list_files
+    from capgap.pipeline.corpus.files import list_files
 
     extend = run.corpus.extend_vocabulary
     further = () if extend is None or extend.sources is None else extend.sources

@@ -33,16 +33,17 @@ def apart(special: str) -> str:
 def plain_messages(messages: list[dict[str, Any]], specials: list[str]) -> list[dict[str, Any]]:
     """The messages, every text in them plain but the roles, which templates compare."""
     return [
-        {name: value if name == "role" else _plain_value(value, specials) for name, value in message.items()}
+        {name: value if name == "role" else plain_value(value, specials) for name, value in message.items()}
         for message in messages
     ]
 
 
-def _plain_value(value: Any, specials: list[str]) -> Any:
+def plain_value(value: Any, specials: list[str]) -> Any:
+    """The value with every text in it plain; names of fields stay."""
     if isinstance(value, str):
         return plain(value, specials)
     if isinstance(value, list):
-        return [_plain_value(one, specials) for one in value]
+        return [plain_value(one, specials) for one in value]
     if isinstance(value, dict):
-        return {name: _plain_value(one, specials) for name, one in value.items()}
+        return {name: plain_value(one, specials) for name, one in value.items()}
     return value

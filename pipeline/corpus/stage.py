@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from capgap.pipeline.corpus.chat import encode_chat, require_marks
+from capgap.pipeline.corpus.bad_records import BadRecords
+from capgap.pipeline.corpus.chat import MarkedChat
 from capgap.pipeline.corpus.conversations import ChatFormat
 from capgap.pipeline.corpus.extend import extend_tokenizer
+from capgap.pipeline.corpus.files import folders_in_words
 from capgap.pipeline.corpus.pack import Encoded, Packed, pack
 from capgap.pipeline.corpus.sources import Document, read_documents
 from capgap.pipeline.corpus.split import SPLITS, Split, split_documents
@@ -22,12 +25,13 @@ from capgap.pipeline.stage.folder import WORK_FOLDER, plan_units
 from capgap.pipeline.stage.progress import progress
 from capgap.pipeline.store import Block, ShardWriter, split_blocks
 from capgap.pipeline.store.codec import SEQUENCES, Codec
-from capgap.schemas.errors import InputError
+from capgap.schemas.errors import BadRecordError, InputError
 from capgap.schemas.facts import CorpusFacts, SplitFacts, TokenizerFacts
 from capgap.schemas.manifest import ShardSet
 from capgap.schemas.records import Sequences
 from capgap.schemas.run_corpus import CorpusSettings
 
+_LOG = logging.getLogger("capgap")
 _ENCODE_DOCUMENTS = 64
 
 
@@ -35,24 +39,30 @@ def run(context: StageContext) -> StageResult:
     """Write the tokenizer and the shards of every split.
 
     Raises:
-        InputError: the sources cannot be read, or leave a split without a whole sequence or a label; or a chat template
-            does not mark answers.
+        InputError: the sources cannot be read, too many records cannot be used, or a split is left without a whole
+            sequence or a label; or a chat template does not mark answers.
     """
     settings = context.run.corpus
     if settings.whole_conversations:
         ChatFormat(load_tokenizer(str(settings.tokenizer)), f"corpus.tokenizer: {settings.tokenizer}")
     elif settings.messages_field is not None:
-        require_marks(load_tokenizer(str(settings.tokenizer)), f"corpus.tokenizer: {settings.tokenizer}")
+        MarkedChat(load_tokenizer(str(settings.tokenizer)), f"corpus.tokenizer: {settings.tokenizer}")
+    for line in folders_in_words(settings.sources):
+        _LOG.info("corpus: %s", line)
+    bad = BadRecords("corpus", settings.on_bad_record, settings.max_bad_fraction)
     documents, num_repeated = split_documents(
-        read_documents(settings.sources, settings.text_field, settings.messages_field),
+        read_documents(settings.sources, settings.text_field, settings.messages_field, bad),
         settings.teacher_fraction,
         settings.heldout_fraction,
     )
+    if not any(documents.values()):
+        bad.finish()
     _require_text(settings, documents)
     tokenizer = _tokenizer(settings, documents)
     facts = tokenizer_facts(tokenizer)
     tokenizer.save_pretrained(context.folder / TOKENIZER_FOLDER)
-    packed = {split: _pack(settings, tokenizer, facts, split, documents[split]) for split in SPLITS}
+    packed = {split: _pack(settings, tokenizer, facts, split, documents[split], bad) for split in SPLITS}
+    bad.finish()
     shard_sets = _write(context, facts, packed)
     splits: dict[str, SplitFacts] = {split: _split_facts(packed[split]) for split in SPLITS}
     totals: dict[str, Any] = {
@@ -61,6 +71,7 @@ def run(context: StageContext) -> StageResult:
     if settings.messages_field is not None:
         totals |= {f"num_{split}_labels": int(packed[split].sequences.mask_BL1[:, 1:].sum()) for split in SPLITS}
     totals["num_repeated_documents"] = num_repeated
+    totals["num_bad_records"] = bad.num_bad
     totals["num_dropped_documents"] = sum(p.num_dropped for p in packed.values())
     if settings.whole_conversations:
         totals["num_dropped_answers"] = sum(p.num_dropped_answers for p in packed.values())
@@ -106,9 +117,10 @@ def _pack(
     facts: TokenizerFacts,
     split: Split,
     documents: list[Document],
+    bad: BadRecords,
 ) -> Packed:
     encode = _whole if settings.whole_conversations else _joined
-    packed = encode(settings, tokenizer, facts, split, documents)
+    packed = encode(settings, tokenizer, facts, split, documents, bad)
     if not len(packed.sequences) and not (split == "teacher" and settings.teacher_fraction == 0):
         raise InputError(
             f"no whole sequence for the split {split}",
@@ -134,8 +146,11 @@ def _joined(
     facts: TokenizerFacts,
     split: Split,
     documents: list[Document],
+    bad: BadRecords,
 ) -> Packed:
-    return pack(_encoded(tokenizer, split, documents), settings.seq_len, facts.eos_id, settings.long_documents)
+    return pack(
+        _encoded(settings, tokenizer, split, documents, bad), settings.seq_len, facts.eos_id, settings.long_documents
+    )
 
 
 def _whole(
@@ -144,9 +159,10 @@ def _whole(
     facts: TokenizerFacts,
     split: Split,
     documents: list[Document],
+    bad: BadRecords,
 ) -> Packed:
     chat = ChatFormat(tokenizer, f"corpus.tokenizer: {settings.tokenizer}")
-    made = encode_whole(chat, documents, settings.seq_len, f"corpus: tokenize {split}")
+    made = encode_whole(chat, documents, settings.seq_len, f"corpus: tokenize {split}", bad)
     return Packed(
         in_whole_rows(made.rows, settings.seq_len, facts.eos_id),
         num_documents=made.num_conversations,
@@ -158,15 +174,28 @@ def _whole(
     )
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, split: Split, documents: list[Document]) -> Iterator[Encoded]:
+def _encoded(
+    settings: CorpusSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    split: Split,
+    documents: list[Document],
+    bad: BadRecords,
+) -> Iterator[Encoded]:
+    chat = None
+    if settings.messages_field is not None:
+        chat = MarkedChat(tokenizer, f"corpus.tokenizer: {settings.tokenizer}")
     with progress(f"corpus: tokenize {split}", len(documents), "documents") as meter:
         for start in range(0, len(documents), _ENCODE_DOCUMENTS):
             part = documents[start : start + _ENCODE_DOCUMENTS]
             texts = [document.text for document in part if document.messages is None]
             encoded: Iterator[list[int]] = iter(_ids(tokenizer, texts) if texts else ())
             for document in part:
-                chat = document.messages is not None
-                one = encode_chat(tokenizer, document) if chat else Encoded(document, next(encoded))
+                try:
+                    is_chat = chat is not None and document.messages is not None
+                    one = chat.encode(document) if chat and is_chat else Encoded(document, next(encoded))
+                except BadRecordError as error:
+                    bad.refuse(error)
+                    continue
                 meter.advance(tokens=len(one.ids))
                 yield one
 

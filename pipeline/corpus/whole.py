@@ -16,10 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from capgap.pipeline.corpus.bad_records import BadRecords
 from capgap.pipeline.corpus.conversations import ChatFormat, Turns
 from capgap.pipeline.corpus.pack import Encoded
 from capgap.pipeline.corpus.sources import Document
 from capgap.pipeline.stage.progress import progress
+from capgap.schemas.errors import BadRecordError
 from capgap.schemas.records import Sequences
 
 _LOG = logging.getLogger("capgap")
@@ -44,16 +46,22 @@ class WholeConversations:
     num_dropped_answers: int
 
 
-def encode_whole(chat: ChatFormat, documents: Sequence[Document], seq_len: int, title: str) -> WholeConversations:
+def encode_whole(
+    chat: ChatFormat, documents: Sequence[Document], seq_len: int, title: str, bad: BadRecords
+) -> WholeConversations:
     """Tokens of conversations, of which each fits into a row of `seq_len + 1`; what is left out is counted and said.
 
     Raises:
-        InputError: a conversation cannot be used.
+        BadRecordError: a conversation cannot be used, and stops.
     """
     made: list[Turns] = []
     with progress(title, len(documents), "conversations") as meter:
         for document in documents:
-            made.append(chat.encode(document, seq_len + 1))
+            try:
+                made.append(chat.encode(document, seq_len + 1))
+            except BadRecordError as error:
+                bad.refuse(error)
+                continue
             meter.advance(tokens=sum(len(row.ids) for row in made[-1].rows))
     num_empty = sum(not turns.rows for turns in made)
     num_dropped = sum(turns.num_dropped for turns in made)

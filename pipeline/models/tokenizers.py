@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from capgap.pipeline.models.hub import not_there, require_reached
+from capgap.pipeline.models.text_growth import require_bounded_file, require_bounded_tokenizer
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import TokenizerFacts
 
@@ -18,14 +19,17 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     """The tokenizer of a folder or id.
 
     Raises:
-        InputError: there is none, or it needs code that is not trusted.
+        InputError: there is none, it needs code that is not trusted, or it makes too much of a text.
     """
+    require_bounded_file(Path(path))
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         refuse_code(error, path)
         require_reached(str(path), error)
         raise not_there("no tokenizer can be found", path, error, "tokenizer.json") from None
+    require_bounded_tokenizer(tokenizer, str(path))
+    return tokenizer
 
 
 def chat_template_of(path: str | Path) -> str | None:

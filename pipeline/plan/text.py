@@ -7,22 +7,28 @@ from collections import defaultdict
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase
 
-from capgap.pipeline.corpus.sources import BUILTIN, list_files, read_documents
+from capgap.pipeline.corpus.files import BUILTIN, list_files
+from capgap.pipeline.corpus.formats import open_unpacked, records_of
+from capgap.pipeline.corpus.kinds import COMPRESSIONS, TABLE_SUFFIXES, TEXT_SUFFIXES, kind_of
+from capgap.pipeline.corpus.records import Conversation, read_record
+from capgap.pipeline.corpus.sources import read_documents
+from capgap.pipeline.corpus.tables import num_rows
+from capgap.schemas.errors import BadRecordError
 from capgap.schemas.plan import Figure
 
 # Three files of each kind are looked into, and the first records of each.
 _SAMPLED_FILES, _SAMPLED_RECORDS = 3, 200
 _SAMPLED_TEXT_BYTES = 1 << 20
-_INFLATED_BYTES = 1 << 22
+# enough for what readers hold ahead to be a small part of it
+_SAMPLED_FILE_BYTES = 1 << 22
 
 
-def text_bytes(sources: tuple[str, ...], text_field: str) -> Figure:
-    """UTF-8 bytes of text in the sources.
+def text_bytes(sources: tuple[str, ...], text_field: str, messages_field: str | None = None) -> Figure:
+    """UTF-8 bytes of text in the sources; of conversations, those of their JSON.
 
     Raises:
         InputError: a source is missing, or a record without text.
@@ -34,10 +40,10 @@ def text_bytes(sources: tuple[str, ...], text_field: str) -> Figure:
         how.append(f"{num_bytes:,} bytes of {BUILTIN}, counted")
     by_kind: dict[str, list[Path]] = defaultdict(list)
     for path in list_files(tuple(source for source in sources if source != BUILTIN)):
-        by_kind["".join(path.suffixes[-2:]) if path.suffix == ".zst" else path.suffix].append(path)
+        by_kind["".join(path.suffixes[-2:]) if path.suffix.lower() in COMPRESSIONS else path.suffix].append(path)
     for kind, paths in by_kind.items():
         size = sum(path.stat().st_size for path in paths)
-        share = _share_of_text(kind, paths, text_field)
+        share = _share_of_text(paths, text_field, messages_field)
         total += size * share
         how.append(
             f"{len(paths)} {kind} of {size:,} bytes"
@@ -46,7 +52,9 @@ def text_bytes(sources: tuple[str, ...], text_field: str) -> Figure:
     return Figure(value=total, source=", ".join(how))
 
 
-def bytes_per_token(tokenizer: PreTrainedTokenizerBase, sources: tuple[str, ...], text_field: str) -> Figure:
+def bytes_per_token(
+    tokenizer: PreTrainedTokenizerBase, sources: tuple[str, ...], text_field: str, messages_field: str | None = None
+) -> Figure:
     """Bytes of text a token, on the first megabyte of the sources, by that tokenizer.
 
     Raises:
@@ -54,7 +62,7 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase, sources: tuple[str, ...]
     """
     texts: list[str] = []
     num_bytes = 0
-    for document in read_documents(sources, text_field):
+    for document in read_documents(sources, text_field, messages_field):
         texts.append(document.text[:_SAMPLED_TEXT_BYTES])
         num_bytes += len(texts[-1].encode())
         if num_bytes >= _SAMPLED_TEXT_BYTES:
@@ -66,18 +74,13 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase, sources: tuple[str, ...]
     return Figure(value=value, source=f"{value:.2f} bytes of text a token, by the tokenizer on {num_bytes:,} of them")
 
 
-def _share_of_text(kind: str, paths: list[Path], text_field: str) -> float:
-    """Bytes of text in a byte of file; 1 where the file is the text."""
+def _share_of_text(paths: list[Path], text_field: str, messages_field: str | None) -> float:
+    """Bytes of text in a byte of file, of files of one kind; 1 where the file is the text."""
+    if all(kind_of(path) == path.suffix.lower() in TEXT_SUFFIXES for path in paths):
+        return 1.0
+    measure = _text_of_rows if kind_of(paths[0]) in TABLE_SUFFIXES else _text_of_stream
     sample = paths[:: max(len(paths) // _SAMPLED_FILES, 1)][:_SAMPLED_FILES]
-    match kind:
-        case ".jsonl":
-            return _mean(_text_of_lines(path, text_field) for path in sample)
-        case ".jsonl.zst":
-            return _mean(_text_of_frames(path, text_field) for path in sample)
-        case ".parquet":
-            return _mean(_text_of_rows(path, text_field) for path in sample)
-        case _:
-            return 1.0
+    return _mean(measure(path, text_field, messages_field) for path in sample)
 
 
 def _mean(pairs: Iterable[tuple[float, float]]) -> float:
@@ -85,28 +88,43 @@ def _mean(pairs: Iterable[tuple[float, float]]) -> float:
     return sum(text for text, _ in found) / max(sum(size for _, size in found), 1)
 
 
-def _text_of_lines(path: Path, text_field: str) -> tuple[float, float]:
-    """Bytes of text, and of the lines that hold it."""
-    with path.open("rb") as file:
-        size = sum(len(line) for line in islice(file, _SAMPLED_RECORDS))
-    return _sampled_text(path, text_field), size
+def _text_of_stream(path: Path, text_field: str, messages_field: str | None) -> tuple[float, float]:
+    """Bytes of text in the first records, and what these take of the file, if all of it is compressed as well."""
+    kind, num_text_bytes = kind_of(path), 0
+    with open_unpacked(path) as (stream, raw):
+        counted = _Counted(stream)
+        for where, record in records_of(io.BufferedReader(counted), kind, str(path)):
+            if isinstance(record, BadRecordError):
+                raise record
+            is_text = isinstance(record, str) and kind in TEXT_SUFFIXES
+            found = record if is_text else read_record(where, record, text_field, messages_field)
+            num_text_bytes += len((found.to_json() if isinstance(found, Conversation) else str(found)).encode())
+            if counted.num_read >= _SAMPLED_FILE_BYTES:
+                break
+        num_inflated = counted.num_read + len(stream.read(_SAMPLED_FILE_BYTES))
+        compressed = raw.tell() / max(num_inflated, 1)
+    return num_text_bytes, counted.num_read * compressed
 
 
-def _text_of_frames(path: Path, text_field: str) -> tuple[float, float]:
-    """Bytes of text, and what their lines take of the file, if they are compressed as well as the file's beginning."""
-    with path.open("rb") as raw, pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd") as stream:
-        file = io.BufferedReader(stream)
-        size = sum(len(line) for line in islice(file, _SAMPLED_RECORDS))
-        num_read = size + len(file.read(_INFLATED_BYTES))
-        compressed = raw.tell() / max(num_read, 1)
-    return _sampled_text(path, text_field), size * compressed
+def _text_of_rows(path: Path, text_field: str, messages_field: str | None) -> tuple[float, float]:
+    total = num_rows(path)
+    part = min(_SAMPLED_RECORDS, total)
+    documents = islice(read_documents((str(path),), text_field, messages_field), _SAMPLED_RECORDS)
+    sampled = sum(len(document.text.encode()) for document in documents)
+    return sampled * total / max(part, 1), path.stat().st_size
 
 
-def _text_of_rows(path: Path, text_field: str) -> tuple[float, float]:
-    num_rows = pyarrow.parquet.read_metadata(path).num_rows
-    part = min(_SAMPLED_RECORDS, num_rows)
-    return _sampled_text(path, text_field) * num_rows / max(part, 1), path.stat().st_size
+class _Counted(io.RawIOBase):
+    """A stream that counts what was read of it."""
 
+    def __init__(self, stream: BinaryIO) -> None:
+        self.num_read, self._stream = 0, stream
 
-def _sampled_text(path: Path, text_field: str) -> int:
-    return sum(len(d.text.encode()) for d in islice(read_documents((str(path),), text_field), _SAMPLED_RECORDS))
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self.num_read += len(data)
+        return len(data)

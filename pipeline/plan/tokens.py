@@ -46,7 +46,7 @@ def split_tokens(
             counted |= {"student": counted[name], "heldout": counted.get(heldout_set(name), 0)}
         return {name: Figure(value=counted.get(name, 0), source=f"the {made.stage}") for name in SPLITS}
     settings = run.corpus
-    text = text_bytes(settings.sources, settings.text_field)
+    text = text_bytes(settings.sources, settings.text_field, settings.messages_field)
     per_token = _bytes_per_token(run, vocab_size, stated_bytes_per_token)
     if per_token.value is None:
         return dict.fromkeys(SPLITS, per_token)
@@ -85,4 +85,4 @@ def _bytes_per_token(run: RunFile, vocab_size: float | None, stated: float | Non
         tokenizer = load_tokenizer(settings.tokenizer)
     except CapgapError as error:
         return Figure(value=None, source=f"give --text-bytes-per-token, or the tokenizer: {error}")
-    return bytes_per_token(tokenizer, settings.sources, settings.text_field)
+    return bytes_per_token(tokenizer, settings.sources, settings.text_field, settings.messages_field)

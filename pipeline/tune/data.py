@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from capgap.pipeline.corpus.conversations import ChatFormat, messages_of
+from capgap.pipeline.corpus.bad_records import NUM_NAMED, BadRecords
+from capgap.pipeline.corpus.conversations import ChatFormat, conversation_of
 from capgap.pipeline.corpus.sources import Document, read_documents
 from capgap.pipeline.corpus.split import Split, split_documents
 from capgap.pipeline.corpus.whole import encode_whole, in_whole_rows
@@ -20,9 +21,9 @@ from capgap.pipeline.stage.folder import WORK_FOLDER
 from capgap.pipeline.store import Block, ShardWriter, split_blocks
 from capgap.pipeline.store.codec import SEQUENCES, Codec
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.tune.files import as_of_tune, chat_files
+from capgap.pipeline.tune.files import chat_files
 from capgap.schemas.base import Record
-from capgap.schemas.errors import InputError
+from capgap.schemas.errors import BadRecordError, InputError
 from capgap.schemas.facts import TokenizerFacts
 from capgap.schemas.manifest import ShardSet
 from capgap.schemas.records import Sequences
@@ -58,28 +59,36 @@ def chat_rows(context: StageContext, chat: ChatFormat, facts: TokenizerFacts) ->
     return ChatRows.model_validate_json(path.read_bytes())
 
 
-def conversations(settings: TuneSettings) -> Iterator[Document]:
-    """Every conversation, each looked at for roles and an answer.
+def bad_records(settings: TuneSettings, num_named: int = NUM_NAMED) -> BadRecords:
+    """What becomes of records that cannot be used."""
+    return BadRecords("tune", settings.on_bad_record, settings.max_bad_fraction, num_named)
+
+
+def conversations(settings: TuneSettings, bad: BadRecords) -> Iterator[Document]:
+    """Every conversation, each looked at for an answer.
 
     Raises:
-        InputError: a record is none.
+        BadRecordError: a record is none, and stops.
     """
     chat_files(settings)
-    with as_of_tune():
-        for document in read_documents(settings.sources, "", settings.messages_field):
-            messages_of(document)
-            yield document
+    for document in read_documents(settings.sources, "", settings.messages_field, bad, "tune"):
+        try:
+            conversation_of(document)
+        except BadRecordError as error:
+            bad.refuse(error)
+            continue
+        yield document
 
 
 def _make(context: StageContext, chat: ChatFormat, facts: TokenizerFacts) -> ChatRows:
     settings = context.run.tune
     assert settings is not None
-    documents, num_repeated = split_documents(conversations(settings), 0.0, settings.heldout_fraction)
+    bad = bad_records(settings)
+    documents, num_repeated = split_documents(conversations(settings, bad), 0.0, settings.heldout_fraction)
     sidecars = context.folder / WORK_FOLDER / "shards"
     sets, totals = {}, {"num_repeated_conversations": num_repeated}
     for name, split in _SPLITS.items():
-        with as_of_tune():
-            made = encode_whole(chat, documents[split], settings.max_len, f"tune: tokenize {name}")
+        made = encode_whole(chat, documents[split], settings.max_len, f"tune: tokenize {name}", bad)
         counts = {what.removeprefix("num_"): number for what, number in vars(made).items() if what != "rows"}
         totals |= {f"num_{name}_{what}": number for what, number in counts.items()}
         rows = in_whole_rows(made.rows, settings.max_len, facts.eos_id, settings.packing)
@@ -95,7 +104,8 @@ def _make(context: StageContext, chat: ChatFormat, facts: TokenizerFacts) -> Cha
                 for index, start in enumerate(starts)
             ]
         )
-    return ChatRows(shard_sets=sets, totals=totals)
+    bad.finish()
+    return ChatRows(shard_sets=sets, totals=totals | {"num_bad_records": bad.num_bad})
 
 
 def _require_rows(settings: TuneSettings, name: str, rows: Sequences, num_dropped: int) -> None:
@@ -113,4 +123,4 @@ def _require_rows(settings: TuneSettings, name: str, rows: Sequences, num_droppe
 
 def row_facts(rows: ChatRows) -> dict[str, Any]:
     """The counts for the manifest, those of nothing left out."""
-    return {name: number for name, number in rows.totals.items() if number or "dropped" not in name}
+    return {name: number for name, number in rows.totals.items() if number or not ("dropped" in name or "bad" in name)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from capgap.pipeline.corpus.files import folders_in_words
 from capgap.pipeline.models.load import MODEL_FOLDER, load_model, model_facts, model_path, save_model
 from capgap.pipeline.stage.context import CHAT_CACHE, Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.folder import WORK_FOLDER
@@ -24,7 +26,7 @@ from capgap.pipeline.train.model_card import CARD_NAME
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.task import TrainingTask
 from capgap.pipeline.tune.card import chat_card
-from capgap.pipeline.tune.data import conversations
+from capgap.pipeline.tune.data import bad_records, conversations
 from capgap.pipeline.tune.lesson import Lesson, lesson_of
 from capgap.pipeline.tune.lora import Adapters, require_peft
 from capgap.pipeline.tune.template import extend_vocabulary
@@ -33,6 +35,7 @@ from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_tune import TuneSettings
 
 ADAPTER_FOLDER = "adapter"
+_LOG = logging.getLogger("capgap")
 _BEFORE_NAME = "before.json"
 
 
@@ -50,8 +53,12 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
         require_peft()
     lesson_of(settings, _before(run, instance, inputs), _cache_in(inputs))
     if settings.sources:
-        for _ in conversations(settings):
+        for line in folders_in_words(settings.sources):
+            _LOG.info("tune: %s", line)
+        bad = bad_records(settings, num_named=0)  # they are named when they are left out
+        for _ in conversations(settings, bad):
             pass
+        bad.finish()
 
 
 def run(context: StageContext) -> StageResult:

@@ -101,7 +101,9 @@ def _answers(turns: Turns) -> list[tuple[list[int], list[int]]]:
 def test_what_stands_before_each_answer_is_what_a_chat_would_ask_with(name: str, contents: list[str]) -> None:
     chat = FORMATS[name]
     roles = ("user", "assistant")
-    messages = [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]
+    # an answer without a word is refused
+    said = [content if n % 2 == 0 or content.strip() else "abc" for n, content in enumerate(contents)]
+    messages = [{"role": roles[n % 2], "content": content} for n, content in enumerate(said)]
     turns = _encode(chat, messages)
     answers = _answers(turns)
     assert len(answers) == turns.num_answers == len(contents) // 2 and turns.num_dropped == 0
@@ -201,7 +203,6 @@ def test_a_template_that_cannot_tell_answers_is_refused(template: str | None, me
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"role": "human", "content": "x"}], "chat.jsonl:1, message 1: unknown role; found 'human'"),
         ([{"role": "user", "content": "x"}], "chat.jsonl:1: the conversation has no turn of the assistant"),
         (
             [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "x"}],

@@ -134,7 +134,7 @@ def test_the_builtin_text_is_the_same_every_time_and_large_enough_for_the_demo()
     [
         ("a.txt", b"good \xff bad", "a.txt, byte 5: not valid UTF-8; found 0xff"),
         ("a.md", "\u00fc".encode()[:1], "a.md, byte 0: not valid UTF-8; found 0xc3"),
-        ("a.py", "text".encode("utf-16"), "a.py, byte 0: not valid UTF-8; found 0xff"),
+        ("a.py", "text".encode("utf-16"), "a.py, byte 0: not valid UTF-8; found 0xff, the byte-order mark of UTF-16"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"a.jsonl:2, byte 10: not valid UTF-8; found 0xe9"),
         (
             "a.jsonl.zst",
@@ -164,10 +164,13 @@ def test_half_a_surrogate_pair_is_refused_by_its_line(tmp_path: Path, text: str)
         ("not json", "not a JSON record; found Expecting value"),
         ('{"text": "a"} {"text": "b"}', "not a JSON record; found Extra data"),
         ('{"body": "a", "id": 3}', "no text in field 'text'; found fields body, id, expected a string in 'text'"),
-        ('{"text": 3}', "no text in field 'text'; found fields text"),
-        ('{"text": null}', "no text in field 'text'; found fields text"),
-        ('["text"]', "no text in field 'text'; found fields list"),
-        ('"text"', "no text in field 'text'; found fields str"),
+        ('{"text": 3}', "no text in field 'text'; found a number, expected a string in 'text'; remove"),
+        (
+            '{"text": null}',
+            "no text in field 'text'; found null, expected a string in 'text'; remove the record, or set",
+        ),
+        ('["text"]', "no text in field 'text'; found a list in place of a record"),
+        ('"text"', "no text in field 'text'; found a string in place of a record"),
     ],
 )
 def test_a_wrong_record_names_its_line(tmp_path: Path, line: str, message: str) -> None:
@@ -201,7 +204,7 @@ def test_what_is_no_parquet_file_is_refused(tmp_path: Path, data: bytes) -> None
 
 @pytest.mark.parametrize(
     ("name", "suffix"),
-    [("a.csv", ".csv"), ("a.json", ".json"), ("a", "no suffix"), ("a.txt.gz", ".gz"), ("b.zst", ".zst")],
+    [("a.pdf", ".pdf"), ("a", "no suffix"), ("a.parquet.gz", ".gz"), ("b.zst", ".zst"), ("a.tar.gz", ".gz")],
 )
 def test_a_file_of_an_unknown_kind_is_refused(tmp_path: Path, name: str, suffix: str) -> None:
     (tmp_path / name).write_text("text")

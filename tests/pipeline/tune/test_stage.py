@@ -160,15 +160,15 @@ def test_a_killed_tuning_ends_in_the_same_bits(
     ("record", "message"),
     [
         (
-            {"messages": [{"role": "human", "content": "x"}]},
+            {"messages": [{"role": "narrator", "content": "x"}]},
             "tune.sources: .*chat.jsonl:2, message 1: unknown role; fo",
         ),
         (
             {"messages": [{"role": "user", "content": "x"}]},
             "tune.sources: .*chat.jsonl:2: the conversation has no turn",
         ),
-        ({"text": "x"}, r"tune.sources: .*chat.jsonl:2: no messages in field 'messages'.*set tune.messages_field$"),
-        ("x", "tune.sources: .*chat.jsonl:2: no messages in field 'messages'; found 'x', expected a list"),
+        ({"text": "x"}, r"tune.sources: .*chat.jsonl:2: no conversation; found fields text.*set tune.messages_field$"),
+        ("x", "tune.sources: .*chat.jsonl:2: no conversation; found 'x', expected a list"),
     ],
 )
 def test_bad_conversations_are_named_and_what_was_made_is_kept(

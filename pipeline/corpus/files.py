@@ -1,0 +1,130 @@
+"""Which files a source names, and what of a folder is no text of the corpus.
+
+A path that exists is that path, whatever characters are in it; otherwise it may be a pattern. Of a folder are read all
+files of a known kind, but hidden ones, licences, and what describes a data set rather than being of it.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections import Counter
+from pathlib import Path
+
+from capgap.pipeline.corpus.kinds import TEXT_SUFFIXES, kind_of, known_suffixes
+from capgap.schemas.errors import InputError
+
+BUILTIN = "builtin:python"
+_LICENCES = ("licence", "license", "copying", "notice")
+# what `datasets` writes beside the data
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+
+def list_files(sources: tuple[str, ...], section: str = "corpus") -> list[Path]:
+    """The files that these sources name, in the order in which they are read; builtin text is none.
+
+    Args:
+        sources: files, folders and patterns.
+        section: of the run file, for errors.
+
+    Raises:
+        InputError: a source names nothing, or a file of an unknown kind.
+    """
+    return [path for source in sources if source != BUILTIN for path in _files_of(source, section)]
+
+
+def folders_in_words(sources: tuple[str, ...]) -> list[str]:
+    """One line for each source that is a folder: what of it is read and what is not, by suffix and count."""
+    lines = []
+    for source in sources:
+        folder = _as_path(source)
+        if folder is not None and folder.is_dir():
+            read = _read_of(folder)
+            others = sorted(set(_all_files(folder)) - set(read))
+            said = f"read {_counts(read)}" + (f"; not read: {_counts(others)}" if others else "; nothing else")
+            lines.append(f"{source}: {said}")
+    return lines
+
+
+def _files_of(source: str, section: str) -> list[Path]:
+    path = _as_path(source)
+    if path is not None and path.is_dir():
+        found, expected = _read_of(path), f"files ending in {known_suffixes()}"
+    elif path is not None and path.is_file():
+        found, expected = [path], "a file"
+    elif path is not None and glob.has_magic(source):
+        pattern = _pattern(source)
+        found = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if Path(p).is_file()]  # noqa: PTH207 (an absolute pattern)
+        expected = "at least one matching file"
+    else:
+        found, expected = [], f"a file, a folder, a glob or {BUILTIN}"
+    where = f"{section}.sources: {source}" if path is not None else f"{section}.sources: {source!a}"
+    if not found:
+        fix = "check the path" + ("" if path is None or path.is_absolute() else f", from {Path.cwd()}")
+        raise InputError("no text found", where=where, found="nothing", expected=expected, fix=fix)
+    for file in found:
+        if kind_of(file) is None:
+            raise InputError(
+                "unknown kind of file",
+                where=f"{section}.sources: {file}",
+                found=file.suffix or "no suffix",
+                expected=known_suffixes(),
+            )
+    return found
+
+
+def _as_path(source: str) -> Path | None:
+    """The source as a path; None for what no path can be."""
+    return None if "\0" in source else Path(source)
+
+
+def _pattern(source: str) -> str:
+    """The pattern, the folders before it that exist taken as they are called."""
+    path = Path(source)
+    known = Path(path.anchor)
+    parts = list(path.parts[1:] if path.anchor else path.parts)
+    while len(parts) > 1 and (known / parts[0]).is_dir():
+        known /= parts.pop(0)
+    return str(Path(glob.escape(str(known)), *parts))
+
+
+def _read_of(folder: Path) -> list[Path]:
+    visible = [path for path in _all_files(folder) if not _is_hidden(path, folder)]
+    known = [path for path in visible if kind_of(path) is not None and not _is_beside(path)]
+    with_records = {parent for path in known if kind_of(path) not in TEXT_SUFFIXES for parent in path.parents}
+    cards = {path for path in known if path.stem.lower() == "readme" and path.parent in with_records}
+    return [path for path in known if path not in cards]
+
+
+def _all_files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _is_beside(path: Path) -> bool:
+    """Whether a file of a known kind describes, permits or caches something rather than being text of the corpus."""
+    name = path.name.lower()
+    if name in _DESCRIPTIONS or name.split(".")[0].split("-")[0] in _LICENCES:
+        return True
+    state = path.parent / "state.json"
+    if path.suffix != ".arrow" or not state.is_file():
+        return False
+    # a folder of save_to_disk says which of its files are the data; others are caches
+    try:
+        listed = [str(one["filename"]) for one in json.loads(state.read_bytes())["_data_files"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return path.name not in listed
+
+
+def _counts(paths: list[Path]) -> str:
+    """For example `3 .jsonl, 1 .parquet`."""
+    counts = Counter("".join(path.suffixes[-2:]) if _is_packed(path) else path.suffix or path.name for path in paths)
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(counts.items(), key=lambda c: (-c[1], c[0])))
+
+
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst") and len(path.suffixes) > 1

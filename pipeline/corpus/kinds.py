@@ -1,0 +1,24 @@
+"""The kinds of files that are read, by their suffixes: known without what it takes to read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_KINDS = (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".json", ".csv", ".tsv", *TABLE_SUFFIXES)
+
+
+def kind_of(path: Path) -> str | None:
+    """The suffix that says how a file is read, without that of its compression; None for a file of no known kind."""
+    name = path.name.lower()
+    packed = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    kind = next((kind for kind in _KINDS if name.removesuffix(packed).endswith(kind)), None)
+    return None if packed and kind in TABLE_SUFFIXES else kind
+
+
+def known_suffixes() -> str:
+    """Every kind of file that is read, for errors."""
+    return f"{' '.join(_KINDS)}, and {' '.join(COMPRESSIONS)} behind those of text"

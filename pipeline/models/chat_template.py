@@ -1,0 +1,114 @@
+"""Conversations as a tokenizer's chat template writes them, which is what transformers' `apply_chat_template` gives.
+
+The template is a stranger's program. It runs as transformers runs it, in Jinja's sandbox with the same filters and
+extensions, and besides within a bound on its work: see `bounded_jinja`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from capgap.pipeline.models.bounded_jinja import BoundedEnvironment, OverspentError, size_of
+from capgap.schemas.errors import BadRecordError, InputError
+
+NUM_STEPS = 10_000_000
+"""Work that one rendering may do, in the units of `bounded_jinja`: turns of loops, calls, and characters made."""
+
+NUM_STEPS_PER_CHARACTER = 100
+"""What it may do besides for each character of the conversation."""
+
+_EMPTY = ""
+# what transformers looks for, too
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class ChatTemplate:
+    """The one chat template of a tokenizer, ready to write conversations.
+
+    Args:
+        tokenizer: which has one.
+        where: the template as the user knows it, for errors.
+        source: the template, where the tokenizer has several.
+
+    Attributes:
+        has_marks: whether it marks what the assistant says, with `{% generation %}`.
+        knows_tools: whether it speaks of tools at all.
+        has_warned: for whoever uses it, whether that was said.
+
+    Raises:
+        InputError: it is no template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str, source: str | None = None) -> None:
+        self._where, self._special = where, dict(tokenizer.special_tokens_map)
+        source = source or tokenizer.chat_template
+        if not isinstance(source, str):
+            found = "several" if source else "no chat template"
+            raise InputError("there is no one chat template", where=where, found=found, expected="one")
+        self.has_marks = _GENERATION.search(source) is not None
+        self.knows_tools, self.has_warned = "tools" in source, False
+        # theirs is asked with an empty template: compiling works out what is constant
+        self._environment = BoundedEnvironment.like(_compile_jinja_template(_EMPTY).environment)
+        try:
+            with self._environment.budget(NUM_STEPS):
+                self._template = self._environment.from_string(source)
+        except Exception as error:
+            raise self._refusal("the chat template cannot be read", error, "a Jinja template") from None
+
+    def render(
+        self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]], name: str, asks: bool = False
+    ) -> str:
+        """The text of a conversation.
+
+        Args:
+            messages: of the conversation.
+            tools: which the assistant may call; empty where there are none.
+            name: the conversation as the user knows it, for errors.
+            asks: whether the prompt for an answer stands at the end.
+
+        Raises:
+            BadRecordError: the template refuses the conversation.
+            InputError: it does not end within its bound.
+        """
+        return self.render_marked(messages, tools, name, asks)[0]
+
+    def render_marked(
+        self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]], name: str, asks: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """As `render`, and where in the text the assistant speaks, as the template marks it.
+
+        Raises:
+            BadRecordError, InputError: as `render`.
+        """
+        blocks: list[str] = []
+        spans: list[tuple[int, int]] = []
+        given = {"messages": list(messages), "tools": tools or None, "documents": None, "add_generation_prompt": asks}
+        num_steps = NUM_STEPS + NUM_STEPS_PER_CHARACTER * size_of([given["messages"], tools])
+        try:
+            with self._environment.budget(num_steps), self._environment.activate_tracker(blocks, spans):
+                for block in self._template.generate(**{**self._special, **given}):
+                    blocks.append(block)
+                return "".join(blocks), spans
+        except OverspentError:
+            raise self._refusal(
+                "the chat template does not end", f"more than {num_steps:,} steps for {name}", "fewer"
+            ) from None
+        except RecursionError as error:
+            raise self._refusal("the chat template does not end", error, "macros that end") from None
+        except Exception as error:
+            # whatever a stranger's program raises is how it refuses
+            raise BadRecordError(
+                "the chat template refuses the conversation",
+                where=name,
+                found=str(error).strip()[:200] or type(error).__name__,
+                expected=f"roles and contents as {self._where} takes them",
+            ) from None
+
+    def _refusal(self, what: str, found: object, expected: str) -> InputError:
+        said = str(found)[:200] or type(found).__name__
+        return InputError(what, where=self._where, found=said, expected=expected, fix="use another template")
