@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from capgap.pipeline.models.load import load_config, model_facts
+from capgap.pipeline.models.complete import require_complete
+from capgap.pipeline.models.configs import load_config
+from capgap.pipeline.models.load import model_facts
 from capgap.pipeline.models.tokenizers import load_tokenizer, require_extended_tokenizer, require_same_tokenizer
 from capgap.pipeline.stage.context import StageInput
 from capgap.schemas.errors import InputError, MismatchError
@@ -56,7 +58,7 @@ def seq_len_of(corpus: StageInput) -> int:
 
 
 @contextmanager
-def _named(setting: str) -> Iterator[None]:
+def named(setting: str) -> Iterator[None]:
     """Whoever made the run file knows the setting."""
     try:
         yield
@@ -77,18 +79,20 @@ def check_given_model(
         to_be_adapted: the corpus's tokenizer may have entries that the model has not.
 
     Raises:
-        InputError: there is no such model, it has an encoder, or it takes shorter sequences than the corpus has.
+        InputError: there is no such model, it has an encoder, its weights are not complete, or it takes shorter
+            sequences than the corpus has.
         MismatchError: its tokenizer differs from the corpus's, or its vocabulary is smaller.
     """
     where = f"{setting}: {path}"
     resolved = str(Path(path).resolve()) if Path(path).is_dir() else path
-    with _named(where):
+    with named(where):
         config = load_config(resolved, trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(
             "this is no causal language model", where=where, found="an encoder beside the decoder", expected="a decoder"
         )
-    with _named(where):
+    with named(where):
+        require_complete(resolved, trust_remote_code, config)
         tokenizer = load_tokenizer(resolved, trust_remote_code)
     require = require_extended_tokenizer if to_be_adapted else require_same_tokenizer
     require(corpus_tokenizer(corpus), "the corpus", tokenizer, where)

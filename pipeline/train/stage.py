@@ -9,15 +9,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from capgap.pipeline.models.load import (
-    MODEL_FOLDER,
-    empty_model,
-    load_config,
-    load_model,
-    model_facts,
-    model_path,
-    save_model,
-)
+from capgap.pipeline.models.configs import empty_model, load_config
+from capgap.pipeline.models.load import MODEL_FOLDER, load_model, model_facts, model_path, save_model
 from capgap.pipeline.models.tokenizers import chat_template_of, load_tokenizer
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.scalars import METRICS_NAME

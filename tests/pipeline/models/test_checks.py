@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BartConfig, LlamaConfig, LlamaForCausalLM, MambaConfig, PreTrainedTokenizerFast
+from transformers import (
+    BartConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.models.checks import check_given_model, corpus_tokenizer, fresh_model, seq_len_of
@@ -52,7 +59,7 @@ def corpus(tokenizer, tmp_path_factory) -> StageInput:
     return StageInput(folder, manifest)
 
 
-def _given(folder: Path, tokenizer, vocab_size: int = 320, positions: int = SEQ_LEN, weights: bool = True) -> str:
+def _given(folder: Path, tokenizer, vocab_size: int = 320, positions: int = SEQ_LEN) -> str:
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=32,
@@ -61,7 +68,7 @@ def _given(folder: Path, tokenizer, vocab_size: int = 320, positions: int = SEQ_
         num_attention_heads=2,
         max_position_embeddings=positions,
     )
-    (LlamaForCausalLM(config) if weights else config).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -104,10 +111,11 @@ def test_a_given_model_that_fits_is_known_by_its_absolute_path(corpus, tokenizer
     assert facts.tokenizer == tokenizer_facts(tokenizer)
 
 
-def test_no_weights_are_read_for_the_check(corpus, tokenizer, tmp_path) -> None:
-    _, without = check_given_model(_given(tmp_path / "a", tokenizer, weights=False), corpus, "teacher.path")
-    _, with_weights = check_given_model(_given(tmp_path / "b", tokenizer), corpus, "teacher.path")
-    assert without.num_parameters == with_weights.num_parameters > 0
+def test_a_model_without_its_weights_is_refused_by_its_setting(corpus, tokenizer, tmp_path) -> None:
+    path = Path(_given(tmp_path, tokenizer))
+    (path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=rf"student\.path: {path}: no weights as safetensors; found no weights"):
+        check_given_model(str(path), corpus, "student.path")
 
 
 def test_a_folder_that_is_not_there_is_refused(corpus, tmp_path) -> None:
@@ -151,7 +159,7 @@ def test_fewer_positions_than_a_sequence_has_are_refused(corpus, tokenizer, tmp_
 
 
 def test_a_model_without_a_bound_takes_any_sequence(corpus, tokenizer, tmp_path) -> None:
-    MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path)
+    MambaForCausalLM(MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert check_given_model(str(tmp_path), corpus, "student.path")[1].max_positions is None
 

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
-from capgap.pipeline.models.load import load_config, load_model, model_facts, model_path, save_model
+from capgap.pipeline.models.configs import load_config
+from capgap.pipeline.models.load import load_model, model_facts, model_path, save_model
 from capgap.pipeline.stage.context import StageInput
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import ModelFacts
@@ -107,7 +108,7 @@ def test_what_is_no_model_is_refused(tmp_path) -> None:
     with pytest.raises(InputError, match="no model can be found"):
         load_model(str(tmp_path), "cpu")
     _config(True).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=f"{tmp_path}: the model cannot be loaded"):
+    with pytest.raises(InputError, match=f"{tmp_path}: no weights as safetensors"):
         load_model(str(tmp_path), "cpu")
 
 
