@@ -44,7 +44,7 @@ def fresh_model(shape: ModelShape, corpus: StageInput, seed: int) -> PreTrainedM
         max_position_embeddings=seq_len_of(corpus),
         tie_word_embeddings=shape.tie_word_embeddings,
         initializer_range=math.sqrt(2 / (5 * shape.hidden_size)),
-        bos_token_id=facts.tokenizer.eos_id,
+        bos_token_id=facts.bos_ids[0] if facts.bos_ids else facts.tokenizer.eos_id,
         eos_token_id=facts.tokenizer.eos_id,
     )
     with torch.random.fork_rng(devices=[]):

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from capgap.pipeline.corpus.split import SPLITS
+from capgap.pipeline.models.bos import document_bos
 from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.plan.judging import answer_tokens
 from capgap.pipeline.plan.measured import cache_bytes_per_token, corpus_bytes_per_token, text_bytes_per_token
@@ -244,7 +245,8 @@ def _bytes_per_token(run: RunFile, vocab_size: float | None, stated: float | Non
         tokenizer = load_tokenizer(settings.tokenizer)
     except CapgapError as error:
         return Figure(value=None, source=f"give --text-bytes-per-token, or the tokenizer: {error}")
-    return bytes_per_token(tokenizer, settings.sources, settings.text_field)
+    num_around = len(document_bos(tokenizer, settings.tokenizer, settings.bos)) + 1
+    return bytes_per_token(tokenizer, settings.sources, settings.text_field, num_around)
 
 
 def _cache_tokens(run: RunFile, cache: Manifest | None, student: Figure) -> Figure:

@@ -139,11 +139,14 @@ def test_another_tokenizer_is_refused_with_the_first_entry_that_differs(corpus, 
     assert any(f"found id of {name!r} = " in str(e.value) for name in names)
 
 
-def test_another_end_of_text_is_refused_by_name(corpus, tmp_path) -> None:
+def test_a_model_that_ends_its_texts_otherwise_is_taken_and_the_corpus_decides(corpus, tmp_path, caplog) -> None:
+    """An instruct model and its base model differ so."""
     other = _tokenizer("a text that is long enough to train a tokenizer on, ")
-    other.eos_token = "a"
-    with pytest.raises(MismatchError, match=r"found special token eos_token = 'a', expected '<\|endoftext\|>'"):
-        check_given_model(_given(tmp_path, other), corpus, "teacher.path")
+    other.eos_token, other.pad_token = "a", "b"
+    with caplog.at_level("INFO", "capgap"):
+        _, facts = check_given_model(_given(tmp_path, other), corpus, "student.path")
+    assert facts.tokenizer.fingerprint == tokenizer_facts(corpus_tokenizer(corpus)).fingerprint
+    assert "whose names count: eos_token is 'a', not '<|endoftext|>'; pad_token is 'b', not None" in caplog.text
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(corpus, tokenizer, tmp_path) -> None:

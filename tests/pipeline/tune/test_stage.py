@@ -227,7 +227,7 @@ def test_a_model_that_lacks_weights_is_refused_before_anything_is_made(
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(InputError, match=rf"tune\.path: .*given: the weights are not .* found 1 missing: {lost}"):
         carry_out(make_run(tmp_path, path=str(tmp_path / "given")), TUNE)
-    assert not (tmp_path / "tune").exists()
+    assert not list((tmp_path / "tune").rglob("model"))
 
 
 def test_a_given_template_one_conversation_a_row_and_the_best_weights(
