@@ -1,6 +1,6 @@
 # One true path: `make demo` on a clean clone. Every target below makes the environment first, if it is not there.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo minima test test-slow lint types check docs clean
+.PHONY: help venv demo minima test test-slow test-real lint types check docs clean
 
 # Without it, the folder `kernels` would hide Hugging Face's package of that name wherever the root is on sys.path.
 export PYTHONSAFEPATH = 1
@@ -38,10 +38,14 @@ demo: $(STAMP) ## distil a tiny student on this machine, with report; run it aga
 	esac
 
 test: $(STAMP) ## the tests that take seconds
-	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow and not real' -n 2 --dist loadfile
 
 test-slow: $(STAMP) ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'slow and not real'
+
+test-real: $(STAMP) ## the tests with real models, 330 MB that are fetched once into runs/real-models
+	$(PIP_INSTALL) gguf
+	$(BIN)/python -m pytest -m real -rP tests/real
 
 minima: $(STAMP) ## the whole recipe of MiniMA and MiniChat at the smallest size: adapt, prune, distil, tune, judge
 	$(BIN)/python -P benchmarks/minima_tiny.py $(FLAGS)

@@ -28,7 +28,7 @@ STORE_ONLY = {
     "zstandard": ("pipeline/store",),
 }
 
-NOT_MIRRORED = {"faults", "e2e", "assets"}  # tests of the whole, and what tests read
+NOT_MIRRORED = {"faults", "e2e", "real", "assets"}  # tests of the whole, and what tests read
 
 
 def relative(path: Path) -> str:

@@ -147,9 +147,17 @@ def as_in_file(
 
 
 def _parts(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What decides ids and what gives text back; added tokens and the post-processor follow tokenizer_config.json."""
-    content = json.loads(tokenizer.to_str())
-    return {name: content[name] for name in ("normalizer", "pre_tokenizer", "model", "decoder")}
+    """What a class may have changed of what decides ids and gives text back.
+
+    Vocabulary and merges, megabytes of them, every class takes from the file; the probes would show it otherwise.
+    """
+    steps = {name: getattr(tokenizer, name) for name in ("normalizer", "pre_tokenizer", "decoder")}
+    # as pickle has them, which is JSON
+    parts: dict[str, Any] = {name: step and json.loads(step.__getstate__()) for name, step in steps.items()}
+    model = tokenizer.model
+    settings = {name: getattr(model, name) for name in dir(model) if not name.startswith("_")}
+    parts["model"] = {name: value for name, value in settings.items() if not callable(value)}
+    return parts | {"kind": type(model).__name__}
 
 
 def _first_probe(tokenizer: PreTrainedTokenizerBase, reference: Tokenizer) -> str | None:

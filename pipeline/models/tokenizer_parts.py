@@ -36,7 +36,7 @@ class TokenizerParts:
     """
 
     vocab: dict[str, int]
-    merges: list[tuple[str, str]]
+    merges: list[list[str]]
     settings: dict[str, Any]
 
     def text(self) -> str:
@@ -52,12 +52,12 @@ class TokenizerParts:
 def parts_of(tokenizer: PreTrainedTokenizerBase) -> TokenizerParts:
     """The parts of a loaded tokenizer."""
     settings: dict[str, Any] = {"post-processor": ids_around(tokenizer)}
-    merges: list[tuple[str, str]] = []
+    merges: list[list[str]] = []
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(backend, Tokenizer):
         content = json.loads(backend.to_str())
         model = content["model"]
-        merges = [_pair(one) for one in model.pop("merges", None) or ()]
+        merges = [one.split(" ") if isinstance(one, str) else one for one in model.pop("merges", None) or ()]
         scores = model.pop("vocab", None)
         if isinstance(scores, list):
             model["scores"] = scores
@@ -100,11 +100,6 @@ def first_difference(expected: TokenizerParts, found: TokenizerParts) -> Differe
         if one != two:
             return name, _said(one), _said(two)
     return None
-
-
-def _pair(merge: Any) -> tuple[str, str]:
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left, right
 
 
 def _said(value: object) -> str:

@@ -161,7 +161,7 @@ SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (_swap_merges, "found merge 3 = ("),
+        (_swap_merges, "found merge 3 = ["),
         (lambda content: content["model"].update(ignore_merges=True), "found model.ignore_merges = True, expected F"),
         (lambda content: content.update(normalizer={"type": "NFC"}), "found normaliser = {'type': 'NFC'}, expected n"),
         (lambda content: content.update(pre_tokenizer=SPLIT), "found pre-tokenizer = "),
