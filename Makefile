@@ -1,6 +1,6 @@
 # One true path: `make demo` on a clean clone. Every target below makes the environment first, if it is not there.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo minima test test-slow lint types check docs clean
+.PHONY: help venv demo minima test test-slow test-real lint types check docs clean
 
 PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -35,10 +35,14 @@ demo: $(STAMP) ## distil a tiny student on this machine, with report; run it aga
 	esac
 
 test: $(STAMP) ## the tests that take seconds
-	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow and not real' -n 2 --dist loadfile
 
 test-slow: $(STAMP) ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'slow and not real'
+
+test-real: $(STAMP) ## the tests with real models, 330 MB that are fetched once into runs/real-models
+	$(PIP_INSTALL) gguf
+	$(BIN)/python -m pytest -m real -rP tests/real
 
 minima: $(STAMP) ## the whole recipe of MiniMA and MiniChat at the smallest size: adapt, prune, distil, tune, judge
 	$(BIN)/python benchmarks/minima_tiny.py $(FLAGS)

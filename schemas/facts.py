@@ -14,7 +14,8 @@ class TokenizerFacts(Record):
     """The identity of a tokenizer."""
 
     fingerprint: str
-    """Digest of the full map from token to id and of the special tokens."""
+    """Digest of all that decides which ids a text gets: vocabulary, merges, normaliser, pre-tokenizer, added tokens,
+    and what the post-processor puts around a text. What special tokens are called is not in it."""
 
     vocab_size: int
     """One more than the highest id: the real vocabulary."""
@@ -33,7 +34,7 @@ class SplitFacts(Record):
     """UTF-8 bytes of their text."""
 
     num_text_tokens: int
-    """Tokens of their text, document ends included, before packing."""
+    """Tokens of their text, document ends included and beginnings not, before packing."""
 
 
 class TextFacts(Record):
@@ -45,6 +46,13 @@ class TextFacts(Record):
     context: ContextRule
     """`packed`: a model sees the whole packed sequence, across documents. `document`: each document by itself. Students
     must keep the rule under which their cache was made."""
+
+    bos_ids: tuple[int, ...] = ()
+    """What every document begins with, and the rest of one that is split; never a label. Empty where nothing stands
+    there, and where conversations begin as their chat template says."""
+
+    turn_end_ids: tuple[int, ...] = ()
+    """With which of them the chat template ends an answer; empty for text, and where a template does not tell."""
 
     splits: dict[str, SplitFacts]
     """teacher, student, heldout: of the corpus, also where a cache holds less of it."""

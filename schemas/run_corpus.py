@@ -12,6 +12,10 @@ ContextRule = Literal["packed", "document"]
 """What a model sees before a token: all of the packed sequence, or its own document alone."""
 
 
+BosRule = Literal["auto", "never", "always"]
+"""Whether a document begins with the token that begins texts."""
+
+
 class ExtendVocabularySettings(Record):
     """Further pieces for a given BPE tokenizer; its own keep their ids and their meaning."""
 
@@ -66,6 +70,13 @@ class CorpusSettings(Record):
     extend_vocabulary: ExtendVocabularySettings | None = None
     """Extends the given tokenizer by pieces of new text (a BPE one whose learning is continued: arXiv 2512.03989). A
     given teacher then needs `teacher.adapt`."""
+
+    bos: BosRule = "auto"
+    """Whether every document begins with the tokenizer's beginning-of-sequence token, which is read and never learnt.
+    `auto`: where the tokenizer's post-processor puts one; and where its files say nothing of it, as those made of GGUF,
+    if the model's family (`config.json` beside the tokenizer) is known to be trained with one. A conversation begins as
+    its chat template says, but with `always`. The rest of a document that is split over sequences begins with it too.
+    """
 
     seq_len: int = Field(256, ge=8)
     """Targets per sequence. A packed sequence has one token more."""

@@ -24,7 +24,8 @@ from capgap.pipeline.cache.vllm_start import (
     silence_dumps,
     teacher_config,
 )
-from capgap.pipeline.models.load import load_config, load_model, max_positions
+from capgap.pipeline.models.configs import load_config, max_positions
+from capgap.pipeline.models.load import load_model
 from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.schemas.errors import MachineError
 from capgap.schemas.run_benchmark import BenchmarkSettings

@@ -13,7 +13,8 @@ import os
 import warnings
 from typing import Any
 
-from capgap.pipeline.models.load import load_config
+from capgap.pipeline.models.complete import require_complete
+from capgap.pipeline.models.configs import load_config
 from capgap.schemas.errors import InputError, MachineError
 
 _MIN_KV_CACHE_BYTES = 128 << 20
@@ -76,10 +77,13 @@ def teacher_config(
     """The configuration of the teacher's language model.
 
     Raises:
-        InputError: its positions are fewer than `seq_len`.
+        InputError: its positions are fewer than `seq_len`, or its weights are not complete.
         MachineError: vLLM has no attention of its shape here.
     """
-    config = load_config(path, trust_remote_code).get_text_config()
+    whole = load_config(path, trust_remote_code)
+    # vLLM itself leaves what is missing of a linear layer as the memory was
+    require_complete(path, trust_remote_code, whole)
+    config = whole.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < seq_len:
         raise InputError(

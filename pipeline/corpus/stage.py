@@ -18,6 +18,7 @@ from capgap.pipeline.corpus.sources import Document, read_documents
 from capgap.pipeline.corpus.split import SPLITS, Split, split_documents
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.corpus.whole import encode_whole, in_whole_rows
+from capgap.pipeline.models.bos import document_bos
 from capgap.pipeline.models.text import TOKENIZER_FOLDER
 from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts
 from capgap.pipeline.stage.context import StageContext, StageResult
@@ -32,6 +33,7 @@ from capgap.schemas.records import Sequences
 from capgap.schemas.run_corpus import CorpusSettings
 
 _LOG = logging.getLogger("capgap")
+
 _ENCODE_DOCUMENTS = 64
 
 
@@ -60,8 +62,11 @@ def run(context: StageContext) -> StageResult:
     _require_text(settings, documents)
     tokenizer = _tokenizer(settings, documents)
     facts = tokenizer_facts(tokenizer)
+    bos_ids = document_bos(tokenizer, settings.tokenizer, settings.bos)
+    turn_end_ids = _turn_end_ids(settings, tokenizer)
+    _say_ends(tokenizer, facts, bos_ids, turn_end_ids)
     tokenizer.save_pretrained(context.folder / TOKENIZER_FOLDER)
-    packed = {split: _pack(settings, tokenizer, facts, split, documents[split], bad) for split in SPLITS}
+    packed = {split: _pack(settings, tokenizer, facts, bos_ids, split, documents[split], bad) for split in SPLITS}
     bad.finish()
     shard_sets = _write(context, facts, packed)
     splits: dict[str, SplitFacts] = {split: _split_facts(packed[split]) for split in SPLITS}
@@ -78,6 +83,8 @@ def run(context: StageContext) -> StageResult:
     made = CorpusFacts(
         tokenizer=facts,
         context=settings.context,
+        bos_ids=bos_ids,
+        turn_end_ids=turn_end_ids,
         splits=splits,
         text_sources=tuple(settings.sources),
         whole_conversations=settings.whole_conversations,
@@ -115,12 +122,13 @@ def _pack(
     settings: CorpusSettings,
     tokenizer: PreTrainedTokenizerBase,
     facts: TokenizerFacts,
+    bos_ids: tuple[int, ...],
     split: Split,
     documents: list[Document],
     bad: BadRecords,
 ) -> Packed:
     encode = _whole if settings.whole_conversations else _joined
-    packed = encode(settings, tokenizer, facts, split, documents, bad)
+    packed = encode(settings, tokenizer, facts, bos_ids, split, documents, bad)
     if not len(packed.sequences) and not (split == "teacher" and settings.teacher_fraction == 0):
         raise InputError(
             f"no whole sequence for the split {split}",
@@ -144,27 +152,33 @@ def _joined(
     settings: CorpusSettings,
     tokenizer: PreTrainedTokenizerBase,
     facts: TokenizerFacts,
+    bos_ids: tuple[int, ...],
     split: Split,
     documents: list[Document],
     bad: BadRecords,
 ) -> Packed:
-    return pack(
-        _encoded(settings, tokenizer, split, documents, bad), settings.seq_len, facts.eos_id, settings.long_documents
-    )
+    encoded = _encoded(settings, tokenizer, split, documents, bad)
+    if settings.bos == "always":
+        encoded = (_begun(one, bos_ids) for one in encoded)
+    return pack(encoded, settings.seq_len, facts.eos_id, settings.long_documents, bos_ids)
 
 
 def _whole(
     settings: CorpusSettings,
     tokenizer: PreTrainedTokenizerBase,
     facts: TokenizerFacts,
+    bos_ids: tuple[int, ...],
     split: Split,
     documents: list[Document],
     bad: BadRecords,
 ) -> Packed:
     chat = ChatFormat(tokenizer, f"corpus.tokenizer: {settings.tokenizer}")
-    made = encode_whole(chat, documents, settings.seq_len, f"corpus: tokenize {split}", bad)
+    always = settings.bos == "always"
+    room = settings.seq_len - (len(bos_ids) if always else 0)
+    made = encode_whole(chat, documents, room, f"corpus: tokenize {split}", bad)
+    rows = [_begun(row, bos_ids) for row in made.rows] if always else made.rows
     return Packed(
-        in_whole_rows(made.rows, settings.seq_len, facts.eos_id),
+        in_whole_rows(rows, settings.seq_len, facts.eos_id),
         num_documents=made.num_conversations,
         num_dropped=made.num_dropped_conversations,
         num_text_bytes=sum(len(row.document.text.encode()) for row in made.rows),
@@ -198,6 +212,35 @@ def _encoded(
                     continue
                 meter.advance(tokens=len(one.ids))
                 yield one
+
+
+def _begun(encoded: Encoded, bos_ids: tuple[int, ...]) -> Encoded:
+    """A conversation with what begins every document, if its template has not put that there; texts get it later."""
+    if encoded.mask is None or tuple(encoded.ids[: len(bos_ids)]) == bos_ids:
+        return encoded
+    return encoded._replace(ids=[*bos_ids, *encoded.ids], mask=[False] * len(bos_ids) + encoded.mask)
+
+
+def _turn_end_ids(settings: CorpusSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """With what the chat template ends an answer, if it is one that answers can be told from."""
+    if settings.messages_field is None:
+        return ()
+    try:
+        return ChatFormat(tokenizer, f"corpus.tokenizer: {settings.tokenizer}").end_ids
+    except InputError:
+        return ()
+
+
+def _say_ends(
+    tokenizer: PreTrainedTokenizerBase, facts: TokenizerFacts, bos_ids: tuple[int, ...], turn_end_ids: tuple[int, ...]
+) -> None:
+    """Which ids begin and end documents and turns is decided here, for all stages."""
+
+    def said(ids: tuple[int, ...]) -> str:
+        return ", ".join(f"{tokenizer.convert_ids_to_tokens(one)!a} ({one})" for one in ids) or "nothing"
+
+    turns = f"; the chat template ends an answer with {said(turn_end_ids)}" if turn_end_ids else ""
+    _LOG.info("corpus: a document begins with %s and ends with %s%s", said(bos_ids), said((facts.eos_id,)), turns)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterable[list[int]]:

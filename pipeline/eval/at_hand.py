@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from capgap.pipeline.models.load import load_config, model_path
+from capgap.pipeline.models.configs import load_config
+from capgap.pipeline.models.load import model_path
 from capgap.pipeline.stage.context import StageContext, StageInput
 from capgap.pipeline.train.fits import free_bytes
 from capgap.schemas.errors import InputError, MachineError, SettingError

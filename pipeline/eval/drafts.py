@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from capgap.pipeline.cache.vllm_start import memory_settings, require_platform, saved_dtype, set_environment
-from capgap.pipeline.models.load import load_config
+from capgap.pipeline.models.complete import require_complete
+from capgap.pipeline.models.configs import load_config
 from capgap.pipeline.stage.orphans import die_with
 from capgap.schemas.errors import CapgapError, MachineError, SettingError
 from capgap.schemas.records import Sequences
@@ -111,6 +112,8 @@ def _drafted(job: DraftJob) -> Drafted:
     require_platform(job.device)
     if job.device == "cpu":
         _mend_temperatures()
+    for path in (job.teacher, job.student):
+        require_complete(path, job.trust_remote_code)
     settings, config = job.settings, load_config(job.teacher, job.trust_remote_code).get_text_config()
     length = len(job.prompts[0]) + settings.num_new_tokens + settings.num_speculative_tokens
     at_once = min(len(job.prompts), _MOST_AT_ONCE)

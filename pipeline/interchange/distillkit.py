@@ -26,6 +26,7 @@ import yaml
 from pydantic import ValidationError
 
 from capgap.pipeline.interchange.captures import MOST_OVER_ONE_APPROXIMATED, RowTargets, checked_targets
+from capgap.pipeline.interchange.parquet import targets_of
 from capgap.pipeline.interchange.ragged import Ragged, lists_of
 from capgap.schemas.distillkit import DistillKitConfig
 from capgap.schemas.errors import InputError, MismatchError
@@ -92,17 +93,19 @@ class DistillKitTargets:
         self._ids = lists_of(batch.column(IDS), 2, np.uint8, f"{where}, {IDS}")
         self._logprobs = lists_of(batch.column(LOGPROBS), 2, np.uint8, f"{where}, {LOGPROBS}")
 
-    def row(self, number: int, tokens_M: IntArray, where: str) -> RowTargets:
-        """The targets of one row."""
+    def row(self, number: int, tokens_M: IntArray, keep: slice, where: str) -> RowTargets:
+        """The targets of one row's tokens that are no padding."""
         config = self._config
         ids_TD = _rectangle(self._ids.row(number), -(-config.k * id_bits(config) // 8), f"{where}, {IDS}")
         logprobs_TD = _rectangle(self._logprobs.row(number), num_logprob_bytes(config), f"{where}, {LOGPROBS}")
         if len(ids_TD) != len(logprobs_TD):
             raise InputError("not as many logprobs as ids", where=where, found=len(logprobs_TD), expected=len(ids_TD))
+        part = targets_of(keep, len(ids_TD), len(tokens_M), where)
+        ids_TD, logprobs_TD = ids_TD[part], logprobs_TD[part]
         logprobs_TK = decode_logprobs(logprobs_TD, config)
         ids_TK = unpack_bits(ids_TD, id_bits(config), config.k).astype(np.int32)
         return checked_targets(
-            tokens_M, ids_TK, logprobs_TK, None, None, self._vocab_size, where, MOST_OVER_ONE_APPROXIMATED
+            tokens_M[keep], ids_TK, logprobs_TK, None, None, self._vocab_size, where, MOST_OVER_ONE_APPROXIMATED
         )
 
 

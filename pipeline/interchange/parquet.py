@@ -18,6 +18,7 @@ import pyarrow.parquet
 
 from capgap.pipeline.interchange.captures import CapturedRow, RowTargets, checked_targets
 from capgap.pipeline.interchange.ragged import Ragged, lists_of
+from capgap.pipeline.interchange.stand_ins import NO_ID, is_stand_in, without_stand_ins
 from capgap.schemas.errors import InputError
 from capgap.schemas.interchange import ColumnNames
 from capgap.schemas.records import BoolArray, IntArray
@@ -41,8 +42,8 @@ class TargetReader(Protocol):
     def open(self, batch: pa.RecordBatch, where: str) -> None:
         """Take the columns of some rows."""
 
-    def row(self, number: int, tokens_M: IntArray, where: str) -> RowTargets:
-        """The targets of one of them, as many as the columns have."""
+    def row(self, number: int, tokens_M: IntArray, keep: slice, where: str) -> RowTargets:
+        """The targets of those of its tokens that are no padding; what stands behind the others is not looked at."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,9 @@ def read_rows(path: Path, layout: Layout) -> Iterator[CapturedRow]:
             if layout.targets is None:
                 yield row
                 continue
-            found = layout.targets.row(number, tokens.row(number), row.where)
-            _require_length(len(found), len(tokens.row(number)), row.where)
-            part = slice(keep.start, min(keep.stop, len(found)))
-            yield replace(row, targets=_part(found, part, len(row)))
+            found = layout.targets.row(number, tokens.row(number), keep, row.where)
+            found.label_logprobs_T[len(row) - 1 :] = np.nan  # what follows the last token is another row's, or padding
+            yield replace(row, targets=found)
         first += batch.num_rows
 
 
@@ -154,26 +154,29 @@ def _row(
     layout: Layout, batch: pa.RecordBatch, number: int, tokens_M: IntArray, where: str
 ) -> tuple[CapturedRow, slice]:
     """The row without its targets and its padding, and which of its tokens are left."""
-    if tokens_M.size and (tokens_M.min() < 0 or tokens_M.max() >= layout.vocab_size):
+    keep = _unpadded(_marks(layout.columns.attention_mask, batch, number, len(tokens_M), where), len(tokens_M), where)
+    own_M = tokens_M[keep]  # padding may be any number
+    if own_M.size and (own_M.min() < 0 or own_M.max() >= layout.vocab_size):
         raise InputError(
             "a token outside the vocabulary",
             where=where,
-            found=f"{tokens_M.min()} to {tokens_M.max()}",
+            found=f"{own_M.min()} to {own_M.max()}",
             expected=f"0 to {layout.vocab_size - 1}, the tokenizer's",
             fix="name the tokenizer of the teacher that made the captures",
         )
-    keep = _unpadded(_marks(layout.columns.attention_mask, batch, number, len(tokens_M), where), len(tokens_M), where)
-    mask_M = _label_mask(layout.columns, batch, number, tokens_M, where)
+    mask_M = _label_mask(layout.columns, batch, number, tokens_M, keep, where)
     starts_M = _marks(layout.columns.starts, batch, number, len(tokens_M), where)
     if starts_M is None:
         starts_M = np.zeros(len(tokens_M), np.bool_)
         starts_M[keep.start : keep.start + 1] = True
-    if layout.end_padding is not None and tokens_M[-1:] == [layout.end_padding]:
-        mask_M[-1] = False
+    if layout.end_padding is not None and own_M[-1:] == [layout.end_padding]:
+        mask_M[keep.stop - 1] = False
     return CapturedRow(where, tokens_M[keep], starts_M[keep], mask_M[keep]), keep
 
 
-def _label_mask(names: ColumnNames, batch: pa.RecordBatch, number: int, tokens_M: IntArray, where: str) -> BoolArray:
+def _label_mask(
+    names: ColumnNames, batch: pa.RecordBatch, number: int, tokens_M: IntArray, keep: slice, where: str
+) -> BoolArray:
     mask_M = _marks(names.loss_mask, batch, number, len(tokens_M), where)
     if mask_M is not None:
         return mask_M
@@ -181,7 +184,7 @@ def _label_mask(names: ColumnNames, batch: pa.RecordBatch, number: int, tokens_M
     if labels is None:
         return np.ones(len(tokens_M), np.bool_)
     labels_M = labels.row(number)
-    if len(labels_M) != len(tokens_M) or ((labels_M != IGNORED_LABEL) & (labels_M != tokens_M)).any():
+    if len(labels_M) != len(tokens_M) or ((labels_M != IGNORED_LABEL) & (labels_M != tokens_M))[keep].any():
         raise InputError(
             "labels that are not the row's own tokens",
             where=f"{where}, {names.labels}",
@@ -226,7 +229,14 @@ def _lists(name: str, batch: pa.RecordBatch, where: str) -> Ragged | None:
     return lists_of(batch.column(name), 1, np.int32, f"{where}, {name}")
 
 
-def _require_length(num_targets: int, num_tokens: int, where: str) -> None:
+def targets_of(keep: slice, num_targets: int, num_tokens: int, where: str) -> slice:
+    """Of a row's targets those of the tokens that are no padding.
+
+    What a capture keeps behind the last token before padding is a prediction of padding, or nothing at all.
+
+    Raises:
+        InputError: there are not as many targets as tokens, or one less.
+    """
     if num_targets not in (num_tokens, num_tokens - 1):
         raise InputError(
             "not a target for each token",
@@ -235,13 +245,7 @@ def _require_length(num_targets: int, num_tokens: int, where: str) -> None:
             expected=f"{num_tokens}, or {num_tokens - 1} where the last token has none",
             fix="see --offset: the first target may be no prediction",
         )
-
-
-def _part(targets: RowTargets, part: slice, num_tokens: int) -> RowTargets:
-    """Those of the tokens that are left; what follows the last of them is padding."""
-    labels_T = targets.label_logprobs_T[part].copy()
-    labels_T[num_tokens - 1 :] = np.nan
-    return RowTargets(targets.ids_TW[part], targets.logprobs_TW[part], targets.tail_T[part], labels_T)
+    return slice(keep.start, min(keep.stop if keep.stop == num_tokens else keep.stop - 1, num_targets))
 
 
 class ListTargets:
@@ -265,15 +269,21 @@ class ListTargets:
         kinds: dict[str, tuple[int, Any]] = {names.ids: (2, np.int32), names.logprobs: (2, np.float32)}
         kinds |= {names.tail: (1, np.float32), names.label_logprobs: (1, np.float32)}
         self._lists = {
-            name: lists_of(batch.column(name), *kind, f"{where}, {name}")
+            name: lists_of(batch.column(name), *kind, f"{where}, {name}", NO_ID if name == names.ids else None)
             for name, kind in kinds.items()
             if name in batch.schema.names
         }
 
-    def row(self, number: int, tokens_M: IntArray, where: str) -> RowTargets:
-        """The targets of one row."""
+    def row(self, number: int, tokens_M: IntArray, keep: slice, where: str) -> RowTargets:
+        """The targets of one row's tokens that are no padding."""
         names, skipped = self._columns, -self._offset
         ids, logprobs = self._lists[names.ids].row(number), self._lists[names.logprobs].row(number)
+        num_targets = max(len(ids) - skipped, 0)
+        part = targets_of(keep, num_targets, len(tokens_M), where)
+        own = slice(part.start + skipped, part.stop + skipped)
+        if part.stop - part.start == len(tokens_M[keep]) > 0 and ids.sizes_R[own.stop - 1] == 0:
+            own = slice(own.start, own.stop - 1)  # the last token of a row need not have one
+        ids, logprobs = ids.lists(own.start, own.stop), logprobs.lists(own.start, own.stop)
         if not np.array_equal(ids.ends_R1, logprobs.ends_R1):
             raise InputError(
                 "not as many logprobs as ids",
@@ -281,24 +291,24 @@ class ListTargets:
                 found=f"{len(logprobs)} lists with {logprobs.ends_R1[-1]} in all",
                 expected=f"{len(ids)} with {ids.ends_R1[-1]}",
             )
-        of = Ragged(ids.values, ids.ends_R1[skipped:]) if len(ids) >= skipped else ids
-        ids_TW, logprobs_TW = _filled(ids.values, of, -1), _filled(logprobs.values, of, -np.inf)
-        if (ids.values < 0).any():
-            raise InputError(
-                "an id below 0", where=where, found=int(ids.values.min()), expected="ids of the vocabulary"
-            )
-        tail_T, labels_T = (
-            self._numbers(name, number, skipped, len(of)) for name in (names.tail, names.label_logprobs)
-        )
-        if tail_T is not None and len(tail_T) != len(of):
-            raise InputError("not as many tails as targets", where=where, found=len(tail_T), expected=len(of))
-        return checked_targets(tokens_M, ids_TW, logprobs_TW, tail_T, labels_T, self._vocab_size, where)
+        values_D, logprobs_D = without_stand_ins(ids.values, logprobs.values, ids.ends_R1)
+        below_D = values_D[(values_D < 0) & (values_D != NO_ID)]
+        if len(below_D):
+            raise InputError("an id below 0", where=where, found=int(below_D[0]), expected="ids of the vocabulary")
+        ids_TW, logprobs_TW = _filled(values_D, ids, -1), _filled(logprobs_D, ids, -np.inf)
+        ids_TW[ids_TW < 0] = -1
+        tail_T, labels_T = (self._numbers(name, number, own) for name in (names.tail, names.label_logprobs))
+        if tail_T is not None and len(tail_T) != len(ids):
+            raise InputError("not as many tails as targets", where=where, found=len(tail_T), expected=len(ids))
+        if labels_T is not None:
+            labels_T = np.where(is_stand_in(labels_T), np.float32(np.nan), labels_T)
+        return checked_targets(tokens_M[keep], ids_TW, logprobs_TW, tail_T, labels_T, self._vocab_size, where)
 
-    def _numbers(self, name: str, number: int, skipped: int, num_targets: int) -> npt.NDArray[np.float32] | None:
+    def _numbers(self, name: str, number: int, own: slice) -> npt.NDArray[np.float32] | None:
         if name not in self._lists:
             return None
-        values: npt.NDArray[np.float32] = self._lists[name].row(number)[skipped:]
-        return values[:num_targets]
+        values: npt.NDArray[np.float32] = self._lists[name].row(number)[own]
+        return values
 
 
 def _filled(values_D: npt.NDArray[Any], of: Ragged, filling: float) -> npt.NDArray[Any]:

@@ -43,14 +43,15 @@ class Ragged:
 
     def part(self, start: int, stop: int) -> Any:
         """Of the values, those from `start` on and before `stop`."""
-        if isinstance(self.values, Ragged):
-            inner = self.values
-            ends = inner.ends_R1[start : stop + 1]
-            return Ragged(inner.values[ends[0] : ends[-1]], ends - ends[0])
-        return self.values[start:stop]
+        return self.values.lists(start, stop) if isinstance(self.values, Ragged) else self.values[start:stop]
+
+    def lists(self, start: int, stop: int) -> Ragged:
+        """Of lists of numbers, those from `start` on and before `stop`."""
+        ends_R1 = self.ends_R1[start : max(start, stop) + 1]
+        return Ragged(self.values[ends_R1[0] : ends_R1[-1]], ends_R1 - ends_R1[0])
 
 
-def lists_of(column: pa.Array, depth: int, kind: Any, where: str) -> Ragged:
+def lists_of(column: pa.Array, depth: int, kind: Any, where: str, filling: int | None = None) -> Ragged:
     """A column of lists, of lists of lists where `depth` is 2; a list that is null is empty.
 
     Args:
@@ -58,6 +59,7 @@ def lists_of(column: pa.Array, depth: int, kind: Any, where: str) -> Ragged:
         depth: 1 or 2.
         kind: numpy's type of the numbers; nulls are NaN for a floating one, and an error for another.
         where: names the column in errors.
+        filling: what a null is where the numbers are whole ones; None where none may be null.
 
     Raises:
         InputError: it has no such lists, or null where a number must be.
@@ -68,7 +70,9 @@ def lists_of(column: pa.Array, depth: int, kind: Any, where: str) -> Ragged:
     ends_R1 = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
     values = column.flatten()
     if depth > 1:
-        return Ragged(lists_of(values, depth - 1, kind, where), ends_R1)
+        return Ragged(lists_of(values, depth - 1, kind, where, filling), ends_R1)
+    if filling is not None and pa.types.is_integer(values.type) and values.null_count:
+        values = values.cast(pa.int64()).fill_null(filling)
     return Ragged(_numbers(values, kind, where), ends_R1)
 
 

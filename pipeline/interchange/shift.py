@@ -25,6 +25,7 @@ ENOUGH_TARGETS = 2048
 # The mean must be this many standard errors above those of the other places, or it is not proven.
 _STANDARD_ERRORS = 3
 _SHIFTS = (-1, 0, 1)
+_LEAST_NATS = -30.0
 
 
 def proven(rows: Iterable[CapturedRow], path: Path, vocab_size: int) -> Iterator[CapturedRow]:
@@ -63,13 +64,13 @@ def scores_at_shifts(tokens_M: IntArray, targets: RowTargets, vocab_size: int) -
     ids_NW, logprobs_NW = targets.ids_TW[:num], targets.logprobs_TW[:num]
     others_N = np.maximum(vocab_size - (ids_NW >= 0).sum(axis=1), 1)
     with np.errstate(divide="ignore"):
-        rest_N = np.maximum(np.log(targets.tail_T[:num].astype(np.float64)), -30.0) - np.log(others_N)
+        rest_N = np.maximum(np.log(targets.tail_T[:num].astype(np.float64)), _LEAST_NATS) - np.log(others_N)
     scores = np.empty((3, num))
     for place in range(3):
         is_it_NW = ids_NW == tokens_M[place : place + num, None]
-        scores[place] = np.where(
-            is_it_NW.any(axis=1), np.where(is_it_NW, logprobs_NW, -np.inf).max(axis=1, initial=-np.inf), rest_N
-        )
+        kept_N = np.where(is_it_NW, logprobs_NW, -np.inf).max(axis=1, initial=-np.inf)
+        # one that a server calls impossible must not outweigh all others
+        scores[place] = np.where(is_it_NW.any(axis=1), np.maximum(kept_N, _LEAST_NATS), rest_N)
     return scores
 
 

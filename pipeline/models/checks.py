@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from capgap.pipeline.models.load import load_config, model_facts
+from capgap.pipeline.models.complete import require_complete
+from capgap.pipeline.models.configs import load_config
+from capgap.pipeline.models.load import model_facts
 from capgap.pipeline.models.text import RunText
 from capgap.pipeline.models.tokenizers import load_tokenizer, require_extended_tokenizer, require_same_tokenizer
 from capgap.pipeline.stage.context import StageInput
@@ -41,7 +43,7 @@ def fresh_model(shape: ModelShape, corpus: StageInput, seed: int) -> PreTrainedM
         max_position_embeddings=seq_len_of(corpus),
         tie_word_embeddings=shape.tie_word_embeddings,
         initializer_range=math.sqrt(2 / (5 * shape.hidden_size)),
-        bos_token_id=facts.tokenizer.eos_id,
+        bos_token_id=facts.bos_ids[0] if facts.bos_ids else facts.tokenizer.eos_id,
         eos_token_id=facts.tokenizer.eos_id,
     )
     with torch.random.fork_rng(devices=[]):
@@ -55,7 +57,7 @@ def seq_len_of(corpus: StageInput) -> int:
 
 
 @contextmanager
-def _named(setting: str) -> Iterator[None]:
+def named(setting: str) -> Iterator[None]:
     """Whoever made the run file knows the setting."""
     try:
         yield
@@ -76,18 +78,20 @@ def check_given_model(
         to_be_adapted: the corpus's tokenizer may have entries that the model has not.
 
     Raises:
-        InputError: there is no such model, it has an encoder, or it takes shorter sequences than the corpus has.
+        InputError: there is no such model, it has an encoder, its weights are not complete, or it takes shorter
+            sequences than the corpus has.
         MismatchError: its tokenizer differs from the corpus's, or its vocabulary is smaller.
     """
     where = f"{setting}: {path}"
     resolved = str(Path(path).resolve()) if Path(path).is_dir() else path
-    with _named(where):
+    with named(where):
         config = load_config(resolved, trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(
             "this is no causal language model", where=where, found="an encoder beside the decoder", expected="a decoder"
         )
-    with _named(where):
+    with named(where):
+        require_complete(resolved, trust_remote_code, config)
         tokenizer = load_tokenizer(resolved, trust_remote_code)
     require = require_extended_tokenizer if to_be_adapted else require_same_tokenizer
     whose = f"the {corpus.manifest.stage}"

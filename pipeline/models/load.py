@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from capgap.pipeline.models.hub import not_there, require_reached
+from capgap.pipeline.models.complete import require_complete
+from capgap.pipeline.models.configs import empty_model, load_config, max_positions
+from capgap.pipeline.models.hub import require_reached
 from capgap.pipeline.models.tokenizers import refuse_code, tokenizer_facts
 from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.stage.manifests import read_manifest
@@ -50,9 +52,10 @@ def load_model(
         trust_remote_code: run code that comes with the model; without it, a model that needs it is refused.
 
     Raises:
-        InputError: there is no such model, or it is no causal language model.
+        InputError: there is no such model, it is no causal language model, or its weights are not complete.
     """
     config = load_config(path, trust_remote_code)
+    require_complete(path, trust_remote_code, config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
@@ -64,41 +67,6 @@ def load_model(
             "the model cannot be loaded", where=path, found=_first_line(error), expected="weights as safetensors"
         ) from None
     return model.to(device).eval()
-
-
-def load_config(path: str, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model.
-
-    Raises:
-        InputError: there is none, or it needs code that is not trusted.
-    """
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        refuse_code(error, path)
-        require_reached(path, error)
-        raise not_there("no model can be found", path, error, "config.json") from None
-
-
-def empty_model(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model of this configuration without memory for its weights.
-
-    Raises:
-        InputError: transformers has none.
-    """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        refuse_code(error, config.name_or_path or config.model_type)
-        raise InputError(
-            "this is no causal language model",
-            where=config.name_or_path or config.model_type,
-            found=_first_line(error).partition(". ")[0],
-            expected="an architecture of transformers' AutoModelForCausalLM",
-        ) from None
-    model.tie_weights()
-    return model
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -139,16 +107,6 @@ def model_facts(
         max_positions=max_positions(model.config),
         path=path,
     )
-
-
-def max_positions(config: Any) -> int | None:
-    """Longest sequence that a model of this configuration takes; None where nothing bounds it."""
-    text = config.get_text_config()
-    for name in ("max_position_embeddings", "max_seq_len"):
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,42 +1,53 @@
-"""The identity of tokenizers: two that map one token differently must never meet in one run."""
+"""Tokenizers: loaded with care, and their identity: two that give one text different ids must never meet in one run."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from capgap.pipeline.models.hub import not_there, require_reached
 from capgap.pipeline.models.text_growth import require_bounded_file, require_bounded_tokenizer
+from capgap.pipeline.models.tokenizer_files import as_in_file, read_reference, require_files, require_reader
+from capgap.pipeline.models.tokenizer_parts import Difference, first_difference, parts_of
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import TokenizerFacts
 
+_LOG = logging.getLogger("capgap")
+
+_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or id.
+    """The tokenizer of a folder or id; its ids are those of its tokenizer.json.
 
     Raises:
-        InputError: there is none, it needs code that is not trusted, or it makes too much of a text.
+        InputError: there is none, it needs code that is not trusted, it makes too much of a text, or it
+            gives other ids than its tokenizer.json.
+        MachineError: a package that reads its files is not installed, or the network fails.
     """
     require_bounded_file(Path(path))
+    require_files(path)
+    reference = read_reference(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         refuse_code(error, path)
         require_reached(str(path), error)
+        require_reader(path, error)
         raise not_there("no tokenizer can be found", path, error, "tokenizer.json") from None
     require_bounded_tokenizer(tokenizer, str(path))
-    return tokenizer
+    # of an id the file may have come a moment ago
+    return as_in_file(tokenizer, reference or read_reference(path), path)
 
 
 def chat_template_of(path: str | Path) -> str | None:
     """The chat template of a tokenizer on this machine; None where it has none, or is not here."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError):
+    except (OSError, ValueError, ImportError):
         return None
     template: str | None = tokenizer.chat_template
     return template
@@ -65,11 +76,10 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
             expected="one, to stand between documents",
             fix="set eos_token in its tokenizer_config.json",
         )
-    entries = _entries(tokenizer)
-    text = json.dumps(entries, sort_keys=True, ensure_ascii=True)
+    parts = parts_of(tokenizer)
     return TokenizerFacts(
-        fingerprint=hashlib.sha256(text.encode()).hexdigest(),
-        vocab_size=max(entries["vocab"].values()) + 1,
+        fingerprint=hashlib.sha256(parts.text().encode()).hexdigest(),
+        vocab_size=max(parts.vocab.values()) + 1,
         eos_id=int(tokenizer.eos_token_id),
     )
 
@@ -77,17 +87,19 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
 def require_same_tokenizer(
     expected: PreTrainedTokenizerBase, expected_where: str, found: PreTrainedTokenizerBase, found_where: str
 ) -> None:
-    """Raise MismatchError, naming the first differing entry, unless both map every token to the same id."""
-    difference = _first_difference(_entries(expected), _entries(found))
+    """Raise MismatchError, naming the first differing entry, unless both give every text the same ids.
+
+    Special tokens that are only called otherwise, an end of turn for an end of document say, are said and no error.
+    """
+    difference = first_difference(parts_of(expected), parts_of(found))
     if difference is not None:
-        name, here, there = difference
-        raise MismatchError(
+        raise _mismatch(
             f"its tokenizer differs from that of {expected_where}",
-            where=found_where,
-            found=f"{name} = {there}",
-            expected=here,
-            fix="use models of one tokenizer, or set corpus.tokenizer to the teacher's folder",
+            found_where,
+            difference,
+            "use models of one tokenizer, or set corpus.tokenizer to the teacher's folder",
         )
+    _say_other_names(expected, expected_where, found, found_where)
 
 
 def require_extended_tokenizer(
@@ -95,41 +107,33 @@ def require_extended_tokenizer(
 ) -> None:
     """Raise MismatchError, naming the first differing entry, unless every entry of `found` has its id in `extended`.
 
-    Special tokens must be the same ones.
+    Whatever else decides ids must be the same.
     """
-    whole, part = _entries(extended), _entries(found)
-    whole["vocab"] = {token: number for token, number in whole["vocab"].items() if token in part["vocab"]}
-    difference = _first_difference(whole, part)
+    part = parts_of(found)
+    difference = first_difference(part.within(parts_of(extended)), part)
     if difference is not None:
-        name, here, there = difference
-        raise MismatchError(
+        raise _mismatch(
             f"the tokenizer of {extended_where} does not extend this one",
-            where=found_where,
-            found=f"{name} = {there}",
-            expected=here,
-            fix="make the corpus with this tokenizer, extended by corpus.extend_vocabulary or not",
+            found_where,
+            difference,
+            "make the corpus with this tokenizer, extended by corpus.extend_vocabulary or not",
         )
+    _say_other_names(extended, extended_where, found, found_where)
 
 
-def _entries(tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return {"vocab": dict(tokenizer.get_vocab()), "special": special}
+def _mismatch(what: str, where: str, difference: Difference, fix: str) -> MismatchError:
+    name, here, there = difference
+    return MismatchError(what, where=where, found=f"{name} = {there}", expected=here, fix=fix)
 
 
-def _first_difference(
-    expected: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]]
-) -> tuple[str, str, str] | None:
-    # in the order of the expected ids, which is that of the file
-    for token in sorted(found["vocab"] | expected["vocab"], key=(found["vocab"] | expected["vocab"]).__getitem__):
-        here, there = expected["vocab"].get(token), found["vocab"].get(token)
-        if here != there:
-            return f"id of {token!r}", _said(here), _said(there)
-    for name in sorted(expected["special"].keys() | found["special"].keys()):
-        here, there = expected["special"].get(name), found["special"].get(name)
-        if here != there:
-            return f"special token {name}", _said(here), _said(there)
-    return None
-
-
-def _said(value: object) -> str:
-    return "none" if value is None else repr(value)
+def _say_other_names(
+    expected: PreTrainedTokenizerBase, expected_where: str, found: PreTrainedTokenizerBase, found_where: str
+) -> None:
+    """One line on special tokens that are named otherwise: ids of text are the same, and the first one decides."""
+    other = [
+        f"{name} is {getattr(found, name)!r}, not {getattr(expected, name)!r}"
+        for name in _NAMES
+        if getattr(found, name) != getattr(expected, name)
+    ]
+    if other:
+        _LOG.info("%s: the ids are those of %s, whose names count: %s", found_where, expected_where, "; ".join(other))

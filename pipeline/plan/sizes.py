@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from capgap.pipeline.models.load import empty_model, load_config, model_facts
+from capgap.pipeline.models.configs import empty_model, load_config
+from capgap.pipeline.models.load import model_facts
 from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.student.cut import pruned_config
 from capgap.pipeline.student.shapes import shape_of, target_shape

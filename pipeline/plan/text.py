@@ -53,9 +53,13 @@ def text_bytes(sources: tuple[str, ...], text_field: str, messages_field: str | 
 
 
 def bytes_per_token(
-    tokenizer: PreTrainedTokenizerBase, sources: tuple[str, ...], text_field: str, messages_field: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    sources: tuple[str, ...],
+    text_field: str,
+    messages_field: str | None = None,
+    num_around: int = 1,
 ) -> Figure:
-    """Bytes of text a token, on the first megabyte of the sources, by that tokenizer.
+    """Bytes of text a token, on the first megabyte of the sources; `num_around` ids begin and end a document.
 
     Raises:
         InputError: as `text_bytes`.
@@ -68,8 +72,7 @@ def bytes_per_token(
         if num_bytes >= _SAMPLED_TEXT_BYTES:
             break
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    # as packing adds it: an end to each document
-    num_tokens = sum(len(ids) + 1 for ids in encoded)
+    num_tokens = sum(len(ids) + num_around for ids in encoded)
     value = num_bytes / max(num_tokens, 1)
     return Figure(value=value, source=f"{value:.2f} bytes of text a token, by the tokenizer on {num_bytes:,} of them")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from capgap.pipeline.corpus.split import SPLITS
+from capgap.pipeline.models.bos import document_bos
 from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.plan.measured import text_bytes_per_token
 from capgap.pipeline.plan.text import bytes_per_token, text_bytes
@@ -85,4 +86,5 @@ def _bytes_per_token(run: RunFile, vocab_size: float | None, stated: float | Non
         tokenizer = load_tokenizer(settings.tokenizer)
     except CapgapError as error:
         return Figure(value=None, source=f"give --text-bytes-per-token, or the tokenizer: {error}")
-    return bytes_per_token(tokenizer, settings.sources, settings.text_field, settings.messages_field)
+    num_around = len(document_bos(tokenizer, settings.tokenizer, settings.bos)) + 1
+    return bytes_per_token(tokenizer, settings.sources, settings.text_field, settings.messages_field, num_around)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from capgap.pipeline.models.load import empty_model
+from capgap.pipeline.models.configs import empty_model
 from capgap.pipeline.student.kept import KeptParts
 from capgap.pipeline.student.shapes import Shape
 from capgap.schemas.errors import InputError

@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from capgap.pipeline.eval.heldout import first_sequences
-from capgap.pipeline.models.load import empty_model, load_config, load_model, model_path
+from capgap.pipeline.models.configs import empty_model, load_config
+from capgap.pipeline.models.load import load_model, model_path
 from capgap.pipeline.stage.context import StageContext, StageInput
 from capgap.pipeline.stage.progress import progress
 from capgap.pipeline.store import Batch

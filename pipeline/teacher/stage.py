@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from capgap.pipeline.models.checks import check_given_model, corpus_tokenizer, fresh_model
-from capgap.pipeline.models.load import MODEL_FOLDER, empty_model, load_config, load_model, model_facts, save_model
+from capgap.pipeline.models.configs import empty_model, load_config
+from capgap.pipeline.models.load import MODEL_FOLDER, load_model, model_facts, save_model
 from capgap.pipeline.models.tokenizers import chat_template_of, load_tokenizer
 from capgap.pipeline.stage.context import StageContext, StageInput, StageResult
 from capgap.pipeline.store import ShardReader

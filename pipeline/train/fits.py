@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from capgap.pipeline.models.load import max_positions
+from capgap.pipeline.models.configs import max_positions
 from capgap.schemas.errors import InputError, MachineError
 from capgap.schemas.run_optimization import OptimizationSettings
 

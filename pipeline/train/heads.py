@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from capgap.kernels.sparse_kl import SparseTargets, linear_sparse_kl
-from capgap.pipeline.models.load import max_positions
+from capgap.pipeline.models.configs import max_positions
 from capgap.schemas.errors import InputError
 
 _NUM_TOKENS = 8  # a few positions, so that one that looked ahead would be seen; short, so that a trial is cheap

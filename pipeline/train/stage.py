@@ -8,15 +8,8 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from capgap.pipeline.models.load import (
-    MODEL_FOLDER,
-    empty_model,
-    load_config,
-    load_model,
-    model_facts,
-    model_path,
-    save_model,
-)
+from capgap.pipeline.models.configs import empty_model, load_config
+from capgap.pipeline.models.load import MODEL_FOLDER, load_model, model_facts, model_path, save_model
 from capgap.pipeline.models.text import RunText
 from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from capgap.pipeline.corpus.conversations import ChatFormat
-from capgap.pipeline.models.load import load_config, max_positions
+from capgap.pipeline.models.configs import load_config, max_positions
 from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts
 from capgap.pipeline.stage.context import StageContext, StageInput
 from capgap.pipeline.store import ShardReader

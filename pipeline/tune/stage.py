@@ -12,6 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from capgap.pipeline.corpus.files import folders_in_words
+from capgap.pipeline.models.checks import named
+from capgap.pipeline.models.complete import require_complete
 from capgap.pipeline.models.load import MODEL_FOLDER, load_model, model_facts, model_path, save_model
 from capgap.pipeline.stage.context import CHAT_CACHE, Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.folder import WORK_FOLDER
@@ -43,7 +45,8 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     """Refuse data, templates and packages that cannot be used.
 
     Raises:
-        InputError: a record is no conversation with an answer, or the chat template cannot be learnt from.
+        InputError: a record is no conversation with an answer, the chat template cannot be learnt from, or the weights
+            of the given model are not complete.
         SettingError, MismatchError: as `lesson_of`.
         MachineError: a package is not installed.
     """
@@ -51,6 +54,9 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     require_loggers(settings.loggers)
     if settings.lora is not None:
         require_peft()
+    if settings.path is not None:
+        with named(f"tune.path: {settings.path}"):
+            require_complete(settings.path, settings.trust_remote_code)
     lesson_of(settings, _before(run, instance, inputs), _cache_in(inputs))
     if settings.sources:
         for line in folders_in_words(settings.sources):

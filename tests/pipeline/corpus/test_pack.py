@@ -103,3 +103,50 @@ def test_of_a_conversation_the_masked_tokens_count_and_the_added_end_does_not(
     found = list(zip(packed.tokens_BL1.ravel().tolist(), packed.mask_BL1.ravel().tolist(), strict=True))
     assert found == expected[: len(found)]
     assert len(expected) - len(found) <= seq_len
+
+
+BOS = (9001,)
+
+
+@given(lengths=LENGTHS, seq_len=st.integers(3, 30), bos=st.sampled_from([BOS, (9001, 9002)]))
+def test_every_document_and_every_rest_of_one_begins_with_bos(
+    lengths: list[int], seq_len: int, bos: tuple[int, ...]
+) -> None:
+    packed = pack(_documents(lengths), seq_len, EOS, "split", bos)
+    tokens, starts, mask = (getattr(packed.sequences, name) for name in ("tokens_BL1", "starts_BL1", "mask_BL1"))
+    assert tokens.shape[1] == seq_len + 1
+    assert packed.num_text_tokens == len(_joined(_documents(lengths))), "what is put before a text is none"
+    assert not mask[np.isin(tokens, bos)].any(), "no beginning is a label"
+    # without them the text is the same, and nothing of it is lost but what fills no sequence at the end
+    text = tokens[~np.isin(tokens, bos)]
+    assert text.tolist() == _joined(_documents(lengths))[: len(text)]
+    assert packed.num_cut_tokens <= seq_len
+    for row, start in zip(tokens, starts, strict=True):
+        assert row[0] == bos[0], "a sequence begins with it, whether a document does there or not"
+        for place in np.flatnonzero(start):
+            assert tuple(row[place : place + len(bos)]) == bos[: len(row) - place]
+
+
+def test_the_first_token_of_a_rest_is_no_label_and_that_of_a_document_is() -> None:
+    packed = pack(_documents([6, 12]), 8, EOS, "split", BOS).sequences
+    assert packed.tokens_BL1.tolist() == [[9001, 1, 2, 3, 4, 5, 6, 0, 9001], [9001, 7, 8, 9, 10, 11, 12, 13, 14]]
+    assert packed.starts_BL1.astype(int).tolist() == [[1, 0, 0, 0, 0, 0, 0, 0, 1], [0] * 9]
+    assert packed.mask_BL1.astype(int).tolist() == [[0, 1, 1, 1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1, 1, 1]]
+    rest = pack(_documents([20]), 8, EOS, "split", BOS).sequences
+    assert rest.tokens_BL1[1].tolist() == [9001, *range(9, 17)]
+    assert rest.mask_BL1[1].astype(int).tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 1], "9 can be told from nothing"
+
+
+def test_a_conversation_begins_as_its_template_says() -> None:
+    document = Document("talk", "text")
+    begun = Encoded(document, [9001, 5, 6], [False, True, True])
+    bare = Encoded(document, [5, 6, 7, 8, 10, 11], [False, True, True, True, True, True])
+    packed = pack([begun, bare], 4, EOS, "split", BOS).sequences
+    assert packed.tokens_BL1.tolist() == [[9001, 5, 6, 0, 5], [6, 7, 8, 10, 11]]
+    assert packed.mask_BL1.astype(int).tolist() == [[0, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+
+
+def test_what_stands_before_a_text_counts_in_its_length() -> None:
+    assert pack(_documents([7]), 8, EOS, "refuse", BOS).num_dropped == 0
+    with pytest.raises(InputError, match="found 9 tokens and an end token, expected at most 9 in all"):
+        pack(_documents([8]), 8, EOS, "refuse", BOS)

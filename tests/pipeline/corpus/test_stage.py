@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from capgap.pipeline.corpus.tokenizer import END_OF_TEXT
+from capgap.pipeline.corpus.tokenizer import END_OF_TEXT, train_tokenizer
+from capgap.pipeline.models.checks import fresh_model
 from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts
-from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.context import Instance, StageInput
 from capgap.pipeline.stage.folder import content_files
 from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import ShardReader
@@ -18,6 +21,7 @@ from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CorpusFacts
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_model import ModelShape
 
 SPLITS = ("teacher", "student", "heldout")
 CORPUS = Instance("corpus")
@@ -212,3 +216,55 @@ def test_a_tokenizer_without_an_end_token_is_refused(make_corpus_run, tmp_path: 
     (folder / "tokenizer_config.json").write_text(json.dumps({n: v for n, v in settings.items() if n != "eos_token"}))
     with pytest.raises(InputError, match="the tokenizer has no end-of-sequence token"):
         carry_out(make_corpus_run("second", vocab_size=None, tokenizer=str(folder)), CORPUS)
+
+
+def _begun(folder: Path, puts: bool = True) -> Path:
+    """A tokenizer with a token to begin texts, which it puts before them or only names."""
+    backend = train_tokenizer(["some text to learn from, and more of it\n"] * 9, 300).backend_tokenizer
+    backend.add_special_tokens(["<bos>"])
+    if puts:
+        special = [("<bos>", backend.token_to_id("<bos>"))]
+        backend.post_processor = TemplateProcessing(single="<bos> $A", pair="<bos> $A $B", special_tokens=special)
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token=END_OF_TEXT).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("puts", "bos", "begins"),
+    [(True, "auto", True), (True, "never", False), (False, "auto", False), (False, "always", True)],
+)
+def test_documents_begin_as_the_tokenizer_or_the_setting_says(
+    make_corpus_run, tmp_path: Path, caplog: pytest.LogCaptureFixture, puts: bool, bos: str, begins: bool
+) -> None:
+    run = make_corpus_run(vocab_size=None, tokenizer=str(_begun(tmp_path / "given", puts)), bos=bos)
+    with caplog.at_level("INFO", "capgap"):
+        manifest = carry_out(run, CORPUS)
+    first = load_tokenizer(tmp_path / "given").bos_token_id
+    facts = CorpusFacts.model_validate(manifest.facts)
+    assert facts.bos_ids == ((first,) if begins else ())
+    for shard_set in manifest.shard_sets.values():
+        reader = ShardReader(Path(run.out) / "corpus", shard_set)
+        for number in range(reader.shard_set.num_members):
+            part = reader.read(number)[0]
+            is_first = part.tokens_BL1 == first
+            if not begins:
+                assert not is_first.any()
+                continue
+            assert is_first[part.starts_BL1].all() and is_first[:, 0].all()
+            assert not part.mask_BL1[is_first].any() and part.mask_BL1[:, 2:][~is_first[:, 2:]].all()
+    said = f"'<bos>' ({first})" if begins else "nothing"
+    assert f"a document begins with {said} and ends with '<|endoftext|>' (0)" in caplog.text
+
+
+def test_another_beginning_is_another_corpus(make_corpus_run, tmp_path: Path) -> None:
+    given = str(_begun(tmp_path / "given"))
+    runs = [make_corpus_run(vocab_size=None, tokenizer=given, bos=bos) for bos in ("auto", "never")]
+    assert len({states(run)["corpus"].order.identity for run in runs}) == 2
+
+
+def test_a_fresh_model_knows_what_its_texts_begin_with(make_corpus_run, tmp_path: Path) -> None:
+    carry_out(make_corpus_run(vocab_size=None, tokenizer=str(_begun(tmp_path / "given"))), CORPUS)
+    corpus = StageInput(tmp_path / "out" / "corpus", read_manifest(tmp_path / "out" / "corpus"))
+    config = fresh_model(ModelShape(hidden_size=16, num_layers=1, num_heads=2), corpus, 0).config
+    tokenizer = load_tokenizer(tmp_path / "given")
+    assert (config.bos_token_id, config.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)

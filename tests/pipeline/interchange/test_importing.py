@@ -138,6 +138,92 @@ def test_lists_as_vllm_has_them_need_an_offset(
     assert all(np.array_equal(a, b, equal_nan=True) for row in here for a, b in zip(here[row], there[row], strict=True))
 
 
+def _same(here: dict[Any, Any], there: dict[Any, Any]) -> bool:
+    return there.keys() == here.keys() and all(
+        np.array_equal(a, b, equal_nan=True) for row in here for a, b in zip(here[row], there[row], strict=True)
+    )
+
+
+PADDINGS = {
+    "as the model went on": ([7] * 3, [[1, 2]] * 3, [[-1.0, -2.0]] * 3),
+    "nothing": ([0] * 3, [[]] * 3, [[]] * 3),
+    "zeros": ([0] * 3, [[0] * 8] * 3, [[0.0] * 8] * 3),
+    "not a number": ([-100] * 3, [[0] * 8] * 3, [[float("nan")] * 8] * 3),
+    "an id of no vocabulary": ([999_999] * 3, [[999_999] * 8] * 3, [[-1.0] * 8] * 3),
+    "nulls": ([0] * 3, [None] * 3, [None] * 3),
+}
+
+
+@pytest.mark.parametrize("offset", [0, -1])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", PADDINGS)
+def test_whatever_stands_in_padding_is_not_looked_at(
+    teacher: Any, write: Callable[..., Path], settings_for: Callable[..., Any], name: str, side: str, offset: int
+) -> None:
+    tokens, ids, logprobs = PADDINGS[name]
+
+    def padded(row: dict[str, Any]) -> dict[str, Any]:
+        # a target for each token: the last one has one of padding, or in vLLM's order the first one has none
+        kept = [[None, *row[one]] if offset else [*row[one], None] for one in ("ids", "logprobs")]
+        own = (row["input_ids"], *kept, [1] * len(row["input_ids"]))
+        parts = zip(own, (tokens, ids, logprobs, [0] * 3), strict=True)
+        made = [[*pad, *one] if side == "left" else [*one, *pad] for one, pad in parts]
+        return dict(zip(("input_ids", "ids", "logprobs", "attention_mask"), made, strict=True))
+
+    captures = write([padded(row) for row in teacher.rows])
+    made = import_captures(settings_for(captures, seq_len=40, offset=offset))
+    plain = write(teacher.rows, "plain.parquet", MINIMAL)
+    expected = import_captures(settings_for(plain, seq_len=40, out=str(captures.parent / "b")))
+    assert _same(rows_of(expected.cache), rows_of(made.cache))
+
+
+@pytest.mark.parametrize("stand_in", [-9999.0, -1e9, -1e30, -3.4028234e38, -65504.0, float("-inf")])
+def test_a_stand_in_for_minus_infinity_is_a_probability_of_0(
+    teacher: Any, write: Callable[..., Path], settings_for: Callable[..., Any], stand_in: float
+) -> None:
+    """The least likely id of each target has none; training and measuring subtract what is stored."""
+    rows = [row | {"logprobs": [[*one[:-1], stand_in] for one in row["logprobs"]]} for row in teacher.rows]
+    made = import_captures(settings_for(write(rows, columns=MINIMAL), profile="lossless"))
+    recording = made.cache.manifest.facts["recordings"]["topk"]
+    assert recording["num_ids"] == len(teacher.rows[0]["ids"][0]), "no target has fewer ids for it"
+    for _, targets in blocks_of(made.cache, "topk"):
+        assert np.isfinite(targets.logprobs_BLK).all()
+        assert (targets.logprobs_BLK >= -101).all()
+
+
+@pytest.mark.parametrize("filling", [0, -1, None])
+def test_ids_that_only_fill_up_a_list_are_dropped(
+    teacher: Any, write: Callable[..., Path], settings_for: Callable[..., Any], filling: int | None
+) -> None:
+    """Arrays of one width have an id, any, with no probability behind a target's last."""
+    none = None if filling is None else -9999.0
+    rows = [
+        row
+        | {
+            "ids": [[filling] * 2 + one for one in row["ids"]],
+            "logprobs": [[none] * 2 + one for one in row["logprobs"]],
+        }
+        for row in teacher.rows
+    ]
+    captures = write(rows, columns=MINIMAL)
+    made = import_captures(settings_for(captures, top_k=8))
+    plain = write(teacher.rows, "plain.parquet", MINIMAL)
+    expected = import_captures(settings_for(plain, top_k=8, out=str(captures.parent / "b")))
+    assert _same(rows_of(expected.cache), rows_of(made.cache))
+
+
+def test_a_label_with_a_stand_in_is_unknown(
+    teacher: Any, write: Callable[..., Path], settings_for: Callable[..., Any]
+) -> None:
+    def unknown(row: dict[str, Any]) -> dict[str, Any]:
+        kept = zip(row["label_logprobs"], row["ids"], row["input_ids"][1:], strict=True)
+        return row | {"label_logprobs": [own if label in ids else -9999.0 for own, ids, label in kept]}
+
+    made = import_captures(settings_for(write([unknown(row) for row in teacher.rows])))
+    assert made.cache.manifest.totals["num_unknown_labels"] > 0
+    assert made.cache.manifest.facts["mean_label_loss"] is None
+
+
 def test_rows_that_tell_nothing_are_refused(
     teacher: Any, write: Callable[..., Path], settings_for: Callable[..., Any]
 ) -> None:

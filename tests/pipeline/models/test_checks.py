@@ -97,10 +97,11 @@ def test_a_given_model_that_fits_is_known_by_its_absolute_path(corpus, tokenizer
     assert facts.tokenizer == tokenizer_facts(tokenizer)
 
 
-def test_no_weights_are_read_for_the_check(corpus, tokenizer, tmp_path) -> None:
-    _, without = check_given_model(_given(tmp_path / "a", tokenizer, weights=False), corpus, "teacher.path")
-    _, with_weights = check_given_model(_given(tmp_path / "b", tokenizer), corpus, "teacher.path")
-    assert without.num_parameters == with_weights.num_parameters > 0
+def test_a_model_without_its_weights_is_refused_by_its_setting(corpus, tokenizer, tmp_path) -> None:
+    path = Path(_given(tmp_path, tokenizer))
+    (path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=rf"student\.path: {path}: no weights as safetensors; found no weights"):
+        check_given_model(str(path), corpus, "student.path")
 
 
 def test_a_folder_that_is_not_there_is_refused(corpus, tmp_path) -> None:
@@ -124,11 +125,14 @@ def test_another_tokenizer_is_refused_with_the_first_entry_that_differs(corpus, 
     assert any(f"found id of {name!r} = " in str(e.value) for name in names)
 
 
-def test_another_end_of_text_is_refused_by_name(corpus, tmp_path) -> None:
+def test_a_model_that_ends_its_texts_otherwise_is_taken_and_the_corpus_decides(corpus, tmp_path, caplog) -> None:
+    """An instruct model and its base model differ so."""
     other = tiny_tokenizer(vocab_size=300)
-    other.eos_token = "a"
-    with pytest.raises(MismatchError, match=r"found special token eos_token = 'a', expected '<\|endoftext\|>'"):
-        check_given_model(_given(tmp_path, other), corpus, "teacher.path")
+    other.eos_token, other.pad_token = "a", "b"
+    with caplog.at_level("INFO", "capgap"):
+        _, facts = check_given_model(_given(tmp_path, other), corpus, "student.path")
+    assert facts.tokenizer.fingerprint == tokenizer_facts(corpus_tokenizer(corpus)).fingerprint
+    assert "whose names count: eos_token is 'a', not '<|endoftext|>'; pad_token is 'b', not None" in caplog.text
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(corpus, tokenizer, tmp_path) -> None:

@@ -13,7 +13,8 @@ from transformers import (
     ViTConfig,
 )
 
-from capgap.pipeline.models.load import load_config, load_model, model_facts, model_path, save_model
+from capgap.pipeline.models.configs import load_config
+from capgap.pipeline.models.load import load_model, model_facts, model_path, save_model
 from capgap.pipeline.stage.context import StageInput
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import ModelFacts
@@ -97,7 +98,7 @@ def test_what_is_no_model_is_refused(tmp_path) -> None:
     with pytest.raises(InputError, match="no model can be found"):
         load_model(str(tmp_path), "cpu")
     _config(True).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=f"{tmp_path}: the model cannot be loaded"):
+    with pytest.raises(InputError, match=f"{tmp_path}: no weights as safetensors"):
         load_model(str(tmp_path), "cpu")
 
 

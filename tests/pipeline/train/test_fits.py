@@ -11,7 +11,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from capgap.pipeline.models.load import empty_model
+from capgap.pipeline.models.configs import empty_model
 from capgap.pipeline.train.fits import (
     _container_bytes,
     activation_bytes,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_chats import CHATML, MAX_LEN, conversations, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -215,6 +215,19 @@ def test_what_cannot_be_tuned_is_refused(
 ) -> None:
     with pytest.raises(CapgapError, match=message):
         carry_out(make_run(tmp_path, **settings), TUNE)
+
+
+def test_a_model_that_lacks_weights_is_refused_before_anything_is_made(
+    make_run: MakeRun, base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "given")
+    file = tmp_path / "given" / "model.safetensors"
+    weights = load_file(file)
+    lost = weights.popitem()[0]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(InputError, match=rf"tune\.path: .*given: the weights are not .* found 1 missing: {lost}"):
+        carry_out(make_run(tmp_path, path=str(tmp_path / "given")), TUNE)
+    assert not list((tmp_path / "tune").rglob("model"))
 
 
 def test_a_given_template_one_conversation_a_row_and_the_best_weights(

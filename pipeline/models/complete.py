@@ -1,0 +1,180 @@
+"""Is a given model complete? The headers of its files are held against the empty model of its configuration.
+
+    safetensors headers --transformers' own renamings--> names and shapes --against--> the model on the device `meta`
+
+Transformers fills what is missing with random numbers, and vLLM leaves it as the memory was; either goes on. Here it is
+found out before a weight is read. Which names a checkpoint may have is transformers' knowledge, so its own loading does
+the comparison, with tensors that have a shape and nothing in it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from capgap.pipeline.models.configs import empty_model, load_config
+from capgap.pipeline.models.weight_files import TensorHeader, read_headers
+from capgap.schemas.errors import InputError
+
+_LOG = logging.getLogger("capgap")
+
+_MOST_NAMED = 3
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+# Wherever in a name, and who puts it there.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "base_model.model.": "PEFT, whose adapters are not merged",
+    "module.": "DataParallel",
+}
+# Parts that stand beside a language model and that it does without: encoders of pictures and sound, heads of reward
+# models, layers that predict further tokens; and constants that older versions saved as if they were weights.
+_BESIDE = re.compile(
+    r"(^|\.)(vision\w*|visual|audio\w*|image\w*|speech\w*|\w*projector|embed_vision|embed_audio|v_head|score|mtp\w*)\.|"
+    r"(rotary_emb\.inv_freq|\.masked_bias|attn\.bias|\.position_ids|num_batches_tracked)$"
+)
+
+
+def require_complete(path: str, trust_remote_code: bool = False, config: Any = None) -> None:
+    """Raise unless every weight of a model lies in its files, whole and in its shape. No weights are read.
+
+    Args:
+        path: folder or id.
+        trust_remote_code: run code that comes with the model.
+        config: its configuration, where that is already loaded.
+
+    Raises:
+        InputError: a file is missing, a pointer of Git LFS, cut off or damaged; tensors are missing, unexpected or of
+            other shapes; or there is no such model.
+        MachineError: the network fails.
+    """
+    config = load_config(path, trust_remote_code) if config is None else config
+    headers = read_headers(path)
+    model = empty_model(config, trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        missing, other = _quantised(model, headers), list[str]()
+        unexpected = {name for name in headers if _wrapper(name, model) is not None}
+    else:
+        missing, unexpected, other = _compared(model, headers)
+    beside = {name for name in unexpected if _BESIDE.search(name)}
+    unexpected -= beside
+    if missing or unexpected or other:
+        raise _refusal(path, model, missing, unexpected, other)
+    if beside:
+        _LOG.info("%s: %d tensors beside the language model are left out: %s", path, len(beside), _some(beside))
+
+
+def _compared(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> tuple[set[str], set[str], list[str]]:
+    """Names that are missing, names that are unexpected, and what has another shape or type."""
+    state = {name: torch.empty(one.shape, device="meta") for name, one in headers.items()}
+    # taken before: loading puts the tensors into the model
+    types = {name: parameter.is_floating_point() for name, parameter in model.named_parameters()}
+    how = LoadStateDictConfig(
+        ignore_mismatched_sizes=True,
+        device_map={"": "meta"},
+        dtype=torch.float32,
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+    level = logging.getLogger("transformers").level
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        found, _ = convert_and_load_state_dict_in_model(model, state, how)
+        model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+        model._adjust_missing_and_unexpected_keys(found)
+    finally:
+        logging.getLogger("transformers").setLevel(level)
+    other = [f"{name} {_shape(own)}, not {_shape(wanted)}" for name, own, wanted in sorted(found.mismatched_keys)]
+    other += [
+        f"{name} of type {one.dtype}, without a quantization_config"
+        for name, one in headers.items()
+        if types.get(name) and one.dtype not in _FLOATS
+    ]
+    return set(found.missing_keys), set(found.unexpected_keys), other
+
+
+def _quantised(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> set[str]:
+    """Weights of which nothing is there: a quantised one has tensors of other names, all within its own module."""
+    mapping, state = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    there: set[str] = set()
+    for name in headers:
+        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        there.update(_parents(name), _parents(renamed))
+    tied = model.all_tied_weights_keys
+    # experts lie in one tensor in the model, and in modules of their own in files
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if name not in tied and name not in there and name.rpartition(".")[0] not in there
+    }
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def _wrapper(name: str, model: PreTrainedModel) -> str | None:
+    """What a wrapper put into a tensor's name, if a module of the model is not called so."""
+    for mark in _WRAPPERS:
+        if (mark in name and mark != "module.") or name.startswith(mark):
+            return None if mark.split(".")[0] in dict(model.named_children()) else mark
+    return None
+
+
+def _refusal(
+    path: str, model: PreTrainedModel, missing: set[str], unexpected: set[str], other: list[str]
+) -> InputError:
+    found = [
+        f"{len(names)} {what}: {_some(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape or type", other))
+        if names
+    ]
+    fix = "give all files of the model, or the config.json that belongs to them"
+    mark = next((mark for name in sorted(unexpected) if (mark := _wrapper(name, model))), None)
+    if mark is not None:
+        fix = f"save the model without its wrapper: {mark!r} in the names is put there by {_WRAPPERS[mark]}"
+    elif (common := _common_prefix(missing, unexpected)) is not None:
+        fix = f"take the prefix {common!r} out of the tensors' names"
+    return InputError(
+        "the weights are not those of the model that config.json describes",
+        where=path,
+        found="; ".join(found),
+        expected=f"every tensor of {type(model).__name__}, and no other",
+        fix=fix,
+    )
+
+
+def _common_prefix(missing: set[str], unexpected: set[str]) -> str | None:
+    """What stands before the names of all that is missing, if that is all."""
+    for name in sorted(unexpected):
+        for part in _parents(name)[:-1]:
+            if {f"{part}.{one}" for one in missing} <= unexpected and missing:
+                return f"{part}."
+    return None
+
+
+def _some(names: Collection[str]) -> str:
+    chosen = sorted(names)
+    more = f" and {len(chosen) - _MOST_NAMED} more" if len(chosen) > _MOST_NAMED else ""
+    return ", ".join(chosen[:_MOST_NAMED]) + more
+
+
+def _shape(sizes: Any) -> str:
+    return "x".join(map(str, sizes)) or "a single number"

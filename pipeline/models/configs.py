@@ -1,0 +1,61 @@
+"""The configuration of a Hugging Face model, and the model that it describes without its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from capgap.pipeline.models.hub import not_there, require_reached
+from capgap.pipeline.models.tokenizers import refuse_code
+from capgap.schemas.errors import InputError
+
+
+def load_config(path: str, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        InputError: there is none, or it needs code that is not trusted.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        refuse_code(error, path)
+        require_reached(path, error)
+        raise not_there("no model can be found", path, error, "config.json") from None
+
+
+def empty_model(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model of this configuration without memory for its weights.
+
+    Raises:
+        InputError: transformers has none.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        refuse_code(error, config.name_or_path or config.model_type)
+        raise InputError(
+            "this is no causal language model",
+            where=config.name_or_path or config.model_type,
+            found=_first_line(error).partition(". ")[0],
+            expected="an architecture of transformers' AutoModelForCausalLM",
+        ) from None
+    model.tie_weights()
+    return model
+
+
+def max_positions(config: Any) -> int | None:
+    """Longest sequence that a model of this configuration takes; None where nothing bounds it."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "max_seq_len"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

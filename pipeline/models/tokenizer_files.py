@@ -1,0 +1,206 @@
+"""A tokenizer as its tokenizer.json has it, whatever class transformers would put in its place.
+
+transformers builds some classes anew from vocabulary and merges, with a normaliser and a pre-tokenizer of their own: a
+byte-level vocabulary that is declared Llama's loses every space. The ids are those of the file. Where the class has
+changed a part, the generic class is taken, which reads the file as it is; and probe texts prove the result.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
+
+from capgap.pipeline.models.weight_files import require_no_pointer
+from capgap.schemas.errors import InputError, MachineError
+
+_LOG = logging.getLogger("capgap")
+
+TOKENIZER_FILE = "tokenizer.json"
+# of SentencePiece, of some models also of tiktoken
+_PIECES_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
+PROBES = (
+    "Hello world, this is a test.",
+    "  two blanks   three\tand a tab\n\n\nthree lines\r\n  indented = 12345 + 6.78e-9;",
+    "I'll say it's what we've done; DON'T! CamelCase snake_case kebab-case http://a.b/c?d=e&f",
+    "na\u00efve caf\u00e9 \u2014 \u201cquoted\u201d \u2026 \u00df \u00c5ngstr\u00f6m 50\u20ac \u00bd",
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \u3053\u3093\u306b\u3061\u306f \uc548\ub155 "
+    "\u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 "
+    "\u0928\u092e\u0938\u094d\u0924\u0947",
+    "def f(x):\n    return {'a': [1, 2], \"b\": x ** 2}  # comment\n",
+    " leading and trailing ",
+)
+"""Texts that tokenizers of different kinds cut differently; none of them is changed by composing its characters."""
+
+
+def require_files(path: str | Path) -> None:
+    """Raise InputError if a pointer of Git LFS lies in the place of one of a folder's tokenizer files."""
+    for name in (TOKENIZER_FILE, *_PIECES_FILES, "vocab.json", "merges.txt"):
+        require_no_pointer(Path(path) / name, str(path))
+
+
+def require_reader(path: str | Path, error: Exception) -> None:
+    """Raise MachineError if `error` says that a package is missing that reads the tokenizer's files."""
+    said = str(error)
+    file = next((name for name in _PIECES_FILES if file_at(path, name) is not None), None)
+    if file is None or ("sentencepiece" not in said.lower() and "tiktoken" not in said.lower()):
+        return
+    missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_there(name)] or ["tiktoken"]
+    names = " ".join(name.replace("google.", "") for name in missing)
+    raise MachineError(
+        "the tokenizer cannot be read",
+        where=path,
+        found=f"{file} without a {TOKENIZER_FILE}, and a package that reads it is not installed",
+        expected=names.replace(" ", " and "),
+        fix=f"run `pip install {names}`, or save the tokenizer with a {TOKENIZER_FILE}",
+    ) from None
+
+
+def file_at(path: str | Path, name: str) -> Path | None:
+    """A file of a folder, or of an id that was loaded before; None where there is none on this machine."""
+    if Path(path).is_dir():
+        file = Path(path) / name
+        return file if file.is_file() else None
+    found = cached_file(
+        str(path),
+        name,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return None if found is None else Path(found)
+
+
+def read_reference(path: str | Path) -> Tokenizer | None:
+    """What tokenizer.json says, read by its own library; None where there is no such file on this machine.
+
+    Raises:
+        InputError: the library cannot read it.
+    """
+    file = file_at(path, TOKENIZER_FILE)
+    if file is None:
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.encode(PROBES[0])
+    except BaseException as error:  # the library raises nothing more exact, and where it panics, no Exception at all
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise InputError(
+            f"{TOKENIZER_FILE} cannot be read", where=path, found=str(error).splitlines()[0], expected="a tokenizer"
+        ) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def as_in_file(
+    tokenizer: PreTrainedTokenizerBase, reference: Tokenizer | None, path: str | Path
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, or the generic one of the same files where its class has changed what decides ids.
+
+    Args:
+        tokenizer: as transformers loaded it.
+        reference: of `read_reference`; None where there is no tokenizer.json.
+        path: folder or id that both come from.
+
+    Raises:
+        InputError: neither gives the ids of tokenizer.json, or a byte-level one does not give texts back.
+    """
+    own = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(own, Tokenizer):
+        return tokenizer
+    if reference is None:
+        _require_text_back(tokenizer, _parts(own), path)
+        return tokenizer
+    wanted = _parts(reference)
+    if _parts(own) != wanted:
+        generic = PreTrainedTokenizerFast.from_pretrained(str(path))
+        changed = _first_probe(tokenizer, reference)
+        if changed is not None:
+            _LOG.warning(
+                "%s: transformers' %s gives other ids than %s does, for %a: read with %s instead",
+                *(path, type(tokenizer).__name__, TOKENIZER_FILE, changed[:40], type(generic).__name__),
+            )
+        tokenizer = generic
+    probe = _first_probe(tokenizer, reference)
+    if probe is not None:
+        raise InputError(
+            f"the tokenizer's ids are not those of its {TOKENIZER_FILE}",
+            where=path,
+            found=f"{_ids(tokenizer, probe)[:8]} for {probe[:40]!a}",
+            expected=_ids_in_file(reference, probe)[:8],
+            fix=f"save the tokenizer anew, with a tokenizer_config.json that agrees with its {TOKENIZER_FILE}",
+        )
+    _require_text_back(tokenizer, wanted, path)
+    return tokenizer
+
+
+def _parts(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a class may have changed of what decides ids and gives text back.
+
+    Vocabulary and merges, megabytes of them, every class takes from the file; the probes would show it otherwise.
+    """
+    steps = {name: getattr(tokenizer, name) for name in ("normalizer", "pre_tokenizer", "decoder")}
+    # as pickle has them, which is JSON
+    parts: dict[str, Any] = {name: step and json.loads(step.__getstate__()) for name, step in steps.items()}
+    model = tokenizer.model
+    settings = {name: getattr(model, name) for name in dir(model) if not name.startswith("_")}
+    parts["model"] = {name: value for name, value in settings.items() if not callable(value)}
+    return parts | {"kind": type(model).__name__}
+
+
+def _first_probe(tokenizer: PreTrainedTokenizerBase, reference: Tokenizer) -> str | None:
+    return next((text for text in PROBES if _ids(tokenizer, text) != _ids_in_file(reference, text)), None)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # what looks like a special token is text, as in a corpus: which tokens are special, a configuration may say
+    try:
+        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
+    except Exception:  # the library's own: the class and the vocabulary do not belong together
+        return []
+
+
+def _ids_in_file(reference: Tokenizer, text: str) -> list[int]:
+    ids: list[int] = reference.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def _require_text_back(tokenizer: PreTrainedTokenizerBase, parts: dict[str, Any], path: str | Path) -> None:
+    """Every text can be told from the ids of a byte-level vocabulary, up to a blank that is put before it."""
+    if '"ByteLevel"' not in json.dumps(parts["decoder"]) or (parts["normalizer"] is not None and _changes(tokenizer)):
+        return
+    for text in PROBES:
+        back = tokenizer.decode(_ids(tokenizer, text), clean_up_tokenization_spaces=False)
+        if back not in (text, f" {text}"):
+            raise InputError(
+                "a byte-level tokenizer does not give a text back",
+                where=path,
+                found=ascii(back[:60]),
+                expected=ascii(text[:60]),
+                fix="its pre-tokenizer, decoder and vocabulary do not belong together: use the original files",
+            )
+
+
+def _changes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether its normaliser is meant to change texts, as one that makes small letters of all."""
+    normaliser = tokenizer.backend_tokenizer.normalizer
+    return normaliser is not None and any(normaliser.normalize_str(text) != text for text in PROBES)
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,0 +1,198 @@
+"""What the files of a model's weights say of themselves: names, shapes and types of its tensors, from headers alone.
+
+    model.safetensors                                 8 bytes: length of the header | header, JSON | the tensors' bytes
+    model.safetensors.index.json --names--> model-00001-of-00002.safetensors, model-00002-of-00002.safetensors
+
+A file that is something else, a pointer of Git LFS or the first half of a download, is named as what it is.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+from safetensors import SafetensorError, safe_open
+
+from capgap.pipeline.models.hub import not_there, require_reached
+from capgap.schemas.errors import InputError
+
+WHOLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+_POINTER = b"version https://git-lfs"
+# what people have in the place of safetensors
+_OTHERS = {
+    ".bin": "convert the pickled weights: load them with transformers where you trust them, and save them again",
+    ".pt": "convert the pickled weights to safetensors with the names of transformers",
+    ".pth": "convert the pickled weights to safetensors with the names of transformers",
+    ".gguf": "load the GGUF file with transformers' gguf_file, and save the model again",
+}
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """A tensor as a file's header has it.
+
+    Attributes:
+        shape: its sizes.
+        dtype: its type as safetensors names it, for example `BF16`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_headers(path: str) -> dict[str, TensorHeader]:
+    """Of each tensor of a model its header, by name; no weights are read.
+
+    Args:
+        path: folder, or an id, whose headers alone are fetched.
+
+    Raises:
+        InputError: a file is missing, a pointer, cut off or damaged, or there are no weights as safetensors.
+        MachineError: the network fails.
+    """
+    folder = Path(path) if Path(path).is_dir() else _downloaded(path)
+    return _of_hub(path) if folder is None else _of_folder(folder, path)
+
+
+def require_no_pointer(file: Path, where: str) -> None:
+    """Raise InputError if a pointer of Git LFS lies in the place of a file."""
+    if not file.is_file():
+        return
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) != _POINTER:
+            return
+    raise InputError(
+        "the file itself is not there",
+        where=where,
+        found=f"a Git LFS pointer in the place of {file.name}",
+        fix="run `git lfs install` and `git lfs pull` in the folder",
+    )
+
+
+def _downloaded(path: str) -> Path | None:
+    """The folder of an id that is not to be asked for anew."""
+    if not constants.HF_HUB_OFFLINE:
+        return None
+    found = try_to_load_from_cache(path, "config.json")
+    if not isinstance(found, str):
+        raise not_there("no model can be found", path, OSError("not downloaded"), "config.json")
+    return Path(found).parent
+
+
+def _of_folder(folder: Path, where: str) -> dict[str, TensorHeader]:
+    files = [folder / WHOLE_NAME]
+    if not files[0].exists() and (folder / INDEX_NAME).exists():
+        files = _shards(folder, where)
+    elif not files[0].exists():
+        raise _no_weights(folder, where)
+    headers: dict[str, TensorHeader] = {}
+    for file in files:
+        headers |= _of_file(file, where)
+    return headers
+
+
+def _shards(folder: Path, where: str) -> list[Path]:
+    index = folder / INDEX_NAME
+    require_no_pointer(index, where)
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        files = [folder / name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            "the index of the weights cannot be read",
+            where=where,
+            found=f"{INDEX_NAME} without a readable weight_map",
+            fix="download that file again",
+        ) from None
+    missing = [file.name for file in files if not file.exists()]
+    if missing or not files:
+        raise InputError(
+            "files of weights are missing",
+            where=where,
+            found=f"{len(files) - len(missing)} of the {len(files)} that {INDEX_NAME} names",
+            expected=_some(missing) or "one or more",
+            fix="download what is missing",
+        )
+    return files
+
+
+def _of_file(file: Path, where: str) -> dict[str, TensorHeader]:
+    require_no_pointer(file, where)
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
+            return {name: TensorHeader(tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            "the file is no whole safetensors file",
+            where=where,
+            found=_fault(file) or f"{file.name}: {_first_line(error)}",
+            fix="download that file again",
+        ) from None
+
+
+def _fault(file: Path) -> str | None:
+    """What is wrong with a file that cannot be opened, if its length or its beginning tell."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size >= 8 and 8 + length <= size:
+            try:
+                entries = json.loads(opened.read(length))
+                ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+                whole = 8 + length + max(ends, default=0)
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+                return None
+            if size == whole:
+                return None
+            return f"{file.name} {'ends too early' if size < whole else 'goes on too long'}: {size} bytes, of {whole}"
+        opened.seek(0)
+        beginning = opened.read(24)
+    if beginning[:1] in (b"<", b"{"):
+        return f"{file.name} begins with {beginning.decode(errors='replace')!a}, a page or text"
+    return f"{file.name} ends too early: {size} bytes, which is not even its header"
+
+
+def _no_weights(folder: Path, where: str) -> InputError:
+    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    if "adapter_config.json" in names:
+        found, fix = "an adapter of PEFT without its model", "merge it into its model (merge_and_unload) and save that"
+    else:
+        others = [name for name in names if Path(name).suffix in _OTHERS and name != "training_args.bin"]
+        strange = [name for name in names if name.endswith(".safetensors")]
+        found = f"only {_some(others or strange)}" if others or strange else "no weights"
+        fix = _OTHERS[Path(others[0]).suffix] if others else None
+    return InputError(
+        "no weights as safetensors", where=where, found=found, expected=f"{WHOLE_NAME} or {INDEX_NAME}", fix=fix
+    )
+
+
+def _of_hub(path: str) -> dict[str, TensorHeader]:
+    try:
+        files = HfApi().get_safetensors_metadata(path).files_metadata
+    except NotASafetensorsRepoError:
+        raise InputError(
+            "no weights as safetensors", where=path, found="neither", expected=f"{WHOLE_NAME} or {INDEX_NAME}"
+        ) from None
+    except SafetensorsParsingError as error:
+        raise InputError("the file is no whole safetensors file", where=path, found=_first_line(error)) from None
+    except (OSError, HfHubHTTPError) as error:
+        require_reached(path, error)
+        raise not_there("no model can be found", path, error, WHOLE_NAME) from None
+    tensors: dict[str, Any] = {name: one for file in files.values() for name, one in file.tensors.items()}
+    return {name: TensorHeader(tuple(one.shape), str(one.dtype)) for name, one in tensors.items()}
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
