@@ -77,7 +77,7 @@ class Cache:
             heldout: the held-out sequences in place of those to train on.
             seed: of the order.
             num_epochs: passes over the data.
-            options: of `SequenceLoader`, for example `micro_batch`, `row_len`, `threads`.
+            options: of `LoaderSettings`, for example `micro_batch`, `row_len`, `threads`.
 
         Raises:
             SettingError: the cache lacks the recording or the temperature, or has two recordings and none is named.

@@ -67,7 +67,7 @@ def test_an_unexpected_exception_is_exit_code_1_with_traceback_and_a_line_that_a
     def broken(argv: object) -> int:
         raise ZeroDivisionError("never seen before")
 
-    monkeypatch.setattr(cli, "_commands", lambda: {"status": broken})
+    monkeypatch.setattr("capgap.jobs.status.status_command", broken)
     assert cli.main(["status"]) == 1
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("Traceback") and any("ZeroDivisionError: never seen before" in line for line in said)
