@@ -43,7 +43,9 @@ def test_every_setting_of_the_page_is_one(block: str) -> None:
 
 
 def test_kinds_and_bounds_are_those_of_the_page() -> None:
-    table = {suffix for line in PAGE.splitlines() if line.startswith("| `") for suffix in re.findall(r"`(\.\w+)`", line)}
+    table = {
+        suffix for line in PAGE.splitlines() if line.startswith("| `") for suffix in re.findall(r"`(\.\w+)`", line)
+    }
     packed = set(re.findall(r"`(\.gz)`, `(\.bz2)`, `(\.xz)` or `(\.zst)`", PAGE)[0])
     assert table | packed == set(re.findall(r"\.\w+", known_suffixes()))
     assert (NUM_STEPS, NUM_STEPS_PER_CHARACTER, MAX_DEPTH, MAX_GROWTH) == (10_000_000, 100, 64, 64)
