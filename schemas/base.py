@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails
 
 _MAX_INTEGER_BITS = 63
+_SETTINGS_MODULES = ("run_", "law_grid")
 _OPERATIONAL = "capgap_operational"
 
 OPERATIONAL: dict[str, Any] = {_OPERATIONAL: True}
@@ -24,10 +25,10 @@ class Record(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _require_usable(cls, values: Any) -> Any:
-        """No number that 64 bits cannot hold, and no text that no path can be: both would fail far from here."""
+        """No number that 64 bits cannot hold, and no setting that no path can be: both would fail far from here."""
         if isinstance(values, dict):
             for name, value in values.items():
-                _require_usable(name, value)
+                _require_usable(name, value, cls.__module__.rpartition(".")[2].startswith(_SETTINGS_MODULES))
         return values
 
     def meant(self) -> dict[str, Any]:
@@ -74,16 +75,16 @@ def below(error: ValidationError, *where: str | int) -> ValidationError:
     return ValidationError.from_exception_data(error.title, problems)
 
 
-def _require_usable(name: object, value: object) -> None:
-    """Of a field's value; records within it look at their own."""
+def _require_usable(name: object, value: object, is_setting: bool) -> None:
+    """Of a field's value; records within it look at their own. What a model wrote may hold any character."""
     if isinstance(value, int) and value.bit_length() > _MAX_INTEGER_BITS:
         # its digits would be thousands, which Python does not write
         raise ValueError(f"{name}: found an integer of {value.bit_length()} bits, expected one of at most 64")
-    if isinstance(value, str) and "\0" in value:
+    if is_setting and isinstance(value, str) and "\0" in value:
         raise ValueError(f"{name}: found {value[:80]!a}, expected text without the character zero")
     if isinstance(value, (list, tuple)):
         for one in value:
-            _require_usable(name, one)
+            _require_usable(name, one, is_setting)
 
 
 def _is_operational(info: FieldInfo) -> bool:

@@ -45,9 +45,13 @@ class Conversation:
     tools: list[dict[str, Any]]
 
     def to_json(self) -> str:
-        """The same text for the same conversation: the messages, or an object of both where there are tools."""
-        value = {"messages": self.messages, "tools": self.tools} if self.tools else self.messages
-        return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+        """The same text for the same conversation: the messages, or an object of both where there are tools.
+
+        What a template writes as it is, definitions and arguments, keeps its order.
+        """
+        messages = [dict(sorted(message.items())) for message in self.messages]
+        value = {"messages": messages, "tools": self.tools} if self.tools else messages
+        return json.dumps(value, ensure_ascii=False, default=str)
 
     @classmethod
     def from_json(cls, text: str) -> Conversation:

@@ -89,7 +89,7 @@ def _from_files(
                 try:
                     if isinstance(record, BadRecordError):
                         raise record
-                    found = record if is_text else read_record(where, record, text_field, messages_field)
+                    found = str(record) if is_text else read_record(where, record, text_field, messages_field)
                 except BadRecordError as error:
                     bad.refuse(error)
                     continue

@@ -38,7 +38,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     @classmethod
     def like(cls, other: Any) -> BoundedEnvironment:
         """One with the options, extensions, filters, tests and globals of another."""
-        made = cls(
+        made: BoundedEnvironment = cls(
             trim_blocks=other.trim_blocks,
             lstrip_blocks=other.lstrip_blocks,
             extensions=[type(extension) for extension in other.extensions.values()],
@@ -163,7 +163,7 @@ class _Counting(NodeTransformer):
         return _filtered(self.generic_visit(node), _MADE)
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:  # noqa: N802 (as Jinja calls it)
-        node = self.generic_visit(node)
+        self.generic_visit(node)
         return _filtered(node, _MADE) if node.ctx == "load" else node
 
 

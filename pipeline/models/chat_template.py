@@ -54,6 +54,8 @@ class ChatTemplate:
         self.knows_tools, self.has_warned = "tools" in source, False
         # theirs is asked with an empty template: compiling works out what is constant
         self._environment = BoundedEnvironment.like(_compile_jinja_template(_EMPTY).environment)
+        # transformers' extension for `{% generation %}` adds it
+        self._tracked: Any = vars(self._environment)["activate_tracker"]
         try:
             with self._environment.budget(NUM_STEPS):
                 self._template = self._environment.from_string(source)
@@ -90,7 +92,7 @@ class ChatTemplate:
         given = {"messages": list(messages), "tools": tools or None, "documents": None, "add_generation_prompt": asks}
         num_steps = NUM_STEPS + NUM_STEPS_PER_CHARACTER * size_of([given["messages"], tools])
         try:
-            with self._environment.budget(num_steps), self._environment.activate_tracker(blocks, spans):
+            with self._environment.budget(num_steps), self._tracked(blocks, spans):
                 for block in self._template.generate(**{**self._special, **given}):
                     blocks.append(block)
                 return "".join(blocks), spans

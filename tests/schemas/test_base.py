@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from capgap.schemas.judge_results import Reply
 from capgap.schemas.run_file import RunFile
 
 BASE = {"name": "tried", "out": "out", "teacher": {"model": {}}, "student": {"model": {}}}
@@ -21,6 +22,10 @@ BASE = {"name": "tried", "out": "out", "teacher": {"model": {}}, "student": {"mo
 def test_what_64_bits_or_a_path_cannot_hold_is_no_setting(settings: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         RunFile.model_validate(BASE | settings)
+
+
+def test_what_a_model_wrote_may_hold_any_character() -> None:
+    assert Reply(text="a\0b", num_tokens=1, finish="stop").text == "a\0b"
 
 
 def test_the_largest_integer_is_one() -> None:

@@ -131,7 +131,7 @@ def test_a_device_that_another_stage_holds_is_not_answered_on(make_run) -> None:
     [
         (None, r"the tokenizer has no chat template; expected one.*leave judge out"),
         ("{{ raise_exception('no user here') }}", r"the chat template cannot be used; found no user here"),
-        ("{% for", r"the chat template cannot be used"),
+        ("{% for", r"the chat template cannot be read"),
     ],
 )
 def test_a_chat_template_that_is_missing_or_broken_is_named(tmp_path: Path, template: str | None, said: str) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.store import read_blocks
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.schemas.errors import InputError
+from capgap.schemas.errors import BadRecordError, InputError
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile
 
@@ -139,6 +140,58 @@ def test_a_record_that_is_no_conversation_is_named(tmp_path: Path, record: dict[
     source = _write(tmp_path, [*({"messages": messages} for messages in _conversations()), record])
     with pytest.raises(InputError, match=message):
         carry_out(_run(tmp_path, sources=[source]), CORPUS)
+
+
+BAD: list[Any] = [
+    {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]},
+    {"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}]},
+    {"messages": [{"role": "narrator", "content": "x"}]},
+    {"text": "no conversation"},
+    "no record",
+]
+
+
+@pytest.mark.parametrize("settings", [{}, {"whole_conversations": True, "context": "document", "seq_len": 64}])
+def test_bad_conversations_are_skipped_counted_and_named(
+    tmp_path: Path, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    template = TEMPLATE + "{% if add_generation_prompt %}[assistant] {% endif %}"
+    source = _write(tmp_path, [*({"messages": messages} for messages in _conversations()), *BAD], template)
+    with caplog.at_level(logging.WARNING, "capgap"):
+        skipped = _run(tmp_path, sources=[source], on_bad_record="skip", max_bad_fraction=0.2, **settings)
+        manifest = carry_out(skipped, CORPUS)
+    assert manifest.totals["num_bad_records"] == len(BAD)
+    for number in range(41, 46):
+        assert sum(f"chat.jsonl:{number}" in message for message in caplog.messages) == 1
+    with pytest.raises(InputError, match=r"too many records cannot be used; found 5 of 45 records, first corpus"):
+        carry_out(_run(tmp_path, sources=[source], on_bad_record="skip", **settings), CORPUS, force=True)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_conversation_stops_the_corpus_by_name(tmp_path: Path, bad: Any) -> None:
+    source = _write(tmp_path, [*({"messages": messages} for messages in _conversations()), bad])
+    with pytest.raises(BadRecordError, match=r"^corpus.sources: .*chat.jsonl:41"):
+        carry_out(_run(tmp_path, sources=[source]), CORPUS)
+
+
+def test_every_form_of_a_conversation_makes_the_same_corpus(tmp_path: Path) -> None:
+    from_value = {"user": "human", "assistant": "gpt"}
+    forms: dict[str, list[Any]] = {
+        "messages": [{"messages": messages} for messages in _conversations()],
+        "json": [{"messages": json.dumps(messages)} for messages in _conversations()],
+        "sharegpt": [
+            {"conversations": [{"from": from_value[m["role"]], "value": m["content"]} for m in messages]}
+            for messages in _conversations()
+        ],
+        "prompt": [{"prompt": messages[:-1], "completion": messages[-1:]} for messages in _conversations()],
+    }
+    found = {}
+    for name, records in forms.items():
+        (tmp_path / name).mkdir()
+        source = _write(tmp_path / name, records)
+        manifest = carry_out(_run(tmp_path / name, sources=[source], messages_field="auto"), CORPUS)
+        found[name] = _answers(tmp_path / name, manifest)
+    assert all(one == found["messages"] for one in found.values())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from capgap.pipeline.corpus.conversations import ChatFormat, Turns
 from capgap.pipeline.corpus.plain_text import plain, special_texts
+from capgap.pipeline.corpus.records import Conversation
 from capgap.pipeline.corpus.sources import Document
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.tune.template import ROLE_MARKS, with_template
-from capgap.schemas.errors import InputError
+from capgap.schemas.errors import BadRecordError, InputError
 
 TEXT = ["hello world, how much is 3 times 4?\n\n that is 12. assistant user <think> end\n" * 20]
 CHATML = (
@@ -213,6 +215,65 @@ def test_a_template_that_cannot_tell_answers_is_refused(template: str | None, me
 def test_a_conversation_that_cannot_be_learnt_is_named(messages: list[dict[str, str]], message: str) -> None:
     with pytest.raises(InputError, match=message):
         _encode(FORMATS["byte_level-roles"], messages)
+
+
+NO_ASSISTANT_FIRST = CHATML.replace(
+    "{% for", "{% if messages[0].role == 'assistant' %}{{ raise_exception('user first') }}{% endif %}{% for", 1
+)
+ONLY_SYSTEM = (
+    "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+USER, ANSWER = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "how much"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (CHATML, [USER, {**ANSWER, "content": ""}], "message 2: the answer leaves no text; found none, expected some"),
+        (CHATML, [USER, ANSWER, USER, {**ANSWER, "content": " \n"}], "message 4: the answer leaves no text"),
+        (MARKED, [USER, {**ANSWER, "content": ""}], "message 2: the answer leaves no text"),
+        (
+            CHATML,
+            [USER, CALL, ANSWER],
+            "message 2: the answer leaves no text; found tool calls that the chat",
+        ),
+        (NO_ASSISTANT_FIRST, [ANSWER, USER, ANSWER], "the assistant begins the conversation, which the"),
+        (
+            ONLY_SYSTEM,
+            [{"role": "developer", "content": "be brief"}, USER, ANSWER],
+            "message 1: the chat template leaves",
+        ),
+    ],
+)
+def test_a_conversation_that_would_teach_something_else_is_named(
+    template: str, messages: list[dict[str, Any]], message: str
+) -> None:
+    chat = ChatFormat(_with(_byte_level, template), "it")
+    with pytest.raises(BadRecordError, match=f"chat.jsonl:1.*{message}"):
+        _encode(chat, messages)
+
+
+def test_tools_stand_in_the_prompt_and_calls_are_learnt() -> None:
+    template = "{% if tools %}<|im_start|>tools {{ tools | tojson }}<|im_end|>{% endif %}" + CHATML.replace(
+        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
+    )
+    chat = ChatFormat(_with(_byte_level, template), "it")
+    talk = Conversation([USER, CALL], [{"type": "function", "function": {"name": "f<|im_end|>"}}])
+    ((before, answer),) = _answers(chat.encode(Document("chat.jsonl:1", "", talk.to_json())))
+    said = chat.tokenizer.decode(before)
+    assert said.startswith('<|im_start|>tools [{"type": "function", "function": {"name": "f< |im_end|>"}}]<|im_end|>')
+    assert chat.tokenizer.decode(answer) == '{"function": {"name": "f", "arguments": {}}}<|im_end|>'
+
+
+def test_a_template_that_never_looks_at_tools_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    chat = ChatFormat(_with(_byte_level, CHATML), "it")
+    talk = Conversation([USER, ANSWER], [{"type": "function", "function": {"name": "f"}}])
+    with caplog.at_level(logging.WARNING, "capgap"):
+        for _ in range(3):
+            chat.encode(Document("chat.jsonl:1", "", talk.to_json()))
+    assert caplog.messages == ["chat.jsonl:1 and others define tools, which the chat template does not write"]
 
 
 def test_the_marks_of_roles_are_special_tokens_and_are_added_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from pathlib import Path
@@ -32,17 +33,26 @@ def test_plain_text_is_counted(tmp_path: Path, texts: list[str]) -> None:
     assert text_bytes((str(tmp_path),), "text").value == _bytes(texts[:2])
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".json.gz", ".csv", ".parquet", ".arrow"])
 def test_records_are_estimated_from_a_sample_and_say_so(tmp_path: Path, texts: list[str], suffix: str) -> None:
     for number in range(4):
         part, path = texts[number::4], tmp_path / f"{number}{suffix}"
         if suffix == ".parquet":
             pyarrow.parquet.write_table(pa.table({"text": part, "id": list(range(len(part)))}), path)
             continue
+        if suffix == ".arrow":
+            table = pa.table({"text": part, "id": list(range(len(part)))})
+            with pa.ipc.new_stream(path, table.schema) as writer:
+                writer.write_table(table, max_chunksize=100)
+            continue
+        if suffix == ".csv":
+            path.write_text("id,text\n" + "".join(f"{i},{t}\n" for i, t in enumerate(part)))
+            continue
         lines = "".join(
             json.dumps({"id": i, "text": t}, ensure_ascii=False) + "\n" for i, t in enumerate(part)
         ).encode()
-        path.write_bytes(zstandard.compress(lines) if suffix.endswith("zst") else lines)
+        pack = {".zst": zstandard.compress, ".gz": gzip.compress}.get(path.suffix, bytes)
+        path.write_bytes(pack(lines))
     found = text_bytes((f"{tmp_path}/*{suffix}",), "text")
     assert found.value == pytest.approx(_bytes(texts), rel=0.05)
     assert f"4 {suffix} of " in found.source and "by a sample" in found.source

@@ -271,6 +271,18 @@ def test_answers_that_do_not_end_within_a_row_are_left_out_and_counted(make_run:
     assert sum(totals[f"num_{part}_answers"] for part in parts) == 40
 
 
+def test_bad_conversations_are_skipped_and_counted(make_run: MakeRun, tmp_path: Path) -> None:
+    good = [{"conversations": [{"from": m["role"], "value": m["content"]} for m in talk]} for talk in conversations(20)]
+    bad = [{"prompt": "x", "completion": ""}, {"text": "x"}, "x"]
+    source = write(tmp_path / "mixed.jsonl", good + bad)
+    settings: dict[str, Any] = {"sources": [source], "num_epochs": 1, "on_bad_record": "skip"}
+    totals = carry_out(make_run(tmp_path, **settings, max_bad_fraction=0.2), TUNE).totals
+    assert totals["num_bad_records"] == 3
+    assert totals["num_train_conversations"] + totals["num_heldout_conversations"] == 20
+    with pytest.raises(InputError, match=r"tune.sources: too many records cannot be used; found 2 of 23 .* 0.01, tu"):
+        carry_out(make_run(tmp_path, **settings), TUNE, force=True)
+
+
 def test_a_finished_tuning_is_current_and_another_setting_makes_it_stale(tuned: Made, make_run: MakeRun) -> None:
     folder, _ = tuned
     out = folder.parents[1]
