@@ -41,4 +41,5 @@ STAGE = Stage(
     settings=_decisive,
     sources=_sources,
     on_device=True,
+    preflight="capgap.pipeline.benchmark.preflight:require_tasks",
 )

@@ -17,4 +17,5 @@ STAGE = Stage(
     is_costly=lambda run, instance: True,
     engines=lambda run: Engines(run.cache.replicas, run.cache.num_devices),
     is_sliced=True,
+    preflight="capgap.pipeline.cache.preflight:require_engine",
 )

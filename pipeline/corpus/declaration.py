@@ -30,4 +30,5 @@ STAGE = Stage(
     inputs=lambda run, instance: [],
     settings=lambda run, instance: {"corpus": run.corpus.decisive()},
     sources=_sources,
+    preflight="capgap.pipeline.models.preflight:require_text",
 )

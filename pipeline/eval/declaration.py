@@ -22,6 +22,7 @@ STAGE = Stage(
     inputs=_inputs,
     settings=lambda run, instance: {"eval": run.eval.decisive()},
     on_device=True,
+    preflight="capgap.pipeline.eval.preflight:require_measurable",
     # held-out shards in quarantine are not measured on, others not read
     may_skip_quarantined=lambda run, instance: True,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -82,6 +83,30 @@ def check_given_model(
             sequences than the corpus has.
         MismatchError: its tokenizer differs from the corpus's, or its vocabulary is smaller.
     """
+    text = RunText(corpus)
+    expected = Expected(corpus_tokenizer(corpus), f"the {corpus.manifest.stage}", text.seq_len, to_be_adapted)
+    return check_model(path, setting, trust_remote_code, expected)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a given model must fit.
+
+    Attributes:
+        tokenizer: of the text; None where it is not known yet.
+        whose: the text, as it is called in errors.
+        seq_len: targets of its sequences.
+        to_be_adapted: the text's tokenizer may have entries that the model has not.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None
+    whose: str
+    seq_len: int
+    to_be_adapted: bool = False
+
+
+def check_model(path: str, setting: str, trust_remote_code: bool, expected: Expected) -> tuple[str, ModelFacts]:
+    """As `check_given_model`, for a text of which only this is known."""
     where = f"{setting}: {path}"
     resolved = str(Path(path).resolve()) if Path(path).is_dir() else path
     with named(where):
@@ -93,24 +118,24 @@ def check_given_model(
     with named(where):
         require_complete(resolved, trust_remote_code, config)
         tokenizer = load_tokenizer(resolved, trust_remote_code)
-    require = require_extended_tokenizer if to_be_adapted else require_same_tokenizer
-    whose = f"the {corpus.manifest.stage}"
-    require(corpus_tokenizer(corpus), whose, tokenizer, where)
+    if expected.tokenizer is not None:
+        require = require_extended_tokenizer if expected.to_be_adapted else require_same_tokenizer
+        require(expected.tokenizer, expected.whose, tokenizer, where)
     facts = model_facts(config, tokenizer, resolved, trust_remote_code)
     if facts.padded_vocab_size < facts.tokenizer.vocab_size:
         raise MismatchError(
-            f"the model's vocabulary is smaller than {whose}'s",
+            f"the model's vocabulary is smaller than {expected.whose}'s",
             where=where,
             found=f"{facts.padded_vocab_size} rows in its embedding",
             expected=f"at least {facts.tokenizer.vocab_size}",
             fix="resize its embeddings, or use a model of this tokenizer",
         )
-    if facts.max_positions is not None and facts.max_positions < seq_len_of(corpus):
+    if facts.max_positions is not None and facts.max_positions < expected.seq_len:
         raise InputError(
-            f"the model takes shorter sequences than {whose} has",
+            f"the model takes shorter sequences than {expected.whose} has",
             where=where,
             found=f"max_position_embeddings = {facts.max_positions}",
-            expected=f"at least {'' if RunText(corpus).of_cache else 'corpus.seq_len = '}{seq_len_of(corpus)}",
+            expected=f"at least {expected.seq_len}, the targets of a sequence",
             fix="use a model with more positions, or a smaller corpus.seq_len",
         )
     return resolved, facts

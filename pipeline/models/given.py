@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from capgap.schemas.errors import InputError, MachineError
@@ -24,30 +25,35 @@ def is_local(path: str) -> bool:
     return parent != Path() and parent.is_dir()
 
 
-def require_findable(path: str, setting: str, file: str = "config.json") -> None:
+def require_findable(path: str, setting: str, files: Sequence[str] = ("config.json",)) -> None:
     """Refuse a folder that is not there, or that lacks the file; and an id that no hub knows.
 
     Args:
         path: folder or id, as given.
         setting: the setting that names it, for errors.
-        file: that the folder must hold.
+        files: of which the folder must hold one.
 
     Raises:
         InputError: there is no such folder, file or id.
         MachineError: the id is not on this machine, and the hub cannot be asked.
     """
     if is_local(path):
-        _require_folder(path, setting, file)
-    elif not _is_downloaded(path, file):
+        _require_folder(path, setting, files)
+    elif not any(_is_downloaded(path, file) for file in files):
         _ask_hub(path, setting)
 
 
-def _require_folder(path: str, setting: str, file: str) -> None:
+def _require_folder(path: str, setting: str, files: Sequence[str]) -> None:
     folder = Path(path)
-    expected = f"a Hugging Face folder with {file}, or an id such as owner/name"
+    expected = f"a Hugging Face folder with {' or '.join(files)}, or an id such as owner/name"
     if folder.is_dir():
-        if not (folder / file).is_file() and not (folder / "model" / file).is_file():
-            raise InputError("no model lies there", where=f"{setting}: {path}", found=f"no {file}", expected=expected)
+        if not any((folder / file).is_file() for file in files):
+            raise InputError(
+                "nothing of the kind lies there",
+                where=f"{setting}: {path}",
+                found=f"no {' and no '.join(files)}",
+                expected=expected,
+            )
         return
     if folder.exists():
         raise InputError("not a folder", where=f"{setting}: {path}", found="a file", expected=expected)

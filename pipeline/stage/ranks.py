@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from capgap.schemas.errors import MachineError
+from capgap.schemas.errors import MachineError, SettingError
+from capgap.schemas.run_optimization import OptimizationSettings
 
 # As long as another stage may hold a device that rank 0 waits for.
 _VALUE_TIMEOUT = timedelta(days=30)
@@ -70,6 +71,29 @@ def ranks_in_environment() -> Ranks | None:
             fix="start with torchrun, or remove these variables",
         )
     return ranks
+
+
+def require_shares(recipe: OptimizationSettings, num_ranks: int, section: str = "") -> None:
+    """Refuse a training whose steps do not divide among its processes.
+
+    Args:
+        recipe: of the training.
+        num_ranks: its processes.
+        section: of the run file that holds the recipe, for errors.
+
+    Raises:
+        SettingError: a step's sequences do not divide.
+    """
+    together = num_ranks * (recipe.micro_batch_sequences or 1)
+    if recipe.batch_sequences % together:
+        micro = f", {recipe.micro_batch_sequences} in a micro-batch" if recipe.micro_batch_sequences else ""
+        raise SettingError(
+            "a step does not divide among the devices",
+            where=f"{section}.batch_sequences" if section else "batch_sequences",
+            found=f"{recipe.batch_sequences} sequences on {num_ranks} devices{micro}",
+            expected=f"a multiple of {together}",
+            fix="change batch_sequences, micro_batch_sequences or the number of devices",
+        )
 
 
 class Rendezvous:

@@ -18,4 +18,5 @@ STAGE = Stage(
     on_device=True,
     is_costly=lambda run, instance: run.teacher.optimization is not None,
     training=lambda run, instance: run.teacher.optimization,
+    preflight="capgap.pipeline.models.preflight:require_teacher",
 )

@@ -42,5 +42,6 @@ STAGE = Stage(
     on_device=True,
     is_costly=lambda run, instance: True,
     training=_settings_of,
+    preflight="capgap.pipeline.train.preflight:require_trainable",
     may_skip_quarantined=lambda run, instance: _settings_of(run, instance).on_corrupt == "skip",
 )

@@ -52,4 +52,5 @@ STAGE = Stage(
     on_device=True,
     is_costly=lambda run, instance: True,
     training=lambda run, instance: run.tune,
+    preflight="capgap.pipeline.tune.preflight:require_tunable",
 )

@@ -5,6 +5,7 @@ states --> what would be replaced? refused, unless it is named --> for each inst
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,12 +13,12 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from capgap.pipeline.stage.context import Instance
-from capgap.pipeline.stage.folder import make_folder
+from capgap.pipeline.stage.folder import WORK_FOLDER, lock_folder, make_folder
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.workflow.preflight import require_possible, to_be_made
 from capgap.pipeline.workflow.remake import EVERY_STAGE, LastCommand, is_named, require_nothing_lost, write_command
 from capgap.pipeline.workflow.state import RunStates, State
-from capgap.schemas.errors import CapgapError
+from capgap.schemas.errors import CapgapError, MachineError
 from capgap.schemas.run_file import RunFile
 
 RESOLVED_NAME = "run.resolved.json"
@@ -98,6 +99,7 @@ def walk(
         state = known.of(instance.name)
         if state.state is State.CURRENT and not again:
             log(instance.name, "current")
+            _tidy(state.folder)
             continue
         if not replace:
             # an input may have come out otherwise than the manifests foretold
@@ -108,6 +110,13 @@ def walk(
         known.forget(instance.name)
         made.append(instance.name)
     return made
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a stage left that was killed just after its manifest, unless somebody is at work there."""
+    if (folder / WORK_FOLDER).is_dir():
+        with contextlib.suppress(MachineError):
+            lock_folder(folder).release()
 
 
 def _arguments(run: RunFile, instance: Instance, remake: bool, wait: bool) -> list[str]:

@@ -35,5 +35,8 @@ def require_possible(run: RunFile, coming: Sequence[Instance]) -> None:
     stages = [stage_named(name) for name in dict.fromkeys(one.stage for one in coming)]
     if run.device == "cuda" and any(stage.on_device for stage in stages):
         resolve_device(run.device)
+    for one in coming:
+        # raises where a file that the run file names is missing
+        stage_named(one.stage).sources(run, one)
     for stage in stages:
         stage.require_possible(run)

@@ -49,7 +49,7 @@ class StageState:
         replaced: why a finished folder is to be replaced by another result, in words: a setting, an input or a source
             that changed; empty where it only lost files, or waits for an input that will come out the same.
         lost: files of a finished folder that are gone, of another size or in quarantine, where nothing else is amiss.
-        in_quarantine: all of them are: what is left can be read, by who may skip.
+        in_quarantine: all of them are, and are shards: what is left can be read, by who may skip.
         begun_otherwise: of an unfinished folder, the setting or input in which it was begun for another result, in
             words; empty where it can be continued.
     """
@@ -214,7 +214,7 @@ class RunStates:
             manifest,
             replaced=replaced,
             lost=() if other else tuple(lost),
-            in_quarantine=bool(lost) and not other and lost.keys() <= quarantined.keys(),
+            in_quarantine=bool(lost) and not other and lost.keys() <= quarantined.keys() & _shard_files(manifest),
         )
 
     def _order(self, instance: Instance) -> WorkOrder:
@@ -264,6 +264,11 @@ def _difference(old: WorkOrder, new: WorkOrder) -> str:
         if entry.content and old.inputs[name].content != entry.content:
             return f"input {name} was made again and came out different"
     return ""
+
+
+def _shard_files(manifest: Manifest) -> set[str]:
+    """Paths of the shards; a reader can do without one of them, and without nothing else."""
+    return {shard.file.path for part in manifest.shard_sets.values() for shard in part.shards}
 
 
 def _lost_files(folder: Path, manifest: Manifest, quarantined: Mapping[str, str]) -> dict[str, str]:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 
 from capgap.pipeline.stage.context import Instance
-from capgap.pipeline.stage.ranks import Rendezvous, ranks_in_environment
+from capgap.pipeline.stage.ranks import Rendezvous, ranks_in_environment, require_shares
 from capgap.pipeline.stages import stage_named
 from capgap.pipeline.workflow.carry_out import carry_out, work
 from capgap.pipeline.workflow.launch import LOST, is_launched, launch
 from capgap.pipeline.workflow.state import RunStates
-from capgap.schemas.errors import MachineError, SettingError
+from capgap.schemas.errors import MachineError
 from capgap.schemas.run_file import RunFile
-from capgap.schemas.run_optimization import OptimizationSettings
 
 
 class LostRankError(MachineError):
@@ -38,7 +37,7 @@ def carry_out_on_devices(run: RunFile, instance: Instance, *, remake: bool = Fal
         return
     ranks = ranks_in_environment()
     if ranks is None:
-        _require_shares(recipe, recipe.num_devices)
+        require_shares(recipe, recipe.num_devices)
         if recipe.num_devices > 1:
             launch(run, instance, recipe.num_devices, remake=remake, wait=wait)
         else:
@@ -46,7 +45,7 @@ def carry_out_on_devices(run: RunFile, instance: Instance, *, remake: bool = Fal
         return
     rendezvous = Rendezvous(ranks, instance.name)
     try:
-        _require_shares(recipe, ranks.world_size)
+        require_shares(recipe, ranks.world_size)
         if ranks.is_first:
             carry_out(run, instance, remake=remake, wait=wait, rendezvous=rendezvous)
         else:
@@ -80,19 +79,6 @@ def _as_one_voice(error: Exception, instance: Instance, rendezvous: Rendezvous) 
     if is_launched():
         lost.exit_code = LOST
     return lost
-
-
-def _require_shares(recipe: OptimizationSettings, num_ranks: int) -> None:
-    together = num_ranks * (recipe.micro_batch_sequences or 1)
-    if recipe.batch_sequences % together:
-        raise SettingError(
-            "a step does not divide among the devices",
-            where="batch_sequences",
-            found=f"{recipe.batch_sequences} sequences on {num_ranks} devices"
-            + (f", {recipe.micro_batch_sequences} in a micro-batch" if recipe.micro_batch_sequences else ""),
-            expected=f"a multiple of {together}",
-            fix="change batch_sequences, micro_batch_sequences or the number of devices",
-        )
 
 
 def _lost_a_peer(error: Exception) -> bool:

@@ -1,0 +1,26 @@
+"""What can be known of the engine before anything of a run is made."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from capgap.pipeline.cache.vllm_start import require_vllm
+from capgap.schemas.errors import MachineError
+from capgap.schemas.run_file import RunFile
+
+
+def require_engine(run: RunFile) -> None:
+    """Refuse an engine whose package is not installed.
+
+    Raises:
+        MachineError: vLLM is wanted, or Ray for several replicas, and is not there.
+    """
+    if run.cache.engine == "vllm":
+        require_vllm()
+    if run.cache.replicas > 1 and importlib.util.find_spec("ray") is None:
+        raise MachineError(
+            "several replicas are started by Ray, which is not installed",
+            where="cache.replicas",
+            found=run.cache.replicas,
+            fix="install capgap with the extra `ray`, or set cache.replicas to 1",
+        )

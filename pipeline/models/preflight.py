@@ -1,0 +1,66 @@
+"""What can be known of given models and tokenizers before anything of a run is made.
+
+run file --> what the text is to be: reused, or of a tokenizer that is given --> does each given model fit it?
+"""
+
+from __future__ import annotations
+
+from capgap.pipeline.models.checks import Expected, check_model, named
+from capgap.pipeline.models.given import require_findable
+from capgap.pipeline.models.text import RunText
+from capgap.pipeline.models.tokenizers import load_tokenizer
+from capgap.pipeline.stage.context import StageInput
+from capgap.pipeline.stage.manifests import finished_stage
+from capgap.pipeline.stage.ranks import require_shares
+from capgap.schemas.run_file import RunFile
+
+
+def require_text(run: RunFile) -> None:
+    """Refuse sources and a tokenizer of the corpus that cannot be read.
+
+    Raises:
+        InputError, MachineError: a source or the tokenizer is not to be had.
+    """
+    tokenizer = run.corpus.tokenizer
+    if tokenizer is not None:
+        require_findable(tokenizer, "corpus.tokenizer", ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+        with named(f"corpus.tokenizer: {tokenizer}"):
+            load_tokenizer(tokenizer)
+
+
+def require_teacher(run: RunFile) -> None:
+    """Refuse a given teacher that cannot be had, is not whole, or does not fit the text that it is to score."""
+    if run.teacher.optimization is not None:
+        setting = "teacher.adapt" if run.teacher.path else "teacher.training"
+        require_shares(run.teacher.optimization, run.teacher.optimization.num_devices, setting)
+    if run.teacher.path is None:
+        return
+    adapted = run.teacher.adapt is not None
+    _require_model(run, run.teacher.path, "teacher.path", run.teacher.trust_remote_code, adapted)
+
+
+def require_student(run: RunFile) -> None:
+    """Refuse a given student that cannot be had, is not whole, or does not fit the text that it is to learn."""
+    if run.student.path is not None:
+        _require_model(run, run.student.path, "student.path", run.student.trust_remote_code, False)
+
+
+def _require_model(run: RunFile, path: str, setting: str, trusted: bool, adapted: bool) -> None:
+    require_findable(path, setting)
+    check_model(path, setting, trusted, _expected(run, adapted))
+
+
+def _expected(run: RunFile, adapted: bool) -> Expected:
+    """What is known of the text that models will meet."""
+    for stage in ("corpus", "cache"):
+        if stage in run.reuse and not run.makes("corpus"):
+            folder = run.reuse[stage]
+            made = StageInput(*finished_stage(stage, folder, "cannot be reused", f"reuse.{stage}: {folder}", "a stage"))
+            text = RunText(made)
+            return Expected(text.tokenizer(), f"the {stage}", text.seq_len, adapted)
+    given = run.corpus.tokenizer
+    # an extended tokenizer has pieces that nobody knows yet
+    is_known = given is not None and run.corpus.extend_vocabulary is None
+    return Expected(
+        load_tokenizer(Path(given)) if is_known and given else None, "the corpus", run.corpus.seq_len, adapted
+    )

@@ -1,0 +1,36 @@
+"""What can be known of a run's trainings before anything of it is made."""
+
+from __future__ import annotations
+
+from capgap.pipeline.stage.manifests import finished_stage
+from capgap.pipeline.stage.ranks import require_shares
+from capgap.pipeline.train.caches import choose
+from capgap.pipeline.train.loggers import require_loggers
+from capgap.pipeline.train.objective import objective_of
+from capgap.schemas.facts import CacheFacts
+from capgap.schemas.run_file import RunFile
+
+
+def require_trainable(run: RunFile) -> None:
+    """Refuse arms that a reused cache does not support, loggers that are not there, and steps that do not divide.
+
+    Raises:
+        SettingError, MismatchError: an arm asks for what the cache has not.
+        InputError: a logger's package is not installed, or no finished cache lies where one is named.
+    """
+    facts = _reused_facts(run)
+    for arm in run.arms:
+        settings = run.train_settings(arm)
+        require_loggers(settings.loggers)
+        require_shares(settings, settings.num_devices, "train")
+        if facts is not None:
+            recording, _ = choose(facts, settings)
+            objective_of(settings, recording, run.reuse["cache"])
+
+
+def _reused_facts(run: RunFile) -> CacheFacts | None:
+    if "cache" not in run.reuse:
+        return None
+    folder = run.reuse["cache"]
+    _, manifest = finished_stage("cache", folder, "cannot be reused", f"reuse.cache: {folder}", "a finished cache")
+    return CacheFacts.model_validate(manifest.facts)
