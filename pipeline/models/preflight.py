@@ -61,6 +61,4 @@ def _expected(run: RunFile, adapted: bool) -> Expected:
     given = run.corpus.tokenizer
     # an extended tokenizer has pieces that nobody knows yet
     is_known = given is not None and run.corpus.extend_vocabulary is None
-    return Expected(
-        load_tokenizer(Path(given)) if is_known and given else None, "the corpus", run.corpus.seq_len, adapted
-    )
+    return Expected(load_tokenizer(given) if is_known and given else None, "the corpus", run.corpus.seq_len, adapted)
