@@ -161,6 +161,7 @@ def _fault(file: Path) -> str | None:
 
 def _no_weights(folder: Path, where: str) -> InputError:
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    fix: str | None
     if "adapter_config.json" in names:
         found, fix = "an adapter of PEFT without its model", "merge it into its model (merge_and_unload) and save that"
     else:
