@@ -35,7 +35,7 @@ def test_a_real_model_is_complete_and_its_ids_are_those_of_its_file(real_model: 
 @pytest.mark.parametrize(
     ("name", "begins", "least", "most"),
     [
-        # nats a label that the beginning saves; measured 1.9 to 2.4 for Gemma, and 0.01 lost for SmolLM2, which has none
+        # nats a label that the beginning saves; measured 1.9 to 2.4 for Gemma, and -0.01 for SmolLM2, which has none
         ("gemma-3-270m", True, 0.5, 4.0),
         ("SmolLM2-135M-Instruct", False, -0.1, 0.1),
     ],
