@@ -13,9 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils.hub import cached_file
 
 from capgap.pipeline.models.weight_files import require_no_pointer
 from capgap.schemas.errors import InputError, MachineError
@@ -69,15 +70,11 @@ def file_at(path: str | Path, name: str) -> Path | None:
     if Path(path).is_dir():
         file = Path(path) / name
         return file if file.is_file() else None
-    found = cached_file(
-        str(path),
-        name,
-        local_files_only=True,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-    return None if found is None else Path(found)
+    try:
+        found = try_to_load_from_cache(str(path), name)
+    except HFValidationError:  # neither a folder nor an id
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def read_reference(path: str | Path) -> Tokenizer | None:
