@@ -14,7 +14,7 @@ from capgap.jobs.faults import CRASHED, INTERRUPTED
 from capgap.jobs.logs import log, log_format
 from capgap.pipeline.stage.lease import held_leases
 from capgap.pipeline.workflow.look import Look, look_at
-from capgap.pipeline.workflow.remake import last_command
+from capgap.pipeline.workflow.remake import LastCommand, last_command
 from capgap.schemas.errors import MachineError, SettingError
 from capgap.schemas.heartbeat import End
 from capgap.schemas.run_file import RunFile
@@ -57,7 +57,7 @@ def status_command(argv: Sequence[str]) -> int:
 def _as_last_started(argv: Sequence[str]) -> tuple[RunFile, dict[str, Any]]:
     """The run and the command's flags. Without settings of its own the look is at the run as it was started last."""
     run, flags, given = parse_run(status_parser(), argv)
-    last = None if given else last_command(Path(run.out))
+    last = None if LastCommand.of(given).flags else last_command(Path(run.out))
     if last is None or not last.flags:
         return run, flags
     run, flags, _ = parse_run(status_parser(), [*argv, *last.flags])

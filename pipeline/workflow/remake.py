@@ -32,7 +32,12 @@ class LastCommand(Record):
     """`run.command.json`: how the run in this folder was started last."""
 
     flags: tuple[str, ...] = ()
-    """The settings that were given beside the run file."""
+    """The settings that were given beside the run file, but for `--out`: the file lies there."""
+
+    @classmethod
+    def of(cls, given: Sequence[str]) -> LastCommand:
+        """The command with these settings as flags."""
+        return cls(flags=tuple(flag for flag in given if not flag.startswith("--out=")))
 
 
 def write_command(out: Path, command: LastCommand) -> None:

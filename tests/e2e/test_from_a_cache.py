@@ -13,8 +13,6 @@ from command import TINY, capgap
 
 from capgap.pipeline.stage.manifests import read_manifest
 
-pytestmark = pytest.mark.xfail(strict=True, reason="needs the graph")
-
 # What a run of the tiny one's cache trains; teacher and corpus are not named.
 SECTIONS = ("student", "train", "arms", "eval")
 
@@ -71,6 +69,7 @@ def test_a_run_from_a_folder(cache: Path, finished: Path, run_file: Callable[[st
     _assert_makes_the_same_students(run_file(str(cache)), finished, tmp_path / "out")
 
 
+@pytest.mark.slow  # as from S3, by another way
 def test_a_run_over_http(
     cache: Path, finished: Path, serve: Callable[[Path], str], run_file: Callable[[str], Path], tmp_path: Path
 ) -> None:

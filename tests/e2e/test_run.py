@@ -86,6 +86,31 @@ def test_a_changed_learning_rate_makes_train_and_what_follows_stale_and_nothing_
     assert "train.learning_rate was 0.003, is 0.0001" in changed["train/distilled/seed-0"]
 
 
+def test_a_forgotten_flag_replaces_nothing_that_cost_device_time(copy: Path) -> None:
+    before = manifests(copy)
+    refused = capgap(*run_of(copy, "--cache.num_samples", "12"))
+    assert refused.returncode == 2
+    assert len(refused.stderr.strip().splitlines()) == 1, refused.stderr
+    assert "cache (cache.num_samples was 50, is 12)" in refused.stderr
+    assert "--remake cache --remake train" in refused.stderr
+    # the stage's own command replaces it no more than the run does
+    alone = capgap("cache", TINY, "--out", copy, "--cache.num_samples", "12")
+    assert alone.returncode == 2 and "--remake cache" in alone.stderr
+    assert manifests(copy) == before and stale(copy) == {}
+
+
+def test_what_is_named_is_made_again_with_what_follows_from_it(copy: Path) -> None:
+    flags = ("--arms", "{distilled: {alpha: 0.5, max_tokens: 4000}, cross_entropy: {alpha: 0.0}}")
+    before = manifests(copy)
+    done = capgap(*run_of(copy, "--remake", "train/distilled", *flags))
+    assert done.returncode == 0, done.stderr
+    after = manifests(copy)
+    assert [n for n in STAGES if after[n] != before[n]] == ["train/distilled/seed-0", "eval", "report"]
+    # a look at the run is one at what was started last
+    seen = capgap("status", TINY, "--out", copy)
+    assert seen.returncode == 0 and "stale" not in seen.stdout
+
+
 def test_an_operational_setting_makes_nothing_stale(finished: Path) -> None:
     assert stale(finished, "--cache.batch_tokens", "4096", "--train.checkpoint_every_steps", "7") == {}
 
