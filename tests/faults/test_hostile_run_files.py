@@ -17,7 +17,15 @@ from capgap.jobs.cli import main
 from capgap.jobs.yaml_nodes import read_document
 from capgap.schemas.errors import InputError
 
-BASE: dict[str, Any] = {"name": "x", "out": "out", "teacher": {"model": {}}, "student": {"model": {}}}
+BASE: dict[str, Any] = {
+    "name": "x",
+    "out": "out",
+    "corpus": {},
+    "teacher": {"model": {}},
+    "cache": {},
+    "student": {"model": {}},
+    "train": {},
+}
 
 
 @pytest.fixture

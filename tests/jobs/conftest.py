@@ -55,6 +55,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, capgap: Capgap) -> tuple[Path
         "teacher": {"model": shape, "training": {"max_tokens": 2000}},
         "cache": {"engine": "transformers"},
         "student": {"model": shape},
+        "train": {},
+        "eval": {},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     done = capgap("corpus", folder / "run.yaml", "--log-format", "json")

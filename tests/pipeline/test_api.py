@@ -31,6 +31,7 @@ from capgap.schemas.run_file import RunFile
 def out(tmp_path_factory) -> Path:
     settings: dict[str, Any] = settings_of(tmp_path_factory.mktemp("run") / "tiny", "number")
     settings["cache"] |= {"recording": "both", "top_k": 9, "extra_temperatures": [2.0]}
+    settings["train"] |= {"recording": "sampled"}
     for instance in NEEDED:
         carry_out(RunFile.model_validate(settings), instance)
     return Path(settings["out"])

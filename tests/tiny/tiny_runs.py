@@ -57,5 +57,5 @@ def settings_of(folder: Path, salt: str) -> dict[str, Any]:
 def train(run: dict[str, Any], **settings: Any) -> dict[str, str]:
     """Digests of what a training of three steps made."""
     train = run["train"] | {"max_tokens": 3 * 4 * SEQ_LEN} | settings
-    manifest = carry_out(RunFile.model_validate(run | {"train": train}), TRAIN, force=True)
+    manifest = carry_out(RunFile.model_validate(run | {"train": train}), TRAIN, remake=True)
     return {file.path: file.sha256 for file in manifest.files if file.path.endswith(".safetensors")}

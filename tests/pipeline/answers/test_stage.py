@@ -64,7 +64,7 @@ def test_both_turns_are_answered_in_the_order_of_the_questions(make_run) -> None
 def test_answers_at_a_seed_come_out_again_and_at_another_they_do_not(make_run) -> None:
     run, other = make_run(), make_run(seed=1)
     first = carry_out(run, TEACHER).content
-    assert carry_out(run, TEACHER, force=True).content == first
+    assert carry_out(run, TEACHER, remake=True).content == first
     assert states(other)["answers/teacher"].why == "judge.answers.seed was 0, is 1"
     assert carry_out(other, TEACHER).content != first
 

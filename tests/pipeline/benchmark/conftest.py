@@ -72,7 +72,8 @@ def make_context(model_folder: Path, tmp_path: Path) -> Callable[..., StageConte
 
     def make(name: str = "benchmark", **settings: Any) -> StageContext:
         settings = {"tasks": {"animals": {}}, "include_path": str(TASKS), **settings}
-        values = {"name": "tiny", "out": str(tmp_path), "teacher": {"path": "somewhere"}, "student": {"model": {}}}
+        values = {"name": "tiny", "out": str(tmp_path), "corpus": {}, "teacher": {"path": "somewhere"}}
+        values |= {"student": {"model": {}}, "train": {}}
         # small, so that vLLM computes a prompt in parts
         run = RunFile.model_validate({**values, "cache": {"chunk_rows": 16}, "benchmarks": settings})
         facts = ModelFacts(

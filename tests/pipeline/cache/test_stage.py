@@ -107,13 +107,13 @@ def test_ids_are_ranked_by_their_frequency_in_the_corpus_and_the_ranking_is_part
 def test_max_tokens_stops_at_the_shard_that_reaches_it(run) -> None:
     shards = carry_out(run(max_tokens=8 * SEQ_LEN), CACHE).shard_sets["sampled"].shards
     assert [s.num_sequences for s in shards] == [8]
-    shards = carry_out(run(max_tokens=8 * SEQ_LEN + 1), CACHE, force=True).shard_sets["sampled"].shards
+    shards = carry_out(run(max_tokens=8 * SEQ_LEN + 1), CACHE, remake=True).shard_sets["sampled"].shards
     assert [s.num_sequences for s in shards] == [8, 8]
 
 
 def test_after_a_kill_only_unfinished_shards_are_written_again(run) -> None:
     tiny = run()
-    first = carry_out(tiny, CACHE, force=True)
+    first = carry_out(tiny, CACHE, remake=True)
     folder = Path(tiny.out) / "cache"
     paths = [folder / shard.file.path for shard in first.shard_sets["sampled"].shards]
     # what a kill leaves while the third shard is written: sidecars of the others, and no manifest
@@ -200,8 +200,8 @@ def test_both_recordings_lie_side_by_side_each_as_if_it_were_alone(run) -> None:
     both = carry_out(run(**BOTH), CACHE)
     assert sorted(both.shard_sets) == ["sampled", "topk"]
     assert both.totals["num_bytes"] == sum(s.num_bytes for s in both.shard_sets.values())
-    sampled = carry_out(run(), CACHE, force=True)
-    topk = carry_out(run(**TOPK, extra_temperatures=[0.5, 2.0]), CACHE, force=True)
+    sampled = carry_out(run(), CACHE, remake=True)
+    topk = carry_out(run(**TOPK, extra_temperatures=[0.5, 2.0]), CACHE, remake=True)
     assert _digests(both) == _digests(sampled) != _digests(both, "topk") == _digests(topk, "topk")
     assert both.facts["mean_label_loss"] == sampled.facts["mean_label_loss"] == topk.facts["mean_label_loss"]
     recordings = CacheFacts.model_validate(both.facts).recordings

@@ -164,7 +164,7 @@ def test_bad_conversations_are_skipped_counted_and_named(
     for number in range(41, 46):
         assert sum(f"chat.jsonl:{number}" in message for message in caplog.messages) == 1
     with pytest.raises(InputError, match=r"too many records cannot be used; found 5 of 45 records, first corpus"):
-        carry_out(_run(tmp_path, sources=[source], on_bad_record="skip", **settings), CORPUS, force=True)
+        carry_out(_run(tmp_path, sources=[source], on_bad_record="skip", **settings), CORPUS, remake=True)
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -222,8 +222,8 @@ def test_a_conversation_that_is_too_long_is_split_dropped_or_refused_as_text_is(
     counted = {}
     for rule in ("split", "drop"):
         run = _run(tmp_path, sources=[source], long_documents=rule, seq_len=100)
-        counted[rule] = _answers(tmp_path, carry_out(run, CORPUS, force=True))[1].count("very")
+        counted[rule] = _answers(tmp_path, carry_out(run, CORPUS, remake=True))[1].count("very")
     # less what fills no sequence at the end of its split
     assert counted["split"] > 20 and counted["drop"] == 0
     with pytest.raises(InputError, match=r"chat.jsonl:41: the document is longer than a sequence; found \d+ tokens"):
-        carry_out(_run(tmp_path, sources=[source], long_documents="refuse", seq_len=100), CORPUS, force=True)
+        carry_out(_run(tmp_path, sources=[source], long_documents="refuse", seq_len=100), CORPUS, remake=True)

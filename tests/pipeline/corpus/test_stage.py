@@ -91,7 +91,7 @@ def test_a_current_folder_is_left_alone_unless_forced(make_corpus_run) -> None:
     made_at = written.stat().st_mtime_ns
     assert carry_out(run, CORPUS) == first
     assert written.stat().st_mtime_ns == made_at
-    again = carry_out(run, CORPUS, force=True)
+    again = carry_out(run, CORPUS, remake=True)
     assert again.content == first.content
     assert written.stat().st_mtime_ns != made_at
 

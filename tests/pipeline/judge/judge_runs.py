@@ -50,8 +50,12 @@ def settings(folder: Path, judge: dict[str, Any], **more: Any) -> dict[str, Any]
         "name": "judged",
         "out": str(folder / "out"),
         "device": "cpu",
+        "corpus": {},
         "teacher": {"model": {}},
+        "cache": {},
         "student": {"model": {}},
+        "train": {},
+        "eval": {},
         "judge": {"model": "tiny-judge", "questions": str(questions), "answers": answers, **judge},
         **more,
     }

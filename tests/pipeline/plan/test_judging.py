@@ -7,7 +7,15 @@ from capgap.schemas.run_file import RunFile
 
 
 def run(**judge: Any) -> RunFile:
-    settings = {"name": "n", "out": "o", "teacher": {"model": {}}, "student": {"model": {}}, "seeds": [0, 1]}
+    settings = {
+        "name": "n",
+        "out": "o",
+        "corpus": {},
+        "teacher": {"model": {}},
+        "cache": {},
+        "student": {"model": {}},
+        "seeds": [0, 1],
+    }
     arms: dict[str, Any] = {"distilled": {}, "cross_entropy": {"alpha": 0}}
     return RunFile.model_validate({**settings, "arms": arms, "judge": {"model": "one", **judge}})
 

@@ -30,7 +30,7 @@ SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_key_value_head
 def run(make_corpus_run: Callable[..., RunFile]) -> Callable[..., RunFile]:
     def make(**settings: Any) -> RunFile:
         base = make_corpus_run().model_dump(mode="json")
-        base["cache"]["engine"] = "transformers"
+        base |= {"cache": {"engine": "transformers"}, "train": {}, "eval": {}}
         models = {"teacher": {"model": SHAPE}, "student": {"model": SHAPE}}
         return RunFile.model_validate(base | {"device": "cpu"} | models | settings)
 
@@ -237,7 +237,7 @@ def test_a_cache_that_stands_for_the_corpus_says_how_much_text_there_is(run: Cal
     known = states(made)
     corpus, cache = known["corpus"].manifest, known["cache"].manifest
     assert corpus is not None and cache is not None
-    alone = run(reuse={"cache": str(known["cache"].folder)}, corpus={"vocab_size": 999, "seq_len": 2048})
+    alone = run(reuse={"cache": str(known["cache"].folder)}, corpus=None)
     found = work_of(alone, {}, None)
     assert found.vocab_size == corpus.facts["tokenizer"]["vocab_size"]  # type: ignore[index, call-overload]
     assert found.split_tokens["student"].value == corpus.shard_sets["student"].num_tokens

@@ -39,9 +39,12 @@ def make_context() -> Callable[..., StageContext]:
                 "name": "tiny-run",
                 "out": str(folder),
                 "seeds": seeds,
+                "corpus": {},
                 "teacher": {"model": {}},
+                "cache": {},
                 "student": {"model": {}},
                 "arms": arms,
+                "eval": {},
                 **run_settings,
             }
         )

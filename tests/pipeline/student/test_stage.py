@@ -28,7 +28,7 @@ def test_fresh_weights_differ_by_seed_and_by_nothing_else(make_corpus_run) -> No
     run = RunFile.model_validate({**make_corpus_run().model_dump(), "student": {"model": SHAPE}, "seeds": [0, 1]})
     carry_out(run, Instance("corpus"))
     first, second = (carry_out(run, Instance("student", seed=seed)) for seed in (0, 1))
-    again = carry_out(run, Instance("student", seed=0), force=True)
+    again = carry_out(run, Instance("student", seed=0), remake=True)
     assert first.content == again.content != second.content
     assert first.facts["num_parameters"] == second.facts["num_parameters"]
 
@@ -39,7 +39,7 @@ def test_a_given_model_s_weights_arrive_unchanged_with_the_corpus_s_tokenizer(ma
     carry_out(made, Instance("student", seed=0))
     source = (Path(made.out) / "student" / "seed-0" / "model").rename(tmp_path / "given")
     given = RunFile.model_validate({**made.model_dump(), "student": {"path": str(source)}})
-    manifest = carry_out(given, Instance("student", seed=0), force=True)
+    manifest = carry_out(given, Instance("student", seed=0), remake=True)
     folder = Path(given.out) / "student" / "seed-0" / "model"
     before, after = _weights(source), _weights(folder)
     assert before.keys() == after.keys()
@@ -63,7 +63,7 @@ def _pruned(run: dict[str, Any], **prune: Any) -> RunFile:
 
 def test_a_teacher_pruned_to_its_own_shape_is_the_teacher(tiny: dict[str, Any]) -> None:
     run = _pruned(tiny)
-    manifest = carry_out(run, Instance("student", seed=0), force=True)
+    manifest = carry_out(run, Instance("student", seed=0), remake=True)
     before, after = _weights(Path(tiny["teacher"]["path"])), _weights(Path(run.out) / "student/seed-0/model")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -75,7 +75,7 @@ def test_a_teacher_pruned_to_its_own_shape_is_the_teacher(tiny: dict[str, Any]) 
 @pytest.mark.parametrize("importance", ["activation", "taylor", "random"])
 def test_a_pruned_teacher_says_what_went_and_what_that_cost(tiny: dict[str, Any], importance: str) -> None:
     run = _pruned(tiny, hidden_size=24, num_heads=1, num_key_value_heads=1, intermediate_size=20, importance=importance)
-    made = [carry_out(run, Instance("student", seed=seed), force=True) for seed in (0, 1)]
+    made = [carry_out(run, Instance("student", seed=seed), remake=True) for seed in (0, 1)]
     folder = Path(run.out) / "student/seed-0"
     report = json.loads((folder / "prune.json").read_text())
     assert [len(report["kept"][name]) for name in ("layers", "hidden")] == [1, 24]
@@ -93,14 +93,14 @@ def test_a_pruned_teacher_says_what_went_and_what_that_cost(tiny: dict[str, Any]
 
 def test_layers_can_be_scored_by_the_loss_without_them(tiny: dict[str, Any]) -> None:
     run = _pruned(tiny, layers="loss", num_sequences=4)
-    carry_out(run, Instance("student", seed=0), force=True)
+    carry_out(run, Instance("student", seed=0), remake=True)
     report = json.loads((Path(run.out) / "student/seed-0/prune.json").read_text())
     assert report["figures"]["num_calibration_sequences"] == 4
     assert len(report["scores"]["layers"]) == 1 and report["scores"]["layers"][0] != 0
 
 
 def test_a_shape_that_the_teacher_cannot_give_is_refused_before_the_folder_is_emptied(tiny: dict[str, Any]) -> None:
-    carry_out(_pruned(tiny), Instance("student", seed=0), force=True)
+    carry_out(_pruned(tiny), Instance("student", seed=0), remake=True)
     wrong = _pruned(tiny, num_layers=2)
     with pytest.raises(SettingError, match=r"student\.prune\.num_layers: .* found 2, expected at most the teacher's 1"):
         carry_out(wrong, Instance("student", seed=0))

@@ -88,20 +88,20 @@ def test_an_adapted_teacher_has_the_extended_vocabulary_and_learns_its_text(exte
 
 def test_rows_are_filled_up_where_that_is_asked(extended: dict[str, Any]) -> None:
     run = _adapted(extended, max_tokens=128, pad_to_multiple_of=128)
-    facts = ModelFacts.model_validate(carry_out(run, Instance("teacher"), force=True).facts)
+    facts = ModelFacts.model_validate(carry_out(run, Instance("teacher"), remake=True).facts)
     assert (facts.padded_vocab_size, facts.tokenizer.vocab_size) == (384, 320)
 
 
 def test_an_extended_vocabulary_is_refused_for_a_teacher_that_is_not_adapted(extended: dict[str, Any]) -> None:
     with pytest.raises(MismatchError, match="its tokenizer differs from that of the corpus"):
-        carry_out(RunFile.model_validate(extended), Instance("teacher"), force=True)
+        carry_out(RunFile.model_validate(extended), Instance("teacher"), remake=True)
 
 
 def test_a_tokenizer_that_the_corpus_does_not_extend_is_refused(extended: dict[str, Any], tmp_path: Path) -> None:
     other = settings_of(tmp_path / "run", "quite another text")
     run = _adapted(extended | {"teacher": other["teacher"]})
     with pytest.raises(MismatchError, match="the tokenizer of the corpus does not extend this one; found id of"):
-        carry_out(run, Instance("teacher"), force=True)
+        carry_out(run, Instance("teacher"), remake=True)
 
 
 def test_a_teacher_is_corrected_on_the_corpus_without_new_pieces(make_corpus_run, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def _longer(teacher: Path, folder: Path) -> str:
 def train(made) -> Callable[..., Manifest]:
     def make(caches: dict[str, dict[str, Any]], **settings: Any) -> Manifest:
         given = {name: {"path": f"{made[name]['out']}/cache"} | cache for name, cache in caches.items()}
-        return carry_out(_run(made, given, **settings), TRAIN, force=True)
+        return carry_out(_run(made, given, **settings), TRAIN, remake=True)
 
     return make
 
@@ -158,7 +158,7 @@ def test_a_further_cache_behind_a_url_trains_the_same_student(made, train, s3_se
     here = train({"second": {}})
     run = _run(made, {"second": {"path": "s3://further/second"}})
     assert states(run)[TRAIN.name].why == "", "what lies there decides, not where"
-    there = carry_out(run, TRAIN, force=True)
+    there = carry_out(run, TRAIN, remake=True)
     assert there.inputs["caches/second"].path == "s3://further/second"
     assert _weights(here) == _weights(there)
 
@@ -241,4 +241,4 @@ def test_an_empty_cache_is_refused(made, tmp_path) -> None:
     empty = empty.model_copy(update={"seal": seal_of(empty)})
     (folder / "manifest.json").write_text(empty.model_dump_json())
     with pytest.raises(InputError, match=r"train.caches.none: .*empty: the cache is empty; found 0 sequences,"):
-        carry_out(_run(made, {"none": {"path": str(folder)}}), TRAIN, force=True)
+        carry_out(_run(made, {"none": {"path": str(folder)}}), TRAIN, remake=True)

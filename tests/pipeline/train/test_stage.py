@@ -133,7 +133,7 @@ def test_a_logger_that_does_not_exist_is_refused_and_leaves_the_finished_student
     before = carry_out(RunFile.model_validate(run), TRAIN)
     wrong = RunFile.model_validate(run | {"train": run["train"] | {"loggers": ["tensorbord"]}})
     with pytest.raises(SettingError, match=r"train.loggers: no such logger; found tensorbord"):
-        carry_out(wrong, TRAIN, force=True)
+        carry_out(wrong, TRAIN, remake=True)
     assert read_manifest(Path(run["out"]) / TRAIN.name) == before
 
 

@@ -24,7 +24,7 @@ def test_a_cache_of_another_corpus_is_refused(made) -> None:
     cache = f"{made['square']['out']}/cache"
     run = RunFile.model_validate(made["number"] | {"reuse": {"cache": cache}})
     with pytest.raises(MismatchError, match=f"{cache}: the cache was made from another corpus; found corpus"):
-        carry_out(run, TRAIN, force=True)
+        carry_out(run, TRAIN, remake=True)
 
 
 @pytest.mark.parametrize(
@@ -41,13 +41,13 @@ def test_a_divergence_that_the_recording_cannot_give_is_refused(made, settings: 
     given = made["number"]
     run = RunFile.model_validate(given | {"train": given["train"] | settings})
     with pytest.raises(MismatchError, match=f"cache: the cache does not support this divergence; found {message}"):
-        carry_out(run, TRAIN, force=True)
+        carry_out(run, TRAIN, remake=True)
 
 
 def test_an_arm_without_divergence_needs_no_support_for_it(made) -> None:
     given = made["number"]
     run = RunFile.model_validate(given | {"train": given["train"] | {"divergence": "reverse_kl"}})
-    assert carry_out(run, Instance("train", "cross_entropy", 1), force=True).totals["num_steps"] == 2
+    assert carry_out(run, Instance("train", "cross_entropy", 1), remake=True).totals["num_steps"] == 2
 
 
 def test_a_cache_in_s3_trains_the_same_student(made, s3_server, tmp_path, monkeypatch) -> None:
@@ -57,7 +57,7 @@ def test_a_cache_in_s3_trains_the_same_student(made, s3_server, tmp_path, monkey
     filesystem = fsspec.filesystem("s3")
     filesystem.mkdir("caches")
     filesystem.put(str(folder), "caches/number", recursive=True)
-    here = carry_out(RunFile.model_validate(local), TRAIN, force=True)
+    here = carry_out(RunFile.model_validate(local), TRAIN, remake=True)
     reuse = {stage: f"{local['out']}/{stage}" for stage in ("corpus", "teacher")} | {"cache": "s3://caches/number"}
     run = RunFile.model_validate(local | {"out": str(tmp_path / "out"), "reuse": reuse})
     carry_out(run, NEEDED[3])

@@ -57,8 +57,6 @@ def make_run(base: Path, chats: str) -> Callable[..., RunFile]:
                 "name": "talk",
                 "out": str(out),
                 "device": "cpu",
-                "teacher": {"path": str(base)},
-                "student": {"path": str(base)},
                 "tune": {name: value for name, value in (settings | tune).items() if value is not None},
             }
         )

@@ -77,7 +77,7 @@ def _run(taught: dict[str, Any], out: Path | None = None, **tune: Any) -> RunFil
 
 @pytest.mark.parametrize("recording", ["topk", "sampled"])
 def test_a_trained_student_learns_from_a_chat_teachers_cache(taught: dict[str, Any], recording: str) -> None:
-    manifest = carry_out(_run(taught, recording=recording, alpha=1.0), TUNE, force=True)
+    manifest = carry_out(_run(taught, recording=recording, alpha=1.0), TUNE, remake=True)
     rows = read_rows(Path(taught["out"]) / TUNE.name / "metrics.csv")
     assert manifest.inputs.keys() == {"train/distilled/seed-0", "caches/chat"}
     assert any(float(row["train_kl"]) > 0 for row in rows if row["train_kl"])
@@ -143,7 +143,7 @@ def test_where_the_cache_lies_decides_nothing_and_how_it_is_learnt_from_does(
 def test_the_runs_own_cache_is_an_input_and_need_not_be_finished_before(taught: dict[str, Any], tmp_path: Path) -> None:
     fresh = states(_run(taught, tmp_path / "fresh", cache="own"))
     assert fresh[TUNE.name].order.inputs.keys() == {"train/distilled/seed-0", "cache"}
-    manifest = carry_out(_run(taught, cache="own", num_epochs=1), TUNE, force=True)
+    manifest = carry_out(_run(taught, cache="own", num_epochs=1), TUNE, remake=True)
     assert manifest.inputs.keys() == {"train/distilled/seed-0", "cache"}
 
 
@@ -178,7 +178,7 @@ def test_neither_corpus_nor_teacher_need_be_there(taught: dict[str, Any], tmp_pa
 )
 def test_a_cache_that_does_not_fit_is_refused(taught: dict[str, Any], tune: dict[str, Any], message: str) -> None:
     with pytest.raises(CapgapError, match=message):
-        carry_out(_run(taught, **tune), TUNE, force=True)
+        carry_out(_run(taught, **tune), TUNE, remake=True)
 
 
 def test_a_cache_of_conversations_that_may_be_cut_or_of_another_tokenizer_is_refused(
@@ -194,7 +194,7 @@ def test_a_cache_of_conversations_that_may_be_cut_or_of_another_tokenizer_is_ref
     for name in ("corpus", "teacher", "cache"):
         carry_out(plain, Instance(name))
     with pytest.raises(CapgapError, match=r"tune.cache: .*out/cache: the cache is not of whole conversations"):
-        carry_out(_run(taught, cache=str(tmp_path / "out" / "cache")), TUNE, force=True)
+        carry_out(_run(taught, cache=str(tmp_path / "out" / "cache")), TUNE, remake=True)
     with pytest.raises(CapgapError, match="its tokenizer differs from that of the chat teacher's cache"):
         carry_out(_run(taught, tmp_path / "given", path=str(base)), Instance("tune", seed=0))
 

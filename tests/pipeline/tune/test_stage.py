@@ -280,7 +280,7 @@ def test_bad_conversations_are_skipped_and_counted(make_run: MakeRun, tmp_path: 
     assert totals["num_bad_records"] == 3
     assert totals["num_train_conversations"] + totals["num_heldout_conversations"] == 20
     with pytest.raises(InputError, match=r"tune.sources: too many records cannot be used; found 2 of 23 .* 0.01, tu"):
-        carry_out(make_run(tmp_path, **settings), TUNE, force=True)
+        carry_out(make_run(tmp_path, **settings), TUNE, remake=True)
 
 
 def test_a_finished_tuning_is_current_and_another_setting_makes_it_stale(tuned: Made, make_run: MakeRun) -> None:
