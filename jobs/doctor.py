@@ -26,7 +26,7 @@ EXTRAS = {
     "s3": ("s3fs", "read caches behind s3://"),
     "gs": ("gcsfs", "read caches behind gs://"),
 }
-"""Of the package's extras: the module that it brings, and what it is for."""
+"""For each of the package's extras the module that it brings, and what it is for."""
 
 _PACKAGES = ("torch", "transformers", "lightning", "triton", "pyarrow")
 _QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits")

@@ -112,7 +112,7 @@ def _read_answers(context: StageContext) -> Answers:
 
 
 def _arm_and_seed(instance: str) -> tuple[str | None, int | None]:
-    """Of `answers/ARM/seed-SEED` or `answers/seed-SEED`; none of `answers/teacher`."""
+    """Arm and seed of `answers/ARM/seed-SEED` or `answers/seed-SEED`; `answers/teacher` has none."""
     *arm, last = instance.split("/")[1:]
     if last == TEACHER:
         return None, None
