@@ -29,8 +29,8 @@ class Prompt:
         ids: of the conversation, up to where the model speaks.
         max_tokens: longest answer.
         temperature: 0 takes the top-1 token.
-        top_p: of what is drawn.
-        seed: of what is drawn.
+        top_p: answers are sampled from the most probable tokens that together hold it.
+        seed: of the samples.
     """
 
     ids: tuple[int, ...]

@@ -128,7 +128,7 @@ def test_logits_that_are_not_finite_are_refused_with_their_row(recording, rows, 
 
 
 def _given(rows, kind: str):
-    """Offsets only where something is drawn, as an engine has them."""
+    """Offsets only where something is sampled, as an engine has them."""
     return (*rows[:2], None if kind == "topk" else rows[2])
 
 
