@@ -82,7 +82,7 @@ def _judge(found: list[Task], settings: JudgeSettings, work: Path) -> tuple[Judg
                     where=settings.base_url,
                     found=judge.served or "a judge that its endpoint does not list",
                     expected=begun.served or "a judge that its endpoint does not list",
-                    fix="bring the first one back, or start over with --force",
+                    fix="bring the first one back, or start over with --remake judge",
                 )
             kept |= ask_about(missing, endpoint, settings, folder)
         except MachineError as error:
