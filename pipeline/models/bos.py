@@ -1,6 +1,6 @@
 """Which ids begin a document: those that the model has seen before every text, if there are any.
 
-A model that was trained with such a token is another one without it: Gemma 3 270M loses 0.85 nats/token. A tokenizer
+A model that was trained with such a token is another one without it: Gemma 3 270M loses 0.85 nats a token. A tokenizer
 says so by its post-processor. Files that were made of GGUF carry none, and there the family is known by its
 architecture and by what it calls the token.
 """

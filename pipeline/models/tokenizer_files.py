@@ -69,17 +69,14 @@ def file_at(path: str | Path, name: str) -> Path | None:
     if Path(path).is_dir():
         file = Path(path) / name
         return file if file.is_file() else None
-    try:
-        found = cached_file(
-            str(path),
-            name,
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-    except OSError:  # no id has such a form: a misspelt path, as with a slash at its end
-        return None
+    found = cached_file(
+        str(path),
+        name,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
     return None if found is None else Path(found)
 
 
