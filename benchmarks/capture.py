@@ -9,8 +9,8 @@ product for every row, which no way can do without:
 
     tax = (prefill + capture + encode + write) / (prefill + head on all rows)
 
-`both` keeps 50 draws and the 64 likeliest side by side, from one softmax. Beside ours stand vLLM's public logprobs, and
-those unpacked entry by entry in Python, which is how DistillKit does it, without its compression.
+`both` keeps 50 samples and the top 64 tokens side by side, from one softmax. Beside ours stand vLLM's public logprobs,
+and those unpacked entry by entry in Python, which is how DistillKit does it, without its compression.
 
 Legend: L targets of a sequence, K ids.
 """
@@ -88,7 +88,7 @@ class Bench:
         self.start_s = time.perf_counter() - started
         rng = np.random.default_rng(0)
         tokens_SL1 = rng.integers(0, flags.vocab_size, (flags.num_sequences, flags.seq_len + 1), dtype=np.int32)
-        # as in text, the label of a last row is among the likeliest: of random tokens it never would be
+        # as in text, the label of a last row is among the top-k tokens: of random tokens it never would be
         first = self.engine.score([Request(tokens_L1) for tokens_L1 in tokens_SL1])
         tokens_SL1[:, -1] = [scored.ids_LK[-1, 1] for scored in first]
         self.requests = [Request(tokens_L1) for tokens_L1 in tokens_SL1]

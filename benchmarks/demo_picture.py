@@ -18,7 +18,7 @@ from capgap.schemas.results import EvalResults
 
 
 def main() -> None:
-    """Draw, and write the file."""
+    """Make the picture, and write the file."""
     kept, out = (Path(argument) for argument in sys.argv[1:])
     results = EvalResults.model_validate(json.loads(kept.read_text())["figures"]["results"])
     out.write_text(picture(results))

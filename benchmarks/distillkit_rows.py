@@ -85,7 +85,7 @@ def _sequences(targets: TopkTargets) -> list[TopkTargets]:
 
 
 def _first(targets: TopkTargets, top_k: int) -> TopkTargets:
-    """The likeliest of the kept ids; the others join the tail."""
+    """The most probable of the kept ids; the others join the tail."""
     rest_BL = np.exp(targets.logprobs_BLK[:, :, top_k:]).sum(axis=2)
     return TopkTargets(
         targets.ids_BLK[:, :, :top_k],

@@ -1,6 +1,6 @@
 """What simple models would take for the same ids and values: bytes a token; half of the sequences tell of the other.
 
-    ids      any K of V alike; independent draws by how often an id is listed; the same, without those already listed
+    ids      any K of V alike; independent samples by how often an id is listed; the same, without those already listed
     values   the stored numbers by themselves, each rank with a distribution of its own
 
 Ids of equal count have no order of their own in `sampled`: what naming one would take is subtracted.
@@ -68,13 +68,13 @@ def _of_sampled(targets: SampledTargets) -> _Part:
     orders_N = np.zeros(len(sizes_N))
     for count in range(1, int(counts_NK.max()) + 1):
         orders_N += _LOG_FACTORIAL[(counts_NK == count).sum(axis=1)]
-    # the ids drawn once are what is left of the draws: the first 1 says so, and the others nothing
+    # the ids sampled once are what is left of the samples: the first 1 says so, and the others nothing
     first_1_NK = (counts_NK == 1) & (np.cumsum(counts_NK == 1, axis=1) == 1)
     return ids_NK, [np.where((counts_NK > 1) | first_1_NK, counts_NK, -1)], orders_N
 
 
 def _unigram(ids_NK: np.ndarray, is_odd_N: np.ndarray, vocab_size: int) -> tuple[float, float]:
-    """Bits a row of independent draws, and of draws without those listed before."""
+    """Bits a row of independent samples, and of samples without those listed before."""
     plain = excluding = 0.0
     for half in (is_odd_N, ~is_odd_N):
         told = ids_NK[~half]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from independent_draws import independent_draws
+from independent_samples import independent_samples
 from machine import RESULTS, machine, slug_of
 from quality_arms import CACHES, NUM_FIRST, Arm, arms
 from quality_page import fill_page, table
@@ -206,7 +206,7 @@ class Bench:
         if not arm.independent:
             return reader
         folder = self._work / f"independent-{arm.cache}"
-        return independent_draws(reader, load_model(model_path(self._teacher), "cpu"), folder)
+        return independent_samples(reader, load_model(model_path(self._teacher), "cpu"), folder)
 
     def _cache(self, name: str) -> StageInput:
         settings = {"engine": "transformers", "max_tokens": self._settings.max_tokens} | CACHES[name]

@@ -23,7 +23,7 @@ class Arm:
         alpha: 0 is cross-entropy alone.
         tail: see `linear_sparse_kl`; None is the recording's own.
         online: the teacher itself in the place of the cache's targets.
-        independent: the draws are made anew, each by itself, instead of all by one offset.
+        independent: the samples are taken anew, each by itself, instead of all by one offset.
     """
 
     name: str

@@ -36,7 +36,7 @@ from fidelity import fidelity
 from loader import throughput
 from machine import keep
 from store_page import fill_page
-from teacher_rows import NUM_DRAWS, NUM_KEPT, REGIMES, rows_of
+from teacher_rows import NUM_KEPT, NUM_SAMPLES, REGIMES, rows_of
 
 from capgap.pipeline.cache.convert import to_targets
 from capgap.pipeline.cache.scoring import Scored
@@ -108,7 +108,7 @@ def write_cache(folder: Path, rows: dict[str, np.ndarray], codec_name: str, num_
 def codec_of(rows: dict[str, np.ndarray], name: str) -> Codec:
     """The codec for these rows, ids ranked by the training text."""
     ranking = Ranking(np.argsort(-rows["train_counts"], kind="stable").astype(np.int32))
-    num_ids = NUM_DRAWS if name == SAMPLED else NUM_KEPT
+    num_ids = NUM_SAMPLES if name == SAMPLED else NUM_KEPT
     return Codec(name, rows["tokens"].shape[1] - 1, len(ranking.ids_V), num_ids, ranking)
 
 
@@ -177,10 +177,10 @@ def blocks_of(rows: dict[str, np.ndarray], kind: RecordingName) -> list[Block]:
     tokens_SL1 = rows["tokens"]
     shape = (len(tokens_SL1), tokens_SL1.shape[1] - 1)
     of = {
-        key: rows[key].reshape(*shape, *rows[key].shape[1:]) for key in ("ids", "logprobs", "tail", "labels", "draws")
+        key: rows[key].reshape(*shape, *rows[key].shape[1:]) for key in ("ids", "logprobs", "tail", "labels", "samples")
     }
     no_tails_SLT = np.zeros((*shape, 0), np.float32)
-    columns = [of["draws"], of["ids"], of["logprobs"], of["tail"], no_tails_SLT, of["labels"], of["labels"]]
+    columns = [of["samples"], of["ids"], of["logprobs"], of["tail"], no_tails_SLT, of["labels"], of["labels"]]
     scored = [Scored(*(column[s] for column in columns)) for s in range(len(tokens_SL1))]
     blocks, start = [], 0
     for part in split_blocks(Sequences(tokens_SL1, rows["starts"], np.ones(tokens_SL1.shape, np.bool_))):

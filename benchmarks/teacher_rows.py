@@ -3,9 +3,9 @@
     Lib/**/*.py --BPE--> tokens --+--> 4-gram model, Witten-Bell ----0.7--+
                                   +--> Llama of two layers, trained here --0.3--+--> p(next token), temperature
 
-One file in sixteen is held out of both models, and rows of sequences from anywhere in those are kept: the 64 likeliest
-ids with the rest's mass, systematic draws, and the Llama's own logprobs, which stand for a student that knows less than
-the teacher. Three temperatures: 1, the one that brings the entropy to 2.7 nats, and 0.6.
+One file in sixteen is held out of both models, and rows of sequences from anywhere in those are kept: the top 64
+tokens with the rest's mass, systematic samples, and the Llama's own logprobs, which stand for a student that knows
+less than the teacher. Three temperatures: 1, the one that brings the entropy to 2.7 nats, and 0.6.
 
 Legend: T tokens of a text, N rows, S sequences, L targets a sequence, K ids kept, V vocabulary.
 """
@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from capgap.kernels.sampling import offsets, sampled_rows, topk_rows
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 
-SEQ_LEN, NUM_SEQUENCES, NUM_KEPT, NUM_DRAWS = 512, 64, 64, 50
+SEQ_LEN, NUM_SEQUENCES, NUM_KEPT, NUM_SAMPLES = 512, 64, 64, 50
 REGIMES = ("natural", "medium", "sharp")
 _MEDIUM_NATS, _SHARP_TEMPERATURE = 2.7, 0.6
 _CALIBRATING_SEQUENCES, _CALIBRATING_STEP = 48, 12
@@ -218,13 +218,13 @@ def _record(
     kept = topk_rows(logprobs_NV, labels_N, NUM_KEPT, temperature)
     digest = hashlib.blake2b(tokens_L1.tobytes(), digest_size=16).digest()
     points_N = torch.from_numpy(offsets(0, digest, rows.start, len(labels_N)))
-    drawn = sampled_rows(logprobs_NV, labels_N, points_N, NUM_DRAWS, temperature)
+    drawn = sampled_rows(logprobs_NV, labels_N, points_N, NUM_SAMPLES, temperature)
     return {
         "ids": kept.ids_NK.numpy(),
         "logprobs": kept.logprobs_NK.numpy(),
         "tail": kept.tail_N.numpy(),
         "labels": kept.label_logprobs_N.numpy(),
-        "draws": drawn.samples_Nn.numpy(),
+        "samples": drawn.samples_Nn.numpy(),
         "student": (student_NV / temperature).log_softmax(-1).gather(1, kept.ids_NK.long()).numpy(),
         "entropy": _entropy(logprobs_NV, temperature).numpy(),
     }

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from machine import RESULTS, keep
 from memory import peak_mb
-from train_step_ways import CROSS_ENTROPY, NUM_DRAWS, NUM_KEPT, SIZES, THREADS, Size, Way, make_cache
+from train_step_ways import CROSS_ENTROPY, NUM_KEPT, NUM_SAMPLES, SIZES, THREADS, Size, Way, make_cache
 
 from capgap.pipeline.models.checks import fresh_model
 from capgap.pipeline.store import ShardReader, keep_freed_memory
@@ -66,7 +66,7 @@ def measure(size: Size, device: str, work: Path) -> dict[str, Any]:
     text = ShardReader(corpus.path, student.model_copy(update={"shards": student.shards[: len(sampled.shards)]}))
     readers = {
         CROSS_ENTROPY: text,
-        f"sampled, n = {NUM_DRAWS}": ShardReader(cache.path, sampled),
+        f"sampled, n = {NUM_SAMPLES}": ShardReader(cache.path, sampled),
         f"top-{NUM_KEPT}": ShardReader(cache.path, cache.manifest.shard_sets["topk"]),
     }
     model = fresh_model(shape, corpus, 0).train()

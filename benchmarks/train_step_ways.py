@@ -22,7 +22,7 @@ from capgap.schemas.run_optimization import OptimizationSettings
 
 ROOT = Path(__file__).parents[1]
 CROSS_ENTROPY = "cross-entropy alone"
-NUM_DRAWS, NUM_KEPT = 50, 64
+NUM_SAMPLES, NUM_KEPT = 50, 64
 THREADS = 2  # the loader's own default
 
 
@@ -82,7 +82,7 @@ def make_cache(size: Size, work: Path, device: str) -> tuple[RunFile, StageInput
     given = yaml.safe_load((ROOT / size.run_file).read_text())
     for name, changes in size.changes.items():
         given[name] = given[name] | changes
-    cache = {"engine": "transformers", "recording": "both", "num_samples": NUM_DRAWS, "top_k": NUM_KEPT}
+    cache = {"engine": "transformers", "recording": "both", "num_samples": NUM_SAMPLES, "top_k": NUM_KEPT}
     run = RunFile.model_validate(
         given | {"out": str(work), "device": device, "cache": cache | {"max_tokens": size.num_tokens}}
     )
@@ -100,8 +100,8 @@ class Way:
         name: of the way.
         model: is copied.
         reader: of its shards; without targets it learns by cross-entropy alone.
-        size: see there.
-        device: see there.
+        size: what is measured on that device.
+        device: where it trains.
     """
 
     name: str

@@ -26,7 +26,7 @@ EXTRAS = {
     "s3": ("s3fs", "read caches behind s3://"),
     "gs": ("gcsfs", "read caches behind gs://"),
 }
-"""Of the package's extras: the module that it brings, and what it is for."""
+"""For each of the package's extras the module that it brings, and what it is for."""
 
 _PACKAGES = ("torch", "transformers", "lightning", "triton", "pyarrow")
 _QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits")
@@ -49,7 +49,7 @@ class Ability:
 
 
 @dataclass(frozen=True)
-class Gpu:
+class VisibleGpu:
     """A GPU as the driver's tool shows it."""
 
     name: str
@@ -73,7 +73,7 @@ class Machine:
 
     versions: dict[str, str | None]
     vllm: str | None
-    gpus: tuple[Gpu, ...]
+    gpus: tuple[VisibleGpu, ...]
     torch_sees_gpu: bool
     num_cpus: int
     memory_bytes: int | None
@@ -185,7 +185,7 @@ def _vllm() -> str | None:
     return f"{version} for {'a CPU' if version.endswith('+cpu') else 'GPUs'}"
 
 
-def _gpus() -> tuple[Gpu, ...]:
+def _gpus() -> tuple[VisibleGpu, ...]:
     try:
         done = subprocess.run(_QUERY, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -193,12 +193,12 @@ def _gpus() -> tuple[Gpu, ...]:
     return tuple(parse_gpus(done.stdout))
 
 
-def parse_gpus(text: str) -> Iterator[Gpu]:
+def parse_gpus(text: str) -> Iterator[VisibleGpu]:
     """The GPUs in the driver's table: name, memory and free memory in MiB."""
     for line in text.splitlines():
         parts = [part.strip() for part in line.rsplit(",", 2)]
         if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit():
-            yield Gpu(parts[0], int(parts[1]) << 20, int(parts[2]) << 20)
+            yield VisibleGpu(parts[0], int(parts[1]) << 20, int(parts[2]) << 20)
 
 
 def _torch_sees_gpu() -> bool:

@@ -21,7 +21,7 @@ def fit_parser() -> Parser:
         help="Parameters that count as size: all, or without embedding and head.",
     )
     parser.add_argument(
-        "--delta", type=number, default=0.005, help="Nats per token below which two teachers count as equally good."
+        "--delta", type=number, default=0.005, help="Nats/token below which two teachers count as equally good."
     )
     return parser
 

@@ -109,7 +109,7 @@ def _state(look: Look) -> str:
 
 
 def _how_far(look: Look) -> str:
-    """Of a stage that somebody is or was at; empty for others."""
+    """How far a stage is that somebody is or was at; empty for others."""
     if look.at_work:
         several = f"{look.why}, by {len(look.at_work)} processes: " if len(look.at_work) > 1 else ""
         return several + _doing(look.at_work[0])

@@ -14,7 +14,7 @@ _MOST = 3
 
 
 def settings_like(record: type[Record], loc: Loc) -> list[str]:
-    """Full names of settings that may have been meant by one that does not exist, the likeliest first."""
+    """Full names of settings that may have been meant by one that does not exist, the most probable first."""
     *outer, last = (str(part).lower().replace("-", "_") for part in loc)
     # the innermost part of the name that is no setting, for example `trian` of `trian.alpha`
     number = next(n for n in range(1, len(loc) + 1) if find(record, loc[:n]) is None)

@@ -113,7 +113,7 @@ class Cache:
             samples = cache.webdataset(shuffle=True).shuffle(1000)
             loader = wds.WebLoader(samples.batched(8, collation_fn=capgap.collate_samples), batch_size=None)
 
-        A sample is a dictionary of numpy arrays, for L targets and K ids, the draws or the kept ids a token:
+        A sample is a dictionary of numpy arrays, for L targets and K ids, the samples or the kept ids a token:
 
         | key | shape and dtype | holds |
         |---|---|---|

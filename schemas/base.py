@@ -76,7 +76,7 @@ def below(error: ValidationError, *where: str | int) -> ValidationError:
 
 
 def _require_usable(name: object, value: object, is_setting: bool) -> None:
-    """Of a field's value; records within it look at their own. What a model wrote may hold any character."""
+    """Refuse a value that no field may have. Records within it check theirs; what a model wrote may hold anything."""
     if isinstance(value, int) and value.bit_length() > _MAX_INTEGER_BITS:
         # its digits would be thousands, which Python does not write
         raise ValueError(f"{name}: found an integer of {value.bit_length()} bits, expected one of at most 64")

@@ -51,7 +51,7 @@ class BenchmarkRow(Record):
     """Examples that the task has; more than were asked where there is a limit."""
 
     version: str
-    """Of the task, as its authors count."""
+    """The task's version, as its authors count."""
 
     main: bool
     """It stands for what was asked: in the report, and in a preset's mean."""
@@ -70,7 +70,7 @@ class BenchmarkMean(Record):
     """Mean of their values."""
 
     stderr: float | None
-    """Of that mean; None where a task has none."""
+    """The standard error of that mean; None where a task has none."""
 
 
 class BenchmarkResults(Record):
@@ -83,7 +83,7 @@ class BenchmarkResults(Record):
     """What ran it."""
 
     dtype: str
-    """Of the weights while it ran."""
+    """The weights' dtype while it ran."""
 
     context_tokens: int
     """Longest prompt with its answer."""
@@ -92,13 +92,13 @@ class BenchmarkResults(Record):
     """Examples of each task at most; None for all of them."""
 
     versions: dict[str, str]
-    """Of lm-eval, of what it reads data with, and of the backend."""
+    """Versions of lm-eval, of what it reads data with, and of the backend."""
 
     rows: tuple[BenchmarkRow, ...]
     """In the order of the run file, the main one of each task first."""
 
     means: tuple[BenchmarkMean, ...]
-    """Of every preset that has several tasks."""
+    """The mean of every preset that has several tasks."""
 
     @property
     def main(self) -> tuple[BenchmarkRow, ...]:

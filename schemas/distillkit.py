@@ -15,10 +15,10 @@ class ResidualBin(Record):
     """Some of a target's approximated values, quantised under one scale."""
 
     scale_dtype: FloatName
-    """Of the scale."""
+    """The dtype of the scale."""
 
     element_bits: int = Field(ge=1, le=32)
-    """Of each value."""
+    """Bits of each value."""
 
     num_elements: int = Field(ge=1)
     """Values."""
@@ -34,16 +34,16 @@ class DistillKitConfig(Record):
     """Ids kept of a target."""
 
     exact_k: int = Field(ge=0)
-    """Of these, how many logprobs are stored as they are."""
+    """How many of the logprobs are stored as they are."""
 
     exact_dtype: FloatName = "float32"
-    """Of those."""
+    """The dtype of those."""
 
     polynomial_terms: tuple[int | Literal["sqrt", "exp"], ...] | None = None
     """What the others are fitted with."""
 
     term_dtype: FloatName = "float32"
-    """Of the coefficients."""
+    """The dtype of the coefficients."""
 
     residual_bins: tuple[ResidualBin, ...]
     """What the fit leaves over."""

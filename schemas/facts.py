@@ -94,13 +94,13 @@ class RecordingFacts(Record):
     """One recording of a cache; its shard set has the recording's name."""
 
     num_ids: int
-    """Draws a token (`sampled`) or ids kept a token (`topk`)."""
+    """Samples a token (`sampled`) or ids kept a token (`topk`)."""
 
     profile: Profile | None = None
     """How exactly `topk` logprobs are stored; None for `sampled`, whose counts are exact."""
 
     temperatures: tuple[float, ...]
-    """At which a student can train, rising; for `sampled` the one at which was drawn."""
+    """Temperatures at which a student can train, rising; for `sampled` the one that was sampled at."""
 
 
 def heldout_set(recording: RecordingName) -> str:
@@ -118,7 +118,7 @@ class ShardFacts(Record):
     """Engine and its version."""
 
     dtype: str
-    """Of the teacher's weights and activations."""
+    """The dtype of the teacher's weights and activations."""
 
     num_targets: int
     """Targets in the shard."""
@@ -131,13 +131,13 @@ class CacheFacts(TextFacts):
     """What the cache stage hands on: all that a training, its evaluation and its report need of corpus and teacher."""
 
     temperature: float
-    """At which the teacher was recorded: of all logprobs that are stored."""
+    """The temperature of all logprobs that are stored: the one at which the teacher was recorded."""
 
     recordings: dict[RecordingName, RecordingFacts]
     """What was kept, by name."""
 
     padded_vocab_size: int
-    """Of the teacher."""
+    """The teacher's, padding included."""
 
     num_teacher_parameters: int | None
     """All of the teacher's, tied ones once; None for an imported cache whose teacher is not on this machine."""
@@ -146,14 +146,14 @@ class CacheFacts(TextFacts):
     """Every engine, with its version, that scored a shard, sorted."""
 
     dtypes: tuple[str, ...]
-    """Of the teacher's weights and activations, sorted; more than one only where shards were scored differently."""
+    """Dtypes of the teacher's weights and activations, sorted; several only where shards were scored differently."""
 
     mean_label_loss: float | None
     """Mean of minus the teacher's logprob of the real next token, nats. None where some are not known, which makes no
     difference to a training: an imported cache knows those of the ids that it keeps."""
 
     scored: tuple[ShardFacts, ...] = ()
-    """Of each shard, in order: a cache that loses shards makes those again and no others. Empty of an imported one."""
+    """Who scored each shard, in order: a cache that loses shards makes those again and no others. Empty if imported."""
 
 
 def text_facts(stage: str, facts: Mapping[str, Any]) -> TextFacts:

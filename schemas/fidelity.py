@@ -35,12 +35,12 @@ class KeptMass(Record):
     """So many of the top-k tokens, all that were kept where a row has fewer."""
 
     mass: float
-    """Their probability together, mean over rows. Of draws the share that fell on the ids drawn most often, which is
-    a little more than they hold."""
+    """Their probability together, mean over rows. For samples it is the share that fell on the ids sampled most often,
+    which is a little more than they hold."""
 
     truncation_kl: float | None
-    """Of these ids alone, made to sum to 1, from the teacher: KL = -log of their mass; nats, mean over rows. What a
-    student would learn without a tail. None for draws, which are unbiased as they are."""
+    """KL of these ids alone, made to sum to 1, from the teacher: -log of their mass; nats, mean over rows. It is what a
+    student would learn wrong without a tail. None for samples, which are unbiased as they are."""
 
 
 class AtTemperature(Record):
@@ -53,30 +53,30 @@ class AtTemperature(Record):
     """By rising number of ids."""
 
     tail: Spread | None
-    """Probability of all ids that were not kept; None for draws."""
+    """Probability of all ids that were not kept; None for samples."""
 
     least_entropy: float
-    """Nats, mean over rows: of `topk` with all ids that were not kept as one; of samples that of their frequencies.
+    """Nats, mean over rows: for `topk` with all ids that were not kept as one; for samples that of their frequencies.
     Both are at most the teacher's."""
 
     most_entropy: float | None
-    """Of `topk` with the tail spread evenly over all other ids: at least the teacher's. None for draws."""
+    """For `topk`, with the tail spread evenly over all other ids: at least the teacher's. None for samples."""
 
 
 class SamplingError(Record):
-    """Squared distance of drawn frequencies from the teacher's probabilities, sum over ids, mean over rows."""
+    """Squared distance of sampled frequencies from the teacher's probabilities, sum over ids, mean over rows."""
 
     num_samples: int
     """n."""
 
     independent: float
-    """(1 - sum p^2) / n: of independent draws. From the cache alone with frequencies in the place of p: too low, by at
-    most the systematic error over n."""
+    """(1 - sum p^2) / n: the error of independent samples. From the cache alone it has frequencies in the
+    place of p, and is too low by at most the systematic error over n."""
 
     systematic: float | None
-    """Of n equally spaced points on the cumulative distribution, with one uniform offset: sum f (1 - f) / n^2, f being
-    the fraction of n p above a whole number. From the cache alone a bound, at its own n only: each id that is expected
-    at least once adds at most 1/4, and all others together as many as are drawn of them."""
+    """The error of n equally spaced points on the cumulative distribution, with one uniform offset:
+    sum f (1 - f) / n^2, f being the fraction of n p above a whole number. From the cache alone it is a bound, at its
+    own n only: each id that is expected at least once adds at most 1/4, all others together as many as were sampled."""
 
 
 class Bytes(Record):
@@ -93,7 +93,7 @@ class Support(Record):
     """Whether a training can have these settings with this recording, by the trainer's own checks."""
 
     settings: dict[str, str | float]
-    """Of `train`."""
+    """Settings of `train`."""
 
     supported: bool
     """Whether it can."""
@@ -109,10 +109,10 @@ class RecordingFidelity(Record):
     """Which."""
 
     num_ids: int
-    """Ids kept a token, or draws."""
+    """Ids kept a token, or samples."""
 
     profile: Profile | None
-    """Of `topk`."""
+    """The profile of `topk`."""
 
     num_rows: int
     """Labelled positions behind the figures."""
@@ -131,24 +131,24 @@ class RecordingFidelity(Record):
 
     ece: float
     """Expected calibration error of the target's top-1 token against the real next token, 15 bins of equal width
-    (Guo et al., 2017, arXiv 1706.04599), at the temperature of the recording. For draws the confidence is the
+    (Guo et al., 2017, arXiv 1706.04599), at the temperature of the recording. For samples the confidence is the
     largest frequency, which is a little too high."""
 
     sampling_errors: tuple[SamplingError, ...]
-    """Of a `sampled` recording, by rising n."""
+    """The errors of a `sampled` recording, by rising n."""
 
     num_bytes: Bytes
     """A token."""
 
     supports: tuple[Support, ...]
-    """Of every divergence with every tail, every temperature, every way of weighing tokens."""
+    """What holds for every divergence with every tail, every temperature, every way of weighing tokens."""
 
 
 class LiveFigures(Record):
     """The teacher itself on some of the rows: exact where the cache alone gives bounds."""
 
     temperature: float
-    """Of these figures: the cache's."""
+    """The temperature of these figures: the cache's."""
 
     num_rows: int
     """Rows that it was asked about."""
@@ -163,10 +163,10 @@ class LiveFigures(Record):
     """As above."""
 
     kept: tuple[KeptMass, ...]
-    """Of the full distributions, also for numbers of ids that were not kept."""
+    """What the full distributions hold, also for numbers of ids that were not kept."""
 
     sampling_errors: tuple[SamplingError, ...]
-    """Exact for both ways of drawing."""
+    """Exact for both ways of sampling."""
 
 
 class Fidelity(Record):
@@ -176,19 +176,19 @@ class Fidelity(Record):
     """Folder or URL."""
 
     tokenizer: TokenizerFacts
-    """Of corpus and teacher."""
+    """The tokenizer of corpus and teacher."""
 
     context: ContextRule
     """What the teacher saw before a token."""
 
     temperature: float
-    """Of the recordings."""
+    """The temperature of the recordings."""
 
     num_sequences: int
     """In the cache, without held-out ones."""
 
     num_sampled: int
-    """Of these, read for the figures."""
+    """How many of these were read for the figures."""
 
     recordings: tuple[RecordingFidelity, ...]
     """By name."""

@@ -21,7 +21,7 @@ class Count(Record):
     """What is counted, in the plural."""
 
     tokens_per_s: float | None = None
-    """Of this process, since it began to count; None where no tokens are counted."""
+    """The rate of this process, since it began to count; None where no tokens are counted."""
 
     eta_s: float | None = None
     """Seconds to the last unit, at the pace of this process; None before the first one."""
@@ -47,7 +47,7 @@ class Heartbeat(Record):
     """Host name."""
 
     namespace: str
-    """Of process ids; a process id means something to those of the same machine and namespace alone."""
+    """The namespace of process ids; a process id means something only within one machine and namespace."""
 
     pid: int
     """Process id."""

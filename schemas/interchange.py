@@ -18,10 +18,10 @@ class ColumnNames(Record):
     """The columns of a Parquet file, by what they hold; those that are absent by default may be absent."""
 
     input_ids: str = "input_ids"
-    """Of a row, its tokens: list<int>."""
+    """The tokens of a row: list<int>."""
 
     ids: str = "ids"
-    """Of a row, for each target the ids that were kept: list<list<int>>."""
+    """The ids that were kept for each target of a row: list<list<int>>."""
 
     logprobs: str = "logprobs"
     """Their logprobs, nats: list<list<float>>."""
@@ -93,11 +93,11 @@ class ImportSettings(Record):
     """Share of the rows that nobody trains on, where `heldout` names none."""
 
     temperature: float = Field(1.0, gt=0)
-    """At which the teacher's logprobs were taken."""
+    """The temperature at which the teacher's logprobs were taken."""
 
     top_k: int | None = Field(None, ge=1, le=65535)
-    """Ids kept of each target, the likeliest; what is cut joins the tail. As many as the narrowest target of the first
-    rows has where it is left out."""
+    """Top-k tokens kept of each target; what is cut joins the tail. Where it is left out, as many as the narrowest
+    target of the first rows has."""
 
     profile: Profile = "near-lossless"
     """How exactly logprobs are stored, as `cache.profile`."""

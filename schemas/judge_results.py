@@ -70,7 +70,7 @@ class Answered(Record):
     """As it was asked."""
 
     temperature: float
-    """At which it was answered."""
+    """The temperature at which it was answered."""
 
     replies: tuple[Reply, Reply]
     """To both turns."""
@@ -102,7 +102,7 @@ class Item(Record):
     """Which question."""
 
     category: str
-    """Of the question."""
+    """The question's category."""
 
     turn: Literal[1, 2]
     """Which answer of the conversation."""
@@ -225,7 +225,7 @@ class JudgeResults(Record):
     """Replies by the name that the endpoint gave to the model behind them."""
 
     num_questions: int
-    """Of two turns each."""
+    """Questions, of two turns each."""
 
     num_bootstrap: int
     """Resamples behind each interval."""
@@ -240,4 +240,4 @@ class JudgeResults(Record):
     """All of them."""
 
     num_invalid: int
-    """Of these, those that could not be read."""
+    """How many of these could not be read."""

@@ -67,7 +67,7 @@ class LawCache(Record):
     """How exactly `topk` logprobs are stored; None for `sampled`."""
 
     temperature: float = Field(gt=0)
-    """At which teacher and student were compared."""
+    """The temperature at which teacher and student were compared."""
 
     num_tokens: int = Field(gt=0)
     """Tokens that the teacher scored."""

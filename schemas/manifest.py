@@ -93,7 +93,7 @@ class Members(Record):
     """Sequences in the block."""
 
     crc32: tuple[Count, ...] = ()
-    """Of the data as stored."""
+    """The crc32 of the data as stored."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -177,10 +177,10 @@ class InputEntry(Record):
     """Where it was."""
 
     identity: str
-    """Of its manifest."""
+    """Its manifest's identity."""
 
     content: str
-    """Of its manifest."""
+    """Its manifest's content."""
 
 
 class WorkOrder(Record):
@@ -230,7 +230,7 @@ class Manifest(WorkOrder):
     """Counts for people: tokens, documents, bytes, steps."""
 
     versions: dict[str, str]
-    """Of Python, capgap and the packages that matter."""
+    """Versions of Python, capgap and the packages that matter."""
 
     started: str
     """UTC, ISO 8601."""

@@ -45,12 +45,12 @@ class Sequences:
 
 @dataclass(frozen=True)
 class SampledTargets:
-    """Counts of n draws from the teacher after each of B x L tokens, all distinct ids, row after row.
+    """Counts of n samples from the teacher after each of B x L tokens, all distinct ids, row after row.
 
     Attributes:
         num_ids_BL: distinct ids of each row [B, L], int32; the rows' ids follow one another in `ids_D`.
         ids_D: ids [D], int32; the order within a row is open.
-        counts_D: draws of each id [D], int32; a row's counts sum to n.
+        counts_D: how often each id was sampled [D], int32; a row's counts sum to n.
         label_logprobs_BL: the teacher's logprob of the real next token [B, L], float32, nats.
     """
 
@@ -62,7 +62,7 @@ class SampledTargets:
 
 @dataclass(frozen=True)
 class TopkTargets:
-    """The K likeliest ids after each of B x L tokens, and the mass of all others.
+    """The top-k tokens after each of B x L tokens, and the mass of all others.
 
     A row may hold fewer than K ids: what is left is padding, with id 0 and logprob -inf.
 

@@ -1,11 +1,11 @@
 """`results.json`: what the eval stage measured, model by model and arm against arm.
 
-loss        mean of minus the logprob of the real next token, nats per token, over all labels of the held-out text
+loss        mean of minus the logprob of the real next token, nats/token, over all labels of the held-out text
 interval    95 %, from resampling held-out sequences; over several seeds, Student's t of the seeds' differences
 difference  loss of `first` minus loss of `second`, on the same text: positive means that `second` is better
 ece         expected calibration error (Guo et al., 2017, arXiv 1706.04599): tokens are put into 15 bins of equal width
-            by the probability of the model's likeliest id; the mean over tokens of how far, in a bin, that probability
-            is on average from the share of tokens at which that id is the real next token. Few tokens raise it
+            by the probability of the model's top-1 token; the mean over tokens of how far, in a bin, that probability
+            is on average from the share of tokens at which that token is the real next one. Few tokens raise it
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class AgainstTeacher(Record):
     """How near a student's distributions come to the teacher's full ones, as means over labelled positions."""
 
     kl: float
-    """KL(teacher || student) over the whole real vocabulary at temperature 1, nats per token."""
+    """KL(teacher || student) over the whole real vocabulary at temperature 1, nats/token."""
 
     top1: float
-    """Share of positions at which both hold the same id for the likeliest."""
+    """Top-1 agreement: share of positions at which the top-1 token of both is the same."""
 
     top5: float
-    """Share of the teacher's five likeliest ids that are among the student's five likeliest."""
+    """Top-5 agreement: share of the teacher's top-5 tokens that are among the student's top-5 tokens."""
 
     acceptance: float
     """Sum over ids of the smaller probability: how often speculative decoding accepts the student's draft."""
@@ -51,13 +51,13 @@ class AgainstTeacher(Record):
     """Over the choice of held-out sequences, like the next three."""
 
     top1_interval: Interval | None = None
-    """Of `top1`."""
+    """The interval of `top1`."""
 
     top5_interval: Interval | None = None
-    """Of `top5`."""
+    """The interval of `top5`."""
 
     acceptance_interval: Interval | None = None
-    """Of `acceptance`."""
+    """The interval of `acceptance`."""
 
 
 class AgainstCache(Record):
@@ -67,21 +67,22 @@ class AgainstCache(Record):
     """
 
     loss: float
-    """The student's, on these sequences, at temperature 1; nats per token."""
+    """The student's, on these sequences, at temperature 1; nats/token."""
 
     kl: float | None
-    """Of a `topk` recording, KL(teacher || student) with all ids that were not kept as one: a lower bound of the whole,
-    nats per token. None for `sampled`: draws give the teacher's entropy with a bias."""
+    """For `topk`, KL(teacher || student) with all ids that were not kept as one: a lower bound of the whole,
+    nats/token. None for `sampled`, because samples give the teacher's entropy with a bias."""
 
     teacher_ce: float | None
-    """Of a `sampled` recording, the student's cross-entropy with the teacher's draws, nats per token: on average over
-    draws KL(teacher || student) and the teacher's entropy, so that two students differ in it as in their KL."""
+    """For `sampled`, the student's cross-entropy with the teacher's samples, nats/token: on average over samples it is
+    KL(teacher || student) plus the teacher's entropy, so that two students differ in it as in their KL."""
 
     top1: float
-    """Share of positions at which the student's likeliest id is the teacher's, or the one drawn most often."""
+    """Top-1 agreement: share of positions at which the student's top-1 token is the teacher's, or the one sampled most
+    often."""
 
     interval: Interval
-    """Of `kl` or `teacher_ce`, over the choice of sequences."""
+    """The interval of `kl` or `teacher_ce`, over the choice of sequences."""
 
     top1_interval: Interval
     """Likewise."""
@@ -136,7 +137,7 @@ class ModelResult(Record):
     """Without embedding and head."""
 
     loss: float
-    """Nats per token."""
+    """Nats/token."""
 
     loss_interval: Interval
     """Over the choice of held-out sequences."""
@@ -164,7 +165,7 @@ class ModelResult(Record):
 
 
 class Sample(Record):
-    """What every model makes of one beginning of held-out text, always with its likeliest token; one text a model."""
+    """What every model makes of one beginning of held-out text, always with its top-1 token; one text a model."""
 
     prompt: str
     """The beginning, as text."""
@@ -186,7 +187,7 @@ class PairedDifference(Record):
     """Another arm."""
 
     seed: int
-    """Of both: the same initial weights and data order."""
+    """The seed of both: the same initial weights and data order."""
 
     difference: float
     """Loss, or other quantity, of `first` minus that of `second`."""
@@ -227,7 +228,7 @@ class HeldoutCache(Record):
     """Which of its recordings was read: `topk` where it has that."""
 
     temperature: float
-    """At which the teacher was recorded."""
+    """The temperature at which the teacher was recorded."""
 
     num_sequences: int
     """Those that hold a label, at most `eval.num_sequences`."""
@@ -236,7 +237,7 @@ class HeldoutCache(Record):
     """In them."""
 
     teacher_loss: float | None
-    """The teacher's, on these sequences, as recorded; None at another temperature than 1. Nats per token."""
+    """The teacher's, on these sequences, as recorded; None at another temperature than 1. Nats/token."""
 
 
 class EvalResults(Record):
@@ -249,7 +250,7 @@ class EvalResults(Record):
     """Labels in them."""
 
     num_full_sequences: int
-    """Of these, sequences compared with the teacher's full distribution; 0 where it was not at hand."""
+    """How many of these were compared with the teacher's full distribution; 0 where it was not at hand."""
 
     num_full_labels: int
     """Labels in those."""

@@ -23,14 +23,14 @@ class CacheSettings(Record):
     """What runs the teacher. `transformers` is the slow reference."""
 
     recording: Literal["sampled", "topk", "both"] = "sampled"
-    """`sampled`: ids and counts of systematic draws, an unbiased target. `topk`: the likeliest ids, and the tail.
-    `both`: side by side from one pass of the teacher; a training takes one, `train.recording`."""
+    """`sampled` keeps ids and counts of systematic samples, an unbiased target. `topk` keeps the top-k tokens and the
+    tail. `both` keeps them side by side from one pass of the teacher; a training takes one, `train.recording`."""
 
     num_samples: int | None = Field(None, ge=1, le=65535)
-    """Draws a token, for `sampled`; 50 where it is left out."""
+    """Samples a token, for `sampled`; 50 where it is left out."""
 
     top_k: int | None = Field(None, ge=1, le=65535)
-    """Ids kept a token, for `topk`; 64 where it is left out."""
+    """Tokens kept after each token, for `topk`; 64 where it is left out."""
 
     profile: Profile | None = None
     """How exactly logprobs are stored, for `topk`; `near-lossless` where it is left out. `lossless`: 32 bits.
@@ -44,7 +44,7 @@ class CacheSettings(Record):
     """Further temperatures at which students can train, for `topk`: the tail is kept at each of them too."""
 
     seed: int = Field(0, ge=0)
-    """Seed of the draws. Each offset is a pure function of seed, sequence and position."""
+    """Seed of the samples. Each offset is a pure function of seed, sequence and position."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The teacher's weights and activations, `auto` as they were saved; the head is computed in float32 in any case."""
@@ -93,7 +93,7 @@ class CacheSettings(Record):
             raise ValueError("cache.profile: found with recording sampled, expected topk; counts are always exact")
         if self.recording == "sampled" and self.extra_temperatures:
             raise ValueError(
-                "cache.extra_temperatures: found with recording sampled, expected topk; draws are of one temperature"
+                "cache.extra_temperatures: found with recording sampled, expected topk; samples have one temperature"
             )
         every = (self.temperature, *self.extra_temperatures)
         if len(set(every)) < len(every) or not all(0 < temperature < float("inf") for temperature in every):
@@ -109,7 +109,7 @@ class CacheSettings(Record):
         return ("sampled", "topk") if self.recording == "both" else (self.recording,)
 
     def num_ids(self, recording: RecordingName) -> int:
-        """Draws a token (`sampled`) or ids kept a token (`topk`); 0 for a recording that is not made."""
+        """Samples a token (`sampled`) or ids kept a token (`topk`); 0 for a recording that is not made."""
         if recording not in self.recordings:
             return 0
         if recording == "sampled":

@@ -35,7 +35,7 @@ class EvalSettings(Record):
     """Held-out sequences that every model is scored on (all of them, if there are fewer)."""
 
     num_full_sequences: int = Field(64, ge=2)
-    """Of these, how many are compared with the teacher's full distribution (KL, agreement, acceptance)."""
+    """How many of these are compared with the teacher's full distribution (KL, agreement, acceptance)."""
 
     num_bootstrap: int = Field(1000, ge=100)
     """Resamples of the held-out sequences behind each interval."""
@@ -50,7 +50,7 @@ class EvalSettings(Record):
     teacher, and with a warning where the model is not to be found or its weights exceed the device's free memory."""
 
     num_text_samples: int = Field(3, ge=0, le=64)
-    """Beginnings of held-out text that every model continues, always with its likeliest token, for the report to show
+    """Beginnings of held-out text that every model continues, always with its top-1 token, for the report to show
     side by side; 0 for none."""
 
     text_sample_tokens: int = Field(48, ge=1, le=1024)

@@ -23,7 +23,7 @@ MT_BENCH_TEMPERATURES = {
     "stem": 0.1,
     "humanities": 0.1,
 }
-"""At which MT-Bench has its eight categories answered (Zheng et al., 2023, arXiv:2306.05685)."""
+"""The temperatures at which MT-Bench has its eight categories answered (Zheng et al., 2023, arXiv:2306.05685)."""
 
 
 Probability = Annotated[float, Field(gt=0, le=1)]
@@ -37,28 +37,28 @@ class AnswerSettings(Record):
     """What runs the models. `transformers` is slow: one question at a time."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and activations; `auto` as they were saved."""
+    """The dtype of weights and activations; `auto` takes them as they were saved."""
 
     max_tokens: int = Field(1024, ge=1)
     """Longest answer to one turn."""
 
     temperatures: dict[str, Temperature] = Field(default_factory=lambda: dict(MT_BENCH_TEMPERATURES))
-    """By category; 0 takes the likeliest token each time."""
+    """Sampling temperatures by category; 0 takes the top-1 token each time."""
 
     temperature: Temperature = 0.7
-    """Of categories that `temperatures` does not name."""
+    """Sampling temperature of categories that `temperatures` does not name."""
 
     top_p: Probability = 1.0
-    """Of what is drawn, the likeliest tokens that hold this probability."""
+    """Answers are sampled from the most probable tokens that together hold this probability."""
 
     seed: int = Field(0, ge=0)
-    """Each answer draws with a seed of its own, made of this, the question and the turn."""
+    """Seed of the answers. Each is sampled with a seed of its own, made of this one, the question and the turn."""
 
     gpu_memory_fraction: float = Field(0.8, gt=0, le=0.95, json_schema_extra=OPERATIONAL)
     """Share of a GPU's memory that vLLM may claim."""
 
     def temperature_of(self, category: str) -> float:
-        """At which a question of this category is answered."""
+        """The temperature at which a question of this category is answered."""
         return self.temperatures.get(category, self.temperature)
 
 
@@ -89,7 +89,7 @@ class JudgeSettings(Record):
     """How the models answer."""
 
     temperature: Temperature | None = 0.0
-    """Of the judge; null sends none, for endpoints that take none."""
+    """Temperature of the judge; null sends none, for endpoints that take none."""
 
     max_tokens: int = Field(2048, ge=1)
     """Longest reply of the judge."""

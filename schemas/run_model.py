@@ -74,7 +74,7 @@ class TeacherSettings(Record):
     arXiv 2408.11796). The result is a folder of this run; the model at `path` stays as it is."""
 
     home_loss: float | None = Field(None, gt=0, json_schema_extra=OPERATIONAL)
-    """Mean loss of the teacher at `path` on text like that it was trained on, nats a token, where you know it: `capgap
+    """Mean loss of the teacher at `path` on text like that it was trained on, nats/token, where you know it: `capgap
     plan` then says whether its loss on this corpus lies far above."""
 
     seed: int = Field(0, ge=0)
@@ -101,7 +101,7 @@ class TeacherSettings(Record):
 
     @property
     def optimization(self) -> OptimizationSettings | None:
-        """Of the training that the stage is; None where a given teacher is taken as it is."""
+        """Settings of the training that the stage is; None where a given teacher is taken as it is."""
         return self.adapt if self.path is not None else self.recipe
 
     def meant(self) -> dict[str, Any]:

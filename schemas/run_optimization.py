@@ -41,7 +41,7 @@ class OptimizationSettings(Record):
     """Share of the steps over which the learning rate rises."""
 
     weight_decay: float = Field(0.1, ge=0)
-    """Of matrices; vectors are not decayed."""
+    """Weight decay of matrices; vectors are not decayed."""
 
     clip_norm: float = Field(1.0, gt=0)
     """Largest norm of a step's gradient."""
@@ -71,7 +71,7 @@ class OptimizationSettings(Record):
     """A killed training resumes from the last checkpoint, exactly."""
 
     on_corrupt: Literal["stop", "skip"] = Field("stop", json_schema_extra=OPERATIONAL)
-    """At a damaged block of sequences: `stop`, or `skip` it, say so, and take others in their place. It decides nothing
+    """At a damaged block of sequences: `stop`, or `skip` it, log it, and take others in their place. It decides nothing
     where the shards are sound, and a training that met damage can go on; more than 0.1 % damaged stops in any case."""
 
     decode: Literal["host", "device"] = Field("host", json_schema_extra=OPERATIONAL)
@@ -82,8 +82,8 @@ class OptimizationSettings(Record):
     """Interval of the rows in metrics.csv."""
 
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """Of the learning rate after the warm-up: `cosine` falls to the end; `wsd` (arXiv 2404.06395) stays at the peak and
-    falls over the last steps."""
+    """How the learning rate moves after the warm-up: `cosine` falls to the end; `wsd` (arXiv 2404.06395) stays at the
+    peak and falls over the last steps."""
 
     decay_fraction: float | None = Field(None, gt=0, le=1)
     """With `wsd` only: share of the steps over which the learning rate falls. 0.1 where left out."""
@@ -121,7 +121,7 @@ class OptimizationSettings(Record):
 
     @property
     def decay_share(self) -> float:
-        """Of the steps, with `wsd`."""
+        """The share of the steps in which it falls, with `wsd`."""
         return 0.1 if self.decay_fraction is None else self.decay_fraction
 
     @property

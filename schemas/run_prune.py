@@ -37,13 +37,13 @@ class PruneSettings(Record):
     importance: Importance = "activation"
     """Score of channels, heads and neurons. `activation`: their size in forward passes over text (Minitron, arXiv
     2407.14679). `taylor`: what the loss of a sequence would change without them, to first order, as a mean of absolute
-    values over sequences (Molchanov et al., arXiv 1611.06440). `random`: none, the baseline; drawn from the student's
-    seed."""
+    values over sequences (Molchanov et al., arXiv 1611.06440). `random`: random scores from the
+    student's seed, the baseline."""
 
     layers: LayerImportance | None = None
     """Score of layers. `block_influence`: how far a layer turns its input, one minus the cosine (ShortGPT, arXiv
     2403.03853). `loss`: how much the loss rises without it. `first_and_last`: as many at the beginning as at the end go
-    (MiniMA, arXiv 2311.07052). `random`: drawn from the student's seed. Where it is left out, `random` with
+    (MiniMA, arXiv 2311.07052). `random`: at random, from the student's seed. Where it is left out, `random` with
     `importance: random`, else `block_influence`."""
 
     num_sequences: int = Field(256, ge=1)

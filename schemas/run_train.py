@@ -44,8 +44,8 @@ class TrainSettings(OptimizationSettings):
     """Which recording of the cache to learn from; needed where it has both."""
 
     temperature: float | None = Field(None, gt=0)
-    """At which teacher and student are compared, the cache's where it is left out: `cache.temperature`, or for `topk`
-    also one of `cache.extra_temperatures`."""
+    """The temperature at which teacher and student are compared: `cache.temperature`, which is also the default, or for
+    `topk` one of `cache.extra_temperatures`."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """What is called KL here: `forward_kl`, KL(teacher || student); `reverse_kl`; or `jsd`, the generalised
@@ -56,8 +56,8 @@ class TrainSettings(OptimizationSettings):
 
     tail: Literal["drop", "renorm", "ghost", "label"] | None = None
     """What becomes of the teacher's probability outside the kept ids: `drop` leaves it out, `renorm` scales the kept
-    ids up to 1, `ghost` compares it with the student's as one, `label` adds it to the real next token. Left out, it is
-    `ghost` for a `topk` cache and `drop` for a `sampled` one, which has no tail."""
+    ids up to 1, `ghost` compares it with the student's as one more token, `label` adds it to the real next token. The
+    default is `ghost` for a `topk` cache and `drop` for a `sampled` one, which has no tail."""
 
     final_alpha: float | None = Field(None, ge=0, le=1)
     """`alpha` of the last step; the first has `alpha`. Constant where left out."""
@@ -72,7 +72,7 @@ class TrainSettings(OptimizationSettings):
     cache. Tokens that the loss mask leaves out never count."""
 
     router_loss_weight: float = Field(0.0, ge=0)
-    """Of a mixture of experts' load-balancing loss (arXiv 2101.03961), added to the loss; the student's own
+    """Weight of a mixture of experts' load-balancing loss (arXiv 2101.03961), added to the loss; the student's own
     `router_aux_loss_coef` is not read."""
 
     @model_validator(mode="after")
@@ -93,7 +93,7 @@ class TrainSettings(OptimizationSettings):
 
     @property
     def largest_alpha(self) -> float:
-        """Of all steps."""
+        """The largest alpha of all steps."""
         return max(self.alpha, self.final_alpha or 0.0)
 
     caches: dict[str, FurtherCache] = Field(default_factory=dict)
@@ -142,7 +142,7 @@ class TrainSettings(OptimizationSettings):
 
     @property
     def beta(self) -> float:
-        """Of `jsd`."""
+        """The beta of `jsd`."""
         return 0.5 if self.jsd_beta is None else self.jsd_beta
 
     def meant(self) -> dict[str, Any]:

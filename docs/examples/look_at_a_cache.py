@@ -1,4 +1,4 @@
-"""What a teacher said, read from its cache: the text, the likeliest next tokens, and what is left to all others.
+"""What a teacher said, read from its cache: the text, the most probable next tokens, and what is left to all others.
 
 python look_at_a_cache.py CACHE TOKENIZER
 """

@@ -42,6 +42,6 @@ for shard in shard_set["shards"]:
                     target = dict(zip(id_of_rank[ranks].tolist(), counts_of, strict=True))
                     assert sum(target.values()) == settings["num_ids"]
                     if num_targets < 3:
-                        print(f"after {tokens[i]} comes {tokens[i + 1]}; drawn: {target}")
+                        print(f"after {tokens[i]} comes {tokens[i + 1]}; sampled: {target}")
                     num_targets += 1
 print(f"{num_targets} targets")

@@ -28,9 +28,9 @@ class Prompt:
     Attributes:
         ids: of the conversation, up to where the model speaks.
         max_tokens: longest answer.
-        temperature: 0 takes the likeliest token.
-        top_p: of what is drawn.
-        seed: of what is drawn.
+        temperature: 0 takes the top-1 token.
+        top_p: answers are sampled from the most probable tokens that together hold it.
+        seed: of the samples.
     """
 
     ids: tuple[int, ...]
@@ -109,7 +109,7 @@ class Chat:
         return Reply(text=text, num_tokens=len(made.ids), finish=made.finish)
 
     def temperature_of(self, question: Question) -> float:
-        """At which a question is answered."""
+        """The temperature at which a question is answered."""
         return self._settings.temperature_of(question.category)
 
     def _ids(self, question: Question, answers: Sequence[str]) -> list[int]:
@@ -152,5 +152,5 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[int, ...]
 
 
 def _seed(seed: int, question_id: int | str, turn: int) -> int:
-    """Of 32 bits; independent of which other questions are asked."""
+    """A seed of 32 bits, independent of which other questions are asked."""
     return int.from_bytes(hashlib.sha256(f"{seed} {question_id} {turn}".encode()).digest()[:4], "big")

@@ -86,7 +86,7 @@ class TransformersGenerator:
                 if "probability tensor" not in str(error):
                     raise
                 raise InputError(
-                    "what it says cannot be drawn", where=self._path, found="logits that are not finite"
+                    "what it answers cannot be sampled", where=self._path, found="logits that are not finite"
                 ) from None
         ids = made_1M[0, ids_1L.shape[1] :].tolist()
         ended = bool(ids) and ids[-1] in self._stop_ids

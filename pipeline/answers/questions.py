@@ -18,7 +18,7 @@ OWN_QUESTIONS = Path(__file__).with_name("questions.jsonl")
 
 @lru_cache(maxsize=1)
 def own_questions_digest() -> str:
-    """Of the questions that are asked where a run file names none."""
+    """Digest of the questions that are asked where a run file names none."""
     return hashlib.sha256(OWN_QUESTIONS.read_bytes()).hexdigest()[:16]
 
 

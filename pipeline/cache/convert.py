@@ -1,6 +1,6 @@
 """Scored sequences into the records of a shard, and documents of a sequence into requests of their own and back.
 
-Legend: B sequences, L targets, K ids kept, n draws, D distinct ids of the block.
+Legend: B sequences, L targets, K ids kept, n samples, D distinct ids of the block.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def to_requests(tokens_L1: IntArray, starts_L1: BoolArray, context: ContextRule)
 
     A document's request ends with the token after it, which is the label of its last target: that target is what the
     teacher expects after the document, whatever follows. A document that began in an earlier sequence begins anew.
-    Its draws depend on sequence and place, so that a document that comes twice is drawn from twice.
+    Its samples depend on sequence and place, so that a document that comes twice is sampled twice.
     """
     if context == "packed":
         return [Request(tokens_L1)]
@@ -45,7 +45,7 @@ def to_targets(scored: Sequence[Scored], recording: RecordingName) -> Targets:
     """The targets of one block in one of the recordings."""
     label_logprobs_BL = np.stack([s.label_logprobs_L for s in scored])
     if recording == "sampled":
-        return _count(np.stack([s.draws_Ln for s in scored]), label_logprobs_BL)
+        return _count(np.stack([s.samples_Ln for s in scored]), label_logprobs_BL)
     return TopkTargets(
         np.stack([s.ids_LK for s in scored]),
         np.stack([s.logprobs_LK for s in scored]),
@@ -59,10 +59,10 @@ def _place_digest(sequence: bytes, first: int) -> bytes:
     return hashlib.blake2b(sequence + first.to_bytes(4, "little"), digest_size=16).digest()
 
 
-def _count(draws_BLn: IntArray, label_logprobs_BL: FloatArray) -> SampledTargets:
-    """Run lengths of each row's ascending draws."""
-    num_samples = draws_BLn.shape[2]
-    samples_Nn = draws_BLn.reshape(-1, num_samples)
+def _count(samples_BLn: IntArray, label_logprobs_BL: FloatArray) -> SampledTargets:
+    """Run lengths of each row's ascending samples."""
+    num_samples = samples_BLn.shape[2]
+    samples_Nn = samples_BLn.reshape(-1, num_samples)
     first_Nn = np.ones(samples_Nn.shape, dtype=np.bool_)
     first_Nn[:, 1:] = samples_Nn[:, 1:] != samples_Nn[:, :-1]
     starts_D = np.flatnonzero(first_Nn)

@@ -1,6 +1,6 @@
 """What an engine is asked for and what it answers; the part of the work that is the same in every engine.
 
-Legend: L targets of a request, K ids kept, n draws, T further temperatures, N rows, V vocabulary, C = n + K,
+Legend: L targets of a request, K ids kept, n samples, T further temperatures, N rows, V vocabulary, C = n + K,
 W = 3 + T + K with `topk`, else 2.
 """
 
@@ -24,10 +24,10 @@ class Recording:
     """How rows of logits are turned into what is kept.
 
     Attributes:
-        num_samples: n of `sampled`; 0 where nothing is drawn.
-        top_k: K of `topk`; 0 where the likeliest ids are not kept.
+        num_samples: n of `sampled`; 0 where nothing is sampled.
+        top_k: K of `topk`; 0 where the top-k tokens are not kept.
         temperature: logits are divided by it.
-        seed: of the draws.
+        seed: of the samples.
         vocab_size: real vocabulary; columns past it are dropped.
         chunk_rows: rows of logits held at once.
         extra_temperatures: at which the tail of `topk` is kept too.
@@ -53,7 +53,7 @@ class Request:
 
     Attributes:
         tokens_L1: the last one is a label alone.
-        key: what the draws depend on beside seed and position; the tokens' digest where it is left out.
+        key: what the samples depend on beside seed and position; the tokens' digest where it is left out.
     """
 
     tokens_L1: npt.NDArray[np.int32]
@@ -61,7 +61,7 @@ class Request:
 
     @property
     def digest(self) -> bytes:
-        """The key of the request's draws, wherever and whenever it is scored."""
+        """The key of the request's samples, wherever and whenever it is scored."""
         return sequence_digest(self.tokens_L1) if self.key is None else self.key
 
     @property
@@ -75,7 +75,7 @@ class Scored:
     """What is kept of one request.
 
     Attributes:
-        draws_Ln: ascending draws, int32; of no column without `sampled`.
+        samples_Ln: ascending samples, int32; of no column without `sampled`.
         ids_LK: ids by falling probability, int32; of no column without `topk`, like all but the last two.
         logprobs_LK: of those ids, float32.
         tail_L: probability of all other ids, float32; 0 without `topk`.
@@ -84,7 +84,7 @@ class Scored:
         top_logprobs_L: the teacher's own top logprob: all columns, temperature 1, float32.
     """
 
-    draws_Ln: npt.NDArray[np.int32]
+    samples_Ln: npt.NDArray[np.int32]
     ids_LK: npt.NDArray[np.int32]
     logprobs_LK: npt.NDArray[np.float32]
     tail_L: npt.NDArray[np.float32]
@@ -100,7 +100,7 @@ class Engine(Protocol):
     """Engine and version, for the manifest."""
 
     dtype: str
-    """Of the teacher's weights and activations."""
+    """The dtype of the teacher's weights and activations."""
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
         """One submission: score all requests and return them in order, exactly L rows each."""
@@ -113,8 +113,8 @@ class Engine(Protocol):
 class PackedRows:
     """Rows as two tensors, the form in which they travel: ids [N, C] int32, numbers [N, W] float32.
 
-    The columns of `ids_NC` are n draws and K kept ids; those of `numbers_NW` the label's logprob, the top logprob and,
-    for `topk`, the tail, the logarithms of the T further tails and K logprobs.
+    The columns of `ids_NC` are n samples and K kept ids; those of `numbers_NW` the label's logprob, the top logprob
+    and, for `topk`, the tail, the logarithms of the T further tails and K logprobs.
     """
 
     ids_NC: torch.Tensor
@@ -127,7 +127,7 @@ def sequence_digest(tokens_L1: npt.NDArray[np.int32]) -> bytes:
 
 
 def row_offsets(recording: Recording, digest: bytes, start: int, num_rows: int) -> npt.NDArray[np.float32] | None:
-    """Offsets of the draws for rows `start` and on; None where nothing is drawn."""
+    """Offsets of the samples for rows `start` and on; None where nothing is sampled."""
     return offsets(recording.seed, digest, start, num_rows) if recording.num_samples else None
 
 

@@ -162,7 +162,7 @@ class ShardScorer:
         return self._writers[name].shard_set([shard.entries[name] for shard in shards])
 
     def _writers_of(self, index: int) -> Iterator[tuple[RecordingName, ShardWriter, int]]:
-        """Of each recording, who writes shard `index`, and the number that the shard has there."""
+        """For each recording, who writes shard `index`, and the number that the shard has there."""
         number = index - self.job.num_training
         for name in self.job.settings.recordings:
             if number < 0:

@@ -1,9 +1,9 @@
 """`topk` by what vLLM offers to everybody: prompt logprobs, in flat lists.
 
-    prompt of L tokens -> entries 1 .. L - 1: the label's and the K likeliest ids' logprobs of rows 0 .. L - 2
-                       -> the generated token's K likeliest ids: row L - 1, the last one
+    prompt of L tokens -> entries 1 .. L - 1: logprobs of the label and of the top-k tokens, for rows 0 .. L - 2
+                       -> the generated token's top-k tokens: row L - 1, the last one
 
-The last row's label is no part of the prompt. Where it is not among the K likeliest, the sequence is submitted once
+The last row's label is no part of the prompt. Where it is not among the top-k tokens, the sequence is submitted once
 more, for that one logprob. The tail is what the kept probabilities leave of 1, so it loses its digits below 1e-6;
 capture sums it up. Nothing but `topk` at temperature 1 can be had this way, and of a head with padding columns not even
 that: vLLM's logprobs go over all columns, and what the padding ones hold is not known.

@@ -4,9 +4,9 @@
                            not learnt           learnt     not learnt                         learnt
 
 A prompt is what `apply_chat_template(messages so far, add_generation_prompt=True)` gives; an answer ends with a special
-token, by which the model learns to stop. Where a template shows an earlier answer otherwise than it was given, without
-its thoughts say, or where a tokenizer joins the end of a prompt with the beginning of an answer, the next answer stands
-in a row of its own behind its own prompt.
+token, by which the model learns to stop. Where a template shows an earlier answer otherwise than it was given, for
+example without its thoughts, or where a tokenizer joins the end of a prompt with the beginning of an answer, the next
+answer stands in a row of its own behind its own prompt.
 """
 
 from __future__ import annotations

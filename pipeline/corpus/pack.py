@@ -138,7 +138,7 @@ def _sequences(
 def _rows(
     begins_D: npt.NDArray[np.int64], has_bos_D: npt.NDArray[np.bool_], size: int, num_bos: int
 ) -> list[tuple[int, int, bool]]:
-    """Of each sequence the first token that it takes, how many ids are put before that, and whether that is the rest
+    """For each sequence the first token that it takes, how many ids are put before that, and whether that is the rest
     of a document whose beginning stands elsewhere."""
     rows: list[tuple[int, int, bool]] = []
     first, document = 0, 0

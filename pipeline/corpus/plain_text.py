@@ -17,7 +17,7 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def plain(text: str, specials: list[str]) -> str:
     """The text with a space behind the first character of everything that would be a special token.
 
-    `<|user|>` becomes `< |user|>`. What a space within would not change, one character say, is left out.
+    `<|user|>` becomes `< |user|>`. What a space within would not change, such as one character, is left out.
     """
     while found := [special for special in specials if special in text]:
         for special in found:

@@ -1,6 +1,6 @@
 """A capture as it is read: a row of tokens, and what its teacher expected after each of them.
 
-Legend: M tokens of a row, T targets of a row, W ids of its widest target, K ids kept, D draws' ids of a row.
+Legend: M tokens of a row, T targets of a row, W ids of its widest target, K ids kept, D sampled ids of a row.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RowTargets:
         return int((self.ids_TW >= 0).sum(axis=1).min(initial=self.ids_TW.shape[1]))
 
     def kept(self, top_k: int, where: str) -> RowTargets:
-        """The likeliest `top_k` of each target; what is cut joins the tail.
+        """The top-k tokens of each target; what is cut joins the tail.
 
         Raises:
             InputError: a target has fewer.

@@ -18,7 +18,7 @@ _COLUMNS = {
     "loss_mask": "true where a token counts as a label; a sequence's first one never does",
     "ids": "for each target its ids; target i is what the teacher expects after token i, a prediction of token i + 1",
     "logprobs": "of `topk`: their logprobs, nats",
-    "counts": "of `sampled`: how often each was drawn; a count over the number of draws estimates its probability",
+    "counts": "of `sampled`: how often each was sampled; a count over the number of samples estimates its probability",
     "tail": "of `topk`: the probability of all other ids together",
     "log_tails": "of `topk` at further temperatures: of each, the logarithm of the sum over all other ids of their "
     "probability to the power of temperature over that one",
@@ -58,7 +58,7 @@ def _text(
     recordings = []
     for name in names:
         of = facts.recordings[name]
-        kept = f"{of.num_ids} draws" if name == "sampled" else f"{of.num_ids} ids, profile {of.profile}"
+        kept = f"{of.num_ids} samples" if name == "sampled" else f"{of.num_ids} ids, profile {of.profile}"
         temperatures = ", ".join(f"{one:g}" for one in of.temperatures)
         recordings.append(f"- `{name}`: {kept} a target; a student can train at temperature {temperatures}")
     return [

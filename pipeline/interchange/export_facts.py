@@ -18,7 +18,7 @@ KEY = b"capgap"
 
 
 class ExportFacts(Record):
-    """Of one exported file."""
+    """The facts of one exported file."""
 
     cache: str
     """The cache's content, a digest."""
@@ -30,16 +30,16 @@ class ExportFacts(Record):
     """Which of the cache's recordings."""
 
     facts: RecordingFacts
-    """Of that recording."""
+    """The facts of that recording."""
 
     tokenizer: TokenizerFacts
-    """Of corpus and teacher."""
+    """The tokenizer of corpus and teacher."""
 
     context: ContextRule
     """What the teacher saw before a token."""
 
     temperature: float
-    """At which the teacher was recorded."""
+    """The temperature at which the teacher was recorded."""
 
 
 def facts_of(path: Path) -> ExportFacts | None:

@@ -140,7 +140,7 @@ class _Counts:
 
     @property
     def facts(self) -> SplitFacts:
-        """Of the rows; padding is no text."""
+        """The facts of the rows; padding is no text."""
         return SplitFacts(
             num_documents=self._num_documents, num_text_bytes=self._num_bytes, num_text_tokens=self._num_tokens
         )

@@ -230,7 +230,7 @@ def _lists(name: str, batch: pa.RecordBatch, where: str) -> Ragged | None:
 
 
 def targets_of(keep: slice, num_targets: int, num_tokens: int, where: str) -> slice:
-    """Of a row's targets those of the tokens that are no padding.
+    """Those of a row's targets whose tokens are no padding.
 
     What a capture keeps behind the last token before padding is a prediction of padding, or nothing at all.
 

@@ -34,7 +34,7 @@ class Ragged:
 
     @property
     def sizes_R(self) -> Int64Array:  # noqa: N802  # a field in all but name
-        """Of each list."""
+        """The size of each list."""
         return np.diff(self.ends_R1)
 
     def row(self, number: int) -> Any:
@@ -42,11 +42,11 @@ class Ragged:
         return self.part(int(self.ends_R1[number]), int(self.ends_R1[number + 1]))
 
     def part(self, start: int, stop: int) -> Any:
-        """Of the values, those from `start` on and before `stop`."""
+        """The values from `start` on and before `stop`."""
         return self.values.lists(start, stop) if isinstance(self.values, Ragged) else self.values[start:stop]
 
     def lists(self, start: int, stop: int) -> Ragged:
-        """Of lists of numbers, those from `start` on and before `stop`."""
+        """The lists of numbers from `start` on and before `stop`."""
         ends_R1 = self.ends_R1[start : max(start, stop) + 1]
         return Ragged(self.values[ends_R1[0] : ends_R1[-1]], ends_R1 - ends_R1[0])
 

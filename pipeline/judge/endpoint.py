@@ -32,7 +32,7 @@ _NO_KEY = "none"
 # Anything shorter is no secret, and replacing it would spoil replies.
 _SHORTEST_SECRET = 6
 
-# Of what an endpoint lists of a model; when a server was started is no part of who judges.
+# What an endpoint lists of a model and stands for it; when a server was started is no part of who judges.
 _IDENTITY = ("id", "owned_by", "root")
 
 # How endpoints say that they do not list models.

@@ -44,7 +44,7 @@ class Task:
 
 
 Answers = Mapping[Model, Sequence[Answered]]
-"""Of every model, to the same questions in the same order."""
+"""The answers of every model to the same questions in the same order."""
 
 
 def tasks(answers: Answers, modes: Sequence[str]) -> list[Task]:

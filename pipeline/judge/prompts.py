@@ -53,7 +53,7 @@ _THOUGHTS_END = "</think>"
 
 @lru_cache(maxsize=1)
 def prompts_digest() -> str:
-    """Of what the judge is sent, and how its replies are read."""
+    """Digest of what the judge is sent, and of how its replies are read."""
     texts = (_HOW_TO_JUDGE, _RATE, _COMPARE, _BY_REFERENCE, _OF_TWO_TURNS, *_REMINDER.values(), _LAYOUT)
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 

@@ -82,7 +82,7 @@ def _judge(found: list[Task], settings: JudgeSettings, work: Path) -> tuple[Judg
                     where=settings.base_url,
                     found=judge.served or "a judge that its endpoint does not list",
                     expected=begun.served or "a judge that its endpoint does not list",
-                    fix="bring the first one back, or start over with --force",
+                    fix="bring the first one back, or start over with --remake judge",
                 )
             kept |= ask_about(missing, endpoint, settings, folder)
         except MachineError as error:
@@ -112,7 +112,7 @@ def _read_answers(context: StageContext) -> Answers:
 
 
 def _arm_and_seed(instance: str) -> tuple[str | None, int | None]:
-    """Of `answers/ARM/seed-SEED` or `answers/seed-SEED`; none of `answers/teacher`."""
+    """Arm and seed of `answers/ARM/seed-SEED` or `answers/seed-SEED`; `answers/teacher` has none."""
     *arm, last = instance.split("/")[1:]
     if last == TEACHER:
         return None, None

@@ -156,7 +156,7 @@ def _pair(
 
 
 def _pooled(points_TQ: Float64Array, weights_RQ: Int64Array) -> Mean | None:
-    """The mean over all that have a number, both turns of a question drawn together."""
+    """The mean over all that have a number, both turns of a question resampled together."""
     known_TQ = ~np.isnan(points_TQ)
     if not known_TQ.any():
         return None

@@ -28,7 +28,7 @@ class Contrasts:
     """The noise of a curve.
 
     Attributes:
-        means_M: over seeds, nats per token.
+        means_M: means over seeds, nats/token.
         noise: standard deviation of what is left of one run, nats.
         degrees: of freedom, (M - 1)(R - 1).
         num_seeds: R.

@@ -29,7 +29,7 @@ def fit_table(path: Path, size: Size = "total", min_delta: float = MIN_DELTA) ->
     Args:
         path: of the table.
         size: which parameters count as size, of teachers and students alike.
-        min_delta: nats per token below which two teachers count as equally good.
+        min_delta: nats/token below which two teachers count as equally good.
 
     Raises:
         InputError: the table cannot be read, or lacks an arm.

@@ -64,7 +64,7 @@ def require_bounded_tokenizer(tokenizer: Any, where: str) -> None:
 
 @lru_cache
 def _parts_in(file: Path, num_bytes: int, modified_ns: int) -> dict[str, Any]:
-    """Of the same file read once: it may hold a quarter of a million tokens."""
+    """The parts of a file, read once: it may hold a quarter of a million tokens."""
     try:
         description = json.loads(file.read_bytes())
     except (ValueError, RecursionError, OSError):

@@ -44,7 +44,7 @@ class TokenizerParts:
         return json.dumps([self.vocab, self.merges, self.settings], sort_keys=True, ensure_ascii=True)
 
     def within(self, larger: TokenizerParts) -> TokenizerParts:
-        """Of a larger one, the entries that this one has too, and as many merges."""
+        """The entries of a larger one that this one has too, and as many merges."""
         vocab = {token: number for token, number in larger.vocab.items() if token in self.vocab}
         return TokenizerParts(vocab, larger.merges[: len(self.merges)], larger.settings)
 

@@ -89,7 +89,7 @@ def require_same_tokenizer(
 ) -> None:
     """Raise MismatchError, naming the first differing entry, unless both give every text the same ids.
 
-    Special tokens that are only called otherwise, an end of turn for an end of document say, are said and no error.
+    Special tokens that are only called otherwise, such as an end of turn for an end of document, are logged, no error.
     """
     difference = first_difference(parts_of(expected), parts_of(found))
     if difference is not None:

@@ -47,7 +47,7 @@ class TensorHeader:
 
 
 def read_headers(path: str) -> dict[str, TensorHeader]:
-    """Of each tensor of a model its header, by name; no weights are read.
+    """The header of each tensor of a model, by name; no weights are read.
 
     Args:
         path: folder, or an id, whose headers alone are fetched.

@@ -56,8 +56,8 @@ def visible(gpus: Sequence[Gpu], setting: str | None) -> list[str]:
             shortened as long as they fit one only. As in CUDA, whatever follows an entry that fits nothing is not
             seen, and nothing is where one is named twice.
 
-    Of slices CUDA shows a process the first alone, and no whole GPU beside it (NVIDIA's MIG User Guide, CUDA Device
-    Enumeration).
+    CUDA shows a process only the first of several slices, and no whole GPU beside it (NVIDIA's MIG User Guide,
+    CUDA Device Enumeration).
     """
     if setting is None:
         chosen = [name for gpu in gpus for name in _parts(gpu)]

@@ -18,20 +18,20 @@ METRICS_NAME = "metrics.csv"
 TRAINING_SCALARS = {
     "epoch": "passes over the training text",
     "num_tokens": "tokens seen",
-    "train_loss": "what is minimised, nats a token, mean since the row before",
-    "train_kl": "divergence from the teacher that alpha weighs, nats a token",
-    "train_ce": "cross-entropy with the text, nats a token",
-    "validation_loss": "cross-entropy with held-out text, nats a token",
-    "heldout_kl": "divergence from the teacher on held-out text, nats a token; of a topk cache",
-    "heldout_teacher_ce": "cross-entropy with the teacher's draws on held-out text, nats a token; of a sampled cache",
-    "heldout_top1": "share of held-out tokens at which student and teacher hold the same one for the likeliest",
+    "train_loss": "what is minimised, nats/token, mean since the row before",
+    "train_kl": "divergence from the teacher that alpha weighs, nats/token",
+    "train_ce": "cross-entropy with the text, nats/token",
+    "validation_loss": "cross-entropy with held-out text, nats/token",
+    "heldout_kl": "divergence from the teacher on held-out text, nats/token; of a topk cache",
+    "heldout_teacher_ce": "cross-entropy with the teacher's samples on held-out text, nats/token; of a sampled cache",
+    "heldout_top1": "top-1 agreement: share of held-out tokens at which student and teacher have the same top-1 token",
     "learning_rate": "of the step",
     "gradient_norm": "before clipping, mean since the row before",
     "tokens_per_s": "tokens a second",
     "data_wait_fraction": "data-wait fraction: the part of the time in which the loader was waited for",
     "memory_bytes": "most that tensors took of a GPU; on a CPU what the process takes",
 }
-"""Of the stages that train, by step; the columns of metrics.csv behind `step`, in their order."""
+"""Scalars of the stages that train, by step; the columns of metrics.csv behind `step`, in their order."""
 
 CACHE_SCALARS = {
     "num_shards": "shards that are finished",
@@ -40,10 +40,10 @@ CACHE_SCALARS = {
     "bytes_per_token": "bytes on disk for a token of the shard",
     "memory_bytes": "what is taken of a GPU by anyone; on a CPU what the process takes",
 }
-"""Of the cache stage, by number of finished shards."""
+"""Scalars of the cache stage, by number of finished shards."""
 
 EVAL_SCALARS = {name: TRAINING_SCALARS[name] for name in ("validation_loss", "heldout_kl", "heldout_top1")}
-"""Of the eval stage, once for each model, in a run of its name; against the teacher's whole distribution."""
+"""Scalars of the eval stage, once for each model, in a run of its name; against the teacher's whole distribution."""
 
 
 class ScalarFile:

@@ -31,10 +31,10 @@ class CodecSettings(Record):
     """Samples (`sampled`) or kept ids (`topk`) a target; 0 for sequences alone."""
 
     temperature: _Temperature | None = None
-    """At which the teacher was recorded; only beside further ones."""
+    """The temperature at which the teacher was recorded; only beside further ones."""
 
     extra_temperatures: Annotated[tuple[_Temperature, ...], Field(min_length=1)] | None = None
-    """At which `topk` has a tail too."""
+    """Further temperatures at which `topk` has a tail."""
 
     unknown_labels: bool | None = Field(None, strict=True)
     """A label's logprob may be unknown, where its id is not kept; for `topk`."""

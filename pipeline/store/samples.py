@@ -31,7 +31,7 @@ class SampleShape:
     """What the samples of a cache have in common.
 
     Attributes:
-        num_ids: K, the draws (`sampled`) or the kept ids (`topk`) of a row.
+        num_ids: K, the samples (`sampled`) or the kept ids (`topk`) of a row.
         context: the rule under which the teacher scored.
         target_temperature: the further temperature at which targets are wanted; None for that of the stored logprobs.
     """

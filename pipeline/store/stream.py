@@ -90,7 +90,7 @@ class Stream:
                 "a checkpoint of another data order",
                 found={name: value for name, value in found.items() if value != expected[name]},
                 expected={name: value for name, value in expected.items() if value != found[name]},
-                fix="restore the settings and the data it was made with, or start over with --force",
+                fix="restore the settings and the data it was made with, or start the stage over with --remake",
             )
         if state["position"] % self._settings.round_sequences:
             raise InputError(

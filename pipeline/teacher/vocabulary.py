@@ -60,7 +60,7 @@ def _fill(rows_VH: Tensor, spellings: dict[int, list[int]], num_old: int) -> Non
 
 
 def _spellings(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> dict[int, list[int]]:
-    """Of each new entry by id, the old entries that it is spelt with."""
+    """For each new entry, by id, the old entries that it is spelt with."""
     known = old.get_vocab()
     added = {token.content for token in new.added_tokens_decoder.values()}
     found = {}

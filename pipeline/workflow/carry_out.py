@@ -173,7 +173,7 @@ def work(
 ) -> StageResult:
     """Run the stage itself, on its devices, in a folder that was begun.
 
-    Of several processes at it, the first on each machine holds the leases of that machine's devices.
+    Where several processes are at it, the first on each machine holds the leases of that machine's devices.
     """
     stage, ranks = stage_named(state.instance.stage), Ranks() if rendezvous is None else rendezvous.ranks
     with contextlib.ExitStack() as stack:

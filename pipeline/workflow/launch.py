@@ -74,7 +74,7 @@ def is_launched() -> bool:
 
 
 def _failed(instance: Instance, codes: dict[int, int]) -> RankFailedError:
-    """Of several ends the one that caused the others, whom the supervisor has asked to end or who have lost a rank."""
+    """The one of several ends that caused the others, whom the supervisor has asked to end or who have lost a rank."""
     rank, code = min(codes.items(), key=lambda item: (item[1] in (LOST, _INTERRUPTED, -signal.SIGTERM), item[1]))
     error = RankFailedError(
         f"{instance.name} failed",

@@ -55,7 +55,7 @@ class Look:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Of all processes at work together."""
+        """The rate of all processes at work together."""
         rates = [beat.count.tokens_per_s for beat in self.at_work if beat.count and beat.count.tokens_per_s]
         return sum(rates) if rates else None
 

@@ -84,7 +84,7 @@ def test_every_arm_is_trained_once_and_a_second_run_trains_none(tmp_path) -> Non
         assert line["num_steps"] == 16 and line["about"]["num_tokens"] == 4096
         assert 0 < line["heldout_loss"] < 10 and line["against_teacher"]["kl"] > 0, name
         assert (line["bytes_per_token"] is None) == (name in ("cross-entropy", "online, whole vocabulary"))
-    # independent draws meet one id more often, and systematic ones spend a draw on each likely id
+    # independent samples meet one id more often, and systematic ones spend a sample on each likely id
     distinct = {kind: found[f"sampled, n = 50, {kind}"]["ids_per_token"] for kind in ("systematic", "independent")}
     assert 10 < distinct["independent"] < distinct["systematic"] <= 50
     assert [found[f"top-{k}, drop"]["ids_per_token"] for k in (12, 50, 100)] == [12, 50, 100]

@@ -72,7 +72,7 @@ def test_a_cache_is_read_without_capgap(out: Path) -> None:
     for i, line in enumerate(targets):
         part = slice(int(num_ids_L[:i].sum()), int(num_ids_L[: i + 1].sum()))
         counts = dict(sorted(zip(drawn.ids_D[part].tolist(), drawn.counts_D[part].tolist(), strict=True)))
-        said, _, shown = line.partition("; drawn: ")
+        said, _, shown = line.partition("; sampled: ")
         assert said == f"after {tokens_L1[i]} comes {tokens_L1[i + 1]}"
         assert dict(sorted(ast.literal_eval(shown).items())) == counts
 

@@ -178,7 +178,7 @@ def test_a_stage_begun_under_other_settings_is_not_continued(run: Run, finished:
     student = run.out / "student" / "seed-0"
     (student / "manifest.json").unlink()
     line = run.refused("--student.model.num_layers", "2", stage="student")
-    assert "student.model.num_layers was 1, is 2" in line and "--force" in line
+    assert "student.model.num_layers was 1, is 2" in line and "--remake student" in line
 
 
 def test_vllm_not_installed_is_said_before_anything_is_loaded(run: Run, finished: Path) -> None:

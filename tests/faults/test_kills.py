@@ -20,7 +20,7 @@ from processes import Zygote
 NUM_KILLS = int(os.environ.get("CAPGAP_KILLS", "100"))
 SEED = int(os.environ.get("CAPGAP_SEED", random.SystemRandom().getrandbits(32)))
 
-# Of one run. What is not taken up where it was killed would else hardly ever come to its end.
+# Kills of one run. What is not taken up where it was killed would else hardly ever come to its end.
 KILLS_A_RUN = 5
 
 # What a stage reads, and its share of the kills.

@@ -19,7 +19,7 @@ import pytest
 from processes import TIMEOUT_S, Zygote, kill, one_line
 
 CAPGAP = Path(sys.executable).with_name("capgap")
-# Of what a stage writes, about half fits.
+# About half of what a stage writes fits.
 STAGES = {"corpus": ("corpus", 120), "cache": ("cache", 60), "train": ("train/distilled/seed-0", 400)}
 INPUTS = ("corpus", "teacher", "cache", "student")
 

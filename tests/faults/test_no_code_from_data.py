@@ -13,7 +13,7 @@ SHIPPED = ("schemas", "kernels", "pipeline", "jobs")
 
 # Unpickling runs whatever the bytes say.
 MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-# Of webdataset, what neither decodes nor opens: its decoders unpickle, and `pipe:` in an address starts a program.
+# What webdataset has that neither decodes nor opens: its decoders unpickle, and `pipe:` in an address starts a program.
 HARMLESS = {"webdataset": {"FluidWrapper", "TarWriter", "split_by_node", "split_by_worker"}}
 HARMLESS |= {"webdataset.utils": {"pytorch_worker_info"}}
 # By the name a call ends in.

@@ -19,10 +19,10 @@ def test_torch_is_not_imported_before_its_threads_are_told_how_to_wait() -> None
 
 
 def test_further_caches_are_a_flag_too() -> None:
-    flag = '{"code": {"path": "s3://caches/code", "weight": 2}, "draws": {"recording": "sampled"}}'
+    flag = '{"code": {"path": "s3://caches/code", "weight": 2}, "samples": {"recording": "sampled"}}'
     run, *_ = parse_run(stage_parser("train"), [str(DEMO), "--train.caches", flag, "--train.row_len", "512"])
     assert run.train.caches == {
         "code": FurtherCache(path="s3://caches/code", weight=2),
-        "draws": FurtherCache(recording="sampled"),
+        "samples": FurtherCache(recording="sampled"),
     }
     assert run.train.row_len == 512

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from capgap.jobs.cli import main
-from capgap.jobs.doctor import EXTRAS, Gpu, Machine, abilities, look_around, parse_gpus
+from capgap.jobs.doctor import EXTRAS, Machine, VisibleGpu, abilities, look_around, parse_gpus
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +46,7 @@ def test_this_machine_is_described_and_the_command_ends_with_0(capsys: pytest.Ca
 def test_vllm_runs_where_it_was_built_for(machine: Machine) -> None:
     for_cpu = possible(replace(machine, vllm="0.32 for a CPU"))
     assert for_cpu["score with vLLM on the CPU"] and not for_cpu["score with vLLM on a GPU"]
-    gpu = replace(machine, vllm="0.32 for GPUs", gpus=(Gpu("H100", 80, 70),))
+    gpu = replace(machine, vllm="0.32 for GPUs", gpus=(VisibleGpu("H100", 80, 70),))
     assert not possible(gpu)["score with vLLM on a GPU"], "PyTorch does not see the GPU"
     seen = possible(replace(gpu, torch_sees_gpu=True))
     assert seen["score with vLLM on a GPU"] and not seen["score with vLLM on the CPU"] and seen["train on a GPU"]
@@ -56,7 +56,7 @@ def test_vllm_runs_where_it_was_built_for(machine: Machine) -> None:
 def test_what_is_lacking_says_how_to_get_it(machine: Machine) -> None:
     how = {one.what: one.how for one in abilities(machine)}
     assert "pip install 'capgap[teacher]'" in how["score with vLLM on the CPU"]
-    hidden = replace(machine, gpus=(Gpu("H100", 80, 70),))
+    hidden = replace(machine, gpus=(VisibleGpu("H100", 80, 70),))
     assert "install a build for CUDA" in {one.what: one.how for one in abilities(hidden)}["train on a GPU"]
     without = possible(replace(machine, versions=machine.versions | {"torch": None}))
     assert not without["train on the CPU"] and not without["score with transformers"]
@@ -65,5 +65,5 @@ def test_what_is_lacking_says_how_to_get_it(machine: Machine) -> None:
 def test_the_driver_s_table_is_read() -> None:
     text = "NVIDIA H100 80GB HBM3, 81559, 81008\nOdd, name, 10, 5\n[N/A], [N/A], [N/A]\n"
     first, second = parse_gpus(text)
-    assert first == Gpu("NVIDIA H100 80GB HBM3", 81559 << 20, 81008 << 20)
-    assert second == Gpu("Odd, name", 10 << 20, 5 << 20)
+    assert first == VisibleGpu("NVIDIA H100 80GB HBM3", 81559 << 20, 81008 << 20)
+    assert second == VisibleGpu("Odd, name", 10 << 20, 5 << 20)

@@ -1,4 +1,4 @@
-"""The mistakes of a run file that are likeliest, and what is said of each: the whole line, and the exit code."""
+"""The most common mistakes of a run file, and what is said of each: the whole line, and the exit code."""
 
 from __future__ import annotations
 

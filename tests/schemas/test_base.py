@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from capgap.schemas.judge_results import Reply
 from capgap.schemas.run_file import RunFile
 
-BASE = {"name": "tried", "out": "out", "teacher": {"model": {}}, "student": {"model": {}}}
+BASE = {"name": "tried", "out": "out", "corpus": {}, "teacher": {"model": {}}, "student": {"model": {}}}
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_all_faults_are_told_at_once() -> None:
         (
             {"cache.extra_temperatures": [2.0]},
             "cache",
-            "cache.extra_temperatures: found with recording sampled, expected topk; draws are of one temperature",
+            "cache.extra_temperatures: found with recording sampled, expected topk; samples have one temperature",
         ),
         (
             {"cache.recording": "both", "cache.extra_temperatures": [2.0, 1.0]},

@@ -29,7 +29,7 @@ def test_offsets_are_float32_in_zero_to_one() -> None:
     values = offsets(0, DIGEST, 0, 200_000)
     assert values.dtype == np.float32
     assert values.min() >= 0 and values.max() < 1
-    # 2^24 levels: of 200000 draws the largest lies above 1 - 2^-12 but for a chance of e^-48
+    # 2^24 levels: of 200000 offsets the largest lies above 1 - 2^-12 but for a chance of e^-48
     assert values.max() > 1 - 2**-12
 
 

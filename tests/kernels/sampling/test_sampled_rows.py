@@ -154,7 +154,7 @@ def test_draws_do_not_depend_on_the_batch() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_top_logprob_is_the_labels_bit_for_bit_where_the_label_is_likeliest(dtype: torch.dtype) -> None:
+def test_the_top_logprob_is_the_labels_bit_for_bit_where_the_label_is_the_top_1_token(dtype: torch.dtype) -> None:
     logits_NV = _logits(100, 333, 4.0).to(dtype)
     rows = sampled_rows(logits_NV, logits_NV.argmax(-1), torch.full((100,), 0.5), 3, temperature=0.7)
     assert torch.equal(rows.label_logprobs_N, rows.top_logprobs_N)
@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_refused_with_what_was_got(scorer, changed: dict, m
 
 
 @pytest.mark.parametrize(("scale", "at_least"), [(0.3, 1.5), (4.0, 5.0)], ids=["flat", "sharp"])
-def test_counts_vary_less_than_those_of_independent_draws(scale: float, at_least: float) -> None:
+def test_counts_vary_less_than_those_of_independent_samples(scale: float, at_least: float) -> None:
     num_rows, num_samples, vocab_size = 2000, 50, 60
     logits_NV = _logits(1, vocab_size, scale).expand(num_rows, -1).contiguous()
     offsets_N = torch.rand(num_rows, generator=torch.Generator().manual_seed(4))
@@ -197,7 +197,7 @@ def test_counts_vary_less_than_those_of_independent_draws(scale: float, at_least
     shares_NV = _counts(samples_Nn, vocab_size) / num_samples
     probs_V = torch.softmax(logits_NV[0].double(), -1)
     error = (shares_NV - probs_V).square().sum(-1).mean()
-    # independent draws: each share has variance p (1 - p) / n
+    # independent samples: each share has variance p (1 - p) / n
     independent = (probs_V * (1 - probs_V)).sum() / num_samples
     assert independent / error > at_least
     # exactly f (1 - f) / n^2, with f what n p has after the point; 2000 offsets leave 2 % of chance
@@ -217,7 +217,7 @@ def test_counts_over_random_offsets_pass_a_chi_square_test(scale: float) -> None
     difference_V = _counts(samples_Nn, vocab_size).mean(0) - num_samples * probs_V
     # each id's mean count is its expectation up to its own standard error; five of them in 60 ids are chance of 3e-5
     assert (difference_V.abs() < 5 * variance_V.sqrt() + 1e-6).all()
-    # one draw of each row, at random, is an independent draw from the row's distribution: Pearson's test
+    # one sample of each row, at random, is an independent sample from the row's distribution: Pearson's test
     which_N = torch.randint(num_samples, (num_rows, 1), generator=torch.Generator().manual_seed(6))
     found_V = torch.bincount(samples_Nn.gather(1, which_N)[:, 0], minlength=vocab_size)
     common_V = num_rows * probs_V > 5

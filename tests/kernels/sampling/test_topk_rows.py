@@ -160,7 +160,7 @@ def test_ids_found_in_two_steps_are_those_of_one(vocab_size: int, top_k: int) ->
     logits_NV = torch.randn(6, vocab_size, generator=torch.Generator().manual_seed(1))
     logits_NV[0] = logits_NV[0].round()  # hundreds of equals
     logits_NV[1, 30:] = -torch.inf
-    logits_NV[2, :-3] -= 50  # the likeliest stand behind the last whole column
+    logits_NV[2, :-3] -= 50  # the most probable stand behind the last whole column
     rows = topk_rows(logits_NV, torch.zeros(6, dtype=torch.long), top_k)
     true = reference.topk_rows(logits_NV, torch.zeros(6, dtype=torch.long), top_k)
     # float32 against float64 logprobs of up to 60 nats

@@ -34,7 +34,7 @@ pytestmark = [
 ]
 on_a_gpu = pytest.mark.skipif(INTERPRETED, reason="takes a GPU")
 
-# Of 16 bits: half a unit in the last place, where rounding is to nearest. Triton's interpreter cuts the last bits of a
+# For 16 bits: half a unit in the last place, where rounding is to nearest. Triton's interpreter cuts the last bits of a
 # bfloat16 off instead: a whole one. Of float32: exp of -20, whose argument a GPU rounds to 1e-6.
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-11, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}
 # A gradient is a difference of two probabilities, each off by a few float32 roundings of 6e-8.

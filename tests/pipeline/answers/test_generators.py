@@ -37,12 +37,12 @@ def prompt(first: int, temperature: float = 0.0, seed: int = 0, max_tokens: int 
     return Prompt(tuple(range(first, first + 8)), max_tokens, temperature, top_p, seed)
 
 
-def test_at_temperature_0_each_token_is_the_likeliest(folder: str, generator: TransformersGenerator) -> None:
+def test_at_temperature_0_each_token_is_the_top_1_token(folder: str, generator: TransformersGenerator) -> None:
     (made,) = generator.generate([prompt(10)])
     ids = [*prompt(10).ids, *made.ids]
     with torch.inference_mode():
-        likeliest = tiny_model(1)(torch.tensor([ids])).logits[0].argmax(-1).tolist()
-    assert ids[8:] == likeliest[7 : len(ids) - 1]
+        most_probable = tiny_model(1)(torch.tensor([ids])).logits[0].argmax(-1).tolist()
+    assert ids[8:] == most_probable[7 : len(ids) - 1]
     assert made.finish == "length" and len(made.ids) == 20
 
 
@@ -63,10 +63,10 @@ def test_what_is_drawn_follows_from_the_seed_alone(generator: TransformersGenera
 
 
 def test_the_share_of_the_probability_that_is_drawn_from_counts(generator: TransformersGenerator) -> None:
-    (likeliest,) = generator.generate([prompt(10)])
+    (most_probable,) = generator.generate([prompt(10)])
     (narrow,) = generator.generate([prompt(10, 1.0, seed=7, top_p=1e-6)])
     (wide,) = generator.generate([prompt(10, 1.0, seed=7)])
-    assert narrow == likeliest != wide
+    assert narrow == most_probable != wide
 
 
 def test_a_model_with_broken_weights_is_named(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_model_with_broken_weights_is_named(tmp_path: Path) -> None:
     model.lm_head.weight.data.fill_(torch.nan)
     model.save_pretrained(tmp_path)
     broken = TransformersGenerator(str(tmp_path), [], "cpu", "auto")
-    with pytest.raises(InputError, match=rf"{tmp_path}: what it says cannot be drawn; found logits that are not"):
+    with pytest.raises(InputError, match=rf"{tmp_path}: what it answers cannot be sampled; found logits that are not"):
         broken.generate([prompt(10, 1.0)])
 
 
@@ -87,7 +87,7 @@ def vllm(folder: str) -> Iterator[VllmGenerator]:
 
 
 @pytest.mark.slow
-def test_vllm_s_likeliest_answers_are_those_of_transformers(
+def test_vllm_s_most_probable_answers_are_those_of_transformers(
     vllm: VllmGenerator, generator: TransformersGenerator
 ) -> None:
     prompts = [prompt(first) for first in range(10, 200, 10)]

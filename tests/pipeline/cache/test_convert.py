@@ -16,26 +16,28 @@ SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9))
 
 @given(SHAPES.flatmap(lambda shape: arrays(np.int32, shape, elements=st.integers(0, 6))))
 @settings(max_examples=200, deadline=None)
-def test_draws_become_the_counts_of_their_row(draws_BLn: np.ndarray) -> None:
-    draws_BLn = np.sort(draws_BLn, axis=2)
-    labels_BL = np.arange(draws_BLn[..., 0].size, dtype=np.float32).reshape(draws_BLn.shape[:2])
+def test_draws_become_the_counts_of_their_row(samples_BLn: np.ndarray) -> None:
+    samples_BLn = np.sort(samples_BLn, axis=2)
+    labels_BL = np.arange(samples_BLn[..., 0].size, dtype=np.float32).reshape(samples_BLn.shape[:2])
     targets = to_targets(
-        [_drawn(draws_Ln, labels_L) for draws_Ln, labels_L in zip(draws_BLn, labels_BL, strict=True)], "sampled"
+        [_drawn(samples_Ln, labels_L) for samples_Ln, labels_L in zip(samples_BLn, labels_BL, strict=True)], "sampled"
     )
     assert isinstance(targets, SampledTargets)
     assert (targets.label_logprobs_BL == labels_BL).all()
     ends_N = targets.num_ids_BL.ravel().cumsum()
-    for row_n, end, num_ids in zip(draws_BLn.reshape(len(ends_N), -1), ends_N, targets.num_ids_BL.ravel(), strict=True):
+    for row_n, end, num_ids in zip(
+        samples_BLn.reshape(len(ends_N), -1), ends_N, targets.num_ids_BL.ravel(), strict=True
+    ):
         part = slice(end - num_ids, end)
         found = list(zip(targets.ids_D[part].tolist(), targets.counts_D[part].tolist(), strict=True))
         assert found == sorted(Counter(row_n.tolist()).items())
     assert ends_N[-1] == len(targets.ids_D) == len(targets.counts_D)
 
 
-def _drawn(draws_Ln: np.ndarray, labels_L: np.ndarray) -> Scored:
-    none_LK = np.zeros((len(draws_Ln), 0), np.int32)
+def _drawn(samples_Ln: np.ndarray, labels_L: np.ndarray) -> Scored:
+    none_LK = np.zeros((len(samples_Ln), 0), np.int32)
     return Scored(
-        draws_Ln, none_LK, none_LK.astype(np.float32), labels_L, none_LK.astype(np.float32), labels_L, labels_L
+        samples_Ln, none_LK, none_LK.astype(np.float32), labels_L, none_LK.astype(np.float32), labels_L, labels_L
     )
 
 

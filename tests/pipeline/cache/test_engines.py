@@ -72,7 +72,7 @@ def test_every_engine_gives_the_rows_of_the_reference(engines, submission, recor
         logprobs_LV = _by_id(wanted)
         at_ids_LK = np.take_along_axis(logprobs_LV, scored.ids_LK.astype(np.int64), 1)
         assert np.abs(scored.logprobs_LK - at_ids_LK).max() < TOLERANCE_NATS
-        assert np.abs(at_ids_LK - wanted.logprobs_LK[:, :num_ids]).max() < TOLERANCE_NATS, "not among the likeliest"
+        assert np.abs(at_ids_LK - wanted.logprobs_LK[:, :num_ids]).max() < TOLERANCE_NATS, "not among the top-k tokens"
         assert np.abs(scored.label_logprobs_L - wanted.label_logprobs_L).max() < TOLERANCE_NATS
         tail_L = np.exp(wanted.logprobs_LK[:, num_ids:], dtype=np.float64).sum(1)
         assert np.abs(scored.tail_L - tail_L).max() < TOLERANCE_NATS

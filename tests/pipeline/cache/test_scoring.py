@@ -20,7 +20,7 @@ KINDS = pytest.mark.parametrize("kind", ["topk", "sampled", "both"])
 
 @pytest.fixture(scope="module")
 def rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits of 320 columns, 20 of them padding and by far the likeliest; labels; offsets."""
+    """Logits of 320 columns, 20 of them padding and by far the most probable; labels; offsets."""
     generator = torch.Generator().manual_seed(5)
     logits_NV = torch.randn(96, 320, generator=generator) * 3
     logits_NV[:, 300:] += 12
@@ -70,7 +70,7 @@ def test_chunks_of_rows_give_what_all_rows_give(recording, rows, kind: str, size
 def test_padding_is_never_kept_but_counts_for_the_teachers_own_top(recording, rows, kind, temperature) -> None:
     made = recording(kind, temperature=temperature)
     scored = _scored(made, record_rows(made, *_given(rows, kind)))
-    assert np.concatenate([scored.draws_Ln, scored.ids_LK], axis=1).max() < 300
+    assert np.concatenate([scored.samples_Ln, scored.ids_LK], axis=1).max() < 300
     logits_NV, labels_N, _ = rows
     expected_NV = torch.log_softmax(logits_NV[:, :300].double() / temperature, -1)
     label_N = expected_NV.gather(1, labels_N[:, None])[:, 0]
@@ -103,7 +103,7 @@ def test_both_are_taken_apart_into_each(recording, rows) -> None:
         made = recording(kind, extra_temperatures=() if kind == "sampled" else extra)
         scored[kind] = _scored(made, record_rows(made, *_given(rows, kind)))
     both = vars(scored["both"])
-    assert (both["draws_Ln"] == scored["sampled"].draws_Ln).all() and scored["topk"].draws_Ln.shape == (96, 0)
+    assert (both["samples_Ln"] == scored["sampled"].samples_Ln).all() and scored["topk"].samples_Ln.shape == (96, 0)
     for name in ("ids_LK", "logprobs_LK", "tail_L", "log_tails_LT", "label_logprobs_L", "top_logprobs_L"):
         assert (both[name] == getattr(scored["topk"], name)).all(), name
     assert scored["sampled"].ids_LK.shape == (96, 0) and both["log_tails_LT"].shape == (96, 2)
@@ -128,7 +128,7 @@ def test_logits_that_are_not_finite_are_refused_with_their_row(recording, rows, 
 
 
 def _given(rows, kind: str):
-    """Offsets only where something is drawn, as an engine has them."""
+    """Offsets only where something is sampled, as an engine has them."""
     return (*rows[:2], None if kind == "topk" else rows[2])
 
 

@@ -67,7 +67,7 @@ def test_kept_ids_and_logprobs_are_those_of_the_models_own_logits(
         kept_LK = np.take_along_axis(expected_LV, s.ids_LK.astype(np.int64), 1)
         # float32 products and logprobs, rounded at 1e-6 of up to 15 nats; 1e-4 leaves room for another order of sums
         assert np.abs(s.logprobs_LK - kept_LK).max() < 1e-4
-        assert np.abs(np.sort(expected_LV)[:, ::-1][:, :16] - kept_LK).max() < 1e-4, "not the likeliest ids"
+        assert np.abs(np.sort(expected_LV)[:, ::-1][:, :16] - kept_LK).max() < 1e-4, "not the top-k tokens"
         assert np.abs(s.tail_L - (1 - np.exp(kept_LK).sum(1))).max() < 1e-4
         labels_LV = np.take_along_axis(expected_LV, request.tokens_L1[1:, None].astype(np.int64), 1)
         assert np.abs(s.label_logprobs_L - labels_LV[:, 0]).max() < 1e-4
@@ -78,7 +78,7 @@ def test_a_count_is_the_floor_or_ceiling_of_n_p(folder, requests, recording, exa
     engine = TransformersEngine(folder, recording("sampled", 50, temperature), "float32", 4096, "cpu")
     expected_BLV = 50 * np.exp(exact_logprobs(temperature))
     for s, expected_LV in zip(engine.score(requests), expected_BLV, strict=True):
-        counts_LV = np.stack([np.bincount(draws, minlength=300) for draws in s.draws_Ln])
+        counts_LV = np.stack([np.bincount(samples_n, minlength=300) for samples_n in s.samples_Ln])
         assert (counts_LV.sum(1) == 50).all()
         assert (counts_LV >= np.floor(expected_LV - COUNT_TOLERANCE)).all()
         assert (counts_LV <= np.ceil(expected_LV + COUNT_TOLERANCE)).all()
@@ -95,7 +95,7 @@ def test_the_draws_are_those_of_the_sequences_own_offsets(folder, requests, reco
         expected_Ln = np.stack(
             [np.searchsorted(e, p * e[-1], "right") for e, p in zip(ends_LV, points_Ln, strict=True)]
         )
-        wrong += int((s.draws_Ln != expected_Ln).any(1).sum())
+        wrong += int((s.samples_Ln != expected_Ln).any(1).sum())
     # a point within 1e-6 of an id's end falls to either side: of 288 rows x 50 points, less than one is expected
     assert wrong <= 3
 
@@ -112,12 +112,12 @@ def test_the_size_of_a_batch_does_not_matter(teacher_folder, requests, recording
             assert np.abs(a.label_logprobs_L - b.label_logprobs_L).max() < 1e-5
             different += int((np.sort(_ids(a)) != np.sort(_ids(b))).any(1).sum())
         assert different <= 3, (
-            "of 288 rows only those with two ids, or a draw and an id's end, within 1e-5 of each other"
+            "of 288 rows only those with two ids, or a sample and an id's end, within 1e-5 of each other"
         )
 
 
 def _ids(scored) -> np.ndarray:
-    return np.concatenate([scored.draws_Ln, scored.ids_LK], axis=1)
+    return np.concatenate([scored.samples_Ln, scored.ids_LK], axis=1)
 
 
 @pytest.mark.parametrize("batch_tokens", [16, 200, 4096])

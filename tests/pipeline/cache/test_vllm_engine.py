@@ -29,7 +29,7 @@ VOCAB_SIZE = 300
 
 # Both compute in float32; products and attention sum in another order. Measured: 1.6e-5.
 TOLERANCE_NATS = 1e-4
-# So a draw within 2e-6 of an id's end falls to its neighbour: measured in 0.1 to 0.2 % of rows with 50 draws.
+# So a sample within 2e-6 of an id's end falls to its neighbour: measured in 0.1 to 0.2 % of rows with 50 samples.
 DIFFERING_ROWS = 0.01
 
 
@@ -101,11 +101,11 @@ def _require_equal(found: list[Scored], expected_LV: list[np.ndarray], submissio
     for scored, logprobs_LV, request in zip(found, expected_LV, submission, strict=True):
         assert scored.ids_LK.shape == scored.logprobs_LK.shape == (SEQ_LEN, 16)
         assert scored.ids_LK.max() < VOCAB_SIZE
-        likeliest_LK = np.sort(logprobs_LV)[:, ::-1][:, :16]
+        top_LK = np.sort(logprobs_LV)[:, ::-1][:, :16]
         at_ids_LK = np.take_along_axis(logprobs_LV, scored.ids_LK.astype(np.int64), 1)
         assert np.abs(scored.logprobs_LK - at_ids_LK).max() < TOLERANCE_NATS
-        assert np.abs(at_ids_LK - likeliest_LK).max() < TOLERANCE_NATS, "an id that is not among the likeliest"
-        assert np.abs(scored.tail_L - (1 - np.exp(likeliest_LK).sum(1))).max() < TOLERANCE_NATS
+        assert np.abs(at_ids_LK - top_LK).max() < TOLERANCE_NATS, "an id that is not among the top-k tokens"
+        assert np.abs(scored.tail_L - (1 - np.exp(top_LK).sum(1))).max() < TOLERANCE_NATS
         _require_labels(scored, logprobs_LV, request)
 
 
@@ -135,12 +135,12 @@ def test_draws_are_those_of_the_reference(sampled_engine, folder, submission, re
     expected = TransformersEngine(folder, recording("sampled", 50), "auto", 4096, "cpu").score(submission)
     different = []
     for scored, wanted, logprobs_LV, request in zip(found, expected, reference(1.0), submission, strict=True):
-        assert scored.draws_Ln.shape == (SEQ_LEN, 50)
+        assert scored.samples_Ln.shape == (SEQ_LEN, 50)
         _require_labels(scored, logprobs_LV, request)
         counts_LV = _counts(scored) - _counts(wanted)
         different += list(counts_LV[counts_LV.any(1)])
     assert len(different) < DIFFERING_ROWS * len(submission) * SEQ_LEN
-    assert all(np.abs(row_V).sum() == 2 for row_V in different), "more than one draw moved to a neighbour"
+    assert all(np.abs(row_V).sum() == 2 for row_V in different), "more than one sample moved to a neighbour"
 
 
 def test_a_sequence_scores_alike_alone_and_cut_in_two_among_others(sampled_engine, submission) -> None:
@@ -150,7 +150,7 @@ def test_a_sequence_scores_alike_alone_and_cut_in_two_among_others(sampled_engin
         alone = sampled_engine.score([request])[0]
         assert np.abs(alone.label_logprobs_L - scored.label_logprobs_L).max() < TOLERANCE_NATS
         different += int(_counts(alone).ravel().tolist() != _counts(scored).ravel().tolist())
-    assert different <= 1, "of 384 rows less than one is expected to have a draw at an id's end"
+    assert different <= 1, "of 384 rows less than one is expected to have a sample at an id's end"
 
 
 def test_a_sequence_that_comes_twice_is_scored_twice_in_its_places(topk_engine, submission) -> None:
@@ -183,7 +183,7 @@ def test_documents_and_both_recordings_are_those_of_the_reference(folder, submis
         for name in ("label_logprobs_L", "top_logprobs_L", "logprobs_LK", "tail_L", "log_tails_LT"):
             assert getattr(scored, name).shape == getattr(wanted, name).shape, name
             assert np.abs(getattr(scored, name) - getattr(wanted, name)).max() < TOLERANCE_NATS, name
-        different += int((scored.draws_Ln != wanted.draws_Ln).any(1).sum())
+        different += int((scored.samples_Ln != wanted.samples_Ln).any(1).sum())
     assert different < DIFFERING_ROWS * 25 * SEQ_LEN
 
 
@@ -333,4 +333,4 @@ def test_without_vllm_one_line_says_what_to_do() -> None:
 
 
 def _counts(scored: Scored) -> np.ndarray:
-    return np.stack([np.bincount(draws, minlength=VOCAB_SIZE) for draws in scored.draws_Ln])
+    return np.stack([np.bincount(samples_n, minlength=VOCAB_SIZE) for samples_n in scored.samples_Ln])

@@ -42,7 +42,7 @@ if __name__ == "__main__":
         reference = TransformersEngine(folder, recording, "auto", 4096, "cpu").score(requests)
         pairs = list(zip(scored, reference, strict=True))
         def ids_of(s):
-            return np.sort(np.concatenate([s.draws_Ln, s.ids_LK], axis=1))
+            return np.sort(np.concatenate([s.samples_Ln, s.ids_LK], axis=1))
         found[kind] = {
             "rows": sorted({len(s.label_logprobs_L) for s in scored}),
             "label": float(max(np.abs(a.label_logprobs_L - b.label_logprobs_L).max() for a, b in pairs)),

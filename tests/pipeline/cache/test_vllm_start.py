@@ -24,7 +24,7 @@ NUM_COLUMNS = 50_304
 def peak_bytes(recording, monkeypatch) -> Callable[..., int]:
     """Of all that a step of the capture allocates, the most that stands in memory at once."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    # as on a GPU: all rows of a chunk at once, and the likeliest ids in one step
+    # as on a GPU: all rows of a chunk at once, and the top-k tokens in one step
     monkeypatch.setattr(sampling_rows, "_PART_ELEMENTS_CPU", 2**40)
     monkeypatch.setattr(sampling_largest, "_MIN_HEIGHT", 2**40)
 

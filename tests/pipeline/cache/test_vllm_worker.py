@@ -177,7 +177,7 @@ for name, recording in recordings.items():
     def apart(field):
         return float(max(np.abs(getattr(a, field) - getattr(b, field)).max() for a, b in zip(scored, reference)))
     def ids_of(s):
-        return np.sort(np.concatenate([s.draws_Ln, s.ids_LK], axis=1))
+        return np.sort(np.concatenate([s.samples_Ln, s.ids_LK], axis=1))
     found[name] = {
         "runner": engine.runner,
         "rows": sorted({len(s.label_logprobs_L) for s in scored}),

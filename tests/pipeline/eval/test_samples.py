@@ -62,7 +62,7 @@ def test_padded_ids_and_a_models_own_generation_settings_have_no_say(make_model,
     )
     model = make_model(3, rows=160, tied=False)
     with torch.no_grad():
-        model.lm_head.weight[100:] *= 50  # else no padded id would ever be the likeliest
+        model.lm_head.weight[100:] *= 50  # else no padded id would ever be the top-1 token
     model.generation_config = GenerationConfig(do_sample=True, repetition_penalty=9.0, max_new_tokens=1)
     (text,) = prompts.write(model, "teacher")
     ids = [int(word.removeprefix("w")) for word in text.split()]

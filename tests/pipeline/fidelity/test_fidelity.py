@@ -81,7 +81,7 @@ def test_targets_are_held_against_the_real_next_tokens(planted) -> None:
         # at 3 of 9 labelled positions the top-1 token is right
         assert one.ece == pytest.approx(abs(1 / 3 - p_V[0]), abs=0.02 if one.recording == "sampled" else 1e-5)
         assert one.label_kept == 1
-        # the label's logprob of drawn targets is stored in steps
+        # the label's logprob of sampled targets is stored in steps
         expected = -np.log(p_V[0]) / 3 - 2 * np.log(p_V[4]) / 3
         assert one.label_loss == pytest.approx(expected, abs=0.01 if one.recording == "sampled" else 1e-5)
 

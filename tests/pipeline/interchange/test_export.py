@@ -129,7 +129,7 @@ def test_datasets_reads_the_files_and_the_card(cache: Any, tmp_path: Path, monke
     assert all(list(out.glob(part["path"])) for part in config["data_files"])
 
 
-def test_counts_of_draws_go_out_as_they_are(tmp_path: Path) -> None:
+def test_counts_of_samples_go_out_as_they_are(tmp_path: Path) -> None:
     tokens_BL1 = np.tile(np.arange(1, 10, dtype=np.int32), (2, 1))
     ids_D = np.stack([tokens_BL1[:, 1:], tokens_BL1[:, 1:] + 20], axis=2).ravel()
     targets = SampledTargets(

@@ -1,6 +1,6 @@
 """Curves with a known truth, many times over: the lowest point lies in the stated interval, and none is invented.
 
-Every trial draws a complete table: the seed's own luck (0.02 nats) for all its runs, and noise of its own for each.
+Every trial makes a complete table: the seed's own luck (0.02 nats) for all its runs, and noise of its own for each.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Planted:
     noise: float = 0.002
     scatter: float = 0.0  # a luck of each teacher's own, the same for all seeds
 
-    def draw(self, rng: np.random.Generator) -> Array:
+    def sample(self, rng: np.random.Generator) -> Array:
         shape = (len(self.ratios), self.num_seeds)
         means = self.truth(self.ratios) + rng.normal(0, self.scatter, len(self.ratios))
         return means[:, None] + rng.normal(0, LUCK, self.num_seeds) + rng.normal(0, self.noise, shape)
@@ -96,7 +96,7 @@ def verdict_of(planted: Planted, losses: Array) -> Judged:
 
 def verdicts(planted: Planted, num_trials: int) -> Counter[str]:
     rng = np.random.default_rng(11)
-    return Counter(verdict_of(planted, planted.draw(rng)).verdict for _ in range(num_trials))
+    return Counter(verdict_of(planted, planted.sample(rng)).verdict for _ in range(num_trials))
 
 
 def judged(planted: Planted, losses: Array) -> tuple[str, bool]:
@@ -111,7 +111,7 @@ def judged(planted: Planted, losses: Array) -> tuple[str, bool]:
 def recovered(planted: Planted, num_trials: int, seed: int = 11) -> tuple[int, int]:
     """Trials that are called interior, and among them those whose interval holds the truth."""
     rng = np.random.default_rng(seed)
-    trials = [judged(planted, planted.draw(rng)) for _ in range(num_trials)]
+    trials = [judged(planted, planted.sample(rng)) for _ in range(num_trials)]
     return sum(verdict == "interior" for verdict, _ in trials), sum(holds for _, holds in trials)
 
 
@@ -160,7 +160,7 @@ def test_a_single_forms_bootstrap_would_miss_the_best() -> None:
     places = np.log(planted.ratios)
     hits = 0
     for _ in range(50):
-        losses = planted.draw(rng)
+        losses = planted.sample(rng)
         drawn = losses[:, rng.integers(0, planted.num_seeds, (100, planted.num_seeds))].mean(-1)
         coefficients = np.polynomial.polynomial.polyfit(places, drawn, 2)
         low, high = np.quantile(-coefficients[1] / (2 * coefficients[2]), [0.025, 0.975])

@@ -41,7 +41,7 @@ def ranked_codecs(codecs: dict[str, Codec]) -> dict[str, Codec]:
 
 @pytest.fixture(scope="session")
 def make_block() -> Callable[..., Block]:
-    """A block for a codec: half of the next tokens are drawn from the teacher's distribution, the others are any."""
+    """A block for a codec: half of the next tokens are sampled from the teacher's distribution, the others are any."""
 
     def make(codec: Codec, num_sequences: int = 5, seed: int = 0) -> Block:
         generator = torch.Generator().manual_seed(seed)

@@ -15,7 +15,7 @@ from capgap.pipeline.store.codec import SAMPLED, TOPK, TOPK_CODECS, Codec
 from capgap.schemas.errors import CorruptError
 from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
 
-# where one id is kept or one draw taken, hardly a neighbour contradicts a row: 5 is the fewest that is claimed here
+# where one id is kept or one sample taken, hardly a neighbour contradicts a row: 5 is the fewest that is claimed here
 SIZES = [(300, 20), (300, 300), (17, 5), (2000, 5), (2000, 64)]
 
 
@@ -181,7 +181,7 @@ def test_a_label_that_is_not_kept_is_at_most_as_likely_as_the_last_kept_id(proba
 def test_a_labels_count_is_the_floor_or_the_ceiling_of_its_share(
     count: int, expected_draws: float, passes: bool
 ) -> None:
-    """A systematic draw allows less than one draw of difference; a hundredth is left for rounding."""
+    """Systematic sampling allows less than one sample of difference; a hundredth is left for rounding."""
     ids = [(1, count), (2, 10 - count)] if count else [(2, 10)]
     targets = SampledTargets(
         np.array([[len(ids)]], np.int32),

@@ -1,6 +1,6 @@
 """What every codec has in common; the targets of each are in test_sampled.py and test_topk.py.
 
-Legend: B sequences, L targets a sequence, K ids kept a row, V vocabulary, n draws.
+Legend: B sequences, L targets a sequence, K ids kept a row, V vocabulary, n samples.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Legend: B sequences, L targets a sequence, N = B x L rows, D ids of all rows, n draws."""
+"""Legend: B sequences, L targets a sequence, N = B x L rows, D ids of all rows, n samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from capgap.schemas.errors import InputError
 from capgap.schemas.records import SampledTargets, Sequences
 
 VOCAB_SIZES = st.sampled_from([1, 2, 255, 256, 257, 65535, 65536, 65537, 262144, 1 << 24])
-NUM_DRAWS = st.sampled_from([1, 2, 50, 255, 256, 65535])
+NUM_SAMPLES = st.sampled_from([1, 2, 50, 255, 256, 65535])
 LABEL_ERROR = 1 / 128
 
 
@@ -53,7 +53,7 @@ def _rows(targets: SampledTargets) -> list[list[tuple[int, int]]]:
 @settings(deadline=None, max_examples=150)
 @given(
     vocab_size=VOCAB_SIZES,
-    num_samples=NUM_DRAWS,
+    num_samples=NUM_SAMPLES,
     num_sequences=st.integers(0, 4),
     length=st.integers(1, 20),
     seed=st.integers(0, 2**32),
@@ -113,7 +113,7 @@ def _broken(array: np.ndarray, value: float) -> np.ndarray:
     ("field", "change", "message"),
     [
         ("counts_D", lambda a: _broken(a, a.flat[a.size // 2] + 1), "counts of row ROW do not sum; found 21, expected"),
-        ("counts_D", lambda a: _broken(a, 0), "an id without draws"),
+        ("counts_D", lambda a: _broken(a, 0), "an id without samples"),
         ("counts_D", lambda a: a[:-1], "ids, counts and num_ids disagree"),
         ("num_ids_BL", lambda a: _broken(a, 0), "ids, counts and num_ids disagree"),
         ("num_ids_BL", lambda a: np.roll(a, 1), "counts of row 0 do not sum"),

@@ -133,7 +133,7 @@ def test_a_reverse_divergence_and_a_temperature_are_those_of_the_training(make_s
     assert len({round(value, 4) for value in found.values()}) == 4
 
 
-def test_the_likeliest_ids_are_found_chunk_by_chunk_and_padding_is_none(monkeypatch) -> None:
+def test_the_top_k_tokens_are_found_chunk_by_chunk_and_padding_is_none(monkeypatch) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden_NH, weight_VH = (torch.randn(n, 8, generator=generator) for n in (50, 33))
     bias_V = torch.randn(33, generator=generator)

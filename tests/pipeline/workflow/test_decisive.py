@@ -127,7 +127,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("train.divergence", "reverse_kl", FROM_TRAIN),
     ("train.jsd_beta", 0.3, FROM_TRAIN),
     ("train.tail", "renorm", FROM_TRAIN),
-    ("train.caches", {"draws": {"recording": "sampled"}}, FROM_TRAIN),
+    ("train.caches", {"samples": {"recording": "sampled"}}, FROM_TRAIN),
     ("train.own_weight", 3.0, FROM_TRAIN),
     ("train.row_len", 1024, FROM_TRAIN),
     ("train.targets", "online", FROM_TRAIN),
@@ -206,7 +206,7 @@ BESIDE["corpus.whole_conversations"] = {
     "corpus.context": "document",
 }
 BESIDE["train.jsd_beta"] = TOPK | {"train.divergence": "jsd"}
-BESIDE["train.own_weight"] = {"train.caches": {"draws": {}}}
+BESIDE["train.own_weight"] = {"train.caches": {"samples": {}}}
 BESIDE |= {row[0]: {"judge.model": "one"} for row in TABLE if row[0].startswith("judge.")}
 BESIDE["train.alpha_schedule"] = {"train.final_alpha": 0.5}
 EXTENDED = {"corpus.tokenizer": "folder", "corpus.extend_vocabulary": {"num_pieces": 5}}

@@ -107,6 +107,17 @@ def test_a_walk_makes_again_what_is_named_and_tells_the_stage_so(finished_run, m
     assert [name for name, forced in started if forced] == [*again, "eval", "report"]
 
 
+def test_the_page_on_reruns_shows_the_refusal_word_for_word(make_run, make_finished, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {"out": "runs/mine", "arms": {"distilled": {}}, "seeds": [0]}
+    run = make_run({**given, "train.learning_rate": 1e-4})
+    for name in states(run):
+        make_finished(run, name)
+    write_command(Path(run.out), LastCommand(flags=("--train.learning_rate", "1e-4")))
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "rerun.md").read_text()
+    assert f"\n```\ncapgap: {_refused(make_run(given))}\n```\n" in page
+
+
 def test_a_name_that_is_no_stage_is_refused() -> None:
     require_stages(["cache", "train/distilled/seed-0"])
     with pytest.raises(SettingError, match="--remake: no such stage; found cahce, expected one of corpus, teacher"):

@@ -1,9 +1,9 @@
-"""Draws that are independent of one another, as shards: what the systematic draws of a cache are held against.
+"""Samples that are independent of one another, as shards: what a cache's systematic samples are held against.
 
-No recording of capgap's: the store's own proof of alignment holds for systematic draws alone, whose counts lie within
+No recording of capgap's: the store's own proof of alignment holds for systematic samples alone, whose counts lie within
 one of n p, and so these shards are read without it.
 
-Legend: B sequences, L targets, N = B x L rows, n draws, V vocabulary.
+Legend: B sequences, L targets, N = B x L rows, n samples, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class IndependentReader(ShardReader):
             return self.codec.decode(file.read(entry.num_bytes), self.name_of(shard, member))
 
 
-def independent_draws(systematic: ShardReader, teacher: PreTrainedModel, folder: Path) -> IndependentReader:
-    """The same sequences and as many draws; a shard that is finished in `folder` is left as it is.
+def independent_samples(systematic: ShardReader, teacher: PreTrainedModel, folder: Path) -> IndependentReader:
+    """The same sequences and as many samples; a shard that is finished in `folder` is left as it is.
 
     Args:
         systematic: shards of the recording `sampled`, at temperature 1.
@@ -62,8 +62,8 @@ def _drawn(systematic: ShardReader, teacher: PreTrainedModel, shard: int, member
         tokens_1L = torch.from_numpy(tokens_L1[None, :-1]).long()
         logits_LV = teacher(input_ids=tokens_1L, use_cache=False).logits[0, :, :vocab_size]
         probs_LV = torch.softmax(logits_LV.float(), -1)
-        draws_Ln = torch.multinomial(probs_LV, num_samples, replacement=True, generator=generator).numpy()
-        for samples_n in draws_Ln:
+        samples_Ln = torch.multinomial(probs_LV, num_samples, replacement=True, generator=generator).numpy()
+        for samples_n in samples_Ln:
             found, times = np.unique(samples_n, return_counts=True)
             num_ids_N.append(len(found))
             ids.append(found)
