@@ -46,11 +46,12 @@ def as_table(
             table.add_column(title, justify="right", no_wrap=True)
     for look in shown:
         state = _state(look)
-        row: list[str | Text] = [look.name, Text(state, _STYLES.get(state, "yellow")), _how_far(look) or look.why]
-        table.add_row(*row, *(_figures(look) if at_work else ()))
+        cells = [Text(look.name), Text(state, _STYLES.get(state, "yellow")), Text(shown(_how_far(look) or look.why))]
+        # no cell is markup: what stands in it may be a stranger's
+        table.add_row(*cells, *(Text(shown(figure)) for figure in (_figures(look) if at_work else ())))
     below = [Text(f"and {count} more: {state}", "dim") for state, count in sorted(hidden.items())]
     below += [
-        Text(f"{lease.device} of this machine: {lease.holder}, pid {lease.pid}, since {lease.since}")
+        Text(shown(f"{lease.device} of this machine: {lease.holder}, pid {lease.pid}, since {lease.since}"))
         for lease in leases
     ]
     return Group(table, *below) if below else table
