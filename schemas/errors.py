@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from capgap.schemas.printable import shown
+from capgap.schemas.printable import fit_to_show
 
 
 class CapgapError(Exception):
@@ -51,7 +51,7 @@ class CapgapError(Exception):
             text += f"{';' if self.found is None else ','} expected {self.expected}"
         if self.fix is not None:
             text += f"; {self.fix}"
-        return shown(" ".join(text.split()))
+        return fit_to_show(" ".join(text.split()))
 
 
 class SettingError(CapgapError):

@@ -30,6 +30,6 @@ def printable_name(text: str) -> str:
     return _UNPRINTABLE_IN_A_NAME.sub(_PLACEHOLDER, printable(text))
 
 
-def shown(text: str) -> str:
+def fit_to_show(text: str) -> str:
     """As it may leave: printable, and without credentials."""
     return printable(redacted(text))

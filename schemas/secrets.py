@@ -122,7 +122,7 @@ def require_no_credential(name: str, value: object) -> None:
         ValueError: it does. The message names the setting and where its credential belongs, and repeats nothing.
     """
     if isinstance(value, str):
-        found = "a credential" if is_secret_name(name) and value else credential_in(value)
+        found = "a credential" if is_secret_name(name) and value else credential_in(value) or _of_environment(value)
         if found is not None:
             raise ValueError(
                 f"{name}: found {found}, expected none, for settings are written down; put it into "
@@ -207,6 +207,13 @@ def _credential_in(text: str) -> str | None:
         return "more than an address: a signature or a key in its query"
     if _KEY_FORMS.search(text) or _BEARER.search(text) or _PRIVATE_KEY.search(text):
         return "what looks like a key"
+    return None
+
+
+def _of_environment(text: str) -> str | None:
+    """Whether a setting repeats what a secret variable holds; a plain word may stand in a path by chance."""
+    if any(one in text and not one.isalpha() and not one.isdigit() for one in _secrets()):
+        return "the value of a secret environment variable"
     return None
 
 
