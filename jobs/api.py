@@ -19,6 +19,7 @@ from capgap.pipeline.stages import run_file_type
 from capgap.pipeline.workflow.driver import walk
 from capgap.pipeline.workflow.graph import downstream, instances, select
 from capgap.schemas.errors import SettingError
+from capgap.schemas.printable import fit_to_show
 from capgap.schemas.run_file import RunFile
 
 _REPORT = Path("report", "report.json")
@@ -94,7 +95,7 @@ def run(
     made = walk(
         checked,
         chosen,
-        log=lambda name, why: print(f"{name}: {why}", flush=True),
+        log=lambda name, why: print(fit_to_show(f"{name}: {why}"), flush=True),
         remake=(remake,) if isinstance(remake, str) else remake,
         force=force,
         wait=wait,

@@ -12,6 +12,8 @@ from capgap.jobs.logs import log_crash, log_error, log_interrupted, set_up_logs
 from capgap.jobs.process import die_with_driver
 from capgap.jobs.registry import COMMANDS, Command, first_words, overview
 from capgap.jobs.shipped import shipped_names
+from capgap.jobs.streams import redacted_streams
+from capgap.jobs.typed import refuse_credentials
 from capgap.schemas.errors import CapgapError, SettingError
 
 
@@ -22,7 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     result, 130 interrupted, 141 where
     nobody reads the output any more, 128 + n where a stage was killed by signal n.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with redacted_streams():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(arguments: list[str]) -> int:
     set_up_logs(arguments)
     # before torch is imported, with the commands: threads that spin while they wait cost up to 90 % of the speed on a
     # machine that has other work, and gain about 13 % on one that has none
@@ -53,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    refuse_credentials(arguments)
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -13,6 +13,7 @@ from capgap.jobs.logs import log
 from capgap.jobs.shipped import FOLDER, first_comment, shipped_names
 from capgap.schemas.errors import InputError
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME
+from capgap.schemas.printable import printable_name
 
 # a run lies at most so many folders below the one that is listed
 _DEPTH = 3
@@ -29,7 +30,8 @@ def ls_command(argv: Sequence[str]) -> int:
         log("no_runs", f"{flags['folder']}: no runs", folder=flags["folder"])
     width = max((len(one["name"]) for one in found), default=0)
     for one in found:
-        log("listed", f"{one['name']:<{width}}  {one['says']}".rstrip(), **one)
+        name, says = printable_name(one["name"]), printable_name(one["says"])
+        log("listed", f"{name:<{width}}  {says}".rstrip(), **one)
     return 0
 
 

@@ -18,6 +18,8 @@ from typing import Any, Literal, TextIO, cast
 
 from capgap.pipeline.stage.events import current_stage, set_stage
 from capgap.schemas.errors import CapgapError, SettingsError
+from capgap.schemas.printable import fit_to_show
+from capgap.schemas.secrets import redacted_values
 
 LOG_FORMATS = ("text", "json")
 LogFormat = Literal["text", "json"]
@@ -38,7 +40,7 @@ def set_up_logs(arguments: Sequence[str]) -> None:
     os.environ[_VARIABLE] = asked if asked in LOG_FORMATS else "text"
     set_stage("")
     root, handler = logging.getLogger(), _Stderr()
-    handler.setFormatter(_Json() if log_format() == "json" else logging.Formatter("%(message)s"))
+    handler.setFormatter(_Json() if log_format() == "json" else _Text("%(message)s"))
     for old in [old for old in root.handlers if isinstance(old, _Stderr)]:
         root.removeHandler(old)
     root.addHandler(handler)
@@ -59,7 +61,7 @@ def log_format() -> LogFormat:
 def log(name: str, text: str, /, **fields: Any) -> None:
     """A result of the command, on stdout: `text` as it is, or an event of that name with its fields."""
     if log_format() == "text":
-        print(text, flush=True)
+        print(fit_to_show(text), flush=True)
         return
     print(_line("info", name, text, {key: value for key, value in fields.items() if value is not None}), flush=True)
 
@@ -68,7 +70,7 @@ def log_error(error: CapgapError) -> None:
     """The final line of a command that the user can mend; one for each of several settings."""
     for one in error.problems if isinstance(error, SettingsError) else (error,):
         parts = {part: getattr(one, part) for part in ("what", "where", "found", "expected", "fix")}
-        said = {part: str(value) for part, value in parts.items() if value is not None}
+        said = {part: fit_to_show(str(value)) for part, value in parts.items() if value is not None}
         _last(f"capgap: {one}", "failed", {"error": type(one).__name__, "exit_code": one.exit_code, **said})
 
 
@@ -81,7 +83,7 @@ def log_crash(error: BaseException, exit_code: int) -> None:
     """The final lines of a command that met what it did not expect: the traceback, and whose fault it is."""
     trace = "".join(traceback.format_exception(error))
     if log_format() == "text":
-        sys.stderr.write(trace)
+        sys.stderr.write(fit_to_show(trace))
     _last(
         f"capgap: {type(error).__name__} was not expected: a fault of capgap or of a package that it uses; "
         "please report the command, the lines above and what `capgap --version` says",
@@ -91,7 +93,7 @@ def log_crash(error: BaseException, exit_code: int) -> None:
 
 
 def _last(text: str, name: str, fields: dict[str, Any]) -> None:
-    line = text if log_format() == "text" else _line("error", name, text.removeprefix("capgap: "), fields)
+    line = fit_to_show(text) if log_format() == "text" else _line("error", name, text.removeprefix("capgap: "), fields)
     print(line, file=sys.stderr, flush=True)
 
 
@@ -107,7 +109,15 @@ def _asked_for(arguments: Sequence[str]) -> str:
 def _line(level: str, name: str, text: str, fields: dict[str, Any]) -> str:
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     record = {"time": now, "level": level, "stage": current_stage(), "event": name, "message": text, "fields": fields}
-    return json.dumps(record, default=str)
+    # what is no JSON is text before it is redacted
+    return json.dumps(redacted_values(json.loads(json.dumps(record, default=str))))
+
+
+class _Text(logging.Formatter):
+    """The message alone, as a terminal may show it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return fit_to_show(super().format(record))
 
 
 class _Json(logging.Formatter):

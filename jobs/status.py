@@ -17,6 +17,7 @@ from capgap.pipeline.workflow.look import Look, look_at
 from capgap.pipeline.workflow.remake import LastCommand, last_command
 from capgap.schemas.errors import MachineError, SettingError
 from capgap.schemas.heartbeat import End
+from capgap.schemas.printable import fit_to_show
 from capgap.schemas.run_file import RunFile
 
 _EVERY_S = 2.0
@@ -161,7 +162,7 @@ class _Watch:
                 fix="run `capgap run RUN.yaml` again",
             )
         ended = failed.gone[0].ended or _killed()
-        print(f"capgap: {failed.name}: {ended.what}", file=sys.stderr)
+        print(fit_to_show(f"capgap: {failed.name}: {ended.what}"), file=sys.stderr)
         return ended.exit_code or CRASHED
 
     def _log(self) -> None:

@@ -16,6 +16,7 @@ from rich.text import Text
 from capgap.pipeline.stage.lease import HeldLease
 from capgap.pipeline.workflow.look import Look
 from capgap.schemas.heartbeat import Heartbeat
+from capgap.schemas.printable import fit_to_show
 from capgap.schemas.run_file import RunFile
 
 # a step or a shard may take as long without anything being wrong
@@ -46,11 +47,16 @@ def as_table(
             table.add_column(title, justify="right", no_wrap=True)
     for look in shown:
         state = _state(look)
-        row: list[str | Text] = [look.name, Text(state, _STYLES.get(state, "yellow")), _how_far(look) or look.why]
-        table.add_row(*row, *(_figures(look) if at_work else ()))
+        cells = [
+            Text(look.name),
+            Text(state, _STYLES.get(state, "yellow")),
+            Text(fit_to_show(_how_far(look) or look.why)),
+        ]
+        # no cell is markup: what stands in it may be a stranger's
+        table.add_row(*cells, *(Text(fit_to_show(figure)) for figure in (_figures(look) if at_work else ())))
     below = [Text(f"and {count} more: {state}", "dim") for state, count in sorted(hidden.items())]
     below += [
-        Text(f"{lease.device} of this machine: {lease.holder}, pid {lease.pid}, since {lease.since}")
+        Text(fit_to_show(f"{lease.device} of this machine: {lease.holder}, pid {lease.pid}, since {lease.since}"))
         for lease in leases
     ]
     return Group(table, *below) if below else table

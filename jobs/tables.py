@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NoReturn
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from capgap.schemas.printable import printable
 
 # an ellipsis would hide what a script looks for
 _WIDTH_OFF_A_TERMINAL = 200
@@ -17,7 +21,12 @@ def print_wide(table: RenderableType) -> None:
 
 
 class ResultConsole(Console):
-    """rich's console, which leaves it to the command what happens when the reader has gone."""
+    """rich's console: no text in a table controls the terminal, and the command decides what a gone reader means."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Its segments, printable but for rich's own controls."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
     def on_broken_pipe(self) -> NoReturn:
         """Raise BrokenPipeError; rich would end the process with the code of a crash."""

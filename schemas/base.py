@@ -9,8 +9,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails
 
+from capgap.schemas.secrets import require_no_credential
+
 _MAX_INTEGER_BITS = 63
-_SETTINGS_MODULES = ("run_", "law_grid")
+_SETTINGS_MODULES = ("run_", "law_grid", "interchange")
 _OPERATIONAL = "capgap_operational"
 
 OPERATIONAL: dict[str, Any] = {_OPERATIONAL: True}
@@ -20,15 +22,21 @@ OPERATIONAL: dict[str, Any] = {_OPERATIONAL: True}
 class Record(BaseModel):
     """Frozen, and an unknown key is an error: a typing mistake is never silently a default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod
     def _require_usable(cls, values: Any) -> Any:
-        """No number that 64 bits cannot hold, and no setting that no path can be: both would fail far from here."""
+        """No number that 64 bits cannot hold, and no setting that no path can be: both would fail far from here.
+
+        No setting holds a credential: whatever is set is written into manifests.
+        """
         if isinstance(values, dict):
+            is_setting = any(base.__module__.rpartition(".")[2].startswith(_SETTINGS_MODULES) for base in cls.__mro__)
             for name, value in values.items():
-                _require_usable(name, value, cls.__module__.rpartition(".")[2].startswith(_SETTINGS_MODULES))
+                _require_usable(name, value, is_setting)
+                if is_setting:
+                    require_no_credential(str(name), value)
         return values
 
     def meant(self) -> dict[str, Any]:
@@ -72,7 +80,7 @@ def below(error: ValidationError, *where: str | int) -> ValidationError:
         InitErrorDetails(type=e["type"], loc=(*where, *e["loc"]), input=e["input"], ctx=e.get("ctx", {}))
         for e in error.errors(include_url=False)
     ]
-    return ValidationError.from_exception_data(error.title, problems)
+    return ValidationError.from_exception_data(error.title, problems, hide_input=True)
 
 
 def _require_usable(name: object, value: object, is_setting: bool) -> None:

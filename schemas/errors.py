@@ -2,12 +2,15 @@
 
 The command line turns a :class:`CapgapError` into one line on stderr and the class's exit code: 2 for what the user can
 mend in the run file or its inputs, 3 for the machine, 4 for damaged data. A message names what is wrong, where, what
-was found, what was expected, and what to do about it.
+was found, what was expected, and what to do about it. It holds no credential and
+no control character.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from capgap.schemas.printable import fit_to_show
 
 
 class CapgapError(Exception):
@@ -48,7 +51,7 @@ class CapgapError(Exception):
             text += f"{';' if self.found is None else ','} expected {self.expected}"
         if self.fix is not None:
             text += f"; {self.fix}"
-        return " ".join(text.split())
+        return fit_to_show(" ".join(text.split()))
 
 
 class SettingError(CapgapError):

@@ -9,6 +9,7 @@ notice that an input was made again and came out different.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from capgap.schemas.base import Record
+from capgap.schemas.printable import printable_name
 
 MANIFEST_NAME = "manifest.json"
 WORK_NAME = "work.json"
@@ -24,13 +26,38 @@ WORK_NAME = "work.json"
 # A manifest may come from a stranger: no count may pass what arithmetic on offsets and arrays holds.
 Count = Annotated[int, Field(ge=0, lt=1 << 48)]
 
+# As `name` and the names of arms are checked in a run file; none begins like a flag or a hidden file.
+_NAME = re.compile(r"[^\W_][\w.-]*|_[\w.-]*")
+_LONGEST_NAME = 1024
+
 
 def _inside(path: str) -> str:
     """The path, if it can only lead to a file of the folder."""
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
         raise ValueError(f"found the path {path!r}, expected one inside the folder")
+    if printable_name(path) != path:
+        raise ValueError(f"found the path {path!a}, expected one without control characters")
     return path
+
+
+def _named(text: str) -> str:
+    """The name, if a stage, an instance or a shard can have it: it stands in commands that are meant to be pasted."""
+    parts = text.split("/")
+    if not all(_NAME.fullmatch(part) for part in parts) or len(text) > _LONGEST_NAME:
+        raise ValueError(f"found {text[:80]!a}, expected a name: letters, digits, '-', '_' and '.', with '/' between")
+    return text
+
+
+def _digest(text: str) -> str:
+    """The digest, or nothing."""
+    if not text.isascii() or not (text.isalnum() or not text):
+        raise ValueError(f"found {text[:80]!a}, expected a digest")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_named)]
+Digest = Annotated[str, AfterValidator(_digest)]
 
 
 class FileEntry(Record):
@@ -42,7 +69,7 @@ class FileEntry(Record):
     num_bytes: Count
     """Size."""
 
-    sha256: str
+    sha256: Digest
     """Digest of the bytes."""
 
 
@@ -118,6 +145,11 @@ class ShardEntry(Record):
     members: Members
     """What lies in it."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _named(self.file.path)
+        return self
+
     def member(self, number: int) -> Member:
         """The member of that number, counted from 0."""
         of = self.members
@@ -176,20 +208,20 @@ class InputEntry(Record):
     path: str
     """Where it was."""
 
-    identity: str
+    identity: Digest
     """Its manifest's identity."""
 
-    content: str
+    content: Digest
     """Its manifest's content."""
 
 
 class WorkOrder(Record):
     """`work.json`: what a stage set out to do; written before the work, kept beside the manifest after it."""
 
-    stage: str
+    stage: Name
     """Name of the stage."""
 
-    instance: str
+    instance: Name
     """Stage, arm and seed as one path, for example `train/distilled/seed-0`."""
 
     settings: dict[str, JsonValue]
@@ -198,7 +230,7 @@ class WorkOrder(Record):
     inputs: dict[str, InputEntry]
     """By role: corpus, teacher, cache and so on."""
 
-    identity: str
+    identity: Digest
     """Digest of stage, settings and the inputs' identities."""
 
 
@@ -208,10 +240,10 @@ class Manifest(WorkOrder):
     format: Literal["capgap-manifest-1"] = "capgap-manifest-1"
     """Version of this layout."""
 
-    seal: str = ""
+    seal: Digest = ""
     """Digest of everything else in this manifest, written when it is finished."""
 
-    content: str
+    content: Digest
     """Digest of the digests of `files` and `sources`."""
 
     sources: tuple[SourceEntry, ...] = ()

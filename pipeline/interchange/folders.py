@@ -17,6 +17,7 @@ from capgap.pipeline.stage.manifests import read_manifest, read_work_order, requ
 from capgap.pipeline.stage.versions import versions
 from capgap.schemas.errors import MismatchError
 from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
+from capgap.schemas.secrets import redacted
 
 
 def order_for(stage: str, settings: dict[str, Any], inputs: dict[str, InputEntry]) -> WorkOrder:
@@ -84,7 +85,7 @@ def make_folder(
                 versions=versions(),
                 started=begun_at,
                 wall_s=round(time.monotonic() - started, 3),
-                command=tuple(sys.argv),
+                command=tuple(map(redacted, sys.argv)),
                 resolved=resolved,
             ),
         )

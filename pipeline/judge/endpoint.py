@@ -25,6 +25,7 @@ from capgap.pipeline.judge.prompts import Messages
 from capgap.schemas.errors import MachineError, SettingError
 from capgap.schemas.judge_results import Ask, JudgeIdentity
 from capgap.schemas.run_judge import JudgeSettings
+from capgap.schemas.secrets import remember_secret
 
 # What a server of its own takes for a key, where none is set.
 _NO_KEY = "none"
@@ -55,6 +56,7 @@ class Endpoint:
     def __init__(self, settings: JudgeSettings) -> None:
         self._settings = settings
         self._key = key_of(settings)
+        remember_secret(self._key)
         self._client = OpenAI(
             api_key=self._key or _NO_KEY,
             base_url=settings.base_url,

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.heartbeat import Count, End, Heartbeat
+from capgap.schemas.printable import fit_to_show
 
 _PATTERN = "progress*.json"
 _WRITE_EVERY_S = 1.0
@@ -78,7 +79,7 @@ class HeartbeatWriter:
         elif isinstance(error, CapgapError):
             ended = End(what=str(error), exit_code=error.exit_code)
         else:
-            ended = End(what=" ".join(f"{type(error).__name__}: {error}".split()), exit_code=_CRASHED)
+            ended = End(what=fit_to_show(" ".join(f"{type(error).__name__}: {error}".split())), exit_code=_CRASHED)
         self._change(ended=ended)
         self._write()
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from capgap.pipeline.store.files import MAX_SMALL_BYTES, too_large
-from capgap.schemas.errors import InputError, MachineError
+from capgap.schemas.errors import InputError, MachineError, SettingError
+from capgap.schemas.secrets import require_no_credential
 
 # Large enough that a request's latency is small beside its transfer, small beside the memory of a decoded window.
 _CHUNK_BYTES = 8 << 20
@@ -23,9 +24,17 @@ class Remote:
 
     Args:
         url: of the folder.
+
+    Raises:
+        SettingError: a credential stands in the URL.
     """
 
     def __init__(self, url: str) -> None:
+        try:
+            require_no_credential("the URL", url)
+        except ValueError as error:
+            where, _, what = str(error).partition(": ")
+            raise SettingError(what, where=where) from None
         self.url = url.rstrip("/")
 
     def read(self, path: str) -> bytes | None:

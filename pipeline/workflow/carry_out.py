@@ -34,6 +34,7 @@ from capgap.pipeline.workflow.state import RunStates, StageState, State
 from capgap.schemas.errors import MismatchError
 from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
 from capgap.schemas.run_file import RunFile
+from capgap.schemas.secrets import redacted, redacted_values
 
 
 def carry_out(
@@ -123,8 +124,8 @@ def finish_with(
         versions=versions(),
         started=clock.begun_at,
         wall_s=clock.wall_s,
-        command=tuple(sys.argv),
-        resolved=run.model_dump(mode="json"),
+        command=tuple(map(redacted, sys.argv)),
+        resolved=redacted_values(run.model_dump(mode="json")),
     )
     if (beat := current_heartbeat()) is not None:
         # the folder that they lie in goes

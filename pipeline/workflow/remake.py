@@ -18,6 +18,7 @@ from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.workflow.state import RunStates, StageState
 from capgap.schemas.base import Record
 from capgap.schemas.errors import MismatchError, SettingError
+from capgap.schemas.secrets import redacted
 
 LAST_COMMAND_NAME = "run.command.json"
 
@@ -42,6 +43,7 @@ class LastCommand(Record):
 
 def write_command(out: Path, command: LastCommand) -> None:
     """Remember how a run was started."""
+    command = LastCommand(flags=tuple(map(redacted, command.flags)))
     write_atomically(out / LAST_COMMAND_NAME, command.model_dump_json(indent=1) + "\n")
 
 

@@ -334,8 +334,11 @@ def test_the_names_of_the_shard_sets_are_those_of_the_page() -> None:
     assert _codes(line) == [*SPLITS, *get_args(RecordingName), heldout_set("")]
 
 
+PATHS = {"1": "b", "2": "a/\u00fc", "3": "metrics.csv", "4": "a"}
+
+
 def test_the_content_digest_is_computed_as_the_page_says() -> None:
-    files = [FileEntry(path=path, num_bytes=1, sha256=path * 3) for path in ("b", "a/\u00fc", "metrics.csv", "a")]
+    files = [FileEntry(path=path, num_bytes=1, sha256=name * 64) for name, path in PATHS.items()]
     listed = sorted([file.path, file.sha256] for file in files if file.path != "metrics.csv")
     text = json.dumps(listed, separators=(",", ":"))
     assert content_of(files) == hashlib.sha256(text.encode("ascii")).hexdigest()
