@@ -40,9 +40,11 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     Raises:
         MismatchError: teacher and corpus do not share a tokenizer.
         SettingError: more ids are asked for than the vocabulary has.
+        CorruptError: a file of the teacher is not what it was.
     """
     corpus_facts = CorpusFacts.model_validate(inputs["corpus"].manifest.facts)
     _require_fit(corpus_facts, ModelFacts.model_validate(inputs["teacher"].manifest.facts), run.cache)
+    model_path(inputs["teacher"])  # before a finished cache is thrown away for a new one
 
 
 def run(context: StageContext) -> StageResult:

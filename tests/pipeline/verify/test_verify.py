@@ -49,7 +49,8 @@ def test_a_sound_folder_is_one_line_with_its_counts(folder: Path) -> None:
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name[-5:] != ".json")
     num_bytes += sum(path.stat().st_size for path in (folder / "tokenizer").iterdir())
     (line,) = verify(folder)
-    assert line == f"corpus: {len(manifest.files)} files, {num_members} members, {num_bytes:,} bytes: sound"
+    counts = f"{len(manifest.files)} files, {num_members} members, {num_bytes:,} bytes"
+    assert line == f"corpus: {counts}, {len(manifest.sources)} sources: sound"
 
 
 def test_a_flipped_bit_anywhere_in_a_listed_file_is_found(folder: Path) -> None:
