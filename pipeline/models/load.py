@@ -11,6 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from capgap.pipeline.models.complete import require_complete
 from capgap.pipeline.models.configs import empty_model, load_config, max_positions
+from capgap.pipeline.models.contents import contents_of, first_line
 from capgap.pipeline.models.hub import require_reached
 from capgap.pipeline.models.recorded import require_as_recorded
 from capgap.pipeline.models.tokenizers import refuse_code, tokenizer_facts
@@ -69,14 +70,15 @@ def load_model(
     config = load_config(path, trust_remote_code)
     require_complete(path, trust_remote_code, config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+        with contents_of("the model cannot be loaded", path, "weights, configuration and generation_config.json"):
+            model = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
+            )
     except (OSError, ValueError) as error:
         refuse_code(error, path)
         require_reached(path, error)
         raise InputError(
-            "the model cannot be loaded", where=path, found=_first_line(error), expected="weights as safetensors"
+            "the model cannot be loaded", where=path, found=first_line(error), expected="weights as safetensors"
         ) from None
     return model.to(device).eval()
 
@@ -119,7 +121,3 @@ def model_facts(
         max_positions=max_positions(model.config),
         path=path,
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

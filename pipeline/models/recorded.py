@@ -8,9 +8,9 @@ A reader of a cache finds damage member by member. Weights are read whole and ha
 flipped bit would pass unseen: their digests are checked before the work begins.
 
 Cost: every byte is read and hashed once in each process that opens the model, and so once for each stage and each rank
-of a training. A file that this process has hashed is not hashed again as long as its size, time and inode stay the same;
-other processes are told nothing, for none of the three proves anything about bytes. SHA-256 takes a second for 0.9 to
-1.5 GB on one core, as `docs/operations.md` says; the files of a model are hashed beside one another.
+of a training. A file that this process has hashed is not hashed again while its size, time and inode stay the same;
+other processes are told nothing, for none of the three proves anything about bytes. `docs/operations.md` has the rate;
+the files of a model are hashed beside one another.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
+from capgap.pipeline.models.contents import first_line
 from capgap.pipeline.models.weight_files import require_no_pointer
 from capgap.schemas.errors import InputError, MachineError
 
@@ -96,7 +97,7 @@ def read_reference(path: str | Path) -> Tokenizer | None:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise InputError(
-            f"{TOKENIZER_FILE} cannot be read", where=path, found=str(error).splitlines()[0], expected="a tokenizer"
+            f"{TOKENIZER_FILE} cannot be read", where=path, found=first_line(error), expected="a tokenizer"
         ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()

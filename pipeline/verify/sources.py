@@ -1,9 +1,9 @@
 """The files outside a stage's folder that it read, against the digests that it wrote down of them.
 
-    gone                              said: a finished stage may outlive what it was made from
-    another size, or another time     said: somebody has changed it, and `capgap status` calls the stage stale
-    the same size and time            damage: nobody has written it, and its bytes are others
-    of a model that was given         damage, whatever its time is: later stages read the model there
+gone                              said: a finished stage may outlive what it was made from
+another size, or another time     said: somebody has changed it, and `capgap status` calls the stage stale
+the same size and time            damage: nobody has written it, and its bytes are others
+of a model that was given         damage, whatever its time is: later stages read the model there
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One flipped bit of a model, under its old size and time, ends whatever would read it, with its name and what to do."""
+"""One flipped bit of a model, under its old size and time, ends whatever would read it, by its name."""
 
 from __future__ import annotations
 
