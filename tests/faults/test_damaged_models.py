@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from processes import Zygote, one_line
-
-Given = tuple[Path, Path]
 
 
 def flip(path: Path, place: int = -5) -> None:
@@ -21,21 +18,6 @@ def flip(path: Path, place: int = -5) -> None:
     data[place] ^= 4
     path.write_bytes(data)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-@pytest.fixture
-def given(zygote: Zygote, settings: dict[str, Any], copy: Path, tmp_path: Path) -> Callable[[], tuple[Path, Path]]:
-    """A run file whose teacher is a copy of the given one, and that copy; the teacher stage is made."""
-
-    def make() -> tuple[Path, Path]:
-        folder, path = tmp_path / "given", tmp_path / "run.json"
-        shutil.copytree(settings["teacher"]["path"], folder)
-        path.write_text(json.dumps(settings | {"teacher": {"path": str(folder)}}))
-        code, said = zygote.run("teacher", path, "--out", copy)
-        assert code == 0, said
-        return path, folder
-
-    return make
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -64,34 +46,37 @@ def test_a_damaged_training_is_not_measured(zygote: Zygote, copy: Path, run_file
     assert "--remake train/distilled/seed-0" in one_line(said)
 
 
-@pytest.mark.parametrize("stage", ["cache", "eval"])
+@pytest.mark.parametrize(("stage", "how"), [("cache", ["--force"]), ("eval", [])])
 def test_a_given_teacher_that_changed_under_its_size_and_time_is_not_read(
-    zygote: Zygote, copy: Path, given: Callable[[], Given], stage: str
+    zygote: Zygote, settings: dict[str, Any], copy: Path, run_file: Path, stage: str, how: list[str]
 ) -> None:
-    run_file, folder = given()
-    flip(folder / "model.safetensors")
-    # replaced, because the teacher is another folder than the run was made with
-    code, said = zygote.run(stage, run_file, "--out", copy, "--force")
-    if stage == "eval":
-        assert code != 0
-        return
+    damaged = Path(settings["teacher"]["path"]) / "model.safetensors"
+    flip(damaged)
+    try:
+        code, said = zygote.run(stage, run_file, "--out", copy, *how)
+    finally:
+        flip(damaged)
     assert code == 4, said
     line = one_line(said)
-    assert f"{folder / 'model.safetensors'}: the model's file is not what it was" in line
+    assert f"{damaged}: the model's file is not what it was; found sha256" in line
     assert "fetch the model's files again" in line and "--remake teacher" in line
-    # not one shard was thrown away
-    assert (copy / "cache/sampled-000000.tar").is_file()
+    # a cache that is to be replaced is still there
+    assert (copy / "cache/manifest.json").is_file() and (copy / "cache/sampled-000000.tar").is_file()
 
 
 def test_verify_finds_a_given_teacher_that_changed_and_says_what_is_gone(
-    zygote: Zygote, copy: Path, given: Callable[[], Given]
+    zygote: Zygote, settings: dict[str, Any], copy: Path, tmp_path: Path
 ) -> None:
-    _, folder = given()
+    folder, run_file = tmp_path / "given", tmp_path / "run.json"
+    shutil.copytree(settings["teacher"]["path"], folder)
+    run_file.write_text(json.dumps(settings | {"teacher": {"path": str(folder)}}))
+    code, said = zygote.run("teacher", run_file, "--out", copy)
+    assert code == 0, said
     code, said = zygote.run("verify", copy / "teacher")
-    assert code == 0 and "sources: sound" in said, said
+    assert code == 0 and "0 files, 0 members, 0 bytes, 5 sources: sound" in said, said
     flip(folder / "config.json", 100)
     code, said = zygote.run("verify", copy / "teacher")
     assert code == 4 and f"{folder / 'config.json'}: the source is not what it was" in one_line(said), said
     shutil.rmtree(folder)
     code, said = zygote.run("verify", copy / "teacher")
-    assert code == 0 and f"{folder / 'config.json'} is gone" in said, said
+    assert code == 0 and f"source {folder / 'config.json'} is gone: it was not compared" in said, said
