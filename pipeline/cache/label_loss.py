@@ -87,7 +87,7 @@ def require_as_measured(teacher: Manifest, heldout: ShardReader | None, where: s
         MismatchError: the two are farther apart than sequences, dtypes and engines explain.
     """
     expected, num_measured = teacher.totals.get(LABEL_LOSS), teacher.totals.get(NUM_SEQUENCES)
-    if expected is None or not num_measured:
+    if not isinstance(expected, float) or not isinstance(num_measured, int) or num_measured < 1:
         return
     found = None if heldout is None else label_loss_of(heldout)
     if found is None or found.num_sequences < 2:
