@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import accumulate
 
+from capgap.pipeline.cache.label_loss import require_as_measured, say_if_it_knows_nothing
 from capgap.pipeline.cache.overlap import overlap
 from capgap.pipeline.cache.reopen import reopen
 from capgap.pipeline.cache.request_checks import require_kept
@@ -18,7 +19,7 @@ from capgap.pipeline.models.load import model_path
 from capgap.pipeline.models.text import write_tokenizer
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.folder import WORK_FOLDER, plan_units
-from capgap.pipeline.store import rank_ids, read_blocks
+from capgap.pipeline.store import ShardReader, rank_ids, read_blocks
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.store.ranking import RANKING_NAME
 from capgap.schemas.errors import MismatchError
@@ -40,16 +41,18 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     Raises:
         MismatchError: teacher and corpus do not share a tokenizer.
         SettingError: more ids are asked for than the vocabulary has.
+        CorruptError: a file of the teacher is not what it was.
     """
     corpus_facts = CorpusFacts.model_validate(inputs["corpus"].manifest.facts)
     _require_fit(corpus_facts, ModelFacts.model_validate(inputs["teacher"].manifest.facts), run.cache)
+    model_path(inputs["teacher"])  # before a finished cache is thrown away for a new one
 
 
 def run(context: StageContext) -> StageResult:
     """Write the target shards, and the tokenizer beside them.
 
     Raises:
-        MismatchError, SettingError: as `check`.
+        MismatchError, SettingError: as `check`; or the teacher's loss is far from what its stage measured.
         MachineError, InputError: as the engine.
     """
     check(context.run, context.instance, context.inputs)
@@ -82,6 +85,11 @@ def run(context: StageContext) -> StageResult:
     }
     if heldout:
         sets |= {heldout_set(name): scorer.shard_set(name, heldout) for name in settings.recordings}
+    if settings.temperature == 1:
+        scored = sets.get(heldout_set(settings.recordings[0]))
+        reader = None if scored is None else ShardReader(context.folder, scored)
+        require_as_measured(context.input("teacher").manifest, reader, str(context.folder))
+        say_if_it_knows_nothing(facts.mean_label_loss or 0.0, facts.tokenizer.vocab_size)
     return StageResult(facts=facts.model_dump(mode="json"), totals=totals, shard_sets=sets)
 
 

@@ -82,6 +82,7 @@ def run(context: StageContext) -> StageResult:
     missing = why_missing(context)
     for name in (*(() if missing is not None else (TEACHER,)), *(student.name for student in students)):
         _check_tokenizer(context, name, facts)
+        model_path(context.input(name))  # the digests of all, before the first is measured
     if missing is not None:
         _require_other_means(context, missing, cached)
     prompts: tuple[tuple[int, ...], ...] = ()

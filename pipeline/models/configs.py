@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from capgap.pipeline.models.contents import contents_of, first_line
 from capgap.pipeline.models.hub import not_there, require_reached
 from capgap.pipeline.models.tokenizers import refuse_code
 from capgap.schemas.errors import InputError
@@ -16,10 +17,11 @@ def load_config(path: str, trust_remote_code: bool = False) -> Any:
     """The configuration of a model.
 
     Raises:
-        InputError: there is none, or it needs code that is not trusted.
+        InputError: there is none, it cannot be used, or it needs code that is not trusted.
     """
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with contents_of("the configuration cannot be used", path, "a config.json as transformers writes it"):
+            return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         refuse_code(error, path)
         require_reached(path, error)
@@ -32,15 +34,16 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> PreTrainedModel
     Raises:
         InputError: transformers has none.
     """
+    where = config.name_or_path or config.model_type
     try:
-        with torch.device("meta"):
+        with contents_of("the configuration cannot be used", where, "sizes and names of a model"), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        refuse_code(error, config.name_or_path or config.model_type)
+        refuse_code(error, where)
         raise InputError(
             "this is no causal language model",
-            where=config.name_or_path or config.model_type,
-            found=_first_line(error).partition(". ")[0],
+            where=where,
+            found=first_line(error).partition(". ")[0],
             expected="an architecture of transformers' AutoModelForCausalLM",
         ) from None
     model.tie_weights()
@@ -55,7 +58,3 @@ def max_positions(config: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

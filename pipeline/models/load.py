@@ -11,7 +11,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from capgap.pipeline.models.complete import require_complete
 from capgap.pipeline.models.configs import empty_model, load_config, max_positions
+from capgap.pipeline.models.contents import contents_of, first_line
 from capgap.pipeline.models.hub import require_reached
+from capgap.pipeline.models.recorded import require_as_recorded
 from capgap.pipeline.models.tokenizers import refuse_code, tokenizer_facts
 from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.stage.manifests import read_manifest
@@ -25,16 +27,27 @@ disable_progress_bar()
 
 
 def model_path(made: StageInput) -> str:
-    """The folder or id of the model that a teacher, student or train stage made or was given."""
+    """The folder or id of the model that a teacher, student or train stage made or was given, its digests checked.
+
+    They are checked the first time that a process asks; `models/recorded.py` says what that costs.
+
+    Raises:
+        CorruptError: a file of it is not what the manifest says.
+        InputError: the stage's folder lies behind a URL.
+    """
     facts = ModelFacts.model_validate(made.manifest.facts)
-    return str(made.path / MODEL_FOLDER) if facts.path == MODEL_FOLDER else facts.path
+    is_given = facts.path != MODEL_FOLDER
+    folder = Path(facts.path) if is_given else made.path / MODEL_FOLDER
+    if not is_given or folder.is_dir():
+        require_as_recorded(made, folder, is_given)
+    return facts.path if is_given else str(folder)
 
 
 def model_at(path: str) -> str:
     """The folder or id of a model that is given as a stage's folder, a model's folder or an id.
 
     Raises:
-        CorruptError: the stage's manifest cannot be understood.
+        CorruptError: the stage's manifest cannot be understood, or as `model_path`.
     """
     made = read_manifest(Path(path)) if Path(path).is_dir() else None
     return path if made is None else model_path(StageInput(Path(path), made))
@@ -57,14 +70,15 @@ def load_model(
     config = load_config(path, trust_remote_code)
     require_complete(path, trust_remote_code, config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+        with contents_of("the model cannot be loaded", path, "weights, configuration and generation_config.json"):
+            model = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
+            )
     except (OSError, ValueError) as error:
         refuse_code(error, path)
         require_reached(path, error)
         raise InputError(
-            "the model cannot be loaded", where=path, found=_first_line(error), expected="weights as safetensors"
+            "the model cannot be loaded", where=path, found=first_line(error), expected="weights as safetensors"
         ) from None
     return model.to(device).eval()
 
@@ -107,7 +121,3 @@ def model_facts(
         max_positions=max_positions(model.config),
         path=path,
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

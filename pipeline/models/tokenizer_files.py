@@ -18,6 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from capgap.pipeline.models.contents import first_line
 from capgap.pipeline.models.weight_files import require_no_pointer
 from capgap.schemas.errors import InputError, MachineError
 
@@ -93,7 +94,7 @@ def read_reference(path: str | Path) -> Tokenizer | None:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise InputError(
-            f"{TOKENIZER_FILE} cannot be read", where=path, found=str(error).splitlines()[0], expected="a tokenizer"
+            f"{TOKENIZER_FILE} cannot be read", where=path, found=first_line(error), expected="a tokenizer"
         ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from capgap.pipeline.models.contents import contents_of
 from capgap.pipeline.models.hub import not_there, require_reached
 from capgap.pipeline.models.text_growth import require_bounded_file, require_bounded_tokenizer
 from capgap.pipeline.models.tokenizer_files import as_in_file, read_reference, require_files, require_reader
@@ -17,6 +18,7 @@ from capgap.schemas.facts import TokenizerFacts
 
 _LOG = logging.getLogger("capgap")
 
+_UNREADABLE, _FILES = "the tokenizer cannot be read", "the files of a tokenizer as transformers saves them"
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -24,15 +26,16 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     """The tokenizer of a folder or id; its ids are those of its tokenizer.json.
 
     Raises:
-        InputError: there is none, it needs code that is not trusted, it makes too much of a text, or it
-            gives other ids than its tokenizer.json.
+        InputError: there is none, its files cannot be read, it needs code that is not trusted, it makes too much of
+            a text, or it gives other ids than its tokenizer.json.
         MachineError: a package that reads its files is not installed, or the network fails.
     """
     require_bounded_file(Path(path))
     require_files(path)
     reference = read_reference(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        with contents_of(_UNREADABLE, path, _FILES):
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         refuse_code(error, path)
         require_reached(str(path), error)
@@ -44,9 +47,14 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
 
 
 def chat_template_of(path: str | Path) -> str | None:
-    """The chat template of a tokenizer on this machine; None where it has none, or is not here."""
+    """The chat template of a tokenizer on this machine; None where it has none, or is not here.
+
+    Raises:
+        InputError: its files hold what is no tokenizer.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+        with contents_of(_UNREADABLE, path, _FILES):
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, ImportError):
         return None
     template: str | None = tokenizer.chat_template

@@ -17,6 +17,7 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 
+from capgap.pipeline.models.contents import first_line
 from capgap.pipeline.models.hub import not_there, require_reached
 from capgap.schemas.errors import InputError
 
@@ -102,15 +103,17 @@ def _shards(folder: Path, where: str) -> list[Path]:
     require_no_pointer(index, where)
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+            raise ValueError("a file outside of the model's folder")
         files = [folder / name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        missing = [file.name for file in files if not file.is_file()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
         raise InputError(
             "the index of the weights cannot be read",
             where=where,
             found=f"{INDEX_NAME} without a readable weight_map",
             fix="download that file again",
         ) from None
-    missing = [file.name for file in files if not file.exists()]
     if missing or not files:
         raise InputError(
             "files of weights are missing",
@@ -132,7 +135,7 @@ def _of_file(file: Path, where: str) -> dict[str, TensorHeader]:
         raise InputError(
             "the file is no whole safetensors file",
             where=where,
-            found=_fault(file) or f"{file.name}: {_first_line(error)}",
+            found=_fault(file) or f"{file.name}: {first_line(error)}",
             fix="download that file again",
         ) from None
 
@@ -147,7 +150,7 @@ def _fault(file: Path) -> str | None:
                 entries = json.loads(opened.read(length))
                 ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
                 whole = 8 + length + max(ends, default=0)
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
                 return None
             if size == whole:
                 return None
@@ -182,7 +185,7 @@ def _of_hub(path: str) -> dict[str, TensorHeader]:
             "no weights as safetensors", where=path, found="neither", expected=f"{WHOLE_NAME} or {INDEX_NAME}"
         ) from None
     except SafetensorsParsingError as error:
-        raise InputError("the file is no whole safetensors file", where=path, found=_first_line(error)) from None
+        raise InputError("the file is no whole safetensors file", where=path, found=first_line(error)) from None
     except (OSError, HfHubHTTPError) as error:
         require_reached(path, error)
         raise not_there("no model can be found", path, error, WHOLE_NAME) from None
@@ -193,7 +196,3 @@ def _of_hub(path: str) -> dict[str, TensorHeader]:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

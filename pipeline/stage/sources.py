@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_MODEL_SUFFIXES = {".safetensors", ".json", ".bin", ".model", ".txt", ".jinja"}
+# code that comes with a model decides what it computes, where it is trusted
+_MODEL_SUFFIXES = {".py", ".safetensors", ".json", ".bin", ".model", ".txt", ".jinja"}
 
 
 def model_files(path: str | None) -> list[Path]:

@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from capgap.pipeline.cache.label_loss import LABEL_LOSS, NUM_SEQUENCES
 from capgap.pipeline.models.checks import check_given_model, corpus_tokenizer, fresh_model
 from capgap.pipeline.models.configs import empty_model, load_config
 from capgap.pipeline.models.load import MODEL_FOLDER, load_model, model_facts, save_model
 from capgap.pipeline.models.tokenizers import chat_template_of, load_tokenizer
 from capgap.pipeline.stage.context import StageContext, StageInput, StageResult
+from capgap.pipeline.stage.scalars import METRICS_NAME
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.teacher.vocabulary import extend_vocabulary
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.fits import require_memory
+from capgap.pipeline.train.metrics import read_rows
 from capgap.pipeline.train.strategy import is_sharded
 from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.errors import InputError
@@ -96,7 +99,13 @@ def _fit(
         ranks=context.ranks,
         context=CorpusFacts.model_validate(corpus.manifest.facts).context,
     )
-    return fit(model, task)
+    totals = fit(model, task)
+    measured = [row["validation_loss"] for row in read_rows(context.folder / METRICS_NAME) if row["validation_loss"]]
+    if not measured:
+        return totals
+    loss = totals["best_validation_loss"] if settings.output == "best" else float(measured[-1])
+    num_sequences = min(settings.num_validation_sequences, task.heldout.shard_set.num_sequences)
+    return totals | {LABEL_LOSS: loss, NUM_SEQUENCES: num_sequences}
 
 
 def _saved(

@@ -40,6 +40,7 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
             there is no such logger; or the teacher is to take part, and the run has none.
         InputError: a cache is empty or smaller than a step, or longer than the student takes; or neither the cache nor
             a corpus has held-out sequences; or a logger's package is not installed.
+        CorruptError: a file of the student, or of a teacher that takes part, is not what it was.
     """
     assert instance.arm is not None
     settings = run.train_settings(instance.arm)
@@ -51,6 +52,9 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     require_loggers(settings.loggers)
     if settings.needs_teacher:
         _require_same_teacher(inputs["cache"], inputs.get("teacher"))
+        model_path(inputs["teacher"])
+    # before a finished training is thrown away for a new one
+    model_path(inputs[f"student/seed-{instance.seed}"])
 
 
 def run(context: StageContext) -> StageResult:

@@ -11,6 +11,7 @@ from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.files import sha256_of
 from capgap.pipeline.store.plain_tar import require_plain_tar
 from capgap.pipeline.store.quarantine import write_quarantine
+from capgap.pipeline.verify.sources import verify_sources
 from capgap.schemas.errors import CorruptError, InputError
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, FileEntry, Manifest, WorkOrder
 
@@ -19,7 +20,9 @@ Damage = dict[str, CorruptError]
 
 
 def verify(folder: Path, quarantine: bool = False) -> Iterator[str]:
-    """A line for each finished stage at or below `folder`, after it was checked.
+    """A line for each finished stage at or below `folder`, after it was checked, and lines on sources that are gone.
+
+    Each stage's files are hashed, and so are the sources that it read, as far as they are still there.
 
     Args:
         folder: of a run or a stage.
@@ -28,7 +31,7 @@ def verify(folder: Path, quarantine: bool = False) -> Iterator[str]:
 
     Raises:
         InputError: there is none.
-        CorruptError: a file, shard or manifest is not what it was.
+        CorruptError: a file, shard, manifest or source is not what it was.
     """
     found = sorted(folder.rglob(MANIFEST_NAME))
     if not found:
@@ -40,9 +43,12 @@ def verify(folder: Path, quarantine: bool = False) -> Iterator[str]:
             raise CorruptError("no file but something else", where=path, fix="remove it")
         damage: Damage = {}
         num_members = _verify_stage(path.parent, manifest, damage if quarantine else None)
+        remarks = verify_sources(manifest)
         num_bytes = sum(file.num_bytes for file in manifest.files)
         counts = f"{len(manifest.files)} files, {num_members} members, {num_bytes:,} bytes"
+        counts += f", {len(manifest.sources)} sources" if manifest.sources else ""
         yield f"{manifest.instance}: {counts}: {f'{len(damage)} files in quarantine' if damage else 'sound'}"
+        yield from remarks
         for name, error in damage.items():
             yield f"  {name}: {error}"
             damaged.append(path.parent / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -49,7 +50,8 @@ def test_a_sound_folder_is_one_line_with_its_counts(folder: Path) -> None:
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name[-5:] != ".json")
     num_bytes += sum(path.stat().st_size for path in (folder / "tokenizer").iterdir())
     (line,) = verify(folder)
-    assert line == f"corpus: {len(manifest.files)} files, {num_members} members, {num_bytes:,} bytes: sound"
+    counts = f"{len(manifest.files)} files, {num_members} members, {num_bytes:,} bytes"
+    assert line == f"corpus: {counts}, {len(manifest.sources)} sources: sound"
 
 
 def test_a_flipped_bit_anywhere_in_a_listed_file_is_found(folder: Path) -> None:
@@ -70,6 +72,22 @@ def test_the_message_says_how_to_make_the_stage_again(folder: Path) -> None:
     with pytest.raises(
         CorruptError, match=r"found sha256 e3b0c44298fc, 0 bytes, .* rerun it with `capgap run RUN.yaml --"
     ):
+        list(verify(folder))
+
+
+def test_a_source_that_was_edited_or_is_gone_is_said_and_one_that_rotted_is_refused(folder: Path) -> None:
+    edited, gone, rotten = (Path(source.path) for source in read_manifest(folder).sources[:3])
+    edited.write_text("written anew")
+    gone.unlink()
+    lines = list(verify(folder))
+    assert lines[0].endswith(" sources: sound") and lines[1:] == [
+        f"  source {edited} was changed after the corpus stage had read it",
+        f"  source {gone} is gone: it was not compared",
+    ]
+    before = rotten.stat()
+    rotten.write_bytes(rotten.read_bytes()[:-1] + b"?")
+    os.utime(rotten, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(CorruptError, match=f"{rotten}: the source is not what it was; found .* fetch the file again"):
         list(verify(folder))
 
 

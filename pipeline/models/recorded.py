@@ -1,0 +1,99 @@
+"""Are a model's files still those whose digests were written down when its stage was finished?
+
+    model made by a stage   folder/model/*           --> digests in the manifest's `files`
+    model that was given    the folder that it is in --> digests in the manifest's `sources`
+    model by its id         nothing was written down: the hub's own cache is believed
+
+A reader of a cache finds damage member by member. Weights are read whole and have no checksum of their own, so one
+flipped bit would pass unseen: their digests are checked before the work begins.
+
+Cost: every byte is read and hashed once in each process that opens the model, and so once for each stage and each rank
+of a training. A file that this process has hashed is not hashed again while its size, time and inode stay the same;
+other processes are told nothing, for none of the three proves anything about bytes. `docs/operations.md` has the rate;
+the files of a model are hashed beside one another.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePath
+
+from capgap.pipeline.stage.context import StageInput
+from capgap.pipeline.store.files import sha256_of
+from capgap.schemas.errors import CorruptError
+from capgap.schemas.manifest import FileEntry, SourceEntry
+
+_LOG = logging.getLogger("capgap")
+
+_MOST_THREADS = 8
+# a few seconds of hashing, which whoever waits should be told of
+_WORTH_A_LINE_BYTES = 4 << 30
+
+_Found = tuple[int, int, int]
+_HASHED: dict[Path, tuple[_Found, str]] = {}
+
+
+def require_as_recorded(made: StageInput, folder: Path, is_given: bool) -> None:
+    """Raise CorruptError unless the files of a finished stage's model have the digests that its manifest lists.
+
+    A model of which no weights are left is no damage: whoever loads it says what is missing.
+
+    Args:
+        made: the stage that made the model, or was given it.
+        folder: that the model lies in.
+        is_given: it lies outside the stage's folder.
+    """
+    entries = _given(made, folder) if is_given else _made(made, folder)
+    if not any(folder.glob("*.safetensors")):
+        return
+    num_bytes = sum(entry.num_bytes for _, entry in entries)
+    if num_bytes > _WORTH_A_LINE_BYTES:
+        _LOG.info("%s: the digests of %.1f GB are checked", folder, num_bytes / 1e9)
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
+        digests = list(threads.map(lambda pair: _digest(pair[0]), entries))
+    for (path, entry), digest in zip(entries, digests, strict=True):
+        if digest != entry.sha256:
+            raise _damaged(path, digest, entry, made, is_given)
+
+
+def _made(made: StageInput, folder: Path) -> list[tuple[Path, FileEntry | SourceEntry]]:
+    """All but the model card, which nothing reads."""
+    inside = f"{folder.relative_to(made.path).as_posix()}/"
+    listed = (file for file in made.manifest.files if file.path.startswith(inside) and not file.path.endswith(".md"))
+    return [(made.path / file.path, file) for file in listed]
+
+
+def _given(made: StageInput, folder: Path) -> list[tuple[Path, FileEntry | SourceEntry]]:
+    """Sources may be named from the folder in which the stage was started; the model's own is known."""
+    return [(folder / PurePath(source.path).name, source) for source in made.manifest.sources]
+
+
+def _digest(path: Path) -> str | None:
+    """None where there is no file."""
+    try:
+        status = path.stat()
+        found = (status.st_size, status.st_mtime_ns, status.st_ino)
+        known = _HASHED.get(path)
+        if known is None or known[0] != found:
+            known = _HASHED[path] = (found, sha256_of(path))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    return known[1]
+
+
+def _damaged(
+    path: Path, digest: str | None, entry: FileEntry | SourceEntry, made: StageInput, is_given: bool
+) -> CorruptError:
+    again = f"--remake {made.manifest.instance}"
+    fix = f"make the model again: `capgap run RUN.yaml {again}`"
+    if is_given:
+        fix = f"fetch the model's files again; if it is meant to be another model now, say so with {again}"
+    return CorruptError(
+        "the model's file is not what it was" if digest is not None else "the model's file is gone",
+        where=path,
+        found=None if digest is None else f"sha256 {digest[:12]}, {path.stat().st_size} bytes",
+        expected=f"sha256 {entry.sha256[:12]}, {entry.num_bytes} bytes, as when the {made.manifest.stage} stage ended",
+        fix=fix,
+    )
