@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 
-from capgap.pipeline.cache.vllm_start import require_vllm
 from capgap.schemas.errors import MachineError
 from capgap.schemas.run_file import RunFile
 
@@ -15,7 +14,10 @@ def require_engine(run: RunFile) -> None:
     Raises:
         MachineError: vLLM is wanted, or Ray for several replicas, and is not there.
     """
-    if run.cache.engine == "vllm":
+    if run.cache.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        # imported here: it brings torch
+        from capgap.pipeline.cache.vllm_start import require_vllm
+
         require_vllm()
     if run.cache.replicas > 1 and importlib.util.find_spec("ray") is None:
         raise MachineError(

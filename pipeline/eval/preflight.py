@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from capgap.pipeline.eval.drafts import require_drafting
 from capgap.schemas.run_file import RunFile
 
 
@@ -13,4 +12,7 @@ def require_measurable(run: RunFile) -> None:
         MachineError: vLLM is not installed, or not one that can be asked.
     """
     if run.eval.speculative is not None:
+        # imported here: it brings torch
+        from capgap.pipeline.eval.drafts import require_drafting
+
         require_drafting()

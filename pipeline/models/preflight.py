@@ -5,14 +5,16 @@ run file --> what the text is to be: reused, or of a tokenizer that is given -->
 
 from __future__ import annotations
 
-from capgap.pipeline.models.checks import Expected, check_model, named
+from typing import TYPE_CHECKING
+
 from capgap.pipeline.models.given import require_findable
-from capgap.pipeline.models.text import RunText
-from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.stage.manifests import finished_stage
 from capgap.pipeline.stage.ranks import require_shares
 from capgap.schemas.run_file import RunFile
+
+if TYPE_CHECKING:
+    from capgap.pipeline.models.checks import Expected
 
 
 def require_text(run: RunFile) -> None:
@@ -24,6 +26,9 @@ def require_text(run: RunFile) -> None:
     tokenizer = run.corpus.tokenizer
     if tokenizer is not None:
         require_findable(tokenizer, "corpus.tokenizer", ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+        from capgap.pipeline.models.checks import named
+        from capgap.pipeline.models.tokenizers import load_tokenizer
+
         with named(f"corpus.tokenizer: {tokenizer}"):
             load_tokenizer(tokenizer)
 
@@ -47,11 +52,17 @@ def require_student(run: RunFile) -> None:
 
 def _require_model(run: RunFile, path: str, setting: str, trusted: bool, adapted: bool) -> None:
     require_findable(path, setting)
+    from capgap.pipeline.models.checks import check_model
+
     check_model(path, setting, trusted, _expected(run, adapted))
 
 
 def _expected(run: RunFile, adapted: bool) -> Expected:
     """What is known of the text that models will meet."""
+    from capgap.pipeline.models.checks import Expected
+    from capgap.pipeline.models.text import RunText
+    from capgap.pipeline.models.tokenizers import load_tokenizer
+
     for stage in ("corpus", "cache"):
         if stage in run.reuse and not run.makes("corpus"):
             folder = run.reuse[stage]

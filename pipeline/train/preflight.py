@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from capgap.pipeline.stage.manifests import finished_stage
 from capgap.pipeline.stage.ranks import require_shares
-from capgap.pipeline.train.caches import choose
-from capgap.pipeline.train.loggers import require_loggers
-from capgap.pipeline.train.objective import objective_of
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_train import TrainSettings
+
+# loggers whose packages capgap itself depends on
+_ALWAYS_THERE = ("tensorboard", "csv")
 
 
 def require_trainable(run: RunFile) -> None:
@@ -21,11 +22,23 @@ def require_trainable(run: RunFile) -> None:
     facts = _reused_facts(run)
     for arm in run.arms:
         settings = run.train_settings(arm)
-        require_loggers(settings.loggers)
+        _require_loggers(settings)
         require_shares(settings, settings.num_devices, "train")
         if facts is not None:
+            # imported here: they bring torch
+            from capgap.pipeline.train.caches import choose
+            from capgap.pipeline.train.objective import objective_of
+
             recording, _ = choose(facts, settings)
             objective_of(settings, recording, run.reuse["cache"])
+
+
+def _require_loggers(settings: TrainSettings) -> None:
+    if any(logger not in _ALWAYS_THERE for logger in settings.loggers):
+        # imported here: it brings Lightning
+        from capgap.pipeline.train.loggers import require_loggers
+
+        require_loggers(settings.loggers)
 
 
 def _reused_facts(run: RunFile) -> CacheFacts | None:
