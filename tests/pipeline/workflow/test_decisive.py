@@ -70,6 +70,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("corpus.on_bad_record", "skip", set()),
     ("corpus.max_bad_fraction", 0.2, set()),
     ("corpus.whole_conversations", True, ALL),
+    ("corpus.bos", "never", ALL),
     ("corpus.vocab_size", 512, ALL),
     ("corpus.extend_vocabulary.num_pieces", 7, ALL),
     ("corpus.extend_vocabulary.sources", ["other.txt"], ALL),
