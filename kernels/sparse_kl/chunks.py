@@ -53,6 +53,10 @@ def run_chunks(
     sums = _Sums(hidden_nH, weight_VH, vocab_size, rows.ckl_N.dtype, needs)
     num_rows = hidden_nH.shape[0]
     buffer_CP = hidden_nH.new_empty((num_chunk_rows, pitch(vocab_size)))
+    if buffer_CP.device.type == "cpu":
+        # oneDNN's 16-bit product with AMX reads past the columns that it is given and multiplies what it finds by 0,
+        # which leaves NaN where uncleared memory holds one: seen with torch 2.13
+        buffer_CP[:, vocab_size:].zero_()
     kl_n, ce_n = rows.ckl_N.new_empty(num_rows), rows.ckl_N.new_empty(num_rows)
     for start in range(0, num_rows, len(buffer_CP)):
         chunk = slice(start, min(start + len(buffer_CP), num_rows))

@@ -36,7 +36,7 @@ def test_a_form_finds_itself_again(name: str) -> None:
     # float64 least squares of well-conditioned matrices
     np.testing.assert_allclose(fits.coefficients_BP[0], TRUE[name][0], rtol=1e-8)
     assert fits.squares_B[0] < 1e-24
-    np.testing.assert_allclose(fits.at(DENSE)[0], losses_of(name, DENSE), rtol=1e-9)
+    np.testing.assert_allclose(fits.losses_at(DENSE)[0], losses_of(name, DENSE), rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", [name for name, form in FORMS.items() if name != "flat"])
@@ -44,7 +44,7 @@ def test_the_lowest_point_is_the_lowest(name: str) -> None:
     rng = np.random.default_rng(3)
     form = FORMS[name]
     fits = fit(form, U, 3.0 + rng.normal(0, 0.1, (200, len(U))))
-    curves = fits.at(DENSE)
+    curves = fits.losses_at(DENSE)
     lowest = np.array([np.interp(place, DENSE, curve) for place, curve in zip(fits.lowest(), curves, strict=True)])
     # as fine as the dense places can tell, for slopes of up to a few nats over the axis
     np.testing.assert_allclose(lowest, curves.min(1), atol=2e-4)

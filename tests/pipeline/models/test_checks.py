@@ -143,7 +143,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(corpus, tokenizer, 
 
 
 def test_fewer_positions_than_a_sequence_has_are_refused(corpus, tokenizer, tmp_path) -> None:
-    with pytest.raises(InputError, match=r"max_position_embeddings = 31, expected at least corpus\.seq_len = 32"):
+    with pytest.raises(InputError, match=r"max_position_embeddings = 31, expected at least 32, the targets of a sequence"):
         check_given_model(_given(tmp_path, tokenizer, positions=31), corpus, "teacher.path")
 
 

@@ -69,7 +69,7 @@ def test_before_anything_is_made_tokens_are_estimated_and_after_the_corpus_count
     counted = stages(make_plan(run(), Stated()))
     assert (
         "estimated: 60 .txt" in estimated["cache"].tokens.source
-        and "measured at 512 ids" in estimated["cache"].tokens.source
+        and "measured at a vocabulary of 512" in estimated["cache"].tokens.source
     )
     assert counted["cache"].tokens.value == made.shard_sets["student"].num_tokens
     # the ratio of bytes to tokens is that of another text

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from capgap.pipeline.store import SequenceLoader, ShardReader
+from capgap.pipeline.store import LoaderSettings, SequenceLoader, ShardReader
 from capgap.pipeline.store.batch import Batch, TargetTemperature, collate
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK, TOPK_CODECS
 from capgap.pipeline.store.samples import SampleShape, collate_samples
@@ -88,7 +88,7 @@ def test_every_sequence_comes_once_with_the_bits_of_the_reader(ranked_codecs, ma
 def test_a_batch_is_the_very_one_of_the_loader(codecs, make_reader, name: str) -> None:
     reader = make_reader(codecs[name], SIZES)
     by_tokens = {s["tokens"].tobytes(): s for s in webdataset_of(reader, shape_of(reader))}
-    loader = SequenceLoader(reader, 4, 0)
+    loader = SequenceLoader(reader, LoaderSettings(4, 0))
     for number, batch in enumerate(loader):
         places = loader.places(number)
         wanted = [reader.read_member(*place[:2])[0].tokens_BL1[place.row].astype(np.int64) for place in places]
@@ -98,7 +98,7 @@ def test_a_batch_is_the_very_one_of_the_loader(codecs, make_reader, name: str) -
 def test_targets_come_at_a_further_temperature(make_reader, codecs) -> None:
     reader = make_reader(dataclasses.replace(codecs[TOPK], extra_temperatures=(2.0,)), SIZES)
     target = TargetTemperature(0, reader.codec.powers[0])
-    first = next(iter(webdataset_of(reader, shape_of(reader, target=target))))
+    first = next(iter(webdataset_of(reader, shape_of(reader, target_temperature=target))))
     assert same(collate_samples([first]), collate([(*reader.read(0), 0)], reader.codec.num_ids, target))
 
 
