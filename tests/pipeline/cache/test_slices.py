@@ -144,7 +144,7 @@ def test_an_ordinary_run_and_slices_shut_one_another_out(run) -> None:
     assert carry_out(tiny, CACHE).totals["num_tokens"] > 0
 
 
-def test_other_settings_are_refused_while_slices_work_and_a_finished_cache_gives_way_to_them(run) -> None:
+def test_other_settings_are_refused_while_slices_work_and_where_the_cache_is_finished(run) -> None:
     carry_out_slice(run(), CACHE, Slice(0, 10))
     with ProcessLock(_cache(run()) / LOCK_NAME) as slice_at_work:
         assert slice_at_work.shared()
@@ -152,14 +152,17 @@ def test_other_settings_are_refused_while_slices_work_and_a_finished_cache_gives
             carry_out_slice(run(seed=1), CACHE, Slice(1, 10))
     with pytest.raises(MismatchError, match="unfinished and was begun under other settings"):
         carry_out_slice(run(seed=1), CACHE, Slice(1, 10))
-    carry_out(run(), CACHE)
+    finished = carry_out(run(), CACHE)
     with ProcessLock(_cache(run()) / LOCK_NAME) as slice_at_work:
         assert slice_at_work.shared()
         with pytest.raises(MachineError, match="another process is at work on this folder"):
             carry_out_slice(run(seed=1), CACHE, Slice(1, 10))
-    assert carry_out_slice(run(seed=1), CACHE, Slice(1, 10)) is None
-    assert json.loads((_cache(run()) / "work.json").read_text())["settings"]["cache"]["seed"] == 1
-    assert not (_cache(run()) / "manifest.json").exists()
+    with pytest.raises(
+        MismatchError, match=r"finished and would be replaced; found cache.seed was 0, is 1; .*--remake"
+    ):
+        carry_out_slice(run(seed=1), CACHE, Slice(1, 10))
+    assert json.loads((_cache(run()) / "work.json").read_text())["settings"]["cache"]["seed"] == 0
+    assert read_manifest(_cache(run())) == finished == carry_out_slice(run(), CACHE, Slice(1, 10))
 
 
 @pytest.mark.parametrize(

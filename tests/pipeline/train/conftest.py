@@ -133,11 +133,12 @@ def made(tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def with_both(made, tmp_path_factory) -> dict[str, Any]:
-    """The run with a cache of both recordings and three temperatures in place of its own."""
+    """The run with a cache of both recordings and three temperatures in place of its own; it trains from draws."""
     run = made["number"] | {
         "out": str(tmp_path_factory.mktemp("both")),
         "reuse": {stage: f"{made['number']['out']}/{stage}" for stage in ("corpus", "teacher")},
         "cache": made["number"]["cache"] | {"recording": "both", "top_k": 9, "extra_temperatures": [2.0, 0.5]},
+        "train": made["number"]["train"] | {"recording": "sampled"},
     }
     for instance in NEEDED[2:]:
         carry_out(RunFile.model_validate(run), instance)

@@ -208,7 +208,10 @@ def test_a_logger_whose_package_is_missing_says_what_to_install(monkeypatch, nam
 
 def test_loggers_are_a_setting_like_any_other(tmp_path) -> None:
     run = tmp_path / "run.yaml"
-    run.write_text("{name: a, out: o, teacher: {path: t}, student: {path: s}, train: {loggers: [csv, tensorboard]}}")
+    run.write_text(
+        "{name: a, out: o, reuse: {cache: c}, teacher: {path: t}, student: {path: s}, "
+        "train: {loggers: [csv, tensorboard]}}"
+    )
     parsed, *_ = parse_run(run_file_parser("capgap", ""), [str(run)])
     assert parsed.train.loggers == ("csv", "tensorboard")
     flag = "[tensorboard, {class_path: wandb, init_args: {project: mine, offline: true}}]"

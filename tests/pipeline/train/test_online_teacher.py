@@ -38,8 +38,8 @@ def run(tmp_path_factory) -> dict[str, Any]:
 
 
 def _weights(run: dict[str, Any], arm: str, **settings: Any) -> dict[str, torch.Tensor]:
-    """Of the student that the arm trains."""
-    changed = RunFile.model_validate(run | {"train": run["train"] | settings})
+    """Of the student that the arm trains, with settings of the arm's own."""
+    changed = RunFile.model_validate(run | {"arms": run["arms"] | {arm: run["arms"][arm] | settings}})
     carry_out(changed, Instance("train", arm, 1), remake=True)
     return AutoModelForCausalLM.from_pretrained(Path(run["out"]) / f"train/{arm}/seed-1/model").state_dict()
 

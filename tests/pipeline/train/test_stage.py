@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from pydantic import ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import NEEDED, SEQ_LEN, TRAIN, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -163,16 +164,27 @@ def test_checkpointed_activations_make_the_same_student(with_both) -> None:
     assert plain == checkpointed
 
 
+def _reusing(run: dict[str, Any]) -> dict[str, Any]:
+    """The run with its cache reused: the stage looks at what that keeps, where no section can say it before."""
+    reuse = run.get("reuse", {}) | {"cache": f"{run['out']}/cache"}
+    return {name: value for name, value in run.items() if name != "cache"} | {"reuse": reuse}
+
+
 def test_draws_cannot_weigh_tokens_by_entropy(made) -> None:
-    with pytest.raises(MismatchError, match=r"the cache does not support these token weights; found sampled targets"):
+    with pytest.raises(ValidationError, match=r"arms\.distilled\.token_weights: found entropy with a sampled cache"):
         train(made["number"], token_weights="entropy")
+    with pytest.raises(MismatchError, match=r"the cache does not support these token weights; found sampled targets"):
+        train(_reusing(made["number"]), token_weights="entropy")
 
 
 def test_a_temperature_that_counts_in_a_later_step_only_is_looked_at_too(made) -> None:
+    settings = {"alpha": 0.0, "final_alpha": 0.5, "temperature": 9}
+    with pytest.raises(ValidationError, match=r"arms\.distilled\.temperature: found 9, expected 1, at which"):
+        train(made["number"], **settings)
     with pytest.raises(
         SettingError, match=r"train\.temperature: .*no targets at this temperature; found 9, expected 1"
     ):
-        train(made["number"], alpha=0.0, final_alpha=0.5, temperature=9)
+        train(_reusing(made["number"]), **settings)
 
 
 def test_a_student_larger_than_memory_is_refused_before_its_weights_are_read(made, monkeypatch) -> None:
@@ -186,8 +198,10 @@ def test_of_a_cache_with_both_recordings_the_named_one_is_trained_from(made, wit
     sampled = train(with_both, recording="sampled")
     assert sampled == train(made["number"]) == train(made["number"], recording="sampled")
     assert train(with_both, recording="topk") != sampled
-    # cross-entropy alone reads no target
-    assert train(with_both, alpha=0.0) == train(made["number"], alpha=0.0) == train(with_both, alpha=0, temperature=9)
+    # cross-entropy alone reads no target, and needs none named
+    without = train(with_both, recording=None, alpha=0.0)
+    assert without == train(made["number"], alpha=0.0)
+    assert without == train(with_both, recording=None, alpha=0, temperature=9)
 
 
 def test_a_student_trains_at_each_temperature_that_the_cache_keeps(with_both, tmp_path) -> None:
@@ -212,23 +226,35 @@ def test_a_student_trains_at_each_temperature_that_the_cache_keeps(with_both, tm
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "before", "message"),
     [
-        ({}, "train.recording: the cache has several recordings; found none named, expected one of sampled, topk"),
+        (
+            {"recording": None},
+            "arms.distilled.recording: found none named, expected one of sampled, topk",
+            "train.recording: the cache has several recordings; found none named, expected one of sampled, topk",
+        ),
         (
             {"recording": "sampled", "temperature": 2.0},
+            "arms.distilled.temperature: found 2, expected 1, at which the cache is to be made; a topk cache can",
             "train.temperature: the cache's recording sampled has no targets at this temperature; found 2, expected 1;",
         ),
         (
             {"recording": "topk", "temperature": 3.0},
+            "arms.distilled.temperature: found 3, expected 0.5 or 1 or 2, at which the cache is to be made; add it to",
             "train.temperature: the cache's recording topk has no targets at this temperature; found 3, "
             "expected one of 0.5, 1, 2;",
         ),
     ],
 )
-def test_what_a_cache_with_both_lacks_is_refused(with_both, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingError) as caught:
+def test_what_a_cache_with_both_lacks_is_refused(
+    with_both, settings: dict[str, Any], before: str, message: str
+) -> None:
+    """Before the cache is made, and where a finished one is reused."""
+    with pytest.raises(ValidationError) as refused:
         train(with_both, **settings)
+    assert before in str(refused.value)
+    with pytest.raises(SettingError) as caught:
+        train(_reusing(with_both), **settings)
     assert str(caught.value).startswith(message)
 
 
@@ -236,13 +262,15 @@ def test_what_is_refused_leaves_the_finished_student_where_it_was(with_both) -> 
     weights = train(with_both, recording="topk")
     folder = Path(with_both["out"]) / TRAIN.name
     with pytest.raises(SettingError, match="has no targets at this temperature"):
-        train(with_both, recording="topk", temperature=3.0)
+        train(_reusing(with_both), recording="topk", temperature=3.0)
     manifest = read_manifest(folder)
     assert manifest is not None and (folder / "model" / "model.safetensors").is_file()
     assert weights == {file.path: file.sha256 for file in manifest.files if file.path.endswith(".safetensors")}
 
 
 def test_a_recording_that_the_cache_lacks_is_refused(made) -> None:
+    with pytest.raises(ValidationError, match=r"arms\.distilled\.recording: found topk, expected sampled, which is"):
+        train(made["number"], recording="topk")
     message = r"train.recording: the cache has no such recording; found topk, expected sampled; set train.recording, or"
     with pytest.raises(SettingError, match=message):
-        train(made["number"], recording="topk")
+        train(_reusing(made["number"]), recording="topk")

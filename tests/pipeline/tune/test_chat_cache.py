@@ -200,7 +200,7 @@ def test_a_cache_of_conversations_that_may_be_cut_or_of_another_tokenizer_is_ref
 
 
 def test_a_changed_cache_makes_a_tuning_stale(taught: dict[str, Any], make_run: Callable[..., RunFile]) -> None:
-    carry_out(_run(taught), TUNE)
+    carry_out(_run(taught), TUNE, remake=True)
     assert states(_run(taught))[TUNE.name].state is State.CURRENT
     changed = states(_run(taught, alpha=0.6))[TUNE.name]
     assert changed.why == "tune.alpha was 0.5, is 0.6"

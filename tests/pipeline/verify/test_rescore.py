@@ -119,11 +119,13 @@ def test_another_teacher_is_caught(cache, made, tmp_path, settings, capsys) -> N
     folder = cache(**settings)
     other = _save_teacher(tmp_path / "other", seed=3)
     AutoTokenizer.from_pretrained(made["teacher"]["path"]).save_pretrained(other)
-    with pytest.raises(MismatchError, match=r"the cache is not hold what its teacher gives; found .* nats apart where"):
+    with pytest.raises(
+        MismatchError, match=r"the cache does not hold what its teacher gives; found .* nats apart where"
+    ):
         list(rescore(folder, 0.001, teacher=other))
     assert main(["verify", str(folder.parent), "--rescore", "0.001", "--teacher", other, "--device", "cpu"]) == 2
     shown = capsys.readouterr()
-    assert "cache: 1 of " in shown.out and "the cache is not hold what its teacher gives" in shown.err
+    assert "cache: 1 of " in shown.out and "the cache does not hold what its teacher gives" in shown.err
     assert len([line for line in shown.err.splitlines() if line.startswith("capgap: ")]) == 1
     assert main(["verify", str(folder.parent), "--rescore", "0.001", "--device", "cpu"]) == 0
 
