@@ -76,6 +76,8 @@ _SECRET_NAME = re.compile(
     r"(?:api|access|secret|account|private|auth|session)[_-]?keys?|sas[_-]?token|connection[_-]?string)$",
     re.IGNORECASE,
 )
+# Of language models: bytes per token, the end-of-text token and their like.
+_TOKEN_OF_TEXT = re.compile(r"(?:^|[_.-])(?:per|bos|eos|pad|unk|sep|mask|stop|new|next|text)[_-]token$", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(
     r"(?:^|_)(?:KEY|KEYS|APIKEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PWD|PASS|CREDENTIALS?|AUTH|JWT|COOKIE|"
     r"CONNECTION_STRING|KEY_ID)(?:_|$)"
@@ -151,7 +153,7 @@ def credential_in(text: str) -> str | None:
 
 def is_secret_name(name: str) -> bool:
     """Whether a setting or argument of that name would be a secret, as `api_key` or `--wandb.token`."""
-    return _SECRET_NAME.search(name) is not None
+    return _SECRET_NAME.search(name) is not None and _TOKEN_OF_TEXT.search(name) is None
 
 
 def redacted(text: str) -> str:

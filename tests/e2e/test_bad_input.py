@@ -57,7 +57,7 @@ def test_an_unknown_setting_is_named(run: Run) -> None:
 
 def test_an_unknown_flag_is_named(run: Run) -> None:
     line = run.refused("--train.learning_rat", "1e-3")
-    assert "found --train.learning_rat; did you mean --train.learning_rate?" in line
+    assert "--train.learning_rat: no such setting; found 1e-3; did you mean --train.learning_rate?" in line
 
 
 def test_a_setting_of_the_wrong_type_is_named_with_what_was_found(run: Run) -> None:
@@ -73,7 +73,7 @@ def test_a_flag_out_of_bounds_is_named_with_its_bound(run: Run) -> None:
 
 def test_an_optional_setting_of_the_wrong_kind_is_named_with_what_it_takes(run: Run) -> None:
     line = run.refused("--corpus.vocab_size", "many")
-    assert line == "capgap: corpus.vocab_size: a value of the wrong kind; found many, expected an integer or null"
+    assert line == "capgap: --corpus.vocab_size: cannot be used; found many, expected an integer"
 
 
 def test_a_missing_setting_is_named(run: Run) -> None:

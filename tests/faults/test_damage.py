@@ -85,7 +85,9 @@ def test_a_manifest_that_is_none_is_one_line(zygote: Zygote, copy: Path, run_fil
 
 def test_every_flipped_byte_of_ten_thousand_is_found_or_says_the_same(copy: Path) -> None:
     cache, chance = copy / "cache", random.Random(SEED)
-    sound = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file() and path.stat().st_size}
+    # logs are for people, and no part of the result
+    files = [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size]
+    sound = {path: path.read_bytes() for path in files if "logs" not in path.relative_to(cache).parts}
     before, order = read_manifest(cache), read_work_order(cache)
     assert before is not None and order is not None
     # half over the bytes of the folder, half over its files, so that small ones have their share

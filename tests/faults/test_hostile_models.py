@@ -67,7 +67,7 @@ def test_code_of_a_teacher_runs_where_the_run_file_says_so(
     folder, marker = strange
     trusted = ("--teacher.path", folder, "--teacher.trust_remote_code", "true")
     for stage in ("teacher", "cache"):
-        code, said = zygote.run(stage, run_file, "--out", copy, *trusted)
+        code, said = zygote.run(stage, run_file, "--out", copy, *trusted, "--remake", stage)
         assert code == 0, said
     assert marker.exists()
     # it is the same model
@@ -90,7 +90,7 @@ def test_code_of_a_student_runs_where_the_run_file_says_so(
     code, said = zygote.run("student", run_file, *given, "--student.trust_remote_code", "true")
     assert code == 0 and marker.exists(), said
     marker.unlink()
-    code, said = zygote.run("train", run_file, *given, "--student.trust_remote_code", "true")
+    code, said = zygote.run("train", run_file, *given, "--student.trust_remote_code", "true", "--remake", "train")
     assert code == 0 and marker.exists(), said
 
 

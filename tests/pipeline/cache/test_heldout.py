@@ -15,11 +15,8 @@ from capgap.pipeline.store import ShardReader, check_alignment
 from capgap.pipeline.verify.verify import verify
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.slices import carry_out_slice
-from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.facts import heldout_set
 from capgap.schemas.manifest import Manifest, ShardEntry, ShardSet
-from capgap.schemas.run_cache import CacheSettings
-from capgap.schemas.run_file import RunFile
 
 CACHE = Instance("cache")
 BOTH = {"recording": "both", "top_k": 12}
@@ -69,7 +66,7 @@ def test_a_shard_is_cut_after_the_block_that_has_enough(run) -> None:
 
 def test_training_shards_are_the_same_with_and_without_held_out_ones(run) -> None:
     without = carry_out(run(**BOTH), CACHE)
-    beside = carry_out(run(**BOTH, num_heldout_sequences=9), CACHE)
+    beside = carry_out(run(**BOTH, num_heldout_sequences=9), CACHE, remake=True)
     assert without.shard_sets == {name: beside.shard_sets[name] for name in ("sampled", "topk")}
     assert _files(without).items() < _files(beside).items()
     assert without.totals | {"num_heldout_tokens": 16 * 32} == beside.totals
@@ -106,15 +103,3 @@ def test_verify_reads_held_out_shards_too(run) -> None:
     manifest = carry_out(tiny, CACHE)
     num_members = sum(shard_set.num_members for shard_set in manifest.shard_sets.values())
     assert f", {num_members} members," in "\n".join(verify(Path(tiny.out) / "cache"))
-
-
-def test_a_cache_made_before_held_out_sequences_were_scored_is_current(run) -> None:
-    """Its settings had no such entry; the default adds none, another number does."""
-    before = run(num_heldout_sequences=64).cache.decisive()
-    assert "num_heldout_sequences" not in before
-    assert before == CacheSettings.model_validate(run().cache.model_dump(exclude={"num_heldout_sequences"})).decisive()
-    default: RunFile = run(num_heldout_sequences=64)
-    carry_out(default, CACHE)
-    assert states(default)["cache"].state is State.CURRENT
-    other = states(run(num_heldout_sequences=9))["cache"]
-    assert (other.state, other.why) == (State.STALE, "cache.num_heldout_sequences was null, is 9")

@@ -23,7 +23,7 @@ def test_the_table_is_what_the_kept_results_say() -> None:
 def test_a_recording_that_was_measured_is_given_as_measured_with_its_source() -> None:
     found = measured.cache_bytes_per_token(CacheSettings(recording="topk"), 32768)
     assert found.value == 117.49
-    assert "topk-near-lossless-1, 64 ids" in found.source and "store-codecs-amd-epyc.json" in found.source
+    assert "topk-near-lossless-1, 64 top-k tokens" in found.source and "store-codecs-amd-epyc.json" in found.source
     assert "117.5 to 122.0" in found.source, "the range over sharper teachers"
 
 

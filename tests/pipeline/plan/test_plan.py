@@ -237,7 +237,7 @@ def test_a_cache_that_stands_for_the_corpus_says_how_much_text_there_is(run: Cal
     known = states(made)
     corpus, cache = known["corpus"].manifest, known["cache"].manifest
     assert corpus is not None and cache is not None
-    alone = run(reuse={"cache": str(known["cache"].folder)}, corpus=None)
+    alone = run(reuse={"cache": str(known["cache"].folder)}, corpus=None, teacher=None)
     found = work_of(alone, {}, None)
     assert found.vocab_size == corpus.facts["tokenizer"]["vocab_size"]  # type: ignore[index, call-overload]
     assert found.split_tokens["student"].value == corpus.shard_sets["student"].num_tokens

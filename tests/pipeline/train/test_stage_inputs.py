@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -27,6 +28,12 @@ def test_a_cache_of_another_corpus_is_refused(made) -> None:
         carry_out(run, TRAIN, remake=True)
 
 
+def _reusing(given: dict[str, Any]) -> dict[str, Any]:
+    """The same run with its own cache reused: what a cache has is known from its manifest alone."""
+    reused = {"reuse": {"cache": str(Path(given["out"]) / "cache")}}
+    return {name: value for name, value in given.items() if name != "cache"} | reused
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -38,15 +45,15 @@ def test_a_cache_of_another_corpus_is_refused(made) -> None:
     ],
 )
 def test_a_divergence_that_the_recording_cannot_give_is_refused(made, settings: dict, message: str) -> None:
-    given = made["number"]
-    run = RunFile.model_validate(given | {"train": given["train"] | settings})
+    run = RunFile.model_validate(_reusing(made["number"]) | {"train": made["number"]["train"] | settings})
     with pytest.raises(MismatchError, match=f"cache: the cache does not support this divergence; found {message}"):
         carry_out(run, TRAIN, remake=True)
 
 
 def test_an_arm_without_divergence_needs_no_support_for_it(made) -> None:
-    given = made["number"]
-    run = RunFile.model_validate(given | {"train": given["train"] | {"divergence": "reverse_kl"}})
+    run = RunFile.model_validate(
+        _reusing(made["number"]) | {"train": made["number"]["train"] | {"divergence": "reverse_kl"}}
+    )
     assert carry_out(run, Instance("train", "cross_entropy", 1), remake=True).totals["num_steps"] == 2
 
 
