@@ -23,7 +23,7 @@ CHAT = """
 import os, sys
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm import LLM, SamplingParams
-llm = LLM(model=sys.argv[1], enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=64)
+llm = LLM(model=sys.argv[1], dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=64)
 output = llm.chat([{"role": "user", "content": "os"}], SamplingParams(max_tokens=8, temperature=0.0))[0]
 print("asked", list(output.prompt_token_ids), "answered", list(output.outputs[0].token_ids))
 """
@@ -44,7 +44,7 @@ COMPLETE = """
 import os, sys
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm import LLM, SamplingParams
-llm = LLM(model=sys.argv[1], enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=64)
+llm = LLM(model=sys.argv[1], dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=64)
 output = llm.generate(["import os"], SamplingParams(max_tokens=8, temperature=0.0))[0].outputs[0]
 print("completed", list(output.token_ids))
 """

@@ -64,7 +64,7 @@ def test_a_training_stops_at_a_quarantined_shard_by_name_unless_it_may_skip(
     shard = copy / "cache" / SHARD
     os.truncate(shard, shard.stat().st_size // 2)
     assert zygote.run("verify", "--quarantine", copy)[0] != 0
-    train = ("train", run_file, "--out", copy, "--train.learning_rate", "1e-4")
+    train = ("train", run_file, "--out", copy, "--train.learning_rate", "1e-4", "--remake", "train")
 
     code, said = zygote.run(*train)
     assert code != 0
@@ -85,6 +85,7 @@ def test_a_reused_cache_stops_and_skips_alike(zygote: Zygote, copy: Path, made: 
     flip(copy / "cache" / SHARD)
     assert zygote.run("verify", "--quarantine", copy / "cache")[0] != 0
     train = ("train", run_file, "--out", copy, "--reuse.cache", copy / "cache", "--train.learning_rate", "1e-4")
+    train += ("--remake", "train")
     train += ("--reuse.corpus", made / "corpus", "--reuse.teacher", made / "teacher")
     code, said = zygote.run(*train)
     assert code != 0

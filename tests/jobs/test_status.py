@@ -139,7 +139,8 @@ def _table_changed_in_place(shown: bytes) -> None:
 def run(tmp_path: Path) -> RunFile:
     """A run of which nothing is made, and its file `run.yaml`."""
     model = {"model": SHAPE}
-    settings = {"name": "watched", "out": str(tmp_path / "out"), "device": "cpu", "teacher": model, "student": model}
+    settings = {"name": "watched", "out": str(tmp_path / "out"), "device": "cpu", "corpus": {}, "teacher": model}
+    settings |= {"cache": {}, "student": model, "train": {}, "eval": {}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     return RunFile.model_validate(settings)
 

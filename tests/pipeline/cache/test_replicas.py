@@ -28,6 +28,7 @@ from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.errors import MachineError
 from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_model import TeacherSettings
 
 pytest.importorskip("ray")
 
@@ -109,20 +110,16 @@ def test_nothing_outlives_a_killed_stage_and_the_same_command_goes_on(run, start
     assert carry_out(run(), CACHE).content == whole
 
 
-def test_what_the_user_can_mend_is_said_once_in_one_line(run, inputs, start) -> None:
-    weights = Path(inputs["teacher"]["path"]) / "model.safetensors"
-    sound = weights.read_bytes()
-    state = load_file(weights)
+def test_what_the_user_can_mend_is_said_once_in_one_line(run, inputs, start, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(inputs["teacher"]["path"], tmp_path / "teacher-without-numbers"))
+    state = load_file(folder / "model.safetensors")
     state["model.norm.weight"][0] = float("nan")
-    try:
-        save_file(state, weights, metadata={"format": "pt"})
-        # a reused stage is taken as it is, without a look at what it was made from
-        reuse = {name: str(Path(inputs["out"]) / name) for name in ("corpus", "teacher")}
-        tiny = run(replicas=2, max_tokens=512).model_copy(update={"reuse": reuse})
-        process = start(tiny)
-        _, error = process.communicate(timeout=DEADLINE_S)
-    finally:
-        weights.write_bytes(sound)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    changed = {"reuse": {"corpus": str(Path(inputs["out"]) / "corpus")}, "teacher": TeacherSettings(path=str(folder))}
+    tiny = run(replicas=2, max_tokens=512).model_copy(update=changed)
+    carry_out(tiny, Instance("teacher"))
+    process = start(tiny)
+    _, error = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 2
     (line,) = [line for line in error.splitlines() if line.startswith("capgap: ")]
     assert "the teacher's logits are not finite" in line

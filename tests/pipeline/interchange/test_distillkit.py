@@ -43,7 +43,7 @@ def test_every_value_is_the_one_that_distillkit_decodes(kind: str) -> None:
         ids = unpack_bits(np.array(row["bytepacked_indices"], np.uint8), id_bits(config), config.k)
         assert ids.tolist() == row["decoded_ids"]
         logprobs = decode_logprobs(np.array(row["compressed_logprobs"], np.uint8), config)
-        # exact on the machine that decoded them; elsewhere the polynomial's float32 products are summed in another order
+        # exact where they were decoded; elsewhere float32 products are summed in another order
         np.testing.assert_allclose(logprobs, row["decoded_logprobs"], rtol=0, atol=2e-6)
 
 
