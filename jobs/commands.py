@@ -113,10 +113,11 @@ def stage_parser(stage: str) -> Parser:
 
 
 def _make_slice(run: RunFile, instance: Instance, flags: dict[str, Any]) -> None:
-    if flags["force"]:
+    if _is_remade(instance, flags):
+        flag = "--force" if flags["force"] else "--remake"
         raise SettingError(
-            "--force and --slice exclude each other: each slice would undo what the others made",
-            where="--force",
+            f"{flag} and --slice exclude each other: each slice would undo what the others made",
+            where=flag,
             found=f"--slice {flags['slice']}",
             expected="one of them",
             fix=f"delete {Path(run.out) / instance.name} to start over",
