@@ -64,13 +64,13 @@ def test_a_training_stops_at_a_quarantined_shard_by_name_unless_it_may_skip(
     shard = copy / "cache" / SHARD
     os.truncate(shard, shard.stat().st_size // 2)
     assert zygote.run("verify", "--quarantine", copy)[0] != 0
-    train = ("train", run_file, "--out", copy, "--train.learning_rate", "1e-4", "--remake", "train")
+    train = ("train", run_file, "--out", copy, "--train.learning_rate", "1e-4")
 
-    code, said = zygote.run(*train)
+    code, said = zygote.run(*train, "--remake", "train")
     assert code != 0
     assert f"needs cache; found stale ({SHARD} is in quarantine)" in one_line(said)
 
-    code, said = zygote.run(*train, "--train.on_corrupt", "skip")
+    code, said = zygote.run(*train, "--train.on_corrupt", "skip", "--remake", "train")
     assert code == 0, said
     skipped = json.loads((copy / "train/distilled/seed-0/manifest.json").read_text())["totals"]["skipped_sequences"]
     assert list(skipped) == [f"{shard}, member {SHARD.removesuffix('.tar')}-0000"]
