@@ -1,6 +1,6 @@
 """Before anything is made, everything that can be known is checked for all stages to come.
 
-    device --> what is given: files, models, packages --> stage by stage: does it fit what it will meet? --> disk
+    device --> what is given: files, models, packages --> stage by stage: does it fit what it will meet?
 
 A run of hours that fails at its end over a word in the run file is the worst that a pipeline can do.
 """
