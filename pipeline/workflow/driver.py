@@ -47,7 +47,7 @@ class StageFailedError(CapgapError):
 
 def start_afresh(arguments: Sequence[str]) -> int:
     """As `Start`, in a fresh Python."""
-    # -P: with -m Python would look for packages in the user's working folder first, as the command `capgap` does not
+    # -P: with -m Python would look for packages in the user's working folder first, unlike the command `capgap`
     command = [sys.executable, "-P", "-m", "capgap.jobs.cli", *arguments]
     return subprocess.run(command, check=False, env=_environment()).returncode
 

@@ -44,7 +44,7 @@ def launch(run: RunFile, instance: Instance, num_ranks: int, *, remake: bool, wa
     with tempfile.TemporaryDirectory(prefix="capgap-ranks-") as scratch, _surroundings(num_ranks):
         resolved = Path(scratch) / "run.json"
         resolved.write_text(run.model_dump_json())
-        # -P: with -m Python would look for packages in the user's working folder first, as the command `capgap` does not
+        # -P: with -m Python would look for packages in the user's working folder first, unlike the command `capgap`
         command = ["-P", "-m", "capgap.jobs.cli", instance.stage, "--config", str(resolved)]
         command += ["--instance", instance.name]
         command += ["--force"] if remake else []
