@@ -191,6 +191,7 @@ def _add_walk_flags(parser: Parser) -> None:
 
 
 def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any], command: LastCommand) -> list[str]:
+    from capgap.pipeline.plan.room import require_room
     from capgap.pipeline.stage.ranks import ranks_in_environment
     from capgap.pipeline.workflow.driver import walk
 
@@ -202,9 +203,15 @@ def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any], comma
         if not silent:
             log("stage_checked", f"{name}: {why}", instance=name, why=why)
 
-    remake = remade(flags)
     return walk(
-        run, chosen, log=checked, remake=remake, force=flags["force"], wait=not flags["no_wait"], command=command
+        run,
+        chosen,
+        log=checked,
+        remake=remade(flags),
+        force=flags["force"],
+        wait=not flags["no_wait"],
+        command=command,
+        require=require_room,
     )
 
 

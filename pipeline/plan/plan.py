@@ -11,6 +11,7 @@ from capgap.pipeline.plan.judging import judge_requests
 from capgap.pipeline.plan.predictions import gap_prediction, scaling_prediction
 from capgap.pipeline.plan.published import GivenTeacher
 from capgap.pipeline.plan.rates import Stated, rate_of
+from capgap.pipeline.plan.room import nearest_folder
 from capgap.pipeline.plan.work import RunWork, finished, work_of
 from capgap.pipeline.stage.manifests import each_manifest_once
 from capgap.pipeline.workflow.state import StageState, State, states
@@ -70,7 +71,7 @@ def _make_plan(
         student_parameters=work.student.figure,
         stages=tuple(stages),
         needed_bytes=_needed(open_stages),
-        free_bytes=shutil.disk_usage(_nearest_folder(Path(run.out))).free,
+        free_bytes=shutil.disk_usage(nearest_folder(Path(run.out))).free,
         device_hours=_total((s.instance, s.device_hours) for s in open_stages if _has_model(s)),
         num_students=work.num_cache_students,
         break_even=break_even(work, rate_of("cache", work, stated), online_teacher_tokens_per_s),
@@ -167,9 +168,3 @@ def _total(figures: Iterable[tuple[str, Figure]]) -> Figure:
     if unknown:
         return Figure(value=None, source=f"not known for {', '.join(unknown)}")
     return Figure(value=sum(figure.value or 0 for _, figure in found), source="all stages that are not current")
-
-
-def _nearest_folder(path: Path) -> Path:
-    """The folder, or the one above it that is there already."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())

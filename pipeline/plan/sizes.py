@@ -5,12 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import LlamaConfig
-
-from capgap.pipeline.models.configs import empty_model, load_config
-from capgap.pipeline.models.load import model_facts
-from capgap.pipeline.models.tokenizers import load_tokenizer
-from capgap.pipeline.student.cut import pruned_config
 from capgap.pipeline.student.shapes import shape_of, target_shape
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.facts import ModelFacts
@@ -55,6 +49,10 @@ def model_size(
         facts = ModelFacts.model_validate(manifest.facts)
         return ModelSize(facts.num_parameters, facts.num_non_embedding_parameters, "its manifest")
     if path is not None:
+        from capgap.pipeline.models.configs import load_config
+        from capgap.pipeline.models.load import model_facts
+        from capgap.pipeline.models.tokenizers import load_tokenizer
+
         try:
             facts = model_facts(load_config(path), load_tokenizer(path), path)
         except CapgapError as error:
@@ -75,6 +73,9 @@ def pruned_size(
     """Size of a finished stage, or of the teacher's configuration with the sizes asked for."""
     if manifest is not None:
         return model_size(manifest, None, None, vocab_size)
+    from capgap.pipeline.models.configs import empty_model
+    from capgap.pipeline.student.cut import pruned_config
+
     try:
         config = teacher_config(teacher, vocab_size)
         if config is None:
@@ -94,6 +95,10 @@ def teacher_config(teacher: TeacherSettings, vocab_size: float | None) -> Any:
     Raises:
         InputError: a given model's cannot be read.
     """
+    from transformers import LlamaConfig
+
+    from capgap.pipeline.models.configs import load_config
+
     if teacher.path is not None:
         config = load_config(teacher.path)
         if teacher.adapt is not None and vocab_size is not None:

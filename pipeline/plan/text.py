@@ -7,9 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, BinaryIO
 
 from capgap.pipeline.corpus.files import BUILTIN, list_files
 from capgap.pipeline.corpus.formats import open_unpacked, records_of
@@ -19,6 +17,9 @@ from capgap.pipeline.corpus.sources import read_documents
 from capgap.pipeline.corpus.tables import num_rows
 from capgap.schemas.errors import BadRecordError
 from capgap.schemas.plan import Figure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Three files of each kind are looked into, and the first records of each.
 _SAMPLED_FILES, _SAMPLED_RECORDS = 3, 200

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 
 from capgap.pipeline.corpus.split import SPLITS
-from capgap.pipeline.models.bos import document_bos
-from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.plan.measured import text_bytes_per_token
 from capgap.pipeline.plan.text import bytes_per_token, text_bytes
 from capgap.schemas.errors import CapgapError
@@ -26,6 +24,8 @@ def vocab_size_of(run: RunFile, text: Manifest | None) -> float | None:
         return text_facts(text.stage, text.facts).tokenizer.vocab_size
     if run.corpus.tokenizer is None:
         return run.corpus.trained_vocab_size
+    from capgap.pipeline.models.tokenizers import load_tokenizer
+
     more = run.corpus.extend_vocabulary
     try:
         return len(load_tokenizer(run.corpus.tokenizer)) + (0 if more is None else more.num_pieces)
@@ -82,6 +82,9 @@ def _bytes_per_token(run: RunFile, vocab_size: float | None, stated: float | Non
         return Figure(value=stated, source=f"{stated:g} bytes of text a token, stated")
     if settings.tokenizer is None:
         return text_bytes_per_token(vocab_size)
+    from capgap.pipeline.models.bos import document_bos
+    from capgap.pipeline.models.tokenizers import load_tokenizer
+
     try:
         tokenizer = load_tokenizer(settings.tokenizer)
     except CapgapError as error:

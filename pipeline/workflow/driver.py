@@ -63,6 +63,7 @@ def walk(
     wait: bool = True,
     start: Start = start_afresh,
     command: LastCommand | None = None,
+    require: Callable[[RunStates, Sequence[Instance]], None] | None = None,
 ) -> list[str]:
     """Make the chosen instances current, in order, and return the names of those that had to be made.
 
@@ -77,6 +78,7 @@ def walk(
         wait: wait for a device that another stage holds.
         start: starts the process of a stage.
         command: how the run was started, which is remembered beside it.
+        require: one more check, of the instances that are to be made, before anything is.
 
     Raises:
         MismatchError: something that cost device time would be replaced, and `remake` does not name it.
@@ -87,7 +89,10 @@ def walk(
     named = EVERY_STAGE if force else frozenset(remake)
     if not replace:
         require_nothing_lost(known, chosen, named)
-    require_possible(run, to_be_made(known, chosen, named))
+    coming = to_be_made(known, chosen, named)
+    require_possible(run, coming)
+    if require is not None:
+        require(known, coming)
     out = Path(run.out)
     make_folder(out)
     if command is not None:

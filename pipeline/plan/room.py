@@ -1,0 +1,85 @@
+"""Is there room on the disk for what a run is about to make? Asked before anything is made.
+
+    plan's work --> bytes of each stage to come, less what its folder holds --> against the free bytes of `out`
+
+The bytes are estimates, so a run is refused only where they exceed the free space by more than such an estimate errs.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from capgap.pipeline.plan.work import RunWork, work_of
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.events import event
+from capgap.pipeline.workflow.state import RunStates
+from capgap.schemas.errors import MachineError
+
+SURE_SHARE = 0.5
+"""Of the estimate, what a run takes at the least: text of another kind than was measured has up to twice as many bytes
+a token, and the distributions of a sure teacher take half of what an unsure one's take."""
+
+
+def require_room(known: RunStates, coming: Sequence[Instance]) -> None:
+    """Refuse a run that its disk has no room for; figures that are not known count as nothing.
+
+    Args:
+        known: states of the run's instances.
+        coming: those that are to be made.
+
+    Raises:
+        MachineError: the estimate of what they take exceeds the free space by far.
+        InputError: a source of the corpus cannot be read.
+    """
+    if not coming:
+        return
+    run = known.run
+    out = nearest_folder(Path(run.out))
+    free = shutil.disk_usage(out).free
+    work = work_of(run, known.all(), None)
+    parts = list(_parts(work, known, coming))
+    needed = sum(num_bytes for _, num_bytes in parts)
+    if needed <= free:
+        return
+    if needed * SURE_SHARE <= free:
+        text = f"the disk may be too small: about {_gb(needed)} to be made, {_gb(free)} free in {out}"
+        event("disk_warning", text, logging.WARNING, needed_bytes=needed, free_bytes=free)
+        return
+    name, largest = max(parts, key=lambda part: part[1])
+    raise MachineError(
+        "the disk has no room for what the run makes",
+        where=str(out),
+        found=f"{_gb(free)} free",
+        expected=f"about {_gb(needed)}, of which {name} takes {_gb(largest)}",
+        fix="free some, name another folder with `out`, or make less of it (`capgap plan` shows every stage's share); "
+        "stages made one by one (`capgap cache RUN.yaml`) are not held to this estimate",
+    )
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder, or the one above it that is there already."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def _parts(work: RunWork, known: RunStates, coming: Sequence[Instance]) -> Iterator[tuple[str, float]]:
+    """What each stage will take more than its folder holds; and the largest scratch, for one is at work at a time."""
+    scratch = 0.0
+    for instance in coming:
+        yield (
+            instance.name,
+            max((work.disk_bytes(instance.stage).value or 0) - _held_bytes(known.of(instance.name).folder), 0),
+        )
+        scratch = max(scratch, work.scratch_bytes(instance.stage).value or 0)
+    yield "the scratch of one stage", scratch
+
+
+def _held_bytes(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB"
