@@ -11,12 +11,15 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from capgap.pipeline.plan.work import RunWork, work_of
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.events import event
 from capgap.pipeline.workflow.state import RunStates
 from capgap.schemas.errors import MachineError
+
+if TYPE_CHECKING:
+    from capgap.pipeline.plan.work import RunWork
 
 SURE_SHARE = 0.5
 """Of the estimate, what a run takes at the least: text of another kind than was measured has up to twice as many bytes
@@ -36,6 +39,9 @@ def require_room(known: RunStates, coming: Sequence[Instance]) -> None:
     """
     if not coming:
         return
+    # here, for a run that is current must not wait for its imports
+    from capgap.pipeline.plan.work import work_of
+
     run = known.run
     out = nearest_folder(Path(run.out))
     free = shutil.disk_usage(out).free
