@@ -27,6 +27,9 @@ def grid_run_parser() -> Parser:
     """The parser of `capgap law run`."""
     parser = _with_speed(_grid_parser("run", "Make every run of a grid current, then table, fit and page."))
     parser.add_argument("--no-wait", action="store_true", help="Stop if another run holds the device.")
+    parser.add_argument(
+        "--replace", action="store_true", help="Replace finished teachers, caches and trainings of other settings."
+    )
     return parser
 
 
@@ -126,7 +129,11 @@ def grid_run_command(argv: Sequence[str]) -> int:
         for note in require_limits(grid, _plan_of(grid, flags)):
             log("law_limit", f"note: {note}")
     done = run_grid(
-        grid, flags["workers"], wait=not flags["no_wait"], on_cpu=Starter(forks.prepare, forks.starter(main))
+        grid,
+        flags["workers"],
+        wait=not flags["no_wait"],
+        replace=flags["replace"],
+        on_cpu=Starter(forks.prepare, forks.starter(main)),
     )
     wall_s = round(time.monotonic() - started, 1)
     num_results = done.num_runs - len(done.missing)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from capgap.pipeline.law.devices import worker_environments
 from capgap.pipeline.law.expand import corpus_run, write_run_file
+from capgap.pipeline.law.kept import require_corpus_kept, require_jobs_kept
 from capgap.pipeline.law.outcome import made_stages
 from capgap.pipeline.law.pool import Pool, Starter
 from capgap.pipeline.law.progress import GridProgress
@@ -42,7 +43,12 @@ class Done:
 
 
 def run_grid(
-    grid: LawGrid, num_workers: int | None = None, *, wait: bool = True, on_cpu: Starter | None = None
+    grid: LawGrid,
+    num_workers: int | None = None,
+    *,
+    wait: bool = True,
+    replace: bool = False,
+    on_cpu: Starter | None = None,
 ) -> Done:
     """Make every run of the grid that is not current, and write the table.
 
@@ -50,12 +56,14 @@ def run_grid(
         grid: the grid.
         num_workers: processes side by side; one a core or a group of GPUs where it is left out.
         wait: wait for a device that another run holds.
+        replace: replace what has cost device time where its settings have changed.
         on_cpu: how stages are started there; as fresh processes where it is left out, and on GPUs.
 
     Raises:
         StageFailedError: the corpus could not be made.
         MachineError: another process is at work on the grid, or there are no such devices.
         SettingError, MismatchError, InputError: the grid, or something it reuses, cannot be used.
+        MismatchError: something that cost device time would be replaced.
     """
     if "pruned" in grid.inits:
         require_cuts(grid)
@@ -67,8 +75,12 @@ def run_grid(
         device = resolve_device(grid.device)
         environments = worker_environments(grid, device, num_workers)
         starter = on_cpu if device == "cpu" and on_cpu is not None else Starter(lambda: None, start_afresh)
+        if not replace:
+            require_corpus_kept(grid)
         made = _make_corpus(grid, wait)
         progress = GridProgress(grid)
+        if not replace:
+            require_jobs_kept(grid, [*progress.teacher_jobs(), *progress.cell_jobs()])
         progress.write()
         try:
             made += Pool(environments, wait, progress, starter, lock).carry_out()

@@ -81,21 +81,38 @@ def require_nothing_lost(known: RunStates, chosen: Sequence[Instance], named: fr
     Raises:
         MismatchError: something finished would be replaced.
     """
-    costly = [one for one in chosen if stage_named(one.stage).is_costly(known.run, one) and not is_named(one, named)]
+    lost = lost_stages(known, [one for one in chosen if not is_named(one, named)])
+    if lost:
+        stages = dict.fromkeys(one.stage for one, _ in lost)
+        permission = " ".join(f"--remake {stage}" for stage in stages)
+        told = [(one.name, why) for one, why in lost]
+        raise would_be_replaced(known.run.out, told, _as_before(Path(known.run.out)), permission)
+
+
+def lost_stages(known: RunStates, chosen: Sequence[Instance]) -> list[tuple[Instance, str]]:
+    """Those of the chosen instances that are finished, have cost device time and would be replaced, each with why."""
+    costly = [one for one in chosen if stage_named(one.stage).is_costly(known.run, one)]
     finished = [state for state in (known.of(one.name) for one in costly) if state.manifest is not None]
-    lost = [state for state in finished if state.replaced]
-    if not lost:
-        return
-    told = [f"{state.instance.name} ({_why(known, state)})" for state in lost[:_MOST_NAMED]]
+    return [(state.instance, _why(known, state)) for state in finished if state.replaced]
+
+
+def would_be_replaced(out: str, lost: Sequence[tuple[str, str]], restore: str, permission: str) -> MismatchError:
+    """The refusal.
+
+    Args:
+        out: folder of the run, or of the grid.
+        lost: what would be replaced, by name, each with why.
+        restore: how to get the settings back with which they were made.
+        permission: the flags that allow it.
+    """
+    told = [f"{name} ({why})" for name, why in lost[:_MOST_NAMED]]
     told += [f"{len(lost) - _MOST_NAMED} more"] if len(lost) > _MOST_NAMED else []
-    stages = dict.fromkeys(state.instance.stage for state in lost)
-    permission = " ".join(f"--remake {stage}" for stage in stages)
-    raise MismatchError(
+    return MismatchError(
         "finished stages would be replaced, and have cost device time",
-        where=known.run.out,
+        where=out,
         found=", ".join(told),
         expected="the settings that they were made with",
-        fix=f"{_as_before(Path(known.run.out))}, choose another `out`, or replace them with {permission}",
+        fix=f"{restore}, choose another `out`, or replace them with {permission}",
     )
 
 

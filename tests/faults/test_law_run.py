@@ -164,6 +164,28 @@ def test_a_second_run_has_nothing_to_do_and_the_table_can_be_made_again(
     }
 
 
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        (("--train.learning_rate", "0.5"), ("train.learning_rate", "train/short-supervised/seed-0", "3 more")),
+        (("--teacher_training.learning_rate", "0.5"), ("teachers/small/teacher", "learning_rate")),
+        (("--cache.num_samples", "7"), ("teachers/given/cache", "teachers/small/cache", "num_samples")),
+        (("--corpus.seq_len", "16"), ("students/s/given/seed-0/train/", "more", "seq_len")),
+    ],
+)
+def test_a_forgotten_setting_replaces_nothing_that_cost_device_time(
+    zygote: Zygote, whole: Path, grid_file: Path, flag: tuple[str, str], words: tuple[str, ...]
+) -> None:
+    before = table(whole)
+    code, said = zygote.run("law", "run", grid_file, "--out", whole, "--workers", "2", *flag)
+    assert code == 2
+    for word in ("finished stages would be replaced", "--replace", *words):
+        assert word in said
+    assert table(whole) == before
+    code, said = zygote.run("law", "run", grid_file, "--out", whole, "--workers", "2")
+    assert code == 0 and "nothing to do: 6 of 6" in said
+
+
 def test_the_run_files_of_the_grid_are_ordinary_ones(zygote: Zygote, whole: Path) -> None:
     cell = whole / "students/s/small/seed-3"
     code, said = zygote.run("status", cell / "run.yaml")
