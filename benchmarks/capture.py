@@ -235,7 +235,7 @@ def held_bytes_per_token(bench: Bench) -> dict[str, float]:
     """What the answers to a submission hold while it is in flight: arrays, or the lists of vLLM's flat logprobs."""
     bench.engine.record(bench.recordings["topk 64"])
     arrays = bench.engine.score(bench.requests)
-    held = sum(array.nbytes for scored in arrays for array in vars(scored).values())
+    held = sum(array.nbytes for scored in arrays for array in vars(scored).values() if isinstance(array, np.ndarray))
     del arrays
     bench._worker("capgap_remove")
     outputs: list[Any] = []

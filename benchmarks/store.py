@@ -180,8 +180,8 @@ def blocks_of(rows: dict[str, np.ndarray], kind: RecordingName) -> list[Block]:
         key: rows[key].reshape(*shape, *rows[key].shape[1:]) for key in ("ids", "logprobs", "tail", "labels", "samples")
     }
     no_tails_SLT = np.zeros((*shape, 0), np.float32)
-    columns = [of["samples"], of["ids"], of["logprobs"], of["tail"], no_tails_SLT, of["labels"], of["labels"]]
-    scored = [Scored(*(column[s] for column in columns)) for s in range(len(tokens_SL1))]
+    columns = [of["samples"], of["ids"], of["logprobs"], of["tail"], no_tails_SLT, of["labels"]]
+    scored = [Scored(*(column[s] for column in columns), top_logprob=0.0) for s in range(len(tokens_SL1))]
     blocks, start = [], 0
     for part in split_blocks(Sequences(tokens_SL1, rows["starts"], np.ones(tokens_SL1.shape, np.bool_))):
         blocks.append(Block(part, to_targets(scored[start : start + len(part)], kind)))

@@ -25,6 +25,8 @@ from capgap.kernels.sampling.largest import largest
 
 _PART_ELEMENTS_CPU = 2**20  # 4 MiB of float32
 _LARGEST_POINT = 1 - 2**-40  # below 1, so that rounding cannot carry a point past the last id
+_MOST_PADDING = 1 / 16  # share of the columns up to which they are passed over rather than cut off
+_LEAST_UNIT = 32  # ids that are gathered together, at the least
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def topk_rows(
         labels_N: real next tokens, any integer dtype.
         top_k: K, at most the vocabulary.
         temperature: the logits are divided by it.
-        vocab_size: columns at or past it are dropped before anything else; None keeps all.
+        vocab_size: columns at or past it are padding, and are overwritten where they are few; None: all are real.
         powers: temperature / T for each further temperature T at which the tail is wanted too: the probabilities at T
             are proportional to these powers of those at `temperature`.
 
@@ -113,7 +115,7 @@ def sampled_rows(
         offsets_N: one number in [0, 1) a row.
         num_samples: n.
         temperature: the logits are divided by it.
-        vocab_size: columns at or past it are dropped before anything else; None keeps all.
+        vocab_size: columns at or past it are padding, and are overwritten where they are few; None: all are real.
 
     Raises:
         ValueError: shapes, dtypes or settings do not fit.
@@ -123,7 +125,8 @@ def sampled_rows(
     points_Nn = _points(offsets_N, num_samples)
     rows = _empty_sampled(logits_NV, num_samples)
     for part in _parts(logits_NV):
-        _sample(rows, part, _softmax(logits_NV[part], temperature, vocab_size), labels_N[part], points_Nn[part])
+        softmax = _softmax(logits_NV[part], temperature, vocab_size)
+        _sample(rows, part, softmax, labels_N[part], points_Nn[part], vocab_size)
     return rows
 
 
@@ -150,7 +153,7 @@ def sampled_and_topk_rows(
     sampled, kept = _empty_sampled(logits_NV, num_samples), _empty_topk(logits_NV, top_k, len(powers))
     for part in _parts(logits_NV):
         softmax = _softmax(logits_NV[part], temperature, vocab_size, top_k)
-        _sample(sampled, part, softmax, labels_N[part], points_Nn[part])
+        _sample(sampled, part, softmax, labels_N[part], points_Nn[part], vocab_size)
         _keep(kept, part, softmax, labels_N[part], powers)
     return sampled, kept
 
@@ -247,8 +250,7 @@ class _Softmax:
 
 def _softmax(logits_NV: Tensor, temperature: float, vocab_size: int | None, top_k: int = 0) -> _Softmax:
     """The softmax of real ids; the scaled logits are no copy where there is nothing to divide by."""
-    if vocab_size is not None:
-        logits_NV = logits_NV[:, :vocab_size]
+    logits_NV = _without_padding(logits_NV, vocab_size)
     if temperature != 1.0:
         logits_NV = logits_NV.float() / temperature
     probs_NV = torch.softmax(logits_NV, -1, dtype=torch.float32)
@@ -258,11 +260,29 @@ def _softmax(logits_NV: Tensor, temperature: float, vocab_size: int | None, top_
     return _Softmax(logits_NV, probs_NV, top_N1.float(), top_prob_N1.log(), kept_NK, ids_NK)
 
 
-def _sample(rows: SampledRows, part: slice, softmax: _Softmax, labels_N: Tensor, points_Nn: Tensor) -> None:
+def _without_padding(logits_NV: Tensor, vocab_size: int | None) -> Tensor:
+    """Real ids alone; or, where the padding is small, all columns with a probability of 0 in it: a slice is copied."""
+    num_columns = logits_NV.shape[1]
+    if vocab_size is None or vocab_size == num_columns:
+        return logits_NV
+    if num_columns - vocab_size > _MOST_PADDING * num_columns:
+        return logits_NV[:, :vocab_size]
+    logits_NV[:, vocab_size:] = float("-inf")
+    return logits_NV
+
+
+def _sample(
+    rows: SampledRows,
+    part: slice,
+    softmax: _Softmax,
+    labels_N: Tensor,
+    points_Nn: Tensor,
+    vocab_size: int | None,
+) -> None:
     """Fill in a part."""
     rows.label_logprobs_N[part] = _at_label(softmax, labels_N)
     rows.top_logprobs_N[part] = softmax.top_logprob_N1[:, 0]
-    rows.samples_Nn[part] = _inverse_cdf(softmax.probs_NV, points_Nn)
+    rows.samples_Nn[part] = _inverse_cdf(softmax.probs_NV, points_Nn, vocab_size or softmax.probs_NV.shape[1])
 
 
 def _keep(rows: TopkRows, part: slice, softmax: _Softmax, labels_N: Tensor, powers: Sequence[float]) -> None:
@@ -296,21 +316,30 @@ def _at_label(softmax: _Softmax, labels_N: Tensor) -> Tensor:
     return softmax.logprobs(at_label_N1)[:, 0].where(known_N, float("-inf"))
 
 
-def _inverse_cdf(probs_NV: Tensor, points_Nn: Tensor) -> Tensor:
-    """Ids at points in [0, 1) of the cumulative distribution, int32 [N, n]; ascending where the points are."""
-    num_rows, vocab_size = probs_NV.shape
+def _inverse_cdf(probs_NV: Tensor, points_Nn: Tensor, vocab_size: int) -> Tensor:
+    """Ids at points in [0, 1) of the cumulative distribution, int32 [N, n]; ascending where the points are.
+
+    Columns at or past `vocab_size` hold a probability of 0 and fill up the last block, as far as there are any.
+    """
+    num_rows, num_columns = probs_NV.shape
     size = _block_size(vocab_size, points_Nn.shape[1])
     num_blocks = -(-vocab_size // size)
-    if vocab_size % size:
-        probs_NV = nn.functional.pad(probs_NV, (0, num_blocks * size - vocab_size))
-    ends_NG = probs_NV.view(num_rows, num_blocks, size).sum(-1).cumsum(-1, dtype=torch.float64)
+    # a block is gathered in units that every row is made of whole ones of
+    unit = math.gcd(num_columns, size)
+    if num_columns < num_blocks * size or unit < min(size, _LEAST_UNIT):
+        probs_NV = nn.functional.pad(probs_NV[:, :vocab_size], (0, num_blocks * size - vocab_size))
+        num_columns, unit = num_blocks * size, size
+    ends_NG = probs_NV[:, : num_blocks * size].view(num_rows, num_blocks, size).sum(-1).cumsum(-1, dtype=torch.float64)
     points_Nn = points_Nn * ends_NG[:, -1:]
     block_Nn = torch.searchsorted(ends_NG, points_Nn, right=True).clamp_(max=num_blocks - 1)
     begins_NG = nn.functional.pad(ends_NG, (1, 0))
     left_Nn = (points_Nn - begins_NG.gather(1, block_Nn)).float()
 
-    first_N1 = torch.arange(num_rows, device=probs_NV.device)[:, None] * num_blocks
-    inside_D = probs_NV.view(-1, size).index_select(0, (first_N1 + block_Nn).view(-1)).cumsum(-1)
+    first_N1 = torch.arange(num_rows, device=probs_NV.device)[:, None] * (num_columns // unit)
+    units_D1 = (first_N1 + block_Nn * (size // unit)).view(-1, 1)
+    if unit < size:
+        units_D1 = units_D1 + torch.arange(size // unit, device=probs_NV.device)
+    inside_D = probs_NV.view(-1, unit).index_select(0, units_D1.view(-1)).view(-1, size).cumsum(-1)
     # rounding may carry a point to the block's end or past it, where no id of non-zero probability is left
     largest_D1 = torch.nextafter(inside_D[:, -1:], inside_D.new_zeros(()))
     # how many ids end at the point or before it; a sum of 1s and 0s is faster than a search in every block

@@ -37,8 +37,9 @@ def join(parts: Sequence[Scored]) -> Scored:
     """The rows of a sequence's requests, one after the other."""
     if len(parts) == 1:
         return parts[0]
-    names = [field.name for field in dataclasses.fields(Scored)]
-    return Scored(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    rows = [field.name for field in dataclasses.fields(Scored) if field.name != "top_logprob"]
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in rows}
+    return Scored(**joined, top_logprob=parts[-1].top_logprob)
 
 
 def to_targets(scored: Sequence[Scored], recording: RecordingName) -> Targets:

@@ -81,7 +81,8 @@ class Scored:
         tail_L: probability of all other ids, float32; 0 without `topk`.
         log_tails_LT: log of the sum of p^(temperature / T) over those, for each further temperature T, float32.
         label_logprobs_L: of the real next token, float32.
-        top_logprobs_L: the teacher's own top logprob: all columns, temperature 1, float32.
+        top_logprob: the teacher's own top logprob after the last token: all columns, temperature 1; 0 where the engine
+            has nothing to hold it against.
     """
 
     samples_Ln: npt.NDArray[np.int32]
@@ -90,7 +91,7 @@ class Scored:
     tail_L: npt.NDArray[np.float32]
     log_tails_LT: npt.NDArray[np.float32]
     label_logprobs_L: npt.NDArray[np.float32]
-    top_logprobs_L: npt.NDArray[np.float32]
+    top_logprob: float
 
 
 class Engine(Protocol):
@@ -113,8 +114,8 @@ class Engine(Protocol):
 class PackedRows:
     """Rows as two tensors, the form in which they travel: ids [N, C] int32, numbers [N, W] float32.
 
-    The columns of `ids_NC` are n samples and K kept ids; those of `numbers_NW` the label's logprob, the top logprob
-    and, for `topk`, the tail, the logarithms of the T further tails and K logprobs.
+    The columns of `ids_NC` are n samples and K kept ids; those of `numbers_NW` the label's logprob, in a request's last
+    row the teacher's own top logprob, and for `topk` the tail, the logarithms of the T further tails and K logprobs.
     """
 
     ids_NC: torch.Tensor
@@ -132,34 +133,49 @@ def row_offsets(recording: Recording, digest: bytes, start: int, num_rows: int) 
 
 
 def record_rows(
-    recording: Recording, logits_NV: torch.Tensor, labels_N: torch.Tensor, offsets_N: torch.Tensor | None
+    recording: Recording,
+    logits_NV: torch.Tensor,
+    labels_N: torch.Tensor,
+    offsets_N: torch.Tensor | None,
+    last_rows: torch.Tensor | None = None,
 ) -> PackedRows:
-    """What is kept of these rows of logits, on the device of the logits."""
+    """What is kept of these rows of logits, on the device of the logits, whose padding columns are overwritten.
+
+    Args:
+        recording: what to keep.
+        logits_NV: of the teacher's head, padding columns and all.
+        labels_N: the real next tokens.
+        offsets_N: of the samples; None where nothing is sampled.
+        last_rows: rows after which the engine's sampler chooses a token, int64: the teacher's own top logprob is kept.
+    """
     n, k = recording.num_samples, recording.top_k
     temperature, vocab_size, powers = recording.temperature, recording.vocab_size, recording.powers
+    top_N = _own_top(logits_NV, last_rows)
     if offsets_N is None:
         kept = topk_rows(logits_NV, labels_N, k, temperature, vocab_size, powers)
-        return PackedRows(kept.ids_NK, _topk_numbers(recording, logits_NV, kept))
+        return PackedRows(kept.ids_NK, _topk_numbers(kept, top_N))
     if not k:
         drawn = sampled_rows(logits_NV, labels_N, offsets_N, n, temperature, vocab_size)
-        top_N = _own_top(recording, logits_NV, drawn.top_logprobs_N)
         return PackedRows(drawn.samples_Nn, torch.stack([drawn.label_logprobs_N, top_N], dim=1))
     drawn, kept = sampled_and_topk_rows(logits_NV, labels_N, offsets_N, n, k, temperature, vocab_size, powers)
-    return PackedRows(torch.cat([drawn.samples_Nn, kept.ids_NK], dim=1), _topk_numbers(recording, logits_NV, kept))
+    return PackedRows(torch.cat([drawn.samples_Nn, kept.ids_NK], dim=1), _topk_numbers(kept, top_N))
 
 
-def _topk_numbers(recording: Recording, logits_NV: torch.Tensor, kept: TopkRows) -> torch.Tensor:
-    top_N = _own_top(recording, logits_NV, kept.logprobs_NK[:, 0])
+def _topk_numbers(kept: TopkRows, top_N: torch.Tensor) -> torch.Tensor:
     columns = torch.stack([kept.label_logprobs_N, top_N, kept.tail_N], dim=1)
     return torch.cat([columns, kept.log_tails_NT, kept.logprobs_NK], dim=1)
 
 
-def _own_top(recording: Recording, logits_NV: torch.Tensor, kept_top_N: torch.Tensor) -> torch.Tensor:
-    """What the teacher's own sampler sees, padding columns and all: an engine's greedy token is held against it."""
-    if recording.temperature == 1.0 and logits_NV.shape[1] == recording.vocab_size:
-        return kept_top_N
-    logits_NV = logits_NV.float()
-    return logits_NV.amax(dim=-1) - torch.logsumexp(logits_NV, dim=-1)
+def _own_top(logits_NV: torch.Tensor, last_rows: torch.Tensor | None) -> torch.Tensor:
+    """What the teacher's own sampler sees, padding columns and all: an engine's greedy token is held against it.
+
+    Of these rows alone, for it takes a pass over all columns; 0 in all others.
+    """
+    top_N = logits_NV.new_zeros(len(logits_NV), dtype=torch.float32)
+    if last_rows is not None and len(last_rows):
+        last_MV = logits_NV[last_rows].float()
+        top_N[last_rows] = last_MV.amax(dim=-1) - torch.logsumexp(last_MV, dim=-1)
+    return top_N
 
 
 def unpack(
@@ -170,13 +186,13 @@ def unpack(
     Raises:
         InputError: the teacher's logits were not finite.
     """
-    if not np.isfinite(numbers_LW[:, :2]).all():
-        row = int(np.flatnonzero(~np.isfinite(numbers_LW[:, :2]).all(axis=1))[0])
+    if not np.isfinite(numbers_LW[:, 0]).all():
+        row = int(np.flatnonzero(~np.isfinite(numbers_LW[:, 0]))[0])
         raise InputError(
             "the teacher's logits are not finite",
             where=f"{where}, token {row}",
-            found=numbers_LW[row, :2].tolist(),
-            expected="finite logprobs",
+            found=float(numbers_LW[row, 0]),
+            expected="a finite logprob of the next token",
             fix="check the teacher's weights, or score in another cache.dtype",
         )
     first = 3 + len(recording.extra_temperatures)
@@ -188,5 +204,5 @@ def unpack(
         np.ascontiguousarray(tail_L),
         np.ascontiguousarray(numbers_LW[:, 3:first]),
         np.ascontiguousarray(numbers_LW[:, 0]),
-        np.ascontiguousarray(numbers_LW[:, 1]),
+        float(numbers_LW[-1, 1]),
     )

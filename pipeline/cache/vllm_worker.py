@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import inspect
 import os
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -113,16 +114,19 @@ class Capture:
         rows_NH = _rows(hidden_NH, spans)
         labels_N = on_device(_joined([s.next_tokens for s in spans]), device).long()
         offsets_N = self._offsets(spans, device)
+        sizes = [s.num_rows for s in spans]
+        last = [end - 1 for end, s in zip(accumulate(sizes), spans, strict=True) if s.stop == s.num_prompt]
+        last_rows = on_device(torch.tensor(last, dtype=torch.int64), device)
         parts = []
         for start in range(0, len(labels_N), self._recording.chunk_rows):
             part = slice(start, start + self._recording.chunk_rows)
             logits_NV = logits_of(rows_NH[part])
             if self._answers:
                 offsets_part = None if offsets_N is None else offsets_N[part]
-                parts.append(record_rows(self._recording, logits_NV, labels_N[part], offsets_part))
+                own = last_rows[bisect_left(last, part.start) : bisect_left(last, part.stop)] - start
+                parts.append(record_rows(self._recording, logits_NV, labels_N[part], offsets_part, own))
         if not self._answers:
             return []
-        sizes = [s.num_rows for s in spans]
         ids = torch.split(_joined([part.ids_NC for part in parts]), sizes)
         numbers = torch.split(_joined([part.numbers_NW for part in parts]), sizes)
         return [PackedRows(i, n) for i, n in zip(ids, numbers, strict=True)]

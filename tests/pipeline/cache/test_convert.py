@@ -36,9 +36,7 @@ def test_draws_become_the_counts_of_their_row(samples_BLn: np.ndarray) -> None:
 
 def _drawn(samples_Ln: np.ndarray, labels_L: np.ndarray) -> Scored:
     none_LK = np.zeros((len(samples_Ln), 0), np.int32)
-    return Scored(
-        samples_Ln, none_LK, none_LK.astype(np.float32), labels_L, none_LK.astype(np.float32), labels_L, labels_L
-    )
+    return Scored(samples_Ln, none_LK, none_LK.astype(np.float32), labels_L, none_LK.astype(np.float32), labels_L, 0.0)
 
 
 def test_kept_ids_are_stacked_in_the_order_of_the_sequences() -> None:
@@ -50,7 +48,8 @@ def test_kept_ids_are_stacked_in_the_order_of_the_sequences() -> None:
             rng.random((4, 3), dtype=np.float32),
             rng.random(4, dtype=np.float32),
             rng.random((4, 2), dtype=np.float32),
-            *rng.random((2, 4), dtype=np.float32),
+            rng.random(4, dtype=np.float32),
+            0.0,
         )
         for _ in range(2)
     ]
@@ -109,11 +108,12 @@ def test_the_rows_of_requests_are_joined_in_their_order() -> None:
             rng.random(n, dtype=np.float32),
             rng.random((n, 3), dtype=np.float32),
             rng.random(n, dtype=np.float32),
-            rng.random(n, dtype=np.float32),
+            float(n),
         )
         for n in (1, 5, 2)
     ]
     joined = join(parts)
-    for name, array in vars(joined).items():
+    assert joined.top_logprob == 2, "of the last request's last row"
+    for name, array in list(vars(joined).items())[:-1]:
         assert array.tobytes() == b"".join(getattr(part, name).tobytes() for part in parts)
     assert joined.log_tails_LT.shape == (8, 3)

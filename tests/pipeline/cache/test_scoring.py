@@ -69,16 +69,16 @@ def test_chunks_of_rows_give_what_all_rows_give(recording, rows, kind: str, size
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_padding_is_never_kept_but_counts_for_the_teachers_own_top(recording, rows, kind, temperature) -> None:
     made = recording(kind, temperature=temperature)
-    scored = _scored(made, record_rows(made, *_given(rows, kind)))
+    scored = _scored(made, record_rows(made, *_given(rows, kind), torch.tensor([95])))
     assert np.concatenate([scored.samples_Ln, scored.ids_LK], axis=1).max() < 300
     logits_NV, labels_N, _ = rows
     expected_NV = torch.log_softmax(logits_NV[:, :300].double() / temperature, -1)
     label_N = expected_NV.gather(1, labels_N[:, None])[:, 0]
     # float32 rounding of logprobs of up to 20 nats
     assert np.abs(scored.label_logprobs_L - label_N.numpy()).max() < 1e-5
-    own_NV = torch.log_softmax(logits_NV.double(), -1)
-    assert own_NV.argmax(-1).min() >= 300, "or padding is not what the teacher would choose"
-    assert np.abs(scored.top_logprobs_L - own_NV.amax(-1).numpy()).max() < 1e-5
+    own_V = torch.log_softmax(logits_NV[-1].double(), -1)
+    assert own_V.argmax() >= 300, "or padding is not what the teacher would choose"
+    assert abs(scored.top_logprob - own_V.max()) < 1e-5
     if kind != "sampled":
         kept_NK, ids_NK = expected_NV.topk(16, -1)
         assert (scored.ids_LK == ids_NK.numpy()).all()
@@ -88,12 +88,29 @@ def test_padding_is_never_kept_but_counts_for_the_teachers_own_top(recording, ro
 
 @KINDS
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_the_own_top_is_at_temperature_1(recording, rows, kind: str, temperature: float) -> None:
+def test_the_own_top_is_at_temperature_1_and_of_the_last_row(recording, rows, kind: str, temperature: float) -> None:
     logits_NV, labels_N, offsets_N = rows
     made = recording(kind, temperature=temperature, vocab_size=320)
-    packed = record_rows(made, *_given((logits_NV, labels_N, offsets_N), kind))
-    own_N = torch.log_softmax(logits_NV.double(), -1).amax(-1)
-    assert np.abs(_scored(made, packed).top_logprobs_L - own_N.numpy()).max() < 1e-5  # float32 rounding
+    packed = record_rows(made, *_given((logits_NV, labels_N, offsets_N), kind), torch.tensor([95]))
+    own = torch.log_softmax(logits_NV[-1].double(), -1).max()
+    assert abs(_scored(made, packed).top_logprob - own) < 1e-5  # float32 rounding
+    assert not packed.numbers_NW[:-1, 1].any()
+
+
+@KINDS
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e38])
+@pytest.mark.parametrize("num_padding", [20, 60], ids=["few", "many"])
+def test_what_stands_in_a_padding_column_changes_nothing(recording, rows, kind: str, value: float, num_padding) -> None:
+    logits_NV, labels_N, offsets_N = rows
+    vocab_size = 320 - num_padding
+    labels_N = labels_N.clamp(max=vocab_size - 1)
+    made = recording(kind, vocab_size=vocab_size)
+    other_NV = logits_NV.clone()
+    other_NV[:, vocab_size:] = value
+    expected = record_rows(made, *_given((logits_NV, labels_N, offsets_N), kind))
+    found = record_rows(made, *_given((other_NV, labels_N, offsets_N), kind))
+    assert torch.equal(found.ids_NC, expected.ids_NC) and torch.equal(found.numbers_NW, expected.numbers_NW)
+    _scored(made, found)  # raises where a number is not finite
 
 
 def test_both_are_taken_apart_into_each(recording, rows) -> None:
@@ -104,7 +121,7 @@ def test_both_are_taken_apart_into_each(recording, rows) -> None:
         scored[kind] = _scored(made, record_rows(made, *_given(rows, kind)))
     both = vars(scored["both"])
     assert (both["samples_Ln"] == scored["sampled"].samples_Ln).all() and scored["topk"].samples_Ln.shape == (96, 0)
-    for name in ("ids_LK", "logprobs_LK", "tail_L", "log_tails_LT", "label_logprobs_L", "top_logprobs_L"):
+    for name in ("ids_LK", "logprobs_LK", "tail_L", "log_tails_LT", "label_logprobs_L"):
         assert (both[name] == getattr(scored["topk"], name)).all(), name
     assert scored["sampled"].ids_LK.shape == (96, 0) and both["log_tails_LT"].shape == (96, 2)
     other_NV = torch.log_softmax(rows[0][:, :300].double(), -1).scatter(
@@ -128,8 +145,8 @@ def test_logits_that_are_not_finite_are_refused_with_their_row(recording, rows, 
 
 
 def _given(rows, kind: str):
-    """Offsets only where something is sampled, as an engine has them."""
-    return (*rows[:2], None if kind == "topk" else rows[2])
+    """Logits of its own, as an engine makes them, and offsets only where something is sampled."""
+    return (rows[0].clone(), rows[1], None if kind == "topk" else rows[2])
 
 
 def _scored(settings: Recording, packed: PackedRows, where: str = "here"):
