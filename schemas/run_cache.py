@@ -4,13 +4,47 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
 
 Profile = Literal["lossless", "near-lossless", "compact", "small"]
 """How exactly `topk` logprobs are stored."""
 
+
+OPERATIONAL_ENGINE_ARGS = frozenset(
+    {
+        "async_scheduling",
+        "block_size",
+        "compilation_config",
+        "cpu_offload_gb",
+        "cudagraph_capture_sizes",
+        "disable_custom_all_reduce",
+        "disable_log_stats",
+        "distributed_executor_backend",
+        "download_dir",
+        "enable_chunked_prefill",
+        "enable_eplb",
+        "enable_expert_parallel",
+        "enforce_eager",
+        "kv_cache_memory_bytes",
+        "load_format",
+        "long_prefill_token_threshold",
+        "master_addr",
+        "master_port",
+        "max_cudagraph_capture_size",
+        "max_num_seqs",
+        "max_parallel_loading_workers",
+        "nnodes",
+        "node_rank",
+        "num_gpu_blocks_override",
+        "optimization_level",
+        "pipeline_parallel_size",
+        "safetensors_load_strategy",
+        "use_tqdm_on_load",
+    }
+)
+"""Of vLLM's arguments those that change speed and memory, and of a row at most the rounding."""
 
 RecordingName = Literal["sampled", "topk"]
 """How a distribution is kept; the name of a shard set of the cache."""
@@ -75,6 +109,12 @@ class CacheSettings(Record):
     at temperature 1 only. `auto`: `public`, with a warning, where this vLLM is not known to the capture. Rows come out
     equal up to rounding, so this is no other cache; its manifest names the way beside the engine."""
 
+    engine_args: dict[str, JsonValue] = Field(default_factory=dict)
+    """Further arguments of vLLM's `EngineArgs` by their names there, for example `quantization`, `kv_cache_dtype`,
+    `enable_expert_parallel`, `pipeline_parallel_size`, `hf_overrides`, `revision`, `enforce_eager`. They win over
+    capgap's own choice. What would break exactness, and what capgap has a setting for, is refused by name. Those that
+    change speed and memory alone decide nothing about the cache; all others do."""
+
     replicas: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
     """Engines that score shards at once, each on GPUs of its own, by Ray: on this machine, or on the cluster that
     RAY_ADDRESS names. Which replica makes a shard changes nothing in it."""
@@ -85,6 +125,11 @@ class CacheSettings(Record):
             raise ValueError("cache.tensor_parallel: found with engine transformers, expected vllm")
         if self.engine == "transformers" and self.capture != "auto":
             raise ValueError("cache.capture: found with engine transformers, expected vllm")
+        if self.engine == "transformers" and self.engine_args:
+            raise ValueError("cache.engine_args: found with engine transformers, expected vllm")
+        stages = self.engine_args.get("pipeline_parallel_size", 1)
+        if not isinstance(stages, int) or stages < 1:
+            raise ValueError(f"cache.engine_args.pipeline_parallel_size: found {stages!r}, expected 1 or more")
         if self.recording == "topk" and self.num_samples is not None:
             raise ValueError("cache.num_samples: found with recording topk, expected sampled; use cache.top_k")
         if self.recording == "sampled" and self.top_k is not None:
@@ -124,7 +169,9 @@ class CacheSettings(Record):
     @property
     def num_devices(self) -> int:
         """Devices that one engine takes."""
-        return self.tensor_parallel
+        stages = self.engine_args.get("pipeline_parallel_size", 1)
+        assert isinstance(stages, int)
+        return self.tensor_parallel * stages
 
     @property
     def sorted_temperatures(self) -> tuple[float, ...]:
@@ -132,10 +179,13 @@ class CacheSettings(Record):
         return tuple(sorted(self.extra_temperatures))
 
     def meant(self) -> dict[str, Any]:
-        """Numbers of ids and the profile where they were left out; the order of temperatures decides nothing."""
+        """Numbers of ids and the profile where they were left out; what only changes speed decides nothing."""
         return {
             "num_samples": self.num_ids("sampled") or None,
             "top_k": self.num_ids("topk") or None,
             "profile": self.stored_profile,
             "extra_temperatures": list(self.sorted_temperatures),
+            "engine_args": {
+                name: value for name, value in self.engine_args.items() if name not in OPERATIONAL_ENGINE_ARGS
+            },
         }

@@ -11,10 +11,10 @@ from transformers import GenerationConfig
 
 from capgap.pipeline.answers.chat import Generated, Prompt
 from capgap.pipeline.cache.vllm_start import (
+    llm_settings,
     memory_settings,
     require_platform,
     require_vllm,
-    saved_dtype,
     set_environment,
     silence_dumps,
     teacher_config,
@@ -123,17 +123,9 @@ class VllmGenerator:
             memory = {"gpu_memory_utilization": gpu_memory_fraction}
         with _one_line("the model could not be started"):
             self._llm = vllm.LLM(
-                model=path,
-                trust_remote_code=trust_remote_code,
-                load_format="safetensors",  # nothing pickled is opened
-                dtype=saved_dtype(config) if dtype == "auto" else dtype,
+                **llm_settings(path, config, device, trust_remote_code, dtype),
                 max_model_len=length,
                 max_num_seqs=BATCH_QUESTIONS,
-                enable_prefix_caching=False,  # whatever was asked before, an answer comes out alike
-                enforce_eager=device == "cpu",
-                skip_tokenizer_init=True,
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
                 seed=0,
                 **memory,
             )

@@ -13,12 +13,20 @@ def require_engine(run: RunFile) -> None:
 
     Raises:
         MachineError: vLLM is wanted, or Ray for several replicas, and is not there.
+        SettingError: an argument of vLLM is not to be given.
     """
     if run.cache.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         # imported here: it brings torch
         from capgap.pipeline.cache.vllm_start import require_vllm
 
         require_vllm()
+    if run.cache.engine_args:
+        # imported here: vLLM takes seconds
+        from capgap.pipeline.cache.engine_args import require_engine_args
+        from capgap.pipeline.cache.vllm_start import set_environment
+
+        set_environment(run.device, run.cache.tensor_parallel)
+        require_engine_args(run.cache.engine_args)
     if run.cache.replicas > 1 and importlib.util.find_spec("ray") is None:
         raise MachineError(
             "several replicas are started by Ray, which is not installed",

@@ -274,6 +274,7 @@ def _start_vllm(job: CacheJob, recording: Recording) -> Engine:
         settings.tensor_parallel,
         settings.capture,
         trust_remote_code=job.trust_remote_code,
+        engine_args=settings.engine_args,
     )
 
 

@@ -10,26 +10,29 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
+from capgap.pipeline.cache.engine_args import require_engine_args, with_engine_args
 from capgap.pipeline.cache.request_checks import require_kept, require_scorable
 from capgap.pipeline.cache.scoring import Recording, Request, Scored
 from capgap.pipeline.cache.vllm_captured import CapturedRequests, Submission, require_known_front_end, unknown_vllm
 from capgap.pipeline.cache.vllm_public import PublicRequests, require_public
 from capgap.pipeline.cache.vllm_start import (
+    llm_settings,
     memory_settings,
     require_platform,
     require_vllm,
-    saved_dtype,
     set_environment,
     silence_dumps,
     teacher_config,
 )
 from capgap.pipeline.stage.events import event
 from capgap.schemas.errors import MachineError
+
+_MOST_AT_ONCE = 1024
 
 # the last is all that oneDNN says where it finds no room for the code of a matrix product
 _OUT_OF_MEMORY = (
@@ -55,7 +58,7 @@ class VllmEngine:
         tensor_parallel: devices that the teacher is spread over.
         capture: `worker`, `public`, or `auto`: the public logprobs where the worker's are not to be had.
         trust_remote_code: run code that comes with the teacher.
-        extra: further arguments of `vllm.LLM`, for tests and benchmarks.
+        engine_args: further arguments of `vllm.LLM`, which win over those that are chosen here.
 
     Attributes:
         runner: the generation of vLLM's model runner, `V1` or `V2`, or `public` where nothing is captured.
@@ -63,7 +66,7 @@ class VllmEngine:
     Raises:
         MachineError: vLLM is not installed, is of a version that cannot be captured, or cannot run the model here.
         InputError: the model's positions are fewer than `seq_len`.
-        SettingError: what is to be kept cannot be had.
+        SettingError: what is to be kept cannot be had, or an argument of vLLM is not to be given.
     """
 
     def __init__(
@@ -78,32 +81,28 @@ class VllmEngine:
         tensor_parallel: int = 1,
         capture: Literal["auto", "worker", "public"] = "auto",
         trust_remote_code: bool = False,
-        **extra: Any,
+        engine_args: Mapping[str, Any] | None = None,
     ) -> None:
         require_kept(recording.top_k, recording.vocab_size)
         require_vllm()
         set_environment(device, tensor_parallel)
+        require_engine_args(engine_args or {})
         import vllm
 
         require_platform(device)
         config = teacher_config(path, seq_len, device, trust_remote_code)
-        self._seq_len, self._num_columns, self._capture = seq_len, int(config.vocab_size), capture
+        self._seq_len, self._num_columns, self._capture = seq_len, int(config.get_text_config().vocab_size), capture
         if capture == "public":
             require_public(recording, self._num_columns, "cache.capture: public")
-        settings: dict[str, Any] = {
-            "model": path,
-            "trust_remote_code": trust_remote_code,
-            "load_format": "safetensors",  # nothing pickled is opened
-            "dtype": saved_dtype(config) if dtype == "auto" else dtype,
+        settings = {
+            **llm_settings(path, config, device, trust_remote_code, dtype),
             "max_model_len": seq_len + 1,
-            "max_num_batched_tokens": max(batch_tokens, seq_len + 1),
-            "max_num_seqs": max(1, min(1024, batch_tokens // 8)),
+            "max_num_batched_tokens": batch_tokens,
+            "enable_chunked_prefill": True,  # a step may be smaller than a sequence
+            "max_num_seqs": max(1, min(_MOST_AT_ONCE, batch_tokens // 8)),
             "max_logprobs": -1,
-            "enable_prefix_caching": False,
-            "enforce_eager": device == "cpu",
-            "skip_tokenizer_init": True,
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
+            # prefill alone: a graph of steps that decode would be captured for nothing
+            "compilation_config": {"cudagraph_mode": "NONE"},
             "worker_extension_cls": "capgap.pipeline.cache.vllm_worker.CaptureExtension",
             # with logits in bfloat16 half of all rows keep another set of ids
             "hf_overrides": {"head_dtype": "float32"},
@@ -114,7 +113,7 @@ class VllmEngine:
             ),
         }
         with _one_line("the teacher could not be started"):
-            self._llm = vllm.LLM(**(settings | extra))
+            self._llm = vllm.LLM(**with_engine_args(settings, engine_args or {}))
         silence_dumps()
         self.dtype = str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
         try:

@@ -74,17 +74,16 @@ def require_platform(device: str, setting: str = "cache.engine") -> None:
 def teacher_config(
     path: str, seq_len: int, device: str, trust_remote_code: bool = False, setting: str = "cache.engine"
 ) -> Any:
-    """The configuration of the teacher's language model.
+    """The teacher's configuration.
 
     Raises:
         InputError: its positions are fewer than `seq_len`, or its weights are not complete.
-        MachineError: vLLM has no attention of its shape here.
+        MachineError: vLLM has no attention of its shape here, or lacks a package.
     """
-    whole = load_config(path, trust_remote_code)
+    config = load_config(path, trust_remote_code)
     # vLLM itself leaves what is missing of a linear layer as the memory was
-    require_complete(path, trust_remote_code, whole)
-    config = whole.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    require_complete(path, trust_remote_code, config)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and positions < seq_len:
         raise InputError(
             "the model takes shorter sequences than the corpus has",
@@ -93,20 +92,54 @@ def teacher_config(
             expected=f"at least corpus.seq_len = {seq_len}",
             fix="lower corpus.seq_len",
         )
+    if getattr(config, "vision_config", None) is not None and importlib.util.find_spec("torchvision") is None:
+        raise MachineError(
+            "vLLM imports torchvision for a model that sees, though its text alone is scored",
+            where=path,
+            found="no torchvision",
+            fix=f"install a torchvision that was built for this torch, or set {setting} to transformers",
+        )
     if device == "cpu":
         _require_head_size(config, path, setting)
     return config
 
 
+def llm_settings(path: str, config: Any, device: str, trust_remote_code: bool, dtype: str = "auto") -> dict[str, Any]:
+    """What every engine here is started with, as arguments of `vllm.LLM`.
+
+    Args:
+        path: the model's folder or id.
+        config: its whole configuration.
+        device: `cpu` or a GPU's name.
+        trust_remote_code: run code that comes with the model.
+        dtype: of weights and activations; `auto` as they were saved.
+    """
+    return {
+        "model": path,
+        "trust_remote_code": trust_remote_code,
+        "load_format": "safetensors",  # nothing pickled is opened
+        "dtype": saved_dtype(config) if dtype == "auto" else dtype,
+        "enable_prefix_caching": False,  # a token that was computed before would get no row
+        "enforce_eager": device == "cpu",
+        "skip_tokenizer_init": True,
+        "language_model_only": True,  # of a model that sees or hears, the part that reads and writes
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+
+
 def saved_dtype(config: Any) -> Any:
-    """vLLM's own `auto` rounds float32 to bfloat16: the cache would hold another teacher than the one eval measures."""
-    return config.dtype if config.dtype is not None else "auto"
+    """The dtype of the language model's weights, or where its part of the configuration names none, the whole one's.
+
+    vLLM's own `auto` rounds float32 to bfloat16: the cache would hold another teacher than the one eval measures.
+    """
+    return config.get_text_config().dtype or config.dtype or "auto"
 
 
-def chunk_bytes(config: Any, chunk_rows: int, tensor_parallel: int) -> int:
+def chunk_bytes(num_columns: int, chunk_rows: int, tensor_parallel: int) -> int:
     """What capture adds to a device's peak: a bound on all copies of the logits of one chunk."""
     per_logit = _BYTES_PER_LOGIT + (_BYTES_PER_GATHERED_LOGIT if tensor_parallel > 1 else 0)
-    return int(config.vocab_size) * chunk_rows * per_logit
+    return num_columns * chunk_rows * per_logit
 
 
 def memory_settings(
@@ -124,11 +157,12 @@ def memory_settings(
         MachineError: what vLLM leaves of a GPU does not hold a chunk of logits.
     """
     if device == "cpu":
-        return {"kv_cache_memory_bytes": _kv_cache_bytes(config, batch_tokens, seq_len)}
+        return {"kv_cache_memory_bytes": _kv_cache_bytes(config.get_text_config(), batch_tokens, seq_len)}
     from vllm.platforms import current_platform
 
+    num_columns = int(config.get_text_config().vocab_size)
     total_bytes = current_platform.get_device_total_memory()
-    require_room(total_bytes, gpu_memory_fraction, chunk_bytes(config, chunk_rows, tensor_parallel), chunk_rows)
+    require_room(total_bytes, gpu_memory_fraction, chunk_bytes(num_columns, chunk_rows, tensor_parallel), chunk_rows)
     return {"gpu_memory_utilization": gpu_memory_fraction}
 
 
@@ -149,8 +183,8 @@ def require_room(total_bytes: int, gpu_memory_fraction: float, needed_bytes: int
 def _require_head_size(config: Any, path: str, setting: str) -> None:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    size, possible = _head_size(config), CPUAttentionBackend.get_supported_head_sizes()
-    if size not in possible:
+    size, possible = _head_size(config.get_text_config()), CPUAttentionBackend.get_supported_head_sizes()
+    if size is not None and size not in possible:
         raise MachineError(
             "vLLM cannot run this model on a CPU",
             where=path,
@@ -160,13 +194,19 @@ def _require_head_size(config: Any, path: str, setting: str) -> None:
         )
 
 
-def _head_size(config: Any) -> int:
-    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return size
+def _head_size(config: Any) -> int | None:
+    """Of attention; None for a model without any, such as Mamba."""
+    num_heads: int | None = getattr(config, "num_attention_heads", None)
+    if num_heads is None:
+        return None
+    return getattr(config, "head_dim", None) or config.hidden_size // num_heads
 
 
 def _kv_cache_bytes(config: Any, batch_tokens: int, seq_len: int) -> int:
     """Room for twice the tokens of a step: a sequence leaves as soon as its last token is scored."""
+    size = _head_size(config)
+    if size is None:
+        return _MIN_KV_CACHE_BYTES
     heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    per_token: int = 2 * config.num_hidden_layers * heads * _head_size(config) * 4
+    per_token: int = 2 * config.num_hidden_layers * heads * size * 4
     return max(_MIN_KV_CACHE_BYTES, per_token * 2 * (batch_tokens + seq_len))

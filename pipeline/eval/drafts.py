@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from capgap.pipeline.cache.vllm_start import memory_settings, require_platform, saved_dtype, set_environment
+from capgap.pipeline.cache.vllm_start import llm_settings, memory_settings, require_platform, set_environment
 from capgap.pipeline.models.complete import require_complete
 from capgap.pipeline.models.configs import load_config
 from capgap.pipeline.stage.orphans import die_with
@@ -114,23 +114,15 @@ def _drafted(job: DraftJob) -> Drafted:
         _mend_temperatures()
     for path in (job.teacher, job.student):
         require_complete(path, job.trust_remote_code)
-    settings, config = job.settings, load_config(job.teacher, job.trust_remote_code).get_text_config()
+    settings, config = job.settings, load_config(job.teacher, job.trust_remote_code)
     length = len(job.prompts[0]) + settings.num_new_tokens + settings.num_speculative_tokens
     at_once = min(len(job.prompts), _MOST_AT_ONCE)
     tokens = at_once * length
     llm = vllm.LLM(
-        model=job.teacher,
-        trust_remote_code=job.trust_remote_code,
-        load_format="safetensors",
-        dtype=saved_dtype(config),
+        **{**llm_settings(job.teacher, config, job.device, job.trust_remote_code), "disable_log_stats": False},
         max_model_len=length + 1,
         max_num_batched_tokens=max(tokens, 512),
         max_num_seqs=at_once,
-        enable_prefix_caching=False,
-        enforce_eager=job.device == "cpu",
-        skip_tokenizer_init=True,
-        disable_log_stats=False,
-        use_tqdm_on_load=False,
         speculative_config={
             "method": "draft_model",
             "model": job.student,

@@ -80,10 +80,10 @@ def topk_engine(start) -> Iterator[VllmEngine]:
 
 @pytest.fixture(scope="module")
 def sampled_engine(start) -> Iterator[VllmEngine]:
-    """Steps of 49 tokens: from the second step on, sequences of 48 are cut in two."""
+    """Steps of 16 tokens: a sequence of 48 takes three."""
     engine = start("sampled", 50, 1.0, 16, 100)
     scheduler = engine._llm.llm_engine.vllm_config.scheduler_config
-    assert (scheduler.max_num_batched_tokens, scheduler.enable_chunked_prefill) == (SEQ_LEN + 1, True)
+    assert (scheduler.max_num_batched_tokens, scheduler.enable_chunked_prefill) == (16, True)
     yield engine
     engine.close()
 
@@ -210,8 +210,9 @@ def test_the_first_generation_of_the_runner_is_used_on_a_cpu_whether_triton_is_t
 def test_requests_that_lose_their_cache_half_way_have_every_row_once(folder, submission, recording, reference) -> None:
     # 8 blocks of 32 tokens, and 16 requests at a time that go on by 8 tokens a step: each needs two blocks in the end
     crowded = {"block_size": 32, "num_gpu_blocks_override": 8, "long_prefill_token_threshold": 8}
+    crowded |= {"scheduler_reserve_full_isl": False}
     settings = recording("topk", 16)
-    engine = VllmEngine(folder, settings, SEQ_LEN, "auto", 128, 0.5, "cpu", **crowded, scheduler_reserve_full_isl=False)
+    engine = VllmEngine(folder, settings, SEQ_LEN, "auto", 128, 0.5, "cpu", engine_args=crowded)
     scheduler = engine._llm.llm_engine.engine_core.engine_core.scheduler
     preempted, preempt = [], scheduler._preempt_request
 

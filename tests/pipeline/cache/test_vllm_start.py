@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,7 +47,7 @@ def peak_bytes(recording, monkeypatch) -> Callable[..., int]:
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("kind", ["topk", "sampled", "both"])
 def test_a_chunk_takes_no_more_than_is_reserved_for_it(peak_bytes, kind, temperature, vocab_size) -> None:
-    reserved = chunk_bytes(SimpleNamespace(vocab_size=NUM_COLUMNS), 64, tensor_parallel=1)
+    reserved = chunk_bytes(NUM_COLUMNS, 64, tensor_parallel=1)
     found = peak_bytes(kind, temperature, vocab_size, chunk_rows=64, num_rows=64)
     assert 0.4 * reserved < found <= reserved
 
@@ -61,10 +60,9 @@ def test_many_rows_take_no_more_than_one_chunk_of_them(peak_bytes) -> None:
 
 
 def test_a_gpu_that_has_no_room_for_a_chunk_is_refused_with_what_would_fit() -> None:
-    config = SimpleNamespace(vocab_size=152_064)
-    needed_bytes = chunk_bytes(config, 8192, tensor_parallel=1)
+    needed_bytes = chunk_bytes(152_064, 8192, tensor_parallel=1)
     require_room(80 << 30, 0.7, needed_bytes, 8192)
     with pytest.raises(MachineError, match=r"8192 rows, which take 20\.88 GiB.* lower cache\.chunk_rows to 3138"):
         require_room(80 << 30, 0.9, needed_bytes, 8192)
-    require_room(80 << 30, 0.9, chunk_bytes(config, 3138, tensor_parallel=1), 3138)
-    assert chunk_bytes(config, 8192, tensor_parallel=2) > needed_bytes
+    require_room(80 << 30, 0.9, chunk_bytes(152_064, 3138, tensor_parallel=1), 3138)
+    assert chunk_bytes(152_064, 8192, tensor_parallel=2) > needed_bytes

@@ -1,0 +1,105 @@
+"""Arguments of vLLM's own that a run file gives, `cache.engine_args`: checked by name before anything is made.
+
+What would change what a row is, or read it otherwise than it is written, is refused with the setting to use instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from capgap.schemas.errors import SettingError
+
+_SETTING = "cache.engine_args"
+
+_OWN_SETTINGS = {
+    "model": "teacher.path",
+    "tokenizer": "corpus.tokenizer",
+    "dtype": "cache.dtype",
+    "tensor_parallel_size": "cache.tensor_parallel",
+    "data_parallel_size": "cache.replicas",
+    "gpu_memory_utilization": "cache.gpu_memory_fraction",
+    "max_num_batched_tokens": "cache.batch_tokens",
+    "trust_remote_code": "teacher.trust_remote_code",
+    "max_model_len": "corpus.seq_len",
+    "hf_token": "the environment variable HF_TOKEN",
+}
+"""What capgap has a setting for."""
+
+_ALIGNMENT = "every row must be that of its token"
+_BREAKING = {
+    "skip_tokenizer_init": "token ids go in and come out",
+    "tokenizer_mode": "token ids go in and come out",
+    "enable_prefix_caching": "a token that was computed before gets no row",
+    "enable_mamba_shared_prefix_checkpoint": "a token that was computed before gets no row",
+    "kv_sharing_fast_prefill": "a token of the prompt gets no row of its own",
+    "speculative_config": _ALIGNMENT,
+    "spec_method": _ALIGNMENT,
+    "spec_model": _ALIGNMENT,
+    "spec_tokens": _ALIGNMENT,
+    "logprobs_mode": "what is kept are logprobs of the teacher's own distribution",
+    "max_logprobs": "what is kept are as many as cache.top_k",
+    "logits_processors": "what is kept are logprobs of the teacher's own distribution",
+    "worker_extension_cls": "rows are captured by capgap's own",
+    "runner": "a teacher generates text",
+    "convert": "a teacher generates text",
+    "pooler_config": "a teacher generates text",
+    "mm_encoder_only": "a teacher generates text",
+    "enable_prompt_embeds": "token ids go in and come out",
+    "tokens_only": "token ids go in and come out",
+    "enable_sleep_mode": "the engine works until it ends",
+    "data_parallel_rank": "cache.replicas are engines of their own",
+}
+"""What would make rows something else than a cache says they are."""
+
+_LOAD_FORMATS = (
+    "safetensors",
+    "fastsafetensors",
+    "instanttensor",
+    "runai_streamer",
+    "runai_streamer_sharded",
+    "bitsandbytes",
+)
+"""What reads weights without opening anything that is pickled."""
+
+
+def require_engine_args(given: Mapping[str, Any]) -> None:
+    """Refuse arguments that the installed vLLM does not know, or that would break what a cache promises.
+
+    Raises:
+        SettingError: an argument is unknown, capgap's own, or breaks exactness.
+    """
+    if not given:
+        return
+    from vllm import EngineArgs
+
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    for name, value in given.items():
+        where = f"{_SETTING}.{name}"
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            fix = f"did you mean {near[0]}?" if near else None
+            raise SettingError("no argument of this vLLM", where=where, found=value, fix=fix)
+        if name in _OWN_SETTINGS:
+            raise SettingError(
+                "capgap has a setting for it",
+                where=where,
+                found=value,
+                expected=_OWN_SETTINGS[name],
+                fix="use that one",
+            )
+        if name in _BREAKING:
+            raise SettingError("would break exactness", where=where, found=value, expected=_BREAKING[name])
+        if name == "load_format" and value not in _LOAD_FORMATS:
+            raise SettingError(
+                "may open pickled files", where=where, found=value, expected=f"one of {', '.join(_LOAD_FORMATS)}"
+            )
+
+
+def with_engine_args(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `vllm.LLM`: capgap's own, over which the run file's win; `hf_overrides` add up."""
+    own, others = dict(settings.get("hf_overrides", {})), dict(given)
+    overrides = others.pop("hf_overrides", {})
+    return {**settings, **others, "hf_overrides": own | overrides}
