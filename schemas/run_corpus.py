@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
 
+_MOST_SHARD_SEQUENCES, _SHARD_TOKENS = 1024, 2**21
+
 ContextRule = Literal["packed", "document"]
 """What a model sees before a token: all of the packed sequence, or its own document alone."""
 
@@ -95,8 +97,9 @@ class CorpusSettings(Record):
     heldout_fraction: float = Field(0.06, gt=0, lt=1)
     """Share of the documents that nobody trains on. The rest is the student's."""
 
-    shard_sequences: int = Field(1024, ge=1)
-    """Sequences in one shard, the unit of work, retry and verification."""
+    shard_sequences: int | None = Field(None, ge=1)
+    """Sequences in one shard, the unit of work, retry and verification. Where it is left out, 1024, and of sequences
+    longer than 2048 as many as make two million tokens."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -137,6 +140,14 @@ class CorpusSettings(Record):
         """Entries of the tokenizer that is trained where none is given."""
         return self.vocab_size if self.vocab_size is not None else 4096
 
+    @property
+    def sequences_per_shard(self) -> int:
+        """Sequences in one shard; a shard of the default holds at most about two million tokens."""
+        if self.shard_sequences is not None:
+            return self.shard_sequences
+        return min(_MOST_SHARD_SEQUENCES, max(1, _SHARD_TOKENS // self.seq_len))
+
     def meant(self) -> dict[str, Any]:
-        """The vocabulary's size, where a tokenizer is trained."""
-        return {} if self.tokenizer else {"vocab_size": self.trained_vocab_size}
+        """The vocabulary's size, where a tokenizer is trained, and the size of a shard."""
+        vocabulary = {} if self.tokenizer else {"vocab_size": self.trained_vocab_size}
+        return {"shard_sequences": self.sequences_per_shard} | vocabulary

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from capgap.pipeline.cache.held import WRITING_THREADS
 from capgap.pipeline.cache.overlap import overlap
 from capgap.pipeline.cache.shard_lines import shard_lines
 from capgap.pipeline.cache.shards import SCORED_FOLDER, CacheJob, ScoredShard, ShardScorer
-from capgap.pipeline.cache.stage import WRITING_THREADS
 from capgap.pipeline.cache.stage import prepare as prepare
 from capgap.pipeline.stage.context import Slice
 from capgap.pipeline.stage.locks import ProcessLock

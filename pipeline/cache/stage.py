@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import accumulate
 
+from capgap.pipeline.cache.held import WRITING_THREADS, require_room
 from capgap.pipeline.cache.label_loss import require_as_measured, say_if_it_knows_nothing
 from capgap.pipeline.cache.overlap import overlap
 from capgap.pipeline.cache.reopen import reopen
@@ -29,10 +30,6 @@ from capgap.schemas.run_cache import CacheSettings, RecordingName
 from capgap.schemas.run_file import RunFile
 
 __all__ = ["check", "prepare", "reopen", "run"]
-
-# A thread encodes about a million tokens a second. With two, three shards are in memory at most: one that the teacher
-# is at, and two in the writing.
-WRITING_THREADS = 2
 
 
 def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
@@ -130,6 +127,8 @@ def _make(scorer: ShardScorer, context: StageContext) -> list[FinishedShard]:
     found = {index: scorer.finished(index) for index in range(len(source.shards))}
     done = {index: shard for index, shard in found.items() if shard is not None}
     missing = [index for index in found if index not in done]
+    if missing:
+        require_room(scorer.job.settings, max(source.shards[index].num_sequences for index in missing) * source.seq_len)
     by_replicas = bool(missing) and context.run.cache.replicas > 1
     # replicas have devices of their own, which this process does not know
     device = "" if by_replicas else scorer.job.device

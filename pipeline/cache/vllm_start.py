@@ -199,7 +199,8 @@ def _head_size(config: Any) -> int | None:
     num_heads: int | None = getattr(config, "num_attention_heads", None)
     if num_heads is None:
         return None
-    return getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return size
 
 
 def _kv_cache_bytes(config: Any, batch_tokens: int, seq_len: int) -> int:

@@ -252,7 +252,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterable[list[
 
 def _write(context: StageContext, facts: TokenizerFacts, packed: dict[Split, Packed]) -> dict[str, ShardSet]:
     settings, sidecars = context.run.corpus, context.folder / WORK_FOLDER / "shards"
-    size = settings.shard_sequences
+    size = settings.sequences_per_shard
     starts = {split: range(0, len(packed[split].sequences), size) for split in SPLITS}
     plan_units(context.folder / WORK_FOLDER, "shards", sum(map(len, starts.values())), "shards/*.json")
     sets: dict[str, ShardSet] = {}

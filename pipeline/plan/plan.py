@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from capgap.pipeline.cache.held import held_bytes
 from capgap.pipeline.plan.break_even import break_even
 from capgap.pipeline.plan.judging import judge_requests
 from capgap.pipeline.plan.predictions import gap_prediction, scaling_prediction
@@ -62,6 +63,9 @@ def _make_plan(
         notes.append(f"device hours of the cache are of all {run.cache.replicas} replicas together")
     if run.judge is not None:
         notes.append(f"the judge is asked {judge_requests(run):,} times, if each of its replies can be read")
+    if "cache" in known and known["cache"].state is not State.CURRENT:
+        held = held_bytes(run.cache, run.corpus.sequences_per_shard * run.corpus.seq_len)
+        notes.append(f"the cache stage holds up to {held / 1e9:.2f} GB of targets in memory, of each engine")
     notes += far_from_home(run.teacher.home_loss, finished("cache", run, known))
     if not all(figure.value is not None for stage in stages for figure in (stage.tokens,)):
         notes.append("some numbers of tokens are not known; what depends on them is left out")

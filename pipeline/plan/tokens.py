@@ -64,7 +64,7 @@ def cache_tokens(run: RunFile, cache: Manifest | None, student: Figure) -> Figur
         return Figure(value=next(iter(cache.shard_sets.values())).num_tokens, source="the cache")
     if student.value is None or run.cache.max_tokens is None:
         return student
-    shard = run.corpus.shard_sequences * run.corpus.seq_len
+    shard = run.corpus.sequences_per_shard * run.corpus.seq_len
     return Figure(value=min(student.value, math.ceil(run.cache.max_tokens / shard) * shard), source=student.source)
 
 

@@ -108,6 +108,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("cache.tensor_parallel", 2, set()),
     ("cache.capture", "worker", set()),
     ("cache.replicas", 4, set()),
+    ("cache.engine_args", {"kv_cache_dtype": "fp8"}, FROM_CACHE),
     ("student.path", "folder", FROM_STUDENT),
     ("student.trust_remote_code", True, FROM_STUDENT),
     *((f"student.model.{name}", value, FROM_STUDENT) for name, value in SHAPE.items()),

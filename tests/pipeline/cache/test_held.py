@@ -1,0 +1,54 @@
+"""What the cache stage holds of the machine's memory is known before the teacher is started."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from capgap.pipeline.cache.held import held_bytes, require_room
+from capgap.pipeline.cache.scoring import Scored
+from capgap.schemas.errors import MachineError
+from capgap.schemas.run_cache import CacheSettings
+from capgap.schemas.run_corpus import CorpusSettings
+
+
+@pytest.mark.parametrize(
+    ("settings", "shapes"),
+    [
+        ({"num_samples": 50}, (50, 0, 0)),
+        ({"recording": "topk", "top_k": 64, "extra_temperatures": (2.0, 4.0)}, (0, 64, 2)),
+        ({"recording": "both", "num_samples": 12, "top_k": 8}, (12, 8, 0)),
+    ],
+)
+def test_the_bytes_are_those_of_the_arrays_of_three_shards(settings: dict, shapes: tuple[int, int, int]) -> None:
+    n, k, t = shapes
+    row = Scored(
+        samples_Ln=np.zeros((1, n), np.int32),
+        ids_LK=np.zeros((1, k), np.int32),
+        logprobs_LK=np.zeros((1, k), np.float32),
+        tail_L=np.zeros(1 if k else 0, np.float32),
+        log_tails_LT=np.zeros((1, t), np.float32),
+        label_logprobs_L=np.zeros(1, np.float32),
+        top_logprob=0.0,
+    )
+    arrays = sum(array.nbytes for array in vars(row).values() if isinstance(array, np.ndarray))
+    tokens_starts_and_mask = 4 + 1 + 1
+    assert held_bytes(CacheSettings.model_validate(settings), 1000) == 3000 * (arrays + tokens_starts_and_mask)
+
+
+def test_shards_that_the_machine_has_no_room_for_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "capgap"):
+        require_room(CacheSettings(), 2048)
+    assert "up to 0.00 GB of targets are held at once, in shards of 2,048 tokens" in caplog.text
+    with pytest.raises(MachineError, match=r"corpus\.shard_sequences: .* found shards of 1,000,000,000,000 tokens"):
+        require_room(CacheSettings(), 10**12)
+
+
+@pytest.mark.parametrize(("seq_len", "expected"), [(512, 1024), (2048, 1024), (4096, 512), (32768, 64), (2**22, 1)])
+def test_a_shard_of_the_default_holds_about_two_million_tokens_at_most(seq_len: int, expected: int) -> None:
+    settings = CorpusSettings(sources=("builtin:python",), seq_len=seq_len)
+    assert settings.sequences_per_shard == expected
+    spelt_out = CorpusSettings(sources=("builtin:python",), seq_len=seq_len, shard_sequences=expected)
+    assert settings.decisive() == spelt_out.decisive()
