@@ -1,7 +1,7 @@
 """Which ids begin a document: those that the model has seen before every text, if there are any.
 
 A model that was trained with such a token is another one without it: on the first 128 tokens of texts Gemma 3 270M
-loses 5.4 nats a token without and 3.5 with it, and on 128 from the middle of texts 5.8 and 3.4. A tokenizer says so by
+loses 5.4 nats/token without and 3.5 with it, and on 128 from the middle of texts 5.8 and 3.4. A tokenizer says so by
 its post-processor. Files that were made of GGUF carry none, and there the family is known by its architecture and by
 what it calls the token.
 """
