@@ -76,10 +76,10 @@ def list_captures(sources: tuple[str, ...]) -> list[Path]:
         path = Path(source)
         if path.is_dir():
             found = sorted(file for file in path.rglob(f"*{SUFFIX}") if file.is_file())
-        elif glob.has_magic(source):
-            found = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]  # noqa: PTH207 (an absolute pattern)
+        elif path.is_file():
+            found = [path]
         else:
-            found = [path] if path.is_file() else []
+            found = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]  # noqa: PTH207 (an absolute pattern)
         if not found:
             raise InputError("no captures found", where=source, expected=f"a {SUFFIX} file, a folder or a glob of such")
         files += found

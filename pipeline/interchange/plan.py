@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def bos_ids(self) -> tuple[int, ...]:
-        """What begins a document of the captures, if anything does: the usual, or the tokenizer's token of that name."""
+        """What begins a document of the captures, if anything does: as usual, or its token of that name."""
         own = self.tokenizer.bos_token_id
         return self.usual_bos_ids or (() if own is None or own == self.facts.eos_id else (int(own),))
 

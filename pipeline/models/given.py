@@ -48,6 +48,10 @@ def _require_folder(path: str, setting: str, files: Sequence[str]) -> None:
     expected = f"a Hugging Face folder with {' or '.join(files)}, or an id such as owner/name"
     if folder.is_dir():
         if not any((folder / file).is_file() for file in files):
+            if "config.json" in files:
+                from capgap.pipeline.models.configs import no_config
+
+                raise no_config([one.name for one in folder.iterdir() if one.is_file()], f"{setting}: {path}")
             raise InputError(
                 "nothing of the kind lies there",
                 where=f"{setting}: {path}",
