@@ -143,18 +143,16 @@ def _pair(record: Mapping[str, Any]) -> object:
         if isinstance(question, str) and isinstance(further, str) and further.strip():
             question = f"{question}\n\n{further}"
     messages = question if isinstance(question, list) else [{"role": "user", "content": question}]
-    return [
-        *_earlier(record.get("history")),
-        *messages,
-        *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]),
-    ]
+    earlier = _earlier(record.get("history"))
+    answers = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+    return None if earlier is None else [*earlier, *messages, *answers]
 
 
-def _earlier(history: object) -> list[dict[str, Any]]:
-    """The turns before a question, as pairs of question and answer."""
-    pairs = loaded(history)
+def _earlier(history: object) -> list[dict[str, Any]] | None:
+    """The turns before a question, as pairs of question and answer; None for what is none such."""
+    pairs = loaded(history) or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        return []
+        return None
     return [{"role": role, "content": text} for pair in pairs for role, text in zip(_ASKS, pair, strict=True)]
 
 

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from capgap.pipeline.models.contents import contents_of, first_line
+from capgap.pipeline.models.given import require_id
 from capgap.pipeline.models.hub import not_there, require_reached
 from capgap.pipeline.models.tokenizers import refuse_code
 from capgap.pipeline.models.weight_files import no_weights
@@ -34,6 +35,7 @@ def load_config(path: str, trust_remote_code: bool = False) -> Any:
     """
     if Path(path).is_dir():
         _require_file(Path(path), path)
+    require_id(path, path)
     try:
         with contents_of("the configuration cannot be used", path, "a config.json as transformers writes it"):
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from capgap.pipeline.models.contents import contents_of
+from capgap.pipeline.models.given import TOKENIZER_FILES, require_id
 from capgap.pipeline.models.hub import not_there, require_reached
 from capgap.pipeline.models.text_growth import require_bounded_file, require_bounded_tokenizer
 from capgap.pipeline.models.tokenizer_files import as_in_file, read_reference, require_files, require_reader
@@ -32,6 +33,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     """
     require_bounded_file(Path(path))
     require_files(path)
+    require_id(str(path), str(path), TOKENIZER_FILES)
     reference = read_reference(path)
     try:
         tokenizer = _loaded(path, trust_remote_code, reference is not None)
