@@ -123,8 +123,11 @@ class ShardFacts(Record):
     num_targets: int
     """Targets in the shard."""
 
+    num_labels: int
+    """Those of them whose next token counts as a label."""
+
     label_loss: float
-    """Sum over them of minus the teacher's logprob of the real next token, nats."""
+    """Sum over the labels of minus the teacher's logprob of them, nats."""
 
 
 class CacheFacts(TextFacts):
@@ -149,8 +152,8 @@ class CacheFacts(TextFacts):
     """Dtypes of the teacher's weights and activations, sorted; several only where shards were scored differently."""
 
     mean_label_loss: float | None
-    """Mean of minus the teacher's logprob of the real next token, nats. None where some are not known, which makes no
-    difference to a training: an imported cache knows those of the ids that it keeps."""
+    """Mean over the labels that count of minus the teacher's logprob of them, nats. None where there are none, or some
+    are not known, which makes no difference to a training: an imported cache knows those of the ids that it keeps."""
 
     scored: tuple[ShardFacts, ...] = ()
     """Who scored each shard, in order: a cache that loses shards makes those again and no others. Empty if imported."""

@@ -143,12 +143,15 @@ class ShardScorer:
             name: writer.write(number, self._blocks(shard, name))
             for name, writer, number in self._writers_of(shard.index)
         }
+        counts_BL = shard.sequences.mask_BL1[:, 1:]
+        labels = zip(shard.scored, counts_BL, strict=True)
         facts = ShardFacts(
             sha256={name: entry.file.sha256 for name, entry in entries.items()},
             engine=shard.engine,
             dtype=shard.dtype,
             num_targets=sum(len(s.label_logprobs_L) for s in shard.scored),
-            label_loss=-sum(float(s.label_logprobs_L.sum(dtype=np.float64)) for s in shard.scored),
+            num_labels=int(counts_BL.sum()),
+            label_loss=-sum(float(one.label_logprobs_L[counts_L].sum(dtype=np.float64)) for one, counts_L in labels),
         )
         write_sidecar(self._facts_path(shard.index), facts)
         return FinishedShard(entries, facts)

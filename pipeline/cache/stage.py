@@ -61,6 +61,7 @@ def run(context: StageContext) -> StageResult:
     shards, heldout = made[: scorer.job.num_training], made[scorer.job.num_training :]
     sets = {str(name): scorer.shard_set(name, shards) for name in settings.recordings}
     num_targets = sum(shard.facts.num_targets for shard in shards)
+    num_labels = sum(shard.facts.num_labels for shard in shards)
     write_tokenizer(context.input("corpus"), scorer.job.teacher, context.folder)
     facts = CacheFacts(
         **corpus_facts.model_dump(),
@@ -70,7 +71,7 @@ def run(context: StageContext) -> StageResult:
         num_teacher_parameters=teacher_facts.num_parameters,
         engines=tuple(sorted({shard.facts.engine for shard in shards})),
         dtypes=tuple(sorted({shard.facts.dtype for shard in shards})),
-        mean_label_loss=sum(shard.facts.label_loss for shard in shards) / num_targets,
+        mean_label_loss=sum(shard.facts.label_loss for shard in shards) / num_labels if num_labels else None,
         scored=tuple(shard.facts for shard in made),
     )
     num_bytes = sum(shard_set.num_bytes for shard_set in sets.values())

@@ -72,8 +72,30 @@ class MarkedChat:
         for number, (start, end) in enumerate(spans):
             said = answers[number] if len(spans) == len(answers) else {}
             require_words(text[start:end], self._specials, said, f"{document.name}, answer {number + 1}")
-        ids, learnt = marked_tokens(self._tokenizer, text, spans)
+        ids, learnt = marked_tokens(self._tokenizer, text, _counting(spans, answers, document.name))
         return Encoded(Document(document.name, text), ids, learnt)
+
+
+def counts(answer: dict[str, Any]) -> bool:
+    """Whether an answer is learnt; one of weight 0 is only read."""
+    return bool(answer.get("weight", 1))
+
+
+def _counting(
+    spans: Sequence[tuple[int, int]], answers: Sequence[dict[str, Any]], where: str
+) -> Sequence[tuple[int, int]]:
+    """The marked places of the answers that are learnt."""
+    if all(map(counts, answers)):
+        return spans
+    if len(spans) != len(answers):
+        raise BadRecordError(
+            "it cannot be told which answer has weight 0",
+            where=where,
+            found=f"{len(spans)} marked places for {len(answers)} answers",
+            expected="one for each",
+            fix=_SKIP,
+        )
+    return [span for span, answer in zip(spans, answers, strict=True) if counts(answer)]
 
 
 def plain_conversation(conversation: Conversation, specials: list[str]) -> Conversation:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from capgap.pipeline.corpus.chat import (
+    counts,
     marked_tokens,
     plain_conversation,
     require_shown,
@@ -130,7 +131,7 @@ class ChatFormat:
             answer = self._ids(told[len(asked) :])
             learnt = [True] * len(answer)
         stop = self._stop(answer, learnt, told[len(asked) :])
-        return prompt, answer[:stop], learnt[:stop]
+        return prompt, answer[:stop], [counts(talk.messages[place]) and one for one in learnt[:stop]]
 
     def _asked(self, talk: Conversation, place: int, name: str) -> str:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from capgap.pipeline.corpus.kinds import TEXT_SUFFIXES, kind_of, known_suffixes
 from capgap.schemas.errors import InputError
 
 BUILTIN = "builtin:python"
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://")
+_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LICENCES = ("licence", "license", "copying", "notice")
 # what `datasets` writes beside the data
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -41,7 +44,9 @@ def folders_in_words(sources: tuple[str, ...]) -> list[str]:
         if folder is not None and folder.is_dir():
             read = _read_of(folder)
             others = sorted(set(_all_files(folder)) - set(read))
+            links = sum(path.is_symlink() and not path.is_file() for path in folder.rglob("*"))
             said = f"read {_counts(read)}" + (f"; not read: {_counts(others)}" if others else "; nothing else")
+            said += f"; {links} links to folders, or to nothing, are not followed" if links else ""
             lines.append(f"{source}: {said}")
     return lines
 
@@ -60,8 +65,7 @@ def _files_of(source: str, section: str) -> list[Path]:
         found, expected = [], f"a file, a folder, a glob or {BUILTIN}"
     where = f"{section}.sources: {source}" if path is not None else f"{section}.sources: {source!a}"
     if not found:
-        fix = "check the path" + ("" if path is None or path.is_absolute() else f", from {Path.cwd()}")
-        raise InputError("no text found", where=where, found="nothing", expected=expected, fix=fix)
+        raise InputError("no text found", where=where, found="nothing", expected=expected, fix=_fix(source, path))
     for file in found:
         if kind_of(file) is None:
             raise InputError(
@@ -71,6 +75,17 @@ def _files_of(source: str, section: str) -> list[Path]:
                 expected=known_suffixes(),
             )
     return found
+
+
+def _fix(source: str, path: Path | None) -> str:
+    """What to do about a source that is not there."""
+    if _URL.match(source):
+        return "download it: sources are files of this machine"
+    if _ID.fullmatch(source) and kind_of(Path(source)) is None and not Path(source).parent.is_dir():
+        return f"check the path, from {Path.cwd()}; a data set of the hub has to be downloaded first: " + (
+            f"`hf download --repo-type dataset {source} --local-dir FOLDER`"
+        )
+    return "check the path" + ("" if path is None or path.is_absolute() else f", from {Path.cwd()}")
 
 
 def _as_path(source: str) -> Path | None:

@@ -8,27 +8,30 @@
 from __future__ import annotations
 
 import bz2
-import csv
 import gzip
 import io
 import json
 import lzma
-import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import pyarrow as pa
 
+from capgap.pipeline.corpus.encodings import not_utf8
 from capgap.pipeline.corpus.json_values import json_values
 from capgap.pipeline.corpus.kinds import LINE_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, kind_of
+from capgap.pipeline.corpus.separated import separated_values
 from capgap.pipeline.corpus.tables import table_rows
+from capgap.pipeline.store.pointers import require_no_pointer
 from capgap.schemas.errors import BadRecordError, InputError
 
 Found = tuple[str, object]
 """Where a record stands, and the record, or the BadRecordError that says why it cannot be read."""
+
+_WHOLE = "where one value goes over several lines, call the file .json"
 
 
 def read_records(path: Path, fields: tuple[str, ...]) -> Iterator[Found]:
@@ -42,14 +45,15 @@ def read_records(path: Path, fields: tuple[str, ...]) -> Iterator[Found]:
         InputError: the file cannot be read, is damaged, or ends early.
     """
     kind = kind_of(path)
+    require_no_pointer(path, path)
     if kind in TABLE_SUFFIXES:
         yield from table_rows(path, fields)
         return
     with open_unpacked(path) as (stream, _):
-        yield from records_of(stream, kind, str(path))
+        yield from records_of(stream, kind, str(path), fields)
 
 
-def records_of(stream: BinaryIO, kind: str | None, name: str) -> Iterator[Found]:
+def records_of(stream: BinaryIO, kind: str | None, name: str, fields: tuple[str, ...]) -> Iterator[Found]:
     """The records of an open stream of text; see `read_records`."""
     if kind in TEXT_SUFFIXES:
         try:
@@ -61,7 +65,7 @@ def records_of(stream: BinaryIO, kind: str | None, name: str) -> Iterator[Found]
     elif kind == ".json":
         yield from json_values(stream, name)
     else:
-        yield from _table_text(stream, name, "\t" if kind == ".tsv" else ",")
+        yield from separated_values(stream, name, "\t" if kind == ".tsv" else ",", fields)
 
 
 @contextmanager
@@ -113,14 +117,7 @@ def _decode(where: str, data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        is_wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-        raise BadRecordError(
-            "not valid UTF-8",
-            where=f"{where}, byte {error.start}",
-            found=f"0x{data[error.start]:02x}" + (", the byte-order mark of UTF-16" if is_wide else ""),
-            expected="UTF-8",
-            fix=f"convert the file, for example with `iconv {'-f utf-16 ' if is_wide else ''}-t utf-8`",
-        ) from None
+        raise not_utf8(error, f"{where}, byte {error.start}", BadRecordError) from None
 
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[Found]:
@@ -139,38 +136,7 @@ def _parse(where: str, line: str) -> object:
     except RecursionError:
         found: object = "lists or objects nested more deeply than can be read"
     except ValueError as error:
-        found = error
-    raise BadRecordError("not a JSON record", where=where, found=found, expected="JSON") from None
-
-
-def _table_text(stream: BinaryIO, name: str, separator: str) -> Iterator[Found]:
-    """Rows of separated values; a row that has another number of fields than the first is no record."""
-    csv.field_size_limit(sys.maxsize)
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    rows = csv.reader(text, delimiter=separator, strict=True)
-    header: list[str] | None = None
-    try:
-        for row in rows:
-            where = f"{name}:{rows.line_num}"
-            if header is None:
-                header = row
-            elif row and len(row) != len(header):
-                yield (
-                    where,
-                    BadRecordError(
-                        "the row does not fit the first", where=where, found=f"{len(row)} fields", expected=len(header)
-                    ),
-                )
-            elif row:
-                record: dict[str, Any] = dict(zip(header, row, strict=True))
-                yield where, record
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(
-            "cannot be read as separated values",
-            where=f"{name}:{rows.line_num + 1}",
-            found=error,
-            expected="UTF-8, and a quote for each that is opened",
-            fix="mend the file, or write it as JSONL",
-        ) from None
-    finally:
-        text.detach()
+        found = f"{error} in {line.strip()[:40]!a}"
+    raise BadRecordError(
+        "not a JSON record", where=where, found=found, expected="one JSON value a line", fix=_WHOLE
+    ) from None

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from capgap.pipeline.corpus.encodings import not_utf8
 from capgap.schemas.errors import InputError
 
 _PIECE_BYTES = 1 << 18
@@ -101,11 +102,5 @@ class _Text:
         try:
             self._text, self._place = self._text[self._place :] + self._decode.decode(data, final=not data), 0
         except UnicodeDecodeError as error:
-            raise InputError(
-                "not valid UTF-8",
-                where=self._name,
-                found=f"0x{error.object[error.start]:02x}",
-                expected="UTF-8",
-                fix="convert the file, for example with `iconv -t utf-8`",
-            ) from None
+            raise not_utf8(error, self._name, InputError) from None
         return True

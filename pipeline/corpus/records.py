@@ -2,7 +2,8 @@
 
     {"messages": [{"role": ..., "content": ...}], "tools": [...]}        OpenAI's form, with text parts and tool calls
     {"conversations": [{"from": "human", "value": ...}]}                 ShareGPT's
-    {"instruction": ..., "input": ..., "output": ...}                    Alpaca's, and others of question and answer
+    {"instruction": ..., "input": ..., "output": ...}                    Alpaca's, Dolly's, and others of question and
+                                                                         answer, with `context` and `history`
     [{"role": ...}], ["question", "answer"], [{"User": ..., "Assistant": ...}]      a list, alone or in a field
 
 A list may also be given as the JSON that says it. Whatever cannot be used is named with its place.
@@ -25,7 +26,10 @@ AUTO = "auto"
 CONVERSATION_FIELDS = ("messages", "conversations", "conversation")
 ASKED_FIELDS = ("prompt", "instruction", "question", "query")
 ANSWERED_FIELDS = ("completion", "output", "response", "answer", "chosen")
-BESIDE_FIELDS = ("input", "system", "system_prompt", "tools", "functions")
+FURTHER_FIELDS = ("context", "input")
+BESIDE_FIELDS = (*FURTHER_FIELDS, "history", "system", "system_prompt", "tools", "functions")
+
+_ASKS = ("user", "assistant")
 
 # A string in JSON may hold one; a pair is joined by the parser.
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -126,6 +130,8 @@ def _pair(record: Mapping[str, Any]) -> object:
     if answered is None:
         return None
     answer = _messages_in(record[answered])
+    if isinstance(answer, list) and not _are_messages(answer):
+        return None
     if isinstance(answer, list):
         # a preferred answer often repeats what was asked
         if asked is None or answer[0].get("role", answer[0].get("from")) not in ("assistant", "gpt", "model"):
@@ -133,18 +139,32 @@ def _pair(record: Mapping[str, Any]) -> object:
     elif asked is None:
         return None
     question = _messages_in(record[asked])
-    further = record.get("input") if asked == "instruction" else None
-    if isinstance(question, str) and isinstance(further, str) and further.strip():
-        question = f"{question}\n\n{further}"
+    for further in (record.get(name) for name in FURTHER_FIELDS if asked != "prompt"):
+        if isinstance(question, str) and isinstance(further, str) and further.strip():
+            question = f"{question}\n\n{further}"
     messages = question if isinstance(question, list) else [{"role": "user", "content": question}]
-    return [*messages, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
+    earlier = _earlier(record.get("history"))
+    answers = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+    return None if earlier is None else [*earlier, *messages, *answers]
+
+
+def _earlier(history: object) -> list[dict[str, Any]] | None:
+    """The turns before a question, as pairs of question and answer; None for what is none such."""
+    pairs = loaded(history) or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        return None
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(_ASKS, pair, strict=True)]
 
 
 def _messages_in(value: object) -> object:
     """A list of messages, also out of the JSON that says it; anything else as it is, JSON that is an answer too."""
     found = loaded(value)
-    is_list = isinstance(found, list) and bool(found) and all(isinstance(one, dict) for one in found)
-    return found if is_list and all("role" in one or "from" in one for one in found) else value
+    return found if _are_messages(found) else value
+
+
+def _are_messages(value: object) -> bool:
+    is_list = isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+    return is_list and all("role" in one or "from" in one for one in value)  # type: ignore[union-attr]
 
 
 def _tools(where: str, value: object) -> list[dict[str, Any]]:
@@ -185,9 +205,17 @@ def _text(where: str, record: object, field: str) -> str:
         f"no text in field {field!r}",
         where=where,
         found=_kind(value) if is_there else _found(record),
-        expected=f"a string in {field!r}",
-        fix="remove the record, or set corpus.on_bad_record to skip" if is_there else "set corpus.text_field",
+        expected=f"{'' if isinstance(record, dict) else 'an object with '}a string in {field!r}",
+        fix=_text_fix(record, is_there),
     )
+
+
+def _text_fix(record: object, is_there: bool) -> str | None:
+    if is_there:
+        return "remove the record, or set corpus.on_bad_record to skip"
+    if isinstance(record, list) and record and isinstance(record[0], dict):
+        return "call a file that is one list .json"
+    return "set corpus.text_field" if isinstance(record, dict) else None
 
 
 def _kind(value: object) -> str:

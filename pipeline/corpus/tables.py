@@ -55,14 +55,14 @@ def _kind(path: Path) -> str:
 
 def _parquet_batches(path: Path, fields: tuple[str, ...]) -> Iterator[Any]:
     with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-        columns = _wanted(path, file.schema_arrow.names, fields)
+        columns = require_columns(path, file.schema_arrow.names, fields)
         yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
 
 
 def _arrow_batches(path: Path, fields: tuple[str, ...]) -> Iterator[Any]:
     with pa.memory_map(str(path)) as source:
         names, batches = _open_arrow(source)
-        columns = _wanted(path, names, fields)
+        columns = require_columns(path, names, fields)
         for batch in batches:
             wanted = batch.select(columns)
             wanted.validate(full=True)
@@ -80,13 +80,21 @@ def _open_arrow(source: Any) -> tuple[list[str], Iterator[Any]]:
     return stream.schema.names, iter(stream)
 
 
-def _wanted(path: Path, names: list[str], fields: tuple[str, ...]) -> list[str]:
+def require_columns(path: str | Path, names: list[str], fields: tuple[str, ...]) -> list[str]:
+    """The columns that are wanted, of those of a file.
+
+    Raises:
+        InputError: it has none of them, or two of one name.
+    """
     found = [name for name in dict.fromkeys(names) if name in fields]
+    double = next((name for name in found if names.count(name) > 1), None)
+    if double is not None:
+        raise InputError(f"{names.count(double)} columns are called {double!r}", where=path, expected="one")
     if not found:
         raise InputError(
             f"no column {fields[0]!r}" if len(fields) == 1 else "no column of a conversation",
             where=path,
-            found=", ".join(names),
+            found=", ".join(names)[:200],
             expected=fields[0] if len(fields) == 1 else f"one of {', '.join(fields)}",
             fix=f"set corpus.{'text_field' if len(fields) == 1 else 'messages_field'}",
         )

@@ -15,7 +15,10 @@ MAX_DEPTH = 64
 
 _ALSO_CALLED = {
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
+    "ai": "assistant",
+    "chatbot": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
@@ -26,6 +29,7 @@ _ALSO_CALLED = {
     "tool_response": "tool",
 }
 _CALLS = ("function_call", "tool_call")
+_CONTENTS = ("content", "value", "text")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -61,10 +65,23 @@ def _message(where: str, turn: dict[str, Any]) -> dict[str, Any]:
     # a table fills up what a message does not have
     parts = {name: part for name, part in turn.items() if part is not None}
     role = parts.pop("role", None) or parts.pop("from")
-    content = parts.pop("content", parts.pop("value", None))
+    named = next((name for name in _CONTENTS if name in parts), None)
+    content = None if named is None else parts.pop(named)
+    if role.lower() in (*ROLES, *_ALSO_CALLED, *_CALLS):
+        role = role.lower()
     if role in _CALLS:
         return {**parts, "role": "assistant", "content": "", "tool_calls": _calls(where, content)}
     message = {"role": _ALSO_CALLED.get(role, role), "content": _content(where, content), **parts}
+    if named is None and message["role"] == "user":
+        raise BadRecordError(
+            "a message has no text",
+            where=where,
+            found=f"fields {', '.join(map(str, turn))}"[:200],
+            expected=f"one of {', '.join(_CONTENTS)}",
+            fix="remove the record, or set corpus.on_bad_record to skip",
+        )
+    if not _is_learnt(where, message):
+        message["weight"] = 0
     older = message.pop("function_call", None)
     if older is not None and not message.get("tool_calls"):
         message["tool_calls"] = [older]
@@ -73,6 +90,16 @@ def _message(where: str, turn: dict[str, Any]) -> dict[str, Any]:
     else:
         message["tool_calls"] = _calls(where, message["tool_calls"])
     return message
+
+
+def _is_learnt(where: str, message: dict[str, Any]) -> bool:
+    """Whether a message counts where it is an answer: `weight` says so as OpenAI has it, `train` as Axolotl does."""
+    weight, train = message.pop("weight", 1), message.pop("train", True)
+    if weight not in (0, 1) or train not in (True, False):
+        raise BadRecordError(
+            "a message counts in part", where=where, found=f"weight {weight}, train {train}", expected="0 or 1"
+        )
+    return bool(weight and train)
 
 
 def _content(where: str, value: object) -> str:

@@ -78,7 +78,8 @@ class Prompts:
         return tuple(texts)
 
     def _text(self, ids: tuple[int, ...]) -> str:
-        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        # what begins and ends texts is nothing to read
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def prompts_of(

@@ -93,6 +93,15 @@ class CapturedRow:
         return len(self.tokens_M)
 
 
+def begins_with(tokens_M: IntArray, places_D: npt.NDArray[np.int64], ids: tuple[int, ...]) -> BoolArray:
+    """At which of these places of a row the ids stand [D]."""
+    found_D = np.full(len(places_D), bool(ids))
+    for number, one in enumerate(ids):
+        at_D = places_D + number
+        found_D &= (at_D < len(tokens_M)) & (tokens_M[np.minimum(at_D, len(tokens_M) - 1)] == one)
+    return found_D
+
+
 def checked_targets(
     tokens_M: IntArray,
     ids_TW: IntArray,

@@ -11,6 +11,7 @@ again, shards that are finished stay.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from capgap.pipeline.interchange.captures import begins_with
 from capgap.pipeline.interchange.folders import entry_of, make_folder, order_for
 from capgap.pipeline.interchange.pack import Sequence, pack, to_sequences, to_topk
 from capgap.pipeline.interchange.plan import SPLITS, Plan, plan
@@ -46,6 +48,8 @@ from capgap.schemas.facts import CacheFacts, CorpusFacts, ModelFacts, RecordingF
 from capgap.schemas.interchange import ImportSettings
 from capgap.schemas.manifest import InputEntry, ShardEntry, ShardSet
 from capgap.schemas.run_model import TeacherSettings
+
+_LOG = logging.getLogger("capgap")
 
 # In the place of engine and dtype: what the captures do not say.
 ENGINE, DTYPE = "imported", "unknown"
@@ -100,6 +104,7 @@ def _make_corpus(planned: Plan, folder: Path) -> StageResult:
     sets: dict[str, ShardSet] = {}
     splits = {"teacher": SplitFacts(num_documents=0, num_text_bytes=0, num_text_tokens=0)}
     totals: dict[str, Any] = {}
+    num_documents = num_begun = 0
     for split in SPLITS:
         writer = ShardWriter(folder, folder / WORK_FOLDER / "shards", split, codec)
         counts = _Counts(planned)
@@ -112,9 +117,14 @@ def _make_corpus(planned: Plan, folder: Path) -> StageResult:
         counts.require_some(split)
         sets[split], splits[split] = writer.shard_set(shards), counts.facts
         totals |= {f"num_{split}_tokens": sets[split].num_tokens, f"num_{split}_labels": counts.num_labels}
+        num_documents += counts.facts.num_documents
+        num_begun += counts.num_begun
+    bos_ids = planned.bos_ids if num_begun == num_documents else ()
+    _say_beginnings(planned, num_begun, num_documents)
     facts = CorpusFacts(
         tokenizer=planned.facts,
         context=planned.settings.context,
+        bos_ids=bos_ids,
         splits=splits,
         text_sources=tuple(planned.settings.sources),
         whole_conversations=False,
@@ -122,12 +132,26 @@ def _make_corpus(planned: Plan, folder: Path) -> StageResult:
     return StageResult(facts=facts.model_dump(mode="json"), totals=totals, shard_sets=sets)
 
 
+def _say_beginnings(planned: Plan, num_begun: int, num_documents: int) -> None:
+    """Whether the teacher saw what its texts begin with is a fact of the captures, which nothing can change now."""
+    is_usual = bool(planned.usual_bos_ids)
+    name = ascii(planned.tokenizer.decode(planned.bos_ids)) if planned.bos_ids else "nothing"
+    if 0 < num_begun < num_documents or (is_usual and not num_begun):
+        _LOG.warning(
+            "import: %s of %s documents begin with %s%s",
+            *(f"{num_begun:,}" if num_begun else "none", f"{num_documents:,}", name),
+            ", as the tokenizer would have it: the teacher may know the others less well" if is_usual else "",
+        )
+    else:
+        _LOG.info("import: a document begins with %s", name if num_begun else "nothing")
+
+
 class _Counts:
-    """What is in a split."""
+    """What is in a split: `num_begun` documents begin with what the tokenizer has for it."""
 
     def __init__(self, planned: Plan) -> None:
         self._planned = planned
-        self._num_documents = self._num_bytes = self._num_tokens = self.num_labels = 0
+        self._num_documents = self._num_bytes = self._num_tokens = self.num_labels = self.num_begun = 0
 
     def add(self, packed: list[Sequence], num_labels: int) -> None:
         """Count some sequences."""
@@ -135,7 +159,12 @@ class _Counts:
         texts = self._planned.tokenizer.batch_decode([row.tokens_M.tolist() for row in rows], skip_special_tokens=True)
         self._num_documents += sum(max(int(row.starts_M.sum()), 1) for row in rows)
         self._num_bytes += sum(len(text.encode(errors="replace")) for text in texts)
-        self._num_tokens += sum(map(len, rows))
+        bos_ids = self._planned.bos_ids
+        for row in rows:
+            places_D = np.flatnonzero(row.starts_M) if row.starts_M.any() else np.zeros(1, np.int64)
+            num_begun = int(begins_with(row.tokens_M, places_D, bos_ids).sum())
+            self.num_begun += num_begun
+            self._num_tokens += len(row) - num_begun * len(bos_ids)
         self.num_labels += num_labels
 
     @property

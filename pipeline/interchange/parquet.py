@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 
-from capgap.pipeline.interchange.captures import CapturedRow, RowTargets, checked_targets
+from capgap.pipeline.interchange.captures import CapturedRow, RowTargets, begins_with, checked_targets
 from capgap.pipeline.interchange.ragged import Ragged, lists_of
 from capgap.pipeline.interchange.stand_ins import NO_ID, is_stand_in, without_stand_ins
 from capgap.schemas.errors import InputError
@@ -55,12 +55,14 @@ class Layout:
         vocab_size: ids are below it.
         targets: reads them; None to read tokens alone.
         end_padding: an id that does not count as a label at a row's end; None where there is none such.
+        bos_ids: which count nowhere where they begin a row or a document.
     """
 
     columns: ColumnNames
     vocab_size: int
     targets: TargetReader | None = None
     end_padding: int | None = None
+    bos_ids: tuple[int, ...] = ()
 
 
 def list_captures(sources: tuple[str, ...]) -> list[Path]:
@@ -74,10 +76,10 @@ def list_captures(sources: tuple[str, ...]) -> list[Path]:
         path = Path(source)
         if path.is_dir():
             found = sorted(file for file in path.rglob(f"*{SUFFIX}") if file.is_file())
-        elif glob.has_magic(source):
-            found = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]  # noqa: PTH207 (an absolute pattern)
+        elif path.is_file():
+            found = [path]
         else:
-            found = [path] if path.is_file() else []
+            found = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]  # noqa: PTH207 (an absolute pattern)
         if not found:
             raise InputError("no captures found", where=source, expected=f"a {SUFFIX} file, a folder or a glob of such")
         files += found
@@ -171,7 +173,12 @@ def _row(
         starts_M[keep.start : keep.start + 1] = True
     if layout.end_padding is not None and own_M[-1:] == [layout.end_padding]:
         mask_M[keep.stop - 1] = False
-    return CapturedRow(where, tokens_M[keep], starts_M[keep], mask_M[keep]), keep
+    mask_M, starts_M = mask_M[keep].copy(), starts_M[keep]
+    if len(own_M):
+        places_D = np.union1d(np.flatnonzero(starts_M), [0])
+        begun_D = places_D[begins_with(own_M, places_D, layout.bos_ids)]
+        mask_M[(begun_D[:, None] + np.arange(len(layout.bos_ids))).ravel()] = False
+    return CapturedRow(where, own_M, starts_M, mask_M), keep
 
 
 def _label_mask(

@@ -26,6 +26,7 @@ from capgap.pipeline.interchange.parquet import (
 )
 from capgap.pipeline.interchange.ragged import lists_of
 from capgap.pipeline.interchange.shift import proven
+from capgap.pipeline.models.bos import document_bos
 from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts
 from capgap.pipeline.stage.manifests import record_sources
 from capgap.schemas.errors import InputError
@@ -59,6 +60,17 @@ class Plan:
         """The captures as they are now."""
         every = dict.fromkeys(path for paths in self.files.values() for path in paths)
         return record_sources(every)
+
+    @cached_property
+    def usual_bos_ids(self) -> tuple[int, ...]:
+        """What would begin a document of a corpus, by `corpus.bos: auto`."""
+        return document_bos(self.tokenizer, self.settings.tokenizer, "auto")
+
+    @property
+    def bos_ids(self) -> tuple[int, ...]:
+        """What begins a document of the captures, if anything does: as usual, or its token of that name."""
+        own = self.tokenizer.bos_token_id
+        return self.usual_bos_ids or (() if own is None or own == self.facts.eos_id else (int(own),))
 
     @cached_property
     def corpus_settings(self) -> dict[str, Any]:
@@ -107,7 +119,11 @@ class Plan:
         apart = bool(self.settings.heldout)
         for path in self.files[split]:
             layout = Layout(
-                self.settings.columns, self.facts.vocab_size, self._targets() if with_targets else None, self._padding
+                self.settings.columns,
+                self.facts.vocab_size,
+                self._targets() if with_targets else None,
+                self._padding,
+                self.bos_ids,
             )
             rows = read_rows(path, layout)
             rows = proven(rows, path, self.facts.vocab_size) if with_targets else rows

@@ -32,6 +32,8 @@ from capgap.schemas.errors import InputError
 _LOG = logging.getLogger("capgap")
 
 _MOST_NAMED = 3
+# methods whose weights cannot be of the types below
+_PACKING = ("bitsandbytes", "gptq", "awq", "fp8", "fbgemm_fp8", "mxfp4")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 # Wherever in a name, and who puts it there.
@@ -67,6 +69,7 @@ def require_complete(path: str, trust_remote_code: bool = False, config: Any = N
     headers = read_headers(path)
     model = empty_model(config, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
+        _require_quantised(config.quantization_config, headers, path)
         missing, other = _quantised(model, headers), list[str]()
         unexpected = {name for name in headers if _wrapper(name, model) is not None}
     else:
@@ -77,6 +80,20 @@ def require_complete(path: str, trust_remote_code: bool = False, config: Any = N
         raise _refusal(path, model, missing, unexpected, other)
     if beside:
         _LOG.info("%s: %d tensors beside the language model are left out: %s", path, len(beside), _some(beside))
+
+
+def _require_quantised(settings: Any, headers: Mapping[str, TensorHeader], path: str) -> None:
+    """Raise InputError for weights that were made whole again under a configuration that still says otherwise."""
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    method = getattr(method, "value", method)
+    if method in _PACKING and all(one.dtype in _FLOATS for one in headers.values()):
+        raise InputError(
+            "the weights are not quantised, though config.json says so",
+            where=path,
+            found=f"quant_method {method}, and tensors of {', '.join(sorted({one.dtype for one in headers.values()}))}",
+            expected="tensors of fewer bits",
+            fix="take quantization_config out of config.json, or download the quantised weights again",
+        )
 
 
 def _compared(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> tuple[set[str], set[str], list[str]]:

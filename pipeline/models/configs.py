@@ -2,30 +2,115 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+import transformers
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 
 from capgap.pipeline.models.contents import contents_of, first_line
+from capgap.pipeline.models.given import require_id
 from capgap.pipeline.models.hub import not_there, require_reached
 from capgap.pipeline.models.tokenizers import refuse_code
+from capgap.pipeline.models.weight_files import no_weights
+from capgap.pipeline.store.pointers import require_no_pointer
 from capgap.schemas.errors import InputError
 
 
 def load_config(path: str, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model.
+    """The configuration of a model, each of whose tokens sees what stands before it and nothing else.
 
     Raises:
-        InputError: there is none, it cannot be used, or it needs code that is not trusted.
+        InputError: there is none, it cannot be used, it needs code that is not trusted, or its model reads ahead.
     """
+    if Path(path).is_dir():
+        _require_file(Path(path), path)
+    require_id(path, path)
     try:
         with contents_of("the configuration cannot be used", path, "a config.json as transformers writes it"):
-            return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         refuse_code(error, path)
         require_reached(path, error)
+        if "does not recognize this architecture" in str(error):
+            raise InputError(
+                "transformers does not know this architecture",
+                where=path,
+                found=first_line(error).partition(" but ")[0],
+                expected=f"one of transformers {transformers.__version__}",
+                fix="install a newer transformers, or use another model",
+            ) from None
+        if "Unrecognized model" in str(error) and (names := _names_at_hub(path)):
+            raise no_config(names, path) from None
         raise not_there("no model can be found", path, error, "config.json") from None
+    _require_causal(config, path)
+    return config
+
+
+def no_config(names: list[str], where: str) -> InputError:
+    """What is said of a model that has only these files, and no config.json among them."""
+    told = no_weights(names, where)
+    return InputError(
+        "no model lies there",
+        where=where,
+        found=f"no config.json, and {told.found}",
+        expected="a Hugging Face folder with config.json",
+        fix=told.fix,
+    )
+
+
+def _require_file(folder: Path, where: str) -> None:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise no_config([one.name for one in folder.iterdir() if one.is_file()], where)
+    require_no_pointer(file, where)
+    try:
+        values = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            "config.json is no JSON", where=where, found=first_line(error), fix="download that file again"
+        ) from None
+    if isinstance(values, dict) and values.get("model_type") is None:
+        raise InputError(
+            "config.json names no architecture",
+            where=where,
+            found=f"fields {', '.join(sorted(values))}"[:200] if values else "nothing in it",
+            expected="model_type, as transformers writes it",
+        )
+
+
+def _names_at_hub(path: str) -> list[str]:
+    try:
+        return [] if Path(path).is_dir() else HfApi().list_repo_files(path)
+    except (OSError, HfHubHTTPError):
+        return []
+
+
+def _require_causal(config: Any, where: str) -> None:
+    """Raise InputError for an encoder: its logits know the very tokens that a student is to predict."""
+    kinds, text = (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING), config.get_text_config()
+    ahead = getattr(text, "use_bidirectional_attention", None)
+    # of these, transformers makes either
+    is_encoder = all(type(config) in kind for kind in kinds) and not any(
+        getattr(config, name, False) for name in ("is_decoder", "causal", "is_encoder_decoder")
+    )
+    if is_encoder or ahead is True or ahead == "all" or getattr(text, "is_causal", None) is False:
+        raise InputError(
+            "this is no causal language model",
+            where=where,
+            found=f"a {config.model_type} whose tokens see those behind them",
+            expected="a decoder, whose tokens see only those before them",
+        )
 
 
 def empty_model(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -62,4 +62,6 @@ def is_of_rust(error: BaseException) -> bool:
 
 def first_line(error: BaseException) -> str:
     """What an error says first, or its name where it says nothing."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # one that announces what follows says nothing by itself
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from capgap.schemas.errors import InputError, MachineError
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+"""Of which a folder with a tokenizer has one."""
+
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_TIMEOUT_S = 10.0
 
@@ -39,8 +42,25 @@ def require_findable(path: str, setting: str, files: Sequence[str] = ("config.js
     """
     if is_local(path):
         _require_folder(path, setting, files)
-    elif not any(_is_downloaded(path, file) for file in files):
-        _ask_hub(path, setting)
+    else:
+        require_id(path, f"{setting}: {path}", files)
+
+
+def require_id(path: str, where: str, files: Sequence[str] = ("config.json",)) -> None:
+    """Refuse an id that is not on this machine and that no hub knows.
+
+    Whoever is offline learns it by one question, and not by the hub client's retries over half a minute.
+
+    Args:
+        path: anything; what can only be a folder is passed over.
+        where: the same for errors.
+        files: of which one is on this machine if it was downloaded before.
+
+    Raises:
+        InputError, MachineError: as `require_findable`.
+    """
+    if not is_local(path) and not any(_is_downloaded(path, file) for file in files):
+        _ask_hub(path, where)
 
 
 def _require_folder(path: str, setting: str, files: Sequence[str]) -> None:
@@ -48,6 +68,10 @@ def _require_folder(path: str, setting: str, files: Sequence[str]) -> None:
     expected = f"a Hugging Face folder with {' or '.join(files)}, or an id such as owner/name"
     if folder.is_dir():
         if not any((folder / file).is_file() for file in files):
+            if "config.json" in files:
+                from capgap.pipeline.models.configs import no_config
+
+                raise no_config([one.name for one in folder.iterdir() if one.is_file()], f"{setting}: {path}")
             raise InputError(
                 "nothing of the kind lies there",
                 where=f"{setting}: {path}",
@@ -81,12 +105,10 @@ def _is_downloaded(path: str, file: str) -> bool:
     return isinstance(try_to_load_from_cache(path, file), str)
 
 
-def _ask_hub(path: str, setting: str) -> None:
-    """One question, and no second one: whoever is offline learns it at once."""
+def _ask_hub(path: str, where: str) -> None:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    where = f"{setting}: {path}"
     if constants.HF_HUB_OFFLINE:
         raise InputError(
             "no such folder, and nothing is downloaded while HF_HUB_OFFLINE is set",
@@ -97,7 +119,7 @@ def _ask_hub(path: str, setting: str) -> None:
     try:
         HfApi().model_info(path, timeout=_HUB_TIMEOUT_S)
     except HfHubHTTPError as error:
-        found = str(error).strip().splitlines()[-1]
+        found = error.server_message or str(error).strip().splitlines()[0]
         raise InputError(
             "no such folder, and no model of that id that you may read",
             where=where,

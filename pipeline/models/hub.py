@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from capgap.schemas.errors import InputError, MachineError
 
@@ -50,6 +50,9 @@ def not_there(what: str, path: str | Path, error: BaseException, file: str) -> I
     elif any(isinstance(cause, GatedRepoError) for cause in _causes(error)):
         found = "an id whose owner grants access one by one"
         fix = "ask for it on its page and log in with `hf auth login`, or name a folder"
+    elif any(isinstance(cause, RepositoryNotFoundError) for cause in _causes(error)):
+        found = "no such folder, and no id that the hub knows or that you may read"
+        fix = "check the name; for a private or gated model log in with `hf auth login`"
     elif constants.HF_HUB_OFFLINE:
         found = "no such folder, and nothing is downloaded while HF_HUB_OFFLINE is set"
         fix = f"download it first with `hf download {path}`, or name a folder"

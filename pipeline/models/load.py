@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -17,7 +18,7 @@ from capgap.pipeline.models.recorded import require_as_recorded
 from capgap.pipeline.models.tokenizers import refuse_code, tokenizer_facts
 from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.stage.manifests import read_manifest
-from capgap.schemas.errors import InputError
+from capgap.schemas.errors import InputError, MachineError
 from capgap.schemas.facts import ModelFacts
 
 MODEL_FOLDER = "model"
@@ -66,6 +67,7 @@ def load_model(
 
     Raises:
         InputError: there is no such model, it is no causal language model, or its weights are not complete.
+        MachineError: a package that reads quantised weights is not installed, or the network fails.
     """
     config = load_config(path, trust_remote_code)
     require_complete(path, trust_remote_code, config)
@@ -74,7 +76,11 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
             )
-    except (OSError, ValueError) as error:
+    except ImportError as error:
+        raise MachineError(
+            "a package that reads the weights is not installed", where=path, found=first_line(error)
+        ) from None
+    except (OSError, ValueError, SafetensorError) as error:
         refuse_code(error, path)
         require_reached(path, error)
         raise InputError(

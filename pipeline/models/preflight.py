@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from capgap.pipeline.models.given import require_findable
+from capgap.pipeline.models.given import TOKENIZER_FILES, require_findable
 from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.stage.manifests import finished_stage
 from capgap.pipeline.stage.ranks import require_shares
@@ -25,7 +25,7 @@ def require_text(run: RunFile) -> None:
     """
     tokenizer = run.corpus.tokenizer
     if tokenizer is not None:
-        require_findable(tokenizer, "corpus.tokenizer", ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+        require_findable(tokenizer, "corpus.tokenizer", TOKENIZER_FILES)
         from capgap.pipeline.models.checks import named
         from capgap.pipeline.models.tokenizers import load_tokenizer
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from capgap.pipeline.models.contents import first_line
-from capgap.pipeline.models.weight_files import require_no_pointer
+from capgap.pipeline.store.pointers import require_no_pointer
 from capgap.schemas.errors import InputError, MachineError
 
 _LOG = logging.getLogger("capgap")
@@ -89,6 +89,7 @@ def read_reference(path: str | Path) -> Tokenizer | None:
         return None
     try:
         tokenizer = Tokenizer.from_file(str(file))
+        dropout = getattr(tokenizer.model, "dropout", None)
         tokenizer.encode(PROBES[0])
     except BaseException as error:  # the library raises nothing more exact, and where it panics, no Exception at all
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -96,6 +97,14 @@ def read_reference(path: str | Path) -> Tokenizer | None:
         raise InputError(
             f"{TOKENIZER_FILE} cannot be read", where=path, found=first_line(error), expected="a tokenizer"
         ) from None
+    if dropout:
+        raise InputError(
+            "the tokenizer's ids are drawn at random",
+            where=path,
+            found=f"dropout {dropout:g} in the model of {TOKENIZER_FILE}",
+            expected="none: one text has the same ids each time",
+            fix=f"set dropout to null in {TOKENIZER_FILE}",
+        )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -141,7 +150,21 @@ def as_in_file(
             fix=f"save the tokenizer anew, with a tokenizer_config.json that agrees with its {TOKENIZER_FILE}",
         )
     _require_text_back(tokenizer, wanted, path)
+    _require_known_end(tokenizer, reference, path)
     return tokenizer
+
+
+def _require_known_end(tokenizer: PreTrainedTokenizerBase, reference: Tokenizer, path: str | Path) -> None:
+    """transformers gives a token that is only named a new id, of which no model knows anything."""
+    end = tokenizer.eos_token
+    if end is not None and reference.token_to_id(str(end)) is None:
+        raise InputError(
+            "the end-of-sequence token is not in the vocabulary",
+            where=path,
+            found=f"eos_token {str(end)!a}, which {TOKENIZER_FILE} does not have",
+            expected="one that the model was trained with, to stand between documents",
+            fix="set eos_token in its tokenizer_config.json",
+        )
 
 
 def _parts(tokenizer: Tokenizer) -> dict[str, Any]:

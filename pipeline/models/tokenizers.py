@@ -6,9 +6,10 @@ import hashlib
 import logging
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from capgap.pipeline.models.contents import contents_of
+from capgap.pipeline.models.given import TOKENIZER_FILES, require_id
 from capgap.pipeline.models.hub import not_there, require_reached
 from capgap.pipeline.models.text_growth import require_bounded_file, require_bounded_tokenizer
 from capgap.pipeline.models.tokenizer_files import as_in_file, read_reference, require_files, require_reader
@@ -32,10 +33,10 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     """
     require_bounded_file(Path(path))
     require_files(path)
+    require_id(str(path), str(path), TOKENIZER_FILES)
     reference = read_reference(path)
     try:
-        with contents_of(_UNREADABLE, path, _FILES):
-            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        tokenizer = _loaded(path, trust_remote_code, reference is not None)
     except (OSError, ValueError, ImportError) as error:
         refuse_code(error, path)
         require_reached(str(path), error)
@@ -44,6 +45,18 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     require_bounded_tokenizer(tokenizer, str(path))
     # of an id the file may have come a moment ago
     return as_in_file(tokenizer, reference or read_reference(path), path)
+
+
+def _loaded(path: str | Path, trust_remote_code: bool, has_file: bool) -> PreTrainedTokenizerBase:
+    """As transformers loads it; where its class cannot read what lies in tokenizer.json, by the class that can."""
+    try:
+        with contents_of(_UNREADABLE, path, _FILES):
+            return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except InputError:
+        if not has_file:
+            raise
+        with contents_of(_UNREADABLE, path, _FILES):
+            return PreTrainedTokenizerFast.from_pretrained(str(path))
 
 
 def chat_template_of(path: str | Path) -> str | None:

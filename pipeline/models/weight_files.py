@@ -9,6 +9,7 @@ A file that is something else, a pointer of Git LFS or the first half of a downl
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from safetensors import SafetensorError, safe_open
 
 from capgap.pipeline.models.contents import first_line
 from capgap.pipeline.models.hub import not_there, require_reached
+from capgap.pipeline.store.pointers import require_no_pointer
 from capgap.schemas.errors import InputError
 
 WHOLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
-_POINTER = b"version https://git-lfs"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 # what people have in the place of safetensors
 _OTHERS = {
     ".bin": "convert the pickled weights: load them with transformers where you trust them, and save them again",
@@ -61,29 +63,34 @@ def read_headers(path: str) -> dict[str, TensorHeader]:
     return _of_hub(path) if folder is None else _of_folder(folder, path)
 
 
-def require_no_pointer(file: Path, where: str) -> None:
-    """Raise InputError if a pointer of Git LFS lies in the place of a file."""
-    if not file.is_file():
-        return
-    with file.open("rb") as opened:
-        if opened.read(len(_POINTER)) != _POINTER:
-            return
-    raise InputError(
-        "the file itself is not there",
-        where=where,
-        found=f"a Git LFS pointer in the place of {file.name}",
-        fix="run `git lfs install` and `git lfs pull` in the folder",
-    )
-
-
 def _downloaded(path: str) -> Path | None:
-    """The folder of an id that is not to be asked for anew."""
-    if not constants.HF_HUB_OFFLINE:
-        return None
-    found = try_to_load_from_cache(path, "config.json")
-    if not isinstance(found, str):
+    """The folder that an id's weights lie in, if they need not be downloaded anew; files that broke are found there."""
+    found = try_to_load_from_cache(path, "config.json", revision=_revision(path))
+    folder = Path(found).parent if isinstance(found, str) else None
+    if constants.HF_HUB_OFFLINE and folder is None:
         raise not_there("no model can be found", path, OSError("not downloaded"), "config.json")
-    return Path(found).parent
+    if folder is None or constants.HF_HUB_OFFLINE or (folder / WHOLE_NAME).exists():
+        return folder
+    return folder if (folder / INDEX_NAME).exists() and not _missing(folder) else None
+
+
+def _revision(path: str) -> str | None:
+    """The commit that the hub has now; None where it is not asked."""
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        return HfApi().model_info(path).sha
+    except (OSError, HfHubHTTPError) as error:
+        require_reached(path, error)
+        raise not_there("no model can be found", path, error, WHOLE_NAME) from None
+
+
+def _missing(folder: Path) -> bool:
+    try:
+        _shards(folder, str(folder))
+    except InputError:
+        return True
+    return False
 
 
 def _of_folder(folder: Path, where: str) -> dict[str, TensorHeader]:
@@ -93,8 +100,18 @@ def _of_folder(folder: Path, where: str) -> dict[str, TensorHeader]:
     elif not files[0].exists():
         raise _no_weights(folder, where)
     headers: dict[str, TensorHeader] = {}
+    homes: dict[str, str] = {}
     for file in files:
-        headers |= _of_file(file, where)
+        for name, header in _of_file(file, where).items():
+            if name in headers:
+                raise InputError(
+                    "a tensor lies in two files",
+                    where=where,
+                    found=f"{name} in {homes[name]} and {file.name}",
+                    expected="each in one",
+                    fix="download the model again into an empty folder, or save it anew",
+                )
+            headers[name], homes[name] = header, file.name
     return headers
 
 
@@ -163,15 +180,30 @@ def _fault(file: Path) -> str | None:
 
 
 def _no_weights(folder: Path, where: str) -> InputError:
-    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    gone = sorted(file.name for file in folder.iterdir() if file.is_symlink() and not file.exists())
+    if gone:
+        return InputError(
+            "files of weights are missing",
+            where=where,
+            found=f"{_some(gone)}, linked to what is gone",
+            expected="files",
+            fix="download the model again",
+        )
+    return no_weights([file.name for file in folder.iterdir() if file.is_file()], where)
+
+
+def no_weights(names: list[str], where: str) -> InputError:
+    """What is said of a model that has only these files, none of them weights as transformers saves them."""
     fix: str | None
     if "adapter_config.json" in names:
         found, fix = "an adapter of PEFT without its model", "merge it into its model (merge_and_unload) and save that"
     else:
-        others = [name for name in names if Path(name).suffix in _OTHERS and name != "training_args.bin"]
-        strange = [name for name in names if name.endswith(".safetensors")]
+        others = sorted(name for name in names if Path(name).suffix in _OTHERS and name != "training_args.bin")
+        strange = sorted(name for name in names if name.endswith(".safetensors"))
         found = f"only {_some(others or strange)}" if others or strange else "no weights"
         fix = _OTHERS[Path(others[0]).suffix] if others else None
+        if any(_SHARD.fullmatch(name) for name in strange):
+            fix = f"download {INDEX_NAME} too"
     return InputError(
         "no weights as safetensors", where=where, found=found, expected=f"{WHOLE_NAME} or {INDEX_NAME}", fix=fix
     )
@@ -181,9 +213,7 @@ def _of_hub(path: str) -> dict[str, TensorHeader]:
     try:
         files = HfApi().get_safetensors_metadata(path).files_metadata
     except NotASafetensorsRepoError:
-        raise InputError(
-            "no weights as safetensors", where=path, found="neither", expected=f"{WHOLE_NAME} or {INDEX_NAME}"
-        ) from None
+        raise no_weights(HfApi().list_repo_files(path), path) from None
     except SafetensorsParsingError as error:
         raise InputError("the file is no whole safetensors file", where=path, found=first_line(error)) from None
     except (OSError, HfHubHTTPError) as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from capgap.pipeline.corpus.files import BUILTIN, list_files
 from capgap.pipeline.corpus.formats import open_unpacked, records_of
 from capgap.pipeline.corpus.kinds import COMPRESSIONS, TABLE_SUFFIXES, TEXT_SUFFIXES, kind_of
-from capgap.pipeline.corpus.records import Conversation, read_record
+from capgap.pipeline.corpus.records import Conversation, fields_read, read_record
 from capgap.pipeline.corpus.sources import read_documents
 from capgap.pipeline.corpus.tables import num_rows
 from capgap.schemas.errors import BadRecordError
@@ -97,7 +97,8 @@ def _text_of_stream(path: Path, text_field: str, messages_field: str | None) -> 
     kind, num_text_bytes = kind_of(path), 0
     with open_unpacked(path) as (stream, raw):
         counted = _Counted(stream)
-        for where, record in records_of(io.BufferedReader(counted), kind, str(path)):
+        fields = fields_read(text_field, messages_field)
+        for where, record in records_of(io.BufferedReader(counted), kind, str(path), fields):
             if isinstance(record, BadRecordError):
                 raise record
             is_text = isinstance(record, str) and kind in TEXT_SUFFIXES

@@ -211,9 +211,8 @@ def test_too_little_text(said: Said) -> None:
 def test_a_tokenizer_that_is_not_on_this_machine(said: Said) -> None:
     given = {"sources": ["text.txt"], "tokenizer": "org/model"}
     assert said(GOOD | {"corpus": given}, "corpus") == (
-        "capgap: org/model: no tokenizer can be found; found no such folder, and nothing is downloaded while "
-        "HF_HUB_OFFLINE is set, expected a Hugging Face folder with tokenizer.json, or an id that can be downloaded; "
-        "download it first with `hf download org/model`, or name a folder"
+        "capgap: org/model: no such folder, and nothing is downloaded while HF_HUB_OFFLINE is set; expected a folder, "
+        "or an id that was downloaded before; download it first with `hf download org/model`, or name a folder"
     )
     assert said(GOOD | {"corpus": given | {"tokenizer": "models/teacher/"}}, "corpus") == (
         "capgap: models/teacher/: no tokenizer can be found; found no such folder, expected a Hugging Face folder with "

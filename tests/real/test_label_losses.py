@@ -1,4 +1,4 @@
-"""Real models from text to a cache, through transformers: complete, read right, and begun as they were trained."""
+"""Real models from text to a cache, through both engines: complete, read right, and begun as they were trained."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 from capgap.pipeline.models.complete import require_complete
 from capgap.pipeline.models.tokenizer_files import PROBES
@@ -17,7 +19,7 @@ from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.store import read_blocks
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.facts import CorpusFacts
-from capgap.schemas.manifest import Manifest
+from capgap.schemas.records import FloatArray, IntArray
 from capgap.schemas.run_file import RunFile
 
 RealModel = Callable[[str], Path]
@@ -38,42 +40,73 @@ def test_a_real_model_is_complete_and_its_ids_are_those_of_its_file(real_model: 
 @pytest.mark.parametrize(
     ("name", "begins", "least", "most"),
     [
-        # nats a label that the beginning saves; measured 1.9 to 2.4 for Gemma, and -0.01 for SmolLM2, which has none
+        # nats/token that the beginning saves; measured 1.9 to 2.4 for Gemma, and -0.05 to -0.01 for SmolLM2
         ("gemma-3-270m", True, 0.5, 4.0),
         ("SmolLM2-135M-Instruct", False, -0.1, 0.1),
     ],
 )
-def test_a_beginning_is_put_where_the_model_was_trained_with_one_and_saves_what_it_should(
+def test_both_engines_lose_what_transformers_alone_does_and_a_beginning_saves_what_it_should(
     real_model: RealModel, tmp_path: Path, name: str, begins: bool, least: float, most: float
 ) -> None:
-    text = tmp_path / "text"
-    text.mkdir()
+    text, losses = _texts(tmp_path / "text"), {}
+    for bos in ("auto", "never") if begins else ("auto", "always"):
+        found = {}
+        for engine in ("transformers", "vllm"):
+            run = _run(real_model(name), text, tmp_path / bos / engine, bos, engine)
+            corpus = CorpusFacts.model_validate(carry_out(run, Instance("corpus")).facts)
+            assert bool(corpus.bos_ids) == (bos == "always" or (bos == "auto" and begins))
+            carry_out(run, Instance("teacher"))
+            cache = carry_out(run, Instance("cache"))
+            blocks = list(read_blocks(Path(run.out) / "cache", cache.shard_sets["topk"]))
+            tokens_BL1, mask_BL1 = (
+                np.concatenate([getattr(one, field) for one, _ in blocks]) for field in ("tokens_BL1", "mask_BL1")
+            )
+            counts_BL = mask_BL1[:, 1:]
+            found[engine] = np.concatenate([block.label_logprobs_BL for _, block in blocks])[counts_BL]
+            assert cache.facts["mean_label_loss"] == pytest.approx(-found[engine].mean(dtype=np.float64), abs=1e-4)
+        alone, halved = (
+            _alone(real_model(name), tokens_BL1, dtype)[counts_BL] for dtype in (torch.float32, torch.bfloat16)
+        )
+        noise = _rms(halved - alone)
+        losses[bos] = {"transformers alone": -alone.mean()} | {engine: -found[engine].mean() for engine in found}
+        print(f"{name}, bos {bos}, {len(alone)} labels:", {key: f"{value:.4f}" for key, value in losses[bos].items()})
+        print(
+            "rms of label logprobs against transformers alone:",
+            {key: f"{_rms(one - alone):.5f}" for key, one in found.items()},
+            f"bfloat16 {noise:.4f}",
+        )
+        # float32 sums in another order are far below what transformers itself loses in bfloat16, which is 0.05 to 0.2
+        assert _rms(found["transformers"] - alone) < 1e-3 * noise + 1e-4
+        assert _rms(found["vllm"] - alone) < 0.1 * noise
+    first, second = losses.values()
+    for engine in first:
+        saved = second[engine] - first[engine] if begins else first[engine] - second[engine]
+        assert least < saved < most
+
+
+def _texts(folder: Path) -> Path:
+    folder.mkdir()
     for number, topic in enumerate(sorted(topics)[:24]):
-        (text / f"{number:02d}.txt").write_text(topics[topic])
-    losses = {}
-    for bos in ("auto", "never", "always"):
-        if (bos == "always" and begins) or (bos == "auto" and not begins):
-            continue  # the same as another
-        run = _run(real_model(name), text, tmp_path / bos, bos)
-        corpus = CorpusFacts.model_validate(carry_out(run, Instance("corpus")).facts)
-        assert bool(corpus.bos_ids) == (bos != "never")
-        carry_out(run, Instance("teacher"))
-        losses[bos] = _label_loss(Path(run.out) / "cache", carry_out(run, Instance("cache")))
-    saved = losses["never"] - min(losses[bos] for bos in losses if bos != "never")
-    print(f"{name}: {losses}")
-    assert least < saved < most
+        (folder / f"{number:02d}.txt").write_text(topics[topic])
+    return folder
 
 
-def _label_loss(folder: Path, cache: Manifest) -> float:
-    """Mean over the labels that count, nats; no beginning is among them."""
-    counted = [
-        block.label_logprobs_BL[sequences.mask_BL1[:, 1:]]
-        for sequences, block in read_blocks(folder, cache.shard_sets["topk"])
-    ]
-    return -float(np.concatenate(counted).mean())
+def _alone(model: Path, tokens_BL1: IntArray, dtype: torch.dtype) -> FloatArray:
+    """Logprobs of the labels [B, L] by transformers and nothing of capgap's."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    found = []
+    with torch.inference_mode():
+        for row_L1 in torch.from_numpy(tokens_BL1).long():
+            logprobs_LV = loaded(row_L1[None, :-1]).logits[0].float().log_softmax(dim=-1)
+            found.append(logprobs_LV.gather(1, row_L1[1:, None])[:, 0].numpy())
+    return np.stack(found)
 
 
-def _run(model: Path, text: Path, out: Path, bos: str) -> RunFile:
+def _rms(differences: FloatArray) -> float:
+    return float(np.sqrt((differences.astype(np.float64) ** 2).mean()))
+
+
+def _run(model: Path, text: Path, out: Path, bos: str, engine: str) -> RunFile:
     return RunFile.model_validate(
         {
             "name": "real",
@@ -90,8 +123,10 @@ def _run(model: Path, text: Path, out: Path, bos: str) -> RunFile:
             },
             "teacher": {"path": str(model)},
             "cache": {
-                "engine": "transformers",
+                "engine": engine,
+                "dtype": "float32",  # some CPUs cannot run vLLM's bfloat16
                 "recording": "topk",
+                "profile": "lossless",
                 "top_k": 8,
                 "max_tokens": NUM_TARGETS,
                 "num_heldout_sequences": 0,

@@ -160,6 +160,7 @@ def _unfinish(folder: Path, manifest: Manifest, missing: int | None, engine: str
             engine=engine or manifest.facts["engines"][0],
             dtype="float32",
             num_targets=num_targets,
+            num_labels=num_targets,
             label_loss=manifest.facts["mean_label_loss"] * num_targets,
         )
         if index != missing:

@@ -43,8 +43,9 @@ def test_a_sample_is_the_greedy_continuation_and_twins_write_alike(measured, mak
     tokens_BL1 = make_sequences().tokens_BL1
     assert len(measured.samples) == 2
     for sample, place in zip(measured.samples, (0, 2), strict=True):
-        assert sample.prompt.split() == [f"w{i}" for i in tokens_BL1[place, :12]]
-        assert sample.truth.split() == [f"w{i}" for i in tokens_BL1[place, 12:17]]
+        # w0 ends a document, which is nothing to read
+        assert sample.prompt.split() == [f"w{i}" for i in tokens_BL1[place, :12] if i]
+        assert sample.truth.split() == [f"w{i}" for i in tokens_BL1[place, 12:17] if i]
         assert list(sample.continuations) == ["teacher", "train/distilled/seed-0"]
         ids = tokens_BL1[place, :12].tolist()
         for _ in range(5):
@@ -53,7 +54,7 @@ def test_a_sample_is_the_greedy_continuation_and_twins_write_alike(measured, mak
             if ids[-1] == 0:
                 break
         # the one student is the teacher itself
-        assert set(sample.continuations.values()) == {" ".join(f"w{i}" for i in ids[12:])}
+        assert set(sample.continuations.values()) == {" ".join(f"w{i}" for i in ids[12:] if i)}
 
 
 def test_padded_ids_and_a_models_own_generation_settings_have_no_say(make_model, make_sequences, tokenizer):

@@ -10,7 +10,9 @@ import pytest
 from capgap.pipeline.store.sidecars import read_sidecar, write_sidecar
 from capgap.schemas.facts import ShardFacts
 
-FACTS = ShardFacts(sha256={"topk": "ab" * 32}, engine="none 1", dtype="float32", num_targets=8, label_loss=1.25)
+FACTS = ShardFacts(
+    sha256={"topk": "ab" * 32}, engine="none 1", dtype="float32", num_targets=8, num_labels=8, label_loss=1.25
+)
 
 
 @pytest.fixture
