@@ -76,9 +76,10 @@ def _verify_stage(folder: Path, manifest: Manifest, damage: Damage | None) -> in
     if damage is not None:
         write_quarantine(folder, {name: str(error) for name, error in damage.items()})
     num_members = 0
+    listed = set(manifest.files)
     for shard_set in manifest.shard_sets.values():
         for shard in shard_set.shards:
-            if shard.file not in manifest.files or shard.num_sequences != sum(shard.members.num_sequences):
+            if shard.file not in listed or shard.num_sequences != sum(shard.members.num_sequences):
                 raise CorruptError(
                     "the manifest contradicts itself", where=folder / MANIFEST_NAME, found=f"shard {shard.file.path}"
                 )
