@@ -9,7 +9,7 @@ environment of their own, and run this in it:
 
     python3.11 -m venv /tmp/peers
     /tmp/peers/bin/pip install mosaicml-streaming==0.13.0 litdata==0.2.76 webdataset==1.0.2 pyarrow zstandard \\
-        pydantic fsspec filelock
+        pydantic fsspec
     /tmp/peers/bin/pip install --no-deps -e .
     OMP_NUM_THREADS=1 /tmp/peers/bin/python benchmarks/loader.py
 """

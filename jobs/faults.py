@@ -6,9 +6,11 @@ its runs have no result, 130 interrupted, 128 + n where a stage was killed by si
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
+from pathlib import Path
 
 from capgap.schemas.errors import CapgapError, MachineError
 
@@ -50,6 +52,15 @@ def named(error: Exception) -> CapgapError | None:
     return None
 
 
+def _has_no_inode(where: str) -> bool:
+    """Whether the file system of a path, which may not exist, has a table of inodes that is full."""
+    for folder in Path(where).absolute().parents:
+        with contextlib.suppress(OSError):
+            found = os.statvfs(folder)
+            return found.f_files > 0 and found.f_ffree == 0
+    return False
+
+
 def _is_of_memory(error: Exception) -> bool:
     """torch's own class is known by its name: torch is not imported to tell an error."""
     by_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
@@ -61,6 +72,13 @@ def _of_the_disk(error: OSError) -> MachineError:
     if error.errno in _NO_WRITING:
         return MachineError(
             "cannot be written", where=where, found=os.strerror(error.errno or 0), fix="choose another `out`"
+        )
+    if error.errno == errno.ENOSPC and _has_no_inode(where):
+        return MachineError(
+            "no file can be made any more",
+            where=where,
+            found="a file system that has space, and no inode left",
+            fix="remove files that you do not need and run the same command again, or choose another `out`",
         )
     return MachineError(
         "no space is left to write to",

@@ -47,7 +47,7 @@ class Heartbeat(Record):
     """Host name."""
 
     namespace: str
-    """The namespace of process ids; a process id means something only within one machine and namespace."""
+    """The start of the machine and the namespace of process ids; a process id means something only within both."""
 
     pid: int
     """Process id."""

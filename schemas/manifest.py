@@ -267,7 +267,10 @@ class Manifest(WorkOrder):
     """Counts for people: tokens, documents, bytes, steps."""
 
     versions: dict[str, str]
-    """Versions of Python, capgap and the packages that matter."""
+    """Versions of Python, capgap and the packages that matter, of the process that finished the stage."""
+
+    earlier_versions: tuple[dict[str, str], ...] = ()
+    """Of each process before it that was killed and had others: those that differ."""
 
     started: str
     """UTC, ISO 8601."""

@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from capgap.pipeline.stage.heartbeat import require_nobody_elsewhere
 from capgap.pipeline.stage.identity import seal_of
+from capgap.pipeline.stage.versions import note_versions
 from capgap.pipeline.store.files import TEMP_MARK, sha256_of, sync_file, sync_folder, write_atomically
+from capgap.pipeline.store.locks import ProcessLock
 from capgap.pipeline.store.quarantine import QUARANTINE_NAME
 from capgap.schemas.errors import MachineError, SettingError
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, FileEntry, Manifest, WorkOrder
@@ -31,20 +34,23 @@ _LOCKS = (LOCK_NAME, TURN_NAME)
 _NOT_CONTENT = {MANIFEST_NAME, WORK_NAME, QUARANTINE_NAME, *_LOCKS}
 
 
-def lock_folder(folder: Path) -> FileLock:
-    """Take the folder for this process; the lock ends with the process. What a kill left of a finished stage goes.
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Have the folder for this process alone while the block runs; the lock ends with the process.
+
+    What a kill left of a finished stage goes.
 
     Raises:
-        MachineError: another process has it.
+        MachineError: another process has it, on this machine or on one that its locks do not reach; or the file system
+            has no locks.
     """
     make_folder(folder)
-    lock = FileLock(folder / LOCK_NAME)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise in_use(folder) from None
-    remove_leftovers(folder)
-    return lock
+    with ProcessLock(folder / LOCK_NAME) as lock:
+        if not lock.exclusive():
+            raise in_use(folder)
+        remove_leftovers(folder)
+        require_nobody_elsewhere(folder / WORK_FOLDER)
+        yield
 
 
 def make_folder(folder: Path) -> None:
@@ -92,6 +98,7 @@ def begin(folder: Path, order: WorkOrder) -> None:
     """Write down what the folder is for; leave what an earlier run of the same order finished."""
     # with the work order, the disk has the folder of what can be continued
     (folder / WORK_FOLDER).mkdir(exist_ok=True)
+    note_versions(folder / WORK_FOLDER, order.instance)
     write_atomically(folder / WORK_NAME, order.model_dump_json(indent=1))
     remove_halves(folder)
 
