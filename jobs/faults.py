@@ -49,6 +49,13 @@ def named(error: Exception) -> CapgapError | None:
         )
     if isinstance(error, OSError) and error.errno in (*_NO_SPACE, *_NO_WRITING):
         return _of_the_disk(error)
+    if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError)) and error.filename is not None:
+        what = "a folder stands where a file belongs"
+        if not isinstance(error, IsADirectoryError):
+            what = "something else stands where a folder belongs"
+        return CapgapError(
+            what, where=error.filename2 or error.filename, fix="move it away and run the same command again"
+        )
     return None
 
 

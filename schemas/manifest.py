@@ -62,13 +62,14 @@ def _digest(text: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_named)]
+InnerPath = Annotated[str, AfterValidator(_inside)]
 Digest = Annotated[str, AfterValidator(_digest)]
 
 
 class FileEntry(Entry):
     """One file of a stage folder."""
 
-    path: Annotated[str, AfterValidator(_inside)]
+    path: InnerPath
     """Relative to the folder, with forward slashes, and never out of it."""
 
     num_bytes: Count

@@ -8,8 +8,8 @@ may lose whatever was not flushed; the manifest is written when nothing of the r
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,8 @@ from capgap.pipeline.stage.versions import note_versions
 from capgap.pipeline.store.files import TEMP_MARK, sha256_of, sync_file, sync_folder, write_atomically
 from capgap.pipeline.store.locks import ProcessLock
 from capgap.pipeline.store.quarantine import QUARANTINE_NAME
-from capgap.schemas.errors import MachineError, SettingError
+from capgap.schemas.errors import InputError, MachineError, SettingError
+from capgap.schemas.heartbeat import Units
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, FileEntry, Manifest, WorkOrder
 
 WORK_FOLDER = "work"
@@ -30,6 +31,7 @@ LOGS_FOLDER = "logs"
 LOCK_NAME = ".lock"
 TURN_NAME = ".turn"
 _PLAN_NAME = "plan.json"
+_STEP = re.compile(r"step-(\d{1,15})")
 _LOCKS = (LOCK_NAME, TURN_NAME)
 _NOT_CONTENT = {MANIFEST_NAME, WORK_NAME, QUARANTINE_NAME, *_LOCKS}
 
@@ -58,7 +60,15 @@ def make_folder(folder: Path) -> None:
 
     Raises:
         SettingError: something else stands there, or where there are no folders.
+        InputError: a folder stands in the place of one of its own files.
     """
+    for name in (MANIFEST_NAME, WORK_NAME, QUARANTINE_NAME, *_LOCKS):
+        if (folder / name).is_dir():
+            raise InputError(
+                "a folder stands where a file belongs",
+                where=folder / name,
+                fix="move it away and run the same command again",
+            )
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,16 +187,15 @@ def plan_units(work: Path, unit: str, total: int, pattern: str) -> None:
             of finished units, as in `checkpoints/step-000200.ckpt`.
     """
     work.mkdir(exist_ok=True)
-    write_atomically(work / _PLAN_NAME, json.dumps({"unit": unit, "total": total, "pattern": pattern}))
+    write_atomically(work / _PLAN_NAME, Units(unit=unit, total=total, pattern=pattern).model_dump_json())
 
 
 def finished_units(work: Path) -> str:
     """How far an unfinished stage got, in words."""
     try:
-        plan = json.loads((work / _PLAN_NAME).read_bytes())
-        paths = list(work.glob(plan["pattern"]))
-    except (OSError, ValueError, KeyError):
+        plan = Units.model_validate_json((work / _PLAN_NAME).read_bytes())
+        names = [path.stem for path in work.glob(plan.pattern)]
+    except (OSError, ValueError):
         return "begun"
-    numbers = [int(path.stem.split("-")[-1]) for path in paths if path.stem.split("-")[0] == "step"]
-    done = max(numbers) if numbers else len(paths)
-    return f"{done} of {plan['total']} {plan['unit']}"
+    numbers = [int(found[1]) for name in names if (found := _STEP.fullmatch(name))]
+    return f"{max(numbers) if numbers else len(names)} of {plan.total} {plan.unit}"
