@@ -9,9 +9,13 @@ The text is the one that this Python carries, packed as in jobs/runs/demo.yaml.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
 
 import yaml
 from machine import keep

@@ -11,6 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
+
 from machine import keep
 
 ROOT = Path(__file__).parents[1]

@@ -7,9 +7,9 @@ The chart is the report's own, with its colours written into the file, for light
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,9 +19,12 @@ from capgap.schemas.results import EvalResults
 
 def main() -> None:
     """Make the picture, and write the file."""
-    kept, out = (Path(argument) for argument in sys.argv[1:])
-    results = EvalResults.model_validate(json.loads(kept.read_text())["figures"]["results"])
-    out.write_text(picture(results))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kept", type=Path, help="results of benchmarks/demo.py")
+    parser.add_argument("out", type=Path, help="the SVG file")
+    flags = parser.parse_args()
+    results = EvalResults.model_validate(json.loads(flags.kept.read_text())["figures"]["results"])
+    flags.out.write_text(picture(results))
 
 
 def picture(results: EvalResults) -> str:

@@ -9,7 +9,7 @@ environment of their own, and run this in it:
 
     python3.11 -m venv /tmp/peers
     /tmp/peers/bin/pip install mosaicml-streaming==0.13.0 litdata==0.2.76 webdataset==1.0.2 pyarrow zstandard \\
-        pydantic fsspec filelock
+        pydantic fsspec
     /tmp/peers/bin/pip install --no-deps -e .
     OMP_NUM_THREADS=1 /tmp/peers/bin/python benchmarks/loader.py
 """
@@ -30,6 +30,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import torch

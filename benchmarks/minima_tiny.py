@@ -10,6 +10,7 @@ library's docstrings, and a real vLLM server of random weights is the judge. Wha
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import os
@@ -36,6 +37,8 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 
 def main() -> int:
     """Make what the run starts from, then the run; its exit code."""
+    epilog = "All flags are those of `capgap run`."
+    _, flags = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=epilog).parse_known_args()
     for stage in ("corpus", "teacher"):
         code = _capgap("run", str(BASE), "--only", stage)
         if code:
@@ -43,7 +46,7 @@ def main() -> int:
     OUT.mkdir(parents=True, exist_ok=True)
     _write_conversations(OUT / "conversations.jsonl")
     with _judge(OUT / "judge-model", str(yaml.safe_load(RUN.read_text())["judge"]["base_url"])):
-        return _capgap("run", str(RUN), *sys.argv[1:])
+        return _capgap("run", str(RUN), *flags)
 
 
 def _capgap(*arguments: str) -> int:

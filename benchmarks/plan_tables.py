@@ -5,6 +5,7 @@ python benchmarks/plan_tables.py        after new figures of benchmarks/store.py
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -53,5 +54,6 @@ def table() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     TABLE.write_text(json.dumps(table(), indent=1) + "\n")
     print(TABLE)

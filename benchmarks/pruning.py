@@ -14,9 +14,13 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
 
 from machine import RESULTS, keep
 

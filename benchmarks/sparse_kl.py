@@ -16,8 +16,12 @@ import argparse
 import gc
 import random
 import statistics
+import sys
 import time
 from pathlib import Path
+
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from machine import RESULTS, keep

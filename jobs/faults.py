@@ -6,9 +6,11 @@ its runs have no result, 130 interrupted, 128 + n where a stage was killed by si
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
+from pathlib import Path
 
 from capgap.schemas.errors import CapgapError, MachineError
 
@@ -47,7 +49,23 @@ def named(error: Exception) -> CapgapError | None:
         )
     if isinstance(error, OSError) and error.errno in (*_NO_SPACE, *_NO_WRITING):
         return _of_the_disk(error)
+    if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError)) and error.filename is not None:
+        what = "a folder stands where a file belongs"
+        if not isinstance(error, IsADirectoryError):
+            what = "something else stands where a folder belongs"
+        return CapgapError(
+            what, where=error.filename2 or error.filename, fix="move it away and run the same command again"
+        )
     return None
+
+
+def _has_no_inode(where: str) -> bool:
+    """Whether the file system of a path, which may not exist, has a table of inodes that is full."""
+    for folder in Path(where).absolute().parents:
+        with contextlib.suppress(OSError):
+            found = os.statvfs(folder)
+            return found.f_files > 0 and found.f_ffree == 0
+    return False
 
 
 def _is_of_memory(error: Exception) -> bool:
@@ -61,6 +79,13 @@ def _of_the_disk(error: OSError) -> MachineError:
     if error.errno in _NO_WRITING:
         return MachineError(
             "cannot be written", where=where, found=os.strerror(error.errno or 0), fix="choose another `out`"
+        )
+    if error.errno == errno.ENOSPC and _has_no_inode(where):
+        return MachineError(
+            "no file can be made any more",
+            where=where,
+            found="a file system that has space, and no inode left",
+            fix="remove files that you do not need and run the same command again, or choose another `out`",
         )
     return MachineError(
         "no space is left to write to",

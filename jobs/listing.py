@@ -54,7 +54,7 @@ def _runs(folder: Path) -> Iterator[dict[str, Any]]:
     if not folder.is_dir():
         raise InputError("no such folder", where=folder, expected="a folder with runs")
     runs: dict[Path, dict[str, str]] = {}
-    for at, inner, files in os.walk(folder):
+    for at, inner, files in os.walk(folder, followlinks=True):
         here = Path(at)
         parts = here.relative_to(folder).parts
         if MANIFEST_NAME in files or WORK_NAME in files:

@@ -19,10 +19,18 @@ OPERATIONAL: dict[str, Any] = {_OPERATIONAL: True}
 """``Field(json_schema_extra=OPERATIONAL)`` marks a setting that decides how a stage works, not what comes out."""
 
 
-class Record(BaseModel):
-    """Frozen, and an unknown key is an error: a typing mistake is never silently a default."""
+class Entry(BaseModel):
+    """Frozen, and an unknown key is an error: a typing mistake is never silently a default.
+
+    The base of what a manifest has a hundred thousand of. Every number of an entry is bounded by its own type, which
+    is checked without a step of Python's.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
+
+
+class Record(Entry):
+    """An entry whose values are looked at before they are taken."""
 
     @model_validator(mode="before")
     @classmethod

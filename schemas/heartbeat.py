@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
+from capgap.schemas import manifest
 from capgap.schemas.base import Record
 
 
@@ -30,6 +33,19 @@ class Count(Record):
     """What stands behind the progress bar."""
 
 
+class Units(Record):
+    """What a stage has to do, and where its finished units are seen: `work/plan.json`."""
+
+    unit: str
+    """What is counted, in the plural."""
+
+    total: manifest.Count
+    """How many there are."""
+
+    pattern: manifest.InnerPath
+    """Glob below `work` of the files of which there is one a unit, or one named after the number of finished units."""
+
+
 class End(Record):
     """How a process ended that did not finish its stage."""
 
@@ -47,9 +63,9 @@ class Heartbeat(Record):
     """Host name."""
 
     namespace: str
-    """The namespace of process ids; a process id means something only within one machine and namespace."""
+    """The start of the machine and the namespace of process ids; a process id means something only within both."""
 
-    pid: int
+    pid: int = Field(ge=1, lt=1 << 31)
     """Process id."""
 
     pid_started: int | None

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, Field, JsonValue, model_validator
 
-from capgap.schemas.base import Record
+from capgap.schemas.base import Entry
 from capgap.schemas.printable import printable_name
 
 MANIFEST_NAME = "manifest.json"
@@ -30,9 +30,14 @@ Count = Annotated[int, Field(ge=0, lt=1 << 48)]
 _NAME = re.compile(r"[^\W_][\w.-]*|_[\w.-]*")
 _LONGEST_NAME = 1024
 
+# What nearly all files are called; there may be a hundred thousand of them.
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+
 
 def _inside(path: str) -> str:
     """The path, if it can only lead to a file of the folder."""
+    if _PLAIN_PATH.fullmatch(path):
+        return path
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
         raise ValueError(f"found the path {path!r}, expected one inside the folder")
@@ -57,13 +62,14 @@ def _digest(text: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_named)]
+InnerPath = Annotated[str, AfterValidator(_inside)]
 Digest = Annotated[str, AfterValidator(_digest)]
 
 
-class FileEntry(Record):
+class FileEntry(Entry):
     """One file of a stage folder."""
 
-    path: Annotated[str, AfterValidator(_inside)]
+    path: InnerPath
     """Relative to the folder, with forward slashes, and never out of it."""
 
     num_bytes: Count
@@ -73,16 +79,16 @@ class FileEntry(Record):
     """Digest of the bytes."""
 
 
-class SourceEntry(Record):
+class SourceEntry(Entry):
     """A file outside the run that the stage read: text, or a given model."""
 
     path: str
     """Where it lies."""
 
-    num_bytes: int
+    num_bytes: Count
     """Size."""
 
-    modified_ns: int
+    modified_ns: int = Field(ge=-(1 << 63), lt=1 << 63)
     """Time of its last change, nanoseconds since 1970; only where it moved is the digest computed again."""
 
     sha256: str
@@ -107,7 +113,7 @@ class Member(NamedTuple):
     crc32: int
 
 
-class Members(Record):
+class Members(Entry):
     """The members of a shard in the order of the file, a list a property: a cache has a million of them."""
 
     offset: tuple[Count, ...] = ()
@@ -133,7 +139,7 @@ class Members(Record):
         return len(self.offset)
 
 
-class ShardEntry(Record):
+class ShardEntry(Entry):
     """One finished shard."""
 
     file: FileEntry
@@ -166,7 +172,7 @@ class ShardEntry(Record):
         return map(self.member, range(len(self.members)))
 
 
-class ShardSet(Record):
+class ShardSet(Entry):
     """The shards of one split of a corpus, or of a cache."""
 
     codec: str
@@ -202,7 +208,7 @@ class ShardSet(Record):
         return sum(shard.file.num_bytes for shard in self.shards)
 
 
-class InputEntry(Record):
+class InputEntry(Entry):
     """A folder that the stage read."""
 
     path: str
@@ -215,7 +221,7 @@ class InputEntry(Record):
     """Its manifest's content."""
 
 
-class WorkOrder(Record):
+class WorkOrder(Entry):
     """`work.json`: what a stage set out to do; written before the work, kept beside the manifest after it."""
 
     stage: Name
@@ -262,7 +268,10 @@ class Manifest(WorkOrder):
     """Counts for people: tokens, documents, bytes, steps."""
 
     versions: dict[str, str]
-    """Versions of Python, capgap and the packages that matter."""
+    """Versions of Python, capgap and the packages that matter, of the process that finished the stage."""
+
+    earlier_versions: tuple[dict[str, str], ...] = ()
+    """Of each process before it that was killed and had others: those that differ."""
 
     started: str
     """UTC, ISO 8601."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -29,6 +30,9 @@ _MOST_QUOTED = 3
 _SCHEME = r"(?<![A-Za-z0-9+.])[A-Za-z][A-Za-z0-9+.-]{0,20}:/{1,2}"
 _USER = re.compile(rf"({_SCHEME})([^/?#\s\"'<>\\]{{0,512}})@")
 _ODD_PASSWORD = re.compile(rf"({_SCHEME})[^/?#@:\s\"'<>\\]{{0,128}}:(?!\d{{1,5}}(?:[/?#,;\s]|$))[^\s\"'<>\\]{{0,512}}@")
+# the whole setting is the URL, so that its password may hold blanks and quotes
+_WHOLE = re.compile(r"\s{0,8}(?:[A-Za-z][A-Za-z0-9+.-]{0,20}:)?/{1,2}([^/?#]{0,512})@")
+_RELATIVE = re.compile(r"(?<![\w:/.%])//[^/?#@:\s\"'<>\\]{0,128}:[^\s\"'<>\\@/]{1,512}@")
 _BARE_USER = re.compile(r"(?<![\w/@.:%-])[\w.+%-]{1,128}:[^\s/@:\"'<>\\]{2,256}@(?!sha256)(?=[\w.-])")
 _QUOTED_USER = re.compile(r"(%(?:25)*3A(?:%(?:25)*2F){2})[^\s\"'&/\\]{0,512}?(%(?:25)*40)", re.IGNORECASE)
 
@@ -38,7 +42,8 @@ _STRONG = (
 )
 _NAME = rf"(?<![\w.-])(?:[\w.-]{{0,40}}?(?:{_STRONG}))"
 _PARAMETER = (
-    rf"(?:[\w.-]{{0,40}}?(?:{_STRONG})|(?:[\w.-]{{0,40}}?[_.-])?key|key-pair-id|code|pass|policy|session|"
+    rf"(?:[\w.-]{{0,40}}?(?:{_STRONG})|(?:[\w.-]{{0,40}}?[_.-])?key|key-pair-id|code|pass|policy|"
+    r"j?session(?:[_-]?id)?|sid|ticket|hmac|sign|"
     r"x-(?:amz|goog)-[\w-]{1,40}|googleaccessid)"
 )
 _QUERY = re.compile(rf"([?&;#]{_PARAMETER}=)[^&#;\s\"'<>\\]{{1,4096}}", re.IGNORECASE)
@@ -142,6 +147,8 @@ def require_no_credential(name: str, value: object) -> None:
 
 def credential_in(text: str) -> str | None:
     """What kind of credential stands in a text, in words; None where there is none."""
+    # other signs than @ and : that are read as those
+    text = unicodedata.normalize("NFKC", text)
     for _ in range(_MOST_QUOTED):
         if (found := _credential_in(text)) is not None:
             return found
@@ -164,6 +171,7 @@ def redacted(text: str) -> str:
     if "@" in text:
         text = _USER.sub(_without_user, text)
         text = _ODD_PASSWORD.sub(rf"\1{REDACTED}@", text)
+        text = _RELATIVE.sub(f"//{REDACTED}@", text)
         text = _BARE_USER.sub(f"{REDACTED}@", text)
     if "%" in text:
         text = _QUOTED_USER.sub(rf"\1{REDACTED}\2", text)
@@ -203,6 +211,8 @@ def _credential_in(text: str) -> str | None:
     for match in _USER.finditer(text):
         if ":" in match[2] or match[1].partition(":")[0].lower() not in _NAME_IS_A_PLACE:
             return _OF_A_USER
+    if (whole := _WHOLE.match(text)) is not None and ":" in whole[1]:
+        return _OF_A_USER
     if _ODD_PASSWORD.search(text) or _BARE_USER.search(text):
         return _OF_A_USER
     if ("://" in text and _RANDOM.search(text)) or _QUERY.search(text):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capgap.pipeline.stage.locks import ProcessLock
+from capgap.pipeline.store.locks import ProcessLock
 from capgap.schemas.errors import MachineError
 
 # Ray's smallest: only jobs and entries of shards pass through it

@@ -12,7 +12,7 @@ from capgap.pipeline.cache.shard_lines import shard_lines
 from capgap.pipeline.cache.shards import SCORED_FOLDER, CacheJob, ScoredShard, ShardScorer
 from capgap.pipeline.cache.stage import prepare as prepare
 from capgap.pipeline.stage.context import Slice
-from capgap.pipeline.stage.locks import ProcessLock
+from capgap.pipeline.store.locks import ProcessLock
 from capgap.schemas.manifest import MANIFEST_NAME
 
 _CLAIMS_FOLDER = "claims"

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from capgap.pipeline.corpus.kinds import TEXT_SUFFIXES, kind_of, known_suffixes
+from capgap.pipeline.store.files import files_below
 from capgap.schemas.errors import InputError
 
 BUILTIN = "builtin:python"
@@ -112,7 +113,7 @@ def _read_of(folder: Path) -> list[Path]:
 
 
 def _all_files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [path for path in sorted(files_below(folder)) if path.is_file()]
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:

@@ -11,10 +11,10 @@ from typing import Any
 
 from capgap.pipeline.stage.context import StageInput, StageResult
 from capgap.pipeline.stage.events import event
-from capgap.pipeline.stage.folder import WORK_FOLDER, begin, clear, content_files, finish, lock_folder
+from capgap.pipeline.stage.folder import WORK_FOLDER, begin, clear, content_files, finish, locked_folder
 from capgap.pipeline.stage.identity import content_of, first_difference, identity_of
 from capgap.pipeline.stage.manifests import read_manifest, read_work_order, require_seal
-from capgap.pipeline.stage.versions import versions
+from capgap.pipeline.stage.versions import earlier_versions, versions
 from capgap.schemas.errors import MismatchError
 from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
 from capgap.schemas.secrets import redacted
@@ -55,8 +55,7 @@ def make_folder(
         CapgapError: as `work`.
     """
     started, begun_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-    lock = lock_folder(folder)
-    try:
+    with locked_folder(folder):
         manifest = read_manifest(folder)
         if manifest is not None and not force and _holds(folder, manifest, order):
             require_seal(folder, manifest)
@@ -83,6 +82,7 @@ def make_folder(
                 facts=result.facts,
                 totals=result.totals,
                 versions=versions(),
+                earlier_versions=earlier_versions(folder / WORK_FOLDER),
                 started=begun_at,
                 wall_s=round(time.monotonic() - started, 3),
                 command=tuple(map(redacted, sys.argv)),
@@ -92,8 +92,6 @@ def make_folder(
         wall_s = made.wall_s
         event("stage_done", f"{order.instance}: done in {wall_s:.1f} s", wall_s=wall_s, totals=result.totals)
         return StageInput(folder, made)
-    finally:
-        lock.release()
 
 
 def _holds(folder: Path, manifest: Manifest, order: WorkOrder) -> bool:

@@ -20,7 +20,7 @@ from types import FrameType
 from capgap.pipeline.law.progress import GridProgress
 from capgap.pipeline.law.worker import INTERRUPTED, Job, process_of
 from capgap.pipeline.stage.events import event
-from capgap.pipeline.stage.locks import ProcessLock
+from capgap.pipeline.store.locks import ProcessLock
 from capgap.pipeline.workflow.driver import Start
 
 _POLL_S = 0.05

@@ -20,7 +20,7 @@ from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.device import resolve_device
 from capgap.pipeline.stage.events import event
 from capgap.pipeline.stage.folder import LOCK_NAME, in_use
-from capgap.pipeline.stage.locks import ProcessLock
+from capgap.pipeline.store.locks import ProcessLock
 from capgap.pipeline.workflow.driver import start_afresh, walk
 from capgap.schemas.law_grid import LawGrid
 

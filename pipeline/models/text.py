@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from capgap.pipeline.models.tokenizers import chat_template_of, load_tokenizer
 from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.store import ShardReader
-from capgap.pipeline.store.files import write_atomically
+from capgap.pipeline.store.files import files_below, write_atomically
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CacheFacts, TextFacts, heldout_set, text_facts
 from capgap.schemas.manifest import ShardSet
@@ -116,7 +116,7 @@ def write_tokenizer(corpus: StageInput, teacher: str, folder: Path) -> None:
     """
     text, target = RunText(corpus), folder / TOKENIZER_FOLDER
     source = text.tokenizer_folder
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+    for file in sorted(path for path in files_below(source) if path.is_file()):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(copy, file.read_bytes())

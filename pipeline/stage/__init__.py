@@ -4,7 +4,7 @@
     instances.py     students, trainings, final models   sources.py     files outside the run
     folder.py        begun, worked on, finished          manifests.py   read them, and hold them against their seal
     identity.py      digests of settings and files       versions.py    of what takes part
-    device.py        which device; gpus.py, lease.py, locks.py: who has it
+    device.py        which device; gpus.py, lease.py: who has it
     ranks.py         several processes at one training   orphans.py, interrupts.py: how processes end
     heartbeat.py     who is at work, and how far; progress.py, events.py, scalars.py: what it logs
 

@@ -8,17 +8,21 @@ may lose whatever was not flushed; the manifest is written when nothing of the r
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from capgap.pipeline.stage.heartbeat import require_nobody_elsewhere
 from capgap.pipeline.stage.identity import seal_of
+from capgap.pipeline.stage.versions import note_versions
 from capgap.pipeline.store.files import TEMP_MARK, sha256_of, sync_file, sync_folder, write_atomically
+from capgap.pipeline.store.locks import ProcessLock
 from capgap.pipeline.store.quarantine import QUARANTINE_NAME
-from capgap.schemas.errors import MachineError, SettingError
+from capgap.schemas.errors import InputError, MachineError, SettingError
+from capgap.schemas.heartbeat import Units
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, FileEntry, Manifest, WorkOrder
 
 WORK_FOLDER = "work"
@@ -27,24 +31,28 @@ LOGS_FOLDER = "logs"
 LOCK_NAME = ".lock"
 TURN_NAME = ".turn"
 _PLAN_NAME = "plan.json"
+_STEP = re.compile(r"step-(\d{1,15})")
 _LOCKS = (LOCK_NAME, TURN_NAME)
 _NOT_CONTENT = {MANIFEST_NAME, WORK_NAME, QUARANTINE_NAME, *_LOCKS}
 
 
-def lock_folder(folder: Path) -> FileLock:
-    """Take the folder for this process; the lock ends with the process. What a kill left of a finished stage goes.
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Have the folder for this process alone while the block runs; the lock ends with the process.
+
+    What a kill left of a finished stage goes.
 
     Raises:
-        MachineError: another process has it.
+        MachineError: another process has it, on this machine or on one that its locks do not reach; or the file system
+            has no locks.
     """
     make_folder(folder)
-    lock = FileLock(folder / LOCK_NAME)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise in_use(folder) from None
-    remove_leftovers(folder)
-    return lock
+    with ProcessLock(folder / LOCK_NAME) as lock:
+        if not lock.exclusive():
+            raise in_use(folder)
+        remove_leftovers(folder)
+        require_nobody_elsewhere(folder / WORK_FOLDER)
+        yield
 
 
 def make_folder(folder: Path) -> None:
@@ -52,7 +60,15 @@ def make_folder(folder: Path) -> None:
 
     Raises:
         SettingError: something else stands there, or where there are no folders.
+        InputError: a folder stands in the place of one of its own files.
     """
+    for name in (MANIFEST_NAME, WORK_NAME, QUARANTINE_NAME, *_LOCKS):
+        if (folder / name).is_dir():
+            raise InputError(
+                "a folder stands where a file belongs",
+                where=folder / name,
+                fix="move it away and run the same command again",
+            )
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +108,7 @@ def begin(folder: Path, order: WorkOrder) -> None:
     """Write down what the folder is for; leave what an earlier run of the same order finished."""
     # with the work order, the disk has the folder of what can be continued
     (folder / WORK_FOLDER).mkdir(exist_ok=True)
+    note_versions(folder / WORK_FOLDER, order.instance)
     write_atomically(folder / WORK_NAME, order.model_dump_json(indent=1))
     remove_halves(folder)
 
@@ -170,16 +187,15 @@ def plan_units(work: Path, unit: str, total: int, pattern: str) -> None:
             of finished units, as in `checkpoints/step-000200.ckpt`.
     """
     work.mkdir(exist_ok=True)
-    write_atomically(work / _PLAN_NAME, json.dumps({"unit": unit, "total": total, "pattern": pattern}))
+    write_atomically(work / _PLAN_NAME, Units(unit=unit, total=total, pattern=pattern).model_dump_json())
 
 
 def finished_units(work: Path) -> str:
     """How far an unfinished stage got, in words."""
     try:
-        plan = json.loads((work / _PLAN_NAME).read_bytes())
-        paths = list(work.glob(plan["pattern"]))
-    except (OSError, ValueError, KeyError):
+        plan = Units.model_validate_json((work / _PLAN_NAME).read_bytes())
+        names = [path.stem for path in work.glob(plan.pattern)]
+    except (OSError, ValueError):
         return "begun"
-    numbers = [int(path.stem.split("-")[-1]) for path in paths if path.stem.split("-")[0] == "step"]
-    done = max(numbers) if numbers else len(paths)
-    return f"{done} of {plan['total']} {plan['unit']}"
+    numbers = [int(found[1]) for name in names if (found := _STEP.fullmatch(name))]
+    return f"{max(numbers) if numbers else len(names)} of {plan.total} {plan.unit}"

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from capgap.schemas.errors import CapgapError
+from capgap.pipeline.stage.events import event
+from capgap.schemas.errors import CapgapError, MachineError
 from capgap.schemas.heartbeat import Count, End, Heartbeat
 from capgap.schemas.printable import fit_to_show
 
@@ -27,8 +28,10 @@ _PATTERN = "progress*.json"
 _WRITE_EVERY_S = 1.0
 # and where nothing happens; a shard may take minutes
 _BEAT_EVERY_S = 5.0
-# NFS may show an old file for a minute, and clocks differ
+# NFS may show an old file for a minute, and clocks differ, in either direction
 _BELIEVED_S = 120.0
+# three times the longest pause between two heartbeats
+_WATCHED_S = 15.0
 _CRASHED, _INTERRUPTED = 1, 130
 
 
@@ -42,6 +45,8 @@ class HeartbeatWriter:
     def __init__(self, path: Path) -> None:
         self._path, self._lock, self._over = path, threading.Lock(), threading.Event()
         self._counter: Callable[[], Count] | None = None
+        # by a clock that nobody can set; those in the file are for people and other machines
+        self._has_advanced, self._written_at_s = False, time.monotonic()
         now = time.time()
         self._beat = Heartbeat(
             machine=os.uname().nodename,
@@ -86,6 +91,7 @@ class HeartbeatWriter:
     def _change(self, **values: object) -> None:
         with self._lock:
             self._beat = self._beat.model_copy(update={**values, "advanced_s": time.time()})
+            self._has_advanced = True
 
     def _write_now_and_then(self) -> None:
         while not self._over.wait(_WRITE_EVERY_S):
@@ -94,12 +100,13 @@ class HeartbeatWriter:
             # its time left changes even where nothing gets on
             if count is not None and (last.count is None or count.done != last.count.done):
                 self._change(count=count)
-            if self._beat.advanced_s > last.written_s or time.time() - last.written_s >= _BEAT_EVERY_S:
+            if self._has_advanced or time.monotonic() - self._written_at_s >= _BEAT_EVERY_S:
                 self._write()
 
     def _write(self) -> None:
         with self._lock:
             self._beat = self._beat.model_copy(update={"written_s": time.time()})
+            self._has_advanced, self._written_at_s = False, time.monotonic()
             text = self._beat.model_dump_json()
         half = self._path.with_suffix(".half")
         # a heartbeat that cannot be written does not stop the stage; without fsync, for it need not outlive the machine
@@ -157,14 +164,51 @@ def is_alive(beat: Heartbeat) -> bool:
     """Whether the process is still at work: certain on its own machine; elsewhere, whether it wrote of late."""
     if beat.ended is not None:
         return False
-    if (beat.machine, beat.namespace) != (os.uname().nodename, _namespace()):
-        return time.time() - beat.written_s < _BELIEVED_S
+    if not _is_from_here(beat):
+        return abs(time.time() - beat.written_s) < _BELIEVED_S
     return _is_running(beat.pid) and beat.pid_started == _started(beat.pid)
 
 
+def require_nobody_elsewhere(work: Path) -> None:
+    """Make sure that no process of another machine is at work on a folder whose lock this process has.
+
+    That happens where locks do not reach across machines, as on NFS that is mounted with `local_lock` or `nolock`. A
+    heartbeat of elsewhere that has no end is watched for some seconds: if it goes on, somebody is alive. Clocks are not
+    compared.
+
+    Raises:
+        MachineError: somebody is.
+    """
+    seen = _of_elsewhere(work)
+    if not seen:
+        return
+    where = ", ".join(sorted({beat.machine for beat in seen}))
+    event("watching", f"{work.parent}: was at work on another machine ({where}); watching whether it still is")
+    deadline = time.monotonic() + _WATCHED_S
+    while time.monotonic() < deadline:
+        time.sleep(_WRITE_EVERY_S)
+        if moved := [beat for beat in _of_elsewhere(work) if beat not in seen]:
+            raise MachineError(
+                "another machine is at work on this folder, and the locks of its file system do not reach it",
+                where=work.parent,
+                found=f"pid {moved[0].pid} of {moved[0].machine}",
+                fix="wait for it to end, or stop it; mount the file system with locks that reach across machines",
+            )
+
+
+def _of_elsewhere(work: Path) -> list[Heartbeat]:
+    return [beat for beat in read_heartbeats(work) if beat.ended is None and not _is_from_here(beat)]
+
+
+def _is_from_here(beat: Heartbeat) -> bool:
+    return (beat.machine, beat.namespace) == (os.uname().nodename, _namespace())
+
+
 def _namespace() -> str:
+    """Of process ids, in this start of this machine: two machines may have one name."""
     try:
-        return str(Path("/proc/self/ns/pid").readlink())
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from capgap.pipeline.stage.device import device_identity
 from capgap.pipeline.stage.events import event
-from capgap.pipeline.stage.locks import ProcessLock, open_shared
+from capgap.pipeline.store.locks import ProcessLock, open_shared
 from capgap.schemas.errors import MachineError
 
 _POLL_S = 0.1

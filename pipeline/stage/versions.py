@@ -1,11 +1,21 @@
-"""Versions of what takes part in a result, for the manifest."""
+"""Versions of what takes part in a result, for the manifest: those of now, and those of killed processes before it.
+
+begin --> work/versions.json: a list, to which each process adds its own where they are others --> manifest"""
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
+from capgap.pipeline.stage.events import event
+from capgap.pipeline.store.files import write_atomically
+
+Versions = dict[str, str]
+
+_NOTE_NAME = "versions.json"
 _PACKAGES = (
     "capgap",
     "torch",
@@ -23,12 +33,12 @@ _PACKAGES = (
 )
 
 
-def versions() -> dict[str, str]:
+def versions() -> Versions:
     """Version of Python and of every package above that is installed."""
     return {"python": platform.python_version()} | versions_of(_PACKAGES)
 
 
-def versions_of(packages: Iterable[str]) -> dict[str, str]:
+def versions_of(packages: Iterable[str]) -> Versions:
     """Version of each of these packages that is installed."""
     found = {}
     for package in packages:
@@ -37,3 +47,52 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def note_versions(work: Path, instance: str, earlier: Iterable[Versions] = ()) -> None:
+    """Write down the versions of this process beside those of the processes before it; say which have changed.
+
+    Args:
+        work: the stage folder's `work`.
+        instance: for the line that is logged.
+        earlier: of the processes before it, where `work` does not know of them.
+    """
+    noted = [*earlier, *_noted(work)]
+    if changed := _changed(noted):
+        event("versions_changed", f"{instance}: {changed}")
+    if not noted or changed:
+        noted.append(versions())
+    write_atomically(work / _NOTE_NAME, json.dumps(noted, indent=1))
+
+
+def earlier_versions(work: Path) -> tuple[Versions, ...]:
+    """Of each process before this one that had others: the versions that were not those of now."""
+    now = versions()
+    differing = [{name: old for name, old in each.items() if now.get(name) != old} for each in _noted(work)]
+    return tuple(each for each in differing if each)
+
+
+def changed_versions(work: Path) -> str:
+    """What is installed now and was not for the last process at work, in words; empty where nothing is."""
+    return _changed(_noted(work))
+
+
+def _changed(noted: list[Versions]) -> str:
+    if not noted:
+        return ""
+    before, now = noted[-1], versions()
+    names = [name for name in (*before, *now) if before.get(name) != now.get(name)]
+    parts = [f"{name} {before.get(name, 'none')}, now {now.get(name, 'none')}" for name in dict.fromkeys(names)]
+    return f"begun with {'; '.join(parts)}" if parts else ""
+
+
+def _noted(work: Path) -> list[Versions]:
+    """What stands there; nothing where it cannot be read, for no result depends on it."""
+    try:
+        found = json.loads((work / _NOTE_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return []
+    is_ours = isinstance(found, list) and all(
+        isinstance(each, dict) and all(isinstance(value, str) for value in each.values()) for each in found
+    )
+    return found if is_ours else []

@@ -13,12 +13,12 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
 
-from filelock import FileLock, Timeout
-
 from capgap.pipeline.store.files import sync_folder
+from capgap.pipeline.store.locks import ProcessLock, held_alone
 from capgap.schemas.errors import CorruptError, InputError, SettingError
 from capgap.schemas.manifest import FileEntry
 
@@ -75,7 +75,7 @@ class DiskCache:
             return _opened(path)
         except FileNotFoundError:
             pass
-        with self._lock(file.sha256):
+        with held_alone(self._lock_of(file.sha256)):
             try:
                 return _opened(path)
             except FileNotFoundError:
@@ -134,21 +134,16 @@ class DiskCache:
                 used -= size
 
     def _is_abandoned(self, partial: Path) -> bool:
-        lock = self._lock(partial.stem)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        lock.release()
-        return True
+        with ProcessLock(self._lock_of(partial.stem)) as lock:
+            return lock.exclusive()
 
-    def _room(self) -> FileLock:
+    def _room(self) -> AbstractContextManager[None]:
         """Whoever holds it may change which files there are."""
-        return FileLock(self._folder / "locks" / "room")
+        return held_alone(self._folder / "locks" / "room")
 
-    def _lock(self, digest: str) -> FileLock:
+    def _lock_of(self, digest: str) -> Path:
         # 4096 locks for any number of files; files that share one wait for each other, no more
-        return FileLock(self._folder / "locks" / digest[:3])
+        return self._folder / "locks" / digest[:3]
 
 
 def _opened(path: Path) -> IO[bytes]:

@@ -75,6 +75,18 @@ def sync_folder(folder: Path) -> None:
     sync_file(folder)
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file at any depth; links to folders are followed, and each folder is entered once, whatever leads to it."""
+    entered = set()
+    for at, inner, names in os.walk(folder, followlinks=True):
+        status = os.stat(at)  # noqa: PTH116  # a text already
+        if (status.st_dev, status.st_ino) in entered:
+            inner.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        yield from (Path(at, name) for name in names)
+
+
 def sha256_of(path: Path) -> str:
     """Digest of a file's bytes, hexadecimal."""
     with path.open("rb") as file:

@@ -15,16 +15,16 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from capgap.pipeline.store.files import atomic_file
-from capgap.schemas.base import Record
+from capgap.schemas.base import Entry
 
 _LOG = logging.getLogger("capgap")
 
 _LAYOUT = re.compile(rb'\{"sha256":"([0-9a-f]{64})","record":(.*)\}', re.DOTALL)
 
-AnyRecord = TypeVar("AnyRecord", bound=Record)
+AnyRecord = TypeVar("AnyRecord", bound=Entry)
 
 
-def write_sidecar(path: Path, record: Record) -> None:
+def write_sidecar(path: Path, record: Entry) -> None:
     """Write a record with its digest; the file is whole and on the disk, or it is not there."""
     body = record.model_dump_json().encode()
     digest = hashlib.sha256(body).hexdigest().encode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from capgap.pipeline.train.heldout import HeldOut
 from capgap.pipeline.train.randomness import random_state, seed_process, set_random_state
 from capgap.pipeline.train.saved import fault_of, publish
 
+_NAME = re.compile(r"(?:step|best)-\d{8,15}\.ckpt")
 _LOG = logging.getLogger("capgap")
 
 
@@ -93,11 +95,11 @@ class Checkpoints(lightning.Callback):
             self._delete_old()
 
     def _delete_old(self) -> None:
-        steps = sorted(self.folder.glob("step-*.ckpt"))
+        steps = _saved(self.folder, "step")
         for path in steps[: -self._keep]:
             _delete(path)
         kept = [step_of(path) for path in steps[-self._keep :]]
-        best = sorted(self.folder.glob("best-*.ckpt"))
+        best = _saved(self.folder, "best")
         # whichever checkpoint a training goes on from, the best of its time is there
         needed = {max((path for path in best if step_of(path) <= step), default=None) for step in kept}
         needed |= set(best[-1:])
@@ -113,7 +115,7 @@ def checkpoint_to_resume(folder: Path) -> Path | None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     resume, fault = None, ""
-    for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
+    for path in reversed(_saved(folder, "step")):
         fault = fault_of(path)
         if not fault:
             resume = path
@@ -121,24 +123,29 @@ def checkpoint_to_resume(folder: Path) -> Path | None:
         _LOG.warning("%s is damaged (%s): the one before it is used", path, fault)
     step = 0 if resume is None else step_of(resume)
     for path in folder.iterdir():
-        if path.suffix == ".saving" or step_of(path) > step:
+        if _NAME.fullmatch(path.name) is None or step_of(path) > step:
             _delete(path)
     return resume
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest sound checkpoint, of a training that may still run."""
-    return next((path for path in sorted(folder.glob("step-*.ckpt"), reverse=True) if not fault_of(path)), None)
+    return next((path for path in reversed(_saved(folder, "step")) if not fault_of(path)), None)
 
 
 def best_checkpoint(folder: Path) -> Path:
     """The weights at the lowest held-out loss of a training that has ended."""
-    return max(folder.glob("best-*.ckpt"))
+    return _saved(folder, "best")[-1]
 
 
 def step_of(path: Path) -> int:
     """The step after which a checkpoint was saved."""
     return int(path.stem.split("-")[1])
+
+
+def _saved(folder: Path, kind: str) -> list[Path]:
+    """Checkpoints of a kind, the newest last; what has another name is none."""
+    return sorted(path for path in folder.glob(f"{kind}-*") if _NAME.fullmatch(path.name))
 
 
 def _delete(path: Path) -> None:

@@ -30,6 +30,7 @@ from capgap.pipeline.stage.device import devices_from, resolve_device
 from capgap.pipeline.stage.lease import leases
 from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import ShardReader
+from capgap.pipeline.store.files import files_below
 from capgap.pipeline.verify.compare import Apart, apart
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import CacheFacts
@@ -70,7 +71,7 @@ def rescore(
         MismatchError: a cache does not hold what its teacher gives.
         CapgapError: as the engine, the lease and the reader.
     """
-    paths = sorted(folder.rglob(MANIFEST_NAME))
+    paths = sorted(path for path in files_below(folder) if path.name == MANIFEST_NAME)
     caches = [(path.parent, manifest) for path in paths if (manifest := _cache_at(path.parent)) is not None]
     if not caches:
         raise InputError("no finished cache", where=folder, fix="name the folder of a run or of its stage cache")

@@ -8,7 +8,7 @@ from pathlib import Path
 from capgap.pipeline.stage.identity import content_of
 from capgap.pipeline.stage.manifests import read_manifest, read_work_order, require_seal
 from capgap.pipeline.store import ShardReader
-from capgap.pipeline.store.files import sha256_of
+from capgap.pipeline.store.files import files_below, sha256_of
 from capgap.pipeline.store.plain_tar import require_plain_tar
 from capgap.pipeline.store.quarantine import write_quarantine
 from capgap.pipeline.verify.sources import verify_sources
@@ -33,7 +33,7 @@ def verify(folder: Path, quarantine: bool = False) -> Iterator[str]:
         InputError: there is none.
         CorruptError: a file, shard, manifest or source is not what it was.
     """
-    found = sorted(folder.rglob(MANIFEST_NAME))
+    found = sorted(path for path in files_below(folder) if path.name == MANIFEST_NAME)
     if not found:
         raise InputError("no finished stage", where=folder, found=f"no {MANIFEST_NAME}", expected="at least one")
     damaged: list[Path] = []
@@ -76,9 +76,10 @@ def _verify_stage(folder: Path, manifest: Manifest, damage: Damage | None) -> in
     if damage is not None:
         write_quarantine(folder, {name: str(error) for name, error in damage.items()})
     num_members = 0
+    listed = set(manifest.files)
     for shard_set in manifest.shard_sets.values():
         for shard in shard_set.shards:
-            if shard.file not in manifest.files or shard.num_sequences != sum(shard.members.num_sequences):
+            if shard.file not in listed or shard.num_sequences != sum(shard.members.num_sequences):
                 raise CorruptError(
                     "the manifest contradicts itself", where=folder / MANIFEST_NAME, found=f"shard {shard.file.path}"
                 )

@@ -19,7 +19,7 @@ from capgap.pipeline.stage.folder import (
     content_files,
     finish,
     is_untouched,
-    lock_folder,
+    locked_folder,
     remove_halves,
 )
 from capgap.pipeline.stage.heartbeat import current_heartbeat, heartbeat
@@ -27,7 +27,7 @@ from capgap.pipeline.stage.identity import content_of
 from capgap.pipeline.stage.lease import cpu_group, leases
 from capgap.pipeline.stage.manifests import record_sources
 from capgap.pipeline.stage.ranks import Ranks, Rendezvous
-from capgap.pipeline.stage.versions import versions
+from capgap.pipeline.stage.versions import earlier_versions, note_versions, versions
 from capgap.pipeline.stages import stage_named
 from capgap.pipeline.workflow.sources import source_paths
 from capgap.pipeline.workflow.state import RunStates, StageState, State
@@ -54,8 +54,7 @@ def carry_out(
     clock = Clock()
     known = RunStates(run)
     inputs = known.inputs_of(instance)
-    lock = lock_folder(known.of(instance.name).folder)
-    try:
+    with locked_folder(known.of(instance.name).folder):
         # looked at again, for another process may have finished it meanwhile
         known.forget(instance.name)
         state = known.of(instance.name)
@@ -72,8 +71,6 @@ def carry_out(
             sources = record_sources(source_paths(run, instance))
             _publish_begun(rendezvous, True)
             return finish_with(run, state, order, sources, work(run, state, inputs, wait, rendezvous), clock)
-    finally:
-        lock.release()
 
 
 class Clock:
@@ -122,6 +119,7 @@ def finish_with(
         facts=result.facts,
         totals=result.totals,
         versions=versions(),
+        earlier_versions=earlier_versions(state.folder / WORK_FOLDER),
         started=clock.begun_at,
         wall_s=clock.wall_s,
         command=tuple(map(redacted, sys.argv)),
@@ -146,6 +144,8 @@ def make_ready(run: RunFile, state: StageState, remake: bool) -> None:
     """
     stage = stage_named(state.instance.stage)
     if not remake and state.lost and state.manifest is not None and stage.reopen(state.folder, state.manifest):
+        made = (*state.manifest.earlier_versions, state.manifest.versions)
+        note_versions(state.folder / WORK_FOLDER, state.instance.name, made)
         return
     is_kept = state.manifest is not None and stage.is_costly(run, state.instance)
     if is_kept and state.replaced and not remake:

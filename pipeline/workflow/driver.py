@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from capgap.pipeline.stage.context import Instance
-from capgap.pipeline.stage.folder import WORK_FOLDER, lock_folder, make_folder
+from capgap.pipeline.stage.folder import WORK_FOLDER, locked_folder, make_folder
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.workflow.preflight import require_possible, to_be_made
 from capgap.pipeline.workflow.remake import EVERY_STAGE, LastCommand, is_named, require_nothing_lost, write_command
@@ -120,8 +120,8 @@ def walk(
 def _tidy(folder: Path) -> None:
     """Remove what a stage left that was killed just after its manifest, unless somebody is at work there."""
     if (folder / WORK_FOLDER).is_dir():
-        with contextlib.suppress(MachineError):
-            lock_folder(folder).release()
+        with contextlib.suppress(MachineError), locked_folder(folder):
+            pass
 
 
 def _arguments(run: RunFile, instance: Instance, remake: bool, wait: bool) -> list[str]:

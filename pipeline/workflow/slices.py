@@ -9,10 +9,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 from capgap.pipeline.stage.context import Instance, Slice, StageContext, StageInput
 from capgap.pipeline.stage.device import devices_from, resolve_device
 from capgap.pipeline.stage.events import event
@@ -25,10 +21,10 @@ from capgap.pipeline.stage.folder import (
     in_use,
     make_folder,
 )
-from capgap.pipeline.stage.heartbeat import heartbeat
+from capgap.pipeline.stage.heartbeat import heartbeat, require_nobody_elsewhere
 from capgap.pipeline.stage.lease import leases
-from capgap.pipeline.stage.locks import ProcessLock
 from capgap.pipeline.stages import stage_named
+from capgap.pipeline.store.locks import ProcessLock, held_alone
 from capgap.pipeline.workflow.carry_out import Clock, finish_with, make_ready, order_of
 from capgap.pipeline.workflow.state import RunStates, StageState, State
 from capgap.schemas.errors import MismatchError, SettingError
@@ -64,7 +60,7 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
     device, holder = resolve_device(run.device), f"{instance.name} of run {run.name}"
     context = StageContext(run, instance, state.folder, inputs, device, holder, wait)
     with ProcessLock(state.folder / LOCK_NAME) as lock:
-        with _turn(state.folder):
+        with held_alone(state.folder / TURN_NAME):
             order = _join(run, instance, inputs, lock)
             if isinstance(order, Manifest):
                 return order
@@ -85,18 +81,11 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
                 return None
             # whoever is first at the end removes the folder that they lie in
             beat.stop()
-            with _turn(state.folder):
+            with held_alone(state.folder / TURN_NAME):
                 if (found := _finished(run, instance)) is not None:
                     return found
                 result = stage.run(context)
                 return finish_with(run, state, order, (), result, clock)
-
-
-@contextmanager
-def _turn(folder: Path) -> Iterator[None]:
-    with ProcessLock(folder / TURN_NAME) as lock:
-        lock.exclusive(wait=True)
-        yield
 
 
 def _join(run: RunFile, instance: Instance, inputs: dict[str, StageInput], lock: ProcessLock) -> WorkOrder | Manifest:
@@ -107,6 +96,7 @@ def _join(run: RunFile, instance: Instance, inputs: dict[str, StageInput], lock:
     state = RunStates(run).of(instance.name)
     order = order_of(state, inputs)
     if alone:
+        require_nobody_elsewhere(state.folder / WORK_FOLDER)
         make_ready(run, state, remake=False)
         begin(state.folder, order)
     if not lock.shared():

@@ -17,6 +17,7 @@ from capgap.pipeline.stage.context import CHAT_CACHE, Instance, StageInput
 from capgap.pipeline.stage.folder import WORK_FOLDER, finished_units
 from capgap.pipeline.stage.identity import first_difference, identity_of
 from capgap.pipeline.stage.manifests import Finished, finished_stage, read_manifest, read_work_order, require_seal
+from capgap.pipeline.stage.versions import changed_versions
 from capgap.pipeline.stages import stage_named
 from capgap.pipeline.store.quarantine import read_quarantine
 from capgap.pipeline.workflow.graph import decisive_settings, further_caches, input_names, instances
@@ -196,6 +197,8 @@ class RunStates:
         changed = _difference(begun, order)
         if changed:
             why = f"{why}, begun under other settings: {changed}"
+        elif upgraded := changed_versions(folder / WORK_FOLDER):
+            why = f"{why}, {upgraded}"
         return StageState(instance, folder, State.PARTIAL, why, order, None, begun_otherwise=changed)
 
     def _look_at_finished(self, instance: Instance, folder: Path, order: WorkOrder, manifest: Manifest) -> StageState:

@@ -17,15 +17,23 @@ from typing import Any
 import pytest
 from processes import Zygote
 
-NUM_KILLS = int(os.environ.get("CAPGAP_KILLS", "100"))
+NUM_KILLS = int(os.environ.get("CAPGAP_KILLS", "60"))
 SEED = int(os.environ.get("CAPGAP_SEED", random.SystemRandom().getrandbits(32)))
 
 # Kills of one run. What is not taken up where it was killed would else hardly ever come to its end.
 KILLS_A_RUN = 5
 
 # What a stage reads, and its share of the kills.
-INPUTS = {"corpus": (), "cache": ("corpus", "teacher"), "train": ("corpus", "teacher", "cache", "student")}
-SHARES = {"corpus": 0.3, "cache": 0.4, "train": 0.3}
+INPUTS = {
+    "corpus": (),
+    "teacher": ("corpus",),
+    "cache": ("corpus", "teacher"),
+    "student": ("corpus", "teacher", "cache"),
+    "train": ("corpus", "teacher", "cache", "student"),
+    "eval": ("corpus", "teacher", "cache", "student", "train"),
+}
+SHARES = {"corpus": 0.2, "teacher": 0.1, "cache": 0.3, "student": 0.1, "train": 0.2, "eval": 0.1}
+FOLDERS = {"student": "student/seed-0", "train": "train/distilled/seed-0"}
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -39,7 +47,7 @@ def test_killed_at_random_instants_a_stage_ends_in_what_an_undisturbed_one_makes
     zygote: Zygote, made: Path, run_file: Path, tmp_path: Path, stage: str
 ) -> None:
     chance = random.Random(f"{SEED} {stage}")
-    instance = "train/distilled/seed-0" if stage == "train" else stage
+    instance = FOLDERS.get(stage, stage)
     folder = tmp_path / "out" / instance
     command = (stage, run_file, "--out", tmp_path / "out")
 

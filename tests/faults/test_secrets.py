@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import os
@@ -206,11 +207,18 @@ def test_what_a_secret_variable_holds_is_no_setting(command, flag: str, tmp_path
 
 
 class _Guarded(SimpleHTTPRequestHandler):
-    """Files for whoever brings the key in a header."""
+    """Files for whoever brings the key in a header, or in the query to which everybody is led who has the header."""
+
+    server: Any
 
     def send_head(self) -> Any:
-        if self.headers.get("Authorization") != f"Bearer {SECRET}":
+        if self.headers.get("Authorization") != self.server.key:
             self.send_error(403, f"no: {self.headers.get('Authorization')}")
+            return None
+        if self.server.is_signed and f"X-Amz-Signature={SECRET}" not in self.path:
+            self.send_response(302)
+            self.send_header("Location", f"{self.path}?X-Amz-Signature={SECRET}&user=1")
+            self.end_headers()
             return None
         return super().send_head()
 
@@ -218,30 +226,44 @@ class _Guarded(SimpleHTTPRequestHandler):
         pass
 
 
+BASIC = base64.b64encode(f"user:{SECRET}".encode()).decode()
+
+
 @pytest.mark.slow
-def test_a_run_from_a_guarded_server_leaves_the_key_nowhere(made: Path, settings, tmp_path: Path) -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Guarded, directory=str(made)))
+@pytest.mark.parametrize(
+    ("key", "is_signed"),
+    [(f"Bearer {SECRET}", False), (f"Basic {BASIC}", False), (f"Bearer {SECRET}", True)],
+    ids=["bearer", "basic", "signed"],
+)
+def test_a_run_from_a_guarded_server_leaves_the_key_nowhere(
+    made: Path, settings, tmp_path: Path, key: str, is_signed: bool
+) -> None:
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Guarded, directory=str(made)))
+    server.key, server.is_signed = key, is_signed
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    wanted = {name: settings[name] for name in ("student", "train")}
-    path = run_file(tmp_path, reuse={"cache": f"http://127.0.0.1:{server.server_port}/cache"}, **wanted)
+    wanted = {name: settings[name] for name in ("student", "train", "eval")}
+    url = f"http://127.0.0.1:{server.server_port}/cache"
+    path = run_file(tmp_path, reuse={"cache": url}, **wanted)
     plain = {**os.environ, "CAPGAP_DOWNLOADS": str(tmp_path / "downloads"), "NO_PROXY": "127.0.0.1", "HF_TOKEN": SECRET}
-    headers = {"FSSPEC_HTTP": json.dumps({"headers": {"Authorization": f"Bearer {SECRET}"}})}
+    headers = {"FSSPEC_HTTP": json.dumps({"headers": {"Authorization": key}})}
 
     def run(env: dict[str, str], *words: str) -> tuple[int, str]:
         command = [sys.executable, "-P", "-m", "capgap.jobs.cli", *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, check=False)
         return done.returncode, done.stdout + done.stderr
 
+    # eval and report are among what it makes
     said = [run(plain, "run", str(path)), run(plain | headers, "run", str(path))]
     said += [run(plain | headers, one, str(path), "--log-format", "json") for one in ("status", "plan")]
     said += [run(plain | headers, "verify", str(tmp_path / "out"))]
+    said += [run(plain | headers, "fidelity", url), run(plain, "fidelity", url)]
     server.shutdown()
     server.server_close()
-    assert [code for code, _ in said] == [2, 0, 0, 0, 0], said
+    assert [code for code, _ in said] == [2, 0, 0, 0, 0, 0, 2], said
     assert "403" in said[0][1]
-    assert [text for _, text in said if SECRET in text] == []
-    assert (tmp_path / "out" / "train" / "distilled" / "seed-0" / "manifest.json").is_file()
-    assert hits(tmp_path) == []
+    assert [text for _, text in said if SECRET in text or BASIC in text] == []
+    assert (tmp_path / "out" / "report" / "manifest.json").is_file()
+    assert hits(tmp_path, SECRET, BASIC) == []
 
 
 def test_a_stranger_s_names_do_not_control_the_terminal(command, copy: Path, settings, tmp_path: Path) -> None:

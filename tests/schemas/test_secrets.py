@@ -28,6 +28,17 @@ URLS = [
     f"key:{SECRET}@bucket/cache",
     f"https://proxy/get?url=https%3A%2F%2Fuser%3A{SECRET}%40host",
     f"https://proxy/get?url=https%253A%252F%252Fhost%253Fsig%253D{SECRET}",
+    f"//user:{SECRET}@host/cache",
+    f"https://host/cache;jsessionid={SECRET}",
+    f"https://host/cache?sign={SECRET}",
+    f"https://host/cache?ticket={SECRET}",
+]
+# refused as settings, which are a URL as a whole; within a sentence nobody could say where they end
+ODD_URLS = [
+    f"https://user:{SECRET} and a blank@host/cache",
+    f'https://user:"{SECRET}"@host/cache',
+    f"https://user:{SECRET}\n@host/cache",
+    f"https://user:{SECRET}\uff20host/cache",
 ]
 SETTINGS = {
     "reuse.cache": lambda url: {"reuse": {"cache": url}},
@@ -50,7 +61,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize("url", [*URLS, *ODD_URLS])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_no_setting_takes_a_url_with_a_credential(name: str, url: str) -> None:
     with pytest.raises(ValidationError) as caught:

@@ -15,10 +15,10 @@ from capgap.jobs.cli import main
 from capgap.pipeline.cache.shards import ShardScorer
 from capgap.pipeline.cache.stage import prepare
 from capgap.pipeline.stage.context import Instance, Slice
-from capgap.pipeline.stage.folder import LOCK_NAME, lock_folder
-from capgap.pipeline.stage.locks import ProcessLock
+from capgap.pipeline.stage.folder import LOCK_NAME, locked_folder
 from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store.files import TEMP_MARK
+from capgap.pipeline.store.locks import ProcessLock
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.slices import carry_out_slice
 from capgap.schemas.errors import CapgapError, MachineError, MismatchError
@@ -137,10 +137,11 @@ def test_an_ordinary_run_and_slices_shut_one_another_out(run) -> None:
         assert slice_at_work.shared()
         with pytest.raises(MachineError, match="another process is at work on this folder"):
             carry_out(tiny, CACHE)
-    lock = lock_folder(_cache(tiny))
-    with pytest.raises(MachineError, match="another process is at work on this folder"):
+    with (
+        locked_folder(_cache(tiny)),
+        pytest.raises(MachineError, match="another process is at work on this folder"),
+    ):
         carry_out_slice(tiny, CACHE, Slice(0, 10))
-    lock.release()
     assert carry_out(tiny, CACHE).totals["num_tokens"] > 0
 
 

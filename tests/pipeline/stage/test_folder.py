@@ -15,7 +15,7 @@ from capgap.pipeline.stage.folder import (
     content_files,
     finish,
     finished_units,
-    lock_folder,
+    locked_folder,
     plan_units,
 )
 from capgap.pipeline.stage.identity import seal_of
@@ -27,10 +27,10 @@ from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME
 _HOLDER = """
 import sys, time
 from pathlib import Path
-from capgap.pipeline.stage.folder import lock_folder
-lock = lock_folder(Path(sys.argv[1]))
-print("held", flush=True)
-time.sleep(120)
+from capgap.pipeline.stage.folder import locked_folder
+with locked_folder(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(120)
 """
 
 # Python's own audit events say what is removed, in order.
@@ -97,13 +97,17 @@ def test_a_lock_is_one_processs_and_ends_with_it(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", _HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(MachineError, match=f"{folder}: another process is at work on this folder"):
-            lock_folder(folder)
+        with (
+            pytest.raises(MachineError, match=f"{folder}: another process is at work on this folder"),
+            locked_folder(folder),
+        ):
+            pass
     finally:
         holder.kill()
         holder.wait()
         holder.stdout.close()
-    lock_folder(folder).release()
+    with locked_folder(folder):
+        pass
 
 
 def test_beginning_keeps_finished_work_and_removes_what_a_kill_left(make_run, tmp_path: Path) -> None:
@@ -116,7 +120,7 @@ def test_beginning_keeps_finished_work_and_removes_what_a_kill_left(make_run, tm
     order = states(make_run())["corpus"].order
     begin(folder, order)
     left = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    assert left == ["targets-000000.tar", "work.json", "work/shards/targets-000000.json"]
+    assert left == ["targets-000000.tar", "work.json", "work/shards/targets-000000.json", "work/versions.json"]
 
 
 def test_finishing_removes_the_work_and_makes_the_manifest_readable(make_run, make_finished) -> None:

@@ -7,12 +7,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from capgap.pipeline.stage.heartbeat import current_heartbeat, heartbeat, is_alive, read_heartbeats
+from capgap.pipeline.stage.heartbeat import (
+    current_heartbeat,
+    heartbeat,
+    is_alive,
+    read_heartbeats,
+    require_nobody_elsewhere,
+)
 from capgap.pipeline.stage.progress import progress
 from capgap.schemas.errors import MachineError
 
@@ -81,8 +88,47 @@ def test_a_process_of_another_machine_is_believed_for_two_minutes(tmp_path: Path
     elsewhere = beat.model_copy(update={"machine": "elsewhere", "pid": 1 << 22})
     assert is_alive(elsewhere)
     assert not is_alive(elsewhere.model_copy(update={"written_s": elsewhere.written_s - 121}))
+    # by a clock that was far ahead when it died, it would live for years
+    assert not is_alive(elsewhere.model_copy(update={"written_s": elsewhere.written_s + 1e8}))
     # of another container, where process ids are others
     assert is_alive(beat.model_copy(update={"namespace": "pid:[1]", "pid": 1 << 22}))
+
+
+def test_a_clock_that_is_turned_back_does_not_stop_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("capgap.pipeline.stage.heartbeat._WRITE_EVERY_S", 0.02)
+    monkeypatch.setattr("capgap.pipeline.stage.heartbeat._BEAT_EVERY_S", 0.1)
+    path = tmp_path / "work" / "progress.json"
+    with heartbeat(tmp_path / "work"):
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now - 1e6)
+        written = path.stat().st_ino
+        _until(lambda: path.stat().st_ino != written)
+        assert read_heartbeats(tmp_path / "work")[0].written_s < now
+
+
+def test_nobody_else_is_at_work_where_no_heartbeat_of_elsewhere_goes_on(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("capgap.pipeline.stage.heartbeat._WRITE_EVERY_S", 0.02)
+    monkeypatch.setattr("capgap.pipeline.stage.heartbeat._WATCHED_S", 0.5)
+    work = tmp_path / "work"
+    with heartbeat(work):
+        (own,) = read_heartbeats(work)
+    # its own, which was killed, is not even watched
+    (work / "progress.json").write_text(own.model_dump_json())
+    began = time.monotonic()
+    require_nobody_elsewhere(work)
+    assert time.monotonic() - began < 0.5
+    other = own.model_copy(update={"machine": "elsewhere"})
+    (work / "progress.json").write_text(other.model_dump_json())
+    require_nobody_elsewhere(work)
+    assert time.monotonic() - began > 0.5
+    monkeypatch.setattr("capgap.pipeline.stage.heartbeat._WATCHED_S", 60)
+    moved = other.model_copy(update={"written_s": other.written_s - 3600})
+    (work / "next").write_text(moved.model_dump_json())
+    beats = threading.Timer(0.1, lambda: (work / "next").replace(work / "progress.json"))
+    beats.start()
+    with pytest.raises(MachineError, match=rf"another machine is at work .* found pid {os.getpid()} of elsewhere"):
+        require_nobody_elsewhere(work)
+    beats.join()
 
 
 def test_it_is_written_at_most_once_a_second_however_often_it_advances(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from capgap.pipeline.store import DiskCache
+from capgap.pipeline.store.locks import held_alone
 from capgap.schemas.errors import CorruptError, InputError, SettingError
 from capgap.schemas.manifest import FileEntry
 
@@ -201,7 +201,7 @@ def test_processes_that_download_at_once_stay_within_the_bound(tmp_path, most: i
     seen, partial = [], []
     while any(worker.poll() is None for worker in workers):
         # under this lock files come and go, so a listing is a snapshot
-        with FileLock(tmp_path / "copies" / "locks" / "room"):
+        with held_alone(tmp_path / "copies" / "locks" / "room"):
             sizes = {p.name: p.stat().st_size for p in (tmp_path / "copies").iterdir() if p.is_file()}
         seen.append(sum(sizes.values()))
         partial.append(sum(name.endswith(".partial") for name in sizes))

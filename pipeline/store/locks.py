@@ -1,8 +1,7 @@
 """A lock of the operating system on a file, held by one process alone or shared; it ends with the process.
 
-`filelock`, which locks for one process alone, takes the very same kind of lock: the two exclude one another. On a
-network file system it holds across machines where that system passes `flock` on, as NFS since version 4, Lustre with
-`flock`, BeeGFS and CephFS do; capgap refuses one that has no locks at all.
+On a network file system it holds across machines where that system passes `flock` on, as NFS since version 4, Lustre
+with `flock`, BeeGFS and CephFS do; capgap refuses one that has no locks at all.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -45,6 +45,18 @@ def open_shared(path: Path, mode: int) -> int:
             if error.errno != errno.ELOOP:
                 raise
             raise MachineError("a link stands where a lock belongs", where=path, fix="remove it") from None
+
+
+@contextlib.contextmanager
+def held_alone(path: Path) -> Iterator[None]:
+    """Wait for the lock on a file, and hold it alone while the block runs.
+
+    Raises:
+        FileNotFoundError, PermissionError, MachineError: as `ProcessLock`.
+    """
+    with ProcessLock(path) as lock:
+        lock.exclusive(wait=True)
+        yield
 
 
 class ProcessLock:

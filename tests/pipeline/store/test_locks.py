@@ -6,15 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from filelock import FileLock, Timeout
 
-from capgap.pipeline.stage.locks import ProcessLock
+from capgap.pipeline.store.locks import ProcessLock
 from capgap.schemas.errors import MachineError
 
 _HOLDER = """
 import sys, time
 from pathlib import Path
-from capgap.pipeline.stage.locks import ProcessLock
+from capgap.pipeline.store.locks import ProcessLock
 lock = ProcessLock(Path(sys.argv[1]))
 print(getattr(lock, sys.argv[2])(), flush=True)
 time.sleep(120)
@@ -45,17 +44,6 @@ def test_readers_share_and_nothing_else_goes_together_until_the_holder_is_killed
         holder.stdout.close()
     with ProcessLock(path) as lock:
         assert lock.exclusive()
-
-
-def test_a_file_lock_of_the_library_is_shut_out_by_a_shared_one_and_shuts_it_out(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    with ProcessLock(path) as lock:
-        assert lock.shared()
-        with pytest.raises(Timeout):
-            FileLock(path).acquire(timeout=0)
-        lock.release()
-        with FileLock(path):
-            assert not lock.shared()
 
 
 def test_a_lock_can_be_made_shared_and_exclusive_again(tmp_path: Path) -> None:
