@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from capgap.pipeline.cache.convert import join, to_requests, to_targets
-from capgap.pipeline.cache.scoring import Engine, Recording, Scored
+from capgap.pipeline.cache.scoring import Engine, Recording, Request, Scored
 from capgap.pipeline.store import Block, Codec, ShardReader, ShardWriter, check_alignment, split_blocks
 from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS
 from capgap.pipeline.store.ranking import RANKING_NAME, read_ranking
@@ -220,8 +220,17 @@ class ShardScorer:
 
     def _started(self) -> Engine:
         if self._engine is None:
-            self._engine = start_engine(self.job)
+            # imported here: it brings transformers
+            from capgap.pipeline.cache.cross_check import start_cross_checked
+
+            self._engine = start_cross_checked(self.job, lambda: start_engine(self.job), self._first_requests)
         return self._engine
+
+    def _first_requests(self, num_sequences: int) -> list[Request]:
+        """What the engine is asked for the first sequences of the cache."""
+        sequences = self._source.read(0)[0]
+        rows = zip(sequences.tokens_BL1[:num_sequences], sequences.starts_BL1, strict=False)
+        return [one for tokens_L1, starts_L1 in rows for one in to_requests(tokens_L1, starts_L1, self.job.context)]
 
     def _facts_path(self, index: int) -> Path:
         return self.job.work / SCORED_FOLDER / f"{index:06d}.json"
