@@ -120,6 +120,9 @@ class ShardFacts(Record):
     dtype: str
     """The dtype of the teacher's weights and activations."""
 
+    machine: str = ""
+    """The GPU, or the processor with its number of threads: where two agree, sums are taken in the same order."""
+
     num_targets: int
     """Targets in the shard."""
 

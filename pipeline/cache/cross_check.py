@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import PreTrainedModel
 
 from capgap.pipeline.cache.scoring import Engine, Recording, Request
 from capgap.pipeline.cache.transformers_engine import TransformersEngine
@@ -93,6 +92,17 @@ def read_cross_check(work: Path) -> CrossCheck | None:
     return read_sidecar(work / CROSS_CHECK_NAME, CrossCheck)
 
 
+def needed_bytes(job: CacheJob) -> int:
+    """What the teacher takes of a device's memory in float32: its weights, and its head, of which an engine has a copy.
+
+    Raises:
+        InputError: transformers cannot make it.
+    """
+    model = empty_model(load_config(job.teacher, job.trust_remote_code), job.trust_remote_code)
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    return int(_ROOM * 4 * (num_weights + model.get_output_embeddings().weight.numel()))
+
+
 def compared(dtype: str, exact: Labels, own: Labels, found: Labels) -> CrossCheck:
     """The record of logprobs of the same labels: transformers' in float32 and in the cache's dtype, and vLLM's."""
     own_nats = _rms(own - exact)
@@ -115,7 +125,7 @@ def _by_transformers(job: CacheJob, requests: Sequence[Request]) -> tuple[str, L
         dtype = saved if job.settings.dtype == "auto" else job.settings.dtype
         if dtype not in _DTYPES:
             return CrossCheck(skipped=f"its weights are of type {dtype}")
-        needed = _needed_bytes(empty_model(config, job.trust_remote_code))
+        needed = needed_bytes(job)
         if needed > (free := free_bytes(job.device)):
             return CrossCheck(
                 skipped=f"the teacher takes {needed / 2**30:.3g} GiB in float32, and {free / 2**30:.3g} GiB are free"
@@ -124,12 +134,6 @@ def _by_transformers(job: CacheJob, requests: Sequence[Request]) -> tuple[str, L
         return dtype, exact, exact if dtype == "float32" else _labels_in(dtype, job, requests)
     except Exception as error:  # no reason not to make the cache: it does not need transformers
         return CrossCheck(skipped=f"transformers failed: {first_line(error)[:300]}")
-
-
-def _needed_bytes(model: PreTrainedModel) -> int:
-    """Of the weights in float32, and of the head, of which the engine has a copy."""
-    num_weights = sum(parameter.numel() for parameter in model.parameters())
-    return int(_ROOM * 4 * (num_weights + model.get_output_embeddings().weight.numel()))
 
 
 def _labels_in(dtype: str, job: CacheJob, requests: Sequence[Request]) -> Labels:

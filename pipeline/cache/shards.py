@@ -20,6 +20,7 @@ import numpy as np
 
 from capgap.pipeline.cache.convert import join, to_requests, to_targets
 from capgap.pipeline.cache.scoring import Engine, Recording, Request, Scored
+from capgap.pipeline.stage.device import machine_kind
 from capgap.pipeline.store import Block, Codec, ShardReader, ShardWriter, check_alignment, split_blocks
 from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS
 from capgap.pipeline.store.ranking import RANKING_NAME, read_ranking
@@ -78,13 +79,14 @@ class FinishedShard:
 
 @dataclass(frozen=True)
 class ScoredShard:
-    """A shard in memory: the sequences, and what the engine of that name and dtype said of each."""
+    """A shard in memory: the sequences, and what the engine of that name and dtype said of each, on which machine."""
 
     index: int
     sequences: Sequences
     scored: list[Scored]
     engine: str
     dtype: str
+    machine: str
 
 
 class ShardScorer:
@@ -129,7 +131,7 @@ class ShardScorer:
         ]
         answers = iter(engine.score([request for of in requests for request in of]))
         scored = [join([next(answers) for _ in of]) for of in requests]
-        return ScoredShard(index, sequences, scored, engine.name, engine.dtype)
+        return ScoredShard(index, sequences, scored, engine.name, engine.dtype, machine_kind(self.job.device))
 
     def write(self, shard: ScoredShard) -> FinishedShard:
         """Encode and write a scored shard, replacing what may be there under its name.
@@ -147,6 +149,7 @@ class ShardScorer:
             sha256={name: entry.file.sha256 for name, entry in entries.items()},
             engine=shard.engine,
             dtype=shard.dtype,
+            machine=shard.machine,
             num_targets=sum(len(s.label_logprobs_L) for s in shard.scored),
             label_loss=-sum(float(s.label_logprobs_L.sum(dtype=np.float64)) for s in shard.scored),
         )
