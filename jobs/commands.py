@@ -158,6 +158,8 @@ def verify_command(argv: Sequence[str]) -> int:
                 device=flags["device"],
                 wait=not flags["no_wait"],
                 trust_remote_code=flags["trust_remote_code"],
+                engine=flags["engine"],
+                dtype=flags["dtype"],
             ):
                 log("rescored", line)
     return 0
@@ -169,10 +171,13 @@ def verify_parser() -> Parser:
     parser.add_argument("folders", nargs="+", type=str, help="A run's folder, or a stage's.")
     parser.add_argument("--quarantine", action="store_true", help="List damaged shards, so that they alone are remade.")
     parser.add_argument(
-        "--rescore", type=number, default=None, help="Share of a cache's sequences to score again; one at least."
+        "--rescore", type=number, default=None, help="Share of a cache's sequences to score again; eight at least."
     )
     parser.add_argument("--teacher", type=str, default=None, help="Its folder or id, if it is not where it was.")
     parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), default="auto", help="Where to score again.")
+    engines, dtypes = one_of("vllm", "transformers"), one_of("float32", "bfloat16", "float16")
+    parser.add_argument("--engine", type=engines, default=None, help="What scores again, if not the cache's engine.")
+    parser.add_argument("--dtype", type=dtypes, default=None, help="In which dtype, if not in the cache's.")
     parser.add_argument("--no-wait", action="store_true", help="Stop if a stage holds the device.")
     parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the teacher.")
     return parser

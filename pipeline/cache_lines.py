@@ -25,6 +25,8 @@ def describe(location: Path | str, manifest: Manifest, facts: CacheFacts) -> str
         f"  tokenizer: fingerprint {tokenizer.fingerprint[:12]}, documents end with id {tokenizer.eos_id}",
         f"  context: {facts.context}",
     ]
+    if facts.cross_check is not None:
+        lines.append(f"  engines: {facts.cross_check.sentence}")
     return "\n".join(lines)
 
 

@@ -120,6 +120,9 @@ class ShardFacts(Record):
     dtype: str
     """The dtype of the teacher's weights and activations."""
 
+    machine: str = ""
+    """The GPU, or the processor with its number of threads: where two agree, sums are taken in the same order."""
+
     num_targets: int
     """Targets in the shard."""
 
@@ -128,6 +131,45 @@ class ShardFacts(Record):
 
     label_loss: float
     """Sum over the labels of minus the teacher's logprob of them, nats."""
+
+
+class CrossCheck(Record):
+    """How far vLLM's logprobs of some labels are from transformers', beside what rounding does within transformers."""
+
+    skipped: str | None = None
+    """Why they were not compared; None where they were. No further field has a value otherwise."""
+
+    num_labels: int = 0
+    """Labels that were compared."""
+
+    dtype: str = ""
+    """The dtype of the cache."""
+
+    rms_nats: float | None = None
+    """Root mean square of the differences of vLLM in the cache's dtype from transformers in float32."""
+
+    own_rms_nats: float | None = None
+    """The same of transformers in the cache's dtype: rounding alone; 0 in float32."""
+
+    allowed_nats: float | None = None
+    """What `rms_nats` may be; above it eval and pruning look at another model than the cache does."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether vLLM and transformers compute different models."""
+        # not a number differs
+        return self.skipped is None and not (self.rms_nats or 0.0) <= (self.allowed_nats or 0.0)
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        if self.skipped is not None:
+            return f"vLLM was not held against transformers: {self.skipped}"
+        return (
+            f"vLLM in {self.dtype} is {self.rms_nats:.2g} nats from transformers in float32 (rms of "
+            f"{self.num_labels:,} labels), transformers in {self.dtype} {self.own_rms_nats:.2g}, allowed are "
+            f"{self.allowed_nats:.2g}" + (": eval and pruning look at another model than the cache does" * self.differs)
+        )
 
 
 class CacheFacts(TextFacts):
@@ -154,6 +196,10 @@ class CacheFacts(TextFacts):
     mean_label_loss: float | None
     """Mean over the labels that count of minus the teacher's logprob of them, nats. None where there are none, or some
     are not known, which makes no difference to a training: an imported cache knows those of the ids that it keeps."""
+
+    cross_check: CrossCheck | None = None
+    """vLLM held against transformers; None where it did not score the cache, where nobody wanted to know
+    (`cache.cross_check`), and of an import."""
 
     scored: tuple[ShardFacts, ...] = ()
     """Who scored each shard, in order: a cache that loses shards makes those again and no others. Empty if imported."""

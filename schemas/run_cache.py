@@ -119,6 +119,11 @@ class CacheSettings(Record):
     """Engines that score shards at once, each on GPUs of its own, by Ray: on this machine, or on the cluster that
     RAY_ADDRESS names. Which replica makes a shard changes nothing in it."""
 
+    cross_check: Literal["auto", "never"] = Field("auto", json_schema_extra=OPERATIONAL)
+    """Hold vLLM against transformers, through which eval and pruning look at the teacher, before the first shard.
+    `auto`: where the teacher fits on the device in float32. It is loaded there in float32 and in the cache's dtype, one
+    after the other, for four sequences and 4096 tokens, or one sequence of at most 8192."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.engine == "transformers" and self.tensor_parallel > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from capgap.pipeline.cache.cross_check import CROSS_CHECK_NAME
 from capgap.pipeline.cache.shards import SCORED_FOLDER, SIDECARS_FOLDER
 from capgap.pipeline.stage.folder import WORK_FOLDER
 from capgap.pipeline.store.files import sync_folder
@@ -40,6 +41,8 @@ def reopen(folder: Path, manifest: Manifest) -> bool:
         for entry in entries:
             write_sidecar(work / SIDECARS_FOLDER / Path(entry.file.path).with_suffix(".json").name, entry)
         write_sidecar(work / SCORED_FOLDER / f"{index:06d}.json", scored)
+    if facts.cross_check is not None:
+        write_sidecar(work / CROSS_CHECK_NAME, facts.cross_check)
     (folder / MANIFEST_NAME).unlink()
     sync_folder(folder)
     write_quarantine(folder, {})

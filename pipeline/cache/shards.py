@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from capgap.pipeline.cache.convert import join, to_requests, to_targets
-from capgap.pipeline.cache.scoring import Engine, Recording, Scored
+from capgap.pipeline.cache.scoring import Engine, Recording, Request, Scored
+from capgap.pipeline.stage.device import machine_kind
 from capgap.pipeline.store import Block, Codec, ShardReader, ShardWriter, check_alignment, split_blocks
 from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS
 from capgap.pipeline.store.ranking import RANKING_NAME, read_ranking
@@ -78,13 +79,14 @@ class FinishedShard:
 
 @dataclass(frozen=True)
 class ScoredShard:
-    """A shard in memory: the sequences, and what the engine of that name and dtype said of each."""
+    """A shard in memory: the sequences, and what the engine of that name and dtype said of each, on which machine."""
 
     index: int
     sequences: Sequences
     scored: list[Scored]
     engine: str
     dtype: str
+    machine: str
 
 
 class ShardScorer:
@@ -129,7 +131,7 @@ class ShardScorer:
         ]
         answers = iter(engine.score([request for of in requests for request in of]))
         scored = [join([next(answers) for _ in of]) for of in requests]
-        return ScoredShard(index, sequences, scored, engine.name, engine.dtype)
+        return ScoredShard(index, sequences, scored, engine.name, engine.dtype, machine_kind(self.job.device))
 
     def write(self, shard: ScoredShard) -> FinishedShard:
         """Encode and write a scored shard, replacing what may be there under its name.
@@ -149,6 +151,7 @@ class ShardScorer:
             sha256={name: entry.file.sha256 for name, entry in entries.items()},
             engine=shard.engine,
             dtype=shard.dtype,
+            machine=shard.machine,
             num_targets=sum(len(s.label_logprobs_L) for s in shard.scored),
             num_labels=int(counts_BL.sum()),
             label_loss=-sum(float(one.label_logprobs_L[counts_L].sum(dtype=np.float64)) for one, counts_L in labels),
@@ -223,8 +226,17 @@ class ShardScorer:
 
     def _started(self) -> Engine:
         if self._engine is None:
-            self._engine = start_engine(self.job)
+            # imported here: it brings transformers
+            from capgap.pipeline.cache.cross_check import start_cross_checked
+
+            self._engine = start_cross_checked(self.job, lambda: start_engine(self.job), self._first_requests)
         return self._engine
+
+    def _first_requests(self, num_sequences: int) -> list[Request]:
+        """What the engine is asked for the first sequences of the cache."""
+        sequences = self._source.read(0)[0]
+        rows = zip(sequences.tokens_BL1[:num_sequences], sequences.starts_BL1, strict=False)
+        return [one for tokens_L1, starts_L1 in rows for one in to_requests(tokens_L1, starts_L1, self.job.context)]
 
     def _facts_path(self, index: int) -> Path:
         return self.job.work / SCORED_FOLDER / f"{index:06d}.json"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import accumulate
 
+from capgap.pipeline.cache.cross_check import read_cross_check
 from capgap.pipeline.cache.held import WRITING_THREADS, require_room
 from capgap.pipeline.cache.label_loss import require_as_measured, say_if_it_knows_nothing
 from capgap.pipeline.cache.overlap import overlap
@@ -72,6 +73,7 @@ def run(context: StageContext) -> StageResult:
         engines=tuple(sorted({shard.facts.engine for shard in shards})),
         dtypes=tuple(sorted({shard.facts.dtype for shard in shards})),
         mean_label_loss=sum(shard.facts.label_loss for shard in shards) / num_labels if num_labels else None,
+        cross_check=read_cross_check(scorer.job.work),
         scored=tuple(shard.facts for shard in made),
     )
     num_bytes = sum(shard_set.num_bytes for shard_set in sets.values())

@@ -54,7 +54,7 @@ def load_config(path: str, trust_remote_code: bool = False) -> Any:
             raise no_config(names, path) from None
         raise not_there("no model can be found", path, error, "config.json") from None
     _require_causal(config, path)
-    return config
+    return _with_whole_attention(config)
 
 
 def no_config(names: list[str], where: str) -> InputError:
@@ -111,6 +111,18 @@ def _require_causal(config: Any, where: str) -> None:
             found=f"a {config.model_type} whose tokens see those behind them",
             expected="a decoder, whose tokens see only those before them",
         )
+
+
+def _with_whole_attention(config: Any) -> Any:
+    """The configuration, with an attention that does all that the model asks for.
+
+    That of torch, which transformers takes by itself, leaves out the cap on attention's logits and says nothing: of a
+    tiny Gemma 2, 0.03 nats a label (rms).
+    """
+    for one in (config, config.get_text_config()):
+        if getattr(one, "attn_logit_softcapping", None) is not None:
+            one._attn_implementation = "eager"
+    return config
 
 
 def empty_model(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:

