@@ -113,7 +113,7 @@ def test_a_stage_that_is_killed_is_137_and_one_that_is_interrupted_130(run_file:
         # past the imports, in which an interrupt is Python's own
         _when((run_file.parent / "out" / "teacher" / "work.json").exists)
         os.kill(child, number)
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=1800)
         assert process.returncode == code, error
         (run_file.parent / "out" / "teacher" / "work.json").unlink()
     assert "Traceback" not in error
@@ -123,7 +123,7 @@ def test_ctrl_c_on_a_run_is_130_and_says_that_the_same_command_goes_on(run_file:
     process = _start(run_file, "--only", "teacher")
     _when((run_file.parent / "out" / "teacher" / "work.json").exists)
     os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=1800)
     assert process.returncode == 130, error
     assert "capgap: interrupted; the same command goes on from here" in error and "Traceback" not in error
 
@@ -133,7 +133,7 @@ def test_a_reader_that_has_gone_is_no_crash(run_file: Path) -> None:
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     error = process.stderr.read()
-    assert (process.wait(timeout=120), error) == (141, "")
+    assert (process.wait(timeout=1800), error) == (141, "")
 
 
 def _start(run_file: Path, *arguments: str) -> subprocess.Popen[str]:
