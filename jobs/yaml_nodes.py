@@ -21,7 +21,7 @@ Loc = tuple[Any, ...]
 
 # A run file that names ten thousand sources is half a megabyte of fifty thousand values; none is ten deep.
 _MAX_BYTES = 4 << 20
-_MAX_VALUES = 200_000
+_MAX_VALUES = 60_000
 _MAX_DEPTH = 32
 
 _KINDS = {list: "a list", str: "text", int: "a number", float: "a number"}

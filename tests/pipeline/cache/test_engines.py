@@ -31,9 +31,13 @@ TEACHERS = {
     "tied padded head, a key for every query": {"tied": True, "num_kv_heads": 4},
     "tied exact head, one key for all queries": {"tied": True, "num_kv_heads": 1, "num_columns": VOCAB_SIZE},
 }
-CASES = [(teacher, "worker") for teacher in TEACHERS] + [
+WAYS = [(teacher, "worker") for teacher in TEACHERS] + [
     (teacher, "public") for teacher, settings in TEACHERS.items() if "num_columns" in settings
 ]
+# each is a start of vLLM
+QUICK = [("padded head, grouped queries", "worker"), ("tied exact head, one key for all queries", "worker")]
+QUICK += [("exact head, grouped queries", "public")]
+CASES = [pytest.param(way, id=f"{way[1]}, {way[0]}", marks=() if way in QUICK else pytest.mark.slow) for way in WAYS]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def submission(requests_of) -> list[Request]:
     return [*requests, Request(requests[0].tokens_L1[:2]), *cut, requests[3]]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[1]}, {case[0]}")
+@pytest.fixture(scope="module", params=CASES)
 def engines(request, teacher_folder, recording) -> Iterator[tuple[VllmEngine, TransformersEngine]]:
     """One of vLLM that cuts sequences in two, and the reference, which knows every id's logprob."""
     teacher, capture = request.param

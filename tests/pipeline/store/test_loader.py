@@ -70,12 +70,16 @@ def test_what_remains_after_a_resume_is_the_same_to_the_bit(codecs, make_reader,
     assert len(second) == len(whole) == 25
 
 
-def test_200_kills_and_resumes_with_other_ranks_and_micro_batches_take_the_same_steps(many) -> None:
+NUM_KILLS = pytest.mark.parametrize("num_kills", [15, pytest.param(200, marks=pytest.mark.slow)])
+
+
+@NUM_KILLS
+def test_kills_and_resumes_with_other_ranks_and_micro_batches_take_the_same_steps(many, num_kills: int) -> None:
     """Killed after any step, and resumed with any number of ranks, micro-batches and threads."""
     whole = _steps([SequenceLoader(many, LoaderSettings(128, 5, num_epochs=2, threads=0))])
     assert len(whole) == 18
     rng = random.Random(0)
-    for _ in range(200):
+    for _ in range(num_kills):
         step, found, state = 0, [], None
         while step < 18:
             world_size, stop = 2 ** rng.randint(0, 6), rng.randint(step + 1, 18)
@@ -104,14 +108,15 @@ def test_200_kills_and_resumes_with_other_ranks_and_micro_batches_take_the_same_
         assert state is not None and state["position"] == 18 * 128
 
 
-def test_after_200_random_kills_any_ranks_and_workers_go_on_to_the_bit(codecs, make_reader) -> None:
+@NUM_KILLS
+def test_after_random_kills_any_ranks_and_workers_go_on_to_the_bit(codecs, make_reader, num_kills: int) -> None:
     """Rank r of w has every w-th sequence, so the ranks' rows, dealt out in turn, are one process's in its order."""
     reader = make_reader(codecs[SAMPLED], SIZES)
     settings = {"batch_sequences": 12, "seed": 4, "num_epochs": 4}
     whole = [_rows(batch) for batch in SequenceLoader(reader, LoaderSettings(**settings, threads=0))]
     assert len(whole) == 12
     rng = random.Random(1)
-    for _ in range(200):
+    for _ in range(num_kills):
         kill_step, before, world_size, workers = (
             rng.randrange(12),
             rng.choice([1, 2, 3, 4, 6, 12]),
