@@ -284,3 +284,11 @@ class Manifest(WorkOrder):
 
     resolved: dict[str, Any] = Field(default_factory=dict)
     """The whole run file with its defaults, operational settings included."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        shards = [shard.file.path.casefold() for part in self.shard_sets.values() for shard in part.shards]
+        for name, paths in (("files", [file.path for file in self.files]), ("shard_sets", shards)):
+            if len(set(paths)) < len(paths):
+                raise ValueError(f"{name}: found a path twice, expected each once")
+        return self

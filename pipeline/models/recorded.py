@@ -18,9 +18,10 @@ from __future__ import annotations
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from capgap.pipeline.stage.context import StageInput
+from capgap.pipeline.stage.sources import place_below
 from capgap.pipeline.store.files import sha256_of
 from capgap.schemas.errors import CorruptError
 from capgap.schemas.manifest import FileEntry, SourceEntry
@@ -46,7 +47,8 @@ def require_as_recorded(made: StageInput, folder: Path, is_given: bool) -> None:
         is_given: it lies outside the stage's folder.
     """
     entries = _given(made, folder) if is_given else _made(made, folder)
-    if not any(folder.glob("*.safetensors")):
+    recorded = (path for path, _ in entries if path.suffix == ".safetensors")
+    if not any(path.is_file() for path in (*folder.glob("*.safetensors"), *recorded)):
         return
     num_bytes = sum(entry.num_bytes for _, entry in entries)
     if num_bytes > _WORTH_A_LINE_BYTES:
@@ -67,7 +69,8 @@ def _made(made: StageInput, folder: Path) -> list[tuple[Path, FileEntry | Source
 
 def _given(made: StageInput, folder: Path) -> list[tuple[Path, FileEntry | SourceEntry]]:
     """Sources may be named from the folder in which the stage was started; the model's own is known."""
-    return [(folder / PurePath(source.path).name, source) for source in made.manifest.sources]
+    paths = [source.path for source in made.manifest.sources]
+    return [(folder / place_below(source.path, paths), source) for source in made.manifest.sources]
 
 
 def _digest(path: Path) -> str | None:

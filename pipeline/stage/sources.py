@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
 
+_INDEX_NAME = "model.safetensors.index.json"
 # code that comes with a model decides what it computes, where it is trusted
 _MODEL_SUFFIXES = {".py", ".safetensors", ".json", ".bin", ".model", ".txt", ".jinja"}
 
@@ -13,4 +16,24 @@ def model_files(path: str | None) -> list[Path]:
     folder = Path(path) if path else None
     if folder is None or not folder.is_dir():
         return []
-    return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in _MODEL_SUFFIXES)
+    beside = {file for file in folder.iterdir() if file.is_file() and file.suffix in _MODEL_SUFFIXES}
+    return sorted(beside | set(_weights_below(folder)))
+
+
+def place_below(path: str, paths: Iterable[str]) -> PurePath:
+    """Where a file of a model lies in its folder, which is the deepest that holds all of its files."""
+    folders = [PurePath(one).parent.parts for one in paths]
+    shared = min(len(parts) for parts in folders)
+    while len({parts[:shared] for parts in folders}) > 1:
+        shared -= 1
+    return PurePath(*PurePath(path).parts[shared:])
+
+
+def _weights_below(folder: Path) -> Iterator[Path]:
+    """Files of weights in folders of the model's folder, which its index may name."""
+    try:
+        names = set(json.loads((folder / _INDEX_NAME).read_bytes())["weight_map"].values())
+        files = [folder / name for name in names if ".." not in PurePath(name).parts]
+        yield from (file for file in files if file.parent != folder and file.is_relative_to(folder) and file.is_file())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # whoever loads the model says what is wrong with its index

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from capgap.pipeline.models.chat_template import ChatTemplate
 from capgap.pipeline.stage.context import StageContext
 from capgap.pipeline.train.model_card import escaped, is_id
 from capgap.pipeline.tune.lesson import Lesson
@@ -56,7 +57,9 @@ def chat_card(
         "held-out answers after": f"{totals['heldout_loss_after']:.6g} nats/token",
         "made by": f"capgap {version('capgap')}",
     }
-    example = lesson.format.tokenizer.apply_chat_template(list(_EXAMPLE), tokenize=False, add_generation_prompt=True)
+    tokenizer = lesson.format.tokenizer
+    template = ChatTemplate(tokenizer, "the model's chat template", tokenizer.get_chat_template())
+    example = template.render(list(_EXAMPLE), [], "the example of the model card", asks=True)
     inputs = [
         f"| {role} | `{made.manifest.identity}` | `{made.manifest.content}` |" for role, made in context.inputs.items()
     ]

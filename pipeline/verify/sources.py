@@ -8,8 +8,9 @@ of a model that was given         damage, whatever its time is: later stages rea
 
 from __future__ import annotations
 
-from pathlib import Path, PurePath
+from pathlib import Path
 
+from capgap.pipeline.stage.sources import place_below
 from capgap.pipeline.store.files import sha256_of
 from capgap.schemas.errors import CorruptError
 from capgap.schemas.manifest import Manifest, SourceEntry
@@ -24,9 +25,9 @@ def verify_sources(manifest: Manifest) -> list[str]:
     # a model's sources may be named from the folder in which the stage was started
     given = manifest.facts.get("path")
     folder = Path(given) if isinstance(given, str) and Path(given).is_absolute() else None
-    remarks = []
+    paths, remarks = [source.path for source in manifest.sources], []
     for source in manifest.sources:
-        path = Path(source.path) if folder is None else folder / PurePath(source.path).name
+        path = Path(source.path) if folder is None else folder / place_below(source.path, paths)
         if not path.is_file():
             remarks.append(f"  source {path} is gone: it was not compared")
         elif not _is_same(path, source):
