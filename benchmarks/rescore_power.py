@@ -46,9 +46,8 @@ def main() -> None:
     """Make and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument(
-        "--parts", type=int, default=4, help="parts of the text, each a sound trial for every batch size"
-    )
+    parser.add_argument("--parts", type=int, default=4, help="of the text: sound trials of every batch size")
+    parser.add_argument("--sequences", type=int, default=32, help=f"a trial, each of {SEQ_LEN} targets")
     parser.add_argument("--seeds", type=int, default=2, help="moved models of each share and part")
     parser.add_argument("--no-keep", action="store_true", help="print the figures alone")
     flags = parser.parse_args()
