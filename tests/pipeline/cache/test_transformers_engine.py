@@ -154,13 +154,11 @@ def test_the_chosen_dtype_is_that_of_the_body_and_the_head_stays_in_float32(
     assert (logprobs_LK != rounded_LK).mean() > 0.9, "logprobs of a bfloat16 head would tie and repeat"
 
 
+MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16}
 SCALED = {
     "Granite": (GraniteConfig, {"logits_scaling": 8.0}),
     "Cohere": (CohereConfig, {"logit_scale": 0.0625}),
-    "Falcon-H1": (
-        FalconH1Config,
-        {"lm_head_multiplier": 0.25, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
-    ),
+    "Falcon-H1": (FalconH1Config, {"lm_head_multiplier": 0.25, **MAMBA}),
 }
 
 
