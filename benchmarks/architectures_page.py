@@ -47,4 +47,5 @@ def _measured_on(rows: list[dict[str, Any]]) -> str:
     versions = sorted({", ".join(f"{name} {number}" for name, number in row["versions"].items()) for row in rows})
     machines = sorted({row["machine"]["device"] for row in rows})
     passed = sum("fault" not in row and row["rms_nats"] <= _DIFFERS_NATS for row in rows)
-    return f"{passed} of {len(rows)} architectures go through and agree; {'; '.join(versions)}; {', '.join(machines)}, float32:"
+    measured = f"{'; '.join(versions)}; {', '.join(machines)}, float32"
+    return f"{passed} of {len(rows)} architectures go through and agree; {measured}:"
