@@ -152,7 +152,8 @@ def compared(name: str, work: Path) -> Row:
     try:
         caches = {engine: _cache(engine, folder, work) for engine in ("transformers", "vllm")}
     except Exception as error:  # a row says what it was, whatever it was
-        return row | {"fault": (str(error) if isinstance(error, CapgapError) else repr(error))[:400]}
+        said = str(error) if isinstance(error, CapgapError) else repr(error)
+        return row | {"fault": said.replace(str(folder / "given"), "the teacher")[:300]}
     row |= _apart(*(_targets(*made) for made in caches.values()))
     row["engine"] = caches["vllm"][1].facts["engines"][0]  # type: ignore[index,call-overload]
     row["refuses_incomplete"] = _refuses_incomplete(folder / "given")

@@ -37,8 +37,7 @@ from capgap.schemas.records import Sequences, Targets
 from capgap.schemas.run_cache import RecordingName
 
 SEQ_LEN, TOP_K, NUM_SAMPLES = 256, 64, 50
-SEQUENCES_A_TRIAL = 8
-SHARES = (0.0, 0.001, 0.002, 0.005, 0.01)
+SHARES = (0.001, 0.002, 0.005, 0.01)
 _vocab_size = 0
 NAMES: tuple[RecordingName, ...] = ("topk", "sampled")
 
@@ -47,17 +46,16 @@ def main() -> None:
     """Make and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument(
-        "--parts", type=int, default=4, help="parts of the text, each a sound trial for every batch size"
-    )
+    parser.add_argument("--parts", type=int, default=3, help="of the text: sound trials of every batch size")
+    parser.add_argument("--sequences", type=int, default=8, help=f"a trial, each of {SEQ_LEN} targets")
     parser.add_argument("--seeds", type=int, default=2, help="moved models of each share and part")
     parser.add_argument("--no-keep", action="store_true", help="print the figures alone")
     flags = parser.parse_args()
     lines = []
-    for line in trials(flags.model, flags.parts, flags.seeds):
+    for line in trials(flags.model, flags.parts, flags.seeds, flags.sequences):
         lines.append(line)
         print(line, flush=True)
-    figures = {"model": flags.model.name, "num_targets": SEQUENCES_A_TRIAL * SEQ_LEN, "rates": rates(lines)}
+    figures = {"model": flags.model.name, "num_targets": flags.sequences * SEQ_LEN, "rates": rates(lines)}
     print(figures)
     if not flags.no_keep:
         keep("rescore-power", "cpu", figures | {"trials": lines})
@@ -65,30 +63,29 @@ def main() -> None:
 
 def rates(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each kind of trial, how many there were and how many were told apart."""
-    found = []
-    for recording in NAMES:
-        for kind in dict.fromkeys((line["how"], line["share"]) for line in lines):
-            told = [
-                line["told"] for line in lines if (line["how"], line["share"]) == kind and line["name"] == recording
-            ]
-            found.append({"name": recording, "how": kind[0], "share": kind[1], "trials": len(told), "told": sum(told)})
-    return found
+    kinds: dict[tuple[str, str, float], list[bool]] = {}
+    for line in lines:
+        kinds.setdefault((line["name"], line["how"], line["share"]), []).append(line["told"])
+    names = ("name", "how", "share")
+    return [
+        dict(zip(names, kind, strict=True)) | {"trials": len(told), "told": sum(told)} for kind, told in kinds.items()
+    ]
 
 
-def trials(folder: Path, num_parts: int, num_seeds: int) -> Iterator[dict[str, Any]]:
+def trials(folder: Path, num_parts: int, num_seeds: int, num_sequences: int) -> Iterator[dict[str, Any]]:
     """A line for each trial and recording."""
     models = {dtype: _load(folder, dtype) for dtype in (torch.bfloat16, torch.float32)}
     narrow, wide = models.values()
-    tokens_SL1 = _text(folder, num_parts * SEQUENCES_A_TRIAL)
+    tokens_SL1 = _text(folder, num_parts * num_sequences)
     for part in range(num_parts):
-        tokens_BL1 = tokens_SL1[part * SEQUENCES_A_TRIAL :][:SEQUENCES_A_TRIAL]
-        before = _before_last(narrow, tokens_BL1, SEQUENCES_A_TRIAL)
+        tokens_BL1 = tokens_SL1[part * num_sequences :][:num_sequences]
+        before = _before_last(narrow, tokens_BL1, 8)
         own = {size: _rows(narrow, _before_last(narrow, tokens_BL1, size), tokens_BL1) for size in (4, 2, 1)}
         live, exact = _rows(narrow, before, tokens_BL1), _rows(wide, _before_last(wide, tokens_BL1, 4), tokens_BL1)
         views = [live, own[1]]
         for size in (4, 2):
             yield from _judged(own[size], views, exact, tokens_BL1, {"how": f"batches of {size}", "share": 0.0})
-        for share in SHARES[1:]:
+        for share in SHARES:
             for seed in range(num_seeds):
                 for how in ("each", "all"):
                     moved = _moved(narrow, share, how, seed)

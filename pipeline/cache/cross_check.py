@@ -21,13 +21,13 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from capgap.pipeline.cache.scoring import Engine, Recording, Request
+from capgap.pipeline.cache.shards import CacheJob, ShardScorer
 from capgap.pipeline.cache.transformers_engine import TransformersEngine
 from capgap.pipeline.models.configs import empty_model, load_config
 from capgap.pipeline.models.contents import first_line
@@ -36,9 +36,6 @@ from capgap.pipeline.store.locks import ProcessLock
 from capgap.pipeline.store.sidecars import read_sidecar, write_sidecar
 from capgap.pipeline.train.fits import free_bytes
 from capgap.schemas.facts import CrossCheck
-
-if TYPE_CHECKING:
-    from capgap.pipeline.cache.shards import CacheJob
 
 CROSS_CHECK_NAME = "cross_check.json"
 FACTOR = 4.0
@@ -51,6 +48,13 @@ _BATCH_TOKENS, _CHUNK_ROWS = 2048, 256
 _ROOM = 1.2
 
 Labels = npt.NDArray[np.float64]
+
+
+class CheckedShardScorer(ShardScorer):
+    """A scorer of shards that holds vLLM against transformers when it starts it, unless that was done."""
+
+    def _start(self) -> Engine:
+        return start_cross_checked(self.job, super()._start, self.first_requests)
 
 
 def start_cross_checked(

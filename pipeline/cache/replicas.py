@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from capgap.pipeline.cache.cross_check import CheckedShardScorer
 from capgap.pipeline.cache.ray_cluster import Cluster, ray_cluster
 from capgap.pipeline.cache.shards import CacheJob, FinishedShard, ShardScorer
 from capgap.pipeline.stage.context import StageContext
@@ -96,7 +97,7 @@ class Replica:
             )
         devices = devices_from(job.device, job.settings.num_devices)
         self._held.enter_context(leases(devices, **dataclasses.asdict(self._claim)))
-        self._scorer = ShardScorer(job)
+        self._scorer = CheckedShardScorer(job)
         self._teacher.submit(self._scorer.start).result()
 
     def make(self, index: int) -> FinishedShard:

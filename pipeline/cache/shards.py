@@ -163,6 +163,12 @@ class ShardScorer:
         """The whole unit: shard `index`, scored and written unless it is finished."""
         return self.finished(index) or self.write(self.score(index))
 
+    def first_requests(self, num_sequences: int) -> list[Request]:
+        """What the engine is asked for the first sequences of the cache, or of their first block where it has fewer."""
+        sequences = self._source.read(0)[0]
+        rows = zip(sequences.tokens_BL1[:num_sequences], sequences.starts_BL1, strict=False)
+        return [one for tokens_L1, starts_L1 in rows for one in to_requests(tokens_L1, starts_L1, self.job.context)]
+
     def shard_set(self, name: RecordingName, shards: list[FinishedShard]) -> ShardSet:
         """The manifest's description of one recording of these shards."""
         return self._writers[name].shard_set([shard.entries[name] for shard in shards])
@@ -226,17 +232,11 @@ class ShardScorer:
 
     def _started(self) -> Engine:
         if self._engine is None:
-            # imported here: it brings transformers
-            from capgap.pipeline.cache.cross_check import start_cross_checked
-
-            self._engine = start_cross_checked(self.job, lambda: start_engine(self.job), self._first_requests)
+            self._engine = self._start()
         return self._engine
 
-    def _first_requests(self, num_sequences: int) -> list[Request]:
-        """What the engine is asked for the first sequences of the cache."""
-        sequences = self._source.read(0)[0]
-        rows = zip(sequences.tokens_BL1[:num_sequences], sequences.starts_BL1, strict=False)
-        return [one for tokens_L1, starts_L1 in rows for one in to_requests(tokens_L1, starts_L1, self.job.context)]
+    def _start(self) -> Engine:
+        return start_engine(self.job)
 
     def _facts_path(self, index: int) -> Path:
         return self.job.work / SCORED_FOLDER / f"{index:06d}.json"

@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from capgap.pipeline.cache.cross_check import CheckedShardScorer
 from capgap.pipeline.cache.held import WRITING_THREADS
 from capgap.pipeline.cache.overlap import overlap
 from capgap.pipeline.cache.shard_lines import shard_lines
-from capgap.pipeline.cache.shards import SCORED_FOLDER, CacheJob, ScoredShard, ShardScorer
+from capgap.pipeline.cache.shards import SCORED_FOLDER, CacheJob, ScoredShard
 from capgap.pipeline.cache.stage import prepare as prepare
 from capgap.pipeline.stage.context import Slice
 from capgap.pipeline.store.locks import ProcessLock
@@ -28,7 +29,7 @@ def make_slice(job: CacheJob, part: Slice) -> None:
     """
     # vLLM binds the threads of each engine to the same cores, unless it is told not to
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    claims, scorer = _Claims(job, part), ShardScorer(job)
+    claims, scorer = _Claims(job, part), CheckedShardScorer(job)
     wanted = [index for index in range(len(job.source.shards)) if part.has(index)]
 
     def write(shard: ScoredShard) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import accumulate
 
-from capgap.pipeline.cache.cross_check import read_cross_check
+from capgap.pipeline.cache.cross_check import CheckedShardScorer, read_cross_check
 from capgap.pipeline.cache.held import WRITING_THREADS, require_room
 from capgap.pipeline.cache.label_loss import require_as_measured, say_if_it_knows_nothing
 from capgap.pipeline.cache.overlap import overlap
@@ -57,7 +57,7 @@ def run(context: StageContext) -> StageResult:
     settings = context.run.cache
     corpus_facts = CorpusFacts.model_validate(context.input("corpus").manifest.facts)
     teacher_facts = ModelFacts.model_validate(context.input("teacher").manifest.facts)
-    scorer = ShardScorer(prepare(context))
+    scorer = CheckedShardScorer(prepare(context))
     made = _make(scorer, context)
     shards, heldout = made[: scorer.job.num_training], made[scorer.job.num_training :]
     sets = {str(name): scorer.shard_set(name, shards) for name in settings.recordings}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,7 @@ class TransformersEngine:
         self._head_VH = head.weight.detach().float()
         self._bias_V = None if getattr(head, "bias", None) is None else head.bias.detach().float()
         config = self._model.config.get_text_config()
+        self._scale = _logit_scale(config)
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self._max_targets = getattr(config, "max_position_embeddings", None)
         self._require_own_head(path)
@@ -110,13 +112,15 @@ class TransformersEngine:
 
     def _logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         logits_NV = torch.nn.functional.linear(hidden_NH.float(), self._head_VH, self._bias_V)
+        if self._scale != 1:
+            logits_NV = logits_NV * self._scale
         if self._softcap is not None:
             logits_NV = self._softcap * torch.tanh(logits_NV / self._softcap)
         return logits_NV
 
     @torch.inference_mode()
     def _require_own_head(self, path: str) -> None:
-        """Some architectures scale their logits, each under another name: hold ours against the model's own."""
+        """Logits may be changed in a way that nobody here has heard of: hold ours against the model's own."""
         tokens_BL = torch.arange(_PROBE_TOKENS, device=self._device)[None] % len(self._head_VH)
         own_NV = self._model(input_ids=tokens_BL, use_cache=False).logits[0].float()
         hidden_NH = self._model.base_model(input_ids=tokens_BL, use_cache=False).last_hidden_state[0]
@@ -138,3 +142,9 @@ class TransformersEngine:
             unpack(self._recording, ids_NC[r], numbers_NW[r], request.name)
             for r, request in zip(rows, requests, strict=True)
         ]
+
+
+def _logit_scale(config: Any) -> float:
+    """By what the head's product is multiplied, as Cohere, Falcon-H1 and Granite have it in their configurations."""
+    factors = [getattr(config, name, None) or 1.0 for name in ("logit_scale", "lm_head_multiplier")]
+    return float(factors[0] * factors[1] / (getattr(config, "logits_scaling", None) or 1.0))

@@ -55,6 +55,7 @@ MORE = ExtendVocabularySettings(num_pieces=5)
                 "tensor_parallel": 2,
                 "capture": "public",
                 "replicas": 4,
+                "cross_check": "never",
             },
         ),
         (

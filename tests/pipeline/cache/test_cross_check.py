@@ -41,7 +41,7 @@ def _engine_of(job: CacheJob, teacher: str, dtype: str = "float32") -> Start:
 
 def _check(job: CacheJob, start: Start) -> Engine:
     scorer = ShardScorer(job)
-    return start_cross_checked(job, start, scorer._first_requests)
+    return start_cross_checked(job, start, scorer.first_requests)
 
 
 def test_an_engine_that_agrees_is_within_rounding_and_is_asked_once(job, caplog) -> None:

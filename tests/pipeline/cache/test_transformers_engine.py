@@ -5,8 +5,9 @@ import pytest
 import torch
 from tiny_models import SIZES, llama_config, save_model, tiny_model
 from transformers import AutoModelForCausalLM as AnyModel
-from transformers import CohereConfig, Gemma2Config, GPTJConfig, GraniteConfig
+from transformers import CohereConfig, FalconH1Config, Gemma2Config, GPTJConfig, GraniteConfig
 
+from capgap.pipeline.cache import transformers_engine
 from capgap.pipeline.cache.scoring import Request, row_offsets
 from capgap.pipeline.cache.transformers_engine import TransformersEngine
 from capgap.schemas.errors import InputError
@@ -153,11 +154,29 @@ def test_the_chosen_dtype_is_that_of_the_body_and_the_head_stays_in_float32(
     assert (logprobs_LK != rounded_LK).mean() > 0.9, "logprobs of a bfloat16 head would tie and repeat"
 
 
-@pytest.mark.parametrize("config", [GraniteConfig, CohereConfig])
-def test_a_head_that_does_more_than_a_product_is_refused(tmp_path, recording, config) -> None:
-    scale = {"logits_scaling": 8.0} if config is GraniteConfig else {"logit_scale": 0.0625}
+MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16}
+SCALED = {
+    "Granite": (GraniteConfig, {"logits_scaling": 8.0}),
+    "Cohere": (CohereConfig, {"logit_scale": 0.0625}),
+    "Falcon-H1": (FalconH1Config, {"lm_head_multiplier": 0.25, **MAMBA}),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_logits_that_a_model_scales_are_its_own(tmp_path, requests, recording, name: str, monkeypatch) -> None:
+    config, scale = SCALED[name]
     small = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    folder = _saved(config(**small, num_attention_heads=2, num_key_value_heads=2, **scale), tmp_path)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.3}
+    folder = _saved(config(**small, **heads, **scale), tmp_path)
+    (scored,) = TransformersEngine(folder, recording(), "auto", 64, "cpu").score(requests[:1])
+    tokens_L1 = torch.from_numpy(requests[0].tokens_L1).long()
+    with torch.inference_mode():
+        logits_LV = AnyModel.from_pretrained(folder)(tokens_L1[None, :-1]).logits[0, :, :300]
+    wanted_L = logits_LV.log_softmax(-1).gather(1, tokens_L1[1:, None])[:, 0].numpy()
+    # products of other shapes sum in another order
+    assert np.abs(scored.label_logprobs_L - wanted_L).max() < 1e-4
+    # one that nobody here has heard of
+    monkeypatch.setattr(transformers_engine, "_logit_scale", lambda config: 1.0)
     with pytest.raises(InputError, match=r"logits are not its head's product.*cache\.engine to vllm"):
         TransformersEngine(folder, recording(), "auto", 64, "cpu")
 

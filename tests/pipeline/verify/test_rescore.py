@@ -134,14 +134,14 @@ def test_another_teacher_is_caught(cache, made, tmp_path, settings, capsys) -> N
     assert main(["verify", str(folder.parent), "--rescore", "0.001", "--device", "cpu"]) == 0
 
 
-def _moved_teacher(made, folder: Path) -> str:
-    """The same teacher, every matrix of its last layer moved by half a percent of itself, at random."""
+def _moved_teacher(made, folder: Path, share: float = 0.005) -> str:
+    """The same teacher, every matrix of its last layer moved by this share of itself, at random."""
     model = LlamaForCausalLM.from_pretrained(made["teacher"]["path"])
     with torch.no_grad():
         for parameter in model.model.layers[-1].parameters():
             if parameter.ndim > 1:
                 noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
-                parameter *= 1 + 0.005 * noise
+                parameter *= 1 + share * noise
     return save_model(folder, model)
 
 
@@ -156,15 +156,16 @@ def test_elsewhere_a_moved_teacher_is_told_from_rounding_in_bfloat16_and_other_b
     cache, made, tmp_path, monkeypatch
 ) -> None:
     """Another machine made the cache, as it says, in bfloat16 and in other batches."""
-    folder = cache(dtype="bfloat16", recording="topk", top_k=12, batch_tokens=40)
-    moved = _moved_teacher(made, tmp_path / "moved")
+    folder = cache(dtype="bfloat16", recording="topk", top_k=12, batch_tokens=40, profile="lossless")
+    # twice what is told apart of a real model: rounding is more of the logits in a layer as narrow as this one's
+    moved = _moved_teacher(made, tmp_path / "moved", 0.01)
     monkeypatch.setattr(rescoring, "machine_kind", lambda device: "another")
     for dtype in (None, "float32"):
         lines = list(rescore(folder, 0.1, dtype=dtype))
         assert lines[-1] == "cache: agrees with its teacher"
-        assert any("topk: between sequences" in line for line in lines)
-        # it adds less to the spread than is allowed: what tells it apart is that it is alike in all sequences
-        with pytest.raises(MismatchError, match=r"found topk differences of a correlation of 0\.\d+ where"):
+        # the batches are the same after all, and in their dtype so are the rows
+        assert any("topk: between sequences" in line for line in lines) == (dtype == "float32")
+        with pytest.raises(MismatchError, match="does not hold what its teacher gives"):
             list(rescore(folder, 0.1, dtype=dtype, teacher=moved))
 
 
