@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import inputs
 import pytest
 from processes import Zygote
 from tiny_models import save_model, tiny_vllm_llama
@@ -79,3 +80,15 @@ def made(zygote: Zygote, run_file: Path, tmp_path_factory: pytest.TempPathFactor
 def copy(made: Path, tmp_path: Path) -> Path:
     """The same, to be spoilt."""
     return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of Qwen's kind with its tokenizer and chat template."""
+    return inputs.save(tmp_path_factory.mktemp("base") / "base", inputs.qwen())
+
+
+@pytest.fixture
+def typed(tmp_path: Path, base_model: Path, capsys: pytest.CaptureFixture[str]) -> inputs.Typed:
+    """The command as people type it, in a folder of its own."""
+    return inputs.Typed(tmp_path, base_model, capsys)

@@ -95,7 +95,7 @@ def test_what_is_no_model_is_refused(tmp_path) -> None:
     with pytest.raises(InputError, match=f"{tmp_path}/no: no model can be found.*expected a Hugging Face folder"):
         load_config(str(tmp_path / "no"))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="config.json names no architecture; found nothing in it"):
+    with pytest.raises(InputError, match=r"config\.json names no architecture; found nothing in it"):
         load_model(str(tmp_path), "cpu")
     _config(True).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"{tmp_path}: no weights as safetensors"):
