@@ -14,6 +14,7 @@ from processes import Zygote
 from tiny_models import save_model, tiny_vllm_llama
 from tiny_texts import numbered_texts, write_texts
 
+from capgap.jobs.cli import main
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 
 SEQ_LEN = 32
@@ -90,5 +91,12 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def typed(tmp_path: Path, base_model: Path, capsys: pytest.CaptureFixture[str]) -> inputs.Typed:
-    """The command as people type it, in a folder of its own."""
-    return inputs.Typed(tmp_path, base_model, capsys)
+    """The command as people type it, in a folder of its own, and in this process."""
+
+    def run(*words: object) -> tuple[int, str]:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        shown = capsys.readouterr()
+        return code, shown.out + shown.err
+
+    return inputs.Typed(tmp_path, base_model, run)

@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from capgap.jobs.cli import main
 from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import read_blocks
 
@@ -107,11 +104,11 @@ class Typed:
     Args:
         folder: of everything.
         base: a model with its tokenizer.
-        capsys: pytest's.
+        run: a command; how it ends, and what it says.
     """
 
-    def __init__(self, folder: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self.base, self._capsys = folder, base, capsys
+    def __init__(self, folder: Path, base: Path, run: Callable[..., tuple[int, str]]) -> None:
+        self.folder, self.base, self._run = folder, base, run
         self.said = ""
 
     def copy(self, name: str = "model") -> Path:
@@ -152,10 +149,7 @@ class Typed:
             settings[section] = settings.get(section, {}) | values
         run_file = self.folder / "run.json"
         run_file.write_text(json.dumps(settings, default=str))
-        self._capsys.readouterr()
-        code = main([words[0], str(run_file), *words[1:]])
-        shown = self._capsys.readouterr()
-        self.said = shown.out + shown.err
+        code, self.said = self._run(words[0], run_file, *words[1:])
         return code
 
     def makes(self, *stages: str, **sections: dict[str, Any]) -> None:
@@ -190,7 +184,3 @@ class Typed:
         both = [self.tokens(split) for split in ("student", "heldout")]
         ids = np.concatenate([tokens[mask] if learnt else tokens for tokens, _, mask in both])
         return str(PreTrainedTokenizerFast.from_pretrained(self.folder / "out" / "corpus" / "tokenizer").decode(ids))
-
-
-def half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: one.to(torch.float16) for name, one in tensors.items()}

@@ -327,8 +327,7 @@ def _own_head(tensors: dict[str, Any]) -> dict[str, Any]:
 def test_a_model_with_more_or_less_than_it_needs_is_whole(typed: Typed, spoil: Change) -> None:
     folder = typed.copy()
     spoil(folder)
-    given = {"path": str(folder)}
-    typed.makes("corpus", "teacher", "student", teacher=given, student=given)
+    typed.makes("corpus", "student", student={"path": str(folder)})
 
 
 @pytest.mark.parametrize("name", ["LlamaTokenizer", "GemmaTokenizer", "T5Tokenizer", "CohereTokenizerFast", "Unheard"])
@@ -354,8 +353,7 @@ def test_a_document_begins_as_the_files_or_the_family_say(
 ) -> None:
     folder = save(typed.folder / "llama", llama(vocab_size=320), tokenizer(**made))
     edit(folder / "tokenizer_config.json", **config)
-    given = {"path": str(folder)}
-    typed.makes("corpus", "teacher", corpus={"tokenizer": str(folder)}, teacher=given)
+    typed.makes("corpus", corpus={"tokenizer": str(folder)})
     beginnings = {text.startswith(str(begins)) for text in typed.text().split(END)[1:-1] if text.strip()}
     assert beginnings == {begins is not None}
 
