@@ -236,6 +236,18 @@ def no_weights(names: list[str], where: str) -> InputError:
     )
 
 
+def no_config(names: list[str], where: str) -> InputError:
+    """What is said of a model that has only these files, and no config.json among them."""
+    told = no_weights(names, where)
+    return InputError(
+        "no model lies there",
+        where=where,
+        found=f"no config.json, and {told.found}",
+        expected="a Hugging Face folder with config.json",
+        fix=told.fix,
+    )
+
+
 def _of_hub(path: str) -> dict[str, TensorHeader]:
     try:
         files = HfApi().get_safetensors_metadata(path).files_metadata

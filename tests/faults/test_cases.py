@@ -84,13 +84,18 @@ def test_every_document_begins_with_what_the_tokenizer_puts_before_a_text(typed:
         ({"pad_token": TURN}, "pad_token is '<|im_end|>', not '<|endoftext|>'"),
         ({"pad_token": None}, "pad_token is None, not '<|endoftext|>'"),
         ({"unk_token": END}, "unk_token is '<|endoftext|>', not None"),
+        (
+            {"pad_token": "[PAD]", "more": ("[PAD]",)},
+            "1 special tokens more than the corpus has, which no text",
+        ),
     ],
 )
 def test_special_tokens_that_are_only_named_otherwise_are_a_notice(
     typed: Typed, names: dict[str, Any], said: str
 ) -> None:
     folder = save(typed.folder / "other", llama(), tokenizer(**names))
-    typed.makes("corpus", "student", student={"path": str(folder)})
+    typed.makes("corpus", "teacher", "cache", teacher={"path": str(folder)})
+    assert typed.type("student", student={"path": str(folder)}) == 0
     assert said in typed.said
     made = json.loads((typed.folder / "out/student/seed-0/model/tokenizer_config.json").read_text())
     assert (made["eos_token"], made["pad_token"]) == (END, END), "the corpus's names count"
@@ -227,7 +232,9 @@ def test_a_text_that_is_null_or_binary_is_named_as_such_and_can_be_skipped(typed
     assert "records.jsonl:181: no text in field 'text'; found null" in typed.refused(corpus={"sources": [str(lines)]})
     line = typed.refused(corpus={"sources": [str(typed.folder / "binary.parquet")]})
     assert f"binary.parquet#0: no text in field 'text'; found {len(TEXTS[0])} bytes of binary" in line
-    typed.makes("corpus", corpus={"sources": [str(lines)], "on_bad_record": "skip"})
+    skipping = {"sources": [str(lines)], "on_bad_record": "skip"}
+    assert typed.type("plan", corpus=skipping) == 0, typed.said
+    typed.makes("corpus", corpus=skipping)
     assert "left out 1 of 181 records" in typed.said
 
 
