@@ -47,9 +47,9 @@ class CorpusSettings(Record):
     """The field of a record that holds a conversation; left out, records are text. `auto`: each record's own fields say
     where it is, the first of `messages`, `conversations` and `conversation`, or else a question (`prompt`,
     `instruction`, `question` or `query`) and its answer (`completion`, `output`, `response`, `answer` or `chosen`).
-    Turns may have OpenAI's form, ShareGPT's or MiniChat's, or be texts, the user's first; `tools` and `system` beside
-    them are used. The tokenizer's chat template turns it into tokens, those that the assistant says are learnt and
-    measured, and the others only read; the template must mark them, with `{% generation %}`."""
+    Turns may have OpenAI's form, ShareGPT's or MiniChat's, or be texts, the user's first; `tools`, `system` and
+    `history` beside them are used. The tokenizer's chat template turns it into tokens, those that the assistant says
+    are learnt and measured, and the others only read; the template must mark them, with `{% generation %}`."""
 
     on_bad_record: Literal["stop", "skip"] = Field("stop", json_schema_extra=OPERATIONAL)
     """What happens where a record cannot be used: no text in it, not JSON, an answer without a word, a conversation
@@ -75,10 +75,10 @@ class CorpusSettings(Record):
 
     bos: BosRule = "auto"
     """Whether every document begins with the tokenizer's beginning-of-sequence token, which is read and never learnt.
-    `auto`: where the tokenizer's post-processor puts one; and where its files say nothing of it, as those made of GGUF,
-    if the model's family (`config.json` beside the tokenizer) is known to be trained with one. A conversation begins as
-    its chat template says, but with `always`. The rest of a document that is split over sequences begins with it too.
-    """
+    `auto`: where the tokenizer's post-processor or `add_bos_token` puts one; and where its files say nothing of it, as
+    those made of GGUF, if the model's family (`config.json` beside the tokenizer) is known to be trained with one. A
+    conversation begins as its chat template says, but with `always`. The rest of a document that is split over
+    sequences begins with it too."""
 
     seq_len: int = Field(256, ge=8)
     """Targets per sequence. A packed sequence has one token more."""

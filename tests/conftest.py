@@ -19,17 +19,15 @@ from subprocess import PIPE
 import fsspec
 import pytest
 
+# here, and not in a hook: conftest.py of a folder that is named to pytest is imported before hooks run
+os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     leases = tempfile.mkdtemp(prefix="capgap-leases-")
     config.add_cleanup(lambda: shutil.rmtree(leases, ignore_errors=True))
-    os.environ.update(
-        CAPGAP_LEASE_DIR=leases,  # a run of the user's on this machine neither waits for a test nor makes it wait
-        TOKENIZERS_PARALLELISM="false",
-        HF_HUB_OFFLINE="1",
-        VLLM_NO_USAGE_STATS="1",
-        DO_NOT_TRACK="1",
-    )
+    # a run of the user's on this machine neither waits for a test nor makes it wait
+    os.environ["CAPGAP_LEASE_DIR"] = leases
     # a shell starts what it puts into the background with interrupts ignored, and so would be whatever that starts
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

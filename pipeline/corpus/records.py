@@ -163,8 +163,9 @@ def _messages_in(value: object) -> object:
 
 
 def _are_messages(value: object) -> bool:
-    is_list = isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
-    return is_list and all("role" in one or "from" in one for one in value)  # type: ignore[union-attr]
+    if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
+        return False
+    return all("role" in one or "from" in one for one in value)
 
 
 def _tools(where: str, value: object) -> list[dict[str, Any]]:

@@ -121,7 +121,9 @@ def check_model(path: str, setting: str, trust_remote_code: bool, expected: Expe
     if expected.tokenizer is not None:
         require = require_extended_tokenizer if expected.to_be_adapted else require_same_tokenizer
         require(expected.tokenizer, expected.whose, tokenizer, where)
-    facts = model_facts(config, tokenizer, resolved, trust_remote_code)
+    # what it has beside the text's ids is padding
+    of_text = tokenizer if expected.tokenizer is None or expected.to_be_adapted else expected.tokenizer
+    facts = model_facts(config, of_text, resolved, trust_remote_code)
     if facts.padded_vocab_size < facts.tokenizer.vocab_size:
         raise MismatchError(
             f"the model's vocabulary is smaller than {expected.whose}'s",

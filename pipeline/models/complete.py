@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from capgap.pipeline.models.configs import empty_model, load_config
-from capgap.pipeline.models.weight_files import TensorHeader, read_headers
+from capgap.pipeline.models.weight_files import TensorHeader, are_equal, read_headers
 from capgap.schemas.errors import InputError
 
 _LOG = logging.getLogger("capgap")
@@ -78,6 +78,15 @@ def require_complete(path: str, trust_remote_code: bool = False, config: Any = N
     unexpected -= beside
     if missing or unexpected or other:
         raise _refusal(path, model, missing, unexpected, other)
+    for name, source in model.all_tied_weights_keys.items():
+        if name in headers and source in headers and not are_equal(path, name, source):
+            raise InputError(
+                "config.json says of two weights that they are one, and the files hold two",
+                where=path,
+                found=f"{name} other than {source}",
+                expected="the same",
+                fix=f"set tie_word_embeddings to false in config.json, or take {name} out of the files",
+            )
     if beside:
         _LOG.info("%s: %d tensors beside the language model are left out: %s", path, len(beside), _some(beside))
 
@@ -167,7 +176,7 @@ def _refusal(
     mark = next((mark for name in sorted(unexpected) if (mark := _wrapper(name, model))), None)
     if mark is not None:
         fix = f"save the model without its wrapper: {mark!r} in the names is put there by {_WRAPPERS[mark]}"
-    elif (common := _common_prefix(missing, unexpected)) is not None:
+    elif (common := _common_prefix(missing - set(model.all_tied_weights_keys), unexpected)) is not None:
         fix = f"take the prefix {common!r} out of the tensors' names"
     return InputError(
         "the weights are not those of the model that config.json describes",

@@ -22,7 +22,7 @@ from capgap.pipeline.models.contents import contents_of, first_line
 from capgap.pipeline.models.given import require_id
 from capgap.pipeline.models.hub import not_there, require_reached
 from capgap.pipeline.models.tokenizers import refuse_code
-from capgap.pipeline.models.weight_files import no_weights
+from capgap.pipeline.models.weight_files import no_config
 from capgap.pipeline.store.pointers import require_no_pointer
 from capgap.schemas.errors import InputError
 
@@ -55,18 +55,6 @@ def load_config(path: str, trust_remote_code: bool = False) -> Any:
         raise not_there("no model can be found", path, error, "config.json") from None
     _require_causal(config, path)
     return _with_whole_attention(config)
-
-
-def no_config(names: list[str], where: str) -> InputError:
-    """What is said of a model that has only these files, and no config.json among them."""
-    told = no_weights(names, where)
-    return InputError(
-        "no model lies there",
-        where=where,
-        found=f"no config.json, and {told.found}",
-        expected="a Hugging Face folder with config.json",
-        fix=told.fix,
-    )
 
 
 def _require_file(folder: Path, where: str) -> None:

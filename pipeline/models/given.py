@@ -69,7 +69,7 @@ def _require_folder(path: str, setting: str, files: Sequence[str]) -> None:
     if folder.is_dir():
         if not any((folder / file).is_file() for file in files):
             if "config.json" in files:
-                from capgap.pipeline.models.configs import no_config
+                from capgap.pipeline.models.weight_files import no_config
 
                 raise no_config([one.name for one in folder.iterdir() if one.is_file()], f"{setting}: {path}")
             raise InputError(

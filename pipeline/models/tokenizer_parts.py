@@ -43,6 +43,11 @@ class TokenizerParts:
         """The same for the same parts, for a digest."""
         return json.dumps([self.vocab, self.merges, self.settings], sort_keys=True, ensure_ascii=True)
 
+    def lacking(self, tokens: set[str]) -> TokenizerParts:
+        """The same without these tokens."""
+        vocab = {token: number for token, number in self.vocab.items() if token not in tokens}
+        return TokenizerParts(vocab, self.merges, self.settings)
+
     def within(self, larger: TokenizerParts) -> TokenizerParts:
         """The entries of a larger one that this one has too, and as many merges."""
         vocab = {token: number for token, number in larger.vocab.items() if token in self.vocab}

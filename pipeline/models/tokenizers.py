@@ -13,7 +13,7 @@ from capgap.pipeline.models.given import TOKENIZER_FILES, require_id
 from capgap.pipeline.models.hub import not_there, require_reached
 from capgap.pipeline.models.text_growth import require_bounded_file, require_bounded_tokenizer
 from capgap.pipeline.models.tokenizer_files import as_in_file, read_reference, require_files, require_reader
-from capgap.pipeline.models.tokenizer_parts import Difference, first_difference, parts_of
+from capgap.pipeline.models.tokenizer_parts import Difference, TokenizerParts, first_difference, parts_of
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import TokenizerFacts
 
@@ -110,9 +110,12 @@ def require_same_tokenizer(
 ) -> None:
     """Raise MismatchError, naming the first differing entry, unless both give every text the same ids.
 
-    Special tokens that are only called otherwise, such as an end of turn for an end of document, are logged, no error.
+    Special tokens that are only called otherwise, such as an end of turn for an end of document, are logged, no error;
+    so are further ones behind all ids of the expected, such as for padding, which no text has.
     """
-    difference = first_difference(parts_of(expected), parts_of(found))
+    here, there = parts_of(expected), parts_of(found)
+    further = _further_specials(found, here)
+    difference = first_difference(here, there.lacking(further))
     if difference is not None:
         raise _mismatch(
             f"its tokenizer differs from that of {expected_where}",
@@ -120,7 +123,16 @@ def require_same_tokenizer(
             difference,
             "use models of one tokenizer, or set corpus.tokenizer to the teacher's folder",
         )
+    if further:
+        text = "%s: %d special tokens more than %s has, which no text holds: %s"
+        _LOG.info(text, found_where, len(further), expected_where, ", ".join(map(ascii, sorted(further)[:5])))
     _say_other_names(expected, expected_where, found, found_where)
+
+
+def _further_specials(found: PreTrainedTokenizerBase, expected: TokenizerParts) -> set[str]:
+    size = max(expected.vocab.values()) + 1
+    added = found.added_tokens_decoder.items()
+    return {one.content for number, one in added if one.special and number >= size} - expected.vocab.keys()
 
 
 def require_extended_tokenizer(

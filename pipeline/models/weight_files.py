@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
@@ -26,6 +28,7 @@ from capgap.schemas.errors import InputError
 WHOLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
+_COMPARED_ROWS = 4096
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 # what people have in the place of safetensors
 _OTHERS = {
@@ -63,6 +66,26 @@ def read_headers(path: str) -> dict[str, TensorHeader]:
     return _of_hub(path) if folder is None else _of_folder(folder, path)
 
 
+def are_equal(path: str, one: str, other: str) -> bool:
+    """Whether two tensors of a model hold the same; True where they are not on this machine.
+
+    Raises:
+        InputError, MachineError: as `read_headers`.
+    """
+    folder = Path(path) if Path(path).is_dir() else _downloaded(path)
+    if folder is None:
+        return True
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in _files(folder, path)]
+        first, second = (
+            next(file.get_slice(name) for file in opened if name in file.keys())  # noqa: SIM118  # no mapping
+            for name in (one, other)
+        )
+        size = first.get_shape()[0]
+        parts = (slice(start, start + _COMPARED_ROWS) for start in range(0, size, _COMPARED_ROWS))
+        return first.get_shape() == second.get_shape() and all(torch.equal(first[part], second[part]) for part in parts)
+
+
 def _downloaded(path: str) -> Path | None:
     """The folder that an id's weights lie in, if they need not be downloaded anew; files that broke are found there."""
     found = try_to_load_from_cache(path, "config.json", revision=_revision(path))
@@ -94,11 +117,7 @@ def _missing(folder: Path) -> bool:
 
 
 def _of_folder(folder: Path, where: str) -> dict[str, TensorHeader]:
-    files = [folder / WHOLE_NAME]
-    if not files[0].exists() and (folder / INDEX_NAME).exists():
-        files = _shards(folder, where)
-    elif not files[0].exists():
-        raise _no_weights(folder, where)
+    files = _files(folder, where)
     headers: dict[str, TensorHeader] = {}
     homes: dict[str, str] = {}
     for file in files:
@@ -113,6 +132,14 @@ def _of_folder(folder: Path, where: str) -> dict[str, TensorHeader]:
                 )
             headers[name], homes[name] = header, file.name
     return headers
+
+
+def _files(folder: Path, where: str) -> list[Path]:
+    if (folder / WHOLE_NAME).exists():
+        return [folder / WHOLE_NAME]
+    if (folder / INDEX_NAME).exists():
+        return _shards(folder, where)
+    raise _no_weights(folder, where)
 
 
 def _shards(folder: Path, where: str) -> list[Path]:
@@ -206,6 +233,18 @@ def no_weights(names: list[str], where: str) -> InputError:
             fix = f"download {INDEX_NAME} too"
     return InputError(
         "no weights as safetensors", where=where, found=found, expected=f"{WHOLE_NAME} or {INDEX_NAME}", fix=fix
+    )
+
+
+def no_config(names: list[str], where: str) -> InputError:
+    """What is said of a model that has only these files, and no config.json among them."""
+    told = no_weights(names, where)
+    return InputError(
+        "no model lies there",
+        where=where,
+        found=f"no config.json, and {told.found}",
+        expected="a Hugging Face folder with config.json",
+        fix=told.fix,
     )
 
 

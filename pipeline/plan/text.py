@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from capgap.pipeline.corpus.bad_records import BadRecords
 from capgap.pipeline.corpus.files import BUILTIN, list_files
 from capgap.pipeline.corpus.formats import open_unpacked, records_of
 from capgap.pipeline.corpus.kinds import COMPRESSIONS, TABLE_SUFFIXES, TEXT_SUFFIXES, kind_of
@@ -28,11 +29,13 @@ _SAMPLED_TEXT_BYTES = 1 << 20
 _SAMPLED_FILE_BYTES = 1 << 22
 
 
-def text_bytes(sources: tuple[str, ...], text_field: str, messages_field: str | None = None) -> Figure:
+def text_bytes(
+    sources: tuple[str, ...], text_field: str, messages_field: str | None = None, skips: bool = False
+) -> Figure:
     """UTF-8 bytes of text in the sources; of conversations, those of their JSON.
 
     Raises:
-        InputError: a source is missing, or a record without text.
+        InputError: a source is missing, or a record without text, unless these are skipped.
     """
     total, how = 0.0, []
     if BUILTIN in sources:
@@ -44,7 +47,7 @@ def text_bytes(sources: tuple[str, ...], text_field: str, messages_field: str | 
         by_kind["".join(path.suffixes[-2:]) if path.suffix.lower() in COMPRESSIONS else path.suffix].append(path)
     for kind, paths in by_kind.items():
         size = sum(path.stat().st_size for path in paths)
-        share = _share_of_text(paths, text_field, messages_field)
+        share = _share_of_text(paths, text_field, messages_field, skips)
         total += size * share
         how.append(
             f"{len(paths)} {kind} of {size:,} bytes"
@@ -59,6 +62,7 @@ def bytes_per_token(
     text_field: str,
     messages_field: str | None = None,
     num_around: int = 1,
+    skips: bool = False,
 ) -> Figure:
     """Bytes of text a token, on the first megabyte of the sources; `num_around` ids begin and end a document.
 
@@ -67,7 +71,7 @@ def bytes_per_token(
     """
     texts: list[str] = []
     num_bytes = 0
-    for document in read_documents(sources, text_field, messages_field):
+    for document in read_documents(sources, text_field, messages_field, _bad(skips)):
         texts.append(document.text[:_SAMPLED_TEXT_BYTES])
         num_bytes += len(texts[-1].encode())
         if num_bytes >= _SAMPLED_TEXT_BYTES:
@@ -78,13 +82,18 @@ def bytes_per_token(
     return Figure(value=value, source=f"{value:.2f} bytes of text a token, by the tokenizer on {num_bytes:,} of them")
 
 
-def _share_of_text(paths: list[Path], text_field: str, messages_field: str | None) -> float:
+def _bad(skips: bool) -> BadRecords:
+    """Nothing is said of what is skipped: the corpus says it."""
+    return BadRecords("corpus", "skip" if skips else "stop", 1.0, 0)
+
+
+def _share_of_text(paths: list[Path], text_field: str, messages_field: str | None, skips: bool) -> float:
     """Bytes of text in a byte of file, of files of one kind; 1 where the file is the text."""
     if all(kind_of(path) == path.suffix.lower() in TEXT_SUFFIXES for path in paths):
         return 1.0
     measure = _text_of_rows if kind_of(paths[0]) in TABLE_SUFFIXES else _text_of_stream
     sample = paths[:: max(len(paths) // _SAMPLED_FILES, 1)][:_SAMPLED_FILES]
-    return _mean(measure(path, text_field, messages_field) for path in sample)
+    return _mean(measure(path, text_field, messages_field, skips) for path in sample)
 
 
 def _mean(pairs: Iterable[tuple[float, float]]) -> float:
@@ -92,17 +101,22 @@ def _mean(pairs: Iterable[tuple[float, float]]) -> float:
     return sum(text for text, _ in found) / max(sum(size for _, size in found), 1)
 
 
-def _text_of_stream(path: Path, text_field: str, messages_field: str | None) -> tuple[float, float]:
+def _text_of_stream(path: Path, text_field: str, messages_field: str | None, skips: bool) -> tuple[float, float]:
     """Bytes of text in the first records, and what these take of the file, if all of it is compressed as well."""
     kind, num_text_bytes = kind_of(path), 0
     with open_unpacked(path) as (stream, raw):
         counted = _Counted(stream)
         fields = fields_read(text_field, messages_field)
         for where, record in records_of(io.BufferedReader(counted), kind, str(path), fields):
-            if isinstance(record, BadRecordError):
-                raise record
-            is_text = isinstance(record, str) and kind in TEXT_SUFFIXES
-            found = record if is_text else read_record(where, record, text_field, messages_field)
+            try:
+                if isinstance(record, BadRecordError):
+                    raise record
+                is_text = isinstance(record, str) and kind in TEXT_SUFFIXES
+                found = record if is_text else read_record(where, record, text_field, messages_field)
+            except BadRecordError:
+                if not skips:
+                    raise
+                continue
             num_text_bytes += len((found.to_json() if isinstance(found, Conversation) else str(found)).encode())
             if counted.num_read >= _SAMPLED_FILE_BYTES:
                 break
@@ -111,10 +125,10 @@ def _text_of_stream(path: Path, text_field: str, messages_field: str | None) -> 
     return num_text_bytes, counted.num_read * compressed
 
 
-def _text_of_rows(path: Path, text_field: str, messages_field: str | None) -> tuple[float, float]:
+def _text_of_rows(path: Path, text_field: str, messages_field: str | None, skips: bool) -> tuple[float, float]:
     total = num_rows(path)
     part = min(_SAMPLED_RECORDS, total)
-    documents = islice(read_documents((str(path),), text_field, messages_field), _SAMPLED_RECORDS)
+    documents = islice(read_documents((str(path),), text_field, messages_field, _bad(skips)), _SAMPLED_RECORDS)
     sampled = sum(len(document.text.encode()) for document in documents)
     return sampled * total / max(part, 1), path.stat().st_size
 

@@ -47,7 +47,8 @@ def split_tokens(
             counted |= {"student": counted[name], "heldout": counted.get(heldout_set(name), 0)}
         return {name: Figure(value=counted.get(name, 0), source=f"the {made.stage}") for name in SPLITS}
     settings = run.corpus
-    text = text_bytes(settings.sources, settings.text_field, settings.messages_field)
+    skips = settings.on_bad_record == "skip"
+    text = text_bytes(settings.sources, settings.text_field, settings.messages_field, skips)
     per_token = _bytes_per_token(run, vocab_size, stated_bytes_per_token)
     if per_token.value is None:
         return dict.fromkeys(SPLITS, per_token)
@@ -90,4 +91,6 @@ def _bytes_per_token(run: RunFile, vocab_size: float | None, stated: float | Non
     except CapgapError as error:
         return Figure(value=None, source=f"give --text-bytes-per-token, or the tokenizer: {error}")
     num_around = len(document_bos(tokenizer, settings.tokenizer, settings.bos)) + 1
-    return bytes_per_token(tokenizer, settings.sources, settings.text_field, settings.messages_field, num_around)
+    skips = settings.on_bad_record == "skip"
+    fields = settings.text_field, settings.messages_field
+    return bytes_per_token(tokenizer, settings.sources, *fields, num_around, skips)

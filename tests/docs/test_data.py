@@ -30,7 +30,7 @@ def test_every_record_of_the_page_is_read_from_a_file(tmp_path: Path) -> None:
     assert document.text.startswith("Many a little")
     (tmp_path / "chats.jsonl").write_text("".join(chats))
     documents = list(read_documents((str(tmp_path / "chats.jsonl"),), "text", AUTO))
-    assert len(documents) == "".join(chats).count("\n") == 11
+    assert len(documents) == "".join(chats).count("\n") == 13
     for document in documents:
         found = Conversation.from_json(document.messages or "")
         assert found.messages[-1] == {"role": "assistant", "content": "7"}

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import inputs
 import pytest
 from processes import Zygote
 from tiny_models import save_model, tiny_vllm_llama
 from tiny_texts import numbered_texts, write_texts
 
+from capgap.jobs.cli import main
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 
 SEQ_LEN = 32
@@ -79,3 +81,22 @@ def made(zygote: Zygote, run_file: Path, tmp_path_factory: pytest.TempPathFactor
 def copy(made: Path, tmp_path: Path) -> Path:
     """The same, to be spoilt."""
     return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of Qwen's kind with its tokenizer and chat template."""
+    return inputs.save(tmp_path_factory.mktemp("base") / "base", inputs.qwen())
+
+
+@pytest.fixture
+def typed(tmp_path: Path, base_model: Path, capsys: pytest.CaptureFixture[str]) -> inputs.Typed:
+    """The command as people type it, in a folder of its own, and in this process."""
+
+    def run(*words: object) -> tuple[int, str]:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        shown = capsys.readouterr()
+        return code, shown.out + shown.err
+
+    return inputs.Typed(tmp_path, base_model, run)
