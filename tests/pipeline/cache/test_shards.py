@@ -55,6 +55,18 @@ def _context(tiny: RunFile) -> StageContext:
     return StageContext(tiny, CACHE, folder, inputs, "cpu")
 
 
+def test_the_loss_of_a_shard_is_of_the_labels_that_count(run) -> None:
+    scorer = ShardScorer(stage.prepare(_context(run())))
+    scored = scorer.score(0)
+    mask_BL1 = np.arange(SEQ_LEN + 1) % 3 == np.arange(len(scored.sequences))[:, None] % 3
+    few = dataclasses.replace(scored, sequences=dataclasses.replace(scored.sequences, mask_BL1=mask_BL1))
+    facts = scorer.write(few).facts
+    scorer.close()
+    labels_BL = np.stack([one.label_logprobs_L for one in scored.scored])
+    assert (facts.num_targets, facts.num_labels) == (labels_BL.size, mask_BL1[:, 1:].sum())
+    assert facts.label_loss == pytest.approx(-labels_BL[mask_BL1[:, 1:]].sum(dtype=np.float64), rel=1e-9)
+
+
 def test_a_shard_of_the_corpus_that_is_gone_is_named(run) -> None:
     tiny = run()
     corpus = carry_out(tiny, CORPUS)
