@@ -81,7 +81,7 @@ def apart(kept: Targets, live: Targets, num_ids: int, error: StoredError = EXACT
 
 def same_rows(kept: Targets, live: Targets) -> BoolArray:
     """Which rows are the very same, [N]; both as a codec stores them."""
-    same_N = (kept.label_logprobs_BL == live.label_logprobs_BL).ravel()
+    same_N: BoolArray = (kept.label_logprobs_BL == live.label_logprobs_BL).ravel()
     if isinstance(kept, SampledTargets):
         assert isinstance(live, SampledTargets)
         same_N[_moved_samples(kept, live).rows_E] = False
