@@ -161,6 +161,10 @@ def _require_head_size(config: Any, path: str, setting: str) -> None:
 
 
 def _head_size(config: Any) -> int:
+    latent: int | None = getattr(config, "qk_nope_head_dim", None)
+    if latent is not None:
+        # of DeepSeek's latent attention, whose configuration calls the rotated part of a head its size
+        return latent + int(config.qk_rope_head_dim)
     size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return size
 
