@@ -59,7 +59,8 @@ def read_part(readers: dict[RecordingName, ShardReader], group: Group) -> Part:
     sequences: list[Sequences] = []
     kept: dict[RecordingName, Targets] = {}
     for name, reader in readers.items():
-        blocks, num = [], 0
+        blocks: list[tuple[Sequences, Targets | None]] = []
+        num = 0
         while num < group.num_scored:
             blocks.append(reader.read_member(group.shard, len(blocks)))
             num += len(blocks[-1][0])

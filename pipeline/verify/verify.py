@@ -50,8 +50,9 @@ def verify(folder: Path, quarantine: bool = False) -> Iterator[str]:
         counts += f", {len(manifest.sources)} sources" if manifest.sources else ""
         yield f"{manifest.instance}: {counts}: {f'{len(damage)} files in quarantine' if damage else 'sound'}"
         yield from remarks
-        if (check := manifest.facts.get("cross_check")) and (found := CrossCheck.model_validate(check)).differs:
-            yield f"  {found.sentence}"
+        cross_check = manifest.facts.get("cross_check")
+        if cross_check and (checked := CrossCheck.model_validate(cross_check)).differs:
+            yield f"  {checked.sentence}"
         for name, error in damage.items():
             yield f"  {name}: {error}"
             damaged.append(path.parent / name)
