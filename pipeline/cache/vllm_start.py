@@ -199,6 +199,10 @@ def _head_size(config: Any) -> int | None:
     num_heads: int | None = getattr(config, "num_attention_heads", None)
     if num_heads is None:
         return None
+    latent: int | None = getattr(config, "qk_nope_head_dim", None)
+    if latent is not None:
+        # of DeepSeek's latent attention, whose configuration calls the rotated part of a head its size
+        return latent + int(config.qk_rope_head_dim)
     size: int = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     return size
 
