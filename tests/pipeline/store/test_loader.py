@@ -70,10 +70,7 @@ def test_what_remains_after_a_resume_is_the_same_to_the_bit(codecs, make_reader,
     assert len(second) == len(whole) == 25
 
 
-NUM_KILLS = pytest.mark.parametrize("num_kills", [15, pytest.param(200, marks=pytest.mark.slow)])
-
-
-@NUM_KILLS
+@pytest.mark.parametrize("num_kills", [15, pytest.param(200, marks=pytest.mark.slow)])
 def test_kills_and_resumes_with_other_ranks_and_micro_batches_take_the_same_steps(many, num_kills: int) -> None:
     """Killed after any step, and resumed with any number of ranks, micro-batches and threads."""
     whole = _steps([SequenceLoader(many, LoaderSettings(128, 5, num_epochs=2, threads=0))])
@@ -108,7 +105,7 @@ def test_kills_and_resumes_with_other_ranks_and_micro_batches_take_the_same_step
         assert state is not None and state["position"] == 18 * 128
 
 
-@NUM_KILLS
+@pytest.mark.parametrize("num_kills", [15, pytest.param(200, marks=pytest.mark.slow)])
 def test_after_random_kills_any_ranks_and_workers_go_on_to_the_bit(codecs, make_reader, num_kills: int) -> None:
     """Rank r of w has every w-th sequence, so the ranks' rows, dealt out in turn, are one process's in its order."""
     reader = make_reader(codecs[SAMPLED], SIZES)
