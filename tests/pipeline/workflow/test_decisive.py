@@ -107,6 +107,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("cache.gpu_memory_fraction", 0.5, set()),
     ("cache.tensor_parallel", 2, set()),
     ("cache.capture", "worker", set()),
+    ("cache.cross_check", "never", set()),
     ("cache.replicas", 4, set()),
     ("cache.engine_args", {"kv_cache_dtype": "fp8"}, FROM_CACHE),
     ("student.path", "folder", FROM_STUDENT),
