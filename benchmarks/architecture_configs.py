@@ -158,7 +158,11 @@ _KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "DeepSeek-V2": ("deepseek_v2", _LLAMA, _LATENT | {"n_group": 1, "topk_group": 1}),
-    "DeepSeek-V3": ("deepseek_v3", _LLAMA, _LATENT | {"n_group": 2, "topk_group": 1, "topk_method": "noaux_tc"}),
+    "DeepSeek-V3": (
+        "deepseek_v3",
+        _LLAMA,
+        _LATENT | {"n_group": 2, "topk_group": 1, "topk_method": "noaux_tc"},
+    ),
     "GPT-OSS": (
         "gpt_oss",
         _LLAMA,

@@ -9,8 +9,8 @@ the first of the cache, whole, so that a window of attention or a rotation that 
 
 Two sound engines of one dtype are about equally far from float32, since rounding is all that is wrong with either: four
 times as far is allowed. In float32 itself there is nothing to measure by, and 1e-3 nats are allowed, as they are in any
-case: a divergence of 5e-7 nats a token, which is nothing to a student. The architectures of docs/architectures.md are
-1e-5 nats apart in float32; engines that disagree about a window of attention are 0.1.
+case: a divergence of 5e-7 nats a token, which is nothing to a student. Nearly all of docs/architectures.md are 1e-5
+nats apart in float32, one is 5e-4; engines that disagree about a window of attention are 0.1.
 
 The answer is kept in the work folder: a stage that goes on, or another slice of it, does not ask again.
 """
