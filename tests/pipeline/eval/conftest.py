@@ -169,7 +169,7 @@ def _cache(folder: Path, sequences: Sequences, teacher: LlamaForCausalLM, kinds:
         parts = sequences.part(slice(4)), sequences.part(slice(4, None))
         blocks = [Block(part, _targets(codec, part, teacher, temperature)) for part in parts]
         sets[heldout_set(kind)] = writer.shard_set([writer.write(0, blocks)])
-        sets[kind] = sets[heldout_set(kind)]
+        sets[kind] = ShardWriter(folder, folder / f"sidecars-{kind}", kind, codec).shard_set([])
         recordings[kind] = RecordingFacts(num_ids=num_ids, temperatures=(temperature,))
     facts = CacheFacts(
         tokenizer=TOKENIZER,

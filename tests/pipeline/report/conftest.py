@@ -88,20 +88,20 @@ def _manifest(name: str, recordings: dict[str, int]) -> Manifest:
             mean_label_loss=2.9,
         )
         extra["facts"] = facts.model_dump(mode="json")
-        extra["shard_sets"] = {name: _shards(4096, 64_000_000 * (1 + n)) for n, name in enumerate(recordings)}
+        extra["shard_sets"] = {name: _shards(name, 4096, 64_000_000 * (1 + n)) for n, name in enumerate(recordings)}
         extra["versions"] |= {"vllm": "<script>alert(1)</script>"}
     if stage in ("teacher", "train"):
         extra["totals"] = {"num_tokens": 8_000_000 if stage == "teacher" else 2_000_000}
     if stage == "corpus":
-        extra["shard_sets"] = {"heldout": _shards(NUM_SEQUENCES, 300_000)}
+        extra["shard_sets"] = {"heldout": _shards("heldout", NUM_SEQUENCES, 300_000)}
     empty = {"settings": {}, "inputs": {}, "files": (), "command": (), "started": "2026-01-01T00:00:00Z"}
     digest = f"{sum(name.encode()):04x}" * 16
     return Manifest(stage=stage, instance=name, identity=digest, content=digest, wall_s=75.0, **empty, **extra)
 
 
-def _shards(num_sequences: int, num_bytes: int) -> ShardSet:
+def _shards(name: str, num_sequences: int, num_bytes: int) -> ShardSet:
     entry = ShardEntry(
-        file=FileEntry(path="x-000000.tar", num_bytes=num_bytes, sha256="0" * 64),
+        file=FileEntry(path=f"{name}-000000.tar", num_bytes=num_bytes, sha256="0" * 64),
         num_sequences=num_sequences,
         members=Members(),
     )
