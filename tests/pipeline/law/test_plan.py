@@ -64,9 +64,9 @@ def test_the_text_of_a_corpus_that_is_not_made_is_looked_at_once(
 ) -> None:
     looked_at = []
 
-    def noted(sources: tuple[str, ...], text_field: str, messages_field: str | None) -> Figure:
+    def noted(sources: tuple[str, ...], *more: Any) -> Figure:
         looked_at.append(sources)
-        return text_bytes(sources, text_field, messages_field)
+        return text_bytes(sources, *more)
 
     monkeypatch.setattr(tokens, "text_bytes", noted)
     plan = plan_grid(LawGrid.model_validate(values), Stated(), num_workers=2)

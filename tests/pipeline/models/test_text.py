@@ -23,12 +23,12 @@ KEPT = RecordingFacts(num_ids=4, temperatures=(1.0,))
 
 
 def _manifest(stage: str, facts: Any, names: tuple[str, ...], files: tuple[FileEntry, ...]) -> Manifest:
-    shard = ShardEntry(
-        file=FileEntry(path="x.tar", num_bytes=1, sha256="0"),
-        num_sequences=1,
-        members=Members(offset=(0,), num_bytes=(1,), num_sequences=(1,), crc32=(0,)),
-    )
-    sets = {n: ShardSet(codec=n, codec_settings={}, seq_len=8, shards=(shard,)) for n in names}
+    members = Members(offset=(0,), num_bytes=(1,), num_sequences=(1,), crc32=(0,))
+    sets = {}
+    for name in names:
+        file = FileEntry(path=f"{name}.tar", num_bytes=1, sha256="0")
+        shard = ShardEntry(file=file, num_sequences=1, members=members)
+        sets[name] = ShardSet(codec=name, codec_settings={}, seq_len=8, shards=(shard,))
     return Manifest(
         stage=stage, instance=stage, settings={}, inputs={}, identity="0", content="1", files=files, versions={},
         facts=facts.model_dump(mode="json"), shard_sets=sets, started="2026-01-01T00:00:00Z", wall_s=1.0, command=(),
