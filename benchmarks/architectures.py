@@ -18,11 +18,15 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
+
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import torch

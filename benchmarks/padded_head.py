@@ -13,6 +13,10 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from pathlib import Path
+
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from machine import keep

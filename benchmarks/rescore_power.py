@@ -16,10 +16,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
+
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import torch
