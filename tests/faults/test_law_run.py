@@ -195,6 +195,7 @@ def test_the_run_files_of_the_grid_are_ordinary_ones(zygote: Zygote, whole: Path
     assert states["cache"] == "reused"
 
 
+@pytest.mark.slow
 def test_killed_on_the_way_a_grid_goes_on_and_ends_in_the_same_table(
     zygote: Zygote, whole: Path, grid_file: Path, tmp_path: Path
 ) -> None:

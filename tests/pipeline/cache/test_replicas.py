@@ -83,6 +83,7 @@ def test_three_replicas_make_the_cache_that_one_process_makes_and_ray_is_not_hea
     _until(lambda: not _marked(mark))
 
 
+@pytest.mark.slow
 def test_the_shards_of_a_killed_replica_are_made_by_others(run, start, mark, whole) -> None:
     tiny = run(replicas=2)
     process = start(tiny)
@@ -98,6 +99,7 @@ def test_the_shards_of_a_killed_replica_are_made_by_others(run, start, mark, who
     assert all(line.startswith("cache: ") for line in error.splitlines()), error
 
 
+@pytest.mark.slow
 def test_nothing_outlives_a_killed_stage_and_the_same_command_goes_on(run, start, mark, whole) -> None:
     tiny = run(replicas=2)
     process = start(tiny)

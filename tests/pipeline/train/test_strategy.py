@@ -127,7 +127,8 @@ def test_the_loss_is_the_mean_over_the_labels_of_all_ranks(job, run, precision: 
 
 
 @pytest.mark.parametrize(
-    ("ranks", "strategy"), [pytest.param(1, "ddp", marks=pytest.mark.slow), (2, "ddp"), (2, "fsdp2")]
+    ("ranks", "strategy"),
+    [pytest.param(1, "ddp", marks=pytest.mark.slow), pytest.param(2, "ddp", marks=pytest.mark.slow), (2, "fsdp2")],
 )
 def test_a_killed_training_ends_in_the_very_weights_of_an_undisturbed_one(job, run, ranks: int, strategy: str) -> None:
     """With dropout, and with several micro-batches a step; all ranks are killed, twice, at steps drawn by chance."""
