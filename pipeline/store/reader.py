@@ -68,13 +68,12 @@ class ShardReader:
 
     def read_member(self, shard: int, member: int) -> tuple[Sequences, Targets | None]:
         """The block of one member of one shard, by their numbers; errors as `read`."""
-        entry = self.shard_set.shards[shard]
-        return self._read(entry, entry.member(member))
+        return self._read(*self._listed(shard, member))
 
     def decode_member(self, shard: int, member: int, data: bytes) -> tuple[Sequences, Targets | None]:
         """The block of one member whose bytes somebody else has read; errors as `read`, but no file is opened."""
-        entry = self.shard_set.shards[shard]
-        listed, where = entry.member(member), self.name_of(shard, member)
+        entry, listed = self._listed(shard, member)
+        where = self._name_of(entry, listed)
         _require_checksum(data, listed, where)
         return self._decoded(data, listed, where)
 
@@ -85,17 +84,27 @@ class ShardReader:
             CorruptError: bytes or structure are wrong; the message names shard and member.
             InputError: the shard's file is missing.
         """
-        entry = self.shard_set.shards[shard]
-        where = self._name_of(entry, entry.member(member))
-        found = entry.member(member)
+        entry, found = self._listed(shard, member)
+        where = self._name_of(entry, found)
         block = read_stored(self.codec, self._bytes_of(entry, found, where), where, found.num_sequences)
         _require_size(len(block), found, where)
         return block
 
     def name_of(self, shard: int, member: int) -> str:
         """A member as errors name it."""
-        entry = self.shard_set.shards[shard]
-        return self._name_of(entry, entry.member(member))
+        return self._name_of(*self._listed(shard, member))
+
+    def _listed(self, shard: int, member: int) -> tuple[ShardEntry, Member]:
+        """A shard and its member; a damaged manifest may list fewer of either than whoever reads it knows of."""
+        shards = self.shard_set.shards
+        if not (0 <= shard < len(shards) and 0 <= member < len(shards[shard].members)):
+            raise CorruptError(
+                "the manifest lists no such member",
+                where=f"shard {shard}, member {member} of {self.shard_set.codec}",
+                found=f"{len(shards)} shards of {self.shard_set.num_members} members together",
+                fix="make the stage again that wrote it",
+            )
+        return shards[shard], shards[shard].member(member)
 
     @cached_property
     def _first_members(self) -> list[int]:

@@ -31,6 +31,17 @@ def test_all_blocks_are_read_in_the_order_of_the_shards(codecs, make_reader, tmp
     assert [len(sequences) for sequences, _ in read_blocks(tmp_path / "shards", reader.shard_set)] == [3, 1, 4, 2, 2, 1]
 
 
+def test_a_member_that_no_manifest_lists_is_said(codecs, make_reader, tmp_path: Path) -> None:
+    reader = make_reader(codecs[SAMPLED], SIZES)
+    empty = ShardReader(tmp_path / "shards", reader.shard_set.model_copy(update={"shards": ()}))
+    for one, shard, member in ((reader, 3, 0), (reader, 1, 1), (reader, 0, -1), (empty, 0, 0)):
+        for read in (one.read_member, one.read_stored):
+            with pytest.raises(
+                CorruptError, match=rf"lists no such member; found {len(one.shard_set.shards)} shards of"
+            ):
+                read(shard, member)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_flipped_bit_of_a_member_is_found_and_located(codecs, make_reader, tmp_path: Path, name: str) -> None:
     reader = make_reader(codecs[name], ((1,), (1, 1)))
