@@ -133,7 +133,7 @@ class CacheSettings(Record):
         if self.engine == "transformers" and self.engine_args:
             raise ValueError("cache.engine_args: found with engine transformers, expected vllm")
         stages = self.engine_args.get("pipeline_parallel_size", 1)
-        if not isinstance(stages, int) or stages < 1:
+        if not isinstance(stages, int) or isinstance(stages, bool) or stages < 1:
             raise ValueError(f"cache.engine_args.pipeline_parallel_size: found {stages!r}, expected 1 or more")
         if self.recording == "topk" and self.num_samples is not None:
             raise ValueError("cache.num_samples: found with recording topk, expected sampled; use cache.top_k")

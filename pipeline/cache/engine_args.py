@@ -28,31 +28,35 @@ _OWN_SETTINGS = {
 }
 """What capgap has a setting for."""
 
-_ALIGNMENT = "every row must be that of its token"
+_IDS = "capgap hands token ids in and takes rows out, without vLLM's tokenizer"
+_CACHED = "a token that was computed before gets no row"
+_OWN = "a cache keeps the teacher's own distribution"
+_TEXT = "only a model that continues text has rows"
+_ALIGNMENT = "rows of tokens that are only drafted would come between"
 _BREAKING = {
-    "skip_tokenizer_init": "token ids go in and come out",
-    "tokenizer_mode": "token ids go in and come out",
-    "enable_prefix_caching": "a token that was computed before gets no row",
-    "enable_mamba_shared_prefix_checkpoint": "a token that was computed before gets no row",
+    "skip_tokenizer_init": _IDS,
+    "tokenizer_mode": _IDS,
+    "enable_prefix_caching": _CACHED,
+    "enable_mamba_shared_prefix_checkpoint": _CACHED,
     "kv_sharing_fast_prefill": "a token of the prompt gets no row of its own",
     "speculative_config": _ALIGNMENT,
     "spec_method": _ALIGNMENT,
     "spec_model": _ALIGNMENT,
     "spec_tokens": _ALIGNMENT,
-    "logprobs_mode": "what is kept are logprobs of the teacher's own distribution",
-    "max_logprobs": "what is kept are as many as cache.top_k",
-    "logits_processors": "what is kept are logprobs of the teacher's own distribution",
-    "worker_extension_cls": "rows are captured by capgap's own",
-    "runner": "a teacher generates text",
-    "convert": "a teacher generates text",
-    "pooler_config": "a teacher generates text",
-    "mm_encoder_only": "a teacher generates text",
-    "enable_prompt_embeds": "token ids go in and come out",
-    "tokens_only": "token ids go in and come out",
-    "enable_sleep_mode": "the engine works until it ends",
-    "data_parallel_rank": "cache.replicas are engines of their own",
+    "logprobs_mode": _OWN,
+    "max_logprobs": "a cache keeps as many as cache.top_k",
+    "logits_processors": _OWN,
+    "worker_extension_cls": "rows are captured by an extension of capgap's own",
+    "runner": _TEXT,
+    "convert": _TEXT,
+    "pooler_config": _TEXT,
+    "mm_encoder_only": _TEXT,
+    "enable_prompt_embeds": _IDS,
+    "tokens_only": _IDS,
+    "enable_sleep_mode": "nobody would wake the engine",
+    "data_parallel_rank": "cache.replicas are engines of their own, each with all of its shards",
 }
-"""What would make rows something else than a cache says they are."""
+"""What would make rows something else than a cache says they are, and what that is."""
 
 _LOAD_FORMATS = (
     "safetensors",
@@ -91,7 +95,9 @@ def require_engine_args(given: Mapping[str, Any]) -> None:
                 fix="use that one",
             )
         if name in _BREAKING:
-            raise SettingError("would break exactness", where=where, found=value, expected=_BREAKING[name])
+            raise SettingError(
+                f"would break exactness: {_BREAKING[name]}", where=where, found=value, fix="leave it out"
+            )
         if name == "load_format" and value not in _LOAD_FORMATS:
             raise SettingError(
                 "may open pickled files", where=where, found=value, expected=f"one of {', '.join(_LOAD_FORMATS)}"
