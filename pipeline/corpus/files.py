@@ -47,7 +47,7 @@ def folders_in_words(sources: tuple[str, ...]) -> list[str]:
             others = sorted(set(_all_files(folder)) - set(read))
             links = sum(path.is_symlink() and not path.is_file() for path in folder.rglob("*"))
             said = f"read {_counts(read)}" + (f"; not read: {_counts(others)}" if others else "; nothing else")
-            said += f"; {links} links to folders, or to nothing, are not followed" if links else ""
+            said += f"; {links} links to folders, each of which is read once, or to nothing" if links else ""
             lines.append(f"{source}: {said}")
     return lines
 
