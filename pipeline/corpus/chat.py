@@ -13,13 +13,13 @@ from capgap.pipeline.corpus.pack import Encoded
 from capgap.pipeline.corpus.plain_text import plain_messages, plain_value, special_texts
 from capgap.pipeline.corpus.records import Conversation
 from capgap.pipeline.corpus.sources import Document
+from capgap.pipeline.corpus.turns import SKIP
 from capgap.pipeline.models.chat_template import ChatTemplate
 from capgap.schemas.errors import BadRecordError, InputError
 
 _LOG = logging.getLogger("capgap")
 # before the words of an answer a template may say that there were no thoughts
 _NOTHING = re.compile(r"\s*(<think>\s*</think>\s*)?")
-_SKIP = "remove the record, or set corpus.on_bad_record to skip"
 
 
 class MarkedChat:
@@ -93,7 +93,7 @@ def _counting(
             where=where,
             found=f"{len(spans)} marked places for {len(answers)} answers",
             expected="one for each",
-            fix=_SKIP,
+            fix=SKIP,
         )
     return [span for span, answer in zip(spans, answers, strict=True) if counts(answer)]
 
@@ -132,7 +132,7 @@ def require_words(words: str, specials: list[str], message: dict[str, Any], wher
         words = words.replace(special, "")
     if says_nothing(words):
         found = "tool calls that the chat template does not write" if message.get("tool_calls") else "none"
-        raise BadRecordError("the answer leaves no text", where=where, found=found, expected="some words", fix=_SKIP)
+        raise BadRecordError("the answer leaves no text", where=where, found=found, expected="some words", fix=SKIP)
 
 
 def require_shown(text: str, messages: Sequence[dict[str, Any]], where: str) -> None:
@@ -145,7 +145,7 @@ def require_shown(text: str, messages: Sequence[dict[str, Any]], where: str) -> 
                 where=f"{where}, message {number}",
                 found=ascii(content.strip())[:60],
                 expected="a role that it writes",
-                fix=_SKIP,
+                fix=SKIP,
             )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from capgap.pipeline.corpus.turns import MAX_DEPTH, ROLES, in_turns, is_deep, loaded
+from capgap.pipeline.corpus.turns import MAX_DEPTH, ROLES, SKIP, in_turns, is_deep, loaded
 from capgap.schemas.errors import BadRecordError
 
 AUTO = "auto"
@@ -213,7 +213,7 @@ def _text(where: str, record: object, field: str) -> str:
 
 def _text_fix(record: object, is_there: bool) -> str | None:
     if is_there:
-        return "remove the record, or set corpus.on_bad_record to skip"
+        return SKIP
     if isinstance(record, list) and record and isinstance(record[0], dict):
         return "call a file that is one list .json"
     return "set corpus.text_field" if isinstance(record, dict) else None

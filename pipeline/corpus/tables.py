@@ -89,7 +89,9 @@ def require_columns(path: str | Path, names: list[str], fields: tuple[str, ...])
     found = [name for name in dict.fromkeys(names) if name in fields]
     double = next((name for name in found if names.count(name) > 1), None)
     if double is not None:
-        raise InputError(f"{names.count(double)} columns are called {double!r}", where=path, expected="one")
+        raise InputError(
+            f"{names.count(double)} columns are called {double!r}", where=path, expected="one", fix="rename the others"
+        )
     if not found:
         raise InputError(
             f"no column {fields[0]!r}" if len(fields) == 1 else "no column of a conversation",

@@ -13,6 +13,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_DEPTH = 64
 """Lists and objects within one another, in messages and tools; what is deeper is refused."""
 
+SKIP = "remove the record, or set corpus.on_bad_record to skip"
+"""What can be done about a record that cannot be used."""
+
 _ALSO_CALLED = {
     "human": "user",
     "prompter": "user",
@@ -78,7 +81,7 @@ def _message(where: str, turn: dict[str, Any]) -> dict[str, Any]:
             where=where,
             found=f"fields {', '.join(map(str, turn))}"[:200],
             expected=f"one of {', '.join(_CONTENTS)}",
-            fix="remove the record, or set corpus.on_bad_record to skip",
+            fix=SKIP,
         )
     if not _is_learnt(where, message):
         message["weight"] = 0
@@ -97,7 +100,11 @@ def _is_learnt(where: str, message: dict[str, Any]) -> bool:
     weight, train = message.pop("weight", 1), message.pop("train", True)
     if weight not in (0, 1) or train not in (True, False):
         raise BadRecordError(
-            "a message counts in part", where=where, found=f"weight {weight}, train {train}", expected="0 or 1"
+            "a message counts in part",
+            where=where,
+            found=f"weight {weight}, train {train}",
+            expected="0 or 1",
+            fix=SKIP,
         )
     return bool(weight and train)
 

@@ -78,7 +78,10 @@ def load_model(
             )
     except ImportError as error:
         raise MachineError(
-            "a package that reads the weights is not installed", where=path, found=first_line(error)
+            "a package that reads the weights is not installed",
+            where=path,
+            found=first_line(error),
+            fix="install it beside capgap and run the same command again",
         ) from None
     except (OSError, ValueError, SafetensorError) as error:
         refuse_code(error, path)
