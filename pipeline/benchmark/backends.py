@@ -144,6 +144,7 @@ def _vllm(
             max_num_batched_tokens=chunk_rows,
             max_num_seqs=max(1, min(256, chunk_rows // 8)),
             load_format="safetensors",  # nothing pickled is opened
+            language_model_only=True,  # of a model that sees or hears, the part that reads and writes
             hf_overrides={"head_dtype": "float32"},
             enforce_eager=device == "cpu",
             disable_log_stats=True,

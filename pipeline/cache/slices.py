@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from capgap.pipeline.cache.cross_check import CheckedShardScorer
-from capgap.pipeline.cache.held import WRITING_THREADS
+from capgap.pipeline.cache.held import WRITING_THREADS, require_room
 from capgap.pipeline.cache.overlap import overlap
 from capgap.pipeline.cache.shard_lines import shard_lines
 from capgap.pipeline.cache.shards import SCORED_FOLDER, CacheJob, ScoredShard
@@ -31,6 +31,7 @@ def make_slice(job: CacheJob, part: Slice) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     claims, scorer = _Claims(job, part), CheckedShardScorer(job)
     wanted = [index for index in range(len(job.source.shards)) if part.has(index)]
+    require_room(job.settings, max(shard.num_sequences for shard in job.source.shards) * job.source.seq_len)
 
     def write(shard: ScoredShard) -> None:
         written = scorer.write(shard)

@@ -1,8 +1,9 @@
 """What must hold before vLLM is started: the package, the platform, the model's sizes, and room for a chunk of logits.
 
 Memory of a chunk: `chunk_rows` x columns of the head x 18 bytes, and 8 more where the head is spread over several
-devices. Measured are 8 to 16.4: the logits, their probabilities, and at a temperature or with padding columns one or
-two more copies in float32. The 8 are the logits of each device and those of all of them, gathered.
+devices. Measured are 8 to 16.4: the logits, their probabilities, and at a temperature, or where more than a sixteenth
+of the columns is padding, one or two more copies in float32. The 8 are the logits of each device and those of all of
+them, gathered.
 """
 
 from __future__ import annotations
