@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from capgap.jobs.problems import Origin, errors_of
 from capgap.jobs.reader import read_file, together
-from capgap.pipeline.plan.room import require_room
+from capgap.pipeline.plan.room import require_disk_space
 from capgap.pipeline.stages import run_file_type
 from capgap.pipeline.workflow.driver import walk
 from capgap.pipeline.workflow.graph import downstream, instances, select
@@ -100,7 +100,7 @@ def run(
         remake=(remake,) if isinstance(remake, str) else remake,
         force=force,
         wait=wait,
-        require=require_room,
+        require=require_disk_space,
     )
     out = Path(checked.out)
     folders = {instance.name: out / instance.name for instance in chosen}

@@ -196,7 +196,7 @@ def _add_walk_flags(parser: Parser) -> None:
 
 
 def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any], command: LastCommand) -> list[str]:
-    from capgap.pipeline.plan.room import require_room
+    from capgap.pipeline.plan.room import require_disk_space
     from capgap.pipeline.stage.ranks import ranks_in_environment
     from capgap.pipeline.workflow.driver import walk
 
@@ -216,7 +216,7 @@ def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any], comma
         force=flags["force"],
         wait=not flags["no_wait"],
         command=command,
-        require=require_room,
+        require=require_disk_space,
     )
 
 

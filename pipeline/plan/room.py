@@ -26,7 +26,7 @@ SURE_SHARE = 0.5
 a token, and the distributions of a sure teacher take half of what an unsure one's take."""
 
 
-def require_room(known: RunStates, coming: Sequence[Instance]) -> None:
+def require_disk_space(known: RunStates, coming: Sequence[Instance]) -> None:
     """Refuse a run that its disk has no room for; figures that are not known count as nothing.
 
     Args:

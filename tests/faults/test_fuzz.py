@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import zlib
 from collections.abc import Iterator
 from functools import cache
@@ -21,6 +20,7 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_limits import bounded_memory
 
 from capgap.pipeline.stage.manifests import read_manifest, require_seal
 from capgap.pipeline.store import Block, Codec, ShardReader, ShardWriter, rank_ids
@@ -45,13 +45,9 @@ FUZZ = settings(
 
 
 @pytest.fixture(autouse=True)
-def bounded_memory() -> Iterator[None]:
-    """Address space for little more than is in use."""
-    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + MORE_BYTES, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+def bounded() -> Iterator[None]:
+    with bounded_memory(MORE_BYTES):
+        yield
 
 
 @cache

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
+from tiny_limits import bounded_memory
 
 from capgap.pipeline.corpus.tables import num_rows, table_rows
 from capgap.schemas.errors import InputError
@@ -29,12 +29,9 @@ MORE_BYTES = 4 << 30
 
 
 @pytest.fixture(autouse=True)
-def bounded_memory() -> Iterator[None]:
-    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + MORE_BYTES, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+def bounded() -> Iterator[None]:
+    with bounded_memory(MORE_BYTES):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from capgap.jobs.cli import main
-from capgap.pipeline.plan.room import require_room
+from capgap.pipeline.plan.room import require_disk_space
 from capgap.pipeline.plan.work import work_of
 from capgap.pipeline.workflow.graph import instances
 from capgap.pipeline.workflow.state import RunStates
@@ -42,15 +42,15 @@ def test_what_folders_hold_already_is_not_asked_for_again(
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(needed * 0.4)))
     with pytest.raises(MachineError, match="the disk has no room"):
-        require_room(known, coming)
+        require_disk_space(known, coming)
     held = Path(known.run.out, "corpus", "half")
     held.parent.mkdir(parents=True)
     held.write_bytes(bytes(int(needed * 0.4)))
     with caplog.at_level(logging.WARNING, "capgap"):
-        require_room(known, coming)
+        require_disk_space(known, coming)
     assert "the disk may be too small" in caplog.text
     caplog.clear()
     held.write_bytes(bytes(int(needed * 0.9)))
     with caplog.at_level(logging.WARNING, "capgap"):
-        require_room(known, coming)
+        require_disk_space(known, coming)
     assert not caplog.text
