@@ -69,7 +69,7 @@ def start(command: list[str], path: Path | str, **variables: str) -> subprocess.
     """The command, started in the root, with a folder behind it on the path of packages."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     environment |= {"PYTHONPATH": f"{ROOT / 'src'}:{path}", **variables}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
 
 
 def printed(code: str, path: Path | str = "") -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny.yaml"
 CAPGAP = Path(sys.executable).with_name("capgap")
-TIMEOUT_S = 900
+TIMEOUT_S = 1800
 
 
 def capgap(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-TIMEOUT_S = 600
+TIMEOUT_S = 1800
 
 
 class Zygote:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 CAPGAP = Path(sys.executable).with_name("capgap")
-TIMEOUT_S = 300
+TIMEOUT_S = 1800
 
 Capgap = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -158,5 +158,5 @@ def test_skypilot_s_schemas_agree(validators: Path, tmp_path: Path) -> None:
 
 def _run(python: Path, code: str, text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [python, "-c", code, *arguments], input=text, capture_output=True, text=True, timeout=300, check=False
+        [python, "-c", code, *arguments], input=text, capture_output=True, text=True, timeout=1800, check=False
     )

@@ -151,7 +151,7 @@ def _start(run_file: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def _when(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 1800
     while not (found := condition()):
         assert time.monotonic() < deadline, "the condition never came true"
         time.sleep(0.02)

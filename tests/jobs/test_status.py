@@ -31,7 +31,7 @@ from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile
 
 CAPGAP = Path(sys.executable).with_name("capgap")
-TIMEOUT_S = 300
+TIMEOUT_S = 1800
 SHAPE = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 64}
 
 

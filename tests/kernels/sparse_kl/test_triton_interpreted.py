@@ -52,4 +52,4 @@ def test_on_a_cpu_triton_is_not_even_imported() -> None:
         "kernel_for('auto', torch.device('cpu'), torch.float32)\n"
         "sys.exit('capgap.kernels.sparse_kl.triton_rows' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", program], timeout=300).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], timeout=1800).returncode == 0

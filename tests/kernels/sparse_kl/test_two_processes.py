@@ -25,7 +25,7 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.02}
 def results(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("two")
     processes = [subprocess.Popen([sys.executable, str(_PROGRAM), str(rank), str(folder)]) for rank in range(2)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert [process.wait(timeout=1800) for process in processes] == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from capgap.pipeline.cache.overlap import overlap
 
-WAIT_S = 60  # a deadlock is reported rather than waited for
+WAIT_S = 1800  # a deadlock is reported rather than waited for
 
 
 def test_the_first_half_goes_on_while_the_second_is_held_up_and_no_further_than_the_bound() -> None:

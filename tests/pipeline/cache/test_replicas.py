@@ -33,7 +33,7 @@ from capgap.schemas.run_model import TeacherSettings
 pytest.importorskip("ray")
 
 CACHE = Instance("cache")
-DEADLINE_S = 300
+DEADLINE_S = 1800
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from capgap.schemas.errors import CapgapError, MachineError, MismatchError
 from capgap.schemas.run_file import RunFile
 
 CACHE = Instance("cache")
-DEADLINE_S = 300
+DEADLINE_S = 1800
 
 
 def _cache(run: RunFile) -> Path:

@@ -82,16 +82,17 @@ def test_after_a_timeout_the_same_command_asks_about_exactly_what_is_missing(mak
 
     def slow(body: Body, number: int) -> Answer:
         if number >= 5:
-            silence.wait(20)
+            silence.wait()
         return FIVE
 
     server.judge = slow
-    run = make_run(num_parallel=1, timeout_s=0.5, num_retries=1)
+    # long enough for an answer on any machine
+    run = make_run(num_parallel=1, timeout_s=4, num_retries=1)
     with pytest.raises(MachineError) as caught:
         carry_out(run, JUDGE)
     silence.set()
     assert str(caught.value) == (
-        f"{server.url}: the judge does not answer in time; found 2 requests of up to 0.5 s; raise judge.timeout_s, or "
+        f"{server.url}: the judge does not answer in time; found 2 requests of up to 4 s; raise judge.timeout_s, or "
         f"run the same command again, which goes on where this one stopped; 5 of {NUM_VERDICTS} verdicts are kept"
     )
     assert kept(run) == 5
@@ -112,13 +113,15 @@ def make_run_again(run: RunFile, **judge: object) -> RunFile:
 
 
 def test_those_under_way_when_one_fails_are_kept(make_run, server: JudgeServer) -> None:
-    failed = threading.Event()
+    all_are_asked, failed = threading.Barrier(4), threading.Event()
 
     def judge(body: Body, number: int) -> Answer:
+        if number < 4:
+            all_are_asked.wait()
         if number == 0:
             failed.set()
             return Answer({"error": {"message": "broken"}}, status=500)
-        failed.wait(20)
+        failed.wait()
         return FIVE
 
     server.judge = judge

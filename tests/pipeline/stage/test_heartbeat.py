@@ -35,7 +35,7 @@ with heartbeat(Path(sys.argv[1]) / "work"), progress("cache", 40, "sequences", 1
 """
 
 
-def _until(condition, seconds: float = 60.0):
+def _until(condition, seconds: float = 1800):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "the condition never came true"
@@ -108,7 +108,7 @@ def test_a_clock_that_is_turned_back_does_not_stop_it(tmp_path: Path, monkeypatc
 
 def test_nobody_else_is_at_work_where_no_heartbeat_of_elsewhere_goes_on(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("capgap.pipeline.stage.heartbeat._WRITE_EVERY_S", 0.02)
-    monkeypatch.setattr("capgap.pipeline.stage.heartbeat._WATCHED_S", 0.5)
+    monkeypatch.setattr("capgap.pipeline.stage.heartbeat._WATCHED_S", 600)
     work = tmp_path / "work"
     with heartbeat(work):
         (own,) = read_heartbeats(work)
@@ -116,31 +116,44 @@ def test_nobody_else_is_at_work_where_no_heartbeat_of_elsewhere_goes_on(tmp_path
     (work / "progress.json").write_text(own.model_dump_json())
     began = time.monotonic()
     require_nobody_elsewhere(work)
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 600
+    monkeypatch.setattr("capgap.pipeline.stage.heartbeat._WATCHED_S", 0.5)
+    began = time.monotonic()
     other = own.model_copy(update={"machine": "elsewhere"})
     (work / "progress.json").write_text(other.model_dump_json())
     require_nobody_elsewhere(work)
     assert time.monotonic() - began > 0.5
-    monkeypatch.setattr("capgap.pipeline.stage.heartbeat._WATCHED_S", 60)
-    moved = other.model_copy(update={"written_s": other.written_s - 3600})
-    (work / "next").write_text(moved.model_dump_json())
-    beats = threading.Timer(0.1, lambda: (work / "next").replace(work / "progress.json"))
+    monkeypatch.setattr("capgap.pipeline.stage.heartbeat._WATCHED_S", 600)
+    stopped = threading.Event()
+
+    def beat() -> None:
+        number = 0
+        while not stopped.wait(0.02):
+            number += 1
+            moved = other.model_copy(update={"written_s": other.written_s - 3600 + number})
+            (work / "next").write_text(moved.model_dump_json())
+            (work / "next").replace(work / "progress.json")
+
+    beats = threading.Thread(target=beat)
     beats.start()
-    with pytest.raises(MachineError, match=rf"another machine is at work .* found pid {os.getpid()} of elsewhere"):
-        require_nobody_elsewhere(work)
-    beats.join()
+    try:
+        with pytest.raises(MachineError, match=rf"another machine is at work .* found pid {os.getpid()} of elsewhere"):
+            require_nobody_elsewhere(work)
+    finally:
+        stopped.set()
+        beats.join()
 
 
 def test_it_is_written_at_most_once_a_second_however_often_it_advances(tmp_path: Path) -> None:
     path = tmp_path / "work" / "progress.json"
     with heartbeat(tmp_path / "work"), progress("cache", 10**6, "sequences", lines=False) as meter:
-        seen, deadline = set(), time.monotonic() + 2.5
-        while time.monotonic() < deadline:
+        seen, began = {path.stat().st_ino}, time.monotonic()
+        while len(seen) < 3 and (took_s := time.monotonic() - began) < 600:
             for _ in range(1000):
                 meter.advance(tokens=1)
             seen.add(path.stat().st_ino)
-    # at 0, 1 and 2 seconds; each replaces the file, and what stands under a name is always whole
-    assert 2 <= len(seen) <= 3
+    # at 0, 1 and 2 seconds or later; each replaces the file, and what stands under a name is always whole
+    assert len(seen) == 3 and took_s > 1
 
 
 def test_why_a_stage_gave_up_is_its_last_word(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_off_a_terminal_the_last_step_is_logged_with_rate_and_note(caplog) -> No
     (line,) = [record.getMessage() for record in caplog.records]
     found = re.fullmatch(r"train: 3 of 3 steps, ([\d,]+) tokens/s, 0 s left, loss 1\.5", line)
     assert found is not None, line
-    assert 100 < float(found[1].replace(",", "")) < 10_000, "300 tokens in 0.03 s, or more on a slow machine"
+    assert 0 < float(found[1].replace(",", "")) < 10_000, "300 tokens in 0.03 s, or more on a slow machine"
 
 
 def test_off_a_terminal_a_line_comes_now_and_then_with_the_time_left(caplog, monkeypatch) -> None:

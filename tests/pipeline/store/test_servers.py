@@ -51,7 +51,7 @@ def _read(url: str, tmp_path: Path, **environment: str) -> subprocess.CompletedP
         env=kept | {"NO_PROXY": "*", "no_proxy": "*"} | environment,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=1800,
     )
 
 

@@ -137,9 +137,9 @@ def test_two_writes_of_one_shard_are_byte_identical(tmp_path: Path, codecs, make
     assert written[0] == written[1]
 
 
-# A writer that is killed at any moment: each child begins with shard 0 and goes on until its parent ends it.
+# A writer that is killed a moment after one of its blocks: each child begins with shard 0 and goes on until its end.
 _KILLS = """
-import os, signal, sys, time
+import os, random, signal, sys, time
 from pathlib import Path
 import numpy as np
 from capgap.pipeline.store import Block, ShardWriter
@@ -163,8 +163,9 @@ for number in range(int(sys.argv[2])):
     child = os.fork()
     if not child:
         write_for_ever(folder, write_end)
-    os.read(read_end, 1)
-    time.sleep(number * 0.0015)
+    for _ in range(number + 1):
+        os.read(read_end, 1)
+    time.sleep(random.uniform(0, 0.002))
     os.kill(child, signal.SIGKILL)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
 """
@@ -198,8 +199,8 @@ def _assert_written(reader: ShardReader, index: int) -> None:
 
 
 def test_a_writer_killed_before_its_first_shard_is_whole_leaves_no_shard_under_its_name(tmp_path: Path) -> None:
-    endless = _KILLS.replace("range(6)", "range(10**6)").replace("number * 0.0015", "0.1")
-    subprocess.run([sys.executable, "-c", endless, str(tmp_path), "1"], check=True, timeout=60)
+    endless = _KILLS.replace("range(6)", "range(10**6)").replace("range(number + 1)", "range(20)")
+    subprocess.run([sys.executable, "-c", endless, str(tmp_path), "1"], check=True, timeout=1800)
     folder = tmp_path / "0"
     assert [path.name for path in (folder / "sidecars").iterdir()] == []
     (left,) = folder.glob("*.*")

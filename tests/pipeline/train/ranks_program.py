@@ -35,7 +35,7 @@ def train(job: dict[str, Any]) -> None:
     readers = [ShardReader(Path(path), ShardSet.model_validate_json(text)) for path, text in job["shards"]]
     settings = OptimizationSettings.model_validate(job["settings"])
     task = TrainingTask("train", settings, *readers, 1.0, 1.0, 0, "cpu", folder, ranks=ranks)
-    _write_down_what_is_read(folder / f"read-{ranks.rank}.jsonl", job["number"])
+    _write_down_what_is_read(folder / f"read-{ranks.rank}.jsonl", job)
     model = LlamaForCausalLM.from_pretrained(job["student"])
     if ranks.world_size == 1:
         totals = fit(model, task)
@@ -47,15 +47,17 @@ def train(job: dict[str, Any]) -> None:
         save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / "weights")
 
 
-def _write_down_what_is_read(path: Path, number: int) -> None:
+def _write_down_what_is_read(path: Path, job: dict[str, Any]) -> None:
     original = DistillationModule.training_step
 
     def training_step(self: DistillationModule, batch: Any, batch_idx: int) -> Any:
         loss = original(self, batch, batch_idx)
-        row = {"job": number, "step": self.trainer.global_step, "rows": batch.input_ids_BL.tolist()}
+        row = {"job": job["number"], "step": self.trainer.global_step, "rows": batch.input_ids_BL.tolist()}
         row |= {"loss": float(self.last.loss), "labels": int((batch.labels_BL >= 0).sum())}
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        if job["kill_at"] is not None and self.trainer.global_step >= job["kill_at"] + 2:
+            signal.pause()  # it is killed soon, however busy the machine
         return loss
 
     DistillationModule.training_step = training_step

@@ -225,6 +225,7 @@ from transformers import LlamaForCausalLM
 
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.train.fit import fit
+from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.manifest import ShardSet
 from capgap.schemas.run_optimization import OptimizationSettings
@@ -234,6 +235,14 @@ def train(job):
     model = LlamaForCausalLM.from_pretrained(job["student"])
     readers = [ShardReader(Path(path), ShardSet.model_validate_json(text)) for path, text in job["shards"]]
     settings = OptimizationSettings.model_validate(job["settings"])
+    step = DistillationModule.training_step
+
+    def held_up(self, batch, batch_idx):
+        if job["kill_at"] is not None and self.trainer.global_step > job["kill_at"] + 20:
+            signal.pause()  # it is killed soon, however busy the machine
+        return step(self, batch, batch_idx)
+
+    DistillationModule.training_step = held_up
     fit(model, TrainingTask("train", settings, *readers, 1.0, 1.0, 0, "cpu", folder))
     save_file({name: p.detach() for name, p in model.named_parameters()}, folder / "weights.safetensors")
 

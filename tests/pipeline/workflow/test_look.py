@@ -8,7 +8,7 @@ from pathlib import Path
 from capgap.pipeline.stage.folder import WORK_FOLDER, begin, plan_units
 from capgap.pipeline.stage.heartbeat import heartbeat
 from capgap.pipeline.stage.progress import progress
-from capgap.pipeline.workflow.look import last_loss, look_at
+from capgap.pipeline.workflow.look import Look, last_loss, look_at
 from capgap.pipeline.workflow.state import State, states
 
 
@@ -24,9 +24,10 @@ def test_a_stage_at_work_is_seen_with_how_far_it_is(make_run, make_finished) -> 
         beat.begin_phase("at work", "cpu")
         with progress("teacher: train", 50, "steps", 20, lines=False) as meter:
             meter.advance(5, tokens=100)
-            # it is written once a second
-            time.sleep(2.5)
-            looks = {look.name: look for look in look_at(run)}
+            deadline = time.monotonic() + 600
+            while not _has_counted(looks := {look.name: look for look in look_at(run)}, 25):
+                assert time.monotonic() < deadline, "it is written once a second"
+                time.sleep(0.1)
     assert (looks["corpus"].state, looks["corpus"].at_work) == (State.CURRENT, ())
     teacher = looks["teacher"]
     assert (teacher.state, teacher.why, teacher.loss) == (State.PARTIAL, "0 of 50 steps", 5.5)
@@ -34,6 +35,10 @@ def test_a_stage_at_work_is_seen_with_how_far_it_is(make_run, make_finished) -> 
     assert (beat.device, beat.count.done, beat.count.total) == ("cpu", 25, 50)
     assert teacher.tokens_per_s > 0 and teacher.eta_s > 0 and teacher.seen_s_ago < 60
     assert looks["cache"].state == State.MISSING and looks["cache"].seen_s_ago is None
+
+
+def _has_counted(looks: dict[str, Look], done: int) -> bool:
+    return any(beat.count and beat.count.done == done for beat in looks["teacher"].at_work)
 
 
 def test_the_last_loss_is_that_of_the_last_whole_row_that_has_one(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from capgap.schemas.errors import MachineError
 
 BIN = Path(sys.executable).parent
 TEACHER = Instance("teacher")
-TIMEOUT_S = 300
+TIMEOUT_S = 1800
 
 
 @pytest.fixture
