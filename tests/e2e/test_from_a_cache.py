@@ -65,6 +65,7 @@ def _assert_makes_the_same_students(path: Path, finished: Path, out: Path) -> No
     assert {name: (out / name / "manifest.json").read_bytes() for name in made} == before, "nothing was left to do"
 
 
+@pytest.mark.slow  # as from S3, and what the project's own check does in an empty folder
 def test_a_run_from_a_folder(cache: Path, finished: Path, run_file: Callable[[str], Path], tmp_path: Path) -> None:
     _assert_makes_the_same_students(run_file(str(cache)), finished, tmp_path / "out")
 

@@ -73,6 +73,7 @@ def test_only_train_forced_makes_the_train_stage_again_and_nothing_else(copy: Pa
     assert stale(copy) == {}
 
 
+@pytest.mark.slow  # both arms, and one by its name with other settings, are made again above and below
 def test_one_arm_alone_can_be_made_again(copy: Path) -> None:
     before = manifests(copy)
     assert capgap(*run_of(copy, "--only", "train/distilled", "--force")).returncode == 0

@@ -20,7 +20,7 @@ from capgap.pipeline.verify.verify import verify
 from capgap.schemas.errors import CapgapError, CorruptError
 from capgap.schemas.manifest import Manifest
 
-NUM_FLIPS = int(os.environ.get("CAPGAP_FLIPS", "2000"))
+NUM_FLIPS = int(os.environ.get("CAPGAP_FLIPS", "1000"))
 SEED = int(os.environ.get("CAPGAP_SEED", "8"))
 SHARD = "sampled-000004.tar"
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from processes import Zygote
 
-NUM_KILLS = int(os.environ.get("CAPGAP_KILLS", "60"))
+NUM_KILLS = int(os.environ.get("CAPGAP_KILLS", "40"))
 SEED = int(os.environ.get("CAPGAP_SEED", random.SystemRandom().getrandbits(32)))
 
 # Kills of one run. What is not taken up where it was killed would else hardly ever come to its end.

@@ -172,7 +172,7 @@ for number in range(int(sys.argv[2])):
 
 
 def test_a_killed_writer_leaves_no_shard_that_is_taken_for_finished_and_is_not(tmp_path: Path) -> None:
-    num_kills = 40
+    num_kills = 20
     script = [sys.executable, "-c", _KILLS, str(tmp_path), str(num_kills)]
     subprocess.run(script, check=True, timeout=1800)
     codec = Codec(SEQUENCES, 63, 50000)
