@@ -15,6 +15,7 @@ import transformers
 
 from capgap.pipeline.cache.request_checks import require_kept, require_scorable
 from capgap.pipeline.cache.scoring import PackedRows, Recording, Request, Scored, record_rows, row_offsets, unpack
+from capgap.pipeline.models.head_product import float32_logits
 from capgap.pipeline.models.load import load_model
 from capgap.schemas.errors import InputError
 
@@ -55,10 +56,8 @@ class TransformersEngine:
         self._model = load_model(path, device, _DTYPES.get(dtype), trust_remote_code)
         self.name = f"transformers {transformers.__version__}"
         self.dtype = str(self._model.dtype).removeprefix("torch.")
-        # a copy in float32: rounding the logits to bfloat16 changes half of all rows' kept ids
         head = self._model.get_output_embeddings()
-        self._head_VH = head.weight.detach().float()
-        self._bias_V = None if getattr(head, "bias", None) is None else head.bias.detach().float()
+        self._head_VH, self._bias_V = head.weight.detach(), getattr(head, "bias", None)
         config = self._model.config.get_text_config()
         self._scale = _logit_scale(config)
         self._softcap = getattr(config, "final_logit_softcapping", None)
@@ -111,7 +110,7 @@ class TransformersEngine:
         return self._split(parts, requests, lengths)
 
     def _logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
-        logits_NV = torch.nn.functional.linear(hidden_NH.float(), self._head_VH, self._bias_V)
+        logits_NV = float32_logits(hidden_NH, self._head_VH, self._bias_V)
         if self._scale != 1:
             logits_NV = logits_NV * self._scale
         if self._softcap is not None:

@@ -6,8 +6,8 @@ positions, V real vocabulary.
 A part is a sequence, or under the rule `document` a document of one: a row of its own, so that any architecture is
 measured as it is to be used. No token sees what follows it, so the padding behind a part changes none of its logits.
 
-Only real ids take part: a padded row of the head is cut off before the softmax. The head computes in float32 even where
-the model is bfloat16, as it does in the cache; bfloat16 logits alone would change many a top id.
+Only real ids take part: a padded row of the head is cut off before the softmax. The head sums in float32 even where the
+model is bfloat16, as it does in the cache; bfloat16 logits alone would change many a top id.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from capgap.pipeline.eval.calibration import CalibrationError
+from capgap.pipeline.models.head_product import sum_head_in_float32
 from capgap.pipeline.stage.progress import Meter
 from capgap.schemas.errors import InputError
 from capgap.schemas.records import Sequences
@@ -66,7 +67,7 @@ def score(
     Raises:
         InputError: a loss is NaN or infinite.
     """
-    compute_head_in_float32(model)
+    sum_head_in_float32(model)
     nats_S = np.zeros(len(sequences), np.float64)
     most_tokens = batch_sequences * (sequences.tokens_BL1.shape[1] - 1)
     for parts in _batches(_parts(sequences, context), most_tokens):
@@ -81,17 +82,6 @@ def score(
             ended = sum(part.stop == sequences.tokens_BL1.shape[1] - 1 for part in parts)
             meter.advance(ended, sum(map(len, parts)), name)
     return nats_S
-
-
-def compute_head_in_float32(model: nn.Module) -> None:
-    """Give the output head weights of its own in float32; an embedding tied to it keeps its own."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is None or head.weight.dtype == torch.float32:
-        return
-    head.weight = nn.Parameter(head.weight.detach().float(), requires_grad=False)
-    if getattr(head, "bias", None) is not None:
-        head.bias = nn.Parameter(head.bias.detach().float(), requires_grad=False)
-    head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
 
 
 @dataclass(frozen=True)

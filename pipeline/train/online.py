@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from capgap.kernels.sparse_kl import Divergence, SparseKl
 from capgap.kernels.sparse_kl.divergence import LOWEST_LOGPROB
+from capgap.pipeline.models.head_product import float32_logits, sums_in_float32
 from capgap.pipeline.store import Batch
 from capgap.pipeline.train import heads
 from capgap.pipeline.train.attention import ending_attention
@@ -49,8 +50,7 @@ class OnlineModule(DistillationModule):
         super().__init__(*args, **kwargs)
         # in a tuple, and so no submodule: neither optimizer nor checkpoints nor strategies are to see it
         self._teacher = (teacher.requires_grad_(False).eval(), heads.served_head(teacher, self._vocab_size))
-        # a copy in float32, as for a cache: rounded logits would be another target
-        self._teacher_head = HeadWeights.from_lm_head(self._teacher[1])
+        self._teacher_head = HeadWeights.from_teacher(self._teacher[1])
 
     def _loss_of(self, hidden_BLH: Tensor, batch: Batch, alpha: float) -> SparseKl:
         """As `DistillationModule`; in training the divergence is that of all V probabilities.
@@ -81,7 +81,7 @@ class OnlineModule(DistillationModule):
         several = {} if batch.positions_BL is None else ending_attention(teacher, batch.positions_BL)
         with torch.autocast(batch.input_ids_BL.device.type, enabled=False):
             output = head.decoder(input_ids=batch.input_ids_BL, use_cache=False, **several)
-            hidden_NG: Tensor = output.last_hidden_state.flatten(0, 1).float()
+            hidden_NG: Tensor = output.last_hidden_state.flatten(0, 1)
             return hidden_NG
 
 
@@ -93,24 +93,36 @@ class HeadWeights:
         weight_VH: rows past the real vocabulary are padding.
         bias_V: None where there is none.
         softcap: c, where logits are c tanh(logits / c).
+        scale: factor of the logits, before the cap.
     """
 
     weight_VH: Tensor
     bias_V: Tensor | None = None
     softcap: float | None = None
+    scale: float = 1.0
 
     @classmethod
-    def from_lm_head(cls, head: heads.LmHead) -> HeadWeights:
-        """A copy in float32, with the scale in it."""
-        weight_VH = head.linear.weight.detach().float()
-        bias_V = None if head.linear.bias is None else head.linear.bias.detach().float() * head.scale
-        return cls(weight_VH if head.scale == 1 else weight_VH * head.scale, bias_V, head.softcap)
+    def from_teacher(cls, head: heads.LmHead) -> HeadWeights:
+        """Those of a frozen teacher; a copy in float32 where the device cannot sum 16-bit products in float32."""
+        weight_VH = head.linear.weight.detach()
+        if not sums_in_float32(weight_VH.device):
+            weight_VH = weight_VH.to(torch.promote_types(weight_VH.dtype, torch.float32))
+        return cls(weight_VH, head.linear.bias, head.softcap, head.scale)
 
     def logits(self, hidden_CH: Tensor, vocab_size: int) -> Tensor:
-        """[C, V] of the real vocabulary, float32, or float64 for float64."""
+        """[C, V] of the real vocabulary, as the training's precision has them: float32, or float64 for float64."""
         bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
         logits_CV = linear(hidden_CH, self.weight_VH[:vocab_size], bias_V)
-        logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+        return self._changed(logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)))
+
+    def exact_logits(self, hidden_CH: Tensor, vocab_size: int) -> Tensor:
+        """As `logits`, never rounded to 16 bits and without gradients: as a cache would have them."""
+        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
+        return self._changed(float32_logits(hidden_CH, self.weight_VH[:vocab_size], bias_V))
+
+    def _changed(self, logits_CV: Tensor) -> Tensor:
+        if self.scale != 1:
+            logits_CV = logits_CV * self.scale
         return logits_CV if self.softcap is None else self.softcap * torch.tanh(logits_CV / self.softcap)
 
 
@@ -137,7 +149,7 @@ def linear_full_kl(
     Args:
         hidden_NH: the student's last hidden states.
         head: the student's.
-        teacher_hidden_NG: the teacher's last hidden states, in the dtype of its head.
+        teacher_hidden_NG: the teacher's last hidden states.
         teacher_head: the teacher's; nothing flows to it.
         labels_N: real next tokens, int64. A row whose label lies outside [0, vocab_size) does not count.
         alpha: share of the KL, in [0, 1].
@@ -158,7 +170,7 @@ def linear_full_kl(
         """KL and CE of a chunk; what gradients flow to are arguments, for `checkpoint` to see."""
         student_CV = HeadWeights(weight_VH, bias_V, head.softcap).logits(hidden_CH, vocab_size)
         with torch.no_grad(), torch.autocast(hidden_CH.device.type, enabled=False):
-            teacher_CV = teacher_head.logits(teacher_hidden_NG[chunk_C], vocab_size).to(student_CV.dtype)
+            teacher_CV = teacher_head.exact_logits(teacher_hidden_NG[chunk_C], vocab_size).to(student_CV.dtype)
             logp_CV = torch.log_softmax(teacher_CV / temperature, -1)
         kl_C = full_divergence(logp_CV, torch.log_softmax(student_CV / temperature, -1), divergence, beta)
         return kl_C, torch.nn.functional.cross_entropy(student_CV, labels_N[chunk_C], reduction="none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from capgap.pipeline.models.head_product import sums_in_float32
 from capgap.pipeline.models.load import load_model, model_path
 from capgap.pipeline.stage.context import StageContext
 from capgap.pipeline.train.fits import free_bytes
@@ -47,13 +48,14 @@ def require_room(
 ) -> None:
     """Raise MachineError where `free` bytes hold less than a student in training and the teacher.
 
-    Counted are the student's weights, gradients and moments, and the teacher's weights with its head once more in
-    float32; activations come on top of that.
+    Counted are the student's weights, gradients and moments, and the teacher's weights, with its head once more in
+    float32 where the device needs that copy; activations come on top of that.
     """
     for_student = _COPIES_OF_A_STUDENT * student.num_parameters * student_dtype.itemsize
     # embedding and head, of which one may be the other's
     outside = teacher.num_parameters - teacher.num_non_embedding_parameters
-    for_teacher = teacher.num_parameters * teacher_dtype.itemsize + outside * torch.float32.itemsize
+    copied = 0 if sums_in_float32(torch.device(device)) else outside * torch.float32.itemsize
+    for_teacher = teacher.num_parameters * teacher_dtype.itemsize + copied
     if for_student + for_teacher > free:
         raise MachineError(
             "teacher and student do not fit on the device together",

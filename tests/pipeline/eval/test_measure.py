@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from capgap.pipeline.eval.measure import compute_head_in_float32, score
+from capgap.pipeline.eval.measure import score
+from capgap.pipeline.models.head_product import sum_head_in_float32
 from capgap.schemas.errors import InputError
 
 VOCAB_SIZE = 128
@@ -57,8 +58,8 @@ def test_a_bfloat16_model_gets_a_float32_head_and_keeps_its_embedding(make_model
     model, sequences = make_model(), make_sequences()
     exact = score(model, sequences, name="m", vocab_size=VOCAB_SIZE, batch_sequences=4)
     model = make_model().bfloat16()
-    compute_head_in_float32(model)
-    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+    sum_head_in_float32(model)
+    assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.bfloat16
     with torch.inference_mode():
         assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.dtype == torch.float32
     rounded = score(model, sequences, name="m", vocab_size=VOCAB_SIZE, batch_sequences=4)

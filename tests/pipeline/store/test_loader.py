@@ -159,9 +159,8 @@ def read():
         os.write(file, f"{loader.state_dict()['position']} {digest.hexdigest()}\\n".encode())
         (folder / "new").write_text(json.dumps(loader.state_dict()))
         (folder / "new").replace(state)
-        if kill is not None and lines() >= kill + 4:
-            signal.pause()  # it is killed soon, however busy the machine
-        time.sleep(0.002)
+        # it is killed soon, however busy the machine
+        signal.pause() if kill is not None and lines() >= kill + 4 else time.sleep(0.002)
 
 def lines():
     return len(log.read_bytes().splitlines()) if log.exists() else 0

@@ -1,0 +1,64 @@
+"""The product of hidden states with an output head, summed in float32 whatever the head's dtype is.
+
+Logits that were rounded to bfloat16 change the kept ids of about half of all rows, so that neither a cache nor an
+evaluation may be made from them. The products of two 16-bit numbers are exact in float32: what must be wide are the
+sums alone. A GPU does that in one matrix product; elsewhere the head is widened a block of columns at a time, so that
+no float32 copy of the whole of it ever stands in memory.
+
+Legend: N rows, H hidden, V columns of the head.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+# Elements of a widened block: 16 MiB of float32.
+_BLOCK_ELEMENTS = 2**22
+
+
+def float32_logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> Tensor:
+    """The logits [..., V] of hidden states [..., H]: float32, or float64 where the weights are; no gradients.
+
+    Args:
+        hidden_NH: any floating-point dtype.
+        weight_VH: the head's weights in their own dtype.
+        bias_V: as the weights; None where there is none.
+    """
+    if weight_VH.dtype not in (torch.bfloat16, torch.float16):
+        return linear(hidden_NH.to(weight_VH.dtype), weight_VH, bias_V)
+    rows_NH = hidden_NH.flatten(0, -2)
+    if sums_in_float32(weight_VH.device) and hidden_NH.dtype == weight_VH.dtype:
+        logits_NV = torch.mm(rows_NH, weight_VH.t(), out_dtype=torch.float32)
+    else:
+        logits_NV = _block_by_block(rows_NH.float(), weight_VH)
+    if bias_V is not None:
+        logits_NV += bias_V
+    return logits_NV.view(*hidden_NH.shape[:-1], len(weight_VH))
+
+
+def sums_in_float32(device: torch.device) -> bool:
+    """Whether a device multiplies 16-bit matrices into one of float32: NVIDIA's, from compute capability 8.0 on."""
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def sum_head_in_float32(model: nn.Module) -> None:
+    """Let a model's output head give logits in float32 from here on; its weights stay as they are, tied or not."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if isinstance(head, nn.Linear) and head.weight.dtype in (torch.bfloat16, torch.float16):
+        product = partial(float32_logits, weight_VH=head.weight, bias_V=head.bias)
+        head.forward = product  # type: ignore[method-assign]
+
+
+def _block_by_block(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+    logits_NV = hidden_NH.new_empty(len(hidden_NH), len(weight_VH))
+    num_columns = max(1, _BLOCK_ELEMENTS // weight_VH.shape[1])
+    for start in range(0, len(weight_VH), num_columns):
+        part = slice(start, start + num_columns)
+        logits_NV[:, part] = hidden_NH @ weight_VH[part].float().t()
+    return logits_NV
