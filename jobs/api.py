@@ -48,7 +48,7 @@ class RunResult:
 def run(
     run_file: str | Path | Mapping[str, Any],
     *,
-    only: str | None = None,
+    only: str | Collection[str] = (),
     from_stage: str | None = None,
     remake: str | Collection[str] = (),
     force: bool = False,
@@ -65,7 +65,7 @@ def run(
 
     Args:
         run_file: its path; the name of a shipped one, such as `demo`; or its settings as a dict.
-        only: just this stage, as `train` or `train/distilled/seed-0`.
+        only: just this stage, as `train` or `train/distilled/seed-0`, or these stages.
         from_stage: this stage and what follows from it.
         remake: stages to make again, and to replace what they made; what has cost device time is replaced so alone.
         force: make stages again although they are current.
@@ -78,8 +78,11 @@ def run(
         MismatchError: something that cost device time would be replaced, and `remake` does not name it.
         StageFailedError: a stage's process failed; it has said why on stderr.
     """
-    if only is not None and from_stage is not None:
-        raise SettingError("only and from_stage exclude each other", found=f"{only} and {from_stage}", expected="one")
+    only = (only,) if isinstance(only, str) else only
+    if only and from_stage is not None:
+        raise SettingError(
+            "only and from_stage exclude each other", found=f"{', '.join(only)} and {from_stage}", expected="one"
+        )
     kind = run_file_type()
     path, document = read_file(kind, None if isinstance(run_file, Mapping) else run_file)
     values = dict(run_file) if isinstance(run_file, Mapping) else document.values
@@ -89,8 +92,8 @@ def run(
         checked = kind.model_validate(values)
     except ValidationError as error:
         raise together(errors_of(error, Origin(kind, values, path, document.lines, {}))) from None
-    if only is not None:
-        chosen = select(checked, only)
+    if only:
+        chosen = select(checked, *only)
     else:
         chosen = instances(checked) if from_stage is None else downstream(checked, from_stage)
     made = walk(

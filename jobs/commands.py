@@ -27,11 +27,11 @@ def run_command(argv: Sequence[str]) -> int:
     if flags["only"] and flags["from_stage"]:
         raise SettingError(
             "--only and --from exclude each other",
-            found=f"--only {flags['only']} --from {flags['from_stage']}",
+            found=f"--only {','.join(flags['only'])} --from {flags['from_stage']}",
             expected="one of them",
         )
     if flags["only"]:
-        chosen = select(run, flags["only"])
+        chosen = select(run, *(_names(flags["only"]) or [""]))
     elif flags["from_stage"]:
         chosen = downstream(run, flags["from_stage"])
     else:
@@ -50,7 +50,13 @@ def run_command(argv: Sequence[str]) -> int:
 def run_parser() -> Parser:
     """The parser of `capgap run`."""
     parser = run_file_parser("capgap run", "Make every stage of a run file current.")
-    parser.add_argument("--only", metavar="STAGE", help="Just this stage, for example train or train/distilled/seed-0.")
+    parser.add_argument(
+        "--only",
+        metavar="STAGE",
+        action="append",
+        default=[],
+        help="Just this stage, as train or train/distilled/seed-0; several with commas, or the flag again.",
+    )
     parser.add_argument("--from", metavar="STAGE", dest="from_stage", help="This stage and what follows from it.")
     _add_walk_flags(parser)
     return parser
@@ -62,9 +68,13 @@ def remade(flags: dict[str, Any]) -> frozenset[str]:
     Raises:
         SettingError: one is no stage.
     """
-    names = frozenset(name.strip() for given in flags["remake"] for name in given.split(",") if name.strip())
+    names = frozenset(_names(flags["remake"]))
     require_stages(names)
     return names
+
+
+def _names(given: Sequence[str]) -> list[str]:
+    return [name.strip() for one in given for name in one.split(",") if name.strip()]
 
 
 def _is_remade(instance: Instance, flags: dict[str, Any]) -> bool:

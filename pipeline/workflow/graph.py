@@ -36,19 +36,22 @@ def instances(run: RunFile) -> list[Instance]:
     return list(ordered.values())
 
 
-def select(run: RunFile, pattern: str) -> list[Instance]:
-    """The instances named by a stage (`train`), a stage and an arm (`train/distilled`), or in full.
+def select(run: RunFile, *patterns: str) -> list[Instance]:
+    """The instances named by a stage (`train`), a stage and an arm (`train/distilled`), or in full; in the run's order.
 
     Raises:
         SettingError: nothing is named so.
     """
     known = instances(run)
-    found = [i for i in known if i.name == pattern or i.name.startswith(pattern + "/")]
-    if not found:
-        reused = f" ({pattern} is reused from {run.reuse[pattern]})" if pattern in run.reuse else ""
-        stages = ", ".join(dict.fromkeys(i.stage for i in known))
-        raise SettingError("no such stage in this run", found=pattern + reused, expected=f"one of {stages}")
-    return found
+    found: set[Instance] = set()
+    for pattern in patterns:
+        named = {i for i in known if i.name == pattern or i.name.startswith(pattern + "/")}
+        if not named:
+            reused = f" ({pattern} is reused from {run.reuse[pattern]})" if pattern in run.reuse else ""
+            stages = ", ".join(dict.fromkeys(i.stage for i in known))
+            raise SettingError("no such stage in this run", found=pattern + reused, expected=f"one of {stages}")
+        found |= named
+    return [instance for instance in known if instance in found]
 
 
 def downstream(run: RunFile, pattern: str) -> list[Instance]:

@@ -75,6 +75,11 @@ def test_a_pattern_names_a_stage_an_arm_or_one_instance(make_run, pattern: str, 
     assert _names(select(make_run(), pattern)) == expected
 
 
+def test_several_patterns_name_all_that_each_does_in_the_run_s_order(make_run) -> None:
+    found = _names(select(make_run(), "student", "corpus", "student/seed-1"))
+    assert found == ["corpus", "student/seed-0", "student/seed-1"]
+
+
 @pytest.mark.parametrize("pattern", ["tain", "train/distil", "train/distilled/seed-2", "train/", "", "seed-0"])
 def test_a_pattern_that_names_nothing_is_refused_with_the_stages(make_run, pattern: str) -> None:
     with pytest.raises(
