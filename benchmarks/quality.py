@@ -1,6 +1,7 @@
-"""How much of what distillation gains each recording keeps, at its bytes per token, on the demo's corpus.
+"""How much of what distillation gains each recording keeps, at its bytes per token.
 
-python benchmarks/quality.py                   every training that is not in the results yet, then the table
+python benchmarks/quality.py                   on the demo: every training that is not in the results, then the table
+python benchmarks/quality.py --run smol        on a real language model, which `make smol` fetches: hours of two cores
 python benchmarks/quality.py --page FILE       put the table into a page, between its marks
 python benchmarks/quality.py --smoke           the same at the smallest size, to see that it works
 
@@ -22,22 +23,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 # found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
 sys.path.insert(0, str(Path(__file__).parent))
 
+import torch
 import yaml
 from independent_samples import independent_samples
-from machine import RESULTS, machine, slug_of
+from machine import RESULTS, machine
 from quality_arms import CACHES, NUM_FIRST, Arm, arms
 from quality_page import fill_page, table
+from transformers import PreTrainedModel
 
 from capgap.pipeline.eval.compare import Comparison
 from capgap.pipeline.eval.heldout import first_sequences, num_labels
 from capgap.pipeline.eval.measure import score
 from capgap.pipeline.eval.spool import Spool, open_spool
-from capgap.pipeline.models.checks import fresh_model
 from capgap.pipeline.models.load import load_model, model_path
 from capgap.pipeline.stage.context import Instance, StageInput
 from capgap.pipeline.store import ShardReader, keep_freed_memory
@@ -51,29 +53,34 @@ from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_train import TrainSettings
 
 ROOT = Path(__file__).parents[1]
-# One pass over the first shards of the demo's cache. The whole table takes about an hour of one core.
-NUM_TOKENS, NUM_TOKENS_IN_SMOKE = 524_288, 4_096
+# Of every training: one pass over the first shards of the cache.
+NUM_TOKENS = {"demo": 524_288, "smol": 102_400}
+NUM_TOKENS_IN_SMOKE = 4_096
 
 
 def main() -> None:
     """Make what is missing, training by training, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, help=f"that every student sees; default: {NUM_TOKENS:,}")
-    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="caches, and trainings at work")
-    parser.add_argument("--results", type=Path, help="default: benchmarks/results, by the machine's name")
+    parser.add_argument(
+        "--run", choices=list(NUM_TOKENS), default="demo", help="the run file whose models and text are taken"
+    )
+    parser.add_argument("--tokens", type=int, help=f"that every student sees; default: {NUM_TOKENS}")
+    parser.add_argument("--work", type=Path, help="caches, and trainings at work; default: runs/quality-RUN")
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results/quality-RUN.jsonl")
     parser.add_argument("--page", type=Path, help="only put the table of the results into this page")
     parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
     flags = parser.parse_args()
-    results = Results(flags.results or RESULTS / f"quality-{slug_of(machine('cpu')['device'])}.jsonl")
+    results = Results(flags.results or RESULTS / f"quality-{flags.run}.jsonl")
+    work = flags.work or Path(f"runs/quality-{flags.run}")
     if flags.page:
         fill_page(flags.page, results.lines)
         return
     keep_freed_memory()
-    os.environ.setdefault("CAPGAP_LEASE_DIR", str((flags.work / "leases").resolve()))
-    run_file = ROOT / ("tests/assets/tiny.yaml" if flags.smoke else "jobs/runs/demo.yaml")
-    default = NUM_TOKENS_IN_SMOKE if flags.smoke else NUM_TOKENS
-    bench = Bench(flags.work, yaml.safe_load(run_file.read_text()), flags.tokens or default)
+    os.environ.setdefault("CAPGAP_LEASE_DIR", str((work / "leases").resolve()))
+    run_file = ROOT / ("tests/assets/tiny.yaml" if flags.smoke else f"jobs/runs/{flags.run}.yaml")
+    default = NUM_TOKENS_IN_SMOKE if flags.smoke else NUM_TOKENS[flags.run]
+    bench = Bench(work, yaml.safe_load(run_file.read_text()), flags.tokens or default)
     with bench.teacher_on_heldout() as heldout:
         for seed, arm in in_order(flags.seeds):
             if not results.has(arm.name, seed, bench.about):
@@ -138,7 +145,7 @@ class Bench:
             "teacher": self._teacher.manifest.content[:12],
             "corpus": self._corpus.manifest.content[:12],
             "num_tokens": num_tokens,
-            "student": run["student"]["model"],
+            "student": run["student"].get("model", run["student"]),
             "learning_rate": self._settings.learning_rate,
             "batch_sequences": self._settings.batch_sequences,
         }
@@ -163,7 +170,7 @@ class Bench:
         name = f"{arm.name} seed {seed}".replace(",", "").replace(" ", "-")
         folder = self._work / "train" / name
         folder.mkdir(parents=True, exist_ok=True)
-        model = fresh_model(RunFile.model_validate(self._run).student.model, self._corpus, seed)
+        model = self._student(seed)
         started, cpu_started = time.perf_counter(), time.process_time()
         totals = fit(
             model,
@@ -214,9 +221,18 @@ class Bench:
 
     def _cache(self, name: str) -> StageInput:
         settings = {"engine": "transformers", "max_tokens": self._settings.max_tokens} | CACHES[name]
+        if "dtype" in self._run["cache"]:
+            settings["dtype"] = self._run["cache"]["dtype"]
+        out = self._work / f"cache-{name.replace(' ', '-')}"
         reuse = {"corpus": str(self._corpus.path), "teacher": str(self._teacher.path)}
-        run = self._run | {"out": str(self._work / f"cache-{name}"), "reuse": reuse, "cache": settings}
-        return _input(RunFile.model_validate(run), "cache")
+        return _input(RunFile.model_validate(self._run | {"out": str(out), "reuse": reuse, "cache": settings}), "cache")
+
+    def _student(self, seed: int) -> PreTrainedModel:
+        """As the student stage makes it, fresh or pruned, before its first step."""
+        inputs = {"corpus": self._corpus, "teacher": self._teacher, "cache": self._cache("50")}
+        reuse = {name: str(there.path) for name, there in inputs.items()}
+        run = RunFile.model_validate(self._run | {"out": str(self._work / "students"), "reuse": reuse, "seeds": [seed]})
+        return load_model(model_path(_input(run, "student", seed)), "cpu", torch.float32)
 
     def _score(self, model: Any, sequences: Sequences, visit: Callable[..., None], num_full: int) -> float:
         nats_S = score(
@@ -231,9 +247,10 @@ class Bench:
         return float(nats_S.sum() / num_labels(sequences).sum())
 
 
-def _input(run: RunFile, stage: Literal["corpus", "teacher", "cache"]) -> StageInput:
+def _input(run: RunFile, stage: str, seed: int | None = None) -> StageInput:
     """The finished stage, made if it is not."""
-    return StageInput(Path(run.out) / stage, carry_out(run, Instance(stage)))
+    instance = Instance(stage, seed=seed)
+    return StageInput(Path(run.out) / instance.name, carry_out(run, instance))
 
 
 def _bytes_per_token(reader: ShardReader) -> float:

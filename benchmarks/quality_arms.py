@@ -8,7 +8,7 @@ from typing import Any, Literal
 from capgap.kernels.sparse_kl import Tail
 
 CROSS_ENTROPY, ONLINE = "cross-entropy", "online, whole vocabulary"
-NUM_FIRST = 4  # of the arms; the others follow when these are done at every seed
+NUM_FIRST = 6  # of the arms; the others follow when these are done at every seed
 TAILS: tuple[Tail, ...] = ("drop", "renorm", "ghost", "label")
 
 
@@ -38,23 +38,37 @@ class Arm:
 # One pass of the teacher each; by name, the settings of the cache stage. Where two recordings come from one pass, they
 # are stored apart, and their bytes are counted apart.
 CACHES: dict[str, dict[str, Any]] = {
-    "50": {"recording": "both", "num_samples": 50, "top_k": 50},
+    "6": {"recording": "sampled", "num_samples": 6},
     "12": {"recording": "both", "num_samples": 12, "top_k": 12},
-    "100": {"recording": "topk", "top_k": 100},
+    "25": {"recording": "both", "num_samples": 25, "top_k": 64},
+    "50": {"recording": "both", "num_samples": 50, "top_k": 50},
+    "100": {"recording": "both", "num_samples": 100, "top_k": 100},
+    "64 compact": {"recording": "topk", "top_k": 64, "profile": "compact"},
+    "64 small": {"recording": "topk", "top_k": 64, "profile": "small"},
 }
+# Of what each number of top-k tokens is kept with.
+_CACHE_OF = {12: "12", 50: "50", 64: "25", 100: "100"}
 
 
 def arms() -> list[Arm]:
     """In the order of the table; the goal is about the first ones."""
-    found = [
+    return [
         Arm(CROSS_ENTROPY, "50", "sampled", alpha=0.0),
         Arm(ONLINE, "50", "sampled", online=True),
-        Arm("sampled, n = 50, systematic", "50", "sampled"),
-        Arm("sampled, n = 50, independent", "50", "sampled", independent=True),
+        *(_sampled(n) for n in (50, 25, 12)),
+        _topk(64, "ghost"),
+        *(_sampled(n) for n in (6, 100)),
+        *(Arm(f"sampled, n = {n}, independent", str(n), "sampled", independent=True) for n in (50, 12)),
+        *(_topk(k, tail) for k in (50, 12, 64, 100) for tail in TAILS if (k, tail) != (64, "ghost")),
+        *(Arm(f"top-64, ghost, {name}", f"64 {name}", "topk", tail="ghost") for name in ("compact", "small")),
+        *(Arm(f"sampled, n = 50, alpha {alpha}", "50", "sampled", alpha=alpha) for alpha in (0.9, 0.5)),
+        *(Arm(f"online, alpha {alpha}", "50", "sampled", alpha=alpha, online=True) for alpha in (0.9, 0.5)),
     ]
-    found += [Arm(f"top-{k}, {tail}", str(k), "topk", tail=tail) for k in (50, 12, 100) for tail in TAILS]
-    return [
-        *found,
-        Arm("sampled, n = 12, systematic", "12", "sampled"),
-        Arm("sampled, n = 12, independent", "12", "sampled", independent=True),
-    ]
+
+
+def _sampled(num_samples: int) -> Arm:
+    return Arm(f"sampled, n = {num_samples}, systematic", str(num_samples), "sampled")
+
+
+def _topk(top_k: int, tail: Tail) -> Arm:
+    return Arm(f"top-{top_k}, {tail}", _CACHE_OF[top_k], "topk", tail=tail)
