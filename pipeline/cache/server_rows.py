@@ -49,7 +49,7 @@ def rows_of(choice: dict[str, Any], recording: Recording, request: Request) -> S
     if any(entry is None for entry in entries[1:]):
         raise _not_its_own(request, "tokens without logprobs", "those of every token behind the first")
     if len(entries) != len(sent) or (echoed is not None and list(echoed) != sent.tolist()):
-        found = len(entries) if echoed is None else len(echoed)
+        found = len(entries) if echoed is None or len(entries) != len(sent) else len(echoed)
         raise _not_its_own(
             request,
             f"rows of {found} tokens" if found != len(sent) else "rows of other tokens",
