@@ -27,7 +27,7 @@ def require_engine(run: RunFile) -> None:
         from capgap.pipeline.cache.engine_args import require_engine_args
         from capgap.pipeline.cache.vllm_start import set_environment
 
-        set_environment(run.device, run.cache.tensor_parallel)
+        set_environment(run.device, run.cache.num_devices)
         require_engine_args(run.cache.engine_args)
     if run.cache.replicas > 1 and importlib.util.find_spec("ray") is None:
         raise MachineError(
