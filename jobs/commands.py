@@ -183,7 +183,12 @@ def verify_parser() -> Parser:
     parser.add_argument(
         "--rescore", type=number, default=None, help="Share of a cache's sequences to score again; eight at least."
     )
-    parser.add_argument("--teacher", type=str, default=None, help="Its folder or id, if it is not where it was.")
+    parser.add_argument(
+        "--teacher",
+        type=str,
+        default=None,
+        help="Its folder, id or server, if not where it was.",
+    )
     parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), default="auto", help="Where to score again.")
     engines, dtypes = one_of("vllm", "transformers"), one_of("float32", "bfloat16", "float16")
     parser.add_argument("--engine", type=engines, default=None, help="What scores again, if not the cache's engine.")

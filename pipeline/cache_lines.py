@@ -17,7 +17,7 @@ def describe(location: Path | str, manifest: Manifest, facts: CacheFacts) -> str
     settings = manifest.resolved.get("teacher")
     given = settings.get("path") if isinstance(settings, dict) else None
     made = manifest.inputs.get("teacher")
-    teacher = given or (made.path if made is not None else "not known")
+    teacher = given or facts.served or (made.path if made is not None else "not known")
     tokenizer = facts.tokenizer
     lines += [
         f"  vocabulary: {tokenizer.vocab_size:,} ids, {facts.padded_vocab_size:,} with the teacher's padding",

@@ -89,6 +89,19 @@ class ModelFacts(Record):
     path: str
     """The folder `model` of the stage, or the folder or id that was given."""
 
+    served: str | None = None
+    """The name by which a server knows it, where `path` is but its configuration and tokenizer."""
+
+
+class ServedFacts(Record):
+    """What the teacher stage hands on in their place where nothing but a server's name for the model is known."""
+
+    tokenizer: TokenizerFacts
+    """The corpus's, which the server's is held against when it is asked."""
+
+    served: str
+    """The name by which the server knows it."""
+
 
 class RecordingFacts(Record):
     """One recording of a cache; its shard set has the recording's name."""
@@ -185,7 +198,11 @@ class CacheFacts(TextFacts):
     """The teacher's, padding included."""
 
     num_teacher_parameters: int | None
-    """All of the teacher's, tied ones once; None for an imported cache whose teacher is not on this machine."""
+    """All of the teacher's, tied ones once; None where its configuration is not on this machine, as an import's may be
+    and that of a teacher of which but a server's name for it is known."""
+
+    served: str | None = None
+    """The name by which a server knows the teacher; None for one that no server was asked about."""
 
     engines: tuple[str, ...]
     """Every engine, with its version, that scored a shard, sorted."""
@@ -203,6 +220,12 @@ class CacheFacts(TextFacts):
 
     scored: tuple[ShardFacts, ...] = ()
     """Who scored each shard, in order: a cache that loses shards makes those again and no others. Empty if imported."""
+
+
+def teacher_facts(facts: Mapping[str, Any]) -> ModelFacts | ServedFacts:
+    """What the manifest of a teacher says of it."""
+    kind = ModelFacts if "num_parameters" in facts else ServedFacts
+    return kind.model_validate(facts)
 
 
 def text_facts(stage: str, facts: Mapping[str, Any]) -> TextFacts:

@@ -189,7 +189,10 @@ class LawGrid(Record):
                     "teacher through its cache"
                 )
         for teacher in self.teachers:
-            self.teacher_settings(teacher)
+            if self.teacher_settings(teacher).served is not None:
+                raise ValueError(
+                    f"teachers.{teacher}.served: found in a grid, expected path or model: grids ask no server"
+                )
 
     def teacher_settings(self, name: str) -> TeacherSettings:
         """A teacher with what all share laid below its own training.

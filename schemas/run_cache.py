@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, JsonValue, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.run_endpoint import EndpointSettings
 
 Profile = Literal["lossless", "near-lossless", "compact", "small"]
 """How exactly `topk` logprobs are stored."""
@@ -53,8 +54,12 @@ RecordingName = Literal["sampled", "topk"]
 class CacheSettings(Record):
     """How the teacher's distribution after every token is kept."""
 
-    engine: Literal["vllm", "transformers"] = "vllm"
-    """What runs the teacher. `transformers` is the slow reference."""
+    engine: Literal["vllm", "transformers", "server"] = "vllm"
+    """What runs the teacher. `transformers` is the slow reference. `server`: an endpoint with `prompt_logprobs`, as
+    `vllm serve` is one, which knows the teacher as `teacher.served`; for `topk` at temperature 1."""
+
+    server: EndpointSettings = Field(default_factory=EndpointSettings, json_schema_extra=OPERATIONAL)
+    """Where the teacher is served, for engine `server`. Whoever serves the same model makes the same cache."""
 
     recording: Literal["sampled", "topk", "both"] = "sampled"
     """`sampled` keeps ids and counts of systematic samples, an unbiased target. `topk` keeps the top-k tokens and the
@@ -126,12 +131,12 @@ class CacheSettings(Record):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.engine == "transformers" and self.tensor_parallel > 1:
-            raise ValueError("cache.tensor_parallel: found with engine transformers, expected vllm")
-        if self.engine == "transformers" and self.capture != "auto":
-            raise ValueError("cache.capture: found with engine transformers, expected vllm")
-        if self.engine == "transformers" and self.engine_args:
-            raise ValueError("cache.engine_args: found with engine transformers, expected vllm")
+        if self.engine != "vllm":
+            own = {"tensor_parallel": 1, "capture": "auto", "engine_args": {}}
+            for name in (name for name, left_out in own.items() if getattr(self, name) != left_out):
+                raise ValueError(f"cache.{name}: found with engine {self.engine}, expected vllm")
+        if self.engine == "server":
+            self._require_served()
         stages = self.engine_args.get("pipeline_parallel_size", 1)
         if not isinstance(stages, int) or isinstance(stages, bool) or stages < 1:
             raise ValueError(f"cache.engine_args.pipeline_parallel_size: found {stages!r}, expected 1 or more")
@@ -153,6 +158,23 @@ class CacheSettings(Record):
             )
         return self
 
+    def _require_served(self) -> None:
+        """Raise ValueError for what a server cannot give, or decides by itself."""
+        if self.recording != "topk":
+            raise ValueError(
+                f"cache.recording: found {self.recording} with engine server, expected topk; a server gives the top-k "
+                "tokens and no whole distribution to sample from"
+            )
+        if self.temperature != 1 or self.extra_temperatures:
+            name = "temperature" if self.temperature != 1 else "extra_temperatures"
+            raise ValueError(f"cache.{name}: found with engine server, expected temperature 1 alone, a server's own")
+        if self.dtype != "auto":
+            raise ValueError("cache.dtype: found with engine server, expected it in the server's own command")
+        if self.replicas > 1:
+            raise ValueError(
+                f"cache.replicas: found {self.replicas} with engine server, expected 1; raise cache.server.num_parallel"
+            )
+
     @property
     def recordings(self) -> tuple[RecordingName, ...]:
         """What is kept, by name."""
@@ -173,7 +195,9 @@ class CacheSettings(Record):
 
     @property
     def num_devices(self) -> int:
-        """Devices that one engine takes."""
+        """Devices that one engine takes; none where the teacher is served elsewhere."""
+        if self.engine == "server":
+            return 0
         stages = self.engine_args.get("pipeline_parallel_size", 1)
         assert isinstance(stages, int)
         return self.tensor_parallel * stages

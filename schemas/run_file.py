@@ -34,7 +34,8 @@ class RunFile(RunSections):
         for arm in self.arms:
             self.train_settings(arm)
         if self.judge is not None:
-            self.judge.require_no_key()
+            self.judge.require_no_key("judge")
+        self.cache.server.require_no_key("cache.server")
         for measured in ("benchmarks", "judge"):
             if self.asks_teacher(measured) and TEACHER in self.arms:
                 raise ValueError(

@@ -5,13 +5,12 @@ questions --> stage answers, one folder a model --> stage judge --> judge.json
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field
 
 from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.run_endpoint import EndpointSettings
 
 MT_BENCH_TEMPERATURES = {
     "writing": 0.7,
@@ -62,17 +61,11 @@ class AnswerSettings(Record):
         return self.temperatures.get(category, self.temperature)
 
 
-class JudgeSettings(Record):
+class JudgeSettings(EndpointSettings):
     """Answers to a set of two-turn questions, and a language model that judges them."""
 
     model: str = Field(min_length=1)
     """The judge, as its endpoint calls it."""
-
-    base_url: str = Field("http://localhost:8000/v1", json_schema_extra=OPERATIONAL)
-    """Where an endpoint of OpenAI's form stands; the default is that of `vllm serve`."""
-
-    api_key_env: str = Field("OPENAI_API_KEY", json_schema_extra=OPERATIONAL)
-    """Environment variable that holds the key. The key itself is never written anywhere."""
 
     mode: Literal["single", "pairwise", "both"] = "single"
     """`single`: each answer is given a number from 1 to 10. `pairwise`: each two models of a seed, and each student and
@@ -100,33 +93,7 @@ class JudgeSettings(Record):
     num_bootstrap: int = Field(1000, ge=100)
     """Resamples of the questions behind each interval."""
 
-    num_parallel: int = Field(4, ge=1, json_schema_extra=OPERATIONAL)
-    """Requests that are under way at once."""
-
-    timeout_s: float = Field(120.0, gt=0, json_schema_extra=OPERATIONAL)
-    """Seconds that one reply may take."""
-
-    num_retries: int = Field(5, ge=0, json_schema_extra=OPERATIONAL)
-    """How often a request is sent again after a timeout, a lost connection, 429 or 5xx: after the time that the
-    endpoint asks for, up to two minutes, else after 0.5 s, and twice as long each time, up to 8 s."""
-
     @property
     def modes(self) -> tuple[Literal["single", "pairwise"], ...]:
         """The kinds of verdict."""
         return ("single", "pairwise") if self.mode == "both" else (self.mode,)
-
-    def require_no_key(self) -> None:
-        """Raise ValueError where an address or a name could be, or hold, a key; what stands there is not repeated.
-
-        Called by the run file: an error that arises here would be told with what was found.
-        """
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("judge.base_url: expected http://HOST/v1 or https://HOST/v1")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError(
-                "judge.base_url: found more than an address, expected no name, no password and no query; "
-                "the key belongs into the environment variable that judge.api_key_env names"
-            )
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
-            raise ValueError("judge.api_key_env: expected the name of an environment variable, which holds the key")

@@ -57,10 +57,15 @@ class AdaptSettings(OptimizationSettings):
 
 
 class TeacherSettings(Record):
-    """A given teacher (`path`), perhaps adapted, or the recipe of a small one (`model` and `training`)."""
+    """A given teacher (`path`), perhaps adapted, one that is served elsewhere (`served`), or the recipe of a small one
+    (`model` and `training`)."""
 
     path: str | None = None
     """A Hugging Face folder or id."""
+
+    served: str | None = Field(None, min_length=1)
+    """The name by which the server at `cache.server` knows the teacher, for `cache.engine: server`. Its weights are not
+    needed here: `path` may name its configuration and tokenizer, so that they are checked, or be left out."""
 
     model: ModelShape | None = None
     """Shape of a teacher to train on the teacher's part of the corpus."""
@@ -92,6 +97,10 @@ class TeacherSettings(Record):
             raise ValueError("teacher.adapt: found with teacher.model, expected it with teacher.path")
         if self.path is not None and self.training is not None:
             raise ValueError("teacher.training: found beside teacher.path, expected only with teacher.model")
+        if self.served is not None:
+            for name in ("model", "training", "adapt"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"teacher.{name}: found with teacher.served, expected a teacher that is whole")
         return self
 
     @property
@@ -102,11 +111,16 @@ class TeacherSettings(Record):
     @property
     def optimization(self) -> OptimizationSettings | None:
         """Settings of the training that the stage is; None where a given teacher is taken as it is."""
-        return self.adapt if self.path is not None else self.recipe
+        return self.adapt if self.is_given else self.recipe
+
+    @property
+    def is_given(self) -> bool:
+        """Whether somebody else made the teacher."""
+        return self.path is not None or self.served is not None
 
     def meant(self) -> dict[str, Any]:
         """The recipe, where a teacher with fresh weights has none of its own."""
-        return {} if self.path else {"training": self.recipe.decisive()}
+        return {} if self.is_given else {"training": self.recipe.decisive()}
 
 
 class StudentSettings(Record):

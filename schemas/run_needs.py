@@ -20,6 +20,7 @@ def require_needs(run: RunSections) -> None:
     _require_models(run)
     _require(run, "cache", "corpus")
     _require(run, "cache", "teacher")
+    _require_server(run)
     _require_text(run, "student")
     _require(run, "train", "student")
     _require(run, "train", "cache")
@@ -29,7 +30,7 @@ def require_needs(run: RunSections) -> None:
     _require_tune(run)
     _require_eval(run)
     for section in ("benchmarks", "judge"):
-        if run.makes(section) and not (run.has("train") or run.has("tune") or run.has("teacher")):
+        if run.makes(section) and not (run.has("train") or run.has("tune") or run.has_teacher_model):
             raise ValueError(f"{section}: found no model to ask, expected a section train, tune or teacher beside it")
 
 
@@ -43,6 +44,29 @@ def _given(section: str) -> str:
     return f"a section {section}{reused}"
 
 
+def _require_teacher_model(run: RunSections, found: str, purpose: str) -> None:
+    if not run.has("teacher"):
+        raise ValueError(f"{found} without a teacher {purpose}, expected {_given('teacher')} beside it")
+    if not run.has_teacher_model:
+        raise ValueError(
+            f"{found} with teacher.served, expected a teacher {purpose} on this machine; a server gives no model"
+        )
+
+
+def _require_server(run: RunSections) -> None:
+    """A teacher that is served has a server, and a server has such a teacher."""
+    if not run.makes("cache") or not run.makes("teacher"):
+        return
+    if run.cache.engine == "server" and run.teacher.served is None:
+        raise ValueError(
+            "cache.engine: found server without teacher.served, expected the name by which the server knows the teacher"
+        )
+    if run.cache.engine != "server" and run.teacher.served is not None:
+        raise ValueError(
+            f"cache.engine: found {run.cache.engine} with teacher.served, expected server, or teacher.path alone"
+        )
+
+
 def _require_text(run: RunSections, section: str) -> None:
     if run.makes(section) and not (run.has("corpus") or run.has("cache")):
         raise ValueError(f"{section}: found without corpus and cache, expected {_given('cache')} beside it")
@@ -50,8 +74,8 @@ def _require_text(run: RunSections, section: str) -> None:
 
 def _require_models(run: RunSections) -> None:
     if run.makes("teacher"):
-        if run.teacher.path is None and run.teacher.model is None:
-            raise ValueError("teacher: found neither of path and model, expected one of them")
+        if not run.teacher.is_given and run.teacher.model is None:
+            raise ValueError("teacher: found none of path, model and served, expected one of them")
         if run.teacher.optimization is not None and not run.has("corpus"):
             setting = "model" if run.teacher.path is None else "adapt"
             raise ValueError(f"teacher.{setting}: found without corpus, expected {_given('corpus')} to train it on")
@@ -59,16 +83,14 @@ def _require_models(run: RunSections) -> None:
         student = run.student
         if student.path is None and student.model is None and student.prune is None:
             raise ValueError("student: found none of path, model and prune, expected one of them")
-        if student.prune is not None and not run.has("teacher"):
-            raise ValueError(f"student.prune: found without a teacher to prune, expected {_given('teacher')}")
+        if student.prune is not None:
+            _require_teacher_model(run, "student.prune: found", "to prune")
 
 
 def _require_arm(run: RunSections, arm: str) -> None:
     settings = run.train_settings(arm)
-    if settings.needs_teacher and not run.has("teacher"):
-        raise ValueError(
-            f"arms.{arm}.targets: found online without a teacher to ask, expected {_given('teacher')} beside it"
-        )
+    if settings.needs_teacher:
+        _require_teacher_model(run, f"arms.{arm}.targets: found online", "to ask")
     if run.makes("cache"):
         _require_recorded(arm, settings, run.cache)
 
@@ -127,8 +149,8 @@ def _require_eval(run: RunSections) -> None:
     if not run.makes("eval"):
         return
     _require_text(run, "eval")
-    if not run.has("train") and not run.has("teacher"):
+    if not run.has("train") and not run.has_teacher_model:
         raise ValueError("eval: found no model to measure, expected a section train or teacher beside it")
     live = "eval.teacher" if run.eval.teacher == "live" else "eval.speculative" if run.eval.speculative else None
-    if live is not None and not run.has("teacher"):
-        raise ValueError(f"{live}: found without a teacher, expected {_given('teacher')} beside it")
+    if live is not None:
+        _require_teacher_model(run, f"{live}: found", "to measure")

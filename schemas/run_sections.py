@@ -116,12 +116,17 @@ class RunSections(Record):
     def asks_teacher(self, section: Literal["benchmarks", "judge"]) -> bool:
         """Whether benchmarks, or questions, are put to the teacher too: where there is one, unless told otherwise."""
         settings = self.benchmarks if section == "benchmarks" else self.judge
-        return settings is not None and settings.teacher and self.has("teacher")
+        return settings is not None and settings.teacher and self.has_teacher_model
+
+    @property
+    def has_teacher_model(self) -> bool:
+        """Whether there is a teacher to put on a device here; one that is served elsewhere is none."""
+        return self.has("teacher") and not ("teacher" in self.sections and self.teacher.served is not None)
 
     @property
     def measures_teacher(self) -> bool:
         """Whether `eval` holds students against the teacher itself, or the cache alone stands for it."""
-        return self.eval.teacher != "cache" and self.has("teacher")
+        return self.eval.teacher != "cache" and self.has_teacher_model
 
     def train_settings(self, arm: str) -> TrainSettings:
         """The settings of `train` with the arm's own in their place.

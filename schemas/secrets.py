@@ -231,8 +231,8 @@ def _of_environment(text: str) -> str | None:
 
 def _place_for(name: str, value: str) -> str:
     """Where the credential of such a setting belongs."""
-    if name.startswith("judge."):
-        return "the environment variable that judge.api_key_env names"
+    if (section := next((one for one in ("judge", "cache.server") if name.startswith(f"{one}.")), None)) is not None:
+        return f"the environment variable that {section}.api_key_env names"
     if (logger := next((one for one in _LOGGERS if one in name.lower()), None)) is not None:
         return _LOGGERS[logger]
     scheme = re.search(r"([A-Za-z][A-Za-z0-9+.]{0,20})(?:://|%3A%2F%2F)", value)

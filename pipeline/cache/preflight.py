@@ -9,23 +9,25 @@ from capgap.schemas.run_file import RunFile
 
 
 def require_engine(run: RunFile) -> None:
-    """Refuse an engine whose package is not installed.
+    """Refuse an engine whose package is not installed, or whose server does not answer.
 
     Raises:
-        MachineError: vLLM is wanted, or Ray for several replicas, and is not there.
-        SettingError: an argument of vLLM is not to be given.
+        MachineError: vLLM is wanted, or Ray for several replicas, and is not there; or the teacher's server is not.
+        SettingError: an argument of vLLM is not to be given; or the server does not serve the teacher.
     """
     if run.cache.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         # imported here: it brings torch
         from capgap.pipeline.cache.vllm_start import require_vllm
 
         require_vllm()
+    if run.cache.engine == "server":
+        _require_server(run)
     if run.cache.engine_args:
         # imported here: vLLM takes seconds
         from capgap.pipeline.cache.engine_args import require_engine_args
         from capgap.pipeline.cache.vllm_start import set_environment
 
-        set_environment(run.device, run.cache.tensor_parallel)
+        set_environment(run.device, run.cache.num_devices)
         require_engine_args(run.cache.engine_args)
     if run.cache.replicas > 1 and importlib.util.find_spec("ray") is None:
         raise MachineError(
@@ -34,3 +36,18 @@ def require_engine(run: RunFile) -> None:
             found=run.cache.replicas,
             fix="install capgap with the extra `ray`, or set cache.replicas to 1",
         )
+
+
+def _require_server(run: RunFile) -> None:
+    if importlib.util.find_spec("openai") is None:
+        raise MachineError(
+            "the client of endpoints, openai, is not installed",
+            where="cache.engine",
+            found=run.cache.engine,
+            fix="install capgap with the extra `served`",
+        )
+    if run.makes("teacher") and run.teacher.served is not None:
+        from capgap.pipeline.cache.server_engine import endpoint_of, require_served
+
+        with endpoint_of(run.cache.server, run.teacher.served) as endpoint:
+            require_served(endpoint, run.cache.server, run.corpus.seq_len)

@@ -46,7 +46,8 @@ class CacheJob:
             train on, after them those of held-out sequences, whose files are named and numbered by themselves.
         num_training: how many of them students train on.
         context: the corpus's rule.
-        teacher: folder or id.
+        teacher: folder or id; empty where but a server's name for it is known.
+        served: the name by which the server knows the teacher, for the engine `server`.
         folder: of the cache; holds the ranking of ids.
         work: the stage's work folder.
         vocab_size: real vocabulary.
@@ -67,6 +68,7 @@ class CacheJob:
     ranking_sha256: str
     device: str
     trust_remote_code: bool = False
+    served: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class ShardScorer:
         ]
         answers = iter(engine.score([request for of in requests for request in of]))
         scored = [join([next(answers) for _ in of]) for of in requests]
-        return ScoredShard(index, sequences, scored, engine.name, engine.dtype, machine_kind(self.job.device))
+        return ScoredShard(index, sequences, scored, engine.name, engine.dtype, self._machine())
 
     def write(self, shard: ScoredShard) -> FinishedShard:
         """Encode and write a scored shard, replacing what may be there under its name.
@@ -238,6 +240,10 @@ class ShardScorer:
     def _start(self) -> Engine:
         return start_engine(self.job)
 
+    def _machine(self) -> str:
+        """Where sums are taken; of a server nobody here knows it."""
+        return "" if self.job.settings.engine == "server" else machine_kind(self.job.device)
+
     def _facts_path(self, index: int) -> Path:
         return self.job.work / SCORED_FOLDER / f"{index:06d}.json"
 
@@ -293,7 +299,16 @@ def _start_vllm(job: CacheJob, recording: Recording) -> Engine:
     )
 
 
+def _start_server(job: CacheJob, recording: Recording) -> Engine:
+    from capgap.pipeline.cache.served import start_served
+
+    assert job.served is not None
+    scored = job.work / SCORED_FOLDER
+    return start_served(job.settings.server, job.served, recording, job.corpus, job.source, scored)
+
+
 _ENGINES: dict[str, Callable[[CacheJob, Recording], Engine]] = {
+    "server": _start_server,
     "transformers": _start_transformers,
     "vllm": _start_vllm,
 }

@@ -17,7 +17,7 @@ from capgap.pipeline.cache.reopen import reopen
 from capgap.pipeline.cache.request_checks import require_kept
 from capgap.pipeline.cache.shard_lines import ShardLines, shard_lines
 from capgap.pipeline.cache.shards import SCORED_FOLDER, CacheJob, FinishedShard, ScoredShard, ShardScorer
-from capgap.pipeline.models.load import model_path
+from capgap.pipeline.models.load import served_path
 from capgap.pipeline.models.text import write_tokenizer
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.folder import WORK_FOLDER, plan_units
@@ -25,7 +25,15 @@ from capgap.pipeline.store import ShardReader, rank_ids, read_blocks
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.store.ranking import RANKING_NAME
 from capgap.schemas.errors import MismatchError
-from capgap.schemas.facts import CacheFacts, CorpusFacts, ModelFacts, RecordingFacts, heldout_set
+from capgap.schemas.facts import (
+    CacheFacts,
+    CorpusFacts,
+    ModelFacts,
+    RecordingFacts,
+    ServedFacts,
+    heldout_set,
+    teacher_facts,
+)
 from capgap.schemas.manifest import Members, ShardEntry, ShardSet
 from capgap.schemas.run_cache import CacheSettings, RecordingName
 from capgap.schemas.run_file import RunFile
@@ -42,8 +50,8 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
         CorruptError: a file of the teacher is not what it was.
     """
     corpus_facts = CorpusFacts.model_validate(inputs["corpus"].manifest.facts)
-    _require_fit(corpus_facts, ModelFacts.model_validate(inputs["teacher"].manifest.facts), run.cache)
-    model_path(inputs["teacher"])  # before a finished cache is thrown away for a new one
+    _require_fit(corpus_facts, teacher_facts(inputs["teacher"].manifest.facts), run.cache)
+    served_path(inputs["teacher"])  # before a finished cache is thrown away for a new one
 
 
 def run(context: StageContext) -> StageResult:
@@ -56,7 +64,7 @@ def run(context: StageContext) -> StageResult:
     check(context.run, context.instance, context.inputs)
     settings = context.run.cache
     corpus_facts = CorpusFacts.model_validate(context.input("corpus").manifest.facts)
-    teacher_facts = ModelFacts.model_validate(context.input("teacher").manifest.facts)
+    teacher = teacher_facts(context.input("teacher").manifest.facts)
     scorer = CheckedShardScorer(prepare(context))
     made = _make(scorer, context)
     shards, heldout = made[: scorer.job.num_training], made[scorer.job.num_training :]
@@ -68,8 +76,9 @@ def run(context: StageContext) -> StageResult:
         **corpus_facts.model_dump(),
         temperature=settings.temperature,
         recordings=_recordings(settings),
-        padded_vocab_size=teacher_facts.padded_vocab_size,
-        num_teacher_parameters=teacher_facts.num_parameters,
+        padded_vocab_size=getattr(teacher, "padded_vocab_size", corpus_facts.tokenizer.vocab_size),
+        num_teacher_parameters=getattr(teacher, "num_parameters", None),
+        served=scorer.job.served,
         engines=tuple(sorted({shard.facts.engine for shard in shards})),
         dtypes=tuple(sorted({shard.facts.dtype for shard in shards})),
         mean_label_loss=sum(shard.facts.label_loss for shard in shards) / num_labels if num_labels else None,
@@ -114,13 +123,14 @@ def prepare(context: StageContext) -> CacheJob:
         source=source,
         num_training=len(training),
         context=facts.context,
-        teacher=model_path(context.input("teacher")),
+        teacher=served_path(context.input("teacher")),
         folder=context.folder,
         work=work,
         vocab_size=facts.tokenizer.vocab_size,
         ranking_sha256=ranking.sha256,
-        device=context.device,
+        device="cpu" if settings.engine == "server" else context.device,
         trust_remote_code=context.run.teacher.trust_remote_code,
+        served=teacher_facts(context.input("teacher").manifest.facts).served if settings.engine == "server" else None,
     )
 
 
@@ -177,7 +187,14 @@ def _recordings(settings: CacheSettings) -> dict[RecordingName, RecordingFacts]:
     return found
 
 
-def _require_fit(corpus: CorpusFacts, teacher: ModelFacts, settings: CacheSettings) -> None:
+def _require_fit(corpus: CorpusFacts, teacher: ModelFacts | ServedFacts, settings: CacheSettings) -> None:
+    if (settings.engine == "server") != (teacher.served is not None):
+        raise MismatchError(
+            "a teacher that is served is scored by its server, and no other teacher is",
+            where="cache.engine",
+            found=f"{settings.engine}, and a teacher that is {'not served' if teacher.served is None else 'served'}",
+            fix="set teacher.served and cache.engine to server, or neither",
+        )
     if corpus.tokenizer.fingerprint != teacher.tokenizer.fingerprint:
         raise MismatchError(
             "teacher and corpus have different tokenizers",

@@ -23,8 +23,11 @@ from capgap.pipeline.cache.vllm_public import PublicRequests, require_public
 from capgap.pipeline.cache.vllm_start import (
     llm_settings,
     memory_settings,
+    quantisation_of,
     require_platform,
+    require_runs_on_cpu,
     require_vllm,
+    saved_dtype,
     set_environment,
     silence_dumps,
     teacher_config,
@@ -85,13 +88,17 @@ class VllmEngine:
     ) -> None:
         require_kept(recording.top_k, recording.vocab_size)
         require_vllm()
-        set_environment(device, tensor_parallel)
+        num_stages = int((engine_args or {}).get("pipeline_parallel_size", 1))
+        num_workers = tensor_parallel * num_stages
+        set_environment(device, num_workers)
         require_engine_args(engine_args or {})
         import vllm
 
         require_platform(device)
         config = teacher_config(path, seq_len, device, trust_remote_code)
         self._seq_len, self._num_columns, self._capture = seq_len, int(config.get_text_config().vocab_size), capture
+        if device == "cpu":
+            require_runs_on_cpu(config, saved_dtype(config) if dtype == "auto" else dtype, num_stages)
         if capture == "public":
             require_public(recording, self._num_columns, "cache.capture: public")
         settings = {
@@ -107,12 +114,12 @@ class VllmEngine:
             # with logits in bfloat16 half of all rows keep another set of ids
             "hf_overrides": {"head_dtype": "float32"},
             "tensor_parallel_size": tensor_parallel,
-            **({"distributed_executor_backend": "mp"} if tensor_parallel > 1 else {}),
+            **({"distributed_executor_backend": "mp"} if num_workers > 1 else {}),
             **memory_settings(
                 config, device, batch_tokens, seq_len, gpu_memory_fraction, recording.chunk_rows, tensor_parallel
             ),
         }
-        with _one_line("the teacher could not be started"):
+        with _one_line("the teacher could not be started", quantisation_of(config)):
             self._llm = vllm.LLM(**with_engine_args(settings, engine_args or {}))
         silence_dumps()
         self.dtype = str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
@@ -187,8 +194,8 @@ class VllmEngine:
 
 
 @contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """A fault within vLLM, said in one line."""
+def _one_line(what: str, quantisation: str = "") -> Iterator[None]:
+    """A fault within vLLM, said in one line; of a teacher that is quantised, with how."""
     try:
         yield
     except (MachineError, KeyboardInterrupt):
@@ -196,6 +203,14 @@ def _one_line(what: str) -> Iterator[None]:
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(s in said for s in _OUT_OF_MEMORY)
+        if quantisation and not exhausted:
+            raise MachineError(
+                f"{what}, which is quantised: {quantisation}",
+                where="cache.engine: vllm",
+                found=said[:300],
+                fix="if this machine cannot run it, serve it from one that can (cache.engine: server), or name the "
+                "checkpoint that is not quantised",
+            ) from error
         raise MachineError(
             f"{what}: out of memory" if exhausted else what,
             where="cache.engine: vllm",

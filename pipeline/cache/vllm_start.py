@@ -34,9 +34,9 @@ def require_vllm(setting: str = "cache.engine") -> None:
         )
 
 
-def set_environment(device: str, tensor_parallel: int) -> None:
-    """What vLLM reads from the environment when it is imported."""
-    if device == "cpu" and tensor_parallel > 1:
+def set_environment(device: str, num_workers: int) -> None:
+    """What vLLM reads from the environment when it is imported; the workers are those that share one teacher."""
+    if device == "cpu" and num_workers > 1:
         # its own way of binding workers to cores asks for one memory node each
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # in process: no engine process that could outlive this one; a worker on each further device ends with this process
@@ -103,6 +103,52 @@ def teacher_config(
     if device == "cpu":
         _require_head_size(config, path, setting)
     return config
+
+
+def require_runs_on_cpu(config: Any, dtype: Any, num_stages: int) -> None:
+    """Raise MachineError for what vLLM's build for CPUs starts and then fails at, or dies of.
+
+    Args:
+        config: the teacher's whole configuration.
+        dtype: that it is to be run in.
+        num_stages: groups of devices that its layers are dealt out to.
+    """
+    if num_stages > 1:
+        raise MachineError(
+            "vLLM deals out no layers among CPUs",
+            where="cache.engine_args.pipeline_parallel_size",
+            found=num_stages,
+            expected="1 on a CPU",
+            fix="use cache.tensor_parallel, or a GPU",
+        )
+    # its product of integers knows no other dtype of what is not quantised; float16 ends the process
+    if _has_integer_activations(config) and str(dtype).removeprefix("torch.") != "bfloat16":
+        raise MachineError(
+            "vLLM multiplies int8 on a CPU in bfloat16 alone",
+            where="cache.dtype",
+            found=str(dtype).removeprefix("torch."),
+            expected="bfloat16",
+            fix="set cache.dtype to bfloat16",
+        )
+
+
+def quantisation_of(config: Any) -> str:
+    """The name of a checkpoint's quantisation, for messages; empty for one that is not quantised."""
+    settings = quantisation_settings(config)
+    names = dict.fromkeys(str(settings[key]) for key in ("quant_method", "format", "quant_algo") if settings.get(key))
+    return ", ".join(names)
+
+
+def quantisation_settings(config: Any) -> dict[str, Any]:
+    """As `config.json` has them; empty for a checkpoint that is not quantised."""
+    found = getattr(config, "quantization_config", None) or {}
+    return found if isinstance(found, dict) else dict(found.to_dict())
+
+
+def _has_integer_activations(config: Any) -> bool:
+    groups = quantisation_settings(config).get("config_groups") or {}
+    activations = [one.get("input_activations") or {} for one in groups.values() if isinstance(one, dict)]
+    return any(one.get("type") == "int" for one in activations)
 
 
 def llm_settings(path: str, config: Any, device: str, trust_remote_code: bool, dtype: str = "auto") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from capgap.schemas.results import TEACHER
 from capgap.schemas.run_eval import EvalSettings
 
 NO_TEACHER = "the run has none: a finished cache stands for it"
+SERVED_TEACHER = "it is served elsewhere: its cache stands for it"
 
 
 def require_teacher_if_wanted(settings: EvalSettings, inputs: Mapping[str, StageInput]) -> None:
@@ -48,7 +49,7 @@ def why_missing(context: StageContext) -> str | None:
     if settings.teacher == "cache":
         return "eval.teacher is cache"
     if TEACHER not in context.inputs:
-        return NO_TEACHER
+        return SERVED_TEACHER if context.run.teacher.served is not None else NO_TEACHER
     if settings.teacher == "live" or settings.speculative is not None:
         return None
     path = model_path(context.input(TEACHER))

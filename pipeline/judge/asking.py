@@ -12,9 +12,10 @@ from threading import Event
 
 from pydantic import ValidationError
 
-from capgap.pipeline.judge.endpoint import Endpoint, RefusedError
+from capgap.pipeline.judge.endpoint import JudgeEndpoint
 from capgap.pipeline.judge.items import Task
 from capgap.pipeline.judge.prompts import rating_in, reminded, winner_in
+from capgap.pipeline.models.endpoint import RefusedError
 from capgap.pipeline.stage.progress import progress
 from capgap.pipeline.store.files import write_atomically
 from capgap.schemas.errors import InputError, MachineError
@@ -33,7 +34,9 @@ def kept_verdicts(tasks: Sequence[Task], folder: Path) -> dict[str, Verdict]:
     return found
 
 
-def ask_about(tasks: Sequence[Task], endpoint: Endpoint, settings: JudgeSettings, folder: Path) -> dict[str, Verdict]:
+def ask_about(
+    tasks: Sequence[Task], endpoint: JudgeEndpoint, settings: JudgeSettings, folder: Path
+) -> dict[str, Verdict]:
     """Verdicts on tasks by their keys, each kept in the folder.
 
     Raises:
@@ -83,7 +86,9 @@ def with_what_is_kept(error: MachineError, num_kept: int, num_all: int) -> Machi
     )
 
 
-def _ask_and_keep(task: Task, endpoint: Endpoint, settings: JudgeSettings, folder: Path, stop: Event) -> Verdict | None:
+def _ask_and_keep(
+    task: Task, endpoint: JudgeEndpoint, settings: JudgeSettings, folder: Path, stop: Event
+) -> Verdict | None:
     """None where another request has failed in a way that ends the stage."""
     if stop.is_set():
         return None
@@ -97,7 +102,7 @@ def _ask_and_keep(task: Task, endpoint: Endpoint, settings: JudgeSettings, folde
     return verdict
 
 
-def _ask(task: Task, endpoint: Endpoint, num_asks: int) -> Verdict:
+def _ask(task: Task, endpoint: JudgeEndpoint, num_asks: int) -> Verdict:
     asks: list[Ask] = []
     messages = task.messages
     for _ in range(num_asks):

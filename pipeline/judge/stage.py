@@ -7,9 +7,10 @@ from pathlib import Path
 
 from capgap.pipeline.answers.kept import read_answers
 from capgap.pipeline.judge.asking import ask_about, kept_verdicts, with_what_is_kept
-from capgap.pipeline.judge.endpoint import Endpoint, key_of
+from capgap.pipeline.judge.endpoint import JudgeEndpoint
 from capgap.pipeline.judge.items import Answers, Model, Task, tasks
 from capgap.pipeline.judge.summary import summarise
+from capgap.pipeline.models.endpoint import key_of
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.folder import WORK_FOLDER, plan_units
 from capgap.pipeline.store.files import write_atomically
@@ -71,7 +72,7 @@ def _judge(found: list[Task], settings: JudgeSettings, work: Path) -> tuple[Judg
     missing = [task for task in found if task.key not in kept]
     if begun is not None and not missing:
         return begun, [kept[task.key] for task in found]
-    with Endpoint(settings) as endpoint:
+    with JudgeEndpoint(settings) as endpoint:
         try:
             judge = endpoint.identity()
             if begun is None:

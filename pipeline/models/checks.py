@@ -67,7 +67,13 @@ def named(setting: str) -> Iterator[None]:
 
 
 def check_given_model(
-    path: str, corpus: StageInput, setting: str, trust_remote_code: bool = False, *, to_be_adapted: bool = False
+    path: str,
+    corpus: StageInput,
+    setting: str,
+    trust_remote_code: bool = False,
+    *,
+    to_be_adapted: bool = False,
+    is_served: bool = False,
 ) -> tuple[str, ModelFacts]:
     """Facts of a given model that fits the text, and its path, absolute where it is a folder.
 
@@ -77,6 +83,7 @@ def check_given_model(
         setting: the setting that names the model, for errors.
         trust_remote_code: run code that comes with it.
         to_be_adapted: the corpus's tokenizer may have entries that the model has not.
+        is_served: its weights are elsewhere; configuration and tokenizer alone are looked at.
 
     Raises:
         InputError: there is no such model, it has an encoder, its weights are not complete, or it takes shorter
@@ -84,7 +91,9 @@ def check_given_model(
         MismatchError: its tokenizer differs from the corpus's, or its vocabulary is smaller.
     """
     text = RunText(corpus)
-    expected = Expected(corpus_tokenizer(corpus), f"the {corpus.manifest.stage}", text.seq_len, to_be_adapted)
+    expected = Expected(
+        corpus_tokenizer(corpus), f"the {corpus.manifest.stage}", text.seq_len, to_be_adapted, is_served
+    )
     return check_model(path, setting, trust_remote_code, expected)
 
 
@@ -97,12 +106,14 @@ class Expected:
         whose: the text, as it is called in errors.
         seq_len: targets of its sequences.
         to_be_adapted: the text's tokenizer may have entries that the model has not.
+        is_served: the model's weights are elsewhere.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
     whose: str
     seq_len: int
     to_be_adapted: bool = False
+    is_served: bool = False
 
 
 def check_model(path: str, setting: str, trust_remote_code: bool, expected: Expected) -> tuple[str, ModelFacts]:
@@ -116,7 +127,8 @@ def check_model(path: str, setting: str, trust_remote_code: bool, expected: Expe
             "this is no causal language model", where=where, found="an encoder beside the decoder", expected="a decoder"
         )
     with named(where):
-        require_complete(resolved, trust_remote_code, config)
+        if not expected.is_served:
+            require_complete(resolved, trust_remote_code, config)
         tokenizer = load_tokenizer(resolved, trust_remote_code)
     if expected.tokenizer is not None:
         require = require_extended_tokenizer if expected.to_be_adapted else require_same_tokenizer

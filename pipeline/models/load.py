@@ -19,7 +19,7 @@ from capgap.pipeline.models.tokenizers import refuse_code, tokenizer_facts
 from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.stage.manifests import read_manifest
 from capgap.schemas.errors import InputError, MachineError
-from capgap.schemas.facts import ModelFacts
+from capgap.schemas.facts import ModelFacts, ServedFacts, teacher_facts
 
 MODEL_FOLDER = "model"
 
@@ -34,14 +34,27 @@ def model_path(made: StageInput) -> str:
 
     Raises:
         CorruptError: a file of it is not what the manifest says.
-        InputError: the stage's folder lies behind a URL.
+        InputError: the stage's folder lies behind a URL, or nothing but a server has the model.
     """
-    facts = ModelFacts.model_validate(made.manifest.facts)
+    facts = teacher_facts(made.manifest.facts)
+    if isinstance(facts, ServedFacts):
+        raise InputError(
+            "the teacher is served elsewhere, and its model is not here",
+            where=made.location,
+            found=f"no more than a server's name for it, {facts.served}",
+            expected="a model",
+            fix="name the model itself as teacher.path, or leave out what needs it",
+        )
     is_given = facts.path != MODEL_FOLDER
     folder = Path(facts.path) if is_given else made.path / MODEL_FOLDER
     if not is_given or folder.is_dir():
         require_as_recorded(made, folder, is_given)
     return facts.path if is_given else str(folder)
+
+
+def served_path(made: StageInput) -> str:
+    """As `model_path`; empty for a teacher of which nothing but a server's name for it is known."""
+    return "" if isinstance(teacher_facts(made.manifest.facts), ServedFacts) else model_path(made)
 
 
 def model_at(path: str) -> str:

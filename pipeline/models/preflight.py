@@ -5,6 +5,7 @@ run file --> what the text is to be: reused, or of a tokenizer that is given -->
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from capgap.pipeline.models.given import TOKENIZER_FILES, require_findable
@@ -40,21 +41,23 @@ def require_teacher(run: RunFile) -> None:
         require_shares(run.teacher.optimization, run.teacher.optimization.num_devices, setting)
     if run.teacher.path is None:
         return
-    adapted = run.teacher.adapt is not None
-    _require_model(run, run.teacher.path, "teacher.path", run.teacher.trust_remote_code, adapted)
+    adapted, is_served = run.teacher.adapt is not None, run.teacher.served is not None
+    _require_model(run, run.teacher.path, "teacher.path", run.teacher.trust_remote_code, adapted, is_served)
 
 
 def require_student(run: RunFile) -> None:
     """Refuse a given student that cannot be had, is not whole, or does not fit the text that it is to learn."""
     if run.student.path is not None:
-        _require_model(run, run.student.path, "student.path", run.student.trust_remote_code, False)
+        _require_model(run, run.student.path, "student.path", run.student.trust_remote_code)
 
 
-def _require_model(run: RunFile, path: str, setting: str, trusted: bool, adapted: bool) -> None:
+def _require_model(
+    run: RunFile, path: str, setting: str, trusted: bool, adapted: bool = False, is_served: bool = False
+) -> None:
     require_findable(path, setting)
     from capgap.pipeline.models.checks import check_model
 
-    check_model(path, setting, trusted, _expected(run, adapted))
+    check_model(path, setting, trusted, replace(_expected(run, adapted), is_served=is_served))
 
 
 def _expected(run: RunFile, adapted: bool) -> Expected:

@@ -107,7 +107,7 @@ def write_tokenizer(corpus: StageInput, teacher: str, folder: Path) -> None:
 
     Args:
         corpus: that the cache is made of.
-        teacher: folder or id of the model that it is made by.
+        teacher: folder or id of the model that it is made by; empty for none that is here.
         folder: of the cache.
 
     Raises:
@@ -120,6 +120,6 @@ def write_tokenizer(corpus: StageInput, teacher: str, folder: Path) -> None:
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(copy, file.read_bytes())
-    template = None if text.tokenizer().chat_template is not None else chat_template_of(teacher)
+    template = chat_template_of(teacher) if teacher and text.tokenizer().chat_template is None else None
     if template is not None:
         write_atomically(target / _CHAT_TEMPLATE_NAME, template)

@@ -28,6 +28,7 @@ _SAME: dict[str, tuple[str, ...]] = {
     "cache": (
         "teacher.path",
         "teacher.model",
+        "teacher.served",
         "cache.engine",
         "cache.dtype",
         "cache.recording",
@@ -71,6 +72,8 @@ def rate_of(stage: str, work: RunWork, stated: Stated) -> Figure:
     earlier = _earlier(stage, work, [work.run.out, *stated.like])
     if earlier is not None:
         return earlier
+    if stage == "cache" and work.run.cache.engine == "server":
+        return Figure(value=None, source="give --teacher-tokens-per-s or --like RUN: the teacher is served elsewhere")
     operations, tokens = work.operations(stage), work.tokens(stage).value
     if stated.device_peak_tflops is None or stated.mfu is None or operations is None or not tokens:
         return Figure(value=None, source=_missing(stage, operations is not None))

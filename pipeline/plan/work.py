@@ -180,7 +180,7 @@ def work_of(
     return RunWork(
         run=run,
         vocab_size=vocab_size,
-        teacher=model_size(finished("teacher", run, known), run.teacher.path, run.teacher.model, vocab_size),
+        teacher=_teacher_size(run, known, vocab_size),
         student=model_size(next(iter(students), None), run.student.path, run.student.model, vocab_size)
         if run.student.prune is None
         else pruned_size(next(iter(students), None), run.student.prune, run.teacher, vocab_size),
@@ -212,6 +212,12 @@ def finished(stage: ReusableStage, run: RunFile, known: dict[str, StageState]) -
         return reused_stage(run, stage)[1]
     state = known.get(stage)  # nobody may need it
     return state.manifest if state is not None and state.state is State.CURRENT else None
+
+
+def _teacher_size(run: RunFile, known: dict[str, StageState], vocab_size: float | None) -> ModelSize:
+    if run.teacher.served is not None and run.teacher.path is None:
+        return ModelSize(None, None, f"not known here: {run.teacher.served} is served elsewhere")
+    return model_size(finished("teacher", run, known), run.teacher.path, run.teacher.model, vocab_size)
 
 
 def _times(each: Figure, number: Figure) -> Figure:

@@ -55,7 +55,7 @@ class Engines:
 
     Attributes:
         replicas: engines side by side, each in a process and on devices of its own.
-        num_devices: devices that one of them takes.
+        num_devices: devices that one of them takes; 0 where its model is served elsewhere.
     """
 
     replicas: int = 1

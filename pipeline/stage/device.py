@@ -33,7 +33,7 @@ def resolve_device(setting: str) -> str:
 
 def devices_from(device: str, count: int) -> list[str]:
     """The devices of whatever takes `count` of them; the CPU is one, however many do its work."""
-    return [device] if device == "cpu" else [f"cuda:{i}" for i in range(count)]
+    return [device][:count] if device == "cpu" else [f"cuda:{i}" for i in range(count)]
 
 
 def machine_kind(device: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from capgap.pipeline.stage.declaration import Stage
+from capgap.pipeline.stage.declaration import Engines, Stage
 from capgap.pipeline.stage.instances import corpus_inputs, once
 from capgap.pipeline.stage.sources import model_files
 
@@ -17,6 +17,7 @@ STAGE = Stage(
     sources=lambda run, instance: model_files(run.teacher.path),
     on_device=True,
     is_costly=lambda run, instance: run.teacher.optimization is not None,
+    engines=lambda run: Engines(num_devices=0 if run.teacher.served is not None else 1),
     training=lambda run, instance: run.teacher.optimization,
     preflight="capgap.pipeline.models.preflight:require_teacher",
 )

@@ -1,4 +1,7 @@
-"""The teacher stage: check a given model, adapt it, or train a small one; a training is with cross-entropy alone."""
+"""The teacher stage: check a given model, adapt it, or train a small one; a training is with cross-entropy alone.
+
+Of a model that is served elsewhere, its configuration and tokenizer are checked where they are here, and no weight.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from capgap.pipeline.cache.label_loss import LABEL_LOSS, NUM_SEQUENCES
 from capgap.pipeline.models.checks import check_given_model, corpus_tokenizer, fresh_model
 from capgap.pipeline.models.configs import empty_model, load_config
 from capgap.pipeline.models.load import MODEL_FOLDER, load_model, model_facts, save_model
-from capgap.pipeline.models.tokenizers import chat_template_of, load_tokenizer
+from capgap.pipeline.models.tokenizers import chat_template_of, load_tokenizer, tokenizer_facts
 from capgap.pipeline.stage.context import StageContext, StageInput, StageResult
 from capgap.pipeline.stage.scalars import METRICS_NAME
 from capgap.pipeline.store import ShardReader
@@ -22,7 +25,7 @@ from capgap.pipeline.train.metrics import read_rows
 from capgap.pipeline.train.strategy import is_sharded
 from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.errors import InputError
-from capgap.schemas.facts import CorpusFacts
+from capgap.schemas.facts import CorpusFacts, ServedFacts
 from capgap.schemas.manifest import ShardSet
 from capgap.schemas.run_model import AdaptSettings, ModelShape
 from capgap.schemas.run_optimization import OptimizationSettings
@@ -36,13 +39,27 @@ def run(context: StageContext) -> StageResult:
         MachineError: as `fit`.
     """
     settings = context.run.teacher
-    if settings.path is None:
-        assert settings.model is not None
+    if settings.model is not None:
         return _train(context, settings.model)
+    if settings.path is None:
+        assert settings.served is not None
+        return _served(context, settings.served)
     if settings.adapt is not None:
         return _adapt(context, settings.path, settings.adapt)
-    _, facts = check_given_model(settings.path, context.input("corpus"), "teacher.path", settings.trust_remote_code)
+    _, facts = check_given_model(
+        settings.path,
+        context.input("corpus"),
+        "teacher.path",
+        settings.trust_remote_code,
+        is_served=settings.served is not None,
+    )
+    facts = facts.model_copy(update={"served": settings.served})
     return StageResult(facts=facts.model_dump(mode="json"), totals={"num_parameters": facts.num_parameters})
+
+
+def _served(context: StageContext, served: str) -> StageResult:
+    facts = ServedFacts(tokenizer=tokenizer_facts(corpus_tokenizer(context.input("corpus"))), served=served)
+    return StageResult(facts=facts.model_dump(mode="json"))
 
 
 def _train(context: StageContext, shape: ModelShape) -> StageResult:

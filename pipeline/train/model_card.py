@@ -135,7 +135,7 @@ def _head(context: StageContext, name: str, figures: Mapping[str, float]) -> str
 def _teacher(cache: StageInput) -> str:
     made = cache.manifest.inputs["teacher"]
     cached = CacheFacts.model_validate(cache.manifest.facts)
-    name = _given_teacher(cache) or made.path
+    name = _given_teacher(cache) or cached.served or made.path
     if cache.manifest.resolved.get("teacher", {}).get("adapt"):
         name += ", adapted"
     return f"{name}, scored by {', '.join(cached.engines)} in {', '.join(cached.dtypes)}"

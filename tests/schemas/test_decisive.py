@@ -56,6 +56,7 @@ MORE = ExtendVocabularySettings(num_pieces=5)
                 "capture": "public",
                 "replicas": 4,
                 "cross_check": "never",
+                "server": {"base_url": "http://elsewhere/v1"},
             },
         ),
         (

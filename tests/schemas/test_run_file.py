@@ -217,7 +217,7 @@ def test_all_faults_are_told_at_once() -> None:
         ),
         ({"corpus.sources": []}, "corpus", "corpus.sources: found none, expected at least one file"),
         ({"teacher.path": "t"}, "teacher", "teacher: found both of path and model, expected one of them"),
-        ({"teacher": {}}, "", "teacher: found neither of path and model, expected one of them"),
+        ({"teacher": {}}, "", "teacher: found none of path, model and served, expected one of them"),
         ({"student.path": "s"}, "student", "student: found path and model, expected one of path, model and prune"),
         ({"student": {}}, "", "student: found none of path, model and prune, expected one of them"),
         (

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig
 
 from capgap.kernels.sampling import largest as sampling_largest
 from capgap.kernels.sampling import rows as sampling_rows
 from capgap.pipeline.cache.scoring import Request
-from capgap.pipeline.cache.vllm_start import chunk_bytes, require_room
+from capgap.pipeline.cache.vllm_start import chunk_bytes, quantisation_of, require_room, require_runs_on_cpu
 from capgap.pipeline.cache.vllm_worker import Capture, RequestKey, _Span
 from capgap.schemas.errors import MachineError
 
@@ -66,3 +67,25 @@ def test_a_gpu_that_has_no_room_for_a_chunk_is_refused_with_what_would_fit() -> 
         require_room(80 << 30, 0.9, needed_bytes, 8192)
     require_room(80 << 30, 0.9, chunk_bytes(152_064, 3138, tensor_parallel=1), 3138)
     assert chunk_bytes(152_064, 8192, tensor_parallel=2) > needed_bytes
+
+
+def _quantised(kind: str, **more: str) -> LlamaConfig:
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8}, "input_activations": {"num_bits": 8, "type": kind}}
+    settings = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, **more}
+    return LlamaConfig(quantization_config=settings)
+
+
+def test_int8_on_a_cpu_is_for_bfloat16() -> None:
+    config = _quantised("int", format="int-quantized")
+    assert quantisation_of(config) == "compressed-tensors, int-quantized"
+    require_runs_on_cpu(config, torch.bfloat16, 1)
+    require_runs_on_cpu(_quantised("float"), torch.float32, 1)
+    require_runs_on_cpu(LlamaConfig(), torch.float32, 1)
+    assert quantisation_of(LlamaConfig()) == ""
+    with pytest.raises(MachineError, match=r"cache\.dtype: vLLM multiplies int8 .* found float16, expected bfloat16"):
+        require_runs_on_cpu(config, torch.float16, 1)
+
+
+def test_layers_are_not_dealt_out_among_cpus() -> None:
+    with pytest.raises(MachineError, match=r"pipeline_parallel_size: .* found 2, expected 1 .*cache\.tensor_parallel"):
+        require_runs_on_cpu(LlamaConfig(), torch.float32, 2)

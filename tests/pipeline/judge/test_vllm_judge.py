@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from judge_runs import QUESTIONS, tiny_model, tokenizer
+from vllm_server import vllm_server
 
 from capgap.pipeline.models.load import save_model
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.judge_results import JudgeResults, Verdict
 
-START_S = 900
 NUM_VERDICTS = (3 + 2 * 3) * len(QUESTIONS) * 2
 
 pytestmark = pytest.mark.slow
@@ -29,29 +22,10 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """Base URL and folder of the model behind it."""
-    for package in ("vllm", "uvicorn", "watchfiles", "prometheus_fastapi_instrumentator"):
-        pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("judge-model")
     save_model(tiny_model(9, positions=4096), tokenizer(), folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--served-model-name", "tiny-judge", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20), "--max-num-seqs", "8"]
-    log = tmp_path_factory.mktemp("log") / "vllm.log"
-    with log.open("w") as file:
-        server = subprocess.Popen(command, stdout=file, stderr=file, env=dict(os.environ), start_new_session=True)
-    try:
-        deadline = time.monotonic() + START_S
-        while not _is_up(port):
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1", folder
-    finally:
-        # the server, and its engine and worker, which would outlive it
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+    with vllm_server(folder, "tiny-judge", tmp_path_factory.mktemp("log") / "vllm.log") as url:
+        yield url, folder
 
 
 def test_a_random_model_s_nonsense_is_kept_and_counted_and_rates_nothing(make_run, served) -> None:
@@ -66,10 +40,3 @@ def test_a_random_model_s_nonsense_is_kept_and_counted_and_rates_nothing(make_ru
     assert all(model.average is None for model in found.models)
     verdicts = [Verdict.model_validate_json(line) for line in (out / "verdicts.jsonl").read_text().splitlines()]
     assert all(len(verdict.asks) == 2 and verdict.asks[0].reply for verdict in verdicts)
-
-
-def _is_up(port: int) -> bool:
-    try:
-        return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
-    except OSError:
-        return False

@@ -90,6 +90,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("teacher.adapt.pad_to_multiple_of", 64, FROM_TEACHER),
     ("teacher.home_loss", 2.0, set()),
     ("teacher.seed", 1, FROM_TEACHER),
+    ("teacher.served", "other", FROM_TEACHER),
     ("teacher.trust_remote_code", True, FROM_TEACHER),
     ("cache.engine", "transformers", FROM_CACHE),
     ("cache.recording", "topk", FROM_CACHE),
@@ -110,6 +111,11 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("cache.cross_check", "never", set()),
     ("cache.replicas", 4, set()),
     ("cache.engine_args", {"kv_cache_dtype": "fp8"}, FROM_CACHE),
+    ("cache.server.base_url", "http://elsewhere/v1", set()),
+    ("cache.server.api_key_env", "OTHER_KEY", set()),
+    ("cache.server.num_parallel", 7, set()),
+    ("cache.server.timeout_s", 7.0, set()),
+    ("cache.server.num_retries", 7, set()),
     ("student.path", "folder", FROM_STUDENT),
     ("student.trust_remote_code", True, FROM_STUDENT),
     *((f"student.model.{name}", value, FROM_STUDENT) for name, value in SHAPE.items()),
@@ -220,6 +226,9 @@ for _name in ("decay_fraction", "decay_shape"):
     BESIDE[f"teacher.adapt.{_name}"] = ADAPTED | {"teacher.adapt": {"schedule": "wsd"}}
 for _stage in ("train", "teacher.training"):
     BESIDE |= {f"{_stage}.{name}": {f"{_stage}.schedule": "wsd"} for name in ("decay_fraction", "decay_shape")}
+SERVED = {"teacher.served": "one", **GIVEN_TEACHER, "cache.engine": "server", "cache.recording": "topk"}
+# without a teacher to measure, so that there are the same stages before and after
+BESIDE["teacher.served"] = SERVED | {"eval.teacher": "cache"}
 BESIDE["teacher.trust_remote_code"] = {"teacher.path": "folder", **GIVEN_TEACHER}
 BESIDE["student.trust_remote_code"] = {"student.path": "folder", "student.model": None}
 _tasks = {"benchmarks.tasks": {"mmlu": {}}}

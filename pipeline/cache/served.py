@@ -1,0 +1,93 @@
+"""Is what a server serves the teacher that the cache is of? Asked once, when the engine is started.
+
+first sequence --corpus's tokenizer--> text --server's tokenizer--> the same ids?    another model's are others
+shards that are finished --> the server that they name, and what it had loaded --> the same?
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+from capgap.pipeline.cache.scoring import Recording
+from capgap.pipeline.cache.server_engine import ServerEngine
+from capgap.pipeline.models.text import TOKENIZER_FOLDER
+from capgap.pipeline.models.tokenizers import load_tokenizer
+from capgap.pipeline.stage.events import event
+from capgap.pipeline.store import ShardReader
+from capgap.pipeline.store.sidecars import read_sidecar
+from capgap.schemas.errors import MismatchError
+from capgap.schemas.facts import ShardFacts
+from capgap.schemas.manifest import ShardSet
+from capgap.schemas.run_endpoint import EndpointSettings
+
+_PROBE_TOKENS = 256
+# Another program may cut a text a little otherwise, at its beginning above all; another tokenizer hardly agrees at all.
+_LEAST_SHARED = 0.5
+
+
+def start_served(
+    settings: EndpointSettings, model: str, recording: Recording, corpus: Path, source: ShardSet, scored: Path
+) -> ServerEngine:
+    """The engine of a teacher that is served.
+
+    Args:
+        settings: where.
+        model: the teacher, as the server calls it.
+        recording: what to keep.
+        corpus: folder of the corpus.
+        source: the corpus's shards to be scored.
+        scored: folder of the facts of shards that are finished, if there are any.
+
+    Raises:
+        CapgapError: as `ServerEngine`.
+        MismatchError: the server's tokenizer is not the corpus's, or finished shards are of another server's model.
+    """
+    engine = ServerEngine(settings, model, recording, source.seq_len)
+    try:
+        _require_begun_by(engine, scored, settings.base_url)
+        _require_same_ids(engine, corpus, source, f"teacher.served: {model}")
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _require_begun_by(engine: ServerEngine, scored: Path, where: str) -> None:
+    for path in sorted(scored.glob("*.json")):
+        facts = read_sidecar(path, ShardFacts)
+        if facts is not None and facts.engine != engine.name:
+            raise MismatchError(
+                "another model is served than the one that began the cache",
+                where=where,
+                found=engine.name,
+                expected=facts.engine,
+                fix="serve the first one again, or start over with --remake cache",
+            )
+
+
+def _require_same_ids(engine: ServerEngine, corpus: Path, source: ShardSet, where: str) -> None:
+    tokenizer = load_tokenizer(corpus / TOKENIZER_FOLDER)
+    sequences, _ = ShardReader(corpus, source).read(0)
+    text = tokenizer.decode(sequences.tokens_BL1[0][:_PROBE_TOKENS], skip_special_tokens=True)
+    own = tokenizer.encode(text, add_special_tokens=False)
+    served = engine.ids_of(text)
+    if served is None or served == own:
+        return
+    shared = sum((Counter(own) & Counter(served)).values()) / max(len(own), len(served), 1)
+    if shared < _LEAST_SHARED:
+        raise MismatchError(
+            "the served teacher has another tokenizer than the corpus",
+            where=where,
+            found=f"{len(served)} ids of a text, of which {shared:.0%} are the corpus's",
+            expected=f"the corpus's {len(own)}",
+            fix="serve the teacher that is meant, or set corpus.tokenizer to its folder",
+        )
+    event(
+        "server_tokenizer",
+        f"cache: of a text the server makes {len(served)} ids, {shared:.0%} of them the corpus's {len(own)}: is it the "
+        "teacher that is meant?",
+        logging.WARNING,
+        shared=shared,
+    )

@@ -1,0 +1,196 @@
+"""The teacher behind an endpoint with `prompt_logprobs`, as `vllm serve` is one: no weights, and no device here.
+
+request --> POST /v1/completions, token ids in --> prompt_logprobs, ids and logprobs out --> top-k tokens and tail
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from pydantic_core import from_json
+
+from capgap.pipeline.cache.request_checks import require_kept, require_scorable
+from capgap.pipeline.cache.scoring import Recording, Request, Scored
+from capgap.pipeline.cache.server_rows import rows_of
+from capgap.pipeline.models.endpoint import FAULTS, IDENTITY, Endpoint, RefusedError
+from capgap.pipeline.stage.events import event
+from capgap.schemas.errors import InputError, MismatchError, SettingError
+from capgap.schemas.run_endpoint import EndpointSettings
+
+SERVER_DTYPE = "the server's dtype"
+
+_LONGEST = "max_model_len"
+
+# Of neighbours among the top-k tokens; logits of 16 bits make nearly half of them equal, those of 32 bits next to none.
+_MOST_TIES = 0.1
+
+
+class ServerEngine:
+    """A teacher that is served elsewhere.
+
+    Args:
+        settings: where.
+        model: the teacher, as the server calls it.
+        recording: what to keep: `topk` at temperature 1.
+        seq_len: the largest L of a request.
+
+    Raises:
+        MachineError: the server cannot be reached, or does not answer as one.
+        SettingError: it does not take the key, serves other models, or shorter sequences.
+    """
+
+    def __init__(self, settings: EndpointSettings, model: str, recording: Recording, seq_len: int) -> None:
+        require_kept(recording.top_k, recording.vocab_size)
+        self._recording, self._seq_len, self._num_parallel = recording, seq_len, settings.num_parallel
+        self._endpoint = endpoint_of(settings, model)
+        self.name, self.dtype = f"server {model}", SERVER_DTYPE
+        try:
+            served = require_served(self._endpoint, settings, seq_len)
+        except BaseException:
+            self.close()
+            raise
+        if (root := served.get("root", model)) != model:
+            self.name += f" ({root})"
+        self._is_exact: bool | None = None
+
+    def score(self, requests: Sequence[Request]) -> list[Scored]:
+        """As `Engine.score`, `cache.server.num_parallel` requests at once; what is asked twice is answered alike.
+
+        Raises:
+            InputError: a request cannot be scored, or its answer is not that of its tokens.
+            MachineError: the server cannot be reached, is too slow, too busy or fails, as often as it was asked.
+            SettingError: it does not take the key, or allows fewer logprobs.
+        """
+        require_scorable(requests, self._recording.vocab_size, self._seq_len)
+        pool = ThreadPoolExecutor(self._num_parallel, thread_name_prefix="capgap-server")
+        try:
+            # in order, so that the first fault is heard of before the queue is at its end
+            scored = list(pool.map(self._score, requests))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            self.close()
+            raise
+        pool.shutdown()
+        if self._is_exact is None:
+            self._is_exact = self._say_if_rounded(scored)
+        return scored
+
+    def ids_of(self, text: str) -> list[int] | None:
+        """The ids that the server's own tokenizer makes of a text; None where it does not tell."""
+        try:
+            ids = self._complete(text, 0, add_special_tokens=False)["choices"][0].get("prompt_token_ids")
+        except RefusedError:
+            return None
+        return None if ids is None else list(ids)
+
+    def close(self) -> None:
+        """As `Engine.close`."""
+        self._endpoint.close()
+
+    def _score(self, request: Request) -> Scored:
+        try:
+            found = self._complete(request.tokens_L1.tolist(), self._recording.top_k)
+        except RefusedError as error:
+            raise self._refusal(str(error), request) from None
+        try:
+            if found["model"] != self._endpoint.model:
+                raise MismatchError(
+                    "another model answers than the one that was asked",
+                    where=request.name,
+                    found=self._endpoint.clean(str(found["model"])),
+                    expected=self._endpoint.model,
+                )
+            return rows_of(found["choices"][0], self._recording, request)
+        except FAULTS as error:
+            raise self._endpoint.named(error) from None
+
+    def _complete(self, prompt: str | list[int], num_logprobs: int, **more: Any) -> dict[str, Any]:
+        """The completion as plain JSON values: an object a logprob would take the client library minutes.
+
+        Raises:
+            RefusedError: the server does not take this request.
+            MachineError, SettingError: as `Endpoint.named`.
+        """
+        extra = {"prompt_logprobs": num_logprobs, "return_token_ids": True, **more}
+        try:
+            answer = self._endpoint.client.completions.with_raw_response.create(
+                model=self._endpoint.model, prompt=prompt, max_tokens=1, temperature=0, extra_body=extra
+            )
+            found = from_json(answer.content, cache_strings="keys")
+            if not isinstance(found, dict):
+                raise TypeError(f"found {type(found).__name__}, expected an object")
+        except FAULTS as error:
+            raise self._endpoint.named(error) from None
+        return found
+
+    def _refusal(self, said: str, request: Request) -> InputError | SettingError:
+        if "logprobs" in said:
+            return SettingError(
+                "the server allows fewer logprobs",
+                where="cache.top_k",
+                found=said,
+                expected=f"{self._recording.top_k} of them",
+                fix=f"start it with --max-logprobs {self._recording.top_k}, or lower cache.top_k",
+            )
+        return InputError(
+            "the server refuses what it is asked",
+            where=request.name,
+            found=said,
+            fix=f"start it with --max-model-len {self._seq_len + 2} or more, or as it says",
+        )
+
+    def _say_if_rounded(self, scored: Sequence[Scored]) -> bool:
+        """Whether the logits have 32 bits; with 16, half of all rows keep other ids."""
+        steps = np.concatenate([np.diff(one.logprobs_LK, axis=1).ravel() for one in scored])
+        ties = float((steps == 0).mean()) if steps.size else 0.0
+        if ties > _MOST_TIES:
+            text = (
+                f"cache: {ties:.0%} of neighbours among the server's top-k tokens have one logprob: its logits are of "
+                'few bits; start it with --hf-overrides \'{"head_dtype": "float32"}\''
+            )
+            event("server_rounds", text, logging.WARNING, share_of_ties=ties)
+        return ties <= _MOST_TIES
+
+
+def endpoint_of(settings: EndpointSettings, model: str) -> Endpoint:
+    """The client of a teacher's server.
+
+    Raises:
+        SettingError: the key holds characters that no key has.
+    """
+    return Endpoint(settings, model, "the teacher's server", "cache.server", "teacher.served")
+
+
+def require_served(endpoint: Endpoint, settings: EndpointSettings, seq_len: int) -> dict[str, str]:
+    """What the server lists of the teacher, in sequences that are long enough; nothing where it lists no models.
+
+    Raises:
+        MachineError, SettingError: as `ServerEngine`.
+    """
+    listed = endpoint.listed((*IDENTITY, _LONGEST))
+    if not listed:
+        return {}
+    if endpoint.model not in listed:
+        raise SettingError(
+            "the server does not serve this teacher",
+            where=f"teacher.served, at {settings.base_url}",
+            found=", ".join(listed),
+            expected=endpoint.model,
+            fix="set teacher.served to the name that the server gives to its model, or start the other one",
+        )
+    served = listed[endpoint.model]
+    longest = served.get(_LONGEST, "")
+    # all tokens of a sequence are the prompt, and one token must be generated
+    if longest.isdigit() and int(longest) < seq_len + 2:
+        raise SettingError(
+            "the server takes shorter sequences",
+            where="corpus.seq_len",
+            found=f"{seq_len}, and --max-model-len {longest}",
+            expected=f"--max-model-len {seq_len + 2} or more: a sequence, its last label, and a token to generate",
+            fix=f"start it so, or lower corpus.seq_len to {int(longest) - 2}",
+        )
+    return served

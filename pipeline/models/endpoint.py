@@ -1,0 +1,174 @@
+"""One client of an endpoint of OpenAI's form. Its key is in no text that leaves here: no reply, no error.
+
+Sending again after timeouts, lost connections, 429 and 5xx is the client library's, which heeds `Retry-After`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from openai import (
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    AuthenticationError,
+    NotFoundError,
+    OpenAI,
+    OpenAIError,
+    PermissionDeniedError,
+    RateLimitError,
+)
+
+from capgap.schemas.errors import MachineError, SettingError
+from capgap.schemas.run_endpoint import EndpointSettings
+from capgap.schemas.secrets import remember_secret
+
+# What a server of its own takes for a key, where none is set.
+_NO_KEY = "none"
+
+# Anything shorter is no secret, and replacing it would spoil replies.
+_SHORTEST_SECRET = 6
+
+# What an endpoint lists of a model and stands for it; when a server was started is no part of what answers.
+IDENTITY = ("id", "owned_by", "root")
+
+# What the client library raises, and what comes of an answer that is not of OpenAI's form.
+FAULTS = (OpenAIError, ValueError, AttributeError, TypeError, IndexError, KeyError)
+
+# How endpoints say that they do not list models.
+_NOT_LISTING = (400, 404, 405, 501)
+
+_AGAIN = "run the same command again, which goes on where this one stopped"
+
+
+class RefusedError(Exception):
+    """The endpoint refuses this one request, for example because it is too long for the model."""
+
+
+class Endpoint:
+    """Asks a model that is served.
+
+    Args:
+        settings: where it is served.
+        model: as the endpoint calls it.
+        who: that model, in errors: `the judge`.
+        section: of the settings, in errors.
+        model_setting: that names the model, in errors.
+
+    Raises:
+        SettingError: the key holds characters that no key has.
+    """
+
+    def __init__(self, settings: EndpointSettings, model: str, who: str, section: str, model_setting: str) -> None:
+        self.model, self.who = model, who
+        self._settings, self._section, self._model_setting = settings, section, model_setting
+        self._key = key_of(settings)
+        remember_secret(self._key)
+        self.client = OpenAI(
+            api_key=self._key or _NO_KEY,
+            base_url=settings.base_url,
+            timeout=settings.timeout_s,
+            max_retries=settings.num_retries,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connections; requests under way fail."""
+        self.client.close()
+
+    def listed(self, names: Sequence[str] = IDENTITY) -> dict[str, dict[str, str]]:
+        """What the endpoint lists of its models, by their own names; nothing where it lists no models.
+
+        Raises:
+            MachineError: the endpoint cannot be reached, or does not answer in OpenAI's form.
+            SettingError: it does not take the key.
+        """
+        try:
+            models = self.client.models.list().data
+            found = [{name: getattr(model, name, None) for name in names} for model in models]
+        except FAULTS as error:
+            if isinstance(error, APIStatusError) and error.status_code in _NOT_LISTING:
+                return {}
+            raise self.named(error) from None
+        return {
+            str(one["id"]): {name: self.clean(str(value)) for name, value in one.items() if value is not None}
+            for one in found
+        }
+
+    def named(self, error: Exception) -> Exception:
+        """The error in the user's words: a CapgapError, or RefusedError where this one request is at fault."""
+        who, section = self.who, self._section
+        where, found = self._settings.base_url, self.clean(_said(error))
+        match error:
+            case APITimeoutError():
+                asked = f"{self._settings.num_retries + 1} requests of up to {self._settings.timeout_s:g} s"
+                return MachineError(
+                    f"{who} does not answer in time",
+                    where=where,
+                    found=asked,
+                    fix=f"raise {section}.timeout_s, or {_AGAIN}",
+                )
+            case APIConnectionError():
+                return MachineError(f"{who} cannot be reached", where=where, found=found, fix=f"start it; {_AGAIN}")
+            case AuthenticationError() | PermissionDeniedError():
+                name = self._settings.api_key_env
+                fix = f"put another into {name}" if self._key else f"put one into the environment variable {name}"
+                return SettingError(f"{who} does not take the key", where=where, found=found, fix=fix)
+            case NotFoundError():
+                return SettingError(
+                    "no such model, or no endpoint of OpenAI's form",
+                    where=where,
+                    found=found,
+                    expected=self.model,
+                    fix=f"change {self._model_setting} or {section}.base_url",
+                )
+            case RateLimitError():
+                return MachineError(
+                    f"{who}'s rate limit is reached",
+                    where=where,
+                    found=found,
+                    fix=f"lower {section}.num_parallel; {_AGAIN}",
+                )
+            case APIStatusError() if error.status_code < 500:
+                return RefusedError(found)
+            case APIStatusError():
+                return MachineError(f"{who} fails", where=where, found=found, fix=_AGAIN)
+            case _:
+                return MachineError(
+                    "does not answer in OpenAI's form",
+                    where=where,
+                    found=found,
+                    fix=f"change {section}.base_url, or {_AGAIN}",
+                )
+
+    def clean(self, text: str) -> str:
+        """The text without the key."""
+        return text.replace(self._key, "[key]") if len(self._key) >= _SHORTEST_SECRET else text
+
+
+def key_of(settings: EndpointSettings) -> str:
+    """The key of the environment; empty where there is none.
+
+    Raises:
+        SettingError: it holds what no key holds. The error does not repeat it.
+    """
+    key = os.environ.get(settings.api_key_env, "").strip()
+    if not all("!" <= character <= "~" for character in key):
+        raise SettingError(
+            "holds characters that no key has", where=settings.api_key_env, expected="printable ASCII without spaces"
+        )
+    return key
+
+
+def _said(error: Exception) -> str:
+    """Short, on one line; what lies behind a lost connection stands in its cause."""
+    text = str(error.__cause__ or error) if isinstance(error, APIConnectionError) else str(error)
+    return " ".join(text.split())[:300] or type(error).__name__
