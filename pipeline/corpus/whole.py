@@ -74,6 +74,33 @@ def encode_whole(
     )
 
 
+class WholePacker:
+    """Whole conversations into rows of `seq_len + 1` tokens; those that wait together are packed together.
+
+    Args:
+        seq_len: targets of a row.
+        fill_id: the token of the padding.
+    """
+
+    def __init__(self, seq_len: int, fill_id: int) -> None:
+        self.num_waiting = 0
+        self._seq_len, self._fill_id = seq_len, fill_id
+        self._waiting: list[Encoded] = []
+
+    def add(self, document: Encoded) -> int:
+        """As `AnyPacker`; each has to fit into a row."""
+        # arrays, for there may be a million tokens of them
+        ids, mask = np.array(document.ids, np.int32), np.array(document.mask, np.bool_)
+        self._waiting.append(Encoded(document.document, ids, mask))
+        self.num_waiting += len(ids)
+        return len(ids)
+
+    def take(self) -> Sequences:
+        """Rows of all that waits."""
+        waiting, self._waiting, self.num_waiting = self._waiting, [], 0
+        return in_whole_rows(waiting, self._seq_len, self._fill_id)
+
+
 def in_whole_rows(conversations: Sequence[Encoded], seq_len: int, fill_id: int, packing: bool = True) -> Sequences:
     """Rows of `seq_len + 1` tokens.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+from capgap.pipeline.corpus.amounts import bytes_per_token, text_bytes
 from capgap.pipeline.corpus.split import SPLITS
 from capgap.pipeline.plan.measured import text_bytes_per_token
-from capgap.pipeline.plan.text import bytes_per_token, text_bytes
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.facts import CacheFacts, heldout_set, text_facts
 from capgap.schemas.manifest import Manifest

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from capgap.pipeline.corpus.amounts import text_bytes
 from capgap.pipeline.law.plan import plan_grid, require_limits
 from capgap.pipeline.plan import Stated, tokens
-from capgap.pipeline.plan.text import text_bytes
 from capgap.schemas.errors import SettingError
 from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.law_plan import LawPlan, PhasePlan
