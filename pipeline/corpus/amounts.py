@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import PurePath
 from typing import TYPE_CHECKING, BinaryIO
@@ -19,6 +19,7 @@ from capgap.pipeline.corpus.sources import read_documents
 from capgap.pipeline.corpus.tables import num_rows
 from capgap.schemas.errors import BadRecordError
 from capgap.schemas.plan import Figure
+from capgap.schemas.run_corpus import CorpusSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,26 +59,49 @@ def text_bytes(
     return Figure(value=total, source=", ".join(how))
 
 
+def source_texts(settings: CorpusSettings) -> tuple[list[Figure], list[float]]:
+    """The text of each source, and the share of it that is taken where sources are weighed against one another.
+
+    Raises:
+        InputError: as `text_bytes`.
+    """
+    skips = settings.on_bad_record == "skip"
+    sources = [source for _, source in settings.named_sources]
+    texts = [
+        text_bytes(source.paths, source.text_field or settings.text_field, settings.messages_field, skips)
+        for source in sources
+    ]
+    weighed = [
+        None if source.weight is None else max(text.value or 0.0, 1.0) / source.weight
+        for source, text in zip(sources, texts, strict=True)
+    ]
+    least = min((one for one in weighed if one is not None), default=1.0)
+    return texts, [1.0 if one is None else least / one for one in weighed]
+
+
 def bytes_per_token(
     tokenizer: PreTrainedTokenizerBase,
-    sources: tuple[str, ...],
-    text_field: str,
+    sources: Sequence[tuple[tuple[str, ...], str]],
     messages_field: str | None = None,
     num_around: int = 1,
     skips: bool = False,
 ) -> Figure:
-    """Bytes of text a token, on the first megabyte of the sources; `num_around` ids begin and end a document.
+    """Bytes of text a token, on a megabyte of the sources' beginnings; `num_around` ids begin and end a document.
+
+    Each source is given by its files, folders and patterns, and the field of its text.
 
     Raises:
         InputError: as `text_bytes`.
     """
     texts: list[str] = []
     num_bytes = 0
-    for document in read_documents(sources, text_field, messages_field, _bad(skips)):
-        texts.append(document.text[:_SAMPLED_TEXT_BYTES])
-        num_bytes += len(texts[-1].encode())
-        if num_bytes >= _SAMPLED_TEXT_BYTES:
-            break
+    for number, (paths, text_field) in enumerate(sources, start=1):
+        most = _SAMPLED_TEXT_BYTES * number // len(sources)
+        for document in read_documents(paths, text_field, messages_field, _bad(skips)):
+            texts.append(document.text[:_SAMPLED_TEXT_BYTES])
+            num_bytes += len(texts[-1].encode())
+            if num_bytes >= most:
+                break
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     num_tokens = sum(len(ids) + num_around for ids in encoded)
     value = num_bytes / max(num_tokens, 1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from capgap.pipeline.corpus.amounts import text_bytes
+from capgap.pipeline.corpus.amounts import source_texts
 from capgap.pipeline.corpus.files import BUILTIN, list_files
 from capgap.pipeline.corpus.formats import Span
 from capgap.pipeline.corpus.kinds import LINE_SUFFIXES, Place, is_packed, kind_of
@@ -132,7 +132,9 @@ def list_units(settings: CorpusSettings) -> Listing:
                         room = settings.unit_bytes
                     units[-1][-1].append(part)
                     room -= part.num_bytes
-    return Listing(files=tuple(files), units=tuple(map(tuple, _mixed(units))), shares=_shares(settings))
+    is_weighed = any(source.weight is not None for _, source in settings.named_sources)
+    shares = source_texts(settings)[1] if is_weighed else [1.0] * len(settings.named_sources)
+    return Listing(files=tuple(files), units=tuple(map(tuple, _mixed(units))), shares=tuple(shares))
 
 
 def _listed(place: Place, source: int) -> ListedFile:
@@ -166,16 +168,3 @@ def _mixed(units: list[list[list[Part]]]) -> list[list[Part]]:
         ((number + 0.5) / len(own), source, unit) for source, own in enumerate(units) for number, unit in enumerate(own)
     ]
     return [unit for _, _, unit in sorted(places, key=lambda one: one[:2])]
-
-
-def _shares(settings: CorpusSettings) -> tuple[float, ...]:
-    """Of each source with a weight, what makes the amounts of text stand to one another as the weights do."""
-    sources = [source for _, source in settings.named_sources]
-    skips = settings.on_bad_record == "skip"
-    weighed: list[float | None] = []
-    for source in sources:
-        field = source.text_field or settings.text_field
-        text = None if source.weight is None else text_bytes(source.paths, field, settings.messages_field, skips).value
-        weighed.append(None if text is None or source.weight is None else max(text, 1.0) / source.weight)
-    least = min((one for one in weighed if one is not None), default=1.0)
-    return tuple(1.0 if one is None else least / one for one in weighed)

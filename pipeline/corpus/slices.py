@@ -33,7 +33,7 @@ def make_slice(job: CorpusJob, part: Slice, tokenizer: PreTrainedTokenizerBase |
         CapgapError, OSError: as `UnitMaker`.
     """
     if job.settings.dedup == "all" and not job.units.all_made():
-        _find_repeated(job)
+        find_all_repeated(job)
     wanted = [unit for unit in range(job.units.total) if part.has(unit)]
     maker, claims = UnitMaker(job, tokenizer), Claims(job.units, part)
     try:
@@ -102,7 +102,7 @@ def _amounts(record: UnitRecord) -> tuple[int, int]:
     return sum(one.num_documents for one in counts), sum(one.num_text_tokens for one in counts)
 
 
-def _find_repeated(job: CorpusJob) -> None:
+def find_all_repeated(job: CorpusJob) -> None:
     """Read the digests of every unit, together with whoever else is at it, and find the repeated ones, once."""
     notes = UnitNotes(job.folder, job.work, "digested", job.units.total)
     for name in (DIGESTS_FOLDER, notes.name):

@@ -20,6 +20,7 @@ from capgap.pipeline.stage.workers import run_in_processes
 from capgap.pipeline.store.ranking import write_counts
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CorpusFacts
+from capgap.schemas.manifest import ShardSet
 from capgap.schemas.run_corpus import CorpusSettings
 
 _LOG = logging.getLogger("capgap")
@@ -82,7 +83,9 @@ def _finished(job: CorpusJob, turn_end_ids: tuple[int, ...]) -> StageResult:
         raise
     _remove_unwanted(job, totals)
     write_counts(job.folder, dict(zip(SPLITS, totals.ids_SV, strict=True)))
-    sets = {split: job.shard_set(split, shards) for split, shards in totals.shards.items() if shards}
+    sets: dict[str, ShardSet] = {
+        split: job.shard_set(split, shards) for split, shards in totals.shards.items() if shards
+    }
     counted: dict[str, Any] = {
         f"num_{split}_tokens": sets[split].num_tokens if split in sets else 0 for split in SPLITS
     }
@@ -104,7 +107,7 @@ def _finished(job: CorpusJob, turn_end_ids: tuple[int, ...]) -> StageResult:
         whole_conversations=settings.whole_conversations,
     )
     _say_what_is_left_out(job, totals)
-    return StageResult(facts=facts.model_dump(mode="json"), totals=counted, shard_sets=dict(sets))
+    return StageResult(facts=facts.model_dump(mode="json"), totals=counted, shard_sets=sets)
 
 
 def _require_some(job: CorpusJob, split: Split, totals: Totals) -> None:

@@ -54,7 +54,7 @@ class Claims:
         except FileNotFoundError:
             # the work folder is gone: the manifest was written
             return False
-        if not lock.exclusive() or self._notes.path(unit).is_file() or self._notes.is_over():
+        if not lock.exclusive() or unit in self._notes.made() or self._notes.is_over():
             lock.close()
             return False
         self._held[unit] = lock
