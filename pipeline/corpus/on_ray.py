@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from capgap.pipeline.corpus.slices import find_all_repeated
+from capgap.pipeline.corpus.making import find_all_repeated
 from capgap.pipeline.corpus.unit import CorpusJob, UnitMaker
 from capgap.pipeline.stage.fleet import Fleet
 from capgap.pipeline.stage.ray_cluster import ray_cluster
@@ -74,5 +74,6 @@ def _portable(job: CorpusJob) -> CorpusJob:
         listing=listing,
         folder=job.folder.resolve(),
         work=job.work.resolve(),
+        texts=None if job.texts is None else job.texts.resolve(),
         tokenizer=str(tokenizer.resolve()) if tokenizer.is_dir() else job.tokenizer,
     )

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from capgap.pipeline.corpus.bad_records import BadRecords
 from capgap.pipeline.corpus.chat import MarkedChat
 from capgap.pipeline.corpus.conversations import ChatFormat
+from capgap.pipeline.corpus.encode import write_text_tokenizer
 from capgap.pipeline.corpus.extend import extend_tokenizer
 from capgap.pipeline.corpus.files import folders_in_words
 from capgap.pipeline.corpus.listing import Listing, list_units
@@ -32,7 +33,7 @@ from capgap.schemas.run_corpus import CorpusSettings
 
 _LOG = logging.getLogger("capgap")
 
-_LISTING_NAME, _TOKENIZER_NAME = "listing.json", "tokenizer.json"
+_LISTING_NAME, _TOKENIZER_NAME, _TEXTS_NAME = "listing.json", "tokenizer.done", "text_tokenizer.json"
 # Text that a tokenizer is learnt from at most, and units that it is taken from where there is more.
 SAMPLE_BYTES, _SAMPLE_UNITS = 64 << 20, 256
 _NO_FACTS = TokenizerFacts(fingerprint="", vocab_size=1, eos_id=0)
@@ -57,16 +58,18 @@ def prepare(context: StageContext) -> CorpusJob:
     listing = _listing(context, settings)
     plan_units(work, "units", len(listing.units), f"{UNITS_FOLDER}/*.json")
     folder = context.folder / TOKENIZER_FOLDER
-    job = CorpusJob(settings, listing, context.folder, work, given or str(folder.resolve()), _NO_FACTS, ())
+    job = CorpusJob(settings, listing, context.folder, work, given or str(folder.resolve()), None, _NO_FACTS, ())
     if not (work / _TOKENIZER_NAME).is_file():
         tokenizer = _make_tokenizer(settings, job)
         shutil.rmtree(folder, ignore_errors=True)
         tokenizer.save_pretrained(folder)
-        write_atomically(work / _TOKENIZER_NAME, "{}")
+        write_atomically(work / _TOKENIZER_NAME, "")
     tokenizer = load_tokenizer(job.tokenizer)
     facts = tokenizer_facts(tokenizer)
     bos_ids = document_bos(tokenizer, settings.tokenizer, settings.bos)
-    return CorpusJob(settings, listing, context.folder, work, job.tokenizer, facts, bos_ids)
+    path = work / _TEXTS_NAME
+    texts = path if path.is_file() or write_text_tokenizer(tokenizer, path) else None
+    return CorpusJob(settings, listing, context.folder, work, job.tokenizer, texts, facts, bos_ids)
 
 
 def _listing(context: StageContext, settings: CorpusSettings) -> Listing:
@@ -87,6 +90,7 @@ def _listing(context: StageContext, settings: CorpusSettings) -> Listing:
     if path.parent.is_dir():
         # a tokenizer that was learnt from other text
         (path.parent / _TOKENIZER_NAME).unlink(missing_ok=True)
+        (path.parent / _TEXTS_NAME).unlink(missing_ok=True)
     for line in folders_in_words(settings.paths):
         _LOG.info("corpus: %s", line)
     write_sidecar(path, listing)

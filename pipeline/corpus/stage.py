@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from capgap.pipeline.corpus.conversations import ChatFormat
+from capgap.pipeline.corpus.making import ANY, make_here, make_slice, unit_meter
 from capgap.pipeline.corpus.prepare import empty_corpus, prepare
-from capgap.pipeline.corpus.slices import ANY, make_here, make_slice, unit_meter
 from capgap.pipeline.corpus.split import SPLITS, Split
 from capgap.pipeline.corpus.totals import Totals
 from capgap.pipeline.corpus.unit import CorpusJob, UnitMaker
@@ -38,11 +38,11 @@ def run(context: StageContext) -> StageResult:
     tokenizer = load_tokenizer(job.tokenizer)
     turn_end_ids = _turn_end_ids(job.settings, tokenizer)
     _say_ends(tokenizer, job, turn_end_ids)
-    make(job, tokenizer)
+    make(job)
     return _finished(job, turn_end_ids)
 
 
-def make(job: CorpusJob, tokenizer: PreTrainedTokenizerBase) -> None:
+def make(job: CorpusJob) -> None:
     """Make every unit that is not whole, by as many processes as are wanted.
 
     Raises:
@@ -61,7 +61,7 @@ def make(job: CorpusJob, tokenizer: PreTrainedTokenizerBase) -> None:
             else:
                 run_in_processes(make_here, (job,), num_workers, meter.look, "corpus.workers")
     elif num_missing:
-        make_slice(job, ANY, tokenizer)
+        make_slice(job, ANY)
 
 
 def _finished(job: CorpusJob, turn_end_ids: tuple[int, ...]) -> StageResult:

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase
 
 from capgap.pipeline.corpus.bad_records import BadRecords, BadTally
 from capgap.pipeline.corpus.encode import EncodedDocument, Encoder
@@ -29,7 +28,6 @@ from capgap.pipeline.corpus.repeated import Repeated
 from capgap.pipeline.corpus.sources import Document, read_documents_of
 from capgap.pipeline.corpus.split import SPLITS, Split, split_of
 from capgap.pipeline.corpus.whole import WholePacker
-from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.stage.unit_notes import UnitNotes
 from capgap.pipeline.store import Block, ShardWriter, split_blocks
 from capgap.pipeline.store.codec import SEQUENCES, Codec
@@ -99,6 +97,7 @@ class CorpusJob:
         folder: of the corpus.
         work: the stage's work folder.
         tokenizer: folder or id that it is loaded from.
+        texts: the file that texts are encoded with; None where only transformers can do that.
         facts: of the tokenizer.
         bos_ids: what every document begins with.
     """
@@ -108,6 +107,7 @@ class CorpusJob:
     folder: Path
     work: Path
     tokenizer: str
+    texts: Path | None
     facts: TokenizerFacts
     bos_ids: tuple[int, ...]
 
@@ -140,9 +140,8 @@ class CorpusJob:
 class UnitMaker:
     """Makes units of a job."""
 
-    def __init__(self, job: CorpusJob, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(self, job: CorpusJob) -> None:
         self.job = job
-        self._tokenizer = tokenizer
         self._limits = Limits(job.settings, job.listing)
         for name in (UNITS_FOLDER, COUNTS_FOLDER):
             (job.work / name).mkdir(parents=True, exist_ok=True)
@@ -179,8 +178,8 @@ class UnitMaker:
 
     @cached_property
     def _encoder(self) -> Encoder:
-        tokenizer = load_tokenizer(self.job.tokenizer) if self._tokenizer is None else self._tokenizer
-        return Encoder(self.job.settings, tokenizer, self.job.bos_ids)
+        job = self.job
+        return Encoder(job.settings, job.tokenizer, job.texts, job.bos_ids)
 
 
 @dataclass(frozen=True)

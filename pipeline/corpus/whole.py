@@ -13,16 +13,19 @@ from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from capgap.pipeline.corpus.bad_records import BadRecords
-from capgap.pipeline.corpus.conversations import ChatFormat, Turns
 from capgap.pipeline.corpus.pack import Encoded
 from capgap.pipeline.corpus.sources import Document
 from capgap.pipeline.stage.progress import progress
 from capgap.schemas.errors import BadRecordError
 from capgap.schemas.records import Sequences
+
+if TYPE_CHECKING:
+    from capgap.pipeline.corpus.conversations import ChatFormat, Turns
 
 _LOG = logging.getLogger("capgap")
 
