@@ -1,59 +1,170 @@
-"""What a corpus takes, by the size of its tokenizer: bytes of text a token, and bytes of disk a token.
+"""The corpus stage: memory by the size of the text, and tokens a second beside the tokenizer alone and beside others.
 
-python benchmarks/corpus.py                              tokenizers of 512, 4,096 and 32,768 entries
-python benchmarks/corpus.py --vocab-sizes 4096
+python benchmarks/corpus.py                               10, 100 and 1,000 MB for memory, 30 MB for speed
+python benchmarks/corpus.py --peers VENV/bin/python       with datatrove and datasets, which that Python must have
+python benchmarks/corpus.py --memory-mb 10 100 --speed-mb 5
 
-The text is the one that this Python carries, packed as in jobs/runs/demo.yaml.
+Memory is the most that was resident of the one process that makes a corpus of lines of JSON. It is measured with a
+tokenizer of whole words, which is quick: what a tokenizer holds does not grow with the text. Speed is measured with a
+byte-level BPE tokenizer of 4,096 entries, each run in a process of its own, imports left out and all else counted:
+listing and digesting the sources, starting workers, packing, writing shards and the manifest. The tokenizer alone has
+the texts in memory and one thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import resource
+import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 # found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
 sys.path.insert(0, str(Path(__file__).parent))
 
-import yaml
 from machine import keep
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+import capgap.pipeline.corpus.stage  # noqa: F401 (imports are not measured)
+from capgap.pipeline.corpus.sources import read_documents
+from capgap.pipeline.corpus.tokenizer import END_OF_TEXT, train_tokenizer
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.schemas.facts import CorpusFacts
 from capgap.schemas.run_file import RunFile
 
-DEMO = Path(__file__).parents[1] / "jobs" / "runs" / "demo.yaml"
+PEERS = Path(__file__).parent / "corpus_peers.py"
+DOCUMENT_CHARACTERS, NUM_FILES, NUM_PROCESSES = 4000, 4, (1, 2)
 
 
 def main() -> None:
     """Measure and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab-sizes", type=int, nargs="+", default=[512, 4096, 32768])
-    print(keep("corpus", "cpu", [measure(size) for size in parser.parse_args().vocab_sizes]))
+    parser.add_argument("--memory-mb", type=int, nargs="*", default=[10, 100, 1000])
+    parser.add_argument("--speed-mb", type=int, default=30)
+    parser.add_argument("--peers", default=sys.executable, help="a Python that has datatrove and datasets")
+    flags = parser.parse_args()
+    print(keep("corpus", "cpu", {"memory": list(memory(flags.memory_mb)), "speed": list(speed(flags))}))
 
 
-def measure(vocab_size: int) -> dict[str, Any]:
-    """The demo's corpus with a tokenizer of that size."""
-    settings = yaml.safe_load(DEMO.read_text())
-    settings["corpus"]["vocab_size"] = vocab_size
-    with tempfile.TemporaryDirectory(prefix="capgap-corpus-") as folder:
-        run = RunFile.model_validate({**settings, "out": folder})
-        manifest = carry_out(run, Instance("corpus"))
-    splits = CorpusFacts.model_validate(manifest.facts).splits.values()
-    num_tokens = sum(part.num_tokens for part in manifest.shard_sets.values())
-    num_bytes = sum(part.num_bytes for part in manifest.shard_sets.values())
-    return {
-        "text": settings["corpus"]["sources"],
-        "vocab_size": vocab_size,
-        "num_tokens": num_tokens,
-        "text_bytes_per_token": round(
-            sum(split.num_text_bytes for split in splits) / sum(split.num_text_tokens for split in splits), 4
-        ),
-        "stored_bytes_per_token": round(num_bytes / num_tokens, 4),
-    }
+def memory(sizes_mb: list[int]) -> Iterator[dict[str, Any]]:
+    """The most that is resident, for each size."""
+    for size_mb in sizes_mb:
+        with tempfile.TemporaryDirectory(prefix="capgap-corpus-") as name:
+            folder = Path(name)
+            write_lines(folder / "text", size_mb * 1_000_000)
+            word_tokenizer().save_pretrained(folder / "tokenizer")
+            made = answer_of(calling("make_corpus", folder / "text", folder / "tokenizer", 1, folder / "out"))
+            found = {"text_mb": size_mb, "peak_resident_mb": made["peak_resident_mb"], "seconds": made["seconds"]}
+            print(found, flush=True)
+            yield found
+
+
+def speed(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Tokens a second of the tokenizer alone, of the stage, and of others."""
+    with tempfile.TemporaryDirectory(prefix="capgap-corpus-") as name:
+        folder = Path(name)
+        write_lines(folder / "text", flags.speed_mb * 1_000_000)
+        tokenizer = folder / "tokenizer"
+        train_tokenizer(texts_of(2_000_000), 4096).save_pretrained(tokenizer)
+        runs = [("tokenizer alone", 1, calling("tokenize_alone", folder / "text", tokenizer))]
+        for number in NUM_PROCESSES:
+            made = calling("make_corpus", folder / "text", tokenizer, number, folder / f"out-{number}")
+            runs.append(("capgap", number, made))
+        for peer in ("datatrove", "datasets"):
+            for number in NUM_PROCESSES:
+                out = folder / f"{peer}-{number}"
+                runs.append((peer, number, [flags.peers, PEERS, peer, folder / "text", tokenizer, number, out]))
+        for who, number, command in runs:
+            found = {"text_mb": flags.speed_mb, "by": who, "num_processes": number, **answer_of(command)}
+            print(found, flush=True)
+            yield found
+
+
+def make_corpus(text: str, tokenizer: str, num_workers: str, out: str) -> dict[str, Any]:
+    """Make a corpus in this process."""
+    corpus = {"sources": [f"{text}/*.jsonl"], "tokenizer": tokenizer, "workers": int(num_workers), "seq_len": 2048}
+    # so that two processes have more than one unit each
+    size = sum(path.stat().st_size for path in Path(text).iterdir())
+    corpus["unit_bytes"] = min(64 << 20, size // 8 + 1)
+    run = RunFile.model_validate({"name": "measured", "out": out, "corpus": corpus})
+    began = time.perf_counter()
+    manifest = carry_out(run, Instance("corpus"))
+    seconds = time.perf_counter() - began
+    num_tokens = sum(split["num_text_tokens"] for split in manifest.facts["splits"].values())
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return _figures(num_tokens, seconds) | {"peak_resident_mb": round(peak / 1000, 1)}
+
+
+def tokenize_alone(text: str, tokenizer: str) -> dict[str, Any]:
+    """The tokenizer on texts in memory."""
+    backend = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
+    texts = [document.text for document in read_documents((f"{text}/*.jsonl",), "text")]
+    num_tokens = 0
+    began = time.perf_counter()
+    for start in range(0, len(texts), 64):
+        encoded = backend.encode_batch_fast(texts[start : start + 64], add_special_tokens=False)
+        num_tokens += sum(len(one.ids) for one in encoded)
+    return _figures(num_tokens, time.perf_counter() - began)
+
+
+def calling(function: str, *arguments: object) -> list[object]:
+    """A command that calls a function of this script, as no script: workers would import again what a script does."""
+    code = f"import json, corpus; print(json.dumps(corpus.{function}(*{[str(one) for one in arguments]})))"
+    return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); {code}"]
+
+
+def answer_of(command: list[object]) -> dict[str, Any]:
+    """The last line of a command, as JSON; what is wrong with it where it fails."""
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=os.environ | quiet)
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1:]}
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
+
+
+def write_lines(folder: Path, num_bytes: int) -> None:
+    """Files of lines of JSON, of so many bytes together and of no text twice."""
+    folder.mkdir()
+    texts = texts_of(num_bytes)
+    for number in range(NUM_FILES):
+        written = 0
+        with (folder / f"{number}.jsonl").open("w") as file:
+            while written < num_bytes // NUM_FILES:
+                written += file.write(json.dumps({"text": next(texts)}, ensure_ascii=False) + "\n")
+
+
+def texts_of(num_bytes: int) -> Iterator[str]:
+    """A bit more than so many bytes of documents: the builtin text in pieces, again and again, each with a number."""
+    pieces = [
+        document.text[start : start + DOCUMENT_CHARACTERS]
+        for document in read_documents(("builtin:python",), "")
+        for start in range(0, len(document.text), DOCUMENT_CHARACTERS)
+    ]
+    for number in range(len(pieces) + 2 * num_bytes // (DOCUMENT_CHARACTERS // 2)):
+        if number * DOCUMENT_CHARACTERS // 4 > num_bytes:
+            return
+        yield f"{number} {pieces[number % len(pieces)]}"
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of a few hundred words, to which all others are one."""
+    words = {word: None for text, _ in zip(texts_of(100_000), range(20), strict=False) for word in text.split()}
+    vocab = {word: number for number, word in enumerate([END_OF_TEXT, "<unk>", *words])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT, unk_token="<unk>")
+
+
+def _figures(num_tokens: int, seconds: float) -> dict[str, Any]:
+    return {"num_tokens": num_tokens, "seconds": round(seconds, 2), "tokens_per_s": round(num_tokens / seconds)}
 
 
 if __name__ == "__main__":

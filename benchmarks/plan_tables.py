@@ -1,6 +1,6 @@
 """The measured tables that `capgap plan` goes by, gathered from benchmarks/results into the package.
 
-python benchmarks/plan_tables.py        after new figures of benchmarks/store.py or benchmarks/corpus.py
+python benchmarks/plan_tables.py        after new figures of benchmarks/store.py or benchmarks/corpus_sizes.py
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 TABLE = Path(__file__).parents[1] / "pipeline" / "plan" / "measured.json"
 
-CODECS, CORPUS = "store-codecs-amd-epyc.json", "corpus-amd-epyc.json"
+CODECS, CORPUS = "store-codecs-amd-epyc.json", "corpus-sizes-amd-epyc.json"
 # a small vocabulary, and a teacher that is hardly sharper than the text: the largest token of all
 DEMO, DEMO_VOCAB_SIZE = "demo-3-seeds-amd-epyc.json", 4096
 

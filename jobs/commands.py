@@ -117,7 +117,7 @@ def stage_parser(stage: str) -> Parser:
             "--slice",
             type=str,
             default=None,
-            help="Only shards i, i + n, i + 2n, ... (i/n, counted from 0), or whichever no other process has (any).",
+            help="Only units i, i + n, i + 2n, ... (i/n, counted from 0), or whichever no other process has (any).",
         )
     return parser
 

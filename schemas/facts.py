@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import Field
+
 from capgap.schemas.base import Record
 from capgap.schemas.run_cache import Profile, RecordingName
 from capgap.schemas.run_corpus import ContextRule
@@ -24,8 +26,24 @@ class TokenizerFacts(Record):
     """The id that ends a document."""
 
 
+class SourceCounts(Record):
+    """What a split has of one source."""
+
+    num_documents: int = 0
+    """Documents that were packed."""
+
+    num_text_bytes: int = 0
+    """UTF-8 bytes of their text."""
+
+    num_text_tokens: int = 0
+    """Their tokens, ends included and beginnings not, before packing."""
+
+    num_labels: int = 0
+    """Those of them that count as labels."""
+
+
 class SplitFacts(Record):
-    """One split of the corpus."""
+    """One split of the corpus. Where it has a limit that was reached, that of the units it was taken from."""
 
     num_documents: int
     """Documents in the split."""
@@ -35,6 +53,9 @@ class SplitFacts(Record):
 
     num_text_tokens: int
     """Tokens of their text, document ends included and beginnings not, before packing."""
+
+    by_source: dict[str, SourceCounts] = Field(default_factory=dict)
+    """The same by source, named as in the run file; empty for an import."""
 
 
 class TextFacts(Record):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -32,13 +32,37 @@ class ExtendVocabularySettings(Record):
     """A piece is made only where its two halves stand side by side at least that often."""
 
 
+SplitName = Literal["teacher", "student", "heldout"]
+"""Who sees a part of the text: the teacher that is trained, the student, or nobody before the end."""
+
+
+class SourceSettings(Record):
+    """One of several texts that a corpus is mixed of."""
+
+    paths: tuple[str, ...] = Field(min_length=1)
+    """Files, folders, globs or URLs, as a list of `corpus.sources` has them."""
+
+    weight: float | None = Field(None, gt=0)
+    """How much text there is of it beside the others that have a weight, in bytes: 3 and 1 make three quarters and a
+    quarter. The text that is short for its weight is taken whole, and of the others a part; none is repeated. Which
+    documents are taken follows from their text alone."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    """Tokens that are taken of it at most, up to the end of a unit."""
+
+    text_field: str | None = None
+    """The field or column that holds its text; `corpus.text_field` where it is left out."""
+
+
 class CorpusSettings(Record):
     """Which text, how it becomes tokens, and who may see which part of it."""
 
-    sources: tuple[str, ...] = ("builtin:python",)
-    """Files, folders or globs: .txt .md .rst .py (a document each); .jsonl .ndjson .json .csv .tsv .parquet .arrow
-    .feather (a document a record); with .gz .bz2 .xz .zst behind any but the last three. Of a folder, hidden files,
-    licences and dataset cards are left out. `builtin:python` is the text that every CPython carries."""
+    sources: tuple[str, ...] | dict[str, SourceSettings] = ("builtin:python",)
+    """Files, folders, globs or URLs (s3://, gs://, hf://datasets/, https:// and so on): .txt .md .rst .py (a document
+    each); .jsonl .ndjson .json .csv .tsv .parquet .arrow .feather (a document a record); with .gz .bz2 .xz .zst behind
+    any but the last three. Of a folder, hidden files, licences and dataset cards are left out. `builtin:python` is the
+    text that every CPython carries. A mixture is a mapping instead: a name, and below it `paths` with a `weight` or
+    with `max_tokens`, and `text_field`."""
 
     text_field: str = "text"
     """The field or column of a record that holds the text."""
@@ -57,6 +81,10 @@ class CorpusSettings(Record):
 
     max_bad_fraction: float = Field(0.01, gt=0, lt=1, json_schema_extra=OPERATIONAL)
     """With `skip`: share of the records that may be bad. More is an error."""
+
+    on_damaged_file: Literal["stop", "skip"] = Field("stop", json_schema_extra=OPERATIONAL)
+    """What happens where a file of records cannot be read to its end, or is gone or changed since the sources were
+    listed. `skip` leaves out what comes after the damage in that unit, counts it, and names the file."""
 
     whole_conversations: bool = False
     """With `messages_field` and context `document`: a sequence holds whole conversations, and padding that does not
@@ -101,8 +129,28 @@ class CorpusSettings(Record):
     """Sequences in one shard, the unit of work, retry and verification. Where it is left out, 1024, and of sequences
     longer than 2048 as many as make two million tokens."""
 
+    max_tokens: dict[SplitName, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Tokens of a split at most, for example `{student: 1000000000}`, in whole shards: what is not needed is not
+    tokenized. Where each split with a share has a limit, the sources are read no further than that."""
+
+    dedup: Literal["unit", "all"] = "unit"
+    """How far a text is looked for that was there before, letter for letter: in its unit, or in all of the sources,
+    which are read once more for that. A repeated text never reaches two splits in either case."""
+
+    unit_bytes: int = Field(64 << 20, ge=1)
+    """Bytes of the sources that are read, packed and written by themselves: the unit of work in which the stage goes on
+    after a kill, and which workers and slices share. Files of lines are cut at line ends and Parquet between row
+    groups; any other file is in one unit. No sequence goes over the end of a unit."""
+
+    workers: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
+    """Processes that make units at the same time: on this machine, or on the Ray cluster that RAY_ADDRESS names. The
+    result is the same whatever their number."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        both = [name for name, one in self.named_sources if one.weight is not None and one.max_tokens is not None]
+        if both:
+            raise ValueError(f"corpus.sources.{both[0]}: found weight and max_tokens, expected one of them")
         if not self.sources:
             raise ValueError("corpus.sources: found none, expected at least one file, folder, glob or builtin:python")
         if self.tokenizer is not None and self.vocab_size is not None:
@@ -134,6 +182,18 @@ class CorpusSettings(Record):
                 "nothing is left for the student"
             )
         return self
+
+    @property
+    def named_sources(self) -> list[tuple[str, SourceSettings]]:
+        """Every source with its name, which is what the run file says where it gives a list."""
+        if isinstance(self.sources, dict):
+            return list(self.sources.items())
+        return [(source, SourceSettings(paths=(source,))) for source in self.sources]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Files, folders, globs and URLs of all sources."""
+        return tuple(path for _, source in self.named_sources for path in source.paths)
 
     @property
     def trained_vocab_size(self) -> int:

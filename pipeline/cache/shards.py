@@ -21,6 +21,7 @@ import numpy as np
 from capgap.pipeline.cache.convert import join, to_requests, to_targets
 from capgap.pipeline.cache.scoring import Engine, Recording, Request, Scored
 from capgap.pipeline.stage.device import machine_kind
+from capgap.pipeline.stage.unit_notes import UnitNotes
 from capgap.pipeline.store import Block, Codec, ShardReader, ShardWriter, check_alignment, split_blocks
 from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS
 from capgap.pipeline.store.ranking import RANKING_NAME, read_ranking
@@ -70,6 +71,11 @@ class CacheJob:
     trust_remote_code: bool = False
     served: str | None = None
 
+    @property
+    def units(self) -> UnitNotes:
+        """Where finished shards are noted."""
+        return UnitNotes(self.folder, self.work, SCORED_FOLDER, len(self.source.shards))
+
 
 @dataclass(frozen=True)
 class FinishedShard:
@@ -109,7 +115,7 @@ class ShardScorer:
 
     def finished(self, index: int) -> FinishedShard | None:
         """Shard `index`, if it is whole: its files are read and digested."""
-        facts = read_sidecar(self._facts_path(index), ShardFacts)
+        facts = read_sidecar(self.job.units.path(index), ShardFacts)
         if facts is None:
             return None
         found = {name: writer.finished(number) for name, writer, number in self._writers_of(index)}
@@ -142,7 +148,7 @@ class ShardScorer:
             CorruptError: a target contradicts the token that follows it.
             OSError: the disk is full, or the folder cannot be written.
         """
-        self._facts_path(shard.index).unlink(missing_ok=True)
+        self.job.units.path(shard.index).unlink(missing_ok=True)
         entries = {
             name: writer.write(number, self._blocks(shard, name))
             for name, writer, number in self._writers_of(shard.index)
@@ -158,7 +164,7 @@ class ShardScorer:
             num_labels=int(counts_BL.sum()),
             label_loss=-sum(float(one.label_logprobs_L[counts_L].sum(dtype=np.float64)) for one, counts_L in labels),
         )
-        write_sidecar(self._facts_path(shard.index), facts)
+        write_sidecar(self.job.units.path(shard.index), facts)
         return FinishedShard(entries, facts)
 
     def make(self, index: int) -> FinishedShard:
@@ -243,9 +249,6 @@ class ShardScorer:
     def _machine(self) -> str:
         """Where sums are taken; of a server nobody here knows it."""
         return "" if self.job.settings.engine == "server" else machine_kind(self.job.device)
-
-    def _facts_path(self, index: int) -> Path:
-        return self.job.work / SCORED_FOLDER / f"{index:06d}.json"
 
 
 def start_engine(job: CacheJob) -> Engine:

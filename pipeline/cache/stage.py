@@ -21,9 +21,9 @@ from capgap.pipeline.models.load import served_path
 from capgap.pipeline.models.text import write_tokenizer
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.folder import WORK_FOLDER, plan_units
-from capgap.pipeline.store import ShardReader, rank_ids, read_blocks
+from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.store.ranking import RANKING_NAME
+from capgap.pipeline.store.ranking import RANKING_NAME, rank_counts, read_counts
 from capgap.schemas.errors import MismatchError
 from capgap.schemas.facts import (
     CacheFacts,
@@ -110,7 +110,8 @@ def prepare(context: StageContext) -> CacheJob:
     corpus, settings = context.input("corpus"), context.run.cache
     facts = CorpusFacts.model_validate(corpus.manifest.facts)
     student = corpus.manifest.shard_sets["student"]
-    ranking = rank_ids((block for block, _ in read_blocks(corpus.path, student)), facts.tokenizer.vocab_size)
+    vocab_size = facts.tokenizer.vocab_size
+    ranking = rank_counts(read_counts(corpus.path, corpus.manifest.files, "student", vocab_size))
     write_atomically(context.folder / RANKING_NAME, ranking.data)
     work = context.folder / WORK_FOLDER
     training = student.shards[: _num_shards(student, settings.max_tokens)]
@@ -126,7 +127,7 @@ def prepare(context: StageContext) -> CacheJob:
         teacher=served_path(context.input("teacher")),
         folder=context.folder,
         work=work,
-        vocab_size=facts.tokenizer.vocab_size,
+        vocab_size=vocab_size,
         ranking_sha256=ranking.sha256,
         device="cpu" if settings.engine == "server" else context.device,
         trust_remote_code=context.run.teacher.trust_remote_code,

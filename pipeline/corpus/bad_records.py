@@ -5,12 +5,26 @@ from __future__ import annotations
 import logging
 from typing import Literal, TypeVar
 
+from capgap.schemas.base import Record
 from capgap.schemas.errors import BadRecordError, InputError
 
 _Error = TypeVar("_Error", bound=InputError)
 _LOG = logging.getLogger("capgap")
 NUM_NAMED = 20
 """Bad records that are named in the log where nothing else is said; all are counted."""
+
+
+class BadTally(Record):
+    """What a unit of the corpus found of records that cannot be used."""
+
+    num_records: int
+    """Records that were read, bad ones too."""
+
+    num_bad: int
+    """Of them."""
+
+    named: tuple[str, ...]
+    """What is wrong with the first ones."""
 
 
 class BadRecords:
@@ -33,7 +47,7 @@ class BadRecords:
         self.num_records = self.num_bad = 0
         self._section, self._rule, self._max_fraction = section, rule, max_fraction
         self._num_named = num_named
-        self._first: BadRecordError | None = None
+        self._named: list[str] = []
 
     def refuse(self, error: BadRecordError) -> None:
         """Take note of a bad record.
@@ -44,11 +58,27 @@ class BadRecords:
         error = in_section(error, self._section)
         if self._rule == "stop":
             raise error from None
+        said = str(BadRecordError(error.what, where=error.where, found=error.found, expected=error.expected))
+        self._leave_out(said)
+
+    @property
+    def tally(self) -> BadTally:
+        """What was counted, to be added to that of other units."""
+        return BadTally(num_records=self.num_records, num_bad=self.num_bad, named=tuple(self._named))
+
+    def add(self, tally: BadTally) -> None:
+        """Count what a unit found."""
+        self.num_records += tally.num_records
+        for said in tally.named:
+            self._leave_out(said)
+        self.num_bad += tally.num_bad - len(tally.named)
+
+    def _leave_out(self, said: str) -> None:
         self.num_bad += 1
-        self._first = self._first or error
-        if self.num_bad <= self._num_named:
-            said = BadRecordError(error.what, where=error.where, found=error.found, expected=error.expected)
-            _LOG.warning("left out record %d, %s", self.num_bad, said)
+        if len(self._named) < NUM_NAMED:
+            self._named.append(said)
+            if len(self._named) <= self._num_named:
+                _LOG.warning("left out record %d, %s", self.num_bad, said)
 
     def finish(self) -> None:
         """Say how many were left out.
@@ -63,7 +93,7 @@ class BadRecords:
             raise InputError(
                 "too many records cannot be used",
                 where=f"{self._section}.sources",
-                found=f"{counted}, first {self._first}",
+                found=f"{counted}, first {self._named[0]}",
                 expected=f"at most a share of {self._max_fraction:g}, {self._section}.max_bad_fraction",
                 fix="mend the records, or raise the bound",
             )

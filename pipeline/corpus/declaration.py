@@ -13,11 +13,11 @@ from capgap.schemas.run_file import RunFile
 
 def _sources(run: RunFile, instance: Instance) -> list[Path]:
     # imported here: whoever reads manifests alone needs no reader of Parquet
-    from capgap.pipeline.corpus.files import list_files
+    from capgap.pipeline.corpus.files import local_files
 
     extend = run.corpus.extend_vocabulary
     further = () if extend is None or extend.sources is None else extend.sources
-    files = dict.fromkeys([*list_files(run.corpus.sources), *(list_files(further) if further else ())])
+    files = dict.fromkeys([*local_files(run.corpus.paths), *(local_files(further) if further else ())])
     return [*files, *model_files(run.corpus.tokenizer)]
 
 
@@ -30,5 +30,6 @@ STAGE = Stage(
     inputs=lambda run, instance: [],
     settings=lambda run, instance: {"corpus": run.corpus.decisive()},
     sources=_sources,
+    is_sliced=True,
     preflight="capgap.pipeline.models.preflight:require_text",
 )

@@ -10,38 +10,46 @@ import glob
 import json
 import re
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from capgap.pipeline.corpus.kinds import TEXT_SUFFIXES, kind_of, known_suffixes
+from capgap.pipeline.corpus.kinds import TEXT_SUFFIXES, Place, kind_of, known_suffixes
+from capgap.pipeline.corpus.places import places_of_url
+from capgap.pipeline.store import is_url
 from capgap.pipeline.store.files import files_below
 from capgap.schemas.errors import InputError
 
 BUILTIN = "builtin:python"
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LICENCES = ("licence", "license", "copying", "notice")
 # what `datasets` writes beside the data
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
-def list_files(sources: tuple[str, ...], section: str = "corpus") -> list[Path]:
+def list_files(sources: tuple[str, ...], section: str = "corpus") -> list[Place]:
     """The files that these sources name, in the order in which they are read; builtin text is none.
 
     Args:
-        sources: files, folders and patterns.
+        sources: files, folders and patterns, on this machine or as URLs.
         section: of the run file, for errors.
 
     Raises:
         InputError: a source names nothing, or a file of an unknown kind.
+        MachineError: the client for a URL is not installed.
     """
     return [path for source in sources if source != BUILTIN for path in _files_of(source, section)]
+
+
+def local_files(sources: tuple[str, ...], section: str = "corpus") -> list[Path]:
+    """Those of `list_files` that lie on this machine; the others are not asked for."""
+    here = tuple(source for source in sources if not is_url(source))
+    return [path for path in list_files(here, section) if isinstance(path, Path)]
 
 
 def folders_in_words(sources: tuple[str, ...]) -> list[str]:
     """One line for each source that is a folder: what of it is read and what is not, by suffix and count."""
     lines = []
     for source in sources:
-        folder = _as_path(source)
+        folder = None if is_url(source) else _as_path(source)
         if folder is not None and folder.is_dir():
             read = _read_of(folder)
             others = sorted(set(_all_files(folder)) - set(read))
@@ -52,10 +60,13 @@ def folders_in_words(sources: tuple[str, ...]) -> list[str]:
     return lines
 
 
-def _files_of(source: str, section: str) -> list[Path]:
+def _files_of(source: str, section: str) -> list[Place]:
     path = _as_path(source)
-    if path is not None and path.is_dir():
-        found, expected = _read_of(path), f"files ending in {known_suffixes()}"
+    found: list[Place]
+    if is_url(source):
+        path, found, expected = None, _of_url(source, section), f"files ending in {known_suffixes()}"
+    elif path is not None and path.is_dir():
+        found, expected = list(_read_of(path)), f"files ending in {known_suffixes()}"
     elif path is not None and path.is_file():
         found, expected = [path], "a file"
     elif path is not None and glob.has_magic(source):
@@ -64,7 +75,8 @@ def _files_of(source: str, section: str) -> list[Path]:
         expected = "at least one matching file"
     else:
         found, expected = [], f"a file, a folder, a glob or {BUILTIN}"
-    where = f"{section}.sources: {source}" if path is not None else f"{section}.sources: {source!a}"
+    is_shown = path is not None or is_url(source)
+    where = f"{section}.sources: {source}" if is_shown else f"{section}.sources: {source!a}"
     if not found:
         raise InputError("no text found", where=where, found="nothing", expected=expected, fix=_fix(source, path))
     for file in found:
@@ -72,16 +84,28 @@ def _files_of(source: str, section: str) -> list[Path]:
             raise InputError(
                 "unknown kind of file",
                 where=f"{section}.sources: {file}",
-                found=file.suffix or "no suffix",
+                found=PurePath(str(file)).suffix or "no suffix",
                 expected=known_suffixes(),
             )
     return found
 
 
+def _of_url(url: str, section: str) -> list[Place]:
+    """The files of a URL; of several below it those of a known kind."""
+    try:
+        found = places_of_url(url)
+    except InputError as error:
+        raise InputError(
+            error.what, where=f"{section}.sources: {url}", found=error.found, expected=error.expected, fix=error.fix
+        ) from None
+    known = [place for place in found if kind_of(place) is not None]
+    return list(known if len(found) > 1 else found)
+
+
 def _fix(source: str, path: Path | None) -> str:
     """What to do about a source that is not there."""
-    if _URL.match(source):
-        return "download it: sources are files of this machine"
+    if is_url(source):
+        return "check the address and the credentials"
     if _ID.fullmatch(source) and kind_of(Path(source)) is None and not Path(source).parent.is_dir():
         return f"check the path, from {Path.cwd()}; a data set of the hub has to be downloaded first: " + (
             f"`hf download --repo-type dataset {source} --local-dir FOLDER`"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+Place = Path | str
+"""A file: a path on this machine, or a URL as text."""
+
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
@@ -11,9 +14,9 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _KINDS = (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".json", ".csv", ".tsv", *TABLE_SUFFIXES)
 
 
-def kind_of(path: Path) -> str | None:
+def kind_of(path: Place) -> str | None:
     """The suffix that says how a file is read, without that of its compression; None for a file of no known kind."""
-    name = path.name.lower()
+    name = str(path).rpartition("/")[2].lower()
     packed = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
     kind = next((kind for kind in _KINDS if name.removesuffix(packed).endswith(kind)), None)
     return None if packed and kind in TABLE_SUFFIXES else kind
@@ -22,3 +25,8 @@ def kind_of(path: Path) -> str | None:
 def known_suffixes() -> str:
     """Every kind of file that is read, for errors."""
     return f"{' '.join(_KINDS)}, and {' '.join(COMPRESSIONS)} behind those of text"
+
+
+def is_packed(path: Place) -> bool:
+    """Whether a file is compressed as a whole, so that no part of it can be read alone."""
+    return str(path).lower().endswith(COMPRESSIONS)

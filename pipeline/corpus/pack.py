@@ -2,6 +2,9 @@
 
     [ BOS text EOS BOS te | BOS xt EOS ... ]     where documents begin with BOS, so does the rest of one that is split
 
+A packer is handed one document after another and gives whole sequences when it is asked; what fills no sequence yet
+waits for the next document. However often it is asked, the sequences are the same.
+
 BOS is never a label, and neither is the first token behind one that stands before such a rest: it can be told from
 nothing.
 
@@ -10,16 +13,15 @@ Legend: B sequences, L targets a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from capgap.pipeline.corpus.sources import Document
 from capgap.schemas.errors import InputError
-from capgap.schemas.records import Sequences
+from capgap.schemas.records import BoolArray, IntArray, Sequences
 
 
 class Encoded(NamedTuple):
@@ -27,112 +29,123 @@ class Encoded(NamedTuple):
 
     Attributes:
         document: name and text.
-        ids: its tokens; an end token is added, except to a conversation that ends with one.
+        ids: its tokens, a list or an array; an end token is added, except to a conversation that ends with one.
         mask: of a conversation, which of them count as labels; None for text, in which all do, the end token too.
     """
 
     document: Document
-    ids: list[int]
-    mask: list[bool] | None = None
+    ids: Sequence[int] | IntArray
+    mask: Sequence[bool] | BoolArray | None = None
 
 
-@dataclass(frozen=True)
-class Packed:
-    """Packed sequences and what became of the text.
+class AnyPacker(Protocol):
+    """Documents in, sequences out.
 
     Attributes:
-        sequences: whole sequences only.
-        num_documents: documents in them, at least in part.
-        num_dropped: documents left out because they were too long.
-        num_text_bytes: UTF-8 bytes of the kept documents.
-        num_text_tokens: tokens of the kept documents, end tokens included.
-        num_cut_tokens: tokens at the very end that did not fill a sequence.
-        num_dropped_answers: of whole conversations, left out because they did not end within a sequence.
+        num_waiting: tokens of documents that are in no sequence yet.
     """
 
-    sequences: Sequences
-    num_documents: int
-    num_dropped: int
-    num_text_bytes: int
-    num_text_tokens: int
-    num_cut_tokens: int
-    num_dropped_answers: int = 0
+    num_waiting: int
+
+    def add(self, document: Encoded) -> int:
+        """Take a document; the tokens of its text, its end included, or 0 where it is left out."""
+
+    def take(self) -> Sequences:
+        """The sequences that what waits makes."""
 
 
-def pack(
-    documents: Iterable[Encoded],
-    seq_len: int,
-    eos_id: int,
-    long_documents: Literal["split", "drop", "refuse"],
-    bos_ids: tuple[int, ...] = (),
-) -> Packed:
-    """Pack documents into sequences of `seq_len + 1` tokens.
+class Packer:
+    """Packs documents into sequences of `seq_len + 1` tokens, each where the last one ended.
 
     Args:
-        documents: in their order.
         seq_len: targets of a sequence.
         eos_id: ends a document.
         long_documents: what becomes of one that is longer than a sequence.
         bos_ids: begin every text. A conversation begins as it comes.
-
-    Raises:
-        InputError: a document is longer than a sequence and `long_documents` is `refuse`.
     """
-    parts: list[npt.NDArray[np.int32]] = []
-    masks: list[npt.NDArray[np.bool_]] = []
-    num_dropped = num_text_bytes = num_text_tokens = 0
-    for document, ids, mask in documents:
-        begin = bos_ids if mask is None else ()
-        end = [] if mask is not None and ids[-1:] == [eos_id] else [eos_id]
-        if len(begin) + len(ids) + len(end) > seq_len + 1 and long_documents != "split":
-            if long_documents == "refuse":
+
+    def __init__(
+        self,
+        seq_len: int,
+        eos_id: int,
+        long_documents: Literal["split", "drop", "refuse"],
+        bos_ids: tuple[int, ...] = (),
+    ) -> None:
+        self.num_waiting = 0
+        self._seq_len, self._eos_id, self._long, self._bos_ids = seq_len, eos_id, long_documents, bos_ids
+        self._parts: list[IntArray] = []
+        self._masks: list[BoolArray] = []
+        self._has_bos: list[bool] = []
+        # of the first part that waits, the tokens before it that are in sequences already
+        self._num_taken = 0
+
+    def add(self, document: Encoded) -> int:
+        """As `AnyPacker`.
+
+        Raises:
+            InputError: the document is longer than a sequence and `long_documents` is `refuse`.
+        """
+        ids, mask = document.ids, document.mask
+        begin = self._bos_ids if mask is None else ()
+        end = [] if mask is not None and list(ids[-1:]) == [self._eos_id] else [self._eos_id]
+        if len(begin) + len(ids) + len(end) > self._seq_len + 1 and self._long != "split":
+            if self._long == "refuse":
                 raise InputError(
                     "the document is longer than a sequence",
-                    where=document.name,
+                    where=document.document.name,
                     found=f"{len(begin) + len(ids)} tokens{' and an end token' if end else ''}",
-                    expected=f"at most {seq_len + 1} in all",
+                    expected=f"at most {self._seq_len + 1} in all",
                     fix="raise corpus.seq_len, or set corpus.long_documents to split or drop",
                 )
-            num_dropped += 1
-            continue
-        num_text_bytes += len(document.text.encode())
-        num_text_tokens += len(ids) + len(end)
-        parts.append(np.array([*begin, *ids, *end], dtype=np.int32))
-        counts = np.ones(len(parts[-1]), np.bool_)
+            return 0
+        part = np.empty(len(begin) + len(ids) + len(end), np.int32)
+        part[: len(begin)], part[len(begin) : len(begin) + len(ids)] = begin, ids
+        part[len(begin) + len(ids) :] = end
+        counts = np.ones(len(part), np.bool_)
         counts[: len(begin)] = False
         if mask is not None:
             counts[: len(ids)], counts[len(ids) :] = mask, False
-        masks.append(counts)
-    sequences, num_used = _sequences(parts, masks, seq_len, bos_ids)
-    return Packed(
-        sequences,
-        num_documents=int(sequences.starts_BL1.sum()),
-        num_dropped=num_dropped,
-        num_text_bytes=num_text_bytes,
-        num_text_tokens=num_text_tokens,
-        num_cut_tokens=sum(map(len, parts)) - num_used,
-    )
+        self._parts.append(part)
+        self._masks.append(counts)
+        self._has_bos.append(bool(self._bos_ids) and tuple(part[: len(self._bos_ids)]) == self._bos_ids)
+        self.num_waiting += len(part)
+        return len(ids) + len(end)
 
+    def take(self) -> Sequences:
+        """Every whole sequence; what is left waits."""
+        tokens_T = np.concatenate(self._parts) if self._parts else np.zeros(0, np.int32)
+        mask_T = np.concatenate(self._masks) if self._masks else np.zeros(0, np.bool_)
+        begins_D = np.cumsum([0, *(len(part) for part in self._parts)])
+        begins_D[0] = -self._num_taken
+        starts_T = np.zeros(len(tokens_T), dtype=np.bool_)
+        begun_D = begins_D[:-1]
+        starts_T[begun_D[(begun_D >= 0) & (begun_D < len(tokens_T))]] = True
+        rows = _rows(begins_D, np.array(self._has_bos, np.bool_), self._seq_len + 1, len(self._bos_ids))
+        shape = (len(rows), self._seq_len + 1)
+        made = Sequences(np.empty(shape, np.int32), np.zeros(shape, np.bool_), np.zeros(shape, np.bool_))
+        for number, (first, num_put, is_rest) in enumerate(rows):
+            part = slice(first, first + shape[1] - num_put)
+            made.tokens_BL1[number, :num_put] = self._bos_ids[:num_put]
+            made.tokens_BL1[number, num_put:] = tokens_T[part]
+            made.starts_BL1[number, num_put:], made.mask_BL1[number, num_put:] = starts_T[part], mask_T[part]
+            made.mask_BL1[number, num_put] &= not is_rest
+        if rows:
+            self._keep(rows[-1][0] + shape[1] - rows[-1][1], tokens_T, mask_T, begins_D)
+        return made
 
-def _sequences(
-    parts: list[npt.NDArray[np.int32]], masks: list[npt.NDArray[np.bool_]], seq_len: int, bos_ids: tuple[int, ...]
-) -> tuple[Sequences, int]:
-    """The whole sequences, and how many tokens of the documents are in them."""
-    tokens_T = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-    mask_T = np.concatenate(masks) if masks else np.zeros(0, np.bool_)
-    begins_D = np.cumsum([0, *(len(part) for part in parts)])
-    starts_T = np.zeros(len(tokens_T), dtype=np.bool_)
-    starts_T[begins_D[:-1]] = True
-    has_bos_D = np.array([bool(bos_ids) and tuple(part[: len(bos_ids)]) == bos_ids for part in parts], np.bool_)
-    rows = _rows(begins_D, has_bos_D, seq_len + 1, len(bos_ids))
-    shape = (len(rows), seq_len + 1)
-    made = Sequences(np.empty(shape, np.int32), np.zeros(shape, np.bool_), np.zeros(shape, np.bool_))
-    for number, (first, num_put, is_rest) in enumerate(rows):
-        part = slice(first, first + shape[1] - num_put)
-        made.tokens_BL1[number, :num_put], made.tokens_BL1[number, num_put:] = bos_ids[:num_put], tokens_T[part]
-        made.starts_BL1[number, num_put:], made.mask_BL1[number, num_put:] = starts_T[part], mask_T[part]
-        made.mask_BL1[number, num_put] &= not is_rest
-    return made, rows[-1][0] + shape[1] - rows[-1][1] if rows else 0
+    def _keep(self, first: int, tokens_T: IntArray, mask_T: BoolArray, begins_D: npt.NDArray[np.int64]) -> None:
+        """What begins at token `first` waits."""
+        document = int(np.searchsorted(begins_D[1:], first, side="right"))
+        self.num_waiting = len(tokens_T) - first
+        self._has_bos = self._has_bos[document:]
+        if not self.num_waiting:
+            self._parts, self._masks, self._num_taken = [], [], 0
+            return
+        self._num_taken = first - int(begins_D[document])
+        ends = begins_D[document + 1 :]
+        # copies, so that what is in sequences already does not stay in memory
+        self._parts = [part.copy() for part in np.split(tokens_T[first:], ends[:-1] - first)]
+        self._masks = [part.copy() for part in np.split(mask_T[first:], ends[:-1] - first)]
 
 
 def _rows(

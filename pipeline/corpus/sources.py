@@ -10,8 +10,8 @@ from pathlib import Path
 
 from capgap.pipeline.corpus.bad_records import BadRecords, in_section
 from capgap.pipeline.corpus.files import BUILTIN, list_files
-from capgap.pipeline.corpus.formats import read_records
-from capgap.pipeline.corpus.kinds import TEXT_SUFFIXES, kind_of
+from capgap.pipeline.corpus.formats import Span, read_records
+from capgap.pipeline.corpus.kinds import TEXT_SUFFIXES, Place, kind_of
 from capgap.pipeline.corpus.records import fields_read, read_record
 from capgap.schemas.errors import BadRecordError, InputError
 
@@ -48,7 +48,7 @@ def read_documents(
     """Every document of every source, in a fixed order; empty ones are left out.
 
     Args:
-        sources: files, folders, globs or builtin text.
+        sources: files, folders, globs or URLs, or builtin text.
         text_field: of a record, that holds its text.
         messages_field: of a record, that holds a conversation, or `auto`; records are conversations where it is given,
             see `records`.
@@ -61,42 +61,66 @@ def read_documents(
     """
     bad = bad or BadRecords(section, "stop", 0.0)
     for source in sources:
-        if source == BUILTIN:
-            documents = _builtin()
-        else:
-            documents = _from_files(list_files((source,), section), text_field, messages_field, bad, section)
-        yield from (document for document in documents if document.text.strip())
+        files: list[Place] = [BUILTIN] if source == BUILTIN else list_files((source,), section)
+        for file in files:
+            yield from read_documents_of(file, None, text_field, messages_field, bad, section)
+
+
+def read_documents_of(
+    place: Place,
+    span: Span | None,
+    text_field: str,
+    messages_field: str | None,
+    bad: BadRecords,
+    section: str = "corpus",
+) -> Iterator[Document]:
+    """The documents of a file, or of a part of it; empty ones are left out. See `read_documents` and `read_records`.
+
+    `BUILTIN` is a file too.
+    """
+    found = _builtin() if place == BUILTIN else _from_file(place, span, text_field, messages_field, bad, section)
+    yield from (document for document in found if document.text.strip())
+
+
+def builtin_bytes() -> int:
+    """About the size of the builtin text."""
+    topics = sum(map(len, pydoc_data.topics.topics.values()))
+    return topics + sum(path.stat().st_size for _, path in _builtin_files())
 
 
 def _builtin() -> Iterator[Document]:
     for name, text in sorted(pydoc_data.topics.topics.items()):
         yield Document(f"{BUILTIN}/topics/{name}", text)
+    for name, path in _builtin_files():
+        yield Document(f"{BUILTIN}/{name}", path.read_text(encoding="utf-8"))
+
+
+def _builtin_files() -> Iterator[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if not _NOT_EVERYWHERE.intersection(relative.parts) and not path.name.startswith("_sysconfigdata"):
-            yield Document(f"{BUILTIN}/{relative.as_posix()}", path.read_text(encoding="utf-8"))
+            yield relative.as_posix(), path
 
 
-def _from_files(
-    files: list[Path], text_field: str, messages_field: str | None, bad: BadRecords, section: str
+def _from_file(
+    path: Place, span: Span | None, text_field: str, messages_field: str | None, bad: BadRecords, section: str
 ) -> Iterator[Document]:
-    for path in files:
-        is_text = kind_of(path) in TEXT_SUFFIXES
-        try:
-            for where, record in read_records(path, fields_read(text_field, messages_field)):
-                bad.num_records += 1
-                try:
-                    if isinstance(record, BadRecordError):
-                        raise record
-                    found = str(record) if is_text else read_record(where, record, text_field, messages_field)
-                except BadRecordError as error:
-                    bad.refuse(error)
-                    continue
-                if isinstance(found, str):
-                    yield Document(where, found)
-                else:
-                    text = found.to_json()
-                    yield Document(where, text, text)
-        except InputError as error:
-            raise in_section(error, section) from None
+    is_text = kind_of(path) in TEXT_SUFFIXES
+    try:
+        for where, record in read_records(path, fields_read(text_field, messages_field), span):
+            bad.num_records += 1
+            try:
+                if isinstance(record, BadRecordError):
+                    raise record
+                found = str(record) if is_text else read_record(where, record, text_field, messages_field)
+            except BadRecordError as error:
+                bad.refuse(error)
+                continue
+            if isinstance(found, str):
+                yield Document(where, found)
+            else:
+                text = found.to_json()
+                yield Document(where, text, text)
+    except InputError as error:
+        raise in_section(error, section) from None

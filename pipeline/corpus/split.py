@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Literal
 
 from capgap.pipeline.corpus.sources import Document
+from capgap.schemas.run_corpus import SplitName
 
-Split = Literal["teacher", "student", "heldout"]
+Split = SplitName
 SPLITS: tuple[Split, ...] = ("teacher", "student", "heldout")
 
 

@@ -10,64 +10,100 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from capgap.pipeline.corpus.kinds import Place, kind_of
+from capgap.pipeline.corpus.places import open_place
 from capgap.schemas.errors import InputError
 
 _BATCH_ROWS = 1024
 _ARROW_MAGIC = b"ARROW1"
 
 
-def table_rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+def table_rows(
+    path: Place, fields: tuple[str, ...], groups: range | None = None, first_row: int = 0
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row with its place, as an object of the wanted columns.
 
     Args:
         path: a .parquet, .arrow or .feather file.
         fields: columns that are wanted; the first must be there where it is the only one.
+        groups: of Parquet, the row groups that are read; all where it is None.
+        first_row: rows before them.
 
     Raises:
         InputError: it is none, it is damaged, or has no column that is wanted.
     """
     kind = _kind(path)
-    number = 0
-    with _damage_named(path, kind):
-        for batch in (_parquet_batches if kind == "Parquet" else _arrow_batches)(path, fields):
+    number = first_row
+    with _damage_named(path, kind), _opened(path) as source:
+        batches = _parquet_batches(path, source, fields, groups) if kind == "Parquet" else _arrow(path, source, fields)
+        for batch in batches:
             for row in batch.to_pylist():
                 yield f"{path}#{number}", {name: _without_filling(value) for name, value in row.items()}
                 number += 1
 
 
-def num_rows(path: Path) -> int:
+def num_rows(path: Place) -> int:
     """Rows of a .parquet, .arrow or .feather file.
 
     Raises:
         InputError: as `table_rows`.
     """
     kind = _kind(path)
-    with _damage_named(path, kind):
+    with _damage_named(path, kind), _opened(path) as source:
         if kind == "Parquet":
-            return int(pa.parquet.read_metadata(path).num_rows)
-        with pa.memory_map(str(path)) as source:
-            return sum(batch.num_rows for batch in _open_arrow(source)[1])
+            return int(pa.parquet.read_metadata(source).num_rows)
+        return sum(batch.num_rows for batch in _open_arrow(source)[1])
 
 
-def _kind(path: Path) -> str:
-    return "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
+def row_groups(path: Place, fields: tuple[str, ...]) -> list[tuple[int, int]]:
+    """Rows of each row group of a Parquet file, and bytes of the wanted columns in it.
+
+    Raises:
+        InputError: as `table_rows`.
+    """
+    with _damage_named(path, "Parquet"), _opened(path) as source:
+        found = pa.parquet.read_metadata(source)
+        groups = (found.row_group(number) for number in range(found.num_row_groups))
+        return [(group.num_rows, _wanted_bytes(group, fields)) for group in groups]
 
 
-def _parquet_batches(path: Path, fields: tuple[str, ...]) -> Iterator[Any]:
-    with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+def _wanted_bytes(group: Any, fields: tuple[str, ...]) -> int:
+    columns = (group.column(number) for number in range(group.num_columns))
+    return sum(one.total_uncompressed_size for one in columns if one.path_in_schema.split(".")[0] in fields)
+
+
+def _kind(path: Place) -> str:
+    return "Parquet" if kind_of(path) == ".parquet" else "Arrow"
+
+
+@contextmanager
+def _opened(path: Place) -> Iterator[Any]:
+    if isinstance(path, Path):
+        # pages of a mapped file would count as memory of this process
+        with pa.OSFile(str(path)) if _kind(path) == "Parquet" else pa.memory_map(str(path)) as source:
+            yield source
+    else:
+        with open_place(path) as stream:
+            yield pa.PythonFile(stream, mode="r")
+
+
+def _parquet_batches(path: Place, source: Any, fields: tuple[str, ...], groups: range | None) -> Iterator[Any]:
+    with pa.parquet.ParquetFile(source, page_checksum_verification=True) as file:
         columns = require_columns(path, file.schema_arrow.names, fields)
-        yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
+        wanted = range(file.num_row_groups) if groups is None else groups
+        # one group after another: given many, the reader holds what it read of them
+        for group in wanted:
+            yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=columns, row_groups=[group])
 
 
-def _arrow_batches(path: Path, fields: tuple[str, ...]) -> Iterator[Any]:
-    with pa.memory_map(str(path)) as source:
-        names, batches = _open_arrow(source)
-        columns = require_columns(path, names, fields)
-        for batch in batches:
-            wanted = batch.select(columns)
-            wanted.validate(full=True)
-            for start in range(0, len(wanted), _BATCH_ROWS):
-                yield wanted.slice(start, _BATCH_ROWS)
+def _arrow(path: Place, source: Any, fields: tuple[str, ...]) -> Iterator[Any]:
+    names, batches = _open_arrow(source)
+    columns = require_columns(path, names, fields)
+    for batch in batches:
+        wanted = batch.select(columns)
+        wanted.validate(full=True)
+        for start in range(0, len(wanted), _BATCH_ROWS):
+            yield wanted.slice(start, _BATCH_ROWS)
 
 
 def _open_arrow(source: Any) -> tuple[list[str], Iterator[Any]]:
@@ -80,7 +116,7 @@ def _open_arrow(source: Any) -> tuple[list[str], Iterator[Any]]:
     return stream.schema.names, iter(stream)
 
 
-def require_columns(path: str | Path, names: list[str], fields: tuple[str, ...]) -> list[str]:
+def require_columns(path: Place, names: list[str], fields: tuple[str, ...]) -> list[str]:
     """The columns that are wanted, of those of a file.
 
     Raises:
@@ -113,7 +149,7 @@ def _without_filling(value: Any, within: bool = False) -> Any:
 
 
 @contextmanager
-def _damage_named(path: Path, kind: str) -> Iterator[None]:
+def _damage_named(path: Place, kind: str) -> Iterator[None]:
     """Damage in whatever form the reader reports it."""
     try:
         yield

@@ -13,16 +13,19 @@ from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from capgap.pipeline.corpus.bad_records import BadRecords
-from capgap.pipeline.corpus.conversations import ChatFormat, Turns
 from capgap.pipeline.corpus.pack import Encoded
 from capgap.pipeline.corpus.sources import Document
 from capgap.pipeline.stage.progress import progress
 from capgap.schemas.errors import BadRecordError
 from capgap.schemas.records import Sequences
+
+if TYPE_CHECKING:
+    from capgap.pipeline.corpus.conversations import ChatFormat, Turns
 
 _LOG = logging.getLogger("capgap")
 
@@ -72,6 +75,33 @@ def encode_whole(
     return WholeConversations(
         rows, len(made) - num_empty, sum(turns.num_answers for turns in made), num_empty, num_dropped
     )
+
+
+class WholePacker:
+    """Whole conversations into rows of `seq_len + 1` tokens; those that wait together are packed together.
+
+    Args:
+        seq_len: targets of a row.
+        fill_id: the token of the padding.
+    """
+
+    def __init__(self, seq_len: int, fill_id: int) -> None:
+        self.num_waiting = 0
+        self._seq_len, self._fill_id = seq_len, fill_id
+        self._waiting: list[Encoded] = []
+
+    def add(self, document: Encoded) -> int:
+        """As `AnyPacker`; each has to fit into a row."""
+        # arrays, for there may be a million tokens of them
+        ids, mask = np.array(document.ids, np.int32), np.array(document.mask, np.bool_)
+        self._waiting.append(Encoded(document.document, ids, mask))
+        self.num_waiting += len(ids)
+        return len(ids)
+
+    def take(self) -> Sequences:
+        """Rows of all that waits."""
+        waiting, self._waiting, self.num_waiting = self._waiting, [], 0
+        return in_whole_rows(waiting, self._seq_len, self._fill_id)
 
 
 def in_whole_rows(conversations: Sequence[Encoded], seq_len: int, fill_id: int, packing: bool = True) -> Sequences:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from capgap.pipeline.interchange.captures import begins_with
 from capgap.pipeline.interchange.folders import entry_of, make_folder, order_for
@@ -36,13 +37,12 @@ from capgap.pipeline.store import (
     ShardReader,
     ShardWriter,
     check_alignment,
-    rank_ids,
     read_blocks,
     split_blocks,
 )
 from capgap.pipeline.store.codec import SEQUENCES, TOPK_CODECS
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.store.ranking import RANKING_NAME
+from capgap.pipeline.store.ranking import RANKING_NAME, count_ids, rank_counts, read_counts, write_counts
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import CacheFacts, CorpusFacts, ModelFacts, RecordingFacts, SplitFacts, heldout_set
 from capgap.schemas.interchange import ImportSettings
@@ -104,6 +104,7 @@ def _make_corpus(planned: Plan, folder: Path) -> StageResult:
     sets: dict[str, ShardSet] = {}
     splits = {"teacher": SplitFacts(num_documents=0, num_text_bytes=0, num_text_tokens=0)}
     totals: dict[str, Any] = {}
+    ids: dict[str, npt.NDArray[np.int64]] = {}
     num_documents = num_begun = 0
     for split in SPLITS:
         writer = ShardWriter(folder, folder / WORK_FOLDER / "shards", split, codec)
@@ -116,9 +117,12 @@ def _make_corpus(planned: Plan, folder: Path) -> StageResult:
             shards.append(writer.finished(number) or writer.write(number, blocks))
         counts.require_some(split)
         sets[split], splits[split] = writer.shard_set(shards), counts.facts
+        blocks_of_split = (block for block, _ in read_blocks(folder, sets[split]))
+        ids[split] = count_ids(blocks_of_split, planned.facts.vocab_size)
         totals |= {f"num_{split}_tokens": sets[split].num_tokens, f"num_{split}_labels": counts.num_labels}
         num_documents += counts.facts.num_documents
         num_begun += counts.num_begun
+    write_counts(folder, ids)
     bos_ids = planned.bos_ids if num_begun == num_documents else ()
     _say_beginnings(planned, num_begun, num_documents)
     facts = CorpusFacts(
@@ -212,8 +216,7 @@ def _teacher(
 
 def _make_cache(planned: Plan, corpus: StageInput, teacher: ModelFacts | None, folder: Path) -> StageResult:
     settings, vocab_size = planned.settings, planned.facts.vocab_size
-    student = corpus.manifest.shard_sets["student"]
-    ranking = rank_ids((block for block, _ in read_blocks(corpus.path, student)), vocab_size)
+    ranking = rank_counts(read_counts(corpus.path, corpus.manifest.files, "student", vocab_size))
     write_atomically(folder / RANKING_NAME, ranking.data)
     top_k = settings.top_k or _narrowest(planned)
     name = TOPK_CODECS[settings.profile]

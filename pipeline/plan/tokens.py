@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+from capgap.pipeline.corpus.amounts import bytes_per_token, source_texts
 from capgap.pipeline.corpus.split import SPLITS
 from capgap.pipeline.plan.measured import text_bytes_per_token
-from capgap.pipeline.plan.text import bytes_per_token, text_bytes
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.facts import CacheFacts, heldout_set, text_facts
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.plan import Figure
+from capgap.schemas.run_corpus import SplitName
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_optimization import OptimizationSettings
 
@@ -47,16 +48,21 @@ def split_tokens(
             counted |= {"student": counted[name], "heldout": counted.get(heldout_set(name), 0)}
         return {name: Figure(value=counted.get(name, 0), source=f"the {made.stage}") for name in SPLITS}
     settings = run.corpus
-    skips = settings.on_bad_record == "skip"
-    text = text_bytes(settings.sources, settings.text_field, settings.messages_field, skips)
+    texts, shares = source_texts(settings)
     per_token = _bytes_per_token(run, vocab_size, stated_bytes_per_token)
     if per_token.value is None:
         return dict.fromkeys(SPLITS, per_token)
-    assert text.value is not None
-    total, source = text.value / per_token.value, f"estimated: {text.source}; {per_token.source}"
-    fractions = {"teacher": settings.teacher_fraction, "heldout": settings.heldout_fraction}
+    total = 0.0
+    for (_, source), text, share in zip(settings.named_sources, texts, shares, strict=True):
+        total += min((text.value or 0.0) * share / per_token.value, source.max_tokens or math.inf)
+    said = f"estimated: {', '.join(text.source for text in texts)}; {per_token.source}"
+    fractions: dict[SplitName, float] = {"teacher": settings.teacher_fraction, "heldout": settings.heldout_fraction}
     fractions["student"] = 1 - sum(fractions.values())
-    return {name: Figure(value=total * share, source=source) for name, share in fractions.items()}
+    most = {name: _in_shards(run, limit) for name, limit in settings.max_tokens.items()}
+    return {
+        name: Figure(value=min(total * share, most.get(name, math.inf)), source=said)
+        for name, share in fractions.items()
+    }
 
 
 def cache_tokens(run: RunFile, cache: Manifest | None, student: Figure) -> Figure:
@@ -65,8 +71,13 @@ def cache_tokens(run: RunFile, cache: Manifest | None, student: Figure) -> Figur
         return Figure(value=next(iter(cache.shard_sets.values())).num_tokens, source="the cache")
     if student.value is None or run.cache.max_tokens is None:
         return student
+    return Figure(value=min(student.value, _in_shards(run, run.cache.max_tokens)), source=student.source)
+
+
+def _in_shards(run: RunFile, num_tokens: int) -> int:
+    """The tokens of the fewest shards that hold so many."""
     shard = run.corpus.sequences_per_shard * run.corpus.seq_len
-    return Figure(value=min(student.value, math.ceil(run.cache.max_tokens / shard) * shard), source=student.source)
+    return math.ceil(num_tokens / shard) * shard
 
 
 def trained_tokens(settings: OptimizationSettings, data: Figure) -> Figure:
@@ -92,5 +103,5 @@ def _bytes_per_token(run: RunFile, vocab_size: float | None, stated: float | Non
         return Figure(value=None, source=f"give --text-bytes-per-token, or the tokenizer: {error}")
     num_around = len(document_bos(tokenizer, settings.tokenizer, settings.bos)) + 1
     skips = settings.on_bad_record == "skip"
-    fields = settings.text_field, settings.messages_field
-    return bytes_per_token(tokenizer, settings.sources, *fields, num_around, skips)
+    named = [(source.paths, source.text_field or settings.text_field) for _, source in settings.named_sources]
+    return bytes_per_token(tokenizer, named, settings.messages_field, num_around, skips)

@@ -143,7 +143,7 @@ def further_cache(name: str) -> str:
 
 @dataclass(frozen=True)
 class Slice:
-    """Which shards a process makes: those with `index % count == number`, or with no number whichever nobody has."""
+    """Which units a process makes: those with `index % count == number`, or with no number whichever nobody has."""
 
     number: int | None
     count: int = 1
@@ -165,7 +165,7 @@ class Slice:
         return cls(int(found[1]), int(found[2]))
 
     def has(self, index: int) -> bool:
-        """Whether shard `index` is this slice's to make."""
+        """Whether unit `index` is this slice's to make."""
         return self.number is None or index % self.count == self.number
 
     def __str__(self) -> str:

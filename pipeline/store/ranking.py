@@ -1,28 +1,32 @@
 """Ids by how often a corpus uses them: members hold an id's rank instead, so that high bytes are mostly 0.
 
-The ranking is a pure function of the corpus. It lies beside the shards as a file of its own, `ids-by-frequency.u32`,
+The ranking is a pure function of the corpus, which counts its ids when it is made: `id-counts.npz` beside its shards
+holds an array [V], int64, for each split. It lies beside the shards as a file of its own, `ids-by-frequency.u32`,
 whose digest the manifest names: without it, or with another one, no member can be read.
 
-Legend: V vocabulary, T tokens.
+Legend: V vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import io
+import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from capgap.pipeline.store.files import atomic_file
 from capgap.schemas.errors import CorruptError
+from capgap.schemas.manifest import FileEntry
 from capgap.schemas.records import IntArray, Sequences
 
 RANKING_NAME = "ids-by-frequency.u32"
-
-# So many tokens tell what is frequent; a larger corpus is not read twice for the rest.
-_ENOUGH_TOKENS = 1 << 24
+COUNTS_NAME = "id-counts.npz"
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,15 +64,64 @@ class Ranking:
 
 
 def rank_ids(blocks: Iterable[Sequences], vocab_size: int) -> Ranking:
-    """Ids by falling frequency in the first 16 million tokens, equals in their own order."""
+    """Ids by falling frequency, equals in their own order."""
+    return rank_counts(count_ids(blocks, vocab_size))
+
+
+def rank_counts(counts_V: npt.NDArray[np.int64]) -> Ranking:
+    """Ids by falling count, equals in their own order."""
+    return Ranking(np.argsort(-counts_V, kind="stable").astype(np.int32))
+
+
+def count_ids(blocks: Iterable[Sequences], vocab_size: int) -> npt.NDArray[np.int64]:
+    """How often each id stands there [V]."""
     counts_V: npt.NDArray[np.int64] = np.zeros(vocab_size, np.int64)
-    num_tokens = 0
     for block in blocks:
         counts_V += np.bincount(block.tokens_BL1.ravel(), minlength=vocab_size)
-        num_tokens += block.tokens_BL1.size
-        if num_tokens >= _ENOUGH_TOKENS:
-            break
-    return Ranking(np.argsort(-counts_V, kind="stable").astype(np.int32))
+    return counts_V
+
+
+def write_counts(folder: Path, counts: Mapping[str, npt.NDArray[np.int64]]) -> None:
+    """Write how often each split of a corpus holds each id; the same counts give the same bytes."""
+    with atomic_file(folder / COUNTS_NAME) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for split, counts_V in counts.items():
+            data = io.BytesIO()
+            np.save(data, counts_V)
+            # a date of its own, which is the same whenever it is written
+            archive.writestr(zipfile.ZipInfo(f"{split}.npy"), data.getvalue(), zipfile.ZIP_DEFLATED)
+
+
+def read_counts(folder: Path, files: Iterable[FileEntry], split: str, vocab_size: int) -> npt.NDArray[np.int64]:
+    """How often a split of a corpus holds each id [V].
+
+    Args:
+        folder: of the corpus.
+        files: that its manifest lists.
+        split: see `write_counts`.
+        vocab_size: V.
+
+    Raises:
+        CorruptError: the file is not the one that the manifest lists, or is no such file.
+    """
+    path = folder / COUNTS_NAME
+    listed = next((file.sha256 for file in files if file.path == COUNTS_NAME), None)
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != listed:
+            raise ValueError("another file than the manifest lists")
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+            counts_V: npt.NDArray[np.int64] = stored[split]
+        if counts_V.shape != (vocab_size,):
+            raise ValueError(f"counts of {counts_V.shape} ids")
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CorruptError(
+            "the counts of ids are not what they were",
+            where=path,
+            found=str(error),
+            expected=f"a count of each of {vocab_size} ids",
+            fix="make the corpus again",
+        ) from None
+    return counts_V
 
 
 def read_ranking(data: bytes, sha256: str, vocab_size: int, where: str) -> Ranking:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 from capgap.pipeline.store.files import MAX_SMALL_BYTES, too_large
-from capgap.schemas.errors import InputError, MachineError, SettingError
+from capgap.schemas.errors import CapgapError, InputError, MachineError, SettingError
 from capgap.schemas.secrets import require_no_credential
 
 # Large enough that a request's latency is small beside its transfer, small beside the memory of a decoded window.
@@ -67,42 +68,51 @@ class Remote:
 
     def _chunks(self, path: str) -> Iterator[bytes]:
         url = f"{self.url}/{path}"
-        try:
-            with self._filesystem.open(url, "rb", block_size=_CHUNK_BYTES) as file:
-                while chunk := file.read(_CHUNK_BYTES):
-                    yield chunk
-        except (MachineError, GeneratorExit):
+        with client_errors(url), client_of(url, "shards are not read").open(url, "rb", block_size=_CHUNK_BYTES) as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk
+
+
+@contextlib.contextmanager
+def client_errors(url: str) -> Iterator[None]:
+    """Whatever a client says of a URL as an error of ours; a file that is truly not there stays FileNotFoundError."""
+    try:
+        yield
+    except (CapgapError, GeneratorExit):
+        raise
+    except Exception as error:  # every client has errors of its own, without a common root
+        if isinstance(error, FileNotFoundError) and _is_absence(error):
             raise
-        except Exception as error:  # every client has errors of its own, without a common root
-            if isinstance(error, FileNotFoundError) and _is_absence(error):
-                raise
-            raise InputError(
-                "cannot be read",
-                where=url,
-                found=f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}",
-                fix="check the address and the credentials, then run the same command again",
-            ) from None
+        raise InputError(
+            "cannot be read",
+            where=url,
+            found=f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}",
+            fix="check the address and the credentials, then run the same command again",
+        ) from None
 
-    @property
-    def _filesystem(self) -> Any:
-        # fsspec keeps one a process; one from before a fork, as a worker of a DataLoader is, would be refused there
-        scheme = self.url.partition("://")[0]
-        if scheme not in SCHEMES:
-            raise InputError(
-                "shards are not read from such a URL",
-                where=self.url,
-                found=f"{scheme}://",
-                expected=f"one of {', '.join(SCHEMES)}",
-            )
-        # here, for a run whose files are all on local disks asks for none of its clients
-        import fsspec
 
-        try:
-            return fsspec.filesystem(scheme)
-        except (ImportError, ValueError) as error:
-            raise MachineError(
-                f"{scheme}:// cannot be read here", where=self.url, found=error, fix=_EXTRAS.get(scheme)
-            ) from None
+def client_of(url: str, refusal: str) -> Any:
+    """The fsspec file system of a URL.
+
+    Raises:
+        InputError: its scheme is none of `SCHEMES`.
+        MachineError: its client is not installed.
+    """
+    # fsspec keeps one a process; one from before a fork, as a worker of a DataLoader is, would be refused there
+    scheme = url.partition("://")[0]
+    if scheme not in SCHEMES:
+        raise InputError(
+            f"{refusal} from such a URL", where=url, found=f"{scheme}://", expected=f"one of {', '.join(SCHEMES)}"
+        )
+    # here, for a run whose files are all on local disks asks for none of its clients
+    import fsspec
+
+    try:
+        return fsspec.filesystem(scheme)
+    except (ImportError, ValueError) as error:
+        raise MachineError(
+            f"{scheme}:// cannot be read here", where=url, found=error, fix=_EXTRAS.get(scheme)
+        ) from None
 
 
 def _is_absence(error: FileNotFoundError) -> bool:

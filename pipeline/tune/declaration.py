@@ -36,7 +36,8 @@ def _sources(run: RunFile, instance: Instance) -> list[Path]:
     assert run.tune is not None
     template = Path(run.tune.chat_template or "")
     chats = chat_files(run.tune) if run.tune.sources else []
-    return [*chats, *([template] if template.is_file() else []), *model_files(run.tune.path)]
+    here = [file for file in chats if isinstance(file, Path)]
+    return [*here, *([template] if template.is_file() else []), *model_files(run.tune.path)]
 
 
 STAGE = Stage(

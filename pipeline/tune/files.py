@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from capgap.pipeline.corpus.files import list_files
-from capgap.pipeline.corpus.kinds import TEXT_SUFFIXES, kind_of
+from capgap.pipeline.corpus.kinds import TEXT_SUFFIXES, Place, kind_of
 from capgap.schemas.errors import InputError
 from capgap.schemas.run_tune import TuneSettings
 
 
-def chat_files(settings: TuneSettings) -> list[Path]:
+def chat_files(settings: TuneSettings) -> list[Place]:
     """The files of the conversations.
 
     Raises:

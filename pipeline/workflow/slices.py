@@ -1,13 +1,15 @@
-"""Several plain processes at work on one folder: each makes some of its shards, and one of them writes the manifest.
+"""Several plain processes at work on one folder: each makes some of its units, and one of them writes the manifest.
 
     begin, in turn:   the first clears, if it must, and writes work.json; the others find it
-    work, at once:    each shard by one process at a time; `.lock` is shared by all and shuts out ordinary runs
-    finish, in turn:  whoever finds every shard there writes the manifest; after that the others find it
+    work, at once:    each unit by one process at a time; `.lock` is shared by all and shuts out ordinary runs
+    finish, in turn:  whoever finds every unit there writes the manifest; after that the others find it
 
 `.turn` is the lock of whoever begins or finishes. Every lock ends with its process.
 """
 
 from __future__ import annotations
+
+import contextlib
 
 from capgap.pipeline.stage.context import Instance, Slice, StageContext, StageInput
 from capgap.pipeline.stage.device import devices_from, resolve_device
@@ -23,9 +25,11 @@ from capgap.pipeline.stage.folder import (
 )
 from capgap.pipeline.stage.heartbeat import heartbeat, require_nobody_elsewhere
 from capgap.pipeline.stage.lease import leases
+from capgap.pipeline.stage.manifests import record_sources
 from capgap.pipeline.stages import stage_named
 from capgap.pipeline.store.locks import ProcessLock, held_alone
 from capgap.pipeline.workflow.carry_out import Clock, finish_with, make_ready, order_of
+from capgap.pipeline.workflow.sources import source_paths
 from capgap.pipeline.workflow.state import RunStates, StageState, State
 from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.manifest import Manifest, WorkOrder
@@ -33,7 +37,7 @@ from capgap.schemas.run_file import RunFile
 
 
 def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool = True) -> Manifest | None:
-    """Make a slice of the instance's shards; the manifest, where all slices are made, else None.
+    """Make a slice of the instance's units; the manifest, where all slices are made, else None.
 
     Raises:
         SettingError: replicas are asked for too.
@@ -57,7 +61,8 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
     state = known.of(instance.name)
     make_folder(state.folder)
     slices = stage.slices()
-    device, holder = resolve_device(run.device), f"{instance.name} of run {run.name}"
+    device = resolve_device(run.device) if stage.on_device else "cpu"
+    holder = f"{instance.name} of run {run.name}"
     context = StageContext(run, instance, state.folder, inputs, device, holder, wait)
     with ProcessLock(state.folder / LOCK_NAME) as lock:
         with held_alone(state.folder / TURN_NAME):
@@ -67,16 +72,16 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
             job = slices.prepare(context)
         # slices on GPUs have one each; on CPUs they share what there is
         group = str(state.folder.resolve()) if device == "cpu" else ""
-        with (
-            heartbeat(state.folder / WORK_FOLDER, shared=True) as beat,
-            leases(devices_from(device, engines.num_devices), holder, wait, group),
-        ):
+        with contextlib.ExitStack() as stack:
+            beat = stack.enter_context(heartbeat(state.folder / WORK_FOLDER, shared=True))
+            if stage.on_device:
+                stack.enter_context(leases(devices_from(device, engines.num_devices), holder, wait, group))
             clock.begin()
             beat.begin_phase(f"slice {part}", device)
             event("stage_started", f"{instance.name}: slice {part} begun on {device}", device=device, slice=str(part))
             slices.make_slice(job, part)
-            if not slices.all_made(job):
-                done = finished_units(state.folder / WORK_FOLDER).replace("shards", "shards finished")
+            if not job.units.all_made():
+                done = f"{finished_units(state.folder / WORK_FOLDER)} finished"
                 event("slice_done", f"{instance.name}: {done}; other slices have the rest to do", slice=str(part))
                 return None
             # whoever is first at the end removes the folder that they lie in
@@ -85,7 +90,7 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
                 if (found := _finished(run, instance)) is not None:
                     return found
                 result = stage.run(context)
-                return finish_with(run, state, order, (), result, clock)
+                return finish_with(run, state, order, record_sources(source_paths(run, instance)), result, clock)
 
 
 def _join(run: RunFile, instance: Instance, inputs: dict[str, StageInput], lock: ProcessLock) -> WorkOrder | Manifest:

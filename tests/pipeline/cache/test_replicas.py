@@ -19,12 +19,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from capgap.pipeline.cache.ray_cluster import ray_cluster
-from capgap.pipeline.cache.replicas import MAX_DEATHS, make_by_replicas
+from capgap.pipeline.cache.replicas import make_by_replicas
 from capgap.pipeline.cache.shards import SCORED_FOLDER
 from capgap.pipeline.cache.stage import prepare
 from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.fleet import MAX_DEATHS
 from capgap.pipeline.stage.manifests import read_manifest
+from capgap.pipeline.stage.ray_cluster import ray_cluster
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.errors import MachineError
 from capgap.schemas.run_file import RunFile
@@ -172,14 +173,14 @@ def _waiting_at_a_pipe(mark: str) -> list[int]:
 
 def test_more_replicas_than_gpus_are_refused() -> None:
     said = r"cache\.replicas: too few GPUs; found room for 0 replicas of 2 GPUs, expected 3"
-    with pytest.raises(MachineError, match=said), ray_cluster(3, 2):
+    with pytest.raises(MachineError, match=said), ray_cluster(3, 2, "cache.replicas"):
         pytest.fail("there is no GPU")
 
 
 def test_without_ray_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     said = r"Ray is not installed; run `pip install 'capgap\[ray\]'`"
-    with pytest.raises(MachineError, match=said), ray_cluster(2, 0):
+    with pytest.raises(MachineError, match=said), ray_cluster(2, 0, "cache.replicas"):
         pytest.fail("there is no Ray")
 
 

@@ -73,7 +73,7 @@ def test_what_a_killed_process_had_claimed_is_made_by_another(run, start, whole)
 def test_a_shard_that_another_process_is_at_is_left_to_it(run, whole, caplog) -> None:
     tiny = run()
     assert carry_out_slice(tiny, CACHE, Slice(0, 10)) is None
-    with ProcessLock(_cache(tiny) / "work" / "claims" / "000003.lock") as lock:
+    with ProcessLock(_cache(tiny) / "work" / "claims-scored" / "000003.lock") as lock:
         assert lock.exclusive()
         with caplog.at_level(logging.INFO):
             assert carry_out_slice(tiny, CACHE, Slice(None)) is None

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capgap.pipeline.corpus.pack import Encoded, pack
+from capgap.pipeline.corpus.pack import Encoded, Packer
 from capgap.pipeline.corpus.sources import Document
 from capgap.schemas.errors import InputError
+from capgap.schemas.records import Sequences
 
 EOS = 0
 LENGTHS = st.lists(st.integers(0, 40), max_size=20)
@@ -22,6 +25,44 @@ def _documents(lengths: list[int]) -> list[Encoded]:
         Encoded(Document(f"document {number}", "\u00fc" * length), list(itertools.islice(ids, length)))
         for number, length in enumerate(lengths)
     ]
+
+
+@dataclass
+class Packed:
+    """What came out of a packer that was asked once at the end, and of one that was asked again and again."""
+
+    sequences: Sequences
+    num_documents: int
+    num_dropped: int
+    num_text_bytes: int
+    num_text_tokens: int
+    num_cut_tokens: int
+
+
+def pack(
+    documents: list[Encoded], seq_len: int, eos_id: int, long_documents: Any, bos_ids: tuple[int, ...] = ()
+) -> Packed:
+    whole, piecewise = (Packer(seq_len, eos_id, long_documents, bos_ids) for _ in "ab")
+    taken = [whole.add(document) for document in documents]
+    sequences = whole.take()
+    parts = []
+    for document in documents:
+        piecewise.add(document)
+        parts.append(piecewise.take())
+        assert piecewise.num_waiting <= seq_len, "what makes a sequence does not wait"
+    if parts:
+        again = Sequences.joined(parts)
+        for name in ("tokens_BL1", "starts_BL1", "mask_BL1"):
+            assert np.array_equal(getattr(again, name), getattr(sequences, name)), name
+    assert whole.num_waiting == (piecewise.num_waiting if parts else 0)
+    return Packed(
+        sequences,
+        num_documents=int(sequences.starts_BL1.sum()),
+        num_dropped=taken.count(0),
+        num_text_bytes=sum(len(d.document.text.encode()) for d, n in zip(documents, taken, strict=True) if n),
+        num_text_tokens=sum(taken),
+        num_cut_tokens=whole.num_waiting,
+    )
 
 
 def _joined(documents: list[Encoded]) -> list[int]:

@@ -50,6 +50,7 @@ def test_the_manifest_lists_what_lies_in_the_folder(make_corpus_run) -> None:
     assert manifest.files == content_files(folder)
     assert {file.path for file in manifest.files} == {
         *(shard.file.path for shard_set in manifest.shard_sets.values() for shard in shard_set.shards),
+        "id-counts.npz",
         "tokenizer/tokenizer.json",
         "tokenizer/tokenizer_config.json",
     }

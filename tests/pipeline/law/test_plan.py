@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from capgap.pipeline.corpus import amounts
+from capgap.pipeline.corpus.amounts import text_bytes
 from capgap.pipeline.law.plan import plan_grid, require_limits
-from capgap.pipeline.plan import Stated, tokens
-from capgap.pipeline.plan.text import text_bytes
+from capgap.pipeline.plan import Stated
 from capgap.schemas.errors import SettingError
 from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.law_plan import LawPlan, PhasePlan
@@ -68,7 +69,7 @@ def test_the_text_of_a_corpus_that_is_not_made_is_looked_at_once(
         looked_at.append(sources)
         return text_bytes(sources, *more)
 
-    monkeypatch.setattr(tokens, "text_bytes", noted)
+    monkeypatch.setattr(amounts, "text_bytes", noted)
     plan = plan_grid(LawGrid.model_validate(values), Stated(), num_workers=2)
     assert plan.num_rows > 1 and len(looked_at) == 1
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
-from pathlib import Path
+from pathlib import PurePath
 from typing import TYPE_CHECKING, BinaryIO
 
 from capgap.pipeline.corpus.bad_records import BadRecords
 from capgap.pipeline.corpus.files import BUILTIN, list_files
 from capgap.pipeline.corpus.formats import open_unpacked, records_of
-from capgap.pipeline.corpus.kinds import COMPRESSIONS, TABLE_SUFFIXES, TEXT_SUFFIXES, kind_of
+from capgap.pipeline.corpus.kinds import TABLE_SUFFIXES, TEXT_SUFFIXES, Place, is_packed, kind_of
+from capgap.pipeline.corpus.places import state_of
 from capgap.pipeline.corpus.records import Conversation, fields_read, read_record
 from capgap.pipeline.corpus.sources import read_documents
 from capgap.pipeline.corpus.tables import num_rows
 from capgap.schemas.errors import BadRecordError
 from capgap.schemas.plan import Figure
+from capgap.schemas.run_corpus import CorpusSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,11 +44,12 @@ def text_bytes(
         num_bytes = sum(len(document.text.encode()) for document in read_documents((BUILTIN,), ""))
         total += num_bytes
         how.append(f"{num_bytes:,} bytes of {BUILTIN}, counted")
-    by_kind: dict[str, list[Path]] = defaultdict(list)
+    by_kind: dict[str, list[Place]] = defaultdict(list)
     for path in list_files(tuple(source for source in sources if source != BUILTIN)):
-        by_kind["".join(path.suffixes[-2:]) if path.suffix.lower() in COMPRESSIONS else path.suffix].append(path)
+        suffixes = PurePath(str(path)).suffixes
+        by_kind["".join(suffixes[-2 if is_packed(path) else -1 :])].append(path)
     for kind, paths in by_kind.items():
-        size = sum(path.stat().st_size for path in paths)
+        size = sum(state_of(path)[0] for path in paths)
         share = _share_of_text(paths, text_field, messages_field, skips)
         total += size * share
         how.append(
@@ -56,26 +59,49 @@ def text_bytes(
     return Figure(value=total, source=", ".join(how))
 
 
+def source_texts(settings: CorpusSettings) -> tuple[list[Figure], list[float]]:
+    """The text of each source, and the share of it that is taken where sources are weighed against one another.
+
+    Raises:
+        InputError: as `text_bytes`.
+    """
+    skips = settings.on_bad_record == "skip"
+    sources = [source for _, source in settings.named_sources]
+    texts = [
+        text_bytes(source.paths, source.text_field or settings.text_field, settings.messages_field, skips)
+        for source in sources
+    ]
+    weighed = [
+        None if source.weight is None else max(text.value or 0.0, 1.0) / source.weight
+        for source, text in zip(sources, texts, strict=True)
+    ]
+    least = min((one for one in weighed if one is not None), default=1.0)
+    return texts, [1.0 if one is None else least / one for one in weighed]
+
+
 def bytes_per_token(
     tokenizer: PreTrainedTokenizerBase,
-    sources: tuple[str, ...],
-    text_field: str,
+    sources: Sequence[tuple[tuple[str, ...], str]],
     messages_field: str | None = None,
     num_around: int = 1,
     skips: bool = False,
 ) -> Figure:
-    """Bytes of text a token, on the first megabyte of the sources; `num_around` ids begin and end a document.
+    """Bytes of text a token, on a megabyte of the sources' beginnings; `num_around` ids begin and end a document.
+
+    Each source is given by its files, folders and patterns, and the field of its text.
 
     Raises:
         InputError: as `text_bytes`.
     """
     texts: list[str] = []
     num_bytes = 0
-    for document in read_documents(sources, text_field, messages_field, _bad(skips)):
-        texts.append(document.text[:_SAMPLED_TEXT_BYTES])
-        num_bytes += len(texts[-1].encode())
-        if num_bytes >= _SAMPLED_TEXT_BYTES:
-            break
+    for number, (paths, text_field) in enumerate(sources, start=1):
+        most = _SAMPLED_TEXT_BYTES * number // len(sources)
+        for document in read_documents(paths, text_field, messages_field, _bad(skips)):
+            texts.append(document.text[:_SAMPLED_TEXT_BYTES])
+            num_bytes += len(texts[-1].encode())
+            if num_bytes >= most:
+                break
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     num_tokens = sum(len(ids) + num_around for ids in encoded)
     value = num_bytes / max(num_tokens, 1)
@@ -87,9 +113,9 @@ def _bad(skips: bool) -> BadRecords:
     return BadRecords("corpus", "skip" if skips else "stop", 1.0, 0)
 
 
-def _share_of_text(paths: list[Path], text_field: str, messages_field: str | None, skips: bool) -> float:
+def _share_of_text(paths: list[Place], text_field: str, messages_field: str | None, skips: bool) -> float:
     """Bytes of text in a byte of file, of files of one kind; 1 where the file is the text."""
-    if all(kind_of(path) == path.suffix.lower() in TEXT_SUFFIXES for path in paths):
+    if all(kind_of(path) in TEXT_SUFFIXES and not is_packed(path) for path in paths):
         return 1.0
     measure = _text_of_rows if kind_of(paths[0]) in TABLE_SUFFIXES else _text_of_stream
     sample = paths[:: max(len(paths) // _SAMPLED_FILES, 1)][:_SAMPLED_FILES]
@@ -101,7 +127,7 @@ def _mean(pairs: Iterable[tuple[float, float]]) -> float:
     return sum(text for text, _ in found) / max(sum(size for _, size in found), 1)
 
 
-def _text_of_stream(path: Path, text_field: str, messages_field: str | None, skips: bool) -> tuple[float, float]:
+def _text_of_stream(path: Place, text_field: str, messages_field: str | None, skips: bool) -> tuple[float, float]:
     """Bytes of text in the first records, and what these take of the file, if all of it is compressed as well."""
     kind, num_text_bytes = kind_of(path), 0
     with open_unpacked(path) as (stream, raw):
@@ -125,12 +151,12 @@ def _text_of_stream(path: Path, text_field: str, messages_field: str | None, ski
     return num_text_bytes, counted.num_read * compressed
 
 
-def _text_of_rows(path: Path, text_field: str, messages_field: str | None, skips: bool) -> tuple[float, float]:
+def _text_of_rows(path: Place, text_field: str, messages_field: str | None, skips: bool) -> tuple[float, float]:
     total = num_rows(path)
     part = min(_SAMPLED_RECORDS, total)
     documents = islice(read_documents((str(path),), text_field, messages_field, _bad(skips)), _SAMPLED_RECORDS)
     sampled = sum(len(document.text.encode()) for document in documents)
-    return sampled * total / max(part, 1), path.stat().st_size
+    return sampled * total / max(part, 1), state_of(path)[0]
 
 
 class _Counted(io.RawIOBase):

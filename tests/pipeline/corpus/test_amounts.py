@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from capgap.pipeline.plan.text import text_bytes
+from capgap.pipeline.corpus.amounts import text_bytes
 from capgap.schemas.errors import InputError
 
 

@@ -55,8 +55,9 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def ray_cluster(num_actors: int, num_gpus: int) -> Iterator[Cluster]:
-    """A Ray with room for so many actors of so many GPUs each; with none, CPUs are divided among them.
+def ray_cluster(num_actors: int, num_gpus: int, setting: str) -> Iterator[Cluster]:
+    """A Ray with room for so many actors of so many GPUs each; with none, CPUs are divided among them. The setting that
+    asks for it is named in errors.
 
     A Ray that is started here ends with the block, and with this process however it ends: the kernel kills its
     processes, theirs end when they notice, the last ones in about a minute.
@@ -67,8 +68,8 @@ def ray_cluster(num_actors: int, num_gpus: int) -> Iterator[Cluster]:
     if importlib.util.find_spec("ray") is None:
         raise MachineError(
             "Ray is not installed",
-            where="cache.replicas",
-            fix="run `pip install 'capgap[ray]'`, or start several `capgap cache --slice`, which need no Ray",
+            where=setting,
+            fix="run `pip install 'capgap[ray]'`, or start several slices (`--slice any`), which need no Ray",
         )
     joined = bool(os.environ.get("RAY_ADDRESS"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -86,9 +87,9 @@ def ray_cluster(num_actors: int, num_gpus: int) -> Iterator[Cluster]:
         silent = stack.enter_context(Path(os.devnull).open("w"))
         stack.enter_context(contextlib.redirect_stdout(silent))
         stack.callback(ray.shutdown)
-        _init(ray, folder, joined, num_actors)
+        _init(ray, folder, joined, num_actors, setting)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        num_cpus = _require_room(nodes, num_actors, num_gpus)
+        num_cpus = _require_room(nodes, num_actors, num_gpus, setting)
         logs = None if joined else Path(folder, "session_latest", "logs").resolve()
         yield Cluster(ray, 0 if num_gpus else num_cpus, num_gpus, logs)
 
@@ -109,7 +110,7 @@ def _folder() -> Iterator[str]:
         yield folder
 
 
-def _init(ray: Any, folder: str, joined: bool, num_actors: int) -> None:
+def _init(ray: Any, folder: str, joined: bool, num_actors: int, setting: str) -> None:
     started: dict[str, Any] = {"address": "auto"}
     if not joined:
         num_cpus = max(num_actors, len(os.sched_getaffinity(0)))
@@ -122,29 +123,27 @@ def _init(ray: Any, folder: str, joined: bool, num_actors: int) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise MachineError(
             "Ray cannot be reached" if joined else "Ray cannot be started",
-            where=f"RAY_ADDRESS: {os.environ['RAY_ADDRESS']}" if joined else "cache.replicas",
+            where=f"RAY_ADDRESS: {os.environ['RAY_ADDRESS']}" if joined else setting,
             found=str(error).strip().split("\n")[0],
             fix="check the address, and RAY_AUTH_MODE if the cluster asks for a token" if joined else None,
         ) from None
 
 
-def _require_room(nodes: list[dict[str, float]], num_actors: int, num_gpus: int) -> int:
+def _require_room(nodes: list[dict[str, float]], num_actors: int, num_gpus: int, setting: str) -> int:
     """The CPUs of each actor, as many as all of them can have."""
     if num_gpus:
         room = sum(int(node.get(_GPU, 0)) // num_gpus for node in nodes)
         if room < num_actors:
             raise MachineError(
                 "too few GPUs",
-                where="cache.replicas",
+                where=setting,
                 found=f"room for {room} replicas of {num_gpus} GPUs",
                 expected=num_actors,
-                fix="lower cache.replicas, or name a cluster by RAY_ADDRESS",
+                fix=f"lower {setting}, or name a cluster by RAY_ADDRESS",
             )
         return 0
     cpus = [int(node.get(_CPU, 0)) for node in nodes]
     for each in range(max(cpus, default=0), 0, -1):
         if sum(n // each for n in cpus) >= num_actors:
             return each
-    raise MachineError(
-        "too few CPUs", where="cache.replicas", found=sum(cpus), expected=num_actors, fix="lower cache.replicas"
-    )
+    raise MachineError("too few CPUs", where=setting, found=sum(cpus), expected=num_actors, fix=f"lower {setting}")

@@ -1,0 +1,170 @@
+"""The sources, listed once and cut into units; every process of a stage finds the same list.
+
+    sources --> files, with sizes and what changes when they do --> parts: bytes of lines, row groups, whole files
+            --> units of about `corpus.unit_bytes`, which are made by themselves
+
+Nothing but sizes and the ends of Parquet files is read for that: a part of a file of lines is named by bytes, and the
+lines that begin within them are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from capgap.pipeline.corpus.amounts import source_texts
+from capgap.pipeline.corpus.files import BUILTIN, list_files
+from capgap.pipeline.corpus.formats import Span
+from capgap.pipeline.corpus.kinds import LINE_SUFFIXES, Place, is_packed, kind_of
+from capgap.pipeline.corpus.places import state_of
+from capgap.pipeline.corpus.records import fields_read
+from capgap.pipeline.corpus.sources import builtin_bytes
+from capgap.pipeline.corpus.tables import row_groups
+from capgap.pipeline.store import is_url
+from capgap.schemas.base import Entry
+from capgap.schemas.errors import InputError
+from capgap.schemas.run_corpus import CorpusSettings
+
+
+class ListedFile(Entry):
+    """One file of the sources."""
+
+    path: str
+    """Path, URL, or the name of the builtin text."""
+
+    source: int
+    """Number of its source."""
+
+    num_bytes: int
+    """Size, when it was listed."""
+
+    version: str
+    """What changes when the file does, when it was listed; empty where nobody says."""
+
+    @property
+    def place(self) -> Place:
+        """Where it lies."""
+        return self.path if self.path == BUILTIN or is_url(self.path) else Path(self.path)
+
+    def require_same(self) -> None:
+        """Raise InputError if it is gone, or is not what was listed."""
+        if self.path == BUILTIN:
+            return
+        num_bytes, version = state_of(self.place)
+        if (num_bytes, version) != (self.num_bytes, self.version):
+            raise InputError(
+                "the file changed since the sources were listed",
+                where=self.path,
+                found=f"{num_bytes:,} bytes" if num_bytes != self.num_bytes else "another time of its last change",
+                expected=f"{self.num_bytes:,} bytes" if num_bytes != self.num_bytes else "the same",
+                fix="make the corpus again with --remake corpus when the file is finished",
+            )
+
+
+class Part(Entry):
+    """What a unit reads of one file."""
+
+    file: int
+    """Number of the file."""
+
+    num_bytes: int
+    """What it counts, in bytes."""
+
+    start: int | None = None
+    """See `Span`; None where the file is read whole."""
+
+    end: int = 0
+    """See `Span`."""
+
+    first_row: int = 0
+    """See `Span`."""
+
+    @property
+    def span(self) -> Span | None:
+        """Which part it is; None for a whole file."""
+        return None if self.start is None else Span(self.start, self.end, self.first_row)
+
+
+class Listing(Entry):
+    """All that is to be read."""
+
+    files: tuple[ListedFile, ...]
+    """In their order."""
+
+    units: tuple[tuple[Part, ...], ...]
+    """What each unit reads, in the order in which the units stand in the corpus."""
+
+    shares: tuple[float, ...]
+    """Of each source, the share of its documents that is taken."""
+
+    @property
+    def unit_bytes(self) -> list[int]:
+        """What each unit counts."""
+        return [sum(part.num_bytes for part in unit) for unit in self.units]
+
+    def source_of(self, unit: int) -> int:
+        """Number of the source of a unit, which is one where sources are mixed."""
+        return self.files[self.units[unit][0].file].source
+
+
+def list_units(settings: CorpusSettings) -> Listing:
+    """List the sources.
+
+    Raises:
+        InputError: a source names nothing, a file of an unknown kind, or a damaged Parquet file.
+        MachineError: the client for a URL is not installed.
+    """
+    files: list[ListedFile] = []
+    # of each source that is mixed its own units; a list of sources is read as one
+    units: list[list[list[Part]]] = [[]]
+    room = 0
+    for number, (_, source) in enumerate(settings.named_sources):
+        fields = fields_read(source.text_field or settings.text_field, settings.messages_field)
+        if isinstance(settings.sources, dict) and number:
+            units.append([])
+            room = 0
+        for path in source.paths:
+            for place in [BUILTIN] if path == BUILTIN else list_files((path,)):
+                files.append(_listed(place, number))
+                for part in _parts(len(files) - 1, files[-1], fields, settings.unit_bytes, room):
+                    if room <= 0:
+                        units[-1].append([])
+                        room = settings.unit_bytes
+                    units[-1][-1].append(part)
+                    room -= part.num_bytes
+    is_weighed = any(source.weight is not None for _, source in settings.named_sources)
+    shares = source_texts(settings)[1] if is_weighed else [1.0] * len(settings.named_sources)
+    return Listing(files=tuple(files), units=tuple(map(tuple, _mixed(units))), shares=tuple(shares))
+
+
+def _listed(place: Place, source: int) -> ListedFile:
+    if place == BUILTIN:
+        num_bytes, version = builtin_bytes(), ""
+    else:
+        num_bytes, version = state_of(place)
+    return ListedFile(path=str(place), source=source, num_bytes=num_bytes, version=version)
+
+
+def _parts(number: int, file: ListedFile, fields: tuple[str, ...], most: int, room: int) -> Iterator[Part]:
+    kind = kind_of(file.place)
+    if kind in LINE_SUFFIXES and not is_packed(file.place) and file.num_bytes > max(room, 0):
+        start = 0
+        while start < file.num_bytes:
+            end = min(file.num_bytes, start + (room if room > 0 else most))
+            yield Part(file=number, num_bytes=end - start, start=start, end=end)
+            start, room = end, 0
+    elif kind == ".parquet":
+        first_row = 0
+        for group, (num_rows, num_bytes) in enumerate(row_groups(file.place, fields)):
+            yield Part(file=number, num_bytes=num_bytes, start=group, end=group + 1, first_row=first_row)
+            first_row += num_rows
+    else:
+        yield Part(file=number, num_bytes=file.num_bytes)
+
+
+def _mixed(units: list[list[list[Part]]]) -> list[list[Part]]:
+    """Units of all sources, those of each spread evenly over the whole, so that any beginning is mixed too."""
+    places = [
+        ((number + 0.5) / len(own), source, unit) for source, own in enumerate(units) for number, unit in enumerate(own)
+    ]
+    return [unit for _, _, unit in sorted(places, key=lambda one: one[:2])]

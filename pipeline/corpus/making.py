@@ -1,0 +1,122 @@
+"""The units of a corpus, made by whoever claims them: one process, several of this machine, slices on many, or Ray.
+
+With `corpus.dedup: all` every process first helps to read the digests of all units, and waits until all are there.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from capgap.pipeline.corpus.bad_records import BadRecords
+from capgap.pipeline.corpus.repeated import DIGESTS_FOLDER, find_repeated, is_found, write_digests
+from capgap.pipeline.corpus.unit import CorpusJob, UnitMaker, UnitRecord, digest_of, documents_of
+from capgap.pipeline.stage.claims import Claims
+from capgap.pipeline.stage.context import Slice
+from capgap.pipeline.stage.progress import Meter, progress
+from capgap.pipeline.stage.unit_notes import UnitNotes
+from capgap.pipeline.store.locks import held_alone
+
+_POLL_S = 0.2
+ANY = Slice(None)
+
+
+def make_slice(job: CorpusJob, part: Slice) -> None:
+    """Make the units of the slice that are not there and that nobody else is at.
+
+    Raises:
+        CapgapError, OSError: as `UnitMaker`.
+    """
+    if job.settings.dedup == "all" and not job.units.all_made():
+        find_all_repeated(job)
+    wanted = [unit for unit in range(job.units.total) if part.has(unit)]
+    maker, claims = UnitMaker(job), Claims(job.units, part)
+    try:
+        with unit_meter(job, "corpus" if part == ANY else f"corpus: slice {part}", wanted) as meter:
+            for unit in claims.take_each():
+                maker.make(unit, meter.begin(unit))
+                meter.end(unit)
+                claims.release(unit)
+    finally:
+        claims.close()
+
+
+def make_here(job: CorpusJob) -> None:
+    """What each of several processes of this machine does."""
+    # each is a thread of the tokenizer's already
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    make_slice(job, ANY)
+
+
+class UnitMeter:
+    """Counts bytes, documents and tokens of units, those of a unit that is being made as it goes."""
+
+    def __init__(self, job: CorpusJob, meter: Meter, made: set[int]) -> None:
+        self._sizes, self._meter, self._made = job.listing.unit_bytes, meter, set(made)
+        self._job, self._num_documents, self._left = job, 0, 0
+
+    def begin(self, unit: int) -> UnitMeter:
+        """A unit is begun; the answer is called while it is made."""
+        self._left = self._sizes[unit]
+        return self
+
+    def __call__(self, num_bytes: int, num_documents: int, num_tokens: int) -> None:
+        """Count some of its documents."""
+        step = min(num_bytes, self._left)
+        self._left -= step
+        self._advance(step, num_documents, num_tokens)
+
+    def end(self, unit: int) -> None:
+        """The unit is finished."""
+        self._advance(self._left, 0, 0)
+        self._made.add(unit)
+
+    def look(self) -> None:
+        """Count the units that others have finished meanwhile."""
+        for unit in self._job.units.made() - self._made:
+            record = self._job.record(unit)
+            self._made.add(unit)
+            self._advance(self._sizes[unit], *((0, 0) if record is None else _amounts(record)))
+
+    def _advance(self, num_bytes: int, num_documents: int, num_tokens: int) -> None:
+        self._num_documents += num_documents
+        self._meter.advance(num_bytes, num_tokens, f"{self._num_documents:,} documents")
+
+
+@contextmanager
+def unit_meter(job: CorpusJob, title: str, wanted: list[int]) -> Iterator[UnitMeter]:
+    """A meter for these units."""
+    sizes, made = job.listing.unit_bytes, job.units.made()
+    done = sum(sizes[unit] for unit in wanted if unit in made)
+    with progress(title, sum(sizes[unit] for unit in wanted), "bytes", done) as meter:
+        yield UnitMeter(job, meter, made)
+
+
+def _amounts(record: UnitRecord) -> tuple[int, int]:
+    counts = [counts for of_split in record.counts.values() for counts in of_split.by_source.values()]
+    return sum(one.num_documents for one in counts), sum(one.num_text_tokens for one in counts)
+
+
+def find_all_repeated(job: CorpusJob) -> None:
+    """Read the digests of every unit, together with whoever else is at it, and find the repeated ones, once."""
+    notes = UnitNotes(job.folder, job.work, "digested", job.units.total)
+    for name in (DIGESTS_FOLDER, notes.name):
+        (job.work / name).mkdir(exist_ok=True)
+    claims = Claims(notes, ANY)
+    try:
+        while not is_found(job.work) and not notes.is_over():
+            for unit in claims.take_each():
+                bad = BadRecords("corpus", job.settings.on_bad_record, job.settings.max_bad_fraction, num_named=0)
+                write_digests(notes, unit, [digest_of(one.text) for one, _ in documents_of(job, unit, bad, [])])
+                claims.release(unit)
+            if not notes.all_made():
+                # others are at the rest; should they be killed, it is free again
+                time.sleep(_POLL_S)
+                continue
+            with held_alone(job.work / "repeated.lock"):
+                if not is_found(job.work):
+                    find_repeated(job.work, notes.total)
+    finally:
+        claims.close()

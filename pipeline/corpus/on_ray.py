@@ -1,0 +1,79 @@
+"""Units of a corpus on the Ray cluster that RAY_ADDRESS names, by workers of one CPU each."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from capgap.pipeline.corpus.making import find_all_repeated
+from capgap.pipeline.corpus.unit import CorpusJob, UnitMaker
+from capgap.pipeline.stage.fleet import Fleet
+from capgap.pipeline.stage.ray_cluster import ray_cluster
+from capgap.schemas.errors import InputError
+
+_SETTING = "corpus.workers"
+
+
+def make_on_ray(job: CorpusJob, num_workers: int, tick: Callable[[], None]) -> None:
+    """Make the units that are not finished; `tick` is called after each.
+
+    Raises:
+        MachineError: Ray is not installed or not reached, has no room, or workers keep dying.
+        CapgapError, OSError: as `UnitMaker`.
+    """
+    if job.settings.dedup == "all":
+        find_all_repeated(job)
+    missing = [unit for unit in range(job.units.total) if unit not in job.units.made()]
+    with ray_cluster(num_workers, 0, _SETTING) as cluster:
+        # one CPU each: a unit is made by one thread
+        cluster = dataclasses.replace(cluster, num_cpus=1)
+        fleet = Fleet(cluster, RayWorker, (cluster.ray.put(_portable(job)),), num_workers, 1, _SETTING, "unit")
+        for _ in fleet.make(missing):
+            tick()
+
+
+class RayWorker:
+    """Makes units in a process of its own."""
+
+    def __init__(self, job: CorpusJob) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self._job, self._maker = job, UnitMaker(job)
+
+    def start(self) -> None:
+        """Raise InputError where this machine does not see the corpus's folder."""
+        if not self._job.work.is_dir():
+            raise InputError(
+                "this machine does not see the corpus's folder",
+                where=f"{os.uname().nodename}:{self._job.folder}",
+                expected="a file system that all machines of the cluster share",
+                fix="set out to a folder there",
+            )
+
+    def make(self, unit: int) -> None:
+        """As `UnitMaker.make`."""
+        if unit not in self._job.units.made():
+            self._maker.make(unit, _nobody)
+
+
+def _nobody(num_bytes: int, num_documents: int, num_tokens: int) -> None:
+    pass
+
+
+def _portable(job: CorpusJob) -> CorpusJob:
+    """The same job in absolute paths: a worker's working folder is another."""
+    files = tuple(
+        file.model_copy(update={"path": str(file.place.resolve())}) if isinstance(file.place, Path) else file
+        for file in job.listing.files
+    )
+    listing = job.listing.model_copy(update={"files": files})
+    tokenizer = Path(job.tokenizer)
+    return dataclasses.replace(
+        job,
+        listing=listing,
+        folder=job.folder.resolve(),
+        work=job.work.resolve(),
+        texts=None if job.texts is None else job.texts.resolve(),
+        tokenizer=str(tokenizer.resolve()) if tokenizer.is_dir() else job.tokenizer,
+    )

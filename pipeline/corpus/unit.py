@@ -1,0 +1,372 @@
+"""One unit of the corpus: its part of the sources into its own shards, in any process, any number of times.
+
+    documents --text's digest--> repeated? split? --batch--> tokens --packer of its split--> shards --> record
+
+A unit is a pure function of its part of the sources, and finished when its record, `work/units/000000.json`, stands and
+every shard has the digest that the record names: the record is taken away before a shard is touched and written after
+all of them are whole. Memory holds a batch of documents, the digests of the unit's texts, and a shard of each split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from capgap.pipeline.corpus.bad_records import BadRecords, BadTally
+from capgap.pipeline.corpus.encode import EncodedDocument, Encoder
+from capgap.pipeline.corpus.limits import Limits
+from capgap.pipeline.corpus.listing import Listing
+from capgap.pipeline.corpus.pack import AnyPacker, Packer
+from capgap.pipeline.corpus.repeated import Repeated
+from capgap.pipeline.corpus.sources import Document, read_documents_of
+from capgap.pipeline.corpus.split import SPLITS, Split, split_of
+from capgap.pipeline.corpus.whole import WholePacker
+from capgap.pipeline.stage.unit_notes import UnitNotes
+from capgap.pipeline.store import Block, ShardWriter, split_blocks
+from capgap.pipeline.store.codec import SEQUENCES, Codec
+from capgap.pipeline.store.files import atomic_file, sha256_of
+from capgap.pipeline.store.sidecars import read_sidecar, write_sidecar
+from capgap.schemas.base import Entry
+from capgap.schemas.errors import BadRecordError, InputError
+from capgap.schemas.facts import SourceCounts, TokenizerFacts
+from capgap.schemas.manifest import ShardEntry, ShardSet
+from capgap.schemas.records import Sequences
+from capgap.schemas.run_corpus import CorpusSettings
+
+UNITS_FOLDER, COUNTS_FOLDER = "units", "counts"
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 64, 1 << 20
+# Whole conversations are packed so many tokens at a time: with fewer, more padding would be left.
+_PACKED_TOKENS = 1 << 20
+
+Advance = Callable[[int, int, int], None]
+"""Called with bytes of text, documents and tokens that were made since it was called last."""
+
+
+class SplitCounts(Entry):
+    """What a unit has of one split."""
+
+    num_documents: int = 0
+    """Documents in its sequences, at least in part."""
+
+    num_dropped: int = 0
+    """Left out because they were too long."""
+
+    num_dropped_answers: int = 0
+    """Of whole conversations, left out because they did not end within a sequence."""
+
+    num_labels: int = 0
+    """Tokens of its sequences that count as labels."""
+
+    by_source: dict[int, SourceCounts] = Field(default_factory=dict)
+    """Text by the number of its source."""
+
+
+class UnitRecord(Entry):
+    """What is known of a finished unit."""
+
+    shards: dict[Split, tuple[ShardEntry, ...]]
+    """Its shards by split, in their order."""
+
+    counts: dict[Split, SplitCounts]
+    """What is in them."""
+
+    num_repeated: int
+    """Documents left out because their text was there before."""
+
+    bad: BadTally
+    """Records that could not be used."""
+
+    damaged: tuple[str, ...] = ()
+    """What is wrong with files of which the rest was left out."""
+
+
+@dataclass(frozen=True)
+class CorpusJob:
+    """All that a process must know to make units of one corpus: plain values, to be sent anywhere.
+
+    Attributes:
+        settings: of the corpus.
+        listing: what is read.
+        folder: of the corpus.
+        work: the stage's work folder.
+        tokenizer: folder or id that it is loaded from.
+        texts: the file that texts are encoded with; None where only transformers can do that.
+        facts: of the tokenizer.
+        bos_ids: what every document begins with.
+    """
+
+    settings: CorpusSettings
+    listing: Listing
+    folder: Path
+    work: Path
+    tokenizer: str
+    texts: Path | None
+    facts: TokenizerFacts
+    bos_ids: tuple[int, ...]
+
+    @property
+    def units(self) -> UnitNotes:
+        """Where finished units are noted."""
+        return UnitNotes(self.folder, self.work, UNITS_FOLDER, len(self.listing.units))
+
+    def writer(self, unit: int, split: Split) -> ShardWriter:
+        """Who writes the shards of a split; a corpus of several units has the unit's number in their names."""
+        name = split if len(self.listing.units) == 1 else f"{split}-{unit:05d}"
+        codec = Codec(SEQUENCES, self.settings.seq_len, self.facts.vocab_size)
+        return ShardWriter(self.folder, self.work / "shards", name, codec)
+
+    def shard_set(self, split: Split, shards: list[ShardEntry]) -> ShardSet:
+        """The manifest's description of a split."""
+        return self.writer(0, split).shard_set(shards)
+
+    def record(self, unit: int) -> UnitRecord | None:
+        """What is known of a unit; None where it is not finished. Its shards are not looked at."""
+        return read_sidecar(self.units.path(unit), UnitRecord)
+
+    def counts(self, unit: int) -> npt.NDArray[np.int64]:
+        """How often each split of a finished unit holds each id [S, V]."""
+        with np.load(self.work / COUNTS_FOLDER / f"{unit:06d}.npz") as stored:
+            counts_SV: npt.NDArray[np.int64] = stored["counts"]
+            return counts_SV
+
+
+class UnitMaker:
+    """Makes units of a job."""
+
+    def __init__(self, job: CorpusJob) -> None:
+        self.job = job
+        self._limits = Limits(job.settings, job.listing)
+        for name in (UNITS_FOLDER, COUNTS_FOLDER):
+            (job.work / name).mkdir(parents=True, exist_ok=True)
+
+    def require_whole(self, unit: int) -> bool:
+        """Whether a unit that says it is finished is: else it is no more."""
+        record = self.job.record(unit)
+        entries = [] if record is None else [entry for shards in record.shards.values() for entry in shards]
+        paths = [self.job.folder / entry.file.path for entry in entries]
+        is_whole = record is not None and (self.job.work / COUNTS_FOLDER / f"{unit:06d}.npz").is_file()
+        is_whole &= all(path.is_file() for path in paths) and all(
+            sha256_of(path) == entry.file.sha256 for path, entry in zip(paths, entries, strict=True)
+        )
+        if not is_whole:
+            self.job.units.path(unit).unlink(missing_ok=True)
+        return is_whole
+
+    def make(self, unit: int, advance: Advance) -> UnitRecord:
+        """Make a unit, replacing what may be there of it.
+
+        Raises:
+            InputError: a file is gone, changed or damaged, and stops; or its text cannot be packed.
+            BadRecordError: a record cannot be used, and stops.
+            OSError: the disk is full, or the folder cannot be written.
+        """
+        job = self.job
+        job.units.path(unit).unlink(missing_ok=True)
+        making = _Making(job, unit, self._limits.full(job, unit), self._encoder, advance)
+        record = making.make()
+        with atomic_file(job.work / COUNTS_FOLDER / f"{unit:06d}.npz") as file:
+            np.savez_compressed(file, counts=making.counts_SV)
+        write_sidecar(job.units.path(unit), record)
+        return record
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        job = self.job
+        return Encoder(job.settings, job.tokenizer, job.texts, job.bos_ids)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A document that is to be encoded."""
+
+    document: Document
+    split: Split
+    source: int
+
+
+class _Making:
+    """One unit while it is made."""
+
+    def __init__(self, job: CorpusJob, unit: int, full: frozenset[Split], encoder: Encoder, advance: Advance) -> None:
+        self._job, self._unit, self._encoder, self._advance = job, unit, encoder, advance
+        settings = job.settings
+        self._bad = BadRecords("corpus", settings.on_bad_record, settings.max_bad_fraction, num_named=0)
+        self._outs = {split: _SplitOut(job, unit, split) for split in SPLITS}
+        # a split that is full already takes nothing more
+        self._full = set(full)
+        self._num_repeated = 0
+        self._damaged: list[str] = []
+
+    @property
+    def counts_SV(self) -> npt.NDArray[np.int64]:  # noqa: N802  # a field in all but name
+        """How often each split holds each id."""
+        return np.stack([self._outs[split].counts_V for split in SPLITS])
+
+    def make(self) -> UnitRecord:
+        """Write the shards."""
+        batch: list[_Read] = []
+        num_characters = 0
+        for one in self._each_document():
+            batch.append(one)
+            num_characters += len(one.document.text)
+            if len(batch) == _BATCH_DOCUMENTS or num_characters >= _BATCH_CHARACTERS:
+                self._encode(batch)
+                batch, num_characters = [], 0
+            if len(self._full) == len(SPLITS):
+                break
+        self._encode(batch)
+        for out in self._outs.values():
+            out.end()
+        return UnitRecord(
+            shards={split: tuple(out.shards) for split, out in self._outs.items()},
+            counts={split: out.counts for split, out in self._outs.items()},
+            num_repeated=self._num_repeated,
+            bad=self._bad.tally,
+            damaged=tuple(self._damaged),
+        )
+
+    def _each_document(self) -> Iterator[_Read]:
+        settings = self._job.settings
+        repeated = Repeated(self._job.work, self._unit) if settings.dedup == "all" else None
+        seen: set[bytes] = set()
+        shares = self._job.listing.shares
+        if len(self._full) == len(SPLITS):
+            return
+        for number, (document, source) in enumerate(documents_of(self._job, self._unit, self._bad, self._damaged)):
+            digest = digest_of(document.text)
+            if repeated.has(number) if repeated is not None else digest in seen:
+                self._num_repeated += 1
+                continue
+            if repeated is None:
+                seen.add(digest)
+            if int.from_bytes(digest[8:], "big") >= shares[source] * 2**64:
+                continue
+            split = split_of(document.text, settings.teacher_fraction, settings.heldout_fraction)
+            if split not in self._full:
+                yield _Read(document, split, source)
+
+    def _encode(self, batch: list[_Read]) -> None:
+        found = self._encoder.encode([one.document for one in batch], self._bad)
+        num_bytes = num_tokens = 0
+        for one, encoded in zip(batch, found, strict=True):
+            num_bytes += len(one.document.text)
+            if encoded is not None and one.split not in self._full:
+                num_tokens += self._outs[one.split].add(one, encoded)
+                if self._outs[one.split].is_full:
+                    self._full.add(one.split)
+        self._advance(num_bytes, len(batch), num_tokens)
+
+
+class _SplitOut:
+    """What a unit makes of one split."""
+
+    def __init__(self, job: CorpusJob, unit: int, split: Split) -> None:
+        self._settings, self._size = job.settings, job.settings.sequences_per_shard
+        self._writer, self._eos_id = job.writer(unit, split), job.facts.eos_id
+        self._packer: AnyPacker
+        if job.settings.whole_conversations:
+            self._packer = WholePacker(job.settings.seq_len, job.facts.eos_id)
+        else:
+            self._packer = Packer(job.settings.seq_len, job.facts.eos_id, job.settings.long_documents, job.bos_ids)
+        self._most = job.settings.max_tokens.get(split)
+        self._parts: list[Sequences] = []
+        self._totals = dict.fromkeys(("num_documents", "num_dropped", "num_dropped_answers", "num_labels"), 0)
+        self._by_source: dict[int, dict[str, int]] = {}
+        self.shards: list[ShardEntry] = []
+        self.counts_V = np.zeros(job.facts.vocab_size, np.int64)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this unit alone holds all that the split may have."""
+        num_sequences = sum(shard.num_sequences for shard in self.shards)
+        return self._most is not None and num_sequences * self._settings.seq_len >= self._most
+
+    @property
+    def counts(self) -> SplitCounts:
+        """What is in it."""
+        by_source = {source: SourceCounts(**counts) for source, counts in self._by_source.items()}
+        return SplitCounts(**self._totals, by_source=by_source)
+
+    def add(self, read: _Read, encoded: EncodedDocument) -> int:
+        """Take a document, and write the shards that are full; its tokens."""
+        taken = [self._packer.add(row) for row in encoded.rows]
+        self._totals["num_dropped_answers"] += encoded.num_dropped_answers
+        if not any(taken):
+            self._totals["num_dropped"] += 1
+            return 0
+        if self._settings.whole_conversations:
+            self._totals["num_documents"] += 1
+        counts = self._by_source.setdefault(read.source, dict.fromkeys(SourceCounts.model_fields, 0))
+        counts["num_documents"] += 1
+        counts["num_text_bytes"] += len(encoded.rows[0].document.text.encode())
+        counts["num_text_tokens"] += sum(taken)
+        labels = (
+            number if row.mask is None else int(np.count_nonzero(row.mask))
+            for row, number in zip(encoded.rows, taken, strict=True)
+        )
+        counts["num_labels"] += sum(labels)
+        least = self._size * (self._settings.seq_len + 1)
+        if self._packer.num_waiting >= max(least, _PACKED_TOKENS * self._settings.whole_conversations):
+            self._take()
+        return sum(taken)
+
+    def end(self) -> None:
+        """Write what is left."""
+        self._take()
+        if self._parts and not self.is_full:
+            self._write(Sequences.joined(self._parts))
+        self._parts = []
+
+    def _take(self) -> None:
+        made = self._packer.take()
+        if len(made):
+            self._parts.append(made)
+        while sum(map(len, self._parts)) >= self._size and not self.is_full:
+            whole = Sequences.joined(self._parts)
+            self._write(whole.part(slice(0, self._size)))
+            self._parts = [whole.part(slice(self._size, None))] if len(whole) > self._size else []
+
+    def _write(self, sequences: Sequences) -> None:
+        self.shards.append(self._writer.write(len(self.shards), [Block(part) for part in split_blocks(sequences)]))
+        self.counts_V += np.bincount(sequences.tokens_BL1.ravel(), minlength=len(self.counts_V))
+        self._totals["num_labels"] += int(sequences.mask_BL1[:, 1:].sum())
+        if not self._settings.whole_conversations:
+            self._totals["num_documents"] += int(sequences.starts_BL1.sum())
+
+
+def documents_of(job: CorpusJob, unit: int, bad: BadRecords, damaged: list[str]) -> Iterator[tuple[Document, int]]:
+    """The documents of a unit, each with the number of its source.
+
+    Raises:
+        InputError: a file is gone, changed or damaged; where those are skipped it is added to `damaged`.
+        BadRecordError: a record cannot be used, and stops.
+    """
+    settings, listing = job.settings, job.listing
+    sources = settings.named_sources
+    for part in listing.units[unit]:
+        file = listing.files[part.file]
+        text_field = sources[file.source][1].text_field or settings.text_field
+        try:
+            file.require_same()
+            for document in read_documents_of(file.place, part.span, text_field, settings.messages_field, bad):
+                yield document, file.source
+            # what was read of a file that was changed meanwhile may be of both
+            file.require_same()
+        except BadRecordError:
+            raise
+        except InputError as error:
+            if settings.on_damaged_file == "stop":
+                raise
+            damaged.append(str(error))
+
+
+def digest_of(text: str) -> bytes:
+    """What tells texts apart, 16 bytes."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

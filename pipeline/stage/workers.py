@@ -1,0 +1,82 @@
+"""Several processes on this machine at the same work, which end with this one; what one of them raises is raised here.
+
+They are started afresh, not forked: tokenizers and Arrow have threads, which no fork survives.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+from capgap.pipeline.stage.orphans import die_with
+from capgap.schemas.errors import MachineError
+
+_TICK_S = 0.5
+
+
+def run_in_processes(
+    work: Callable[..., None], arguments: tuple[Any, ...], num_processes: int, tick: Callable[[], None], setting: str
+) -> None:
+    """Call `work(*arguments)` in that many processes, and return when all have returned.
+
+    Args:
+        work: a function of a module; it and its arguments are sent to the processes.
+        arguments: see `work`.
+        num_processes: how many.
+        tick: called now and then meanwhile.
+        setting: that asks for so many, for errors.
+
+    Raises:
+        MachineError: a process was killed.
+        Exception: what one of them raised; the others are killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    running: dict[Connection, SpawnProcess] = {}
+    try:
+        for _ in range(num_processes):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(sender, os.getpid(), work, arguments), daemon=True)
+            process.start()
+            sender.close()
+            running[receiver] = process
+        while running:
+            ready = wait(list(running), timeout=_TICK_S)
+            tick()
+            for receiver in [one for one in running if one in ready]:
+                _require_well(receiver, running[receiver], setting)
+                running.pop(receiver).join()
+    finally:
+        for process in running.values():
+            process.kill()
+
+
+def _require_well(receiver: Connection, process: SpawnProcess, setting: str) -> None:
+    """Raise what the process says was wrong, or that it was killed before it could say anything."""
+    try:
+        error = receiver.recv()
+    except EOFError:
+        process.join()
+        raise MachineError(
+            "a process was killed",
+            where=setting,
+            found=f"signal {-(process.exitcode or 0)}" if (process.exitcode or 0) < 0 else f"exit {process.exitcode}",
+            fix="see whether the machine's memory was short; run the same command again to go on",
+        ) from None
+    if error is not None:
+        raise error
+
+
+def _child(sender: Connection, parent_pid: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    die_with(parent_pid)
+    # the parent hears it too, and kills this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        work(*arguments)
+        sender.send(None)
+    except Exception as error:
+        sender.send(error)
