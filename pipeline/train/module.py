@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from capgap.kernels.sparse_kl import Recording, SparseKl, SparseTargets, linear_sparse_kl
 from capgap.pipeline.store import Batch
 from capgap.pipeline.train.attention import ending_attention
-from capgap.pipeline.train.faster import checkpoint_activations, compile_decoder
+from capgap.pipeline.train.faster import checkpoint_activations, compile_layers
 from capgap.pipeline.train.heads import served_head
 from capgap.pipeline.train.labels import LabelShares
 from capgap.pipeline.train.objective import Objective
@@ -90,7 +90,7 @@ class DistillationModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Compile where the training runs."""
         if self._settings.compile:
-            compile_decoder(self._head.decoder, self.device)
+            compile_layers(self.model, self._head.decoder, self.device)
 
     def configure_model(self) -> None:
         """Divide the parameters among the ranks, where the strategy has a mesh to divide them over."""
