@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,18 @@ def keep(name: str, device: str, figures: Any, folder: Path = RESULTS) -> Path:
     folder.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": about, "figures": figures}, indent=1) + "\n")
     return path
+
+
+@contextmanager
+def caught(what: str, failed: list[str]) -> Iterator[None]:
+    """Let what fails within the block not lose the rest: it is named in `failed` and shown."""
+    try:
+        yield
+    except Exception as error:  # whatever a peer, a compiler or a device raises
+        failed.append(f"{what}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+        print(f"  FAILED {failed[-1]}", flush=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def slug_of(device: str) -> str:

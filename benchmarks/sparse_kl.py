@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from machine import RESULTS, keep
+from machine import RESULTS, caught, keep
 from memory import peak_mb
 from sparse_kl_peers import peers
 from sparse_kl_ways import BASELINE, HALF_MASKED, MIXED, PRODUCTS, Problem, Way, ways
@@ -46,29 +46,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, help="default: 9 on a CPU, 5 on a GPU")
-    parser.add_argument("--workspace-mb", type=int, help="default: 16 on a CPU, 512 on a GPU")
+    parser.add_argument("--workspace-mb", type=int, help="default: what the loss chooses")
     parser.add_argument("--shape", type=_shape, help="N,H,V,K: rows, hidden, vocabulary, kept ids; default: all")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     flags = parser.parse_args()
     on_gpu = flags.device == "cuda"
-    workspace_mb = flags.workspace_mb or (512 if on_gpu else 16)
     repeats = flags.repeats or (5 if on_gpu else 9)
-    figures = []
+    figures: list[dict[str, object]] = []
+    failed: list[str] = []
     for shape in [flags.shape] if flags.shape else SHAPES[flags.device]:
-        problem = Problem(*shape, flags.device, workspace_mb)
-        with_peers = not on_gpu or flags.shape is not None or problem.top_k == KEPT_BESIDE_PEERS
-        figures.append(measure(problem, repeats, with_peers))
-        del problem
-    print(f"kept in {keep('sparse-kl', flags.device, figures, flags.results)}")
+        with_peers = not on_gpu or flags.shape is not None or shape[-1] == KEPT_BESIDE_PEERS
+        with caught(str(shape), failed):
+            figures.append(measure(Problem(*shape, flags.device, flags.workspace_mb), repeats, with_peers))
+            path = keep("sparse-kl", flags.device, figures, flags.results)  # of each shape as it comes
+    if figures:
+        print(f"kept in {path}")
+    if failed or not figures:
+        sys.exit(f"not measured: {'; '.join(failed)}")
 
 
 def measure(problem: Problem, repeats: int, with_peers: bool) -> dict[str, object]:
     """Median milliseconds and peak MiB of every way, its ratios to the baseline and to the bare products, and how far
-    the goals were met; None where a way is missing."""
+    the goals were met; None where a way is missing, and its error where it failed."""
     every: dict[str, Way | None] = {**ways(problem), **(peers(problem) if with_peers else {})}
-    available = {name: way for name, way in every.items() if way is not None}
+    failed: list[str] = []
+    peaks = {}
+    for name, way in every.items():
+        if way is not None:
+            with caught(name, failed):
+                peaks[name] = peak_mb(way, problem.device)
+    available = {name: way for name, way in every.items() if way is not None and name in peaks}
     times = _interleaved(available, problem.device, repeats)
-    peaks = {name: peak_mb(way, problem.device) for name, way in available.items()}
 
     def ratio(name: str, other: str) -> float:
         return round(statistics.median(a / b for a, b in zip(times[name], times[other], strict=True)), 3)
@@ -77,7 +85,7 @@ def measure(problem: Problem, repeats: int, with_peers: bool) -> dict[str, objec
     figures: dict[str, object] = {}
     for name in every:
         if name not in available:
-            figures[name] = None
+            figures[name] = next((one for one in failed if one.startswith(f"{name}: ")), None)
             print(f"  {name:50} missing")
             continue
         figures[name] = {

@@ -25,6 +25,7 @@ def peers(problem: Problem) -> dict[str, Way | None]:
         "chunked by autograd, sparse KL": lambda: _chunked_kl(problem),
         "chunked by torch.func, compiled, top-k KL": _topk_of_chunks(problem),
         "torch linear_cross_entropy": _torch_chunked(problem),
+        "cut cross-entropy": _cut_cross_entropy(problem),
         **_liger(problem),
     }
 
@@ -92,6 +93,17 @@ def _torch_chunked(problem: Problem) -> Way | None:
         problem,
         lambda: linear_cross_entropy(problem.hidden_NH, problem.weight_VH, problem.labels_N, options=options),
     )
+
+
+def _cut_cross_entropy(problem: Problem) -> Way | None:
+    """Cross-entropy only, and no logits in memory at all; it needs cut-cross-entropy and a GPU."""
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError:
+        return None
+    if problem.device == "cpu":
+        return None
+    return backward(problem, lambda: linear_cross_entropy(problem.hidden_NH, problem.weight_VH, problem.labels_N))
 
 
 def _liger(problem: Problem) -> dict[str, Way | None]:

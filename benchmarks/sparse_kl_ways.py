@@ -9,19 +9,23 @@ import torch
 from torch import Tensor
 
 from capgap.kernels.sparse_kl import SparseTargets, linear_sparse_kl
+from capgap.kernels.sparse_kl.checks import workspace_bytes
 from capgap.kernels.sparse_kl.chunks import chunk_rows, pitch
 
 BASELINE = "chunked cross-entropy (alpha 0)"
 PRODUCTS = "three bare products"
 MIXED = "sparse KL and cross-entropy"
 HALF_MASKED = "sparse KL and cross-entropy, half the rows masked"
+MIXED_PRECISION = "sparse KL and cross-entropy, float32 head, bf16-mixed"
 Way = Callable[[], None]
 
 
 class Problem:
     """Rows, a head and targets of one shape, random."""
 
-    def __init__(self, num_rows: int, hidden: int, vocab: int, top_k: int, device: str, workspace_mb: int) -> None:
+    def __init__(
+        self, num_rows: int, hidden: int, vocab: int, top_k: int, device: str, workspace_mb: int | None
+    ) -> None:
         self.num_rows, self.hidden, self.vocab, self.top_k = num_rows, hidden, vocab, top_k
         self.device, self.workspace_mb = device, workspace_mb
         generator = torch.Generator(device).manual_seed(0)
@@ -39,10 +43,11 @@ class Problem:
         weights_NK = torch.rand(num_rows, top_k, device=device, generator=generator)
         self.weights_NK = 0.9 * weights_NK / weights_NK.sum(-1, keepdim=True)
         self.tail_N = torch.full((num_rows,), 0.1, device=device)
-        self.targets = SparseTargets(self.ids_NK, self.weights_NK, self.tail_N)
-        self.sampled = SparseTargets(self.ids_NK, self.weights_NK / 0.9, recording="sampled")
+        # as a training hands them over: what its reader has looked at is not looked at again
+        self.targets = SparseTargets(self.ids_NK, self.weights_NK, self.tail_N, checked=True)
+        self.sampled = SparseTargets(self.ids_NK, self.weights_NK / 0.9, recording="sampled", checked=True)
 
-    def shape(self) -> dict[str, int]:
+    def shape(self) -> dict[str, int | None]:
         """What it is."""
         return {
             "num_rows": self.num_rows,
@@ -55,7 +60,9 @@ class Problem:
     @property
     def chunk_rows(self) -> int:
         """Rows of a chunk of the loss, and of all that is compared with it."""
-        return chunk_rows(self.num_rows, self._row_bytes, self.workspace_mb * 2**20)
+        return chunk_rows(
+            self.num_rows, self._row_bytes, workspace_bytes(self.workspace_mb, self.hidden_NH, self.weight_VH)
+        )
 
     @property
     def formula_mb(self) -> float:
@@ -77,18 +84,22 @@ def ways(problem: Problem) -> dict[str, Way]:
     def ours(**settings: Any) -> Way:
         targets = problem.sampled if settings.pop("sampled", False) else problem.targets
         labels_N = settings.pop("labels_N", problem.labels_N)
+        weight_VH = settings.pop("weight_VH", problem.weight_VH)
+        mixed = weight_VH is not problem.weight_VH
 
         def loss() -> Tensor:
-            return linear_sparse_kl(
-                problem.hidden_NH,
-                problem.weight_VH,
-                targets,
-                labels_N,
-                workspace_mb=problem.workspace_mb,
-                **settings,
-            ).loss
+            with torch.autocast(problem.device, torch.bfloat16, enabled=mixed):
+                return linear_sparse_kl(
+                    problem.hidden_NH,
+                    weight_VH,
+                    targets,
+                    labels_N,
+                    workspace_mb=problem.workspace_mb,
+                    num_counted=problem.num_rows // (2 if labels_N is not problem.labels_N else 1),
+                    **settings,
+                ).loss
 
-        return backward(problem, loss)
+        return backward(problem, loss, weight_VH)
 
     every_other_N = torch.arange(problem.num_rows, device=problem.device) % 2 == 0
     return {
@@ -97,6 +108,7 @@ def ways(problem: Problem) -> dict[str, Way]:
         "sparse KL, sampled": ours(alpha=1.0, sampled=True),
         "sparse KL, tail": ours(alpha=1.0),
         MIXED: ours(alpha=0.5),
+        MIXED_PRECISION: ours(alpha=0.5, weight_VH=problem.weight_VH.detach().float().clone().requires_grad_()),
         HALF_MASKED: ours(alpha=0.5, labels_N=problem.labels_N.masked_fill(every_other_N, -100)),
         "sparse KL, tail, T=2": ours(alpha=1.0, temperature=2.0),
         "reverse KL": ours(alpha=1.0, divergence="reverse_kl"),
@@ -104,11 +116,12 @@ def ways(problem: Problem) -> dict[str, Way]:
     }
 
 
-def backward(problem: Problem, loss: Callable[[], Tensor]) -> Way:
-    """Forward and backward of a loss."""
+def backward(problem: Problem, loss: Callable[[], Tensor], weight_VH: Tensor | None = None) -> Way:
+    """Forward and backward of a loss, of the problem's head or another one."""
+    leaves = (problem.hidden_NH, problem.weight_VH if weight_VH is None else weight_VH)
 
     def run() -> None:
-        torch.autograd.grad(loss(), (problem.hidden_NH, problem.weight_VH))
+        torch.autograd.grad(loss(), leaves)
 
     return run
 

@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 import yaml
+from real_models import SMOLLM2, real_model
+from transformers import PreTrainedModel
 
+from capgap.pipeline.models.checks import fresh_model
+from capgap.pipeline.models.load import load_model
 from capgap.pipeline.stage.context import Instance, StageInput
 from capgap.pipeline.store import Batch, LoaderSettings, SequenceLoader, ShardReader
 from capgap.pipeline.train.module import DistillationModule
@@ -31,27 +35,40 @@ class Size:
     """What is measured on a device.
 
     Attributes:
-        run_file: whose corpus, teacher and student are taken.
+        run_file: whose corpus, teacher and student are taken; None takes a real model for teacher, and for student the
+            same with every fourth or fifth of its layers.
         changes: to it.
         num_tokens: of the cache: the steps of all rounds, and of one to warm up, are an epoch of it.
         batch_sequences: of a step.
-        precision: Lightning's name.
+        precisions: Lightning's names, measured one after the other.
         rounds: each takes `steps` steps of every way.
         steps: see `rounds`.
     """
 
-    run_file: str
+    run_file: str | None
     changes: dict[str, Any]
     num_tokens: int
     batch_sequences: int
-    precision: str
+    precisions: tuple[str, ...]
     rounds: int
     steps: int
 
 
+_REAL_LAYERS = 6
+_REAL = {
+    "corpus": {
+        "sources": ["builtin:python"],
+        "seq_len": 256,
+        "teacher_fraction": 0.0,
+        "heldout_fraction": 0.02,
+        "shard_sequences": 64,
+    },
+    "cache": {"batch_tokens": 1028, "num_heldout_sequences": 0},
+}
 _SHORT_TEACHER = {"teacher": {"training": {"learning_rate": 3e-3, "batch_sequences": 4, "max_tokens": 200_000}}}
 SIZES = {
-    "cpu": Size("jobs/runs/demo.yaml", _SHORT_TEACHER, 196_608, 4, "32-true", 11, 16),
+    "real": Size(None, _REAL, 24_576, 2, ("32-true", "bf16-mixed"), 9, 2),
+    "toy": Size("jobs/runs/demo.yaml", _SHORT_TEACHER, 196_608, 4, ("32-true",), 11, 16),
     "cuda": Size(
         "jobs/runs/demo.yaml",
         _SHORT_TEACHER
@@ -69,27 +86,49 @@ SIZES = {
         },
         524_288,
         32,
-        "bf16-mixed",
+        ("bf16-mixed",),
         5,
         10,
     ),
-    "smoke": Size("tests/assets/tiny.yaml", {}, 4096, 4, "32-true", 2, 2),
+    "smoke": Size("tests/assets/tiny.yaml", {}, 4096, 4, ("32-true", "bf16-mixed"), 2, 2),
 }
 
 
-def make_cache(size: Size, work: Path, device: str) -> tuple[RunFile, StageInput, StageInput]:
-    """The run file, its corpus, and a cache of both recordings by a teacher that has learnt for a minute."""
-    given = yaml.safe_load((ROOT / size.run_file).read_text())
+def make_cache(size: Size, work: Path, device: str) -> tuple[PreTrainedModel, StageInput, StageInput]:
+    """The student, its corpus, and a cache of both recordings: by a real teacher, or one that has learnt for a minute.
+
+    What is made is not made again.
+    """
+    given: dict[str, Any] = {"name": "train-step"}
+    if size.run_file is not None:
+        given = yaml.safe_load((ROOT / size.run_file).read_text())
+    else:
+        teacher = str(real_model(SMOLLM2))
+        given |= {"teacher": {"path": teacher}, "corpus": {"tokenizer": teacher}}
     for name, changes in size.changes.items():
-        given[name] = given[name] | changes
+        given[name] = given.get(name, {}) | changes
     cache = {"engine": "transformers", "recording": "both", "num_samples": NUM_SAMPLES, "top_k": NUM_KEPT}
-    run = RunFile.model_validate(
-        given | {"out": str(work), "device": device, "cache": cache | {"max_tokens": size.num_tokens}}
-    )
+    cache |= size.changes.get("cache", {}) | {"max_tokens": size.num_tokens}
+    run = RunFile.model_validate(given | {"out": str(work), "device": device, "cache": cache})
     made = {
         stage: StageInput(work / stage, carry_out(run, Instance(stage))) for stage in ("corpus", "teacher", "cache")
     }
-    return run, made["corpus"], made["cache"]
+    if run.student is not None and run.student.model is not None:
+        student = fresh_model(run.student.model, made["corpus"], 0)
+    else:
+        student = _fewer_layers(load_model(real_model(SMOLLM2), "cpu", torch.float32), _REAL_LAYERS)
+    return student.train(), made["corpus"], made["cache"]
+
+
+def _fewer_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """The model with layers evenly spread over its depth: the shape of a pruned student, and weights near it."""
+    layers = model.get_decoder().layers
+    kept = [layers[number * len(layers) // num_layers] for number in range(num_layers)]
+    for number, layer in enumerate(kept):
+        layer.self_attn.layer_idx = number
+    model.get_decoder().layers = torch.nn.ModuleList(kept)
+    model.config.num_hidden_layers = num_layers
+    return model
 
 
 @dataclass
@@ -102,6 +141,7 @@ class Way:
         reader: of its shards; without targets it learns by cross-entropy alone.
         size: what is measured on that device.
         device: where it trains.
+        precision: Lightning's name.
     """
 
     name: str
@@ -109,6 +149,7 @@ class Way:
     reader: ShardReader
     size: Size
     device: str
+    precision: str
     waited_s: float = field(default=0.0, init=False)
     waited_cpu_s: float = field(default=0.0, init=False)
 
@@ -136,7 +177,7 @@ class Way:
         self.waited_cpu_s += time.process_time() - cpu_started
         # Lightning hands a batch over in this way, and computes in this context
         batch = batch.to(self.device)
-        mixed = self.size.precision == "bf16-mixed"
+        mixed = self.precision == "bf16-mixed"
         with torch.autocast(self.device, dtype=torch.bfloat16) if mixed else nullcontext():
             loss = self._module.training_step(batch, 0)
         loss.backward()

@@ -36,6 +36,9 @@ def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "triton is not installed"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return "the Triton kernel is for float16, bfloat16 and float32"
+    if device.type == "cuda" and torch.version.hip is not None:
+        # what one thread stores another one reads after a barrier, and AMD's waits for no store to memory
+        return "the Triton kernel is for NVIDIA's GPUs; on AMD's its barriers do not hold"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         old = f"the Triton kernel is for compute capability 8.0 on, and this is {major}.{minor}"

@@ -14,6 +14,9 @@ from torch.distributed.tensor import DTensor
 from capgap.kernels.sparse_kl.divergence import Divergence, Tail, check_pair
 from capgap.kernels.sparse_kl.targets import SparseTargets, expect, looks
 
+_LEAST_WORKSPACE_CPU = 16 * 2**20  # a chunk's logits and their gradients stay in the cache
+_LEAST_WORKSPACE = 512 * 2**20  # 2000 rows and more of a large vocabulary: below that a GPU's products are slower
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -107,22 +110,30 @@ def check_vocab_size(vocab_size: int | None, num_columns: int) -> int:
     return num_columns if vocab_size is None else vocab_size
 
 
-def check_workspace(workspace_mb: int) -> None:
-    """Raise ValueError where there is none."""
-    if workspace_mb < 1:
-        raise ValueError(f"workspace_mb: got {workspace_mb}, expected at least 1")
+def workspace_bytes(workspace_mb: int | None, hidden_NH: Tensor, weight_VH: Tensor) -> int:
+    """Size of the logits' buffer: as it is asked for, or what costs the least time and no memory.
 
-
-def in_one_dtype(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The three in the autocast dtype where autocast is on.
+    Each chunk adds to the head's gradient, which is read and written for it, so chunks should be few. While they are
+    gone through, 2 V H bytes are free that backward takes in any precision, for a scaled gradient of the head.
 
     Raises:
-        ValueError: it is off and they differ.
+        ValueError: there is none.
+    """
+    if workspace_mb is None:
+        return max(_LEAST_WORKSPACE_CPU if hidden_NH.device.type == "cpu" else _LEAST_WORKSPACE, 2 * weight_VH.numel())
+    if workspace_mb < 1:
+        raise ValueError(f"workspace_mb: got {workspace_mb}, expected at least 1, or None")
+    return workspace_mb * 2**20
+
+
+def in_compute_dtype(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Hidden states in the dtype of the products, which is autocast's where autocast is on.
+
+    Raises:
+        ValueError: it is off and the head has another one.
     """
     if torch.is_autocast_enabled(hidden_NH.device.type):
-        dtype = torch.get_autocast_dtype(hidden_NH.device.type)
-        hidden_NH, weight_VH = hidden_NH.to(dtype), weight_VH.to(dtype)
-        bias_V = None if bias_V is None else bias_V.to(dtype)
+        return hidden_NH.to(torch.get_autocast_dtype(hidden_NH.device.type))
     if weight_VH.dtype != hidden_NH.dtype or (bias_V is not None and bias_V.dtype != hidden_NH.dtype):
         raise ValueError(f"weight_VH, bias_V: got {weight_VH.dtype}, expected {hidden_NH.dtype}, the dtype of hidden")
-    return hidden_NH, weight_VH, bias_V
+    return hidden_NH

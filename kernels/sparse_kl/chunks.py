@@ -46,10 +46,10 @@ def run_chunks(
     needs: Needs,
     num_chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """Divergence [n], cross-entropy [n], and the gradients."""
+    """Divergence [n], cross-entropy [n], and the gradients; products are in the dtype of hidden."""
     vocab_size = settings.vocab_size
-    real_VH = weight_VH[:vocab_size]
-    real_bias_V = None if bias_V is None else bias_V[:vocab_size]
+    real_VH = weight_VH[:vocab_size].to(hidden_nH.dtype)
+    real_bias_V = None if bias_V is None else bias_V[:vocab_size].to(hidden_nH.dtype)
     sums = _Sums(hidden_nH, weight_VH, vocab_size, rows.ckl_N.dtype, needs)
     num_rows = hidden_nH.shape[0]
     buffer_CP = hidden_nH.new_empty((num_chunk_rows, pitch(vocab_size)))
@@ -96,7 +96,7 @@ class _Sums:
 
     def _add_weight(self, d_weight_VH: Tensor, d_logits_CV: Tensor, hidden_CH: Tensor) -> None:
         widens = d_weight_VH.dtype != d_logits_CV.dtype
-        if widens and d_logits_CV.is_cuda and torch.cuda.get_device_capability(d_logits_CV.device) >= (8, 0):
+        if widens and has_wide_products(d_logits_CV.device):
             # tensor cores sum in float32: the product is added as they have it, without a tensor or a rounding between
             if self._first:
                 torch.mm(d_logits_CV.t(), hidden_CH, out_dtype=d_weight_VH.dtype, out=d_weight_VH)
@@ -109,6 +109,11 @@ class _Sums:
             torch.mm(d_logits_CV.t(), hidden_CH, out=d_weight_VH)
         else:
             d_weight_VH.addmm_(d_logits_CV.t(), hidden_CH)
+
+
+def has_wide_products(device: torch.device) -> bool:
+    """Whether a product of 16-bit matrices can be had in float32: on NVIDIA's GPUs of compute capability 8.0 on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def chunk_rows(num_rows: int, row_bytes: int, workspace_bytes: int) -> int:

@@ -2,8 +2,8 @@
 
 The gradients are complete when forward returns; backward multiplies them by the upstream scalar. Memory beyond the
 inputs: one chunk of `workspace_mb`, the gradients (the weight's in float32), a few MiB of a rows kernel. Rows of weight
-0 never reach a product: they cost nothing, and NaN in them stays there. Counting the others is the one host sync of a
-call off the CPU: their number decides the shapes of the products.
+0 never reach a product: they cost nothing, and NaN in them stays there. The number of others decides the shapes of the
+products, so counting them is a host sync off the CPU, the one of a call; none where the caller knows it.
 
 Legend: N rows, n rows of non-zero weight, K ids kept a row, V columns of the head, H hidden.
 """
@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from capgap.kernels.sparse_kl.backends import kernel_for
-from capgap.kernels.sparse_kl.checks import Loss, check_arguments, check_vocab_size, check_workspace, in_one_dtype
+from capgap.kernels.sparse_kl.checks import (
+    Loss,
+    check_arguments,
+    check_vocab_size,
+    in_compute_dtype,
+    workspace_bytes,
+)
 from capgap.kernels.sparse_kl.chunks import Needs, chunk_rows, pitch, run_chunks
 from capgap.kernels.sparse_kl.divergence import Divergence, Tail
 from capgap.kernels.sparse_kl.prepare import live_rows, sum_dtype
@@ -40,14 +46,16 @@ def linear_sparse_kl(
     bias_V: Tensor | None = None,
     softcap: float | None = None,
     want_kl: bool = True,
-    workspace_mb: int = 256,
+    num_counted: int | None = None,
+    workspace_mb: int | None = None,
     backend: Backend = "auto",
 ) -> SparseKl:
     """sum_i w_i (alpha T^2 KL_i + (1 - alpha) CE_i) / sum_i w_i, and each row's KL and CE; 0 if all weights are 0.
 
     KL stands for the divergence that is asked for. Products are computed in the dtype of hidden, or in the autocast
     dtype where autocast is on; softmax, losses and sums over chunks in float32 (float64 for float64 inputs). Gradients
-    flow from `loss` to hidden, weight and bias. Works under `torch.compile` and activation checkpointing.
+    flow from `loss` to hidden, weight and bias, those of a float32 weight in float32 under autocast too, not rounded on
+    the way. Works under `torch.compile` and activation checkpointing.
 
     Args:
         hidden_NH: the student's last hidden states, any floating dtype, any strides.
@@ -66,8 +74,9 @@ def linear_sparse_kl(
         bias_V: the head's bias, same dtype as the weight.
         softcap: c, where the model's logits are c tanh(logits / c).
         want_kl: at alpha 0, whether to compute `kl_N` nevertheless; False makes the call a plain cross-entropy.
-        workspace_mb: size of the logits buffer in MiB; at least one row is held whatever it says. On a CPU 16 is faster
-            still; on a GPU a chunk should have 1500 rows or more.
+        num_counted: how many rows have a weight other than 0, where that is known: then a GPU need not be waited for.
+        workspace_mb: size of the logits buffer in MiB; at least one row is held whatever it says. None is as much as
+            backward takes anyway, and at least 16 on a CPU, 512 elsewhere.
         backend: the rows kernel; `auto` takes Triton's on a GPU, and torch's on a CPU, in float64 and where Triton is
             missing.
 
@@ -82,8 +91,8 @@ def linear_sparse_kl(
     vocab_size = check_vocab_size(vocab_size, weight_VH.shape[0])
     loss = Loss(alpha, temperature, divergence, tail, beta, softcap)
     tail = loss.checked(targets)
-    check_workspace(workspace_mb)
-    hidden_NH, weight_VH, bias_V = in_one_dtype(hidden_NH, weight_VH, bias_V)
+    num_bytes = workspace_bytes(workspace_mb, hidden_NH, weight_VH)
+    hidden_NH = in_compute_dtype(hidden_NH, weight_VH, bias_V)
 
     use_kl = alpha > 0 or want_kl
     with_grad = torch.is_grad_enabled()
@@ -100,8 +109,10 @@ def linear_sparse_kl(
         divergence,
         tail,
         vocab_size,
-        workspace_mb,
+        num_bytes,
         backend,
+        targets.checked,
+        -1 if num_counted is None else num_counted,
         [with_grad and tensor is not None and tensor.requires_grad for tensor in (hidden_NH, weight_VH, bias_V)],
     )
     return SparseKl(scalar, kl_N if use_kl else None, ce_N)
@@ -120,16 +131,32 @@ def loss_and_gradients(
     divergence: str,
     tail: str,
     vocab_size: int,
-    workspace_mb: int,
+    workspace: int,
     backend: str,
+    checked: bool,
+    num_counted: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, KL [N], CE [N]; what backward needs: the gradients of the weighted sum, empty where not needed, 1 / sum w.
 
     `numbers` are alpha, temperature, beta and softcap, of which 0 means none. Without ids there is no divergence.
+    The workspace is in bytes. A negative `num_counted` is an unknown one.
     """
     alpha, temperature, beta, softcap = numbers
-    live = live_rows(hidden_NH, ids_NK, p_NK, tail_N, labels_N, row_weights_N, alpha, temperature, tail, vocab_size)
+    live = live_rows(
+        hidden_NH,
+        ids_NK,
+        p_NK,
+        tail_N,
+        labels_N,
+        row_weights_N,
+        alpha,
+        temperature,
+        tail,
+        vocab_size,
+        checked,
+        None if num_counted < 0 else num_counted,
+    )
     settings = RowSettings(vocab_size, temperature, cast(Divergence, divergence), beta, softcap or None)
     kl_n, ce_n, grads = run_chunks(
         live.hidden_nH,
@@ -139,7 +166,7 @@ def loss_and_gradients(
         settings,
         kernel_for(cast(Backend, backend), hidden_NH.device, hidden_NH.dtype),
         Needs(*needs),
-        chunk_rows(len(live.hidden_nH), pitch(vocab_size) * hidden_NH.element_size(), workspace_mb * 2**20),
+        chunk_rows(len(live.hidden_nH), pitch(vocab_size) * hidden_NH.element_size(), workspace),
     )
     scalar, per_weight = live.mean(kl_n, ce_n, alpha, temperature)
     return (
@@ -172,7 +199,7 @@ def _(hidden_NH: Tensor, weight_VH: Tensor, *others: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs, ctx.dtype = inputs[14], inputs[1].dtype
+    ctx.needs, ctx.dtypes = inputs[-1], [None if one is None else one.dtype for one in inputs[:3]]
     ctx.save_for_backward(*output[3:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -185,8 +212,9 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Ten
     scaled: list[Tensor | None] = [None] * 3
     if upstream is not None:
         scale = upstream * per_weight
-        scaled = [scaled_grad(g, scale, ctx.dtype) if need else None for g, need in zip(grads, ctx.needs, strict=True)]
-    return *scaled, *[None] * 12
+        each = zip(grads, ctx.dtypes, ctx.needs, strict=True)
+        scaled = [scaled_grad(grad, scale, dtype) if needed else None for grad, dtype, needed in each]
+    return *scaled, *[None] * 14
 
 
 def scaled_grad(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

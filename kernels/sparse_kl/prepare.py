@@ -58,6 +58,8 @@ def live_rows(
     temperature: float,
     tail: str,
     vocab_size: int,
+    checked: bool = False,
+    num_counted: int | None = None,
 ) -> LiveRows:
     """The rows that count; without ids they have no divergence.
 
@@ -65,28 +67,42 @@ def live_rows(
         ValueError: on a CPU, a target is not finite or below 0. Elsewhere the row's weight becomes NaN, and the loss.
     """
     dtype = sum_dtype(hidden_NH)
-    live_N = (labels_N >= 0) & (labels_N < vocab_size)
-    weights_N = torch.ones(labels_N.shape, dtype=dtype, device=labels_N.device)
-    if row_weights_N is not None:
-        weights_N = row_weights_N.to(dtype)
-        live_N &= weights_N != 0
-    found_n = live_N.nonzero()[:, 0]
-    live_n = None if len(found_n) == len(live_N) else found_n
+    live_n = _places(labels_N, row_weights_N, vocab_size, num_counted)
 
     def part(rows_N: Tensor) -> Tensor:
         return rows_N.contiguous() if live_n is None else rows_N[live_n]
 
-    labels_n, weights_n = part(labels_N), part(weights_N)
+    labels_n = part(labels_N)
+    if row_weights_N is None:
+        weights_n = torch.ones(labels_n.shape, dtype=dtype, device=labels_n.device)
+    else:
+        weights_n = part(row_weights_N).to(dtype)
     if ids_NK is None or p_NK is None:
         ids_nK, p_nK = labels_n.new_empty((len(labels_n), 0), dtype=torch.int32), weights_n.new_empty(len(labels_n), 0)
         p_tail_n = torch.zeros_like(weights_n)
     else:
         p_nK, left_n = part(p_NK).to(dtype), None if tail_N is None else part(tail_N).to(dtype)
-        weights_n = _refuse_unfit(p_nK, left_n, weights_n, live_n)
-        ids_nK, p_nK, p_tail_n = prepare(part(ids_NK), p_nK, left_n, labels_n, tail, vocab_size)
+        if not checked:
+            weights_n = _refuse_unfit(p_nK, left_n, weights_n, live_n)
+        ids_nK, p_nK, p_tail_n = prepare(part(ids_NK), p_nK, left_n, labels_n, tail, vocab_size, checked)
     rows = Rows(ids_nK, p_nK, p_tail_n, labels_n, weights_n * (alpha * temperature), weights_n * (1 - alpha))
     hidden_nH = hidden_NH if live_n is None else hidden_NH[live_n]
-    return LiveRows(hidden_nH, rows, weights_n, live_n, len(live_N))
+    return LiveRows(hidden_nH, rows, weights_n, live_n, len(labels_N))
+
+
+def _places(labels_N: Tensor, row_weights_N: Tensor | None, vocab_size: int, num_counted: int | None) -> Tensor | None:
+    """The places of the rows that count; None where that is all of them."""
+    is_cpu = labels_N.device.type == "cpu"
+    if num_counted == len(labels_N) and not is_cpu:
+        return None
+    live_N = (labels_N >= 0) & (labels_N < vocab_size)
+    if row_weights_N is not None:
+        live_N &= row_weights_N != 0
+    # to a CPU looking costs no more than believing
+    if num_counted is not None and not is_cpu:
+        return torch.nonzero_static(live_N, size=num_counted)[:, 0]
+    found_n = live_N.nonzero()[:, 0]
+    return None if len(found_n) == len(live_N) else found_n
 
 
 def sum_dtype(hidden_NH: Tensor) -> torch.dtype:
@@ -95,23 +111,37 @@ def sum_dtype(hidden_NH: Tensor) -> torch.dtype:
 
 
 def prepare(
-    ids_NK: Tensor, p_NK: Tensor, tail_N: Tensor | None, labels_N: Tensor, tail: str, vocab_size: int
+    ids_NK: Tensor,
+    p_NK: Tensor,
+    tail_N: Tensor | None,
+    labels_N: Tensor,
+    tail: str,
+    vocab_size: int,
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ids [N, K], int32, probabilities [N, K] and that of the tail's cell [N]; K is one more under `label`.
 
-    An id outside [0, V) is padding, and so is one of probability 0. Adding repeats up takes a sort of [N, K].
+    An id outside [0, V) is padding, and so is one of probability 0. Adding repeats up takes a sort of [N, K], which is
+    left out where they are known to be distinct.
     """
-    valid_NK = (ids_NK >= 0) & (ids_NK < vocab_size) & (p_NK > 0)
-    ids_NK = ids_NK.where(valid_NK, vocab_size).to(torch.int32)
-    p_NK = p_NK.where(valid_NK, 0.0)
+    if checked:
+        ids_NK = ids_NK.clamp(0, vocab_size)  # whatever is wrong with them, no other memory is written to
+    else:
+        valid_NK = (ids_NK >= 0) & (ids_NK < vocab_size) & (p_NK > 0)
+        ids_NK, p_NK = ids_NK.where(valid_NK, vocab_size), p_NK.where(valid_NK, 0.0)
+    ids_NK = ids_NK.to(torch.int32)
     left_N = p_NK.new_zeros(len(p_NK)) if tail_N is None else tail_N.clamp_min(0)
     if tail == "renorm":
         p_NK = p_NK / p_NK.sum(-1, keepdim=True).clamp_min(torch.finfo(p_NK.dtype).tiny)
     elif tail == "label":
+        is_label_NK = (ids_NK == labels_N[:, None]) & (p_NK > 0)
+        # to the label's own entry where it has one, and to one more where it has none
+        p_NK = torch.where(is_label_NK, p_NK + left_N[:, None], p_NK) if checked else p_NK
+        more_N = left_N.masked_fill(is_label_NK.any(-1), 0.0) if checked else left_N
         ids_NK = torch.cat([ids_NK, labels_N.to(torch.int32)[:, None]], dim=1)
-        p_NK = torch.cat([p_NK, left_N[:, None]], dim=1)
+        p_NK = torch.cat([p_NK, more_N[:, None]], dim=1)
     # on a CPU looking costs no sync, and numpy sorts short rows twenty times as fast as torch
-    if ids_NK.device.type != "cpu" or _any_repeat(ids_NK, vocab_size):
+    if not checked and (ids_NK.device.type != "cpu" or _any_repeat(ids_NK, vocab_size)):
         ids_NK, p_NK = _merge(ids_NK, p_NK)
     return ids_NK, p_NK, left_N if tail == "ghost" else torch.zeros_like(left_N)
 

@@ -33,10 +33,11 @@ def linear_sparse_kl(
     bias_V: Tensor | None = None,
     softcap: float | None = None,
     want_kl: bool = True,
-    workspace_mb: int = 256,
+    num_counted: int | None = None,
+    workspace_mb: int | None = None,
     backend: Backend = "auto",
 ) -> SparseKl:
-    """The loss of `capgap.kernels.sparse_kl`; `workspace_mb` and `backend` stand for the signature and are not used.
+    """The loss of `capgap.kernels.sparse_kl`; `num_counted` and what follows stand for the signature and are not used.
 
     Raises:
         TypeError: an input is a DTensor.

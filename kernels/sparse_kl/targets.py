@@ -27,6 +27,9 @@ class SparseTargets:
         weights_NK: probabilities, float32. 0 marks padding.
         tail_N: probability of every other id together, float32; None for samples. Below 0 reads as 0.
         recording: `topk` or `sampled`; decides which divergences have a meaning.
+        checked: whether it is known that ids of non-zero weight are distinct in a row and lie in the vocabulary, and
+            that all probabilities are finite and at least 0, as those that a cache's reader hands out are. Then none of
+            it is looked at: a look costs a sort of [N, K].
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or samples have a tail.
@@ -36,6 +39,7 @@ class SparseTargets:
     weights_NK: Tensor
     tail_N: Tensor | None = None
     recording: Recording = "topk"
+    checked: bool = False
 
     def __post_init__(self) -> None:
         if self.ids_NK.dim() != 2 or self.ids_NK.is_floating_point() or self.ids_NK.element_size() != 8:

@@ -21,6 +21,9 @@ from capgap.kernels.sparse_kl.rows import Rows, RowSettings
 _BLOCK_ELEMENTS_CPU = 2**19  # 2 MiB of float32: the passes over a block stay in the cache
 _BLOCK_ELEMENTS = 2**24  # 64 MiB of float32: few launches, and a bounded second block at T other than 1
 _NEVER = float("-inf")
+# What stands for minus infinity under exp, by which a CPU takes several times as long over -inf and over results that
+# are denormal. Beside the largest term, which is 1, a thousand of exp(-64) are below the last bit of float64.
+_BELOW_ALL = -64.0
 
 
 class LogitSums(NamedTuple):
@@ -80,7 +83,7 @@ def differentiate(
     label_B = logits_BP.gather(1, label_B1)[:, 0]
     kept_BK = logits_BP.gather(1, columns_BK)
     logits_BP.scatter_(1, columns_BK, _NEVER)
-    rest = _exp_in_place(logits_BP, temperature)
+    rest = _exp_in_place(logits_BP, columns_BK, vocab_size, temperature)
     local = LogitSums(kept_BK, label_B, rest.log_sum_T_B, rest.log_sum_1_B)
     sums = local if complete is None else complete(local)
 
@@ -134,14 +137,21 @@ class _Rest(NamedTuple):
     tempered_BP: Tensor | None  # exp((z - largest) / T), or None where T is 1 and the block holds it
 
 
-def _exp_in_place(logits_BP: Tensor, temperature: float) -> _Rest:
-    """Turn the block into exp(z - largest), and sum it."""
+def _exp_in_place(logits_BP: Tensor, columns_BK: Tensor, vocab_size: int, temperature: float) -> _Rest:
+    """Turn the block into exp(z - largest), and sum it but for the columns that are kept."""
     largest_B = logits_BP.amax(-1)
-    shift_B = largest_B.where(largest_B != _NEVER, 0.0)
+    any_B = largest_B != _NEVER
+    shift_B = largest_B.where(any_B, 0.0)
     logits_BP.sub_(shift_B[:, None])
-    tempered_BP = None if temperature == 1.0 else (logits_BP / temperature).exp_()
-    sum_1_B = logits_BP.exp_().sum(-1)
-    sum_T_B = sum_1_B if tempered_BP is None else tempered_BP.sum(-1)
+    tempered_BP = None if temperature == 1.0 else logits_BP / temperature
+
+    def summed(distance_BP: Tensor) -> Tensor:
+        distance_BP[:, vocab_size:] = _BELOW_ALL
+        distance_BP.scatter_(1, columns_BK, _BELOW_ALL)
+        return distance_BP.exp_().sum(-1).where(any_B, 0.0)
+
+    sum_1_B = summed(logits_BP)
+    sum_T_B = sum_1_B if tempered_BP is None else summed(tempered_BP)
     # the largest term is 1, so clamping changes only an empty sum, which must not divide
     return _Rest(
         sum_T_B.clamp_min(1.0),

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls, no-check-untyped-defs
 """The rows kernel's program in Triton: one row of logits becomes its gradient. README.md derives it.
 
-    kept logits and the label's are lifted out, -inf stays where they were
+    kept logits and the label's are lifted out, -inf stays where they were, and past the vocabulary
     pass 1   read the row: largest logit and sums of exp of all other ids
              K + 1 cells in registers: divergence, cross-entropy, the cells' gradients
     pass 2   read and write the row: the others' gradient, which is their cell's by their share of it
@@ -10,8 +10,8 @@
 Every number is float32 whatever the logits are. Sums are kept lane by lane until the row ends, so that no step of a
 pass waits for another thread. No atomics: the same input gives the same bits.
 
-Legend: _T at the temperature, _1 at temperature 1. What is kept has a value for each of K ids, a lane one for each of
-BLOCK_V columns; all else is one number.
+Legend: _T at the temperature, _1 at temperature 1. What is kept has a value for each of K ids, a lane one for each load
+of LOAD_V columns; all else is one number.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ def sparse_rows(
     GRADIENT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    LOAD_V: tl.constexpr,
 ):
     """One program is one row; `rows.py` says what the arguments hold.
 
@@ -79,24 +81,28 @@ def sparse_rows(
     tl.debug_barrier()
     tl.store(logits_ptr + ids, tl.full([BLOCK_K], _NEVER, tl.float32).to(logits_ptr.dtype.element_ty), mask=kept)
     tl.store(logits_ptr + label, tl.cast(_NEVER, tl.float32).to(logits_ptr.dtype.element_ty))
+    rest = vocab_size + tl.arange(0, BLOCK_REST)
+    nothing = tl.full([BLOCK_REST], _NEVER, tl.float32).to(logits_ptr.dtype.element_ty)
+    tl.store(logits_ptr + rest, nothing, mask=rest < num_columns)
     tl.debug_barrier()
 
-    lane_largest = tl.full([BLOCK_V], _LOWEST, tl.float32)
-    lane_sum_1 = tl.zeros([BLOCK_V], tl.float32)
-    lane_sum_T = tl.zeros([BLOCK_V], tl.float32)
+    lane_largest = tl.full([BLOCK_V // LOAD_V], _LOWEST, tl.float32)
+    lane_sum_1 = tl.zeros([BLOCK_V // LOAD_V], tl.float32)
+    lane_sum_T = tl.zeros([BLOCK_V // LOAD_V], tl.float32)
     for start in range(0, num_columns, BLOCK_V):
         column = start + columns
         raw = tl.load(logits_ptr + column, mask=column < num_columns, other=_NEVER).to(tl.float32)
-        logits, _ = _capped(tl.where(column < vocab_size, raw, _NEVER), softcap, CAPPED)
-        # exp of minus the distance is the factor of whichever is smaller, the sum so far or the new term
-        distance = -tl.abs(logits - lane_largest) * _LOG2E
-        rises = logits > lane_largest
-        factor = tl.exp2(distance)
-        lane_sum_1 = tl.where(rises, lane_sum_1 * factor + 1.0, lane_sum_1 + factor)
+        logits, _ = _capped(raw, softcap, CAPPED)
+        # the columns of one load lie in one thread and share a largest logit
+        loaded = tl.reshape(logits, [BLOCK_V // LOAD_V, LOAD_V])
+        raised = tl.maximum(lane_largest, tl.max(loaded, axis=1))
+        rise = (lane_largest - raised) * _LOG2E
+        distance = (loaded - raised[:, None]) * _LOG2E
+        lane_sum_1 = lane_sum_1 * tl.exp2(rise) + tl.sum(tl.exp2(distance), axis=1)
         if TEMPERED:
-            factor = tl.exp2(distance * inverse_temperature)
-            lane_sum_T = tl.where(rises, lane_sum_T * factor + 1.0, lane_sum_T + factor)
-        lane_largest = tl.maximum(lane_largest, logits)
+            lane_sum_T *= tl.exp2(rise * inverse_temperature)
+            lane_sum_T += tl.sum(tl.exp2(distance * inverse_temperature), axis=1)
+        lane_largest = raised
     largest = tl.max(lane_largest, axis=0)
     lane_distance = (lane_largest - largest) * _LOG2E
     sum_1 = tl.sum(lane_sum_1 * tl.exp2(lane_distance), axis=0)
@@ -148,7 +154,7 @@ def sparse_rows(
         for start in range(0, num_columns, BLOCK_V):
             column = start + columns
             raw = tl.load(logits_ptr + column, mask=column < num_columns, other=_NEVER).to(tl.float32)
-            logits, slope = _capped(tl.where(column < vocab_size, raw, _NEVER), softcap, CAPPED)
+            logits, slope = _capped(raw, softcap, CAPPED)
             d_logits = _rest_gradient(logits, largest, rest_T, rest_1, inverse_temperature, TEMPERED) * slope
             tl.store(logits_ptr + column, d_logits.to(logits_ptr.dtype.element_ty), mask=column < num_columns)
         # 1 - q of the label is the sum of the others: a difference from 1 would lose a confident label's gradient

@@ -68,6 +68,7 @@ def specialise(
     """
     tempered, capped = settings.temperature != 1.0, settings.softcap is not None
     columns_a_thread = 8 if tempered or capped or num_logit_bytes == 4 else 16
+    columns_a_load = 16 // num_logit_bytes
     num_block_columns = min(_THREADS * columns_a_thread, triton.next_power_of_2(num_columns))
     constants = {
         "DIVERGENCE": settings.divergence,
@@ -76,6 +77,9 @@ def specialise(
         "GRADIENT": want_gradient,
         "BLOCK_K": triton.next_power_of_2(max(1, top_k)),
         "BLOCK_V": num_block_columns,
+        # the same for every vocabulary of a buffer whose rows are padded to a multiple of 16
+        "BLOCK_REST": max(16, triton.next_power_of_2(num_columns - settings.vocab_size)),
+        "LOAD_V": columns_a_load,
     }
     num_warps = max(1, num_block_columns // columns_a_thread // _THREADS_A_WARP)
     return constants, {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": True}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from capgap.kernels.sparse_kl.checks import Loss, check_arguments, check_workspace, in_one_dtype
+from capgap.kernels.sparse_kl.checks import Loss, check_arguments, in_compute_dtype, workspace_bytes
 from capgap.kernels.sparse_kl.chunks import Needs, chunk_rows, pitch, run_chunks
 from capgap.kernels.sparse_kl.divergence import Divergence, Tail
 from capgap.kernels.sparse_kl.op import scaled_grad
@@ -77,8 +77,8 @@ def vocab_parallel_sparse_kl(
         raise ValueError(f"vocab_size, first_id: got {vocab_size}, {first_id}, expected at least 1, at least 0")
     loss = Loss(alpha, temperature, divergence, tail, beta, softcap)
     tail = loss.checked(targets)
-    check_workspace(workspace_mb)
-    hidden_NH, weight_vH, bias_v = in_one_dtype(hidden_NH, weight_vH, bias_v)
+    num_bytes = workspace_bytes(workspace_mb, hidden_NH, weight_vH)
+    hidden_NH = in_compute_dtype(hidden_NH, weight_vH, bias_v)
     live = live_rows(
         hidden_NH.detach(),
         targets.ids_NK,
@@ -90,10 +90,11 @@ def vocab_parallel_sparse_kl(
         temperature,
         tail,
         vocab_size,
+        targets.checked,
     )
     num_columns = min(max(vocab_size - first_id, 0), len(weight_vH))
     settings = RowSettings(num_columns, temperature, divergence, beta, softcap)
-    part = _Part(group, first_id, num_columns, -(-vocab_size // group.size()), workspace_mb * 2**20)
+    part = _Part(group, first_id, num_columns, -(-vocab_size // group.size()), num_bytes)
     scalar, kl_N, ce_N = _VocabParallel.apply(  # type: ignore[no-untyped-call]  # untyped in torch
         hidden_NH, weight_vH, bias_v, live, settings, part, alpha, torch.is_grad_enabled()
     )
@@ -183,7 +184,7 @@ class _VocabParallel(torch.autograd.Function):
             d_hidden_NH = live.spread(d_hidden_NH)
         scalar, per_weight = live.mean(kl_n, ce_n, alpha, settings.temperature)
         ctx.save_for_backward(d_hidden_NH, grads.weight_VH, grads.bias_V, per_weight)
-        ctx.dtype = weight_vH.dtype
+        ctx.dtypes = [None if one is None else one.dtype for one in (hidden_NH, weight_vH, bias_v)]
         kl_N, ce_N = live.spread(kl_n), live.spread(ce_n)
         ctx.mark_non_differentiable(kl_N, ce_N)
         return scalar, kl_N, ce_N
@@ -196,5 +197,6 @@ class _VocabParallel(torch.autograd.Function):
             )
         *grads, per_weight = ctx.saved_tensors
         scale = upstream * per_weight
-        scaled = (None if grad is None else scaled_grad(grad, scale, ctx.dtype) for grad in grads)
+        each = zip(grads, ctx.dtypes, strict=True)
+        scaled = (None if grad is None else scaled_grad(grad, scale, dtype) for grad, dtype in each)
         return *scaled, None, None, None, None, None

@@ -25,6 +25,7 @@ TRAINING_SCALARS = {
     "heldout_kl": "divergence from the teacher on held-out text, nats/token; of a topk cache",
     "heldout_teacher_ce": "cross-entropy with the teacher's samples on held-out text, nats/token; of a sampled cache",
     "heldout_top1": "top-1 agreement: share of held-out tokens at which student and teacher have the same top-1 token",
+    "heldout_s": "seconds that this measurement of held-out text took, which no other figure counts",
     "learning_rate": "of the step",
     "gradient_norm": "before clipping, mean since the row before",
     "tokens_per_s": "tokens a second",

@@ -5,6 +5,7 @@ Legend: B sequences, L targets a sequence, N = B x L rows, K ids of the widest r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ class Batch:
         tail_N: probability of all other ids [N], float32; None where the recording has none.
         positions_BL: of each token in its sequence or document [B, L], int64, where a row holds several or padding;
             attention ends where they begin anew. None where every row is one sequence that is seen whole.
+        num_counted: labels that count, where the host knows it: then none of them need be looked at on a device.
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class Batch:
         weights_NK: torch.Tensor | None = None,
         tail_N: torch.Tensor | None = None,
         positions_BL: torch.Tensor | None = None,
+        num_counted: int | None = None,
     ) -> None:
         self.input_ids_BL, self.labels_BL = input_ids_BL, labels_BL
         self.ids_NK, self.weights_NK, self.tail_N = ids_NK, weights_NK, tail_N
-        self.positions_BL = positions_BL
+        self.positions_BL, self.num_counted = positions_BL, num_counted
 
     @property
     def num_tokens(self) -> int:
@@ -54,15 +57,23 @@ class Batch:
     def __repr__(self) -> str:
         """Shapes and dtypes, one tensor a line, and the device."""
         lines = [f"Batch on {self.labels_BL.device}: {self.num_tokens:,} targets"]
-        for name, value in vars(self).items():
+        for name, value in self.tensors().items():
             about = "none" if value is None else f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
             lines.append(f"  {name:<13} {about}")
         return "\n".join(lines)
 
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """The tensors by name, in the order in which a batch is made of them."""
+        return {name: value for name, value in vars(self).items() if name != "num_counted"}
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The same batch of changed tensors."""
+        changed: list[Any] = [None if value is None else change(value) for value in self.tensors().values()]
+        return Batch(*changed, num_counted=self.num_counted)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        moved: list[Any] = [None if v is None else v.to(device, non_blocking=True) for v in vars(self).values()]
-        return Batch(*moved)
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,7 @@ def collate(
     mask_BL1 = np.stack([sequences.mask_BL1[row] for sequences, _, row in samples])
     labels_BL = np.where(mask_BL1[:, 1:], tokens_BL1[:, 1:], IGNORED_LABEL)
     batch = Batch(torch.from_numpy(tokens_BL1[:, :-1].copy()), torch.from_numpy(labels_BL))
+    batch.num_counted = int(mask_BL1[:, 1:].sum())
     if context == "document":
         starts_BL1 = np.stack([sequences.starts_BL1[row] for sequences, _, row in samples])
         batch.positions_BL = positions_in_documents(torch.from_numpy(starts_BL1))

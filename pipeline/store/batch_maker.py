@@ -8,8 +8,6 @@ Threads do the host's part of several micro-batches at once; the device's part i
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from capgap.pipeline.store.batch import Batch, collate
@@ -60,7 +58,7 @@ class BatchMaker:
         found = [self._find(epoch, index) for index in chosen]
         stored = [(block, row) for block, row in found if isinstance(block, StoredBlock)]
         if stored:
-            return gather(stored, self._pin, self._settings.context)
+            return gather(stored, self._reader.codec.seq_len, self._pin, self._settings.context)
         decoded = [(*block, row) for block, row in found if not isinstance(block, StoredBlock)]
         settings = self._settings
         batch = collate(decoded, self._reader.codec.num_ids, settings.target_temperature, settings.context)
@@ -120,5 +118,4 @@ class BatchMaker:
 
 def pinned(batch: Batch) -> Batch:
     """The same batch in page-locked memory."""
-    tensors: list[Any] = [None if value is None else value.pin_memory() for value in vars(batch).values()]
-    return Batch(*tensors)
+    return batch.each(lambda tensor: tensor.pin_memory())

@@ -47,6 +47,7 @@ class DeviceDecoder:
         labels_BL = tokens_BL1[:, 1:]
         is_label_BL1 = self._bits(stored["mask"], tokens_BL1.shape[1])
         batch = Batch(tokens_BL1[:, :-1].contiguous(), labels_BL.masked_fill(~is_label_BL1[:, 1:], IGNORED_LABEL))
+        batch.num_counted = stored.num_counted
         if "starts" in stored:
             batch.positions_BL = positions_in_documents(self._bits(stored["starts"], tokens_BL1.shape[1]))
         if self._codec.name == SAMPLED:

@@ -58,4 +58,5 @@ def in_rows(batch: Batch, row_len: int) -> Batch:
         targets(batch.weights_NK),
         targets(batch.tail_N),
         torch.cat([rows(positions_BL)[:, : row_len - padding], places_W[:padding].expand(num_rows, -1)], 1),
+        batch.num_counted,
     )

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from capgap.pipeline.store.planes import unpack_bits
 from capgap.pipeline.store.stored import StoredBlock
 from capgap.schemas.run_corpus import ContextRule
 
@@ -36,11 +37,14 @@ class StoredBatch:
     Attributes:
         num_sequences: B.
         widest: ids of the widest target.
+        num_counted: labels that count.
     """
 
-    def __init__(self, buffer: torch.Tensor, parts: dict[str, _Part], num_sequences: int, widest: int) -> None:
+    def __init__(
+        self, buffer: torch.Tensor, parts: dict[str, _Part], num_sequences: int, widest: int, num_counted: int
+    ) -> None:
         self._buffer, self._parts = buffer, parts
-        self.num_sequences, self.widest = num_sequences, widest
+        self.num_sequences, self.widest, self.num_counted = num_sequences, widest, num_counted
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """A column: [B, width], or the values of lists of any size; `offsets NAME` are those lists' borders [B + 1]."""
@@ -58,10 +62,13 @@ class StoredBatch:
 
     def to(self, device: torch.device | str) -> StoredBatch:
         """The same columns on another device, in one copy."""
-        return StoredBatch(self._buffer.to(device, non_blocking=True), self._parts, self.num_sequences, self.widest)
+        buffer = self._buffer.to(device, non_blocking=True)
+        return StoredBatch(buffer, self._parts, self.num_sequences, self.widest, self.num_counted)
 
 
-def gather(samples: list[tuple[StoredBlock, int]], pin: bool, context: ContextRule = "packed") -> StoredBatch:
+def gather(
+    samples: list[tuple[StoredBlock, int]], seq_len: int, pin: bool, context: ContextRule = "packed"
+) -> StoredBatch:
     """The columns of these sequences, each a block and a number in it; in page-locked memory if `pin`.
 
     Where documents start is among them under the rule `document`.
@@ -91,6 +98,8 @@ def gather(samples: list[tuple[StoredBlock, int]], pin: bool, context: ContextRu
         parts,
         len(samples),
         max((int(block.widest_B[row]) for block, row in samples if len(block.widest_B)), default=0),
+        # the first token of a sequence is nobody's label
+        sum(int(unpack_bits(block.fixed["mask"][row : row + 1], seq_len + 1)[0, 1:].sum()) for block, row in samples),
     )
     for name, parts_of_name in arrays.items():
         np.concatenate(parts_of_name, out=batch[name].numpy().reshape(-1))

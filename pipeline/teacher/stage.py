@@ -19,6 +19,7 @@ from capgap.pipeline.stage.context import StageContext, StageInput, StageResult
 from capgap.pipeline.stage.scalars import METRICS_NAME
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.teacher.vocabulary import extend_vocabulary
+from capgap.pipeline.train.data import num_validation_sequences
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.fits import require_memory
 from capgap.pipeline.train.metrics import read_rows
@@ -121,8 +122,7 @@ def _fit(
     if not measured:
         return totals
     loss = totals["best_validation_loss"] if settings.output == "best" else float(measured[-1])
-    num_sequences = min(settings.num_validation_sequences, task.heldout.shard_set.num_sequences)
-    return totals | {LABEL_LOSS: loss, NUM_SEQUENCES: num_sequences}
+    return totals | {LABEL_LOSS: loss, NUM_SEQUENCES: num_validation_sequences(task, totals["num_steps"])}
 
 
 def _saved(

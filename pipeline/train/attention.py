@@ -10,9 +10,11 @@ Legend: B rows, L tokens a row, H hidden.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from capgap.schemas.errors import InputError
 
@@ -44,6 +46,27 @@ def ending_attention(model: PreTrainedModel, positions_BL: torch.Tensor) -> dict
             fix=_FIX,
         )
     return {"position_ids": positions_BL}
+
+
+@contextmanager
+def rows_are_known(positions_BL: torch.Tensor | None) -> Iterator[None]:
+    """Tell transformers whether rows hold several documents: it would look at positions for it, and wait for a GPU.
+
+    Args:
+        positions_BL: what `ending_attention` was given; None where every row is one sequence.
+    """
+    looks = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = (lambda _: None) if positions_BL is None else _document_numbers
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = looks
+
+
+def _document_numbers(positions_BL: torch.Tensor) -> torch.Tensor:
+    """As transformers has it: the number of each token's document in its row [B, L]."""
+    steps_BL = torch.diff(positions_BL, prepend=positions_BL[:, :1] - 1)
+    return (steps_BL != 1).cumsum(-1)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from capgap.pipeline.stage.folder import WORK_FOLDER
 from capgap.pipeline.stage.progress import Meter
 from capgap.pipeline.store import MixedLoader, SequenceLoader
 from capgap.pipeline.train.checkpoints import Checkpoints
-from capgap.pipeline.train.data import heldout_batches
+from capgap.pipeline.train.data import heldout_batches, num_validation_sequences
 from capgap.pipeline.train.heldout import HeldOut
 from capgap.pipeline.train.metrics import Metrics, MetricsFile, Progress
 from capgap.pipeline.train.not_finite import NOT_FINITE_FOLDER, NotFinite
@@ -56,14 +56,15 @@ def make_callbacks(
     """
     settings, tokens_per_step = task.settings, loader.tokens_per_step
     not_finite = NotFinite(loader, task.accumulate, task.folder / WORK_FOLDER / NOT_FINITE_FOLDER, replay_setting)
+    num_sequences = num_validation_sequences(task, loader.num_steps)
     heldout = HeldOut(
         metrics,
         not_finite,
         timer,
-        lambda: heldout_batches(task),
+        lambda: heldout_batches(task, num_sequences),
         settings.validate_every_steps,
         tokens_per_step,
-        also_before=task.alpha > 0 and task.heldout_targets is not None,
+        also_before=task.measures_before,
     )
     checkpoints = Checkpoints(
         task.checkpoint_folder,

@@ -17,6 +17,9 @@ from capgap.pipeline.train.task import CacheSource, TrainingTask
 OWN = ""
 # Passes over a further cache, which is read as often as the mix takes: more than any training has steps.
 _WITHOUT_END = 1 << 32
+# Of the sequences of a training, in all measurements together. To measure one takes a third of a step's arithmetic.
+_MEASURED_SHARE = 0.1
+_MOST_MEASURED, _LEAST_MEASURED = 64, 8
 
 
 def training_loader(task: TrainingTask) -> SequenceLoader | MixedLoader:
@@ -38,12 +41,23 @@ def training_loader(task: TrainingTask) -> SequenceLoader | MixedLoader:
     return MixedLoader(loaders, weights, task.seed, epochs_of=OWN, max_tokens=settings.max_tokens)
 
 
-def heldout_batches(task: TrainingTask) -> Iterator[Batch]:
+def num_validation_sequences(task: TrainingTask, num_steps: int) -> int:
+    """Held-out sequences that are measured each time; as many as are asked for, or as cost a training little."""
+    settings = task.settings
+    wanted = settings.num_validation_sequences
+    if wanted is None:
+        num_times = -(-num_steps // settings.validate_every_steps) + task.measures_before
+        affordable = int(_MEASURED_SHARE * num_steps * settings.batch_sequences) // num_times
+        wanted = min(_MOST_MEASURED, max(_LEAST_MEASURED, affordable))
+    return min(wanted, task.heldout.shard_set.num_sequences)
+
+
+def heldout_batches(task: TrainingTask, wanted: int) -> Iterator[Batch]:
     """The first held-out sequences, in micro-batches: with the teacher's targets as far as the cache has them.
 
     The cache holds the first sequences of the same held-out text.
     """
-    wanted, num_scored = task.settings.num_validation_sequences, 0
+    num_scored = 0
     if task.heldout_targets is not None:
         num_scored = min(wanted, task.heldout_targets.shard_set.num_sequences)
         yield from _batches_of(task, task.heldout_targets, range(num_scored))

@@ -27,8 +27,12 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def compile_decoder(decoder: nn.Module, device: torch.device) -> None:
-    """Let torch.compile make the decoder's kernels at its first batch; its parameters keep their names.
+def compile_layers(model: PreTrainedModel, decoder: nn.Module, device: torch.device) -> None:
+    """Let torch.compile make the kernels of each layer of a decoder at its first batch; parameters keep their names.
+
+    Layers of one kind share what is compiled. What stands around them stays as it is: transformers makes the attention
+    mask there, and leaves it out where rows are plainly causal only as long as it is not traced. With a mask in its
+    place no flash attention would be used.
 
     Raises:
         MachineError: nothing can be compiled on this machine.
@@ -43,7 +47,19 @@ def compile_decoder(decoder: nn.Module, device: torch.device) -> None:
             expected="a C++ compiler" if device.type == "cpu" else "a C compiler",
             fix="install g++, or leave train.compile out",
         ) from None
-    decoder.compile()
+    for layer in layers_of(model, decoder) or [decoder]:
+        layer.compile()
+
+
+def layers_of(model: PreTrainedModel, part: nn.Module) -> list[nn.Module]:
+    """The layers within a part of a model: what transformers keeps together on one device, or else the longest list."""
+    names = set(model._no_split_modules or ())
+    # FSDP2 puts a subclass of another name in the place of a module's class
+    named = [one for one in part.modules() if names & {kind.__name__ for kind in type(one).__mro__}]
+    if named:
+        return named
+    lists = [list(one) for one in part.modules() if isinstance(one, nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def _probe(numbers_N: torch.Tensor) -> torch.Tensor:

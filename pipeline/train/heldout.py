@@ -6,6 +6,7 @@ Legend: B sequences, L targets a sequence, N = B x L rows, K ids kept, V vocabul
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,7 @@ class HeldOut(lightning.Callback):
         self._also_before = also_before
         self._file, self._watch, self._timer, self._batches = file, watch, timer, batches
         self._every, self._tokens_per_step, self._last_step = every_steps, tokens_per_step, 0
+        self._begun, self._num_measured = time.monotonic(), 0
         self.last: HeldOutFigures | None = None
 
     @property
@@ -78,12 +80,10 @@ class HeldOut(lightning.Callback):
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """The step that a resumed training begins with has been measured."""
-        self._last_step = trainer.global_step
+        self._last_step, self._begun = trainer.global_step, time.monotonic()
         if trainer.global_step or not self._also_before:
             return
-        with self._timer.excluded():
-            before = measure(module, self._batches())
-        self._write(0, before)
+        before = self._measured(0, module)
         if trainer.is_global_zero:
             near = f"KL {before.kl:.4f}" if before.kl is not None else f"cross-entropy {before.teacher_ce:.4f}"
             _LOG.info(
@@ -97,11 +97,27 @@ class HeldOut(lightning.Callback):
             return
         self._last_step = step
         self._watch.settle(trainer)
-        with self._timer.excluded():
-            self.last = measure(module, self._batches())
-        self._write(step, self.last)
+        self.last = self._measured(step, module)
 
-    def _write(self, step: int, figures: HeldOutFigures) -> None:
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        """Say what of the time went to no step."""
+        total_s = max(time.monotonic() - self._begun, 1e-9)
+        if trainer.is_global_zero and self._num_measured:
+            spent_s = self._timer.excluded_s
+            _LOG.info(
+                "trained for %.1f s, of which %d measurements of held-out text took %.1f s (%.0f %%)",
+                *(total_s, self._num_measured, spent_s, 100 * spent_s / total_s),
+            )
+
+    def _measured(self, step: int, module: Any) -> HeldOutFigures:
+        before_s = self._timer.excluded_s
+        with self._timer.excluded():
+            figures = measure(module, self._batches())
+        self._num_measured += 1
+        self._write(step, figures, self._timer.excluded_s - before_s)
+        return figures
+
+    def _write(self, step: int, figures: HeldOutFigures, taken_s: float) -> None:
         self._file.add(
             step=step,
             num_tokens=step * self._tokens_per_step,
@@ -109,6 +125,7 @@ class HeldOut(lightning.Callback):
             heldout_kl=_rounded(figures.kl),
             heldout_teacher_ce=_rounded(figures.teacher_ce),
             heldout_top1=_rounded(figures.top1),
+            heldout_s=round(taken_s, 3),
         )
 
 

@@ -46,7 +46,7 @@ def keep_batches(folder: Path, kept: Sequence[KeptBatch], setting: dict[str, Any
     micro_batches = []
     for one in kept:
         name = f"micro-batch-{one.number:08d}.safetensors"
-        tensors = {key: value.cpu().contiguous() for key, value in vars(one.batch).items() if value is not None}
+        tensors = {key: value.cpu().contiguous() for key, value in one.batch.tensors().items() if value is not None}
         save_file(tensors, folder / name)
         entry = {"number": one.number, "file": name, "sequences": one.sequences, "at_fault": one.at_fault}
         micro_batches.append(entry)

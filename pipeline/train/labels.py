@@ -37,4 +37,6 @@ class LabelShares:
         factor = torch.where(total > 0, num_micro_batches / total, 0.0)
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:
+            # of the gradients' dtype, or a GPU would go through them one by one; float32 at least, to be exact
+            factor = factor.to(torch.promote_types(gradients[0].dtype, torch.float32))
             torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)

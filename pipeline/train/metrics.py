@@ -93,7 +93,7 @@ class RunningSums:
 
     def add(self, values: Sequence[torch.Tensor]) -> None:
         """Add one of each; all of them scalars of one device."""
-        row = torch.stack([value.detach().double() for value in values])
+        row = torch.stack([value.detach() for value in values]).double()
         self._sums = row if self._sums is None else self._sums + row
 
     def look(self, trainer: Any) -> list[float] | None:
@@ -222,6 +222,7 @@ def _means(module: DistillationModule, batch: Batch) -> list[torch.Tensor]:
     """Loss, cross-entropy and divergence of a micro-batch as the loss takes them, over rows that count; and 1."""
     last = module.last
     assert last is not None
-    count = (batch.labels_BL >= 0).sum().clamp(min=1)
+    known = batch.num_counted
+    count = (batch.labels_BL >= 0).sum().clamp(min=1) if known is None else max(known, 1)
     kl = torch.zeros_like(last.loss) if last.kl_N is None else last.kl_N.sum() / count
     return [last.loss, last.ce_N.sum() / count, kl, torch.ones_like(last.loss)]

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from capgap.kernels.sparse_kl import Recording, SparseKl, SparseTargets, linear_sparse_kl
 from capgap.pipeline.store import Batch
-from capgap.pipeline.train.attention import ending_attention
-from capgap.pipeline.train.faster import checkpoint_activations, compile_decoder
+from capgap.pipeline.train.attention import ending_attention, rows_are_known
+from capgap.pipeline.train.faster import checkpoint_activations, compile_layers
 from capgap.pipeline.train.heads import served_head
 from capgap.pipeline.train.labels import LabelShares
 from capgap.pipeline.train.objective import Objective
@@ -25,10 +25,6 @@ from capgap.pipeline.train.router import RouterLoss
 from capgap.pipeline.train.strategy import shard
 from capgap.pipeline.train.top_ids import top_ids
 from capgap.schemas.run_optimization import OptimizationSettings
-
-# Where the logits' buffer and the gradients of one chunk stay in a CPU's cache.
-_CPU_WORKSPACE_MB = 16
-_GPU_WORKSPACE_MB = 512
 
 
 class DistillationModule(lightning.LightningModule):
@@ -90,7 +86,7 @@ class DistillationModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Compile where the training runs."""
         if self._settings.compile:
-            compile_decoder(self._head.decoder, self.device)
+            compile_layers(self.model, self._head.decoder, self.device)
 
     def configure_model(self) -> None:
         """Divide the parameters among the ranks, where the strategy has a mesh to divide them over."""
@@ -125,9 +121,10 @@ class DistillationModule(lightning.LightningModule):
         """
         several = {} if batch.positions_BL is None else ending_attention(self.model, batch.positions_BL)
         router = self._router if self.training else None
-        output = self._head.decoder(
-            input_ids=batch.input_ids_BL, use_cache=False, **several, **(router.arguments if router else {})
-        )
+        with rows_are_known(batch.positions_BL):
+            output = self._head.decoder(
+                input_ids=batch.input_ids_BL, use_cache=False, **several, **(router.arguments if router else {})
+            )
         result = self._loss_of(output.last_hidden_state, batch, alpha)
         if not self.training and batch.ids_NK is not None:
             # here, where ranks that share the head hold all of it
@@ -150,7 +147,7 @@ class DistillationModule(lightning.LightningModule):
             row_weights_N=self._objective.row_weights(batch),
             vocab_size=self._vocab_size,
             want_kl=alpha > 0,
-            workspace_mb=_CPU_WORKSPACE_MB if batch.labels_BL.device.type == "cpu" else _GPU_WORKSPACE_MB,
+            num_counted=batch.num_counted,
             **(objective.arguments() if alpha > 0 else {}),
         )
 
@@ -169,8 +166,12 @@ class DistillationModule(lightning.LightningModule):
     def _counted(self, batch: Batch) -> torch.Tensor:
         """The weights of the rows whose labels count, over the number of all rows: a scalar, without a host sync."""
         labels_N = batch.labels_BL.flatten()
-        counts_N = ((labels_N >= 0) & (labels_N < self._vocab_size)).float()
         weights_N = self._objective.row_weights(batch)
+        if weights_N is None and batch.num_counted is not None:
+            # filled in where it lies: a copy from the host would be waited for
+            share = batch.num_counted / batch.num_tokens
+            return torch.full((), share, dtype=torch.float64, device=labels_N.device)
+        counts_N = ((labels_N >= 0) & (labels_N < self._vocab_size)).float()
         return (counts_N if weights_N is None else counts_N * weights_N).mean(dtype=torch.float64)
 
 
@@ -187,4 +188,5 @@ def _targets(batch: Batch) -> SparseTargets:
         none = torch.zeros((num_rows, 1), device=device)
         return SparseTargets(none.long(), none, None)
     recording: Recording = "sampled" if batch.tail_N is None else "topk"
-    return SparseTargets(batch.ids_NK, batch.weights_NK, batch.tail_N, recording)
+    # ids of a cache are distinct, and its reader has looked at every number
+    return SparseTargets(batch.ids_NK, batch.weights_NK, batch.tail_N, recording, checked=True)

@@ -26,7 +26,7 @@ from capgap.kernels.sparse_kl.divergence import LOWEST_LOGPROB
 from capgap.pipeline.models.head_product import float32_logits, sums_in_float32
 from capgap.pipeline.store import Batch
 from capgap.pipeline.train import heads
-from capgap.pipeline.train.attention import ending_attention
+from capgap.pipeline.train.attention import ending_attention, rows_are_known
 from capgap.pipeline.train.module import DistillationModule
 
 # Elements of one [C, V] tensor, of which about eight stand at once: 4 MiB of float32 near a CPU's cache, 128 on a GPU.
@@ -79,7 +79,7 @@ class OnlineModule(DistillationModule):
         """The teacher's hidden states, computed in its own dtype, whatever the student's precision is."""
         teacher, head = self._teacher
         several = {} if batch.positions_BL is None else ending_attention(teacher, batch.positions_BL)
-        with torch.autocast(batch.input_ids_BL.device.type, enabled=False):
+        with torch.autocast(batch.input_ids_BL.device.type, enabled=False), rows_are_known(batch.positions_BL):
             output = head.decoder(input_ids=batch.input_ids_BL, use_cache=False, **several)
             hidden_NG: Tensor = output.last_hidden_state.flatten(0, 1)
             return hidden_NG

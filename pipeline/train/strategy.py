@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from capgap.pipeline.stage.ranks import Ranks
+from capgap.pipeline.train.faster import layers_of
 from capgap.pipeline.train.saved import CheckpointFiles, read_checkpoint, whole, write_part
 from capgap.schemas.run_optimization import OptimizationSettings
 
@@ -53,10 +54,8 @@ def shard(module: nn.Module, model: PreTrainedModel, mesh: DeviceMesh, precision
     """
     low = torch.bfloat16 if precision == "bf16-mixed" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
-    layers = set(model._no_split_modules or ())
-    for part in model.modules():
-        if type(part).__name__ in layers:
-            fully_shard(part, mesh=mesh, mp_policy=policy)
+    for layer in layers_of(model, model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(module, "loss")
 

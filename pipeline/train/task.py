@@ -94,6 +94,11 @@ class TrainingTask:
         return self.folder / WORK_FOLDER / "checkpoints"
 
     @property
+    def measures_before(self) -> bool:
+        """Whether held-out sequences are measured before the first step too: where there is a teacher's answer."""
+        return self.alpha > 0 and self.heldout_targets is not None
+
+    @property
     def several_in_a_row(self) -> bool:
         """Whether rows hold sequences or documents that must not see one another."""
         rules = {self.context, *(source.context for source in self.others.values())}

@@ -12,6 +12,7 @@ import pytest
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "sparse_kl.py"
 
 NEEDS_A_GPU = {
+    "cut cross-entropy",
     "Liger fused linear cross-entropy",
     "Liger fused linear cross-entropy in the same chunks",
     "Liger fused linear JSD with a teacher on line",

@@ -169,7 +169,7 @@ def test_a_webdataset_gives_every_sequence_of_the_loader_with_its_bits(cache: Ca
     for batch in cache.batches(1, **chosen):
         found = collate_samples([samples[batch.input_ids_BL[0].numpy().tobytes()]])
         num_seen += 1
-        for here, there in zip(vars(found).values(), vars(batch).values(), strict=True):
+        for here, there in zip(found.tensors().values(), batch.tensors().values(), strict=True):
             assert (here is None) == (there is None)
             assert here is None or torch.equal(here, there)
     assert num_seen == num_sequences

@@ -5,7 +5,6 @@ make test-real        fetches 330 MB once and makes them in runs/real-models (CA
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def real_model() -> Callable[[str], Path]:
     """The folder of one of the models, by its name."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from real_models import FOLDER, real_model
+    from real_models import real_model
 
-    folder = Path(os.environ.get("CAPGAP_REAL_MODELS", FOLDER))
-    return lambda name: real_model(name, folder)
+    return real_model

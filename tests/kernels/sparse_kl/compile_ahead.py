@@ -78,10 +78,12 @@ def compile_one(variant: Variant) -> dict[str, object]:
     )
     program = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     registers, stack, local = _resources(program.asm["cubin"])
+    instructions = [one / (constants["BLOCK_V"] / 32 / options["num_warps"]) for one in _loops(program.asm["cubin"])]
     ptx = program.asm["ptx"]
     return {
         "variant": variant,
         "registers": registers,
+        "instructions": instructions,
         "spill_bytes": stack + local,
         "shared_bytes": program.metadata.shared,
         "num_wide_loads": len(re.findall(r"ld\.global\S*\.v4", ptx)),
@@ -91,13 +93,27 @@ def compile_one(variant: Variant) -> dict[str, object]:
 
 
 def _resources(cubin: bytes) -> tuple[int, int, int]:
+    printed = _printed(cubin, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", printed)
+    assert found, printed
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def _loops(cubin: bytes) -> list[int]:
+    """Instructions of each loop, in order: from the target of a jump back to the jump."""
+    code = [
+        (int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", _printed(cubin, "-sass"))
+    ]
+    jumps = [(at, re.search(r"\bBRA(?:\.\S+)? .*?0x([0-9a-f]+)", what)) for at, what in code]
+    loops = sorted((int(found[1], 16), at) for at, found in jumps if found and int(found[1], 16) < at)
+    return [sum(first <= at <= last and not what.startswith("NOP") for at, what in code) for first, last in loops]
+
+
+def _printed(cubin: bytes, *flags: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
-        printed = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", printed.stdout)
-    assert found, printed.stdout
-    return int(found[1]), int(found[2]), int(found[3])
+        return subprocess.run([tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_the_registrations_agree_with_the_op(divergence: str, tail: str, needs: 
     for tensor, needed in zip((hidden_NH, weight_VH, bias_V), needs, strict=True):
         tensor.requires_grad_(needed)
     rows = (targets.ids_NK, targets.weights_NK, targets.tail_N, labels_N, None)
-    settings = ([0.5, 2.0, 0.5, 0.0], divergence, tail, 57, 1, "auto", list(needs))
+    settings = ([0.5, 2.0, 0.5, 0.0], divergence, tail, 57, 2**20, "auto", False, -1, list(needs))
     torch.library.opcheck(op._op, (hidden_NH, weight_VH, bias_V, *rows, *settings))
 
 

@@ -33,7 +33,7 @@ def many(codecs, make_reader) -> ShardReader:
 
 
 def _same(a: Batch, b: Batch) -> bool:
-    pairs = zip(vars(a).values(), vars(b).values(), strict=True)
+    pairs = zip(a.tensors().values(), b.tensors().values(), strict=True)
     return all(x is y is None or (x.dtype == y.dtype and torch.equal(x, y)) for x, y in pairs)
 
 
@@ -155,7 +155,7 @@ def read():
         loader.load_state_dict(json.loads(state.read_text()))
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for batch in loader:
-        digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in vars(batch).values() if v is not None))
+        digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in batch.tensors().values() if v is not None))
         os.write(file, f"{loader.state_dict()['position']} {digest.hexdigest()}\\n".encode())
         (folder / "new").write_text(json.dumps(loader.state_dict()))
         (folder / "new").replace(state)
@@ -187,7 +187,7 @@ def test_a_process_that_is_killed_any_time_goes_on_with_the_batches_that_remaine
     whole = SequenceLoader(reader, LoaderSettings(4, 3, num_epochs=6))
     expected = []
     for number, batch in enumerate(whole, 1):
-        data = b"".join(v.numpy().tobytes() for v in vars(batch).values() if v is not None)
+        data = b"".join(v.numpy().tobytes() for v in batch.tensors().values() if v is not None)
         expected.append(f"{4 * number} {hashlib.sha256(data).hexdigest()}")
     found = (folder / "log").read_text().splitlines()
     assert len(expected) == 60 <= len(found) <= 60 + len(kills), f"killed at {kills}"

@@ -74,7 +74,7 @@ def test_a_resumed_loader_gives_the_same_rows(reader) -> None:
     second = SequenceLoader(reader, LoaderSettings(8, 3, num_epochs=2, row_len=29))
     second.load_state_dict(first.state_dict())
     for batch, expected in zip(second, whole[1:], strict=True):
-        for a, b in zip(vars(batch).values(), vars(expected).values(), strict=True):
+        for a, b in zip(batch.tensors().values(), expected.tensors().values(), strict=True):
             assert a is b is None or torch.equal(a, b)
 
 

@@ -10,10 +10,12 @@ from itertools import pairwise
 import pytest
 import torch
 import transformers
+from tiny_models import tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from capgap.pipeline.store.batch import positions_in_documents
-from capgap.pipeline.train.attention import ending_attention, require_ending_attention
+from capgap.pipeline.train.attention import ending_attention, require_ending_attention, rows_are_known
 from capgap.schemas.errors import InputError
 
 VOCAB_SIZE = 48
@@ -148,3 +150,31 @@ def test_the_proof_leaves_the_model_in_its_mode_and_takes_no_random_number() -> 
     require_ending_attention(model, 64)
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Waits(TorchDispatchMode):
+    """The looks at a tensor's values, each of which would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num += func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("positions_BL", [None, torch.arange(8).repeat(2, 2)], ids=["one sequence", "two documents"])
+def test_what_is_known_of_rows_is_not_looked_for(positions_BL) -> None:
+    model = tiny_llama(0)
+    several = {} if positions_BL is None else {"position_ids": positions_BL}
+    ids_BL = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(0))
+    with Waits() as looking:
+        expected = model.model(input_ids=ids_BL, use_cache=False, **several).last_hidden_state
+    with rows_are_known(positions_BL), Waits() as knowing:
+        found = model.model(input_ids=ids_BL, use_cache=False, **several).last_hidden_state
+    assert (looking.num, knowing.num) == (1, 0)
+    assert torch.equal(found, expected)
+    with Waits() as after:
+        model.model(input_ids=ids_BL, use_cache=False, **several)
+    assert after.num == 1, "whoever else uses transformers has it as it is"

@@ -105,7 +105,7 @@ def test_what_does_not_count_has_no_part_in_loss_or_gradient(readers, make_stude
     batch, model = loader.micro_batch(0), make_student()
     uncounted_N = batch.labels_BL.flatten() < 0
     assert 0.3 < uncounted_N.float().mean() < 0.6
-    nonsense = Batch(*vars(batch).values())
+    nonsense = Batch(*batch.tensors().values())
     assert batch.ids_NK is not None and batch.weights_NK is not None and batch.tail_N is not None
     nonsense.ids_NK = batch.ids_NK.where(~uncounted_N[:, None], 3)
     nonsense.weights_NK = batch.weights_NK.where(~uncounted_N[:, None], 9.0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from tiny_models import DEEPER, gpt2_config, llama_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 from capgap.pipeline.store import Batch
-from capgap.pipeline.train.faster import checkpoint_activations, compile_decoder
+from capgap.pipeline.train.faster import checkpoint_activations, compile_layers, layers_of
 from capgap.pipeline.train.module import DistillationModule
 from capgap.schemas.errors import InputError
 from capgap.schemas.run_optimization import OptimizationSettings
@@ -33,7 +34,7 @@ def _step(config, batch: Batch, device: str = "cpu", **settings: Any) -> tuple[t
     model = tiny_model(config)
     module = DistillationModule(model, OptimizationSettings(**settings), 10, 0.5, 1.0, 40).train()
     if settings.get("compile"):
-        compile_decoder(module._head.decoder, torch.device(device))
+        compile_layers(model, module._head.decoder, torch.device(device))
     torch.manual_seed(1)  # of dropout
     loss = module.training_step(batch, 0)
     loss.backward()
@@ -79,13 +80,67 @@ def test_a_compiled_decoder_gives_the_same_loss_and_gradients(batch, checkpointe
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-6)
 
 
+@pytest.fixture
+def attention_calls(monkeypatch) -> list[dict[str, Any]]:
+    """What torch's attention is called with from now on, also by what is compiled, which here is run as it is."""
+    calls: list[dict[str, Any]] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    @torch.compiler.disable
+    def seen(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append({"causal": kwargs["is_causal"], "mask": kwargs["attn_mask"] is not None})
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    return calls
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["Llama", "GPT-2"])
+def test_compiled_layers_ask_for_causal_attention_without_a_mask(
+    config, batch, attention_calls, checkpointed: bool
+) -> None:
+    num_layers = config.num_hidden_layers
+    settings = {"compile": True, "activation_checkpointing": checkpointed}
+    _step(config, batch, **settings)
+    tried = len(attention_calls) - num_layers * (2 if checkpointed else 1)
+    assert attention_calls[tried:] == [{"causal": True, "mask": False}] * (len(attention_calls) - tried)
+    assert tried >= 0 and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_compiled_layers_are_given_the_mask_that_documents_need(batch, attention_calls) -> None:
+    batch.positions_BL = torch.arange(8).repeat(2, 2)
+    _step(LLAMA, batch, compile=True)
+    assert attention_calls[-LLAMA.num_hidden_layers :] == [{"causal": False, "mask": True}] * LLAMA.num_hidden_layers
+
+
+def test_many_layers_share_what_is_compiled(batch, attention_calls) -> None:
+    found = []
+    for num_layers in (3, 12):  # more than dynamo would compile one function for
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        _step(llama_config(vocab_size=48, **DEEPER | {"num_hidden_layers": num_layers}), batch, compile=True)
+        found.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert found[0] == found[1] > 0
+
+
+def test_the_layers_of_a_model_that_names_none_are_its_longest_list() -> None:
+    model = AutoModelForCausalLM.from_config(LLAMA)
+    named = layers_of(model, model)
+    assert named == list(model.model.layers)
+    model._no_split_modules = None
+    assert layers_of(model, model.model) == named
+
+
 _WITHOUT_A_COMPILER = """
 import torch
-from capgap.pipeline.train.faster import compile_decoder
+from capgap.pipeline.train.faster import compile_layers
 from capgap.schemas.errors import MachineError
 
 try:
-    compile_decoder(torch.nn.Linear(2, 2), torch.device("cpu"))
+    compile_layers(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.device("cpu"))
 except MachineError as error:
     print(error)
 """

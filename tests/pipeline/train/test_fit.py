@@ -307,7 +307,7 @@ def test_a_killed_training_goes_on_as_if_undisturbed(shards, make_student, tmp_p
         undisturbed, killed = (tmp_path / f"{name}-{micro_batch}" for name in ("undisturbed", "killed"))
         weights = [(folder / "weights.safetensors").read_bytes() for folder in (undisturbed, killed)]
         assert weights[0] == weights[1], f"micro-batch {micro_batch}, killed at {seen}"
-        of_this_process = dict.fromkeys(("tokens_per_s", "data_wait_fraction", "memory_bytes"))
+        of_this_process = dict.fromkeys(("tokens_per_s", "data_wait_fraction", "memory_bytes", "heldout_s"))
         rows = [[row | of_this_process for row in _metrics(folder)] for folder in (undisturbed, killed)]
         assert rows[0] == rows[1], f"micro-batch {micro_batch}, killed at {seen}"
         steps = [step for step, _ in _column(killed, "train_loss")]

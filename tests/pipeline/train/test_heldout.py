@@ -11,7 +11,7 @@ from tiny_tasks import tiny_task
 from capgap.pipeline.cache.stage import _first_blocks
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.batch import collate
-from capgap.pipeline.train.data import heldout_batches
+from capgap.pipeline.train.data import heldout_batches, num_validation_sequences
 from capgap.pipeline.train.heldout import entropies, measure
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
@@ -76,8 +76,8 @@ def make_task(make_shards, tmp_path):
 
 @pytest.mark.parametrize("kind", ["sampled", "topk"])
 def test_figures_against_the_teacher_are_those_of_whole_logits(make_student, make_task, kind: str) -> None:
-    task = make_task(kind, num_validation_sequences=10, batch_sequences=4)
-    batches = list(heldout_batches(task))
+    task = make_task(kind, batch_sequences=4)
+    batches = list(heldout_batches(task, 10))
     assert [(len(b.input_ids_BL), b.ids_NK is None) for b in batches] == [
         (4, False),
         (2, False),
@@ -103,14 +103,14 @@ def test_figures_against_the_teacher_are_those_of_whole_logits(make_student, mak
         assert found.kl is None and found.teacher_ce == pytest.approx(ce / rows, abs=1e-6)
     else:
         assert found.teacher_ce is None and found.kl == pytest.approx(kl / rows, abs=1e-6)
-    text = heldout_batches(dataclasses.replace(task, heldout_targets=None))
+    text = heldout_batches(dataclasses.replace(task, heldout_targets=None), 10)
     assert found.loss == pytest.approx(measure(module, text).loss)
 
 
 def test_the_cross_entropy_with_draws_has_the_mean_of_that_with_the_teacher(make_student, make_task, chain) -> None:
     """Where the KL with samples is too small by their missing entropy."""
-    task = make_task("sampled", num_validation_sequences=6, batch_sequences=6)
-    (batch,) = heldout_batches(task)
+    task = make_task("sampled", batch_sequences=6)
+    (batch,) = heldout_batches(task, 6)
     module = _module(make_student())
     found = measure(module, [batch])
     p_NV = torch.softmax(chain.double(), -1)[batch.input_ids_BL.flatten()]
@@ -123,14 +123,27 @@ def test_the_cross_entropy_with_draws_has_the_mean_of_that_with_the_teacher(make
 
 
 def test_a_reverse_divergence_and_a_temperature_are_those_of_the_training(make_student, make_task) -> None:
-    task = make_task("topk", num_validation_sequences=6, batch_sequences=6)
+    task = make_task("topk", batch_sequences=6)
     student = make_student()
     found = {
-        (objective.divergence, temperature): measure(_module(student, temperature, objective), heldout_batches(task)).kl
+        (objective.divergence, temperature): measure(_module(student, temperature, objective), heldout_batches(task, 6)).kl
         for objective in (Objective(), Objective("reverse_kl"))
         for temperature in (1.0, 2.0)
     }
     assert len({round(value, 4) for value in found.values()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_steps", "num_measured"),
+    # before, at step 200 of 400 and at the end: a tenth of the sequences that it trains on, between 8 and 64
+    [(None, 400, 53), (None, 4000, 64), (None, 3, 8), (500, 3, 100), (2, 4000, 2)],
+)
+def test_measurements_of_a_short_training_read_little_of_what_it_reads(
+    make_task, make_shards, tmp_path, asked, num_steps: int, num_measured: int
+) -> None:
+    task = make_task("topk", num_validation_sequences=asked, batch_sequences=4, validate_every_steps=200)
+    task = dataclasses.replace(task, alpha=1.0, heldout=make_shards(tmp_path / "more", None, 100, seed=2))
+    assert num_validation_sequences(task, num_steps) == num_measured
 
 
 def test_the_top_k_tokens_are_found_chunk_by_chunk_and_padding_is_none(monkeypatch) -> None:

@@ -82,8 +82,9 @@ def test_a_batch_that_overflows_stops_at_once_with_its_sequences_named_and_kept(
     ((kept,), setting) = load_batches(tmp_path / "work" / "not-finite")
     assert (kept.number, kept.sequences, kept.at_fault) == (first, [name], [name])
     assert (setting["step"], setting["what"], setting["value"]) == (first // 4 + 1, "loss", "nan")
-    for key, value in vars(loader.micro_batch(first)).items():
-        assert (value is None and vars(kept.batch)[key] is None) or torch.equal(value, vars(kept.batch)[key]), key
+    for key, value in loader.micro_batch(first).tensors().items():
+        again = kept.batch.tensors()[key]
+        assert (value is None and again is None) or torch.equal(value, again), key
     # the same command goes on from the sound checkpoint, and comes to it again
     with pytest.raises(InputError, match=f"training step {first // 4 + 1}: the loss is not finite"):
         fit(make_student(tied=False), task)
