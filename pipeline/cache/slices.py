@@ -31,7 +31,8 @@ def make_slice(job: CacheJob, part: Slice) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     claims, scorer = _Claims(job, part), CheckedShardScorer(job)
     wanted = [index for index in range(len(job.source.shards)) if part.has(index)]
-    require_room(job.settings, max(shard.num_sequences for shard in job.source.shards) * job.source.seq_len)
+    seq_len = job.source.seq_len
+    require_room(job.settings, max(shard.num_sequences for shard in job.source.shards) * seq_len, seq_len)
 
     def write(shard: ScoredShard) -> None:
         written = scorer.write(shard)

@@ -47,7 +47,7 @@ found = peak_bytes() - before
 engine.close()
 cache = memory_settings(config, "cpu", STEP, SEQ_LEN, 0.5, CHUNK_ROWS, 1)["kv_cache_memory_bytes"]
 print(json.dumps({
-    "rows": len(scored.ids_LK), "found": found, "held": held_bytes(settings, SEQ_LEN),
+    "rows": len(scored.ids_LK), "found": found, "held": held_bytes(settings, SEQ_LEN, SEQ_LEN),
     "chunk": chunk_bytes(NUM_COLUMNS, CHUNK_ROWS, 1), "kv_cache": cache, "logits": 4 * SEQ_LEN * NUM_COLUMNS,
 }))
 """
