@@ -22,6 +22,7 @@ EXTRAS = {
     "ray": ("ray", "score with several engines at once"),
     "eval": ("lm_eval", "measure models on benchmarks"),
     "judge": ("openai", "have answers judged"),
+    "served": ("openai", "score with a teacher that is served elsewhere"),
     "lora": ("peft", "tune with low-rank adapters"),
     "s3": ("s3fs", "read caches behind s3://"),
     "gs": ("gcsfs", "read caches behind gs://"),

@@ -18,7 +18,7 @@ _COLUMN = 28
 # What is set most often, by section; a command shows its own section's first.
 COMMON: dict[str, tuple[str, ...]] = {
     "corpus": ("corpus.sources", "corpus.tokenizer", "corpus.seq_len", "corpus.context", "corpus.teacher_fraction"),
-    "teacher": ("teacher.path", "teacher.model", "teacher.training", "teacher.adapt"),
+    "teacher": ("teacher.path", "teacher.model", "teacher.training", "teacher.adapt", "teacher.served"),
     "cache": ("cache.recording", "cache.num_samples", "cache.top_k", "cache.max_tokens", "cache.engine"),
     "student": ("student.path", "student.model", "student.prune"),
     "train": ("train.learning_rate", "train.batch_sequences", "train.num_epochs", "train.alpha", "train.precision"),

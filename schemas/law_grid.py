@@ -188,11 +188,11 @@ class LawGrid(Record):
                     "train: found final_alpha, targets online or further caches, expected in a grid one alpha, and one "
                     "teacher through its cache"
                 )
+        if self.cache.engine == "server":
+            raise ValueError("cache.engine: found server in a grid, expected vllm or transformers")
         for teacher in self.teachers:
             if self.teacher_settings(teacher).served is not None:
-                raise ValueError(
-                    f"teachers.{teacher}.served: found in a grid, expected path or model: grids ask no server"
-                )
+                raise ValueError(f"teachers.{teacher}.served: found in a grid, expected path or model")
 
     def teacher_settings(self, name: str) -> TeacherSettings:
         """A teacher with what all share laid below its own training.

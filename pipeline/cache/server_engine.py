@@ -55,7 +55,7 @@ class ServerEngine:
             raise
         if (root := served.get("root", model)) != model:
             self.name += f" ({root})"
-        self._is_exact: bool | None = None
+        self._looked = False
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
         """As `Engine.score`, `cache.server.num_parallel` requests at once; what is asked twice is answered alike.
@@ -75,8 +75,9 @@ class ServerEngine:
             self.close()
             raise
         pool.shutdown()
-        if self._is_exact is None:
-            self._is_exact = self._say_if_rounded(scored)
+        if not self._looked:
+            self._looked = True
+            _say_if_rounded(scored)
         return scored
 
     def ids_of(self, text: str) -> list[int] | None:
@@ -143,18 +144,6 @@ class ServerEngine:
             fix=f"start it with --max-model-len {self._seq_len + 2} or more, or as it says",
         )
 
-    def _say_if_rounded(self, scored: Sequence[Scored]) -> bool:
-        """Whether the logits have 32 bits; with 16, half of all rows keep other ids."""
-        steps = np.concatenate([np.diff(one.logprobs_LK, axis=1).ravel() for one in scored])
-        ties = float((steps == 0).mean()) if steps.size else 0.0
-        if ties > _MOST_TIES:
-            text = (
-                f"cache: {ties:.0%} of neighbours among the server's top-k tokens have one logprob: its logits are of "
-                'few bits; start it with --hf-overrides \'{"head_dtype": "float32"}\''
-            )
-            event("server_rounds", text, logging.WARNING, share_of_ties=ties)
-        return ties <= _MOST_TIES
-
 
 def endpoint_of(settings: EndpointSettings, model: str) -> Endpoint:
     """The client of a teacher's server.
@@ -194,3 +183,15 @@ def require_served(endpoint: Endpoint, settings: EndpointSettings, seq_len: int)
             fix=f"start it so, or lower corpus.seq_len to {int(longest) - 2}",
         )
     return served
+
+
+def _say_if_rounded(scored: Sequence[Scored]) -> None:
+    """Warn of logits of 16 bits, with which half of all rows keep other ids."""
+    steps = np.concatenate([np.diff(one.logprobs_LK, axis=1).ravel() for one in scored])
+    ties = float((steps == 0).mean()) if steps.size else 0.0
+    if ties > _MOST_TIES:
+        text = (
+            f"cache: {ties:.0%} of neighbours among the server's top-k tokens have one logprob: its logits are of "
+            'few bits; start it with --hf-overrides \'{"head_dtype": "float32"}\''
+        )
+        event("server_rounds", text, logging.WARNING, share_of_ties=ties)

@@ -142,7 +142,8 @@ def _make(scorer: ShardScorer, context: StageContext) -> list[FinishedShard]:
     done = {index: shard for index, shard in found.items() if shard is not None}
     missing = [index for index in found if index not in done]
     if missing:
-        require_room(scorer.job.settings, max(source.shards[index].num_sequences for index in missing) * source.seq_len)
+        largest = max(source.shards[index].num_sequences for index in missing)
+        require_room(scorer.job.settings, largest * source.seq_len, source.seq_len)
     by_replicas = bool(missing) and context.run.cache.replicas > 1
     # replicas have devices of their own, which this process does not know
     device = "" if by_replicas else scorer.job.device

@@ -64,7 +64,7 @@ def _make_plan(
     if run.judge is not None:
         notes.append(f"the judge is asked {judge_requests(run):,} times, if each of its replies can be read")
     if "cache" in known and known["cache"].state is not State.CURRENT:
-        held = held_bytes(run.cache, run.corpus.sequences_per_shard * run.corpus.seq_len)
+        held = held_bytes(run.cache, run.corpus.sequences_per_shard * run.corpus.seq_len, run.corpus.seq_len)
         notes.append(f"the cache stage holds up to {held / 1e9:.2f} GB of targets in memory, of each engine")
     notes += far_from_home(run.teacher.home_loss, finished("cache", run, known))
     if not all(figure.value is not None for stage in stages for figure in (stage.tokens,)):

@@ -29,6 +29,8 @@ SMALL: dict[str, Any] = {
         ({"train_of": {"q": {}}}, "train_of: found 'q', expected one of s, r"),
         ({"train": {"targets": "online"}}, "one teacher through its cache"),
         ({"teachers": {}}, "teachers: found none"),
+        ({"teachers": {"t": {"served": "one"}}}, "teachers.t.served: found in a grid, expected path or model"),
+        ({"cache": {"engine": "server", "recording": "topk"}}, "cache.engine: found server in a grid"),
         ({"teachers": {"supervised": {"model": {}}}}, "teachers: found the name 'supervised'"),
         ({"students": {"a/b": {"model": {}}}}, "students: found the name 'a/b'"),
         ({"reuse": {"caches": {"v": "x"}}}, "reuse.caches: found 'v', expected one of t, u"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import tracemalloc
 
 import numpy as np
 import pytest
+from pydantic_core import from_json
 
 from capgap.pipeline.cache.held import held_bytes, require_room
 from capgap.pipeline.cache.scoring import Scored
@@ -35,15 +38,38 @@ def test_the_bytes_are_those_of_the_arrays_of_three_shards(settings: dict, shape
     )
     arrays = sum(array.nbytes for array in vars(row).values() if isinstance(array, np.ndarray))
     tokens_starts_and_mask = 4 + 1 + 1
-    assert held_bytes(CacheSettings.model_validate(settings), 1000) == 3000 * (arrays + tokens_starts_and_mask)
+    assert held_bytes(CacheSettings.model_validate(settings), 1000, 100) == 3000 * (arrays + tokens_starts_and_mask)
+
+
+def test_a_server_s_answers_take_no_more_than_is_stated() -> None:
+    """Ids of six digits, each with a text of its own: as `rows_of` has them when it has read an answer."""
+    seq_len, top_k = 200, 64
+    entry = {
+        str(100_000 + i): {"logprob": -1 / (i + 3), "rank": i, "decoded_token": f" {i:08}"} for i in range(top_k + 1)
+    }
+    answer = json.dumps({"choices": [{"prompt_logprobs": [None, *[entry] * seq_len]}]}).encode()
+    tracemalloc.start()
+    try:
+        entries = from_json(answer, cache_strings="keys")["choices"][0]["prompt_logprobs"]
+        ids = np.array([int(one) for entry in entries[1:] for one in entry], np.int64)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    settings = {"engine": "server", "recording": "topk", "top_k": top_k}
+    one, two = (
+        held_bytes(CacheSettings.model_validate({**settings, "server": {"num_parallel": num}}), 0, seq_len)
+        for num in (1, 2)
+    )
+    assert len(ids) == seq_len * (top_k + 1) and two == 2 * one
+    assert 0.7 * one < len(answer) + peak <= one
 
 
 def test_shards_that_the_machine_has_no_room_for_are_refused(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "capgap"):
-        require_room(CacheSettings(), 2048)
+        require_room(CacheSettings(), 2048, 256)
     assert "up to 0.00 GB of targets are held at once, in shards of 2,048 tokens" in caplog.text
     with pytest.raises(MachineError, match=r"corpus\.shard_sequences: .* found shards of 1,000,000,000,000 tokens"):
-        require_room(CacheSettings(), 10**12)
+        require_room(CacheSettings(), 10**12, 256)
 
 
 @pytest.mark.parametrize(("seq_len", "expected"), [(512, 1024), (2048, 1024), (4096, 512), (32768, 64), (2**22, 1)])
