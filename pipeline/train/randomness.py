@@ -27,7 +27,7 @@ def random_state() -> dict[str, Any]:
         "numpy": (kind, torch.from_numpy(words.astype(np.int64)), *rest),
         "python": random.getstate(),
         # of a training on a CPU none is begun: that would take memory of a GPU that others may be using
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
     }
 
 
