@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import yaml

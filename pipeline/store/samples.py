@@ -82,6 +82,7 @@ def collate_samples(samples: Sequence[DictSample]) -> Batch:
     tokens_BL1, mask_BL1 = (np.stack([sample[name] for sample in samples]) for name in ("tokens", "mask"))
     labels_BL = np.where(mask_BL1[:, 1:], tokens_BL1[:, 1:], IGNORED_LABEL)
     batch = Batch(torch.from_numpy(tokens_BL1[:, :-1].copy()), torch.from_numpy(labels_BL))
+    batch.num_counted = int(mask_BL1[:, 1:].sum())
     if "positions" in samples[0]:
         batch.positions_BL = torch.from_numpy(np.stack([sample["positions"] for sample in samples]))
     if "ids" in samples[0]:

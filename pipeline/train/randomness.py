@@ -26,7 +26,8 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "numpy": (kind, torch.from_numpy(words.astype(np.int64)), *rest),
         "python": random.getstate(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        # of a training on a CPU none is begun: that would take memory of a GPU that others may be using
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
     }
 
 
@@ -36,5 +37,5 @@ def set_random_state(state: dict[str, Any]) -> None:
     kind, words, *rest = state["numpy"]
     np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
     random.setstate(state["python"])
-    if state["cuda"] is not None:
+    if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

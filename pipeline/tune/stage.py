@@ -19,7 +19,7 @@ from capgap.pipeline.stage.context import CHAT_CACHE, Instance, StageContext, St
 from capgap.pipeline.stage.folder import WORK_FOLDER
 from capgap.pipeline.stage.scalars import METRICS_NAME
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.train.data import heldout_batches
+from capgap.pipeline.train.data import heldout_batches, num_validation_sequences, training_loader
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.heldout import measure
 from capgap.pipeline.train.loggers import require_loggers
@@ -139,7 +139,9 @@ def _loss(model: PreTrainedModel, task: TrainingTask) -> float:
     module = DistillationModule(
         model.to(task.device), task.settings, 1, task.alpha, task.temperature, size, task.objective
     )
-    loss = measure(module, heldout_batches(task)).loss
+    # those that the training measures at its end
+    num_sequences = num_validation_sequences(task, training_loader(task).num_steps)
+    loss = measure(module, heldout_batches(task, num_sequences)).loss
     model.to("cpu")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in is_trained)

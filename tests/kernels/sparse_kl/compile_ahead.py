@@ -1,6 +1,7 @@
 """Compile the Triton kernel for GPUs that need not be here, and print what each program takes: a line of JSON each.
 
 python compile_ahead.py [--all]
+python compile_ahead.py --table    the README's table of registers and instructions
 
 In a process of its own: whether kernels are compiled or interpreted is settled when Triton's modules are imported.
 """
@@ -14,10 +15,12 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -61,7 +64,7 @@ def every() -> Iterator[Variant]:
     yield from itertools.product(*settings, (True, False), (0, 1, 20, 128, 256), ("fp32",))
 
 
-def compile_one(variant: Variant) -> dict[str, object]:
+def compile_one(variant: Variant) -> dict[str, Any]:
     """Registers, bytes of spills and of shared memory; loads of 128 bits and float64 instructions among its PTX."""
     architecture, dtype, divergence, temperature, softcap, want_gradient, top_k, scalar = variant
     settings = RowSettings(NUM_COLUMNS - 1, temperature, divergence, 0.5, softcap)
@@ -116,10 +119,52 @@ def _printed(cubin: bytes, *flags: str) -> str:
         return subprocess.run([tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
 
 
+def tabled() -> Iterator[Variant]:
+    """What the table is of: 64 kept ids, a gradient, every divergence."""
+    settings = (("bf16", "fp32"), ("forward_kl", "reverse_kl", "jsd"), ((1.0, None), (2.0, None), (2.0, 30.0)))
+    for architecture, (dtype, divergence, (temperature, softcap)) in itertools.product(
+        ARCHITECTURES, itertools.product(*settings)
+    ):
+        yield architecture, dtype, divergence, temperature, softcap, True, 64, "fp32"
+
+
+def table(programs: Iterable[dict[str, Any]]) -> str:
+    """Registers of a thread, and instructions an element in the two passes over a row, least to most."""
+    cells: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for program in programs:
+        architecture, dtype, _, temperature, softcap, *_ = program["variant"]
+        kind = "softcap, T = 2" if softcap else f"T = {temperature:g}"
+        cells[f"{kind}, {'float32' if dtype == 'fp32' else '16 bits'}", architecture].append(program)
+    names = dict.fromkeys(name for name, _ in cells)
+    lines = ["| | " + " | ".join(f"`sm_{architecture}`" for architecture in ARCHITECTURES) + " |"]
+    lines.append("|---" * (1 + len(ARCHITECTURES)) + "|")
+    lines += [
+        f"| {name} | " + " | ".join(_cell(cells[name, architecture]) for architecture in ARCHITECTURES) + " |"
+        for name in names
+    ]
+    return "\n".join(lines)
+
+
+def _cell(programs: list[dict[str, Any]]) -> str:
+    registers = [program["registers"] for program in programs]
+    spilled = sum(program["spill_bytes"] for program in programs)
+    passes = [max(program["instructions"][number] for program in programs) for number in (0, 1)]
+    between = f"{min(registers)}" if min(registers) == max(registers) else f"{min(registers)}-{max(registers)}"
+    return f"{between}; {passes[0]:.1f} + {passes[1]:.1f}" + (f"; spills {spilled} bytes" if spilled else "")
+
+
+def _compiled(chosen: Iterable[Variant]) -> Iterator[dict[str, Any]]:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(compile_one, chosen, chunksize=4)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="everything that a program is compiled for: minutes")
-    chosen = list(every() if parser.parse_args().all else some())
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for figures in pool.map(compile_one, chosen, chunksize=4):
+    parser.add_argument("--table", action="store_true", help="registers and instructions, as a table")
+    flags = parser.parse_args()
+    if flags.table:
+        print(table(_compiled(tabled())))
+    else:
+        for figures in _compiled(every() if flags.all else some()):
             print(json.dumps(figures), flush=True)

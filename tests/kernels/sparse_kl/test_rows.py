@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from capgap.kernels.sparse_kl.backends import kernel_for
+from capgap.kernels.sparse_kl.chunks import has_wide_products
 from capgap.kernels.sparse_kl.rows import Rows, RowSettings
+from capgap.kernels.sparse_kl.torch_rows import torch_rows
 
 
 def _rows(top_k: int, dtype: torch.dtype = torch.float32) -> Rows:
@@ -55,3 +57,12 @@ def test_low_precision_logits_are_computed_in_float32_and_rounded_once(dtype: to
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="backend: got 'cuda' on cpu, expected auto, torch or triton"):
         kernel_for("cuda", torch.device("cpu"), torch.float32)
+
+
+def test_a_gpu_of_amd_s_takes_the_kernel_in_torch(monkeypatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    cuda = torch.device("cuda")
+    assert kernel_for("auto", cuda, torch.bfloat16) is torch_rows
+    assert not has_wide_products(cuda)
+    with pytest.raises(ValueError, match=r"backend: got 'triton' on cuda .* is for NVIDIA's GPUs"):
+        kernel_for("triton", cuda, torch.bfloat16)

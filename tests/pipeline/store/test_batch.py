@@ -64,7 +64,7 @@ def test_labels_are_the_next_tokens_and_are_ignored_where_the_mask_says_so(codec
 def test_a_batch_moves_as_a_whole(codecs, make_block) -> None:
     block = make_block(codecs[TOPK], 1)
     moved = in_rows(collate([(block.sequences, block.targets, 0)], 8), 12).to("meta")
-    assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+    assert {tensor.device.type for tensor in moved.tensors().values()} == {"meta"}
 
 
 @pytest.mark.parametrize("name", [SAMPLED, *TOPK_CODECS.values()])

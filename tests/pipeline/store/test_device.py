@@ -43,7 +43,8 @@ def device(request) -> str:
 
 
 def assert_alike(found: Batch, expected: Batch) -> None:
-    for name, there in vars(expected).items():
+    assert found.num_counted == expected.num_counted == int((expected.labels_BL >= 0).sum())
+    for name, there in expected.tensors().items():
         here = getattr(found, name)
         assert (here is None) == (there is None), name
         if there is None:
@@ -83,7 +84,7 @@ def test_batches_are_those_of_the_host(
     chosen = data.draw(st.lists(st.sampled_from(rows), min_size=1, max_size=6))
     stored, decoded = ([read(m, "here") for m in members] for read in (lambda *a: read_stored(codec, *a), codec.decode))
     decoder = DeviceDecoder(codec, device, target)
-    found = decoder.decode(gather([(stored[i], row) for i, row in chosen], False, context), 0)
+    found = decoder.decode(gather([(stored[i], row) for i, row in chosen], codec.seq_len, False, context), 0)
     assert_alike(found, collate([(*decoded[i], row) for i, row in chosen], codec.num_ids, target, context))
     assert (found.positions_BL is None) == (context == "packed")
     assert decoder.first_fault() is None
@@ -107,7 +108,7 @@ def test_logprobs_are_those_of_the_host_to_the_bit(name, device, spread) -> None
     _, expected = codec.decode(data, "here")
     assert isinstance(expected, TopkTargets)
     faults: list[torch.Tensor] = []
-    batch = gather([(read_stored(codec, data, "here"), row) for row in range(7)], pin=False).to(device)
+    batch = gather([(read_stored(codec, data, "here"), row) for row in range(7)], codec.seq_len, pin=False).to(device)
     found = topk_rows(batch, codec, Tables.of(codec, device), faults)
     assert not torch.stack(faults).any()
     for here, there in (
@@ -126,7 +127,7 @@ def test_counts_are_those_of_the_host(make_block, device) -> None:
     data = codec.encode(block.sequences, block.targets)
     _, expected = codec.decode(data, "here")
     assert isinstance(expected, SampledTargets)
-    batch = gather([(read_stored(codec, data, "here"), row) for row in range(3)], pin=False).to(device)
+    batch = gather([(read_stored(codec, data, "here"), row) for row in range(3)], codec.seq_len, pin=False).to(device)
     rows = sampled_rows(batch, codec, Tables.of(codec, device), [])
     is_id_NK = rows.counts_NK > 0
     assert (rows.ids_NK[is_id_NK].cpu().numpy() == expected.ids_D).all()
@@ -144,7 +145,7 @@ def test_targets_one_position_off_are_found_on_the_device(codecs, make_block, de
     decoder = DeviceDecoder(codec, device)
     for number, sequences in ((3, block.sequences), (5, moved), (7, moved), (8, block.sequences)):
         stored = read_stored(codec, codec.encode(sequences, block.targets), "here")
-        decoder.decode(gather([(stored, row) for row in range(8)], pin=False), number)
+        decoder.decode(gather([(stored, row) for row in range(8)], codec.seq_len, pin=False), number)
         assert decoder.first_fault() == (None if number == 3 else 5)
 
 
@@ -176,7 +177,7 @@ def test_values_that_contradict_the_format_are_found_on_the_device(
     worst = np.full_like(getattr(stored, part)[column], 255)
     decoder = DeviceDecoder(codec, device)
     broken = _broken(stored, **{part: {column: worst}})
-    decoder.decode(gather([(broken, row) for row in range(4)], pin=False), 0)
+    decoder.decode(gather([(broken, row) for row in range(4)], codec.seq_len, pin=False), 0)
     assert decoder.first_fault() == 0
 
 

@@ -57,7 +57,7 @@ def first_fault(codec: Codec, block: Block) -> int | None:
     """The number of a batch that a device refuses; it is called 7."""
     stored = read_stored(codec, codec.encode(block.sequences, block.targets), "here")
     decoder = DeviceDecoder(codec, "cpu")
-    decoder.decode(gather([(stored, row) for row in range(len(block.sequences))], pin=False), 7)
+    decoder.decode(gather([(stored, row) for row in range(len(block.sequences))], codec.seq_len, pin=False), 7)
     return decoder.first_fault()
 
 

@@ -48,7 +48,7 @@ def keys(samples: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def same(found: Batch, expected: Batch) -> bool:
-    for here, there in zip(vars(found).values(), vars(expected).values(), strict=True):
+    for here, there in zip(found.tensors().values(), expected.tensors().values(), strict=True):
         if (here is None) != (there is None):
             return False
         if here is not None and (here.dtype, here.shape, here.numpy().tobytes()) != (

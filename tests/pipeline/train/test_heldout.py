@@ -126,7 +126,9 @@ def test_a_reverse_divergence_and_a_temperature_are_those_of_the_training(make_s
     task = make_task("topk", batch_sequences=6)
     student = make_student()
     found = {
-        (objective.divergence, temperature): measure(_module(student, temperature, objective), heldout_batches(task, 6)).kl
+        (objective.divergence, temperature): measure(
+            _module(student, temperature, objective), heldout_batches(task, 6)
+        ).kl
         for objective in (Objective(), Objective("reverse_kl"))
         for temperature in (1.0, 2.0)
     }
