@@ -24,16 +24,10 @@ def make_slice(job: CacheJob, part: Slice) -> None:
     """
     # vLLM binds the threads of each engine to the same cores, unless it is told not to
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-<<<<<<< HEAD
     claims, scorer = Claims(job.units, part), CheckedShardScorer(job)
     wanted = [index for index in range(job.units.total) if part.has(index)]
-    require_room(job.settings, max(shard.num_sequences for shard in job.source.shards) * job.source.seq_len)
-=======
-    claims, scorer = _Claims(job, part), CheckedShardScorer(job)
-    wanted = [index for index in range(len(job.source.shards)) if part.has(index)]
     seq_len = job.source.seq_len
     require_room(job.settings, max(shard.num_sequences for shard in job.source.shards) * seq_len, seq_len)
->>>>>>> teach
 
     def write(shard: ScoredShard) -> None:
         written = scorer.write(shard)
