@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from capgap.pipeline.corpus.amounts import source_texts
+from capgap.pipeline.corpus.bad_records import in_section
 from capgap.pipeline.corpus.files import BUILTIN, list_files
 from capgap.pipeline.corpus.formats import Span
 from capgap.pipeline.corpus.kinds import LINE_SUFFIXES, Place, is_packed, kind_of
@@ -120,7 +121,7 @@ def list_units(settings: CorpusSettings) -> Listing:
     room = 0
     for number, (_, source) in enumerate(settings.named_sources):
         fields = fields_read(source.text_field or settings.text_field, settings.messages_field)
-        if isinstance(settings.sources, dict) and number:
+        if settings.mixture and number:
             units.append([])
             room = 0
         for path in source.paths:
@@ -155,7 +156,11 @@ def _parts(number: int, file: ListedFile, fields: tuple[str, ...], most: int, ro
             start, room = end, 0
     elif kind == ".parquet":
         first_row = 0
-        for group, (num_rows, num_bytes) in enumerate(row_groups(file.place, fields)):
+        try:
+            groups = row_groups(file.place, fields)
+        except InputError as error:
+            raise in_section(error, "corpus") from None
+        for group, (num_rows, num_bytes) in enumerate(groups):
             yield Part(file=number, num_bytes=num_bytes, start=group, end=group + 1, first_row=first_row)
             first_row += num_rows
     else:

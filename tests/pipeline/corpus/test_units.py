@@ -19,7 +19,8 @@ import pytest
 from capgap.pipeline.corpus.listing import list_units
 from capgap.pipeline.corpus.prepare import prepare
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
-from capgap.pipeline.corpus.unit import UnitMaker, UnitRecord
+from capgap.pipeline.corpus.unit import UnitMaker
+from capgap.pipeline.corpus.unit_record import UnitRecord
 from capgap.pipeline.stage.context import Instance, Slice, StageContext
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.ranking import count_ids, read_counts
@@ -59,6 +60,7 @@ def make(lines: Path, tmp_path: Path) -> Callable[..., RunFile]:
         settings |= {"teacher_fraction": 0.4, "heldout_fraction": 0.2, "shard_sequences": 40}
         settings |= {"unit_bytes": size // NUM_UNITS + 1}
         settings |= changed
+        settings = {name: value for name, value in settings.items() if value is not None}
         return RunFile.model_validate({"name": "tried", "out": str(tmp_path / out), "corpus": settings})
 
     return run
@@ -165,7 +167,7 @@ def test_a_mixture_has_its_shares_and_stands_mixed_from_the_beginning(make, line
         "plain": {"paths": [str(lines / "a.jsonl")], "weight": 3},
         "other": {"paths": [str(lines / "b.jsonl")], "weight": 1},
     }
-    run = make(sources=sources, unit_bytes=4000)
+    run = make(sources=None, mixture=sources, unit_bytes=4000)
     manifest = carry_out(run, CORPUS)
     splits = CorpusFacts.model_validate(manifest.facts).splits
     text = {name: sum(splits[split].by_source[name].num_text_bytes for split in SPLITS) for name in sources}
@@ -174,7 +176,7 @@ def test_a_mixture_has_its_shares_and_stands_mixed_from_the_beginning(make, line
     listing = list_units(run.corpus)
     order = [listing.source_of(unit) for unit in range(len(listing.units))]
     assert set(order[:4]) == {0, 1} == set(order[-4:])
-    again = make("again", sources=sources, unit_bytes=4000)
+    again = make("again", sources=None, mixture=sources, unit_bytes=4000)
     assert carry_out_slice(again, CORPUS, Slice(1, 2)) is None
     assert carry_out(again, CORPUS).content == manifest.content
 
@@ -184,7 +186,7 @@ def test_a_source_with_a_limit_is_read_to_the_end_of_a_unit(make, lines: Path) -
         "plain": {"paths": [str(lines / "a.jsonl")]},
         "other": {"paths": [str(lines / "b.jsonl")], "max_tokens": 500, "text_field": "text"},
     }
-    manifest = carry_out(make(sources=sources, unit_bytes=4000), CORPUS)
+    manifest = carry_out(make(sources=None, mixture=sources, unit_bytes=4000), CORPUS)
     splits = CorpusFacts.model_validate(manifest.facts).splits
     tokens = {name: sum(splits[split].by_source[name].num_text_tokens for split in SPLITS) for name in sources}
     assert 500 <= tokens["other"] < 500 + 4000 < tokens["plain"]
