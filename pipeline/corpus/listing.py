@@ -62,7 +62,7 @@ class ListedFile(Entry):
             )
 
 
-class Part(Entry):
+class FilePart(Entry):
     """What a unit reads of one file."""
 
     file: int
@@ -92,7 +92,7 @@ class Listing(Entry):
     files: tuple[ListedFile, ...]
     """In their order."""
 
-    units: tuple[tuple[Part, ...], ...]
+    units: tuple[tuple[FilePart, ...], ...]
     """What each unit reads, in the order in which the units stand in the corpus."""
 
     shares: tuple[float, ...]
@@ -117,7 +117,7 @@ def list_units(settings: CorpusSettings) -> Listing:
     """
     files: list[ListedFile] = []
     # of each source that is mixed its own units; a list of sources is read as one
-    units: list[list[list[Part]]] = [[]]
+    units: list[list[list[FilePart]]] = [[]]
     room = 0
     for number, (_, source) in enumerate(settings.named_sources):
         fields = fields_read(source.text_field or settings.text_field, settings.messages_field)
@@ -146,13 +146,13 @@ def _listed(place: Place, source: int) -> ListedFile:
     return ListedFile(path=str(place), source=source, num_bytes=num_bytes, version=version)
 
 
-def _parts(number: int, file: ListedFile, fields: tuple[str, ...], most: int, room: int) -> Iterator[Part]:
+def _parts(number: int, file: ListedFile, fields: tuple[str, ...], most: int, room: int) -> Iterator[FilePart]:
     kind = kind_of(file.place)
     if kind in LINE_SUFFIXES and not is_packed(file.place) and file.num_bytes > max(room, 0):
         start = 0
         while start < file.num_bytes:
             end = min(file.num_bytes, start + (room if room > 0 else most))
-            yield Part(file=number, num_bytes=end - start, start=start, end=end)
+            yield FilePart(file=number, num_bytes=end - start, start=start, end=end)
             start, room = end, 0
     elif kind == ".parquet":
         first_row = 0
@@ -161,13 +161,13 @@ def _parts(number: int, file: ListedFile, fields: tuple[str, ...], most: int, ro
         except InputError as error:
             raise in_section(error, "corpus") from None
         for group, (num_rows, num_bytes) in enumerate(groups):
-            yield Part(file=number, num_bytes=num_bytes, start=group, end=group + 1, first_row=first_row)
+            yield FilePart(file=number, num_bytes=num_bytes, start=group, end=group + 1, first_row=first_row)
             first_row += num_rows
     else:
-        yield Part(file=number, num_bytes=file.num_bytes)
+        yield FilePart(file=number, num_bytes=file.num_bytes)
 
 
-def _mixed(units: list[list[list[Part]]]) -> list[list[Part]]:
+def _mixed(units: list[list[list[FilePart]]]) -> list[list[FilePart]]:
     """Units of all sources, those of each spread evenly over the whole, so that any beginning is mixed too."""
     places = [
         ((number + 0.5) / len(own), source, unit) for source, own in enumerate(units) for number, unit in enumerate(own)
