@@ -1,4 +1,5 @@
-"""The corpus stage: memory by the size of the text, and tokens a second beside the tokenizer alone and beside others.
+"""The corpus stage: memory by the size of the text, tokens a second beside the tokenizer alone and
+beside others, and what it takes to open a manifest of many shards.
 
 python benchmarks/corpus.py                               10, 100 and 1,000 MB for memory, 30 MB for speed
 python benchmarks/corpus.py --peers VENV/bin/python       with datatrove and datasets, which that Python must have
@@ -36,7 +37,11 @@ import capgap.pipeline.corpus.stage  # noqa: F401 (imports are not measured)
 from capgap.pipeline.corpus.sources import read_documents
 from capgap.pipeline.corpus.tokenizer import END_OF_TEXT, train_tokenizer
 from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.identity import seal_of
+from capgap.pipeline.stage.manifests import read_manifest, require_seal
+from capgap.pipeline.store.codec import SEQUENCES
 from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.schemas.manifest import MANIFEST_NAME, Manifest
 from capgap.schemas.run_file import RunFile
 
 PEERS = Path(__file__).parent / "corpus_peers.py"
@@ -49,8 +54,14 @@ def main() -> None:
     parser.add_argument("--memory-mb", type=int, nargs="*", default=[10, 100, 1000])
     parser.add_argument("--speed-mb", type=int, default=30)
     parser.add_argument("--peers", default=sys.executable, help="a Python that has datatrove and datasets")
+    parser.add_argument("--num-shards", type=int, default=100_000, help="of the manifest that is opened")
     flags = parser.parse_args()
-    print(keep("corpus", "cpu", {"memory": list(memory(flags.memory_mb)), "speed": list(speed(flags))}))
+    figures = {
+        "memory": list(memory(flags.memory_mb)),
+        "speed": list(speed(flags)),
+        "manifest": opened(flags.num_shards),
+    }
+    print(keep("corpus", "cpu", figures))
 
 
 def memory(sizes_mb: list[int]) -> Iterator[dict[str, Any]]:
@@ -85,6 +96,42 @@ def speed(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             found = {"text_mb": flags.speed_mb, "by": who, "num_processes": number, **answer_of(command)}
             print(found, flush=True)
             yield found
+
+
+def opened(num_shards: int) -> dict[str, Any]:
+    """Seconds of the processor to open a manifest of so many shards, and to hold it against its seal."""
+    members = {
+        "offset": [512, 8192, 16384, 24576],
+        "num_bytes": [7000] * 4,
+        "num_sequences": [4] * 4,
+        "crc32": [1 << 31] * 4,
+    }
+    shards = [
+        {
+            "file": {"path": f"student-{number:05d}-000000.tar", "num_bytes": 1 << 20, "sha256": f"{number:064x}"},
+            "num_sequences": 16,
+            "members": members,
+        }
+        for number in range(num_shards)
+    ]
+    one_set = {"codec": SEQUENCES, "codec_settings": {}, "seq_len": 2048, "shards": shards}
+    values = {"stage": "corpus", "instance": "corpus", "settings": {}, "inputs": {}, "identity": "0", "content": "0"}
+    values |= {"files": [shard["file"] for shard in shards], "shard_sets": {"student": one_set}, "versions": {}}
+    values |= {"started": "2026-01-01T00:00:00+00:00", "wall_s": 0.0, "command": []}
+    manifest = Manifest.model_validate(values)
+    with tempfile.TemporaryDirectory(prefix="capgap-corpus-") as name:
+        sealed = manifest.model_copy(update={"seal": seal_of(manifest)})
+        (Path(name) / MANIFEST_NAME).write_text(sealed.model_dump_json(indent=1))
+        del manifest, sealed, values, shards
+        began = time.process_time()
+        found = read_manifest(Path(name))
+        read = time.process_time()
+        assert found is not None
+        require_seal(name, found)
+        figures = {"num_shards": num_shards, "open_cpu_s": round(read - began, 2)}
+        figures["seal_cpu_s"] = round(time.process_time() - read, 2)
+    print(figures, flush=True)
+    return figures
 
 
 def make_corpus(text: str, tokenizer: str, num_workers: str, out: str) -> dict[str, Any]:

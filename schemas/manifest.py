@@ -48,6 +48,8 @@ def _inside(path: str) -> str:
 
 def _named(text: str) -> str:
     """The name, if a stage, an instance or a shard can have it: it stands in commands that are meant to be pasted."""
+    if _NAME.fullmatch(text) and len(text) <= _LONGEST_NAME:
+        return text
     parts = text.split("/")
     if not all(_NAME.fullmatch(part) for part in parts) or len(text) > _LONGEST_NAME:
         raise ValueError(f"found {text[:80]!a}, expected a name: letters, digits, '-', '_' and '.', with '/' between")
@@ -56,7 +58,7 @@ def _named(text: str) -> str:
 
 def _digest(text: str) -> str:
     """The digest, or nothing."""
-    if not text.isascii() or not (text.isalnum() or not text):
+    if text and not (text.isascii() and text.isalnum()):
         raise ValueError(f"found {text[:80]!a}, expected a digest")
     return text
 
@@ -130,8 +132,8 @@ class Members(Entry):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        lengths = [len(self.offset), len(self.num_bytes), len(self.num_sequences), len(self.crc32)]
-        if len(set(lengths)) > 1:
+        if not len(self.offset) == len(self.num_bytes) == len(self.num_sequences) == len(self.crc32):
+            lengths = [len(self.offset), len(self.num_bytes), len(self.num_sequences), len(self.crc32)]
             raise ValueError(f"members: found lists of {lengths}, expected equal lengths")
         return self
 

@@ -40,7 +40,7 @@ class SourceSettings(Record):
     """One of several texts that a corpus is mixed of."""
 
     paths: tuple[str, ...] = Field(min_length=1)
-    """Files, folders, globs or URLs, as a list of `corpus.sources` has them."""
+    """Files, folders, globs or URLs, as in `corpus.sources`."""
 
     weight: float | None = Field(None, gt=0)
     """How much text there is of it beside the others that have a weight, in bytes: 3 and 1 make three quarters and a
@@ -57,12 +57,15 @@ class SourceSettings(Record):
 class CorpusSettings(Record):
     """Which text, how it becomes tokens, and who may see which part of it."""
 
-    sources: tuple[str, ...] | dict[str, SourceSettings] = ("builtin:python",)
+    sources: tuple[str, ...] = ("builtin:python",)
     """Files, folders, globs or URLs (s3://, gs://, hf://datasets/, https:// and so on): .txt .md .rst .py (a document
     each); .jsonl .ndjson .json .csv .tsv .parquet .arrow .feather (a document a record); with .gz .bz2 .xz .zst behind
     any but the last three. Of a folder, hidden files, licences and dataset cards are left out. `builtin:python` is the
-    text that every CPython carries. A mixture is a mapping instead: a name, and below it `paths` with a `weight` or
-    with `max_tokens`, and `text_field`."""
+    text that every CPython carries."""
+
+    mixture: dict[str, SourceSettings] = Field(default_factory=dict)
+    """In the place of `sources`: several of them by name, each with `paths`, a `weight` or `max_tokens`, and a
+    `text_field` of its own. Units of all of them follow one another from the beginning to the end."""
 
     text_field: str = "text"
     """The field or column of a record that holds the text."""
@@ -148,9 +151,11 @@ class CorpusSettings(Record):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        both = [name for name, one in self.named_sources if one.weight is not None and one.max_tokens is not None]
+        both = [name for name, one in self.mixture.items() if one.weight is not None and one.max_tokens is not None]
         if both:
-            raise ValueError(f"corpus.sources.{both[0]}: found weight and max_tokens, expected one of them")
+            raise ValueError(f"corpus.mixture.{both[0]}: found weight and max_tokens, expected one of them")
+        if self.mixture and "sources" in self.model_fields_set and self.sources != ("builtin:python",):
+            raise ValueError("corpus.mixture: found beside corpus.sources, expected one of them")
         if not self.sources:
             raise ValueError("corpus.sources: found none, expected at least one file, folder, glob or builtin:python")
         if self.tokenizer is not None and self.vocab_size is not None:
@@ -185,9 +190,9 @@ class CorpusSettings(Record):
 
     @property
     def named_sources(self) -> list[tuple[str, SourceSettings]]:
-        """Every source with its name, which is what the run file says where it gives a list."""
-        if isinstance(self.sources, dict):
-            return list(self.sources.items())
+        """Every source with its name, which is what stands in the list where there is no mixture."""
+        if self.mixture:
+            return list(self.mixture.items())
         return [(source, SourceSettings(paths=(source,))) for source in self.sources]
 
     @property

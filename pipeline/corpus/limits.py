@@ -7,15 +7,13 @@ something is full has more than is taken, and one that knew it has not.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from capgap.pipeline.corpus.listing import Listing
 from capgap.pipeline.corpus.split import SPLITS, Split
+from capgap.pipeline.corpus.unit_record import UnitRecord
 from capgap.schemas.manifest import ShardEntry
 from capgap.schemas.run_corpus import CorpusSettings
-
-if TYPE_CHECKING:
-    from capgap.pipeline.corpus.unit import CorpusJob, UnitRecord
 
 _NOTHING: frozenset[Split] = frozenset()
 
@@ -47,11 +45,11 @@ class Limits:
                 self._of_source[self._listing.source_of(unit)] += num_tokens
         return taken
 
-    def full(self, job: CorpusJob, unit: int) -> frozenset[Split]:
+    def full(self, record_of: Callable[[int], UnitRecord | None], unit: int) -> frozenset[Split]:
         """The splits of which nothing is wanted in a unit, as far as the units before it are finished."""
         if not self._has_any:
             return _NOTHING
-        while self.num_added < unit and (record := job.record(self.num_added)) is not None:
+        while self.num_added < unit and (record := record_of(self.num_added)) is not None:
             self.add(record)
         return self._full_for(unit)
 

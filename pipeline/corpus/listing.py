@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from capgap.pipeline.corpus.amounts import source_texts
+from capgap.pipeline.corpus.bad_records import in_section
 from capgap.pipeline.corpus.files import BUILTIN, list_files
 from capgap.pipeline.corpus.formats import Span
 from capgap.pipeline.corpus.kinds import LINE_SUFFIXES, Place, is_packed, kind_of
@@ -61,7 +62,7 @@ class ListedFile(Entry):
             )
 
 
-class Part(Entry):
+class FilePart(Entry):
     """What a unit reads of one file."""
 
     file: int
@@ -91,7 +92,7 @@ class Listing(Entry):
     files: tuple[ListedFile, ...]
     """In their order."""
 
-    units: tuple[tuple[Part, ...], ...]
+    units: tuple[tuple[FilePart, ...], ...]
     """What each unit reads, in the order in which the units stand in the corpus."""
 
     shares: tuple[float, ...]
@@ -116,11 +117,11 @@ def list_units(settings: CorpusSettings) -> Listing:
     """
     files: list[ListedFile] = []
     # of each source that is mixed its own units; a list of sources is read as one
-    units: list[list[list[Part]]] = [[]]
+    units: list[list[list[FilePart]]] = [[]]
     room = 0
     for number, (_, source) in enumerate(settings.named_sources):
         fields = fields_read(source.text_field or settings.text_field, settings.messages_field)
-        if isinstance(settings.sources, dict) and number:
+        if settings.mixture and number:
             units.append([])
             room = 0
         for path in source.paths:
@@ -145,24 +146,28 @@ def _listed(place: Place, source: int) -> ListedFile:
     return ListedFile(path=str(place), source=source, num_bytes=num_bytes, version=version)
 
 
-def _parts(number: int, file: ListedFile, fields: tuple[str, ...], most: int, room: int) -> Iterator[Part]:
+def _parts(number: int, file: ListedFile, fields: tuple[str, ...], most: int, room: int) -> Iterator[FilePart]:
     kind = kind_of(file.place)
     if kind in LINE_SUFFIXES and not is_packed(file.place) and file.num_bytes > max(room, 0):
         start = 0
         while start < file.num_bytes:
             end = min(file.num_bytes, start + (room if room > 0 else most))
-            yield Part(file=number, num_bytes=end - start, start=start, end=end)
+            yield FilePart(file=number, num_bytes=end - start, start=start, end=end)
             start, room = end, 0
     elif kind == ".parquet":
         first_row = 0
-        for group, (num_rows, num_bytes) in enumerate(row_groups(file.place, fields)):
-            yield Part(file=number, num_bytes=num_bytes, start=group, end=group + 1, first_row=first_row)
+        try:
+            groups = row_groups(file.place, fields)
+        except InputError as error:
+            raise in_section(error, "corpus") from None
+        for group, (num_rows, num_bytes) in enumerate(groups):
+            yield FilePart(file=number, num_bytes=num_bytes, start=group, end=group + 1, first_row=first_row)
             first_row += num_rows
     else:
-        yield Part(file=number, num_bytes=file.num_bytes)
+        yield FilePart(file=number, num_bytes=file.num_bytes)
 
 
-def _mixed(units: list[list[list[Part]]]) -> list[list[Part]]:
+def _mixed(units: list[list[list[FilePart]]]) -> list[list[FilePart]]:
     """Units of all sources, those of each spread evenly over the whole, so that any beginning is mixed too."""
     places = [
         ((number + 0.5) / len(own), source, unit) for source, own in enumerate(units) for number, unit in enumerate(own)

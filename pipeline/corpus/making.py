@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 from capgap.pipeline.corpus.bad_records import BadRecords
 from capgap.pipeline.corpus.repeated import DIGESTS_FOLDER, find_repeated, is_found, write_digests
-from capgap.pipeline.corpus.unit import CorpusJob, UnitMaker, UnitRecord, digest_of, documents_of
+from capgap.pipeline.corpus.unit import CorpusJob, UnitMaker, digest_of, documents_of
+from capgap.pipeline.corpus.unit_record import UnitRecord
 from capgap.pipeline.stage.claims import Claims
 from capgap.pipeline.stage.context import Slice
 from capgap.pipeline.stage.progress import Meter, progress

@@ -12,6 +12,7 @@ import pyarrow.parquet
 
 from capgap.pipeline.corpus.kinds import Place, kind_of
 from capgap.pipeline.corpus.places import open_place
+from capgap.pipeline.store.pointers import require_no_pointer
 from capgap.schemas.errors import InputError
 
 _BATCH_ROWS = 1024
@@ -61,6 +62,8 @@ def row_groups(path: Place, fields: tuple[str, ...]) -> list[tuple[int, int]]:
     Raises:
         InputError: as `table_rows`.
     """
+    if isinstance(path, Path):
+        require_no_pointer(path, path)
     with _damage_named(path, "Parquet"), _opened(path) as source:
         found = pa.parquet.read_metadata(source)
         groups = (found.row_group(number) for number in range(found.num_row_groups))

@@ -8,7 +8,8 @@ import numpy.typing as npt
 from capgap.pipeline.corpus.bad_records import BadRecords
 from capgap.pipeline.corpus.limits import Limits
 from capgap.pipeline.corpus.split import SPLITS, Split
-from capgap.pipeline.corpus.unit import CorpusJob, SplitCounts, UnitRecord
+from capgap.pipeline.corpus.unit import CorpusJob
+from capgap.pipeline.corpus.unit_record import SplitCounts, UnitRecord
 from capgap.pipeline.store import ShardReader
 from capgap.schemas.facts import SourceCounts, SplitFacts
 from capgap.schemas.manifest import ShardEntry

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
-from capgap.pipeline.corpus.bad_records import BadRecords, BadTally
+from capgap.pipeline.corpus.bad_records import BadRecords
 from capgap.pipeline.corpus.encode import EncodedDocument, Encoder
 from capgap.pipeline.corpus.limits import Limits
 from capgap.pipeline.corpus.listing import Listing
@@ -27,13 +26,13 @@ from capgap.pipeline.corpus.pack import AnyPacker, Packer
 from capgap.pipeline.corpus.repeated import Repeated
 from capgap.pipeline.corpus.sources import Document, read_documents_of
 from capgap.pipeline.corpus.split import SPLITS, Split, split_of
+from capgap.pipeline.corpus.unit_record import SplitCounts, UnitRecord
 from capgap.pipeline.corpus.whole import WholePacker
 from capgap.pipeline.stage.unit_notes import UnitNotes
 from capgap.pipeline.store import Block, ShardWriter, split_blocks
 from capgap.pipeline.store.codec import SEQUENCES, Codec
 from capgap.pipeline.store.files import atomic_file, sha256_of
 from capgap.pipeline.store.sidecars import read_sidecar, write_sidecar
-from capgap.schemas.base import Entry
 from capgap.schemas.errors import BadRecordError, InputError
 from capgap.schemas.facts import SourceCounts, TokenizerFacts
 from capgap.schemas.manifest import ShardEntry, ShardSet
@@ -47,44 +46,6 @@ _PACKED_TOKENS = 1 << 20
 
 Advance = Callable[[int, int, int], None]
 """Called with bytes of text, documents and tokens that were made since it was called last."""
-
-
-class SplitCounts(Entry):
-    """What a unit has of one split."""
-
-    num_documents: int = 0
-    """Documents in its sequences, at least in part."""
-
-    num_dropped: int = 0
-    """Left out because they were too long."""
-
-    num_dropped_answers: int = 0
-    """Of whole conversations, left out because they did not end within a sequence."""
-
-    num_labels: int = 0
-    """Tokens of its sequences that count as labels."""
-
-    by_source: dict[int, SourceCounts] = Field(default_factory=dict)
-    """Text by the number of its source."""
-
-
-class UnitRecord(Entry):
-    """What is known of a finished unit."""
-
-    shards: dict[Split, tuple[ShardEntry, ...]]
-    """Its shards by split, in their order."""
-
-    counts: dict[Split, SplitCounts]
-    """What is in them."""
-
-    num_repeated: int
-    """Documents left out because their text was there before."""
-
-    bad: BadTally
-    """Records that could not be used."""
-
-    damaged: tuple[str, ...] = ()
-    """What is wrong with files of which the rest was left out."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +130,7 @@ class UnitMaker:
         """
         job = self.job
         job.units.path(unit).unlink(missing_ok=True)
-        making = _Making(job, unit, self._limits.full(job, unit), self._encoder, advance)
+        making = _Making(job, unit, self._limits.full(job.record, unit), self._encoder, advance)
         record = making.make()
         with atomic_file(job.work / COUNTS_FOLDER / f"{unit:06d}.npz") as file:
             np.savez_compressed(file, counts=making.counts_SV)

@@ -15,6 +15,7 @@ from capgap.pipeline.stage.context import Slice
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [ROOT / "jobs/slurm/cache.sbatch", ROOT / "jobs/ray/cache.sh", ROOT / "jobs/slurm/train.sbatch"]
+SCRIPTS += [ROOT / "jobs/slurm/corpus.sbatch", ROOT / "jobs/ray/corpus.sh"]
 DEMO = str(ROOT / "jobs" / "runs" / "demo.yaml")
 
 
@@ -27,9 +28,15 @@ def _command(text: str, names: dict[str, str]) -> list[str]:
     return shlex.split(line)
 
 
-def _parsed(words: list[str]) -> tuple:
-    assert words[:2] == ["capgap", "cache"]
-    return parse_run(stage_parser("cache"), words[2:])
+def _parsed(words: list[str], stage: str = "cache") -> tuple:
+    assert words[:2] == ["capgap", stage]
+    return parse_run(stage_parser(stage), words[2:])
+
+
+def test_the_corpus_is_made_by_slices_and_by_workers_of_a_cluster() -> None:
+    names = {"run": DEMO, "workers": "64"}
+    assert _parsed(_command(SCRIPTS[3].read_text(), names), "corpus")[1]["slice"] == "any"
+    assert _parsed(_command(SCRIPTS[4].read_text(), names), "corpus")[0].corpus.workers == 64
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

@@ -44,7 +44,7 @@ MORE = ExtendVocabularySettings(num_pieces=5)
                 whole_conversations=True,
                 extend_vocabulary=MORE,
             ),
-            {"on_bad_record": "skip", "max_bad_fraction": 0.2},
+            {"on_bad_record": "skip", "on_damaged_file": "skip", "workers": 7, "max_bad_fraction": 0.2},
         ),
         (
             CacheSettings(num_heldout_sequences=7),

@@ -6,11 +6,14 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -19,8 +22,10 @@ import pytest
 from capgap.pipeline.corpus.listing import list_units
 from capgap.pipeline.corpus.prepare import prepare
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
-from capgap.pipeline.corpus.unit import UnitMaker, UnitRecord
+from capgap.pipeline.corpus.unit import UnitMaker
+from capgap.pipeline.corpus.unit_record import UnitRecord
 from capgap.pipeline.stage.context import Instance, Slice, StageContext
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.ranking import count_ids, read_counts
 from capgap.pipeline.workflow.carry_out import carry_out
@@ -59,6 +64,7 @@ def make(lines: Path, tmp_path: Path) -> Callable[..., RunFile]:
         settings |= {"teacher_fraction": 0.4, "heldout_fraction": 0.2, "shard_sequences": 40}
         settings |= {"unit_bytes": size // NUM_UNITS + 1}
         settings |= changed
+        settings = {name: value for name, value in settings.items() if value is not None}
         return RunFile.model_validate({"name": "tried", "out": str(tmp_path / out), "corpus": settings})
 
     return run
@@ -165,7 +171,7 @@ def test_a_mixture_has_its_shares_and_stands_mixed_from_the_beginning(make, line
         "plain": {"paths": [str(lines / "a.jsonl")], "weight": 3},
         "other": {"paths": [str(lines / "b.jsonl")], "weight": 1},
     }
-    run = make(sources=sources, unit_bytes=4000)
+    run = make(sources=None, mixture=sources, unit_bytes=4000)
     manifest = carry_out(run, CORPUS)
     splits = CorpusFacts.model_validate(manifest.facts).splits
     text = {name: sum(splits[split].by_source[name].num_text_bytes for split in SPLITS) for name in sources}
@@ -174,7 +180,7 @@ def test_a_mixture_has_its_shares_and_stands_mixed_from_the_beginning(make, line
     listing = list_units(run.corpus)
     order = [listing.source_of(unit) for unit in range(len(listing.units))]
     assert set(order[:4]) == {0, 1} == set(order[-4:])
-    again = make("again", sources=sources, unit_bytes=4000)
+    again = make("again", sources=None, mixture=sources, unit_bytes=4000)
     assert carry_out_slice(again, CORPUS, Slice(1, 2)) is None
     assert carry_out(again, CORPUS).content == manifest.content
 
@@ -184,7 +190,7 @@ def test_a_source_with_a_limit_is_read_to_the_end_of_a_unit(make, lines: Path) -
         "plain": {"paths": [str(lines / "a.jsonl")]},
         "other": {"paths": [str(lines / "b.jsonl")], "max_tokens": 500, "text_field": "text"},
     }
-    manifest = carry_out(make(sources=sources, unit_bytes=4000), CORPUS)
+    manifest = carry_out(make(sources=None, mixture=sources, unit_bytes=4000), CORPUS)
     splits = CorpusFacts.model_validate(manifest.facts).splits
     tokens = {name: sum(splits[split].by_source[name].num_text_tokens for split in SPLITS) for name in sources}
     assert 500 <= tokens["other"] < 500 + 4000 < tokens["plain"]
@@ -282,3 +288,55 @@ def test_a_record_of_a_unit_says_what_is_in_it(make) -> None:
     assert {split: int(counts[n].sum()) for n, split in enumerate(SPLITS)} == {
         split: 17 * number for split, number in num_sequences.items()
     }
+
+
+def test_text_is_read_from_urls_and_an_absent_bucket_is_named(make, lines: Path, s3_server: str) -> None:
+    files = fsspec.filesystem("s3")
+    files.mkdir("texts")
+    for path in lines.glob("*.jsonl"):
+        files.put(str(path), f"texts/some/{path.name}")
+    here = carry_out(make("here"), CORPUS)
+    for number, source in enumerate(("s3://texts/some/*.jsonl", "s3://texts/some")):
+        there = carry_out(make(f"there-{number}", sources=[source]), CORPUS)
+        assert there.shard_sets == here.shard_sets and not there.sources
+    with pytest.raises(InputError, match=r"corpus.sources: s3://absent/a.jsonl: (no text found|cannot be read)"):
+        carry_out(make("absent", sources=["s3://absent/a.jsonl"]), CORPUS)
+
+
+@pytest.mark.slow
+def test_a_corpus_that_is_killed_a_hundred_times_comes_out_the_same(make) -> None:
+    one = carry_out(make("one", unit_bytes=400), CORPUS)
+    run = make("killed", unit_bytes=400)
+    rng = np.random.default_rng(0)
+    num_killed = 0
+    for _ in range(100):
+        # forked after the imports, so that a kill falls into the work; nothing here has a thread yet
+        pid = os.fork()
+        if pid == 0:
+            try:
+                carry_out(run, CORPUS)
+            finally:
+                os._exit(0)
+        time.sleep(float(rng.uniform(0, 0.4)))
+        os.kill(pid, signal.SIGKILL)
+        num_killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) < 0
+        if states(run)["corpus"].state is State.CURRENT:
+            assert read_manifest(_folder(run)).content == one.content
+            shutil.rmtree(_folder(run))
+    assert num_killed > 50
+    assert carry_out(run, CORPUS).content == one.content
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_makes_what_one_process_makes(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    one = carry_out(make("one", dedup="all"), CORPUS)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        assert carry_out(make("ray", workers=2, dedup="all"), CORPUS).content == one.content
+    finally:
+        cluster.shutdown()
