@@ -51,7 +51,7 @@ class ListedFile(Entry):
         """Raise InputError if it is gone, or is not what was listed."""
         if self.path == BUILTIN:
             return
-        num_bytes, version = state_of(self.place)
+        num_bytes, version = state_of(self.place, fresh=True)
         if (num_bytes, version) != (self.num_bytes, self.version):
             raise InputError(
                 "the file changed since the sources were listed",

@@ -40,8 +40,10 @@ def open_place(place: Place) -> Iterator[BinaryIO]:
         raise _gone(place) from None
 
 
-def state_of(place: Place) -> tuple[int, str]:
+def state_of(place: Place, fresh: bool = False) -> tuple[int, str]:
     """Size of a file in bytes, and what changes when the file does: a time, or a tag.
+
+    `fresh` asks the server again for what this process has heard before.
 
     Raises:
         InputError: it is not there, or its server does not say how large it is.
@@ -54,7 +56,10 @@ def state_of(place: Place) -> tuple[int, str]:
         return found.st_size, str(found.st_mtime_ns)
     try:
         with client_errors(place):
-            return _state(place, client_of(place, "text is not read").info(place))
+            client = client_of(place, "text is not read")
+            if fresh:
+                client.invalidate_cache()
+            return _state(place, client.info(place))
     except FileNotFoundError:
         raise _gone(place) from None
 
