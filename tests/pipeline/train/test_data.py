@@ -125,8 +125,8 @@ def _fit_until(step: int, model: Any, task: TrainingTask) -> None:
 
 def test_held_out_documents_are_measured_by_themselves(make_task) -> None:
     task = make_task()
-    packed = list(heldout_batches(task))
-    documents = list(heldout_batches(dataclasses.replace(task, context="document")))
+    packed = list(heldout_batches(task, 8))
+    documents = list(heldout_batches(dataclasses.replace(task, context="document"), 8))
     assert all(batch.positions_BL is None for batch in packed)
     assert _rows(packed) == _rows(documents)
     assert all(batch.positions_BL is not None and (batch.positions_BL[:, 0] == 0).all() for batch in documents)

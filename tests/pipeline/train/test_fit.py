@@ -18,7 +18,7 @@ import torch
 from tiny_tasks import tiny_task
 
 from capgap.pipeline.store import ShardReader
-from capgap.pipeline.train.data import heldout_batches
+from capgap.pipeline.train.data import heldout_batches, num_validation_sequences
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.heldout import measure
 from capgap.pipeline.train.module import DistillationModule
@@ -165,7 +165,8 @@ def test_the_best_weights_are_handed_on_where_they_are_asked_for(make_task, make
     assert (totals["best_step"], totals["best_validation_loss"]) == (measured[best], best)
     assert best < list(measured)[-1] - 0.01
     module = DistillationModule(student, task.settings, 1, 0.0, 1.0, task.training.codec.vocab_size)
-    assert measure(module, heldout_batches(task)).loss == pytest.approx(best, abs=1e-5)
+    num_sequences = num_validation_sequences(task, totals["num_steps"])
+    assert measure(module, heldout_batches(task, num_sequences)).loss == pytest.approx(best, abs=1e-5)
 
 
 @pytest.mark.parametrize("given, steps", [(1, None), (63, None), (64, 1), (20 * 64 + 63, 20), (10**9, 30)])
