@@ -18,8 +18,12 @@ from subprocess import PIPE
 
 import fsspec
 import pytest
+from hypothesis import HealthCheck, settings
 
 # here, and not in a hook: conftest.py of a folder that is named to pytest is imported before hooks run
+# an example may take long on a busy machine
+settings.register_profile("capgap", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("capgap")
 os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
 
 

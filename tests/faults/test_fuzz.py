@@ -38,7 +38,6 @@ MORE_BYTES = 2 << 30
 
 FUZZ = settings(
     max_examples=EXAMPLES,
-    deadline=None,
     derandomize="CAPGAP_FUZZ" not in os.environ,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -12,7 +12,7 @@ GOLDEN_START = [9149823, 15600252, 14080721, 6280703]
 GOLDEN_LATER = [15011735, 5287222, 10418912]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(start=st.integers(0, 10_000), num_rows=st.integers(0, 70), seed=st.integers(0, 2**63 - 1))
 def test_an_offset_depends_on_its_position_and_not_on_the_batch(start: int, num_rows: int, seed: int) -> None:
     whole = offsets(seed, DIGEST, 0, start + num_rows)

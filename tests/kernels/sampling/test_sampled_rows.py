@@ -17,7 +17,7 @@ def _logits(num_rows: int, vocab_size: int, scale: float, seed: int = 0) -> torc
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     num_rows=st.sampled_from([0, 1, 9]),
     vocab_size=st.sampled_from([1, 2, 31, 32, 33, 500, 1025]),
@@ -92,7 +92,7 @@ def test_a_count_is_the_floor_or_the_ceiling_of_n_p(scale: float) -> None:
     assert (counts_NV.sum(-1) == num_samples).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     vocab_size=st.sampled_from([5, 32, 64, 97, 700]),
     num_alive=st.integers(1, 5),

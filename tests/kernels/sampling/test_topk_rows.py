@@ -23,7 +23,7 @@ def cases(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int, float, int 
     return logits_NV, labels_N, top_k, draw(st.sampled_from([1.0, 2.0])), vocab_size
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(cases())
 def test_the_fast_scorer_agrees_with_float64(case: tuple[torch.Tensor, torch.Tensor, int, float, int | None]) -> None:
     logits_NV, labels_N, top_k, temperature, vocab_size = case

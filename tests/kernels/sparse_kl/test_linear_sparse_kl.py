@@ -13,7 +13,7 @@ from capgap.kernels.sparse_kl import SparseTargets, linear_sparse_kl
 from capgap.kernels.sparse_kl.reference import linear_sparse_kl as reference
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(cases())
 def test_loss_and_gradients_are_those_of_the_reference(case: Case) -> None:
     fast, fast_grads = run(linear_sparse_kl, case)
@@ -31,7 +31,7 @@ def test_loss_and_gradients_are_those_of_the_reference(case: Case) -> None:
         assert all((grad[real:] == 0).all() for grad in fast_grads[1:])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(cases())
 def test_float32_stays_within_rounding_of_float64(case: Case) -> None:
     case = case.to(torch.float32)

@@ -118,7 +118,7 @@ def test_loss_and_gradients_are_those_of_the_reference(temperature: float, softc
 
 
 # on a GPU nearly each of them is a program to be compiled first
-@settings(deadline=None, max_examples=60 if INTERPRETED else 15, derandomize=True, database=None)
+@settings(max_examples=60 if INTERPRETED else 15, derandomize=True, database=None)
 @given(cases())
 def test_any_case_stays_within_rounding_of_float64(case: Case) -> None:
     case = case.to(torch.float32).on(DEVICE)

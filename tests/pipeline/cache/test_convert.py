@@ -15,7 +15,7 @@ SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9))
 
 
 @given(SHAPES.flatmap(lambda shape: arrays(np.int32, shape, elements=st.integers(0, 6))))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_draws_become_the_counts_of_their_row(samples_BLn: np.ndarray) -> None:
     samples_BLn = np.sort(samples_BLn, axis=2)
     labels_BL = np.arange(samples_BLn[..., 0].size, dtype=np.float32).reshape(samples_BLn.shape[:2])

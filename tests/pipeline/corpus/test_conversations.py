@@ -98,7 +98,7 @@ def _answers(turns: Turns) -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(contents=st.lists(CONTENTS, min_size=2, max_size=6))
 def test_what_stands_before_each_answer_is_what_a_chat_would_ask_with(name: str, contents: list[str]) -> None:
     chat = FORMATS[name]
@@ -157,7 +157,7 @@ def test_no_message_can_hold_a_special_token(name: str) -> None:
         assert asked == found.ids
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.text(st.sampled_from("<|>as k"), max_size=12), st.lists(st.text("<|>as k", min_size=1, max_size=4), max_size=4)
 )

@@ -27,7 +27,7 @@ WITH_TARGETS = NAMES[1:]
 VOCAB_SIZES = st.sampled_from([1, 2, 255, 256, 257, 65535, 65536, 65537, 262144, 1 << 24])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     vocab_size=VOCAB_SIZES,
     num_sequences=st.integers(0, 4),

@@ -58,7 +58,7 @@ def assert_alike(found: Batch, expected: Batch) -> None:
 
 
 @pytest.mark.parametrize("name", CODECS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     vocab_size=st.sampled_from([2, 255, 256, 257, 1000, 65537]),
     num_ids=st.sampled_from([1, 2, 3, 9, 64, 300]),

@@ -25,14 +25,14 @@ def _every(shards: list[list[int]]) -> list[Place]:
     return [Place(s, m, row) for s, of in enumerate(shards) for m, size in enumerate(of) for row in range(size)]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(shards=SHARDS, lanes=st.none() | st.integers(1, 70), seed=st.integers(0, 2**40), epoch=st.integers(0, 5))
 def test_an_epoch_holds_every_sequence_once(shards, lanes, seed, epoch) -> None:
     order = _order(shards, seed, lanes)
     assert sorted(_stream(order, epoch)) == _every(shards)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(shards=SHARDS, seed=st.integers(0, 2**40), data=st.data())
 def test_a_place_is_known_without_those_before_it(shards, seed, data) -> None:
     stream = _stream(_order(shards, seed), 1)

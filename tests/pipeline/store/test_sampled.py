@@ -50,7 +50,7 @@ def _rows(targets: SampledTargets) -> list[list[tuple[int, int]]]:
     return [pairs[end - size : end] for end, size in zip(ends_N, targets.num_ids_BL.ravel(), strict=True)]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     vocab_size=VOCAB_SIZES,
     num_samples=NUM_SAMPLES,

@@ -71,7 +71,7 @@ def _round_trip(profile: str, targets: TopkTargets, vocab_size: int) -> TopkTarg
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     vocab_size=VOCAB_SIZES,
     top_k=st.sampled_from([1, 2, 3, 9, 64]),
