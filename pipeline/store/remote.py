@@ -68,7 +68,10 @@ class Remote:
 
     def _chunks(self, path: str) -> Iterator[bytes]:
         url = f"{self.url}/{path}"
-        with client_errors(url), client_of(url, "shards are not read").open(url, "rb", block_size=_CHUNK_BYTES) as file:
+        with (
+            client_errors(url),
+            client_of(self.url, "shards are not read").open(url, "rb", block_size=_CHUNK_BYTES) as file,
+        ):
             while chunk := file.read(_CHUNK_BYTES):
                 yield chunk
 

@@ -128,12 +128,12 @@ def _task(readers, tmp_path, kind: str = "sampled", **settings) -> TrainingTask:
 def test_the_held_out_loss_falls_and_is_that_of_documents_alone(readers, make_student, tmp_path, kind) -> None:
     task, model = _task(readers, tmp_path, kind, row_len=40), make_student()
     module = _module(model)
-    before = measure(module, heldout_batches(task)).loss
+    before = measure(module, heldout_batches(task, 64)).loss
     totals = fit(model, task)
-    after = measure(module, heldout_batches(task)).loss
+    after = measure(module, heldout_batches(task, 64)).loss
     assert totals["num_steps"] == 6
     assert after < before - 0.02
-    packed = measure(module, heldout_batches(dataclasses.replace(task, context="packed"))).loss
+    packed = measure(module, heldout_batches(dataclasses.replace(task, context="packed"), 64)).loss
     assert abs(after - packed) > 1e-4
 
 
