@@ -22,6 +22,7 @@ TEMPLATE = (
     "{% else %}{{ message.content }}{% endif %}{% endfor %}"
 )
 SEQ_LEN = 48
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

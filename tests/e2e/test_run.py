@@ -62,6 +62,7 @@ def test_a_second_run_does_nothing_and_says_so(copy: Path) -> None:
     assert manifests(copy) == before
 
 
+@pytest.mark.slow  # the project's own check does so in its second use
 def test_only_train_forced_makes_the_train_stage_again_and_nothing_else(copy: Path) -> None:
     before = manifests(copy)
     forced = capgap(*run_of(copy, "--only", "train", "--force"))

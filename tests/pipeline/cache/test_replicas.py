@@ -73,6 +73,7 @@ def _shards(run: RunFile) -> int:
     return len(list((Path(run.out) / "cache" / "work" / "scored").glob("*.json")))
 
 
+@pytest.mark.slow
 def test_two_replicas_make_the_cache_that_one_process_makes_and_ray_is_not_heard(run, start, mark, whole) -> None:
     tiny = run(replicas=2)
     process = start(tiny, "--no-wait")

@@ -271,49 +271,48 @@ for job in json.loads(sys.argv[1]):
 """
 
 
-def test_a_killed_training_goes_on_as_if_undisturbed(shards, make_student, tmp_path) -> None:
+@pytest.mark.parametrize("micro_batch", [pytest.param(4, marks=pytest.mark.slow), 2])
+def test_a_killed_training_goes_on_as_if_undisturbed(shards, make_student, tmp_path, micro_batch: int) -> None:
     """For whole batches and for accumulated ones: equal bits, and every row of the metrics once."""
     make_student().save_pretrained(tmp_path / "student")
     rng = random.Random()
     jobs = []
-    for micro_batch in (4, 2):
-        settings = {
-            "batch_sequences": 4,
-            "micro_batch_sequences": micro_batch,
-            "num_epochs": 9,
-            "log_every_steps": 5,
-            "checkpoint_every_steps": 10,
-            "validate_every_steps": 20,
+    settings = {
+        "batch_sequences": 4,
+        "micro_batch_sequences": micro_batch,
+        "num_epochs": 9,
+        "log_every_steps": 5,
+        "checkpoint_every_steps": 10,
+        "validate_every_steps": 20,
+    }
+    for name, kills in [("undisturbed", []), ("killed", [rng.randint(11, 40), rng.randint(41, 70)])]:
+        folder = tmp_path / name
+        folder.mkdir()
+        job = {
+            "folder": str(folder),
+            "student": str(tmp_path / "student"),
+            "shards": [
+                (str(shards[part].place.folder), shards[part].shard_set.model_dump_json())
+                for part in ("sampled", "heldout")
+            ],
+            "settings": settings,
         }
-        for name, kills in [("undisturbed", []), ("killed", [rng.randint(11, 40), rng.randint(41, 70)])]:
-            folder = tmp_path / f"{name}-{micro_batch}"
-            folder.mkdir()
-            job = {
-                "folder": str(folder),
-                "student": str(tmp_path / "student"),
-                "shards": [
-                    (str(shards[part].place.folder), shards[part].shard_set.model_dump_json())
-                    for part in ("sampled", "heldout")
-                ],
-                "settings": settings,
-            }
-            jobs += [job | {"kill_at": kill, "delay_s": rng.uniform(0, 0.03)} for kill in [*kills, None]]
+        jobs += [job | {"kill_at": kill, "delay_s": rng.uniform(0, 0.03)} for kill in [*kills, None]]
     done = subprocess.run(
         [sys.executable, "-c", FORKED, json.dumps(jobs)], env=os.environ, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     seen = [(job["kill_at"], job["delay_s"]) for job in jobs]
     _require_resumed(jobs, [json.loads(line) for line in done.stdout.splitlines()])
-    for micro_batch in (4, 2):
-        undisturbed, killed = (tmp_path / f"{name}-{micro_batch}" for name in ("undisturbed", "killed"))
-        weights = [(folder / "weights.safetensors").read_bytes() for folder in (undisturbed, killed)]
-        assert weights[0] == weights[1], f"micro-batch {micro_batch}, killed at {seen}"
-        of_this_process = dict.fromkeys(("tokens_per_s", "data_wait_fraction", "memory_bytes", "heldout_s"))
-        rows = [[row | of_this_process for row in _metrics(folder)] for folder in (undisturbed, killed)]
-        assert rows[0] == rows[1], f"micro-batch {micro_batch}, killed at {seen}"
-        steps = [step for step, _ in _column(killed, "train_loss")]
-        assert steps == [*range(5, 136, 5)]
-        assert len(list((killed / "work" / "checkpoints").iterdir())) == 2, "the last two, and nothing half saved"
+    undisturbed, killed = (tmp_path / name for name in ("undisturbed", "killed"))
+    weights = [(folder / "weights.safetensors").read_bytes() for folder in (undisturbed, killed)]
+    assert weights[0] == weights[1], f"killed at {seen}"
+    of_this_process = dict.fromkeys(("tokens_per_s", "data_wait_fraction", "memory_bytes", "heldout_s"))
+    rows = [[row | of_this_process for row in _metrics(folder)] for folder in (undisturbed, killed)]
+    assert rows[0] == rows[1], f"killed at {seen}"
+    steps = [step for step, _ in _column(killed, "train_loss")]
+    assert steps == [*range(5, 136, 5)]
+    assert len(list((killed / "work" / "checkpoints").iterdir())) == 2, "the last two, and nothing half saved"
 
 
 def _require_resumed(jobs: list[dict[str, Any]], metrics: list[list[str]]) -> None:

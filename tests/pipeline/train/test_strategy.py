@@ -149,6 +149,7 @@ def test_a_killed_training_ends_in_the_very_weights_of_an_undisturbed_one(job, r
     assert len(list((Path(killed[0]["folder"]) / "work" / "checkpoints").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_under_other_ranks_and_strategies_and_reads_each_sequence_once_an_epoch(job, run) -> None:
     settings = {"num_epochs": 4, "checkpoint_every_steps": 2}
     undisturbed, first = job(**settings), job(2, strategy="fsdp2", kill_at=9, **settings)
