@@ -15,15 +15,17 @@ from contextlib import ExitStack
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import PIPE
+from typing import Any
 
 import fsspec
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadFileScheduling
 
-# here, and not in a hook: conftest.py of a folder that is named to pytest is imported before hooks run
 # an example may take long on a busy machine
 settings.register_profile("capgap", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("capgap")
+# here, and not in a hook: conftest.py of a folder that is named to pytest is imported before hooks run
 os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
 
 
@@ -36,6 +38,17 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums come out alike on any machine
+
+
+class _ByFile(LoadFileScheduling):  # type: ignore[misc]
+    """Tests of a file go to one process, and those of tests/e2e too: they share a run that takes minutes."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/e2e" if nodeid.startswith("tests/e2e/") else str(super()._split_scope(nodeid))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:
+    return _ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)
