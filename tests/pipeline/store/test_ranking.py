@@ -11,8 +11,10 @@ import pytest
 
 from capgap.pipeline.store import Ranking, ShardReader, rank_ids
 from capgap.pipeline.store.codec import SAMPLED
-from capgap.pipeline.store.ranking import read_ranking
+from capgap.pipeline.store.files import sha256_of
+from capgap.pipeline.store.ranking import COUNTS_NAME, count_ids, read_counts, read_ranking, write_counts
 from capgap.schemas.errors import CorruptError, InputError
+from capgap.schemas.manifest import FileEntry
 from capgap.schemas.records import Sequences
 
 
@@ -27,16 +29,19 @@ def test_ids_lie_by_falling_frequency_and_equals_by_id() -> None:
     assert ranking.ranks_V[ranking.ids_V].tolist() == list(range(7))
 
 
-def test_a_corpus_is_read_no_further_than_it_tells_more() -> None:
-    taken = []
-
-    def endless():
-        while True:
-            taken.append(1)
-            yield _block(np.zeros((1024, 1025), np.int32).tolist() if not taken else [[0] * (1 << 22)])
-
-    assert rank_ids(endless(), 2).ids_V.tolist() == [0, 1]
-    assert len(taken) == 4
+def test_counts_of_ids_come_back_from_their_file_and_damage_is_named(tmp_path: Path) -> None:
+    counts = {"student": count_ids([_block([[5, 5, 1]])], 7), "heldout": np.arange(7, dtype=np.int64)}
+    write_counts(tmp_path, counts)
+    path = tmp_path / COUNTS_NAME
+    entry = FileEntry(path=COUNTS_NAME, num_bytes=path.stat().st_size, sha256=sha256_of(path))
+    for split, counts_V in counts.items():
+        assert np.array_equal(read_counts(tmp_path, [entry], split, 7), counts_V)
+    for files, split, vocab_size in (([entry], "teacher", 7), ([entry], "student", 8), ([], "student", 7)):
+        with pytest.raises(CorruptError, match=r"the counts of ids are not what they were; .*; make the corpus again"):
+            read_counts(tmp_path, files, split, vocab_size)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(CorruptError, match="another file than the manifest lists"):
+        read_counts(tmp_path, [entry], "student", 7)
 
 
 def test_a_ranking_comes_back_from_its_file() -> None:
