@@ -113,7 +113,9 @@ class _Sums:
 
 def has_wide_products(device: torch.device) -> bool:
     """Whether a product of 16-bit matrices can be had in float32: on NVIDIA's GPUs of compute capability 8.0 on."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def chunk_rows(num_rows: int, row_bytes: int, workspace_bytes: int) -> int:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from capgap.kernels.sparse_kl.chunks import has_wide_products
+
 # Elements of a widened block: 16 MiB of float32.
 _BLOCK_ELEMENTS = 2**22
 
@@ -31,20 +33,13 @@ def float32_logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None =
     if weight_VH.dtype not in (torch.bfloat16, torch.float16):
         return linear(hidden_NH.to(weight_VH.dtype), weight_VH, bias_V)
     rows_NH = hidden_NH.flatten(0, -2)
-    if sums_in_float32(weight_VH.device) and hidden_NH.dtype == weight_VH.dtype:
+    if has_wide_products(weight_VH.device) and hidden_NH.dtype == weight_VH.dtype:
         logits_NV = torch.mm(rows_NH, weight_VH.t(), out_dtype=torch.float32)
     else:
         logits_NV = _block_by_block(rows_NH.float(), weight_VH)
     if bias_V is not None:
         logits_NV += bias_V
     return logits_NV.view(*hidden_NH.shape[:-1], len(weight_VH))
-
-
-def sums_in_float32(device: torch.device) -> bool:
-    """Whether a device multiplies 16-bit matrices into one of float32: NVIDIA's, from compute capability 8.0 on."""
-    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def sum_head_in_float32(model: nn.Module) -> None:

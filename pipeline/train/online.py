@@ -22,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from capgap.kernels.sparse_kl import Divergence, SparseKl
+from capgap.kernels.sparse_kl.chunks import has_wide_products
 from capgap.kernels.sparse_kl.divergence import LOWEST_LOGPROB
-from capgap.pipeline.models.head_product import float32_logits, sums_in_float32
+from capgap.pipeline.models.head_product import float32_logits
 from capgap.pipeline.store import Batch
 from capgap.pipeline.train import heads
 from capgap.pipeline.train.attention import ending_attention, rows_are_known
@@ -105,7 +106,7 @@ class HeadWeights:
     def from_teacher(cls, head: heads.LmHead) -> HeadWeights:
         """Those of a frozen teacher; a copy in float32 where the device cannot sum 16-bit products in float32."""
         weight_VH = head.linear.weight.detach()
-        if not sums_in_float32(weight_VH.device):
+        if not has_wide_products(weight_VH.device):
             weight_VH = weight_VH.to(torch.promote_types(weight_VH.dtype, torch.float32))
         return cls(weight_VH, head.linear.bias, head.softcap, head.scale)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from capgap.pipeline.models.head_product import sums_in_float32
+from capgap.kernels.sparse_kl.chunks import has_wide_products
 from capgap.pipeline.models.load import load_model, model_path
 from capgap.pipeline.stage.context import StageContext
 from capgap.pipeline.train.fits import free_bytes
@@ -54,7 +54,7 @@ def require_room(
     for_student = _COPIES_OF_A_STUDENT * student.num_parameters * student_dtype.itemsize
     # embedding and head, of which one may be the other's
     outside = teacher.num_parameters - teacher.num_non_embedding_parameters
-    copied = 0 if sums_in_float32(torch.device(device)) else outside * torch.float32.itemsize
+    copied = 0 if has_wide_products(torch.device(device)) else outside * torch.float32.itemsize
     for_teacher = teacher.num_parameters * teacher_dtype.itemsize + copied
     if for_student + for_teacher > free:
         raise MachineError(
