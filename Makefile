@@ -44,7 +44,7 @@ test-real: $(STAMP) ## the tests with real models, 330 MB that are fetched once 
 	$(PIP_INSTALL) gguf
 	$(BIN)/python -m pytest -m real -rP tests/real
 
-smol: $(STAMP) ## a real teacher of 135M and a student pruned from it, on real text: fetches 100 MB, takes hours of two cores
+smol: $(STAMP) ## a real teacher of 135M and a student pruned from it, on real text: fetches 104 MB
 	$(PIP_INSTALL) gguf
 	$(BIN)/python benchmarks/real_models.py SmolLM2-135M-Instruct django-documentation
 	$(BIN)/capgap run jobs/runs/smol.yaml $(FLAGS)
@@ -52,7 +52,7 @@ smol: $(STAMP) ## a real teacher of 135M and a student pruned from it, on real t
 SMOL_QUICK = --out runs/smol-quick --cache.max_tokens 32768 --train.max_tokens 24576 --eval.num_sequences 16 \
   --eval.num_full_sequences 8 --arms '{distilled: {alpha: 1.0}, cross_entropy: {alpha: 0.0}}'
 
-smol-quick: ## the same in a few minutes, to see that it works
+smol-quick: ## the same on few tokens, to see that it works
 	$(MAKE) smol FLAGS="$(SMOL_QUICK)"
 
 minima: $(STAMP) ## the whole recipe of MiniMA and MiniChat at the smallest size: adapt, prune, distil, tune, judge

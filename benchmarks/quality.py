@@ -1,7 +1,7 @@
 """How much of what distillation gains each recording keeps, at its bytes per token.
 
 python benchmarks/quality.py                   on the demo: every training that is not in the results, then the table
-python benchmarks/quality.py --run smol        on a real language model, which `make smol` fetches: hours of two cores
+python benchmarks/quality.py --run smol        on a real language model, which `make smol` fetches
 python benchmarks/quality.py --page FILE       put the table into a page, between its marks
 python benchmarks/quality.py --smoke           the same at the smallest size, to see that it works
 

@@ -12,6 +12,7 @@ import torch
 from endpoint_server import Answer, Body, EndpointServer, serving
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+KEY = "sk-test-0123456789"
 MODEL = "tiny-teacher"
 
 

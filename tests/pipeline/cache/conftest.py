@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from teacher_server import KEY, TeacherServer, teacher_server
 from tiny_models import PADDED_VOCAB_SIZE, VLLM_HEAD_DIM, save_model, tiny_llama, tiny_vllm_llama
 from tiny_texts import numbered_texts, write_texts
 from transformers import PreTrainedTokenizerFast
@@ -182,3 +183,12 @@ def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for process in started:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def server(folder: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[TeacherServer]:
+    """The teacher of the module's fixture `folder` behind an endpoint, and its key in the environment."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with teacher_server(folder) as started:
+        yield started

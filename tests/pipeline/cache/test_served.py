@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from teacher_server import MODEL, TeacherServer, listed, refused, teacher_server
+from teacher_server import KEY, MODEL, listed, refused, teacher_server
 from tiny_models import VLLM_HEAD_DIM, save_model, tiny_llama
 from transformers import PreTrainedTokenizerFast
 
@@ -30,7 +30,6 @@ from capgap.schemas.facts import CacheFacts
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile
 
-KEY = "sk-test-0123456789"
 TEACHER, CACHE = Instance("teacher"), Instance("cache")
 TOP_K, DEADLINE_S = 12, 120.0
 FEW_TOKENS = 4 * 8 * 32  # four shards
@@ -45,14 +44,6 @@ def folder(inputs, tmp_path_factory) -> str:
     model = tiny_llama(2, vocab_size=300, head_dim=VLLM_HEAD_DIM, max_position_embeddings=64, initializer_range=0.2)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(inputs["teacher"]["path"])
     return save_model(tmp_path_factory.mktemp("served"), model, tokenizer)
-
-
-@pytest.fixture
-def server(folder, monkeypatch) -> Iterator[TeacherServer]:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with teacher_server(folder) as started:
-        yield started
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from teacher_server import MODEL, TeacherServer, listed, refused, teacher_server
+from teacher_server import KEY, MODEL, listed, refused
 from transformers import LlamaForCausalLM
 
 from capgap.pipeline.cache.scoring import Request
@@ -20,7 +20,6 @@ from capgap.schemas.errors import CapgapError, InputError, MachineError, Mismatc
 from capgap.schemas.run_endpoint import EndpointSettings
 
 VOCAB_SIZE, SEQ_LEN, TOP_K = 300, 48, 16
-KEY = "sk-test-0123456789"
 
 # Both compute in float32, the one sequence by sequence and the other in batches. Measured: 1.2e-6.
 TOLERANCE_NATS = 1e-4
@@ -39,14 +38,6 @@ def _save_tokenizer(folder: str) -> None:
     from tiny_models import tiny_tokenizer
 
     tiny_tokenizer().save_pretrained(folder)
-
-
-@pytest.fixture
-def server(folder, monkeypatch) -> Iterator[TeacherServer]:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with teacher_server(folder) as started:
-        yield started
 
 
 @pytest.fixture
