@@ -140,14 +140,15 @@ class Bench:
         self._work, self._run = work, run
         shared = RunFile.model_validate(run | {"out": str(work / "shared")})
         self._corpus, self._teacher = (_input(shared, stage) for stage in ("corpus", "teacher"))
-        self._settings = TrainSettings.model_validate(run["train"] | {"max_tokens": num_tokens})
+        self.settings = TrainSettings.model_validate(run["train"] | {"max_tokens": num_tokens})
         self.about = {
             "teacher": self._teacher.manifest.content[:12],
             "corpus": self._corpus.manifest.content[:12],
             "num_tokens": num_tokens,
             "student": run["student"].get("model", run["student"]),
-            "learning_rate": self._settings.learning_rate,
-            "batch_sequences": self._settings.batch_sequences,
+            "learning_rate": self.settings.learning_rate,
+            "batch_sequences": self.settings.batch_sequences,
+            "precision": self.settings.precision,
         }
 
     @contextmanager
@@ -160,23 +161,22 @@ class Bench:
         labels_S = num_labels(sequences)
         self._work.mkdir(parents=True, exist_ok=True)
         with open_spool(self._work, int(labels_S[:num_full].sum()), self._vocab_size) as spool:
-            teacher = load_model(model_path(self._teacher), "cpu")
-            nats = self._score(teacher, sequences, spool.append, num_full)
+            nats = self._score(self.teacher(), sequences, spool.append, num_full)
             yield Heldout(sequences, spool, num_full, nats)
 
     def train(self, arm: Arm, seed: int, heldout: Heldout) -> dict[str, Any]:
         """One line of the results."""
-        reader = self._reader(arm)
+        reader = self.reader(arm)
         name = f"{arm.name} seed {seed}".replace(",", "").replace(" ", "-")
         folder = self._work / "train" / name
         folder.mkdir(parents=True, exist_ok=True)
-        model = self._student(seed)
+        model = self.student(seed)
         started, cpu_started = time.perf_counter(), time.process_time()
         totals = fit(
             model,
             TrainingTask(
                 title=name,
-                settings=self._settings,
+                settings=self.settings,
                 training=reader,
                 heldout=ShardReader(self._corpus.path, self._corpus.manifest.shard_sets["heldout"]),
                 alpha=arm.alpha,
@@ -185,7 +185,7 @@ class Bench:
                 device="cpu",
                 folder=folder,
                 objective=Objective(tail=arm.tail),
-                teacher=load_model(model_path(self._teacher), "cpu") if arm.online else None,
+                teacher=self.teacher() if arm.online else None,
             ),
         )
         wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
@@ -207,27 +207,32 @@ class Bench:
             "machine": machine("cpu"),
         }
 
+    def teacher(self) -> PreTrainedModel:
+        """It, anew."""
+        return load_model(model_path(self._teacher), "cpu")
+
     @property
     def _vocab_size(self) -> int:
         return int(self._corpus.manifest.facts["tokenizer"]["vocab_size"])  # type: ignore[index,call-overload,arg-type]
 
-    def _reader(self, arm: Arm) -> ShardReader:
+    def reader(self, arm: Arm) -> ShardReader:
+        """The cache that an arm learns from, made if it is not."""
         cache = self._cache(arm.cache)
         reader = ShardReader(cache.path, cache.manifest.shard_sets[arm.recording])
         if not arm.independent:
             return reader
         folder = self._work / f"independent-{arm.cache}"
-        return independent_samples(reader, load_model(model_path(self._teacher), "cpu"), folder)
+        return independent_samples(reader, self.teacher(), folder)
 
     def _cache(self, name: str) -> StageInput:
-        settings = {"engine": "transformers", "max_tokens": self._settings.max_tokens} | CACHES[name]
+        settings = {"engine": "transformers", "max_tokens": self.settings.max_tokens} | CACHES[name]
         if "dtype" in self._run["cache"]:
             settings["dtype"] = self._run["cache"]["dtype"]
         out = self._work / f"cache-{name.replace(' ', '-')}"
         reuse = {"corpus": str(self._corpus.path), "teacher": str(self._teacher.path)}
         return _input(RunFile.model_validate(self._run | {"out": str(out), "reuse": reuse, "cache": settings}), "cache")
 
-    def _student(self, seed: int) -> PreTrainedModel:
+    def student(self, seed: int) -> PreTrainedModel:
         """As the student stage makes it, fresh or pruned, before its first step."""
         inputs = {"corpus": self._corpus, "teacher": self._teacher, "cache": self._cache("50")}
         reuse = {name: str(there.path) for name, there in inputs.items()}

@@ -45,8 +45,8 @@ def table(lines: list[dict[str, Any]]) -> str:
             "" if some["ids_per_token"] is None else f"{some['ids_per_token']:.1f}",
             _mean([_loss(one) for one in own.values()], 4),
             _mean(shares(lines, arm.name, _loss), 1, 100),
-            _mean([_kl(one) for one in own.values()], 4),
-            _mean(shares(lines, arm.name, _kl), 1, 100),
+            _mean([kl_of(one) for one in own.values()], 4),
+            _mean(shares(lines, arm.name, kl_of), 1, 100),
             str(len(own)),
         ]
         rows.append(f"| {' | '.join(cells)} |")
@@ -68,7 +68,8 @@ def _loss(line: dict[str, Any]) -> float:
     return float(line["heldout_loss"])
 
 
-def _kl(line: dict[str, Any]) -> float:
+def kl_of(line: dict[str, Any]) -> float:
+    """The KL to the teacher that a training ended with."""
     return float(line["against_teacher"]["kl"])
 
 

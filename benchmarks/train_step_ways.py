@@ -109,6 +109,8 @@ def make_cache(size: Size, work: Path, device: str) -> tuple[PreTrainedModel, St
     else:
         teacher = str(real_model(SMOLLM2))
         given |= {"teacher": {"path": teacher}, "corpus": {"tokenizer": teacher}}
+    # no student is trained by the run, so that it need not say from which of the two recordings
+    given = {name: value for name, value in given.items() if name not in ("train", "arms", "eval")}
     for name, changes in size.changes.items():
         given[name] = given.get(name, {}) | changes
     cache = {"engine": "transformers", "recording": "both", "num_samples": NUM_SAMPLES, "top_k": NUM_KEPT}

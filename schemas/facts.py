@@ -57,6 +57,10 @@ class SplitFacts(Record):
     by_source: dict[str, SourceCounts] = Field(default_factory=dict)
     """The same by source, named as in the run file; empty for an import."""
 
+    by_length: tuple[int, ...] = ()
+    """How many documents have a length, in tokens, with so many binary digits: entry i counts those of 2^(i-1) up to
+    2^i - 1 tokens. Enough to draw the lengths of any corpus; empty for an import."""
+
 
 class TextFacts(Record):
     """What a corpus and every cache made of it say of the text."""

@@ -12,7 +12,6 @@ A list may also be given as the JSON that says it. Whatever cannot be used is na
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +30,6 @@ BESIDE_FIELDS = (*FURTHER_FIELDS, "history", "system", "system_prompt", "tools",
 
 _ASKS = ("user", "assistant")
 
-# A string in JSON may hold one; a pair is joined by the parser.
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _A_LIST = 'a list such as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
 
 
@@ -254,11 +251,14 @@ def _require_shallow(where: str, record: object, messages_field: str) -> None:
 
 
 def _require_text(where: str, value: str) -> None:
-    if half := _LONE_SURROGATE.search(value):
+    # JSON may hold half of a pair; the parser joins whole ones
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
         raise BadRecordError(
             "the text holds half of a surrogate pair, which UTF-8 cannot say",
             where=where,
-            found=ascii(half[0]),
+            found=ascii(value[error.start]),
             expected="text",
             fix="repair or remove the record",
-        )
+        ) from None

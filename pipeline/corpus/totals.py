@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import numpy as np
 import numpy.typing as npt
 
@@ -71,6 +73,7 @@ class Totals:
             num_text_bytes=sum(one.num_text_bytes for one in by_source.values()),
             num_text_tokens=sum(one.num_text_tokens for one in by_source.values()),
             by_source=by_source,
+            by_length=self.counts[split].by_length,
         )
 
     def _read_again(
@@ -93,7 +96,12 @@ def _sum(left: SplitCounts, right: SplitCounts) -> SplitCounts:
     for source, counts in right.by_source.items():
         by_source[source] = _added(by_source.get(source, SourceCounts()), counts)
     numbers = ("num_documents", "num_dropped", "num_dropped_answers", "num_labels")
-    return SplitCounts(**{name: getattr(left, name) + getattr(right, name) for name in numbers}, by_source=by_source)
+    by_length = map(sum, zip_longest(left.by_length, right.by_length, fillvalue=0))
+    return SplitCounts(
+        **{name: getattr(left, name) + getattr(right, name) for name in numbers},
+        by_source=by_source,
+        by_length=tuple(by_length),
+    )
 
 
 def _added(left: SourceCounts, right: SourceCounts) -> SourceCounts:

@@ -10,6 +10,7 @@ all of them are whole. Memory holds a batch of documents, the digests of the uni
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,7 +41,7 @@ from capgap.schemas.records import Sequences
 from capgap.schemas.run_corpus import CorpusSettings
 
 UNITS_FOLDER, COUNTS_FOLDER = "units", "counts"
-_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 64, 1 << 20
+_BATCH_DOCUMENTS, _BATCH_BYTES = 64, 1 << 20
 # Whole conversations are packed so many tokens at a time: with fewer, more padding would be left.
 _PACKED_TOKENS = 1 << 20
 
@@ -150,6 +151,7 @@ class _Read:
     document: Document
     split: Split
     source: int
+    num_bytes: int
 
 
 class _Making:
@@ -173,13 +175,13 @@ class _Making:
     def make(self) -> UnitRecord:
         """Write the shards."""
         batch: list[_Read] = []
-        num_characters = 0
+        num_bytes = 0
         for one in self._each_document():
             batch.append(one)
-            num_characters += len(one.document.text)
-            if len(batch) == _BATCH_DOCUMENTS or num_characters >= _BATCH_CHARACTERS:
+            num_bytes += one.num_bytes
+            if len(batch) == _BATCH_DOCUMENTS or num_bytes >= _BATCH_BYTES:
                 self._encode(batch)
-                batch, num_characters = [], 0
+                batch, num_bytes = [], 0
             if len(self._full) == len(SPLITS):
                 break
         self._encode(batch)
@@ -211,13 +213,13 @@ class _Making:
                 continue
             split = split_of(document.text, settings.teacher_fraction, settings.heldout_fraction)
             if split not in self._full:
-                yield _Read(document, split, source)
+                yield _Read(document, split, source, len(document.text.encode()))
 
     def _encode(self, batch: list[_Read]) -> None:
         found = self._encoder.encode([one.document for one in batch], self._bad)
         num_bytes = num_tokens = 0
         for one, encoded in zip(batch, found, strict=True):
-            num_bytes += len(one.document.text)
+            num_bytes += one.num_bytes
             if encoded is not None and one.split not in self._full:
                 num_tokens += self._outs[one.split].add(one, encoded)
                 if self._outs[one.split].is_full:
@@ -240,6 +242,7 @@ class _SplitOut:
         self._parts: list[Sequences] = []
         self._totals = dict.fromkeys(("num_documents", "num_dropped", "num_dropped_answers", "num_labels"), 0)
         self._by_source: dict[int, dict[str, int]] = {}
+        self._by_length = Counter[int]()
         self.shards: list[ShardEntry] = []
         self.counts_V = np.zeros(job.facts.vocab_size, np.int64)
 
@@ -253,7 +256,8 @@ class _SplitOut:
     def counts(self) -> SplitCounts:
         """What is in it."""
         by_source = {source: SourceCounts(**counts) for source, counts in self._by_source.items()}
-        return SplitCounts(**self._totals, by_source=by_source)
+        by_length = tuple(self._by_length[digits] for digits in range(max(self._by_length, default=-1) + 1))
+        return SplitCounts(**self._totals, by_source=by_source, by_length=by_length)
 
     def add(self, read: _Read, encoded: EncodedDocument) -> int:
         """Take a document, and write the shards that are full; its tokens."""
@@ -268,6 +272,7 @@ class _SplitOut:
         counts["num_documents"] += 1
         counts["num_text_bytes"] += len(encoded.rows[0].document.text.encode())
         counts["num_text_tokens"] += sum(taken)
+        self._by_length[sum(taken).bit_length()] += 1
         labels = (
             number if row.mask is None else int(np.count_nonzero(row.mask))
             for row, number in zip(encoded.rows, taken, strict=True)

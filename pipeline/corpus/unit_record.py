@@ -29,6 +29,9 @@ class SplitCounts(Entry):
     by_source: dict[int, SourceCounts] = Field(default_factory=dict)
     """Text by the number of its source."""
 
+    by_length: tuple[int, ...] = ()
+    """Documents by their tokens, see `SplitFacts`."""
+
 
 class UnitRecord(Entry):
     """What is known of a finished unit."""

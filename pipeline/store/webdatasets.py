@@ -8,7 +8,7 @@ loop with an error. Here members are dealt out, of which a shard has hundreds, a
 worker of one rank whatever their number. Members are dealt out before they are shuffled, so that no two workers need
 agree about an order, and nothing is lost or doubled if they do not.
 
-No more is used of webdataset than its pipeline, its splitters and its tar writer: `.decode` is never called, for what
+No more is used of webdataset than its pipeline and its splitters: `.decode` is never called, for what
 it finds beside a member in a shard it hands to decoders of its own, one of which unpickles.
 """
 

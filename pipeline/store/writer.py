@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from webdataset import TarWriter
 
 from capgap.pipeline.store.codec import Codec
 from capgap.pipeline.store.files import HashingWriter, atomic_file, sha256_of
@@ -81,13 +81,15 @@ class ShardWriter:
 
     def _write_members(self, file: HashingWriter, index: int, blocks: Iterable[Block]) -> Members:
         rows: list[tuple[int, int, int, int]] = []
-        # without owner and time, the same block gives the same bytes again
-        with TarWriter(file, user="", group="", mode=_FILE_MODE, mtime=0, encoder=False) as tar:
+        # by tarfile, as webdataset does, which imports torch: that takes seconds, and no worker of a corpus needs it
+        with tarfile.open(fileobj=file, mode="w|") as tar:
             for number, block in enumerate(blocks):
-                key = f"{self._stem(index)}-{number:04d}"
                 data = self._codec.encode(block.sequences, block.targets)
-                offset = tar.tarstream.offset + tarfile.BLOCKSIZE
-                tar.write({"__key__": key, SUFFIX.removeprefix("."): data})
+                member = tarfile.TarInfo(f"{self._stem(index)}-{number:04d}{SUFFIX}")
+                # without owner and time, the same block gives the same bytes again
+                member.size, member.mode = len(data), _FILE_MODE
+                offset = tar.offset + tarfile.BLOCKSIZE
+                tar.addfile(member, io.BytesIO(data))
                 rows.append((offset, len(data), len(block.sequences), zlib.crc32(data)))
         offsets, num_bytes, num_sequences, crcs = zip(*rows, strict=True) if rows else ((), (), (), ())
         return Members(offset=offsets, num_bytes=num_bytes, num_sequences=num_sequences, crc32=crcs)

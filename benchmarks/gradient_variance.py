@@ -1,0 +1,163 @@
+"""What a recording adds to the variance of the student's gradient, beside what the choice of a batch has already.
+
+python benchmarks/gradient_variance.py --run smol      on the models of benchmarks/quality.py, and with its caches
+python benchmarks/gradient_variance.py --smoke         the same at the smallest size, to see that it works
+
+Nothing is trained: for the student as it is before its first step, and each of its first batches, the gradient of every
+recording is held against that of the teacher's whole distributions on the same batch. The mean of those differences is
+the recording's bias, their spread the variance that it adds; both are given as shares of the variance that the
+gradient of the whole distributions has from batch to batch. Where benchmarks/quality.py has trained, its share of the
+gain in KL stands beside them, and the rank correlation between the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+import yaml
+from machine import RESULTS, keep
+from quality import NUM_TOKENS, NUM_TOKENS_IN_SMOKE, ROOT, Bench, Results
+from quality_arms import Arm, arms
+from quality_page import kl_of, shares
+from transformers import PreTrainedModel
+
+from capgap.pipeline.store import LoaderSettings, SequenceLoader, keep_freed_memory
+from capgap.pipeline.train.module import DistillationModule
+from capgap.pipeline.train.objective import Objective
+from capgap.pipeline.train.online import OnlineModule
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", choices=list(NUM_TOKENS), default="demo")
+    parser.add_argument("--batches", type=int, default=16)
+    parser.add_argument("--work", type=Path, help="as for benchmarks/quality.py, whose caches are taken")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
+    parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
+    flags = parser.parse_args()
+    keep_freed_memory()
+    work = flags.work or Path(f"runs/quality-{flags.run}")
+    os.environ.setdefault("CAPGAP_LEASE_DIR", str((work / "leases").resolve()))
+    run_file = ROOT / ("tests/assets/tiny.yaml" if flags.smoke else f"jobs/runs/{flags.run}.yaml")
+    bench = Bench(
+        work,
+        yaml.safe_load(run_file.read_text()),
+        NUM_TOKENS_IN_SMOKE if flags.smoke else NUM_TOKENS[flags.run],
+    )
+    trained = Results(flags.results / f"quality-{flags.run}.jsonl").lines
+    figures = measure(bench, [arm for arm in arms() if arm.alpha == 1], 4 if flags.smoke else flags.batches)
+    for row in figures["recordings"]:
+        found = shares(trained, row["recording"], kl_of)
+        row["share_of_kl_gain"] = round(statistics.mean(found), 4) if found else None
+    pairs = [(row["error"], row["share_of_kl_gain"]) for row in figures["recordings"] if row["share_of_kl_gain"]]
+    figures["rank_correlation"] = _rank_correlation(pairs)
+    print(f"rank correlation of the error with the share of the gain in KL: {figures['rank_correlation']}")
+    print(keep(f"gradient-variance-{flags.run}", "cpu", figures, flags.results))
+
+
+def measure(bench: Bench, arms_tried: list[Arm], num_batches: int) -> dict[str, Any]:
+    """The shares of every recording, in the variance of one batch's gradient."""
+    student = bench.student(0)
+    whole = Gradients(bench, student, next(arm for arm in arms_tried if arm.online))
+    recordings = {arm.name: Gradients(bench, student, arm) for arm in arms_tried if not arm.online}
+    sums = {name: Differences() for name in recordings}
+    exact = Differences()
+    for number in range(num_batches):
+        exact_P = whole.next()
+        exact.add(exact_P)
+        for name, gradients in recordings.items():
+            sums[name].add(gradients.next() - exact_P)
+        print(f"batch {number + 1} of {num_batches}", flush=True)
+    rows = []
+    for name, differences in sums.items():
+        row = {
+            "recording": name,
+            "added_variance": round(differences.variance / exact.variance, 5),
+            "bias": round(differences.squared_mean / exact.variance, 5),
+            "error": round(differences.mean_square / exact.variance, 5),
+        }
+        print(row, flush=True)
+        rows.append(row)
+    return {
+        "about": bench.about,
+        "num_batches": num_batches,
+        "squared_mean_gradient": round(exact.squared_mean / exact.variance, 5),
+        "recordings": rows,
+    }
+
+
+class Gradients:
+    """The gradients of the untrained student on one batch after the other, as one vector each [P]."""
+
+    def __init__(self, bench: Bench, student: PreTrainedModel, arm: Arm) -> None:
+        reader, settings = bench.reader(arm), bench.settings
+        arguments = (student, settings, 1, arm.alpha, 1.0, reader.codec.vocab_size, Objective(tail=arm.tail))
+        self._module = (
+            OnlineModule(*arguments, teacher=bench.teacher()) if arm.online else DistillationModule(*arguments)
+        )
+        self._module.train()
+        self._batches = iter(SequenceLoader(reader, LoaderSettings(settings.batch_sequences, 0)))
+
+    def next(self) -> torch.Tensor:
+        """That of the next batch; the order of batches is that of every other recording's."""
+        self._module.model.zero_grad()
+        self._module.loss(next(self._batches), 1.0).loss.backward()
+        return torch.cat([one.grad.flatten() for one in self._module.model.parameters() if one.grad is not None])
+
+
+@dataclass
+class Differences:
+    """Sums over vectors, in which nothing but one of them is kept."""
+
+    number: int = 0
+    sum_P: torch.Tensor | None = None
+    sum_of_squares: float = 0.0
+
+    def add(self, vector_P: torch.Tensor) -> None:
+        """Take one."""
+        self.number += 1
+        self.sum_P = vector_P.clone() if self.sum_P is None else self.sum_P.add_(vector_P)
+        self.sum_of_squares += float(vector_P.double().square().sum())
+
+    @property
+    def mean_square(self) -> float:
+        """Mean squared length."""
+        return self.sum_of_squares / self.number
+
+    @property
+    def variance(self) -> float:
+        """Mean squared distance from the mean, as far as so few tell."""
+        return (self.mean_square - self._squared_length_of_mean) * self.number / (self.number - 1)
+
+    @property
+    def squared_mean(self) -> float:
+        """Squared length of the mean, without what chance adds to it; it may come out below 0."""
+        return self._squared_length_of_mean - self.variance / self.number
+
+    @property
+    def _squared_length_of_mean(self) -> float:
+        assert self.sum_P is not None
+        return float((self.sum_P.double() / self.number).square().sum())
+
+
+def _rank_correlation(pairs: list[tuple[float, float]]) -> float | None:
+    """Spearman's."""
+    if len(pairs) < 3:
+        return None
+    ranks = [[sorted(column).index(value) for value in column] for column in zip(*pairs, strict=True)]
+    return round(statistics.correlation(*ranks), 3)
+
+
+if __name__ == "__main__":
+    main()
