@@ -23,7 +23,7 @@ def run_command(argv: Sequence[str]) -> int:
     """`capgap run`: walk the stage graph, then show the report's table."""
     started = time.monotonic()
     run, flags, given = parse_run(run_parser(), argv)
-    command = LastCommand.of(given)
+    command = LastCommand.of(given, ("capgap", "run", *argv))
     if flags["only"] and flags["from_stage"]:
         raise SettingError(
             "--only and --from exclude each other",
@@ -97,7 +97,7 @@ def stage_command(stage: str) -> Callable[[Sequence[str]], int]:
         if flags.get("slice") is not None:
             _make_slice(run, chosen[0], flags)
         elif len(chosen) > 1:
-            _walk(run, chosen, flags, LastCommand.of(given))
+            _walk(run, chosen, flags, LastCommand.of(given, ("capgap", stage, *argv)))
         else:
             from capgap.pipeline.workflow.together import carry_out_on_devices
 

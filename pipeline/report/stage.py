@@ -1,9 +1,9 @@
-"""The report stage: `report.json`, `table.txt` and `report.html`."""
+"""The report stage: `report.json`, `table.txt`, `report.html` and, apart from it, `published.html`."""
 
 from __future__ import annotations
 
 from capgap.pipeline.report.gather import gather
-from capgap.pipeline.report.page import render_page
+from capgap.pipeline.report.page import PUBLISHED_NAME, render_page, render_published
 from capgap.pipeline.report.summary import REPORT_NAME
 from capgap.pipeline.report.table import table_text
 from capgap.pipeline.stage.context import StageContext, StageResult
@@ -22,4 +22,5 @@ def run(context: StageContext) -> StageResult:
     write_atomically(context.folder / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
     write_atomically(context.folder / TABLE_NAME, table_text(report.table))
     write_atomically(context.folder / PAGE_NAME, render_page(report))
+    write_atomically(context.folder / PUBLISHED_NAME, render_published(report))
     return StageResult(totals={"models": len(report.results.models), "verdicts": list(report.table.verdicts)})
