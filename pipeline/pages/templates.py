@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 MEANINGS = {
     "parameters": "All of the model's parameters, tied ones once.",
-    "loss, nats/token": "Minus the logarithm of the real next token's probability, mean over held-out text. Less is better.",
+    "loss, nats/token": "Minus the logarithm of the real next token's probability, on held-out text. Less is better.",
     "bits/byte": "The loss for each byte of text, in bits: comparable between tokenizers. Less is better.",
     "KL to teacher": "Distance from the teacher's distributions to the student's, nats/token. 0 is the same.",
     "top-1": "Share of tokens at which the model's first choice is the teacher's.",

@@ -88,9 +88,9 @@ def _reliability(models: tuple[ModelResult, ...], arms: tuple[str, ...]) -> tupl
     chart = Chart(
         name="reliability",
         title="Reliability",
-        caption="Tokens are put into 15 bins by the probability of the model's top-1 token. On the dotted line a model is "
-        "right as often as it claims; below it, it claims too much. ECE is the mean distance from the line, each bin "
-        "weighted by its tokens. An arm stands with its first seed.",
+        caption="Tokens are put into 15 bins by the probability of the model's top-1 token. On the dotted line a model "
+        "is right as often as it claims; below it, it claims too much. ECE is the mean distance from the line, each "
+        "bin weighted by its tokens. An arm stands with its first seed.",
         svg=draw("reliability", f"Reliability of the models' top-1 tokens: {listed}", 3.4, paint),
         headings=("model", "tokens in the bin", "probability", "right"),
         rows=tuple(

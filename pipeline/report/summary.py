@@ -191,7 +191,7 @@ class TrainingCurve(Record):
     losses: tuple[float, ...]
     """Nats/token on the training's own validation sequences."""
 
-    measures: dict[str, Series] = {}
+    measures: dict[str, Series]
     """What else it logged, by the names of metrics.csv, thinned out."""
 
 
