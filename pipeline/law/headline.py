@@ -66,7 +66,7 @@ def _nothing_sentence(curves: Sequence[CurveFit]) -> str:
     shown = [
         f"in {count} of {len(curves)} {_MEANING[verdict]} ({verdict})" for verdict, count in verdicts.most_common()
     ]
-    return f"No best size of teacher was found. Of the curves of students' loss over the teacher's size, {'; '.join(shown)}."
+    return f"No best size of teacher was found. Of the curves of loss over the teacher's size, {'; '.join(shown)}."
 
 
 def _verdict(curve: CurveFit) -> str | None:
