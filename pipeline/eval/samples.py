@@ -92,9 +92,9 @@ def prompts_of(
 ) -> Prompts:
     """Beginnings of `eval.num_text_samples` sequences, spread evenly over the held-out ones.
 
-    A beginning is that of a document where one begins early enough in the sequence, so that nobody falls into the middle
-    of a sentence. A beginning and what follows it never pass a sequence's end: short sequences give shorter ones. Under
-    the rule `document` it begins where its last document does, for a model sees no other.
+    A beginning is that of a document where one begins early enough in the sequence: nobody falls into the middle of a
+    sentence. A beginning and what follows it never pass a sequence's end: short sequences give shorter ones. Under the
+    rule `document` it begins where its last document does, for a model sees no other.
     """
     num_tokens = sequences.tokens_BL1.shape[1]
     stop = min(_MOST_PROMPT_TOKENS, num_tokens // 2)
