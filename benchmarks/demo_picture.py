@@ -31,7 +31,7 @@ def picture(results: EvalResults) -> str:
     """An SVG file that needs no page around it."""
     chart = str(loss_chart(results.models, results.arms).svg)
     light, dark, *_ = re.findall(
-        r"(--paper:.*?)\n\s*}", files("capgap.pipeline.report").joinpath("style.html.j2").read_text(), re.DOTALL
+        r"(--paper:.*?)\n\s*}", files("capgap.pipeline.pages").joinpath("style.html.j2").read_text(), re.DOTALL
     )
     style = (
         f"<style>svg {{ {light} color: var(--ink); background: var(--paper); font-family: sans-serif }} "

@@ -19,17 +19,52 @@ from capgap.schemas.run_file import RunFile
 (_MARK,) = OPERATIONAL
 
 
-def settings_page() -> str:
-    """Every setting of the run file, section by section, as the schemas have them."""
+def settings_pages() -> Iterator[tuple[str, str]]:
+    """The index of the settings, and a page for each section of the run file, as the schemas have them."""
+    pages: dict[str, list[tuple[str, type[BaseModel]]]] = {}
+    for name, model in _sections("", RunFile):
+        pages.setdefault(name.partition(".")[0], []).append((name, model))
     lines = [
         "# Settings",
         "",
         "Every key of a run file. Each is a flag too: `--train.learning_rate 1e-4`. A setting marked *operational* "
         "says how a stage works and not what comes out: to change it makes nothing stale.",
+        "",
+        "| section | what it is |",
+        "|---|---|",
+        *(f"| [`{name}`](settings/{name}.md) | {_sentence(found[0][1])} |" for name, found in pages.items() if name),
+        "",
+        "## Outside of the sections",
+        "",
+        *_table(RunFile),
+        "",
+        "## All settings by name",
+        "",
+        "Your browser's search finds one here, and the search of this site finds its page.",
+        "",
     ]
-    for name, model in _sections("", RunFile):
-        lines += ["", f"## {name or 'The run file'}", "", _sentence(model), "", *_table(model)]
+    for name, found in pages.items():
+        links = (
+            f"[`{inner}.{field}`](settings/{name}.md#{_anchor(inner)})"
+            for inner, model in found
+            if name
+            for field in model.model_fields
+        )
+        lines += [" &middot; ".join(links), ""]
+        if name:
+            yield f"reference/settings/{name}.md", _section_page(name, found)
+    yield "reference/settings.md", "\n".join(lines) + "\n"
+
+
+def _section_page(name: str, found: list[tuple[str, type[BaseModel]]]) -> str:
+    lines = [f"# Settings of `{name}`", "", "[All settings](../settings.md)"]
+    for inner, model in found:
+        lines += ["", f"## {inner} {{#{_anchor(inner)}}}", "", _sentence(model), "", *_table(model)]
     return "\n".join(lines) + "\n"
+
+
+def _anchor(name: str) -> str:
+    return name.replace(".", "-").replace("_", "-")
 
 
 def records_page() -> str:
@@ -105,6 +140,6 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-for path, text in (("reference/settings.md", settings_page()), ("reference/manifests.md", records_page())):
+for path, text in (*settings_pages(), ("reference/manifests.md", records_page())):
     with mkdocs_gen_files.open(path, "w") as page:
         page.write(text)

@@ -16,6 +16,7 @@ from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 from capgap.jobs.logs import LOG_FORMAT_HELP, LOG_FORMATS
 from capgap.jobs.reader import Given, read_settings
 from capgap.jobs.settings import find
+from capgap.jobs.shipped import shipped_names
 from capgap.jobs.suggest import did_you_mean, settings_like
 from capgap.pipeline.stages import run_file_type
 from capgap.schemas.base import Record
@@ -66,7 +67,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """What argparse says of the arguments as a whole."""
-        raise SettingError(message, fix=f"see {self.prog} --help")
+        raise SettingError(message, expected=self.usage_line, fix=f"see {self.prog} --help")
+
+    @property
+    def usage_line(self) -> str:
+        """What may stand on the command's line, in one line."""
+        words = [self.prog, *([] if self.file is None else [self.file])]
+        for action in self.positionals:
+            words.append(f"{action.metavar or action.dest}{' ...' if action.nargs == '+' else ''}")
+        words += [f"{flag.option_strings[0]} {flag.dest.upper()}" for flag in self.own_flags if flag.required]
+        return " ".join([*words, "[flags]", *(["[--SETTING VALUE ...]"] if self.record is not None else [])])
 
     def own(self, flag: str) -> argparse.Action | None:
         """The command's own flag of that name."""
@@ -150,10 +160,12 @@ def parse_settings(parser: Parser, argv: Sequence[str], record: type[_R]) -> Par
         raise InputError(
             f"no {parser.file} file is named" if parser.file != "RUN" else "no run file is named",
             where=parser.prog,
-            expected="its path, or a shipped name, after the command",
+            expected=parser.usage_line,
             fix="`capgap ls` lists those that are shipped, and `capgap init` writes one",
         )
     if len(files) > 1:
+        for number, word in enumerate(files):
+            _refuse_bare(word, word, " ".join(files[number + 1 : number + 2]), record)
         raise SettingError("two files are named", found=" and ".join(files), expected="one")
     return Parsed(read_settings(record, files[0], given), flags, texts)
 
@@ -180,8 +192,8 @@ def _split(
         word = words.pop(0)
         flag, equals, value = word.partition("=")
         if not word.startswith("--") or word == "--":
-            if equals and record is not None and not Path(word).exists():
-                _refuse_bare(flag, word, record)
+            if equals and record is not None:
+                _refuse_bare(flag, word, value, record)
             (own if parser.file is None or word.startswith("-") else files).append(word)
         elif (action := parser.own(flag)) is not None:
             own.append(word)
@@ -215,10 +227,19 @@ def _is_unknown(record: type[Record], name: str) -> bool:
     return find(record, tuple(name.split("."))) is None
 
 
-def _refuse_bare(name: str, word: str, record: type[Record]) -> None:
-    """A setting without its dashes, as other programs write them."""
-    if name.replace(".", "").replace("_", "").isalnum() and name.split(".")[0] in record.model_fields:
-        raise SettingError("no such file", where=word, fix=f"did you mean --{word}?")
+def _refuse_bare(name: str, word: str, value: str, record: type[Record]) -> None:
+    """A setting without its dashes, as other programs write them: `train.learning_rate=1e-3`, `lr 1e-3`."""
+    if (
+        Path(word).exists()
+        or word in shipped_names()
+        or not name.replace(".", "").replace("_", "").replace("-", "").isalnum()
+    ):
+        return
+    loc = tuple(name.split("."))
+    meant = [name] if find(record, loc) is not None else settings_like(record, loc)
+    if meant:
+        text = f"{'=' if '=' in word else ' '}{value}" if value else ""
+        raise SettingError("no such file", where=word, fix=did_you_mean(f"--{one}{text}" for one in meant))
 
 
 def _unknown(parser: Parser, name: str, record: type[Record] | None) -> SettingError:

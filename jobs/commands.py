@@ -23,7 +23,7 @@ def run_command(argv: Sequence[str]) -> int:
     """`capgap run`: walk the stage graph, then show the report's table."""
     started = time.monotonic()
     run, flags, given = parse_run(run_parser(), argv)
-    command = LastCommand.of(given)
+    command = LastCommand.of(given, ("capgap", "run", *argv))
     if flags["only"] and flags["from_stage"]:
         raise SettingError(
             "--only and --from exclude each other",
@@ -44,6 +44,7 @@ def run_command(argv: Sequence[str]) -> int:
     else:
         text = f"nothing to do: {len(chosen)} of {len(chosen)} stages are current ({wall_s:.1f} s)"
     log("run_done", text, made=made, num_stages=len(chosen), wall_s=wall_s)
+    _say_where_to_look(run)
     return 0
 
 
@@ -96,7 +97,7 @@ def stage_command(stage: str) -> Callable[[Sequence[str]], int]:
         if flags.get("slice") is not None:
             _make_slice(run, chosen[0], flags)
         elif len(chosen) > 1:
-            _walk(run, chosen, flags, LastCommand.of(given))
+            _walk(run, chosen, flags, LastCommand.of(given, ("capgap", stage, *argv)))
         else:
             from capgap.pipeline.workflow.together import carry_out_on_devices
 
@@ -233,6 +234,21 @@ def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any], comma
         command=command,
         require=require_disk_space,
     )
+
+
+def _say_where_to_look(run: RunFile) -> None:
+    """The last line of a run: the most telling thing that it has made, and how one goes on from there."""
+    out = Path(run.out)
+    if run.makes("eval") and (page := out / "report" / "report.html").is_file():
+        log(
+            "next",
+            f"look next: {page}, in a browser; every figure is in {out / 'eval' / 'results.json'}",
+            path=str(page),
+        )
+    elif run.makes("train"):
+        log("next", f"look next: tensorboard --logdir {out}; the students are below {out / 'train'}", path=str(out))
+    elif run.makes("cache") and (out / "cache").is_dir():
+        log("next", f"look next: capgap fidelity {out / 'cache'}, for what the cache keeps", path=str(out / "cache"))
 
 
 def _show_table(run: RunFile) -> None:

@@ -130,7 +130,7 @@ def abilities(machine: Machine) -> Iterator[Ability]:
     gpu = f"{len(machine.gpus)} of {machine.gpus[0].name}" if machine.gpus else "no GPU was found"
     if machine.gpus and not machine.torch_sees_gpu:
         gpu = f"{gpu}, but the installed PyTorch ({machine.versions['torch']}) cannot use it; install a build for CUDA"
-    get_vllm = "pip install 'capgap[teacher]'"
+    get_vllm = "pip install '.[teacher]' in capgap's clone"
     for device, wanted in (("the CPU", "a CPU"), ("a GPU", "GPUs")):
         built = machine.vllm is not None and machine.vllm.endswith(f"for {wanted}")
         usable = built and (device == "the CPU" or machine.torch_sees_gpu)
@@ -149,7 +149,9 @@ def abilities(machine: Machine) -> Iterator[Ability]:
     for extra, (module, what) in EXTRAS.items():
         if extra != "teacher":
             there = importlib.util.find_spec(module) is not None
-            yield Ability(what, there, f"{module} is installed" if there else f"pip install 'capgap[{extra}]'")
+            yield Ability(
+                what, there, f"{module} is installed" if there else f"pip install '.[{extra}]' in capgap's clone"
+            )
 
 
 def _lines(machine: Machine) -> Iterator[tuple[str, str]]:

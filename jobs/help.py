@@ -101,7 +101,7 @@ def common(parser: Parser) -> list[str]:
 
 
 def _screen(parser: Parser) -> Iterator[str]:
-    yield from _usage(parser)
+    yield f"usage: {parser.usage_line}"
     yield ""
     yield from _wrapped(parser.description or "", "")
     yield ""
@@ -128,17 +128,6 @@ def _screen(parser: Parser) -> Iterator[str]:
     yield ""
     sections = ", ".join(s.name for s in children(parser.record) if s.section is not None)
     yield from _wrapped(f"--help SECTION lists all settings of {sections}; --help all lists every one.", "")
-
-
-def _usage(parser: Parser) -> Iterator[str]:
-    words = [parser.prog]
-    if parser.file is not None:
-        words.append(parser.file)
-    words += [
-        f"{action.metavar or action.dest}{' ...' if action.nargs == '+' else ''}" for action in parser.positionals
-    ]
-    words += ["[flags]", *(["[--SETTING VALUE ...]"] if parser.record is not None else [])]
-    yield f"usage: {' '.join(words)}"
 
 
 def _value_name(action: argparse.Action) -> str:

@@ -43,6 +43,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "logging_steps": ("train.log_every_steps",),
     "lora_alpha": ("tune.lora.alpha",),
     "lora_r": ("tune.lora.r",),
+    "learning_rate": ("train.learning_rate",),
     "loss": ("train.divergence", "train.alpha"),
     "lr": ("train.learning_rate",),
     "lr_scheduler": ("train.schedule",),

@@ -118,6 +118,19 @@ class Drafted(Record):
         return 1 + sum(self.num_accepted_by_place) / self.num_drafts
 
 
+class ReliabilityBin(Record):
+    """The tokens at which a model's top-1 token has a probability of one of 15 ranges."""
+
+    num_tokens: int
+    """How many."""
+
+    confidence: float
+    """Mean of that probability."""
+
+    right: float
+    """Share of them at which the top-1 token is the real next one."""
+
+
 class ModelResult(Record):
     """One model on the held-out text."""
 
@@ -156,6 +169,9 @@ class ModelResult(Record):
 
     ece_interval: Interval | None = None
     """Over the choice of held-out sequences."""
+
+    reliability: tuple[ReliabilityBin, ...] = ()
+    """The bins behind `ece` that hold any token, by rising probability."""
 
     against_cache: AgainstCache | None = None
     """None for the teacher itself, and where the cache holds no held-out sequences."""

@@ -40,6 +40,8 @@ class Batches:
         return ({"batch": batch} for batch in self.loader)
 
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
 student = AutoModelForCausalLM.from_pretrained(sys.argv[2])
 arguments = TrainingArguments(
     sys.argv[3], per_device_train_batch_size=8, max_steps=10, learning_rate=1e-3, logging_steps=5, report_to=[]

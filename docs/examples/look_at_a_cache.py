@@ -9,6 +9,8 @@ from transformers import AutoTokenizer
 
 from capgap import open_cache
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 cache = open_cache(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
 print({name: recording.num_ids for name, recording in cache.facts.recordings.items()}, cache.vocab_size)

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from capgap import DistillationLoss, open_cache
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
 cache, out = open_cache(sys.argv[1]), Path(sys.argv[3])
 device = "cuda" if torch.cuda.is_available() else "cpu"
 student = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32).to(device)

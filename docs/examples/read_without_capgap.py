@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import zstandard
 
+if len(sys.argv) != 2:
+    sys.exit(__doc__)
 folder = Path(sys.argv[1])
 shard_set = json.loads((folder / "manifest.json").read_text())["shard_sets"]["sampled"]
 settings = shard_set["codec_settings"]

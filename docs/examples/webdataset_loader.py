@@ -13,6 +13,8 @@ import capgap
 
 
 def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     cache = capgap.open_cache(sys.argv[1])
     print(cache)
     student = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32)

@@ -9,6 +9,8 @@ import webdataset as wds
 
 import capgap
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 cache = capgap.open_cache(sys.argv[1])
 recording = next(iter(cache.facts.recordings))
 shards = [f"{cache.location}/{shard.file.path}" for shard in cache.manifest.shard_sets[recording].shards]

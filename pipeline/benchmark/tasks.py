@@ -24,7 +24,9 @@ def require_lm_eval() -> None:
     """Raise MachineError where lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise MachineError(
-            "lm-eval is not installed", where="benchmarks", fix="run `make venv`, or `pip install capgap[eval]`"
+            "lm-eval is not installed",
+            where="benchmarks",
+            fix="run `make venv`, or `pip install '.[eval]'` in capgap's clone",
         )
     # it says of every task which setting of its own was laid over
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -32,6 +32,7 @@ from capgap.pipeline.cache.transformers_engine import TransformersEngine
 from capgap.pipeline.models.configs import empty_model, load_config
 from capgap.pipeline.models.contents import first_line
 from capgap.pipeline.stage.events import event
+from capgap.pipeline.stage.heartbeat import begin_phase
 from capgap.pipeline.store.locks import ProcessLock
 from capgap.pipeline.store.sidecars import read_sidecar, write_sidecar
 from capgap.pipeline.train.fits import free_bytes
@@ -79,6 +80,7 @@ def start_cross_checked(
         requests = _cut(first_requests(min(max(1, _NUM_TOKENS // job.source.seq_len), _NUM_SEQUENCES)))
         values = _by_transformers(job, requests)
         engine = start()
+        begin_phase("holds vLLM against transformers on a few sequences")
         try:
             found = values if isinstance(values, CrossCheck) else compared(*values, _labels(engine, requests))
         except BaseException:

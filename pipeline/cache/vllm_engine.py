@@ -33,6 +33,7 @@ from capgap.pipeline.cache.vllm_start import (
     teacher_config,
 )
 from capgap.pipeline.stage.events import event
+from capgap.pipeline.stage.heartbeat import begin_phase
 from capgap.schemas.errors import MachineError
 
 _MOST_AT_ONCE = 1024
@@ -91,6 +92,7 @@ class VllmEngine:
         num_stages = int((engine_args or {}).get("pipeline_parallel_size", 1))
         num_workers = tensor_parallel * num_stages
         set_environment(device, num_workers)
+        begin_phase("imports vLLM")
         require_engine_args(engine_args or {})
         import vllm
 
@@ -119,6 +121,7 @@ class VllmEngine:
                 config, device, batch_tokens, seq_len, gpu_memory_fraction, recording.chunk_rows, tensor_parallel
             ),
         }
+        begin_phase("starts vLLM, which loads the teacher")
         with _one_line("the teacher could not be started", quantisation_of(config)):
             self._llm = vllm.LLM(**with_engine_args(settings, engine_args or {}))
         silence_dumps()

@@ -29,7 +29,7 @@ def require_vllm(setting: str = "cache.engine") -> None:
         raise MachineError(
             "vLLM is not installed",
             where=f"{setting}: vllm",
-            fix="run `make venv`, or `pip install capgap[teacher]` on a machine with a GPU; "
+            fix="run `make venv`, or `pip install '.[teacher]'` in capgap's clone on a machine with a GPU; "
             f"or set {setting} to transformers, which is slower",
         )
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from capgap.pipeline.eval.intervals import Float64Array, Int64Array, interval_of
-from capgap.schemas.results import Interval
+from capgap.schemas.results import Interval, ReliabilityBin
 
 NUM_BINS = 15
 
@@ -28,15 +28,20 @@ class CalibrationError:
     Attributes:
         excess_SB: probability of the top-1 token minus 1 where it is the label, summed over the rows of each sequence
             that fall into each bin [S, B], float64.
+        counts_SB: rows of each sequence in each bin [S, B].
+        confidence_SB: probability of the top-1 token, summed in the same way [S, B], float64.
     """
 
     def __init__(self, num_sequences: int) -> None:
         self.excess_SB: Float64Array = np.zeros((num_sequences, NUM_BINS))
+        self.counts_SB: Int64Array = np.zeros((num_sequences, NUM_BINS), np.int64)
+        self.confidence_SB: Float64Array = np.zeros((num_sequences, NUM_BINS))
 
     def part(self, start: int, stop: int) -> CalibrationError:
         """That of the sequences `start` to `stop`, counted from 0 there: what is added to it is added here."""
         part = CalibrationError(0)
         part.excess_SB = self.excess_SB[start:stop]
+        part.counts_SB, part.confidence_SB = self.counts_SB[start:stop], self.confidence_SB[start:stop]
         return part
 
     def add(self, sequence: int, logprobs_NV: torch.Tensor, labels_N: torch.Tensor) -> None:
@@ -47,13 +52,25 @@ class CalibrationError:
     def count(self, sequence: int, confidence_N: torch.Tensor, right_N: torch.Tensor) -> None:
         """Count further rows of a sequence: probabilities of the top-1 tokens, float64, and whether they are right."""
         bins_N = (confidence_N * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
-        self.excess_SB[sequence] += np.bincount(bins_N.cpu(), (confidence_N - right_N.double()).cpu(), NUM_BINS)
+        on_host_N, sure_N = bins_N.cpu(), confidence_N.cpu()
+        self.excess_SB[sequence] += np.bincount(on_host_N, sure_N - right_N.double().cpu(), NUM_BINS)
+        self.counts_SB[sequence] += np.bincount(on_host_N, minlength=NUM_BINS)
+        self.confidence_SB[sequence] += np.bincount(on_host_N, sure_N, NUM_BINS)
 
     def error(self, labels_S: Int64Array, weights_RS: Int64Array) -> tuple[float, Interval]:
         """The error, and its interval over sequences."""
         found = self.value(int(labels_S.sum()))
         resampled_R = np.abs(weights_RS @ self.excess_SB).sum(axis=1) / (weights_RS @ labels_S)
         return found, interval_of(resampled_R)
+
+    def reliability(self) -> tuple[ReliabilityBin, ...]:
+        """Every bin that holds a row."""
+        counts_B, sure_B, excess_B = (sums.sum(0) for sums in (self.counts_SB, self.confidence_SB, self.excess_SB))
+        return tuple(
+            ReliabilityBin(num_tokens=int(count), confidence=float(sure / count), right=float((sure - excess) / count))
+            for count, sure, excess in zip(counts_B, sure_B, excess_B, strict=True)
+            if count
+        )
 
     def value(self, num_rows: int) -> float:
         """The error alone; `num_rows` is how many were counted."""

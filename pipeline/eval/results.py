@@ -136,6 +136,7 @@ class _Results:
             against_teacher=near,
             ece=ece,
             ece_interval=ece_interval,
+            reliability=model.calibration.reliability(),
             against_cache=against_cache,
             drafted=model.drafted,
         )

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -91,17 +92,25 @@ def prompts_of(
 ) -> Prompts:
     """Beginnings of `eval.num_text_samples` sequences, spread evenly over the held-out ones.
 
-    A beginning and what follows it never pass a sequence's end: short sequences give shorter ones. Under the rule
-    `document` it begins where its last document does, for a model sees no other.
+    A beginning is that of a document where one begins early enough in the sequence: nobody falls into the middle of a
+    sentence. A beginning and what follows it never pass a sequence's end: short sequences give shorter ones. Under the
+    rule `document` it begins where its last document does, for a model sees no other.
     """
     num_tokens = sequences.tokens_BL1.shape[1]
     stop = min(_MOST_PROMPT_TOKENS, num_tokens // 2)
     places = np.linspace(0, len(sequences), min(settings.num_text_samples, len(sequences)), endpoint=False).astype(int)
     prompts, truths = [], []
     for place in places:
-        row_L1 = sequences.tokens_BL1[place]
-        starts = np.flatnonzero(sequences.starts_BL1[place, :stop])
+        begin = _first_document(sequences.starts_BL1[place, : num_tokens - 2 * stop + 1])
+        row_L1 = sequences.tokens_BL1[place, begin:]
+        starts = np.flatnonzero(sequences.starts_BL1[place, begin : begin + stop])
         first = int(starts[-1]) if context == "document" and len(starts) else 0
         prompts.append(tuple(map(int, row_L1[first:stop])))
         truths.append(tuple(map(int, row_L1[stop : stop + settings.text_sample_tokens])))
     return Prompts(tokenizer, vocab_size, tuple(prompts), tuple(truths))
+
+
+def _first_document(starts_L: npt.NDArray[np.bool_]) -> int:
+    """Where the first document of those places begins; their beginning where none does."""
+    found = np.flatnonzero(starts_L)
+    return int(found[0]) if len(found) else 0

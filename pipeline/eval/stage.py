@@ -36,6 +36,7 @@ from capgap.pipeline.models.load import load_model, model_path
 from capgap.pipeline.models.text import RunText
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.folder import LOGS_FOLDER
+from capgap.pipeline.stage.heartbeat import begin_phase
 from capgap.pipeline.stage.progress import Meter, progress
 from capgap.pipeline.stage.scalars import EVAL_SCALARS, ScalarFile
 from capgap.pipeline.store.files import write_atomically
@@ -99,6 +100,7 @@ def run(context: StageContext) -> StageResult:
     if settings.speculative is not None:
         for model in models[1:]:
             model.drafted = drafted(_job(context, model.name, prompts, settings.speculative))
+    begin_phase("resamples the held-out sequences for intervals")
     results = results_of(models, evaluation.text, settings.num_bootstrap, missing)
     if samples is not None:
         written = {model.name: model.written for model in models if model.written is not None}

@@ -10,6 +10,12 @@ from capgap.pipeline.pages.numbers import human_count
 from capgap.schemas.law_curve import CurveFit
 from capgap.schemas.law_fit import Estimate, GlobalLaw, LawFit
 
+_MEANING = {
+    "saturating": "larger teachers stopped helping, and did no harm",
+    "edge": "the best teacher lies at the edge of those that were tried",
+    "flat": "the teacher's size made no difference that could be measured",
+}
+
 
 def headline(law: LawFit) -> str:
     """What the fit shows of the best teacher's size, or that it shows none."""
@@ -57,8 +63,10 @@ def _nothing_sentence(curves: Sequence[CurveFit]) -> str:
     verdicts = Counter(verdict for curve in curves if (verdict := _verdict(curve)) is not None)
     if not verdicts:
         return f"The best teacher is not known: runs are missing, and none of {len(curves)} curves can be judged."
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
-    return f"No best size of teacher is shown among those that were tried: curves over size are {counts}."
+    shown = [
+        f"in {count} of {len(curves)} {_MEANING[verdict]} ({verdict})" for verdict, count in verdicts.most_common()
+    ]
+    return f"No best size of teacher was found. Of the curves of loss over the teacher's size, {'; '.join(shown)}."
 
 
 def _verdict(curve: CurveFit) -> str | None:

@@ -17,6 +17,7 @@ from capgap.pipeline.models.hub import require_reached
 from capgap.pipeline.models.recorded import require_as_recorded
 from capgap.pipeline.models.tokenizers import refuse_code, tokenizer_facts
 from capgap.pipeline.stage.context import StageInput
+from capgap.pipeline.stage.heartbeat import begin_phase
 from capgap.pipeline.stage.manifests import read_manifest
 from capgap.schemas.errors import InputError, MachineError
 from capgap.schemas.facts import ModelFacts, ServedFacts, teacher_facts
@@ -82,6 +83,7 @@ def load_model(
         InputError: there is no such model, it is no causal language model, or its weights are not complete.
         MachineError: a package that reads quantised weights is not installed, or the network fails.
     """
+    begin_phase(f"loads {path}")
     config = load_config(path, trust_remote_code)
     require_complete(path, trust_remote_code, config)
     try:

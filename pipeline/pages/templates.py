@@ -6,6 +6,29 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+MEANINGS = {
+    "parameters": "All of the model's parameters, tied ones once.",
+    "loss, nats/token": "Minus the logarithm of the real next token's probability, on held-out text. Less is better.",
+    "bits/byte": "The loss for each byte of text, in bits: comparable between tokenizers. Less is better.",
+    "KL to teacher": "Distance from the teacher's distributions to the student's, nats/token. 0 is the same.",
+    "top-1": "Share of tokens at which the model's first choice is the teacher's.",
+    "acceptance": "Share of drafts that the teacher would accept from the student in speculative decoding.",
+    "ECE": "Expected calibration error: how far the model's confidence is, on average, from how often it is right.",
+    "tokens/s": "Tokens a second over the whole of the stage's last process, its start included.",
+    "step tokens/s": "Tokens a second of a training's logged steps, the median of them.",
+    "device hours": "Hours of all devices of the stage together.",
+    "identity": "Digest of what the stage was asked for: settings and inputs.",
+    "content": "Digest of what came out: two stages with one content have the same files.",
+    "low": "Lower end of the 95 % interval.",
+    "high": "Upper end of the 95 % interval.",
+    "seeds": "Students that were trained alike but for the seed.",
+    "not beaten": "Whether no other model is both cheaper and better.",
+    "over size": "What the curve of loss over the teacher's size shows.",
+    "over cross-entropy": "What the curve of loss over the teacher's own loss shows.",
+    "noise, nats": "Standard deviation of one run's loss about its teacher's mean.",
+}
+"""What a column's head means, by its words, for whoever points at it."""
+
 _SHARED = Path(__file__).parent
 
 
@@ -18,4 +41,5 @@ def page_template(path: Path) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["meanings"] = MEANINGS
     return environment.get_template(path.name)

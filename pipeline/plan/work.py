@@ -16,8 +16,8 @@ from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_sections import ReusableStage
 
 # A checkpoint holds weights and two moments in float32; two are kept while the third is written.
-_CHECKPOINT_BYTES, _CHECKPOINTS = 12, 3
-_CHECKPOINTS_WORDS = f"{_CHECKPOINTS} checkpoints of {_CHECKPOINT_BYTES} bytes a parameter"
+CHECKPOINT_BYTES, CHECKPOINTS = 12, 3
+_CHECKPOINTS_WORDS = f"{CHECKPOINTS} checkpoints of {CHECKPOINT_BYTES} bytes a parameter"
 _FLOAT32_BYTES = 4
 
 _NOT_PLANNED = Figure(value=None, source="`capgap plan` does not know this stage")
@@ -116,7 +116,7 @@ class RunWork:
                 return Figure(value=0, source="none")
             case "teacher" | "train" | "tune":
                 size = self.teacher if stage == "teacher" else self.student
-                value = None if size.total is None else size.total * _CHECKPOINT_BYTES * _CHECKPOINTS
+                value = None if size.total is None else size.total * CHECKPOINT_BYTES * CHECKPOINTS
                 return Figure(value=value, source=_CHECKPOINTS_WORDS)
             case "eval":
                 rows = self._measured_teachers * self.run.eval.num_full_sequences * self.run.corpus.seq_len

@@ -51,14 +51,14 @@ def _curves(name: str, title: str, curves: tuple[TrainingCurve, ...], arms: tupl
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         legend(figure, axes)
 
-    ends = "; ".join(f"{_title(curve.arm, curve.seed)} ends at {curve.losses[-1]:.4f}" for curve in curves)
+    ends = "; ".join(f"{title_of(curve.arm, curve.seed)} ends at {curve.losses[-1]:.4f}" for curve in curves)
     return Chart(
         name=name,
         title=title,
         caption="Loss on the training's own validation sequences, which need not be those of the final measurement."
         + (" Seeds of an arm share its colour." if curves[0].arm else ""),
         svg=draw(name, f"{title}: held-out loss against training tokens; {ends}", 3.5, paint),
-        headings=("training tokens", *(_title(curve.arm, curve.seed) for curve in curves)),
+        headings=("training tokens", *(title_of(curve.arm, curve.seed) for curve in curves)),
         rows=_side_by_side(curves),
     )
 
@@ -75,7 +75,7 @@ def _side_by_side(curves: tuple[TrainingCurve, ...]) -> tuple[tuple[str, ...], .
 
 def loss_chart(models: tuple[ModelResult, ...], arms: tuple[str, ...]) -> Chart:
     """Held-out loss of every model, with its interval."""
-    points = [_Point(_title(one.arm, one.seed), one.arm, one.loss, one.loss_interval) for one in models]
+    points = [_Point(title_of(one.arm, one.seed), one.arm, one.loss, one.loss_interval) for one in models]
     listed = "; ".join(f"{point.title} {point.value:.4f}" for point in points)
     return Chart(
         name="losses",
@@ -158,5 +158,6 @@ def arm_look(arm: str | None, arms: tuple[str, ...]) -> dict[str, Any]:
     return {"color": SERIES[i % NUM_SERIES], "marker": _MARKERS[i % len(_MARKERS)], "linestyle": line}
 
 
-def _title(arm: str | None, seed: int | None) -> str:
+def title_of(arm: str | None, seed: int | None) -> str:
+    """A model as charts and tables name it."""
     return "teacher" if arm is None else f"{arm}, seed {seed}"

@@ -18,10 +18,15 @@ _SMALL = 8  # points, of names beside marks
 
 
 def frontier_charts(frontier: RunFrontier, arms: Sequence[str]) -> tuple[Chart, ...]:
-    """The run's own, if any model's cost is known, and the published one, with the run's models where they belong."""
+    """The run's own, if any model's cost is known."""
     placed = [model for model in frontier.models if model.flops is not None]
-    own = (_own(frontier, placed, tuple(arms)),) if placed else ()
-    return (*own, _published(frontier, [model for model in placed if model.scores], tuple(arms)))
+    return (_own(frontier, placed, tuple(arms)),) if placed else ()
+
+
+def published_chart(frontier: RunFrontier, arms: Sequence[str]) -> Chart:
+    """What others published, with the run's models where they were measured on the same."""
+    own = [model for model in frontier.models if model.flops is not None and model.scores]
+    return _published(frontier, own, tuple(arms))
 
 
 def _own(frontier: RunFrontier, placed: Sequence[CostedModel], arms: tuple[str, ...]) -> Chart:

@@ -6,6 +6,7 @@ import csv
 import logging
 import math
 from pathlib import Path
+from typing import TypeVar
 
 from capgap.pipeline.fidelity.fidelity import fidelity_of
 from capgap.pipeline.fidelity.sample import Sampling
@@ -13,17 +14,22 @@ from capgap.pipeline.report.benchmarks import benchmarks
 from capgap.pipeline.report.frontier import run_frontier
 from capgap.pipeline.report.nearness import nearness_lines
 from capgap.pipeline.report.stages import stage_line
-from capgap.pipeline.report.summary import CacheSummary, Gain, Report, Table, TrainingCurve
+from capgap.pipeline.report.summary import CacheSummary, Gain, Report, Series, Table, TrainingCurve
 from capgap.pipeline.report.table import build_rows, cache_line
+from capgap.pipeline.report.training_charts import MEASURES
 from capgap.pipeline.report.verdict import gains, no_verdict, verdict
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput
+from capgap.pipeline.workflow.remake import last_command
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.fidelity import Fidelity
 from capgap.schemas.judge_results import JUDGE_NAME, JudgeResults
 from capgap.schemas.results import RESULTS_NAME, EvalResults
 
+_T = TypeVar("_T", int, float)
+
 _METRICS_NAME = "metrics.csv"
+_MOST_POINTS = 200
 # One shard, which a URL's cache may have to fetch: `capgap fidelity` reads more.
 _SAMPLE = Sampling(num_sequences=64, num_shards=1)
 
@@ -36,8 +42,13 @@ def gather(context: StageContext) -> Report:
     cache = _cache(context.input("cache"))
     alphas = {arm: context.run.train_settings(arm).largest_alpha for arm in context.run.arms}
     found = gains(results, alphas)
+    facts = cache.facts
     return Report(
         name=context.run.name,
+        machine=", ".join(sorted({one.machine for one in facts.scored if one.machine})),
+        finished=context.input("eval").manifest.started.replace("T", " ").removesuffix("+00:00"),
+        command=started.command if (started := last_command(Path(context.run.out))) else (),
+        teacher_parameters=results.teacher.num_parameters if results.teacher else facts.num_teacher_parameters,
         table=Table(
             rows=build_rows(results),
             lines=(cache_line(cache), *_warnings(cache.facts), *nearness_lines(results), *_caveats(found)),
@@ -54,6 +65,28 @@ def gather(context: StageContext) -> Report:
         stages=tuple(stage_line(stage, context.run) for stage in context.inputs.values()),
         settings=context.run.decisive(),
     )
+
+
+def read_measures(path: Path) -> dict[str, Series]:
+    """What a `metrics.csv` holds of the charts' measures; of long trainings every so many rows, and the last."""
+    found: dict[str, tuple[list[int], list[float]]] = {name: ([], []) for name in MEASURES}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, (tokens, values) in found.items():
+                num_tokens, value = row.get("num_tokens"), row.get(name)
+                if num_tokens and value and math.isfinite(float(value)):
+                    tokens.append(int(num_tokens))
+                    values.append(float(value))
+    return {
+        name: Series(tokens=_thinned(tokens), values=_thinned(values))
+        for name, (tokens, values) in found.items()
+        if len(values) > 1
+    }
+
+
+def _thinned(values: list[_T]) -> tuple[_T, ...]:
+    step = -(-len(values) // _MOST_POINTS)
+    return (*values[:-1:step], values[-1])
 
 
 def read_curve(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -117,7 +150,12 @@ def _curves(context: StageContext) -> tuple[TrainingCurve, ...]:
         tokens, losses = read_curve(made.path / _METRICS_NAME)
         if losses:
             curve = TrainingCurve(
-                name=instance.name, arm=instance.arm, seed=instance.seed, tokens=tokens, losses=losses
+                name=instance.name,
+                arm=instance.arm,
+                seed=instance.seed,
+                tokens=tokens,
+                losses=losses,
+                measures=read_measures(made.path / _METRICS_NAME),
             )
             curves.append(curve)
     return tuple(curves)

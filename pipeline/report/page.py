@@ -9,16 +9,22 @@ from capgap.pipeline.fidelity.text import summary
 from capgap.pipeline.pages.templates import page_template
 from capgap.pipeline.report.benchmarks import benchmark_cells, benchmark_headings
 from capgap.pipeline.report.charts import charts
-from capgap.pipeline.report.frontier_charts import frontier_charts
+from capgap.pipeline.report.frontier_charts import frontier_charts, published_chart
 from capgap.pipeline.report.judge_tables import judge_line, judge_tables
 from capgap.pipeline.report.nearness import DIFFERENCE_HEADINGS, difference_rows
+from capgap.pipeline.report.opening import opening_figures, origin
+from capgap.pipeline.report.run_charts import run_charts
 from capgap.pipeline.report.samples import shown_samples
 from capgap.pipeline.report.stages import STAGE_HEADINGS, stage_row, total_line
 from capgap.pipeline.report.summary import Report, StageLine
 from capgap.pipeline.report.table import HEADINGS, cells
+from capgap.pipeline.report.training_charts import training_charts
 from capgap.schemas.facts import RecordingFacts
 
+PUBLISHED_NAME = "published.html"
+
 _TEMPLATE = Path(__file__).parent / "report.html.j2"
+_PUBLISHED = Path(__file__).parent / "published.html.j2"
 
 
 def render_page(report: Report) -> str:
@@ -29,7 +35,15 @@ def render_page(report: Report) -> str:
         headings=HEADINGS,
         rows=[cells(row) for row in report.table.rows],
         benchmarks=_benchmarks(report),
-        charts=(*charts(report), *frontier_charts(report.frontier, report.results.arms)),
+        figures=opening_figures(report),
+        origin=origin(report),
+        charts=(
+            *charts(report),
+            *training_charts(report.curves, report.results.arms),
+            *frontier_charts(report.frontier, report.results.arms),
+            *run_charts(report),
+        ),
+        published=PUBLISHED_NAME,
         difference_headings=DIFFERENCE_HEADINGS,
         differences=difference_rows(report.results),
         judge_tables=() if report.judge is None else judge_tables(report.judge),
@@ -43,6 +57,12 @@ def render_page(report: Report) -> str:
         facts=_facts(report),
         settings=json.dumps(report.settings, indent=2, ensure_ascii=False),
     )
+
+
+def render_published(report: Report) -> str:
+    """The page of models that others have published, for who compares; this run's stand there where they may."""
+    chart = published_chart(report.frontier, report.results.arms)
+    return page_template(_PUBLISHED).render(report=report, chart=chart)
 
 
 def _benchmarks(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]], tuple[str, ...]] | None:

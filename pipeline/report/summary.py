@@ -163,6 +163,16 @@ class CacheSummary(Record):
         return self.num_bytes[recording] / self.num_tokens
 
 
+class Series(Record):
+    """What a training logged under one name."""
+
+    tokens: tuple[int, ...]
+    """Training targets seen so far."""
+
+    values: tuple[float, ...]
+    """One for each."""
+
+
 class TrainingCurve(Record):
     """Held-out loss in the course of a training."""
 
@@ -180,6 +190,9 @@ class TrainingCurve(Record):
 
     losses: tuple[float, ...]
     """Nats/token on the training's own validation sequences."""
+
+    measures: dict[str, Series]
+    """What else it logged, by the names of metrics.csv, thinned out."""
 
 
 class StageLine(Record):
@@ -225,6 +238,18 @@ class Report(Record):
 
     name: str
     """The run's name."""
+
+    machine: str
+    """Where the shards were made, or where the run was measured; empty where that is not known."""
+
+    finished: str
+    """When the measurement was made, in UTC."""
+
+    command: tuple[str, ...]
+    """With which the run was started."""
+
+    teacher_parameters: int | None
+    """All of the teacher's; None where they are not known."""
 
     table: Table
     """The final table."""

@@ -10,10 +10,17 @@ the process, for a process carries out one stage.
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 _LOG = logging.getLogger("capgap")
 _stage = ""
+_said_at_s = time.monotonic()
+
+
+def silent_s() -> float:
+    """Seconds since this process said something."""
+    return time.monotonic() - _said_at_s
 
 
 def event(name: str, text: str, level: int = logging.INFO, /, **fields: Any) -> None:
@@ -25,6 +32,8 @@ def event(name: str, text: str, level: int = logging.INFO, /, **fields: Any) -> 
         level: of logging.
         fields: values for programs, as JSON knows them; those that are None are left out.
     """
+    global _said_at_s
+    _said_at_s = time.monotonic()
     known = {key: value for key, value in fields.items() if value is not None}
     # an argument, so that a per cent sign in the text stays one
     _LOG.log(level, "%s", text, extra={"event": name, "fields": known})

@@ -1,6 +1,7 @@
 """Heartbeats: how far a stage is, on disk, for whoever watches it from another process or another machine.
 
     stage: phases, meters --> memory --> one thread, at most once a second --> work/progress.json --> read_heartbeats
+                                                       \\--> a line for who waits, where nothing else is said
 
 The file decides nothing. It lies in `work`, so it is no content and goes with it when the stage is finished. A kill
 leaves it there, and `is_alive` finds that its process is gone. Where several processes of a stage share a folder, as
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from capgap.pipeline.stage.events import event
+from capgap.pipeline.stage.events import current_stage, event, silent_s
 from capgap.schemas.errors import CapgapError, MachineError
 from capgap.schemas.heartbeat import Count, End, Heartbeat
 from capgap.schemas.printable import fit_to_show
@@ -33,6 +34,8 @@ _BELIEVED_S = 120.0
 # three times the longest pause between two heartbeats
 _WATCHED_S = 15.0
 _CRASHED, _INTERRUPTED = 1, 130
+# Seconds of silence after which a line names what is waited for; after the last of them, that often.
+_NAMED_AFTER_S = (2.0, 10.0, 30.0, 60.0)
 
 
 class HeartbeatWriter:
@@ -45,6 +48,8 @@ class HeartbeatWriter:
     def __init__(self, path: Path) -> None:
         self._path, self._lock, self._over = path, threading.Lock(), threading.Event()
         self._counter: Callable[[], Count] | None = None
+        self._first_done: int | None = None
+        self._phase_since_s, self._num_named = time.monotonic(), 0
         # by a clock that nobody can set; those in the file are for people and other machines
         self._has_advanced, self._written_at_s = False, time.monotonic()
         now = time.time()
@@ -63,13 +68,16 @@ class HeartbeatWriter:
         self._thread.start()
 
     def begin_phase(self, phase: str, device: str | None = None) -> None:
-        """Record what is done from here on, and on which device."""
+        """Record what is done from here on, and on which device; a line names it if it takes longer than a moment."""
+        self._phase_since_s, self._num_named = time.monotonic(), 0
         self._change(phase=phase, **({} if device is None else {"device": device}))
 
     def count_with(self, counter: Callable[[], Count] | None) -> None:
         """Ask `counter` from here on how far the stage is, at every write; None where nothing is counted any more."""
-        self._counter = counter
-        self._change(count=counter() if counter else None, **({} if counter else {"phase": "goes on"}))
+        self._counter, begun = counter, counter() if counter else None
+        self._first_done = None if begun is None else begun.done
+        self._phase_since_s, self._num_named = time.monotonic(), 0
+        self._change(count=begun, **({} if counter else {"phase": "goes on"}))
 
     def stop(self) -> None:
         """Write nothing more."""
@@ -97,11 +105,23 @@ class HeartbeatWriter:
         while not self._over.wait(_WRITE_EVERY_S):
             counter, last = self._counter, self._beat
             count = counter() if counter is not None else None
+            if count is None or count.done == self._first_done:
+                self._name_the_wait(last.phase if count is None else f"begins with {count.total} {count.unit}")
             # its time left changes even where nothing gets on
             if count is not None and (last.count is None or count.done != last.count.done):
                 self._change(count=count)
             if self._has_advanced or time.monotonic() - self._written_at_s >= _BEAT_EVERY_S:
                 self._write()
+
+    def _name_the_wait(self, phase: str) -> None:
+        """Say what is waited for, after two seconds of silence and then less and less often."""
+        waited_s = time.monotonic() - self._phase_since_s
+        due_s = _NAMED_AFTER_S[min(self._num_named, len(_NAMED_AFTER_S) - 1)]
+        due_s += _NAMED_AFTER_S[-1] * max(0, self._num_named + 1 - len(_NAMED_AFTER_S))
+        if waited_s < due_s or silent_s() < min(_NAMED_AFTER_S[0], waited_s):
+            return
+        self._num_named += 1
+        event("waiting", f"{current_stage()}: {phase} ({waited_s:.0f} s)", phase=phase, waited_s=round(waited_s, 1))
 
     def _write(self) -> None:
         with self._lock:
@@ -144,6 +164,12 @@ def heartbeat(work: Path, *, shared: bool = False) -> Iterator[HeartbeatWriter]:
     finally:
         writer.stop()
         _current = None
+
+
+def begin_phase(phase: str, device: str | None = None) -> None:
+    """Record what the stage does from here on, where this process works on one: `loads the teacher`."""
+    if _current is not None:
+        _current.begin_phase(phase, device)
 
 
 def current_heartbeat() -> HeartbeatWriter | None:

@@ -20,7 +20,8 @@ from capgap.pipeline.stage.events import event
 from capgap.pipeline.stage.heartbeat import current_heartbeat
 from capgap.schemas.heartbeat import Count
 
-_QUIET_INTERVAL_S = 15.0
+# a line at once that it goes on, then now and then
+_FIRST_LINE_S, _QUIET_INTERVAL_S = 2.0, 15.0
 
 
 class Meter(Protocol):
@@ -125,15 +126,15 @@ class _Lines:
     def __init__(self, title: str, num_steps: int, unit: str, done: int) -> None:
         self._title, self._num_steps, self._unit, self._done, self._first = title, num_steps, unit, done, done
         self._tokens, self._start = 0, time.monotonic()
-        self._last = self._start
+        self._next = self._start + _FIRST_LINE_S
 
     def advance(self, steps: int = 1, tokens: int = 0, note: str = "") -> None:
         self._done += steps
         self._tokens += tokens
         now = time.monotonic()
-        if now - self._last < _QUIET_INTERVAL_S and self._done < self._num_steps:
+        if now < self._next and self._done < self._num_steps:
             return
-        self._last = now
+        self._next = now + _QUIET_INTERVAL_S
         elapsed = max(now - self._start, 1e-9)
         left_s = elapsed / max(self._done - self._first, 1) * (self._num_steps - self._done)
         rate = self._tokens / elapsed

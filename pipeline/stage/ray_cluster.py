@@ -69,7 +69,7 @@ def ray_cluster(num_actors: int, num_gpus: int, setting: str) -> Iterator[Cluste
         raise MachineError(
             "Ray is not installed",
             where=setting,
-            fix="run `pip install 'capgap[ray]'`, or start several slices (`--slice any`), which need no Ray",
+            fix="run `pip install '.[ray]'` in capgap's clone, or start slices (`--slice any`), which need no Ray",
         )
     joined = bool(os.environ.get("RAY_ADDRESS"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

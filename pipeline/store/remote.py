@@ -15,8 +15,8 @@ _CHUNK_BYTES = 8 << 20
 # Where stored bytes come from, and nothing that could start a program, mount or unpack anything: `pipe:`, `exec:` and
 # chains such as `zip::` or `simplecache::` among them, and whatever else an installed package has a name for.
 SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https")
-_EXTRAS = {"s3": "pip install 'capgap[s3]'", "s3a": "pip install 'capgap[s3]'"}
-_EXTRAS |= dict.fromkeys(("gs", "gcs"), "pip install 'capgap[gs]'")
+_EXTRAS = {"s3": "pip install '.[s3]' in capgap's clone", "s3a": "pip install '.[s3]' in capgap's clone"}
+_EXTRAS |= dict.fromkeys(("gs", "gcs"), "pip install '.[gs]' in capgap's clone")
 
 
 class Remote:

@@ -205,9 +205,17 @@ class Progress(lightning.Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Count tokens of every micro-batch and steps as they are taken."""
         step = trainer.global_step
-        note = f"loss {float(module.last.loss.detach()):.3f}" if batch.labels_BL.device.type == "cpu" else ""
+        note = _losses(module, batch) if batch.labels_BL.device.type == "cpu" else ""
         self._meter.advance(step - self._last_step, tokens=batch.num_tokens, note=note)
         self._last_step = step
+
+
+def _losses(module: DistillationModule, batch: Batch) -> str:
+    """The losses of the last micro-batch by their names: of every arm what can be compared with the others' first."""
+    _, ce, kl, _ = (float(value.detach()) for value in _means(module, batch))
+    if module.last is None or module.last.kl_N is None:
+        return f"cross-entropy {ce:.3f}"
+    return f"cross-entropy {ce:.3f}, {module.divergence_name(batch)} {kl:.3f}"
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -151,6 +151,12 @@ class DistillationModule(lightning.LightningModule):
             **(objective.arguments() if alpha > 0 else {}),
         )
 
+    def divergence_name(self, batch: Batch) -> str:
+        """What the loss takes for the distance from the teacher, for people."""
+        name = {"forward_kl": "KL", "reverse_kl": "reverse KL", "jsd": "JSD"}[self._objective.divergence]
+        target = "the teacher" if batch.ids_NK is None else "samples" if batch.tail_N is None else "the top-k tokens"
+        return f"{name} to {target}"
+
     def configure_optimizers(self) -> Any:
         """AdamW and its learning rate, stepped every optimizer step."""
         return optimizer_and_schedule(self.model.parameters(), self._settings, self._num_steps)

@@ -70,7 +70,7 @@ def _peft() -> Any:
             "adapters need a package that is not installed",
             where="tune.lora",
             found="no peft",
-            fix="install it: pip install 'capgap[lora]'",
+            fix="run `pip install '.[lora]'` in capgap's clone",
         ) from None
     return peft
 

@@ -22,7 +22,7 @@ from capgap.pipeline.stage.folder import (
     locked_folder,
     remove_halves,
 )
-from capgap.pipeline.stage.heartbeat import current_heartbeat, heartbeat
+from capgap.pipeline.stage.heartbeat import begin_phase, current_heartbeat, heartbeat
 from capgap.pipeline.stage.identity import content_of
 from capgap.pipeline.stage.lease import cpu_group, leases
 from capgap.pipeline.stage.manifests import record_sources
@@ -187,7 +187,7 @@ def work(
                 group = f"{os.uname().nodename} {os.getpid()} {time.monotonic_ns()}"
             is_training = stage.training(run, state.instance) is not None
             devices = devices_from(device, ranks.local_size if is_training else engines.num_devices)
-            _begin_phase("waits for its device")
+            begin_phase("waits for its device")
             # with replicas on GPUs each takes the lease on its own, which this process does not know: Ray picks them
             if (engines.replicas == 1 or device == "cpu") and ranks.local_rank == 0:
                 stack.enter_context(leases(devices, holder, wait, group))
@@ -195,14 +195,9 @@ def work(
                 device = devices[ranks.local_rank % len(devices)]
                 stack.enter_context(_on_leased_devices(rendezvous, device))
         event("stage_started", f"{state.instance.name}: begun on {device}", device=device, command=sys.argv)
-        _begin_phase("prepares", device if stage.on_device else "")
+        begin_phase("imports its packages and reads its inputs", device if stage.on_device else "")
         (state.folder / WORK_FOLDER).mkdir(exist_ok=True)
         return stage.run(StageContext(run, state.instance, state.folder, inputs, device, holder, wait, group, ranks))
-
-
-def _begin_phase(phase: str, device: str | None = None) -> None:
-    if (beat := current_heartbeat()) is not None:
-        beat.begin_phase(phase, device)
 
 
 @contextlib.contextmanager

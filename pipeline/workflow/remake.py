@@ -35,15 +35,18 @@ class LastCommand(Record):
     flags: tuple[str, ...] = ()
     """The settings that were given beside the run file, but for `--out`: the file lies there."""
 
+    command: tuple[str, ...] = ()
+    """The whole command, as it was typed; empty where it was called from Python."""
+
     @classmethod
-    def of(cls, given: Sequence[str]) -> LastCommand:
+    def of(cls, given: Sequence[str], command: Sequence[str] = ()) -> LastCommand:
         """The command with these settings as flags."""
-        return cls(flags=tuple(flag for flag in given if not flag.startswith("--out=")))
+        return cls(flags=tuple(flag for flag in given if not flag.startswith("--out=")), command=tuple(command))
 
 
 def write_command(out: Path, command: LastCommand) -> None:
     """Remember how a run was started."""
-    command = LastCommand(flags=tuple(map(redacted, command.flags)))
+    command = LastCommand(flags=tuple(map(redacted, command.flags)), command=tuple(map(redacted, command.command)))
     write_atomically(out / LAST_COMMAND_NAME, command.model_dump_json(indent=1) + "\n")
 
 

@@ -51,6 +51,16 @@ def test_every_example_is_run_here() -> None:
     }
 
 
+def test_an_example_without_arguments_says_how_it_is_called() -> None:
+    for path in EXAMPLES.glob("*.py"):
+        usage = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[-1]
+        assert usage.startswith(f"python {path.name} ")
+        asked = f"len(sys.argv) != {len(usage.split()) - 1}:"
+        assert asked in path.read_text() and "sys.exit(__doc__)" in path.read_text(), path.name
+    done = run("read_without_capgap")
+    assert done.returncode == 1 and "python read_without_capgap.py CACHE" in done.stderr
+
+
 def test_what_a_cache_holds_is_shown_as_text(out: Path) -> None:
     done = run("look_at_a_cache", out / "cache", out / "student" / "seed-1" / "model")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The tree of README and the table of CONTRIBUTING name the folders that there are."""
+"""The tree and the table of CONTRIBUTING name the folders that there are."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def _tree() -> set[str]:
-    """Folders of README's tree, from the repository's root."""
-    section = (ROOT / "README.md").read_text().partition("## What is where")[2]
+    """Folders of the tree, from the repository's root."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where things are")[2]
     block = re.findall(r"^```\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)[0]
     found, parent = set(), ""
     for line in block.splitlines():
@@ -26,7 +26,7 @@ def _folders(inside: Path) -> set[str]:
     return {name for name in found if not Path(name).name.startswith(("__", "."))}
 
 
-def test_the_tree_of_readme_has_every_folder_of_the_pipeline_and_the_kernels_and_no_other() -> None:
+def test_the_tree_has_every_folder_of_the_pipeline_and_the_kernels_and_no_other() -> None:
     tree = _tree()
     for part in ("pipeline", "kernels"):
         assert {name for name in tree if name.startswith(f"{part}/")} == _folders(ROOT / part)

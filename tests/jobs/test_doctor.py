@@ -55,7 +55,7 @@ def test_vllm_runs_where_it_was_built_for(machine: Machine) -> None:
 
 def test_what_is_lacking_says_how_to_get_it(machine: Machine) -> None:
     how = {one.what: one.how for one in abilities(machine)}
-    assert "pip install 'capgap[teacher]'" in how["score with vLLM on the CPU"]
+    assert "pip install '.[teacher]'" in how["score with vLLM on the CPU"]
     hidden = replace(machine, gpus=(VisibleGpu("H100", 80, 70),))
     assert "install a build for CUDA" in {one.what: one.how for one in abilities(hidden)}["train on a GPU"]
     without = possible(replace(machine, versions=machine.versions | {"torch": None}))

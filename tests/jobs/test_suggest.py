@@ -26,6 +26,7 @@ def test_every_synonym_stands_for_what_there_is() -> None:
     ("name", "meant"),
     [
         ("lr", ["train.learning_rate"]),
+        ("learning-rate", ["train.learning_rate"]),
         ("train.lr", ["train.learning_rate"]),
         ("teacher.training.lr", ["teacher.training.learning_rate"]),
         ("tune.lr", ["tune.learning_rate"]),
@@ -92,6 +93,23 @@ def test_a_command_is_found_by_spelling_and_by_meaning(name: str, meant: str | N
             "--train.alpha: has no value; expected one: number, at least 0, at most 1; write --train.alpha VALUE",
         ),
         (["verify", "--quarantin", "x"], "--quarantin: no such flag; did you mean --quarantine?"),
+        (
+            ["run", "demo", "--train.lr", "3"],
+            "--train.lr: no such setting; found 3; did you mean --train.learning_rate?",
+        ),
+        (["run", "demo", "learning-rate", "3"], "learning-rate: no such file; did you mean --train.learning_rate 3?"),
+        (["run", "demo", "learning-rate=3"], "learning-rate=3: no such file; did you mean --train.learning_rate=3?"),
+        (["run", "lr=3", "demo"], "lr=3: no such file; did you mean --train.learning_rate=3?"),
+        (
+            ["run"],
+            "capgap run: no run file is named; expected capgap run RUN [flags] [--SETTING VALUE ...]; `capgap ls` "
+            "lists those that are shipped, and `capgap init` writes one",
+        ),
+        (
+            ["verify"],
+            "the following arguments are required: folders; expected capgap verify folders ... [flags]; see "
+            "capgap verify --help",
+        ),
         (["run", "--lr", "3"], "--lr: no such setting; did you mean --train.learning_rate?"),
     ],
 )

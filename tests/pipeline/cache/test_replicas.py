@@ -180,7 +180,7 @@ def test_more_replicas_than_gpus_are_refused() -> None:
 
 def test_without_ray_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    said = r"Ray is not installed; run `pip install 'capgap\[ray\]'`"
+    said = r"Ray is not installed; run `pip install '\.\[ray\]'` in capgap's clone"
     with pytest.raises(MachineError, match=said), ray_cluster(2, 0, "cache.replicas"):
         pytest.fail("there is no Ray")
 

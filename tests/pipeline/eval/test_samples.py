@@ -88,6 +88,19 @@ def test_under_the_rule_document_a_beginning_is_of_one_document(make_sequences, 
     assert packed.truths == alone.truths and {len(truth) for truth in alone.truths} == {13}
 
 
+def test_a_beginning_is_a_document_s_where_one_begins_early_enough(make_sequences, tokenizer):
+    sequences = make_sequences(seq_len=200)
+    starts_BL1 = np.zeros_like(sequences.starts_BL1)
+    starts_BL1[0, [30, 60]] = True
+    starts_BL1[1, 190] = True  # too late for a beginning and what follows it
+    sequences = dataclasses.replace(sequences, starts_BL1=starts_BL1)
+    settings = EvalSettings(num_text_samples=6, text_sample_tokens=8)
+    found = prompts_of(sequences, "packed", settings, tokenizer, 128)
+    tokens_BL1 = sequences.tokens_BL1
+    assert found.prompts[0] == tuple(tokens_BL1[0, 30:78]) and found.truths[0] == tuple(tokens_BL1[0, 78:86])
+    assert found.prompts[1] == tuple(tokens_BL1[1, :48]) and found.truths[1] == tuple(tokens_BL1[1, 48:56])
+
+
 def test_a_model_that_cannot_write_is_left_out_and_said(make_model, make_sequences, tokenizer, caplog):
     prompts = prompts_of(make_sequences(), "packed", EvalSettings(), tokenizer, 128)
     bare = make_model().model  # no head, so no way to write

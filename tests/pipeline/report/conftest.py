@@ -111,10 +111,10 @@ def _shards(name: str, num_sequences: int, num_bytes: int) -> ShardSet:
 def _write_curves(inputs: dict[str, StageInput], losses: dict[str, list[float]]) -> None:
     ends = {f"train/{arm}/seed-{seed}": loss for arm, found in losses.items() for seed, loss in enumerate(found)}
     for name, loss in {"teacher": 2.9, **ends}.items():
-        lines = ["step,num_tokens,train_loss,validation_loss,tokens_per_s"]
+        lines = ["step,num_tokens,train_loss,validation_loss,tokens_per_s,gradient_norm"]
         for step in range(100, 2001, 100):
-            lines.append(f"{step},{2048 * step},{loss + 0.1},,{step + 450}")
-            lines.append(f"{step},{2048 * step},,{loss + 3 * math.exp(-step / 400):.6f},")
+            lines.append(f"{step},{2048 * step},{loss + 0.1},,{step + 450},1.5")
+            lines.append(f"{step},{2048 * step},,{loss + 3 * math.exp(-step / 400):.6f},,")
         (inputs[name].path / "metrics.csv").write_text("\n".join(lines) + "\n")
 
 

@@ -13,7 +13,7 @@ import pytest
 from capgap.pipeline.pages.charts import Chart
 from capgap.pipeline.plan.published_models import MODELS, SHOTS
 from capgap.pipeline.report.frontier import RunFrontier, run_frontier
-from capgap.pipeline.report.frontier_charts import frontier_charts
+from capgap.pipeline.report.frontier_charts import frontier_charts, published_chart
 from capgap.pipeline.stage.context import StageContext, StageInput
 from capgap.schemas.results import RESULTS_NAME, EvalResults
 
@@ -36,7 +36,9 @@ def frontier(context: StageContext) -> RunFrontier:
 
 
 def chart(context: StageContext, name: str) -> Chart:
-    return next(one for one in frontier_charts(frontier(context), tuple(LOSSES)) if one.name == name)
+    found = frontier(context)
+    charts = (*frontier_charts(found, tuple(LOSSES)), published_chart(found, tuple(LOSSES)))
+    return next(one for one in charts if one.name == name)
 
 
 def with_totals(context: StageContext, name: str, totals: dict[str, Any], **more: Any) -> StageContext:

@@ -7,6 +7,7 @@ import pytest
 
 from capgap.pipeline.report import stage
 from capgap.pipeline.report.stages import duration
+from capgap.schemas.results import RESULTS_NAME, EvalResults, ReliabilityBin
 
 ARMS = ("cross_entropy", "distilled", "mixed")
 VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
@@ -72,12 +73,12 @@ def test_ids_are_unique(page):
 
 def test_every_chart_is_named_and_has_its_numbers_as_a_table(page):
     charts = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(charts) == 6
+    assert len(charts) == 8
     assert all(attrs["role"] == "img" for attrs in charts)
     labels = " ".join(attrs["aria-label"] for attrs in charts)
     assert "distilled on cross_entropy, seed 1 +0.0400" in labels
     assert "teacher 2.9000" in labels
-    assert [tag for tag, _ in page.tags].count("details") == 7
+    assert [tag for tag, _ in page.tags].count("details") == 9
     for title in ("Gain of distillation", "Held-out loss", "Students in training", "Teacher in training"):
         assert title in page.texts
 
@@ -94,7 +95,8 @@ def test_the_figures_are_those_of_the_table(page):
 def test_stages_are_listed_with_identity_time_and_their_own_versions(page):
     texts = page.texts
     assert "train/distilled/seed-1" in texts
-    row = [text for text in texts[texts.index("train/distilled/seed-1") :] if text.strip()][:8]
+    last = len(texts) - 1 - texts[::-1].index("train/distilled/seed-1")
+    row = [text for text in texts[last:] if text.strip()][:8]
     # 2 million tokens in 75 s on one device
     assert row[1:6] == ["1 min 15 s", "2,000,000", "26,667", "1,500", "0.0208"]
     assert all(re.fullmatch(r"[0-9a-f]{12}", digest) for digest in row[6:])
@@ -106,7 +108,7 @@ def test_stages_are_listed_with_identity_time_and_their_own_versions(page):
 def test_samples_stand_side_by_side(page):
     texts = page.texts
     names = ["the text itself", "teacher", *ARMS]
-    assert [text for text in texts[texts.index("Beginning 2") :] if text in names][:5] == names
+    assert [text for text in texts[len(texts) - 1 - texts[::-1].index("Beginning 2") :] if text in names][:5] == names
     # of each arm the first seed; the others stand in the results
     assert "  return train/mixed/seed-0 <1>" in texts and "  return train/mixed/seed-1 <1>" not in texts
 
@@ -139,3 +141,37 @@ def test_the_page_is_the_same_every_time(tmp_path, make_context):
 )
 def test_durations_are_readable(seconds, text):
     assert duration(seconds) == text
+
+
+def test_the_page_opens_with_figures_a_list_of_contents_and_where_it_was_made(html, page):
+    texts = [text.strip() for text in page.texts]
+    # 7.61M parameters to 1.24M; the mean losses 3.545, 3.51 and the teacher's 2.9
+    assert texts[texts.index("smaller than the teacher") + 1] == "6.14 x"
+    assert texts[texts.index("of the gap to the teacher closed") + 1] == "5 %"
+    assert "1.05M" in texts and "tokens read by the teacher" in texts
+    contents = html[html.index('<nav class="contents"') : html.index("</nav>")]
+    for part in ("result", "gains", "losses", "stage-times", "samples", "stages", "settings"):
+        assert f'href="#{part}"' in contents
+    assert 'title="Share of drafts that the teacher would accept' in html
+
+
+def test_what_others_published_is_on_a_page_of_its_own(html, tmp_path, make_context):
+    context = make_context(tmp_path, {"distilled": [3.5]})
+    stage.run(context)
+    other = (context.folder / "published.html").read_text()
+    assert "What others published" in other and "MiniMA" in other
+    assert "MiniMA" not in html and "published.html" in html
+
+
+def test_confidence_is_drawn_against_how_often_it_is_right(tmp_path, make_context):
+    context = make_context(tmp_path, {"distilled": [3.5]})
+    path = context.input("eval").path / RESULTS_NAME
+    results = EvalResults.model_validate_json(path.read_bytes())
+    bins = tuple(ReliabilityBin(num_tokens=100, confidence=sure, right=sure - 0.05) for sure in (0.1, 0.5, 0.9))
+    models = tuple(one.model_copy(update={"ece": 0.05, "reliability": bins}) for one in results.models)
+    path.write_text(results.model_copy(update={"models": models}).model_dump_json())
+    stage.run(context)
+    shown = Page((context.folder / "report.html").read_text())
+    labels = " ".join(shown.attributes("aria-label"))
+    assert "Reliability of the models' top-1 tokens: teacher ECE 5.0 %; distilled ECE 5.0 %" in labels
+    assert "85.0 %" in shown.texts

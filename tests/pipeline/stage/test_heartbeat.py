@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from capgap.pipeline.stage.events import event
 from capgap.pipeline.stage.heartbeat import (
+    begin_phase,
     current_heartbeat,
     heartbeat,
     is_alive,
@@ -200,3 +202,13 @@ def test_half_a_heartbeat_and_one_of_another_version_are_none(tmp_path: Path) ->
     (tmp_path / "progress.json").write_text('{"machine": "a')
     (tmp_path / "progress-b-1.json").write_text('{"machine": "b", "mood": "good"}')
     assert read_heartbeats(tmp_path) == read_heartbeats(tmp_path / "nowhere") == []
+
+
+def test_what_is_waited_for_in_silence_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "capgap")
+    with heartbeat(tmp_path / "work"):
+        event("stage_started", "something is said")
+        begin_phase("loads the teacher")
+        said = _until(lambda: [record for record in caplog.records if record.event == "waiting"])
+    assert "loads the teacher (" in said[0].getMessage()
+    assert said[0].fields["waited_s"] >= 2

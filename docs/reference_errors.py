@@ -1,0 +1,84 @@
+"""Writes the page of messages: every error that a user can meet, by its words, with what to do, taken from the code.
+
+mkdocs runs it when it builds the site; the page is in no folder.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import mkdocs_gen_files
+
+from capgap.schemas import errors
+
+_ROOT = Path(__file__).parents[1]
+_CODES = {
+    name: kind.exit_code
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, errors.CapgapError)
+}
+_INTRODUCTION = """# Messages
+
+Every message with which a command can refuse, by its words and by the part of capgap that says it. Dots stand for what
+differs from case to case. A message goes on with what was found and what was expected. The exit code tells whose it is:
+2 is yours to mend, 3 is the machine's, 4 is damaged data.
+
+[Troubleshooting](../troubleshooting.md) explains the most common ones.
+"""
+
+
+def messages(file: Path) -> Iterator[tuple[str, int, str]]:
+    """Words, exit code and advice of each error that the file raises."""
+    for call in ast.walk(ast.parse(file.read_text())):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in _CODES and call.args:
+            fix = next((keyword.value for keyword in call.keywords if keyword.arg == "fix"), None)
+            for what in _texts(call.args[0]):
+                yield what, _CODES[call.func.id], " *or* ".join(map(_plain, _texts(fix)))
+
+
+def _texts(node: ast.expr | None) -> list[str]:
+    """What an expression may say, as far as the code shows it."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return [text]
+        case ast.JoinedStr(values=values):
+            return ["".join(str(v.value) if isinstance(v, ast.Constant) else "..." for v in values)]
+        case ast.IfExp(body=body, orelse=orelse):
+            return [*_texts(body), *_texts(orelse)]
+        case ast.BoolOp(values=values):
+            return [text for value in values for text in _texts(value)]
+    return []
+
+
+def _page() -> Iterator[str]:
+    yield _INTRODUCTION
+    by_part: dict[str, set[tuple[str, int, str]]] = {}
+    for layer in ("jobs", "schemas", "kernels", "pipeline"):
+        for file in sorted((_ROOT / layer).rglob("*.py")):
+            parts = file.relative_to(_ROOT).parts
+            part = parts[1] if layer == "pipeline" and len(parts) > 2 else layer
+            by_part.setdefault(part, set()).update(messages(file))
+    for part, found in by_part.items():
+        if not found:
+            continue
+        yield f"## {part}\n"
+        yield "| message | exit code | what to do |"
+        yield "|---|---|---|"
+        for what, code, fix in sorted(found):
+            yield f"| {_plain(what)} | {code} | {fix} |"
+        yield ""
+
+
+def _plain(text: str) -> str:
+    """Text that is no Markdown, but for code between backticks."""
+    parts = " ".join(text.split()).replace("|", "\\|").split("`")
+    return "`".join(
+        re.sub(r"([\\*_<>\[\]])(?!\|)", r"\\\1", part) if i % 2 == 0 else part for i, part in enumerate(parts)
+    )
+
+
+with mkdocs_gen_files.open("reference/messages.md", "w") as page:
+    page.write("\n".join(_page()))

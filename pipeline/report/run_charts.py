@@ -1,0 +1,111 @@
+"""Charts of what a run did and how well its models know what they know: time and tokens by stage, and reliability."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from capgap.pipeline.pages.charts import Chart, legend
+from capgap.pipeline.pages.svg import INK, SERIES, draw
+from capgap.pipeline.report.charts import arm_look
+from capgap.pipeline.report.stages import duration
+from capgap.pipeline.report.summary import Report, StageLine
+from capgap.schemas.results import ModelResult
+
+# stages of a chart; those of a large run are summed up by kind
+_MOST_STAGES = 14
+
+
+def run_charts(report: Report) -> tuple[Chart, ...]:
+    """Reliability, where it was measured, and the stages."""
+    return (*_reliability(report.results.models, report.results.arms), _stages(report.stages))
+
+
+def _stages(stages: tuple[StageLine, ...]) -> Chart:
+    """Seconds of each stage, with its tokens behind."""
+    shown = [(one.instance, one.wall_s, one.num_tokens) for one in stages]
+    if len(shown) > _MOST_STAGES:
+        shown = _by_kind(stages)
+    texts = [duration(wall_s) + ("" if tokens is None else f", {tokens:,} tokens") for _, wall_s, tokens in shown]
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        places = range(len(shown))
+        axes.barh(places, [wall_s for _, wall_s, _ in shown], color=SERIES[0], height=0.55)
+        axes.set_yticks(places, [name for name, _, _ in shown])
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("seconds of the last process")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.locator_params(axis="x", nbins=5)
+
+    listed = "; ".join(f"{name} {text}" for (name, _, _), text in zip(shown, texts, strict=True))
+    return Chart(
+        name="stage-times",
+        title="Time by stage",
+        caption="Starts and waiting for the device are in it. A stage that was resumed took longer in all.",
+        svg=draw("stage-times", f"Time by stage: {listed}", 0.9 + 0.24 * len(shown), paint),
+        headings=("stage", "time", "tokens"),
+        rows=tuple(
+            (name, duration(wall_s), "-" if tokens is None else f"{tokens:,}") for name, wall_s, tokens in shown
+        ),
+    )
+
+
+def _by_kind(stages: tuple[StageLine, ...]) -> list[tuple[str, float, int | None]]:
+    kinds: dict[str, list[StageLine]] = {}
+    for one in stages:
+        kinds.setdefault(one.instance.split("/")[0], []).append(one)
+    return [
+        (
+            name if len(found) == 1 else f"{name} ({len(found)})",
+            sum(one.wall_s for one in found),
+            sum(counts) if (counts := [one.num_tokens for one in found if one.num_tokens is not None]) else None,
+        )
+        for name, found in kinds.items()
+    ]
+
+
+def _reliability(models: tuple[ModelResult, ...], arms: tuple[str, ...]) -> tuple[Chart, ...]:
+    """Confidence against how often it is right, of the teacher and of the first seed of each arm."""
+    shown = [one for one in models if one.reliability and (one.arm is None or one == _first(models, one.arm))]
+    if not shown:
+        return ()
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":", label="as sure as right")
+        for one in shown:
+            look = arm_look(one.arm, arms)
+            points = [(each.confidence, each.right) for each in one.reliability]
+            axes.plot(*zip(*points, strict=True), markersize=4, linewidth=1.2, label=one.arm or "teacher", **look)
+        axes.set_xlabel("probability of the top-1 token")
+        axes.set_ylabel("share of tokens where it is right")
+        legend(figure, axes)
+
+    listed = "; ".join(f"{one.arm or 'teacher'} ECE {100 * (one.ece or 0):.1f} %" for one in shown)
+    chart = Chart(
+        name="reliability",
+        title="Reliability",
+        caption="Tokens are put into 15 bins by the probability of the model's top-1 token. On the dotted line a model "
+        "is right as often as it claims; below it, it claims too much. ECE is the mean distance from the line, each "
+        "bin weighted by its tokens. An arm stands with its first seed.",
+        svg=draw("reliability", f"Reliability of the models' top-1 tokens: {listed}", 3.4, paint),
+        headings=("model", "tokens in the bin", "probability", "right"),
+        rows=tuple(
+            (
+                one.arm or "teacher",
+                f"{each.num_tokens:,}",
+                f"{100 * each.confidence:.1f} %",
+                f"{100 * each.right:.1f} %",
+            )
+            for one in shown
+            for each in one.reliability
+        ),
+    )
+    return (chart,)
+
+
+def _first(models: tuple[ModelResult, ...], arm: str) -> ModelResult:
+    return next(one for one in models if one.arm == arm)
