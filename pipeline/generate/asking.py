@@ -17,7 +17,7 @@ from capgap.schemas.run_rounds import RoundsSettings
 
 
 @dataclass(frozen=True)
-class Answer:
+class SampledAnswer:
     """What became of a prompt.
 
     Attributes:
@@ -96,14 +96,14 @@ class Asking:
             seed=int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big"),
         )
 
-    def answer(self, made: Generated) -> Answer:
+    def answer(self, made: Generated) -> SampledAnswer:
         """The answer, ended behind the first of the texts that stop it."""
         ids = made.ids if made.end_id is None else (*made.ids, made.end_id)
         length = self._stopped(made.ids)
         if length is not None:
             ids = made.ids[:length]
         ended = made.end_id is not None or length is not None
-        return Answer(ids, made.logprobs[: len(ids)], ended, self._decoded(ids))
+        return SampledAnswer(ids, made.logprobs[: len(ids)], ended, self._decoded(ids))
 
     def _stopped(self, ids: Sequence[int]) -> int | None:
         """Tokens with which the first stop text is whole; None where none stands there."""

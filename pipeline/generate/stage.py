@@ -15,8 +15,8 @@ import numpy as np
 from capgap.pipeline.generate.asking import Asking, require_same_ends, turn_ends
 from capgap.pipeline.generate.declaration import WRITER
 from capgap.pipeline.generate.prompts import Split, read_prompts, split_prompts
-from capgap.pipeline.generate.unit import UNITS_FOLDER, TextJob, Unit, UnitMaker, make_units
-from capgap.pipeline.generate.unit_record import TextCounts, UnitRecord
+from capgap.pipeline.generate.unit import UNITS_FOLDER, TextJob, TextMaker, TextUnit, make_units
+from capgap.pipeline.generate.unit_record import TextCounts, TextRecord
 from capgap.pipeline.models.load import model_path
 from capgap.pipeline.models.text import RunText, write_tokenizer
 from capgap.pipeline.models.tokenizers import load_tokenizer
@@ -77,7 +77,7 @@ def run(context: StageContext) -> StageResult:
     """
     check(context.run, context.instance, context.inputs)
     job = prepare(context)
-    maker = UnitMaker(job)
+    maker = TextMaker(job)
     for unit in sorted(job.units.made()):
         maker.require_whole(unit)
     made = job.units.made()
@@ -104,7 +104,7 @@ def prepare(context: StageContext) -> TextJob:
     units = []
     for split in _SPLITS:
         each = [chosen[split][i : i + rounds.unit_prompts] for i in range(0, len(chosen[split]), rounds.unit_prompts)]
-        units += [Unit(split, number, tuple(part)) for number, part in enumerate(each)]
+        units += [TextUnit(split, number, tuple(part)) for number, part in enumerate(each)]
     work = context.folder / WORK_FOLDER
     plan_units(work, "units", len(units), f"{UNITS_FOLDER}/*.json")
     positions = ModelFacts.model_validate(made.manifest.facts).max_positions
@@ -127,7 +127,7 @@ def prepare(context: StageContext) -> TextJob:
 
 def _finished(context: StageContext, job: TextJob) -> StageResult:
     records = [job.record(unit) for unit in range(job.units.total)]
-    parts: dict[Split, list[UnitRecord]] = {split: [] for split in _SPLITS}
+    parts: dict[Split, list[TextRecord]] = {split: [] for split in _SPLITS}
     for unit, record in zip(job.each_unit, records, strict=True):
         assert record is not None, "made and looked at above"
         parts[unit.split].append(record)
@@ -185,7 +185,7 @@ def _require_some(context: StageContext, job: TextJob, split: Split, counts: Tex
         )
 
 
-def _sum(records: list[UnitRecord]) -> TextCounts:
+def _sum(records: list[TextRecord]) -> TextCounts:
     total = TextCounts()
     for record in records:
         total = total.plus(record.counts)

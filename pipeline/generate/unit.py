@@ -25,9 +25,9 @@ from capgap.pipeline.corpus.pack import Encoded
 from capgap.pipeline.corpus.sources import Document
 from capgap.pipeline.corpus.whole import best_fit, in_whole_rows
 from capgap.pipeline.generate.answers_file import SUFFIX, Written, write_answers
-from capgap.pipeline.generate.asking import Answer, Asking
+from capgap.pipeline.generate.asking import Asking, SampledAnswer
 from capgap.pipeline.generate.prompts import PromptRecord, Split
-from capgap.pipeline.generate.unit_record import TextCounts, UnitRecord
+from capgap.pipeline.generate.unit_record import TextCounts, TextRecord
 from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.stage.unit_notes import UnitNotes
 from capgap.pipeline.store import Block, ShardWriter, split_blocks
@@ -45,7 +45,7 @@ _RUN_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class Unit:
+class TextUnit:
     """Which prompts a unit answers.
 
     Attributes:
@@ -81,7 +81,7 @@ class TextJob:
 
     settings: RoundsSettings
     prompts: tuple[PromptRecord, ...]
-    each_unit: tuple[Unit, ...]
+    each_unit: tuple[TextUnit, ...]
     writer: str
     seeds: str
     folder: Path
@@ -107,12 +107,12 @@ class TextJob:
         """The manifest's description of a split."""
         return self.shards_of(split).shard_set(shards)
 
-    def record(self, unit: int) -> UnitRecord | None:
+    def record(self, unit: int) -> TextRecord | None:
         """What is known of a unit; None where it is not finished. Its files are not looked at."""
-        return read_sidecar(self.units.path(unit), UnitRecord)
+        return read_sidecar(self.units.path(unit), TextRecord)
 
 
-class UnitMaker:
+class TextMaker:
     """Makes units of a job; the writer is started with the first, and never where none is made."""
 
     def __init__(self, job: TextJob) -> None:
@@ -132,7 +132,7 @@ class UnitMaker:
             self.job.units.path(unit).unlink(missing_ok=True)
         return is_whole
 
-    def make(self, number: int) -> UnitRecord:
+    def make(self, number: int) -> TextRecord:
         """Make a unit, replacing what may be there of it.
 
         Raises:
@@ -145,7 +145,7 @@ class UnitMaker:
         asked, num_too_long = self._asked(unit)
         made = self._started().generate([prompt for _, _, prompt in asked]) if asked else []
         written: list[Written] = []
-        kept: list[tuple[Prompt, Answer]] = []
+        kept: list[tuple[Prompt, SampledAnswer]] = []
         for (place, sample, prompt), generated in zip(asked, made, strict=True):
             answer = self._asking.answer(generated)
             finish = self._finish(answer)
@@ -158,7 +158,7 @@ class UnitMaker:
         shard, written = self._write(unit, kept, written)
         file = write_answers(job.folder / f"{unit.split}-{unit.number:06d}{SUFFIX}", written)
         counts = _counts(written, kept, len(unit.prompts), num_too_long)
-        found = UnitRecord(shard=shard, answers=file, counts=counts)
+        found = TextRecord(shard=shard, answers=file, counts=counts)
         write_sidecar(job.units.path(number), found)
         return found
 
@@ -198,7 +198,7 @@ class UnitMaker:
             with_logprobs=True,
         )
 
-    def _asked(self, unit: Unit) -> tuple[list[tuple[int, int, Prompt]], int]:
+    def _asked(self, unit: TextUnit) -> tuple[list[tuple[int, int, Prompt]], int]:
         """Every request of a unit with its prompt's place and its sample, and how many prompts are too long."""
         num_samples = self.job.settings.num_samples if unit.split == "student" else 1
         asked: list[tuple[int, int, Prompt]] = []
@@ -213,7 +213,7 @@ class UnitMaker:
                 asked.append((place, sample, self._asking.request(ids, room, f"{self.job.seeds} {place} {sample}")))
         return asked, num_too_long
 
-    def _finish(self, answer: Answer) -> Literal["stop", "length", "empty", "unknown"]:
+    def _finish(self, answer: SampledAnswer) -> Literal["stop", "length", "empty", "unknown"]:
         if any(one >= self.job.tokenizer.vocab_size for one in answer.ids):
             return "unknown"
         if not answer.text.strip():
@@ -230,7 +230,7 @@ class UnitMaker:
         return text.strip() in {reference.strip() for reference in references}
 
     def _write(
-        self, unit: Unit, kept: list[tuple[Prompt, Answer]], written: list[Written]
+        self, unit: TextUnit, kept: list[tuple[Prompt, SampledAnswer]], written: list[Written]
     ) -> tuple[ShardEntry | None, list[Written]]:
         """The shard of the answers that are kept, and all answers with their places in it."""
         if not kept:
@@ -256,7 +256,7 @@ class UnitMaker:
         return shard, placed
 
 
-def make_units(maker: UnitMaker, missing: Sequence[int], made: Callable[[UnitRecord], Any]) -> None:
+def make_units(maker: TextMaker, missing: Sequence[int], made: Callable[[TextRecord], Any]) -> None:
     """Make these units, one after the other."""
     try:
         for unit in missing:
@@ -265,13 +265,13 @@ def make_units(maker: UnitMaker, missing: Sequence[int], made: Callable[[UnitRec
         maker.close()
 
 
-def _encoded(prompt: Prompt, answer: Answer) -> Encoded:
+def _encoded(prompt: Prompt, answer: SampledAnswer) -> Encoded:
     mask = [False] * len(prompt.ids) + [True] * len(answer.ids)
     return Encoded(Document("", answer.text), [*prompt.ids, *answer.ids], mask)
 
 
 def _counts(
-    written: Sequence[Written], kept: Sequence[tuple[Prompt, Answer]], num_prompts: int, num_too_long: int
+    written: Sequence[Written], kept: Sequence[tuple[Prompt, SampledAnswer]], num_prompts: int, num_too_long: int
 ) -> TextCounts:
     graded = [one.right for one in written if one.right is not None]
     finishes = [one.finish for one in written]

@@ -55,7 +55,7 @@ class TextCounts(Entry):
         return self.model_copy(update={name: value + getattr(other, name) for name, value in self})
 
 
-class UnitRecord(Entry):
+class TextRecord(Entry):
     """A finished unit."""
 
     shard: ShardEntry | None

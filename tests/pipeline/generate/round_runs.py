@@ -1,0 +1,97 @@
+"""The smallest runs with rounds: a given teacher of fresh weights, a student of fresh weights, a few prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tiny_models import save_model, tiny_llama
+from tiny_runs import salted_texts
+from tiny_texts import write_texts
+
+from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.pipeline.workflow.graph import instances
+from capgap.schemas.manifest import Manifest
+from capgap.schemas.run_file import RunFile
+
+SEQ_LEN = 48
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+ROUNDS: dict[str, Any] = {
+    "engine": "transformers",
+    "num": 2,
+    "max_new_tokens": 10,
+    "stop": ["e", "a"],
+    "heldout_fraction": 0.3,
+    "unit_prompts": 5,
+}
+
+
+def prompt_lines(number: int) -> list[dict[str, Any]]:
+    """Prompts of both kinds, some with a reference."""
+    texts: list[dict[str, Any]] = [{"prompt": f"salt {i} is", "reference": "salt"} for i in range(number // 2)]
+    chats = [{"messages": [{"role": "user", "content": f"what is {i}?"}]} for i in range(number - number // 2)]
+    return texts + chats
+
+
+def write_prompts(path: Path, lines: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """A run file's settings; its texts, prompts and teacher are written there."""
+    texts = salted_texts("salt")
+    write_texts(folder, texts)
+    tokenizer = train_tokenizer(texts, 300)
+    tokenizer.chat_template = TEMPLATE
+    teacher = tiny_llama(2, max_position_embeddings=SEQ_LEN, initializer_range=0.2, vocab_size=len(tokenizer))
+    save_model(folder / "given", teacher, tokenizer)
+    return {
+        "name": "rounds",
+        "out": str(folder / "out"),
+        "device": "cpu",
+        "seeds": [1],
+        "corpus": {
+            "sources": [str(folder / "*.txt")],
+            "tokenizer": str(folder / "given"),
+            "seq_len": SEQ_LEN,
+            "teacher_fraction": 0.0,
+            "heldout_fraction": 0.2,
+        },
+        "teacher": {"path": str(folder / "given")},
+        "rounds": ROUNDS | {"prompts": write_prompts(folder / "prompts.jsonl", prompt_lines(24))},
+        "cache": {"engine": "transformers", "num_samples": 20},
+        "student": {"model": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}},
+        "train": {"batch_sequences": 2, "num_epochs": 2},
+    }
+
+
+def run_of(settings: dict[str, Any], **rounds: Any) -> RunFile:
+    """The run file, with other settings of its rounds."""
+    return RunFile.model_validate(settings | {"rounds": settings["rounds"] | rounds})
+
+
+def make(run: RunFile, *names: str) -> dict[str, Manifest]:
+    """Make these instances in this process, in the run's order."""
+    return {one.name: carry_out(run, one) for one in instances(run) if one.name in names}
+
+
+def start_in(run: RunFile) -> Callable[..., int]:
+    """What stands for the driver's fresh processes."""
+
+    def start(arguments: Any) -> int:
+        name = arguments[arguments.index("--instance") + 1]
+        carry_out(run, next(one for one in instances(run) if one.name == name), remake="--force" in arguments)
+        return 0
+
+    return start
+
+
+FIRST = Instance("generate", round=0)
