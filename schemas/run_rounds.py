@@ -81,6 +81,12 @@ class RoundsSettings(Record):
     unit_prompts: int = Field(256, ge=1)
     """Prompts of a unit: all their answers are written side by side and become one shard."""
 
+    replicas: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
+    """Writers at work at the same time, each in a process and on devices of its own; they are started by Ray."""
+
+    tensor_parallel: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
+    """Devices that vLLM spreads the teacher over while it writes. A student writes on one."""
+
     gpu_memory_fraction: float = Field(0.8, gt=0, le=0.95, json_schema_extra=OPERATIONAL)
     """Share of a GPU's memory that vLLM may claim."""
 
@@ -98,6 +104,14 @@ class RoundsSettings(Record):
                 raise ValueError(f"answer_pattern: found {self.answer_pattern!r}: {error}") from None
             if groups != 1:
                 raise ValueError(f"answer_pattern: found {groups} groups, expected one, around what is compared")
+        return self
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        if self.engine != "vllm" and self.tensor_parallel > 1:
+            raise ValueError(
+                f"tensor_parallel: found {self.tensor_parallel} with engine {self.engine}, expected engine vllm"
+            )
         return self
 
     def text_settings(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -127,6 +128,7 @@ class VllmGenerator:
         section: of the run file, that asks for it.
         num_at_once: answers that are written side by side.
         with_logprobs: hand out the logprob of each token too; the head then computes in float32.
+        num_devices: that the model is spread over.
 
     Raises:
         MachineError: vLLM is not installed, or cannot run the model here.
@@ -144,32 +146,37 @@ class VllmGenerator:
         section: str = "judge.answers",
         num_at_once: int = BATCH_QUESTIONS,
         with_logprobs: bool = False,
+        num_devices: int = 1,
     ) -> None:
         self._section, self._with_logprobs = section, with_logprobs
         setting = f"{section}.engine"
         require_vllm(setting)
-        set_environment(device, 1)
+        set_environment(device, num_devices)
         import vllm
 
         require_platform(device, setting)
         config = teacher_config(path, length, device, trust_remote_code, setting)
         self._stop_ids = list(stop_ids)
+        more: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_fraction}
         if device == "cpu":
-            memory = memory_settings(config, device, _BATCH_TOKENS, length, gpu_memory_fraction, 1, 1)
-        else:
-            memory = {"gpu_memory_utilization": gpu_memory_fraction}
+            more = memory_settings(config, device, _BATCH_TOKENS, length, gpu_memory_fraction, 1, 1)
         if with_logprobs:
             # as the cache has it: the logprobs of both are then those of one arithmetic
-            memory["hf_overrides"] = {"head_dtype": "float32"}
+            more["hf_overrides"] = {"head_dtype": "float32"}
+        if num_devices > 1:
+            more |= {"tensor_parallel_size": num_devices, "distributed_executor_backend": "mp"}
+            more["worker_extension_cls"] = "capgap.pipeline.cache.vllm_worker.CaptureExtension"
         with _one_line("the model could not be started", section):
             self._llm = vllm.LLM(
                 **llm_settings(path, config, device, trust_remote_code, dtype),
                 max_model_len=length,
                 max_num_seqs=num_at_once,
                 seed=0,
-                **memory,
+                **more,
             )
         silence_dumps()
+        if num_devices > 1:
+            self._llm.collective_rpc("capgap_die_with", args=(os.getpid(),))
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Generated]:
         """As `Generator.generate`.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from capgap.pipeline.stage.context import Instance
-from capgap.pipeline.stage.declaration import Stage
+from capgap.pipeline.stage.declaration import Engines, Stage
 from capgap.pipeline.stage.rounds import last_texts, rounds_of, texts, writer_of, writing
 from capgap.schemas.run_file import RunFile
 
@@ -51,6 +51,7 @@ STAGE = Stage(
     sources=_sources,
     on_device=True,
     is_costly=lambda run, instance: True,
+    engines=lambda run: Engines(rounds_of(run).replicas, rounds_of(run).tensor_parallel),
     is_sliced=True,
     preflight="capgap.pipeline.generate.preflight:require_writable",
 )

@@ -7,7 +7,7 @@ behind its prompt, under the context rule `document`; the loss mask begins where
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from capgap.pipeline.generate.asking import Asking, require_same_ends, turn_ends
 from capgap.pipeline.generate.declaration import WRITER
 from capgap.pipeline.generate.prompts import Split, read_prompts, split_prompts
-from capgap.pipeline.generate.unit import UNITS_FOLDER, TextJob, TextMaker, TextUnit, make_units
+from capgap.pipeline.generate.unit import UNITS_FOLDER, TextJob, TextMaker, TextUnit
 from capgap.pipeline.generate.unit_record import TextCounts, TextRecord
 from capgap.pipeline.models.load import model_path
 from capgap.pipeline.models.text import RunText, write_tokenizer
@@ -82,9 +82,24 @@ def run(context: StageContext) -> StageResult:
         maker.require_whole(unit)
     made = job.units.made()
     missing = [unit for unit in range(job.units.total) if unit not in made]
-    with progress(f"generate: {context.instance.name}", job.units.total, "units", len(made)) as meter:
-        make_units(maker, missing, lambda record: meter.advance(1, record.counts.num_answer_tokens))
+    with progress(f"{context.instance.name}", job.units.total, "units", len(made)) as meter:
+        for record in _make(job, maker, missing, context):
+            meter.advance(1, record.counts.num_answer_tokens)
     return _finished(context, job)
+
+
+def _make(job: TextJob, maker: TextMaker, missing: list[int], context: StageContext) -> Iterator[TextRecord]:
+    """Make these units, and say of each what is known when it is finished."""
+    if missing and job.settings.replicas > 1:
+        # imported here: Ray is an extra
+        from capgap.pipeline.generate.replicas import make_by_replicas
+
+        yield from make_by_replicas(job, missing, context)
+        return
+    try:
+        yield from map(maker.make, missing)
+    finally:
+        maker.close()
 
 
 def prepare(context: StageContext) -> TextJob:
@@ -121,6 +136,7 @@ def prepare(context: StageContext) -> TextJob:
         tokenizer=text.facts.tokenizer,
         bos_ids=text.facts.bos_ids,
         device=context.device,
+        num_devices=rounds.tensor_parallel if writer_of(instance) == "teacher" else 1,
         trust_remote_code=_trusts(run, instance),
     )
 

@@ -13,11 +13,11 @@ Legend: B rows, L targets a row.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from capgap.pipeline.answers.chat import Prompt
 from capgap.pipeline.answers.generators import Generator, TransformersGenerator, VllmGenerator
@@ -76,6 +76,7 @@ class TextJob:
         tokenizer: its facts.
         bos_ids: what a text begins with.
         device: `cpu` or `cuda:0`.
+        num_devices: that the writer is spread over.
         trust_remote_code: run code that comes with the writer.
     """
 
@@ -91,6 +92,7 @@ class TextJob:
     tokenizer: TokenizerFacts
     bos_ids: tuple[int, ...]
     device: str
+    num_devices: int
     trust_remote_code: bool
 
     @property
@@ -162,6 +164,10 @@ class TextMaker:
         write_sidecar(job.units.path(number), found)
         return found
 
+    def start(self) -> None:
+        """Start the writer now, rather than with the first unit; errors as the engine."""
+        self._started()
+
     def close(self) -> None:
         """Give back the device."""
         if self._generator is not None:
@@ -196,6 +202,7 @@ class TextMaker:
             section="rounds",
             num_at_once=_AT_ONCE,
             with_logprobs=True,
+            num_devices=job.num_devices,
         )
 
     def _asked(self, unit: TextUnit) -> tuple[list[tuple[int, int, Prompt]], int]:
@@ -254,15 +261,6 @@ class TextMaker:
             else:
                 placed.append(one)
         return shard, placed
-
-
-def make_units(maker: TextMaker, missing: Sequence[int], made: Callable[[TextRecord], Any]) -> None:
-    """Make these units, one after the other."""
-    try:
-        for unit in missing:
-            made(maker.make(unit))
-    finally:
-        maker.close()
 
 
 def _encoded(prompt: Prompt, answer: SampledAnswer) -> Encoded:
