@@ -24,7 +24,7 @@ class SampledAnswer:
         ids: the very tokens that were sampled, with the one that ended them.
         logprobs: the writer's own of each, nats, at temperature 1 and over its whole vocabulary.
         ended: whether the writer ended the answer.
-        text: without special tokens.
+        text: without special tokens, and without the token that ended it.
     """
 
     ids: tuple[int, ...]
@@ -98,12 +98,11 @@ class Asking:
 
     def answer(self, made: Generated) -> SampledAnswer:
         """The answer, ended behind the first of the texts that stop it."""
-        ids = made.ids if made.end_id is None else (*made.ids, made.end_id)
         length = self._stopped(made.ids)
-        if length is not None:
-            ids = made.ids[:length]
+        said = made.ids[:length]
+        ids = said if length is not None or made.end_id is None else (*said, made.end_id)
         ended = made.end_id is not None or length is not None
-        return SampledAnswer(ids, made.logprobs[: len(ids)], ended, self._decoded(ids))
+        return SampledAnswer(ids, made.logprobs[: len(ids)], ended, self._decoded(said))
 
     def _stopped(self, ids: Sequence[int]) -> int | None:
         """Tokens with which the first stop text is whole; None where none stands there."""

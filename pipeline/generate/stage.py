@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from capgap.pipeline.generate.asking import Asking, require_same_ends, turn_ends
 from capgap.pipeline.generate.declaration import WRITER
@@ -155,12 +156,7 @@ def _finished(context: StageContext, job: TextJob) -> StageResult:
     for split in wanted:
         shards: list[ShardEntry] = [record.shard for record in parts[split] if record.shard is not None]
         sets[split] = job.shard_set(split, shards)
-    ids = {
-        split: count_ids((block for block, _ in ShardReader(job.folder, shards)), job.tokenizer.vocab_size)
-        if (shards := sets.get(split)) is not None
-        else np.zeros(job.tokenizer.vocab_size, np.int64)
-        for split in _SPLITS
-    }
+    ids = {split: _count(job, sets.get(split)) for split in _SPLITS}
     write_counts(context.folder, ids)
     write_tokenizer(context.input("corpus"), job.writer, context.folder)
     source = f"written by {_writer(context.inputs).manifest.instance}"
@@ -206,6 +202,14 @@ def _sum(records: list[TextRecord]) -> TextCounts:
     for record in records:
         total = total.plus(record.counts)
     return total
+
+
+def _count(job: TextJob, shards: ShardSet | None) -> npt.NDArray[np.int64]:
+    """How often the shards hold each id."""
+    reader = None if shards is None else ShardReader(job.folder, shards)
+    members = range(0 if reader is None else reader.shard_set.num_members)
+    blocks = (reader.read(member)[0] for member in members if reader is not None)
+    return count_ids(blocks, job.tokenizer.vocab_size)
 
 
 def _split_facts(counts: TextCounts, source: str) -> SplitFacts:
