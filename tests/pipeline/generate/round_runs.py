@@ -32,6 +32,30 @@ ROUNDS: dict[str, Any] = {
     "unit_prompts": 5,
 }
 
+_MADE_AGAIN = {"generate", "cache", "train", "eval", "report"}
+ROUND_ROWS: list[tuple[str, Any, set[str]]] = [
+    ("rounds.prompts", ["other.jsonl"], _MADE_AGAIN),
+    ("rounds.prompts_per_round", 7, _MADE_AGAIN),
+    ("rounds.num_samples", 7, _MADE_AGAIN),
+    ("rounds.max_new_tokens", 7, _MADE_AGAIN),
+    ("rounds.temperature", 0.5, _MADE_AGAIN),
+    ("rounds.top_p", 0.5, _MADE_AGAIN),
+    ("rounds.stop", ["a"], _MADE_AGAIN),
+    ("rounds.seed", 1, _MADE_AGAIN),
+    ("rounds.heldout_fraction", 0.2, _MADE_AGAIN),
+    ("rounds.num_heldout_prompts", 7, _MADE_AGAIN),
+    ("rounds.answer_pattern", "(a)", _MADE_AGAIN),
+    ("rounds.engine", "transformers", _MADE_AGAIN),
+    ("rounds.dtype", "float32", _MADE_AGAIN),
+    ("rounds.unit_prompts", 7, _MADE_AGAIN),
+    ("rounds.replicas", 2, set()),
+    ("rounds.tensor_parallel", 2, set()),
+    ("rounds.gpu_memory_fraction", 0.5, set()),
+]
+"""Setting, a value other than its default, and the stages that are made again for it."""
+ROUND_STRUCTURE = {f"rounds.{name}" for name in ("num", "first_writer", "off_policy_arms", "replay")}
+"""What rounds there are, and what a training reads of those before it."""
+
 
 def prompt_lines(number: int) -> list[dict[str, Any]]:
     """Prompts of both kinds, some with a reference."""
