@@ -156,8 +156,7 @@ def _finished(context: StageContext, job: TextJob) -> StageResult:
     for split in wanted:
         shards: list[ShardEntry] = [record.shard for record in parts[split] if record.shard is not None]
         sets[split] = job.shard_set(split, shards)
-    ids = {split: _count(job, sets.get(split)) for split in _SPLITS}
-    write_counts(context.folder, ids)
+    write_counts(context.folder, {str(split): _count(job, sets.get(split)) for split in _SPLITS})
     write_tokenizer(context.input("corpus"), job.writer, context.folder)
     source = f"written by {_writer(context.inputs).manifest.instance}"
     facts = CorpusFacts(

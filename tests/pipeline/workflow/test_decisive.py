@@ -248,17 +248,11 @@ BESIDE |= {row[0]: {"tune": dict(TUNE)} for row in TABLE if row[0].startswith("t
 BESIDE |= {f"tune.lora.{name}": {"tune": TUNE | {"lora": {}}} for name in LORA}
 BESIDE |= {f"tune.{name}": {"tune": TUNE | {"schedule": "wsd"}} for name in ("decay_fraction", "decay_shape")}
 REPLACES = {"teacher.path": GIVEN_TEACHER, "student.path": {"student.model": None}}
-STRUCTURE = {
-    "seeds",
-    "arms",
-    "reuse",
-    "benchmarks.teacher",
-    "judge.teacher",
-} | ROUND_STRUCTURE  # each has tests of its own
+STRUCTURE = {"seeds", "arms", "reuse", "benchmarks.teacher", "judge.teacher"}  # each has tests of its own below
 # these need a finished cache: tests/pipeline/tune
 STRUCTURE |= {
     f"tune.{name}" for name in ("cache", "alpha", "recording", "temperature", "divergence", "jsd_beta", "tail")
-}
+} | ROUND_STRUCTURE
 
 
 def _identities(run: RunFile) -> dict[str, str]:
