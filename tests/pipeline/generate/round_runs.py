@@ -7,15 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from tiny_models import save_model, tiny_llama
 from tiny_runs import salted_texts
 from tiny_texts import write_texts
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.generate.answers_file import Written, read_answers
 from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.store import ShardReader
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.graph import instances
 from capgap.schemas.manifest import Manifest
+from capgap.schemas.records import Sequences
 from capgap.schemas.run_file import RunFile
 
 SEQ_LEN = 48
@@ -119,3 +124,36 @@ def start_in(run: RunFile) -> Callable[..., int]:
 
 
 FIRST = Instance("generate", round=0)
+
+
+def answers_of(folder: Path, split: str) -> list[tuple[int, Written]]:
+    """Each answer of a split, with the number of its shard."""
+    paths = sorted(folder.glob(f"{split}-*.answers.parquet"))
+    return [(number, one) for number, path in enumerate(paths) for one in read_answers(path)]
+
+
+def shards_of(folder: Path, manifest: Manifest, split: str) -> list[Sequences]:
+    """The rows of each shard of a split."""
+    reader = ShardReader(folder, manifest.shard_sets[split])
+    rows, member = [], 0
+    for shard in manifest.shard_sets[split].shards:
+        blocks = [reader.read(member + i)[0] for i in range(len(shard.members))]
+        member += len(blocks)
+        rows.append(type(blocks[0]).joined(blocks))
+    return rows
+
+
+def logprobs_again(folder: Path, manifest: Manifest, model: Any) -> torch.Tensor:
+    """What transformers gives to each token of the student's answers, less what the writer said."""
+    rows, differences = shards_of(folder, manifest, "student"), []
+    for number, one in answers_of(folder, "student"):
+        if one.row < 0:
+            continue
+        start = int(np.flatnonzero(rows[number].starts_BL1[one.row][: one.first]).max())
+        ids = torch.tensor(rows[number].tokens_BL1[one.row, start : one.first + len(one.logprobs)][None])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0].log_softmax(-1)
+        place = one.first - start
+        found = logprobs[range(place - 1, len(ids[0]) - 1), ids[0, place:]]
+        differences.append(found - torch.tensor(one.logprobs))
+    return torch.cat(differences)

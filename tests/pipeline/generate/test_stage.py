@@ -10,15 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from round_runs import FIRST, SEQ_LEN, prompt_lines, write_prompts
+from round_runs import FIRST, SEQ_LEN, answers_of, logprobs_again, prompt_lines, shards_of, write_prompts
 
-from capgap.pipeline.generate.answers_file import Written, read_answers
 from capgap.pipeline.generate.asking import require_same_ends, turn_ends
 from capgap.pipeline.models.load import load_model
 from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.stage.context import Instance, Slice
-from capgap.pipeline.store import ShardReader
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.slices import carry_out_slice
 from capgap.pipeline.workflow.state import State, states
@@ -27,23 +24,6 @@ from capgap.schemas.facts import CorpusFacts
 from capgap.schemas.run_file import RunFile
 
 MakeRounds = Callable[..., RunFile]
-
-
-def answers_of(folder: Path, split: str) -> list[tuple[int, Written]]:
-    """Each answer of a split, with the number of its shard."""
-    paths = sorted(folder.glob(f"{split}-*.answers.parquet"))
-    return [(number, one) for number, path in enumerate(paths) for one in read_answers(path)]
-
-
-def shards_of(folder: Path, manifest, split: str):
-    """The rows of each shard of a split."""
-    reader = ShardReader(folder, manifest.shard_sets[split])
-    rows, member = [], 0
-    for shard in manifest.shard_sets[split].shards:
-        blocks = [reader.read(member + i)[0] for i in range(len(shard.members))]
-        member += len(blocks)
-        rows.append(type(blocks[0]).joined(blocks))
-    return rows
 
 
 def test_the_text_is_a_corpus_of_whole_answers_whose_labels_begin_where_they_do(make_rounds: MakeRounds) -> None:
@@ -82,18 +62,9 @@ def test_the_logprobs_are_those_that_transformers_gives_to_the_same_tokens(make_
     run = make_rounds()
     manifest = carry_out(run, FIRST)
     folder = Path(run.out) / FIRST.name
-    model = load_model(begun["teacher"]["path"], "cpu")
-    rows, differences = shards_of(folder, manifest, "student"), []
-    for number, one in answers_of(folder, "student"):
-        start = int(np.flatnonzero(rows[number].starts_BL1[one.row][: one.first]).max())
-        ids = torch.tensor(rows[number].tokens_BL1[one.row, start : one.first + len(one.logprobs)][None])
-        with torch.no_grad():
-            logprobs = model(ids).logits[0].log_softmax(-1)
-        place = one.first - start
-        found = logprobs[range(place - 1, len(ids[0]) - 1), ids[0, place:]]
-        differences.append(found - torch.tensor(one.logprobs))
+    differences = logprobs_again(folder, manifest, load_model(begun["teacher"]["path"], "cpu"))
     # float32 sums in another order: with the keys and values of earlier tokens kept, and all at once
-    assert torch.cat(differences).square().mean().sqrt() < 1e-5
+    assert differences.square().mean().sqrt() < 1e-5
 
 
 def test_a_text_comes_out_again_and_at_another_seed_it_does_not(make_rounds: MakeRounds) -> None:
