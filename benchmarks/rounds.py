@@ -43,7 +43,8 @@ from capgap.pipeline.models.load import load_model
 from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.store import keep_freed_memory
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.workflow.driver import walk
+from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.pipeline.workflow.driver import start_afresh, walk
 from capgap.pipeline.workflow.graph import instances
 from capgap.schemas.run_file import RunFile
 
@@ -205,7 +206,18 @@ class Bench:
     def make(self, seed: int) -> None:
         """Every stage of the seed."""
         run = self.run(seed)
-        walk(run, instances(run), log=lambda name, why: print(f"{name}: {why}", file=sys.stderr))
+
+        def log(name: str, why: str) -> None:
+            if why != "current":
+                print(f"{name}: {why}", file=sys.stderr)
+
+        def start_here(arguments: Sequence[str]) -> int:
+            name = arguments[arguments.index("--instance") + 1]
+            carry_out(run, next(one for one in instances(run) if one.name == name), remake="--force" in arguments)
+            return 0
+
+        # vLLM gives back what it holds when its process ends
+        walk(run, instances(run), log=log, start=start_afresh if self.size.engine == "vllm" else start_here)
 
     def measured(self, arm: str, seed: int) -> dict[str, Any]:
         """What came of an arm of the seed that was made last; `online` is trained here."""

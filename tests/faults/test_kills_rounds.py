@@ -1,4 +1,4 @@
-"""kill -9 in each stage of a second round; the same command again ends in what an undisturbed run makes, bit for bit."""
+"""kill -9 in each stage of a second round; the same command again ends in what an undisturbed run makes."""
 
 from __future__ import annotations
 
