@@ -163,7 +163,7 @@ def _finished(context: StageContext, job: TextJob) -> StageResult:
         tokenizer=job.tokenizer,
         context="document",
         bos_ids=job.bos_ids,
-        turn_end_ids=(),
+        turn_end_ids=RunText(context.input("corpus")).facts.turn_end_ids,
         splits={"teacher": _split_facts(TextCounts(), source)}
         | {split: _split_facts(counts[split], source) for split in _SPLITS},
         text_sources=(source,),
