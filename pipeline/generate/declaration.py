@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.context import FINAL, Instance
 from capgap.pipeline.stage.declaration import Engines, Stage
 from capgap.pipeline.stage.rounds import last_texts, rounds_of, texts, writer_of, writing
 from capgap.schemas.run_file import RunFile
@@ -21,11 +21,11 @@ def _instances(run: RunFile) -> list[Instance]:
 
 def _inputs(run: RunFile, instance: Instance) -> list[str]:
     # the teacher beside a student too: it fixes how answers end, and who is to score them
-    return list(dict.fromkeys(["corpus", "teacher", writing(instance).name]))
+    return list(dict.fromkeys(["corpus", "teacher", writing(run, instance).name]))
 
 
 def _roles(run: RunFile, instance: Instance) -> Mapping[str, str]:
-    return {writing(instance).name: WRITER} if writer_of(instance) == "student" else {}
+    return {writing(run, instance).name: WRITER} if writer_of(instance) == "student" else {}
 
 
 def _decisive(run: RunFile, instance: Instance) -> dict[str, Any]:
@@ -50,7 +50,8 @@ STAGE = Stage(
     settings=_decisive,
     sources=_sources,
     on_device=True,
-    is_costly=lambda run, instance: True,
+    # what final students write is little, and made again after every further round
+    is_costly=lambda run, instance: instance.round != FINAL,
     engines=lambda run: Engines(rounds_of(run).replicas, rounds_of(run).tensor_parallel),
     is_sliced=True,
     preflight="capgap.pipeline.generate.preflight:require_writable",

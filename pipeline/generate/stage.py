@@ -21,7 +21,7 @@ from capgap.pipeline.generate.unit_record import TextCounts, TextRecord
 from capgap.pipeline.models.load import model_path
 from capgap.pipeline.models.text import RunText, write_tokenizer
 from capgap.pipeline.models.tokenizers import load_tokenizer
-from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
+from capgap.pipeline.stage.context import FINAL, Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.folder import WORK_FOLDER, plan_units
 from capgap.pipeline.stage.progress import progress
 from capgap.pipeline.stage.rounds import rounds_of, writer_of
@@ -114,7 +114,7 @@ def prepare(context: StageContext) -> TextJob:
     assert instance.round is not None
     prompts = read_prompts(rounds.prompts)
     chosen = split_prompts(prompts, rounds, instance.round)
-    if instance.round == rounds.num:
+    if instance.round == FINAL:
         # nobody learns from what the final students write
         chosen["student"] = []
     units = []

@@ -12,7 +12,7 @@ from capgap.pipeline.pages.charts import Chart, legend
 from capgap.pipeline.pages.svg import draw
 from capgap.pipeline.report.charts import arm_look
 from capgap.pipeline.report.summary import RoundLine
-from capgap.pipeline.stage.context import Instance, StageContext, StageInput
+from capgap.pipeline.stage.context import FINAL, Instance, StageContext, StageInput
 from capgap.pipeline.stage.rounds import cache_of, rounds_of, text_of, writer_of
 from capgap.pipeline.stage.scalars import METRICS_NAME
 from capgap.pipeline.train.model_card import heldout_figures
@@ -139,7 +139,7 @@ def _lines_of(run: RunFile, arm: str, seed: int, made: Mapping[str, StageInput])
     spent = 0
     for number in range(rounds_of(run).num + 1):
         is_trained = number < rounds_of(run).num
-        text = text_of(run, arm, seed, number) if is_trained else Instance("generate", arm, seed, number)
+        text = text_of(run, arm, seed, number) if is_trained else Instance("generate", arm, seed, FINAL)
         if text.name not in made:
             continue
         totals = made[text.name].manifest.totals

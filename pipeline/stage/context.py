@@ -16,6 +16,9 @@ from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.manifest import Manifest, ShardSet
 from capgap.schemas.run_file import RunFile
 
+FINAL = -1
+"""The round of what a final student writes to be measured: after all rounds, however many there are."""
+
 CHAT_CACHE = "caches/chat"
 """The name of the input that `tune.cache` is."""
 
@@ -35,7 +38,8 @@ class Instance:
     def name(self) -> str:
         """Path of the instance's folder below the run's, for example `train/distilled/seed-0`."""
         parts = [self.stage, self.arm, None if self.seed is None else f"seed-{self.seed}"]
-        parts.append(None if self.round is None else f"round-{self.round}")
+        if self.round is not None:
+            parts.append("final" if self.round == FINAL else f"round-{self.round}")
         return "/".join(part for part in parts if part is not None)
 
 

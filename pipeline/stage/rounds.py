@@ -3,6 +3,7 @@
     teacher writes:      generate/round-0                        for all arms and seeds
     first weights write: generate/seed-0/round-0                 for all arms of a seed
     a training writes:   generate/distilled/seed-0/round-1       for itself
+    a final one writes:  generate/distilled/seed-0/final         to be measured; nobody learns from it
 
 A text's cache has the same name but for the stage. The training of a round reads the round's cache, the weights of
 the round before and, with `replay`, the caches of the rounds before.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.context import FINAL, Instance
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_rounds import RoundsSettings, Writer
 
@@ -47,8 +48,7 @@ def last_texts(run: RunFile) -> list[Instance]:
     """What the final students write in answer to held-out prompts, where the run measures anything."""
     if not run.makes("eval"):
         return []
-    num = rounds_of(run).num
-    return [Instance("generate", arm, seed, num) for seed in run.seeds for arm in run.arms]
+    return [Instance("generate", arm, seed, FINAL) for seed in run.seeds for arm in run.arms]
 
 
 def round_trainings(run: RunFile) -> list[Instance]:
@@ -62,7 +62,7 @@ def last_trainings(run: RunFile) -> list[Instance]:
 
 
 def weights_before(instance: Instance) -> Instance:
-    """What made the weights that a training goes on from, or that write the text of its round."""
+    """What made the weights that a training goes on from, or that write the text of its round; not of a final one."""
     assert instance.seed is not None and instance.round is not None
     if instance.round == 0:
         return Instance("student", seed=instance.seed)
@@ -74,8 +74,10 @@ def writer_of(text: Instance) -> Writer:
     return "teacher" if text.seed is None else "student"
 
 
-def writing(text: Instance) -> Instance:
+def writing(run: RunFile, text: Instance) -> Instance:
     """The model that writes it."""
+    if text.round == FINAL:
+        return Instance("train", text.arm, text.seed, rounds_of(run).num - 1)
     return Instance("teacher") if text.seed is None else weights_before(text)
 
 

@@ -10,8 +10,9 @@ import pytest
 from pydantic import ValidationError
 from round_runs import run_of, start_in
 
-from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.context import FINAL, Instance
 from capgap.pipeline.stage.manifests import read_manifest
+from capgap.pipeline.stages import stage_named
 from capgap.pipeline.workflow.driver import walk
 from capgap.pipeline.workflow.graph import downstream, instances, roles, select
 from capgap.pipeline.workflow.state import State, states
@@ -73,8 +74,14 @@ def test_the_final_students_are_measured_under_their_usual_names_and_write_once_
     assert roles(run, Instance("eval"))["train/distilled/seed-0/round-1"] == "train/distilled/seed-0"
     assert roles(run, Instance("eval"))["cache/round-0"] == "cache"
     assert roles(run, Instance("tune", "distilled", 1)) == {"train/distilled/seed-1/round-1": "train/distilled/seed-1"}
-    assert "generate/distilled/seed-0/round-2" in names(run, "generate")
-    assert "cache/distilled/seed-0/round-2" not in names(run, "cache")
+    final = Instance("generate", "distilled", 0, FINAL)
+    assert final.name == "generate/distilled/seed-0/final" in names(run, "generate")
+    assert "cache/distilled/seed-0/final" not in names(run, "cache")
+    for num in (2, 3):
+        # after a further round it is another student's, and made again without being asked for
+        more = run_of(BARE | {"eval": {}}, num=num)
+        assert roles(more, final)[f"train/distilled/seed-0/round-{num - 1}"] == "writer"
+        assert not stage_named("generate").is_costly(more, final)
 
 
 def test_rounds_are_named_like_any_other_instance() -> None:
