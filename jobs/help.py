@@ -22,6 +22,7 @@ COMMON: dict[str, tuple[str, ...]] = {
     "cache": ("cache.recording", "cache.num_samples", "cache.top_k", "cache.max_tokens", "cache.engine"),
     "student": ("student.path", "student.model", "student.prune"),
     "train": ("train.learning_rate", "train.batch_sequences", "train.num_epochs", "train.alpha", "train.precision"),
+    "rounds": ("rounds.prompts", "rounds.num", "rounds.first_writer", "rounds.max_new_tokens", "rounds.num_samples"),
     "tune": ("tune.sources", "tune.learning_rate", "tune.num_epochs", "tune.chat_template", "tune.lora"),
     "eval": ("eval.num_sequences", "eval.num_full_sequences", "eval.teacher", "eval.speculative"),
     "benchmarks": ("benchmarks.tasks", "benchmarks.backend", "benchmarks.limit", "benchmarks.batch_sequences"),

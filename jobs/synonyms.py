@@ -122,6 +122,7 @@ COMMANDS: dict[str, str] = {
     "progress": "status",
     "prune": "student",
     "ps": "status",
+    "rollout": "generate",
     "score": "cache",
     "sft": "tune",
     "show": "status",

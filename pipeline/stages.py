@@ -18,6 +18,7 @@ from capgap.schemas.run_file import RunFile
 FOLDERS = (
     "capgap.pipeline.corpus",
     "capgap.pipeline.teacher",
+    "capgap.pipeline.generate",
     "capgap.pipeline.cache",
     "capgap.pipeline.student",
     "capgap.pipeline.train",

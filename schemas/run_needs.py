@@ -19,6 +19,7 @@ def require_needs(run: RunSections) -> None:
         )
     _require_models(run)
     _require(run, "cache", "corpus")
+    _require_rounds(run)
     _require(run, "cache", "teacher")
     _require_server(run)
     _require_text(run, "student")
@@ -70,6 +71,35 @@ def _require_server(run: RunSections) -> None:
 def _require_text(run: RunSections, section: str) -> None:
     if run.makes(section) and not (run.has("corpus") or run.has("cache")):
         raise ValueError(f"{section}: found without corpus and cache, expected {_given('cache')} beside it")
+
+
+def _require_rounds(run: RunSections) -> None:
+    """What rounds need, and what contradicts them."""
+    rounds = run.rounds
+    if rounds is None:
+        return
+    if "cache" in run.reuse:
+        raise ValueError(
+            "reuse.cache: found with rounds, expected none: their caches are made here; train.caches mixes in others"
+        )
+    for section in ("corpus", "teacher", "cache", "student", "train"):
+        if not run.has(section):
+            raise ValueError(f"rounds: found without {section}, expected {_given(section)} beside it")
+    if run.cache.num_heldout_sequences == 0:
+        raise ValueError(
+            "cache.num_heldout_sequences: found 0 with rounds, expected more: students are measured on the answers to "
+            "held-out prompts"
+        )
+    if rounds.first_writer == "teacher" or rounds.off_policy_arms:
+        setting = "first_writer" if rounds.first_writer == "teacher" else "off_policy_arms"
+        _require_teacher_model(run, f"rounds.{setting}: found", "that writes")
+    for arm in rounds.off_policy_arms:
+        if arm not in run.arms:
+            raise ValueError(f"rounds.off_policy_arms: found {arm!r}, expected some of {', '.join(sorted(run.arms))}")
+    for arm in run.arms:
+        for name in run.train_settings(arm).caches:
+            if name.startswith("round-"):
+                raise ValueError(f"train.caches: found the name {name!r} with rounds, expected another")
 
 
 def _require_models(run: RunSections) -> None:

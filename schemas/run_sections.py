@@ -18,6 +18,7 @@ from capgap.schemas.run_corpus import CorpusSettings
 from capgap.schemas.run_eval import EvalSettings
 from capgap.schemas.run_judge import JudgeSettings
 from capgap.schemas.run_model import StudentSettings, TeacherSettings
+from capgap.schemas.run_rounds import RoundsSettings
 from capgap.schemas.run_train import TrainSettings
 from capgap.schemas.run_tune import TuneSettings
 
@@ -64,6 +65,9 @@ class RunSections(Record):
 
     arms: dict[str, Annotated[dict[str, Any], PartOf(TrainSettings)]] = Field(default={"distilled": {}})
     """Variants of `train`, each with the settings in which it differs, for example `cross_entropy: {alpha: 0}`."""
+
+    rounds: RoundsSettings | None = None
+    """Text that models write, in the place of the corpus's: `cache` and `train` are made of it, round after round."""
 
     tune: TuneSettings | None = None
     """How trained students become chat models."""

@@ -39,6 +39,7 @@ KNOWN_DOUBLES: set[str] = set()
 STAGES = (
     "corpus",
     "teacher",
+    "generate",
     "cache",
     "student",
     "train",

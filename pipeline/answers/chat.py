@@ -47,10 +47,15 @@ class Generated:
     Attributes:
         ids: without the one that ended it.
         finish: `stop` if the model ended it.
+        end_id: the one that ended it; None where none did.
+        logprobs: the model's own of each of them, the one that ended it included, at temperature 1 and over the whole
+            vocabulary; empty where nobody wanted to know them.
     """
 
     ids: tuple[int, ...]
     finish: Literal["stop", "length"]
+    end_id: int | None = None
+    logprobs: tuple[float, ...] = ()
 
 
 class Chat:
@@ -82,7 +87,7 @@ class Chat:
         self._tokenizer, self._where, self._settings = tokenizer, where, settings
         require_template(tokenizer.chat_template, where)
         self._template = ChatTemplate(tokenizer, where, tokenizer.get_chat_template())
-        self.stop_ids = _stop_ids(tokenizer, where)
+        self.stop_ids = stop_ids(tokenizer, where)
         longest = max(len(self._ids(question, ("",) * (NUM_TURNS - 1))) for question in questions)
         wanted = longest + _GROWTH * settings.max_tokens
         self.length = wanted if max_positions is None else min(wanted, max_positions)
@@ -141,7 +146,7 @@ def require_template(template: object, where: str) -> None:
         )
 
 
-def _stop_ids(tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[int, ...]:
+def stop_ids(tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[int, ...]:
     """The end of text, and what the model's folder says beside it: chat models end a turn in another way."""
     found = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     path = Path(where) / "generation_config.json"

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.declaration import Engines, Stage
-from capgap.pipeline.stage.instances import once
+from capgap.pipeline.stage.instances import caches
+from capgap.schemas.run_file import RunFile
+
+
+def _text(instance: Instance) -> str:
+    """What is scored: the corpus, or the text of the round."""
+    if instance.round is None:
+        return "corpus"
+    return Instance("generate", instance.arm, instance.seed, instance.round).name
+
+
+def _roles(run: RunFile, instance: Instance) -> dict[str, str]:
+    return {_text(instance): "corpus"}
+
 
 STAGE = Stage(
     name="cache",
     help="score the corpus with the teacher and keep its distributions as shards",
     code="capgap.pipeline.cache.stage",
     section="cache",
-    instances=lambda run: once("cache", "cache", run),
-    inputs=lambda run, instance: ["corpus", "teacher"],
+    instances=caches,
+    inputs=lambda run, instance: [_text(instance), "teacher"],
+    roles=_roles,
     settings=lambda run, instance: {"cache": run.cache.decisive()},
     on_device=True,
     is_costly=lambda run, instance: True,

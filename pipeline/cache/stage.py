@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import accumulate
+from typing import Any
 
 from capgap.pipeline.cache.cross_check import CheckedShardScorer, read_cross_check
 from capgap.pipeline.cache.held import WRITING_THREADS, require_room
@@ -34,9 +35,10 @@ from capgap.schemas.facts import (
     heldout_set,
     teacher_facts,
 )
-from capgap.schemas.manifest import Members, ShardEntry, ShardSet
+from capgap.schemas.manifest import Manifest, Members, ShardEntry, ShardSet
 from capgap.schemas.run_cache import CacheSettings, RecordingName
 from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_rounds import RoundsSettings
 
 __all__ = ["check", "prepare", "reopen", "run"]
 
@@ -86,7 +88,7 @@ def run(context: StageContext) -> StageResult:
         scored=tuple(shard.facts for shard in made),
     )
     num_bytes = sum(shard_set.num_bytes for shard_set in sets.values())
-    totals = {
+    totals: dict[str, Any] = {
         "num_tokens": num_targets,
         "num_bytes": num_bytes,
         "bytes_per_token": round(num_bytes / num_targets, 3),
@@ -94,7 +96,9 @@ def run(context: StageContext) -> StageResult:
     }
     if heldout:
         sets |= {heldout_set(name): scorer.shard_set(name, heldout) for name in settings.recordings}
-    if settings.temperature == 1:
+    if context.instance.round is not None:
+        totals |= _nearness_to_writer(context.input("corpus").manifest, facts, num_labels)
+    elif settings.temperature == 1:
         scored = sets.get(heldout_set(settings.recordings[0]))
         reader = None if scored is None else ShardReader(context.folder, scored)
         require_as_measured(context.input("teacher").manifest, reader, str(context.folder))
@@ -133,6 +137,21 @@ def prepare(context: StageContext) -> CacheJob:
         trust_remote_code=context.run.teacher.trust_remote_code,
         served=teacher_facts(context.input("teacher").manifest.facts).served if settings.engine == "server" else None,
     )
+
+
+def _nearness_to_writer(text: Manifest, facts: CacheFacts, num_labels: int) -> dict[str, Any]:
+    """How near the writer of a text is to the teacher: KL(writer || teacher) on the writer's own text, nats/token.
+
+    The mean over the tokens that it sampled of its own logprob minus the teacher's estimates it without a bias, where
+    both are of temperature 1 and nothing was left out.
+    """
+    sampled = RoundsSettings.model_validate(text.resolved["rounds"])
+    own, num_written = text.totals.get("mean_logprob"), text.totals.get("answer_tokens")
+    if not isinstance(own, float) or num_written != num_labels or facts.mean_label_loss is None:
+        return {}
+    if (sampled.temperature, sampled.top_p, facts.temperature) != (1, 1, 1):
+        return {}
+    return {"writer_kl": own + facts.mean_label_loss}
 
 
 def _make(scorer: ShardScorer, context: StageContext) -> list[FinishedShard]:

@@ -113,7 +113,7 @@ def in_whole_rows(conversations: Sequence[Encoded], seq_len: int, fill_id: int, 
         fill_id: the token of the padding.
         packing: several in a row; best fit, the longest first, which leaves little padding.
     """
-    rows = _best_fit([len(one.ids) for one in conversations], seq_len + 1) if packing else _one_each(conversations)
+    rows = best_fit([len(one.ids) for one in conversations], seq_len + 1) if packing else _one_each(conversations)
     shape = (len(rows), seq_len + 1)
     tokens_BL1, starts_BL1, mask_BL1 = np.full(shape, fill_id, np.int32), np.zeros(shape, bool), np.zeros(shape, bool)
     for number, row in enumerate(rows):
@@ -133,7 +133,7 @@ def _one_each(conversations: Sequence[Encoded]) -> list[list[int]]:
     return [[index] for index in range(len(conversations))]
 
 
-def _best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Rows of indices: each length, from the longest down, goes where it leaves the least room."""
     rows: list[list[int]] = []
     with_room: dict[int, list[int]] = defaultdict(list)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.declaration import Stage
-from capgap.pipeline.stage.instances import corpus_inputs, names, once, teacher_inputs, trainings
+from capgap.pipeline.stage.instances import (
+    cache_inputs,
+    corpus_inputs,
+    final_trainings,
+    names,
+    once,
+    teacher_inputs,
+    usual_roles,
+)
 from capgap.schemas.run_file import RunFile
 
 
 def _inputs(run: RunFile, instance: Instance) -> list[str]:
-    cache = ["cache"] if run.has("cache") else []
-    return [*corpus_inputs(run), *teacher_inputs(run), *cache, *names(trainings(run))]
+    return [*corpus_inputs(run), *teacher_inputs(run), *cache_inputs(run), *names(final_trainings(run))]
 
 
 STAGE = Stage(
@@ -20,6 +27,7 @@ STAGE = Stage(
     section="eval",
     instances=lambda run: once("eval", "eval", run),
     inputs=_inputs,
+    roles=usual_roles,
     settings=lambda run, instance: {"eval": run.eval.decisive()},
     on_device=True,
     preflight="capgap.pipeline.eval.preflight:require_measurable",

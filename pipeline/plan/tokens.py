@@ -6,7 +6,9 @@ import math
 
 from capgap.pipeline.corpus.amounts import bytes_per_token, source_texts
 from capgap.pipeline.corpus.split import SPLITS
+from capgap.pipeline.generate.prompts import read_prompts, split_prompts
 from capgap.pipeline.plan.measured import text_bytes_per_token
+from capgap.pipeline.stage.rounds import rounds_of
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.facts import CacheFacts, heldout_set, text_facts
 from capgap.schemas.manifest import Manifest
@@ -72,6 +74,19 @@ def cache_tokens(run: RunFile, cache: Manifest | None, student: Figure) -> Figur
     if student.value is None or run.cache.max_tokens is None:
         return student
     return Figure(value=min(student.value, _in_shards(run, run.cache.max_tokens)), source=student.source)
+
+
+def written_tokens(run: RunFile) -> Figure:
+    """Tokens of one round's text, if every answer has its longest length: prompts come on top of that.
+
+    Raises:
+        InputError: the prompts cannot be read.
+    """
+    rounds = rounds_of(run)
+    chosen = split_prompts(read_prompts(rounds.prompts), rounds, 0)
+    num_answers = len(chosen["student"]) * rounds.num_samples
+    source = f"at most: {num_answers:,} answers of up to {rounds.max_new_tokens:,} tokens, a round"
+    return Figure(value=num_answers * rounds.max_new_tokens, source=source)
 
 
 def _in_shards(run: RunFile, num_tokens: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from capgap.pipeline.plan.judging import answer_tokens
 from capgap.pipeline.plan.measured import cache_bytes_per_token, corpus_bytes_per_token
 from capgap.pipeline.plan.sizes import ModelSize, model_size, pruned_size
-from capgap.pipeline.plan.tokens import cache_tokens, split_tokens, trained_tokens, vocab_size_of
+from capgap.pipeline.plan.tokens import cache_tokens, split_tokens, trained_tokens, vocab_size_of, written_tokens
 from capgap.pipeline.stage.manifests import Finished, finished_stage
 from capgap.pipeline.workflow.state import StageState, State
 from capgap.schemas.manifest import Manifest
@@ -85,6 +85,8 @@ class RunWork:
                 return Figure(value=0, source="the passes that score the teacher's parts are not counted")
             case "answers":
                 return answer_tokens(self.run)
+            case "generate":
+                return written_tokens(self.run)
             case "student" | "judge" | "report":
                 return Figure(value=0, source="none")
             case "tune":
@@ -99,6 +101,8 @@ class RunWork:
                 return _times(corpus_bytes_per_token(self.vocab_size), self.tokens("corpus"))
             case "cache":
                 return _times(cache_bytes_per_token(self.run.cache, self.vocab_size), self.cache_tokens)
+            case "generate":
+                return _times(corpus_bytes_per_token(self.vocab_size), self.tokens("generate"))
             case "teacher" if self.run.teacher.optimization is None:
                 return Figure(value=0, source="a given model stays where it is")
             case "teacher" | "student" | "train" | "tune":
@@ -123,7 +127,7 @@ class RunWork:
                 value = None if self.vocab_size is None else rows * self.vocab_size * _FLOAT32_BYTES
                 how = "the teacher's distributions, in float32"
                 return Figure(value=value, source=how if value is not None else "needs the tokenizer")
-            case "corpus" | "cache" | "student" | "benchmark" | "answers" | "judge" | "report":
+            case "corpus" | "cache" | "student" | "benchmark" | "answers" | "judge" | "report" | "generate":
                 return Figure(value=0, source="none")
             case _:
                 return _NOT_PLANNED
@@ -170,7 +174,7 @@ def work_of(
     text = cache if corpus is None and "corpus" not in known else corpus
     vocab_size = vocab_size_of(run, text)
     splits = splits or split_tokens(run, text, vocab_size, stated_bytes_per_token)
-    cached = cache_tokens(run, cache, splits["student"])
+    cached = cache_tokens(run, cache, splits["student"] if run.rounds is None else written_tokens(run))
     arms = [trained_tokens(run.train_settings(arm), cached) for arm in run.arms]
     heldout = splits["heldout"]
     seq_len = run.corpus.seq_len if text is None else next(iter(text.shard_sets.values())).seq_len

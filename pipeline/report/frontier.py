@@ -15,6 +15,7 @@ from typing import Any
 from capgap.pipeline.plan.costs import non_dominated, paper_flops, scoring_flops, training_flops
 from capgap.pipeline.plan.published_models import SHOTS
 from capgap.pipeline.stage.context import Instance, StageContext
+from capgap.pipeline.stage.rounds import cache_of, rounds_of, text_of, writer_of
 from capgap.schemas.base import Record
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.results import TEACHER, EvalResults, ModelResult
@@ -143,9 +144,14 @@ def _arm(context: StageContext, results: EvalResults, arm: str) -> CostedModel:
 
 
 def _trained_tokens(context: StageContext, instance: Instance) -> int | None:
-    made = context.inputs.get(instance.name)
-    found = None if made is None else made.manifest.totals.get("num_tokens")
-    return found if isinstance(found, int) else None
+    """Of a training in rounds, that of all rounds."""
+    found = [
+        made.manifest.totals.get("num_tokens")
+        for made in context.inputs.values()
+        if made.manifest.instance == instance.name or made.manifest.instance.startswith(f"{instance.name}/round-")
+    ]
+    counts = [count for count in found if isinstance(count, int)]
+    return sum(counts) if counts and len(counts) == len(found) else None
 
 
 def _scored_tokens(context: StageContext, arm: str, tokens: int | None) -> tuple[int | None, str]:
@@ -157,9 +163,20 @@ def _scored_tokens(context: StageContext, arm: str, tokens: int | None) -> tuple
         return tokens, ""
     if settings.caches:
         return None, "it learns from further caches, whose teachers' sizes are not known"
+    if context.run.rounds is not None:
+        return _tokens_of_rounds(context, arm), ""
     cache = context.input("cache").manifest
     recording = next(iter(CacheFacts.model_validate(cache.facts).recordings))
     return cache.shard_sets[recording].num_tokens, ""
+
+
+def _tokens_of_rounds(context: StageContext, arm: str) -> int:
+    """Rows that the teacher scored for an arm, and tokens that it wrote for it, of one seed."""
+    run, totals = context.run, {made.manifest.instance: made.manifest.totals for made in context.inputs.values()}
+    texts = [text_of(run, arm, run.seeds[0], number) for number in range(rounds_of(run).num)]
+    counts = [totals[cache_of(text).name]["num_tokens"] for text in texts]
+    counts += [totals[text.name]["answer_tokens"] for text in texts if writer_of(text) == TEACHER]
+    return sum(count for count in counts if isinstance(count, int))
 
 
 def _teacher_parameters(context: StageContext, results: EvalResults) -> int | None:

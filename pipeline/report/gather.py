@@ -13,6 +13,7 @@ from capgap.pipeline.fidelity.sample import Sampling
 from capgap.pipeline.report.benchmarks import benchmarks
 from capgap.pipeline.report.frontier import run_frontier
 from capgap.pipeline.report.nearness import nearness_lines
+from capgap.pipeline.report.rounds import round_lines
 from capgap.pipeline.report.stages import stage_line
 from capgap.pipeline.report.summary import CacheSummary, Gain, Report, Series, Table, TrainingCurve
 from capgap.pipeline.report.table import build_rows, cache_line
@@ -62,6 +63,7 @@ def gather(context: StageContext) -> Report:
         cache=cache,
         fidelity=_fidelity(context.input("cache")),
         curves=_curves(context),
+        rounds=round_lines(context),
         stages=tuple(stage_line(stage, context.run) for stage in context.inputs.values()),
         settings=context.run.decisive(),
     )

@@ -13,6 +13,9 @@ from capgap.pipeline.report.frontier_charts import frontier_charts, published_ch
 from capgap.pipeline.report.judge_tables import judge_line, judge_tables
 from capgap.pipeline.report.nearness import DIFFERENCE_HEADINGS, difference_rows
 from capgap.pipeline.report.opening import opening_figures, origin
+from capgap.pipeline.report.rounds import HEADINGS as HEADINGS_OF_ROUNDS
+from capgap.pipeline.report.rounds import NOTE as ROUNDS_NOTE
+from capgap.pipeline.report.rounds import round_charts, round_rows
 from capgap.pipeline.report.run_charts import run_charts
 from capgap.pipeline.report.samples import shown_samples
 from capgap.pipeline.report.stages import STAGE_HEADINGS, stage_row, total_line
@@ -39,11 +42,15 @@ def render_page(report: Report) -> str:
         origin=origin(report),
         charts=(
             *charts(report),
+            *round_charts(report.rounds, report.results.arms),
             *training_charts(report.curves, report.results.arms),
             *frontier_charts(report.frontier, report.results.arms),
             *run_charts(report),
         ),
         published=PUBLISHED_NAME,
+        round_headings=HEADINGS_OF_ROUNDS,
+        rounds=round_rows(report.rounds),
+        round_note=ROUNDS_NOTE,
         difference_headings=DIFFERENCE_HEADINGS,
         differences=difference_rows(report.results),
         judge_tables=() if report.judge is None else judge_tables(report.judge),

@@ -93,6 +93,9 @@ def _num_devices(manifest: Manifest, run: RunFile) -> int:
         return 0
     if stage == "cache":
         return run.cache.num_devices * run.cache.replicas
+    if stage == "generate" and run.rounds is not None:
+        # a student writes on one device of each replica
+        return run.rounds.replicas * (run.rounds.tensor_parallel if rest[0].startswith("round-") else 1)
     if stage == "train":
         return run.train_settings(rest[0]).num_devices
     if stage == "teacher":

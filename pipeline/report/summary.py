@@ -11,6 +11,7 @@ from capgap.schemas.fidelity import Fidelity
 from capgap.schemas.judge_results import JudgeResults
 from capgap.schemas.results import EvalResults, Interval
 from capgap.schemas.run_cache import RecordingName
+from capgap.schemas.run_rounds import Writer
 
 REPORT_NAME = "report.json"
 
@@ -195,6 +196,56 @@ class TrainingCurve(Record):
     """What else it logged, by the names of metrics.csv, thinned out."""
 
 
+class RoundLine(Record):
+    """One round of an arm and seed: its text, and what was learnt from it."""
+
+    arm: str
+    """The arm."""
+
+    seed: int
+    """The seed."""
+
+    round: int
+    """Counted from 0: rounds that the writer had learnt from, where it is the student."""
+
+    is_trained: bool
+    """Whether the text was learnt from; the final student's is measured alone."""
+
+    writer: Writer
+    """Who wrote the text."""
+
+    num_answers: int
+    """Answers in it; of the final student's text, held-out ones."""
+
+    mean_tokens: float
+    """Tokens an answer."""
+
+    cut_off: float
+    """Share of answers that had not ended."""
+
+    repetition: float
+    """Mean share of an answer's runs of four tokens that stood in it before."""
+
+    entropy: float
+    """Mean of minus the writer's logprob of what it sampled, nats/token."""
+
+    writer_kl: float | None
+    """KL(writer || teacher) on the text, nats/token; None where sampling was not at temperature 1 and from all ids."""
+
+    right: float | None
+    """Share of held-out answers that equal their reference; None without references."""
+
+    teacher_tokens_before: int
+    """Tokens that the teacher had written or scored for this arm and seed before this round."""
+
+    teacher_tokens: int
+    """With those of this round."""
+
+    learnt: float | None
+    """Distance to the teacher on the text's held-out answers after the round's training minus before, nats/token: KL
+    for `topk`, for `sampled` the cross-entropy with the teacher's samples, which differs by as much."""
+
+
 class StageLine(Record):
     """One finished stage."""
 
@@ -274,6 +325,9 @@ class Report(Record):
 
     curves: tuple[TrainingCurve, ...]
     """The teacher's, if it was trained here, and the students'."""
+
+    rounds: tuple[RoundLine, ...] = ()
+    """Round by round; empty for a run without rounds."""
 
     stages: tuple[StageLine, ...]
     """In the order of the run."""

@@ -16,6 +16,9 @@ from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.manifest import Manifest, ShardSet
 from capgap.schemas.run_file import RunFile
 
+FINAL = -1
+"""The round of what a final student writes to be measured: after all rounds, however many there are."""
+
 CHAT_CACHE = "caches/chat"
 """The name of the input that `tune.cache` is."""
 
@@ -23,16 +26,20 @@ CHAT_CACHE = "caches/chat"
 @dataclass(frozen=True)
 class Instance:
     """One run of a stage: `train` and `tune` run once per arm and seed, `student` once per seed, `benchmark` and
-    `answers` once per student that comes out and for the teacher, the others once."""
+    `answers` once per student that comes out and for the teacher, the others once. In a run with rounds, `generate`,
+    `cache` and `train` have a round as well."""
 
     stage: str
     arm: str | None = None
     seed: int | None = None
+    round: int | None = None
 
     @property
     def name(self) -> str:
         """Path of the instance's folder below the run's, for example `train/distilled/seed-0`."""
         parts = [self.stage, self.arm, None if self.seed is None else f"seed-{self.seed}"]
+        if self.round is not None:
+            parts.append("final" if self.round == FINAL else f"round-{self.round}")
         return "/".join(part for part in parts if part is not None)
 
 

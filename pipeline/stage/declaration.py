@@ -75,6 +75,8 @@ class Stage:
         settings_type: model of that section, where it is not one of the run file's own.
         instances: those that a run has; none where its file does not ask for the stage.
         inputs: names of the instances that one of them reads, which may be earlier instances of the same stage.
+        roles: what an input is called among those of the instance, by its name, where that is not its name: a training
+            of rounds reads the cache of its round as `cache`.
         settings: those that decide what an instance makes: equal settings and equal inputs make the same.
         sources: files outside the run that an instance reads.
         further: finished caches of other runs that an instance reads: folder or URL, by the name of the input.
@@ -96,6 +98,7 @@ class Stage:
     inputs: Callable[[RunFile, Instance], Sequence[str]]
     settings: Callable[[RunFile, Instance], Mapping[str, Any]]
     settings_type: type[Record] | None = None
+    roles: Callable[[RunFile, Instance], Mapping[str, str]] = no_further
     sources: Callable[[RunFile, Instance], list[Path]] = no_sources
     further: Callable[[RunFile, Instance], dict[str, str]] = no_further
     on_device: bool = False

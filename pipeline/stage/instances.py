@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.rounds import cache_of, last_trainings, round_trainings, shared_cache, texts
 from capgap.schemas.results import TEACHER
 from capgap.schemas.run_file import RunFile
 
@@ -18,10 +19,24 @@ def students(run: RunFile) -> list[Instance]:
 
 
 def trainings(run: RunFile) -> list[Instance]:
-    """One for each arm and seed."""
+    """One for each arm and seed, and round."""
     if not run.makes("train"):
         return []
+    if run.rounds is not None:
+        return round_trainings(run)
     return [Instance("train", arm=arm, seed=seed) for seed in run.seeds for arm in run.arms]
+
+
+def final_trainings(run: RunFile) -> list[Instance]:
+    """Those whose students the run ends with: where it has rounds, of the last one."""
+    return last_trainings(run) if run.rounds is not None and run.makes("train") else trainings(run)
+
+
+def caches(run: RunFile) -> list[Instance]:
+    """The one cache of a run, or in a run with rounds one for each text."""
+    if run.rounds is not None:
+        return [cache_of(text) for text in texts(run)] if run.makes("cache") else []
+    return once("cache", "cache", run)
 
 
 def tunings(run: RunFile) -> list[Instance]:
@@ -34,7 +49,7 @@ def tunings(run: RunFile) -> list[Instance]:
 
 def final_models(run: RunFile) -> list[Instance]:
     """What makes the students that the run ends with: of the stages that make their weights, the last."""
-    return tunings(run) or trainings(run)
+    return tunings(run) or final_trainings(run)
 
 
 def measured_models(run: RunFile, stage: str, with_teacher: bool) -> list[Instance]:
@@ -52,6 +67,21 @@ def maker_of(run: RunFile, instance: Instance) -> str:
         return TEACHER
     looked_at = (instance.arm, instance.seed)
     return next(model.name for model in final_models(run) if (model.arm, model.seed) == looked_at)
+
+
+def cache_inputs(run: RunFile) -> list[str]:
+    """The run's cache, where it has one; of several, the one on which all students are measured alike."""
+    if run.rounds is not None:
+        return [shared_cache(run).name]
+    return ["cache"] if run.has("cache") else []
+
+
+def usual_roles(run: RunFile, instance: Instance) -> dict[str, str]:
+    """In a run with rounds, the roles that its final trainings and the cache for all have in stages that follow."""
+    if run.rounds is None:
+        return {}
+    final = {one.name: Instance("train", one.arm, one.seed).name for one in last_trainings(run)}
+    return final | {shared_cache(run).name: "cache"}
 
 
 def names(instances: list[Instance]) -> list[str]:

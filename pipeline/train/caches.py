@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from capgap.pipeline.stage.context import StageInput, further_cache
+from capgap.pipeline.stage.context import Instance, StageInput, further_cache
+from capgap.pipeline.stage.rounds import replayed, rounds_of
 from capgap.pipeline.store import ShardReader, target_temperature_of
 from capgap.pipeline.store.rows import sequences_per_row
 from capgap.pipeline.train.objective import objective_of
@@ -15,7 +16,8 @@ from capgap.schemas.errors import InputError, MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, ModelFacts
 from capgap.schemas.manifest import ShardSet
 from capgap.schemas.run_cache import RecordingName
-from capgap.schemas.run_train import TrainSettings
+from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_train import FurtherCache, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,20 @@ def chosen_caches(settings: TrainSettings, inputs: Mapping[str, StageInput]) -> 
         made = inputs["cache" if cache.path is None else further_cache(name)]
         found[name] = _chosen(f"train.caches.{name}", made, asked, cache.weight)
     return found
+
+
+def with_replay(run: RunFile, instance: Instance) -> TrainSettings:
+    """The settings of a training; where it replays earlier rounds, with their caches among the further ones."""
+    assert instance.arm is not None
+    settings = run.train_settings(instance.arm)
+    earlier = [] if instance.round is None else list(replayed(run, instance))
+    if not earlier:
+        return settings
+    share = rounds_of(run).replay
+    others = settings.own_weight + sum(cache.weight for cache in settings.caches.values())
+    each = others * share / (1 - share) / len(earlier)
+    caches = {name: FurtherCache(path=name, weight=each, recording=settings.recording) for name in earlier}
+    return settings.model_copy(update={"caches": {**settings.caches, **caches}})
 
 
 def require_fit(settings: TrainSettings, caches: Mapping[str | None, ChosenCache], student: StageInput) -> None:

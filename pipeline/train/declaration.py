@@ -7,6 +7,7 @@ from typing import Any
 from capgap.pipeline.stage.context import Instance, further_cache
 from capgap.pipeline.stage.declaration import Stage
 from capgap.pipeline.stage.instances import corpus_inputs, trainings
+from capgap.pipeline.stage.rounds import own_cache, replayed, rounds_of, weights_before
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_train import TrainSettings
 
@@ -18,11 +19,27 @@ def _settings_of(run: RunFile, instance: Instance) -> TrainSettings:
 
 def _inputs(run: RunFile, instance: Instance) -> list[str]:
     online = ["teacher"] if _settings_of(run, instance).needs_teacher else []
-    return [*corpus_inputs(run), *online, "cache", Instance("student", seed=instance.seed).name]
+    if instance.round is None:
+        return [*corpus_inputs(run), *online, "cache", Instance("student", seed=instance.seed).name]
+    # the text of the round is in its cache, and what students are measured on meanwhile
+    return list(dict.fromkeys([*online, *_roles(run, instance)]))
+
+
+def _roles(run: RunFile, instance: Instance) -> dict[str, str]:
+    """In a run with rounds, what a training of any other run reads."""
+    if instance.round is None:
+        return {}
+    earlier = {cache.name: further_cache(name) for name, cache in replayed(run, instance).items()}
+    first = Instance("student", seed=instance.seed).name
+    return earlier | {own_cache(run, instance).name: "cache", weights_before(instance).name: first}
 
 
 def _decisive(run: RunFile, instance: Instance) -> dict[str, Any]:
-    return {"train": _settings_of(run, instance).decisive(), "arm": instance.arm, "seed": instance.seed}
+    found = {"train": _settings_of(run, instance).decisive(), "arm": instance.arm, "seed": instance.seed}
+    if not instance.round or not rounds_of(run).replay:
+        return found
+    # beside other caches a micro-batch is the unit of the mix
+    return found | {"replay": rounds_of(run).replay, "micro_batch_sequences": _settings_of(run, instance).micro_batch}
 
 
 def _further(run: RunFile, instance: Instance) -> dict[str, str]:
@@ -37,6 +54,7 @@ STAGE = Stage(
     section="train",
     instances=trainings,
     inputs=_inputs,
+    roles=_roles,
     settings=_decisive,
     further=_further,
     on_device=True,

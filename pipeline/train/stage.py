@@ -15,7 +15,7 @@ from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.scalars import METRICS_NAME
 from capgap.pipeline.store import ShardReader
-from capgap.pipeline.train.caches import chosen_caches, require_fit
+from capgap.pipeline.train.caches import chosen_caches, require_fit, with_replay
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.fits import require_memory
 from capgap.pipeline.train.loggers import require_loggers
@@ -43,7 +43,7 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
         CorruptError: a file of the student, or of a teacher that takes part, is not what it was.
     """
     assert instance.arm is not None
-    settings = run.train_settings(instance.arm)
+    settings = with_replay(run, instance)
     if "corpus" in inputs:
         _require_same_corpus(inputs["cache"], inputs["corpus"])
     caches = chosen_caches(settings, inputs)
@@ -68,7 +68,7 @@ def run(context: StageContext) -> StageResult:
     instance, text = context.instance, RunText.among(context.inputs)
     assert instance.arm is not None and instance.seed is not None
     student = context.input(f"student/seed-{instance.seed}")
-    settings = context.run.train_settings(instance.arm)
+    settings = with_replay(context.run, instance)
     caches = chosen_caches(settings, context.inputs)
     own = caches[None]
     source = own.source()
@@ -84,7 +84,7 @@ def run(context: StageContext) -> StageResult:
     require_memory(empty.to(dtype), settings, context.device, own.shards.seq_len, num_parts)
     model = load_model(path, "cpu", dtype, trusted)
     task = TrainingTask(
-        title=f"train: {instance.arm}, seed {instance.seed}",
+        title=f"train: {instance.arm}, seed {instance.seed}{_round(instance)}",
         settings=settings,
         training=source.reader,
         heldout=text.heldout(own.recording),
@@ -113,6 +113,10 @@ def run(context: StageContext) -> StageResult:
     card = model_card(context, settings, own.recording, own.temperature, made, totals, context.folder / METRICS_NAME)
     (folder / CARD_NAME).write_text(card)
     return StageResult(facts=made.model_dump(mode="json"), totals=totals)
+
+
+def _round(instance: Instance) -> str:
+    return "" if instance.round is None else f", round {instance.round}"
 
 
 def _with_chat_template(tokenizer: PreTrainedTokenizerBase, cache: StageInput) -> PreTrainedTokenizerBase:

@@ -7,7 +7,7 @@ from typing import Any
 
 from capgap.pipeline.stage.context import CHAT_CACHE, Instance
 from capgap.pipeline.stage.declaration import Stage
-from capgap.pipeline.stage.instances import tunings
+from capgap.pipeline.stage.instances import cache_inputs, final_trainings, tunings, usual_roles
 from capgap.pipeline.stage.sources import model_files
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_tune import OWN_CACHE
@@ -15,8 +15,10 @@ from capgap.schemas.run_tune import OWN_CACHE
 
 def _inputs(run: RunFile, instance: Instance) -> list[str]:
     assert run.tune is not None
-    students = [] if run.tune.path is not None else [Instance("train", arm=instance.arm, seed=instance.seed).name]
-    return [*students, *(["cache"] if run.tune.cache == OWN_CACHE else [])]
+    looked_for = (instance.arm, instance.seed)
+    students = [one.name for one in final_trainings(run) if (one.arm, one.seed) == looked_for]
+    own = cache_inputs(run) if run.tune.cache == OWN_CACHE else []
+    return [*([] if run.tune.path is not None else students), *own]
 
 
 def _decisive(run: RunFile, instance: Instance) -> dict[str, Any]:
@@ -47,6 +49,7 @@ STAGE = Stage(
     section="tune",
     instances=tunings,
     inputs=_inputs,
+    roles=usual_roles,
     settings=_decisive,
     sources=_sources,
     further=_further,

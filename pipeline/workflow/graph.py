@@ -69,6 +69,12 @@ def input_names(run: RunFile, instance: Instance) -> list[str]:
     return list(stage_named(instance.stage).inputs(run, instance))
 
 
+def roles(run: RunFile, instance: Instance) -> dict[str, str]:
+    """What each of `input_names` is called among the inputs of the instance: its role, or its name."""
+    named = stage_named(instance.stage).roles(run, instance)
+    return {name: named.get(name, name) for name in input_names(run, instance)}
+
+
 def further_caches(run: RunFile, instance: Instance) -> dict[str, str]:
     """Finished caches of other runs that the instance reads: folder or URL, by the name of the input."""
     return stage_named(instance.stage).further(run, instance)

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stages import declared, stage_named
 from capgap.pipeline.store.files import write_atomically
+from capgap.pipeline.workflow.graph import input_names
 from capgap.pipeline.workflow.state import RunStates, StageState
 from capgap.schemas.base import Record
 from capgap.schemas.errors import MismatchError, SettingError
@@ -123,7 +124,7 @@ def _why(known: RunStates, state: StageState) -> str:
     """The cause in the user's words: a setting rather than the input that it changed, where that is to be had."""
     if not state.replaced.startswith("input "):
         return state.replaced
-    for name in state.order.inputs:
+    for name in input_names(known.run, state.instance):
         if name in known.instances and known.of(name).replaced:
             return f"{name}: {_why(known, known.of(name))}"
     return state.replaced

@@ -22,7 +22,7 @@ from capgap.pipeline.stage.manifests import Finished, finished_stage, read_manif
 from capgap.pipeline.stage.versions import changed_versions
 from capgap.pipeline.stages import stage_named
 from capgap.pipeline.store.quarantine import read_quarantine
-from capgap.pipeline.workflow.graph import decisive_settings, further_caches, input_names, instances
+from capgap.pipeline.workflow.graph import decisive_settings, further_caches, input_names, instances, roles
 from capgap.pipeline.workflow.sources import changed_source
 from capgap.schemas.errors import InputError
 from capgap.schemas.manifest import InputEntry, Manifest, WorkOrder
@@ -128,7 +128,7 @@ class RunStates:
     def forget(self, name: str) -> None:
         """Look again at an instance, and at what follows from it, when they are asked for next."""
         self._known.pop(name, None)
-        for other in [other for other, state in self._known.items() if name in state.order.inputs]:
+        for other in [one for one in self._known if name in input_names(self.run, self.instances[one])]:
             self.forget(other)
 
     def finished(self, stage: str) -> Manifest | None:
@@ -148,10 +148,10 @@ class RunStates:
             CorruptError: a manifest is not what was written.
         """
         found: dict[str, StageInput] = {}
-        for name in self.of(instance.name).order.inputs:
+        for name, role in self._read(instance).items():
             location, manifest = self._finished_input(name, instance)
             require_seal(location, manifest)
-            found[name] = StageInput(location, manifest)
+            found[role] = StageInput(location, manifest)
         return found
 
     def _finished_input(self, name: str, reader: Instance) -> Finished:
@@ -224,12 +224,15 @@ class RunStates:
 
     def _order(self, instance: Instance) -> WorkOrder:
         settings = json.loads(json.dumps(decisive_settings(self.run, instance)))
-        read = (*input_names(self.run, instance), *further_caches(self.run, instance))
-        inputs = {name: self._entry(name, instance) for name in read}
+        inputs = {role: self._entry(name, instance) for name, role in self._read(instance).items()}
         identity = identity_of(instance.stage, settings, {name: entry.identity for name, entry in inputs.items()})
         return WorkOrder(
             stage=instance.stage, instance=instance.name, settings=settings, inputs=inputs, identity=identity
         )
+
+    def _read(self, instance: Instance) -> dict[str, str]:
+        """Names of everything that the instance reads, each with its role."""
+        return roles(self.run, instance) | {name: name for name in further_caches(self.run, instance)}
 
     def _replaced_input(self, instance: Instance) -> str:
         """The first input that is itself to be replaced by another result."""

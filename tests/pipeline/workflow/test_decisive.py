@@ -5,6 +5,7 @@ from types import UnionType
 from typing import Any, get_args
 
 import pytest
+from round_runs import ROUND_ROWS, ROUND_STRUCTURE
 
 from capgap.pipeline.stages import declared
 from capgap.pipeline.workflow.state import states
@@ -185,6 +186,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("eval.speculative.num_prompt_tokens", 7, {"eval", "report"}),
     ("eval.speculative.num_new_tokens", 7, {"eval", "report"}),
     ("eval.speculative.gpu_memory_fraction", 0.5, set()),
+    *ROUND_ROWS,
     ("judge.model", "other", {"judge", "report"}),
     ("judge.base_url", "http://elsewhere/v1", set()),
     ("judge.api_key_env", "OTHER_KEY", set()),
@@ -240,6 +242,7 @@ BESIDE["student.trust_remote_code"] = {"student.path": "folder", "student.model"
 _tasks = {"benchmarks.tasks": {"mmlu": {}}}
 BESIDE |= {row[0]: _tasks for row in TABLE if row[0].startswith("benchmarks.")}
 BESIDE["benchmarks.trust_task_code"] = {**_tasks, "benchmarks.include_path": "tasks"}
+BESIDE |= {row[0]: {"rounds.prompts": ["prompts.jsonl"]} for row in TABLE if row[0].startswith("rounds.")}
 TUNE: dict[str, Any] = {"sources": ["chat.jsonl"], "warmup_fraction": 0.05, "path": "other"}
 BESIDE |= {row[0]: {"tune": dict(TUNE)} for row in TABLE if row[0].startswith("tune.")}
 BESIDE |= {f"tune.lora.{name}": {"tune": TUNE | {"lora": {}}} for name in LORA}
@@ -249,7 +252,7 @@ STRUCTURE = {"seeds", "arms", "reuse", "benchmarks.teacher", "judge.teacher"}  #
 # these need a finished cache: tests/pipeline/tune
 STRUCTURE |= {
     f"tune.{name}" for name in ("cache", "alpha", "recording", "temperature", "divergence", "jsd_beta", "tail")
-}
+} | ROUND_STRUCTURE
 
 
 def _identities(run: RunFile) -> dict[str, str]:

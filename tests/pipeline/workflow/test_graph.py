@@ -109,7 +109,8 @@ def test_downstream_is_what_depends_on_it_in_order(make_run, pattern: str, missi
 
 
 def test_every_stage_of_the_graph_has_decisive_settings(make_run) -> None:
-    run = make_run({"benchmarks.tasks": {"mmlu": {}}, "judge.model": "one", "tune": {"sources": ["chat.jsonl"]}})
+    tuned = {"judge.model": "one", "tune": {"sources": ["chat.jsonl"]}}
+    run = make_run({"benchmarks.tasks": {"mmlu": {}}, "rounds.prompts": ["prompts.jsonl"], **tuned})
     assert {i.stage for i in instances(run)} == {stage.name for stage in declared()}
     assert all(decisive_settings(run, instance) for instance in instances(run))
 

@@ -1,0 +1,364 @@
+"""Addition with its working: fine-tuning, off-policy and on-policy distillation at equal student tokens, by seed.
+
+python benchmarks/rounds.py                    every training that is not in the results, then the table
+python benchmarks/rounds.py --smoke            the same at the smallest size, to see that it works
+
+A teacher learns to add numbers of three digits, and writes each step down. A student of about a quarter of its size
+begins with fresh weights and learns in three ways from what the teacher wrote in round 0, then goes on:
+
+sft          cross-entropy with further text of the teacher's
+off_policy   KL to the teacher on further text of the teacher's
+rounds       KL to the teacher on its own text, written and scored round by round, the two never on a device together
+online       KL to the teacher on its own text, written afresh for every step, the teacher asked live
+
+All arms of a seed begin with the same weights and see as many tokens in as many steps; `online` takes the weights of
+`rounds` after round 0. Measured are right answers to held-out prompts, with the top-1 token at each step. A finished
+training is a line of the results, and is not done again; a stage that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from machine import RESULTS, machine
+
+from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.generate.prompts import PromptRecord, read_prompts, split_prompts
+from capgap.pipeline.models.load import load_model
+from capgap.pipeline.models.tokenizers import load_tokenizer
+from capgap.pipeline.store import keep_freed_memory
+from capgap.pipeline.store.files import write_atomically
+from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.pipeline.workflow.driver import start_afresh, walk
+from capgap.pipeline.workflow.graph import instances
+from capgap.schemas.run_file import RunFile
+
+ONLINE = "online"
+ARMS: dict[str, dict[str, Any]] = {"rounds": {}, "off_policy": {}, "sft": {"alpha": 0.0}}
+# how a sum may end: its last number is the answer
+ANSWER = r"(\d+)\s*$"
+
+
+def main() -> None:
+    """Make what is missing, seed by seed, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path("runs/rounds-addition"), help="the run, and online trainings")
+    parser.add_argument("--results", type=Path, default=RESULTS / "rounds-addition.jsonl")
+    parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
+    flags = parser.parse_args()
+    keep_freed_memory()
+    os.environ.setdefault("CAPGAP_LEASE_DIR", str((flags.work / "leases").resolve()))
+    bench = Bench(flags.work, SMOKE if flags.smoke else Size())
+    results = Results(flags.results)
+    for seed in range(flags.seeds):
+        missing = [arm for arm in (*ARMS, ONLINE) if not results.has(arm, seed, bench.about)]
+        if missing:
+            bench.make(seed)
+        for arm in missing:
+            results.add({"arm": arm, "seed": seed, **bench.measured(arm, seed), "about": bench.about})
+            print(f"{time.strftime('%H:%M:%S')} {arm}, seed {seed}: {results.lines[-1]}", flush=True)
+    print(table(results.lines))
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large everything is."""
+
+    num_texts: int = 40_000
+    num_prompts: int = 2_000
+    num_digits: int = 3
+    max_new_tokens: int = 40
+    seq_len: int = 96
+    prompts_per_round: int = 1_600
+    num_rounds: int = 4
+    round_tokens: int = 300_000
+    batch_sequences: int = 16
+    teacher_epochs: int = 3
+    engine: str = "vllm"
+    teacher: tuple[int, int, int, int] = (128, 6, 4, 384)
+    student: tuple[int, int, int, int] = (64, 6, 2, 192)
+
+
+SMOKE = Size(200, 60, 1, 12, 32, 40, 2, 256, 2, 80, "transformers", (32, 1, 2, 32), (16, 1, 2, 32))
+
+
+def shape(sizes: tuple[int, int, int, int]) -> dict[str, int]:
+    """A model's shape, as the run file has it."""
+    return dict(zip(("hidden_size", "num_layers", "num_heads", "intermediate_size"), sizes, strict=True))
+
+
+class Results:
+    """A file of one JSON line a training."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # a killed process may have left half a line at the end
+        text = path.read_text().rpartition("\n")[0] if path.is_file() else ""
+        self.lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+
+    def has(self, arm: str, seed: int, about: dict[str, Any]) -> bool:
+        """Whether that training is there, at the same sizes."""
+        return any((one["arm"], one["seed"], one["about"]) == (arm, seed, about) for one in self.lines)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Append it."""
+        self.lines.append(line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, "".join(json.dumps(one) + "\n" for one in self.lines))
+
+
+def worked_sum(first: int, second: int, num_digits: int) -> str:
+    """`347+589=7+9=16 4+8+1=13 3+5+1=9 936`: column by column from the right, then the sum."""
+    steps, carry = [], 0
+    for place in range(num_digits):
+        digits = [first // 10**place % 10, second // 10**place % 10] + [1] * carry
+        steps.append(f"{'+'.join(map(str, digits))}={sum(digits)}")
+        carry = sum(digits) // 10
+    return f"{first:0{num_digits}}+{second:0{num_digits}}={' '.join(steps)} {first + second}"
+
+
+class Bench:
+    """One task, its models, and the run that all seeds are in.
+
+    Args:
+        work: folder.
+        size: of everything.
+    """
+
+    def __init__(self, work: Path, size: Size) -> None:
+        self.work, self.size = work, size
+        self.about = json.loads(json.dumps(asdict(size))) | {"machine": machine("cpu")["device"]}
+        work.mkdir(parents=True, exist_ok=True)
+        most, draw = 10**size.num_digits, random.Random(0)
+        sums = [(draw.randrange(most), draw.randrange(most)) for _ in range(size.num_texts)]
+        texts = [worked_sum(*one, size.num_digits) for one in sums]
+        lines = [json.dumps({"text": text}) for text in texts]
+        prompts = []
+        for first, second in [(draw.randrange(most), draw.randrange(most)) for _ in range(size.num_prompts)]:
+            asked = worked_sum(first, second, size.num_digits).partition("=")[0] + "="
+            prompts.append(json.dumps({"prompt": asked, "reference": str(first + second)}))
+        for name, written in (("texts.jsonl", lines), ("prompts.jsonl", prompts)):
+            if not (work / name).is_file():
+                write_atomically(work / name, "".join(line + "\n" for line in written))
+        if not (work / "tokenizer").is_dir():
+            # a token a byte, and one for the end
+            train_tokenizer(texts[:100], 257).save_pretrained(work / "tokenizer")
+
+    def run(self, seed: int) -> RunFile:
+        """The run file of a seed; those of all seeds share the folder, and with it teacher and text."""
+        size = self.size
+        return RunFile.model_validate(
+            {
+                "name": "rounds-addition",
+                "out": str(self.work / "out"),
+                "device": "cpu",
+                "seeds": [seed],
+                "corpus": {
+                    "sources": [str(self.work / "texts.jsonl")],
+                    "tokenizer": str(self.work / "tokenizer"),
+                    "seq_len": size.seq_len,
+                    "context": "document",
+                    "teacher_fraction": 0.8,
+                    "heldout_fraction": 0.1,
+                },
+                "teacher": {"model": shape(size.teacher), "training": {"num_epochs": size.teacher_epochs}},
+                "rounds": {
+                    "prompts": str(self.work / "prompts.jsonl"),
+                    "num": size.num_rounds,
+                    "off_policy_arms": ["off_policy", "sft"],
+                    "prompts_per_round": size.prompts_per_round,
+                    "max_new_tokens": size.max_new_tokens,
+                    "answer_pattern": ANSWER,
+                    "heldout_fraction": 0.15,
+                    "engine": size.engine,
+                },
+                "cache": {"engine": size.engine, "recording": "topk", "top_k": 32},
+                "student": {"model": shape(size.student)},
+                "train": {
+                    "learning_rate": 2e-3,
+                    "batch_sequences": size.batch_sequences,
+                    # as many tokens for every arm and round: more than enough passes over any text
+                    "num_epochs": 8,
+                    "max_tokens": size.round_tokens,
+                    "loggers": [],
+                },
+                "arms": ARMS,
+                "eval": {},
+            }
+        )
+
+    def make(self, seed: int) -> None:
+        """Every stage of the seed."""
+        run = self.run(seed)
+
+        def log(name: str, why: str) -> None:
+            if why != "current":
+                print(f"{name}: {why}", file=sys.stderr)
+
+        def start_here(arguments: Sequence[str]) -> int:
+            name = arguments[arguments.index("--instance") + 1]
+            carry_out(run, next(one for one in instances(run) if one.name == name), remake="--force" in arguments)
+            return 0
+
+        # vLLM gives back what it holds when its process ends
+        walk(run, instances(run), log=log, start=start_afresh if self.size.engine == "vllm" else start_here)
+
+    def measured(self, arm: str, seed: int) -> dict[str, Any]:
+        """What came of an arm of the seed that was made last; `online` is trained here."""
+        run = self.run(seed)
+        if arm == ONLINE:
+            return self._online(run, seed)
+        report = json.loads((self.out / "report" / "report.json").read_bytes())
+        own = [line for line in report["rounds"] if (line["arm"], line["seed"]) == (arm, seed)]
+        trained = [self._totals(f"train/{arm}/seed-{seed}/round-{number}") for number in range(self.size.num_rounds)]
+        return {
+            "right": self._right(self.out / f"train/{arm}/seed-{seed}/round-{self.size.num_rounds - 1}" / "model"),
+            "teacher_right": self._right(self.out / "teacher" / "model"),
+            "teacher_tokens": own[-1]["teacher_tokens"],
+            "student_tokens": sum(one["num_tokens"] for one in trained),
+            "sampled_right_by_round": [line["right"] for line in own],
+            "writer_kl_by_round": [line["writer_kl"] for line in own],
+        }
+
+    @property
+    def out(self) -> Path:
+        """The run's folder."""
+        return self.work / "out"
+
+    def _totals(self, name: str) -> dict[str, Any]:
+        totals: dict[str, Any] = json.loads((self.out / name / "manifest.json").read_bytes())["totals"]
+        return totals
+
+    def _prompts(self) -> dict[str, list[PromptRecord]]:
+        every, rounds = read_prompts((str(self.work / "prompts.jsonl"),)), self.run(0).rounds
+        assert rounds is not None
+        return {split: [every[place] for place in some] for split, some in split_prompts(every, rounds, 0).items()}
+
+    def _right(self, folder: Path) -> float:
+        """Share of held-out prompts that a model answers rightly, with its top-1 token at each step."""
+        model, tokenizer = load_model(str(folder), "cpu"), load_tokenizer(str(self.work / "tokenizer"))
+        prompts = self._prompts()["heldout"]
+        ids_BP = _prompt_ids([one.text for one in prompts], tokenizer)
+        answers = tokenizer.batch_decode(
+            _written(model, ids_BP, self.size.max_new_tokens, tokenizer.eos_token_id, sampled=False)[0],
+            skip_special_tokens=True,
+        )
+        found = [re.findall(ANSWER, answer) for answer in answers]
+        return fmean(bool(one) and one[-1] in prompt.references for one, prompt in zip(found, prompts, strict=True))
+
+    def _online(self, run: RunFile, seed: int) -> dict[str, Any]:
+        """On-policy, the teacher asked live: as many further tokens and steps as `rounds` takes after round 0."""
+        size = self.size
+        tokenizer = load_tokenizer(str(self.work / "tokenizer"))
+        teacher = load_model(str(self.out / "teacher" / "model"), "cpu").requires_grad_(False)
+        student = load_model(str(self.out / f"train/rounds/seed-{seed}/round-0/model"), "cpu")
+        totals = [self._totals(f"train/rounds/seed-{seed}/round-{number}") for number in range(size.num_rounds)]
+        num_steps, num_tokens = (sum(one[name] for one in totals[1:]) for name in ("num_steps", "num_tokens"))
+        texts = [one.text for one in self._prompts()["student"]]
+        settings = run.train_settings("rounds")
+        optimizer = torch.optim.AdamW(
+            student.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
+        )
+        draw, seen, per_step = random.Random(seed), 0, num_tokens / num_steps
+        torch.manual_seed(seed)
+        for step in range(num_steps):
+            warmth = min(1.0, (step + 1) / max(1, 0.05 * num_steps))
+            for group in optimizer.param_groups:
+                # as the trainings of rounds fall to a tenth
+                group["lr"] = settings.learning_rate * warmth * (1 - 0.9 * step / num_steps)
+            # a row of the rounds' trainings holds two answers
+            count = max(1, round(2 * per_step / size.seq_len))
+            ids_BP = _prompt_ids(draw.choices(texts, k=count), tokenizer)
+            written_BM, counts_BM = _written(student, ids_BP, size.max_new_tokens, tokenizer.eos_token_id, sampled=True)
+            ids_BL = torch.cat([ids_BP, written_BM], 1)
+            first = ids_BP.shape[1] - 1
+            with torch.no_grad():
+                p_BMV = teacher(ids_BL[:, :-1]).logits[:, first:].log_softmax(-1)
+            q_BMV = student(ids_BL[:, :-1]).logits[:, first:].log_softmax(-1)
+            kl_BM = (p_BMV.exp() * (p_BMV - q_BMV)).sum(-1)
+            loss = (kl_BM * counts_BM).sum() / counts_BM.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip_norm)
+            optimizer.step()
+            # counted as rows of the rounds' trainings are, their padding included
+            seen += round(per_step)
+        folder = self.work / "online" / f"seed-{seed}"
+        student.save_pretrained(folder)
+        round_0 = self._totals("cache/round-0")["num_tokens"] + self._totals("generate/round-0")["answer_tokens"]
+        return {
+            "right": self._right(folder),
+            "teacher_tokens": seen + round_0,
+            "student_tokens": seen + totals[0]["num_tokens"],
+        }
+
+
+def _prompt_ids(texts: Sequence[str], tokenizer: Any) -> torch.Tensor:
+    """Prompts of one length, so that no padding is needed."""
+    return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
+
+
+@torch.no_grad()
+def _written(
+    model: Any, ids_BP: torch.Tensor, num_tokens: int, eos_id: int, sampled: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a model writes [B, M], its end repeated behind it, and True where a token counts [B, M]."""
+    made_BL = model.generate(
+        ids_BP,
+        attention_mask=torch.ones_like(ids_BP),
+        max_new_tokens=num_tokens,
+        do_sample=sampled,
+        top_k=0 if sampled else None,
+        eos_token_id=eos_id,
+        pad_token_id=eos_id,
+    )
+    written_BM = made_BL[:, ids_BP.shape[1] :]
+    ended_BM = (written_BM == eos_id).cumsum(1)
+    # the first end counts, what is behind it does not
+    return written_BM, (ended_BM == 0) | ((ended_BM == 1) & (written_BM == eos_id))
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Means over seeds, and the difference to `rounds` paired by seed, with its 95 % interval."""
+    # Student's t, 97.5 %, by degrees of freedom
+    quantile = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+    found = {(one["arm"], one["seed"]): one for one in lines}
+    rows = [
+        "| arm | right, % | rounds - arm, points | teacher tokens | student tokens | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in (*ARMS, ONLINE):
+        own = [one for one in lines if one["arm"] == arm]
+        if not own:
+            continue
+        pairs = [
+            found["rounds", one["seed"]]["right"] - one["right"] for one in own if ("rounds", one["seed"]) in found
+        ]
+        gap = "" if not pairs or arm == "rounds" else f"{100 * fmean(pairs):+.1f}"
+        if gap and len(pairs) > 1:
+            half = quantile.get(len(pairs) - 1, 2.0) * stdev(pairs) / len(pairs) ** 0.5
+            gap += f" +- {100 * half:.1f}"
+        cells = [arm, f"{100 * fmean(one['right'] for one in own):.1f}", gap]
+        cells += [f"{fmean(one[name] for one in own):,.0f}" for name in ("teacher_tokens", "student_tokens")]
+        rows.append(f"| {' | '.join([*cells, str(len(own))])} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()

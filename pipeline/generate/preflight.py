@@ -1,0 +1,44 @@
+"""What can be known of the rounds before anything of a run is made."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from capgap.pipeline.generate.prompts import read_prompts, split_prompts
+from capgap.pipeline.stage.rounds import rounds_of
+from capgap.schemas.errors import MachineError, SettingError
+from capgap.schemas.manifest import MANIFEST_NAME
+from capgap.schemas.run_file import RunFile
+
+
+def require_writable(run: RunFile) -> None:
+    """Refuse prompts that cannot be read or split, an engine that is not installed, and a folder of another run.
+
+    Raises:
+        InputError: a file of prompts is missing, a line is no prompt, or no prompt is held out or left to learn from.
+        MachineError: vLLM is wanted, or Ray for several replicas, and is not there.
+        SettingError: the folder holds a run without rounds.
+    """
+    rounds = rounds_of(run)
+    split_prompts(read_prompts(rounds.prompts), rounds, 0)
+    if rounds.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        # imported here: it brings torch
+        from capgap.pipeline.cache.vllm_start import require_vllm
+
+        require_vllm("rounds.engine")
+    if rounds.replicas > 1 and importlib.util.find_spec("ray") is None:
+        raise MachineError(
+            "several replicas are started by Ray, which is not installed",
+            where="rounds.replicas",
+            found=rounds.replicas,
+            fix="install capgap with the extra `ray`, or set rounds.replicas to 1",
+        )
+    if (Path(run.out) / "cache" / MANIFEST_NAME).is_file():
+        raise SettingError(
+            "the folder holds a run without rounds",
+            where="out",
+            found=f"{run.out}/cache/{MANIFEST_NAME}",
+            expected="a folder of its own: the rounds' caches would lie within that one",
+            fix="choose another `out`",
+        )

@@ -1,0 +1,85 @@
+"""Several writers at once, each an actor of Ray with devices of its own: on this machine, or on a cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from capgap.pipeline.generate.unit import TextJob, TextMaker
+from capgap.pipeline.generate.unit_record import TextRecord
+from capgap.pipeline.stage.context import StageContext
+from capgap.pipeline.stage.device import devices_from
+from capgap.pipeline.stage.fleet import Fleet
+from capgap.pipeline.stage.lease import leases
+from capgap.pipeline.stage.ray_cluster import ray_cluster
+from capgap.schemas.errors import InputError
+
+_SETTING = "rounds.replicas"
+
+
+def make_by_replicas(job: TextJob, units: Sequence[int], context: StageContext) -> Iterator[TextRecord]:
+    """Make these units, and yield what is known of each as it is finished.
+
+    Raises:
+        MachineError: Ray is not installed, there are too few devices, or replicas keep dying.
+        CapgapError, OSError: as `TextMaker`.
+    """
+    num_replicas = min(job.settings.replicas, len(units))
+    num_gpus = 0 if job.device == "cpu" else job.num_devices
+    claim = (context.holder, context.wait, context.group)
+    with ray_cluster(num_replicas, num_gpus, _SETTING) as cluster:
+        arguments = (cluster.ray.put(_portable(job)), claim)
+        fleet = Fleet(cluster, WritingReplica, arguments, num_replicas, 1, _SETTING, "unit")
+        for _, record in fleet.make(list(units)):
+            yield record
+
+
+class WritingReplica:
+    """A writer in a process of its own.
+
+    Args:
+        job: of the text.
+        claim: holder, whether to wait, and group of the lease on its devices.
+    """
+
+    def __init__(self, job: TextJob, claim: tuple[str, bool, str]) -> None:
+        # vLLM binds the threads of each engine to the same cores, unless it is told not to
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        self._job, self._claim, self._held, self._maker = job, claim, ExitStack(), TextMaker(job)
+
+    def start(self) -> None:
+        """Take the lease on the replica's own devices and start the writer there.
+
+        Raises:
+            InputError: this machine does not see the text's folder.
+            CapgapError: as the lease and the engine.
+        """
+        job, (holder, wait, group) = self._job, self._claim
+        if not job.work.is_dir():
+            raise InputError(
+                "this machine does not see the text's folder",
+                where=f"{os.uname().nodename}:{job.folder}",
+                expected="a file system that all machines of the cluster share",
+                fix="set out to a folder there",
+            )
+        self._held.enter_context(leases(devices_from(job.device, job.num_devices), holder, wait, group))
+        self._maker.start()
+
+    def make(self, unit: int) -> TextRecord:
+        """As `TextMaker.make`."""
+        found = self._job.record(unit) if self._maker.require_whole(unit) else None
+        return found or self._maker.make(unit)
+
+
+def _portable(job: TextJob) -> TextJob:
+    """The same job in absolute paths: a replica's working folder is another."""
+    writer = Path(job.writer)
+    return dataclasses.replace(
+        job,
+        folder=job.folder.resolve(),
+        work=job.work.resolve(),
+        writer=str(writer.resolve()) if writer.is_dir() else job.writer,
+    )

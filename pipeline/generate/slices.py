@@ -1,0 +1,34 @@
+"""The units of one slice of a text, each claimed before the writer sees its prompts."""
+
+from __future__ import annotations
+
+import os
+
+from capgap.pipeline.generate.stage import prepare as prepare
+from capgap.pipeline.generate.unit import TextJob, TextMaker
+from capgap.pipeline.stage.claims import Claims
+from capgap.pipeline.stage.context import Slice
+from capgap.pipeline.stage.progress import progress
+
+
+def make_slice(job: TextJob, part: Slice) -> None:
+    """Make the units of the slice that are not there and that nobody else is at.
+
+    What a killed process had claimed is free again; it is made here, if this slice may make it.
+
+    Raises:
+        CapgapError, OSError: as `TextMaker`.
+    """
+    # vLLM binds the threads of each engine to the same cores, unless it is told not to
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    claims, maker = Claims(job.units, part), TextMaker(job)
+    wanted = {unit for unit in range(job.units.total) if part.has(unit)}
+    try:
+        with progress(f"generate: slice {part}", len(wanted), "units", len(wanted & job.units.made())) as meter:
+            for unit in claims.take_each():
+                record = maker.make(unit)
+                claims.release(unit)
+                meter.advance(1, record.counts.num_answer_tokens)
+    finally:
+        maker.close()
+        claims.close()

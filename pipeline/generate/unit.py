@@ -1,0 +1,296 @@
+"""One unit of a text: some prompts, all their answers written side by side, and one shard, in any process, any times.
+
+    prompts --ask--> engine --> answers --best fit--> rows --> shard and answers file --> record
+
+A unit is a pure function of its prompts and the writer, on one kind of machine: the engine sees the same requests,
+each sampled with a seed of its own. It is finished when its record, `work/units/000000.json`, stands and its files
+have the digests that the record names; the record is taken away before a file is touched and written after all are
+whole.
+
+Legend: B rows, L targets a row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from capgap.pipeline.answers.chat import Prompt
+from capgap.pipeline.answers.generators import Generator, TransformersGenerator, VllmGenerator
+from capgap.pipeline.corpus.pack import Encoded
+from capgap.pipeline.corpus.sources import Document
+from capgap.pipeline.corpus.whole import best_fit, in_whole_rows
+from capgap.pipeline.generate.answers_file import SUFFIX, Written, write_answers
+from capgap.pipeline.generate.asking import Asking, SampledAnswer
+from capgap.pipeline.generate.prompts import PromptRecord, Split
+from capgap.pipeline.generate.unit_record import TextCounts, TextRecord
+from capgap.pipeline.models.tokenizers import load_tokenizer
+from capgap.pipeline.stage.unit_notes import UnitNotes
+from capgap.pipeline.store import Block, ShardWriter, split_blocks
+from capgap.pipeline.store.codec import SEQUENCES, Codec
+from capgap.pipeline.store.files import sha256_of
+from capgap.pipeline.store.sidecars import read_sidecar, write_sidecar
+from capgap.schemas.facts import TokenizerFacts
+from capgap.schemas.manifest import ShardEntry, ShardSet
+from capgap.schemas.run_rounds import RoundsSettings
+
+UNITS_FOLDER = "units"
+# answers that vLLM writes side by side
+_AT_ONCE = 256
+_RUN_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class TextUnit:
+    """Which prompts a unit answers.
+
+    Attributes:
+        split: whose shard it makes.
+        number: of the shard.
+        prompts: places among all prompts.
+    """
+
+    split: Split
+    number: int
+    prompts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TextJob:
+    """All that a process must know to make units of one text: plain values, to be sent anywhere.
+
+    Attributes:
+        settings: of the rounds.
+        prompts: all of them.
+        each_unit: what there is to make.
+        writer: folder or id of the model.
+        seeds: what the seed of every answer begins with.
+        folder: of the text.
+        work: the stage's work folder.
+        seq_len: targets of a row.
+        room: tokens of a prompt and its answer at most.
+        tokenizer: its facts.
+        bos_ids: what a text begins with.
+        device: `cpu` or `cuda:0`.
+        num_devices: that the writer is spread over.
+        trust_remote_code: run code that comes with the writer.
+    """
+
+    settings: RoundsSettings
+    prompts: tuple[PromptRecord, ...]
+    each_unit: tuple[TextUnit, ...]
+    writer: str
+    seeds: str
+    folder: Path
+    work: Path
+    seq_len: int
+    room: int
+    tokenizer: TokenizerFacts
+    bos_ids: tuple[int, ...]
+    device: str
+    num_devices: int
+    trust_remote_code: bool
+
+    @property
+    def units(self) -> UnitNotes:
+        """Where finished units are noted."""
+        return UnitNotes(self.folder, self.work, UNITS_FOLDER, len(self.each_unit))
+
+    def shards_of(self, split: Split) -> ShardWriter:
+        """Who writes the shards of a split."""
+        codec = Codec(SEQUENCES, self.seq_len, self.tokenizer.vocab_size)
+        return ShardWriter(self.folder, self.work / "shards", split, codec)
+
+    def shard_set(self, split: Split, shards: list[ShardEntry]) -> ShardSet:
+        """The manifest's description of a split."""
+        return self.shards_of(split).shard_set(shards)
+
+    def record(self, unit: int) -> TextRecord | None:
+        """What is known of a unit; None where it is not finished. Its files are not looked at."""
+        return read_sidecar(self.units.path(unit), TextRecord)
+
+
+class TextMaker:
+    """Makes units of a job; the writer is started with the first, and never where none is made."""
+
+    def __init__(self, job: TextJob) -> None:
+        self.job = job
+        self._generator: Generator | None = None
+        (job.work / UNITS_FOLDER).mkdir(parents=True, exist_ok=True)
+
+    def require_whole(self, unit: int) -> bool:
+        """Whether a unit that says it is finished is: else it is no more."""
+        record = self.job.record(unit)
+        files = [] if record is None else [record.answers, *([record.shard.file] if record.shard else [])]
+        paths = [self.job.folder / file.path for file in files]
+        is_whole = record is not None and all(
+            path.is_file() and sha256_of(path) == file.sha256 for path, file in zip(paths, files, strict=True)
+        )
+        if not is_whole:
+            self.job.units.path(unit).unlink(missing_ok=True)
+        return is_whole
+
+    def make(self, number: int) -> TextRecord:
+        """Make a unit, replacing what may be there of it.
+
+        Raises:
+            InputError: the chat template refuses a prompt, or the writer cannot be loaded.
+            MachineError: vLLM fails.
+            OSError: the disk is full, or the folder cannot be written.
+        """
+        job, unit = self.job, self.job.each_unit[number]
+        job.units.path(number).unlink(missing_ok=True)
+        asked, num_too_long = self._asked(unit)
+        made = self._started().generate([prompt for _, _, prompt in asked]) if asked else []
+        written: list[Written] = []
+        kept: list[tuple[Prompt, SampledAnswer]] = []
+        for (place, sample, prompt), generated in zip(asked, made, strict=True):
+            answer = self._asking.answer(generated)
+            finish = self._finish(answer)
+            record, right = job.prompts[place], None
+            if record.references:
+                right = bool(answer.text) and self._is_right(answer.text, record.references)
+            if finish in ("stop", "length"):
+                kept.append((prompt, answer))
+            written.append(Written(place, sample, -1, -1, finish, right, answer.text, answer.logprobs))
+        shard, written = self._write(unit, kept, written)
+        file = write_answers(job.folder / f"{unit.split}-{unit.number:06d}{SUFFIX}", written)
+        counts = _counts(written, kept, len(unit.prompts), num_too_long)
+        found = TextRecord(shard=shard, answers=file, counts=counts)
+        write_sidecar(job.units.path(number), found)
+        return found
+
+    def start(self) -> None:
+        """Start the writer now, rather than with the first unit; errors as the engine."""
+        self._started()
+
+    def close(self) -> None:
+        """Give back the device."""
+        if self._generator is not None:
+            self._generator.close()
+            self._generator = None
+
+    @cached_property
+    def _asking(self) -> Asking:
+        job = self.job
+        tokenizer = load_tokenizer(job.writer, job.trust_remote_code)
+        return Asking(tokenizer, job.writer, job.settings, job.bos_ids, any(one.messages for one in job.prompts))
+
+    def _started(self) -> Generator:
+        if self._generator is None:
+            self._generator = self._start()
+        return self._generator
+
+    def _start(self) -> Generator:
+        job, stops = self.job, self._asking.stop_ids
+        if job.settings.engine == "transformers":
+            return TransformersGenerator(
+                job.writer, stops, job.device, job.settings.dtype, job.trust_remote_code, with_logprobs=True
+            )
+        return VllmGenerator(
+            job.writer,
+            stops,
+            job.room,
+            job.device,
+            job.settings.dtype,
+            job.settings.gpu_memory_fraction,
+            job.trust_remote_code,
+            section="rounds",
+            num_at_once=_AT_ONCE,
+            with_logprobs=True,
+            num_devices=job.num_devices,
+        )
+
+    def _asked(self, unit: TextUnit) -> tuple[list[tuple[int, int, Prompt]], int]:
+        """Every request of a unit with its prompt's place and its sample, and how many prompts are too long."""
+        num_samples = self.job.settings.num_samples if unit.split == "student" else 1
+        asked: list[tuple[int, int, Prompt]] = []
+        num_too_long = 0
+        for place in unit.prompts:
+            ids = self._asking.ids(self.job.prompts[place])
+            room = self.job.room - len(ids)
+            if room < 1 or not ids:
+                num_too_long += 1
+                continue
+            for sample in range(num_samples):
+                asked.append((place, sample, self._asking.request(ids, room, f"{self.job.seeds} {place} {sample}")))
+        return asked, num_too_long
+
+    def _finish(self, answer: SampledAnswer) -> Literal["stop", "length", "empty", "unknown"]:
+        if any(one >= self.job.tokenizer.vocab_size for one in answer.ids):
+            return "unknown"
+        if not answer.text.strip():
+            return "empty"
+        return "stop" if answer.ended else "length"
+
+    def _is_right(self, text: str, references: Sequence[str]) -> bool:
+        pattern = self.job.settings.answer_pattern
+        if pattern is not None:
+            matches = re.findall(pattern, text)
+            if not matches:
+                return False
+            text = matches[-1]
+        return text.strip() in {reference.strip() for reference in references}
+
+    def _write(
+        self, unit: TextUnit, kept: list[tuple[Prompt, SampledAnswer]], written: list[Written]
+    ) -> tuple[ShardEntry | None, list[Written]]:
+        """The shard of the answers that are kept, and all answers with their places in it."""
+        if not kept:
+            return None, written
+        seq_len = self.job.seq_len
+        rows = [_encoded(prompt, answer) for prompt, answer in kept]
+        sequences = in_whole_rows(rows, seq_len, self.job.tokenizer.eos_id)
+        shard = self.job.shards_of(unit.split).write(unit.number, [Block(part) for part in split_blocks(sequences)])
+        places: dict[int, tuple[int, int]] = {}
+        for number, row in enumerate(best_fit([len(one.ids) for one in rows], seq_len + 1)):
+            first = 0
+            for index in row:
+                places[index] = (number, first + len(kept[index][0].ids))
+                first += len(rows[index].ids)
+        placed, index = [], 0
+        for one in written:
+            if one.finish in ("stop", "length"):
+                row_number, first = places[index]
+                placed.append(Written(**{**vars(one), "row": row_number, "first": first}))
+                index += 1
+            else:
+                placed.append(one)
+        return shard, placed
+
+
+def _encoded(prompt: Prompt, answer: SampledAnswer) -> Encoded:
+    mask = [False] * len(prompt.ids) + [True] * len(answer.ids)
+    return Encoded(Document("", answer.text), [*prompt.ids, *answer.ids], mask)
+
+
+def _counts(
+    written: Sequence[Written], kept: Sequence[tuple[Prompt, SampledAnswer]], num_prompts: int, num_too_long: int
+) -> TextCounts:
+    graded = [one.right for one in written if one.right is not None]
+    finishes = [one.finish for one in written]
+    return TextCounts(
+        num_prompts=num_prompts,
+        num_too_long=num_too_long,
+        num_answers=len(kept),
+        num_empty=finishes.count("empty"),
+        num_unknown=finishes.count("unknown"),
+        num_cut=finishes.count("length"),
+        num_prompt_tokens=sum(len(prompt.ids) for prompt, _ in kept),
+        num_answer_tokens=sum(len(answer.ids) for _, answer in kept),
+        num_text_bytes=sum(len(answer.text.encode()) for _, answer in kept),
+        logprob=sum(sum(answer.logprobs) for _, answer in kept),
+        repetition=sum(_repetition(answer.ids) for _, answer in kept),
+        num_graded=len(graded),
+        num_right=sum(graded),
+    )
+
+
+def _repetition(ids: Sequence[int]) -> float:
+    """The share of an answer's runs of four tokens that stood in it before."""
+    runs = [tuple(ids[i : i + _RUN_TOKENS]) for i in range(len(ids) - _RUN_TOKENS + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
