@@ -137,8 +137,8 @@ class StudentSettings(Record):
     """The shape that the teacher is pruned to."""
 
     quantize: QuantizeSettings | None = None
-    """The format of few bits that the student is made in, trained in and saved in, on top of `path`, `model` or `prune`;
-    none where it is left out."""
+    """The format of few bits that the student is made, trained and saved in, beside `path`, `model` or `prune`; none
+    where it is left out."""
 
     trust_remote_code: bool = False
     """Run the Python code that comes with the model at `path`. Whoever wrote it may do anything that you may."""

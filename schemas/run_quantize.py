@@ -22,10 +22,10 @@ class QuantizeSettings(Record):
     """The format of the student's linear layers. Embedding, head and norms keep the precision of the training."""
 
     format: LowBitFormat
-    """`int8`: weights by output channel, activations by token. `fp8`: the same in E4M3. `int4`: weights alone, in groups
-    of `group_size` inputs. `mxfp4`: weights and activations in groups of 32 that share a power of two. `nvfp4`: weights
-    and activations in groups of 16 that share an FP8 scale, and one scale for the whole matrix; that of the activations
-    is measured once, on `num_sequences`."""
+    """`int8`: weights by output channel, activations by token. `fp8`: the same in E4M3. `int4`: weights alone, in
+    groups of `group_size` inputs. `mxfp4`: weights and activations in groups of 32 that share a power of two. `nvfp4`:
+    weights and activations in groups of 16 that share an FP8 scale, and one scale for the whole matrix; that of the
+    activations is measured once, on `num_sequences`."""
 
     group_size: GroupSize | None = None
     """With `int4` only: neighbouring inputs that share a scale; 128 where it is left out. It must divide the inputs of

@@ -33,8 +33,8 @@ disable_progress_bar()
 def model_path(made: StageInput, to_train: bool = False) -> str:
     """The folder or id of the model that a teacher, student or train stage made or was given, its digests checked.
 
-    They are checked the first time that a process asks; `models/recorded.py` says what that costs. With `to_train` those
-    of the weights beside a model of few bits are checked as well.
+    They are checked the first time that a process asks; `models/recorded.py` says what that costs. With `to_train`
+    those of the weights beside a model of few bits are checked as well.
 
     Raises:
         CorruptError: a file of it is not what the manifest says.

@@ -3,8 +3,8 @@
     weight, input --compressed-tensors' fake quantisation--> numbers of few bits --> product
     gradients    <-- straight through, as if nothing had been rounded
 
-Scales of weights are a function of the weights, computed anew in every pass, so that a checkpoint that is written of the
-weights holds the very numbers that the layer computed with, and a training has nothing more to keep than its weights.
+Scales of weights are a function of the weights, computed anew in every pass, so that a checkpoint that is written of
+the weights holds the very numbers that the layer computed with, and a training has nothing to keep but its weights.
 
 Legend: O output features, I input features, G groups of inputs, B sequences, L tokens a sequence.
 """
@@ -141,7 +141,7 @@ def layers_to_quantise(model: PreTrainedModel, settings: QuantizeSettings) -> tu
     """Names of the linear layers that the settings mean, each seen to take the format. No weight is read.
 
     Raises:
-        InputError: there are none, or layers that are not linear hold weights, or their inputs do not divide into groups.
+        InputError: there are none, others than linear ones hold weights, or their inputs do not divide into groups.
         SettingError: an entry of `ignore` means no layer.
     """
     every = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
@@ -262,7 +262,9 @@ def _require_linear(model: PreTrainedModel, layers: Mapping[str, nn.Linear]) -> 
     ]
     if wide:
         raise _refusal(
-            model, f"weights of more than two dimensions: {_some(wide)}", "linear layers, of two; not a mixture's experts"
+            model,
+            f"weights of more than two dimensions: {_some(wide)}",
+            "linear layers; not a mixture's experts",
         )
     if not layers:
         raise _refusal(model, "no linear layer beside the head", "some, as models like Llama have them")

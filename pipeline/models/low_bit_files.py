@@ -1,7 +1,7 @@
 """A low-bit model's two folders: what vLLM serves, and what a training goes on from.
 
-    model/            numbers of few bits as compressed-tensors packs them; vLLM and transformers open it
-    high_precision/   the same model, its weights as they were trained
+model/            numbers of few bits as compressed-tensors packs them; vLLM and transformers open it
+high_precision/   the same model, its weights as they were trained
 """
 
 from __future__ import annotations

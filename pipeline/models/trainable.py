@@ -1,7 +1,7 @@
 """The model that a training goes on from, and the folders that it leaves.
 
-    model/            what is served and measured; of a student of few bits, as compressed-tensors packs it
-    high_precision/   of such a student alone: the weights that were trained, from which a training goes on
+model/            what is served and measured; of a student of few bits, as compressed-tensors packs it
+high_precision/   of such a student alone: the weights that were trained, from which a training goes on
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from capgap.pipeline.student.shapes import shape_of, target_shape, teacher_config
 from capgap.schemas.errors import CapgapError

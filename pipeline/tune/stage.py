@@ -118,7 +118,9 @@ def _settings(run: RunFile) -> TuneSettings:
 def _before(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> str:
     """Folder or id of the model that is tuned."""
     given = _settings(run).path
-    return given if given is not None else model_path(inputs[f"train/{instance.arm}/seed-{instance.seed}"], to_train=True)
+    return (
+        given if given is not None else model_path(inputs[f"train/{instance.arm}/seed-{instance.seed}"], to_train=True)
+    )
 
 
 def _require_trainable(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:

@@ -1,4 +1,4 @@
-"""Low-bit layers compute what their checkpoint holds, learn as if nothing were rounded, and refuse what has no format."""
+"""Low-bit layers compute what their checkpoint holds, learn as if nothing were rounded, and say what has no format."""
 
 from __future__ import annotations
 
@@ -154,11 +154,17 @@ def test_what_has_no_format_is_named_before_a_weight_is_read() -> None:
     assert "set student.quantize.group_size to 64 or 32" in _refused(wide, format="int4")
     assert "a multiple of 32, the group of mxfp4" in _refused(narrow, format="mxfp4")
     assert _refused(wide, format="int8", ignore=["up"]).startswith("student.quantize.ignore")
-    assert "every linear layer among those" in _refused(wide, format="int8", ignore=[f"{n}_proj" for n in "qkvo"] + [
-        "gate_proj", "up_proj", "down_proj"])
+    assert "every linear layer among those" in _refused(
+        wide, format="int8", ignore=[f"{n}_proj" for n in "qkvo"] + ["gate_proj", "up_proj", "down_proj"]
+    )
     assert "no linear layer beside the head" in _refused(tiny_model(gpt2_config()), format="int8")
     experts = Qwen3MoeConfig(
-        vocab_size=48, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_experts=2, moe_intermediate_size=32
+        vocab_size=48,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_experts=2,
+        moe_intermediate_size=32,
     )
     assert "weights of more than two dimensions: model.layers.0.mlp.experts." in _refused(
         tiny_model(experts), format="int8"
@@ -174,7 +180,7 @@ def test_a_model_that_is_quantised_already_is_named_with_what_it_was_made_of(tmp
     with pytest.raises(InputError, match=r"is quantised already; .*compressed-tensors, int-quantized.*high_precision"):
         require_plain(load_config(path), path)
     (tmp_path / "high_precision").rename(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="is quantised already.*give the model that it was made of"):
+    with pytest.raises(InputError, match=r"is quantised already.*give the model that it was made of"):
         load_to_train(path, None)
 
 
