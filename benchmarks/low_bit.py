@@ -6,8 +6,8 @@ python benchmarks/low_bit.py --smoke             the same at the smallest size, 
 
 The student is the teacher itself, SmolLM2-135M-Instruct, which `make smol` fetches. Every training of a format sees
 the same sequences and takes as many steps; the seeds are the order of the data. A training runs in a process of its
-own, so that its memory is known. A finished one is a line of the results, and is not done again; one that was killed goes on
-from its last checkpoint, and `wall_s` is then of its last process.
+own, so that its memory is known. A finished one is a line of the results, and is not done again; one that was killed
+goes on from its last checkpoint, and `wall_s` is then of its last process.
 """
 
 from __future__ import annotations

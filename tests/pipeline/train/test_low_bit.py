@@ -1,4 +1,4 @@
-"""Students of few bits through the stages: what they begin with, learn and leave, and that a killed training ends alike."""
+"""Students of few bits through the stages: what they begin with and leave, and that a killed training ends alike."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ def test_a_student_of_few_bits_is_trained_packed_and_measured(low_bit: dict[str,
     assert abs(trained.totals["first_validation_loss"] - losses["ptq"]) < 0.05
 
 
-def test_weights_beside_a_student_that_are_not_what_they_were_are_found(
-    low_bit: dict[str, Any], tmp_path: Path
-) -> None:
+def test_weights_beside_a_student_that_were_damaged_are_found(low_bit: dict[str, Any], tmp_path: Path) -> None:
     run = RunFile.model_validate(low_bit | {"out": str(tmp_path)})
     carry_out(run, NEEDED[3])
     file = tmp_path / NEEDED[3].name / "high_precision" / "model.safetensors"
