@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,10 @@ def load_model(
     require_complete(path, trust_remote_code, config)
     is_packed = _unpacked_at_once(config)
     try:
-        with contents_of("the model cannot be loaded", path, "weights, configuration and generation_config.json"):
+        with (
+            contents_of("the model cannot be loaded", path, "weights, configuration and generation_config.json"),
+            _unpacked_without_a_word() if is_packed else nullcontext(),
+        ):
             model = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
             )
@@ -114,6 +119,9 @@ def load_model(
         for layer in model.modules():
             if isinstance(layer, nn.Linear):
                 layer.weight.data = layer.weight.data.to(model.dtype)
+        if device == "cpu":
+            # the library compiles its rounding to FP4, which takes half a minute and a C++ compiler
+            torch.compiler.set_stance("force_eager")
     return model.to(device).eval()
 
 
@@ -127,6 +135,16 @@ def _unpacked_at_once(config: Any) -> bool:
         return False
     config.quantization_config = settings | {"dequantize": True}
     return True
+
+
+@contextmanager
+def _unpacked_without_a_word() -> Iterator[None]:
+    """The library's bars count layers, which is noise between capgap's own."""
+    from compressed_tensors.compressors.model_compressors import model_compressor
+    from compressed_tensors.utils import patch_attr
+
+    with patch_attr(model_compressor, "tqdm", lambda modules, **about: modules):
+        yield
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

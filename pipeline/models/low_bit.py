@@ -11,7 +11,8 @@ Legend: O output features, I input features, G groups of inputs, B sequences, L 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,12 +115,24 @@ class _StraightThrough(torch.autograd.Function):
     """Rounds on the way there, and lets gradients pass."""
 
     @staticmethod
+    @torch.compiler.disable
     def forward(ctx: Any, value: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
-        return rounded(value.detach()).to(value.dtype)
+        with eager_on(value.device):
+            return rounded(value.detach()).to(value.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return gradient, None
+
+
+@contextmanager
+def eager_on(device: torch.device) -> Iterator[None]:
+    """Within it, compressed-tensors rounds to FP4 without torch.compile on a CPU.
+
+    It compiles that one function, which takes half a minute in every process, and a C++ compiler.
+    """
+    with torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext():
+        yield
 
 
 def scheme_of(settings: QuantizeSettings) -> QuantizationScheme:

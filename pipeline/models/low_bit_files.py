@@ -18,7 +18,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from capgap.pipeline.models.low_bit import SAVED_DTYPE, LowBitLinear, low_bit_layers, make_low_bit, needs_input_scales
+from capgap.pipeline.models.low_bit import (
+    SAVED_DTYPE,
+    LowBitLinear,
+    eager_on,
+    low_bit_layers,
+    make_low_bit,
+    needs_input_scales,
+)
 
 _INPUT_SCALE = "input_global_scale"
 
@@ -36,7 +43,8 @@ def save_compressed(model: PreTrainedModel, folder: Path) -> None:
     for name in set(model.all_tied_weights_keys) & set(state):
         del state[name]  # the same as another, of which a copy was made
     for name, layer in layers.items():
-        state |= {f"{name}.{own}": value for own, value in _compressed(layer, packing.value).items()}
+        with eager_on(layer.weight.device):
+            state |= {f"{name}.{own}": value for own, value in _compressed(layer, packing.value).items()}
     model.save_pretrained(folder, state_dict=state)
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": str(SAVED_DTYPE).removeprefix("torch.")}))

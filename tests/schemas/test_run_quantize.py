@@ -33,6 +33,7 @@ def test_a_default_that_is_spelt_out_decides_the_same() -> None:
 def test_a_student_of_few_bits_is_not_divided_among_devices() -> None:
     run = {
         "name": "few",
+        "out": "somewhere",
         "reuse": {"cache": "somewhere"},
         "student": {"path": "somewhere", "quantize": {"format": "int8"}},
         "train": {"strategy": "fsdp2"},
