@@ -96,7 +96,7 @@ def load_model(
     try:
         with (
             contents_of("the model cannot be loaded", path, "weights, configuration and generation_config.json"),
-            _unpacked_without_a_word() if is_packed else nullcontext(),
+            _unpacked_in_silence() if is_packed else nullcontext(),
         ):
             model = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
@@ -120,8 +120,7 @@ def load_model(
             if isinstance(layer, nn.Linear):
                 layer.weight.data = layer.weight.data.to(model.dtype)
         if device == "cpu":
-            # the library compiles its rounding to FP4, which takes half a minute and a C++ compiler
-            torch.compiler.set_stance("force_eager")
+            _without_compilation(model.get_decoder())
     return model.to(device).eval()
 
 
@@ -138,13 +137,24 @@ def _unpacked_at_once(config: Any) -> bool:
 
 
 @contextmanager
-def _unpacked_without_a_word() -> Iterator[None]:
-    """The library's bars count layers, which is noise between capgap's own."""
+def _unpacked_in_silence() -> Iterator[None]:
+    """Without the library's bars, which count layers, and without torch.compile.
+
+    The library compiles its rounding to FP4, which takes half a minute and a C++ compiler.
+    """
     from compressed_tensors.compressors.model_compressors import model_compressor
     from compressed_tensors.utils import patch_attr
 
-    with patch_attr(model_compressor, "tqdm", lambda modules, **about: modules):
+    silent = patch_attr(model_compressor, "tqdm", lambda modules, **about: modules)
+    with silent, torch.compiler.set_stance("force_eager"):
         yield
+
+
+def _without_compilation(decoder: nn.Module) -> None:
+    """The same for its forward passes, in which the library rounds activations."""
+    stances: list[Any] = []
+    decoder.register_forward_pre_hook(lambda *_: stances.append(torch.compiler.set_stance("force_eager")))
+    decoder.register_forward_hook(lambda *_: stances.pop().__exit__(None, None, None), always_call=True)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

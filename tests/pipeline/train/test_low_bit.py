@@ -65,7 +65,8 @@ def test_a_student_of_few_bits_is_trained_packed_and_measured(low_bit: dict[str,
     carry_out(run, Instance("eval"))
     results = EvalResults.model_validate_json((results_folder / RESULTS_NAME).read_bytes())
     losses = {model.arm: model.loss for model in results.models}
-    assert losses["distilled"] < losses["ptq"]
+    apart = {model.arm: model.against_teacher.kl for model in results.models if model.against_teacher}
+    assert apart["distilled"] < apart["ptq"] - 0.01
     # its loss before the first step is that of the student that was rounded
     assert abs(trained.totals["first_validation_loss"] - losses["ptq"]) < 0.05
 
