@@ -77,8 +77,8 @@ class LowBitLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # torch's name
         """The product of rounded input and rounded weight; the bias is as it is."""
         if self.scheme.input_activations is not None:
-            input = _StraightThrough.apply(input, self._rounded_input)
-        weight_OI = _StraightThrough.apply(self.weight, self._rounded_weight)
+            input = _straight_through(input, self._rounded_input)
+        weight_OI = _straight_through(self.weight, self._rounded_weight)
         return linear(input, weight_OI, self.bias)
 
     @torch.no_grad()
@@ -93,13 +93,15 @@ class LowBitLinear(nn.Linear):
 
     def _weight_global_scale(self) -> Tensor:
         largest = torch.stack([one.weight.abs().amax() for one in self.fused]).amax().float()
-        return generate_gparam(-largest, largest)
+        shared: Tensor = generate_gparam(-largest, largest)
+        return shared
 
     def _rounded_weight(self, weight_OI: Tensor) -> Tensor:
         scales = self.weight_scales()
-        return fake_quantize(
+        rounded_OI: Tensor = fake_quantize(
             weight_OI.float(), scales.scale, None, _weights_of(self.scheme), global_scale=scales.global_scale
         )
+        return rounded_OI
 
     def _rounded_input(self, input: Tensor) -> Tensor:
         args = self.scheme.input_activations
@@ -108,7 +110,8 @@ class LowBitLinear(nn.Linear):
         input_BLI = input.float().reshape(-1, 1, input.shape[-1])
         shared = self.input_global_scale
         scale, _ = compute_dynamic_scales_and_zp(input_BLI, args, self, shared)
-        return fake_quantize(input_BLI, scale, None, args, global_scale=shared).reshape(input.shape)
+        rounded: Tensor = fake_quantize(input_BLI, scale, None, args, global_scale=shared)
+        return rounded.reshape(input.shape)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -121,8 +124,13 @@ class _StraightThrough(torch.autograd.Function):
             return rounded(value.detach()).to(value.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+def _straight_through(value: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    found: Tensor = _StraightThrough.apply(value, rounded)  # type: ignore[no-untyped-call]
+    return found
 
 
 @contextmanager
