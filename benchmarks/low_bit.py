@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-5])
     parser.add_argument("--tokens", type=int, default=204_800, help="that every student sees")
     parser.add_argument("--work", type=Path, default=Path("runs/low-bit-arms"), help="caches, and trainings at work")
-    parser.add_argument("--results", type=Path, default=RESULTS / "low-bit.jsonl")
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results/low-bit.jsonl")
     parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
     parser.add_argument("--train", nargs=3, metavar=("RUN", "ARM", "SEED"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
@@ -87,7 +87,7 @@ def main() -> None:
         return
     if flags.smoke:
         flags.tokens = 4096
-    results = Results(flags.results)
+    results = Results(flags.results or RESULTS / ("low-bit-smoke.jsonl" if flags.smoke else "low-bit.jsonl"))
     bench = Bench(flags.work, flags.smoke, flags.tokens)
     jobs = [
         (name, rate, arm, seed)
