@@ -19,6 +19,7 @@ FOLDERS = (
     "capgap.pipeline.corpus",
     "capgap.pipeline.teacher",
     "capgap.pipeline.cache",
+    "capgap.pipeline.align",
     "capgap.pipeline.student",
     "capgap.pipeline.train",
     "capgap.pipeline.tune",

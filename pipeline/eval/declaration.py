@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.declaration import Stage
-from capgap.pipeline.stage.instances import corpus_inputs, names, once, teacher_inputs, trainings
+from capgap.pipeline.stage.instances import cache_inputs, corpus_inputs, names, once, teacher_inputs, trainings
 from capgap.schemas.run_file import RunFile
 
 
 def _inputs(run: RunFile, instance: Instance) -> list[str]:
-    cache = ["cache"] if run.has("cache") else []
-    return [*corpus_inputs(run), *teacher_inputs(run), *cache, *names(trainings(run))]
+    return [*corpus_inputs(run), *teacher_inputs(run), *cache_inputs(run), *names(trainings(run))]
 
 
 STAGE = Stage(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.declaration import Stage
 from capgap.pipeline.stage.instances import (
+    cache_inputs,
     corpus_inputs,
     measured_models,
     names,
@@ -17,10 +18,15 @@ from capgap.schemas.run_file import RunFile
 
 
 def _inputs(run: RunFile, instance: Instance) -> list[str]:
-    cache = ["cache"] if run.has("cache") else []
     tasks = [] if run.benchmarks is None else measured_models(run, "benchmark", run.asks_teacher("benchmarks"))
     judged = [] if run.judge is None else ["judge"]
-    made = [*corpus_inputs(run), *teacher_inputs(run), *cache, *names(students(run)), *names(trainings(run))]
+    made = [
+        *corpus_inputs(run),
+        *teacher_inputs(run),
+        *cache_inputs(run),
+        *names(students(run)),
+        *names(trainings(run)),
+    ]
     return [*made, "eval", *names(tasks), *judged]
 
 

@@ -60,13 +60,18 @@ def names(instances: list[Instance]) -> list[str]:
 
 
 def text_inputs(run: RunFile) -> list[str]:
-    """What carries tokenizer, context rule and held-out text: the corpus, or where the run has none its cache."""
-    return ["corpus"] if run.has("corpus") else ["cache"] if run.has("cache") else []
+    """What carries students' tokenizer, context rule and held-out text: the corpus, or else their cache."""
+    return corpus_inputs(run) or cache_inputs(run)
+
+
+def cache_inputs(run: RunFile) -> list[str]:
+    """The cache that students learn from: what `align` makes of the run's, where it does."""
+    return ["align"] if run.makes("align") else ["cache"] if run.has("cache") else []
 
 
 def corpus_inputs(run: RunFile) -> list[str]:
-    """The corpus, where the run has one."""
-    return ["corpus"] if run.has("corpus") else []
+    """The corpus, where the run has one in the students' own tokens."""
+    return ["corpus"] if run.has("corpus") and not run.makes("align") else []
 
 
 def teacher_inputs(run: RunFile) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from capgap.pipeline.stage.context import Instance, further_cache
 from capgap.pipeline.stage.declaration import Stage
-from capgap.pipeline.stage.instances import corpus_inputs, trainings
+from capgap.pipeline.stage.instances import cache_inputs, corpus_inputs, trainings
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_train import TrainSettings
 
@@ -18,7 +18,7 @@ def _settings_of(run: RunFile, instance: Instance) -> TrainSettings:
 
 def _inputs(run: RunFile, instance: Instance) -> list[str]:
     online = ["teacher"] if _settings_of(run, instance).needs_teacher else []
-    return [*corpus_inputs(run), *online, "cache", Instance("student", seed=instance.seed).name]
+    return [*corpus_inputs(run), *online, *cache_inputs(run), Instance("student", seed=instance.seed).name]
 
 
 def _decisive(run: RunFile, instance: Instance) -> dict[str, Any]:

@@ -155,6 +155,8 @@ def _student(context: StageContext) -> str:
 
 def _recording(cached: CacheFacts, recording: RecordingName, temperature: float) -> str:
     kept = cached.recordings[recording]
+    if recording == "chunks":
+        return f"chunks of text, at temperature {temperature:g}, context {cached.context}; the teacher has other tokens"
     what = f"{kept.num_ids} samples" if recording == "sampled" else f"top {kept.num_ids} ({kept.profile})"
     return f"{recording}: {what} a token, at temperature {temperature:g}, context {cached.context}"
 

@@ -25,7 +25,7 @@ from capgap.pipeline.store.quarantine import read_quarantine
 from capgap.pipeline.workflow.graph import decisive_settings, further_caches, input_names, instances
 from capgap.pipeline.workflow.sources import changed_source
 from capgap.schemas.errors import InputError
-from capgap.schemas.manifest import InputEntry, Manifest, WorkOrder
+from capgap.schemas.manifest import STANDS_FOR, InputEntry, Manifest, WorkOrder
 from capgap.schemas.run_file import RunFile
 
 
@@ -151,7 +151,8 @@ class RunStates:
         for name in self.of(instance.name).order.inputs:
             location, manifest = self._finished_input(name, instance)
             require_seal(location, manifest)
-            found[name] = StageInput(location, manifest)
+            # what stands for a cache is read as one
+            found[STANDS_FOR.get(name, name)] = StageInput(location, manifest)
         return found
 
     def _finished_input(self, name: str, reader: Instance) -> Finished:
