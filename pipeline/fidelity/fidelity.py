@@ -13,7 +13,7 @@ from capgap.pipeline.models.load import model_at
 from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.stage.device import resolve_device
 from capgap.pipeline.stage.lease import leases
-from capgap.pipeline.stage.manifests import finished_cache
+from capgap.pipeline.stage.manifests import finished_cache, require_of_tokens
 from capgap.pipeline.store import ShardReader, target_temperature_of
 from capgap.pipeline.store.batch import Sample, collate
 from capgap.pipeline.store.stored import part_bytes

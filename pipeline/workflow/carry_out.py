@@ -32,7 +32,7 @@ from capgap.pipeline.stages import stage_named
 from capgap.pipeline.workflow.sources import source_paths
 from capgap.pipeline.workflow.state import RunStates, StageState, State
 from capgap.schemas.errors import MismatchError
-from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
+from capgap.schemas.manifest import STANDS_FOR, InputEntry, Manifest, SourceEntry, WorkOrder
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.secrets import redacted, redacted_values
 
@@ -92,8 +92,9 @@ class Clock:
 
 def order_of(state: StageState, inputs: Mapping[str, StageInput]) -> WorkOrder:
     """The work order with the inputs as they were found."""
+    made_by = {STANDS_FOR.get(name, name): name for name in state.order.inputs}
     entries = {
-        name: InputEntry(path=str(i.location), identity=i.manifest.identity, content=i.manifest.content)
+        made_by[name]: InputEntry(path=str(i.location), identity=i.manifest.identity, content=i.manifest.content)
         for name, i in inputs.items()
     }
     return state.order.model_copy(update={"inputs": entries})
