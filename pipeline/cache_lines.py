@@ -17,6 +17,7 @@ def describe(location: Path | str, manifest: Manifest, facts: CacheFacts) -> str
     settings = manifest.resolved.get("teacher")
     given = settings.get("path") if isinstance(settings, dict) else None
     made = manifest.inputs.get("teacher")
+    given = given if facts.aligned is None else facts.aligned.teacher
     teacher = given or facts.served or (made.path if made is not None else "not known")
     tokenizer = facts.tokenizer
     lines += [

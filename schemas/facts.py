@@ -213,6 +213,12 @@ class AlignedFacts(Record):
     tokenizer: TokenizerFacts
     """The teacher's; that of the facts around it is the student's."""
 
+    teacher: str
+    """The teacher's folder, id or name, as the other cache has it."""
+
+    num_teacher_tokens: int
+    """Targets that it scored for students to train on."""
+
     recording: RecordingName
     """Of the other cache, which says how far borders can be trusted."""
 

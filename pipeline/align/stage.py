@@ -59,7 +59,7 @@ def run(context: StageContext) -> StageResult:
     parts = {CHUNKS_SET: made[: job.num_training], heldout_set(CHUNKS_SET): made[job.num_training :]}
     sets = {name: maker.shard_set([entry for entry, _ in part]) for name, part in parts.items() if part}
     training, heldout = ([record for _, record in part] for part in parts.values())
-    facts = _facts(job, training, heldout)
+    facts = _facts(job, context.input("cache"), training, heldout)
     aligned = facts.aligned
     assert aligned is not None
     shards = sets[CHUNKS_SET]
@@ -116,10 +116,14 @@ def prepare(context: StageContext) -> AlignJob:
     )
 
 
-def _facts(job: AlignJob, training: list[UnitRecord], heldout: list[UnitRecord]) -> CacheFacts:
+def _facts(job: AlignJob, cache: StageInput, training: list[UnitRecord], heldout: list[UnitRecord]) -> CacheFacts:
     """Those of the other cache, in the student's tokens."""
     splits = {"student": _split(training)} | ({"heldout": _split(heldout)} if heldout else {})
+    given, made = cache.manifest.resolved.get("teacher", {}).get("path"), cache.manifest.inputs.get("teacher")
+    scored = job.source.model_copy(update={"shards": job.source.shards[: job.num_training]})
     aligned = AlignedFacts(
+        teacher=given or job.facts.served or (made.path if made is not None else "not known"),
+        num_teacher_tokens=scored.num_tokens,
         tokenizer=job.facts.tokenizer,
         recording=job.recording,
         num_chunks=sum(one.num_chunks for one in training),

@@ -133,8 +133,10 @@ def _head(context: StageContext, name: str, figures: Mapping[str, float]) -> str
 
 
 def _teacher(cache: StageInput) -> str:
-    made = cache.manifest.inputs["teacher"]
     cached = CacheFacts.model_validate(cache.manifest.facts)
+    if cached.aligned is not None:
+        return f"{cached.aligned.teacher}, of another tokenizer, scored by {', '.join(cached.engines)}"
+    made = cache.manifest.inputs["teacher"]
     name = _given_teacher(cache) or cached.served or made.path
     if cache.manifest.resolved.get("teacher", {}).get("adapt"):
         name += ", adapted"
