@@ -136,6 +136,10 @@ class UnitMaker:
         mine, theirs = self._teacher.table, self._student.tokenizer.table.texts
         return np.array([mine.bytes_of(token) in theirs for token in range(len(mine.length_V))], np.bool_)
 
+    def warm_up(self) -> None:
+        """Load both tokenizers and make their tables now, rather than with the first unit."""
+        assert self._student is not None and self._teacher.table.order is not None and self._shared is not None
+
     def finished(self, unit: int) -> tuple[ShardEntry, UnitRecord] | None:
         """A unit, if it is whole: its file is read and digested."""
         record = read_sidecar(self.job.units.path(unit), UnitRecord)

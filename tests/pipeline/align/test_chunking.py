@@ -201,9 +201,9 @@ def test_pieces_of_bytes_are_bytes_by_their_decoder_and_not_by_their_spelling(
     assert pieces.table.bytes_of(3 + 0x41) == b"A"
     tokenizer = train_tokenizer(["<0x41>"] * 50, 290)
     vocab = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"]
-    token = max(vocab, key=len)
+    token = max((one for one in vocab if "0x" in one), key=len)
     table = TextTokenizer.of(tokenizer, 290, "bytes").table
-    assert table.bytes_of(vocab[token]) == token.encode() and "0x4" in token
+    assert table.bytes_of(vocab[token]) == token.encode()
 
 
 def facts_of(eos_id: int, vocab_size: int, bos_ids: tuple[int, ...] = ()) -> CorpusFacts:
