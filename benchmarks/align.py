@@ -4,8 +4,8 @@ python benchmarks/align.py             two byte-level BPEs, top-64 and samples, 
 python benchmarks/align.py --quick     a tenth of the text
 
 The text is the Python standard library's; the distributions are made up, and every byte of text goes through: members
-are read and decoded, text is encoded anew, chunks are cut, shards are written. Beside it stands the time of the tokenizer
-alone.
+are read and decoded, text is encoded anew, chunks are cut, shards are written. Beside it stands the time of the
+tokenizer alone.
 """
 
 from __future__ import annotations

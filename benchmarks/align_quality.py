@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from machine import RESULTS, machine
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.stage.device import resolve_device
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.graph import instances
 from capgap.schemas.results import RESULTS_NAME, EvalResults
@@ -68,7 +69,7 @@ def main() -> None:
         }
         if not any(line["about"] == about for line in _lines(results)):
             _carry_out(run)
-            _keep(results, about, work / f"seed-{seed}" / "eval" / RESULTS_NAME, run.device)
+            _keep(results, about, work / f"seed-{seed}" / "eval" / RESULTS_NAME, resolve_device(run.device))
     print(_table([line for line in _lines(results) if line["about"]["pair"] == flags.pair]))
 
 
@@ -123,7 +124,7 @@ def _keep(results: Path, about: dict[str, Any], measured: Path, device: str) -> 
             line |= {
                 "teacher_bits_per_byte": bits,
                 "about": about,
-                "machine": machine("cpu" if device == "auto" else device),
+                "machine": machine(device),
             }
             file.write(json.dumps(line) + "\n")
 
