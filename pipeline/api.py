@@ -128,6 +128,13 @@ class Cache:
         | `tail` | [L] float32 | probability of all other ids; only of the recording `topk` |
         | `label_logprobs` | [L] float32 | logprob of the real next token under the teacher, as captured; nats |
 
+        Of a cache that `align` made, the last four give way to these:
+
+        | key | shape and dtype | holds |
+        |---|---|---|
+        | `chunk_left` | [L] int64 | targets of its chunk that come after each; -1 in no chunk to learn from |
+        | `chunk_logprobs` | [L] float32 | the teacher's logprob of a chunk at its last target, 0 at others; nats |
+
         WebDataset deals whole shards out to ranks and workers. Here members are dealt out, so any number of workers has
         work as long as there are members, and a member is read by exactly one worker of one rank. Ranks may differ by
         a member's sequences; where every rank must take equally many steps, use `batches`, or `.with_epoch`.

@@ -17,6 +17,7 @@ def describe(location: Path | str, manifest: Manifest, facts: CacheFacts) -> str
     settings = manifest.resolved.get("teacher")
     given = settings.get("path") if isinstance(settings, dict) else None
     made = manifest.inputs.get("teacher")
+    given = given if facts.aligned is None else facts.aligned.teacher
     teacher = given or facts.served or (made.path if made is not None else "not known")
     tokenizer = facts.tokenizer
     lines += [
@@ -32,9 +33,18 @@ def describe(location: Path | str, manifest: Manifest, facts: CacheFacts) -> str
 
 def _recording(name: RecordingName, manifest: Manifest, facts: CacheFacts) -> list[str]:
     about = facts.recordings[name]
+    if name == "chunks" and facts.aligned is not None:
+        aligned = facts.aligned
+        kept_share = f"{100 * aligned.num_kept_chunks / max(1, aligned.num_chunks):.1f} % of {aligned.num_chunks:,}"
+        lines = [f"  chunks: {kept_share} chunks to learn from, of a teacher with other tokens"]
+        return lines + _parts(name, manifest)
     kept = f"{about.num_ids} samples" if name == "sampled" else f"top {about.num_ids}, {about.profile}"
     temperatures = " or ".join(f"{one:g}" for one in about.temperatures)
-    lines = [f"  {name}: {kept} a token, at temperature {temperatures}"]
+    return [f"  {name}: {kept} a token, at temperature {temperatures}", *_parts(name, manifest)]
+
+
+def _parts(name: RecordingName, manifest: Manifest) -> list[str]:
+    lines = []
     for title, which in (("to train on", name), ("held out", heldout_set(name))):
         if which in manifest.shard_sets:
             lines.append(f"    {title}: {_size(manifest.shard_sets[which])}")

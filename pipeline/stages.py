@@ -20,6 +20,7 @@ FOLDERS = (
     "capgap.pipeline.teacher",
     "capgap.pipeline.generate",
     "capgap.pipeline.cache",
+    "capgap.pipeline.align",
     "capgap.pipeline.student",
     "capgap.pipeline.train",
     "capgap.pipeline.tune",

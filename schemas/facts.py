@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -210,6 +211,43 @@ class CrossCheck(Record):
         )
 
 
+class AlignedFacts(Record):
+    """What `align` says of the cache that it made of another one."""
+
+    tokenizer: TokenizerFacts
+    """The teacher's; that of the facts around it is the student's."""
+
+    teacher: str
+    """The teacher's folder, id or name, as the other cache has it."""
+
+    num_teacher_tokens: int
+    """Targets that it scored for students to train on."""
+
+    recording: RecordingName
+    """Of the other cache, which says how far borders can be trusted."""
+
+    num_chunks: int
+    """Chunks of the text that students train on."""
+
+    num_kept_chunks: int
+    """Those of them to learn from."""
+
+    num_unreliable_chunks: int
+    """Those that a border makes unreliable; of the others that are not kept, the teacher's logprob is not known, or a
+    sequence of the student ends within."""
+
+    heldout_nats: float
+    """Minus the teacher's logprob of the kept chunks of held-out text."""
+
+    heldout_bytes: int
+    """Bytes of text in those."""
+
+    @property
+    def teacher_bits_per_byte(self) -> float | None:
+        """The teacher's, of the kept chunks of held-out text; None where there are none."""
+        return self.heldout_nats / self.heldout_bytes / math.log(2) if self.heldout_bytes else None
+
+
 class CacheFacts(TextFacts):
     """What the cache stage hands on: all that a training, its evaluation and its report need of corpus and teacher."""
 
@@ -243,6 +281,9 @@ class CacheFacts(TextFacts):
     """vLLM held against transformers; None where it did not score the cache, where nobody wanted to know
     (`cache.cross_check`), and of an import."""
 
+    aligned: AlignedFacts | None = None
+    """None for a cache in the teacher's own tokens."""
+
     scored: tuple[ShardFacts, ...] = ()
     """Who scored each shard, in order: a cache that loses shards makes those again and no others. Empty if imported."""
 
@@ -257,7 +298,7 @@ def text_facts(stage: str, facts: Mapping[str, Any]) -> TextFacts:
     """What a finished corpus, or a cache that stands for it, says of the text.
 
     Args:
-        stage: `corpus` or `cache`.
+        stage: `corpus`, or `cache` for what is read as one.
         facts: of its manifest.
     """
     kind = CacheFacts if stage == "cache" else CorpusFacts

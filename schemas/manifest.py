@@ -22,6 +22,9 @@ from capgap.schemas.printable import printable_name
 MANIFEST_NAME = "manifest.json"
 WORK_NAME = "work.json"
 
+STANDS_FOR = {"align": "cache"}
+"""Stages whose result is read as that of another one."""
+
 
 # A manifest may come from a stranger: no count may pass what arithmetic on offsets and arrays holds.
 Count = Annotated[int, Field(ge=0, lt=1 << 48)]
@@ -286,6 +289,11 @@ class Manifest(WorkOrder):
 
     resolved: dict[str, Any] = Field(default_factory=dict)
     """The whole run file with its defaults, operational settings included."""
+
+    @property
+    def read_as(self) -> str:
+        """The stage whose result it is to whoever reads it."""
+        return STANDS_FOR.get(self.stage, self.stage)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

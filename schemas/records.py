@@ -84,4 +84,21 @@ class TopkTargets:
     log_tails_BLT: FloatArray
 
 
-Targets = SampledTargets | TopkTargets
+@dataclass(frozen=True)
+class ChunkTargets:
+    """What a teacher of another tokenizer says of chunks: of spans on whose borders both tokenizations agree.
+
+    The targets of a sequence are cut into chunks; those behind the last end are in none.
+
+    Attributes:
+        ends_BL: True at the last target of a chunk [B, L].
+        kept_BL: True where that chunk is one to learn from [B, L]; all of its targets are labels then.
+        logprobs_BL: there the teacher's logprob of the chunk [B, L], float32, nats; 0 everywhere else.
+    """
+
+    ends_BL: BoolArray
+    kept_BL: BoolArray
+    logprobs_BL: FloatArray
+
+
+Targets = SampledTargets | TopkTargets | ChunkTargets

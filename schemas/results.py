@@ -18,8 +18,8 @@ from capgap.schemas.run_cache import RecordingName
 RESULTS_NAME = "results.json"
 TEACHER = "teacher"
 
-Quantity = Literal["loss", "kl", "cached_kl", "cached_teacher_ce"]
-"""What differs between two arms: the loss; `AgainstTeacher.kl`; `AgainstCache.kl` or its `teacher_ce`."""
+Quantity = Literal["loss", "kl", "cached_kl", "cached_teacher_ce", "cached_chunk_kl"]
+"""What differs between two arms: the loss; `AgainstTeacher.kl`; `kl`, `teacher_ce` or `chunk_kl` of `AgainstCache`."""
 
 
 class Interval(Record):
@@ -77,15 +77,19 @@ class AgainstCache(Record):
     """For `sampled`, the student's cross-entropy with the teacher's samples, nats/token: on average over samples it is
     KL(teacher || student) plus the teacher's entropy, so that two students differ in it as in their KL."""
 
-    top1: float
+    top1: float | None
     """Top-1 agreement: share of positions at which the student's top-1 token is the teacher's, or the one sampled most
-    often."""
+    often. None where the teacher has other tokens."""
 
     interval: Interval
-    """The interval of `kl` or `teacher_ce`, over the choice of sequences."""
+    """The interval of `kl`, `teacher_ce` or `chunk_kl`, over the choice of sequences."""
 
-    top1_interval: Interval
+    top1_interval: Interval | None
     """Likewise."""
+
+    chunk_kl: float | None = None
+    """For `chunks`, the binarised KL(teacher || student) of chunks of text at temperature 1, summed over those that are
+    kept and divided by the labels, nats/token. KL by token does not exist there."""
 
 
 class Drafted(Record):
@@ -253,7 +257,11 @@ class HeldoutCache(Record):
     """In them."""
 
     teacher_loss: float | None
-    """The teacher's, on these sequences, as recorded; None at another temperature than 1. Nats/token."""
+    """The teacher's, on these sequences, as recorded, nats/token; None at other temperatures than 1 and of other
+    tokens."""
+
+    teacher_bits_per_byte: float | None = None
+    """Of a teacher with other tokens, on the chunks of held-out text that are kept; None for any other."""
 
 
 class EvalResults(Record):

@@ -47,8 +47,8 @@ OPERATIONAL_ENGINE_ARGS = frozenset(
 )
 """Of vLLM's arguments those that change speed and memory, and of a row at most the rounding."""
 
-RecordingName = Literal["sampled", "topk"]
-"""How a distribution is kept; the name of a shard set of the cache."""
+RecordingName = Literal["sampled", "topk", "chunks"]
+"""How a distribution is kept; the name of a shard set of the cache. `chunks`: as `align` makes them."""
 
 
 class CacheSettings(Record):

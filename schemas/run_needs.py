@@ -22,6 +22,7 @@ def require_needs(run: RunSections) -> None:
     _require_rounds(run)
     _require(run, "cache", "teacher")
     _require_server(run)
+    _require_align(run)
     _require_text(run, "student")
     _require(run, "train", "student")
     _require(run, "train", "cache")
@@ -68,6 +69,24 @@ def _require_server(run: RunSections) -> None:
         )
 
 
+def _require_align(run: RunSections) -> None:
+    """What students of another tokenizer than the teacher's cannot have."""
+    if run.align is None:
+        return
+    _require(run, "align", "cache")
+    if run.makes("cache") and run.cache.temperature != 1:
+        raise ValueError(
+            f"cache.temperature: found {run.cache.temperature:g} with align, expected 1, where chunks have a likelihood"
+        )
+    if run.tune is not None and run.tune.cache == "own":
+        raise ValueError("tune.cache: found own with align, expected none; an aligned cache holds no conversations")
+    if run.makes("student") and run.student.prune is not None:
+        raise ValueError("student.prune: found with align, expected path or model; a pruned teacher has its tokens")
+    if run.makes("eval") and (run.eval.teacher == "live" or run.eval.speculative is not None):
+        name = "teacher" if run.eval.teacher == "live" else "speculative"
+        raise ValueError(f"eval.{name}: found with align, expected none; teacher and student have other tokens")
+
+
 def _require_text(run: RunSections, section: str) -> None:
     if run.makes(section) and not (run.has("corpus") or run.has("cache")):
         raise ValueError(f"{section}: found without corpus and cache, expected {_given('cache')} beside it")
@@ -78,6 +97,8 @@ def _require_rounds(run: RunSections) -> None:
     rounds = run.rounds
     if rounds is None:
         return
+    if run.align is not None:
+        raise ValueError("rounds: found with align, expected one of them; rounds need one tokenizer for who writes and scores")
     if "cache" in run.reuse:
         raise ValueError(
             "reuse.cache: found with rounds, expected none: their caches are made here; train.caches mixes in others"
@@ -125,8 +146,26 @@ def _require_arm(run: RunSections, arm: str) -> None:
         )
     if settings.needs_teacher:
         _require_teacher_model(run, f"arms.{arm}.targets: found online", "to ask")
-    if run.makes("cache"):
+    if run.makes("align"):
+        require_chunks(f"arms.{arm}", settings)
+    elif run.makes("cache"):
         _require_recorded(arm, settings, run.cache)
+
+
+def require_chunks(where: str, settings: TrainSettings) -> None:
+    """Raise ValueError for what no loss of chunks has; `where` names the settings."""
+    if settings.recording not in (None, "chunks"):
+        raise ValueError(f"{where}.recording: found {settings.recording} with an aligned cache, expected chunks")
+    if settings.needs_teacher:
+        raise ValueError(f"{where}.targets: found online with an aligned cache, expected cache; the tokens are others")
+    if not settings.needs_targets:
+        return
+    if settings.divergence == "jsd":
+        raise ValueError(f"{where}.divergence: found jsd with chunks, expected forward_kl or reverse_kl")
+    if settings.tail is not None:
+        raise ValueError(f"{where}.tail: found {settings.tail} with chunks, expected none; a chunk has no tail")
+    if settings.token_weights != "equal":
+        raise ValueError(f"{where}.token_weights: found {settings.token_weights} with chunks, expected equal")
 
 
 def _require_recorded(arm: str, settings: TrainSettings, cache: CacheSettings) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from capgap.schemas.base import OPERATIONAL, PartOf, Record, below
+from capgap.schemas.run_align import AlignSettings
 from capgap.schemas.run_benchmark import BenchmarkSettings
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
@@ -56,6 +57,9 @@ class RunSections(Record):
 
     cache: CacheSettings = Field(default_factory=CacheSettings)
     """How the teacher's distributions are kept."""
+
+    align: AlignSettings | None = None
+    """How the cache becomes one for students of another tokenizer, who then learn from that."""
 
     student: StudentSettings = Field(default_factory=StudentSettings)
     """The model that is trained."""
@@ -130,7 +134,7 @@ class RunSections(Record):
     @property
     def measures_teacher(self) -> bool:
         """Whether `eval` holds students against the teacher itself, or the cache alone stands for it."""
-        return self.eval.teacher != "cache" and self.has_teacher_model
+        return self.eval.teacher != "cache" and self.has_teacher_model and not self.has("align")
 
     def train_settings(self, arm: str) -> TrainSettings:
         """The settings of `train` with the arm's own in their place.

@@ -49,11 +49,12 @@ class TrainSettings(OptimizationSettings):
 
     temperature: float | None = Field(None, gt=0)
     """The temperature at which teacher and student are compared: `cache.temperature`, which is also the default, or for
-    `topk` one of `cache.extra_temperatures`."""
+    `topk` one of `cache.extra_temperatures`. Of an aligned cache any, 1 by default: likelihoods of chunks are raised to
+    1 over it."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """What is called KL here: `forward_kl`, KL(teacher || student); `reverse_kl`; or `jsd`, the generalised
-    Jensen-Shannon divergence. A `sampled` cache supports `forward_kl` only."""
+    Jensen-Shannon divergence. A `sampled` cache supports `forward_kl` only, an aligned one all but `jsd`."""
 
     jsd_beta: float | None = Field(None, gt=0, lt=1)
     """With `jsd` only: weight of KL(teacher || mixture), and the teacher's share of the mixture. 0.5 where left out."""

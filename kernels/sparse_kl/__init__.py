@@ -4,22 +4,29 @@
         -> loss = sum_i w_i (alpha T^2 KL_i + (1 - alpha) CE_i) / sum_i w_i     and its gradients
            logits [N, V] never stand in memory at once
 
-`reference.py` is the plain dense form and the truth for tests; `op.py` is what is exported here, and
+`linear_label_logprobs` gives each label's logprob, for losses of
+spans. `reference.py` is the plain dense form and the truth for tests; `op.py` is what is exported here, and
 `vocab_parallel.py` its form for a head split over processes. README.md derives the gradient.
 """
 
+from capgap.kernels.sparse_kl.chunk_kl import ChunkDivergence, chunk_kl, chunk_sums
 from capgap.kernels.sparse_kl.divergence import Divergence, Recording, Tail, check_pair
+from capgap.kernels.sparse_kl.label_logprobs import linear_label_logprobs
 from capgap.kernels.sparse_kl.op import linear_sparse_kl
 from capgap.kernels.sparse_kl.targets import SparseKl, SparseTargets
 from capgap.kernels.sparse_kl.vocab_parallel import vocab_parallel_sparse_kl
 
 __all__ = [
+    "ChunkDivergence",
     "Divergence",
     "Recording",
     "SparseKl",
     "SparseTargets",
     "Tail",
     "check_pair",
+    "chunk_kl",
+    "chunk_sums",
+    "linear_label_logprobs",
     "linear_sparse_kl",
     "vocab_parallel_sparse_kl",
 ]

@@ -28,6 +28,7 @@ import numpy as np
 from capgap.pipeline.store import ShardReader
 from capgap.schemas.errors import MismatchError
 from capgap.schemas.manifest import Manifest
+from capgap.schemas.records import ChunkTargets
 
 LABEL_LOSS, NUM_SEQUENCES = "label_loss", "num_label_loss_sequences"
 """The teacher stage's totals: mean over the labels of so many held-out sequences, nats/token."""
@@ -60,7 +61,7 @@ def label_loss_of(reader: ShardReader) -> LabelLoss | None:
     nats, labels = [], []
     for index in range(reader.shard_set.num_members):
         sequences, targets = reader.read(index)
-        assert targets is not None
+        assert targets is not None and not isinstance(targets, ChunkTargets)
         counts_BL = sequences.mask_BL1[:, 1:] & ~np.isnan(targets.label_logprobs_BL)
         nats.append(-np.where(counts_BL, targets.label_logprobs_BL, 0.0).sum(axis=1, dtype=np.float64))
         labels.append(counts_BL.sum(axis=1))

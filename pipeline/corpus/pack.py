@@ -120,7 +120,7 @@ class Packer:
         starts_T = np.zeros(len(tokens_T), dtype=np.bool_)
         begun_D = begins_D[:-1]
         starts_T[begun_D[(begun_D >= 0) & (begun_D < len(tokens_T))]] = True
-        rows = _rows(begins_D, np.array(self._has_bos, np.bool_), self._seq_len + 1, len(self._bos_ids))
+        rows = cut_rows(begins_D, np.array(self._has_bos, np.bool_), self._seq_len + 1, len(self._bos_ids))
         shape = (len(rows), self._seq_len + 1)
         made = Sequences(np.empty(shape, np.int32), np.zeros(shape, np.bool_), np.zeros(shape, np.bool_))
         for number, (first, num_put, is_rest) in enumerate(rows):
@@ -148,7 +148,7 @@ class Packer:
         self._masks = [part.copy() for part in np.split(mask_T[first:], ends[:-1] - first)]
 
 
-def _rows(
+def cut_rows(
     begins_D: npt.NDArray[np.int64], has_bos_D: npt.NDArray[np.bool_], size: int, num_bos: int
 ) -> list[tuple[int, int, bool]]:
     """For each sequence the first token that it takes, how many ids are put before that, and whether that is the rest

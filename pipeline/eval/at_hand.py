@@ -15,6 +15,7 @@ from capgap.schemas.results import TEACHER
 from capgap.schemas.run_eval import EvalSettings
 
 NO_TEACHER = "the run has none: a finished cache stands for it"
+OTHER_TOKENS = "its tokens are others than the students', so that there is no KL by token: chunks of text stand for it"
 SERVED_TEACHER = "it is served elsewhere: its cache stands for it"
 
 
@@ -49,6 +50,8 @@ def why_missing(context: StageContext) -> str | None:
     if settings.teacher == "cache":
         return "eval.teacher is cache"
     if TEACHER not in context.inputs:
+        if context.input("cache").manifest.facts.get("aligned") is not None:
+            return OTHER_TOKENS
         return SERVED_TEACHER if context.run.teacher.served is not None else NO_TEACHER
     if settings.teacher == "live" or settings.speculative is not None:
         return None

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from capgap.kernels.sparse_kl import chunk_kl, chunk_sums
 from capgap.kernels.sparse_kl.divergence import coarse
 from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.eval.compare import sums_of_sequences
@@ -25,7 +26,7 @@ from capgap.pipeline.stage.progress import Meter
 from capgap.pipeline.store import Batch, ShardReader
 from capgap.pipeline.store.batch import collate
 from capgap.schemas.facts import CacheFacts, heldout_set
-from capgap.schemas.records import Sequences
+from capgap.schemas.records import ChunkTargets, Sequences
 from capgap.schemas.results import AgainstCache, HeldoutCache
 from capgap.schemas.run_cache import RecordingName
 
@@ -63,6 +64,9 @@ class CachedRows:
             if len(rows_B):
                 batch = collate([(sequences, targets, int(row)) for row in rows_B], self.reader.codec.num_ids)
                 mask_BL = sequences.mask_BL1[rows_B, 1:]
+                if isinstance(targets, ChunkTargets):
+                    yield sequences.part(rows_B), batch, np.zeros(0)
+                    continue
                 yield sequences.part(rows_B), batch, targets.label_logprobs_BL[rows_B][mask_BL].astype(np.float64)
             if missing == 0:
                 return
@@ -74,12 +78,15 @@ class CachedRows:
             labels.append(num_labels(sequences))
             nats -= float(label_logprobs_N.sum())
         labels_S = np.concatenate(labels) if labels else np.zeros(0, np.int64)
+        aligned = self.facts.aligned
+        known = self.facts.temperature == 1 and aligned is None
         found = HeldoutCache(
             recording=self.recording,
             temperature=self.facts.temperature,
             num_sequences=len(labels_S),
             num_labels=int(labels_S.sum()),
-            teacher_loss=nats / int(labels_S.sum()) if self.facts.temperature == 1 and len(labels_S) else None,
+            teacher_loss=nats / int(labels_S.sum()) if known and len(labels_S) else None,
+            teacher_bits_per_byte=aligned.teacher_bits_per_byte if aligned is not None else None,
         )
         return found, labels_S
 
@@ -107,7 +114,7 @@ class CachedSums:
     Attributes:
         nats_S: loss of the text [S].
         apart_S: KL, or cross-entropy with the teacher's samples [S].
-        top1_S: top-1 agreements [S].
+        top1_S: top-1 agreements [S]; without meaning for chunks.
     """
 
     nats_S: Float64Array
@@ -122,9 +129,10 @@ class CachedSums:
             loss=float(self.nats_S.sum() / count),
             kl=max(apart, 0.0) if recording == "topk" else None,
             teacher_ce=apart if recording == "sampled" else None,
-            top1=float(self.top1_S.sum() / count),
+            top1=None if recording == "chunks" else float(self.top1_S.sum() / count),
             interval=bootstrap_interval(self.apart_S, labels_S, weights_RS),
-            top1_interval=bootstrap_interval(self.top1_S, labels_S, weights_RS),
+            top1_interval=None if recording == "chunks" else bootstrap_interval(self.top1_S, labels_S, weights_RS),
+            chunk_kl=max(apart, 0.0) if recording == "chunks" else None,
         )
 
 
@@ -158,7 +166,8 @@ def score_on_cache(
     for sequences, batch, _ in cached.blocks():
         counted = None if calibration is None else calibration.part(first, first + len(sequences))
         first += len(sequences)
-        against = _Against(batch, cached.facts.temperature)
+        of_chunks = batch.chunk_left_N is not None
+        against = _ChunksAgainst(batch) if of_chunks else _Against(batch, cached.facts.temperature)
         nats_B = score(
             model,
             sequences,
@@ -172,7 +181,7 @@ def score_on_cache(
             meter=meter,
         )
         sums = partial(sums_of_sequences, labels_S=num_labels(sequences))
-        rows_N2 = torch.cat(against.found).numpy()
+        rows_N2 = against.rows().numpy()
         found.append((nats_B, sums(rows_N2[:, 0]), sums(rows_N2[:, 1])))
     return CachedSums(*(np.concatenate(part) for part in zip(*found, strict=True)))
 
@@ -186,7 +195,11 @@ class _Against:
         self._ids_NK, self._p_NK = batch.ids_NK[counted_N], batch.weights_NK[counted_N]
         self._tail_N = None if batch.tail_N is None else batch.tail_N[counted_N]
         self._temperature, self._num_rows = temperature, 0
-        self.found: list[torch.Tensor] = []
+        self._found: list[torch.Tensor] = []
+
+    def rows(self) -> torch.Tensor:
+        """What `against_targets` says of all of them."""
+        return torch.cat(self._found)
 
     def add(self, logprobs_NV: torch.Tensor) -> None:
         rows = slice(self._num_rows, self._num_rows + len(logprobs_NV))
@@ -194,7 +207,31 @@ class _Against:
         ids_NK, p_NK = self._ids_NK[rows].to(logprobs_NV.device), self._p_NK[rows].to(logprobs_NV.device)
         tail_N = None if self._tail_N is None else self._tail_N[rows].to(logprobs_NV.device)
         logq_NV = logprobs_NV if self._temperature == 1 else (logprobs_NV / self._temperature).log_softmax(-1)
-        self.found.append(against_targets(ids_NK, p_NK, tail_N, logq_NV).cpu())
+        self._found.append(against_targets(ids_NK, p_NK, tail_N, logq_NV).cpu())
+
+
+class _ChunksAgainst:
+    """Takes a block's rows in order, and holds the student's likelihood of each chunk against the teacher's."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._labels_n = batch.labels_BL[batch.labels_BL >= 0]
+        self._found: list[torch.Tensor] = []
+
+    def add(self, logprobs_NV: torch.Tensor) -> None:
+        first = sum(map(len, self._found))
+        labels_N1 = self._labels_n[first : first + len(logprobs_NV), None].to(logprobs_NV.device)
+        self._found.append(logprobs_NV.gather(1, labels_N1)[:, 0].double().cpu())
+
+    def rows(self) -> torch.Tensor:
+        """The divergence of each labelled row, where a chunk ends, and 0: float64 [N, 2]."""
+        left_N, teacher_N = self._batch.chunk_left_N, self._batch.chunk_logprobs_N
+        assert left_N is not None and teacher_N is not None
+        counted_N = self._batch.labels_BL.flatten() >= 0
+        logprobs_N = torch.zeros(len(left_N), dtype=torch.float64)
+        logprobs_N[counted_N] = torch.cat(self._found)
+        apart_N = chunk_kl(teacher_N.double(), chunk_sums(logprobs_N, left_N)).where(left_N == 0, 0.0)
+        return torch.stack([apart_N, torch.zeros_like(apart_N)], dim=1)[counted_N]
 
 
 def against_targets(

@@ -22,6 +22,13 @@ from capgap.schemas.results import (
     PairedDifference,
     Quantity,
 )
+from capgap.schemas.run_cache import RecordingName
+
+_QUANTITIES: dict[RecordingName, Quantity] = {
+    "topk": "cached_kl",
+    "sampled": "cached_teacher_ce",
+    "chunks": "cached_chunk_kl",
+}
 
 
 @dataclass
@@ -146,7 +153,7 @@ class _Results:
         if self._full_weights_RS is not None:
             found += paired_differences(self._by_arm("kl"), self._full_labels_S, self._full_weights_RS, "kl")
         if self._text.cached is not None:
-            quantity: Quantity = "cached_kl" if self._text.cached.recording == "topk" else "cached_teacher_ce"
+            quantity = _QUANTITIES[self._text.cached.recording]
             by_arm = self._by_arm(quantity)
             found += paired_differences(by_arm, self._text.cached_labels_S, self._cached_weights_RS, quantity)
         return found

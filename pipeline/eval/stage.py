@@ -20,7 +20,13 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from capgap.pipeline.eval.at_hand import NO_TEACHER, SERVED_TEACHER, require_teacher_if_wanted, why_missing
+from capgap.pipeline.eval.at_hand import (
+    NO_TEACHER,
+    OTHER_TOKENS,
+    SERVED_TEACHER,
+    require_teacher_if_wanted,
+    why_missing,
+)
 from capgap.pipeline.eval.cached import CachedRows, CachedSums, cached_rows, score_on_cache
 from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.eval.compare import Comparison
@@ -152,7 +158,7 @@ def _require_other_means(context: StageContext, missing: str, cached: CachedRows
             expected="a cache with cache.num_heldout_sequences above 0",
             fix="set eval.teacher to live, or make the cache again with held-out sequences",
         )
-    if missing in (NO_TEACHER, SERVED_TEACHER) and cached is not None:
+    if missing in (NO_TEACHER, OTHER_TOKENS, SERVED_TEACHER) and cached is not None:
         _LOG.info("eval: students are held against the cache's held-out sequences, which hold what its teacher said")
         return
     stands_for_it = "the cache's held-out sequences stand for it" if cached else "students are held against text alone"

@@ -13,14 +13,14 @@ from capgap.pipeline.models.load import model_at
 from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.stage.device import resolve_device
 from capgap.pipeline.stage.lease import leases
-from capgap.pipeline.stage.manifests import finished_cache
+from capgap.pipeline.stage.manifests import finished_cache, require_of_tokens
 from capgap.pipeline.store import ShardReader, target_temperature_of
 from capgap.pipeline.store.batch import Sample, collate
 from capgap.pipeline.store.stored import part_bytes
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.fidelity import Bytes, Fidelity, LiveFigures, RecordingFidelity
-from capgap.schemas.records import Sequences
+from capgap.schemas.records import ChunkTargets, Sequences
 from capgap.schemas.run_cache import RecordingName
 
 
@@ -66,6 +66,7 @@ def fidelity_of(
 ) -> Fidelity:
     """As `measure_cache`, of a cache that is open."""
     facts = CacheFacts.model_validate(cache.manifest.facts)
+    require_of_tokens(facts, cache.location, "has no distributions to measure")
     names = sorted(facts.recordings)
     readers = {name: ShardReader(cache.location, cache.manifest.shard_sets[name]) for name in names}
     recordings = tuple(_recording(cache, facts, name, readers[name], sampling) for name in names)
@@ -96,6 +97,7 @@ def _recording(
     parts: dict[str, int] = {}
     num_tokens = 0
     for sequences, targets, rows_B in read_places(reader, places_of(reader, sampling)):
+        assert not isinstance(targets, ChunkTargets), "refused before"
         samples: list[Sample] = [(sequences, targets, int(row)) for row in rows_B]
         for temperature, rows in by_temperature.items():
             batch = collate(samples, about.num_ids, target_temperature_of(reader.codec, facts.temperature, temperature))

@@ -23,13 +23,13 @@ import pyarrow.parquet
 
 from capgap.pipeline.interchange.card import CARD_NAME, card
 from capgap.pipeline.interchange.export_facts import KEY, ExportFacts, facts_of
-from capgap.pipeline.stage.manifests import finished_cache
+from capgap.pipeline.stage.manifests import finished_cache, require_of_tokens
 from capgap.pipeline.stage.progress import progress
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.files import atomic_file, write_atomically
 from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, heldout_set
-from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
+from capgap.schemas.records import ChunkTargets, SampledTargets, Sequences, Targets, TopkTargets
 from capgap.schemas.run_cache import RecordingName
 
 _ROW_GROUP_TARGETS = 8192
@@ -63,6 +63,7 @@ def export_cache(location: str, folder: Path, recordings: tuple[RecordingName, .
     """
     at, manifest = finished_cache(location, "cannot be exported")
     facts = CacheFacts.model_validate(manifest.facts)
+    require_of_tokens(facts, location, "cannot be exported")
     chosen = recordings or tuple(sorted(facts.recordings))
     for name in chosen:
         if name not in facts.recordings:
@@ -147,6 +148,7 @@ def _schema(said: ExportFacts, with_further_tails: bool) -> pa.Schema:
 
 
 def _columns(sequences: Sequences, targets: Targets, kinds: pa.Schema) -> Iterator[tuple[str, pa.Array]]:
+    assert not isinstance(targets, ChunkTargets), "refused before"
     yield "input_ids", _lists(sequences.tokens_BL1)
     yield "starts", _lists(sequences.starts_BL1)
     yield "loss_mask", _lists(sequences.mask_BL1)

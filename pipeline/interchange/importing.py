@@ -47,6 +47,7 @@ from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import CacheFacts, CorpusFacts, ModelFacts, RecordingFacts, SplitFacts, heldout_set
 from capgap.schemas.interchange import ImportSettings
 from capgap.schemas.manifest import InputEntry, ShardEntry, ShardSet
+from capgap.schemas.records import ChunkTargets
 from capgap.schemas.run_model import TeacherSettings
 
 _LOG = logging.getLogger("capgap")
@@ -267,7 +268,7 @@ class _CacheCounts:
     def add(self, blocks: list[Block]) -> None:
         """Count the targets whose labels count."""
         for block in blocks:
-            assert block.targets is not None
+            assert block.targets is not None and not isinstance(block.targets, ChunkTargets)
             counts_BL = block.sequences.mask_BL1[:, 1:]
             logprobs_N = block.targets.label_logprobs_BL[counts_BL].astype(np.float64)
             known_N = logprobs_N[~np.isnan(logprobs_N)]

@@ -46,12 +46,12 @@ class RunText:
     @property
     def of_cache(self) -> bool:
         """Whether a cache stands for the corpus."""
-        return self.made.manifest.stage == _CACHE
+        return self.made.manifest.read_as == _CACHE
 
     @property
     def facts(self) -> TextFacts:
         """Tokenizer, context rule, and how many bytes the text of each split has."""
-        return text_facts(self.made.manifest.stage, self.made.manifest.facts)
+        return text_facts(self.made.manifest.read_as, self.made.manifest.facts)
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -46,7 +46,7 @@ def split_tokens(
     """
     if made is not None:
         counted = {name: part.num_tokens for name, part in made.shard_sets.items()}
-        for name in CacheFacts.model_validate(made.facts).recordings if made.stage == "cache" else ():
+        for name in CacheFacts.model_validate(made.facts).recordings if made.read_as == "cache" else ():
             counted |= {"student": counted[name], "heldout": counted.get(heldout_set(name), 0)}
         return {name: Figure(value=counted.get(name, 0), source=f"the {made.stage}") for name in SPLITS}
     settings = run.corpus

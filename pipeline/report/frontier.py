@@ -166,7 +166,10 @@ def _scored_tokens(context: StageContext, arm: str, tokens: int | None) -> tuple
     if context.run.rounds is not None:
         return _tokens_of_rounds(context, arm), ""
     cache = context.input("cache").manifest
-    recording = next(iter(CacheFacts.model_validate(cache.facts).recordings))
+    facts = CacheFacts.model_validate(cache.facts)
+    if facts.aligned is not None:
+        return facts.aligned.num_teacher_tokens, ""
+    recording = next(iter(facts.recordings))
     return cache.shard_sets[recording].num_tokens, ""
 
 

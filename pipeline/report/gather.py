@@ -120,7 +120,9 @@ def _cache(cache: StageInput) -> CacheSummary:
 
 
 def _fidelity(cache: StageInput) -> Fidelity | None:
-    """Fidelity on a small sample; None where the shards are not at hand any more."""
+    """Fidelity on a small sample; None where the shards are not at hand any more, or hold chunks."""
+    if CacheFacts.model_validate(cache.manifest.facts).aligned is not None:
+        return None
     try:
         return fidelity_of(cache, _SAMPLE)
     except CapgapError as error:

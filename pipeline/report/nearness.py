@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from capgap.schemas.results import EvalResults, Interval, ModelResult, Quantity
+from capgap.schemas.results import EvalResults, HeldoutCache, Interval, ModelResult, Quantity
 
 _NAMES: dict[Quantity, str] = {
     "loss": "loss",
     "kl": "KL to the teacher",
     "cached_kl": "KL to the cache",
     "cached_teacher_ce": "cross-entropy with the cached samples",
+    "cached_chunk_kl": "KL of chunks to the cache",
 }
 
 DIFFERENCE_HEADINGS = ("pair", "quantity", "difference, nats/token", "low", "high")
@@ -43,6 +44,9 @@ def _cached(results: EvalResults) -> Iterable[str]:
     if cached is None:
         return
     found = [(_title(model), model.against_cache) for model in results.models if model.against_cache is not None]
+    if cached.recording == "chunks":
+        yield from _chunks(cached, [(title, near.chunk_kl) for title, near in found])
+        return
     topk = cached.recording == "topk"
     what = "KL to its top-k tokens and their tail, a lower bound" if topk else "cross-entropy with its samples"
     values = ", ".join(f"{title} {near.kl if topk else near.teacher_ce:.4f}" for title, near in found)
@@ -51,6 +55,19 @@ def _cached(results: EvalResults) -> Iterable[str]:
         f"on the cache's {cached.num_sequences:,} held-out sequences (recording {cached.recording}, temperature "
         f"{cached.temperature:g}), {what}, nats/token: {values}{teacher}"
     )
+
+
+def _chunks(cached: HeldoutCache, found: list[tuple[str, float | None]]) -> Iterable[str]:
+    values = ", ".join(f"{title} {value:.4f}" for title, value in found if value is not None)
+    yield (
+        f"the teacher has other tokens, so KL by token does not exist; on {cached.num_sequences:,} held-out sequences "
+        f"of the aligned cache, binarised KL of chunks to the teacher, nats/token: {values}"
+    )
+    if cached.teacher_bits_per_byte is not None:
+        yield (
+            "losses of models with other tokens are compared in bits per byte: the teacher's on the kept chunks of "
+            f"this text is {cached.teacher_bits_per_byte:.4f}"
+        )
 
 
 def _drafts(results: EvalResults) -> Iterable[str]:

@@ -105,6 +105,8 @@ def _nats(loss: float | None) -> str:
 
 
 def _kept(name: str, facts: RecordingFacts) -> str:
+    if name == "chunks":
+        return "likelihoods of chunks, of a teacher with other tokens"
     return f"{facts.num_ids} {'samples' if name == 'sampled' else 'top-k tokens'} of each distribution"
 
 

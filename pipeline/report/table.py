@@ -19,6 +19,7 @@ from capgap.pipeline.report.benchmarks import benchmark_cells, benchmark_heading
 from capgap.pipeline.report.summary import REPORT_NAME, CacheSummary, Measure, Report, Row, Table
 from capgap.schemas.errors import InputError
 from capgap.schemas.results import TEACHER, AgainstTeacher, EvalResults, ModelResult
+from capgap.schemas.run_cache import RecordingName
 
 HEADINGS = ("model", "parameters", "loss, nats/token", "bits/byte", "KL to teacher", "top-1", "acceptance", "ECE")
 _NARROW_HEADINGS = ("model", "params", "loss", "bits/byte", "KL", "top-1", "acceptance")
@@ -60,11 +61,13 @@ def build_rows(results: EvalResults) -> tuple[Row, ...]:
     return *teacher, *(_row(arm, results.of_arm(arm)) for arm in results.arms)
 
 
+_NUMBERS: dict[RecordingName, str] = {"sampled": ", n = {}", "topk": ", k = {}", "chunks": ""}
+
+
 def cache_line(cache: CacheSummary) -> str:
     """What the cache costs."""
     costs = (
-        f"{cache.bytes_per_token(name):.1f} bytes per token "
-        f"(recording {name}, {'n' if name == 'sampled' else 'k'} = {facts.num_ids})"
+        f"{cache.bytes_per_token(name):.1f} bytes per token (recording {name}{_NUMBERS[name].format(facts.num_ids)})"
         for name, facts in sorted(cache.facts.recordings.items())
     )
     return f"cache: {' and '.join(costs)}, {cache.num_tokens:,} tokens"

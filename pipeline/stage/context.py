@@ -68,7 +68,7 @@ class StageInput:
             InputError: as `path` for all but a cache; or a file is missing, or the manifest of a cache behind a URL
                 lists none of this folder.
         """
-        if self.manifest.stage != "cache":
+        if self.manifest.read_as != "cache":
             self.require_local()
         files = [file for file in self.manifest.files if file.path.startswith(f"{folder}/")]
         if self.is_remote and not files:

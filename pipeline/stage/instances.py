@@ -69,17 +69,10 @@ def maker_of(run: RunFile, instance: Instance) -> str:
     return next(model.name for model in final_models(run) if (model.arm, model.seed) == looked_at)
 
 
-def cache_inputs(run: RunFile) -> list[str]:
-    """The run's cache, where it has one; of several, the one on which all students are measured alike."""
-    if run.rounds is not None:
-        return [shared_cache(run).name]
-    return ["cache"] if run.has("cache") else []
-
-
 def usual_roles(run: RunFile, instance: Instance) -> dict[str, str]:
-    """In a run with rounds, the roles that its final trainings and the cache for all have in stages that follow."""
+    """What stands for the cache, and in a run with rounds for the trainings of the last one, in stages that follow."""
     if run.rounds is None:
-        return {}
+        return {"align": "cache"} if run.makes("align") else {}
     final = {one.name: Instance("train", one.arm, one.seed).name for one in last_trainings(run)}
     return final | {shared_cache(run).name: "cache"}
 
@@ -90,13 +83,23 @@ def names(instances: list[Instance]) -> list[str]:
 
 
 def text_inputs(run: RunFile) -> list[str]:
-    """What carries tokenizer, context rule and held-out text: the corpus, or where the run has none its cache."""
-    return ["corpus"] if run.has("corpus") else ["cache"] if run.has("cache") else []
+    """What carries students' tokenizer, context rule and held-out text: the corpus, or else their cache."""
+    return corpus_inputs(run) or cache_inputs(run)
+
+
+def cache_inputs(run: RunFile) -> list[str]:
+    """The cache that students learn from: what `align` makes of the run's, where it does.
+
+    Of the caches of several rounds it is the one on which all students are measured alike.
+    """
+    if run.rounds is not None:
+        return [shared_cache(run).name]
+    return ["align"] if run.makes("align") else ["cache"] if run.has("cache") else []
 
 
 def corpus_inputs(run: RunFile) -> list[str]:
-    """The corpus, where the run has one."""
-    return ["corpus"] if run.has("corpus") else []
+    """The corpus, where the run has one in the students' own tokens."""
+    return ["corpus"] if run.has("corpus") and not run.makes("align") else []
 
 
 def teacher_inputs(run: RunFile) -> list[str]:

@@ -14,6 +14,7 @@ from capgap.pipeline.stage.identity import seal_of
 from capgap.pipeline.store import Remote, is_url
 from capgap.pipeline.store.files import read_small, sha256_of
 from capgap.schemas.errors import CorruptError, InputError
+from capgap.schemas.facts import CacheFacts
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, Manifest, SourceEntry, WorkOrder
 
 Finished = tuple[Path | str, Manifest]
@@ -108,7 +109,7 @@ def finished_stage(stage: str, folder: str, what: str, where: str, expected: str
     """
     location = folder.rstrip("/") if is_url(folder) else Path(folder)
     manifest = read_manifest(location)
-    if manifest is None or manifest.stage != stage:
+    if manifest is None or stage not in (manifest.stage, manifest.read_as):
         found = "no manifest.json" if manifest is None else f"a finished {manifest.stage} stage"
         raise InputError(what, where=where, found=found, expected=expected)
     return location, manifest
@@ -130,6 +131,18 @@ def finished_cache(location: Path | str, what: str = "no finished cache") -> Fin
     place, manifest = finished_stage("cache", str(location), what, str(location), expected)
     require_seal(place, manifest)
     return place, manifest
+
+
+def require_of_tokens(facts: CacheFacts, location: Path | str, what: str) -> None:
+    """Raise InputError for a cache that `align` made: it holds chunks, and no distribution after a token."""
+    if facts.aligned is not None:
+        raise InputError(
+            what,
+            where=str(location),
+            found="an aligned cache, of chunks of text",
+            expected="a cache of the teacher's own tokens",
+            fix="name the cache that it was made of",
+        )
 
 
 def record_sources(paths: Iterable[Path]) -> tuple[SourceEntry, ...]:

@@ -7,6 +7,8 @@ distribution must agree with it:
   probability is at most that of the last kept id, or unknown (NaN) in a codec that has such.
 - `sampled`: systematic sampling gives every id the floor or the ceiling of n p samples, so the next token's count lies
   within one of n exp(logprob).
+
+Of `chunks` the tokens are not the teacher's. There, every target of a chunk that is kept must be a label.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from capgap.pipeline.store.chunks import chunks_without_labels
 from capgap.schemas.errors import CorruptError
-from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
+from capgap.schemas.records import ChunkTargets, SampledTargets, Sequences, Targets, TopkTargets
 
 # The same float32 logprob was written to both places; beside the codec's own error they may differ by rounding alone.
 LOGPROB_TOLERANCE_NATS = 1e-4
@@ -51,7 +54,9 @@ def check_alignment(
     `error` is the codec's; it widens what passes by exactly what the codec may have changed.
     """
     labels_BL = sequences.tokens_BL1[:, 1:]
-    if isinstance(targets, SampledTargets):
+    if isinstance(targets, ChunkTargets):
+        bad_BL = chunks_without_labels(sequences.mask_BL1, targets)
+    elif isinstance(targets, SampledTargets):
         bad_BL = _contradictions_sampled(labels_BL, targets, num_samples, error)
     else:
         bad_BL = _contradictions_topk(labels_BL, targets, error)

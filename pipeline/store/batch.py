@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
+from capgap.pipeline.store.chunks import left_in_chunk
+from capgap.schemas.records import ChunkTargets, SampledTargets, Sequences, Targets, TopkTargets
 from capgap.schemas.run_corpus import ContextRule
 
 IGNORED_LABEL = -100
@@ -33,6 +34,9 @@ class Batch:
         positions_BL: of each token in its sequence or document [B, L], int64, where a row holds several or padding;
             attention ends where they begin anew. None where every row is one sequence that is seen whole.
         num_counted: labels that count, where the host knows it: then none of them need be looked at on a device.
+        chunk_left_N: of a cache that `align` made, how many rows of its chunk come after each row [N], int64; -1 in no
+            chunk to learn from. None in any other.
+        chunk_logprobs_N: the teacher's logprob of a chunk in its last row [N], float32, nats; 0 in all others.
     """
 
     def __init__(
@@ -44,10 +48,13 @@ class Batch:
         tail_N: torch.Tensor | None = None,
         positions_BL: torch.Tensor | None = None,
         num_counted: int | None = None,
+        chunk_left_N: torch.Tensor | None = None,
+        chunk_logprobs_N: torch.Tensor | None = None,
     ) -> None:
         self.input_ids_BL, self.labels_BL = input_ids_BL, labels_BL
         self.ids_NK, self.weights_NK, self.tail_N = ids_NK, weights_NK, tail_N
         self.positions_BL, self.num_counted = positions_BL, num_counted
+        self.chunk_left_N, self.chunk_logprobs_N = chunk_left_N, chunk_logprobs_N
 
     @property
     def num_tokens(self) -> int:
@@ -57,9 +64,12 @@ class Batch:
     def __repr__(self) -> str:
         """Shapes and dtypes, one tensor a line, and the device."""
         lines = [f"Batch on {self.labels_BL.device}: {self.num_tokens:,} targets"]
-        for name, value in self.tensors().items():
+        # what only a cache of chunks has is not named where there is none
+        shown = {name: one for name, one in self.tensors().items() if one is not None or not name.startswith("chunk")}
+        width = max(map(len, shown)) + 1
+        for name, value in shown.items():
             about = "none" if value is None else f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-            lines.append(f"  {name:<13} {about}")
+            lines.append(f"  {name:<{width}} {about}")
         return "\n".join(lines)
 
     def tensors(self) -> dict[str, torch.Tensor | None]:
@@ -120,6 +130,8 @@ def collate(
         return _with_sampled(batch, samples, num_samples)
     if isinstance(first, TopkTargets):
         return _with_topk(batch, samples, temperature)
+    if isinstance(first, ChunkTargets):
+        return _with_chunks(batch, samples)
     return batch
 
 
@@ -168,4 +180,12 @@ def _with_topk(batch: Batch, samples: list[Sample], temperature: TargetTemperatu
     total_N = weights_NK.sum(axis=1) + tail_N
     batch.ids_NK, batch.weights_NK = torch.from_numpy(ids_NK), torch.from_numpy(weights_NK / total_N[:, None])
     batch.tail_N = torch.from_numpy(tail_N / total_N)
+    return batch
+
+
+def _with_chunks(batch: Batch, samples: list[Sample]) -> Batch:
+    parts = [(targets, slice(row, row + 1)) for _, targets, row in samples if isinstance(targets, ChunkTargets)]
+    chosen = [ChunkTargets(t.ends_BL[row], t.kept_BL[row], t.logprobs_BL[row]) for t, row in parts]
+    batch.chunk_left_N = torch.from_numpy(np.concatenate([left_in_chunk(one).ravel() for one in chosen]))
+    batch.chunk_logprobs_N = torch.from_numpy(np.concatenate([one.logprobs_BL.ravel() for one in chosen]))
     return batch

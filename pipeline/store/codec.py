@@ -5,6 +5,7 @@ One Arrow row is one sequence, so that any Arrow program can read a member:
     every codec             tokens (planes of ranks), starts, mask (bits)
     sampled-planes-1        `sampled`: the ids that were sampled, and how often each was
     topk-PROFILE-1          `topk`: the top-k tokens, their logprobs and the tail
+    chunks-1                `chunks`: where chunks end, and the logprobs of those that are kept
 
 Which columns these are stands in layout.py.
 """
@@ -26,9 +27,11 @@ from pydantic import JsonValue, ValidationError
 
 from capgap.pipeline.store.alignment import EXACT, StoredError
 from capgap.pipeline.store.checks import check_ids
+from capgap.pipeline.store.chunks import chunk_targets, chunk_values
 from capgap.pipeline.store.codec_settings import EXPECTED, CodecSettings
 from capgap.pipeline.store.columns import MAX_MEMBER_BYTES, from_frame, to_frame
 from capgap.pipeline.store.layout import (
+    CHUNKS,
     CODECS,
     PROFILES,
     SAMPLED,
@@ -46,13 +49,14 @@ from capgap.pipeline.store.ranking import RANKING_NAME, Ranking, read_ranking
 from capgap.pipeline.store.sampled import LABELS, sampled_targets, sampled_values
 from capgap.pipeline.store.topk import COARSE, FINE, TopkShape, topk_targets, topk_values
 from capgap.schemas.errors import CorruptError, InputError
-from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
+from capgap.schemas.records import ChunkTargets, SampledTargets, Sequences, Targets, TopkTargets
 
-__all__ = ["PROFILES", "SAMPLED", "SEQUENCES", "TOPK", "TOPK_CODECS", "Codec", "codec_for", "decoding"]
+__all__ = ["CHUNKS", "PROFILES", "SAMPLED", "SEQUENCES", "TOPK", "TOPK_CODECS", "Codec", "codec_for", "decoding"]
 
 _LABEL_ERROR = StoredError(label_nats=LABELS.error_nats)
 _ERRORS = {
     SEQUENCES: EXACT,
+    CHUNKS: EXACT,
     SAMPLED: _LABEL_ERROR,
     TOPK_CODECS["lossless"]: EXACT,
     TOPK_CODECS["near-lossless"]: StoredError(FINE.error_nats, FINE.error_nats, FINE.floor_nats),
@@ -66,6 +70,7 @@ _ERRORS = {
 _ZSTD_LEVELS = {
     SEQUENCES: 3,
     SAMPLED: 3,
+    CHUNKS: 3,
     TOPK_CODECS["lossless"]: 1,
     TOPK_CODECS["near-lossless"]: 1,
     TOPK_CODECS["compact"]: 2,
@@ -145,6 +150,8 @@ class Codec:
             values |= sampled_values(targets, self.ranking_used, self.num_ids)
         elif isinstance(targets, TopkTargets):
             values |= topk_values(targets, self._topk)
+        elif isinstance(targets, ChunkTargets):
+            values |= chunk_values(targets)
         fields = self.fields if targets is not None else tuple(field for field in self.fields if field.part == "text")
         return to_frame(to_columns(fields, values), _ZSTD_LEVELS[self.name])
 
@@ -180,6 +187,8 @@ class Codec:
             return None
         if self.name == SAMPLED:
             return sampled_targets(values, self.ranking_used, self.num_ids)
+        if self.name == CHUNKS:
+            return chunk_targets(values, self.seq_len)
         return topk_targets(values, self._topk)
 
     @property

@@ -17,8 +17,9 @@ from capgap.pipeline.store.alignment import COUNT_TOLERANCE, LOGPROB_TOLERANCE_N
 from capgap.pipeline.store.batch import IGNORED_LABEL, Batch, TargetTemperature, positions_in_documents
 from capgap.pipeline.store.codec import Codec
 from capgap.pipeline.store.device_targets import DecodedSamples, DecodedTopk, Tables, joined, sampled_rows, topk_rows
-from capgap.pipeline.store.layout import SAMPLED, SEQUENCES
+from capgap.pipeline.store.layout import CHUNKS, SAMPLED, SEQUENCES
 from capgap.pipeline.store.stored_batch import StoredBatch
+from capgap.schemas.errors import InputError
 
 _NONE = torch.iinfo(torch.int64).max
 
@@ -35,6 +36,13 @@ class DeviceDecoder:
     """
 
     def __init__(self, codec: Codec, device: torch.device | str, temperature: TargetTemperature | None = None) -> None:
+        if codec.name == CHUNKS:
+            raise InputError(
+                "a device does not decode chunks",
+                found=codec.name,
+                expected="a recording of tokens",
+                fix="decode on the host: leave out train.decode or decode_on",
+            )
         self._codec, self.device, self._temperature = codec, torch.device(device), temperature
         self._tables = Tables.of(codec, self.device)
         self._first_fault = torch.full((), _NONE, dtype=torch.int64, device=self.device)

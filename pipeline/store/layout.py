@@ -19,10 +19,11 @@ from capgap.schemas.run_cache import Profile
 
 SEQUENCES = "sequences-planes-1"
 SAMPLED = "sampled-planes-1"
+CHUNKS = "chunks-1"
 TOPK_CODECS: dict[str, str] = {profile: f"topk-{profile}-1" for profile in get_args(Profile)}
 TOPK = TOPK_CODECS["near-lossless"]
 PROFILES = {name: profile for profile, name in TOPK_CODECS.items()}
-CODECS = (SEQUENCES, SAMPLED, *PROFILES)
+CODECS = (SEQUENCES, SAMPLED, CHUNKS, *PROFILES)
 
 Part = Literal["text", "ids", "weights", "tail", "label"]
 
@@ -83,6 +84,10 @@ def fields_of(codec: str, seq_len: int, vocab_size: int, num_ids: int, num_extra
     )
     if codec == SEQUENCES:
         return text
+    if codec == CHUNKS:
+        flags = -(-seq_len // 8)
+        ends = (Field("chunk_ends", "label", flags), Field("chunk_kept", "label", flags))
+        return (*text, *ends, Field("chunk_logprobs", "label", seq_len, 4))
     count: type[np.unsignedinteger[Any]] = np.uint8 if num_ids < 1 << 8 else np.uint16
     if codec == SAMPLED:
         return (

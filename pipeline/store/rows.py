@@ -44,12 +44,12 @@ def in_rows(batch: Batch, row_len: int) -> Batch:
     def rows(values: torch.Tensor, fill: int = 0) -> torch.Tensor:
         return pad(values.reshape(num_rows, per_row * seq_len), (0, padding), value=fill)
 
-    def targets(values: torch.Tensor | None) -> torch.Tensor | None:
+    def targets(values: torch.Tensor | None, fill: int = 0) -> torch.Tensor | None:
         if values is None or not padding:
             return values
         columns = values[0].numel() if values.dim() > 1 else 1
         wide = values.reshape(num_rows, per_row * seq_len * columns)
-        return pad(wide, (0, padding * columns)).reshape(num_rows * row_len, *values.shape[1:])
+        return pad(wide, (0, padding * columns), value=fill).reshape(num_rows * row_len, *values.shape[1:])
 
     return Batch(
         rows(batch.input_ids_BL),
@@ -59,4 +59,6 @@ def in_rows(batch: Batch, row_len: int) -> Batch:
         targets(batch.tail_N),
         torch.cat([rows(positions_BL)[:, : row_len - padding], places_W[:padding].expand(num_rows, -1)], 1),
         batch.num_counted,
+        targets(batch.chunk_left_N, -1),
+        targets(batch.chunk_logprobs_N),
     )

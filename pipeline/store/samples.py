@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from capgap.pipeline.store.batch import IGNORED_LABEL, Batch, TargetTemperature, collate
-from capgap.schemas.records import Sequences, Targets
+from capgap.schemas.records import ChunkTargets, Sequences, Targets
 from capgap.schemas.run_corpus import ContextRule
 
 DictSample = dict[str, Any]
@@ -61,7 +61,10 @@ class SampleShape:
             }
             if batch.positions_BL is not None:
                 sample["positions"] = batch.positions_BL[0].numpy()
-            if targets is not None:
+            if batch.chunk_left_N is not None and batch.chunk_logprobs_N is not None:
+                sample["chunk_left"] = batch.chunk_left_N.numpy()
+                sample["chunk_logprobs"] = batch.chunk_logprobs_N.numpy()
+            elif targets is not None and not isinstance(targets, ChunkTargets):
                 assert batch.ids_NK is not None and batch.weights_NK is not None, "collate gives targets where some are"
                 sample["ids"] = _widened(batch.ids_NK.numpy(), self.num_ids)
                 sample["weights"] = _widened(batch.weights_NK.numpy(), self.num_ids)
@@ -91,8 +94,9 @@ def collate_samples(samples: Sequence[DictSample]) -> Batch:
         batch.ids_NK, batch.weights_NK = (
             torch.from_numpy(np.ascontiguousarray(values[:, :width])) for values in (ids_NK, weights_NK)
         )
-    if "tail" in samples[0]:
-        batch.tail_N = torch.from_numpy(np.concatenate([sample["tail"] for sample in samples]))
+    for key, name in (("tail", "tail_N"), ("chunk_left", "chunk_left_N"), ("chunk_logprobs", "chunk_logprobs_N")):
+        if key in samples[0]:
+            setattr(batch, name, torch.from_numpy(np.concatenate([sample[key] for sample in samples])))
     return batch
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from capgap.pipeline.stage.declaration import Engines, Stage
-from capgap.pipeline.stage.instances import corpus_inputs, once
+from capgap.pipeline.stage.instances import once
 from capgap.pipeline.stage.sources import model_files
 
 STAGE = Stage(
@@ -12,7 +12,9 @@ STAGE = Stage(
     code="capgap.pipeline.teacher.stage",
     section="teacher",
     instances=lambda run: once("teacher", "teacher", run),
-    inputs=lambda run, instance: corpus_inputs(run) or (["cache"] if "cache" in run.reuse else []),
+    inputs=lambda run, instance: (
+        (["corpus"] if run.has("corpus") else []) or (["cache"] if "cache" in run.reuse else [])
+    ),
     settings=lambda run, instance: {"teacher": run.teacher.decisive()},
     sources=lambda run, instance: model_files(run.teacher.path),
     on_device=True,

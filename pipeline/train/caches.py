@@ -17,6 +17,7 @@ from capgap.schemas.facts import CacheFacts, ModelFacts
 from capgap.schemas.manifest import ShardSet
 from capgap.schemas.run_cache import RecordingName
 from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_needs import require_chunks
 from capgap.schemas.run_train import FurtherCache, TrainSettings
 
 
@@ -45,7 +46,12 @@ class ChosenCache:
     @property
     def has_targets(self) -> bool:
         """Whether its targets are of that temperature; where the teacher itself is asked they need not be."""
-        return self.temperature in self.facts.recordings[self.recording].temperatures
+        return self.of_chunks or self.temperature in self.facts.recordings[self.recording].temperatures
+
+    @property
+    def of_chunks(self) -> bool:
+        """Whether it is a cache that `align` made."""
+        return self.recording == "chunks"
 
     def source(self) -> CacheSource:
         """What the loader reads.
@@ -55,7 +61,7 @@ class ChosenCache:
         """
         reader = ShardReader(self.location, self.shards)
         target_temperature = None
-        if self.has_targets:
+        if self.has_targets and not self.of_chunks:
             target_temperature = target_temperature_of(reader.codec, self.facts.temperature, self.temperature)
         return CacheSource(reader, self.weight, self.facts.context, target_temperature)
 
@@ -98,7 +104,10 @@ def require_fit(settings: TrainSettings, caches: Mapping[str | None, ChosenCache
         InputError: sequences are longer than the student takes, or fewer than a step.
         SettingError: sequences do not fit into rows of one length.
     """
+    _require_one_kind(caches)
     for cache in caches.values():
+        if cache.of_chunks:
+            _require_chunks(settings, cache)
         _require_same_tokenizer(cache, student)
         _require_positions(cache, student)
         objective_of(settings, cache.recording, cache.location)
@@ -135,6 +144,8 @@ def choose(cache: CacheFacts, settings: TrainSettings, setting: str = "train") -
             fix=f"set {setting}.recording{'' if len(known) > 1 else ', or leave it out'}",
         )
     temperature = cache.temperature if settings.temperature is None else settings.temperature
+    if recording == "chunks":
+        return recording, temperature
     temperatures = cache.recordings[recording].temperatures
     if settings.needs_targets and temperature not in temperatures:
         raise SettingError(
@@ -147,6 +158,34 @@ def choose(cache: CacheFacts, settings: TrainSettings, setting: str = "train") -
             else "set train.temperature to one that all caches have, or make a topk cache with it",
         )
     return recording, temperature if settings.needs_targets or settings.needs_teacher else cache.temperature
+
+
+def _require_one_kind(caches: Mapping[str | None, ChosenCache]) -> None:
+    """Raise SettingError where some of the caches are aligned and others are not: their losses have no common size."""
+    kinds = {cache.of_chunks for cache in caches.values()}
+    if len(kinds) > 1:
+        aligned = next(cache for cache in caches.values() if cache.of_chunks)
+        raise SettingError(
+            "an aligned cache beside one that is not",
+            where=f"{aligned.setting}: {aligned.location}",
+            found="chunks beside tokens",
+            expected="caches of one kind",
+            fix="train on one kind after the other",
+        )
+
+
+def _require_chunks(settings: TrainSettings, cache: ChosenCache) -> None:
+    """Raise SettingError for what cannot be done with chunks."""
+    try:
+        require_chunks(cache.setting, settings)
+        if settings.decode == "device":
+            raise ValueError(f"{cache.setting}.decode: found device with chunks, expected host")
+        if settings.strategy == "fsdp2":
+            raise ValueError(f"{cache.setting}.strategy: found {settings.strategy} with chunks, expected ddp")
+    except ValueError as error:
+        raise SettingError(
+            "the training cannot have this of an aligned cache", where=cache.location, found=error
+        ) from None
 
 
 def _chosen(setting: str, cache: StageInput, settings: TrainSettings, weight: float) -> ChosenCache:

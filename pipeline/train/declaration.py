@@ -6,7 +6,7 @@ from typing import Any
 
 from capgap.pipeline.stage.context import Instance, further_cache
 from capgap.pipeline.stage.declaration import Stage
-from capgap.pipeline.stage.instances import corpus_inputs, trainings
+from capgap.pipeline.stage.instances import cache_inputs, corpus_inputs, trainings, usual_roles
 from capgap.pipeline.stage.rounds import own_cache, replayed, rounds_of, weights_before
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_train import TrainSettings
@@ -20,15 +20,15 @@ def _settings_of(run: RunFile, instance: Instance) -> TrainSettings:
 def _inputs(run: RunFile, instance: Instance) -> list[str]:
     online = ["teacher"] if _settings_of(run, instance).needs_teacher else []
     if instance.round is None:
-        return [*corpus_inputs(run), *online, "cache", Instance("student", seed=instance.seed).name]
+        return [*corpus_inputs(run), *online, *cache_inputs(run), Instance("student", seed=instance.seed).name]
     # the text of the round is in its cache, and what students are measured on meanwhile
     return list(dict.fromkeys([*online, *_roles(run, instance)]))
 
 
 def _roles(run: RunFile, instance: Instance) -> dict[str, str]:
-    """In a run with rounds, what a training of any other run reads."""
+    """What stands for what a training of any other run reads."""
     if instance.round is None:
-        return {}
+        return usual_roles(run, instance)
     earlier = {cache.name: further_cache(name) for name, cache in replayed(run, instance).items()}
     first = Instance("student", seed=instance.seed).name
     return earlier | {own_cache(run, instance).name: "cache", weights_before(instance).name: first}

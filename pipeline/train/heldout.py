@@ -30,7 +30,8 @@ class HeldOutFigures:
     Attributes:
         loss: cross-entropy with the text, nats/token.
         kl: of a `topk` cache, the divergence that alpha weighs between teacher and student, at the training's
-            temperature; forward KL where the cache does not support that one. With `forward_kl` and its tail as one
+            temperature; forward KL where the cache does not support that one. Of an aligned cache it is that of chunks,
+            divided by the labels. Of others, with `forward_kl` and its tail as one
             cell a lower bound of KL(teacher || student), and comparable with `train_kl`. None for a `sampled` cache:
             samples give the teacher's entropy with a bias.
         teacher_ce: of a `sampled` cache, the student's cross-entropy with the teacher's samples, nats/token. Over
@@ -136,19 +137,22 @@ def measure(module: DistillationModule, batches: Iterable[Batch]) -> HeldOutFigu
     module.eval()
     # loss and labels; then, over batches with targets: labels, KL, entropy of the targets, top-1 agreements
     sums_6 = torch.zeros(6, dtype=torch.float64, device=module.device)
-    is_sampled = False
+    is_sampled = of_chunks = False
     for batch in batches:
         batch = batch.to(module.device)
-        has_targets = batch.ids_NK is not None
+        has_targets = batch.ids_NK is not None or batch.chunk_left_N is not None
         last = module.loss(batch, alpha=1.0 if has_targets else 0.0)
         counted_N = batch.labels_BL.flatten() >= 0
         sums_6[0] += last.ce_N[counted_N].double().sum()
         sums_6[1] += counted_N.sum()
         if has_targets:
             assert last.kl_N is not None
-            is_sampled = batch.tail_N is None
             sums_6[2] += counted_N.sum()
             sums_6[3] += last.kl_N[counted_N].double().sum()
+            if batch.chunk_left_N is not None:
+                of_chunks = True
+                continue
+            is_sampled = batch.tail_N is None
             sums_6[4] += entropies(batch)[counted_N].sum()
             sums_6[5] += _agrees(module, batch)[counted_N].sum()
     module.train(was_training)
@@ -158,7 +162,7 @@ def measure(module: DistillationModule, batches: Iterable[Batch]) -> HeldOutFigu
         return HeldOutFigures(loss)
     if is_sampled:
         return HeldOutFigures(loss, None, (kl + entropy) / count_with, agreements / count_with)
-    return HeldOutFigures(loss, kl / count_with, None, agreements / count_with)
+    return HeldOutFigures(loss, kl / count_with, None, None if of_chunks else agreements / count_with)
 
 
 def entropies(batch: Batch) -> torch.Tensor:

@@ -133,8 +133,10 @@ def _head(context: StageContext, name: str, figures: Mapping[str, float]) -> str
 
 
 def _teacher(cache: StageInput) -> str:
-    made = cache.manifest.inputs["teacher"]
     cached = CacheFacts.model_validate(cache.manifest.facts)
+    if cached.aligned is not None:
+        return f"{cached.aligned.teacher}, of another tokenizer, scored by {', '.join(cached.engines)}"
+    made = cache.manifest.inputs["teacher"]
     name = _given_teacher(cache) or cached.served or made.path
     if cache.manifest.resolved.get("teacher", {}).get("adapt"):
         name += ", adapted"
@@ -157,6 +159,8 @@ def _student(context: StageContext) -> str:
 
 def _recording(cached: CacheFacts, recording: RecordingName, temperature: float) -> str:
     kept = cached.recordings[recording]
+    if recording == "chunks":
+        return f"chunks of text, at temperature {temperature:g}, context {cached.context}; the teacher has other tokens"
     what = f"{kept.num_ids} samples" if recording == "sampled" else f"top {kept.num_ids} ({kept.profile})"
     return f"{recording}: {what} a token, at temperature {temperature:g}, context {cached.context}"
 

@@ -13,7 +13,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from capgap.kernels.sparse_kl import Recording, SparseKl, SparseTargets, linear_sparse_kl
+from capgap.kernels.sparse_kl import (
+    Recording,
+    SparseKl,
+    SparseTargets,
+    chunk_kl,
+    chunk_sums,
+    linear_label_logprobs,
+    linear_sparse_kl,
+)
 from capgap.pipeline.store import Batch
 from capgap.pipeline.train.attention import ending_attention, rows_are_known
 from capgap.pipeline.train.faster import checkpoint_activations, compile_layers
@@ -136,6 +144,8 @@ class DistillationModule(lightning.LightningModule):
         return result._replace(loss=result.loss + self._objective.router_loss_weight * router(output))
 
     def _loss_of(self, hidden_BLH: torch.Tensor, batch: Batch, alpha: float) -> SparseKl:
+        if batch.chunk_left_N is not None:
+            return self._loss_of_chunks(hidden_BLH, batch, alpha)
         targets = _targets(batch)
         objective = self._objective if self.training else self._objective.measured_on(targets.recording)
         return linear_sparse_kl(
@@ -156,6 +166,20 @@ class DistillationModule(lightning.LightningModule):
         name = {"forward_kl": "KL", "reverse_kl": "reverse KL", "jsd": "JSD"}[self._objective.divergence]
         target = "the teacher" if batch.ids_NK is None else "samples" if batch.tail_N is None else "the top-k tokens"
         return f"{name} to {target}"
+
+    def _loss_of_chunks(self, hidden_BLH: torch.Tensor, batch: Batch, alpha: float) -> SparseKl:
+        """alpha times the chunks' divergences and 1 - alpha times the labels' cross-entropies, both over the labels."""
+        assert batch.chunk_left_N is not None and batch.chunk_logprobs_N is not None
+        labels_N = batch.labels_BL.flatten()
+        logprobs_N = linear_label_logprobs(
+            **self._head.inputs(hidden_BLH), labels_N=labels_N, vocab_size=self._vocab_size
+        )
+        sums_N = chunk_sums(logprobs_N, batch.chunk_left_N)
+        divergence_N = chunk_kl(batch.chunk_logprobs_N, sums_N, self._temperature, self._objective.of_chunks)
+        kl_N = divergence_N.where(batch.chunk_left_N == 0, 0.0)
+        count = ((labels_N >= 0) & (labels_N < self._vocab_size)).sum().clamp(min=1)
+        loss = (alpha * kl_N.sum() - (1 - alpha) * logprobs_N.sum()) / count
+        return SparseKl(loss, kl_N.detach(), -logprobs_N.detach())
 
     def configure_optimizers(self) -> Any:
         """AdamW and its learning rate, stepped every optimizer step."""

@@ -12,9 +12,12 @@ from typing import Any, Literal
 
 import torch
 
-from capgap.kernels.sparse_kl import Divergence, Recording, Tail, check_pair
+from capgap.kernels.sparse_kl import ChunkDivergence, Divergence, Tail, check_pair
+from capgap.kernels.sparse_kl.divergence import Recording
 from capgap.pipeline.store import Batch
 from capgap.schemas.errors import MismatchError
+from capgap.schemas.run_cache import RecordingName
+from capgap.schemas.run_needs import require_chunks
 from capgap.schemas.run_train import TrainSettings
 
 # A row of which the teacher is certain still has a loss to be measured, though next to none to learn from.
@@ -46,6 +49,11 @@ class Objective:
     def arguments(self) -> dict[str, Any]:
         """The arguments of `linear_sparse_kl` that the objective decides."""
         return {"divergence": self.divergence, "tail": self.tail, "beta": self.beta}
+
+    @property
+    def of_chunks(self) -> ChunkDivergence:
+        """The divergence of chunks; those that have another one are measured by forward KL."""
+        return "reverse_kl" if self.divergence == "reverse_kl" else "forward_kl"
 
     def measured_on(self, recording: Recording) -> Objective:
         """The objective that measures a cache's held-out sequences: this one, or forward KL if they do not support it.
@@ -83,7 +91,7 @@ class Objective:
         return entropy_N.clamp_min(_LEAST_ENTROPY_NATS)
 
 
-def objective_of(settings: TrainSettings, recording: Recording, where: Path | str) -> Objective:
+def objective_of(settings: TrainSettings, recording: RecordingName, where: Path | str) -> Objective:
     """What the settings ask for.
 
     Raises:
@@ -99,6 +107,8 @@ def objective_of(settings: TrainSettings, recording: Recording, where: Path | st
         settings.token_weights,
         settings.router_loss_weight,
     )
+    if recording == "chunks":
+        return _of_chunks(objective, settings, where)
     tail = objective.tail or _own_tail(recording)
     if settings.needs_targets:
         try:
@@ -120,6 +130,14 @@ def objective_of(settings: TrainSettings, recording: Recording, where: Path | st
             expected="a topk recording: a few samples do not give the teacher's entropy",
             fix="leave train.token_weights out, or learn from a topk recording",
         )
+    return objective
+
+
+def _of_chunks(objective: Objective, settings: TrainSettings, where: Path | str) -> Objective:
+    try:
+        require_chunks("train", settings)
+    except ValueError as error:
+        raise MismatchError("an aligned cache does not support this", where=where, found=error) from None
     return objective
 
 

@@ -29,6 +29,9 @@ def require_trainable(run: RunFile) -> None:
             from capgap.pipeline.train.caches import choose
             from capgap.pipeline.train.objective import objective_of
 
+            if facts.aligned is None and run.makes("align"):
+                # what students learn from is made of it
+                continue
             recording, _ = choose(facts, settings)
             objective_of(settings, recording, run.reuse["cache"])
 

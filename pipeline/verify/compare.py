@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capgap.pipeline.store.alignment import EXACT, StoredError
-from capgap.schemas.records import BoolArray, FloatArray, IntArray, SampledTargets, Targets, TopkTargets
+from capgap.schemas.records import BoolArray, ChunkTargets, FloatArray, IntArray, SampledTargets, Targets, TopkTargets
 
 _MOST_GROUPS = 64
 
@@ -59,6 +59,7 @@ def apart(kept: Targets, live: Targets, num_ids: int, error: StoredError = EXACT
         num_ids: samples a row, or ids kept.
         error: of the codec; logprobs below its floor were raised to it, and are here too.
     """
+    assert not isinstance(kept, ChunkTargets) and not isinstance(live, ChunkTargets)
     labels_N = np.abs(kept.label_logprobs_BL - _raised(live.label_logprobs_BL, error)).ravel()
     seq_len = kept.label_logprobs_BL.shape[1]
     if isinstance(kept, SampledTargets):
@@ -81,6 +82,7 @@ def apart(kept: Targets, live: Targets, num_ids: int, error: StoredError = EXACT
 
 def same_rows(kept: Targets, live: Targets) -> BoolArray:
     """Which rows are the very same, [N]; both as a codec stores them."""
+    assert not isinstance(kept, ChunkTargets) and not isinstance(live, ChunkTargets)
     same_N: BoolArray = (kept.label_logprobs_BL == live.label_logprobs_BL).ravel()
     if isinstance(kept, SampledTargets):
         assert isinstance(live, SampledTargets)

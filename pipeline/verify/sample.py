@@ -13,7 +13,7 @@ import numpy as np
 
 from capgap.pipeline.store import ShardReader
 from capgap.schemas.manifest import Manifest
-from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
+from capgap.schemas.records import ChunkTargets, SampledTargets, Sequences, Targets, TopkTargets
 from capgap.schemas.run_cache import RecordingName
 
 _LEAST_SEQUENCES, _LEAST_TARGETS = 8, 8192
@@ -78,6 +78,7 @@ def joined(parts: list[Targets]) -> Targets:
 
 def first_of(targets: Targets, num_sequences: int) -> Targets:
     """Targets of the first sequences."""
+    assert not isinstance(targets, ChunkTargets), "a teacher's own rows are scored again"
     part = slice(num_sequences)
     if isinstance(targets, TopkTargets):
         return TopkTargets(*(values[part] for values in vars(targets).values()))

@@ -1,0 +1,66 @@
+"""The binarised divergence of chunk likelihoods: a teacher's and a student's, of spans of text that both cut out.
+
+    teacher's logprob of a chunk, student's sum of its tokens' logprobs --> divergence of (p, 1 - p) and (q, 1 - q)
+
+At temperature T both likelihoods are raised to 1 / T first, and the divergence is multiplied by T: a chunk of many nats
+has a likelihood next to 0, whatever the two say of it, and its root has not. For large T the product tends to a loss of
+the two logprobs alone. (Approximate likelihood matching: arXiv 2503.20083.)
+
+Legend: N rows (tokens), C chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ChunkDivergence = Literal["forward_kl", "reverse_kl"]
+
+# The nearest to a likelihood of 1 that either may come: log1p of what is left must stay finite, and so must its slope.
+_LEAST_DOUBT = 1e-7
+
+
+def chunk_sums(logprobs_N: Tensor, left_N: Tensor) -> Tensor:
+    """The sum of each chunk's logprobs, in its last row [N]; 0 in all other rows.
+
+    Args:
+        logprobs_N: of each row's label.
+        left_N: how many rows of its chunk come after each row, int64; -1 in no chunk.
+    """
+    in_chunk_N = left_N >= 0
+    places_N = torch.arange(len(left_N), device=left_N.device)
+    last_N = (places_N + left_N).where(in_chunk_N, places_N)
+    return torch.zeros_like(logprobs_N).index_add(0, last_N, logprobs_N.where(in_chunk_N, 0.0))
+
+
+def chunk_kl(
+    teacher_C: Tensor, student_C: Tensor, temperature: float = 1.0, divergence: ChunkDivergence = "forward_kl"
+) -> Tensor:
+    """T times the divergence of both outcomes, the chunk and anything else, of each chunk [C]; nats.
+
+    Args:
+        teacher_C: the teacher's logprobs; nothing flows to them.
+        student_C: the student's.
+        temperature: T.
+        divergence: `forward_kl`, KL(teacher || student), or `reverse_kl`, KL(student || teacher).
+
+    Raises:
+        ValueError: the temperature is not above 0.
+    """
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(f"temperature: got {temperature}, expected a finite number above 0")
+    one_C, other_C = teacher_C.detach().to(student_C.dtype) / temperature, student_C / temperature
+    if divergence == "reverse_kl":
+        one_C, other_C = other_C, one_C
+    one_C, other_C = one_C.clamp_max(-_LEAST_DOUBT), other_C.clamp_max(-_LEAST_DOUBT)
+    p_C = one_C.exp()
+    rest_C = -torch.expm1(one_C)
+    found_C: Tensor = p_C * (one_C - other_C) + rest_C * (_log_rest(one_C) - _log_rest(other_C))
+    return temperature * found_C
+
+
+def _log_rest(logprobs_C: Tensor) -> Tensor:
+    """log(1 - exp(x)), of x below 0."""
+    return torch.log(-torch.expm1(logprobs_C))

@@ -1,0 +1,136 @@
+"""Chunks: the smallest spans on whose byte borders two tokenizations agree, and how far a border can be trusted.
+
+    teacher   | Hel | lo | wor | ld |          chunk 0: Hel lo / Hello     chunk 1: wor ld / w orld
+    student   | Hello    | w | orld |
+
+A tokenization also says what does not come next: after the token `wor` the text cannot go on with `d` where `word` is a
+token, for then that would stand here. So the teacher's probability of a chunk leaves out the texts that a longer last
+token begins with, and the student's leaves out others. The border behind a chunk counts as reliable where the teacher's
+probability of its last token is nearly all that it gives to that token and to longer ones that the student would not
+leave out as well. (Approximate likelihood matching thresholds this bias: arXiv 2503.20083.)
+
+Legend: T teacher's tokens, U student's tokens, S bytes, C chunks, N targets, K ids kept of a target, D ids of all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from capgap.pipeline.align.token_bytes import Ints, TokenBytes
+from capgap.schemas.records import SampledTargets, TopkTargets
+
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Two tokenizations of one text, cut where they agree.
+
+    Attributes:
+        of_T: the chunk of each of the teacher's tokens, rising.
+        of_U: the chunk of each of the student's.
+        count: chunks.
+    """
+
+    of_T: Ints
+    of_U: Ints
+    count: int
+
+
+def cut(ends_T: Ints, ends_U: Ints) -> Chunks:
+    """The chunks of a text that is not empty.
+
+    Args:
+        ends_T: the byte behind each of the teacher's tokens, never falling; the last one is the text's end.
+        ends_U: likewise of the student's.
+    """
+    assert len(ends_T) and len(ends_U) and ends_T[-1] == ends_U[-1], "both spell the same text"
+    seen_S = np.zeros(int(ends_T[-1]) + 1, np.uint8)
+    seen_S[ends_T] |= 1
+    seen_S[ends_U] |= 2
+    is_common_S = seen_S == 3
+    # a token without bytes at the very beginning ends no chunk
+    is_common_S[0] = False
+    # common borders before each byte
+    before_S = np.cumsum(is_common_S) - is_common_S
+    return Chunks(before_S[ends_T], before_S[ends_U], int(is_common_S.sum()))
+
+
+@dataclass(frozen=True)
+class Longer:
+    """What the teacher gave to tokens that begin with a target's own and are longer.
+
+    Attributes:
+        all_N: their probability, as far as they were kept, or the share of samples.
+        other_N: of those of them that the student's vocabulary does not have.
+    """
+
+    all_N: npt.NDArray[np.float32]
+    other_N: npt.NDArray[np.float32]
+
+
+def longer_tokens(
+    targets: TopkTargets | SampledTargets,
+    labels_N: Ints,
+    num_samples: int,
+    table: TokenBytes,
+    is_shared_V: npt.NDArray[np.bool_],
+) -> Longer:
+    """The probability of longer tokens at each target.
+
+    Args:
+        targets: of a block.
+        labels_N: the token that follows at each.
+        num_samples: of a `sampled` target.
+        table: the bytes of the teacher's tokens.
+        is_shared_V: which of them the student has as well.
+    """
+    if isinstance(targets, TopkTargets):
+        rows = len(labels_N), targets.ids_BLK.shape[2]
+        ids_NK = targets.ids_BLK.reshape(rows)
+        is_longer_NK = _extends(ids_NK, labels_N[:, None], table)
+        row_D, column_D = np.nonzero(is_longer_NK)
+        ids_D = ids_NK[row_D, column_D]
+        weight_D = np.exp(targets.logprobs_BLK.reshape(rows)[row_D, column_D].astype(np.float64))
+    else:
+        row_D = np.repeat(np.arange(len(labels_N)), targets.num_ids_BL.ravel())
+        found_D = np.flatnonzero(_extends(targets.ids_D, labels_N[row_D], table))
+        row_D, ids_D = row_D[found_D], targets.ids_D[found_D]
+        weight_D = targets.counts_D[found_D] / num_samples
+    other_D = weight_D * ~is_shared_V[ids_D]
+    all_N, other_N = (np.bincount(row_D, weights=one, minlength=len(labels_N)) for one in (weight_D, other_D))
+    return Longer(all_N.astype(np.float32), other_N.astype(np.float32))
+
+
+def _extends(ids: npt.NDArray[np.int32], labels: npt.NDArray[np.int64], table: TokenBytes) -> npt.NDArray[np.bool_]:
+    """Whether a token begins with the label's bytes and has more; an end of a document is no beginning of anything."""
+    rank_V, stop_V = table.order.rank_V, table.order.stop_V
+    first, stop = rank_V[labels], np.where(table.length_V[labels] > 0, stop_V[labels], 0)
+    ranks = rank_V[ids]
+    inside: npt.NDArray[np.bool_] = (ranks > first) & (ranks < stop)
+    places = np.nonzero(inside)
+    # two ids may have the same bytes
+    lengths = np.broadcast_to(table.length_V[labels], inside.shape)[places]
+    inside[places] = table.length_V[ids[places]] > lengths
+    return inside
+
+
+def border_probabilities(
+    chunks: Chunks, ends_T: Ints, lengths_T: Ints, ends_U: Ints, lengths_U: Ints, logprobs_T: Doubles, longer: Longer
+) -> Doubles:
+    """How far the border behind each chunk can be trusted [C]: the share of its last token beside longer ones.
+
+    Where both end the chunk with the same bytes, longer tokens that both vocabularies have are left out by both, and
+    count for neither. NaN where the last token's logprob is not known.
+    """
+    last_T = np.flatnonzero(np.diff(chunks.of_T, append=chunks.count))
+    last_U = np.flatnonzero(np.diff(chunks.of_U, append=chunks.count))
+    is_same_C = (ends_T[last_T] - lengths_T[last_T]) == (ends_U[last_U] - lengths_U[last_U])
+    longer_C = np.where(is_same_C, longer.other_N[last_T], longer.all_N[last_T])
+    own_C = np.exp(logprobs_T[last_T])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found_C: Doubles = np.where(longer_C > 0, own_C / (own_C + longer_C), np.where(np.isnan(own_C), np.nan, 1.0))
+    return found_C

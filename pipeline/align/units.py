@@ -1,0 +1,214 @@
+"""The units of an alignment: shard i of the other cache is read, and shard i of this one written, by whoever claims it.
+
+A unit counts as finished when its record, `work/aligned/000000.json`, stands and the shard's file has its digest. In
+memory is one shard at a time: of each target some numbers, and the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from capgap.pipeline.align.shard import StudentFormat, align_shard
+from capgap.pipeline.align.stream import read_stream
+from capgap.pipeline.align.token_bytes import TextTokenizer
+from capgap.pipeline.models.text import TOKENIZER_FOLDER
+from capgap.pipeline.models.tokenizers import load_tokenizer
+from capgap.pipeline.stage.claims import Claims
+from capgap.pipeline.stage.context import Slice
+from capgap.pipeline.stage.progress import progress
+from capgap.pipeline.stage.unit_notes import UnitNotes
+from capgap.pipeline.store import Block, Codec, ShardReader, ShardWriter, check_alignment, split_blocks
+from capgap.pipeline.store.codec import CHUNKS
+from capgap.pipeline.store.sidecars import read_sidecar, write_sidecar
+from capgap.schemas.base import Record
+from capgap.schemas.facts import CacheFacts, TokenizerFacts, heldout_set
+from capgap.schemas.manifest import ShardEntry, ShardSet
+from capgap.schemas.records import ChunkTargets, Sequences, Targets
+from capgap.schemas.run_cache import RecordingName
+
+ALIGNED_FOLDER = "aligned"
+SIDECARS_FOLDER = "shards"
+CHUNKS_SET: RecordingName = "chunks"
+
+
+class UnitRecord(Record):
+    """What is known of a unit that is finished."""
+
+    sha256: str
+    """Digest of its shard's file."""
+
+    num_documents: int
+    """As `ShardCounts` has it, like all that follow."""
+
+    num_text_bytes: int
+    """Likewise."""
+
+    num_text_tokens: int
+    """Likewise."""
+
+    num_chunks: int
+    """Likewise."""
+
+    num_kept_chunks: int
+    """Likewise."""
+
+    num_unreliable_chunks: int
+    """Likewise."""
+
+    known_nats: float
+    """Likewise."""
+
+    known_bytes: int
+    """Likewise."""
+
+
+@dataclass(frozen=True)
+class AlignJob:
+    """All that a process must know to make units: plain values.
+
+    Attributes:
+        location: folder or URL of the other cache.
+        source: its shards, those that students train on first and the held-out ones behind them.
+        num_training: how many of them students train on.
+        recording: which of the other cache's they are.
+        facts: of the other cache.
+        teacher: folder of its tokenizer.
+        folder: of this stage; holds the student's tokenizer.
+        work: the stage's work folder.
+        tokenizer: the student's.
+        bos_ids: that begin the student's documents.
+        seq_len: targets of the student's sequences.
+        min_border_probability: see `align.min_border_probability`.
+    """
+
+    location: Path | str
+    source: ShardSet
+    num_training: int
+    recording: RecordingName
+    facts: CacheFacts
+    teacher: Path
+    folder: Path
+    work: Path
+    tokenizer: TokenizerFacts
+    bos_ids: tuple[int, ...]
+    seq_len: int
+    min_border_probability: float
+
+    @property
+    def units(self) -> UnitNotes:
+        """Where finished units are noted."""
+        return UnitNotes(self.folder, self.work, ALIGNED_FOLDER, len(self.source.shards))
+
+
+class UnitMaker:
+    """Makes the units of a job."""
+
+    def __init__(self, job: AlignJob) -> None:
+        self.job = job
+        self._reader = ShardReader(job.location, job.source)
+        codec = Codec(CHUNKS, job.seq_len, job.tokenizer.vocab_size)
+        (job.work / ALIGNED_FOLDER).mkdir(parents=True, exist_ok=True)
+        names: tuple[str, ...] = (CHUNKS_SET, heldout_set(CHUNKS_SET))
+        self._writers = [ShardWriter(job.folder, job.work / SIDECARS_FOLDER, name, codec) for name in names]
+
+    @cached_property
+    def _teacher(self) -> TextTokenizer:
+        return TextTokenizer.of(
+            load_tokenizer(self.job.teacher),
+            self.job.facts.tokenizer.vocab_size,
+            f"the tokenizer of {self.job.location}",
+        )
+
+    @cached_property
+    def _student(self) -> StudentFormat:
+        job, folder = self.job, self.job.folder / TOKENIZER_FOLDER
+        tokenizer = TextTokenizer.of(load_tokenizer(folder), job.tokenizer.vocab_size, str(folder))
+        return StudentFormat(tokenizer, job.tokenizer.eos_id, job.bos_ids, job.seq_len, job.min_border_probability)
+
+    @cached_property
+    def _shared(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Which of the teacher's tokens the student has as well."""
+        mine, theirs = self._teacher.table, self._student.tokenizer.table.texts
+        return np.array([mine.bytes_of(token) in theirs for token in range(len(mine.length_V))], np.bool_)
+
+    def warm_up(self) -> None:
+        """Load both tokenizers and make their tables now, rather than with the first unit."""
+        assert self._student is not None and self._teacher.table.order is not None and self._shared is not None
+
+    def finished(self, unit: int) -> tuple[ShardEntry, UnitRecord] | None:
+        """A unit, if it is whole: its file is read and digested."""
+        record = read_sidecar(self.job.units.path(unit), UnitRecord)
+        writer, number = self._writer_of(unit)
+        entry = None if record is None else writer.finished(number)
+        if record is None or entry is None or entry.file.sha256 != record.sha256:
+            return None
+        return entry, record
+
+    def make(self, unit: int) -> tuple[ShardEntry, UnitRecord]:
+        """A unit, made unless it is finished.
+
+        Raises:
+            InputError, CorruptError: as `read_stream`, `align_shard` and the reader.
+            OSError: the disk is full, or the folder cannot be written.
+        """
+        found = self.finished(unit)
+        if found is not None:
+            return found
+        job = self.job
+        note = job.units.path(unit)
+        note.unlink(missing_ok=True)
+        stream = read_stream(self._blocks_of(unit), job.facts, self._reader.codec.num_ids, self._teacher, self._shared)
+        sequences, targets, counts = align_shard(stream, self._teacher, self._student)
+        writer, number = self._writer_of(unit)
+        entry = writer.write(number, _blocks(sequences, targets, f"{CHUNKS_SET}, shard {unit}"))
+        record = UnitRecord(sha256=entry.file.sha256, **asdict(counts))
+        write_sidecar(note, record)
+        return entry, record
+
+    def shard_set(self, entries: list[ShardEntry]) -> ShardSet:
+        """The manifest's description of these shards."""
+        return self._writers[0].shard_set(entries)
+
+    def _writer_of(self, unit: int) -> tuple[ShardWriter, int]:
+        number = unit - self.job.num_training
+        return (self._writers[0], unit) if number < 0 else (self._writers[1], number)
+
+    def _blocks_of(self, unit: int) -> Iterator[tuple[Sequences, Targets | None]]:
+        for member in range(len(self.job.source.shards[unit].members)):
+            yield self._reader.read_member(unit, member)
+
+
+def make_units(job: AlignJob, part: Slice) -> None:
+    """Make the units of the slice that are not there and that nobody else is at.
+
+    Raises:
+        CapgapError, OSError: as `UnitMaker`.
+    """
+    maker, claims = UnitMaker(job), Claims(job.units, part)
+    made, sizes = job.units.made(), [shard.num_sequences for shard in job.source.shards]
+    wanted = [unit for unit in range(job.units.total) if part.has(unit)]
+    title = "align" if part == Slice(None) else f"align: slice {part}"
+    done = sum(sizes[unit] for unit in wanted if unit in made)
+    try:
+        with progress(title, sum(sizes[unit] for unit in wanted), "sequences", done) as meter:
+            for unit in claims.take_each():
+                maker.make(unit)
+                claims.release(unit)
+                meter.advance(sizes[unit], tokens=sizes[unit] * job.source.seq_len)
+    finally:
+        claims.close()
+
+
+def _blocks(sequences: Sequences, targets: ChunkTargets, where: str) -> Iterator[Block]:
+    start = 0
+    for part in split_blocks(sequences):
+        rows = slice(start, start + len(part))
+        some = ChunkTargets(*(np.ascontiguousarray(one[rows]) for one in vars(targets).values()))
+        check_alignment(part, some, 0, where)
+        start = rows.stop
+        yield Block(part, some)

@@ -1,0 +1,165 @@
+"""Two byte-level BPEs on one corpus: a cache is aligned, killed and resumed, refused, and trained from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_runs import NEEDED, salted_texts, settings_of
+
+import capgap
+from capgap.pipeline.align import units
+from capgap.pipeline.api import DistillationLoss
+from capgap.pipeline.corpus.tokenizer import train_tokenizer
+from capgap.pipeline.fidelity.fidelity import measure_cache
+from capgap.pipeline.fidelity.sample import Sampling
+from capgap.pipeline.models.load import load_model
+from capgap.pipeline.stage.context import Instance, Slice
+from capgap.pipeline.store import read_blocks
+from capgap.pipeline.verify.verify import verify
+from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.pipeline.workflow.graph import instances
+from capgap.pipeline.workflow.slices import carry_out_slice
+from capgap.schemas.errors import CapgapError, SettingError
+from capgap.schemas.facts import CacheFacts
+from capgap.schemas.records import ChunkTargets, TopkTargets
+from capgap.schemas.results import EvalResults
+from capgap.schemas.run_file import RunFile
+
+ALIGN = Instance("align")
+SHARDS = {"corpus": {"shard_sequences": 32}, "cache": {"engine": "transformers", "recording": "topk", "top_k": 8}}
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A finished cache of several shards, and the settings of its run."""
+    folder = tmp_path_factory.mktemp("cached")
+    settings = settings_of(folder, "aligned")
+    for name, values in SHARDS.items():
+        settings[name] = settings[name] | values
+    del settings["cache"]["num_samples"]
+    for instance in NEEDED[:3]:
+        carry_out(RunFile.model_validate(settings), instance)
+    train_tokenizer(salted_texts("aligned"), 270).save_pretrained(folder / "other")
+    return folder, settings
+
+
+def students(cached: tuple[Path, dict[str, Any]], out: Path, tokenizer: str = "other", **align: Any) -> dict[str, Any]:
+    folder, settings = cached
+    kept = {name: settings[name] for name in ("name", "device", "seeds", "student", "train", "arms")}
+    align = {"tokenizer": str(folder / tokenizer)} | align
+    return kept | {"out": str(out), "reuse": {"cache": str(folder / "out" / "cache")}, "align": align}
+
+
+def test_one_tokenizer_makes_chunks_of_tokens_with_the_very_logprobs(
+    cached: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    run = RunFile.model_validate(students(cached, tmp_path, "given"))
+    manifest = carry_out(run, ALIGN)
+    original = capgap.open_cache(cached[0] / "out" / "cache")
+    label_logprobs: dict[bytes, float] = {}
+    for sequences, targets in read_blocks(original.location, original.manifest.shard_sets["topk"]):
+        assert isinstance(targets, TopkTargets)
+        label_logprobs |= dict(zip(map(bytes, sequences.tokens_BL1), targets.label_logprobs_BL.sum(1), strict=True))
+    num_same = 0
+    for sequences, targets in read_blocks(tmp_path / "align", manifest.shard_sets["chunks"]):
+        assert isinstance(targets, ChunkTargets)
+        assert targets.ends_BL.all()
+        for tokens_L1, kept_L, logprobs_L in zip(
+            sequences.tokens_BL1, targets.kept_BL, targets.logprobs_BL, strict=True
+        ):
+            if bytes(tokens_L1) in label_logprobs:
+                assert kept_L.all()
+                assert logprobs_L.sum() == pytest.approx(label_logprobs[bytes(tokens_L1)], rel=1e-6)
+                num_same += 1
+    assert num_same == original.manifest.shard_sets["topk"].num_sequences
+    facts = CacheFacts.model_validate(manifest.facts)
+    assert facts.aligned is not None and facts.aligned.num_unreliable_chunks == 0
+
+
+def test_a_killed_stage_goes_on_and_slices_make_the_same_bytes(
+    cached: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFile.model_validate(students(cached, tmp_path / "one"))
+    make, made = units.UnitMaker.make, []
+
+    def killed(self: units.UnitMaker, unit: int) -> Any:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(unit)
+        return make(self, unit)
+
+    monkeypatch.setattr(units.UnitMaker, "make", killed)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(run, ALIGN)
+    monkeypatch.undo()
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "one" / "align").glob("*.tar")}
+    assert len(stamps) == 2
+    manifest = carry_out(run, ALIGN)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    other = RunFile.model_validate(students(cached, tmp_path / "two"))
+    assert carry_out_slice(other, ALIGN, Slice(0, 2)) is None
+    sliced = carry_out_slice(other, ALIGN, Slice(1, 2))
+    assert sliced is not None and sliced.shard_sets == manifest.shard_sets
+    assert any("sound" in line for line in verify(tmp_path / "two"))
+    with pytest.raises(CapgapError, match="aligned cache"):
+        measure_cache(str(tmp_path / "one" / "align"), Sampling())
+    again = students(cached, tmp_path / "three") | {"reuse": {"cache": str(tmp_path / "one" / "align")}}
+    with pytest.raises(CapgapError, match="cannot be aligned"):
+        carry_out(RunFile.model_validate(again), ALIGN)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"divergence": "jsd"}, "divergence"),
+        ({"tail": "ghost"}, "tail"),
+        ({"token_weights": "entropy"}, "token_weights"),
+        ({"recording": "topk"}, "recording"),
+    ],
+)
+def test_what_chunks_do_not_support_is_refused_by_name(
+    cached: tuple[Path, dict[str, Any]], tmp_path: Path, changed: dict[str, Any], named: str
+) -> None:
+    settings = students(cached, tmp_path)
+    with pytest.raises(ValueError, match=f"{named}: found"):
+        RunFile.model_validate(settings | {"train": settings["train"] | changed})
+
+
+def test_a_loop_of_ones_own_trains_from_an_aligned_cache(cached: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    run = RunFile.model_validate(students(cached, tmp_path))
+    carry_out(run, ALIGN)
+    carry_out(run, Instance("student", seed=1))
+    cache = capgap.open_cache(tmp_path / "align")
+    assert "chunks to learn from" in repr(cache)
+    model = load_model(str(tmp_path / "student/seed-1/model"), "cpu")
+    loss = DistillationLoss(model, cache, alpha=0.5, temperature=2.0)
+    batch = next(iter(cache.batches(4)))
+    found = loss(batch)
+    found.loss.backward()
+    assert found.kl_N is not None and np.isfinite(found.loss.item())
+    num_labels = int((batch.labels_BL >= 0).sum())
+    expected = (found.kl_N.sum() + found.ce_N.sum()).item() * 0.5 / num_labels
+    assert expected == pytest.approx(found.loss.item(), rel=1e-5)
+    with pytest.raises((SettingError, CapgapError)):
+        DistillationLoss(model, cache, tail="ghost")
+
+
+@pytest.mark.slow
+def test_a_student_of_another_tokenizer_is_trained_and_measured_in_bits_per_byte(
+    cached: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    run = RunFile.model_validate(students(cached, tmp_path) | {"eval": {}})
+    for instance in instances(run):
+        carry_out(run, instance)
+    results = EvalResults.model_validate_json((tmp_path / "eval" / "results.json").read_text())
+    assert results.cached is not None and results.cached.recording == "chunks"
+    assert results.cached.teacher_bits_per_byte is not None and results.cached.teacher_loss is None
+    for model in results.models:
+        assert model.against_cache is not None and model.against_cache.kl is None and model.against_cache.top1 is None
+        assert model.against_cache.chunk_kl is not None and model.against_cache.chunk_kl > 0
+        assert model.bits_per_byte > 0
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert "KL by token does not exist" in text and "bits per byte" in text
