@@ -137,8 +137,13 @@ class Bench:
     """
 
     def __init__(self, work: Path, run: dict[str, Any], num_tokens: int) -> None:
-        self._work, self._run = work, run
-        shared = RunFile.model_validate(run | {"out": str(work / "shared")})
+        # trainings are no part of the run whose stages are made, so that it need not say from which recording they are
+        self._work, self._run = (
+            work,
+            {name: part for name, part in run.items() if name not in ("train", "arms", "eval")},
+        )
+        self._eval = EvalSettings.model_validate(run.get("eval", {}))
+        shared = RunFile.model_validate(self._run | {"out": str(work / "shared")})
         self._corpus, self._teacher = (_input(shared, stage) for stage in ("corpus", "teacher"))
         self.settings = TrainSettings.model_validate(run["train"] | {"max_tokens": num_tokens})
         self.about = {
@@ -154,7 +159,7 @@ class Bench:
     @contextmanager
     def teacher_on_heldout(self) -> Iterator[Heldout]:
         """The teacher's distributions on held-out text, on disk while students are measured."""
-        settings = EvalSettings.model_validate(self._run.get("eval", {}))
+        settings = self._eval
         heldout = self._corpus.manifest.shard_sets["heldout"]
         sequences = first_sequences(self._corpus.path, heldout, settings.num_sequences)
         num_full = min(settings.num_full_sequences, len(sequences))
