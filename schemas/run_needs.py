@@ -98,7 +98,7 @@ def _require_rounds(run: RunSections) -> None:
     if rounds is None:
         return
     if run.align is not None:
-        raise ValueError("rounds: found with align, expected one of them; rounds need one tokenizer for who writes and scores")
+        raise ValueError("rounds: found with align, expected one of them; who writes and who scores share a tokenizer")
     if "cache" in run.reuse:
         raise ValueError(
             "reuse.cache: found with rounds, expected none: their caches are made here; train.caches mixes in others"
