@@ -1,4 +1,4 @@
-"""Charts of what a run did and how well its models know what they know: time and tokens by stage, and reliability."""
+"""Charts of what a run did and read, and how well its models know what they know: stages, documents, reliability."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from capgap.pipeline.pages.svg import INK, SERIES, draw
 from capgap.pipeline.report.charts import arm_look
 from capgap.pipeline.report.stages import duration
 from capgap.pipeline.report.summary import Report, StageLine
+from capgap.schemas.facts import SplitFacts
 from capgap.schemas.results import ModelResult
 
 # stages of a chart; those of a large run are summed up by kind
@@ -17,8 +18,42 @@ _MOST_STAGES = 14
 
 
 def run_charts(report: Report) -> tuple[Chart, ...]:
-    """Reliability, where it was measured, and the stages."""
-    return (*_reliability(report.results.models, report.results.arms), _stages(report.stages))
+    """Reliability, where it was measured, the stages, and the lengths of documents, where the corpus counted them."""
+    return (
+        *_reliability(report.results.models, report.results.arms),
+        _stages(report.stages),
+        *_lengths(report.cache.facts.splits.get("student")),
+    )
+
+
+def _lengths(split: SplitFacts | None) -> tuple[Chart, ...]:
+    """How many documents have how many tokens."""
+    if split is None or not split.by_length:
+        return ()
+    first = next(digits for digits, number in enumerate(split.by_length) if number)
+    counts = split.by_length[first:]
+    names = [f"{2**digits // 2:,} to {2**digits - 1:,}" for digits in range(first, len(split.by_length))]
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.bar(range(len(counts)), counts, color=SERIES[0], width=0.8)
+        axes.set_xticks(range(len(counts)), [f"{2**digits // 2:,}" for digits in range(first, len(split.by_length))])
+        axes.grid(visible=False, axis="x")
+        axes.set_xlabel("tokens, at least")
+        axes.set_ylabel("documents")
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+
+    listed = "; ".join(f"{name}: {number:,}" for name, number in zip(names, counts, strict=True))
+    return (
+        Chart(
+            name="document-lengths",
+            title="Documents by length",
+            caption="Of the text that students learn from, whole, before it is packed into sequences.",
+            svg=draw("document-lengths", f"Documents by length in tokens: {listed}", 2.6, paint),
+            headings=("tokens", "documents"),
+            rows=tuple((name, f"{number:,}") for name, number in zip(names, counts, strict=True)),
+        ),
+    )
 
 
 def _stages(stages: tuple[StageLine, ...]) -> Chart:

@@ -13,13 +13,14 @@ import pytest
 from capgap.pipeline.eval.arms import differences_over_seeds, paired_differences
 from capgap.pipeline.eval.intervals import bootstrap_interval, resample_weights
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput
-from capgap.schemas.facts import CacheFacts, RecordingFacts, TokenizerFacts
+from capgap.schemas.facts import CacheFacts, RecordingFacts, SplitFacts, TokenizerFacts
 from capgap.schemas.manifest import FileEntry, Manifest, Members, ShardEntry, ShardSet
 from capgap.schemas.results import RESULTS_NAME, AgainstTeacher, EvalResults, ModelResult, Sample
 from capgap.schemas.run_file import RunFile
 
 TOKENIZER = TokenizerFacts(fingerprint="f" * 64, vocab_size=4096, eos_id=0)
 NUM_SEQUENCES, SEQ_LEN = 512, 256
+_STUDENT_TEXT = SplitFacts(num_documents=9, num_text_bytes=1000, num_text_tokens=300, by_length=(0, 0, 0, 0, 2, 0, 7))
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +70,7 @@ def _manifest(name: str, recordings: dict[str, int]) -> Manifest:
         facts = CacheFacts(
             tokenizer=TOKENIZER,
             context="packed",
-            splits={},
+            splits={"student": _STUDENT_TEXT},
             text_sources=("somewhere",),
             whole_conversations=False,
             temperature=1.0,

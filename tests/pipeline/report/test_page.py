@@ -73,12 +73,12 @@ def test_ids_are_unique(page):
 
 def test_every_chart_is_named_and_has_its_numbers_as_a_table(page):
     charts = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(charts) == 8
+    assert len(charts) == 9
     assert all(attrs["role"] == "img" for attrs in charts)
     labels = " ".join(attrs["aria-label"] for attrs in charts)
     assert "distilled on cross_entropy, seed 1 +0.0400" in labels
     assert "teacher 2.9000" in labels
-    assert [tag for tag, _ in page.tags].count("details") == 9
+    assert [tag for tag, _ in page.tags].count("details") == 10
     for title in ("Gain of distillation", "Held-out loss", "Students in training", "Teacher in training"):
         assert title in page.texts
 
@@ -150,8 +150,9 @@ def test_the_page_opens_with_figures_a_list_of_contents_and_where_it_was_made(ht
     assert texts[texts.index("of the gap to the teacher closed") + 1] == "5 %"
     assert "1.05M" in texts and "tokens read by the teacher" in texts
     contents = html[html.index('<nav class="contents"') : html.index("</nav>")]
-    for part in ("result", "gains", "losses", "stage-times", "samples", "stages", "settings"):
+    for part in ("result", "gains", "losses", "stage-times", "document-lengths", "samples", "stages", "settings"):
         assert f'href="#{part}"' in contents
+    assert "Documents by length in tokens: 8 to 15: 2; 16 to 31: 0; 32 to 63: 7" in html
     assert 'title="Share of drafts that the teacher would accept' in html
 
 
