@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 
@@ -82,7 +83,7 @@ class ShardWriter:
     def _write_members(self, file: HashingWriter, index: int, blocks: Iterable[Block]) -> Members:
         rows: list[tuple[int, int, int, int]] = []
         # by tarfile, as webdataset does, which imports torch: that takes seconds, and no worker of a corpus needs it
-        with tarfile.open(fileobj=file, mode="w|") as tar:
+        with tarfile.open(fileobj=cast(IO[bytes], file), mode="w|") as tar:
             for number, block in enumerate(blocks):
                 data = self._codec.encode(block.sequences, block.targets)
                 member = tarfile.TarInfo(f"{self._stem(index)}-{number:04d}{SUFFIX}")
