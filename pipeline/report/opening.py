@@ -60,4 +60,4 @@ def _figures(report: Report) -> Iterator[Figure]:
 def _best(report: Report, rows: dict[str, Row]) -> Row | None:
     """The distilled arm of the lowest loss; where none is distilled, the arm of the lowest loss."""
     distilled = {gain.arm for gain in report.gains} or set(report.results.arms)
-    return min((rows[name] for name in distilled if name in rows), key=lambda row: row.loss.mean, default=None)
+    return min((rows[name] for name in sorted(distilled) if name in rows), key=lambda row: row.loss.mean, default=None)
