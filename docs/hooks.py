@@ -59,7 +59,5 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
     found = _MARKER.search(text)
     if found is not None:
         line = text[text.rfind("\n", 0, found.start()) + 1 :].partition("\n")[0]
-        raise PluginError(
-            f"{page.file.src_uri}: this line includes no file, for its marker is misspelt: {line.strip()}"
-        )
+        raise PluginError(f"{page.file.src_uri}: no file is included here, for the marker is misspelt: {line.strip()}")
     return html

@@ -75,9 +75,8 @@ def _page() -> Iterator[str]:
 def _plain(text: str) -> str:
     """Text that is no Markdown, but for code between backticks."""
     parts = " ".join(text.split()).replace("|", "\\|").split("`")
-    return "`".join(
-        re.sub(r"([\\*_<>\[\]])(?!\|)", r"\\\1", part) if i % 2 == 0 else part for i, part in enumerate(parts)
-    )
+    parts[::2] = [re.sub(r"([\\*_>\[\]])(?!\|)", r"\\\1", part.replace("<", "&lt;")) for part in parts[::2]]
+    return "`".join(parts)
 
 
 with mkdocs_gen_files.open("reference/messages.md", "w") as page:

@@ -11,7 +11,7 @@ from capgap.pipeline.report.summary import Report, Row
 
 
 @dataclass(frozen=True)
-class Figure:
+class OpeningFigure:
     """One of them: a number, what it is, and how it is to be read."""
 
     value: str
@@ -19,7 +19,7 @@ class Figure:
     remark: str = ""
 
 
-def opening_figures(report: Report) -> tuple[Figure, ...]:
+def opening_figures(report: Report) -> tuple[OpeningFigure, ...]:
     """Those for which the run has numbers."""
     return tuple(_figures(report))
 
@@ -30,34 +30,34 @@ def origin(report: Report) -> tuple[tuple[str, str], ...]:
     return tuple((name, value) for name, value in found if value)
 
 
-def _figures(report: Report) -> Iterator[Figure]:
+def _figures(report: Report) -> Iterator[OpeningFigure]:
     rows = {row.name: row for row in report.table.rows}
     teacher, best = rows.get("teacher"), _best(report, rows)
     if best is not None:
         smaller = None if report.teacher_parameters is None else report.teacher_parameters / best.num_parameters
         if smaller is not None and smaller > 1:
             sizes = f"{human_count(report.teacher_parameters or 0)} to {human_count(best.num_parameters)} parameters"
-            yield Figure(f"{smaller:.3g} x", "smaller than the teacher", sizes)
+            yield OpeningFigure(f"{smaller:.3g} x", "smaller than the teacher", sizes)
         gain = next((one for one in report.gains if one.arm == best.name), None)
         if gain is not None and teacher is not None:
             gap = rows[gain.baseline].loss.mean - teacher.loss.mean
             if gap > 0:
                 share = (rows[gain.baseline].loss.mean - best.loss.mean) / gap
-                yield Figure(
+                yield OpeningFigure(
                     f"{100 * share:.0f} %", "of the gap to the teacher closed", f"{best.name} on {gain.baseline}"
                 )
         if best.kl is not None:
-            yield Figure(f"{best.kl.mean:.3g}", "nats/token, KL to the teacher", best.name)
+            yield OpeningFigure(f"{best.kl.mean:.3g}", "nats/token, KL to the teacher", best.name)
     for name in sorted(report.cache.facts.recordings):
-        yield Figure(
+        yield OpeningFigure(
             f"{report.cache.bytes_per_token(name):.3g}",
             "bytes a token in the cache",
             f"{name}: {report.cache.num_bytes[name] / 1e6:,.1f} MB",
         )
-    yield Figure(human_count(report.cache.num_tokens), "tokens read by the teacher", "once, for all students")
+    yield OpeningFigure(human_count(report.cache.num_tokens), "tokens read by the teacher", "once, for all students")
 
 
 def _best(report: Report, rows: dict[str, Row]) -> Row | None:
     """The distilled arm of the lowest loss; where none is distilled, the arm of the lowest loss."""
     distilled = {gain.arm for gain in report.gains} or set(report.results.arms)
-    return min((rows[name] for name in distilled if name in rows), key=lambda row: row.loss.mean, default=None)
+    return min((rows[name] for name in sorted(distilled) if name in rows), key=lambda row: row.loss.mean, default=None)

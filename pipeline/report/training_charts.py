@@ -87,7 +87,7 @@ def _chart(name: str, curves: tuple[TrainingCurve, ...], arms: tuple[str, ...]) 
 def _rows(name: str, curves: tuple[TrainingCurve, ...]) -> tuple[tuple[str, ...], ...]:
     """A row for each logged number of tokens; of many, evenly chosen ones and the last."""
     columns = [dict(zip(one.measures[name].tokens, one.measures[name].values, strict=True)) for one in curves]
-    every = sorted(set().union(*columns))
+    every = sorted({tokens for column in columns for tokens in column})
     step = -(-len(every) // _MOST_ROWS)
     kept = sorted({*every[::step], every[-1]})
     return tuple(

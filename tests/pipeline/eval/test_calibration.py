@@ -54,6 +54,9 @@ def test_bins_have_equal_width() -> None:
         calibration.add(0, _rows((bin_number + 0.5) / NUM_BINS, 1), torch.tensor([0]))
     expected_B = [-(1 - (number + 0.5) / NUM_BINS) if number >= 4 else 0 for number in range(NUM_BINS)]
     np.testing.assert_allclose(calibration.excess_SB[0], expected_B, atol=1e-6)
+    bins = calibration.reliability()
+    assert [(one.num_tokens, one.right) for one in bins] == [(1, pytest.approx(1.0))] * (NUM_BINS - 4)
+    assert [one.confidence for one in bins] == pytest.approx([(n + 0.5) / NUM_BINS for n in range(4, NUM_BINS)])
 
 
 def test_the_interval_of_a_miscalibrated_model_holds_its_error() -> None:

@@ -27,7 +27,7 @@ def test_off_a_terminal_the_last_step_is_logged_with_rate_and_note(caplog) -> No
         for _ in range(3):
             time.sleep(0.01)
             meter.advance(tokens=100, note="loss 1.5")
-    (line,) = [record.getMessage() for record in caplog.records]
+    *_, line = [record.getMessage() for record in caplog.records]
     found = re.fullmatch(r"train: 3 of 3 steps, ([\d,]+) tokens/s, 0 s left, loss 1\.5", line)
     assert found is not None, line
     assert 0 < float(found[1].replace(",", "")) < 10_000, "300 tokens in 0.03 s, or more on a slow machine"
@@ -37,15 +37,19 @@ def test_off_a_terminal_a_line_comes_now_and_then_with_the_time_left(caplog, mon
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr("capgap.pipeline.stage.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
     with caplog.at_level(logging.INFO, logger="capgap"), progress("eval", 100, "sequences", 50) as meter:
-        clock.now += 14
+        clock.now += 1
         meter.advance()
         assert caplog.records == []
-        clock.now += 6
+        clock.now += 19
         meter.advance(9)
         meter.advance(tokens=400)
-    (line,) = [record.getMessage() for record in caplog.records]
-    # ten steps of this run, not the sixty of both, took 20 s: forty more take 80
-    assert line == "eval: 60 of 100 sequences, 80 s left"
+        clock.now += 14
+        meter.advance()
+        # ten steps of this run, not the sixty of both, took 20 s: forty more take 80
+        assert [record.getMessage() for record in caplog.records] == ["eval: 60 of 100 sequences, 80 s left"]
+        clock.now += 1
+        meter.advance(9)
+    assert len(caplog.records) == 2
 
 
 def test_a_terminal_shows_a_bar_with_tokens_a_second_and_time_left() -> None:
