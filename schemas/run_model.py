@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from capgap.schemas.base import OPERATIONAL, Record
 from capgap.schemas.run_optimization import OptimizationSettings
 from capgap.schemas.run_prune import PruneSettings
+from capgap.schemas.run_quantize import QuantizeSettings
 
 
 class ModelShape(Record):
@@ -134,6 +135,10 @@ class StudentSettings(Record):
 
     prune: PruneSettings | None = None
     """The shape that the teacher is pruned to."""
+
+    quantize: QuantizeSettings | None = None
+    """The format of few bits that the student is made, trained and saved in, beside `path`, `model` or `prune`; none
+    where it is left out."""
 
     trust_remote_code: bool = False
     """Run the Python code that comes with the model at `path`. Whoever wrote it may do anything that you may."""

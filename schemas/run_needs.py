@@ -89,6 +89,10 @@ def _require_models(run: RunSections) -> None:
 
 def _require_arm(run: RunSections, arm: str) -> None:
     settings = run.train_settings(arm)
+    if run.student.quantize is not None and settings.strategy == "fsdp2":
+        raise ValueError(
+            f"arms.{arm}.strategy: found fsdp2 with student.quantize, expected ddp; each device holds the whole student"
+        )
     if settings.needs_teacher:
         _require_teacher_model(run, f"arms.{arm}.targets: found online", "to ask")
     if run.makes("cache"):

@@ -40,6 +40,10 @@ class TrainSettings(OptimizationSettings):
     alpha: float = Field(1.0, ge=0, le=1)
     """Weight of the KL to the teacher; cross-entropy with the text has weight 1 - alpha. 0 is cross-entropy alone."""
 
+    max_tokens: int | None = Field(None, ge=0)
+    """Stop after this many targets, even within an epoch. 0 trains nothing: such an arm is the student as it was,
+    pruned or quantised, and is measured beside the others."""
+
     recording: RecordingName | None = None
     """Which recording of the cache to learn from; needed where it has both."""
 

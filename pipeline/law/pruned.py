@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from capgap.pipeline.plan.sizes import pruned_size, teacher_config
+from capgap.pipeline.plan.sizes import pruned_size
 from capgap.pipeline.student.cut import pruned_config
-from capgap.pipeline.student.shapes import shape_of, target_shape
+from capgap.pipeline.student.shapes import shape_of, target_shape, teacher_config
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.law import LawModel
 from capgap.schemas.law_grid import LawGrid

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -22,15 +25,18 @@ from capgap.schemas.errors import InputError, MachineError
 from capgap.schemas.facts import ModelFacts, ServedFacts, teacher_facts
 
 MODEL_FOLDER = "model"
+HIGH_PRECISION_FOLDER = "high_precision"
+"""Beside `model`, where that holds numbers of few bits: the weights that they are made of."""
 
 # its bars count files, which is noise between capgap's own
 disable_progress_bar()
 
 
-def model_path(made: StageInput) -> str:
+def model_path(made: StageInput, to_train: bool = False) -> str:
     """The folder or id of the model that a teacher, student or train stage made or was given, its digests checked.
 
-    They are checked the first time that a process asks; `models/recorded.py` says what that costs.
+    They are checked the first time that a process asks; `models/recorded.py` says what that costs. With `to_train`
+    those of the weights beside a model of few bits are checked as well.
 
     Raises:
         CorruptError: a file of it is not what the manifest says.
@@ -49,6 +55,8 @@ def model_path(made: StageInput) -> str:
     folder = Path(facts.path) if is_given else made.path / MODEL_FOLDER
     if not is_given or folder.is_dir():
         require_as_recorded(made, folder, is_given)
+    if to_train and (beside := made.path / HIGH_PRECISION_FOLDER).is_dir():
+        require_as_recorded(made, beside, False)
     return facts.path if is_given else str(folder)
 
 
@@ -84,8 +92,12 @@ def load_model(
     """
     config = load_config(path, trust_remote_code)
     require_complete(path, trust_remote_code, config)
+    is_packed = _unpacked_at_once(config)
     try:
-        with contents_of("the model cannot be loaded", path, "weights, configuration and generation_config.json"):
+        with (
+            contents_of("the model cannot be loaded", path, "weights, configuration and generation_config.json"),
+            _unpacked_in_silence() if is_packed else nullcontext(),
+        ):
             model = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
             )
@@ -102,7 +114,47 @@ def load_model(
         raise InputError(
             "the model cannot be loaded", where=path, found=first_line(error), expected="weights as safetensors"
         ) from None
+    if is_packed:
+        # numbers of four bits come out in bfloat16, whatever the other weights are
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.data = layer.weight.data.to(model.dtype)
+        if device == "cpu":
+            _without_compilation(model.get_decoder())
     return model.to(device).eval()
+
+
+def _unpacked_at_once(config: Any) -> bool:
+    """Whether compressed-tensors packed the weights; they are then unpacked while the model is loaded.
+
+    By itself the library does that in the first forward pass, and whatever looks at the model before finds no weights.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if not isinstance(settings, dict) or settings.get("quant_method") != "compressed-tensors":
+        return False
+    config.quantization_config = settings | {"dequantize": True}
+    return True
+
+
+@contextmanager
+def _unpacked_in_silence() -> Iterator[None]:
+    """Without the library's bars, which count layers, and without torch.compile.
+
+    The library compiles its rounding to FP4, which takes half a minute and a C++ compiler.
+    """
+    from compressed_tensors.compressors.model_compressors import model_compressor
+    from compressed_tensors.utils import patch_attr
+
+    silent = patch_attr(model_compressor, "tqdm", lambda modules, **about: modules)
+    with silent, torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _without_compilation(decoder: nn.Module) -> None:
+    """The same for its forward passes, in which the library rounds activations."""
+    stances: list[Any] = []
+    decoder.register_forward_pre_hook(lambda *_: stances.append(torch.compiler.set_stance("force_eager")))
+    decoder.register_forward_hook(lambda *_: stances.pop().__exit__(None, None, None), always_call=True)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -43,6 +43,12 @@ def require_teacher(run: RunFile) -> None:
         return
     adapted, is_served = run.teacher.adapt is not None, run.teacher.served is not None
     _require_model(run, run.teacher.path, "teacher.path", run.teacher.trust_remote_code, adapted, is_served)
+    if adapted:
+        from capgap.pipeline.models.configs import load_config
+        from capgap.pipeline.models.trainable import require_plain
+
+        setting = f"teacher.path, which teacher.adapt trains: {run.teacher.path}"
+        require_plain(load_config(run.teacher.path, run.teacher.trust_remote_code), setting)
 
 
 def require_student(run: RunFile) -> None:

@@ -66,6 +66,7 @@ def _make_plan(
     if "cache" in known and known["cache"].state is not State.CURRENT:
         held = held_bytes(run.cache, run.corpus.sequences_per_shard * run.corpus.seq_len, run.corpus.seq_len)
         notes.append(f"the cache stage holds up to {held / 1e9:.2f} GB of targets in memory, of each engine")
+    notes += _memory_at_few_bits(work)
     notes += far_from_home(run.teacher.home_loss, finished("cache", run, known))
     if not all(figure.value is not None for stage in stages for figure in (stage.tokens,)):
         notes.append("some numbers of tokens are not known; what depends on them is left out")
@@ -82,6 +83,20 @@ def _make_plan(
         laws=_laws(work),
         notes=tuple(notes),
     )
+
+
+def _memory_at_few_bits(work: RunWork) -> list[str]:
+    """What a training of a quantised student holds beside its activations."""
+    run, size = work.run, work.student
+    if run.student.quantize is None or not run.makes("train") or size.total is None or size.outside_embedding is None:
+        return []
+    width = 2 if run.train.precision == "bf16-true" else 4
+    trained = 4 * width * size.total
+    rounded = 0.0 if run.train.activation_checkpointing else width * size.outside_embedding
+    return [
+        f"a training at {run.student.quantize.format} holds {trained / 1e9:.2f} GB of weights, gradients and AdamW's "
+        f"states, {rounded / 1e9:.2f} GB of rounded weights, and its activations"
+    ]
 
 
 def far_from_home(home_loss: float | None, cache: Manifest | None) -> list[str]:

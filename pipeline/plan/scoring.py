@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from capgap.pipeline.plan.rates import Stated, earlier_wall_s
-from capgap.pipeline.plan.sizes import teacher_config
 from capgap.pipeline.plan.work import RunWork
-from capgap.pipeline.student.shapes import shape_of
+from capgap.pipeline.student.shapes import shape_of, teacher_config
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.plan import Figure
 from capgap.schemas.run_file import RunFile

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from capgap.pipeline.student.shapes import shape_of, target_shape
+from capgap.pipeline.student.shapes import shape_of, target_shape, teacher_config
 from capgap.schemas.errors import CapgapError
 from capgap.schemas.facts import ModelFacts
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.plan import Figure
 from capgap.schemas.run_model import ModelShape, TeacherSettings
 from capgap.schemas.run_prune import PruneSettings
+from capgap.schemas.run_quantize import QuantizeSettings
 
 _FLOAT32_BYTES = 4
 
@@ -39,6 +39,25 @@ class ModelSize:
     def saved_bytes(self) -> float | None:
         """As safetensors of float32, which is what is trained and saved here."""
         return None if self.total is None else self.total * _FLOAT32_BYTES
+
+    def packed_bytes(self, settings: QuantizeSettings) -> float | None:
+        """As it is served where its linear layers have few bits, and the rest 16."""
+        if self.total is None or self.outside_embedding is None:
+            return None
+        return (self.total - self.outside_embedding) * 2 + self.outside_embedding * bits_per_weight(settings) / 8
+
+
+def bits_per_weight(settings: QuantizeSettings) -> float:
+    """Of a quantised layer, with the scales of its groups; those of whole rows are too few to count."""
+    match settings.format:
+        case "int4":
+            return 4 + 16 / settings.int4_group_size
+        case "mxfp4":
+            return 4 + 8 / 32
+        case "nvfp4":
+            return 4 + 8 / 16
+        case _:
+            return 8.0
 
 
 def model_size(
@@ -87,37 +106,6 @@ def pruned_size(
     total = sum(p.numel() for p in model.parameters())
     ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     return ModelSize(total, total - sum(end.numel() for end in ends), "the teacher's configuration, pruned")
-
-
-def teacher_config(teacher: TeacherSettings, vocab_size: float | None) -> Any:
-    """The configuration of the teacher that is pruned; None where its embedding cannot be counted.
-
-    Raises:
-        InputError: a given model's cannot be read.
-    """
-    from transformers import LlamaConfig
-
-    from capgap.pipeline.models.configs import load_config
-
-    if teacher.path is not None:
-        config = load_config(teacher.path)
-        if teacher.adapt is not None and vocab_size is not None:
-            multiple = teacher.adapt.pad_to_multiple_of or 1
-            config.vocab_size = -(-max(config.vocab_size, int(vocab_size)) // multiple) * multiple
-        return config
-    assert teacher.model is not None
-    shape = teacher.model
-    if vocab_size is None:
-        return None
-    return LlamaConfig(
-        vocab_size=int(vocab_size),
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_key_value_heads or shape.num_heads,
-        tie_word_embeddings=shape.tie_word_embeddings,
-    )
 
 
 def shape_parameters(shape: ModelShape) -> int:

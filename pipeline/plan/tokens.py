@@ -85,7 +85,8 @@ def trained_tokens(settings: OptimizationSettings, data: Figure) -> Figure:
     if data.value is None:
         return data
     value = data.value * settings.num_epochs
-    return Figure(value=min(value, settings.max_tokens or value), source=data.source)
+    most = value if settings.max_tokens is None else settings.max_tokens
+    return Figure(value=min(value, most), source=data.source)
 
 
 def _bytes_per_token(run: RunFile, vocab_size: float | None, stated: float | None) -> Figure:

@@ -103,7 +103,12 @@ class RunWork:
                 return Figure(value=0, source="a given model stays where it is")
             case "teacher" | "student" | "train" | "tune":
                 size = self.teacher if stage == "teacher" else self.student
-                return Figure(value=size.saved_bytes, source=f"4 bytes a parameter, by {size.where}")
+                few = self.run.student.quantize if stage != "teacher" else None
+                value, how = size.saved_bytes, "4 bytes a parameter"
+                if few is not None and value is not None:
+                    value += size.packed_bytes(few) or 0
+                    how += f" and its {few.format} beside it"
+                return Figure(value=value, source=f"{how}, by {size.where}")
             case "eval" | "benchmark" | "answers" | "judge" | "report":
                 return Figure(value=0, source="a page, a table or texts, not counted")
             case _:

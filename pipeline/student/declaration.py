@@ -23,5 +23,5 @@ STAGE = Stage(
     settings=lambda run, instance: {"student": run.student.decisive(), "seed": instance.seed},
     sources=lambda run, instance: model_files(run.student.path),
     on_device=True,
-    preflight="capgap.pipeline.models.preflight:require_student",
+    preflight="capgap.pipeline.student.preflight:require_student",
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +12,12 @@ from transformers import PreTrainedModel
 from capgap.pipeline.eval.heldout import first_sequences
 from capgap.pipeline.models.configs import empty_model, load_config
 from capgap.pipeline.models.load import load_model, model_path
+from capgap.pipeline.models.text import RunText
+from capgap.pipeline.models.trainable import require_plain
 from capgap.pipeline.stage.context import StageContext, StageInput
 from capgap.pipeline.stage.progress import progress
-from capgap.pipeline.store import Batch
-from capgap.pipeline.store.batch import collate
 from capgap.pipeline.student.calibrate import calibrate, loss_without_each_layer
+from capgap.pipeline.student.calibration_text import CalibrationText
 from capgap.pipeline.student.cut import cut, pruned_config
 from capgap.pipeline.student.kept import Scores, choose, random_scores
 from capgap.pipeline.student.pruning_report import Nearness, write_report
@@ -34,11 +34,12 @@ def require_prunable(settings: PruneSettings, teacher: StageInput) -> None:
     """Refuse a shape that this teacher cannot give, by its configuration alone.
 
     Raises:
-        InputError: its architecture cannot be pruned, or not so.
+        InputError: its architecture cannot be pruned, or not so, or it is quantised already.
         SettingError: as `target_shape`.
     """
     path = model_path(teacher)
     config = load_config(path)
+    require_plain(config, path)
     target = target_shape(shape_of(config, path), settings)
     pruned_config(config, target, list(range(target.num_layers)))
 
@@ -58,7 +59,7 @@ def prune(context: StageContext, settings: PruneSettings) -> tuple[PreTrainedMod
     target = target_shape(shape, settings)
     require_room(config, path, context.device)
     teacher = load_model(path, context.device)
-    text = _Text(corpus, settings, facts)
+    text = CalibrationText(RunText(corpus), settings.num_sequences, settings.batch_sequences)
     assert context.instance.seed is not None
     scores, energy_NH = _scores(teacher, shape, settings, text, context.instance.seed)
     kept = choose(scores, target, settings.layer_importance)
@@ -100,22 +101,8 @@ def require_room(config: Any, path: str, device: str) -> None:
         )
 
 
-class _Text:
-    """The student's first sequences, as often as they are asked for."""
-
-    def __init__(self, corpus: StageInput, settings: PruneSettings, facts: CorpusFacts) -> None:
-        self._sequences = first_sequences(corpus.path, corpus.manifest.shard_sets["student"], settings.num_sequences)
-        self._size, self._context = settings.batch_sequences, facts.context
-        self.num_sequences, self.vocab_size = len(self._sequences), facts.tokenizer.vocab_size
-
-    def batches(self) -> Iterator[Batch]:
-        for start in range(0, self.num_sequences, self._size):
-            rows = range(start, min(start + self._size, self.num_sequences))
-            yield collate([(self._sequences, None, row) for row in rows], 0, context=self._context)
-
-
 def _scores(
-    teacher: PreTrainedModel, shape: Shape, settings: PruneSettings, text: _Text, seed: int
+    teacher: PreTrainedModel, shape: Shape, settings: PruneSettings, text: CalibrationText, seed: int
 ) -> tuple[Scores, torch.Tensor]:
     """Scores as the settings want them, and the energy of channels; random ones are calibrated for that alone."""
     by_loss = settings.layer_importance == "loss"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from capgap.schemas.errors import InputError, SettingError
+from capgap.schemas.run_model import ModelShape, TeacherSettings
 from capgap.schemas.run_prune import PruneSettings
 
 # Their layers have the same parts under the same names: see `cut.py`, which names each of them.
@@ -99,3 +100,36 @@ def target_shape(teacher: Shape, settings: PruneSettings) -> Shape:
             fix=f"lower student.prune.num_heads to {groups * teacher.heads_per_group}, or keep more groups",
         )
     return target
+
+
+def llama_config(shape: ModelShape, vocab_size: int) -> Any:
+    """The configuration of a model of that shape with fresh weights, as far as its sizes go."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_key_value_heads or shape.num_heads,
+        tie_word_embeddings=shape.tie_word_embeddings,
+    )
+
+
+def teacher_config(teacher: TeacherSettings, vocab_size: float | None) -> Any:
+    """The configuration of the teacher that is pruned; None where its embedding cannot be counted.
+
+    Raises:
+        InputError: a given model's cannot be read.
+    """
+    from capgap.pipeline.models.configs import load_config
+
+    if teacher.path is not None:
+        config = load_config(teacher.path)
+        if teacher.adapt is not None and vocab_size is not None:
+            multiple = teacher.adapt.pad_to_multiple_of or 1
+            config.vocab_size = -(-max(config.vocab_size, int(vocab_size)) // multiple) * multiple
+        return config
+    assert teacher.model is not None
+    return None if vocab_size is None else llama_config(teacher.model, int(vocab_size))

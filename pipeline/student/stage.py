@@ -6,34 +6,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from capgap.pipeline.models.checks import check_given_model, fresh_model
-from capgap.pipeline.models.load import MODEL_FOLDER, load_model, model_facts, model_path, save_model
+from capgap.pipeline.models.load import load_model, model_facts, model_path
 from capgap.pipeline.models.text import RunText
 from capgap.pipeline.models.tokenizers import chat_template_of
+from capgap.pipeline.models.trainable import save_trained
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.student.prune import prune, require_prunable
+from capgap.pipeline.student.quantise import quantise, require_quantisable
 from capgap.pipeline.train.heads import served_head
 from capgap.schemas.errors import SettingError
 from capgap.schemas.run_file import RunFile
 
 
 def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
-    """Refuse a shape that the teacher cannot be pruned to, or a teacher that is not there.
+    """Refuse a shape that the teacher cannot be pruned to, a format that the student cannot take, or a missing teacher.
 
     Raises:
-        InputError, SettingError: as `require_prunable`; or the run has no teacher or corpus.
+        InputError, SettingError: as `require_prunable` and `require_quantisable`; or the run has no teacher or corpus.
+        MachineError: compressed-tensors is not installed.
     """
     if run.student.prune is not None:
         for name in ("teacher", "corpus"):
             _require_there(name, inputs)
         require_prunable(run.student.prune, inputs["teacher"])
+    require_quantisable(run, inputs)
 
 
 def run(context: StageContext) -> StageResult:
-    """Write the folder `model`; beside it `prune.json`, where the student is the teacher, pruned.
+    """Write the folder `model`; beside it `prune.json`, where the student is the teacher, pruned, and `high_precision`,
+    where it is quantised: `model` is then what rounding alone makes of it, before any training.
 
     Raises:
         InputError, MismatchError: as `check_given_model` and `served_head`.
-        InputError, SettingError, MachineError: as `prune`.
+        InputError, SettingError, MachineError: as `prune` and `quantise`.
     """
     settings, text = context.run.student, RunText.among(context.inputs)
     tokenizer = text.tokenizer()
@@ -51,7 +56,9 @@ def run(context: StageContext) -> StageResult:
         model = load_model(path, "cpu", None, settings.trust_remote_code)
         served_head(model, facts.tokenizer.vocab_size)  # refused here rather than by the first training
         tokenizer.chat_template = chat_template_of(path) or tokenizer.chat_template
-    save_model(model, tokenizer, context.folder / MODEL_FOLDER)
+    if settings.quantize is not None:
+        quantise(context, model, settings.quantize)
+    save_trained(model, tokenizer, context.folder, settings.quantize is not None)
     facts = model_facts(model, tokenizer)
     return StageResult(
         facts=facts.model_dump(mode="json"),

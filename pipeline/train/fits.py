@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from capgap.pipeline.models.configs import max_positions
@@ -48,8 +49,8 @@ def require_memory(
     parts = (model.get_decoder(), model.get_output_embeddings())
     trained = sum(p.nbytes for p in {p for part in parts for p in part.parameters()} if p.requires_grad)
     held = sum(p.nbytes for p in model.parameters() if p.device.type == on_device.type)
-    weights, trained = weights // num_parts, trained // num_parts
-    needed, free = weights + trained * (1 + _STATES_PER_PARAMETER), free_bytes(device) + held
+    weights, trained, rounded = weights // num_parts, trained // num_parts, rounded_bytes(model, settings)
+    needed, free = weights + trained * (1 + _STATES_PER_PARAMETER) + rounded, free_bytes(device) + held
     if needed <= free:
         return
     activations = activation_bytes(model, settings, seq_len)
@@ -58,10 +59,23 @@ def require_memory(
         where=device,
         found=f"{_gib(free)} free",
         expected=f"at least {_gib(needed)}: {_gib(weights)} of weights, {_gib(trained)} of gradients, "
-        f"{_gib(trained * _STATES_PER_PARAMETER)} of AdamW's states; and about {_gib(activations)} of activations",
+        f"{_gib(trained * _STATES_PER_PARAMETER)} of AdamW's states"
+        + (f", {_gib(rounded)} of weights in few bits" if rounded else "")
+        + f"; and about {_gib(activations)} of activations",
         fix="train a smaller model"
         + (", or with precision bf16-true" if settings.precision != "bf16-true" else ", or on a larger device"),
     )
+
+
+def rounded_bytes(model: PreTrainedModel, settings: OptimizationSettings) -> int:
+    """What layers that compute with other numbers than their weights keep of those for the backward pass.
+
+    Layers that are checkpointed keep none, and make them again one layer after the other.
+    """
+    if settings.activation_checkpointing:
+        return 0
+    layers = (part for part in model.modules() if isinstance(part, nn.Linear))
+    return sum(layer.weight.nbytes for layer in layers if type(layer).forward is not nn.Linear.forward)
 
 
 def activation_bytes(model: PreTrainedModel, settings: OptimizationSettings, seq_len: int) -> int:

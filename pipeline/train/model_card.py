@@ -149,8 +149,10 @@ def _given_teacher(cache: StageInput) -> str | None:
 def _student(context: StageContext) -> str:
     given = context.run.student
     if given.prune is not None:
-        return "the teacher, pruned"
-    return given.path if given.path is not None else "fresh weights"
+        origin = "the teacher, pruned"
+    else:
+        origin = given.path if given.path is not None else "fresh weights"
+    return origin if given.quantize is None else f"{origin}, in {given.quantize.format}"
 
 
 def _recording(cached: CacheFacts, recording: RecordingName, temperature: float) -> str:

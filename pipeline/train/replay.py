@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from capgap.pipeline.models.load import load_model
+from capgap.pipeline.models.trainable import load_to_train
 from capgap.pipeline.train.checkpoints import newest_checkpoint
 from capgap.pipeline.train.kept_batches import KeptBatch, load_batches
 from capgap.pipeline.train.module import DistillationModule
@@ -60,7 +60,7 @@ def replay(folder: Path, model: str | None = None) -> Iterator[str]:
     settings = OptimizationSettings.model_validate(setting["settings"])
     objective = Objective(**setting["objective"])
     module = DistillationModule(
-        load_model(path, "cpu", torch.bfloat16 if settings.precision == "bf16-true" else torch.float32),
+        load_to_train(path, torch.bfloat16 if settings.precision == "bf16-true" else torch.float32),
         settings,
         setting["num_steps"],
         setting["alpha"],

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from capgap.pipeline.models.configs import empty_model, load_config
-from capgap.pipeline.models.load import MODEL_FOLDER, load_model, model_facts, model_path, save_model
+from capgap.pipeline.models.configs import load_config
+from capgap.pipeline.models.load import MODEL_FOLDER, model_facts, model_path
 from capgap.pipeline.models.text import RunText
 from capgap.pipeline.models.tokenizers import load_tokenizer
+from capgap.pipeline.models.trainable import empty_to_train, is_quantised, load_to_train, save_trained
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.scalars import METRICS_NAME
 from capgap.pipeline.store import ShardReader
@@ -29,6 +30,8 @@ from capgap.schemas.facts import heldout_set
 from capgap.schemas.run_file import RunFile
 
 _LOG = logging.getLogger("capgap")
+# of an arm that stands beside the others as the student was before them
+_UNTRAINED = {"num_steps": 0, "num_tokens": 0, "num_epochs": 0.0}
 
 
 def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
@@ -54,11 +57,11 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
         _require_same_teacher(inputs["cache"], inputs.get("teacher"))
         model_path(inputs["teacher"])
     # before a finished training is thrown away for a new one
-    model_path(inputs[f"student/seed-{instance.seed}"])
+    model_path(inputs[f"student/seed-{instance.seed}"], to_train=True)
 
 
 def run(context: StageContext) -> StageResult:
-    """Train and write the folder `model`.
+    """Train and write the folder `model`, and of a student of few bits `high_precision` beside it.
 
     Raises:
         MismatchError, SettingError, InputError: as `check` and `fit`.
@@ -75,14 +78,14 @@ def run(context: StageContext) -> StageResult:
     heldout = context.input("cache").manifest.shard_sets.get(heldout_set(own.recording)) if own.has_targets else None
     if heldout is None and settings.needs_targets:
         _LOG.info("%s: the cache has no held-out sequences: nearness to the teacher is not measured", instance.name)
-    path = model_path(student)
+    path = model_path(student, to_train=True)
     # a bfloat16 student is trained on float32 weights unless the run file says otherwise
     dtype = torch.bfloat16 if settings.precision == "bf16-true" else torch.float32
     num_parts = context.ranks.world_size if is_sharded(settings, context.ranks) else 1
     trusted = context.run.student.trust_remote_code
-    empty = empty_model(load_config(path, trusted), trusted)
+    empty = empty_to_train(path, trusted)
     require_memory(empty.to(dtype), settings, context.device, own.shards.seq_len, num_parts)
-    model = load_model(path, "cpu", dtype, trusted)
+    model = load_to_train(path, dtype, trusted)
     task = TrainingTask(
         title=f"train: {instance.arm}, seed {instance.seed}",
         settings=settings,
@@ -103,12 +106,12 @@ def run(context: StageContext) -> StageResult:
         others={name: cache.source() for name, cache in caches.items() if name is not None},
         teacher=online_teacher(context, own.facts, settings) if settings.needs_teacher else None,
     )
-    totals = fit(model, task)
+    totals = fit(model, task) if settings.max_tokens != 0 else _UNTRAINED
     if not context.ranks.is_first:
         return StageResult()
     tokenizer = _with_chat_template(load_tokenizer(path, trusted), context.input("cache"))
     folder = context.folder / MODEL_FOLDER
-    save_model(model, tokenizer, folder)
+    save_trained(model, tokenizer, context.folder, is_quantised(load_config(path, trusted)))
     made = model_facts(model, tokenizer)
     card = model_card(context, settings, own.recording, own.temperature, made, totals, context.folder / METRICS_NAME)
     (folder / CARD_NAME).write_text(card)

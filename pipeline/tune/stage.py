@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from capgap.pipeline.corpus.files import folders_in_words
 from capgap.pipeline.models.checks import named
 from capgap.pipeline.models.complete import require_complete
-from capgap.pipeline.models.load import MODEL_FOLDER, load_model, model_facts, model_path, save_model
+from capgap.pipeline.models.configs import load_config
+from capgap.pipeline.models.load import MODEL_FOLDER, model_facts, model_path
+from capgap.pipeline.models.trainable import is_quantised, load_to_train, require_trainable, save_trained
 from capgap.pipeline.stage.context import CHAT_CACHE, Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.folder import WORK_FOLDER
 from capgap.pipeline.stage.scalars import METRICS_NAME
@@ -32,6 +34,7 @@ from capgap.pipeline.tune.data import bad_records, conversations
 from capgap.pipeline.tune.lesson import Lesson, lesson_of
 from capgap.pipeline.tune.lora import Adapters, require_peft
 from capgap.pipeline.tune.template import extend_vocabulary
+from capgap.schemas.errors import SettingError
 from capgap.schemas.facts import ModelFacts
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_tune import TuneSettings
@@ -47,7 +50,7 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     Raises:
         InputError: a record is no conversation with an answer, the chat template cannot be learnt from, or the weights
             of the given model are not complete.
-        SettingError, MismatchError: as `lesson_of`.
+        SettingError, MismatchError: as `lesson_of`, or adapters are wanted for a model of few bits.
         MachineError: a package is not installed.
     """
     settings = _settings(run)
@@ -57,6 +60,7 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     if settings.path is not None:
         with named(f"tune.path: {settings.path}"):
             require_complete(settings.path, settings.trust_remote_code)
+    _require_trainable(run, instance, inputs)
     lesson_of(settings, _before(run, instance, inputs), _cache_in(inputs))
     if settings.sources:
         for line in folders_in_words(settings.sources):
@@ -79,7 +83,7 @@ def run(context: StageContext) -> StageResult:
     lesson = lesson_of(settings, path, _cache_in(context.inputs))
     learnt_from, rows = lesson.task_arguments(context, settings)
     dtype = torch.bfloat16 if settings.precision == "bf16-true" else torch.float32
-    model = load_model(path, "cpu", dtype, settings.trust_remote_code)
+    model = load_to_train(path, dtype, settings.trust_remote_code)
     extend_vocabulary(model, lesson.old_size, lesson.facts.vocab_size)
     adapters = None if settings.lora is None else Adapters(model, settings.lora, seed)
     task = TrainingTask(
@@ -99,7 +103,8 @@ def run(context: StageContext) -> StageResult:
         adapters.save(context.folder / ADAPTER_FOLDER, with_embedding=lesson.facts.vocab_size > lesson.old_size)
         model = adapters.merge()
     totals |= {"heldout_loss_before": before, "heldout_loss_after": _loss(model, task)} | rows.totals
-    made = _save(model, lesson, context.folder / MODEL_FOLDER)
+    low_bit = is_quantised(load_config(path, settings.trust_remote_code))
+    made = _save(model, lesson, context.folder, low_bit)
     card = chat_card(context, settings, path, lesson, made, totals)
     (context.folder / MODEL_FOLDER / CARD_NAME).write_text(card)
     return StageResult(facts=made.model_dump(mode="json"), totals=totals, shard_sets=rows.shard_sets)
@@ -113,7 +118,23 @@ def _settings(run: RunFile) -> TuneSettings:
 def _before(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> str:
     """Folder or id of the model that is tuned."""
     given = _settings(run).path
-    return given if given is not None else model_path(inputs[f"train/{instance.arm}/seed-{instance.seed}"])
+    return (
+        given if given is not None else model_path(inputs[f"train/{instance.arm}/seed-{instance.seed}"], to_train=True)
+    )
+
+
+def _require_trainable(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
+    settings, path = _settings(run), _before(run, instance, inputs)
+    where = f"tune.path: {path}" if settings.path is not None else path
+    config = require_trainable(path, where, settings.trust_remote_code)
+    if is_quantised(config) and settings.lora is not None:
+        raise SettingError(
+            "adapters are not merged into weights of few bits",
+            where="tune.lora",
+            found=f"adapters for {path}, whose layers compute with few bits",
+            expected="a model of 16 bits or more",
+            fix="leave tune.lora out: the weights themselves are tuned, at their few bits",
+        )
 
 
 def _cache_in(inputs: Mapping[str, StageInput]) -> StageInput | None:
@@ -148,12 +169,12 @@ def _loss(model: PreTrainedModel, task: TrainingTask) -> float:
     return round(loss, 6)
 
 
-def _save(model: PreTrainedModel, lesson: Lesson, folder: Path) -> ModelFacts:
+def _save(model: PreTrainedModel, lesson: Lesson, folder: Path, low_bit: bool) -> ModelFacts:
     tokenizer = lesson.format.tokenizer
     # where a server stops an answer
     ends = sorted({*lesson.format.end_ids, *_end_ids(model.generation_config.eos_token_id)})
     model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
-    save_model(model, tokenizer, folder)
+    save_trained(model, tokenizer, folder, low_bit)
     return model_facts(model, tokenizer)
 
 

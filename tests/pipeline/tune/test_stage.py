@@ -14,6 +14,8 @@ from tiny_chats import CHATML, MAX_LEN, conversations, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from capgap.pipeline.models.load import load_model
+from capgap.pipeline.models.low_bit import layers_to_quantise, make_low_bit, scheme_of
+from capgap.pipeline.models.trainable import save_trained
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.store import read_blocks
 from capgap.pipeline.train.metrics import read_rows
@@ -23,7 +25,9 @@ from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.errors import CapgapError, InputError
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_quantize import QuantizeSettings
 
+INT8 = QuantizeSettings(format="int8")
 TUNE = Instance("tune", seed=0)
 Made = tuple[Path, Manifest]
 MakeRun = Callable[..., RunFile]
@@ -54,6 +58,23 @@ def test_the_held_out_loss_falls_and_stands_in_totals_and_metrics(kind: str, req
     assert manifest.totals["heldout_loss_after"] == pytest.approx(last, abs=1e-4)
     assert last < before - (0.1 if kind == "adapted" else 1.5)
     assert "| held-out answers after |" in (folder / "model" / "README.md").read_text()
+
+
+def test_a_model_of_few_bits_is_tuned_by_the_weights_beside_it(make_run: MakeRun, base: Path, tmp_path: Path) -> None:
+    model, few = load_model(str(base), "cpu"), tmp_path / "few"
+    make_low_bit(model, layers_to_quantise(model, INT8), scheme_of(INT8))
+    save_trained(model, AutoTokenizer.from_pretrained(base), few, True)
+    with pytest.raises(CapgapError, match="adapters are not merged into weights of few bits"):
+        carry_out(make_run(tmp_path / "adapted", path=str(few / "model"), lora={"r": 4}), TUNE)
+    manifest = carry_out(make_run(tmp_path / "out", path=str(few / "model"), max_tokens=4 * 4 * MAX_LEN), TUNE)
+    assert manifest.totals["heldout_loss_after"] < manifest.totals["heldout_loss_before"]
+    folder = tmp_path / "out" / "tune" / "seed-0"
+    served = load_file(folder / "model" / "model.safetensors")
+    assert any(weight.dtype == torch.int8 for weight in served.values())
+    assert (folder / "high_precision" / "model.safetensors").is_file()
+    shutil.rmtree(few / "high_precision")
+    with pytest.raises(InputError, match="the model is quantised already"):
+        carry_out(make_run(tmp_path / "again", path=str(few / "model")), TUNE)
 
 
 def test_the_held_out_loss_is_of_the_answers_alone(tuned: Made) -> None:

@@ -1,0 +1,324 @@
+"""Linear layers that compute with the numbers of a low-bit checkpoint and learn in the precision of their weights.
+
+    weight, input --compressed-tensors' fake quantisation--> numbers of few bits --> product
+    gradients    <-- straight through, as if nothing had been rounded
+
+Scales of weights are a function of the weights, computed anew in every pass, so that a checkpoint that is written of
+the weights holds the very numbers that the layer computed with, and a training has nothing to keep but its weights.
+
+Legend: O output features, I input features, G groups of inputs, B sequences, L tokens a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import (
+    DynamicType,
+    QuantizationArgs,
+    QuantizationScheme,
+    QuantizationStrategy,
+    preset_name_to_scheme,
+)
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp, generate_gparam
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from capgap.schemas.errors import InputError, SettingError
+from capgap.schemas.run_quantize import QuantizeSettings
+
+SETTING = "student.quantize"
+SAVED_DTYPE = torch.bfloat16
+"""Of what a low-bit checkpoint does not quantise, and of scales: kernels for few bits know no float32 beside them."""
+# What vLLM makes one matrix of, which has one scale for all of it.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_MOST_NAMED = 3
+
+
+@dataclass(frozen=True)
+class WeightScales:
+    """Scales of a weight, float32.
+
+    Attributes:
+        scale: [O, 1] by output channel, or [O, G] by group.
+        global_scale: [1], of `nvfp4` alone.
+    """
+
+    scale: Tensor
+    global_scale: Tensor | None = None
+
+
+class LowBitLinear(nn.Linear):
+    """A linear layer with the very parameters of another one, whose values are rounded before they are multiplied.
+
+    Args:
+        of: the layer that it takes the place of.
+        scheme: compressed-tensors' description of the numbers.
+    """
+
+    input_global_scale: Tensor | None
+
+    def __init__(self, of: nn.Linear, scheme: QuantizationScheme) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = of.in_features, of.out_features
+        self.weight, self.bias = of.weight, of.bias
+        self.scheme = scheme
+        # all layers, itself among them, that share the scale of the whole matrix
+        self.fused: tuple[LowBitLinear, ...] = (self,)
+        # not among the weights of the checkpoint in high precision
+        self.register_buffer("input_global_scale", None, persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:  # torch's name
+        """The product of rounded input and rounded weight; the bias is as it is."""
+        if self.scheme.input_activations is not None:
+            input = _straight_through(input, self._rounded_input)
+        weight_OI = _straight_through(self.weight, self._rounded_weight)
+        return linear(input, weight_OI, self.bias)
+
+    @torch.no_grad()
+    def weight_scales(self) -> WeightScales:
+        """As they follow from the weight; in float32 whatever its dtype is."""
+        args, weight_OI = _weights_of(self.scheme), self.weight.float()
+        if args.strategy == QuantizationStrategy.CHANNEL:
+            ends = weight_OI.amin(-1, keepdim=True), weight_OI.amax(-1, keepdim=True)
+            return WeightScales(calculate_qparams(*ends, args)[0])
+        shared = self._weight_global_scale() if args.strategy == QuantizationStrategy.TENSOR_GROUP else None
+        return WeightScales(compute_dynamic_scales_and_zp(weight_OI, args, self, shared)[0], shared)
+
+    def _weight_global_scale(self) -> Tensor:
+        largest = torch.stack([one.weight.abs().amax() for one in self.fused]).amax().float()
+        shared: Tensor = generate_gparam(-largest, largest)
+        return shared
+
+    def _rounded_weight(self, weight_OI: Tensor) -> Tensor:
+        scales = self.weight_scales()
+        rounded_OI: Tensor = fake_quantize(
+            weight_OI.float(), scales.scale, None, _weights_of(self.scheme), global_scale=scales.global_scale
+        )
+        return rounded_OI
+
+    def _rounded_input(self, input: Tensor) -> Tensor:
+        args = self.scheme.input_activations
+        assert args is not None
+        # the library finds the scale of each token where sequences stand before it
+        input_BLI = input.float().reshape(-1, 1, input.shape[-1])
+        shared = self.input_global_scale
+        scale, _ = compute_dynamic_scales_and_zp(input_BLI, args, self, shared)
+        rounded: Tensor = fake_quantize(input_BLI, scale, None, args, global_scale=shared)
+        return rounded.reshape(input.shape)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounds on the way there, and lets gradients pass."""
+
+    @staticmethod
+    @torch.compiler.disable
+    def forward(ctx: Any, value: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+        with eager_on(value.device):
+            return rounded(value.detach()).to(value.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _straight_through(value: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    found: Tensor = _StraightThrough.apply(value, rounded)  # type: ignore[no-untyped-call]
+    return found
+
+
+@contextmanager
+def eager_on(device: torch.device) -> Iterator[None]:
+    """Within it, compressed-tensors rounds to FP4 without torch.compile on a CPU.
+
+    It compiles that one function, which takes half a minute in every process, and a C++ compiler.
+    """
+    with torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext():
+        yield
+
+
+def scheme_of(settings: QuantizeSettings) -> QuantizationScheme:
+    """compressed-tensors' own description of the format."""
+    names = {"int8": "W8A8", "int4": "W4A16", "fp8": "FP8_DYNAMIC", "mxfp4": "MXFP4", "nvfp4": "NVFP4"}
+    name = names[settings.format]
+    if settings.format in ("mxfp4", "nvfp4") and not settings.has_activations:
+        name += "A16"
+    scheme = preset_name_to_scheme(name, ["Linear"])
+    weights = _weights_of(scheme)
+    if settings.format == "int4":
+        weights.group_size = settings.int4_group_size
+    # where the format leaves it open: as the checkpoint and whoever serves it has them
+    weights.scale_dtype = weights.scale_dtype or SAVED_DTYPE
+    return scheme
+
+
+def layers_to_quantise(model: PreTrainedModel, settings: QuantizeSettings) -> tuple[str, ...]:
+    """Names of the linear layers that the settings mean, each seen to take the format. No weight is read.
+
+    Raises:
+        InputError: there are none, others than linear ones hold weights, or their inputs do not divide into groups.
+        SettingError: an entry of `ignore` means no layer.
+    """
+    every = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    head = model.get_output_embeddings()
+    inside = {name: layer for name, layer in every.items() if layer is not head}
+    _require_linear(model, inside)
+    for end in settings.ignore:
+        if not any(_ends(name, end) for name in inside):
+            raise SettingError(
+                "no linear layer of the student has this name",
+                where=f"{SETTING}.ignore",
+                found=end,
+                expected=f"the end of a name, such as {', '.join(sorted({n.rpartition('.')[2] for n in inside}))}",
+            )
+    chosen = {n: layer for n, layer in inside.items() if not any(_ends(n, end) for end in settings.ignore)}
+    if not chosen:
+        raise _refusal(model, "every linear layer among those that stay as they are", "one that does not")
+    _require_groups(model, chosen, settings)
+    return tuple(chosen)
+
+
+def make_low_bit(
+    model: PreTrainedModel,
+    names: Iterable[str],
+    scheme: QuantizationScheme,
+    input_global_scales: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Put a `LowBitLinear` in the place of each named layer; the model keeps its parameters and their names.
+
+    Args:
+        model: changed in place.
+        names: of plain linear layers.
+        scheme: of all of them.
+        input_global_scales: [1] float32 by name, where the scheme has activations with a scale for all of them.
+    """
+    made = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        assert type(layer) is nn.Linear, name
+        made[name] = LowBitLinear(layer, scheme)
+        if input_global_scales is not None:
+            made[name].input_global_scale = input_global_scales[name]
+        model.set_submodule(name, made[name])
+    for name, one in made.items():
+        parent, _, own = name.rpartition(".")
+        together = next((ends for ends in _FUSED if own in ends), (own,))
+        one.fused = tuple(made[full] for end in together if (full := f"{parent}.{end}".lstrip(".")) in made)
+
+
+def low_bit_layers(model: nn.Module) -> dict[str, LowBitLinear]:
+    """By name; empty for a model that computes with its weights as they are."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LowBitLinear)}
+
+
+def needs_input_scales(scheme: QuantizationScheme) -> bool:
+    """Whether activations have a scale that is measured once."""
+    args = scheme.input_activations
+    return args is not None and args.dynamic == DynamicType.LOCAL
+
+
+@torch.no_grad()
+def measure_input_scales(
+    model: PreTrainedModel, names: Iterable[str], look_at_text: Callable[[], None]
+) -> dict[str, Tensor]:
+    """The scale of all activations that enter each named layer, from the largest of them.
+
+    Args:
+        model: in high precision, on its device; it is left as it was.
+        names: of plain linear layers.
+        look_at_text: runs the model over text.
+
+    Raises:
+        InputError: a layer saw nothing, or what is not finite.
+    """
+    largest: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def look(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            seen = given[0].abs().amax().float()
+            largest[name] = torch.maximum(largest[name], seen) if name in largest else seen
+
+        return look
+
+    wanted = tuple(names)
+    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in wanted]
+    try:
+        look_at_text()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    bad = [name for name in wanted if name not in largest or not largest[name].isfinite()]
+    if bad:
+        raise _refusal(model, f"no finite inputs of {_some(bad)}", "layers that see every token")
+    return {name: generate_gparam(-largest[name], largest[name]).cpu() for name in wanted}
+
+
+def _weights_of(scheme: QuantizationScheme) -> QuantizationArgs:
+    assert scheme.weights is not None
+    return scheme.weights
+
+
+def _ends(name: str, end: str) -> bool:
+    return f".{name}".endswith(f".{end}")
+
+
+def _require_linear(model: PreTrainedModel, layers: Mapping[str, nn.Linear]) -> None:
+    others = [name for name, layer in layers.items() if type(layer) is not nn.Linear]
+    if others:
+        kinds = sorted({type(layers[name]).__name__ for name in others})
+        raise _refusal(model, f"{', '.join(kinds)} in {_some(others)}", "plain linear layers")
+    # experts of a mixture lie in one tensor; a convolution's is small, and stays as it is
+    wide = [
+        f"{name}.{own}".lstrip(".")
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 2
+    ]
+    if wide:
+        raise _refusal(
+            model,
+            f"weights of more than two dimensions: {_some(wide)}",
+            "linear layers; not a mixture's experts",
+        )
+    if not layers:
+        raise _refusal(model, "no linear layer beside the head", "some, as models like Llama have them")
+
+
+def _require_groups(model: PreTrainedModel, layers: Mapping[str, nn.Linear], settings: QuantizeSettings) -> None:
+    size = {"int4": settings.int4_group_size, "mxfp4": 32, "nvfp4": 16}.get(settings.format)
+    if size is None:
+        return
+    odd = {name: layer.in_features for name, layer in layers.items() if layer.in_features % size}
+    if not odd:
+        return
+    inputs = sorted(set(odd.values()))
+    fits = [f for f in (128, 64, 32) if settings.format == "int4" and not any(n % f for n in inputs)]
+    fix = f"set {SETTING}.group_size to {' or '.join(map(str, fits))}" if fits else "take int8 or fp8"
+    raise InputError(
+        "the inputs of a layer do not divide into groups",
+        where=f"{SETTING}: {model.name_or_path or model.config.model_type}",
+        found=f"{' and '.join(map(str, inputs))} inputs in {_some(sorted(odd))}",
+        expected=f"a multiple of {size}, the group of {settings.format}",
+        fix=f"{fix}, or name those layers in {SETTING}.ignore",
+    )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
+
+
+def _refusal(model: PreTrainedModel, found: str, expected: str) -> InputError:
+    return InputError(
+        "this student cannot be quantised",
+        where=f"{SETTING}: {model.name_or_path or model.config.model_type}",
+        found=found,
+        expected=expected,
+    )
