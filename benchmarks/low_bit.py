@@ -1,0 +1,293 @@
+"""How much of what rounding to few bits costs is won back: from a cache, from text alone, from the teacher itself.
+
+python benchmarks/low_bit.py                     every training that is not in the results, then the table
+python benchmarks/low_bit.py --formats mxfp4     of one format
+python benchmarks/low_bit.py --smoke             the same at the smallest size, to see that it works
+
+The student is the teacher itself, SmolLM2-135M-Instruct, which `make smol` fetches. Every training of a format sees
+the same sequences and takes as many steps; the seeds are the order of the data. A training runs in a process of its
+own, so that its memory is known. A finished one is a line of the results, and is not done again; one that was killed
+goes on from its last checkpoint, and `wall_s` is then of its last process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
+
+import yaml
+from machine import RESULTS, machine
+from quality import Heldout, Results
+
+from capgap.pipeline.eval.compare import Comparison
+from capgap.pipeline.eval.heldout import first_sequences, num_labels
+from capgap.pipeline.eval.measure import score
+from capgap.pipeline.eval.spool import open_spool
+from capgap.pipeline.models.load import load_model, model_path
+from capgap.pipeline.stage.context import Instance, StageInput
+from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.schemas.run_file import RunFile
+
+ROOT = Path(__file__).parents[1]
+PTQ, QAT, ONLINE = "PTQ", "QAT, cross-entropy", "QAD, online"
+TAILS = ("ghost", "drop", "renorm", "label")
+# One pass of the teacher each.
+CACHES: dict[str, dict[str, Any]] = {
+    "50": {"recording": "sampled", "num_samples": 50},
+    "25": {"recording": "both", "num_samples": 25, "top_k": 64},
+}
+# By name, the cache and the settings of the training.
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    PTQ: ("50", {"alpha": 0.0, "max_tokens": 0}),
+    QAT: ("50", {"alpha": 0.0}),
+    "QAD, sampled, n = 50": ("50", {"recording": "sampled"}),
+    ONLINE: ("50", {"targets": "online"}),
+    "QAD, sampled, n = 25": ("25", {"recording": "sampled"}),
+    **{f"QAD, top-64, {tail}": ("25", {"recording": "topk", "tail": tail}) for tail in TAILS},
+}
+FORMATS: dict[str, dict[str, Any]] = {
+    "int4": {"format": "int4", "group_size": 32},
+    "mxfp4": {"format": "mxfp4"},
+    "nvfp4": {"format": "nvfp4"},
+    "int8": {"format": "int8"},
+    "fp8": {"format": "fp8"},
+}
+
+
+def main() -> None:
+    """Make what is missing, training by training, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=["int4", "mxfp4"])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-5])
+    parser.add_argument("--tokens", type=int, default=204_800, help="that every student sees")
+    parser.add_argument("--work", type=Path, default=Path("runs/low-bit-arms"), help="caches, and trainings at work")
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results/low-bit.jsonl")
+    parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
+    parser.add_argument("--train", nargs=3, metavar=("RUN", "ARM", "SEED"), help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    os.environ.setdefault("CAPGAP_LEASE_DIR", str((flags.work / "leases").resolve()))
+    if flags.train:
+        _train(Path(flags.train[0]), flags.train[1], int(flags.train[2]))
+        return
+    if flags.smoke:
+        flags.tokens = 4096
+    results = Results(flags.results or RESULTS / ("low-bit-smoke.jsonl" if flags.smoke else "low-bit.jsonl"))
+    bench = Bench(flags.work, flags.smoke, flags.tokens)
+    jobs = [
+        (name, rate, arm, seed)
+        for seed in range(flags.seeds)
+        for name in flags.formats
+        for rate in flags.learning_rates
+        for arm in flags.arms
+        # what is not trained is the same at every seed and rate
+        if arm != PTQ or (seed == 0 and rate == flags.learning_rates[0])
+    ]
+    with bench.teacher_on_heldout() as heldout:
+        for name, rate, arm, seed in jobs:
+            about = bench.about | {"format": FORMATS[name], "learning_rate": rate}
+            if not results.has(arm, seed, about):
+                results.add(bench.line(name, rate, arm, seed, heldout) | {"about": about})
+                print(f"{name}, {arm}, seed {seed}: {results.lines[-1]}", flush=True)
+    print(table(results.lines))
+
+
+class Bench:
+    """Makes caches as they are needed, and students from them.
+
+    Args:
+        work: folder for all of it.
+        smoke: at the smallest size.
+        num_tokens: of every training.
+    """
+
+    def __init__(self, work: Path, smoke: bool, num_tokens: int) -> None:
+        file = ROOT / ("tests/assets/tiny.yaml" if smoke else "jobs/runs/low-bit.yaml")
+        self._work, self._run = work, yaml.safe_load(file.read_text())
+        self._run |= {"device": "cpu", "out": str(work / "shared")}
+        self._corpus, self._teacher = (self._made(self._run, stage) for stage in ("corpus", "teacher"))
+        path = model_path(self._teacher)
+        self._run["student"] = {"path": path}
+        self._run["train"] |= {"max_tokens": num_tokens, "recording": None, "loggers": []}
+        self._run["cache"] |= {"engine": "transformers", "max_tokens": num_tokens}
+        self.about = {
+            "teacher": self._teacher.manifest.content[:12],
+            "corpus": self._corpus.manifest.content[:12],
+            "num_tokens": num_tokens,
+        }
+
+    @contextmanager
+    def teacher_on_heldout(self) -> Iterator[Heldout]:
+        """The teacher's distributions on held-out text, on disk while students are measured."""
+        settings = RunFile.model_validate(self._run).eval
+        sequences = first_sequences(
+            self._corpus.path, self._corpus.manifest.shard_sets["heldout"], settings.num_sequences
+        )
+        num_full = min(settings.num_full_sequences, len(sequences))
+        labels = int(num_labels(sequences)[:num_full].sum())
+        with open_spool(self._work, labels, self._vocab_size) as spool:
+            waiting = Heldout(sequences, spool, num_full, 0.0)
+            loss = self._loss(model_path(self._teacher), waiting, spool.append)
+            yield Heldout(sequences, spool, num_full, loss)
+
+    def line(self, name: str, rate: float, arm: str, seed: int, heldout: Heldout) -> dict[str, Any]:
+        """One line of the results."""
+        cache, settings = ARMS[arm]
+        run = self._run_of(name, rate, cache, arm, settings, seed)
+        file = Path(run["out"]) / f"{slug(arm)}-{seed}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(run))
+        command = [sys.executable, __file__, "--work", str(self._work), "--train", str(file), slug(arm), str(seed)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        cost = json.loads(done.stdout.splitlines()[-1])
+        trained = self._made(run, "train", slug(arm), seed)
+        comparison = Comparison(heldout.spool)
+        loss = self._loss(model_path(trained), heldout, comparison.add)
+        recording, made = settings.get("recording"), self._cache(cache).manifest.shard_sets
+        bytes_per_token = None
+        if recording is not None:
+            bytes_per_token = round(made[recording].num_bytes / made[recording].num_tokens, 2)
+        return {
+            "arm": arm,
+            "seed": seed,
+            "heldout_loss": loss,
+            "perplexity": math.exp(loss),
+            "against_teacher": comparison.result(arm).model_dump(),
+            "teacher_loss": heldout.teacher_loss,
+            "bytes_per_token": bytes_per_token,
+            "num_steps": trained.manifest.totals["num_steps"],
+            **cost,
+            "machine": machine("cpu"),
+        }
+
+    def _run_of(
+        self, name: str, rate: float, cache: str, arm: str, settings: dict[str, Any], seed: int
+    ) -> dict[str, Any]:
+        shared = {"corpus": self._corpus, "teacher": self._teacher, "cache": self._cache(cache)}
+        out = self._work / name / f"cache-{cache}" / f"rate-{rate:g}"
+        return self._run | {
+            "out": str(out),
+            "reuse": {stage: str(made.path) for stage, made in shared.items()},
+            "student": self._run["student"] | {"quantize": FORMATS[name]},
+            "train": self._run["train"] | {"learning_rate": rate, "recording": "sampled"},
+            "arms": {slug(arm): settings},
+            "seeds": [seed],
+        }
+
+    def _cache(self, name: str) -> StageInput:
+        reuse = {"corpus": str(self._corpus.path), "teacher": str(self._teacher.path)}
+        settings = {key: value for key, value in self._run["cache"].items() if key not in ("top_k", "num_samples")}
+        run = {"out": str(self._work / f"cache-{name}"), "reuse": reuse, "cache": settings | CACHES[name]}
+        return self._made(self._run | run, "cache")
+
+    def _made(self, run: dict[str, Any], stage: str, arm: str | None = None, seed: int | None = None) -> StageInput:
+        """The finished stage, made if it is not; of what is not trained here, without the arms."""
+        without = {} if arm is not None else {"arms": {"any": {"alpha": 0.0}}}
+        instance = Instance(stage, arm, seed)
+        return StageInput(Path(run["out"]) / instance.name, carry_out(RunFile.model_validate(run | without), instance))
+
+    @property
+    def _vocab_size(self) -> int:
+        return int(self._corpus.manifest.facts["tokenizer"]["vocab_size"])  # type: ignore[index,call-overload,arg-type]
+
+    def _loss(self, path: str, heldout: Heldout, visit: Any) -> float:
+        nats_S = score(
+            load_model(path, "cpu"),
+            heldout.sequences,
+            name="held-out",
+            vocab_size=self._vocab_size,
+            batch_sequences=4,
+            visit=visit,
+            num_visited=heldout.num_full,
+        )
+        return float(nats_S.sum() / num_labels(heldout.sequences).sum())
+
+
+def slug(arm: str) -> str:
+    """An arm's name as folders have it."""
+    return re.sub(r"[^a-z0-9]+", "-", arm.lower()).strip("-")
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Each arm of each format at its best learning rate, with what it wins back of what rounding costs."""
+    heads = ("arm", "bytes a token", "perplexity", "KL", "won back of the loss", "of the KL", "wall, s", "memory, GB")
+    shown = []
+    for name in dict.fromkeys(line["about"]["format"]["format"] for line in lines):
+        mine = [line for line in lines if line["about"]["format"]["format"] == name]
+        shown += [f"\n{name}: the teacher's perplexity is {math.exp(mine[0]['teacher_loss']):.3f}\n"]
+        shown += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+        shown += [_row(arm, mine) for arm in ARMS if any(line["arm"] == arm for line in mine)]
+    return "\n".join(shown)
+
+
+def won_back(lines: list[dict[str, Any]], arm: str, quantity: str) -> list[float]:
+    """By seed, the fall from PTQ as a share of what online distillation takes off it."""
+    (ptq,) = {_value(line, quantity) for line in lines if line["arm"] == PTQ} or {math.nan}
+    online = {line["seed"]: _value(line, quantity) for line in best(lines, ONLINE)}
+    return [
+        (ptq - _value(line, quantity)) / (ptq - online[line["seed"]])
+        for line in best(lines, arm)
+        if line["seed"] in online and online[line["seed"]] != ptq
+    ]
+
+
+def best(lines: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+    """An arm's trainings at the learning rate of its lowest mean loss."""
+    mine = [line for line in lines if line["arm"] == arm]
+    rates = {line["about"]["learning_rate"] for line in mine}
+    by_rate = [[line for line in mine if line["about"]["learning_rate"] == rate] for rate in sorted(rates)]
+    return min(by_rate, key=lambda its: statistics.fmean(one["heldout_loss"] for one in its), default=[])
+
+
+def _row(arm: str, lines: list[dict[str, Any]]) -> str:
+    mine = best(lines, arm)
+    size = mine[0]["bytes_per_token"]
+    cells = (
+        arm,
+        "-" if size is None else f"{size:.1f}",
+        _mean([line["perplexity"] for line in mine], 3),
+        _mean([line["against_teacher"]["kl"] for line in mine], 4),
+        *(_mean([100 * share for share in won_back(lines, arm, quantity)], 1, " %") for quantity in ("loss", "kl")),
+        _mean([line["wall_s"] for line in mine], 0),
+        _mean([line["peak_bytes"] / 1e9 for line in mine], 2),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _value(line: dict[str, Any], quantity: str) -> float:
+    return float(line["heldout_loss"] if quantity == "loss" else line["against_teacher"]["kl"])
+
+
+def _mean(values: list[float], digits: int, unit: str = "") -> str:
+    if not values:
+        return "-"
+    spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}{unit}"
+
+
+def _train(file: Path, arm: str, seed: int) -> None:
+    """The training alone, in a process of its own; prints what it took."""
+    run = RunFile.model_validate_json(file.read_text())
+    carry_out(run, Instance("student", seed=seed))
+    manifest = carry_out(run, Instance("train", arm, seed))
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"wall_s": round(manifest.wall_s, 1), "peak_bytes": peak_bytes}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""benchmarks/low_bit.py trains every arm once and says what was won back; what comes out is not asserted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from capgap.schemas.run_quantize import QuantizeSettings
+from capgap.schemas.run_train import TrainSettings
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def low_bit(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import low_bit
+
+    return low_bit
+
+
+def _line(arm: str, seed: int, loss: float, kl: float, rate: float = 1e-5) -> dict[str, Any]:
+    about = {"format": {"format": "mxfp4"}, "learning_rate": rate}
+    found = {"arm": arm, "seed": seed, "heldout_loss": loss, "perplexity": loss, "against_teacher": {"kl": kl}}
+    return found | {"about": about, "teacher_loss": 1.0, "bytes_per_token": None, "wall_s": 1.0, "peak_bytes": 1}
+
+
+def test_every_format_and_every_arm_is_one_of_the_settings(low_bit) -> None:
+    for settings in low_bit.FORMATS.values():
+        QuantizeSettings.model_validate(settings)
+    for cache, settings in low_bit.ARMS.values():
+        assert cache in low_bit.CACHES
+        TrainSettings.model_validate(settings)
+
+
+def test_what_is_won_back_is_paired_by_seed_and_taken_at_the_best_rate(low_bit) -> None:
+    lines = [
+        _line("PTQ", 0, 4.0, 1.0),
+        *(_line("QAD, online", seed, 3.0 + seed, 0.5) for seed in (0, 1)),
+        _line("QAT, cross-entropy", 0, 3.5, 0.75),
+        _line("QAT, cross-entropy", 0, 9.0, 9.0, rate=1e-3),
+    ]
+    assert low_bit.won_back(lines, "QAT, cross-entropy", "loss") == [0.5]
+    assert low_bit.won_back(lines, "QAT, cross-entropy", "kl") == [0.5]
+    assert low_bit.won_back(lines, "QAD, online", "loss") == [1.0], "at the other seed nothing is won back"
+    assert "| QAT, cross-entropy | - | 3.500 | 0.7500 | 50.0 % | 50.0 % |" in low_bit.table(lines)
+
+
+@pytest.mark.slow
+def test_every_arm_is_trained_once_and_a_second_run_trains_none(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    flags = ["--smoke", "--seeds", "1", "--work", str(tmp_path / "work"), "--results", str(results)]
+    command = [sys.executable, str(BENCHMARKS / "low_bit.py"), *flags]
+    for _ in range(2):
+        # the benchmark finds its neighbours beside it
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        lines = [json.loads(line) for line in results.read_text().splitlines()]
+        assert len(lines) == 2 * 9
+    for line in lines:
+        assert line["num_steps"] == (0 if line["arm"] == "PTQ" else 16)
+        assert line["against_teacher"]["kl"] > 0 and line["peak_bytes"] > 1e8
+        assert (line["bytes_per_token"] is None) == ("sampled" not in line["arm"] and "top-64" not in line["arm"])
