@@ -189,7 +189,7 @@ def test_a_temperature_that_counts_in_a_later_step_only_is_looked_at_too(made) -
 
 def test_a_student_larger_than_memory_is_refused_before_its_weights_are_read(made, monkeypatch) -> None:
     monkeypatch.setattr("capgap.pipeline.train.fits.free_bytes", lambda device: 1000)
-    monkeypatch.setattr("capgap.pipeline.train.stage.load_model", None)
+    monkeypatch.setattr("capgap.pipeline.train.stage.load_to_train", None)
     with pytest.raises(MachineError, match="cpu: the model does not fit into this device's memory; found 9"):
         train(made["number"])
 
