@@ -40,6 +40,7 @@ STAGES = (
     "corpus",
     "teacher",
     "cache",
+    "align",
     "student",
     "train",
     "tune",

@@ -83,15 +83,15 @@ def test_a_killed_stage_goes_on_and_slices_make_the_same_bytes(
     cached: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFile.model_validate(students(cached, tmp_path / "one"))
-    make, made = units.UnitMaker.make, []
+    make, made = units.ChunkAligner.make, []
 
-    def killed(self: units.UnitMaker, unit: int) -> Any:
+    def killed(self: units.ChunkAligner, unit: int) -> Any:
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(unit)
         return make(self, unit)
 
-    monkeypatch.setattr(units.UnitMaker, "make", killed)
+    monkeypatch.setattr(units.ChunkAligner, "make", killed)
     with pytest.raises(KeyboardInterrupt):
         carry_out(run, ALIGN)
     monkeypatch.undo()
