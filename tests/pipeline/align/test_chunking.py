@@ -263,3 +263,19 @@ def test_a_shard_keeps_every_byte_and_the_sum_of_each_chunks_logprobs(
     kept = targets.logprobs_BL[targets.kept_BL]
     assert (kept == np.round(kept)).all() and (kept <= -1).all()
     assert counts.known_nats == pytest.approx(-kept.sum())
+
+
+def test_with_one_tokenizer_a_shard_stays_as_it_is_and_each_target_is_a_chunk(
+    known: dict[str, tuple[TextTokenizer, int]],
+) -> None:
+    tokenizer, eos_id = known["larger"]
+    stream = stream_of(tokenizer, eos_id, TEXTS * 4, 16, bos=False)
+    made = StudentFormat(tokenizer, eos_id, (), 16, 0.9)
+    sequences, targets, counts = align_shard(stream, tokenizer, made)
+    # the last document is cut where the shard ends, and its rest may be cut into other tokens
+    rows = slice(0, len(sequences) - 2)
+    same = stream.ids_T[: sequences.tokens_BL1[rows].size].reshape(-1, 17)
+    assert len(same) > 4 and np.array_equal(sequences.tokens_BL1[rows], same)
+    assert targets.ends_BL[rows].all() and targets.kept_BL[rows].all()
+    assert (targets.logprobs_BL[rows] == -1).all()
+    assert counts.num_documents > 5
