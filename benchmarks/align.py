@@ -29,7 +29,7 @@ os.environ["RAYON_NUM_THREADS"] = "1"
 import numpy as np
 from machine import keep
 
-from capgap.pipeline.align.units import AlignJob, UnitMaker
+from capgap.pipeline.align.units import AlignJob, ChunkAligner
 from capgap.pipeline.corpus.pack import Encoded, Packer
 from capgap.pipeline.corpus.sources import Document
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
@@ -143,7 +143,7 @@ def _targets(recording: str, part: Sequences, kept: int, vocab_size: int, rng: n
 
 def _timed(job: AlignJob, number: int) -> float:
     """Seconds of one unit; tables of the tokenizers, which a process makes once, are made before."""
-    maker = UnitMaker(replace(job, work=job.work / job.location.name / str(number)))  # type: ignore[union-attr]
+    maker = ChunkAligner(replace(job, work=job.work / job.location.name / str(number)))  # type: ignore[union-attr]
     maker.warm_up()
     begin = time.perf_counter()
     maker.make(0)

@@ -20,6 +20,7 @@ COMMON: dict[str, tuple[str, ...]] = {
     "corpus": ("corpus.sources", "corpus.tokenizer", "corpus.seq_len", "corpus.context", "corpus.teacher_fraction"),
     "teacher": ("teacher.path", "teacher.model", "teacher.training", "teacher.adapt", "teacher.served"),
     "cache": ("cache.recording", "cache.num_samples", "cache.top_k", "cache.max_tokens", "cache.engine"),
+    "align": ("align.tokenizer", "align.seq_len", "align.bos", "align.min_border_probability"),
     "student": ("student.path", "student.model", "student.prune"),
     "train": ("train.learning_rate", "train.batch_sequences", "train.num_epochs", "train.alpha", "train.precision"),
     "rounds": ("rounds.prompts", "rounds.num", "rounds.first_writer", "rounds.max_new_tokens", "rounds.num_samples"),

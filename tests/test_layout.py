@@ -41,6 +41,7 @@ STAGES = (
     "teacher",
     "generate",
     "cache",
+    "align",
     "student",
     "train",
     "tune",

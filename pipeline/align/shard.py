@@ -95,7 +95,8 @@ def align_shard(
     unreliable_C = is_weak_C.copy()
     unreliable_C[1:] |= is_weak_C[:-1]
     unknown_T = np.isnan(stream.logprobs_T) | ~stream.counts_T | text.is_cut_T
-    logprobs_C: Doubles = np.bincount(chunks.of_T, np.where(unknown_T, 0.0, stream.logprobs_T), chunks.count)
+    summed_C = np.bincount(chunks.of_T, np.where(unknown_T, 0.0, stream.logprobs_T), chunks.count)
+    logprobs_C: Doubles = summed_C.astype(np.float64)
     known_C = np.bincount(chunks.of_T, unknown_T, chunks.count) == 0
     not_counted_C = np.bincount(chunks.of_T, ~stream.counts_T, chunks.count) > 0
     packed = _pack(ids_U, first_D, stream.is_begun, ~not_counted_C[chunks.of_U], student)

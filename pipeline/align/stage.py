@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 
 from capgap.pipeline.align.token_bytes import TextTokenizer
-from capgap.pipeline.align.units import ALIGNED_FOLDER, CHUNKS_SET, AlignJob, UnitMaker, UnitRecord, make_units
+from capgap.pipeline.align.units import ALIGNED_FOLDER, CHUNKS_SET, AlignedUnit, AlignJob, ChunkAligner, make_units
 from capgap.pipeline.models.bos import document_bos
 from capgap.pipeline.models.checks import named
 from capgap.pipeline.models.text import TOKENIZER_FOLDER, RunText
@@ -53,7 +53,7 @@ def run(context: StageContext) -> StageResult:
     check(context.run, context.instance, context.inputs)
     job = prepare(context)
     make_units(job, Slice(None))
-    maker = UnitMaker(job)
+    maker = ChunkAligner(job)
     # what others noted is verified, and made where it is not whole
     made = [maker.make(unit) for unit in range(job.units.total)]
     parts = {CHUNKS_SET: made[: job.num_training], heldout_set(CHUNKS_SET): made[job.num_training :]}
@@ -116,7 +116,7 @@ def prepare(context: StageContext) -> AlignJob:
     )
 
 
-def _facts(job: AlignJob, cache: StageInput, training: list[UnitRecord], heldout: list[UnitRecord]) -> CacheFacts:
+def _facts(job: AlignJob, cache: StageInput, training: list[AlignedUnit], heldout: list[AlignedUnit]) -> CacheFacts:
     """Those of the other cache, in the student's tokens."""
     splits = {"student": _split(training)} | ({"heldout": _split(heldout)} if heldout else {})
     given, made = cache.manifest.resolved.get("teacher", {}).get("path"), cache.manifest.inputs.get("teacher")
@@ -148,7 +148,7 @@ def _facts(job: AlignJob, cache: StageInput, training: list[UnitRecord], heldout
     )
 
 
-def _split(records: list[UnitRecord]) -> SplitFacts:
+def _split(records: list[AlignedUnit]) -> SplitFacts:
     return SplitFacts(
         num_documents=sum(one.num_documents for one in records),
         num_text_bytes=sum(one.num_text_bytes for one in records),

@@ -36,7 +36,7 @@ SIDECARS_FOLDER = "shards"
 CHUNKS_SET: RecordingName = "chunks"
 
 
-class UnitRecord(Record):
+class AlignedUnit(Record):
     """What is known of a unit that is finished."""
 
     sha256: str
@@ -105,7 +105,7 @@ class AlignJob:
         return UnitNotes(self.folder, self.work, ALIGNED_FOLDER, len(self.source.shards))
 
 
-class UnitMaker:
+class ChunkAligner:
     """Makes the units of a job."""
 
     def __init__(self, job: AlignJob) -> None:
@@ -140,16 +140,16 @@ class UnitMaker:
         """Load both tokenizers and make their tables now, rather than with the first unit."""
         assert self._student is not None and self._teacher.table.order is not None and self._shared is not None
 
-    def finished(self, unit: int) -> tuple[ShardEntry, UnitRecord] | None:
+    def finished(self, unit: int) -> tuple[ShardEntry, AlignedUnit] | None:
         """A unit, if it is whole: its file is read and digested."""
-        record = read_sidecar(self.job.units.path(unit), UnitRecord)
+        record = read_sidecar(self.job.units.path(unit), AlignedUnit)
         writer, number = self._writer_of(unit)
         entry = None if record is None else writer.finished(number)
         if record is None or entry is None or entry.file.sha256 != record.sha256:
             return None
         return entry, record
 
-    def make(self, unit: int) -> tuple[ShardEntry, UnitRecord]:
+    def make(self, unit: int) -> tuple[ShardEntry, AlignedUnit]:
         """A unit, made unless it is finished.
 
         Raises:
@@ -166,7 +166,7 @@ class UnitMaker:
         sequences, targets, counts = align_shard(stream, self._teacher, self._student)
         writer, number = self._writer_of(unit)
         entry = writer.write(number, _blocks(sequences, targets, f"{CHUNKS_SET}, shard {unit}"))
-        record = UnitRecord(sha256=entry.file.sha256, **asdict(counts))
+        record = AlignedUnit(sha256=entry.file.sha256, **asdict(counts))
         write_sidecar(note, record)
         return entry, record
 
@@ -187,9 +187,9 @@ def make_units(job: AlignJob, part: Slice) -> None:
     """Make the units of the slice that are not there and that nobody else is at.
 
     Raises:
-        CapgapError, OSError: as `UnitMaker`.
+        CapgapError, OSError: as `ChunkAligner`.
     """
-    maker, claims = UnitMaker(job), Claims(job.units, part)
+    maker, claims = ChunkAligner(job), Claims(job.units, part)
     made, sizes = job.units.made(), [shard.num_sequences for shard in job.source.shards]
     wanted = [unit for unit in range(job.units.total) if part.has(unit)]
     title = "align" if part == Slice(None) else f"align: slice {part}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import numpy as np
@@ -199,11 +198,10 @@ def test_pieces_of_bytes_are_bytes_by_their_decoder_and_not_by_their_spelling(
 ) -> None:
     pieces = known["pieces"][0]
     assert pieces.table.bytes_of(3 + 0x41) == b"A"
-    tokenizer = train_tokenizer(["<0x41>"] * 50, 290)
-    vocab = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"]
-    token = max((one for one in vocab if "0x" in one), key=len)
-    table = TextTokenizer.of(tokenizer, 290, "bytes").table
-    assert table.bytes_of(vocab[token]) == token.encode()
+    tokenizer = train_tokenizer(TEXTS, 290)
+    tokenizer.add_tokens(["<0x41>"])
+    token = tokenizer.convert_tokens_to_ids("<0x41>")
+    assert TextTokenizer.of(tokenizer, len(tokenizer), "bytes").table.bytes_of(token) == b"<0x41>"
 
 
 def facts_of(eos_id: int, vocab_size: int, bos_ids: tuple[int, ...] = ()) -> CorpusFacts:
@@ -243,9 +241,8 @@ def test_a_shard_keeps_every_byte_and_the_sum_of_each_chunks_logprobs(
     one, other = pair.split()
     teacher, eos_id = known[one]
     student, other_eos = known[other]
+    texts = [*texts, "the cat sat on the mat " * 4]
     stream = stream_of(teacher, eos_id, texts, 16, bos=one == "pieces")
-    if not len(stream.ids_T):
-        return
     other_bos = (1,) if other == "blank" else ()
     made = StudentFormat(student, other_eos, other_bos, 12, 0.0)
     sequences, targets, counts = align_shard(stream, teacher, made)
@@ -266,3 +263,19 @@ def test_a_shard_keeps_every_byte_and_the_sum_of_each_chunks_logprobs(
     kept = targets.logprobs_BL[targets.kept_BL]
     assert (kept == np.round(kept)).all() and (kept <= -1).all()
     assert counts.known_nats == pytest.approx(-kept.sum())
+
+
+def test_with_one_tokenizer_a_shard_stays_as_it_is_and_each_target_is_a_chunk(
+    known: dict[str, tuple[TextTokenizer, int]],
+) -> None:
+    tokenizer, eos_id = known["larger"]
+    stream = stream_of(tokenizer, eos_id, TEXTS * 4, 16, bos=False)
+    made = StudentFormat(tokenizer, eos_id, (), 16, 0.9)
+    sequences, targets, counts = align_shard(stream, tokenizer, made)
+    # the last document is cut where the shard ends, and its rest may be cut into other tokens
+    rows = slice(0, len(sequences) - 2)
+    same = stream.ids_T[: sequences.tokens_BL1[rows].size].reshape(-1, 17)
+    assert len(same) > 4 and np.array_equal(sequences.tokens_BL1[rows], same)
+    assert targets.ends_BL[rows].all() and targets.kept_BL[rows].all()
+    assert (targets.logprobs_BL[rows] == -1).all()
+    assert counts.num_documents > 5

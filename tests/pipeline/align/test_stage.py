@@ -59,39 +59,42 @@ def test_one_tokenizer_makes_chunks_of_tokens_with_the_very_logprobs(
     run = RunFile.model_validate(students(cached, tmp_path, "given"))
     manifest = carry_out(run, ALIGN)
     original = capgap.open_cache(cached[0] / "out" / "cache")
-    label_logprobs: dict[bytes, float] = {}
-    for sequences, targets in read_blocks(original.location, original.manifest.shard_sets["topk"]):
+    # later shards begin within a document, whose rest by itself may be cut otherwise
+    first = [
+        one.model_copy(update={"shards": one.shards[:1]})
+        for one in (original.manifest.shard_sets["topk"], manifest.shard_sets["chunks"])
+    ]
+    known: dict[bytes, Any] = {}
+    for sequences, targets in read_blocks(original.location, first[0]):
         assert isinstance(targets, TopkTargets)
-        label_logprobs |= dict(zip(map(bytes, sequences.tokens_BL1), targets.label_logprobs_BL.sum(1), strict=True))
+        known |= dict(zip(map(bytes, sequences.tokens_BL1), targets.label_logprobs_BL, strict=True))
     num_same = 0
-    for sequences, targets in read_blocks(tmp_path / "align", manifest.shard_sets["chunks"]):
+    for sequences, targets in read_blocks(tmp_path / "align", first[1]):
         assert isinstance(targets, ChunkTargets)
-        assert targets.ends_BL.all()
-        for tokens_L1, kept_L, logprobs_L in zip(
-            sequences.tokens_BL1, targets.kept_BL, targets.logprobs_BL, strict=True
-        ):
-            if bytes(tokens_L1) in label_logprobs:
-                assert kept_L.all()
-                assert logprobs_L.sum() == pytest.approx(label_logprobs[bytes(tokens_L1)], rel=1e-6)
+        for row, tokens_L1 in enumerate(sequences.tokens_BL1):
+            if bytes(tokens_L1) in known:
+                assert targets.ends_BL[row].all() and targets.kept_BL[row].all()
+                assert np.array_equal(targets.logprobs_BL[row], known[bytes(tokens_L1)])
                 num_same += 1
-    assert num_same == original.manifest.shard_sets["topk"].num_sequences
+    # the last document of the shard is cut, and so may be its last token
+    assert num_same >= first[0].num_sequences - 1 > 0
     facts = CacheFacts.model_validate(manifest.facts)
-    assert facts.aligned is not None and facts.aligned.num_unreliable_chunks == 0
+    assert facts.aligned is not None and facts.aligned.num_unreliable_chunks < facts.aligned.num_chunks / 100
 
 
 def test_a_killed_stage_goes_on_and_slices_make_the_same_bytes(
     cached: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFile.model_validate(students(cached, tmp_path / "one"))
-    make, made = units.UnitMaker.make, []
+    make, made = units.ChunkAligner.make, []
 
-    def killed(self: units.UnitMaker, unit: int) -> Any:
+    def killed(self: units.ChunkAligner, unit: int) -> Any:
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(unit)
         return make(self, unit)
 
-    monkeypatch.setattr(units.UnitMaker, "make", killed)
+    monkeypatch.setattr(units.ChunkAligner, "make", killed)
     with pytest.raises(KeyboardInterrupt):
         carry_out(run, ALIGN)
     monkeypatch.undo()
