@@ -88,7 +88,7 @@ def read_measures(path: Path) -> dict[str, Series]:
 
 def _thinned(values: list[_T]) -> tuple[_T, ...]:
     step = -(-len(values) // _MOST_POINTS)
-    return (*values[:-1:step], values[-1])
+    return tuple([*values[:-1:step], values[-1]])
 
 
 def read_curve(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:

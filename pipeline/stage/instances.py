@@ -70,9 +70,9 @@ def maker_of(run: RunFile, instance: Instance) -> str:
 
 
 def usual_roles(run: RunFile, instance: Instance) -> dict[str, str]:
-    """What stands for the cache, and in a run with rounds for the trainings of the last one, in stages that follow."""
+    """In a run with rounds, the roles that its final trainings and the cache for all have in stages that follow."""
     if run.rounds is None:
-        return {"align": "cache"} if run.makes("align") else {}
+        return {}
     final = {one.name: Instance("train", one.arm, one.seed).name for one in last_trainings(run)}
     return final | {shared_cache(run).name: "cache"}
 

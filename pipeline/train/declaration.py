@@ -6,7 +6,7 @@ from typing import Any
 
 from capgap.pipeline.stage.context import Instance, further_cache
 from capgap.pipeline.stage.declaration import Stage
-from capgap.pipeline.stage.instances import cache_inputs, corpus_inputs, trainings, usual_roles
+from capgap.pipeline.stage.instances import cache_inputs, corpus_inputs, trainings
 from capgap.pipeline.stage.rounds import own_cache, replayed, rounds_of, weights_before
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_train import TrainSettings
@@ -26,9 +26,9 @@ def _inputs(run: RunFile, instance: Instance) -> list[str]:
 
 
 def _roles(run: RunFile, instance: Instance) -> dict[str, str]:
-    """What stands for what a training of any other run reads."""
+    """In a run with rounds, what a training of any other run reads."""
     if instance.round is None:
-        return usual_roles(run, instance)
+        return {}
     earlier = {cache.name: further_cache(name) for name, cache in replayed(run, instance).items()}
     first = Instance("student", seed=instance.seed).name
     return earlier | {own_cache(run, instance).name: "cache", weights_before(instance).name: first}

@@ -10,6 +10,7 @@ from typing import Any
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stages import declared, stage_named
 from capgap.schemas.errors import SettingError
+from capgap.schemas.manifest import STANDS_FOR
 from capgap.schemas.run_file import RunFile
 
 
@@ -70,9 +71,12 @@ def input_names(run: RunFile, instance: Instance) -> list[str]:
 
 
 def roles(run: RunFile, instance: Instance) -> dict[str, str]:
-    """What each of `input_names` is called among the inputs of the instance: its role, or its name."""
+    """What each of `input_names` is called among the inputs of the instance: its role, or its name.
+
+    What stands for a cache is read as one.
+    """
     named = stage_named(instance.stage).roles(run, instance)
-    return {name: named.get(name, name) for name in input_names(run, instance)}
+    return {name: named.get(name, STANDS_FOR.get(name, name)) for name in input_names(run, instance)}
 
 
 def further_caches(run: RunFile, instance: Instance) -> dict[str, str]:

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import pytest
 from round_runs import ROUND_ROWS, ROUND_STRUCTURE
+from setting_rows import FURTHER_BESIDE, FURTHER_ROWS
 
 from capgap.pipeline.stages import declared
 from capgap.pipeline.workflow.state import states
@@ -19,7 +20,6 @@ FROM_STUDENT = {"student", "train", "eval", "report"}
 FROM_TRAIN = {"train", "eval", "report"}
 FROM_ANSWERS = {"answers", "judge", "report"}
 
-# Setting, a value other than its default and than the run file's, and the stages that are made again for it.
 SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "num_layers": 3,
@@ -187,6 +187,7 @@ TABLE: list[tuple[str, Any, set[str]]] = [
     ("eval.speculative.num_new_tokens", 7, {"eval", "report"}),
     ("eval.speculative.gpu_memory_fraction", 0.5, set()),
     *ROUND_ROWS,
+    *FURTHER_ROWS,
     ("judge.model", "other", {"judge", "report"}),
     ("judge.base_url", "http://elsewhere/v1", set()),
     ("judge.api_key_env", "OTHER_KEY", set()),
@@ -242,7 +243,7 @@ BESIDE["student.trust_remote_code"] = {"student.path": "folder", "student.model"
 _tasks = {"benchmarks.tasks": {"mmlu": {}}}
 BESIDE |= {row[0]: _tasks for row in TABLE if row[0].startswith("benchmarks.")}
 BESIDE["benchmarks.trust_task_code"] = {**_tasks, "benchmarks.include_path": "tasks"}
-BESIDE |= {row[0]: {"rounds.prompts": ["prompts.jsonl"]} for row in TABLE if row[0].startswith("rounds.")}
+BESIDE |= {row[0]: {"rounds.prompts": ["prompts.jsonl"]} for row in ROUND_ROWS} | FURTHER_BESIDE
 TUNE: dict[str, Any] = {"sources": ["chat.jsonl"], "warmup_fraction": 0.05, "path": "other"}
 BESIDE |= {row[0]: {"tune": dict(TUNE)} for row in TABLE if row[0].startswith("tune.")}
 BESIDE |= {f"tune.lora.{name}": {"tune": TUNE | {"lora": {}}} for name in LORA}
@@ -250,9 +251,8 @@ BESIDE |= {f"tune.{name}": {"tune": TUNE | {"schedule": "wsd"}} for name in ("de
 REPLACES = {"teacher.path": GIVEN_TEACHER, "student.path": {"student.model": None}}
 STRUCTURE = {"seeds", "arms", "reuse", "benchmarks.teacher", "judge.teacher"}  # each has tests of its own below
 # these need a finished cache: tests/pipeline/tune
-STRUCTURE |= {
-    f"tune.{name}" for name in ("cache", "alpha", "recording", "temperature", "divergence", "jsd_beta", "tail")
-} | ROUND_STRUCTURE
+_of_cache = ("cache", "alpha", "recording", "temperature", "divergence", "jsd_beta", "tail")
+STRUCTURE |= {f"tune.{name}" for name in _of_cache} | ROUND_STRUCTURE
 
 
 def _identities(run: RunFile) -> dict[str, str]:

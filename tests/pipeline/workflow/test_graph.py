@@ -111,8 +111,10 @@ def test_downstream_is_what_depends_on_it_in_order(make_run, pattern: str, missi
 def test_every_stage_of_the_graph_has_decisive_settings(make_run) -> None:
     tuned = {"judge.model": "one", "tune": {"sources": ["chat.jsonl"]}}
     run = make_run({"benchmarks.tasks": {"mmlu": {}}, "rounds.prompts": ["prompts.jsonl"], **tuned})
-    assert {i.stage for i in instances(run)} == {stage.name for stage in declared()}
-    assert all(decisive_settings(run, instance) for instance in instances(run))
+    # a run has rounds or another tokenizer, not both
+    aligned = make_run({"align": {"tokenizer": "other"}})
+    assert {i.stage for i in (*instances(run), *instances(aligned))} == {stage.name for stage in declared()}
+    assert all(decisive_settings(one, instance) for one in (run, aligned) for instance in instances(one))
 
 
 def test_benchmarks_are_a_stage_of_each_model_between_eval_and_report(make_run) -> None:
