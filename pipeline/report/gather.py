@@ -27,7 +27,7 @@ from capgap.schemas.fidelity import Fidelity
 from capgap.schemas.judge_results import JUDGE_NAME, JudgeResults
 from capgap.schemas.results import RESULTS_NAME, EvalResults
 
-_T = TypeVar("_T", int, float)
+_T = TypeVar("_T")
 
 _METRICS_NAME = "metrics.csv"
 _MOST_POINTS = 200
@@ -88,7 +88,7 @@ def read_measures(path: Path) -> dict[str, Series]:
 
 def _thinned(values: list[_T]) -> tuple[_T, ...]:
     step = -(-len(values) // _MOST_POINTS)
-    return tuple([*values[:-1:step], values[-1]])
+    return (*values[:-1:step], values[-1])
 
 
 def read_curve(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
