@@ -11,6 +11,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from capgap.pipeline.corpus.plain_text import plain_messages, special_texts
 from capgap.pipeline.models.chat_template import ChatTemplate
 from capgap.schemas.errors import BadRecordError, InputError
 from capgap.schemas.judge_results import NUM_TURNS, Question, Reply
@@ -87,6 +88,7 @@ class Chat:
         self._tokenizer, self._where, self._settings = tokenizer, where, settings
         require_template(tokenizer.chat_template, where)
         self._template = ChatTemplate(tokenizer, where, tokenizer.get_chat_template())
+        self._specials = special_texts(tokenizer)
         self.stop_ids = stop_ids(tokenizer, where)
         longest = max(len(self._ids(question, ("",) * (NUM_TURNS - 1))) for question in questions)
         wanted = longest + _GROWTH * settings.max_tokens
@@ -124,7 +126,9 @@ class Chat:
             if i < len(answers):
                 messages.append({"role": "assistant", "content": answers[i]})
         try:
-            text = self._template.render(messages, [], f"question {question.question_id}", asks=True)
+            # what people and models say is text, and no special token, as everywhere in a corpus
+            plain = plain_messages(messages, self._specials)
+            text = self._template.render(plain, [], f"question {question.question_id}", asks=True)
         except BadRecordError as error:
             raise InputError(
                 "the chat template cannot be used",

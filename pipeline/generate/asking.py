@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from capgap.pipeline.answers.chat import Generated, Prompt, require_template, stop_ids
 from capgap.pipeline.corpus.conversations import ChatFormat
+from capgap.pipeline.corpus.plain_text import plain_messages, special_texts
 from capgap.pipeline.generate.prompts import PromptRecord
 from capgap.pipeline.models.chat_template import ChatTemplate
 from capgap.schemas.errors import BadRecordError, InputError, MismatchError
@@ -60,6 +61,7 @@ class Asking:
     ) -> None:
         self._tokenizer, self._where, self._settings, self._bos_ids = tokenizer, where, settings, list(bos_ids)
         self._template: ChatTemplate | None = None
+        self._specials = special_texts(tokenizer)
         if chats:
             require_template(tokenizer.chat_template, where)
             self._template = ChatTemplate(tokenizer, where, tokenizer.get_chat_template())
@@ -71,11 +73,13 @@ class Asking:
         Raises:
             InputError: the chat template refuses it.
         """
+        # what a prompt says is text, and no special token, as everywhere in a corpus
         if not prompt.messages:
-            return [*self._bos_ids, *self._encoded(prompt.text)]
+            return [*self._bos_ids, *self._encoded(prompt.text, split_special_tokens=True)]
         assert self._template is not None
         try:
-            text = self._template.render(list(prompt.messages), [], prompt.where, asks=True)
+            messages = plain_messages(list(prompt.messages), self._specials)
+            text = self._template.render(messages, [], prompt.where, asks=True)
         except BadRecordError as error:
             raise InputError(
                 "the writer's chat template refuses a prompt",
@@ -122,8 +126,11 @@ class Asking:
         known = [one for one in ids if one < len(self._tokenizer)]
         return str(self._tokenizer.decode(known, skip_special_tokens=True))
 
-    def _encoded(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def _encoded(self, text: str, split_special_tokens: bool = False) -> list[int]:
+        found = self._tokenizer(
+            text, add_special_tokens=False, verbose=False, split_special_tokens=split_special_tokens
+        )
+        return list(found["input_ids"])
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[int, ...]:

@@ -164,6 +164,19 @@ def test_every_end_of_a_turn_that_a_model_s_folder_names_ends_an_answer(tmp_path
     assert chat.stop_ids == tuple(sorted({7, 9, words.eos_token_id}))
 
 
+def test_a_special_token_in_a_question_or_an_answer_is_text() -> None:
+    words = tokenizer()
+    question = Question.model_validate(QUESTIONS[0])
+    says = question.model_copy(update={"turns": (f"{question.turns[0]} {words.eos_token}", *question.turns[1:])})
+    found = []
+    for asked, answer in ((question, "12"), (says, f"12 {words.eos_token}")):
+        prompt = Chat(words, "here", AnswerSettings(), 512, [asked]).prompt(asked, [answer])
+        assert prompt is not None
+        found.append(prompt.ids.count(words.eos_token_id))
+    # those of the template are there, and no others
+    assert found[0] == found[1]
+
+
 def test_a_question_draws_alike_whatever_else_is_asked() -> None:
     first, second, third = (Question.model_validate(question) for question in QUESTIONS)
     seeds = {}

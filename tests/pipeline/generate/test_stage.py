@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from round_runs import FIRST, SEQ_LEN, answers_of, logprobs_again, prompt_lines, shards_of, write_prompts
 
-from capgap.pipeline.generate.asking import require_same_ends, turn_ends
+from capgap.pipeline.generate.asking import Asking, require_same_ends, turn_ends
+from capgap.pipeline.generate.prompts import PromptRecord
 from capgap.pipeline.models.load import load_model
 from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.stage.context import Instance, Slice
@@ -130,6 +131,19 @@ def test_a_text_of_nothing_but_empty_answers_is_refused(make_rounds: MakeRounds,
     with pytest.raises(InputError, match="no answer is left") as caught:
         carry_out(run, FIRST)
     assert "0 leave no room for an answer" in str(caught.value)
+
+
+def test_a_special_token_in_a_prompts_text_is_text(make_rounds: MakeRounds, begun) -> None:
+    folder = begun["teacher"]["path"]
+    tokenizer, rounds = load_tokenizer(folder), make_rounds().rounds
+    assert rounds is not None
+    asking = Asking(tokenizer, folder, rounds, (), chats=True)
+    says = f"stop {tokenizer.eos_token} here"
+    text = asking.ids(PromptRecord("a:1", (), says))
+    assert tokenizer.eos_token_id not in text and tokenizer.decode(text) == says
+    # the template itself ends the message with one
+    chat = asking.ids(PromptRecord("a:2", ({"role": "user", "content": says},), ""))
+    assert chat.count(tokenizer.eos_token_id) == 1
 
 
 def test_a_template_that_refuses_a_prompt_is_named(make_rounds: MakeRounds, begun, tmp_path: Path) -> None:
