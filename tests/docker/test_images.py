@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 IMAGES = ["student", "teacher"]
 # what a run with shards, a student and its evaluation has
-ALWAYS = [stage.name for stage in declared() if stage.section not in ("tune", "benchmarks", "judge")]
+ALWAYS = [stage.name for stage in declared() if stage.section not in ("rounds", "align", "tune", "benchmarks", "judge")]
 TOOLS = Path(sys.executable).parent
 
 

@@ -50,7 +50,7 @@ def test_an_answer_ends_before_the_token_that_ends_it(folder: str) -> None:
     (whole,) = TransformersGenerator(folder, [], "cpu", "auto").generate([prompt(10)])
     stop = whole.ids[3]
     (made,) = TransformersGenerator(folder, [stop], "cpu", "auto").generate([prompt(10)])
-    assert made == Generated(whole.ids[: whole.ids.index(stop)], "stop")
+    assert made == Generated(whole.ids[: whole.ids.index(stop)], "stop", end_id=stop)
 
 
 def test_what_is_drawn_follows_from_the_seed_alone(generator: TransformersGenerator) -> None:

@@ -63,8 +63,11 @@ def test_labels_are_the_next_tokens_and_are_ignored_where_the_mask_says_so(codec
 
 def test_a_batch_moves_as_a_whole(codecs, make_block) -> None:
     block = make_block(codecs[TOPK], 1)
-    moved = in_rows(collate([(block.sequences, block.targets, 0)], 8), 12).to("meta")
-    assert {tensor.device.type for tensor in moved.tensors().values()} == {"meta"}
+    batch = in_rows(collate([(block.sequences, block.targets, 0)], 8), 12)
+    moved = batch.to("meta").tensors()
+    there = {name for name, tensor in batch.tensors().items() if tensor is not None}
+    assert {"ids_NK", "weights_NK", "tail_N", "labels_BL", "positions_BL"} <= there
+    assert {name for name, tensor in moved.items() if tensor is not None and tensor.device.type == "meta"} == there
 
 
 @pytest.mark.parametrize("name", [SAMPLED, *TOPK_CODECS.values()])
