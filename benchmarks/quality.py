@@ -230,7 +230,8 @@ class Bench:
         return independent_samples(reader, self.teacher(), folder)
 
     def _cache(self, name: str) -> StageInput:
-        settings = {"engine": "transformers", "max_tokens": self.settings.max_tokens} | CACHES[name]
+        settings = {"engine": "transformers", "max_tokens": self.settings.max_tokens, "num_heldout_sequences": 0}
+        settings |= CACHES[name]
         if "dtype" in self._run["cache"]:
             settings["dtype"] = self._run["cache"]["dtype"]
         out = self._work / f"cache-{name.replace(' ', '-')}"
