@@ -8,15 +8,19 @@ Bytes of a cache are those that `capgap plan` goes by; bytes of a parameter are 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
 from pathlib import Path
+
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
+
+from page_tables import Row, with_tables
 
 from capgap.pipeline.plan.measured import cache_bytes_per_token
 from capgap.pipeline.plan.work import CHECKPOINT_BYTES, CHECKPOINTS
 from capgap.schemas.run_cache import CacheSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "sizes.md"
-BEGIN, END = "<!-- made by benchmarks/sizes_page.py: {} -->", "<!-- end -->"
 
 STUDENTS = {"135M": 135e6, "0.5B": 0.5e9, "1B": 1e9, "3B": 3e9, "7B": 7e9}
 TEACHERS = {"1B": 1e9, "3B": 3e9, "7B": 7e9, "13B": 13e9, "34B": 34e9, "70B": 70e9}
@@ -40,16 +44,12 @@ def main() -> None:
 
 def filled(page: str) -> str:
     """The page with its tables made anew."""
-    for name, rows in {"cache": _cache(), "student": _student(), "teacher": _teacher()}.items():
-        begin = BEGIN.format(name)
-        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        before, rest = page.split(begin)
-        page = f"{before}{begin}\n\n{table}\n\n{END}{rest.partition(END)[2]}"
-    return page
+    tables = {"cache": _cache(), "student": _student(), "teacher": _teacher()}
+    return with_tables(page, "sizes_page.py", tables)
 
 
-def _cache() -> list[Sequence[str]]:
-    rows: list[Sequence[str]] = [
+def _cache() -> list[Row]:
+    rows: list[Row] = [
         ("recording", "bytes a token, vocabulary 32,768", "119,713", "GB for 100M tokens", "1B", "10B"),
         ("---", *["---:"] * 5),
     ]
@@ -61,8 +61,8 @@ def _cache() -> list[Sequence[str]]:
     return rows
 
 
-def _student() -> list[Sequence[str]]:
-    rows: list[Sequence[str]] = [
+def _student() -> list[Row]:
+    rows: list[Row] = [
         (
             "student",
             "device GB, `32-true` or `bf16-mixed`",
@@ -80,8 +80,8 @@ def _student() -> list[Sequence[str]]:
     return rows
 
 
-def _teacher() -> list[Sequence[str]]:
-    rows: list[Sequence[str]] = [
+def _teacher() -> list[Row]:
+    rows: list[Row] = [
         ("teacher", "weights, GB in bfloat16", "in 8 bits", "in float32", "fits one device of 80 GB in bfloat16"),
         ("---", *["---:"] * 3, "---"),
     ]

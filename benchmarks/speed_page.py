@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-PAGE, RESULTS = ROOT / "docs" / "speed.md", ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- made by benchmarks/speed_page.py: {} -->", "<!-- end -->"
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
 
-Row = tuple[str, ...]
+from machine import RESULTS, slug_of
+from page_tables import Row, with_tables
+
+PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
+
 _WHEN = ("before", "after")
 
 
@@ -27,25 +31,24 @@ def main() -> None:
 
 def filled(page: str) -> str:
     """The page with its tables made anew."""
-    tables = {"memory": _memory(), "corpus": _corpus(), "step": _step(), "before": _before(), "loss": _loss()}
-    for name, rows in tables.items():
-        begin = BEGIN.format(name)
-        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        before, rest = page.split(begin)
-        page = f"{before}{begin}\n\n{table}\n\n{END}{rest.partition(END)[2]}"
-    return page
+    tables = {
+        "memory": _memory(),
+        "corpus": _corpus(),
+        "manifest": _manifest(),
+        "step": _step(),
+        "before": _before(),
+        "loss": _loss(),
+    }
+    return with_tables(page, "speed_page.py", tables)
 
 
 def _kept(name: str) -> Iterator[tuple[str, Any]]:
     """Device and content of each kept file of that name."""
     for path in sorted(RESULTS.glob(f"{name}-*.json")):
         kept = json.loads(path.read_text())
-        if path.name.startswith(f"{name}-{_slug(kept['machine']['device'])}"):
+        # figures of another name may begin alike
+        if path.stem == f"{name}-{slug_of(kept['machine']['device'])}":
             yield kept["machine"]["device"], kept
-
-
-def _slug(device: str) -> str:
-    return "".join(one if one.isalnum() else "-" for one in device.lower()).replace("--", "-").strip("-")
 
 
 def _memory() -> list[Row]:
@@ -61,6 +64,17 @@ def _corpus() -> list[Row]:
     for device, kept in _kept("corpus"):
         for one in kept["figures"]["speed"]:
             rows.append((one["by"], str(one["num_processes"]), f"{one['tokens_per_s']:,}", device))
+    return rows
+
+
+def _manifest() -> list[Row]:
+    rows: list[Row] = [
+        ("shards", "read, CPU s", "held against its seal, CPU s", "machine"),
+        ("---:", "---:", "---:", "---"),
+    ]
+    for device, kept in _kept("corpus"):
+        one = kept["figures"]["manifest"]
+        rows.append((f"{one['num_shards']:,}", f"{one['open_cpu_s']:.1f}", f"{one['seal_cpu_s']:.1f}", device))
     return rows
 
 

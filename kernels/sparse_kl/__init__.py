@@ -4,9 +4,9 @@
         -> loss = sum_i w_i (alpha T^2 KL_i + (1 - alpha) CE_i) / sum_i w_i     and its gradients
            logits [N, V] never stand in memory at once
 
-`linear_label_logprobs` gives each label's logprob, for losses of
-spans. `reference.py` is the plain dense form and the truth for tests; `op.py` is what is exported here, and
-`vocab_parallel.py` its form for a head split over processes. README.md derives the gradient.
+`linear_label_logprobs` gives each label's logprob, for losses of spans. `reference.py` is the plain dense form and the
+truth for tests; `op.py` is what is exported here, and `vocab_parallel.py` its form for a head split over processes.
+README.md derives the gradient.
 """
 
 from capgap.kernels.sparse_kl.chunk_kl import ChunkDivergence, chunk_kl, chunk_sums

@@ -51,13 +51,18 @@ class Loss:
             raise ValueError(f"temperature: got {self.temperature}, expected a finite number above 0")
         if not 0.0 < self.beta < 1.0:
             raise ValueError(f"beta: got {self.beta}, expected a number between 0 and 1")
-        if self.softcap is not None and not 0.0 < self.softcap < float("inf"):
-            raise ValueError(f"softcap: got {self.softcap}, expected a finite number above 0, or None")
+        check_softcap(self.softcap)
         tail: Tail = self.tail or ("drop" if targets.tail_N is None else "ghost")
         check_pair(targets.recording, self.divergence, tail)
         if tail in ("ghost", "label") and targets.tail_N is None:
             raise ValueError(f"tail: got {tail!r} with targets.tail_N None, expected targets with their tail")
         return tail
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Raise ValueError for a softcap that is none."""
+    if softcap is not None and not 0.0 < softcap < float("inf"):
+        raise ValueError(f"softcap: got {softcap}, expected a finite number above 0, or None")
 
 
 def check_arguments(

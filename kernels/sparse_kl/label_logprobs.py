@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from capgap.kernels.sparse_kl.backends import kernel_for
-from capgap.kernels.sparse_kl.checks import check_arguments, check_vocab_size, in_compute_dtype, workspace_bytes
+from capgap.kernels.sparse_kl.checks import (
+    check_arguments,
+    check_softcap,
+    check_vocab_size,
+    in_compute_dtype,
+    workspace_bytes,
+)
 from capgap.kernels.sparse_kl.chunks import Gradients, Needs, chunk_rows, pitch, run_chunks
 from capgap.kernels.sparse_kl.prepare import LiveRows, live_rows, sum_dtype
 from capgap.kernels.sparse_kl.rows import Backend, RowSettings
@@ -56,8 +62,7 @@ def linear_label_logprobs(
     none_N0 = SparseTargets(labels_N.new_empty((len(labels_N), 0)), hidden_NH.new_empty((len(labels_N), 0)))
     check_arguments(hidden_NH, weight_VH, none_N0, labels_N, None, bias_V)
     vocab_size = check_vocab_size(vocab_size, weight_VH.shape[0])
-    if softcap is not None and not 0.0 < softcap < float("inf"):
-        raise ValueError(f"softcap: got {softcap}, expected a finite number above 0, or None")
+    check_softcap(softcap)
     num_bytes = workspace_bytes(workspace_mb, hidden_NH, weight_VH)
     hidden_NH = in_compute_dtype(hidden_NH, weight_VH, bias_V)
     found: Tensor = _op(hidden_NH, weight_VH, bias_V, labels_N, softcap or 0.0, vocab_size, num_bytes, backend)

@@ -20,6 +20,7 @@ from capgap.pipeline.align.chunking import Chunks, Doubles, border_probabilities
 from capgap.pipeline.align.stream import TeacherStream
 from capgap.pipeline.align.token_bytes import Ints, TextTokenizer
 from capgap.pipeline.corpus.pack import cut_rows
+from capgap.schemas.base import Record
 from capgap.schemas.errors import InputError
 from capgap.schemas.records import ChunkTargets, Sequences
 
@@ -48,30 +49,33 @@ class StudentFormat:
     min_border_probability: float
 
 
-@dataclass(frozen=True)
-class ShardCounts:
-    """What a shard holds.
-
-    Attributes:
-        num_documents: that begin in it.
-        num_text_bytes: of text.
-        num_text_tokens: of the student's, ends of documents included.
-        num_chunks: of the text.
-        num_kept_chunks: that a student learns from.
-        num_unreliable_chunks: that a border makes unreliable; of the others that are not kept, the teacher's logprob is
-            not known, or a sequence ends within.
-        known_nats: minus the teacher's logprob of the kept chunks.
-        known_bytes: bytes of text in them, an end of a document as none.
-    """
+class ShardCounts(Record):
+    """What a shard holds."""
 
     num_documents: int
+    """Documents that begin in it."""
+
     num_text_bytes: int
+    """Bytes of its text."""
+
     num_text_tokens: int
+    """The student's tokens of it, ends of documents included."""
+
     num_chunks: int
+    """Chunks of the text."""
+
     num_kept_chunks: int
+    """Those that a student learns from."""
+
     num_unreliable_chunks: int
+    """Those that a border makes unreliable. Of the others that are not kept, the teacher's logprob is not known, or a
+    sequence ends within."""
+
     known_nats: float
+    """Minus the teacher's logprob of the kept chunks."""
+
     known_bytes: int
+    """Bytes of text in the kept chunks, an end of a document as none."""
 
 
 def align_shard(

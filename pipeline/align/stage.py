@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from capgap.pipeline.align.shard import ShardCounts
 from capgap.pipeline.align.token_bytes import TextTokenizer
-from capgap.pipeline.align.units import ALIGNED_FOLDER, CHUNKS_SET, AlignedUnit, AlignJob, ChunkAligner, make_units
+from capgap.pipeline.align.units import ALIGNED_FOLDER, CHUNKS_SET, AlignJob, ChunkAligner, make_units
 from capgap.pipeline.models.bos import document_bos
 from capgap.pipeline.models.checks import named
 from capgap.pipeline.models.text import TOKENIZER_FOLDER, RunText
@@ -58,7 +59,7 @@ def run(context: StageContext) -> StageResult:
     made = [maker.make(unit) for unit in range(job.units.total)]
     parts = {CHUNKS_SET: made[: job.num_training], heldout_set(CHUNKS_SET): made[job.num_training :]}
     sets = {name: maker.shard_set([entry for entry, _ in part]) for name, part in parts.items() if part}
-    training, heldout = ([record for _, record in part] for part in parts.values())
+    training, heldout = ([record.counts for _, record in part] for part in parts.values())
     facts = _facts(job, context.input("cache"), training, heldout)
     aligned = facts.aligned
     assert aligned is not None
@@ -116,7 +117,7 @@ def prepare(context: StageContext) -> AlignJob:
     )
 
 
-def _facts(job: AlignJob, cache: StageInput, training: list[AlignedUnit], heldout: list[AlignedUnit]) -> CacheFacts:
+def _facts(job: AlignJob, cache: StageInput, training: list[ShardCounts], heldout: list[ShardCounts]) -> CacheFacts:
     """Those of the other cache, in the student's tokens."""
     splits = {"student": _split(training)} | ({"heldout": _split(heldout)} if heldout else {})
     given, made = cache.manifest.resolved.get("teacher", {}).get("path"), cache.manifest.inputs.get("teacher")
@@ -148,7 +149,7 @@ def _facts(job: AlignJob, cache: StageInput, training: list[AlignedUnit], heldou
     )
 
 
-def _split(records: list[AlignedUnit]) -> SplitFacts:
+def _split(records: list[ShardCounts]) -> SplitFacts:
     return SplitFacts(
         num_documents=sum(one.num_documents for one in records),
         num_text_bytes=sum(one.num_text_bytes for one in records),

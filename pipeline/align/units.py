@@ -7,13 +7,13 @@ memory is one shard at a time: of each target some numbers, and the text.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from capgap.pipeline.align.shard import StudentFormat, align_shard
+from capgap.pipeline.align.shard import ShardCounts, StudentFormat, align_shard
 from capgap.pipeline.align.stream import read_stream
 from capgap.pipeline.align.token_bytes import TextTokenizer
 from capgap.pipeline.models.text import TOKENIZER_FOLDER
@@ -42,29 +42,8 @@ class AlignedUnit(Record):
     sha256: str
     """Digest of its shard's file."""
 
-    num_documents: int
-    """As `ShardCounts` has it, like all that follow."""
-
-    num_text_bytes: int
-    """Likewise."""
-
-    num_text_tokens: int
-    """Likewise."""
-
-    num_chunks: int
-    """Likewise."""
-
-    num_kept_chunks: int
-    """Likewise."""
-
-    num_unreliable_chunks: int
-    """Likewise."""
-
-    known_nats: float
-    """Likewise."""
-
-    known_bytes: int
-    """Likewise."""
+    counts: ShardCounts
+    """What the shard holds."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +145,7 @@ class ChunkAligner:
         sequences, targets, counts = align_shard(stream, self._teacher, self._student)
         writer, number = self._writer_of(unit)
         entry = writer.write(number, _blocks(sequences, targets, f"{CHUNKS_SET}, shard {unit}"))
-        record = AlignedUnit(sha256=entry.file.sha256, **asdict(counts))
+        record = AlignedUnit(sha256=entry.file.sha256, counts=counts)
         write_sidecar(note, record)
         return entry, record
 

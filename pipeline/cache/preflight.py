@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+from capgap.pipeline.stage.ray_cluster import require_ray
 from capgap.schemas.errors import MachineError
 from capgap.schemas.run_file import RunFile
 
@@ -29,13 +30,7 @@ def require_engine(run: RunFile) -> None:
 
         set_environment(run.device, run.cache.num_devices)
         require_engine_args(run.cache.engine_args)
-    if run.cache.replicas > 1 and importlib.util.find_spec("ray") is None:
-        raise MachineError(
-            "several replicas are started by Ray, which is not installed",
-            where="cache.replicas",
-            found=run.cache.replicas,
-            fix="install capgap with the extra `ray`, or set cache.replicas to 1",
-        )
+    require_ray("cache.replicas", run.cache.replicas)
 
 
 def _require_server(run: RunFile) -> None:
@@ -44,7 +39,7 @@ def _require_server(run: RunFile) -> None:
             "the client of endpoints, openai, is not installed",
             where="cache.engine",
             found=run.cache.engine,
-            fix="install capgap with the extra `served`",
+            fix="run `pip install '.[served]'` in capgap's clone",
         )
     if run.makes("teacher") and run.teacher.served is not None:
         from capgap.pipeline.cache.server_engine import endpoint_of, require_served

@@ -6,7 +6,6 @@ Each takes the lease on its devices, starts its teacher, and is handed shards by
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -14,12 +13,12 @@ from pathlib import Path
 
 from capgap.pipeline.cache.cross_check import CheckedShardScorer
 from capgap.pipeline.cache.shards import CacheJob, FinishedShard, ShardScorer
+from capgap.pipeline.cache.vllm_start import leave_cores_unbound
 from capgap.pipeline.stage.context import StageContext
 from capgap.pipeline.stage.device import devices_from
-from capgap.pipeline.stage.fleet import Fleet
-from capgap.pipeline.stage.lease import leases
+from capgap.pipeline.stage.fleet import Fleet, require_seen
+from capgap.pipeline.stage.lease import LeaseRequest
 from capgap.pipeline.stage.ray_cluster import ray_cluster
-from capgap.schemas.errors import InputError
 
 # one that the teacher is at, and one that is encoded and written meanwhile
 _IN_FLIGHT = 2
@@ -39,20 +38,11 @@ def make_by_replicas(job: CacheJob, indices: list[int], context: StageContext) -
         CapgapError: as `ShardScorer`; whatever the user can mend is raised at once.
     """
     num_replicas = min(job.settings.replicas, len(indices))
-    claim = Claim(context.holder, context.wait, context.group)
+    claim = LeaseRequest(context.holder, context.wait, context.group)
     num_gpus = 0 if job.device == "cpu" else job.settings.num_devices
     with ray_cluster(num_replicas, num_gpus, _SETTING) as cluster:
         fleet = Fleet(cluster, Replica, (cluster.ray.put(_portable(job)), claim), num_replicas, _IN_FLIGHT, _SETTING)
         yield from fleet.make(indices)
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """How a replica asks for the lease on its devices; the attributes are arguments of `leases`."""
-
-    holder: str
-    wait: bool
-    group: str
 
 
 class Replica:
@@ -61,9 +51,8 @@ class Replica:
     Calls come from two threads at a time: a shard is written beside the scoring of the next.
     """
 
-    def __init__(self, job: CacheJob, claim: Claim) -> None:
-        # vLLM binds the threads of each engine to the same cores, unless it is told not to
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    def __init__(self, job: CacheJob, claim: LeaseRequest) -> None:
+        leave_cores_unbound()
         self._job, self._claim = job, claim
         self._teacher = ThreadPoolExecutor(1, thread_name_prefix="capgap-teacher")
         self._held = ExitStack()
@@ -77,15 +66,9 @@ class Replica:
             CapgapError: as the lease and the engine.
         """
         job = self._job
-        if not job.work.is_dir():
-            raise InputError(
-                "this machine does not see the cache's folder",
-                where=f"{os.uname().nodename}:{job.folder}",
-                expected="a file system that all machines of the cluster share",
-                fix="set out to a folder there",
-            )
+        require_seen(job.work, job.folder, "cache")
         devices = devices_from(job.device, job.settings.num_devices)
-        self._held.enter_context(leases(devices, **dataclasses.asdict(self._claim)))
+        self._held.enter_context(self._claim.leases(devices))
         self._scorer = CheckedShardScorer(job)
         self._teacher.submit(self._scorer.start).result()
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 from capgap.pipeline.cache.cross_check import CheckedShardScorer
 from capgap.pipeline.cache.held import WRITING_THREADS, require_room
 from capgap.pipeline.cache.overlap import overlap
 from capgap.pipeline.cache.shard_lines import shard_lines
 from capgap.pipeline.cache.shards import CacheJob, ScoredShard
 from capgap.pipeline.cache.stage import prepare as prepare
+from capgap.pipeline.cache.vllm_start import leave_cores_unbound
 from capgap.pipeline.stage.claims import Claims
 from capgap.pipeline.stage.context import Slice
 
@@ -22,8 +21,7 @@ def make_slice(job: CacheJob, part: Slice) -> None:
     Raises:
         CapgapError: as `ShardScorer`.
     """
-    # vLLM binds the threads of each engine to the same cores, unless it is told not to
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    leave_cores_unbound()
     claims, scorer = Claims(job.units, part), CheckedShardScorer(job)
     wanted = [index for index in range(job.units.total) if part.has(index)]
     seq_len = job.source.seq_len

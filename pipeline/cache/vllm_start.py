@@ -34,11 +34,16 @@ def require_vllm(setting: str = "cache.engine") -> None:
         )
 
 
+def leave_cores_unbound() -> None:
+    """vLLM binds the threads of each engine on a machine to the same cores, unless it is told not to."""
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
 def set_environment(device: str, num_workers: int) -> None:
     """What vLLM reads from the environment when it is imported; the workers are those that share one teacher."""
     if device == "cpu" and num_workers > 1:
         # its own way of binding workers to cores asks for one memory node each
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        leave_cores_unbound()
     # in process: no engine process that could outlive this one; a worker on each further device ends with this process
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from capgap.pipeline.corpus.making import find_all_repeated
 from capgap.pipeline.corpus.unit import CorpusJob, UnitMaker
-from capgap.pipeline.stage.fleet import Fleet
+from capgap.pipeline.stage.fleet import Fleet, require_seen
 from capgap.pipeline.stage.ray_cluster import ray_cluster
-from capgap.schemas.errors import InputError
 
 _SETTING = "corpus.workers"
 
@@ -43,13 +42,7 @@ class RayWorker:
 
     def start(self) -> None:
         """Raise InputError where this machine does not see the corpus's folder."""
-        if not self._job.work.is_dir():
-            raise InputError(
-                "this machine does not see the corpus's folder",
-                where=f"{os.uname().nodename}:{self._job.folder}",
-                expected="a file system that all machines of the cluster share",
-                fix="set out to a folder there",
-            )
+        require_seen(self._job.work, self._job.folder, "corpus")
 
     def make(self, unit: int) -> None:
         """As `UnitMaker.make`."""

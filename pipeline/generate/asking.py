@@ -108,6 +108,10 @@ class Asking:
         ended = made.end_id is not None or length is not None
         return SampledAnswer(ids, made.logprobs[: len(ids)], ended, self._decoded(said))
 
+    def num_text_bytes(self, ids: Sequence[int]) -> int:
+        """UTF-8 bytes of what tokens say, special ones as they are written: so a corpus of conversations counts."""
+        return len(str(self._tokenizer.decode(list(ids))).encode())
+
     def _stopped(self, ids: Sequence[int]) -> int | None:
         """Tokens with which the first stop text is whole; None where none stands there."""
         if not self._settings.stop or not self._has_stop(ids):

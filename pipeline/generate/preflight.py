@@ -6,8 +6,9 @@ import importlib.util
 from pathlib import Path
 
 from capgap.pipeline.generate.prompts import read_prompts, split_prompts
+from capgap.pipeline.stage.ray_cluster import require_ray
 from capgap.pipeline.stage.rounds import rounds_of
-from capgap.schemas.errors import MachineError, SettingError
+from capgap.schemas.errors import SettingError
 from capgap.schemas.manifest import MANIFEST_NAME
 from capgap.schemas.run_file import RunFile
 
@@ -27,13 +28,7 @@ def require_writable(run: RunFile) -> None:
         from capgap.pipeline.cache.vllm_start import require_vllm
 
         require_vllm("rounds.engine")
-    if rounds.replicas > 1 and importlib.util.find_spec("ray") is None:
-        raise MachineError(
-            "several replicas are started by Ray, which is not installed",
-            where="rounds.replicas",
-            found=rounds.replicas,
-            fix="install capgap with the extra `ray`, or set rounds.replicas to 1",
-        )
+    require_ray("rounds.replicas", rounds.replicas)
     if (Path(run.out) / "cache" / MANIFEST_NAME).is_file():
         raise SettingError(
             "the folder holds a run without rounds",

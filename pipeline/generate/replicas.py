@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from capgap.pipeline.cache.vllm_start import leave_cores_unbound
 from capgap.pipeline.generate.unit import TextJob, TextMaker
 from capgap.pipeline.generate.unit_record import TextRecord
 from capgap.pipeline.stage.context import StageContext
 from capgap.pipeline.stage.device import devices_from
-from capgap.pipeline.stage.fleet import Fleet
-from capgap.pipeline.stage.lease import leases
+from capgap.pipeline.stage.fleet import Fleet, require_seen
+from capgap.pipeline.stage.lease import LeaseRequest
 from capgap.pipeline.stage.ray_cluster import ray_cluster
-from capgap.schemas.errors import InputError
 
 _SETTING = "rounds.replicas"
 
@@ -29,7 +28,7 @@ def make_by_replicas(job: TextJob, units: Sequence[int], context: StageContext) 
     """
     num_replicas = min(job.settings.replicas, len(units))
     num_gpus = 0 if job.device == "cpu" else job.num_devices
-    claim = (context.holder, context.wait, context.group)
+    claim = LeaseRequest(context.holder, context.wait, context.group)
     with ray_cluster(num_replicas, num_gpus, _SETTING) as cluster:
         arguments = (cluster.ray.put(_portable(job)), claim)
         fleet = Fleet(cluster, WritingReplica, arguments, num_replicas, 1, _SETTING, "unit")
@@ -42,12 +41,11 @@ class WritingReplica:
 
     Args:
         job: of the text.
-        claim: holder, whether to wait, and group of the lease on its devices.
+        claim: how it asks for the lease on its devices.
     """
 
-    def __init__(self, job: TextJob, claim: tuple[str, bool, str]) -> None:
-        # vLLM binds the threads of each engine to the same cores, unless it is told not to
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    def __init__(self, job: TextJob, claim: LeaseRequest) -> None:
+        leave_cores_unbound()
         self._job, self._claim, self._held, self._maker = job, claim, ExitStack(), TextMaker(job)
 
     def start(self) -> None:
@@ -57,15 +55,9 @@ class WritingReplica:
             InputError: this machine does not see the text's folder.
             CapgapError: as the lease and the engine.
         """
-        job, (holder, wait, group) = self._job, self._claim
-        if not job.work.is_dir():
-            raise InputError(
-                "this machine does not see the text's folder",
-                where=f"{os.uname().nodename}:{job.folder}",
-                expected="a file system that all machines of the cluster share",
-                fix="set out to a folder there",
-            )
-        self._held.enter_context(leases(devices_from(job.device, job.num_devices), holder, wait, group))
+        job = self._job
+        require_seen(job.work, job.folder, "text")
+        self._held.enter_context(self._claim.leases(devices_from(job.device, job.num_devices)))
         self._maker.start()
 
     def make(self, unit: int) -> TextRecord:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
+from capgap.pipeline.cache.vllm_start import leave_cores_unbound
 from capgap.pipeline.generate.stage import prepare as prepare
 from capgap.pipeline.generate.unit import TextJob, TextMaker
 from capgap.pipeline.stage.claims import Claims
@@ -19,8 +18,7 @@ def make_slice(job: TextJob, part: Slice) -> None:
     Raises:
         CapgapError, OSError: as `TextMaker`.
     """
-    # vLLM binds the threads of each engine to the same cores, unless it is told not to
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    leave_cores_unbound()
     claims, maker = Claims(job.units, part), TextMaker(job)
     wanted = {unit for unit in range(job.units.total) if part.has(unit)}
     try:

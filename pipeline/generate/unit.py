@@ -159,7 +159,8 @@ class TextMaker:
             written.append(Written(place, sample, -1, -1, finish, right, answer.text, answer.logprobs))
         shard, written = self._write(unit, kept, written)
         file = write_answers(job.folder / f"{unit.split}-{unit.number:06d}{SUFFIX}", written)
-        counts = _counts(written, kept, len(unit.prompts), num_too_long)
+        num_text_bytes = sum(self._asking.num_text_bytes([*prompt.ids, *answer.ids]) for prompt, answer in kept)
+        counts = _counts(written, kept, len(unit.prompts), num_too_long, num_text_bytes)
         found = TextRecord(shard=shard, answers=file, counts=counts)
         write_sidecar(job.units.path(number), found)
         return found
@@ -269,7 +270,11 @@ def _encoded(prompt: Prompt, answer: SampledAnswer) -> Encoded:
 
 
 def _counts(
-    written: Sequence[Written], kept: Sequence[tuple[Prompt, SampledAnswer]], num_prompts: int, num_too_long: int
+    written: Sequence[Written],
+    kept: Sequence[tuple[Prompt, SampledAnswer]],
+    num_prompts: int,
+    num_too_long: int,
+    num_text_bytes: int,
 ) -> TextCounts:
     graded = [one.right for one in written if one.right is not None]
     finishes = [one.finish for one in written]
@@ -282,7 +287,7 @@ def _counts(
         num_cut=finishes.count("length"),
         num_prompt_tokens=sum(len(prompt.ids) for prompt, _ in kept),
         num_answer_tokens=sum(len(answer.ids) for _, answer in kept),
-        num_text_bytes=sum(len(answer.text.encode()) for _, answer in kept),
+        num_text_bytes=num_text_bytes,
         logprob=sum(sum(answer.logprobs) for _, answer in kept),
         repetition=sum(_repetition(answer.ids) for _, answer in kept),
         num_graded=len(graded),

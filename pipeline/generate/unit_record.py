@@ -36,7 +36,8 @@ class TextCounts(Entry):
     """Of the kept answers, the tokens that end them included."""
 
     num_text_bytes: int = 0
-    """UTF-8 bytes of the kept answers."""
+    """UTF-8 bytes of the kept answers and their prompts, special tokens as they are written: of the same text as the
+    tokens."""
 
     logprob: float = 0.0
     """Sum over the answers' tokens of the writer's own logprob, nats."""

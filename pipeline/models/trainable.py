@@ -26,7 +26,7 @@ def require_compressed_tensors(setting: str) -> None:
             "a student of few bits needs a package that is not installed",
             where=setting,
             found="no compressed-tensors",
-            fix="install it: pip install 'capgap[quantize]'",
+            fix="run `pip install '.[quantize]'` in capgap's clone",
         ) from None
 
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections import Counter, deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from capgap.pipeline.stage.events import event
 from capgap.pipeline.stage.ray_cluster import Cluster
-from capgap.schemas.errors import CapgapError, MachineError
+from capgap.schemas.errors import CapgapError, InputError, MachineError
 
 MAX_DEATHS = 3
 _PATIENCE_S = 60.0
@@ -151,6 +153,17 @@ class Fleet:
             "replica_died", f"{self._stage}: a replica died ({why}); another takes its place", logging.WARNING, why=why
         )
         self._start()
+
+
+def require_seen(work: Path, folder: Path, what: str) -> None:
+    """Raise InputError where the machine of a replica does not see the folder of `what`, in which `work` lies."""
+    if not work.is_dir():
+        raise InputError(
+            f"this machine does not see the {what}'s folder",
+            where=f"{os.uname().nodename}:{folder}",
+            expected="a file system that all machines of the cluster share",
+            fix="set out to a folder there",
+        )
 
 
 class _ReplicaDiedError(Exception):

@@ -18,7 +18,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,6 +58,19 @@ def leases(devices: list[str], holder: str, wait: bool, group: str = _ALONE) -> 
         for name in sorted(device_identity(device) for device in devices):
             _take(stack, folder, name, holder, wait, group)
         yield
+
+
+@dataclass(frozen=True)
+class LeaseRequest:
+    """How a replica in a process of its own asks for its devices; see `leases`."""
+
+    holder: str
+    wait: bool
+    group: str
+
+    def leases(self, devices: list[str]) -> AbstractContextManager[None]:
+        """Hold these devices while the block runs; errors as `leases`."""
+        return leases(devices, self.holder, self.wait, self.group)
 
 
 @dataclass(frozen=True)

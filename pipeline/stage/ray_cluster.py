@@ -54,6 +54,17 @@ class Cluster:
         return kept
 
 
+def require_ray(setting: str, num_replicas: int) -> None:
+    """Raise MachineError where so many replicas need Ray, and it is not installed."""
+    if num_replicas > 1 and importlib.util.find_spec("ray") is None:
+        raise MachineError(
+            "several replicas are started by Ray, which is not installed",
+            where=setting,
+            found=num_replicas,
+            fix=f"run `pip install '.[ray]'` in capgap's clone, or set {setting} to 1",
+        )
+
+
 @contextlib.contextmanager
 def ray_cluster(num_actors: int, num_gpus: int, setting: str) -> Iterator[Cluster]:
     """A Ray with room for so many actors of so many GPUs each; with none, CPUs are divided among them. The setting that

@@ -32,7 +32,7 @@ DAEMONS = ("munged", "slurmctld", "slurmd")
 SMALL = ("--mem=4G", "--cpus-per-task=1", "--time=60")
 WITHIN_S = 1800
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 CONF = """
 ClusterName=one
@@ -61,7 +61,7 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cluster that runs; commands find it through the environment."""
     missing = [name for name in DAEMONS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
     if missing or os.geteuid() != 0:
@@ -89,7 +89,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             stack.callback(process.wait)
             stack.callback(process.terminate)
         _wait_for_node(folder)
-        yield folder
+        yield
 
 
 def _free_ports(number: int) -> list[int]:
@@ -111,9 +111,8 @@ def _wait_for_node(folder: Path) -> None:
     raise AssertionError(f"the node did not come up: {found.stdout}{found.stderr}\n{logs}")
 
 
-def submit(cluster: Path, folder: Path, script: str, *arguments: str) -> None:
+def submit(folder: Path, script: str, *arguments: str) -> None:
     """Submit a script of ours from a folder, and wait until all its tasks have ended well."""
-    del cluster
     *flags, run = arguments
     done = subprocess.run(
         ["sbatch", "--wait", *SMALL, *flags, SLURM / script, run],
@@ -148,19 +147,19 @@ def made(run: RunFile, stage: str) -> Manifest:
     return found
 
 
-def test_corpus_cache_and_train_run_as_jobs_and_make_what_the_commands_make(cluster: Path, tmp_path: Path) -> None:
+def test_corpus_cache_and_train_run_as_jobs_and_make_what_the_commands_make(tmp_path: Path) -> None:
     jobs, by_hand = run_file(tmp_path / "jobs"), run_file(tmp_path / "by-hand")
-    submit(cluster, tmp_path / "jobs", "corpus.sbatch", "--array=0-1", "run.yaml")
+    submit(tmp_path / "jobs", "corpus.sbatch", "--array=0-1", "run.yaml")
     assert made(jobs, "corpus").content == carry_out(by_hand, Instance("corpus")).content
     assert carry_out(jobs, Instance("teacher")).content == carry_out(by_hand, Instance("teacher")).content
-    submit(cluster, tmp_path / "jobs", "cache.sbatch", "--array=0-1", "run.yaml")
+    submit(tmp_path / "jobs", "cache.sbatch", "--array=0-1", "run.yaml")
     assert made(jobs, "cache").content == carry_out(by_hand, Instance("cache")).content
     carry_out(jobs, Instance("student", seed=0))
-    submit(cluster, tmp_path / "jobs", "train.sbatch", "--nodes=1", "--gpus-per-node=2", "run.yaml")
+    submit(tmp_path / "jobs", "train.sbatch", "--nodes=1", "--gpus-per-node=2", "run.yaml")
     assert made(jobs, "train/distilled/seed-0").totals["num_steps"] > 0
 
 
-def test_a_task_that_is_put_back_goes_on_where_it_was(cluster: Path, tmp_path: Path) -> None:
+def test_a_task_that_is_put_back_goes_on_where_it_was(tmp_path: Path) -> None:
     run, by_hand = run_file(tmp_path / "jobs"), run_file(tmp_path / "by-hand")
     command = ["sbatch", "--parsable", *SMALL, "--array=0-0", SLURM / "corpus.sbatch", "run.yaml"]
     job = subprocess.run(command, cwd=tmp_path / "jobs", capture_output=True, text=True, check=True).stdout.strip()

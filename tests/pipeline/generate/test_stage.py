@@ -46,6 +46,7 @@ def test_the_text_is_a_corpus_of_whole_answers_whose_labels_begin_where_they_do(
             == facts.splits[split].by_source[facts.text_sources[0]].num_labels
         )
         assert max(one.sample for _, one in answers) == num_samples - 1
+        num_bytes = num_tokens = 0
         for number, one in kept:
             part = slice(one.first, one.first + len(one.logprobs))
             tokens, mask = rows[number].tokens_BL1[one.row], rows[number].mask_BL1[one.row]
@@ -54,9 +55,13 @@ def test_the_text_is_a_corpus_of_whole_answers_whose_labels_begin_where_they_do(
             assert str(tokenizer.decode(tokens[part], skip_special_tokens=True)).startswith(one.text)
             start = int(np.flatnonzero(rows[number].starts_BL1[one.row][: one.first]).max())
             asked = str(tokenizer.decode(tokens[start : one.first], skip_special_tokens=True))
+            num_bytes += len(str(tokenizer.decode(tokens[start : part.stop])).encode())
+            num_tokens += part.stop - start
             line = lines[one.prompt]
             assert asked.strip().endswith(str(line.get("prompt", "assistant:")).strip())
             assert one.finish == "stop" or len(one.logprobs) == 10
+        # the bytes of the text whose tokens are counted, prompts with answers: bits per byte are made of both
+        assert (facts.splits[split].num_text_bytes, facts.splits[split].num_text_tokens) == (num_bytes, num_tokens)
 
 
 def test_the_logprobs_are_those_that_transformers_gives_to_the_same_tokens(make_rounds: MakeRounds, begun) -> None:
