@@ -24,9 +24,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-import yaml
 from machine import RESULTS, keep
-from quality import NUM_TOKENS, NUM_TOKENS_IN_SMOKE, ROOT, Bench, Results
+from quality import NUM_TOKENS, Bench, Results, taken
 from quality_arms import Arm, arms
 from quality_page import kl_of, shares
 from transformers import PreTrainedModel
@@ -49,12 +48,7 @@ def main() -> None:
     keep_freed_memory()
     work = flags.work or Path(f"runs/quality-{flags.run}")
     os.environ.setdefault("CAPGAP_LEASE_DIR", str((work / "leases").resolve()))
-    run_file = ROOT / ("tests/assets/tiny.yaml" if flags.smoke else f"jobs/runs/{flags.run}.yaml")
-    bench = Bench(
-        work,
-        yaml.safe_load(run_file.read_text()),
-        NUM_TOKENS_IN_SMOKE if flags.smoke else NUM_TOKENS[flags.run],
-    )
+    bench = Bench(work, *taken(flags.run, flags.smoke))
     trained = Results(flags.results / f"quality-{flags.run}.jsonl").lines
     figures = measure(bench, [arm for arm in arms() if arm.alpha == 1], 4 if flags.smoke else flags.batches)
     for row in figures["recordings"]:

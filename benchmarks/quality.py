@@ -56,12 +56,21 @@ ROOT = Path(__file__).parents[1]
 # Of every training: one pass over the first shards of the cache.
 NUM_TOKENS = {"demo": 524_288, "smol": 102_400}
 NUM_TOKENS_IN_SMOKE = 4_096
+# Where the run file is for one training and there are a hundred here: what makes each of them shorter, for all alike.
+SHORTER: dict[str, dict[str, Any]] = {
+    "smol": {
+        "cache": {"dtype": "bfloat16"},
+        "train": {"precision": "bf16-mixed", "compile": True, "num_validation_sequences": 1},
+        "eval": {"num_sequences": 32, "num_full_sequences": 32},
+    }
+}
 
 
 def main() -> None:
     """Make what is missing, training by training, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only-seed", type=int, help="of them this one alone: a process each may share the work")
     parser.add_argument(
         "--run", choices=list(NUM_TOKENS), default="demo", help="the run file whose models and text are taken"
     )
@@ -78,15 +87,22 @@ def main() -> None:
         return
     keep_freed_memory()
     os.environ.setdefault("CAPGAP_LEASE_DIR", str((work / "leases").resolve()))
-    run_file = ROOT / ("tests/assets/tiny.yaml" if flags.smoke else f"jobs/runs/{flags.run}.yaml")
-    default = NUM_TOKENS_IN_SMOKE if flags.smoke else NUM_TOKENS[flags.run]
-    bench = Bench(work, yaml.safe_load(run_file.read_text()), flags.tokens or default)
+    bench = Bench(work, *taken(flags.run, flags.smoke, flags.tokens))
     with bench.teacher_on_heldout() as heldout:
         for seed, arm in in_order(flags.seeds):
-            if not results.has(arm.name, seed, bench.about):
+            if flags.only_seed in (None, seed) and not results.has(arm.name, seed, bench.about):
                 results.add(bench.train(arm, seed, heldout))
                 print(f"{time.strftime('%H:%M:%S')} {arm.name}, seed {seed}: {results.lines[-1]}", flush=True)
     print(table(results.lines))
+
+
+def taken(name: str, smoke: bool, num_tokens: int | None = None) -> tuple[dict[str, Any], int]:
+    """A run file's settings, made shorter, and the tokens of every training."""
+    if smoke:
+        return yaml.safe_load((ROOT / "tests/assets/tiny.yaml").read_text()), num_tokens or NUM_TOKENS_IN_SMOKE
+    run = yaml.safe_load((ROOT / f"jobs/runs/{name}.yaml").read_text())
+    shorter = {part: run.get(part, {}) | settings for part, settings in SHORTER.get(name, {}).items()}
+    return run | shorter, num_tokens or NUM_TOKENS[name]
 
 
 def in_order(num_seeds: int) -> list[tuple[int, Arm]]:
@@ -96,14 +112,16 @@ def in_order(num_seeds: int) -> list[tuple[int, Arm]]:
 
 
 class Results:
-    """A file of one JSON line a training."""
+    """A file of one JSON line a training, to which several processes may add."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines: list[dict[str, Any]] = []
         if path.is_file():
-            # a killed process may have left half a line at the end
-            whole = path.read_text().rpartition("\n")[0]
+            text = path.read_text()
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:  # a killed process has left half a line at the end
+                path.write_text(whole)
             self.lines = [json.loads(line) for line in whole.splitlines()]
 
     def has(self, arm: str, seed: int, about: dict[str, Any]) -> bool:
@@ -114,7 +132,8 @@ class Results:
         """Append it."""
         self.lines.append(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(one) + "\n" for one in self.lines))
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 @dataclass(frozen=True)
@@ -146,6 +165,7 @@ class Bench:
         shared = RunFile.model_validate(self._run | {"out": str(work / "shared")})
         self._corpus, self._teacher = (_input(shared, stage) for stage in ("corpus", "teacher"))
         self.settings = TrainSettings.model_validate(run["train"] | {"max_tokens": num_tokens})
+        self._dtype: dict[str, str] = {"dtype": run["cache"]["dtype"]} if "dtype" in run["cache"] else {}
         self.about = {
             "teacher": self._teacher.manifest.content[:12],
             "corpus": self._corpus.manifest.content[:12],
@@ -154,6 +174,7 @@ class Bench:
             "learning_rate": self.settings.learning_rate,
             "batch_sequences": self.settings.batch_sequences,
             "precision": self.settings.precision,
+            **self._dtype,
         }
 
     @contextmanager
@@ -213,8 +234,9 @@ class Bench:
         }
 
     def teacher(self) -> PreTrainedModel:
-        """It, anew."""
-        return load_model(model_path(self._teacher), "cpu")
+        """It, anew, in the dtype in which it made the caches."""
+        dtype = getattr(torch, self._dtype["dtype"]) if self._dtype else None
+        return load_model(model_path(self._teacher), "cpu", dtype)
 
     @property
     def _vocab_size(self) -> int:
@@ -231,9 +253,7 @@ class Bench:
 
     def _cache(self, name: str) -> StageInput:
         settings = {"engine": "transformers", "max_tokens": self.settings.max_tokens, "num_heldout_sequences": 0}
-        settings |= CACHES[name]
-        if "dtype" in self._run["cache"]:
-            settings["dtype"] = self._run["cache"]["dtype"]
+        settings |= CACHES[name] | self._dtype
         out = self._work / f"cache-{name.replace(' ', '-')}"
         reuse = {"corpus": str(self._corpus.path), "teacher": str(self._teacher.path)}
         return _input(RunFile.model_validate(self._run | {"out": str(out), "reuse": reuse, "cache": settings}), "cache")
