@@ -1,7 +1,7 @@
 """The undistorted baseline: the teacher in the loop, the divergence over the whole vocabulary.
 
     tokens --student--> hidden [N, H] --+--> a chunk of rows: two logits [C, V] --> divergence, CE
-       \\---teacher, frozen--> [N, G] --+        (computed again on the way back, never kept)
+       \\---teacher, frozen--> [N, G] --+        and at once their gradients: no logits are kept
 
 It is for small models, to hold a cached training against: this is the one place where teacher and student stand on a
 device together. Everything but the target is that of the cached training: sequences, order, optimizer, context.
@@ -12,13 +12,13 @@ H hidden of the student, G hidden of the teacher.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from capgap.kernels.sparse_kl import Divergence, SparseKl
@@ -33,6 +33,8 @@ from capgap.pipeline.train.module import DistillationModule
 # Elements of one [C, V] tensor, of which about eight stand at once: 4 MiB of float32 near a CPU's cache, 128 on a GPU.
 _CHUNK_ELEMENTS_CPU = 2**20
 _CHUNK_ELEMENTS_GPU = 2**25
+# With fewer rows, adding a chunk's gradient of the head [V, H] to the others' takes longer than making it.
+_MIN_CHUNK_ROWS = 256
 
 
 class OnlineModule(DistillationModule):
@@ -112,14 +114,18 @@ class HeadWeights:
 
     def logits(self, hidden_CH: Tensor, vocab_size: int) -> Tensor:
         """[C, V] of the real vocabulary, as the training's precision has them: float32, or float64 for float64."""
-        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
-        logits_CV = linear(hidden_CH, self.weight_VH[:vocab_size], bias_V)
+        logits_CV = linear(hidden_CH, *self._real(vocab_size))
         return self._changed(logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)))
 
     def exact_logits(self, hidden_CH: Tensor, vocab_size: int) -> Tensor:
         """As `logits`, never rounded to 16 bits and without gradients: as a cache would have them."""
-        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
-        return self._changed(float32_logits(hidden_CH, self.weight_VH[:vocab_size], bias_V))
+        return self._changed(float32_logits(hidden_CH, *self._real(vocab_size)))
+
+    def _real(self, vocab_size: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias without the padding; no slice where there is none, whose gradient would be a copy."""
+        if len(self.weight_VH) == vocab_size:
+            return self.weight_VH, self.bias_V
+        return self.weight_VH[:vocab_size], None if self.bias_V is None else self.bias_V[:vocab_size]
 
     def _changed(self, logits_CV: Tensor) -> Tensor:
         if self.scale != 1:
@@ -145,7 +151,8 @@ def linear_full_kl(
     """Mean over rows of alpha T^2 KL + (1 - alpha) CE, where KL is of all V probabilities of teacher and student.
 
     The definitions are those of `linear_sparse_kl` at K = V. Gradients flow to the student's hidden states and head.
-    Memory beyond the inputs and gradients is that of a chunk: its logits are computed again on the way back.
+    Memory beyond the inputs and gradients is that of a chunk: its gradients are computed with its loss, and its logits
+    given up.
 
     Args:
         hidden_NH: the student's last hidden states.
@@ -165,34 +172,81 @@ def linear_full_kl(
     live_n = ((labels_N >= 0) & (labels_N < vocab_size)).nonzero()[:, 0]
     if chunk_rows is None:
         elements = _CHUNK_ELEMENTS_CPU if hidden_NH.device.type == "cpu" else _CHUNK_ELEMENTS_GPU
-        chunk_rows = max(1, elements // vocab_size)
+        chunk_rows = max(_MIN_CHUNK_ROWS, elements // vocab_size)
 
     def rows(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, chunk_C: Tensor) -> tuple[Tensor, Tensor]:
-        """KL and CE of a chunk; what gradients flow to are arguments, for `checkpoint` to see."""
+        """KL and CE of a chunk."""
         student_CV = HeadWeights(weight_VH, bias_V, head.softcap).logits(hidden_CH, vocab_size)
         with torch.no_grad(), torch.autocast(hidden_CH.device.type, enabled=False):
             teacher_CV = teacher_head.exact_logits(teacher_hidden_NG[chunk_C], vocab_size).to(student_CV.dtype)
-            logp_CV = torch.log_softmax(teacher_CV / temperature, -1)
-        kl_C = full_divergence(logp_CV, torch.log_softmax(student_CV / temperature, -1), divergence, beta)
-        return kl_C, torch.nn.functional.cross_entropy(student_CV, labels_N[chunk_C], reduction="none")
+            logp_CV = torch.log_softmax(_softened(teacher_CV, temperature), -1)
+        logq_CV = torch.log_softmax(_softened(student_CV, temperature), -1)
+        own_CV = logq_CV if temperature == 1 else torch.log_softmax(student_CV, -1)
+        ce_C = torch.nn.functional.nll_loss(own_CV, labels_N[chunk_C], reduction="none")
+        return full_divergence(logp_CV, logq_CV, divergence, beta), ce_C
 
-    parts = [
-        checkpoint(rows, hidden_NH[chunk_C], head.weight_VH, head.bias_V, chunk_C, use_reentrant=False)
-        for chunk_C in torch.split(live_n, chunk_rows)
-    ]
-    kl_n, ce_n = (torch.cat(part) for part in zip(*parts, strict=True))
-    loss_n = alpha * temperature**2 * kl_n + (1 - alpha) * ce_n
-    # without a row that counts the loss is 0, and so are its gradients
+    wide = torch.promote_types(hidden_NH.dtype, torch.float32)
     if row_weights_N is None:
-        loss = loss_n.sum() / max(1, len(live_n))
+        shares_n = torch.full_like(live_n, 1 / max(1, len(live_n)), dtype=wide)
     else:
-        weights_n = row_weights_N[live_n].to(loss_n.dtype)
-        loss = (weights_n * loss_n).sum() / weights_n.sum().clamp_min(torch.finfo(loss_n.dtype).tiny)
+        shares_n = row_weights_N[live_n].to(wide)
+        # without a row that counts the loss is 0, and so are its gradients
+        shares_n = shares_n / shares_n.sum().clamp_min(torch.finfo(wide).tiny)
+    factors = (alpha * temperature**2, 1 - alpha)
+    chunks = list(zip(live_n.split(chunk_rows), shares_n.split(chunk_rows), strict=True))
+    loss, kl_N, ce_N = _SumOfChunks.apply(hidden_NH, head.weight_VH, head.bias_V, rows, chunks, factors)
+    return SparseKl(loss, kl_N, ce_N)
 
-    def spread(values_n: Tensor) -> Tensor:
-        return values_n.new_zeros(len(labels_N)).index_copy_(0, live_n, values_n.detach())
 
-    return SparseKl(loss, spread(kl_n), spread(ce_n))
+class _SumOfChunks(torch.autograd.Function):
+    """The weighted sum of the chunks' losses, whose gradients are made chunk by chunk on the way forward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        rows: Callable[..., tuple[Tensor, Tensor]],
+        chunks: Sequence[tuple[Tensor, Tensor]],
+        factors: tuple[float, float],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, and KL and CE [N] of each row, 0 where it does not count."""
+        inputs = (hidden_NH, weight_VH, bias_V)
+        needed = [index for index in range(len(inputs)) if ctx.needs_input_grad[index]]
+        sums = {index: torch.zeros_like(inputs[index]) for index in needed}  # type: ignore[arg-type]
+        loss = hidden_NH.new_zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
+        kl_N, ce_N = (loss.new_zeros(len(hidden_NH)) for _ in range(2))
+        for chunk_C, shares_C in chunks:
+            leaves = [hidden_NH[chunk_C], weight_VH, bias_V]
+            leaves = [one if one is None else one.detach().requires_grad_(i in needed) for i, one in enumerate(leaves)]
+            with torch.enable_grad():
+                kl_C, ce_C = rows(*leaves, chunk_C)
+                part = (shares_C * (factors[0] * kl_C + factors[1] * ce_C)).sum()
+            found = torch.autograd.grad(part, [leaves[index] for index in needed]) if needed else ()
+            for index, gradient in zip(needed, found, strict=True):
+                if index == 0:
+                    sums[0][chunk_C] = gradient
+                else:
+                    sums[index] += gradient
+            loss += part.detach()
+            kl_N[chunk_C], ce_N[chunk_C] = kl_C.detach().to(kl_N.dtype), ce_C.detach().to(ce_N.dtype)
+        ctx.needed = needed
+        ctx.save_for_backward(*sums.values())
+        ctx.mark_non_differentiable(kl_N, ce_N)
+        return loss, kl_N, ce_N
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        """The gradients, times that of the loss."""
+        given: list[Any] = [None] * 6
+        for index, gradient in zip(ctx.needed, ctx.saved_tensors, strict=True):
+            given[index] = gradient * grad
+        return tuple(given)
+
+
+def _softened(logits_CV: Tensor, temperature: float) -> Tensor:
+    return logits_CV if temperature == 1 else logits_CV / temperature
 
 
 def full_divergence(logp_NV: Tensor, logq_NV: Tensor, divergence: Divergence, beta: float) -> Tensor:
