@@ -2,16 +2,20 @@
 
 python benchmarks/demo_picture.py benchmarks/results/demo-3-seeds-amd-epyc.json docs/demo.svg
 
-The chart is the report's own, with its colours written into the file, for light and for dark.
+The chart is the report's own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-from importlib.resources import files
+import sys
 from pathlib import Path
+
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
+
+from standalone_svg import standalone
 
 from capgap.pipeline.report.charts import loss_chart
 from capgap.schemas.results import EvalResults
@@ -29,17 +33,7 @@ def main() -> None:
 
 def picture(results: EvalResults) -> str:
     """An SVG file that needs no page around it."""
-    chart = str(loss_chart(results.models, results.arms).svg)
-    light, dark, *_ = re.findall(
-        r"(--paper:.*?)\n\s*}", files("capgap.pipeline.pages").joinpath("style.html.j2").read_text(), re.DOTALL
-    )
-    style = (
-        f"<style>svg {{ {light} color: var(--ink); background: var(--paper); font-family: sans-serif }} "
-        f"@media (prefers-color-scheme: dark) {{ svg {{ {dark} }} }}</style>"
-    )
-    opened = chart.index(">") + 1
-    head = chart[:opened].replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-    return re.sub(r"[ \t]+\n", "\n", f"{head}{' '.join(style.split())}{chart[opened:]}\n")
+    return standalone(str(loss_chart(results.models, results.arms).svg))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from machine import RESULTS, keep
-from quality import NUM_TOKENS, Bench, Results, taken
-from quality_arms import Arm, arms
+from quality import Bench, Results, taken
+from quality_arms import RUNS, Arm, arms
 from quality_page import kl_of, shares
 from transformers import PreTrainedModel
 
@@ -39,7 +39,7 @@ from capgap.pipeline.train.online import OnlineModule
 def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", choices=list(NUM_TOKENS), default="demo")
+    parser.add_argument("--run", choices=list(RUNS), default="demo")
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--work", type=Path, help="as for benchmarks/quality.py, whose caches are taken")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")

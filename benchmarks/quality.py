@@ -2,7 +2,8 @@
 
 python benchmarks/quality.py                   on the demo: every training that is not in the results, then the table
 python benchmarks/quality.py --run smol        on a real language model, which `make smol` fetches
-python benchmarks/quality.py --page FILE       put the table into a page, between its marks
+python benchmarks/quality.py --run smol-adapted    the same with a teacher that has learnt from such text
+python benchmarks/quality_page.py PAGE ...     put the tables into pages, between their marks
 python benchmarks/quality.py --smoke           the same at the smallest size, to see that it works
 
 Every training of a seed starts from the same weights, sees the same sequences in the same order and takes as many
@@ -32,8 +33,8 @@ import torch
 import yaml
 from independent_samples import independent_samples
 from machine import RESULTS, machine
-from quality_arms import CACHES, NUM_FIRST, Arm, arms
-from quality_page import fill_page, table
+from quality_arms import CACHES, NUM_FIRST, RUNS, Arm, arms
+from quality_page import table
 from transformers import PreTrainedModel
 
 from capgap.pipeline.eval.compare import Comparison
@@ -53,17 +54,7 @@ from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_train import TrainSettings
 
 ROOT = Path(__file__).parents[1]
-# Of every training: one pass over the first shards of the cache.
-NUM_TOKENS = {"demo": 524_288, "smol": 102_400}
 NUM_TOKENS_IN_SMOKE = 4_096
-# Where the run file is for one training and there are a hundred here: what makes each of them shorter, for all alike.
-SHORTER: dict[str, dict[str, Any]] = {
-    "smol": {
-        "cache": {"dtype": "bfloat16"},
-        "train": {"precision": "bf16-mixed", "compile": True, "num_validation_sequences": 1},
-        "eval": {"num_sequences": 32, "num_full_sequences": 32},
-    }
-}
 
 
 def main() -> None:
@@ -71,43 +62,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only-seed", type=int, help="of them this one alone: a process each may share the work")
-    parser.add_argument(
-        "--run", choices=list(NUM_TOKENS), default="demo", help="the run file whose models and text are taken"
-    )
-    parser.add_argument("--tokens", type=int, help=f"that every student sees; default: {NUM_TOKENS}")
+    parser.add_argument("--run", choices=list(RUNS), default="demo", help="whose models and text are taken")
+    parser.add_argument("--tokens", type=int, help="that every student sees; default: the run's")
     parser.add_argument("--work", type=Path, help="caches, and trainings at work; default: runs/quality-RUN")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/quality-RUN.jsonl")
-    parser.add_argument("--page", type=Path, help="only put the table of the results into this page")
     parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
     flags = parser.parse_args()
     results = Results(flags.results or RESULTS / f"quality-{flags.run}.jsonl")
     work = flags.work or Path(f"runs/quality-{flags.run}")
-    if flags.page:
-        fill_page(flags.page, results.lines)
-        return
     keep_freed_memory()
     os.environ.setdefault("CAPGAP_LEASE_DIR", str((work / "leases").resolve()))
     bench = Bench(work, *taken(flags.run, flags.smoke, flags.tokens))
     with bench.teacher_on_heldout() as heldout:
-        for seed, arm in in_order(flags.seeds):
+        for seed, arm in in_order(flags.seeds, RUNS[flags.run].about_text):
             if flags.only_seed in (None, seed) and not results.has(arm.name, seed, bench.about):
                 results.add(bench.train(arm, seed, heldout))
                 print(f"{time.strftime('%H:%M:%S')} {arm.name}, seed {seed}: {results.lines[-1]}", flush=True)
-    print(table(results.lines))
+    print("\n".join(" | ".join(row) for row in table(results.lines)))
 
 
 def taken(name: str, smoke: bool, num_tokens: int | None = None) -> tuple[dict[str, Any], int]:
-    """A run file's settings, made shorter, and the tokens of every training."""
+    """The settings of a run, and the tokens of every training."""
     if smoke:
         return yaml.safe_load((ROOT / "tests/assets/tiny.yaml").read_text()), num_tokens or NUM_TOKENS_IN_SMOKE
-    run = yaml.safe_load((ROOT / f"jobs/runs/{name}.yaml").read_text())
-    shorter = {part: run.get(part, {}) | settings for part, settings in SHORTER.get(name, {}).items()}
-    return run | shorter, num_tokens or NUM_TOKENS[name]
+    run = yaml.safe_load((ROOT / f"jobs/runs/{RUNS[name].file}.yaml").read_text())
+    changed = {part: run.get(part, {}) | changes for part, changes in RUNS[name].changes.items()}
+    return run | changed, num_tokens or RUNS[name].num_tokens
 
 
-def in_order(num_seeds: int) -> list[tuple[int, Arm]]:
+def in_order(num_seeds: int, about_text: bool) -> list[tuple[int, Arm]]:
     """What the goal is about at every seed, then the rest, a seed after the other."""
-    every = [(seed, arm) for seed in range(num_seeds) for arm in arms()]
+    every = [(seed, arm) for seed in range(num_seeds) for arm in arms(about_text)]
     return sorted(every, key=lambda job: job[1] not in arms()[:NUM_FIRST])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from capgap.kernels.sparse_kl import Tail
@@ -10,6 +10,46 @@ from capgap.kernels.sparse_kl import Tail
 CROSS_ENTROPY, ONLINE = "cross-entropy", "online, whole vocabulary"
 NUM_FIRST = 6  # of the arms; the others follow when these are done at every seed
 TAILS: tuple[Tail, ...] = ("drop", "renorm", "ghost", "label")
+TOP_KS = (12, 50, 64, 100)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Models and text of a table.
+
+    Attributes:
+        file: whose corpus, teacher, student and training are taken.
+        num_tokens: of every training: one pass over the first shards of the cache.
+        changes: by section of the file, what is otherwise here.
+        about_text: only those arms that tell whether distillation lowers the loss on the text.
+    """
+
+    file: str
+    num_tokens: int
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    about_text: bool = False
+
+
+# There are a hundred trainings here where the run file has three: what makes each shorter, for all alike.
+_SHORTER: dict[str, dict[str, Any]] = {
+    "cache": {"dtype": "bfloat16"},
+    "train": {"precision": "bf16-mixed", "compile": True, "num_validation_sequences": 1},
+    "eval": {"num_sequences": 32, "num_full_sequences": 32},
+}
+_ADAPTED = {
+    "adapt": {
+        "learning_rate": 1e-4,
+        "batch_sequences": 4,
+        "max_tokens": 102_400,
+        "precision": "bf16-mixed",
+        "compile": True,
+    }
+}
+RUNS = {
+    "demo": Run("demo", 524_288),
+    "smol": Run("smol", 102_400, _SHORTER),
+    "smol-adapted": Run("smol", 102_400, _SHORTER | {"teacher": _ADAPTED}, about_text=True),
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +90,14 @@ CACHES: dict[str, dict[str, Any]] = {
 _CACHE_OF = {12: "12", 50: "50", 64: "25", 100: "100"}
 
 
-def arms() -> list[Arm]:
-    """In the order of the table; the goal is about the first ones."""
+def arms(about_text: bool = False) -> list[Arm]:
+    """In the order of the table; the goal is about the first ones.
+
+    Args:
+        about_text: only cross-entropy, online and 50 samples, at every alpha.
+    """
+    if about_text:
+        return [arm for arm in arms() if arm.online or arm.alpha < 1 or arm.name == _sampled(50).name]
     return [
         Arm(CROSS_ENTROPY, "50", "sampled", alpha=0.0),
         Arm(ONLINE, "50", "sampled", online=True),
@@ -59,7 +105,7 @@ def arms() -> list[Arm]:
         _topk(64, "ghost"),
         *(_sampled(n) for n in (6, 100)),
         *(Arm(f"sampled, n = {n}, independent", str(n), "sampled", independent=True) for n in (50, 12)),
-        *(_topk(k, tail) for k in (50, 12, 64, 100) for tail in TAILS if (k, tail) != (64, "ghost")),
+        *(_topk(k, tail) for k in TOP_KS for tail in TAILS if (k, tail) != (64, "ghost")),
         *(Arm(f"top-64, ghost, {name}", f"64 {name}", "topk", tail="ghost") for name in ("compact", "small")),
         *(Arm(f"sampled, n = 50, alpha {alpha}", "50", "sampled", alpha=alpha) for alpha in (0.9, 0.5)),
         *(Arm(f"online, alpha {alpha}", "50", "sampled", alpha=alpha, online=True) for alpha in (0.9, 0.5)),

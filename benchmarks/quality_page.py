@@ -1,61 +1,108 @@
-"""The lines of benchmarks/quality.py as a table: shares of the gain, paired by seed.
+"""The lines of benchmarks/quality.py as tables and as a picture: shares of the gain, paired by seed.
+
+python benchmarks/quality_page.py docs/quality.md README.md    fill in the tables whose marks stand there
+python benchmarks/quality_page.py --picture docs/quality.svg   draw the shares over the bytes per token
 
 Legend: S seeds.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import statistics
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 # found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
 sys.path.insert(0, str(Path(__file__).parent))
 
-from quality_arms import CROSS_ENTROPY, ONLINE, arms
+from machine import RESULTS
+from matplotlib.figure import Figure
+from page_tables import Row, mark, with_tables
+from quality_arms import CROSS_ENTROPY, NUM_FIRST, ONLINE, RUNS, TAILS, TOP_KS, arms
+from standalone_svg import standalone
 
-BEGIN, END = "<!-- made by benchmarks/quality.py --page -->", "<!-- end -->"
+from capgap.pipeline.pages.charts import legend
+from capgap.pipeline.pages.svg import INK, SERIES, draw
 
+Line = dict[str, Any]
 _HEAD = (
-    "| targets | bytes/token | ids/token | held-out loss, nats | share of the gain, % | KL to the teacher, nats "
-    "| share of that gain, % | seeds |"
+    "targets",
+    "bytes/token",
+    "ids/token",
+    "held-out loss, nats",
+    "share of the gain, %",
+    "KL to the teacher, nats",
+    "share of that gain, %",
+    "seeds",
 )
+_IN_SHORT = (0, 1, 3, 5, 6, 7)
+_SAMPLED = "sampled, n = {}, systematic"
+_MARKERS = "D^vP"
 
 
-def fill_page(page: Path, lines: list[dict[str, Any]]) -> None:
-    """Replace what stands between the marks."""
-    before, rest = page.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text(f"{before}{BEGIN}\n\n{table(lines)}\n{END}{after}")
+def main() -> None:
+    """Write the pages anew, and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pages", nargs="*", type=Path, help="Markdown with marks of tables")
+    parser.add_argument("--picture", type=Path, help="an SVG file to write")
+    parser.add_argument("--run", choices=list(RUNS), default="smol", help="of the picture")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of what benchmarks/quality.py kept")
+    flags = parser.parse_args()
+    for page in flags.pages:
+        page.write_text(filled(page.read_text(), flags.results))
+    if flags.picture:
+        flags.picture.write_text(picture(kept(flags.results, flags.run)))
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def filled(page: str, results: Path) -> str:
+    """The page with those of the tables whose marks stand in it."""
+    tables: dict[str, Sequence[Row]] = {}
+    for run in RUNS:
+        lines = kept(results, run)
+        whole, short = run, f"{run}, in short"
+        if mark("quality_page.py", whole) in page:
+            tables[whole] = table(lines)
+        if mark("quality_page.py", short) in page:
+            tables[short] = [[row[column] for column in _IN_SHORT] for row in table(lines)[: 2 + NUM_FIRST]]
+    return with_tables(page, "quality_page.py", tables)
+
+
+def kept(results: Path, run: str) -> list[Line]:
+    """The lines of a run that are about what the newest one is about: the same models, text, tokens and settings."""
+    path = results / f"quality-{run}.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [line for line in lines if line["about"] == lines[-1]["about"]]
+
+
+def table(lines: list[Line]) -> list[Row]:
     """A row an arm; what follows +- is the standard error over seeds."""
-    rows = [_HEAD, "|---|" + "---:|" * (_HEAD.count(" |") - 1)]
+    rows: list[Row] = [_HEAD, ("---", *["---:"] * (len(_HEAD) - 1))]
     for arm in arms():
-        own = {one["seed"]: one for one in lines if one["arm"] == arm.name}
-        if not own:
-            continue
-        some = next(iter(own.values()))
-        cells = [
-            arm.name,
-            "" if some["bytes_per_token"] is None else f"{some['bytes_per_token']:.1f}",
-            "" if some["ids_per_token"] is None else f"{some['ids_per_token']:.1f}",
-            _mean([_loss(one) for one in own.values()], 4),
-            _mean(shares(lines, arm.name, _loss), 1, 100),
-            _mean([kl_of(one) for one in own.values()], 4),
-            _mean(shares(lines, arm.name, kl_of), 1, 100),
-            str(len(own)),
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows) + "\n"
+        own = [one for one in lines if one["arm"] == arm.name]
+        if own:
+            rows.append(
+                (
+                    arm.name,
+                    _measured(own[0]["bytes_per_token"]),
+                    _measured(own[0]["ids_per_token"]),
+                    _mean([_loss(one) for one in own], 4),
+                    _mean(shares(lines, arm.name, _loss), 1, 100),
+                    _mean([kl_of(one) for one in own], 4),
+                    _mean(shares(lines, arm.name, kl_of), 1, 100),
+                    str(len(own)),
+                )
+            )
+    return rows
 
 
-def shares(lines: list[dict[str, Any]], arm: str, of: Any) -> list[float]:
+def shares(lines: list[Line], arm: str, value: Callable[[Line], float]) -> list[float]:
     """Of the fall from cross-entropy to online, how much the arm has: one a seed that has all three."""
-    by = {(one["arm"], one["seed"]): of(one) for one in lines}
+    by = {(one["arm"], one["seed"]): value(one) for one in lines}
     found = []
     for seed in sorted({seed for _, seed in by}):
         most, least, own = (by.get((name, seed)) for name in (CROSS_ENTROPY, ONLINE, arm))
@@ -64,13 +111,53 @@ def shares(lines: list[dict[str, Any]], arm: str, of: Any) -> list[float]:
     return found
 
 
-def _loss(line: dict[str, Any]) -> float:
+def kl_of(line: Line) -> float:
+    """The KL to the teacher that a training ended with."""
+    return float(line["against_teacher"]["kl"])
+
+
+def picture(lines: list[Line]) -> str:
+    """An SVG file: what each recording keeps of the fall in KL, over its bytes per token."""
+    points = {
+        arm.name: (own[0]["bytes_per_token"], 100 * statistics.fmean(shares(lines, arm.name, kl_of)))
+        for arm in arms()
+        if (own := [one for one in lines if one["arm"] == arm.name])
+        and own[0]["bytes_per_token"] is not None
+        and shares(lines, arm.name, kl_of)
+    }
+    series = {"samples": [_SAMPLED.format(n) for n in (6, 12, 25, 50, 100)]}
+    series |= {f"top-k, {tail}": [f"top-{k}, {tail}" for k in TOP_KS] for tail in TAILS}
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.axhline(100, color=INK, linewidth=0.8, linestyle=":")
+        for index, (label, names) in enumerate(series.items()):
+            found = sorted(points[name] for name in names if name in points)
+            axes.plot(
+                [size for size, _ in found],
+                [share for _, share in found],
+                marker="o" if index == 0 else _MARKERS[index - 1],
+                color=SERIES[index],
+                linewidth=1.6 if index == 0 else 1.0,
+                markersize=4,
+                label=label,
+            )
+        axes.set_xlabel("bytes per token of the cache")
+        axes.set_ylabel("share of the fall in KL, %")
+        legend(figure, axes)
+
+    said = "; ".join(f"{name}: {share:.0f} % at {size:.0f} bytes" for name, (size, share) in points.items())
+    return standalone(
+        str(draw("quality", f"Share of online distillation's fall in KL by recording. {said}", 3.5, paint))
+    )
+
+
+def _loss(line: Line) -> float:
     return float(line["heldout_loss"])
 
 
-def kl_of(line: dict[str, Any]) -> float:
-    """The KL to the teacher that a training ended with."""
-    return float(line["against_teacher"]["kl"])
+def _measured(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
 def _mean(values_S: list[float], digits: int, scale: float = 1.0) -> str:
@@ -80,3 +167,7 @@ def _mean(values_S: list[float], digits: int, scale: float = 1.0) -> str:
     if len(values_S) < 2:
         return mean
     return f"{mean} +- {scale * statistics.stdev(values_S) / math.sqrt(len(values_S)):.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()
