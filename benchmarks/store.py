@@ -196,15 +196,21 @@ def blocks_of(rows: dict[str, np.ndarray], kind: RecordingName) -> list[Block]:
 def _bytes_of(data: list[bytes], num_tokens: int) -> dict[str, Any]:
     """Bytes a token: of whole members, and of the columns compressed alone; overhead is the rest."""
     total = sum(len(member) for member in data) / num_tokens
-    parts = dict.fromkeys(PARTS, 0.0)
-    for member in data:
-        batch = pa.ipc.open_stream(zstandard.ZstdDecompressor().decompress(member)).read_next_batch()
-        for column in batch.schema.names:
-            stem = column.rstrip("0123456789").rstrip("_")
-            (part,) = (name for name, stems in PARTS.items() if stem in stems)
-            parts[part] += len(zstandard.compress(batch[column].values.to_numpy().tobytes(), 3)) / num_tokens
+    members = [parts_of(member) for member in data]
+    parts = {part: sum(member[part] for member in members) / num_tokens for part in PARTS}
     parts["overhead"] = total - sum(parts.values())
     return {"bytes_per_token": round(total, 2), **{f"{part}_bytes": round(size, 2) for part, size in parts.items()}}
+
+
+def parts_of(member: bytes) -> dict[str, int]:
+    """Bytes of a member's columns, each compressed alone, by part."""
+    parts = dict.fromkeys(PARTS, 0)
+    batch = pa.ipc.open_stream(zstandard.ZstdDecompressor().decompress(member)).read_next_batch()
+    for column in batch.schema.names:
+        stem = column.rstrip("0123456789").rstrip("_")
+        (part,) = (name for name, stems in PARTS.items() if stem in stems)
+        parts[part] += len(zstandard.compress(batch[column].values.to_numpy().tobytes(), 3))
+    return parts
 
 
 def _ways(codec: Codec, blocks: list[Block], data: list[bytes]) -> dict[str, Way]:
