@@ -1,7 +1,8 @@
 """Better estimators of the teacher's distribution, and other losses on it: tried before they would become a setting.
 
 python benchmarks/estimators.py train                    every arm at 3 seeds, on the demo's finished run
-python benchmarks/estimators.py variance                 what each estimator adds to the gradient's variance
+python benchmarks/estimators.py variance                 what each estimator adds to the variance of the gradient
+python benchmarks/estimators.py rows                     the same at the head's logits and inputs alone, on any model
 python benchmarks/estimators.py train --distillkit ~/DistillKit      its loss on its captures, too
 
 Teacher and student stand in memory together, and the targets are made for each batch from the whole distributions.
@@ -49,7 +50,7 @@ _IDS_OF = (12, 25, 50, 100)  # samples of which the variance is told
 def main() -> None:
     """Train or calculate; print; keep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["train", "variance"])
+    parser.add_argument("what", choices=["train", "variance", "rows"])
     run = Path("runs/demo")
     parser.add_argument("--name", default="demo", help="in the results")
     parser.add_argument("--corpus", type=Path, default=run / "corpus", help="a finished stage's folder")
@@ -66,8 +67,9 @@ def main() -> None:
     flags = parser.parse_args()
     keep_freed_memory()
     setting = Setting(flags)
-    if flags.what == "variance":
-        print(keep(f"estimators-{flags.name}", "cpu", added_variance(setting, flags.batches), flags.results))
+    if flags.what != "train":
+        figures = (added_variance if flags.what == "variance" else errors_of_rows)(setting, flags.batches)
+        print(keep(f"estimators-{flags.what}-{flags.name}", "cpu", figures, flags.results))
         return
     losses = LOSSES | (_of_distillkit(flags.distillkit, setting.vocab_size) if flags.distillkit else {})
     results = Results(flags.results / f"estimators-{flags.name}.jsonl")
@@ -80,7 +82,13 @@ def main() -> None:
 
 
 class Setting:
-    """Models, text and settings of all trainings."""
+    """Models, text and settings of all trainings.
+
+    Attributes:
+        vocab_size: the real one.
+        teacher: in float32.
+        about: what a line of the results is about.
+    """
 
     def __init__(self, flags: argparse.Namespace) -> None:
         manifest = read_manifest(flags.corpus)
@@ -89,7 +97,7 @@ class Setting:
         self.vocab_size = int(manifest.facts["tokenizer"]["vocab_size"])  # type: ignore[index,call-overload,arg-type]
         self._reader = ShardReader(flags.corpus, manifest.shard_sets["student"])
         self._heldout = first_sequences(flags.corpus, manifest.shard_sets["heldout"], _NUM_HELDOUT)
-        self._teacher = load_model(model_at(flags.teacher), "cpu", torch.float32).requires_grad_(False)
+        self.teacher = load_model(model_at(flags.teacher), "cpu", torch.float32).requires_grad_(False)
         self.about = {
             "corpus": manifest.content[:12],
             "num_tokens": flags.tokens,
@@ -120,7 +128,7 @@ class Setting:
         student = load_model(model_at(self._flags.student), "cpu", torch.float32)
         if self._flags.fresh:
             torch.manual_seed(seed)
-            student.config.vocab_size = self._teacher.config.vocab_size
+            student.config.vocab_size = self.teacher.config.vocab_size
             student = AutoModelForCausalLM.from_config(student.config)
         return student.train()
 
@@ -131,7 +139,7 @@ class Setting:
     def loss_of(self, batch: Batch, student: PreTrainedModel, loss: Loss, generator: torch.Generator) -> Tensor:
         """Of a batch, whose rows all count."""
         with torch.no_grad():
-            logp_NV = self.logprobs(self._teacher, batch.input_ids_BL)
+            logp_NV = self.logprobs(self.teacher, batch.input_ids_BL)
         return loss(self.logprobs(student, batch.input_ids_BL), logp_NV, batch.input_ids_BL.shape[1], generator)
 
     def logprobs(self, model: PreTrainedModel, tokens_BL: Tensor) -> Tensor:
@@ -145,7 +153,7 @@ class Setting:
         kls, losses = [], []
         for tokens_L1 in self._heldout.tokens_BL1:
             tokens_1L1 = torch.from_numpy(tokens_L1[None]).long()
-            logq_LV, logp_LV = (self.logprobs(one, tokens_1L1[:, :-1]) for one in (student, self._teacher))
+            logq_LV, logp_LV = (self.logprobs(one, tokens_1L1[:, :-1]) for one in (student, self.teacher))
             kls.append(float((logp_LV.exp() * (logp_LV - logq_LV)).sum(-1).mean()))
             losses.append(-float(logq_LV.gather(1, tokens_1L1[0, 1:, None]).mean()))
         return round(statistics.mean(kls), 6), round(statistics.mean(losses), 6)
@@ -177,7 +185,7 @@ def added_variance(setting: Setting, num_batches: int) -> dict[str, Any]:
     ids: dict[Any, list[float]] = {kind: [] for kind in kinds}
     for batch in _some(setting.batches(0, 1 << 40), num_batches):
         with torch.no_grad():
-            logp_NV = setting.logprobs(setting._teacher, batch.input_ids_BL)
+            logp_NV = setting.logprobs(setting.teacher, batch.input_ids_BL)
         exact_P = _gradient(student, whole_kl(setting.logprobs(student, batch.input_ids_BL), logp_NV, 1, generator))
         exact.add(exact_P)
         for kind, make in kinds.items():
@@ -195,6 +203,43 @@ def added_variance(setting: Setting, num_batches: int) -> dict[str, Any]:
         rows.append(row | {"added_variance": round(share, 5), "of_systematic": round(of_systematic, 4)})
         print(rows[-1], flush=True)
     return {"about": setting.about, "num_batches": num_batches, "estimators": rows}
+
+
+@torch.no_grad()
+def errors_of_rows(setting: Setting, num_batches: int) -> dict[str, Any]:
+    """Mean squared error of a row's gradient at the logits, s q - w, and through the head, s the sum of the weights w.
+
+    Beside it the tokens of at least 1 / n, whose probabilities `threshold` would have to store.
+    """
+    kinds = {(name, n): partial(make, num_samples=n) for n in _IDS_OF for name, make in TARGETS.items()}
+    student, generator = setting.student(0).eval(), torch.Generator().manual_seed(0)
+    weight_VH = student.get_output_embeddings().weight[: setting.vocab_size].float()
+    sums: dict[Any, list[float]] = {kind: [0.0] * 4 for kind in kinds}
+    num_rows, entropy = 0, 0.0
+    for batch in _some(setting.batches(0, 1 << 40), num_batches):
+        p_NV = setting.logprobs(setting.teacher, batch.input_ids_BL).exp()
+        q_NV = setting.logprobs(student, batch.input_ids_BL).exp()
+        num_rows += len(p_NV)
+        entropy += float(torch.special.entr(p_NV).sum())
+        for (name, n), make in kinds.items():
+            taken_NV = make(p_NV, generator)
+            apart_NV = (taken_NV.sum(-1, keepdim=True) - 1) * q_NV - taken_NV + p_NV
+            found = (apart_NV, apart_NV @ weight_VH)
+            parts = [float(one.double().square().sum()) for one in found]
+            parts += [float((taken_NV > 0).sum()), float((p_NV >= 1 / n).sum())]
+            sums[name, n] = [old + new for old, new in zip(sums[name, n], parts, strict=True)]
+        print(f"{num_rows} rows", flush=True)
+    rows = []
+    for name, n in kinds:
+        at_logits, at_hidden, ids, exact = (one / num_rows for one in sums[name, n])
+        of_systematic = [sums[name, n][i] / sums["systematic", n][i] for i in range(2)]
+        row = {"estimator": name, "num_samples": n, "ids_per_token": round(ids, 2), "exact_ids": round(exact, 2)}
+        row |= {"at_logits": round(at_logits, 6), "through_head": round(at_hidden, 6)}
+        rows.append(
+            row | dict(zip(("logits_ratio", "head_ratio"), (round(one, 4) for one in of_systematic), strict=True))
+        )
+        print(rows[-1], flush=True)
+    return {"about": setting.about, "num_rows": num_rows, "entropy": round(entropy / num_rows, 3), "estimators": rows}
 
 
 def _some(batches: SequenceLoader, number: int) -> Iterator[Batch]:

@@ -131,10 +131,11 @@ def _losses_of(problem: Problem, peer: DistillKit | None) -> dict[str, Loss]:
     """By name, what gives the mean over rows from hidden states and head."""
     logp_NV = problem.teacher_NV[: problem.length]
     top = record(logp_NV, problem.student_NV[: problem.length], _tokens(problem), slice(0, problem.length), 1.0)
-    kept = {key: torch.from_numpy(top[key]) for key in ("ids", "logprobs", "tail", "samples")}
-    ids_NK, logprobs_NK, samples_Nn = kept["ids"].long(), kept["logprobs"], kept["samples"].long()
-    sampled = SparseTargets(samples_Nn, torch.full(samples_Nn.shape, 1 / NUM_SAMPLES), None, "sampled")
-    topk = SparseTargets.topk(ids_NK, logprobs_NK, kept["tail"])
+    ids_NK, logprobs_NK, tail_N = (torch.from_numpy(top[key]) for key in ("ids", "logprobs", "tail"))
+    ids_NK = ids_NK.long()
+    # as a training hands them over: what its reader has looked at is not looked at again
+    topk = SparseTargets(ids_NK, logprobs_NK.exp(), tail_N, "topk", checked=True)
+    sampled = SparseTargets(*_counted(top["samples"]), None, "sampled", checked=True)
 
     def ours(targets: SparseTargets) -> Loss:
         return lambda hidden_NH, weight_VH: (
@@ -156,6 +157,16 @@ def _losses_of(problem: Problem, peer: DistillKit | None) -> dict[str, Loss]:
             found[f"DistillKit, {name}"] = _with_head(loss, logp_NV)
     trl = _trl(ids_NK, logprobs_NK)
     return found | ({f"TRL, top {NUM_KEPT} and tail": trl} if trl else {})
+
+
+def _counted(samples_Nn: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Distinct tokens of each row and their shares of the samples, padded with weight 0."""
+    found = [np.unique(samples_n, return_counts=True) for samples_n in samples_Nn]
+    shape = len(found), max(len(ids) for ids, _ in found)
+    ids_NK, weights_NK = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+    for row, (ids, counts) in enumerate(found):
+        ids_NK[row, : len(ids)], weights_NK[row, : len(ids)] = ids, counts / samples_Nn.shape[1]
+    return torch.from_numpy(ids_NK), torch.from_numpy(weights_NK)
 
 
 def _with_head(loss: Callable[..., Tensor], logp_NV: Tensor) -> Loss:
