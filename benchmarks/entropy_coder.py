@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from entropy_bounds import bounds
 from machine import RESULTS, keep
-from store import parts_of
+from stored_parts import parts_of
 
 from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import ShardReader, keep_freed_memory
@@ -132,9 +132,7 @@ class Coder:
     """Codes and decodes rows by the distributions of others."""
 
     def __init__(self, told: list[Rows], num_samples: int) -> None:
-        from constriction.stream import model
-
-        self._model = model
+        self._model = _stream().model
         kinds, contexts, counts, sizes = [], [], [], []
         for rows in told:
             kinds_D = _kind_of(rows.ranks_D)
@@ -176,9 +174,7 @@ class Coder:
 
     def decode(self, words: dict[str, Array], num_rows: int) -> Rows:
         """The rows again."""
-        from constriction.stream.queue import RangeDecoder
-
-        parts = {name: RangeDecoder(one) for name, one in words.items()}
+        parts = {name: _stream().queue.RangeDecoder(one) for name, one in words.items()}
         sizes_N = parts["sizes"].decode(self._sizes, num_rows).astype(np.int64)
         num_ids = int(sizes_N.sum())
         kinds_D, before_D = np.zeros(num_ids, np.int64), np.full(num_ids + 1, _NUM_KINDS, np.int64)
@@ -219,15 +215,19 @@ class Coder:
 
 class _Encoder:
     def __init__(self) -> None:
-        from constriction.stream.queue import RangeEncoder
-
-        self._encoder = RangeEncoder()
+        self._encoder = _stream().queue.RangeEncoder()
 
     def add(self, symbols: Array, model: Any) -> None:
         self._encoder.encode(symbols.astype(np.int32), model)
 
     def words(self) -> Array:
         return self._encoder.get_compressed()
+
+
+def _stream() -> Any:
+    import constriction  # where it is installed only; its parts are no modules to be imported
+
+    return constriction.stream
 
 
 def _kind_of(ranks_D: Array) -> Array:
