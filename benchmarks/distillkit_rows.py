@@ -52,44 +52,20 @@ class DistillKit:
         self.commit = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
         sys.path.insert(0, str(folder))
         self._compression = importlib.import_module("distillkit.compression")
-        self._missing = importlib.import_module("distillkit.missing_probability").MissingProbabilityHandling
-
-    def compressor(self, name: str, vocab_size: int) -> Any:
-        """Its own, of one of `CONFIGS`."""
-        config = self._compression.DistributionQuantizationConfig(
-            d=vocab_size, exact_dtype="bfloat16", residual_bins=[], delta_encoding=False, **CONFIGS[name]
-        )
-        return self._compression.LogprobCompressor(config)
-
-    def losses(self, vocab_size: int, name: str = next(iter(CONFIGS))) -> dict[str, Callable[..., torch.Tensor]]:
-        """Its sparse KL on the captures of a configuration, by what it takes the rest for; a mean over rows.
-
-        They are called as those of estimator_losses.py.
-        """
-        sparse_kl_div = importlib.import_module("distillkit.lossfuncs.kl").sparse_kl_div
-        compressor = self.compressor(name, vocab_size)
-
-        def loss(way: Any) -> Callable[..., torch.Tensor]:
-            def mean(logq_NV: torch.Tensor, logp_NV: torch.Tensor, *unused: object) -> torch.Tensor:
-                with torch.no_grad():
-                    ids, logprobs = compressor.decompress_to_sparse(compressor.compress(logp_NV[None]))
-                total: torch.Tensor = sparse_kl_div(logq_NV[None], ids, logprobs.float(), missing=way)
-                return total / len(logq_NV)
-
-            return mean
-
-        return {f"{name}, {way.value}": loss(way) for way in self._missing}
 
     def measure(
         self, targets: list[TopkTargets], student_NK: np.ndarray, vocab_size: int
     ) -> tuple[list[dict[str, Any]], dict[str, Callable[[], object]]]:
         """An entry a configuration, with bytes and losses, and what to time, as `encode NAME` and `decode NAME`."""
         entries, ways = [], {}
-        for name in CONFIGS:
+        for name, settings in CONFIGS.items():
             label = f"DistillKit {self.commit} {name}"
-            compressor = self.compressor(name, vocab_size)
+            config = self._compression.DistributionQuantizationConfig(
+                d=vocab_size, exact_dtype="bfloat16", residual_bins=[], delta_encoding=False, **settings
+            )
+            compressor = self._compression.LogprobCompressor(config)
             # a sequence at a time: more rows at once would leave the processor's cache
-            kept = [_first(part, compressor.config.k) for t in targets for part in _sequences(t)]
+            kept = [_first(part, config.k) for t in targets for part in _sequences(t)]
             given = [(torch.from_numpy(t.ids_BLK.astype(np.int64)), torch.from_numpy(t.logprobs_BLK)) for t in kept]
             packed = [compressor.compress_from_sparse(*one) for one in given]
             num_rows = sum(t.tail_BL.size for t in targets)
@@ -98,7 +74,7 @@ class DistillKit:
                 {
                     "codec": label,
                     "bytes_per_token": sum(v.numel() * v.itemsize for one in packed for v in one.values()) / num_rows,
-                    **fidelity(kept, read, student_NK[:, : compressor.config.k]),
+                    **fidelity(kept, read, student_NK[:, : config.k]),
                     "kl_renormalised_nats": _renormalised(kept, read),
                 }
             )

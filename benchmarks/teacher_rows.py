@@ -62,7 +62,7 @@ def _make(vocab_size: int, steps: int) -> dict[str, dict[str, Any]]:
     for number, tokens_L1 in enumerate(tokens_SL1):
         for logprobs_NV, llama_NV, rows in _scored(tokens_L1, llama, ngrams):
             for name, temperature in temperatures.items():
-                parts[name].append(record(logprobs_NV, llama_NV, tokens_L1, rows, temperature))
+                parts[name].append(_record(logprobs_NV, llama_NV, tokens_L1, rows, temperature))
         print(f"rows of {number + 1} of {NUM_SEQUENCES} sequences", end="\r", flush=True)
     print()
     shared = {
@@ -211,10 +211,9 @@ def _contexts(tokens_T: np.ndarray, order: int) -> np.ndarray:
     return hashed_T >> np.uint64(18)
 
 
-def record(
+def _record(
     logprobs_NV: torch.Tensor, student_NV: torch.Tensor, tokens_L1: np.ndarray, rows: slice, temperature: float
 ) -> dict[str, np.ndarray]:
-    """What is kept of some rows of a sequence, and a student's logprobs of the same tokens."""
     labels_N = torch.from_numpy(tokens_L1[1:][rows])
     kept = topk_rows(logprobs_NV, labels_N, NUM_KEPT, temperature)
     digest = hashlib.blake2b(tokens_L1.tobytes(), digest_size=16).digest()
