@@ -31,7 +31,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
-import pyarrow as pa
 import torch
 import zstandard
 from distillkit_rows import DistillKit
@@ -40,6 +39,7 @@ from fidelity import fidelity
 from loader import throughput
 from machine import keep
 from store_page import fill_page
+from stored_parts import PARTS, parts_of
 from teacher_rows import NUM_KEPT, NUM_SAMPLES, REGIMES, rows_of
 
 from capgap.pipeline.cache.convert import to_targets
@@ -51,13 +51,6 @@ from capgap.pipeline.store.stored_batch import gather
 from capgap.schemas.records import Sequences, TopkTargets
 from capgap.schemas.run_cache import RecordingName
 
-# The parts of a table's row, by the names of columns.
-PARTS = {
-    "tokens": ("tokens", "starts", "mask"),
-    "ids": ("ids", "repeated", "once"),
-    "values": ("counts", "num_repeated", "logprobs", "steps", "quads", "escapes", "top_k", "tail"),
-    "label": ("label",),
-}
 Way = Callable[[], object]
 
 
@@ -196,13 +189,8 @@ def blocks_of(rows: dict[str, np.ndarray], kind: RecordingName) -> list[Block]:
 def _bytes_of(data: list[bytes], num_tokens: int) -> dict[str, Any]:
     """Bytes a token: of whole members, and of the columns compressed alone; overhead is the rest."""
     total = sum(len(member) for member in data) / num_tokens
-    parts = dict.fromkeys(PARTS, 0.0)
-    for member in data:
-        batch = pa.ipc.open_stream(zstandard.ZstdDecompressor().decompress(member)).read_next_batch()
-        for column in batch.schema.names:
-            stem = column.rstrip("0123456789").rstrip("_")
-            (part,) = (name for name, stems in PARTS.items() if stem in stems)
-            parts[part] += len(zstandard.compress(batch[column].values.to_numpy().tobytes(), 3)) / num_tokens
+    members = [parts_of(member) for member in data]
+    parts = {part: sum(member[part] for member in members) / num_tokens for part in PARTS}
     parts["overhead"] = total - sum(parts.values())
     return {"bytes_per_token": round(total, 2), **{f"{part}_bytes": round(size, 2) for part, size in parts.items()}}
 
