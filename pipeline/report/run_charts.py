@@ -71,7 +71,8 @@ def _stages(stages: tuple[StageLine, ...]) -> Chart:
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel("seconds of the last process")
+        # centred on the figure: beside long names the axes are narrower than this
+        figure.supxlabel("seconds of the last process", fontsize="medium")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.locator_params(axis="x", nbins=5)
 
