@@ -97,7 +97,7 @@ def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
 
 def _table(model: type[BaseModel]) -> list[str]:
     rows = [_row(name, info) for name, info in model.model_fields.items()]
-    return ["| name | type | default | |", "|---|---|---|---|", *rows] if rows else []
+    return ["| name | type | default | what it is |", "|---|---|---|---|", *rows] if rows else []
 
 
 def _row(name: str, info: FieldInfo) -> str:
