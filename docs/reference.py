@@ -97,13 +97,15 @@ def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
 
 def _table(model: type[BaseModel]) -> list[str]:
     rows = [_row(name, info) for name, info in model.model_fields.items()]
-    return ["| name | type | default | what it is |", "|---|---|---|---|", *rows] if rows else []
+    # two columns, which a phone has room for
+    return ["| name, type, default | what it is |", "|---|---|", *rows] if rows else []
 
 
 def _row(name: str, info: FieldInfo) -> str:
     extra = info.json_schema_extra
     operational = " *operational*" if isinstance(extra, dict) and extra.get(_MARK) else ""
-    cells = (f"`{name}`", _type(info), _default(info), f"{_one_line(info.description or '')}{operational}")
+    first = "<br>".join(filter(None, (f"`{name}`", _type(info), _default(info))))
+    cells = (first, f"{_one_line(info.description or '')}{operational}")
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -138,7 +140,7 @@ def _without_modules(text: str) -> str:
 def _default(info: FieldInfo) -> str:
     if info.default_factory is not None:
         return ""
-    return "**needed**" if info.default is PydanticUndefined else f"`{info.default!r}`"
+    return "**needed**" if info.default is PydanticUndefined else f"default `{info.default!r}`"
 
 
 def _sentence(model: type[BaseModel]) -> str:
