@@ -26,6 +26,7 @@ RUN { python3 -m pip check > /tmp/before.txt || true; } \
     && python3 -m pip install --no-cache-dir --require-hashes --no-deps -r requirements.txt
 
 COPY pyproject.toml README.md LICENSE ./
+COPY src src
 COPY schemas schemas
 COPY kernels kernels
 COPY pipeline pipeline

@@ -19,6 +19,7 @@ RUN { uv pip check > /tmp/before.txt 2>&1 || true; } \
     && uv pip install --no-cache --require-hashes --no-deps -r requirements.txt
 
 COPY pyproject.toml README.md LICENSE ./
+COPY src src
 COPY schemas schemas
 COPY kernels kernels
 COPY pipeline pipeline

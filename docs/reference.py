@@ -6,6 +6,8 @@ mkdocs runs it when it builds the site; the pages are in no folder.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import mkdocs_gen_files
 from pydantic import BaseModel
@@ -95,25 +97,34 @@ def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
 
 def _table(model: type[BaseModel]) -> list[str]:
     rows = [_row(name, info) for name, info in model.model_fields.items()]
-    return ["| name | type | default | |", "|---|---|---|---|", *rows] if rows else []
+    # two columns, which a phone has room for
+    return ["| name, type, default | what it is |", "|---|---|", *rows] if rows else []
 
 
 def _row(name: str, info: FieldInfo) -> str:
     extra = info.json_schema_extra
     operational = " *operational*" if isinstance(extra, dict) and extra.get(_MARK) else ""
-    cells = (f"`{name}`", f"`{_type(info)}`", _default(info), f"{_one_line(info.description or '')}{operational}")
+    first = "<br>".join(filter(None, (f"`{name}`", _type(info), _default(info))))
+    cells = (first, f"{_one_line(info.description or '')}{operational}")
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _type(info: FieldInfo) -> str:
-    annotation = info.annotation
-    text = (
-        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
-    )
-    for prefix in ("typing.", "NoneType"):
-        text = text.replace(prefix, "None" if prefix == "NoneType" else "")
+    kinds = " or ".join(f"`{kind}`" for kind in _kinds(info.annotation))
     bounds = [f"{word} {getattr(m, key)}" for m in info.metadata for key, word in _BOUNDS.items() if hasattr(m, key)]
-    return ", ".join([_without_modules(text).replace(" | ", " or "), *bounds])
+    return ", ".join([kinds, *bounds])
+
+
+def _kinds(annotation: Any) -> list[str]:
+    """Every type or value that a setting may have, each by itself, so that a narrow column can break between them."""
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for one in get_args(annotation) for kind in _kinds(one)]
+    if get_origin(annotation) is Literal:
+        return [repr(value) for value in get_args(annotation)]
+    if annotation is NoneType:
+        return ["None"]
+    plain = isinstance(annotation, type) and get_origin(annotation) is None
+    return [annotation.__name__ if plain else _without_modules(str(annotation).replace("typing.", ""))]
 
 
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -129,7 +140,7 @@ def _without_modules(text: str) -> str:
 def _default(info: FieldInfo) -> str:
     if info.default_factory is not None:
         return ""
-    return "**needed**" if info.default is PydanticUndefined else f"`{info.default!r}`"
+    return "**needed**" if info.default is PydanticUndefined else f"default `{info.default!r}`"
 
 
 def _sentence(model: type[BaseModel]) -> str:

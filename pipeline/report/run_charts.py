@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from capgap.pipeline.pages.charts import Chart, legend
+from capgap.pipeline.pages.numbers import human_count
 from capgap.pipeline.pages.svg import INK, SERIES, draw
 from capgap.pipeline.report.charts import arm_look
 from capgap.pipeline.report.stages import duration
@@ -32,12 +33,13 @@ def _lengths(split: SplitFacts | None) -> tuple[Chart, ...]:
         return ()
     first = next(digits for digits, number in enumerate(split.by_length) if number)
     counts = split.by_length[first:]
+    ticks = [human_count(2**digits // 2) for digits in range(first, len(split.by_length))]
     names = [f"{2**digits // 2:,} to {2**digits - 1:,}" for digits in range(first, len(split.by_length))]
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         axes.bar(range(len(counts)), counts, color=SERIES[0], width=0.8)
-        axes.set_xticks(range(len(counts)), [f"{2**digits // 2:,}" for digits in range(first, len(split.by_length))])
+        axes.set_xticks(range(len(counts)), ticks)
         axes.grid(visible=False, axis="x")
         axes.set_xlabel("tokens, at least")
         axes.set_ylabel("documents")
@@ -71,7 +73,8 @@ def _stages(stages: tuple[StageLine, ...]) -> Chart:
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel("seconds of the last process")
+        # centred on the figure: beside long names the axes are narrower than this
+        figure.supxlabel("seconds of the last process", fontsize="medium")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.locator_params(axis="x", nbins=5)
 

@@ -19,7 +19,7 @@ MEASURES: dict[str, tuple[str, str, str]] = {
     ),
     "heldout_teacher_ce": (
         "Nearness to the teacher, in training",
-        "cross-entropy with samples, nats/token",
+        "cross-entropy with\nsamples, nats/token",
         "Cross-entropy with the teacher's samples on held-out sequences of the cache: what two arms differ by is the "
         "difference of their KLs.",
     ),
@@ -78,7 +78,7 @@ def _chart(name: str, curves: tuple[TrainingCurve, ...], arms: tuple[str, ...]) 
         name=chart,
         title=title,
         caption=caption,
-        svg=draw(chart, f"{title}, {label}, against training tokens: {ends}", 2.6, paint),
+        svg=draw(chart, f"{title}, {' '.join(label.split())}, against training tokens: {ends}", 2.6, paint),
         headings=("training tokens", *(title_of(curve.arm, curve.seed) for curve in curves)),
         rows=_rows(name, curves),
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("schemas", "kernels", "pipeline", "jobs")
+FOLDERS = ("src", "schemas", "kernels", "pipeline", "jobs")
 UNREACHABLE = ("Temporary failure in name resolution", "Connection", "(from versions: none)", "Network is unreachable")
 
 
@@ -29,7 +29,7 @@ def image() -> Iterator[Path]:
         subprocess.run([sys.executable, "-m", "venv", f"{folder}/venv"], check=True)
         work = Path(folder, "src")
         for name in FOLDERS:
-            shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, work / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, work)
         shutil.copy(ROOT / "docker" / "requirements-student.txt", work / "requirements.txt")

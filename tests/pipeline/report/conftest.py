@@ -20,7 +20,8 @@ from capgap.schemas.run_file import RunFile
 
 TOKENIZER = TokenizerFacts(fingerprint="f" * 64, vocab_size=4096, eos_id=0)
 NUM_SEQUENCES, SEQ_LEN = 512, 256
-_STUDENT_TEXT = SplitFacts(num_documents=9, num_text_bytes=1000, num_text_tokens=300, by_length=(0, 0, 0, 0, 2, 0, 7))
+_BY_LENGTH = (0, 0, 0, 0, 2, 0, *range(7, 18))  # up to 65,536 tokens
+_STUDENT_TEXT = SplitFacts(num_documents=9, num_text_bytes=1000, num_text_tokens=300, by_length=_BY_LENGTH)
 
 
 @pytest.fixture(scope="session")
@@ -112,10 +113,10 @@ def _shards(name: str, num_sequences: int, num_bytes: int) -> ShardSet:
 def _write_curves(inputs: dict[str, StageInput], losses: dict[str, list[float]]) -> None:
     ends = {f"train/{arm}/seed-{seed}": loss for arm, found in losses.items() for seed, loss in enumerate(found)}
     for name, loss in {"teacher": 2.9, **ends}.items():
-        lines = ["step,num_tokens,train_loss,validation_loss,tokens_per_s,gradient_norm"]
+        lines = ["step,num_tokens,train_loss,validation_loss,tokens_per_s,gradient_norm,heldout_teacher_ce"]
         for step in range(100, 2001, 100):
-            lines.append(f"{step},{2048 * step},{loss + 0.1},,{step + 450},1.5")
-            lines.append(f"{step},{2048 * step},,{loss + 3 * math.exp(-step / 400):.6f},,")
+            lines.append(f"{step},{2048 * step},{loss + 0.1},,{step + 450},1.5,")
+            lines.append(f"{step},{2048 * step},,{loss + 3 * math.exp(-step / 400):.6f},,,{loss + 1}")
         (inputs[name].path / "metrics.csv").write_text("\n".join(lines) + "\n")
 
 

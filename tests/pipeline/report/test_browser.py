@@ -71,9 +71,20 @@ def test_a_page_fits_every_width_is_silent_and_asks_for_nothing(browser, file, w
         """() => [...document.querySelectorAll('svg.chart text')].filter(text => {
             const own = text.getBoundingClientRect(), all = text.closest('svg').getBoundingClientRect()
             return own.left < all.left - 1 || own.right > all.right + 1
+                || own.top < all.top - 1 || own.bottom > all.bottom + 1
         }).map(text => text.textContent)"""
     )
     assert cut == []
+    # and no two words beside each other run together
+    together = page.evaluate(
+        """() => [...document.querySelectorAll('svg.chart')].flatMap(chart => {
+            const words = [...chart.querySelectorAll('text')]
+            const all = words.map(text => [text.textContent, text.getBoundingClientRect()])
+            return all.flatMap(([left, a]) => all.filter(([, b]) =>
+                a.left < b.left && b.left < a.right && Math.abs(a.top - b.top) < 1).map(([right]) => [left, right]))
+        })"""
+    )
+    assert together == []
     assert len(page.screenshot(path=tmp_path / "page.png", full_page=True)) > 10_000
     assert shown.said == []
     assert shown.asked_for == [file.as_uri()]

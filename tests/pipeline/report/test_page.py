@@ -73,12 +73,12 @@ def test_ids_are_unique(page):
 
 def test_every_chart_is_named_and_has_its_numbers_as_a_table(page):
     charts = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(charts) == 9
+    assert len(charts) == 10
     assert all(attrs["role"] == "img" for attrs in charts)
     labels = " ".join(attrs["aria-label"] for attrs in charts)
     assert "distilled on cross_entropy, seed 1 +0.0400" in labels
     assert "teacher 2.9000" in labels
-    assert [tag for tag, _ in page.tags].count("details") == 10
+    assert [tag for tag, _ in page.tags].count("details") == 11
     for title in ("Gain of distillation", "Held-out loss", "Students in training", "Teacher in training"):
         assert title in page.texts
 
