@@ -17,8 +17,9 @@ import mkdocs_gen_files
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 
 
-def notebook_page(notebook: dict[str, Any], pictures: dict[str, bytes]) -> Iterator[str]:
+def notebook_page(path: Path, pictures: dict[str, bytes]) -> Iterator[str]:
     """Paragraphs of the page of a notebook; `pictures` receives its pictures by the names that the page gives them."""
+    notebook: dict[str, Any] = json.loads(path.read_text())
     for number, cell in enumerate(notebook["cells"]):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
@@ -28,7 +29,7 @@ def notebook_page(notebook: dict[str, Any], pictures: dict[str, bytes]) -> Itera
         for output in cell["outputs"]:
             data = output.get("data", {})
             if "image/png" in data:
-                name = f"cell-{number}.png"
+                name = f"{path.stem}-{number}.png"
                 pictures[name] = base64.b64decode(data["image/png"])
                 yield f"![What the lines above draw]({name})"
             else:
@@ -38,7 +39,7 @@ def notebook_page(notebook: dict[str, Any], pictures: dict[str, bytes]) -> Itera
 for path in sorted(NOTEBOOKS.glob("*.ipynb")):
     pictures: dict[str, bytes] = {}
     download = f"This page is a [notebook]({path.name}): run it yourself, or download it."
-    title, *rest = notebook_page(json.loads(path.read_text()), pictures)
+    title, *rest = notebook_page(path, pictures)
     with mkdocs_gen_files.open(f"notebooks/{path.stem}.md", "w") as page:
         page.write("\n\n".join([title, download, *rest]) + "\n")
     for name, content in pictures.items():

@@ -13,9 +13,12 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
+
+import torch
 
 from capgap.pipeline.plan.probes import Probe, Rate, cache_rates, student_rates, teacher_rates
 from capgap.pipeline.plan.rates import CALIBRATION_NAME, STAGES_WITH_A_RATE, Stated, stated_or_measured
@@ -29,6 +32,7 @@ from capgap.pipeline.workflow.state import StageState, State, states
 from capgap.schemas.errors import CapgapError, InputError
 from capgap.schemas.plan import Calibration, Figure
 from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_sections import ReusableStage
 from capgap.schemas.secrets import redacted_values
 
 BUDGET_S = 60.0
@@ -64,7 +68,7 @@ def calibrate(
         for stage in STAGES_WITH_A_RATE
         if stage in open_stages and work.tokens(stage).value != 0 and stated_or_measured(stage, work, stated) is None
     ]
-    probes = _probes_for(unknown, work)
+    probes = _probes_for(unknown, run)
     if not probes:
         event("calibrated", "calibrate: every rate is known, stated or measured; nothing was probed")
         return None
@@ -74,71 +78,71 @@ def calibrate(
             where=f"corpus.tokenizer: {run.corpus.tokenizer}",
             fix="name a tokenizer that is here, or make the corpus first",
         )
-    num_rates = sum(2 if name != "cache" else 1 for name in probes)
     device = resolve_device(run.device)
-    Path(run.out).mkdir(parents=True, exist_ok=True)
-    found: dict[str, Rate] = {}
-    failed: dict[str, str] = {}
-    num_devices = max(1, run.cache.num_devices if "cache" in probes else 1)
-    with leases(devices_from(device, num_devices), f"calibration of run {run.name}", True, cpu_group()):
-        for name in probes:
-            event("probing", f"calibrate: probes the {name}{'' if name != 'cache' else ' stage'} on {device}")
-            # on the disk that shards are going to
-            with tempfile.TemporaryDirectory(prefix="calibration-", dir=run.out) as scratch:
-                probe = _probe(run, known, work, device, Path(scratch), budget_s / num_rates)
-                try:
-                    found |= _in_own_process(_PROBES[name], probe)
-                except (CapgapError, MemoryError, BrokenProcessPool) as error:
-                    failed[name] = "its process was killed" if isinstance(error, BrokenProcessPool) else str(error)
-                    event("not_probed", f"calibrate: {name} could not be probed: {failed[name]}")
+    found, failed = _probe_all(probes, _probe(run, known, int(work.vocab_size), device, budget_s), run)
     kind, made = machine_kind(device), datetime.now(UTC).isoformat(timespec="seconds")
+    where = f"on {kind}, {made.partition('T')[0]}"
     calibration = Calibration(
         device=kind,
         made=made,
         resolved=redacted_values(run.model_dump(mode="json")),
-        tokens_per_s={
-            stage: _figure(stage, work, found, failed, f"on {kind}, {made.partition('T')[0]}") for stage in unknown
-        },
+        tokens_per_s={stage: _figure(stage, work, found, failed, where) for stage in unknown},
     )
     write_atomically(Path(run.out) / CALIBRATION_NAME, calibration.model_dump_json(indent=2) + "\n")
     return calibration
 
 
-def _probes_for(unknown: list[str], work: RunWork) -> list[str]:
-    """Which models are probed, in an order of falling weight."""
-    probes = ["cache"] if "cache" in unknown and work.run.cache.engine != "server" else []
-    measures_teacher = "eval" in unknown and work.run.eval.teacher != "cache" and work.run.teacher.served is None
-    if "teacher" in unknown or measures_teacher:
+def _probe_all(probes: list[str], whole: Probe, run: RunFile) -> tuple[dict[str, Rate], dict[str, str]]:
+    """The rates, and by the model's name why there is none; the budget of `whole` is divided among them."""
+    found: dict[str, Rate] = {}
+    failed: dict[str, str] = {}
+    # of a model, training and forward pass
+    budget_s = whole.budget_s / sum(1 if name == "cache" else 2 for name in probes)
+    devices = devices_from(whole.device, max(1, run.cache.num_devices if "cache" in probes else 1))
+    Path(run.out).mkdir(parents=True, exist_ok=True)
+    with leases(devices, f"calibration of run {run.name}", True, cpu_group()):
+        for name in probes:
+            event("probing", f"calibrate: probes the {'cache stage' if name == 'cache' else name} on {whole.device}")
+            # on the disk that shards are going to
+            with tempfile.TemporaryDirectory(prefix="calibration-", dir=run.out) as scratch:
+                try:
+                    probe = replace(whole, scratch=Path(scratch), budget_s=budget_s)
+                    found |= _in_own_process(_PROBES[name], probe)
+                except (CapgapError, MemoryError, torch.OutOfMemoryError, BrokenProcessPool) as error:
+                    failed[name] = "its process was killed" if isinstance(error, BrokenProcessPool) else str(error)
+                    event("not_probed", f"calibrate: the {name} could not be probed: {failed[name]}")
+    return found, failed
+
+
+def _probes_for(unknown: list[str], run: RunFile) -> list[str]:
+    """Which models are probed."""
+    probes = ["cache"] if "cache" in unknown and run.cache.engine != "server" else []
+    if "teacher" in unknown or ("eval" in unknown and run.measures_teacher):
         probes.append("teacher")
     if {"train", "eval"} & set(unknown):
         probes.append("student")
     return probes
 
 
-def _probe(
-    run: RunFile, known: dict[str, StageState], work: RunWork, device: str, scratch: Path, budget_s: float
-) -> Probe:
-    cache, teacher = (
-        run.reuse[stage]
-        if stage in run.reuse
-        else str(known[stage].folder)
-        if finished(stage, run, known) is not None
-        else None
-        for stage in ("cache", "teacher")
-    )
-    assert work.vocab_size is not None
+def _probe(run: RunFile, known: dict[str, StageState], vocab_size: int, device: str, budget_s: float) -> Probe:
     made = finished("cache", run, known) or finished("corpus", run, known)
-    seq_len = run.corpus.seq_len if made is None else next(iter(made.shard_sets.values())).seq_len
     return Probe(
         run=run.model_dump_json(),
         device=device,
-        scratch=scratch,
-        vocab_size=int(work.vocab_size),
-        seq_len=seq_len,
+        scratch=Path(run.out),
+        vocab_size=vocab_size,
+        seq_len=run.corpus.seq_len if made is None else next(iter(made.shard_sets.values())).seq_len,
         budget_s=budget_s,
-        teacher=teacher,
-        cache=cache,
+        teacher=_made("teacher", run, known),
+        cache=_made("cache", run, known),
     )
+
+
+def _made(stage: ReusableStage, run: RunFile, known: dict[str, StageState]) -> str | None:
+    """Where the finished stage lies, or what stands for it."""
+    if stage in run.reuse:
+        return run.reuse[stage]
+    return None if finished(stage, run, known) is None else str(known[stage].folder)
 
 
 def _in_own_process(work: Callable[[Probe], dict[str, Rate]], probe: Probe) -> dict[str, Rate]:

@@ -208,8 +208,8 @@ class _Training:
         on_device = self._probe.device if self._settings.decode == "device" else None
         if settings.row_len is not None or settings.context == "document":
             require_ending_attention(self._model, settings.row_len or self._probe.seq_len)
-        more = {"batch_sequences": size, "micro_batch": size, "decode_on": on_device, "target_temperature": target}
-        return SequenceLoader(reader, replace(settings, **more))
+        mine = replace(settings, batch_sequences=size, micro_batch=size, decode_on=on_device, target_temperature=target)
+        return SequenceLoader(reader, mine)
 
     def step_rate(self, loader: SequenceLoader) -> Rate:
         """Of whole steps: micro-batches forward and backward, and after those of a step the optimizer."""
