@@ -224,7 +224,7 @@ class _Training:
                 batch = next(batches).to(self._probe.device)
                 with self._arithmetic():
                     loss = module.loss(batch, self.alpha).loss
-                (loss / accumulate).backward()
+                (loss / accumulate).backward()  # type: ignore[no-untyped-call]
                 num_tokens += batch.num_tokens
                 if number % accumulate == 0 or number == num_batches:
                     module.configure_gradient_clipping(optimizer)
@@ -259,7 +259,8 @@ class _Training:
     def _module(self) -> DistillationModule:
         module = DistillationModule(
             self._model, self._settings, 1, self.alpha, self.temperature, self._probe.vocab_size, self.objective
-        ).to(self._probe.device)
+        )
+        module.to(self._probe.device)
         module.on_fit_start()
         return module
 
