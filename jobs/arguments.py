@@ -24,6 +24,7 @@ from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.run_file import RunFile
 
 _R = TypeVar("_R", bound=Record)
+_NO_MARKS = str.maketrans("", "", "._-")
 
 
 class Parsed(NamedTuple, Generic[_R]):
@@ -192,8 +193,8 @@ def _split(
         word = words.pop(0)
         flag, equals, value = word.partition("=")
         if not word.startswith("--") or word == "--":
-            if equals and record is not None:
-                _refuse_bare(flag, word, value, record)
+            if record is not None and (equals or word.startswith("-")):
+                _refuse_bare(flag, word, value or " ".join(words[:1]), record)
             (own if parser.file is None or word.startswith("-") else files).append(word)
         elif (action := parser.own(flag)) is not None:
             own.append(word)
@@ -228,18 +229,17 @@ def _is_unknown(record: type[Record], name: str) -> bool:
 
 
 def _refuse_bare(name: str, word: str, value: str, record: type[Record]) -> None:
-    """A setting without its dashes, as other programs write them: `train.learning_rate=1e-3`, `lr 1e-3`."""
-    if (
-        Path(word).exists()
-        or word in shipped_names()
-        or not name.replace(".", "").replace("_", "").replace("-", "").isalnum()
-    ):
+    """A setting without its dashes, as other programs write them: `lr 1e-3`, `+train.lr=1e-3`, `-lr 1e-3`."""
+    plain = name.lstrip("+-").replace("/", "." if "=" in word else "/")
+    if Path(word).exists() or word in shipped_names() or not plain.translate(_NO_MARKS).isalnum():
         return
+    name = plain if "=" in word or word.startswith("-") else name
     loc = tuple(name.split("."))
     meant = [name] if find(record, loc) is not None else settings_like(record, loc)
     if meant:
         text = f"{'=' if '=' in word else ' '}{value}" if value else ""
-        raise SettingError("no such file", where=word, fix=did_you_mean(f"--{one}{text}" for one in meant))
+        what = "no such flag" if word.startswith("-") else "no such file"
+        raise SettingError(what, where=word, fix=did_you_mean(f"--{one}{text}" for one in meant))
 
 
 def _unknown(parser: Parser, name: str, record: type[Record] | None) -> SettingError:

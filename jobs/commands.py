@@ -44,7 +44,8 @@ def run_command(argv: Sequence[str]) -> int:
     else:
         text = f"nothing to do: {len(chosen)} of {len(chosen)} stages are current ({wall_s:.1f} s)"
     log("run_done", text, made=made, num_stages=len(chosen), wall_s=wall_s)
-    _say_where_to_look(run)
+    if (look := where_to_look(run)) is not None:
+        log("next", look[1], path=str(look[0]))
     return 0
 
 
@@ -236,19 +237,20 @@ def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any], comma
     )
 
 
-def _say_where_to_look(run: RunFile) -> None:
-    """The last line of a run: the most telling thing that it has made, and how one goes on from there."""
+def where_to_look(run: RunFile) -> tuple[Path, str] | None:
+    """The most telling thing that a run has made, and the last line of the run, which says how one goes on from there.
+
+    None where nothing is there yet that one would look at.
+    """
     out = Path(run.out)
-    if run.makes("eval") and (page := out / "report" / "report.html").is_file():
-        log(
-            "next",
-            f"look next: {page}, in a browser; every figure is in {out / 'eval' / 'results.json'}",
-            path=str(page),
-        )
-    elif run.makes("train"):
-        log("next", f"look next: tensorboard --logdir {out}; the students are below {out / 'train'}", path=str(out))
-    elif run.makes("cache") and (out / "cache").is_dir():
-        log("next", f"look next: capgap fidelity {out / 'cache'}, for what the cache keeps", path=str(out / "cache"))
+    page, trained, cache = out / "report" / "report.html", out / "train", out / "cache"
+    if run.makes("eval") and page.is_file():
+        return page, f"look next: {page}, in a browser; every figure is in {out / 'eval' / 'results.json'}"
+    if run.makes("train") and trained.is_dir():
+        return out, f"look next: tensorboard --logdir {out}; the students are below {trained}"
+    if run.makes("cache") and cache.is_dir():
+        return cache, f"look next: capgap fidelity {cache}, for what the cache keeps"
+    return None
 
 
 def _show_table(run: RunFile) -> None:

@@ -15,14 +15,19 @@ if TYPE_CHECKING:
 
 
 def plan_command(argv: Sequence[str]) -> int:
-    """`capgap plan`: a table, or JSON; nothing is made or run."""
+    """`capgap plan`: a table, or JSON; no stage is run, and with `--calibrate` their rates are probed first."""
     from capgap.pipeline.plan import make_plan
 
     run, flags, _ = parse_run(plan_parser(), argv)
+    stated, text_bytes_per_token = stated_speed(flags), positive(flags, "text_bytes_per_token")
+    if flags["calibrate"]:
+        from capgap.pipeline.plan.calibrate import calibrate
+
+        calibrate(run, stated, text_bytes_per_token=text_bytes_per_token)
     plan = make_plan(
         run,
-        stated_speed(flags),
-        text_bytes_per_token=positive(flags, "text_bytes_per_token"),
+        stated,
+        text_bytes_per_token=text_bytes_per_token,
         online_teacher_tokens_per_s=positive(flags, "online_teacher_tokens_per_s"),
     )
     if flags["json"]:
@@ -38,6 +43,11 @@ def plan_parser() -> Parser:
     """The parser of `capgap plan`."""
     parser = run_file_parser("capgap plan", "What a run will take, before anything is made.")
     parser.add_argument("--json", action="store_true", help="The plan as one JSON object.")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="Probe the rates that nobody knows, for a minute; kept as calibration.json in the run's folder.",
+    )
     parser.add_argument(
         "--online-teacher-tokens-per-s",
         type=number,

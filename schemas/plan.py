@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import JsonValue
+
 from capgap.schemas.base import Record
 from capgap.schemas.law_prediction import Prediction
 
@@ -89,3 +91,19 @@ class RunPlan(Record):
 
     notes: tuple[str, ...]
     """What else to know."""
+
+
+class Calibration(Record):
+    """Rates that `capgap plan --calibrate` probed, kept as `calibration.json` in the run's folder."""
+
+    device: str
+    """What they were probed on."""
+
+    made: str
+    """When, as ISO 8601."""
+
+    resolved: dict[str, JsonValue]
+    """The run file with its flags: a rate counts where the settings that decide it are the same."""
+
+    tokens_per_s: dict[str, Figure]
+    """By stage; without a number, why it could not be probed."""

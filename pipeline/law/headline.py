@@ -11,8 +11,8 @@ from capgap.schemas.law_curve import CurveFit
 from capgap.schemas.law_fit import Estimate, GlobalLaw, LawFit
 
 _MEANING = {
-    "saturating": "larger teachers stopped helping, and did no harm",
-    "edge": "the best teacher lies at the edge of those that were tried",
+    "saturating": "larger teachers stopped helping and did no harm",
+    "edge": "it may lie beyond the sizes that were tried",
     "flat": "the teacher's size made no difference that could be measured",
 }
 
@@ -63,10 +63,13 @@ def _nothing_sentence(curves: Sequence[CurveFit]) -> str:
     verdicts = Counter(verdict for curve in curves if (verdict := _verdict(curve)) is not None)
     if not verdicts:
         return f"The best teacher is not known: runs are missing, and none of {len(curves)} curves can be judged."
+    # a student has several curves where it was trained in several ways
+    kind = "students" if len({curve.student for curve in curves}) == len(curves) else "students and ways of training"
     shown = [
-        f"in {count} of {len(curves)} {_MEANING[verdict]} ({verdict})" for verdict, count in verdicts.most_common()
+        f"for {count} of {len(curves)} {kind} {_MEANING[verdict]} ({verdict})"
+        for verdict, count in verdicts.most_common()
     ]
-    return f"No best size of teacher was found. Of the curves of loss over the teacher's size, {'; '.join(shown)}."
+    return f"No best size of teacher was found: {'; '.join(shown)}."
 
 
 def _verdict(curve: CurveFit) -> str | None:

@@ -1,4 +1,4 @@
-"""How fast a stage goes: as it was stated, as an earlier run of the same stage went, or as a device's peak allows."""
+"""How fast a stage goes: as stated, as an earlier run went, as `--calibrate` probed, or as a device's peak allows."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from capgap.pipeline.plan.work import RunWork
 from capgap.pipeline.stage.manifests import read_manifest
 from capgap.schemas.errors import CorruptError
 from capgap.schemas.manifest import MANIFEST_NAME, Manifest
-from capgap.schemas.plan import Figure
+from capgap.schemas.plan import Calibration, Figure
 from capgap.schemas.run_file import RunFile
 
-_STAGES_WITH_A_RATE = ("teacher", "cache", "train", "eval")
+STAGES_WITH_A_RATE = ("teacher", "cache", "train", "eval")
+CALIBRATION_NAME = "calibration.json"
 
 # What must be equal for an earlier run's rate to be this run's: settings of the resolved run file, by dotted name.
 _SAME: dict[str, tuple[str, ...]] = {
@@ -63,24 +66,33 @@ class Stated:
 
 def rate_of(stage: str, work: RunWork, stated: Stated) -> Figure:
     """Tokens/s of one engine or training; from the first source that has it."""
-    if stage not in _STAGES_WITH_A_RATE or work.tokens(stage).value == 0:
+    if stage not in STAGES_WITH_A_RATE or work.tokens(stage).value == 0:
         to_do = work.tokens(stage)
         return Figure(value=None, source="no rate is known of this stage" if to_do.value else to_do.source)
-    given = {"cache": stated.teacher_tokens_per_s, "train": stated.train_tokens_per_s}.get(stage)
-    if given is not None:
-        return Figure(value=given, source="stated")
-    earlier = _earlier(stage, work, [work.run.out, *stated.like])
-    if earlier is not None:
-        return earlier
+    known = stated_or_measured(stage, work, stated)
+    if known is not None:
+        return known
+    probed = _probed(stage, work.run, [work.run.out, *stated.like])
+    if probed is not None and probed.value is not None:
+        return probed
     if stage == "cache" and work.run.cache.engine == "server":
         return Figure(value=None, source="give --teacher-tokens-per-s or --like RUN: the teacher is served elsewhere")
     operations, tokens = work.operations(stage), work.tokens(stage).value
     if stated.device_peak_tflops is None or stated.mfu is None or operations is None or not tokens:
-        return Figure(value=None, source=_missing(stage, operations is not None))
+        why = "" if probed is None else f"{probed.source}; "
+        return Figure(value=None, source=why + _missing(stage, operations is not None))
     rate = stated.device_peak_tflops * 1e12 * stated.mfu / (operations / tokens)
     num_devices = work.run.cache.num_devices if stage == "cache" else 1
     source = f"{operations / tokens:.3g} operations a token at {stated.mfu:g} of {stated.device_peak_tflops:g} TFLOP/s"
     return Figure(value=rate * num_devices, source=source)
+
+
+def stated_or_measured(stage: str, work: RunWork, stated: Stated) -> Figure | None:
+    """Tokens/s as the user states it, or as an earlier run measured it; None where neither is so."""
+    given = {"cache": stated.teacher_tokens_per_s, "train": stated.train_tokens_per_s}.get(stage)
+    if given is not None:
+        return Figure(value=given, source="stated")
+    return _earlier(stage, work, [work.run.out, *stated.like])
 
 
 def earlier_wall_s(stage: str, run: RunFile, folders: Iterable[str]) -> Figure | None:
@@ -95,7 +107,21 @@ def earlier_wall_s(stage: str, run: RunFile, folders: Iterable[str]) -> Figure |
 def _missing(stage: str, counted: bool) -> str:
     flag = {"cache": "--teacher-tokens-per-s, ", "train": "--train-tokens-per-s, "}.get(stage, "")
     needs = "" if counted else " (and a model and text that can be counted)"
-    return f"give {flag}--like RUN, or --device-peak-tflops and --mfu{needs}"
+    peak = f"--device-peak-tflops and --mfu{needs}"
+    return f"give {flag}--like RUN, or {peak}, or probe it with `capgap plan --calibrate`"
+
+
+def _probed(stage: str, run: RunFile, folders: Iterable[str]) -> Figure | None:
+    wanted = run.model_dump(mode="json")
+    for folder in folders:
+        try:
+            found = Calibration.model_validate_json((Path(folder) / CALIBRATION_NAME).read_bytes())
+        except (OSError, ValidationError):
+            continue
+        same = all(_at(found.resolved, name) == _at(wanted, name) for name in _SAME[stage])
+        if same and stage in found.tokens_per_s:
+            return found.tokens_per_s[stage]
+    return None
 
 
 def _earlier(stage: str, work: RunWork, folders: Iterable[str]) -> Figure | None:

@@ -55,7 +55,7 @@ class RunWork:
 
     @property
     def _measured_teachers(self) -> int:
-        return 0 if self.run.eval.teacher == "cache" else 1
+        return 1 if self.run.measures_teacher else 0
 
     @property
     def num_cache_students(self) -> int:

@@ -59,6 +59,7 @@ def test_a_second_run_does_nothing_and_says_so(copy: Path) -> None:
     again = capgap(*run_of(copy))
     assert again.returncode == 0
     assert f"nothing to do: {len(STAGES)} of {len(STAGES)} stages are current" in again.stdout
+    assert again.stdout.splitlines()[-1].startswith("look next: ")
     assert manifests(copy) == before
 
 

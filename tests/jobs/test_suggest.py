@@ -98,6 +98,10 @@ def test_a_command_is_found_by_spelling_and_by_meaning(name: str, meant: str | N
             "--train.lr: no such setting; found 3; did you mean --train.learning_rate?",
         ),
         (["run", "demo", "learning-rate", "3"], "learning-rate: no such file; did you mean --train.learning_rate 3?"),
+        (["run", "demo", "+train.lr=3"], "+train.lr=3: no such file; did you mean --train.learning_rate=3?"),
+        (["run", "demo", "train/lr=3"], "train/lr=3: no such file; did you mean --train.learning_rate=3?"),
+        (["run", "demo", "-lr", "3"], "-lr: no such flag; did you mean --train.learning_rate 3?"),
+        (["run", "demo", "runs/lr"], "two files are named; found demo and runs/lr, expected one"),
         (["run", "demo", "learning-rate=3"], "learning-rate=3: no such file; did you mean --train.learning_rate=3?"),
         (["run", "lr=3", "demo"], "lr=3: no such file; did you mean --train.learning_rate=3?"),
         (

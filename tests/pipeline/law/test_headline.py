@@ -51,8 +51,7 @@ def test_one_student_with_a_best_is_no_law(fit) -> None:
 def test_no_best_is_claimed_where_none_was_shown(fit) -> None:
     falling = fit(planted(lambda t, s: 4.0 - 0.05 * float(np.log(t / s)), [1e6, 2e6], RATIOS))
     assert headline(falling) == (
-        "No best size of teacher was found. Of the curves of loss over the teacher's size, in 2 of 2 the best "
-        "teacher lies at the edge of those that were tried (edge)."
+        "No best size of teacher was found: for 2 of 2 students it may lie beyond the sizes that were tried (edge)."
     )
     missing = fit([run(size(1e6), one, 0, 4.0) for one in (None, teacher(4e6))])
     assert headline(missing) == ("The best teacher is not known: runs are missing, and none of 1 curves can be judged.")

@@ -49,6 +49,28 @@ def make_task(shards, tmp_path) -> Callable[..., TrainingTask]:
     return make
 
 
+@pytest.mark.parametrize(
+    ("kind", "alpha", "more", "names"),
+    [
+        ("sampled", 1.0, {}, "cross-entropy, KL to samples"),
+        ("topk", 0.5, {}, "cross-entropy, KL to the top-k tokens"),
+        ("topk", 1.0, {"divergence": "reverse_kl"}, "cross-entropy, reverse KL to the top-k tokens"),
+        ("sampled", 0.0, {}, "cross-entropy"),
+    ],
+)
+def test_losses_are_shown_by_name_and_of_every_arm_first_the_one_that_all_have(
+    make_task, make_student, tmp_path, caplog, kind, alpha, more, names
+) -> None:
+    caplog.set_level("INFO", "capgap")
+    task = make_task(kind, alpha, log_every_steps=1)
+    fit(make_student(), dataclasses.replace(task, objective=Objective(**more)))
+    (last,) = [one.getMessage() for one in caplog.records if "15 of 15 steps" in one.getMessage()]
+    shown = last.partition(" s left, ")[2].split(", ")
+    assert ", ".join(part.rpartition(" ")[0] for part in shown) == names
+    # the same scale whatever the arm learns from: nats a token of the text
+    assert float(shown[0].rpartition(" ")[2]) == pytest.approx(_column(tmp_path, "train_ce")[-1][1], abs=1e-3)
+
+
 def _metrics(folder: Path) -> list[dict[str, str]]:
     with (folder / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))

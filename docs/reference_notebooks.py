@@ -1,0 +1,47 @@
+"""Makes a page of each notebook in docs/notebooks, with the outputs that are stored in it.
+
+mkdocs runs it when it builds the site; the pages are in no folder. A notebook's JSON is simple enough to be read as it
+is: nbconvert would bring a dozen packages.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mkdocs_gen_files
+
+NOTEBOOKS = Path(__file__).parent / "notebooks"
+
+
+def notebook_page(path: Path, pictures: dict[str, bytes]) -> Iterator[str]:
+    """Paragraphs of the page of a notebook; `pictures` receives its pictures by the names that the page gives them."""
+    notebook: dict[str, Any] = json.loads(path.read_text())
+    for number, cell in enumerate(notebook["cells"]):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            yield source
+            continue
+        yield f"```python\n{source}\n```"
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                name = f"{path.stem}-{number}.png"
+                pictures[name] = base64.b64decode(data["image/png"])
+                yield f"![What the lines above draw]({name})"
+            else:
+                yield "```\n" + "".join(output.get("text") or data["text/plain"]).rstrip("\n") + "\n```"
+
+
+for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+    pictures: dict[str, bytes] = {}
+    download = f"This page is a [notebook]({path.name}): run it yourself, or download it."
+    title, *rest = notebook_page(path, pictures)
+    with mkdocs_gen_files.open(f"notebooks/{path.stem}.md", "w") as page:
+        page.write("\n\n".join([title, download, *rest]) + "\n")
+    for name, content in pictures.items():
+        with mkdocs_gen_files.open(f"notebooks/{name}", "wb") as picture:
+            picture.write(content)
