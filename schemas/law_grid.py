@@ -34,8 +34,9 @@ _SIZES = ("num_layers", "hidden_size", "num_heads", "num_key_value_heads", "inte
 class Budget(Record):
     """How long students train: one rule for all of them."""
 
-    tokens: int | None = Field(None, ge=1)
-    """Targets, alike for every student."""
+    tokens: int | None = Field(None, ge=0)
+    """Targets, alike for every student. 0 measures students as they are before training: the baseline, and the initial
+    KL to each teacher."""
 
     tokens_per_parameter: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Targets for each of the student's parameters, all of them counted."""

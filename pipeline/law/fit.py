@@ -1,7 +1,7 @@
 """From the table of runs to `law.json`.
 
 table --curves--> TeacherCurve --contrasts--> verdict --best--> CurveFit --global_law--> GlobalLaw
-  |                                                                                  |
+  |              '--regret--> RegretTable ------------------------------------------|
   '--frontier--> Frontier -----------------------------------------------------> LawFit (law.json)
 """
 
@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 from capgap.pipeline.law.curve_fit import fit_curve
 from capgap.pipeline.law.frontier import frontiers
-from capgap.pipeline.law.global_law import global_laws
 from capgap.pipeline.law.grid import curves, missing_runs
+from capgap.pipeline.law.law_axes import laws
+from capgap.pipeline.law.regret import regret_tables
 from capgap.pipeline.law.table import read_table
 from capgap.pipeline.law.verdict import MIN_DELTA
 from capgap.pipeline.store.files import sha256_of, write_atomically
@@ -36,7 +37,8 @@ def fit_table(path: Path, size: Size = "total", min_delta: float = MIN_DELTA) ->
         MismatchError: its rows cannot stand in one grid.
     """
     runs = read_table(path)
-    fitted = tuple(fit_curve(curve, size, min_delta) for curve in curves(runs))
+    found = curves(runs)
+    fitted = tuple(fit_curve(curve, size, min_delta) for curve in found)
     names = sorted({name for run in runs for name in run.common})
     return LawFit(
         table=str(path),
@@ -47,7 +49,8 @@ def fit_table(path: Path, size: Size = "total", min_delta: float = MIN_DELTA) ->
         common={name: str(runs[0].common[name]) for name in names},
         missing=missing_runs(runs),
         curves=fitted,
-        laws=global_laws(fitted),
+        laws=laws(fitted),
+        regrets=regret_tables(found, size),
         frontiers=frontiers(runs),
     )
 
