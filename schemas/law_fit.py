@@ -25,8 +25,8 @@ class Estimate(Record):
 
 
 Measure = Literal["teacher's loss", "teacher's loss over the student's alone", "gap in loss", "initial KL"]
-"""`gap in loss`: the student's loss without a teacher minus the teacher's. `initial KL`: from the teacher to the student
-before training."""
+"""`gap in loss`: the student's loss without a teacher minus the teacher's. `initial KL`: from the teacher to the
+untrained student."""
 
 
 class AxisLaw(Record):

@@ -67,7 +67,7 @@ class Advice(Record):
     """In words."""
 
     verdict: str
-    """Which answer was measured on such a student, in a sentence."""
+    """Whether the fit given was measured on such a student, and what it then says."""
 
     warning: str | None = None
     """A warning of teachers that another study finds too large for the student; None where there are none."""
@@ -90,13 +90,15 @@ def advise(student: int, tokens: int, teachers: Sequence[GivenTeacher], fit: Law
         raise SettingError(
             "not a choice", where="--teachers", found=", ".join(names) or "none", expected="sizes, each once"
         )
-    answers = [] if fit is None else [_law_answer(law, fit, student, tokens, teachers) for law in fit.laws]
-    answers += [_published_answer(one, student, tokens, teachers) for one in predictions(student, tokens, teachers)]
+    fits = [] if fit is None else [_law_answer(law, fit, student, tokens, teachers) for law in fit.laws]
+    answers = fits + [
+        _published_answer(one, student, tokens, teachers) for one in predictions(student, tokens, teachers)
+    ]
     return Advice(
         student=student,
         tokens=tokens,
         answers=tuple(answers),
-        verdict=_verdict(answers),
+        verdict=_verdict(fits),
         disagreement=_disagreement(answers),
         warning=warning_of_ratio(student, teachers),
     )
@@ -139,8 +141,8 @@ def _outside(what: str, value: float, least: float, most: float) -> str | None:
     if least <= value <= most:
         return None
     if value > most:
-        return f"{what} is {value / most:.3g} x the largest that was measured ({human_count(most)})"
-    return f"{what} is {least / value:.3g} x below the least that was measured ({human_count(least)})"
+        return f"{what} is {value / most:,.3g} x the largest that was measured ({human_count(most)})"
+    return f"{what} is {least / value:.3g} x smaller than the least that was measured ({human_count(least)})"
 
 
 def _from_power(law: GlobalLaw, student: int) -> tuple[float, Interval, str]:
@@ -205,15 +207,17 @@ def _nearest(teachers: Sequence[GivenTeacher], size: float | None) -> str | None
     return None if found is None else found.name
 
 
-def _verdict(answers: Sequence[Answer]) -> str:
-    inside = [one for one in answers if one.within_validity]
+def _verdict(fits: Sequence[Answer]) -> str:
+    """Whether a measured fit applies, and what it says."""
+    if not fits:
+        return "no fit of your own was given: what follows was measured elsewhere"
+    inside = [one for one in fits if one.within_validity]
     if not inside:
-        return "no source measured such a student: every answer below is an extrapolation"
-    named = [one for one in inside if one.choice is not None]
-    if not named:
-        return f"{inside[0].source} measured such students, and no best size of teacher was shown: see its summary"
-    first = named[0]
-    return f"take {first.choice}: {first.source} was measured on such students"
+        return f"the fit does not apply: {'; '.join(fits[0].outside[:2])}"
+    chosen = next((one for one in inside if one.choice is not None), None)
+    if chosen is None:
+        return "the fit applies, and shows no best size of teacher"
+    return f"the fit applies: take {chosen.choice}"
 
 
 def _disagreement(answers: Sequence[Answer]) -> str:

@@ -102,7 +102,7 @@ def _follow(rule: Rule, students: Sequence[Student]) -> tuple[Array, Rule, tuple
     regrets, choices = [], []
     for student in students:
         chosen_B = rule.choose(student, [other for other in students if other is not student])
-        regret_B = student.regrets_BM[np.arange(len(chosen_B)), chosen_B]
+        regret_B = student.lost[np.arange(len(chosen_B)), chosen_B]
         regrets.append(regret_B)
         teacher = student.teachers[int(chosen_B[0])]
         choices.append(Choice(student=student.name, teacher=teacher, regret=float(regret_B[0])))

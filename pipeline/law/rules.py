@@ -53,8 +53,8 @@ class Student:
     means_BM: Array
 
     @property
-    def regrets_BM(self) -> Array:
-        """Loss above that with the best teacher."""
+    def lost(self) -> Array:
+        """Loss above that with the best teacher [B, M]."""
         above_BM: Array = self.means_BM - self.means_BM.min(1, keepdims=True)
         return above_BM
 
@@ -132,7 +132,7 @@ def _constant(place: Place) -> Callable[[Student, Sequence[Student]], Int64Array
         def nearest(one: Student, places: Array) -> Int64Array:
             return np.argmin(np.abs(place(one) - places[..., None]), axis=-1)
 
-        lost_BK = np.sum([one.regrets_BM[:, nearest(one, tried_K)] for one in others], axis=0)
+        lost_BK = np.sum([one.lost[:, nearest(one, tried_K)] for one in others], axis=0)
         best_BK = lost_BK <= lost_BK.min(1, keepdims=True) + 1e-12
         return nearest(student, _middle_of_first(best_BK, tried_K))
 

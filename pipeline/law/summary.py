@@ -37,8 +37,8 @@ def lines(law: LawFit) -> Iterator[str]:
 def regret_lines(table: RegretTable) -> Iterator[str]:
     """Rule by rule, the one that loses least first."""
     yield (
-        f"{table.title}: what {len(table.students)} students lose by each rule that has not seen them, nats/token, over "
-        f"{table.num_seeds} seeds; noise alone costs {table.floor:.4f}"
+        f"{table.title}: what {len(table.students)} students lose by each rule that has not seen them, nats/token, "
+        f"over {table.num_seeds} seeds; noise alone costs {table.floor:.4f}"
     )
     for rule in table.rules:
         yield f"  {rule.name}: {', '.join(part for part in regret_cells(rule) if part)}"
@@ -82,10 +82,10 @@ def power_lines(plan: LawPlan) -> Iterator[str]:
             yield f"{one.student}: one seed or one teacher shows no difference"
             continue
         yield (
-            f"{one.student}: differences between teachers from {one.smallest:.4f} nats on will be shown (4 times in 5), "
-            f"from {one.smallest_cautious:.4f} if the noise is as large as the pilot's {one.noise:.4f} allows; seeds that show "
-            f"{one.wished:g}: {one.seeds_needed or 'more than 500'} to {one.seeds_needed_cautious or 'more than 500'}; "
-            f"pilot: {one.pilot}, the student is {one.size_ratio:.3g} x as large"
+            f"{one.student}: shows a difference between teachers of {one.smallest:.4f} nats 4 times in 5 "
+            f"({one.smallest_cautious:.4f} at the upper limit of the noise); seeds that show {one.wished:g}: "
+            f"{one.seeds_needed or 'more than 500'} ({one.seeds_needed_cautious or 'more than 500'}); noise "
+            f"{one.noise:.4f}, of {one.pilot}, whose student has {1 / one.size_ratio:.3g} x its parameters"
         )
 
 

@@ -98,6 +98,6 @@ def test_the_initial_kl_of_untrained_students_is_a_rule() -> None:
 
 
 def test_noise_alone_has_a_price() -> None:
-    """Without noise a student's other seeds name its best teacher; with noise as large as the valley they often do not."""
+    """A student's other seeds name its best teacher, but where noise is as large as the valley."""
     assert scored(planted(valley(4.0), SIZES, RATIOS, noise=1e-6))[0].floor == pytest.approx(0, abs=1e-5)
     assert scored(planted(valley(4.0, bend=1e-4), SIZES, RATIOS, noise=0.02))[0].floor > 0.005
