@@ -49,6 +49,15 @@ def grid_table_parser() -> Parser:
     return _grid_parser("table", "Write the table of what a grid has so far, and run nothing.")
 
 
+def grid_submit_parser() -> Parser:
+    """The parser of `capgap law submit`."""
+    parser = _grid_parser("submit", "Write what a grid has so far into one file, for others to add.")
+    parser.add_argument(
+        "--to", type=str, default=None, help="The file; submission.json in the grid's folder where it is left out."
+    )
+    return parser
+
+
 def _grid_parser(name: str, description: str) -> Parser:
     return Parser(f"capgap law {name}", description, LawGrid, "GRID", ("grid",))
 
@@ -187,6 +196,19 @@ def grid_table_command(argv: Sequence[str]) -> int:
 
     path = gather(grid)
     log("law_table", f"table: {path}", path=str(path))
+    return 0
+
+
+def grid_submit_command(argv: Sequence[str]) -> int:
+    """`capgap law submit`."""
+    grid, flags, _ = parse_settings(grid_submit_parser(), argv, LawGrid)
+    from capgap.pipeline.law.run import gather
+    from capgap.pipeline.law.shared import write_submission
+
+    path = Path(flags["to"]) if flags["to"] else Path(grid.out) / "submission.json"
+    done = write_submission(grid, gather(grid), path)
+    text = f"submission: {path}, {len(done.rows)} rows, {len(done.manifests)} manifests"
+    log("law_submission", text, path=str(path), num_rows=len(done.rows))
     return 0
 
 

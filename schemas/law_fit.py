@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from capgap.schemas.base import Record
 from capgap.schemas.law import Init
 from capgap.schemas.law_curve import CurveFit, Size
 from capgap.schemas.law_frontier import Frontier
-from capgap.schemas.law_regret import RegretTable
+from capgap.schemas.law_regret import RegretTable, RuleScore
+from capgap.schemas.law_shared import PublishedResult
 from capgap.schemas.results import Interval
 
 LAW_NAME = "law.json"
@@ -132,3 +135,13 @@ class LawFit(Record):
 
     frontiers: tuple[Frontier, ...]
     """One for each accounting."""
+
+    added: dict[str, str] = Field(default_factory=dict)
+    """sha256 of the submissions whose rows have joined the table's, by path."""
+
+    published: tuple[PublishedResult, ...] = ()
+    """What papers have published, where a file of it was given."""
+
+    published_rules: tuple[RuleScore, ...] = ()
+    """The rules that need sizes alone on those students; their regret is the share for whom they miss the best teacher,
+    1 or 0 for each."""

@@ -243,8 +243,8 @@ class LawGrid(Record):
 def _require_alphas(setting: str, alphas: tuple[float, ...]) -> None:
     if not alphas or len(set(alphas)) != len(alphas) or not all(0 < alpha <= 1 for alpha in alphas):
         raise ValueError(
-            f"{setting}: found {list(alphas)}, expected numbers above 0, at most 1, none twice; the supervised arm comes "
-            "by itself"
+            f"{setting}: found {list(alphas)}, expected numbers above 0, at most 1, none twice; the supervised arm "
+            "comes by itself"
         )
 
 

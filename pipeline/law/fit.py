@@ -7,6 +7,7 @@ table --curves--> TeacherCurve --contrasts--> verdict --best--> CurveFit --globa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -16,7 +17,8 @@ from capgap.pipeline.law.frontier import frontiers
 from capgap.pipeline.law.grid import curves, missing_runs
 from capgap.pipeline.law.law_axes import laws
 from capgap.pipeline.law.regret import regret_tables
-from capgap.pipeline.law.table import read_table
+from capgap.pipeline.law.shared import joined, read_published, read_submission, score_published
+from capgap.pipeline.law.table import check, read_table
 from capgap.pipeline.law.verdict import MIN_DELTA
 from capgap.pipeline.store.files import sha256_of, write_atomically
 from capgap.schemas.errors import InputError
@@ -24,19 +26,31 @@ from capgap.schemas.law_curve import Size
 from capgap.schemas.law_fit import LAW_NAME, LawFit
 
 
-def fit_table(path: Path, size: Size = "total", min_delta: float = MIN_DELTA) -> LawFit:
+def fit_table(
+    path: Path,
+    size: Size = "total",
+    min_delta: float = MIN_DELTA,
+    added: Sequence[Path] = (),
+    published: Path | None = None,
+) -> LawFit:
     """Everything that follows from a table.
 
     Args:
         path: of the table.
         size: which parameters count as size, of teachers and students alike.
         min_delta: nats/token below which two teachers count as equally good.
+        added: submissions of others, whose rows join the table's.
+        published: file of points that papers have published, on which the rules are scored too.
 
     Raises:
         InputError: the table cannot be read, or lacks an arm.
         MismatchError: its rows cannot stand in one grid.
     """
     runs = read_table(path)
+    if added:
+        runs = joined(runs, [read_submission(one) for one in added])
+        check(runs, " + ".join(map(str, (path, *added))))
+    results = () if published is None else read_published(published).results
     found = curves(runs)
     fitted = tuple(fit_curve(curve, size, min_delta) for curve in found)
     names = sorted({name for run in runs for name in run.common})
@@ -52,6 +66,9 @@ def fit_table(path: Path, size: Size = "total", min_delta: float = MIN_DELTA) ->
         laws=laws(fitted),
         regrets=regret_tables(found, size),
         frontiers=frontiers(runs),
+        added={str(one): sha256_of(one) for one in added},
+        published=results,
+        published_rules=score_published(results) if results else (),
     )
 
 

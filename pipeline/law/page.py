@@ -8,7 +8,7 @@ from capgap.pipeline.law.charts import curve_charts, frontier_chart, law_chart
 from capgap.pipeline.law.global_law import describe
 from capgap.pipeline.law.headline import headline
 from capgap.pipeline.law.law_axes import axis_sentences
-from capgap.pipeline.law.summary import regret_cells, sentences
+from capgap.pipeline.law.summary import published_cells, regret_cells, sentences
 from capgap.pipeline.pages.templates import page_template
 from capgap.pipeline.plan.published import CAPACITY_GAP, DISTILLATION_SCALING
 from capgap.pipeline.store.files import write_atomically
@@ -36,6 +36,8 @@ def render_page(law: LawFit) -> str:
         verdicts=[_verdict_row(curve) for curve in law.curves],
         curves=[(curve, list(sentences(curve)), curve_charts(i, curve)) for i, curve in enumerate(law.curves)],
         forms_of=_form_rows,
+        papers=[(one, f"{one.teachers[one.best].size / one.student_size:.3g}") for one in law.published],
+        published_rules=[published_cells(rule) for rule in law.published_rules],
         regrets=[(table, [_regret_row(rule) for rule in table.rules]) for table in law.regrets],
         axis_sentences=axis_sentences,
         laws=[(one, describe(one), law_chart(i, one, law)) for i, one in enumerate(law.laws)],

@@ -73,6 +73,7 @@ class Rule:
         choose: from the student and the others to the teacher's index, for each set of means [B].
         needs_others: whether it fits something to the other students.
         needs_initial_kl: whether it reads the KL to the untrained student.
+        needs_losses: whether it reads the teachers' own losses.
         published: where it was published, with its range.
     """
 
@@ -81,6 +82,7 @@ class Rule:
     choose: Callable[[Student, Sequence[Student]], Int64Array]
     needs_others: bool = False
     needs_initial_kl: bool = False
+    needs_losses: bool = False
     published: PublishedLaw | None = None
 
     def refusal(self, students: Sequence[Student]) -> str | None:
@@ -176,6 +178,7 @@ RULES = (
         "teacher's loss nearest to r times the student's loss without a teacher, r from the other students",
         _constant(_loss_ratio),
         True,
+        needs_losses=True,
     ),
     Rule(
         "constant initial KL, fitted",
@@ -195,6 +198,7 @@ RULES = (
         DISTILLATION_SCALING.name,
         "least predicted loss, from the measured losses of the teacher and of the student without one",
         _scaling,
+        needs_losses=True,
         published=DISTILLATION_SCALING,
     ),
     Rule("largest teacher", "most parameters", _largest),

@@ -28,6 +28,10 @@ def lines(law: LawFit) -> Iterator[str]:
             yield f"  {remark}"
     for table in law.regrets:
         yield from regret_lines(table)
+    if law.published:
+        yield f"{len(law.published)} students of papers; share for whom a rule misses the best teacher:"
+        for rule in law.published_rules:
+            yield f"  {': '.join(published_cells(rule))}"
     if law.missing:
         yield f"missing runs ({len(law.missing)}), in no mean:"
         for name in law.missing:
@@ -52,6 +56,13 @@ def regret_cells(rule: RuleScore) -> tuple[str, str, str, str]:
     chosen = "; ".join(f"{one.student} {one.teacher} {one.regret:.4f}" for one in rule.choices)
     outside = f"outside its range for {', '.join(rule.outside)}" if rule.outside else ""
     return f"{rule.regret:.4f} ({rule.interval.low:.4f} to {rule.interval.high:.4f})", behind, chosen, outside
+
+
+def published_cells(rule: RuleScore) -> tuple[str, str]:
+    """The rule, and the share of published students for whom it misses, with what it chose."""
+    chosen = "; ".join(f"{one.student} {one.teacher}{' (missed)' if one.regret else ''}" for one in rule.choices)
+    outside = f", outside its range for {', '.join(rule.outside)}" if rule.outside else ""
+    return rule.name, f"{rule.regret:.0%}, {chosen}{outside}"
 
 
 def sentences(curve: CurveFit) -> Iterator[str]:
