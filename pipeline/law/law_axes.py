@@ -38,10 +38,13 @@ def laws(curves: Sequence[CurveFit]) -> tuple[GlobalLaw, ...]:
 def _axis_law(
     measure: Measure, axis: AxisName, value: Callable[[CurveFit, float], float], curves: Sequence[CurveFit]
 ) -> AxisLaw:
+    if value in (_loss_ratio, _gap) and curves[0].init == "pruned":
+        refused = "a student that is cut out of its teachers has another loss without a teacher for each of them"
+        return AxisLaw(measure=measure, students=(), refused=refused)
     found: list[tuple[str, float, float, Interval]] = []
     for curve in curves:
         fit = curve.axis(axis)
-        if fit is None or fit.best is None or (axis == "cross_entropy" and curve.supervised_loss is None):
+        if fit is None or fit.best is None:
             continue
         ends = sorted((value(curve, fit.best.interval.low), value(curve, fit.best.interval.high)))
         interval = Interval(low=ends[0], high=ends[1])
