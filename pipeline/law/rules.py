@@ -132,7 +132,8 @@ def _constant(place: Place) -> Callable[[Student, Sequence[Student]], Int64Array
         tried_K = np.linspace(every.min(), every.max(), _NUM_TRIED)
 
         def nearest(one: Student, places: Array) -> Int64Array:
-            return np.argmin(np.abs(place(one) - places[..., None]), axis=-1)
+            index: Int64Array = np.argmin(np.abs(place(one) - places[..., None]), axis=-1)
+            return index
 
         lost_BK = np.sum([one.lost[:, nearest(one, tried_K)] for one in others], axis=0)
         best_BK = lost_BK <= lost_BK.min(1, keepdims=True) + 1e-12
@@ -161,7 +162,8 @@ def _log_size(student: Student) -> Array:
 
 
 def _loss_ratio(student: Student) -> Array:
-    return student.losses_M / student.alone
+    ratio_M: Array = student.losses_M / student.alone
+    return ratio_M
 
 
 def _log_initial_kl(student: Student) -> Array:
