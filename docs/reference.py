@@ -14,7 +14,19 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from capgap.schemas import benchmark, facts, law, law_curve, law_fit, law_frontier, law_prediction, manifest, results
+from capgap.schemas import (
+    benchmark,
+    facts,
+    law,
+    law_curve,
+    law_fit,
+    law_frontier,
+    law_prediction,
+    law_regret,
+    law_shared,
+    manifest,
+    results,
+)
 from capgap.schemas.base import OPERATIONAL
 from capgap.schemas.run_file import RunFile
 
@@ -72,7 +84,8 @@ def _anchor(name: str) -> str:
 def records_page() -> str:
     """What is written down: manifests, facts, results, the law's table and fit."""
     lines = ["# Manifests and results", "", "What stands in the JSON files that stages write."]
-    for module in (manifest, facts, results, benchmark, law, law_fit, law_curve, law_prediction, law_frontier):
+    laws = (law, law_fit, law_curve, law_prediction, law_frontier, law_regret, law_shared)
+    for module in (manifest, facts, results, benchmark, *laws):
         lines += ["", f"## {module.__name__.removeprefix('capgap.')}", "", (module.__doc__ or "").strip()]
         for model in vars(module).values():
             if isinstance(model, type) and issubclass(model, BaseModel) and model.__module__ == module.__name__:

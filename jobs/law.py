@@ -23,6 +23,12 @@ def fit_parser() -> Parser:
     parser.add_argument(
         "--delta", type=number, default=0.005, help="Nats/token below which two teachers count as equally good."
     )
+    parser.add_argument(
+        "--add", nargs="+", type=str, default=[], help="Files of `capgap law submit`, whose rows join the table's."
+    )
+    parser.add_argument(
+        "--public", type=str, default=None, help="YAML of published results, on which the rules are scored too."
+    )
     return parser
 
 
@@ -64,7 +70,8 @@ def fit_command(argv: Sequence[str]) -> int:
     if not flags["delta"] > 0:
         raise SettingError("not a difference", where="--delta", found=flags["delta"], expected="nats above 0")
     table = Path(flags["table"])
-    law = fit_table(table, flags["size"], flags["delta"])
+    public = Path(flags["public"]) if flags["public"] else None
+    law = fit_table(table, flags["size"], flags["delta"], [Path(one) for one in flags["add"]], public)
     path = write_fit(Path(flags["out"]) if flags["out"] else table.parent, law)
     for line in lines(law):
         print(line)

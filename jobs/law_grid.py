@@ -11,6 +11,7 @@ from capgap.jobs.arguments import Parser, integer, number, parse_settings
 from capgap.jobs.faults import INCOMPLETE
 from capgap.jobs.logs import log, log_format
 from capgap.jobs.plan import add_speed_flags, bytes_text, count_text, positive, stated_speed
+from capgap.schemas.errors import SettingError
 from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.law_plan import LawPlan
 from capgap.schemas.plan import Figure
@@ -19,6 +20,16 @@ from capgap.schemas.plan import Figure
 def grid_plan_parser() -> Parser:
     """The parser of `capgap law plan`."""
     parser = _with_speed(_grid_parser("plan", "What a grid will take, before anything is made."))
+    parser.add_argument(
+        "--pilot",
+        type=str,
+        default=None,
+        help="Table of runs whose noise says which differences between teachers the grid will show; the grid's own "
+        "where it is left out and is there.",
+    )
+    parser.add_argument(
+        "--difference", type=number, default=0.005, help="Nats/token that the grid should show; the seeds are counted."
+    )
     parser.add_argument("--json", action="store_true", help="The plan as one JSON object.")
     return parser
 
@@ -36,6 +47,15 @@ def grid_run_parser() -> Parser:
 def grid_table_parser() -> Parser:
     """The parser of `capgap law table`."""
     return _grid_parser("table", "Write the table of what a grid has so far, and run nothing.")
+
+
+def grid_submit_parser() -> Parser:
+    """The parser of `capgap law submit`."""
+    parser = _grid_parser("submit", "Write what a grid has so far into one file, for others to add.")
+    parser.add_argument(
+        "--to", type=str, default=None, help="The file; submission.json in the grid's folder where it is left out."
+    )
+    return parser
 
 
 def _grid_parser(name: str, description: str) -> Parser:
@@ -57,9 +77,17 @@ def _with_speed(parser: Parser) -> Parser:
 def grid_plan_command(argv: Sequence[str]) -> int:
     """`capgap law plan`: a table, or JSON; refuses a grid beyond its limits."""
     from capgap.pipeline.law.plan import require_limits
+    from capgap.pipeline.law.progress import TABLE_NAME
+    from capgap.pipeline.law.table import read_table
 
     grid, flags, _ = parse_settings(grid_plan_parser(), argv, LawGrid)
-    plan = _plan_of(grid, flags)
+    pilot = Path(flags["pilot"]) if flags["pilot"] else Path(grid.out) / TABLE_NAME
+    plan = _plan_of(
+        grid,
+        flags,
+        pilot=read_table(pilot) if flags["pilot"] or pilot.is_file() else (),
+        difference=_difference(flags),
+    )
     if flags["json"]:
         print(plan.model_dump_json(indent=2))
     elif log_format() == "json":
@@ -71,17 +99,26 @@ def grid_plan_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _plan_of(grid: LawGrid, flags: dict[str, Any]) -> LawPlan:
+def _difference(flags: dict[str, Any]) -> float:
+    wished: float = flags["difference"]
+    if not 0 < wished < float("inf"):
+        raise SettingError("not a difference", where="--difference", found=wished, expected="nats above 0")
+    return wished
+
+
+def _plan_of(grid: LawGrid, flags: dict[str, Any], **more: Any) -> LawPlan:
     from capgap.pipeline.law.devices import num_workers_of
     from capgap.pipeline.law.plan import plan_grid
 
-    return plan_grid(grid, stated_speed(flags), num_workers_of(grid, flags["workers"]), positive(flags, "start_s"))
+    workers = num_workers_of(grid, flags["workers"])
+    return plan_grid(grid, stated_speed(flags), workers, positive(flags, "start_s"), **more)
 
 
 def _show_plan(plan: LawPlan) -> None:
     from rich.table import Table
 
     from capgap.jobs.tables import print_wide
+    from capgap.pipeline.law.summary import power_lines
 
     table = Table(box=None, pad_edge=False)
     for title in ("phase", "runs", "left", "tokens", "FLOPs", "disk", "device hours"):
@@ -103,6 +140,8 @@ def _show_plan(plan: LawPlan) -> None:
     print(f"disk: {bytes_text(plan.disk_bytes)} ({plan.disk_bytes.source})")
     print(f"device hours: {_hours(plan.device_hours)} ({plan.device_hours.source})")
     print(f"hours: {_hours(plan.hours)} ({plan.hours.source})")
+    for line in power_lines(plan):
+        print(line)
     for note in plan.notes:
         print(f"note: {note}")
 
@@ -157,6 +196,19 @@ def grid_table_command(argv: Sequence[str]) -> int:
 
     path = gather(grid)
     log("law_table", f"table: {path}", path=str(path))
+    return 0
+
+
+def grid_submit_command(argv: Sequence[str]) -> int:
+    """`capgap law submit`."""
+    grid, flags, _ = parse_settings(grid_submit_parser(), argv, LawGrid)
+    from capgap.pipeline.law.run import gather
+    from capgap.pipeline.law.shared import write_submission
+
+    path = Path(flags["to"]) if flags["to"] else Path(grid.out) / "submission.json"
+    done = write_submission(grid, gather(grid), path)
+    text = f"submission: {path}, {len(done.rows)} rows, {len(done.manifests)} manifests"
+    log("law_submission", text, path=str(path), num_rows=len(done.rows))
     return 0
 
 

@@ -69,6 +69,7 @@ _OTHERS = (
     Command("law plan", "what a grid of teachers, students and seeds will take", "law_grid", "grid_plan_command"),
     Command("law run", "make every run of a grid, then table, fit and page", "law_grid", "grid_run_command"),
     Command("law table", "the table of what a grid has so far", "law_grid", "grid_table_command"),
+    Command("law submit", "what a grid has so far in one file, for others to add", "law_grid", "grid_submit_command"),
     Command("law fit", "which teacher is best for each student of a table of runs", "law", "fit_command"),
     Command("law report", "a page of a fit: curves, verdicts, frontiers", "law", "report_command"),
     Command("law advise", "which teacher for a student that was not trained yet", "law", "advise_command"),

@@ -98,8 +98,8 @@ class LawRun(Record):
     budget: str = Field(min_length=1)
     """Name of the column of the grid that says how long students train, e.g. `20 tokens a parameter`."""
 
-    tokens: int = Field(gt=0)
-    """Targets that the student was trained on."""
+    tokens: int = Field(ge=0)
+    """Targets that the student was trained on; 0 for the untrained student, whose `kl` is the initial one."""
 
     alpha: float = Field(ge=0, le=1)
     """Weight of the KL to the teacher; 0 in the supervised arm and only there."""

@@ -10,7 +10,7 @@ from capgap.schemas.law_prediction import Prediction
 from capgap.schemas.results import Interval
 
 Size = Literal["total", "non_embedding"]
-AxisName = Literal["size", "cross_entropy"]
+AxisName = Literal["size", "cross_entropy", "initial_kl"]
 Verdict = Literal["interior", "saturating", "edge", "flat"]
 
 
@@ -25,6 +25,9 @@ class TeacherPoint(Record):
 
     teacher_loss: float
     """The teacher's own cross-entropy, nats/token."""
+
+    initial_kl: float | None = None
+    """KL from it to the untrained student, nats/token; None where that was not measured."""
 
     loss: float
     """The student's, nats/token."""
@@ -84,13 +87,17 @@ class AxisFit(Record):
     """A curve over one axis."""
 
     axis: AxisName
-    """`size`: logarithm of the teacher's parameters. `cross_entropy`: minus the teacher's loss."""
+    """`size`: logarithm of the teacher's parameters. `cross_entropy`: minus the teacher's loss. `initial_kl`: logarithm
+    of the KL from the teacher to the untrained student."""
 
     verdict: Verdict
     """As `capgap.pipeline.law.verdict` defines it."""
 
     reason: str
     """Why, in words."""
+
+    limit: str | None = None
+    """What an interior verdict lacks, in standard errors and in seeds; None for one."""
 
     best: Best | None
     """For an interior curve."""
@@ -103,6 +110,11 @@ class AxisFit(Record):
 
     places: tuple[float, ...]
     """Where the fitted curves are kept: parameters, or nats/token."""
+
+    @property
+    def over(self) -> str:
+        """The axis, as people call it."""
+        return {"size": "size", "cross_entropy": "cross-entropy", "initial_kl": "initial KL"}[self.axis]
 
 
 class CurveFit(Record):
@@ -148,7 +160,7 @@ class CurveFit(Record):
     """By size."""
 
     axes: tuple[AxisFit, ...]
-    """Size, then cross-entropy; none where the curve could not be judged."""
+    """Size, cross-entropy and, where it was measured, initial KL; none where the curve could not be judged."""
 
     refused: str | None
     """Why it could not be judged."""

@@ -34,18 +34,31 @@ _SIZES = ("num_layers", "hidden_size", "num_heads", "num_key_value_heads", "inte
 class Budget(Record):
     """How long students train: one rule for all of them."""
 
-    tokens: int | None = Field(None, ge=1)
-    """Targets, alike for every student."""
+    tokens: int | None = Field(None, ge=0)
+    """Targets, alike for every student. 0 measures students as they are before training: the baseline, and the initial
+    KL to each teacher."""
 
     tokens_per_parameter: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Targets for each of the student's parameters, all of them counted."""
 
+    students: tuple[str, ...] | None = None
+    """The students that train so long, for an axis that only some of them need; all where it is left out."""
+
+    alphas: tuple[float, ...] | None = None
+    """Weights of the KL under this budget; the grid's `alphas` where it is left out."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.alphas is not None:
+            _require_alphas("budgets", self.alphas)
         if (self.tokens is None) == (self.tokens_per_parameter is None):
             found = "neither" if self.tokens is None else "both"
             raise ValueError(f"budgets: found {found} of tokens and tokens_per_parameter, expected one of them")
         return self
+
+    def has(self, student: str) -> bool:
+        """Whether a student trains so long."""
+        return self.students is None or student in self.students
 
     def tokens_of(self, num_parameters: int) -> int:
         """Targets for a student of that size."""
@@ -141,11 +154,7 @@ class LawGrid(Record):
             for name in getattr(self, setting):
                 _require_word(setting, name)
         _require_word("name", self.name)
-        if not self.alphas or len(set(self.alphas)) != len(self.alphas) or not all(0 < a <= 1 for a in self.alphas):
-            raise ValueError(
-                f"alphas: found {list(self.alphas)}, expected numbers above 0, at most 1, none twice; "
-                "the supervised arm comes by itself"
-            )
+        _require_alphas("alphas", self.alphas)
         self._check_names()
         self._check_inits()
         self._check_training()
@@ -156,10 +165,14 @@ class LawGrid(Record):
             ("train_of", self.train_of, self.students),
             ("reuse.teachers", self.reuse.teachers, self.teachers),
             ("reuse.caches", self.reuse.caches, self.teachers),
+            *((f"budgets.{name}.students", one.students or (), self.students) for name, one in self.budgets.items()),
         ):
             for name in names:
                 if name not in known:
                     raise ValueError(f"{setting}: found {name!r}, expected one of {', '.join(known)}")
+        for student in self.students:
+            if not any(budget.has(student) for budget in self.budgets.values()):
+                raise ValueError(f"students.{student}: found no budget for it, expected at least one")
 
     def _check_inits(self) -> None:
         if not self.inits or len(set(self.inits)) != len(self.inits):
@@ -225,6 +238,14 @@ class LawGrid(Record):
         """
         own = {**self.train.model_dump(exclude_unset=True), **self.train_of.get(student, {})}
         return _merged(TrainSettings, own, ("train_of", student))
+
+
+def _require_alphas(setting: str, alphas: tuple[float, ...]) -> None:
+    if not alphas or len(set(alphas)) != len(alphas) or not all(0 < alpha <= 1 for alpha in alphas):
+        raise ValueError(
+            f"{setting}: found {list(alphas)}, expected numbers above 0, at most 1, none twice; the supervised arm "
+            "comes by itself"
+        )
 
 
 def _merged(record: type[_R], values: dict[str, Any], where: tuple[str, ...]) -> _R:

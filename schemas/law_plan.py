@@ -31,6 +31,41 @@ class PhasePlan(Record):
     """Hours of their devices together."""
 
 
+class StudentPower(Record):
+    """The differences between teachers that a student of the grid will show, by the noise of a pilot."""
+
+    student: str
+    """Name in the grid."""
+
+    pilot: str
+    """Curve of the pilot whose noise is taken: that of the student nearest in size."""
+
+    size_ratio: float
+    """Parameters of the student over those of the pilot's."""
+
+    noise: float
+    """Standard deviation of one run of the pilot, once its seed and its teacher are taken away, nats."""
+
+    noise_limit: float
+    """What the true noise lies below with probability 0.9."""
+
+    smallest: float | None
+    """Smallest difference of two teachers that the grid shows with probability 0.8, nats/token; None for a grid of one
+    seed or one teacher, which shows none."""
+
+    smallest_cautious: float | None
+    """The same where the noise is as large as its limit."""
+
+    wished: float
+    """A difference that one would like to see, nats/token."""
+
+    seeds_needed: int | None
+    """Seeds that show it with probability 0.8; None where that takes more than 500, or there is one teacher."""
+
+    seeds_needed_cautious: int | None
+    """The same where the noise is as large as its limit."""
+
+
 class LawPlan(Record):
     """What all runs of a grid will take."""
 
@@ -67,6 +102,9 @@ class LawPlan(Record):
 
     hours: Figure
     """Until it is done: device hours over workers."""
+
+    powers: tuple[StudentPower, ...]
+    """By student; none without a pilot."""
 
     notes: tuple[str, ...]
     """What else to know."""

@@ -11,13 +11,16 @@ from collections.abc import Sequence
 
 from capgap.pipeline.pages.numbers import human_count
 from capgap.pipeline.plan.predictions import nearest, predictions
-from capgap.pipeline.plan.published import GivenTeacher, warning_of_ratio
+from capgap.pipeline.plan.published import CAPACITY_GAP, DISTILLATION_SCALING, GivenTeacher, warning_of_ratio
 from capgap.schemas.base import Record
 from capgap.schemas.errors import SettingError
 from capgap.schemas.law_curve import CurveFit
 from capgap.schemas.law_fit import GlobalLaw, LawFit
 from capgap.schemas.law_prediction import Prediction
 from capgap.schemas.results import Interval
+
+_ROOM = 2
+"""Tokens a parameter up to this factor outside of a fit's own count as measured."""
 
 
 class Answer(Record):
@@ -44,6 +47,9 @@ class Answer(Record):
     validity: str
     """What the source measured."""
 
+    outside: tuple[str, ...] = ()
+    """How far what is asked lies outside of that, a sentence each; none where it lies inside."""
+
 
 class Advice(Record):
     """All answers."""
@@ -59,6 +65,9 @@ class Advice(Record):
 
     disagreement: str
     """In words."""
+
+    verdict: str
+    """Whether the fit given was measured on such a student, and what it then says."""
 
     warning: str | None = None
     """A warning of teachers that another study finds too large for the student; None where there are none."""
@@ -81,12 +90,15 @@ def advise(student: int, tokens: int, teachers: Sequence[GivenTeacher], fit: Law
         raise SettingError(
             "not a choice", where="--teachers", found=", ".join(names) or "none", expected="sizes, each once"
         )
-    answers = [] if fit is None else [_law_answer(law, fit, student, tokens, teachers) for law in fit.laws]
-    answers += [_published_answer(one, teachers) for one in predictions(student, tokens, teachers)]
+    fits = [] if fit is None else [_law_answer(law, fit, student, tokens, teachers) for law in fit.laws]
+    answers = fits + [
+        _published_answer(one, student, tokens, teachers) for one in predictions(student, tokens, teachers)
+    ]
     return Advice(
         student=student,
         tokens=tokens,
         answers=tuple(answers),
+        verdict=_verdict(fits),
         disagreement=_disagreement(answers),
         warning=warning_of_ratio(student, teachers),
     )
@@ -96,7 +108,13 @@ def _law_answer(law: GlobalLaw, fit: LawFit, student: int, tokens: int, teachers
     curves = [c for c in fit.curves if (c.budget, c.alpha, c.init) == (law.budget, law.alpha, law.init)]
     sizes = [curve.student_size for curve in curves]
     ratios = [curve.tokens / curve.student_size for curve in curves]
-    within = min(sizes) <= student <= max(sizes) and 0.5 * min(ratios) <= tokens / student <= 2 * max(ratios)
+    tried = [point.size for curve in curves for point in curve.points]
+    outside = [
+        _outside("the student", student, min(sizes), max(sizes)),
+        _outside("tokens a parameter", tokens / student, min(ratios) / _ROOM, max(ratios) * _ROOM),
+        *(_outside(f"teacher {one.name}", one.size, min(tried), max(tried)) for one in teachers if tried),
+    ]
+    far = tuple(sentence for sentence in outside if sentence is not None)
     validity = (
         f"students of {human_count(min(sizes))} to {human_count(max(sizes))}, {min(ratios):.3g} to {max(ratios):.3g} "
         f"tokens a parameter, {fit.kept}"
@@ -111,10 +129,20 @@ def _law_answer(law: GlobalLaw, fit: LawFit, student: int, tokens: int, teachers
         best_size=best,
         interval=interval,
         choice=choice,
-        within_validity=within,
+        within_validity=outside[:2] == [None, None],
         summary=summary,
         validity=validity,
+        outside=far,
     )
+
+
+def _outside(what: str, value: float, least: float, most: float) -> str | None:
+    """By which factor a value lies outside a range; None inside of it."""
+    if least <= value <= most:
+        return None
+    if value > most:
+        return f"{what} is {value / most:,.3g} x the largest that was measured ({human_count(most)})"
+    return f"{what} is {least / value:.3g} x smaller than the least that was measured ({human_count(least)})"
 
 
 def _from_power(law: GlobalLaw, student: int) -> tuple[float, Interval, str]:
@@ -146,7 +174,7 @@ def _from_nearest(law: GlobalLaw, curves: Sequence[CurveFit], student: int) -> t
     return None, None, f"no law, {law.refused}; {where} {shown}{within}"
 
 
-def _published_answer(one: Prediction, teachers: Sequence[GivenTeacher]) -> Answer:
+def _published_answer(one: Prediction, student: int, tokens: int, teachers: Sequence[GivenTeacher]) -> Answer:
     if one.losses:
         choice: str | None = min(one.losses, key=lambda name: one.losses[name])
     else:
@@ -159,13 +187,37 @@ def _published_answer(one: Prediction, teachers: Sequence[GivenTeacher]) -> Answ
         within_validity=one.within_validity,
         summary=one.summary,
         validity=one.validity,
+        outside=_outside_published(one, student, tokens, teachers),
     )
+
+
+def _outside_published(one: Prediction, student: int, tokens: int, teachers: Sequence[GivenTeacher]) -> tuple[str, ...]:
+    (law,) = (law for law in (CAPACITY_GAP, DISTILLATION_SCALING) if law.name == one.law)
+    sentences = (
+        _outside("the student", student, law.min_student, law.max_student),
+        _outside("tokens", tokens, law.min_tokens or 0, law.max_tokens or math.inf),
+        *(_outside(f"teacher {teacher.name}", teacher.size, 0, law.max_teacher) for teacher in teachers),
+    )
+    return tuple(sentence for sentence in sentences if sentence is not None)
 
 
 def _nearest(teachers: Sequence[GivenTeacher], size: float | None) -> str | None:
     """Name of the teacher nearest to a best size, where there is one."""
     found = nearest(teachers, size) if size is not None else None
     return None if found is None else found.name
+
+
+def _verdict(fits: Sequence[Answer]) -> str:
+    """Whether a measured fit applies, and what it says."""
+    if not fits:
+        return "no fit of your own was given: what follows was measured elsewhere"
+    inside = [one for one in fits if one.within_validity]
+    if not inside:
+        return f"the fit does not apply: {'; '.join(fits[0].outside[:2])}"
+    chosen = next((one for one in inside if one.choice is not None), None)
+    if chosen is None:
+        return "the fit applies, and shows no best size of teacher"
+    return f"the fit applies: take {chosen.choice}"
 
 
 def _disagreement(answers: Sequence[Answer]) -> str:

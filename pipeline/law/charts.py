@@ -12,7 +12,7 @@ from capgap.pipeline.pages.charts import Chart, draw_frontier, legend
 from capgap.pipeline.pages.numbers import human_count
 from capgap.pipeline.pages.svg import INK, SERIES, draw
 from capgap.pipeline.plan.published import CAPACITY_GAP, gap_best_teacher
-from capgap.schemas.law_curve import AxisFit, CurveFit
+from capgap.schemas.law_curve import AxisFit, AxisName, CurveFit, TeacherPoint
 from capgap.schemas.law_fit import GlobalLaw, LawFit
 from capgap.schemas.law_frontier import Frontier
 
@@ -21,7 +21,7 @@ _ROOM = 1.5  # a prediction further outside the teachers than this factor is lef
 
 
 def curve_charts(i: int, curve: CurveFit) -> tuple[Chart, ...]:
-    """A student's loss over its teachers: over their size, and over their cross-entropy."""
+    """A student's loss over its teachers: over each axis."""
     return tuple(_curve(f"curve-{i}-{axis.axis}", curve, axis) for axis in curve.axes)
 
 
@@ -119,7 +119,7 @@ def _curve(name: str, curve: CurveFit, axis: AxisFit) -> Chart:
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        places = [float(point.size) if by_size else point.teacher_loss for point in curve.points]
+        places = [_place(point, axis.axis) for point in curve.points]
         if axis.best is not None:
             axes.axvspan(axis.best.interval.low, axis.best.interval.high, color=SERIES[0], alpha=0.15, linewidth=0)
             axes.axvline(axis.best.value, color=SERIES[0], linewidth=1)
@@ -135,14 +135,16 @@ def _curve(name: str, curve: CurveFit, axis: AxisFit) -> Chart:
             _draw_published(axes, curve)
             _log_counts(axes.xaxis, axes.set_xscale)
             axes.set_xlabel("teacher, parameters")
+        elif axis.axis == "initial_kl":
+            axes.set_xscale("log")
+            axes.set_xlabel("KL from the teacher to the untrained student, nats/token")
         else:
             axes.invert_xaxis()
             axes.set_xlabel("teacher's loss, nats/token (better to the right)")
         axes.set_ylabel("student's loss, nats/token")
         legend(figure, axes)
 
-    over = "size" if by_size else "cross-entropy"
-    title = f"{curve.title}: over {over}"
+    title = f"{curve.title}: over {axis.over}"
     points = "; ".join(f"{point.name} {point.loss:.4f}" for point in curve.points)
     return Chart(
         name=name,
@@ -187,6 +189,13 @@ def _curve_rows(curve: CurveFit) -> Iterator[tuple[str, ...]]:
             f"{point.gain_interval.high:.4f}",
             "yes" if point.within_delta else "no",
         )
+
+
+def _place(point: TeacherPoint, axis: AxisName) -> float:
+    if axis == "initial_kl":
+        assert point.initial_kl is not None
+        return point.initial_kl
+    return float(point.size) if axis == "size" else point.teacher_loss
 
 
 def _draw_published(axes: Any, curve: CurveFit) -> None:

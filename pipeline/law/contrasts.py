@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,15 @@ Array = npt.NDArray[np.float64]
 
 LEVEL = 0.025
 """Probability, at one end, that noise alone passes for a difference from any of the other teachers."""
+
+POWER = 0.8
+"""Probability with which a difference of the stated size is shown."""
+
+POWER_ERRORS = NormalDist().inv_cdf(POWER)
+"""By how many standard errors such a difference is larger than the threshold."""
+
+MAX_SEEDS = 500
+"""Beyond that nobody is told a number."""
 
 _NUM_SIMULATED = 200_000
 
@@ -57,6 +67,29 @@ def contrasts(losses_MR: Array) -> Contrasts:
     degrees = (num_teachers - 1) * (num_seeds - 1)
     noise = math.sqrt(float(np.sum(rest_MR**2)) / degrees)
     return Contrasts(losses_MR.mean(1), noise, degrees, num_seeds)
+
+
+def smallest_difference(noise: float, num_teachers: int, num_seeds: int) -> float:
+    """Nats/token by which a teacher must be worse than the best to be shown so with probability `POWER`.
+
+    That is the threshold and `POWER_ERRORS` more.
+    """
+    errors = many_to_one(num_teachers - 1, (num_teachers - 1) * (num_seeds - 1)) + POWER_ERRORS
+    return noise * math.sqrt(2 / num_seeds) * errors
+
+
+def seeds_needed(noise: float, num_teachers: int, difference: float) -> int | None:
+    """Fewest seeds with which this difference is shown with probability `POWER`; None beyond `MAX_SEEDS`."""
+    low, high = 2, MAX_SEEDS
+    if smallest_difference(noise, num_teachers, high) > difference:
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        if smallest_difference(noise, num_teachers, middle) <= difference:
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 @lru_cache(maxsize=128)

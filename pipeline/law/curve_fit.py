@@ -1,4 +1,4 @@
-"""One curve: verdict, forms and best teacher, over size and over the teacher's cross-entropy.
+"""One curve: verdict, forms and best teacher, over size, the teacher's cross-entropy and the initial KL.
 
 Legend: M teachers, R seeds.
 """
@@ -88,6 +88,7 @@ def _points(curve: TeacherCurve, size: Size, found: Contrasts, delta: float) -> 
                 name=teacher.name,
                 size=size_of(teacher, size),
                 teacher_loss=teacher.known_loss,
+                initial_kl=None if curve.initial_kl is None else curve.initial_kl[i],
                 loss=float(found.means_M[i]),
                 above_best=above,
                 above_best_interval=Interval(low=above - half, high=above + half)
@@ -107,6 +108,8 @@ def _axes(curve: TeacherCurve, size: Size, found: Contrasts, delta: float) -> tu
     axes = [_axis("size", log_size_M, curve, found, delta)]
     if len(set(quality_M.tolist())) >= MIN_TEACHERS:
         axes.append(_axis("cross_entropy", quality_M, curve, found, delta))
+    if curve.initial_kl is not None and len(set(curve.initial_kl)) >= MIN_TEACHERS:
+        axes.append(_axis("initial_kl", np.log(curve.initial_kl), curve, found, delta))
     return tuple(axes)
 
 
@@ -131,10 +134,11 @@ def _axis(axis: AxisName, places_M: Array, curve: TeacherCurve, found: Contrasts
         axis=axis,
         verdict=judged.verdict,
         reason=judged.reason,
+        limit=judged.limit,
         best=_on_axis(axis, best) if best is not None else None,
         chosen=min(tried, key=lambda form: form.leave_one_out or 0.0).name,
         forms=tuple(forms),
-        places=tuple(map(float, np.exp(places) if axis == "size" else -places)),
+        places=tuple(map(float, -places if axis == "cross_entropy" else np.exp(places))),
     )
 
 
@@ -142,11 +146,11 @@ def _on_axis(axis: AxisName, best: Best) -> Best:
     """From the place on the axis to parameters or nats."""
 
     def turned(interval: Interval) -> Interval:
-        if axis == "size":
-            return Interval(low=math.exp(interval.low), high=math.exp(interval.high))
-        return Interval(low=-interval.high, high=-interval.low)
+        if axis == "cross_entropy":
+            return Interval(low=-interval.high, high=-interval.low)
+        return Interval(low=math.exp(interval.low), high=math.exp(interval.high))
 
-    value = math.exp(best.value) if axis == "size" else -best.value
+    value = -best.value if axis == "cross_entropy" else math.exp(best.value)
     return best.model_copy(update={"value": value, "interval": turned(best.interval), "bracket": turned(best.bracket)})
 
 
@@ -165,8 +169,8 @@ def _notes(curve: TeacherCurve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[
             )
     unlike = _unlike_trainings(curve.teachers)
     notes += [unlike] if unlike else []
-    if len(axes) == 2 and axes[0].verdict != axes[1].verdict:
-        notes.append(f"over size the verdict is {axes[0].verdict}, over cross-entropy {axes[1].verdict}")
+    if len({axis.verdict for axis in axes}) > 1:
+        notes.append("the verdict " + ", ".join(f"over {axis.over} is {axis.verdict}" for axis in axes))
     if curve.left_out_seeds:
         notes.append(f"left out whole, for a run of theirs is missing: {_listed(curve.left_out_seeds)}")
     ratio = warning_of_ratio(size_of(curve.student, size), _given(curve, size))

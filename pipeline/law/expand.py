@@ -137,8 +137,12 @@ def cell(
     """
     source = teacher or reads or next(iter(grid.teachers))
     alone = (0.0,) if teacher is None or init == "pruned" else ()
-    alphas = (*alone, *(grid.alphas if teacher else ()))
-    arms = tuple(Arm(budget, alpha) for budget in grid.budgets for alpha in alphas)
+    arms = tuple(
+        Arm(name, alpha)
+        for name, budget in grid.budgets.items()
+        if budget.has(student)
+        for alpha in (*alone, *((budget.alphas or grid.alphas) if teacher else ()))
+    )
     reuse = {
         "corpus": corpus_folder(grid),
         "teacher": teacher_folder(grid, source),

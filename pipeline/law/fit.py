@@ -1,21 +1,24 @@
 """From the table of runs to `law.json`.
 
 table --curves--> TeacherCurve --contrasts--> verdict --best--> CurveFit --global_law--> GlobalLaw
-  |                                                                                  |
+  |              '--regret--> RegretTable ------------------------------------------|
   '--frontier--> Frontier -----------------------------------------------------> LawFit (law.json)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from capgap.pipeline.law.curve_fit import fit_curve
 from capgap.pipeline.law.frontier import frontiers
-from capgap.pipeline.law.global_law import global_laws
 from capgap.pipeline.law.grid import curves, missing_runs
-from capgap.pipeline.law.table import read_table
+from capgap.pipeline.law.law_axes import laws
+from capgap.pipeline.law.regret import regret_tables
+from capgap.pipeline.law.shared import joined, read_published, read_submission, score_published
+from capgap.pipeline.law.table import check, read_table
 from capgap.pipeline.law.verdict import MIN_DELTA
 from capgap.pipeline.store.files import sha256_of, write_atomically
 from capgap.schemas.errors import InputError
@@ -23,20 +26,33 @@ from capgap.schemas.law_curve import Size
 from capgap.schemas.law_fit import LAW_NAME, LawFit
 
 
-def fit_table(path: Path, size: Size = "total", min_delta: float = MIN_DELTA) -> LawFit:
+def fit_table(
+    path: Path,
+    size: Size = "total",
+    min_delta: float = MIN_DELTA,
+    added: Sequence[Path] = (),
+    published: Path | None = None,
+) -> LawFit:
     """Everything that follows from a table.
 
     Args:
         path: of the table.
         size: which parameters count as size, of teachers and students alike.
         min_delta: nats/token below which two teachers count as equally good.
+        added: submissions of others, whose rows join the table's.
+        published: file of points that papers have published, on which the rules are scored too.
 
     Raises:
         InputError: the table cannot be read, or lacks an arm.
         MismatchError: its rows cannot stand in one grid.
     """
     runs = read_table(path)
-    fitted = tuple(fit_curve(curve, size, min_delta) for curve in curves(runs))
+    if added:
+        runs = joined(runs, [read_submission(one) for one in added])
+        check(runs, " + ".join(map(str, (path, *added))))
+    results = () if published is None else read_published(published).results
+    found = curves(runs)
+    fitted = tuple(fit_curve(curve, size, min_delta) for curve in found)
     names = sorted({name for run in runs for name in run.common})
     return LawFit(
         table=str(path),
@@ -47,8 +63,12 @@ def fit_table(path: Path, size: Size = "total", min_delta: float = MIN_DELTA) ->
         common={name: str(runs[0].common[name]) for name in names},
         missing=missing_runs(runs),
         curves=fitted,
-        laws=global_laws(fitted),
+        laws=laws(fitted),
+        regrets=regret_tables(found, size),
         frontiers=frontiers(runs),
+        added={str(one): sha256_of(one) for one in added},
+        published=results,
+        published_rules=score_published(results) if results else (),
     )
 
 

@@ -25,6 +25,8 @@ def _frontier(runs: Sequence[LawRun], accounting: Accounting) -> Frontier:
     teachers = {run.teacher.name: run.teacher for run in runs if run.teacher is not None}
     settings: dict[str, list[LawRun]] = {}
     for run in runs:
+        if run.tokens == 0:
+            continue  # an untrained student costs nothing, and no logarithm has a place for it
         settings.setdefault(_setting(run), []).append(run)
     found, left_out = [], []
     for name, group in settings.items():

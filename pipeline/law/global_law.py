@@ -17,11 +17,13 @@ import numpy.typing as npt
 
 from capgap.pipeline.pages.numbers import human_count
 from capgap.pipeline.plan.published import GAP_SLOPE
-from capgap.schemas.law_curve import CurveFit
+from capgap.schemas.law_curve import AxisName, CurveFit
 from capgap.schemas.law_fit import Estimate, GlobalLaw
 from capgap.schemas.results import Interval
 
 Array = npt.NDArray[np.float64]
+
+Coefficient = Callable[[Array, Array, Array], Array]
 
 MIN_STUDENTS = 3
 
@@ -60,19 +62,18 @@ def fit_line(students: Sequence[StudentBest]) -> tuple[float, float, float]:
 
 def _law(curves: Sequence[CurveFit]) -> GlobalLaw:
     first = curves[0]
-    students, others = [], []
-    for curve in curves:
-        axis = curve.axis("size")
-        if axis is not None and axis.best is not None:
-            best = StudentBest(curve.student, curve.student_size, axis.best.value, axis.best.interval)
-            students.append(best)
-        else:
-            others.append(f"{curve.student} ({axis.verdict if axis else 'not judged'})")
+    students = [
+        StudentBest(curve.student, curve.student_size, axis.best.value, axis.best.interval)
+        for curve in curves
+        if (axis := curve.axis("size")) is not None and axis.best is not None
+    ]
     names = tuple(student.name for student in students)
     sizes = {student.size for student in students}
     if len(sizes) < MIN_STUDENTS:
-        rest = f"; without an interior best: {', '.join(others)}" if others else ""
-        refused = f"sizes of students with an interior best teacher: {len(sizes)}, and {MIN_STUDENTS} are needed{rest}"
+        refused = (
+            f"sizes of students with an interior best teacher: {len(sizes)}, and {MIN_STUDENTS} are needed"
+            f"{limits_of(curves, 'size')}"
+        )
         return GlobalLaw(budget=first.budget, alpha=first.alpha, init=first.init, students=names, refused=refused)
     slope, exponent = _estimate(students, lambda *c: _line(*c)[0]), _estimate(students, lambda *c: _power(*c)[0])
     return GlobalLaw(
@@ -103,19 +104,44 @@ def _weak(num_sizes: int) -> str:
     return f"a fit to {num_sizes} points, each no finer than the teachers that were tried: R^2 means little"
 
 
-def _estimate(students: Sequence[StudentBest], coefficient: Callable[[Array, Array, Array], Array]) -> Estimate:
-    sizes_S, logs_1S, spread_S = _columns(students)
+def estimate(sizes_S: Array, bests_S: Array, below_S: Array, above_S: Array, coefficient: Coefficient) -> Estimate:
+    """A coefficient with its interval.
+
+    Args:
+        sizes_S: of the students.
+        bests_S: of their best teachers.
+        below_S: spread of each best, downwards.
+        above_S: the same, upwards.
+        coefficient: from sizes [S], sets of bests [B, S] and spreads [S] to the fitted value of each set [B].
+    """
     rng = np.random.default_rng(0)
-    z_BS = rng.standard_normal((_NUM_SAMPLES, len(students)))
-    below_S, above_S = _spreads(students)
-    sampled = coefficient(sizes_S, logs_1S + z_BS * np.where(z_BS < 0, below_S, above_S), spread_S)
-    kept = [np.arange(len(students)) != out for out in range(len(students))]
-    without = [float(coefficient(sizes_S[keep], logs_1S[:, keep], spread_S[keep])[0]) for keep in kept]
+    bests_1S, spread_S = bests_S[None], (below_S + above_S) / 2
+    z_BS = rng.standard_normal((_NUM_SAMPLES, len(bests_S)))
+    sampled = coefficient(sizes_S, bests_1S + z_BS * np.where(z_BS < 0, below_S, above_S), spread_S)
+    kept = [np.arange(len(bests_S)) != out for out in range(len(bests_S))]
+    without = [float(coefficient(sizes_S[keep], bests_1S[:, keep], spread_S[keep])[0]) for keep in kept]
     low, high = np.quantile(sampled, [0.025, 0.975])
-    value = float(coefficient(sizes_S, logs_1S, spread_S)[0])
+    value = float(coefficient(sizes_S, bests_1S, spread_S)[0])
     return Estimate(
         value=value, interval=Interval(low=float(min(low, value, *without)), high=float(max(high, value, *without)))
     )
+
+
+def limits_of(curves: Sequence[CurveFit], axis: AxisName) -> str:
+    """The students without an interior best on an axis, each with its verdict and what it lacks."""
+    others = []
+    for curve in curves:
+        fit = curve.axis(axis)
+        if fit is None:
+            others.append(f"{curve.student} (not judged)")
+        elif fit.best is None:
+            others.append(f"{curve.student} ({fit.verdict}{f': {fit.limit}' if fit.limit else ''})")
+    return f"; without an interior best: {'; '.join(others)}" if others else ""
+
+
+def _estimate(students: Sequence[StudentBest], coefficient: Coefficient) -> Estimate:
+    sizes_S, logs_1S, _ = _columns(students)
+    return estimate(sizes_S, logs_1S[0], *_spreads(students), coefficient)
 
 
 def _columns(students: Sequence[StudentBest]) -> tuple[Array, Array, Array]:
@@ -143,15 +169,16 @@ def _proportional(sizes_S: Array, logs_BS: Array, spread_S: Array) -> Array:
 def _line(sizes_S: Array, logs_BS: Array, spread_S: Array) -> tuple[Array, Array]:
     """a and b of T = a S + b. The spread of T is that of its logarithm times T, and T is nearly in proportion to S;
     weights by S do not depend on the sample, those by T would favour low samples."""
-    return _weighted_line(sizes_S, np.exp(logs_BS), np.broadcast_to((spread_S * sizes_S) ** -2.0, logs_BS.shape))
+    return weighted_line(sizes_S, np.exp(logs_BS), np.broadcast_to((spread_S * sizes_S) ** -2.0, logs_BS.shape))
 
 
 def _power(sizes_S: Array, logs_BS: Array, spread_S: Array) -> tuple[Array, Array]:
     """q and ln c of T = c S^q."""
-    return _weighted_line(np.log(sizes_S), logs_BS, np.broadcast_to(spread_S**-2.0, logs_BS.shape))
+    return weighted_line(np.log(sizes_S), logs_BS, np.broadcast_to(spread_S**-2.0, logs_BS.shape))
 
 
-def _weighted_line(x_S: Array, y_BS: Array, weights_BS: Array) -> tuple[Array, Array]:
+def weighted_line(x_S: Array, y_BS: Array, weights_BS: Array) -> tuple[Array, Array]:
+    """Slope and intercept [B] of weighted least squares."""
     total_B = weights_BS.sum(1)
     x_B, y_B = weights_BS @ x_S / total_B, (weights_BS * y_BS).sum(1) / total_B
     off_BS = x_S - x_B[:, None]

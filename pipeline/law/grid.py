@@ -37,6 +37,8 @@ class TeacherCurve:
         losses_MR: the students', nats/token.
         supervised_MR: of the same student without a teacher; rows are alike where the init is common.
         missing: names of the runs that are not there, with the reason.
+        initial_kl: from each teacher to the untrained student, mean over seeds, nats/token; None where the table has no
+            rows of 0 tokens for all of these teachers.
     """
 
     student: LawModel
@@ -51,6 +53,7 @@ class TeacherCurve:
     losses_MR: Array
     supervised_MR: Array
     missing: tuple[str, ...]
+    initial_kl: tuple[float, ...] | None
 
 
 def size_of(model: LawModel, size: Size) -> int:
@@ -59,14 +62,14 @@ def size_of(model: LawModel, size: Size) -> int:
 
 
 def curves(runs: Sequence[LawRun]) -> tuple[TeacherCurve, ...]:
-    """All curves of a table, by init, alpha, budget and student's size.
+    """All curves of a table, by init, alpha, budget and student's size; untrained students make none.
 
     What the grid holds is read off the table: a student's teachers and seeds are all that it has a row with.
     """
     keys = {
         (run.init, run.alpha, run.tokens, run.budget, run.student.num_parameters, run.student.name)
         for run in runs
-        if run.teacher is not None
+        if run.teacher is not None and run.tokens > 0
     }
     ordered = sorted(keys, key=lambda key: (key[0], key[1], key[3], key[4], key[5]))
     return tuple(_curve(runs, _Key(key[5], key[3], key[1], key[0])) for key in ordered)
@@ -145,7 +148,19 @@ def _curve(runs: Sequence[LawRun], key: _Key) -> TeacherCurve:
         losses_MR=losses(alone=False),
         supervised_MR=losses(alone=True),
         missing=tuple(missing),
+        initial_kl=_initial_kl(own_runs, key, teachers),
     )
+
+
+def _initial_kl(own_runs: Sequence[LawRun], key: _Key, teachers: Sequence[LawTeacher]) -> tuple[float, ...] | None:
+    """Of rows of 0 tokens, whatever their alpha: they are not trained."""
+    found: dict[str, dict[int, float]] = {}
+    for run in own_runs:
+        if run.tokens == 0 and run.init == key.init and run.teacher is not None and run.metrics.get("kl", 0) > 0:
+            found.setdefault(run.teacher.name, {})[run.seed] = run.metrics["kl"]
+    if any(teacher.name not in found for teacher in teachers):
+        return None
+    return tuple(sum(found[one.name].values()) / len(found[one.name]) for one in teachers)
 
 
 def _named(key: _Key, cell: _Cell, run: LawRun | None) -> str:

@@ -37,8 +37,8 @@ class GridWork:
         corpus = read_manifest(Path(corpus_folder(grid)))
         self._splits: dict[str, Figure] | None = None
         self.corpus_made = corpus is not None and bool(made_stages(self.corpus_run, ["corpus"]))
-        self._tokens = tokens_by_student(grid, sizes_of(grid, vocab_size_of_grid(grid)))
-        every = list(cells(grid, self._tokens))
+        self.sizes = sizes_of(grid, vocab_size_of_grid(grid))
+        every = list(cells(grid, tokens_by_student(grid, self.sizes)))
         self.left = [one for one in every if not is_finished(one)]
         self._every = every
         self.num_arms = sum(len(one.arms) for one in every)

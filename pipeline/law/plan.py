@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from capgap.pipeline.law.grid import curves
 from capgap.pipeline.law.grid_work import GridWork, sum_of
+from capgap.pipeline.law.power import powers
 from capgap.pipeline.law.pruned import require_cuts
+from capgap.pipeline.law.verdict import MIN_DELTA
 from capgap.pipeline.plan import Stated
 from capgap.pipeline.stage.manifests import each_manifest_once
 from capgap.schemas.errors import SettingError
+from capgap.schemas.law import LawRun
 from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.law_plan import LawPlan, PhasePlan
 from capgap.schemas.plan import Figure
 
 
-def plan_grid(grid: LawGrid, stated: Stated, num_workers: int | None, start_s: float | None = None) -> LawPlan:
+def plan_grid(
+    grid: LawGrid,
+    stated: Stated,
+    num_workers: int | None,
+    start_s: float | None = None,
+    pilot: Sequence[LawRun] = (),
+    difference: float = MIN_DELTA,
+) -> LawPlan:
     """What is left to do.
 
     Args:
@@ -22,6 +33,8 @@ def plan_grid(grid: LawGrid, stated: Stated, num_workers: int | None, start_s: f
         stated: speeds that the user states.
         num_workers: processes side by side, if that is known.
         start_s: that a stage takes before it begins, if the user states it; measured rates hold most of it.
+        pilot: rows of a table whose noise says which differences the grid will show.
+        difference: nats/token that one would like to see.
 
     Raises:
         InputError: a source of the corpus, a given model or something reused cannot be read.
@@ -63,6 +76,7 @@ def plan_grid(grid: LawGrid, stated: Stated, num_workers: int | None, start_s: f
         disk_bytes=_disk(phases, work.largest_scratch(), num_workers or 1),
         device_hours=hours,
         hours=wall,
+        powers=powers(grid, work.sizes, curves(pilot), difference),
         notes=tuple(notes),
     )
 

@@ -152,7 +152,7 @@ def _require_text(grid: LawGrid, tokens: Mapping[str, Mapping[str, int]], num_to
                     expected=f"at most {cached * settings.num_epochs:,}",
                     fix="give more text, raise cache.max_tokens, or train.num_epochs if tokens may be seen again",
                 )
-            if asked < settings.batch_sequences * grid.corpus.seq_len:
+            if 0 < asked < settings.batch_sequences * grid.corpus.seq_len:
                 raise InputError(
                     "the budget is smaller than a step",
                     where=f"budgets.{budget}, {student}",

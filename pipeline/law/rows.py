@@ -152,7 +152,8 @@ class GridFacts:
         if manifest is not None:
             return int(manifest.totals["num_tokens"])  # type: ignore[arg-type]
         step = self.grid.train_settings(cell.student).batch_sequences * self.grid.corpus.seq_len
-        return max(1, self.tokens[cell.student][arm.budget] // step) * step
+        tokens = self.tokens[cell.student][arm.budget]
+        return max(1, tokens // step) * step if tokens else 0
 
     def _cache(self, cell: Cell, teacher: TeacherFacts) -> LawCache:
         """The cache, as it is or as it is to be."""

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from capgap.pipeline.law.advise import Advice
 from capgap.pipeline.law.global_law import describe
 from capgap.pipeline.law.headline import headline
+from capgap.pipeline.law.law_axes import axis_sentences
 from capgap.pipeline.pages.numbers import human_count
 from capgap.schemas.law_curve import AxisFit, CurveFit
 from capgap.schemas.law_fit import LawFit
+from capgap.schemas.law_plan import LawPlan
+from capgap.schemas.law_regret import RegretTable, RuleScore
 
 
 def lines(law: LawFit) -> Iterator[str]:
@@ -21,12 +24,45 @@ def lines(law: LawFit) -> Iterator[str]:
             yield f"  {sentence}"
     for one in law.laws:
         yield f"{one.budget}, alpha {one.alpha:g}, {one.init} init: {describe(one)}"
-        for remark in one.remarks:
+        for remark in (*one.remarks, *axis_sentences(one)):
             yield f"  {remark}"
+    for table in law.regrets:
+        yield from regret_lines(table)
+    if law.published:
+        yield f"{len(law.published)} students of papers; share for whom a rule misses the best teacher:"
+        for rule in law.published_rules:
+            yield f"  {': '.join(published_cells(rule))}"
     if law.missing:
         yield f"missing runs ({len(law.missing)}), in no mean:"
         for name in law.missing:
             yield f"  {name}"
+
+
+def regret_lines(table: RegretTable) -> Iterator[str]:
+    """Rule by rule, the one that loses least first."""
+    yield (
+        f"{table.title}: what {len(table.students)} students lose by each rule that has not seen them, nats/token, "
+        f"over {table.num_seeds} seeds; noise alone costs {table.floor:.4f}"
+    )
+    for rule in table.rules:
+        yield f"  {rule.name}: {', '.join(part for part in regret_cells(rule) if part)}"
+
+
+def regret_cells(rule: RuleScore) -> tuple[str, str, str, str]:
+    """Regret with its interval, that above the first rule, what was chosen, and where the rule is out of its range."""
+    if rule.regret is None or rule.interval is None:
+        return "-", "", f"not followed: {rule.refused}", ""
+    behind = "" if rule.behind is None else f"{rule.behind.low:+.4f} to {rule.behind.high:+.4f} against the first"
+    chosen = "; ".join(f"{one.student} {one.teacher} {one.regret:.4f}" for one in rule.choices)
+    outside = f"outside its range for {', '.join(rule.outside)}" if rule.outside else ""
+    return f"{rule.regret:.4f} ({rule.interval.low:.4f} to {rule.interval.high:.4f})", behind, chosen, outside
+
+
+def published_cells(rule: RuleScore) -> tuple[str, str]:
+    """The rule, and the share of published students for whom it misses, with what it chose."""
+    chosen = "; ".join(f"{one.student} {one.teacher}{' (missed)' if one.regret else ''}" for one in rule.choices)
+    outside = f", outside its range for {', '.join(rule.outside)}" if rule.outside else ""
+    return rule.name, f"{rule.regret:.0%}, {chosen}{outside}"
 
 
 def sentences(curve: CurveFit) -> Iterator[str]:
@@ -34,8 +70,7 @@ def sentences(curve: CurveFit) -> Iterator[str]:
     if curve.refused is not None:
         yield f"not judged: {curve.refused}"
     for axis in curve.axes:
-        over = "size" if axis.axis == "size" else "cross-entropy"
-        yield f"over {over}: {axis.verdict}. {axis.reason}{_best(axis)}"
+        yield f"over {axis.over}: {axis.verdict}. {axis.reason}{_best(axis)}"
     if curve.axes and curve.delta is not None:
         good = ", ".join(point.name for point in curve.points if point.within_delta)
         yield f"within {curve.delta:.4f} nats of the best: {good}"
@@ -51,14 +86,30 @@ def sentences(curve: CurveFit) -> Iterator[str]:
         yield f"{one.sentence}; {one.disagreement}"
 
 
+def power_lines(plan: LawPlan) -> Iterator[str]:
+    """What the grid will show of each student."""
+    for one in plan.powers:
+        if one.smallest is None:
+            yield f"{one.student}: one seed or one teacher shows no difference"
+            continue
+        yield (
+            f"{one.student}: shows a difference between teachers of {one.smallest:.4f} nats 4 times in 5 "
+            f"({one.smallest_cautious:.4f} at the upper limit of the noise); seeds that show {one.wished:g}: "
+            f"{one.seeds_needed or 'more than 500'} ({one.seeds_needed_cautious or 'more than 500'}); noise "
+            f"{one.noise:.4f}, of {one.pilot}, whose student has {1 / one.size_ratio:.3g} x its parameters"
+        )
+
+
 def advice_lines(advice: Advice) -> Iterator[str]:
     """Answer by answer, then their disagreement."""
-    yield f"student of {human_count(advice.student)}, {human_count(advice.tokens)} tokens"
+    yield f"student of {human_count(advice.student)}, {human_count(advice.tokens)} tokens: {advice.verdict}"
     for answer in advice.answers:
         yield ""
         yield answer.source
         yield f"  {answer.summary}"
         yield f"  {'inside' if answer.within_validity else 'OUTSIDE'} what it measured: {answer.validity}"
+        for sentence in answer.outside:
+            yield f"  {sentence}"
     yield ""
     yield f"disagreement: {advice.disagreement}"
     if advice.warning is not None:

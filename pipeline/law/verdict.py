@@ -17,12 +17,13 @@ out, or no difference was seen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from capgap.pipeline.law.contrasts import Contrasts
+from capgap.pipeline.law.contrasts import POWER_ERRORS, Contrasts
 from capgap.schemas.law_curve import Verdict
 from capgap.schemas.results import Interval
 
@@ -40,11 +41,13 @@ class Judged:
         verdict: the verdict.
         reason: why, in words.
         bracket: for an interior curve, the nearest places on both sides whose teachers are worse than the best.
+        limit: what an interior verdict lacks; None for one.
     """
 
     verdict: Verdict
     reason: str
     bracket: Interval | None
+    limit: str | None = None
 
 
 def delta_of(found: Contrasts, min_delta: float = MIN_DELTA) -> float:
@@ -53,7 +56,7 @@ def delta_of(found: Contrasts, min_delta: float = MIN_DELTA) -> float:
 
 
 def judge(places_M: Array, names: tuple[str, ...], found: Contrasts, delta: float) -> Judged:
-    """The verdict on a curve.
+    """The verdict on a curve, with what an interior one lacks.
 
     Args:
         places_M: of the teachers on the axis, in any order.
@@ -61,6 +64,36 @@ def judge(places_M: Array, names: tuple[str, ...], found: Contrasts, delta: floa
         found: their means and noise.
         delta: from :func:`delta_of`.
     """
+    judged = _verdict(places_M, names, found, delta)
+    if judged.verdict == "interior":
+        return judged
+    above_M = found.means_M - found.means_M.min()
+    lacking = [
+        lack
+        for end in (places_M.min(), places_M.max())
+        if (lack := _lack(above_M, places_M == end, names, found)) is not None
+    ]
+    return replace(judged, limit="; ".join(lacking))
+
+
+def _lack(above_M: Array, end_M: npt.NDArray[np.bool_], names: tuple[str, ...], found: Contrasts) -> str | None:
+    """How far the teachers at one end are from being shown to be worse than the best; None where they are shown."""
+    at_end = int(np.flatnonzero(end_M)[np.argmin(above_M[end_M])])
+    above = float(above_M[at_end])
+    if above > found.threshold:
+        return None
+    if above == 0:
+        return f"{names[at_end]}, at an end, is the best itself: teachers beyond it are needed, and not more seeds"
+    errors, needed = above / found.standard_error, found.threshold / found.standard_error
+    # the threshold of more seeds is a little lower: not worth its simulation
+    seeds = math.ceil(found.num_seeds * ((needed + POWER_ERRORS) / errors) ** 2)
+    return (
+        f"{names[at_end]} is worse than the best by {errors:.1f} standard errors, {needed:.1f} are needed: about "
+        f"{seeds:.4g} seeds in place of {found.num_seeds} would show it 4 times in 5, if the difference is as measured"
+    )
+
+
+def _verdict(places_M: Array, names: tuple[str, ...], found: Contrasts, delta: float) -> Judged:
     means_M = found.means_M
     best = int(np.argmin(means_M))
     above_M = means_M - means_M[best]

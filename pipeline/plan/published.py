@@ -116,13 +116,13 @@ def supervised_loss(size: float, tokens: float) -> float:
     return float(1.220 + (3355 / size**0.408 + 18186 / tokens**0.431) ** 0.452)
 
 
-def distilled_loss(student: float, tokens: float, teacher_loss: float) -> float:
+def distilled_loss(student: float, tokens: float, teacher_loss: float, alone: float | None = None) -> float:
     """Nats/token of a student whose teacher has this loss.
 
     L_T + L_T^-c0 (1 + (L_T / (L_S d1))^(1/f1))^(-c1 f1) (A' / N^alpha' + B' / D^beta')^gamma', where L_S is what the
-    student would reach alone.
+    student reaches alone: as measured, or by `supervised_loss` where it is left out.
     """
-    alone = supervised_loss(student, tokens)
+    alone = supervised_loss(student, tokens) if alone is None else alone
     gap = (1 + (teacher_loss / (alone * 1.315)) ** (1 / 0.090)) ** (-522.61 * 0.090)
     own = (2243 / student**0.321 + 24181 / tokens**0.637) ** 0.764
     return float(teacher_loss + teacher_loss**-2.549 * gap * own)

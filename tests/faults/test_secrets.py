@@ -52,6 +52,7 @@ PLACES = {
     "law plan": ["law", "plan", "grid.yaml", "--run.reuse.cache", "URL"],
     "law run": ["law", "run", "grid.yaml", "--run.reuse.cache", "URL"],
     "law table": ["law", "table", "URL"],
+    "law submit": ["law", "submit", "URL"],
     "law fit": ["law", "fit", "URL"],
     "law report": ["law", "report", "URL"],
     "law advise": ["law", "advise", "URL"],

@@ -41,7 +41,7 @@ def completed(bash: Path, *words: str) -> list[str]:
 def test_commands_come_first(bash: Path) -> None:
     assert completed(bash, "") == first_words()
     assert completed(bash, "sta") == ["status"]
-    assert completed(bash, "law", "") == ["plan", "run", "table", "fit", "report", "advise"]
+    assert completed(bash, "law", "") == ["plan", "run", "table", "submit", "fit", "report", "advise"]
 
 
 def test_flags_and_settings_follow_two_dashes(bash: Path) -> None:

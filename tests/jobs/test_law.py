@@ -60,7 +60,10 @@ def test_advice_from_a_fit_as_json(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["frobnicate"], "no such command; found frobnicate, expected one of plan, run, table, fit, report, advise"),
+        (
+            ["frobnicate"],
+            "no such command; found frobnicate, expected one of plan, run, table, submit, fit, report, advise",
+        ),
         (["fit", "none.jsonl"], "none.jsonl: no such table"),
         (["fit", "none.jsonl", "--delta", "0"], "--delta: not a difference"),
         (["report", "none"], "there is no fit"),
@@ -89,6 +92,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
             "plan",
             "run",
             "table",
+            "submit",
             "fit",
             "report",
             "advise",

@@ -43,6 +43,8 @@ def test_a_fit_answers_first_with_its_interval(fit: LawFit) -> None:
     assert answer.best_size == pytest.approx(12e6, rel=0.15)
     assert answer.interval is not None and answer.interval.low < 12e6 < answer.interval.high
     assert answer.choice == "12M" and answer.within_validity
+    advice = advise(3_000_000, 3_000_000, teachers, fit)
+    assert advice.verdict == "the fit applies: take 12M" and answer.outside == ()
 
 
 def test_a_fit_says_when_the_student_lies_outside_of_it_and_its_interval_widens(fit: LawFit) -> None:
@@ -53,6 +55,14 @@ def test_a_fit_says_when_the_student_lies_outside_of_it_and_its_interval_widens(
     assert outside.interval.high / outside.interval.low > 1.5 * inside.interval.high / inside.interval.low
     longer = advise(3_000_000, 30_000_000_000, TEACHERS, fit).answers[0]
     assert longer.within_validity is False, "other tokens a parameter were not measured"
+    # students of 1M to 8M, with teachers of up to 32 x, and 2M tokens: 2 a parameter at most, and twice that is room
+    assert outside.outside[0] == "the student is 375 x the largest that was measured (8M)"
+    assert outside.outside[1] == "teacher 7B is 27.3 x the largest that was measured (256M)"
+    assert longer.outside[0] == "tokens a parameter is 2.5e+03 x the largest that was measured (4)"
+    assert advise(3_000_000_000, 3_000_000_000, TEACHERS, fit).verdict.startswith("the fit does not apply: the student")
+    assert advise(3_000_000_000, 126_000_000_000, TEACHERS).verdict.startswith("no fit of your own")
+    published = advise(3_000, 126_000_000_000, TEACHERS).answers[1].outside
+    assert published[0] == "the student is 4.77e+04 x smaller than the least that was measured (143M)"
 
 
 def test_a_fit_without_a_law_gives_no_number_and_says_what_was_seen(tmp_path: Path) -> None:

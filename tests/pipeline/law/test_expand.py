@@ -107,3 +107,24 @@ def test_an_expanded_run_file_is_the_run(tmp_path: Path, init: Init) -> None:
     path = write_run_file(run)
     assert path == tmp_path / "students/s/b" / ("pruned" if init == "pruned" else "") / "seed-7/run.yaml"
     assert RunFile.model_validate(yaml.safe_load(path.read_text())) == run
+
+
+def test_a_budget_may_be_of_some_students_and_have_alphas_of_its_own(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "num_heads": 2}
+    students = {"s": {"model": shape}, "u": {"model": shape}}
+    budgets = {"none": {"tokens": 0}, "short": {"tokens": 1000, "students": ["s"], "alphas": [0.3]}}
+    asked = grid(tmp_path, students=students, budgets=budgets, alphas=[1.0])
+    found = {one.name: one for one in cells(asked, {name: {"none": 0, "short": 1000} for name in students})}
+    arms = {name: set(found[f"students/{name}/seed-0"].run.arms) for name in ("s/a", "s/supervised", "u/a")}
+    assert arms == {
+        "s/a": {"none-alpha-1", "short-alpha-0.3"},
+        "s/supervised": {"none-supervised", "short-supervised"},
+        "u/a": {"none-alpha-1"},
+    }
+    for wrong, said in (
+        ({"b": {"tokens": 1, "students": ["x"]}}, "budgets.b.students: found 'x'"),
+        ({"b": {"tokens": 1, "students": ["s"]}}, "students.u: found no budget for it"),
+        ({"b": {"tokens": 1, "alphas": [0.0]}}, "budgets: found \\[0.0\\], expected numbers above 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            grid(tmp_path, students=students, budgets=wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from law_tables import planted, valley
 
 from capgap.pipeline.law.fit import fit_table
 from capgap.pipeline.law.global_law import describe
+from capgap.pipeline.law.law_axes import axis_sentences
 from capgap.pipeline.law.table import write_table
 from capgap.schemas.law import LawRun
 from capgap.schemas.law_fit import GlobalLaw
@@ -61,4 +63,36 @@ def test_students_that_are_not_interior_do_not_count(tmp_path: Path) -> None:
 
     law = law_of(tmp_path, planted(truth, [0.1e6, 2e6, 4e6], RATIOS))
     assert law.students == ("m2000000", "m4000000")
-    assert law.refused is not None and "m100000 (edge)" in law.refused
+    assert law.refused is not None and "m100000 (edge: " in law.refused
+
+
+def test_the_law_stands_in_the_teachers_loss_too(tmp_path: Path) -> None:
+    """The best is always 4 x, so by the table's rule its loss, 2 + 40 N^-0.25, falls as the student grows."""
+    law = law_of(tmp_path, planted(valley(4.0), [1e6, 2e6, 4e6, 8e6], RATIOS))
+    axes = {one.measure: one for one in law.axes}
+    best, gap = axes["teacher's loss"], axes["gap in loss"]
+    assert best.constant is not None and best.per_doubling is not None and gap.per_doubling is not None
+    losses = [2.0 + 40.0 * (4 * size) ** -0.25 for size in (1e6, 2e6, 4e6, 8e6)]
+    assert min(losses) < best.constant.value < max(losses)
+    assert best.per_doubling.interval.low < np.mean(np.diff(losses)) < best.per_doubling.interval.high < 0
+    # students alone are all alike here, so the gap opens as the teacher's loss falls
+    assert gap.per_doubling.value == pytest.approx(-best.per_doubling.value, rel=0.2)
+    said = list(axis_sentences(law))
+    assert said[0].startswith("teacher's loss at the best teacher: 2.") and "it moves with the student: -0." in said[0]
+    assert said[-1] == "no law of initial KL: no student was measured untrained, which a budget of 0 tokens does"
+
+
+def test_what_an_interior_best_lacks_is_said_in_standard_errors_and_seeds(tmp_path: Path) -> None:
+    """The valley's right side rises by half of what the noise lets through; its left side is plain to see."""
+
+    def truth(teacher: float, student: float) -> float:
+        away = float(np.log(teacher / student / 8.0))
+        return 4.0 + (0.02 * away**2 if away < 0 else 0.001 * away)
+
+    law = law_of(tmp_path, planted(truth, [1e6], RATIOS))
+    assert law.refused is not None
+    found = re.search(r"t32000000 is worse than the best by ([\d.]+) standard errors, ([\d.]+) are needed", law.refused)
+    assert found is not None and float(found[1]) < float(found[2])
+    assert "seeds in place of 3 would show it" in law.refused
+    falling = law_of(tmp_path, planted(lambda t, s: 4.0 - 0.05 * float(np.log(t / s)), [1e6], RATIOS))
+    assert "t32000000, at an end, is the best itself: teachers beyond it are needed" in str(falling.refused)

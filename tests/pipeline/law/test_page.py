@@ -47,8 +47,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_every_chart_has_its_numbers(text: str) -> None:
     page = Page(text)
     assert page.num_charts == 3 * 2 + 1 + 3, "two a student, the law, three accountings"
-    # and a table of forms for each student, and the verdicts
-    assert page.num_tables == page.num_charts + 3 + 1
+    # and a table of forms for each student, the verdicts, and the regrets
+    assert page.num_tables == page.num_charts + 3 + 2
 
 
 def test_ids_are_unique_and_nothing_is_loaded_from_elsewhere(text: str) -> None:
