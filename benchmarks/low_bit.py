@@ -46,8 +46,9 @@ from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.run_file import RunFile
 
 ROOT = Path(__file__).parents[1]
-# Steps enough to see what is won back, and as many as two formats at three seeds may take.
-NUM_TOKENS = 102_400
+# 30 steps: an estimate of what two formats at three seeds can have in six hours of one core. `cpu_s` of the lines says
+# what they took.
+NUM_TOKENS = 61_440
 Job = tuple[str, float, str, int]
 PTQ, QAT, ONLINE = "PTQ", "QAT, cross-entropy", "QAD, online"
 TAILS = ("ghost", "drop", "renorm", "label")
