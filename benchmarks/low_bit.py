@@ -2,17 +2,19 @@
 
 python benchmarks/low_bit.py                     every training that is not in the results, then the table
 python benchmarks/low_bit.py --formats mxfp4     of one format
+python benchmarks/low_bit.py --only-seed 0       of one seed: a process each may share the work
 python benchmarks/low_bit.py --smoke             the same at the smallest size, to see that it works
 
 The student is the teacher itself, SmolLM2-135M-Instruct, which `make smol` fetches. Every training of a format sees
 the same sequences and takes as many steps; the seeds are the order of the data. A training runs in a process of its
-own, so that its memory is known. A finished one is a line of the results, and is not done again; one that was killed
-goes on from its last checkpoint, and `wall_s` is then of its last process.
+own, so that its memory and its seconds of CPU are known. A finished one is a line of the results, and is not done
+again; one that was killed goes on from its last checkpoint, and `wall_s` is then of its last process.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -21,6 +23,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +46,10 @@ from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.run_file import RunFile
 
 ROOT = Path(__file__).parents[1]
+# 30 steps: an estimate of what two formats at three seeds can have in six hours of one core. `cpu_s` of the lines says
+# what they took.
+NUM_TOKENS = 61_440
+Job = tuple[str, float, str, int]
 PTQ, QAT, ONLINE = "PTQ", "QAT, cross-entropy", "QAD, online"
 TAILS = ("ghost", "drop", "renorm", "label")
 # One pass of the teacher each.
@@ -59,6 +66,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "QAD, sampled, n = 25": ("25", {"recording": "sampled"}),
     **{f"QAD, top-64, {tail}": ("25", {"recording": "topk", "tail": tail}) for tail in TAILS},
 }
+NUM_FIRST = 6  # of the arms, down to the first tail; of the other tails one seed is trained
 FORMATS: dict[str, dict[str, Any]] = {
     "int4": {"format": "int4", "group_size": 32},
     "mxfp4": {"format": "mxfp4"},
@@ -68,35 +76,43 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
+# The run file is for one training, and there are dozens here: what makes each of them shorter, for all alike.
+SHORTER: dict[str, dict[str, Any]] = {
+    "cache": {"dtype": "bfloat16"},
+    "train": {"precision": "bf16-mixed", "num_validation_sequences": 1},
+    "eval": {"num_sequences": 32, "num_full_sequences": 16},
+}
+
+
 def main() -> None:
     """Make what is missing, training by training, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only-seed", type=int, help="of them this one alone: a process each may share the work")
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=["int4", "mxfp4"])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-5])
-    parser.add_argument("--tokens", type=int, default=204_800, help="that every student sees")
+    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="that every student sees")
+    parser.add_argument("--compile", action="store_true", help="compile what stands between the layers that round")
     parser.add_argument("--work", type=Path, default=Path("runs/low-bit-arms"), help="caches, and trainings at work")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/low-bit.jsonl")
     parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
     parser.add_argument("--train", nargs=3, metavar=("RUN", "ARM", "SEED"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    os.environ.setdefault("CAPGAP_LEASE_DIR", str((flags.work / "leases").resolve()))
+    # processes that share the work wait for one another's caches, and not for the machine
+    leases = "leases" if flags.only_seed is None else f"leases-{flags.only_seed}"
+    os.environ.setdefault("CAPGAP_LEASE_DIR", str((flags.work / leases).resolve()))
     if flags.train:
         _train(Path(flags.train[0]), flags.train[1], int(flags.train[2]))
         return
     if flags.smoke:
         flags.tokens = 4096
     results = Results(flags.results or RESULTS / ("low-bit-smoke.jsonl" if flags.smoke else "low-bit.jsonl"))
-    bench = Bench(flags.work, flags.smoke, flags.tokens)
+    bench = Bench(flags.work, flags.smoke, flags.tokens, flags.compile)
     jobs = [
         (name, rate, arm, seed)
-        for seed in range(flags.seeds)
-        for name in flags.formats
-        for rate in flags.learning_rates
-        for arm in flags.arms
-        # what is not trained is the same at every seed and rate
-        if arm != PTQ or (seed == 0 and rate == flags.learning_rates[0])
+        for name, rate, arm, seed in in_order(flags.formats, flags.learning_rates, flags.arms, flags.seeds)
+        if flags.only_seed in (None, seed)
     ]
     with bench.teacher_on_heldout() as heldout:
         for name, rate, arm, seed in jobs:
@@ -107,6 +123,20 @@ def main() -> None:
     print(table(results.lines))
 
 
+def in_order(formats: list[str], rates: list[float], chosen: list[str], num_seeds: int) -> list[Job]:
+    """What the goal is about at every seed, then the other tails at one."""
+    names = list(ARMS)
+    every = [(*job, seed) for seed in range(num_seeds) for job in itertools.product(formats, rates, chosen)]
+    # what is not trained is the same at every seed and rate
+    wanted = [
+        (name, rate, arm, seed)
+        for name, rate, arm, seed in every
+        if seed == 0 or (arm != PTQ and names.index(arm) < NUM_FIRST)
+        if arm != PTQ or rate == rates[0]
+    ]
+    return sorted(wanted, key=lambda job: names.index(job[2]) >= NUM_FIRST)
+
+
 class Bench:
     """Makes caches as they are needed, and students from them.
 
@@ -114,11 +144,15 @@ class Bench:
         work: folder for all of it.
         smoke: at the smallest size.
         num_tokens: of every training.
+        compiles: what stands between the layers that round.
     """
 
-    def __init__(self, work: Path, smoke: bool, num_tokens: int) -> None:
+    def __init__(self, work: Path, smoke: bool, num_tokens: int, compiles: bool = False) -> None:
         file = ROOT / ("tests/assets/tiny.yaml" if smoke else "jobs/runs/low-bit.yaml")
         self._work, self._run = work, yaml.safe_load(file.read_text())
+        for part, settings in ({} if smoke else SHORTER).items():
+            self._run[part] |= settings
+        self._run["train"] |= {"compile": compiles}
         self._run |= {"device": "cpu", "out": str(work / "shared")}
         self._corpus, self._teacher = (self._made(self._run, stage) for stage in ("corpus", "teacher"))
         path = model_path(self._teacher)
@@ -129,6 +163,7 @@ class Bench:
             "teacher": self._teacher.manifest.content[:12],
             "corpus": self._corpus.manifest.content[:12],
             "num_tokens": num_tokens,
+            "precision": self._run["train"].get("precision"),
         }
 
     @contextmanager
@@ -284,9 +319,10 @@ def _train(file: Path, arm: str, seed: int) -> None:
     """The training alone, in a process of its own; prints what it took."""
     run = RunFile.model_validate_json(file.read_text())
     carry_out(run, Instance("student", seed=seed))
+    cpu_started = time.process_time()
     manifest = carry_out(run, Instance("train", arm, seed))
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"wall_s": round(manifest.wall_s, 1), "peak_bytes": peak_bytes}))
+    cost = {"wall_s": round(manifest.wall_s, 1), "cpu_s": round(time.process_time() - cpu_started, 1)}
+    print(json.dumps(cost | {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ GroupSize = Literal[32, 64, 128]
 
 _DEFAULT_GROUP_SIZE: GroupSize = 128
 _WEIGHTS_ALONE = ("int4", "mxfp4", "nvfp4")
+_EMBEDDED = ("int8", "int4")
 
 
 class QuantizeSettings(Record):
-    """The format of the student's linear layers. Embedding, head and norms keep the precision of the training."""
+    """The format of the student's linear layers, and by choice of its head and embedding. Norms and biases keep the
+    precision of the training."""
 
     format: LowBitFormat
     """`int8`: weights by output channel, activations by token. `fp8`: the same in E4M3. `int4`: weights alone, in
@@ -37,6 +39,14 @@ class QuantizeSettings(Record):
 
     ignore: tuple[str, ...] = ()
     """Linear layers that stay as they are, each by the end of its name: `down_proj`, or `layers.0.mlp.down_proj`."""
+
+    head: bool = False
+    """Whether the head is quantised, in the same format as the other linear layers. Where it is one matrix with the
+    embedding, they are trained as one, and saved as two."""
+
+    embedding: bool = False
+    """With `int8` and `int4` only, which vLLM reads on GPUs: whether the embedding is quantised, its weights alone, by
+    row with `int8`, in groups of `group_size` with `int4`."""
 
     num_sequences: int = Field(32, ge=1)
     """With `nvfp4` and its activations only: sequences of the student's text on which their largest values are measured
@@ -58,6 +68,11 @@ class QuantizeSettings(Record):
             )
         if self.activations and self.format == "int4":
             raise ValueError("activations: found true with format int4, expected false: int4 is for weights alone")
+        if self.embedding and self.format not in _EMBEDDED:
+            raise ValueError(
+                f"embedding: found true with format {self.format}, expected {' or '.join(_EMBEDDED)}; vLLM reads "
+                "embeddings of integers alone"
+            )
         return self
 
     @property
@@ -69,6 +84,12 @@ class QuantizeSettings(Record):
     def int4_group_size(self) -> int:
         """`group_size`, with its default."""
         return self.group_size or _DEFAULT_GROUP_SIZE
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of a quantised layer, with the scales of its groups; those of whole rows are too few to count."""
+        scales = {"int4": 16 / self.int4_group_size, "mxfp4": 8 / 32, "nvfp4": 8 / 16}
+        return 4 + scales[self.format] if self.format in scales else 8.0
 
     @property
     def needs_text(self) -> bool:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from capgap.pipeline.answers.chat import Generated, Prompt
 from capgap.pipeline.cache.vllm_start import (
+    head_settings,
     llm_settings,
     memory_settings,
     require_platform,
@@ -162,7 +163,7 @@ class VllmGenerator:
             more = memory_settings(config, device, _BATCH_TOKENS, length, gpu_memory_fraction, 1, 1)
         if with_logprobs:
             # as the cache has it: the logprobs of both are then those of one arithmetic
-            more["hf_overrides"] = {"head_dtype": "float32"}
+            more |= head_settings(config)
         if num_devices > 1:
             more |= {"tensor_parallel_size": num_devices, "distributed_executor_backend": "mp"}
             more["worker_extension_cls"] = "capgap.pipeline.cache.vllm_worker.CaptureExtension"

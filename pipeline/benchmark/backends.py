@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from capgap.pipeline.cache.vllm_start import (
+    head_settings,
     memory_settings,
     require_platform,
     require_vllm,
@@ -145,7 +146,7 @@ def _vllm(
             max_num_seqs=max(1, min(256, chunk_rows // 8)),
             load_format="safetensors",  # nothing pickled is opened
             language_model_only=True,  # of a model that sees or hears, the part that reads and writes
-            hf_overrides={"head_dtype": "float32"},
+            **head_settings(config),
             enforce_eager=device == "cpu",
             disable_log_stats=True,
             use_tqdm_on_load=False,

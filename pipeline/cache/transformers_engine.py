@@ -15,7 +15,7 @@ import transformers
 
 from capgap.pipeline.cache.request_checks import require_kept, require_scorable
 from capgap.pipeline.cache.scoring import PackedRows, Recording, Request, Scored, record_rows, row_offsets, unpack
-from capgap.pipeline.models.head_product import float32_logits
+from capgap.pipeline.models.head_product import head_logits
 from capgap.pipeline.models.load import load_model
 from capgap.schemas.errors import InputError
 
@@ -56,8 +56,7 @@ class TransformersEngine:
         self._model = load_model(path, device, _DTYPES.get(dtype), trust_remote_code)
         self.name = f"transformers {transformers.__version__}"
         self.dtype = str(self._model.dtype).removeprefix("torch.")
-        head = self._model.get_output_embeddings()
-        self._head_VH, self._bias_V = head.weight.detach(), getattr(head, "bias", None)
+        self._head = self._model.get_output_embeddings()
         config = self._model.config.get_text_config()
         self._scale = _logit_scale(config)
         self._softcap = getattr(config, "final_logit_softcapping", None)
@@ -82,7 +81,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         """As `Engine.close`."""
-        del self._model, self._head_VH, self._bias_V
+        del self._model, self._head
 
     @torch.inference_mode()
     def _score_batch(self, requests: Sequence[Request]) -> list[Scored]:
@@ -110,7 +109,7 @@ class TransformersEngine:
         return self._split(parts, requests, lengths)
 
     def _logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
-        logits_NV = float32_logits(hidden_NH, self._head_VH, self._bias_V)
+        logits_NV = head_logits(self._head, hidden_NH)
         if self._scale != 1:
             logits_NV = logits_NV * self._scale
         if self._softcap is not None:
@@ -120,7 +119,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def _require_own_head(self, path: str) -> None:
         """Logits may be changed in a way that nobody here has heard of: hold ours against the model's own."""
-        tokens_BL = torch.arange(_PROBE_TOKENS, device=self._device)[None] % len(self._head_VH)
+        tokens_BL = torch.arange(_PROBE_TOKENS, device=self._device)[None] % len(self._head.weight)
         own_NV = self._model(input_ids=tokens_BL, use_cache=False).logits[0].float()
         hidden_NH = self._model.base_model(input_ids=tokens_BL, use_cache=False).last_hidden_state[0]
         apart, largest = float((self._logits(hidden_NH) - own_NV).abs().max()), float(own_NV.abs().max())

@@ -21,6 +21,8 @@ from capgap.pipeline.cache.scoring import Recording, Request, Scored
 from capgap.pipeline.cache.vllm_captured import CapturedRequests, Submission, require_known_front_end, unknown_vllm
 from capgap.pipeline.cache.vllm_public import PublicRequests, require_public
 from capgap.pipeline.cache.vllm_start import (
+    has_low_bit_head,
+    head_settings,
     llm_settings,
     memory_settings,
     quantisation_of,
@@ -34,7 +36,7 @@ from capgap.pipeline.cache.vllm_start import (
 )
 from capgap.pipeline.stage.events import event
 from capgap.pipeline.stage.heartbeat import begin_phase
-from capgap.schemas.errors import MachineError
+from capgap.schemas.errors import InputError, MachineError
 
 _MOST_AT_ONCE = 1024
 
@@ -99,6 +101,14 @@ class VllmEngine:
         require_platform(device)
         config = teacher_config(path, seq_len, device, trust_remote_code)
         self._seq_len, self._num_columns, self._capture = seq_len, int(config.get_text_config().vocab_size), capture
+        if has_low_bit_head(config):
+            raise InputError(
+                "a head of few bits gives vLLM no logits in float32",
+                where=path,
+                found=f"a quantised head ({quantisation_of(config)})",
+                expected="one in 16 bits or more: rounded logits change which ids are kept",
+                fix="set cache.engine to transformers, or make the cache with the model that was quantised",
+            )
         if device == "cpu":
             require_runs_on_cpu(config, saved_dtype(config) if dtype == "auto" else dtype, num_stages)
         if capture == "public":
@@ -114,7 +124,7 @@ class VllmEngine:
             "compilation_config": {"cudagraph_mode": "NONE"},
             "worker_extension_cls": "capgap.pipeline.cache.vllm_worker.CaptureExtension",
             # with logits in bfloat16 half of all rows keep another set of ids
-            "hf_overrides": {"head_dtype": "float32"},
+            **head_settings(config),
             "tensor_parallel_size": tensor_parallel,
             **({"distributed_executor_backend": "mp"} if num_workers > 1 else {}),
             **memory_settings(

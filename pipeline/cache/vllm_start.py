@@ -150,6 +150,18 @@ def quantisation_settings(config: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else dict(found.to_dict())
 
 
+def head_settings(config: Any) -> dict[str, Any]:
+    """By which vLLM gives logits in float32; none for a head of few bits, which has them in the model's dtype alone."""
+    return {} if has_low_bit_head(config) else {"hf_overrides": {"head_dtype": "float32"}}
+
+
+def has_low_bit_head(config: Any) -> bool:
+    """Whether the checkpoint's head is quantised, as compressed-tensors says it, and GPTQ."""
+    settings = quantisation_settings(config)
+    groups = [one for one in (settings.get("config_groups") or {}).values() if isinstance(one, dict)]
+    return bool(settings.get("lm_head")) or any("lm_head" in str(target) for one in groups for target in one["targets"])
+
+
 def _has_integer_activations(config: Any) -> bool:
     groups = quantisation_settings(config).get("config_groups") or {}
     activations = [one.get("input_activations") or {} for one in groups.values() if isinstance(one, dict)]

@@ -42,11 +42,30 @@ def float32_logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None =
     return logits_NV.view(*hidden_NH.shape[:-1], len(weight_VH))
 
 
+def head_logits(head: nn.Linear, hidden_NH: Tensor) -> Tensor:
+    """`float32_logits` of a head; one of few bits that was unpacked rounds the hidden states first."""
+    scheme = getattr(head, "quantization_scheme", None)
+    if scheme is not None and scheme.input_activations is not None:
+        from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+        from capgap.pipeline.models.low_bit import eager_on
+
+        with eager_on(hidden_NH.device):
+            hidden_NH = forward_quantize(head, hidden_NH.float(), "input", scheme.input_activations)
+    return float32_logits(hidden_NH, head.weight, getattr(head, "bias", None))
+
+
+def operands(head: nn.Linear, hidden_BLH: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden states and the weight [V, H] that a head multiplies: rounded ones, where it computes with few bits."""
+    rounding = getattr(head, "operands", None)
+    return (hidden_BLH, head.weight) if rounding is None else rounding(hidden_BLH)
+
+
 def sum_head_in_float32(model: nn.Module) -> None:
     """Let a model's output head give logits in float32 from here on; its weights stay as they are, tied or not."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if isinstance(head, nn.Linear) and head.weight.dtype in (torch.bfloat16, torch.float16):
-        product = partial(float32_logits, weight_VH=head.weight, bias_V=head.bias)
+        product = partial(head_logits, head)
         head.forward = product  # type: ignore[method-assign]
 
 

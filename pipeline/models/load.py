@@ -119,10 +119,11 @@ def load_model(
     if is_packed:
         # numbers of four bits come out in bfloat16, whatever the other weights are
         for layer in model.modules():
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, nn.Linear | nn.Embedding):
                 layer.weight.data = layer.weight.data.to(model.dtype)
         if device == "cpu":
-            _without_compilation(model.get_decoder())
+            for part in (model.get_decoder(), model.get_output_embeddings()):
+                _without_compilation(part)
     return model.to(device).eval()
 
 
@@ -142,21 +143,29 @@ def _unpacked_at_once(config: Any) -> bool:
 def _unpacked_in_silence() -> Iterator[None]:
     """Without the library's bars, which count layers, and without torch.compile.
 
-    The library compiles its rounding to FP4, which takes half a minute and a C++ compiler.
+    The library compiles its rounding to FP4, which takes half a minute and a C++ compiler. And transformers asks an
+    embedding for its weight before it is unpacked, to initialise what no file holds: here every weight is in the files.
     """
     from compressed_tensors.compressors.model_compressors import model_compressor
     from compressed_tensors.utils import patch_attr
 
+    initialise = PreTrainedModel._initialize_weights
+
+    def initialise_unpacked(model: PreTrainedModel, module: nn.Module, *others: Any) -> None:
+        if not hasattr(module, "weight_packed"):
+            initialise(model, module, *others)
+
     silent = patch_attr(model_compressor, "tqdm", lambda modules, **about: modules)
-    with silent, torch.compiler.set_stance("force_eager"):
+    unpacked = patch_attr(PreTrainedModel, "_initialize_weights", initialise_unpacked)
+    with silent, unpacked, torch.compiler.set_stance("force_eager"):
         yield
 
 
-def _without_compilation(decoder: nn.Module) -> None:
+def _without_compilation(part: nn.Module) -> None:
     """The same for its forward passes, in which the library rounds activations."""
     stances: list[Any] = []
-    decoder.register_forward_pre_hook(lambda *_: stances.append(torch.compiler.set_stance("force_eager")))
-    decoder.register_forward_hook(lambda *_: stances.pop().__exit__(None, None, None), always_call=True)
+    part.register_forward_pre_hook(lambda *_: stances.append(torch.compiler.set_stance("force_eager")))
+    part.register_forward_hook(lambda *_: stances.pop().__exit__(None, None, None), always_call=True)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Linear layers that compute with the numbers of a low-bit checkpoint and learn in the precision of their weights.
+"""Layers that compute with the numbers of a low-bit checkpoint and learn in the precision of their weights.
 
     weight, input --compressed-tensors' fake quantisation--> numbers of few bits --> product
     gradients    <-- straight through, as if nothing had been rounded
@@ -6,7 +6,8 @@
 Scales of weights are a function of the weights, computed anew in every pass, so that a checkpoint that is written of
 the weights holds the very numbers that the layer computed with, and a training has nothing to keep but its weights.
 
-Legend: O output features, I input features, G groups of inputs, B sequences, L tokens a sequence.
+Legend: O output features, I input features, G groups of inputs, B sequences, L tokens a sequence, V rows of the
+embedding, H hidden.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp, generate_gparam
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 from transformers import PreTrainedModel
 
 from capgap.schemas.errors import InputError, SettingError
@@ -62,6 +63,7 @@ class LowBitLinear(nn.Linear):
         scheme: compressed-tensors' description of the numbers.
     """
 
+    scheme: QuantizationScheme
     input_global_scale: Tensor | None
 
     def __init__(self, of: nn.Linear, scheme: QuantizationScheme) -> None:
@@ -76,20 +78,20 @@ class LowBitLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # torch's name
         """The product of rounded input and rounded weight; the bias is as it is."""
+        return linear(*self.operands(input), self.bias)
+
+    def operands(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Rounded input and rounded weight."""
         if self.scheme.input_activations is not None:
             input = _straight_through(input, self._rounded_input)
-        weight_OI = _straight_through(self.weight, self._rounded_weight)
-        return linear(input, weight_OI, self.bias)
+        return input, _straight_through(self.weight, self._rounded_weight)
 
     @torch.no_grad()
     def weight_scales(self) -> WeightScales:
         """As they follow from the weight; in float32 whatever its dtype is."""
-        args, weight_OI = _weights_of(self.scheme), self.weight.float()
-        if args.strategy == QuantizationStrategy.CHANNEL:
-            ends = weight_OI.amin(-1, keepdim=True), weight_OI.amax(-1, keepdim=True)
-            return WeightScales(calculate_qparams(*ends, args)[0])
+        args = _weights_of(self.scheme)
         shared = self._weight_global_scale() if args.strategy == QuantizationStrategy.TENSOR_GROUP else None
-        return WeightScales(compute_dynamic_scales_and_zp(weight_OI, args, self, shared)[0], shared)
+        return _scales(self, args, self.weight.float(), shared)
 
     def _weight_global_scale(self) -> Tensor:
         largest = torch.stack([one.weight.abs().amax() for one in self.fused]).amax().float()
@@ -112,6 +114,37 @@ class LowBitLinear(nn.Linear):
         scale, _ = compute_dynamic_scales_and_zp(input_BLI, args, self, shared)
         rounded: Tensor = fake_quantize(input_BLI, scale, None, args, global_scale=shared)
         return rounded.reshape(input.shape)
+
+
+class LowBitEmbedding(nn.Embedding):
+    """An embedding with the very rows of another one, which are rounded as they are looked up.
+
+    Args:
+        of: the embedding that it takes the place of.
+        scheme: of weights alone, whose scales are of one row each.
+    """
+
+    scheme: QuantizationScheme
+
+    def __init__(self, of: nn.Embedding, scheme: QuantizationScheme) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = of.num_embeddings, of.embedding_dim, of.padding_idx
+        self.weight, self.scheme = of.weight, scheme
+
+    def forward(self, input: Tensor) -> Tensor:  # torch's name
+        """Rounded rows [..., H] of ids [...]."""
+        return _straight_through(embedding(input, self.weight, self.padding_idx), self.rounded)
+
+    @torch.no_grad()
+    def weight_scales(self) -> WeightScales:
+        """As `LowBitLinear.weight_scales`."""
+        return _scales(self, _weights_of(self.scheme), self.weight.float(), None)
+
+    def rounded(self, rows: Tensor) -> Tensor:
+        """Rows [..., H] as the checkpoint has them."""
+        args, rows_VH = _weights_of(self.scheme), rows.float().flatten(0, -2)
+        rounded_VH: Tensor = fake_quantize(rows_VH, _scales(self, args, rows_VH, None).scale, None, args)
+        return rounded_VH.view(rows.shape)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -143,13 +176,15 @@ def eager_on(device: torch.device) -> Iterator[None]:
         yield
 
 
-def scheme_of(settings: QuantizeSettings) -> QuantizationScheme:
-    """compressed-tensors' own description of the format."""
+def scheme_of(settings: QuantizeSettings, weights_alone: bool = False) -> QuantizationScheme:
+    """compressed-tensors' own description of the format; of its weights alone, as an embedding has it."""
     names = {"int8": "W8A8", "int4": "W4A16", "fp8": "FP8_DYNAMIC", "mxfp4": "MXFP4", "nvfp4": "NVFP4"}
     name = names[settings.format]
     if settings.format in ("mxfp4", "nvfp4") and not settings.has_activations:
         name += "A16"
     scheme = preset_name_to_scheme(name, ["Linear"])
+    if weights_alone:
+        scheme.input_activations = None
     weights = _weights_of(scheme)
     if settings.format == "int4":
         weights.group_size = settings.int4_group_size
@@ -167,8 +202,8 @@ def layers_to_quantise(model: PreTrainedModel, settings: QuantizeSettings) -> tu
     """
     every = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     head = model.get_output_embeddings()
-    inside = {name: layer for name, layer in every.items() if layer is not head}
-    _require_linear(model, inside)
+    inside = {name: layer for name, layer in every.items() if settings.head or layer is not head}
+    _require_linear(model, inside, has_others=any(layer is not head for layer in inside.values()))
     for end in settings.ignore:
         if not any(_ends(name, end) for name in inside):
             raise SettingError(
@@ -180,7 +215,10 @@ def layers_to_quantise(model: PreTrainedModel, settings: QuantizeSettings) -> tu
     chosen = {n: layer for n, layer in inside.items() if not any(_ends(n, end) for end in settings.ignore)}
     if not chosen:
         raise _refusal(model, "every linear layer among those that stay as they are", "one that does not")
-    _require_groups(model, chosen, settings)
+    inputs = {name: layer.in_features for name, layer in chosen.items()}
+    if settings.embedding:
+        inputs |= {name: table.embedding_dim for name, table in _only_embedding(model).items()}
+    _require_groups(model, inputs, settings)
     return tuple(chosen)
 
 
@@ -212,9 +250,20 @@ def make_low_bit(
         one.fused = tuple(made[full] for end in together if (full := f"{parent}.{end}".lstrip(".")) in made)
 
 
+def make_low_bit_embedding(model: PreTrainedModel, scheme: QuantizationScheme) -> None:
+    """Put a `LowBitEmbedding` in the place of the embedding; the model keeps its parameters and their names."""
+    ((name, table),) = _only_embedding(model).items()
+    model.set_submodule(name, LowBitEmbedding(table, scheme))
+
+
 def low_bit_layers(model: nn.Module) -> dict[str, LowBitLinear]:
     """By name; empty for a model that computes with its weights as they are."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LowBitLinear)}
+
+
+def low_bit_embedding(model: nn.Module) -> dict[str, LowBitEmbedding]:
+    """By name; empty where the embedding is looked up as it is."""
+    return {name: table for name, table in model.named_modules() if isinstance(table, LowBitEmbedding)}
 
 
 def needs_input_scales(scheme: QuantizationScheme) -> bool:
@@ -259,6 +308,23 @@ def measure_input_scales(
     return {name: generate_gparam(-largest[name], largest[name]).cpu() for name in wanted}
 
 
+def _scales(module: nn.Module, args: QuantizationArgs, weight_OI: Tensor, shared: Tensor | None) -> WeightScales:
+    if args.strategy == QuantizationStrategy.CHANNEL:
+        ends = weight_OI.amin(-1, keepdim=True), weight_OI.amax(-1, keepdim=True)
+        return WeightScales(calculate_qparams(*ends, args)[0])
+    return WeightScales(compute_dynamic_scales_and_zp(weight_OI, args, module, shared)[0], shared)
+
+
+def _only_embedding(model: PreTrainedModel) -> dict[str, nn.Embedding]:
+    """The embedding, by name: the only one, for vLLM knows it by its class alone."""
+    tables = {name: table for name, table in model.named_modules() if isinstance(table, nn.Embedding)}
+    if len(tables) != 1 or any(type(table) is not nn.Embedding for table in tables.values()):
+        kinds = [f"{name} of type {type(table).__name__}" for name, table in tables.items()]
+        found = _some(kinds) or "none"
+        raise _refusal(model, f"embeddings: {found}", f"one, a plain one; else leave {SETTING}.embedding out")
+    return tables
+
+
 def _weights_of(scheme: QuantizationScheme) -> QuantizationArgs:
     assert scheme.weights is not None
     return scheme.weights
@@ -268,7 +334,7 @@ def _ends(name: str, end: str) -> bool:
     return f".{name}".endswith(f".{end}")
 
 
-def _require_linear(model: PreTrainedModel, layers: Mapping[str, nn.Linear]) -> None:
+def _require_linear(model: PreTrainedModel, layers: Mapping[str, nn.Linear], has_others: bool) -> None:
     others = [name for name, layer in layers.items() if type(layer) is not nn.Linear]
     if others:
         kinds = sorted({type(layers[name]).__name__ for name in others})
@@ -287,24 +353,24 @@ def _require_linear(model: PreTrainedModel, layers: Mapping[str, nn.Linear]) -> 
             f"weights of more than two dimensions: {_some(wide)}",
             "linear layers; not a mixture's experts",
         )
-    if not layers:
+    if not has_others:
         raise _refusal(model, "no linear layer beside the head", "some, as models like Llama have them")
 
 
-def _require_groups(model: PreTrainedModel, layers: Mapping[str, nn.Linear], settings: QuantizeSettings) -> None:
+def _require_groups(model: PreTrainedModel, inputs: Mapping[str, int], settings: QuantizeSettings) -> None:
     size = {"int4": settings.int4_group_size, "mxfp4": 32, "nvfp4": 16}.get(settings.format)
     if size is None:
         return
-    odd = {name: layer.in_features for name, layer in layers.items() if layer.in_features % size}
+    odd = {name: num for name, num in inputs.items() if num % size}
     if not odd:
         return
-    inputs = sorted(set(odd.values()))
-    fits = [f for f in (128, 64, 32) if settings.format == "int4" and not any(n % f for n in inputs)]
+    nums = sorted(set(odd.values()))
+    fits = [f for f in (128, 64, 32) if settings.format == "int4" and not any(num % f for num in nums)]
     fix = f"set {SETTING}.group_size to {' or '.join(map(str, fits))}" if fits else "take int8 or fp8"
     raise InputError(
         "the inputs of a layer do not divide into groups",
         where=f"{SETTING}: {model.name_or_path or model.config.model_type}",
-        found=f"{' and '.join(map(str, inputs))} inputs in {_some(sorted(odd))}",
+        found=f"{' and '.join(map(str, nums))} inputs in {_some(sorted(odd))}",
         expected=f"a multiple of {size}, the group of {settings.format}",
         fix=f"{fix}, or name those layers in {SETTING}.ignore",
     )

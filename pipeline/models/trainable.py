@@ -84,13 +84,14 @@ def load_to_train(path: str, dtype: torch.dtype | None, trust_remote_code: bool 
 
 def empty_to_train(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """As `load_to_train`, without memory for its weights."""
-    config = load_config(path, trust_remote_code)
-    model = empty_model(config, trust_remote_code)
-    if is_quantised(config):
-        require_compressed_tensors(path)
-        from capgap.pipeline.models.low_bit_files import as_compressed
+    config = require_trainable(path, path, trust_remote_code)
+    if not is_quantised(config):
+        return empty_model(config, trust_remote_code)
+    require_compressed_tensors(path)
+    from capgap.pipeline.models.low_bit_files import as_compressed
 
-        as_compressed(model, config)
+    model = empty_model(load_config(str(_beside(path)), trust_remote_code), trust_remote_code)
+    as_compressed(model, config)
     return model
 
 

@@ -92,10 +92,12 @@ def _memory_at_few_bits(work: RunWork) -> list[str]:
         return []
     width = 2 if run.train.precision == "bf16-true" else 4
     trained = 4 * width * size.total
-    rounded = 0.0 if run.train.activation_checkpointing else width * size.outside_embedding
+    head = (size.total - size.outside_embedding) / (1 if size.tied else 2) if run.student.quantize.head else 0
+    rounded = width * (head + (0 if run.train.activation_checkpointing else size.outside_embedding))
     return [
         f"a training at {run.student.quantize.format} holds {trained / 1e9:.2f} GB of weights, gradients and AdamW's "
-        f"states, {rounded / 1e9:.2f} GB of rounded weights, and its activations"
+        f"states, {rounded / 1e9:.2f} GB of rounded weights, and its activations; it rounds all weights in every pass, "
+        "which is no part of its operations"
     ]
 
 

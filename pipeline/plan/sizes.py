@@ -24,11 +24,13 @@ class ModelSize:
         total: all parameters, tied ones once.
         outside_embedding: without embedding and head.
         where: what it was counted from, or why it is not known.
+        tied: whether embedding and head are one matrix; taken for so where that is not known.
     """
 
     total: float | None
     outside_embedding: float | None
     where: str
+    tied: bool = True
 
     @property
     def figure(self) -> Figure:
@@ -44,20 +46,12 @@ class ModelSize:
         """As it is served where its linear layers have few bits, and the rest 16."""
         if self.total is None or self.outside_embedding is None:
             return None
-        return (self.total - self.outside_embedding) * 2 + self.outside_embedding * bits_per_weight(settings) / 8
-
-
-def bits_per_weight(settings: QuantizeSettings) -> float:
-    """Of a quantised layer, with the scales of its groups; those of whole rows are too few to count."""
-    match settings.format:
-        case "int4":
-            return 4 + 16 / settings.int4_group_size
-        case "mxfp4":
-            return 4 + 8 / 32
-        case "nvfp4":
-            return 4 + 8 / 16
-        case _:
-            return 8.0
+        few, ends = settings.bits_per_weight / 8, self.total - self.outside_embedding
+        if not settings.head and not settings.embedding:
+            return ends * 2 + self.outside_embedding * few
+        one = ends if self.tied else ends / 2
+        each = (few if is_few else 2 for is_few in (settings.head, settings.embedding))
+        return one * sum(each) + self.outside_embedding * few
 
 
 def model_size(
@@ -73,16 +67,18 @@ def model_size(
         from capgap.pipeline.models.tokenizers import load_tokenizer
 
         try:
-            facts = model_facts(load_config(path), load_tokenizer(path), path)
+            config = load_config(path)
+            facts = model_facts(config, load_tokenizer(path), path)
         except CapgapError as error:
             return ModelSize(None, None, f"cannot be counted: {error}")
-        return ModelSize(facts.num_parameters, facts.num_non_embedding_parameters, f"the configuration of {path}")
+        sizes = facts.num_parameters, facts.num_non_embedding_parameters
+        return ModelSize(*sizes, f"the configuration of {path}", bool(config.tie_word_embeddings))
     if shape is not None:
         outside = shape_parameters(shape)
         if vocab_size is None:
             return ModelSize(None, outside, "its embedding is as large as a tokenizer that cannot be read")
         embedding = vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
-        return ModelSize(outside + embedding, outside, "its shape")
+        return ModelSize(outside + embedding, outside, "its shape", shape.tie_word_embeddings)
     return ModelSize(None, None, "not known before it is made")
 
 
@@ -105,7 +101,8 @@ def pruned_size(
         return ModelSize(None, None, f"cannot be counted: {error}")
     total = sum(p.numel() for p in model.parameters())
     ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    return ModelSize(total, total - sum(end.numel() for end in ends), "the teacher's configuration, pruned")
+    outside = total - sum(end.numel() for end in ends)
+    return ModelSize(total, outside, "the teacher's configuration, pruned", tied=len(ends) == 1)
 
 
 def shape_parameters(shape: ModelShape) -> int:

@@ -12,6 +12,7 @@ from capgap.pipeline.fidelity.fidelity import fidelity_of
 from capgap.pipeline.fidelity.sample import Sampling
 from capgap.pipeline.report.benchmarks import benchmarks
 from capgap.pipeline.report.frontier import run_frontier
+from capgap.pipeline.report.low_bit import low_bit, low_bit_lines
 from capgap.pipeline.report.nearness import nearness_lines
 from capgap.pipeline.report.rounds import round_lines
 from capgap.pipeline.report.stages import stage_line
@@ -43,7 +44,7 @@ def gather(context: StageContext) -> Report:
     cache = _cache(context.input("cache"))
     alphas = {arm: context.run.train_settings(arm).largest_alpha for arm in context.run.arms}
     found = gains(results, alphas)
-    facts = cache.facts
+    facts, few = cache.facts, low_bit(context, results)
     return Report(
         name=context.run.name,
         machine=", ".join(sorted({one.machine for one in facts.scored if one.machine})),
@@ -52,7 +53,13 @@ def gather(context: StageContext) -> Report:
         teacher_parameters=results.teacher.num_parameters if results.teacher else facts.num_teacher_parameters,
         table=Table(
             rows=build_rows(results),
-            lines=(cache_line(cache), *_warnings(cache.facts), *nearness_lines(results), *_caveats(found)),
+            lines=(
+                cache_line(cache),
+                *_warnings(cache.facts),
+                *low_bit_lines(few),
+                *nearness_lines(results),
+                *_caveats(found),
+            ),
             verdicts=tuple(verdict(gain, results.num_sequences) for gain in found) or (no_verdict(results, alphas),),
             benchmarks=benchmarks(context),
         ),
@@ -63,6 +70,7 @@ def gather(context: StageContext) -> Report:
         cache=cache,
         fidelity=_fidelity(context.input("cache")),
         curves=_curves(context),
+        low_bit=few,
         rounds=round_lines(context),
         stages=tuple(stage_line(stage, context.run) for stage in context.inputs.values()),
         settings=context.run.decisive(),

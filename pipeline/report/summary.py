@@ -174,6 +174,44 @@ class Series(Record):
     """One for each."""
 
 
+class WonBack(Record):
+    """What an arm wins back of the gap between a rounded student and the teacher."""
+
+    arm: str
+    """The arm."""
+
+    loss: float | None
+    """Share of the gap in loss, mean over seeds; None where there is no gap."""
+
+    kl: float | None
+    """Share of the KL to the teacher, likewise."""
+
+
+class LowBit(Record):
+    """Students of few bits."""
+
+    format: str
+    """As the run file names it."""
+
+    layers: str
+    """What is quantised, in words."""
+
+    bits_per_weight: float
+    """Of what is quantised, with the scales of its groups."""
+
+    num_bytes: int
+    """The weights of one student's folder `model`."""
+
+    num_bytes_in_16_bits: int
+    """What its parameters would take so."""
+
+    baseline: str | None
+    """The arm that is rounded and trained on nothing (`max_tokens: 0`); None where there is none."""
+
+    won_back: tuple[WonBack, ...]
+    """By arm; empty without a baseline, or where the teacher was not measured."""
+
+
 class TrainingCurve(Record):
     """Held-out loss in the course of a training."""
 
@@ -325,6 +363,9 @@ class Report(Record):
 
     curves: tuple[TrainingCurve, ...]
     """The teacher's, if it was trained here, and the students'."""
+
+    low_bit: LowBit | None = None
+    """None where the students are not quantised."""
 
     rounds: tuple[RoundLine, ...] = ()
     """Round by round; empty for a run without rounds."""

@@ -20,7 +20,7 @@ from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_quantize import QuantizeSettings
 
 SETTING = "student.quantize"
-_ANY_VOCAB_SIZE = 8  # neither embedding nor head is quantised
+_ANY_VOCAB_SIZE = 8  # whether a layer takes a format depends on its inputs alone
 
 
 def require_quantisable(run: RunFile, inputs: Mapping[str, StageInput] | None = None) -> None:
@@ -61,7 +61,13 @@ def quantise(context: StageContext, model: PreTrainedModel, settings: QuantizeSe
         MachineError: compressed-tensors is not installed.
     """
     require_compressed_tensors(SETTING)
-    from capgap.pipeline.models.low_bit import layers_to_quantise, make_low_bit, measure_input_scales, scheme_of
+    from capgap.pipeline.models.low_bit import (
+        layers_to_quantise,
+        make_low_bit,
+        make_low_bit_embedding,
+        measure_input_scales,
+        scheme_of,
+    )
 
     names = layers_to_quantise(model, settings)
     scales = None
@@ -71,11 +77,16 @@ def quantise(context: StageContext, model: PreTrainedModel, settings: QuantizeSe
 
         def look_at_text() -> None:
             for batch in text.batches():
-                hidden_states(model, batch.to(context.device))
+                hidden_BLH = hidden_states(model, batch.to(context.device))
+                if settings.head:
+                    for hidden_LH in hidden_BLH:  # logits of one sequence at a time
+                        model.get_output_embeddings()(hidden_LH)
 
         scales = measure_input_scales(model, names, look_at_text)
         model.to("cpu")
     make_low_bit(model, names, scheme_of(settings), scales)
+    if settings.embedding:
+        make_low_bit_embedding(model, scheme_of(settings, weights_alone=True))
 
 
 def _empty_student(run: RunFile, inputs: Mapping[str, StageInput] | None) -> PreTrainedModel | None:

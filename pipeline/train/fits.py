@@ -70,11 +70,11 @@ def require_memory(
 def rounded_bytes(model: PreTrainedModel, settings: OptimizationSettings) -> int:
     """What layers that compute with other numbers than their weights keep of those for the backward pass.
 
-    Layers that are checkpointed keep none, and make them again one layer after the other.
+    Layers that are checkpointed keep none, and make them again one layer after the other; the head is never such.
     """
+    layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
     if settings.activation_checkpointing:
-        return 0
-    layers = (part for part in model.modules() if isinstance(part, nn.Linear))
+        layers = [layer for layer in layers if layer is model.get_output_embeddings()]
     return sum(layer.weight.nbytes for layer in layers if type(layer).forward is not nn.Linear.forward)
 
 

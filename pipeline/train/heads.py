@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from capgap.kernels.sparse_kl import SparseTargets, linear_sparse_kl
 from capgap.pipeline.models.configs import max_positions
+from capgap.pipeline.models.head_product import operands
 from capgap.schemas.errors import InputError
 
 _NUM_TOKENS = 8  # a few positions, so that one that looked ahead would be seen; short, so that a trial is cheap
@@ -35,7 +36,7 @@ class LmHead:
 
     Attributes:
         decoder: the part of the model that makes the hidden states.
-        linear: weight [V, H] and perhaps a bias [V].
+        linear: weight [V, H] and perhaps a bias [V]; it may round what it multiplies to few bits.
         scale: factor of the logits.
         softcap: c, where logits z become c tanh(z / c).
     """
@@ -47,10 +48,10 @@ class LmHead:
 
     def inputs(self, hidden_BLH: Tensor) -> dict[str, Any]:
         """The arguments of `linear_sparse_kl` that stand for the model's logits."""
-        weight_VH: Tensor = self.linear.weight
         bias_V: Tensor | None = self.linear.bias
         if not torch.is_autocast_enabled(hidden_BLH.device.type):
-            hidden_BLH = hidden_BLH.to(weight_VH.dtype)  # of a model that keeps its hidden states wider
+            hidden_BLH = hidden_BLH.to(self.linear.weight.dtype)  # of a model that keeps its hidden states wider
+        hidden_BLH, weight_VH = operands(self.linear, hidden_BLH)
         if self.scale != 1:
             hidden_BLH, bias_V = hidden_BLH * self.scale, None if bias_V is None else bias_V * self.scale
         return {
@@ -85,8 +86,9 @@ def _plain_linear(model: PreTrainedModel) -> nn.Linear:
     linear = model.get_output_embeddings()
     if linear is None:
         raise _refusal(model, "no output embeddings", "a head")
-    # subclasses compute something else: adapters and quantised layers are such
-    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+    # subclasses compute something else: adapters and quantised layers are such; of ours the operands are known
+    is_known = hasattr(linear, "operands") or type(linear).forward is nn.Linear.forward
+    if not isinstance(linear, nn.Linear) or not is_known:
         raise _refusal(model, f"a head of type {type(linear).__name__}", "a plain linear layer")
     if not linear.weight.is_floating_point() or linear.weight.element_size() < 2:
         raise _refusal(model, f"a head in {linear.weight.dtype}", "weights that can be trained, of 16 bits or more")

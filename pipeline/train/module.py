@@ -136,9 +136,8 @@ class DistillationModule(lightning.LightningModule):
         result = self._loss_of(output.last_hidden_state, batch, alpha)
         if not self.training and batch.ids_NK is not None:
             # here, where ranks that share the head hold all of it
-            hidden_NH = output.last_hidden_state.flatten(0, 1)
-            linear = self._head.linear
-            self.top_N = top_ids(hidden_NH.detach(), linear.weight, linear.bias, self._vocab_size)
+            read = self._head.inputs(output.last_hidden_state.detach())
+            self.top_N = top_ids(read["hidden_NH"], read["weight_VH"].detach(), read["bias_V"], self._vocab_size)
         if router is None:
             return result
         return result._replace(loss=result.loss + self._objective.router_loss_weight * router(output))

@@ -92,9 +92,14 @@ def extend_vocabulary(model: PreTrainedModel, old_size: int, new_size: int) -> N
     """
     if new_size <= old_size:
         return
+    head = model.get_output_embeddings()
     if model.get_input_embeddings().weight.shape[0] < new_size:
         model.resize_token_embeddings(new_size, mean_resizing=False)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        grown = model.get_output_embeddings()
+        if grown is not head:  # it may compute with few bits, which transformers' new one does not
+            head.weight, head.bias, head.out_features = grown.weight, grown.bias, grown.out_features
+            model.set_output_embeddings(head)
+    embedding = model.get_input_embeddings()
     old_VH = embedding.weight[:old_size].float()
     noise_VH = torch.randn(new_size - old_size, old_VH.shape[1], generator=torch.Generator().manual_seed(0))
     sampled_VH = old_VH.mean(0) + old_VH.std(0) * noise_VH.to(old_VH.device)

@@ -52,6 +52,14 @@ def test_what_is_won_back_is_paired_by_seed_and_taken_at_the_best_rate(low_bit) 
     assert "| QAT, cross-entropy | - | 3.500 | 0.7500 | 50.0 % | 50.0 % |" in low_bit.table(lines)
 
 
+def test_what_the_goal_is_about_comes_first_and_other_tails_have_one_seed(low_bit) -> None:
+    jobs = low_bit.in_order(["int4", "mxfp4"], [1e-5, 2e-5], list(low_bit.ARMS), 3)
+    assert len(jobs) == len(set(jobs)) == 2 * (1 + 2 * 5 * 3 + 2 * 3)
+    tails = [arm.startswith("QAD, top-64") and not arm.endswith("ghost") for _, _, arm, _ in jobs]
+    assert tails == sorted(tails) and {seed for (*_, seed), is_tail in zip(jobs, tails, strict=True) if is_tail} == {0}
+    assert all(seed == 0 and rate == 1e-5 for _, rate, arm, seed in jobs if arm == low_bit.PTQ)
+
+
 @pytest.mark.slow
 def test_every_arm_is_trained_once_and_a_second_run_trains_none(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"

@@ -16,6 +16,7 @@ from capgap.schemas.run_quantize import QuantizeSettings
         ({"format": "int4", "group_size": 48}, "32, 64 or 128"),
         ({"format": "mxfp4", "group_size": 32}, "group_size: found 32 with format mxfp4, expected it with int4"),
         ({"format": "int8", "activations": False}, "activations: found false with format int8, expected int4 or mxfp4"),
+        ({"format": "mxfp4", "embedding": True}, "embedding: found true with format mxfp4, expected int8 or int4"),
         ({"format": "int4", "activations": True}, "activations: found true with format int4, expected false"),
     ],
 )

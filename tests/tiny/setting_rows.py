@@ -17,6 +17,8 @@ QUANTIZE_ROWS: list[Row] = [
     ("student.quantize.group_size", 64, _FROM_STUDENT),
     ("student.quantize.activations", False, _FROM_STUDENT),
     ("student.quantize.ignore", ["down_proj"], _FROM_STUDENT),
+    ("student.quantize.head", True, _FROM_STUDENT),
+    ("student.quantize.embedding", True, _FROM_STUDENT),
     ("student.quantize.num_sequences", 7, _FROM_STUDENT),
     ("student.quantize.batch_sequences", 7, set()),
 ]
@@ -34,6 +36,7 @@ FURTHER_ROWS = [*QUANTIZE_ROWS, *ALIGN_ROWS]
 FURTHER_BESIDE: dict[str, dict[str, Any]] = {
     **{path: {"student.quantize": {"format": "nvfp4"}} for path, _, _ in QUANTIZE_ROWS},
     "student.quantize.group_size": {"student.quantize": {"format": "int4"}},
+    "student.quantize.embedding": {"student.quantize": {"format": "int8"}},
     **{path: {"align": {"tokenizer": "one"}} for path, _, _ in ALIGN_ROWS},
 }
 """What stands beside a setting, before it is changed and after."""

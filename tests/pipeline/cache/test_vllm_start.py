@@ -13,7 +13,14 @@ from transformers import LlamaConfig
 from capgap.kernels.sampling import largest as sampling_largest
 from capgap.kernels.sampling import rows as sampling_rows
 from capgap.pipeline.cache.scoring import Request
-from capgap.pipeline.cache.vllm_start import chunk_bytes, quantisation_of, require_room, require_runs_on_cpu
+from capgap.pipeline.cache.vllm_start import (
+    chunk_bytes,
+    has_low_bit_head,
+    head_settings,
+    quantisation_of,
+    require_room,
+    require_runs_on_cpu,
+)
 from capgap.pipeline.cache.vllm_worker import Capture, RequestKey, _Span
 from capgap.schemas.errors import MachineError
 
@@ -89,3 +96,16 @@ def test_int8_on_a_cpu_is_for_bfloat16() -> None:
 def test_layers_are_not_dealt_out_among_cpus() -> None:
     with pytest.raises(MachineError, match=r"pipeline_parallel_size: .* found 2, expected 1 .*cache\.tensor_parallel"):
         require_runs_on_cpu(LlamaConfig(), torch.float32, 2)
+
+
+def test_a_head_of_few_bits_is_asked_for_no_logits_in_float32() -> None:
+    def few(*targets: str) -> LlamaConfig:
+        group = {"targets": list(targets), "weights": {"num_bits": 4}}
+        return LlamaConfig(quantization_config={"quant_method": "compressed-tensors", "config_groups": {"one": group}})
+
+    assert head_settings(few("lm_head", "Linear")) == {}
+    assert has_low_bit_head(few("re:.*lm_head")) and has_low_bit_head(
+        LlamaConfig(quantization_config={"lm_head": True})
+    )
+    for plain in (LlamaConfig(), few("Linear")):
+        assert head_settings(plain) == {"hf_overrides": {"head_dtype": "float32"}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,25 @@ from tiny_models import gpt2_config, mamba_config, tiny_llama, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
+from capgap.kernels.sparse_kl import SparseTargets, linear_sparse_kl
 from capgap.pipeline.models.configs import load_config
+from capgap.pipeline.models.head_product import sum_head_in_float32
 from capgap.pipeline.models.load import load_model
 from capgap.pipeline.models.low_bit import (
+    LowBitEmbedding,
     LowBitLinear,
     layers_to_quantise,
+    low_bit_embedding,
     low_bit_layers,
     make_low_bit,
+    make_low_bit_embedding,
     measure_input_scales,
     scheme_of,
 )
 from capgap.pipeline.models.low_bit_files import save_compressed
 from capgap.pipeline.models.trainable import empty_to_train, load_to_train, require_plain
+from capgap.pipeline.train.faster import compile_layers
+from capgap.pipeline.train.heads import served_head
 from capgap.schemas.errors import CapgapError, InputError
 from capgap.schemas.run_quantize import QuantizeSettings
 
@@ -58,6 +66,8 @@ def _made_low_bit(model: PreTrainedModel, settings: QuantizeSettings) -> PreTrai
     names = layers_to_quantise(model, settings)
     scales = measure_input_scales(model, names, lambda: model(IDS_BL)) if settings.needs_text else None
     make_low_bit(model, names, scheme_of(settings), scales)
+    if settings.embedding:
+        make_low_bit_embedding(model, scheme_of(settings, weights_alone=True))
     return model
 
 
@@ -97,6 +107,94 @@ def test_the_checkpoint_holds_the_numbers_that_the_layers_compute_with(name: str
     packed = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
     whole = sum(file.stat().st_size for file in (tmp_path / "high_precision").glob("*.safetensors"))
     assert packed < whole / 2
+
+
+BOTH = {"head": True, "embedding": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "tied"),
+    [
+        ({"format": "int8", **BOTH}, True),
+        ({"format": "int8", **BOTH}, False),
+        ({"format": "int8", "embedding": True}, True),
+        ({"format": "int4", "group_size": 32, **BOTH}, True),
+        ({"format": "fp8", "head": True}, False),
+        ({"format": "mxfp4", "head": True}, True),
+        ({"format": "nvfp4", "head": True}, True),
+    ],
+)
+def test_head_and_embedding_are_rounded_by_choice_and_saved_as_two(
+    given: dict[str, Any], tied: bool, tmp_path: Path
+) -> None:
+    settings, plain = QuantizeSettings(**given), _plain(tied)
+    inside = _logits(_made_low_bit(_plain(tied), settings.model_copy(update={"head": False, "embedding": False})))
+    model = _made_low_bit(_plain(tied), settings)
+    rounded, ends = _logits(model), (model.get_input_embeddings(), model.get_output_embeddings())
+    assert (rounded - inside).abs().max() > 1e-3, "neither was rounded"
+    assert [type(end) for end in ends] == [
+        LowBitEmbedding if settings.embedding else nn.Embedding,
+        LowBitLinear if settings.head else nn.Linear,
+    ]
+    assert (ends[0].weight is ends[1].weight) == tied
+    path = _saved(model, plain, tmp_path)
+    config = load_config(path)
+    assert config.tie_word_embeddings is False and ("lm_head" in config.quantization_config["ignore"]) != settings.head
+    served = load_model(path, "cpu", torch.float32)
+    for own, end in low_bit_embedding(model).items():
+        assert torch.allclose(served.get_submodule(own).weight, end.rounded(end.weight.detach()), rtol=1e-6, atol=0)
+    if settings.format != "nvfp4":
+        assert (_logits(served) - rounded).abs().max() < 1e-5
+    again = load_to_train(path, None)
+    # what eval makes of a head in bfloat16 rounds its input as the trained one does; weights then have 8 bits at most
+    narrow, hidden_NH = load_model(path, "cpu"), torch.randn(50, 64).bfloat16()
+    sum_head_in_float32(narrow)
+    with torch.no_grad():
+        found, wanted = narrow.get_output_embeddings()(hidden_NH), again.get_output_embeddings()(hidden_NH.float())
+    assert found.dtype == torch.float32 and (found - wanted).abs().max() < 2**-6 * wanted.std()
+    assert torch.equal(_logits(again), rounded), "what a training goes on from"
+    assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight) == tied
+    empty = empty_to_train(path)
+    assert sum(p.numel() for p in empty.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+def test_the_fused_loss_sees_the_rounded_head_and_its_gradients_reach_the_weights() -> None:
+    settings = QuantizeSettings(format="int8", head=True, embedding=True)
+    model = _made_low_bit(_plain(), settings)
+    head = served_head(model, 40)
+    hidden_BLH = head.decoder(input_ids=IDS_BL).last_hidden_state
+    read = head.inputs(hidden_BLH)
+    assert torch.equal(read["weight_VH"], head.linear._rounded_weight(head.linear.weight))
+    assert torch.equal(read["hidden_NH"], head.linear._rounded_input(hidden_BLH).flatten(0, 1))
+    labels_N = IDS_BL.roll(-1, 1).flatten()
+    nothing_N1 = torch.zeros((len(labels_N), 1))
+    targets = SparseTargets(nothing_N1.long(), nothing_N1, None)
+    linear_sparse_kl(
+        **read, targets=targets, labels_N=labels_N, alpha=0.0, vocab_size=40, want_kl=False
+    ).loss.backward()
+    found, model.get_input_embeddings().weight.grad = model.get_input_embeddings().weight.grad, None
+    logits_NV = model(IDS_BL).logits.flatten(0, 1)[:, :40]
+    nn.functional.cross_entropy(logits_NV, labels_N).backward()
+    wanted = model.get_input_embeddings().weight.grad
+    # sums in another order
+    assert found.abs().max() > 1e-4 and torch.allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_layers_that_are_compiled_round_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    # traced, and run as it is: what a C++ compiler makes of it is not asked here
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    found = []
+    for is_compiled in (False, True):
+        model = _made_low_bit(_plain(), _settings("mxfp4"))
+        if is_compiled:
+            compile_layers(model, model.get_decoder(), torch.device("cpu"))
+        logits_BLV = model(IDS_BL).logits
+        logits_BLV.square().mean().backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        found.append((logits_BLV.detach(), gradients))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.allclose(gradient, found[1][1][name], atol=1e-6) for name, gradient in found[0][1].items())
 
 
 def test_gradients_pass_as_if_nothing_were_rounded() -> None:

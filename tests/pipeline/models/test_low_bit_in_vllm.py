@@ -46,7 +46,15 @@ SIZES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("settings", [{"format": "int8"}, {"format": "int4", "group_size": 32}], ids=["int8", "int4"])
+GIVEN: list[dict[str, Any]] = [
+    {"format": "int8"},
+    {"format": "int8", "head": True},
+    {"format": "int4", "group_size": 32},
+    {"format": "int4", "group_size": 32, "head": True},
+]
+
+
+@pytest.mark.parametrize("settings", GIVEN, ids=lambda given: given["format"] + " with its head" * ("head" in given))
 def test_vllm_completes_as_the_trained_model_does(settings: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
     few = QuantizeSettings(**settings)

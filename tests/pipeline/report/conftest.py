@@ -94,11 +94,14 @@ def _manifest(name: str, recordings: dict[str, int]) -> Manifest:
         extra["versions"] |= {"vllm": "<script>alert(1)</script>"}
     if stage in ("teacher", "train"):
         extra["totals"] = {"num_tokens": 8_000_000 if stage == "teacher" else 2_000_000}
+    if stage == "train":
+        weights = FileEntry(path="model/model.safetensors", num_bytes=700_000, sha256="0" * 64)
+        extra["files"] = (weights, FileEntry(path="high_precision/model.safetensors", num_bytes=9, sha256="0" * 64))
     if stage == "corpus":
         extra["shard_sets"] = {"heldout": _shards("heldout", NUM_SEQUENCES, 300_000)}
     empty = {"settings": {}, "inputs": {}, "files": (), "command": (), "started": "2026-01-01T00:00:00Z"}
     digest = f"{sum(name.encode()):04x}" * 16
-    return Manifest(stage=stage, instance=name, identity=digest, content=digest, wall_s=75.0, **empty, **extra)
+    return Manifest(stage=stage, instance=name, identity=digest, content=digest, wall_s=75.0, **empty | extra)
 
 
 def _shards(name: str, num_sequences: int, num_bytes: int) -> ShardSet:

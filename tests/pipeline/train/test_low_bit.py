@@ -12,6 +12,7 @@ from tiny_runs import NEEDED, SEQ_LEN, TRAIN
 
 from capgap.pipeline.models.load import load_model
 from capgap.pipeline.models.trainable import load_to_train
+from capgap.pipeline.report.summary import REPORT_NAME, Report
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.errors import CapgapError, CorruptError
@@ -20,6 +21,7 @@ from capgap.schemas.run_file import RunFile
 
 PTQ = Instance("train", "ptq", 1)
 STEP = 4 * SEQ_LEN
+INT4 = {"format": "int4", "group_size": 32, "head": True, "embedding": True}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_weights_beside_a_student_that_were_damaged_are_found(low_bit: dict[str,
         carry_out(run, TRAIN)
 
 
-@pytest.mark.parametrize("quantize", [{"format": "mxfp4"}, {"format": "nvfp4"}, {"format": "int4", "group_size": 32}])
+@pytest.mark.parametrize("quantize", [{"format": "mxfp4"}, {"format": "nvfp4"}, INT4])
 def test_a_training_that_was_killed_ends_in_the_very_bits(
     low_bit: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: dict[str, Any]
 ) -> None:
@@ -113,12 +115,17 @@ def test_a_pruned_student_is_quantised_and_healed_by_the_same_path(low_bit: dict
     teacher = load_model(low_bit["teacher"]["path"], "cpu").config
     prune = {"intermediate_size": 32, "num_layers": 1}
     assert teacher.hidden_size % 32 == 0
-    student = {"prune": prune, "quantize": {"format": "int4", "group_size": 32}}
+    student = {"prune": prune, "quantize": {"format": "int4", "group_size": 32, "head": True}}
     run = RunFile.model_validate(low_bit | {"out": str(tmp_path), "student": student})
     made = carry_out(run, NEEDED[3])
     assert made.totals["kl_of_student"] >= 0
-    carry_out(run, TRAIN)
-    assert any(name.endswith("weight_packed") for name in _weights(tmp_path / TRAIN.name / "model"))
+    for instance in (TRAIN, PTQ, Instance("eval"), Instance("report")):
+        carry_out(run, instance)
+    weights = tmp_path / TRAIN.name / "model" / "model.safetensors"
+    assert "lm_head.weight_packed" in load_file(weights)
+    report = Report.model_validate_json((tmp_path / "report" / REPORT_NAME).read_bytes())
+    assert report.low_bit is not None and report.low_bit.num_bytes == weights.stat().st_size
+    assert [one.arm for one in report.low_bit.won_back] == ["distilled"] and report.low_bit.won_back[0].kl
 
 
 def test_what_cannot_be_quantised_is_named_before_the_first_stage(low_bit: dict[str, Any], tmp_path: Path) -> None:

@@ -11,15 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_chats import CHATML, MAX_LEN, conversations, write
+from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from capgap.pipeline.models.load import load_model
-from capgap.pipeline.models.low_bit import layers_to_quantise, make_low_bit, scheme_of
+from capgap.pipeline.models.low_bit import LowBitLinear, layers_to_quantise, make_low_bit, scheme_of
 from capgap.pipeline.models.trainable import save_trained
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.store import read_blocks
 from capgap.pipeline.train.metrics import read_rows
-from capgap.pipeline.tune.template import ROLE_MARKS
+from capgap.pipeline.tune.template import ROLE_MARKS, extend_vocabulary
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.errors import CapgapError, InputError
@@ -27,7 +28,7 @@ from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_quantize import QuantizeSettings
 
-INT8 = QuantizeSettings(format="int8")
+INT8 = QuantizeSettings(format="int8", head=True)
 TUNE = Instance("tune", seed=0)
 Made = tuple[Path, Manifest]
 MakeRun = Callable[..., RunFile]
@@ -70,11 +71,21 @@ def test_a_model_of_few_bits_is_tuned_by_the_weights_beside_it(make_run: MakeRun
     assert manifest.totals["heldout_loss_after"] < manifest.totals["heldout_loss_before"]
     folder = tmp_path / "out" / "tune" / "seed-0"
     served = load_file(folder / "model" / "model.safetensors")
-    assert any(weight.dtype == torch.int8 for weight in served.values())
+    assert served["lm_head.weight"].dtype == torch.int8
     assert (folder / "high_precision" / "model.safetensors").is_file()
     shutil.rmtree(few / "high_precision")
     with pytest.raises(InputError, match="the model is quantised already"):
         carry_out(make_run(tmp_path / "again", path=str(few / "model")), TUNE)
+
+
+def test_a_head_of_few_bits_stays_one_when_it_gets_rows() -> None:
+    model = tiny_llama(0, tie_word_embeddings=False)
+    make_low_bit(model, layers_to_quantise(model, INT8), scheme_of(INT8))
+    old_size = model.get_input_embeddings().weight.shape[0]
+    extend_vocabulary(model, old_size, old_size + 3)
+    head = model.get_output_embeddings()
+    assert type(head) is LowBitLinear and head.weight.shape[0] == head.out_features == old_size + 3
+    assert model(torch.tensor([[old_size + 2]])).logits.shape[-1] == old_size + 3
 
 
 def test_the_held_out_loss_is_of_the_answers_alone(tuned: Made) -> None:
