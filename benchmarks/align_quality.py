@@ -41,8 +41,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "chunks-100": {"alpha": 0.5, "temperature": 100.0},
     "chunks-alone": {"alpha": 1.0, "temperature": 100.0},
     "chunks-reverse": {"alpha": 0.5, "divergence": "reverse_kl"},
+    "projected": {"alpha": 0.5, "temperature": 100.0, "projected_weight": 0.5},
 }
-FEW = ["cross_entropy", "chunks", "chunks-100"]
+FEW = ["cross_entropy", "chunks-100", "projected"]
 PAIRS = {"bpe": (5, list(ARMS)), "gemma-smol": (3, FEW), "smol-gemma": (3, FEW)}
 
 
@@ -78,11 +79,12 @@ def main() -> None:
 def _runs(pair: str, work: Path, smoke: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """The run that makes the cache, and that of the students."""
     train: dict[str, Any] = {"validate_every_steps": 10_000}
+    cache: dict[str, Any] = {"engine": "transformers", "recording": "topk"}
     if pair == "bpe":
         tokens = {"teacher": 1_500_000, "student": 400_000, "heldout": 60_000}
         tokenizer, seq_len = work / "tokenizer", 128
-        # 2.5 bytes a token of the student
-        train |= {"batch_sequences": 16, "learning_rate": 3e-3, "num_epochs": 1 if smoke else 2}
+        cache["max_tokens"] = 120_000
+        train |= {"batch_sequences": 8, "learning_rate": 3e-3}
         corpus: dict[str, Any] = {"sources": ["builtin:python"], "vocab_size": 2000, "teacher_fraction": 0.7}
         teacher: dict[str, Any] = {
             "model": {"hidden_size": 192, "num_layers": 4, "num_heads": 6, "intermediate_size": 512},
@@ -110,12 +112,12 @@ def _runs(pair: str, work: Path, smoke: bool) -> tuple[dict[str, Any], dict[str,
         "out": str(work / "teacher"),
         "corpus": corpus,
         "teacher": teacher,
-        "cache": {"engine": "transformers", "recording": "topk", "num_heldout_sequences": tokens["heldout"] // seq_len},
+        "cache": cache | {"num_heldout_sequences": tokens["heldout"] // seq_len},
     }
     learning = {
         "name": f"align-{pair}",
         "reuse": {"cache": str(work / "teacher" / "cache")},
-        "align": {"tokenizer": str(tokenizer)},
+        "align": {"tokenizer": str(tokenizer), "projected_top_k": 16},
         "student": student,
         "train": train,
         "eval": {},

@@ -80,6 +80,18 @@ class TrainSettings(OptimizationSettings):
     """Weight of a mixture of experts' load-balancing loss (arXiv 2101.03961), added to the loss; the student's own
     `router_aux_loss_coef` is not read."""
 
+    projected_weight: float = Field(0.0, ge=0)
+    """Of an aligned cache only: weight of the KL of its projected targets (`align.projected_top_k`), added to the loss.
+    It is the KL of the top-k tokens at the tokens that both tokenizers have, at temperature 1."""
+
+    @model_validator(mode="after")
+    def _check_projected(self) -> Self:
+        if self.projected_weight > 0 and self.largest_alpha == 0:
+            raise ValueError(
+                f"projected_weight: found {self.projected_weight:g} with alpha 0, expected it beside the KL of chunks"
+            )
+        return self
+
     @model_validator(mode="after")
     def _check_alpha_schedule(self) -> Self:
         if self.alpha_schedule is not None and self.final_alpha is None:

@@ -10,7 +10,7 @@ from capgap.pipeline.stage.context import Instance, StageInput, further_cache
 from capgap.pipeline.stage.rounds import replayed, rounds_of
 from capgap.pipeline.store import ShardReader, target_temperature_of
 from capgap.pipeline.store.rows import sequences_per_row
-from capgap.pipeline.train.objective import objective_of
+from capgap.pipeline.train.objective import objective_of, require_projected
 from capgap.pipeline.train.task import CacheSource
 from capgap.schemas.errors import InputError, MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, ModelFacts
@@ -108,6 +108,7 @@ def require_fit(settings: TrainSettings, caches: Mapping[str | None, ChosenCache
     for cache in caches.values():
         if cache.of_chunks:
             _require_chunks(settings, cache)
+            require_projected(settings, cache.facts.recordings["chunks"].num_ids, cache.location)
         _require_same_tokenizer(cache, student)
         _require_positions(cache, student)
         objective_of(settings, cache.recording, cache.location)

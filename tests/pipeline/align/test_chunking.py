@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tiny_tokenizers import facts_of, pieces_tokenizer
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from capgap.pipeline.align.chunking import Chunks, Longer, border_probabilities, cut, longer_tokens
@@ -18,7 +19,6 @@ from capgap.pipeline.align.token_bytes import TextTokenizer
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.store.chunks import left_in_chunk
 from capgap.schemas.errors import InputError
-from capgap.schemas.facts import CorpusFacts, TokenizerFacts
 from capgap.schemas.records import SampledTargets, Sequences, TopkTargets
 
 TEXTS = [
@@ -36,32 +36,6 @@ ADVERSARIAL = st.lists(
     st.sampled_from(PIECES) | st.text(st.characters(exclude_categories=["Cs"], exclude_characters=MARK), max_size=4),
     max_size=12,
 ).map("".join)
-
-
-def pieces_tokenizer(puts_blank: bool = False) -> PreTrainedTokenizerFast:
-    """Of SentencePiece's kind: blanks as a mark, unknown characters as pieces of bytes, each digit by itself."""
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
-    letters = [*"thecatsondmr,;.0123456789zx"]
-    words = ["th", "the", "\u2581the", "ca", "cat", "\u2581cat", "\u2581\u2581"]
-    for token in ["\u2581", *letters, *words]:
-        vocab.setdefault(token, len(vocab))
-    merges = [
-        ("t", "h"),
-        ("th", "e"),
-        ("\u2581", "the"),
-        ("c", "a"),
-        ("ca", "t"),
-        ("\u2581", "cat"),
-        ("\u2581", "\u2581"),
-    ]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    steps = [normalizers.Prepend("\u2581")] if puts_blank else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
-    ends = [decoders.Strip(content=" ", left=1)] if puts_blank else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *ends]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
@@ -202,13 +176,6 @@ def test_pieces_of_bytes_are_bytes_by_their_decoder_and_not_by_their_spelling(
     tokenizer.add_tokens(["<0x41>"])
     token = tokenizer.convert_tokens_to_ids("<0x41>")
     assert TextTokenizer.of(tokenizer, len(tokenizer), "bytes").table.bytes_of(token) == b"<0x41>"
-
-
-def facts_of(eos_id: int, vocab_size: int, bos_ids: tuple[int, ...] = ()) -> CorpusFacts:
-    return CorpusFacts(
-        tokenizer=TokenizerFacts(fingerprint="x", vocab_size=vocab_size, eos_id=eos_id),
-        context="packed", bos_ids=bos_ids, splits={}, text_sources=(), whole_conversations=False,
-    )  # fmt: skip
 
 
 def stream_of(tokenizer: TextTokenizer, eos_id: int, texts: list[str], seq_len: int, bos: bool) -> TeacherStream:
