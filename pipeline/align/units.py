@@ -21,7 +21,7 @@ from capgap.pipeline.models.text import TOKENIZER_FOLDER
 from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.stage.claims import Claims
 from capgap.pipeline.stage.context import Slice
-from capgap.pipeline.stage.progress import progress
+from capgap.pipeline.stage.progress import advance_within, progress
 from capgap.pipeline.stage.unit_notes import UnitNotes
 from capgap.pipeline.store import Block, Codec, ShardReader, ShardWriter, check_alignment, split_blocks
 from capgap.pipeline.store.alignment import StoredError
@@ -179,7 +179,9 @@ class ChunkAligner:
 
     def _blocks_of(self, unit: int) -> Iterator[tuple[Sequences, Targets | None]]:
         for member in range(len(self.job.source.shards[unit].members)):
-            yield self._reader.read_member(unit, member)
+            block = self._reader.read_member(unit, member)
+            yield block
+            advance_within(len(block[0]))
 
 
 def make_units(job: AlignJob, part: Slice) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from capgap.pipeline.align.chunking import Chunks, Longer, border_probabilities, cut, longer_tokens
+from capgap.pipeline.align.preflight import require_tokenizer
 from capgap.pipeline.align.shard import StudentFormat, align_shard
 from capgap.pipeline.align.stream import TeacherStream, read_stream
 from capgap.pipeline.align.token_bytes import TextTokenizer
@@ -20,6 +22,7 @@ from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.store.chunks import left_in_chunk
 from capgap.schemas.errors import InputError
 from capgap.schemas.records import SampledTargets, Sequences, TopkTargets
+from capgap.schemas.run_file import RunFile
 
 TEXTS = [
     "the cat sat on the mat, then the other cat sat there; 1234567 and 12 345\r\n",
@@ -165,6 +168,26 @@ def test_a_text_that_does_not_decode_to_itself_is_refused(known: dict[str, tuple
     stream = stream_of(teacher, eos_id, [f"the {MARK} cat"] * 5, 8, bos=False)
     with pytest.raises(InputError, match="do not spell the text"):
         align_shard(stream, teacher, StudentFormat(student, other_eos, (), 8, 0.0))
+
+
+def test_a_document_whose_bytes_are_no_text_is_refused(known: dict[str, tuple[TextTokenizer, int]]) -> None:
+    teacher, eos_id = known["small"]
+    stream = stream_of(teacher, eos_id, ["the cat sat"] * 5, 8, bos=False)
+    lone = next(token for token in range(len(teacher.table.length_V)) if teacher.table.bytes_of(token) == b"\xff")
+    stream.ids_T[2] = lone
+    with pytest.raises(InputError, match="does not decode to itself"):
+        align_shard(stream, teacher, StudentFormat(*known["larger"], (), 8, 0.0))
+
+
+def test_a_run_with_such_a_tokenizer_is_refused_by_its_setting_before_anything_is_made(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS, 290)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(tmp_path / "changes")
+    run = RunFile.model_validate(
+        {"name": "one", "reuse": {"cache": str(tmp_path)}, "align": {"tokenizer": str(tmp_path / "changes")}}
+    )
+    with pytest.raises(InputError, match=r"align\.tokenizer: .*changes: .*not reversible"):
+        require_tokenizer(run)
 
 
 def test_pieces_of_bytes_are_bytes_by_their_decoder_and_not_by_their_spelling(

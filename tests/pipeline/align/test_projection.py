@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_tokenizers import facts_of, pieces_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -18,7 +20,10 @@ from capgap.pipeline.align.stream import read_stream
 from capgap.pipeline.align.token_bytes import TextTokenizer
 from capgap.pipeline.corpus.pack import Encoded, Packer
 from capgap.pipeline.corpus.sources import Document
+from capgap.pipeline.store import Codec, check_alignment
+from capgap.pipeline.store.alignment import EXACT
 from capgap.pipeline.store.batch import Batch, collate
+from capgap.pipeline.store.codec import CHUNKS
 from capgap.schemas.records import ChunkTargets, Sequences, TopkTargets
 
 TEXTS = ["the cat sat on 12 mats", "a cat, a mat and 345 cats", "on the mat sat the cat"] * 6
@@ -45,12 +50,12 @@ SINGLE = byte_level(WORDS, splits_digits=True)
 
 
 def cache_of(
-    teacher: tuple[TextTokenizer, int], rows: dict[bytes, float] | None = None
+    teacher: tuple[TextTokenizer, int], rows: dict[bytes, float] | None = None, texts: list[str] = TEXTS
 ) -> tuple[Sequences, TopkTargets]:
     """The texts, packed; of each target the label with half of the probability, and these tokens or three at random."""
     tokenizer, eos_id = teacher
     packer = Packer(L, eos_id, "split", ())
-    for text, ids in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
+    for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
         packer.add(Encoded(Document("one", text), ids))
     sequences = packer.take()
     labels_N = sequences.tokens_BL1[:, 1:].ravel()
@@ -76,15 +81,19 @@ def cache_of(
 
 
 def aligned(
-    teacher: tuple[TextTokenizer, int], student: tuple[TextTokenizer, int], rows: dict[bytes, float] | None = None
+    teacher: tuple[TextTokenizer, int],
+    student: tuple[TextTokenizer, int],
+    rows: dict[bytes, float] | None = None,
+    texts: list[str] = TEXTS,
 ) -> tuple[Sequences, ChunkTargets]:
     both = BothTokens.of(*teacher, *student)
     size = len(teacher[0].table.length_V)
-    block = cache_of(teacher, rows)
+    block = cache_of(teacher, rows, texts)
     stream = read_stream([block], facts_of(teacher[1], size), 4, teacher[0], both.student_V >= 0, 4)
     sequences, targets, counts = align_shard(stream, teacher[0], StudentFormat(*student, (), L, 0.5), both)
     assert targets.projected is not None
-    assert counts.num_projected == int((targets.projected.num_ids_BL > 0).sum()) > 0
+    assert counts.num_projected == int((targets.projected.num_ids_BL > 0).sum())
+    assert counts.num_projected > 0 or texts is not TEXTS
     return sequences, targets
 
 
@@ -160,6 +169,30 @@ def test_spaces_are_tokens_of_both_by_their_bytes_and_ends_of_documents_by_what_
     assert both.student_V[pieces.convert_tokens_to_ids("<0xE2>")] == ids[b"\xe2"]
     assert both.student_V[pieces.convert_tokens_to_ids("<s>")] == -1
     assert student.table.length_V[WHOLE[1]] < 0
+
+
+def with_pieces(puts_blank: bool) -> tuple[TextTokenizer, int]:
+    made = pieces_tokenizer(puts_blank)
+    return TextTokenizer.of(made, max(made.get_vocab().values()) + 1, "pieces"), int(made.eos_token_id)
+
+
+PAIRS = [(WHOLE, SINGLE), (SINGLE, with_pieces(False)), (with_pieces(False), WHOLE), (with_pieces(True), SINGLE)]
+# digits, spaces, combining marks, emoji, line ends, a piece of a byte and an end of a text by their spelling
+SPELT = ["12", "123", " 45", "  ", "\r\n", "e\u0301", "\U0001f468\u200d\U0001f469", "<0x41>", END, "the cat", "\u4f60"]
+
+
+@pytest.mark.parametrize("pair", range(len(PAIRS)))
+@settings(max_examples=8, deadline=None)
+@given(texts=st.lists(st.lists(st.sampled_from(SPELT), max_size=9).map("".join), min_size=4, max_size=9))
+def test_whatever_the_text_projected_targets_are_distributions_that_agree_with_their_labels(
+    pair: int, texts: list[str]
+) -> None:
+    teacher, student = PAIRS[pair]
+    sequences, targets = aligned(teacher, student, texts=["the cat sat", *texts])
+    codec = Codec(CHUNKS, L, len(student[0].table.length_V), 4)
+    check_alignment(sequences, targets, 0, "here", EXACT)
+    read, again = codec.decode(codec.encode(sequences, targets), "here")
+    assert isinstance(again, ChunkTargets) and np.array_equal(read.tokens_BL1, sequences.tokens_BL1)
 
 
 def test_a_part_of_the_sequences_has_their_projected_targets() -> None:
