@@ -148,7 +148,7 @@ def _require_arm(run: RunSections, arm: str) -> None:
         _require_teacher_model(run, f"arms.{arm}.targets: found online", "to ask")
     if run.makes("align"):
         require_chunks(f"arms.{arm}", settings)
-        if settings.projected_weight > 0 and not (run.align and run.align.projected_top_k):
+        if settings.counted_projected_weight > 0 and not (run.align and run.align.projected_top_k):
             raise ValueError(
                 f"arms.{arm}.projected_weight: found {settings.projected_weight:g} without align.projected_top_k, "
                 "expected how many top-k tokens are projected beside it"
@@ -176,7 +176,7 @@ def require_chunks(where: str, settings: TrainSettings) -> None:
 def _require_recorded(arm: str, settings: TrainSettings, cache: CacheSettings) -> None:
     """What an arm asks of the run's own cache, before that is made."""
     where = f"arms.{arm}"
-    if settings.projected_weight > 0:
+    if settings.counted_projected_weight > 0:
         raise ValueError(
             f"{where}.projected_weight: found {settings.projected_weight:g} without align, expected an aligned cache"
         )

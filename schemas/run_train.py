@@ -82,15 +82,8 @@ class TrainSettings(OptimizationSettings):
 
     projected_weight: float = Field(0.0, ge=0)
     """Of an aligned cache only: weight of the KL of its projected targets (`align.projected_top_k`), added to the loss.
-    It is the KL of the top-k tokens at the tokens that both tokenizers have, at temperature 1."""
-
-    @model_validator(mode="after")
-    def _check_projected(self) -> Self:
-        if self.projected_weight > 0 and self.largest_alpha == 0:
-            raise ValueError(
-                f"projected_weight: found {self.projected_weight:g} with alpha 0, expected it beside the KL of chunks"
-            )
-        return self
+    It is the KL of the top-k tokens at the tokens that both tokenizers have, at temperature 1. With `alpha` 0, which is
+    cross-entropy alone, it does not count."""
 
     @model_validator(mode="after")
     def _check_alpha_schedule(self) -> Self:
@@ -107,6 +100,11 @@ class TrainSettings(OptimizationSettings):
     def needs_targets(self) -> bool:
         """Whether the cache's targets count in any step."""
         return self.targets == "cache" and self.largest_alpha > 0
+
+    @property
+    def counted_projected_weight(self) -> float:
+        """The weight of projected targets, 0 where no targets count."""
+        return self.projected_weight if self.needs_targets else 0.0
 
     @property
     def largest_alpha(self) -> float:

@@ -184,7 +184,7 @@ class DistillationModule(lightning.LightningModule):
         kl_N = divergence_N.where(batch.chunk_left_N == 0, 0.0)
         count = ((labels_N >= 0) & (labels_N < self._vocab_size)).sum().clamp(min=1)
         loss = (alpha * kl_N.sum() - (1 - alpha) * logprobs_N.sum()) / count
-        if self._objective.projected_weight > 0 and self.training:
+        if self._objective.projected_weight > 0:
             loss = loss + self._objective.projected_weight * self._projected(hidden_BLH, batch) / count
         return SparseKl(loss, kl_N.detach(), -logprobs_N.detach())
 

@@ -108,11 +108,11 @@ def objective_of(settings: TrainSettings, recording: RecordingName, where: Path 
         settings.alpha_shape,
         settings.token_weights,
         settings.router_loss_weight,
-        settings.projected_weight,
+        settings.counted_projected_weight,
     )
     if recording == "chunks":
         return _of_chunks(objective, settings, where)
-    if settings.projected_weight > 0:
+    if settings.counted_projected_weight > 0:
         raise MismatchError(
             "only an aligned cache has projected targets",
             where=where,
@@ -154,7 +154,7 @@ def _of_chunks(objective: Objective, settings: TrainSettings, where: Path | str)
 
 def require_projected(settings: TrainSettings, num_ids: int, where: Path | str) -> None:
     """Raise MismatchError where projected targets are asked for and the aligned cache, of `num_ids`, has none."""
-    if settings.projected_weight > 0 and not num_ids:
+    if settings.counted_projected_weight > 0 and not num_ids:
         raise MismatchError(
             "the aligned cache has no projected targets",
             where=where,
