@@ -184,7 +184,12 @@ def test_a_run_with_such_a_tokenizer_is_refused_by_its_setting_before_anything_i
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.save_pretrained(tmp_path / "changes")
     run = RunFile.model_validate(
-        {"name": "one", "reuse": {"cache": str(tmp_path)}, "align": {"tokenizer": str(tmp_path / "changes")}}
+        {
+            "name": "one",
+            "out": str(tmp_path),
+            "reuse": {"cache": str(tmp_path)},
+            "align": {"tokenizer": str(tmp_path / "changes")},
+        }
     )
     with pytest.raises(InputError, match=r"align\.tokenizer: .*changes: .*not reversible"):
         require_tokenizer(run)

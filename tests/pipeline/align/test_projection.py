@@ -65,7 +65,7 @@ def cache_of(
     logprobs_NK = np.full(ids_NK.shape, -np.inf, np.float32)
     for row, label in enumerate(labels_N.tolist()):
         if rows is None:
-            others = rng.choice([i for i in range(eos_id + 1) if i != label], 3, replace=False).tolist()
+            others = rng.choice([i for i in ids_of.values() if i != label], 3, replace=False).tolist()
             probs = [0.5, 0.2, 0.15, 0.05]
         else:
             others = [ids_of[text] for text in rows if ids_of[text] != label]
@@ -188,7 +188,7 @@ def test_whatever_the_text_projected_targets_are_distributions_that_agree_with_t
     pair: int, texts: list[str]
 ) -> None:
     teacher, student = PAIRS[pair]
-    sequences, targets = aligned(teacher, student, texts=["the cat sat", *texts])
+    sequences, targets = aligned(teacher, student, texts=[*TEXTS[:6], *texts])
     codec = Codec(CHUNKS, L, len(student[0].table.length_V), 4)
     check_alignment(sequences, targets, 0, "here", EXACT)
     read, again = codec.decode(codec.encode(sequences, targets), "here")

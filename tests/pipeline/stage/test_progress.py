@@ -95,22 +95,19 @@ def test_steps_within_a_unit_are_counted_in_the_heartbeat_and_not_twice(tmp_path
     # as an engine that knows nothing of a meter says how far a shard is
     advance_within(1)
     with heartbeat(tmp_path / "work") as beat, progress("cache: score", 12, "sequences", 2, lines=False) as meter:
-        assert beat._counter is not None
-
-        def done() -> int:
-            return beat._counter().done
-
-        assert done() == 2
+        counter = beat._counter
+        assert counter is not None
+        assert counter().done == 2
         for _ in range(3):
             advance_within(0.5)
-        assert done() == 3
+        assert counter().done == 3
         advance_within(2.5)
-        assert done() == 6
+        assert counter().done == 6
         # the shard of four is written while two sequences of the next one are scored
         advance_within(2)
         meter.advance(4)
-        assert done() == 8
+        assert counter().done == 8
         # more than there is, as of a shard that is made again, is not believed
         advance_within(50)
-        assert done() == 12
+        assert counter().done == 12
     advance_within(1)
