@@ -155,6 +155,7 @@ def test_a_loop_of_ones_own_trains_from_an_aligned_cache(cached: tuple[Path, dic
     assert more.item() == pytest.approx(0.25 * projected_kl(model, batch) / num_labels, rel=1e-4)
 
 
+@torch.no_grad()
 def projected_kl(model: Any, batch: Batch) -> float:
     """The sum over projected targets, in float64 and over the whole vocabulary."""
     assert batch.ids_NK is not None and batch.weights_NK is not None and batch.tail_N is not None
