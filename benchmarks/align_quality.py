@@ -37,10 +37,10 @@ MODELS = Path(os.environ.get("CAPGAP_REAL_MODELS", ROOT / "runs" / "real-models"
 GEMMA, SMOL = str(MODELS / "gemma-3-270m"), str(MODELS / "SmolLM2-135M-Instruct")
 ARMS: dict[str, dict[str, Any]] = {
     "cross_entropy": {"alpha": 0.0},
-    "chunks": {"alpha": 0.5},
+    "chunks": {"alpha": 0.5, "temperature": 1.0},
     "chunks-100": {"alpha": 0.5, "temperature": 100.0},
     "chunks-alone": {"alpha": 1.0, "temperature": 100.0},
-    "chunks-reverse": {"alpha": 0.5, "divergence": "reverse_kl"},
+    "chunks-reverse": {"alpha": 0.5, "temperature": 1.0, "divergence": "reverse_kl"},
     "projected": {"alpha": 0.5, "temperature": 100.0, "projected_weight": 0.5},
 }
 FEW = ["cross_entropy", "chunks-100", "projected"]

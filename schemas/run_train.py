@@ -49,8 +49,8 @@ class TrainSettings(OptimizationSettings):
 
     temperature: float | None = Field(None, gt=0)
     """The temperature at which teacher and student are compared: `cache.temperature`, which is also the default, or for
-    `topk` one of `cache.extra_temperatures`. Of an aligned cache any, 1 by default: likelihoods of chunks are raised to
-    1 over it."""
+    `topk` one of `cache.extra_temperatures`. Of an aligned cache any, 100 by default: likelihoods of chunks are raised
+    to 1 over it."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """What is called KL here: `forward_kl`, KL(teacher || student); `reverse_kl`; or `jsd`, the generalised

@@ -135,8 +135,8 @@ def _check_projected(targets: ChunkTargets, projected: ProjectedTargets, vocab_s
     if len(projected.ids_D) == 0:
         return
     row_D = np.repeat(np.arange(len(num_ids_N)), num_ids_N)
-    total_N = np.bincount(row_D, np.exp(projected.logprobs_D.astype(np.float64)), len(num_ids_N))
-    total_N += projected.tail_BL.ravel()
+    kept_N = np.bincount(row_D, np.exp(projected.logprobs_D.astype(np.float64)), len(num_ids_N))
+    total_N = kept_N.astype(np.float64) + projected.tail_BL.ravel()
     if (np.abs(total_N[has_N] - 1) > _TOTAL_TOLERANCE).any():
         raise InputError("projected: probabilities and tail of a target that are not 1 together")
     is_same_row = row_D[1:] == row_D[:-1]

@@ -20,6 +20,10 @@ from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_needs import require_chunks
 from capgap.schemas.run_train import FurtherCache, TrainSettings
 
+CHUNKS_TEMPERATURE = 100.0
+"""Of an aligned cache, where none is asked for: a chunk's likelihood itself is next to 0, and a loss of it sees little
+but the chunks of which the teacher is certain. benchmarks/align_quality.py has the figures."""
+
 
 @dataclass(frozen=True)
 class ChosenCache:
@@ -144,9 +148,9 @@ def choose(cache: CacheFacts, settings: TrainSettings, setting: str = "train") -
             expected=f"{'one of ' if len(known) > 1 else ''}{', '.join(known)}",
             fix=f"set {setting}.recording{'' if len(known) > 1 else ', or leave it out'}",
         )
-    temperature = cache.temperature if settings.temperature is None else settings.temperature
     if recording == "chunks":
-        return recording, temperature
+        return recording, settings.temperature or CHUNKS_TEMPERATURE
+    temperature = cache.temperature if settings.temperature is None else settings.temperature
     temperatures = cache.recordings[recording].temperatures
     if settings.needs_targets and temperature not in temperatures:
         raise SettingError(
