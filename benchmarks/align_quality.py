@@ -37,71 +37,89 @@ MODELS = Path(os.environ.get("CAPGAP_REAL_MODELS", ROOT / "runs" / "real-models"
 GEMMA, SMOL = str(MODELS / "gemma-3-270m"), str(MODELS / "SmolLM2-135M-Instruct")
 ARMS: dict[str, dict[str, Any]] = {
     "cross_entropy": {"alpha": 0.0},
-    "chunks": {"alpha": 0.5},
+    "chunks": {"alpha": 0.5, "temperature": 1.0},
     "chunks-100": {"alpha": 0.5, "temperature": 100.0},
-    "chunks-alone": {"alpha": 1.0},
-    "chunks-reverse": {"alpha": 0.5, "divergence": "reverse_kl"},
+    "chunks-alone": {"alpha": 1.0, "temperature": 100.0},
+    "chunks-reverse": {"alpha": 0.5, "temperature": 1.0, "divergence": "reverse_kl"},
+    "projected": {"alpha": 0.5, "temperature": 100.0, "projected_weight": 0.5},
 }
-NUM_SEEDS = {"bpe": 5, "gemma-smol": 3, "smol-gemma": 3}
+FEW = ["cross_entropy", "chunks-100", "projected"]
+PAIRS = {"bpe": (5, list(ARMS)), "gemma-smol": (3, FEW), "smol-gemma": (3, FEW)}
 
 
 def main() -> None:
     """Train what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pair", choices=list(NUM_SEEDS), default="bpe")
+    parser.add_argument("--pair", choices=list(PAIRS), default="bpe")
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--work", type=Path, help="caches, and trainings at work; default: runs/align-PAIR")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/align-quality-PAIR.jsonl")
     parser.add_argument("--smoke", action="store_true", help="one seed at the smallest size, to see that it works")
     flags = parser.parse_args()
-    work = (flags.work or Path(f"runs/align-{flags.pair}{'-smoke' if flags.smoke else ''}")).resolve()
-    results = flags.results or RESULTS / f"align-quality-{flags.pair}.jsonl"
+    name = f"{flags.pair}{'-smoke' if flags.smoke else ''}"
+    work = (flags.work or Path(f"runs/align-{name}")).resolve()
+    results = flags.results or (work if flags.smoke else RESULTS) / f"align-quality-{name}.jsonl"
     os.environ.setdefault("CAPGAP_LEASE_DIR", str(work / "leases"))
+    num_seeds, arms = PAIRS[flags.pair]
     teacher, student = _runs(flags.pair, work, flags.smoke)
-    _carry_out(RunFile.model_validate(teacher))
-    for seed in range(flags.seeds or (1 if flags.smoke else NUM_SEEDS[flags.pair])):
-        run = RunFile.model_validate({**student, "seeds": [seed], "out": str(work / f"seed-{seed}")})
-        about = {
-            "pair": flags.pair,
-            "smoke": flags.smoke,
-            "seed": seed,
-            "run": run.written() | {"out": "", "reuse": {}},
-        }
-        if not any(line["about"] == about for line in _lines(results)):
+    for seed in range(flags.seeds or (1 if flags.smoke else num_seeds)):
+        out = work / f"seed-{seed}"
+        run = RunFile.model_validate(
+            {**student, "arms": {arm: ARMS[arm] for arm in arms}, "seeds": [seed], "out": str(out)}
+        )
+        about = {"pair": flags.pair, "smoke": flags.smoke, "seed": seed}
+        kept = {one["arm"] for one in _lines(results) if one["about"] == about}
+        if not kept.issuperset(arms):
+            _carry_out(RunFile.model_validate(teacher))
             _carry_out(run)
-            _keep(results, about, work / f"seed-{seed}" / "eval" / RESULTS_NAME, resolve_device(run.device))
-    print(_table([line for line in _lines(results) if line["about"]["pair"] == flags.pair]))
+            _keep(results, about, kept, run)
+    print(_table(_lines(results)))
 
 
 def _runs(pair: str, work: Path, smoke: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """The run that makes the cache, and that of the students."""
-    shape = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "intermediate_size": 160}
-    seq_len, text = (64, ROOT / "docs") if pair == "bpe" else (512, MODELS / "django-documentation")
-    corpus: dict[str, Any] = {"sources": [str(text)], "seq_len": seq_len, "shard_sequences": 256}
-    train: dict[str, Any] = {"batch_sequences": 16, "learning_rate": 3e-3, "num_epochs": 1 if smoke else 10}
+    train: dict[str, Any] = {"validate_every_steps": 10_000}
     cache: dict[str, Any] = {"engine": "transformers", "recording": "topk"}
     if pair == "bpe":
-        corpus |= {"vocab_size": 2000, "teacher_fraction": 0.5, "heldout_fraction": 0.2}
-        teacher = {"model": {**shape, "hidden_size": 256, "intermediate_size": 640, "num_heads": 4}}
-        teacher["training"] = {"batch_sequences": 16, "learning_rate": 3e-3, "num_epochs": 1 if smoke else 10}
-        tokenizer, student = str(work / "tokenizer"), {"model": shape}
-        pages = [path.read_text() for path in sorted(text.rglob("*.md"))]
-        train_tokenizer(pages, 1000).save_pretrained(tokenizer)
+        tokens = {"teacher": 1_500_000, "student": 400_000, "heldout": 60_000}
+        tokenizer, seq_len = work / "tokenizer", 128
+        cache["max_tokens"] = 120_000
+        train |= {"batch_sequences": 8, "learning_rate": 3e-3}
+        corpus: dict[str, Any] = {"sources": ["builtin:python"], "vocab_size": 2000, "teacher_fraction": 0.7}
+        teacher: dict[str, Any] = {
+            "model": {"hidden_size": 192, "num_layers": 4, "num_heads": 6, "intermediate_size": 512},
+            "training": {"batch_sequences": 16, "learning_rate": 3e-3},
+        }
+        student: dict[str, Any] = {
+            "model": {"hidden_size": 96, "num_layers": 2, "num_heads": 3, "intermediate_size": 256}
+        }
+        if not tokenizer.is_dir():
+            pages = [path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))]
+            train_tokenizer(pages, 1200).save_pretrained(tokenizer)
     else:
-        path, tokenizer = (GEMMA, SMOL) if pair == "gemma-smol" else (SMOL, GEMMA)
-        corpus |= {"tokenizer": path, "teacher_fraction": 0.0, "heldout_fraction": 0.05}
-        teacher, student = {"path": path}, {"path": tokenizer}
-        train |= {"batch_sequences": 4, "learning_rate": 2e-5, "num_epochs": 1}
-        train |= {"max_tokens": 4 * seq_len * (2 if smoke else 400)}
-        cache |= {"max_tokens": 4 * seq_len * (8 if smoke else 500)}
-    made = {"name": f"align-{pair}", "out": str(work / "teacher"), "corpus": corpus, "teacher": teacher, "cache": cache}
+        tokens = {"student": 100_000, "heldout": 16_000}
+        path, seq_len = (GEMMA, 512) if pair == "gemma-smol" else (SMOL, 512)
+        tokenizer = Path(SMOL if pair == "gemma-smol" else GEMMA)
+        corpus = {"sources": [str(MODELS / "django-documentation")], "tokenizer": path, "teacher_fraction": 0.0}
+        teacher, student = {"path": path}, {"path": str(tokenizer)}
+        train |= {"batch_sequences": 4, "learning_rate": 2e-5, "precision": "bf16-mixed"}
+    shards = 16 if smoke else 64
+    # a shard of each split at least
+    corpus |= {"seq_len": seq_len, "shard_sequences": shards, "heldout_fraction": 0.1}
+    corpus["max_tokens"] = {name: seq_len * shards if smoke else number for name, number in tokens.items()}
+    made = {
+        "name": f"align-{pair}",
+        "out": str(work / "teacher"),
+        "corpus": corpus,
+        "teacher": teacher,
+        "cache": cache | {"num_heldout_sequences": tokens["heldout"] // seq_len},
+    }
     learning = {
         "name": f"align-{pair}",
         "reuse": {"cache": str(work / "teacher" / "cache")},
-        "align": {"tokenizer": tokenizer},
+        "align": {"tokenizer": str(tokenizer), "projected_top_k": 16},
         "student": student,
         "train": train,
-        "arms": ARMS,
         "eval": {},
     }
     return made, learning
@@ -112,21 +130,19 @@ def _carry_out(run: RunFile) -> None:
         carry_out(run, instance)
 
 
-def _keep(results: Path, about: dict[str, Any], measured: Path, device: str) -> None:
-    """A line for each arm."""
-    found = EvalResults.model_validate_json(measured.read_text())
+def _keep(results: Path, about: dict[str, Any], kept: set[str], run: RunFile) -> None:
+    """A line for each arm that has none."""
+    found = EvalResults.model_validate_json((Path(run.out) / "eval" / RESULTS_NAME).read_text())
     bits = None if found.cached is None else found.cached.teacher_bits_per_byte
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a") as file:
         for model in found.models:
+            if model.arm is None or model.arm in kept:
+                continue
             near = model.against_cache
             line = {"arm": model.arm, "bits_per_byte": model.bits_per_byte, "chunk_kl": near and near.chunk_kl}
-            line |= {
-                "teacher_bits_per_byte": bits,
-                "about": about,
-                "machine": machine(device),
-            }
-            file.write(json.dumps(line) + "\n")
+            line |= {"teacher_bits_per_byte": bits, "about": about, "settings": run.arms[model.arm]}
+            file.write(json.dumps(line | {"machine": machine(resolve_device(run.device))}) + "\n")
 
 
 def _lines(results: Path) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from capgap.pipeline.store.samples import SampleShape
 from capgap.pipeline.store.webdatasets import MemberDecoder, Splitter, webdataset_of
 from capgap.pipeline.train.caches import choose
 from capgap.pipeline.train.module import DistillationModule
-from capgap.pipeline.train.objective import objective_of
+from capgap.pipeline.train.objective import objective_of, require_projected
 from capgap.schemas.errors import InputError, MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, heldout_set
 from capgap.schemas.manifest import Manifest
@@ -134,6 +134,7 @@ class Cache:
         |---|---|---|
         | `chunk_left` | [L] int64 | targets of its chunk that come after each; -1 in no chunk to learn from |
         | `chunk_logprobs` | [L] float32 | the teacher's logprob of a chunk at its last target, 0 at others; nats |
+        | `ids`, `weights`, `tail` | as above | projected targets, where `align` kept some; 0 at targets without one |
 
         WebDataset deals whole shards out to ranks and workers. Here members are dealt out, so any number of workers has
         work as long as there are members, and a member is read by exactly one worker of one rank. Ranks may differ by
@@ -238,6 +239,7 @@ class DistillationLoss:
         tail: what becomes of the teacher's probability outside the kept ids; see `train.tail`.
         jsd_beta: of `jsd`.
         token_weights: what a token counts; see `train.token_weights`.
+        projected_weight: of an aligned cache's projected targets; see `train.projected_weight`.
 
     Raises:
         SettingError: a value is out of bounds, or the cache lacks the recording or the temperature.
@@ -257,6 +259,7 @@ class DistillationLoss:
         tail: Literal["drop", "renorm", "ghost", "label"] | None = None,
         jsd_beta: float | None = None,
         token_weights: Literal["equal", "entropy"] = "equal",
+        projected_weight: float = 0.0,
     ) -> None:
         settings = _settings(
             alpha=alpha,
@@ -266,9 +269,12 @@ class DistillationLoss:
             tail=tail,
             jsd_beta=jsd_beta,
             token_weights=token_weights,
+            projected_weight=projected_weight,
         )
         chosen, at = choose(cache.facts, settings)
         objective = objective_of(settings, chosen, cache.location)
+        if chosen == "chunks":
+            require_projected(settings, cache.facts.recordings[chosen].num_ids, cache.location)
         num_rows = model.get_input_embeddings().num_embeddings
         if num_rows < cache.vocab_size:
             raise MismatchError(

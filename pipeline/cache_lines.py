@@ -37,6 +37,8 @@ def _recording(name: RecordingName, manifest: Manifest, facts: CacheFacts) -> li
         aligned = facts.aligned
         kept_share = f"{100 * aligned.num_kept_chunks / max(1, aligned.num_chunks):.1f} % of {aligned.num_chunks:,}"
         lines = [f"  chunks: {kept_share} chunks to learn from, of a teacher with other tokens"]
+        if about.num_ids:
+            lines.append(f"    {aligned.projected_sentence(manifest.shard_sets[name].num_tokens)}")
         return lines + _parts(name, manifest)
     kept = f"{about.num_ids} samples" if name == "sampled" else f"top {about.num_ids}, {about.profile}"
     temperatures = " or ".join(f"{one:g}" for one in about.temperatures)

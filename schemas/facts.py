@@ -236,11 +236,22 @@ class AlignedFacts(Record):
     """Those that a border makes unreliable; of the others that are not kept, the teacher's logprob is not known, or a
     sequence of the student ends within."""
 
+    num_projected: int
+    """Targets that have the teacher's top-k tokens as the student's, of the text that students train on."""
+
+    projected_mass: float
+    """The teacher's probability of those tokens, summed over these targets; the rest is the tail."""
+
     heldout_nats: float
     """Minus the teacher's logprob of the kept chunks of held-out text."""
 
     heldout_bytes: int
     """Bytes of text in those."""
+
+    def projected_sentence(self, num_tokens: int) -> str:
+        """How many of so many targets have a projected distribution, and how much of one is no tail."""
+        share, mass = self.num_projected / max(1, num_tokens), self.projected_mass / max(1, self.num_projected)
+        return f"{100 * share:.1f} % of the targets have projected top-k tokens, which hold {100 * mass:.1f} % of each"
 
     @property
     def teacher_bits_per_byte(self) -> float | None:

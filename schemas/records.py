@@ -85,6 +85,29 @@ class TopkTargets:
 
 
 @dataclass(frozen=True)
+class ProjectedTargets:
+    """The teacher's top-k tokens after some of B x L tokens, as tokens of a student's other tokenizer.
+
+    Attributes:
+        num_ids_BL: ids of each row [B, L], int32; 0 where there is no such target. Those of all rows lie in a row.
+        ids_D: ids of the student [D], int32, by falling probability, distinct in a row.
+        logprobs_D: their logprobs under the teacher [D], float32, nats.
+        tail_BL: probability of all else together [B, L], float32; 0 where there is no such target.
+    """
+
+    num_ids_BL: IntArray
+    ids_D: IntArray
+    logprobs_D: FloatArray
+    tail_BL: FloatArray
+
+    def part(self, rows: slice) -> ProjectedTargets:
+        """Those of some sequences, which follow one another."""
+        before, inside = self.num_ids_BL[: rows.start].sum(), self.num_ids_BL[rows].sum()
+        ids = slice(int(before), int(before + inside))
+        return ProjectedTargets(self.num_ids_BL[rows], self.ids_D[ids], self.logprobs_D[ids], self.tail_BL[rows])
+
+
+@dataclass(frozen=True)
 class ChunkTargets:
     """What a teacher of another tokenizer says of chunks: of spans on whose borders both tokenizations agree.
 
@@ -94,11 +117,18 @@ class ChunkTargets:
         ends_BL: True at the last target of a chunk [B, L].
         kept_BL: True where that chunk is one to learn from [B, L]; all of its targets are labels then.
         logprobs_BL: there the teacher's logprob of the chunk [B, L], float32, nats; 0 everywhere else.
+        projected: the teacher's distribution at kept chunks of one token in both tokenizers; None where none is kept.
     """
 
     ends_BL: BoolArray
     kept_BL: BoolArray
     logprobs_BL: FloatArray
+    projected: ProjectedTargets | None = None
+
+    def part(self, rows: slice) -> ChunkTargets:
+        """Those of some sequences, which follow one another."""
+        projected = None if self.projected is None else self.projected.part(rows)
+        return ChunkTargets(self.ends_BL[rows], self.kept_BL[rows], self.logprobs_BL[rows], projected)
 
 
 Targets = SampledTargets | TopkTargets | ChunkTargets

@@ -26,6 +26,11 @@ class AlignSettings(Record):
     recording: Literal["sampled", "topk"] | None = None
     """Which recording of the cache says how far borders can be trusted; `topk` where it has that."""
 
+    projected_top_k: int = Field(0, ge=0, le=255)
+    """Of a `topk` cache: keep so many of the teacher's top-k tokens at chunks that are one token in both tokenizers, as
+    far as the student's tokenizer has them, for `train.projected_weight`. Tokens that one tokenizer would go on with
+    and the other would not, as it splits digits otherwise, are left to the tail. 0 keeps none."""
+
     min_border_probability: float = Field(0.9, ge=0, le=1)
     """A border is reliable where the teacher's probability of the token before it is at least this share of what it
     gives to that token and to longer ones which the student's vocabulary does not have. Chunks beside other borders are

@@ -148,6 +148,11 @@ def _require_arm(run: RunSections, arm: str) -> None:
         _require_teacher_model(run, f"arms.{arm}.targets: found online", "to ask")
     if run.makes("align"):
         require_chunks(f"arms.{arm}", settings)
+        if settings.counted_projected_weight > 0 and not (run.align and run.align.projected_top_k):
+            raise ValueError(
+                f"arms.{arm}.projected_weight: found {settings.projected_weight:g} without align.projected_top_k, "
+                "expected how many top-k tokens are projected beside it"
+            )
     elif run.makes("cache"):
         _require_recorded(arm, settings, run.cache)
 
@@ -171,6 +176,10 @@ def require_chunks(where: str, settings: TrainSettings) -> None:
 def _require_recorded(arm: str, settings: TrainSettings, cache: CacheSettings) -> None:
     """What an arm asks of the run's own cache, before that is made."""
     where = f"arms.{arm}"
+    if settings.counted_projected_weight > 0:
+        raise ValueError(
+            f"{where}.projected_weight: found {settings.projected_weight:g} without align, expected an aligned cache"
+        )
     recording = settings.recording
     if recording is not None and recording not in cache.recordings:
         raise ValueError(

@@ -49,8 +49,8 @@ class TrainSettings(OptimizationSettings):
 
     temperature: float | None = Field(None, gt=0)
     """The temperature at which teacher and student are compared: `cache.temperature`, which is also the default, or for
-    `topk` one of `cache.extra_temperatures`. Of an aligned cache any, 1 by default: likelihoods of chunks are raised to
-    1 over it."""
+    `topk` one of `cache.extra_temperatures`. Of an aligned cache any, 100 by default: likelihoods of chunks are raised
+    to 1 over it."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """What is called KL here: `forward_kl`, KL(teacher || student); `reverse_kl`; or `jsd`, the generalised
@@ -80,6 +80,11 @@ class TrainSettings(OptimizationSettings):
     """Weight of a mixture of experts' load-balancing loss (arXiv 2101.03961), added to the loss; the student's own
     `router_aux_loss_coef` is not read."""
 
+    projected_weight: float = Field(0.0, ge=0)
+    """Of an aligned cache only: weight of the KL of its projected targets (`align.projected_top_k`), added to the loss.
+    It is the KL of the top-k tokens at the tokens that both tokenizers have, at temperature 1. With `alpha` 0, which is
+    cross-entropy alone, it does not count."""
+
     @model_validator(mode="after")
     def _check_alpha_schedule(self) -> Self:
         if self.alpha_schedule is not None and self.final_alpha is None:
@@ -95,6 +100,11 @@ class TrainSettings(OptimizationSettings):
     def needs_targets(self) -> bool:
         """Whether the cache's targets count in any step."""
         return self.targets == "cache" and self.largest_alpha > 0
+
+    @property
+    def counted_projected_weight(self) -> float:
+        """The weight of projected targets, 0 where no targets count."""
+        return self.projected_weight if self.needs_targets else 0.0
 
     @property
     def largest_alpha(self) -> float:

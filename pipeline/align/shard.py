@@ -10,13 +10,14 @@ Legend: T teacher's tokens, U student's tokens, D documents, C chunks, B sequenc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from capgap.pipeline.align.chunking import Chunks, Doubles, border_probabilities, cut
+from capgap.pipeline.align.projection import BothTokens, Singles, project
 from capgap.pipeline.align.stream import TeacherStream
 from capgap.pipeline.align.token_bytes import Ints, TextTokenizer
 from capgap.pipeline.corpus.pack import cut_rows
@@ -71,6 +72,12 @@ class ShardCounts(Record):
     """Those that a border makes unreliable. Of the others that are not kept, the teacher's logprob is not known, or a
     sequence ends within."""
 
+    num_projected: int
+    """Targets with a projected distribution."""
+
+    projected_mass: float
+    """Its probabilities but for the tail, summed over these."""
+
     known_nats: float
     """Minus the teacher's logprob of the kept chunks."""
 
@@ -79,9 +86,15 @@ class ShardCounts(Record):
 
 
 def align_shard(
-    stream: TeacherStream, teacher: TextTokenizer, student: StudentFormat
+    stream: TeacherStream, teacher: TextTokenizer, student: StudentFormat, both: BothTokens | None = None
 ) -> tuple[Sequences, ChunkTargets, ShardCounts]:
     """The sequences of a shard and their chunks.
+
+    Args:
+        stream: of the shard.
+        teacher: its tokenizer.
+        student: how its sequences are made.
+        both: what is a token in both, where the stream's top-k tokens are to be projected.
 
     Raises:
         InputError: a document's tokens spell no text, or the student's tokenizer changes it.
@@ -107,6 +120,14 @@ def align_shard(
     sequences, place_BL1 = packed
     kept_C = known_C & ~unreliable_C & _whole(chunks, place_BL1, sequences.mask_BL1)
     targets = _targets(chunks, place_BL1, kept_C, logprobs_C)
+    mass = 0.0
+    if both is not None and stream.top is not None:
+        is_first_T = np.zeros(len(stream.ids_T), np.bool_)
+        # a tokenizer that puts a blank there speaks of other tokens than stand in the text
+        is_first_T[stream.first_D] = teacher.puts_blank or student.tokenizer.puts_blank
+        single = Singles.of(chunks, kept_C, stream.ids_T, ids_U, ~is_first_T, both, student.min_border_probability)
+        projected, mass = project(stream.top, single, place_BL1[:, 1:], both, student.min_border_probability)
+        targets = replace(targets, projected=projected)
     bytes_C = np.bincount(chunks.of_T, np.where(stream.is_end_T, 0, text.lengths_T), chunks.count)
     counts = ShardCounts(
         num_documents=len(stream.first_D) - stream.is_begun,
@@ -115,6 +136,8 @@ def align_shard(
         num_chunks=chunks.count,
         num_kept_chunks=int(kept_C.sum()),
         num_unreliable_chunks=int(unreliable_C.sum()),
+        num_projected=0 if targets.projected is None else int((targets.projected.num_ids_BL > 0).sum()),
+        projected_mass=mass,
         known_nats=-float(logprobs_C[kept_C].sum()),
         known_bytes=int(bytes_C[kept_C].sum()),
     )

@@ -71,12 +71,15 @@ def run(context: StageContext) -> StageResult:
         100 * aligned.num_unreliable_chunks / aligned.num_chunks,
         facts.splits["student"].num_text_bytes / aligned.num_chunks,
     )
+    if job.projected_top_k:
+        _LOG.info("align: %s", aligned.projected_sentence(shards.num_tokens))
     totals = {
         "num_tokens": shards.num_tokens,
         "num_bytes": shards.num_bytes,
         "bytes_per_token": round(shards.num_bytes / shards.num_tokens, 3),
         "num_chunks": aligned.num_chunks,
         "num_kept_chunks": aligned.num_kept_chunks,
+        "num_projected": aligned.num_projected,
     }
     return StageResult(facts=facts.model_dump(mode="json"), totals=totals, shard_sets=sets)
 
@@ -114,6 +117,7 @@ def prepare(context: StageContext) -> AlignJob:
         bos_ids=bos_ids,
         seq_len=settings.seq_len or training.seq_len,
         min_border_probability=settings.min_border_probability,
+        projected_top_k=settings.projected_top_k,
     )
 
 
@@ -130,6 +134,8 @@ def _facts(job: AlignJob, cache: StageInput, training: list[ShardCounts], heldou
         num_chunks=sum(one.num_chunks for one in training),
         num_kept_chunks=sum(one.num_kept_chunks for one in training),
         num_unreliable_chunks=sum(one.num_unreliable_chunks for one in training),
+        num_projected=sum(one.num_projected for one in training),
+        projected_mass=sum(one.projected_mass for one in training),
         heldout_nats=sum(one.known_nats for one in heldout),
         heldout_bytes=sum(one.known_bytes for one in heldout),
     )
@@ -139,7 +145,7 @@ def _facts(job: AlignJob, cache: StageInput, training: list[ShardCounts], heldou
             "bos_ids": job.bos_ids,
             "turn_end_ids": (),
             "splits": splits,
-            "recordings": {CHUNKS_SET: RecordingFacts(num_ids=0, temperatures=(1.0,))},
+            "recordings": {CHUNKS_SET: RecordingFacts(num_ids=job.projected_top_k, temperatures=(1.0,))},
             "padded_vocab_size": job.tokenizer.vocab_size,
             "mean_label_loss": None,
             "cross_check": None,
@@ -165,6 +171,14 @@ def _recording(settings: AlignSettings, facts: CacheFacts) -> RecordingName:
             where="align.recording",
             found=wanted,
             expected=", ".join(sorted(facts.recordings)),
+        )
+    if settings.projected_top_k and wanted != "topk":
+        raise SettingError(
+            "only the top-k tokens can be projected",
+            where="align.projected_top_k",
+            found=f"{settings.projected_top_k} with a {wanted} recording",
+            expected="a topk recording",
+            fix="leave align.projected_top_k out, or make the cache with cache.recording topk",
         )
     return wanted
 

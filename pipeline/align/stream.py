@@ -33,6 +33,7 @@ class TeacherStream:
         logprobs_T: the teacher's of each token, float64, nats; NaN where it is not known.
         counts_T: whether it may be learnt.
         longer: what the teacher gave to longer tokens in its place.
+        top: the teacher's top-k tokens, where they are to be projected.
     """
 
     ids_T: Ints
@@ -42,6 +43,24 @@ class TeacherStream:
     logprobs_T: npt.NDArray[np.float64]
     counts_T: npt.NDArray[np.bool_]
     longer: Longer
+    top: TopTokens | None = None
+
+
+@dataclass(frozen=True)
+class TopTokens:
+    """The first of the top-k tokens of a shard's targets.
+
+    Attributes:
+        ids_NK: the tokens by falling probability [N, K], int32.
+        logprobs_NK: theirs [N, K], float32, nats; -inf where there is none.
+        rest_N: probability of all other ids [N], float32.
+        row_T: which row stands for each token of the stream; -1 where none does.
+    """
+
+    ids_NK: npt.NDArray[np.int32]
+    logprobs_NK: npt.NDArray[np.float32]
+    rest_N: npt.NDArray[np.float32]
+    row_T: Ints
 
 
 def read_stream(
@@ -50,6 +69,7 @@ def read_stream(
     num_ids: int,
     tokenizer: TextTokenizer,
     is_shared_V: npt.NDArray[np.bool_],
+    num_top: int = 0,
 ) -> TeacherStream:
     """The stream of a shard's blocks.
 
@@ -59,14 +79,18 @@ def read_stream(
         num_ids: of its codec.
         tokenizer: the teacher's.
         is_shared_V: which of its tokens the student has as well.
+        num_top: how many of the top-k tokens are wanted too.
 
     Raises:
         InputError: a document does not begin as all do, or holds a special token.
     """
     parts: list[tuple[npt.NDArray[np.generic], ...]] = []
+    tops: list[tuple[npt.NDArray[np.generic], ...]] = []
     for sequences, targets in blocks:
         assert targets is not None and not isinstance(targets, ChunkTargets), "the cache of a teacher has its targets"
         parts.append(_read_block(sequences, targets, facts, num_ids, tokenizer, is_shared_V))
+        if num_top and isinstance(targets, TopkTargets):
+            tops.append(_first_of(targets, num_top))
     joined = (np.concatenate(part) for part in zip(*parts, strict=True))
     is_text_T, ids_T, starts_T, logprobs_T, counts_T, all_T, other_T = joined
     # a beginning may be the last token of a sequence, and its text all in the next one
@@ -86,7 +110,28 @@ def read_stream(
         logprobs_T.astype(np.float64),
         counts_T.astype(np.bool_),
         Longer(all_T.astype(np.float32), other_T.astype(np.float32)),
+        _top_tokens(tops, is_text_T.astype(np.bool_)) if tops else None,
     )
+
+
+def _top_tokens(tops: list[tuple[npt.NDArray[np.generic], ...]], is_text_W: npt.NDArray[np.bool_]) -> TopTokens:
+    """Of the targets of all blocks; of every token, those that begin documents too, it is known whether it is text."""
+    ids_BLK, logprobs_BLK, rest_BL = (np.concatenate(one) for one in zip(*tops, strict=True))
+    num_sequences, length, num_top = ids_BLK.shape
+    row_BL1 = np.full((num_sequences, length + 1), -1, np.int64)
+    row_BL1[:, 1:] = np.arange(num_sequences * length).reshape(num_sequences, length)
+    return TopTokens(
+        ids_BLK.reshape(-1, num_top).astype(np.int32, copy=False),
+        logprobs_BLK.reshape(-1, num_top).astype(np.float32, copy=False),
+        rest_BL.ravel().astype(np.float32, copy=False),
+        row_BL1.ravel()[is_text_W],
+    )
+
+
+def _first_of(targets: TopkTargets, num_top: int) -> tuple[npt.NDArray[np.generic], ...]:
+    """Copies, so that the rest of a block is not kept."""
+    rest_BL = targets.tail_BL + np.exp(targets.logprobs_BLK[..., num_top:]).sum(axis=2)
+    return targets.ids_BLK[..., :num_top].copy(), targets.logprobs_BLK[..., :num_top].copy(), rest_BL
 
 
 def _read_block(

@@ -1,7 +1,7 @@
 """The units of an alignment: shard i of the other cache is read, and shard i of this one written, by whoever claims it.
 
 A unit counts as finished when its record, `work/aligned/000000.json`, stands and the shard's file has its digest. In
-memory is one shard at a time: of each target some numbers, and the text.
+memory is one shard at a time: of each target some numbers, 8 bytes for each id that is to be projected, and the text.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from capgap.pipeline.align.projection import BothTokens
 from capgap.pipeline.align.shard import ShardCounts, StudentFormat, align_shard
 from capgap.pipeline.align.stream import read_stream
 from capgap.pipeline.align.token_bytes import TextTokenizer
@@ -20,9 +21,10 @@ from capgap.pipeline.models.text import TOKENIZER_FOLDER
 from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.stage.claims import Claims
 from capgap.pipeline.stage.context import Slice
-from capgap.pipeline.stage.progress import progress
+from capgap.pipeline.stage.progress import advance_within, progress
 from capgap.pipeline.stage.unit_notes import UnitNotes
 from capgap.pipeline.store import Block, Codec, ShardReader, ShardWriter, check_alignment, split_blocks
+from capgap.pipeline.store.alignment import StoredError
 from capgap.pipeline.store.codec import CHUNKS
 from capgap.pipeline.store.sidecars import read_sidecar, write_sidecar
 from capgap.schemas.base import Record
@@ -63,6 +65,7 @@ class AlignJob:
         bos_ids: that begin the student's documents.
         seq_len: targets of the student's sequences.
         min_border_probability: see `align.min_border_probability`.
+        projected_top_k: see `align.projected_top_k`.
     """
 
     location: Path | str
@@ -77,6 +80,7 @@ class AlignJob:
     bos_ids: tuple[int, ...]
     seq_len: int
     min_border_probability: float
+    projected_top_k: int = 0
 
     @property
     def units(self) -> UnitNotes:
@@ -90,7 +94,7 @@ class ChunkAligner:
     def __init__(self, job: AlignJob) -> None:
         self.job = job
         self._reader = ShardReader(job.location, job.source)
-        codec = Codec(CHUNKS, job.seq_len, job.tokenizer.vocab_size)
+        codec = Codec(CHUNKS, job.seq_len, job.tokenizer.vocab_size, job.projected_top_k)
         (job.work / ALIGNED_FOLDER).mkdir(parents=True, exist_ok=True)
         names: tuple[str, ...] = (CHUNKS_SET, heldout_set(CHUNKS_SET))
         self._writers = [ShardWriter(job.folder, job.work / SIDECARS_FOLDER, name, codec) for name in names]
@@ -110,6 +114,12 @@ class ChunkAligner:
         return StudentFormat(tokenizer, job.tokenizer.eos_id, job.bos_ids, job.seq_len, job.min_border_probability)
 
     @cached_property
+    def _both(self) -> BothTokens:
+        """What is a token in both."""
+        student = self._student
+        return BothTokens.of(self._teacher, self.job.facts.tokenizer.eos_id, student.tokenizer, student.eos_id)
+
+    @cached_property
     def _shared(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Which of the teacher's tokens the student has as well."""
         mine, theirs = self._teacher.table, self._student.tokenizer.table.texts
@@ -118,6 +128,7 @@ class ChunkAligner:
     def warm_up(self) -> None:
         """Load both tokenizers and make their tables now, rather than with the first unit."""
         assert self._student is not None and self._teacher.table.order is not None and self._shared is not None
+        assert self._both is not None
 
     def finished(self, unit: int) -> tuple[ShardEntry, AlignedUnit] | None:
         """A unit, if it is whole: its file is read and digested."""
@@ -141,10 +152,19 @@ class ChunkAligner:
         job = self.job
         note = job.units.path(unit)
         note.unlink(missing_ok=True)
-        stream = read_stream(self._blocks_of(unit), job.facts, self._reader.codec.num_ids, self._teacher, self._shared)
-        sequences, targets, counts = align_shard(stream, self._teacher, self._student)
+        stream = read_stream(
+            self._blocks_of(unit),
+            job.facts,
+            self._reader.codec.num_ids,
+            self._teacher,
+            self._shared,
+            job.projected_top_k,
+        )
+        both = self._both if job.projected_top_k else None
+        sequences, targets, counts = align_shard(stream, self._teacher, self._student, both)
         writer, number = self._writer_of(unit)
-        entry = writer.write(number, _blocks(sequences, targets, f"{CHUNKS_SET}, shard {unit}"))
+        blocks = _blocks(sequences, targets, f"{CHUNKS_SET}, shard {unit}", self._reader.codec.error)
+        entry = writer.write(number, blocks)
         record = AlignedUnit(sha256=entry.file.sha256, counts=counts)
         write_sidecar(note, record)
         return entry, record
@@ -159,7 +179,9 @@ class ChunkAligner:
 
     def _blocks_of(self, unit: int) -> Iterator[tuple[Sequences, Targets | None]]:
         for member in range(len(self.job.source.shards[unit].members)):
-            yield self._reader.read_member(unit, member)
+            block = self._reader.read_member(unit, member)
+            yield block
+            advance_within(len(block[0]))
 
 
 def make_units(job: AlignJob, part: Slice) -> None:
@@ -183,11 +205,11 @@ def make_units(job: AlignJob, part: Slice) -> None:
         claims.close()
 
 
-def _blocks(sequences: Sequences, targets: ChunkTargets, where: str) -> Iterator[Block]:
+def _blocks(sequences: Sequences, targets: ChunkTargets, where: str, error: StoredError) -> Iterator[Block]:
     start = 0
     for part in split_blocks(sequences):
         rows = slice(start, start + len(part))
-        some = ChunkTargets(*(np.ascontiguousarray(one[rows]) for one in vars(targets).values()))
-        check_alignment(part, some, 0, where)
+        some = targets.part(rows)
+        check_alignment(part, some, 0, where, error)
         start = rows.stop
         yield Block(part, some)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,11 +30,17 @@ BATCH_QUESTIONS = 32
 _BATCH_TOKENS = 8192
 
 
+Told = Callable[[float], None] | None
+
+
 class Generator(Protocol):
     """Continues prompts."""
 
-    def generate(self, prompts: Sequence[Prompt]) -> list[Generated]:
-        """One continuation a prompt. Equal prompts beside equal others are continued alike."""
+    def generate(self, prompts: Sequence[Prompt], told: Told = None) -> list[Generated]:
+        """One continuation a prompt. Equal prompts beside equal others are continued alike.
+
+        `told` hears of continued prompts, where they are continued one after the other.
+        """
 
     def close(self) -> None:
         """Leave the device."""
@@ -71,13 +77,18 @@ class TransformersGenerator:
         # what the folder says of sampling is not what was asked for
         self._model.generation_config = GenerationConfig()
 
-    def generate(self, prompts: Sequence[Prompt]) -> list[Generated]:
+    def generate(self, prompts: Sequence[Prompt], told: Told = None) -> list[Generated]:
         """As `Generator.generate`.
 
         Raises:
             InputError: logits are not finite.
         """
-        return [self._continue(prompt) for prompt in prompts]
+        made = []
+        for prompt in prompts:
+            made.append(self._continue(prompt))
+            if told is not None:
+                told(1)
+        return made
 
     def close(self) -> None:
         """As `Generator.close`."""
@@ -179,7 +190,7 @@ class VllmGenerator:
         if num_devices > 1:
             self._llm.collective_rpc("capgap_die_with", args=(os.getpid(),))
 
-    def generate(self, prompts: Sequence[Prompt]) -> list[Generated]:
+    def generate(self, prompts: Sequence[Prompt], told: Told = None) -> list[Generated]:
         """As `Generator.generate`.
 
         Raises:

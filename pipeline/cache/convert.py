@@ -30,7 +30,8 @@ def to_requests(tokens_L1: IntArray, starts_L1: BoolArray, context: ContextRule)
     length = len(tokens_L1) - 1
     firsts = [0, *(int(i) for i in np.flatnonzero(starts_L1[:length]) if i > 0), length]
     digest = sequence_digest(tokens_L1)
-    return [Request(tokens_L1[first : end + 1], _place_digest(digest, first)) for first, end in pairwise(firsts)]
+    share = 1 / (len(firsts) - 1)
+    return [Request(tokens_L1[first : end + 1], _place_digest(digest, first), share) for first, end in pairwise(firsts)]
 
 
 def join(parts: Sequence[Scored]) -> Scored:

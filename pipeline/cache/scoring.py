@@ -54,10 +54,12 @@ class Request:
     Attributes:
         tokens_L1: the last one is a label alone.
         key: what the samples depend on beside seed and position; the tokens' digest where it is left out.
+        share: of a sequence, for those who count how far a submission is.
     """
 
     tokens_L1: npt.NDArray[np.int32]
     key: bytes | None = None
+    share: float = 1.0
 
     @property
     def digest(self) -> bytes:
@@ -104,7 +106,10 @@ class Engine(Protocol):
     """The dtype of the teacher's weights and activations."""
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """One submission: score all requests and return them in order, exactly L rows each."""
+        """One submission: score all requests and return them in order, exactly L rows each.
+
+        Each request's share is given to `advance_within` as soon as it is scored.
+        """
 
     def close(self) -> None:
         """Give back the device."""

@@ -18,6 +18,7 @@ from capgap.pipeline.cache.scoring import Recording, Request, Scored
 from capgap.pipeline.cache.server_rows import rows_of
 from capgap.pipeline.models.endpoint import FAULTS, IDENTITY, Endpoint, RefusedError
 from capgap.pipeline.stage.events import event
+from capgap.pipeline.stage.progress import advance_within
 from capgap.schemas.errors import InputError, MismatchError, SettingError
 from capgap.schemas.run_endpoint import EndpointSettings
 
@@ -67,9 +68,12 @@ class ServerEngine:
         """
         require_scorable(requests, self._recording.vocab_size, self._seq_len)
         pool = ThreadPoolExecutor(self._num_parallel, thread_name_prefix="capgap-server")
+        scored: list[Scored] = []
         try:
             # in order, so that the first fault is heard of before the queue is at its end
-            scored = list(pool.map(self._score, requests))
+            for request, one in zip(requests, pool.map(self._score, requests), strict=True):
+                scored.append(one)
+                advance_within(request.share)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             self.close()

@@ -17,6 +17,7 @@ from capgap.pipeline.cache.request_checks import require_kept, require_scorable
 from capgap.pipeline.cache.scoring import PackedRows, Recording, Request, Scored, record_rows, row_offsets, unpack
 from capgap.pipeline.models.head_product import head_logits
 from capgap.pipeline.models.load import load_model
+from capgap.pipeline.stage.progress import advance_within
 from capgap.schemas.errors import InputError
 
 # Both sides have the same hidden states; 2 % of the largest logit is ten times what rounding to bfloat16 does.
@@ -77,6 +78,7 @@ class TransformersEngine:
             size = max(1, self._batch_tokens // len(requests[order[0]].tokens_L1))
             batch, order = order[:size], order[size:]
             scored |= zip(batch, self._score_batch([requests[index] for index in batch]), strict=True)
+            advance_within(sum(requests[index].share for index in batch))
         return [scored[index] for index in range(len(requests))]
 
     def close(self) -> None:

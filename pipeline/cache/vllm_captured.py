@@ -15,6 +15,7 @@ import numpy as np
 
 from capgap.pipeline.cache.scoring import Recording, Request, Scored, unpack
 from capgap.pipeline.cache.vllm_worker import RequestKey
+from capgap.pipeline.stage.progress import advance_within
 from capgap.schemas.errors import InputError, MachineError
 
 # Head and log-softmax run in float32 in both places; only the batch of the matrix product differs.
@@ -53,6 +54,7 @@ class CapturedRequests:
         with _rows_kept_whole():
             for index, output in run(submission):
                 found[index] = _scored(self._recording, requests[index], output)
+                advance_within(requests[index].share)
         return [found[index] for index in range(len(requests))]
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from capgap.pipeline.cache.scoring import Recording, Request, Scored, unpack
 from capgap.pipeline.cache.vllm_captured import Run
+from capgap.pipeline.stage.progress import advance_within
 from capgap.schemas.errors import InputError, SettingError
 
 
@@ -42,7 +43,10 @@ class PublicRequests:
     def score(self, run: Run, requests: Sequence[Request]) -> list[Scored]:
         """As `Engine.score`."""
         submission = [(str(i), request.tokens_L1[:-1].tolist(), self._params) for i, request in enumerate(requests)]
-        found = {index: self._rows(requests[index], output) for index, output in run(submission)}
+        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for index, output in run(submission):
+            found[index] = self._rows(requests[index], output)
+            advance_within(requests[index].share)
         unknown = [index for index, (_, numbers_LW) in found.items() if np.isneginf(numbers_LW[-1, 0])]
         for place, logprob in self._last_labels(run, [requests[index] for index in unknown]):
             found[unknown[place]][1][-1, 0] = logprob

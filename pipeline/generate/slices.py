@@ -22,11 +22,12 @@ def make_slice(job: TextJob, part: Slice) -> None:
     claims, maker = Claims(job.units, part), TextMaker(job)
     wanted = {unit for unit in range(job.units.total) if part.has(unit)}
     try:
-        with progress(f"generate: slice {part}", len(wanted), "units", len(wanted & job.units.made())) as meter:
+        done = job.num_prompts(wanted & job.units.made())
+        with progress(f"generate: slice {part}", job.num_prompts(wanted), "prompts", done) as meter:
             for unit in claims.take_each():
                 record = maker.make(unit)
                 claims.release(unit)
-                meter.advance(1, record.counts.num_answer_tokens)
+                meter.advance(record.counts.num_prompts, record.counts.num_answer_tokens)
     finally:
         maker.close()
         claims.close()

@@ -83,9 +83,10 @@ def run(context: StageContext) -> StageResult:
         maker.require_whole(unit)
     made = job.units.made()
     missing = [unit for unit in range(job.units.total) if unit not in made]
-    with progress(f"{context.instance.name}", job.units.total, "units", len(made)) as meter:
+    total = job.num_prompts(range(job.units.total))
+    with progress(f"{context.instance.name}", total, "prompts", job.num_prompts(made)) as meter:
         for record in _make(job, maker, missing, context):
-            meter.advance(1, record.counts.num_answer_tokens)
+            meter.advance(record.counts.num_prompts, record.counts.num_answer_tokens)
     return _finished(context, job)
 
 

@@ -13,7 +13,7 @@ Legend: B rows, L targets a row.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from capgap.pipeline.generate.asking import Asking, SampledAnswer
 from capgap.pipeline.generate.prompts import PromptRecord, Split
 from capgap.pipeline.generate.unit_record import TextCounts, TextRecord
 from capgap.pipeline.models.tokenizers import load_tokenizer
+from capgap.pipeline.stage.progress import advance_within
 from capgap.pipeline.stage.unit_notes import UnitNotes
 from capgap.pipeline.store import Block, ShardWriter, split_blocks
 from capgap.pipeline.store.codec import SEQUENCES, Codec
@@ -100,6 +101,10 @@ class TextJob:
         """Where finished units are noted."""
         return UnitNotes(self.folder, self.work, UNITS_FOLDER, len(self.each_unit))
 
+    def num_prompts(self, units: Iterable[int]) -> int:
+        """Prompts of some units."""
+        return sum(len(self.each_unit[unit].prompts) for unit in units)
+
     def shards_of(self, split: Split) -> ShardWriter:
         """Who writes the shards of a split."""
         codec = Codec(SEQUENCES, self.seq_len, self.tokenizer.vocab_size)
@@ -145,7 +150,7 @@ class TextMaker:
         job, unit = self.job, self.job.each_unit[number]
         job.units.path(number).unlink(missing_ok=True)
         asked, num_too_long = self._asked(unit)
-        made = self._started().generate([prompt for _, _, prompt in asked]) if asked else []
+        made = self._started().generate([prompt for _, _, prompt in asked], advance_within) if asked else []
         written: list[Written] = []
         kept: list[tuple[Prompt, SampledAnswer]] = []
         for (place, sample, prompt), generated in zip(asked, made, strict=True):

@@ -30,6 +30,9 @@ class Meter(Protocol):
     def advance(self, steps: int = 1, tokens: int = 0, note: str = "") -> None:
         """Count `steps` more steps holding `tokens` tokens; `note` is shown behind them."""
 
+    def advance_within(self, steps: float) -> None:
+        """Count `steps` more of those at work; the `advance` that says they are finished does not count them again."""
+
 
 @contextmanager
 def progress(title: str, num_steps: int, unit: str, done: int = 0, *, lines: bool = True) -> Iterator[Meter]:
@@ -40,9 +43,25 @@ def progress(title: str, num_steps: int, unit: str, done: int = 0, *, lines: boo
     with _counted(Count(title=title, done=done, total=num_steps, unit=unit)) as tally:
         if _bars_are_seen():
             with _terminal_bar() as bar:
-                yield _Both(_Bar(bar, bar.add_task(title, total=num_steps, completed=done, rate="", note="")), tally)
+                task = bar.add_task(title, total=num_steps, completed=done, rate="", note="")
+                with _heard(_Both(_Bar(bar, task, done), tally)) as meter:
+                    yield meter
         else:
-            yield _Both(_Lines(title, num_steps, unit, done) if lines else _Silence(), tally)
+            shown = _Lines(title, num_steps, unit, done) if lines else _Silence()
+            with _heard(_Both(shown, tally)) as meter:
+                yield meter
+
+
+def advance_within(steps: float) -> None:
+    """Say to the meter of this process's stage, if there is one, that `steps` more of the steps at work are done.
+
+    For those that know how far a unit is and have no meter: a shard of a cache takes minutes or hours.
+    """
+    if _current is not None:
+        _current.advance_within(steps)
+
+
+_current: Meter | None = None
 
 
 @contextmanager
@@ -57,6 +76,17 @@ def _counted(begun: Count) -> Iterator[_Tally]:
         yield tally
     finally:
         beat.count_with(None)
+
+
+@contextmanager
+def _heard(meter: Meter) -> Iterator[Meter]:
+    """Let `advance_within` speak to it."""
+    global _current
+    before, _current = _current, meter
+    try:
+        yield meter
+    finally:
+        _current = before
 
 
 def _bars_are_seen() -> bool:
@@ -85,19 +115,28 @@ class _Both:
         self._shown.advance(steps, tokens, note)
         self._tally.advance(steps, tokens, note)
 
+    def advance_within(self, steps: float) -> None:
+        self._shown.advance_within(steps)
+        self._tally.advance_within(steps)
+
 
 class _Tally:
     """Counts, and works out rates when it is asked: a corpus has millions of documents."""
 
     def __init__(self, begun: Count) -> None:
         self._begun, self._steps, self._tokens, self._note = begun, 0, 0, ""
-        self._start = time.monotonic()
+        self._start, self._within = time.monotonic(), 0.0
 
     def advance(self, steps: int = 1, tokens: int = 0, note: str = "") -> None:
         self._steps, self._tokens, self._note = self._steps + steps, self._tokens + tokens, note
+        self._within = max(0.0, self._within - steps)
+
+    def advance_within(self, steps: float) -> None:
+        self._within += steps
 
     def count(self) -> Count:
-        steps, tokens, begun = self._steps, self._tokens, self._begun
+        begun, tokens = self._begun, self._tokens
+        steps = min(self._steps + int(self._within), max(self._steps, begun.total - begun.done))
         elapsed, done = max(time.monotonic() - self._start, 1e-9), begun.done + steps
         known: dict[str, object] = {"done": done, "note": self._note}
         if tokens:
@@ -108,17 +147,26 @@ class _Tally:
 
 
 class _Bar:
-    def __init__(self, bar: Progress, task: TaskID) -> None:
+    def __init__(self, bar: Progress, task: TaskID, done: int) -> None:
         self._bar, self._task, self._tokens, self._start = bar, task, 0, time.monotonic()
+        self._done, self._within = done, 0.0
+
+    def advance_within(self, steps: float) -> None:
+        self._within += steps
+        self._bar.update(self._task, completed=self._done + int(self._within))
 
     def advance(self, steps: int = 1, tokens: int = 0, note: str = "") -> None:
+        self._done, self._within = self._done + steps, max(0.0, self._within - steps)
         self._tokens += tokens
         rate = f"{self._tokens / max(time.monotonic() - self._start, 1e-9):,.0f} tok/s" if self._tokens else ""
-        self._bar.update(self._task, advance=steps, rate=rate, note=note)
+        self._bar.update(self._task, completed=self._done + int(self._within), rate=rate, note=note)
 
 
 class _Silence:
     def advance(self, steps: int = 1, tokens: int = 0, note: str = "") -> None:
+        pass
+
+    def advance_within(self, steps: float) -> None:
         pass
 
 
@@ -127,6 +175,9 @@ class _Lines:
         self._title, self._num_steps, self._unit, self._done, self._first = title, num_steps, unit, done, done
         self._tokens, self._start = 0, time.monotonic()
         self._next = self._start + _FIRST_LINE_S
+
+    def advance_within(self, steps: float) -> None:
+        """Lines are of finished steps."""
 
     def advance(self, steps: int = 1, tokens: int = 0, note: str = "") -> None:
         self._done += steps

@@ -8,7 +8,8 @@ distribution must agree with it:
 - `sampled`: systematic sampling gives every id the floor or the ceiling of n p samples, so the next token's count lies
   within one of n exp(logprob).
 
-Of `chunks` the tokens are not the teacher's. There, every target of a chunk that is kept must be a label.
+Of `chunks` the tokens are not the teacher's. There, every target of a chunk that is kept must be a label, and where
+that label is among the ids of a projected target, its logprob is that of the chunk.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from capgap.pipeline.store.chunks import chunks_without_labels
+from capgap.pipeline.store.chunks import chunks_without_labels, padded_rows
 from capgap.schemas.errors import CorruptError
 from capgap.schemas.records import ChunkTargets, SampledTargets, Sequences, Targets, TopkTargets
 
@@ -55,7 +56,9 @@ def check_alignment(
     """
     labels_BL = sequences.tokens_BL1[:, 1:]
     if isinstance(targets, ChunkTargets):
-        bad_BL = chunks_without_labels(sequences.mask_BL1, targets)
+        bad_BL = chunks_without_labels(sequences.mask_BL1, targets) | _contradictions_projected(
+            labels_BL, targets, error
+        )
     elif isinstance(targets, SampledTargets):
         bad_BL = _contradictions_sampled(labels_BL, targets, num_samples, error)
     else:
@@ -84,6 +87,19 @@ def _contradictions_sampled(
     return bad.reshape(labels_BL.shape)
 
 
+def _contradictions_projected(
+    labels_BL: npt.NDArray[np.int32], targets: ChunkTargets, error: StoredError
+) -> npt.NDArray[np.bool_]:
+    if targets.projected is None:
+        return np.zeros(labels_BL.shape, np.bool_)
+    ids_NK, logprobs_NK, _ = padded_rows(targets.projected)
+    kept_N = _kept_logprobs(ids_NK, logprobs_NK, labels_BL.reshape(-1, 1))
+    tolerance = LOGPROB_TOLERANCE_NATS + error.label_nats + error.kept_nats
+    apart_N = np.abs(np.where(kept_N > -np.inf, kept_N, 0) - np.maximum(targets.logprobs_BL.ravel(), error.floor_nats))
+    bad: npt.NDArray[np.bool_] = (kept_N > -np.inf) & (apart_N > tolerance)
+    return bad.reshape(labels_BL.shape)
+
+
 def _contradictions_topk(
     labels_BL: npt.NDArray[np.int32], targets: TopkTargets, error: StoredError
 ) -> npt.NDArray[np.bool_]:
@@ -104,7 +120,7 @@ def _contradictions_topk(
 
 
 def _kept_logprobs(
-    ids_NK: npt.NDArray[np.int32], logprobs_NK: npt.NDArray[np.float32], labels_N1: npt.NDArray[np.int32]
+    ids_NK: npt.NDArray[np.integer], logprobs_NK: npt.NDArray[np.float32], labels_N1: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.float32]:
     """Each label's logprob among the kept ids; -inf where it is not one, as padding has it."""
     places = np.flatnonzero(ids_NK == labels_N1)

@@ -13,8 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from capgap.pipeline.store.chunks import left_in_chunk
-from capgap.schemas.records import ChunkTargets, SampledTargets, Sequences, Targets, TopkTargets
+from capgap.pipeline.store.chunks import left_in_chunk, padded_rows
+from capgap.schemas.records import (
+    ChunkTargets,
+    ProjectedTargets,
+    SampledTargets,
+    Sequences,
+    Targets,
+    TopkTargets,
+)
 from capgap.schemas.run_corpus import ContextRule
 
 IGNORED_LABEL = -100
@@ -30,7 +37,8 @@ class Batch:
         labels_BL: the token after each of them [B, L], int64; -100 where it does not count.
         ids_NK: kept ids of each row [N, K], int64; padding has weight 0. None without targets.
         weights_NK: their probabilities under the teacher [N, K], float32.
-        tail_N: probability of all other ids [N], float32; None where the recording has none.
+        tail_N: probability of all other ids [N], float32; None where the recording has none. Of a cache that `align`
+            made, ids, weights and tail are projected targets: all 0 in a row that has none.
         positions_BL: of each token in its sequence or document [B, L], int64, where a row holds several or padding;
             attention ends where they begin anew. None where every row is one sequence that is seen whole.
         num_counted: labels that count, where the host knows it: then none of them need be looked at on a device.
@@ -185,7 +193,19 @@ def _with_topk(batch: Batch, samples: list[Sample], temperature: TargetTemperatu
 
 def _with_chunks(batch: Batch, samples: list[Sample]) -> Batch:
     parts = [(targets, slice(row, row + 1)) for _, targets, row in samples if isinstance(targets, ChunkTargets)]
-    chosen = [ChunkTargets(t.ends_BL[row], t.kept_BL[row], t.logprobs_BL[row]) for t, row in parts]
+    chosen = [targets.part(row) for targets, row in parts]
     batch.chunk_left_N = torch.from_numpy(np.concatenate([left_in_chunk(one).ravel() for one in chosen]))
     batch.chunk_logprobs_N = torch.from_numpy(np.concatenate([one.logprobs_BL.ravel() for one in chosen]))
+    projected = [one.projected for one in chosen if one.projected is not None]
+    return _with_projected(batch, projected) if projected else batch
+
+
+def _with_projected(batch: Batch, parts: list[ProjectedTargets]) -> Batch:
+    joined = ProjectedTargets(*(np.concatenate([vars(one)[name] for one in parts]) for name in vars(parts[0])))
+    ids_NK, logprobs_NK, tail_N = padded_rows(joined)
+    weights_NK = np.exp(logprobs_NK)
+    # as of top-k tokens; rows without a target stay 0
+    total_N = np.where(joined.num_ids_BL.ravel() > 0, weights_NK.sum(axis=1) + tail_N, np.float32(1))
+    batch.ids_NK, batch.weights_NK = torch.from_numpy(ids_NK), torch.from_numpy(weights_NK / total_N[:, None])
+    batch.tail_N = torch.from_numpy(tail_N / total_N)
     return batch

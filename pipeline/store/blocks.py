@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
+import numpy as np
+
 from capgap.pipeline.store.stored import StoredBlock
 from capgap.schemas.records import Sequences, Targets
 
@@ -85,4 +87,11 @@ class BlockCache(Generic[Key]):
 def _size_of(block: LoadedBlock) -> int:
     if isinstance(block, StoredBlock):
         return block.num_bytes
-    return sum(int(array.nbytes) for part in block if part is not None for array in vars(part).values())
+    return sum(_num_bytes(part) for part in block)
+
+
+def _num_bytes(part: object) -> int:
+    """Of arrays, and of records of them."""
+    if part is None or isinstance(part, np.ndarray):
+        return 0 if part is None else int(part.nbytes)
+    return sum(map(_num_bytes, vars(part).values()))

@@ -56,7 +56,8 @@ __all__ = ["CHUNKS", "PROFILES", "SAMPLED", "SEQUENCES", "TOPK", "TOPK_CODECS", 
 _LABEL_ERROR = StoredError(label_nats=LABELS.error_nats)
 _ERRORS = {
     SEQUENCES: EXACT,
-    CHUNKS: EXACT,
+    # of projected targets, whose cache may have had any of the profiles below
+    CHUNKS: StoredError(FINE.error_nats, COARSE.error_nats, COARSE.floor_nats),
     SAMPLED: _LABEL_ERROR,
     TOPK_CODECS["lossless"]: EXACT,
     TOPK_CODECS["near-lossless"]: StoredError(FINE.error_nats, FINE.error_nats, FINE.floor_nats),
@@ -88,7 +89,7 @@ class Codec:
         name: name with version, as the manifest states it.
         seq_len: L, targets a sequence.
         vocab_size: ids are below it.
-        num_ids: n samples (`sampled`) or K kept ids (`topk`) a row; 0 for sequences alone.
+        num_ids: n samples (`sampled`) or K kept ids (`topk`, projected `chunks`) a row; 0 where there are none.
         ranking: of the ids; None stores them as they are.
         temperature: at which the teacher was recorded; written down only where there are further ones.
         extra_temperatures: at which `topk` has a tail too.
@@ -151,7 +152,7 @@ class Codec:
         elif isinstance(targets, TopkTargets):
             values |= topk_values(targets, self._topk)
         elif isinstance(targets, ChunkTargets):
-            values |= chunk_values(targets)
+            values |= chunk_values(targets, self.vocab_size, self.num_ids)
         fields = self.fields if targets is not None else tuple(field for field in self.fields if field.part == "text")
         return to_frame(to_columns(fields, values), _ZSTD_LEVELS[self.name])
 
@@ -188,7 +189,7 @@ class Codec:
         if self.name == SAMPLED:
             return sampled_targets(values, self.ranking_used, self.num_ids)
         if self.name == CHUNKS:
-            return chunk_targets(values, self.seq_len)
+            return chunk_targets(values, self.seq_len, self.vocab_size, self.num_ids)
         return topk_targets(values, self._topk)
 
     @property

@@ -28,7 +28,7 @@ class CodecSettings(Record):
     """Ids are below it."""
 
     num_ids: int = Field(strict=True, ge=0, le=MAX_IDS)
-    """Samples (`sampled`) or kept ids (`topk`) a target; 0 for sequences alone."""
+    """Samples (`sampled`) or kept ids (`topk`, projected `chunks`) a target; 0 where there are none."""
 
     temperature: _Temperature | None = None
     """The temperature at which the teacher was recorded; only beside further ones."""

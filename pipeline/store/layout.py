@@ -77,6 +77,7 @@ def fields_of(codec: str, seq_len: int, vocab_size: int, num_ids: int, num_extra
     """
     id_planes, width = num_planes(vocab_size - 1), seq_len + 1
     bits = -(-width // 8)
+    count: type[np.unsignedinteger[Any]] = np.uint8 if num_ids < 1 << 8 else np.uint16
     text = (
         Field("tokens", "text", width, id_planes),
         Field("starts", "text", bits),
@@ -87,8 +88,14 @@ def fields_of(codec: str, seq_len: int, vocab_size: int, num_ids: int, num_extra
     if codec == CHUNKS:
         flags = -(-seq_len // 8)
         ends = (Field("chunk_ends", "label", flags), Field("chunk_kept", "label", flags))
-        return (*text, *ends, Field("chunk_logprobs", "label", seq_len, 4))
-    count: type[np.unsignedinteger[Any]] = np.uint8 if num_ids < 1 << 8 else np.uint16
+        chunks = (*text, *ends, Field("chunk_logprobs", "label", seq_len, 4))
+        projected = (
+            Field("top_k", "weights", seq_len, kind=count),
+            Field("ids", "ids", 0, id_planes),
+            Field("logprobs", "weights", 0, 4),
+            Field("tail", "tail", seq_len, 4),
+        )
+        return (*chunks, *projected) if num_ids else chunks
     if codec == SAMPLED:
         return (
             *text,

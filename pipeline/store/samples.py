@@ -64,10 +64,10 @@ class SampleShape:
             if batch.chunk_left_N is not None and batch.chunk_logprobs_N is not None:
                 sample["chunk_left"] = batch.chunk_left_N.numpy()
                 sample["chunk_logprobs"] = batch.chunk_logprobs_N.numpy()
-            elif targets is not None and not isinstance(targets, ChunkTargets):
-                assert batch.ids_NK is not None and batch.weights_NK is not None, "collate gives targets where some are"
+            if batch.ids_NK is not None and batch.weights_NK is not None:
                 sample["ids"] = _widened(batch.ids_NK.numpy(), self.num_ids)
                 sample["weights"] = _widened(batch.weights_NK.numpy(), self.num_ids)
+            if targets is not None and not isinstance(targets, ChunkTargets):
                 sample["label_logprobs"] = targets.label_logprobs_BL[row].copy()
             if batch.tail_N is not None:
                 sample["tail"] = batch.tail_N.numpy()
@@ -90,7 +90,9 @@ def collate_samples(samples: Sequence[DictSample]) -> Batch:
         batch.positions_BL = torch.from_numpy(np.stack([sample["positions"] for sample in samples]))
     if "ids" in samples[0]:
         ids_NK, weights_NK = (np.concatenate([sample[name] for sample in samples]) for name in ("ids", "weights"))
-        width = ids_NK.shape[1] if "tail" in samples[0] else int((weights_NK > 0).sum(axis=1).max())
+        # rows of the loader are as wide as the widest, but those of top-k tokens
+        is_fixed = "tail" in samples[0] and "chunk_left" not in samples[0]
+        width = ids_NK.shape[1] if is_fixed else max(1, int((weights_NK > 0).sum(axis=1).max()))
         batch.ids_NK, batch.weights_NK = (
             torch.from_numpy(np.ascontiguousarray(values[:, :width])) for values in (ids_NK, weights_NK)
         )

@@ -10,7 +10,7 @@ from capgap.pipeline.stage.context import Instance, StageInput, further_cache
 from capgap.pipeline.stage.rounds import replayed, rounds_of
 from capgap.pipeline.store import ShardReader, target_temperature_of
 from capgap.pipeline.store.rows import sequences_per_row
-from capgap.pipeline.train.objective import objective_of
+from capgap.pipeline.train.objective import objective_of, require_projected
 from capgap.pipeline.train.task import CacheSource
 from capgap.schemas.errors import InputError, MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts, ModelFacts
@@ -19,6 +19,10 @@ from capgap.schemas.run_cache import RecordingName
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_needs import require_chunks
 from capgap.schemas.run_train import FurtherCache, TrainSettings
+
+CHUNKS_TEMPERATURE = 100.0
+"""Of an aligned cache, where none is asked for: a chunk's likelihood itself is next to 0, and a loss of it sees little
+but the chunks of which the teacher is certain. benchmarks/align_quality.py has the figures."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ def require_fit(settings: TrainSettings, caches: Mapping[str | None, ChosenCache
     for cache in caches.values():
         if cache.of_chunks:
             _require_chunks(settings, cache)
+            require_projected(settings, cache.facts.recordings["chunks"].num_ids, cache.location)
         _require_same_tokenizer(cache, student)
         _require_positions(cache, student)
         objective_of(settings, cache.recording, cache.location)
@@ -143,9 +148,9 @@ def choose(cache: CacheFacts, settings: TrainSettings, setting: str = "train") -
             expected=f"{'one of ' if len(known) > 1 else ''}{', '.join(known)}",
             fix=f"set {setting}.recording{'' if len(known) > 1 else ', or leave it out'}",
         )
-    temperature = cache.temperature if settings.temperature is None else settings.temperature
     if recording == "chunks":
-        return recording, temperature
+        return recording, settings.temperature or CHUNKS_TEMPERATURE
+    temperature = cache.temperature if settings.temperature is None else settings.temperature
     temperatures = cache.recordings[recording].temperatures
     if settings.needs_targets and temperature not in temperatures:
         raise SettingError(

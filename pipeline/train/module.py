@@ -134,7 +134,7 @@ class DistillationModule(lightning.LightningModule):
                 input_ids=batch.input_ids_BL, use_cache=False, **several, **(router.arguments if router else {})
             )
         result = self._loss_of(output.last_hidden_state, batch, alpha)
-        if not self.training and batch.ids_NK is not None:
+        if not self.training and batch.ids_NK is not None and batch.chunk_left_N is None:
             # here, where ranks that share the head hold all of it
             read = self._head.inputs(output.last_hidden_state.detach())
             self.top_N = top_ids(read["hidden_NH"], read["weight_VH"].detach(), read["bias_V"], self._vocab_size)
@@ -163,11 +163,16 @@ class DistillationModule(lightning.LightningModule):
     def divergence_name(self, batch: Batch) -> str:
         """What the loss takes for the distance from the teacher, for people."""
         name = {"forward_kl": "KL", "reverse_kl": "reverse KL", "jsd": "JSD"}[self._objective.divergence]
+        if batch.chunk_left_N is not None:
+            return f"{name} of chunks to the teacher"
         target = "the teacher" if batch.ids_NK is None else "samples" if batch.tail_N is None else "the top-k tokens"
         return f"{name} to {target}"
 
     def _loss_of_chunks(self, hidden_BLH: torch.Tensor, batch: Batch, alpha: float) -> SparseKl:
-        """alpha times the chunks' divergences and 1 - alpha times the labels' cross-entropies, both over the labels."""
+        """alpha times the chunks' divergences and 1 - alpha times the labels' cross-entropies, all over the labels.
+
+        Added to it is `projected_weight` times the divergences of projected targets, over the labels too.
+        """
         assert batch.chunk_left_N is not None and batch.chunk_logprobs_N is not None
         labels_N = batch.labels_BL.flatten()
         logprobs_N = linear_label_logprobs(
@@ -178,7 +183,25 @@ class DistillationModule(lightning.LightningModule):
         kl_N = divergence_N.where(batch.chunk_left_N == 0, 0.0)
         count = ((labels_N >= 0) & (labels_N < self._vocab_size)).sum().clamp(min=1)
         loss = (alpha * kl_N.sum() - (1 - alpha) * logprobs_N.sum()) / count
+        if self._objective.projected_weight > 0:
+            loss = loss + self._objective.projected_weight * self._projected(hidden_BLH, batch) / count
         return SparseKl(loss, kl_N.detach(), -logprobs_N.detach())
+
+    def _projected(self, hidden_BLH: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The sum of the divergences of projected targets, at temperature 1."""
+        assert batch.weights_NK is not None
+        has_N = (batch.weights_NK.amax(dim=1) > 0).float()
+        found = linear_sparse_kl(
+            **self._head.inputs(hidden_BLH),
+            targets=_targets(batch),
+            labels_N=batch.labels_BL.flatten(),
+            alpha=1.0,
+            divergence=self._objective.of_chunks,
+            row_weights_N=has_N,
+            vocab_size=self._vocab_size,
+        )
+        # a mean over the rows that have one
+        return found.loss * has_N.sum()
 
     def configure_optimizers(self) -> Any:
         """AdamW and its learning rate, stepped every optimizer step."""

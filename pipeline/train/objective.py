@@ -36,6 +36,7 @@ class Objective:
         alpha_schedule: how it gets there.
         token_weights: what a row counts.
         router_loss_weight: of the load-balancing loss of a mixture of experts.
+        projected_weight: of the divergence of an aligned cache's projected targets.
     """
 
     divergence: Divergence = "forward_kl"
@@ -45,6 +46,7 @@ class Objective:
     alpha_schedule: Literal["linear", "cosine"] = "linear"
     token_weights: Literal["equal", "entropy"] = "equal"
     router_loss_weight: float = 0.0
+    projected_weight: float = 0.0
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `linear_sparse_kl` that the objective decides."""
@@ -106,9 +108,18 @@ def objective_of(settings: TrainSettings, recording: RecordingName, where: Path 
         settings.alpha_shape,
         settings.token_weights,
         settings.router_loss_weight,
+        settings.counted_projected_weight,
     )
     if recording == "chunks":
         return _of_chunks(objective, settings, where)
+    if settings.counted_projected_weight > 0:
+        raise MismatchError(
+            "only an aligned cache has projected targets",
+            where=where,
+            found=f"{recording} targets with train.projected_weight {settings.projected_weight:g}",
+            expected="a cache that align made",
+            fix="leave train.projected_weight out",
+        )
     tail = objective.tail or _own_tail(recording)
     if settings.needs_targets:
         try:
@@ -139,6 +150,18 @@ def _of_chunks(objective: Objective, settings: TrainSettings, where: Path | str)
     except ValueError as error:
         raise MismatchError("an aligned cache does not support this", where=where, found=error) from None
     return objective
+
+
+def require_projected(settings: TrainSettings, num_ids: int, where: Path | str) -> None:
+    """Raise MismatchError where projected targets are asked for and the aligned cache, of `num_ids`, has none."""
+    if settings.counted_projected_weight > 0 and not num_ids:
+        raise MismatchError(
+            "the aligned cache has no projected targets",
+            where=where,
+            found=f"train.projected_weight {settings.projected_weight:g}",
+            expected="an aligned cache made with align.projected_top_k above 0",
+            fix="set align.projected_top_k, or leave train.projected_weight out",
+        )
 
 
 def _own_tail(recording: Recording) -> Tail:

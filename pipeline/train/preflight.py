@@ -27,13 +27,15 @@ def require_trainable(run: RunFile) -> None:
         if facts is not None:
             # imported here: they bring torch
             from capgap.pipeline.train.caches import choose
-            from capgap.pipeline.train.objective import objective_of
+            from capgap.pipeline.train.objective import objective_of, require_projected
 
             if facts.aligned is None and run.makes("align"):
                 # what students learn from is made of it
                 continue
             recording, _ = choose(facts, settings)
             objective_of(settings, recording, run.reuse["cache"])
+            if recording == "chunks":
+                require_projected(settings, facts.recordings[recording].num_ids, run.reuse["cache"])
 
 
 def _require_loggers(settings: TrainSettings) -> None:

@@ -72,8 +72,9 @@ def read_part(readers: dict[RecordingName, ShardReader], group: Group) -> Part:
 
 def joined(parts: list[Targets]) -> Targets:
     """The targets of all parts, of one recording, one after the other."""
-    fields = {name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])}
-    return type(parts[0])(**fields)
+    first = parts[0]
+    assert not isinstance(first, ChunkTargets), "a teacher's own rows are scored again"
+    return type(first)(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(first)})
 
 
 def first_of(targets: Targets, num_sequences: int) -> Targets:

@@ -28,6 +28,8 @@ ALIGN_ROWS: list[Row] = [
     ("align.seq_len", 8, _FROM_ALIGN),
     ("align.recording", "topk", _FROM_ALIGN),
     ("align.min_border_probability", 0.5, _FROM_ALIGN),
+    ("align.projected_top_k", 8, _FROM_ALIGN),
+    ("train.projected_weight", 0.5, _FROM_STUDENT - {"student"}),
 ]
 
 FURTHER_ROWS = [*QUANTIZE_ROWS, *ALIGN_ROWS]
@@ -38,5 +40,6 @@ FURTHER_BESIDE: dict[str, dict[str, Any]] = {
     "student.quantize.group_size": {"student.quantize": {"format": "int4"}},
     "student.quantize.embedding": {"student.quantize": {"format": "int8"}},
     **{path: {"align": {"tokenizer": "one"}} for path, _, _ in ALIGN_ROWS},
+    "train.projected_weight": {"align": {"tokenizer": "one", "projected_top_k": 8}},
 }
 """What stands beside a setting, before it is changed and after."""

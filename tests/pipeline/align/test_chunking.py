@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tiny_tokenizers import facts_of, pieces_tokenizer
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from capgap.pipeline.align.chunking import Chunks, Longer, border_probabilities, cut, longer_tokens
+from capgap.pipeline.align.preflight import require_tokenizer
 from capgap.pipeline.align.shard import StudentFormat, align_shard
 from capgap.pipeline.align.stream import TeacherStream, read_stream
 from capgap.pipeline.align.token_bytes import TextTokenizer
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.store.chunks import left_in_chunk
 from capgap.schemas.errors import InputError
-from capgap.schemas.facts import CorpusFacts, TokenizerFacts
 from capgap.schemas.records import SampledTargets, Sequences, TopkTargets
+from capgap.schemas.run_file import RunFile
 
 TEXTS = [
     "the cat sat on the mat, then the other cat sat there; 1234567 and 12 345\r\n",
@@ -36,32 +39,6 @@ ADVERSARIAL = st.lists(
     st.sampled_from(PIECES) | st.text(st.characters(exclude_categories=["Cs"], exclude_characters=MARK), max_size=4),
     max_size=12,
 ).map("".join)
-
-
-def pieces_tokenizer(puts_blank: bool = False) -> PreTrainedTokenizerFast:
-    """Of SentencePiece's kind: blanks as a mark, unknown characters as pieces of bytes, each digit by itself."""
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
-    letters = [*"thecatsondmr,;.0123456789zx"]
-    words = ["th", "the", "\u2581the", "ca", "cat", "\u2581cat", "\u2581\u2581"]
-    for token in ["\u2581", *letters, *words]:
-        vocab.setdefault(token, len(vocab))
-    merges = [
-        ("t", "h"),
-        ("th", "e"),
-        ("\u2581", "the"),
-        ("c", "a"),
-        ("ca", "t"),
-        ("\u2581", "cat"),
-        ("\u2581", "\u2581"),
-    ]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    steps = [normalizers.Prepend("\u2581")] if puts_blank else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
-    ends = [decoders.Strip(content=" ", left=1)] if puts_blank else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *ends]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
@@ -193,6 +170,31 @@ def test_a_text_that_does_not_decode_to_itself_is_refused(known: dict[str, tuple
         align_shard(stream, teacher, StudentFormat(student, other_eos, (), 8, 0.0))
 
 
+def test_a_document_whose_bytes_are_no_text_is_refused(known: dict[str, tuple[TextTokenizer, int]]) -> None:
+    teacher, eos_id = known["small"]
+    stream = stream_of(teacher, eos_id, ["the cat sat"] * 5, 8, bos=False)
+    lone = next(token for token in range(len(teacher.table.length_V)) if teacher.table.bytes_of(token) == b"\xff")
+    stream.ids_T[2] = lone
+    with pytest.raises(InputError, match="does not decode to itself"):
+        align_shard(stream, teacher, StudentFormat(*known["larger"], (), 8, 0.0))
+
+
+def test_a_run_with_such_a_tokenizer_is_refused_by_its_setting_before_anything_is_made(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS, 290)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(tmp_path / "changes")
+    run = RunFile.model_validate(
+        {
+            "name": "one",
+            "out": str(tmp_path),
+            "reuse": {"cache": str(tmp_path)},
+            "align": {"tokenizer": str(tmp_path / "changes")},
+        }
+    )
+    with pytest.raises(InputError, match=r"align\.tokenizer: .*changes: .*not reversible"):
+        require_tokenizer(run)
+
+
 def test_pieces_of_bytes_are_bytes_by_their_decoder_and_not_by_their_spelling(
     known: dict[str, tuple[TextTokenizer, int]],
 ) -> None:
@@ -202,13 +204,6 @@ def test_pieces_of_bytes_are_bytes_by_their_decoder_and_not_by_their_spelling(
     tokenizer.add_tokens(["<0x41>"])
     token = tokenizer.convert_tokens_to_ids("<0x41>")
     assert TextTokenizer.of(tokenizer, len(tokenizer), "bytes").table.bytes_of(token) == b"<0x41>"
-
-
-def facts_of(eos_id: int, vocab_size: int, bos_ids: tuple[int, ...] = ()) -> CorpusFacts:
-    return CorpusFacts(
-        tokenizer=TokenizerFacts(fingerprint="x", vocab_size=vocab_size, eos_id=eos_id),
-        context="packed", bos_ids=bos_ids, splits={}, text_sources=(), whole_conversations=False,
-    )  # fmt: skip
 
 
 def stream_of(tokenizer: TextTokenizer, eos_id: int, texts: list[str], seq_len: int, bos: bool) -> TeacherStream:

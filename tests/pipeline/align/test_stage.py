@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_runs import NEEDED, salted_texts, settings_of
 
 import capgap
@@ -17,12 +18,13 @@ from capgap.pipeline.fidelity.fidelity import measure_cache
 from capgap.pipeline.fidelity.sample import Sampling
 from capgap.pipeline.models.load import load_model
 from capgap.pipeline.stage.context import Instance, Slice
-from capgap.pipeline.store import read_blocks
+from capgap.pipeline.store import Batch, read_blocks
+from capgap.pipeline.train.preflight import require_trainable
 from capgap.pipeline.verify.verify import verify
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.graph import instances
 from capgap.pipeline.workflow.slices import carry_out_slice
-from capgap.schemas.errors import CapgapError, SettingError
+from capgap.schemas.errors import CapgapError, MismatchError, SettingError
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.records import ChunkTargets, TopkTargets
 from capgap.schemas.results import EvalResults
@@ -132,11 +134,11 @@ def test_what_chunks_do_not_support_is_refused_by_name(
 
 
 def test_a_loop_of_ones_own_trains_from_an_aligned_cache(cached: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    run = RunFile.model_validate(students(cached, tmp_path))
+    run = RunFile.model_validate(students(cached, tmp_path, projected_top_k=4))
     carry_out(run, ALIGN)
     carry_out(run, Instance("student", seed=1))
     cache = capgap.open_cache(tmp_path / "align")
-    assert "chunks to learn from" in repr(cache)
+    assert "chunks to learn from" in repr(cache) and "% of the targets have projected top-k tokens" in repr(cache)
     model = load_model(str(tmp_path / "student/seed-1/model"), "cpu")
     loss = DistillationLoss(model, cache, alpha=0.5, temperature=2.0)
     batch = next(iter(cache.batches(4)))
@@ -148,6 +150,40 @@ def test_a_loop_of_ones_own_trains_from_an_aligned_cache(cached: tuple[Path, dic
     assert expected == pytest.approx(found.loss.item(), rel=1e-5)
     with pytest.raises((SettingError, CapgapError)):
         DistillationLoss(model, cache, tail="ghost")
+    more = DistillationLoss(model, cache, alpha=0.5, temperature=2.0, projected_weight=0.25)(batch).loss - found.loss
+    # float32 sums in another order
+    assert more.item() == pytest.approx(0.25 * projected_kl(model, batch) / num_labels, rel=1e-4)
+
+
+@torch.no_grad()
+def projected_kl(model: Any, batch: Batch) -> float:
+    """The sum over projected targets, in float64 and over the whole vocabulary."""
+    assert batch.ids_NK is not None and batch.weights_NK is not None and batch.tail_N is not None
+    q_NV = model(input_ids=batch.input_ids_BL).logits.double().softmax(-1).flatten(0, 1)
+    p_NK, tail_N = batch.weights_NK.double(), batch.tail_N.double()
+    q_NK = q_NV.gather(1, batch.ids_NK).where(p_NK > 0, 0)
+    rest_N = 1 - q_NK.sum(-1)
+    cells_N = (torch.xlogy(p_NK, p_NK) - torch.xlogy(p_NK, q_NK)).sum(-1)
+    cells_N += torch.xlogy(tail_N, tail_N) - torch.xlogy(tail_N, rest_N)
+    has_N = p_NK.amax(-1) > 0
+    assert 0 < int(has_N.sum()) < len(has_N)
+    return float(cells_N[has_N].sum())
+
+
+def test_projected_targets_that_are_not_there_are_refused(cached: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    settings = students(cached, tmp_path)
+    learning = settings["train"] | {"alpha": 0.5, "projected_weight": 0.5}
+    with pytest.raises(ValueError, match=r"without align\.projected_top_k"):
+        RunFile.model_validate(settings | {"train": learning})
+    # cross-entropy alone asks for nobody's targets
+    RunFile.model_validate(settings | {"train": learning | {"alpha": 0.0}, "arms": {"one": {}}})
+    given = {name: value for name, value in settings.items() if name != "align"} | {"train": learning}
+    with pytest.raises(MismatchError, match="only an aligned cache has projected targets"):
+        require_trainable(RunFile.model_validate(given))
+    carry_out(RunFile.model_validate(settings), ALIGN)
+    given["reuse"] = {"cache": str(tmp_path / "align")}
+    with pytest.raises(MismatchError, match="the aligned cache has no projected targets"):
+        require_trainable(RunFile.model_validate(given))
 
 
 @pytest.mark.slow

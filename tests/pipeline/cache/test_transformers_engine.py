@@ -74,6 +74,15 @@ def test_kept_ids_and_logprobs_are_those_of_the_models_own_logits(
         assert np.abs(s.label_logprobs_L - labels_LV[:, 0]).max() < 1e-4
 
 
+def test_sequences_are_counted_as_they_are_scored(folder, requests, recording, monkeypatch) -> None:
+    told: list[float] = []
+    monkeypatch.setattr("capgap.pipeline.cache.transformers_engine.advance_within", told.append)
+    halves = [Request(request.tokens_L1, share=0.5) for request in requests]
+    # two sequences in a forward pass
+    TransformersEngine(folder, recording(), "auto", 2 * len(requests[0].tokens_L1), "cpu").score(halves)
+    assert len(told) > 1 and sum(told) == len(requests) / 2
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_a_count_is_the_floor_or_ceiling_of_n_p(folder, requests, recording, exact_logprobs, temperature) -> None:
     engine = TransformersEngine(folder, recording("sampled", 50, temperature), "float32", 4096, "cpu")

@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
-from capgap.pipeline.stage.progress import progress
+from capgap.pipeline.stage.heartbeat import heartbeat
+from capgap.pipeline.stage.progress import advance_within, progress
 
 STEPS = """
 import time
@@ -87,3 +89,25 @@ def _read_all(terminal: int) -> bytes:
             os.close(terminal)
             return found
         found += part
+
+
+def test_steps_within_a_unit_are_counted_in_the_heartbeat_and_not_twice(tmp_path: Path) -> None:
+    # as an engine that knows nothing of a meter says how far a shard is
+    advance_within(1)
+    with heartbeat(tmp_path / "work") as beat, progress("cache: score", 12, "sequences", 2, lines=False) as meter:
+        counter = beat._counter
+        assert counter is not None
+        assert counter().done == 2
+        for _ in range(3):
+            advance_within(0.5)
+        assert counter().done == 3
+        advance_within(2.5)
+        assert counter().done == 6
+        # the shard of four is written while two sequences of the next one are scored
+        advance_within(2)
+        meter.advance(4)
+        assert counter().done == 8
+        # more than there is, as of a shard that is made again, is not believed
+        advance_within(50)
+        assert counter().done == 12
+    advance_within(1)
