@@ -42,7 +42,7 @@ from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.generate.prompts import PromptRecord, read_prompts, split_prompts
 from capgap.pipeline.models.load import load_model
 from capgap.pipeline.models.tokenizers import load_tokenizer
-from capgap.pipeline.report.rounds import staleness
+from capgap.pipeline.report.round_staleness import staleness
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.rounds import cache_of, text_of, writer_of
 from capgap.pipeline.store import keep_freed_memory

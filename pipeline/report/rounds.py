@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -12,11 +11,11 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from capgap.pipeline.pages.charts import Chart, legend
 from capgap.pipeline.pages.svg import draw
 from capgap.pipeline.report.charts import arm_look
+from capgap.pipeline.report.round_staleness import staleness
 from capgap.pipeline.report.summary import RoundLine
 from capgap.pipeline.stage.context import FINAL, Instance, StageContext, StageInput
 from capgap.pipeline.stage.rounds import cache_of, rounds_of, text_of, writer_of
-from capgap.pipeline.stage.scalars import METRICS_NAME, TRAINING_SCALARS
-from capgap.pipeline.train.metrics import read_rows
+from capgap.pipeline.stage.scalars import METRICS_NAME
 from capgap.pipeline.train.model_card import heldout_figures
 from capgap.schemas.run_file import RunFile
 
@@ -44,10 +43,10 @@ NOTE = (
     "writer's logprob minus the teacher's, nats/token; of a text that the teacher wrote it is 0 but for rounding. "
     "Right: held-out answers that equal their reference. Teacher tokens: those that it wrote or scored for this arm. "
     "KL after - before: how much farther from the teacher, on held-out answers of the text, the student was after the "
-    "round's training than before it: nearer where it is negative. Student / writer: the ratios of the trained student's "
-    "probability of a token to that of the student that wrote it, on held-out answers; effective samples: what these "
-    "are worth beside as many of the trained student's own, (sum of ratios)^2 / (N sum of squares). The last line of an "
-    "arm is what the final student writes."
+    "round's training than before it: nearer where it is negative. Student / writer: the ratios of the trained "
+    "student's probability of a token to that of the student that wrote it, on held-out answers. Effective samples: "
+    "what these are worth beside as many of the trained student's own, (sum of ratios)^2 / (N sum of squares). The "
+    "last line of an arm is what the final student writes."
 )
 
 
@@ -142,13 +141,6 @@ def round_charts(lines: tuple[RoundLine, ...], arms: tuple[str, ...]) -> tuple[C
     )
 
 
-def staleness(training: Path) -> dict[str, float] | None:
-    """The ratios of the last measurement in a training's folder; None where it learnt from no student's text."""
-    measured = [row for row in read_rows(training / METRICS_NAME) if row["ratio_mean"]]
-    names = [name for name in TRAINING_SCALARS if name.startswith("ratio_")]
-    return {name: float(measured[-1][name]) for name in names} if measured else None
-
-
 def _lines_of(run: RunFile, arm: str, seed: int, made: Mapping[str, StageInput]) -> list[RoundLine]:
     lines: list[RoundLine] = []
     spent = 0
@@ -163,7 +155,7 @@ def _lines_of(run: RunFile, arm: str, seed: int, made: Mapping[str, StageInput])
         before, spent = spent, spent + _teacher_tokens(run, arm, text, totals, cache)
         answers, right = _number(totals[f"{begin}answers"]), totals.get("heldout_right")
         graded = totals.get("heldout_graded")
-        kl = cache.get("writer_kl")
+        kl, training = cache.get("writer_kl"), made.get(Instance("train", arm, seed, number).name)
         lines.append(
             RoundLine(
                 arm=arm,
@@ -180,8 +172,8 @@ def _lines_of(run: RunFile, arm: str, seed: int, made: Mapping[str, StageInput])
                 right=None if not graded else _number(right) / _number(graded),
                 teacher_tokens_before=before,
                 teacher_tokens=spent,
-                learnt=_learnt(made.get(Instance("train", arm, seed, number).name)),
-                staleness=_staleness_of(made.get(Instance("train", arm, seed, number).name)),
+                learnt=_learnt(training),
+                staleness=None if training is None else staleness(training.path),
             )
         )
     return lines
@@ -204,10 +196,6 @@ def _learnt(training: StageInput | None) -> float | None:
         if isinstance(first, float) and name in last:
             return last[name] - first
     return None
-
-
-def _staleness_of(training: StageInput | None) -> dict[str, float] | None:
-    return None if training is None else staleness(training.path)
 
 
 def _number(value: object) -> float:

@@ -149,7 +149,7 @@ def further_cache(name: str) -> str:
 
 
 def text_of_cache(name: str | None) -> str:
-    """The name of the input that is the text of a round's cache, the own one's or another's, where a student wrote it."""
+    """The name of the input that is the text of a round's cache, where a student wrote it."""
     return "text" if name is None else f"texts/{name}"
 
 

@@ -28,12 +28,17 @@ ALIGN_ROWS: list[Row] = [
     ("align.min_border_probability", 0.5, _FROM_ALIGN),
 ]
 
-FURTHER_ROWS = [*QUANTIZE_ROWS, *ALIGN_ROWS]
+# of the text that a training ends with, what its student answers is made again too
+_FROM_ROUND = {"train", "generate/distilled", "generate/cross_entropy", "eval", "report"}
+GRADIENT_ROWS: list[Row] = [("train.ratio_clip", 0.3, _FROM_ROUND)]
+
+FURTHER_ROWS = [*QUANTIZE_ROWS, *ALIGN_ROWS, *GRADIENT_ROWS]
 """All of them."""
 
 FURTHER_BESIDE: dict[str, dict[str, Any]] = {
     **{path: {"student.quantize": {"format": "nvfp4"}} for path, _, _ in QUANTIZE_ROWS},
     "student.quantize.group_size": {"student.quantize": {"format": "int4"}},
     **{path: {"align": {"tokenizer": "one"}} for path, _, _ in ALIGN_ROWS},
+    "train.ratio_clip": {"rounds": {"prompts": "prompts.jsonl", "num": 1}, "train.divergence": "policy_gradient"},
 }
 """What stands beside a setting, before it is changed and after."""
