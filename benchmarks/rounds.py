@@ -2,6 +2,7 @@
 
 python benchmarks/rounds.py                    every training that is not in the results, then the table
 python benchmarks/rounds.py --smoke            the same at the smallest size, to see that it works
+python benchmarks/rounds_page.py               the table of docs/rounds.md
 
 A teacher learns to add numbers, and writes each step down. A student of about a quarter of its size begins with fresh
 weights and learns from what the teacher wrote in round 0, then goes on:
@@ -29,7 +30,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 # found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
@@ -37,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from machine import RESULTS, machine
+from rounds_page import table
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.generate.prompts import PromptRecord, read_prompts, split_prompts
@@ -82,7 +84,7 @@ def main() -> None:
         for arm in missing:
             results.add({"arm": arm, "seed": seed, **bench.measured(arm, seed), "about": bench.about})
             print(f"{time.strftime('%H:%M:%S')} {arm}, seed {seed}: {results.lines[-1]}", flush=True)
-    print(table(results.lines))
+    print("\n".join(f"| {' | '.join(row)} |" for row in table(results.lines)))
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,12 @@ class Size:
     num_digits: int = 2
     max_new_tokens: int = 28
     seq_len: int = 96
-    prompts_per_round: int = 1_000
+    prompts_per_round: int = 256
     num_rounds: int = 3
     round_tokens: int = 120_000
     batch_sequences: int = 4
     teacher_epochs: int = 2
-    engine: str = "vllm"
+    engine: str = "transformers"
     teacher: tuple[int, int, int, int] = (96, 4, 3, 288)
     student: tuple[int, int, int, int] = (64, 2, 2, 192)
 
@@ -195,6 +197,8 @@ class Bench:
                     "max_new_tokens": size.max_new_tokens,
                     "answer_pattern": ANSWER,
                     "heldout_fraction": 0.15,
+                    # beside what is measured here, of many more
+                    "num_heldout_prompts": 32,
                     "engine": size.engine,
                 },
                 "cache": {"engine": "transformers", "recording": "topk", "top_k": 32},
@@ -203,7 +207,7 @@ class Bench:
                     "learning_rate": 2e-3,
                     "batch_sequences": size.batch_sequences,
                     # as many tokens for every arm and round: more than enough passes over any text
-                    "num_epochs": 8,
+                    "num_epochs": 40,
                     "max_tokens": size.round_tokens,
                     "loggers": [],
                 },
@@ -261,6 +265,7 @@ class Bench:
     def _prompts(self) -> dict[str, list[PromptRecord]]:
         every, rounds = read_prompts((str(self.work / "prompts.jsonl"),)), self.run(0).rounds
         assert rounds is not None
+        rounds = rounds.model_copy(update={"num_heldout_prompts": self.size.num_prompts})
         return {split: [every[place] for place in some] for split, some in split_prompts(every, rounds, 0).items()}
 
     def _right(self, folder: Path) -> float:
@@ -346,32 +351,6 @@ def _written(
     ended_BM = (written_BM == eos_id).cumsum(1)
     # the first end counts, what is behind it does not
     return written_BM, (ended_BM == 0) | ((ended_BM == 1) & (written_BM == eos_id))
-
-
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Means over seeds, and the difference to `rounds` paired by seed, with its 95 % interval."""
-    # Student's t, 97.5 %, by degrees of freedom
-    quantile = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-    found = {(one["arm"], one["seed"]): one for one in lines}
-    rows = [
-        "| arm | right, % | rounds - arm, points | teacher tokens | student tokens | seeds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for arm in (*ARMS, ONLINE):
-        own = [one for one in lines if one["arm"] == arm]
-        if not own:
-            continue
-        pairs = [
-            found["rounds", one["seed"]]["right"] - one["right"] for one in own if ("rounds", one["seed"]) in found
-        ]
-        gap = "" if not pairs or arm == "rounds" else f"{100 * fmean(pairs):+.1f}"
-        if gap and len(pairs) > 1:
-            half = quantile.get(len(pairs) - 1, 2.0) * stdev(pairs) / len(pairs) ** 0.5
-            gap += f" +- {100 * half:.1f}"
-        cells = [arm, f"{100 * fmean(one['right'] for one in own):.1f}", gap]
-        cells += [f"{fmean(one[name] for one in own):,.0f}" for name in ("teacher_tokens", "student_tokens")]
-        rows.append(f"| {' | '.join([*cells, str(len(own))])} |")
-    return "\n".join(rows)
 
 
 if __name__ == "__main__":

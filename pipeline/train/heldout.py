@@ -122,6 +122,7 @@ class HeldOut(lightning.Callback):
         return figures
 
     def _write(self, step: int, figures: HeldOutFigures, taken_s: float) -> None:
+        ratio = {} if figures.ratio is None else figures.ratio.rounded()
         self._file.add(
             step=step,
             num_tokens=step * self._tokens_per_step,
@@ -130,7 +131,12 @@ class HeldOut(lightning.Callback):
             heldout_teacher_ce=_rounded(figures.teacher_ce),
             heldout_top1=_rounded(figures.top1),
             heldout_s=round(taken_s, 3),
-            **({} if figures.ratio is None else figures.ratio.columns()),
+            ratio_mean=ratio.get("mean"),
+            ratio_p5=ratio.get("p5"),
+            ratio_median=ratio.get("median"),
+            ratio_p95=ratio.get("p95"),
+            ratio_outside=ratio.get("outside"),
+            ratio_effective=ratio.get("effective"),
         )
 
 

@@ -39,9 +39,9 @@ class RatioFigures:
     outside: float
     effective: float
 
-    def columns(self) -> dict[str, float]:
-        """By their names in metrics.csv."""
-        return {f"ratio_{name}": round(value, 6) for name, value in asdict(self).items()}
+    def rounded(self) -> dict[str, float]:
+        """By their names, as metrics.csv has them."""
+        return {name: round(value, 6) for name, value in asdict(self).items()}
 
 
 def ratio_figures(logprobs_N: Tensor, writer_N: Tensor, clip: float = USUAL_CLIP) -> RatioFigures:

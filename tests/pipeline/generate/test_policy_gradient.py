@@ -16,13 +16,12 @@ from test_rounds import BARE
 from capgap.pipeline.generate.answers_file import WriterLogprobs
 from capgap.pipeline.models.load import load_model
 from capgap.pipeline.report.round_staleness import staleness
-from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import LoaderSettings, SequenceLoader, ShardReader
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.workflow.driver import walk
-from capgap.pipeline.workflow.graph import instances, roles
+from capgap.pipeline.workflow.graph import instances
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_optimization import OptimizationSettings
@@ -52,16 +51,6 @@ def test_what_a_policy_gradient_needs_is_asked_for(settings: dict[str, Any], rou
         RunFile.model_validate(whole) if whole["rounds"] is None else run_of(whole, **rounds)
 
 
-def test_a_training_reads_the_text_that_its_student_wrote_and_no_teachers() -> None:
-    run = run_of(BARE | BY_GRADIENT, num=3, replay=0.5)
-    texts = {name: role for name, role in roles(run, Instance("train", "distilled", 1, 2)).items() if "text" in role}
-    assert texts == {
-        "generate/distilled/seed-1/round-1": "texts/round-1",
-        "generate/distilled/seed-1/round-2": "text",
-    }
-    assert "generate/round-0" not in roles(run, Instance("train", "distilled", 1, 0))
-
-
 @pytest.mark.parametrize("recording", ["sampled", "topk"])
 def test_rounds_by_gradient_have_the_slope_of_the_dense_form(make_rounds: MakeRounds, recording: str) -> None:
     cache = {"engine": "transformers", "recording": recording} | ({"num_samples": 20} if recording == "sampled" else {})
@@ -69,7 +58,7 @@ def test_rounds_by_gradient_have_the_slope_of_the_dense_form(make_rounds: MakeRo
     walk(run, instances(run), log=lambda name, why: None, start=start_in(run))
     out = Path(run.out)
     name = "distilled/seed-1/round-1"
-    _require_dense(out, name, recording)
+    _require_dense(run, name, recording)
     # measured before the first step it is its own writer, and the ratios are 1 but for float32 in another order
     begun, ended = (out / "train" / one for one in ("distilled/seed-1/round-0", name))
     assert staleness(begun) is None
@@ -83,8 +72,9 @@ def test_rounds_by_gradient_have_the_slope_of_the_dense_form(make_rounds: MakeRo
     assert before == pytest.approx([1] * 4, abs=1e-3)
 
 
-def _require_dense(out: Path, name: str, recording: str) -> None:
+def _require_dense(run: RunFile, name: str, recording: str) -> None:
     """The loss and the gradients of a micro-batch, held against autograd on whole logits."""
+    out = Path(run.out)
     text, cache = (_manifest(out / stage / name) for stage in ("generate", "cache"))
     reader = ShardReader(out / "cache" / name, cache.shard_sets[recording])
     logprobs = WriterLogprobs(out / "generate" / name, text.shard_sets["student"])
@@ -95,7 +85,7 @@ def _require_dense(out: Path, name: str, recording: str) -> None:
     assert batch.writer_logprobs_N is not None and batch.teacher_logprobs_N is not None
     student = load_model(str(out / "train" / name / "model"), "cpu").train()
     writer = load_model(str(out / "train" / "distilled" / "seed-1" / "round-0" / "model"), "cpu")
-    teacher = load_model(str(out / "teacher" / "model"), "cpu")
+    teacher = load_model(str(run.teacher.path), "cpu")
     objective = Objective(ratio_clip=0.2)
     module = DistillationModule(student, OptimizationSettings(), 1, 1.0, 1.0, reader.codec.vocab_size, objective)
     module.train()
