@@ -171,7 +171,10 @@ def measure(module: DistillationModule, batches: Iterable[Batch]) -> HeldOutFigu
     module.train(was_training)
     loss, count, count_with, kl, entropy, agreements = sums_6.tolist()
     loss /= max(count, 1)
-    ratio = ratio_figures(*torch.cat(pairs, 1), module.clip) if pairs and count else None
+    ratio = None
+    if pairs and count:
+        now_N, writer_N = torch.cat(pairs, 1)
+        ratio = ratio_figures(now_N, writer_N, module.clip)
     if not count_with:
         return HeldOutFigures(loss, ratio=ratio)
     if is_sampled:
