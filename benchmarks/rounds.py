@@ -2,14 +2,16 @@
 
 python benchmarks/rounds.py                    every training that is not in the results, then the table
 python benchmarks/rounds.py --smoke            the same at the smallest size, to see that it works
+python benchmarks/rounds_page.py               the table of docs/rounds.md
 
-A teacher learns to add numbers of three digits, and writes each step down. A student of about a quarter of its size
-begins with fresh weights and learns in three ways from what the teacher wrote in round 0, then goes on:
+A teacher learns to add numbers, and writes each step down. A student of about a quarter of its size begins with fresh
+weights and learns from what the teacher wrote in round 0, then goes on:
 
-sft          cross-entropy with further text of the teacher's
-off_policy   KL to the teacher on further text of the teacher's
-rounds       KL to the teacher on its own text, written and scored round by round, the two never on a device together
-online       KL to the teacher on its own text, written afresh for every step, the teacher asked live
+sft               cross-entropy with further text of the teacher's
+off_policy        KL to the teacher on further text of the teacher's
+rounds            KL to the teacher on its own text, written and scored round by round, the two never together
+policy_gradient   the same text of its own, of which it learns from one logprob a token
+online            KL to the teacher on its own text, written afresh for every step, the teacher asked live
 
 All arms of a seed begin with the same weights and see as many tokens in as many steps; `online` takes the weights of
 `rounds` after round 0. Measured are right answers to held-out prompts, with the top-1 token at each step. A finished
@@ -28,7 +30,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 # found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
@@ -36,11 +38,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from machine import RESULTS, machine
+from rounds_page import table
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.generate.prompts import PromptRecord, read_prompts, split_prompts
 from capgap.pipeline.models.load import load_model
 from capgap.pipeline.models.tokenizers import load_tokenizer
+from capgap.pipeline.report.round_staleness import staleness
+from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.rounds import cache_of, text_of, writer_of
 from capgap.pipeline.store import keep_freed_memory
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.workflow.carry_out import carry_out
@@ -49,7 +55,12 @@ from capgap.pipeline.workflow.graph import instances
 from capgap.schemas.run_file import RunFile
 
 ONLINE = "online"
-ARMS: dict[str, dict[str, Any]] = {"rounds": {}, "off_policy": {}, "sft": {"alpha": 0.0}}
+ARMS: dict[str, dict[str, Any]] = {
+    "rounds": {},
+    "policy_gradient": {"divergence": "policy_gradient"},
+    "off_policy": {},
+    "sft": {"alpha": 0.0},
+}
 # how a sum may end: its last number is the answer
 ANSWER = r"(\d+)\s*$"
 
@@ -73,7 +84,7 @@ def main() -> None:
         for arm in missing:
             results.add({"arm": arm, "seed": seed, **bench.measured(arm, seed), "about": bench.about})
             print(f"{time.strftime('%H:%M:%S')} {arm}, seed {seed}: {results.lines[-1]}", flush=True)
-    print(table(results.lines))
+    print("\n".join(f"| {' | '.join(row)} |" for row in table(results.lines)))
 
 
 @dataclass(frozen=True)
@@ -81,18 +92,18 @@ class Size:
     """How large everything is."""
 
     num_texts: int = 40_000
-    num_prompts: int = 2_000
-    num_digits: int = 3
-    max_new_tokens: int = 40
+    num_prompts: int = 3_600
+    num_digits: int = 2
+    max_new_tokens: int = 28
     seq_len: int = 96
-    prompts_per_round: int = 1_600
-    num_rounds: int = 4
-    round_tokens: int = 300_000
-    batch_sequences: int = 16
-    teacher_epochs: int = 3
-    engine: str = "vllm"
-    teacher: tuple[int, int, int, int] = (128, 6, 4, 384)
-    student: tuple[int, int, int, int] = (64, 6, 2, 192)
+    prompts_per_round: int = 256
+    num_rounds: int = 3
+    round_tokens: int = 120_000
+    batch_sequences: int = 4
+    teacher_epochs: int = 2
+    engine: str = "transformers"
+    teacher: tuple[int, int, int, int] = (96, 4, 3, 288)
+    student: tuple[int, int, int, int] = (64, 2, 2, 192)
 
 
 SMOKE = Size(200, 60, 1, 12, 32, 40, 2, 256, 2, 80, "transformers", (32, 1, 2, 32), (16, 1, 2, 32))
@@ -186,20 +197,21 @@ class Bench:
                     "max_new_tokens": size.max_new_tokens,
                     "answer_pattern": ANSWER,
                     "heldout_fraction": 0.15,
+                    # beside what is measured here, of many more
+                    "num_heldout_prompts": 32,
                     "engine": size.engine,
                 },
-                "cache": {"engine": size.engine, "recording": "topk", "top_k": 32},
+                "cache": {"engine": "transformers", "recording": "topk", "top_k": 32},
                 "student": {"model": shape(size.student)},
                 "train": {
                     "learning_rate": 2e-3,
                     "batch_sequences": size.batch_sequences,
                     # as many tokens for every arm and round: more than enough passes over any text
-                    "num_epochs": 8,
+                    "num_epochs": 40,
                     "max_tokens": size.round_tokens,
                     "loggers": [],
                 },
                 "arms": ARMS,
-                "eval": {},
             }
         )
 
@@ -211,29 +223,34 @@ class Bench:
             if why != "current":
                 print(f"{name}: {why}", file=sys.stderr)
 
-        def start_here(arguments: Sequence[str]) -> int:
+        def start(arguments: Sequence[str]) -> int:
             name = arguments[arguments.index("--instance") + 1]
+            if self.size.engine == "vllm" and name.startswith("generate"):
+                # vLLM gives back what it holds when its process ends
+                return start_afresh(arguments)
             carry_out(run, next(one for one in instances(run) if one.name == name), remake="--force" in arguments)
             return 0
 
-        # vLLM gives back what it holds when its process ends
-        walk(run, instances(run), log=log, start=start_afresh if self.size.engine == "vllm" else start_here)
+        walk(run, instances(run), log=log, start=start)
 
     def measured(self, arm: str, seed: int) -> dict[str, Any]:
         """What came of an arm of the seed that was made last; `online` is trained here."""
         run = self.run(seed)
         if arm == ONLINE:
             return self._online(run, seed)
-        report = json.loads((self.out / "report" / "report.json").read_bytes())
-        own = [line for line in report["rounds"] if (line["arm"], line["seed"]) == (arm, seed)]
-        trained = [self._totals(f"train/{arm}/seed-{seed}/round-{number}") for number in range(self.size.num_rounds)]
+        trainings = [Instance("train", arm, seed, number) for number in range(self.size.num_rounds)]
+        texts = [text_of(run, arm, seed, number) for number in range(self.size.num_rounds)]
+        written = sum(self._totals(one.name)["answer_tokens"] for one in texts if writer_of(one) == "teacher")
+        cached = [self._totals(cache_of(one).name) for one in texts]
+        scored = sum(one["num_tokens"] for one in cached) if run.train_settings(arm).largest_alpha > 0 else 0
         return {
-            "right": self._right(self.out / f"train/{arm}/seed-{seed}/round-{self.size.num_rounds - 1}" / "model"),
+            "right": self._right(self.out / trainings[-1].name / "model"),
             "teacher_right": self._right(self.out / "teacher" / "model"),
-            "teacher_tokens": own[-1]["teacher_tokens"],
-            "student_tokens": sum(one["num_tokens"] for one in trained),
-            "sampled_right_by_round": [line["right"] for line in own],
-            "writer_kl_by_round": [line["writer_kl"] for line in own],
+            "teacher_tokens": written + scored,
+            "student_tokens": sum(self._totals(one.name)["num_tokens"] for one in trainings),
+            "right_by_round": [self._right(self.out / one.name / "model") for one in trainings],
+            "writer_kl_by_round": [one["writer_kl"] for one in cached],
+            "ratios_by_round": [staleness(self.out / one.name) for one in trainings],
         }
 
     @property
@@ -248,6 +265,7 @@ class Bench:
     def _prompts(self) -> dict[str, list[PromptRecord]]:
         every, rounds = read_prompts((str(self.work / "prompts.jsonl"),)), self.run(0).rounds
         assert rounds is not None
+        rounds = rounds.model_copy(update={"num_heldout_prompts": self.size.num_prompts})
         return {split: [every[place] for place in some] for split, some in split_prompts(every, rounds, 0).items()}
 
     def _right(self, folder: Path) -> float:
@@ -276,14 +294,15 @@ class Bench:
             student.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
         )
         draw, seen, per_step = random.Random(seed), 0, num_tokens / num_steps
+        # as many answers a step as the rows of the rounds' trainings hold
+        text, cached = (self._totals(f"{stage}/rounds/seed-{seed}/round-1") for stage in ("generate", "cache"))
+        count = max(1, round(per_step * text["answers"] / cached["num_tokens"]))
         torch.manual_seed(seed)
         for step in range(num_steps):
             warmth = min(1.0, (step + 1) / max(1, 0.05 * num_steps))
             for group in optimizer.param_groups:
                 # as the trainings of rounds fall to a tenth
                 group["lr"] = settings.learning_rate * warmth * (1 - 0.9 * step / num_steps)
-            # a row of the rounds' trainings holds two answers
-            count = max(1, round(2 * per_step / size.seq_len))
             ids_BP = _prompt_ids(draw.choices(texts, k=count), tokenizer)
             written_BM, counts_BM = _written(student, ids_BP, size.max_new_tokens, tokenizer.eos_token_id, sampled=True)
             ids_BL = torch.cat([ids_BP, written_BM], 1)
@@ -332,32 +351,6 @@ def _written(
     ended_BM = (written_BM == eos_id).cumsum(1)
     # the first end counts, what is behind it does not
     return written_BM, (ended_BM == 0) | ((ended_BM == 1) & (written_BM == eos_id))
-
-
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Means over seeds, and the difference to `rounds` paired by seed, with its 95 % interval."""
-    # Student's t, 97.5 %, by degrees of freedom
-    quantile = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-    found = {(one["arm"], one["seed"]): one for one in lines}
-    rows = [
-        "| arm | right, % | rounds - arm, points | teacher tokens | student tokens | seeds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for arm in (*ARMS, ONLINE):
-        own = [one for one in lines if one["arm"] == arm]
-        if not own:
-            continue
-        pairs = [
-            found["rounds", one["seed"]]["right"] - one["right"] for one in own if ("rounds", one["seed"]) in found
-        ]
-        gap = "" if not pairs or arm == "rounds" else f"{100 * fmean(pairs):+.1f}"
-        if gap and len(pairs) > 1:
-            half = quantile.get(len(pairs) - 1, 2.0) * stdev(pairs) / len(pairs) ** 0.5
-            gap += f" +- {100 * half:.1f}"
-        cells = [arm, f"{100 * fmean(one['right'] for one in own):.1f}", gap]
-        cells += [f"{fmean(one[name] for one in own):,.0f}" for name in ("teacher_tokens", "student_tokens")]
-        rows.append(f"| {' | '.join([*cells, str(len(own))])} |")
-    return "\n".join(rows)
 
 
 if __name__ == "__main__":

@@ -146,6 +146,8 @@ def _require_arm(run: RunSections, arm: str) -> None:
         )
     if settings.needs_teacher:
         _require_teacher_model(run, f"arms.{arm}.targets: found online", "to ask")
+    if settings.divergence == "policy_gradient":
+        _require_written(run, f"arms.{arm}.divergence: found policy_gradient")
     if run.makes("align"):
         require_chunks(f"arms.{arm}", settings)
         if settings.counted_projected_weight > 0 and not (run.align and run.align.projected_top_k):
@@ -155,6 +157,20 @@ def _require_arm(run: RunSections, arm: str) -> None:
             )
     elif run.makes("cache"):
         _require_recorded(arm, settings, run.cache)
+
+
+def _require_written(run: RunSections, found: str) -> None:
+    """A policy gradient needs text whose writer's logprobs are those by which it was sampled."""
+    rounds = run.rounds
+    if rounds is None:
+        raise ValueError(f"{found} without rounds, expected them: text that students wrote, with their logprobs")
+    if (rounds.temperature, rounds.top_p) != (1, 1):
+        raise ValueError(
+            f"{found} with rounds.temperature {rounds.temperature:g} and rounds.top_p {rounds.top_p:g}, expected 1 and "
+            "1, where a token's logprob says how it was sampled"
+        )
+    if run.cache.temperature != 1:
+        raise ValueError(f"{found} with cache.temperature {run.cache.temperature:g}, expected 1")
 
 
 def require_chunks(where: str, settings: TrainSettings) -> None:
@@ -192,9 +208,11 @@ def _require_recorded(arm: str, settings: TrainSettings, cache: CacheSettings) -
         raise ValueError(f"{where}.recording: found none named, expected one of {', '.join(cache.recordings)}")
     recording = recording or cache.recordings[0]
     fix = "set cache.recording to topk, or leave the setting out"
-    divergences = [divergence for known, divergence in SUPPORTED_TAILS if known == recording]
-    tails = SUPPORTED_TAILS.get((recording, settings.divergence), ())
-    if settings.divergence not in divergences:
+    # any recording has the teacher's logprob of the token, and what forward KL asks for
+    divergence = "forward_kl" if settings.divergence == "policy_gradient" else settings.divergence
+    divergences = [one for known, one in SUPPORTED_TAILS if known == recording]
+    tails = SUPPORTED_TAILS.get((recording, divergence), ())
+    if divergence not in divergences:
         raise ValueError(
             f"{where}.divergence: found {settings.divergence} with a {recording} cache, expected "
             f"{' or '.join(divergences)}; {fix}"

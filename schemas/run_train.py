@@ -52,9 +52,16 @@ class TrainSettings(OptimizationSettings):
     `topk` one of `cache.extra_temperatures`. Of an aligned cache any, 100 by default: likelihoods of chunks are raised
     to 1 over it."""
 
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """What is called KL here: `forward_kl`, KL(teacher || student); `reverse_kl`; or `jsd`, the generalised
-    Jensen-Shannon divergence. A `sampled` cache supports `forward_kl` only, an aligned one all but `jsd`."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "policy_gradient"] = "forward_kl"
+    """What is called KL here: `forward_kl`, KL(teacher || student); `reverse_kl`; `jsd`, the generalised
+    Jensen-Shannon divergence; or, with `rounds`, `policy_gradient`, the reverse KL from the one token that a student
+    sampled: its advantage is the teacher's logprob minus the student's, its weight the student's probability over the
+    writer's, clipped. Text that the teacher wrote is learnt by `forward_kl` then. A `sampled` cache supports
+    `forward_kl` and `policy_gradient`, an aligned one `forward_kl` and `reverse_kl`."""
+
+    ratio_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """With `policy_gradient` only: how far from 1 the ratio of the student's probability to the writer's may be before
+    a token counts no more (PPO: arXiv 1707.06347). 0.2 where left out."""
 
     jsd_beta: float | None = Field(None, gt=0, lt=1)
     """With `jsd` only: weight of KL(teacher || mixture), and the teacher's share of the mixture. 0.5 where left out."""
@@ -150,6 +157,30 @@ class TrainSettings(OptimizationSettings):
             raise ValueError(f"jsd_beta: found {self.jsd_beta} with divergence {self.divergence}, expected it with jsd")
         return self
 
+    @model_validator(mode="after")
+    def _check_policy_gradient(self) -> Self:
+        if self.divergence != "policy_gradient":
+            if self.ratio_clip is not None:
+                raise ValueError(
+                    f"ratio_clip: found {self.ratio_clip:g} with divergence {self.divergence}, expected it with "
+                    "policy_gradient"
+                )
+            return self
+        needed: dict[str, Any] = {"tail": None, "targets": "cache", "decode": "host", "strategy": "ddp"}
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}: found {getattr(self, name)} with divergence policy_gradient, expected {value or 'none'}"
+                )
+        if self.temperature not in (None, 1):
+            raise ValueError(f"temperature: found {self.temperature:g} with divergence policy_gradient, expected 1")
+        return self
+
+    @property
+    def clip(self) -> float:
+        """The clip of `policy_gradient`."""
+        return 0.2 if self.ratio_clip is None else self.ratio_clip
+
     @property
     def needs_teacher(self) -> bool:
         """Whether the teacher itself takes part; cross-entropy alone asks for nobody's distribution."""
@@ -161,13 +192,15 @@ class TrainSettings(OptimizationSettings):
         return 0.5 if self.jsd_beta is None else self.jsd_beta
 
     def meant(self) -> dict[str, Any]:
-        """The beta of `jsd` and the way of alpha where they were left out.
+        """The beta of `jsd`, the clip of `policy_gradient` and the way of alpha where they were left out.
 
         Beside other caches a micro-batch is the unit of the mix, so that its size decides.
         """
         values: dict[str, Any] = super().meant()
         if self.divergence == "jsd":
             values["jsd_beta"] = self.beta
+        if self.divergence == "policy_gradient":
+            values["ratio_clip"] = self.clip
         if self.final_alpha is not None:
             values["alpha_schedule"] = self.alpha_shape
         if self.caches:

@@ -13,6 +13,7 @@ from capgap.kernels.sparse_kl.chunk_kl import ChunkDivergence, chunk_kl, chunk_s
 from capgap.kernels.sparse_kl.divergence import Divergence, Recording, Tail, check_pair
 from capgap.kernels.sparse_kl.label_logprobs import linear_label_logprobs
 from capgap.kernels.sparse_kl.op import linear_sparse_kl
+from capgap.kernels.sparse_kl.policy_gradient import importance_ratio, policy_gradient
 from capgap.kernels.sparse_kl.targets import SparseKl, SparseTargets
 from capgap.kernels.sparse_kl.vocab_parallel import vocab_parallel_sparse_kl
 
@@ -26,7 +27,9 @@ __all__ = [
     "check_pair",
     "chunk_kl",
     "chunk_sums",
+    "importance_ratio",
     "linear_label_logprobs",
     "linear_sparse_kl",
+    "policy_gradient",
     "vocab_parallel_sparse_kl",
 ]

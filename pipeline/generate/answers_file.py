@@ -10,16 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capgap.pipeline.store.files import atomic_file, sha256_of
-from capgap.schemas.manifest import FileEntry
+from capgap.schemas.manifest import FileEntry, ShardSet
+from capgap.schemas.records import FloatArray
 
 SUFFIX = ".answers.parquet"
+# of which the logprobs are held in memory: more than a loader reads from at a time
+_SHARDS_HELD = 128
 
 _SCHEMA = pa.schema(
     [
@@ -72,3 +77,29 @@ def write_answers(path: Path, answers: Sequence[Written]) -> FileEntry:
 def read_answers(path: Path) -> list[Written]:
     """The answers of a file."""
     return [Written(**line) for line in pq.read_table(path, schema=_SCHEMA).to_pylist()]
+
+
+class WriterLogprobs:
+    """By which logprob each label of a text was sampled, for a loader: float32 for every target of the shards in use.
+
+    Args:
+        folder: of the text.
+        shards: one of its splits.
+    """
+
+    def __init__(self, folder: Path, shards: ShardSet) -> None:
+        self._folder, self._shards = folder, shards
+        self._of_shard = lru_cache(_SHARDS_HELD)(self._read)
+
+    def __call__(self, shard: int, row: int) -> FloatArray:
+        """Those of the labels of a row [L], by its shard and its number there; NaN where there is no label."""
+        found: FloatArray = self._of_shard(shard)[row, 1:]
+        return found
+
+    def _read(self, shard: int) -> FloatArray:
+        entry = self._shards.shards[shard]
+        logprobs_BL1 = np.full((entry.num_sequences, self._shards.seq_len + 1), np.nan, np.float32)
+        for one in read_answers(self._folder / f"{entry.file.path.removesuffix('.tar')}{SUFFIX}"):
+            if one.row >= 0:
+                logprobs_BL1[one.row, one.first : one.first + len(one.logprobs)] = one.logprobs
+        return logprobs_BL1

@@ -13,6 +13,7 @@ from capgap.pipeline.report.frontier_charts import frontier_charts, published_ch
 from capgap.pipeline.report.judge_tables import judge_line, judge_tables
 from capgap.pipeline.report.nearness import DIFFERENCE_HEADINGS, difference_rows
 from capgap.pipeline.report.opening import opening_figures, origin
+from capgap.pipeline.report.round_staleness import staleness_charts
 from capgap.pipeline.report.rounds import HEADINGS as HEADINGS_OF_ROUNDS
 from capgap.pipeline.report.rounds import NOTE as ROUNDS_NOTE
 from capgap.pipeline.report.rounds import round_charts, round_rows
@@ -43,6 +44,7 @@ def render_page(report: Report) -> str:
         charts=(
             *charts(report),
             *round_charts(report.rounds, report.results.arms),
+            *staleness_charts(report.rounds, report.results.arms),
             *training_charts(report.curves, report.results.arms),
             *frontier_charts(report.frontier, report.results.arms),
             *run_charts(report),

@@ -11,6 +11,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from capgap.pipeline.pages.charts import Chart, legend
 from capgap.pipeline.pages.svg import draw
 from capgap.pipeline.report.charts import arm_look
+from capgap.pipeline.report.round_staleness import staleness
 from capgap.pipeline.report.summary import RoundLine
 from capgap.pipeline.stage.context import FINAL, Instance, StageContext, StageInput
 from capgap.pipeline.stage.rounds import cache_of, rounds_of, text_of, writer_of
@@ -32,6 +33,8 @@ HEADINGS = (
     "right",
     "teacher tokens so far",
     "KL after - before",
+    "student / writer, 5 to 95 %",
+    "effective samples",
 )
 
 NOTE = (
@@ -40,8 +43,10 @@ NOTE = (
     "writer's logprob minus the teacher's, nats/token; of a text that the teacher wrote it is 0 but for rounding. "
     "Right: held-out answers that equal their reference. Teacher tokens: those that it wrote or scored for this arm. "
     "KL after - before: how much farther from the teacher, on held-out answers of the text, the student was after the "
-    "round's training than before it: nearer where it is negative. The last line of an arm is what the final student "
-    "writes."
+    "round's training than before it: nearer where it is negative. Student / writer: the ratios of the trained "
+    "student's probability of a token to that of the student that wrote it, on held-out answers. Effective samples: "
+    "what these are worth beside as many of the trained student's own, (sum of ratios)^2 / (N sum of squares). The "
+    "last line of an arm is what the final student writes."
 )
 
 
@@ -75,6 +80,8 @@ def round_rows(lines: tuple[RoundLine, ...]) -> list[tuple[str, ...]]:
             "-" if line.right is None else _percent(line.right),
             f"{line.teacher_tokens:,}",
             "-" if line.learnt is None else f"{line.learnt:+.4f}",
+            "-" if not line.staleness else f"{line.staleness['ratio_p5']:.2f} to {line.staleness['ratio_p95']:.2f}",
+            "-" if not line.staleness else _percent(line.staleness["ratio_effective"]),
         )
         for line in lines
     ]
@@ -148,7 +155,7 @@ def _lines_of(run: RunFile, arm: str, seed: int, made: Mapping[str, StageInput])
         before, spent = spent, spent + _teacher_tokens(run, arm, text, totals, cache)
         answers, right = _number(totals[f"{begin}answers"]), totals.get("heldout_right")
         graded = totals.get("heldout_graded")
-        kl = cache.get("writer_kl")
+        kl, training = cache.get("writer_kl"), made.get(Instance("train", arm, seed, number).name)
         lines.append(
             RoundLine(
                 arm=arm,
@@ -165,7 +172,8 @@ def _lines_of(run: RunFile, arm: str, seed: int, made: Mapping[str, StageInput])
                 right=None if not graded else _number(right) / _number(graded),
                 teacher_tokens_before=before,
                 teacher_tokens=spent,
-                learnt=_learnt(made.get(Instance("train", arm, seed, number).name)),
+                learnt=_learnt(training),
+                staleness=None if training is None else staleness(training.path),
             )
         )
     return lines

@@ -283,6 +283,10 @@ class RoundLine(Record):
     """Distance to the teacher on the text's held-out answers after the round's training minus before, nats/token: KL
     for `topk`, for `sampled` the cross-entropy with the teacher's samples, which differs by as much."""
 
+    staleness: dict[str, float] | None = None
+    """Of text that a student wrote: the ratios of the trained student's probability to the writer's, on its held-out
+    answers, by their columns in metrics.csv."""
+
 
 class StageLine(Record):
     """One finished stage."""

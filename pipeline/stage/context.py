@@ -148,6 +148,11 @@ def further_cache(name: str) -> str:
     return f"caches/{name}"
 
 
+def text_of_cache(name: str | None) -> str:
+    """The name of the input that is the text of a round's cache, where a student wrote it."""
+    return "text" if name is None else f"texts/{name}"
+
+
 @dataclass(frozen=True)
 class Slice:
     """Which units a process makes: those with `index % count == number`, or with no number whichever nobody has."""

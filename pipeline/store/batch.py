@@ -45,6 +45,9 @@ class Batch:
         chunk_left_N: of a cache that `align` made, how many rows of its chunk come after each row [N], int64; -1 in no
             chunk to learn from. None in any other.
         chunk_logprobs_N: the teacher's logprob of a chunk in its last row [N], float32, nats; 0 in all others.
+        writer_logprobs_N: of text that a student wrote, the logprob by which it sampled each label [N], float32, nats;
+            NaN where there is no label. None where it is not asked for.
+        teacher_logprobs_N: beside it the teacher's of each label [N], float32, nats.
     """
 
     def __init__(
@@ -58,11 +61,14 @@ class Batch:
         num_counted: int | None = None,
         chunk_left_N: torch.Tensor | None = None,
         chunk_logprobs_N: torch.Tensor | None = None,
+        writer_logprobs_N: torch.Tensor | None = None,
+        teacher_logprobs_N: torch.Tensor | None = None,
     ) -> None:
         self.input_ids_BL, self.labels_BL = input_ids_BL, labels_BL
         self.ids_NK, self.weights_NK, self.tail_N = ids_NK, weights_NK, tail_N
         self.positions_BL, self.num_counted = positions_BL, num_counted
         self.chunk_left_N, self.chunk_logprobs_N = chunk_left_N, chunk_logprobs_N
+        self.writer_logprobs_N, self.teacher_logprobs_N = writer_logprobs_N, teacher_logprobs_N
 
     @property
     def num_tokens(self) -> int:
@@ -72,8 +78,9 @@ class Batch:
     def __repr__(self) -> str:
         """Shapes and dtypes, one tensor a line, and the device."""
         lines = [f"Batch on {self.labels_BL.device}: {self.num_tokens:,} targets"]
-        # what only a cache of chunks has is not named where there is none
-        shown = {name: one for name, one in self.tensors().items() if one is not None or not name.startswith("chunk")}
+        # what only few batches have is not named where there is none
+        rare = ("chunk", "writer", "teacher")
+        shown = {name: one for name, one in self.tensors().items() if one is not None or not name.startswith(rare)}
         width = max(map(len, shown)) + 1
         for name, value in shown.items():
             about = "none" if value is None else f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"

@@ -8,12 +8,14 @@ Threads do the host's part of several micro-batches at once; the device's part i
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from capgap.pipeline.store.batch import Batch, collate
+from capgap.pipeline.store.batch import Batch, Sample, collate
 from capgap.pipeline.store.blocks import BlockCache, LoadedBlock
 from capgap.pipeline.store.device import DeviceDecoder
-from capgap.pipeline.store.loader_settings import LoaderSettings
+from capgap.pipeline.store.loader_settings import LoaderSettings, WriterLogprobs
+from capgap.pipeline.store.order import Place
 from capgap.pipeline.store.reader import ShardReader
 from capgap.pipeline.store.rows import in_rows
 from capgap.pipeline.store.skips import Skips
@@ -21,6 +23,7 @@ from capgap.pipeline.store.stored import StoredBlock
 from capgap.pipeline.store.stored_batch import StoredBatch, gather
 from capgap.pipeline.store.stream import Stream
 from capgap.schemas.errors import CorruptError
+from capgap.schemas.records import SampledTargets, TopkTargets
 
 
 class BatchMaker:
@@ -56,12 +59,14 @@ class BatchMaker:
         """
         epoch, chosen = self._stream.chosen(number)
         found = [self._find(epoch, index) for index in chosen]
-        stored = [(block, row) for block, row in found if isinstance(block, StoredBlock)]
+        stored = [(block, place.row) for block, place in found if isinstance(block, StoredBlock)]
         if stored:
             return gather(stored, self._reader.codec.seq_len, self._pin, self._settings.context)
-        decoded = [(*block, row) for block, row in found if not isinstance(block, StoredBlock)]
+        decoded = [(*block, place.row) for block, place in found if not isinstance(block, StoredBlock)]
         settings = self._settings
         batch = collate(decoded, self._reader.codec.num_ids, settings.target_temperature, settings.context)
+        if settings.writer_logprobs is not None:
+            self._add_logprobs(batch, decoded, [place for _, place in found], settings.writer_logprobs)
         batch = self._in_rows(batch)
         return pinned(batch) if self._pin else batch
 
@@ -94,7 +99,17 @@ class BatchMaker:
     def _in_rows(self, batch: Batch) -> Batch:
         return batch if self._settings.row_len is None else in_rows(batch, self._settings.row_len)
 
-    def _find(self, epoch: int, index: int) -> tuple[LoadedBlock, int]:
+    def _add_logprobs(
+        self, batch: Batch, samples: list[Sample], places: list[Place], writer_logprobs: WriterLogprobs
+    ) -> None:
+        shards = self._reader.shard_set.shards
+        rows = [(at.shard, sum(shards[at.shard].members.num_sequences[: at.member]) + at.row) for at in places]
+        targets = [(targets, row) for _, targets, row in samples if isinstance(targets, SampledTargets | TopkTargets)]
+        batch.writer_logprobs_N = torch.from_numpy(np.concatenate([writer_logprobs(*one) for one in rows]))
+        each_teacher = [one.label_logprobs_BL[row] for one, row in targets]
+        batch.teacher_logprobs_N = torch.from_numpy(np.concatenate(each_teacher))
+
+    def _find(self, epoch: int, index: int) -> tuple[LoadedBlock, Place]:
         """The sequence of that index, or where its member is damaged the next good one of its lane."""
         order = self._stream.order
         lane, lanes = index % order.lanes, order.lanes
@@ -104,7 +119,7 @@ class BatchMaker:
             if (place.shard, place.member) in self.skips:
                 continue
             try:
-                return self.blocks.get((place.shard, place.member)), place.row
+                return self.blocks.get((place.shard, place.member)), place
             except CorruptError as error:
                 lost = self._reader.shard_set.shards[place.shard].members.num_sequences[place.member]
                 self.skips.note((place.shard, place.member), self._reader.name_of(*place[:2]), lost, error)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from capgap.pipeline.store.batch import TargetTemperature
+from capgap.schemas.records import FloatArray
 from capgap.schemas.run_corpus import ContextRule
+
+WriterLogprobs = Callable[[int, int], FloatArray]
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class LoaderSettings:
             for the capture temperature.
         context: The rule under which the teacher scored. Under `document`, batches have positions that begin anew at
             each document, where the student's attention must end.
+        writer_logprobs: Of text that a student wrote, gives the logprob of each label of a sequence [L] by the numbers
+            of its shard and of its row there; batches have them, and the teacher's, where it is not None. The host
+            must decode.
     """
 
     batch_sequences: int
@@ -62,6 +69,7 @@ class LoaderSettings:
     pin: bool | None = None
     target_temperature: TargetTemperature | None = None
     context: ContextRule = "packed"
+    writer_logprobs: WriterLogprobs | None = None
 
     @property
     def rank_sequences(self) -> int:

@@ -61,4 +61,6 @@ def in_rows(batch: Batch, row_len: int) -> Batch:
         batch.num_counted,
         targets(batch.chunk_left_N, -1),
         targets(batch.chunk_logprobs_N),
+        targets(batch.writer_logprobs_N),
+        targets(batch.teacher_logprobs_N),
     )

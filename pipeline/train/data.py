@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+import torch
+
 from capgap.pipeline.store import Batch, LoaderSettings, MixedLoader, SequenceLoader, ShardReader
 from capgap.pipeline.store.batch import collate
 from capgap.pipeline.store.rows import sequences_per_row
@@ -29,7 +32,7 @@ def training_loader(task: TrainingTask) -> SequenceLoader | MixedLoader:
         InputError: too little data for one step, or the caches do not make rows of one shape.
     """
     settings = task.settings
-    own = CacheSource(task.training, task.weight, task.context, task.target_temperature)
+    own = CacheSource(task.training, task.weight, task.context, task.target_temperature, task.writer_logprobs)
     if not task.others:
         return _loader(task, own, settings.num_epochs, settings.max_tokens)
     loaders = {OWN: _loader(task, own, settings.num_epochs)}
@@ -67,6 +70,8 @@ def heldout_batches(task: TrainingTask, wanted: int) -> Iterator[Batch]:
 def _batches_of(task: TrainingTask, reader: ShardReader, wanted: range, text_alone: bool = False) -> Iterator[Batch]:
     """Those of the reader's sequences, or as many of them as there are; with `text_alone` without their targets."""
     first = 0
+    places = [(shard, row) for shard, one in enumerate(reader.shard_set.shards) for row in range(one.num_sequences)]
+    logprobs = None if text_alone else task.heldout_logprobs
     for index, size in enumerate(m.num_sequences for s in reader.shard_set.shards for m in s.each_member()):
         rows = range(max(wanted.start - first, 0), min(wanted.stop - first, size))
         first += size
@@ -76,7 +81,11 @@ def _batches_of(task: TrainingTask, reader: ShardReader, wanted: range, text_alo
         for start in range(rows.start, rows.stop, task.micro_batch):
             kept = None if text_alone else targets
             part = [(sequences, kept, row) for row in range(start, min(start + task.micro_batch, rows.stop))]
-            yield collate(part, reader.codec.num_ids, task.target_temperature, task.context)
+            batch = collate(part, reader.codec.num_ids, task.target_temperature, task.context)
+            if logprobs is not None:
+                of_batch = places[first - size + start : first - size + start + len(part)]
+                batch.writer_logprobs_N = torch.from_numpy(np.concatenate([logprobs(*one) for one in of_batch]))
+            yield batch
 
 
 def _loader(task: TrainingTask, source: CacheSource, num_epochs: int, max_tokens: int | None = None) -> SequenceLoader:
@@ -96,6 +105,7 @@ def _loader(task: TrainingTask, source: CacheSource, num_epochs: int, max_tokens
             decode_on=task.device if settings.decode == "device" else None,
             target_temperature=source.target_temperature,
             context=source.context,
+            writer_logprobs=source.writer_logprobs,
         ),
     )
 

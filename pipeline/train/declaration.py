@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from capgap.pipeline.stage.context import Instance, further_cache
+from capgap.pipeline.stage.context import Instance, further_cache, text_of_cache
 from capgap.pipeline.stage.declaration import Stage
 from capgap.pipeline.stage.instances import cache_inputs, corpus_inputs, trainings
-from capgap.pipeline.stage.rounds import own_cache, replayed, rounds_of, weights_before
+from capgap.pipeline.stage.rounds import own_cache, replayed, rounds_of, weights_before, writer_of
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_train import TrainSettings
 
@@ -30,6 +30,10 @@ def _roles(run: RunFile, instance: Instance) -> dict[str, str]:
     if instance.round is None:
         return {}
     earlier = {cache.name: further_cache(name) for name, cache in replayed(run, instance).items()}
+    # the logprobs by which students wrote what is learnt from
+    mix: dict[str | None, Instance] = {None: own_cache(run, instance), **replayed(run, instance)}
+    texts = {name: Instance("generate", cache.arm, cache.seed, cache.round) for name, cache in mix.items()}
+    earlier |= {text.name: text_of_cache(name) for name, text in texts.items() if writer_of(text) == "student"}
     first = Instance("student", seed=instance.seed).name
     return earlier | {own_cache(run, instance).name: "cache", weights_before(instance).name: first}
 

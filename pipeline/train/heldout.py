@@ -18,6 +18,7 @@ from capgap.pipeline.store import Batch
 from capgap.pipeline.train.metrics import MetricsFile
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.not_finite import NotFinite
+from capgap.pipeline.train.staleness import RatioFigures, ratio_figures
 from capgap.pipeline.train.timer import TrainingTimer
 
 _LOG = logging.getLogger("capgap")
@@ -40,12 +41,14 @@ class HeldOutFigures:
         top1: top-1 agreement: share of rows at which the student's top-1 token is the teacher's. For `sampled` that is
             the id sampled most often, the lower one of two. Each id is sampled n p times, rounded up or down: so it can
             be another than the teacher's top-1 token only where two ids are less than two samples apart.
+        ratio: of text that a student of the run wrote, how far this one has gone from it; None for any other.
     """
 
     loss: float
     kl: float | None = None
     teacher_ce: float | None = None
     top1: float | None = None
+    ratio: RatioFigures | None = None
 
 
 class HeldOut(lightning.Callback):
@@ -119,6 +122,7 @@ class HeldOut(lightning.Callback):
         return figures
 
     def _write(self, step: int, figures: HeldOutFigures, taken_s: float) -> None:
+        ratio = {} if figures.ratio is None else figures.ratio.rounded()
         self._file.add(
             step=step,
             num_tokens=step * self._tokens_per_step,
@@ -127,6 +131,12 @@ class HeldOut(lightning.Callback):
             heldout_teacher_ce=_rounded(figures.teacher_ce),
             heldout_top1=_rounded(figures.top1),
             heldout_s=round(taken_s, 3),
+            ratio_mean=ratio.get("mean"),
+            ratio_p5=ratio.get("p5"),
+            ratio_median=ratio.get("median"),
+            ratio_p95=ratio.get("p95"),
+            ratio_outside=ratio.get("outside"),
+            ratio_effective=ratio.get("effective"),
         )
 
 
@@ -138,6 +148,7 @@ def measure(module: DistillationModule, batches: Iterable[Batch]) -> HeldOutFigu
     # loss and labels; then, over batches with targets: labels, KL, entropy of the targets, top-1 agreements
     sums_6 = torch.zeros(6, dtype=torch.float64, device=module.device)
     is_sampled = of_chunks = False
+    pairs: list[torch.Tensor] = []
     for batch in batches:
         batch = batch.to(module.device)
         has_targets = batch.ids_NK is not None or batch.chunk_left_N is not None
@@ -145,6 +156,8 @@ def measure(module: DistillationModule, batches: Iterable[Batch]) -> HeldOutFigu
         counted_N = batch.labels_BL.flatten() >= 0
         sums_6[0] += last.ce_N[counted_N].double().sum()
         sums_6[1] += counted_N.sum()
+        if batch.writer_logprobs_N is not None:
+            pairs.append(torch.stack([-last.ce_N, batch.writer_logprobs_N])[:, counted_N])
         if has_targets:
             assert last.kl_N is not None
             sums_6[2] += counted_N.sum()
@@ -158,11 +171,15 @@ def measure(module: DistillationModule, batches: Iterable[Batch]) -> HeldOutFigu
     module.train(was_training)
     loss, count, count_with, kl, entropy, agreements = sums_6.tolist()
     loss /= max(count, 1)
+    ratio = None
+    if pairs and count:
+        now_N, writer_N = torch.cat(pairs, 1)
+        ratio = ratio_figures(now_N, writer_N, module.clip)
     if not count_with:
-        return HeldOutFigures(loss)
+        return HeldOutFigures(loss, ratio=ratio)
     if is_sampled:
-        return HeldOutFigures(loss, None, (kl + entropy) / count_with, agreements / count_with)
-    return HeldOutFigures(loss, kl / count_with, None, None if of_chunks else agreements / count_with)
+        return HeldOutFigures(loss, None, (kl + entropy) / count_with, agreements / count_with, ratio)
+    return HeldOutFigures(loss, kl / count_with, None, None if of_chunks else agreements / count_with, ratio)
 
 
 def entropies(batch: Batch) -> torch.Tensor:

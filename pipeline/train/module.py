@@ -19,8 +19,10 @@ from capgap.kernels.sparse_kl import (
     SparseTargets,
     chunk_kl,
     chunk_sums,
+    importance_ratio,
     linear_label_logprobs,
     linear_sparse_kl,
+    policy_gradient,
 )
 from capgap.pipeline.store import Batch
 from capgap.pipeline.train.attention import ending_attention, rows_are_known
@@ -30,6 +32,7 @@ from capgap.pipeline.train.labels import LabelShares
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.optimizer import optimizer_and_schedule
 from capgap.pipeline.train.router import RouterLoss
+from capgap.pipeline.train.staleness import USUAL_CLIP
 from capgap.pipeline.train.strategy import shard
 from capgap.pipeline.train.top_ids import top_ids
 from capgap.schemas.run_optimization import OptimizationSettings
@@ -145,6 +148,8 @@ class DistillationModule(lightning.LightningModule):
     def _loss_of(self, hidden_BLH: torch.Tensor, batch: Batch, alpha: float) -> SparseKl:
         if batch.chunk_left_N is not None:
             return self._loss_of_chunks(hidden_BLH, batch, alpha)
+        if self.training and alpha > 0 and self._objective.ratio_clip and batch.writer_logprobs_N is not None:
+            return self._policy_gradient(hidden_BLH, batch, alpha, self._objective.ratio_clip)
         targets = _targets(batch)
         objective = self._objective if self.training else self._objective.measured_on(targets.recording)
         return linear_sparse_kl(
@@ -160,8 +165,37 @@ class DistillationModule(lightning.LightningModule):
             **(objective.arguments() if alpha > 0 else {}),
         )
 
+    def _policy_gradient(self, hidden_BLH: torch.Tensor, batch: Batch, alpha: float, clip: float) -> SparseKl:
+        """alpha times the policy gradient and 1 - alpha times the cross-entropy; the KL is the ratio's estimate of it.
+
+        Its value is a distance only in the mean: that of ratio times the student's logprob minus the teacher's.
+        """
+        assert batch.writer_logprobs_N is not None and batch.teacher_logprobs_N is not None
+        labels_N = batch.labels_BL.flatten()
+        counts_N = (labels_N >= 0) & (labels_N < self._vocab_size)
+        logprobs_N = linear_label_logprobs(
+            **self._head.inputs(hidden_BLH), labels_N=labels_N, vocab_size=self._vocab_size
+        )
+        teacher_N, writer_N = (
+            one_N.where(counts_N, 0.0) for one_N in (batch.teacher_logprobs_N, batch.writer_logprobs_N)
+        )
+        weights_N = self._objective.row_weights(batch)
+        weights_N = counts_N.to(logprobs_N.dtype) if weights_N is None else counts_N * weights_N
+        loss_N = alpha * policy_gradient(logprobs_N, teacher_N, writer_N, clip) - (1 - alpha) * logprobs_N
+        loss = (weights_N * loss_N).sum() / weights_N.sum().clamp_min(torch.finfo(loss_N.dtype).tiny)
+        logprobs_N = logprobs_N.detach()
+        kl_N = importance_ratio(logprobs_N, writer_N) * (logprobs_N - teacher_N)
+        return SparseKl(loss, kl_N.where(counts_N, 0.0), -logprobs_N)
+
+    @property
+    def clip(self) -> float:
+        """How far from 1 a ratio of the student's probability to the writer's is outside."""
+        return self._objective.ratio_clip or USUAL_CLIP
+
     def divergence_name(self, batch: Batch) -> str:
         """What the loss takes for the distance from the teacher, for people."""
+        if self._objective.ratio_clip and batch.writer_logprobs_N is not None:
+            return "reverse KL from the student's tokens"
         name = {"forward_kl": "KL", "reverse_kl": "reverse KL", "jsd": "JSD"}[self._objective.divergence]
         if batch.chunk_left_N is not None:
             return f"{name} of chunks to the teacher"

@@ -29,7 +29,7 @@ class Objective:
     """The loss of a row, and what each row counts.
 
     Attributes:
-        divergence: which.
+        divergence: which; with `ratio_clip` that of text which no student wrote.
         tail: what becomes of the teacher's probability outside the kept ids; None is what the recording has.
         beta: of `jsd`.
         final_alpha: weight of the divergence in the last step; None is that of the first.
@@ -37,6 +37,8 @@ class Objective:
         token_weights: what a row counts.
         router_loss_weight: of the load-balancing loss of a mixture of experts.
         projected_weight: of the divergence of an aligned cache's projected targets.
+        ratio_clip: text of which the writer's logprobs are known is learnt by a policy gradient with this clip; None
+            learns it by the divergence as well.
     """
 
     divergence: Divergence = "forward_kl"
@@ -47,6 +49,7 @@ class Objective:
     token_weights: Literal["equal", "entropy"] = "equal"
     router_loss_weight: float = 0.0
     projected_weight: float = 0.0
+    ratio_clip: float | None = None
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `linear_sparse_kl` that the objective decides."""
@@ -101,7 +104,7 @@ def objective_of(settings: TrainSettings, recording: RecordingName, where: Path 
             not count.
     """
     objective = Objective(
-        settings.divergence,
+        "forward_kl" if settings.divergence == "policy_gradient" else settings.divergence,
         settings.tail,
         settings.beta,
         settings.final_alpha,
@@ -109,6 +112,7 @@ def objective_of(settings: TrainSettings, recording: RecordingName, where: Path 
         settings.token_weights,
         settings.router_loss_weight,
         settings.counted_projected_weight,
+        settings.clip if settings.divergence == "policy_gradient" else None,
     )
     if recording == "chunks":
         return _of_chunks(objective, settings, where)

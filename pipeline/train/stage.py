@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from capgap.pipeline.generate.answers_file import WriterLogprobs
 from capgap.pipeline.models.configs import load_config
 from capgap.pipeline.models.load import MODEL_FOLDER, model_facts, model_path
 from capgap.pipeline.models.text import RunText
 from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.models.trainable import empty_to_train, is_quantised, load_to_train, save_trained
-from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
+from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult, text_of_cache
 from capgap.pipeline.stage.scalars import METRICS_NAME
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.train.caches import chosen_caches, require_fit, with_replay
@@ -28,6 +30,7 @@ from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.facts import heldout_set
 from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_train import TrainSettings
 
 _LOG = logging.getLogger("capgap")
 # of an arm that stands beside the others as the student was before them
@@ -103,8 +106,14 @@ def run(context: StageContext) -> StageResult:
         context=source.context,
         row_len=settings.row_len,
         weight=source.weight,
-        others={name: cache.source() for name, cache in caches.items() if name is not None},
+        others={
+            name: dataclasses.replace(cache.source(), writer_logprobs=_writer_logprobs(context, settings, name))
+            for name, cache in caches.items()
+            if name is not None
+        },
         teacher=online_teacher(context, own.facts, settings) if settings.needs_teacher else None,
+        writer_logprobs=_writer_logprobs(context, settings, None),
+        heldout_logprobs=_logprobs(context, None, "heldout"),
     )
     totals = fit(model, task) if settings.max_tokens != 0 else _UNTRAINED
     if not context.ranks.is_first:
@@ -116,6 +125,18 @@ def run(context: StageContext) -> StageResult:
     card = model_card(context, settings, own.recording, own.temperature, made, totals, context.folder / METRICS_NAME)
     (folder / CARD_NAME).write_text(card)
     return StageResult(facts=made.model_dump(mode="json"), totals=totals)
+
+
+def _writer_logprobs(context: StageContext, settings: TrainSettings, cache: str | None) -> WriterLogprobs | None:
+    """Those of the text of a cache, by its name in the mix, where the loss asks for them and a student wrote it."""
+    asks = settings.needs_targets and settings.divergence == "policy_gradient"
+    return _logprobs(context, cache, "student") if asks else None
+
+
+def _logprobs(context: StageContext, cache: str | None, split: str) -> WriterLogprobs | None:
+    text = context.inputs.get(text_of_cache(cache))
+    shards = None if text is None else text.manifest.shard_sets.get(split)
+    return None if text is None or shards is None else WriterLogprobs(text.path, shards)
 
 
 def _round(instance: Instance) -> str:

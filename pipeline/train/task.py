@@ -12,6 +12,7 @@ from capgap.pipeline.stage.folder import WORK_FOLDER
 from capgap.pipeline.stage.ranks import Ranks
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.batch import TargetTemperature
+from capgap.pipeline.store.loader_settings import WriterLogprobs
 from capgap.pipeline.train.objective import Objective
 from capgap.schemas.run_corpus import ContextRule
 from capgap.schemas.run_optimization import OptimizationSettings
@@ -26,12 +27,14 @@ class CacheSource:
         weight: its share of the micro-batches.
         context: the rule under which its teacher scored.
         target_temperature: of the targets that the loader hands out; None for that of the stored ones.
+        writer_logprobs: by which its text was sampled, where the loss asks for them.
     """
 
     reader: ShardReader
     weight: float = 1.0
     context: ContextRule = "packed"
     target_temperature: TargetTemperature | None = None
+    writer_logprobs: WriterLogprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class TrainingTask:
         weight: share of `training` in the micro-batches, where there are others.
         others: caches to train on as well, by name.
         teacher: on the device, where its whole distributions take the place of the shards' targets.
+        writer_logprobs: by which the text of `training` was sampled, where the loss asks for them.
+        heldout_logprobs: by which that of `heldout_targets` was, where a student of the run wrote it.
     """
 
     title: str
@@ -77,6 +82,8 @@ class TrainingTask:
     weight: float = 1.0
     others: Mapping[str, CacheSource] = field(default_factory=dict)
     teacher: PreTrainedModel | None = None
+    writer_logprobs: WriterLogprobs | None = None
+    heldout_logprobs: WriterLogprobs | None = None
 
     @property
     def micro_batch(self) -> int:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
     [
         ("sizes", "| 7B | 112.0 | 14.0 | 56.0 | 28.0 | 252.0 |"),
         ("speed", "| 1,000 | 654 | 122 | Intel(R) Xeon(R) Processor |"),
+        ("rounds", "| arm | right, % | rounds - arm, points | teacher tokens | student tokens | seeds |"),
     ],
 )
 def test_the_tables_of_the_page_are_those_that_the_script_makes(

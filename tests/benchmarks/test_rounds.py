@@ -31,10 +31,11 @@ def test_arms_are_held_against_rounds_seed_by_seed(rounds) -> None:
         return {"arm": arm, "seed": seed, "right": right, "teacher_tokens": 1000, "student_tokens": 2000}
 
     lines = [line("rounds", 0, 0.9), line("rounds", 1, 0.8), line("sft", 0, 0.7), line("sft", 1, 0.5)]
-    rows = rounds.table(lines).splitlines()
-    assert rows[2] == "| rounds | 85.0 |  | 1,000 | 2,000 | 2 |"
-    # 20 and 30 points: 12.706 standard errors of 5
-    assert rows[3] == "| sft | 60.0 | +25.0 +- 63.5 | 1,000 | 2,000 | 2 |"
+    rows = rounds.table(lines)
+    # 12.706 standard errors: of 5 points where the shares are 10 apart, of 10 where they are 20
+    assert rows[2] == ("`rounds`", "85.0 +- 63.5", "", "1,000", "2,000", "2")
+    # paired, 20 and 30 points
+    assert rows[3] == ("`sft`", "60.0 +- 127.1", "+25.0 +- 63.5", "1,000", "2,000", "2")
 
 
 @pytest.mark.slow
@@ -44,7 +45,7 @@ def test_every_arm_is_trained_once(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert [one["arm"] for one in lines] == ["rounds", "off_policy", "sft", "online"]
+    assert [one["arm"] for one in lines] == ["rounds", "policy_gradient", "off_policy", "sft", "online"]
     assert len({one["student_tokens"] for one in lines}) == 1
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0 and again.stderr == ""

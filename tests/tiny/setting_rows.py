@@ -32,7 +32,11 @@ ALIGN_ROWS: list[Row] = [
     ("train.projected_weight", 0.5, _FROM_STUDENT - {"student"}),
 ]
 
-FURTHER_ROWS = [*QUANTIZE_ROWS, *ALIGN_ROWS]
+# of the text that a training ends with, what its student answers is made again too
+_FROM_ROUND = {"train", "generate/distilled", "generate/cross_entropy", "eval", "report"}
+GRADIENT_ROWS: list[Row] = [("train.ratio_clip", 0.3, _FROM_ROUND)]
+
+FURTHER_ROWS = [*QUANTIZE_ROWS, *ALIGN_ROWS, *GRADIENT_ROWS]
 """All of them."""
 
 FURTHER_BESIDE: dict[str, dict[str, Any]] = {
@@ -41,5 +45,6 @@ FURTHER_BESIDE: dict[str, dict[str, Any]] = {
     "student.quantize.embedding": {"student.quantize": {"format": "int8"}},
     **{path: {"align": {"tokenizer": "one"}} for path, _, _ in ALIGN_ROWS},
     "train.projected_weight": {"align": {"tokenizer": "one", "projected_top_k": 8}},
+    "train.ratio_clip": {"rounds": {"prompts": "prompts.jsonl", "num": 1}, "train.divergence": "policy_gradient"},
 }
 """What stands beside a setting, before it is changed and after."""

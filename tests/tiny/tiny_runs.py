@@ -34,6 +34,14 @@ def settings_of(folder: Path, salt: str) -> dict[str, Any]:
     texts = salted_texts(salt)
     write_texts(folder, texts)
     save_teacher(folder / "given", texts, 2)
+    return settings_in(folder, SEQ_LEN) | {
+        "train": {"batch_sequences": 4, "log_every_steps": 2, "max_tokens": 30 * 4 * SEQ_LEN},
+        "arms": {"distilled": {}, "cross_entropy": {"alpha": 0.0, "max_tokens": 2 * 4 * SEQ_LEN}},
+    }
+
+
+def settings_in(folder: Path, seq_len: int) -> dict[str, Any]:
+    """Those of the smallest run, without its trainings: its texts and the teacher `given` are in the folder."""
     return {
         "name": "tiny",
         "out": str(folder / "out"),
@@ -42,15 +50,13 @@ def settings_of(folder: Path, salt: str) -> dict[str, Any]:
         "corpus": {
             "sources": [str(folder / "*.txt")],
             "tokenizer": str(folder / "given"),
-            "seq_len": SEQ_LEN,
+            "seq_len": seq_len,
             "teacher_fraction": 0.0,
             "heldout_fraction": 0.2,
         },
         "teacher": {"path": str(folder / "given")},
         "cache": {"engine": "transformers", "num_samples": 20},
         "student": {"model": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}},
-        "train": {"batch_sequences": 4, "log_every_steps": 2, "max_tokens": 30 * 4 * SEQ_LEN},
-        "arms": {"distilled": {}, "cross_entropy": {"alpha": 0.0, "max_tokens": 2 * 4 * SEQ_LEN}},
     }
 
 

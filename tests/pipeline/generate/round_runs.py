@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from tiny_models import save_model, tiny_llama
-from tiny_runs import salted_texts
+from tiny_runs import salted_texts, settings_in
 from tiny_texts import write_texts
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
@@ -82,22 +82,8 @@ def settings_of(folder: Path) -> dict[str, Any]:
     tokenizer.chat_template = TEMPLATE
     teacher = tiny_llama(2, max_position_embeddings=SEQ_LEN, initializer_range=0.2, vocab_size=len(tokenizer))
     save_model(folder / "given", teacher, tokenizer)
-    return {
-        "name": "rounds",
-        "out": str(folder / "out"),
-        "device": "cpu",
-        "seeds": [1],
-        "corpus": {
-            "sources": [str(folder / "*.txt")],
-            "tokenizer": str(folder / "given"),
-            "seq_len": SEQ_LEN,
-            "teacher_fraction": 0.0,
-            "heldout_fraction": 0.2,
-        },
-        "teacher": {"path": str(folder / "given")},
+    return settings_in(folder, SEQ_LEN) | {
         "rounds": ROUNDS | {"prompts": write_prompts(folder / "prompts.jsonl", prompt_lines(24))},
-        "cache": {"engine": "transformers", "num_samples": 20},
-        "student": {"model": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}},
         "train": {"batch_sequences": 2, "num_epochs": 2},
     }
 

@@ -64,6 +64,9 @@ def test_a_round_reads_its_own_cache_the_weights_before_and_what_it_replays() ->
         "cache/distilled/seed-1/round-1": "caches/round-1",
         "cache/distilled/seed-1/round-2": "cache",
         "train/distilled/seed-1/round-1": "student/seed-1",
+        # by which logprobs its student wrote; of the teacher's text nobody asks that
+        "generate/distilled/seed-1/round-1": "texts/round-1",
+        "generate/distilled/seed-1/round-2": "text",
     }
     written = Instance("generate", "distilled", 1, 2)
     assert roles(run, written)["train/distilled/seed-1/round-1"] == "writer"

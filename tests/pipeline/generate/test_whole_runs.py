@@ -26,7 +26,7 @@ MakeRounds = Callable[..., RunFile]
 @pytest.mark.slow
 def test_arms_in_rounds_are_measured_and_reported_round_by_round(make_rounds: MakeRounds) -> None:
     more: dict[str, Any] = {
-        "arms": {"own": {}, "sft": {"alpha": 0.0}},
+        "arms": {"own": {}, "sft": {"alpha": 0.0}, "gradient": {"divergence": "policy_gradient"}},
         "eval": {"num_sequences": 8, "num_full_sequences": 4},
     }
     run = make_rounds(more, off_policy_arms=["sft"], answer_pattern="(.)")
@@ -34,7 +34,12 @@ def test_arms_in_rounds_are_measured_and_reported_round_by_round(make_rounds: Ma
     assert {one.state for one in states(run).values()} == {State.CURRENT}
     out = Path(run.out)
     results = json.loads((out / "eval" / "results.json").read_bytes())
-    assert [one["name"] for one in results["models"]] == ["teacher", "train/own/seed-1", "train/sft/seed-1"]
+    assert [one["name"] for one in results["models"]] == [
+        "teacher",
+        "train/own/seed-1",
+        "train/sft/seed-1",
+        "train/gradient/seed-1",
+    ]
     report = json.loads((out / "report" / "report.json").read_bytes())
     lines = [(one["arm"], one["round"], one["writer"], one["is_trained"]) for one in report["rounds"]]
     assert lines == [
@@ -44,14 +49,19 @@ def test_arms_in_rounds_are_measured_and_reported_round_by_round(make_rounds: Ma
         ("sft", 0, "teacher", True),
         ("sft", 1, "teacher", True),
         ("sft", 2, "student", False),
+        ("gradient", 0, "teacher", True),
+        ("gradient", 1, "student", True),
+        ("gradient", 2, "student", False),
     ]
-    own, sft = report["rounds"][:3], report["rounds"][3:]
+    own, sft = report["rounds"][:3], report["rounds"][3:6]
+    # those that learnt from what a student wrote
+    assert [one["staleness"] is not None for one in report["rounds"]] == [False, True, False, *[False] * 4, True, False]
     assert own[0]["right"] is not None and own[1]["writer_kl"] > own[0]["writer_kl"]
     # what it wrote, and for an arm that asks for its distributions what it scored
     assert own[0]["teacher_tokens"] > sft[0]["teacher_tokens"] > 0
     assert own[2]["teacher_tokens"] == own[1]["teacher_tokens"] == own[2]["teacher_tokens_before"]
     page = (out / "report" / "report.html").read_text()
-    assert "Round by round" in page and "Students by round" in page
+    assert all(title in page for title in ("Round by round", "Students by round", "Age of the text by round"))
     frontier = {one["name"]: one for one in report["frontier"]["models"]}
     trained = [read_manifest(out / f"train/own/seed-1/round-{i}") for i in range(2)]
     assert frontier["own"]["tokens"] == sum(one.totals["num_tokens"] for one in trained if one is not None)

@@ -1,0 +1,69 @@
+"""Fills the table of docs/rounds.md with the lines of benchmarks/rounds.py: means over seeds, and paired differences.
+
+python benchmarks/rounds_page.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
+
+from page_tables import Row, with_tables
+
+PAGE = Path(__file__).parents[1] / "docs" / "rounds.md"
+LINES = Path(__file__).parent / "results" / "rounds-addition.jsonl"
+ARMS = ("rounds", "policy_gradient", "off_policy", "sft", "online")
+
+_HEAD = ("arm", "right, %", "rounds - arm, points", "teacher tokens", "student tokens", "seeds")
+# Student's t, 97.5 %, by degrees of freedom
+_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def main() -> None:
+    """Write the page anew."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    PAGE.write_text(filled(PAGE.read_text()))
+
+
+def filled(page: str) -> str:
+    """The page with its table made anew."""
+    lines = [json.loads(line) for line in LINES.read_text().splitlines()]
+    return with_tables(page, "rounds_page.py", {"addition": table(lines)})
+
+
+def table(lines: Sequence[dict[str, Any]]) -> list[Row]:
+    """A row an arm; what follows +- is half of the 95 % interval over seeds."""
+    found = {(one["arm"], one["seed"]): one for one in lines}
+    rows: list[Row] = [_HEAD, ("---", *["---:"] * 5)]
+    for arm in ARMS:
+        own = [one for one in lines if one["arm"] == arm]
+        if not own:
+            continue
+        pairs = [
+            found["rounds", one["seed"]]["right"] - one["right"] for one in own if ("rounds", one["seed"]) in found
+        ]
+        gap = "" if not pairs or arm == "rounds" else _interval(pairs, "+")
+        tokens = (f"{fmean(one[name] for one in own):,.0f}" for name in ("teacher_tokens", "student_tokens"))
+        rows.append((f"`{arm}`", _interval([one["right"] for one in own]), gap, *tokens, str(len(own))))
+    return rows
+
+
+def _interval(shares: Sequence[float], sign: str = "") -> str:
+    """Their mean as percents, and half of its interval where there are several."""
+    mean = f"{100 * fmean(shares):{sign}.1f}"
+    if len(shares) < 2:
+        return mean
+    half = _QUANTILES.get(len(shares) - 1, 2.0) * stdev(shares) / len(shares) ** 0.5
+    return f"{mean} +- {100 * half:.1f}"
+
+
+if __name__ == "__main__":
+    main()
