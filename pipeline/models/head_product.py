@@ -51,7 +51,10 @@ def head_logits(head: nn.Linear, hidden_NH: Tensor) -> Tensor:
         from capgap.pipeline.models.low_bit import eager_on
 
         with eager_on(hidden_NH.device):
-            hidden_NH = forward_quantize(head, hidden_NH.float(), "input", scheme.input_activations)
+            # the library finds the scale of each token where sequences stand before it
+            rows_N1H = hidden_NH.float().reshape(-1, 1, hidden_NH.shape[-1])
+            rounded_N1H = forward_quantize(head, rows_N1H, "input", scheme.input_activations)
+            hidden_NH = rounded_N1H.reshape(hidden_NH.shape)
     return float32_logits(hidden_NH, head.weight, getattr(head, "bias", None))
 
 
