@@ -31,8 +31,8 @@ def _roles(run: RunFile, instance: Instance) -> dict[str, str]:
         return {}
     earlier = {cache.name: further_cache(name) for name, cache in replayed(run, instance).items()}
     # the logprobs by which students wrote what is learnt from
-    mix: dict[str | None, Instance] = {None: own_cache(run, instance), **replayed(run, instance)}
-    texts = {name: Instance("generate", cache.arm, cache.seed, cache.round) for name, cache in mix.items()}
+    mix: list[tuple[str | None, Instance]] = [(None, own_cache(run, instance)), *replayed(run, instance).items()]
+    texts = {name: Instance("generate", cache.arm, cache.seed, cache.round) for name, cache in mix}
     earlier |= {text.name: text_of_cache(name) for name, text in texts.items() if writer_of(text) == "student"}
     first = Instance("student", seed=instance.seed).name
     return earlier | {own_cache(run, instance).name: "cache", weights_before(instance).name: first}
