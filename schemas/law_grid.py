@@ -8,6 +8,7 @@ for each teacher too.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
@@ -161,12 +162,13 @@ class LawGrid(Record):
         return self
 
     def _check_names(self) -> None:
-        for setting, names, known in (
+        named: list[tuple[str, Iterable[str], Mapping[str, object]]] = [
             ("train_of", self.train_of, self.students),
             ("reuse.teachers", self.reuse.teachers, self.teachers),
             ("reuse.caches", self.reuse.caches, self.teachers),
             *((f"budgets.{name}.students", one.students or (), self.students) for name, one in self.budgets.items()),
-        ):
+        ]
+        for setting, names, known in named:
             for name in names:
                 if name not in known:
                     raise ValueError(f"{setting}: found {name!r}, expected one of {', '.join(known)}")

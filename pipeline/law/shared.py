@@ -111,7 +111,7 @@ def _student(result: PublishedResult) -> Student:
     return Student(
         name=result.student,
         size=result.student_size,
-        tokens=result.tokens or 1,
+        tokens=int(result.tokens or 1),
         alone=math.nan,
         teachers=tuple(result.teachers),
         sizes_M=np.array([teacher.size for teacher in result.teachers.values()]),

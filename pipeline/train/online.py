@@ -193,8 +193,10 @@ def linear_full_kl(
         # without a row that counts the loss is 0, and so are its gradients
         shares_n = shares_n / shares_n.sum().clamp_min(torch.finfo(wide).tiny)
     factors = (alpha * temperature**2, 1 - alpha)
-    chunks = list(zip(live_n.split(chunk_rows), shares_n.split(chunk_rows), strict=True))
-    loss, kl_N, ce_N = _SumOfChunks.apply(hidden_NH, head.weight_VH, head.bias_V, rows, chunks, factors)
+    starts = range(0, len(live_n), chunk_rows)
+    chunks = [(live_n[start : start + chunk_rows], shares_n[start : start + chunk_rows]) for start in starts]
+    arguments = (hidden_NH, head.weight_VH, head.bias_V, rows, chunks, factors)
+    loss, kl_N, ce_N = _SumOfChunks.apply(*arguments)  # type: ignore[no-untyped-call]
     return SparseKl(loss, kl_N, ce_N)
 
 
@@ -202,7 +204,7 @@ class _SumOfChunks(torch.autograd.Function):
     """The weighted sum of the chunks' losses, whose gradients are made chunk by chunk on the way forward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden_NH: Tensor,
         weight_VH: Tensor,
@@ -218,12 +220,13 @@ class _SumOfChunks(torch.autograd.Function):
         loss = hidden_NH.new_zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
         kl_N, ce_N = (loss.new_zeros(len(hidden_NH)) for _ in range(2))
         for chunk_C, shares_C in chunks:
-            leaves = [hidden_NH[chunk_C], weight_VH, bias_V]
-            leaves = [one if one is None else one.detach().requires_grad_(i in needed) for i, one in enumerate(leaves)]
+            given = (hidden_NH[chunk_C], weight_VH, bias_V)
+            leaves = [None if one is None else one.detach().requires_grad_(i in needed) for i, one in enumerate(given)]
             with torch.enable_grad():
                 kl_C, ce_C = rows(*leaves, chunk_C)
                 part = (shares_C * (factors[0] * kl_C + factors[1] * ce_C)).sum()
-            found = torch.autograd.grad(part, [leaves[index] for index in needed]) if needed else ()
+            learnt = [leaf for index, leaf in enumerate(leaves) if leaf is not None and index in needed]
+            found = torch.autograd.grad(part, learnt) if needed else ()
             for index, gradient in zip(needed, found, strict=True):
                 if index == 0:
                     sums[0][chunk_C] = gradient
@@ -237,7 +240,7 @@ class _SumOfChunks(torch.autograd.Function):
         return loss, kl_N, ce_N
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         """The gradients, times that of the loss."""
         given: list[Any] = [None] * 6
         for index, gradient in zip(ctx.needed, ctx.saved_tensors, strict=True):
