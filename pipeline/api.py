@@ -205,6 +205,8 @@ class Cache:
                 fix="make one with cache.num_heldout_sequences above 0",
             )
         reader = ShardReader(self.location, self.manifest.shard_sets[name])
+        if self.facts.aligned is not None:  # likelihoods of chunks are raised in the loss, whatever the temperature
+            return reader, None
         return reader, target_temperature_of(reader.codec, self.facts.temperature, at)
 
 

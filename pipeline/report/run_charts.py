@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -16,6 +18,8 @@ from capgap.schemas.results import ModelResult
 
 # stages of a chart; those of a large run are summed up by kind
 _MOST_STAGES = 14
+# lengths named below a chart, so that none runs into the next
+_MOST_TICKS = 7
 
 
 def run_charts(report: Report) -> tuple[Chart, ...]:
@@ -39,7 +43,8 @@ def _lengths(split: SplitFacts | None) -> tuple[Chart, ...]:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         axes.bar(range(len(counts)), counts, color=SERIES[0], width=0.8)
-        axes.set_xticks(range(len(counts)), ticks)
+        every = math.ceil(len(counts) / _MOST_TICKS)
+        axes.set_xticks(range(0, len(counts), every), ticks[::every])
         axes.grid(visible=False, axis="x")
         axes.set_xlabel("tokens, at least")
         axes.set_ylabel("documents")
