@@ -54,7 +54,8 @@ def _axis_law(
         refused = (
             f"students with an interior best: {len(found)}, and {MIN_STUDENTS} are needed{limits_of(curves, axis)}"
         )
-        if axis == "initial_kl" and all(curve.axis(axis) is None for curve in curves):
+        judged = [curve for curve in curves if curve.axes]
+        if axis == "initial_kl" and judged and all(curve.axis(axis) is None for curve in judged):
             refused = "no student was measured untrained, which a budget of 0 tokens does"
         return AxisLaw(measure=measure, students=names, refused=refused)
     sizes_S = np.array([size for _, size, *_ in found])
