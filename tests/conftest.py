@@ -117,3 +117,16 @@ def s3_server(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
     fsspec.filesystem("s3").clear_instance_cache()
     yield s3_address
     fsspec.filesystem("s3").clear_instance_cache()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A chromium that is installed here; what needs it is skipped elsewhere."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no chromium on this machine")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=found)
+        yield browser
+        browser.close()
