@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from machine import RESULTS, keep
-from quality import Bench, Results, taken
+from quality import Bench, taken
 from quality_arms import RUNS, Arm, arms
 from quality_page import kl_of, shares
+from result_lines import Results
 from transformers import PreTrainedModel
 
 from capgap.pipeline.store import LoaderSettings, SequenceLoader, keep_freed_memory

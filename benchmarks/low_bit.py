@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import yaml
 from machine import RESULTS, machine
-from quality import Heldout, Results
+from quality import Heldout
+from result_lines import Results
 
 from capgap.pipeline.eval.compare import Comparison
 from capgap.pipeline.eval.heldout import first_sequences, num_labels

@@ -15,7 +15,6 @@ again; one that was killed goes on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -35,6 +34,7 @@ from independent_samples import independent_samples
 from machine import RESULTS, machine
 from quality_arms import CACHES, NUM_FIRST, RUNS, Arm, arms
 from quality_page import table
+from result_lines import Results
 from transformers import PreTrainedModel
 
 from capgap.pipeline.eval.compare import Comparison
@@ -94,31 +94,6 @@ def in_order(num_seeds: int, about_text: bool) -> list[tuple[int, Arm]]:
     """What the goal is about at every seed, then the rest, a seed after the other."""
     every = [(seed, arm) for seed in range(num_seeds) for arm in arms(about_text)]
     return sorted(every, key=lambda job: job[1] not in arms()[:NUM_FIRST])
-
-
-class Results:
-    """A file of one JSON line a training, to which several processes may add."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: list[dict[str, Any]] = []
-        if path.is_file():
-            text = path.read_text()
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:  # a killed process has left half a line at the end
-                path.write_text(whole)
-            self.lines = [json.loads(line) for line in whole.splitlines()]
-
-    def has(self, arm: str, seed: int, about: dict[str, Any]) -> bool:
-        """Whether that training is there, on the same data."""
-        return any((one["arm"], one["seed"], one["about"]) == (arm, seed, about) for one in self.lines)
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Append it."""
-        self.lines.append(line)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ Legend: S seeds.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -24,6 +23,7 @@ from machine import RESULTS
 from matplotlib.figure import Figure
 from page_tables import Row, mark, with_tables
 from quality_arms import CROSS_ENTROPY, NUM_FIRST, ONLINE, RUNS, TAILS, TOP_KS, arms
+from result_lines import Results
 from standalone_svg import standalone
 
 from capgap.pipeline.pages.charts import legend
@@ -74,8 +74,7 @@ def filled(page: str, results: Path) -> str:
 
 def kept(results: Path, run: str) -> list[Line]:
     """The lines of a run that are about what the newest one is about: the same models, text, tokens and settings."""
-    path = results / f"quality-{run}.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = Results(results / f"quality-{run}.jsonl").lines
     return [line for line in lines if line["about"] == lines[-1]["about"]]
 
 

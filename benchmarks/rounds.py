@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from machine import RESULTS, machine
+from result_lines import Results
 from rounds_page import table
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
@@ -112,26 +113,6 @@ SMOKE = Size(200, 60, 1, 12, 32, 40, 2, 256, 2, 80, "transformers", (32, 1, 2, 3
 def shape(sizes: tuple[int, int, int, int]) -> dict[str, int]:
     """A model's shape, as the run file has it."""
     return dict(zip(("hidden_size", "num_layers", "num_heads", "intermediate_size"), sizes, strict=True))
-
-
-class Results:
-    """A file of one JSON line a training."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        # a killed process may have left half a line at the end
-        text = path.read_text().rpartition("\n")[0] if path.is_file() else ""
-        self.lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
-
-    def has(self, arm: str, seed: int, about: dict[str, Any]) -> bool:
-        """Whether that training is there, at the same sizes."""
-        return any((one["arm"], one["seed"], one["about"]) == (arm, seed, about) for one in self.lines)
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Append it."""
-        self.lines.append(line)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, "".join(json.dumps(one) + "\n" for one in self.lines))
 
 
 def worked_sum(first: int, second: int, num_digits: int) -> str:

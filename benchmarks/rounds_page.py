@@ -6,7 +6,6 @@ python benchmarks/rounds_page.py
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from page_tables import Row, with_tables
+from result_lines import Results
 
 PAGE = Path(__file__).parents[1] / "docs" / "rounds.md"
 LINES = Path(__file__).parent / "results" / "rounds-addition.jsonl"
@@ -35,8 +35,7 @@ def main() -> None:
 
 def filled(page: str) -> str:
     """The page with its table made anew."""
-    lines = [json.loads(line) for line in LINES.read_text().splitlines()]
-    return with_tables(page, "rounds_page.py", {"addition": table(lines)})
+    return with_tables(page, "rounds_page.py", {"addition": table(Results(LINES).lines)})
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[Row]:
