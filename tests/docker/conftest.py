@@ -9,7 +9,7 @@ import pytest
 DOCKER = Path(__file__).parents[2] / "docker"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def brought() -> Callable[[str], set[str]]:
     """What an image's base brings by itself, as the lock file lists it."""
 
