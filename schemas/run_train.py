@@ -20,6 +20,10 @@ SUPPORTED_TAILS: dict[tuple[RecordingName, str], tuple[str, ...]] = {
 A pair that is missing has no unbiased loss. A test holds this table against that of the kernel."""
 
 
+USUAL_CLIP = 0.2
+"""How far from 1 a ratio of probabilities may be, where no `ratio_clip` is asked for."""
+
+
 class FurtherCache(Record):
     """A cache that a student learns from beside the run's own."""
 
@@ -179,7 +183,7 @@ class TrainSettings(OptimizationSettings):
     @property
     def clip(self) -> float:
         """The clip of `policy_gradient`."""
-        return 0.2 if self.ratio_clip is None else self.ratio_clip
+        return USUAL_CLIP if self.ratio_clip is None else self.ratio_clip
 
     @property
     def needs_teacher(self) -> bool:

@@ -99,7 +99,7 @@ def earlier_wall_s(stage: str, run: RunFile, folders: Iterable[str]) -> Figure |
     """Seconds that an earlier stage of the same kind took, whatever it counts; None where there is none."""
     wanted = run.model_dump(mode="json")
     for path, manifest in _manifests(stage, folders):
-        if manifest.wall_s > 0 and all(_at(manifest.resolved, name) == _at(wanted, name) for name in _SAME[stage]):
+        if manifest.wall_s > 0 and _is_alike(stage, manifest.resolved, wanted):
             return Figure(value=manifest.wall_s, source=f"measured: {path.parent}, {manifest.wall_s:.0f} s")
     return None
 
@@ -118,8 +118,7 @@ def _probed(stage: str, run: RunFile, folders: Iterable[str]) -> Figure | None:
             found = Calibration.model_validate_json((Path(folder) / CALIBRATION_NAME).read_bytes())
         except (OSError, ValidationError):
             continue
-        same = all(_at(found.resolved, name) == _at(wanted, name) for name in _SAME[stage])
-        if same and stage in found.tokens_per_s:
+        if stage in found.tokens_per_s and _is_alike(stage, found.resolved, wanted):
             return found.tokens_per_s[stage]
     return None
 
@@ -130,11 +129,16 @@ def _earlier(stage: str, work: RunWork, folders: Iterable[str]) -> Figure | None
         num_tokens = _tokens_of(stage, manifest)
         if not num_tokens or manifest.wall_s <= 0:
             continue
-        if all(_at(manifest.resolved, name) == _at(wanted, name) for name in _SAME[stage]):
+        if _is_alike(stage, manifest.resolved, wanted):
             source = f"measured: {path.parent}, {num_tokens:,} tokens in {manifest.wall_s:.0f} s, start included"
             replicas = work.run.cache.replicas if stage == "cache" else 1
             return Figure(value=num_tokens / manifest.wall_s / replicas, source=source)
     return None
+
+
+def _is_alike(stage: str, resolved: Any, wanted: Any) -> bool:
+    """Whether a rate that was found with these settings is that of the wanted ones."""
+    return all(_at(resolved, name) == _at(wanted, name) for name in _SAME[stage])
 
 
 def _manifests(stage: str, folders: Iterable[str]) -> Iterator[tuple[Path, Manifest]]:

@@ -131,12 +131,7 @@ class HeldOut(lightning.Callback):
             heldout_teacher_ce=_rounded(figures.teacher_ce),
             heldout_top1=_rounded(figures.top1),
             heldout_s=round(taken_s, 3),
-            ratio_mean=ratio.get("mean"),
-            ratio_p5=ratio.get("p5"),
-            ratio_median=ratio.get("median"),
-            ratio_p95=ratio.get("p95"),
-            ratio_outside=ratio.get("outside"),
-            ratio_effective=ratio.get("effective"),
+            **ratio,
         )
 
 

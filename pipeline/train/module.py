@@ -32,10 +32,10 @@ from capgap.pipeline.train.labels import LabelShares
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.optimizer import optimizer_and_schedule
 from capgap.pipeline.train.router import RouterLoss
-from capgap.pipeline.train.staleness import USUAL_CLIP
 from capgap.pipeline.train.strategy import shard
 from capgap.pipeline.train.top_ids import top_ids
 from capgap.schemas.run_optimization import OptimizationSettings
+from capgap.schemas.run_train import USUAL_CLIP
 
 
 class DistillationModule(lightning.LightningModule):

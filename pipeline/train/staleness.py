@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from capgap.kernels.sparse_kl import importance_ratio
+from capgap.schemas.run_train import USUAL_CLIP
 
-USUAL_CLIP = 0.2
 _QUANTILES = (0.05, 0.5, 0.95)
 
 
@@ -40,8 +40,8 @@ class RatioFigures:
     effective: float
 
     def rounded(self) -> dict[str, float]:
-        """By their names, as metrics.csv has them."""
-        return {name: round(value, 6) for name, value in asdict(self).items()}
+        """By the columns of metrics.csv."""
+        return {f"ratio_{name}": round(value, 6) for name, value in asdict(self).items()}
 
 
 def ratio_figures(logprobs_N: Tensor, writer_N: Tensor, clip: float = USUAL_CLIP) -> RatioFigures:
