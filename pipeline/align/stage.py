@@ -17,6 +17,7 @@ from capgap.pipeline.models.text import TOKENIZER_FOLDER, RunText
 from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts
 from capgap.pipeline.stage.context import Instance, Slice, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.folder import WORK_FOLDER, plan_units
+from capgap.pipeline.store.files import whole_folder
 from capgap.schemas.errors import InputError, MismatchError, SettingError
 from capgap.schemas.facts import AlignedFacts, CacheFacts, RecordingFacts, SplitFacts, heldout_set
 from capgap.schemas.run_align import AlignSettings
@@ -99,7 +100,8 @@ def prepare(context: StageContext) -> AlignJob:
     _require_one("align.tokenizer", bos_ids)
     folder, work = context.folder / TOKENIZER_FOLDER, context.folder / WORK_FOLDER
     if not folder.is_dir():
-        tokenizer.save_pretrained(folder)
+        with whole_folder(folder) as whole:
+            tokenizer.save_pretrained(whole)
     sets = cache.manifest.shard_sets
     training, heldout = sets[recording], sets.get(heldout_set(recording))
     shards = (*training.shards, *(heldout.shards if heldout is not None else ()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from typing import cast
 
@@ -25,7 +24,7 @@ from capgap.pipeline.models.text import TOKENIZER_FOLDER
 from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts
 from capgap.pipeline.stage.context import StageContext
 from capgap.pipeline.stage.folder import WORK_FOLDER, plan_units
-from capgap.pipeline.store.files import write_atomically
+from capgap.pipeline.store.files import whole_folder, write_atomically
 from capgap.pipeline.store.sidecars import read_sidecar, write_sidecar
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import TokenizerFacts
@@ -61,8 +60,8 @@ def prepare(context: StageContext) -> CorpusJob:
     job = CorpusJob(settings, listing, context.folder, work, given or str(folder.resolve()), None, _NO_FACTS, ())
     if not (work / _TOKENIZER_NAME).is_file():
         tokenizer = _make_tokenizer(settings, job)
-        shutil.rmtree(folder, ignore_errors=True)
-        tokenizer.save_pretrained(folder)
+        with whole_folder(folder) as whole:
+            tokenizer.save_pretrained(whole)
         write_atomically(work / _TOKENIZER_NAME, "")
     tokenizer = load_tokenizer(job.tokenizer)
     facts = tokenizer_facts(tokenizer)

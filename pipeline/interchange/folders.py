@@ -11,7 +11,7 @@ from typing import Any
 
 from capgap.pipeline.stage.context import StageInput, StageResult
 from capgap.pipeline.stage.events import event
-from capgap.pipeline.stage.folder import WORK_FOLDER, begin, clear, content_files, finish, locked_folder
+from capgap.pipeline.stage.folder import WORK_FOLDER, begin, clear, content_files, finish, locked_folder, remove_halves
 from capgap.pipeline.stage.identity import content_of, first_difference, identity_of
 from capgap.pipeline.stage.manifests import read_manifest, read_work_order, require_seal
 from capgap.pipeline.stage.versions import earlier_versions, versions
@@ -70,6 +70,7 @@ def make_folder(
         begin(folder, order)
         (folder / WORK_FOLDER).mkdir(exist_ok=True)
         result = work(folder)
+        remove_halves(folder)
         files = content_files(folder)
         made = finish(
             folder,

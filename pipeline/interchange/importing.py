@@ -41,7 +41,7 @@ from capgap.pipeline.store import (
     split_blocks,
 )
 from capgap.pipeline.store.codec import SEQUENCES, TOPK_CODECS
-from capgap.pipeline.store.files import write_atomically
+from capgap.pipeline.store.files import whole_folder, write_atomically
 from capgap.pipeline.store.ranking import RANKING_NAME, count_ids, rank_counts, read_counts, write_counts
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import CacheFacts, CorpusFacts, ModelFacts, RecordingFacts, SplitFacts, heldout_set
@@ -100,7 +100,8 @@ def import_captures(settings: ImportSettings, force: bool = False) -> Imported:
 
 
 def _make_corpus(planned: Plan, folder: Path) -> StageResult:
-    planned.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+    with whole_folder(folder / TOKENIZER_FOLDER) as whole:
+        planned.tokenizer.save_pretrained(whole)
     codec = Codec(SEQUENCES, planned.seq_len, planned.facts.vocab_size)
     sets: dict[str, ShardSet] = {}
     splits = {"teacher": SplitFacts(num_documents=0, num_text_bytes=0, num_text_tokens=0)}

@@ -22,6 +22,7 @@ from capgap.pipeline.models.tokenizers import refuse_code, tokenizer_facts
 from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.stage.heartbeat import begin_phase
 from capgap.pipeline.stage.manifests import read_manifest
+from capgap.pipeline.store.files import whole_folder
 from capgap.schemas.errors import InputError, MachineError
 from capgap.schemas.facts import ModelFacts, ServedFacts, teacher_facts
 
@@ -170,8 +171,9 @@ def _without_compilation(part: nn.Module) -> None:
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Weights as safetensors, configuration and tokenizer: a folder that transformers and vLLM open."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with whole_folder(folder) as whole:
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
 
 
 def model_facts(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from capgap.pipeline.models.configs import empty_model, load_config
 from capgap.pipeline.models.load import HIGH_PRECISION_FOLDER, MODEL_FOLDER, load_model, save_model
+from capgap.pipeline.store.files import whole_folder
 from capgap.schemas.errors import InputError, MachineError
 
 
@@ -110,8 +111,9 @@ def save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     from capgap.pipeline.models.low_bit_files import save_compressed
 
     save_model(model, tokenizer, folder / HIGH_PRECISION_FOLDER)
-    save_compressed(model, folder / MODEL_FOLDER)
-    tokenizer.save_pretrained(folder / MODEL_FOLDER)
+    with whole_folder(folder / MODEL_FOLDER) as whole:
+        save_compressed(model, whole)
+        tokenizer.save_pretrained(whole)
 
 
 def _beside(path: str) -> Path | None:

@@ -115,8 +115,8 @@ def begin(folder: Path, order: WorkOrder) -> None:
 
 def remove_halves(folder: Path) -> None:
     """Remove what kills left half-written; for whoever knows that nobody else is writing here."""
-    for path in folder.rglob(f"*{TEMP_MARK}*"):
-        path.unlink(missing_ok=True)
+    for path in list(folder.rglob(f"*{TEMP_MARK}*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def finish(folder: Path, manifest: Manifest) -> Manifest:
@@ -163,7 +163,11 @@ def content_files(folder: Path) -> tuple[FileEntry, ...]:
     entries = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if relative.parts[0] in (WORK_FOLDER, LOGS_FOLDER) or str(relative) in _NOT_CONTENT or TEMP_MARK in path.name:
+        if (
+            relative.parts[0] in (WORK_FOLDER, LOGS_FOLDER)
+            or str(relative) in _NOT_CONTENT
+            or TEMP_MARK in str(relative)
+        ):
             continue
         if path.is_file():
             entries.append(FileEntry(path=relative.as_posix(), num_bytes=path.stat().st_size, sha256=sha256_of(path)))

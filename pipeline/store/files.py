@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: temporary name, fsync, rename; and their digests."""
+"""Files and folders that are either whole or not there: temporary name, fsync, rename; and their digests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,22 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         with contextlib.suppress(OSError), half.open("r+b") as left:
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
             half.unlink()
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder that stands under `path` only when the block ends without an error, in place of one that was there.
+
+    For what a library writes file by file, some of them under names of its own: a kill leaves no half of it.
+    """
+    temporary = path.with_name(f"{path.name}{TEMP_MARK}{uuid.uuid4().hex[:12]}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _begin(path: Path) -> tuple[Path, IO[bytes]]:

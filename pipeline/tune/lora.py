@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from capgap.pipeline.store.files import whole_folder
 from capgap.schemas.errors import InputError, MachineError
 from capgap.schemas.run_tune import LoraSettings
 
@@ -49,7 +50,8 @@ class Adapters:
 
     def save(self, folder: Path, with_embedding: bool) -> None:
         """Write them as peft does; `with_embedding` where it has rows that the model before did not have."""
-        self._with_adapters.save_pretrained(str(folder), save_embedding_layers=with_embedding)
+        with whole_folder(folder) as whole:
+            self._with_adapters.save_pretrained(str(whole), save_embedding_layers=with_embedding)
 
     def merge(self) -> PreTrainedModel:
         """The model with the adapters in its weights, and none beside them."""

@@ -78,7 +78,7 @@ def test_killed_at_random_instants_a_stage_ends_in_what_an_undisturbed_one_makes
             code, said = zygote.run(*command)
         why = f"CAPGAP_SEED={SEED}, run {num_runs} of {stage}, killed after {instants} s"
         assert code == 0, f"{why}: {said}"
-        assert result_of(folder) == undisturbed, why
+        assert result_of(folder) == undisturbed, f"{why}: {sorted(map(str, folder.rglob('*')))}"
         assert list(folder.rglob("*.partial-*")) == [], why
         num_runs += 1
     print(f"{stage}: {num_kills} kills in {num_runs} runs, {whole_s:.2f} s undisturbed, seed {SEED}")

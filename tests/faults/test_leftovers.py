@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 from processes import Zygote
 
+from capgap.pipeline.stage.folder import begin
+from capgap.pipeline.stage.manifests import read_manifest
+from capgap.pipeline.store.files import TEMP_MARK
+from capgap.schemas.manifest import WorkOrder
+
 
 def test_a_work_folder_that_a_kill_left_goes_with_the_next_command(zygote: Zygote, copy: Path, run_file: Path) -> None:
     """Killed after the manifest was written and before the work folder was gone."""
@@ -23,6 +28,23 @@ def test_a_work_folder_that_a_kill_left_goes_with_the_next_command(zygote: Zygot
     assert code == 0 and "is current" in said, said
     assert not work.exists()
     assert (copy / "train/distilled/seed-0/manifest.json").read_bytes() == before
+
+
+def test_half_a_model_that_a_kill_left_is_no_content(zygote: Zygote, copy: Path, run_file: Path) -> None:
+    """Killed while safetensors wrote, under a name of its own: neither counted nor kept."""
+    student = copy / "student/seed-0"
+    whole = read_manifest(student)
+    assert whole is not None
+    begin(student, WorkOrder.model_validate(whole.model_dump(include=set(WorkOrder.model_fields))))
+    (student / "manifest.json").unlink()
+    (student / "model" / ".tmpny05QV").write_bytes(b"half")
+    (student / f"model{TEMP_MARK}0123456789ab").mkdir()
+    (student / f"model{TEMP_MARK}0123456789ab" / ".tmpny05QV").write_bytes(b"half")
+    code, said = zygote.run("student", run_file, "--out", copy)
+    again = read_manifest(student)
+    assert code == 0 and again is not None, said
+    assert again.files == whole.files and again.content == whole.content
+    assert [path for path in student.rglob("*") if ".tmp" in path.name or TEMP_MARK in path.name] == []
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from capgap.pipeline.store.files import TEMP_MARK, atomic_file, write_atomically
+from capgap.pipeline.store.files import TEMP_MARK, atomic_file, whole_folder, write_atomically
 
 _KILLED_WHILE_WRITING = """
 import os, signal, sys
@@ -74,3 +74,21 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
         raise RuntimeError
     assert path.read_text() == "first" and _names(tmp_path) == ["a"]
     assert os.access(path, os.R_OK)
+
+
+def test_a_folder_appears_whole_and_in_place_of_what_a_kill_left_of_it(tmp_path: Path) -> None:
+    left = tmp_path / "model"
+    left.mkdir()
+    (left / ".tmpny05QV").write_text("the half of a library that writes under names of its own")
+    with whole_folder(left) as folder:
+        (folder / "config.json").write_text("whole")
+        assert _names(left) == [".tmpny05QV"]
+    assert _names(tmp_path) == ["model"] and _names(left) == ["config.json"]
+
+
+def test_an_error_leaves_the_folder_that_was_there(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(OSError, match="no space left"), whole_folder(tmp_path / "model") as folder:
+        (folder / "config.json").write_text("half")
+        raise OSError("no space left")
+    assert _names(tmp_path) == ["model"] and _names(tmp_path / "model") == []
