@@ -45,8 +45,8 @@ class TrainSettings(OptimizationSettings):
     """Weight of the KL to the teacher; cross-entropy with the text has weight 1 - alpha. 0 is cross-entropy alone."""
 
     later_learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """With `rounds` only: the peak learning rate of the rounds after round 0, whose students have learnt already. That of
-    round 0 where left out."""
+    """With `rounds` only: the peak learning rate of the rounds after round 0, whose students have learnt already; that
+    of round 0 where left out."""
 
     max_tokens: int | None = Field(None, ge=0)
     """Stop after this many targets, even within an epoch. 0 trains nothing: such an arm is the student as it was,
