@@ -41,7 +41,9 @@ _HEAD = (
     "seeds",
 )
 _IN_SHORT = (0, 1, 3, 5, 6, 7)
+_SHORT_HEAD = {"share of that gain, %": "share of online's fall in KL, %"}
 _SAMPLED = "sampled, n = {}, systematic"
+_NUM_SAMPLES = (6, 12, 25, 50, 100)
 _MARKERS = "D^vP"
 
 
@@ -68,7 +70,8 @@ def filled(page: str, results: Path) -> str:
         if mark("quality_page.py", whole) in page:
             tables[whole] = table(lines)
         if mark("quality_page.py", short) in page:
-            tables[short] = [[row[column] for column in _IN_SHORT] for row in table(lines)[: 2 + NUM_FIRST]]
+            rows = [[row[column] for column in _IN_SHORT] for row in table(lines)[: 2 + NUM_FIRST]]
+            tables[short] = [[_SHORT_HEAD.get(name, name) for name in rows[0]], *rows[1:]]
     return with_tables(page, "quality_page.py", tables)
 
 
@@ -124,7 +127,7 @@ def picture(lines: list[Line]) -> str:
         and own[0]["bytes_per_token"] is not None
         and shares(lines, arm.name, kl_of)
     }
-    series = {"samples": [_SAMPLED.format(n) for n in (6, 12, 25, 50, 100)]}
+    series = {"samples": [_SAMPLED.format(n) for n in _NUM_SAMPLES]}
     series |= {f"top-k, {tail}": [f"top-{k}, {tail}" for k in TOP_KS] for tail in TAILS}
 
     def paint(figure: Figure) -> None:
@@ -132,6 +135,8 @@ def picture(lines: list[Line]) -> str:
         axes.axhline(100, color=INK, linewidth=0.8, linestyle=":")
         for index, (label, names) in enumerate(series.items()):
             found = sorted(points[name] for name in names if name in points)
+            if not found:
+                continue
             axes.plot(
                 [size for size, _ in found],
                 [share for _, share in found],
@@ -141,6 +146,13 @@ def picture(lines: list[Line]) -> str:
                 markersize=4,
                 label=label,
             )
+        named = {f"n = {number}": _SAMPLED.format(number) for number in _NUM_SAMPLES}
+        for text, name in (named | {f"k = {k}": f"top-{k}, ghost" for k in TOP_KS}).items():
+            if (point := points.get(name)) is not None:
+                place, side = ((6, -3), "left") if text in named else ((-6, -3), "right")
+                axes.annotate(text, point, place, textcoords="offset points", color=INK, ha=side)
+        top = axes.get_xlim()[1]
+        axes.annotate("the teacher asked at each token", (top, 100), (-4, -14), textcoords="offset points", ha="right")
         axes.set_xlabel("bytes per token of the cache")
         axes.set_ylabel("share of the fall in KL, %")
         legend(figure, axes)

@@ -1,4 +1,4 @@
-"""The picture of README is that of the results which the table beside it has."""
+"""The picture of the demo is of the results that stand beside it."""
 
 from __future__ import annotations
 
@@ -19,4 +19,4 @@ def test_the_picture_says_what_the_results_do_and_needs_nothing_else() -> None:
     said = ElementTree.fromstring(text).attrib["aria-label"]
     assert re.findall(r"\d\.\d{4}", said) == [f"{model.loss:.4f}" for model in results.models]
     assert 'href="http' not in text and "url(http" not in text
-    assert "docs/demo.svg" in (ROOT / "README.md").read_text()
+    assert "demo.svg" in (ROOT / "docs/tutorials/first-run.md").read_text()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from statistics import fmean
+from xml.etree import ElementTree
 
 import pytest
 
@@ -26,3 +28,16 @@ def test_the_tables_of_the_page_are_those_that_the_script_makes(
     page = (ROOT / "docs" / f"{name}.md").read_text()
     assert script.filled(page) == page
     assert row in page
+
+
+def test_readme_s_table_and_picture_are_made_of_the_lines_that_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    quality_page = importlib.import_module("quality_page")
+    page = (ROOT / "README.md").read_text()
+    assert "docs/quality.svg" in page and quality_page.filled(page, ROOT / "benchmarks/results") == page
+    said = ElementTree.fromstring((ROOT / "docs/quality.svg").read_text()).attrib["aria-label"]
+    lines = quality_page.kept(ROOT / "benchmarks/results", "smol")
+    share = 100 * fmean(quality_page.shares(lines, "sampled, n = 50, systematic", quality_page.kl_of))
+    assert f"sampled, n = 50, systematic: {share:.0f} % at 30 bytes" in said
