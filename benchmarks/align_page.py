@@ -54,9 +54,8 @@ def table(lines: Sequence[dict[str, Any]]) -> list[Row]:
         own = {seed: one for (name, seed), one in found.items() if name == arm}
         if not own:
             continue
-        row = [
-            f"`{', '.join(f'{name}: {value:g}' if isinstance(value, float) else f'{name}: {value}' for name, value in settings.items())}`"
-        ]
+        said = ", ".join(f"{name}: {value}" for name, value in settings.items())
+        row = [f"`{said}`"]
         for measure in ("bits_per_byte", "chunk_kl"):
             pairs = [
                 found[CROSS_ENTROPY, seed][measure] - one[measure]

@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[1]
 MODELS = Path(os.environ.get("CAPGAP_REAL_MODELS", ROOT / "runs" / "real-models"))
 GEMMA, SMOL = MODELS / "gemma-3-270m", MODELS / "SmolLM2-135M-Instruct"
 REAL = {"gemma-smol": (GEMMA, SMOL), "smol-gemma": (SMOL, GEMMA)}
-# Of real models: targets that a student learns from. A student with Gemma's vocabulary takes four times as long a token.
+# Of real models: tokens that the teacher scores. A student of Gemma's vocabulary takes four times as long for each.
 NUM_TOKENS = {"gemma-smol": 49_152, "smol-gemma": 16_384}
 CACHE: dict[str, Any] = {"engine": "transformers", "recording": "topk"}
 PROJECTED_TOP_K = 16
