@@ -46,7 +46,7 @@ MODELS = Path(os.environ.get("CAPGAP_REAL_MODELS", ROOT / "runs" / "real-models"
 GEMMA, SMOL = MODELS / "gemma-3-270m", MODELS / "SmolLM2-135M-Instruct"
 REAL = {"gemma-smol": (GEMMA, SMOL), "smol-gemma": (SMOL, GEMMA)}
 # Of real models: tokens that the teacher scores. A student of Gemma's vocabulary takes four times as long for each.
-NUM_TOKENS = {"gemma-smol": 49_152, "smol-gemma": 16_384}
+NUM_TOKENS = {"gemma-smol": 24_576, "smol-gemma": 12_288}
 CACHE: dict[str, Any] = {"engine": "transformers", "recording": "topk"}
 PROJECTED_TOP_K = 16
 TRAIN: dict[str, Any] = {"validate_every_steps": 10_000, "num_validation_sequences": 1}
@@ -205,7 +205,7 @@ def _real(pair: str, work: Path, smoke: bool) -> Models:
             "student": {"prune": {"num_layers": 6, "num_sequences": 16}},
         }
     )
-    train = TRAIN | {"batch_sequences": 2, "learning_rate": 1e-3, "precision": "bf16-mixed", "compile": not smoke}
+    train = TRAIN | {"batch_sequences": 1, "learning_rate": 1e-3, "precision": "bf16-mixed"}
     path = work / "pruned" / "student" / "seed-0" / "model"
     return Models(scored, student, {"path": str(path)}, train, cut.content[:12])
 
