@@ -2,7 +2,7 @@
 
 python benchmarks/align_quality.py                      two small BPEs and a teacher made here, 5 seeds
 python benchmarks/align_quality.py --pair gemma-smol    Gemma 3 270M teaches 6 layers of SmolLM2 135M, 3 seeds
-python benchmarks/align_quality.py --pair smol-gemma    the reverse; both need the files that real_models.py fetches
+python benchmarks/align_quality.py --pair smol-gemma    the reverse; what is missing real_models.py fetches
 python benchmarks/align_quality.py --smoke              the smallest size, to see that it works
 python benchmarks/align_page.py                         the tables of docs/how-to/another-tokenizer.md
 
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from align_page import ARMS, PAIRS, table
 from machine import RESULTS, machine
+from real_models import GEMMA_3, SMOLLM2, documentation, real_model
 from result_lines import Results
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
@@ -41,10 +42,8 @@ from capgap.schemas.manifest import Manifest
 from capgap.schemas.results import RESULTS_NAME, EvalResults
 from capgap.schemas.run_file import RunFile
 
-ROOT = Path(__file__).parents[1]
-MODELS = Path(os.environ.get("CAPGAP_REAL_MODELS", ROOT / "runs" / "real-models"))
-GEMMA, SMOL = MODELS / "gemma-3-270m", MODELS / "SmolLM2-135M-Instruct"
-REAL = {"gemma-smol": (GEMMA, SMOL), "smol-gemma": (SMOL, GEMMA)}
+# who teaches, and who learns
+REAL = {"gemma-smol": (GEMMA_3, SMOLLM2), "smol-gemma": (SMOLLM2, GEMMA_3)}
 # Of real models: tokens that the teacher scores. A student of Gemma's vocabulary takes four times as long for each.
 NUM_TOKENS = {"gemma-smol": 24_576, "smol-gemma": 12_288}
 CACHE: dict[str, Any] = {"engine": "transformers", "recording": "topk"}
@@ -185,9 +184,9 @@ def _small(work: Path, smoke: bool) -> Models:
 
 def _real(pair: str, work: Path, smoke: bool) -> Models:
     """Two models of their makers; of the student some layers are left, and training has to mend it."""
-    teacher, student = REAL[pair]
+    teacher, student = map(real_model, REAL[pair])
     seq_len, shard = (128, 4) if smoke else (512, 16)
-    corpus = {"sources": [str(MODELS / "django-documentation")], "teacher_fraction": 0.0, "heldout_fraction": 0.1}
+    corpus = {"sources": [str(documentation())], "teacher_fraction": 0.0, "heldout_fraction": 0.1}
     max_tokens = {"student": NUM_TOKENS[pair], "heldout": 16 * seq_len}
     scored = {
         "corpus": corpus | {"tokenizer": str(teacher)} | _splits(seq_len, shard, max_tokens, smoke),
