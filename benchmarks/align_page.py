@@ -23,7 +23,8 @@ CROSS_ENTROPY = "cross_entropy"
 ARMS: dict[str, dict[str, Any]] = {
     CROSS_ENTROPY: {"alpha": 0.0},
     "chunks-100": {"alpha": 0.5, "temperature": 100.0},
-    "projected": {"alpha": 0.5, "temperature": 100.0, "projected_weight": 0.5},
+    "projected": {"alpha": 0.2, "temperature": 100.0, "projected_weight": 1.0},
+    "projected-less": {"alpha": 0.5, "temperature": 100.0, "projected_weight": 0.5},
     "chunks": {"alpha": 0.5, "temperature": 1.0},
     "chunks-reverse": {"alpha": 0.5, "temperature": 1.0, "divergence": "reverse_kl"},
     "chunks-alone": {"alpha": 1.0, "temperature": 100.0},

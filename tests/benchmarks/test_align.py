@@ -58,7 +58,7 @@ def test_every_arm_is_trained_once(tmp_path: Path) -> None:
     flags = ["--smoke", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "r.jsonl")]
     said = run("align_quality.py", *flags).stdout.splitlines()
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    arms = ["cross_entropy", "chunks-100", "projected", "chunks", "chunks-reverse", "chunks-alone"]
+    arms = ["cross_entropy", "chunks-100", "projected", "projected-less", "chunks", "chunks-reverse", "chunks-alone"]
     assert [one["arm"] for one in lines] == arms
     assert len(said) == 2 * len(arms) + 2
     assert run("align_quality.py", *flags).stdout.splitlines() == said[len(arms) :]
