@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from machine import RESULTS
-from page_tables import Row, interval, with_tables
+from page_tables import Row, interval, mark, with_tables
 from result_lines import Results
 
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "another-tokenizer.md"
@@ -44,7 +44,8 @@ def main() -> None:
 def filled(page: str, results: Path) -> str:
     """The page with its tables made anew."""
     tables = {pair: table(Results(results / f"align-quality-{pair}.jsonl").lines) for pair in PAIRS}
-    return with_tables(page, "align_page.py", {pair: rows for pair, rows in tables.items() if len(rows) > 2})
+    there = {pair: rows for pair, rows in tables.items() if mark("align_page.py", pair) in page}
+    return with_tables(page, "align_page.py", there)
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[Row]:

@@ -32,7 +32,7 @@ _PATIENCE_S, _ASK_EVERY_S, _ANSWER_S = 60.0, 5.0, 1.0
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
-class Asked:
+class CountedReplica:
     """A replica that says how far it is."""
 
     def how_far(self) -> float:
@@ -46,7 +46,7 @@ class Fleet:
     Args:
         cluster: where they run.
         kind: of a replica: a class with `start()` and `make(unit)`, each of which may be called again after a death;
-            one that is `Asked` has its progress counted.
+            of a `CountedReplica` progress is counted within units.
         arguments: of its constructor.
         num_replicas: how many at a time.
         in_flight: units that one has at a time, each in a thread of its own.
@@ -112,7 +112,7 @@ class Fleet:
 
     def _ask(self, replica: Any) -> None:
         """Hear how far it is; one that does not answer is asked again later, and says all of it then."""
-        if not issubclass(self._kind, Asked):
+        if not issubclass(self._kind, CountedReplica):
             return
         with contextlib.suppress(self._ray.exceptions.RayError):
             told = self._ray.get(replica.how_far.remote(), timeout=_ANSWER_S)
