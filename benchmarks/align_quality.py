@@ -2,7 +2,7 @@
 
 python benchmarks/align_quality.py                      two small BPEs and a teacher made here, 5 seeds
 python benchmarks/align_quality.py --pair gemma-smol    Gemma 3 270M teaches 6 layers of SmolLM2 135M, 3 seeds
-python benchmarks/align_quality.py --pair smol-gemma    the reverse; what is missing real_models.py fetches
+python benchmarks/align_quality.py --pair smol-gemma    the reverse, Gemma whole; real_models.py fetches both
 python benchmarks/align_quality.py --smoke              the smallest size, to see that it works
 python benchmarks/align_page.py                         the tables of docs/how-to/another-tokenizer.md
 
@@ -183,7 +183,7 @@ def _small(work: Path, smoke: bool) -> Models:
 
 
 def _real(pair: str, work: Path, smoke: bool) -> Models:
-    """Two models of their makers; of the student some layers are left, and training has to mend it."""
+    """Two models of their makers; of SmolLM2 as the student some layers are left, and training has to mend it."""
     teacher, student = map(real_model, REAL[pair])
     seq_len, shard = (128, 4) if smoke else (512, 16)
     corpus = {"sources": [str(documentation())], "teacher_fraction": 0.0, "heldout_fraction": 0.1}
@@ -193,6 +193,10 @@ def _real(pair: str, work: Path, smoke: bool) -> Models:
         "teacher": {"path": str(teacher)},
         "cache": CACHE | {"dtype": "bfloat16", "num_heldout_sequences": max_tokens["heldout"] // seq_len},
     }
+    train = TRAIN | {"batch_sequences": 1, "precision": "bf16-mixed"}
+    if pair == "smol-gemma":
+        # whole, for Gemma cannot be pruned, and so with small steps
+        return Models(scored, student, {"path": str(student)}, train | {"learning_rate": 2e-5}, student.name)
     # on some of the same text
     cut = _carry_out(
         {
@@ -204,9 +208,8 @@ def _real(pair: str, work: Path, smoke: bool) -> Models:
             "student": {"prune": {"num_layers": 6, "num_sequences": 16}},
         }
     )
-    train = TRAIN | {"batch_sequences": 1, "learning_rate": 1e-3, "precision": "bf16-mixed"}
     path = work / "pruned" / "student" / "seed-0" / "model"
-    return Models(scored, student, {"path": str(path)}, train, cut.content[:12])
+    return Models(scored, student, {"path": str(path)}, train | {"learning_rate": 1e-3}, cut.content[:12])
 
 
 def _splits(seq_len: int, shard: int, max_tokens: dict[str, int], smoke: bool) -> dict[str, Any]:
