@@ -1,50 +1,54 @@
 """What a teacher of another tokenizer gives a student, beside cross-entropy alone on the same bytes of text.
 
 python benchmarks/align_quality.py                      two small BPEs and a teacher made here, 5 seeds
-python benchmarks/align_quality.py --pair gemma-smol    Gemma 3 270M teaches SmolLM2 135M, 3 seeds; needs real_models.py
-python benchmarks/align_quality.py --pair smol-gemma    the reverse
+python benchmarks/align_quality.py --pair gemma-smol    Gemma 3 270M teaches 6 layers of SmolLM2 135M, 3 seeds
+python benchmarks/align_quality.py --pair smol-gemma    the reverse, Gemma whole; real_models.py fetches both
 python benchmarks/align_quality.py --smoke              the smallest size, to see that it works
+python benchmarks/align_page.py                         the tables of docs/how-to/another-tokenizer.md
 
-Every arm of a seed starts from the same weights and sees the same sequences of the student's tokens in the same order.
-Bits per byte and KL of chunks are of the same held-out text. A finished training is a line of the results, and is not
-done again; one that was killed goes on from its last checkpoint.
+Every arm of a seed starts from the same weights and sees the same sequences of the student's tokens in the same order,
+once. Bits per byte and KL of chunks are of the same held-out text. A finished training is a line of the results, and is
+not done again; one that was killed goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
+import pydoc_data.topics
+import shutil
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 # found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
 sys.path.insert(0, str(Path(__file__).parent))
 
+from align_page import ARMS, PAIRS, table
 from machine import RESULTS, machine
+from real_models import GEMMA_3, SMOLLM2, documentation, real_model
+from result_lines import Results
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.stage.device import resolve_device
+from capgap.pipeline.store import keep_freed_memory
+from capgap.pipeline.store.files import whole_folder
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.graph import instances
+from capgap.schemas.facts import CacheFacts
+from capgap.schemas.manifest import Manifest
 from capgap.schemas.results import RESULTS_NAME, EvalResults
 from capgap.schemas.run_file import RunFile
 
-ROOT = Path(__file__).parents[1]
-MODELS = Path(os.environ.get("CAPGAP_REAL_MODELS", ROOT / "runs" / "real-models"))
-GEMMA, SMOL = str(MODELS / "gemma-3-270m"), str(MODELS / "SmolLM2-135M-Instruct")
-ARMS: dict[str, dict[str, Any]] = {
-    "cross_entropy": {"alpha": 0.0},
-    "chunks": {"alpha": 0.5, "temperature": 1.0},
-    "chunks-100": {"alpha": 0.5, "temperature": 100.0},
-    "chunks-alone": {"alpha": 1.0, "temperature": 100.0},
-    "chunks-reverse": {"alpha": 0.5, "temperature": 1.0, "divergence": "reverse_kl"},
-    "projected": {"alpha": 0.5, "temperature": 100.0, "projected_weight": 0.5},
-}
-FEW = ["cross_entropy", "chunks-100", "projected"]
-PAIRS = {"bpe": (5, list(ARMS)), "gemma-smol": (3, FEW), "smol-gemma": (3, FEW)}
+# who teaches, and who learns
+REAL = {"gemma-smol": (GEMMA_3, SMOLLM2), "smol-gemma": (SMOLLM2, GEMMA_3)}
+# Of real models: tokens that the teacher scores. A student of Gemma's vocabulary takes four times as long for each.
+NUM_TOKENS = {"gemma-smol": 24_576, "smol-gemma": 12_288}
+CACHE: dict[str, Any] = {"engine": "transformers", "recording": "topk"}
+PROJECTED_TOP_K = 16
+TRAIN: dict[str, Any] = {"validate_every_steps": 10_000, "num_validation_sequences": 1}
 
 
 def main() -> None:
@@ -58,111 +62,167 @@ def main() -> None:
     flags = parser.parse_args()
     name = f"{flags.pair}{'-smoke' if flags.smoke else ''}"
     work = (flags.work or Path(f"runs/align-{name}")).resolve()
-    results = flags.results or (work if flags.smoke else RESULTS) / f"align-quality-{name}.jsonl"
+    results = Results(flags.results or (work if flags.smoke else RESULTS) / f"align-quality-{name}.jsonl")
     os.environ.setdefault("CAPGAP_LEASE_DIR", str(work / "leases"))
+    keep_freed_memory()
     num_seeds, arms = PAIRS[flags.pair]
-    teacher, student = _runs(flags.pair, work, flags.smoke)
+    bench = Bench(flags.pair, work, flags.smoke)
     for seed in range(flags.seeds or (1 if flags.smoke else num_seeds)):
-        out = work / f"seed-{seed}"
-        run = RunFile.model_validate(
-            {**student, "arms": {arm: ARMS[arm] for arm in arms}, "seeds": [seed], "out": str(out)}
+        for arm in arms:
+            if not results.has(arm, seed, bench.about):
+                results.add(bench.measured(arm, seed))
+                print(f"{time.strftime('%H:%M:%S')} {arm}, seed {seed}: {results.lines[-1]}", flush=True)
+    print("\n".join(f"| {' | '.join(row)} |" for row in table(results.lines)))
+
+
+@dataclass(frozen=True)
+class Models:
+    """Who teaches and who learns.
+
+    Attributes:
+        teacher: the sections of the run that makes the cache.
+        tokenizer: the student's.
+        student: what a training begins with.
+        train: what all arms have alike.
+        known_as: the student, in results.
+    """
+
+    teacher: dict[str, Any]
+    tokenizer: Path
+    student: dict[str, Any]
+    train: dict[str, Any]
+    known_as: Any
+
+
+class Bench:
+    """The cache of a pair, made when it is not there, and the trainings from it.
+
+    Args:
+        pair: one of `PAIRS`.
+        work: folder for all of it.
+        smoke: at the smallest size.
+    """
+
+    def __init__(self, pair: str, work: Path, smoke: bool) -> None:
+        self._work = work
+        self._models = _small(work, smoke) if pair == "bpe" else _real(pair, work, smoke)
+        _carry_out({"out": str(work / "teacher"), **self._models.teacher})
+        align = {"tokenizer": str(self._models.tokenizer), "projected_top_k": PROJECTED_TOP_K}
+        self._aligned = work / "aligned" / "align"
+        manifest = _carry_out(
+            {"out": str(work / "aligned"), "reuse": {"cache": str(work / "teacher" / "cache")}, "align": align}
         )
-        about = {"pair": flags.pair, "smoke": flags.smoke, "seed": seed}
-        kept = {one["arm"] for one in _lines(results) if one["about"] == about}
-        if not kept.issuperset(arms):
-            _carry_out(RunFile.model_validate(teacher))
-            _carry_out(run)
-            _keep(results, about, kept, run)
-    print(_table(_lines(results)))
+        self._facts = CacheFacts.model_validate(manifest.facts)
+        self._num_tokens = manifest.shard_sets["chunks"].num_tokens
+        self.about: dict[str, Any] = {
+            "pair": pair,
+            "smoke": smoke,
+            "cache": manifest.content[:12],
+            "student": self._models.known_as,
+            "train": self._models.train,
+        }
+
+    def measured(self, arm: str, seed: int) -> dict[str, Any]:
+        """One line of the results."""
+        out = self._work / f"{arm}-seed-{seed}"
+        wall, cpu = time.perf_counter(), time.process_time()
+        _carry_out(
+            {
+                "out": str(out),
+                "seeds": [seed],
+                "reuse": {"cache": str(self._aligned)},
+                "student": self._models.student,
+                "train": self._models.train,
+                "arms": {arm: ARMS[arm]},
+                "eval": {},
+            }
+        )
+        wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
+        found = EvalResults.model_validate_json((out / "eval" / RESULTS_NAME).read_text())
+        [model] = [one for one in found.models if one.arm == arm]
+        assert found.cached is not None and model.against_cache is not None and self._facts.aligned is not None
+        shutil.rmtree(out)  # the student has served
+        aligned = self._facts.aligned
+        return {
+            "arm": arm,
+            "seed": seed,
+            "bits_per_byte": model.bits_per_byte,
+            "chunk_kl": model.against_cache.chunk_kl,
+            "teacher_bits_per_byte": found.cached.teacher_bits_per_byte,
+            "num_text_bytes": self._facts.splits["student"].num_text_bytes,
+            "num_tokens": self._num_tokens,
+            "kept_chunks": round(aligned.num_kept_chunks / aligned.num_chunks, 4),
+            "projected": round(aligned.num_projected / self._num_tokens, 4),
+            "wall_s": round(wall_s, 1),
+            "cpu_s": round(cpu_s, 1),
+            "settings": ARMS[arm],
+            "about": self.about,
+            "machine": machine(resolve_device("auto")),
+        }
 
 
-def _runs(pair: str, work: Path, smoke: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The run that makes the cache, and that of the students."""
-    train: dict[str, Any] = {"validate_every_steps": 10_000}
-    cache: dict[str, Any] = {"engine": "transformers", "recording": "topk"}
-    if pair == "bpe":
-        tokens = {"teacher": 1_500_000, "student": 400_000, "heldout": 60_000}
-        tokenizer, seq_len = work / "tokenizer", 128
-        cache["max_tokens"] = 120_000
-        train |= {"batch_sequences": 8, "learning_rate": 3e-3}
-        corpus: dict[str, Any] = {"sources": ["builtin:python"], "vocab_size": 2000, "teacher_fraction": 0.7}
-        teacher: dict[str, Any] = {
+def _small(work: Path, smoke: bool) -> Models:
+    """A teacher of 2.2 million parameters, a student of 0.34 million, and a tokenizer made of a part of their text."""
+    tokenizer, seq_len = work / "tokenizer", 128
+    if not tokenizer.is_dir():
+        pages = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+        with whole_folder(tokenizer) as folder:
+            train_tokenizer(pages, 1200).save_pretrained(folder)
+    max_tokens = {"teacher": 1_500_000, "student": 400_000, "heldout": 60_000}
+    teacher = {
+        "corpus": {"sources": ["builtin:python"], "vocab_size": 2000, "teacher_fraction": 0.7}
+        | _splits(seq_len, 16 if smoke else 64, max_tokens, smoke),
+        "teacher": {
             "model": {"hidden_size": 192, "num_layers": 4, "num_heads": 6, "intermediate_size": 512},
             "training": {"batch_sequences": 16, "learning_rate": 3e-3},
-        }
-        student: dict[str, Any] = {
-            "model": {"hidden_size": 96, "num_layers": 2, "num_heads": 3, "intermediate_size": 256}
-        }
-        if not tokenizer.is_dir():
-            pages = [path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))]
-            train_tokenizer(pages, 1200).save_pretrained(tokenizer)
-    else:
-        tokens = {"student": 100_000, "heldout": 16_000}
-        path, seq_len = (GEMMA, 512) if pair == "gemma-smol" else (SMOL, 512)
-        tokenizer = Path(SMOL if pair == "gemma-smol" else GEMMA)
-        corpus = {"sources": [str(MODELS / "django-documentation")], "tokenizer": path, "teacher_fraction": 0.0}
-        teacher, student = {"path": path}, {"path": str(tokenizer)}
-        train |= {"batch_sequences": 4, "learning_rate": 2e-5, "precision": "bf16-mixed"}
-    shards = 16 if smoke else 64
-    # a shard of each split at least
-    corpus |= {"seq_len": seq_len, "shard_sequences": shards, "heldout_fraction": 0.1}
-    corpus["max_tokens"] = {name: seq_len * shards if smoke else number for name, number in tokens.items()}
-    made = {
-        "name": f"align-{pair}",
-        "out": str(work / "teacher"),
-        "corpus": corpus,
-        "teacher": teacher,
-        "cache": cache | {"num_heldout_sequences": tokens["heldout"] // seq_len},
+        },
+        "cache": CACHE | {"max_tokens": 120_000, "num_heldout_sequences": max_tokens["heldout"] // seq_len},
     }
-    learning = {
-        "name": f"align-{pair}",
-        "reuse": {"cache": str(work / "teacher" / "cache")},
-        "align": {"tokenizer": str(tokenizer), "projected_top_k": 16},
-        "student": student,
-        "train": train,
-        "eval": {},
+    student = {"model": {"hidden_size": 96, "num_layers": 2, "num_heads": 3, "intermediate_size": 256}}
+    return Models(teacher, tokenizer, student, TRAIN | {"batch_sequences": 8, "learning_rate": 3e-3}, student)
+
+
+def _real(pair: str, work: Path, smoke: bool) -> Models:
+    """Two models of their makers; of SmolLM2 as the student some layers are left, and training has to mend it."""
+    teacher, student = map(real_model, REAL[pair])
+    seq_len, shard = (128, 4) if smoke else (512, 16)
+    corpus = {"sources": [str(documentation())], "teacher_fraction": 0.0, "heldout_fraction": 0.1}
+    max_tokens = {"student": NUM_TOKENS[pair], "heldout": 16 * seq_len}
+    scored = {
+        "corpus": corpus | {"tokenizer": str(teacher)} | _splits(seq_len, shard, max_tokens, smoke),
+        "teacher": {"path": str(teacher)},
+        "cache": CACHE | {"dtype": "bfloat16", "num_heldout_sequences": max_tokens["heldout"] // seq_len},
     }
-    return made, learning
+    train = TRAIN | {"batch_sequences": 1, "precision": "bf16-mixed"}
+    if pair == "smol-gemma":
+        # whole, for Gemma cannot be pruned, and so with small steps
+        return Models(scored, student, {"path": str(student)}, train | {"learning_rate": 2e-5}, student.name)
+    # on some of the same text
+    cut = _carry_out(
+        {
+            "out": str(work / "pruned"),
+            "corpus": corpus
+            | {"tokenizer": str(student)}
+            | _splits(seq_len, shard, {"student": 16 * seq_len, "heldout": 8 * seq_len}, smoke),
+            "teacher": {"path": str(student)},
+            "student": {"prune": {"num_layers": 6, "num_sequences": 16}},
+        }
+    )
+    path = work / "pruned" / "student" / "seed-0" / "model"
+    return Models(scored, student, {"path": str(path)}, train | {"learning_rate": 1e-3}, cut.content[:12])
 
 
-def _carry_out(run: RunFile) -> None:
-    for instance in instances(run):
-        carry_out(run, instance)
+def _splits(seq_len: int, shard: int, max_tokens: dict[str, int], smoke: bool) -> dict[str, Any]:
+    """Sizes of a corpus; of each split a shard at least, and no more where it only has to work."""
+    sizes = {name: seq_len * shard if smoke else number for name, number in max_tokens.items()}
+    return {"seq_len": seq_len, "shard_sequences": shard, "max_tokens": sizes}
 
 
-def _keep(results: Path, about: dict[str, Any], kept: set[str], run: RunFile) -> None:
-    """A line for each arm that has none."""
-    found = EvalResults.model_validate_json((Path(run.out) / "eval" / RESULTS_NAME).read_text())
-    bits = None if found.cached is None else found.cached.teacher_bits_per_byte
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a") as file:
-        for model in found.models:
-            if model.arm is None or model.arm in kept:
-                continue
-            near = model.against_cache
-            line = {"arm": model.arm, "bits_per_byte": model.bits_per_byte, "chunk_kl": near and near.chunk_kl}
-            line |= {"teacher_bits_per_byte": bits, "about": about, "settings": run.arms[model.arm]}
-            file.write(json.dumps(line | {"machine": machine(resolve_device(run.device))}) + "\n")
-
-
-def _lines(results: Path) -> list[dict[str, Any]]:
-    """What is kept; a killed process may have left half a line at the end."""
-    whole = results.read_text().rpartition("\n")[0] if results.is_file() else ""
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def _table(lines: list[dict[str, Any]]) -> str:
-    """Means over seeds, and what is gained beside cross-entropy of the same seed."""
-    by_seed = {(one["arm"], one["about"]["seed"]): one for one in lines}
-    rows = ["arm | bits/byte | gain on cross-entropy, each seed | chunk KL", "---|---|---|---"]
-    for arm in ARMS:
-        own = {seed: one for (name, seed), one in by_seed.items() if name == arm}
-        if not own:
-            continue
-        gains = [by_seed["cross_entropy", seed]["bits_per_byte"] - one["bits_per_byte"] for seed, one in own.items()]
-        bits, apart = (statistics.fmean(one[name] for one in own.values()) for name in ("bits_per_byte", "chunk_kl"))
-        rows.append(f"{arm} | {bits:.4f} | {', '.join(f'{gain:+.4f}' for gain in gains)} | {apart:.4f}")
-    return "\n".join(rows)
+def _carry_out(sections: dict[str, Any]) -> Manifest:
+    """Make all of a run but its report; what stood last in it."""
+    run = RunFile.model_validate({"name": "align-quality", **sections})
+    made = [carry_out(run, instance) for instance in instances(run) if instance.stage != "report"]
+    return made[-1]
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 
 END = "<!-- end -->"
+# Student's t, 97.5 %, by degrees of freedom
+_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 Row = Sequence[str]
 
@@ -22,3 +25,14 @@ def with_tables(page: str, script: str, tables: Mapping[str, Sequence[Row]]) -> 
         before, rest = page.split(begin)
         page = f"{before}{begin}\n\n{table}\n\n{END}{rest.partition(END)[2]}"
     return page
+
+
+def interval(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """Their mean, and half of its 95 % interval where there are several; `sign` is + where a mean above 0 has one."""
+    if not values:
+        return ""
+    mean = f"{fmean(values):{sign}.{digits}f}"
+    if len(values) < 2:
+        return mean
+    half = _QUANTILES.get(len(values) - 1, 2.0) * stdev(values) / len(values) ** 0.5
+    return f"{mean} +- {half:.{digits}f}"

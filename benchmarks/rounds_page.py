@@ -9,13 +9,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 # found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
 sys.path.insert(0, str(Path(__file__).parent))
 
-from page_tables import Row, with_tables
+from page_tables import Row, interval, with_tables
 from result_lines import Results
 
 PAGE = Path(__file__).parents[1] / "docs" / "rounds.md"
@@ -23,8 +23,6 @@ LINES = Path(__file__).parent / "results" / "rounds-addition.jsonl"
 ARMS = ("rounds", "policy_gradient", "off_policy", "sft", "online")
 
 _HEAD = ("arm", "right, %", "rounds - arm, points", "teacher tokens", "student tokens", "seeds")
-# Student's t, 97.5 %, by degrees of freedom
-_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def main() -> None:
@@ -49,19 +47,10 @@ def table(lines: Sequence[dict[str, Any]]) -> list[Row]:
         pairs = [
             found["rounds", one["seed"]]["right"] - one["right"] for one in own if ("rounds", one["seed"]) in found
         ]
-        gap = "" if not pairs or arm == "rounds" else _interval(pairs, "+")
+        gap = "" if not pairs or arm == "rounds" else interval([100 * pair for pair in pairs], 1, "+")
         tokens = (f"{fmean(one[name] for one in own):,.0f}" for name in ("teacher_tokens", "student_tokens"))
-        rows.append((f"`{arm}`", _interval([one["right"] for one in own]), gap, *tokens, str(len(own))))
+        rows.append((f"`{arm}`", interval([100 * one["right"] for one in own], 1), gap, *tokens, str(len(own))))
     return rows
-
-
-def _interval(shares: Sequence[float], sign: str = "") -> str:
-    """Their mean as percents, and half of its interval where there are several."""
-    mean = f"{100 * fmean(shares):{sign}.1f}"
-    if len(shares) < 2:
-        return mean
-    half = _QUANTILES.get(len(shares) - 1, 2.0) * stdev(shares) / len(shares) ** 0.5
-    return f"{mean} +- {100 * half:.1f}"
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ class TrainSettings(OptimizationSettings):
     """How a student learns from a cache, or from several."""
 
     alpha: float = Field(1.0, ge=0, le=1)
-    """Weight of the KL to the teacher; cross-entropy with the text has weight 1 - alpha. 0 is cross-entropy alone."""
+    """Weight of the KL to the teacher; cross-entropy with the text has weight 1 - alpha. 0 is cross-entropy alone. In
+    an aligned cache tokens of which the teacher says nothing have the whole of their cross-entropy."""
 
     later_learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
     """With `rounds` only: the peak learning rate of the rounds after round 0, whose students have learnt already; that

@@ -89,33 +89,35 @@ def longer_tokens(
         is_shared_V: which of them the student has as well.
     """
     if isinstance(targets, TopkTargets):
-        rows = len(labels_N), targets.ids_BLK.shape[2]
-        ids_NK = targets.ids_BLK.reshape(rows)
-        is_longer_NK = _extends(ids_NK, labels_N[:, None], table)
-        row_D, column_D = np.nonzero(is_longer_NK)
-        ids_D = ids_NK[row_D, column_D]
-        weight_D = np.exp(targets.logprobs_BLK.reshape(rows)[row_D, column_D].astype(np.float64))
+        num_ids = targets.ids_BLK.shape[2]
+        place_D = _longer_places(targets.ids_BLK.reshape(-1, num_ids), labels_N, table)
+        row_D, ids_D = place_D // num_ids, targets.ids_BLK.ravel()[place_D]
+        weight_D = np.exp(targets.logprobs_BLK.ravel()[place_D].astype(np.float64))
     else:
         row_D = np.repeat(np.arange(len(labels_N)), targets.num_ids_BL.ravel())
-        found_D = np.flatnonzero(_extends(targets.ids_D, labels_N[row_D], table))
-        row_D, ids_D = row_D[found_D], targets.ids_D[found_D]
-        weight_D = targets.counts_D[found_D] / num_samples
+        place_D = _longer_places(targets.ids_D[:, None], labels_N[row_D], table)
+        row_D, ids_D = row_D[place_D], targets.ids_D[place_D]
+        weight_D = targets.counts_D[place_D] / num_samples
     other_D = weight_D * ~is_shared_V[ids_D]
     all_N, other_N = (np.bincount(row_D, weights=one, minlength=len(labels_N)) for one in (weight_D, other_D))
     return Longer(all_N.astype(np.float32), other_N.astype(np.float32))
 
 
-def _extends(ids: npt.NDArray[np.int32], labels: npt.NDArray[np.int64], table: TokenBytes) -> npt.NDArray[np.bool_]:
-    """Whether a token begins with the label's bytes and has more; an end of a document is no beginning of anything."""
-    rank_V, stop_V = table.order.rank_V, table.order.stop_V
-    first, stop = rank_V[labels], np.where(table.length_V[labels] > 0, stop_V[labels], 0)
-    ranks = rank_V[ids]
-    inside: npt.NDArray[np.bool_] = (ranks > first) & (ranks < stop)
-    places = np.nonzero(inside)
+def _longer_places(ids_NK: npt.NDArray[np.int32], labels_N: Ints, table: TokenBytes) -> Ints:
+    """Where, row after row, a token begins with its row's label and has more bytes [D].
+
+    An end of a document is no beginning of anything.
+    """
+    rank_V, length_V = table.order.rank_V, table.length_V
+    first_N = rank_V[labels_N]
+    stop_N = np.where(length_V[labels_N] > 0, table.order.stop_V[labels_N], 0)
+    ranks_NK = rank_V[ids_NK]
+    # of an array of one axis far quicker than of two
+    place_D = np.flatnonzero((ranks_NK > first_N[:, None]) & (ranks_NK < stop_N[:, None]))
     # two ids may have the same bytes
-    lengths = np.broadcast_to(table.length_V[labels], inside.shape)[places]
-    inside[places] = table.length_V[ids[places]] > lengths
-    return inside
+    label_D = labels_N[place_D // ids_NK.shape[1]]
+    found_D: Ints = place_D[length_V[ids_NK.ravel()[place_D]] > length_V[label_D]]
+    return found_D
 
 
 def border_probabilities(

@@ -160,9 +160,9 @@ def _longer(
     some = np.flatnonzero(lone_RK.any(axis=1))
     order, length_V = both.table.order, both.table.length_V
     ids_SK = ids_RK[some]
-    rank_SK, length_SK = order.rank_V[ids_SK].astype(np.int32), length_V[ids_SK].astype(np.int32)
+    rank_SK, length_SK = order.rank_V[ids_SK], length_V[ids_SK].astype(np.int32)
     # what spells no text is the beginning of nothing
-    stop_SK = np.where(length_SK > 0, order.stop_V[ids_SK], 0).astype(np.int32)
+    stop_SK = np.where(length_SK > 0, order.stop_V[ids_SK], 0)
     # the last axis is that of the longer one
     extends_SKK = rank_SK[:, None, :] > rank_SK[:, :, None]
     extends_SKK &= rank_SK[:, None, :] < stop_SK[:, :, None]

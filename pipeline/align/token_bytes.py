@@ -79,7 +79,8 @@ class TokenBytes:
         texts = [self.bytes_of(token) for token in range(len(self.length_V))]
         ids_V = sorted(range(len(texts)), key=texts.__getitem__)
         sorted_texts = [texts[token] for token in ids_V]
-        rank_V, stop_V = np.empty(len(texts), np.int64), np.empty(len(texts), np.int64)
+        # 32 bits: millions of them are looked up
+        rank_V, stop_V = np.empty(len(texts), np.int32), np.empty(len(texts), np.int32)
         rank_V[ids_V] = np.arange(len(texts))
         # a token's extensions stand behind it, up to the first that does not begin with it
         open_ones: list[int] = []
@@ -106,8 +107,8 @@ class TokenOrder:
         stop_V: the place behind the last id that begins with this one's bytes.
     """
 
-    rank_V: Ints
-    stop_V: Ints
+    rank_V: npt.NDArray[np.int32]
+    stop_V: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)

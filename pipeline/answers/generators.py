@@ -21,6 +21,7 @@ from capgap.pipeline.cache.vllm_start import (
     silence_dumps,
     teacher_config,
 )
+from capgap.pipeline.cache.vllm_submission import finished_requests
 from capgap.pipeline.models.load import load_model
 from capgap.schemas.errors import CapgapError, InputError, MachineError
 
@@ -39,7 +40,7 @@ class Generator(Protocol):
     def generate(self, prompts: Sequence[Prompt], told: Told = None) -> list[Generated]:
         """One continuation a prompt. Equal prompts beside equal others are continued alike.
 
-        `told` hears of continued prompts, where they are continued one after the other.
+        `told` hears of each prompt as soon as it is continued.
         """
 
     def close(self) -> None:
@@ -211,14 +212,19 @@ class VllmGenerator:
                 detokenize=False,
                 # the sampled token's alone
                 logprobs=0 if self._with_logprobs else None,
+                output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
             )
             for prompt in prompts
         ]
-        with _one_line("the engine failed", self._section):
-            made = self._llm.generate(
-                [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts], params, use_tqdm=False
-            )
-        return [self._generated(output.outputs[0]) for output in made]
+        submission = [(str(place), list(prompt.ids), params[place]) for place, prompt in enumerate(prompts)]
+        made: dict[int, Generated] = {}
+        for place, output in finished_requests(
+            self._llm, submission, lambda: _one_line("the engine failed", self._section)
+        ):
+            made[place] = self._generated(output.outputs[0])
+            if told is not None:
+                told(1)
+        return [made[place] for place in range(len(prompts))]
 
     def close(self) -> None:
         """As `Generator.close`."""

@@ -16,7 +16,7 @@ from capgap.pipeline.cache.shards import CacheJob, FinishedShard, ShardScorer
 from capgap.pipeline.cache.vllm_start import leave_cores_unbound
 from capgap.pipeline.stage.context import StageContext
 from capgap.pipeline.stage.device import devices_from
-from capgap.pipeline.stage.fleet import Fleet, require_seen
+from capgap.pipeline.stage.fleet import CountedReplica, Fleet, require_seen
 from capgap.pipeline.stage.lease import LeaseRequest
 from capgap.pipeline.stage.ray_cluster import ray_cluster
 
@@ -45,7 +45,7 @@ def make_by_replicas(job: CacheJob, indices: list[int], context: StageContext) -
         yield from fleet.make(indices)
 
 
-class Replica:
+class Replica(CountedReplica):
     """An engine in a process of its own.
 
     Calls come from two threads at a time: a shard is written beside the scoring of the next.

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from capgap.pipeline.cache.scoring import Recording, Request, Scored, unpack
+from capgap.pipeline.cache.vllm_submission import Run
 from capgap.pipeline.cache.vllm_worker import RequestKey
 from capgap.pipeline.stage.progress import advance_within
 from capgap.schemas.errors import InputError, MachineError
@@ -21,12 +22,6 @@ from capgap.schemas.errors import InputError, MachineError
 # Head and log-softmax run in float32 in both places; only the batch of the matrix product differs.
 _GREEDY_TOLERANCE_NATS = 5e-3
 _SIGNATURE = ["self", "prompt_logprobs_tensors"]
-
-Submission = Sequence[tuple[str, list[int], Any]]
-"""Request ids, tokens and sampling parameters."""
-
-Run = Callable[[Submission], Iterator[tuple[int, Any]]]
-"""Carries a submission out, and yields the place in it and vLLM's output of each request that is finished."""
 
 
 class CapturedRequests:

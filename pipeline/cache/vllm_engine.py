@@ -18,7 +18,7 @@ import torch
 from capgap.pipeline.cache.engine_args import require_engine_args, with_engine_args
 from capgap.pipeline.cache.request_checks import require_kept, require_scorable
 from capgap.pipeline.cache.scoring import Recording, Request, Scored
-from capgap.pipeline.cache.vllm_captured import CapturedRequests, Submission, require_known_front_end, unknown_vllm
+from capgap.pipeline.cache.vllm_captured import CapturedRequests, require_known_front_end, unknown_vllm
 from capgap.pipeline.cache.vllm_public import PublicRequests, require_public
 from capgap.pipeline.cache.vllm_start import (
     has_low_bit_head,
@@ -34,6 +34,7 @@ from capgap.pipeline.cache.vllm_start import (
     silence_dumps,
     teacher_config,
 )
+from capgap.pipeline.cache.vllm_submission import Submission, finished_requests
 from capgap.pipeline.stage.events import event
 from capgap.pipeline.stage.heartbeat import begin_phase
 from capgap.schemas.errors import InputError, MachineError
@@ -187,23 +188,7 @@ class VllmEngine:
         self._llm.llm_engine.engine_core.shutdown()
 
     def _run(self, submission: Submission) -> Iterator[tuple[int, Any]]:
-        engine = self._llm.llm_engine
-        places = {request_id: place for place, (request_id, _, _) in enumerate(submission)}
-        try:
-            for request_id, tokens, params in submission:
-                with _one_line("the engine failed"):
-                    engine.add_request(request_id, {"prompt_token_ids": tokens}, params)
-            while engine.has_unfinished_requests():
-                with _one_line("the engine failed"):
-                    outputs = engine.step()
-                for output in outputs:
-                    if output.finished:
-                        yield places.pop(output.request_id), output
-        finally:
-            # what an error has left behind must not be taken for rows of the next submission
-            if places:
-                with contextlib.suppress(Exception):
-                    engine.abort_request(list(places))
+        return finished_requests(self._llm, submission, lambda: _one_line("the engine failed"))
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from capgap.pipeline.cache.scoring import Recording, Request, Scored, unpack
-from capgap.pipeline.cache.vllm_captured import Run
+from capgap.pipeline.cache.vllm_submission import Run
 from capgap.pipeline.stage.progress import advance_within
 from capgap.schemas.errors import InputError, SettingError
 

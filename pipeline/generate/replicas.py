@@ -12,7 +12,7 @@ from capgap.pipeline.generate.unit import TextJob, TextMaker
 from capgap.pipeline.generate.unit_record import TextRecord
 from capgap.pipeline.stage.context import StageContext
 from capgap.pipeline.stage.device import devices_from
-from capgap.pipeline.stage.fleet import Fleet, require_seen
+from capgap.pipeline.stage.fleet import CountedReplica, Fleet, require_seen
 from capgap.pipeline.stage.lease import LeaseRequest
 from capgap.pipeline.stage.ray_cluster import ray_cluster
 
@@ -36,7 +36,7 @@ def make_by_replicas(job: TextJob, units: Sequence[int], context: StageContext) 
             yield record
 
 
-class WritingReplica:
+class WritingReplica(CountedReplica):
     """A writer in a process of its own.
 
     Args:

@@ -150,7 +150,10 @@ class TextMaker:
         job, unit = self.job, self.job.each_unit[number]
         job.units.path(number).unlink(missing_ok=True)
         asked, num_too_long = self._asked(unit)
-        made = self._started().generate([prompt for _, _, prompt in asked], advance_within) if asked else []
+        # progress counts prompts, of which each may have several samples
+        share = len(unit.prompts) / max(len(asked), 1)
+        prompts = [prompt for _, _, prompt in asked]
+        made = self._started().generate(prompts, lambda count: advance_within(share * count)) if asked else []
         written: list[Written] = []
         kept: list[tuple[Prompt, SampledAnswer]] = []
         for (place, sample, prompt), generated in zip(asked, made, strict=True):

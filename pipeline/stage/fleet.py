@@ -4,28 +4,40 @@
          ^                |
          +- dies with i --+   another replica takes its place; at the third death with i the stage stops
 
-A unit is made whole or not at all, so whoever makes it again does no harm.
+A unit is made whole or not at all, so whoever makes it again does no harm. Now and then each replica is asked how far
+it is within its units.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from capgap.pipeline.stage.events import event
+from capgap.pipeline.stage.progress import advance_within, unheard
 from capgap.pipeline.stage.ray_cluster import Cluster
 from capgap.schemas.errors import CapgapError, InputError, MachineError
 
 MAX_DEATHS = 3
-_PATIENCE_S = 60.0
+_PATIENCE_S, _ASK_EVERY_S, _ANSWER_S = 60.0, 5.0, 1.0
 
 # a full disk, or a folder that may not be written: trying again mends nothing
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+
+class CountedReplica:
+    """A replica that says how far it is."""
+
+    def how_far(self) -> float:
+        """The shares of units that it has told of since it was started."""
+        return unheard()
 
 
 class Fleet:
@@ -33,7 +45,8 @@ class Fleet:
 
     Args:
         cluster: where they run.
-        kind: of a replica: a class with `start()` and `make(unit)`, each of which may be called again after a death.
+        kind: of a replica: a class with `start()` and `make(unit)`, each of which may be called again after a death;
+            of a `CountedReplica` progress is counted within units.
         arguments: of its constructor.
         num_replicas: how many at a time.
         in_flight: units that one has at a time, each in a thread of its own.
@@ -59,6 +72,7 @@ class Fleet:
         self._deaths: Counter[int | None] = Counter()
         # every call under way: its replica, and the unit or None for the start
         self._calls: dict[Any, tuple[Any, int | None]] = {}
+        self._heard: Counter[Any] = Counter()
 
     def make(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
         """Make these units, and yield each with what `make` returned, as it is finished.
@@ -70,15 +84,16 @@ class Fleet:
         self._queue.extend(indices)
         for _ in range(self._num_replicas):
             self._start()
-        patient = True
+        patient, begun = True, time.monotonic()
         while self._calls:
-            ready, _ = self._ray.wait(list(self._calls), timeout=_PATIENCE_S if patient else None)
+            ready, _ = self._ray.wait(list(self._calls), timeout=_ASK_EVERY_S)
             if not ready:
-                event(
-                    "replicas_starting",
-                    f"{self._stage}: no replica has made a {self._unit} yet; they start, or wait for devices in use",
-                )
-                patient = False
+                for replica in {replica for replica, index in self._calls.values() if index is not None}:
+                    self._ask(replica)
+                if patient and time.monotonic() - begun >= _PATIENCE_S:
+                    said = f"no replica has made a {self._unit} yet; they start, or wait for devices in use"
+                    event("replicas_starting", f"{self._stage}: {said}")
+                    patient = False
                 continue
             replica, index = self._calls.pop(ready[0])
             try:
@@ -88,13 +103,25 @@ class Fleet:
                 continue
             if index is not None:
                 patient = False
+                # before the whole unit is counted, whose parts must not be heard of after it
+                self._ask(replica)
                 yield index, made
             else:
                 self._deaths[None] = 0
             self._feed(replica)
 
+    def _ask(self, replica: Any) -> None:
+        """Hear how far it is; one that does not answer is asked again later, and says all of it then."""
+        if not issubclass(self._kind, CountedReplica):
+            return
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            told = self._ray.get(replica.how_far.remote(), timeout=_ANSWER_S)
+            advance_within(told - self._heard[replica])
+            self._heard[replica] = told
+
     def _start(self) -> None:
-        replica = self._cluster.actor(self._kind, self._in_flight).remote(*self._arguments)
+        # a thread more than units, to answer in
+        replica = self._cluster.actor(self._kind, self._in_flight + 1).remote(*self._arguments)
         self._calls[replica.start.remote()] = (replica, None)
 
     def _feed(self, replica: Any) -> None:

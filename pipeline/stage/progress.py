@@ -57,11 +57,20 @@ def advance_within(steps: float) -> None:
 
     For those that know how far a unit is and have no meter: a shard of a cache takes minutes or hours.
     """
+    global _unheard
     if _current is not None:
         _current.advance_within(steps)
+    else:
+        _unheard += steps
+
+
+def unheard() -> float:
+    """What `advance_within` has said in this process where there was no meter, for another process that has one."""
+    return _unheard
 
 
 _current: Meter | None = None
+_unheard = 0.0
 
 
 @contextmanager

@@ -205,7 +205,9 @@ class DistillationModule(lightning.LightningModule):
     def _loss_of_chunks(self, hidden_BLH: torch.Tensor, batch: Batch, alpha: float) -> SparseKl:
         """alpha times the chunks' divergences and 1 - alpha times the labels' cross-entropies, all over the labels.
 
-        Added to it is `projected_weight` times the divergences of projected targets, over the labels too.
+        A label in no chunk to learn from has the whole of its cross-entropy, or text of which the teacher says nothing
+        would count less than other text. Added to it is `projected_weight` times the divergences of projected targets,
+        over the labels too.
         """
         assert batch.chunk_left_N is not None and batch.chunk_logprobs_N is not None
         labels_N = batch.labels_BL.flatten()
@@ -216,7 +218,8 @@ class DistillationModule(lightning.LightningModule):
         divergence_N = chunk_kl(batch.chunk_logprobs_N, sums_N, self._temperature, self._objective.of_chunks)
         kl_N = divergence_N.where(batch.chunk_left_N == 0, 0.0)
         count = ((labels_N >= 0) & (labels_N < self._vocab_size)).sum().clamp(min=1)
-        loss = (alpha * kl_N.sum() - (1 - alpha) * logprobs_N.sum()) / count
+        ce_weight_N = torch.where(batch.chunk_left_N < 0, 1.0, 1 - alpha)
+        loss = (alpha * kl_N.sum() - (ce_weight_N * logprobs_N).sum()) / count
         if self._objective.projected_weight > 0:
             loss = loss + self._objective.projected_weight * self._projected(hidden_BLH, batch) / count
         return SparseKl(loss, kl_N.detach(), -logprobs_N.detach())

@@ -91,7 +91,9 @@ def test_vllm_s_most_probable_answers_are_those_of_transformers(
     vllm: VllmGenerator, generator: TransformersGenerator
 ) -> None:
     prompts = [prompt(first) for first in range(10, 200, 10)]
-    assert vllm.generate(prompts) == generator.generate(prompts)
+    told: list[float] = []
+    assert vllm.generate(prompts, told.append) == generator.generate(prompts)
+    assert told == [1] * len(prompts), "each is heard of, and not all of them at the end alone"
 
 
 @pytest.mark.slow
