@@ -193,13 +193,16 @@ class DistillKit:
         }
 
     def _student(self, seed: int, folder: Path) -> Path:
-        """Before its first step, as releases of transformers before 5 read it."""
+        """Before its first step, with the teacher's tokenizer, as releases of transformers before 5 read them."""
         self._bench.student(seed).save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
         config |= config.pop("rope_parameters", {})
         (folder / "config.json").write_text(json.dumps(config))
-        for file in Path(self._bench.teacher_folder).glob("*token*"):
-            shutil.copy(file, folder)
+        teacher = Path(self._bench.teacher_folder)
+        shutil.copy(teacher / "tokenizer.json", folder)
+        config = json.loads((teacher / "tokenizer_config.json").read_text())
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
         return folder
 
     def _start(self, python: str, what: str, **flags: object) -> dict[str, Any]:
