@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from machine import RESULTS, keep
 from quality import Bench, taken
-from quality_arms import RUNS, Arm, arms
+from quality_arms import NUM_FIRST, RUNS, Arm, arms
 from quality_page import kl_of, shares
 from result_lines import Results
 from transformers import PreTrainedModel
@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", choices=list(RUNS), default="demo")
     parser.add_argument("--batches", type=int, default=16)
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="recordings; default: those the goal is about")
     parser.add_argument("--work", type=Path, help="as for benchmarks/quality.py, whose caches are taken")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
@@ -51,7 +52,7 @@ def main() -> None:
     os.environ.setdefault("CAPGAP_LEASE_DIR", str((work / "leases").resolve()))
     bench = Bench(work, *taken(flags.run, flags.smoke))
     trained = Results(flags.results / f"quality-{flags.run}.jsonl").lines
-    figures = measure(bench, [arm for arm in arms() if arm.alpha == 1], 4 if flags.smoke else flags.batches)
+    figures = measure(bench, chosen(flags.arms), 4 if flags.smoke else flags.batches)
     for row in figures["recordings"]:
         found = shares(trained, row["recording"], kl_of)
         row["share_of_kl_gain"] = round(statistics.mean(found), 4) if found else None
@@ -59,6 +60,12 @@ def main() -> None:
     figures["rank_correlation"] = _rank_correlation(pairs)
     print(f"rank correlation of the error with the share of the gain in KL: {figures['rank_correlation']}")
     print(keep(f"gradient-variance-{flags.run}", "cpu", figures, flags.results))
+
+
+def chosen(names: list[str] | None) -> list[Arm]:
+    """The arms of these names, or those that come first in the table, and online distillation."""
+    first = [arm.name for arm in arms()[:NUM_FIRST]]
+    return [arm for arm in arms() if arm.alpha == 1 and (arm.online or arm.name in (names or first))]
 
 
 def measure(bench: Bench, arms_tried: list[Arm], num_batches: int) -> dict[str, Any]:

@@ -176,14 +176,10 @@ class Bench:
         )
         wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
         shutil.rmtree(folder)  # its checkpoints have served
-        comparison = Comparison(heldout.spool)
-        loss = self._score(model.eval(), heldout.sequences, comparison.add, heldout.num_full)
         return {
             "arm": arm.name,
             "seed": seed,
-            "heldout_loss": loss,
-            "against_teacher": comparison.result(arm.name).model_dump(),
-            "teacher_loss": heldout.teacher_loss,
+            **self.measured(arm.name, model, heldout),
             "bytes_per_token": None if arm.alpha == 0 or arm.online else _bytes_per_token(reader),
             "ids_per_token": None if arm.alpha == 0 or arm.online else _ids_per_token(reader),
             "num_steps": totals["num_steps"],
@@ -192,6 +188,18 @@ class Bench:
             "about": self.about,
             "machine": machine("cpu"),
         }
+
+    def measured(self, name: str, model: PreTrainedModel, heldout: Heldout) -> dict[str, Any]:
+        """What a line says of a trained student."""
+        comparison = Comparison(heldout.spool)
+        loss = self._score(model.eval(), heldout.sequences, comparison.add, heldout.num_full)
+        against = comparison.result(name).model_dump()
+        return {"heldout_loss": loss, "against_teacher": against, "teacher_loss": heldout.teacher_loss}
+
+    @property
+    def teacher_folder(self) -> str:
+        """Where its weights are."""
+        return str(model_path(self._teacher))
 
     def teacher(self) -> PreTrainedModel:
         """It, anew, in the dtype in which it made the caches."""

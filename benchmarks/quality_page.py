@@ -72,6 +72,10 @@ def filled(page: str, results: Path) -> str:
         if mark("quality_page.py", short) in page:
             rows = [[row[column] for column in _IN_SHORT] for row in table(lines)[: 2 + NUM_FIRST]]
             tables[short] = [[_SHORT_HEAD.get(name, name) for name in rows[0]], *rows[1:]]
+        for others in ("peers", "estimators"):
+            if mark("quality_page.py", f"{run}, {others}") in page:
+                beside = Results(results / f"{others}-{run}.jsonl").lines
+                tables[f"{run}, {others}"] = table(lines + beside, list(dict.fromkeys(one["arm"] for one in beside)))
     return with_tables(page, "quality_page.py", tables)
 
 
@@ -81,21 +85,21 @@ def kept(results: Path, run: str) -> list[Line]:
     return [line for line in lines if line["about"] == lines[-1]["about"]]
 
 
-def table(lines: list[Line]) -> list[Row]:
-    """A row an arm; what follows +- is the standard error over seeds."""
+def table(lines: list[Line], names: list[str] | None = None) -> list[Row]:
+    """A row an arm, of these names or all of `arms`; what follows +- is the standard error over seeds."""
     rows: list[Row] = [_HEAD, ("---", *["---:"] * (len(_HEAD) - 1))]
-    for arm in arms():
-        own = [one for one in lines if one["arm"] == arm.name]
+    for name in names or [arm.name for arm in arms()]:
+        own = [one for one in lines if one["arm"] == name]
         if own:
             rows.append(
                 (
-                    arm.name,
+                    name,
                     _measured(own[0]["bytes_per_token"]),
                     _measured(own[0]["ids_per_token"]),
                     _mean([_loss(one) for one in own], 4),
-                    _mean(shares(lines, arm.name, _loss), 1, 100),
+                    _mean(shares(lines, name, _loss), 1, 100),
                     _mean([kl_of(one) for one in own], 4),
-                    _mean(shares(lines, arm.name, kl_of), 1, 100),
+                    _mean(shares(lines, name, kl_of), 1, 100),
                     str(len(own)),
                 )
             )

@@ -1,0 +1,227 @@
+"""Students that DistillKit trains from its own captures, beside those of benchmarks/quality.py: a line each.
+
+python benchmarks/peers.py --distillkit ~/DistillKit --python ~/DistillKit/.venv/bin/python
+
+The teacher, the student before its first step, the tokens, their order and the optimizer's settings are those of
+benchmarks/quality.py --run smol, whose folder of work is read; bytes, capture, loss and training are DistillKit's own
+(benchmarks/distillkit_run.py says what is not). Its capture runs in this environment, which has vLLM, its training with
+`--python`, the one of an environment with its dependencies. A finished training is a line and is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from machine import RESULTS, machine
+from quality import Bench, Heldout, taken
+from quality_arms import CROSS_ENTROPY, RUNS, arms
+from quality_page import kl_of
+from result_lines import Results
+from safetensors.torch import load_file
+
+from capgap.pipeline.store import LoaderSettings, SequenceLoader, keep_freed_memory
+
+_POLYNOMIAL = {"polynomial_terms": [0, 1, 2, 3, 4, "sqrt"], "exact_k": 16, "k": 128}
+COMPRESSIONS: dict[str, dict[str, Any]] = {
+    "recommended (k = 128)": _POLYNOMIAL,
+    "budget (k = 50)": {"polynomial_terms": [0, 1, "sqrt"], "exact_k": 1, "k": 50},
+}
+_ALIKE = {"exact_dtype": "bfloat16", "term_dtype": "float32", "residual_bins": [], "delta_encoding": False}
+# By name, the compression and what its loss takes the probability outside the kept tokens for; `zero` is its default.
+ARMS = {
+    f"DistillKit, {name}, {missing}": (name, missing)
+    for missing in ("zero", "symmetric_uniform")
+    for name in COMPRESSIONS
+}
+
+
+def main() -> None:
+    """Capture and train what is not in the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--distillkit", type=Path, required=True, help="a checkout")
+    parser.add_argument("--python", default=sys.executable, help="that has what DistillKit's training needs")
+    parser.add_argument("--run", choices=list(RUNS), default="smol", help="whose models and text are taken")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--work", type=Path, help="as for benchmarks/quality.py, whose caches are taken")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the lines")
+    parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
+    flags = parser.parse_args()
+    keep_freed_memory()
+    work = flags.work or Path(f"runs/quality-{flags.run}")
+    os.environ.setdefault("CAPGAP_LEASE_DIR", str((work / "leases").resolve()))
+    bench = Bench(work, *taken(flags.run, flags.smoke))
+    peer = DistillKit(bench, flags.distillkit.resolve(), flags.python, work.resolve() / "distillkit")
+    about = bench.about | {"distillkit": peer.commit}
+    results = Results(flags.results / f"peers-{flags.run}.jsonl")
+    with bench.teacher_on_heldout() as heldout:
+        for seed in range(flags.seeds):
+            for arm in flags.arms:
+                if not results.has(arm, seed, about):
+                    results.add(peer.train(arm, seed, heldout) | {"about": about, "machine": machine("cpu")})
+                    print(arm, seed, kl_of(results.lines[-1]), results.lines[-1], flush=True)
+
+
+class DistillKit:
+    """Drives a checkout on the models and rows of a bench.
+
+    Attributes:
+        commit: of the checkout.
+    """
+
+    def __init__(self, bench: Bench, checkout: Path, python: str, work: Path) -> None:
+        command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+        self.commit = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        self._bench, self._checkout, self._python, self._work = bench, checkout, python, work
+        # cross-entropy is about the text alone: every arm reads these sequences
+        self._reader = bench.reader(next(arm for arm in arms() if arm.name == CROSS_ENTROPY))
+        self._length = self._reader.shard_set.seq_len
+
+    def train(self, arm: str, seed: int, heldout: Heldout) -> dict[str, Any]:
+        """One line of the results, but for what it is about."""
+        name, missing = ARMS[arm]
+        captures, captured = self._captures(name)
+        rows = self._rows(seed)
+        folder = self._work / f"train-{name.split()[0]}-{missing}-{seed}"
+        shutil.rmtree(folder, ignore_errors=True)
+        self._start(self._python, "pack", captures=captures, length=self._length, rows=rows, out=folder / "data")
+        config = folder / "config.yaml"
+        config.write_text(yaml.safe_dump(self._training(seed, folder, captures, missing)))
+        trained = self._start(self._python, "train", config=config)
+        model = self._bench.student(seed)
+        model.load_state_dict(_weights(folder / "student"), strict=False)  # tied weights are there once
+        num_rows = self._settings().max_tokens // self._length
+        shutil.rmtree(folder)
+        return (
+            {"arm": arm, "seed": seed}
+            | self._bench.measured(arm, model, heldout)
+            | {
+                "bytes_per_token": round(captured["num_bytes"] / (num_rows * self._length), 2),
+                "ids_per_token": float(COMPRESSIONS[name]["k"]),
+                "capture": captured,
+                **trained,
+            }
+        )
+
+    def _captures(self, name: str) -> tuple[Path, dict[str, Any]]:
+        """The folder of a capture, made if it is not, and what it took."""
+        folder = self._work / f"captures-{name.split()[0]}"
+        kept = folder / "taken.json"
+        if not kept.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            config = folder / "asked.yaml"
+            # the capture puts its own vocabulary in the place of d
+            config.write_text(yaml.safe_dump(COMPRESSIONS[name] | _ALIKE | {"d": 1}))
+            teacher = self._bench.teacher_folder
+            found = self._start(
+                sys.executable, "capture", rows=self._rows(0), model=teacher, config=config, out=folder,
+                length=self._length,
+            )  # fmt: skip
+            kept.write_text(json.dumps(found))
+        return folder, json.loads(kept.read_text())
+
+    def _rows(self, seed: int) -> Path:
+        """What a training of a seed sees, in its order: the tokens of each sequence, the last one's label included."""
+        settings = self._settings()
+        path = self._work / f"rows-{seed}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        loader = SequenceLoader(
+            self._reader, LoaderSettings(settings.batch_sequences, seed, max_tokens=settings.max_tokens)
+        )
+        rows = [
+            [*tokens_L.tolist(), int(labels_L[-1])]
+            for batch in loader
+            for tokens_L, labels_L in zip(batch.input_ids_BL, batch.labels_BL, strict=True)
+        ]
+        assert all(row[-1] >= 0 for row in rows), "labels that do not count are no rows of DistillKit's"
+        pq.write_table(pa.table({"input_ids": rows}), path)
+        return path
+
+    def _training(self, seed: int, folder: Path, captures: Path, missing: str) -> dict[str, Any]:
+        """Its run file: the optimizer's settings are those of the bench."""
+        settings = self._settings()
+        num_steps = settings.max_tokens // self._length // settings.batch_sequences
+        return {
+            "model": str(self._student(seed, folder / "before")),
+            "output_path": str(folder / "student"),
+            "sequence_length": self._length,
+            "use_flash_attention": False,
+            "model_kwargs": {"torch_dtype": "float32"},
+            "dataset": {"train_dataset": {"disk_path": str(folder / "data")}, "prepacked": True, "seed": None},
+            "teacher": {
+                "kind": "dataset",
+                "logprob_compressor": yaml.safe_load((captures / "compression_config.yaml").read_text()),
+            },
+            "loss_functions": [
+                {"function": "kl", "weight": 1.0, "temperature": 1.0, "missing_probability_handling": missing}
+            ],
+            "training_args": {
+                "num_train_epochs": 1,
+                "per_device_train_batch_size": settings.batch_sequences,
+                "learning_rate": settings.learning_rate,
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr_rate": settings.final_learning_rate_ratio},
+                "warmup_steps": round(settings.warmup_fraction * num_steps),
+                "weight_decay": settings.weight_decay,
+                "adam_beta2": 0.95,
+                "optim": "adamw_torch_fused",
+                "max_grad_norm": settings.clip_norm,
+                "bf16": settings.precision != "32-true",
+                "use_cpu": True,
+                "gradient_checkpointing": False,
+                "remove_unused_columns": False,
+                "save_strategy": "no",
+                "report_to": "none",
+                "logging_steps": 10,
+                "seed": seed,
+            },
+        }
+
+    def _student(self, seed: int, folder: Path) -> Path:
+        """Before its first step, with the teacher's tokenizer, as releases of transformers before 5 read them."""
+        self._bench.student(seed).save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        config |= config.pop("rope_parameters", {})
+        (folder / "config.json").write_text(json.dumps(config))
+        teacher = Path(self._bench.teacher_folder)
+        shutil.copy(teacher / "tokenizer.json", folder)
+        config = json.loads((teacher / "tokenizer_config.json").read_text())
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        return folder
+
+    def _start(self, python: str, what: str, **flags: object) -> dict[str, Any]:
+        """A command of benchmarks/distillkit_run.py; the JSON with which it ends."""
+        script = Path(__file__).with_name("distillkit_run.py")
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        command = [python, str(script), what, "--distillkit", str(self._checkout), *words]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    def _settings(self) -> Any:
+        return self._bench.settings
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
+
+
+if __name__ == "__main__":
+    main()
