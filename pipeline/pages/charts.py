@@ -58,5 +58,7 @@ def _log_operations(axes: Any) -> None:
     low, high = axes.get_xlim()
     few = math.log10(high / low) < 2
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:.0e}".replace("e+", "e")))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda count, _: f"{count:.1e}".replace(".0e", "e").replace("e+", "e"))
+    )
     axes.xaxis.set_minor_formatter(NullFormatter())
