@@ -210,8 +210,12 @@ def _split(
             given.append((flag.removeprefix("--"), value))
         else:
             has_value = bool(words) and not words[0].startswith("--")
-            if not has_value and _is_unknown(record, flag.removeprefix("--")):
-                raise _unknown(parser, flag.removeprefix("--"), record)
+            if _is_unknown(record, flag.removeprefix("--")):
+                if not has_value:
+                    raise _unknown(parser, flag.removeprefix("--"), record)
+                name, equals, value = words[0].partition("=")
+                if equals:
+                    _refuse_bare(name, words[0], value, record, before=f"{flag} ")
             given.append((flag.removeprefix("--"), words.pop(0) if has_value else None))
     _refuse_own_misspelt(parser, given, record)
     return files, own, given
@@ -228,8 +232,9 @@ def _is_unknown(record: type[Record], name: str) -> bool:
     return find(record, tuple(name.split("."))) is None
 
 
-def _refuse_bare(name: str, word: str, value: str, record: type[Record]) -> None:
-    """A setting without its dashes, as other programs write them: `lr 1e-3`, `+train.lr=1e-3`, `-lr 1e-3`."""
+def _refuse_bare(name: str, word: str, value: str, record: type[Record], before: str = "") -> None:
+    """A setting without its dashes, as other programs write them: `lr 1e-3`, `+train.lr=1e-3`, `-lr 1e-3`, and behind
+    a flag of theirs, `before`: `--set train.lr=1e-3`."""
     plain = name.lstrip("+-").replace("/", "." if "=" in word else "/")
     if Path(word).exists() or word in shipped_names() or not plain.translate(_NO_MARKS).isalnum():
         return
@@ -238,8 +243,8 @@ def _refuse_bare(name: str, word: str, value: str, record: type[Record]) -> None
     meant = [name] if find(record, loc) is not None else settings_like(record, loc)
     if meant:
         text = f"{'=' if '=' in word else ' '}{value}" if value else ""
-        what = "no such flag" if word.startswith("-") else "no such file"
-        raise SettingError(what, where=word, fix=did_you_mean(f"--{one}{text}" for one in meant))
+        what = "no such flag" if before or word.startswith("-") else "no such file"
+        raise SettingError(what, where=before + word, fix=did_you_mean(f"--{one}{text}" for one in meant))
 
 
 def _unknown(parser: Parser, name: str, record: type[Record] | None) -> SettingError:

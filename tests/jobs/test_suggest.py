@@ -101,6 +101,10 @@ def test_a_command_is_found_by_spelling_and_by_meaning(name: str, meant: str | N
         (["run", "demo", "+train.lr=3"], "+train.lr=3: no such file; did you mean --train.learning_rate=3?"),
         (["run", "demo", "train/lr=3"], "train/lr=3: no such file; did you mean --train.learning_rate=3?"),
         (["run", "demo", "-lr", "3"], "-lr: no such flag; did you mean --train.learning_rate 3?"),
+        (
+            ["run", "demo", "--set", "train.lr=1e-3"],
+            "--set train.lr=1e-3: no such flag; did you mean --train.learning_rate=1e-3?",
+        ),
         (["run", "demo", "runs/lr"], "two files are named; found demo and runs/lr, expected one"),
         (["run", "demo", "learning-rate=3"], "learning-rate=3: no such file; did you mean --train.learning_rate=3?"),
         (["run", "lr=3", "demo"], "lr=3: no such file; did you mean --train.learning_rate=3?"),
