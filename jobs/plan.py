@@ -161,9 +161,9 @@ def _lines(plan: RunPlan) -> list[str]:
             for source, instances in by_source.items()
             if source != "none"
         ]
-    lines.append(f"students from the cache in this run: {plan.num_students}; caching costs less than an online teacher")
+    lines.append(f"students in this run: {plan.num_students}; a cache costs less than a teacher that is asked live")
     for even in plan.break_even:
-        least = "?" if even.num_students is None else f"from {even.num_students} students on"
+        least = "from a number on that is not known" if even.num_students is None else f"from {even.num_students} students on"
         lines.append(f"  {least}, counted in {even.accounting} ({even.source})")
     lines.append("published laws, which disagree; `capgap plan` only repeats them:")
     for law in plan.laws:
