@@ -1,4 +1,4 @@
-"""Fills the table of docs/rounds.md with the lines of benchmarks/rounds.py: means over seeds, and paired differences.
+"""Fills the tables of docs/rounds.md with the lines of benchmarks/rounds.py and rounds_smol.py: means over seeds.
 
 python benchmarks/rounds_page.py
 """
@@ -20,9 +20,14 @@ from result_lines import Results
 
 PAGE = Path(__file__).parents[1] / "docs" / "rounds.md"
 LINES = Path(__file__).parent / "results" / "rounds-addition.jsonl"
+SMOL_LINES = LINES.with_name("rounds-smol.jsonl")
 ARMS = ("rounds", "policy_gradient", "off_policy", "sft", "online")
 
 _HEAD = ("arm", "right, %", "rounds - arm, points", "teacher tokens", "student tokens", "seeds")
+_SMOL_HEAD = ("KL on its own text", "KL on common text", "stored logprobs off by, rms")
+_TIME_HEAD = ("round 0, wall s", "round 0, CPU s", "later round, wall s", "later round, CPU s")
+_PARTS = {"generate": "write (`generate`)", "cache": "score (`cache`)", "train": "train (`train`)"}
+_UNITS = ("wall_s", "cpu_s")
 # Student's t, 97.5 %, by degrees of freedom
 _QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -35,7 +40,8 @@ def main() -> None:
 
 def filled(page: str) -> str:
     """The page with its table made anew."""
-    return with_tables(page, "rounds_page.py", {"addition": table(Results(LINES).lines)})
+    tables = {"addition": table(Results(LINES).lines)} | smol_tables(Results(SMOL_LINES).lines)
+    return with_tables(page, "rounds_page.py", tables)
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[Row]:
@@ -53,6 +59,30 @@ def table(lines: Sequence[dict[str, Any]]) -> list[Row]:
         tokens = (f"{fmean(one[name] for one in own):,.0f}" for name in ("teacher_tokens", "student_tokens"))
         rows.append((f"`{arm}`", _interval([one["right"] for one in own]), gap, *tokens, str(len(own))))
     return rows
+
+
+def smol_tables(lines: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
+    """The real model by round: how near its students are to the teacher, and what each stage of a round took."""
+    nearness: list[Row] = [("student after", *_SMOL_HEAD), ("---", *["---:"] * len(_SMOL_HEAD))]
+    for number in range(len(lines[0]["kl_own_by_round"])):
+        of_lines = (f"{name}_by_round" for name in ("kl_own", "kl_common", "logprob_rms"))
+        own, common, rms = ([line[name][number] for line in lines] for name in of_lines)
+        nearness.append((f"round {number}", _mean_and_range(own), _mean_and_range(common), f"{max(rms):.1e}"))
+    times: list[Row] = [("stage", *_TIME_HEAD), ("---", *["---:"] * len(_TIME_HEAD))]
+    for stage, what in _PARTS.items():
+        took: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+        for line in lines:
+            for name, one in line["took"].items():
+                if name.startswith(stage + "/") and name.rpartition("/")[2].startswith("round-"):
+                    took[name.endswith("/round-0")].append(one)
+        cells = [f"{fmean(one[unit] for one in took[first]):.0f}" for first in (True, False) for unit in _UNITS]
+        times.append((what, *cells))
+    return {"smol": nearness, "smol times": times}
+
+
+def _mean_and_range(values: Sequence[float]) -> str:
+    mean = f"{fmean(values):.3f}"
+    return mean if len(values) < 2 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
 
 
 def _interval(shares: Sequence[float], sign: str = "") -> str:
