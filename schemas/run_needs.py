@@ -146,6 +146,8 @@ def _require_arm(run: RunSections, arm: str) -> None:
         )
     if settings.needs_teacher:
         _require_teacher_model(run, f"arms.{arm}.targets: found online", "to ask")
+    if settings.later_learning_rate is not None and run.rounds is None:
+        raise ValueError(f"arms.{arm}.later_learning_rate: found without rounds, expected them, or learning_rate alone")
     if settings.divergence == "policy_gradient":
         _require_written(run, f"arms.{arm}.divergence: found policy_gradient")
     if run.makes("align"):

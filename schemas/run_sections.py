@@ -136,8 +136,8 @@ class RunSections(Record):
         """Whether `eval` holds students against the teacher itself, or the cache alone stands for it."""
         return self.eval.teacher != "cache" and self.has_teacher_model and not self.has("align")
 
-    def train_settings(self, arm: str) -> TrainSettings:
-        """The settings of `train` with the arm's own in their place.
+    def train_settings(self, arm: str, round_number: int | None = None) -> TrainSettings:
+        """The settings of `train` with the arm's own in their place; for one training of a run with rounds, its own.
 
         Raises:
             ValueError: the arm is unknown or names a setting that `train` does not have.
@@ -145,6 +145,11 @@ class RunSections(Record):
         if arm not in self.arms:
             raise ValueError(f"arms: found no {arm!r}, expected one of {', '.join(sorted(self.arms))}")
         try:
-            return TrainSettings.model_validate({**self.train.model_dump(), **self.arms[arm]})
+            settings = TrainSettings.model_validate({**self.train.model_dump(), **self.arms[arm]})
         except ValidationError as error:
             raise below(error, "arms", arm) from None
+        later = settings.later_learning_rate
+        if round_number is None or later is None:
+            return settings
+        rate = later if round_number > 0 else settings.learning_rate
+        return settings.model_copy(update={"learning_rate": rate, "later_learning_rate": None})

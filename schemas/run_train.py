@@ -44,6 +44,10 @@ class TrainSettings(OptimizationSettings):
     alpha: float = Field(1.0, ge=0, le=1)
     """Weight of the KL to the teacher; cross-entropy with the text has weight 1 - alpha. 0 is cross-entropy alone."""
 
+    later_learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """With `rounds` only: the peak learning rate of the rounds after round 0, whose students have learnt already; that
+    of round 0 where left out."""
+
     max_tokens: int | None = Field(None, ge=0)
     """Stop after this many targets, even within an epoch. 0 trains nothing: such an arm is the student as it was,
     pruned or quantised, and is measured beside the others."""

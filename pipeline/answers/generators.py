@@ -183,6 +183,9 @@ class VllmGenerator:
                 **llm_settings(path, config, device, trust_remote_code, dtype),
                 max_model_len=length,
                 max_num_seqs=num_at_once,
+                # A prompt that is read in parts moves its answer's random numbers on, and a CPU's cannot be moved back.
+                enable_chunked_prefill=False,
+                max_num_batched_tokens=max(_BATCH_TOKENS, length, num_at_once),
                 seed=0,
                 **more,
             )

@@ -56,14 +56,15 @@ class BlockCache(Generic[Key]):
     def _make(self, key: Key, future: Future[LoadedBlock]) -> LoadedBlock:
         try:
             block = self._read(key)
+            num_bytes = _size_of(block)
         except BaseException as error:
             with self._lock:
                 del self._blocks[key]
             future.set_exception(error)
             raise
         with self._lock:
-            self._sizes[key] = _size_of(block)
-            self.num_bytes += self._sizes[key]
+            self._sizes[key] = num_bytes
+            self.num_bytes += num_bytes
             self._blocks.move_to_end(key)
             self._drop_oldest()
         future.set_result(block)

@@ -89,7 +89,7 @@ def chosen_caches(settings: TrainSettings, inputs: Mapping[str, StageInput]) -> 
 def with_replay(run: RunFile, instance: Instance) -> TrainSettings:
     """The settings of a training; where it replays earlier rounds, with their caches among the further ones."""
     assert instance.arm is not None
-    settings = run.train_settings(instance.arm)
+    settings = run.train_settings(instance.arm, instance.round)
     earlier = [] if instance.round is None else list(replayed(run, instance))
     if not earlier:
         return settings

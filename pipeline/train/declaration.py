@@ -14,7 +14,7 @@ from capgap.schemas.run_train import TrainSettings
 
 def _settings_of(run: RunFile, instance: Instance) -> TrainSettings:
     assert instance.arm is not None
-    return run.train_settings(instance.arm)
+    return run.train_settings(instance.arm, instance.round)
 
 
 def _inputs(run: RunFile, instance: Instance) -> list[str]:

@@ -34,9 +34,15 @@ ALIGN_ROWS: list[Row] = [
 
 # of the text that a training ends with, what its student answers is made again too
 _FROM_ROUND = {"train", "generate/distilled", "generate/cross_entropy", "eval", "report"}
-GRADIENT_ROWS: list[Row] = [("train.ratio_clip", 0.3, _FROM_ROUND)]
+_TRAINED = [f"{arm}/seed-{seed}" for arm in ("distilled", "cross_entropy") for seed in (0, 1)]
+_LATER = {f"{stage}/{one}/{last}" for stage, last in (("train", "round-1"), ("generate", "final")) for one in _TRAINED}
+_FROM_LATER_ROUND = {*_LATER, "eval", "report"}
+ROUND_ROWS: list[Row] = [
+    ("train.ratio_clip", 0.3, _FROM_ROUND),
+    ("train.later_learning_rate", 1e-4, _FROM_LATER_ROUND),
+]
 
-FURTHER_ROWS = [*QUANTIZE_ROWS, *ALIGN_ROWS, *GRADIENT_ROWS]
+FURTHER_ROWS = [*QUANTIZE_ROWS, *ALIGN_ROWS, *ROUND_ROWS]
 """All of them."""
 
 FURTHER_BESIDE: dict[str, dict[str, Any]] = {
@@ -46,5 +52,6 @@ FURTHER_BESIDE: dict[str, dict[str, Any]] = {
     **{path: {"align": {"tokenizer": "one"}} for path, _, _ in ALIGN_ROWS},
     "train.projected_weight": {"align": {"tokenizer": "one", "projected_top_k": 8}},
     "train.ratio_clip": {"rounds": {"prompts": "prompts.jsonl", "num": 1}, "train.divergence": "policy_gradient"},
+    "train.later_learning_rate": {"rounds": {"prompts": "prompts.jsonl", "num": 2}},
 }
 """What stands beside a setting, before it is changed and after."""

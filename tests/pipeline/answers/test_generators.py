@@ -102,3 +102,17 @@ def test_vllm_s_draws_follow_from_the_seed_whatever_stands_beside(vllm: VllmGene
     first, again, other = (vllm.generate(drawn(seed)) for seed in (0, 0, 1))
     assert first == again != other
     assert vllm.generate(drawn(0)[3:4]) == first[3:4]
+
+
+@pytest.mark.slow
+def test_vllm_s_draws_follow_from_the_seed_where_prompts_do_not_fit_into_one_pass(folder: str) -> None:
+    """Twelve thousand tokens of prompts, where a pass has eight."""
+    pytest.importorskip("vllm")
+    # all begin otherwise, so that none is remembered from another
+    ids = [(10 + number // 20, 10 + number % 20, *range(10, 48)) for number in range(300)]
+    crowd = [Prompt(one, LENGTH - 40, 1.0, 1.0, number) for number, one in enumerate(ids)]
+    started = VllmGenerator(folder, [STOP_ID], LENGTH, "cpu", "auto", 0.5, num_at_once=300)
+    try:
+        assert started.generate(crowd)[-8:] == started.generate(crowd[-8:])
+    finally:
+        started.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,7 @@ BY_GRADIENT = {"train": {"divergence": "policy_gradient"}}
         ({"train": {"divergence": "policy_gradient", "strategy": "fsdp2"}}, {}, "strategy: found fsdp2"),
         ({"train": {"divergence": "policy_gradient", "temperature": 2.0}}, {}, "temperature: found 2"),
         ({"train": {"ratio_clip": 0.1}}, {}, "ratio_clip: found 0.1 with divergence forward_kl"),
+        ({"rounds": None, "train": {"later_learning_rate": 0.1}}, {}, "later_learning_rate: found without rounds"),
     ],
 )
 def test_what_a_policy_gradient_needs_is_asked_for(settings: dict[str, Any], rounds: dict[str, Any], message) -> None:
@@ -54,7 +56,8 @@ def test_what_a_policy_gradient_needs_is_asked_for(settings: dict[str, Any], rou
 @pytest.mark.parametrize("recording", ["sampled", "topk"])
 def test_rounds_by_gradient_have_the_slope_of_the_dense_form(make_rounds: MakeRounds, recording: str) -> None:
     cache = {"engine": "transformers", "recording": recording} | ({"num_samples": 20} if recording == "sampled" else {})
-    run = make_rounds(BY_GRADIENT | {"cache": cache}, replay=0.5)
+    slower = {"train": BY_GRADIENT["train"] | {"learning_rate": 1e-3, "later_learning_rate": 1e-4}}
+    run = make_rounds(slower | {"cache": cache}, replay=0.5)
     walk(run, instances(run), log=lambda name, why: None, start=start_in(run))
     out = Path(run.out)
     name = "distilled/seed-1/round-1"
@@ -62,6 +65,8 @@ def test_rounds_by_gradient_have_the_slope_of_the_dense_form(make_rounds: MakeRo
     # measured before the first step it is its own writer, and the ratios are 1 but for float32 in another order
     begun, ended = (out / "train" / one for one in ("distilled/seed-1/round-0", name))
     assert staleness(begun) is None
+    # both fall to a tenth, and the rows of the two need not be of the same step
+    assert 0.05 < _rate(ended) / _rate(begun) < 0.2
     found = staleness(ended)
     assert found is not None and 0 < found["ratio_effective"] < 1
     assert found["ratio_p5"] < found["ratio_median"] < found["ratio_p95"]
@@ -70,6 +75,11 @@ def test_rounds_by_gradient_have_the_slope_of_the_dense_form(make_rounds: MakeRo
     assert row["step"] == "0"
     before = [float(row[f"ratio_{one}"]) for one in ("mean", "p5", "p95", "effective")]
     assert before == pytest.approx([1] * 4, abs=1e-3)
+
+
+def _rate(folder: Path) -> float:
+    with (folder / "metrics.csv").open() as file:
+        return max(float(row["learning_rate"] or 0) for row in csv.DictReader(file))
 
 
 def _require_dense(run: RunFile, name: str, recording: str) -> None:
