@@ -63,6 +63,8 @@ def table(lines: Sequence[dict[str, Any]]) -> list[Row]:
 
 def smol_tables(lines: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
     """The real model by round: how near its students are to the teacher, and what each stage of a round took."""
+    if not lines:
+        return {}
     nearness: list[Row] = [("student after", *_SMOL_HEAD), ("---", *["---:"] * len(_SMOL_HEAD))]
     for number in range(len(lines[0]["kl_own_by_round"])):
         of_lines = (f"{name}_by_round" for name in ("kl_own", "kl_common", "logprob_rms"))

@@ -1,7 +1,7 @@
 """A real language model in rounds: how near a student comes to its teacher on its own text, and what a round takes.
 
 python benchmarks/rounds_smol.py               every seed that is not in the results, then the tables
-python benchmarks/rounds_smol.py --smoke       the same at the smallest size, with tiny models, to see that it works
+python benchmarks/rounds_smol.py --smoke --models FOLDER      the same at the smallest size, with a model `tiny` there
 python benchmarks/rounds_page.py               the tables of docs/rounds.md
 
 SmolLM2-135M-Instruct (`python benchmarks/real_models.py`) teaches a student that is pruned from it to 6 of its 30
@@ -259,9 +259,8 @@ class Text:
     sequences: Sequences
     logprobs_N: torch.Tensor
 
-    @property
-    def labels_N(self) -> torch.Tensor:
-        """The tokens of the answers, in order."""
+    def labels(self) -> torch.Tensor:
+        """The tokens of the answers [N], in order."""
         tokens_BL, mask_BL = self.sequences.tokens_BL1[:, 1:], self.sequences.mask_BL1[:, 1:]
         return torch.from_numpy(tokens_BL[mask_BL]).long()
 
@@ -271,7 +270,8 @@ class Nearness(Comparison):
 
     def __init__(self, spool: Spool, texts: Sequence[Text]) -> None:
         super().__init__(spool)
-        self._labels_N, self._stored_N = (torch.cat(each) for each in zip(*((t.labels_N, t.logprobs_N) for t in texts)))
+        self._labels_N = torch.cat([one.labels() for one in texts])
+        self._stored_N = torch.cat([one.logprobs_N for one in texts])
         self.off: list[torch.Tensor] = []
 
     def add(self, logprobs_NV: torch.Tensor) -> None:
