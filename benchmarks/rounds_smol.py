@@ -156,6 +156,7 @@ class Bench:
                 # as many tokens in every round, whatever its answers are long
                 "train": {
                     "learning_rate": 5e-4,
+                    "precision": "bf16-mixed",
                     "batch_sequences": 4,
                     "num_epochs": 1000,
                     "max_tokens": size.round_tokens,
