@@ -1,4 +1,4 @@
-"""Fills the table of docs/rounds.md with the lines of benchmarks/rounds.py: means over seeds, and paired differences.
+"""Fills the tables of docs/rounds.md with the lines of benchmarks/rounds.py and rounds_smol.py: means over seeds.
 
 python benchmarks/rounds_page.py
 """
@@ -20,9 +20,14 @@ from result_lines import Results
 
 PAGE = Path(__file__).parents[1] / "docs" / "rounds.md"
 LINES = Path(__file__).parent / "results" / "rounds-addition.jsonl"
+SMOL_LINES = LINES.with_name("rounds-smol.jsonl")
 ARMS = ("rounds", "policy_gradient", "off_policy", "sft", "online")
 
 _HEAD = ("arm", "right, %", "rounds - arm, points", "teacher tokens", "student tokens", "seeds")
+_SMOL_HEAD = ("KL on its own text", "KL on common text", "stored logprobs off by, rms")
+_TIME_HEAD = ("round 0, wall s", "round 0, CPU s", "later round, wall s", "later round, CPU s")
+_PARTS = {"generate": "write (`generate`)", "cache": "score (`cache`)", "train": "train (`train`)"}
+_UNITS = ("wall_s", "cpu_s")
 
 
 def main() -> None:
@@ -33,7 +38,8 @@ def main() -> None:
 
 def filled(page: str) -> str:
     """The page with its table made anew."""
-    return with_tables(page, "rounds_page.py", {"addition": table(Results(LINES).lines)})
+    tables = {"addition": table(Results(LINES).lines)} | smol_tables(Results(SMOL_LINES).lines)
+    return with_tables(page, "rounds_page.py", tables)
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[Row]:
@@ -51,6 +57,32 @@ def table(lines: Sequence[dict[str, Any]]) -> list[Row]:
         tokens = (f"{fmean(one[name] for one in own):,.0f}" for name in ("teacher_tokens", "student_tokens"))
         rows.append((f"`{arm}`", interval([100 * one["right"] for one in own], 1), gap, *tokens, str(len(own))))
     return rows
+
+
+def smol_tables(lines: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
+    """The real model by round: how near its students are to the teacher, and what each stage of a round took."""
+    if not lines:
+        return {}
+    nearness: list[Row] = [("student after", *_SMOL_HEAD), ("---", *["---:"] * len(_SMOL_HEAD))]
+    for number in range(len(lines[0]["kl_own_by_round"])):
+        of_lines = (f"{name}_by_round" for name in ("kl_own", "kl_common", "logprob_rms"))
+        own, common, rms = ([line[name][number] for line in lines] for name in of_lines)
+        nearness.append((f"round {number}", _mean_and_range(own), _mean_and_range(common), f"{max(rms):.1e}"))
+    times: list[Row] = [("stage", *_TIME_HEAD), ("---", *["---:"] * len(_TIME_HEAD))]
+    for stage, what in _PARTS.items():
+        took: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+        for line in lines:
+            for name, one in line["took"].items():
+                if name.startswith(stage + "/") and name.rpartition("/")[2].startswith("round-"):
+                    took[name.endswith("/round-0")].append(one)
+        cells = [f"{fmean(one[unit] for one in took[first]):.0f}" for first in (True, False) for unit in _UNITS]
+        times.append((what, *cells))
+    return {"smol": nearness, "smol times": times}
+
+
+def _mean_and_range(values: Sequence[float]) -> str:
+    mean = f"{fmean(values):.3f}"
+    return mean if len(values) < 2 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
 
 
 if __name__ == "__main__":
