@@ -1,4 +1,4 @@
-"""benchmarks/rounds.py takes every step at its smallest size; what comes out is not asserted."""
+"""benchmarks/rounds.py and rounds_smol.py take every step at their smallest size; which arm wins is not asserted."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from tiny_models import save_model, tiny_llama
+
+from capgap.pipeline.corpus.tokenizer import train_tokenizer
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -49,3 +53,34 @@ def test_every_arm_is_trained_once(tmp_path: Path) -> None:
     assert len({one["student_tokens"] for one in lines}) == 1
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0 and again.stderr == ""
+
+
+@pytest.mark.slow
+def test_a_pruned_student_is_measured_after_every_round(tmp_path: Path) -> None:
+    titles = [f"Settings and forms, part {one}" for one in ("one", "two", "three", "four", "five", "six", "seven")]
+    titles += [title.replace("forms", "models") for title in titles] + [t.replace("forms", "views") for t in titles]
+    (tmp_path / "django-documentation").mkdir()
+    for number, title in enumerate(titles):
+        text = f"{title}\n{'=' * len(title)}\n\nIn Django, what is meant by a setting? A short sentence says it.\n" * 4
+        (tmp_path / "django-documentation" / f"{number}.txt").write_text(text)
+    tokenizer = train_tokenizer([text, 'In Django, what is meant by "'] * 9, 300)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    teacher = tiny_llama(2, num_hidden_layers=2, max_position_embeddings=96, vocab_size=len(tokenizer))
+    # ends its answers now and then, and none before it begins
+    asked = tokenizer(
+        f'In Django, what is meant by "{titles[0]}"? Answer in one short sentence.\n', return_tensors="pt"
+    )
+    first_H = teacher.model(asked["input_ids"]).last_hidden_state[0, -1].detach()
+    end_H = torch.randn(len(first_H), generator=torch.Generator().manual_seed(0)) * 5 / len(first_H) ** 0.5
+    end_H -= (end_H @ first_H + 3) / (first_H @ first_H) * first_H
+    teacher.lm_head.weight.data[tokenizer.eos_token_id] = end_H
+    save_model(tmp_path / "tiny", teacher, tokenizer)
+    flags = ["--smoke", "--seeds", "1", "--models", str(tmp_path), "--work", str(tmp_path / "work")]
+    command = [sys.executable, str(BENCHMARKS / "rounds_smol.py"), *flags, "--results", str(tmp_path / "r.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (line,) = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert len(line["kl_own_by_round"]) == len(line["kl_common_by_round"]) == 2
+    # one arithmetic wrote and read them: rounding of float32 alone
+    assert max(line["logprob_rms_by_round"]) < 1e-5
+    assert {"generate/round-0", "train/distilled/seed-0/round-1"} <= line["took"].keys()
