@@ -24,15 +24,16 @@ def main() -> None:
     samples = cache.webdataset(shuffle=True).shuffle(1000)
     batches = wds.WebLoader(samples.batched(4, collation_fn=capgap.collate_samples), batch_size=None, num_workers=2)
     student.train()
-    num_sequences = 0
+    num_sequences, losses = 0, []
     for step, batch in enumerate(batches, start=1):
         result = loss(batch)
         result.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         num_sequences += len(batch.input_ids_BL)
+        losses.append(result.loss.detach())
         if step % 10 == 0:
-            print(f"loss {result.loss:.4f}")
+            print(f"loss {torch.stack(losses[-10:]).mean():.4f}, mean of ten steps")
     print(f"{num_sequences} sequences")
 
 
