@@ -33,7 +33,7 @@ def main() -> None:
         num_sequences += len(batch.input_ids_BL)
         losses.append(result.loss.detach())
         if step % 10 == 0:
-            print(f"loss {torch.stack(losses[-10:]).mean():.4f}, mean of ten steps")
+            print(f"loss {torch.stack(losses[-10:]).mean():.4f} in the mean of ten steps")
     print(f"{num_sequences} sequences")
 
 
