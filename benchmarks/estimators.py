@@ -10,7 +10,6 @@ Legend: N rows, H hidden, V vocabulary, K top-k tokens, B sequences, C the top-k
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from machine import RESULTS
-from quality import Bench, taken
+from quality import begun_bench
 from quality_arms import ONLINE, RUNS, arms
 from quality_page import kl_of
 from result_lines import Results
 from torch import Tensor
 
 from capgap.kernels.sparse_kl import SparseKl, linear_sparse_kl
-from capgap.pipeline.store import Batch, keep_freed_memory
+from capgap.pipeline.store import Batch
 from capgap.pipeline.train import fit as fit_of_product
 from capgap.pipeline.train.module import DistillationModule, _targets
 from capgap.pipeline.train.online import HeadWeights, OnlineModule, full_divergence
@@ -44,10 +43,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the lines")
     parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
     flags = parser.parse_args()
-    keep_freed_memory()
-    work = flags.work or Path(f"runs/quality-{flags.run}")
-    os.environ.setdefault("CAPGAP_LEASE_DIR", str((work / "leases").resolve()))
-    bench = Bench(work, *taken(flags.run, flags.smoke))
+    bench = begun_bench(flags.work, flags.run, flags.smoke)
     results = Results(flags.results / f"estimators-{flags.run}.jsonl")
     with bench.teacher_on_heldout() as heldout:
         for seed in range(flags.seeds):

@@ -13,7 +13,6 @@ gain in KL stands beside them, and the rank correlation between the two.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from dataclasses import dataclass
@@ -25,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from machine import RESULTS, keep
-from quality import Bench, taken
+from quality import Bench, begun_bench
 from quality_arms import NUM_FIRST, RUNS, Arm, arms
 from quality_page import kl_of, shares
 from result_lines import Results
 from transformers import PreTrainedModel
 
-from capgap.pipeline.store import LoaderSettings, SequenceLoader, keep_freed_memory
+from capgap.pipeline.store import LoaderSettings, SequenceLoader
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.online import OnlineModule
@@ -47,10 +46,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
     flags = parser.parse_args()
-    keep_freed_memory()
-    work = flags.work or Path(f"runs/quality-{flags.run}")
-    os.environ.setdefault("CAPGAP_LEASE_DIR", str((work / "leases").resolve()))
-    bench = Bench(work, *taken(flags.run, flags.smoke))
+    bench = begun_bench(flags.work, flags.run, flags.smoke)
     trained = Results(flags.results / f"quality-{flags.run}.jsonl").lines
     figures = measure(bench, chosen(flags.arms), 4 if flags.smoke else flags.batches)
     for row in figures["recordings"]:

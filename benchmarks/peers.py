@@ -27,13 +27,13 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from machine import RESULTS, machine
-from quality import Bench, Heldout, taken
+from quality import Bench, Heldout, begun_bench
 from quality_arms import CROSS_ENTROPY, RUNS, arms
 from quality_page import kl_of
 from result_lines import Results
 from safetensors.torch import load_file
 
-from capgap.pipeline.store import LoaderSettings, SequenceLoader, keep_freed_memory
+from capgap.pipeline.store import LoaderSettings, SequenceLoader
 
 _POLYNOMIAL = {"polynomial_terms": [0, 1, 2, 3, 4, "sqrt"], "exact_k": 16, "k": 128}
 COMPRESSIONS: dict[str, dict[str, Any]] = {
@@ -61,11 +61,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the lines")
     parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
     flags = parser.parse_args()
-    keep_freed_memory()
-    work = flags.work or Path(f"runs/quality-{flags.run}")
-    os.environ.setdefault("CAPGAP_LEASE_DIR", str((work / "leases").resolve()))
-    bench = Bench(work, *taken(flags.run, flags.smoke))
-    peer = DistillKit(bench, flags.distillkit.resolve(), flags.python, work.resolve() / "distillkit")
+    bench = begun_bench(flags.work, flags.run, flags.smoke)
+    peer = DistillKit(bench, flags.distillkit.resolve(), flags.python, bench.work.resolve() / "distillkit")
     about = bench.about | {"distillkit": peer.commit}
     results = Results(flags.results / f"peers-{flags.run}.jsonl")
     with bench.teacher_on_heldout() as heldout:

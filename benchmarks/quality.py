@@ -69,16 +69,21 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
     flags = parser.parse_args()
     results = Results(flags.results or RESULTS / f"quality-{flags.run}.jsonl")
-    work = flags.work or Path(f"runs/quality-{flags.run}")
-    keep_freed_memory()
-    os.environ.setdefault("CAPGAP_LEASE_DIR", str((work / "leases").resolve()))
-    bench = Bench(work, *taken(flags.run, flags.smoke, flags.tokens))
+    bench = begun_bench(flags.work, flags.run, flags.smoke, flags.tokens)
     with bench.teacher_on_heldout() as heldout:
         for seed, arm in in_order(flags.seeds, RUNS[flags.run].about_text):
             if flags.only_seed in (None, seed) and not results.has(arm.name, seed, bench.about):
                 results.add(bench.train(arm, seed, heldout))
                 print(f"{time.strftime('%H:%M:%S')} {arm.name}, seed {seed}: {results.lines[-1]}", flush=True)
     print("\n".join(" | ".join(row) for row in table(results.lines)))
+
+
+def begun_bench(work: Path | None, name: str, smoke: bool, num_tokens: int | None = None) -> Bench:
+    """The bench of a run, for this process to train with; its folder is `runs/quality-RUN` where none is named."""
+    keep_freed_memory()
+    work = work or Path(f"runs/quality-{name}")
+    os.environ.setdefault("CAPGAP_LEASE_DIR", str((work / "leases").resolve()))
+    return Bench(work, *taken(name, smoke, num_tokens))
 
 
 def taken(name: str, smoke: bool, num_tokens: int | None = None) -> tuple[dict[str, Any], int]:
@@ -113,11 +118,16 @@ class Bench:
         work: folder for all of it.
         run: a run file, whose corpus, teacher, student and training are taken.
         num_tokens: of every training.
+
+    Attributes:
+        work: the folder.
+        settings: of every training.
+        about: what lines of results are about; only lines about the same may be compared.
     """
 
     def __init__(self, work: Path, run: dict[str, Any], num_tokens: int) -> None:
         # trainings are no part of the run whose stages are made, so that it need not say from which recording they are
-        self._work, self._run = (
+        self.work, self._run = (
             work,
             {name: part for name, part in run.items() if name not in ("train", "arms", "eval")},
         )
@@ -145,8 +155,8 @@ class Bench:
         sequences = first_sequences(self._corpus.path, heldout, settings.num_sequences)
         num_full = min(settings.num_full_sequences, len(sequences))
         labels_S = num_labels(sequences)
-        self._work.mkdir(parents=True, exist_ok=True)
-        with open_spool(self._work, int(labels_S[:num_full].sum()), self._vocab_size) as spool:
+        self.work.mkdir(parents=True, exist_ok=True)
+        with open_spool(self.work, int(labels_S[:num_full].sum()), self._vocab_size) as spool:
             nats = self._score(self.teacher(), sequences, spool.append, num_full)
             yield Heldout(sequences, spool, num_full, nats)
 
@@ -154,7 +164,7 @@ class Bench:
         """One line of the results."""
         reader = self.reader(arm)
         name = f"{arm.name} seed {seed}".replace(",", "").replace(" ", "-")
-        folder = self._work / "train" / name
+        folder = self.work / "train" / name
         folder.mkdir(parents=True, exist_ok=True)
         model = self.student(seed)
         started, cpu_started = time.perf_counter(), time.process_time()
@@ -216,13 +226,13 @@ class Bench:
         reader = ShardReader(cache.path, cache.manifest.shard_sets[arm.recording])
         if not arm.independent:
             return reader
-        folder = self._work / f"independent-{arm.cache}"
+        folder = self.work / f"independent-{arm.cache}"
         return independent_samples(reader, self.teacher(), folder)
 
     def _cache(self, name: str) -> StageInput:
         settings = {"engine": "transformers", "max_tokens": self.settings.max_tokens, "num_heldout_sequences": 0}
         settings |= CACHES[name] | self._dtype
-        out = self._work / f"cache-{name.replace(' ', '-')}"
+        out = self.work / f"cache-{name.replace(' ', '-')}"
         reuse = {"corpus": str(self._corpus.path), "teacher": str(self._teacher.path)}
         return _input(RunFile.model_validate(self._run | {"out": str(out), "reuse": reuse, "cache": settings}), "cache")
 
@@ -230,7 +240,7 @@ class Bench:
         """As the student stage makes it, fresh or pruned, before its first step."""
         inputs = {"corpus": self._corpus, "teacher": self._teacher, "cache": self._cache("50")}
         reuse = {name: str(there.path) for name, there in inputs.items()}
-        run = RunFile.model_validate(self._run | {"out": str(self._work / "students"), "reuse": reuse, "seeds": [seed]})
+        run = RunFile.model_validate(self._run | {"out": str(self.work / "students"), "reuse": reuse, "seeds": [seed]})
         return load_model(model_path(_input(run, "student", seed)), "cpu", torch.float32)
 
     def _score(self, model: Any, sequences: Sequences, visit: Callable[..., None], num_full: int) -> float:

@@ -123,13 +123,14 @@ def kl_of(line: Line) -> float:
 
 
 def picture(lines: list[Line]) -> str:
-    """An SVG file: what each recording keeps of the fall in KL, over its bytes per token."""
+    """An SVG file: what each recording that has all seeds keeps of the fall in KL, over its bytes per token."""
+    num_seeds = len(shares(lines, ONLINE, kl_of))
     points = {
         arm.name: (own[0]["bytes_per_token"], 100 * statistics.fmean(shares(lines, arm.name, kl_of)))
         for arm in arms()
         if (own := [one for one in lines if one["arm"] == arm.name])
         and own[0]["bytes_per_token"] is not None
-        and shares(lines, arm.name, kl_of)
+        and len(shares(lines, arm.name, kl_of)) == num_seeds
     }
     series = {"samples": [_SAMPLED.format(n) for n in _NUM_SAMPLES]}
     series |= {f"top-k, {tail}": [f"top-{k}, {tail}" for k in TOP_KS] for tail in TAILS}

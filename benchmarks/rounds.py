@@ -58,7 +58,7 @@ from capgap.schemas.run_file import RunFile
 ONLINE = "online"
 ARMS: dict[str, dict[str, Any]] = {
     "rounds": {},
-    # the best of 1e-3, 3e-4, 1e-4 and 3e-5 in one round of seed 0; at 1e-3 it forgets what it knew
+    # at the others' learning rate a policy gradient forgets what the student knew
     "policy_gradient": {"divergence": "policy_gradient", "later_learning_rate": 1e-4},
     "off_policy": {},
     "sft": {"alpha": 0.0},

@@ -163,8 +163,8 @@ def _lines(plan: RunPlan) -> list[str]:
         ]
     lines.append(f"students in this run: {plan.num_students}; a cache costs less than a teacher that is asked live")
     for even in plan.break_even:
-        least = "a number that is not known" if even.num_students is None else f"{even.num_students} students"
-        lines.append(f"  from {least} on, counted in {even.accounting} ({even.source})")
+        least = "not known from how many on" if even.num_students is None else f"from {even.num_students} students on"
+        lines.append(f"  counted in {even.accounting}: {least} ({even.source})")
     lines.append("published laws, which disagree; `capgap plan` only repeats them:")
     for law in plan.laws:
         lines += [f"  {law.sentence}", f"    {law.source}; measured on: {law.validity}"]

@@ -112,7 +112,7 @@ def _longer_places(ids_NK: npt.NDArray[np.int32], labels_N: Ints, table: TokenBy
     first_N = rank_V[labels_N]
     stop_N = np.where(length_V[labels_N] > 0, table.order.stop_V[labels_N], 0)
     ranks_NK = rank_V[ids_NK]
-    # of an array of one axis far quicker than of two
+    # the places of an array of one axis are found far quicker than those of two
     place_D = np.flatnonzero((ranks_NK > first_N[:, None]) & (ranks_NK < stop_N[:, None]))
     # two ids may have the same bytes
     label_D = labels_N[place_D // ids_NK.shape[1]]

@@ -59,8 +59,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        for one in sorted(temporary.rglob("*"), reverse=True):
+            sync_file(one)
+        sync_folder(temporary)
         shutil.rmtree(path, ignore_errors=True)
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
