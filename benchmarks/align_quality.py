@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from align_page import ARMS, PAIRS, table
-from machine import RESULTS, machine
+from machine import RESULTS, machine, mixed_precision
 from real_models import GEMMA_3, SMOLLM2, documentation, real_model
 from result_lines import Results
 
@@ -48,6 +48,8 @@ REAL = {"gemma-smol": (GEMMA_3, SMOLLM2), "smol-gemma": (SMOLLM2, GEMMA_3)}
 NUM_TOKENS = {"gemma-smol": 24_576, "smol-gemma": 12_288}
 CACHE: dict[str, Any] = {"engine": "transformers", "recording": "topk"}
 PROJECTED_TOP_K = 16
+# the teacher's, by the precision of trainings
+_DTYPES = {"bf16-mixed": "bfloat16", "32-true": "float32"}
 TRAIN: dict[str, Any] = {"validate_every_steps": 10_000, "num_validation_sequences": 1}
 
 
@@ -186,14 +188,15 @@ def _real(pair: str, work: Path, smoke: bool) -> Models:
     """Two models of their makers; of SmolLM2 as the student some layers are left, and training has to mend it."""
     teacher, student = map(real_model, REAL[pair])
     seq_len, shard = (128, 4) if smoke else (512, 16)
+    precision = mixed_precision(resolve_device("auto"))
     corpus = {"sources": [str(documentation())], "teacher_fraction": 0.0, "heldout_fraction": 0.1}
     max_tokens = {"student": NUM_TOKENS[pair], "heldout": 16 * seq_len}
     scored = {
         "corpus": corpus | {"tokenizer": str(teacher)} | _splits(seq_len, shard, max_tokens, smoke),
         "teacher": {"path": str(teacher)},
-        "cache": CACHE | {"dtype": "bfloat16", "num_heldout_sequences": max_tokens["heldout"] // seq_len},
+        "cache": CACHE | {"dtype": _DTYPES[precision], "num_heldout_sequences": max_tokens["heldout"] // seq_len},
     }
-    train = TRAIN | {"batch_sequences": 1, "precision": "bf16-mixed"}
+    train = TRAIN | {"batch_sequences": 1, "precision": precision}
     if pair == "smol-gemma":
         # whole, for Gemma cannot be pruned, and so with small steps
         return Models(scored, student, {"path": str(student)}, train | {"learning_rate": 2e-5}, student.name)

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from capgap.pipeline.stage.device import multiplies
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -38,6 +40,11 @@ def keep(name: str, device: str, figures: Any, folder: Path = RESULTS) -> Path:
     folder.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": about, "figures": figures}, indent=1) + "\n")
     return path
+
+
+def mixed_precision(device: str) -> str:
+    """The precision of a training: bfloat16 where the device multiplies in it, float32 where that would take hours."""
+    return "bf16-mixed" if multiplies(device, "bfloat16") else "32-true"
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def _transformers(
 ) -> Backend:
     from lm_eval.models.huggingface import HFLM
 
-    model = load_model(path, device, None, trust_remote_code)
+    model = load_model(path, device, "fast", trust_remote_code)
     lm = HFLM(
         pretrained=model,
         tokenizer=load_tokenizer(path, trust_remote_code),

@@ -16,6 +16,7 @@ from typing import Any
 
 from capgap.pipeline.models.complete import require_complete
 from capgap.pipeline.models.configs import load_config
+from capgap.pipeline.stage.device import warn_of_slow_products
 from capgap.schemas.errors import InputError, MachineError
 
 _MIN_KV_CACHE_BYTES = 128 << 20
@@ -113,6 +114,8 @@ def teacher_config(
 def require_runs_on_cpu(config: Any, dtype: Any, num_stages: int) -> None:
     """Raise MachineError for what vLLM's build for CPUs starts and then fails at, or dies of.
 
+    What is only slow there is warned of.
+
     Args:
         config: the teacher's whole configuration.
         dtype: that it is to be run in.
@@ -135,6 +138,7 @@ def require_runs_on_cpu(config: Any, dtype: Any, num_stages: int) -> None:
             expected="bfloat16",
             fix="set cache.dtype to bfloat16",
         )
+    warn_of_slow_products("vLLM", "cpu", str(dtype).removeprefix("torch."), "set cache.dtype to float32")
 
 
 def quantisation_of(config: Any) -> str:

@@ -243,7 +243,7 @@ class _Evaluation:
         facts = ModelFacts.model_validate(self._context.input(name).manifest.facts)
         calibration = CalibrationError(len(self._sequences))
         model = load_model(
-            model_path(self._context.input(name)), self._context.device, None, made_from.trust_remote_code
+            model_path(self._context.input(name)), self._context.device, "fast", made_from.trust_remote_code
         )
         nats_S, cached = self._scored(model, name, arm is not None, visit, calibration, meter)
         written = None if self._samples is None else self._samples.write(model, name)

@@ -50,7 +50,7 @@ def live_figures(
     mask_BL = sequences.mask_BL1[:, 1:]
     labels_N = torch.from_numpy(sequences.tokens_BL1[:, 1:][mask_BL].astype(np.int64))
     sums = LiveSums(labels_N, facts.temperature, facts.tokenizer.vocab_size, nums)
-    model = load_model(teacher, device, None, trust_remote_code)
+    model = load_model(teacher, device, "fast", trust_remote_code)
     score(
         model,
         sequences,

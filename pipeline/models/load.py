@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +20,7 @@ from capgap.pipeline.models.hub import require_reached
 from capgap.pipeline.models.recorded import require_as_recorded
 from capgap.pipeline.models.tokenizers import refuse_code, tokenizer_facts
 from capgap.pipeline.stage.context import StageInput
+from capgap.pipeline.stage.device import multiplies, warn_of_slow_products
 from capgap.pipeline.stage.heartbeat import begin_phase
 from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store.files import whole_folder
@@ -78,15 +79,22 @@ def model_at(path: str) -> str:
 
 
 def load_model(
-    path: str, device: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    path: str,
+    device: str,
+    dtype: torch.dtype | Literal["fast"] | None = None,
+    trust_remote_code: bool = False,
+    *,
+    to_compute: bool = True,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode, of weights as safetensors: pickled ones are not opened.
 
     Args:
         path: folder or id.
         device: `cpu` or `cuda:0`.
-        dtype: of its weights; the one it was saved in where it is left out.
+        dtype: of its weights; the one it was saved in where it is left out. `fast` takes float32 instead where the
+            device is slow in that one: the same numbers, and sums that are rounded less.
         trust_remote_code: run code that comes with the model; without it, a model that needs it is refused.
+        to_compute: as it is, on that device; a dtype in which that is slow is then warned of.
 
     Raises:
         InputError: there is no such model, it is no causal language model, or its weights are not complete.
@@ -95,6 +103,8 @@ def load_model(
     begin_phase(f"loads {path}")
     config = load_config(path, trust_remote_code)
     require_complete(path, trust_remote_code, config)
+    if dtype == "fast":
+        dtype = fast_dtype(config, device)
     is_packed = _unpacked_at_once(config)
     try:
         with (
@@ -125,7 +135,18 @@ def load_model(
         if device == "cpu":
             for part in (model.get_decoder(), model.get_output_embeddings()):
                 _without_compilation(part)
+    if to_compute:
+        fix = "set the dtype to float32 where there is such a setting, or save the model in float32"
+        warn_of_slow_products(path, device, str(model.dtype).removeprefix("torch."), fix)
     return model.to(device).eval()
+
+
+def fast_dtype(config: Any, device: str) -> torch.dtype | None:
+    """The dtype that a model was saved in, or float32 where the device is slow in that; None where it is not known."""
+    saved: torch.dtype | None = config.get_text_config().dtype or config.dtype
+    if saved is None or multiplies(device, str(saved).removeprefix("torch.")):
+        return saved
+    return torch.float32
 
 
 def _unpacked_at_once(config: Any) -> bool:

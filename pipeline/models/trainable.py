@@ -72,11 +72,11 @@ def load_to_train(path: str, dtype: torch.dtype | None, trust_remote_code: bool 
     """
     config = require_trainable(path, path, trust_remote_code)
     if not is_quantised(config):
-        return load_model(path, "cpu", dtype, trust_remote_code)
+        return load_model(path, "cpu", dtype, trust_remote_code, to_compute=False)
     require_compressed_tensors(path)
     from capgap.pipeline.models.low_bit_files import as_compressed
 
-    model = load_model(str(_beside(path)), "cpu", dtype, trust_remote_code)
+    model = load_model(str(_beside(path)), "cpu", dtype, trust_remote_code, to_compute=False)
     as_compressed(model, config, Path(path))
     # by which it is loaded again
     model.name_or_path = path

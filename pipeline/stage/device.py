@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import subprocess
 from pathlib import Path
 
+from capgap.pipeline.stage.events import event
 from capgap.pipeline.stage.gpus import order_is_known, parse_listing, visible
 from capgap.schemas.errors import MachineError
 
@@ -46,6 +48,41 @@ def machine_kind(device: str) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def multiplies(device: str, dtype: str) -> bool:
+    """Whether the device has instructions for products in that float type, `bfloat16` or `float16`.
+
+    A CPU without them computes such a product number by number: the same multiplication took over 100 times as long in
+    bfloat16 as in float32 on a processor with AVX2 alone.
+    """
+    if device != "cpu" or dtype not in ("bfloat16", "float16"):
+        return True
+    import torch
+
+    asked = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[dtype]
+    # a build without oneDNN has no such question, and nothing is known of its products
+    known = getattr(torch.ops.mkldnn, asked, None)
+    return known is None or bool(known())
+
+
+def warn_of_slow_products(what: str, device: str, dtype: str, fix: str) -> None:
+    """Say that something will take many times as long as in float32, where that is so.
+
+    Args:
+        what: works in that dtype, as a sentence begins with it: a model, or a setting.
+        device: on which it does.
+        dtype: a float type.
+        fix: what to do about it.
+    """
+    if not multiplies(device, dtype):
+        event(
+            "slow_products",
+            f"{what} works in {dtype}, for which this processor has no instructions: it takes many times as long as in "
+            f"float32; {fix}",
+            logging.WARNING,
+            dtype=dtype,
+        )
 
 
 def device_identity(device: str) -> str:

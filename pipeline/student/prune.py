@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from capgap.pipeline.eval.heldout import first_sequences
 from capgap.pipeline.models.configs import empty_model, load_config
-from capgap.pipeline.models.load import load_model, model_path
+from capgap.pipeline.models.load import fast_dtype, load_model, model_path
 from capgap.pipeline.models.text import RunText
 from capgap.pipeline.models.trainable import require_plain
 from capgap.pipeline.stage.context import StageContext, StageInput
@@ -58,7 +58,7 @@ def prune(context: StageContext, settings: PruneSettings) -> tuple[PreTrainedMod
     shape = shape_of(config, path)
     target = target_shape(shape, settings)
     require_room(config, path, context.device)
-    teacher = load_model(path, context.device)
+    teacher = load_model(path, context.device, "fast")
     text = CalibrationText(RunText(corpus), settings.num_sequences, settings.batch_sequences)
     assert context.instance.seed is not None
     scores, energy_NH = _scores(teacher, shape, settings, text, context.instance.seed)
@@ -80,15 +80,15 @@ def prune(context: StageContext, settings: PruneSettings) -> tuple[PreTrainedMod
         "num_kl_sequences": nearness.num_compared,
     }
     write_report(context.folder, kept, scores, figures)
-    return student, figures
+    return student.to(config.dtype or student.dtype), figures
 
 
 def require_room(config: Any, path: str, device: str) -> None:
-    """Raise MachineError where the teacher's weights alone, in the dtype they are saved in, exceed the device's memory.
+    """Raise MachineError where the teacher's weights alone, in the dtype it works in, exceed the device's memory.
 
     Activations come on top, and are not estimated: `student.prune.batch_sequences` bounds them.
     """
-    dtype = getattr(config, "dtype", None) or torch.float32
+    dtype = fast_dtype(config, device) or torch.float32
     needed = sum(p.numel() for p in empty_model(config).parameters()) * dtype.itemsize
     free = free_bytes(device)
     if needed > free:

@@ -53,7 +53,7 @@ def run(context: StageContext) -> StageResult:
     else:
         assert settings.path is not None
         path, facts = check_given_model(settings.path, text.made, "student.path", settings.trust_remote_code)
-        model = load_model(path, "cpu", None, settings.trust_remote_code)
+        model = load_model(path, "cpu", None, settings.trust_remote_code, to_compute=False)
         served_head(model, facts.tokenizer.vocab_size)  # refused here rather than by the first training
         tokenizer.chat_template = chat_template_of(path) or tokenizer.chat_template
     if settings.quantize is not None:

@@ -79,7 +79,7 @@ def _adapt(context: StageContext, given: str, settings: AdaptSettings) -> StageR
     num_parts = context.ranks.world_size if is_sharded(settings, context.ranks) else 1
     empty = empty_model(load_config(path, trusted), trusted)
     require_memory(empty.to(dtype), settings, context.device, text.seq_len, num_parts)
-    model = load_model(path, "cpu", dtype, trusted)
+    model = load_model(path, "cpu", dtype, trusted, to_compute=False)
     tokenizer = corpus_tokenizer(corpus)
     old = load_tokenizer(path, trusted)
     num_new = extend_vocabulary(model, old, tokenizer, settings.pad_to_multiple_of)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import lightning
 
+from capgap.pipeline.stage.device import warn_of_slow_products
 from capgap.pipeline.train.metrics import ResumedLogger
 from capgap.pipeline.train.strategy import trainer_arguments
 from capgap.pipeline.train.task import TrainingTask
@@ -21,9 +22,12 @@ def make_trainer(
     callbacks: list[lightning.Callback],
 ) -> lightning.Trainer:
     """The trainer of a task: it takes `num_steps` optimizer steps in one pass over the loader."""
+    precision = task.settings.precision
+    if precision.startswith("bf16"):
+        warn_of_slow_products(f"precision {precision}", task.device, "bfloat16", "set precision to 32-true")
     return lightning.Trainer(
         **trainer_arguments(task.settings, task.ranks, task.device),
-        precision=task.settings.precision,
+        precision=precision,
         max_steps=num_steps,
         max_epochs=1,
         accumulate_grad_batches=task.accumulate,

@@ -3,8 +3,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from capgap.pipeline.stage.device import device_identity, devices_from, resolve_device
+from capgap.pipeline.stage.device import (
+    device_identity,
+    devices_from,
+    multiplies,
+    resolve_device,
+    warn_of_slow_products,
+)
 from capgap.schemas.errors import MachineError
 
 # The driver's tool, by a script that prints what a machine with a cut GPU prints.
@@ -60,3 +67,28 @@ def test_more_devices_than_cuda_shows_are_refused_with_both_numbers(machine: pyt
     machine.setenv("CUDA_VISIBLE_DEVICES", "1")
     with pytest.raises(MachineError, match=r"CUDA_VISIBLE_DEVICES: 1: too few devices; found 1 .* expected at least 2"):
         device_identity("cuda:1")
+
+
+@pytest.fixture
+def without_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False)
+
+
+@pytest.mark.usefixtures("without_16_bits")
+def test_a_processor_without_such_products_is_slow_in_16_bits_alone() -> None:
+    assert not multiplies("cpu", "bfloat16")
+    assert not multiplies("cpu", "float16")
+    assert multiplies("cpu", "float32")
+    assert multiplies("cuda:0", "bfloat16")
+
+
+@pytest.mark.usefixtures("without_16_bits")
+def test_what_is_slow_in_16_bits_is_warned_of_with_what_to_do(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_slow_products("precision bf16-mixed", "cpu", "float32", "do nothing")
+    assert not caplog.records
+    warn_of_slow_products("precision bf16-mixed", "cpu", "bfloat16", "set precision to 32-true")
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert "precision bf16-mixed works in bfloat16" in record.getMessage()
+    assert "set precision to 32-true" in record.getMessage()
