@@ -45,7 +45,7 @@ from capgap.schemas.run_file import RunFile
 # who teaches, and who learns
 REAL = {"gemma-smol": (GEMMA_3, SMOLLM2), "smol-gemma": (SMOLLM2, GEMMA_3)}
 # Of real models: tokens that the teacher scores. A student of Gemma's vocabulary takes four times as long for each.
-NUM_TOKENS = {"gemma-smol": 24_576, "smol-gemma": 12_288}
+NUM_TOKENS = {"gemma-smol": 24_576, "smol-gemma": 8_192}
 CACHE: dict[str, Any] = {"engine": "transformers", "recording": "topk"}
 PROJECTED_TOP_K = 16
 # the teacher's, by the precision of trainings
@@ -199,7 +199,7 @@ def _real(pair: str, work: Path, smoke: bool) -> Models:
     train = TRAIN | {"batch_sequences": 1, "precision": precision}
     if pair == "smol-gemma":
         # whole, for Gemma cannot be pruned, and so with small steps
-        return Models(scored, student, {"path": str(student)}, train | {"learning_rate": 2e-5}, student.name)
+        return Models(scored, student, {"path": str(student)}, train | {"learning_rate": 5e-5}, student.name)
     # on some of the same text
     cut = _carry_out(
         {
