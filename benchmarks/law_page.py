@@ -25,7 +25,7 @@ from capgap.schemas.law_regret import RegretTable
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "law-cpu.md"
 FOLDER = PAGE.with_suffix("")
 # the budget and alpha that all students have, and over which there is a law
-_MAIN = ("600k-tokens", 1.0)
+MAIN = ("600k-tokens", 1.0)
 _NONE = f"none: {MIN_STUDENTS} students with an interior best are needed"
 
 
@@ -38,10 +38,10 @@ def main() -> None:
 def filled(page: str) -> str:
     """The page with its tables made anew."""
     law = read_fit(FOLDER)
-    curves = [curve for curve in law.curves if (curve.budget, curve.alpha) == _MAIN]
-    [regrets] = [one for one in law.regrets if (one.budget, one.alpha) == _MAIN]
-    [main_law] = [one for one in law.laws if (one.budget, one.alpha) == _MAIN]
-    names = {curve.student for curve in law.curves if (curve.budget, curve.alpha) != _MAIN}
+    curves = [curve for curve in law.curves if (curve.budget, curve.alpha) == MAIN]
+    [regrets] = [one for one in law.regrets if (one.budget, one.alpha) == MAIN]
+    [main_law] = [one for one in law.laws if (one.budget, one.alpha) == MAIN]
+    names = {curve.student for curve in law.curves if (curve.budget, curve.alpha) != MAIN}
     tables = {
         "teachers": _teachers(law),
         "means": _means(curves, [curve.student for curve in curves]),

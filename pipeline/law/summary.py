@@ -29,7 +29,7 @@ def lines(law: LawFit) -> Iterator[str]:
     for table in law.regrets:
         yield from regret_lines(table)
     if law.published:
-        yield f"{len(law.published)} students of papers; share for whom a rule misses the best teacher:"
+        yield f"students of papers, {len(law.published)}: share for whom a rule misses the best teacher:"
         for rule in law.published_rules:
             yield f"  {': '.join(published_cells(rule))}"
     if law.missing:
@@ -40,9 +40,10 @@ def lines(law: LawFit) -> Iterator[str]:
 
 def regret_lines(table: RegretTable) -> Iterator[str]:
     """Rule by rule, the one that loses least first."""
+    lose = f"{', '.join(table.students)} lose{'' if len(table.students) > 1 else 's'}"
     yield (
-        f"{table.title}: what {len(table.students)} students lose by each rule that has not seen them, nats/token, "
-        f"over {table.num_seeds} seeds; noise alone costs {table.floor:.4f}"
+        f"{table.title}: what {lose} by each rule that has not seen the losses, nats/token, over {table.num_seeds} "
+        f"seeds; noise alone costs {table.floor:.4f}"
     )
     for rule in table.rules:
         yield f"  {rule.name}: {', '.join(part for part in regret_cells(rule) if part)}"
