@@ -59,8 +59,8 @@ class FormFit(Record):
     """In u, 0 at the smallest and 1 at the largest teacher."""
 
     leave_one_out: float | None
-    """Root of the mean squared error with which it foretells a teacher that was left out, nats; None where there are
-    too few teachers for it."""
+    """Root of the mean squared error with which it foretells a teacher that was left out, nats; of an interior curve, a
+    teacher between the ends. None where there are too few teachers for it."""
 
     losses: tuple[float, ...]
     """The fitted curve at the axis's places; none where it was not fitted."""
@@ -103,7 +103,7 @@ class AxisFit(Record):
     """For an interior curve."""
 
     chosen: str
-    """The form that foretells a left-out teacher best."""
+    """The form that foretells a left-out teacher best; of an interior curve, among those with a valley."""
 
     forms: tuple[FormFit, ...]
     """All that were tried."""

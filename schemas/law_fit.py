@@ -125,7 +125,7 @@ class LawFit(Record):
     """Every run of the grid without a result, each with the reason."""
 
     curves: tuple[CurveFit, ...]
-    """By init, alpha, budget and student."""
+    """By init, alpha and budget, those with the most students first, and student."""
 
     laws: tuple[GlobalLaw, ...]
     """One for each budget, alpha and init."""

@@ -3,7 +3,8 @@
 Legend: M teachers, B resampled sets of means.
 
 The interval spans M + 1 intervals: with all teachers, and with each of them left out. Each is the middle 95 % over
-resampled means, and for each of these the form is chosen anew, by leave-one-out, among those with a valley. So it holds
+resampled means, and for each of these the form is chosen anew, among those with a valley: the one that foretells a
+left-out teacher between the ends best. So it holds
 the noise of seeds, the choice of form, and the accident of which teachers were tried. A single form's bootstrap is
 narrow and wrong where the curve is not of that form; `docs/law.md` has the figures.
 """
@@ -45,7 +46,7 @@ def locate(places_M: Array, found: Contrasts, bracket: Interval, num_resamples: 
     means_BM = _resampled(found, _scatter(valleys, u_M, found), num_resamples)
     errors, whole, without = [], [], []
     for form in valleys:
-        fits, error_B = leave_one_out(form, u_M, means_BM)
+        fits, error_B = leave_one_out(form, u_M, means_BM, True)
         errors.append(error_B)
         whole.append(fit(form, u_M, means_BM).lowest())
         without.append([one.lowest() for one in fits])
@@ -78,7 +79,7 @@ def _scatter(forms: Sequence[Form], u_M: Array, found: Contrasts) -> float:
     their own, which more seeds of the student do not average out.
     """
     means_1M = found.means_M[None]
-    errors = [float(leave_one_out(form, u_M, means_1M)[1][0]) for form in forms]
+    errors = [float(leave_one_out(form, u_M, means_1M, True)[1][0]) for form in forms]
     chosen = forms[int(np.argmin(errors))]
     left = float(fit(chosen, u_M, means_1M).squares_B[0]) / (len(u_M) - chosen.num_parameters)
     return max(found.noise / math.sqrt(found.num_seeds), math.sqrt(left))

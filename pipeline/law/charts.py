@@ -26,10 +26,10 @@ def curve_charts(i: int, curve: CurveFit) -> tuple[Chart, ...]:
 
 
 def law_chart(i: int, law: GlobalLaw, fit: LawFit) -> Chart | None:
-    """Best teacher against student, where a student has one."""
+    """Best teacher against student, where two students have one at least."""
     chosen = [c for c in fit.curves if (c.budget, c.alpha, c.init) == (law.budget, law.alpha, law.init)]
     rows = [(c, axis.best) for c in chosen if (axis := c.axis("size")) is not None and axis.best is not None]
-    if not rows:
+    if len(rows) < 2:
         return None
 
     def paint(figure: Figure) -> None:

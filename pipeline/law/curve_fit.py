@@ -117,17 +117,20 @@ def _axis(axis: AxisName, places_M: Array, curve: TeacherCurve, found: Contrasts
     judged = judge(places_M, tuple(teacher.name for teacher in curve.teachers), found, delta)
     u_M = (places_M - places_M.min()) / np.ptp(places_M)
     u_kept = np.linspace(0.0, 1.0, _NUM_PLACES)
+    is_interior = judged.verdict == "interior"
     forms = []
     for form in FORMS.values():
         if len(set(u_M.tolist())) < form.min_teachers:
             forms.append(FormFit(name=form.name, formula=form.formula, leave_one_out=None, losses=()))
             continue
-        error = math.sqrt(float(leave_one_out(form, u_M, found.means_M[None])[1][0]))
+        error = math.sqrt(float(leave_one_out(form, u_M, found.means_M[None], is_interior)[1][0]))
         losses = fit(form, u_M, found.means_M[None]).losses_at(u_kept)[0]
         forms.append(
             FormFit(name=form.name, formula=form.formula, leave_one_out=error, losses=tuple(map(float, losses)))
         )
     tried = [form for form in forms if form.leave_one_out is not None]
+    # a curve that is lowest between its ends is drawn by a form that can be, if there are teachers enough for one
+    tried = [form for form in tried if is_interior and FORMS[form.name].has_valley] or tried
     places = places_M.min() + u_kept * np.ptp(places_M)
     best = locate(places_M, found, judged.bracket) if judged.bracket is not None else None
     return AxisFit(

@@ -87,18 +87,21 @@ def fit(form: Form, u_M: Array, losses_BM: Array) -> Fits:
     return Fits(form, coefficients_CBP[best_B, rows], shapes_C[best_B], squares_CB[best_B, rows])
 
 
-def leave_one_out(form: Form, u_M: Array, losses_BM: Array) -> tuple[list[Fits], Array]:
+def leave_one_out(form: Form, u_M: Array, losses_BM: Array, between_the_ends: bool = False) -> tuple[list[Fits], Array]:
     """The fits without each teacher in turn, and the squared errors [B] with which they foretell the one left out.
 
-    The error is the mean over teachers.
+    The error is the mean over teachers, or over those between the ends, which is where an interior curve is lowest: a
+    form that foretells an end badly has not shown that it is wrong there.
     """
     fits, squares_B = [], np.zeros(len(losses_BM))
+    counted_M = (u_M > 0) & (u_M < 1) if between_the_ends else np.ones(len(u_M), dtype=np.bool_)
     for out in range(len(u_M)):
         kept = np.arange(len(u_M)) != out
         without = fit(form, u_M[kept], losses_BM[:, kept])
-        foretold_B = _at_one_place(without, float(u_M[out]))
-        squares_B += (foretold_B - losses_BM[:, out]) ** 2 / len(u_M)
         fits.append(without)
+        if counted_M[out]:
+            foretold_B = _at_one_place(without, float(u_M[out]))
+            squares_B += (foretold_B - losses_BM[:, out]) ** 2 / counted_M.sum()
     return fits, squares_B
 
 

@@ -9,6 +9,7 @@ missing run is named; a mean over unequal seeds would compare luck.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,16 +63,20 @@ def size_of(model: LawModel, size: Size) -> int:
 
 
 def curves(runs: Sequence[LawRun]) -> tuple[TeacherCurve, ...]:
-    """All curves of a table, by init, alpha, budget and student's size; untrained students make none.
+    """All curves of a table; untrained students make none.
 
-    What the grid holds is read off the table: a student's teachers and seeds are all that it has a row with.
+    By init, alpha and budget, those with the most students first, and within them by the student's size. What the grid
+    holds is read off the table: a student's teachers and seeds are all that it has a row with.
     """
     keys = {
         (run.init, run.alpha, run.tokens, run.budget, run.student.num_parameters, run.student.name)
         for run in runs
         if run.teacher is not None and run.tokens > 0
     }
-    ordered = sorted(keys, key=lambda key: (key[0], key[1], key[3], key[4], key[5]))
+    num_students = Counter((init, alpha, budget) for init, alpha, _, budget, *_ in keys)
+    ordered = sorted(
+        keys, key=lambda key: (-num_students[key[0], key[1], key[3]], key[0], key[1], key[3], key[4], key[5])
+    )
     return tuple(_curve(runs, _Key(key[5], key[3], key[1], key[0])) for key in ordered)
 
 
