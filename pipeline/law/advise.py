@@ -19,6 +19,9 @@ from capgap.schemas.law_fit import GlobalLaw, LawFit
 from capgap.schemas.law_prediction import Prediction
 from capgap.schemas.results import Interval
 
+_FAR = 10
+"""A law is followed up to this factor outside of the students that it was measured on, and names no size beyond."""
+
 _ROOM = 2
 """Tokens a parameter up to this factor outside of a fit's own count as measured."""
 
@@ -120,7 +123,7 @@ def _law_answer(law: GlobalLaw, fit: LawFit, student: int, tokens: int, teachers
         f"tokens a parameter, {fit.kept}"
     )
     source = f"fit of {fit.table} ({law.budget}, alpha {law.alpha:g}, {law.init} init)"
-    best, interval, summary = _from_power(law, student) if law.refused is None else _from_nearest(law, curves, student)
+    best, interval, summary = _from_law(law, curves, student)
     choice = _nearest(teachers, best)
     if choice is not None:
         summary = f"{summary}; nearest: {choice}"
@@ -141,8 +144,23 @@ def _outside(what: str, value: float, least: float, most: float) -> str | None:
     if least <= value <= most:
         return None
     if value > most:
-        return f"{what} is {value / most:,.3g} x the largest that was measured ({human_count(most)})"
-    return f"{what} is {least / value:.3g} x smaller than the least that was measured ({human_count(least)})"
+        return f"{what} is {_times(value / most)} x the largest that was measured ({human_count(most)})"
+    return f"{what} is {_times(least / value)} x smaller than the least that was measured ({human_count(least)})"
+
+
+def _times(factor: float) -> str:
+    """Three digits of a factor."""
+    return f"{factor:.3g}" if factor < 999.5 else f"{float(f'{factor:.3g}'):,.0f}"
+
+
+def _from_law(law: GlobalLaw, curves: Sequence[CurveFit], student: int) -> tuple[float | None, Interval | None, str]:
+    """The best size with its interval, both None where there is no law or the student is far from it, and why."""
+    if law.refused is not None:
+        return _from_nearest(law, curves, student)
+    assert law.min_size is not None and law.max_size is not None
+    if not law.min_size / _FAR <= student <= law.max_size * _FAR:
+        return None, None, f"no answer for a student so far from those that were measured, by a factor over {_FAR}"
+    return _from_power(law, student)
 
 
 def _from_power(law: GlobalLaw, student: int) -> tuple[float, Interval, str]:

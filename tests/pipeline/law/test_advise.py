@@ -49,20 +49,29 @@ def test_a_fit_answers_first_with_its_interval(fit: LawFit) -> None:
 
 def test_a_fit_says_when_the_student_lies_outside_of_it_and_its_interval_widens(fit: LawFit) -> None:
     inside = advise(3_000_000, 3_000_000, TEACHERS, fit).answers[0]
+    near = advise(60_000_000, 60_000_000, TEACHERS, fit).answers[0]
     outside = advise(3_000_000_000, 3_000_000_000, TEACHERS, fit).answers[0]
-    assert outside.within_validity is False
-    assert inside.interval is not None and outside.interval is not None
-    assert outside.interval.high / outside.interval.low > 1.5 * inside.interval.high / inside.interval.low
+    assert near.within_validity is False and outside.within_validity is False
+    assert inside.interval is not None and near.interval is not None
+    assert near.interval.high / near.interval.low > 1.2 * inside.interval.high / inside.interval.low
     longer = advise(3_000_000, 30_000_000_000, TEACHERS, fit).answers[0]
     assert longer.within_validity is False, "other tokens a parameter were not measured"
     # students of 1M to 8M, with teachers of up to 32 x, and 2M tokens: 2 a parameter at most, and twice that is room
     assert outside.outside[0] == "the student is 375 x the largest that was measured (8M)"
     assert outside.outside[1] == "teacher 7B is 27.3 x the largest that was measured (256M)"
-    assert longer.outside[0] == "tokens a parameter is 2.5e+03 x the largest that was measured (4)"
+    assert longer.outside[0] == "tokens a parameter is 2,500 x the largest that was measured (4)"
     assert advise(3_000_000_000, 3_000_000_000, TEACHERS, fit).verdict.startswith("the fit does not apply: the student")
     assert advise(3_000_000_000, 126_000_000_000, TEACHERS).verdict.startswith("no fit of your own")
     published = advise(3_000, 126_000_000_000, TEACHERS).answers[1].outside
-    assert published[0] == "the student is 4.77e+04 x smaller than the least that was measured (143M)"
+    assert published[0] == "the student is 47,700 x smaller than the least that was measured (143M)"
+
+
+def test_a_law_names_no_size_for_a_student_a_thousand_times_as_large(fit: LawFit) -> None:
+    largest = max(curve.student_size for curve in fit.curves)
+    near, far = (advise(factor * largest, 10**9, TEACHERS, fit).answers[0] for factor in (9, 1000))
+    assert near.best_size is not None and far.best_size is None and far.interval is None and far.choice is None
+    assert far.summary == "no answer for a student so far from those that were measured, by a factor over 10"
+    assert any("the student is 1,000 x the largest" in sentence for sentence in far.outside)
 
 
 def test_a_fit_without_a_law_gives_no_number_and_says_what_was_seen(tmp_path: Path) -> None:
