@@ -93,9 +93,10 @@ def test_two_workers_give_what_the_reference_gives_and_end_with_a_parent_that_is
         assert len(workers) == 2
         for kind, rows in found.items():
             assert rows["rows"] == [48], kind
-            # tolerances as in test_vllm_engine.py: float32, summed in another order
+            # float32, summed in another order, and here in two parts: one of 50 samples falls on the other side of a
+            # border in 7 of 576 rows on a processor with AVX2 alone; columns out of place would change nearly all rows
             assert rows["label"] < 1e-4, kind
-            assert rows["different"] <= 0.01 * 12 * 48, kind
+            assert rows["different"] <= 0.04 * 12 * 48, kind
         assert all(_is_alive(pid) for pid in workers)
     finally:
         parent.send_signal(signal.SIGKILL)
