@@ -17,10 +17,12 @@ from page_tables import Row, with_tables
 
 from capgap.pipeline.law.fit import read_fit
 from capgap.pipeline.law.global_law import MIN_STUDENTS
+from capgap.pipeline.law.summary import regret_cells
 from capgap.pipeline.law.table import read_table
-from capgap.schemas.law_curve import CurveFit, TeacherPoint
-from capgap.schemas.law_fit import GlobalLaw, LawFit
+from capgap.schemas.law_curve import Best, CurveFit, TeacherPoint
+from capgap.schemas.law_fit import Estimate, GlobalLaw
 from capgap.schemas.law_regret import RegretTable
+from capgap.schemas.results import Interval
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "law-cpu.md"
 FOLDER = PAGE.with_suffix("")
@@ -43,7 +45,7 @@ def filled(page: str) -> str:
     [main_law] = [one for one in law.laws if (one.budget, one.alpha) == MAIN]
     names = {curve.student for curve in law.curves if (curve.budget, curve.alpha) != MAIN}
     tables = {
-        "teachers": _teachers(law),
+        "teachers": _teachers(),
         "means": _means(curves, [curve.student for curve in curves]),
         "verdicts": _verdicts(curves),
         "laws": _laws(main_law),
@@ -53,7 +55,7 @@ def filled(page: str) -> str:
     return with_tables(page, "law_page.py", tables)
 
 
-def _teachers(law: LawFit) -> list[Row]:
+def _teachers() -> list[Row]:
     """What the teachers are, by size."""
     found = {run.teacher.name: run.teacher for run in read_table(FOLDER / "runs.jsonl") if run.teacher is not None}
     rows: list[Row] = [("teacher", "parameters", "without embedding", "tokens", "tokens a parameter", "loss")]
@@ -85,23 +87,13 @@ def _verdicts(curves: Sequence[CurveFit]) -> list[Row]:
     rows: list[Row] = [(*head, "best teacher's loss", "gain over no teacher", "noise of a run")]
     rows.append(("---", "---:", "---", "---:", "---:", "---", "---:", "---:", "---:"))
     for curve in curves:
-        best = min(curve.points, key=lambda point: point.loss)
-        cells = [curve.student, f"{curve.student_size:,}"]
-        for name in ("size", "cross_entropy"):
-            axis = curve.axis(name)  # type: ignore[arg-type]
-            assert axis is not None
-            cells.append(axis.verdict)
-            found = axis.best
-            scales = ((1.0, ",.0f"), (curve.student_size, ".1f")) if name == "size" else ((1.0, ".3f"),)
-            for scale, form in scales:
-                if found is None:
-                    cells.append("")
-                    continue
-                low, value, high = (x / scale for x in (found.interval.low, found.value, found.interval.high))
-                cells.append(f"{value:{form}} ({low:{form}} to {high:{form}})")
-        gain = best.gain_interval
-        cells += [f"{best.gain:.3f} ({gain.low:.3f} to {gain.high:.3f})", f"{curve.noise:.4f}"]
-        rows.append(tuple(cells))
+        point = min(curve.points, key=lambda point: point.loss)
+        size, loss = curve.axis("size"), curve.axis("cross_entropy")
+        assert size is not None and loss is not None
+        bests = (_estimate(size.best, ",.0f"), _estimate(size.best, ".1f", curve.student_size))
+        gain = f"{point.gain:.3f} ({_range(point.gain_interval, '.3f')})"
+        cells = (size.verdict, *bests, loss.verdict, _estimate(loss.best, ".3f"), gain, f"{curve.noise:.4f}")
+        rows.append((curve.student, f"{curve.student_size:,}", *cells))
     return rows
 
 
@@ -112,19 +104,21 @@ def _laws(law: GlobalLaw) -> list[Row]:
         "best teacher = k x student: k": law.proportional,
         "best teacher = c x student^q: q": law.exponent,
     }
-    for name, estimate in named.items():
-        value = _NONE
-        if estimate is not None:
-            value = f"{estimate.value:.3g} ({estimate.interval.low:.3g} to {estimate.interval.high:.3g})"
-        rows.append((name, ", ".join(law.students), value))
+    rows += [(name, ", ".join(law.students), _estimate(one, ".3g") or _NONE) for name, one in named.items()]
     for axis in law.axes:
-        for what, estimate in (("one value", axis.constant), ("when the student doubles", axis.per_doubling)):
-            if estimate is not None:
-                value = f"{estimate.value:.3g} ({estimate.interval.low:.3g} to {estimate.interval.high:.3g})"
-                rows.append((f"{axis.measure} at the best teacher: {what}", ", ".join(axis.students), value))
-        if axis.refused is not None:
-            rows.append((f"{axis.measure} at the best teacher", ", ".join(axis.students), _NONE))
+        for what, one in (("one value", axis.constant), ("when the student doubles", axis.per_doubling)):
+            name = f"{axis.measure} at the best teacher: {what}"
+            rows.append((name, ", ".join(axis.students), _estimate(one, ".3g") or _NONE))
     return rows
+
+
+def _estimate(found: Estimate | Best | None, form: str, unit: float = 1) -> str:
+    """A value with its interval, in that unit; nothing where there is none."""
+    return "" if found is None else f"{found.value / unit:{form}} ({_range(found.interval, form, unit)})"
+
+
+def _range(interval: Interval, form: str, unit: float = 1) -> str:
+    return f"{interval.low / unit:{form}} to {interval.high / unit:{form}}"
 
 
 def _regrets(table: RegretTable) -> list[Row]:
@@ -132,13 +126,10 @@ def _regrets(table: RegretTable) -> list[Row]:
     rows: list[Row] = [("rule", "regret (95 % interval)", "more than the first", "chooses")]
     rows.append(("---", "---:", "---:", "---"))
     for rule in table.rules:
-        if rule.regret is None or rule.interval is None:
-            rows.append((rule.name, "", "", f"not followed: {rule.refused}"))
-            continue
-        regret = f"{rule.regret:.4f} ({rule.interval.low:.4f} to {rule.interval.high:.4f})"
-        behind = "" if rule.behind is None else f"{rule.behind.low:.4f} to {rule.behind.high:.4f}"
+        regret, behind, chosen, _ = regret_cells(rule)
         name = f"{rule.name}, outside its range" if rule.outside else rule.name
-        rows.append((name, regret, behind, ", ".join(one.teacher for one in rule.choices)))
+        teachers = ", ".join(one.teacher for one in rule.choices) or chosen
+        rows.append((name, regret, behind.removesuffix(" against the first"), teachers))
     return rows
 
 

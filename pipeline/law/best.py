@@ -46,7 +46,7 @@ def locate(places_M: Array, found: Contrasts, bracket: Interval, num_resamples: 
     means_BM = _resampled(found, _scatter(valleys, u_M, found), num_resamples)
     errors, whole, without = [], [], []
     for form in valleys:
-        fits, error_B = leave_one_out(form, u_M, means_BM, True)
+        fits, error_B = leave_one_out(form, u_M, means_BM, between_the_ends=True)
         errors.append(error_B)
         whole.append(fit(form, u_M, means_BM).lowest())
         without.append([one.lowest() for one in fits])
@@ -79,7 +79,7 @@ def _scatter(forms: Sequence[Form], u_M: Array, found: Contrasts) -> float:
     their own, which more seeds of the student do not average out.
     """
     means_1M = found.means_M[None]
-    errors = [float(leave_one_out(form, u_M, means_1M, True)[1][0]) for form in forms]
+    errors = [float(leave_one_out(form, u_M, means_1M, between_the_ends=True)[1][0]) for form in forms]
     chosen = forms[int(np.argmin(errors))]
     left = float(fit(chosen, u_M, means_1M).squares_B[0]) / (len(u_M) - chosen.num_parameters)
     return max(found.noise / math.sqrt(found.num_seeds), math.sqrt(left))

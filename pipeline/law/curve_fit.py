@@ -123,7 +123,7 @@ def _axis(axis: AxisName, places_M: Array, curve: TeacherCurve, found: Contrasts
         if len(set(u_M.tolist())) < form.min_teachers:
             forms.append(FormFit(name=form.name, formula=form.formula, leave_one_out=None, losses=()))
             continue
-        error = math.sqrt(float(leave_one_out(form, u_M, found.means_M[None], is_interior)[1][0]))
+        error = math.sqrt(float(leave_one_out(form, u_M, found.means_M[None], between_the_ends=is_interior)[1][0]))
         losses = fit(form, u_M, found.means_M[None]).losses_at(u_kept)[0]
         forms.append(
             FormFit(name=form.name, formula=form.formula, leave_one_out=error, losses=tuple(map(float, losses)))

@@ -87,7 +87,9 @@ def fit(form: Form, u_M: Array, losses_BM: Array) -> Fits:
     return Fits(form, coefficients_CBP[best_B, rows], shapes_C[best_B], squares_CB[best_B, rows])
 
 
-def leave_one_out(form: Form, u_M: Array, losses_BM: Array, between_the_ends: bool = False) -> tuple[list[Fits], Array]:
+def leave_one_out(
+    form: Form, u_M: Array, losses_BM: Array, *, between_the_ends: bool = False
+) -> tuple[list[Fits], Array]:
     """The fits without each teacher in turn, and the squared errors [B] with which they foretell the one left out.
 
     The error is the mean over teachers, or over those between the ends, which is where an interior curve is lowest: a

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from capgap.pipeline.stage.folder import begin, content_files, finish
 from capgap.pipeline.stage.identity import content_of
@@ -103,3 +104,10 @@ def make_corpus_run(texts: Path, tmp_path: Path) -> Callable[..., RunFile]:
         )
 
     return make
+
+
+@pytest.fixture
+def without_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor as oneDNN sees one without instructions for products in 16 bits."""
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False)

@@ -9,6 +9,7 @@ import pytest
 from law_tables import planted, run, size, teacher, valley
 
 from capgap.pipeline.law.fit import fit_table, read_fit, write_fit
+from capgap.pipeline.law.forms import FORMS
 from capgap.pipeline.law.summary import lines
 from capgap.pipeline.law.table import write_table
 from capgap.schemas.errors import InputError
@@ -37,6 +38,22 @@ def test_a_curve_is_judged_over_size_and_over_cross_entropy(tmp_path: Path) -> N
     assert by_loss.best.interval.low < 2.0 + 40.0 * 4e6**-0.25 < by_loss.best.interval.high
     assert by_size.places[0] == pytest.approx(1e6) and by_size.places[-1] == pytest.approx(32e6)
     assert by_loss.places[0] > by_loss.places[-1]
+
+
+def test_a_steep_wall_before_a_slow_rise_is_drawn_with_a_valley(tmp_path: Path) -> None:
+    """As the students of docs/results/law-cpu have it: a smallest teacher that is left out is foretold by no form,
+    and a flat line was the least wrong over all teachers."""
+    ratios, losses = (1, 2.5, 6, 14, 31, 87, 248), (3.963, 3.861, 3.881, 3.915, 3.935, 3.948, 3.959)
+
+    def wall(teacher: float, student: float) -> float:
+        return float(np.interp(np.log(teacher / student), np.log(ratios), losses))
+
+    (curve,) = fitted(tmp_path, planted(wall, [1e6], ratios)).curves
+    axis = curve.axis("size")
+    assert axis is not None and axis.best is not None and FORMS[axis.chosen].has_valley
+    drawn = next(form for form in axis.forms if form.name == axis.chosen).losses
+    # before and behind the lowest point the curve is higher by half of what was planted, and more
+    assert drawn[0] - min(drawn) > 0.05 and drawn[-1] - min(drawn) > 0.05
 
 
 def test_the_gain_over_the_supervised_arm_is_paired(tmp_path: Path) -> None:

@@ -89,6 +89,19 @@ def test_alphas_budgets_and_inits_are_curves_of_their_own() -> None:
     ]
 
 
+def test_the_budget_of_most_students_comes_first_and_within_it_the_smallest_student() -> None:
+    small, large, tutor = size(1e6), size(2e6), teacher(4e6)
+    rows = [run(large, one, 0, 3.9) for one in (None, tutor)]
+    rows += [
+        run(student, one, 0, 3.7, budget="4M", tokens=4_000_000) for student in (large, small) for one in (None, tutor)
+    ]
+    assert [(c.budget, c.student.name) for c in curves(rows)] == [
+        ("4M", small.name),
+        ("4M", large.name),
+        ("2M", large.name),
+    ]
+
+
 def test_a_pruned_student_is_compared_with_the_same_one_trained_alone() -> None:
     student, rows = size(1e6), []
     for n, alone in ((2e6, 4.0), (4e6, 5.0)):

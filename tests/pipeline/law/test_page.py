@@ -51,6 +51,11 @@ def test_every_chart_has_its_numbers(text: str) -> None:
     assert page.num_tables == page.num_charts + 3 + 2
 
 
+def test_one_student_is_no_chart_over_students(tmp_path: Path) -> None:
+    page = Page(page_of(tmp_path, planted(valley(4.0), [100e6], np.geomspace(1, 32, 6).tolist())))
+    assert page.num_charts == 2 + 3, "its two axes, three accountings"
+
+
 def test_ids_are_unique_and_nothing_is_loaded_from_elsewhere(text: str) -> None:
     ids = Page(text).ids
     assert len(ids) == len(set(ids))

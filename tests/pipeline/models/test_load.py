@@ -93,6 +93,22 @@ def test_a_model_is_loaded_in_the_dtype_it_was_saved_in_or_in_the_one_asked_for(
     assert load_model(str(tmp_path), "cpu", torch.float32).dtype == torch.float32
 
 
+@pytest.mark.usefixtures("without_16_bits")
+def test_where_its_own_dtype_is_slow_a_model_is_warned_of_or_read_into_float32(tokenizer, tmp_path, caplog) -> None:
+    save_model(LlamaForCausalLM(_config(True)).bfloat16(), tokenizer, tmp_path)
+    assert load_model(str(tmp_path), "cpu", "fast").dtype == torch.float32
+    assert load_model(str(tmp_path), "cpu", to_compute=False).dtype == torch.bfloat16
+    assert not caplog.records
+    assert load_model(str(tmp_path), "cpu").dtype == torch.bfloat16
+    assert f"{tmp_path} works in bfloat16" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_that_no_device_is_slow_in_is_measured_in_its_own_dtype(tokenizer, tmp_path, dtype) -> None:
+    save_model(LlamaForCausalLM(_config(True)).to(dtype), tokenizer, tmp_path)
+    assert load_model(str(tmp_path), "cpu", "fast").dtype == dtype
+
+
 def test_what_is_no_model_is_refused(tmp_path) -> None:
     with pytest.raises(InputError, match=f"{tmp_path}/no: no model can be found.*expected a Hugging Face folder"):
         load_config(str(tmp_path / "no"))

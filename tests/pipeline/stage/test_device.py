@@ -3,7 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from capgap.pipeline.stage.device import (
     device_identity,
@@ -67,12 +66,6 @@ def test_more_devices_than_cuda_shows_are_refused_with_both_numbers(machine: pyt
     machine.setenv("CUDA_VISIBLE_DEVICES", "1")
     with pytest.raises(MachineError, match=r"CUDA_VISIBLE_DEVICES: 1: too few devices; found 1 .* expected at least 2"):
         device_identity("cuda:1")
-
-
-@pytest.fixture
-def without_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
-        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False)
 
 
 @pytest.mark.usefixtures("without_16_bits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,30 @@ def test_a_teacher_pruned_to_its_own_shape_is_the_teacher(tiny: dict[str, Any]) 
     assert manifest.totals["kl_of_student"] == 0
     assert manifest.totals["heldout_loss_of_teacher"] == manifest.totals["heldout_loss_of_student"]
     assert set(manifest.inputs) == {"corpus", "teacher"}
+
+
+@pytest.mark.usefixtures("without_16_bits")
+def test_a_student_has_its_teacher_s_dtype_though_it_was_scored_in_float32(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny["teacher"]["path"], teacher)
+    AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16).save_pretrained(teacher)
+    changes = {
+        "out": str(tmp_path / "run"),
+        "reuse": {"corpus": f"{tiny['out']}/corpus"},
+        "teacher": {"path": str(teacher)},
+    }
+    run = _pruned({name: value for name, value in tiny.items() if name != "corpus"} | changes)
+    for instance in (Instance("teacher"), Instance("student", seed=0)):
+        carry_out(run, instance)
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+        for folder in (teacher, Path(run.out) / "student/seed-0/model")
+    )
+    # of its own shape: not a number has changed
+    assert all(weight.dtype == torch.bfloat16 for weight in after.values())
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("importance", ["activation", "taylor", "random"])
