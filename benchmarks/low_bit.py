@@ -4,6 +4,7 @@ python benchmarks/low_bit.py                     every training that is not in t
 python benchmarks/low_bit.py --formats mxfp4     of one format
 python benchmarks/low_bit.py --only-seed 0       of one seed: a process each may share the work
 python benchmarks/low_bit.py --smoke             the same at the smallest size, to see that it works
+python benchmarks/low_bit_page.py                put the tables into their page, between its marks
 
 The student is the teacher itself, SmolLM2-135M-Instruct, which `make smol` fetches. Every training of a format sees
 the same sequences and takes as many steps; the seeds are the order of the data. A training runs in a process of its
@@ -20,12 +21,11 @@ import math
 import os
 import re
 import resource
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import yaml
-from machine import RESULTS, machine
+from filelock import FileLock
+from low_bit_page import ONLINE, PTQ, QAT, tables
+from machine import RESULTS, machine, mixed_precision
 from quality import Heldout
 from result_lines import Results
 
@@ -44,14 +46,16 @@ from capgap.pipeline.eval.spool import open_spool
 from capgap.pipeline.models.load import load_model, model_path
 from capgap.pipeline.stage.context import Instance, StageInput
 from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.schemas.run_eval import EvalSettings
 from capgap.schemas.run_file import RunFile
 
 ROOT = Path(__file__).parents[1]
-# 30 steps: an estimate of what two formats at three seeds can have in six hours of one core. `cpu_s` of the lines says
-# what they took.
-NUM_TOKENS = 61_440
-Job = tuple[str, float, str, int]
-PTQ, QAT, ONLINE = "PTQ", "QAT, cross-entropy", "QAD, online"
+# 10 steps: what two formats at three seeds can have in three hours of one core that has no products of 16 bits.
+NUM_TOKENS = 10_240
+# The online arm of mxfp4 ended lower after 8 steps with it than with 1e-4: `--formats mxfp4 --only-seed 0 --tokens 8192
+# --learning-rate 1e-4`, in loss and in KL.
+LEARNING_RATE = 2e-4
+Job = tuple[str, str, int]
 TAILS = ("ghost", "drop", "renorm", "label")
 # One pass of the teacher each.
 CACHES: dict[str, dict[str, Any]] = {
@@ -78,10 +82,12 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 
 # The run file is for one training, and there are dozens here: what makes each of them shorter, for all alike.
+PRECISION = mixed_precision("cpu")
 SHORTER: dict[str, dict[str, Any]] = {
-    "cache": {"dtype": "bfloat16"},
-    "train": {"precision": "bf16-mixed", "num_validation_sequences": 1},
-    "eval": {"num_sequences": 32, "num_full_sequences": 16},
+    "corpus": {"shard_sequences": 20},
+    "cache": {"dtype": "bfloat16" if PRECISION == "bf16-mixed" else "float32", "num_heldout_sequences": 0},
+    "train": {"precision": PRECISION, "batch_sequences": 2, "num_validation_sequences": 1},
+    "eval": {"num_sequences": 16, "num_full_sequences": 16},
 }
 
 
@@ -92,7 +98,7 @@ def main() -> None:
     parser.add_argument("--only-seed", type=int, help="of them this one alone: a process each may share the work")
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=["int4", "mxfp4"])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-5])
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="that every student sees")
     parser.add_argument("--compile", action="store_true", help="compile what stands between the layers that round")
     parser.add_argument("--work", type=Path, default=Path("runs/low-bit-arms"), help="caches, and trainings at work")
@@ -109,33 +115,27 @@ def main() -> None:
     if flags.smoke:
         flags.tokens = 4096
     results = Results(flags.results or RESULTS / ("low-bit-smoke.jsonl" if flags.smoke else "low-bit.jsonl"))
-    bench = Bench(flags.work, flags.smoke, flags.tokens, flags.compile)
-    jobs = [
-        (name, rate, arm, seed)
-        for name, rate, arm, seed in in_order(flags.formats, flags.learning_rates, flags.arms, flags.seeds)
-        if flags.only_seed in (None, seed)
-    ]
+    bench = Bench(flags.work, flags.smoke, flags.tokens, flags.learning_rate, flags.compile)
     with bench.teacher_on_heldout() as heldout:
-        for name, rate, arm, seed in jobs:
-            about = bench.about | {"format": FORMATS[name], "learning_rate": rate}
-            if not results.has(arm, seed, about):
-                results.add(bench.line(name, rate, arm, seed, heldout) | {"about": about})
+        for name, arm, seed in in_order(flags.formats, flags.arms, flags.seeds):
+            about = bench.about | {"format": FORMATS[name]}
+            if flags.only_seed in (None, seed) and not results.has(arm, seed, about):
+                results.add(bench.line(name, arm, seed, heldout) | {"about": about})
                 print(f"{name}, {arm}, seed {seed}: {results.lines[-1]}", flush=True)
-    print(table(results.lines))
+    for name, rows in tables(results.lines).items():
+        print("\n".join((f"\n{name}", *(" | ".join(row) for row in rows))))
 
 
-def in_order(formats: list[str], rates: list[float], chosen: list[str], num_seeds: int) -> list[Job]:
+def in_order(formats: list[str], chosen: list[str], num_seeds: int) -> list[Job]:
     """What the goal is about at every seed, then the other tails at one."""
     names = list(ARMS)
-    every = [(*job, seed) for seed in range(num_seeds) for job in itertools.product(formats, rates, chosen)]
-    # what is not trained is the same at every seed and rate
+    # what is not trained is the same at every seed
     wanted = [
-        (name, rate, arm, seed)
-        for name, rate, arm, seed in every
+        (name, arm, seed)
+        for seed, name, arm in itertools.product(range(num_seeds), formats, chosen)
         if seed == 0 or (arm != PTQ and names.index(arm) < NUM_FIRST)
-        if arm != PTQ or rate == rates[0]
     ]
-    return sorted(wanted, key=lambda job: names.index(job[2]) >= NUM_FIRST)
+    return sorted(wanted, key=lambda job: names.index(job[1]) >= NUM_FIRST)
 
 
 class Bench:
@@ -145,15 +145,18 @@ class Bench:
         work: folder for all of it.
         smoke: at the smallest size.
         num_tokens: of every training.
+        learning_rate: of every training.
         compiles: what stands between the layers that round.
     """
 
-    def __init__(self, work: Path, smoke: bool, num_tokens: int, compiles: bool = False) -> None:
+    def __init__(
+        self, work: Path, smoke: bool, num_tokens: int, learning_rate: float = LEARNING_RATE, compiles: bool = False
+    ) -> None:
         file = ROOT / ("tests/assets/tiny.yaml" if smoke else "jobs/runs/low-bit.yaml")
         self._work, self._run = work, yaml.safe_load(file.read_text())
         for part, settings in ({} if smoke else SHORTER).items():
             self._run[part] |= settings
-        self._run["train"] |= {"compile": compiles}
+        self._run["train"] |= {"compile": compiles, "learning_rate": learning_rate}
         self._run |= {"device": "cpu", "out": str(work / "shared")}
         self._corpus, self._teacher = (self._made(self._run, stage) for stage in ("corpus", "teacher"))
         path = model_path(self._teacher)
@@ -164,13 +167,15 @@ class Bench:
             "teacher": self._teacher.manifest.content[:12],
             "corpus": self._corpus.manifest.content[:12],
             "num_tokens": num_tokens,
+            "learning_rate": learning_rate,
+            "batch_sequences": self._run["train"].get("batch_sequences"),
             "precision": self._run["train"].get("precision"),
         }
 
     @contextmanager
     def teacher_on_heldout(self) -> Iterator[Heldout]:
         """The teacher's distributions on held-out text, on disk while students are measured."""
-        settings = RunFile.model_validate(self._run).eval
+        settings = EvalSettings.model_validate(self._run.get("eval", {}))
         sequences = first_sequences(
             self._corpus.path, self._corpus.manifest.shard_sets["heldout"], settings.num_sequences
         )
@@ -181,10 +186,10 @@ class Bench:
             loss = self._loss(model_path(self._teacher), waiting, spool.append)
             yield Heldout(sequences, spool, num_full, loss)
 
-    def line(self, name: str, rate: float, arm: str, seed: int, heldout: Heldout) -> dict[str, Any]:
+    def line(self, name: str, arm: str, seed: int, heldout: Heldout) -> dict[str, Any]:
         """One line of the results."""
         cache, settings = ARMS[arm]
-        run = self._run_of(name, rate, cache, arm, settings, seed)
+        run = self._run_of(name, cache, arm, settings, seed)
         file = Path(run["out"]) / f"{slug(arm)}-{seed}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(run))
@@ -211,16 +216,14 @@ class Bench:
             "machine": machine("cpu"),
         }
 
-    def _run_of(
-        self, name: str, rate: float, cache: str, arm: str, settings: dict[str, Any], seed: int
-    ) -> dict[str, Any]:
+    def _run_of(self, name: str, cache: str, arm: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
         shared = {"corpus": self._corpus, "teacher": self._teacher, "cache": self._cache(cache)}
-        out = self._work / name / f"cache-{cache}" / f"rate-{rate:g}"
+        out = self._work / name / f"cache-{cache}"
         return self._run | {
             "out": str(out),
             "reuse": {stage: str(made.path) for stage, made in shared.items()},
             "student": self._run["student"] | {"quantize": FORMATS[name]},
-            "train": self._run["train"] | {"learning_rate": rate, "recording": "sampled"},
+            "train": self._run["train"] | {"recording": "sampled"},
             "arms": {slug(arm): settings},
             "seeds": [seed],
         }
@@ -235,7 +238,11 @@ class Bench:
         """The finished stage, made if it is not; of what is not trained here, without the arms."""
         without = {} if arm is not None else {"arms": {"any": {"alpha": 0.0}}}
         instance = Instance(stage, arm, seed)
-        return StageInput(Path(run["out"]) / instance.name, carry_out(RunFile.model_validate(run | without), instance))
+        self._work.mkdir(parents=True, exist_ok=True)
+        # what processes share is made by one of them, while the others wait
+        with FileLock(self._work / "shared.lock") if arm is None else nullcontext():
+            made = carry_out(RunFile.model_validate(run | without), instance)
+        return StageInput(Path(run["out"]) / instance.name, made)
 
     @property
     def _vocab_size(self) -> int:
@@ -243,7 +250,7 @@ class Bench:
 
     def _loss(self, path: str, heldout: Heldout, visit: Any) -> float:
         nats_S = score(
-            load_model(path, "cpu"),
+            load_model(path, "cpu", "fast"),
             heldout.sequences,
             name="held-out",
             vocab_size=self._vocab_size,
@@ -257,63 +264,6 @@ class Bench:
 def slug(arm: str) -> str:
     """An arm's name as folders have it."""
     return re.sub(r"[^a-z0-9]+", "-", arm.lower()).strip("-")
-
-
-def table(lines: list[dict[str, Any]]) -> str:
-    """Each arm of each format at its best learning rate, with what it wins back of what rounding costs."""
-    heads = ("arm", "bytes a token", "perplexity", "KL", "won back of the loss", "of the KL", "wall, s", "memory, GB")
-    shown = []
-    for name in dict.fromkeys(line["about"]["format"]["format"] for line in lines):
-        mine = [line for line in lines if line["about"]["format"]["format"] == name]
-        shown += [f"\n{name}: the teacher's perplexity is {math.exp(mine[0]['teacher_loss']):.3f}\n"]
-        shown += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-        shown += [_row(arm, mine) for arm in ARMS if any(line["arm"] == arm for line in mine)]
-    return "\n".join(shown)
-
-
-def won_back(lines: list[dict[str, Any]], arm: str, quantity: str) -> list[float]:
-    """By seed, the fall from PTQ as a share of what online distillation takes off it."""
-    (ptq,) = {_value(line, quantity) for line in lines if line["arm"] == PTQ} or {math.nan}
-    online = {line["seed"]: _value(line, quantity) for line in best(lines, ONLINE)}
-    return [
-        (ptq - _value(line, quantity)) / (ptq - online[line["seed"]])
-        for line in best(lines, arm)
-        if line["seed"] in online and online[line["seed"]] != ptq
-    ]
-
-
-def best(lines: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
-    """An arm's trainings at the learning rate of its lowest mean loss."""
-    mine = [line for line in lines if line["arm"] == arm]
-    rates = {line["about"]["learning_rate"] for line in mine}
-    by_rate = [[line for line in mine if line["about"]["learning_rate"] == rate] for rate in sorted(rates)]
-    return min(by_rate, key=lambda its: statistics.fmean(one["heldout_loss"] for one in its), default=[])
-
-
-def _row(arm: str, lines: list[dict[str, Any]]) -> str:
-    mine = best(lines, arm)
-    size = mine[0]["bytes_per_token"]
-    cells = (
-        arm,
-        "-" if size is None else f"{size:.1f}",
-        _mean([line["perplexity"] for line in mine], 3),
-        _mean([line["against_teacher"]["kl"] for line in mine], 4),
-        *(_mean([100 * share for share in won_back(lines, arm, quantity)], 1, " %") for quantity in ("loss", "kl")),
-        _mean([line["wall_s"] for line in mine], 0),
-        _mean([line["peak_bytes"] / 1e9 for line in mine], 2),
-    )
-    return f"| {' | '.join(cells)} |"
-
-
-def _value(line: dict[str, Any], quantity: str) -> float:
-    return float(line["heldout_loss"] if quantity == "loss" else line["against_teacher"]["kl"])
-
-
-def _mean(values: list[float], digits: int, unit: str = "") -> str:
-    if not values:
-        return "-"
-    spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}{unit}"
 
 
 def _train(file: Path, arm: str, seed: int) -> None:

@@ -36,7 +36,7 @@ def break_even(work: RunWork, cache_rate: Figure, online_rate: float | None) -> 
 
 def _in_operations(work: RunWork) -> BreakEven:
     accounting = "operations: 6 N_S D + 2 N_T D online, 2 N_T D once for a cache"
-    cached, student = work.cache_tokens.value, work.student_tokens.value
+    cached, student = work.cache_tokens.value, work.most_student_tokens.value
     if cached is None or student is None:
         return BreakEven(accounting=accounting, num_students=None, source="needs the numbers of tokens")
     n = least_students(cached, student)
@@ -49,7 +49,7 @@ def _in_operations(work: RunWork) -> BreakEven:
 
 def _in_seconds(work: RunWork, cache_rate: Figure, online_rate: float | None) -> BreakEven:
     accounting = "seconds of the teacher's device"
-    cached, student = work.cache_tokens.value, work.student_tokens.value
+    cached, student = work.cache_tokens.value, work.most_student_tokens.value
     if cached is None or student is None or cache_rate.value is None:
         missing = "the numbers of tokens" if cache_rate.value is not None else "the rate of the cache stage"
         return BreakEven(accounting=accounting, num_students=None, source=f"needs {missing}")

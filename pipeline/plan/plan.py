@@ -119,7 +119,7 @@ def far_from_home(home_loss: float | None, cache: Manifest | None) -> list[str]:
 
 def _laws(work: RunWork) -> tuple[Prediction, ...]:
     """The published laws' predictions for the run's pair of models, each in the sizes that its paper counts."""
-    student, teacher, tokens = work.student, work.teacher, work.student_tokens.value
+    student, teacher, tokens = work.student, work.teacher, work.most_student_tokens.value
     if student.total is None or student.outside_embedding is None or not tokens:
         return ()
     trained = work.teacher_tokens.value or None
@@ -134,8 +134,8 @@ def _laws(work: RunWork) -> tuple[Prediction, ...]:
 
 
 def _stage_plan(state: StageState, work: RunWork, stated: Stated) -> StagePlan:
-    stage = state.instance.stage
-    rate, tokens = rate_of(stage, work, stated), work.tokens(stage)
+    stage, arm = state.instance.stage, state.instance.arm
+    rate, tokens = rate_of(stage, work, stated, arm), work.tokens(stage, arm)
     num_devices = work.run.cache.num_devices if stage == "cache" else 1
     if state.state is State.CURRENT:
         hours = Figure(value=0, source="finished")
@@ -150,7 +150,7 @@ def _stage_plan(state: StageState, work: RunWork, stated: Stated) -> StagePlan:
         state=str(state.state),
         tokens=tokens,
         disk_bytes=work.disk_bytes(stage),
-        scratch_bytes=work.scratch_bytes(stage),
+        scratch_bytes=work.scratch_bytes(stage, arm),
         tokens_per_s=rate,
         device_hours=hours,
     )

@@ -64,22 +64,53 @@ class Stated:
     like: tuple[str, ...] = ()
 
 
-def rate_of(stage: str, work: RunWork, stated: Stated) -> Figure:
-    """Tokens/s of one engine or training; from the first source that has it."""
-    if stage not in STAGES_WITH_A_RATE or work.tokens(stage).value == 0:
-        to_do = work.tokens(stage)
+def rate_of(stage: str, work: RunWork, stated: Stated, arm: str | None = None) -> Figure:
+    """Tokens/s of one engine or training; from the first source that has it.
+
+    Args:
+        stage: whose rate.
+        work: of the run.
+        stated: speeds that the user states.
+        arm: of a training. One that asks the teacher takes the time of a student's step and of the teacher's pass.
+    """
+    if stage not in STAGES_WITH_A_RATE or work.tokens(stage, arm).value == 0:
+        to_do = work.tokens(stage, arm)
         return Figure(value=None, source="no rate is known of this stage" if to_do.value else to_do.source)
+    if work.asks_the_teacher(arm):
+        return _rate_beside_the_teacher(work, stated, arm)
+    known, why = _found(stage, work, stated)
+    return _computed(stage, work, stated, arm, why) if known is None else known
+
+
+def _rate_beside_the_teacher(work: RunWork, stated: Stated, arm: str | None) -> Figure:
+    """As an earlier such training went; else of a student and a teacher that take turns; else by the operations."""
+    earlier = _earlier("train", work, [work.run.out, *stated.like], online=True)
+    if earlier is not None:
+        return earlier
+    student, teacher = (_found(stage, work, stated)[0] for stage in ("train", "cache"))
+    if student is None or student.value is None or teacher is None or teacher.value is None:
+        return _computed("train", work, stated, arm, "")
+    source = f"a student at {student.value:,.0f} tokens/s ({student.source}) and the teacher at {teacher.value:,.0f}"
+    return Figure(value=1 / (1 / student.value + 1 / teacher.value), source=f"{source} ({teacher.source}), in turn")
+
+
+def _found(stage: str, work: RunWork, stated: Stated) -> tuple[Figure | None, str]:
+    """Tokens/s as stated, measured or probed; None where nothing is, with what failed."""
     known = stated_or_measured(stage, work, stated)
     if known is not None:
-        return known
+        return known, ""
     probed = _probed(stage, work.run, [work.run.out, *stated.like])
-    if probed is not None and probed.value is not None:
-        return probed
+    if probed is None or probed.value is not None:
+        return probed, ""
+    return None, f"{probed.source}; "
+
+
+def _computed(stage: str, work: RunWork, stated: Stated, arm: str | None, why: str) -> Figure:
+    """From the operations and what the device does of them; `why` says what else was tried."""
     if stage == "cache" and work.run.cache.engine == "server":
         return Figure(value=None, source="give --teacher-tokens-per-s or --like RUN: the teacher is served elsewhere")
-    operations, tokens = work.operations(stage), work.tokens(stage).value
+    operations, tokens = work.operations(stage, arm), work.tokens(stage, arm).value
     if stated.device_peak_tflops is None or stated.mfu is None or operations is None or not tokens:
-        why = "" if probed is None else f"{probed.source}; "
         return Figure(value=None, source=why + _missing(stage, operations is not None))
     rate = stated.device_peak_tflops * 1e12 * stated.mfu / (operations / tokens)
     num_devices = work.run.cache.num_devices if stage == "cache" else 1
@@ -123,11 +154,14 @@ def _probed(stage: str, run: RunFile, folders: Iterable[str]) -> Figure | None:
     return None
 
 
-def _earlier(stage: str, work: RunWork, folders: Iterable[str]) -> Figure | None:
+def _earlier(stage: str, work: RunWork, folders: Iterable[str], online: bool = False) -> Figure | None:
     wanted = work.run.model_dump(mode="json")
     for path, manifest in _manifests(stage, folders):
         num_tokens = _tokens_of(stage, manifest)
         if not num_tokens or manifest.wall_s <= 0:
+            continue
+        # what an arm changes stands in the stage's own settings
+        if stage == "train" and (_at(manifest.settings, "train.targets") == "online") != online:
             continue
         if _is_alike(stage, manifest.resolved, wanted):
             source = f"measured: {path.parent}, {num_tokens:,} tokens in {manifest.wall_s:.0f} s, start included"

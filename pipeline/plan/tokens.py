@@ -68,12 +68,16 @@ def split_tokens(
 
 
 def cache_tokens(run: RunFile, cache: Manifest | None, student: Figure) -> Figure:
-    """Tokens that the teacher scores: whole shards of the student\'s split."""
+    """Tokens that the teacher scores: whole shards of the student's split."""
     if cache is not None:
         return Figure(value=next(iter(cache.shard_sets.values())).num_tokens, source="the cache")
-    if student.value is None or run.cache.max_tokens is None:
+    asked = run.cache.max_tokens
+    if student.value is None or asked is None:
         return student
-    return Figure(value=min(student.value, _in_shards(run, run.cache.max_tokens)), source=student.source)
+    value, source = min(student.value, _in_shards(run, asked)), student.source
+    if value > asked:
+        source += f"; cache.max_tokens asks for {asked:,}, and a shard is scored whole ({_in_shards(run, 1):,} tokens)"
+    return Figure(value=value, source=source)
 
 
 def written_tokens(run: RunFile) -> Figure:

@@ -33,7 +33,7 @@ class RunWork:
         student: its size.
         split_tokens: by split of the corpus: teacher, student, heldout.
         cache_tokens: that the teacher scores.
-        student_tokens: that one student trains on, epochs and all.
+        student_tokens: by arm, that one student trains on, epochs and all.
         teacher_tokens: that a teacher is trained on; 0 for a given one.
         eval_sequences: held-out sequences that each model is scored on.
     """
@@ -44,7 +44,7 @@ class RunWork:
     student: ModelSize
     split_tokens: dict[str, Figure]
     cache_tokens: Figure
-    student_tokens: Figure
+    student_tokens: dict[str, Figure]
     teacher_tokens: Figure
     eval_sequences: Figure
 
@@ -58,13 +58,23 @@ class RunWork:
         return 1 if self.run.measures_teacher else 0
 
     @property
+    def most_student_tokens(self) -> Figure:
+        """Of the arm that trains longest."""
+        return max(self.student_tokens.values(), key=lambda figure: figure.value or 0)
+
+    @property
     def num_cache_students(self) -> int:
         """That this run trains from the cache's targets."""
-        learning = [arm for arm in self.run.arms if self.run.train_settings(arm).alpha > 0]
+        settings = [self.run.train_settings(arm) for arm in self.run.arms]
+        learning = [one for one in settings if one.targets == "cache" and one.largest_alpha > 0 and one.max_tokens != 0]
         return len(self.run.seeds) * len(learning)
 
-    def tokens(self, stage: str) -> Figure:
-        """Targets that one instance of the stage works on."""
+    def asks_the_teacher(self, arm: str | None) -> bool:
+        """Whether the teacher stands beside a student of that arm."""
+        return arm is not None and self.run.train_settings(arm).needs_teacher
+
+    def tokens(self, stage: str, arm: str | None = None) -> Figure:
+        """Targets that one instance of the stage works on; of a training without an arm, those of the longest."""
         match stage:
             case "corpus":
                 parts = list(self.split_tokens.values())
@@ -75,7 +85,7 @@ class RunWork:
             case "cache":
                 return self.cache_tokens
             case "train":
-                return self.student_tokens
+                return self.most_student_tokens if arm is None else self.student_tokens[arm]
             case "eval":
                 sequences = self.eval_sequences
                 each = self.run.corpus.seq_len * self.num_models
@@ -118,9 +128,11 @@ class RunWork:
             case _:
                 return _NOT_PLANNED
 
-    def scratch_bytes(self, stage: str) -> Figure:
+    def scratch_bytes(self, stage: str, arm: str | None = None) -> Figure:
         """More that one instance takes while it works."""
         match stage:
+            case "train" if self.tokens(stage, arm).value == 0:
+                return Figure(value=0, source="no step is taken")
             case "teacher" if self.run.teacher.optimization is None:
                 return Figure(value=0, source="none")
             case "teacher" | "train" | "tune":
@@ -137,9 +149,9 @@ class RunWork:
             case _:
                 return _NOT_PLANNED
 
-    def operations(self, stage: str) -> float | None:
+    def operations(self, stage: str, arm: str | None = None) -> float | None:
         """Floating-point operations of one instance: 6 N D for a training, 2 N D for a forward pass."""
-        teacher, student, tokens = self.teacher.total, self.student.total, self.tokens(stage).value
+        teacher, student, tokens = self.teacher.total, self.student.total, self.tokens(stage, arm).value
         if tokens is None:
             return None
         match stage:
@@ -147,6 +159,8 @@ class RunWork:
                 return None if teacher is None else 6 * teacher * tokens
             case "cache":
                 return None if teacher is None else 2 * teacher * tokens
+            case "train" if self.asks_the_teacher(arm):
+                return None if student is None or teacher is None else (6 * student + 2 * teacher) * tokens
             case "train":
                 return None if student is None else 6 * student * tokens
             case "eval" if teacher is not None and student is not None:
@@ -180,7 +194,6 @@ def work_of(
     vocab_size = vocab_size_of(run, text)
     splits = splits or split_tokens(run, text, vocab_size, stated_bytes_per_token)
     cached = cache_tokens(run, cache, splits["student"] if run.rounds is None else written_tokens(run))
-    arms = [trained_tokens(run.train_settings(arm), cached) for arm in run.arms]
     heldout = splits["heldout"]
     seq_len = run.corpus.seq_len if text is None else next(iter(text.shard_sets.values())).seq_len
     sequences = None if heldout.value is None else min(run.eval.num_sequences, heldout.value // seq_len)
@@ -195,7 +208,7 @@ def work_of(
         else pruned_size(next(iter(students), None), run.student.prune, run.teacher, vocab_size),
         split_tokens=splits,
         cache_tokens=cached,
-        student_tokens=max(arms, key=lambda figure: figure.value or 0),
+        student_tokens={arm: trained_tokens(run.train_settings(arm), cached) for arm in run.arms},
         teacher_tokens=Figure(value=0, source="a given model is only checked")
         if optimization is None
         else trained_tokens(optimization, splits["teacher"]),

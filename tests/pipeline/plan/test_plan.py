@@ -172,9 +172,45 @@ def test_a_cache_beats_an_online_teacher_from_the_second_student_of_one_epoch_an
     assert make_plan(run(), Stated()).break_even[1].num_students is None
 
 
-def test_arms_without_the_teacher_are_no_students_of_the_cache(run: Callable[..., RunFile]) -> None:
-    plan = make_plan(run(seeds=[0, 1], arms={"distilled": {}, "cross_entropy": {"alpha": 0}}), Stated())
+def test_arms_without_the_cache_s_targets_are_no_students_of_the_cache(run: Callable[..., RunFile]) -> None:
+    others = {"cross_entropy": {"alpha": 0}, "online": {"targets": "online"}, "as_it_is": {"max_tokens": 0}}
+    plan = make_plan(run(seeds=[0, 1], arms={"distilled": {}} | others), Stated())
     assert plan.num_students == 2
+
+
+def test_every_arm_is_planned_with_its_own_tokens_and_one_that_asks_the_teacher_with_its_passes(
+    run: Callable[..., RunFile],
+) -> None:
+    arms = {"distilled": {}, "short": {"max_tokens": 640}, "none": {"max_tokens": 0}, "online": {"targets": "online"}}
+    stated = Stated(device_peak_tflops=0.5, mfu=0.2)
+    plan = make_plan(run(arms=arms), stated)
+    found = {arm: stages(plan)[f"train/{arm}/seed-0"] for arm in arms}
+    assert found["short"].tokens.value == 640 and found["none"].tokens.value == 0
+    assert found["distilled"].tokens.value == found["online"].tokens.value == stages(plan)["cache"].tokens.value
+    assert found["none"].device_hours.value == found["none"].scratch_bytes.value == 0
+    # student and teacher are of one size: 6 N D, and 2 N D beside it
+    ratio = found["online"].device_hours.value / found["distilled"].device_hours.value
+    assert ratio == pytest.approx(8 / 6)
+    both = make_plan(run(arms=arms), Stated(teacher_tokens_per_s=100, train_tokens_per_s=50))
+    rate = stages(both)["train/online/seed-0"].tokens_per_s
+    assert rate.value == pytest.approx(1 / (1 / 100 + 1 / 50)) and rate.source.endswith("at 100 (stated), in turn")
+    alone = make_plan(run(arms=arms), Stated(train_tokens_per_s=50))
+    assert stages(alone)["train/online/seed-0"].tokens_per_s.value is None
+
+
+def test_an_earlier_training_beside_the_teacher_says_nothing_of_one_from_the_cache(
+    run: Callable[..., RunFile], tmp_path: Path
+) -> None:
+    online = run(arms={"online": {"targets": "online"}})
+    for instance in ("corpus", "teacher", "cache"):
+        carry_out(online, Instance(instance))  # type: ignore[arg-type]
+    carry_out(online, Instance("student", seed=0))
+    manifest = carry_out(online, Instance("train", "online", 0))
+    both = run(out=str(tmp_path / "other"), arms={"distilled": {}, "online": {"targets": "online"}})
+    found = stages(make_plan(both, Stated(like=(online.out,))))
+    rate = found["train/online/seed-0"].tokens_per_s
+    assert rate.value == pytest.approx(manifest.totals["num_tokens"] / manifest.wall_s)
+    assert found["train/distilled/seed-0"].tokens_per_s.value is None
 
 
 def test_the_laws_are_marked_where_they_go_beyond_what_was_measured(run: Callable[..., RunFile]) -> None:

@@ -1,0 +1,102 @@
+"""Fills the tables of docs/results/low-bit.md from the lines of benchmarks/low_bit.py: means over seeds.
+
+python benchmarks/low_bit_page.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))
+
+from machine import RESULTS
+from page_tables import Row, interval, with_tables
+from result_lines import Results
+
+PAGE = Path(__file__).parents[1] / "docs" / "results" / "low-bit.md"
+PTQ, QAT, ONLINE = "PTQ", "QAT, cross-entropy", "QAD, online"
+
+_HEAD = (
+    "student",
+    "bytes/token",
+    "perplexity",
+    "KL to the teacher, nats",
+    "won back of the KL, % of online",
+    "won back of the loss, % of online",
+    "CPU s",
+    "peak memory, GB",
+    "seeds",
+)
+
+
+def main() -> None:
+    """Write the page anew."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    PAGE.write_text(filled(PAGE.read_text()))
+
+
+def filled(page: str) -> str:
+    """The page with its tables made anew, from the lines about what the newest one is about: text, tokens, settings."""
+    lines = Results(RESULTS / "low-bit.jsonl").lines
+    about = lines[-1]["about"] | {"format": None}
+    same = [line for line in lines if line["about"] | {"format": None} == about]
+    return with_tables(page, "low_bit_page.py", tables(same))
+
+
+def tables(lines: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
+    """By format, the teacher and a row an arm; what follows +- is half of the 95 % interval over seeds."""
+    made: dict[str, list[Row]] = {}
+    for name in dict.fromkeys(line["about"]["format"]["format"] for line in lines):
+        own = [line for line in lines if line["about"]["format"]["format"] == name]
+        teacher = ("the teacher itself", "", f"{math.exp(own[0]['teacher_loss']):.2f}", "0", *[""] * 5)
+        rows = [_row(arm, own) for arm in dict.fromkeys(line["arm"] for line in own)]
+        made[name] = [_HEAD, ("---", *["---:"] * (len(_HEAD) - 1)), teacher, *rows]
+    return made
+
+
+def won_back(lines: Sequence[dict[str, Any]], arm: str, quantity: str) -> list[float]:
+    """By seed, the fall from PTQ as a share of what online distillation takes off it.
+
+    Args:
+        lines: of one format.
+        arm: whose fall.
+        quantity: `loss` on held-out text, or `kl` to the teacher.
+    """
+    ptq = fmean([_value(line, quantity) for line in lines if line["arm"] == PTQ] or [math.nan])
+    online = {line["seed"]: _value(line, quantity) for line in lines if line["arm"] == ONLINE}
+    return [
+        (ptq - _value(line, quantity)) / (ptq - online[line["seed"]])
+        for line in lines
+        if line["arm"] == arm and online.get(line["seed"], ptq) != ptq
+    ]
+
+
+def _row(arm: str, lines: Sequence[dict[str, Any]]) -> Row:
+    own = [line for line in lines if line["arm"] == arm]
+    size = own[0]["bytes_per_token"]
+    shares = ([100 * share for share in won_back(lines, arm, quantity)] for quantity in ("kl", "loss"))
+    return (
+        arm,
+        "" if size is None else f"{size:.1f}",
+        interval([line["perplexity"] for line in own], 2),
+        interval([line["against_teacher"]["kl"] for line in own], 4),
+        *(interval(one, 1) for one in shares),
+        f"{fmean(line['cpu_s'] for line in own):.0f}",
+        f"{max(line['peak_bytes'] for line in own) / 1e9:.1f}",
+        str(len(own)),
+    )
+
+
+def _value(line: dict[str, Any], quantity: str) -> float:
+    return float(line["heldout_loss"] if quantity == "loss" else line["against_teacher"]["kl"])
+
+
+if __name__ == "__main__":
+    main()
