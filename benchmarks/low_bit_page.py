@@ -74,7 +74,7 @@ def won_back(lines: Sequence[dict[str, Any]], arm: str, quantity: str) -> list[f
     return [
         (ptq - _value(line, quantity)) / (ptq - online[line["seed"]])
         for line in lines
-        if line["arm"] == arm and online.get(line["seed"], ptq) != ptq
+        if line["arm"] == arm and line["seed"] in online and online[line["seed"]] != ptq
     ]
 
 

@@ -178,6 +178,15 @@ def test_arms_without_the_cache_s_targets_are_no_students_of_the_cache(run: Call
     assert plan.num_students == 2
 
 
+def test_a_plan_says_where_fewer_tokens_than_a_shard_has_are_asked_for(run: Callable[..., RunFile]) -> None:
+    made = run()
+    shard = made.corpus.sequences_per_shard * made.corpus.seq_len
+    cached = stages(make_plan(run(cache={"engine": "transformers", "max_tokens": shard - 1}), Stated()))["cache"].tokens
+    assert cached.value == shard and f"a shard is scored whole ({shard:,} tokens)" in cached.source
+    whole = stages(make_plan(run(cache={"engine": "transformers", "max_tokens": shard}), Stated()))["cache"].tokens
+    assert whole.value == shard and "scored whole" not in whole.source
+
+
 def test_every_arm_is_planned_with_its_own_tokens_and_one_that_asks_the_teacher_with_its_passes(
     run: Callable[..., RunFile],
 ) -> None:
