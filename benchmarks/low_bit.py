@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import yaml
-from filelock import FileLock
 from low_bit_page import ONLINE, PTQ, QAT, tables
 from machine import RESULTS, machine, mixed_precision
+from made_once import made_once
 from quality import Heldout
 from result_lines import Results
 
@@ -158,7 +158,7 @@ class Bench:
             self._run[part] |= settings
         self._run["train"] |= {"compile": compiles, "learning_rate": learning_rate}
         self._run |= {"device": "cpu", "out": str(work / "shared")}
-        self._corpus, self._teacher = (self._made(self._run, stage) for stage in ("corpus", "teacher"))
+        self._corpus, self._teacher = (self._shared({}, stage) for stage in ("corpus", "teacher"))
         path = model_path(self._teacher)
         self._run["student"] = {"path": path}
         self._run["train"] |= {"max_tokens": num_tokens, "recording": None, "loggers": []}
@@ -196,7 +196,9 @@ class Bench:
         command = [sys.executable, __file__, "--work", str(self._work), "--train", str(file), slug(arm), str(seed)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         cost = json.loads(done.stdout.splitlines()[-1])
-        trained = self._made(run, "train", slug(arm), seed)
+        instance = Instance("train", slug(arm), seed)
+        # there already: it says what it was
+        trained = StageInput(Path(run["out"]) / instance.name, carry_out(RunFile.model_validate(run), instance))
         comparison = Comparison(heldout.spool)
         loss = self._loss(model_path(trained), heldout, comparison.add)
         recording, made = settings.get("recording"), self._cache(cache).manifest.shard_sets
@@ -232,17 +234,11 @@ class Bench:
         reuse = {"corpus": str(self._corpus.path), "teacher": str(self._teacher.path)}
         settings = {key: value for key, value in self._run["cache"].items() if key not in ("top_k", "num_samples")}
         run = {"out": str(self._work / f"cache-{name}"), "reuse": reuse, "cache": settings | CACHES[name]}
-        return self._made(self._run | run, "cache")
+        return self._shared(run, "cache")
 
-    def _made(self, run: dict[str, Any], stage: str, arm: str | None = None, seed: int | None = None) -> StageInput:
-        """The finished stage, made if it is not; of what is not trained here, without the arms."""
-        without = {} if arm is not None else {"arms": {"any": {"alpha": 0.0}}}
-        instance = Instance(stage, arm, seed)
-        self._work.mkdir(parents=True, exist_ok=True)
-        # what processes share is made by one of them, while the others wait
-        with FileLock(self._work / "shared.lock") if arm is None else nullcontext():
-            made = carry_out(RunFile.model_validate(run | without), instance)
-        return StageInput(Path(run["out"]) / instance.name, made)
+    def _shared(self, run: dict[str, Any], stage: str) -> StageInput:
+        """A stage that all trainings have in common; the file's arms are none of its."""
+        return made_once(RunFile.model_validate(self._run | run | {"arms": {"any": {"alpha": 0.0}}}), stage)
 
     @property
     def _vocab_size(self) -> int:

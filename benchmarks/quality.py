@@ -32,6 +32,7 @@ import torch
 import yaml
 from independent_samples import independent_samples
 from machine import RESULTS, machine
+from made_once import made_once
 from quality_arms import CACHES, NUM_FIRST, RUNS, Arm, arms
 from quality_page import table
 from result_lines import Results
@@ -42,12 +43,11 @@ from capgap.pipeline.eval.heldout import first_sequences, num_labels
 from capgap.pipeline.eval.measure import score
 from capgap.pipeline.eval.spool import Spool, open_spool
 from capgap.pipeline.models.load import load_model, model_path
-from capgap.pipeline.stage.context import Instance, StageInput
+from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.store import ShardReader, keep_freed_memory
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.task import TrainingTask
-from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.records import SampledTargets, Sequences
 from capgap.schemas.run_eval import EvalSettings
 from capgap.schemas.run_file import RunFile
@@ -133,7 +133,7 @@ class Bench:
         )
         self._eval = EvalSettings.model_validate(run.get("eval", {}))
         shared = RunFile.model_validate(self._run | {"out": str(work / "shared")})
-        self._corpus, self._teacher = (_input(shared, stage) for stage in ("corpus", "teacher"))
+        self._corpus, self._teacher = (made_once(shared, stage) for stage in ("corpus", "teacher"))
         self.settings = TrainSettings.model_validate(run["train"] | {"max_tokens": num_tokens})
         self._dtype: dict[str, str] = {"dtype": run["cache"]["dtype"]} if "dtype" in run["cache"] else {}
         self.about = {
@@ -234,14 +234,16 @@ class Bench:
         settings |= CACHES[name] | self._dtype
         out = self.work / f"cache-{name.replace(' ', '-')}"
         reuse = {"corpus": str(self._corpus.path), "teacher": str(self._teacher.path)}
-        return _input(RunFile.model_validate(self._run | {"out": str(out), "reuse": reuse, "cache": settings}), "cache")
+        return made_once(
+            RunFile.model_validate(self._run | {"out": str(out), "reuse": reuse, "cache": settings}), "cache"
+        )
 
     def student(self, seed: int) -> PreTrainedModel:
         """As the student stage makes it, fresh or pruned, before its first step."""
         inputs = {"corpus": self._corpus, "teacher": self._teacher, "cache": self._cache("50")}
         reuse = {name: str(there.path) for name, there in inputs.items()}
         run = RunFile.model_validate(self._run | {"out": str(self.work / "students"), "reuse": reuse, "seeds": [seed]})
-        return load_model(model_path(_input(run, "student", seed)), "cpu", torch.float32)
+        return load_model(model_path(made_once(run, "student", seed)), "cpu", torch.float32)
 
     def _score(self, model: Any, sequences: Sequences, visit: Callable[..., None], num_full: int) -> float:
         nats_S = score(
@@ -254,12 +256,6 @@ class Bench:
             num_visited=num_full,
         )
         return float(nats_S.sum() / num_labels(sequences).sum())
-
-
-def _input(run: RunFile, stage: str, seed: int | None = None) -> StageInput:
-    """The finished stage, made if it is not."""
-    instance = Instance(stage, seed=seed)
-    return StageInput(Path(run.out) / instance.name, carry_out(run, instance))
 
 
 def _bytes_per_token(reader: ShardReader) -> float:
