@@ -85,7 +85,7 @@ def teacher_config(
 
     Raises:
         InputError: its positions are fewer than `seq_len`, or its weights are not complete.
-        MachineError: vLLM has no attention of its shape here, or lacks a package.
+        MachineError: vLLM has no attention of its shape, or no product with such weights here, or lacks a package.
     """
     config = load_config(path, trust_remote_code)
     # vLLM itself leaves what is missing of a linear layer as the memory was
@@ -108,6 +108,7 @@ def teacher_config(
         )
     if device == "cpu":
         _require_head_size(config, path, setting)
+        _require_product_of_packed_weights(config, path, setting)
     return config
 
 
@@ -164,6 +165,14 @@ def has_low_bit_head(config: Any) -> bool:
     settings = quantisation_settings(config)
     groups = [one for one in (settings.get("config_groups") or {}).values() if isinstance(one, dict)]
     return bool(settings.get("lm_head")) or any("lm_head" in str(target) for one in groups for target in one["targets"])
+
+
+def has_packed_weights(config: Any) -> bool:
+    """Whether integers of few bits lie several to a number, as compressed-tensors, GPTQ and AWQ pack them."""
+    settings = quantisation_settings(config)
+    groups = [one for one in (settings.get("config_groups") or {}).values() if isinstance(one, dict)]
+    formats = {settings.get("format"), *(one.get("format") for one in groups)}
+    return "pack-quantized" in formats or settings.get("quant_method") in ("gptq", "awq")
 
 
 def _has_integer_activations(config: Any) -> bool:
@@ -245,6 +254,19 @@ def require_room(total_bytes: int, gpu_memory_fraction: float, needed_bytes: int
             found=f"{chunk_rows} rows, which take {needed_bytes / 2**30:.2f} GiB",
             expected=f"at most the {left_bytes / 2**30:.2f} GiB that cache.gpu_memory_fraction leaves",
             fix=f"lower cache.chunk_rows to {fitting}, or lower cache.gpu_memory_fraction",
+        )
+
+
+def _require_product_of_packed_weights(config: Any, path: str, setting: str) -> None:
+    import torch
+
+    # vLLM's build for processors with AVX2 alone lacks `cpu_gemm_wna16`, and misses it in the middle of the first pass
+    if has_packed_weights(config) and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        raise MachineError(
+            "vLLM has no product with packed weights of few bits for this processor",
+            where=path,
+            found=f"{quantisation_of(config)}, and no AVX-512",
+            fix=f"set {setting} to transformers, or take a machine with AVX-512 or a GPU",
         )
 
 

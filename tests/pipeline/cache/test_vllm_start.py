@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_llama
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
@@ -16,13 +19,18 @@ from capgap.pipeline.cache.scoring import Request
 from capgap.pipeline.cache.vllm_start import (
     chunk_bytes,
     has_low_bit_head,
+    has_packed_weights,
     head_settings,
     quantisation_of,
     require_room,
     require_runs_on_cpu,
+    teacher_config,
 )
 from capgap.pipeline.cache.vllm_worker import Capture, RequestKey, _Span
+from capgap.pipeline.models.low_bit import layers_to_quantise, make_low_bit, scheme_of
+from capgap.pipeline.models.low_bit_files import save_compressed
 from capgap.schemas.errors import MachineError
+from capgap.schemas.run_quantize import QuantizeSettings
 
 NUM_COLUMNS = 50_304
 
@@ -91,6 +99,35 @@ def test_int8_on_a_cpu_is_for_bfloat16() -> None:
     assert quantisation_of(LlamaConfig()) == ""
     with pytest.raises(MachineError, match=r"cache\.dtype: vLLM multiplies int8 .* found float16, expected bfloat16"):
         require_runs_on_cpu(config, torch.float16, 1)
+
+
+def test_packed_weights_are_refused_where_vllm_has_no_product_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    model = tiny_llama(1, hidden_size=128, num_attention_heads=4, num_key_value_heads=4, head_dim=32)
+    model.save_pretrained(tmp_path / "plain")
+    few = QuantizeSettings(format="int4", group_size=32)
+    make_low_bit(model, layers_to_quantise(model, few), scheme_of(few))
+    save_compressed(model, tmp_path / "few")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    teacher_config(str(tmp_path / "plain"), 8, "cpu")
+    teacher_config(str(tmp_path / "few"), 8, "cuda:0")
+    with pytest.raises(MachineError, match=r"pack-quantized, and no AVX-512; set answers\.engine to transformers"):
+        teacher_config(str(tmp_path / "few"), 8, "cpu", setting="answers.engine")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    teacher_config(str(tmp_path / "few"), 8, "cpu")
+
+
+def test_packed_weights_are_known_by_their_format() -> None:
+    def config(**settings: Any) -> LlamaConfig:
+        return LlamaConfig(quantization_config=settings)
+
+    packed = {"group_0": {"format": "pack-quantized"}}
+    assert has_packed_weights(config(quant_method="compressed-tensors", format="mixed-precision", config_groups=packed))
+    assert has_packed_weights(config(quant_method="gptq")) and has_packed_weights(config(quant_method="awq"))
+    assert not has_packed_weights(_quantised("int", format="int-quantized"))
+    assert not has_packed_weights(config(quant_method="mxfp4")) and not has_packed_weights(LlamaConfig())
 
 
 def test_layers_are_not_dealt_out_among_cpus() -> None:
