@@ -16,7 +16,7 @@ from typing import Any
 
 from capgap.pipeline.models.complete import require_complete
 from capgap.pipeline.models.configs import load_config
-from capgap.pipeline.stage.device import warn_of_slow_products
+from capgap.pipeline.stage.device import cpu_has, warn_of_slow_products
 from capgap.schemas.errors import InputError, MachineError
 
 _MIN_KV_CACHE_BYTES = 128 << 20
@@ -108,7 +108,7 @@ def teacher_config(
         )
     if device == "cpu":
         _require_head_size(config, path, setting)
-        _require_product_of_packed_weights(config, path, setting)
+        _require_products(config, path, setting)
     return config
 
 
@@ -257,16 +257,22 @@ def require_room(total_bytes: int, gpu_memory_fraction: float, needed_bytes: int
         )
 
 
-def _require_product_of_packed_weights(config: Any, path: str, setting: str) -> None:
-    import torch
-
+def _require_products(config: Any, path: str, setting: str) -> None:
     # vLLM's build for processors with AVX2 alone lacks `cpu_gemm_wna16`, and misses it in the middle of the first pass
-    if has_packed_weights(config) and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if has_packed_weights(config) and not cpu_has("avx512f"):
         raise MachineError(
             "vLLM has no product with packed weights of few bits for this processor",
             where=path,
             found=f"{quantisation_of(config)}, and no AVX-512",
             fix=f"set {setting} to transformers, or take a machine with AVX-512 or a GPU",
+        )
+    # without VNNI oneDNN adds two products of 8 bits in 16, where they are cut off: the logits are wrong, in silence
+    if _has_integer_activations(config) and not cpu_has("avx512_vnni", "avx_vnni", "amx_int8"):
+        raise MachineError(
+            "vLLM multiplies int8 wrongly on this processor",
+            where=path,
+            found=f"{quantisation_of(config)}, and no VNNI: sums of products are cut off at 16 bits",
+            fix=f"set {setting} to transformers, or take a machine with VNNI or a GPU",
         )
 
 

@@ -12,6 +12,7 @@ from capgap.pipeline.stage.events import event
 from capgap.pipeline.stage.gpus import order_is_known, parse_listing, visible
 from capgap.schemas.errors import MachineError
 
+_CPU_INFO = Path("/proc/cpuinfo")
 _LISTING = ("nvidia-smi", "-L")
 _LISTING_TIMEOUT_S = 60
 
@@ -44,10 +45,16 @@ def machine_kind(device: str) -> str:
 
     if device != "cpu":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{_cpu_info('model name') or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def cpu_has(*extensions: str) -> bool:
+    """Whether this processor has one of these instruction sets, as Linux names them; True where that is not known.
+
+    Only x86's are listed under `flags`: of another processor nothing is known.
+    """
+    flags = _cpu_info("flags").split()
+    return not flags or not set(extensions).isdisjoint(flags)
 
 
 def multiplies(device: str, dtype: str) -> bool:
@@ -113,6 +120,12 @@ def device_identity(device: str) -> str:
             fix="lower cache.tensor_parallel or train.num_devices, or show more",
         )
     return names[number].lower().replace("/", "_")
+
+
+def _cpu_info(name: str) -> str:
+    """What Linux says of the first core; empty where it says nothing."""
+    lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
 
 
 def _listing() -> str:

@@ -29,6 +29,7 @@ from capgap.pipeline.cache.vllm_start import (
 from capgap.pipeline.cache.vllm_worker import Capture, RequestKey, _Span
 from capgap.pipeline.models.low_bit import layers_to_quantise, make_low_bit, scheme_of
 from capgap.pipeline.models.low_bit_files import save_compressed
+from capgap.pipeline.stage import device
 from capgap.schemas.errors import MachineError
 from capgap.schemas.run_quantize import QuantizeSettings
 
@@ -101,21 +102,42 @@ def test_int8_on_a_cpu_is_for_bfloat16() -> None:
         require_runs_on_cpu(config, torch.float16, 1)
 
 
-def test_packed_weights_are_refused_where_vllm_has_no_product_with_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def on_cpu_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A processor with these instruction sets, as Linux lists them."""
+
+    def make(flags: str) -> None:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: A CPU\nflags\t\t: {flags}\n\n")
+        monkeypatch.setattr(device, "_CPU_INFO", tmp_path / "cpuinfo")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("settings", "lacks", "suffices", "found"),
+    [
+        ({"format": "int4", "group_size": 32}, "avx2 avx512_vnni", "avx2 avx512f", "pack-quantized, and no AVX-512"),
+        ({"format": "int8"}, "avx2 avx512f", "avx2 avx_vnni", "int-quantized, and no VNNI: sums"),
+    ],
+)
+def test_products_that_vllm_lacks_or_gets_wrong_on_a_processor_are_refused(
+    tmp_path: Path, on_cpu_with: Callable[[str], None], settings: dict[str, Any], lacks: str, suffices: str, found: str
 ) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
     model = tiny_llama(1, hidden_size=128, num_attention_heads=4, num_key_value_heads=4, head_dim=32)
     model.save_pretrained(tmp_path / "plain")
-    few = QuantizeSettings(format="int4", group_size=32)
+    few = QuantizeSettings(**settings)
     make_low_bit(model, layers_to_quantise(model, few), scheme_of(few))
     save_compressed(model, tmp_path / "few")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    on_cpu_with(lacks)
     teacher_config(str(tmp_path / "plain"), 8, "cpu")
     teacher_config(str(tmp_path / "few"), 8, "cuda:0")
-    with pytest.raises(MachineError, match=r"pack-quantized, and no AVX-512; set answers\.engine to transformers"):
+    with pytest.raises(MachineError, match=rf"{found}.*; set answers\.engine to transformers"):
         teacher_config(str(tmp_path / "few"), 8, "cpu", setting="answers.engine")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    on_cpu_with(suffices)
+    teacher_config(str(tmp_path / "few"), 8, "cpu")
+    # an Arm processor lists none of these
+    on_cpu_with("")
     teacher_config(str(tmp_path / "few"), 8, "cpu")
 
 

@@ -15,6 +15,7 @@ from tiny_models import tiny_llama
 from capgap.pipeline.models.load import load_model
 from capgap.pipeline.models.low_bit import layers_to_quantise, make_low_bit, scheme_of
 from capgap.pipeline.models.low_bit_files import save_compressed
+from capgap.pipeline.stage.device import cpu_has
 from capgap.schemas.run_quantize import QuantizeSettings
 
 pytestmark = [
@@ -57,8 +58,8 @@ GIVEN: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", GIVEN, ids=lambda given: given["format"] + " with its head" * ("head" in given))
 def test_vllm_completes_as_the_trained_model_does(settings: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    if settings["format"] == "int4" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        pytest.skip("vLLM has no product with packed weights for processors with AVX2 alone")
+    if not (cpu_has("avx512f") if settings["format"] == "int4" else cpu_has("avx512_vnni", "avx_vnni", "amx_int8")):
+        pytest.skip("vLLM has no right product of this format for this processor")
     few = QuantizeSettings(**settings)
     model = tiny_llama(1, **SIZES).eval()
     make_low_bit(model, layers_to_quantise(model, few), scheme_of(few))
@@ -72,8 +73,8 @@ def test_vllm_completes_as_the_trained_model_does(settings: dict[str, Any], tmp_
         with torch.no_grad():
             logits_V = model(torch.tensor([ids])).logits[0, -1]
         trained.append(int(logits_V.argmax()))
-        # where two tokens are as near as bfloat16 rounds, either is right; 0.054 was seen where there is AVX2 alone
-        assert logits_V[trained[-1]] - logits_V[served[number]] < 0.1 * float(logits_V.std())
+        # where two tokens are as near as bfloat16 rounds, either is right
+        assert logits_V[trained[-1]] - logits_V[served[number]] < 0.05 * float(logits_V.std())
         ids.append(served[number])
     print(few.format, "served", served, "trained", trained)
     assert sum(a == b for a, b in zip(served, trained, strict=True)) >= NUM_NEW - 1
