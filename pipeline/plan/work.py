@@ -64,7 +64,9 @@ class RunWork:
 
     @property
     def num_cache_students(self) -> int:
-        """That this run trains from the cache's targets."""
+        """That this run trains from the cache's targets; none where it only makes shards."""
+        if not self.run.makes("train"):
+            return 0
         settings = [self.run.train_settings(arm) for arm in self.run.arms]
         learning = [one for one in settings if one.targets == "cache" and one.largest_alpha > 0 and one.max_tokens != 0]
         return len(self.run.seeds) * len(learning)

@@ -174,8 +174,12 @@ def test_a_cache_beats_an_online_teacher_from_the_second_student_of_one_epoch_an
 
 def test_arms_without_the_cache_s_targets_are_no_students_of_the_cache(run: Callable[..., RunFile]) -> None:
     others = {"cross_entropy": {"alpha": 0}, "online": {"targets": "online"}, "as_it_is": {"max_tokens": 0}}
-    plan = make_plan(run(seeds=[0, 1], arms={"distilled": {}} | others), Stated())
-    assert plan.num_students == 2
+    made = run(seeds=[0, 1], arms={"distilled": {}} | others)
+    assert make_plan(made, Stated()).num_students == 2
+    shards = made.model_dump(mode="json", exclude_unset=True)
+    for section in ("student", "train", "arms", "eval"):
+        del shards[section]
+    assert make_plan(RunFile.model_validate(shards), Stated()).num_students == 0
 
 
 def test_a_plan_says_where_fewer_tokens_than_a_shard_has_are_asked_for(run: Callable[..., RunFile]) -> None:
