@@ -16,6 +16,7 @@ from pathlib import Path
 
 from capgap.jobs.arguments import Parser, parse
 from capgap.jobs.logs import log
+from capgap.pipeline.stage.device import cpu_has
 
 EXTRAS = {
     "teacher": ("vllm", "score with vLLM"),
@@ -69,6 +70,7 @@ class Machine:
         gpus: that the driver shows.
         torch_sees_gpu: whether PyTorch can use one.
         num_cpus: that this process may use.
+        cpu_has_16_bits: whether the processor has instructions for products of 16 bits.
         memory_bytes: of the machine, and free_memory_bytes of these.
         free_disk_bytes: where the command was started.
     """
@@ -78,6 +80,7 @@ class Machine:
     gpus: tuple[VisibleGpu, ...]
     torch_sees_gpu: bool
     num_cpus: int
+    cpu_has_16_bits: bool
     memory_bytes: int | None
     free_memory_bytes: int | None
     free_disk_bytes: int
@@ -118,6 +121,7 @@ def look_around() -> Machine:
         gpus=gpus,
         torch_sees_gpu=bool(gpus) and _torch_sees_gpu(),
         num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cpu_has_16_bits=cpu_has("avx512bw"),
         memory_bytes=total,
         free_memory_bytes=free,
         free_disk_bytes=shutil.disk_usage(Path.cwd()).free,
@@ -142,6 +146,11 @@ def abilities(machine: Machine) -> Iterator[Ability]:
         "score with transformers", models, "the slow reference; cache.engine: transformers" if models else missing
     )
     yield Ability("train on the CPU", models, f"{machine.num_cpus} cores" if models else missing)
+    few = "this processor has no instructions for it: float32 is many times as fast"
+    fast = machine.cpu_has_16_bits
+    yield Ability(
+        "compute in bfloat16 on the CPU", fast, "AVX-512, or a processor of which nothing is known" if fast else few
+    )
     yield Ability("train on a GPU", models and machine.torch_sees_gpu, gpu)
     compiler = next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
     yield Ability(

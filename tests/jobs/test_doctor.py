@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def machine() -> Machine:
     versions = {"capgap": "1", "Python": "3.11", "torch": "2.9", "transformers": "5", "lightning": "2", "triton": None}
-    return Machine(versions | {"pyarrow": "20"}, None, (), False, 8, 10**10, 10**9, 10**11)
+    return Machine(versions | {"pyarrow": "20"}, None, (), False, 8, True, 10**10, 10**9, 10**11)
 
 
 def possible(machine: Machine) -> dict[str, bool]:
@@ -58,6 +58,9 @@ def test_what_is_lacking_says_how_to_get_it(machine: Machine) -> None:
     assert "pip install '.[teacher]'" in how["score with vLLM on the CPU"]
     hidden = replace(machine, gpus=(VisibleGpu("H100", 80, 70),))
     assert "install a build for CUDA" in {one.what: one.how for one in abilities(hidden)}["train on a GPU"]
+    slow = {one.what: one for one in abilities(replace(machine, cpu_has_16_bits=False))}
+    assert not slow["compute in bfloat16 on the CPU"].possible
+    assert "float32 is many times as fast" in slow["compute in bfloat16 on the CPU"].how
     without = possible(replace(machine, versions=machine.versions | {"torch": None}))
     assert not without["train on the CPU"] and not without["score with transformers"]
 
