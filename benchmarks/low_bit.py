@@ -33,7 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import yaml
-from low_bit_page import ONLINE, PTQ, QAT, tables
+from low_bit_page import NAMES, ONLINE, PTQ, QAT, TAILS, tables
 from machine import RESULTS, machine, mixed_precision
 from made_once import made_once
 from quality import Heldout
@@ -56,7 +56,6 @@ NUM_TOKENS = 10_240
 # --learning-rate 1e-4`, in loss and in KL.
 LEARNING_RATE = 2e-4
 Job = tuple[str, str, int]
-TAILS = ("ghost", "drop", "renorm", "label")
 # One pass of the teacher each.
 CACHES: dict[str, dict[str, Any]] = {
     "50": {"recording": "sampled", "num_samples": 50},
@@ -128,14 +127,13 @@ def main() -> None:
 
 def in_order(formats: list[str], chosen: list[str], num_seeds: int) -> list[Job]:
     """What the goal is about at every seed, then the other tails at one."""
-    names = list(ARMS)
     # what is not trained is the same at every seed
     wanted = [
         (name, arm, seed)
         for seed, name, arm in itertools.product(range(num_seeds), formats, chosen)
-        if seed == 0 or (arm != PTQ and names.index(arm) < NUM_FIRST)
+        if seed == 0 or (arm != PTQ and NAMES.index(arm) < NUM_FIRST)
     ]
-    return sorted(wanted, key=lambda job: names.index(job[1]) >= NUM_FIRST)
+    return sorted(wanted, key=lambda job: NAMES.index(job[1]) >= NUM_FIRST)
 
 
 class Bench:
@@ -220,7 +218,7 @@ class Bench:
 
     def _run_of(self, name: str, cache: str, arm: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
         shared = {"corpus": self._corpus, "teacher": self._teacher, "cache": self._cache(cache)}
-        out = self._work / name / f"cache-{cache}"
+        out = trained_in(self._work, name, arm)
         return self._run | {
             "out": str(out),
             "reuse": {stage: str(made.path) for stage, made in shared.items()},
@@ -255,6 +253,11 @@ class Bench:
             num_visited=heldout.num_full,
         )
         return float(nats_S.sum() / num_labels(heldout.sequences).sum())
+
+
+def trained_in(work: Path, name: str, arm: str) -> Path:
+    """The folder of the run in which an arm of a format is trained."""
+    return work / name / f"cache-{ARMS[arm][0]}"
 
 
 def slug(arm: str) -> str:

@@ -22,6 +22,8 @@ from result_lines import Results
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "low-bit.md"
 PTQ, QAT, ONLINE = "PTQ", "QAT, cross-entropy", "QAD, online"
+TAILS = ("ghost", "drop", "renorm", "label")
+NAMES = (PTQ, QAT, ONLINE, *(f"QAD, sampled, n = {n}" for n in (50, 25)), *(f"QAD, top-64, {tail}" for tail in TAILS))
 
 _HEAD = (
     "student",
@@ -47,7 +49,8 @@ def filled(page: str) -> str:
     lines = Results(RESULTS / "low-bit.jsonl").lines
     about = lines[-1]["about"] | {"format": None}
     same = [line for line in lines if line["about"] | {"format": None} == about]
-    return with_tables(page, "low_bit_page.py", tables(same))
+    elsewhere = [one for one in Results(RESULTS / "low-bit-other-text.jsonl").lines if one["about"] in _abouts(same)]
+    return with_tables(page, "low_bit_page.py", tables(same) | {"other text": other_text_table(elsewhere)})
 
 
 def tables(lines: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
@@ -56,9 +59,29 @@ def tables(lines: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
     for name in dict.fromkeys(line["about"]["format"]["format"] for line in lines):
         own = [line for line in lines if line["about"]["format"]["format"] == name]
         teacher = ("the teacher itself", "", f"{math.exp(own[0]['teacher_loss']):.2f}", "0", *[""] * 5)
-        rows = [_row(arm, own) for arm in dict.fromkeys(line["arm"] for line in own)]
+        rows = [_row(arm, own) for arm in NAMES if any(line["arm"] == arm for line in own)]
         made[name] = [_HEAD, ("---", *["---:"] * (len(_HEAD) - 1)), teacher, *rows]
     return made
+
+
+def other_text_table(lines: Sequence[dict[str, Any]]) -> list[Row]:
+    """A row a format and arm: loss and KL on text of another kind than that of the training."""
+    head = ("format", "student", "loss, nats", "KL to the teacher, nats", "seeds")
+    rows: list[Row] = [head, ("---", "---", *["---:"] * 3)]
+    if lines:
+        rows.append(("", "the teacher itself", f"{lines[0]['teacher_loss']:.4f}", "0", ""))
+    for about in _abouts(lines):
+        own = [line for line in lines if line["about"] == about]
+        for arm in (name for name in NAMES if any(line["arm"] == name for line in own)):
+            found = [[line[name] for line in own if line["arm"] == arm] for name in ("loss", "kl")]
+            figures = (interval(values, 4) for values in found)
+            rows.append((about["format"]["format"], arm, *figures, str(len(found[0]))))
+    return rows
+
+
+def _abouts(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each thing that lines are about, once, in their order."""
+    return [line["about"] for i, line in enumerate(lines) if line["about"] not in [one["about"] for one in lines[:i]]]
 
 
 def won_back(lines: Sequence[dict[str, Any]], arm: str, quantity: str) -> list[float]:

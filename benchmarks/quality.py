@@ -75,7 +75,8 @@ def main() -> None:
             if flags.only_seed in (None, seed) and not results.has(arm.name, seed, bench.about):
                 results.add(bench.train(arm, seed, heldout))
                 print(f"{time.strftime('%H:%M:%S')} {arm.name}, seed {seed}: {results.lines[-1]}", flush=True)
-    print("\n".join(" | ".join(row) for row in table(results.lines)))
+    mine = [line for line in results.lines if line["about"] == bench.about]
+    print("\n".join(" | ".join(row) for row in table(mine)))
 
 
 def begun_bench(work: Path | None, name: str, smoke: bool, num_tokens: int | None = None) -> Bench:

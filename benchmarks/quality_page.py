@@ -80,9 +80,13 @@ def filled(page: str, results: Path) -> str:
 
 
 def kept(results: Path, run: str) -> list[Line]:
-    """The lines of a run that are about what the newest one is about: the same models, text, tokens and settings."""
+    """The lines of a run that are about the same models, text, tokens and settings: those of which there are most.
+
+    A new measurement takes the place of an older one when it has as many lines.
+    """
     lines = Results(results / f"quality-{run}.jsonl").lines
-    return [line for line in lines if line["about"] == lines[-1]["about"]]
+    abouts = [line["about"] for line in reversed(lines)]
+    return [line for line in lines if line["about"] == max(abouts, key=abouts.count)]
 
 
 def table(lines: list[Line], names: list[str] | None = None) -> list[Row]:

@@ -45,6 +45,7 @@ def test_every_format_and_every_arm_is_one_of_the_settings(low_bit: ModuleType) 
     for cache, settings in low_bit.ARMS.values():
         assert cache in low_bit.CACHES
         TrainSettings.model_validate(settings)
+    assert set(low_bit.ARMS) == set(low_bit.NAMES)
 
 
 def test_what_is_won_back_is_paired_by_seed(page: ModuleType) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from statistics import fmean
 from xml.etree import ElementTree
@@ -41,3 +42,18 @@ def test_readme_s_table_and_picture_are_made_of_the_lines_that_are_kept(
     lines = quality_page.kept(ROOT / "benchmarks/results", "smol")
     share = 100 * fmean(quality_page.shares(lines, "sampled, n = 50, systematic", quality_page.kl_of))
     assert f"sampled, n = 50, systematic: {share:.0f} % at 30 bytes" in said
+
+
+def test_a_new_measurement_takes_the_place_of_an_older_one_when_it_has_as_many_lines(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    quality_page = importlib.import_module("quality_page")
+
+    def kept(*abouts: str) -> list[str]:
+        (tmp_path / "quality-demo.jsonl").write_text("".join(json.dumps({"about": one}) + "\n" for one in abouts))
+        return [line["about"] for line in quality_page.kept(tmp_path, "demo")]
+
+    assert kept("old", "old", "new") == ["old", "old"]
+    assert kept("old", "new", "old", "new") == ["new", "new"]
+    assert kept() == []
