@@ -20,7 +20,11 @@ def made_once(run: RunFile, stage: str, seed: int | None = None) -> StageInput:
         seed: of a student.
     """
     instance = Instance(stage, seed=seed)  # type: ignore[arg-type]
-    folder = Path(run.out).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "shared.lock"):
+    with shared_lock(Path(run.out).parent):
         return StageInput(Path(run.out) / instance.name, carry_out(run, instance))
+
+
+def shared_lock(folder: Path) -> FileLock:
+    """Held by the one process that makes something in a benchmark's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "shared.lock")

@@ -15,6 +15,7 @@ again; one that was killed goes on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import sys
@@ -32,8 +33,8 @@ import torch
 import yaml
 from independent_samples import independent_samples
 from machine import RESULTS, machine
-from made_once import made_once
-from quality_arms import CACHES, NUM_FIRST, RUNS, Arm, arms
+from made_once import made_once, shared_lock
+from quality_arms import CACHES, RUNS, Arm, arms
 from quality_page import table
 from result_lines import Results
 from transformers import PreTrainedModel
@@ -71,7 +72,8 @@ def main() -> None:
     results = Results(flags.results or RESULTS / f"quality-{flags.run}.jsonl")
     bench = begun_bench(flags.work, flags.run, flags.smoke, flags.tokens)
     with bench.teacher_on_heldout() as heldout:
-        for seed, arm in in_order(flags.seeds, RUNS[flags.run].about_text):
+        # a row of the table is done at every seed before the next one is begun
+        for arm, seed in itertools.product(arms(RUNS[flags.run].about_text), range(flags.seeds)):
             if flags.only_seed in (None, seed) and not results.has(arm.name, seed, bench.about):
                 results.add(bench.train(arm, seed, heldout))
                 print(f"{time.strftime('%H:%M:%S')} {arm.name}, seed {seed}: {results.lines[-1]}", flush=True)
@@ -94,12 +96,6 @@ def taken(name: str, smoke: bool, num_tokens: int | None = None) -> tuple[dict[s
     run = yaml.safe_load((ROOT / f"jobs/runs/{RUNS[name].file}.yaml").read_text())
     changed = {part: run.get(part, {}) | changes for part, changes in RUNS[name].changes.items()}
     return run | changed, num_tokens or RUNS[name].num_tokens
-
-
-def in_order(num_seeds: int, about_text: bool) -> list[tuple[int, Arm]]:
-    """What the goal is about at every seed, then the rest, a seed after the other."""
-    every = [(seed, arm) for seed in range(num_seeds) for arm in arms(about_text)]
-    return sorted(every, key=lambda job: job[1] not in arms()[:NUM_FIRST])
 
 
 @dataclass(frozen=True)
@@ -227,8 +223,8 @@ class Bench:
         reader = ShardReader(cache.path, cache.manifest.shard_sets[arm.recording])
         if not arm.independent:
             return reader
-        folder = self.work / f"independent-{arm.cache}"
-        return independent_samples(reader, self.teacher(), folder)
+        with shared_lock(self.work):
+            return independent_samples(reader, self.teacher(), self.work / f"independent-{arm.cache}")
 
     def _cache(self, name: str) -> StageInput:
         settings = {"engine": "transformers", "max_tokens": self.settings.max_tokens, "num_heldout_sequences": 0}

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from capgap.kernels.sparse_kl import Tail
 
 CROSS_ENTROPY, ONLINE = "cross-entropy", "online, whole vocabulary"
-NUM_FIRST = 6  # of the arms; the others follow when these are done at every seed
+NUM_FIRST = 6  # of the arms: what the goal is about, and what README shows
 TAILS: tuple[Tail, ...] = ("drop", "renorm", "ghost", "label")
 TOP_KS = (12, 50, 64, 100)
 
