@@ -19,6 +19,9 @@ from capgap.pipeline.models.configs import load_config
 from capgap.pipeline.stage.device import cpu_has, warn_of_slow_products
 from capgap.schemas.errors import InputError, MachineError
 
+VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
+"""Instruction sets that add products of 8 bits in 32, by Linux' names for them."""
+
 _MIN_KV_CACHE_BYTES = 128 << 20
 _BYTES_PER_LOGIT = 18
 _BYTES_PER_GATHERED_LOGIT = 8
@@ -267,7 +270,7 @@ def _require_products(config: Any, path: str, setting: str) -> None:
             fix=f"set {setting} to transformers, or take a machine with AVX-512 or a GPU",
         )
     # without VNNI oneDNN adds two products of 8 bits in 16, where they are cut off: the logits are wrong, in silence
-    if _has_integer_activations(config) and not cpu_has("avx512_vnni", "avx_vnni", "amx_int8"):
+    if _has_integer_activations(config) and not cpu_has(*VNNI):
         raise MachineError(
             "vLLM multiplies int8 wrongly on this processor",
             where=path,

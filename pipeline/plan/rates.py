@@ -111,7 +111,7 @@ def _computed(stage: str, work: RunWork, stated: Stated, arm: str | None, why: s
         return Figure(value=None, source="give --teacher-tokens-per-s or --like RUN: the teacher is served elsewhere")
     operations, tokens = work.operations(stage, arm), work.tokens(stage, arm).value
     if stated.device_peak_tflops is None or stated.mfu is None or operations is None or not tokens:
-        return Figure(value=None, source=why + _missing(stage, operations is not None))
+        return Figure(value=None, source=why + _missing(stage, operations is not None, work.asks_the_teacher(arm)))
     rate = stated.device_peak_tflops * 1e12 * stated.mfu / (operations / tokens)
     num_devices = work.run.cache.num_devices if stage == "cache" else 1
     source = f"{operations / tokens:.3g} operations a token at {stated.mfu:g} of {stated.device_peak_tflops:g} TFLOP/s"
@@ -135,8 +135,10 @@ def earlier_wall_s(stage: str, run: RunFile, folders: Iterable[str]) -> Figure |
     return None
 
 
-def _missing(stage: str, counted: bool) -> str:
+def _missing(stage: str, counted: bool, beside: bool) -> str:
     flag = {"cache": "--teacher-tokens-per-s, ", "train": "--train-tokens-per-s, "}.get(stage, "")
+    if beside:
+        flag = "--train-tokens-per-s and --teacher-tokens-per-s, "
     needs = "" if counted else " (and a model and text that can be counted)"
     peak = f"--device-peak-tflops and --mfu{needs}"
     return f"give {flag}--like RUN, or {peak}, or probe it with `capgap plan --calibrate`"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from capgap.pipeline.cache.vllm_start import VNNI
 from capgap.pipeline.models.load import load_model
 from capgap.pipeline.models.low_bit import layers_to_quantise, make_low_bit, scheme_of
 from capgap.pipeline.models.low_bit_files import save_compressed
@@ -42,7 +43,7 @@ def test_vllm_completes_texts_as_the_trained_model_does(
     real_model: Callable[[str], Path], tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    if not (cpu_has("avx512f") if settings["format"] == "int4" else cpu_has("avx512_vnni", "avx_vnni", "amx_int8")):
+    if not (cpu_has("avx512f") if settings["format"] == "int4" else cpu_has(*VNNI)):
         pytest.skip("vLLM has no right product of this format for this processor")
     path, few = str(real_model("SmolLM2-135M-Instruct")), QuantizeSettings(**settings)
     tokenizer = load_tokenizer(path)

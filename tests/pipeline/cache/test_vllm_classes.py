@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from capgap.pipeline.cache.vllm_start import VNNI
 from capgap.pipeline.stage.device import cpu_has
 
 ROOT = Path(__file__).parents[3]
-HAS_VNNI = cpu_has("avx512_vnni", "avx_vnni", "amx_int8")
+HAS_VNNI = cpu_has(*VNNI)
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import tiny_llama
 
+from capgap.pipeline.cache.vllm_start import VNNI
 from capgap.pipeline.models.load import load_model
 from capgap.pipeline.models.low_bit import layers_to_quantise, make_low_bit, scheme_of
 from capgap.pipeline.models.low_bit_files import save_compressed
@@ -58,7 +59,7 @@ GIVEN: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", GIVEN, ids=lambda given: given["format"] + " with its head" * ("head" in given))
 def test_vllm_completes_as_the_trained_model_does(settings: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    if not (cpu_has("avx512f") if settings["format"] == "int4" else cpu_has("avx512_vnni", "avx_vnni", "amx_int8")):
+    if not (cpu_has("avx512f") if settings["format"] == "int4" else cpu_has(*VNNI)):
         pytest.skip("vLLM has no right product of this format for this processor")
     few = QuantizeSettings(**settings)
     model = tiny_llama(1, **SIZES).eval()

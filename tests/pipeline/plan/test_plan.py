@@ -208,7 +208,8 @@ def test_every_arm_is_planned_with_its_own_tokens_and_one_that_asks_the_teacher_
     rate = stages(both)["train/online/seed-0"].tokens_per_s
     assert rate.value == pytest.approx(1 / (1 / 100 + 1 / 50)) and rate.source.endswith("at 100 (stated), in turn")
     alone = make_plan(run(arms=arms), Stated(train_tokens_per_s=50))
-    assert stages(alone)["train/online/seed-0"].tokens_per_s.value is None
+    unknown = stages(alone)["train/online/seed-0"].tokens_per_s
+    assert unknown.value is None and "--train-tokens-per-s and --teacher-tokens-per-s" in unknown.source
 
 
 def test_an_earlier_training_beside_the_teacher_says_nothing_of_one_from_the_cache(
