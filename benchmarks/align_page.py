@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from machine import RESULTS
 from page_tables import Row, interval, mark, with_tables
-from result_lines import Results
+from result_lines import Results, one_measurement
 
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "another-tokenizer.md"
 CROSS_ENTROPY = "cross_entropy"
@@ -49,8 +49,8 @@ def filled(page: str, results: Path) -> str:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[Row]:
-    """A row an arm, of what the newest line is about; what follows +- is half of the 95 % interval over seeds."""
-    found = {(one["arm"], one["seed"]): one for one in lines if one["about"] == lines[-1]["about"]}
+    """A row an arm, of the largest measurement; what follows +- is half of the 95 % interval over seeds."""
+    found = {(one["arm"], one["seed"]): one for one in one_measurement(lines)}
     rows: list[Row] = [_HEAD, ("---", *["---:"] * 5)]
     for arm, settings in ARMS.items():
         own = {seed: one for (name, seed), one in found.items() if name == arm}

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from machine import RESULTS
 from page_tables import Row, interval, with_tables
-from result_lines import Results
+from result_lines import Results, one_measurement
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "low-bit.md"
 PTQ, QAT, ONLINE = "PTQ", "QAT, cross-entropy", "QAD, online"
@@ -45,10 +45,8 @@ def main() -> None:
 
 
 def filled(page: str) -> str:
-    """The page with its tables made anew, from the lines about what the newest one is about: text, tokens, settings."""
-    lines = Results(RESULTS / "low-bit.jsonl").lines
-    about = lines[-1]["about"] | {"format": None}
-    same = [line for line in lines if line["about"] | {"format": None} == about]
+    """The page with its tables made anew, from the largest measurement."""
+    same = one_measurement(Results(RESULTS / "low-bit.jsonl").lines, but="format")
     elsewhere = [one for one in Results(RESULTS / "low-bit-other-text.jsonl").lines if one["about"] in _abouts(same)]
     return with_tables(page, "low_bit_page.py", tables(same) | {"other text": other_text_table(elsewhere)})
 

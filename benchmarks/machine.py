@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from capgap.pipeline.stage.device import multiplies
+from capgap.pipeline.stage.device import cpu_name, multiplies
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine(device: str) -> dict[str, Any]:
     """Name and size of the device, and the versions that matter."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name()
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
     return {
         "device": name,
         "num_cores": os.cpu_count(),
@@ -69,9 +69,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())

@@ -163,6 +163,7 @@ class Bench:
         name = f"{arm.name} seed {seed}".replace(",", "").replace(" ", "-")
         folder = self.work / "train" / name
         folder.mkdir(parents=True, exist_ok=True)
+        is_whole = not any(folder.iterdir())
         model = self.student(seed)
         started, cpu_started = time.perf_counter(), time.process_time()
         totals = fit(
@@ -190,8 +191,9 @@ class Bench:
             "bytes_per_token": None if arm.alpha == 0 or arm.online else _bytes_per_token(reader),
             "ids_per_token": None if arm.alpha == 0 or arm.online else _ids_per_token(reader),
             "num_steps": totals["num_steps"],
-            "wall_s": round(wall_s, 1),
-            "cpu_s": round(cpu_s, 1),
+            # of a training that goes on from a checkpoint this process has seen a part
+            "wall_s": round(wall_s, 1) if is_whole else None,
+            "cpu_s": round(cpu_s, 1) if is_whole else None,
             "about": self.about,
             "machine": machine("cpu"),
         }

@@ -14,7 +14,6 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 # found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
 sys.path.insert(0, str(Path(__file__).parent))
@@ -23,13 +22,12 @@ from machine import RESULTS
 from matplotlib.figure import Figure
 from page_tables import Row, mark, with_tables
 from quality_arms import CROSS_ENTROPY, NUM_FIRST, ONLINE, RUNS, TAILS, TOP_KS, arms
-from result_lines import Results
+from result_lines import Line, Results, one_measurement
 from standalone_svg import standalone
 
 from capgap.pipeline.pages.charts import legend
 from capgap.pipeline.pages.svg import INK, SERIES, draw
 
-Line = dict[str, Any]
 _HEAD = (
     "targets",
     "bytes/token",
@@ -80,13 +78,8 @@ def filled(page: str, results: Path) -> str:
 
 
 def kept(results: Path, run: str) -> list[Line]:
-    """The lines of a run that are about the same models, text, tokens and settings: those of which there are most.
-
-    A new measurement takes the place of an older one when it has as many lines.
-    """
-    lines = Results(results / f"quality-{run}.jsonl").lines
-    abouts = [line["about"] for line in reversed(lines)]
-    return [line for line in lines if line["about"] == max(abouts, key=abouts.count)]
+    """The lines of a run's largest measurement."""
+    return one_measurement(Results(results / f"quality-{run}.jsonl").lines)
 
 
 def table(lines: list[Line], names: list[str] | None = None) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from capgap.jobs.arguments import Parser, number, parse_run, run_file_parser
@@ -19,17 +20,15 @@ def plan_command(argv: Sequence[str]) -> int:
     from capgap.pipeline.plan import make_plan
 
     run, flags, _ = parse_run(plan_parser(), argv)
-    stated, text_bytes_per_token = stated_speed(flags), positive(flags, "text_bytes_per_token")
+    online_rate, text_bytes_per_token = (
+        positive(flags, name) for name in ("online_teacher_tokens_per_s", "text_bytes_per_token")
+    )
+    stated = replace(stated_speed(flags), online_teacher_tokens_per_s=online_rate)
     if flags["calibrate"]:
         from capgap.pipeline.plan.calibrate import calibrate
 
         calibrate(run, stated, text_bytes_per_token=text_bytes_per_token)
-    plan = make_plan(
-        run,
-        stated,
-        text_bytes_per_token=text_bytes_per_token,
-        online_teacher_tokens_per_s=positive(flags, "online_teacher_tokens_per_s"),
-    )
+    plan = make_plan(run, stated, text_bytes_per_token=text_bytes_per_token)
     if flags["json"]:
         print(plan.model_dump_json(indent=2))
     elif log_format() == "json":
@@ -52,7 +51,7 @@ def plan_parser() -> Parser:
         "--online-teacher-tokens-per-s",
         type=number,
         default=None,
-        help="Rate of a teacher beside a student; the cache's rate where it is left out.",
+        help="Rate of a teacher that only scores, beside a student; the cache's rate where it is left out.",
     )
     parser.add_argument(
         "--text-bytes-per-token",

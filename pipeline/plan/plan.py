@@ -30,7 +30,6 @@ def make_plan(
     stated: Stated,
     *,
     text_bytes_per_token: float | None = None,
-    online_teacher_tokens_per_s: float | None = None,
 ) -> RunPlan:
     """What the run will take from here on.
 
@@ -38,19 +37,16 @@ def make_plan(
         run: the run file.
         stated: speeds that the user states.
         text_bytes_per_token: bytes of text in a token, where the corpus is not made; measured where it is not given.
-        online_teacher_tokens_per_s: of a teacher beside a student, for the comparison with a cache.
 
     Raises:
         InputError: a source of the corpus, or a reused folder, cannot be read.
         CorruptError: a manifest cannot be understood.
     """
     with each_manifest_once():
-        return _make_plan(run, stated, text_bytes_per_token, online_teacher_tokens_per_s)
+        return _make_plan(run, stated, text_bytes_per_token)
 
 
-def _make_plan(
-    run: RunFile, stated: Stated, text_bytes_per_token: float | None, online_teacher_tokens_per_s: float | None
-) -> RunPlan:
+def _make_plan(run: RunFile, stated: Stated, text_bytes_per_token: float | None) -> RunPlan:
     known = states(run)
     work = work_of(run, known, text_bytes_per_token)
     stages = [_stage_plan(state, work, stated) for state in known.values()]
@@ -79,7 +75,7 @@ def _make_plan(
         free_bytes=shutil.disk_usage(nearest_folder(Path(run.out))).free,
         device_hours=_total((s.instance, s.device_hours) for s in open_stages if _has_model(s)),
         num_students=work.num_cache_students,
-        break_even=break_even(work, rate_of("cache", work, stated), online_teacher_tokens_per_s),
+        break_even=break_even(work, rate_of("cache", work, stated), stated.online_teacher_tokens_per_s),
         laws=_laws(work),
         notes=tuple(notes),
     )

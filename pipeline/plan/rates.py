@@ -52,6 +52,7 @@ class Stated:
     Attributes:
         teacher_tokens_per_s: at which one engine caches.
         train_tokens_per_s: of one student's training.
+        online_teacher_tokens_per_s: of a teacher that only scores, beside a student; as it caches where not stated.
         device_peak_tflops: of one device, in 10^12 operations a second.
         mfu: share of that peak which is used, above 0, at most 1.
         like: folders of finished runs whose rates count.
@@ -59,6 +60,7 @@ class Stated:
 
     teacher_tokens_per_s: float | None = None
     train_tokens_per_s: float | None = None
+    online_teacher_tokens_per_s: float | None = None
     device_peak_tflops: float | None = None
     mfu: float | None = None
     like: tuple[str, ...] = ()
@@ -87,11 +89,18 @@ def _rate_beside_the_teacher(work: RunWork, stated: Stated, arm: str | None) -> 
     earlier = _earlier("train", work, [work.run.out, *stated.like], online=True)
     if earlier is not None:
         return earlier
-    student, teacher = (_found(stage, work, stated)[0] for stage in ("train", "cache"))
+    student, teacher = _found("train", work, stated)[0], beside_a_student(work, stated)
     if student is None or student.value is None or teacher is None or teacher.value is None:
         return _computed("train", work, stated, arm, "")
     source = f"a student at {student.value:,.0f} tokens/s ({student.source}) and the teacher at {teacher.value:,.0f}"
     return Figure(value=1 / (1 / student.value + 1 / teacher.value), source=f"{source} ({teacher.source}), in turn")
+
+
+def beside_a_student(work: RunWork, stated: Stated) -> Figure | None:
+    """Tokens/s of a teacher that only scores, beside a student: stated, or those at which it caches."""
+    if stated.online_teacher_tokens_per_s is not None:
+        return Figure(value=stated.online_teacher_tokens_per_s, source="stated")
+    return _found("cache", work, stated)[0]
 
 
 def _found(stage: str, work: RunWork, stated: Stated) -> tuple[Figure | None, str]:

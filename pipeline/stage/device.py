@@ -45,7 +45,12 @@ def machine_kind(device: str) -> str:
 
     if device != "cpu":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_info('model name') or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    """The processor's model as Linux names it, or its architecture where it does not."""
+    return _cpu_info("model name") or platform.machine()
 
 
 def cpu_has(*extensions: str) -> bool:

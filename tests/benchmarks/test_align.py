@@ -37,7 +37,7 @@ def page(monkeypatch) -> ModuleType:
 
 def test_arms_are_held_against_cross_entropy_of_their_own_seed(page) -> None:
     def line(arm: str, seed: int, bits: float, about: str = "new") -> dict[str, Any]:
-        return {"arm": arm, "seed": seed, "bits_per_byte": bits, "chunk_kl": bits / 10, "about": about}
+        return {"arm": arm, "seed": seed, "bits_per_byte": bits, "chunk_kl": bits / 10, "about": {"text": about}}
 
     lines = [line("chunks", 0, 9.0, "of another text"), line("cross_entropy", 0, 3.0), line("cross_entropy", 1, 4.0)]
     lines += [line("chunks", 0, 2.0), line("chunks", 1, 2.0), line("chunks", 2, 2.0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +166,9 @@ def test_a_cache_beats_an_online_teacher_from_the_second_student_of_one_epoch_an
     assert [even.num_students for even in once.break_even] == [2, 2]
     twice = make_plan(run(train={"num_epochs": 2}), stated)
     assert [even.num_students for even in twice.break_even] == [1, 1]
-    slow_beside_a_student = make_plan(run(), stated, online_teacher_tokens_per_s=30)
+    slow_beside_a_student = make_plan(run(), replace(stated, online_teacher_tokens_per_s=30))
     assert [even.num_students for even in slow_beside_a_student.break_even] == [2, 1]
-    fast = make_plan(run(), stated, online_teacher_tokens_per_s=250)
+    fast = make_plan(run(), replace(stated, online_teacher_tokens_per_s=250))
     assert [even.num_students for even in fast.break_even] == [2, 3]
     assert make_plan(run(), Stated()).break_even[1].num_students is None
 
@@ -207,6 +208,9 @@ def test_every_arm_is_planned_with_its_own_tokens_and_one_that_asks_the_teacher_
     both = make_plan(run(arms=arms), Stated(teacher_tokens_per_s=100, train_tokens_per_s=50))
     rate = stages(both)["train/online/seed-0"].tokens_per_s
     assert rate.value == pytest.approx(1 / (1 / 100 + 1 / 50)) and rate.source.endswith("at 100 (stated), in turn")
+    faster = Stated(teacher_tokens_per_s=100, train_tokens_per_s=50, online_teacher_tokens_per_s=200)
+    rate = stages(make_plan(run(arms=arms), faster))["train/online/seed-0"].tokens_per_s
+    assert rate.value == pytest.approx(40), "a teacher that only scores is as fast as it is said to be"
     alone = make_plan(run(arms=arms), Stated(train_tokens_per_s=50))
     unknown = stages(alone)["train/online/seed-0"].tokens_per_s
     assert unknown.value is None and "--train-tokens-per-s and --teacher-tokens-per-s" in unknown.source
