@@ -73,7 +73,7 @@ def main() -> None:
     bench = begun_bench(flags.work, flags.run, flags.smoke, flags.tokens)
     with bench.teacher_on_heldout() as heldout:
         # a row of the table is done at every seed before the next one is begun
-        for arm, seed in itertools.product(arms(RUNS[flags.run].about_text), range(flags.seeds)):
+        for arm, seed in itertools.product(arms(RUNS[flags.run].few), range(flags.seeds)):
             if flags.only_seed in (None, seed) and not results.has(arm.name, seed, bench.about):
                 results.add(bench.train(arm, seed, heldout))
                 print(f"{time.strftime('%H:%M:%S')} {arm.name}, seed {seed}: {results.lines[-1]}", flush=True)

@@ -21,13 +21,13 @@ class Run:
         file: whose corpus, teacher, student and training are taken.
         num_tokens: of every training: one pass over the first shards of the cache.
         changes: by section of the file, what is otherwise here.
-        about_text: only those arms that tell whether distillation lowers the loss on the text.
+        few: only the arms that tell whether distillation lowers the loss on the text, and other programs' losses.
     """
 
     file: str
     num_tokens: int
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    about_text: bool = False
+    few: bool = False
 
 
 # There are a hundred trainings here where the run file has three: what makes each shorter, for all alike.
@@ -47,7 +47,7 @@ _ADAPTED: dict[str, dict[str, Any]] = {
 RUNS = {
     "demo": Run("demo", 524_288),
     "smol": Run("smol", 102_400, _SHORTER),
-    "smol-adapted": Run("smol", 102_400, _ADAPTED, about_text=True),
+    "smol-adapted": Run("smol", 102_400, _ADAPTED, few=True),
 }
 
 
@@ -89,14 +89,15 @@ CACHES: dict[str, dict[str, Any]] = {
 _CACHE_OF = {12: "12", 50: "50", 64: "25", 100: "100"}
 
 
-def arms(about_text: bool = False) -> list[Arm]:
+def arms(few: bool = False) -> list[Arm]:
     """In the order of the table; the goal is about the first ones.
 
     Args:
-        about_text: only cross-entropy, online and 50 samples, at every alpha.
+        few: only cross-entropy, online and 50 samples, at every alpha, and the losses that other programs have.
     """
-    if about_text:
-        return [arm for arm in arms() if arm.online or arm.alpha < 1 or arm.name == _sampled(50).name]
+    if few:
+        beside = [_sampled(50), *(_topk(50, tail) for tail in ("ghost", "renorm"))]
+        return [arm for arm in arms() if arm.online or arm.alpha < 1 or arm in beside]
     return [
         Arm(CROSS_ENTROPY, "50", "sampled", alpha=0.0),
         Arm(ONLINE, "50", "sampled", online=True),
