@@ -58,6 +58,7 @@ def main() -> None:
     flags = parser.parse_args()
     peers = peer_losses(flags.packages)
     figures = measure(begun_bench(flags.work, flags.run, flags.smoke), peers, 2 if flags.smoke else flags.batches)
+    figures["packages"] = {name: version(name) for name in ("axolotl", "trl", "liger-kernel")}
     for row in figures["losses"]:
         print(row)
     print(keep(f"peer-losses-{flags.run}", "cpu", figures, flags.results))
@@ -148,7 +149,6 @@ def measure(bench: Bench, peers: dict[str, Loss], num_batches: int) -> dict[str,
                 apart[name][one] += _squares(found[0] - hidden_BLH, found[1] - weight_VH)
     return {
         "about": bench.about,
-        "packages": {name: version(name) for name in ("axolotl", "trl", "liger-kernel")},
         "num_batches": num_batches,
         "num_rows": rows.labels_BL.numel(),
         "top_k": rows.ids_BLK.shape[-1],

@@ -43,6 +43,20 @@ def test_a_row_counts_by_its_entropy_and_the_highest_fifth_alone(estimators) -> 
 
 
 @pytest.mark.slow
+def test_a_loss_is_no_way_from_itself_and_some_way_from_every_other(estimators, tmp_path: Path) -> None:
+    import peer_losses
+    from quality import begun_bench
+
+    ghost = peer_losses._own("ghost")
+    found = peer_losses.measure(begun_bench(tmp_path, "smol", smoke=True), {"again": ghost}, 1)
+    (row,) = [row for row in found["losses"] if row["loss"] == "again"]
+    # the same program on the same rows
+    assert row["gradient_from"].pop("capgap, ghost") == 0
+    assert set(row["gradient_from"]) == {f"capgap, {tail}" for tail in ("drop", "renorm", "label")}
+    assert min(row["gradient_from"].values()) > 0.05
+
+
+@pytest.mark.slow
 def test_variances_fall_with_samples_and_no_training_is_done_twice(tmp_path: Path) -> None:
     flags = ["--run", "smol", "--smoke", "--work", str(tmp_path / "work"), "--results", str(tmp_path)]
     _run("gradient_variance.py", *flags)

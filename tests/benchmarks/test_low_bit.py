@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tiny_models import save_model, tiny_llama, tiny_tokenizer
 
 from capgap.schemas.run_quantize import QuantizeSettings
 from capgap.schemas.run_train import TrainSettings
@@ -72,6 +73,32 @@ def test_what_the_goal_is_about_comes_first_and_other_tails_have_one_seed(low_bi
     tails = [arm.startswith("QAD, top-64") and not arm.endswith("ghost") for _, arm, _ in jobs]
     assert tails == sorted(tails) and {seed for (*_, seed), is_tail in zip(jobs, tails, strict=True) if is_tail} == {0}
     assert all(seed == 0 for _, arm, seed in jobs if arm == low_bit.PTQ)
+
+
+def test_each_student_is_measured_on_the_other_text_once(
+    low_bit: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import low_bit_other_text as other
+
+    monkeypatch.setattr(other, "TEACHER", Path(save_model(tmp_path / "teacher", tiny_llama(0), tiny_tokenizer())))
+    monkeypatch.setattr(other, "SEQ_LEN", 24)
+    # PTQ's student is the teacher itself here, the other is not, and a tail's is not asked for
+    models = {low_bit.PTQ: 0, low_bit.QAT: 1, "QAD, top-64, drop": 2}
+    for arm, model in models.items():
+        folder = low_bit.trained_in(tmp_path, "mxfp4", arm) / "train" / low_bit.slug(arm) / "seed-0" / "model"
+        save_model(folder, tiny_llama(model))
+    given, results = tmp_path / "lines.jsonl", tmp_path / "results.jsonl"
+    given.write_text("".join(json.dumps(_line(arm, 0, 1.0, 1.0)) + "\n" for arm in models))
+    flags = ["--work", str(tmp_path), "--lines", str(given), "--results", str(results)]
+    monkeypatch.setattr(sys, "argv", ["low_bit_other_text.py", *flags])
+    other.main()
+    same, apart = (json.loads(line) for line in results.read_text().splitlines())
+    assert (same["arm"], apart["arm"]) == (low_bit.PTQ, low_bit.QAT)
+    assert same["num_tokens"] == 24 * other.NUM_SEQUENCES
+    assert same["kl"] == 0 and same["loss"] == same["teacher_loss"] > 1
+    assert apart["kl"] > 1e-4 and apart["loss"] != apart["teacher_loss"] == same["teacher_loss"]
+    other.main()
+    assert len(results.read_text().splitlines()) == 2
 
 
 @pytest.mark.slow

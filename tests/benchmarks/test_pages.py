@@ -52,7 +52,9 @@ def test_a_new_measurement_takes_the_place_of_an_older_one_when_it_has_as_many_l
     quality_page = importlib.import_module("quality_page")
 
     def kept(*abouts: str) -> list[str]:
-        (tmp_path / "quality-demo.jsonl").write_text("".join(json.dumps({"about": {"text": one}}) + "\n" for one in abouts))
+        (tmp_path / "quality-demo.jsonl").write_text(
+            "".join(json.dumps({"about": {"text": one}}) + "\n" for one in abouts)
+        )
         return [line["about"]["text"] for line in quality_page.kept(tmp_path, "demo")]
 
     assert kept("old", "old", "new") == ["old", "old"]
