@@ -9,11 +9,13 @@ Legend: S seeds.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 # found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
 sys.path.insert(0, str(Path(__file__).parent))
@@ -74,6 +76,9 @@ def filled(page: str, results: Path) -> str:
             if mark("quality_page.py", f"{run}, {others}") in page:
                 beside = Results(results / f"{others}-{run}.jsonl").lines
                 tables[f"{run}, {others}"] = table(lines + beside, list(dict.fromkeys(one["arm"] for one in beside)))
+        if mark("quality_page.py", f"{run}, losses") in page:
+            (kept_losses,) = results.glob(f"peer-losses-{run}-*.json")
+            tables[f"{run}, losses"] = losses_table(json.loads(kept_losses.read_text())["figures"]["losses"])
     return with_tables(page, "quality_page.py", tables)
 
 
@@ -100,6 +105,16 @@ def table(lines: list[Line], names: list[str] | None = None) -> list[Row]:
                     str(len(own)),
                 )
             )
+    return rows
+
+
+def losses_table(losses: list[dict[str, Any]]) -> list[Row]:
+    """A row a loss of benchmarks/peer_losses.py, with that of capgap whose gradient is nearest."""
+    rows: list[Row] = [("loss", "nearest of capgap's", "gradient differs by", "CPU s"), ("---", "---", "---:", "---:")]
+    for one in losses:
+        nearest, away = min(one["gradient_from"].items(), key=lambda pair: pair[1], default=("", None))
+        tail = f"`tail: {nearest.partition(', ')[2]}`" if nearest else ""
+        rows.append((one["loss"], tail, "" if away is None else f"{away:.2g}", f"{one['cpu_s']:.2f}"))
     return rows
 
 

@@ -160,9 +160,8 @@ def _lines(plan: RunPlan) -> list[str]:
             for source, instances in by_source.items()
             if source != "none"
         ]
-    lines.append(
-        f"students of the cache in this run: {plan.num_students}; it costs less than a teacher that is asked live"
-    )
+    lines.append(f"students of the cache in this run: {plan.num_students}")
+    lines.append("a cache costs less than a teacher that is asked beside each student:")
     for even in plan.break_even:
         least = "not known from how many on" if even.num_students is None else f"from {even.num_students} students on"
         lines.append(f"  counted in {even.accounting}: {least} ({even.source})")
