@@ -17,6 +17,7 @@ from pathlib import Path
 from capgap.jobs.arguments import Parser, parse
 from capgap.jobs.logs import log
 from capgap.pipeline.stage.device import cpu_has
+from capgap.pipeline.store.extras import adding
 
 EXTRAS = {
     "teacher": ("vllm", "score with vLLM"),
@@ -135,11 +136,10 @@ def abilities(machine: Machine) -> Iterator[Ability]:
     gpu = f"{len(machine.gpus)} of {machine.gpus[0].name}" if machine.gpus else "no GPU was found"
     if machine.gpus and not machine.torch_sees_gpu:
         gpu = f"{gpu}, but the installed PyTorch ({machine.versions['torch']}) cannot use it; install a build for CUDA"
-    get_vllm = "pip install '.[teacher]' in capgap's clone"
     for device, wanted in (("the CPU", "a CPU"), ("a GPU", "GPUs")):
         built = machine.vllm is not None and machine.vllm.endswith(f"for {wanted}")
         usable = built and (device == "the CPU" or machine.torch_sees_gpu)
-        how = f"not installed: {get_vllm}, or `make venv` for one that runs on a CPU"
+        how = f"not installed: {adding('teacher')}, or in a clone `make venv` for one that runs on a CPU"
         how = f"vLLM {machine.vllm}" if machine.vllm else how
         yield Ability(f"score with vLLM on {device}", usable, gpu if built and not usable else how)
     yield Ability(
@@ -159,9 +159,7 @@ def abilities(machine: Machine) -> Iterator[Ability]:
     for extra, (module, what) in EXTRAS.items():
         if extra != "teacher":
             there = importlib.util.find_spec(module) is not None
-            yield Ability(
-                what, there, f"{module} is installed" if there else f"pip install '.[{extra}]' in capgap's clone"
-            )
+            yield Ability(what, there, f"{module} is installed" if there else adding(extra))
 
 
 def _lines(machine: Machine) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from capgap.pipeline.benchmark.own_tasks import require_plain_tasks
 from capgap.pipeline.benchmark.presets import PRESETS, SUITES, Asked, asked_tasks
+from capgap.pipeline.store.extras import adding
 from capgap.schemas.errors import CapgapError, InputError, MachineError, SettingError
 from capgap.schemas.run_benchmark import BenchmarkSettings
 
@@ -26,7 +27,7 @@ def require_lm_eval() -> None:
         raise MachineError(
             "lm-eval is not installed",
             where="benchmarks",
-            fix="run `make venv`, or `pip install '.[eval]'` in capgap's clone",
+            fix=f"run `make venv` in a clone, or `{adding('eval')}`",
         )
     # it says of every task which setting of its own was laid over
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from capgap.pipeline.stage.ray_cluster import require_ray
+from capgap.pipeline.store.extras import adding
 from capgap.schemas.errors import MachineError
 from capgap.schemas.run_file import RunFile
 
@@ -39,7 +40,7 @@ def _require_server(run: RunFile) -> None:
             "the client of endpoints, openai, is not installed",
             where="cache.engine",
             found=run.cache.engine,
-            fix="run `pip install '.[served]'` in capgap's clone",
+            fix=f"run `{adding('served')}`",
         )
     if run.makes("teacher") and run.teacher.served is not None:
         from capgap.pipeline.cache.server_engine import endpoint_of, require_served

@@ -17,6 +17,7 @@ from typing import Any
 from capgap.pipeline.models.complete import require_complete
 from capgap.pipeline.models.configs import load_config
 from capgap.pipeline.stage.device import cpu_has, warn_of_slow_products
+from capgap.pipeline.store.extras import adding
 from capgap.schemas.errors import InputError, MachineError
 
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
@@ -33,7 +34,7 @@ def require_vllm(setting: str = "cache.engine") -> None:
         raise MachineError(
             "vLLM is not installed",
             where=f"{setting}: vllm",
-            fix="run `make venv`, or `pip install '.[teacher]'` in capgap's clone on a machine with a GPU; "
+            fix=f"run `make venv` in a clone, or on a machine with a GPU `{adding('teacher')}`; "
             f"or set {setting} to transformers, which is slower",
         )
 

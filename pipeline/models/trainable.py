@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from capgap.pipeline.models.configs import empty_model, load_config
 from capgap.pipeline.models.load import HIGH_PRECISION_FOLDER, MODEL_FOLDER, load_model, save_model
+from capgap.pipeline.store.extras import adding
 from capgap.pipeline.store.files import whole_folder
 from capgap.schemas.errors import InputError, MachineError
 
@@ -27,7 +28,7 @@ def require_compressed_tensors(setting: str) -> None:
             "a student of few bits needs a package that is not installed",
             where=setting,
             found="no compressed-tensors",
-            fix="run `pip install '.[quantize]'` in capgap's clone",
+            fix=f"run `{adding('quantize')}`",
         ) from None
 
 

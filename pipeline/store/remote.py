@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from capgap.pipeline.store.extras import adding
 from capgap.pipeline.store.files import MAX_SMALL_BYTES, too_large
 from capgap.schemas.errors import CapgapError, InputError, MachineError, SettingError
 from capgap.schemas.secrets import require_no_credential
@@ -15,8 +16,7 @@ _CHUNK_BYTES = 8 << 20
 # Where stored bytes come from, and nothing that could start a program, mount or unpack anything: `pipe:`, `exec:` and
 # chains such as `zip::` or `simplecache::` among them, and whatever else an installed package has a name for.
 SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https")
-_EXTRAS = {"s3": "pip install '.[s3]' in capgap's clone", "s3a": "pip install '.[s3]' in capgap's clone"}
-_EXTRAS |= dict.fromkeys(("gs", "gcs"), "pip install '.[gs]' in capgap's clone")
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
 
 class Remote:
@@ -113,9 +113,8 @@ def client_of(url: str, refusal: str) -> Any:
     try:
         return fsspec.filesystem(scheme)
     except (ImportError, ValueError) as error:
-        raise MachineError(
-            f"{scheme}:// cannot be read here", where=url, found=error, fix=_EXTRAS.get(scheme)
-        ) from None
+        fix = f"run `{adding(_EXTRAS[scheme])}`" if scheme in _EXTRAS else None
+        raise MachineError(f"{scheme}:// cannot be read here", where=url, found=error, fix=fix) from None
 
 
 def _is_absence(error: FileNotFoundError) -> bool:

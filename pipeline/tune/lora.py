@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from capgap.pipeline.store.extras import adding
 from capgap.pipeline.store.files import whole_folder
 from capgap.schemas.errors import InputError, MachineError
 from capgap.schemas.run_tune import LoraSettings
@@ -72,7 +73,7 @@ def _peft() -> Any:
             "adapters need a package that is not installed",
             where="tune.lora",
             found="no peft",
-            fix="run `pip install '.[lora]'` in capgap's clone",
+            fix=f"run `{adding('lora')}`",
         ) from None
     return peft
 

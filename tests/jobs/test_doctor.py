@@ -12,6 +12,7 @@ import pytest
 
 from capgap.jobs.cli import main
 from capgap.jobs.doctor import EXTRAS, Machine, VisibleGpu, abilities, look_around, parse_gpus
+from capgap.pipeline.store.extras import adding
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +56,7 @@ def test_vllm_runs_where_it_was_built_for(machine: Machine) -> None:
 
 def test_what_is_lacking_says_how_to_get_it(machine: Machine) -> None:
     how = {one.what: one.how for one in abilities(machine)}
-    assert "pip install '.[teacher]'" in how["score with vLLM on the CPU"]
+    assert f"not installed: {adding('teacher')}, or" in how["score with vLLM on the CPU"]
     hidden = replace(machine, gpus=(VisibleGpu("H100", 80, 70),))
     assert "install a build for CUDA" in {one.what: one.how for one in abilities(hidden)}["train on a GPU"]
     slow = {one.what: one for one in abilities(replace(machine, cpu_has_16_bits=False))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -26,6 +27,7 @@ from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.fleet import MAX_DEATHS
 from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.stage.ray_cluster import ray_cluster
+from capgap.pipeline.store.extras import adding
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.errors import MachineError
 from capgap.schemas.run_file import RunFile
@@ -180,7 +182,7 @@ def test_more_replicas_than_gpus_are_refused() -> None:
 
 def test_without_ray_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    said = r"Ray is not installed; run `pip install '\.\[ray\]'` in capgap's clone"
+    said = re.escape(f"Ray is not installed; run `{adding('ray')}`")
     with pytest.raises(MachineError, match=said), ray_cluster(2, 0, "cache.replicas"):
         pytest.fail("there is no Ray")
 
