@@ -101,6 +101,9 @@ def test_urls_that_nothing_here_can_read_are_refused() -> None:
     if importlib.util.find_spec("adlfs") is None:
         with pytest.raises(MachineError, match="az://b: az:// cannot be read here"):
             Remote("az://b").read("manifest.json")
+    if importlib.util.find_spec("gcsfs") is None:
+        with pytest.raises(MachineError, match=r"gs://b: gs:// cannot be read here; .*; run `pip install .*\[gs\]'?`"):
+            Remote("gs://b").read("manifest.json")
 
 
 @pytest.mark.parametrize(
