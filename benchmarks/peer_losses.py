@@ -37,13 +37,6 @@ from capgap.kernels.sparse_kl import SparseTargets, Tail, linear_sparse_kl
 from capgap.pipeline.store import Batch, LoaderSettings, SequenceLoader
 
 TOP_K = 50
-# By name, whose loss; what capgap calls it, or None where capgap has no such loss.
-ALIKE: dict[str, Tail | None] = {
-    "axolotl, as it is": "renorm",
-    "axolotl, kd_normalize_topk": None,
-    "TRL, loss_add_tail": "ghost",
-    "TRL, no tail": None,
-}
 
 
 def main() -> None:
@@ -124,8 +117,12 @@ def peer_losses(packages: Path) -> dict[str, Loss]:
 
         return run
 
-    made = (of_axolotl(False), of_axolotl(True), of_trl(True), of_trl(False))
-    return dict(zip(ALIKE, made, strict=True))
+    return {
+        "axolotl, as it is": of_axolotl(False),
+        "axolotl, kd_normalize_topk": of_axolotl(True),
+        "TRL, loss_add_tail": of_trl(True),
+        "TRL, no tail": of_trl(False),
+    }
 
 
 def measure(bench: Bench, peers: dict[str, Loss], num_batches: int) -> dict[str, Any]:
