@@ -20,14 +20,17 @@ def adding(extra: str) -> str:
     try:
         origin = distribution(_NAME).read_text("direct_url.json")
     except PackageNotFoundError:
-        return f"pip install '.[{extra}]' in capgap's clone"
+        origin = None
     return command(json.loads(origin) if origin else None, extra)
 
 
 def command(origin: dict[str, Any] | None, extra: str) -> str:
-    """The command, by what pip wrote down of where a package came from (PEP 610); None is a package index."""
+    """The command, by what pip wrote down of where capgap came from (PEP 610), or None where it wrote nothing down.
+
+    The name alone is never asked of a package index: capgap is on none, and whoever took the name there would be run.
+    """
     if origin is None:
-        return f"pip install {shlex.quote(f'{_NAME}[{extra}]')}"
+        return f"pip install '.[{extra}]' in capgap's clone"
     url = str(origin["url"])
     if "dir_info" in origin:
         flag = "-e " if origin["dir_info"].get("editable") else ""

@@ -17,7 +17,6 @@ _GIT = {"url": "https://forge.example/us/capgap", "vcs_info": {"vcs": "git", "co
 @pytest.mark.parametrize(
     ("origin", "said"),
     [
-        (None, "capgap[ray]"),
         ({"url": "file:///srv/my%20clone", "dir_info": {"editable": True}}, "-e /srv/my clone[ray]"),
         ({"url": "file:///srv/clone", "dir_info": {}}, "/srv/clone[ray]"),
         (_GIT, "capgap[ray] @ git+https://forge.example/us/capgap@3f1c"),
@@ -30,6 +29,10 @@ _GIT = {"url": "https://forge.example/us/capgap", "vcs_info": {"vcs": "git", "co
 def test_an_extra_is_added_from_where_capgap_came_from(origin: dict[str, Any] | None, said: str) -> None:
     words = shlex.split(command(origin, "ray"))
     assert words[:2] == ["pip", "install"] and " ".join(words[2:]) == said
+
+
+def test_a_package_index_is_never_asked_for_the_name_alone() -> None:
+    assert command(None, "ray") == "pip install '.[ray]' in capgap's clone"
 
 
 def test_the_command_is_that_of_the_capgap_that_runs() -> None:
