@@ -127,6 +127,7 @@ class Bench:
     def measured(self, arm: str, seed: int) -> dict[str, Any]:
         """One line of the results."""
         out = self._work / f"{arm}-seed-{seed}"
+        is_whole = not out.exists()
         wall, cpu = time.perf_counter(), time.process_time()
         _carry_out(
             {
@@ -155,8 +156,9 @@ class Bench:
             "num_tokens": self._num_tokens,
             "kept_chunks": round(aligned.num_kept_chunks / aligned.num_chunks, 4),
             "projected": round(aligned.num_projected / self._num_tokens, 4),
-            "wall_s": round(wall_s, 1),
-            "cpu_s": round(cpu_s, 1),
+            # of a training that goes on from a checkpoint this process has seen a part
+            "wall_s": round(wall_s, 1) if is_whole else None,
+            "cpu_s": round(cpu_s, 1) if is_whole else None,
             "settings": ARMS[arm],
             "about": self.about,
             "machine": machine(resolve_device("auto")),

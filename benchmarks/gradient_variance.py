@@ -27,7 +27,7 @@ from machine import RESULTS, keep
 from quality import Bench, begun_bench
 from quality_arms import NUM_FIRST, RUNS, Arm, arms
 from quality_page import kl_of, shares
-from result_lines import Results, one_measurement
+from result_lines import Results
 from transformers import PreTrainedModel
 
 from capgap.pipeline.store import LoaderSettings, SequenceLoader
@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
     flags = parser.parse_args()
     bench = begun_bench(flags.work, flags.run, flags.smoke)
-    trained = one_measurement(Results(flags.results / f"quality-{flags.run}.jsonl").lines)
+    lines = Results(flags.results / f"quality-{flags.run}.jsonl").lines
+    trained = [line for line in lines if line["about"] == bench.about]
     figures = measure(bench, chosen(flags.arms), 4 if flags.smoke else flags.batches)
     for row in figures["recordings"]:
         found = shares(trained, row["recording"], kl_of)

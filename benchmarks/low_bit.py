@@ -9,7 +9,7 @@ python benchmarks/low_bit_page.py                put the tables into their page,
 The student is the teacher itself, SmolLM2-135M-Instruct, which `make smol` fetches. Every training of a format sees
 the same sequences and takes as many steps; the seeds are the order of the data. A training runs in a process of its
 own, so that its memory and its seconds of CPU are known. A finished one is a line of the results, and is not done
-again; one that was killed goes on from its last checkpoint, and `wall_s` is then of its last process.
+again; one that was killed goes on from its last checkpoint, and what it took is then not said.
 """
 
 from __future__ import annotations
@@ -270,9 +270,13 @@ def _train(file: Path, arm: str, seed: int) -> None:
     """The training alone, in a process of its own; prints what it took."""
     run = RunFile.model_validate_json(file.read_text())
     carry_out(run, Instance("student", seed=seed))
+    instance = Instance("train", arm, seed)
+    is_whole = not (Path(run.out) / instance.name).exists()
     cpu_started = time.process_time()
-    manifest = carry_out(run, Instance("train", arm, seed))
-    cost = {"wall_s": round(manifest.wall_s, 1), "cpu_s": round(time.process_time() - cpu_started, 1)}
+    manifest = carry_out(run, instance)
+    took = {"wall_s": round(manifest.wall_s, 1), "cpu_s": round(time.process_time() - cpu_started, 1)}
+    # of a training that goes on from a checkpoint this process has seen a part
+    cost: dict[str, float | None] = dict(took) if is_whole else dict.fromkeys(took)
     print(json.dumps(cost | {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
 

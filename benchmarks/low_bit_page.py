@@ -102,6 +102,7 @@ def won_back(lines: Sequence[dict[str, Any]], arm: str, quantity: str) -> list[f
 def _row(arm: str, lines: Sequence[dict[str, Any]]) -> Row:
     own = [line for line in lines if line["arm"] == arm]
     size = own[0]["bytes_per_token"]
+    took_s = [line["cpu_s"] for line in own if line["cpu_s"] is not None]
     shares = ([100 * share for share in won_back(lines, arm, quantity)] for quantity in ("kl", "loss"))
     return (
         arm,
@@ -109,7 +110,7 @@ def _row(arm: str, lines: Sequence[dict[str, Any]]) -> Row:
         interval([line["perplexity"] for line in own], 2),
         interval([line["against_teacher"]["kl"] for line in own], 4),
         *(interval(one, 1) for one in shares),
-        f"{fmean(line['cpu_s'] for line in own):.0f}",
+        f"{fmean(took_s):.0f}" if took_s else "",
         f"{max(line['peak_bytes'] for line in own) / 1e9:.1f}",
         str(len(own)),
     )

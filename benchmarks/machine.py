@@ -42,6 +42,15 @@ def keep(name: str, device: str, figures: Any, folder: Path = RESULTS) -> Path:
     return path
 
 
+def every_kept(name: str, folder: Path = RESULTS) -> Iterator[tuple[str, Any]]:
+    """Device and content of each file that `keep` has written under that name."""
+    for path in sorted(folder.glob(f"{name}-*.json")):
+        content = json.loads(path.read_text())
+        # figures of another name may begin alike
+        if path.stem == f"{name}-{slug_of(content['machine']['device'])}":
+            yield content["machine"]["device"], content
+
+
 def mixed_precision(device: str) -> str:
     """The precision of a training: bfloat16 where the device multiplies in it, float32 where that would take hours."""
     return "bf16-mixed" if multiplies(device, "bfloat16") else "32-true"

@@ -3,9 +3,9 @@
 pip install --no-deps --target peers axolotl==0.19.0 trl==1.16.0 liger-kernel==0.8.5
 python benchmarks/peer_losses.py --packages peers --run smol-adapted
 
-Both train on the top-k tokens of a served teacher's logprobs; neither writes them down in a form that the other or
-capgap reads, so that their losses are given what a capgap cache holds. Where a gradient is capgap's own, a row of
-benchmarks/quality.py says what a student gains from it; where it is not, the way from one to the other is a figure.
+Both train on a teacher's top-k tokens: axolotl on those that one brings or a server answers with, TRL on a server's.
+Neither makes a cache, so that their losses are given what one of capgap's holds. Where a gradient is capgap's own, a
+row of benchmarks/quality.py says what a student gains from it; where it is not, a figure says how far it is off.
 
 Legend: B sequences, L tokens of each, N rows, K top-k tokens, V vocabulary, H hidden.
 """

@@ -9,18 +9,17 @@ Legend: S seeds.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 # found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
 sys.path.insert(0, str(Path(__file__).parent))
 
-from machine import RESULTS
+from machine import RESULTS, every_kept
 from matplotlib.figure import Figure
 from page_tables import Row, mark, with_tables
 from quality_arms import CROSS_ENTROPY, NUM_FIRST, ONLINE, RUNS, TAILS, TOP_KS, arms
@@ -77,8 +76,7 @@ def filled(page: str, results: Path) -> str:
                 beside = Results(results / f"{others}-{run}.jsonl").lines
                 tables[f"{run}, {others}"] = table(lines + beside, list(dict.fromkeys(one["arm"] for one in beside)))
         if mark("quality_page.py", f"{run}, losses") in page:
-            (kept_losses,) = results.glob(f"peer-losses-{run}-*.json")
-            tables[f"{run}, losses"] = losses_table(json.loads(kept_losses.read_text())["figures"]["losses"])
+            tables[f"{run}, losses"] = losses_table(every_kept(f"peer-losses-{run}", results))
     return with_tables(page, "quality_page.py", tables)
 
 
@@ -108,13 +106,15 @@ def table(lines: list[Line], names: list[str] | None = None) -> list[Row]:
     return rows
 
 
-def losses_table(losses: list[dict[str, Any]]) -> list[Row]:
-    """A row a loss of benchmarks/peer_losses.py, with that of capgap whose gradient is nearest."""
-    rows: list[Row] = [("loss", "nearest of capgap's", "gradient differs by", "CPU s"), ("---", "---", "---:", "---:")]
-    for one in losses:
-        nearest, away = min(one["gradient_from"].items(), key=lambda pair: pair[1], default=("", None))
-        tail = f"`tail: {nearest.partition(', ')[2]}`" if nearest else ""
-        rows.append((one["loss"], tail, "" if away is None else f"{away:.2g}", f"{one['cpu_s']:.2f}"))
+def losses_table(kept_losses: Iterable[tuple[str, Any]]) -> list[Row]:
+    """A row a machine and loss of benchmarks/peer_losses.py, with that of capgap whose gradient is nearest."""
+    head = ("loss", "nearest of capgap's", "gradient differs by", "CPU s", "machine")
+    rows: list[Row] = [head, ("---", "---", "---:", "---:", "---")]
+    for device, content in kept_losses:
+        for one in content["figures"]["losses"]:
+            nearest, away = min(one["gradient_from"].items(), key=lambda pair: pair[1], default=("", None))
+            tail = f"`tail: {nearest.partition(', ')[2]}`" if nearest else ""
+            rows.append((one["loss"], tail, "" if away is None else f"{away:.2g}", f"{one['cpu_s']:.2f}", device))
     return rows
 
 

@@ -6,16 +6,14 @@ python benchmarks/speed_page.py
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 # found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
 sys.path.insert(0, str(Path(__file__).parent))
 
-from machine import RESULTS, slug_of
+from machine import every_kept
 from page_tables import Row, with_tables
 
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
@@ -42,18 +40,9 @@ def filled(page: str) -> str:
     return with_tables(page, "speed_page.py", tables)
 
 
-def _kept(name: str) -> Iterator[tuple[str, Any]]:
-    """Device and content of each kept file of that name."""
-    for path in sorted(RESULTS.glob(f"{name}-*.json")):
-        kept = json.loads(path.read_text())
-        # figures of another name may begin alike
-        if path.stem == f"{name}-{slug_of(kept['machine']['device'])}":
-            yield kept["machine"]["device"], kept
-
-
 def _memory() -> list[Row]:
     rows: list[Row] = [("text, MB", "most that is resident, MB", "seconds", "machine"), ("---:", "---:", "---:", "---")]
-    for device, kept in _kept("corpus"):
+    for device, kept in every_kept("corpus"):
         for one in kept["figures"]["memory"]:
             rows.append((f"{one['text_mb']:,}", f"{one['peak_resident_mb']:.0f}", f"{one['seconds']:.0f}", device))
     return rows
@@ -61,7 +50,7 @@ def _memory() -> list[Row]:
 
 def _corpus() -> list[Row]:
     rows: list[Row] = [("by", "processes", "tokens/s", "machine"), ("---", "---:", "---:", "---")]
-    for device, kept in _kept("corpus"):
+    for device, kept in every_kept("corpus"):
         for one in kept["figures"]["speed"]:
             rows.append((one["by"], str(one["num_processes"]), f"{one['tokens_per_s']:,}", device))
     return rows
@@ -72,7 +61,7 @@ def _manifest() -> list[Row]:
         ("shards", "read, CPU s", "held against its seal, CPU s", "machine"),
         ("---:", "---:", "---:", "---"),
     ]
-    for device, kept in _kept("corpus"):
+    for device, kept in every_kept("corpus"):
         one = kept["figures"]["manifest"]
         rows.append((f"{one['num_shards']:,}", f"{one['open_cpu_s']:.1f}", f"{one['seal_cpu_s']:.1f}", device))
     return rows
@@ -86,7 +75,7 @@ _STEP_HEAD: list[Row] = [
 
 def _step() -> list[Row]:
     rows = list(_STEP_HEAD)
-    for device, kept in _kept("train-step"):
+    for device, kept in every_kept("train-step"):
         for precision, found in kept["figures"].get("precisions", {}).items():
             for name, way in found["ways"].items():
                 rows.append(_step_row(name, precision, way, device))
@@ -116,7 +105,7 @@ def _before() -> list[Row]:
         ),
         ("---", "---", "---", *["---:"] * 6),
     ]
-    for _, kept in _kept("step-before-and-after"):
+    for _, kept in every_kept("step-before-and-after"):
         for what, runs in kept.items():
             if what.split(",")[0] not in ("real shape", "toy"):
                 continue
@@ -152,7 +141,7 @@ def _loss() -> list[Row]:
         ("rows", "hidden", "vocabulary", "kept ids", "way", "ms before", "ms after", "ratio before", "ratio after"),
         ("---:", "---:", "---:", "---:", "---", *["---:"] * 4),
     ]
-    for _, kept in _kept("step-before-and-after"):
+    for _, kept in every_kept("step-before-and-after"):
         shapes = kept["loss alone, one thread, the other core busy"]
         for before, after in zip(shapes["before"], shapes["after"], strict=True):
             shape = tuple(f"{before[name]:,}" for name in ("num_rows", "hidden", "vocab", "top_k"))

@@ -27,7 +27,7 @@ def require_lm_eval() -> None:
         raise MachineError(
             "lm-eval is not installed",
             where="benchmarks",
-            fix=f"run `make venv` in a clone, or `{adding('eval')}`",
+            fix=f"run `make venv` in a clone, or {adding('eval')}",
         )
     # it says of every task which setting of its own was laid over
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

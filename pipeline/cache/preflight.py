@@ -40,7 +40,7 @@ def _require_server(run: RunFile) -> None:
             "the client of endpoints, openai, is not installed",
             where="cache.engine",
             found=run.cache.engine,
-            fix=f"run `{adding('served')}`",
+            fix=f"run {adding('served')}",
         )
     if run.makes("teacher") and run.teacher.served is not None:
         from capgap.pipeline.cache.server_engine import endpoint_of, require_served

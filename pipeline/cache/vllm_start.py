@@ -34,7 +34,7 @@ def require_vllm(setting: str = "cache.engine") -> None:
         raise MachineError(
             "vLLM is not installed",
             where=f"{setting}: vllm",
-            fix=f"run `make venv` in a clone, or on a machine with a GPU `{adding('teacher')}`; "
+            fix=f"run `make venv` in a clone, or on a machine with a GPU {adding('teacher')}; "
             f"or set {setting} to transformers, which is slower",
         )
 

@@ -28,7 +28,7 @@ def require_compressed_tensors(setting: str) -> None:
             "a student of few bits needs a package that is not installed",
             where=setting,
             found="no compressed-tensors",
-            fix=f"run `{adding('quantize')}`",
+            fix=f"run {adding('quantize')}",
         ) from None
 
 

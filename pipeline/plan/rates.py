@@ -89,14 +89,14 @@ def _rate_beside_the_teacher(work: RunWork, stated: Stated, arm: str | None) -> 
     earlier = _earlier("train", work, [work.run.out, *stated.like], online=True)
     if earlier is not None:
         return earlier
-    student, teacher = _found("train", work, stated)[0], beside_a_student(work, stated)
+    student, teacher = _found("train", work, stated)[0], _beside_a_student(work, stated)
     if student is None or student.value is None or teacher is None or teacher.value is None:
         return _computed("train", work, stated, arm, "")
     source = f"a student at {student.value:,.0f} tokens/s ({student.source}) and the teacher at {teacher.value:,.0f}"
     return Figure(value=1 / (1 / student.value + 1 / teacher.value), source=f"{source} ({teacher.source}), in turn")
 
 
-def beside_a_student(work: RunWork, stated: Stated) -> Figure | None:
+def _beside_a_student(work: RunWork, stated: Stated) -> Figure | None:
     """Tokens/s of a teacher that only scores, beside a student: stated, or those at which it caches."""
     if stated.online_teacher_tokens_per_s is not None:
         return Figure(value=stated.online_teacher_tokens_per_s, source="stated")

@@ -62,7 +62,7 @@ def require_ray(setting: str, num_replicas: int) -> None:
             "several replicas are started by Ray, which is not installed",
             where=setting,
             found=num_replicas,
-            fix=f"run `{adding('ray')}`, or set {setting} to 1",
+            fix=f"run {adding('ray')}, or set {setting} to 1",
         )
 
 
@@ -81,7 +81,7 @@ def ray_cluster(num_actors: int, num_gpus: int, setting: str) -> Iterator[Cluste
         raise MachineError(
             "Ray is not installed",
             where=setting,
-            fix=f"run `{adding('ray')}`, or start slices (`--slice any`), which need no Ray",
+            fix=f"run {adding('ray')}, or start slices (`--slice any`), which need no Ray",
         )
     joined = bool(os.environ.get("RAY_ADDRESS"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

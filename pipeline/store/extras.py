@@ -12,7 +12,7 @@ _NAME = "capgap"
 
 
 def adding(extra: str) -> str:
-    """What to run, to have the packages of an extra beside what is installed.
+    """What to run, to have the packages of an extra beside what is installed; the command stands in backticks.
 
     Args:
         extra: of capgap's, for example `ray`.
@@ -30,11 +30,11 @@ def command(origin: dict[str, Any] | None, extra: str) -> str:
     The name alone is never asked of a package index: capgap is on none, and whoever took the name there would be run.
     """
     if origin is None:
-        return f"pip install '.[{extra}]' in capgap's clone"
+        return f"`pip install '.[{extra}]'` in capgap's clone"
     url = str(origin["url"])
     if "dir_info" in origin:
         flag = "-e " if origin["dir_info"].get("editable") else ""
-        return f"pip install {flag}{shlex.quote(f'{unquote(urlsplit(url).path)}[{extra}]')}"
+        return f"`pip install {flag}{shlex.quote(f'{unquote(urlsplit(url).path)}[{extra}]')}`"
     if "vcs_info" in origin:
         url = f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
-    return f"pip install {shlex.quote(f'{_NAME}[{extra}] @ {url}')}"
+    return f"`pip install {shlex.quote(f'{_NAME}[{extra}] @ {url}')}`"

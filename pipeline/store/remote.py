@@ -113,7 +113,7 @@ def client_of(url: str, refusal: str) -> Any:
     try:
         return fsspec.filesystem(scheme)
     except (ImportError, ValueError) as error:
-        fix = f"run `{adding(_EXTRAS[scheme])}`" if scheme in _EXTRAS else None
+        fix = f"run {adding(_EXTRAS[scheme])}" if scheme in _EXTRAS else None
         raise MachineError(f"{scheme}:// cannot be read here", where=url, found=error, fix=fix) from None
 
 

@@ -73,7 +73,7 @@ def _peft() -> Any:
             "adapters need a package that is not installed",
             where="tune.lora",
             found="no peft",
-            fix=f"run `{adding('lora')}`",
+            fix=f"run {adding('lora')}",
         ) from None
     return peft
 

@@ -11,6 +11,7 @@ import pytest
 from capgap.pipeline.benchmark.measure import mean_of
 from capgap.pipeline.benchmark.presets import PRESETS, asked_tasks
 from capgap.pipeline.benchmark.tasks import check_tasks, task_manager
+from capgap.pipeline.store.extras import adding
 from capgap.schemas.benchmark import BenchmarkRow
 from capgap.schemas.errors import InputError, MachineError, SettingError
 from capgap.schemas.run_benchmark import BenchmarkSettings
@@ -85,7 +86,8 @@ def test_a_folder_that_is_not_there_is_named(tmp_path) -> None:
 
 def test_a_machine_without_lm_eval_is_told_what_to_install(monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MachineError, match=r"benchmarks: lm-eval is not installed; .*pip install .*\[eval\]'"):
+    said = f"benchmarks: lm-eval is not installed; run `make venv` in a clone, or {adding('eval')}"
+    with pytest.raises(MachineError, match=re.escape(said)):
         check_tasks(settings())
 
 

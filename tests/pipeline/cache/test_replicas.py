@@ -182,7 +182,7 @@ def test_more_replicas_than_gpus_are_refused() -> None:
 
 def test_without_ray_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    said = re.escape(f"Ray is not installed; run `{adding('ray')}`")
+    said = re.escape(f"Ray is not installed; run {adding('ray')}, or start slices")
     with pytest.raises(MachineError, match=said), ray_cluster(2, 0, "cache.replicas"):
         pytest.fail("there is no Ray")
 

@@ -27,12 +27,12 @@ _GIT = {"url": "https://forge.example/us/capgap", "vcs_info": {"vcs": "git", "co
     ],
 )
 def test_an_extra_is_added_from_where_capgap_came_from(origin: dict[str, Any] | None, said: str) -> None:
-    words = shlex.split(command(origin, "ray"))
+    words = shlex.split(command(origin, "ray").strip("`"))
     assert words[:2] == ["pip", "install"] and " ".join(words[2:]) == said
 
 
 def test_a_package_index_is_never_asked_for_the_name_alone() -> None:
-    assert command(None, "ray") == "pip install '.[ray]' in capgap's clone"
+    assert command(None, "ray") == "`pip install '.[ray]'` in capgap's clone"
 
 
 def test_the_command_is_that_of_the_capgap_that_runs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ import torch
 
 from capgap.pipeline.store import DiskCache, LoaderSettings, Remote, SequenceLoader, ShardReader, is_url, place_of
 from capgap.pipeline.store.codec import SAMPLED
+from capgap.pipeline.store.extras import adding
 from capgap.schemas.errors import CorruptError, InputError, MachineError
 
 SIZES = ((3, 1), (4,), (2, 2, 1))
@@ -102,7 +104,7 @@ def test_urls_that_nothing_here_can_read_are_refused() -> None:
         with pytest.raises(MachineError, match="az://b: az:// cannot be read here"):
             Remote("az://b").read("manifest.json")
     if importlib.util.find_spec("gcsfs") is None:
-        with pytest.raises(MachineError, match=r"gs://b: gs:// cannot be read here; .*; run `pip install .*\[gs\]'?`"):
+        with pytest.raises(MachineError, match=f"gs://b: gs:// cannot be read here; .*; run {re.escape(adding('gs'))}"):
             Remote("gs://b").read("manifest.json")
 
 
