@@ -8,7 +8,7 @@ from typing import Any, Literal
 from capgap.kernels.sparse_kl import Tail
 
 CROSS_ENTROPY, ONLINE = "cross-entropy", "online, whole vocabulary"
-NUM_FIRST = 6  # of the arms: what the goal is about, and what README shows
+NUM_FIRST = 6  # of the arms: what the goal is about
 TAILS: tuple[Tail, ...] = ("drop", "renorm", "ghost", "label")
 TOP_KS = (12, 50, 64, 100)
 
