@@ -46,7 +46,7 @@ _ARMS_IN_SHORT = [
     CROSS_ENTROPY,
     ONLINE,
     *(_SAMPLED.format(number) for number in (50, 25, 12)),
-    "sampled, n = 50, alpha 0.9",
+    *(f"sampled, n = 50, alpha {alpha}" for alpha in (0.9, 0.5)),
     *(f"top-64, {tail}" for tail in ("renorm", "ghost", "label")),
 ]
 _SHORT_HEAD = {"share of that gain, %": "share of online's fall in KL, %"}
