@@ -55,7 +55,6 @@ def test_vllm_is_as_near_to_the_trained_model_as_that_model_in_bfloat16(
         pytest.skip("vLLM has no right product of this format for this processor")
     path, few = str(real_model("SmolLM2-135M-Instruct")), QuantizeSettings(**settings)
     tokenizer = load_tokenizer(path)
-    plain = load_model(path, "cpu", torch.float32)
     model = load_model(path, "cpu", torch.float32)
     make_low_bit(model, layers_to_quantise(model, few), scheme_of(few))
     save_compressed(model, tmp_path)
@@ -68,12 +67,12 @@ def test_vllm_is_as_near_to_the_trained_model_as_that_model_in_bfloat16(
         for rows in json.loads(done.stdout.split("scored ")[1])
         for row in rows
     ]
-    unrounded_TV, trained_TV = _logprobs(plain, prompts), _logprobs(model, prompts)
+    trained_TV = _logprobs(model, prompts)
     in_bfloat16 = [dict(enumerate(row_V.tolist())) for row_V in _logprobs(model.to(torch.bfloat16), prompts)]
     by_vllm, by_bfloat16 = _away(trained_TV, served), _away(trained_TV, in_bfloat16)
-    by_rounding = _away(trained_TV, [dict(enumerate(row_V.tolist())) for row_V in unrounded_TV])
-    print(f"{few.format}, nats rms: vLLM {by_vllm:.3f}, bfloat16 {by_bfloat16:.3f}, few bits {by_rounding:.3f}")
-    # both compute in bfloat16 but round in other places; wrong products are off by several nats
+    print(f"{few.format}, nats rms: vLLM {by_vllm:.3f}, bfloat16 {by_bfloat16:.3f}")
+    # both compute in bfloat16 but round in other places, which gave 0.47 and 0.52 at int8, 0.08 and 0.09 at int4;
+    # scales of each down projection that are wrong by half give 1.4 and more, the queries' rows in wrong places 6.6 and more
     assert by_vllm < 1.5 * by_bfloat16
 
 
