@@ -10,6 +10,7 @@ Legend: N rows, H hidden, V vocabulary, K top-k tokens, B sequences, C the top-k
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +39,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", choices=list(RUNS), default="smol", help="whose models and text are taken")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="NAME")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only-seed", type=int, help="of them this one alone: a process each may share the work")
     parser.add_argument("--work", type=Path, help="as for benchmarks/quality.py, whose caches are taken")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the lines")
     parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
@@ -46,14 +48,14 @@ def main() -> None:
     bench = begun_bench(flags.work, flags.run, flags.smoke)
     results = Results(flags.results / f"estimators-{flags.run}.jsonl")
     with bench.teacher_on_heldout() as heldout:
-        for seed in range(flags.seeds):
-            for name in flags.arms:
-                if not results.has(name, seed, bench.about):
-                    module, paired = ARMS[name]
-                    with trained_by(module):
-                        line = bench.train(next(arm for arm in arms() if arm.name == paired), seed, heldout)
-                    results.add(line | {"arm": name, "paired_with": paired})
-                    print(name, seed, kl_of(line), line["heldout_loss"], flush=True)
+        # every seed of one loss before the next one is begun
+        for name, seed in itertools.product(flags.arms, range(flags.seeds)):
+            if flags.only_seed in (None, seed) and not results.has(name, seed, bench.about):
+                module, paired = ARMS[name]
+                with trained_by(module):
+                    line = bench.train(next(arm for arm in arms() if arm.name == paired), seed, heldout)
+                results.add(line | {"arm": name, "paired_with": paired})
+                print(name, seed, kl_of(line), line["heldout_loss"], flush=True)
 
 
 @contextmanager

@@ -59,18 +59,20 @@ def test_a_loss_is_no_way_from_itself_and_some_way_from_every_other(estimators, 
 @pytest.mark.slow
 def test_variances_fall_with_samples_and_no_training_is_done_twice(tmp_path: Path) -> None:
     flags = ["--run", "smol", "--smoke", "--work", str(tmp_path / "work"), "--results", str(tmp_path)]
+    of_one_seed = [*flags, "--only-seed", "1"]
     _run("gradient_variance.py", *flags)
     (path,) = tmp_path.glob("gradient-variance-*.json")
     found = {row["recording"]: row for row in json.loads(path.read_text())["figures"]["recordings"]}
     errors = [found[f"sampled, n = {n}, systematic"]["error"] for n in (12, 25, 50)]
     assert errors == sorted(errors, reverse=True) and errors[-1] > 0, "more samples add less"
 
-    said = _run("estimators.py", *flags)
+    said = _run("estimators.py", *of_one_seed)
     lines = (tmp_path / "estimators-smol.jsonl").read_text()
     found = {json.loads(line)["arm"]: json.loads(line) for line in lines.splitlines()}
+    assert {line["seed"] for line in found.values()} == {1}
     assert len(found) == len(said.splitlines()) == 3
     assert len({line["heldout_loss"] for line in found.values()}) == 3, "each has a loss of its own"
-    assert _run("estimators.py", *flags) == "" and (tmp_path / "estimators-smol.jsonl").read_text() == lines
+    assert _run("estimators.py", *of_one_seed) == "" and (tmp_path / "estimators-smol.jsonl").read_text() == lines
 
 
 def _run(script: str, *flags: str) -> str:
