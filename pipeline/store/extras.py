@@ -37,4 +37,6 @@ def command(origin: dict[str, Any] | None, extra: str) -> str:
         return f"`pip install {flag}{shlex.quote(f'{unquote(urlsplit(url).path)}[{extra}]')}`"
     if "vcs_info" in origin:
         url = f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
+    if "subdirectory" in origin:
+        url += f"#subdirectory={origin['subdirectory']}"
     return f"`pip install {shlex.quote(f'{_NAME}[{extra}] @ {url}')}`"

@@ -21,6 +21,10 @@ _GIT = {"url": "https://forge.example/us/capgap", "vcs_info": {"vcs": "git", "co
         ({"url": "file:///srv/clone", "dir_info": {}}, "/srv/clone[ray]"),
         (_GIT, "capgap[ray] @ git+https://forge.example/us/capgap@3f1c"),
         (
+            _GIT | {"subdirectory": "tools/kd"},
+            "capgap[ray] @ git+https://forge.example/us/capgap@3f1c#subdirectory=tools/kd",
+        ),
+        (
             {"url": "file:///w/capgap-1-py3-none-any.whl", "archive_info": {}},
             "capgap[ray] @ file:///w/capgap-1-py3-none-any.whl",
         ),
