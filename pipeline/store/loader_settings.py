@@ -148,8 +148,7 @@ def _require_whole(name: str, value: object, least: int | None = None, may_be_no
     """Raise SettingError where a value is no whole number, or below the least."""
     if value is None and may_be_none:
         return
-    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if is_whole and (least is None or value >= least):
+    if isinstance(value, Integral) and not isinstance(value, bool) and (least is None or int(value) >= least):
         return
     expected = "a whole number" if least is None else f"a whole number, at least {least}"
     raise SettingError(

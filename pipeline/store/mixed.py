@@ -3,8 +3,9 @@
     number of a step --cycle of 1000, ordered by the seed--> which loader gives its micro-batches --> that one's next
 
 In every cycle each loader gives its share, to one in 1000, and its turns are spread over it, so the mix is exact over
-any long stretch, and off by no more than a few steps over a short one. Which loader gives step s is a pure function of (seed, weights, s), so how much each has given follows
-from s, whatever the ranks and the micro-batches, and the state is still one integer.
+any long stretch, and off by no more than a few steps over a short one. Which loader gives step s is a pure function of
+(seed, weights, s), so how much each has given follows from s, whatever the ranks and the micro-batches, and the state
+is still one integer.
 """
 
 from __future__ import annotations
