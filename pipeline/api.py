@@ -80,7 +80,8 @@ class Cache:
             options: of `LoaderSettings`, for example `micro_batch`, `row_len`, `threads`.
 
         Raises:
-            SettingError: the cache lacks the recording or the temperature, or has two recordings and none is named.
+            SettingError: the cache lacks the recording or the temperature, or has two recordings and none is named; an
+                option is out of bounds.
             InputError: there are fewer sequences than a step, or no held-out ones.
             CorruptError: a shard that is read is damaged.
         """
@@ -297,8 +298,11 @@ class DistillationLoss:
             alpha: for this batch, where it has a schedule of yours.
 
         Raises:
+            SettingError: alpha is out of bounds.
             InputError: rows hold several documents, and the model would look across them.
         """
+        if alpha is not None and not 0 <= alpha <= 1:
+            raise SettingError("cannot be used", where="alpha", found=repr(alpha), expected="a number from 0 to 1")
         self._module.train(self._model.training)
         return self._module.loss(batch.to(self._model.device), self._alpha if alpha is None else alpha)
 

@@ -123,8 +123,9 @@ class RecordingFidelity(Record):
     by_temperature: tuple[AtTemperature, ...]
     """The figures at each temperature, rising."""
 
-    label_loss: float
-    """Mean of minus the teacher's logprob of the real next token at the temperature of the recording, nats."""
+    label_loss: float | None
+    """Mean of minus the teacher's logprob of the real next token at the temperature of the recording, nats. None where
+    one of them is unknown, as imported captures may have it."""
 
     label_kept: float
     """Share of rows whose real next token is among the kept ids."""

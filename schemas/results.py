@@ -257,8 +257,8 @@ class HeldoutCache(Record):
     """In them."""
 
     teacher_loss: float | None
-    """The teacher's, on these sequences, as recorded, nats/token; None at other temperatures than 1 and of other
-    tokens."""
+    """The teacher's, on these sequences, as recorded, nats/token; None at other temperatures than 1, of other
+    tokens, and where one of the logprobs is unknown, as imported captures may have it."""
 
     teacher_bits_per_byte: float | None = None
     """Of a teacher with other tokens, on the chunks of held-out text that are kept; None for any other."""

@@ -23,7 +23,8 @@ class RoundsSettings(Record):
     prompts: tuple[str, ...] = Field(min_length=1)
     """Files of prompts, JSONL: `{"messages": [...]}`, which the writer's chat template turns into a prompt, or
     `{"prompt": "..."}`, a text that is continued; with `"reference"`, a text or several, where the right answer is
-    known. Prompts are read and never learnt."""
+    known. Messages may hold tool calls, and `tools` stand beside them, as in a corpus. Prompts are read and never
+    learnt."""
 
     num: int = Field(3, ge=1)
     """Rounds. Each goes on from the weights of the one before."""
@@ -36,11 +37,11 @@ class RoundsSettings(Record):
     """Arms that learn from the teacher's text in every round, at the same prompts and as many rounds: baselines."""
 
     replay: float = Field(0.0, ge=0, lt=1)
-    """Share of the micro-batches of a later round that come from the caches of the rounds before it, from all alike."""
+    """Share of the steps of a later round that learn from the caches of the rounds before it, from all alike."""
 
     prompts_per_round: int | None = Field(None, ge=1)
     """Prompts of a round, in the order of the files, each round going on where the one before stopped and from the end
-    to the beginning. All of them where it is left out."""
+    to the beginning. All of them where it is left out, or where there are no more; none twice in a round."""
 
     num_samples: int = Field(1, ge=1)
     """Answers to each prompt."""

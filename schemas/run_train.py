@@ -32,7 +32,7 @@ class FurtherCache(Record):
     lies there. Left out, it is the run's own cache, to mix its recordings."""
 
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Its share of the micro-batches, beside the other caches' weights and `own_weight`."""
+    """Its share of the steps, beside the other caches' weights and `own_weight`."""
 
     recording: RecordingName | None = None
     """Which of its recordings to learn from; needed where it has both."""
@@ -129,7 +129,7 @@ class TrainSettings(OptimizationSettings):
 
     caches: dict[str, FurtherCache] = Field(default_factory=dict)
     """Further caches by a name of yours, for example `code: {path: s3://bucket/code/cache, weight: 2}`. Each
-    micro-batch is of one cache, all at one temperature. The run's own is read `num_epochs` times, the others as often
+    step is of one cache, all at one temperature. The run's own is read `num_epochs` times, the others as often
     as the mix takes."""
 
     own_weight: float = Field(1.0, gt=0, allow_inf_nan=False)
@@ -201,10 +201,7 @@ class TrainSettings(OptimizationSettings):
         return 0.5 if self.jsd_beta is None else self.jsd_beta
 
     def meant(self) -> dict[str, Any]:
-        """The beta of `jsd`, the clip of `policy_gradient` and the way of alpha where they were left out.
-
-        Beside other caches a micro-batch is the unit of the mix, so that its size decides.
-        """
+        """The beta of `jsd`, the clip of `policy_gradient` and the way of alpha where they were left out."""
         values: dict[str, Any] = super().meant()
         if self.divergence == "jsd":
             values["jsd_beta"] = self.beta
@@ -212,6 +209,4 @@ class TrainSettings(OptimizationSettings):
             values["ratio_clip"] = self.clip
         if self.final_alpha is not None:
             values["alpha_schedule"] = self.alpha_shape
-        if self.caches:
-            values["micro_batch_sequences"] = self.micro_batch
         return values

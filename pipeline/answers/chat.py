@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from capgap.pipeline.corpus.plain_text import plain_messages, special_texts
 from capgap.pipeline.models.chat_template import ChatTemplate
@@ -151,12 +152,26 @@ def require_template(template: object, where: str) -> None:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[int, ...]:
-    """The end of text, and what the model's folder says beside it: chat models end a turn in another way."""
+    """The end of text, and what the model says beside it: chat models end a turn in another way.
+
+    Raises:
+        InputError: the model's generation_config.json cannot be used.
+    """
     found = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    path = Path(where) / "generation_config.json"
-    if path.is_file():
-        said = json.loads(path.read_text()).get("eos_token_id")
-        found |= {int(one) for one in (said if isinstance(said, list) else [said]) if one is not None}
+    # of a folder or of an id; many models have none
+    path = cached_file(where, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+    if path is not None:
+        try:
+            said = json.loads(Path(path).read_bytes()).get("eos_token_id")
+            found |= {int(one) for one in (said if isinstance(said, list) else [said]) if one is not None}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{GENERATION_CONFIG_NAME} cannot be used",
+                where=where,
+                found=str(error)[:200],
+                expected="an object whose eos_token_id is a token's id or several",
+                fix="download that file again",
+            ) from None
     return tuple(sorted(found))
 
 

@@ -30,7 +30,8 @@ def read_questions(path: str | None) -> tuple[Question, ...]:
     """
     where = OWN_QUESTIONS if path is None else Path(path)
     try:
-        lines = read_small(where).decode().splitlines()
+        # only at line feeds: a text of JSON may hold other ends of lines as they are, such as U+2028
+        lines = read_small(where).decode("utf-8-sig").split("\n")
     except FileNotFoundError:
         raise InputError("no such file", where=f"judge.questions: {where}", expected="questions as JSONL") from None
     except UnicodeDecodeError:

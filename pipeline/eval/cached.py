@@ -6,6 +6,7 @@ Legend: B sequences of a block, S sequences, N rows (labelled positions), K ids 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -79,7 +80,8 @@ class CachedRows:
             nats -= float(label_logprobs_N.sum())
         labels_S = np.concatenate(labels) if labels else np.zeros(0, np.int64)
         aligned = self.facts.aligned
-        known = self.facts.temperature == 1 and aligned is None
+        # what an import does not know of a single label, nobody knows of the mean
+        known = self.facts.temperature == 1 and aligned is None and not math.isnan(nats)
         found = HeldoutCache(
             recording=self.recording,
             temperature=self.facts.temperature,

@@ -5,7 +5,9 @@ Legend: N rows (labelled positions), K ids of the widest row, Q numbers of ids, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -105,11 +107,13 @@ class LabelSums:
         self._ids += int((p_NK > 0).sum())
         self._calibration.count(0, p_NK[:, 0], ids_NK[:, 0] == labels_N)
 
-    def means(self) -> dict[str, float]:
+    def means(self) -> dict[str, Any]:
         """Fields of `RecordingFidelity`."""
+        nats = self._nats / self.num_rows
         return {
             "distinct_ids": self._ids / self.num_rows,
-            "label_loss": self._nats / self.num_rows,
+            # one unknown logprob makes the sum unknown
+            "label_loss": None if math.isnan(nats) else nats,
             "label_kept": self._kept / self.num_rows,
             "ece": self._calibration.value(self.num_rows),
         }

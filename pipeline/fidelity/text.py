@@ -56,7 +56,7 @@ def _recording(recording: RecordingFidelity) -> Iterator[Shown]:
     yield f"{recording.recording}: {what}, {recording.num_rows:,} rows"
     yield f"  bytes a token: {recording.num_bytes.stored:.1f} on disk; before compression {parts}"
     yield (
-        f"  against the text: label loss {recording.label_loss:.4f} nats, top-1 ECE {recording.ece:.2%}, "
+        f"  against the text: label loss {_nats(recording.label_loss)}, top-1 ECE {recording.ece:.2%}, "
         f"next token among the ids at {recording.label_kept:.1%} of rows; {recording.distinct_ids:.1f} ids a row"
     )
     for figures in recording.by_temperature:
@@ -64,6 +64,10 @@ def _recording(recording: RecordingFidelity) -> Iterator[Shown]:
     if recording.sampling_errors:
         yield _errors(recording.sampling_errors)
     yield from _supports(recording.supports)
+
+
+def _nats(loss: float | None) -> str:
+    return "unknown" if loss is None else f"{loss:.4f} nats"
 
 
 def _at_temperature(figures: AtTemperature) -> Iterator[Shown]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from capgap.pipeline.answers.chat import Generated, Prompt, require_template, stop_ids
+from capgap.pipeline.corpus.chat import plain_conversation, require_shown, warn_of_tools
 from capgap.pipeline.corpus.conversations import ChatFormat
-from capgap.pipeline.corpus.plain_text import plain_messages, special_texts
+from capgap.pipeline.corpus.plain_text import special_texts
+from capgap.pipeline.corpus.records import Conversation
 from capgap.pipeline.generate.prompts import PromptRecord
 from capgap.pipeline.models.chat_template import ChatTemplate
 from capgap.schemas.errors import BadRecordError, InputError, MismatchError
@@ -78,13 +81,16 @@ class Asking:
             return [*self._bos_ids, *self._encoded(prompt.text, split_special_tokens=True)]
         assert self._template is not None
         try:
-            messages = plain_messages(list(prompt.messages), self._specials)
-            text = self._template.render(messages, [], prompt.where, asks=True)
+            talk = plain_conversation(Conversation(list(prompt.messages), list(prompt.tools)), self._specials)
+            warn_of_tools(self._template, talk, prompt.where)
+            text = self._template.render(talk.messages, talk.tools, prompt.where, asks=True)
+            require_shown(text, talk.messages, prompt.where)
+            _require_calls(text, talk.messages, prompt.where)
         except BadRecordError as error:
             raise InputError(
                 "the writer's chat template refuses a prompt",
                 where=f"{prompt.where}, {self._where}",
-                found=error.found,
+                found=f"{error.what}: {error.found}",
                 expected="roles and contents that it takes, for example a system message where it needs one",
                 fix="change the prompts' messages, or remove the prompt",
             ) from None
@@ -135,6 +141,19 @@ class Asking:
             text, add_special_tokens=False, verbose=False, split_special_tokens=split_special_tokens
         )
         return list(found["input_ids"])
+
+
+def _require_calls(text: str, messages: Sequence[dict[str, Any]], where: str) -> None:
+    """Raise BadRecordError where the template leaves out a call of a tool, as one that knows no tools does."""
+    for number, message in enumerate(messages, start=1):
+        for call in message.get("tool_calls", ()):
+            if call["function"]["name"] not in text:
+                raise BadRecordError(
+                    "a tool call is not written",
+                    where=f"{where}, message {number}",
+                    found=call["function"]["name"],
+                    expected="a chat template that writes tool calls",
+                )
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from capgap.schemas.errors import InputError
+from capgap.pipeline.corpus.records import read_record
+from capgap.schemas.errors import BadRecordError, InputError
 from capgap.schemas.run_rounds import RoundsSettings
 
 Split = Literal["student", "heldout"]
@@ -24,20 +25,22 @@ class PromptRecord:
 
     Attributes:
         where: file and line.
-        messages: of a conversation; empty for a text.
+        messages: of a conversation, as chat templates expect them; empty for a text.
         text: to be continued; empty for a conversation.
         references: right answers, where the line has them.
+        tools: that the writer may call in a conversation, as chat templates expect them.
     """
 
     where: str
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     text: str
     references: tuple[str, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def digest(self) -> bytes:
         """What tells prompts apart, 8 bytes; where its file lies is not in it."""
-        said = json.dumps([self.messages, self.text], sort_keys=True)
+        said = json.dumps([self.messages, self.text, *self.tools], sort_keys=True)
         return hashlib.blake2b(said.encode(), digest_size=8).digest()
 
 
@@ -71,7 +74,7 @@ def split_prompts(prompts: Sequence[PromptRecord], settings: RoundsSettings, num
     """The places of the prompts of a round.
 
     Which prompts are held out is decided by the digest of each, so that none moves, and all that are equal stay
-    together.
+    together. No round has a prompt twice, also where it wants more of them than there are.
 
     Raises:
         InputError: none is left to learn from, or none is held out.
@@ -88,8 +91,9 @@ def split_prompts(prompts: Sequence[PromptRecord], settings: RoundsSettings, num
                 expected="at least one",
                 fix="give more prompts, or change rounds.heldout_fraction",
             )
-    size = settings.prompts_per_round or len(learnt)
-    first = number * size if settings.prompts_per_round else 0
+    # each once a round: the same question with the same seed has the same answer
+    size = min(settings.prompts_per_round or len(learnt), len(learnt))
+    first = number * size
     chosen = [learnt[(first + i) % len(learnt)] for i in range(size)]
     return {"student": chosen, "heldout": heldout[: settings.num_heldout_prompts]}
 
@@ -97,7 +101,7 @@ def split_prompts(prompts: Sequence[PromptRecord], settings: RoundsSettings, num
 def _prompts_of(path: Path) -> Iterator[PromptRecord]:
     (path,) = prompt_files([str(path)])
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _prompt(line, f"{path}:{number}")
@@ -116,25 +120,21 @@ def _prompt(line: str, where: str) -> PromptRecord:
         if text is not None and (not isinstance(text, str) or not text):
             raise ValueError("a prompt that is no text, or empty")
         references = _references(found.get("reference"))
-        return PromptRecord(where, () if messages is None else _messages(messages), text or "", references)
-    except (ValueError, RecursionError) as error:
+        # as a record of a corpus: tools, calls of them and the other forms of a conversation included
+        read = read_record(where, found, "prompt", None if messages is None else "messages")
+        if isinstance(read, str):
+            return PromptRecord(where, (), read, references)
+        if read.messages[-1]["role"] == "assistant":
+            raise ValueError("a conversation that ends with the assistant")
+        return PromptRecord(where, tuple(read.messages), "", references, tuple(read.tools))
+    except (ValueError, RecursionError, BadRecordError) as error:
+        found = f"{error.what}: {error.found}" if isinstance(error, BadRecordError) else str(error)
         raise InputError(
             "is no prompt",
-            where=where,
-            found=str(error)[:200],
+            where=error.where if isinstance(error, BadRecordError) else where,
+            found=found[:200],
             expected='{"messages": [{"role": "user", "content": ...}]} or {"prompt": ...}, perhaps with "reference"',
         ) from None
-
-
-def _messages(messages: Any) -> tuple[dict[str, str], ...]:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("messages that are no list, or empty")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError("a message without role and content as texts")
-    if messages[-1]["role"] == "assistant":
-        raise ValueError("a conversation that ends with the assistant")
-    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
 
 
 def _references(given: Any) -> tuple[str, ...]:

@@ -118,6 +118,13 @@ def prepare(context: StageContext) -> TextJob:
     if instance.round == FINAL:
         # nobody learns from what the final students write
         chosen["student"] = []
+    elif len(chosen["student"]) < (rounds.prompts_per_round or 0):
+        _LOG.warning(
+            "%s: rounds.prompts_per_round is %d, and %d prompts are left to learn from: each is answered once a round",
+            instance.name,
+            rounds.prompts_per_round,
+            len(chosen["student"]),
+        )
     units = []
     for split in _SPLITS:
         each = [chosen[split][i : i + rounds.unit_prompts] for i in range(0, len(chosen[split]), rounds.unit_prompts)]

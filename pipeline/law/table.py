@@ -22,7 +22,8 @@ def read_table(path: Path) -> tuple[LawRun, ...]:
         MismatchError: rows cannot stand in one grid.
     """
     try:
-        lines = path.read_text().splitlines()
+        # only at line feeds: a text of JSON may hold other ends of lines as they are, such as U+2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (FileNotFoundError, IsADirectoryError):
         raise InputError("no such table", where=path, expected="a file of JSON lines, one a run") from None
     except UnicodeDecodeError:

@@ -85,11 +85,11 @@ class BatchMaker:
         number = None if self._decoder is None else self._decoder.first_fault()
         if number is None:
             return
-        places = self._stream.places(number)
+        epoch, chosen = self._stream.chosen(number)
+        places = [self._find(epoch, index)[1] for index in chosen]
         # the host finds it again, and names it
         for place in places:
-            if (place.shard, place.member) not in self.skips:
-                self._reader.read_member(place.shard, place.member)
+            self._reader.read_member(place.shard, place.member)
         raise CorruptError(
             "a device decoded values that the host finds sound",
             where=f"micro-batch {number}, of {', '.join(self._reader.name_of(*place[:2]) for place in places)}",
@@ -110,20 +110,23 @@ class BatchMaker:
         batch.teacher_logprobs_N = torch.from_numpy(np.concatenate(each_teacher))
 
     def _find(self, epoch: int, index: int) -> tuple[LoadedBlock, Place]:
-        """The sequence of that index, or where its member is damaged the next good one of its lane."""
-        order = self._stream.order
-        lane, lanes = index % order.lanes, order.lanes
-        for further in range(order.lane_length(lane)):
-            other = (index // lanes + further) % order.lane_length(lane)
-            place = order.locate(epoch, other * lanes + lane)
-            if (place.shard, place.member) in self.skips:
+        """The sequence of that index, or where its member is damaged the first sound one that may stand for it."""
+        shards = self._reader.shard_set.shards
+        for place in self._stream.order.candidates(epoch, index):
+            member = (place.shard, place.member)
+            if member in self.skips:
                 continue
             try:
-                return self.blocks.get((place.shard, place.member)), place
+                return self.blocks.get(member), place
             except CorruptError as error:
-                lost = self._reader.shard_set.shards[place.shard].members.num_sequences[place.member]
-                self.skips.note((place.shard, place.member), self._reader.name_of(*place[:2]), lost, error)
-        raise CorruptError("no sound sequence is left in a lane of the order", where=self._reader.name_of(0, 0))
+                lost = shards[place.shard].members.num_sequences[place.member]
+                self.skips.note(member, self._reader.name_of(*member), lost, error)
+        raise CorruptError(
+            "no sound sequence is left",
+            where=self._reader.place.name_of(shards[0].file),
+            found=f"damage or quarantine in all of {len(shards)} shards",
+            fix="run the stage that wrote them again",
+        )
 
     def _read(self, key: tuple[int, int]) -> LoadedBlock:
         if self._decoder is not None:

@@ -1,10 +1,11 @@
 """Several caches as one stream of micro-batches, by weight.
 
-    number of a micro-batch --cycle of 1000, ordered by the seed--> which loader gives it --> that one's next
+    number of a step --cycle of 1000, ordered by the seed--> which loader gives its micro-batches --> that one's next
 
-In every cycle each loader gives its share, to one in 1000, so the mix is exact over any long stretch and never runs
-away by chance. Which loader gives micro-batch m is a pure function of (seed, weights, m) and the same on every rank, so
-how much each has given follows from m, and the state is still one integer.
+In every cycle each loader gives its share, to one in 1000, and its turns are spread over it, so the mix is exact over
+any long stretch, and off by no more than a few steps over a short one. Which loader gives step s is a pure function of
+(seed, weights, s), so how much each has given follows from s, whatever the ranks and the micro-batches, and the state
+is still one integer.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from capgap.pipeline.store.batch import Batch
 from capgap.pipeline.store.loader import SequenceLoader
 from capgap.schemas.errors import InputError
 
-# Weights are kept to a thousandth; over a thousand micro-batches the mix is exact.
+# Weights are kept to a thousandth; over a thousand steps the mix is exact.
 _CYCLE = 1000
 
 
 class MixedLoader:
-    """Iterates over the micro-batches that remain, each of one cache.
+    """Iterates over the micro-batches that remain, those of a step of one cache.
 
     Args:
         loaders: by name, of the same rank and ranks, and with batches of one shape; where the sequences of caches
@@ -75,25 +76,27 @@ class MixedLoader:
             )
         self._seed, self._position, self._rounds = seed, 0, rounds.pop()
         self._counted = self._names.index(self._names[0] if epochs_of is None else epochs_of)
-        self._together = np.array([loader.together for loader in self._loaders])
-        self._tokens = self._together * np.array([loader.seq_len for loader in self._loaders])
+        # of a round: rows are what all caches have alike
+        self._rows = shapes.pop()[0] * self._loaders[0].settings.world_size
+        self._sequences = np.array([loader.settings.batch_sequences for loader in self._loaders])
+        self._tokens = np.array([loader.tokens_per_step for loader in self._loaders])
         self._turns = lru_cache(maxsize=2)(self._permute_turns)
-        self._total = self._most(max_tokens) // self._rounds * self._rounds
-        if not self._total:
+        self._num_steps = self._most(max_tokens)
+        if not self._num_steps:
             raise InputError("not enough data for one step of the mix", found=self._has.tolist(), expected="more")
 
     def __len__(self) -> int:
         """Micro-batches of the whole training on this rank."""
-        return self._total
+        return self._num_steps * self._rounds
 
     def __iter__(self) -> Iterator[Batch]:
         streams = [iter(loader) for loader in self._loaders]
         try:
-            while self._position < self._total:
-                cycle, turn = divmod(self._position, _CYCLE)
+            while self._position < len(self):
+                which = self._turn(self._position // self._rounds)
                 self._position += 1
-                batch = next(streams[int(self._turns(cycle)[turn])])
-                if self._position == self._total:
+                batch = next(streams[which])
+                if self._position == len(self):
                     # a loader asks before its own last batch, which may not be reached
                     for loader in self._loaders:
                         loader.require_sound()
@@ -105,7 +108,7 @@ class MixedLoader:
     @property
     def num_steps(self) -> int:
         """Steps of the whole training."""
-        return self._total // self._rounds
+        return self._num_steps
 
     @property
     def steps_per_epoch(self) -> float:
@@ -116,7 +119,7 @@ class MixedLoader:
     @property
     def num_tokens(self) -> int:
         """Targets of the whole training over all ranks, without padding."""
-        return int(self._given(self._total) @ self._tokens)
+        return int(self._given(self._num_steps) @ self._tokens)
 
     @property
     def tokens_per_step(self) -> int:
@@ -139,63 +142,88 @@ class MixedLoader:
         return loader.names(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of micro-batches handed out on each rank, what it counts, and the loaders' own states."""
+        """The number of rows handed out over all ranks, what it counts, and the loaders' own states."""
         states = {name: loader.state_dict() for name, loader in zip(self._names, self._loaders, strict=True)}
-        return {"position": self._position, **self._counts(), "loaders": states}
+        return {"position": self._position * self._rows, **self._counts(), "loaders": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after that many micro-batches.
+        """Continue after that many rows.
 
         Raises:
-            InputError: the state counts another mix, or the order of one of the caches is another.
+            InputError: the state counts another mix, the order of one of the caches is another, or it stops within a
+                round of these micro-batches.
         """
         found = {name: state.get(name) for name in self._counts()}
         if found != self._counts():
-            raise InputError("a checkpoint of another mix", found=found, expected=self._counts())
-        given = self._given(int(state["position"]))
-        for name, loader, number in zip(self._names, self._loaders, given * self._together, strict=True):
+            raise InputError(
+                "a checkpoint of another mix",
+                found={name: value for name, value in found.items() if value != self._counts()[name]},
+                expected={name: value for name, value in self._counts().items() if value != found[name]},
+                fix="restore the caches, weights and batch it was made with, or start the stage over with --remake",
+            )
+        position, rest = divmod(int(state["position"]), self._rows)
+        if rest:
+            raise InputError(
+                "a checkpoint within a step, which cannot be divided among these ranks",
+                found=f"{state['position']} rows",
+                expected=f"a multiple of {self._rows}, the rows of a micro-batch x ranks",
+                fix="resume from one between two steps, or with the micro-batch and the ranks it was made with",
+            )
+        step, begun = divmod(position, self._rounds)
+        given = self._given(step) * self._sequences
+        if begun:
+            which = self._turn(step)
+            given[which] += begun * self._loaders[which].together
+        for name, loader, number in zip(self._names, self._loaders, given, strict=True):
             loader.load_state_dict(state["loaders"][name] | {"position": int(number)})
-        self._position = int(state["position"])
+        self._position = position
 
     def _counts(self) -> dict[str, Any]:
         return {
             "seed": self._seed,
             "shares": dict(zip(self._names, map(int, self._shares), strict=True)),
-            "together": dict(zip(self._names, map(int, self._together), strict=True)),
+            "batch_sequences": dict(zip(self._names, map(int, self._sequences), strict=True)),
         }
 
-    def _given(self, position: int) -> npt.NDArray[np.int64]:
-        """Micro-batches that each loader has given before that position."""
-        cycle, turn = divmod(position, _CYCLE)
+    def _turn(self, step: int) -> int:
+        """Which loader gives that step."""
+        cycle, turn = divmod(step, _CYCLE)
+        return int(self._turns(cycle)[turn])
+
+    def _given(self, step: int) -> npt.NDArray[np.int64]:
+        """Steps that each loader has given before that one."""
+        cycle, turn = divmod(step, _CYCLE)
         return cycle * self._shares + np.bincount(self._turns(cycle)[:turn], minlength=len(self._shares))
 
     def _source(self, number: int) -> tuple[SequenceLoader, int]:
         """Whose micro-batch that one is, and its number there."""
-        cycle, turn = divmod(number, _CYCLE)
-        which = int(self._turns(cycle)[turn])
-        return self._loaders[which], int(self._given(number)[which])
+        step, part = divmod(number, self._rounds)
+        which = self._turn(step)
+        return self._loaders[which], int(self._given(step)[which]) * self._rounds + part
 
     def _most(self, max_tokens: int | None) -> int:
+        """Steps that there are data for, and that fit."""
         if max_tokens is not None:
             most = max_tokens // int(self._tokens.min())
-            wanted = _largest(most, lambda position: int(self._given(position) @ self._tokens) <= max_tokens)
+            wanted = _largest(most, lambda step: int(self._given(step) @ self._tokens) <= max_tokens)
             short = self._given(wanted) > self._has
             if short.any():
                 name = self._names[int(short.argmax())]
                 raise InputError("a cache is too small for the mix", where=name, fix="give it more epochs")
             return wanted
-        return _largest(int(self._has.sum()), lambda position: bool((self._given(position) <= self._has).all()))
+        return _largest(int(self._has.sum()), lambda step: bool((self._given(step) <= self._has).all()))
 
     @property
     def _has(self) -> npt.NDArray[np.int64]:
-        return np.array([len(loader) for loader in self._loaders])
+        return np.array([loader.num_steps for loader in self._loaders])
 
     def _permute_turns(self, cycle: int) -> npt.NDArray[np.int64]:
         key = hashlib.blake2b(f"{self._seed}/mix/{cycle}".encode(), digest_size=16).digest()
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+        # one turn drawn in each of a loader's equal parts of the cycle, so that short stretches are near the mix too
+        at = [(np.arange(share) + generator.random(share)) / share for share in self._shares]
         turns: npt.NDArray[np.int64] = np.repeat(np.arange(len(self._shares)), self._shares)
-        generator.shuffle(turns)
-        return turns
+        return turns[np.argsort(np.concatenate(at), kind="stable")]
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:

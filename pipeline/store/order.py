@@ -14,7 +14,7 @@ members is asked when the shard is met.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -96,6 +96,24 @@ class Order:
         before = int(member_ends[nth - 1]) if nth else 0
         return Place(shard, int(members[nth]), position - before)
 
+    def candidates(self, epoch: int, index: int) -> Iterator[Place]:
+        """Where sequence `index` of the epoch's stream lies, then all others, which may stand for a damaged one.
+
+        The others of its window come first, and then windows of the other lanes in an order drawn for this sequence: of
+        the same number, which are being read at that time anyway, and only then others. A shard that is lost is a run
+        of whole lanes, and so no few sequences stand for all of it.
+        """
+        lane, place = index % self.lanes, index // self.lanes
+        window, within = divmod(place, self.window)
+        yield from self._of_window(epoch, lane, window, within)
+        draw = _generator(self._seed, epoch, f"in place of {index}")
+        others, first = draw.permutation(self.lanes), int(draw.integers(self.window))
+        num_windows = -(-self.lane_length(0) // self.window)
+        for further in range(num_windows):
+            for other in map(int, others):
+                if (further, other) != (0, lane):
+                    yield from self._of_window(epoch, other, (window + further) % num_windows, first)
+
     def lane_length(self, lane: int) -> int:
         """Sequences in a lane: all lanes have as many, but for one."""
         whole, over = divmod(self._num_sequences, self.lanes)
@@ -110,9 +128,20 @@ class Order:
         members = _generator(self._seed, epoch, f"members of shard {shard}").permutation(len(sizes))
         return members, np.cumsum(sizes[members])
 
+    def _of_window(self, epoch: int, lane: int, window: int, first: int) -> Iterator[Place]:
+        """The places of a window, from the one of that number on and around."""
+        size = self._window_size(lane, window)
+        for further in range(size):
+            place = window * self.window + (first + further) % size
+            yield self.locate(epoch, place * self.lanes + lane)
+
+    def _window_size(self, lane: int, window: int) -> int:
+        return max(0, min(self.window, self.lane_length(lane) - window * self.window))
+
     def _permute_window(self, epoch: int, lane: int, window: int) -> IntArray:
-        size = min(self.window, self.lane_length(lane) - window * self.window)
-        return _generator(self._seed, epoch, f"lane {lane} window {window}").permutation(size)
+        return _generator(self._seed, epoch, f"lane {lane} window {window}").permutation(
+            self._window_size(lane, window)
+        )
 
 
 def lanes_for(num_members: int) -> int:

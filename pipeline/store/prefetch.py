@@ -7,6 +7,7 @@ Threads, not processes: zstd and numpy release Python's lock, and nothing has to
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,8 @@ def prefetch(
     if not num_threads:
         yield from map(make, numbers)
         return
+    # kept here: when Python ends with this iterator open, the names of modules are gone before it is closed
+    is_ending = sys.is_finalizing
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="capgap-decode")
     pending: deque[Future[Item]] = deque()
     left = iter(numbers)
@@ -49,4 +52,6 @@ def prefetch(
                 pool.shutdown()
             yield item
     finally:
-        pool.shutdown(cancel_futures=True)
+        # at the end of Python its threads have been waited for, and are gone
+        if not is_ending():
+            pool.shutdown(cancel_futures=True)

@@ -36,7 +36,7 @@ class ChosenCache:
         recording: which of its recordings is read.
         temperature: at which teacher and student are compared.
         shards: of that recording.
-        weight: its share of the micro-batches.
+        weight: its share of the steps.
     """
 
     setting: str

@@ -1,7 +1,7 @@
 """What a training reads: the loader of its micro-batches, and the held-out ones.
 
 one cache:        SequenceLoader
-several caches:   a SequenceLoader each --MixedLoader, by weight--> micro-batches of one shape, each of one cache
+several caches:   a SequenceLoader each --MixedLoader, by weight--> micro-batches of one shape, a step's of one cache
 """
 
 from __future__ import annotations

@@ -42,8 +42,7 @@ def _decisive(run: RunFile, instance: Instance) -> dict[str, Any]:
     found = {"train": _settings_of(run, instance).decisive(), "arm": instance.arm, "seed": instance.seed}
     if not instance.round or not rounds_of(run).replay:
         return found
-    # beside other caches a micro-batch is the unit of the mix
-    return found | {"replay": rounds_of(run).replay, "micro_batch_sequences": _settings_of(run, instance).micro_batch}
+    return found | {"replay": rounds_of(run).replay}
 
 
 def _further(run: RunFile, instance: Instance) -> dict[str, str]:

@@ -24,7 +24,7 @@ class CacheSource:
 
     Attributes:
         reader: of its shards.
-        weight: its share of the micro-batches.
+        weight: its share of the steps.
         context: the rule under which its teacher scored.
         target_temperature: of the targets that the loader hands out; None for that of the stored ones.
         writer_logprobs: by which its text was sampled, where the loss asks for them.

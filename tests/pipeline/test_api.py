@@ -108,6 +108,10 @@ def test_what_a_run_file_would_refuse_is_refused(cache: Cache, student: LlamaFor
         cache.batches(2, recording="topk", temperature=3.0)
     with pytest.raises(SettingError, match="alpha"):
         DistillationLoss(student, cache, alpha=2.0, recording="topk")
+    with pytest.raises(SettingError, match=r"alpha: cannot be used; found 2\.0, expected a number from 0 to 1"):
+        DistillationLoss(student, cache, recording="topk")(next(iter(cache.batches(2, recording="topk"))), alpha=2.0)
+    with pytest.raises(SettingError, match="rank: there is no such rank; found 4 of world_size 4"):
+        cache.batches(8, recording="topk", rank=4, world_size=4)
     with pytest.raises(MismatchError, match="does not support this divergence"):
         DistillationLoss(student, cache, recording="sampled", divergence="reverse_kl")
     with pytest.raises(InputError, match="found a finished corpus stage, expected the folder of a finished cache"):

@@ -62,6 +62,16 @@ def test_what_other_files_say_beside_is_left_alone(tmp_path: Path) -> None:
     assert question.question_id == 1 and question.reference == ()
 
 
+def test_a_line_ends_at_a_line_feed_alone_and_a_byte_order_mark_is_no_part_of_it(tmp_path: Path) -> None:
+    asked = "one\u2028two\u2029three\x85four"
+    lines = [GOOD | {"turns": [asked, "And 5?"]}, GOOD | {"question_id": 2}]
+    path = tmp_path / "questions.jsonl"
+    text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    path.write_text("\ufeff" + text, encoding="utf-8", newline="")
+    first, second = read_questions(str(path))
+    assert (first.turns[0], second.question_id) == (asked, 2)
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

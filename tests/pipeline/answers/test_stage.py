@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from judge_runs import MAX_TOKENS, QUESTIONS, finish_models, settings, tiny_model, tokenizer
 
-from capgap.pipeline.answers.chat import Chat
+from capgap.pipeline.answers.chat import Chat, stop_ids
 from capgap.pipeline.answers.generators import BATCH_QUESTIONS, TransformersGenerator
 from capgap.pipeline.answers.kept import read_answers
 from capgap.pipeline.stage.context import Instance
@@ -162,6 +163,30 @@ def test_every_end_of_a_turn_that_a_model_s_folder_names_ends_an_answer(tmp_path
     question = Question.model_validate(QUESTIONS[0])
     chat = Chat(words, str(tmp_path), AnswerSettings(), None, [question])
     assert chat.stop_ids == tuple(sorted({7, 9, words.eos_token_id}))
+
+
+def test_ends_of_turns_are_found_for_an_id_of_the_hub_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "a" * 40
+    kept = tmp_path / "models--org--tiny"
+    for name, text in {
+        "refs/main": commit,
+        f"snapshots/{commit}/config.json": "{}",
+        f"snapshots/{commit}/generation_config.json": json.dumps({"eos_token_id": [7, 9]}),
+    }.items():
+        (kept / name).parent.mkdir(parents=True, exist_ok=True)
+        (kept / name).write_text(text)
+    words = tokenizer()
+    assert stop_ids(words, "org/tiny") == tuple(sorted({7, 9, words.eos_token_id}))
+    (kept / "snapshots" / commit / "generation_config.json").unlink()
+    assert stop_ids(words, "org/tiny") == (words.eos_token_id,)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "end"}'])
+def test_a_generation_config_that_cannot_be_used_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(InputError, match=f"^{tmp_path}: generation_config.json cannot be used; found"):
+        stop_ids(tokenizer(), str(tmp_path))
 
 
 def test_a_special_token_in_a_question_or_an_answer_is_text() -> None:

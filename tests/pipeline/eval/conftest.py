@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,15 @@ def _model(folder: Path, name: str, model: LlamaForCausalLM, tokenizer: Tokenize
     return StageInput(folder / name, _manifest(name, facts.model_dump(mode="json")))
 
 
-def _cache(folder: Path, sequences: Sequences, teacher: LlamaForCausalLM, kinds: Any, temperature: float) -> StageInput:
+def _cache(
+    folder: Path,
+    sequences: Sequences,
+    teacher: LlamaForCausalLM,
+    kinds: Any,
+    temperature: float,
+    *,
+    unknown_labels: bool = False,
+) -> StageInput:
     """Two blocks of held-out sequences with the teacher's own targets; the first of all has no label."""
     folder.mkdir(parents=True)
     length = sequences.tokens_BL1.shape[1] - 1
@@ -165,6 +174,7 @@ def _cache(folder: Path, sequences: Sequences, teacher: LlamaForCausalLM, kinds:
     sets, recordings = {}, {}
     for kind, num_ids in kinds.items():
         codec = Codec(SAMPLED if kind == "sampled" else TOPK_CODECS["lossless"], length, 128, num_ids)
+        codec = replace(codec, unknown_labels=unknown_labels)
         writer = ShardWriter(folder, folder / f"sidecars-{kind}", f"heldout-{kind}", codec)
         parts = sequences.part(slice(4)), sequences.part(slice(4, None))
         blocks = [Block(part, _targets(codec, part, teacher, temperature)) for part in parts]

@@ -16,6 +16,7 @@ from capgap.kernels.sparse_kl.reference import linear_sparse_kl
 from capgap.pipeline.eval.cached import CachedSums, against_targets, cached_rows, score_on_cache
 from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.store.quarantine import write_quarantine
+from capgap.schemas.results import HeldoutCache
 
 
 def test_a_student_that_is_the_teacher_has_no_kl() -> None:
@@ -91,6 +92,19 @@ def test_cross_entropies_with_draws_differ_as_kls_do(
     assert kl > 0.3
     # 2000 systematic samples leave each id's share within 1/2000; logprobs of 128 ids spread over a few nats
     assert ce == pytest.approx(kl, abs=0.02)
+
+
+def test_the_teacher_s_loss_is_unknown_where_a_label_s_logprob_is(
+    tmp_path, make_eval_cache, make_model, make_sequences
+) -> None:
+    for unknown_labels in (False, True):
+        folder = tmp_path / str(unknown_labels)
+        cache = make_eval_cache(folder, make_sequences(), make_model(), {"topk": 4}, 1.0, unknown_labels=unknown_labels)
+        rows = cached_rows(cache, 100)
+        assert rows is not None
+        described, _ = rows.described()
+        assert (described.teacher_loss is None) == unknown_labels
+        assert HeldoutCache.model_validate_json(described.model_dump_json()) == described
 
 
 def test_held_out_shards_in_quarantine_are_not_measured_on(

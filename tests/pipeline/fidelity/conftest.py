@@ -35,7 +35,12 @@ def make_cache() -> Callable[..., StageInput]:
     other, and the mask leaves out every tenth."""
 
     def make(
-        folder: Path, p_V: np.ndarray, labels: np.ndarray, kinds: dict[str, int], extra: tuple[float, ...] = ()
+        folder: Path,
+        p_V: np.ndarray,
+        labels: np.ndarray,
+        kinds: dict[str, int],
+        extra: tuple[float, ...] = (),
+        unknown_labels: bool = False,
     ) -> StageInput:
         folder.mkdir(parents=True)
         num_sequences = len(labels) // SEQ_LEN
@@ -46,7 +51,14 @@ def make_cache() -> Callable[..., StageInput]:
         sets, recordings = {}, {}
         for kind, num_ids in kinds.items():
             name = SAMPLED if kind == "sampled" else TOPK_CODECS["lossless"]
-            codec = Codec(name, SEQ_LEN, VOCAB_SIZE, num_ids, extra_temperatures=() if kind == "sampled" else extra)
+            codec = Codec(
+                name,
+                SEQ_LEN,
+                VOCAB_SIZE,
+                num_ids,
+                extra_temperatures=() if kind == "sampled" else extra,
+                unknown_labels=unknown_labels,
+            )
             writer = ShardWriter(folder, folder / f"sidecars-{kind}", kind, codec)
             shards = []
             for number, rows in enumerate(np.array_split(np.arange(num_sequences), 4)):

@@ -17,7 +17,7 @@ import pytest
 from capgap.jobs.cli import main
 from capgap.pipeline.fidelity.fidelity import Teacher, fidelity_of, measure_cache
 from capgap.pipeline.fidelity.sample import Sampling
-from capgap.pipeline.fidelity.text import summary
+from capgap.pipeline.fidelity.text import shown, summary
 from capgap.schemas.errors import CorruptError, InputError, MismatchError
 from capgap.schemas.fidelity import AtTemperature, Fidelity, RecordingFidelity
 
@@ -84,6 +84,16 @@ def test_targets_are_held_against_the_real_next_tokens(planted) -> None:
         # the label's logprob of sampled targets is stored in steps
         expected = -np.log(p_V[0]) / 3 - 2 * np.log(p_V[4]) / 3
         assert one.label_loss == pytest.approx(expected, abs=0.01 if one.recording == "sampled" else 1e-5)
+
+
+def test_the_loss_of_labels_is_unknown_where_one_of_them_is(tmp_path, make_cache) -> None:
+    labels = np.where(np.arange(400) % 10 < 3, 0, 4)
+    made = fidelity_of(make_cache(tmp_path / "c", _geometric(), labels, {"topk": 2}, unknown_labels=True), ALL)
+    assert _of(made, "topk").label_loss is None
+    assert Fidelity.model_validate_json(made.model_dump_json()) == made
+    lines = [line for line in shown(made) if isinstance(line, str)]
+    assert any("label loss unknown, top-1 ECE" in line for line in lines)
+    assert not any("nan" in line for line in lines)
 
 
 def test_draws_hold_what_they_must(planted) -> None:

@@ -10,10 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from round_runs import FIRST, SEQ_LEN, answers_of, logprobs_again, prompt_lines, shards_of, write_prompts
+from round_runs import (
+    FIRST,
+    SEQ_LEN,
+    TEMPLATE,
+    answers_of,
+    logprobs_again,
+    prompt_lines,
+    shards_of,
+    write_prompts,
+)
 
 from capgap.pipeline.generate.asking import Asking, require_same_ends, turn_ends
-from capgap.pipeline.generate.prompts import PromptRecord
+from capgap.pipeline.generate.prompts import PromptRecord, read_prompts
 from capgap.pipeline.models.load import load_model
 from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.stage.context import Instance, Slice
@@ -161,6 +170,52 @@ def test_a_template_that_refuses_a_prompt_is_named(make_rounds: MakeRounds, begu
     assert "begin with system" in str(caught.value)
 
 
+CALLING = "{% if tools %}tools {{ tools | tojson }} {% endif %}" + TEMPLATE.replace(
+    "{{ eos_token }}", "{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}{{ eos_token }}"
+)
+ADD = {"type": "function", "function": {"name": "add", "parameters": {}}}
+CALLED = {
+    "messages": [
+        {"role": "user", "content": "3 + 4?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"a": 3}'}}],
+        },
+        {"role": "tool", "content": "7"},
+    ],
+    "tools": [ADD],
+}
+
+
+def test_tools_and_their_calls_reach_the_writer_as_in_a_corpus(make_rounds: MakeRounds, begun, tmp_path: Path) -> None:
+    (prompt,) = read_prompts([write_prompts(tmp_path / "calls.jsonl", [CALLED])])
+    folder, rounds = with_files(begun, tmp_path, {"chat_template.jinja": CALLING}), make_rounds().rounds
+    assert rounds is not None
+    tokenizer = load_tokenizer(folder)
+    said = tokenizer.decode(Asking(tokenizer, folder, rounds, (), chats=True).ids(prompt))
+    assert said.startswith(f"tools {json.dumps([ADD])} user: 3 + 4?")
+    assert json.dumps([{"type": "function", "function": {"name": "add", "arguments": {"a": 3}}}]) in said
+    assert said.endswith(f"tool: 7{tokenizer.eos_token}assistant: ")
+
+
+def test_a_template_that_leaves_out_a_call_or_a_system_message_is_refused(
+    make_rounds: MakeRounds, begun, tmp_path: Path
+) -> None:
+    silent = TEMPLATE.replace("{{ message.role }}", "{% if message.role == 'system' %}{% continue %}{% endif %}")
+    folder, rounds = with_files(begun, tmp_path, {"chat_template.jinja": silent}), make_rounds().rounds
+    assert rounds is not None
+    asking = Asking(load_tokenizer(folder), folder, rounds, (), chats=True)
+    told = {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "3 + 4?"}]}
+    for line, found in (
+        (CALLED, "a tool call is not written: add"),
+        (told, "leaves out the message of the role system"),
+    ):
+        (prompt,) = read_prompts([write_prompts(tmp_path / "calls.jsonl", [line])])
+        with pytest.raises(InputError, match=f"the writer's chat template refuses a prompt; found .*{found}"):
+            asking.ids(prompt)
+
+
 def with_files(begun: dict[str, Any], tmp_path: Path, files: dict[str, str]) -> str:
     """The given teacher with other files beside its weights."""
     folder = tmp_path / "other"
@@ -188,8 +243,11 @@ def test_a_student_that_ends_its_turns_in_another_way_is_refused(begun) -> None:
         (json.dumps({"text": "a"}), "neither messages nor prompt"),
         (json.dumps({"prompt": ""}), "no text, or empty"),
         (json.dumps({"prompt": "a", "messages": []}), "both of messages and prompt"),
-        (json.dumps({"messages": [{"role": "user"}]}), "without role and content"),
+        (json.dumps({"messages": [{"role": "user"}]}), "a message has no text"),
         (json.dumps({"messages": [{"role": "assistant", "content": "a"}]}), "ends with the assistant"),
+        (json.dumps({"messages": [{"role": "judge", "content": "a"}]}), "unknown role: 'judge'"),
+        (json.dumps({"messages": [{"role": "user", "content": "a"}], "tools": "add"}), "the tools cannot be read"),
+        (json.dumps({"prompt": "a \ud800"}), "half of a surrogate pair"),
         (json.dumps({"prompt": "a", "reference": 3}), "neither a text nor several"),
     ],
 )

@@ -27,6 +27,17 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert read_table(tmp_path / "runs.jsonl") == runs
 
 
+def test_a_line_ends_at_a_line_feed_alone_and_a_byte_order_mark_is_no_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    runs = planted(valley(4.0), [1e6], [1, 4, 16])
+    name = "a\u2028b"
+    runs = tuple(one.model_copy(update={"student": one.student.model_copy(update={"name": name})}) for one in runs)
+    write_table(path, runs)
+    assert "\u2028" in path.read_text(encoding="utf-8")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_table(path) == runs
+
+
 def test_caches_of_different_recordings_are_refused_with_both(tmp_path: Path) -> None:
     student, small, large = size(1e6), teacher(1e6), teacher(4e6)
     other = cache(large, recording="topk", num_ids=64, profile="near-lossless")

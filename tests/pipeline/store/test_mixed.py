@@ -48,6 +48,9 @@ def test_the_mix_is_that_of_the_weights(readers, weights) -> None:
         for name, weight in weights.items():
             assert given[name] == pytest.approx(1000 * cycles * weight / sum(weights.values()), abs=cycles)
     assert sum(loader._given(1234)) == 1234
+    share = weights["a"] / sum(weights.values())
+    # a loader's own turn may be one early or late, and so may the other's
+    assert max(abs(loader._given(step)[0] - step * share) for step in range(3000)) < 3
 
 
 def test_each_cache_keeps_its_own_order(readers) -> None:
@@ -75,6 +78,7 @@ def test_any_micro_batch_can_be_made_again_and_its_sequences_named(readers) -> N
 
 def test_the_stream_ends_where_a_cache_has_no_more_to_give(readers) -> None:
     loader = _mixed(readers)
+    # a step is one micro-batch here
     given = loader._given(len(loader))
     after = loader._given(len(loader) + 1)
     assert (given <= [120, 48]).all() and (after > [120, 48]).any()
@@ -127,7 +131,7 @@ def test_the_stream_ends_with_a_whole_step(readers) -> None:
     """Steps of three micro-batches of 4 sequences of 12 targets."""
     whole = _by_steps(readers, {"a": (12, 4), "b": (12, 4)})
     assert len(whole) == 3 * whole.num_steps > 0
-    assert (whole._given(len(whole) + 3) > whole._has).any()
+    assert (whole._given(whole.num_steps + 1) > whole._has).any()
     for max_tokens in (3 * 48, 3 * 48 * 4 - 1, 3 * 48 * 4):
         loader = _by_steps(readers, {"a": (12, 4), "b": (12, 4)}, max_tokens=max_tokens)
         assert (loader.num_steps, loader.num_tokens) == (max_tokens // 144, max_tokens // 144 * 144)
@@ -149,8 +153,56 @@ def test_steps_of_unequal_micro_batches_and_less_than_a_step_are_refused(readers
 
 
 def test_a_state_of_another_mix_is_refused(readers) -> None:
-    with pytest.raises(InputError, match="another mix"):
+    with pytest.raises(
+        InputError, match=r"another mix; found {'shares': .* expected {'shares': .*; restore the caches"
+    ):
         _mixed(readers).load_state_dict(_mixed(readers, weights={"a": 1, "b": 1}).state_dict())
+
+
+def _on_ranks(readers, world_size: int, micro_batch: int) -> list[MixedLoader]:
+    """The loaders of all ranks, with steps of 12 sequences."""
+    found = []
+    for rank in range(world_size):
+        settings = LoaderSettings(
+            12, 0, num_epochs=9, rank=rank, world_size=world_size, micro_batch=micro_batch, threads=0
+        )
+        loaders = {name: SequenceLoader(reader, settings) for name, reader in readers.items()}
+        found.append(MixedLoader(loaders, {"a": 3, "b": 2}, 7))
+    return found
+
+
+def _steps_of(ranks: list[MixedLoader]) -> list[list[bytes]]:
+    """The sequences of each step that is left, sorted."""
+    streams = [[_rows([batch]) for batch in rank] for rank in ranks]
+    parts = len(ranks[0]) // ranks[0].num_steps
+    return [
+        sorted(row for stream in streams for rows in stream[first : first + parts] for row in rows)
+        for first in range(0, len(streams[0]), parts)
+    ]
+
+
+def test_the_steps_of_a_mix_and_its_resumes_are_the_same_on_any_ranks_with_any_micro_batches(readers) -> None:
+    steps = _steps_of(_on_ranks(readers, 1, 12))
+    begun = _on_ranks(readers, 1, 3)[0]
+    list(itertools.islice(begun, 4 * 7))
+    for world_size, micro_batch in ((1, 3), (2, 6), (2, 2), (4, 3), (12, 1)):
+        assert _steps_of(_on_ranks(readers, world_size, micro_batch)) == steps
+        ranks = _on_ranks(readers, world_size, micro_batch)
+        for rank in ranks:
+            rank.load_state_dict(begun.state_dict())
+        assert _steps_of(ranks) == steps[7:]
+
+
+def test_a_state_within_a_step_of_a_mix_is_taken_up_by_ranks_that_divide_it_and_no_others(readers) -> None:
+    steps = _rows(list(_on_ranks(readers, 1, 12)[0]))
+    begun = _on_ranks(readers, 1, 3)[0]
+    list(itertools.islice(begun, 4 * 7 + 2))
+    same, finer = _on_ranks(readers, 1, 3)[0], _on_ranks(readers, 1, 2)[0]
+    for loader in (same, finer):
+        loader.load_state_dict(begun.state_dict())
+        assert _rows(list(loader)) == steps[12 * 7 + 6 :]
+    with pytest.raises(InputError, match=r"within a step.* found 90 rows, expected a multiple of 12, the rows"):
+        _on_ranks(readers, 1, 12)[0].load_state_dict(begun.state_dict())
 
 
 def test_caches_of_unequal_sequences_are_mixed_in_rows_of_one_length(readers, codecs, make_reader, tmp_path) -> None:

@@ -63,9 +63,9 @@ def test_the_own_cache_is_read_once_an_epoch_and_the_others_as_often_as_the_mix_
     texts = {name: _texts(shards[name]) for name in ("own", "samples", "kept")}
     counts = {name: sum(row in texts[name] for row in _rows(batches)) for name in texts}
     assert sum(counts.values()) == 2 * len(batches), "each row is of one cache"
-    # turns are drawn: of about 190 a quarter, within what 1000 turns even out
     assert 86 <= counts["own"] <= 96, "its two epochs, to the last whole step"
-    assert 70 <= counts["samples"] <= 120 and 160 <= counts["kept"] <= 220
+    # a quarter and a half of all, within a few steps of 4 sequences
+    assert 80 <= counts["samples"] <= 112 and 172 <= counts["kept"] <= 212
     for batch in batches:
         sources = {name for name in texts for row in _rows([batch]) if row in texts[name]}
         assert len(sources) == 1
