@@ -322,3 +322,15 @@ def test_a_blank_whose_document_is_in_the_next_shard_is_not_counted_to_the_end_b
     targets = align_shard(stream, teacher, StudentFormat(student, other_eos, (), 5, 0.0))[1]
     # an end, and the blank with the digit behind it
     assert targets.logprobs_BL[targets.kept_BL].tolist() == [-1, -2 - 3]
+
+
+def test_a_document_that_goes_on_behind_its_end_is_refused(known: dict[str, tuple[TextTokenizer, int]]) -> None:
+    teacher, eos_id = known["larger"]
+    tokens_BL1 = np.array([[*teacher.encode(["the"])[0], eos_id, *teacher.encode([" cat"])[0], eos_id]], np.int32)
+    shape = tokens_BL1.shape[0], tokens_BL1.shape[1] - 1
+    sequences = Sequences(tokens_BL1, np.zeros(tokens_BL1.shape, np.bool_), np.ones(tokens_BL1.shape, np.bool_))
+    zeros_BL = np.zeros(shape, np.float32)
+    targets = TopkTargets(tokens_BL1[:, 1:, None], zeros_BL[..., None], zeros_BL, zeros_BL, np.zeros((*shape, 0)))
+    size = len(teacher.table.length_V)
+    with pytest.raises(InputError, match="larger: a document of the cache goes on behind its end; found 1 ends"):
+        read_stream([(sequences, targets)], facts_of(eos_id, size), 1, teacher, np.zeros(size, np.bool_))
