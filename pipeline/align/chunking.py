@@ -59,7 +59,7 @@ def cut(ends_T: Ints, ends_U: Ints) -> Chunks:
     is_common_S[0] = False
     # common borders before each byte
     before_S = np.cumsum(is_common_S) - is_common_S
-    return Chunks(*(before_S[_last_bytes(ends)] for ends in (ends_T, ends_U)), int(is_common_S.sum()))
+    return Chunks(before_S[_last_bytes(ends_T)], before_S[_last_bytes(ends_U)], int(is_common_S.sum()))
 
 
 def _last_bytes(ends_T: Ints) -> Ints:
