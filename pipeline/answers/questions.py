@@ -30,7 +30,7 @@ def read_questions(path: str | None) -> tuple[Question, ...]:
     """
     where = OWN_QUESTIONS if path is None else Path(path)
     try:
-        lines = read_small(where).decode().splitlines()
+        lines = read_small(where).decode("utf-8-sig").splitlines()
     except FileNotFoundError:
         raise InputError("no such file", where=f"judge.questions: {where}", expected="questions as JSONL") from None
     except UnicodeDecodeError:

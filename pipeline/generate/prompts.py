@@ -97,7 +97,7 @@ def split_prompts(prompts: Sequence[PromptRecord], settings: RoundsSettings, num
 def _prompts_of(path: Path) -> Iterator[PromptRecord]:
     (path,) = prompt_files([str(path)])
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _prompt(line, f"{path}:{number}")

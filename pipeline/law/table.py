@@ -22,7 +22,7 @@ def read_table(path: Path) -> tuple[LawRun, ...]:
         MismatchError: rows cannot stand in one grid.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (FileNotFoundError, IsADirectoryError):
         raise InputError("no such table", where=path, expected="a file of JSON lines, one a run") from None
     except UnicodeDecodeError:

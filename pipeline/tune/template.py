@@ -64,7 +64,7 @@ def with_template(tokenizer: PreTrainedTokenizerBase, setting: str | None) -> tu
         tokenizer.chat_template = roles_template(tokenizer)
         return tokenizer, "the chat template roles"
     try:
-        tokenizer.chat_template = Path(chosen).read_text(encoding="utf-8")
+        tokenizer.chat_template = Path(chosen).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             "no chat template can be read",

@@ -27,6 +27,13 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert read_table(tmp_path / "runs.jsonl") == runs
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    path, runs = tmp_path / "runs.jsonl", planted(valley(4.0), [1e6], [1, 4, 16])
+    write_table(path, runs)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_table(path) == runs
+
+
 def test_caches_of_different_recordings_are_refused_with_both(tmp_path: Path) -> None:
     student, small, large = size(1e6), teacher(1e6), teacher(4e6)
     other = cache(large, recording="topk", num_ids=64, profile="near-lossless")
