@@ -89,6 +89,9 @@ class TextFacts(Record):
     whole_conversations: bool
     """Whether the sequences are of whole conversations, packed so that none is cut."""
 
+    has_conversations: bool = False
+    """Whether records were read as conversations, whole ones or such as may be cut; false for an import."""
+
 
 class CorpusFacts(TextFacts):
     """What the corpus stage hands on."""

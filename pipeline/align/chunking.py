@@ -43,6 +43,9 @@ class Chunks:
 def cut(ends_T: Ints, ends_U: Ints) -> Chunks:
     """The chunks of a text that is not empty.
 
+    A token without bytes, as the blank that some tokenizers put before a document, belongs to the chunk of the token
+    behind it, and not to the end of the document before.
+
     Args:
         ends_T: the byte behind each of the teacher's tokens, never falling; the last one is the text's end.
         ends_U: likewise of the student's.
@@ -56,7 +59,13 @@ def cut(ends_T: Ints, ends_U: Ints) -> Chunks:
     is_common_S[0] = False
     # common borders before each byte
     before_S = np.cumsum(is_common_S) - is_common_S
-    return Chunks(before_S[ends_T], before_S[ends_U], int(is_common_S.sum()))
+    return Chunks(before_S[_last_bytes(ends_T)], before_S[_last_bytes(ends_U)], int(is_common_S.sum()))
+
+
+def _last_bytes(ends_T: Ints) -> Ints:
+    """Where a byte of each token ends: of one without bytes the next one's, but at the text's end."""
+    found_T: Ints = np.minimum(ends_T + (np.diff(ends_T, prepend=0) == 0), ends_T[-1])
+    return found_T
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ class _Text:
         documents: as text.
         has_end_D: whether each one's end is in the shard.
         lengths_T: bytes of each token; 1 for an end.
-        is_cut_T: whether a token lost bytes, those of a character that is cut by the shard's edge.
+        is_cut_T: whether the shard's edge cuts it from bytes of its own or of the token behind it.
     """
 
     documents: list[str]
@@ -183,6 +183,8 @@ class _Text:
         _take(lengths_T, is_cut_T, lead, range(len(lengths_T)))
         _take(lengths_T, is_cut_T, tail, range(len(lengths_T) - 1, -1, -1))
         lengths_T[is_end_T] = 1
+        # the blank before a document that is in the next shard is of no chunk here
+        is_cut_T[-1] |= lengths_T[-1] == 0
         return cls([_decoded(part, teacher) for part in parts], is_end_T[stops_D - 1], lengths_T, is_cut_T)
 
 

@@ -189,7 +189,7 @@ def _require_alignable(facts: CacheFacts, cache: StageInput) -> None:
     fault: tuple[str, str] | None = None
     if facts.aligned is not None:
         fault = "a cache that was aligned already", "the cache that it was made of"
-    elif facts.whole_conversations or facts.turn_end_ids:
+    elif facts.has_conversations:
         fault = "conversations, whose special tokens have none in another tokenizer", "a cache of texts"
     elif facts.temperature != 1:
         fault = f"temperature {facts.temperature:g}", "1, at which chunks of text have a likelihood"

@@ -82,7 +82,7 @@ def read_stream(
         num_top: how many of the top-k tokens are wanted too.
 
     Raises:
-        InputError: a document does not begin as all do, or holds a special token.
+        InputError: a document does not begin as all do, holds a special token, or goes on behind its end.
     """
     parts: list[tuple[npt.NDArray[np.generic], ...]] = []
     tops: list[tuple[npt.NDArray[np.generic], ...]] = []
@@ -101,6 +101,7 @@ def read_stream(
     is_end_T = ids_T == facts.tokenizer.eos_id
     _require_text(ids_T[~is_end_T], tokenizer)
     first_D = np.flatnonzero(np.diff(document_T, prepend=-1))
+    _require_last(is_end_T, first_D, tokenizer.where)
     is_begun = bool(len(document_T)) and int(document_T[0]) == 0
     return TeacherStream(
         ids_T.astype(np.int64),
@@ -176,6 +177,19 @@ def _beginnings(sequences: Sequences, facts: TextFacts, where: str) -> npt.NDArr
                 fix="make the cache again of a corpus of texts",
             )
     return is_bos_BL1
+
+
+def _require_last(is_end_T: npt.NDArray[np.bool_], first_D: Ints, where: str) -> None:
+    last_D = np.append(first_D[1:], len(is_end_T)) - 1
+    num_within = int(is_end_T.sum() - is_end_T[last_D].sum()) if len(is_end_T) else 0
+    if num_within:
+        raise InputError(
+            "a document of the cache goes on behind its end",
+            where=where,
+            found=f"{num_within:,} ends within documents of one shard",
+            expected="none but as a document's last token",
+            fix="align a cache that capgap made of texts",
+        )
 
 
 def _require_text(ids_T: npt.NDArray[np.generic], tokenizer: TextTokenizer) -> None:

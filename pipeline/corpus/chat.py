@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +18,14 @@ from capgap.pipeline.corpus.sources import Document
 from capgap.pipeline.corpus.turns import SKIP
 from capgap.pipeline.models.chat_template import ChatTemplate
 from capgap.schemas.errors import BadRecordError, InputError
+
+TRIED = (
+    {"role": "user", "content": "How many are 3 and 4?"},
+    {"role": "assistant", "content": "They are 7."},
+    {"role": "user", "content": "And 5 more?"},
+    {"role": "assistant", "content": "Then they are 12."},
+)
+"""A conversation with which a template is tried before any is read."""
 
 _LOG = logging.getLogger("capgap")
 # before the words of an answer a template may say that there were no thoughts
@@ -31,7 +41,7 @@ class MarkedChat:
         where: the tokenizer as the user knows it.
 
     Raises:
-        InputError: it has no such template.
+        InputError: it has no such template, or its marks have no place in the text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -53,6 +63,9 @@ class MarkedChat:
                 expected="one with {% generation %} and {% endgeneration %} around each answer",
                 fix="save one as chat_template.jinja beside the tokenizer",
             )
+        # it may refuse these turns and take those of the corpus
+        with suppress(BadRecordError):
+            self._template.render_marked(TRIED, [], "a conversation to try it")
 
     def encode(self, document: Document) -> Encoded:
         """Tokens of a conversation, which of them the assistant says, and its text as the template renders it.
@@ -68,6 +81,7 @@ class MarkedChat:
         warn_of_tools(self._template, talk, document.name)
         text, spans = self._template.render_marked(talk.messages, talk.tools, document.name)
         require_shown(text, talk.messages, document.name)
+        require_results(self._template, talk.messages, talk.tools, document.name)
         answers = [message for message in talk.messages if message["role"] == "assistant"]
         for number, (start, end) in enumerate(spans):
             said = answers[number] if len(spans) == len(answers) else {}
@@ -108,16 +122,15 @@ def plain_conversation(conversation: Conversation, specials: list[str]) -> Conve
 def marked_tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]
 ) -> tuple[list[int], list[bool]]:
-    """Tokens of a text, and which of them have a character within the spans; as transformers has it."""
-    made = tokenizer(text, add_special_tokens=False, verbose=False)
+    """Tokens of a text, and which of them have a character within the spans, or a part of one."""
+    made = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     ids = list(made["input_ids"])
+    starts, ends = zip(*made["offset_mapping"], strict=True) if ids else ((), ())
     learnt = [False] * len(ids)
     for start, end in spans:
-        first = made.char_to_token(start)
-        last = made.char_to_token(end - 1)
-        if first is not None:
-            stop = len(ids) if last is None else last + 1
-            learnt[first:stop] = [True] * (stop - first)
+        # of a character that is several tokens each has its place, which never falls
+        first, stop = bisect_right(ends, start), bisect_left(starts, end)
+        learnt[first:stop] = [True] * (stop - first)
     return ids, learnt
 
 
@@ -140,13 +153,41 @@ def require_shown(text: str, messages: Sequence[dict[str, Any]], where: str) -> 
     for number, message in enumerate(messages, start=1):
         content = message.get("content")
         if message["role"] in ("system", "developer") and isinstance(content, str) and content.strip() not in text:
-            raise BadRecordError(
-                f"the chat template leaves out the message of the role {message['role']}",
-                where=f"{where}, message {number}",
-                found=ascii(content.strip())[:60],
-                expected="a role that it writes",
-                fix=SKIP,
-            )
+            raise _left_out(message, f"{where}, message {number}")
+
+
+def require_results(
+    template: ChatTemplate, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]], where: str
+) -> None:
+    """Raise BadRecordError where the template leaves out what a tool gave, on which the answer behind it rests.
+
+    A template may write a result otherwise than it was given, as JSON or shortened, and a short one may stand elsewhere
+    too: words that nobody says are written in the place of each.
+    """
+    words = {
+        number: f"result{number}shown"
+        for number, message in enumerate(messages)
+        if message["role"] in ("tool", "function") and str(message.get("content") or "").strip()
+    }
+    if not words:
+        return
+    tried = [
+        {**message, "content": words[number]} if number in words else message for number, message in enumerate(messages)
+    ]
+    text = template.render(tried, tools, where).lower()
+    for number, word in words.items():
+        if word not in text:
+            raise _left_out(messages[number], f"{where}, message {number + 1}")
+
+
+def _left_out(message: dict[str, Any], where: str) -> BadRecordError:
+    return BadRecordError(
+        f"the chat template leaves out the message of the role {message['role']}",
+        where=where,
+        found=ascii(message["content"].strip())[:60],
+        expected="a role that it writes",
+        fix=SKIP,
+    )
 
 
 def warn_of_tools(template: ChatTemplate, conversation: Conversation, name: str) -> None:

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from capgap.pipeline.corpus.chat import (
+    TRIED,
     counts,
     marked_tokens,
     plain_conversation,
+    require_results,
     require_shown,
     require_words,
     says_nothing,
@@ -30,13 +32,6 @@ from capgap.pipeline.corpus.records import Conversation
 from capgap.pipeline.corpus.sources import Document
 from capgap.pipeline.models.chat_template import ChatTemplate
 from capgap.schemas.errors import BadRecordError, InputError
-
-_TRIED = (
-    {"role": "user", "content": "How many are 3 and 4?"},
-    {"role": "assistant", "content": "They are 7."},
-    {"role": "user", "content": "And 5 more?"},
-    {"role": "assistant", "content": "Then they are 12."},
-)
 
 
 @dataclass(frozen=True)
@@ -90,6 +85,7 @@ class ChatFormat:
         talk = plain_conversation(conversation_of(document), self._specials)
         warn_of_tools(self._template, talk, document.name)
         places = [number for number, message in enumerate(talk.messages) if message["role"] == "assistant"]
+        require_results(self._template, talk.messages[: places[-1] + 1], talk.tools, document.name)
         rows: list[tuple[list[int], list[bool]]] = []
         num_kept = 0
         for place in places:
@@ -110,7 +106,7 @@ class ChatFormat:
     def _turn(self, talk: Conversation, place: int, name: str) -> tuple[list[int], list[int], list[bool]]:
         """The prompt of an answer, the answer with its end, and which of its tokens are learnt."""
         asked = self._asked(talk, place, name)
-        told, spans = self._template.render_marked(talk.messages[: place + 1], talk.tools, name)
+        told, spans = self._told(talk, place, name)
         if not told.startswith(asked):
             raise BadRecordError(
                 "the prompt for an answer is not how the answer's turn begins",
@@ -132,6 +128,10 @@ class ChatFormat:
             learnt = [True] * len(answer)
         stop = self._stop(answer, learnt, told[len(asked) :])
         return prompt, answer[:stop], [counts(talk.messages[place]) and one for one in learnt[:stop]]
+
+    def _told(self, talk: Conversation, place: int, name: str) -> tuple[str, list[tuple[int, int]]]:
+        said = talk.messages[: place + 1], talk.tools, name
+        return self._template.render_marked(*said) if self._marks else (self._template.render(*said), [])
 
     def _asked(self, talk: Conversation, place: int, name: str) -> str:
         try:
@@ -160,10 +160,10 @@ class ChatFormat:
     def _try(self) -> tuple[int, ...]:
         ends = set()
         for place in (1, 3):
-            content, name = _TRIED[place]["content"], "a conversation to try it"
-            _, answer, learnt = self._turn(Conversation(list(_TRIED), []), place, name)
-            asked = self._template.render(_TRIED[:place], [], name, True)
-            words = self._template.render(_TRIED[: place + 1], [], name)[len(asked) :]
+            content, name = TRIED[place]["content"], "a conversation to try it"
+            _, answer, learnt = self._turn(Conversation(list(TRIED), []), place, name)
+            asked = self._template.render(TRIED[:place], [], name, True)
+            words = self._template.render(TRIED[: place + 1], [], name)[len(asked) :]
             before, found, _ = words.partition(content)
             if not found or not says_nothing(before):
                 raise self._refusal(

@@ -105,6 +105,7 @@ def _finished(job: CorpusJob, turn_end_ids: tuple[int, ...]) -> StageResult:
         splits={split: totals.split_facts(split) for split in SPLITS},
         text_sources=settings.paths,
         whole_conversations=settings.whole_conversations,
+        has_conversations=settings.messages_field is not None,
     )
     _say_what_is_left_out(job, totals)
     return StageResult(facts=facts.model_dump(mode="json"), totals=counted, shard_sets=sets)

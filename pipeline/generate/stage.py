@@ -176,6 +176,7 @@ def _finished(context: StageContext, job: TextJob) -> StageResult:
         | {split: _split_facts(counts[split], source) for split in _SPLITS},
         text_sources=(source,),
         whole_conversations=True,
+        has_conversations=True,
     )
     _say(context.instance, counts)
     return StageResult(facts=facts.model_dump(mode="json"), totals=_totals(counts, sets), shard_sets=sets)

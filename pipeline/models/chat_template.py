@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import pass_eval_context
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -56,6 +57,7 @@ class ChatTemplate:
         self._environment = BoundedEnvironment.like(_compile_jinja_template(_EMPTY).environment)
         # transformers' extension for `{% generation %}` adds it
         self._tracked: Any = vars(self._environment)["activate_tracker"]
+        self._marked = _marked_texts(self._environment)
         try:
             with self._environment.budget(NUM_STEPS):
                 self._template = self._environment.from_string(source)
@@ -77,7 +79,7 @@ class ChatTemplate:
             BadRecordError: the template refuses the conversation.
             InputError: it does not end within its bound.
         """
-        return self.render_marked(messages, tools, name, asks)[0]
+        return self._render(messages, tools, name, asks)[0]
 
     def render_marked(
         self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]], name: str, asks: bool = False
@@ -86,7 +88,25 @@ class ChatTemplate:
 
         Raises:
             BadRecordError, InputError: as `render`.
+            InputError: what is marked does not stand where transformers has it.
         """
+        text, spans = self._render(messages, tools, name, asks)
+        for (start, end), marked in zip(spans, self._marked, strict=True):
+            if text[start:end] != marked:
+                raise InputError(
+                    "the chat template marks answers within a macro, a filter, a {% set %} block or the like",
+                    where=self._where,
+                    found=f"{text[start:end][:60]!a} where {marked[:60]!a} should stand, in {name}",
+                    expected="{% generation %} where what is written goes straight into the text",
+                    fix="move the marks out, or use another template",
+                )
+        return text, spans
+
+    def _render(
+        self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]], name: str, asks: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the marked places as transformers has them."""
+        self._marked.clear()
         blocks: list[str] = []
         spans: list[tuple[int, int]] = []
         given = {"messages": list(messages), "tools": tools or None, "documents": None, "add_generation_prompt": asks}
@@ -114,3 +134,23 @@ class ChatTemplate:
     def _refusal(self, what: str, found: object, expected: str) -> InputError:
         said = str(found)[:200] or type(found).__name__
         return InputError(what, where=self._where, found=said, expected=expected, fix="use another template")
+
+
+def _marked_texts(environment: BoundedEnvironment) -> list[str]:
+    """What the marks of the latest rendering enclose, in the order of their places: the list fills up.
+
+    Transformers counts what was written before a mark. What a macro, a filter or a block that is set writes is written
+    when it ends, so that the place of a mark within is wrong, and nothing but the text tells.
+    """
+    texts: list[str] = []
+    tracker: Any = next(one for one in environment.extensions.values() if "generation" in one.tags)
+    support = tracker._generation_support
+
+    @pass_eval_context
+    def keeping(context: Any, caller: Any) -> str:
+        text: str = support(context, caller)
+        texts.append(text)
+        return text
+
+    tracker._generation_support = keeping
+    return texts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -42,6 +43,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
         require_reached(str(path), error)
         require_reader(path, error)
         raise not_there("no tokenizer can be found", path, error, "tokenizer.json") from None
+    tokenizer.chat_template = _without_mark(tokenizer.chat_template)
     require_bounded_tokenizer(tokenizer, str(path))
     # of an id the file may have come a moment ago
     return as_in_file(tokenizer, reference or read_reference(path), path)
@@ -70,8 +72,13 @@ def chat_template_of(path: str | Path) -> str | None:
             tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, ImportError):
         return None
-    template: str | None = tokenizer.chat_template
+    template: str | None = _without_mark(tokenizer.chat_template)
     return template
+
+
+def _without_mark(template: Any) -> Any:
+    """A template without the byte order mark with which some editors begin a file: every text would begin with it."""
+    return template.removeprefix("\ufeff") if isinstance(template, str) else template
 
 
 def refuse_code(error: Exception, where: str | Path) -> None:

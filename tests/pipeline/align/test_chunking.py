@@ -109,6 +109,14 @@ def test_digits_that_are_split_otherwise_make_one_chunk() -> None:
     assert cut(np.array([2, 5, 6]), np.array([3, 6])).count == 1
 
 
+def test_a_token_without_bytes_belongs_to_the_token_behind_it() -> None:
+    # an end, a blank of which no byte is left, and a digit / an end, and a digit
+    chunks = cut(np.array([2, 3, 3, 4]), np.array([2, 3, 4]))
+    assert chunks.of_T.tolist() == [0, 1, 2, 2] and chunks.of_U.tolist() == [0, 1, 2]
+    chunks = cut(np.array([0, 1]), np.array([0, 0, 1]))
+    assert chunks.of_T.tolist() == [0, 0] and chunks.of_U.tolist() == [0, 0, 0]
+
+
 def test_longer_tokens_are_those_that_begin_with_the_labels_bytes_in_both_recordings(
     known: dict[str, tuple[TextTokenizer, int]],
 ) -> None:
@@ -206,8 +214,13 @@ def test_pieces_of_bytes_are_bytes_by_their_decoder_and_not_by_their_spelling(
     assert TextTokenizer.of(tokenizer, len(tokenizer), "bytes").table.bytes_of(token) == b"<0x41>"
 
 
-def stream_of(tokenizer: TextTokenizer, eos_id: int, texts: list[str], seq_len: int, bos: bool) -> TeacherStream:
-    """A shard of these documents, packed by the corpus's own packer, whose label logprobs are known numbers."""
+def stream_of(
+    tokenizer: TextTokenizer, eos_id: int, texts: list[str], seq_len: int, bos: bool, are_equal: bool = True
+) -> TeacherStream:
+    """A shard of these documents, packed by the corpus's own packer, whose label logprobs are known numbers.
+
+    They are -1, or fall from -1 on by 1.
+    """
     from capgap.pipeline.corpus.pack import Encoded, Packer
     from capgap.pipeline.corpus.sources import Document
 
@@ -217,9 +230,10 @@ def stream_of(tokenizer: TextTokenizer, eos_id: int, texts: list[str], seq_len: 
         packer.add(Encoded(Document("one", text), ids))
     sequences: Sequences = packer.take()
     labels_BL = sequences.tokens_BL1[:, 1:]
+    fall_BL = np.arange(labels_BL.size).reshape(labels_BL.shape)
+    logprobs_BL = (np.full(labels_BL.shape, -1) if are_equal else -1 - fall_BL).astype(np.float32)
     targets = TopkTargets(
-        labels_BL[..., None].copy(), np.full((*labels_BL.shape, 1), -1, np.float32),
-        np.zeros(labels_BL.shape, np.float32), np.full(labels_BL.shape, -1, np.float32),
+        labels_BL[..., None].copy(), logprobs_BL[..., None].copy(), np.zeros(labels_BL.shape, np.float32), logprobs_BL,
         np.zeros((*labels_BL.shape, 0), np.float32),
     )  # fmt: skip
     size = len(tokenizer.table.length_V)
@@ -274,3 +288,49 @@ def test_with_one_tokenizer_a_shard_stays_as_it_is_and_each_target_is_a_chunk(
     assert targets.ends_BL[rows].all() and targets.kept_BL[rows].all()
     assert (targets.logprobs_BL[rows] == -1).all()
     assert counts.num_documents > 5
+
+
+@pytest.mark.parametrize("pair", ["larger blank", "blank larger", "blank blank"])
+def test_the_end_of_a_document_is_a_chunk_of_its_own_before_a_blank_that_stays_by_itself(
+    known: dict[str, tuple[TextTokenizer, int]], pair: str
+) -> None:
+    (teacher, eos_id), (student, other_eos) = (known[name] for name in pair.split())
+    # neither a digit nor a line break is one token with the blank before it
+    texts = ["1 the cat", "2 cat", "\nthe cat", "the cat", "3"]
+    stream = stream_of(teacher, eos_id, texts * 9, 32, bos=teacher.puts_blank, are_equal=False)
+    made = StudentFormat(student, other_eos, (1,) if student.puts_blank else (), 32, 0.0)
+    sequences, targets, _ = align_shard(stream, teacher, made)
+    is_end_BL = (sequences.tokens_BL1[:, 1:] == other_eos) & sequences.mask_BL1[:, 1:]
+    kept_N, known_T = targets.kept_BL[is_end_BL], stream.logprobs_T[stream.is_end_T]
+    # a sequence of the teacher may begin with an end, which nothing is known of
+    assert kept_N.sum() > 8 and (~kept_N).sum() <= np.isnan(known_T).sum()
+    assert set(targets.logprobs_BL[is_end_BL][kept_N].tolist()) <= set(known_T.tolist())
+    # what stands before an end ends a chunk too, and the blank behind it ends none
+    assert targets.ends_BL[:, :-1][is_end_BL[:, 1:]].all()
+    blank = next((token for token, text in student.table.tokens.items() if text == MARK), -1)
+    is_first_BL = sequences.starts_BL1[:, :-1] & (sequences.tokens_BL1[:, 1:] == blank)
+    assert is_first_BL.any() == student.puts_blank and not targets.ends_BL[is_first_BL].any()
+
+
+def test_a_blank_whose_document_is_in_the_next_shard_is_not_counted_to_the_end_before_it(
+    known: dict[str, tuple[TextTokenizer, int]],
+) -> None:
+    (teacher, eos_id), (student, other_eos) = known["blank"], known["larger"]
+    # blank cat end, blank 1 end, blank: and there the shard ends
+    stream = stream_of(teacher, eos_id, ["cat", "1", "2 cat"], 5, bos=False, are_equal=False)
+    assert stream.ids_T[-1] == stream.ids_T[2] and stream.is_end_T[-2]
+    targets = align_shard(stream, teacher, StudentFormat(student, other_eos, (), 5, 0.0))[1]
+    # an end, and the blank with the digit behind it
+    assert targets.logprobs_BL[targets.kept_BL].tolist() == [-1, -2 - 3]
+
+
+def test_a_document_that_goes_on_behind_its_end_is_refused(known: dict[str, tuple[TextTokenizer, int]]) -> None:
+    teacher, eos_id = known["larger"]
+    tokens_BL1 = np.array([[*teacher.encode(["the"])[0], eos_id, *teacher.encode([" cat"])[0], eos_id]], np.int32)
+    shape = tokens_BL1.shape[0], tokens_BL1.shape[1] - 1
+    sequences = Sequences(tokens_BL1, np.zeros(tokens_BL1.shape, np.bool_), np.ones(tokens_BL1.shape, np.bool_))
+    zeros_BL = np.zeros(shape, np.float32)
+    targets = TopkTargets(tokens_BL1[:, 1:, None], zeros_BL[..., None], zeros_BL, zeros_BL, np.zeros((*shape, 0)))
+    size = len(teacher.table.length_V)
+    with pytest.raises(InputError, match="larger: a document of the cache goes on behind its end; found 1 ends"):
+        read_stream([(sequences, targets)], facts_of(eos_id, size), 1, teacher, np.zeros(size, np.bool_))

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_runs import NEEDED, salted_texts, settings_of
+from tiny_chats import conversations, write
+from tiny_models import save_model, tiny_llama
+from tiny_runs import NEEDED, SEQ_LEN, salted_texts, settings_in, settings_of
 
 import capgap
 from capgap.pipeline.align import units
@@ -114,6 +116,26 @@ def test_a_killed_stage_goes_on_and_slices_make_the_same_bytes(
     again = students(cached, tmp_path / "three") | {"reuse": {"cache": str(tmp_path / "one" / "align")}}
     with pytest.raises(CapgapError, match="cannot be aligned"):
         carry_out(RunFile.model_validate(again), ALIGN)
+
+
+def test_a_cache_of_conversations_is_refused_whatever_their_template_is(tmp_path: Path) -> None:
+    # a template without a prompt for an answer tells no end of answers, whose facts then have none
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}[a] {% generation %}{{ m.content }}{{ eos_token }}"
+        "{% endgeneration %}{% else %}[u] {{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    tokenizer = train_tokenizer(["say 12 it is 345! again [u] [a]"] * 9, 290)
+    tokenizer.chat_template = template
+    save_model(tmp_path / "given", tiny_llama(2, max_position_embeddings=SEQ_LEN), tokenizer)
+    settings = settings_in(tmp_path, SEQ_LEN)
+    source = write(tmp_path / "chat.jsonl", [{"messages": messages} for messages in conversations()])
+    settings["corpus"] |= {"sources": [source], "messages_field": "auto"}
+    run = RunFile.model_validate(settings | {"align": {"tokenizer": str(tmp_path / "given")}})
+    for instance in NEEDED[:3]:
+        facts = carry_out(run, instance).facts
+    assert facts["turn_end_ids"] == [] and facts["has_conversations"]
+    with pytest.raises(MismatchError, match="cannot be aligned; found conversations"):
+        carry_out(run, ALIGN)
 
 
 @pytest.mark.parametrize(

@@ -100,3 +100,9 @@ def test_two_questions_of_one_id_no_question_and_no_file_are_refused(tmp_path: P
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="is no text in UTF-8"):
         read_questions(str(tmp_path / "bytes.jsonl"))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_question(tmp_path: Path) -> None:
+    path = Path(write(tmp_path, GOOD))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_questions(str(path))[0].question_id == 1

@@ -11,7 +11,9 @@ import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from capgap.pipeline.corpus.sources import read_documents
+from capgap.pipeline.corpus.chat import MarkedChat
+from capgap.pipeline.corpus.conversations import ChatFormat
+from capgap.pipeline.corpus.sources import Document, read_documents
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.store import read_blocks
@@ -208,6 +210,44 @@ def test_a_template_that_does_not_mark_answers_is_refused(tmp_path: Path, templa
     source = _write(tmp_path, [{"messages": messages} for messages in _conversations()], template)
     with pytest.raises(InputError, match=f"corpus.tokenizer: {tmp_path}/tokenizer: the chat template .*{found}"):
         carry_out(_run(tmp_path, sources=[source]), CORPUS)
+
+
+def test_marks_whose_place_in_the_text_is_not_known_are_refused_before_the_text_is_read(tmp_path: Path) -> None:
+    before, _, turn = TEMPLATE.partition("[{{")
+    template = before + "{% filter trim %}[{{" + turn.replace("\n", "{% endfilter %}\n")
+    source = _write(tmp_path, [{"messages": messages} for messages in _conversations()], template)
+    said = f"corpus.tokenizer: {tmp_path}/tokenizer: the chat template marks answers within a macro, a filter"
+    with pytest.raises(InputError, match=said):
+        carry_out(_run(tmp_path, sources=[source]), CORPUS)
+    assert not (tmp_path / "out" / "corpus" / "work" / "listing.json").exists()
+
+
+@pytest.mark.parametrize("answer", ["smile \U0001f600", "\U0001f600", "\U0001f600 smile"])
+def test_each_token_of_a_character_at_the_edge_of_an_answer_is_learnt(answer: str) -> None:
+    tokenizer = _tokenizer(TEMPLATE.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}"))
+    messages = json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}])
+    made = MarkedChat(tokenizer, "it").encode(Document("chat.jsonl:1", "", messages))
+    assert made.mask is not None
+    learnt = [one for one, counts in zip(made.ids, made.mask, strict=True) if counts]
+    assert tokenizer.decode(learnt).strip() == answer
+
+
+@pytest.mark.parametrize("role", ["tool", "function"])
+@pytest.mark.parametrize("of_chat", [MarkedChat, ChatFormat])
+def test_a_conversation_whose_tool_result_the_template_leaves_out_is_named(
+    role: str, of_chat: type[MarkedChat] | type[ChatFormat]
+) -> None:
+    # as many templates do it with roles that they do not know
+    loses = TEMPLATE.replace("{{ raise_exception('no role ' + message.role) }}", "{% continue %}")
+    loses += "{% if add_generation_prompt %}[assistant] {% endif %}"
+    writes = loses.replace("{% continue %}", "[result] {{ message.content | tojson }}\n{% continue %}")
+    # the result stands elsewhere too
+    turns = [("user", "3 + 4?"), ("assistant", "let me see"), (role, '{"sum": "7"}'), ("assistant", '{"sum": "7"}')]
+    messages = json.dumps([{"role": role, "content": content} for role, content in turns])
+    document = Document("chat.jsonl:1", "", messages)
+    with pytest.raises(BadRecordError, match=f"chat.jsonl:1, message 3: the chat template leaves out .* role {role}"):
+        of_chat(_tokenizer(loses), "it").encode(document)
+    of_chat(_tokenizer(writes), "it").encode(document)
 
 
 def test_conversations_without_any_answer_are_refused(tmp_path: Path) -> None:

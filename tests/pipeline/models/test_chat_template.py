@@ -161,3 +161,36 @@ def test_definitions_of_tools_reach_the_template() -> None:
     template = ChatTemplate(_tokenizer("{{ tools | tojson }}"), "it")
     assert template.knows_tools and json.loads(template.render(MESSAGES, TOOLS, "x")) == TOOLS
     assert template.render(MESSAGES, [], "x") == "null"
+
+
+IN_A_LOOP = (
+    "{% for m in messages %}BEFORE[{{ m.role }}] {% if m.role == 'assistant' %}{% generation %}{{ m.content }}!"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\nAFTER{% endfor %}"
+)
+PLACES = {
+    "macro": ("{% macro turn() %}", "{% endmacro %}{{ turn() }}"),
+    "filter": ("{% filter trim %}", "{% endfilter %}"),
+    "set": ("{% set text %}", "{% endset %}{{ text }}"),
+    "call": ("{% macro around() %}{{ caller() }}{% endmacro %}{% call around() %}", "{% endcall %}"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_marks_whose_place_in_the_text_is_not_known_are_refused_and_the_text_itself_is_written(name: str) -> None:
+    before, after = PLACES[name]
+    template = ChatTemplate(_tokenizer(IN_A_LOOP.replace("BEFORE", before).replace("AFTER", after)), "it")
+    talk = [*MESSAGES[1:2], {"role": "assistant", "content": "7, and 7."}]
+    assert template.render(talk, [], "x").startswith("[user] 3 + 4?")
+    said = r"it: the chat template marks answers within a macro, .* '7, and 7\.!' should stand"
+    with pytest.raises(InputError, match=said) as caught:
+        template.render_marked(talk, [], "x")
+    assert not isinstance(caught.value, BadRecordError), "it is no fault of the record"
+
+
+def test_marks_with_which_a_macro_begins_have_their_place() -> None:
+    source = (
+        "{% macro answer(m) %}{% generation %}{{ m.content }}!{% endgeneration %}\n{% endmacro %}"
+        "{% for m in messages %}[{{ m.role }}] {{ answer(m) }}{% endfor %}"
+    )
+    text, spans = ChatTemplate(_tokenizer(source), "it").render_marked(MESSAGES[:2], [], "x")
+    assert [text[start:end] for start, end in spans] == [" Be brief. !", "3 + 4?!"]

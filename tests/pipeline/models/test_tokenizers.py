@@ -15,7 +15,7 @@ from transformers import GemmaConfig, GPT2Config, LlamaConfig, PreTrainedTokeniz
 
 from capgap.pipeline.corpus.tokenizer import END_OF_TEXT, train_tokenizer
 from capgap.pipeline.models.tokenizer_files import PROBES
-from capgap.pipeline.models.tokenizers import load_tokenizer, require_same_tokenizer, tokenizer_facts
+from capgap.pipeline.models.tokenizers import chat_template_of, load_tokenizer, require_same_tokenizer, tokenizer_facts
 from capgap.schemas.errors import InputError, MismatchError
 
 VOCABULARY = {"<eos>": 0, "<pad>": 1, "the": 2, "cat": 3, "sat": 4, "mat": 5}
@@ -47,6 +47,12 @@ def test_a_tokenizer_passes_after_it_was_saved_and_loaded(words: Words, tmp_path
         loaded = load_tokenizer(tmp_path)
         require_same_tokenizer(tokenizer, "the corpus", loaded, "the teacher")
         assert tokenizer_facts(loaded) == tokenizer_facts(tokenizer)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_tokenizers_template(tmp_path: Path) -> None:
+    train_tokenizer(["some text to learn from"] * 3, 300).save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf{{ messages[0].content }}")
+    assert load_tokenizer(tmp_path).chat_template == chat_template_of(tmp_path) == "{{ messages[0].content }}"
 
 
 @pytest.mark.parametrize(
