@@ -1,4 +1,4 @@
-"""What people write stays text: nothing in a message becomes a special token of the tokenizer, but single characters."""
+"""What people write stays text: nothing in a message becomes a special token of the tokenizer but single characters."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from round_runs import FIRST, SEQ_LEN, answers_of, logprobs_again, prompt_lines, shards_of, write_prompts
+from tiny_chats import save_chat_model
 
 from capgap.pipeline.generate.asking import Asking, require_same_ends, turn_ends
 from capgap.pipeline.generate.prompts import PromptRecord
@@ -159,6 +160,19 @@ def test_a_template_that_refuses_a_prompt_is_named(make_rounds: MakeRounds, begu
     with pytest.raises(InputError, match="the writer's chat template refuses a prompt") as caught:
         carry_out(run, FIRST)
     assert "begin with system" in str(caught.value)
+
+
+def test_a_template_with_special_tokens_that_the_corpus_does_not_know_is_named(
+    make_rounds: MakeRounds, begun, tmp_path: Path
+) -> None:
+    chat = save_chat_model(tmp_path / "chat", begun["teacher"]["path"], max_position_embeddings=SEQ_LEN)
+    run = make_rounds({"teacher": {"path": chat}})
+    carry_out(run, Instance("teacher"), remake=True)
+    message = (
+        r"special tokens that the corpus's tokenizer does not have; found '<\|im_start\|>', '<\|im_end\|>', expected"
+    )
+    with pytest.raises(MismatchError, match=message):
+        carry_out(run, FIRST)
 
 
 def with_files(begun: dict[str, Any], tmp_path: Path, files: dict[str, str]) -> str:
