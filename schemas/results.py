@@ -160,7 +160,7 @@ class ModelResult(Record):
     """Over the choice of held-out sequences."""
 
     bits_per_byte: float
-    """Loss per UTF-8 byte of text; independent of the tokenizer."""
+    """Loss per UTF-8 byte of the text that is learnt, of conversations the answers; independent of the tokenizer."""
 
     perplexity: float
     """exp(loss)."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from capgap.pipeline.corpus.plain_text import plain_messages, special_texts
-from capgap.pipeline.models.chat_template import ChatTemplate
+from capgap.pipeline.models.chat_template import default_template
 from capgap.schemas.errors import BadRecordError, InputError
 from capgap.schemas.judge_results import NUM_TURNS, Question, Reply
 from capgap.schemas.run_judge import AnswerSettings
@@ -88,7 +88,7 @@ class Chat:
     ) -> None:
         self._tokenizer, self._where, self._settings = tokenizer, where, settings
         require_template(tokenizer.chat_template, where)
-        self._template = ChatTemplate(tokenizer, where, tokenizer.get_chat_template())
+        self._template = default_template(tokenizer, where)
         self._specials = special_texts(tokenizer)
         self.stop_ids = stop_ids(tokenizer, where)
         longest = max(len(self._ids(question, ("",) * (NUM_TURNS - 1))) for question in questions)

@@ -73,7 +73,6 @@ def run(context: StageContext) -> StageResult:
     sets = {str(name): scorer.shard_set(name, shards) for name in settings.recordings}
     num_targets = sum(shard.facts.num_targets for shard in shards)
     num_labels = sum(shard.facts.num_labels for shard in shards)
-    write_tokenizer(context.input("corpus"), scorer.job.teacher, context.folder)
     facts = CacheFacts(
         **corpus_facts.model_dump(),
         temperature=settings.temperature,
@@ -107,11 +106,15 @@ def run(context: StageContext) -> StageResult:
 
 
 def prepare(context: StageContext) -> CacheJob:
-    """Write what every process needs, the ranking of ids and the plan, and say what is to be made.
+    """Write the tokenizer and what every process needs, the ranking of ids and the plan, and say what is to be made.
 
     Whoever calls it again, for the same run, gets the same job.
+
+    Raises:
+        CorruptError, InputError: as `write_tokenizer`, before anything is scored.
     """
-    corpus, settings = context.input("corpus"), context.run.cache
+    corpus, settings, teacher = context.input("corpus"), context.run.cache, served_path(context.input("teacher"))
+    write_tokenizer(corpus, teacher, context.folder)
     facts = CorpusFacts.model_validate(corpus.manifest.facts)
     student = corpus.manifest.shard_sets["student"]
     vocab_size = facts.tokenizer.vocab_size
@@ -128,7 +131,7 @@ def prepare(context: StageContext) -> CacheJob:
         source=source,
         num_training=len(training),
         context=facts.context,
-        teacher=served_path(context.input("teacher")),
+        teacher=teacher,
         folder=context.folder,
         work=work,
         vocab_size=vocab_size,

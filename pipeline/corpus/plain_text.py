@@ -1,4 +1,4 @@
-"""What people write stays text: nothing in a message can become a special token of the tokenizer."""
+"""What people write stays text: nothing in a message becomes a special token of the tokenizer but single characters."""
 
 from __future__ import annotations
 
@@ -17,17 +17,23 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def plain(text: str, specials: list[str]) -> str:
     """The text with a space behind the first character of everything that would be a special token.
 
-    `<|user|>` becomes `< |user|>`. What a space within would not change, such as one character, is left out.
+    `<|user|>` becomes `< |user|>`. One of a single character cannot be set apart: it stays, and has the id that the
+    tokenizer gives it, as where the model is served. Nothing is taken out of a text.
     """
-    while found := [special for special in specials if special in text]:
+    parted = {special: apart(special) for special in specials}
+    while found := [special for special in specials if parted[special] != special and special in text]:
         for special in found:
-            text = text.replace(special, apart(special))
+            text = text.replace(special, parted[special])
     return text
 
 
 def apart(special: str) -> str:
-    """What stands in the place of a special token's text."""
-    return "" if special[0].isspace() or len(special.strip()) < 2 else f"{special[0]} {special[1:]}"
+    """What stands in the place of a special token's text; the text itself where it has but one character."""
+    if len(special.strip()) < 2:
+        return special
+    # behind a blank that it begins with, a space would leave it whole
+    first = len(special) - len(special.lstrip()) + 1
+    return f"{special[:first]} {special[first:]}"
 
 
 def plain_messages(messages: list[dict[str, Any]], specials: list[str]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from capgap.pipeline.corpus.sources import Document
 from capgap.schemas.run_corpus import SplitName
+from capgap.schemas.run_file import RunFile
 
 Split = SplitName
 SPLITS: tuple[Split, ...] = ("teacher", "student", "heldout")
@@ -19,6 +20,23 @@ def split_of(text: str, teacher_fraction: float, heldout_fraction: float) -> Spl
     if place < heldout_fraction:
         return "heldout"
     return "teacher" if place < heldout_fraction + teacher_fraction else "student"
+
+
+def kept_for_nobody(run: RunFile, num_tokens: float | None) -> str | None:
+    """A sentence where the corpus keeps text for a teacher that this run takes as it is; None where it does not.
+
+    Args:
+        run: the run file.
+        num_tokens: of that text; None where they are not known.
+    """
+    fraction = run.corpus.teacher_fraction
+    if not fraction or not run.makes("corpus") or not run.makes("teacher") or run.teacher.optimization is not None:
+        return None
+    tokens = "" if num_tokens is None else f", {num_tokens:,.0f} tokens,"
+    return (
+        f"corpus.teacher_fraction keeps {100 * fraction:g} % of the documents{tokens} for a teacher that learns "
+        "nothing here: set corpus.teacher_fraction: 0 to give them to the student"
+    )
 
 
 def split_documents(

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from capgap.pipeline.corpus.conversations import ChatFormat
 from capgap.pipeline.corpus.making import ANY, make_here, make_slice, unit_meter
 from capgap.pipeline.corpus.prepare import empty_corpus, prepare
-from capgap.pipeline.corpus.split import SPLITS, Split
+from capgap.pipeline.corpus.split import SPLITS, Split, kept_for_nobody
 from capgap.pipeline.corpus.totals import Totals
 from capgap.pipeline.corpus.unit import CorpusJob, UnitMaker
 from capgap.pipeline.models.tokenizers import load_tokenizer
@@ -39,7 +39,11 @@ def run(context: StageContext) -> StageResult:
     turn_end_ids = _turn_end_ids(job.settings, tokenizer)
     _say_ends(tokenizer, job, turn_end_ids)
     make(job)
-    return _finished(job, turn_end_ids)
+    result = _finished(job, turn_end_ids)
+    kept = kept_for_nobody(context.run, result.totals["num_teacher_tokens"])
+    if kept is not None:
+        _LOG.warning("corpus: %s", kept)
+    return result
 
 
 def make(job: CorpusJob) -> None:

@@ -13,7 +13,7 @@ from capgap.pipeline.eval.cached import CachedSums
 from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.eval.compare import Comparison
 from capgap.pipeline.eval.intervals import Float64Array, Int64Array, bootstrap_interval, resample_weights
-from capgap.schemas.facts import ModelFacts, TextFacts
+from capgap.schemas.facts import ModelFacts
 from capgap.schemas.results import (
     Drafted,
     EvalResults,
@@ -65,14 +65,14 @@ class Text:
     """What models were measured on.
 
     Attributes:
-        facts: of the corpus, or of the cache that stands for it.
+        labels_per_byte: of the text that is learnt.
         labels_S: of each held-out sequence.
         num_full: of these, compared with the teacher's full distributions.
         cached: the cache's held-out sequences; None without.
         cached_labels_S: of each of those.
     """
 
-    facts: TextFacts
+    labels_per_byte: float
     labels_S: Int64Array
     num_full: int
     cached: HeldoutCache | None = None
@@ -119,7 +119,7 @@ class _Results:
         )
 
     def _row(self, model: Measured) -> ModelResult:
-        labels_S, heldout = self._text.labels_S, self._text.facts.splits["heldout"]
+        labels_S = self._text.labels_S
         loss = float(model.nats_S.sum() / labels_S.sum())
         ece, ece_interval = model.calibration.error(labels_S, self._weights_RS)
         near = None
@@ -138,7 +138,7 @@ class _Results:
             num_non_embedding_parameters=model.facts.num_non_embedding_parameters,
             loss=loss,
             loss_interval=bootstrap_interval(model.nats_S, labels_S, self._weights_RS),
-            bits_per_byte=loss * heldout.num_text_tokens / heldout.num_text_bytes / math.log(2),
+            bits_per_byte=loss * self._text.labels_per_byte / math.log(2),
             perplexity=math.exp(min(loss, 700.0)),
             against_teacher=near,
             ece=ece,

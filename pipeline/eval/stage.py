@@ -31,7 +31,7 @@ from capgap.pipeline.eval.cached import CachedRows, CachedSums, cached_rows, sco
 from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.eval.compare import Comparison
 from capgap.pipeline.eval.drafts import DraftJob, drafted, prompts_of, require_drafting
-from capgap.pipeline.eval.heldout import first_sequences, num_labels
+from capgap.pipeline.eval.heldout import first_sequences, labels_per_byte, num_labels
 from capgap.pipeline.eval.intervals import Float64Array
 from capgap.pipeline.eval.measure import Visit, score
 from capgap.pipeline.eval.results import Measured, Text, results_of
@@ -207,15 +207,17 @@ class _Evaluation:
         samples: Prompts | None,
     ) -> None:
         self._context, self._facts, self._sequences, self._cached = context, facts, sequences, cached
-        self._samples = samples
+        self._samples, text = samples, RunText.among(context.inputs)
         # one pass serves for all, if the teacher is not measured on the text too
-        self._text_is_cached = RunText.among(context.inputs).of_cache and not num_full
+        self._text_is_cached = text.of_cache and not num_full
         self._vocab_size = facts.tokenizer.vocab_size
         self._batch = context.run.eval.batch_sequences
-        labels_S = num_labels(sequences)
-        self.text = Text(facts, labels_S, min(num_full, len(sequences)))
-        if cached is not None:
-            self.text = Text(facts, labels_S, self.text.num_full, *cached.described())
+        self.text = Text(
+            labels_per_byte(facts, sequences, text.tokenizer),
+            num_labels(sequences),
+            min(num_full, len(sequences)),
+            *(() if cached is None else cached.described()),
+        )
 
     def measure(self, students: tuple[_Student, ...]) -> list[Measured]:
         """Every model, one on the device at a time; the teacher first, if it takes part."""

@@ -74,7 +74,7 @@ def fidelity_of(
     places = places_of(reader, sampling)
     live = None
     if teacher is not None:
-        live = _live(facts, reader, places, teacher, num_live_sequences, str(cache.location))
+        live = _live(cache, facts, reader, places, teacher, num_live_sequences)
     return Fidelity(
         location=str(cache.location),
         tokenizer=facts.tokenizer,
@@ -134,18 +134,25 @@ def _recording(
 
 
 def _live(
-    facts: CacheFacts, reader: ShardReader, places: list[Place], teacher: Teacher, num_sequences: int, where: str
+    cache: StageInput,
+    facts: CacheFacts,
+    reader: ShardReader,
+    places: list[Place],
+    teacher: Teacher,
+    num_sequences: int,
 ) -> LiveFigures:
     # what only reads a cache needs no model
-    from capgap.pipeline.fidelity.live import live_figures
+    from capgap.pipeline.fidelity.live import live_figures, require_tokenizer_of
 
+    path = model_at(teacher.path)
+    require_tokenizer_of(cache, path, teacher.trust_remote_code)
     sequences = _labelled_sequences(reader, places, num_sequences)
     device = resolve_device(teacher.device)
-    with leases([device], f"fidelity of {where}", teacher.wait):
+    with leases([device], f"fidelity of {cache.location}", teacher.wait):
         return live_figures(
             sequences,
             facts,
-            model_at(teacher.path),
+            path,
             {recording.num_ids for recording in facts.recordings.values()},
             device,
             teacher.trust_remote_code,

@@ -12,13 +12,20 @@ from capgap.pipeline.eval.calibration import CalibrationError
 from capgap.pipeline.eval.measure import score
 from capgap.pipeline.fidelity.rows import exact_sampling_errors, ladder
 from capgap.pipeline.models.load import load_model
-from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts
-from capgap.schemas.errors import MismatchError
+from capgap.pipeline.models.text import RunText
+from capgap.pipeline.models.tokenizers import load_tokenizer, require_same_tokenizer
+from capgap.pipeline.stage.context import StageInput
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.fidelity import KeptMass, LiveFigures, SamplingError
 from capgap.schemas.records import Sequences
 
 _BATCH_SEQUENCES = 4
+
+
+def require_tokenizer_of(cache: StageInput, teacher: str, trust_remote_code: bool) -> None:
+    """Raise MismatchError unless the teacher's tokenizer gives every text the ids that the cache's gives it."""
+    found = load_tokenizer(teacher, trust_remote_code)
+    require_same_tokenizer(RunText(cache).tokenizer(), "the cache", found, f"--teacher {teacher}")
 
 
 def live_figures(
@@ -35,18 +42,8 @@ def live_figures(
         trust_remote_code: run code that comes with the teacher.
 
     Raises:
-        MismatchError: its tokenizer is not the cache's.
         InputError: it cannot be loaded, or its logits are not finite.
     """
-    found = tokenizer_facts(load_tokenizer(teacher, trust_remote_code))
-    if found.fingerprint != facts.tokenizer.fingerprint:
-        raise MismatchError(
-            "the tokenizer is not the cache's",
-            where=f"--teacher {teacher}",
-            found=found.fingerprint[:12],
-            expected=facts.tokenizer.fingerprint[:12],
-            fix="name the teacher that the cache was made with",
-        )
     mask_BL = sequences.mask_BL1[:, 1:]
     labels_N = torch.from_numpy(sequences.tokens_BL1[:, 1:][mask_BL].astype(np.int64))
     sums = LiveSums(labels_N, facts.temperature, facts.tokenizer.vocab_size, nums)

@@ -15,7 +15,7 @@ from capgap.pipeline.corpus.conversations import ChatFormat
 from capgap.pipeline.corpus.plain_text import special_texts
 from capgap.pipeline.corpus.records import Conversation
 from capgap.pipeline.generate.prompts import PromptRecord
-from capgap.pipeline.models.chat_template import ChatTemplate
+from capgap.pipeline.models.chat_template import ChatTemplate, default_template
 from capgap.schemas.errors import BadRecordError, InputError, MismatchError
 from capgap.schemas.run_rounds import RoundsSettings
 
@@ -67,7 +67,7 @@ class Asking:
         self._specials = special_texts(tokenizer)
         if chats:
             require_template(tokenizer.chat_template, where)
-            self._template = ChatTemplate(tokenizer, where, tokenizer.get_chat_template())
+            self._template = default_template(tokenizer, where)
         self.stop_ids = tuple(sorted({*stop_ids(tokenizer, where), *(turn_ends(tokenizer, where) if chats else ())}))
 
     def ids(self, prompt: PromptRecord) -> list[int]:

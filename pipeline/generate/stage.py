@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
 
 from capgap.pipeline.generate.asking import Asking, require_same_ends, turn_ends
 from capgap.pipeline.generate.declaration import WRITER
@@ -43,7 +44,8 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     Raises:
         InputError: prompts cannot be read, or the writer's chat template cannot be used, refuses the first prompt or
             is none.
-        MismatchError: the student ends an answer in another way than the teacher, or has another tokenizer.
+        MismatchError: the student ends an answer in another way than the teacher, or has another tokenizer; or the
+            writer's chat template writes special tokens that the corpus's tokenizer does not have.
         CorruptError: a file of the writer is not what it was.
     """
     rounds, made = rounds_of(run), _writer(inputs)
@@ -62,11 +64,24 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     tokenizer = load_tokenizer(path, _trusts(run, instance))
     asking = Asking(tokenizer, path, rounds, text.facts.bos_ids, chat is not None)
     if chat is not None:
-        asking.ids(chat)
+        _require_known(asking.ids(chat), tokenizer, text, made)
         if writer_of(instance) == "student" and run.has_teacher_model:
             teacher = model_path(inputs["teacher"])
             own = load_tokenizer(teacher, run.teacher.trust_remote_code)
             require_same_ends(turn_ends(tokenizer, path), turn_ends(own, teacher), f"{made.location}, rounds.prompts")
+
+
+def _require_known(ids: list[int], tokenizer: PreTrainedTokenizerBase, text: RunText, made: StageInput) -> None:
+    """Special tokens that the writer alone has stand in no shard of the corpus's tokenizer."""
+    unknown = sorted({one for one in ids if one >= text.facts.tokenizer.vocab_size})
+    if unknown:
+        raise MismatchError(
+            "the writer's chat template writes special tokens that the corpus's tokenizer does not have",
+            where=f"{made.location}, rounds.prompts",
+            found=", ".join(map(ascii, tokenizer.convert_ids_to_tokens(unknown))),
+            expected="special tokens of corpus.tokenizer",
+            fix="set corpus.tokenizer to the writer's folder and make the corpus again",
+        )
 
 
 def run(context: StageContext) -> StageResult:
@@ -105,13 +120,15 @@ def _make(job: TextJob, maker: TextMaker, missing: list[int], context: StageCont
 
 
 def prepare(context: StageContext) -> TextJob:
-    """Read the prompts and say what is to be made. Whoever calls it again, for the same run, gets the same job.
+    """Read the prompts, write the tokenizer and say what is to be made.
+
+    Whoever calls it again, for the same run, gets the same job.
 
     Raises:
         InputError: the prompts cannot be read, or none is left to learn from or held out.
     """
     run, instance, made = context.run, context.instance, _writer(context.inputs)
-    rounds, text = rounds_of(run), RunText(context.input("corpus"))
+    rounds, text, writer = rounds_of(run), RunText(context.input("corpus")), model_path(made)
     assert instance.round is not None
     prompts = read_prompts(rounds.prompts)
     chosen = split_prompts(prompts, rounds, instance.round)
@@ -131,12 +148,13 @@ def prepare(context: StageContext) -> TextJob:
         units += [TextUnit(split, number, tuple(part)) for number, part in enumerate(each)]
     work = context.folder / WORK_FOLDER
     plan_units(work, "units", len(units), f"{UNITS_FOLDER}/*.json")
+    write_tokenizer(context.input("corpus"), writer, context.folder)
     positions = ModelFacts.model_validate(made.manifest.facts).max_positions
     return TextJob(
         settings=rounds,
         prompts=tuple(prompts),
         each_unit=tuple(units),
-        writer=model_path(made),
+        writer=writer,
         seeds=f"{rounds.seed} {instance.seed} {instance.round}",
         folder=context.folder,
         work=work,
@@ -165,7 +183,6 @@ def _finished(context: StageContext, job: TextJob) -> StageResult:
         shards: list[ShardEntry] = [record.shard for record in parts[split] if record.shard is not None]
         sets[split] = job.shard_set(split, shards)
     write_counts(context.folder, {str(split): _count(job, sets.get(split)) for split in _SPLITS})
-    write_tokenizer(context.input("corpus"), job.writer, context.folder)
     source = f"written by {_writer(context.inputs).manifest.instance}"
     facts = CorpusFacts(
         tokenizer=job.tokenizer,

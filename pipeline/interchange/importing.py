@@ -220,6 +220,7 @@ def _make_cache(planned: Plan, corpus: StageInput, teacher: ModelFacts | None, f
     settings, vocab_size = planned.settings, planned.facts.vocab_size
     ranking = rank_counts(read_counts(corpus.path, corpus.manifest.files, "student", vocab_size))
     write_atomically(folder / RANKING_NAME, ranking.data)
+    write_tokenizer(corpus, settings.teacher, folder)
     top_k = settings.top_k or _narrowest(planned)
     name = TOPK_CODECS[settings.profile]
     codec = Codec(name, planned.seq_len, vocab_size, top_k, ranking, unknown_labels=True)
@@ -238,7 +239,6 @@ def _make_cache(planned: Plan, corpus: StageInput, teacher: ModelFacts | None, f
                 meter.advance(tokens=shards[-1].num_sequences * planned.seq_len)
         sets[_SET_NAMES[split]] = writer.shard_set(shards)
     recording = RecordingFacts(num_ids=top_k, profile=settings.profile, temperatures=(settings.temperature,))
-    write_tokenizer(corpus, settings.teacher, folder)
     facts = CacheFacts(
         **CorpusFacts.model_validate(corpus.manifest.facts).model_dump(),
         temperature=settings.temperature,

@@ -87,9 +87,10 @@ def cell_name(student: str, teacher: str | None, seed: int, init: Init = "common
 
 
 def corpus_run(grid: LawGrid) -> RunFile:
-    """The run whose corpus stage is everybody's."""
+    """The run whose corpus stage is everybody's; its teacher is one that learns from that, if any does."""
     reuse = {"corpus": grid.reuse.corpus} if grid.reuse.corpus else {}
-    return _run_file(grid, grid.out, "corpus", next(iter(grid.teachers)), reuse)
+    learning = (name for name, teacher in grid.teachers.items() if teacher.optimization is not None)
+    return _run_file(grid, grid.out, "corpus", next(learning, next(iter(grid.teachers))), reuse)
 
 
 def corpus_folder(grid: LawGrid) -> str:

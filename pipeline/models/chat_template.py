@@ -28,6 +28,24 @@ _EMPTY = ""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
+def default_template(tokenizer: PreTrainedTokenizerBase, where: str) -> ChatTemplate:
+    """The chat template with which a tokenizer writes conversations without tools: of several that named `default`.
+
+    Raises:
+        InputError: none is, or as `ChatTemplate`.
+    """
+    known = tokenizer.chat_template
+    if isinstance(known, dict) and "default" not in known:
+        raise InputError(
+            "none of the chat templates is the default",
+            where=where,
+            found=", ".join(map(ascii, sorted(known))),
+            expected="one that is named default",
+            fix="save the one that is meant as chat_template.jinja beside the tokenizer",
+        )
+    return ChatTemplate(tokenizer, where, known["default"] if isinstance(known, dict) else None)
+
+
 class ChatTemplate:
     """The one chat template of a tokenizer, ready to write conversations.
 
@@ -49,8 +67,9 @@ class ChatTemplate:
         self._where, self._special = where, dict(tokenizer.special_tokens_map)
         source = source or tokenizer.chat_template
         if not isinstance(source, str):
-            found = "several" if source else "no chat template"
-            raise InputError("there is no one chat template", where=where, found=found, expected="one")
+            found = f"several: {', '.join(map(ascii, sorted(source)))}" if source else "no chat template"
+            fix = "keep one, as chat_template.jinja beside the tokenizer" if source else None
+            raise InputError("there is no one chat template", where=where, found=found, expected="one", fix=fix)
         self.has_marks = _GENERATION.search(source) is not None
         self.knows_tools, self.has_warned = "tools" in source, False
         # theirs is asked with an empty template: compiling works out what is constant

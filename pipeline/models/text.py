@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from capgap.pipeline.models.tokenizers import chat_template_of, load_tokenizer
+from capgap.pipeline.models.tokenizers import ChatTemplates, chat_template_of, load_tokenizer
 from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.files import files_below, write_atomically
@@ -22,8 +22,8 @@ from capgap.schemas.manifest import ShardSet
 from capgap.schemas.run_cache import RecordingName
 
 TOKENIZER_FOLDER = "tokenizer"
-# as transformers writes it beside a tokenizer, and reads it
-_CHAT_TEMPLATE_NAME = "chat_template.jinja"
+# as transformers writes them beside a tokenizer, and reads them
+_CHAT_TEMPLATE_NAME, _FURTHER_TEMPLATES_FOLDER, _DEFAULT = "chat_template.jinja", "additional_chat_templates", "default"
 
 _CORPUS, _CACHE = "corpus", "cache"
 
@@ -101,9 +101,10 @@ class RunText:
 
 
 def write_tokenizer(corpus: StageInput, teacher: str, folder: Path) -> None:
-    """Give a cache's folder the corpus's tokenizer, file by file, with the teacher's chat template where it has none.
+    """Give a cache's folder the corpus's tokenizer, file by file, with the teacher's chat templates where it has none.
 
-    Whoever trains from the cache has them then, also where neither corpus nor teacher is.
+    Whoever trains from the cache has them then, also where neither corpus nor teacher is. Templates with special tokens
+    that the corpus's tokenizer does not have are left out.
 
     Args:
         corpus: that the cache is made of.
@@ -111,7 +112,7 @@ def write_tokenizer(corpus: StageInput, teacher: str, folder: Path) -> None:
         folder: of the cache.
 
     Raises:
-        CorruptError, InputError: as `RunText.tokenizer_folder`.
+        CorruptError, InputError: as `RunText.tokenizer_folder`; or a chat template's name is no file's name.
         OSError: the folder cannot be written.
     """
     text, target = RunText(corpus), folder / TOKENIZER_FOLDER
@@ -120,6 +121,23 @@ def write_tokenizer(corpus: StageInput, teacher: str, folder: Path) -> None:
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(copy, file.read_bytes())
-    template = chat_template_of(teacher) if teacher and text.tokenizer().chat_template is None else None
-    if template is not None:
-        write_atomically(target / _CHAT_TEMPLATE_NAME, template)
+    tokenizer = text.tokenizer()
+    if teacher and tokenizer.chat_template is None:
+        _write_templates(chat_template_of(teacher, tokenizer.get_vocab()), target, teacher)
+
+
+def _write_templates(templates: ChatTemplates, folder: Path, where: str) -> None:
+    for name, template in ({_DEFAULT: templates} if isinstance(templates, str) else templates or {}).items():
+        if name == _DEFAULT:
+            write_atomically(folder / _CHAT_TEMPLATE_NAME, template)
+            continue
+        if Path(name).name != name:
+            raise InputError(
+                "the name of a chat template is no file's name",
+                where=where,
+                found=ascii(name),
+                expected="no folder in it",
+            )
+        file = folder / _FURTHER_TEMPLATES_FOLDER / f"{name}.jinja"
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, template)

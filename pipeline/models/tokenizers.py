@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import TokenizerFacts
 
 _LOG = logging.getLogger("capgap")
+
+ChatTemplates = str | dict[str, str] | None
+"""One chat template, or several by their names, such as `default` and `tool_use`."""
 
 _UNREADABLE, _FILES = "the tokenizer cannot be read", "the files of a tokenizer as transformers saves them"
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -61,8 +65,13 @@ def _loaded(path: str | Path, trust_remote_code: bool, has_file: bool) -> PreTra
             return PreTrainedTokenizerFast.from_pretrained(str(path))
 
 
-def chat_template_of(path: str | Path) -> str | None:
-    """The chat template of a tokenizer on this machine; None where it has none, or is not here.
+def chat_template_of(path: str | Path, known: Container[str] | None = None) -> ChatTemplates:
+    """What a tokenizer on this machine has of chat templates; None where it has none, or is not here.
+
+    Args:
+        path: its folder or id.
+        known: the entries of the tokenizer that is to have them; None too where they write special tokens that it has
+            not, for it would write these as pieces of text.
 
     Raises:
         InputError: its files hold what is no tokenizer.
@@ -72,12 +81,38 @@ def chat_template_of(path: str | Path) -> str | None:
             tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, ImportError):
         return None
-    template: str | None = _without_mark(tokenizer.chat_template)
-    return template
+    templates: ChatTemplates = _without_mark(tokenizer.chat_template)
+    if known is None or not templates:
+        return templates
+    text = templates if isinstance(templates, str) else "".join(templates.values())
+    specials = (one.content for one in tokenizer.added_tokens_decoder.values() if one.special)
+    lacking = [special for special in specials if special not in known and special in text]
+    if lacking:
+        said = "%s: its chat template is not kept with the text, whose tokenizer does not have %s"
+        _LOG.info(said, path, ", ".join(map(ascii, lacking)))
+    return None if lacking else templates
+
+
+def with_names_of(text: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A model's own tokenizer, in place, with the text's names of special tokens and, where it has none, chat template.
+
+    Args:
+        text: the tokenizer of the text.
+        own: of the model, which agrees with it; special tokens that it alone has keep their names.
+    """
+    known = text.get_vocab()
+    for name in _NAMES:
+        said, theirs = getattr(own, name), getattr(text, name)
+        if theirs is not None and said != theirs and (said is None or said in known):
+            setattr(own, name, theirs)
+    own.chat_template = own.chat_template or text.chat_template
+    return own
 
 
 def _without_mark(template: Any) -> Any:
     """A template without the byte order mark with which some editors begin a file: every text would begin with it."""
+    if isinstance(template, dict):
+        return {name: _without_mark(one) for name, one in template.items()}
     return template.removeprefix("\ufeff") if isinstance(template, str) else template
 
 

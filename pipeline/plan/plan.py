@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from capgap.pipeline.cache.held import held_bytes
+from capgap.pipeline.corpus.split import kept_for_nobody
 from capgap.pipeline.plan.break_even import break_even
 from capgap.pipeline.plan.judging import judge_requests
 from capgap.pipeline.plan.predictions import gap_prediction, scaling_prediction
@@ -55,6 +56,9 @@ def _make_plan(run: RunFile, stated: Stated, text_bytes_per_token: float | None)
     notes = []
     if run.reuse:
         notes.append(f"reused: {', '.join(run.reuse)}")
+    kept = kept_for_nobody(run, work.split_tokens["teacher"].value)
+    if kept is not None:
+        notes.append(kept)
     if run.cache.replicas > 1:
         notes.append(f"device hours of the cache are of all {run.cache.replicas} replicas together")
     if run.judge is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from capgap.pipeline.models.checks import check_given_model, fresh_model
 from capgap.pipeline.models.load import load_model, model_facts, model_path
 from capgap.pipeline.models.text import RunText
-from capgap.pipeline.models.tokenizers import chat_template_of
+from capgap.pipeline.models.tokenizers import load_tokenizer, with_names_of
 from capgap.pipeline.models.trainable import save_trained
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.student.prune import prune, require_prunable
@@ -41,25 +41,26 @@ def run(context: StageContext) -> StageResult:
         InputError, SettingError, MachineError: as `prune` and `quantise`.
     """
     settings, text = context.run.student, RunText.among(context.inputs)
-    tokenizer = text.tokenizer()
+    of_text = tokenizer = text.tokenizer()
     totals: dict[str, Any] = {}
     if settings.model is not None:
         assert context.instance.seed is not None
         model = fresh_model(settings.model, text.made, context.instance.seed)
     elif settings.prune is not None:
         teacher = model_path(context.input("teacher"))
-        tokenizer.chat_template = chat_template_of(teacher) or tokenizer.chat_template
+        tokenizer = with_names_of(of_text, load_tokenizer(teacher, context.run.teacher.trust_remote_code))
         model, totals = prune(context, settings.prune)
     else:
         assert settings.path is not None
         path, facts = check_given_model(settings.path, text.made, "student.path", settings.trust_remote_code)
         model = load_model(path, "cpu", None, settings.trust_remote_code, to_compute=False)
         served_head(model, facts.tokenizer.vocab_size)  # refused here rather than by the first training
-        tokenizer.chat_template = chat_template_of(path) or tokenizer.chat_template
+        tokenizer = with_names_of(of_text, load_tokenizer(path, settings.trust_remote_code))
     if settings.quantize is not None:
         quantise(context, model, settings.quantize)
     save_trained(model, tokenizer, context.folder, settings.quantize is not None)
-    facts = model_facts(model, tokenizer)
+    # what its own tokenizer has beside the text's ids is padding to every later stage
+    facts = model_facts(model, of_text)
     return StageResult(
         facts=facts.model_dump(mode="json"),
         totals={

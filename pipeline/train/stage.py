@@ -7,7 +7,6 @@ import logging
 from collections.abc import Mapping
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from capgap.pipeline.generate.answers_file import WriterLogprobs
 from capgap.pipeline.models.configs import load_config
@@ -118,10 +117,13 @@ def run(context: StageContext) -> StageResult:
     totals = fit(model, task) if settings.max_tokens != 0 else _UNTRAINED
     if not context.ranks.is_first:
         return StageResult()
-    tokenizer = _with_chat_template(load_tokenizer(path, trusted), context.input("cache"))
+    of_text = RunText(context.input("cache")).tokenizer()
+    tokenizer = load_tokenizer(path, trusted)
+    # the cache's may be the teacher's
+    tokenizer.chat_template = tokenizer.chat_template or of_text.chat_template
     folder = context.folder / MODEL_FOLDER
     save_trained(model, tokenizer, context.folder, is_quantised(load_config(path, trusted)))
-    made = model_facts(model, tokenizer)
+    made = model_facts(model, of_text)
     card = model_card(context, settings, own.recording, own.temperature, made, totals, context.folder / METRICS_NAME)
     (folder / CARD_NAME).write_text(card)
     return StageResult(facts=made.model_dump(mode="json"), totals=totals)
@@ -141,13 +143,6 @@ def _logprobs(context: StageContext, cache: str | None, split: str) -> WriterLog
 
 def _round(instance: Instance) -> str:
     return "" if instance.round is None else f", round {instance.round}"
-
-
-def _with_chat_template(tokenizer: PreTrainedTokenizerBase, cache: StageInput) -> PreTrainedTokenizerBase:
-    """The student's tokenizer; where it has no chat template, with the cache's, which may be the teacher's."""
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = RunText(cache).tokenizer().chat_template
-    return tokenizer
 
 
 def _require_same_corpus(cache: StageInput, corpus: StageInput) -> None:

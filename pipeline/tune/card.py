@@ -58,7 +58,7 @@ def chat_card(
         "made by": f"capgap {version('capgap')}",
     }
     tokenizer = lesson.format.tokenizer
-    template = ChatTemplate(tokenizer, "the model's chat template", tokenizer.get_chat_template())
+    template = ChatTemplate(tokenizer, "the model's chat template")
     example = template.render(list(_EXAMPLE), [], "the example of the model card", asks=True)
     inputs = [
         f"| {role} | `{made.manifest.identity}` | `{made.manifest.content}` |" for role, made in context.inputs.items()

@@ -92,7 +92,7 @@ def _make(context: StageContext, chat: ChatFormat, facts: TokenizerFacts) -> Cha
         counts = {what.removeprefix("num_"): number for what, number in vars(made).items() if what != "rows"}
         totals |= {f"num_{name}_{what}": number for what, number in counts.items()}
         rows = in_whole_rows(made.rows, settings.max_len, facts.eos_id, settings.packing)
-        _require_rows(settings, name, rows, made.num_dropped_conversations)
+        _require_labels(settings, name, rows, made.num_dropped_conversations)
         totals |= {f"num_{name}_rows": len(rows), f"num_{name}_labels": int(rows.mask_BL1.sum())}
         writer = ShardWriter(context.folder, sidecars, name, Codec(SEQUENCES, settings.max_len, facts.vocab_size))
         starts = range(0, len(rows), _SHARD_ROWS)
@@ -108,7 +108,7 @@ def _make(context: StageContext, chat: ChatFormat, facts: TokenizerFacts) -> Cha
     return ChatRows(shard_sets=sets, totals=totals | {"num_bad_records": bad.num_bad})
 
 
-def _require_rows(settings: TuneSettings, name: str, rows: Sequences, num_dropped: int) -> None:
+def _require_labels(settings: TuneSettings, name: str, rows: Sequences, num_dropped: int) -> None:
     if not len(rows):
         raise InputError(
             "no conversation is left to learn from" if name == "train" else "no conversation is held out",
@@ -118,6 +118,14 @@ def _require_rows(settings: TuneSettings, name: str, rows: Sequences, num_droppe
             else "none",
             expected="at least one",
             fix="raise tune.max_len" if num_dropped else "change tune.heldout_fraction",
+        )
+    if not rows.mask_BL1[:, 1:].any():
+        raise InputError(
+            "no answer is left to learn from" if name == "train" else "no answer that counts is held out",
+            where=f"tune.sources: {', '.join(settings.sources)}",
+            found="answers of weight 0 alone",
+            expected="at least one that is learnt",
+            fix="give answers another weight, or change tune.heldout_fraction",
         )
 
 

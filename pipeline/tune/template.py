@@ -77,7 +77,8 @@ def with_template(tokenizer: PreTrainedTokenizerBase, setting: str | None) -> tu
 
 def roles_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The template `roles`, for a tokenizer that has the marks: what its special tokens are stands in the template."""
-    specials = json.dumps([[text, apart(text)] for text in special_texts(tokenizer)], ensure_ascii=False)
+    parted = [[text, apart(text)] for text in special_texts(tokenizer) if apart(text) != text]
+    specials = json.dumps(parted, ensure_ascii=False)
     begins = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
     return _ROLES.replace("SPECIALS", specials).replace("BEGIN", "bos_token" if begins else "''")
 

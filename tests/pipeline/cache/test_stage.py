@@ -238,6 +238,13 @@ def test_where_every_shard_is_finished_no_engine_is_started(run, inputs) -> None
     assert result.shard_sets == first.shard_sets
 
 
+def test_the_tokenizer_is_there_before_anything_is_scored(run) -> None:
+    tiny = run()
+    stage.prepare(_context(tiny))
+    folder = Path(tiny.out) / "cache"
+    assert (folder / "tokenizer" / "tokenizer.json").is_file() and not list(folder.glob("*.tar"))
+
+
 def test_every_engine_that_scored_a_shard_is_named(run) -> None:
     tiny = run()
     _unfinish(Path(tiny.out) / "cache", carry_out(tiny, CACHE), missing=0, engine="vllm 0.1")

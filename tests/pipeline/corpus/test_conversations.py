@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from capgap.pipeline.corpus.conversations import ChatFormat, Turns
-from capgap.pipeline.corpus.plain_text import plain, special_texts
+from capgap.pipeline.corpus.plain_text import special_texts
 from capgap.pipeline.corpus.records import Conversation
 from capgap.pipeline.corpus.sources import Document
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
@@ -157,15 +157,21 @@ def test_no_message_can_hold_a_special_token(name: str) -> None:
         assert asked == found.ids
 
 
-@settings(max_examples=200)
-@given(
-    st.text(st.sampled_from("<|>as k"), max_size=12), st.lists(st.text("<|>as k", min_size=1, max_size=4), max_size=4)
-)
-def test_plain_text_has_no_special_token_in_it(text: str, specials: list[str]) -> None:
-    specials = [special for special in specials if special.strip()]
-    said = plain(text, specials)
-    assert not any(special in said for special in specials)
-    assert said.replace(" ", "") == text.replace(" ", "") or any(len(s.strip()) < 2 or s[0] == " " for s in specials)
+@pytest.mark.parametrize("template", [None, CHATML, MARKED], ids=["roles", "chatml", "marked"])
+def test_a_special_token_of_one_character_stays_in_a_message_as_the_text_that_it_is(template: str | None) -> None:
+    def one() -> PreTrainedTokenizerBase:
+        tokenizer = _byte_level()
+        tokenizer.pad_token = "!"
+        return tokenizer
+
+    chat = ChatFormat(_with(one, template), "it")
+    messages = [{"role": "user", "content": "hi!"}, {"role": "assistant", "content": "hello! you! != x"}]
+    rows = _encode(chat, messages).rows
+    asked = chat.tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    assert rows[0].ids[: len(asked)] == asked and "hi!" in chat.tokenizer.decode(asked)
+    assert chat.tokenizer.decode(_answers(_encode(chat, messages))[0][1][:-1]) == "hello! you! != x"
+    (alone,) = _encode(chat, [messages[0], {"role": "assistant", "content": "!"}]).rows
+    assert alone.ids[len(asked) : len(asked) + 1] == [chat.tokenizer.pad_token_id], "it is a word, and no empty answer"
 
 
 @pytest.mark.parametrize("name", FORMATS)

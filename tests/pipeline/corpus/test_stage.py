@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -269,3 +270,16 @@ def test_a_fresh_model_knows_what_its_texts_begin_with(make_corpus_run, tmp_path
     config = fresh_model(ModelShape(hidden_size=16, num_layers=1, num_heads=2), corpus, 0).config
     tokenizer = load_tokenizer(tmp_path / "given")
     assert (config.bos_token_id, config.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize("teacher", [{"model": {}}, {"path": "somewhere"}, None], ids=["learns", "given", "none"])
+def test_text_that_is_kept_for_a_teacher_that_learns_nothing_is_said(
+    make_corpus_run, caplog: pytest.LogCaptureFixture, teacher: dict[str, Any] | None
+) -> None:
+    settings = make_corpus_run().model_dump(exclude_unset=True) | {"teacher": teacher}
+    run = RunFile.model_validate({name: value for name, value in settings.items() if value is not None})
+    num_tokens = carry_out(run, Instance("corpus")).totals["num_teacher_tokens"]
+    said = (
+        f"corpus.teacher_fraction keeps 50 % of the documents, {num_tokens:,} tokens, for a teacher that learns nothing"
+    )
+    assert (said in caplog.text) == (teacher is not None and "path" in teacher)

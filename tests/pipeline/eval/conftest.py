@@ -22,6 +22,7 @@ from capgap.schemas.facts import (
     CorpusFacts,
     ModelFacts,
     RecordingFacts,
+    SourceCounts,
     SplitFacts,
     TokenizerFacts,
     heldout_set,
@@ -32,7 +33,8 @@ from capgap.schemas.run_file import RunFile
 
 VOCAB_SIZE = 128
 TOKENIZER = TokenizerFacts(fingerprint="f" * 64, vocab_size=128, eos_id=0)
-TEXT = SplitFacts(num_documents=6, num_text_bytes=480, num_text_tokens=144)
+COUNTS = {"num_documents": 6, "num_text_bytes": 480, "num_text_tokens": 144}
+TEXT = SplitFacts(**COUNTS, by_source={"somewhere": SourceCounts(**COUNTS, num_labels=144)})
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from capgap.jobs.cli import main
 from capgap.pipeline.fidelity.fidelity import Teacher, fidelity_of, measure_cache
@@ -207,6 +208,18 @@ def test_the_teacher_itself_confirms_what_the_cache_says(real) -> None:
     assert 0 <= errors[30].independent - cached[30].independent <= cached[30].systematic / 30 + 1e-5
 
 
+def test_a_teacher_with_special_tokens_that_the_cache_does_not_know_is_asked(real, tmp_path) -> None:
+    chat = Path(shutil.copytree(real["given"], tmp_path / "chat"))
+    tokenizer = AutoTokenizer.from_pretrained(chat)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_end|>"]})
+    tokenizer.save_pretrained(chat)
+    found, plain = (
+        measure_cache(str(real["cache"]), Sampling(1), Teacher(str(path), "cpu"), 1).live
+        for path in (chat, real["given"])
+    )
+    assert found is not None and found == plain
+
+
 def test_another_tokenizer_is_refused(real, tmp_path) -> None:
     other = Path(shutil.copytree(real["given"], tmp_path / "other"))
     tokenizer = json.loads((other / "tokenizer.json").read_text())
@@ -214,7 +227,7 @@ def test_another_tokenizer_is_refused(real, tmp_path) -> None:
     first, second = list(vocabulary)[:2]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(MismatchError, match="the tokenizer is not the cache's"):
+    with pytest.raises(MismatchError, match="its tokenizer differs from that of the cache"):
         measure_cache(str(real["cache"]), ALL, Teacher(str(other), "cpu"))
 
 

@@ -20,6 +20,7 @@ from round_runs import (
     shards_of,
     write_prompts,
 )
+from tiny_chats import save_chat_model
 
 from capgap.pipeline.generate.asking import Asking, require_same_ends, turn_ends
 from capgap.pipeline.generate.prompts import PromptRecord, read_prompts
@@ -214,6 +215,19 @@ def test_a_template_that_leaves_out_a_call_or_a_system_message_is_refused(
         (prompt,) = read_prompts([write_prompts(tmp_path / "calls.jsonl", [line])])
         with pytest.raises(InputError, match=f"the writer's chat template refuses a prompt; found .*{found}"):
             asking.ids(prompt)
+
+
+def test_a_template_with_special_tokens_that_the_corpus_does_not_know_is_named(
+    make_rounds: MakeRounds, begun, tmp_path: Path
+) -> None:
+    chat = save_chat_model(tmp_path / "chat", begun["teacher"]["path"], max_position_embeddings=SEQ_LEN)
+    run = make_rounds({"teacher": {"path": chat}})
+    carry_out(run, Instance("teacher"), remake=True)
+    message = (
+        r"special tokens that the corpus's tokenizer does not have; found '<\|im_start\|>', '<\|im_end\|>', expected"
+    )
+    with pytest.raises(MismatchError, match=message):
+        carry_out(run, FIRST)
 
 
 def with_files(begun: dict[str, Any], tmp_path: Path, files: dict[str, str]) -> str:

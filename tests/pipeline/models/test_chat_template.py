@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
-from capgap.pipeline.models.chat_template import NUM_STEPS, ChatTemplate
+from capgap.pipeline.models.chat_template import NUM_STEPS, ChatTemplate, default_template
 from capgap.schemas.errors import BadRecordError, InputError
 
 MESSAGES = [
@@ -121,6 +121,17 @@ def test_the_bound_is_a_count_and_grows_with_the_conversation() -> None:
     with pytest.raises(InputError, match="more than 10,00"):
         _render(not_quite)
     assert _render(not_quite, [{"role": "user", "content": "x" * 10_000}]) == "done"
+
+
+def test_of_several_templates_the_default_one_is_taken_or_the_lack_of_it_is_said() -> None:
+    several: Any = {"tool_use": "tools", "default": "words"}
+    template = default_template(_tokenizer(several), "the template")
+    assert template.render(MESSAGES, [], "x") == "words"
+    assert default_template(_tokenizer("one"), "the template").render(MESSAGES, [], "x") == "one"
+    without: Any = {"tool_use": "tools", "rag": "found"}
+    message = "the template: none of the chat templates is the default; found 'rag', 'tool_use', expected one"
+    with pytest.raises(InputError, match=message):
+        default_template(_tokenizer(without), "the template")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,42 @@ def test_a_cache_has_the_teacher_s_chat_template_where_the_corpus_has_none(corpu
     manifest = corpus.manifest.model_copy(update={"files": content_files(tmp_path / "talks")})
     write_tokenizer(StageInput(tmp_path / "talks", manifest), str(tmp_path / "teacher"), tmp_path / "other")
     assert AutoTokenizer.from_pretrained(tmp_path / "other" / "tokenizer").chat_template == "own"
+
+
+@pytest.mark.parametrize("names", [("default", "tool_use"), ("rag", "tool_use"), ("default",)])
+def test_a_cache_has_all_named_chat_templates_of_the_teacher(
+    corpus: StageInput, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    tokenizer = RunText(corpus).tokenizer()
+    tokenizer.chat_template = {name: f"{TEMPLATE}{name}" for name in names}
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    write_tokenizer(corpus, str(tmp_path / "teacher"), tmp_path / "cache")
+    found = AutoTokenizer.from_pretrained(tmp_path / "cache" / "tokenizer")
+    assert found.chat_template == AutoTokenizer.from_pretrained(tmp_path / "teacher").chat_template
+    assert found.get_chat_template("tool_use" if "tool_use" in names else None).startswith(TEMPLATE)
+
+
+def test_the_name_of_a_chat_template_leads_to_no_other_folder(corpus: StageInput, tmp_path: Path) -> None:
+    tokenizer = RunText(corpus).tokenizer()
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    path = tmp_path / "teacher" / "tokenizer_config.json"
+    templates = [{"name": "default", "template": "x"}, {"name": "../../x", "template": "y"}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))
+    with pytest.raises(InputError, match=r"the name of a chat template is no file's name; found '\.\./\.\./x'"):
+        write_tokenizer(corpus, str(tmp_path / "teacher"), tmp_path / "cache")
+
+
+def test_a_template_with_special_tokens_that_the_corpus_does_not_know_is_not_kept_with_the_text(
+    corpus: StageInput, tmp_path: Path
+) -> None:
+    tokenizer = RunText(corpus).tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|turn|>"]})
+    for template, kept in ((f"<|turn|>{TEMPLATE}", None), (TEMPLATE, TEMPLATE)):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / "teacher")
+        write_tokenizer(corpus, str(tmp_path / "teacher"), tmp_path / "cache")
+        found = AutoTokenizer.from_pretrained(tmp_path / "cache" / "tokenizer")
+        assert found.chat_template == kept and tokenizer_facts(found) == RunText(corpus).facts.tokenizer
 
 
 def test_a_damaged_tokenizer_is_not_read(corpus: StageInput) -> None:

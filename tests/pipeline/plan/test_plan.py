@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -270,6 +271,25 @@ def test_a_tokenizer_that_is_not_here_leaves_out_what_depends_on_it(
     assert plan.teacher_parameters.value is None and "no model can be found" in plan.teacher_parameters.source
     assert plan.student_parameters.value is None and plan.needed_bytes.value is None
     assert any("not known" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "changes", "said"),
+    [
+        (0.6, {}, r"keeps 60 % of the documents, [\d,]+ tokens, for a teacher that learns nothing here: set corpus\."),
+        (0.6, {"adapt": {"max_tokens": 256}}, None),
+        (0.0, {}, None),
+    ],
+)
+def test_text_that_is_kept_for_a_teacher_that_learns_nothing_is_said(
+    run: Callable[..., RunFile], tmp_path: Path, fraction: float, changes: dict[str, Any], said: str | None
+) -> None:
+    base = run().model_dump(mode="json")
+    base["corpus"]["teacher_fraction"] = fraction
+    base["teacher"] = {"path": str(tmp_path / "absent")} | changes
+    notes = make_plan(RunFile.model_validate(base), Stated()).notes
+    found = [note for note in notes if "corpus.teacher_fraction" in note]
+    assert [re.search(said, note) is not None for note in found] == ([True] if said else [])
 
 
 def test_a_teacher_far_from_home_is_told_to_be_adapted(run: Callable[..., RunFile]) -> None:

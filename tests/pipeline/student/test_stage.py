@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import settings_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_chats import save_chat_model
+from tiny_runs import SEQ_LEN, settings_of
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.models.text import RunText
+from capgap.pipeline.stage.context import Instance, StageInput
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.errors import SettingError
@@ -47,6 +50,33 @@ def test_a_given_model_s_weights_arrive_unchanged_with_the_corpus_s_tokenizer(ma
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(source).get_vocab()
     assert {Path(entry.path).name for entry in manifest.sources} >= {"model.safetensors", "config.json"}
+
+
+ASKED = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize("source", ["path", "prune"])
+def test_a_chat_student_keeps_the_special_tokens_that_the_corpus_does_not_know(
+    tiny, tmp_path: Path, source: str
+) -> None:
+    chat = save_chat_model(tmp_path / "chat", tiny["teacher"]["path"], max_position_embeddings=SEQ_LEN)
+    changes: dict[str, Any] = {"out": str(tmp_path / "run"), "reuse": {"corpus": f"{tiny['out']}/corpus"}}
+    changes |= {"path": {"student": {"path": chat}}, "prune": {"teacher": {"path": chat}, "student": {"prune": {}}}}[
+        source
+    ]
+    run = RunFile.model_validate({name: value for name, value in tiny.items() if name != "corpus"} | changes)
+    if source == "prune":
+        carry_out(run, Instance("teacher"))
+    manifest = carry_out(run, Instance("student", seed=1))
+    folder = Path(run.out) / "student/seed-1/model"
+    own, found = (AutoTokenizer.from_pretrained(path) for path in (chat, folder))
+    ids = found.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False)
+    assert ids == own.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False)
+    assert ids.count(found.convert_tokens_to_ids("<|im_start|>")) == 2
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == found.convert_tokens_to_ids("<|im_end|>")
+    # the corpus decides which ids there are to be learnt
+    corpus = StageInput(Path(tiny["out"]) / "corpus", read_manifest(Path(tiny["out"]) / "corpus"))
+    assert manifest.facts["tokenizer"] == RunText(corpus).facts.tokenizer.model_dump()
 
 
 @pytest.fixture(scope="module")

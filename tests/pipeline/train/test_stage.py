@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import ModelCard
 from pydantic import ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_chats import save_chat_model
 from tiny_runs import NEEDED, SEQ_LEN, TRAIN, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -110,6 +111,24 @@ def test_the_chat_template_of_student_or_teacher_is_kept(made, tmp_path, owner: 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == template
     assert tokenizer.apply_chat_template([{"role": "user", "content": "3"}], tokenize=False) == "[user] 3 "
+
+
+def test_a_trained_chat_student_keeps_the_special_tokens_that_the_corpus_does_not_know(made, tmp_path) -> None:
+    run = made["number"]
+    chat = save_chat_model(tmp_path / "chat", run["teacher"]["path"], max_position_embeddings=SEQ_LEN)
+    reuse = {name: f"{run['out']}/{name}" for name in ("corpus", "teacher", "cache")}
+    kept = {name: value for name, value in run.items() if name not in reuse}
+    changes = {"out": str(tmp_path / "out"), "reuse": reuse, "student": {"path": chat}}
+    new = RunFile.model_validate(kept | changes | {"arms": {"distilled": {"max_tokens": 2 * 4 * SEQ_LEN}}})
+    for instance in (NEEDED[-1], TRAIN):
+        manifest = carry_out(new, instance)
+    folder, asked = Path(new.out) / TRAIN.name / "model", [{"role": "user", "content": "3"}]
+    own, found = (AutoTokenizer.from_pretrained(path) for path in (chat, folder))
+    assert found.get_vocab() == own.get_vocab() and found.eos_token == "<|im_end|>"
+    assert found.apply_chat_template(asked, tokenize=False) == own.apply_chat_template(asked, tokenize=False)
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == found.eos_token_id
+    cache = read_manifest(Path(run["out"]) / "cache")
+    assert cache is not None and manifest.facts["tokenizer"] == cache.facts["tokenizer"]
 
 
 def test_a_cache_without_held_out_sequences_trains_the_same_student(made, tmp_path, caplog) -> None:

@@ -14,6 +14,8 @@ from tiny_chats import CHATML, MAX_LEN, conversations, write
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from capgap.pipeline.corpus.records import read_record
+from capgap.pipeline.corpus.split import split_of
 from capgap.pipeline.models.load import load_model
 from capgap.pipeline.models.low_bit import LowBitLinear, layers_to_quantise, make_low_bit, scheme_of
 from capgap.pipeline.models.trainable import save_trained
@@ -301,6 +303,24 @@ def test_answers_that_do_not_end_within_a_row_are_left_out_and_counted(make_run:
     assert sum(totals.get(f"num_{part}_dropped_conversations", 0) for part in parts) == 5
     assert sum(totals.get(f"num_{part}_dropped_answers", 0) for part in parts) == 25
     assert sum(totals[f"num_{part}_answers"] for part in parts) == 40
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [("student", "no answer is left to learn from; found answers"), ("heldout", "no answer that counts is held out")],
+)
+def test_conversations_of_which_no_answer_counts_are_refused(
+    make_run: MakeRun, tmp_path: Path, left_out: str, message: str
+) -> None:
+    def split(messages: list[dict[str, Any]]) -> str:
+        return split_of(read_record("a", {"messages": messages}, "text", "auto").to_json(), 0.0, 0.2)
+
+    said = conversations()
+    muted = [[one | ({"weight": 0} if one["role"] == "assistant" else {}) for one in messages] for messages in said]
+    records = [one for one in said if split(one) != left_out] + [one for one in muted if split(one) == left_out]
+    run = make_run(tmp_path / "out", sources=[write(tmp_path / "chat.jsonl", [{"messages": one} for one in records])])
+    with pytest.raises(InputError, match=f"{message}.* of weight 0 alone, expected at least one that is learnt"):
+        carry_out(run, TUNE)
 
 
 def test_bad_conversations_are_skipped_and_counted(make_run: MakeRun, tmp_path: Path) -> None:
