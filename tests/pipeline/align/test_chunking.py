@@ -215,7 +215,7 @@ def stream_of(tokenizer: TextTokenizer, eos_id: int, texts: list[str], seq_len: 
     packer = Packer(seq_len, eos_id, "split", bos_ids)
     for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
         packer.add(Encoded(Document("one", text), ids))
-    sequences: Sequences = packer.take()
+    sequences: Sequences = packer.take().sequences
     labels_BL = sequences.tokens_BL1[:, 1:]
     targets = TopkTargets(
         labels_BL[..., None].copy(), np.full((*labels_BL.shape, 1), -1, np.float32),
