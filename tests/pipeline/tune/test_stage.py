@@ -303,6 +303,18 @@ def test_answers_that_do_not_end_within_a_row_are_left_out_and_counted(make_run:
     assert sum(totals[f"num_{part}_answers"] for part in parts) == 40
 
 
+def test_a_conversation_that_was_exported_twice_is_learnt_or_measured_once(make_run: MakeRun, tmp_path: Path) -> None:
+    talks = [
+        {"messages": [{"id": f"{export}-{i}", **message} for i, message in enumerate(messages)]}
+        for export in range(2)
+        for messages in conversations(20)
+    ]
+    source = write(tmp_path / "twice.jsonl", talks)
+    totals = carry_out(make_run(tmp_path, sources=[source], num_epochs=1), TUNE).totals
+    assert totals["num_repeated_conversations"] == 20
+    assert totals["num_train_conversations"] + totals["num_heldout_conversations"] == 20
+
+
 def test_bad_conversations_are_skipped_and_counted(make_run: MakeRun, tmp_path: Path) -> None:
     good = [{"conversations": [{"from": m["role"], "value": m["content"]} for m in talk]} for talk in conversations(20)]
     bad = [{"prompt": "x", "completion": ""}, {"text": "x"}, "x"]
