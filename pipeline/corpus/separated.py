@@ -94,10 +94,11 @@ def _between_tabs(lines: Iterator[str], name: str) -> Iterator[tuple[int, _Row]]
     while following is not None:
         line, following = following, next(lines, None)
         number += 1
-        row: _Row = _split(line)
-        if any(map(_OPEN.fullmatch, row)):
-            if following is not None and len(row) == num_values == len(_split(following)):
-                row = _open_quote(f"{name}:{number}", line)
+        values = _split(line)
+        row: _Row
+        if any(map(_OPEN.fullmatch, values)):
+            if following is not None and len(values) == num_values == len(_split(following)):
+                row = _open_quote(f"{name}:{number}", values)
             else:
                 reader = csv.reader(chain([line, following or ""], lines), delimiter="\t", strict=True)
                 row = next(reader)
@@ -105,7 +106,7 @@ def _between_tabs(lines: Iterator[str], name: str) -> Iterator[tuple[int, _Row]]
                     number += reader.line_num - 1
                     following = next(lines, None)
         else:
-            row = [_unquoted(value) for value in row]
+            row = [_unquoted(value) for value in values]
         if isinstance(row, list):
             num_values = num_values or (len(row) if any(row) else 0)
         yield number, row
@@ -120,11 +121,11 @@ def _unquoted(value: str) -> str:
     return value if _QUOTED.fullmatch(value) is None else value[1:-1].replace('""', '"')
 
 
-def _open_quote(where: str, line: str) -> BadRecordError:
+def _open_quote(where: str, values: list[str]) -> BadRecordError:
     return BadRecordError(
         "a value begins with a quote that does not end in its line, and the next line is a row by itself",
         where=where,
-        found=ascii(next(value for value in _split(line) if _OPEN.fullmatch(value)))[:60],
+        found=ascii(next(value for value in values if _OPEN.fullmatch(value)))[:60],
         expected="a quote at the end of the value as well",
         fix=f"write the file as JSONL, {SKIP}",
     )
