@@ -105,7 +105,7 @@ def _packed(tokenizer: Any, texts: list[str], num_tokens: int) -> Sequences:
     packer = Packer(SEQ_LEN, tokenizer_facts(tokenizer).eos_id, "split")
     for text, one in zip(texts, tokenizer.backend_tokenizer.encode_batch_fast(texts), strict=True):
         packer.add(Encoded(Document("", text), one.ids))
-    return packer.take().part(slice(num_tokens // SEQ_LEN))
+    return packer.take().sequences.part(slice(num_tokens // SEQ_LEN))
 
 
 def _job(folder: Path, recording: str, sequences: Sequences, teacher: Any, student: Any) -> AlignJob:

@@ -31,7 +31,7 @@ class SourceCounts(Record):
     """What a split has of one source."""
 
     num_documents: int = 0
-    """Documents that were packed."""
+    """Documents that begin in the split's sequences."""
 
     num_text_bytes: int = 0
     """UTF-8 bytes of their text."""
@@ -44,10 +44,10 @@ class SourceCounts(Record):
 
 
 class SplitFacts(Record):
-    """One split of the corpus. Where it has a limit that was reached, that of the units it was taken from."""
+    """One split of the corpus."""
 
     num_documents: int
-    """Documents in the split."""
+    """Documents that begin in its sequences; what is counted of them is counted whole."""
 
     num_text_bytes: int
     """UTF-8 bytes of their text."""

@@ -138,7 +138,8 @@ class CorpusSettings(Record):
 
     dedup: Literal["unit", "all"] = "unit"
     """How far a text is looked for that was there before, letter for letter: in its unit, or in all of the sources,
-    which are read once more for that. A repeated text never reaches two splits in either case."""
+    which are read once more for that. A repeated text never reaches two splits in either case. Conversations are the
+    same where the same is said in them, whatever ids, times and weights stand beside it."""
 
     unit_bytes: int = Field(64 << 20, ge=1)
     """Bytes of the sources that are read, packed and written by themselves: the unit of work in which the stage goes on

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, BinaryIO
 
 from capgap.pipeline.corpus.bad_records import BadRecords
-from capgap.pipeline.corpus.files import BUILTIN, list_files
+from capgap.pipeline.corpus.files import BUILTIN, places_by_source
 from capgap.pipeline.corpus.formats import open_unpacked, records_of
 from capgap.pipeline.corpus.kinds import TABLE_SUFFIXES, TEXT_SUFFIXES, Place, is_packed, kind_of
 from capgap.pipeline.corpus.places import state_of
@@ -32,20 +32,20 @@ _SAMPLED_FILE_BYTES = 1 << 22
 
 
 def text_bytes(
-    sources: tuple[str, ...], text_field: str, messages_field: str | None = None, skips: bool = False
+    places: Sequence[Place], text_field: str, messages_field: str | None = None, skips: bool = False
 ) -> Figure:
-    """UTF-8 bytes of text in the sources; of conversations, those of their JSON.
+    """UTF-8 bytes of text in files and the builtin text; of conversations, those of their JSON.
 
     Raises:
-        InputError: a source is missing, or a record without text, unless these are skipped.
+        InputError: a file is missing, or a record without text, unless these are skipped.
     """
     total, how = 0.0, []
-    if BUILTIN in sources:
+    if BUILTIN in places:
         num_bytes = sum(len(document.text.encode()) for document in read_documents((BUILTIN,), ""))
         total += num_bytes
         how.append(f"{num_bytes:,} bytes of {BUILTIN}, counted")
     by_kind: dict[str, list[Place]] = defaultdict(list)
-    for path in list_files(tuple(source for source in sources if source != BUILTIN)):
+    for path in (place for place in places if place != BUILTIN):
         suffixes = PurePath(str(path)).suffixes
         by_kind["".join(suffixes[-2 if is_packed(path) else -1 :])].append(path)
     for kind, paths in by_kind.items():
@@ -56,20 +56,21 @@ def text_bytes(
             f"{len(paths)} {kind} of {size:,} bytes"
             + ("" if share == 1 else f", {share:.2f} of text in each, by a sample")
         )
-    return Figure(value=total, source=", ".join(how))
+    return Figure(value=total, source=", ".join(how) or "no file that is not counted already")
 
 
 def source_texts(settings: CorpusSettings) -> tuple[list[Figure], list[float]]:
     """The text of each source, and the share of it that is taken where sources are weighed against one another.
 
     Raises:
-        InputError: as `text_bytes`.
+        InputError: as `places_by_source` and `text_bytes`.
+        MachineError: as `places_by_source`.
     """
     skips = settings.on_bad_record == "skip"
     sources = [source for _, source in settings.named_sources]
     texts = [
-        text_bytes(source.paths, source.text_field or settings.text_field, settings.messages_field, skips)
-        for source in sources
+        text_bytes(places, source.text_field or settings.text_field, settings.messages_field, skips)
+        for source, places in zip(sources, places_by_source(settings), strict=True)
     ]
     weighed = [
         None if source.weight is None else max(text.value or 0.0, 1.0) / source.weight
@@ -91,7 +92,7 @@ def bytes_per_token(
     Each source is given by its files, folders and patterns, and the field of its text.
 
     Raises:
-        InputError: as `text_bytes`.
+        InputError: as `read_documents`.
     """
     texts: list[str] = []
     num_bytes = 0
@@ -143,7 +144,7 @@ def _text_of_stream(path: Place, text_field: str, messages_field: str | None, sk
                 if not skips:
                     raise
                 continue
-            num_text_bytes += len((found.to_json() if isinstance(found, Conversation) else str(found)).encode())
+            num_text_bytes += len((found.said if isinstance(found, Conversation) else str(found)).encode())
             if counted.num_read >= _SAMPLED_FILE_BYTES:
                 break
         num_inflated = counted.num_read + len(stream.read(_SAMPLED_FILE_BYTES))

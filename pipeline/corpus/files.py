@@ -17,6 +17,7 @@ from capgap.pipeline.corpus.places import places_of_url
 from capgap.pipeline.store import is_url
 from capgap.pipeline.store.files import files_below
 from capgap.schemas.errors import InputError
+from capgap.schemas.run_corpus import CorpusSettings
 
 BUILTIN = "builtin:python"
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -25,18 +26,61 @@ _LICENCES = ("licence", "license", "copying", "notice")
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
-def list_files(sources: tuple[str, ...], section: str = "corpus") -> list[Place]:
-    """The files that these sources name, in the order in which they are read; builtin text is none.
+def list_places(sources: tuple[str, ...], section: str = "corpus") -> list[Place]:
+    """What these sources name, in the order in which it is read, each file once however often it is named.
 
     Args:
-        sources: files, folders and patterns, on this machine or as URLs.
+        sources: files, folders and patterns, on this machine or as URLs; or `BUILTIN`, which stands for itself.
         section: of the run file, for errors.
 
     Raises:
         InputError: a source names nothing, or a file of an unknown kind.
         MachineError: the client for a URL is not installed.
     """
-    return [path for source in sources if source != BUILTIN for path in _files_of(source, section)]
+    found: dict[Place, Place] = {}
+    for source in sources:
+        for place in [BUILTIN] if source == BUILTIN else _files_of(source, section):
+            found.setdefault(_identity(place), place)
+    return list(found.values())
+
+
+def list_files(sources: tuple[str, ...], section: str = "corpus") -> list[Place]:
+    """The files among `list_places`, of which builtin text is none."""
+    return [place for place in list_places(sources, section) if place != BUILTIN]
+
+
+def places_by_source(settings: CorpusSettings) -> list[list[Place]]:
+    """Of each source of a corpus what is read of it: of a list, what none before it names.
+
+    Raises:
+        InputError: as `list_places`, or two sources of a mixture name the same text.
+        MachineError: as `list_places`.
+    """
+    found: list[list[Place]] = []
+    claimed: dict[tuple[Place, str], str] = {}
+    for name, source in settings.named_sources:
+        found.append([])
+        for place in list_places(source.paths):
+            # fields of one file may hold different texts; a conversation, and a file that is a text, are there once
+            has_fields = settings.messages_field is None and kind_of(place) not in TEXT_SUFFIXES
+            key = (_identity(place), (source.text_field or settings.text_field) if has_fields else "")
+            if key not in claimed:
+                claimed[key] = name
+                found[-1].append(place)
+            elif settings.mixture:
+                raise InputError(
+                    "two sources of the mixture name the same text",
+                    where=f"corpus.mixture.{name}: {place}",
+                    found=f"it in corpus.mixture.{claimed[key]} too",
+                    expected="it in one of them, whose weight and max_tokens count",
+                    fix="take it out of the paths of the other",
+                )
+    return found
+
+
+def _identity(place: Place) -> Place:
+    """The same for the same file, whatever path or link leads to it."""
+    return place.resolve() if isinstance(place, Path) else place
 
 
 def local_files(sources: tuple[str, ...], section: str = "corpus") -> list[Path]:

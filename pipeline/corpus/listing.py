@@ -14,7 +14,7 @@ from pathlib import Path
 
 from capgap.pipeline.corpus.amounts import source_texts
 from capgap.pipeline.corpus.bad_records import in_section
-from capgap.pipeline.corpus.files import BUILTIN, list_files
+from capgap.pipeline.corpus.files import BUILTIN, places_by_source
 from capgap.pipeline.corpus.formats import Span
 from capgap.pipeline.corpus.kinds import LINE_SUFFIXES, Place, is_packed, kind_of
 from capgap.pipeline.corpus.places import state_of
@@ -112,27 +112,28 @@ def list_units(settings: CorpusSettings) -> Listing:
     """List the sources.
 
     Raises:
-        InputError: a source names nothing, a file of an unknown kind, or a damaged Parquet file.
+        InputError: a source names nothing, a file of an unknown kind, or a damaged Parquet file; or two of a mixture
+            name the same text.
         MachineError: the client for a URL is not installed.
     """
     files: list[ListedFile] = []
     # of each source that is mixed its own units; a list of sources is read as one
     units: list[list[list[FilePart]]] = [[]]
     room = 0
+    places = places_by_source(settings)
     for number, (_, source) in enumerate(settings.named_sources):
         fields = fields_read(source.text_field or settings.text_field, settings.messages_field)
         if settings.mixture and number:
             units.append([])
             room = 0
-        for path in source.paths:
-            for place in [BUILTIN] if path == BUILTIN else list_files((path,)):
-                files.append(_listed(place, number))
-                for part in _parts(len(files) - 1, files[-1], fields, settings.unit_bytes, room):
-                    if room <= 0:
-                        units[-1].append([])
-                        room = settings.unit_bytes
-                    units[-1][-1].append(part)
-                    room -= part.num_bytes
+        for place in places[number]:
+            files.append(_listed(place, number))
+            for part in _parts(len(files) - 1, files[-1], fields, settings.unit_bytes, room):
+                if room <= 0:
+                    units[-1].append([])
+                    room = settings.unit_bytes
+                units[-1][-1].append(part)
+                room -= part.num_bytes
     is_weighed = any(source.weight is not None for _, source in settings.named_sources)
     shares = source_texts(settings)[1] if is_weighed else [1.0] * len(settings.named_sources)
     return Listing(files=tuple(files), units=tuple(map(tuple, _mixed(units))), shares=tuple(shares))

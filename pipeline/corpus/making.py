@@ -96,8 +96,8 @@ def unit_meter(job: CorpusJob, title: str, wanted: list[int]) -> Iterator[UnitMe
 
 
 def _amounts(record: UnitRecord) -> tuple[int, int]:
-    counts = [counts for of_split in record.counts.values() for counts in of_split.by_source.values()]
-    return sum(one.num_documents for one in counts), sum(one.num_text_tokens for one in counts)
+    counts = record.counts.values()
+    return sum(one.num_documents for one in counts), sum(one.num_tokens for one in counts)
 
 
 def find_all_repeated(job: CorpusJob) -> None:

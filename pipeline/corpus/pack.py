@@ -38,8 +38,20 @@ class Encoded(NamedTuple):
     mask: Sequence[bool] | BoolArray | None = None
 
 
+class Packed(NamedTuple):
+    """Sequences, and what they are made of.
+
+    Attributes:
+        sequences: whole ones.
+        begun: for each of them the documents that begin in it, numbered as they were added, the first of all 0.
+    """
+
+    sequences: Sequences
+    begun: list[list[int]]
+
+
 class AnyPacker(Protocol):
-    """Documents in, sequences out.
+    """Documents in, sequences out; one that is left out has no number.
 
     Attributes:
         num_waiting: tokens of documents that are in no sequence yet.
@@ -50,7 +62,7 @@ class AnyPacker(Protocol):
     def add(self, document: Encoded) -> int:
         """Take a document; the tokens of its text, its end included, or 0 where it is left out."""
 
-    def take(self) -> Sequences:
+    def take(self) -> Packed:
         """The sequences that what waits makes."""
 
 
@@ -71,7 +83,7 @@ class Packer:
         long_documents: Literal["split", "drop", "refuse"],
         bos_ids: tuple[int, ...] = (),
     ) -> None:
-        self.num_waiting = 0
+        self.num_waiting = self._num_begun = 0
         self._seq_len, self._eos_id, self._long, self._bos_ids = seq_len, eos_id, long_documents, bos_ids
         self._parts: list[IntArray] = []
         self._masks: list[BoolArray] = []
@@ -111,7 +123,7 @@ class Packer:
         self.num_waiting += len(part)
         return len(ids) + len(end)
 
-    def take(self) -> Sequences:
+    def take(self) -> Packed:
         """Every whole sequence; what is left waits."""
         tokens_T = np.concatenate(self._parts) if self._parts else np.zeros(0, np.int32)
         mask_T = np.concatenate(self._masks) if self._masks else np.zeros(0, np.bool_)
@@ -131,7 +143,14 @@ class Packer:
             made.mask_BL1[number, num_put] &= not is_rest
         if rows:
             self._keep(rows[-1][0] + shape[1] - rows[-1][1], tokens_T, mask_T, begins_D)
-        return made
+        return Packed(made, self._begun(made))
+
+    def _begun(self, made: Sequences) -> list[list[int]]:
+        begun = []
+        for num_starts in made.starts_BL1.sum(axis=1).tolist():
+            begun.append(list(range(self._num_begun, self._num_begun + num_starts)))
+            self._num_begun += num_starts
+        return begun
 
     def _keep(self, first: int, tokens_T: IntArray, mask_T: BoolArray, begins_D: npt.NDArray[np.int64]) -> None:
         """What begins at token `first` waits."""

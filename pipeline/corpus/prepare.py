@@ -15,7 +15,8 @@ from capgap.pipeline.corpus.encode import write_text_tokenizer
 from capgap.pipeline.corpus.extend import extend_tokenizer
 from capgap.pipeline.corpus.files import folders_in_words
 from capgap.pipeline.corpus.listing import Listing, list_units
-from capgap.pipeline.corpus.sources import read_documents
+from capgap.pipeline.corpus.records import Conversation
+from capgap.pipeline.corpus.sources import Document, read_documents
 from capgap.pipeline.corpus.split import split_of
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.corpus.unit import UNITS_FOLDER, CorpusJob, digest_of, documents_of
@@ -130,14 +131,24 @@ def _sampled_texts(job: CorpusJob) -> Iterator[str]:
     bad = BadRecords("corpus", settings.on_bad_record, settings.max_bad_fraction, num_named=0)
     seen: set[bytes] = set()
     for number in range(num_sampled):
-        unit = number * num_units // num_sampled
-        texts = (document.text for document, _ in documents_of(job, unit, bad, []))
-        for text in texts if is_small else _at_most(texts, SAMPLE_BYTES // num_sampled):
-            digest = digest_of(text)
-            if digest not in seen and split_of(text, settings.teacher_fraction, settings.heldout_fraction) != "heldout":
-                seen.add(digest)
-                yield text
+        documents = documents_of(job, number * num_units // num_sampled, bad, [])
+        texts = (_words(document) for document, _ in documents if _is_learnt(document, settings, seen))
+        yield from texts if is_small else _at_most(texts, SAMPLE_BYTES // num_sampled)
     bad.finish()
+
+
+def _is_learnt(document: Document, settings: CorpusSettings, seen: set[bytes]) -> bool:
+    """Whether it is not held out and was not there before."""
+    digest = digest_of(document.text)
+    if digest in seen or split_of(document.text, settings.teacher_fraction, settings.heldout_fraction) == "heldout":
+        return False
+    seen.add(digest)
+    return True
+
+
+def _words(document: Document) -> str:
+    """What a tokenizer is to be learnt from: of a conversation what is said, not the JSON that says it."""
+    return document.text if document.messages is None else Conversation.from_json(document.messages).words
 
 
 def _at_most(texts: Iterator[str], num_bytes: int) -> Iterator[str]:

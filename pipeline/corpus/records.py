@@ -16,19 +16,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from capgap.pipeline.corpus.turns import MAX_DEPTH, ROLES, SKIP, in_turns, is_deep, loaded
+from capgap.pipeline.corpus.pairs import ANSWERED_FIELDS, ASKED_FIELDS, FURTHER_FIELDS, HISTORY_FIELD, pair_of
+from capgap.pipeline.corpus.turns import MAX_DEPTH, ROLES, SKIP, content_of, in_turns, is_deep, loaded
 from capgap.schemas.errors import BadRecordError
 
 AUTO = "auto"
 """As `messages_field`: the record's own keys say where its conversation is."""
 
 CONVERSATION_FIELDS = ("messages", "conversations", "conversation")
-ASKED_FIELDS = ("prompt", "instruction", "question", "query")
-ANSWERED_FIELDS = ("completion", "output", "response", "answer", "chosen")
-FURTHER_FIELDS = ("context", "input")
-BESIDE_FIELDS = (*FURTHER_FIELDS, "history", "system", "system_prompt", "tools", "functions")
+SYSTEM_FIELDS = ("system", "system_prompt")
+BESIDE_FIELDS = (*FURTHER_FIELDS, HISTORY_FIELD, *SYSTEM_FIELDS, "tools", "functions")
 
-_ASKS = ("user", "assistant")
+THOUGHTS = ("reasoning", "reasoning_content", "thinking")
+"""Where a message has what its model thought before it spoke."""
+
+_SAID = tuple(sorted(("role", "content", "name", *THOUGHTS)))
+"""Fields of a message that tell conversations apart, with its calls."""
 
 _A_LIST = 'a list such as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
 
@@ -46,11 +49,24 @@ class Conversation:
     tools: list[dict[str, Any]]
 
     def to_json(self) -> str:
-        """The same text for the same conversation: the messages, or an object of both where there are tools.
+        """All of it: the messages with every field, or an object of both where there are tools."""
+        return self._written([dict(sorted(message.items())) for message in self.messages])
+
+    @property
+    def said(self) -> str:
+        """The same text for the same conversation, whatever ids, times and weights an export has put beside it.
 
         What a template writes as it is, definitions and arguments, keeps its order.
         """
-        messages = [dict(sorted(message.items())) for message in self.messages]
+        return self._written([_said(message) for message in self.messages])
+
+    @property
+    def words(self) -> str:
+        """What people and models say in it, thoughts too, without the JSON around it."""
+        texts = (message[name] for message in self.messages for name in (*THOUGHTS, "content") if name in message)
+        return "\n\n".join(text for text in texts if isinstance(text, str) and text)
+
+    def _written(self, messages: list[dict[str, Any]]) -> str:
         value = {"messages": messages, "tools": self.tools} if self.tools else messages
         return json.dumps(value, ensure_ascii=False, default=str)
 
@@ -59,6 +75,15 @@ class Conversation:
         """The conversation of `to_json`."""
         value = json.loads(text)
         return cls(value, []) if isinstance(value, list) else cls(value["messages"], value["tools"])
+
+
+def _said(message: dict[str, Any]) -> dict[str, Any]:
+    """What a message says, sorted by name: of calls, whose ids are others in every export, the functions alone."""
+    said = {name: message[name] for name in _SAID if name in message}
+    if "tool_calls" in message:
+        functions = (call["function"] for call in message["tool_calls"])
+        said["tool_calls"] = [{"name": one["name"], "arguments": one["arguments"]} for one in functions]
+    return said
 
 
 def read_record(where: str, record: object, text_field: str, messages_field: str | None) -> str | Conversation:
@@ -76,7 +101,7 @@ def read_record(where: str, record: object, text_field: str, messages_field: str
     if messages_field is None:
         return _text(where, record, text_field)
     _require_shallow(where, record, messages_field)
-    found, fields = _find(record, messages_field)
+    found, fields = _find(where, record, messages_field)
     messages = in_turns(where, found)
     if messages is None:
         raise BadRecordError(
@@ -86,8 +111,9 @@ def read_record(where: str, record: object, text_field: str, messages_field: str
             expected=_A_LIST,
             fix="set corpus.messages_field, or leave it out for plain text",
         )
-    system = next((fields[name] for name in ("system", "system_prompt") if fields.get(name)), None)
-    if isinstance(system, str) and system.strip() and messages[0]["role"] not in ("system", "developer"):
+    systems = [content_of(f"{where}, field {name!r}", fields.get(name)) for name in SYSTEM_FIELDS]
+    system = next((text for text in systems if text.strip()), None)
+    if system is not None and messages[0]["role"] not in ("system", "developer"):
         messages.insert(0, {"role": "system", "content": system})
     tools = _tools(where, next((fields[name] for name in ("tools", "functions") if fields.get(name)), None))
     conversation = Conversation(messages, tools)
@@ -105,7 +131,7 @@ def fields_read(text_field: str, messages_field: str | None) -> tuple[str, ...]:
     return (messages_field, *BESIDE_FIELDS)
 
 
-def _find(record: object, field: str) -> tuple[object, Mapping[str, Any]]:
+def _find(where: str, record: object, field: str) -> tuple[object, Mapping[str, Any]]:
     """What holds the conversation, and the fields that stand beside it."""
     if not isinstance(record, dict):
         return record, {}
@@ -114,60 +140,15 @@ def _find(record: object, field: str) -> tuple[object, Mapping[str, Any]]:
         value = record.get(field)
     value = loaded(value)
     if isinstance(value, dict):  # a whole request, as servers log them
-        return _find(value, AUTO)
+        return _find(where, value, AUTO)
     if field != AUTO or value is not None:
         return value, record
-    return _pair(record), record
-
-
-def _pair(record: Mapping[str, Any]) -> object:
-    """A question and its answer as messages; None where the record has no such fields."""
-    asked = next((name for name in ASKED_FIELDS if record.get(name) is not None), None)
-    answered = next((name for name in ANSWERED_FIELDS if record.get(name) is not None), None)
-    if answered is None:
-        return None
-    answer = _messages_in(record[answered])
-    if isinstance(answer, list) and not _are_messages(answer):
-        return None
-    if isinstance(answer, list):
-        # a preferred answer often repeats what was asked
-        if asked is None or answer[0].get("role", answer[0].get("from")) not in ("assistant", "gpt", "model"):
-            return answer
-    elif asked is None:
-        return None
-    question = _messages_in(record[asked])
-    for further in (record.get(name) for name in FURTHER_FIELDS if asked != "prompt"):
-        if isinstance(question, str) and isinstance(further, str) and further.strip():
-            question = f"{question}\n\n{further}"
-    messages = question if isinstance(question, list) else [{"role": "user", "content": question}]
-    earlier = _earlier(record.get("history"))
-    answers = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-    return None if earlier is None else [*earlier, *messages, *answers]
-
-
-def _earlier(history: object) -> list[dict[str, Any]] | None:
-    """The turns before a question, as pairs of question and answer; None for what is none such."""
-    pairs = loaded(history) or []
-    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        return None
-    return [{"role": role, "content": text} for pair in pairs for role, text in zip(_ASKS, pair, strict=True)]
-
-
-def _messages_in(value: object) -> object:
-    """A list of messages, also out of the JSON that says it; anything else as it is, JSON that is an answer too."""
-    found = loaded(value)
-    return found if _are_messages(found) else value
-
-
-def _are_messages(value: object) -> bool:
-    if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
-        return False
-    return all("role" in one or "from" in one for one in value)
+    return pair_of(where, record), record
 
 
 def _tools(where: str, value: object) -> list[dict[str, Any]]:
     tools = loaded(value)
-    if tools is None or tools == "":
+    if tools is None or (isinstance(tools, str) and tools.strip() in ("", "null")):
         return []
     tools = [tools] if isinstance(tools, dict) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

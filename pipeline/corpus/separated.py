@@ -1,18 +1,31 @@
-"""Rows of separated values, as records named by the first row."""
+"""Rows of separated values, as records named by the first row that is not empty.
+
+Commas separate values as in RFC 4180: a value in quotes may hold commas, line breaks, and quotes written twice. Tabs
+separate them in two ways, with such quotes and without any, and no file says which. So a value is taken out of its
+quotes where they stand around the whole of it, and any other quote is a character. A quote that only opens is one of a
+value over several lines, unless the next line is a row by itself: then it is refused, for it could be either.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, BinaryIO
 
 from capgap.pipeline.corpus.encodings import not_utf8
 from capgap.pipeline.corpus.tables import require_columns
+from capgap.pipeline.corpus.turns import SKIP
 from capgap.schemas.errors import BadRecordError, InputError
 
 _OTHER_SEPARATORS = (";", "\t", "|", ",")
+_OPEN = re.compile(r'"[^"]*(?:""[^"]*)*')
+_QUOTED = re.compile(f'{_OPEN.pattern}"')
+
+_Row = list[str] | BadRecordError
 
 
 def separated_values(
@@ -31,14 +44,18 @@ def separated_values(
     """
     csv.field_size_limit(sys.maxsize)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    rows = csv.reader(text, delimiter=separator, strict=True)
+    rows = _between_tabs(text, name) if separator == "\t" else _between(text, separator)
     header: list[str] | None = None
+    line = 0
     try:
-        for row in rows:
-            where = f"{name}:{rows.line_num}"
-            if header is None:
-                header = row
-                _require_header(header, name, separator, fields)
+        for line, row in rows:
+            where = f"{name}:{line}"
+            if isinstance(row, BadRecordError):
+                yield where, row
+            elif header is None:
+                if any(value.strip() for value in row):
+                    header = row
+                    _require_header(header, where, name, separator, fields)
             elif row and len(row) != len(header):
                 yield (
                     where,
@@ -50,11 +67,11 @@ def separated_values(
                 record: dict[str, Any] = dict(zip(header, row, strict=True))
                 yield where, record
     except UnicodeDecodeError as error:
-        raise not_utf8(error, f"{name}:{rows.line_num + 1}", InputError) from None
+        raise not_utf8(error, f"{name}:{line + 1}", InputError) from None
     except csv.Error as error:
         raise InputError(
             "cannot be read as separated values",
-            where=f"{name}:{rows.line_num + 1}",
+            where=f"{name}:{line + 1}",
             found=error,
             expected="a quote for each that is opened",
             fix="mend the file, or write it as JSONL",
@@ -63,12 +80,63 @@ def separated_values(
         text.detach()
 
 
-def _require_header(header: list[str], name: str, separator: str, fields: tuple[str, ...]) -> None:
+def _between(lines: Iterator[str], separator: str) -> Iterator[tuple[int, _Row]]:
+    """Rows, each with the line that it ends with."""
+    rows = csv.reader(lines, delimiter=separator, strict=True)
+    for row in rows:
+        yield rows.line_num, row
+
+
+def _between_tabs(lines: Iterator[str], name: str) -> Iterator[tuple[int, _Row]]:
+    """Rows, each with the line that it ends with; a row that cannot be told is the error that says so."""
+    number = num_values = 0
+    following = next(lines, None)
+    while following is not None:
+        line, following = following, next(lines, None)
+        number += 1
+        values = _split(line)
+        row: _Row
+        if any(map(_OPEN.fullmatch, values)):
+            if following is not None and len(values) == num_values == len(_split(following)):
+                row = _open_quote(f"{name}:{number}", values)
+            else:
+                reader = csv.reader(chain([line, following or ""], lines), delimiter="\t", strict=True)
+                row = next(reader)
+                if reader.line_num > 1:
+                    number += reader.line_num - 1
+                    following = next(lines, None)
+        else:
+            row = [_unquoted(value) for value in values]
+        if isinstance(row, list):
+            num_values = num_values or (len(row) if any(row) else 0)
+        yield number, row
+
+
+def _split(line: str) -> list[str]:
+    line = line.rstrip("\r\n")
+    return line.split("\t") if line else []
+
+
+def _unquoted(value: str) -> str:
+    return value if _QUOTED.fullmatch(value) is None else value[1:-1].replace('""', '"')
+
+
+def _open_quote(where: str, values: list[str]) -> BadRecordError:
+    return BadRecordError(
+        "a value begins with a quote that does not end in its line, and the next line is a row by itself",
+        where=where,
+        found=ascii(next(value for value in values if _OPEN.fullmatch(value)))[:60],
+        expected="a quote at the end of the value as well",
+        fix=f"write the file as JSONL, {SKIP}",
+    )
+
+
+def _require_header(header: list[str], where: str, name: str, separator: str, fields: tuple[str, ...]) -> None:
     other = next((one for one in _OTHER_SEPARATORS if one != separator and one in header[0]), None)
     if len(header) == 1 and other is not None:
         raise InputError(
             "the values are separated otherwise",
-            where=f"{name}:1",
+            where=where,
             found=f"{header[0][:60]!a} in the first row",
             expected=f"names with {separator!a} between them",
             fix=f"write it with {separator!a} instead of {other!a}, or as JSONL",

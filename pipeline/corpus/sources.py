@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capgap.pipeline.corpus.bad_records import BadRecords, in_section
-from capgap.pipeline.corpus.files import BUILTIN, list_files
+from capgap.pipeline.corpus.files import BUILTIN, list_places
 from capgap.pipeline.corpus.formats import Span, read_records
 from capgap.pipeline.corpus.kinds import TEXT_SUFFIXES, Place, kind_of
 from capgap.pipeline.corpus.records import fields_read, read_record
@@ -29,8 +29,8 @@ class Document:
 
     Attributes:
         name: file, and record in it.
-        text: of a conversation, its messages as JSON.
-        messages: the same JSON where the record is a conversation, None for text.
+        text: of a conversation, what is said in it as JSON, by which conversations are told apart.
+        messages: all of it as JSON where the record is a conversation, None for text.
     """
 
     name: str
@@ -45,7 +45,7 @@ def read_documents(
     bad: BadRecords | None = None,
     section: str = "corpus",
 ) -> Iterator[Document]:
-    """Every document of every source, in a fixed order; empty ones are left out.
+    """Every document of every source, in a fixed order, of a file that is named twice once; empty ones are left out.
 
     Args:
         sources: files, folders, globs or URLs, or builtin text.
@@ -60,10 +60,8 @@ def read_documents(
         BadRecordError: a record without text or messages, if it stops.
     """
     bad = bad or BadRecords(section, "stop", 0.0)
-    for source in sources:
-        files: list[Place] = [BUILTIN] if source == BUILTIN else list_files((source,), section)
-        for file in files:
-            yield from read_documents_of(file, None, text_field, messages_field, bad, section)
+    for place in list_places(sources, section):
+        yield from read_documents_of(place, None, text_field, messages_field, bad, section)
 
 
 def read_documents_of(
@@ -120,7 +118,8 @@ def _from_file(
             if isinstance(found, str):
                 yield Document(where, found)
             else:
-                text = found.to_json()
-                yield Document(where, text, text)
+                whole, said = found.to_json(), found.said
+                # most are the same, and need be in memory but once
+                yield Document(where, whole if said == whole else said, whole)
     except InputError as error:
         raise in_section(error, section) from None

@@ -94,7 +94,7 @@ def _finished(job: CorpusJob, turn_end_ids: tuple[int, ...]) -> StageResult:
         f"num_{split}_tokens": sets[split].num_tokens if split in sets else 0 for split in SPLITS
     }
     if settings.messages_field is not None:
-        counted |= {f"num_{split}_labels": totals.counts[split].num_labels for split in SPLITS}
+        counted |= {f"num_{split}_labels": totals.inside[split].num_labels for split in SPLITS}
     counted["num_repeated_documents"] = totals.num_repeated
     counted["num_bad_records"] = totals.bad.num_bad
     counted["num_dropped_documents"] = sum(one.num_dropped for one in totals.counts.values())
@@ -117,7 +117,7 @@ def _finished(job: CorpusJob, turn_end_ids: tuple[int, ...]) -> StageResult:
 
 def _require_some(job: CorpusJob, split: Split, totals: Totals) -> None:
     """Raise InputError where a split has no sequence, or none with a label, or where there is no text at all."""
-    settings, counts, text = job.settings, totals.counts[split], totals.split_facts(split)
+    settings, counts = job.settings, totals.counts[split]
     if totals.num_documents() == 0:
         raise empty_corpus(settings)
     num_documents = totals.num_documents(split)
@@ -125,11 +125,11 @@ def _require_some(job: CorpusJob, split: Split, totals: Totals) -> None:
         raise InputError(
             f"no whole sequence for the split {split}",
             where="corpus",
-            found=f"{num_documents} documents, {text.num_text_tokens} tokens, {counts.num_dropped} too long",
+            found=f"{num_documents} documents, {counts.num_tokens} tokens, {counts.num_dropped} too long",
             expected=f"at least {settings.seq_len + 1} tokens",
             fix=f"give more text, lower corpus.seq_len, or give {split} a larger share",
         )
-    if totals.shards[split] and not counts.num_labels:
+    if totals.shards[split] and not totals.inside[split].num_labels:
         raise InputError(
             f"no token counts as a label in the split {split}",
             where="corpus",

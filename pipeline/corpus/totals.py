@@ -11,7 +11,7 @@ from capgap.pipeline.corpus.bad_records import BadRecords
 from capgap.pipeline.corpus.limits import Limits
 from capgap.pipeline.corpus.split import SPLITS, Split
 from capgap.pipeline.corpus.unit import CorpusJob
-from capgap.pipeline.corpus.unit_record import SplitCounts, UnitRecord
+from capgap.pipeline.corpus.unit_record import ShardCounts, SplitCounts, UnitRecord
 from capgap.pipeline.store import ShardReader
 from capgap.schemas.facts import SourceCounts, SplitFacts
 from capgap.schemas.manifest import ShardEntry
@@ -22,7 +22,8 @@ class Totals:
 
     Attributes:
         shards: those that are wanted, of each split.
-        counts: what is in a split; the text by the number of its source.
+        counts: what was read for a split.
+        inside: what is in its shards.
         ids_SV: how often each split holds each id [S, V].
         bad: records that could not be used.
         num_repeated: documents left out because their text was there before.
@@ -33,6 +34,7 @@ class Totals:
         self._job, self._limits = job, Limits(job.settings, job.listing)
         self.shards: dict[Split, list[ShardEntry]] = {split: [] for split in SPLITS}
         self.counts = {split: SplitCounts() for split in SPLITS}
+        self.inside = {split: ShardCounts() for split in SPLITS}
         self.ids_SV: npt.NDArray[np.int64] = np.zeros((len(SPLITS), job.facts.vocab_size), np.int64)
         self.bad = BadRecords("corpus", "skip", job.settings.max_bad_fraction)
         self.num_repeated = 0
@@ -46,62 +48,54 @@ class Totals:
         self.num_repeated += record.num_repeated
         self.damaged += record.damaged
         for number, split in enumerate(SPLITS):
-            shards, counts = taken[split], record.counts[split]
+            shards = taken[split]
             if not shards and record.shards[split]:
                 continue
             self.shards[split] += shards
-            ids_V = ids_SV[number]
-            if len(shards) < len(record.shards[split]):
-                ids_V, counts = self._read_again(split, shards, counts)
-            self.ids_SV[number] += ids_V
-            self.counts[split] = _sum(self.counts[split], counts)
+            is_cut = len(shards) < len(record.shards[split])
+            self.ids_SV[number] += self._ids_in(split, shards) if is_cut else ids_SV[number]
+            self.counts[split] = _read(self.counts[split], record.counts[split])
+            for counts in record.shard_counts[split][: len(shards)]:
+                self.inside[split] = _inside(self.inside[split], counts)
 
     def num_documents(self, split: Split | None = None) -> int:
         """Documents that were read of a split, or of all."""
         of = SPLITS if split is None else (split,)
-        packed = sum(one.num_documents for each in of for one in self.counts[each].by_source.values())
-        return packed + sum(self.counts[each].num_dropped for each in of)
+        return sum(self.counts[each].num_documents + self.counts[each].num_dropped for each in of)
 
     def split_facts(self, split: Split) -> SplitFacts:
         """The facts of a split."""
         names = [name for name, _ in self._job.settings.named_sources]
         by_source: dict[str, SourceCounts] = {}
-        for source, counts in sorted(self.counts[split].by_source.items()):
+        for source, counts in sorted(self.inside[split].by_source.items()):
             by_source[names[source]] = _added(by_source.get(names[source], SourceCounts()), counts)
         return SplitFacts(
-            num_documents=self.counts[split].num_documents,
+            num_documents=sum(one.num_documents for one in by_source.values()),
             num_text_bytes=sum(one.num_text_bytes for one in by_source.values()),
             num_text_tokens=sum(one.num_text_tokens for one in by_source.values()),
             by_source=by_source,
-            by_length=self.counts[split].by_length,
+            by_length=self.inside[split].by_length,
         )
 
-    def _read_again(
-        self, split: Split, shards: tuple[ShardEntry, ...], counts: SplitCounts
-    ) -> tuple[npt.NDArray[np.int64], SplitCounts]:
-        """The ids, and what the counts are, of the first shards of a unit of which the others are too much."""
+    def _ids_in(self, split: Split, shards: tuple[ShardEntry, ...]) -> npt.NDArray[np.int64]:
+        """How often the first shards of a unit, of which the others are too much, hold each id."""
         reader = ShardReader(self._job.folder, self._job.shard_set(split, list(shards)))
         ids_V = np.zeros(self._job.facts.vocab_size, np.int64)
-        num_labels = num_documents = 0
         for member in range(reader.shard_set.num_members):
-            sequences = reader.read(member)[0]
-            ids_V += np.bincount(sequences.tokens_BL1.ravel(), minlength=len(ids_V))
-            num_labels += int(sequences.mask_BL1[:, 1:].sum())
-            num_documents += int(sequences.starts_BL1.sum())
-        return ids_V, counts.model_copy(update={"num_labels": num_labels, "num_documents": num_documents})
+            ids_V += np.bincount(reader.read(member)[0].tokens_BL1.ravel(), minlength=len(ids_V))
+        return ids_V
 
 
-def _sum(left: SplitCounts, right: SplitCounts) -> SplitCounts:
+def _read(left: SplitCounts, right: SplitCounts) -> SplitCounts:
+    return SplitCounts(**{name: value + getattr(right, name) for name, value in left})
+
+
+def _inside(left: ShardCounts, right: ShardCounts) -> ShardCounts:
     by_source = dict(left.by_source)
     for source, counts in right.by_source.items():
         by_source[source] = _added(by_source.get(source, SourceCounts()), counts)
-    numbers = ("num_documents", "num_dropped", "num_dropped_answers", "num_labels")
     by_length = map(sum, zip_longest(left.by_length, right.by_length, fillvalue=0))
-    return SplitCounts(
-        **{name: getattr(left, name) + getattr(right, name) for name in numbers},
-        by_source=by_source,
-        by_length=tuple(by_length),
-    )
+    return ShardCounts(num_labels=left.num_labels + right.num_labels, by_source=by_source, by_length=tuple(by_length))
 
 
 def _added(left: SourceCounts, right: SourceCounts) -> SourceCounts:

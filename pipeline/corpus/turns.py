@@ -49,7 +49,7 @@ def in_turns(where: str, value: object) -> list[dict[str, Any]] | None:
     if not isinstance(value, list) or not value:
         return None
     if all(isinstance(turn, str) for turn in value):
-        return [
+        value = [
             {"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), value, strict=False)
         ]
     if not all(isinstance(turn, dict) for turn in value):
@@ -58,40 +58,57 @@ def in_turns(where: str, value: object) -> list[dict[str, Any]] | None:
         value = [{"role": role.lower(), "content": turn[role]} for turn in value for role in ("User", "Assistant")]
     messages = []
     for number, turn in enumerate(value, start=1):
-        if not isinstance(turn.get("role", turn.get("from")), str):
+        role = role_of(turn)
+        if role is None:
             return None
-        messages.append(_message(f"{where}, message {number}", turn))
+        messages.append(_message(f"{where}, message {number}", turn, role))
     return messages
 
 
-def _message(where: str, turn: dict[str, Any]) -> dict[str, Any]:
+def role_of(turn: dict[str, Any]) -> str | None:
+    """Who speaks, by the name in `ROLES` if it is a known one; None where no text says it."""
+    # a table fills up the name that a turn does not use
+    said = turn.get("from") if turn.get("role") is None else turn["role"]
+    if not isinstance(said, str):
+        return None
+    role = said.lower()
+    if role in _CALLS:
+        return "assistant"
+    role = _ALSO_CALLED.get(role, role)
+    return role if role in ROLES else said
+
+
+def are_turns(value: object) -> bool:
+    """Whether it is a list of turns for certain: each of somebody known, with something to say."""
+    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
+        return False
+    says = (*_CONTENTS, "tool_calls", "function_call")
+    return all(role_of(turn) in ROLES and any(turn.get(name) is not None for name in says) for turn in value)
+
+
+def _message(where: str, turn: dict[str, Any], role: str) -> dict[str, Any]:
     # a table fills up what a message does not have
     parts = {name: part for name, part in turn.items() if part is not None}
-    role = parts.pop("role", None) or parts.pop("from")
+    said = parts.pop("role" if "role" in parts else "from")
     named = next((name for name in _CONTENTS if name in parts), None)
     content = None if named is None else parts.pop(named)
-    if role.lower() in (*ROLES, *_ALSO_CALLED, *_CALLS):
-        role = role.lower()
-    if role in _CALLS:
-        return {**parts, "role": "assistant", "content": "", "tool_calls": _calls(where, content)}
-    message = {"role": _ALSO_CALLED.get(role, role), "content": _content(where, content), **parts}
-    if named is None and message["role"] == "user":
+    if said.lower() in _CALLS:
+        return {**parts, "role": role, "content": "", "tool_calls": _calls(where, content)}
+    message = {"role": role, "content": content_of(where, content), **parts}
+    if role == "user" and not message["content"].strip():
         raise BadRecordError(
-            "a message has no text",
+            "a message of the user has no text",
             where=where,
-            found=f"fields {', '.join(map(str, turn))}"[:200],
-            expected=f"one of {', '.join(_CONTENTS)}",
+            found=f"fields {', '.join(map(str, turn))}"[:200] if named is None else ascii(content)[:80],
+            expected=f"a text in one of {', '.join(_CONTENTS)}",
             fix=SKIP,
         )
     if not _is_learnt(where, message):
         message["weight"] = 0
     older = message.pop("function_call", None)
-    if older is not None and not message.get("tool_calls"):
-        message["tool_calls"] = [older]
-    if not message.get("tool_calls"):
-        message.pop("tool_calls", None)
-    else:
-        message["tool_calls"] = _calls(where, message["tool_calls"])
+    calls = loaded(message.pop("tool_calls", None)) or ([] if older is None else [older])
+    if calls:
+        message["tool_calls"] = _calls(where, calls)
     return message
 
 
@@ -109,7 +126,7 @@ def _is_learnt(where: str, message: dict[str, Any]) -> bool:
     return bool(weight and train)
 
 
-def _content(where: str, value: object) -> str:
+def content_of(where: str, value: object) -> str:
     """Text as it is, text parts joined by a line break as servers join them, and nothing as an empty text."""
     if value is None:
         return ""
@@ -123,32 +140,47 @@ def _content(where: str, value: object) -> str:
         elif isinstance(part, str):
             texts.append(part)
         else:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            kind = part.get("type", "object") if isinstance(part, dict) else type(part).__name__
             raise BadRecordError(
-                "a message holds what is no text", where=where, found=f"a part of type {kind}", expected="text alone"
+                "a message holds what is no text",
+                where=where,
+                found=f"a part of type {kind}",
+                expected="text alone",
+                fix=SKIP,
             )
     return "\n".join(texts)
 
 
 def _calls(where: str, value: object) -> list[dict[str, Any]]:
-    """Tool calls with their arguments as objects, which is how chat templates expect them."""
+    """Tool calls, at least one, with their arguments as objects, which is how chat templates expect them."""
     found = loaded(value)
     calls = []
-    for call in found if isinstance(found, list) else [found]:
+    for call in found if isinstance(found, list) and found else [found]:
         called = {name: part for name, part in call.items() if part is not None} if isinstance(call, dict) else {}
         function = called.get("function", called)
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        arguments = _arguments(function.get("arguments")) if isinstance(function, dict) else None
+        if arguments is None or not isinstance(function.get("name"), str):
             raise BadRecordError(
                 "a tool call cannot be read",
                 where=where,
                 found=ascii(call)[:80],
                 expected='an object such as {"type": "function", "function": {"name": "...", "arguments": {...}}}',
+                fix=SKIP,
             )
         function = {name: part for name, part in function.items() if part is not None and name not in ("id", "type")}
-        function["arguments"] = loaded(function.get("arguments", {}))
+        function["arguments"] = arguments
         around = {name: called[name] for name in ("id", "type") if name in called}
         calls.append({"type": "function", **around, "function": function})
     return calls
+
+
+def _arguments(value: object) -> dict[str, Any] | None:
+    """The arguments of a call, of which an empty text says that there are none, as in vLLM; None where they are no
+    object."""
+    found = loaded(value)
+    if found is None or (isinstance(found, str) and found.strip() in ("", "null")):
+        return {}
+    return found if isinstance(found, dict) else None
 
 
 def loaded(value: object) -> Any:

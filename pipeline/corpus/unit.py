@@ -10,7 +10,6 @@ all of them are whole. Memory holds a batch of documents, the digests of the uni
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,30 +19,26 @@ import numpy as np
 import numpy.typing as npt
 
 from capgap.pipeline.corpus.bad_records import BadRecords
-from capgap.pipeline.corpus.encode import EncodedDocument, Encoder
+from capgap.pipeline.corpus.encode import Encoder
 from capgap.pipeline.corpus.limits import Limits
 from capgap.pipeline.corpus.listing import Listing
-from capgap.pipeline.corpus.pack import AnyPacker, Packer
 from capgap.pipeline.corpus.repeated import Repeated
 from capgap.pipeline.corpus.sources import Document, read_documents_of
 from capgap.pipeline.corpus.split import SPLITS, Split, split_of
-from capgap.pipeline.corpus.unit_record import SplitCounts, UnitRecord
-from capgap.pipeline.corpus.whole import WholePacker
+from capgap.pipeline.corpus.split_out import SplitOut
+from capgap.pipeline.corpus.unit_record import UnitRecord
 from capgap.pipeline.stage.unit_notes import UnitNotes
-from capgap.pipeline.store import Block, ShardWriter, split_blocks
+from capgap.pipeline.store import ShardWriter
 from capgap.pipeline.store.codec import SEQUENCES, Codec
 from capgap.pipeline.store.files import atomic_file, sha256_of
 from capgap.pipeline.store.sidecars import read_sidecar, write_sidecar
 from capgap.schemas.errors import BadRecordError, InputError
-from capgap.schemas.facts import SourceCounts, TokenizerFacts
+from capgap.schemas.facts import TokenizerFacts
 from capgap.schemas.manifest import ShardEntry, ShardSet
-from capgap.schemas.records import Sequences
 from capgap.schemas.run_corpus import CorpusSettings
 
 UNITS_FOLDER, COUNTS_FOLDER = "units", "counts"
 _BATCH_DOCUMENTS, _BATCH_BYTES = 64, 1 << 20
-# Whole conversations are packed so many tokens at a time: with fewer, more padding would be left.
-_PACKED_TOKENS = 1 << 20
 
 Advance = Callable[[int, int, int], None]
 """Called with bytes of text, documents and tokens that were made since it was called last."""
@@ -161,7 +156,9 @@ class _Making:
         self._job, self._unit, self._encoder, self._advance = job, unit, encoder, advance
         settings = job.settings
         self._bad = BadRecords("corpus", settings.on_bad_record, settings.max_bad_fraction, num_named=0)
-        self._outs = {split: _SplitOut(job, unit, split) for split in SPLITS}
+        self._outs = {
+            split: SplitOut(settings, job.writer(unit, split), split, job.facts, job.bos_ids) for split in SPLITS
+        }
         # a split that is full already takes nothing more
         self._full = set(full)
         self._num_repeated = 0
@@ -189,6 +186,7 @@ class _Making:
             out.end()
         return UnitRecord(
             shards={split: tuple(out.shards) for split, out in self._outs.items()},
+            shard_counts={split: tuple(out.shard_counts) for split, out in self._outs.items()},
             counts={split: out.counts for split, out in self._outs.items()},
             num_repeated=self._num_repeated,
             bad=self._bad.tally,
@@ -221,90 +219,10 @@ class _Making:
         for one, encoded in zip(batch, found, strict=True):
             num_bytes += one.num_bytes
             if encoded is not None and one.split not in self._full:
-                num_tokens += self._outs[one.split].add(one, encoded)
+                num_tokens += self._outs[one.split].add(one.source, encoded)
                 if self._outs[one.split].is_full:
                     self._full.add(one.split)
         self._advance(num_bytes, len(batch), num_tokens)
-
-
-class _SplitOut:
-    """What a unit makes of one split."""
-
-    def __init__(self, job: CorpusJob, unit: int, split: Split) -> None:
-        self._settings, self._size = job.settings, job.settings.sequences_per_shard
-        self._writer, self._eos_id = job.writer(unit, split), job.facts.eos_id
-        self._packer: AnyPacker
-        if job.settings.whole_conversations:
-            self._packer = WholePacker(job.settings.seq_len, job.facts.eos_id)
-        else:
-            self._packer = Packer(job.settings.seq_len, job.facts.eos_id, job.settings.long_documents, job.bos_ids)
-        self._most = job.settings.max_tokens.get(split)
-        self._parts: list[Sequences] = []
-        self._totals = dict.fromkeys(("num_documents", "num_dropped", "num_dropped_answers", "num_labels"), 0)
-        self._by_source: dict[int, dict[str, int]] = {}
-        self._by_length = Counter[int]()
-        self.shards: list[ShardEntry] = []
-        self.counts_V = np.zeros(job.facts.vocab_size, np.int64)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether this unit alone holds all that the split may have."""
-        num_sequences = sum(shard.num_sequences for shard in self.shards)
-        return self._most is not None and num_sequences * self._settings.seq_len >= self._most
-
-    @property
-    def counts(self) -> SplitCounts:
-        """What is in it."""
-        by_source = {source: SourceCounts(**counts) for source, counts in self._by_source.items()}
-        by_length = tuple(self._by_length[digits] for digits in range(max(self._by_length, default=-1) + 1))
-        return SplitCounts(**self._totals, by_source=by_source, by_length=by_length)
-
-    def add(self, read: _Read, encoded: EncodedDocument) -> int:
-        """Take a document, and write the shards that are full; its tokens."""
-        taken = [self._packer.add(row) for row in encoded.rows]
-        self._totals["num_dropped_answers"] += encoded.num_dropped_answers
-        if not any(taken):
-            self._totals["num_dropped"] += 1
-            return 0
-        if self._settings.whole_conversations:
-            self._totals["num_documents"] += 1
-        counts = self._by_source.setdefault(read.source, dict.fromkeys(SourceCounts.model_fields, 0))
-        counts["num_documents"] += 1
-        counts["num_text_bytes"] += len(encoded.rows[0].document.text.encode())
-        counts["num_text_tokens"] += sum(taken)
-        self._by_length[sum(taken).bit_length()] += 1
-        labels = (
-            number if row.mask is None else int(np.count_nonzero(row.mask))
-            for row, number in zip(encoded.rows, taken, strict=True)
-        )
-        counts["num_labels"] += sum(labels)
-        least = self._size * (self._settings.seq_len + 1)
-        if self._packer.num_waiting >= max(least, _PACKED_TOKENS * self._settings.whole_conversations):
-            self._take()
-        return sum(taken)
-
-    def end(self) -> None:
-        """Write what is left."""
-        self._take()
-        if self._parts and not self.is_full:
-            self._write(Sequences.joined(self._parts))
-        self._parts = []
-
-    def _take(self) -> None:
-        made = self._packer.take()
-        if len(made):
-            self._parts.append(made)
-        while sum(map(len, self._parts)) >= self._size and not self.is_full:
-            whole = Sequences.joined(self._parts)
-            self._write(whole.part(slice(0, self._size)))
-            self._parts = [whole.part(slice(self._size, None))] if len(whole) > self._size else []
-
-    def _write(self, sequences: Sequences) -> None:
-        self.shards.append(self._writer.write(len(self.shards), [Block(part) for part in split_blocks(sequences)]))
-        self.counts_V += np.bincount(sequences.tokens_BL1.ravel(), minlength=len(self.counts_V))
-        self._totals["num_labels"] += int(sequences.mask_BL1[:, 1:].sum())
-        if not self._settings.whole_conversations:
-            self._totals["num_documents"] += int(sequences.starts_BL1.sum())
 
 
 def documents_of(job: CorpusJob, unit: int, bad: BadRecords, damaged: list[str]) -> Iterator[tuple[Document, int]]:

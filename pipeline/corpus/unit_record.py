@@ -12,10 +12,13 @@ from capgap.schemas.manifest import ShardEntry
 
 
 class SplitCounts(Entry):
-    """What a unit has of one split."""
+    """What a unit read of one split, whether it fills a sequence or not."""
 
     num_documents: int = 0
-    """Documents in its sequences, at least in part."""
+    """Documents that were packed."""
+
+    num_tokens: int = 0
+    """Tokens of their text."""
 
     num_dropped: int = 0
     """Left out because they were too long."""
@@ -23,14 +26,18 @@ class SplitCounts(Entry):
     num_dropped_answers: int = 0
     """Of whole conversations, left out because they did not end within a sequence."""
 
+
+class ShardCounts(Entry):
+    """What is in one shard, or in several."""
+
     num_labels: int = 0
     """Tokens of its sequences that count as labels."""
 
     by_source: dict[int, SourceCounts] = Field(default_factory=dict)
-    """Text by the number of its source."""
+    """The documents that begin in it, by the number of their source."""
 
     by_length: tuple[int, ...] = ()
-    """Documents by their tokens, see `SplitFacts`."""
+    """These by their tokens, see `SplitFacts`."""
 
 
 class UnitRecord(Entry):
@@ -39,8 +46,11 @@ class UnitRecord(Entry):
     shards: dict[Split, tuple[ShardEntry, ...]]
     """Its shards by split, in their order."""
 
+    shard_counts: dict[Split, tuple[ShardCounts, ...]]
+    """What is in each of them."""
+
     counts: dict[Split, SplitCounts]
-    """What is in them."""
+    """What was read for them."""
 
     num_repeated: int
     """Documents left out because their text was there before."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from capgap.pipeline.corpus.bad_records import BadRecords
-from capgap.pipeline.corpus.pack import Encoded
+from capgap.pipeline.corpus.pack import Encoded, Packed
 from capgap.pipeline.corpus.sources import Document
 from capgap.pipeline.stage.progress import progress
 from capgap.schemas.errors import BadRecordError
@@ -86,7 +86,7 @@ class WholePacker:
     """
 
     def __init__(self, seq_len: int, fill_id: int) -> None:
-        self.num_waiting = 0
+        self.num_waiting = self._num_taken = 0
         self._seq_len, self._fill_id = seq_len, fill_id
         self._waiting: list[Encoded] = []
 
@@ -98,10 +98,13 @@ class WholePacker:
         self.num_waiting += len(ids)
         return len(ids)
 
-    def take(self) -> Sequences:
+    def take(self) -> Packed:
         """Rows of all that waits."""
         waiting, self._waiting, self.num_waiting = self._waiting, [], 0
-        return in_whole_rows(waiting, self._seq_len, self._fill_id)
+        rows = best_fit([len(one.ids) for one in waiting], self._seq_len + 1)
+        first, self._num_taken = self._num_taken, self._num_taken + len(waiting)
+        begun = [[first + index for index in row] for row in rows]
+        return Packed(_laid_out(waiting, rows, self._seq_len, self._fill_id), begun)
 
 
 def in_whole_rows(conversations: Sequence[Encoded], seq_len: int, fill_id: int, packing: bool = True) -> Sequences:
@@ -114,6 +117,11 @@ def in_whole_rows(conversations: Sequence[Encoded], seq_len: int, fill_id: int, 
         packing: several in a row; best fit, the longest first, which leaves little padding.
     """
     rows = best_fit([len(one.ids) for one in conversations], seq_len + 1) if packing else _one_each(conversations)
+    return _laid_out(conversations, rows, seq_len, fill_id)
+
+
+def _laid_out(conversations: Sequence[Encoded], rows: list[list[int]], seq_len: int, fill_id: int) -> Sequences:
+    """Rows of these indices of conversations."""
     shape = (len(rows), seq_len + 1)
     tokens_BL1, starts_BL1, mask_BL1 = np.full(shape, fill_id, np.int32), np.zeros(shape, bool), np.zeros(shape, bool)
     for number, row in enumerate(rows):

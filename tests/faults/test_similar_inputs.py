@@ -179,9 +179,14 @@ def test_a_conversation_in_a_usual_form_is_read_and_its_answers_learnt(
         (_turns(), "no conversation; found []"),
         (
             _turns({"role": "user", "utterance": "how many?"}, SAID),
-            "message 1: a message has no text; found fields",
+            "message 1: a message of the user has no text; found fields",
         ),
-        (_turns({"role": "user", "content": None}, SAID), "message 1: a message has no text"),
+        (_turns({"role": "user", "content": None}, SAID), "message 1: a message of the user has no text"),
+        (_turns({"role": "user", "content": ""}, SAID), "message 1: a message of the user has no text; found ''"),
+        (
+            {"instruction": "how many?", "input": 21, "output": "seven"},
+            "field 'input': a message holds what is no text",
+        ),
         (
             _turns({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, SAID),
             "a part of type",

@@ -228,7 +228,7 @@ def stream_of(
     packer = Packer(seq_len, eos_id, "split", bos_ids)
     for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
         packer.add(Encoded(Document("one", text), ids))
-    sequences: Sequences = packer.take()
+    sequences: Sequences = packer.take().sequences
     labels_BL = sequences.tokens_BL1[:, 1:]
     fall_BL = np.arange(labels_BL.size).reshape(labels_BL.shape)
     logprobs_BL = (np.full(labels_BL.shape, -1) if are_equal else -1 - fall_BL).astype(np.float32)

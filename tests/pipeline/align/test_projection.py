@@ -57,7 +57,7 @@ def cache_of(
     packer = Packer(L, eos_id, "split", ())
     for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
         packer.add(Encoded(Document("one", text), ids))
-    sequences = packer.take()
+    sequences = packer.take().sequences
     labels_N = sequences.tokens_BL1[:, 1:].ravel()
     rng = np.random.default_rng(0)
     ids_of = {tokenizer.table.bytes_of(token): token for token in range(len(tokenizer.table.length_V))}

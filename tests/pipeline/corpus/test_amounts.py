@@ -12,8 +12,10 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from capgap.pipeline.corpus.amounts import text_bytes
+from capgap.pipeline.corpus.amounts import source_texts, text_bytes
+from capgap.pipeline.corpus.files import list_places
 from capgap.schemas.errors import InputError
+from capgap.schemas.run_corpus import CorpusSettings
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def _bytes(texts: list[str]) -> int:
 def test_plain_text_is_counted(tmp_path: Path, texts: list[str]) -> None:
     (tmp_path / "a.txt").write_text(texts[0])
     (tmp_path / "b.md").write_text(texts[1])
-    assert text_bytes((str(tmp_path),), "text").value == _bytes(texts[:2])
+    assert text_bytes(list_places((str(tmp_path),)), "text").value == _bytes(texts[:2])
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".json.gz", ".csv", ".parquet", ".arrow"])
@@ -53,16 +55,24 @@ def test_records_are_estimated_from_a_sample_and_say_so(tmp_path: Path, texts: l
         ).encode()
         pack = {".zst": zstandard.compress, ".gz": gzip.compress}.get(path.suffix, bytes)
         path.write_bytes(pack(lines))
-    found = text_bytes((f"{tmp_path}/*{suffix}",), "text")
+    found = text_bytes(list_places((f"{tmp_path}/*{suffix}",)), "text")
     assert found.value == pytest.approx(_bytes(texts), rel=0.05)
     assert f"4 {suffix} of " in found.source and "by a sample" in found.source
 
 
 def test_python_s_own_text_is_counted() -> None:
-    found = text_bytes(("builtin:python",), "text")
+    found = text_bytes(list_places(("builtin:python",)), "text")
     assert found.value is not None and found.value > 1e6 and "counted" in found.source
 
 
 def test_a_missing_source_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no text found"):
-        text_bytes((str(tmp_path / "absent.txt"),), "text")
+        text_bytes(list_places((str(tmp_path / "absent.txt"),)), "text")
+
+
+def test_a_file_that_two_sources_name_is_counted_once(tmp_path: Path, texts: list[str]) -> None:
+    (tmp_path / "a.txt").write_text(texts[0])
+    (tmp_path / "b.md").write_text(texts[1])
+    settings = CorpusSettings(sources=(str(tmp_path / "b.md"), str(tmp_path), str(tmp_path / "a.txt")))
+    found, _ = source_texts(settings)
+    assert [figure.value for figure in found] == [_bytes(texts[1:2]), _bytes(texts[:1]), 0]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,24 @@ def test_a_bad_conversation_stops_the_corpus_by_name(tmp_path: Path, bad: Any) -
         carry_out(_run(tmp_path, sources=[source]), CORPUS)
 
 
+def _exported(count: int, times: int) -> list[dict[str, Any]]:
+    """Each conversation so many times, every message with an id and a time of its own."""
+    return [
+        {"messages": [{**message, "id": f"{time}-{number}-{i}", "at": time} for i, message in enumerate(messages)]}
+        for time in range(times)
+        for number, messages in enumerate(_conversations(count))
+    ]
+
+
+@pytest.mark.parametrize("dedup", ["unit", "all"])
+def test_a_conversation_that_was_exported_twice_counts_once_and_reaches_one_split(tmp_path: Path, dedup: str) -> None:
+    source = _write(tmp_path, _exported(40, 2))
+    manifest = carry_out(_run(tmp_path, sources=[source], dedup=dedup), CORPUS)
+    assert manifest.totals["num_repeated_documents"] == 40
+    once = carry_out(_run(tmp_path, sources=[_write(tmp_path, _exported(40, 1))], dedup=dedup), CORPUS, remake=True)
+    assert once.shard_sets == manifest.shard_sets
+
+
 def test_every_form_of_a_conversation_makes_the_same_corpus(tmp_path: Path) -> None:
     from_value = {"user": "human", "assistant": "gpt"}
     forms: dict[str, list[Any]] = {
@@ -254,6 +273,37 @@ def test_conversations_without_any_answer_are_refused(tmp_path: Path) -> None:
     source = _write(tmp_path, [{"messages": messages[:1]} for messages in _conversations(200)])
     with pytest.raises(InputError, match=r"no token counts as a label in the split teacher; found .* without an"):
         carry_out(_run(tmp_path, sources=[source]), CORPUS)
+
+
+ENDED = TEMPLATE.replace("[{{ message.role }}] ", "[{{ message.role }}]{{ eos_token }}")
+
+
+@pytest.mark.parametrize(
+    ("template", "is_in_one_row"),
+    [
+        (ENDED + "{% if add_generation_prompt %}[assistant]{{ eos_token }}{% endif %}", True),
+        (TEMPLATE + "{% if add_generation_prompt %}[assistant] {% endif %}", False),
+    ],
+)
+@pytest.mark.parametrize("most", [{}, {"student": 8 * 80, "heldout": 1}])
+def test_whole_conversations_are_counted_without_their_padding_and_as_far_as_they_are_taken(
+    tmp_path: Path, template: str, is_in_one_row: bool, most: dict[str, int]
+) -> None:
+    source = _write(tmp_path, [{"messages": messages} for messages in _conversations(200)], template)
+    settings = {"sources": [source], "whole_conversations": True, "context": "document", "shard_sequences": 8}
+    manifest = carry_out(_run(tmp_path, **settings, seq_len=80, max_tokens=most), CORPUS)
+    for split in ("student", "heldout"):
+        blocks = [block for block, _ in read_blocks(tmp_path / "out" / "corpus", manifest.shard_sets[split])]
+        text = "".join(_tokenizer().decode(block.tokens_BL1.ravel()) for block in blocks)
+        facts = manifest.facts["splits"][split]
+        (counts,) = facts["by_source"].values()
+        assert facts["num_documents"] == counts["num_documents"] == len(set(re.findall(r"how much is (\d+)", text)))
+        assert sum(facts["by_length"]) == facts["num_documents"]
+        if is_in_one_row or not most:
+            assert counts["num_labels"] == manifest.totals[f"num_{split}_labels"]
+            assert counts["num_text_tokens"] <= manifest.shard_sets[split].num_tokens * 81 // 80
+        if most:
+            assert manifest.shard_sets[split].num_sequences == 8
 
 
 def test_a_conversation_that_is_too_long_is_split_dropped_or_refused_as_text_is(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from capgap.pipeline.corpus.files import folders_in_words, list_files
+from capgap.pipeline.corpus.files import folders_in_words, list_files, list_places, places_by_source
+from capgap.pipeline.corpus.listing import list_units
 from capgap.pipeline.corpus.sources import read_documents
 from capgap.schemas.errors import InputError
+from capgap.schemas.run_corpus import CorpusSettings
 
 
 def _names(*sources: Path | str) -> list[str]:
@@ -78,3 +80,40 @@ def test_a_state_that_says_nothing_leaves_files_alone(tmp_path: Path) -> None:
 def test_the_character_zero_in_a_source_is_refused() -> None:
     with pytest.raises(InputError, match=r"corpus.sources: 'a\\x00.txt': no text found"):
         list_files(("a\0.txt",))
+
+
+def test_a_file_is_read_once_whatever_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _make(tmp_path, "data/a.jsonl", "data/b.jsonl")
+    (folder / "link.jsonl").symlink_to(folder / "data" / "b.jsonl")
+    monkeypatch.chdir(tmp_path)
+    again = (str(folder / "data" / "a.jsonl"), "data/*.jsonl", "link.jsonl", "builtin:python")
+    assert [str(place) for place in list_places(("data/b.jsonl", "builtin:python", str(folder / "data"), *again))] == [
+        "data/b.jsonl",
+        "builtin:python",
+        str(folder / "data" / "a.jsonl"),
+    ]
+    assert len(list(read_documents(("data", "data/a.jsonl", "link.jsonl"), "text"))) == 2
+
+
+def test_a_file_that_a_list_of_sources_names_again_belongs_to_the_first(tmp_path: Path) -> None:
+    folder = _make(tmp_path, "a.jsonl", "b.jsonl")
+    settings = CorpusSettings(sources=(str(folder / "b.jsonl"), str(folder), str(folder / "a.jsonl")))
+    assert places_by_source(settings) == [[folder / "b.jsonl"], [folder / "a.jsonl"], []]
+    assert [file.source for file in list_units(settings).files] == [0, 1]
+
+
+def test_a_text_in_two_sources_of_a_mixture_is_refused_by_their_names(tmp_path: Path) -> None:
+    folder = _make(tmp_path, "a.jsonl", "b.txt")
+    web, code = {"paths": [str(folder)], "weight": 3}, {"paths": [str(folder / "*.jsonl")], "text_field": "body"}
+    settings = {"mixture": {"web": web, "code": code}, "tokenizer": "x"}
+    found = places_by_source(CorpusSettings.model_validate(settings))
+    assert found == [[folder / "a.jsonl", folder / "b.txt"], [folder / "a.jsonl"]], "other fields hold other texts"
+    said = (
+        r"corpus.mixture.code: .*a.jsonl: two sources of the mixture name the same text; found it in .*mixture.web too"
+    )
+    for changed in ({"messages_field": "auto"}, {"text_field": "body"}):
+        with pytest.raises(InputError, match=said):
+            places_by_source(CorpusSettings.model_validate(settings | changed))
+    code["paths"] = [str(folder / "b.txt")]
+    with pytest.raises(InputError, match=said.replace("a.jsonl", "b.txt")):
+        list_units(CorpusSettings.model_validate(settings))

@@ -182,6 +182,44 @@ def test_rows_of_separated_values_that_do_not_fit_are_bad_records(tmp_path: Path
         _read(tmp_path / "a.csv")
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("before", ["\n", "\r\n\r\n", "=\n", '""=""\n\n'])
+def test_empty_rows_before_the_names_are_passed_over(tmp_path: Path, suffix: str, before: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_text(f"{before}text=id\na=1\n".replace("=", "," if suffix == ".csv" else "\t"))
+    assert _read(path) == [{"text": "a", "id": "1"}]
+    path.write_text(before.replace("=", "," if suffix == ".csv" else "\t"))
+    assert _read(path) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ('1\t"say ""hi"""', 'say "hi"'),
+        ('1\t"a\tb"', "a\tb"),
+        ('1\t"one\ntwo"', "one\ntwo"),
+        ('1\t"one\n\n2\ttwo"', "one\n\n2\ttwo"),
+        ('1\t"yes" he said', '"yes" he said'),
+        ('1\t"yes" and "no"', '"yes" and "no"'),
+        ('1\ta 5" nail', 'a 5" nail'),
+        ('1\t""', ""),
+    ],
+)
+def test_values_between_tabs_stand_in_quotes_or_hold_them(tmp_path: Path, row: str, text: str) -> None:
+    (tmp_path / "a.tsv").write_text(f"id\ttext\n{row}\n2\tlast\n")
+    assert _read(tmp_path / "a.tsv") == [{"id": "1", "text": text}, {"id": "2", "text": "last"}]
+
+
+def test_a_quote_between_tabs_that_only_opens_swallows_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('id\ttext\n1\t"Hello\n2\tplain\n3\tworld"\n4\tfour\n')
+    bad, *others = _read(tmp_path / "a.tsv")
+    assert "a.tsv:2: a value begins with a quote that does not end in its line" in str(bad)
+    assert [record["text"] for record in others] == ["plain", 'world"', "four"]
+    (tmp_path / "a.tsv").write_text('id\ttext\n1\tx\n2\t"open')
+    with pytest.raises(InputError, match=r"a.tsv:3: cannot be read as separated values; found unexpected end of data"):
+        _read(tmp_path / "a.tsv")
+
+
 def test_a_cell_of_any_length_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(f"text\n{'x' * 200_000}\n")
     assert _read(tmp_path / "a.csv") == [{"text": "x" * 200_000}]

@@ -44,12 +44,21 @@ def pack(
 ) -> Packed:
     whole, piecewise = (Packer(seq_len, eos_id, long_documents, bos_ids) for _ in "ab")
     taken = [whole.add(document) for document in documents]
-    sequences = whole.take()
-    parts = []
+    sequences, begun = whole.take()
+    kept = [document for document, num_tokens in zip(documents, taken, strict=True) if num_tokens]
+    assert [number for numbers in begun for number in numbers] == list(range(int(sequences.starts_BL1.sum())))
+    for tokens_L1, starts_L1, numbers in zip(sequences.tokens_BL1, sequences.starts_BL1, begun, strict=True):
+        before = [() if kept[number].mask else bos_ids for number in numbers]
+        firsts = [[*bos, *kept[number].ids, eos_id][0] for number, bos in zip(numbers, before, strict=True)]
+        assert tokens_L1[starts_L1].tolist() == firsts
+    parts, begun_in_parts = [], []
     for document in documents:
         piecewise.add(document)
-        parts.append(piecewise.take())
+        part = piecewise.take()
+        parts.append(part.sequences)
+        begun_in_parts += part.begun
         assert piecewise.num_waiting <= seq_len, "what makes a sequence does not wait"
+    assert begun_in_parts == begun
     if parts:
         again = Sequences.joined(parts)
         for name in ("tokens_BL1", "starts_BL1", "mask_BL1"):

@@ -69,10 +69,23 @@ def test_every_usual_form_is_the_same_conversation(record: Any, messages: list[d
         {"role": "assistant", "content": "", "function_call": {"name": "add", "arguments": '{"a": 3}'}},
         {"role": "assistant", "content": "", "tool_calls": json.dumps([{"name": "add", "arguments": {"a": 3}}])},
         {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 3}}'},
+        {"from": "FUNCTION_CALL", "value": '{"name": "add", "arguments": {"a": 3}}'},
     ],
 )
 def test_calls_of_tools_have_their_arguments_as_objects(turn: dict[str, Any]) -> None:
     assert _read({"messages": [ASKED, turn]}).messages == [ASKED, CALLED]
+
+
+@pytest.mark.parametrize("arguments", ["", " ", "null", None, "{}", {}])
+def test_a_call_without_arguments_has_an_empty_object_of_them(arguments: object) -> None:
+    calls = [{"type": "function", "function": {"name": "add", "arguments": arguments}}]
+    found = _read({"messages": [ASKED, {"role": "assistant", "tool_calls": calls}]}).messages[1]["tool_calls"]
+    assert found == [{"type": "function", "function": {"name": "add", "arguments": {}}}]
+
+
+@pytest.mark.parametrize("calls", [None, [], "[]", ""])
+def test_a_message_with_an_empty_list_of_calls_has_none(calls: object) -> None:
+    assert _read({"messages": [ASKED, {**ANSWERED, "tool_calls": calls}]}) == Conversation(BOTH, [])
 
 
 @pytest.mark.parametrize("said", [{"from": "observation", "value": "7"}, {"role": "tool", "content": "7"}])
@@ -86,7 +99,8 @@ def test_definitions_of_tools_beside_the_messages_are_kept(tools: Any, field: st
     found = _read({"messages": BOTH, "tools": tools}, field)
     assert found == Conversation(BOTH, [TOOL])
     assert Conversation.from_json(found.to_json()) == found
-    assert _read({"messages": BOTH, "tools": []}, field).tools == []
+    for none in ([], "[]", " ", "null", None):
+        assert _read({"messages": BOTH, "tools": none}, field).tools == []
 
 
 def test_a_named_field_is_the_one_that_is_read() -> None:
@@ -96,6 +110,84 @@ def test_a_named_field_is_the_one_that_is_read() -> None:
     assert _read(record, "request") == Conversation(BOTH, [TOOL])
     with pytest.raises(BadRecordError, match=r"no messages in field 'turns'; found fields chat, messages, request"):
         _read(record, "turns")
+
+
+@pytest.mark.parametrize("role", ["Assistant", "gpt", "ChatGPT", "model", "BOT", "ai"])
+@pytest.mark.parametrize("field", ["chosen", "completion"])
+def test_an_answer_of_messages_follows_its_prompt_whatever_the_assistant_is_called(role: str, field: str) -> None:
+    for answer in ([{"role": role, "content": "7"}], [{"role": None, "from": role, "value": "7"}]):
+        assert _read({"prompt": "3 + 4?", field: answer}).messages == BOTH
+        assert _read({"prompt": "3 + 4?", field: json.dumps(answer)}).messages == BOTH
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        '[{"from": "Paris", "to": "Rome"}]',
+        '[{"role": "admin", "name": "Bob"}]',
+        '[{"role": "user", "text": "Bob"}]',
+        '[{"role": "assistant", "age": 3}]',
+        '[{"role": "user"}, {"role": "assistant"}]',
+    ],
+)
+def test_an_answer_that_is_json_is_a_text_unless_the_assistant_speaks_last_in_it(said: str) -> None:
+    assert _read({"prompt": "3 + 4?", "completion": said}).messages == [ASKED, {"role": "assistant", "content": said}]
+    if "assistant" not in said and "user" not in said:
+        assert _read({"prompt": said, "completion": "7"}).messages == [{"role": "user", "content": said}, ANSWERED]
+    assert _read({"prompt": "3 + 4?", "completion": json.dumps(BOTH)}).messages == BOTH
+
+
+@pytest.mark.parametrize(
+    ("beside", "question"),
+    [
+        ({"instruction": "Add.", "context": ["3", "4"]}, "Add.\n\n3\n4"),
+        ({"instruction": "Add.", "input": [{"type": "text", "text": "3 + 4"}]}, "Add.\n\n3 + 4"),
+        ({"instruction": "Add.", "context": "3 + 4", "input": "now"}, "Add.\n\n3 + 4\n\nnow"),
+        ({"instruction": "", "input": "3 + 4?"}, "3 + 4?"),
+        ({"prompt": "Add.", "input": "3 + 4"}, "Add.\n\n3 + 4"),
+        ({"prompt": "Add 3 + 4 now.", "input": "3 + 4"}, "Add 3 + 4 now."),
+    ],
+)
+def test_what_belongs_to_a_question_follows_it(beside: dict[str, Any], question: str) -> None:
+    assert _read({**beside, "output": "7"}).messages == [{"role": "user", "content": question}, ANSWERED]
+
+
+@pytest.mark.parametrize("field", ["system", "system_prompt"])
+def test_a_system_text_in_parts_begins_the_conversation(field: str) -> None:
+    assert _read({field: [{"type": "text", "text": "Be brief."}], "messages": BOTH}).messages == [SYSTEM, *BOTH]
+    assert _read({"system": " ", "system_prompt": "Be brief.", "messages": BOTH}).messages == [SYSTEM, *BOTH]
+
+
+def test_conversations_that_say_the_same_are_the_same_whatever_an_export_puts_beside_it() -> None:
+    called = {**CALLED, "reasoning_content": "I add."}
+    plain = _read({"messages": [ASKED, called, {"role": "tool", "content": "7"}, ANSWERED], "tools": [TOOL]})
+    exported = [
+        {"id": "m1", "timestamp": 3, **ASKED},
+        {**called, "tool_calls": [{"id": "call-9", "index": 0, **CALL}], "create_time": 4.5},
+        {"role": "tool", "content": "7", "tool_call_id": "call-9"},
+        {**ANSWERED, "weight": 0, "metadata": {"model": "m"}},
+    ]
+    found = _read({"messages": exported, "tools": [TOOL]})
+    assert found.said == plain.said
+    assert found.messages[0] == exported[0] and found.messages[3] == exported[3], "the template is given every field"
+    assert Conversation.from_json(found.to_json()) == found
+    for name, other in (
+        ("role", "system"),
+        ("content", "8?"),
+        ("name", "Bob"),
+        ("reasoning", "hm"),
+        ("thinking", "hm"),
+    ):
+        assert _read({"messages": [{**ASKED, name: other}, *exported[1:]], "tools": [TOOL]}).said != plain.said
+    other_call = {**CALL, "function": {"name": "add", "arguments": {"a": 4}}}
+    changed = [exported[0], {**called, "tool_calls": [other_call]}, *exported[2:]]
+    assert _read({"messages": changed, "tools": [TOOL]}).said != plain.said
+    assert _read({"messages": exported}).said != plain.said
+
+
+def test_the_words_of_a_conversation_are_what_is_said_in_it() -> None:
+    thought = {**ANSWERED, "reasoning": "I add."}
+    assert _read({"messages": [SYSTEM, ASKED, CALLED, thought]}).words == "Be brief.\n\n3 + 4?\n\nI add.\n\n7"
 
 
 def _nested(depth: int) -> Any:
@@ -118,6 +210,18 @@ def _nested(depth: int) -> Any:
         ({"prompt": "only"}, "no conversation; found fields prompt"),
         (None, "no conversation; found null in place of a record"),
         ({"messages": [{"role": "narrator", "content": "x"}]}, "a.jsonl:1, message 1: unknown role; found 'narrator'"),
+        ({"messages": [{"role": "", "content": "x"}]}, "a.jsonl:1, message 1: unknown role; found ''"),
+        ({"messages": [{"role": "user", "content": ""}, ANSWERED]}, "message 1: a message of the user has no text; fo"),
+        ({"messages": [{"role": "user", "content": " \n"}, ANSWERED]}, "message 1: a message of the user has no text"),
+        ({"messages": [{"role": "user", "content": []}, ANSWERED]}, "message 1: a message of the user has no text"),
+        ({"messages": [{"role": "user"}, ANSWERED]}, "message 1: a message of the user has no text; found fields role"),
+        (["", "7"], "message 1: a message of the user has no text"),
+        ({"instruction": "", "output": "7"}, "message 1: a message of the user has no text"),
+        ({"instruction": "Add.", "input": 21, "output": "7"}, "a.jsonl:1, field 'input': .*found a part of type int"),
+        ({"question": "3?", "context": {"title": ["a"]}, "answer": "7"}, "field 'context': .* a part of type object"),
+        ({"instruction": 3, "output": "7"}, "field 'instruction': a message holds what is no text"),
+        ({"question": [ASKED], "context": "x", "answer": "7"}, "field 'context': a text stands beside a question of m"),
+        ({"system": 5, "messages": BOTH}, "field 'system': a message holds what is no text; found a part of type int"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "message 1: a message holds what is no text; found a part of type image_url, expected text alone",
@@ -125,6 +229,11 @@ def _nested(depth: int) -> Any:
         ({"messages": [{"role": "user", "content": 3}]}, "holds what is no text; found a part of type int"),
         ({"messages": [ASKED, {"role": "assistant", "tool_calls": ["x"]}]}, "message 2: a tool call cannot be read"),
         ({"messages": [{"from": "function_call", "value": "no JSON"}]}, "message 1: a tool call cannot be read"),
+        ({"messages": [{"from": "function_call", "value": "[]"}]}, "message 1: a tool call cannot be read"),
+        (
+            {"messages": [ASKED, {"role": "assistant", "tool_calls": [{"name": "add", "arguments": '{"a": '}]}]},
+            "message 2: a tool call cannot be read",
+        ),
         ({"messages": BOTH, "tools": "search"}, "the tools cannot be read; found 'search'"),
         ({"messages": _nested(70)}, "nested too deeply; found more than 64"),
         ({"messages": _nested(900)}, "nested too deeply"),

@@ -86,15 +86,16 @@ def test_units_are_cut_at_line_ends_and_hold_every_record_once(make, lines: Path
     facts = CorpusFacts.model_validate(manifest.facts)
     # the repeated text stands in another unit than the first
     assert manifest.totals["num_repeated_documents"] == 0
-    packed = sum(one.num_documents for split in SPLITS for one in facts.splits[split].by_source.values())
-    assert packed == 600
+    # of each split what fills no sequence at the end of a unit is in no shard
+    packed = sum(facts.splits[split].num_documents for split in SPLITS)
+    assert 600 - 3 * NUM_UNITS <= packed <= 600
     by_length = facts.splits["student"].by_length
     assert sum(by_length) == sum(one.num_documents for one in facts.splits["student"].by_source.values())
     num_tokens = facts.splits["student"].num_text_tokens
     assert sum(n * (2**i // 2) for i, n in enumerate(by_length)) <= num_tokens
     assert num_tokens < sum(n * 2**i for i, n in enumerate(by_length))
     text = sum(len(json.loads(line)["text"].encode()) for path in lines.glob("*.jsonl") for line in path.open())
-    assert sum(facts.splits[split].num_text_bytes for split in SPLITS) == text
+    assert 0.97 * text < sum(facts.splits[split].num_text_bytes for split in SPLITS) <= text
 
 
 @pytest.mark.slow
@@ -145,6 +146,27 @@ def test_a_split_with_a_limit_has_whole_shards_and_no_more_whoever_knew_of_it(ma
         assert carry_out_slice(run, CORPUS, Slice(number, NUM_UNITS)) is None
     back = carry_out(run, CORPUS)
     assert (back.content, back.facts) == (one.content, one.facts)
+
+
+@pytest.mark.parametrize("max_tokens", [{}, {"student": 1200, "heldout": 600}])
+def test_what_is_counted_of_a_split_begins_in_its_shards(make, lines: Path, max_tokens: dict[str, int]) -> None:
+    sources = [str(lines / "a.jsonl"), str(lines / "b.jsonl")]
+    run = make(sources=sources, max_tokens=max_tokens)
+    manifest = carry_out(run, CORPUS)
+    splits = CorpusFacts.model_validate(manifest.facts).splits
+    for split in SPLITS:
+        reader = ShardReader(_folder(run), manifest.shard_sets[split])
+        blocks = [reader.read(number)[0] for number in range(reader.shard_set.num_members)]
+        facts = splits[split]
+        assert facts.num_documents == sum(int(block.starts_BL1.sum()) for block in blocks)
+        for name in ("num_documents", "num_text_bytes", "num_text_tokens"):
+            assert getattr(facts, name) == sum(getattr(one, name) for one in facts.by_source.values())
+        assert sum(facts.by_length) == facts.num_documents
+        # the last document of a unit that is cut is counted whole, and of another that is not the end is missing
+        longest = 2 ** len(facts.by_length)
+        assert abs(facts.num_text_tokens - manifest.shard_sets[split].num_tokens) < NUM_UNITS * longest
+    if max_tokens:
+        assert set(splits["heldout"].by_source) == set(sources[:1]), "the second is past the limit"
 
 
 def test_what_is_past_every_limit_is_not_read(make, lines: Path, tmp_path: Path) -> None:

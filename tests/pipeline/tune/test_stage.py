@@ -14,7 +14,7 @@ from tiny_chats import CHATML, MAX_LEN, conversations, write
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from capgap.pipeline.corpus.records import read_record
+from capgap.pipeline.corpus.records import Conversation, read_record
 from capgap.pipeline.corpus.split import split_of
 from capgap.pipeline.models.load import load_model
 from capgap.pipeline.models.low_bit import LowBitLinear, layers_to_quantise, make_low_bit, scheme_of
@@ -313,7 +313,9 @@ def test_conversations_of_which_no_answer_counts_are_refused(
     make_run: MakeRun, tmp_path: Path, left_out: str, message: str
 ) -> None:
     def split(messages: list[dict[str, Any]]) -> str:
-        return split_of(read_record("a", {"messages": messages}, "text", "auto").to_json(), 0.0, 0.2)
+        record = read_record("a", {"messages": messages}, "text", "auto")
+        assert isinstance(record, Conversation)
+        return split_of(record.said, 0.0, 0.2)
 
     said = conversations()
     muted = [[one | ({"weight": 0} if one["role"] == "assistant" else {}) for one in messages] for messages in said]
@@ -321,6 +323,18 @@ def test_conversations_of_which_no_answer_counts_are_refused(
     run = make_run(tmp_path / "out", sources=[write(tmp_path / "chat.jsonl", [{"messages": one} for one in records])])
     with pytest.raises(InputError, match=f"{message}.* of weight 0 alone, expected at least one that is learnt"):
         carry_out(run, TUNE)
+
+
+def test_a_conversation_that_was_exported_twice_is_learnt_or_measured_once(make_run: MakeRun, tmp_path: Path) -> None:
+    talks = [
+        {"messages": [{"id": f"{export}-{i}", **message} for i, message in enumerate(messages)]}
+        for export in range(2)
+        for messages in conversations(20)
+    ]
+    source = write(tmp_path / "twice.jsonl", talks)
+    totals = carry_out(make_run(tmp_path, sources=[source], num_epochs=1), TUNE).totals
+    assert totals["num_repeated_conversations"] == 20
+    assert totals["num_train_conversations"] + totals["num_heldout_conversations"] == 20
 
 
 def test_bad_conversations_are_skipped_and_counted(make_run: MakeRun, tmp_path: Path) -> None:
