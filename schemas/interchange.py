@@ -51,7 +51,7 @@ class ImportSettings(Record):
     """How captures of another program become a corpus and a cache."""
 
     sources: tuple[str, ...]
-    """Parquet files, folders or globs, read in this order."""
+    """Parquet files, folders or globs, read in this order, each file once; what `heldout` names too is held out."""
 
     heldout: tuple[str, ...] = ()
     """The same for held-out text; a share of the rows where it is left out."""
@@ -69,7 +69,7 @@ class ImportSettings(Record):
     """How the captures are laid out."""
 
     compression_config: str | None = None
-    """DistillKit's own file; `compression_config.yaml` beside the captures where it is left out."""
+    """DistillKit's own file, for all captures; of each the `compression_config.yaml` beside it where it is left out."""
 
     columns: ColumnNames = ColumnNames()
     """What the columns are called."""
@@ -78,12 +78,14 @@ class ImportSettings(Record):
     """Which token the first target of a row follows. 0: target i is what the teacher expects after token i. -1: target
     i is what it expected of token i itself, as in vLLM's own lists, whose first entry is empty."""
 
-    context: ContextRule = "document"
-    """What the teacher saw before a token. `document`: its own row alone, so that a sequence may hold several rows, and
-    students must end attention between them. `packed`: the same with one row a sequence, for any student."""
+    context: ContextRule | None = None
+    """What the teacher saw before a token. `document`: its own document alone, which is a row, or what stands in a row
+    from one of its `starts` to the next; a sequence may hold several, and students must end attention between them.
+    `packed`: the whole row, whatever begins in it, with one row a sequence, for any student. Where it is left out, what
+    an export of capgap says of itself, and `document` for rows of one document each; rows of several need it."""
 
     seq_len: int | None = Field(None, ge=8)
-    """Targets per sequence; as many as the longest row needs where it is left out."""
+    """Targets per sequence; as many as the longest row needs, padding left out, where it is left out."""
 
     long_rows: Literal["refuse", "cut", "drop"] = "refuse"
     """What happens to a row of more than `seq_len` + 1 tokens: an error, only its beginning is taken, or it is left
@@ -97,7 +99,8 @@ class ImportSettings(Record):
 
     top_k: int | None = Field(None, ge=1, le=65535)
     """Top-k tokens kept of each target; what is cut joins the tail. Where it is left out, as many as the narrowest
-    target of the first rows has."""
+    target of the first rows has whose label counts; an error if more than half of all ids would be cut. Profile `small`
+    keeps as many as the widest of them has, and of a narrower target what it has."""
 
     profile: Profile = "near-lossless"
     """How exactly logprobs are stored, as `cache.profile`."""

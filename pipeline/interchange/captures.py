@@ -1,6 +1,6 @@
 """A capture as it is read: a row of tokens, and what its teacher expected after each of them.
 
-Legend: M tokens of a row, T targets of a row, W ids of its widest target, K ids kept, D sampled ids of a row.
+Legend: M tokens of a row, T targets of a row, W ids of its widest target, D places in a row.
 """
 
 from __future__ import annotations
@@ -44,31 +44,10 @@ class RowTargets:
         return len(self.tail_T)
 
     @property
-    def narrowest(self) -> int:
-        """Ids of the target that has the fewest."""
-        return int((self.ids_TW >= 0).sum(axis=1).min(initial=self.ids_TW.shape[1]))
-
-    def kept(self, top_k: int, where: str) -> RowTargets:
-        """The top-k tokens of each target; what is cut joins the tail.
-
-        Raises:
-            InputError: a target has fewer.
-        """
-        if len(self) and self.narrowest < top_k:
-            raise InputError(
-                "a target with fewer ids than are kept",
-                where=where,
-                found=self.narrowest,
-                expected=f"at least {top_k}",
-                fix=f"set --top_k {max(self.narrowest, 1)} or fewer",
-            )
-        cut_T = np.exp(self.logprobs_TW[:, top_k:]).sum(axis=1, dtype=np.float32)
-        return RowTargets(
-            np.ascontiguousarray(self.ids_TW[:, :top_k]),
-            np.ascontiguousarray(self.logprobs_TW[:, :top_k]),
-            np.minimum(self.tail_T + cut_T, np.float32(1)),
-            self.label_logprobs_T,
-        )
+    def widths_T(self) -> npt.NDArray[np.int64]:  # noqa: N802  # a field in all but name
+        """Ids of each target."""
+        widths_T: npt.NDArray[np.int64] = (self.ids_TW >= 0).sum(axis=1)
+        return widths_T
 
 
 @dataclass(frozen=True)
@@ -91,6 +70,15 @@ class CapturedRow:
 
     def __len__(self) -> int:
         return len(self.tokens_M)
+
+    @property
+    def counts_T(self) -> BoolArray:  # noqa: N802  # a field in all but name
+        """Which of its targets are of a token that counts as a label."""
+        assert self.targets is not None
+        counts_T = np.zeros(len(self.targets), np.bool_)
+        num = min(len(self.targets), len(self) - 1)
+        counts_T[:num] = self.mask_M[1 : num + 1]
+        return counts_T
 
 
 def begins_with(tokens_M: IntArray, places_D: npt.NDArray[np.int64], ids: tuple[int, ...]) -> BoolArray:
@@ -205,7 +193,7 @@ def _agreed(found_T: FloatArray, given_T: FloatArray, logprobs_TW: FloatArray, w
     num = min(len(found_T), len(given_T))
     given_T = np.concatenate([given_T[:num], np.full(len(found_T) - num, np.nan, np.float32)])
     is_found_T = ~np.isnan(found_T)
-    last_T = np.where(np.isneginf(logprobs_TW), np.float32(0), logprobs_TW).min(axis=1)
+    last_T = np.where(np.isneginf(logprobs_TW), np.float32(0), logprobs_TW).min(axis=1, initial=0)
     above_T = given_T - np.where(is_found_T, found_T, last_T)
     apart_T = np.abs(np.maximum(given_T, _FLOOR_NATS) - np.maximum(found_T, _FLOOR_NATS)) > LABEL_TOLERANCE_NATS
     wrong_T = np.where(is_found_T, apart_T, above_T > LABEL_TOLERANCE_NATS)

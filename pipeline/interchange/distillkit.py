@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from capgap.pipeline.interchange.captures import MOST_OVER_ONE_APPROXIMATED, RowTargets, checked_targets
 from capgap.pipeline.interchange.parquet import targets_of
-from capgap.pipeline.interchange.ragged import Ragged, lists_of
+from capgap.pipeline.interchange.ragged import Ragged, fits, lists_of
 from capgap.schemas.distillkit import DistillKitConfig
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.interchange import ImportSettings
@@ -96,12 +96,13 @@ class DistillKitTargets:
     def row(self, number: int, tokens_M: IntArray, keep: slice, where: str) -> RowTargets:
         """The targets of one row's tokens that are no padding."""
         config = self._config
-        ids_TD = _rectangle(self._ids.row(number), -(-config.k * id_bits(config) // 8), f"{where}, {IDS}")
-        logprobs_TD = _rectangle(self._logprobs.row(number), num_logprob_bytes(config), f"{where}, {LOGPROBS}")
-        if len(ids_TD) != len(logprobs_TD):
-            raise InputError("not as many logprobs as ids", where=where, found=len(logprobs_TD), expected=len(ids_TD))
-        part = targets_of(keep, len(ids_TD), len(tokens_M), where)
-        ids_TD, logprobs_TD = ids_TD[part], logprobs_TD[part]
+        ids, logprobs = self._ids.row(number), self._logprobs.row(number)
+        if len(ids) != len(logprobs):
+            raise InputError("not as many logprobs as ids", where=where, found=len(logprobs), expected=len(ids))
+        part = targets_of(keep, len(ids), len(tokens_M), where)
+        ids, logprobs = (of.lists(part.start, part.stop) for of in (ids, logprobs))
+        ids_TD = _rectangle(ids, -(-config.k * id_bits(config) // 8), f"{where}, {IDS}")
+        logprobs_TD = _rectangle(logprobs, num_logprob_bytes(config), f"{where}, {LOGPROBS}")
         logprobs_TK = decode_logprobs(logprobs_TD, config)
         ids_TK = unpack_bits(ids_TD, id_bits(config), config.k).astype(np.int32)
         return checked_targets(
@@ -195,5 +196,10 @@ def _rectangle(lists: Ragged, width: int, where: str) -> Bytes:
             expected=width,
             fix=f"name the {CONFIG_NAME} that these captures were made with",
         )
-    values: Bytes = lists.values.reshape(len(lists), width)
+    is_byte_D = fits(lists.values, np.uint8)
+    if not is_byte_D.all():
+        raise InputError(
+            "not bytes", where=where, found=f"{int((~is_byte_D).sum())} values", expected="0 to 255, and no null"
+        )
+    values: Bytes = lists.values.astype(np.uint8, copy=False).reshape(len(lists), width)
     return values

@@ -68,7 +68,7 @@ def require_same_facts(path: Path, settings: ImportSettings, tokenizer: Tokenize
         ("context", facts.context, settings.context),
         ("temperature", facts.temperature, settings.temperature),
     ):
-        if found != given:
+        if given is not None and found != given:
             raise MismatchError(
                 f"the captures are of another {name}", where=path, found=found, expected=given,
                 fix=f"set --{name} {found}",

@@ -25,6 +25,7 @@ from capgap.pipeline.interchange.captures import begins_with
 from capgap.pipeline.interchange.folders import entry_of, make_folder, order_for
 from capgap.pipeline.interchange.pack import Sequence, pack, to_sequences, to_topk
 from capgap.pipeline.interchange.plan import SPLITS, Plan, plan
+from capgap.pipeline.interchange.widths import MOST_CUT, choose_top_k
 from capgap.pipeline.models.checks import check_given_model
 from capgap.pipeline.models.text import TOKENIZER_FOLDER, write_tokenizer
 from capgap.pipeline.stage.context import StageInput, StageResult
@@ -129,7 +130,7 @@ def _make_corpus(planned: Plan, folder: Path) -> StageResult:
     _say_beginnings(planned, num_begun, num_documents)
     facts = CorpusFacts(
         tokenizer=planned.facts,
-        context=planned.settings.context,
+        context=planned.context,
         bos_ids=bos_ids,
         splits=splits,
         text_sources=tuple(planned.settings.sources),
@@ -221,7 +222,8 @@ def _make_cache(planned: Plan, corpus: StageInput, teacher: ModelFacts | None, f
     ranking = rank_counts(read_counts(corpus.path, corpus.manifest.files, "student", vocab_size))
     write_atomically(folder / RANKING_NAME, ranking.data)
     write_tokenizer(corpus, settings.teacher, folder)
-    top_k = settings.top_k or _narrowest(planned)
+    is_ragged = settings.profile == "small"
+    top_k = min(settings.top_k or _top_k(planned, is_ragged), vocab_size)
     name = TOPK_CODECS[settings.profile]
     codec = Codec(name, planned.seq_len, vocab_size, top_k, ranking, unknown_labels=True)
     counts = _CacheCounts()
@@ -232,7 +234,7 @@ def _make_cache(planned: Plan, corpus: StageInput, teacher: ModelFacts | None, f
         shards = []
         with progress(f"import: {split}", len(source.shards), "shards") as meter:
             for number, packed in enumerate(_shards(planned, split, with_targets=True)):
-                blocks = list(_blocks(planned, corpus, source, number, packed, top_k))
+                blocks = list(_blocks(planned, corpus, source, number, packed, top_k, is_ragged))
                 if split == "student":
                     counts.add(blocks)
                 shards.append(writer.finished(number) or writer.write(number, blocks))
@@ -294,7 +296,13 @@ class _CacheCounts:
 
 
 def _blocks(
-    planned: Plan, corpus: StageInput, source: ShardSet, number: int, packed: list[Sequence], top_k: int
+    planned: Plan,
+    corpus: StageInput,
+    source: ShardSet,
+    number: int,
+    packed: list[Sequence],
+    top_k: int,
+    is_ragged: bool,
 ) -> Iterator[Block]:
     """The members of a shard: the corpus's sequences, each with its targets."""
     sequences = to_sequences(packed, planned.seq_len, planned.facts.eos_id)
@@ -306,7 +314,7 @@ def _blocks(
             raise MismatchError(
                 "the captures changed while they were imported", where=corpus.path, fix="run the same command again"
             )
-        targets = to_topk(packed[start : start + len(part)], part, top_k, planned.facts.vocab_size)
+        targets = to_topk(packed[start : start + len(part)], part, top_k, planned.facts.vocab_size, is_ragged)
         check_alignment(part, targets, top_k, f"{source.shards[number].file.path}, member {member}")
         start += len(part)
         yield Block(part, targets)
@@ -314,12 +322,14 @@ def _blocks(
 
 def _shards(planned: Plan, split: str, with_targets: bool) -> Iterator[list[Sequence]]:
     """The sequences of each shard."""
-    sequences = pack(planned.rows(split, with_targets), planned.seq_len, planned.settings.context)
+    sequences = pack(planned.rows(split, with_targets), planned.seq_len, planned.context)
     while shard := list(islice(sequences, planned.settings.shard_sequences)):
         yield shard
 
 
-def _narrowest(planned: Plan) -> int:
-    """Ids of the narrowest target of the first rows."""
-    first = islice(planned.rows("student", with_targets=True), 16)
-    return min(row.targets.narrowest for row in first if row.targets is not None and len(row.targets))
+def _top_k(planned: Plan, is_ragged: bool) -> int:
+    """Ids of each target; of an export that has of some fewer than of others, none is cut unasked."""
+    exported = max((of.facts.num_ids for of in planned.exports), default=0)
+    has_ragged = any(of.facts.profile == "small" for of in planned.exports)
+    rows = planned.rows("student", with_targets=True)
+    return choose_top_k(rows, is_ragged, exported, 0 if has_ragged else MOST_CUT)

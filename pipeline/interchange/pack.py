@@ -4,8 +4,8 @@
     packed     [ row | padding ]               it sees all that stands before, so a sequence is one row
 
 No row is split, for the teacher saw what stands before a token in its row. A row's first token is the label of no
-target. Where the teacher said nothing, after a row's last token and in the padding, stands the uniform distribution,
-and no label counts there.
+target. Where the teacher said nothing, after a row's last token, in the padding and where a target of no label that
+counts has too few ids, stands the uniform distribution, and no label counts there.
 
 Legend: L targets a sequence, M tokens of a row, K ids kept, B sequences.
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from capgap.pipeline.interchange.captures import CapturedRow
+from capgap.pipeline.interchange.widths import kept, uniform
 from capgap.schemas.records import Sequences, TopkTargets
 from capgap.schemas.run_corpus import ContextRule
 
@@ -78,23 +79,22 @@ def to_sequences(packed: list[Sequence], seq_len: int, eos_id: int) -> Sequences
     return Sequences(tokens_BL1, starts_BL1, mask_BL1)
 
 
-def to_topk(packed: list[Sequence], sequences: Sequences, top_k: int, vocab_size: int) -> TopkTargets:
+def to_topk(
+    packed: list[Sequence], sequences: Sequences, top_k: int, vocab_size: int, is_ragged: bool = False
+) -> TopkTargets:
     """The targets of these sequences.
 
     Raises:
-        InputError: a target has fewer than `top_k` ids.
+        InputError: a target whose label counts has fewer than `top_k` ids, or none where it is ragged.
     """
     shape = sequences.tokens_BL1[:, 1:].shape
-    evenly = np.float32(-np.log(vocab_size))
-    ids_BLK = np.broadcast_to(np.arange(top_k, dtype=np.int32), (*shape, top_k)).copy()
-    logprobs_BLK = np.full((*shape, top_k), evenly, np.float32)
-    tail_BL = np.full(shape, 1 - top_k / vocab_size, np.float32)
-    labels_BL = np.full(shape, evenly, np.float32)
+    padding = uniform(shape[0] * shape[1], top_k, vocab_size)
+    ids_BLK, logprobs_BLK = padding.ids_TW.reshape(*shape, top_k), padding.logprobs_TW.reshape(*shape, top_k)
+    tail_BL, labels_BL = padding.tail_T.reshape(shape), padding.label_logprobs_T.reshape(shape)
     for number, one in enumerate(packed):
         place = 0
         for row in one.rows:
-            assert row.targets is not None
-            targets = row.targets.kept(top_k, row.where)
+            targets = kept(row, top_k, vocab_size, is_ragged)
             num = min(len(targets), shape[1] - place)
             part = slice(place, place + num)
             ids_BLK[number, part], logprobs_BLK[number, part] = targets.ids_TW[:num], targets.logprobs_TW[:num]
@@ -102,6 +102,6 @@ def to_topk(packed: list[Sequence], sequences: Sequences, top_k: int, vocab_size
             place += len(row)
     # after a row's last token comes another row's first, of which its target may say something
     is_kept_BLK = (ids_BLK == sequences.tokens_BL1[:, 1:, None]) & np.isnan(labels_BL)[..., None]
-    number_D, target_D, place_D = np.nonzero(is_kept_BLK)
+    number_D, target_D, place_D = np.nonzero(is_kept_BLK & np.isfinite(logprobs_BLK))
     labels_BL[number_D, target_D] = logprobs_BLK[number_D, target_D, place_D]
     return TopkTargets(ids_BLK, logprobs_BLK, tail_BL, labels_BL, np.zeros((*shape, 0), np.float32))

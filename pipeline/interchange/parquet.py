@@ -1,12 +1,12 @@
 """Captures from Parquet files: some rows at a time, each checked and without its padding.
 
-Legend: M tokens of a row, T targets of a row, W ids of its widest target.
+Legend: M tokens of a row.
 """
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 
-from capgap.pipeline.interchange.captures import CapturedRow, RowTargets, begins_with, checked_targets
-from capgap.pipeline.interchange.ragged import Ragged, lists_of
-from capgap.pipeline.interchange.stand_ins import NO_ID, is_stand_in, without_stand_ins
+from capgap.pipeline.interchange.captures import CapturedRow, RowTargets, begins_with
+from capgap.pipeline.interchange.ragged import NULL, Ragged, lists_of
 from capgap.schemas.errors import InputError
 from capgap.schemas.interchange import ColumnNames
 from capgap.schemas.records import BoolArray, IntArray
@@ -66,12 +65,12 @@ class Layout:
 
 
 def list_captures(sources: tuple[str, ...]) -> list[Path]:
-    """The Parquet files that these files, folders and globs name, in the order in which they are read.
+    """The Parquet files that these files, folders and globs name, in the order in which they are read, each once.
 
     Raises:
         InputError: a source names none.
     """
-    files: list[Path] = []
+    files: dict[Path, Path] = {}
     for source in sources:
         path = Path(source)
         if path.is_dir():
@@ -82,8 +81,9 @@ def list_captures(sources: tuple[str, ...]) -> list[Path]:
             found = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]  # noqa: PTH207 (an absolute pattern)
         if not found:
             raise InputError("no captures found", where=source, expected=f"a {SUFFIX} file, a folder or a glob of such")
-        files += found
-    return files
+        for path in found:
+            files.setdefault(path.resolve(), path)
+    return list(files.values())
 
 
 def open_file(path: Path) -> Any:
@@ -96,6 +96,19 @@ def open_file(path: Path) -> Any:
         return pa.parquet.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise InputError("not a Parquet file", where=path, found=_first_line(error)) from None
+
+
+def require_columns(file: Any, path: Path, wanted: Sequence[str]) -> None:
+    """Raise InputError unless an open file has these columns."""
+    there = file.schema_arrow.names
+    for name in wanted:
+        if name not in there:
+            raise InputError(
+                f"no column {name!r}",
+                where=path,
+                found=", ".join(there),
+                fix="name the columns with --columns.input_ids and so on, or the layout with --format",
+            )
 
 
 def batches_of(file: Any, path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -120,14 +133,7 @@ def read_rows(path: Path, layout: Layout) -> Iterator[CapturedRow]:
     file, names = open_file(path), layout.columns
     there = set(file.schema_arrow.names)
     wanted = [names.input_ids, *(layout.targets.required if layout.targets else ())]
-    for name in wanted:
-        if name not in there:
-            raise InputError(
-                f"no column {name!r}",
-                where=path,
-                found=", ".join(file.schema_arrow.names),
-                fix="name the columns with --columns.input_ids and so on, or the layout with --format",
-            )
+    require_columns(file, path, wanted)
     marks = (names.loss_mask, names.labels, names.attention_mask, names.starts)
     wanted += [name for name in (*marks, *(layout.targets.optional if layout.targets else ())) if name in there]
     first = 0
@@ -156,8 +162,9 @@ def _row(
     layout: Layout, batch: pa.RecordBatch, number: int, tokens_M: IntArray, where: str
 ) -> tuple[CapturedRow, slice]:
     """The row without its targets and its padding, and which of its tokens are left."""
-    keep = _unpadded(_marks(layout.columns.attention_mask, batch, number, len(tokens_M), where), len(tokens_M), where)
+    keep = unpadded(layout.columns, batch, number, len(tokens_M), where)
     own_M = tokens_M[keep]  # padding may be any number
+    _require_no_null(own_M, where, layout.columns.input_ids)
     if own_M.size and (own_M.min() < 0 or own_M.max() >= layout.vocab_size):
         raise InputError(
             "a token outside the vocabulary",
@@ -167,7 +174,7 @@ def _row(
             fix="name the tokenizer of the teacher that made the captures",
         )
     mask_M = _label_mask(layout.columns, batch, number, tokens_M, keep, where)
-    starts_M = _marks(layout.columns.starts, batch, number, len(tokens_M), where)
+    starts_M = marks_of(layout.columns.starts, batch, number, len(tokens_M), where, keep)
     if starts_M is None:
         starts_M = np.zeros(len(tokens_M), np.bool_)
         starts_M[keep.start : keep.start + 1] = True
@@ -178,13 +185,13 @@ def _row(
         places_D = np.union1d(np.flatnonzero(starts_M), [0])
         begun_D = places_D[begins_with(own_M, places_D, layout.bos_ids)]
         mask_M[(begun_D[:, None] + np.arange(len(layout.bos_ids))).ravel()] = False
-    return CapturedRow(where, own_M, starts_M, mask_M), keep
+    return CapturedRow(where, own_M.astype(np.int32, copy=False), starts_M, mask_M), keep
 
 
 def _label_mask(
     names: ColumnNames, batch: pa.RecordBatch, number: int, tokens_M: IntArray, keep: slice, where: str
 ) -> BoolArray:
-    mask_M = _marks(names.loss_mask, batch, number, len(tokens_M), where)
+    mask_M = marks_of(names.loss_mask, batch, number, len(tokens_M), where, keep)
     if mask_M is not None:
         return mask_M
     labels = _lists(names.labels, batch, where)
@@ -203,7 +210,13 @@ def _label_mask(
     return mask
 
 
-def _unpadded(attention_M: BoolArray | None, num_tokens: int, where: str) -> slice:
+def unpadded(names: ColumnNames, batch: pa.RecordBatch, number: int, num_tokens: int, where: str) -> slice:
+    """Which of a row's tokens are no padding.
+
+    Raises:
+        InputError: padding stands within the row, or the marks are not as many as its tokens.
+    """
+    attention_M = marks_of(names.attention_mask, batch, number, num_tokens, where)
     if attention_M is None or attention_M.all():
         return slice(0, num_tokens)
     kept = np.flatnonzero(attention_M)
@@ -217,7 +230,14 @@ def _unpadded(attention_M: BoolArray | None, num_tokens: int, where: str) -> sli
     return slice(first, last + 1)
 
 
-def _marks(name: str, batch: pa.RecordBatch, number: int, num_tokens: int, where: str) -> BoolArray | None:
+def marks_of(
+    name: str, batch: pa.RecordBatch, number: int, num_tokens: int, where: str, keep: slice = slice(None)
+) -> BoolArray | None:
+    """Where a row is marked; None where there is no such column. What stands outside of `keep` may be anything.
+
+    Raises:
+        InputError: they are not as many as its tokens, or one is null.
+    """
     lists = _lists(name, batch, where)
     if lists is None:
         return None
@@ -226,8 +246,20 @@ def _marks(name: str, batch: pa.RecordBatch, number: int, num_tokens: int, where
         raise InputError(
             "not as many marks as tokens", where=f"{where}, {name}", found=len(values), expected=num_tokens
         )
+    _require_no_null(values[keep], where, name)
     marks: BoolArray = values != 0
     return marks
+
+
+def _require_no_null(values_M: npt.NDArray[Any], where: str, name: str) -> None:
+    is_null_M = values_M == NULL
+    if is_null_M.any():
+        raise InputError(
+            "null where a number must be",
+            where=f"{where}, {name}",
+            found=f"{int(is_null_M.sum())} of {len(values_M)}, the first at {int(np.flatnonzero(is_null_M)[0])}",
+            expected="numbers; null in padding alone, where attention_mask is 0",
+        )
 
 
 def _lists(name: str, batch: pa.RecordBatch, where: str) -> Ragged | None:
@@ -253,81 +285,6 @@ def targets_of(keep: slice, num_targets: int, num_tokens: int, where: str) -> sl
             fix="see --offset: the first target may be no prediction",
         )
     return slice(keep.start, min(keep.stop if keep.stop == num_tokens else keep.stop - 1, num_targets))
-
-
-class ListTargets:
-    """Targets from columns of lists.
-
-    Args:
-        columns: their names.
-        vocab_size: ids are below it.
-        offset: 0 where the first target follows the first token, -1 where it is one of the first token itself.
-    """
-
-    def __init__(self, columns: ColumnNames, vocab_size: int, offset: int = 0) -> None:
-        self.required: tuple[str, ...] = (columns.ids, columns.logprobs)
-        self.optional: tuple[str, ...] = (columns.tail, columns.label_logprobs)
-        self._columns, self._vocab_size, self._offset = columns, vocab_size, offset
-        self._lists: dict[str, Ragged] = {}
-
-    def open(self, batch: pa.RecordBatch, where: str) -> None:
-        """Take the columns of some rows."""
-        names = self._columns
-        kinds: dict[str, tuple[int, Any]] = {names.ids: (2, np.int32), names.logprobs: (2, np.float32)}
-        kinds |= {names.tail: (1, np.float32), names.label_logprobs: (1, np.float32)}
-        self._lists = {
-            name: lists_of(batch.column(name), *kind, f"{where}, {name}", NO_ID if name == names.ids else None)
-            for name, kind in kinds.items()
-            if name in batch.schema.names
-        }
-
-    def row(self, number: int, tokens_M: IntArray, keep: slice, where: str) -> RowTargets:
-        """The targets of one row's tokens that are no padding."""
-        names, skipped = self._columns, -self._offset
-        ids, logprobs = self._lists[names.ids].row(number), self._lists[names.logprobs].row(number)
-        num_targets = max(len(ids) - skipped, 0)
-        part = targets_of(keep, num_targets, len(tokens_M), where)
-        own = slice(part.start + skipped, part.stop + skipped)
-        if part.stop - part.start == len(tokens_M[keep]) > 0 and ids.sizes_R[own.stop - 1] == 0:
-            own = slice(own.start, own.stop - 1)  # the last token of a row need not have one
-        ids, logprobs = ids.lists(own.start, own.stop), logprobs.lists(own.start, own.stop)
-        if not np.array_equal(ids.ends_R1, logprobs.ends_R1):
-            raise InputError(
-                "not as many logprobs as ids",
-                where=where,
-                found=f"{len(logprobs)} lists with {logprobs.ends_R1[-1]} in all",
-                expected=f"{len(ids)} with {ids.ends_R1[-1]}",
-            )
-        values_D, logprobs_D = without_stand_ins(ids.values, logprobs.values, ids.ends_R1)
-        below_D = values_D[(values_D < 0) & (values_D != NO_ID)]
-        if len(below_D):
-            raise InputError("an id below 0", where=where, found=int(below_D[0]), expected="ids of the vocabulary")
-        ids_TW, logprobs_TW = _filled(values_D, ids, -1), _filled(logprobs_D, ids, -np.inf)
-        ids_TW[ids_TW < 0] = -1
-        tail_T, labels_T = (self._numbers(name, number, own) for name in (names.tail, names.label_logprobs))
-        if tail_T is not None and len(tail_T) != len(ids):
-            raise InputError("not as many tails as targets", where=where, found=len(tail_T), expected=len(ids))
-        if labels_T is not None:
-            labels_T = np.where(is_stand_in(labels_T), np.float32(np.nan), labels_T)
-        return checked_targets(tokens_M[keep], ids_TW, logprobs_TW, tail_T, labels_T, self._vocab_size, where)
-
-    def _numbers(self, name: str, number: int, own: slice) -> npt.NDArray[np.float32] | None:
-        if name not in self._lists:
-            return None
-        values: npt.NDArray[np.float32] = self._lists[name].row(number)[own]
-        return values
-
-
-def _filled(values_D: npt.NDArray[Any], of: Ragged, filling: float) -> npt.NDArray[Any]:
-    """Lists [T] as an array [T, W], with what is behind a list's last value filled."""
-    sizes_T = of.sizes_R
-    width = int(sizes_T.max(initial=0))
-    start, stop = int(of.ends_R1[0]), int(of.ends_R1[-1])
-    if len(of) * width == stop - start:
-        return np.ascontiguousarray(values_D[start:stop].reshape(len(of), width))
-    filled_TW = np.full((len(of), width), filling, values_D.dtype)
-    filled_TW[np.arange(width) < sizes_T[:, None]] = values_D[start:stop]
-    return filled_TW
 
 
 def _first_line(error: Exception) -> str:

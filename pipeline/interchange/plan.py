@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,25 +15,22 @@ from transformers import PreTrainedTokenizerBase
 
 from capgap.pipeline.interchange.captures import CapturedRow
 from capgap.pipeline.interchange.distillkit import DistillKitTargets, read_config
-from capgap.pipeline.interchange.export_facts import require_same_facts
-from capgap.pipeline.interchange.parquet import (
-    Layout,
-    ListTargets,
-    TargetReader,
-    batches_of,
-    list_captures,
-    open_file,
-    read_rows,
-)
-from capgap.pipeline.interchange.ragged import lists_of
+from capgap.pipeline.interchange.export_facts import ExportFacts, facts_of, require_same_facts
+from capgap.pipeline.interchange.list_targets import ListTargets
+from capgap.pipeline.interchange.parquet import Layout, TargetReader, list_captures, read_rows
 from capgap.pipeline.interchange.shift import proven
+from capgap.pipeline.interchange.survey import longest_row, start_within
 from capgap.pipeline.models.bos import document_bos
 from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts
 from capgap.pipeline.stage.manifests import record_sources
-from capgap.schemas.errors import InputError
+from capgap.schemas.distillkit import DistillKitConfig
+from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import TokenizerFacts
 from capgap.schemas.interchange import ImportSettings
 from capgap.schemas.manifest import SourceEntry
+from capgap.schemas.run_corpus import ContextRule
+
+_LOG = logging.getLogger("capgap")
 
 SPLITS = ("student", "heldout")
 
@@ -47,6 +45,9 @@ class Plan:
         tokenizer: of the tokens.
         facts: of it.
         seq_len: targets a sequence.
+        context: what the teacher saw before a token.
+        configs: by file how its targets are packed; empty where they are columns of lists.
+        exports: what the files say of themselves that `capgap export` wrote.
     """
 
     settings: ImportSettings
@@ -54,6 +55,9 @@ class Plan:
     tokenizer: PreTrainedTokenizerBase
     facts: TokenizerFacts
     seq_len: int
+    context: ContextRule
+    configs: dict[Path, DistillKitConfig]
+    exports: tuple[ExportFacts, ...]
 
     @cached_property
     def sources(self) -> tuple[SourceEntry, ...]:
@@ -86,7 +90,7 @@ class Plan:
                 },
                 "sources": {split: [digests[str(path)] for path in paths] for split, paths in self.files.items()},
                 "tokenizer": self.facts.fingerprint,
-                "context": settings.context,
+                "context": self.context,
                 "seq_len": self.seq_len,
                 "long_rows": settings.long_rows,
                 "heldout_fraction": None if settings.heldout else settings.heldout_fraction,
@@ -102,7 +106,7 @@ class Plan:
             "import": {
                 "format": settings.format,
                 "columns": {name: getattr(columns, name) for name in ("ids", "logprobs", "tail", "label_logprobs")},
-                "compression": None if self._config is None else self._config.model_dump(mode="json"),
+                "compression": self._compression,
                 "offset": settings.offset,
                 "temperature": settings.temperature,
                 "top_k": settings.top_k,
@@ -121,7 +125,7 @@ class Plan:
             layout = Layout(
                 self.settings.columns,
                 self.facts.vocab_size,
-                self._targets() if with_targets else None,
+                self._targets(path) if with_targets else None,
                 self._padding,
                 self.bos_ids,
             )
@@ -130,9 +134,18 @@ class Plan:
             chosen = rows if apart else (row for row in rows if self._split_of(row) == split)
             yield from self._of_length(chosen)
 
-    @cached_property
-    def _config(self) -> Any:
-        return read_config(self.settings, self.files["student"][0]) if self.settings.format == "distillkit" else None
+    @property
+    def _compression(self) -> dict[str, Any] | None:
+        """How the targets are packed: every way there is, and by split which one each file has."""
+        if not self.configs:
+            return None
+        ways = [config.model_dump(mode="json") for config in self.configs.values()]
+        configs = [way for number, way in enumerate(ways) if way not in ways[:number]]
+        way_of = dict(zip(self.configs, map(configs.index, ways), strict=True))
+        return {
+            "configs": configs,
+            "config_of": {split: [way_of[path] for path in paths] for split, paths in self.files.items()},
+        }
 
     @property
     def _padding(self) -> int | None:
@@ -141,9 +154,9 @@ class Plan:
         is_padding = self.settings.format == "distillkit" and pad is not None and pad != self.facts.eos_id
         return int(pad) if is_padding else None
 
-    def _targets(self) -> TargetReader:
-        if self._config is not None:
-            return DistillKitTargets(self._config, self.facts.vocab_size)
+    def _targets(self, path: Path) -> TargetReader:
+        if self.settings.format == "distillkit":
+            return DistillKitTargets(self.configs[path], self.facts.vocab_size)
         return ListTargets(self.settings.columns, self.facts.vocab_size, self.settings.offset)
 
     def _split_of(self, row: CapturedRow) -> str:
@@ -172,17 +185,18 @@ def plan(settings: ImportSettings) -> Plan:
     """Look at the captures and at the tokenizer.
 
     Raises:
-        InputError: there are no captures, or no tokenizer.
+        InputError: there are no captures, or no tokenizer; or it cannot be told what the teacher saw.
         MismatchError: the captures are an export that says otherwise than the settings.
     """
-    files = {"student": list_captures(settings.sources)}
-    files["heldout"] = list_captures(settings.heldout) if settings.heldout else files["student"]
+    files = _files(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
     facts = tokenizer_facts(tokenizer)
     every = list(dict.fromkeys(path for paths in files.values() for path in paths))
     for path in every:
         require_same_facts(path, settings, facts)
-    seq_len = settings.seq_len or max(longest_row(path, settings.columns.input_ids) for path in every) - 1
+    exports = {path: of for path in every if (of := facts_of(path)) is not None}
+    context = _context(settings, every, exports)
+    seq_len = settings.seq_len or max(longest_row(path, settings.columns) for path in every) - 1
     if seq_len < 8:
         raise InputError(
             "no row is long enough",
@@ -190,19 +204,54 @@ def plan(settings: ImportSettings) -> Plan:
             found=f"{max(seq_len, -1) + 1} tokens in the longest",
             expected="at least 9",
         )
-    return Plan(settings, files, tokenizer, facts, seq_len)
+    configs = {path: read_config(settings, path) for path in every} if settings.format == "distillkit" else {}
+    return Plan(settings, files, tokenizer, facts, seq_len, context, configs, tuple(exports.values()))
 
 
-def longest_row(path: Path, column: str) -> int:
-    """Tokens of a file's longest row, its padding included; 0 where there is none.
+def _files(settings: ImportSettings) -> dict[str, list[Path]]:
+    """The captures by split: what is held out is not trained on, whatever else names it."""
+    sources = list_captures(settings.sources)
+    if not settings.heldout:
+        return {"student": sources, "heldout": sources}
+    heldout = list_captures(settings.heldout)
+    apart = {path.resolve() for path in heldout}
+    student = [path for path in sources if path.resolve() not in apart]
+    if not student:
+        raise InputError(
+            "all captures are held out",
+            where=", ".join(settings.sources),
+            found=f"{len(sources)} files, each of which --heldout names too",
+            expected="at least one to train on",
+            fix="name others beside them, or leave --heldout out to hold out a share of the rows",
+        )
+    if len(student) < len(sources):
+        _LOG.info("import: %s of %s files are held out, and not trained on", len(sources) - len(student), len(sources))
+    return {"student": student, "heldout": heldout}
 
-    Raises:
-        InputError: the file is damaged, or the column is not one of lists.
-    """
-    file = open_file(path)
-    if column not in file.schema_arrow.names:
-        return 0
-    batches = batches_of(file, path, [column])
-    return max(
-        (int(lists_of(batch.column(0), 1, np.int64, str(path)).sizes_R.max(initial=0)) for batch in batches), default=0
-    )
+
+def _context(settings: ImportSettings, every: list[Path], exports: dict[Path, ExportFacts]) -> ContextRule:
+    """What the teacher saw: as is said, as the exports say, or its own row where that is all there is to it."""
+    if settings.context is not None:
+        return settings.context
+    contexts: dict[Path, ContextRule] = {
+        path: exports[path].context if path in exports else "document" for path in every
+    }
+    for path, own in contexts.items():
+        if own != contexts[every[0]]:
+            raise MismatchError(
+                "the captures are of two contexts",
+                where=path,
+                found=own,
+                expected=f"{contexts[every[0]]}, as of {every[0]}",
+                fix="import them apart, each into a folder of its own, or set --context for those that do not say it",
+            )
+        where = None if path in exports else start_within(path, settings.columns)
+        if where is not None:
+            raise InputError(
+                "it is not told what the teacher saw of a row with several documents",
+                where=where,
+                found=f"the mark of a document in the column {settings.columns.starts!r}, and no --context",
+                expected="--context document if it saw each document alone, --context packed if it saw the whole row",
+                fix="set --context; or --columns.starts none, which leaves the marks out: rows are then seen whole",
+            )
+    return contexts[every[0]]

@@ -16,6 +16,9 @@ from capgap.schemas.errors import InputError
 
 Int64Array = npt.NDArray[np.int64]
 
+NULL = np.iinfo(np.int32).min
+"""Stands for a whole number that is null."""
+
 
 @dataclass(frozen=True)
 class Ragged:
@@ -51,18 +54,20 @@ class Ragged:
         return Ragged(self.values[ends_R1[0] : ends_R1[-1]], ends_R1 - ends_R1[0])
 
 
-def lists_of(column: pa.Array, depth: int, kind: Any, where: str, filling: int | None = None) -> Ragged:
+def lists_of(column: pa.Array, depth: int, kind: Any, where: str) -> Ragged:
     """A column of lists, of lists of lists where `depth` is 2; a list that is null is empty.
+
+    What stands in padding may be no number of that kind, and which numbers those are is not known here: a whole number
+    that is null becomes `NULL`, and all of a batch are int64 where one does not fit.
 
     Args:
         column: of a record batch.
         depth: 1 or 2.
-        kind: numpy's type of the numbers; nulls are NaN for a floating one, and an error for another.
+        kind: numpy's type of the numbers; nulls are NaN for a floating one.
         where: names the column in errors.
-        filling: what a null is where the numbers are whole ones; None where none may be null.
 
     Raises:
-        InputError: it has no such lists, or null where a number must be.
+        InputError: it has no such lists.
     """
     if not _is_list(column.type):
         raise InputError("not a column of lists", where=where, found=str(column.type), expected=_named(depth, kind))
@@ -70,31 +75,54 @@ def lists_of(column: pa.Array, depth: int, kind: Any, where: str, filling: int |
     ends_R1 = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
     values = column.flatten()
     if depth > 1:
-        return Ragged(lists_of(values, depth - 1, kind, where, filling), ends_R1)
-    if filling is not None and pa.types.is_integer(values.type) and values.null_count:
-        values = values.cast(pa.int64()).fill_null(filling)
+        return Ragged(lists_of(values, depth - 1, kind, where), ends_R1)
     return Ragged(_numbers(values, kind, where), ends_R1)
 
 
+def fits(numbers_D: npt.NDArray[Any], kind: Any) -> npt.NDArray[np.bool_]:
+    """Which of these whole numbers are there, and fit into that kind [D]."""
+    if numbers_D.dtype == kind and np.iinfo(kind).min > NULL:
+        return np.ones(len(numbers_D), np.bool_)
+    limits = np.iinfo(kind)
+    found_D: npt.NDArray[np.bool_] = (numbers_D >= limits.min) & (numbers_D <= limits.max) & (numbers_D != NULL)
+    return found_D
+
+
 def _numbers(values: pa.Array, kind: Any, where: str) -> npt.NDArray[Any]:
-    known = pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)
-    if np.issubdtype(kind, np.floating):
-        known = known or pa.types.is_floating(values.type)
-    if not known:
+    is_floating = bool(np.issubdtype(kind, np.floating))
+    known = pa.types.is_integer(values.type) or pa.types.is_boolean(values.type) or pa.types.is_null(values.type)
+    if not (known or (is_floating and pa.types.is_floating(values.type))):
         raise InputError("not numbers of that kind", where=where, found=str(values.type), expected=_named(0, kind))
-    if values.null_count and not np.issubdtype(kind, np.floating):
-        raise InputError("null where a number must be", where=where, found=f"{values.null_count} in a batch")
+    if not is_floating:
+        return _whole(values, kind)
+    if pa.types.is_null(values.type):
+        return np.full(len(values), np.nan, kind)
     numbers: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False)
     if values.null_count and not np.issubdtype(numbers.dtype, np.floating):
         numbers = numbers.astype(np.float64)
-    if np.issubdtype(kind, np.floating):
-        with np.errstate(over="ignore"):
-            return numbers.astype(kind)
-    # an id past 32 bits must not come out as another
-    largest = np.iinfo(kind).max
-    if numbers.size and numbers.dtype != np.bool_ and (numbers.max() > largest or numbers.min() < np.iinfo(kind).min):
-        raise InputError("a number too large", where=where, found=int(numbers.max()), expected=f"at most {largest}")
-    return numbers.astype(kind)
+    with np.errstate(over="ignore"):
+        return numbers.astype(kind)
+
+
+def _whole(values: pa.Array, kind: Any) -> npt.NDArray[Any]:
+    is_null = values.is_null().to_numpy(zero_copy_only=False) if values.null_count else None
+    if pa.types.is_null(values.type):
+        values = values.cast(pa.int64())
+    if is_null is not None:
+        values = values.fill_null(False if pa.types.is_boolean(values.type) else 0)
+    numbers: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False)
+    limits = np.iinfo(kind)
+    too_large = numbers.size and numbers.dtype != np.bool_ and numbers.max() > limits.max
+    too_small = numbers.size and numbers.dtype != np.bool_ and numbers.min() < limits.min
+    # a number that does not fit must not come out as another
+    if too_large or too_small or (is_null is not None and limits.min > NULL):
+        largest = np.iinfo(np.int64).max
+        numbers = (np.minimum(numbers, largest) if numbers.dtype == np.uint64 else numbers).astype(np.int64)
+    else:
+        numbers = numbers.astype(kind)
+    if is_null is not None:
+        numbers[is_null] = NULL
+    return numbers
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -58,7 +58,7 @@ def proven(rows: Iterable[CapturedRow], path: Path, vocab_size: int) -> Iterator
 def scores_at_shifts(tokens_M: IntArray, targets: RowTargets, vocab_size: int) -> Float64Array:
     """Logprobs [3, N] of the token before the next one, the next one, and the one behind it, under each target.
 
-    The tail is spread evenly over all other ids.
+    The tail is spread evenly over all other ids. A target that is all tail, as those of a prompt may be, tells nothing.
     """
     num = max(min(len(targets), len(tokens_M) - 2), 0)
     ids_NW, logprobs_NW = targets.ids_TW[:num], targets.logprobs_TW[:num]
@@ -71,7 +71,8 @@ def scores_at_shifts(tokens_M: IntArray, targets: RowTargets, vocab_size: int) -
         kept_N = np.where(is_it_NW, logprobs_NW, -np.inf).max(axis=1, initial=-np.inf)
         # one that a server calls impossible must not outweigh all others
         scores[place] = np.where(is_it_NW.any(axis=1), np.maximum(kept_N, _LEAST_NATS), rest_N)
-    return scores
+    found: Float64Array = scores[:, targets.tail_T[:num] < 1]
+    return found
 
 
 def require_aligned(scores: Float64Array, path: Path) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from capgap.pipeline.interchange.ragged import Int64Array
+from capgap.pipeline.interchange.ragged import NULL, Int64Array
 from capgap.schemas.records import BoolArray, FloatArray, IntArray
 
-NO_ID = np.iinfo(np.int32).min
+NO_ID = NULL
 """Stands for an id that is not there."""
 
 # No model gives such a logprob: its logits would have to lie a thousand nats apart.

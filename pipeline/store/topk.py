@@ -3,7 +3,8 @@
     lossless         logprobs, tail and label as float32, in four planes each
     near-lossless    codes of 1/64 nat; differences along a row, in two planes
     compact          companded codes; differences along a row, as quads with escapes
-    small            as compact, of each row only the ids that hold 99 % of the probability; the others join the tail
+    small            as compact, of each row only the ids that hold 99 % of the probability; the others join the tail.
+                     A row may come with fewer ids than others, and padded as it is read; all of these are kept
 
 Ids keep their order and lie as planes of ranks. Differences lie rank by rank: those of all a sequence's first ids, then
 of its second, and so on; `small`, whose rows differ in length, has them row by row. Every sequence begins a new quad.
@@ -129,7 +130,11 @@ def largest_log_tail(vocab_size: int) -> float:
 
 def _check(targets: TopkTargets, shape: TopkShape) -> None:
     check_ids("ids", targets.ids_BLK, len(shape.ranking.ids_V))
-    check_logprobs("logprobs_BLK", targets.logprobs_BLK)
+    if shape.profile == "small" and np.isneginf(targets.logprobs_BLK[:, :, -1]).any():
+        check_logprobs("logprobs_BLK", targets.logprobs_BLK[:, :, 0])  # a row has one id at least
+        check_logprobs("logprobs_BLK", targets.logprobs_BLK[~np.isneginf(targets.logprobs_BLK)])
+    else:
+        check_logprobs("logprobs_BLK", targets.logprobs_BLK)
     check_logprobs("label_logprobs_BL", _known(targets.label_logprobs_BL, shape))
     check_finite("tail_BL", targets.tail_BL)
     for worst in (targets.tail_BL.min(initial=0), targets.tail_BL.max(initial=1)):
@@ -154,7 +159,7 @@ def _check_log_tails(log_tails_BLT: FloatArray, shape: TopkShape) -> None:
 
 
 def _small_values(targets: TopkTargets, shape: TopkShape) -> _Values:
-    """Keep as few ids of each row as hold `KEPT_MASS`, or all.
+    """Keep as few ids of each row as hold `KEPT_MASS`, or all; all of a row that comes with padding, as it is read.
 
     One sequence after the other: what is made on the way stays in the cache, and every sequence begins a new quad.
     """
@@ -164,6 +169,9 @@ def _small_values(targets: TopkTargets, shape: TopkShape) -> _Values:
     for sequence, (ids_LK, logprobs_LK) in enumerate(zip(targets.ids_BLK, targets.logprobs_BLK, strict=True)):
         probs_LK = np.exp(logprobs_LK)
         num_kept_BL[sequence] = _num_kept(probs_LK)
+        is_padded_L = np.isneginf(logprobs_LK[:, -1])
+        if is_padded_L.any():
+            num_kept_BL[sequence, is_padded_L] = np.isfinite(logprobs_LK[is_padded_L]).sum(axis=1)
         kept_LK = np.arange(shape.top_k, dtype=num_kept_BL.dtype) < num_kept_BL[sequence][:, None]
         np.copyto(probs_LK, 0, where=kept_LK)
         tail_BL[sequence] += probs_LK.sum(axis=1)

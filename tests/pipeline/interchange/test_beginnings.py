@@ -54,7 +54,7 @@ def test_whether_documents_begin_with_bos_is_a_fact_and_bos_is_never_a_label(
         {name: [*one[name], *two[name]] for name in one}
         for one, two in zip(documents[::2], documents[1::2], strict=True)
     ]
-    settings = settings_for(write(rows), tokenizer=str(tmp_path / "tokenizer"))
+    settings = settings_for(write(rows), tokenizer=str(tmp_path / "tokenizer"), context="document")
     with caplog.at_level(logging.INFO):
         made = import_captures(settings)
     assert said in caplog.text

@@ -76,6 +76,45 @@ def test_what_went_out_comes_in_again_as_it_was(
             assert np.array_equal(np.isnan(targets.label_logprobs_BL), np.isnan(found.label_logprobs_BL))
 
 
+def test_what_the_small_profile_kept_of_each_target_comes_in_again_whole(
+    teacher: Any, write: Callable[..., Path], settings_for: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A sharp teacher: some targets keep one id, others all eight."""
+
+    def sharp(row: dict[str, Any]) -> dict[str, Any]:
+        logits_TK = 2.5 * np.array(row["logprobs"])
+        return row | {"logprobs": (logits_TK - np.log(np.exp(logits_TK).sum(axis=1, keepdims=True))).tolist()}
+
+    captures = write([sharp(row) for row in teacher.rows], columns=MINIMAL)
+    first = import_captures(settings_for(captures, profile="small", context="packed")).cache
+    export_cache(str(first.path), tmp_path / "out")
+    files, heldout = (str(tmp_path / "out" / "topk" / f"{split}-*.parquet") for split in ("train", "heldout"))
+    own = {"heldout": (heldout,), "out": str(tmp_path / "again")}
+    with pytest.raises(InputError, match=r"far fewer ids than others have; .*--profile small"):
+        import_captures(settings_for(Path(files), **own))
+    again = import_captures(settings_for(Path(files), profile="small", **own), force=True).cache
+    assert again.manifest.facts["recordings"] == first.manifest.facts["recordings"]
+    assert again.manifest.facts["context"] == "packed", "the files say so"
+    widths = set()
+    for name in ("topk", "heldout-topk"):
+        there = list(read_blocks(first.path, first.manifest.shard_sets[name]))
+        here = list(read_blocks(again.path, again.manifest.shard_sets[name]))
+        for (sequences, targets), (others, found) in zip(there, here, strict=True):
+            assert np.array_equal(sequences.tokens_BL1, others.tokens_BL1)
+            counts_BL = sequences.mask_BL1[:, 1:]
+            is_id_NK = np.isfinite(targets.logprobs_BLK[counts_BL])
+            widths |= set(is_id_NK.sum(axis=1).tolist())
+            # a row of all eight may need fewer once its logprobs are rounded; what was cut once is not cut again
+            is_cut_N = ~is_id_NK[:, -1]
+            for field in ("ids_BLK", "logprobs_BLK"):
+                assert np.array_equal(
+                    getattr(targets, field)[counts_BL][is_cut_N], getattr(found, field)[counts_BL][is_cut_N]
+                )
+            # the tail's own step of 1/64 nat
+            assert found.tail_BL[counts_BL][is_cut_N] == pytest.approx(targets.tail_BL[counts_BL][is_cut_N], rel=1 / 64)
+    assert {1, 2, 3} < widths
+
+
 def test_finished_files_are_kept_and_another_cache_s_are_refused(
     cache: Any, tmp_path: Path, write: Callable[..., Path], teacher: Any, settings_for: Callable[..., Any]
 ) -> None:

@@ -172,6 +172,32 @@ def test_small_keeps_less_and_moves_the_rest_to_the_tail() -> None:
     assert found.tail_BL[0, 0] == pytest.approx(0.005, rel=1 / 128)
 
 
+def test_small_keeps_all_of_a_row_that_comes_with_fewer_ids_than_others() -> None:
+    """As its reader gives it: what was cut once is not cut again."""
+    logprobs_LK = np.log(np.array([[0.995, 0.003, 0.001, 1], [0.5, 0.3, 0.1, 0.05]]))
+    logprobs_LK[0, 3] = -np.inf
+    targets = TopkTargets(
+        np.array([[[4, 3, 2, 0], [8, 7, 6, 5]]], np.int32),
+        logprobs_LK.astype(np.float32)[None],
+        np.array([[0.001, 0.05]], np.float32),
+        np.full((1, 2), -0.5, np.float32),
+        np.zeros((1, 2, 0), np.float32),
+    )
+    once = _round_trip("small", targets, 9)
+    assert once.ids_BLK.tolist() == targets.ids_BLK.tolist()
+    assert np.isneginf(once.logprobs_BLK).tolist() == np.isneginf(targets.logprobs_BLK).tolist()
+    assert np.isneginf(once.logprobs_BLK).sum() == 1
+    assert once.tail_BL == pytest.approx(targets.tail_BL, rel=1 / 128)
+    twice = _round_trip("small", once, 9)
+    for name, array in vars(once).items():
+        assert array.tobytes() == getattr(twice, name).tobytes(), name
+    with pytest.raises(InputError, match="logprobs_BLK: a value that is not finite"):
+        _round_trip("compact", targets, 9)
+    none = dataclasses.replace(targets, logprobs_BLK=np.full((1, 2, 4), -np.inf, np.float32))
+    with pytest.raises(InputError, match="logprobs_BLK: a value that is not finite"):
+        _round_trip("small", none, 9)
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_stored_targets_of_a_softmax_are_found_aligned(codecs, make_block, profile: str) -> None:
     codec = codecs[TOPK_CODECS[profile]]

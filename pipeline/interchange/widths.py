@@ -1,0 +1,135 @@
+"""How many ids are kept of each target, where captures have more of some than of others.
+
+All profiles but `small` keep as many of one target as of another: as many as the narrowest has. `small` keeps of a
+narrower target what it has. A target whose label does not count, as of a prompt, may have fewer or none: it is then
+uniform, as padding is.
+
+Legend: T targets of a row, W ids of its widest target, K ids kept, N targets that count.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import numpy as np
+
+from capgap.pipeline.interchange.captures import CapturedRow, RowTargets
+from capgap.pipeline.interchange.ragged import Int64Array
+from capgap.schemas.errors import InputError
+
+_LOG = logging.getLogger("capgap")
+
+# So many rows tell how wide targets are.
+_FIRST_ROWS = 16
+# More than this share of all ids is not cut for the sake of the narrowest target unless somebody asks for it.
+MOST_CUT = 0.5
+_SILENT = "set loss_mask to 0 where the teacher said nothing"
+
+
+def uniform(num_targets: int, top_k: int, vocab_size: int) -> RowTargets:
+    """Targets of a teacher that says nothing."""
+    evenly = np.float32(-np.log(vocab_size))
+    return RowTargets(
+        np.broadcast_to(np.arange(top_k, dtype=np.int32), (num_targets, top_k)).copy(),
+        np.full((num_targets, top_k), evenly, np.float32),
+        np.full(num_targets, 1 - top_k / vocab_size, np.float32),
+        np.full(num_targets, evenly, np.float32),
+    )
+
+
+def kept(row: CapturedRow, top_k: int, vocab_size: int, is_ragged: bool) -> RowTargets:
+    """The top-k tokens [T, K] of each target of a row; what is cut joins the tail.
+
+    Where it is ragged, a target may have fewer, and id 0 at logprob -inf stands behind its last.
+
+    Raises:
+        InputError: a target whose label counts has fewer.
+    """
+    targets = row.targets
+    assert targets is not None
+    widths_T, counts_T = targets.widths_T, row.counts_T
+    is_narrow_T = widths_T < (1 if is_ragged else top_k)
+    _require_ids(row, widths_T)
+    if (is_narrow_T & counts_T).any():
+        target = int(np.flatnonzero(is_narrow_T & counts_T)[0])
+        least = int(widths_T[counts_T].min())
+        raise InputError(
+            "a target with fewer ids than are kept",
+            where=f"{row.where}, target {target}",
+            found=int(widths_T[target]),
+            expected=f"at least {top_k}",
+            fix=f"set --profile small, which keeps of a narrow target what it has, or --top_k {least} or fewer",
+        )
+    found = uniform(len(targets), top_k, vocab_size)
+    is_told_T = ~is_narrow_T
+    width = min(top_k, targets.ids_TW.shape[1])
+    found.ids_TW[is_told_T], found.logprobs_TW[is_told_T] = 0, -np.inf
+    found.ids_TW[is_told_T, :width] = np.maximum(targets.ids_TW[is_told_T, :width], 0)
+    found.logprobs_TW[is_told_T, :width] = targets.logprobs_TW[is_told_T, :width]
+    cut_T = np.exp(targets.logprobs_TW[is_told_T, width:]).sum(axis=1, dtype=np.float32)
+    found.tail_T[is_told_T] = np.minimum(targets.tail_T[is_told_T] + cut_T, np.float32(1))
+    found.label_logprobs_T[is_told_T] = targets.label_logprobs_T[is_told_T]
+    return found
+
+
+def choose_top_k(rows: Iterable[CapturedRow], is_ragged: bool, exported: int, most_cut: float) -> int:
+    """How many ids to keep of each target, by the first rows that count: as many as the narrowest or the widest has.
+
+    Args:
+        rows: of the captures.
+        is_ragged: whether each target keeps what it has, so that the widest decides.
+        exported: as many as an export of a cache says that it has; 0 where none does.
+        most_cut: the share of all ids that may be cut for the narrowest.
+
+    Raises:
+        InputError: a target that counts has none, or one is so narrow that more would be cut.
+    """
+    parts: list[Int64Array] = []
+    narrowest, where = 0, ""
+    for number, row in enumerate(rows):
+        if number >= _FIRST_ROWS and parts:
+            break
+        assert row.targets is not None
+        widths_T, counts_T = row.targets.widths_T, row.counts_T
+        _require_ids(row, widths_T)
+        if not counts_T.any():
+            continue
+        least = int(widths_T[counts_T].min())
+        if not parts or least < narrowest:
+            target = int(np.flatnonzero(counts_T & (widths_T == least))[0])
+            narrowest, where = least, f"{row.where}, target {target}"
+        parts.append(widths_T[counts_T])
+    widths_N = np.concatenate(parts)
+    widest = int(widths_N.max())
+    if is_ragged:
+        return max(widest, exported)
+    share = 1 - narrowest / float(widths_N.mean())
+    if share > most_cut:
+        raise InputError(
+            "a target with far fewer ids than others have",
+            where=where,
+            found=f"{narrowest}, where others have up to {widest}: {share:.0%} of all ids would be cut",
+            expected="about as many in each target",
+            fix=f"set --profile small, which keeps of a narrow target what it has, or --top_k {narrowest} to cut them; "
+            + _SILENT,
+        )
+    if narrowest < widest:
+        _LOG.info(
+            "import: %s ids of each target are kept, as many as the narrowest of the first ones has (%s); others have "
+            "up to %s, and what is cut joins the tail",
+            *(narrowest, where, widest),
+        )
+    return narrowest
+
+
+def _require_ids(row: CapturedRow, widths_T: Int64Array) -> None:
+    empty_T = row.counts_T & (widths_T == 0)
+    if empty_T.any():
+        raise InputError(
+            "a target without ids, whose label counts",
+            where=f"{row.where}, target {int(np.flatnonzero(empty_T)[0])}",
+            found=f"{int(empty_T.sum())} of {len(widths_T)} targets of the row have none",
+            expected="at least one id",
+            fix=f"{_SILENT}, or leave the row out; of lists whose first is empty, as vLLM has them, set --offset -1",
+        )

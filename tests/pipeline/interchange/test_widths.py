@@ -1,0 +1,78 @@
+"""How many ids are kept where targets have more or fewer of them."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from capgap.pipeline.interchange.captures import CapturedRow, RowTargets
+from capgap.pipeline.interchange.widths import MOST_CUT, choose_top_k, kept
+from capgap.schemas.errors import InputError
+
+VOCAB = 50
+
+
+def row_of(widths: list[int], counts: list[bool] | None = None) -> CapturedRow:
+    """A row whose targets have so many ids, each with a probability of 1 in 20."""
+    num, widest = len(widths), max(widths)
+    is_id_TW = np.arange(widest) < np.array(widths)[:, None]
+    targets = RowTargets(
+        np.where(is_id_TW, np.arange(10, 10 + widest), -1).astype(np.int32),
+        np.where(is_id_TW, np.float32(np.log(0.05)), -np.inf).astype(np.float32),
+        (1 - 0.05 * np.array(widths)).astype(np.float32),
+        np.full(num, np.nan, np.float32),
+    )
+    starts_M, mask_M = np.arange(num + 1) == 0, np.array([True, *(counts or [True] * num)])
+    return CapturedRow("captures.parquet, row 3", np.zeros(num + 1, np.int32), starts_M, mask_M, targets)
+
+
+def test_a_target_whose_label_does_not_count_decides_nothing_and_is_uniform() -> None:
+    row = row_of([0, 1, 8, 8], [False, False, True, True])
+    assert choose_top_k([row], False, 0, MOST_CUT) == 8
+    for is_ragged, num_silent in ((False, 2), (True, 1)):
+        found = kept(row, 8, VOCAB, is_ragged)
+        assert found.logprobs_TW[:num_silent] == pytest.approx(-np.log(VOCAB))
+        assert found.tail_T[:num_silent] == pytest.approx(1 - 8 / VOCAB)
+        assert found.ids_TW[2:].tolist() == [list(range(10, 18))] * 2
+        assert found.tail_T[2:] == pytest.approx(0.6)
+
+
+def test_the_number_is_told_where_it_is_not_that_of_all(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert choose_top_k([row_of([8, 8])], False, 0, MOST_CUT) == 8
+        assert not caplog.text
+        assert choose_top_k([row_of([8, 7, 8])], False, 0, MOST_CUT) == 7
+    assert "7 ids of each target are kept" in caplog.text and "row 3, target 1" in caplog.text
+
+
+def test_one_narrow_target_does_not_cut_all_others_unasked() -> None:
+    with pytest.raises(InputError, match=r"row 3, target 2: a target with far fewer ids.*found 2, where .*--top_k 2"):
+        choose_top_k([row_of([8] * 5), row_of([8, 8, 2, 8])], False, 0, MOST_CUT)
+    with pytest.raises(InputError, match=r"far fewer"):
+        choose_top_k([row_of([8, 7])], False, 0, 0)
+
+
+def test_a_ragged_recording_keeps_of_each_target_what_it_has() -> None:
+    row = row_of([8, 2, 5])
+    assert choose_top_k([row], True, 0, MOST_CUT) == 8
+    assert choose_top_k([row], True, 12, MOST_CUT) == 12, "an export says how many its widest has"
+    found = kept(row, 6, VOCAB, True)
+    assert np.isfinite(found.logprobs_TW).sum(axis=1).tolist() == [6, 2, 5]
+    assert found.tail_T == pytest.approx([0.7, 0.9, 0.75]), "what is cut joins the tail"
+    assert (found.ids_TW[np.isneginf(found.logprobs_TW)] == 0).all()
+    assert kept(row, 12, VOCAB, True).ids_TW.shape == (3, 12)
+
+
+def test_a_target_without_ids_whose_label_counts_is_refused_by_name() -> None:
+    row = row_of([8, 0, 8])
+    for is_ragged in (False, True):
+        with pytest.raises(InputError, match=r"captures.parquet, row 3, target 1: a target without ids"):
+            choose_top_k([row], is_ragged, 0, MOST_CUT)
+        with pytest.raises(InputError, match=r"captures.parquet, row 3, target 1: a target without ids"):
+            kept(row, 1, VOCAB, is_ragged)
+    with pytest.raises(
+        InputError, match=r"target 1: a target with fewer ids than are kept; found 2.*--top_k 2 or fewer"
+    ):
+        kept(row_of([8, 2]), 4, VOCAB, False)
