@@ -10,7 +10,7 @@ import numpy as np
 from capgap.pipeline.corpus.encode import EncodedDocument
 from capgap.pipeline.corpus.pack import AnyPacker, Packer
 from capgap.pipeline.corpus.split import Split
-from capgap.pipeline.corpus.unit_record import ShardCounts, SplitCounts
+from capgap.pipeline.corpus.unit_record import ContentCounts, SplitCounts
 from capgap.pipeline.corpus.whole import WholePacker
 from capgap.pipeline.store import Block, ShardWriter, split_blocks
 from capgap.schemas.facts import SourceCounts, TokenizerFacts
@@ -71,7 +71,7 @@ class SplitOut:
         self._num_added = 0
         self._begun: list[list[int]] = []
         self.shards: list[ShardEntry] = []
-        self.shard_counts: list[ShardCounts] = []
+        self.shard_counts: list[ContentCounts] = []
         self.counts_V = np.zeros(facts.vocab_size, np.int64)
 
     @property
@@ -132,7 +132,7 @@ class SplitOut:
         self.shard_counts.append(_counts_of(counted, int(sequences.mask_BL1[:, 1:].sum())))
 
 
-def _counts_of(begun: list[_Counted], num_labels: int) -> ShardCounts:
+def _counts_of(begun: list[_Counted], num_labels: int) -> ContentCounts:
     by_source: dict[int, dict[str, int]] = {}
     by_length = Counter[int]()
     for one in begun:
@@ -145,7 +145,7 @@ def _counts_of(begun: list[_Counted], num_labels: int) -> ShardCounts:
         for name in ("num_text_bytes", "num_text_tokens", "num_labels"):
             counts[name] += getattr(one, name)
         by_length[one.num_text_tokens.bit_length()] += 1
-    return ShardCounts(
+    return ContentCounts(
         num_labels=num_labels,
         by_source={source: SourceCounts(**counts) for source, counts in by_source.items()},
         by_length=tuple(by_length[digits] for digits in range(max(by_length, default=-1) + 1)),

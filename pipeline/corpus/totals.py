@@ -11,7 +11,7 @@ from capgap.pipeline.corpus.bad_records import BadRecords
 from capgap.pipeline.corpus.limits import Limits
 from capgap.pipeline.corpus.split import SPLITS, Split
 from capgap.pipeline.corpus.unit import CorpusJob
-from capgap.pipeline.corpus.unit_record import ShardCounts, SplitCounts, UnitRecord
+from capgap.pipeline.corpus.unit_record import ContentCounts, SplitCounts, UnitRecord
 from capgap.pipeline.store import ShardReader
 from capgap.schemas.facts import SourceCounts, SplitFacts
 from capgap.schemas.manifest import ShardEntry
@@ -34,7 +34,7 @@ class Totals:
         self._job, self._limits = job, Limits(job.settings, job.listing)
         self.shards: dict[Split, list[ShardEntry]] = {split: [] for split in SPLITS}
         self.counts = {split: SplitCounts() for split in SPLITS}
-        self.inside = {split: ShardCounts() for split in SPLITS}
+        self.inside = {split: ContentCounts() for split in SPLITS}
         self.ids_SV: npt.NDArray[np.int64] = np.zeros((len(SPLITS), job.facts.vocab_size), np.int64)
         self.bad = BadRecords("corpus", "skip", job.settings.max_bad_fraction)
         self.num_repeated = 0
@@ -90,12 +90,12 @@ def _read(left: SplitCounts, right: SplitCounts) -> SplitCounts:
     return SplitCounts(**{name: value + getattr(right, name) for name, value in left})
 
 
-def _inside(left: ShardCounts, right: ShardCounts) -> ShardCounts:
+def _inside(left: ContentCounts, right: ContentCounts) -> ContentCounts:
     by_source = dict(left.by_source)
     for source, counts in right.by_source.items():
         by_source[source] = _added(by_source.get(source, SourceCounts()), counts)
     by_length = map(sum, zip_longest(left.by_length, right.by_length, fillvalue=0))
-    return ShardCounts(num_labels=left.num_labels + right.num_labels, by_source=by_source, by_length=tuple(by_length))
+    return ContentCounts(num_labels=left.num_labels + right.num_labels, by_source=by_source, by_length=tuple(by_length))
 
 
 def _added(left: SourceCounts, right: SourceCounts) -> SourceCounts:

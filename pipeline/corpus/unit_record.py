@@ -27,7 +27,7 @@ class SplitCounts(Entry):
     """Of whole conversations, left out because they did not end within a sequence."""
 
 
-class ShardCounts(Entry):
+class ContentCounts(Entry):
     """What is in one shard, or in several."""
 
     num_labels: int = 0
@@ -46,7 +46,7 @@ class UnitRecord(Entry):
     shards: dict[Split, tuple[ShardEntry, ...]]
     """Its shards by split, in their order."""
 
-    shard_counts: dict[Split, tuple[ShardCounts, ...]]
+    shard_counts: dict[Split, tuple[ContentCounts, ...]]
     """What is in each of them."""
 
     counts: dict[Split, SplitCounts]

@@ -151,7 +151,8 @@ def test_a_split_with_a_limit_has_whole_shards_and_no_more_whoever_knew_of_it(ma
 @pytest.mark.parametrize("max_tokens", [{}, {"student": 1200, "heldout": 600}])
 def test_what_is_counted_of_a_split_begins_in_its_shards(make, lines: Path, max_tokens: dict[str, int]) -> None:
     sources = [str(lines / "a.jsonl"), str(lines / "b.jsonl")]
-    run = make(sources=sources, max_tokens=max_tokens)
+    # sequences of several documents, so that some stand in none at the end of a unit
+    run = make(sources=sources, max_tokens=max_tokens, seq_len=120, shard_sequences=4)
     manifest = carry_out(run, CORPUS)
     splits = CorpusFacts.model_validate(manifest.facts).splits
     for split in SPLITS:
