@@ -225,7 +225,9 @@ def _make_cache(planned: Plan, corpus: StageInput, teacher: ModelFacts | None, f
     is_ragged = settings.profile == "small"
     top_k = min(settings.top_k or _top_k(planned, is_ragged), vocab_size)
     name = TOPK_CODECS[settings.profile]
-    codec = Codec(name, planned.seq_len, vocab_size, top_k, ranking, unknown_labels=True)
+    # 99 % of what was rounded already would be less than that of the teacher's own
+    was_cut = all(of is not None and of.facts.profile == "small" for of in planned.exports.values())
+    codec = Codec(name, planned.seq_len, vocab_size, top_k, ranking, unknown_labels=True, was_cut=was_cut)
     counts = _CacheCounts()
     sets: dict[str, ShardSet] = {}
     for split in SPLITS:
@@ -329,7 +331,7 @@ def _shards(planned: Plan, split: str, with_targets: bool) -> Iterator[list[Sequ
 
 def _top_k(planned: Plan, is_ragged: bool) -> int:
     """Ids of each target; of an export that has of some fewer than of others, none is cut unasked."""
-    exported = max((of.facts.num_ids for of in planned.exports), default=0)
-    has_ragged = any(of.facts.profile == "small" for of in planned.exports)
+    exported = max((0 if of is None else of.facts.num_ids for of in planned.exports.values()), default=0)
+    has_ragged = any(of is not None and of.facts.profile == "small" for of in planned.exports.values())
     rows = planned.rows("student", with_targets=True)
     return choose_top_k(rows, is_ragged, exported, 0 if has_ragged else MOST_CUT)

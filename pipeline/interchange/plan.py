@@ -47,7 +47,7 @@ class Plan:
         seq_len: targets a sequence.
         context: what the teacher saw before a token.
         configs: by file how its targets are packed; empty where they are columns of lists.
-        exports: what the files say of themselves that `capgap export` wrote.
+        exports: by file what it says of itself; None where `capgap export` did not write it.
     """
 
     settings: ImportSettings
@@ -57,7 +57,7 @@ class Plan:
     seq_len: int
     context: ContextRule
     configs: dict[Path, DistillKitConfig]
-    exports: tuple[ExportFacts, ...]
+    exports: dict[Path, ExportFacts | None]
 
     @cached_property
     def sources(self) -> tuple[SourceEntry, ...]:
@@ -194,8 +194,8 @@ def plan(settings: ImportSettings) -> Plan:
     every = list(dict.fromkeys(path for paths in files.values() for path in paths))
     for path in every:
         require_same_facts(path, settings, facts)
-    exports = {path: of for path in every if (of := facts_of(path)) is not None}
-    context = _context(settings, every, exports)
+    exports = {path: facts_of(path) for path in every}
+    context = _context(settings, exports)
     seq_len = settings.seq_len or max(longest_row(path, settings.columns) for path in every) - 1
     if seq_len < 8:
         raise InputError(
@@ -205,7 +205,7 @@ def plan(settings: ImportSettings) -> Plan:
             expected="at least 9",
         )
     configs = {path: read_config(settings, path) for path in every} if settings.format == "distillkit" else {}
-    return Plan(settings, files, tokenizer, facts, seq_len, context, configs, tuple(exports.values()))
+    return Plan(settings, files, tokenizer, facts, seq_len, context, configs, exports)
 
 
 def _files(settings: ImportSettings) -> dict[str, list[Path]]:
@@ -229,23 +229,22 @@ def _files(settings: ImportSettings) -> dict[str, list[Path]]:
     return {"student": student, "heldout": heldout}
 
 
-def _context(settings: ImportSettings, every: list[Path], exports: dict[Path, ExportFacts]) -> ContextRule:
+def _context(settings: ImportSettings, exports: dict[Path, ExportFacts | None]) -> ContextRule:
     """What the teacher saw: as is said, as the exports say, or its own row where that is all there is to it."""
     if settings.context is not None:
         return settings.context
-    contexts: dict[Path, ContextRule] = {
-        path: exports[path].context if path in exports else "document" for path in every
-    }
+    contexts: dict[Path, ContextRule] = {path: "document" if of is None else of.context for path, of in exports.items()}
+    first, context = next(iter(contexts.items()))
     for path, own in contexts.items():
-        if own != contexts[every[0]]:
+        if own != context:
             raise MismatchError(
                 "the captures are of two contexts",
                 where=path,
                 found=own,
-                expected=f"{contexts[every[0]]}, as of {every[0]}",
+                expected=f"{context}, as of {first}",
                 fix="import them apart, each into a folder of its own, or set --context for those that do not say it",
             )
-        where = None if path in exports else start_within(path, settings.columns)
+        where = None if exports[path] is not None else start_within(path, settings.columns)
         if where is not None:
             raise InputError(
                 "it is not told what the teacher saw of a row with several documents",
@@ -254,4 +253,4 @@ def _context(settings: ImportSettings, every: list[Path], exports: dict[Path, Ex
                 expected="--context document if it saw each document alone, --context packed if it saw the whole row",
                 fix="set --context; or --columns.starts none, which leaves the marks out: rows are then seen whole",
             )
-    return contexts[every[0]]
+    return context

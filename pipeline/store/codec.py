@@ -94,6 +94,7 @@ class Codec:
         temperature: at which the teacher was recorded; written down only where there are further ones.
         extra_temperatures: at which `topk` has a tail too.
         unknown_labels: a label's logprob may be NaN, for unknown, where its id is not kept; for `topk`.
+        was_cut: `small` writes all ids that a row comes with; the writer's choice, of which no reader needs to know.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Codec:
     temperature: float = 1.0
     extra_temperatures: tuple[float, ...] = ()
     unknown_labels: bool = False
+    was_cut: bool = False
 
     @property
     def settings(self) -> dict[str, JsonValue]:
@@ -200,7 +202,13 @@ class Codec:
     @property
     def _topk(self) -> TopkShape:
         return TopkShape(
-            PROFILES[self.name], self.seq_len, self.num_ids, self.ranking_used, self.powers, self.unknown_labels
+            PROFILES[self.name],
+            self.seq_len,
+            self.num_ids,
+            self.ranking_used,
+            self.powers,
+            self.unknown_labels,
+            self.was_cut,
         )
 
 

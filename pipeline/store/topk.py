@@ -62,6 +62,7 @@ class TopkShape:
         ranking: of the ids.
         powers: capture temperature over each further temperature.
         unknown_labels: a label's logprob may be NaN, for unknown.
+        was_cut: `small` keeps all ids of every row, for they were cut before.
     """
 
     profile: str
@@ -70,6 +71,7 @@ class TopkShape:
     ranking: Ranking
     powers: tuple[float, ...] = ()
     unknown_labels: bool = False
+    was_cut: bool = False
 
 
 def topk_values(targets: TopkTargets, shape: TopkShape) -> _Values:
@@ -169,9 +171,9 @@ def _small_values(targets: TopkTargets, shape: TopkShape) -> _Values:
     for sequence, (ids_LK, logprobs_LK) in enumerate(zip(targets.ids_BLK, targets.logprobs_BLK, strict=True)):
         probs_LK = np.exp(logprobs_LK)
         num_kept_BL[sequence] = _num_kept(probs_LK)
-        is_padded_L = np.isneginf(logprobs_LK[:, -1])
-        if is_padded_L.any():
-            num_kept_BL[sequence, is_padded_L] = np.isfinite(logprobs_LK[is_padded_L]).sum(axis=1)
+        is_whole_L = np.isneginf(logprobs_LK[:, -1]) | shape.was_cut
+        if is_whole_L.any():
+            num_kept_BL[sequence, is_whole_L] = np.isfinite(logprobs_LK[is_whole_L]).sum(axis=1)
         kept_LK = np.arange(shape.top_k, dtype=num_kept_BL.dtype) < num_kept_BL[sequence][:, None]
         np.copyto(probs_LK, 0, where=kept_LK)
         tail_BL[sequence] += probs_LK.sum(axis=1)

@@ -191,6 +191,14 @@ def test_small_keeps_all_of_a_row_that_comes_with_fewer_ids_than_others() -> Non
     twice = _round_trip("small", once, 9)
     for name, array in vars(once).items():
         assert array.tobytes() == getattr(twice, name).tobytes(), name
+    wide = dataclasses.replace(
+        targets, logprobs_BLK=np.log(np.array([[[0.995, 0.003, 0.001, 0.0005]] * 2], np.float32))
+    )
+    codec = Codec(TOPK_CODECS["small"], 2, 9, 4, None, was_cut=True)
+    sequences = Sequences(np.zeros((1, 3), np.int32), *(np.zeros((1, 3), np.bool_) for _ in range(2)))
+    _, uncut = codec.decode(codec.encode(sequences, wide), "here")
+    assert isinstance(uncut, TopkTargets) and np.isfinite(uncut.logprobs_BLK).all()
+    assert np.isneginf(_round_trip("small", wide, 9).logprobs_BLK[..., 1:]).all(), "a row that was not cut is cut"
     with pytest.raises(InputError, match="logprobs_BLK: a value that is not finite"):
         _round_trip("compact", targets, 9)
     none = dataclasses.replace(targets, logprobs_BLK=np.full((1, 2, 4), -np.inf, np.float32))
