@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capgap.pipeline.store.batch import Batch
-from capgap.pipeline.store.loader import SequenceLoader
+from capgap.pipeline.store.loader import SequenceLoader, another_pass
 from capgap.schemas.errors import InputError
 
 # Weights are kept to a thousandth; over a thousand micro-batches the mix is exact.
@@ -74,6 +74,7 @@ class MixedLoader:
                 fix="give the loaders the same batch_sequences over micro_batch",
             )
         self._seed, self._position, self._rounds = seed, 0, rounds.pop()
+        self._is_spent = False
         self._counted = self._names.index(self._names[0] if epochs_of is None else epochs_of)
         self._together = np.array([loader.together for loader in self._loaders])
         self._tokens = self._together * np.array([loader.seq_len for loader in self._loaders])
@@ -87,6 +88,9 @@ class MixedLoader:
         return self._total
 
     def __iter__(self) -> Iterator[Batch]:
+        """What remains, as the loader's; likewise an InputError where an iterator has come to the end before."""
+        if self._is_spent:
+            raise another_pass(len(self))
         streams = [iter(loader) for loader in self._loaders]
         try:
             while self._position < self._total:
@@ -98,6 +102,7 @@ class MixedLoader:
                     for loader in self._loaders:
                         loader.require_sound()
                 yield batch
+            self._is_spent = True
         finally:
             for stream in streams:
                 stream.close()
@@ -156,6 +161,7 @@ class MixedLoader:
         for name, loader, number in zip(self._names, self._loaders, given * self._together, strict=True):
             loader.load_state_dict(state["loaders"][name] | {"position": int(number)})
         self._position = int(state["position"])
+        self._is_spent = False
 
     def _counts(self) -> dict[str, Any]:
         return {
