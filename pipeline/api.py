@@ -25,6 +25,7 @@ from capgap.pipeline.store import Batch, LoaderSettings, SequenceLoader, ShardRe
 from capgap.pipeline.store.batch import TargetTemperature
 from capgap.pipeline.store.samples import SampleShape
 from capgap.pipeline.store.webdatasets import MemberDecoder, Splitter, webdataset_of
+from capgap.pipeline.train.attention import require_ending_attention
 from capgap.pipeline.train.caches import choose
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import objective_of, require_projected
@@ -235,7 +236,7 @@ class DistillationLoss:
     Args:
         model: a causal language model of transformers.
         cache: whose batches it is to learn from; tokenizer and vocabulary must be the model's.
-        alpha: weight of the KL.
+        alpha: weight of the KL, where a call gives no other.
         recording: as for `Cache.batches`, whose `temperature` this one must be too.
         temperature: at which teacher and student are compared.
         divergence: what is called KL here; see `train.divergence`.
@@ -274,10 +275,12 @@ class DistillationLoss:
             token_weights=token_weights,
             projected_weight=projected_weight,
         )
-        chosen, at = choose(cache.facts, settings)
-        objective = objective_of(settings, chosen, cache.location)
+        # a batch may bring another alpha than 0, so what alpha weighs is chosen and checked whatever this one is
+        weighed = settings.model_copy(update={"alpha": 1.0})
+        chosen, at = choose(cache.facts, weighed)
+        objective = objective_of(weighed, chosen, cache.location)
         if chosen == "chunks":
-            require_projected(settings, cache.facts.recordings[chosen].num_ids, cache.location)
+            require_projected(weighed, cache.facts.recordings[chosen].num_ids, cache.location)
         num_rows = model.get_input_embeddings().num_embeddings
         if num_rows < cache.vocab_size:
             raise MismatchError(
@@ -287,7 +290,7 @@ class DistillationLoss:
                 expected=f"at least {cache.vocab_size}",
                 fix="take a model of the cache's tokenizer",
             )
-        self._model, self._alpha = model, alpha
+        self._model, self._alpha, self._proven_row_len = model, alpha, 0
         self._module = DistillationModule(model, settings, 1, alpha, at, cache.vocab_size, objective)
 
     def __call__(self, batch: Batch, alpha: float | None = None) -> SparseKl:
@@ -299,11 +302,16 @@ class DistillationLoss:
 
         Raises:
             SettingError: alpha is out of bounds.
-            InputError: rows hold several documents, and the model would look across them.
+            InputError: rows hold several sequences or documents, and the model would look across them; the first such
+                batch is preceded by a short trial of it.
         """
         if alpha is not None and not 0 <= alpha <= 1:
             raise SettingError("cannot be used", where="alpha", found=repr(alpha), expected="a number from 0 to 1")
-        self._module.train(self._model.training)
+        # not by train(), which would set parts of the model that are kept in another mode
+        self._module.training = self._model.training
+        if batch.positions_BL is not None and batch.positions_BL.shape[1] > self._proven_row_len:
+            require_ending_attention(self._model, batch.positions_BL.shape[1])
+            self._proven_row_len = batch.positions_BL.shape[1]
         return self._module.loss(batch.to(self._model.device), self._alpha if alpha is None else alpha)
 
 

@@ -126,7 +126,7 @@ class LawRun(Record):
     """Further measurements of the student by name, e.g. `kl`, `top1`, `ece`, `mmlu`; kept here, not fitted."""
 
     wall_s: float | None = Field(None, ge=0)
-    """Seconds that the training took."""
+    """Seconds that the training took, those of killed processes among them."""
 
     common: dict[str, Setting] = Field(default_factory=dict)
     """What must be equal in all rows, by name: tokenizer, corpus, held-out text, context rule, precision, ..."""

@@ -282,7 +282,8 @@ class Manifest(WorkOrder):
     """UTC, ISO 8601."""
 
     wall_s: float
-    """Seconds that the last process worked on it; earlier, killed ones are not counted."""
+    """Seconds that processes worked on it: those of all together, also where some were killed or worked at once, as
+    slices do. Of a killed one what its last heartbeat says."""
 
     command: tuple[str, ...]
     """The command line."""

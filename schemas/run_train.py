@@ -124,8 +124,8 @@ class TrainSettings(OptimizationSettings):
 
     @property
     def largest_alpha(self) -> float:
-        """The largest alpha of all steps."""
-        return max(self.alpha, self.final_alpha or 0.0)
+        """The largest alpha of all steps; 0 where none is taken, for such an arm learns from nobody."""
+        return 0.0 if self.max_tokens == 0 else max(self.alpha, self.final_alpha or 0.0)
 
     caches: dict[str, FurtherCache] = Field(default_factory=dict)
     """Further caches by a name of yours, for example `code: {path: s3://bucket/code/cache, weight: 2}`. Each

@@ -18,9 +18,9 @@ class DistillationTrainer(Trainer):
         self.cache, self.loss = cache, DistillationLoss(self.model, cache, alpha=0.9)
 
     def get_train_dataloader(self):
-        """The cache's own order; `train_dataset` is not looked at."""
+        """The cache's own order, all epochs in one pass over the loader; `train_dataset` is not looked at."""
         args = self.args
-        return Batches(self.cache.batches(args.train_batch_size, seed=args.seed, num_epochs=1))
+        return Batches(self.cache.batches(args.train_batch_size, seed=args.seed, num_epochs=3))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Without the model's own forward pass, which would hold all logits."""
@@ -44,8 +44,8 @@ if len(sys.argv) != 4:
     sys.exit(__doc__)
 student = AutoModelForCausalLM.from_pretrained(sys.argv[2])
 arguments = TrainingArguments(
-    sys.argv[3], per_device_train_batch_size=8, max_steps=10, learning_rate=1e-3, logging_steps=5, report_to=[]
+    sys.argv[3], per_device_train_batch_size=8, num_train_epochs=1, learning_rate=1e-3, logging_steps=5, report_to=[]
 )
 trainer = DistillationTrainer(open_cache(sys.argv[1]), model=student, args=arguments)
-print(trainer.train().metrics)
+print(trainer.train())
 trainer.save_model(sys.argv[3])

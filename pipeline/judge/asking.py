@@ -5,7 +5,7 @@ A file is named by a digest of the item and its prompt, so that whoever goes on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Event
@@ -35,14 +35,25 @@ def kept_verdicts(tasks: Sequence[Task], folder: Path) -> dict[str, Verdict]:
 
 
 def ask_about(
-    tasks: Sequence[Task], endpoint: JudgeEndpoint, settings: JudgeSettings, folder: Path
+    tasks: Sequence[Task],
+    endpoint: JudgeEndpoint,
+    settings: JudgeSettings,
+    folder: Path,
+    earlier: Collection[Verdict] = (),
 ) -> dict[str, Verdict]:
     """Verdicts on tasks by their keys, each kept in the folder.
+
+    Args:
+        tasks: what to ask about.
+        endpoint: where.
+        settings: how.
+        folder: for the verdicts.
+        earlier: verdicts on other tasks that the same judge gave before.
 
     Raises:
         MachineError: the judge cannot be reached, is too slow or fails; what was done is kept.
         SettingError: it does not take the key, or has no such model.
-        InputError: it refuses every request.
+        InputError: it refuses every request, and did so before.
     """
     found: dict[str, Verdict] = {}
     pool = ThreadPoolExecutor(settings.num_parallel, thread_name_prefix="judge")
@@ -63,7 +74,7 @@ def ask_about(
         pool.shutdown(wait=False, cancel_futures=True)
         endpoint.close()
         raise
-    if found and all(_is_refused(verdict) for verdict in found.values()):
+    if found and all(_is_refused(verdict) for verdict in (*found.values(), *earlier)):
         raise InputError(
             "the judge refuses every request",
             where=settings.base_url,
@@ -112,9 +123,10 @@ def _ask(task: Task, endpoint: JudgeEndpoint, num_asks: int) -> Verdict:
             asks.append(Ask(messages=messages, reply="", finish=None, answered_by=""))
             return Verdict(item=task.item, asks=tuple(asks), invalid=f"refused: {error}")
         asks.append(ask)
-        if task.item.kind == "single" and (rating := rating_in(ask.reply)) is not None:
+        is_cut = ask.finish == "length"
+        if task.item.kind == "single" and (rating := rating_in(ask.reply, is_cut=is_cut)) is not None:
             return Verdict(item=task.item, asks=tuple(asks), rating=rating)
-        if task.item.kind == "pairwise" and (winner := winner_in(ask.reply)) is not None:
+        if task.item.kind == "pairwise" and (winner := winner_in(ask.reply, is_cut=is_cut)) is not None:
             return Verdict(item=task.item, asks=tuple(asks), winner=winner)
         messages = reminded(task.item.kind, task.messages, ask.reply)
     said = "rating" if task.item.kind == "single" else "winner"

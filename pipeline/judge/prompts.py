@@ -1,7 +1,8 @@
 """What the judge is sent, and what of its reply counts as a verdict.
 
 A reply counts if every mark in double brackets outside its thoughts says one and the same thing, and that is a rating
-or a winner. Anything else is no verdict: a number that is merely somewhere in the text is never taken for one.
+or a winner. Of one that was cut off only what stands behind thoughts counts. Anything else is no verdict: a number that
+is merely somewhere in the text is never taken for one.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ _REMINDER: dict[Kind, str] = {
 }
 
 # Raise it when the sections below are laid out otherwise, or a reply is read otherwise.
-_LAYOUT = "1"
+_LAYOUT = "2"
 
 _MARK = re.compile(r"\[\[([^\[\]]*)\]\]")
 _NUMBER = re.compile(r"[0-9]{1,2}(\.[0-9]+)?")
 _WINNERS: dict[str, Winner] = {"A": "first", "B": "second", "TIE": "tie"}
-_THOUGHTS_END = "</think>"
+_THOUGHTS_BEGIN, _THOUGHTS_END = "<think>", "</think>"
 
 
 @lru_cache(maxsize=1)
@@ -83,23 +84,32 @@ def reminded(kind: Kind, messages: Messages, reply: str) -> Messages:
     return (*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": _REMINDER[kind]})
 
 
-def rating_in(reply: str) -> float | None:
-    """The rating from 1 to 10 that a reply gives; None where it gives none, or several."""
-    mark = _mark_in(reply)
+def rating_in(reply: str, *, is_cut: bool = False) -> float | None:
+    """The rating from 1 to 10 that a reply gives; None where it gives none, or several.
+
+    Args:
+        reply: of the judge.
+        is_cut: it did not end by itself.
+    """
+    mark = _mark_in(reply, is_cut)
     if mark is None or not _NUMBER.fullmatch(mark):
         return None
     return float(mark) if 1 <= float(mark) <= 10 else None
 
 
-def winner_in(reply: str) -> Winner | None:
-    """Which of two answers a reply calls better; None where it names none, or several."""
-    mark = _mark_in(reply)
+def winner_in(reply: str, *, is_cut: bool = False) -> Winner | None:
+    """Which of two answers a reply calls better; None where it names none, or several. As `rating_in`."""
+    mark = _mark_in(reply, is_cut)
     return None if mark is None else _WINNERS.get(mark.upper())
 
 
-def _mark_in(reply: str) -> str | None:
+def _mark_in(reply: str, is_cut: bool) -> str | None:
     """What stands in double brackets; None where nothing does, or not the same everywhere."""
-    marks = {mark.strip() for mark in _MARK.findall(reply.rpartition(_THOUGHTS_END)[2])}
+    _, thoughts_ended, rest = reply.rpartition(_THOUGHTS_END)
+    if is_cut and not thoughts_ended:
+        # it may all be thoughts: some servers write their beginning into the prompt, and the reply does not show it
+        return None
+    marks = {mark.strip() for mark in _MARK.findall(rest.partition(_THOUGHTS_BEGIN)[0])}
     return marks.pop() if len(marks) == 1 else None
 
 

@@ -85,7 +85,7 @@ def _judge(found: list[Task], settings: JudgeSettings, work: Path) -> tuple[Judg
                     expected=begun.served or "a judge that its endpoint does not list",
                     fix="bring the first one back, or start over with --remake judge",
                 )
-            kept |= ask_about(missing, endpoint, settings, folder)
+            kept |= ask_about(missing, endpoint, settings, folder, kept.values())
         except MachineError as error:
             raise with_what_is_kept(error, len(kept_verdicts(found, folder)), len(found)) from None
     return judge, [kept[task.key] for task in found]

@@ -44,7 +44,8 @@ def fit_curve(curve: TeacherCurve, size: Size, min_delta: float) -> CurveFit:
     found = contrasts(curve.losses_MR) if len(curve.teachers) > 1 and num_seeds > 1 else None
     delta = delta_of(found, min_delta) if found else None
     axes = () if refused or found is None or delta is None else _axes(curve, size, found, delta)
-    common = curve.init == "common" and num_seeds > 0
+    # a curve that lost all of its teachers has no place for what a student reaches alone
+    common = curve.init == "common" and curve.supervised_MR.size > 0
     return CurveFit(
         student=curve.student.name,
         student_size=size_of(curve.student, size),

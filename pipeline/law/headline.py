@@ -25,7 +25,7 @@ def headline(law: LawFit) -> str:
     interior = [curve for curve in law.curves if _verdict(curve) == "interior"]
     if interior:
         return _interior_sentence(interior, len(law.curves))
-    return _nothing_sentence(law.curves)
+    return _nothing_sentence(law.curves, bool(law.missing))
 
 
 def _laws_sentence(fitted: Sequence[tuple[GlobalLaw, Estimate]]) -> str:
@@ -59,10 +59,13 @@ def _interior_sentence(interior: Sequence[CurveFit], num_curves: int) -> str:
     )
 
 
-def _nothing_sentence(curves: Sequence[CurveFit]) -> str:
+def _nothing_sentence(curves: Sequence[CurveFit], is_short: bool) -> str:
+    if not curves:
+        return "The best teacher is not known: the table has no run of a student that a teacher taught."
     verdicts = Counter(verdict for curve in curves if (verdict := _verdict(curve)) is not None)
     if not verdicts:
-        return f"The best teacher is not known: runs are missing, and none of {len(curves)} curves can be judged."
+        why = "runs are missing, and none of" if is_short else "too few teachers or seeds: none of"
+        return f"The best teacher is not known: {why} {len(curves)} curves can be judged."
     # a student has several curves where it was trained in several ways
     kind = "students" if len({curve.student for curve in curves}) == len(curves) else "students and ways of training"
     shown = [

@@ -8,6 +8,7 @@ from capgap.pipeline.law.grid import curves
 from capgap.pipeline.law.grid_work import GridWork, sum_of
 from capgap.pipeline.law.power import powers
 from capgap.pipeline.law.pruned import require_cuts
+from capgap.pipeline.law.steps import require_steps
 from capgap.pipeline.law.verdict import MIN_DELTA
 from capgap.pipeline.plan import Stated
 from capgap.pipeline.stage.manifests import each_manifest_once
@@ -38,9 +39,10 @@ def plan_grid(
 
     Raises:
         InputError: a source of the corpus, a given model or something reused cannot be read.
-        SettingError: as `require_cuts` and `pruned_sizes`.
+        SettingError: as `require_cuts`, `require_steps` and `pruned_sizes`.
     """
     require_cuts(grid)
+    require_steps(grid)
     with each_manifest_once():
         work = GridWork(grid, stated)
         phases = (

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 
 from capgap.pipeline.law.contrasts import contrasts, seeds_needed, smallest_difference
 from capgap.pipeline.law.grid import TeacherCurve
@@ -16,16 +15,27 @@ from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.law_plan import StudentPower
 
 _CAUTIOUS = 0.9  # probability with which the noise lies below its upper limit
+_NUM_HALVINGS = 60  # of an interval: to the last digit of a double
 
 
 def upper_limit(noise: float, degrees: int) -> float:
     """What the true noise lies below with probability 0.9, by a pilot's noise of so many degrees of freedom.
 
-    Its square is a chi-squared variable's, whose quantile is that of Wilson and Hilferty (PNAS 17, 1931).
+    Its square is a chi-squared variable's, times the true one's over the degrees of freedom.
     """
-    spread = 2 / (9 * degrees)
-    quantile = degrees * max(1 - spread - NormalDist().inv_cdf(_CAUTIOUS) * math.sqrt(spread), 0.01) ** 3
-    return noise * math.sqrt(degrees / quantile)
+    low, high = 0.0, float(degrees)  # the quantile lies below the mean
+    for _ in range(_NUM_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _chi_squared_above(middle, degrees) > _CAUTIOUS else (low, middle)
+    return noise * math.sqrt(degrees / high)
+
+
+def _chi_squared_above(value: float, degrees: int) -> float:
+    """Probability that a chi-squared variable lies above a value over 0: a sum, for the degrees are a whole number."""
+    half, odd = value / 2, degrees % 2
+    first = math.erfc(math.sqrt(half)) if odd else 0.0
+    powers_of_half = (number + odd / 2 for number in range(degrees // 2))
+    return first + math.fsum(math.exp(p * math.log(half) - half - math.lgamma(p + 1)) for p in powers_of_half)
 
 
 def powers(grid: LawGrid, sizes: Sizes, pilot: Sequence[TeacherCurve], difference: float) -> tuple[StudentPower, ...]:

@@ -12,6 +12,7 @@ from capgap.pipeline.law.outcome import Outcome
 from capgap.pipeline.law.sizes import Sizes
 from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import is_url
+from capgap.pipeline.teacher.trained import training_tokens
 from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CacheFacts, CorpusFacts
@@ -52,9 +53,8 @@ def teacher_facts(grid: LawGrid, name: str) -> TeacherFacts:
     run = teacher_run(grid, name)
     known = states(run)
     teacher, cache = (read_manifest(_location(folder(grid, name))) for folder in (teacher_folder, cache_folder))
-    trained = None if teacher is None else teacher.totals.get("num_tokens")
     return TeacherFacts(
-        train_tokens=None if trained is None else int(trained),  # type: ignore[arg-type]
+        train_tokens=None if teacher is None else training_tokens(teacher),
         cache=cache,
         cache_identity=known["cache"].order.identity if cache is None else cache.identity,
         is_made=all(stage in run.reuse or known[stage].state is State.CURRENT for stage in _OF_A_TEACHER),

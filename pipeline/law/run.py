@@ -16,6 +16,7 @@ from capgap.pipeline.law.pool import Pool, Starter
 from capgap.pipeline.law.progress import GridProgress
 from capgap.pipeline.law.pruned import require_cuts
 from capgap.pipeline.law.sizes import sizes_of, vocab_size_of_grid
+from capgap.pipeline.law.steps import require_steps
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.device import resolve_device
 from capgap.pipeline.stage.events import event
@@ -65,6 +66,7 @@ def run_grid(
         SettingError, MismatchError, InputError: the grid, or something it reuses, cannot be used.
         MismatchError: something that cost device time would be replaced.
     """
+    require_steps(grid)
     if "pruned" in grid.inits:
         require_cuts(grid)
         sizes_of(grid, vocab_size_of_grid(grid))

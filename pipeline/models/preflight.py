@@ -12,6 +12,7 @@ from capgap.pipeline.models.given import TOKENIZER_FILES, require_findable
 from capgap.pipeline.stage.context import StageInput
 from capgap.pipeline.stage.manifests import finished_stage
 from capgap.pipeline.stage.ranks import require_shares
+from capgap.pipeline.stage.steps import require_a_step, seq_len_of
 from capgap.schemas.run_file import RunFile
 
 if TYPE_CHECKING:
@@ -35,10 +36,13 @@ def require_text(run: RunFile) -> None:
 
 
 def require_teacher(run: RunFile) -> None:
-    """Refuse a given teacher that cannot be had, is not whole, or does not fit the text that it is to score."""
-    if run.teacher.optimization is not None:
+    """Refuse a given teacher that cannot be had, is not whole, or does not fit the text that it is to score, and a
+    training of one that ends before its first step or whose steps do not divide."""
+    if (recipe := run.teacher.optimization) is not None:
         setting = "teacher.adapt" if run.teacher.path else "teacher.training"
-        require_shares(run.teacher.optimization, run.teacher.optimization.num_devices, setting)
+        require_shares(recipe, recipe.num_devices, setting)
+        seq_len = seq_len_of(run, ("corpus", "cache"))
+        require_a_step(recipe.max_tokens, recipe.batch_sequences, seq_len, f"{setting}.max_tokens")
     if run.teacher.path is None:
         return
     adapted, is_served = run.teacher.adapt is not None, run.teacher.served is not None

@@ -122,7 +122,7 @@ def _laws(work: RunWork) -> tuple[Prediction, ...]:
     student, teacher, tokens = work.student, work.teacher, work.most_student_tokens.value
     if student.total is None or student.outside_embedding is None or not tokens:
         return ()
-    trained = work.teacher_tokens.value or None
+    trained = work.teacher_training or None
     whole, inner = (
         [] if size is None else [GivenTeacher("the run's teacher", size, trained)]
         for size in (teacher.total, teacher.outside_embedding)

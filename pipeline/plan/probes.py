@@ -110,7 +110,7 @@ def student_rates(probe: Probe) -> dict[str, Rate]:
         CapgapError: what a training is refused by.
     """
     run = _run(probe)
-    settings = max((run.train_settings(arm) for arm in run.arms), key=lambda one: one.alpha)
+    settings = max((run.train_settings(arm) for arm in run.arms), key=lambda one: one.largest_alpha)
     if settings.needs_teacher:
         raise InputError("a teacher beside its student is not probed", where="train.targets", found="online")
     if run.makes("align"):
@@ -119,7 +119,7 @@ def student_rates(probe: Probe) -> dict[str, Rate]:
     work = _Training(probe, config, settings, run.student.trust_remote_code)
     reader, name, captured, context = _targets(probe, run, settings)
     work.temperature = captured if settings.temperature is None else settings.temperature
-    work.objective, work.alpha = objective_of(settings, name, "the cache"), settings.alpha
+    work.objective, work.alpha = objective_of(settings, name, "the cache"), settings.largest_alpha
     target = target_temperature_of(reader.codec, captured, work.temperature)
     loader = work.loader(reader, target, replace(_LOADER, row_len=settings.row_len, context=context))
     return {"train": work.step_rate(loader), "student": work.forward_rate(loader)}

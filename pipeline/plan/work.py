@@ -9,6 +9,7 @@ from capgap.pipeline.plan.measured import cache_bytes_per_token, corpus_bytes_pe
 from capgap.pipeline.plan.sizes import ModelSize, model_size, pruned_size
 from capgap.pipeline.plan.tokens import cache_tokens, split_tokens, trained_tokens, vocab_size_of, written_tokens
 from capgap.pipeline.stage.manifests import Finished, finished_stage
+from capgap.pipeline.teacher.trained import training_tokens
 from capgap.pipeline.workflow.state import StageState, State
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.plan import Figure
@@ -34,7 +35,9 @@ class RunWork:
         split_tokens: by split of the corpus: teacher, student, heldout.
         cache_tokens: that the teacher scores.
         student_tokens: by arm, that one student trains on, epochs and all.
-        teacher_tokens: that a teacher is trained on; 0 for a given one.
+        teacher_tokens: that a teacher is trained on here; 0 for a given one.
+        teacher_training: tokens that it was or will be trained on from fresh weights; None where that is not known, as
+            of a given teacher, adapted or not.
         eval_sequences: held-out sequences that each model is scored on.
     """
 
@@ -46,6 +49,7 @@ class RunWork:
     cache_tokens: Figure
     student_tokens: dict[str, Figure]
     teacher_tokens: Figure
+    teacher_training: float | None
     eval_sequences: Figure
 
     @property
@@ -68,7 +72,7 @@ class RunWork:
         if not self.run.makes("train"):
             return 0
         settings = [self.run.train_settings(arm) for arm in self.run.arms]
-        learning = [one for one in settings if one.targets == "cache" and one.largest_alpha > 0 and one.max_tokens != 0]
+        learning = [one for one in settings if one.targets == "cache" and one.largest_alpha > 0]
         return len(self.run.seeds) * len(learning)
 
     def asks_the_teacher(self, arm: str | None) -> bool:
@@ -201,6 +205,12 @@ def work_of(
     sequences = None if heldout.value is None else min(run.eval.num_sequences, heldout.value // seq_len)
     students = [state.manifest for state in known.values() if state.instance.stage == "student"]
     optimization = run.teacher.optimization
+    teacher_tokens = (
+        Figure(value=0, source="a given model is only checked")
+        if optimization is None
+        else trained_tokens(optimization, splits["teacher"])
+    )
+    teacher = finished("teacher", run, known)
     return RunWork(
         run=run,
         vocab_size=vocab_size,
@@ -211,9 +221,12 @@ def work_of(
         split_tokens=splits,
         cache_tokens=cached,
         student_tokens={arm: trained_tokens(run.train_settings(arm), cached) for arm in run.arms},
-        teacher_tokens=Figure(value=0, source="a given model is only checked")
-        if optimization is None
-        else trained_tokens(optimization, splits["teacher"]),
+        teacher_tokens=teacher_tokens,
+        teacher_training=training_tokens(teacher)
+        if teacher is not None
+        else None
+        if run.teacher.model is None
+        else teacher_tokens.value,
         eval_sequences=Figure(value=sequences, source=heldout.source),
     )
 

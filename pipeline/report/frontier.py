@@ -16,6 +16,7 @@ from capgap.pipeline.plan.costs import non_dominated, paper_flops, scoring_flops
 from capgap.pipeline.plan.published_models import SHOTS
 from capgap.pipeline.stage.context import Instance, StageContext
 from capgap.pipeline.stage.rounds import cache_of, rounds_of, text_of, writer_of
+from capgap.pipeline.teacher.trained import training_tokens
 from capgap.schemas.base import Record
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.results import TEACHER, EvalResults, ModelResult
@@ -97,7 +98,7 @@ def _best(models: Sequence[tuple[str, float | None, float | None]]) -> tuple[str
 
 def _teacher(context: StageContext, measured: ModelResult) -> CostedModel:
     size = measured.num_parameters
-    tokens = _trained_tokens(context, Instance("teacher"))
+    tokens = _teacher_tokens(context)
     cost = None if tokens is None else training_flops(size, tokens)
     return CostedModel(
         name=TEACHER,
@@ -124,7 +125,7 @@ def _arm(context: StageContext, results: EvalResults, arm: str) -> CostedModel:
     flops = with_teacher = None
     if tokens is not None and scored is not None:
         flops = paper_flops(size, tokens) + scoring_flops(teacher or 0, scored)
-        taught = _trained_tokens(context, Instance("teacher"))
+        taught = _teacher_tokens(context)
         if scored == 0 and not _made_from_teacher(context, models[0]):
             with_teacher = flops
         elif taught is not None and teacher is not None:
@@ -141,6 +142,11 @@ def _arm(context: StageContext, results: EvalResults, arm: str) -> CostedModel:
         loss=math.fsum(model.loss for model in models) / len(models),
         scores=_scores(context, [f"{_BENCHMARK_STAGE}/{model.arm}/seed-{model.seed}" for model in models]),
     )
+
+
+def _teacher_tokens(context: StageContext) -> int | None:
+    made = context.inputs.get(TEACHER)
+    return None if made is None else training_tokens(made.manifest)
 
 
 def _trained_tokens(context: StageContext, instance: Instance) -> int | None:

@@ -301,7 +301,7 @@ class StageLine(Record):
     """Digest of its files' digests."""
 
     wall_s: float
-    """Seconds of its last process."""
+    """Seconds of all its processes together."""
 
     num_tokens: int | None
     """Tokens that it packed, scored, trained on or measured; None where it did none of these."""
@@ -317,7 +317,7 @@ class StageLine(Record):
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Over the whole last process, its start included."""
+        """Over all of its processes, their starts included."""
         return None if self.num_tokens is None or not self.wall_s else self.num_tokens / self.wall_s
 
     @property

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from capgap.pipeline.stage.heartbeat import require_nobody_elsewhere
 from capgap.pipeline.stage.identity import seal_of
+from capgap.pipeline.stage.seconds import take_over
 from capgap.pipeline.stage.versions import note_versions
 from capgap.pipeline.store.files import TEMP_MARK, sha256_of, sync_file, sync_folder, write_atomically
 from capgap.pipeline.store.locks import ProcessLock
@@ -109,6 +110,7 @@ def begin(folder: Path, order: WorkOrder) -> None:
     # with the work order, the disk has the folder of what can be continued
     (folder / WORK_FOLDER).mkdir(exist_ok=True)
     note_versions(folder / WORK_FOLDER, order.instance)
+    take_over(folder / WORK_FOLDER)
     write_atomically(folder / WORK_NAME, order.model_dump_json(indent=1))
     remove_halves(folder)
 

@@ -84,6 +84,11 @@ class HeartbeatWriter:
         self._over.set()
         self._thread.join()
 
+    def leave(self) -> None:
+        """Write nothing more, and leave no file: what this process did is counted elsewhere."""
+        self.stop()
+        self._path.unlink(missing_ok=True)
+
     def end(self, error: BaseException) -> None:
         """Write down why the process gives up, as the last thing."""
         self.stop()
@@ -159,8 +164,7 @@ def heartbeat(work: Path, *, shared: bool = False) -> Iterator[HeartbeatWriter]:
         raise
     else:
         if shared:
-            writer.stop()
-            path.unlink(missing_ok=True)
+            writer.leave()
     finally:
         writer.stop()
         _current = None
@@ -180,10 +184,15 @@ def current_heartbeat() -> HeartbeatWriter | None:
 def read_heartbeats(work: Path) -> list[Heartbeat]:
     """Every heartbeat below a stage folder's `work`, the latest first; what cannot be read is left out."""
     found = []
-    for path in work.glob(_PATTERN):
+    for path in heartbeat_files(work):
         with contextlib.suppress(OSError, ValidationError):
             found.append(Heartbeat.model_validate_json(path.read_bytes()))
     return sorted(found, key=lambda beat: beat.written_s, reverse=True)
+
+
+def heartbeat_files(work: Path) -> list[Path]:
+    """The files of the heartbeats below a stage folder's `work`."""
+    return list(work.glob(_PATTERN))
 
 
 def is_alive(beat: Heartbeat) -> bool:

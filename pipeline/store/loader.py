@@ -43,13 +43,21 @@ class SequenceLoader:
         self._reader, self.settings = reader, settings
         self._stream = Stream(reader.shard_set, settings)
         self._maker = BatchMaker(reader, self._stream, settings)
+        self._is_spent = False
 
     def __len__(self) -> int:
         """Micro-batches of the whole training on this rank."""
         return len(self._stream)
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        """What remains, from the position on; closing the iterator stops its threads."""
+        """What remains, from the position on; closing the iterator stops its threads.
+
+        Raises:
+            InputError: an iterator of this loader has come to the end before: the state counts one pass over all
+                epochs, so that another would have no batches, and a loop over it would end early without a word.
+        """
+        if self._is_spent:
+            raise another_pass(len(self))
         numbers = self._stream.remaining()
         parts = prefetch(numbers, self._maker.host_part, self.settings.threads, self.settings.ahead)
         try:
@@ -59,6 +67,7 @@ class SequenceLoader:
                     self.require_sound()
                 self._stream.advance()
                 yield batch
+            self._is_spent = True
         finally:
             parts.close()
 
@@ -159,7 +168,18 @@ class SequenceLoader:
             InputError: the state counts in another order, or stops within a round of these micro-batches.
         """
         self._stream.load_state_dict(state)
+        self._is_spent = False
         self.skips.load(state.get("skipped", {}))
+
+
+def another_pass(num_batches: int) -> InputError:
+    """What is raised where a loader that has come to its end is iterated once more."""
+    return InputError(
+        "the loader has handed out all of its batches, and is iterated once more",
+        found=f"a second pass after all {num_batches} batches",
+        expected="one pass, which goes over the data num_epochs times",
+        fix="give the loader as many epochs (num_epochs) and iterate over it once",
+    )
 
 
 def target_temperature_of(codec: Codec, capture: float, temperature: float) -> TargetTemperature | None:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capgap.pipeline.store.batch import Batch
-from capgap.pipeline.store.loader import SequenceLoader
+from capgap.pipeline.store.loader import SequenceLoader, another_pass
 from capgap.schemas.errors import InputError
 
 # Weights are kept to a thousandth; over a thousand steps the mix is exact.
@@ -75,6 +75,7 @@ class MixedLoader:
                 fix="give the loaders the same batch_sequences over micro_batch",
             )
         self._seed, self._position, self._rounds = seed, 0, rounds.pop()
+        self._is_spent = False
         self._counted = self._names.index(self._names[0] if epochs_of is None else epochs_of)
         # of a round: rows are what all caches have alike
         self._rows = shapes.pop()[0] * self._loaders[0].settings.world_size
@@ -90,6 +91,9 @@ class MixedLoader:
         return self._num_steps * self._rounds
 
     def __iter__(self) -> Iterator[Batch]:
+        """What remains, as the loader's; likewise an InputError where an iterator has come to the end before."""
+        if self._is_spent:
+            raise another_pass(len(self))
         streams = [iter(loader) for loader in self._loaders]
         try:
             while self._position < len(self):
@@ -101,6 +105,7 @@ class MixedLoader:
                     for loader in self._loaders:
                         loader.require_sound()
                 yield batch
+            self._is_spent = True
         finally:
             for stream in streams:
                 stream.close()
@@ -176,7 +181,7 @@ class MixedLoader:
             given[which] += begun * self._loaders[which].together
         for name, loader, number in zip(self._names, self._loaders, given, strict=True):
             loader.load_state_dict(state["loaders"][name] | {"position": int(number)})
-        self._position = position
+        self._position, self._is_spent = position, False
 
     def _counts(self) -> dict[str, Any]:
         return {

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel, masking_utils
 
+from capgap.pipeline.train.modes import in_evaluation
 from capgap.schemas.errors import InputError
 
 # whose masks transformers makes from positions, in batches of any number of rows; flash attention's in those of one
@@ -110,11 +111,10 @@ def _apart(model: PreTrainedModel) -> float:
     documents = [document_1L.to(model.device) for document_1L in documents]
     positions_1L = torch.cat([torch.arange(length) for length in _DOCUMENT_LENGTHS])[None].to(model.device)
     several = ending_attention(model, positions_1L)
-    was_training = model.training
-    model.eval()
-    row_1LH = model.base_model(input_ids=torch.cat(documents, 1), use_cache=False, **several).last_hidden_state
-    alone = [model.base_model(input_ids=document_1L, use_cache=False).last_hidden_state for document_1L in documents]
-    model.train(was_training)
+    # a caller's autocast would round by more than the tolerance of the model's own dtype
+    with in_evaluation(model), torch.autocast(model.device.type, enabled=False):
+        row_1LH = model.base_model(input_ids=torch.cat(documents, 1), use_cache=False, **several).last_hidden_state
+        alone = [model.base_model(input_ids=one_1L, use_cache=False).last_hidden_state for one_1L in documents]
     parts = zip(row_1LH.split(_DOCUMENT_LENGTHS, 1), alone, strict=True)
     return max(float((found - wanted).float().norm() / wanted.float().norm()) for found, wanted in parts)
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from capgap.kernels.sparse_kl import SparseTargets, linear_sparse_kl
 from capgap.pipeline.models.configs import max_positions
 from capgap.pipeline.models.head_product import operands
+from capgap.pipeline.train.modes import in_evaluation
 from capgap.schemas.errors import InputError
 
 _NUM_TOKENS = 8  # a few positions, so that one that looked ahead would be seen; short, so that a trial is cheap
@@ -195,16 +196,14 @@ def _require_equal_loss(
 @contextmanager
 def _as_in_evaluation(model: PreTrainedModel) -> Iterator[None]:
     """Without dropout, and without flash attention, which takes neither float32 nor a CPU."""
-    was_training = model.training
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}.values()
     flash = [(c, c._attn_implementation) for c in configs if "flash" in str(c._attn_implementation)]
     for config, _ in flash:
         config._attn_implementation_internal = "eager"
-    model.eval()
     try:
-        yield
+        with in_evaluation(model):
+            yield
     finally:
-        model.train(was_training)
         for config, name in flash:
             config._attn_implementation_internal = name
 

@@ -122,9 +122,9 @@ class Metrics(lightning.Callback):
 
     A row's `train_loss`, `train_kl`, `train_ce` and `gradient_norm` are means since the row before: over micro-batches
     of all processes, over steps for the norm, which is taken before clipping. `train_kl` is the divergence that alpha
-    weighs, and for a `sampled` cache counts the samples' own entropy, not the teacher's. `tokens_per_s` and
-    `data_wait_fraction`, the part of the time in which the loader was waited for, leave out measurements on held-out
-    text.
+    weighs, over the micro-batches that have one, as they have not at alpha 0; for a `sampled` cache it counts the
+    samples' own entropy, not the teacher's. `tokens_per_s` and `data_wait_fraction`, the part of the time in which the
+    loader was waited for, leave out measurements on held-out text.
     `memory_bytes` is the most that tensors have taken on a GPU so far, or what the process takes now on a CPU.
     """
 
@@ -169,7 +169,7 @@ class Metrics(lightning.Callback):
         if step % self._every and step != trainer.max_steps:
             return
         self._watch.settle(trainer)
-        loss, ce, kl, num_micro_batches = self._losses.take(trainer)
+        loss, ce, kl, num_with_kl, num_micro_batches = self._losses.take(trainer)
         norm, num_norms = self._norms.take(trainer)
         elapsed_s = max(time.monotonic() - self._time - (self._timer.excluded_s - self._excluded_s), 1e-9)
         self._file.add(
@@ -177,7 +177,7 @@ class Metrics(lightning.Callback):
             epoch=round(step / self._steps_per_epoch, 4),
             num_tokens=step * self._tokens_per_step,
             train_loss=round(loss / num_micro_batches, 6),
-            train_kl=None if module.last.kl_N is None else round(kl / num_micro_batches, 6),
+            train_kl=round(kl / num_with_kl, 6) if num_with_kl else None,
             train_ce=round(ce / num_micro_batches, 6),
             learning_rate=trainer.optimizers[0].param_groups[0]["lr"],
             gradient_norm=round(norm / num_norms, 6),
@@ -212,7 +212,7 @@ class Progress(lightning.Callback):
 
 def _losses(module: DistillationModule, batch: Batch) -> str:
     """The losses of the last micro-batch by their names: of every arm what can be compared with the others' first."""
-    _, ce, kl, _ = (float(value.detach()) for value in _means(module, batch))
+    _, ce, kl, _, _ = (float(value.detach()) for value in _means(module, batch))
     if module.last is None or module.last.kl_N is None:
         return f"cross-entropy {ce:.3f}"
     return f"cross-entropy {ce:.3f}, {module.divergence_name(batch)} {kl:.3f}"
@@ -227,10 +227,12 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def _means(module: DistillationModule, batch: Batch) -> list[torch.Tensor]:
-    """Loss, cross-entropy and divergence of a micro-batch as the loss takes them, over rows that count; and 1."""
+    """Loss, cross-entropy and divergence of a micro-batch as the loss takes them, over rows that count; 1 if it has a
+    divergence, which it has not where alpha is 0; and 1."""
     last = module.last
     assert last is not None
     known = batch.num_counted
     count = (batch.labels_BL >= 0).sum().clamp(min=1) if known is None else max(known, 1)
-    kl = torch.zeros_like(last.loss) if last.kl_N is None else last.kl_N.sum() / count
-    return [last.loss, last.ce_N.sum() / count, kl, torch.ones_like(last.loss)]
+    none, one = torch.zeros_like(last.loss), torch.ones_like(last.loss)
+    kl, has_kl = (none, none) if last.kl_N is None else (last.kl_N.sum() / count, one)
+    return [last.loss, last.ce_N.sum() / count, kl, has_kl, one]

@@ -19,6 +19,7 @@ from capgap.schemas.run_cache import RecordingName
 from capgap.schemas.run_train import TrainSettings
 
 CARD_NAME = "README.md"
+_UNTRAINED = "none: untrained"
 
 _FIGURES = {
     "validation_loss": ("cross-entropy with the text", "nats/token"),
@@ -56,9 +57,11 @@ def model_card(
         "student before": _student(context),
         "corpus": f"{', '.join(cached.text_sources)}, {totals['num_tokens']:,} tokens trained on "
         f"({totals['num_epochs']:g} epochs)",
-        "recording": _recording(cached, recording, temperature) if settings.alpha > 0 else "none: cross-entropy alone",
+        "recording": _learnt_from(settings, cached, recording, temperature),
         "loss": _loss(settings, temperature),
-        "optimization": f"{totals['num_steps']:,} steps of {settings.batch_sequences} sequences, peak learning rate "
+        "optimization": _UNTRAINED
+        if settings.max_tokens == 0
+        else f"{totals['num_steps']:,} steps of {settings.batch_sequences} sequences, peak learning rate "
         f"{settings.learning_rate:g}, {settings.precision}, seed {context.instance.seed}",
         "parameters": f"{facts.num_parameters:,} ({facts.num_non_embedding_parameters:,} without embedding and head)",
         "made by": f"capgap {version('capgap')}",
@@ -75,9 +78,7 @@ def model_card(
             "",
             f"# {name}",
             "",
-            "A causal language model, distilled from a teacher's cached distributions."
-            if settings.alpha > 0
-            else "A causal language model, trained on text alone.",
+            f"A causal language model, {_what(settings)}.",
             "",
             "| | |",
             "|---|---|",
@@ -157,6 +158,22 @@ def _student(context: StageContext) -> str:
     return origin if given.quantize is None else f"{origin}, in {given.quantize.format}"
 
 
+def _what(settings: TrainSettings) -> str:
+    if settings.max_tokens == 0:
+        return "untrained: as the student was before the other arms were trained"
+    if settings.needs_teacher:
+        return "distilled from the distributions of a teacher that stood beside it"
+    return "distilled from a teacher's cached distributions" if settings.needs_targets else "trained on text alone"
+
+
+def _learnt_from(settings: TrainSettings, cached: CacheFacts, recording: RecordingName, temperature: float) -> str:
+    if settings.max_tokens == 0:
+        return _UNTRAINED
+    if settings.needs_teacher:
+        return f"none: the teacher's whole distributions, at temperature {temperature:g}, context {cached.context}"
+    return _recording(cached, recording, temperature) if settings.needs_targets else "none: cross-entropy alone"
+
+
 def _recording(cached: CacheFacts, recording: RecordingName, temperature: float) -> str:
     kept = cached.recordings[recording]
     if recording == "chunks":
@@ -166,11 +183,17 @@ def _recording(cached: CacheFacts, recording: RecordingName, temperature: float)
 
 
 def _loss(settings: TrainSettings, temperature: float) -> str:
-    if settings.alpha == 0:
+    if settings.max_tokens == 0:
+        return _UNTRAINED
+    if settings.largest_alpha == 0:
         return "cross-entropy"
     tail = f", tail {settings.tail}" if settings.tail else ""
     beta = f" (beta {settings.beta:g})" if settings.divergence == "jsd" else ""
-    kl = f"{settings.alpha:g} x {temperature:g}^2 x {settings.divergence}{beta}{tail}"
+    divergence = f"{temperature:g}^2 x {settings.divergence}{beta}{tail}"
+    if settings.final_alpha not in (None, settings.alpha):
+        way = f"alpha from {settings.alpha:g} to {settings.final_alpha:g}, {settings.alpha_shape}"
+        return f"alpha x {divergence} + (1 - alpha) x cross-entropy ({way})"
+    kl = f"{settings.alpha:g} x {divergence}"
     return kl if settings.alpha == 1 else f"{kl} + {1 - settings.alpha:g} x cross-entropy"
 
 

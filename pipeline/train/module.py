@@ -220,7 +220,7 @@ class DistillationModule(lightning.LightningModule):
         count = ((labels_N >= 0) & (labels_N < self._vocab_size)).sum().clamp(min=1)
         ce_weight_N = torch.where(batch.chunk_left_N < 0, 1.0, 1 - alpha)
         loss = (alpha * kl_N.sum() - (ce_weight_N * logprobs_N).sum()) / count
-        if self._objective.projected_weight > 0:
+        if self._objective.projected_weight > 0 and alpha > 0:
             loss = loss + self._objective.projected_weight * self._projected(hidden_BLH, batch) / count
         return SparseKl(loss, kl_N.detach(), -logprobs_N.detach())
 

@@ -33,14 +33,18 @@ def learning_rate_factor(settings: OptimizationSettings, step: int, num_steps: i
     `wsd` is that of MiniCPM (arXiv 2404.06395): warm-up, stable, decay. Its `exponential` decay is that paper's, `sqrt`
     the one that Haegele et al. found best (arXiv 2405.18392).
     """
-    warmup = settings.warmup_fraction * num_steps
+    warmup, last, low = settings.warmup_fraction * num_steps, num_steps - 1, settings.final_learning_rate_ratio
+    if step >= last > 0:
+        # also where a decay has less than a step, or the warm-up leaves it none
+        return low
     if step < warmup:
         return (step + 1) / (warmup + 1)
     is_wsd = settings.schedule == "wsd"
     start = num_steps * (1 - settings.decay_share) if is_wsd else warmup
     if step < start:
         return 1.0
-    done, low = min((step - start) / max(num_steps - 1 - start, 1), 1.0), settings.final_learning_rate_ratio
+    # a training of one step has the peak
+    done = (step - start) / (last - start) if last else min(step, 1.0)
     if not is_wsd:
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
     if settings.decay == "exponential":

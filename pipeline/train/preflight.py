@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from capgap.pipeline.stage.manifests import finished_stage
 from capgap.pipeline.stage.ranks import require_shares
+from capgap.pipeline.stage.steps import require_a_step, seq_len_of
 from capgap.schemas.facts import CacheFacts
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_train import TrainSettings
@@ -13,10 +14,11 @@ _ALWAYS_THERE = ("tensorboard", "csv")
 
 
 def require_trainable(run: RunFile) -> None:
-    """Refuse arms that a reused cache does not support, loggers that are not there, and steps that do not divide.
+    """Refuse arms that a reused cache does not support, that end before their first step or whose steps do not divide,
+    and loggers that are not there.
 
     Raises:
-        SettingError, MismatchError: an arm asks for what the cache has not.
+        SettingError, MismatchError: an arm asks for what the cache has not, or for less than a step.
         InputError: a logger's package is not installed, or no finished cache lies where one is named.
     """
     facts = _reused_facts(run)
@@ -24,6 +26,10 @@ def require_trainable(run: RunFile) -> None:
         settings = run.train_settings(arm)
         _require_loggers(settings)
         require_shares(settings, settings.num_devices, "train")
+        # steps of a mix, and sequences that align makes, are counted where they are
+        if not settings.caches and not run.makes("align"):
+            seq_len = seq_len_of(run, ("cache", "corpus"))
+            require_a_step(settings.max_tokens, settings.batch_sequences, seq_len, f"train.max_tokens of arm {arm}")
         if facts is not None:
             # imported here: they bring torch
             from capgap.pipeline.train.caches import choose

@@ -27,6 +27,7 @@ from capgap.pipeline.stage.identity import content_of
 from capgap.pipeline.stage.lease import cpu_group, leases
 from capgap.pipeline.stage.manifests import record_sources
 from capgap.pipeline.stage.ranks import Ranks, Rendezvous
+from capgap.pipeline.stage.seconds import add_seconds, earlier_s
 from capgap.pipeline.stage.versions import earlier_versions, note_versions, versions
 from capgap.pipeline.stages import stage_named
 from capgap.pipeline.workflow.sources import source_paths
@@ -121,7 +122,7 @@ def finish_with(
         versions=versions(),
         earlier_versions=earlier_versions(state.folder / WORK_FOLDER),
         started=clock.begun_at,
-        wall_s=clock.wall_s,
+        wall_s=round(clock.wall_s + earlier_s(state.folder / WORK_FOLDER), 3),
         command=tuple(map(redacted, sys.argv)),
         resolved=redacted_values(run.model_dump(mode="json")),
     )
@@ -146,6 +147,7 @@ def make_ready(run: RunFile, state: StageState, remake: bool) -> None:
     if not remake and state.lost and state.manifest is not None and stage.reopen(state.folder, state.manifest):
         made = (*state.manifest.earlier_versions, state.manifest.versions)
         note_versions(state.folder / WORK_FOLDER, state.instance.name, made)
+        add_seconds(state.folder / WORK_FOLDER, state.manifest.wall_s)
         return
     is_kept = state.manifest is not None and stage.is_costly(run, state.instance)
     if is_kept and state.replaced and not remake:

@@ -26,6 +26,7 @@ from capgap.pipeline.stage.folder import (
 from capgap.pipeline.stage.heartbeat import heartbeat, require_nobody_elsewhere
 from capgap.pipeline.stage.lease import leases
 from capgap.pipeline.stage.manifests import record_sources
+from capgap.pipeline.stage.seconds import add_seconds
 from capgap.pipeline.stages import stage_named
 from capgap.pipeline.store.locks import ProcessLock, held_alone
 from capgap.pipeline.workflow.carry_out import Clock, finish_with, make_ready, order_of
@@ -83,6 +84,11 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
             if not job.units.all_made():
                 done = f"{finished_units(state.folder / WORK_FOLDER)} finished"
                 event("slice_done", f"{instance.name}: {done}; other slices have the rest to do", slice=str(part))
+                with held_alone(state.folder / TURN_NAME):
+                    beat.leave()
+                    # another may have finished the stage meanwhile, by the heartbeats that it found
+                    if (state.folder / WORK_FOLDER).is_dir():
+                        add_seconds(state.folder / WORK_FOLDER, clock.wall_s)
                 return None
             # whoever is first at the end removes the folder that they lie in
             beat.stop()

@@ -126,6 +126,7 @@ def test_a_student_learns_under_hugging_face_s_trainer(out: Path, tmp_path: Path
     given = out / "student" / "seed-1" / "model"
     done = run("hf_trainer", out / "cache", given, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "'train_loss'" in done.stdout
+    steps_per_epoch = open_cache(out / "cache").batches(8).steps_per_epoch
+    assert f"TrainOutput(global_step={3 * steps_per_epoch}," in done.stdout and "'train_loss'" in done.stdout
     before, after = weights_of(given), weights_of(tmp_path)
     assert any(not torch.equal(before[name], after[name]) for name in before)

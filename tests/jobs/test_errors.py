@@ -208,6 +208,27 @@ def test_too_little_text(said: Said) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("changed", "where"),
+    [
+        ({"train": {"max_tokens": 100}}, "train.max_tokens of arm distilled"),
+        (
+            {"arms": {"long": {}, "short": {"max_tokens": 100}, "none": {"max_tokens": 0}}},
+            "train.max_tokens of arm short",
+        ),
+        ({"teacher": {"model": SHAPE, "training": {"max_tokens": 100}}}, "teacher.training.max_tokens"),
+    ],
+)
+def test_a_training_of_less_than_a_step_is_refused_before_anything_is_made(
+    changed: dict[str, Any], where: str, said: Said
+) -> None:
+    assert said(GOOD | changed, "run") == (
+        f"capgap: {where}: fewer tokens than one step of training; found 100, expected at least 128, the targets of "
+        "8 sequences of 16; raise it, or lower batch_sequences or corpus.seq_len"
+    )
+    assert not Path("out/corpus").exists()
+
+
 def test_a_tokenizer_that_is_not_on_this_machine(said: Said) -> None:
     given = {"sources": ["text.txt"], "tokenizer": "org/model"}
     assert said(GOOD | {"corpus": given}, "corpus") == (

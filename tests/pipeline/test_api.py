@@ -15,7 +15,7 @@ import torch
 import webdataset as wds
 from tiny_models import tiny_llama
 from tiny_runs import NEEDED, settings_of
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, LlamaForCausalLM
 
 import capgap
 from capgap import Cache, DistillationLoss, open_cache
@@ -80,6 +80,48 @@ def test_alpha_may_move_from_batch_to_batch(cache: Cache, student: LlamaForCausa
     loss = DistillationLoss(student, cache, recording="sampled")
     kl, ce = loss(batch, alpha=1.0).loss, loss(batch, alpha=0.0).loss
     assert loss(batch, alpha=0.25).loss.item() == pytest.approx(0.25 * kl.item() + 0.75 * ce.item(), rel=1e-5)
+
+
+def test_a_loss_that_begins_at_alpha_0_has_its_temperature_where_a_batch_brings_another_alpha(
+    cache: Cache, student: LlamaForCausalLM
+) -> None:
+    batch = next(iter(cache.batches(2, recording="topk", temperature=2.0)))
+    at = {"recording": "topk", "temperature": 2.0}
+    warming, whole = (DistillationLoss(student, cache, alpha=first, **at) for first in (0.0, 0.5))
+    assert warming(batch, alpha=0.5).loss.item() == whole(batch).loss.item()
+    assert warming(batch).loss.item() == whole(batch, alpha=0.0).loss.item()
+    with pytest.raises(SettingError, match="no targets at this temperature"):
+        DistillationLoss(student, cache, alpha=0.0, recording="topk", temperature=3.0)
+    with pytest.raises(MismatchError, match="does not support this divergence"):
+        DistillationLoss(student, cache, alpha=0.0, recording="sampled", divergence="reverse_kl")
+
+
+def test_a_model_with_a_state_that_runs_on_is_not_trained_across_sequences(cache: Cache) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = Lfm2Config(**shape, vocab_size=320, intermediate_size=32, layer_types=["conv", "full_attention"])
+    loss = DistillationLoss(Lfm2ForCausalLM(config), cache, recording="topk")
+    batch = next(iter(cache.batches(4, recording="topk", row_len=2 * 32)))
+    # the second time as well as the first
+    for _ in range(2):
+        with pytest.raises(InputError, match="would look across the sequences or documents of a row; found hidden st"):
+            loss(batch)
+    assert loss(next(iter(cache.batches(4, recording="topk")))).loss.isfinite()
+
+
+def test_the_proof_before_the_first_row_of_sequences_leaves_all_as_it_was(
+    cache: Cache, student: LlamaForCausalLM
+) -> None:
+    student.train()
+    student.model.layers[0].eval()
+    modes = [part.training for part in student.modules()]
+    batch = next(iter(cache.batches(4, recording="topk", row_len=2 * 32)))
+    loss, state = DistillationLoss(student, cache, recording="topk"), torch.get_rng_state()
+    # autocast rounds by more than the proof lets two float32 passes differ
+    with torch.autocast("cpu", torch.bfloat16):
+        loss(batch).loss.backward()
+    assert [part.training for part in student.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_held_out_sequences_are_others_than_those_to_train_on(cache: Cache) -> None:

@@ -163,6 +163,30 @@ def test_a_request_that_is_refused_is_an_invalid_verdict_with_what_was_said(make
     assert all("too many tokens" in verdict.invalid and verdict.asks[0].messages for verdict in refused)
 
 
+def test_a_judge_that_is_cut_off_in_its_thoughts_is_asked_again(make_run, server: JudgeServer) -> None:
+    server.judge = lambda body, number: (
+        FIVE if len(body["messages"]) > 2 else said("Perhaps [[3]]? But wait", finish="length")
+    )
+    run = make_run()
+    carry_out(run, JUDGE)
+    assert {verdict.rating for verdict in verdicts(run)} == {5.0} and len(server.asked) == 2 * NUM_VERDICTS
+
+
+def test_a_stage_ends_though_the_requests_that_a_resume_has_left_are_all_refused(make_run, server: JudgeServer) -> None:
+    broken = Answer({"error": {"message": "broken"}}, status=500)
+    server.judge = lambda body, number: broken if first_of_math(body) else FIVE
+    run = make_run(num_parallel=1, num_retries=0)
+    with pytest.raises(MachineError, match="the judge fails"):
+        carry_out(run, JUDGE)
+    assert 0 < kept(run) < NUM_VERDICTS
+    # from here on it answers nothing that it has not answered before
+    refusal = Answer({"error": {"message": "too many tokens"}}, status=400)
+    server.judge = lambda body, number: refusal
+    num_kept = kept(run)
+    carry_out(run, JUDGE)
+    assert results(run).num_invalid == NUM_VERDICTS - num_kept
+
+
 def test_a_judge_that_refuses_everything_stops_the_stage_and_nothing_is_taken_for_a_verdict(
     make_run, server: JudgeServer
 ) -> None:

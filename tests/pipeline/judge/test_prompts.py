@@ -33,6 +33,8 @@ def answered(number: int, *texts: str) -> Answered:
         ("[[inf]]", None),
         ("Not [[3]] but [[8]]", None),
         ("<think>Rating: [[8]]</think>", None),
+        ("<think>The first claim is wrong. Perhaps Rating: [[3]]? But wait, the second point is", None),
+        ("<think>[[2]]</think> Rating: [[8]] <think>or is it [[7]]", 8.0),
         ("[[\u0667]]", None),
     ],
 )
@@ -55,6 +57,15 @@ def test_a_rating_is_a_number_from_1_to_10_in_double_brackets_said_once(reply: s
 )
 def test_a_winner_is_one_of_three_words_in_double_brackets_said_once(reply: str, winner: str | None) -> None:
     assert winner_in(reply) == winner
+
+
+def test_of_a_reply_that_was_cut_off_only_what_stands_behind_thoughts_counts() -> None:
+    # the server wrote <think> into the prompt
+    cut = "So maybe Rating: [[3]] and Better: [[A]]? But let me check"
+    assert rating_in("Maybe [[3]]? But let me", is_cut=True) is None and winner_in("[[A]]? Wait", is_cut=True) is None
+    assert rating_in(f"{cut}</think> Rating: [[8]]\nIt", is_cut=True) == 8
+    assert winner_in(f"{cut}</think> Better: [[B]]\nIt", is_cut=True) == "second"
+    assert winner_in("<think>so maybe [[A]] but let me check") is None
 
 
 def test_a_first_answer_is_shown_without_the_second_turn_and_a_second_one_with_both() -> None:

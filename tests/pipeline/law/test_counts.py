@@ -21,13 +21,16 @@ from capgap.schemas.errors import SettingError
         ("1.5e9", 1_500_000_000),
         ("1000", 1000),
         (" 3B ", 3_000_000_000),
+        ("9e18", 9 * 10**18),
     ],
 )
 def test_a_count_is_a_number_and_a_letter(text: str, count: int) -> None:
     assert parse_count(text, "--student") == count
 
 
-@pytest.mark.parametrize("text", ["", "B", "3G", "-3B", "0", "0.1", "3 B", "nan", "1e400", "3BB"])
+@pytest.mark.parametrize(
+    "text", ["", "B", "3G", "-3B", "0", "0.1", "3 B", "nan", "1e400", "3BB", "1e99", "1e19", "9223373T"]
+)
 def test_what_is_no_count_is_refused_with_the_flag(text: str) -> None:
     with pytest.raises(SettingError, match="--student: not a count"):
         parse_count(text, "--student")

@@ -54,4 +54,30 @@ def test_no_best_is_claimed_where_none_was_shown(fit) -> None:
         "No best size of teacher was found: for 2 of 2 students it may lie beyond the sizes that were tried (edge)."
     )
     missing = fit([run(size(1e6), one, 0, 4.0) for one in (None, teacher(4e6))])
-    assert headline(missing) == ("The best teacher is not known: runs are missing, and none of 1 curves can be judged.")
+    assert headline(missing) == (
+        "The best teacher is not known: too few teachers or seeds: none of 1 curves can be judged."
+    )
+
+
+def test_a_table_whose_runs_are_all_there_is_not_said_to_miss_some(fit) -> None:
+    untrained = {"tokens": 0, "budget": "untrained", "metrics": {"kl": 1.0}}
+    rows = [run(size(1e6), one, seed, 4.0, **untrained) for one in (None, teacher(4e6)) for seed in (0, 1)]
+    assert headline(fit(rows)) == (
+        "The best teacher is not known: the table has no run of a student that a teacher taught."
+    )
+    few = planted(valley(4.0), [1e6], [1, 2, 4])
+    lost = [one.model_copy(update={"loss": None, "missing": "failed"}) if one.teacher else one for one in few]
+    assert "runs are missing, and none of 1 curves can be judged" in headline(fit(lost))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_student_whose_runs_with_teachers_are_all_missing_has_no_loss_alone_and_no_nan(fit) -> None:
+    whole = planted(valley(4.0), [1e6, 2e6], RATIOS)
+    lost = [
+        one.model_copy(update={"loss": None, "missing": "failed"})
+        if one.teacher and one.student.num_parameters == 1_000_000
+        else one
+        for one in whole
+    ]
+    first, second = fit(lost).curves
+    assert first.supervised_loss is None and second.supervised_loss is not None

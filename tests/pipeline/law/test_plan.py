@@ -11,6 +11,7 @@ import pytest
 from capgap.pipeline.corpus import amounts
 from capgap.pipeline.corpus.amounts import text_bytes
 from capgap.pipeline.law.plan import plan_grid, require_limits
+from capgap.pipeline.law.run import run_grid
 from capgap.pipeline.plan import Stated
 from capgap.schemas.errors import SettingError
 from capgap.schemas.law_grid import LawGrid
@@ -58,6 +59,27 @@ def test_runs_tokens_and_operations_are_counted(values: dict[str, Any]) -> None:
     assert phase(plan, "students").flops.value == 6 * NUM_SMALL * 3 * 5 * (1000 + 3000)
     assert phase(plan, "teachers").tokens.value == 2 * 8000
     assert (phase(plan, "caches").flops.value or 0) > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "where"),
+    [
+        (
+            {"budgets": {"none": {"tokens": 0}, "short": {"tokens": 500}}},
+            "budgets.short, students.s: fewer tokens than",
+        ),
+        ({"budgets": {"few": {"tokens_per_parameter": 0.001}}}, "budgets.few, students.s: fewer tokens than"),
+        ({"teacher_training": {"max_tokens": 500}}, "teachers.t.training.max_tokens: fewer tokens than"),
+    ],
+)
+def test_a_budget_or_a_teacher_of_less_than_a_step_is_refused_before_the_corpus_is_made(
+    values: dict[str, Any], changed: dict[str, Any], where: str
+) -> None:
+    grid = LawGrid.model_validate(values | changed)
+    for begin in (lambda: plan_grid(grid, Stated(), num_workers=2), lambda: run_grid(grid, 1)):
+        with pytest.raises(SettingError, match=f"{where} one step of training; .*expected at least 512"):
+            begin()
+    assert not Path(values["out"]).exists()
 
 
 def test_the_text_of_a_corpus_that_is_not_made_is_looked_at_once(

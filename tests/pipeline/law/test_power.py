@@ -47,6 +47,15 @@ def test_the_upper_limit_of_the_noise_holds_it_nine_times_in_ten() -> None:
         assert covered == pytest.approx(0.9, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("degrees", "quantile"),
+    # lower tenths of chi-squared variables, as tables have them
+    [(1, 0.0157907741), (2, 0.2107210313), (3, 0.5843743742), (4, 1.0636232168), (10, 4.8651820519), (100, 82.3581358)],
+)
+def test_the_upper_limit_of_the_noise_is_exact_for_few_degrees_of_freedom_too(degrees: int, quantile: float) -> None:
+    assert upper_limit(1.0, degrees) == pytest.approx((degrees / quantile) ** 0.5, rel=1e-7)
+
+
 def test_a_grid_takes_the_noise_of_the_pilots_nearest_student() -> None:
     def named(count: int) -> LawModel:
         return LawModel(name=f"s{count}", num_parameters=count, num_non_embedding_parameters=count)

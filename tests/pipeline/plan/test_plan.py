@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import DEEPER, tiny_llama
+from tiny_runs import save_teacher
 
 from capgap.pipeline.plan import Stated, make_plan
 from capgap.pipeline.plan.break_even import least_students
@@ -252,6 +253,17 @@ def test_the_laws_name_a_teacher_beside_the_chosen_one_within_their_range(run: C
     ratio = stages(plan)["teacher"].tokens.value / shape_parameters(ModelShape.model_validate(teacher))
     assert scaling.best_size == pytest.approx(inner * scaling_best_teacher(inner, tokens, ratio).ratio)
     assert scaling.within_validity and "the run's teacher, 4.0" in scaling.summary
+
+
+def test_the_laws_know_nothing_of_the_training_of_a_teacher_that_is_only_adapted_here(
+    run: Callable[..., RunFile], tmp_path: Path
+) -> None:
+    save_teacher(tmp_path / "given", ["a few words"] * 9, 0)
+    adapted = {"path": str(tmp_path / "given"), "adapt": {"max_tokens": 4096}}
+    _, scaling = make_plan(run(teacher=adapted), Stated()).laws
+    assert "trained on 20 tokens a parameter (an assumption, none was given)" in scaling.summary
+    _, trained = make_plan(run(), Stated()).laws
+    assert "(the median given)" in trained.summary
 
 
 def test_the_laws_are_left_out_where_the_student_cannot_be_counted(run: Callable[..., RunFile]) -> None:

@@ -14,6 +14,7 @@ from capgap.pipeline.pages.charts import Chart
 from capgap.pipeline.plan.published_models import MODELS, SHOTS
 from capgap.pipeline.report.frontier import RunFrontier, run_frontier
 from capgap.pipeline.report.frontier_charts import frontier_charts, published_chart
+from capgap.pipeline.report.gather import gather
 from capgap.pipeline.stage.context import StageContext, StageInput
 from capgap.schemas.results import RESULTS_NAME, EvalResults
 
@@ -102,6 +103,27 @@ def test_a_given_teacher_has_no_cost_and_is_not_drawn(context: StageContext) -> 
     own = chart(given, "frontier")
     assert "Not drawn: teacher: a given model" in own.caption
     assert own.rows[0][-1] == "-"
+
+
+def test_an_adapted_teacher_has_no_cost_for_its_adaptation_is_the_least_of_it(context: StageContext) -> None:
+    settings = {"teacher": {"path": "given", "adapt": {"max_tokens": 1024}}}
+    adapted = with_totals(context, "teacher", {"num_tokens": 1024}, settings=settings)
+    teacher, alone, distilled, _ = frontier(adapted).models
+    assert (teacher.tokens, teacher.flops) == (None, None) and "is not known" in teacher.unknown
+    assert distilled.flops is not None and distilled.flops_with_teacher is None
+    assert distilled.unknown == "on how many tokens its teacher was trained is not known"
+    assert alone.flops_with_teacher == alone.flops
+
+
+def test_an_arm_that_takes_no_step_has_no_pass_of_the_teacher_and_is_not_called_distilled(
+    tmp_path: Path, make_context: Make
+) -> None:
+    losses = {"cross_entropy": [3.53, 3.57], "untrained": [4.5, 4.5]}
+    arms = {"cross_entropy": {"alpha": 0}, "untrained": {"max_tokens": 0}}
+    context = make_context(tmp_path / "run", losses, arms=arms)
+    _, _, untrained = frontier(with_totals(context, "train/untrained/seed-0", {"num_tokens": 0})).models
+    assert (untrained.flops, untrained.flops_with_teacher) == (0, 0)
+    assert gather(context).gains == ()
 
 
 def test_a_teacher_that_is_asked_itself_passes_over_what_the_student_reads(tmp_path: Path, make_context: Make) -> None:

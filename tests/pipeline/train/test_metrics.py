@@ -25,6 +25,7 @@ from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.heldout import HeldOutFigures, measure
 from capgap.pipeline.train.metrics import COLUMNS, MetricsFile, memory_bytes, read_rows
 from capgap.pipeline.train.module import DistillationModule
+from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.task import TrainingTask
 from capgap.pipeline.train.timer import TimedLoader, TrainingTimer
 
@@ -34,6 +35,29 @@ SEQ_LEN, V = 16, 40
 def _rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(("first", "last"), [(0.0, 1.0), (1.0, 0.0)])
+def test_train_kl_is_a_mean_over_the_micro_batches_that_have_a_divergence(task, make_student, first, last) -> None:
+    """At alpha 0 none is computed: it is no 0 in the mean, and takes nothing away from the others'."""
+    moving = dataclasses.replace(task, alpha=first, objective=Objective(final_alpha=last))
+
+    def trained(every_steps: int) -> list[dict[str, str]]:
+        folder = task.folder / f"every-{every_steps}"
+        folder.mkdir()
+        settings = task.settings.model_copy(update={"log_every_steps": every_steps})
+        fit(make_student(), dataclasses.replace(moving, folder=folder, settings=settings))
+        return [row for row in _rows(folder / "metrics.csv") if row["train_loss"]]
+
+    each = {int(row["step"]): row["train_kl"] for row in trained(1)}
+    assert [step for step, kl in each.items() if not kl] == [1 if first == 0 else 7]
+    rows = {int(row["step"]): row["train_kl"] for row in trained(3)}
+    assert list(rows) == [3, 6, 7]
+    for begin, end in ((1, 3), (4, 6)):
+        known = [float(each[step]) for step in range(begin, end + 1) if each[step]]
+        # figures of six digits
+        assert float(rows[end]) == pytest.approx(sum(known) / len(known), abs=2e-6)
+    assert bool(rows[7]) == (last > 0)
 
 
 def test_rows_past_the_checkpoint_and_a_torn_row_are_dropped(tmp_path) -> None:
@@ -206,7 +230,7 @@ def test_micro_batches_between_two_rows_are_not_looked_at(task, make_student, mo
 
     class Counted(lightning.Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-            seen.append(len([shape for shape in calls if shape in ((4,), (2,))]))
+            seen.append(len([shape for shape in calls if shape in ((5,), (2,))]))
 
     seen: list[int] = []
     trainer = lightning.Trainer

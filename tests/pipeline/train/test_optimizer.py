@@ -25,6 +25,24 @@ def test_the_shortest_trainings_have_a_learning_rate(num_steps: int) -> None:
         assert all(0.1 <= learning_rate_factor(settings, step, num_steps) <= 1 for step in range(num_steps))
 
 
+@pytest.mark.parametrize("num_steps", [2, 3, 5, 8, 10, 12, 15, 20, 30, 100])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"schedule": "wsd"},
+        {"schedule": "wsd", "decay_shape": "sqrt", "decay_fraction": 0.01},
+        {"schedule": "wsd", "decay_shape": "linear", "warmup_fraction": 0.9},
+        {"schedule": "cosine"},
+        {"schedule": "cosine", "warmup_fraction": 0.99},
+    ],
+)
+def test_the_last_step_has_the_final_ratio_however_few_steps_the_decay_has(shape: dict, num_steps: int) -> None:
+    settings = OptimizationSettings(final_learning_rate_ratio=0.2, **shape)
+    factors = [learning_rate_factor(settings, step, num_steps) for step in range(num_steps)]
+    assert factors[-1] == 0.2
+    assert all(0.0 < factor <= 1 for factor in factors[:-1])
+
+
 def test_matrices_decay_and_vectors_do_not(make_student) -> None:
     optimizer = optimizer_and_schedule(make_student().parameters(), OptimizationSettings(), 10)["optimizer"]
     decays = {p.dim(): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
