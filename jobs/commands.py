@@ -13,7 +13,7 @@ from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.events import set_stage
 from capgap.pipeline.stages import stage_named
 from capgap.pipeline.workflow.graph import downstream, instances, select
-from capgap.pipeline.workflow.remake import LastCommand, is_named, require_stages
+from capgap.pipeline.workflow.remake import LastCommand, is_named, require_named
 from capgap.pipeline.workflow.state import RunStates, State
 from capgap.schemas.errors import SettingError
 from capgap.schemas.run_file import RunFile
@@ -65,14 +65,8 @@ def run_parser() -> Parser:
 
 
 def remade(flags: dict[str, Any]) -> frozenset[str]:
-    """The stages that `--remake` names.
-
-    Raises:
-        SettingError: one is no stage.
-    """
-    names = frozenset(_names(flags["remake"]))
-    require_stages(names)
-    return names
+    """What `--remake` names; an empty text where it is given and names nothing."""
+    return frozenset(_names(flags["remake"]) or ([""] if flags["remake"] else []))
 
 
 def _names(given: Sequence[str]) -> list[str]:
@@ -80,7 +74,14 @@ def _names(given: Sequence[str]) -> list[str]:
 
 
 def _is_remade(instance: Instance, flags: dict[str, Any]) -> bool:
-    return flags["force"] or is_named(instance, remade(flags))
+    """Whether the one instance of a command is to be made again.
+
+    Raises:
+        SettingError: `--remake` names something else.
+    """
+    names = remade(flags)
+    require_named(names, [instance])
+    return flags["force"] or is_named(instance, names)
 
 
 def stage_command(stage: str) -> Callable[[Sequence[str]], int]:

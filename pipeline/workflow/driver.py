@@ -20,7 +20,14 @@ from capgap.pipeline.stage.folder import WORK_FOLDER, locked_folder, make_folder
 from capgap.pipeline.stage.heartbeat import is_alive, read_heartbeats
 from capgap.pipeline.store.files import own_file, write_atomically
 from capgap.pipeline.workflow.preflight import require_possible, to_be_made
-from capgap.pipeline.workflow.remake import EVERY_STAGE, LastCommand, is_named, require_nothing_lost, write_command
+from capgap.pipeline.workflow.remake import (
+    EVERY_STAGE,
+    LastCommand,
+    is_named,
+    require_named,
+    require_nothing_lost,
+    write_command,
+)
 from capgap.pipeline.workflow.state import RunStates, State
 from capgap.schemas.errors import CapgapError, MachineError
 from capgap.schemas.run_file import RunFile
@@ -79,18 +86,22 @@ def walk(
         remake: stages, or instances by name, that are made again even if they are current. Nothing else that has cost
             device time is replaced.
         force: make all that is chosen again.
-        replace: replace what has cost device time where its settings have changed, named or not.
+        replace: replace what has cost device time where its settings have changed, named or not, and begin anew what
+            was begun under others.
         wait: wait for a device that another stage holds.
         start: starts the process of a stage.
         command: how the run was started, which is remembered beside it, once something is made or all is current.
         require: one more check, of the instances that are to be made, before anything is.
 
     Raises:
-        MismatchError: something that cost device time would be replaced, and `remake` does not name it.
+        SettingError: a name in `remake` names none of the chosen instances.
+        MismatchError: something that cost device time would be replaced, or was begun under other settings, and
+            `remake` does not name it.
         StageFailedError: a stage's process failed; later ones were not started.
         InputError, CorruptError: as `RunStates`.
     """
     known = RunStates(run)
+    require_named(remake, chosen)
     named = EVERY_STAGE if force else frozenset(remake)
     if not replace:
         require_nothing_lost(known, chosen, named)
@@ -112,13 +123,14 @@ def walk(
                 continue
             if not replace:
                 # an input may have come out otherwise than the manifests foretold
-                require_nothing_lost(known, [instance], named)
+                require_nothing_lost(known, chosen, named, [instance])
             if settings is None:
                 if not _is_at_work(state.folder):
                     _write_down(run, command)
                 settings = stack.enter_context(own_file(out / RESOLVED_NAME, run.model_dump_json(indent=1)))
             log(instance.name, state.why or "current, made again as asked")
-            if code := start(_arguments(settings, instance, again or bool(state.replaced), wait)):
+            anew = again or bool(state.replaced) or (replace and bool(state.begun_otherwise))
+            if code := start(_arguments(settings, instance, anew, wait)):
                 raise StageFailedError(instance.name, code)
             known.forget(instance.name)
             made.append(instance.name)
