@@ -241,11 +241,15 @@ def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any], comma
 def where_to_look(run: RunFile) -> tuple[Path, str] | None:
     """The most telling thing that a run has made, and the last line of the run, which says how one goes on from there.
 
-    None where nothing is there yet that one would look at.
+    A report of what has been replaced since is not shown as if it were of what is there. None where nothing is there
+    yet that one would look at.
     """
     out = Path(run.out)
     page, trained, cache = out / "report" / "report.html", out / "train", out / "cache"
     if run.makes("eval") and page.is_file():
+        report = RunStates(run).of("report")
+        if report.state is not State.CURRENT:
+            return page, f"look next: {page} is of what was there before ({report.why}); `capgap run` makes it again"
         return page, f"look next: {page}, in a browser; every figure is in {out / 'eval' / 'results.json'}"
     if run.makes("train") and trained.is_dir():
         return out, f"look next: tensorboard --logdir {out}; the students are below {trained}"
