@@ -19,6 +19,7 @@ from capgap.pipeline.plan.room import require_disk_space
 from capgap.pipeline.stages import run_file_type
 from capgap.pipeline.workflow.driver import walk
 from capgap.pipeline.workflow.graph import downstream, instances, select
+from capgap.pipeline.workflow.state import RunStates, State
 from capgap.schemas.errors import SettingError
 from capgap.schemas.printable import fit_to_show
 from capgap.schemas.run_file import RunFile
@@ -34,7 +35,7 @@ class RunResult:
         out: its folder.
         folders: of every stage that was asked for, by the stage's name, as `train/distilled/seed-0`.
         made: those that had to be made; the others were current.
-        report: the numbers of the run's report, `report.json`; empty where it has none.
+        report: the numbers of the run's report, `report.json`; empty where it has none that is current.
         run: every setting, as it was used.
     """
 
@@ -107,7 +108,7 @@ def run(
     )
     out = Path(checked.out)
     folders = {instance.name: out / instance.name for instance in chosen}
-    return RunResult(out, folders, tuple(made), _report(out), checked)
+    return RunResult(out, folders, tuple(made), _report(checked), checked)
 
 
 def _laid_over(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
@@ -124,10 +125,10 @@ def _laid_over(values: Mapping[str, Any], name: str, value: Any) -> dict[str, An
     return {**values, first: value}
 
 
-def _report(out: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((out / _REPORT).read_bytes())
-    except FileNotFoundError:
+def _report(run: RunFile) -> dict[str, Any]:
+    known = RunStates(run)
+    if "report" not in known.instances or known.of("report").state is not State.CURRENT:
         return {}
+    found = json.loads((Path(run.out) / _REPORT).read_bytes())
     assert isinstance(found, dict), "the report is a record"
     return found

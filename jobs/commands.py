@@ -13,7 +13,7 @@ from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.events import set_stage
 from capgap.pipeline.stages import stage_named
 from capgap.pipeline.workflow.graph import downstream, instances, select
-from capgap.pipeline.workflow.remake import LastCommand, is_named, require_stages
+from capgap.pipeline.workflow.remake import LastCommand, is_named, require_named
 from capgap.pipeline.workflow.state import RunStates, State
 from capgap.schemas.errors import SettingError
 from capgap.schemas.run_file import RunFile
@@ -65,14 +65,8 @@ def run_parser() -> Parser:
 
 
 def remade(flags: dict[str, Any]) -> frozenset[str]:
-    """The stages that `--remake` names.
-
-    Raises:
-        SettingError: one is no stage.
-    """
-    names = frozenset(_names(flags["remake"]))
-    require_stages(names)
-    return names
+    """What `--remake` names; an empty text where it is given and names nothing."""
+    return frozenset(_names(flags["remake"]) or ([""] if flags["remake"] else []))
 
 
 def _names(given: Sequence[str]) -> list[str]:
@@ -80,7 +74,14 @@ def _names(given: Sequence[str]) -> list[str]:
 
 
 def _is_remade(instance: Instance, flags: dict[str, Any]) -> bool:
-    return flags["force"] or is_named(instance, remade(flags))
+    """Whether the one instance of a command is to be made again.
+
+    Raises:
+        SettingError: `--remake` names something else.
+    """
+    names = remade(flags)
+    require_named(names, [instance])
+    return flags["force"] or is_named(instance, names)
 
 
 def stage_command(stage: str) -> Callable[[Sequence[str]], int]:
@@ -240,11 +241,15 @@ def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any], comma
 def where_to_look(run: RunFile) -> tuple[Path, str] | None:
     """The most telling thing that a run has made, and the last line of the run, which says how one goes on from there.
 
-    None where nothing is there yet that one would look at.
+    A report of what has been replaced since is not shown as if it were of what is there. None where nothing is there
+    yet that one would look at.
     """
     out = Path(run.out)
     page, trained, cache = out / "report" / "report.html", out / "train", out / "cache"
     if run.makes("eval") and page.is_file():
+        report = RunStates(run).of("report")
+        if report.state is not State.CURRENT:
+            return page, f"look next: {page} is of what was there before ({report.why}); `capgap run` makes it again"
         return page, f"look next: {page}, in a browser; every figure is in {out / 'eval' / 'results.json'}"
     if run.makes("train") and trained.is_dir():
         return out, f"look next: tensorboard --logdir {out}; the students are below {trained}"

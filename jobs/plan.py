@@ -82,9 +82,11 @@ def stated_speed(flags: dict[str, Any]) -> Stated:
 
     Raises:
         SettingError: a rate is none, or a peak stands without its share.
+        InputError: a folder of `--like` has no rates.
     """
-    from capgap.pipeline.plan import Stated
+    from capgap.pipeline.plan.rates import Stated, require_rates
 
+    require_rates(flags["like"] or ())
     peak, mfu = positive(flags, "device_peak_tflops"), positive(flags, "mfu")
     if (peak is None) != (mfu is None):
         raise SettingError(

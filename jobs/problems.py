@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -141,6 +142,12 @@ def _error_of(loc: Loc, problems: list[ErrorDetails], origin: Origin) -> Setting
             return unknown_setting(loc, first["input"], origin)
         case "missing":
             return _missing(loc, origin)
+    if first["loc"][-1] == "[key]" and first["type"] == "literal_error":
+        options = re.findall("'([^']*)'", str(first["ctx"]["expected"]))
+        meant = difflib.get_close_matches(str(first["input"]), options, n=1)
+        return SettingError(
+            "no such name", where=where, found=plain(first["input"]), expected=_expected(first), fix=did_you_mean(meant)
+        )
     if first["loc"][-1] == "[key]":
         expected = "text for a name"
         return SettingError(

@@ -25,7 +25,7 @@ _RESTORE, _PERMISSION = "restore the settings", "--replace"
 
 
 def require_corpus_kept(grid: LawGrid) -> None:
-    """Refuse another corpus where finished stages of the grid have read the one that is there.
+    """Refuse another corpus where finished stages of the grid have read the one that is there, or it is half made.
 
     Raises:
         MismatchError: they would be replaced.
@@ -33,8 +33,11 @@ def require_corpus_kept(grid: LawGrid) -> None:
     """
     run = corpus_run(grid)
     states = RunStates(run)
-    why = "" if "corpus" in states.reused else states.of("corpus").replaced
-    if why:
+    if "corpus" in states.reused:
+        return
+    if begun := [(one.name, why) for one, why in lost_stages(states, [Instance("corpus")])]:
+        raise would_be_replaced(grid.out, begun, _RESTORE, _PERMISSION)
+    if why := states.of("corpus").replaced:
         lost = [(name, f"corpus: {why}") for name in _costly_folders(grid, run)]
         if lost:
             raise would_be_replaced(grid.out, lost, _RESTORE, _PERMISSION)

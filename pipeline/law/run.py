@@ -109,7 +109,8 @@ def _make_corpus(grid: LawGrid, wait: bool) -> list[str]:
     write_run_file(run)
     if made_stages(run, ["corpus"]):
         return []
-    return walk(run, [Instance("corpus")], log=_log, wait=wait)
+    # what must be kept was asked for before
+    return walk(run, [Instance("corpus")], log=_log, replace=True, wait=wait)
 
 
 def _log(name: str, why: str) -> None:

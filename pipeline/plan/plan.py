@@ -12,7 +12,7 @@ from capgap.pipeline.plan.break_even import break_even
 from capgap.pipeline.plan.judging import judge_requests
 from capgap.pipeline.plan.predictions import gap_prediction, scaling_prediction
 from capgap.pipeline.plan.published import GivenTeacher
-from capgap.pipeline.plan.rates import Stated, rate_of
+from capgap.pipeline.plan.rates import Stated, rate_of, unlike_notes
 from capgap.pipeline.plan.room import nearest_folder
 from capgap.pipeline.plan.work import RunWork, finished, work_of
 from capgap.pipeline.stage.manifests import each_manifest_once
@@ -66,6 +66,7 @@ def _make_plan(run: RunFile, stated: Stated, text_bytes_per_token: float | None)
     if "cache" in known and known["cache"].state is not State.CURRENT:
         held = held_bytes(run.cache, run.corpus.sequences_per_shard * run.corpus.seq_len, run.corpus.seq_len)
         notes.append(f"the cache stage holds up to {held / 1e9:.2f} GB of targets in memory, of each engine")
+    notes += unlike_notes(run, stated.like, {state.instance.stage for state in known.values()})
     notes += _memory_at_few_bits(work)
     notes += far_from_home(run.teacher.home_loss, finished("cache", run, known))
     if not all(figure.value is not None for stage in stages for figure in (stage.tokens,)):

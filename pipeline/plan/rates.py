@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from capgap.pipeline.plan.work import RunWork
 from capgap.pipeline.stage.manifests import read_manifest
-from capgap.schemas.errors import CorruptError
+from capgap.schemas.errors import CorruptError, InputError
 from capgap.schemas.manifest import MANIFEST_NAME, Manifest
 from capgap.schemas.plan import Calibration, Figure
 from capgap.schemas.run_file import RunFile
@@ -64,6 +65,40 @@ class Stated:
     device_peak_tflops: float | None = None
     mfu: float | None = None
     like: tuple[str, ...] = ()
+
+
+def require_rates(folders: Iterable[str]) -> None:
+    """Refuse folders in which nothing lies that could say how fast a stage goes.
+
+    Raises:
+        InputError: one holds no such stage that is finished, and no rates that were probed.
+    """
+    for folder in folders:
+        if not (Path(folder) / CALIBRATION_NAME).is_file() and next(_all_manifests(folder), None) is None:
+            raise InputError(
+                "no finished stage lies there whose rate could count",
+                where="--like",
+                found=folder if Path(folder).is_dir() else f"{folder}, which is no folder",
+                expected=f"the folder of a run with one of {', '.join(_SAME)}",
+            )
+
+
+def unlike_notes(run: RunFile, folders: Iterable[str], stages: Collection[str]) -> list[str]:
+    """A sentence for each folder none of whose rates counts for these stages of the run, with what differs."""
+    wanted, notes = run.model_dump(mode="json"), []
+    for folder in folders:
+        found = [(one.stage, one.resolved) for _, one in _all_manifests(folder)]
+        found += [(stage, known.resolved) for known in _calibrations([folder]) for stage in known.tokens_per_s]
+        found = [(stage, resolved) for stage, resolved in found if stage in stages]
+        if any(_is_alike(stage, resolved, wanted) for stage, resolved in found):
+            continue
+        differing = {
+            stage: [name for name in _SAME[stage] if _at(resolved, name) != _at(wanted, name)]
+            for stage, resolved in found
+        }
+        told = "; ".join(f"{stage}: other {', '.join(names)}" for stage, names in differing.items())
+        notes.append(f"no rate of {folder} counts here, for none of its stages is alike ({told or 'it has others'})")
+    return notes
 
 
 def rate_of(stage: str, work: RunWork, stated: Stated, arm: str | None = None) -> Figure:
@@ -155,14 +190,16 @@ def _missing(stage: str, counted: bool, beside: bool) -> str:
 
 def _probed(stage: str, run: RunFile, folders: Iterable[str]) -> Figure | None:
     wanted = run.model_dump(mode="json")
-    for folder in folders:
-        try:
-            found = Calibration.model_validate_json((Path(folder) / CALIBRATION_NAME).read_bytes())
-        except (OSError, ValidationError):
-            continue
+    for found in _calibrations(folders):
         if stage in found.tokens_per_s and _is_alike(stage, found.resolved, wanted):
             return found.tokens_per_s[stage]
     return None
+
+
+def _calibrations(folders: Iterable[str]) -> Iterator[Calibration]:
+    for folder in folders:
+        with contextlib.suppress(OSError, ValidationError):
+            yield Calibration.model_validate_json((Path(folder) / CALIBRATION_NAME).read_bytes())
 
 
 def _earlier(stage: str, work: RunWork, folders: Iterable[str], online: bool = False) -> Figure | None:
@@ -195,6 +232,12 @@ def _manifests(stage: str, folders: Iterable[str]) -> Iterator[tuple[Path, Manif
                 continue
             if manifest is not None and manifest.stage == stage:
                 yield path, manifest
+
+
+def _all_manifests(folder: str) -> Iterator[tuple[Path, Manifest]]:
+    """Of every stage whose rate may be another run's."""
+    for stage in _SAME:
+        yield from _manifests(stage, [folder])
 
 
 def _tokens_of(stage: str, manifest: Manifest) -> int:

@@ -17,6 +17,7 @@ from typing import IO
 from capgap.schemas.errors import InputError
 
 TEMP_MARK = ".partial-"
+_OWN_MARK = ".own-"
 
 # A manifest's million members are 40 MB, the ranking of a vocabulary of 16 million 64 MiB.
 MAX_SMALL_BYTES = 256 << 20
@@ -42,11 +43,25 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     """Write a whole small file, and remove what killed writers of the same file left half-written."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
-    for half in path.parent.glob(f"{glob.escape(path.name)}{TEMP_MARK}*"):
-        # where it is not to be had, it belongs to a writer that lives, or has just gone
-        with contextlib.suppress(OSError), half.open("r+b") as left:
-            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            half.unlink()
+    _remove_left(path, TEMP_MARK)
+
+
+@contextmanager
+def own_file(path: Path, data: bytes | str) -> Iterator[Path]:
+    """A whole small file beside `path` for as long as the block runs, which no other process writes to or removes.
+
+    One that a killed process left goes with the next.
+    """
+    _remove_left(path, _OWN_MARK)
+    own, file = _begin(path, _OWN_MARK)
+    try:
+        # open, and so locked, to the end: that is how others know that its process lives
+        with file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            yield own
+    finally:
+        own.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -69,10 +84,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _begin(path: Path) -> tuple[Path, IO[bytes]]:
+def _remove_left(path: Path, mark: str) -> None:
+    """Remove what killed processes left beside `path`."""
+    for one in path.parent.glob(f"{glob.escape(path.name)}{mark}*"):
+        # where it is not to be had, it belongs to a process that lives, or has just gone
+        with contextlib.suppress(OSError), one.open("r+b") as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            one.unlink()
+
+
+def _begin(path: Path, mark: str = TEMP_MARK) -> tuple[Path, IO[bytes]]:
     """A new file beside `path`, locked as long as its writer lives, where the file system has locks."""
     while True:
-        temporary = path.with_name(f"{path.name}{TEMP_MARK}{uuid.uuid4().hex[:12]}")
+        temporary = path.with_name(f"{path.name}{mark}{uuid.uuid4().hex[:12]}")
         file = temporary.open("xb")
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)

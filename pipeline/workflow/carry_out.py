@@ -155,7 +155,7 @@ def make_ready(run: RunFile, state: StageState, remake: bool) -> None:
             "this stage is finished and would be replaced",
             where=state.folder,
             found=state.replaced,
-            fix=f"restore the setting, or replace it with --remake {stage.name}",
+            fix=f"restore the setting, or replace it with --remake {state.instance.name}",
         )
     if remake or state.state is State.STALE:
         clear(state.folder)
@@ -167,7 +167,7 @@ def make_ready(run: RunFile, state: StageState, remake: bool) -> None:
             "this stage is unfinished and was begun under other settings",
             where=state.folder,
             found=state.begun_otherwise,
-            fix=f"restore the setting to continue, or start over with --remake {stage.name}",
+            fix=f"restore the setting to continue, or start over with --remake {state.instance.name}",
         )
 
 

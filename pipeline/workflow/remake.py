@@ -1,7 +1,8 @@
 """What has cost device time is never replaced because a flag was forgotten.
 
 A finished teacher, cache, training or tuning whose settings or inputs have changed is kept until somebody names its
-stage. The refusal comes before anything is made, and says which settings differ and how the run was started before.
+stage, and so is an unfinished stage that was begun under other settings and got somewhere. The refusal comes before
+anything is made, and says which settings differ and how the run was started before.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from capgap.pipeline.stage.context import Instance
-from capgap.pipeline.stages import declared, stage_named
+from capgap.pipeline.stage.folder import is_untouched
+from capgap.pipeline.stages import stage_named
 from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.workflow.graph import input_names
-from capgap.pipeline.workflow.state import RunStates, StageState
+from capgap.pipeline.workflow.state import RunStates, StageState, State
 from capgap.schemas.base import Record
 from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.secrets import redacted
@@ -28,6 +30,9 @@ EVERY_STAGE = frozenset({"*"})
 
 # in an error's line; the others are counted
 _MOST_NAMED = 3
+_MOST_KNOWN = 12
+
+_UNFINISHED = "unfinished, "
 
 
 class LastCommand(Record):
@@ -59,45 +64,85 @@ def last_command(out: Path) -> LastCommand | None:
         return None
 
 
-def require_stages(names: Collection[str]) -> None:
-    """Refuse names of stages to make again that are none.
+def require_named(names: Collection[str], chosen: Sequence[Instance]) -> None:
+    """Refuse names of what is to be made again that name nothing of what the command goes through.
 
     Raises:
-        SettingError: one is neither a stage nor an instance of one.
+        SettingError: one names none of the chosen instances.
     """
-    known = [stage.name for stage in declared()]
     for name in names:
-        if name.partition("/")[0] not in known:
-            raise SettingError("no such stage", where="--remake", found=name, expected=f"one of {', '.join(known)}")
+        if not any(_is_called(one, name) for one in chosen):
+            # of a stage that is there, an arm or a seed is meant
+            near = [one.name for one in chosen if one.stage == name.partition("/")[0]]
+            known = near or list(dict.fromkeys(one.stage for one in chosen))
+            more = f" and {len(known) - _MOST_KNOWN} more" if len(known) > _MOST_KNOWN else ""
+            raise SettingError(
+                "names nothing that this command makes",
+                where="--remake",
+                found=name or "no name",
+                expected=f"one of {', '.join(known[:_MOST_KNOWN])}{more}",
+            )
 
 
 def is_named(instance: Instance, named: frozenset[str]) -> bool:
     """Whether an instance is among those to make again: by its stage, by stage and arm, in full, or with all others."""
-    own = (name for name in named if instance.name == name or instance.name.startswith(f"{name}/"))
-    return named == EVERY_STAGE or any(own)
+    return named == EVERY_STAGE or any(_is_called(instance, name) for name in named)
 
 
-def require_nothing_lost(known: RunStates, chosen: Sequence[Instance], named: frozenset[str]) -> None:
+def _is_called(instance: Instance, name: str) -> bool:
+    return instance.name == name or instance.name.startswith(f"{name}/")
+
+
+def require_nothing_lost(
+    known: RunStates, chosen: Sequence[Instance], named: frozenset[str], coming: Sequence[Instance] | None = None
+) -> None:
     """Refuse to replace what cost device time, unless its stage is among those that are to be made again.
 
     What only lost files is made again as it was, and what waits for an input may come out current.
 
+    Args:
+        known: states of the run's instances.
+        chosen: what the command goes through.
+        named: what is to be made again.
+        coming: those of the chosen instances that are about to be made; all, where it is left out.
+
     Raises:
-        MismatchError: something finished would be replaced.
+        MismatchError: something finished would be replaced, or something unfinished was begun as something else.
     """
-    lost = lost_stages(known, [one for one in chosen if not is_named(one, named)])
-    if lost:
-        stages = dict.fromkeys(one.stage for one, _ in lost)
-        permission = " ".join(f"--remake {stage}" for stage in stages)
+    unnamed = [one for one in chosen if not is_named(one, named)]
+    if lost_stages(known, unnamed if coming is None else [one for one in coming if one in unnamed]):
+        # one refusal for all that the command would come to
+        lost = lost_stages(known, unnamed)
+        permission = _permission(known, unnamed, [one for one, _ in lost])
         told = [(one.name, why) for one, why in lost]
         raise would_be_replaced(known.run.out, told, _as_before(Path(known.run.out)), permission)
 
 
 def lost_stages(known: RunStates, chosen: Sequence[Instance]) -> list[tuple[Instance, str]]:
-    """Those of the chosen instances that are finished, have cost device time and would be replaced, each with why."""
-    costly = [one for one in chosen if stage_named(one.stage).is_costly(known.run, one)]
-    finished = [state for state in (known.of(one.name) for one in costly) if state.manifest is not None]
-    return [(state.instance, _why(known, state)) for state in finished if state.replaced]
+    """Those of the chosen instances whose work would be thrown away, each with why.
+
+    They are finished, have cost device time and would be replaced; or they are unfinished, got somewhere, and were
+    begun under other settings.
+    """
+    lost = []
+    for one in chosen:
+        state = known.of(one.name)
+        if state.begun_otherwise and not is_untouched(state.folder):
+            lost.append((one, _UNFINISHED + _why(known, state)))
+        elif state.manifest is not None and state.replaced and stage_named(one.stage).is_costly(known.run, one):
+            lost.append((one, _why(known, state)))
+    return lost
+
+
+def _permission(known: RunStates, chosen: Sequence[Instance], lost: Sequence[Instance]) -> str:
+    """The flags that name what would be replaced, as shortly as it can be without naming what may stay."""
+    kept = [one for one in chosen if one not in lost and known.of(one.name).state is not State.MISSING]
+    names: dict[str, None] = {}
+    for instance in lost:
+        parts = instance.name.split("/")
+        shorter = ("/".join(parts[:number]) for number in range(1, len(parts)))
+        names[next((one for one in shorter if not any(_is_called(other, one) for other in kept)), instance.name)] = None
+    return " ".join(f"--remake {name}" for name in names)
 
 
 def would_be_replaced(out: str, lost: Sequence[tuple[str, str]], restore: str, permission: str) -> MismatchError:
@@ -109,10 +154,14 @@ def would_be_replaced(out: str, lost: Sequence[tuple[str, str]], restore: str, p
         restore: how to get the settings back with which they were made.
         permission: the flags that allow it.
     """
+    what = "finished stages would be replaced, and have cost device time"
+    if all(why.startswith(_UNFINISHED) for _, why in lost):
+        begun = "this stage is unfinished and was" if len(lost) == 1 else "these stages are unfinished and were"
+        what = f"{begun} begun under other settings"
     told = [f"{name} ({why})" for name, why in lost[:_MOST_NAMED]]
     told += [f"{len(lost) - _MOST_NAMED} more"] if len(lost) > _MOST_NAMED else []
     return MismatchError(
-        "finished stages would be replaced, and have cost device time",
+        what,
         where=out,
         found=", ".join(told),
         expected="the settings that they were made with",
@@ -122,12 +171,13 @@ def would_be_replaced(out: str, lost: Sequence[tuple[str, str]], restore: str, p
 
 def _why(known: RunStates, state: StageState) -> str:
     """The cause in the user's words: a setting rather than the input that it changed, where that is to be had."""
-    if not state.replaced.startswith("input "):
-        return state.replaced
+    why = state.replaced or state.begun_otherwise
+    if not why.startswith("input "):
+        return why
     for name in input_names(known.run, state.instance):
-        if name in known.instances and known.of(name).replaced:
-            return f"{name}: {_why(known, known.of(name))}"
-    return state.replaced
+        if name in known.instances and (upstream := known.of(name)) and (upstream.replaced or upstream.begun_otherwise):
+            return f"{name}: {_why(known, upstream)}"
+    return why
 
 
 def _as_before(out: Path) -> str:

@@ -39,7 +39,7 @@ PLACES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "manifest of a training": (f"{TRAIN}/manifest.json", ("train", "RUN"), f"{TRAIN}/manifest.json"),
     "quarantine": ("cache/quarantine.json", ("verify", "--quarantine", "OUT"), "cache/quarantine.json"),
     "lock": ("cache/.lock", ("cache", "RUN"), "cache/.lock"),
-    "run file": ("run.resolved.json", ("run", "RUN", "--only", "cache"), "run.resolved.json"),
+    "run file": ("run.resolved.json", ("run", "RUN", "--only", "cache", "--force"), "run.resolved.json"),
     "weights": ("student/seed-0/model/model.safetensors", ("verify", "OUT"), "model.safetensors"),
 }
 

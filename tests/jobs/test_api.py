@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny_folders import finish_folder
 
 import capgap
+from capgap.pipeline.workflow.graph import instances
 from capgap.schemas.errors import InputError, SettingError
+from capgap.schemas.run_file import RunFile
 
 
 @pytest.fixture
@@ -27,15 +30,23 @@ def test_a_run_file_is_walked_and_says_where_its_stages_lie(run_file: Path) -> N
     assert repr(result).startswith("RunResult(out=")
 
 
-def test_what_is_missing_is_made_in_a_process_of_its_own_and_the_report_comes_back(
+def test_a_report_comes_back_as_long_as_it_is_of_what_is_there(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"name": "run", "out": str(tmp_path), "corpus": {}, "teacher": {"path": "given"}}
+    values |= {"cache": {}, "student": {"path": "given"}, "train": {}, "eval": {}}
+    run = RunFile.model_validate(values)
+    for instance in instances(run):
+        finish_folder(run, instance.name, '{"name": "small"}', "report.json")
+    assert capgap.run(values).report == {"name": "small"}
+    assert capgap.run(values, only="corpus", **{"train.learning_rate": 0.5}).report == {}
+
+
+def test_what_is_missing_is_made_in_a_process_of_its_own(
     run_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "report.json").write_text('{"name": "small"}')
     result = capgap.run(yaml.safe_load(run_file.read_text()), only="corpus", out=str(tmp_path))
     assert result.made == ("corpus",)
     assert (result.folders["corpus"] / "manifest.json").is_file()
-    assert result.report == {"name": "small"}
+    assert result.report == {}
     assert "corpus: never made" in capfd.readouterr().out
 
 

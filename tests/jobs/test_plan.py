@@ -64,3 +64,17 @@ def test_a_rate_that_is_none_is_refused(
 ) -> None:
     assert main(["plan", DEMO, *out, *flags]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["plan", DEMO], ["law", "plan", "law-smoke"]])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_without_a_finished_stage_is_no_run_to_be_like(
+    command: list[str], there: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "none"
+    if there:
+        folder.mkdir()
+    assert main([*command, "--out", str(tmp_path / "out"), "--like", str(folder)]) == 2
+    found = str(folder) if there else f"{folder}, which is no folder"
+    said = f"capgap: --like: no finished stage lies there whose rate could count; found {found}, expected the folder"
+    assert said in capsys.readouterr().err

@@ -53,6 +53,20 @@ def test_every_problem_is_a_line_in_the_order_of_the_file(read: Any) -> None:
     ]
 
 
+def test_a_misspelt_name_below_a_section_of_fixed_names_is_met_with_those_that_there_are(read: Any) -> None:
+    text = BASE.replace("corpus: {}", "corpus: {max_tokens: {studnet: 5, 3: 5}}") + "reuse: {cahce: runs/x}\n"
+    with pytest.raises(SettingsError) as error:
+        read(text, "--reuse.teachre", "runs/y")
+    expected = "expected one of corpus, teacher or cache; did you mean"
+    splits = "expected one of teacher, student or heldout"
+    assert str(error.value).splitlines() == [
+        f"run.yaml, line 3: corpus.max_tokens.studnet: no such name; found studnet, {splits}; did you mean student?",
+        f"run.yaml, line 3: corpus.max_tokens.3: no such name; found 3, {splits}",
+        f"run.yaml, line 7: reuse.cahce: no such name; found cahce, {expected} cache?",
+        f"--reuse.teachre: no such name; found teachre, {expected} teacher?",
+    ]
+
+
 def test_each_problem_is_a_line_of_its_own_on_stderr(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

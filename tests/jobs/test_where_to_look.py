@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_folders import finish_folder
 
 from capgap.jobs.commands import where_to_look
+from capgap.pipeline.workflow.graph import instances
 from capgap.schemas.run_file import RunFile
 
 MODEL = {"model": {"hidden_size": 32, "num_heads": 2}}
@@ -18,7 +20,6 @@ STUDENTS: dict[str, Any] = {**SHARDS, "student": MODEL, "train": {}}
 @pytest.mark.parametrize(
     ("sections", "made", "said"),
     [
-        (STUDENTS | {"eval": {}}, ["cache", "train", "report/report.html"], "report.html, in a browser"),
         (STUDENTS | {"eval": {}}, ["cache", "train"], "tensorboard --logdir"),
         (STUDENTS, ["cache", "train"], "tensorboard --logdir"),
         # stopped early, as with --only
@@ -38,3 +39,20 @@ def test_what_to_look_at_is_there(sections: dict[str, Any], made: list[str], sai
     else:
         assert found is not None and found[0].exists()
         assert found[1].startswith("look next: ") and said in found[1]
+
+
+def test_a_report_is_shown_as_long_as_it_is_of_what_is_there(tmp_path: Path) -> None:
+    values = STUDENTS | {"eval": {}, "name": "run", "out": str(tmp_path)}
+    run = RunFile.model_validate(values)
+    for instance in instances(run):
+        finish_folder(run, instance.name, file="report.html" if instance.stage == "report" else "result.txt")
+    page = tmp_path / "report" / "report.html"
+    assert where_to_look(run) == (
+        page,
+        f"look next: {page}, in a browser; every figure is in {tmp_path / 'eval' / 'results.json'}",
+    )
+    changed = RunFile.model_validate(values | {"train": {"learning_rate": 0.5}})
+    finish_folder(changed, "train/distilled/seed-0", "other")
+    found = where_to_look(changed)
+    assert found is not None and found[0] == page
+    assert f"{page} is of what was there before (input" in found[1] and "`capgap run` makes it again" in found[1]

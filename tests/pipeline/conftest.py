@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_folders import finish_folder
 
-from capgap.pipeline.stage.folder import begin, content_files, finish
-from capgap.pipeline.stage.identity import content_of
-from capgap.pipeline.workflow.state import StageState, states
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.run_file import RunFile
 
@@ -52,25 +50,7 @@ def make_run(tmp_path: Path) -> Callable[..., RunFile]:
 @pytest.fixture
 def make_finished() -> Callable[..., Manifest]:
     """Finish an instance's folder with one file of the given text, as `carry_out` would."""
-
-    def make(run: RunFile, name: str, text: str = "result") -> Manifest:
-        state: StageState = states(run)[name]
-        state.folder.mkdir(parents=True, exist_ok=True)
-        begin(state.folder, state.order)
-        (state.folder / "result.txt").write_text(text)
-        files = content_files(state.folder)
-        manifest = Manifest(
-            **state.order.model_dump(),
-            content=content_of(files),
-            files=files,
-            versions={},
-            started="2026-01-01T00:00:00+00:00",
-            wall_s=0.0,
-            command=(),
-        )
-        return finish(state.folder, manifest)
-
-    return make
+    return finish_folder
 
 
 @pytest.fixture

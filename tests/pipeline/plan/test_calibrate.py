@@ -155,9 +155,6 @@ def test_a_plan_that_is_calibrated_knows_every_rate_and_so_does_the_next(
     assert main(["plan", str(file), "--json"]) == 0
     assert RunPlan.model_validate_json(capsys.readouterr().out).stages == plan.stages
     # what is stated is not probed
-    assert (
-        main(["plan", str(file), "--calibrate", "--like", str(tmp_path / "nowhere"), "--teacher-tokens-per-s", "9"])
-        == 0
-    )
+    assert main(["plan", str(file), "--calibrate", "--teacher-tokens-per-s", "9"]) == 0
     said = capsys.readouterr()
     assert "probes the cache" not in said.err and "probes the student" in said.err

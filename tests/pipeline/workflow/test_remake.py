@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from capgap.jobs.cli import main
+from capgap.pipeline.stage.folder import WORK_FOLDER, begin, plan_units
 from capgap.pipeline.workflow.driver import walk
-from capgap.pipeline.workflow.graph import instances
+from capgap.pipeline.workflow.graph import instances, select
 from capgap.pipeline.workflow.remake import (
     EVERY_STAGE,
     LastCommand,
+    require_named,
     require_nothing_lost,
-    require_stages,
     write_command,
 )
 from capgap.pipeline.workflow.state import RunStates, State, states
@@ -118,7 +121,102 @@ def test_the_page_on_reruns_shows_the_refusal_word_for_word(make_run, make_finis
     assert f"\n```\ncapgap: {_refused(make_run(given))}\n```\n" in page
 
 
-def test_a_name_that_is_no_stage_is_refused() -> None:
-    require_stages(["cache", "train/distilled/seed-0"])
-    with pytest.raises(SettingError, match="--remake: no such stage; found cahce, expected one of corpus, teacher"):
-        require_stages(["cahce"])
+def _half_made(run: RunFile, name: str, num_units: int = 1) -> None:
+    state = states(run)[name]
+    state.folder.mkdir(parents=True, exist_ok=True)
+    begin(state.folder, state.order)
+    plan_units(state.folder / WORK_FOLDER, "units", 4, "unit-*")
+    for number in range(num_units):
+        (state.folder / WORK_FOLDER / f"unit-{number}").touch()
+
+
+def test_the_advice_names_what_would_be_replaced_and_nothing_that_may_stay(finished_run, make_run) -> None:
+    one_arm = _refused(make_run({"arms.distilled": {"alpha": 0.9}}))
+    assert one_arm.endswith("replace them with --remake train/distilled")
+    # of an arm of which one training is replaced, the other stays
+    shutil.rmtree(Path(finished_run.out) / "train/distilled/seed-0")
+    assert _refused(make_run({"arms.distilled": {"alpha": 0.9}})).endswith("replace them with --remake train/distilled")
+    _half_made(make_run({"arms.distilled": {"alpha": 0.9}}), "train/distilled/seed-0")
+    said = _refused(make_run({"arms.distilled": {"alpha": 0.9}}))
+    assert said.endswith("replace them with --remake train/distilled/seed-1")
+
+
+def test_the_advice_in_the_midst_of_a_walk_spares_what_stays_too(finished_run, make_run) -> None:
+    known = RunStates(make_run({"arms.distilled": {"alpha": 0.9}}))
+    chosen = instances(known.run)
+    coming = [one for one in chosen if one.name == "train/distilled/seed-1"]
+    with pytest.raises(MismatchError, match=r"--remake train/distilled$"):
+        require_nothing_lost(known, chosen, frozenset(), coming)
+
+
+def test_what_was_half_made_under_other_settings_is_refused_before_anything_is_made(make_run, make_finished) -> None:
+    _half_made(make_run({"train.learning_rate": 0.01}), "train/distilled/seed-0")
+    run, started = make_run({"train.learning_rate": 0.5}), []
+    with pytest.raises(MismatchError) as caught:
+        walk(run, instances(run), log=lambda name, why: None, start=lambda arguments: started.append(arguments) or 0)
+    assert started == []
+    assert "this stage is unfinished and was begun under other settings; found train/distilled/seed-0 " in str(
+        caught.value
+    )
+    assert "train.learning_rate was 0.01, is 0.5" in str(caught.value)
+    assert str(caught.value).endswith("--remake train")
+    _allowed(run, frozenset({"train/distilled"}))
+
+
+def test_what_was_begun_under_other_settings_and_got_nowhere_is_begun_anew(make_run) -> None:
+    _half_made(make_run({"train.learning_rate": 0.01}), "train/distilled/seed-0", num_units=0)
+    _allowed(make_run({"train.learning_rate": 0.5}))
+
+
+def test_what_may_be_replaced_is_begun_anew_where_it_was_half_made(make_run, make_finished) -> None:
+    """As in a grid, where the permission was asked for before."""
+    _half_made(make_run({"corpus.seq_len": 64}), "corpus")
+    run, forced = make_run(), []
+
+    def start(arguments) -> int:
+        forced.append("--force" in arguments)
+        make_finished(run, "corpus")
+        return 0
+
+    walk(run, select(run, "corpus"), log=lambda name, why: None, replace=True, start=start)
+    assert forced == [True]
+
+
+@pytest.mark.parametrize(
+    ("only", "name", "said"),
+    [
+        ("train", "cahce", "found cahce, expected one of train"),
+        ("train", "train/distiled", "found train/distiled, expected one of train/distilled/seed-0"),
+        ("cache", "train", "found train, expected one of cache"),
+        ("cache", "", "found no name, expected one of cache"),
+        ("cache", "*", "found [*], expected one of cache"),
+        ("cache", "align", "found align, expected one of cache"),
+    ],
+)
+def test_a_name_that_is_none_of_what_is_made_is_refused(make_run, only: str, name: str, said: str) -> None:
+    run = make_run()
+    with pytest.raises(SettingError, match=f"--remake: names nothing that this command makes; {said}"):
+        walk(run, select(run, only), log=lambda name, why: None, remake=[name], start=lambda arguments: 0)
+    assert not Path(run.out).exists()
+
+
+def test_stages_arms_and_instances_are_names(make_run) -> None:
+    run = make_run()
+    require_named(["cache", "train", "train/distilled", "train/distilled/seed-0"], instances(run))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "--remake", ""], "no name"),
+        (["run", "--remake", " , "], "no name"),
+        (["run", "--only", "train", "--remake", "cache"], "cache"),
+        (["cache", "--remake", "train"], "train"),
+        (["cache", "--remake", "train", "--slice", "0/2"], "train"),
+        (["train", "--remake", "train/distiled"], "train/distiled"),
+    ],
+)
+def test_a_command_refuses_to_make_again_what_it_does_not_make(make_run, tmp_path, capsys, words, said) -> None:
+    (tmp_path / "run.json").write_text(make_run().model_dump_json())
+    assert main([words[0], str(tmp_path / "run.json"), *words[1:]]) == 2
+    assert f"--remake: names nothing that this command makes; found {said}, expected" in capsys.readouterr().err
