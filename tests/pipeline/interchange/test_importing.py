@@ -212,51 +212,6 @@ def test_ids_that_only_fill_up_a_list_are_dropped(
     assert _same(rows_of(expected.cache), rows_of(made.cache))
 
 
-SILENCES: dict[str, tuple[list[Any] | None, list[Any] | None]] = {
-    "nothing": ([], []),
-    "null": (None, None),
-    "id 0 without a probability": ([0] * 8, [float("-inf")] * 8),
-}
-
-
-@pytest.mark.parametrize("name", SILENCES)
-def test_a_prompt_without_targets_leaves_the_answer_s_whole(
-    teacher: Any, write: Callable[..., Path], settings_for: Callable[..., Any], name: str
-) -> None:
-    ids, logprobs = SILENCES[name]
-
-    def answered(row: dict[str, Any]) -> dict[str, Any]:
-        num = len(row["input_ids"]) // 3
-        return {
-            "input_ids": row["input_ids"],
-            "loss_mask": [0] * num + [1] * (len(row["input_ids"]) - num),
-            "ids": [ids] * (num - 1) + row["ids"][num - 1 :],
-            "logprobs": [logprobs] * (num - 1) + row["logprobs"][num - 1 :],
-        }
-
-    captures = write([answered(row) for row in teacher.rows])
-    made = import_captures(settings_for(captures, profile="lossless"))
-    assert made.cache.manifest.facts["recordings"]["topk"]["num_ids"] == 8
-    found = rows_of(made.cache) | rows_of(made.cache, "heldout-topk")
-    for row in teacher.rows:
-        num = len(row["input_ids"]) // 3 - 1
-        ids_TK, logprobs_TK, _, _ = found[tuple(row["input_ids"])]
-        assert ids_TK[num:].tolist() == row["ids"][num:]
-        assert logprobs_TK[num:].tolist() == row["logprobs"][num:]
-        assert logprobs_TK[:num] == pytest.approx(-np.log(teacher.vocab_size)), "where nothing was said: uniform"
-
-
-@pytest.mark.parametrize("top_k", [None, 1, 8])
-def test_a_target_without_ids_is_refused_by_its_row(
-    teacher: Any, write: Callable[..., Path], settings_for: Callable[..., Any], top_k: int | None
-) -> None:
-    row = teacher.rows[20]
-    empty = row | {name: [*row[name][:3], [], *row[name][4:]] for name in ("ids", "logprobs")}
-    captures = write([*teacher.rows[:20], empty, *teacher.rows[21:]], columns=MINIMAL)
-    with pytest.raises(InputError, match=r"captures.parquet, row 20, target 3: a target without ids"):
-        import_captures(settings_for(captures, top_k=top_k))
-
-
 def test_a_label_with_a_stand_in_is_unknown(
     teacher: Any, write: Callable[..., Path], settings_for: Callable[..., Any]
 ) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from capgap.pipeline.interchange.captures import CapturedRow, RowTargets
+from capgap.pipeline.interchange.importing import import_captures
 from capgap.pipeline.interchange.widths import MOST_CUT, choose_top_k, kept
+from capgap.pipeline.store import read_blocks
 from capgap.schemas.errors import InputError
+from capgap.schemas.records import TopkTargets
 
 VOCAB = 50
+MINIMAL = ("input_ids", "ids", "logprobs")
 
 
 def row_of(widths: list[int], counts: list[bool] | None = None) -> CapturedRow:
@@ -76,3 +83,54 @@ def test_a_target_without_ids_whose_label_counts_is_refused_by_name() -> None:
         InputError, match=r"target 1: a target with fewer ids than are kept; found 2.*--top_k 2 or fewer"
     ):
         kept(row_of([8, 2]), 4, VOCAB, False)
+
+
+SILENCES: dict[str, tuple[list[Any] | None, list[Any] | None]] = {
+    "nothing": ([], []),
+    "null": (None, None),
+    "id 0 without a probability": ([0] * 8, [float("-inf")] * 8),
+}
+
+
+@pytest.mark.parametrize("name", SILENCES)
+def test_a_prompt_without_targets_leaves_the_answer_s_whole(
+    teacher: Any, write: Callable[..., Path], settings_for: Callable[..., Any], name: str
+) -> None:
+    ids, logprobs = SILENCES[name]
+
+    def answered(row: dict[str, Any]) -> dict[str, Any]:
+        num = len(row["input_ids"]) // 3
+        return {
+            "input_ids": row["input_ids"],
+            "loss_mask": [0] * num + [1] * (len(row["input_ids"]) - num),
+            "ids": [ids] * (num - 1) + row["ids"][num - 1 :],
+            "logprobs": [logprobs] * (num - 1) + row["logprobs"][num - 1 :],
+        }
+
+    captures = write([answered(row) for row in teacher.rows])
+    made = import_captures(settings_for(captures, profile="lossless", context="packed"))
+    assert made.cache.manifest.facts["recordings"]["topk"]["num_ids"] == 8
+    by_tokens = {tuple(row["input_ids"]): row for row in teacher.rows}
+    for split in ("topk", "heldout-topk"):
+        for sequences, targets in read_blocks(made.cache.path, made.cache.manifest.shard_sets[split]):
+            assert isinstance(targets, TopkTargets)
+            for b in range(len(sequences)):
+                # a row stands alone in its sequence, and its padding begins a document
+                end = int(np.flatnonzero(sequences.starts_BL1[b])[-1]) or 33
+                row = by_tokens[tuple(sequences.tokens_BL1[b, :end].tolist())]
+                num = end // 3 - 1
+                assert targets.ids_BLK[b, num : end - 1].tolist() == row["ids"][num:]
+                assert targets.logprobs_BLK[b, num : end - 1].tolist() == row["logprobs"][num:]
+                # where nothing was said: uniform
+                assert targets.logprobs_BLK[b, :num] == pytest.approx(-np.log(teacher.vocab_size))
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 8])
+def test_a_target_without_ids_is_refused_by_its_row(
+    teacher: Any, write: Callable[..., Path], settings_for: Callable[..., Any], top_k: int | None
+) -> None:
+    row = teacher.rows[20]
+    empty = row | {name: [*row[name][:3], [], *row[name][4:]] for name in ("ids", "logprobs")}
+    captures = write([*teacher.rows[:20], empty, *teacher.rows[21:]], columns=MINIMAL)
+    with pytest.raises(InputError, match=r"captures.parquet, row 20, target 3: a target without ids"):
+        import_captures(settings_for(captures, top_k=top_k))
