@@ -42,8 +42,8 @@ def plan_grid(
         SettingError: as `require_cuts`, `require_steps` and `pruned_sizes`.
     """
     require_cuts(grid)
-    require_steps(grid)
     with each_manifest_once():
+        require_steps(grid)
         work = GridWork(grid, stated)
         phases = (
             work.corpus(),

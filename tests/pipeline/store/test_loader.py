@@ -218,27 +218,6 @@ def test_smaller_micro_batches_hold_the_same_sequences_in_the_same_order(reader,
     assert [row for batch in parts for row in _rows(batch)] == whole
 
 
-def test_the_state_of_a_loader_at_its_end_leaves_nothing(reader) -> None:
-    loader = SequenceLoader(reader, LoaderSettings(4, 3))
-    assert len(list(loader)) == 10
-    resumed = SequenceLoader(reader, LoaderSettings(4, 3))
-    resumed.load_state_dict(loader.state_dict())
-    assert list(resumed) == []
-
-
-def test_a_second_pass_over_a_loader_is_refused_and_not_empty(reader) -> None:
-    loader = SequenceLoader(reader, LoaderSettings(4, 3))
-    begin, seen = loader.state_dict(), 0
-    with pytest.raises(InputError, match="second pass after all 10 batches, expected one pass, which goes over the da"):
-        for _ in range(3):
-            for _ in loader:
-                seen += 1
-    assert seen == 10
-    # an iterator that was left goes on, and a state that was put back counts from there
-    loader.load_state_dict(begin)
-    assert len(list(itertools.islice(loader, 3))) + len(list(loader)) == 10
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 def test_an_epoch_holds_no_sequence_twice_and_leaves_out_only_what_fills_no_step(reader, seed: int) -> None:
     rows = [row for batch in SequenceLoader(reader, LoaderSettings(4, seed)) for row in _rows(batch)]

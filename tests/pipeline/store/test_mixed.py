@@ -85,16 +85,6 @@ def test_the_stream_ends_where_a_cache_has_no_more_to_give(readers) -> None:
     assert len(list(loader)) == len(loader)
 
 
-def test_a_second_pass_over_a_mix_is_refused_and_not_empty(readers) -> None:
-    loader = _mixed(readers)
-    begin = loader.state_dict()
-    list(loader)
-    with pytest.raises(InputError, match=f"a second pass after all {len(loader)} batches"):
-        next(iter(loader))
-    loader.load_state_dict(begin)
-    assert len(list(loader)) == len(loader)
-
-
 def test_a_resumed_mix_is_the_mix(readers) -> None:
     whole = _rows(list(_mixed(readers)))
     rng = random.Random(0)
