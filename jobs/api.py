@@ -92,7 +92,7 @@ def run(
     try:
         checked = kind.model_validate(values)
     except ValidationError as error:
-        raise together(errors_of(error, Origin(kind, values, path, document.lines, {}))) from None
+        raise together(errors_of(error, Origin(kind, values, path, document.lines, {}, document.words))) from None
     if only:
         chosen = select(checked, *only)
     else:

@@ -21,6 +21,7 @@ from capgap.jobs.suggest import did_you_mean, settings_like
 from capgap.pipeline.stages import run_file_type
 from capgap.schemas.base import Record
 from capgap.schemas.errors import InputError, SettingError
+from capgap.schemas.home import with_home
 from capgap.schemas.run_file import RunFile
 
 _R = TypeVar("_R", bound=Record)
@@ -63,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, add_help=False, allow_abbrev=False, exit_on_error=False)
         self.record, self.file, self.sections = record, file, tuple(sections)
         if file is not None:
-            self.add_argument("--config", metavar=file, help="The same by a flag.")
+            self.add_argument("--config", metavar=file, action="append", default=[], help="The same by a flag.")
         self.add_argument("--log-format", type=one_of(*LOG_FORMATS), metavar="FORMAT", help=LOG_FORMAT_HELP)
 
     def error(self, message: str) -> NoReturn:
@@ -154,7 +155,7 @@ def parse_settings(parser: Parser, argv: Sequence[str], record: type[_R]) -> Par
         named = {name: value for name, value in flags.items() if name in record.model_fields and value is not None}
         given = [*given, *((name, json.dumps(value)) for name, value in named.items())]
         return Parsed(read_settings(record, None, given), flags, texts)
-    files += [] if (config := flags.pop("config")) is None else [config]
+    files += flags.pop("config")
     if not files:
         if unknown := [name for name, _ in given if _is_unknown(record, name)]:
             raise _unknown(parser, unknown[0], record)
@@ -270,6 +271,6 @@ def _parse_own(parser: Parser, own: list[str]) -> dict[str, Any]:
         raise SettingError(str(error.message), where=error.argument_name, fix=f"see {parser.prog} --help") from None
     if more:
         raise SettingError("not understood", where=" ".join(more), fix=f"see {parser.prog} --help")
-    flags = vars(values)
+    flags = {name: with_home(value) for name, value in vars(values).items()}
     flags.pop("log_format")
     return flags

@@ -29,7 +29,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    set_up_logs(arguments)
     # before torch is imported, with the commands: threads that spin while they wait cost up to 90 % of the speed on a
     # machine that has other work, and gain about 13 % on one that has none
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -37,6 +36,7 @@ def _main(arguments: list[str]) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     die_with_driver()
     try:
+        set_up_logs(arguments)
         code = _dispatch(arguments)
         # here, where it is known what to do if nobody reads
         sys.stdout.flush()

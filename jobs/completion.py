@@ -17,7 +17,7 @@ from capgap.schemas.base import Record
 _BASH = """\
 # completion of capgap for bash; for example in ~/.bashrc: eval "$(capgap completion bash)"
 _capgap() {
-  local word=${COMP_WORDS[COMP_CWORD]} command=${COMP_WORDS[1]} words=
+  local word=${COMP_WORDS[COMP_CWORD]} command=${COMP_WORDS[1]} words= files= reply
   COMPREPLY=()
   if [[ $command == law && $COMP_CWORD -gt 1 ]]; then
     command="law ${COMP_WORDS[2]}"
@@ -31,13 +31,14 @@ _capgap() {
 @FLAGS@
     esac
   else
-    words="@NAMES@"
+    words="@NAMES@" files=yes
   fi
   while IFS= read -r reply; do
     COMPREPLY+=("$reply")
-  done < <(compgen -W "$words" -- "$word")
-  if [[ ${#COMPREPLY[@]} -eq 0 && $word != -* ]]; then
-    compopt -o default 2>/dev/null || true
+  done < <(compgen -W "$words" -- "$word"; [[ -z $files ]] || compgen -f -- "$word")
+  if [[ -n $files ]]; then
+    # a slash behind folders, and none of a name's signs is the shell's
+    compopt -o filenames 2>/dev/null || true
   fi
 }
 complete -F _capgap capgap

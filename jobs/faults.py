@@ -20,6 +20,8 @@ READER_GONE = 141
 INTERRUPTED = 130
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# as a command says it: `--out` of most, `--to` of one, a folder's name of others
+_ELSEWHERE = "let the command write to another folder"
 _NO_WRITING = (errno.EROFS, errno.EACCES)
 
 
@@ -77,15 +79,13 @@ def _is_of_memory(error: Exception) -> bool:
 def _of_the_disk(error: OSError) -> MachineError:
     where = error.filename or "the output folder"
     if error.errno in _NO_WRITING:
-        return MachineError(
-            "cannot be written", where=where, found=os.strerror(error.errno or 0), fix="choose another `out`"
-        )
+        return MachineError("cannot be written", where=where, found=os.strerror(error.errno or 0), fix=_ELSEWHERE)
     if error.errno == errno.ENOSPC and _has_no_inode(where):
         return MachineError(
             "no file can be made any more",
             where=where,
             found="a file system that has space, and no inode left",
-            fix="remove files that you do not need and run the same command again, or choose another `out`",
+            fix=f"remove files that you do not need and run the same command again, or {_ELSEWHERE}",
         )
     return MachineError(
         "no space is left to write to",

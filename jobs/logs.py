@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any, Literal, TextIO, cast
 
 from capgap.pipeline.stage.events import current_stage, set_stage
-from capgap.schemas.errors import CapgapError, SettingsError
+from capgap.schemas.errors import CapgapError, SettingError, SettingsError
 from capgap.schemas.printable import fit_to_show
 from capgap.schemas.secrets import redacted_values
 
@@ -35,8 +35,12 @@ def set_up_logs(arguments: Sequence[str]) -> None:
     """Set format and levels of everything that is logged from here on, in this process and in those that it starts.
 
     A format that does not exist is left for the command's own parser to refuse.
+
+    Raises:
+        SettingError: the environment names one that does not exist, and no flag names another. Logs are text then.
     """
-    asked = _asked_for(arguments) or os.environ.get(_VARIABLE, "")
+    given = os.environ.get(_VARIABLE, "")
+    asked = _asked_for(arguments) or given
     os.environ[_VARIABLE] = asked if asked in LOG_FORMATS else "text"
     set_stage("")
     root, handler = logging.getLogger(), _Stderr()
@@ -51,6 +55,8 @@ def set_up_logs(arguments: Sequence[str]) -> None:
         # vLLM would write lines of its own form; its errors arrive here instead
         os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
         logging.getLogger("vllm").setLevel(logging.ERROR)
+    if given == asked and given not in ("", *LOG_FORMATS):
+        raise SettingError("no such format", where=_VARIABLE, found=given, expected=" or ".join(LOG_FORMATS))
 
 
 def log_format() -> LogFormat:

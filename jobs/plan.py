@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from capgap.jobs.arguments import Parser, number, parse_run, run_file_parser
 from capgap.jobs.logs import log, log_format
+from capgap.schemas import amounts
 from capgap.schemas.errors import SettingError
 from capgap.schemas.plan import Figure, RunPlan
 
@@ -144,7 +145,7 @@ def _lines(plan: RunPlan) -> list[str]:
     needed, free = plan.needed_bytes, plan.free_bytes
     lines = [
         f"teacher: {_parameters(plan.teacher_parameters)}; student: {_parameters(plan.student_parameters)}",
-        f"disk: {bytes_text(needed)} needed ({needed.source}), {free / 1e9:,.2f} GB free"
+        f"disk: {bytes_text(needed)} needed ({needed.source}), {amounts.bytes_text(free)} free"
         + ("" if needed.value is None or needed.value <= free else ": NOT ENOUGH"),
         f"device hours: {'?' if plan.device_hours.value is None else f'{plan.device_hours.value:,.2f}'} "
         f"({plan.device_hours.source})",
@@ -184,11 +185,7 @@ def bytes_text(figure: Figure) -> str:
     """A number of bytes as people write it, `?` where it is not known."""
     if figure.value is None:
         return "?"
-    value = figure.value
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if value >= size:
-            return f"{value / size:,.2f} {unit}"
-    return f"{value / 1e3:,.1f} kB" if value else "-"
+    return amounts.bytes_text(figure.value) if figure.value else "-"
 
 
 def _parameters(figure: Figure) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Origin:
         path: the file; None where all are flags.
         lines: of the file's values.
         flags: places that flags have set, the last one first, by the place.
+        words: how the file writes true or false, by the place.
     """
 
     record: type[Record]
@@ -60,6 +61,7 @@ class Origin:
     path: Path | None
     lines: dict[Loc, int]
     flags: dict[Loc, str]
+    words: dict[Loc, str] = field(default_factory=dict)
 
     def place(self, loc: Loc, name: str = "") -> str:
         """A setting with its flag, or with file and line."""
@@ -153,13 +155,17 @@ def _error_of(loc: Loc, problems: list[ErrorDetails], origin: Origin) -> Setting
         return SettingError(
             "cannot be used", where=where, found=plain(first["input"]), expected=expected, fix="write it in quotes"
         )
+    # `on` is true in YAML, and not what somebody wrote
+    written = first["input"]
+    if isinstance(written, bool) and not any(loc[: len(at)] == at for at in origin.flags):
+        written = origin.words.get(loc, written)
     expected = " or ".join(dict.fromkeys(_expected(problem) for problem in problems))
     return SettingError(
         "cannot be used",
         where=where,
-        found=plain(first["input"]),
+        found=plain(written),
         expected=expected,
-        fix=_fix(loc, first["input"], expected, origin.record),
+        fix=_fix(loc, written, expected, origin.record),
     )
 
 

@@ -57,7 +57,7 @@ def read_settings(record: type[_R], file: str | Path | None, given: Sequence[Giv
         _trust_loggers(value, loc)
         values = _laid_over(values, loc, value)
     _require_kind(record, values, path)
-    origin = Origin(record, values, path, document.lines, flags)
+    origin = Origin(record, values, path, document.lines, flags, document.words)
     problems = [unknown_setting(loc, value, origin) for loc, value in unknown.items()]
     try:
         settings = record.model_validate(values)

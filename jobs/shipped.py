@@ -22,7 +22,7 @@ def find_file(given: str | Path) -> Path:
     Raises:
         InputError: there is neither.
     """
-    path, name = Path(given), str(given).removesuffix(".yaml")
+    path, name = Path(given).expanduser(), str(given).removesuffix(".yaml")
     if path.is_file():
         return path
     if name in shipped_names():

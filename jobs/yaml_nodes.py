@@ -8,7 +8,7 @@ Nothing here makes an object of a tag, and no file names another.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,13 @@ class YamlDocument:
         values: plain values by name.
         lines: the line of each value, counted from 1.
         bare: where a name stands with nothing after its colon.
+        words: how true or false is written, which may be `on` or `no`.
     """
 
     values: dict[Any, Any]
     lines: dict[Loc, int]
     bare: frozenset[Loc]
+    words: dict[Loc, str] = field(default_factory=dict)
 
 
 def read_document(path: Path) -> YamlDocument:
@@ -78,7 +80,7 @@ def read_document(path: Path) -> YamlDocument:
         mark = error.problem_mark or error.context_mark
         where = path if mark is None else f"{path}, line {mark.line + 1}, column {mark.column + 1}"
         raise InputError(
-            "not a YAML file", where=where, found=_problem(error), expected="YAML", fix=_fix(error)
+            "not a YAML file", where=where, found=_found(error), expected="YAML", fix=_fix(error)
         ) from None
     except yaml.YAMLError as error:
         raise InputError("not a YAML file", where=path, found=error, expected="YAML") from None
@@ -90,7 +92,7 @@ def read_document(path: Path) -> YamlDocument:
             expected="settings by name",
             fix="`capgap init` writes one, and `capgap ls` lists examples",
         )
-    return YamlDocument(values, builder.lines, frozenset(builder.bare))
+    return YamlDocument(values, builder.lines, frozenset(builder.bare), builder.words)
 
 
 def parse_value(text: str, where: str, fix: str) -> Any:
@@ -116,7 +118,12 @@ def dotted(loc: Loc) -> str:
 
 
 def _problem(error: yaml.MarkedYAMLError) -> str:
-    return (error.problem or error.context or "something else").removeprefix("found ")
+    return re.sub(r"^(?:but )?found ", "", error.problem or error.context or "something else")
+
+
+def _found(error: yaml.MarkedYAMLError) -> str:
+    """Of `expected X, but found Y`, what was found."""
+    return re.sub(r"^expected .*, but (?:found|got) ", "", _problem(error))
 
 
 def _fix(error: yaml.MarkedYAMLError) -> str | None:
@@ -169,6 +176,7 @@ class _Builder:
         self._num_values = 0
         self.lines: dict[Loc, int] = {}
         self.bare: set[Loc] = set()
+        self.words: dict[Loc, str] = {}
 
     def build(self) -> Any:
         node = self._loader.get_single_node()
@@ -228,6 +236,8 @@ class _Builder:
             raise _error(str(error), node) from None
         if value is None and not node.value and loc is not None:
             self.bare.add(loc)
+        if isinstance(value, bool) and loc is not None:
+            self.words.setdefault(loc, node.value)
         return value
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import types
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails
 
+from capgap.schemas.home import with_home
 from capgap.schemas.secrets import require_no_credential
 
 _MAX_INTEGER_BITS = 63
@@ -37,7 +40,7 @@ class Record(Entry):
     def _require_usable(cls, values: Any) -> Any:
         """No number that 64 bits cannot hold, and no setting that no path can be: both would fail far from here.
 
-        No setting holds a credential: whatever is set is written into manifests.
+        No setting holds a credential: whatever is set is written into manifests. A path may begin with `~`.
         """
         if isinstance(values, dict):
             is_setting = any(base.__module__.rpartition(".")[2].startswith(_SETTINGS_MODULES) for base in cls.__mro__)
@@ -45,6 +48,9 @@ class Record(Entry):
                 _require_usable(name, value, is_setting)
                 if is_setting:
                     require_no_credential(str(name), value)
+                    if name in cls.model_fields and _is_no_number(value, cls.model_fields[name].annotation):
+                        raise ValueError(f"{name}: found {json.dumps(value, default=str)}, expected a number")
+            return {name: with_home(value) for name, value in values.items()} if is_setting else values
         return values
 
     def meant(self) -> dict[str, Any]:
@@ -101,6 +107,29 @@ def _require_usable(name: object, value: object, is_setting: bool) -> None:
     if isinstance(value, (list, tuple)):
         for one in value:
             _require_usable(name, one, is_setting)
+
+
+def _is_no_number(value: object, annotation: Any) -> bool:
+    """Whether true or false stands where a number is meant, which pydantic would take for 1 or 0."""
+    options = _options(annotation)
+    if isinstance(value, bool):
+        words = {type(word) for one in options if get_origin(one) is Literal for word in get_args(one)}
+        kinds = words.union(options)
+        return bool not in kinds and not kinds.isdisjoint((int, float))
+    for one in options:
+        if isinstance(value, (list, tuple)) and get_origin(one) in (tuple, list):
+            return any(_is_no_number(item, get_args(one)[0]) for item in value)
+        if isinstance(value, dict) and get_origin(one) is dict:
+            return any(_is_no_number(item, get_args(one)[1]) for item in value.values())
+    return False
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) is Annotated:
+        return _options(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(kind for option in get_args(annotation) for kind in _options(option))
+    return (annotation,)
 
 
 def _is_operational(info: FieldInfo) -> bool:

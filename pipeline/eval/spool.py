@@ -18,6 +18,7 @@ from typing import IO
 import numpy as np
 import torch
 
+from capgap.schemas.amounts import bytes_text
 from capgap.schemas.errors import MachineError
 
 _ITEM_BYTES = 4
@@ -68,7 +69,7 @@ def _too_little_room(folder: Path, num_bytes: int, free: int) -> MachineError:
     return MachineError(
         "too little disk space for the teacher's full distributions",
         where=folder,
-        found=f"{free / 1e9:.1f} GB",
-        expected=f"{num_bytes / 1e9:.1f} GB",
+        found=bytes_text(free),
+        expected=bytes_text(num_bytes),
         fix="lower eval.num_full_sequences or free some space",
     )

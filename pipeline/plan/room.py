@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.events import event
 from capgap.pipeline.workflow.state import RunStates
+from capgap.schemas.amounts import bytes_text
 from capgap.schemas.errors import MachineError
 
 if TYPE_CHECKING:
@@ -51,15 +52,15 @@ def require_disk_space(known: RunStates, coming: Sequence[Instance]) -> None:
     if needed <= free:
         return
     if needed * SURE_SHARE <= free:
-        text = f"the disk may be too small: about {_gb(needed)} to be made, {_gb(free)} free in {out}"
+        text = f"the disk may be too small: about {bytes_text(needed)} to be made, {bytes_text(free)} free in {out}"
         event("disk_warning", text, logging.WARNING, needed_bytes=needed, free_bytes=free)
         return
     name, largest = max(parts, key=lambda part: part[1])
     raise MachineError(
         "the disk has no room for what the run makes",
         where=str(out),
-        found=f"{_gb(free)} free",
-        expected=f"about {_gb(needed)}, of which {name} takes {_gb(largest)}",
+        found=f"{bytes_text(free)} free",
+        expected=f"about {bytes_text(needed)}, of which {name} takes {bytes_text(largest)}",
         fix="free some, name another folder with `out`, or make less of it (`capgap plan` shows every stage's share); "
         "stages made one by one (`capgap cache RUN.yaml`) are not held to this estimate",
     )
@@ -85,7 +86,3 @@ def _parts(work: RunWork, known: RunStates, coming: Sequence[Instance]) -> Itera
 
 def _held_bytes(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
-
-
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.2f} GB"

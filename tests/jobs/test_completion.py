@@ -29,10 +29,14 @@ def bash(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def completed(bash: Path, *words: str) -> list[str]:
-    """What bash offers for the last word."""
+def completed(bash: Path, *words: str, where: Path | None = None) -> list[str]:
+    """What bash offers for the last word, in a folder with no other file than the script."""
     done = subprocess.run(
-        ["bash", "--norc", "-c", _ASK, "ask", str(bash), "capgap", *words], capture_output=True, text=True, check=True
+        ["bash", "--norc", "-c", _ASK, "ask", str(bash), "capgap", *words],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=where or bash.parent,
     )
     assert done.stderr == ""
     return done.stdout.split()
@@ -54,8 +58,16 @@ def test_flags_and_settings_follow_two_dashes(bash: Path) -> None:
 
 
 def test_names_of_shipped_run_files_stand_beside_files(bash: Path) -> None:
-    assert completed(bash, "run", "") == shipped_names()
+    assert completed(bash, "run", "") == [*shipped_names(), bash.name]
     assert completed(bash, "status", "min") == [name for name in shipped_names() if name.startswith("min")]
+
+
+def test_files_and_folders_are_offered_beside_shipped_names_that_begin_alike(bash: Path, tmp_path: Path) -> None:
+    (tmp_path / "demo-of-mine.yaml").touch()
+    (tmp_path / "demos").mkdir()
+    shipped = [name for name in shipped_names() if name.startswith("demo")]
+    assert sorted(completed(bash, "run", "demo", where=tmp_path)) == sorted([*shipped, "demo-of-mine.yaml", "demos"])
+    assert completed(bash, "run", "--", where=tmp_path) == completed(bash, "run", "--")
 
 
 def test_the_script_for_zsh_is_one_that_zsh_understands(tmp_path: Path) -> None:

@@ -160,3 +160,9 @@ def _when(condition: Callable[[], Any]) -> Any:
 
 def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_advice_on_a_folder_that_cannot_be_written_fits_commands_that_have_no_out(number: int) -> None:
+    fault = named(OSError(number, "cannot", "/law"))
+    assert fault is not None and fault.fix == "let the command write to another folder"

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from capgap.jobs.cli import main
 from capgap.jobs.logs import log, log_crash, set_up_logs
 from capgap.pipeline.stage.events import event, set_stage
 
@@ -157,3 +158,15 @@ def test_stderr_is_looked_up_when_something_is_said(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(sys, "stderr", other)
         event("shard", "a line")
     assert (tmp_path / "above-the-bar").read_text() == "a line\n"
+
+
+def test_a_format_of_the_environment_that_does_not_exist_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CAPGAP_LOG_FORMAT", "xml")
+    assert main(["ls"]) == 2
+    assert capsys.readouterr().err == "capgap: CAPGAP_LOG_FORMAT: no such format; found xml, expected text or json\n"
+    monkeypatch.setenv("CAPGAP_LOG_FORMAT", "xml")
+    assert main(["--version"]) == 2
+    monkeypatch.setenv("CAPGAP_LOG_FORMAT", "xml")
+    assert main(["completion", "bash", "--log-format", "text"]) == 0

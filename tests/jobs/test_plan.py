@@ -24,7 +24,7 @@ def test_the_table_names_every_stage_and_the_lines_say_where_figures_come_from(
     said = capsys.readouterr().out
     for stage in ("corpus", "teacher", "cache", "student/seed-0", "train/distilled/seed-0", "eval", "report"):
         assert f"\n{stage} " in said
-    for words in ("9,000", "stated", "benchmarks/results/", "GB free", "from 2 students on", "arXiv:2311.07052"):
+    for words in ("9,000", "stated", "benchmarks/results/", "B free", "from 2 students on", "arXiv:2311.07052"):
         assert words in said
     assert "?" not in said.split("teacher: ")[0], "every figure is known"
     assert not Path(out[1]).exists(), "nothing is made"

@@ -12,7 +12,7 @@ import yaml
 from capgap.jobs.arguments import Parser, parse_run, parse_settings, run_file_parser
 from capgap.jobs.cli import main
 from capgap.jobs.reader import read_settings
-from capgap.schemas.errors import SettingError, SettingsError
+from capgap.schemas.errors import InputError, SettingError, SettingsError
 from capgap.schemas.interchange import ImportSettings
 from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.run_file import RunFile
@@ -65,6 +65,48 @@ def test_a_misspelt_name_below_a_section_of_fixed_names_is_met_with_those_that_t
         f"run.yaml, line 7: reuse.cahce: no such name; found cahce, {expected} cache?",
         f"--reuse.teachre: no such name; found teachre, {expected} teacher?",
     ]
+
+
+@pytest.mark.parametrize(
+    ("written", "where"),
+    [
+        ("seeds: [true]", "line 7: seeds"),
+        ("train: {batch_sequences: yes}", "line 7: train.batch_sequences"),
+        ("train: {learning_rate: off}", "line 7: train.learning_rate"),
+        ("train: {}\narms: {a: {alpha: true}}", "line 8: arms.a.alpha"),
+    ],
+)
+def test_true_and_false_are_no_numbers(read: Any, written: str, where: str) -> None:
+    found = "false" if "off" in written else "[true]" if "seeds" in written else "true"
+    with pytest.raises(SettingError) as error:
+        read(f"{BASE}{written}\n")
+    assert str(error.value) == f"run.yaml, {where}: found {found}, expected a number"
+    assert read(f"{BASE}seeds: [1]\ntrain: {{activation_checkpointing: on}}\n").train.activation_checkpointing
+
+
+def test_a_word_that_yaml_takes_for_true_is_told_as_it_is_written(read: Any) -> None:
+    with pytest.raises(SettingError) as error:
+        read(BASE.replace("name: x", "name: on"))
+    assert str(error.value) == 'run.yaml, line 1: name: cannot be used; found on, expected text; write "on"'
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("a: 1\n---\nb: 2\n", "another document"), ("a: [1\nb: 2\n", "':'"), ("a: ]\n", "']'")],
+)
+def test_what_is_no_yaml_is_said_without_saying_found_twice(read: Any, text: str, found: str) -> None:
+    with pytest.raises(InputError) as error:
+        read(text)
+    assert f"not a YAML file; found {found}, expected YAML" in str(error.value)
+
+
+def test_two_files_by_flag_are_refused_as_two_by_place_are(read: Any) -> None:
+    for name in ("a.yaml", "b.yaml"):
+        Path(name).write_text(BASE)
+    with pytest.raises(SettingError, match="two files are named"):
+        read(BASE, "--config", "a.yaml")
+    with pytest.raises(SettingError, match=r"two files are named; found a.yaml and b.yaml, expected one"):
+        parse_run(run_file_parser("capgap run", ""), ["--config", "a.yaml", "--config=b.yaml"])
 
 
 def test_each_problem_is_a_line_of_its_own_on_stderr(
