@@ -98,12 +98,14 @@ def with_names_of(text: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -
 
     Args:
         text: the tokenizer of the text.
-        own: of the model, which agrees with it; special tokens that it alone has keep their names.
+        own: of the model, which agrees with it; an end token that it alone has stays its own.
     """
     known = text.get_vocab()
     for name in _NAMES:
         said, theirs = getattr(own, name), getattr(text, name)
-        if theirs is not None and said != theirs and (said is None or said in known):
+        # an end of turns that it alone has is where it stops
+        is_own_end = name == "eos_token" and said is not None and said not in known
+        if theirs is not None and said != theirs and not is_own_end:
             setattr(own, name, theirs)
     own.chat_template = own.chat_template or text.chat_template
     return own

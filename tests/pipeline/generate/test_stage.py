@@ -257,7 +257,7 @@ def test_a_student_that_ends_its_turns_in_another_way_is_refused(begun) -> None:
         (json.dumps({"text": "a"}), "neither messages nor prompt"),
         (json.dumps({"prompt": ""}), "no text, or empty"),
         (json.dumps({"prompt": "a", "messages": []}), "both of messages and prompt"),
-        (json.dumps({"messages": [{"role": "user"}]}), "a message has no text"),
+        (json.dumps({"messages": [{"role": "user"}]}), "a message of the user has no text"),
         (json.dumps({"messages": [{"role": "assistant", "content": "a"}]}), "ends with the assistant"),
         (json.dumps({"messages": [{"role": "judge", "content": "a"}]}), "unknown role: 'judge'"),
         (json.dumps({"messages": [{"role": "user", "content": "a"}], "tools": "add"}), "the tools cannot be read"),
