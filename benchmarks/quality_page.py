@@ -171,11 +171,16 @@ def picture(lines: list[Line]) -> str:
                 markersize=4,
                 label=label,
             )
-        named = {f"n = {number}": _SAMPLED.format(number) for number in _NUM_SAMPLES}
-        for text, name in (named | {f"k = {k}": f"top-{k}, ghost" for k in TOP_KS}).items():
-            if (point := points.get(name)) is not None:
-                place, side = ((5, -9), "left") if text in named else ((-6, -3), "right")
-                axes.annotate(text, point, place, textcoords="offset points", color=INK, ha=side)
+        for number in _NUM_SAMPLES:
+            if (point := points.get(_SAMPLED.format(number))) is not None:
+                # the last one stands beside its point, where the one before it has no words
+                place = (6, -3) if number == _NUM_SAMPLES[-1] else (5, -9)
+                axes.annotate(f"n = {number}", point, place, textcoords="offset points", color=INK)
+        for k in TOP_KS:
+            found = [points[name] for tail in TAILS if (name := f"top-{k}, {tail}") in points]
+            if found:
+                highest = max(found, key=lambda point: point[1])
+                axes.annotate(f"k = {k}", highest, (0, 6), textcoords="offset points", color=INK, ha="center")
         top = axes.get_xlim()[1]
         axes.annotate("the teacher asked at each token", (top, 100), (-4, 3), textcoords="offset points", ha="right")
         axes.set_ylim(top=107)  # that those words stand above all points
