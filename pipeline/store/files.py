@@ -50,10 +50,12 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 def own_file(path: Path, data: bytes | str) -> Iterator[Path]:
     """A whole small file beside `path` for as long as the block runs, which no other process writes to or removes.
 
-    One that a killed process left goes with the next.
+    One that a killed process of this machine left goes with the next. Locks of two machines may not meet, so that one
+    of another machine is never taken for such.
     """
-    _remove_left(path, _OWN_MARK)
-    own, file = _begin(path, _OWN_MARK)
+    mark = f"{_OWN_MARK}{os.uname().nodename}-"
+    _remove_left(path, mark)
+    own, file = _begin(path, mark)
     try:
         # open, and so locked, to the end: that is how others know that its process lives
         with file:
@@ -86,7 +88,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def _remove_left(path: Path, mark: str) -> None:
     """Remove what killed processes left beside `path`."""
-    for one in path.parent.glob(f"{glob.escape(path.name)}{mark}*"):
+    for one in path.parent.glob(f"{glob.escape(path.name + mark)}*"):
         # where it is not to be had, it belongs to a process that lives, or has just gone
         with contextlib.suppress(OSError), one.open("r+b") as left:
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -73,17 +74,20 @@ def test_what_a_driver_s_stages_read_goes_with_it_however_it_ends(make_run, make
     assert _names(Path(run.out)) == {RESOLVED_NAME}
 
 
-def test_what_a_killed_driver_left_is_not_read_and_goes_with_the_next(make_run, make_finished) -> None:
+def test_what_a_killed_driver_left_is_not_read_and_goes_with_the_next_of_its_machine(make_run, make_finished) -> None:
     run = make_run()
     Path(run.out).mkdir()
-    (Path(run.out) / f"{RESOLVED_NAME}.own-0123456789ab").write_text("half a fi")
+    # another machine's lock may not be seen here, and its driver may be alive
+    elsewhere = f"{RESOLVED_NAME}.own-another-{os.uname().nodename}-0123456789ab"
+    for left in (f"{RESOLVED_NAME}.own-{os.uname().nodename}-0123456789ab", elsewhere):
+        (Path(run.out) / left).write_text("half a fi")
 
     def start(arguments: Sequence[str]) -> int:
         make_finished(run, _read(arguments)[0])
         return 0
 
     walk(run, instances(run), log=_silent, start=start)
-    assert _names(Path(run.out)) == {RESOLVED_NAME}
+    assert _names(Path(run.out)) == {RESOLVED_NAME, elsewhere}
     assert RunFile.model_validate_json((Path(run.out) / RESOLVED_NAME).read_text()) == run
 
 
