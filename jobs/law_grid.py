@@ -10,7 +10,7 @@ from typing import Any
 from capgap.jobs.arguments import Parser, integer, number, parse_settings
 from capgap.jobs.faults import INCOMPLETE
 from capgap.jobs.logs import log, log_format
-from capgap.jobs.plan import add_speed_flags, bytes_text, count_text, positive, stated_speed
+from capgap.jobs.plan import add_speed_flags, count_text, positive, size_text, stated_speed
 from capgap.schemas.errors import SettingError
 from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.law_plan import LawPlan
@@ -130,14 +130,14 @@ def _show_plan(plan: LawPlan) -> None:
             str(phase.num_left),
             count_text(phase.tokens),
             _scientific(phase.flops),
-            bytes_text(phase.disk_bytes),
+            size_text(phase.disk_bytes),
             _hours(phase.device_hours),
         )
     print_wide(table)
     print(f"{plan.num_teachers} teachers, {plan.num_students} students, {plan.num_rows} rows")
     print(f"processes to start: {plan.num_processes}; side by side: {plan.num_workers or '?'}")
     print(f"operations: {_scientific(plan.flops)}")
-    print(f"disk: {bytes_text(plan.disk_bytes)} ({plan.disk_bytes.source})")
+    print(f"disk: {size_text(plan.disk_bytes)} ({plan.disk_bytes.source})")
     print(f"device hours: {_hours(plan.device_hours)} ({plan.device_hours.source})")
     print(f"hours: {_hours(plan.hours)} ({plan.hours.source})")
     for line in power_lines(plan):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from capgap.jobs.arguments import Parser, number, parse_run, run_file_parser
 from capgap.jobs.logs import log, log_format
-from capgap.schemas import amounts
+from capgap.schemas.amounts import bytes_text
 from capgap.schemas.errors import SettingError
 from capgap.schemas.plan import Figure, RunPlan
 
@@ -131,8 +131,8 @@ def _show(plan: RunPlan) -> None:
             stage.instance,
             stage.state,
             count_text(stage.tokens),
-            bytes_text(stage.disk_bytes),
-            bytes_text(stage.scratch_bytes),
+            size_text(stage.disk_bytes),
+            size_text(stage.scratch_bytes),
             "-" if stage.tokens_per_s.value is None else f"{stage.tokens_per_s.value:,.0f}",
             "?" if stage.device_hours.value is None else f"{stage.device_hours.value:,.2f}",
         )
@@ -145,7 +145,7 @@ def _lines(plan: RunPlan) -> list[str]:
     needed, free = plan.needed_bytes, plan.free_bytes
     lines = [
         f"teacher: {_parameters(plan.teacher_parameters)}; student: {_parameters(plan.student_parameters)}",
-        f"disk: {bytes_text(needed)} needed ({needed.source}), {amounts.bytes_text(free)} free"
+        f"disk: {size_text(needed)} needed ({needed.source}), {bytes_text(free)} free"
         + ("" if needed.value is None or needed.value <= free else ": NOT ENOUGH"),
         f"device hours: {'?' if plan.device_hours.value is None else f'{plan.device_hours.value:,.2f}'} "
         f"({plan.device_hours.source})",
@@ -181,11 +181,11 @@ def count_text(figure: Figure) -> str:
     return "?" if figure.value is None else f"{figure.value:,.0f}"
 
 
-def bytes_text(figure: Figure) -> str:
+def size_text(figure: Figure) -> str:
     """A number of bytes as people write it, `?` where it is not known."""
     if figure.value is None:
         return "?"
-    return amounts.bytes_text(figure.value) if figure.value else "-"
+    return bytes_text(figure.value) if figure.value else "-"
 
 
 def _parameters(figure: Figure) -> str:

@@ -6,14 +6,14 @@ import re
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from capgap.jobs.yaml_nodes import Loc, dotted
-from capgap.schemas.base import PartOf, Record
+from capgap.schemas.base import PartOf, Record, options_of
 
 _KINDS = {int: "integer", float: "number", str: "text", bool: "true or false", dict: "settings by name"}
 _PLURALS = {int: "integers", float: "numbers", str: "texts"}
@@ -45,7 +45,7 @@ class Setting:
         marks = [*(self.info.metadata if self.info else ()), *_marks(self.annotation)]
         if (part := next((mark for mark in marks if isinstance(mark, PartOf)), None)) is not None:
             return part.record
-        kinds = _options(self.annotation)
+        kinds = options_of(self.annotation)
         return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Record)), None)
 
     @property
@@ -53,13 +53,13 @@ class Setting:
         """What stands below each name of the user's; None where no such names stand."""
         if self.section is not None:
             return None
-        found = next((kind for kind in _options(self.annotation) if get_origin(kind) is dict), None)
+        found = next((kind for kind in options_of(self.annotation) if get_origin(kind) is dict), None)
         return None if found is None else get_args(found)[1]
 
     @property
     def takes_text(self) -> bool:
         """Whether it is text, so that nothing is read into what a flag gives."""
-        return str in _options(self.annotation)
+        return str in options_of(self.annotation)
 
     @property
     def kind(self) -> str:
@@ -70,7 +70,7 @@ class Setting:
             for key, words in _BOUNDS.items()
             if hasattr(mark, key)
         ]
-        kinds = [_words(kind) for kind in _options(self.annotation) if kind is not types.NoneType]
+        kinds = [_words(kind) for kind in options_of(self.annotation) if kind is not types.NoneType]
         return ", ".join([" or ".join(dict.fromkeys(kinds)), *bounds])
 
     @property
@@ -121,7 +121,7 @@ def find(record: type[Record], loc: Loc) -> Setting | None:
             found = Setting(here, info.annotation, info)
         elif entry is not None:
             found = Setting(here, entry)
-        elif Any in _options(found.annotation):
+        elif Any in options_of(found.annotation):
             found = Setting(here, Any)
         else:
             return None
@@ -143,14 +143,6 @@ def locate(record: type[Record], name: str, values: Any) -> Loc:
     return loc
 
 
-def _options(annotation: Any) -> tuple[Any, ...]:
-    if get_origin(annotation) is Annotated:
-        return _options(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        return tuple(kind for option in get_args(annotation) for kind in _options(option))
-    return (annotation,)
-
-
 def _marks(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
 
@@ -163,7 +155,7 @@ def _words(kind: Any) -> str:
     if origin is Annotated:
         return _words(inner[0])
     if origin in (tuple, list):
-        of = [option for part in inner if part is not Ellipsis for option in _options(part)]
+        of = [option for part in inner if part is not Ellipsis for option in options_of(part)]
         return f"list of {' or '.join(dict.fromkeys(_PLURALS.get(one, _words(one)) for one in of))}"
     if origin is dict or (isinstance(kind, type) and issubclass(kind, Record)):
         return "settings by name"

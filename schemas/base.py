@@ -97,6 +97,15 @@ def below(error: ValidationError, *where: str | int) -> ValidationError:
     return ValidationError.from_exception_data(error.title, problems, hide_input=True)
 
 
+def options_of(annotation: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows: those of a union each by itself, without what `Annotated` adds."""
+    if get_origin(annotation) is Annotated:
+        return options_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(kind for option in get_args(annotation) for kind in options_of(option))
+    return (annotation,)
+
+
 def _require_usable(name: object, value: object, is_setting: bool) -> None:
     """Refuse a value that no field may have. Records within it check theirs; what a model wrote may hold anything."""
     if isinstance(value, int) and value.bit_length() > _MAX_INTEGER_BITS:
@@ -111,7 +120,7 @@ def _require_usable(name: object, value: object, is_setting: bool) -> None:
 
 def _is_no_number(value: object, annotation: Any) -> bool:
     """Whether true or false stands where a number is meant, which pydantic would take for 1 or 0."""
-    options = _options(annotation)
+    options = options_of(annotation)
     if isinstance(value, bool):
         words = {type(word) for one in options if get_origin(one) is Literal for word in get_args(one)}
         kinds = words.union(options)
@@ -122,14 +131,6 @@ def _is_no_number(value: object, annotation: Any) -> bool:
         if isinstance(value, dict) and get_origin(one) is dict:
             return any(_is_no_number(item, get_args(one)[1]) for item in value.values())
     return False
-
-
-def _options(annotation: Any) -> tuple[Any, ...]:
-    if get_origin(annotation) is Annotated:
-        return _options(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        return tuple(kind for option in get_args(annotation) for kind in _options(option))
-    return (annotation,)
 
 
 def _is_operational(info: FieldInfo) -> bool:
