@@ -128,7 +128,7 @@ def test_projected_targets_that_contradict_their_tokens_or_themselves_are_refuse
     for changed, what in [
         (replace(found, ids_D=found.ids_D * 0), "twice"),
         (replace(found, logprobs_D=found.logprobs_D[::-1].copy()), "rise"),
-        (replace(found, tail_BL=found.tail_BL * 4), "not 1 together"),
+        (replace(found, tail_BL=found.tail_BL * 4), "do not sum to 1"),
         (replace(found, num_ids_BL=found.num_ids_BL[:, ::-1].copy()), "of no target|no kept chunk"),
     ]:
         with pytest.raises(InputError, match=what):
