@@ -41,7 +41,7 @@ class Batch:
         tail_N: Probability of all other ids [N], float32; None if the recording has no tail. In a cache that `align`
             made, ids, weights and tail are projected targets, and are all 0 in a row without one.
         positions_BL: Position of each token in its sequence or document [B, L], int64, if a row holds several of them
-            or padding; attention must not cross a place where positions restart. None if each row is one whole sequence.
+            or padding; attention must not cross a place where positions restart. None if a row is one whole sequence.
         num_counted: Number of labels that are not -100, if the host knows it; this saves counting them on the device.
         chunk_left_N: Number of rows of the same chunk that follow each row [N], int64; -1 in rows outside every chunk
             to learn from. None unless `align` made the cache.

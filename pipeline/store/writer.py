@@ -19,7 +19,7 @@ from capgap.pipeline.store.sidecars import read_sidecar, write_sidecar
 from capgap.schemas.manifest import FileEntry, Members, ShardEntry, ShardSet
 from capgap.schemas.records import Sequences, Targets
 
-# Members of less than 2k tokens take more bytes and decode more slowly; members of 8k tokens are within 1 % of the best.
+# Members of less than 2k tokens take more bytes and decode more slowly; those of 8k tokens are within 1 % of the best.
 _MEMBER_TOKENS = 8192
 _FILE_MODE = 0o644
 
