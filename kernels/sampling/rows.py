@@ -6,7 +6,7 @@ that contain a point. A CPU processes a few rows at a time, in memory that stays
 
 Memory in addition to the logits, except on a CPU: N x V float32; as much again at a temperature other than 1; as much
 again for further temperatures, or for samples if the block size (32 to 128 at n = 50) does not divide the vocabulary;
-and for samples twice N x n x block size float32.
+and, for samples, twice N x n x block size float32.
 
 Legend: N rows, V vocabulary, K ids kept, T further temperatures, n samples, G blocks of ids, D = N x n samples
 of all rows.

@@ -28,8 +28,8 @@ class SparseTargets:
         tail_N: Probability of all other ids together, float32; None for samples. Values below 0 count as 0.
         recording: `topk` or `sampled`; it determines which divergences are allowed.
         checked: Whether it is known that, in each row, ids of nonzero weight are distinct and in the vocabulary, and
-            that all probabilities are finite and at least 0. A cache's reader guarantees this. The checks, which cost
-            a sort of [N, K], are then left out.
+            that all probabilities are finite and at least 0, as in caches that capgap has written. The checks, which
+            cost a sort of [N, K], are then left out.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together, or samples have a tail.

@@ -152,7 +152,7 @@ def _exp_in_place(logits_BP: Tensor, columns_BK: Tensor, vocab_size: int, temper
 
     sum_1_B = summed(logits_BP)
     sum_T_B = sum_1_B if tempered_BP is None else summed(tempered_BP)
-    # the largest term is 1, so clamping changes only empty sums, by which the caller must not divide
+    # the largest term of a sum is 1, so clamping changes only empty sums, and the caller never divides by 0
     return _Rest(
         sum_T_B.clamp_min(1.0),
         sum_1_B.clamp_min(1.0),

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import zstandard
 
-# A member holds a few thousand tokens, so capgap never writes a frame that is larger than this.
+# A member holds a few thousand tokens. A frame that claims to be larger than this is refused before it is inflated.
 MAX_MEMBER_BYTES = 1 << 30
 
 

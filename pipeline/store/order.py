@@ -101,8 +101,8 @@ class Order:
         """Yield the place of sequence `index` of the epoch's stream, then the places that may replace a damaged one.
 
         First come the other sequences of its window. Then come the other lanes' windows of the same number, which are
-        read at that time anyway, and then all other windows, with the lanes in an order drawn for this sequence. A lost
-        shard can be a run of whole lanes; because of the draw, its substitutes are not always the same few sequences.
+        read at that time anyway, and then all other windows. The order of the lanes is drawn for this sequence, so that
+        the sequences of a lost shard, which can be whole lanes, are not all replaced by the same few sequences.
         """
         lane, place = index % self.lanes, index // self.lanes
         window, within = divmod(place, self.window)

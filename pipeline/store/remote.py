@@ -112,8 +112,8 @@ def client_of(url: str, refusal: str) -> Any:
         InputError: The URL's scheme is none of `SCHEMES`.
         MachineError: The client for the scheme is not installed.
     """
-    # asked for on every call: fsspec caches one client a process, and a client from before a fork (as into the worker
-    # of a DataLoader) must not be used in the child
+    # not kept by the caller: fsspec keeps one client for each process, and refuses to use a client from before a fork,
+    # such as the start of a DataLoader's worker
     scheme = url.partition("://")[0]
     if scheme not in SCHEMES:
         raise InputError(

@@ -64,7 +64,7 @@ class MemberDecoder:
     """A stage for `wds.WebDataset(urls).compose(decoder)` that turns samples of WebDataset into sequences.
 
     It runs no code from data. It checks each member's crc32 in the manifest, the checksum of its zstd frame, its shape,
-    and that its targets belong to their tokens. When the stream ends, it checks that each shard gave all its members.
+    and that its targets belong to their tokens. When the stream ends, it checks that no shard gave only some members.
 
     Args:
         reader: Reader of the shard set, of which only the manifest is used; no shard is opened.
