@@ -146,7 +146,7 @@ class Order:
 
 
 def lanes_for(num_members: int) -> int:
-    """Return the number of lanes for so many members; each lane gets two or more, so that it has members to mix."""
+    """Return the number of lanes for so many members: 1, or at most half as many, so that a lane has members to mix."""
     lanes = 1
     while lanes < _MOST_LANES and 4 * lanes <= num_members:
         lanes *= 2
