@@ -1,11 +1,12 @@
-"""The K largest of each row, on a CPU several times faster than `torch.topk`.
+"""The K largest values of each row, on a CPU several times faster than with `torch.topk`.
 
-    row -> maxima of columns of ids -> K-th largest maximum, a threshold -> the few ids that reach it -> K largest
+    row -> maxima of groups of ids -> threshold: the K-th largest maximum -> the few ids that reach it -> K largest
 
-At least K ids reach the threshold, as each of K columns has one, so every one of the K largest is among them. NumPy's
-partition and sort go through many numbers at once: at V = 4096 and K = 64 these steps take 6 us a row, `torch.topk` 20.
+A row is seen as a matrix whose columns are the groups. At least K ids reach the threshold, one in each of K columns, so
+all of the K largest reach it. NumPy's partition and sort are vectorized: at V = 4096 and K = 64, these steps take 6 us
+a row and `torch.topk` takes 20 us.
 
-Legend: N rows, V ids, K largest, G columns, C ids that reach the threshold, all rows together, M the most of one row.
+Legend: N rows, V ids, K largest, G columns, C ids that reach the threshold in all rows, M the most of them in one row.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_MIN_HEIGHT = 3  # of columns: lower ones leave so many candidates that one step is faster
-_MAX_SHARE = 8  # candidates for each of the K: equal numbers can make them many, and then one step is faster
+_MIN_HEIGHT = 3  # with fewer ids in a column, so many candidates remain that torch.topk is faster
+_MAX_SHARE = 8  # with more than 8 K candidates, which equal values can cause, torch.topk is faster
 
 
 def largest(rows_NV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The `top_k` largest of each row, falling, and their places, int64; as `torch.topk`, up to the order of equals.
+    """Return the `top_k` largest values of each row in falling order, and their indices, int64, both [N, K].
+
+    The result is that of `torch.topk`, except that the order of equal values may differ.
 
     Args:
-        rows_NV: any floating dtype.
+        rows_NV: Values [N, V] of any floating dtype.
         top_k: K, at most V.
     """
     height = math.isqrt(rows_NV.shape[1] // top_k)
@@ -36,10 +39,10 @@ def largest(rows_NV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def _among_candidates(rows_NV: Tensor, top_k: int, height: int) -> tuple[Tensor, Tensor] | None:
-    """What `largest` gives; None where a row has too many candidates, or for NaN too few."""
+    """Return the result of `largest`; None if a row has too many candidates, or too few because of NaN."""
     num_rows, vocab_size = rows_NV.shape
     num_columns = vocab_size // height
-    # NumPy knows no bfloat16 and is slow with float16; contiguous, so that a place in all rows is an index
+    # float32 because NumPy has no bfloat16 and is slow with float16; contiguous so that flat indices are valid
     wide_NV = rows_NV.detach().to(torch.promote_types(rows_NV.dtype, torch.float32)).contiguous()
     maxima_NG = wide_NV[:, : height * num_columns].view(num_rows, height, num_columns).amax(1).numpy()
     thresholds_N1 = np.partition(maxima_NG, num_columns - top_k)[:, num_columns - top_k, None]

@@ -1,7 +1,7 @@
-"""The one random number of a row, as a pure function of where the row stands.
+"""The random offset of each row, as a pure function of seed, sequence and position.
 
-Philox is a block cipher run over a counter: block c of a key is computed without the blocks before it. The key is a
-hash of seed and sequence, the counter is the position, so neither batching nor a retry changes an offset.
+Philox is a block cipher that encrypts a counter, so block c of a key is computed without the blocks before it. The key
+is a hash of seed and sequence, and the counter is the position. So neither batching nor a retry changes an offset.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-_WORDS = 4  # of 64 bits in a block of Philox
-_MANTISSA_BITS = 24  # of float32: every value below is exact, and the largest is still below 1
+_WORDS = 4  # 64-bit words in a block of Philox
+_MANTISSA_BITS = 24  # float32 represents every such offset exactly, and the largest is below 1
 
 
 def offsets(seed: int, digest: bytes, start: int, num_rows: int) -> npt.NDArray[np.float32]:
-    """Offsets in [0, 1) of positions `start` to `start + num_rows` of a sequence, uniform, float32 [num_rows].
+    """Return uniform offsets in [0, 1) for `num_rows` positions of a sequence from `start` on, float32 [num_rows].
 
     Args:
-        seed: seed of the recording.
-        digest: identity of the sequence, any length.
-        start: absolute position of the first row.
-        num_rows: rows wanted.
+        seed: Seed of the recording.
+        digest: Identity of the sequence, of any length.
+        start: Position of the first row in the sequence.
+        num_rows: Number of rows.
 
     Raises:
         ValueError: `start` or `num_rows` is negative.

@@ -1,4 +1,4 @@
-"""The scorers in plain float64: the truth that the fast ones are tested against. Logprobs and tails are float64 too.
+"""Reference implementations in plain float64, against which the fast ones are tested; their results are float64 too.
 
 Legend: N rows, V vocabulary, K ids kept, T further temperatures, n samples.
 """
@@ -21,10 +21,10 @@ def topk_rows(
     vocab_size: int | None = None,
     powers: Sequence[float] = (),
 ) -> TopkRows:
-    """The `top_k` most probable tokens of softmax(logits / temperature), by a full sort.
+    """Return the `top_k` most probable tokens of softmax(logits / temperature), by a full sort.
 
     Raises:
-        ValueError: shapes, dtypes or settings do not fit.
+        ValueError: Shapes, dtypes or settings do not fit together.
     """
     check_rows(logits_NV, labels_N, temperature, vocab_size)
     logprobs_NV = torch.log_softmax(logits_NV[:, :vocab_size].double() / temperature, -1)
@@ -52,10 +52,10 @@ def sampled_rows(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> SampledRows:
-    """`num_samples` systematic samples from softmax(logits / temperature), by the whole cumulative distribution.
+    """Return `num_samples` systematic samples from softmax(logits / temperature), by the full cumulative distribution.
 
     Raises:
-        ValueError: shapes, dtypes or settings do not fit.
+        ValueError: Shapes, dtypes or settings do not fit together.
     """
     check_rows(logits_NV, labels_N, temperature, vocab_size)
     check_samples(offsets_N, num_samples, logits_NV)

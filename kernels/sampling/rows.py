@@ -1,12 +1,12 @@
-"""The fast scorers: a few passes over logits [N, V] on any device, without a host sync.
+"""Sampling and top-k in a few passes over logits [N, V] on any device, without a host sync.
 
-One softmax serves all: the top-1 token's probability gives its logprob, and every other logprob is that one less the
-distance of the logits. Sampling cumulates the sums of blocks in float64, then looks inside the hit blocks only. A CPU
-goes through a few rows at a time, in memory that stays mapped and partly cached.
+All results come from one softmax: the top-1 token's probability gives its logprob, and every other logprob is this one
+minus the difference of the logits. Sampling accumulates the sums of blocks in float64 and then searches only the blocks
+that contain a point. A CPU processes a few rows at a time, in memory that stays mapped and partly cached.
 
-Memory beyond the logits, off the CPU: N x V float32, once more at a temperature, once more for further temperatures or
-samples from a vocabulary that is no multiple of the block's size (32 to 128), and for samples N x n x size float32
-twice.
+Memory in addition to the logits, except on a CPU: N x V float32; as much again at a temperature other than 1; as much
+again for further temperatures, or for samples if the block size (32 to 128 at n = 50) does not divide the vocabulary;
+and, for samples, twice N x n x block size float32.
 
 Legend: N rows, V vocabulary, K ids kept, T further temperatures, n samples, G blocks of ids, D = N x n samples
 of all rows.
@@ -25,8 +25,8 @@ from capgap.kernels.sampling.largest import largest
 
 _PART_ELEMENTS_CPU = 2**20  # 4 MiB of float32
 _LARGEST_POINT = 1 - 2**-40  # below 1, so that rounding cannot carry a point past the last id
-_MOST_PADDING = 1 / 16  # share of the columns up to which they are passed over rather than cut off
-_LEAST_UNIT = 32  # ids that are gathered together, at the least
+_MOST_PADDING = 1 / 16  # up to this share of padded columns, they are set to -inf rather than cut off
+_LEAST_UNIT = 32  # the smallest number of ids that are gathered together
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class TopkRows:
     """The top-k tokens of each row.
 
     Attributes:
-        ids_NK: ids by falling logprob, int32; the order among equals is open.
-        logprobs_NK: their logprobs, float32, nats.
-        tail_N: probability of all other ids together, float32; exactly 0 where K = V.
-        label_logprobs_N: logprob of the label, float32, nats; bit for bit the entry in `logprobs_NK` where it is kept,
-            -inf where the label is no id of the vocabulary.
-        log_tails_NT: log of the sum of p^power over all other ids, float32, one column a power; -inf where K = V.
+        ids_NK: Ids by falling logprob [N, K], int32; the order of equal logprobs is undefined.
+        logprobs_NK: Their logprobs [N, K], float32, nats.
+        tail_N: Probability of all other ids together [N], float32; exactly 0 if K = V.
+        label_logprobs_N: Logprob of the label [N], float32, nats; it has the same bits as the label's entry in
+            `logprobs_NK` if the label is kept, and is -inf if the label is not in the vocabulary.
+        log_tails_NT: Log of the sum of p^power over all other ids, for each power [N, T], float32; -inf if K = V.
     """
 
     ids_NK: Tensor
@@ -54,9 +54,10 @@ class SampledRows:
     """Systematic samples from each row.
 
     Attributes:
-        samples_Nn: ids, ascending, each as often as it was sampled, int32.
-        label_logprobs_N: logprob of the label, float32, nats; -inf where the label is no id of the vocabulary.
-        top_logprobs_N: logprob of the top-1 token, float32, nats; the label's bit for bit where the label is that id.
+        samples_Nn: Sampled ids in ascending order, repeated if sampled more than once [N, n], int32.
+        label_logprobs_N: Logprob of the label [N], float32, nats; -inf if the label is not in the vocabulary.
+        top_logprobs_N: Logprob of the top-1 token [N], float32, nats; it has the same bits as the label's logprob if
+            the label is this token.
     """
 
     samples_Nn: Tensor
@@ -72,21 +73,21 @@ def topk_rows(
     vocab_size: int | None = None,
     powers: Sequence[float] = (),
 ) -> TopkRows:
-    """The `top_k` most probable tokens of softmax(logits / temperature).
+    """Return the `top_k` most probable tokens of softmax(logits / temperature).
 
-    The tail is summed from the other ids' own probabilities, not subtracted from 1: a tail of 1e-9 keeps its digits.
+    The tail is the sum of the other ids' probabilities, not 1 minus the rest, so that a tail of 1e-9 keeps its digits.
 
     Args:
-        logits_NV: any floating dtype; softmax is computed in float32.
-        labels_N: real next tokens, any integer dtype.
-        top_k: K, at most the vocabulary.
-        temperature: the logits are divided by it.
-        vocab_size: columns at or past it are padding, and are overwritten where they are few; None: all are real.
-        powers: temperature / T for each further temperature T at which the tail is wanted too: the probabilities at T
-            are proportional to these powers of those at `temperature`.
+        logits_NV: Logits of any floating dtype; the softmax is computed in float32.
+        labels_N: Real next tokens, of any integer dtype.
+        top_k: K, at most the size of the vocabulary.
+        temperature: The logits are divided by it.
+        vocab_size: Columns at or past it are padding, and are overwritten if they are few; None if all are real.
+        powers: temperature / T for each further temperature T for which a tail is computed; the probabilities at T are
+            proportional to these powers of the probabilities at `temperature`.
 
     Raises:
-        ValueError: shapes, dtypes or settings do not fit.
+        ValueError: Shapes, dtypes or settings do not fit together.
     """
     check_rows(logits_NV, labels_N, temperature, vocab_size)
     check_num_kept(top_k, logits_NV.shape[1] if vocab_size is None else vocab_size)
@@ -105,20 +106,21 @@ def sampled_rows(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> SampledRows:
-    """`num_samples` systematic samples from softmax(logits / temperature).
+    """Return `num_samples` systematic samples from softmax(logits / temperature).
 
-    Sample j is the id at which the cumulative distribution first exceeds (j + offset) / n. It never has probability 0.
+    Sample j is the id at which the cumulative distribution first exceeds (j + offset) / n. An id of probability 0 is
+    never sampled.
 
     Args:
-        logits_NV: any floating dtype; softmax is computed in float32.
-        labels_N: real next tokens, any integer dtype.
-        offsets_N: one number in [0, 1) a row.
+        logits_NV: Logits of any floating dtype; the softmax is computed in float32.
+        labels_N: Real next tokens, of any integer dtype.
+        offsets_N: One number in [0, 1) for each row, of any floating dtype.
         num_samples: n.
-        temperature: the logits are divided by it.
-        vocab_size: columns at or past it are padding, and are overwritten where they are few; None: all are real.
+        temperature: The logits are divided by it.
+        vocab_size: Columns at or past it are padding, and are overwritten if they are few; None if all are real.
 
     Raises:
-        ValueError: shapes, dtypes or settings do not fit.
+        ValueError: Shapes, dtypes or settings do not fit together.
     """
     check_rows(logits_NV, labels_N, temperature, vocab_size)
     check_samples(offsets_N, num_samples, logits_NV)
@@ -140,10 +142,10 @@ def sampled_and_topk_rows(
     vocab_size: int | None = None,
     powers: Sequence[float] = (),
 ) -> tuple[SampledRows, TopkRows]:
-    """What `sampled_rows` and `topk_rows` give, bit for bit, from one softmax.
+    """Return the results of `sampled_rows` and `topk_rows`, equal in every bit, from one softmax.
 
     Raises:
-        ValueError: as they.
+        ValueError: Shapes, dtypes or settings do not fit together.
     """
     check_rows(logits_NV, labels_N, temperature, vocab_size)
     check_samples(offsets_N, num_samples, logits_NV)
@@ -159,7 +161,7 @@ def sampled_and_topk_rows(
 
 
 def check_rows(logits_NV: Tensor, labels_N: Tensor, temperature: float, vocab_size: int | None) -> None:
-    """Raise ValueError where the arguments that both scorers take do not fit together."""
+    """Raise ValueError if the arguments that sampling and top-k share do not fit together."""
     if logits_NV.dim() != 2 or logits_NV.shape[1] == 0 or not logits_NV.is_floating_point():
         raise ValueError(f"logits_NV: got {list(logits_NV.shape)} {logits_NV.dtype}, expected [N, V] of a float dtype")
     if labels_N.shape != logits_NV.shape[:1] or labels_N.is_floating_point() or labels_N.device != logits_NV.device:
@@ -174,20 +176,20 @@ def check_rows(logits_NV: Tensor, labels_N: Tensor, temperature: float, vocab_si
 
 
 def check_num_kept(top_k: int, vocab_size: int) -> None:
-    """Raise ValueError where so many ids cannot be kept."""
+    """Raise ValueError unless `top_k` is between 1 and the vocabulary's size."""
     if not 1 <= top_k <= vocab_size:
         raise ValueError(f"top_k: got {top_k}, expected 1 to {vocab_size}, the vocabulary")
 
 
 def check_powers(powers: Sequence[float]) -> None:
-    """Raise ValueError where a power is not that of a temperature."""
+    """Raise ValueError if a power is not a finite number above 0."""
     for power in powers:
         if not 0.0 < power < float("inf"):
             raise ValueError(f"powers: got {power}, expected finite numbers above 0")
 
 
 def check_samples(offsets_N: Tensor, num_samples: int, logits_NV: Tensor) -> None:
-    """Raise ValueError where the offsets do not belong to the rows, or no sample is asked for."""
+    """Raise ValueError if the offsets do not fit the rows, or `num_samples` is below 1."""
     if offsets_N.shape != logits_NV.shape[:1] or not offsets_N.is_floating_point():
         raise ValueError(
             f"offsets_N: got {list(offsets_N.shape)} {offsets_N.dtype}, "
@@ -200,7 +202,7 @@ def check_samples(offsets_N: Tensor, num_samples: int, logits_NV: Tensor) -> Non
 
 
 def _parts(logits_NV: Tensor) -> Iterator[slice]:
-    """All rows at once, or on a CPU a few at a time."""
+    """Yield slices of the rows: all rows at once, or a few at a time on a CPU."""
     num_rows = max(1, len(logits_NV))
     if logits_NV.device.type == "cpu":
         num_rows = max(1, _PART_ELEMENTS_CPU // logits_NV.shape[1])
@@ -234,7 +236,7 @@ def _points(offsets_N: Tensor, num_samples: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Softmax:
-    """Scaled logits, probabilities in float32, logit and logprob of the top-1 token, and the K largest, if any."""
+    """Scaled logits, probabilities in float32, logit and logprob of the top-1 token, and, if asked for, the top k."""
 
     scaled_NV: Tensor
     probs_NV: Tensor
@@ -244,12 +246,12 @@ class _Softmax:
     ids_NK: Tensor
 
     def logprobs(self, scaled: Tensor) -> Tensor:
-        """Logprobs of some of the scaled logits; the same logit gives the same bits, whichever others are beside it."""
+        """Return the logprobs of some scaled logits; in one row, equal logits give equal bits in every call."""
         return scaled.float() - self.top_N1 + self.top_logprob_N1
 
 
 def _softmax(logits_NV: Tensor, temperature: float, vocab_size: int | None, top_k: int = 0) -> _Softmax:
-    """The softmax of real ids; the scaled logits are no copy where there is nothing to divide by."""
+    """Return the softmax of the real ids; at temperature 1, the scaled logits are not copied."""
     logits_NV = _without_padding(logits_NV, vocab_size)
     if temperature != 1.0:
         logits_NV = logits_NV.float() / temperature
@@ -261,7 +263,7 @@ def _softmax(logits_NV: Tensor, temperature: float, vocab_size: int | None, top_
 
 
 def _without_padding(logits_NV: Tensor, vocab_size: int | None) -> Tensor:
-    """Real ids alone; or, where the padding is small, all columns with a probability of 0 in it: a slice is copied."""
+    """Remove the padded columns, or set them to -inf if they are few, because a slice would be copied later."""
     num_columns = logits_NV.shape[1]
     if vocab_size is None or vocab_size == num_columns:
         return logits_NV
@@ -279,14 +281,14 @@ def _sample(
     points_Nn: Tensor,
     vocab_size: int | None,
 ) -> None:
-    """Fill in a part."""
+    """Write the samples of a part of the rows into `rows`."""
     rows.label_logprobs_N[part] = _at_label(softmax, labels_N)
     rows.top_logprobs_N[part] = softmax.top_logprob_N1[:, 0]
     rows.samples_Nn[part] = _inverse_cdf(softmax.probs_NV, points_Nn, vocab_size or softmax.probs_NV.shape[1])
 
 
 def _keep(rows: TopkRows, part: slice, softmax: _Softmax, labels_N: Tensor, powers: Sequence[float]) -> None:
-    """Fill in a part; the probabilities are used up."""
+    """Write the top-k tokens of a part of the rows into `rows`, and overwrite the probabilities."""
     rows.label_logprobs_N[part] = _at_label(softmax, labels_N)
     rows.logprobs_NK[part] = softmax.logprobs(softmax.kept_NK)
     rows.ids_NK[part] = softmax.ids_NK
@@ -296,14 +298,15 @@ def _keep(rows: TopkRows, part: slice, softmax: _Softmax, labels_N: Tensor, powe
 
 
 def _log_tails(softmax: _Softmax, powers: Sequence[float]) -> Tensor:
-    """Log of the sum of p^power over all ids but the kept ones; in the memory of the probabilities and as much again.
+    """Return the log of the sum of p^power over all ids that are not kept, for each power [N, T].
 
-    From the logits: a probability that is 0 in float32 has a root that is not.
+    It is computed from the logits, because a probability that is 0 in float32 may have a root that is not. It
+    overwrites the probabilities and needs as much memory again.
     """
     others_NV = torch.sub(softmax.scaled_NV, softmax.top_N1, out=softmax.probs_NV)
     others_NV.scatter_(-1, softmax.ids_NK, float("-inf"))
     largest_N1 = others_NV.amax(-1, keepdim=True)
-    # where all ids are kept nothing is left, and -inf less -inf would be no number
+    # if all ids are kept, the largest is -inf, and -inf minus -inf would be NaN
     others_NV.sub_(largest_N1.clamp(min=torch.finfo(torch.float32).min))
     largest_N = (largest_N1 + softmax.top_logprob_N1)[:, 0]
     return torch.stack([power * largest_N + (others_NV * power).exp_().sum(-1).log_() for power in powers], dim=1)
@@ -317,14 +320,14 @@ def _at_label(softmax: _Softmax, labels_N: Tensor) -> Tensor:
 
 
 def _inverse_cdf(probs_NV: Tensor, points_Nn: Tensor, vocab_size: int) -> Tensor:
-    """Ids at points in [0, 1) of the cumulative distribution, int32 [N, n]; ascending where the points are.
+    """Return the ids at points in [0, 1) of the cumulative distribution, int32 [N, n], in the order of the points.
 
-    Columns at or past `vocab_size` hold a probability of 0 and fill up the last block, as far as there are any.
+    Columns at or past `vocab_size`, if there are any, must have probability 0; they fill up the last block.
     """
     num_rows, num_columns = probs_NV.shape
     size = _block_size(vocab_size, points_Nn.shape[1])
     num_blocks = -(-vocab_size // size)
-    # a block is gathered in units that every row is made of whole ones of
+    # blocks are gathered in units whose size divides both a row and a block
     unit = math.gcd(num_columns, size)
     if num_columns < num_blocks * size or unit < min(size, _LEAST_UNIT):
         probs_NV = nn.functional.pad(probs_NV[:, :vocab_size], (0, num_blocks * size - vocab_size))
@@ -340,16 +343,16 @@ def _inverse_cdf(probs_NV: Tensor, points_Nn: Tensor, vocab_size: int) -> Tensor
     if unit < size:
         units_D1 = units_D1 + torch.arange(size // unit, device=probs_NV.device)
     inside_D = probs_NV.view(-1, unit).index_select(0, units_D1.view(-1)).view(-1, size).cumsum(-1)
-    # rounding may carry a point to the block's end or past it, where no id of non-zero probability is left
+    # rounding may move a point to the block's end or past it, where no id has a probability above 0
     largest_D1 = torch.nextafter(inside_D[:, -1:], inside_D.new_zeros(()))
-    # how many ids end at the point or before it; a sum of 1s and 0s is faster than a search in every block
+    # count the ids whose interval ends at or before the point; this is faster than a search in every block
     within_D = inside_D.le_(torch.minimum(left_Nn.view(-1, 1), largest_D1)).sum(-1)
     return (block_Nn * size + within_D.view_as(block_Nn).long()).to(torch.int32)
 
 
 def _block_size(vocab_size: int, num_samples: int) -> int:
-    """Ids in a block: V / size sums against n x size ids inside; a power of two, 32, 64 and 128 as measured.
+    """Return the number of ids in a block, a power of two that balances V / size block sums and n x size ids inside.
 
-    At n = 50 these are fastest on a CPU for V = 4096, 32000 and 128256.
+    It is 32, 64 and 128 for V = 4096, 32000 and 128256 at n = 50, the fastest sizes as measured on a CPU.
     """
     return 1 << max(3, round(math.log2(3 * math.sqrt(vocab_size / num_samples))))

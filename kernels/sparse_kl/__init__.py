@@ -1,12 +1,12 @@
-"""The student's loss: a divergence from a sparse target mixed with cross-entropy, straight from hidden states.
+"""The student's loss: a divergence from a sparse target mixed with cross-entropy, computed from hidden states.
 
     hidden [N, H], head [V, H], targets [N, K], labels [N]
         -> loss = sum_i w_i (alpha T^2 KL_i + (1 - alpha) CE_i) / sum_i w_i     and its gradients
-           logits [N, V] never stand in memory at once
+           the logits [N, V] are never in memory all at once
 
-`linear_label_logprobs` gives each label's logprob, for losses of spans. `reference.py` is the plain dense form and the
-truth for tests; `op.py` is what is exported here, and `vocab_parallel.py` its form for a head split over processes.
-README.md derives the gradient.
+`linear_label_logprobs` returns each label's logprob, for losses of spans. `reference.py` is the plain dense reference
+for tests. `op.py` is the form that is exported here, and `vocab_parallel.py` its form for a head that is split over
+processes. README.md derives the gradient.
 """
 
 from capgap.kernels.sparse_kl.chunk_kl import ChunkDivergence, chunk_kl, chunk_sums

@@ -1,4 +1,4 @@
-"""Which rows kernel runs where: Triton's on a GPU, torch's everywhere else."""
+"""The choice of the rows kernel: Triton's on a GPU, torch's everywhere else."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _TRITON_IS_INSTALLED = find_spec("triton") is not None
 
 
 def kernel_for(backend: Backend, device: torch.device, dtype: torch.dtype) -> RowsKernel:
-    """The rows kernel of that name for logits of that dtype.
+    """Return the rows kernel of a backend for logits of a dtype on a device.
 
     Raises:
-        ValueError: there is none, or it does not run there.
+        ValueError: There is no such backend, or it does not support the device or the dtype.
     """
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend: got {backend!r} on {device}, expected auto, torch or triton")
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
         why = _why_no_triton(device, dtype)
         if why is None:
-            from capgap.kernels.sparse_kl.triton_rows import triton_rows  # only where Triton is installed
+            from capgap.kernels.sparse_kl.triton_rows import triton_rows  # imported only if Triton is installed
 
             return triton_rows
         if backend == "triton":
@@ -37,11 +37,11 @@ def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return "the Triton kernel is for float16, bfloat16 and float32"
     if device.type == "cuda" and torch.version.hip is not None:
-        # what one thread stores another one reads after a barrier, and AMD's waits for no store to memory
-        return "the Triton kernel is for NVIDIA's GPUs; on AMD's its barriers do not hold"
+        # threads read after a barrier what others have stored, and AMD's barrier does not wait for stores to memory
+        return "the Triton kernel is for NVIDIA's GPUs; on AMD's its barriers do not order memory"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        old = f"the Triton kernel is for compute capability 8.0 on, and this is {major}.{minor}"
+        old = f"the Triton kernel needs compute capability 8.0 or more, and this is {major}.{minor}"
         return None if major >= 8 else old
     from capgap.kernels.sparse_kl.triton_rows import INTERPRETED
 

@@ -1,4 +1,4 @@
-"""The checks that every form of the loss shares. They read shapes and settings, never values: no host sync.
+"""The checks that all forms of the loss share. They read only shapes and settings, so they need no host sync.
 
 Legend: N rows (tokens), K ids kept a row, V columns of the head, H hidden.
 """
@@ -14,22 +14,22 @@ from torch.distributed.tensor import DTensor
 from capgap.kernels.sparse_kl.divergence import Divergence, Tail, check_pair
 from capgap.kernels.sparse_kl.targets import SparseTargets, expect, looks
 
-_LEAST_WORKSPACE_CPU = 16 * 2**20  # a chunk's logits and their gradients stay in the cache
-_LEAST_WORKSPACE = 512 * 2**20  # 2000 rows and more of a large vocabulary: below that a GPU's products are slower
+_LEAST_WORKSPACE_CPU = 16 * 2**20  # bytes; a chunk's logits and their gradients stay in the cache
+_LEAST_WORKSPACE = 512 * 2**20  # bytes; 2000 rows of a large vocabulary, below which a GPU's matrix products are slower
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Which loss: the settings of a call.
+    """The settings of one call of the loss.
 
     Attributes:
-        alpha: share of the divergence, in [0, 1].
-        temperature: the student's logits are divided by it for the divergence.
-        divergence: which.
-        tail: what becomes of the teacher's probability outside the kept ids; None is `ghost` where the targets have a
-            tail and `drop` where they have none.
-        beta: of `jsd`, in (0, 1).
-        softcap: c, where logits stand for c tanh(logits / c).
+        alpha: Weight of the divergence, in [0, 1]; the cross-entropy has weight 1 - alpha.
+        temperature: The student's logits are divided by it for the divergence.
+        divergence: Name of the divergence.
+        tail: Treatment of the teacher's probability outside the kept ids; None means `ghost` if the targets have a tail
+            and `drop` otherwise.
+        beta: The parameter beta of `jsd`, in (0, 1).
+        softcap: c, if the model's logits are c tanh(logits / c); None without a softcap.
     """
 
     alpha: float
@@ -40,10 +40,10 @@ class Loss:
     softcap: float | None
 
     def checked(self, targets: SparseTargets) -> Tail:
-        """The treatment of the tail, once the settings fit one another and the targets.
+        """Check that the settings fit one another and the targets, and return the treatment of the tail.
 
         Raises:
-            ValueError: names the setting, what was got and what was expected.
+            ValueError: A setting does not fit; the message names it, its value and the expected value.
         """
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha: got {self.alpha}, expected a number in [0, 1]")
@@ -60,7 +60,7 @@ class Loss:
 
 
 def check_softcap(softcap: float | None) -> None:
-    """Raise ValueError for a softcap that is none."""
+    """Raise ValueError unless the softcap is None or a finite number above 0."""
     if softcap is not None and not 0.0 < softcap < float("inf"):
         raise ValueError(f"softcap: got {softcap}, expected a finite number above 0, or None")
 
@@ -73,11 +73,11 @@ def check_arguments(
     row_weights_N: Tensor | None,
     bias_V: Tensor | None,
 ) -> None:
-    """Raise where shapes, dtypes or devices do not fit.
+    """Raise an error if shapes, dtypes or devices do not fit.
 
     Raises:
-        TypeError: a tensor is a DTensor, of which this process holds a part only.
-        ValueError: names the argument, what was got and what was expected.
+        TypeError: A tensor is a DTensor, of which this process holds only a part.
+        ValueError: An argument does not fit; the message names it, what was passed and what was expected.
     """
     for name, tensor in (("hidden_NH", hidden_NH), ("weight_VH", weight_VH), ("bias_V", bias_V)):
         if isinstance(tensor, DTensor):
@@ -105,10 +105,10 @@ def check_arguments(
 
 
 def check_vocab_size(vocab_size: int | None, num_columns: int) -> int:
-    """The number of real columns.
+    """Return the number of real columns, which is `num_columns` if `vocab_size` is None.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: `vocab_size` is below 1 or above `num_columns`.
     """
     if vocab_size is not None and not 1 <= vocab_size <= num_columns:
         raise ValueError(f"vocab_size: got {vocab_size}, expected 1 to {num_columns}, the rows of weight_VH")
@@ -116,13 +116,13 @@ def check_vocab_size(vocab_size: int | None, num_columns: int) -> int:
 
 
 def workspace_bytes(workspace_mb: int | None, hidden_NH: Tensor, weight_VH: Tensor) -> int:
-    """Size of the logits' buffer: as it is asked for, or what costs the least time and no memory.
+    """Return the size of the logits' buffer in bytes: as requested, or the fastest one that needs no extra memory.
 
-    Each chunk adds to the head's gradient, which is read and written for it, so chunks should be few. While they are
-    gone through, 2 V H bytes are free that backward takes in any precision, for a scaled gradient of the head.
+    Each chunk reads and writes the whole gradient of the head, so there should be few chunks. Backward needs at least
+    2 V H bytes in every precision for the scaled gradient of the head; the forward pass can use this memory for free.
 
     Raises:
-        ValueError: there is none.
+        ValueError: `workspace_mb` is below 1.
     """
     if workspace_mb is None:
         return max(_LEAST_WORKSPACE_CPU if hidden_NH.device.type == "cpu" else _LEAST_WORKSPACE, 2 * weight_VH.numel())
@@ -132,10 +132,10 @@ def workspace_bytes(workspace_mb: int | None, hidden_NH: Tensor, weight_VH: Tens
 
 
 def in_compute_dtype(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-    """Hidden states in the dtype of the products, which is autocast's where autocast is on.
+    """Return the hidden states in the dtype of the products, which is the autocast dtype if autocast is on.
 
     Raises:
-        ValueError: it is off and the head has another one.
+        ValueError: Autocast is off, and the head or its bias has another dtype than the hidden states.
     """
     if torch.is_autocast_enabled(hidden_NH.device.type):
         return hidden_NH.to(torch.get_autocast_dtype(hidden_NH.device.type))

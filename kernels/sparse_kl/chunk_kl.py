@@ -1,10 +1,10 @@
-"""The binarised divergence of chunk likelihoods: a teacher's and a student's, of spans of text that both cut out.
+"""The binary divergence of chunk likelihoods under the teacher and the student, for spans that both tokenizers share.
 
     teacher's logprob of a chunk, student's sum of its tokens' logprobs --> divergence of (p, 1 - p) and (q, 1 - q)
 
-At temperature T both likelihoods are raised to 1 / T first, and the divergence is multiplied by T: a chunk of many nats
-has a likelihood next to 0, whatever the two say of it, and its root has not. For large T the product tends to a loss of
-the two logprobs alone. (Approximate likelihood matching: arXiv 2503.20083.)
+At temperature T, both likelihoods are raised to the power 1 / T first, and the divergence is multiplied by T. A chunk
+of many nats has a likelihood near 0 under both models, but the root of its likelihood is not near 0. For large T, the
+product tends to a loss of the two logprobs alone. (Approximate likelihood matching: arXiv 2503.20083.)
 
 Legend: N rows (tokens), C chunks.
 """
@@ -18,16 +18,16 @@ from torch import Tensor
 
 ChunkDivergence = Literal["forward_kl", "reverse_kl"]
 
-# The nearest to a likelihood of 1 that either may come: log1p of what is left must stay finite, and so must its slope.
+# Logprobs are at most minus this, so that the log of the remaining probability, and its slope, stay finite.
 _LEAST_DOUBT = 1e-7
 
 
 def chunk_sums(logprobs_N: Tensor, left_N: Tensor) -> Tensor:
-    """The sum of each chunk's logprobs, in its last row [N]; 0 in all other rows.
+    """Return the sum of each chunk's logprobs, in the chunk's last row [N]; 0 in all other rows.
 
     Args:
-        logprobs_N: of each row's label.
-        left_N: how many rows of its chunk come after each row, int64; -1 in no chunk.
+        logprobs_N: Logprob of each row's label, nats.
+        left_N: How many rows of the same chunk follow each row, int64; -1 outside of chunks.
     """
     in_chunk_N = left_N >= 0
     places_N = torch.arange(len(left_N), device=left_N.device)
@@ -38,16 +38,16 @@ def chunk_sums(logprobs_N: Tensor, left_N: Tensor) -> Tensor:
 def chunk_kl(
     teacher_C: Tensor, student_C: Tensor, temperature: float = 1.0, divergence: ChunkDivergence = "forward_kl"
 ) -> Tensor:
-    """T times the divergence of both outcomes, the chunk and anything else, of each chunk [C]; nats.
+    """Return T times the divergence over two outcomes, the chunk and anything else, of each chunk [C], in nats.
 
     Args:
-        teacher_C: the teacher's logprobs; nothing flows to them.
-        student_C: the student's.
+        teacher_C: The teacher's logprobs, nats; no gradient flows to them.
+        student_C: The student's logprobs, nats.
         temperature: T.
         divergence: `forward_kl`, KL(teacher || student), or `reverse_kl`, KL(student || teacher).
 
     Raises:
-        ValueError: the temperature is not above 0.
+        ValueError: The temperature is not a finite number above 0.
     """
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature: got {temperature}, expected a finite number above 0")
@@ -62,5 +62,5 @@ def chunk_kl(
 
 
 def _log_rest(logprobs_C: Tensor) -> Tensor:
-    """log(1 - exp(x)), of x below 0."""
+    """Return log(1 - exp(x)) for x below 0."""
     return torch.log(-torch.expm1(logprobs_C))

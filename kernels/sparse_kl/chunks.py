@@ -1,9 +1,9 @@
-"""The products of the head and their gradients, row chunk by row chunk, around one reused logits buffer.
+"""The matrix products with the head and their gradients, in chunks of rows, with one reused buffer for logits.
 
     for each chunk: buffer = hidden @ head^T  ->  rows kernel: buffer becomes its gradient  ->  two products
 
-The gradients are those of the weighted sum over rows; what it is divided by comes later. They add up in the dtype of
-the row factors, float32 or float64, so many chunks of bfloat16 do not drift.
+The gradients are those of the weighted sum over rows; the division by the sum of weights comes later. They are summed
+in the dtype of the row factors, float32 or float64, so that rounding errors of many bfloat16 chunks do not add up.
 
 Legend: N rows, n rows of non-zero weight, C rows of a chunk, P columns of the buffer, V columns of the head, H hidden.
 """
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from capgap.kernels.sparse_kl.rows import Rows, RowSettings, RowsKernel
 
-_PITCH = 16  # the buffer's rows begin at multiples of it, for wide loads where V is odd
+_PITCH = 16  # the buffer's rows begin at multiples of it, so that loads are wide even if V is odd
 
 
 class Gradients(NamedTuple):
-    """Gradients of hidden [n, H], head [V, H] and bias [V]; None where it was not asked for."""
+    """Gradients of hidden [n, H], head [V, H] and bias [V]; a gradient that is not needed is None."""
 
     hidden_nH: Tensor | None
     weight_VH: Tensor | None
@@ -29,7 +29,7 @@ class Gradients(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked for; one that is not costs no product."""
+    """Which gradients are needed; the product of a gradient that is not needed is left out."""
 
     hidden: bool
     weight: bool
@@ -46,7 +46,10 @@ def run_chunks(
     needs: Needs,
     num_chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """Divergence [n], cross-entropy [n], and the gradients; products are in the dtype of hidden."""
+    """Return each row's divergence [n] and cross-entropy [n], nats, and the gradients of the weighted sum.
+
+    Products are computed in the dtype of hidden.
+    """
     vocab_size = settings.vocab_size
     real_VH = weight_VH[:vocab_size].to(hidden_nH.dtype)
     real_bias_V = None if bias_V is None else bias_V[:vocab_size].to(hidden_nH.dtype)
@@ -54,8 +57,8 @@ def run_chunks(
     num_rows = hidden_nH.shape[0]
     buffer_CP = hidden_nH.new_empty((num_chunk_rows, pitch(vocab_size)))
     if buffer_CP.device.type == "cpu":
-        # oneDNN's 16-bit product with AMX reads past the columns that it is given and multiplies what it finds by 0,
-        # which leaves NaN where uncleared memory holds one: seen with torch 2.13
+        # oneDNN's 16-bit product with AMX reads beyond its columns and multiplies what it finds by 0. NaN in
+        # uninitialized memory would stay NaN (seen with torch 2.13), so the memory is cleared
         buffer_CP[:, vocab_size:].zero_()
     kl_n, ce_n = rows.ckl_N.new_empty(num_rows), rows.ckl_N.new_empty(num_rows)
     for start in range(0, num_rows, len(buffer_CP)):
@@ -72,7 +75,7 @@ def run_chunks(
 
 
 class _Sums:
-    """The gradients while they are summed; those of padded columns stay 0."""
+    """Sums the gradients over chunks; the gradients of padded columns stay 0."""
 
     def __init__(self, hidden_nH: Tensor, weight_VH: Tensor, vocab_size: int, dtype: torch.dtype, needs: Needs) -> None:
         self._vocab_size, self._first = vocab_size, True
@@ -97,7 +100,7 @@ class _Sums:
     def _add_weight(self, d_weight_VH: Tensor, d_logits_CV: Tensor, hidden_CH: Tensor) -> None:
         widens = d_weight_VH.dtype != d_logits_CV.dtype
         if widens and has_wide_products(d_logits_CV.device):
-            # tensor cores sum in float32: the product is added as they have it, without a tensor or a rounding between
+            # tensor cores sum in float32, so the product is added without a rounding and without a tensor for it
             if self._first:
                 torch.mm(d_logits_CV.t(), hidden_CH, out_dtype=d_weight_VH.dtype, out=d_weight_VH)
             else:
@@ -112,19 +115,19 @@ class _Sums:
 
 
 def has_wide_products(device: torch.device) -> bool:
-    """Whether a product of 16-bit matrices can be had in float32: on NVIDIA's GPUs of compute capability 8.0 on."""
+    """Return whether products of 16-bit matrices can give float32: on NVIDIA's GPUs of compute capability 8.0 on."""
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def chunk_rows(num_rows: int, row_bytes: int, workspace_bytes: int) -> int:
-    """Rows of equal chunks, as few as the workspace allows; at least one row whatever it says."""
+    """Return the rows of a chunk for as few equal chunks as the workspace allows; at least one row."""
     num_rows = max(1, num_rows)
     num_chunks = -(-num_rows // max(1, workspace_bytes // row_bytes))
     return -(-num_rows // num_chunks)
 
 
 def pitch(vocab_size: int) -> int:
-    """Columns of the buffer: a multiple of 16, at least one more than the vocabulary."""
+    """Return the number of columns of the buffer: a multiple of 16, and at least one more than the vocabulary."""
     return (vocab_size // _PITCH + 1) * _PITCH

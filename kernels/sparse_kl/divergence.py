@@ -1,4 +1,4 @@
-"""What is measured between teacher and student, as functions of the K + 1 log-probabilities of the coarse softmax.
+"""The divergences between teacher and student, as functions of the K + 1 log-probabilities of the coarse softmax.
 
 README.md derives the gradients. Legend: B rows, K kept ids a row.
 """
@@ -15,14 +15,14 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon divergence."""
 
 Tail = Literal["drop", "renorm", "ghost", "label"]
-"""What becomes of the probability outside the kept ids: nothing; the kept ids are scaled up to 1; one cell of its own;
-added to the real next token."""
+"""The treatment of the teacher's probability outside the kept ids: `drop` leaves it out, `renorm` scales the kept ids
+to sum to 1, `ghost` makes it a cell of its own, `label` adds it to the real next token."""
 
 Recording = Literal["topk", "sampled"]
-"""Whether targets are the teacher's top-k tokens, or samples from it."""
+"""Whether targets are the teacher's top-k tokens or samples from the teacher."""
 
 LOWEST_LOGPROB = -30.0
-"""A teacher's logprob below it counts as this much in the reverse KL, which would be infinite at probability 0."""
+"""The reverse KL raises lower logprobs of the teacher to this value, because it would be infinite at probability 0."""
 
 _TAILS: dict[tuple[Recording, Divergence], tuple[Tail, ...]] = {
     ("topk", "forward_kl"): ("drop", "renorm", "ghost", "label"),
@@ -32,14 +32,14 @@ _TAILS: dict[tuple[Recording, Divergence], tuple[Tail, ...]] = {
 }
 
 _REASONS: dict[tuple[Recording, Divergence], str] = {
-    ("topk", "reverse_kl"): "elsewhere the teacher has probability 0 outside the kept ids, and the divergence no bound",
+    ("topk", "reverse_kl"): "otherwise the teacher has probability 0 outside the kept ids, and the KL is unbounded",
     ("topk", "jsd"): "without its tail a target is no distribution",
     ("sampled", "forward_kl"): "samples have no tail",
 }
 
 
 def check_pair(recording: Recording, divergence: Divergence, tail: Tail) -> None:
-    """Raise ValueError where the divergence has no meaning, or a biased one, on such targets; say why."""
+    """Raise ValueError, with the reason, if the divergence is undefined or biased on such targets."""
     if (recording, divergence) not in _TAILS:
         if recording == "sampled" and divergence in ("reverse_kl", "jsd"):
             raise ValueError(
@@ -62,10 +62,10 @@ class Coarse(NamedTuple):
     """A divergence of K + 1 cells and its gradient with respect to the K + 1 logits of the student's softmax.
 
     Attributes:
-        value_B: nats.
-        grad_BK: at the kept ids, 0 where there is no such cell.
-        grad_tail_B: at the logsumexp of all other ids.
-        q_BK: the student's probabilities of the kept ids, likewise 0.
+        value_B: The divergence [B], nats.
+        grad_BK: Gradient with respect to the kept ids' logits [B, K]; 0 in places without a cell.
+        grad_tail_B: Gradient with respect to the logsumexp of all other ids' logits [B].
+        q_BK: The student's probabilities of the kept ids [B, K]; 0 in places without a cell.
     """
 
     value_B: Tensor
@@ -77,15 +77,15 @@ class Coarse(NamedTuple):
 def coarse(
     logq_BK: Tensor, logq_tail_B: Tensor, p_BK: Tensor, p_tail_B: Tensor, divergence: Divergence, beta: float
 ) -> Coarse:
-    """The divergence of teacher p from student q, cell by cell.
+    """Compute the divergence between teacher p and student q over the cells, and its gradient.
 
     Args:
-        logq_BK: the student's log-probabilities; read only where `p_BK` is above 0.
-        logq_tail_B: the same of all other ids; -inf where there is no other id, which then has no cell.
-        p_BK: the teacher's probabilities; 0 means that there is no such cell.
-        p_tail_B: the teacher's probability of all other ids.
-        divergence: which.
-        beta: weight of KL(teacher || mixture) in `jsd`; the mixture is `beta p + (1 - beta) q`.
+        logq_BK: The student's log-probabilities of the kept ids; read only where `p_BK` is above 0.
+        logq_tail_B: The student's log-probability of all other ids; -inf if there are none, and then no such cell.
+        p_BK: The teacher's probabilities of the kept ids; 0 means that the place has no cell.
+        p_tail_B: The teacher's probability of all other ids.
+        divergence: Name of the divergence.
+        beta: Weight of KL(teacher || mixture) in `jsd`; the mixture is `beta p + (1 - beta) q`.
     """
     cell_BK, cell_tail_B = p_BK > 0, logq_tail_B != float("-inf")
     logq_BK = logq_BK.where(cell_BK, 0.0)
@@ -106,12 +106,12 @@ def coarse(
 
 
 def _reverse_slope(logq: Tensor, p: Tensor, _: float) -> tuple[Tensor, Tensor]:
-    """The part of the value that is no multiple of q, and log(q / p): the value is the mean of the latter under q."""
+    """Return the value's part without a factor q, which is 0, and log(q / p), whose mean under q is the value."""
     return torch.zeros_like(logq), logq - p.log().clamp_min(LOWEST_LOGPROB)
 
 
 def _jsd_slope(logq: Tensor, p: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """beta p log(p / m), and (1 - beta) log(q / m), which is also the derivative of the whole by q."""
+    """Return beta p log(p / m), and (1 - beta) log(q / m), which is also the derivative of the divergence by q."""
     logp = p.log()
     logm = torch.logaddexp(logp + math.log(beta), logq + math.log1p(-beta))
     return (beta * p * (logp - logm)).where(p > 0, 0.0), (1 - beta) * (logq - logm)

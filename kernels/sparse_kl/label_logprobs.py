@@ -1,10 +1,10 @@
-"""Logprobs of labels, straight from hidden states: differentiable row by row, and logits never in memory at once.
+"""Logprobs of labels, computed from hidden states and differentiable row by row, without all logits in memory.
 
     forward:    hidden, head, labels -> logprobs [N]                     one product, in row chunks
-    backward:   d loss / d logprob [N] -> d hidden, d head, d bias       the chunks' logits once more, and two products
+    backward:   d loss / d logprob [N] -> d hidden, d head, d bias       the chunks' logits again, and two products
 
-It is for losses of which a row's factor depends on other rows, such as divergences of spans. A row whose factor is 0
-costs nothing on the way back.
+It is for losses in which a row's factor depends on other rows, such as divergences of spans. In backward, rows whose
+factor is 0 are left out.
 
 Legend: N rows, V columns of the head, H hidden.
 """
@@ -41,23 +41,24 @@ def linear_label_logprobs(
     workspace_mb: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """The logprob of each row's label at temperature 1 [N], float32 (float64 for float64 inputs); 0 without a label.
+    """Return the logprob of each row's label at temperature 1 [N], float32 (float64 for float64 inputs), in nats.
 
-    Dtypes, autocast and memory are those of `linear_sparse_kl`. It can be differentiated once.
+    A row without a label gets 0. Dtypes, autocast and memory are those of `linear_sparse_kl`. The result can be
+    differentiated once.
 
     Args:
-        hidden_NH: the student's last hidden states, any floating dtype, any strides.
-        weight_VH: the head, same dtype as hidden unless autocast is on. Whole: no shard, no DTensor.
-        labels_N: real next tokens, int64. A row whose label lies outside [0, vocab_size) has none.
-        vocab_size: columns at or past it have probability 0 and gradient exactly 0; None means all V are real.
-        bias_V: the head's bias, same dtype as the weight.
-        softcap: c, where the model's logits are c tanh(logits / c).
-        workspace_mb: as for `linear_sparse_kl`.
-        backend: likewise.
+        hidden_NH: The student's last hidden states, of any floating dtype and any strides.
+        weight_VH: The whole head, no shard and no DTensor; same dtype as hidden unless autocast is on.
+        labels_N: Real next tokens, int64. A row whose label is outside [0, vocab_size) has no label.
+        vocab_size: Columns at or past it have probability 0 and gradient exactly 0; None means all V are real.
+        bias_V: The head's bias, same dtype as the weight.
+        softcap: c, if the model's logits are c tanh(logits / c).
+        workspace_mb: Size of the logits' buffer in MiB; None for the default of `linear_sparse_kl`.
+        backend: The rows kernel, as for `linear_sparse_kl`.
 
     Raises:
-        TypeError, ValueError: as `linear_sparse_kl`.
-        RuntimeError: in backward, where a graph of it is wanted.
+        TypeError, ValueError: The arguments do not fit, as for `linear_sparse_kl`.
+        RuntimeError: In backward, if `create_graph=True` was given.
     """
     none_N0 = SparseTargets(labels_N.new_empty((len(labels_N), 0)), hidden_NH.new_empty((len(labels_N), 0)))
     check_arguments(hidden_NH, weight_VH, none_N0, labels_N, None, bias_V)
@@ -81,7 +82,7 @@ def _run(
     backend: str,
     needs: Needs,
 ) -> tuple[LiveRows, Tensor, Gradients]:
-    """The rows with a label and a factor other than 0, their cross-entropy, and the gradients of its weighted sum."""
+    """Return the rows with a label and a nonzero factor, their cross-entropy, and the gradients of its weighted sum."""
     live = live_rows(hidden_NH, None, None, None, labels_N, factors_N, 0.0, 1.0, "drop", vocab_size)
     settings = RowSettings(vocab_size, 1.0, "forward_kl", 0.5, softcap or None)
     kernel = kernel_for(cast(Backend, backend), hidden_NH.device, hidden_NH.dtype)
@@ -160,7 +161,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # create_graph=True: the gradients would pass for constants
+    if torch.is_grad_enabled():  # create_graph=True would treat the gradients as constants
         raise RuntimeError("linear_label_logprobs: got create_graph=True, expected False; it differentiates once only")
     inputs, needs = ctx.saved_tensors, list(ctx.needs_input_grad[:3])
     found = _gradients(upstream_N, *inputs, *ctx.settings, needs)

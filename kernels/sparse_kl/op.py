@@ -1,9 +1,10 @@
-"""The loss on any device, in row chunks: logits never stand in memory at once, and no graph is built over them.
+"""The loss on any device, in chunks of rows: the logits are never all in memory, and autograd does not record them.
 
-The gradients are complete when forward returns; backward multiplies them by the upstream scalar. Memory beyond the
-inputs: one chunk of `workspace_mb`, the gradients (the weight's in float32), a few MiB of a rows kernel. Rows of weight
-0 never reach a product: they cost nothing, and NaN in them stays there. The number of others decides the shapes of the
-products, so counting them is a host sync off the CPU, the one of a call; none where the caller knows it.
+The gradients are complete when forward returns; backward multiplies them by the upstream scalar. Memory in addition to
+the inputs: one chunk of `workspace_mb`, the gradients (the weight's in float32), and a few MiB for a rows kernel. Rows
+of weight 0 are left out of the products: they cost nothing, and NaN in them does not spread. The number of the other
+rows determines the shapes of the products. On a GPU, counting them is the only host sync of a call, and there is none
+if the caller passes the number.
 
 Legend: N rows, n rows of non-zero weight, K ids kept a row, V columns of the head, H hidden.
 """
@@ -50,42 +51,41 @@ def linear_sparse_kl(
     workspace_mb: int | None = None,
     backend: Backend = "auto",
 ) -> SparseKl:
-    """sum_i w_i (alpha T^2 KL_i + (1 - alpha) CE_i) / sum_i w_i, and each row's KL and CE; 0 if all weights are 0.
+    """Return sum_i w_i (alpha T^2 KL_i + (1 - alpha) CE_i) / sum_i w_i, and each row's KL and CE, in nats.
 
-    KL stands for the divergence that is asked for. Products are computed in the dtype of hidden, or in the autocast
-    dtype where autocast is on; softmax, losses and sums over chunks in float32 (float64 for float64 inputs). Gradients
-    flow from `loss` to hidden, weight and bias, those of a float32 weight in float32 under autocast too, not rounded on
-    the way. Works under `torch.compile` and activation checkpointing.
+    KL stands for the chosen divergence. The loss is 0 if all weights are 0. Products are computed in the dtype of
+    hidden, or in the autocast dtype if autocast is on; softmax, losses and sums over chunks in float32 (float64 for
+    float64 inputs). Gradients flow from `loss` to hidden, weight and bias. The gradient of a float32 weight stays in
+    float32 under autocast, without a rounding. Works under `torch.compile` and activation checkpointing.
 
     Args:
-        hidden_NH: the student's last hidden states, any floating dtype, any strides.
-        weight_VH: the head, same dtype as hidden unless autocast is on. Whole: no shard, no DTensor.
-        targets: the teacher's distribution.
-        labels_N: real next tokens, int64. A row whose label lies outside [0, vocab_size) has weight 0.
-        alpha: share of the KL, in [0, 1].
-        temperature: the student's logits are divided by it for the KL; CE is at temperature 1.
+        hidden_NH: The student's last hidden states, of any floating dtype and any strides.
+        weight_VH: The whole head, no shard and no DTensor; same dtype as hidden unless autocast is on.
+        targets: The teacher's distribution.
+        labels_N: Real next tokens, int64. A row whose label is outside [0, vocab_size) has weight 0.
+        alpha: Weight of the KL, in [0, 1].
+        temperature: The student's logits are divided by it for the KL; the CE is at temperature 1.
         divergence: `forward_kl`, `reverse_kl` or `jsd` (arXiv:2306.13649); README.md has the formulas.
-        tail: what becomes of the teacher's probability outside the kept ids: `drop` leaves it out, `renorm` scales the
-            kept ids up to 1, `ghost` compares it with the student's as one cell, `label` adds it to the label. None is
-            `ghost` where the targets have a tail and `drop` where they have none.
-        beta: of `jsd`, between 0 and 1: weight of KL(teacher || mixture), and the teacher's share of the mixture.
-        row_weights_N: weight of each row; None means 1 each.
-        vocab_size: columns at or past it have probability 0 and gradient exactly 0; None means all V are real.
-        bias_V: the head's bias, same dtype as the weight.
-        softcap: c, where the model's logits are c tanh(logits / c).
-        want_kl: at alpha 0, whether to compute `kl_N` nevertheless; False makes the call a plain cross-entropy.
-        num_counted: how many rows have a weight other than 0, where that is known: then a GPU need not be waited for.
-        workspace_mb: size of the logits buffer in MiB; at least one row is held whatever it says. None is as much as
-            backward takes anyway, and at least 16 on a CPU, 512 elsewhere.
-        backend: the rows kernel; `auto` takes Triton's on a GPU, and torch's on a CPU, in float64 and where Triton is
-            missing.
+        tail: Treatment of the teacher's probability outside the kept ids: `drop` leaves it out, `renorm` scales the
+            kept ids to sum to 1, `ghost` compares it with the student's as one cell, `label` adds it to the label. None
+            means `ghost` if the targets have a tail and `drop` otherwise.
+        beta: For `jsd`, between 0 and 1: weight of KL(teacher || mixture), and the teacher's share of the mixture.
+        row_weights_N: Weight of each row; None means 1 each.
+        vocab_size: Columns at or past it have probability 0 and gradient exactly 0; None means all V are real.
+        bias_V: The head's bias, same dtype as the weight.
+        softcap: c, if the model's logits are c tanh(logits / c).
+        want_kl: Whether to compute `kl_N` at alpha 0 too; False makes such a call a plain cross-entropy.
+        num_counted: Number of rows with a nonzero weight, if it is known; it saves waiting for a GPU.
+        workspace_mb: Size of the logits' buffer in MiB; it always holds at least one row. None means as much as
+            backward needs anyway, and at least 16 on a CPU and 512 elsewhere.
+        backend: The rows kernel; `auto` takes Triton's on a GPU, and torch's on a CPU, in float64 and without Triton.
 
     Raises:
-        TypeError: hidden, weight or bias is a DTensor.
-        ValueError: shapes, dtypes, devices or settings do not fit; the divergence has no meaning, or a biased one, on
-            these targets; on a CPU, a target of a row of non-zero weight is NaN, infinite or below 0 (elsewhere the
-            loss is NaN).
-        RuntimeError: in backward, where a graph of it is wanted.
+        TypeError: Hidden, weight or bias is a DTensor.
+        ValueError: Shapes, dtypes, devices or settings do not fit; the divergence is undefined or biased on these
+            targets; on a CPU, a target of a row of nonzero weight is NaN, infinite or below 0 (elsewhere the loss
+            becomes NaN).
+        RuntimeError: In backward, if `create_graph=True` was given.
     """
     check_arguments(hidden_NH, weight_VH, targets, labels_N, row_weights_N, bias_V)
     vocab_size = check_vocab_size(vocab_size, weight_VH.shape[0])
@@ -137,10 +137,14 @@ def loss_and_gradients(
     num_counted: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, KL [N], CE [N]; what backward needs: the gradients of the weighted sum, empty where not needed, 1 / sum w.
+    """Compute the loss and what backward needs; this is the body of the registered op.
 
-    `numbers` are alpha, temperature, beta and softcap, of which 0 means none. Without ids there is no divergence.
-    The workspace is in bytes. A negative `num_counted` is an unknown one.
+    `numbers` are alpha, temperature, beta and softcap (0 for none). If ids are None, there is no divergence.
+    `workspace` is in bytes. A negative `num_counted` means that the number is unknown.
+
+    Returns:
+        Loss, KL [N], CE [N], the gradients of the weighted sum by hidden, weight and bias (empty if not needed), and
+        1 / sum w.
     """
     alpha, temperature, beta, softcap = numbers
     live = live_rows(
@@ -206,7 +210,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # create_graph=True: the gradients would pass for constants
+    if torch.is_grad_enabled():  # create_graph=True would treat the gradients as constants
         raise RuntimeError("linear_sparse_kl: got create_graph=True, expected False; it differentiates once only")
     *grads, per_weight = ctx.saved_tensors
     scaled: list[Tensor | None] = [None] * 3
@@ -218,7 +222,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Ten
 
 
 def scaled_grad(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product in the sums' dtype, which holds any loss scale, rounded once and without a copy in between."""
+    """Return the product, computed in the dtype of the sums so that no loss scale overflows, and rounded once."""
     out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     return torch.mul(grad.to(scale.dtype), scale, out=out)
 

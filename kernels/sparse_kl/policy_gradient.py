@@ -1,12 +1,12 @@
-"""The policy-gradient form of the reverse KL, from one logprob a token: of text that a student wrote.
+"""The policy-gradient form of the reverse KL for text that a student wrote; it needs one logprob a token.
 
-    of each token: the student's logprob now, the teacher's, the writer's --> ratio x advantage, clipped, with its slope
+    each token: logprobs under the student, the teacher and the writer --> ratio x advantage, clipped, and its gradient
 
-The writer is the student as it was. With y sampled from the writer w, the student now q and the teacher p, the slope
-of KL(q || p) at a position is E_w[(q / w)(y) (log q - log p)(y) d log q(y)]: so the loss of a token is minus its ratio
-q / w times its advantage, log p - log q, in which nothing flows. Far from the writer a ratio says little of a few
-samples: clipped as in PPO (arXiv 1707.06347), a token whose ratio left [1 - clip, 1 + clip] in the direction that its
-advantage asks for has no slope any more.
+The writer is the student as it was when it wrote the text. Let y be sampled from the writer w, let q be the student now
+and p the teacher. The gradient of KL(q || p) at a position is E_w[(q / w)(y) (log q - log p)(y) d log q(y)]. So the
+loss of a token is minus its ratio q / w times its advantage log p - log q, through which no gradient flows. If the
+student has moved far from the writer, the ratios of a few samples are unreliable. They are clipped as in PPO (arXiv
+1707.06347): a token has no gradient once its ratio has left [1 - clip, 1 + clip] in the direction of its advantage.
 
 Legend: N rows (tokens).
 """
@@ -18,21 +18,21 @@ from torch import Tensor
 
 from capgap.kernels.sparse_kl.divergence import LOWEST_LOGPROB
 
-# A ratio beyond exp(20) is cut off: its square is still finite in float32.
+# Ratios are cut off at exp(20), whose square is still finite in float32.
 _MOST_NATS = 20.0
 
 
 def policy_gradient(logprobs_N: Tensor, teacher_N: Tensor, writer_N: Tensor, clip: float) -> Tensor:
-    """The loss of each token [N], whose slope is that of the reverse KL; its value is no distance.
+    """Return the loss of each token [N], whose gradient is that of the reverse KL; its value is no divergence.
 
     Args:
-        logprobs_N: the student's of each label; what the loss flows to.
-        teacher_N: the teacher's; below -30 it counts as -30, as in `linear_sparse_kl`.
-        writer_N: those of the student that wrote the text.
-        clip: how far from 1 a ratio may be.
+        logprobs_N: The student's logprob of each label, nats; the gradient flows to it.
+        teacher_N: The teacher's logprob of each label, nats; it is raised to -30 if it is lower.
+        writer_N: The logprob of each label under the student that wrote the text, nats.
+        clip: Largest distance of a ratio from 1.
 
     Raises:
-        ValueError: the clip is not above 0.
+        ValueError: `clip` is not a finite number above 0.
     """
     if not 0.0 < clip < float("inf"):
         raise ValueError(f"clip: got {clip}, expected a finite number above 0")
@@ -43,5 +43,5 @@ def policy_gradient(logprobs_N: Tensor, teacher_N: Tensor, writer_N: Tensor, cli
 
 
 def importance_ratio(logprobs_N: Tensor, writer_N: Tensor) -> Tensor:
-    """The student's probability of each token over the writer's [N], exp(20) at most."""
+    """Return the student's probability of each token divided by the writer's [N], at most exp(20)."""
     return (logprobs_N - writer_N).clamp_max(_MOST_NATS).exp()

@@ -1,4 +1,4 @@
-"""Rows as they were recorded -> rows as a kernel takes them: only those that count, checked, tail placed, ids merged.
+"""The preparation of recorded rows for a rows kernel: rows that count are selected and checked, and ids are merged.
 
 Legend: N rows, n rows of non-zero weight, K ids kept a row, V real columns, H hidden.
 """
@@ -19,10 +19,10 @@ class LiveRows:
     """The rows of non-zero weight.
 
     Attributes:
-        hidden_nH: their hidden states.
-        rows: the rest of them.
-        weights_n: their weights.
-        live_n: their places among the N, int64, ascending; None where that is all of them.
+        hidden_nH: Their hidden states [n, H].
+        rows: Their targets, labels and factors.
+        weights_n: Their weights [n].
+        live_n: Their indices among the N rows, int64, ascending [n]; None if these are all rows.
         num_rows: N.
     """
 
@@ -33,14 +33,14 @@ class LiveRows:
     num_rows: int
 
     def mean(self, kl_n: Tensor, ce_n: Tensor, alpha: float, temperature: float) -> tuple[Tensor, Tensor]:
-        """The loss, and 1 / the sum of weights, of which 0 is taken for 1 / 0."""
+        """Return the loss, and 1 / the sum of weights, which is 0 if the sum is 0."""
         total = self.weights_n.sum()
         per_weight = torch.where(total != 0, 1 / total, 0.0)
         loss_n = alpha * temperature**2 * kl_n + (1 - alpha) * ce_n
         return (self.weights_n * loss_n).sum() * per_weight, per_weight
 
     def spread(self, rows_n: Tensor) -> Tensor:
-        """The n rows at their places among the N, 0 elsewhere."""
+        """Put values of the n rows at their indices among the N rows; the other rows are 0."""
         if self.live_n is None:
             return rows_n
         rows_N = rows_n.new_zeros((self.num_rows, *rows_n.shape[1:]))
@@ -61,10 +61,10 @@ def live_rows(
     checked: bool = False,
     num_counted: int | None = None,
 ) -> LiveRows:
-    """The rows that count; without ids they have no divergence.
+    """Select and prepare the rows of nonzero weight; if ids are None, the rows have no divergence.
 
     Raises:
-        ValueError: on a CPU, a target is not finite or below 0. Elsewhere the row's weight becomes NaN, and the loss.
+        ValueError: On a CPU, a target is not finite or is below 0. Elsewhere, the row's weight and the loss become NaN.
     """
     dtype = sum_dtype(hidden_NH)
     live_n = _places(labels_N, row_weights_N, vocab_size, num_counted)
@@ -91,14 +91,14 @@ def live_rows(
 
 
 def _places(labels_N: Tensor, row_weights_N: Tensor | None, vocab_size: int, num_counted: int | None) -> Tensor | None:
-    """The places of the rows that count; None where that is all of them."""
+    """Return the indices of the rows that count; None if all rows count."""
     is_cpu = labels_N.device.type == "cpu"
     if num_counted == len(labels_N) and not is_cpu:
         return None
     live_N = (labels_N >= 0) & (labels_N < vocab_size)
     if row_weights_N is not None:
         live_N &= row_weights_N != 0
-    # to a CPU looking costs no more than believing
+    # on a CPU, counting costs no more than trusting the caller's number
     if num_counted is not None and not is_cpu:
         return torch.nonzero_static(live_N, size=num_counted)[:, 0]
     found_n = live_N.nonzero()[:, 0]
@@ -106,7 +106,7 @@ def _places(labels_N: Tensor, row_weights_N: Tensor | None, vocab_size: int, num
 
 
 def sum_dtype(hidden_NH: Tensor) -> torch.dtype:
-    """The dtype of softmax, losses and sums."""
+    """Return the dtype of softmax, losses and sums: float64 for float64 inputs, else float32."""
     return torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
 
 
@@ -119,13 +119,13 @@ def prepare(
     vocab_size: int,
     checked: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [N, K], int32, probabilities [N, K] and that of the tail's cell [N]; K is one more under `label`.
+    """Return ids [N, K], int32, their probabilities [N, K], and the probability of the tail's cell [N].
 
-    An id outside [0, V) is padding, and so is one of probability 0. Adding repeats up takes a sort of [N, K], which is
-    left out where they are known to be distinct.
+    Under `label`, K grows by one. An id outside [0, V) is padding, and so is an id of probability 0. Adding up repeated
+    ids takes a sort of [N, K], which is left out if the ids are known to be distinct.
     """
     if checked:
-        ids_NK = ids_NK.clamp(0, vocab_size)  # whatever is wrong with them, no other memory is written to
+        ids_NK = ids_NK.clamp(0, vocab_size)  # so that even wrong ids never write to other memory
     else:
         valid_NK = (ids_NK >= 0) & (ids_NK < vocab_size) & (p_NK > 0)
         ids_NK, p_NK = ids_NK.where(valid_NK, vocab_size), p_NK.where(valid_NK, 0.0)
@@ -135,19 +135,22 @@ def prepare(
         p_NK = p_NK / p_NK.sum(-1, keepdim=True).clamp_min(torch.finfo(p_NK.dtype).tiny)
     elif tail == "label":
         is_label_NK = (ids_NK == labels_N[:, None]) & (p_NK > 0)
-        # to the label's own entry where it has one, and to one more where it has none
+        # the tail is added to the label's entry if it has one, and otherwise to an additional entry
         p_NK = torch.where(is_label_NK, p_NK + left_N[:, None], p_NK) if checked else p_NK
         more_N = left_N.masked_fill(is_label_NK.any(-1), 0.0) if checked else left_N
         ids_NK = torch.cat([ids_NK, labels_N.to(torch.int32)[:, None]], dim=1)
         p_NK = torch.cat([p_NK, more_N[:, None]], dim=1)
-    # on a CPU looking costs no sync, and numpy sorts short rows twenty times as fast as torch
+    # on a CPU, a check for repeats needs no sync, and numpy sorts short rows twenty times as fast as torch
     if not checked and (ids_NK.device.type != "cpu" or _any_repeat(ids_NK, vocab_size)):
         ids_NK, p_NK = _merge(ids_NK, p_NK)
     return ids_NK, p_NK, left_N if tail == "ghost" else torch.zeros_like(left_N)
 
 
 def _refuse_unfit(p_nK: Tensor, left_n: Tensor | None, weights_n: Tensor, live_n: Tensor | None) -> Tensor:
-    """The weights, NaN where a target is NaN, infinite or below 0, or a tail is not finite; raises on a CPU."""
+    """Set the weight of rows with an invalid target to NaN, or raise ValueError on a CPU.
+
+    A target is invalid if it is NaN, infinite or below 0, or if its tail is not finite.
+    """
     unfit_n = ~((p_nK >= 0) & (p_nK < float("inf"))).all(-1)
     if left_n is not None:
         unfit_n |= ~left_n.isfinite()
@@ -164,18 +167,18 @@ def _refuse_unfit(p_nK: Tensor, left_n: Tensor | None, weights_n: Tensor, live_n
 
 
 def _any_repeat(ids_NK: Tensor, vocab_size: int) -> bool:
-    """Whether an id stands twice in a row; that of padding may."""
+    """Return whether an id other than padding occurs twice in a row."""
     sorted_NK = np.sort(ids_NK.numpy(), axis=-1)
     return bool(((sorted_NK[:, :-1] == sorted_NK[:, 1:]) & (sorted_NK[:, 1:] < vocab_size)).any())
 
 
 def _merge(ids_NK: Tensor, p_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted ids, and at the last of each id's entries the sum of all of them, 0 at the others.
+    """Sort ids, and add the probabilities of equal ids into the last entry of each id; the other entries become 0.
 
-    Sums by doubling: after the step of width w an entry holds the sum of up to 2 w entries of its id. Nothing is
-    subtracted, and there is no scatter whose order could differ.
+    The sums are formed by doubling: after the step of width w, an entry holds the sum of up to 2 w entries of its id.
+    Nothing is subtracted, and no scatter is used, whose order could differ from run to run.
     """
-    ids_NK, order_NK = ids_NK.sort(dim=-1, stable=True)  # stable: equal bits from run to run
+    ids_NK, order_NK = ids_NK.sort(dim=-1, stable=True)  # stable, so that every run gives the same bits
     p_NK = p_NK.gather(1, order_NK)
     followed_NK = ids_NK[:, :-1] == ids_NK[:, 1:]
     width, top_k = 1, ids_NK.shape[1]

@@ -1,7 +1,7 @@
-"""The loss in plain dense torch, gradients by autograd: the truth that the fast forms are tested against.
+"""The loss in plain dense torch with gradients by autograd, the reference against which the fast forms are tested.
 
-Takes any floating dtype. Float64 inputs are computed in float64 throughout, lower precisions from the logits on in
-float32. Several [N, V] tensors stand in memory at once.
+It takes any floating dtype. Float64 inputs are computed in float64 throughout, and lower precisions in float32 from the
+logits on. Several [N, V] tensors are in memory at once.
 
 Legend: N rows, n rows of non-zero weight, K ids kept a row, V columns of the head, H hidden.
 """
@@ -37,11 +37,13 @@ def linear_sparse_kl(
     workspace_mb: int | None = None,
     backend: Backend = "auto",
 ) -> SparseKl:
-    """The loss of `capgap.kernels.sparse_kl`; `num_counted` and what follows stand for the signature and are not used.
+    """Compute the loss of `capgap.kernels.sparse_kl.linear_sparse_kl`, whose arguments and results it shares.
+
+    `num_counted`, `workspace_mb` and `backend` are not used; they are here so that the signatures agree.
 
     Raises:
-        TypeError: an input is a DTensor.
-        ValueError: shapes, dtypes, devices or settings do not fit.
+        TypeError: An input is a DTensor.
+        ValueError: Shapes, dtypes, devices or settings do not fit.
     """
     check_arguments(hidden_NH, weight_VH, targets, labels_N, row_weights_N, bias_V)
     vocab_size = check_vocab_size(vocab_size, weight_VH.shape[0])
@@ -78,9 +80,9 @@ def linear_sparse_kl(
 def _cells(
     targets: SparseTargets, live_n: Tensor, labels_n: Tensor, tail: Tail, logq_nV: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of V + 1 cells there are, the teacher's probability of each and the student's log-probability.
+    """Return, for V + 1 possible cells, whether each exists, the teacher's probability and the student's logprob.
 
-    A kept id is a cell, and so is the rest of the vocabulary, which stands last; where every id is kept it is none.
+    Each kept id is a cell. The last cell is the rest of the vocabulary; it does not exist if every id is kept.
     """
     num_rows, vocab_size = logq_nV.shape
     ids_nK, weights_nK = targets.ids_NK[live_n], targets.weights_NK[live_n].to(logq_nV.dtype)
@@ -107,7 +109,7 @@ def _cells(
 
 
 def _divergence(cell_nC: Tensor, p_nC: Tensor, logq_nC: Tensor, divergence: Divergence, beta: float) -> Tensor:
-    """The divergence of each row [n], by its definition."""
+    """Return the divergence of each row [n], nats, by its definition."""
     if divergence == "forward_kl":
         return (torch.xlogy(p_nC, p_nC) - p_nC * logq_nC).where(cell_nC, 0.0).sum(-1)
     q_nC = logq_nC.exp()

@@ -1,4 +1,4 @@
-"""What goes into the loss and what comes out of it.
+"""The targets that the loss takes, and the results that it returns.
 
 Legend: N rows (tokens), K ids kept a row.
 """
@@ -18,21 +18,21 @@ from capgap.kernels.sparse_kl.divergence import Recording
 class SparseTargets:
     """The teacher's distribution after each of N tokens, on K ids.
 
-    Samples carry counts / n and no tail: a row's weights sum to 1. Top-k tokens carry their probabilities, and the tail
-    carries the rest: weights and tail sum to 1 together.
+    The weights of sampled ids are counts / n, which sum to 1 in a row, and there is no tail. The weights of top-k
+    tokens are their probabilities, which sum to 1 together with the tail.
 
     Attributes:
-        ids_NK: token ids, int64. An id may repeat: its weights are added. An id outside [0, vocab_size) is padding,
-            and its weight counts nowhere.
-        weights_NK: probabilities, float32. 0 marks padding.
-        tail_N: probability of every other id together, float32; None for samples. Below 0 reads as 0.
-        recording: `topk` or `sampled`; decides which divergences have a meaning.
-        checked: whether it is known that ids of non-zero weight are distinct in a row and lie in the vocabulary, and
-            that all probabilities are finite and at least 0, as those that a cache's reader hands out are. Then none of
-            it is looked at: a look costs a sort of [N, K].
+        ids_NK: Token ids, int64. The weights of a repeated id are added. An id outside [0, vocab_size) is padding, and
+            its weight is ignored.
+        weights_NK: Probabilities, float32; 0 marks padding.
+        tail_N: Probability of all other ids together, float32; None for samples. Values below 0 count as 0.
+        recording: `topk` or `sampled`; it determines which divergences are allowed.
+        checked: Whether it is known that, in each row, ids of nonzero weight are distinct and in the vocabulary, and
+            that all probabilities are finite and at least 0, as in caches that capgap has written. The checks, which
+            cost a sort of [N, K], are then left out.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or samples have a tail.
+        ValueError: Shapes, dtypes or devices do not fit together, or samples have a tail.
     """
 
     ids_NK: Tensor
@@ -55,23 +55,23 @@ class SparseTargets:
 
     @classmethod
     def topk(cls, ids_NK: Tensor, logprobs_NK: Tensor, tail_N: Tensor | None) -> SparseTargets:
-        """The top-k tokens by their logprobs, of which -inf marks padding, and the probability of all others."""
+        """Make targets from the logprobs of top-k tokens (-inf marks padding) and the probability of all other ids."""
         return cls(ids_NK, logprobs_NK.exp(), tail_N, "topk")
 
     @classmethod
     def sampled(cls, ids_NK: Tensor, counts_NK: Tensor, num_samples: int) -> SparseTargets:
-        """Sampled ids and how often each came up in `num_samples` samples, an integer of which 0 marks padding."""
+        """Make targets from sampled ids and their counts among `num_samples` samples (a count of 0 marks padding)."""
         return cls(ids_NK, counts_NK.to(torch.float32) / num_samples, None, "sampled")
 
 
 class SparseKl(NamedTuple):
-    """What the loss returns.
+    """The results of the loss.
 
     Attributes:
-        loss: the weighted mean, a scalar, float32 (float64 for float64 inputs), nats. The only differentiable part.
-        kl_N: divergence of each row at the given temperature, without T^2; 0 in rows of weight 0. None where it was
-            neither needed nor wanted.
-        ce_N: cross-entropy of each row at temperature 1; 0 in rows of weight 0.
+        loss: The weighted mean, a scalar, float32 (float64 for float64 inputs), nats. Only this part is differentiable.
+        kl_N: Divergence of each row at the given temperature, without T^2, nats; 0 in rows of weight 0. None if it was
+            neither needed nor asked for.
+        ce_N: Cross-entropy of each row at temperature 1, nats; 0 in rows of weight 0.
     """
 
     loss: Tensor
@@ -80,7 +80,7 @@ class SparseKl(NamedTuple):
 
 
 def expect(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Raise ValueError unless it is a floating tensor of that shape, on the device of `like`."""
+    """Raise ValueError unless `tensor` has a floating dtype, this shape and the device of `like`."""
     if tuple(tensor.shape) != shape or not tensor.is_floating_point():
         raise ValueError(f"{name}: got {looks(tensor)}, expected {list(shape)} of a floating dtype")
     if tensor.device != like.device:
@@ -88,5 +88,5 @@ def expect(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> N
 
 
 def looks(tensor: Tensor) -> str:
-    """Shape, dtype and device, for messages."""
+    """Return the tensor's shape, dtype and device, for messages."""
     return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"

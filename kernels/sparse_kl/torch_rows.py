@@ -1,8 +1,8 @@
 """The rows kernel in torch, for any device and dtype.
 
-A CPU goes through blocks of rows that stay in its cache. Passes over a block: largest, subtract, exp, sum, scale; at a
-temperature other than 1 one more exp into a second block, with a softcap one more of its slope. Everything else is
-[B, K] or smaller. Padding ids are sent to a column past the vocabulary, so that no step needs a branch.
+A CPU processes blocks of rows that fit into its cache. The passes over a block are: maximum, subtract, exp, sum, scale.
+A temperature other than 1 adds one exp into a second block, and a softcap adds a block of its slope. All other tensors
+are [B, K] or smaller. Padding ids are mapped to a column past the vocabulary, so that no step needs a branch.
 
 Legend: N rows of a chunk, B rows of a block, P columns of the buffer (P > V), V real columns, K ids kept a row.
 """
@@ -18,22 +18,22 @@ from torch import Tensor
 from capgap.kernels.sparse_kl.divergence import coarse
 from capgap.kernels.sparse_kl.rows import Rows, RowSettings
 
-_BLOCK_ELEMENTS_CPU = 2**19  # 2 MiB of float32: the passes over a block stay in the cache
-_BLOCK_ELEMENTS = 2**24  # 64 MiB of float32: few launches, and a bounded second block at T other than 1
+_BLOCK_ELEMENTS_CPU = 2**19  # 2 MiB of float32, so that the passes over a block stay in the cache
+_BLOCK_ELEMENTS = 2**24  # 64 MiB of float32, for few launches and a bounded second block if T is not 1
 _NEVER = float("-inf")
-# What stands for minus infinity under exp, by which a CPU takes several times as long over -inf and over results that
-# are denormal. Beside the largest term, which is 1, a thousand of exp(-64) are below the last bit of float64.
+# Replaces -inf as an argument of exp, because exp is several times slower on a CPU for -inf and for denormal results.
+# The largest term of a sum is 1, so a thousand terms of exp(-64) are below the last bit of float64.
 _BELOW_ALL = -64.0
 
 
 class LogitSums(NamedTuple):
-    """All that the loss needs to know of a row's logits.
+    """The values of a row's logits on which the loss depends.
 
     Attributes:
-        kept_BK: logits of the kept ids; -inf at padding.
-        label_B: logit of the label.
-        rest_T_B: logsumexp of the other ids' logits / T; -inf where there are none.
-        rest_1_B: the same at temperature 1.
+        kept_BK: Logits of the kept ids; -inf at padding.
+        label_B: Logit of the label.
+        rest_T_B: Logsumexp of the other ids' logits / T; -inf if there are no other ids.
+        rest_1_B: Logsumexp of the other ids' logits at temperature 1; -inf if there are no other ids.
     """
 
     kept_BK: Tensor
@@ -43,7 +43,7 @@ class LogitSums(NamedTuple):
 
 
 def torch_rows(logits_NP: Tensor, rows: Rows, settings: RowSettings, want_gradient: bool) -> tuple[Tensor, Tensor]:
-    """The step that `rows.py` defines, block by block."""
+    """Run the rows kernel that `rows.RowsKernel` describes, block by block."""
     elements = _BLOCK_ELEMENTS_CPU if logits_NP.device.type == "cpu" else _BLOCK_ELEMENTS
     num_block_rows = max(1, elements // logits_NP.shape[1])
     kl_N, ce_N = rows.ckl_N.new_empty(len(logits_NP)), rows.ckl_N.new_empty(len(logits_NP))
@@ -64,15 +64,15 @@ def differentiate(
     want_gradient: bool,
     complete: Callable[[LogitSums], LogitSums] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Divergence [B] and cross-entropy [B] of a block in the rows' dtype, which becomes the gradient.
+    """Overwrite a block of logits with its gradient, and return each row's divergence [B] and cross-entropy [B], nats.
 
     Args:
-        logits_BP: as `RowsKernel` takes them, and so are the arguments that follow.
-        rows: likewise.
-        settings: likewise.
-        want_gradient: likewise.
-        complete: where the block holds a part of the vocabulary only: makes its sums those of the whole. Ids and
-            labels of other parts then stand at column V, with their probability.
+        logits_BP: Logits as in `rows.RowsKernel`, in the dtype of the rows' factors.
+        rows: Data of the block's rows.
+        settings: Settings of all rows.
+        want_gradient: Whether the gradient is needed.
+        complete: If the block holds only a part of the vocabulary: turns its sums into those of the whole vocabulary.
+            Ids and labels of other parts are then at column V, with their probability.
     """
     vocab_size, temperature = settings.vocab_size, settings.temperature
     ids_BK, label_B1 = rows.ids_NK.long(), rows.labels_N[:, None]
@@ -103,7 +103,7 @@ def differentiate(
     if not want_gradient:
         return cells.value_B, ce_B
 
-    # the others' gradient is that of their cell, by their share of it; this block may hold a part of them
+    # each other id gets its share of its cell's gradient; this block may hold only a part of the cell's ids
     part_T_B, part_1_B = (local.rest_T_B - sums.rest_T_B).exp(), (local.rest_1_B - all_1_B).exp()
     rest_kl_B = (rows.ckl_N * cells.grad_tail_B * part_T_B).where(local.rest_T_B > _NEVER, 0.0)
     rest_ce_B = rows.cce_N * part_1_B
@@ -122,7 +122,7 @@ def differentiate(
 
 
 def _cap_in_place(logits_BP: Tensor, softcap: float, want_slope: bool) -> Tensor | None:
-    """Turn logits into c tanh(logits / c), and return the slope, which is 1 - tanh^2."""
+    """Turn logits into c tanh(logits / c), and return the slope 1 - tanh^2 if it is wanted."""
     logits_BP.div_(softcap).tanh_()
     slope_BP = 1 - logits_BP.square() if want_slope else None
     logits_BP.mul_(softcap)
@@ -132,13 +132,13 @@ def _cap_in_place(logits_BP: Tensor, softcap: float, want_slope: bool) -> Tensor
 class _Rest(NamedTuple):
     sum_T_B: Tensor  # sum of exp((z - largest) / T), at least 1
     sum_1_B: Tensor  # the same at temperature 1
-    log_sum_T_B: Tensor  # log of the sum of exp(z / T); -inf where every id is kept
+    log_sum_T_B: Tensor  # log of the sum of exp(z / T); -inf if every id is kept
     log_sum_1_B: Tensor  # the same at temperature 1
-    tempered_BP: Tensor | None  # exp((z - largest) / T), or None where T is 1 and the block holds it
+    tempered_BP: Tensor | None  # exp((z - largest) / T); None if T is 1, because the block itself holds it
 
 
 def _exp_in_place(logits_BP: Tensor, columns_BK: Tensor, vocab_size: int, temperature: float) -> _Rest:
-    """Turn the block into exp(z - largest), and sum it but for the columns that are kept."""
+    """Turn the block into exp(z - largest), and sum all columns but the kept ones."""
     largest_B = logits_BP.amax(-1)
     any_B = largest_B != _NEVER
     shift_B = largest_B.where(any_B, 0.0)
@@ -152,7 +152,7 @@ def _exp_in_place(logits_BP: Tensor, columns_BK: Tensor, vocab_size: int, temper
 
     sum_1_B = summed(logits_BP)
     sum_T_B = sum_1_B if tempered_BP is None else summed(tempered_BP)
-    # the largest term is 1, so clamping changes only an empty sum, which must not divide
+    # the largest term of a sum is 1, so clamping changes only empty sums, and the caller never divides by 0
     return _Rest(
         sum_T_B.clamp_min(1.0),
         sum_1_B.clamp_min(1.0),

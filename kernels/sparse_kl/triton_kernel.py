@@ -1,17 +1,17 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls, no-check-untyped-defs
-"""The rows kernel's program in Triton: one row of logits becomes its gradient. README.md derives it.
+"""The program of the Triton rows kernel, which turns one row of logits into its gradient. README.md derives it.
 
-    kept logits and the label's are lifted out, -inf stays where they were, and past the vocabulary
-    pass 1   read the row: largest logit and sums of exp of all other ids
-             K + 1 cells in registers: divergence, cross-entropy, the cells' gradients
-    pass 2   read and write the row: the others' gradient, which is their cell's by their share of it
-             the kept ids' gradient and the label's, each stored once
+    load the logits of the kept ids and of the label, and store -inf in their places and past the vocabulary
+    pass 1   read the row: the largest logit and the sums of exp over all other ids
+             compute the K + 1 cells in registers: divergence, cross-entropy, the cells' gradients
+    pass 2   read and write the row: each other id gets its share of the gradient of its cell
+             store the gradients of the kept ids and of the label, each once
 
-Every number is float32 whatever the logits are. Sums are kept lane by lane until the row ends, so that no step of a
-pass waits for another thread. No atomics: the same input gives the same bits.
+All arithmetic is in float32, whatever the dtype of the logits. Each lane keeps its own sums until the row ends, so that
+no step of a pass waits for another thread. There are no atomics, so the same input gives the same bits.
 
-Legend: _T at the temperature, _1 at temperature 1. What is kept has a value for each of K ids, a lane one for each load
-of LOAD_V columns; all else is one number.
+Legend: names with _T are at the temperature, names with _1 at temperature 1. `kept_` tensors have one value for each of
+K ids, and `lane_` tensors one for each load of LOAD_V columns; all other values are scalars.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import triton.language as tl
 from capgap.kernels.sparse_kl.divergence import LOWEST_LOGPROB
 
 _NEVER = tl.constexpr(float("-inf"))
-_LOWEST = tl.constexpr(-1.0e38)  # below any logit, and finite: its difference to -inf is no NaN
-_LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is what a GPU computes exp by
+_LOWEST = tl.constexpr(-1.0e38)  # below any logit, but finite, so that its difference to -inf is not NaN
+_LOG2E = tl.constexpr(1.4426950408889634)  # a GPU computes exp with exp2
 _LOWEST_LOGPROB = tl.constexpr(LOWEST_LOGPROB)
 
 
@@ -54,16 +54,16 @@ def sparse_rows(
     BLOCK_REST: tl.constexpr,
     LOAD_V: tl.constexpr,
 ):
-    """One program is one row; `rows.py` says what the arguments hold.
+    """Process one row; `rows.py` describes the arguments.
 
-    `row_stride` and `num_columns` are multiples of 16: masks on them, and not on the vocabulary's size, leave loads of
-    128 bits whole where that is odd.
+    `row_stride` and `num_columns` are multiples of 16. Masks compare with `num_columns` rather than with the size of
+    the vocabulary, so that loads stay 128 bits wide even if that size is odd.
     """
-    # pinned: a compiler that hands Python numbers over may type them float64
+    # cast because a compiler may pass Python numbers as float64
     inverse_temperature = tl.cast(inverse_temperature, tl.float32)
     beta = tl.cast(beta, tl.float32)
     softcap = tl.cast(softcap, tl.float32)
-    row = tl.program_id(0).to(tl.int64)  # times the stride it may pass 2^31
+    row = tl.program_id(0).to(tl.int64)  # 64 bits because row * row_stride may exceed 2^31
     logits_ptr += row * row_stride
     columns = tl.arange(0, BLOCK_V)
     k = tl.arange(0, BLOCK_K)
@@ -93,7 +93,7 @@ def sparse_rows(
         column = start + columns
         raw = tl.load(logits_ptr + column, mask=column < num_columns, other=_NEVER).to(tl.float32)
         logits, _ = _capped(raw, softcap, CAPPED)
-        # the columns of one load lie in one thread and share a largest logit
+        # the columns of one load belong to one thread and share one running maximum
         loaded = tl.reshape(logits, [BLOCK_V // LOAD_V, LOAD_V])
         raised = tl.maximum(lane_largest, tl.max(loaded, axis=1))
         rise = (lane_largest - raised) * _LOG2E
@@ -110,7 +110,7 @@ def sparse_rows(
     if TEMPERED:
         sum_T = tl.sum(lane_sum_T * tl.exp2(lane_distance * inverse_temperature), axis=0)
 
-    # the label goes back to the others where it is one of them
+    # if the label is not kept, it is one of the other ids and is added to their sums
     largest_unlabelled = largest
     unlabelled_1 = sum_1
     label_at_rest = tl.where(label_is_kept, _NEVER, label_logit)
@@ -122,7 +122,7 @@ def sparse_rows(
     else:
         sum_T = sum_1
 
-    # the softmax at 1 and at T, from the largest of all logits on
+    # the softmax at 1 and at T, relative to the largest of all logits
     top = tl.maximum(largest, tl.max(kept_logits, axis=0))
     exp_rest_1 = tl.exp(largest - top)
     exp_kept_1 = tl.exp(kept_logits - top)
@@ -134,8 +134,8 @@ def sparse_rows(
         total_T = sum_T * tl.exp((largest - top) * inverse_temperature) + tl.sum(exp_kept_T, axis=0)
     tl.store(ce_ptr + row, tl.log(total_1) - (label_logit - top))
 
-    has_rest = sum_1 != 0.0  # NaN counts as some, and is seen in the results
-    sum_1 = tl.where(has_rest, sum_1, 1.0)  # where there is none nothing is divided
+    has_rest = sum_1 != 0.0  # a sum of NaN counts as present and makes the results NaN
+    sum_1 = tl.where(has_rest, sum_1, 1.0)  # avoids a division by 0
     sum_T = tl.where(has_rest, sum_T, 1.0)
     log_total = tl.log(total_T)
     logq = tl.where(kept, (kept_logits - top) * inverse_temperature - log_total, 0.0)
@@ -157,7 +157,7 @@ def sparse_rows(
             logits, slope = _capped(raw, softcap, CAPPED)
             d_logits = _rest_gradient(logits, largest, rest_T, rest_1, inverse_temperature, TEMPERED) * slope
             tl.store(logits_ptr + column, d_logits.to(logits_ptr.dtype.element_ty), mask=column < num_columns)
-        # 1 - q of the label is the sum of the others: a difference from 1 would lose a confident label's gradient
+        # 1 - q of the label is summed from the other ids, because 1 - q would round away a confident label's gradient
         unlabelled_1 *= tl.exp(largest_unlabelled - top)
         unlabelled_1 = (unlabelled_1 + tl.sum(tl.where(is_label, 0.0, exp_kept_1), axis=0)) / total_1
         d_kept = ckl * grad + cce * tl.where(is_label, -unlabelled_1, exp_kept_1 / total_1)
@@ -169,7 +169,7 @@ def sparse_rows(
 
 @triton.jit
 def _capped(raw, softcap, CAPPED: tl.constexpr):
-    """Logits and their slope. -inf, which marks what is no other id, stays; tanh by exp, on every backend alike."""
+    """Return the softcapped logits and their slope; -inf stays -inf. tanh is computed with exp on every backend."""
     logits = raw
     slope = 1.0
     if CAPPED:
@@ -183,7 +183,7 @@ def _capped(raw, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _rest_gradient(logits, largest, rest_T, rest_1, inverse_temperature, TEMPERED: tl.constexpr):
-    """The gradient of ids outside the kept ones; 0 at -inf."""
+    """Return the gradient of ids that are not kept; it is 0 where the logit is -inf."""
     distance = (logits - largest) * _LOG2E
     if TEMPERED:
         gradient = rest_T * tl.exp2(distance * inverse_temperature) + rest_1 * tl.exp2(distance)
@@ -194,7 +194,7 @@ def _rest_gradient(logits, largest, rest_T, rest_1, inverse_temperature, TEMPERE
 
 @triton.jit
 def _coarse(logq, q, logq_tail, q_tail, p, p_tail, beta, DIVERGENCE: tl.constexpr):
-    """Divergence of K + 1 cells, and its gradients with respect to the cells' logits, as in `divergence.py`."""
+    """Return the divergence of K + 1 cells, and its gradients by the cells' logits, as `divergence.coarse` does."""
     logp = tl.log(tl.where(p > 0.0, p, 1.0))
     logp_tail = tl.log(tl.where(p_tail > 0.0, p_tail, 1.0))
     if DIVERGENCE == "forward_kl":

@@ -1,10 +1,10 @@
-"""The loss where the head is split by vocabulary over the processes of a group.
+"""The loss for a head that is split by vocabulary over the processes of a group.
 
-    each process: its part of the logits  ->  logits of its kept ids, logsumexp of its others
-    all-reduce of [C, K + 1 + 2 R] a chunk  ->  the K + 1 cells, alike on every process
+    each process: its part of the logits  ->  logits of its kept ids, logsumexp of its other ids
+    all-reduce of [C, K + 1 + 2 R] a chunk  ->  the K + 1 cells, equal on every process
     each process: its part of the gradient  ->  its part of the head's gradient; the hidden states' is summed once
 
-In torch, and eagerly: a collective inside a compiled graph would be hidden from the compiler.
+It uses torch's rows kernel and runs eagerly, because a compiler would not see a collective inside a compiled graph.
 
 Legend: N rows, n rows of non-zero weight, C rows of a chunk, K ids kept a row, v columns of this process, H hidden,
 R processes.
@@ -46,31 +46,31 @@ def vocab_parallel_sparse_kl(
     softcap: float | None = None,
     workspace_mb: int = 256,
 ) -> SparseKl:
-    """`linear_sparse_kl` with a part of the head in each process; loss, KL and CE are the same in all of them.
+    """Compute `linear_sparse_kl` with a part of the head in each process; all processes get the same loss, KL and CE.
 
-    Every process of the group calls it with the same rows and settings. The gradient of hidden is that of the whole
+    Every process of the group must call it with the same rows and settings. The gradient of hidden is that of the whole
     loss, summed over the group; the gradient of the weight is that of the process's own part.
 
     Args:
-        hidden_NH: the student's last hidden states, the same in every process.
-        weight_vH: the head's rows of the ids from `first_id` on.
-        targets: as for `linear_sparse_kl`, with ids of the whole vocabulary.
-        labels_N: likewise.
-        group: the processes that hold the parts.
-        first_id: id of the first row of `weight_vH`.
-        vocab_size: real ids of the whole vocabulary; rows of `weight_vH` at or past it are padding.
-        alpha: as for `linear_sparse_kl`, and so are the arguments that follow.
-        temperature: likewise.
-        divergence: likewise.
-        tail: likewise.
-        beta: likewise.
-        row_weights_N: likewise.
-        bias_v: the bias of the process's own part.
-        softcap: likewise.
-        workspace_mb: size in MiB of a chunk's logits, and of their float32 copy where they are of another dtype.
+        hidden_NH: The student's last hidden states, the same in every process.
+        weight_vH: The head's rows of the ids from `first_id` on.
+        targets: The teacher's distribution, with ids of the whole vocabulary.
+        labels_N: Real next tokens, int64, of the whole vocabulary.
+        group: The processes that hold the parts.
+        first_id: Id of the first row of `weight_vH`.
+        vocab_size: Number of real ids in the whole vocabulary; rows of `weight_vH` at or past it are padding.
+        alpha: Weight of the KL, in [0, 1].
+        temperature: The student's logits are divided by it for the KL.
+        divergence: `forward_kl`, `reverse_kl` or `jsd`.
+        tail: Treatment of the teacher's probability outside the kept ids.
+        beta: The parameter beta of `jsd`.
+        row_weights_N: Weight of each row; None means 1 each.
+        bias_v: The bias of the process's own part.
+        softcap: c, if the model's logits are c tanh(logits / c).
+        workspace_mb: Size in MiB of a chunk's logits and, if their dtype is not float32, of their float32 copy.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `linear_sparse_kl`.
+        TypeError, ValueError, RuntimeError: In the cases in which `linear_sparse_kl` raises them.
     """
     check_arguments(hidden_NH, weight_vH, targets, labels_N, row_weights_N, bias_v)
     if vocab_size < 1 or first_id < 0:
@@ -102,7 +102,7 @@ def vocab_parallel_sparse_kl(
 
 
 class _Part:
-    """This process's part of the vocabulary, as a rows kernel."""
+    """A rows kernel for this process's part of the vocabulary."""
 
     def __init__(
         self,
@@ -117,12 +117,12 @@ class _Part:
         self._mean_columns, self._workspace_bytes = mean_columns, workspace_bytes
 
     def chunk_rows(self, hidden_nH: Tensor, dtype: torch.dtype) -> int:
-        """The same in every process, whatever part it holds: a chunk is a collective."""
+        """Return the rows of a chunk, the same in every process, because each chunk is one collective."""
         num_bytes = hidden_nH.element_size() + (0 if hidden_nH.dtype == dtype else dtype.itemsize)
         return chunk_rows(len(hidden_nH), pitch(self._mean_columns) * num_bytes, self._workspace_bytes)
 
     def columns(self, rows: Rows) -> Rows:
-        """Ids and labels as columns of this part; those of other parts stand at the column past the last."""
+        """Turn ids and labels into columns of this part; those of other parts get the column past the last."""
         return rows._replace(ids_NK=self._column(rows.ids_NK), labels_N=self._column(rows.labels_N))
 
     def _column(self, ids: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class _Part:
     def __call__(
         self, logits_NP: Tensor, rows: Rows, settings: RowSettings, want_gradient: bool
     ) -> tuple[Tensor, Tensor]:
-        """The step that `rows.py` defines, on the whole chunk at once: one collective."""
+        """Run the rows kernel that `rows.RowsKernel` describes on the whole chunk at once, with one collective."""
 
         def complete(sums: LogitSums) -> LogitSums:
             return self._complete(sums, rows)
@@ -144,7 +144,7 @@ class _Part:
         return kl_N, ce_N
 
     def _complete(self, sums: LogitSums, rows: Rows) -> LogitSums:
-        """A sum over processes in which each entry comes from one of them, so that all get the same bits."""
+        """Combine the sums of all processes; each entry comes from one process, so that all get the same bits."""
         top_k, size = sums.kept_BK.shape[1], self.group.size()
         packed = sums.kept_BK.new_zeros((len(sums.kept_BK), top_k + 1 + 2 * size))
         packed[:, :top_k] = sums.kept_BK.where(rows.ids_NK < self._num_columns, 0.0)
@@ -191,7 +191,7 @@ class _VocabParallel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True: the gradients would pass for constants
+        if torch.is_grad_enabled():  # create_graph=True would treat the gradients as constants
             raise RuntimeError(
                 "vocab_parallel_sparse_kl: got create_graph=True, expected False; it differentiates once only"
             )

@@ -1,14 +1,15 @@
-"""The store: the only home of the shard format. What lies on disk, how it is written, read, checked and ordered.
+"""The store is the only home of the shard format: how shards are laid out, written, read, checked and ordered.
 
     Sequences + Targets --codec--> Arrow IPC stream --zstd frame with checksum--> member --tar--> shard
          ^                                                                                          |
          |        ShardEntry (offsets, crc32, sha256) in manifest.json  <---------------------------+
          +--- reader (random access through the offsets) <--- loader <--- order (pure function of seed and epoch)
 
-    reader --members dealt out over ranks and workers--> samples, in anybody's WebDataset pipeline
+    reader --members distributed over ranks and workers--> samples, in any WebDataset pipeline
 
-A shard is a plain WebDataset tar, so other programs can read it; order, resume and integrity are ours, through the
-manifest. A shard that no manifest (or, while its stage is at work, no sidecar) lists does not exist.
+A shard is a plain WebDataset tar, so other programs can read it. Order, resume and integrity do not rely on WebDataset:
+they come from the manifest. A shard counts as existing only if the manifest lists it or, while its stage is still
+running, if it has a sidecar.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The names above, imported when they are asked for: what only reads manifests waits for no torch."""
+    """Import a public name on first use, so that a command that only reads manifests does not import torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -1,15 +1,15 @@
-"""The proof that target i belongs to the token at i + 1: an off-by-one can be neither stored nor loaded unseen.
+"""The check that target i belongs to the token at i + 1, so that no off-by-one is stored or loaded unnoticed.
 
 Every row carries the teacher's logprob of the real next token, taken from the logits themselves. The kept
 distribution must agree with it:
 
 - `topk`: where the next token is among the kept ids, its kept logprob is that logprob; where it is not, its
-  probability is at most that of the last kept id, or unknown (NaN) in a codec that has such.
+  probability is at most that of the last kept id, or unknown (NaN) in a codec that allows unknown logprobs.
 - `sampled`: systematic sampling gives every id the floor or the ceiling of n p samples, so the next token's count lies
   within one of n exp(logprob).
 
-Of `chunks` the tokens are not the teacher's. There, every target of a chunk that is kept must be a label, and where
-that label is among the ids of a projected target, its logprob is that of the chunk.
+The tokens of `chunks` targets are not the teacher's. There, every target of a kept chunk must be a label. Where a
+projected target contains that label among its ids, the label's logprob must equal the chunk's logprob.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from capgap.pipeline.store.chunks import chunks_without_labels, padded_rows
 from capgap.schemas.errors import CorruptError
 from capgap.schemas.records import ChunkTargets, SampledTargets, Sequences, Targets, TopkTargets
 
-# The same float32 logprob was written to both places; beside the codec's own error they may differ by rounding alone.
+# Both places were written from the same float32 logprob, so apart from the codec's own error only rounding differs.
 LOGPROB_TOLERANCE_NATS = 1e-4
-# n p is rounded in float32 and the cumulative sums of sampling in another order: a hundredth of a sample covers both.
+# n p is rounded in float32, and sampling adds up its cumulative sums in another order. A hundredth of a sample covers
+# both effects.
 COUNT_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
 class StoredError:
-    """How far a logprob that was read may be from what was written.
+    """The largest difference, in nats, between a logprob as it was written and as it is read back.
 
     Attributes:
-        label_nats: of the next token's logprob.
-        kept_nats: of a kept id's logprob, if it is above the floor.
-        floor_nats: lower logprobs of kept ids were raised to this.
+        label_nats: Largest error of the next token's logprob.
+        kept_nats: Largest error of a kept id's logprob that is above `floor_nats`.
+        floor_nats: The codec raises lower logprobs of kept ids to this value.
     """
 
     label_nats: float = 0.0
@@ -50,9 +51,14 @@ EXACT = StoredError()
 def check_alignment(
     sequences: Sequences, targets: Targets, num_samples: int, where: str, error: StoredError = EXACT
 ) -> None:
-    """Raise CorruptError, naming the first row, where a target contradicts the token that follows it.
+    """Raise CorruptError, naming the first such row, if a target contradicts the token that follows it.
 
-    `error` is the codec's; it widens what passes by exactly what the codec may have changed.
+    Args:
+        sequences: Sequences of the block.
+        targets: Their targets.
+        num_samples: Number of samples a row; used for `sampled` targets only.
+        where: Name of the block in the error.
+        error: The codec's error, by which the tolerance of the check is widened.
     """
     labels_BL = sequences.tokens_BL1[:, 1:]
     if isinstance(targets, ChunkTargets):
@@ -108,12 +114,12 @@ def _contradictions_topk(
     kept_logprob_N = _kept_logprobs(ids_NK, logprobs_NK, labels_BL.reshape(-1, 1))
     is_kept_N = kept_logprob_N > -np.inf
     label_N = targets.label_logprobs_BL.ravel()
-    # what bounds the label: its own kept logprob, or the last one of its row
+    # a kept label is compared with its own kept logprob, any other label with the last kept logprob of its row
     bound_N = np.where(is_kept_N, kept_logprob_N, logprobs_NK[:, -1])
     padded = np.flatnonzero(np.isneginf(bound_N))
     bound_N[padded] = np.where(np.isneginf(logprobs_NK[padded]), 0.0, logprobs_NK[padded]).min(axis=1)
     tolerance = LOGPROB_TOLERANCE_NATS + error.label_nats + error.kept_nats
-    # no comparison with NaN is true: an unknown label agrees with no kept id, and contradicts none where it is not kept
+    # comparisons with NaN are false: an unknown logprob fails the check if its label is kept, and passes it otherwise
     agrees_N = np.abs(bound_N - np.maximum(label_N, error.floor_nats)) <= tolerance
     bad: npt.NDArray[np.bool_] = np.where(is_kept_N, ~agrees_N, label_N > bound_N + tolerance)
     return bad.reshape(labels_BL.shape)
@@ -122,9 +128,9 @@ def _contradictions_topk(
 def _kept_logprobs(
     ids_NK: npt.NDArray[np.integer], logprobs_NK: npt.NDArray[np.float32], labels_N1: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.float32]:
-    """Each label's logprob among the kept ids; -inf where it is not one, as padding has it."""
+    """Return each label's logprob among the kept ids [N]; -inf where the label is not kept or is padding."""
     places = np.flatnonzero(ids_NK == labels_N1)
     kept_N = np.full(len(ids_NK), -np.inf, np.float32)
-    # the last assignment stays: a label that is 0 stands in its row before the padding does
+    # padding has id 0 as well, but stands behind the kept ids: in reverse order, the kept id is assigned last and wins
     kept_N[places[::-1] // ids_NK.shape[1]] = logprobs_NK.ravel()[places[::-1]]
     return kept_N

@@ -28,26 +28,27 @@ IGNORED_LABEL = -100
 
 
 class Batch:
-    """What one step of training reads.
+    """The tensors that one micro-batch of training reads.
 
-    No dataclass: Lightning would take it apart and round the teacher's probabilities to the training's precision.
+    This is not a dataclass: Lightning would convert its fields and round the teacher's probabilities to the precision
+    of the training.
 
     Attributes:
-        input_ids_BL: the first L tokens of each sequence [B, L], int64.
-        labels_BL: the token after each of them [B, L], int64; -100 where it does not count.
-        ids_NK: kept ids of each row [N, K], int64; padding has weight 0. None without targets.
-        weights_NK: their probabilities under the teacher [N, K], float32.
-        tail_N: probability of all other ids [N], float32; None where the recording has none. Of a cache that `align`
-            made, ids, weights and tail are projected targets: all 0 in a row that has none.
-        positions_BL: of each token in its sequence or document [B, L], int64, where a row holds several or padding;
-            attention ends where they begin anew. None where every row is one sequence that is seen whole.
-        num_counted: labels that count, where the host knows it: then none of them need be looked at on a device.
-        chunk_left_N: of a cache that `align` made, how many rows of its chunk come after each row [N], int64; -1 in no
-            chunk to learn from. None in any other.
-        chunk_logprobs_N: the teacher's logprob of a chunk in its last row [N], float32, nats; 0 in all others.
-        writer_logprobs_N: of text that a student wrote, the logprob by which it sampled each label [N], float32, nats;
-            NaN where there is no label. None where it is not asked for.
-        teacher_logprobs_N: beside it the teacher's of each label [N], float32, nats.
+        input_ids_BL: First L tokens of each sequence [B, L], int64.
+        labels_BL: The token after each input token [B, L], int64; -100 where the loss ignores it.
+        ids_NK: Kept ids of each row [N, K], int64; padding has weight 0. None without targets.
+        weights_NK: The teacher's probabilities of `ids_NK` [N, K], float32.
+        tail_N: Probability of all other ids [N], float32; None if the recording has no tail. In a cache that `align`
+            made, ids, weights and tail are projected targets, and are all 0 in a row without one.
+        positions_BL: Position of each token in its sequence or document [B, L], int64, if a row holds several of them
+            or padding; attention must not cross a place where positions restart. None if a row is one whole sequence.
+        num_counted: Number of labels that are not -100, if the host knows it; this saves counting them on the device.
+        chunk_left_N: Number of rows of the same chunk that follow each row [N], int64; -1 in rows outside every chunk
+            to learn from. None unless `align` made the cache.
+        chunk_logprobs_N: The teacher's logprob of a chunk, in the chunk's last row [N], float32, nats; 0 in other rows.
+        writer_logprobs_N: For text that a student wrote, the logprob with which it sampled each label [N], float32,
+            nats; NaN where there is no label. None unless the loader was asked for it.
+        teacher_logprobs_N: The teacher's logprob of each label [N], float32, nats; present with `writer_logprobs_N`.
     """
 
     def __init__(
@@ -72,13 +73,13 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Targets in the batch, those of padding included."""
+        """Return the number of targets in the batch, including padding."""
         return self.labels_BL.numel()
 
     def __repr__(self) -> str:
-        """Shapes and dtypes, one tensor a line, and the device."""
+        """Return the device, then the shape and dtype of each tensor on a line of its own."""
         lines = [f"Batch on {self.labels_BL.device}: {self.num_tokens:,} targets"]
-        # what only few batches have is not named where there is none
+        # tensors that only few batches have are left out where they are None
         rare = ("chunk", "writer", "teacher")
         shown = {name: one for name, one in self.tensors().items() if one is not None or not name.startswith(rare)}
         width = max(map(len, shown)) + 1
@@ -88,26 +89,27 @@ class Batch:
         return "\n".join(lines)
 
     def tensors(self) -> dict[str, torch.Tensor | None]:
-        """The tensors by name, in the order in which a batch is made of them."""
+        """Return the tensors by name, in the order of the constructor's arguments."""
         return {name: value for name, value in vars(self).items() if name != "num_counted"}
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        """The same batch of changed tensors."""
+        """Return a copy of the batch with `change` applied to each tensor."""
         changed: dict[str, Any] = {name: one if one is None else change(one) for name, one in self.tensors().items()}
         return Batch(**changed, num_counted=self.num_counted)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
+        """Return a copy of the batch on another device."""
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
 class TargetTemperature:
-    """Another temperature than that of the stored logprobs.
+    """A temperature that differs from the one at which the stored logprobs were captured.
 
     Attributes:
-        number: of the temperature among the further ones.
-        power: probabilities at it are proportional to this power of the stored ones.
+        number: Index of the temperature in the cache's extra temperatures.
+        power: Capture temperature / this temperature; the probabilities at this temperature are proportional to this
+            power of the stored probabilities.
     """
 
     number: int
@@ -115,7 +117,7 @@ class TargetTemperature:
 
 
 Sample = tuple[Sequences, Targets | None, int]
-"""A decoded block and the number of a sequence in it."""
+"""A decoded block (sequences and targets) and the index of one sequence in it."""
 
 
 def collate(
@@ -124,13 +126,13 @@ def collate(
     temperature: TargetTemperature | None = None,
     context: ContextRule = "packed",
 ) -> Batch:
-    """One micro-batch of these sequences.
+    """Collate sequences into one micro-batch.
 
     Args:
-        samples: the sequences.
-        num_samples: turns the counts of `sampled` targets into probabilities.
-        temperature: the further temperature at which `topk` targets are wanted; None for that of the stored logprobs.
-        context: under `document`, the batch has positions that begin anew at each document.
+        samples: The sequences, each as its block and its index in the block.
+        num_samples: Samples a row, by which the counts of `sampled` targets are divided.
+        temperature: The extra temperature of the `topk` targets; None for the capture temperature.
+        context: The context rule. Under `document`, the batch has positions that restart at each document.
     """
     tokens_BL1 = np.stack([sequences.tokens_BL1[row] for sequences, _, row in samples]).astype(np.int64)
     mask_BL1 = np.stack([sequences.mask_BL1[row] for sequences, _, row in samples])
@@ -151,9 +153,9 @@ def collate(
 
 
 def positions_in_documents(starts_BL1: torch.Tensor) -> torch.Tensor:
-    """The position of each of the first L tokens in its document [B, L], int64.
+    """Return the position of each of the first L tokens in its document [B, L], int64.
 
-    A document that began in an earlier sequence begins anew, as it did when the teacher scored it.
+    A document that began in an earlier sequence starts again at position 0, as it did when the teacher scored it.
     """
     places_L = torch.arange(starts_BL1.shape[1] - 1, device=starts_BL1.device)
     first_BL = (places_L * starts_BL1[:, :-1]).cummax(1).values
@@ -163,7 +165,7 @@ def positions_in_documents(starts_BL1: torch.Tensor) -> torch.Tensor:
 def _with_sampled(batch: Batch, samples: list[Sample], num_samples: int) -> Batch:
     parts = [_rows_of(targets, row) for _, targets, row in samples if isinstance(targets, SampledTargets)]
     num_ids_N = np.concatenate([part[0] for part in parts])
-    # which places of a row are filled: half the time of working out where each id goes
+    # a mask of the filled places takes half the time of computing the index of each id
     filled_NK = np.arange(num_ids_N.max(), dtype=num_ids_N.dtype) < num_ids_N[:, None]
     ids_NK, weights_NK = np.zeros(filled_NK.shape, np.int64), np.zeros(filled_NK.shape, np.float32)
     ids_NK[filled_NK] = np.concatenate([part[1] for part in parts])
@@ -188,10 +190,10 @@ def _with_topk(batch: Batch, samples: list[Sample], temperature: TargetTemperatu
     else:
         log_tail_N = np.concatenate([targets.log_tails_BLT[row, :, temperature.number] for targets, row in parts])
         logprobs_NK = logprobs_NK * np.float32(temperature.power)
-        # all are divided by the largest summand, so that none of them overflows and not all of them vanish
+        # divided by the largest summand, the weights cannot overflow and at least one of them is not 0
         largest_N = np.maximum(logprobs_NK.max(axis=1), log_tail_N)
         weights_NK, tail_N = np.exp(logprobs_NK - largest_N[:, None]), np.exp(log_tail_N - largest_N)
-    # rounded logprobs do not quite sum to 1, and powers of them to anything; the loss reads a row as one distribution
+    # rounded probabilities sum to almost 1, their powers to any number; the loss needs rows that sum to 1
     total_N = weights_NK.sum(axis=1) + tail_N
     batch.ids_NK, batch.weights_NK = torch.from_numpy(ids_NK), torch.from_numpy(weights_NK / total_N[:, None])
     batch.tail_N = torch.from_numpy(tail_N / total_N)
@@ -211,7 +213,7 @@ def _with_projected(batch: Batch, parts: list[ProjectedTargets]) -> Batch:
     joined = ProjectedTargets(*(np.concatenate([vars(one)[name] for one in parts]) for name in vars(parts[0])))
     ids_NK, logprobs_NK, tail_N = padded_rows(joined)
     weights_NK = np.exp(logprobs_NK)
-    # as of top-k tokens; rows without a target stay 0
+    # rounded probabilities do not sum to exactly 1, so each row is divided by its sum; rows without a target stay 0
     total_N = np.where(joined.num_ids_BL.ravel() > 0, weights_NK.sum(axis=1) + tail_N, np.float32(1))
     batch.ids_NK, batch.weights_NK = torch.from_numpy(ids_NK), torch.from_numpy(weights_NK / total_N[:, None])
     batch.tail_N = torch.from_numpy(tail_N / total_N)

@@ -1,9 +1,9 @@
-"""Micro-batches out of members: found, decoded by the host or a device, collated.
+"""Micro-batches are made from members, which are located, decoded by the host or by a device, and collated.
 
     places --BlockCache--> blocks --collate--> Batch                                            the host decodes
     places --BlockCache--> stored columns --gather, one copy--> DeviceDecoder --> Batch         a device decodes
 
-Threads do the host's part of several micro-batches at once; the device's part is the consumer's.
+Threads do the host's part of several micro-batches at once; the consumer's thread starts the device's part.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class BatchMaker:
     """Makes the micro-batches of a stream.
 
     Args:
-        reader: of the shards.
-        stream: says which sequences a micro-batch holds.
-        settings: of the loader.
+        reader: Reader of the shards.
+        stream: Stream that says which sequences each micro-batch holds.
+        settings: Settings of the loader.
 
     Attributes:
-        skips: the damaged members that were passed over.
-        blocks: those held in memory.
+        skips: The damaged members that were skipped.
+        blocks: Cache of the blocks that are held in memory.
     """
 
     def __init__(self, reader: ShardReader, stream: Stream, settings: LoaderSettings) -> None:
@@ -52,10 +52,10 @@ class BatchMaker:
             self._decoder = DeviceDecoder(reader.codec, settings.decode_on, settings.target_temperature)
 
     def host_part(self, number: int) -> Batch | StoredBatch:
-        """What threads make of a micro-batch: all of it, or its stored columns.
+        """Make the host's part of a micro-batch: the whole batch, or its stored columns if a device decodes.
 
         Raises:
-            CorruptError: a member is damaged, and may not be skipped.
+            CorruptError: A member is damaged and may not be skipped.
         """
         epoch, chosen = self._stream.chosen(number)
         found = [self._find(epoch, index) for index in chosen]
@@ -71,7 +71,7 @@ class BatchMaker:
         return pinned(batch) if self._pin else batch
 
     def finish(self, part: Batch | StoredBatch, number: int) -> Batch:
-        """The micro-batch of that number; what threads have stored columns of is decoded by the device."""
+        """Turn the host's part of micro-batch `number` into a batch; stored columns are decoded on the device."""
         if isinstance(part, Batch):
             return part
         assert self._decoder is not None, "stored columns are read for a device only"
@@ -80,14 +80,14 @@ class BatchMaker:
     def require_sound(self) -> None:
         """Raise CorruptError if a micro-batch that a device decoded contradicts the format or its own tokens.
 
-        This waits for the device. What the host decodes is checked before it is handed out.
+        This waits for the device. Batches that the host decodes are checked before they are handed out.
         """
         number = None if self._decoder is None else self._decoder.first_fault()
         if number is None:
             return
         epoch, chosen = self._stream.chosen(number)
         places = [self._find(epoch, index)[1] for index in chosen]
-        # the host finds it again, and names it
+        # the host's own check fails at the same fault, and its error names the member
         for place in places:
             self._reader.read_member(place.shard, place.member)
         raise CorruptError(
@@ -110,7 +110,7 @@ class BatchMaker:
         batch.teacher_logprobs_N = torch.from_numpy(np.concatenate(each_teacher))
 
     def _find(self, epoch: int, index: int) -> tuple[LoadedBlock, Place]:
-        """The sequence of that index, or where its member is damaged the first sound one that may stand for it."""
+        """Return the block and place of a sequence, or of the first sound substitute if its member is damaged."""
         shards = self._reader.shard_set.shards
         for place in self._stream.order.candidates(epoch, index):
             member = (place.shard, place.member)
@@ -135,5 +135,5 @@ class BatchMaker:
 
 
 def pinned(batch: Batch) -> Batch:
-    """The same batch in page-locked memory."""
+    """Return a copy of the batch in page-locked memory."""
     return batch.each(lambda tensor: tensor.pin_memory())

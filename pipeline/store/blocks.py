@@ -1,4 +1,4 @@
-"""Blocks in memory, decoded or as stored, bounded in bytes: each is read by one thread, however many ask for it."""
+"""A memory-bounded cache of blocks, decoded or as stored; a block that several threads ask for is read only once."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ LoadedBlock = tuple[Sequences, Targets | None] | StoredBlock
 
 
 class BlockCache(Generic[Key]):
-    """The blocks used last, up to a number of bytes; the newest is kept whatever its size.
+    """Keeps the most recently used blocks, up to a number of bytes; the newest block is kept whatever its size.
 
     Args:
-        read: makes a block; what it raises is raised to everyone who waits for that block, and not remembered.
-        max_bytes: of all blocks held.
-        once: drop a block when it was asked for as often as it has sequences: nobody will ask again.
+        read: Reads the block of a key. Its error is raised in every thread that waits for the block, and the next
+            request reads again.
+        max_bytes: Largest size of all blocks held, in bytes.
+        once: Drop a block after as many requests as it has sequences, because in one epoch no request follows.
     """
 
     def __init__(self, read: Callable[[Key], LoadedBlock], max_bytes: int, once: bool = False) -> None:
@@ -35,7 +36,7 @@ class BlockCache(Generic[Key]):
         self.num_bytes = 0
 
     def get(self, key: Key) -> LoadedBlock:
-        """The block of that key."""
+        """Return the block of a key, and read it first if it is not in memory."""
         with self._lock:
             known = key in self._blocks
             future = self._blocks.setdefault(key, Future())
@@ -50,7 +51,7 @@ class BlockCache(Generic[Key]):
             self._uses[key] += 1
             if self._uses[key] >= most:
                 del self._uses[key]
-                if key in self._sizes:  # neither dropped before nor in the making again
+                if key in self._sizes:  # otherwise it has been dropped already, or is being read again
                     self._drop(key)
 
     def _make(self, key: Key, future: Future[LoadedBlock]) -> LoadedBlock:
@@ -71,7 +72,7 @@ class BlockCache(Generic[Key]):
         return block
 
     def _drop_oldest(self) -> None:
-        # those still being made have no size yet and stay
+        # blocks that are still being read have no size yet and stay
         for key in list(self._sizes_in_order())[:-1]:
             if self.num_bytes <= self._max_bytes:
                 return
@@ -92,7 +93,7 @@ def _size_of(block: LoadedBlock) -> int:
 
 
 def _num_bytes(part: object) -> int:
-    """Of arrays, and of records of them."""
+    """Return the bytes of an array, or of all arrays of a record."""
     if part is None or isinstance(part, np.ndarray):
         return 0 if part is None else int(part.nbytes)
     return sum(map(_num_bytes, vars(part).values()))

@@ -1,4 +1,4 @@
-"""What every codec refuses to write, and to read."""
+"""Checks that every codec makes of values before it writes them and after it reads them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy.typing as npt
 
 from capgap.schemas.errors import InputError
 
-# what rounding does to sums in float32, of probabilities as well as of their logarithms
+# bound on the rounding error of float32 sums of probabilities, and of their logarithms
 ROUNDING = 1e-4
 
 
 def check_ids(name: str, ids: npt.NDArray[Any], vocab_size: int) -> None:
-    """Raise InputError if an id is not below the vocabulary's size."""
+    """Raise InputError if an id is negative or not below the vocabulary's size."""
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         raise InputError(
             f"{name}: an id outside the vocabulary",
@@ -24,14 +24,14 @@ def check_ids(name: str, ids: npt.NDArray[Any], vocab_size: int) -> None:
 
 
 def check_logprobs(name: str, logprobs: npt.NDArray[np.float32]) -> None:
-    """Raise InputError if a value is infinite, not a number, or further above 0 than rounding explains."""
+    """Raise InputError if a logprob is infinite, NaN, or above 0 by more than rounding explains."""
     check_finite(name, logprobs)
     if logprobs.size and logprobs.max() > ROUNDING:
         raise InputError(f"{name}: a logprob above 0", found=round(float(logprobs.max()), 6))
 
 
 def check_finite(name: str, values: npt.NDArray[np.float32]) -> None:
-    """Raise InputError if a value is infinite or not a number."""
+    """Raise InputError if a value is infinite or NaN."""
     if not np.isfinite(values).all():
         raise InputError(
             f"{name}: a value that is not finite", found=f"{int((~np.isfinite(values)).sum())} of {values.size}"
@@ -39,7 +39,7 @@ def check_finite(name: str, values: npt.NDArray[np.float32]) -> None:
 
 
 def check_counts(num_ids_N: npt.NDArray[Any], ids_D: npt.NDArray[Any], counts_D: npt.NDArray[Any], total: int) -> None:
-    """Raise InputError unless every row has ids, every id samples, and every row's samples sum to `total`."""
+    """Raise InputError unless every row has ids, every id has samples, and each row's counts sum to `total`."""
     if num_ids_N.sum() != len(ids_D) or len(ids_D) != len(counts_D):
         raise InputError("ids, counts and num_ids disagree", found=len(ids_D), expected=num_ids_N.sum())
     if len(num_ids_N) and (num_ids_N.min() < 1 or counts_D.min() < 1):

@@ -1,10 +1,10 @@
-"""The values of `chunks` targets: two flags a target, and the chunk's logprob as the bits of a float32 in four planes.
+"""The stored values of `chunks` targets: two flags a target, and the chunk's logprob as a float32 in four byte planes.
 
-Beside them, where the codec keeps ids, stand projected targets: how many ids each target has, the ids in planes, their
-logprobs and the tail as the bits of a float32.
+If the codec keeps ids, it also stores projected targets: the number of ids of each target, the ids in planes, and
+their logprobs and the tail as float32 bits.
 
-Sums of a codec's logprobs, which are multiples of 1/64 nat as a rule, have low bytes of zeros: they cost next to
-nothing, and no chunk is rounded a second time.
+A chunk's logprob is a sum of stored logprobs, which usually are multiples of 1/64 nat. The low bytes of such a float32
+are zeros and compress to almost nothing, so chunks are stored without a second rounding.
 
 Legend: B sequences, L targets a sequence, N = B x L rows, D ids of all rows.
 """
@@ -23,21 +23,21 @@ from capgap.pipeline.store.planes import pack_bits, unpack_bits
 from capgap.schemas.errors import InputError
 from capgap.schemas.records import BoolArray, ChunkTargets, FloatArray, ProjectedTargets
 
-# probabilities of `compact` are up to a tenth of a nat off
+# logprobs of `compact` have an error of up to a tenth of a nat, which changes a sum of probabilities by up to 11 %
 _TOTAL_TOLERANCE = 0.11
 
 
 def chunk_values(targets: ChunkTargets, vocab_size: int, num_ids: int) -> dict[str, npt.NDArray[Any] | RaggedValues]:
-    """The values of one member, by field.
+    """Return the values of one member's targets, by field.
 
     Args:
-        targets: of the member.
-        vocab_size: ids are below it.
-        num_ids: most ids of a projected target; 0 where there are none.
+        targets: Targets of the member.
+        vocab_size: All ids are below this number.
+        num_ids: Largest number of ids of a projected target; 0 if the codec has no projected targets.
 
     Raises:
-        InputError: a logprob is none, or stands where no chunk is kept; a chunk is kept where none ends; a projected
-            target is no distribution, or stands beside no kept chunk of one token.
+        InputError: A value is no logprob, or is not 0 where no chunk is kept; a chunk is kept where none ends; a
+            projected target is no distribution, or does not belong to a kept chunk of one token.
     """
     _check(targets, vocab_size, num_ids)
     values: dict[str, npt.NDArray[Any] | RaggedValues] = {
@@ -58,7 +58,7 @@ def chunk_values(targets: ChunkTargets, vocab_size: int, num_ids: int) -> dict[s
 
 
 def chunk_targets(values: Mapping[str, npt.NDArray[Any]], seq_len: int, vocab_size: int, num_ids: int) -> ChunkTargets:
-    """The targets of one member, of its values by field; the rest as `chunk_values`."""
+    """Build the targets of one member from its values by field; arguments and errors are those of `chunk_values`."""
     ends_BL, kept_BL = (unpack_bits(values[name], seq_len) for name in ("chunk_ends", "chunk_kept"))
     projected = None
     if num_ids:
@@ -73,10 +73,10 @@ def chunk_targets(values: Mapping[str, npt.NDArray[Any]], seq_len: int, vocab_si
 
 
 def left_in_chunk(targets: ChunkTargets) -> npt.NDArray[np.int64]:
-    """How many targets of its chunk come after each target [B, L]; -1 in every chunk that is not kept, and in none."""
+    """Return how many targets of the same chunk follow each target [B, L], int64; -1 outside of kept chunks."""
     length = targets.ends_BL.shape[1]
     places_L = np.arange(length)
-    # the place of the next end, which an end itself is
+    # the place of the next chunk end, at or after each target
     end_BL = np.where(targets.ends_BL, places_L, length)
     end_BL = np.minimum.accumulate(end_BL[:, ::-1], axis=1)[:, ::-1]
     kept_BL = np.take_along_axis(targets.kept_BL, np.minimum(end_BL, length - 1), 1) & (end_BL < length)
@@ -85,14 +85,14 @@ def left_in_chunk(targets: ChunkTargets) -> npt.NDArray[np.int64]:
 
 
 def chunks_without_labels(mask_BL1: BoolArray, targets: ChunkTargets) -> BoolArray:
-    """Where a kept chunk holds a target that is no label [B, L]."""
+    """Return True for each target that lies in a kept chunk but is no label [B, L]."""
     return (left_in_chunk(targets) >= 0) & ~mask_BL1[:, 1:]
 
 
 def padded_rows(projected: ProjectedTargets) -> tuple[npt.NDArray[np.int64], FloatArray, FloatArray]:
-    """Ids and logprobs of each row [N, K], K those of the widest, padded with id 0 at logprob -inf; and the tails [N].
+    """Return the ids and logprobs of each row [N, K], and the tails [N]; K is the number of ids of the widest row.
 
-    A row without a target has no probability at all.
+    Padding has id 0 and logprob -inf. In a row without a target, all is padding and the tail is 0.
     """
     num_ids_N = projected.num_ids_BL.ravel()
     filled_NK = np.arange(max(1, num_ids_N.max(initial=0))) < num_ids_N[:, None]
@@ -114,7 +114,7 @@ def _floats_of(bits: npt.NDArray[Any]) -> FloatArray:
 def _check(targets: ChunkTargets, vocab_size: int, num_ids: int) -> None:
     _check_chunks(targets)
     if (targets.projected is not None) != (num_ids > 0):
-        raise InputError("projected: some where the codec has none, or none where it has some", expected=num_ids)
+        raise InputError("projected: targets and codec disagree on whether there are any", expected=num_ids)
     if targets.projected is not None:
         _check_projected(targets, targets.projected, vocab_size, num_ids)
 
@@ -129,16 +129,16 @@ def _check_projected(targets: ChunkTargets, projected: ProjectedTargets, vocab_s
     check_logprobs("logprobs_D", projected.logprobs_D)
     check_finite("tail_BL", projected.tail_BL)
     if projected.tail_BL.min(initial=0) < 0 or projected.tail_BL[projected.num_ids_BL == 0].any():
-        raise InputError("tail_BL: a tail below 0, or of no target")
+        raise InputError("tail_BL: a tail below 0, or a tail in a row without a target")
     if (has_N & ~((left_in_chunk(targets) == 0) & _begins(targets)).ravel()).any():
-        raise InputError("projected: a target beside no kept chunk of one token")
+        raise InputError("projected: a target that does not belong to a kept chunk of one token")
     if len(projected.ids_D) == 0:
         return
     row_D = np.repeat(np.arange(len(num_ids_N)), num_ids_N)
     kept_N = np.bincount(row_D, np.exp(projected.logprobs_D.astype(np.float64)), len(num_ids_N))
     total_N = kept_N.astype(np.float64) + projected.tail_BL.ravel()
     if (np.abs(total_N[has_N] - 1) > _TOTAL_TOLERANCE).any():
-        raise InputError("projected: probabilities and tail of a target that are not 1 together")
+        raise InputError("projected: the probabilities and the tail of a target do not sum to 1")
     is_same_row = row_D[1:] == row_D[:-1]
     if (projected.logprobs_D[1:] > projected.logprobs_D[:-1])[is_same_row].any():
         raise InputError("logprobs_D: logprobs that rise within a row")
@@ -148,7 +148,7 @@ def _check_projected(targets: ChunkTargets, projected: ProjectedTargets, vocab_s
 
 
 def _begins(targets: ChunkTargets) -> BoolArray:
-    """Where a chunk begins [B, L]."""
+    """Return True for each target that begins a chunk [B, L]."""
     begins_BL = np.ones_like(targets.ends_BL)
     begins_BL[:, 1:] = targets.ends_BL[:, :-1]
     return begins_BL
@@ -157,6 +157,6 @@ def _begins(targets: ChunkTargets) -> BoolArray:
 def _check_chunks(targets: ChunkTargets) -> None:
     check_logprobs("logprobs_BL", targets.logprobs_BL)
     if (targets.kept_BL & ~targets.ends_BL).any():
-        raise InputError("kept_BL: a chunk that is kept where none ends")
+        raise InputError("kept_BL: a chunk is kept at a target where no chunk ends")
     if targets.logprobs_BL[~targets.kept_BL].any():
         raise InputError("logprobs_BL: a logprob where no chunk is kept")

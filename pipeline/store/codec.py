@@ -3,11 +3,11 @@
 One Arrow row is one sequence, so that any Arrow program can read a member:
 
     every codec             tokens (planes of ranks), starts, mask (bits)
-    sampled-planes-1        `sampled`: the ids that were sampled, and how often each was
+    sampled-planes-1        `sampled`: the sampled ids, and the count of each
     topk-PROFILE-1          `topk`: the top-k tokens, their logprobs and the tail
-    chunks-1                `chunks`: where chunks end, and the logprobs of those that are kept
+    chunks-1                `chunks`: where chunks end, and the logprobs of the kept chunks
 
-Which columns these are stands in layout.py.
+layout.py defines the columns of each codec.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ __all__ = ["CHUNKS", "PROFILES", "SAMPLED", "SEQUENCES", "TOPK", "TOPK_CODECS", 
 _LABEL_ERROR = StoredError(label_nats=LABELS.error_nats)
 _ERRORS = {
     SEQUENCES: EXACT,
-    # of projected targets, whose cache may have had any of the profiles below
+    # projected targets may come from a cache of any profile below, so the largest of their errors is allowed
     CHUNKS: StoredError(FINE.error_nats, COARSE.error_nats, COARSE.floor_nats),
     SAMPLED: _LABEL_ERROR,
     TOPK_CODECS["lossless"]: EXACT,
@@ -65,9 +65,9 @@ _ERRORS = {
     TOPK_CODECS["small"]: StoredError(FINE.error_nats, COARSE.error_nats, COARSE.floor_nats),
 }
 
-# A level is the writer's choice. Measured on topk 64, near-lossless: 1.29 us a token at level 3, 0.49 at level 1, for
-# 0.7 % more bytes; compact: 0.92, 0.45 at level 2 and 0.39 at level 1, for 1.8 % and 3.1 %. Sampled rows are small:
-# level 3 takes 0.2 us.
+# The writer may choose any zstd level. Measured at topk 64: near-lossless takes 1.29 us a token at level 3, and 0.49 us
+# at level 1 for 0.7 % more bytes. compact takes 0.92 us at level 3, 0.45 us at level 2 for 1.8 % more, and 0.39 us at
+# level 1 for 3.1 % more. Sampled rows are small, so that level 3 takes only 0.2 us.
 _ZSTD_LEVELS = {
     SEQUENCES: 3,
     SAMPLED: 3,
@@ -83,18 +83,18 @@ _MAX_SCHEMA_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Codec:
-    """How a block becomes bytes and back.
+    """Encodes blocks as the bytes of members, and decodes them.
 
     Attributes:
-        name: name with version, as the manifest states it.
-        seq_len: L, targets a sequence.
-        vocab_size: ids are below it.
-        num_ids: n samples (`sampled`) or K kept ids (`topk`, projected `chunks`) a row; 0 where there are none.
-        ranking: of the ids; None stores them as they are.
-        temperature: at which the teacher was recorded; written down only where there are further ones.
-        extra_temperatures: at which `topk` has a tail too.
-        unknown_labels: a label's logprob may be NaN, for unknown, where its id is not kept; for `topk`.
-        was_cut: `small` writes all ids that a row comes with; the writer's choice, of which no reader needs to know.
+        name: Name with version, as the manifest states it.
+        seq_len: L, the number of targets in a sequence.
+        vocab_size: All ids are below this number.
+        num_ids: n samples (`sampled`) or K kept ids (`topk`, projected `chunks`) a row; 0 if rows have no ids.
+        ranking: Ranking of the ids. If it is None, ids are stored as they are.
+        temperature: Capture temperature; it is written to the manifest only if there are extra temperatures.
+        extra_temperatures: Further temperatures for which `topk` stores a tail.
+        unknown_labels: Whether a label's logprob may be NaN (unknown) if its id is not kept; for `topk` only.
+        was_cut: `small` writes every id of a row, because the rows were cut before. Only the writer uses this.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Codec:
 
     @property
     def settings(self) -> dict[str, JsonValue]:
-        """What the manifest must say beside the name."""
+        """Return the settings that the manifest must hold in addition to the codec's name."""
         extra = self.extra_temperatures or None
         settings = CodecSettings(
             vocab_size=self.vocab_size,
@@ -124,24 +124,24 @@ class Codec:
 
     @cached_property
     def fields(self) -> tuple[Field, ...]:
-        """What is stored of each sequence, in the order of the columns."""
+        """Return the fields that are stored for each sequence, in the order of the columns."""
         return fields_of(self.name, self.seq_len, self.vocab_size, self.num_ids, len(self.extra_temperatures))
 
     @property
     def powers(self) -> tuple[float, ...]:
-        """Probabilities at each further temperature are proportional to these powers of the stored ones."""
+        """Return, for each extra temperature, the power of the stored probabilities that gives its probabilities."""
         return tuple(self.temperature / other for other in self.extra_temperatures)
 
     @property
     def error(self) -> StoredError:
-        """How far a logprob that was read may be from what was written."""
+        """Return the largest difference between a logprob as it was written and as it is read."""
         return _ERRORS[self.name]
 
     def encode(self, sequences: Sequences, targets: Targets | None = None) -> bytes:
-        """One member.
+        """Encode a block as the bytes of one member.
 
         Raises:
-            InputError: an id outside the vocabulary, a NaN, or counts that do not sum to the number of samples.
+            InputError: An id is outside the vocabulary, a value is NaN, or counts do not sum to the number of samples.
         """
         check_ids("tokens", sequences.tokens_BL1, self.vocab_size)
         values: dict[str, npt.NDArray[Any] | RaggedValues] = {
@@ -159,22 +159,23 @@ class Codec:
         return to_frame(to_columns(fields, values), _ZSTD_LEVELS[self.name])
 
     def decode(self, data: bytes, where: str, num_sequences: int | None = None) -> tuple[Sequences, Targets | None]:
-        """The block of one member; `where` names it in errors.
+        """Decode the block of one member.
 
         Args:
-            data: the member.
-            where: names it in errors.
-            num_sequences: that the manifest says it holds: no memory is given to a frame that claims more.
+            data: Bytes of the member.
+            where: Name of the member in errors.
+            num_sequences: Number of sequences that the manifest states; a frame that claims more bytes than these can
+                take is refused before memory is allocated.
 
         Raises:
-            CorruptError: the frame's checksum, the Arrow stream or its shapes are wrong.
+            CorruptError: The frame's checksum, the Arrow stream or its shapes are wrong.
         """
         with decoding(self, where):
             values = read_values(self.fields, from_frame(data, self.most_bytes(num_sequences)))
             return self._sequences(values), self._targets(values)
 
     def most_bytes(self, num_sequences: int | None) -> int:
-        """A bound on a member's bytes once it is inflated: 8 for each kept id, 32 for what else a target has."""
+        """Return the most bytes that an inflated member may have: 8 a kept id, and 32 for the rest of a target."""
         if num_sequences is None:
             return MAX_MEMBER_BYTES
         per_target = 8 * self.num_ids + 4 * len(self.extra_temperatures) + 32
@@ -196,7 +197,7 @@ class Codec:
 
     @property
     def ranking_used(self) -> Ranking:
-        """The ranking, or the ids as they are."""
+        """Return the ranking, or the identity if ids are not ranked."""
         return _identity(self.vocab_size) if self.ranking is None else self.ranking
 
     @property
@@ -214,7 +215,7 @@ class Codec:
 
 @contextmanager
 def decoding(codec: Codec, where: str) -> Iterator[None]:
-    """Whatever reading a member raises becomes a CorruptError that names it."""
+    """Turn every error of reading a member into a CorruptError that names the member."""
     try:
         yield
     except (
@@ -238,17 +239,17 @@ def decoding(codec: Codec, where: str) -> Iterator[None]:
 def codec_for(
     name: str, seq_len: int, settings: Mapping[str, JsonValue], read_file: Callable[[str], bytes] | None = None
 ) -> Codec:
-    """The codec that a manifest names.
+    """Return the codec that a manifest names.
 
     Args:
-        name: with version.
-        seq_len: L.
-        settings: as the manifest has them.
-        read_file: reads a file of the folder, by its name: the ranking, where the settings name one.
+        name: Name with version.
+        seq_len: L, the number of targets in a sequence.
+        settings: The codec's settings in the manifest.
+        read_file: Reads a file of the folder by its name; needed if the settings name a ranking.
 
     Raises:
-        InputError: the name is not one that this version of capgap knows, or its settings are not the codec's.
-        CorruptError: the ranking is not the one that the members were written with.
+        InputError: This version of capgap does not know the codec, or the settings do not belong to it.
+        CorruptError: The ranking is not the one that the members were written with.
     """
     if name not in CODECS:
         raise InputError(

@@ -1,4 +1,4 @@
-"""What a manifest says of a codec beside its name and the length of its sequences."""
+"""The settings of a codec in a manifest, other than its name and the length of its sequences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from capgap.schemas.base import Record
 
-# Manifests may come from strangers: these bound what their numbers can ask for. A count of samples has 16 bits.
+# A manifest may come from anyone, so these limits bound the memory that it can ask for. Counts of samples have 16 bits.
 MAX_VOCAB_SIZE = 1 << 24
 MAX_IDS = (1 << 16) - 1
 
@@ -22,28 +22,28 @@ EXPECTED = (
 
 
 class CodecSettings(Record):
-    """The settings of one codec, as `codec_settings` of a shard set has them; what is left out is not written."""
+    """The settings of one codec, as in `codec_settings` of a shard set; settings that are None are not written."""
 
     vocab_size: int = Field(strict=True, ge=1, le=MAX_VOCAB_SIZE)
-    """Ids are below it."""
+    """All ids are below this number."""
 
     num_ids: int = Field(strict=True, ge=0, le=MAX_IDS)
-    """Samples (`sampled`) or kept ids (`topk`, projected `chunks`) a target; 0 where there are none."""
+    """Samples (`sampled`) or kept ids (`topk`, projected `chunks`) a target; 0 if targets have no ids."""
 
     temperature: _Temperature | None = None
-    """The temperature at which the teacher was recorded; only beside further ones."""
+    """The capture temperature; written only if there are extra temperatures."""
 
     extra_temperatures: Annotated[tuple[_Temperature, ...], Field(min_length=1)] | None = None
-    """Further temperatures at which `topk` has a tail."""
+    """Further temperatures for which `topk` stores a tail."""
 
     unknown_labels: bool | None = Field(None, strict=True)
-    """A label's logprob may be unknown, where its id is not kept; for `topk`."""
+    """Whether a label's logprob may be unknown if its id is not kept; for `topk` only."""
 
     ranking: Literal["ids-by-frequency.u32"] | None = None
-    """The file of ranks; ids are stored as they are where it is left out."""
+    """The file of the ranking. If it is left out, ids are stored as they are."""
 
     ranking_sha256: str | None = Field(None, strict=True)
-    """Its digest."""
+    """The SHA-256 digest of the ranking's file, hexadecimal."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -58,5 +58,5 @@ class CodecSettings(Record):
 
     @property
     def only_for_topk(self) -> bool:
-        """Whether there are settings that other codecs do not have."""
+        """Return whether a setting is present that only `topk` codecs have."""
         return self.temperature is not None or self.unknown_labels is not None

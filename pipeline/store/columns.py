@@ -1,4 +1,4 @@
-"""Arrays as Arrow columns and back, without an object per value, and the zstd frame around them."""
+"""Conversion between arrays and Arrow columns without a Python object per value, and the zstd frame around them."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import numpy.typing as npt
 import pyarrow as pa
 import zstandard
 
-# A member holds some thousand tokens; a frame that claims more than this is not one of ours.
+# A member holds a few thousand tokens. A frame that claims to be larger than this is refused before it is inflated.
 MAX_MEMBER_BYTES = 1 << 30
 
 
 def fixed_lists(values_BW: npt.NDArray[Any]) -> pa.Array:
-    """[B, W] as B lists of W values each."""
+    """Return an array [B, W] as an Arrow array of B lists of W values each."""
     flat = pa.array(np.ascontiguousarray(values_BW).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, values_BW.shape[1])
 
 
 def lists(values_D: npt.NDArray[Any], lengths_B: npt.NDArray[Any]) -> pa.Array:
-    """[D] cut into B lists of the given lengths."""
+    """Return an array [D], cut into lists of the given lengths [B], as an Arrow array of B lists."""
     offsets = np.zeros(len(lengths_B) + 1, dtype=np.int32)
     np.cumsum(lengths_B, out=offsets[1:])
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values_D))
 
 
 class Columns:
-    """The columns of one record batch, each to be read once.
+    """The columns of one record batch; it keeps track of the columns that have not been read.
 
     Args:
-        batch: one row a sequence.
+        batch: Record batch with one row for each sequence.
     """
 
     def __init__(self, batch: pa.RecordBatch) -> None:
@@ -42,11 +42,11 @@ class Columns:
         return int(self._batch.num_rows)
 
     def fixed(self, name: str, width: int, kind: Any = np.uint8) -> npt.NDArray[Any]:
-        """Lists of one size as [B, width].
+        """Return a column of fixed-size lists as an array [B, width] of dtype `kind`.
 
         Raises:
-            KeyError: there is no such column.
-            ValueError: the lists have another width, or hold other values.
+            KeyError: There is no such column.
+            ValueError: The lists have another width, or values of another type.
         """
         column = self._take(name)
         if not pa.types.is_fixed_size_list(column.type) or column.type.list_size != width:
@@ -54,19 +54,20 @@ class Columns:
         return _values(column, name, kind).reshape(len(self), width)
 
     def ragged(self, name: str, kind: Any = np.uint8) -> npt.NDArray[Any]:
-        """The values of lists of any size, one list after the other.
+        """Return the values of a column of lists of any size, concatenated, as an array [D] of dtype `kind`.
 
         Raises:
-            KeyError: there is no such column.
-            ValueError: it is no column of lists, or holds other values.
+            KeyError: There is no such column.
+            ValueError: It is no column of lists, or its values have another type.
         """
         return self.ragged_parts(name, kind)[0]
 
     def ragged_parts(self, name: str, kind: Any = np.uint8) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """What `ragged` gives, and where each list begins and the last one ends [B + 1].
+        """Return the values of `ragged`, and the offset of each list's start and of the last list's end [B + 1].
 
         Raises:
-            KeyError, ValueError: as `ragged`, or the lists do not lie one after the other.
+            KeyError: There is no such column.
+            ValueError: The column or its values have another type, or the lists are not contiguous.
         """
         column = self._take(name)
         if not pa.types.is_list(column.type):
@@ -77,7 +78,7 @@ class Columns:
         return values, offsets
 
     def require_all_read(self) -> None:
-        """Raise ValueError if there are columns that nobody asked for: the member is of another codec."""
+        """Raise ValueError if a column was not read, because then the member was written by another codec."""
         if self._unread:
             raise ValueError(f"unknown columns {', '.join(sorted(self._unread))}")
 
@@ -94,9 +95,9 @@ def _values(column: Any, name: str, kind: Any) -> npt.NDArray[Any]:
 
 
 def to_frame(columns: dict[str, pa.Array], level: int) -> bytes:
-    """One record batch as an Arrow IPC stream in one zstd frame with a checksum.
+    """Encode columns as one record batch, in an Arrow IPC stream, in one zstd frame with a checksum.
 
-    Arrow's own compression is off: it has no checksum.
+    Arrow's own compression is off because it has no checksum.
     """
     batch = pa.record_batch(list(columns.values()), names=list(columns))
     sink = pa.BufferOutputStream()
@@ -106,16 +107,16 @@ def to_frame(columns: dict[str, pa.Array], level: int) -> bytes:
 
 
 def from_frame(data: bytes, most_bytes: int = MAX_MEMBER_BYTES) -> Columns:
-    """The columns of one frame, which may be anyone's: nothing that it claims is believed before it is checked.
+    """Return the columns of one frame. The frame may come from anyone, so every size in it is checked before use.
 
     Args:
-        data: the frame.
-        most_bytes: that it may be once inflated; memory for no more is asked for.
+        data: Bytes of the frame.
+        most_bytes: Largest allowed size of the inflated frame, in bytes; no more memory is allocated.
 
     Raises:
-        zstandard.ZstdError: the frame is damaged.
-        ValueError: the frame has no checksum, claims to be larger than it may be, or holds another stream than ours.
-        pa.ArrowException, OSError, StopIteration, struct.error: the stream is not one.
+        zstandard.ZstdError: The frame is damaged.
+        ValueError: The frame has no checksum, claims to be too large, or holds a stream that capgap does not write.
+        pa.ArrowException, OSError, StopIteration, struct.error: The content is no Arrow IPC stream.
     """
     frame = zstandard.get_frame_parameters(data)
     if not frame.has_checksum:
@@ -132,16 +133,17 @@ def _only_batch(content: bytes) -> pa.RecordBatch:
     if (schema.type, batch.type) != ("schema", "record batch") or next(iter(messages), None) is not None:
         raise ValueError("a stream of other messages than one schema and one record batch")
     if _is_compressed(memoryview(batch.metadata)):
-        # it would be inflated to whatever size it claims
+        # Arrow would inflate it to any size that it claims
         raise ValueError("a record batch that is compressed within the frame")
     found = pa.ipc.read_record_batch(batch, pa.ipc.read_schema(schema))
-    found.validate()  # lengths that pass their buffers' ends would be read past them
+    found.validate()  # otherwise, wrong lengths would read beyond the ends of their buffers
     return found
 
 
 def _is_compressed(message: memoryview) -> bool:
-    """Whether a record batch names a compression: field 3 of the table that is field 2 of Message, in Arrow's
-    Message.fbs. Nothing in pyarrow tells; that the tables lie within the message was checked when it was read."""
+    """Return whether a record batch is compressed: field 3 of the table in field 2 of Message (Arrow's Message.fbs).
+
+    pyarrow has no function for this. It checked that the tables lie within the message when it read the message."""
     (root,) = struct.unpack_from("<I", message, 0)
     header = _field(message, root, 2)
     if not header:
@@ -151,7 +153,7 @@ def _is_compressed(message: memoryview) -> bool:
 
 
 def _field(message: memoryview, table: int, number: int) -> int:
-    """Where a field of a flatbuffers table lies; 0 where it is left out."""
+    """Return the offset of a field of a flatbuffers table; 0 if the field is absent."""
     (back,) = struct.unpack_from("<i", message, table)
     (size,) = struct.unpack_from("<H", message, table - back)
     place = 4 + 2 * number

@@ -1,10 +1,10 @@
-"""Decoding on the device that trains: the host only inflates, the rest is some torch operations.
+"""Decoding on the device that trains: the host only inflates members, and torch operations do the rest.
 
     member --pread, crc32, inflate, structure--> StoredBlock --gather--> StoredBatch --one copy--> device --> Batch
 
-What the host's decoding checks of the values is checked here as well: ids, codes and escapes, and the alignment of
-targets with their tokens. The outcome stays on the device, as the number of the first micro-batch at fault, until
-someone asks for it.
+The device checks the same values that decoding on the host checks: ids, codes and escapes, and the alignment of targets
+with their tokens. The result, the number of the first faulty micro-batch, stays on the device until `first_fault` is
+called.
 
 Legend: B sequences, L targets a sequence, N = B x L rows, K ids of the widest row.
 """
@@ -25,14 +25,14 @@ _NONE = torch.iinfo(torch.int64).max
 
 
 class DeviceDecoder:
-    """Turns stored columns into batches on one device.
+    """Decodes stored columns into batches on one device.
+
+    If the stored columns hold the starts of documents, the batches have positions that restart at each document.
 
     Args:
-        codec: of the members.
-        device: that decodes.
-        temperature: the further temperature at which targets are wanted; None for the capture temperature.
-
-    Where stored columns say where documents start, batches have positions that begin anew there.
+        codec: Codec of the members.
+        device: Device that decodes.
+        temperature: The extra temperature of the targets; None for the capture temperature.
     """
 
     def __init__(self, codec: Codec, device: torch.device | str, temperature: TargetTemperature | None = None) -> None:
@@ -48,7 +48,7 @@ class DeviceDecoder:
         self._first_fault = torch.full((), _NONE, dtype=torch.int64, device=self.device)
 
     def decode(self, stored: StoredBatch, number: int) -> Batch:
-        """The batch; `number` is what `first_fault` calls it by."""
+        """Decode one batch; `number` is the number under which `first_fault` reports it."""
         faults: list[torch.Tensor] = []
         stored = stored.to(self.device)
         tokens_BL1 = self._tables.ids(joined(stored, "tokens"), faults)
@@ -74,7 +74,7 @@ class DeviceDecoder:
         return batch
 
     def first_fault(self) -> int | None:
-        """The lowest number of a batch whose values contradict the format or its tokens; waits for the device."""
+        """Return the lowest number of a batch that contradicts the format or its tokens; waits for the device."""
         number = int(self._first_fault)
         return None if number == _NONE else number
 
@@ -83,7 +83,7 @@ class DeviceDecoder:
         return ((packed[:, :, None] >> bit_8) & 1).flatten(1)[:, :width].bool()
 
     def _unscaled(self, rows: DecodedTopk) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and tails at the temperature that is wanted, as in `collate`; their sums are not 1."""
+        """Return weights and tails at the chosen temperature, before they are divided by their sum."""
         if self._temperature is None:
             return rows.logprobs_NK.exp(), rows.tail_N
         logprobs_NK, log_tail_N = (
@@ -97,7 +97,7 @@ class DeviceDecoder:
         error = self._codec.error
         tolerance = LOGPROB_TOLERANCE_NATS + error.label_nats + error.kept_nats
         kept_N = rows.logprobs_NK.masked_fill(rows.ids_NK != labels_N[:, None], -torch.inf).amax(1)
-        # no comparison with NaN, an unknown label, is true, as on the host
+        # comparisons with NaN are false: an unknown logprob fails if its label is kept, and passes otherwise
         agrees_N = (kept_N - rows.label_logprobs_N.clamp(min=error.floor_nats)).abs() <= tolerance
         above_N = rows.label_logprobs_N > rows.last_N + tolerance
         return (~agrees_N).where(kept_N > -torch.inf, above_N).any()

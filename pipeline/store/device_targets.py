@@ -1,7 +1,7 @@
-"""Stored columns of targets as ids and logprobs, in torch: what topk.py and sampled.py do, without a loop or a wait.
+"""The decoding of topk.py and sampled.py in torch operations, without loops and without waiting for the device.
 
-Shapes follow from numbers that the host knows, and every index is bounded before it is used, so no step asks the device
-for a value. What contradicts the format becomes a flag beside the result.
+All shapes follow from numbers that the host knows, and every index is clamped before it is used, so no step reads a
+value back from the device. A contradiction of the format is reported as a flag in the list `faults`.
 
 Legend: B sequences, L targets a sequence, N = B x L rows, K ids of the widest row, D values of all rows, V vocabulary.
 """
@@ -25,12 +25,12 @@ _FINE_STEP = -1 / 64
 
 @dataclass(frozen=True)
 class Tables:
-    """What is looked up, on the device.
+    """Look-up tables on the device.
 
     Attributes:
-        ids_V: the id of each rank, int64.
-        numbers: the four numbers of each quad [256, 4], uint8.
-        logprobs: of each companded code [256], float32.
+        ids_V: The id of each rank [V], int64.
+        numbers: The four numbers of each quad [256, 4], uint8.
+        logprobs: The logprob of each companded code [256], float32, nats.
     """
 
     ids_V: torch.Tensor
@@ -39,7 +39,7 @@ class Tables:
 
     @classmethod
     def of(cls, codec: Codec, device: torch.device | str) -> Tables:
-        """For a codec."""
+        """Make the tables for a codec."""
         codes = np.arange(256, dtype=np.uint8).clip(max=NUM_COMPANDED - 1)
         return cls(
             torch.from_numpy(codec.ranking_used.ids_V.astype(np.int64)).to(device),
@@ -48,7 +48,7 @@ class Tables:
         )
 
     def ids(self, ranks: torch.Tensor, faults: list[torch.Tensor]) -> torch.Tensor:
-        """The ids of these ranks, int64; a fault if one is past the vocabulary."""
+        """Return the ids of these ranks, int64, and report a fault if a rank is outside the vocabulary."""
         last = len(self.ids_V) - 1
         faults.append(((ranks < 0) | (ranks > last)).any())
         return self.ids_V.index_select(0, ranks.clamp(0, last).flatten()).view(ranks.shape)
@@ -59,12 +59,12 @@ class DecodedTopk:
     """N rows of `topk` targets; padding has id 0 and logprob -inf.
 
     Attributes:
-        ids_NK: int64.
-        logprobs_NK: float32, nats.
-        last_N: the logprob of each row's last kept id.
-        tail_N: probability of all other ids.
-        label_logprobs_N: of the next token, nats; NaN for unknown.
-        log_tails_TN: the logarithm of each further temperature's unscaled tail.
+        ids_NK: Kept ids [N, K], int64.
+        logprobs_NK: Their logprobs [N, K], float32, nats.
+        last_N: The logprob of each row's last kept id [N], float32, nats.
+        tail_N: Probability of all other ids [N], float32.
+        label_logprobs_N: The logprob of the next token [N], float32, nats; NaN if it is unknown.
+        log_tails_TN: For each extra temperature, the logarithm of its unscaled tail [N], float32.
     """
 
     ids_NK: torch.Tensor
@@ -80,9 +80,9 @@ class DecodedSamples:
     """N rows of `sampled` targets; padding has id 0 and count 0.
 
     Attributes:
-        ids_NK: int64.
-        counts_NK: int32.
-        label_logprobs_N: of the next token, nats.
+        ids_NK: Sampled ids [N, K], int64.
+        counts_NK: The number of samples of each id [N, K], int32.
+        label_logprobs_N: The logprob of the next token [N], float32, nats.
     """
 
     ids_NK: torch.Tensor
@@ -91,7 +91,7 @@ class DecodedSamples:
 
 
 def topk_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[torch.Tensor]) -> DecodedTopk:
-    """The rows of a batch of one of the topk codecs."""
+    """Decode the targets of a batch of one of the `topk` codecs."""
     profile, length, kept = PROFILES[codec.name], codec.seq_len, codec.num_ids
     if profile == "small":
         return _small_rows(batch, codec, tables, faults)
@@ -103,7 +103,7 @@ def topk_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[tor
         faults += [~values.isfinite().all() for values in (logprobs_NK, tail_N, known_N)]
         names = map(tail_name, range(len(codec.powers)))
         log_tails_TN = [joined(batch, name).view(torch.float32).flatten() for name in names]
-        # no comparison with NaN is true
+        # comparisons with NaN are false, so NaN is a fault too
         faults += [~(log_tail_N <= largest_log_tail(codec.vocab_size)).all() for log_tail_N in log_tails_TN]
         return DecodedTopk(ids_NK, logprobs_NK, logprobs_NK[:, -1], tail_N, labels_N, log_tails_TN)
     if profile == "near-lossless":
@@ -122,7 +122,7 @@ def _small_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[t
     is_kept_NK = column_K < num_kept_N[:, None]
     place_NK = (ends_N - num_kept_N)[:, None] + column_K
     ids_D = tables.ids(joined(batch, "ids"), faults)
-    # the numbers of a sequence begin a new quad
+    # each sequence begins a new quad, so fill numbers lie between the numbers of two sequences
     skipped_B = 4 * batch["offsets quads"][:-1] - batch["offsets ids_0"][:-1]
     number_NK = place_NK + skipped_B.repeat_interleave(codec.seq_len, output_size=len(num_kept_N))[:, None]
     steps_NK = _taken(_steps(batch, tables, faults), number_NK) * is_kept_NK
@@ -131,14 +131,14 @@ def _small_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[t
     return DecodedTopk(
         _taken(ids_D, place_NK) * is_kept_NK,
         logprobs_NK.masked_fill(~is_kept_NK, -torch.inf),
-        # sums stand still behind the last kept id
+        # steps behind the last kept id are 0, so the last column repeats that id's logprob
         logprobs_NK[:, -1],
         *_fine(batch, codec),
     )
 
 
 def sampled_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[torch.Tensor]) -> DecodedSamples:
-    """The rows of a batch of the sampled codec."""
+    """Decode the targets of a batch of the `sampled` codec."""
     num_repeated_N = batch["num_repeated"].int().flatten()
     counts_R = batch["counts"].int()
     sums_R = torch.nn.functional.pad(counts_R.cumsum(0, dtype=torch.int32), (1, 0))
@@ -158,7 +158,7 @@ def sampled_rows(batch: StoredBatch, codec: Codec, tables: Tables, faults: list[
 
 
 def joined(batch: StoredBatch, name: str) -> torch.Tensor:
-    """The numbers of which the columns are planes, int32; of four planes, their bits."""
+    """Join the byte planes of a field to numbers, int32; four planes give the bits of the number."""
     number = batch[f"{name}_0"].int()
     for i in range(1, 4):
         if f"{name}_{i}" not in batch:
@@ -168,17 +168,17 @@ def joined(batch: StoredBatch, name: str) -> torch.Tensor:
 
 
 def _by_row(steps_BD: torch.Tensor, length: int, kept: int, largest: int) -> torch.Tensor:
-    """Codes [N, K] of steps that lie rank by rank."""
+    """Return the codes [N, K] of differences that are stored rank by rank."""
     codes_BKL = steps_BD.reshape(-1, kept, length).cumsum(1, dtype=torch.int32) & largest
     return codes_BKL.transpose(1, 2).reshape(-1, kept)
 
 
 def _steps(batch: StoredBatch, tables: Tables, faults: list[torch.Tensor]) -> torch.Tensor:
-    """The numbers of all quads [4 Q], int32, escapes added."""
+    """Return the numbers of all quads [4 Q], int32, with their escapes added."""
     quads, more = batch["quads"].flatten(), batch["escapes"].int()
     numbers_D = tables.numbers.index_select(0, quads.int()).flatten().int()
     is_escaped_D = numbers_D == ESCAPE
-    # how many there are up to each number: also where the next escape lies
+    # the count of escapes before each number is also the index of the next escape
     found_D = torch.nn.functional.pad(is_escaped_D.cumsum(0, dtype=torch.int32), (1, 0))
     if quads.numel() and "offsets quads" in batch:
         borders_B1 = 4 * batch["offsets quads"]
@@ -191,7 +191,7 @@ def _steps(batch: StoredBatch, tables: Tables, faults: list[torch.Tensor]) -> to
 
 
 def _taken(values_D: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Values at these places; any value where a place is none."""
+    """Return the values at these places; a place outside the array gives an arbitrary value."""
     if not len(values_D):
         return torch.zeros(places.shape, dtype=values_D.dtype, device=values_D.device)
     return values_D.index_select(0, places.clamp(0, len(values_D) - 1).flatten()).view(places.shape)
@@ -203,7 +203,7 @@ def _companded(codes_NK: torch.Tensor, tables: Tables, faults: list[torch.Tensor
 
 
 def _fine(batch: StoredBatch, codec: Codec) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Tails, the labels' logprobs, and the logarithms of the further tails [N]."""
+    """Return the tails, the labels' logprobs, and the logarithm of each extra temperature's tail, each [N]."""
     log_tails_TN = [_log_tail(batch, tail_name(number)) + SHIFT_NATS for number in range(len(codec.powers))]
     codes_N = joined(batch, "label").flatten()
     labels_N = codes_N.float() * _FINE_STEP

@@ -1,10 +1,10 @@
 """Copies of remote files on a local disk, bounded in bytes, shared safely by threads, processes and ranks.
 
-    open --lock of the digest--> there? -> opened
-                                 no     -> room made, downloaded under another name, digest checked, renamed -> opened
+    open --lock of the digest--> present -> opened
+                                 absent  -> room made, downloaded under another name, digest checked, renamed -> opened
 
-A file is named after its digest, so a copy under its name is whole and right, whoever fetched it. Whoever has a copy
-open keeps reading it even if another process makes room by deleting it.
+A copy is named after its digest and gets this name only when it is complete and checked, whichever process fetched it.
+A process that has a copy open can keep reading it even if another process deletes it to make room.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _PARTIAL = ".partial"
 
 
 class DiskCache:
-    """The files used last, up to a number of bytes.
+    """Keeps copies of the most recently used files, up to a number of bytes.
 
     Args:
-        folder: holds the copies; made where it is not there.
-        max_bytes: of all copies, those being downloaded included; downloads at the same time that are together larger
-            than this pass it, rather than wait for each other.
+        folder: Folder of the copies; created if it does not exist.
+        max_bytes: Largest size of all copies, including unfinished downloads. Simultaneous downloads that are together
+            larger than this exceed it rather than wait for each other.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -43,10 +43,12 @@ class DiskCache:
 
     @classmethod
     def default(cls) -> DiskCache:
-        """The one that CAPGAP_DOWNLOADS (a folder) and CAPGAP_DOWNLOADS_GB name; `~/.cache/capgap`, 50 GB.
+        """Return the cache in the folder CAPGAP_DOWNLOADS (default `~/.cache/capgap`).
+
+        Its size in gigabytes is CAPGAP_DOWNLOADS_GB (default 50).
 
         Raises:
-            SettingError: the size is not a number above 0.
+            SettingError: The size is not a number above 0.
         """
         given = os.environ.get(SIZE_VARIABLE, _DEFAULT_GB)
         try:
@@ -59,16 +61,16 @@ class DiskCache:
         return cls(Path(folder), int(size_gb * 1e9))
 
     def open(self, file: FileEntry, download: Callable[[], Iterable[bytes]], where: str) -> IO[bytes]:
-        """The copy of a file, fetched first where it is not there.
+        """Open the copy of a file, and download the file first if there is no copy.
 
         Args:
-            file: size and digest, by which the copy is known.
-            download: the file's bytes in pieces, from the first on.
-            where: names the file in errors.
+            file: Entry with the file's size and digest, which identify the copy.
+            download: Returns the file's bytes in pieces, from the beginning.
+            where: Name of the file in errors.
 
         Raises:
-            CorruptError: what arrived, twice, is not what the entry says.
-            InputError: the file is larger than the cache may be.
+            CorruptError: Two downloads both differ from the entry.
+            InputError: The file is larger than the cache may be.
         """
         path = self._folder / file.sha256
         try:
@@ -92,14 +94,14 @@ class DiskCache:
             )
         partial = path.with_name(path.name + _PARTIAL)
         with self._room():
-            partial.unlink(missing_ok=True)  # a killed download left it
+            partial.unlink(missing_ok=True)  # a killed download may have left this file
             self._make_room(file.num_bytes)
             with partial.open("wb") as reserved:
-                reserved.truncate(file.num_bytes)  # a sparse file of the full size: others count it
+                reserved.truncate(file.num_bytes)  # sparse, but of full size, so that other processes count it
         try:
             found = _write(partial, download, file.num_bytes)
             if found != (file.num_bytes, file.sha256):
-                # once more: a connection that broke is commoner than a file that is damaged at its source
+                # try once more: a broken connection is more common than a file that is damaged at its source
                 found = _write(partial, download, file.num_bytes)
             if found != (file.num_bytes, file.sha256):
                 raise CorruptError(
@@ -109,7 +111,7 @@ class DiskCache:
                     expected=f"{file.num_bytes} bytes with {file.sha256[:12]}",
                     fix="upload the whole folder of the stage again",
                 )
-            arrived = partial.open("rb")  # before it has its name, and may be deleted to make room
+            arrived = partial.open("rb")  # opened before the rename, after which others may delete it to make room
             with self._room():
                 partial.replace(path)
             sync_folder(self._folder)
@@ -119,7 +121,7 @@ class DiskCache:
                 partial.unlink(missing_ok=True)
 
     def _make_room(self, num_bytes: int) -> None:
-        """Delete the copies used longest ago, and what killed downloads left, until so many bytes are free."""
+        """Delete the least recently used copies and abandoned downloads until `num_bytes` are free."""
         entries = []
         for path in self._folder.iterdir():
             if path.is_file():
@@ -138,18 +140,18 @@ class DiskCache:
             return lock.exclusive()
 
     def _room(self) -> AbstractContextManager[None]:
-        """Whoever holds it may change which files there are."""
+        """Lock the set of files in the folder, so that only one process changes it at a time."""
         return held_alone(self._folder / "locks" / "room")
 
     def _lock_of(self, digest: str) -> Path:
-        # 4096 locks for any number of files; files that share one wait for each other, no more
+        # 4096 locks serve any number of files; files that share a lock only have to wait for each other
         return self._folder / "locks" / digest[:3]
 
 
 def _opened(path: Path) -> IO[bytes]:
     file = path.open("rb")
     now = time.time_ns()
-    os.utime(file.fileno(), ns=(now, now))  # used just now
+    os.utime(file.fileno(), ns=(now, now))  # marks the copy as just used
     return file
 
 
@@ -159,7 +161,7 @@ def _write(path: Path, download: Callable[[], Iterable[bytes]], expected_bytes: 
         for chunk in download():
             num_bytes += len(chunk)
             if num_bytes > expected_bytes:
-                break  # it has another size for certain; nothing past the room that was made is written
+                break  # the size is wrong already, and no more room was made than the expected bytes
             file.write(chunk)
             digest.update(chunk)
         file.flush()

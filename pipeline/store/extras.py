@@ -1,4 +1,4 @@
-"""The command that adds an extra to capgap, in the way in which this capgap was installed."""
+"""The command that installs an extra of capgap in the same way as capgap itself was installed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _NAME = "capgap"
 
 
 def adding(extra: str) -> str:
-    """What to run, to have the packages of an extra beside what is installed; the command stands in backticks.
+    """Return the command, in backticks, that adds the packages of an extra to this installation.
 
     Args:
-        extra: of capgap's, for example `ray`.
+        extra: Name of an extra of capgap, for example `ray`.
     """
     try:
         origin = distribution(_NAME).read_text("direct_url.json")
@@ -25,9 +25,14 @@ def adding(extra: str) -> str:
 
 
 def command(origin: dict[str, Any] | None, extra: str) -> str:
-    """The command, by what pip wrote down of where capgap came from (PEP 610), or None where it wrote nothing down.
+    """Return the command, in backticks, for an installation of this origin.
 
-    The name alone is never asked of a package index: capgap is on none, and whoever took the name there would be run.
+    The command never names capgap alone: capgap is on no package index, so pip would install and run the package of
+    anyone who registers the name there.
+
+    Args:
+        origin: Content of pip's `direct_url.json` (PEP 610), which says where capgap came from; None if there is none.
+        extra: Name of an extra of capgap.
     """
     if origin is None:
         return f"`pip install '.[{extra}]'` in capgap's clone"

@@ -1,7 +1,7 @@
-"""Small files of a finished folder, as other libraries want them: by their names, in a folder on a local disk.
+"""Small files of a finished folder, made available under their names in a local folder, as other libraries need them.
 
 path   digests checked --> the folder itself
-URL    --RemotePlace--> disk cache: digest checked on arrival --> a folder of this process, gone with it
+URL    --RemotePlace--> disk cache: digest checked on arrival --> a folder that is removed when this process ends
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from capgap.schemas.manifest import FileEntry
 
 
 def folder_with(location: Path | str, files: Sequence[FileEntry]) -> Path:
-    """A local folder that holds these files under their paths, each with the size and digest of its entry.
+    """Return a local folder that holds these files under their paths, each with the size and digest of its entry.
 
-    They are looked at, or fetched, once in a process.
+    The files are checked, or fetched, once in a process.
 
     Args:
-        location: of the folder that they belong to: a path, or a URL.
-        files: entries of its manifest, of 256 MiB together at most.
+        location: Path or URL of the folder to which the files belong.
+        files: Entries of the folder's manifest; together the files have at most 256 MiB.
 
     Raises:
-        CorruptError: a file is not what its entry says.
-        InputError: a file is missing, cannot be fetched, or they are too large.
+        CorruptError: A file does not have the size and digest of its entry.
+        InputError: A file is missing or cannot be fetched, or the files are too large together.
     """
     if sum(file.num_bytes for file in files) > MAX_SMALL_BYTES:
         raise too_large(f"{location}/{files[0].path}")
@@ -72,5 +72,5 @@ def _copy(place: ShardPlace, file: FileEntry, path: Path) -> None:
 
 @lru_cache(maxsize=1)
 def _scratch() -> tempfile.TemporaryDirectory[str]:
-    """Removed when the process ends."""
+    """Return this process's temporary folder, which is removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="capgap-")

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or not there: temporary name, fsync, rename; and their digests."""
+"""Files and folders that are written atomically (temporary name, fsync, rename), and their digests."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from capgap.schemas.errors import InputError
 TEMP_MARK = ".partial-"
 _OWN_MARK = ".own-"
 
-# A manifest's million members are 40 MB, the ranking of a vocabulary of 16 million 64 MiB.
+# A manifest with a million members has 40 MB, and the ranking of a vocabulary of 16 million ids has 64 MiB.
 MAX_SMALL_BYTES = 256 << 20
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears under `path` only when the block ends without an error."""
+    """Open a binary file for writing that appears under `path` only if the block ends without an error."""
     temporary, file = _begin(path)
     try:
         with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            # still locked, so that nobody takes it for one that a kill left
+            # renamed while it is locked, so that no other process removes it as the leftover of a killed writer
             temporary.replace(path)
         sync_folder(path.parent)
     finally:
@@ -40,7 +40,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a whole small file, and remove what killed writers of the same file left half-written."""
+    """Write a small file atomically, and remove the partial files that killed writers of it left behind."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
     _remove_left(path, TEMP_MARK)
@@ -48,16 +48,16 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def own_file(path: Path, data: bytes | str) -> Iterator[Path]:
-    """A whole small file beside `path` for as long as the block runs, which no other process writes to or removes.
+    """Make a small file next to `path` that exists while the block runs; no other process writes or removes it.
 
-    One that a killed process of this machine left goes with the next. Locks of two machines may not meet, so that one
-    of another machine is never taken for such.
+    The next call on the same machine removes a file that a killed process left. A file of another machine is never
+    removed, because a lock may not be visible across machines and its process may be alive.
     """
     mark = f"{_OWN_MARK}{os.uname().nodename}-"
     _remove_left(path, mark)
     own, file = _begin(path, mark)
     try:
-        # open, and so locked, to the end: that is how others know that its process lives
+        # the file stays open and locked to the end, which shows other processes that its owner is alive
         with file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
@@ -68,9 +68,10 @@ def own_file(path: Path, data: bytes | str) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder that stands under `path` only when the block ends without an error, in place of one that was there.
+    """Make a folder that appears under `path` only if the block ends without an error, and replaces a folder there.
 
-    For what a library writes file by file, some of them under names of its own: a kill leaves no half of it.
+    It is for files that a library writes one by one, some under names of its own: a kill leaves no partial folder
+    under `path`.
     """
     temporary = path.with_name(f"{path.name}{TEMP_MARK}{uuid.uuid4().hex[:12]}")
     temporary.mkdir(parents=True)
@@ -87,16 +88,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def _remove_left(path: Path, mark: str) -> None:
-    """Remove what killed processes left beside `path`."""
+    """Remove the files with this mark that killed processes left next to `path`."""
     for one in path.parent.glob(f"{glob.escape(path.name + mark)}*"):
-        # where it is not to be had, it belongs to a process that lives, or has just gone
+        # if the file cannot be opened or locked, its process is alive or has just removed it
         with contextlib.suppress(OSError), one.open("r+b") as left:
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
             one.unlink()
 
 
 def _begin(path: Path, mark: str = TEMP_MARK) -> tuple[Path, IO[bytes]]:
-    """A new file beside `path`, locked as long as its writer lives, where the file system has locks."""
+    """Create a file next to `path` that stays locked while its writer lives, if the file system has locks."""
     while True:
         temporary = path.with_name(f"{path.name}{mark}{uuid.uuid4().hex[:12]}")
         file = temporary.open("xb")
@@ -104,12 +105,12 @@ def _begin(path: Path, mark: str = TEMP_MARK) -> tuple[Path, IO[bytes]]:
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             return temporary, file
-        # somebody took it for one that a kill left, before it was locked
+        # another process removed it as a leftover before it was locked, so a new one is made
         file.close()
 
 
 def sync_file(path: Path) -> None:
-    """Wait until the disk has a file's bytes, whoever wrote them."""
+    """Wait until a file's bytes are on the disk, even if another process wrote them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -118,15 +119,15 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make what was created, renamed and removed in `folder` survive a power failure."""
+    """Wait until creations, renamings and removals in `folder` are on the disk, and so survive a power failure."""
     sync_file(folder)
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every file at any depth; links to folders are followed, and each folder is entered once, whatever leads to it."""
+    """Yield every file at any depth; links to folders are followed, and no folder is entered twice."""
     entered = set()
     for at, inner, names in os.walk(folder, followlinks=True):
-        status = os.stat(at)  # noqa: PTH116  # a text already
+        status = os.stat(at)  # noqa: PTH116  # `at` is a str, not a Path
         if (status.st_dev, status.st_ino) in entered:
             inner.clear()
             continue
@@ -135,17 +136,17 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def sha256_of(path: Path) -> str:
-    """Digest of a file's bytes, hexadecimal."""
+    """Return the SHA-256 digest of a file's bytes, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_small(path: Path) -> bytes:
-    """A small file of a local disk as a whole.
+    """Read a whole small file from a local disk.
 
     Raises:
-        FileNotFoundError: it is not there, or no file but a folder, a pipe or a device.
-        InputError: it is too large.
+        FileNotFoundError: There is no such path, or it is a folder, a pipe or a device.
+        InputError: The file is larger than 256 MiB.
     """
     if not path.is_file():
         raise FileNotFoundError(path)
@@ -157,14 +158,14 @@ def read_small(path: Path) -> bytes:
 
 
 def too_large(where: Path | str) -> InputError:
-    """What is said of a file that should be small and is not."""
+    """Return the error for a file that should be small but is too large."""
     return InputError(
         "larger than any manifest", where=where, found=f"over {MAX_SMALL_BYTES >> 20} MiB", fix="do not use this folder"
     )
 
 
 class HashingWriter:
-    """A binary file that also digests what is written to it; it cannot seek."""
+    """A wrapper of a binary file that computes the digest of what is written to it; it cannot seek."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -172,12 +173,12 @@ class HashingWriter:
         self.num_bytes = 0
 
     def write(self, data: bytes) -> int:
-        """Write and digest."""
+        """Write the data, add it to the digest, and return the number of bytes written."""
         self._digest.update(data)
         self.num_bytes += len(data)
         return self._file.write(data)
 
     @property
     def sha256(self) -> str:
-        """Digest so far, hexadecimal."""
+        """Return the SHA-256 digest of the bytes written so far, hexadecimal."""
         return self._digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The columns of every codec, which stand here and nowhere else: encoder, decoder and device go by this list.
+"""The columns of every codec. They are defined only here: the encoder, the decoder and the device use this list.
 
 values by field --to_columns--> Arrow columns, a field of planes as several --read_values--> values by field
 """
@@ -34,8 +34,8 @@ class Field:
 
     Attributes:
         name: The column's name in the Arrow stream; with planes, that name and the plane's number.
-        part: What the numbers speak of.
-        width: How many there are of each sequence; 0 where sequences differ.
+        part: What the numbers describe: text, ids, weights, tail or label.
+        width: How many numbers each sequence has; 0 if sequences differ in this.
         planes: How many bytes a number has, each in a column of its own; None where one column holds the numbers.
         kind: The type of a number in a column.
     """
@@ -48,13 +48,13 @@ class Field:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of its columns."""
+        """Return the names of the field's columns."""
         return (self.name,) if self.planes is None else tuple(f"{self.name}_{i}" for i in range(self.planes))
 
 
 @dataclass(frozen=True)
 class RaggedValues:
-    """Numbers of sequences that differ in how many they have.
+    """The numbers of a field of which sequences have different amounts.
 
     Attributes:
         values_D: The numbers of all sequences, one after the other.
@@ -66,14 +66,14 @@ class RaggedValues:
 
 
 def fields_of(codec: str, seq_len: int, vocab_size: int, num_ids: int, num_extra: int = 0) -> tuple[Field, ...]:
-    """The fields of a codec's members in their order, as docs/format.md lists them.
+    """Return the fields of a codec's members in their order, as docs/format.md lists them.
 
     Args:
-        codec: name with version.
-        seq_len: L.
-        vocab_size: ids are below it.
+        codec: Name with version.
+        seq_len: L, the number of targets in a sequence.
+        vocab_size: All ids are below this number.
         num_ids: n samples or K kept ids a target.
-        num_extra: further temperatures.
+        num_extra: Number of extra temperatures.
     """
     id_planes, width = num_planes(vocab_size - 1), seq_len + 1
     bits = -(-width // 8)
@@ -127,12 +127,12 @@ def fields_of(codec: str, seq_len: int, vocab_size: int, num_ids: int, num_extra
 
 
 def tail_name(number: int) -> str:
-    """The field of a further temperature's tail."""
+    """Return the name of the field that holds the tail of extra temperature `number`."""
     return f"tail{number + 1}"
 
 
 def to_columns(fields: tuple[Field, ...], values: Mapping[str, npt.NDArray[Any] | RaggedValues]) -> dict[str, pa.Array]:
-    """Values by field, [B, width] or ragged, as the columns of one member."""
+    """Turn values by field, [B, width] or ragged, into the columns of one member."""
     assert {field.name for field in fields} == values.keys(), "every field has values, and nothing else has"
     columns: dict[str, pa.Array] = {}
     for field in fields:
@@ -147,11 +147,11 @@ def to_columns(fields: tuple[Field, ...], values: Mapping[str, npt.NDArray[Any] 
 
 
 def read_values(fields: tuple[Field, ...], columns: Columns) -> dict[str, npt.NDArray[Any]]:
-    """The values of each field: [B, width], or of all sequences one after the other.
+    """Read the values of each field: [B, width], or the concatenated values of all sequences.
 
     Raises:
-        KeyError: a column is missing.
-        ValueError: a column is of another kind, the planes of a field differ, or there are further columns.
+        KeyError: A column is missing.
+        ValueError: A column has another type, the planes of a field differ in size, or there are unknown columns.
     """
     values = {}
     for field in fields:

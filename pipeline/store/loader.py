@@ -1,9 +1,9 @@
-"""Micro-batches of a shard set, in an order that a single integer resumes.
+"""Micro-batches of a shard set, in an order that can be resumed from a single integer.
 
     position --Stream--> places --BatchMaker--> Batch, made ahead by threads (prefetch) --> consumer
 
 The sequences of a step are the same for any number of ranks, any micro-batch and any number of threads. The state is
-the number of sequences handed out over all ranks, the same on every rank; what was made ahead is not counted.
+the number of sequences handed out over all ranks, which is the same on every rank; prefetched batches are not counted.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from capgap.pipeline.store.skips import Skips
 from capgap.pipeline.store.stream import Stream
 from capgap.schemas.errors import InputError
 
-# Micro-batches between two questions to the device whether all was sound: each waits for it.
+# Micro-batches between two checks of the device's result. The checks are rare because each waits for the device.
 _CHECK_EVERY = 64
 
 
 class SequenceLoader:
-    """Iterates over the micro-batches that remain, and counts what it has handed out.
+    """Iterates over the remaining micro-batches, and counts the sequences that it has handed out.
 
     Args:
-        reader: of the shards.
-        settings: how they are read.
+        reader: Reader of the shards.
+        settings: How the shards are read.
 
     Raises:
-        InputError: the set holds too few sequences for one step, the ranks do not divide it, or sequences do not fit.
+        InputError: The set holds too few sequences for one step, the micro-batches of all ranks do not divide a step,
+            or sequences do not fit into the rows.
     """
 
     def __init__(self, reader: ShardReader, settings: LoaderSettings) -> None:
@@ -50,11 +51,11 @@ class SequenceLoader:
         return len(self._stream)
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        """What remains, from the position on; closing the iterator stops its threads.
+        """Yield the remaining micro-batches; closing the iterator stops its threads.
 
         Raises:
-            InputError: an iterator of this loader has come to the end before: the state counts one pass over all
-                epochs, so that another would have no batches, and a loop over it would end early without a word.
+            InputError: An earlier iterator of this loader has come to its end. The state counts one pass over all
+                epochs, so a second loop would end at once and silently train on nothing.
         """
         if self._is_spent:
             raise another_pass(len(self))
@@ -73,99 +74,99 @@ class SequenceLoader:
 
     @property
     def order(self) -> Order:
-        """In which the sequences come."""
+        """Return the order of the sequences."""
         return self._stream.order
 
     @property
     def blocks(self) -> BlockCache[tuple[int, int]]:
-        """The blocks held in memory, by shard and member."""
+        """Return the cache of the blocks held in memory, by shard and member."""
         return self._maker.blocks
 
     @property
     def skips(self) -> Skips:
-        """The damaged members that were passed over."""
+        """Return the damaged members that were skipped."""
         return self._maker.skips
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole training."""
+        """Return the number of steps of the whole training."""
         return self._stream.num_steps
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole steps in one pass over the data."""
+        """Return the number of whole steps in one pass over the data."""
         return self._stream.steps_per_epoch
 
     @property
     def together(self) -> int:
-        """Sequences of one micro-batch on every rank."""
+        """Return the number of sequences in one micro-batch, summed over all ranks."""
         return self.settings.round_sequences
 
     @property
     def rounds_per_step(self) -> int:
-        """Micro-batches of one step on every rank."""
+        """Return the number of micro-batches of one step on each rank."""
         return self.settings.batch_sequences // self.together
 
     @property
     def tokens_per_step(self) -> int:
-        """Targets of one step over all ranks, without padding."""
+        """Return the number of targets of one step over all ranks, without padding."""
         return self.settings.batch_sequences * self.seq_len
 
     @property
     def num_tokens(self) -> int:
-        """Targets of the whole training over all ranks, without padding."""
+        """Return the number of targets of the whole training over all ranks, without padding."""
         return self.num_steps * self.tokens_per_step
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Sequences in each damaged member that was passed over."""
+        """Return the number of sequences in each damaged member that was skipped, by the member's name."""
         return self.skips.as_dict()
 
     @property
     def seq_len(self) -> int:
-        """Targets in a sequence."""
+        """Return the number of targets in a sequence."""
         return self._reader.shard_set.seq_len
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows in a batch, and targets in a row."""
+        """Return the number of rows in a batch, and of targets in a row."""
         row_len = self.settings.row_len or self.seq_len
         return self.settings.rank_sequences // sequences_per_row(row_len, self.seq_len), row_len
 
     def micro_batch(self, number: int) -> Batch:
-        """This rank's micro-batch of that number, counted over the whole training."""
+        """Return this rank's micro-batch `number`, counted from 0 over the whole training."""
         return self._maker.finish(self._maker.host_part(number), number)
 
     def require_sound(self) -> None:
         """Raise CorruptError if a micro-batch that a device decoded contradicts the format or its own tokens.
 
-        Asked every 64 micro-batches, before the last one is handed out, and whenever the state is taken: it waits for
-        the device. What the host decodes is checked before it is handed out.
+        The call waits for the device. The loader makes it every 64 micro-batches, before it hands out the last one, and
+        in `state_dict`. Batches that the host decodes are checked before they are handed out.
         """
         self._maker.require_sound()
 
     def places(self, number: int) -> list[Place]:
-        """Where the sequences of that micro-batch lie, as long as no member is damaged."""
+        """Return the places of the sequences of micro-batch `number`, if no member is damaged."""
         return self._stream.places(number)
 
     def names(self, number: int) -> list[str]:
-        """The sequences of that micro-batch as errors name them, in its order, as long as no member is damaged."""
+        """Return the names in errors of the sequences of micro-batch `number`, if no member is damaged."""
         return [f"{self._reader.name_of(*place[:2])}, sequence {place.row}" for place in self.places(number)]
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of sequences handed out over all ranks, what it counts, and what was skipped.
+        """Return the state: the number of sequences handed out over all ranks, the order's identity, and the skips.
 
         Raises:
-            CorruptError: as `require_sound`.
+            CorruptError: A micro-batch that a device decoded contradicts the format or its own tokens.
         """
         self.require_sound()
         return {**self._stream.state_dict(), "skipped": self.skips.as_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after that many sequences.
+        """Continue at the position of a state.
 
         Raises:
-            InputError: the state counts in another order, or stops within a round of these micro-batches.
+            InputError: The state belongs to another order, or stops within a micro-batch of all ranks.
         """
         self._stream.load_state_dict(state)
         self._is_spent = False
@@ -173,7 +174,7 @@ class SequenceLoader:
 
 
 def another_pass(num_batches: int) -> InputError:
-    """What is raised where a loader that has come to its end is iterated once more."""
+    """Return the error for a second iteration over a loader that has come to its end."""
     return InputError(
         "the loader has handed out all of its batches, and is iterated once more",
         found=f"a second pass after all {num_batches} batches",
@@ -183,10 +184,15 @@ def another_pass(num_batches: int) -> InputError:
 
 
 def target_temperature_of(codec: Codec, capture: float, temperature: float) -> TargetTemperature | None:
-    """What a loader needs for targets at `temperature`, of shards that were recorded at `capture`.
+    """Return what a loader needs for targets at `temperature`; None if this is the capture temperature.
+
+    Args:
+        codec: Codec of the shards.
+        capture: Temperature at which the shards were recorded.
+        temperature: Temperature of the targets.
 
     Raises:
-        InputError: nothing was kept at that temperature.
+        InputError: The shards hold no targets at this temperature.
     """
     if temperature == capture:
         return None

@@ -1,4 +1,4 @@
-"""What a loader is asked to do."""
+"""The settings of a loader."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from capgap.schemas.run_corpus import ContextRule
 WriterLogprobs = Callable[[int, int], FloatArray]
 OnCorrupt = Literal["stop", "skip"]
 
-# The least value of each whole number.
+# The smallest allowed value of each integer setting.
 _LEAST = {
     "batch_sequences": 1,
     "num_epochs": 1,
@@ -40,39 +40,40 @@ class LoaderSettings:
     """How a `SequenceLoader` reads a shard set; only the first two have no default.
 
     Attributes:
-        batch_sequences: The sequences in one step, over all ranks and micro-batches.
-        seed: It decides the order.
-        num_epochs: How many passes over the data there are.
+        batch_sequences: Number of sequences in one step, over all ranks and micro-batches.
+        seed: Seed of the order of the sequences.
+        num_epochs: Number of passes over the data.
         max_tokens: The loader stops before the step that would pass this many targets, even within an epoch.
-        micro_batch: The sequences in one micro-batch on one rank. A rank's whole share of a step where it is None.
-        rank: The number of this process.
-        world_size: The number of processes. Times the micro-batch, it must divide the step. Each process holds open the
-            lanes it reads: lanes / world_size where that is whole, otherwise all of them.
-        row_len: The targets in a row of a batch: as many sequences as fit stand in it one after the other, with
-            positions of their own, and what is left is padding without weight. A row is one sequence where it is None.
-        lanes: How many lanes the order has. 64 where it is None, or fewer for less than 128 members.
-        on_corrupt: `stop` raises at a damaged member, and `skip` passes over it: a sound sequence that is read about
-            the same time stands for each of its own, as `Order.candidates` says. More damage than 0.1 % of the
-            sequences raises in any case, except for shards in quarantine, which are not counted.
-        threads: How many read and decode ahead. 0 reads when a batch is asked for. Two feed a GPU with half a million
-            tokens a second.
-        ahead: How many micro-batches are in the making or ready. Four cover a member that is being decoded.
-        max_block_bytes: How much is kept of decoded blocks. The default is above what the open windows of members of 8k
-            tokens take, 550 MB at 64 ids a token; below that, blocks are decoded again.
-        decode_on: The device that decodes, and on which batches come. Where it is None, threads of the host decode, and
-            batches lie in its memory. Batches are the same.
-        pin: Whether batches are copied to page-locked memory, for a transfer beside the computation. Where it is None,
-            they are if CUDA is there.
-        target_temperature: The further temperature at which targets are wanted, by `target_temperature_of`. None stands
-            for the capture temperature.
-        context: The rule under which the teacher scored. Under `document`, batches have positions that begin anew at
-            each document, where the student's attention must end.
-        writer_logprobs: Of text that a student wrote, gives the logprob of each label of a sequence [L] by the numbers
-            of its shard and of its row there; batches have them, and the teacher's, where it is not None. The host
-            must decode.
+        micro_batch: Number of sequences in one micro-batch on one rank; None for a rank's whole share of a step.
+        rank: Number of this process, from 0 on.
+        world_size: Number of processes. `micro_batch` times `world_size` must divide `batch_sequences`. Each process
+            holds open the lanes it reads: lanes / world_size if this is a whole number, otherwise all lanes.
+        row_len: Number of targets in a row of a batch. A row holds as many whole sequences as fit, each with its own
+            positions, and the rest of it is padding without weight. If it is None, a row is one sequence.
+        lanes: Number of lanes of the order; None for 64, or fewer if there are less than 128 members.
+        on_corrupt: `stop` raises at a damaged member. `skip` replaces each of its sequences by a sound one that is read
+            at about the same time, as `Order.candidates` describes. Damage to more than 0.1 % of the sequences raises
+            in any case; shards in quarantine are not counted.
+        threads: Number of threads that read and decode ahead; 0 reads each batch when it is asked for. Two threads
+            feed a GPU with half a million tokens a second.
+        ahead: Largest number of micro-batches that are being made or are ready. Four cover the time in which a member
+            is decoded.
+        max_block_bytes: Largest size of the decoded blocks in memory, in bytes. Below the size of the open windows
+            (550 MB for members of 8k tokens at 64 ids a token), blocks are decoded more than once.
+        decode_on: Device that decodes and holds the batches. If it is None, threads of the host decode, and the batches
+            are in host memory. The values of the batches are the same.
+        pin: Whether batches are copied to page-locked memory, so that their transfer overlaps with computation; None
+            for yes if CUDA is available.
+        target_temperature: The extra temperature of the targets, from `target_temperature_of`; None for the capture
+            temperature.
+        context: Context rule under which the teacher scored. Under `document`, batches have positions that restart at
+            each document, and the student's attention must not cross these places.
+        writer_logprobs: For text that a student wrote, a function of shard and row numbers that returns the logprob
+            of each label of the sequence [L]. If it is not None, batches hold the writer's and the teacher's logprobs,
+            and the host must decode.
 
     Raises:
-        SettingError: a value is out of bounds, or two contradict each other.
+        SettingError: A value is out of bounds, or two values contradict each other.
     """
 
     batch_sequences: int
@@ -135,17 +136,17 @@ class LoaderSettings:
 
     @property
     def rank_sequences(self) -> int:
-        """The sequences in one micro-batch on one rank."""
+        """Return the number of sequences in one micro-batch on one rank."""
         return self.micro_batch or max(1, self.batch_sequences // self.world_size)
 
     @property
     def round_sequences(self) -> int:
-        """The sequences in one micro-batch on every rank."""
+        """Return the number of sequences in one micro-batch, summed over all ranks."""
         return self.rank_sequences * self.world_size
 
 
 def _require_whole(name: str, value: object, least: int | None = None, may_be_none: bool = False) -> None:
-    """Raise SettingError where a value is no whole number, or below the least."""
+    """Raise SettingError if a value is no whole number or is below `least`."""
     if value is None and may_be_none:
         return
     if isinstance(value, Integral) and not isinstance(value, bool) and (least is None or int(value) >= least):

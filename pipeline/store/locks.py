@@ -1,7 +1,7 @@
-"""A lock of the operating system on a file, held by one process alone or shared; it ends with the process.
+"""An exclusive or shared lock of the operating system on a file; it is released when its process ends.
 
-On a network file system it holds across machines where that system passes `flock` on, as NFS since version 4, Lustre
-with `flock`, BeeGFS and CephFS do; capgap refuses one that has no locks at all.
+On a network file system, the lock holds across machines if the file system forwards `flock`, as NFS since version 4,
+Lustre with `flock`, BeeGFS and CephFS do. capgap refuses a file system that has no locks at all.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def open_shared(path: Path, mode: int) -> int:
-    """A descriptor of a file that processes share, perhaps those of several users; made where it is not there.
+    """Open a file that processes, perhaps of several users, share, and return its descriptor; create it if necessary.
 
-    In a folder that is open to all, nobody can lead this process to another file by a link, nor is a file of another
-    user in the way, as it would be to a plain `O_CREAT` there (`fs.protected_regular` of Linux).
+    This is safe in a folder that anyone may write to. A symbolic link is refused, so that nobody can redirect this
+    process to another file. A file of another user can be opened, which a plain `O_CREAT` may not do there
+    (`fs.protected_regular` of Linux).
 
     Raises:
-        FileNotFoundError: its folder does not exist.
-        PermissionError: it belongs to another user who keeps it.
-        MachineError: a link stands in its place.
+        FileNotFoundError: The folder does not exist.
+        PermissionError: The file belongs to another user who does not share it.
+        MachineError: A symbolic link stands in the place of the file.
     """
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     while True:
@@ -38,7 +39,7 @@ def open_shared(path: Path, mode: int) -> int:
                 return os.open(path, flags)
             with contextlib.suppress(FileExistsError):
                 descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, mode)
-                # the process's umask took its share
+                # the process's umask may have removed bits of the mode
                 os.fchmod(descriptor, mode)
                 return descriptor
         except OSError as error:
@@ -49,10 +50,11 @@ def open_shared(path: Path, mode: int) -> int:
 
 @contextlib.contextmanager
 def held_alone(path: Path) -> Iterator[None]:
-    """Wait for the lock on a file, and hold it alone while the block runs.
+    """Wait for the exclusive lock on a file, and hold it while the block runs.
 
     Raises:
-        FileNotFoundError, PermissionError, MachineError: as `ProcessLock`.
+        FileNotFoundError, PermissionError, MachineError: The file cannot be opened, as `open_shared` describes, or its
+            file system has no locks.
     """
     with ProcessLock(path) as lock:
         lock.exclusive(wait=True)
@@ -60,14 +62,14 @@ def held_alone(path: Path) -> Iterator[None]:
 
 
 class ProcessLock:
-    """One lock file, opened; nothing is held at first.
+    """An open lock file; the lock is not held until `exclusive` or `shared` is called.
 
     Args:
-        path: made where it is not there, and never removed: others may have it open.
-        mode: of the file, if it is made here.
+        path: Lock file. It is created if necessary, and never removed, because other processes may have it open.
+        mode: Permission bits of the file if it is created.
 
     Raises:
-        FileNotFoundError, PermissionError, MachineError: as `open_shared`.
+        FileNotFoundError, PermissionError, MachineError: The file cannot be opened, as `open_shared` describes.
     """
 
     def __init__(self, path: Path, mode: int = 0o644) -> None:
@@ -75,19 +77,19 @@ class ProcessLock:
         self._descriptor = open_shared(path, mode)
 
     def exclusive(self, *, wait: bool = False) -> bool:
-        """Hold it alone; whether that is so. What was held before may be lost where it is not."""
+        """Take the exclusive lock, and return whether it is held. On failure, a lock held before may be lost."""
         return self._lock(fcntl.LOCK_EX, wait)
 
     def shared(self, *, wait: bool = False) -> bool:
-        """Hold it with others; whether that is so. What was held before may be lost where it is not."""
+        """Take the shared lock, and return whether it is held. On failure, a lock held before may be lost."""
         return self._lock(fcntl.LOCK_SH, wait)
 
     def release(self) -> None:
-        """Hold nothing any more; it can be taken again."""
+        """Release the lock; it can be taken again."""
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Release it and close the file."""
+        """Release the lock and close the file."""
         os.close(self._descriptor)
 
     def __enter__(self) -> Self:

@@ -1,25 +1,25 @@
-"""Memory that was freed stays mapped, because a loader asks for as much again at once."""
+"""Keeping freed memory mapped in the process, because a loader soon allocates the same amount again."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-# glibc's numbers of the settings, and the largest threshold that it takes
+# glibc's numbers of the two settings, and the largest threshold in bytes that it accepts
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD = -1, -3, 32 << 20
-# what a loader holds of decoded blocks, unless it is told otherwise
+# the default of LoaderSettings.max_block_bytes
 _KEPT_BYTES = 1 << 30
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep up to 1 GB of freed memory, and blocks of up to 32 MB in it; elsewhere, do nothing.
+    """Tell glibc to keep up to 1 GiB of freed memory, and to allocate blocks of up to 32 MiB in it.
 
-    By default a decoded member's arrays go back to the system when they are dropped, and every page of the next one's
-    is mapped and cleared anew: half of the time of decoding `topk`. The setting holds for the whole process, so it is
-    made by programs (`capgap` does), not by the loader.
+    By default, the arrays of a decoded member are returned to the system when they are dropped, and every page of the
+    next member's arrays is mapped and cleared again, which takes half of the time of decoding `topk`. The setting
+    applies to the whole process, so programs make it (`capgap` does), not the loader. Without glibc, nothing happens.
 
     Returns:
-        Whether it was taken.
+        Whether the setting was accepted.
     """
     if not sys.platform.startswith("linux"):
         return False

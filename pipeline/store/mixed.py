@@ -1,11 +1,11 @@
-"""Several caches as one stream of micro-batches, by weight.
+"""A stream of micro-batches that mixes several caches by weight.
 
-    number of a step --cycle of 1000, ordered by the seed--> which loader gives its micro-batches --> that one's next
+    number of a step --cycle of 1000, ordered by the seed--> loader of that step --> its next micro-batches
 
-In every cycle each loader gives its share, to one in 1000, and its turns are spread over it, so the mix is exact over
-any long stretch, and off by no more than a few steps over a short one. Which loader gives step s is a pure function of
-(seed, weights, s), so how much each has given follows from s, whatever the ranks and the micro-batches, and the state
-is still one integer.
+In every cycle of 1000 steps, each loader gives its share of the steps, rounded to one in 1000, and its turns are spread
+over the cycle. So the mix is exact over a cycle and off by no more than a few steps over a short stretch. Which loader
+gives step s is a pure function of (seed, weights, s), whatever the ranks and the micro-batches. So the number of steps
+that each loader has given follows from s, and the state is still one integer.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from capgap.pipeline.store.batch import Batch
 from capgap.pipeline.store.loader import SequenceLoader, another_pass
 from capgap.schemas.errors import InputError
 
-# Weights are kept to a thousandth; over a thousand steps the mix is exact.
+# Steps of a cycle: weights are rounded to a thousandth, and the mix is exact over a thousand steps.
 _CYCLE = 1000
 
 
 class MixedLoader:
-    """Iterates over the micro-batches that remain, those of a step of one cache.
+    """Iterates over the remaining micro-batches of several caches; all micro-batches of a step are of one cache.
 
     Args:
-        loaders: by name, of the same rank and ranks, and with batches of one shape; where the sequences of caches
-            differ in length, `row_len` and `micro_batch` of the loaders give them one. A cache that is to be read more
-            than once needs its epochs.
-        weights: by the same names, above 0; only their ratios count.
-        seed: of the order in which loaders take turns.
-        max_tokens: stop before the step that would pass this many targets over all ranks; left out, the stream ends
-            with the last whole step that every loader has enough for.
-        epochs_of: the cache whose passes are counted as epochs; left out, the first by name.
+        loaders: The loaders by name, all with the same rank, number of ranks and shape of batches. If the caches differ
+            in sequence length, set `row_len` and `micro_batch` of the loaders so that the shapes agree. The loader of a
+            cache that is read more than once needs that many epochs.
+        weights: The weights by the same names, above 0; only their ratios count.
+        seed: Seed of the order in which loaders take turns.
+        max_tokens: Stop before the step that would exceed this many targets over all ranks. If it is None, the stream
+            ends with the last step for which every loader has enough data.
+        epochs_of: Name of the cache whose passes are counted as epochs; None for the first by name.
 
     Raises:
-        InputError: the names differ, a weight is not above 0, the batches are not of one shape, steps not of equally
-            many, or not even one step can be filled.
+        InputError: The names differ, a weight is not above 0, the loaders differ in the shape of their batches or in
+            their micro-batches in a step, or there is not enough data for one step.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class MixedLoader:
         shapes = {loader.shape for loader in self._loaders}
         if len(shapes) > 1:
             raise InputError(
-                "rows in a batch, and targets in a row",
+                "the caches differ in their batches' shapes (rows in a batch, targets in a row)",
                 found=sorted(shapes),
                 expected="one shape",
                 fix="give the loaders the same row_len, and micro_batch so that they have as many rows",
@@ -69,15 +69,15 @@ class MixedLoader:
         rounds = {loader.rounds_per_step for loader in self._loaders}
         if len(rounds) > 1:
             raise InputError(
-                "micro-batches in a step",
+                "the caches differ in the number of micro-batches in a step",
                 found=sorted(rounds),
-                expected="as many of each cache",
+                expected="one number",
                 fix="give the loaders the same batch_sequences over micro_batch",
             )
         self._seed, self._position, self._rounds = seed, 0, rounds.pop()
         self._is_spent = False
         self._counted = self._names.index(self._names[0] if epochs_of is None else epochs_of)
-        # of a round: rows are what all caches have alike
+        # rows of one micro-batch on all ranks; positions count rows because all caches have equally many
         self._rows = shapes.pop()[0] * self._loaders[0].settings.world_size
         self._sequences = np.array([loader.settings.batch_sequences for loader in self._loaders])
         self._tokens = np.array([loader.tokens_per_step for loader in self._loaders])
@@ -91,7 +91,7 @@ class MixedLoader:
         return self._num_steps * self._rounds
 
     def __iter__(self) -> Iterator[Batch]:
-        """What remains, as the loader's; likewise an InputError where an iterator has come to the end before."""
+        """Yield the remaining micro-batches; raise InputError if an earlier iterator has come to its end."""
         if self._is_spent:
             raise another_pass(len(self))
         streams = [iter(loader) for loader in self._loaders]
@@ -101,7 +101,7 @@ class MixedLoader:
                 self._position += 1
                 batch = next(streams[which])
                 if self._position == len(self):
-                    # a loader asks before its own last batch, which may not be reached
+                    # a loader checks by itself only before its own last batch, which the mix may not reach
                     for loader in self._loaders:
                         loader.require_sound()
                 yield batch
@@ -112,51 +112,51 @@ class MixedLoader:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole training."""
+        """Return the number of steps of the whole training."""
         return self._num_steps
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps in which the counted cache is read once, on average."""
+        """Return the average number of steps in which the cache that counts epochs is read once."""
         own = self._loaders[self._counted].steps_per_epoch
         return own * float(self._shares.sum() / self._shares[self._counted])
 
     @property
     def num_tokens(self) -> int:
-        """Targets of the whole training over all ranks, without padding."""
+        """Return the number of targets of the whole training over all ranks, without padding."""
         return int(self._given(self._num_steps) @ self._tokens)
 
     @property
     def tokens_per_step(self) -> int:
-        """Targets of one step over all ranks on average, without padding."""
+        """Return the average number of targets of one step over all ranks, without padding."""
         return round(self.num_tokens / self.num_steps)
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Sequences in each damaged member that was passed over, of every cache."""
+        """Return the number of sequences in each damaged member that was skipped in any cache, by its name."""
         return {name: number for loader in self._loaders for name, number in loader.skipped.items()}
 
     def micro_batch(self, number: int) -> Batch:
-        """This rank's micro-batch of that number, counted over the whole training."""
+        """Return this rank's micro-batch `number`, counted from 0 over the whole training."""
         loader, own = self._source(number)
         return loader.micro_batch(own)
 
     def names(self, number: int) -> list[str]:
-        """The sequences of that micro-batch as errors name them; as the loader's."""
+        """Return the names in errors of the sequences of micro-batch `number`, if no member is damaged."""
         loader, own = self._source(number)
         return loader.names(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of rows handed out over all ranks, what it counts, and the loaders' own states."""
+        """Return the state: rows handed out over all ranks, the identity of the mix, and the states of the loaders."""
         states = {name: loader.state_dict() for name, loader in zip(self._names, self._loaders, strict=True)}
         return {"position": self._position * self._rows, **self._counts(), "loaders": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after that many rows.
+        """Continue at the position of a state.
 
         Raises:
-            InputError: the state counts another mix, the order of one of the caches is another, or it stops within a
-                round of these micro-batches.
+            InputError: The state belongs to another mix or to another order of one of the caches, or stops within a
+                micro-batch of all ranks.
         """
         found = {name: state.get(name) for name in self._counts()}
         if found != self._counts():
@@ -191,23 +191,23 @@ class MixedLoader:
         }
 
     def _turn(self, step: int) -> int:
-        """Which loader gives that step."""
+        """Return the index of the loader that gives a step."""
         cycle, turn = divmod(step, _CYCLE)
         return int(self._turns(cycle)[turn])
 
     def _given(self, step: int) -> npt.NDArray[np.int64]:
-        """Steps that each loader has given before that one."""
+        """Return the number of steps that each loader gives before `step`."""
         cycle, turn = divmod(step, _CYCLE)
         return cycle * self._shares + np.bincount(self._turns(cycle)[:turn], minlength=len(self._shares))
 
     def _source(self, number: int) -> tuple[SequenceLoader, int]:
-        """Whose micro-batch that one is, and its number there."""
+        """Return the loader that gives micro-batch `number` of the mix, and the number of the micro-batch in it."""
         step, part = divmod(number, self._rounds)
         which = self._turn(step)
         return self._loaders[which], int(self._given(step)[which]) * self._rounds + part
 
     def _most(self, max_tokens: int | None) -> int:
-        """Steps that there are data for, and that fit."""
+        """Return the number of steps for which there is data and which do not exceed `max_tokens`."""
         if max_tokens is not None:
             most = max_tokens // int(self._tokens.min())
             wanted = _largest(most, lambda step: int(self._given(step) @ self._tokens) <= max_tokens)
@@ -225,14 +225,14 @@ class MixedLoader:
     def _permute_turns(self, cycle: int) -> npt.NDArray[np.int64]:
         key = hashlib.blake2b(f"{self._seed}/mix/{cycle}".encode(), digest_size=16).digest()
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-        # one turn drawn in each of a loader's equal parts of the cycle, so that short stretches are near the mix too
+        # a loader with n turns gets a random one in each n-th of the cycle, so short stretches are close to the mix too
         at = [(np.arange(share) + generator.random(share)) / share for share in self._shares]
         turns: npt.NDArray[np.int64] = np.repeat(np.arange(len(self._shares)), self._shares)
         return turns[np.argsort(np.concatenate(at), kind="stable")]
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest position up to `most` that fits; all below it do."""
+    """Return the largest number up to `most` that fits, by bisection; every smaller number must fit too."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -241,7 +241,7 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
 
 
 def _shares(names: list[str], weights: Mapping[str, float]) -> npt.NDArray[np.int64]:
-    """Turns of each loader in a cycle: its weight's share, rounded so that all of them together fill the cycle."""
+    """Return each loader's number of turns in a cycle, in proportion to the weights; they sum to the cycle's length."""
     given = np.array([weights[name] for name in names], dtype=np.float64)
     if not (np.isfinite(given) & (given > 0)).all():
         raise InputError("weights", found=dict(weights), expected="numbers above 0")

@@ -1,14 +1,14 @@
-"""The order of sequences as a pure function of seed and epoch: nothing but a position need ever be saved.
+"""The order of sequences is a pure function of seed and epoch, so that only a position ever needs to be saved.
 
     shards, permuted; members, permuted within each --> one layout of all sequences, cut into C lanes of equal length
     lane --> windows of Q sequences, permuted
     sequence i of the epoch = place i // C of lane i mod C
 
-Neighbours in the stream lie in different lanes, so they come from far apart whatever the window. Lanes are a property
-of the data, never of the hardware: rank r of w reads the sequences i with i mod w = r, which are those of its own C / w
-lanes where w divides C and of all lanes where it does not; the stream as a whole is the same for every w. A reader
-holds one window a lane at a time, so memory is bounded whatever the size of the cache; what it must know of a shard's
-members is asked when the shard is met.
+Neighbors in the stream lie in different lanes, so they come from distant parts of the data whatever the window. The
+lanes depend on the data and never on the hardware. Rank r of w reads the sequences i with i mod w = r: those of C / w
+lanes of its own if w divides C, and of all lanes otherwise. The stream as a whole is the same for every w. A reader
+holds one window a lane at a time, so memory is bounded whatever the size of the cache. The sizes of a shard's members
+are asked for only when the shard is reached.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ IntArray = npt.NDArray[np.int64]
 
 # 64 lanes divide among 1, 2, 4 ... 64 ranks.
 _MOST_LANES = 64
-# Held open at once over all lanes: 128 members of 8k tokens mix a million tokens, and take about 150 MB when they are
-# decoded at 15 ids a token, 550 MB at 64.
+# Members that are open at once over all lanes. 128 members of 8k tokens mix a million tokens. Decoded, they take about
+# 150 MB at 15 ids a token, and 550 MB at 64 ids a token.
 _OPEN_MEMBERS = 128
 
 
 class Place(NamedTuple):
-    """Where a sequence lies: number of the shard, of the member in it, of the sequence in that."""
+    """The place of a sequence: the numbers of its shard, of the member in the shard, and of its row in the member."""
 
     shard: int
     member: int
@@ -41,18 +41,19 @@ class Place(NamedTuple):
 
 
 class Order:
-    """Where each sequence of each epoch's stream lies.
+    """Computes the place of each sequence of each epoch's stream.
 
     Args:
-        shard_sizes: sequences in each shard.
-        member_sizes: sequences in each member of a shard, by its number; asked only for shards that are met.
-        num_members: in all shards.
-        seed: of the whole training.
-        lanes: how many; left out, 64, or fewer for less than 128 members.
+        shard_sizes: Number of sequences in each shard.
+        member_sizes: Returns the number of sequences in each member of a shard, given the shard's number; it is called
+            only for shards that are reached.
+        num_members: Number of members in all shards.
+        seed: Seed of the whole training.
+        lanes: Number of lanes; None for 64, or fewer if there are less than 128 members.
 
     Attributes:
-        lanes: how many there are.
-        window: sequences in a window of a lane.
+        lanes: Number of lanes.
+        window: Number of sequences in a window of a lane.
     """
 
     def __init__(
@@ -71,17 +72,17 @@ class Order:
             raise InputError("lanes", found=self.lanes, expected="at least 1")
         per_member = -(-self._num_sequences // max(num_members, 1))
         self.window = max(1, per_member * max(1, _OPEN_MEMBERS // self.lanes))
-        # bounded: two epochs, and for every lane the shard and the window it is in and the next ones
+        # the caches hold two epochs, and for every lane its current shard and window and the next ones
         self._epoch = lru_cache(maxsize=2)(self._permute_shards)
         self._shard = lru_cache(maxsize=2 * self.lanes + 8)(self._permute_members)
         self._window = lru_cache(maxsize=2 * self.lanes + 8)(self._permute_window)
 
     def __len__(self) -> int:
-        """Sequences of an epoch."""
+        """Return the number of sequences in an epoch."""
         return self._num_sequences
 
     def locate(self, epoch: int, index: int) -> Place:
-        """Where sequence `index` of the epoch's stream lies."""
+        """Return the place of sequence `index` of the epoch's stream."""
         lane, place = index % self.lanes, index // self.lanes
         window, within = divmod(place, self.window)
         whole, over = divmod(self._num_sequences, self.lanes)
@@ -97,11 +98,11 @@ class Order:
         return Place(shard, int(members[nth]), position - before)
 
     def candidates(self, epoch: int, index: int) -> Iterator[Place]:
-        """Where sequence `index` of the epoch's stream lies, then all others, which may stand for a damaged one.
+        """Yield the place of sequence `index` of the epoch's stream, then the places that may replace a damaged one.
 
-        The others of its window come first, and then windows of the other lanes in an order drawn for this sequence: of
-        the same number, which are being read at that time anyway, and only then others. A shard that is lost is a run
-        of whole lanes, and so no few sequences stand for all of it.
+        First come the other sequences of its window. Then come the other lanes' windows of the same number, which are
+        read at that time anyway, and then all other windows. The order of the lanes is drawn for this sequence, so that
+        the sequences of a lost shard, which can be whole lanes, are not all replaced by the same few sequences.
         """
         lane, place = index % self.lanes, index // self.lanes
         window, within = divmod(place, self.window)
@@ -115,7 +116,7 @@ class Order:
                     yield from self._of_window(epoch, other, (window + further) % num_windows, first)
 
     def lane_length(self, lane: int) -> int:
-        """Sequences in a lane: all lanes have as many, but for one."""
+        """Return the number of sequences in a lane; lanes differ by at most one sequence."""
         whole, over = divmod(self._num_sequences, self.lanes)
         return whole + (lane < over)
 
@@ -129,7 +130,7 @@ class Order:
         return members, np.cumsum(sizes[members])
 
     def _of_window(self, epoch: int, lane: int, window: int, first: int) -> Iterator[Place]:
-        """The places of a window, from the one of that number on and around."""
+        """Yield the places of a window, starting at number `first` and wrapping around at its end."""
         size = self._window_size(lane, window)
         for further in range(size):
             place = window * self.window + (first + further) % size
@@ -145,7 +146,7 @@ class Order:
 
 
 def lanes_for(num_members: int) -> int:
-    """Lanes of a set of that many members: at least two members each, so that a lane has something to mix."""
+    """Return the number of lanes for so many members: 1, or at most half as many, so that a lane has members to mix."""
     lanes = 1
     while lanes < _MOST_LANES and 4 * lanes <= num_members:
         lanes *= 2

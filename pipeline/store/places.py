@@ -1,4 +1,4 @@
-"""Where shards lie: a folder on a local disk, or a URL whose shards pass through a bounded disk cache.
+"""The places of shards: a folder on a local disk, or a URL whose shards are copied to a bounded disk cache.
 
 path                          --LocalPlace---> the file itself
 s3:// gs:// hf:// https://    --RemotePlace--> DiskCache: downloaded whole, digest checked on arrival --> the copy
@@ -21,26 +21,26 @@ class ShardPlace(Protocol):
     """Opens shards by their entries in the manifest."""
 
     def open(self, file: FileEntry) -> IO[bytes]:
-        """The shard's bytes, from the first on, seekable."""
+        """Open a shard's bytes as a seekable file, positioned at the start."""
 
     def name_of(self, file: FileEntry) -> str:
-        """The shard as errors name it."""
+        """Return the name of a shard in errors."""
 
     def read(self, name: str) -> bytes:
-        """A small file beside the shards, as a whole."""
+        """Read a whole small file that lies next to the shards."""
 
 
 class LocalPlace:
-    """A folder."""
+    """A folder on a local disk."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def open(self, file: FileEntry) -> IO[bytes]:
-        """The file in the folder.
+        """Open a shard of the folder.
 
         Raises:
-            InputError: it is missing.
+            InputError: The shard is missing.
         """
         path = self.folder / file.path
         try:
@@ -51,14 +51,14 @@ class LocalPlace:
             ) from None
 
     def name_of(self, file: FileEntry) -> str:
-        """Its path."""
+        """Return the path of a shard, which names it in errors."""
         return str(self.folder / file.path)
 
     def read(self, name: str) -> bytes:
-        """The file in the folder.
+        """Read a whole small file of the folder.
 
         Raises:
-            InputError: it is missing.
+            InputError: The file is missing or too large.
         """
         try:
             return read_small(self.folder / name)
@@ -67,11 +67,11 @@ class LocalPlace:
 
 
 class RemotePlace:
-    """A folder behind a URL, through a disk cache.
+    """A folder behind a URL, whose shards are read through a disk cache.
 
     Args:
-        url: of the folder.
-        cache: holds the copies.
+        url: URL of the folder.
+        cache: Disk cache of the copies.
     """
 
     def __init__(self, url: str, cache: DiskCache) -> None:
@@ -79,23 +79,23 @@ class RemotePlace:
         self._remote = Remote(self.url)
 
     def open(self, file: FileEntry) -> IO[bytes]:
-        """The local copy, fetched first where it is not there.
+        """Open the local copy of a shard, and download the shard first if there is no copy.
 
         Raises:
-            CorruptError: what arrived is not what the manifest lists.
-            InputError: it cannot be fetched.
+            CorruptError: The downloaded file is not the one that the manifest lists.
+            InputError: The shard cannot be downloaded.
         """
         return self._cache.open(file, lambda: self._remote.stream(file.path), self.name_of(file))
 
     def name_of(self, file: FileEntry) -> str:
-        """Its URL."""
+        """Return the URL of a shard, which names it in errors."""
         return f"{self.url}/{file.path}"
 
     def read(self, name: str) -> bytes:
-        """The file behind the URL; what it must be is checked by whoever asked.
+        """Read a whole small file behind the URL; the caller must check its digest.
 
         Raises:
-            InputError: it is missing or cannot be read.
+            InputError: The file is missing or cannot be read.
         """
         data = self._remote.read(name)
         if data is None:
@@ -104,14 +104,14 @@ class RemotePlace:
 
 
 def place_of(folder: Path | str, cache: DiskCache | None = None) -> ShardPlace:
-    """The place that a path or URL names; a URL's shards pass through `cache`, or the default one."""
+    """Return the place that a path or URL names; the shards of a URL are read through `cache` or the default cache."""
     if isinstance(folder, str) and is_url(folder):
         return RemotePlace(folder, cache or DiskCache.default())
     return LocalPlace(Path(folder))
 
 
 def _open_file(path: Path) -> IO[bytes]:
-    """A file, and neither a pipe nor a device, which could be read for ever."""
+    """Open a regular file; pipes and devices are refused because reading them may never end."""
     if not path.is_file():
         raise FileNotFoundError(path)
     return path.open("rb")
@@ -124,5 +124,5 @@ def _missing(where: Path | str) -> InputError:
 
 
 def is_url(location: Path | str) -> bool:
-    """Whether it is a URL rather than a path."""
+    """Return whether a location is a URL rather than a path."""
     return isinstance(location, str) and "://" in location

@@ -1,4 +1,4 @@
-"""A shard must be what its manifest says to programs that go by tar headers too, which our reader never looks at."""
+"""The check that a shard's tar headers agree with its manifest; capgap's reader ignores them, other programs do not."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SUFFIX = ".arrow.zst"
 
 
 def require_plain_tar(path: Path, shard: ShardEntry) -> None:
-    """Raise CorruptError unless the tar holds the listed members one after the other, as plain files of their names.
+    """Raise CorruptError unless the tar holds exactly the listed members, in order, as plain files named after them.
 
-    Absolute names and names with `..`, links, devices, and members that no manifest lists are refused so: whoever
-    unpacks a shard writes `KEY.arrow.zst` into the folder that he names, and nothing else.
+    This refuses absolute names, names with `..`, links, devices, and members that the manifest does not list. So
+    unpacking a shard writes only files `KEY.arrow.zst`, and only into the chosen folder.
     """
     place = 0
     with path.open("rb") as file:

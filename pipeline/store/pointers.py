@@ -1,4 +1,4 @@
-"""Pointers of Git LFS: what lies in the place of a large file where a repository was cloned without it."""
+"""Git LFS pointers, which replace large files in a repository that was cloned without them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _POINTER = b"version https://git-lfs"
 
 
 def require_no_pointer(file: Path, where: str | Path) -> None:
-    """Raise InputError if a pointer of Git LFS lies in the place of a file."""
+    """Raise InputError if a file holds a Git LFS pointer instead of its content."""
     if not file.is_file():
         return
     with file.open("rb") as opened:

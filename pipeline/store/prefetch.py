@@ -1,8 +1,9 @@
-"""Work done ahead by threads, handed over in order.
+"""Items that threads make ahead of the consumer and hand over in order.
 
     numbers --> at most `ahead` items in the making or ready --> consumer
 
-Threads, not processes: zstd and numpy release Python's lock, and nothing has to be copied between address spaces.
+Threads are used rather than processes because zstd and numpy release Python's global lock, and nothing has to be copied
+between address spaces.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ Item = TypeVar("Item")
 def prefetch(
     numbers: Iterable[int], make: Callable[[int], Item], num_threads: int, ahead: int
 ) -> Generator[Item, None, None]:
-    """`make` of each number, in order; an error in a thread is raised where its item would have come.
+    """Yield `make(number)` for each number, in order; an error in a thread is raised in the place of its item.
 
-    Closing the iterator, or its end, waits for the items that are in the making and leaves no thread behind.
+    When the iterator ends or is closed, it waits for the items in the making and leaves no thread behind.
 
     Args:
-        numbers: what to make; the consumer's thread takes from it.
-        make: called in the threads, at once for several numbers.
-        num_threads: 0 makes each item when it is asked for.
-        ahead: items in the making or ready, at most.
+        numbers: Numbers of the items; iterated in the consumer's thread.
+        make: Makes an item; called in several threads at once.
+        num_threads: Number of threads; 0 makes each item when it is asked for.
+        ahead: Largest number of items that are in the making or ready.
     """
     if not num_threads:
         yield from map(make, numbers)
         return
-    # kept here: when Python ends with this iterator open, the names of modules are gone before it is closed
+    # kept in a local name: if Python exits while this iterator is open, module globals are gone before it is closed
     is_ending = sys.is_finalizing
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="capgap-decode")
     pending: deque[Future[Item]] = deque()
@@ -48,10 +49,10 @@ def prefetch(
                 pending.append(pool.submit(make, number))
                 break
             if not pending:
-                # the consumer may never ask again after the last item
+                # closed before the last item, because the consumer may never ask for another
                 pool.shutdown()
             yield item
     finally:
-        # at the end of Python its threads have been waited for, and are gone
+        # when Python exits, it has already waited for the threads, and they are gone
         if not is_ending():
             pool.shutdown(cancel_futures=True)

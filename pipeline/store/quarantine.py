@@ -1,8 +1,8 @@
-"""Files known to be damaged, by name: `quarantine.json` beside the manifest.
+"""The list of damaged files, `quarantine.json` next to the manifest.
 
-`capgap verify --quarantine` writes it. A reader raises at such a shard without opening it, a training that may skip
-takes other sequences, and the stage that wrote it makes it anew when it is run again, whatever its digest says: that
-may have been taken of bytes that were damaged already.
+`capgap verify --quarantine` writes the list. A reader raises an error at a listed shard without opening it, and a
+training that may skip takes other sequences. The stage that wrote the shard makes it again on its next run, even if its
+digest is right, because the digest may have been computed from damaged bytes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ QUARANTINE_NAME = "quarantine.json"
 
 
 def read_quarantine(folder: Path) -> dict[str, str]:
-    """What is wrong with each damaged file, by its path in the folder.
+    """Return the fault of each damaged file, by the file's path in the folder.
 
     Raises:
-        CorruptError: the list cannot be understood.
+        CorruptError: The list is no JSON object of texts.
     """
     path = folder / QUARANTINE_NAME
     try:
@@ -41,7 +41,7 @@ def read_quarantine(folder: Path) -> dict[str, str]:
 
 
 def write_quarantine(folder: Path, damaged: Mapping[str, str]) -> None:
-    """Make the list say exactly this."""
+    """Replace the list of damaged files, or remove it if no file is damaged."""
     if damaged:
         write_atomically(folder / QUARANTINE_NAME, json.dumps(dict(damaged), indent=1))
     else:

@@ -1,8 +1,8 @@
-"""Ids by how often a corpus uses them: members hold an id's rank instead, so that high bytes are mostly 0.
+"""The ranking of ids by frequency: members store the rank of an id instead of the id, so that high bytes are mostly 0.
 
-The ranking is a pure function of the corpus, which counts its ids when it is made: `id-counts.npz` beside its shards
-holds an array [V], int64, for each split. It lies beside the shards as a file of its own, `ids-by-frequency.u32`,
-whose digest the manifest names: without it, or with another one, no member can be read.
+The ranking is a pure function of the corpus, which counts its ids when it is made: `id-counts.npz` next to the corpus's
+shards holds an array [V], int64, for each split. The ranking is the file `ids-by-frequency.u32` next to the shards. The
+manifest holds its digest, because members cannot be read without the right ranking.
 
 Legend: V vocabulary.
 """
@@ -34,26 +34,26 @@ class Ranking:
     """A permutation of the ids.
 
     Attributes:
-        ids_V: the id of each rank [V], int32.
+        ids_V: The id of each rank [V], int32.
     """
 
     ids_V: IntArray
 
     @cached_property
-    def ranks_V(self) -> IntArray:  # noqa: N802  # a field in all but name
-        """The rank of each id."""
+    def ranks_V(self) -> IntArray:  # noqa: N802  # used like a field
+        """Return the rank of each id [V], int32."""
         ranks_V = np.empty_like(self.ids_V)
         ranks_V[self.ids_V] = np.arange(len(self.ids_V), dtype=np.int32)
         return ranks_V
 
     @cached_property
     def data(self) -> bytes:
-        """The file: the id of each rank, 32 bits each, little-endian."""
+        """Return the content of the ranking's file: the id of each rank as little-endian uint32."""
         return self.ids_V.astype("<u4").tobytes()
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of the file."""
+        """Return the SHA-256 digest of the ranking's file, hexadecimal."""
         return hashlib.sha256(self.data).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -64,17 +64,17 @@ class Ranking:
 
 
 def rank_ids(blocks: Iterable[Sequences], vocab_size: int) -> Ranking:
-    """Ids by falling frequency, equals in their own order."""
+    """Rank ids by falling frequency in these blocks; equally frequent ids by rising id."""
     return rank_counts(count_ids(blocks, vocab_size))
 
 
 def rank_counts(counts_V: npt.NDArray[np.int64]) -> Ranking:
-    """Ids by falling count, equals in their own order."""
+    """Rank ids by falling count; ids of equal count by rising id."""
     return Ranking(np.argsort(-counts_V, kind="stable").astype(np.int32))
 
 
 def count_ids(blocks: Iterable[Sequences], vocab_size: int) -> npt.NDArray[np.int64]:
-    """How often each id stands there [V]."""
+    """Count how often each id occurs in these blocks [V], int64."""
     counts_V: npt.NDArray[np.int64] = np.zeros(vocab_size, np.int64)
     for block in blocks:
         counts_V += np.bincount(block.tokens_BL1.ravel(), minlength=vocab_size)
@@ -82,26 +82,26 @@ def count_ids(blocks: Iterable[Sequences], vocab_size: int) -> npt.NDArray[np.in
 
 
 def write_counts(folder: Path, counts: Mapping[str, npt.NDArray[np.int64]]) -> None:
-    """Write how often each split of a corpus holds each id; the same counts give the same bytes."""
+    """Write the counts of ids of each split of a corpus; the same counts give the same bytes."""
     with atomic_file(folder / COUNTS_NAME) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for split, counts_V in counts.items():
             data = io.BytesIO()
             np.save(data, counts_V)
-            # a date of its own, which is the same whenever it is written
+            # ZipInfo has a fixed date by default, so the bytes do not depend on the time of writing
             archive.writestr(zipfile.ZipInfo(f"{split}.npy"), data.getvalue(), zipfile.ZIP_DEFLATED)
 
 
 def read_counts(folder: Path, files: Iterable[FileEntry], split: str, vocab_size: int) -> npt.NDArray[np.int64]:
-    """How often a split of a corpus holds each id [V].
+    """Read how often each id occurs in a split of a corpus [V], int64.
 
     Args:
-        folder: of the corpus.
-        files: that its manifest lists.
-        split: see `write_counts`.
+        folder: Folder of the corpus.
+        files: Files that the corpus's manifest lists.
+        split: Name of the split, as given to `write_counts`.
         vocab_size: V.
 
     Raises:
-        CorruptError: the file is not the one that the manifest lists, or is no such file.
+        CorruptError: The file is missing, is not the one that the manifest lists, or holds no counts of this split.
     """
     path = folder / COUNTS_NAME
     listed = next((file.sha256 for file in files if file.path == COUNTS_NAME), None)
@@ -125,10 +125,10 @@ def read_counts(folder: Path, files: Iterable[FileEntry], split: str, vocab_size
 
 
 def read_ranking(data: bytes, sha256: str, vocab_size: int, where: str) -> Ranking:
-    """The ranking that the manifest names.
+    """Return the ranking in the bytes of its file.
 
     Raises:
-        CorruptError: it is another file, or no permutation of the vocabulary.
+        CorruptError: The digest is not the manifest's, or the ids are no permutation of the vocabulary.
     """
     digest = hashlib.sha256(data).hexdigest()
     if digest != sha256:

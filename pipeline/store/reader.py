@@ -1,9 +1,9 @@
-"""Reading shards through the manifest's offsets: any member at any time, its checksum checked on every read.
+"""Random access to the members of shards through the manifest's offsets, with a checksum check on every read.
 
-Every byte of a shard that is ever used is covered by its member's crc32, by the checksum in the zstd frame and by the
-alignment of targets with tokens, on every read. The sha256 of a whole shard is checked where the bytes arrive from
-elsewhere, and by `capgap verify`: to hash a shard of a gigabyte before its first member is read takes half a second and
-a read of the whole, and would find nothing that the member's own checksums do not.
+On every read, the bytes of a member are checked by the member's crc32, by the checksum in the zstd frame, and by the
+alignment of targets with tokens. The sha256 of a whole shard is checked when it is downloaded, and by `capgap verify`.
+The reader does not check it: hashing a shard of a gigabyte takes half a second and a read of the whole file, and finds
+nothing that the checksums of the members do not find.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ class ShardReader:
     """Random access to the members of a shard set.
 
     Args:
-        folder: holds the shard files: a path, a URL, or a place that `place_of` made.
-        shard_set: their description, from the folder's manifest.
+        folder: Folder of the shards: a path, a URL, or a place from `place_of`.
+        shard_set: Description of the shards, from the folder's manifest.
 
     Attributes:
-        quarantined: what is wrong with the shards in quarantine, by path; they are not opened.
+        place: Place of the shards.
+        codec: Codec of the members.
+        quarantined: The fault of each shard in quarantine, by path; these shards are not opened.
 
     Raises:
-        InputError: the codec is unknown.
-        CorruptError: the description contradicts itself.
+        InputError: The codec is unknown.
+        CorruptError: The description contradicts itself.
     """
 
     def __init__(self, folder: Path | str | ShardPlace, shard_set: ShardSet) -> None:
@@ -57,32 +59,32 @@ class ShardReader:
         )
 
     def read(self, index: int) -> tuple[Sequences, Targets | None]:
-        """The block of member `index`, counted over all shards.
+        """Read the block of member `index`, counted over all shards.
 
         Raises:
-            CorruptError: bytes, structure or alignment are wrong; the message names shard and member.
-            InputError: the shard's file is missing.
+            CorruptError: The bytes, structure or alignment are wrong; the message names shard and member.
+            InputError: The shard's file is missing.
         """
         shard = bisect(self._first_members, index) - 1
         return self.read_member(shard, index - self._first_members[shard])
 
     def read_member(self, shard: int, member: int) -> tuple[Sequences, Targets | None]:
-        """The block of one member of one shard, by their numbers; errors as `read`."""
+        """Read the block of one member by the numbers of its shard and of itself; errors are those of `read`."""
         return self._read(*self._listed(shard, member))
 
     def decode_member(self, shard: int, member: int, data: bytes) -> tuple[Sequences, Targets | None]:
-        """The block of one member whose bytes somebody else has read; errors as `read`, but no file is opened."""
+        """Decode the block of one member from its bytes; errors are those of `read`, but no file is opened."""
         entry, listed = self._listed(shard, member)
         where = self._name_of(entry, listed)
         _require_checksum(data, listed, where)
         return self._decoded(data, listed, where)
 
     def read_stored(self, shard: int, member: int) -> StoredBlock:
-        """The columns of one member as they are stored; what they say is not looked at, nor their alignment.
+        """Read the columns of one member as they are stored, without a check of their values or alignment.
 
         Raises:
-            CorruptError: bytes or structure are wrong; the message names shard and member.
-            InputError: the shard's file is missing.
+            CorruptError: The bytes or structure are wrong; the message names shard and member.
+            InputError: The shard's file is missing.
         """
         entry, found = self._listed(shard, member)
         where = self._name_of(entry, found)
@@ -91,18 +93,18 @@ class ShardReader:
         return block
 
     def name_of(self, shard: int, member: int) -> str:
-        """A member as errors name it."""
+        """Return the name of a member in errors."""
         return self._name_of(*self._listed(shard, member))
 
     def _listed(self, shard: int, member: int) -> tuple[ShardEntry, Member]:
-        """A shard and its member; a damaged manifest may list fewer of either than whoever reads it knows of."""
+        """Return the entries of a shard and its member; a damaged manifest may list fewer than a caller expects."""
         shards = self.shard_set.shards
         if not (0 <= shard < len(shards) and 0 <= member < len(shards[shard].members)):
             raise CorruptError(
                 "the manifest lists no such member",
                 where=f"shard {shard}, member {member} of {self.shard_set.codec}",
                 found=f"{len(shards)} shards of {self.shard_set.num_members} members together",
-                fix="make the stage again that wrote it",
+                fix="run the stage that wrote it again",
             )
         return shards[shard], shards[shard].member(member)
 
@@ -163,10 +165,10 @@ def _require_size(num_sequences: int, member: Member, where: str) -> None:
 
 
 def read_blocks(folder: Path | str, shard_set: ShardSet) -> Iterator[tuple[Sequences, Targets | None]]:
-    """Every block of the set, in order.
+    """Yield every block of a shard set, in the order of the manifest.
 
     Raises:
-        CorruptError: as `ShardReader.read`.
+        CorruptError: A member is damaged, as `ShardReader.read` describes.
     """
     reader = ShardReader(folder, shard_set)
     for index in range(shard_set.num_members):

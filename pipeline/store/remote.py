@@ -1,4 +1,4 @@
-"""Files behind URLs, through fsspec: S3, Google Storage, Azure, Hugging Face and web servers."""
+"""Reading files behind URLs through fsspec: S3, Google Storage, Azure, Hugging Face and web servers."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from capgap.pipeline.store.files import MAX_SMALL_BYTES, too_large
 from capgap.schemas.errors import CapgapError, InputError, MachineError, SettingError
 from capgap.schemas.secrets import require_no_credential
 
-# Large enough that a request's latency is small beside its transfer, small beside the memory of a decoded window.
+# A request of this size takes much longer than its latency, and little memory compared with a decoded window.
 _CHUNK_BYTES = 8 << 20
-# Where stored bytes come from, and nothing that could start a program, mount or unpack anything: `pipe:`, `exec:` and
-# chains such as `zip::` or `simplecache::` among them, and whatever else an installed package has a name for.
+# Only schemes that return stored bytes are allowed. Others could start a program, mount or unpack something, such as
+# `pipe:`, `exec:`, chains like `zip::` or `simplecache::`, and any scheme that an installed package registers.
 SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
 
 class Remote:
-    """A folder behind a URL. Addresses and credentials come from where each client looks for them, for example
-    AWS_ENDPOINT_URL and AWS_ACCESS_KEY_ID.
+    """A folder behind a URL.
+
+    Each client looks up addresses and credentials in its usual places, for example AWS_ENDPOINT_URL and
+    AWS_ACCESS_KEY_ID.
 
     Args:
-        url: of the folder.
+        url: URL of the folder.
 
     Raises:
-        SettingError: a credential stands in the URL.
+        SettingError: The URL contains a credential.
     """
 
     def __init__(self, url: str) -> None:
@@ -39,11 +41,11 @@ class Remote:
         self.url = url.rstrip("/")
 
     def read(self, path: str) -> bytes | None:
-        """A small file as a whole; None where there is none.
+        """Read a whole small file; return None if it does not exist.
 
         Raises:
-            MachineError: the client for such URLs is not installed.
-            InputError: it cannot be read, or is no small file.
+            MachineError: The client for such URLs is not installed.
+            InputError: The file cannot be read, or is larger than 256 MiB.
         """
         try:
             data = b""
@@ -56,7 +58,12 @@ class Remote:
             return None
 
     def stream(self, path: str) -> Iterator[bytes]:
-        """A file in pieces; errors as `read`, and a file that is not there is one."""
+        """Yield the bytes of a file in pieces.
+
+        Raises:
+            MachineError: The client for such URLs is not installed.
+            InputError: The file cannot be read or does not exist.
+        """
         try:
             yield from self._chunks(path)
         except FileNotFoundError:
@@ -78,12 +85,12 @@ class Remote:
 
 @contextlib.contextmanager
 def client_errors(url: str) -> Iterator[None]:
-    """Whatever a client says of a URL as an error of ours; a file that is truly not there stays FileNotFoundError."""
+    """Turn a client's errors into InputError, except for FileNotFoundError if the file really does not exist."""
     try:
         yield
     except (CapgapError, GeneratorExit):
         raise
-    except Exception as error:  # every client has errors of its own, without a common root
+    except Exception as error:  # each client has its own errors, without a common base class
         if isinstance(error, FileNotFoundError) and _is_absence(error):
             raise
         raise InputError(
@@ -95,19 +102,24 @@ def client_errors(url: str) -> Iterator[None]:
 
 
 def client_of(url: str, refusal: str) -> Any:
-    """The fsspec file system of a URL.
+    """Return the fsspec file system of a URL.
+
+    Args:
+        url: The URL.
+        refusal: Beginning of the error for a scheme that is not allowed, for example "shards are not read".
 
     Raises:
-        InputError: its scheme is none of `SCHEMES`.
-        MachineError: its client is not installed.
+        InputError: The URL's scheme is none of `SCHEMES`.
+        MachineError: The client for the scheme is not installed.
     """
-    # fsspec keeps one a process; one from before a fork, as a worker of a DataLoader is, would be refused there
+    # not kept by the caller: fsspec keeps one client for each process, and refuses to use a client from before a fork,
+    # such as the start of a DataLoader's worker
     scheme = url.partition("://")[0]
     if scheme not in SCHEMES:
         raise InputError(
             f"{refusal} from such a URL", where=url, found=f"{scheme}://", expected=f"one of {', '.join(SCHEMES)}"
         )
-    # here, for a run whose files are all on local disks asks for none of its clients
+    # imported only here, because a run whose files are all on local disks does not need it
     import fsspec
 
     try:
@@ -118,6 +130,6 @@ def client_of(url: str, refusal: str) -> Any:
 
 
 def _is_absence(error: FileNotFoundError) -> bool:
-    """Whether the file is truly not there: the web client says the same where the server does not answer."""
+    """Return whether the file really does not exist; the web client raises the same error if no server answers."""
     cause = error.__cause__
     return cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404

@@ -1,11 +1,11 @@
-"""Rows longer than a sequence: as many whole sequences as fit, one after the other, and padding behind them.
+"""Rows that hold several sequences: as many whole sequences as fit, one after the other, then padding.
 
     L = 2048, row_len = 4096:  [ sequence | sequence ]             positions 0 .. 2047, 0 .. 2047
     L = 2048, row_len = 5000:  [ sequence | sequence | padding ]   positions 0 .. 2047, 0 .. 2047, 0 .. 903
 
-The teacher scored each sequence from its first token on and saw nothing before it, so the student must not either: its
-attention ends where positions begin anew, and then a row gives the loss of its sequences. No sequence is ever cut.
-Under the context rule `document` they begin anew at each document within the sequences too.
+The teacher scored each sequence without anything before it, so the student must not see the sequences before it either:
+attention must not cross a place where positions restart. Then a row gives the same loss as its sequences would alone.
+No sequence is ever cut. Under the context rule `document`, positions restart at each document within a sequence too.
 
 Legend: B sequences of L targets, R rows of W targets, N = B x L, M = R x W, K ids of the widest row.
 """
@@ -20,10 +20,10 @@ from capgap.schemas.errors import InputError
 
 
 def sequences_per_row(row_len: int, seq_len: int) -> int:
-    """How many whole sequences fit into a row.
+    """Return how many whole sequences fit into a row.
 
     Raises:
-        InputError: not even one.
+        InputError: A row is shorter than a sequence.
     """
     if row_len < seq_len:
         raise InputError("row_len", found=row_len, expected=f"at least {seq_len}, the targets of a sequence")
@@ -31,9 +31,9 @@ def sequences_per_row(row_len: int, seq_len: int) -> int:
 
 
 def in_rows(batch: Batch, row_len: int) -> Batch:
-    """The same sequences and targets as rows of `row_len`, with positions [R, W] that begin anew at each sequence.
+    """Arrange the sequences of a batch in rows of `row_len` targets, with positions that restart at each sequence.
 
-    Padding has token 0, label -100, and no weight on any id or on the tail.
+    Padding has token 0, label -100, and weight 0 on every id and on the tail.
     """
     num_sequences, seq_len = batch.input_ids_BL.shape
     per_row = sequences_per_row(row_len, seq_len)

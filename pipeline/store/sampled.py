@@ -1,13 +1,13 @@
-"""The values of `sampled` targets.
+"""The stored values of `sampled` targets.
 
-A row's ids lie by falling count, those of equal count by rising rank. Most ids are sampled once: their counts need not
-be stored, for how many there are follows from the number of samples and the other counts.
+The ids of a row are sorted by falling count, and ids of equal count by rising rank. Most ids are sampled once. Their
+counts are not stored, because the number of such ids follows from the number of samples and the other counts.
 
-    repeated, counts     rank and count of the ids sampled at least twice; `num_repeated` of them in each row
-    once                 the ids sampled once: the first one's rank in each row, then differences
+    repeated, counts     ranks and counts of the ids sampled at least twice; `num_repeated` of them in each row
+    once                 ranks of the ids sampled once: the first rank of each row, then differences
 
-Legend: B sequences, L targets a sequence, N = B x L rows, n samples a row, D ids of all rows, R sampled at least twice,
-O sampled once.
+Legend: B sequences, L targets a sequence, N = B x L rows, n samples a row, D ids of all rows, R ids sampled at least
+twice, O ids sampled once.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _COUNT_BITS = 16
 def sampled_values(
     targets: SampledTargets, ranking: Ranking, num_samples: int
 ) -> dict[str, npt.NDArray[Any] | RaggedValues]:
-    """The values of one member, by field.
+    """Return the values of one member's targets, by field.
 
     Raises:
-        InputError: an id outside the vocabulary, a NaN, or counts that do not sum to the number of samples.
+        InputError: An id is outside the vocabulary, a value is NaN, or counts do not sum to the number of samples.
     """
     num_ids_N = targets.num_ids_BL.ravel()
     check_ids("ids", targets.ids_D, len(ranking.ids_V))
@@ -60,10 +60,10 @@ def sampled_values(
 
 
 def sampled_targets(values: Mapping[str, npt.NDArray[Any]], ranking: Ranking, num_samples: int) -> SampledTargets:
-    """The targets of one member, of its values by field.
+    """Build the targets of one member from its values by field.
 
     Raises:
-        ValueError, InputError: the values contradict one another.
+        ValueError, InputError: The values contradict one another.
     """
     num_repeated_N = values["num_repeated"].ravel().astype(np.int32)
     counts_R = values["counts"].astype(np.int32)
@@ -74,7 +74,7 @@ def sampled_targets(values: Mapping[str, npt.NDArray[Any]], ranking: Ranking, nu
     ranks_O = cumulate_runs(steps_O, num_once_N)
     check_ids("ids", ranks_R, len(ranking.ids_V))
     check_ids("ids", ranks_O, len(ranking.ids_V))
-    # the ids of a row that were sampled once stand behind its others
+    # in each row, the ids that were sampled once come last
     place_R = np.arange(len(ranks_R)) + np.repeat(sums_before(num_once_N), num_repeated_N)
     is_once_D = np.ones(len(ranks_R) + len(ranks_O), np.bool_)
     is_once_D[place_R] = False
@@ -88,7 +88,10 @@ def sampled_targets(values: Mapping[str, npt.NDArray[Any]], ranking: Ranking, nu
 
 
 def _sorted(targets: SampledTargets, ranking: Ranking) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-    """Ranks and counts, row after row, by falling count and rising rank: one sort of whole numbers, 4 ns each."""
+    """Return ranks and counts [D], sorted in each row by falling count and rising rank.
+
+    Row, count and rank are packed into one integer, because one sort of integers takes only 4 ns each.
+    """
     row_D = np.repeat(np.arange(targets.num_ids_BL.size, dtype=np.uint64), targets.num_ids_BL.ravel())
     most = (1 << _COUNT_BITS) - 1
     key_D = row_D << np.uint64(_COUNT_BITS) | (most - targets.counts_D).astype(np.uint64)

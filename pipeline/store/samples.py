@@ -1,9 +1,9 @@
-"""One sequence of a cache as a dictionary of numpy arrays, which is what a WebDataset pipeline hands on.
+"""The sequences of a cache as dictionaries of numpy arrays, the samples of a WebDataset pipeline.
 
     block of a member --samples_of--> one dictionary a sequence --collate_samples--> Batch
 
-Arrays are of one shape for every sequence of a cache, so that any collation can stack them, and of numpy, so that
-they pass between processes without a file descriptor each.
+Each array has the same shape for every sequence of a cache, so that any collation can stack it. The arrays are numpy
+arrays because torch tensors take a file descriptor each when they pass between processes.
 
 Legend: B sequences, L targets a sequence, K ids a row, N = B x L rows.
 """
@@ -28,12 +28,12 @@ DictSample = dict[str, Any]
 
 @dataclass(frozen=True)
 class SampleShape:
-    """What the samples of a cache have in common.
+    """The properties that all samples of a cache share, and the conversion of blocks to samples.
 
     Attributes:
-        num_ids: K, the samples (`sampled`) or the kept ids (`topk`) of a row.
-        context: the rule under which the teacher scored.
-        target_temperature: the further temperature at which targets are wanted; None for that of the stored logprobs.
+        num_ids: K, the number of samples (`sampled`) or of kept ids (`topk`) of a row.
+        context: Context rule under which the teacher scored.
+        target_temperature: The extra temperature of the targets; None for the capture temperature.
     """
 
     num_ids: int
@@ -41,16 +41,16 @@ class SampleShape:
     target_temperature: TargetTemperature | None = None
 
     def samples_of(self, sequences: Sequences, targets: Targets | None, key: str, url: str) -> Iterator[DictSample]:
-        """The sequences of one member, in its order.
+        """Yield the sequences of one member as samples, in the order of the member.
 
         Args:
-            sequences: of the member.
-            targets: of the member.
-            key: of the member; each sequence's number in it follows.
-            url: of the shard.
+            sequences: Sequences of the member.
+            targets: Targets of the member.
+            key: Key of the member; a sample's key is this key and the number of its sequence in the member.
+            url: URL or path of the shard.
         """
         for row in range(len(sequences)):
-            # by the loader's own arithmetic, so that both give the same bits
+            # made with the loader's own function, so that samples and batches agree in every bit
             batch = collate([(sequences, targets, row)], self.num_ids, self.target_temperature, self.context)
             sample: DictSample = {
                 "__key__": f"{key}-{row:04d}",
@@ -75,12 +75,12 @@ class SampleShape:
 
 
 def collate_samples(samples: Sequence[DictSample]) -> Batch:
-    """One `Batch` of these samples, the very one that the cache's own loader makes of these sequences.
+    """Collate samples into a `Batch`, which equals the batch that the cache's own loader makes of these sequences.
 
-    For WebDataset's `batched(8, collation_fn=collate_samples)` and for `collate_fn` of a DataLoader.
+    Use it in WebDataset's `batched(8, collation_fn=collate_samples)` or as `collate_fn` of a DataLoader.
 
     Args:
-        samples: of one cache, as `Cache.webdataset` gives them.
+        samples: Samples of one cache, as `Cache.webdataset` yields them.
     """
     tokens_BL1, mask_BL1 = (np.stack([sample[name] for sample in samples]) for name in ("tokens", "mask"))
     labels_BL = np.where(mask_BL1[:, 1:], tokens_BL1[:, 1:], IGNORED_LABEL)
@@ -90,7 +90,7 @@ def collate_samples(samples: Sequence[DictSample]) -> Batch:
         batch.positions_BL = torch.from_numpy(np.stack([sample["positions"] for sample in samples]))
     if "ids" in samples[0]:
         ids_NK, weights_NK = (np.concatenate([sample[name] for sample in samples]) for name in ("ids", "weights"))
-        # rows of the loader are as wide as the widest, but those of top-k tokens
+        # the loader makes rows as wide as the widest one, except that rows of top-k tokens are always K wide
         is_fixed = "tail" in samples[0] and "chunk_left" not in samples[0]
         width = ids_NK.shape[1] if is_fixed else max(1, int((weights_NK > 0).sum(axis=1).max()))
         batch.ids_NK, batch.weights_NK = (
@@ -103,5 +103,5 @@ def collate_samples(samples: Sequence[DictSample]) -> Batch:
 
 
 def _widened(values_NK: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
-    """The same rows with zeros behind them."""
+    """Return the rows, padded with zeros at the end to `width` columns."""
     return np.pad(values_NK, ((0, 0), (0, width - values_NK.shape[1])))

@@ -1,7 +1,7 @@
-"""Small records about files that are finished, each with a digest of itself: a damaged one is as good as none.
+"""Sidecars: small records about finished files, each with its own digest. A damaged sidecar is treated as missing.
 
-A sidecar is one JSON object: `sha256` is the digest of the bytes of `record`, exactly as they stand in the file. So no
-change of a value, however small, is read as another value.
+A sidecar is one JSON object. Its `sha256` is the digest of the bytes of `record`, exactly as they stand in the file, so
+that no changed value is ever read as a valid one.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ AnyRecord = TypeVar("AnyRecord", bound=Entry)
 
 
 def write_sidecar(path: Path, record: Entry) -> None:
-    """Write a record with its digest; the file is whole and on the disk, or it is not there."""
+    """Write a record with its digest; afterwards, the file is complete on the disk or does not exist."""
     body = record.model_dump_json().encode()
     digest = hashlib.sha256(body).hexdigest().encode()
-    # not `write_atomically`, which lists the folder: there may be many thousands of sidecars in it
+    # `write_atomically` would list the folder, which may hold many thousands of sidecars
     with atomic_file(path) as file:
         file.write(b'{"sha256":"' + digest + b'","record":' + body + b"}")
 
 
 def read_sidecar(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
-    """The record that was written; None where there is none, or where it is damaged, which is logged."""
+    """Read a record; return None if there is none, or if it is damaged, which is logged as a warning."""
     try:
         found = _LAYOUT.fullmatch(path.read_bytes())
         if found is not None and hashlib.sha256(found[2]).hexdigest().encode() == found[1]:
@@ -43,5 +43,5 @@ def read_sidecar(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
         return None
     except ValidationError:
         pass
-    _LOG.warning("%s is damaged: what it speaks of is made again", path)
+    _LOG.warning("%s is damaged: the file that it describes is made again", path)
     return None

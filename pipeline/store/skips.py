@@ -1,4 +1,4 @@
-"""Damaged members that are skipped: which, why, how many sequences, and when it is too much."""
+"""The damaged members that a training skips, the number of their sequences, and the limit on the damage."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from capgap.schemas.errors import CorruptError
 
 _LOG = logging.getLogger("capgap")
 
-# What is lost to a few bad sectors is far below one in a thousand; more is a fault to be mended, not skipped.
+# A few bad sectors damage far less than one sequence in a thousand. More damage has a cause that must be mended.
 _LARGEST_SHARE = 0.001
 
 
 class Skips:
-    """The damaged members met so far.
+    """The damaged members found so far.
 
     Args:
-        num_sequences: in the whole set.
-        on_corrupt: `stop` raises at the first, `skip` when they hold more than 0.1 % of the sequences.
-        excused: shards, as `ShardPlace.name_of` names them, whose members do not count: somebody has seen to them.
+        num_sequences: Number of sequences in the whole set.
+        on_corrupt: `stop` raises at the first damaged member, `skip` when the damaged members hold more than 0.1 % of
+            the sequences.
+        excused: Names, as `ShardPlace.name_of` gives them, of shards whose members do not count toward the limit,
+            because their damage is already known.
     """
 
     def __init__(self, num_sequences: int, on_corrupt: Literal["stop", "skip"], excused: Collection[str] = ()) -> None:
@@ -36,10 +38,10 @@ class Skips:
         return member in self._members
 
     def note(self, member: tuple[int, int], name: str, num_sequences: int, error: CorruptError) -> None:
-        """Remember a damaged member.
+        """Record a damaged member as skipped.
 
         Raises:
-            CorruptError: it may not be skipped, or with it too much would be.
+            CorruptError: The member may not be skipped, or with it too many sequences would be skipped.
         """
         if not self._skip:
             raise error
@@ -62,9 +64,9 @@ class Skips:
             ) from error
 
     def as_dict(self) -> dict[str, int]:
-        """Sequences in each damaged member, by its name, those of an interrupted training included."""
+        """Return the number of sequences in each damaged member, by name, including those of a loaded state."""
         return self._earlier | dict(self._members.values())
 
     def load(self, skipped: dict[str, int]) -> None:
-        """What an interrupted training had skipped; it is read, and found damaged or mended, anew."""
+        """Load the skips of an interrupted training; their members are read again, and may have been repaired."""
         self._earlier = dict(skipped)

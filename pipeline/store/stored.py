@@ -1,7 +1,7 @@
-"""A member as it is stored: inflated, its structure checked, its columns not yet turned into ids and probabilities.
+"""Members as they are stored: inflated and checked in structure, but not yet decoded to ids and probabilities.
 
-This is the host's part where a device decodes (`decode_on` of the loader). A sequence's part of a column is a slice:
-of a list of fixed size its row, of others what lies between two offsets.
+This is the host's part of the work if a device decodes (`decode_on` of the loader). A sequence's part of a column is a
+slice: a row of a column of fixed-size lists, or the values between two offsets of a ragged column.
 
 Legend: B sequences, L targets a sequence, K ids kept a row, n samples a row.
 """
@@ -27,10 +27,10 @@ class StoredBlock:
     """The columns of one member.
 
     Attributes:
-        fixed: by name [B, width].
-        ragged: by name the values of all sequences, one after the other.
-        offsets: by name where each sequence's values begin, and the last one's end [B + 1].
-        widest_B: ids of each sequence's widest target; empty without targets.
+        fixed: The columns of fixed-size lists, by name [B, width].
+        ragged: The concatenated values of all sequences, by column name.
+        offsets: For each ragged column, the start of each sequence's values and the end of the last [B + 1].
+        widest_B: Number of ids of each sequence's widest target [B]; empty without targets.
     """
 
     fixed: dict[str, npt.NDArray[Any]]
@@ -43,13 +43,13 @@ class StoredBlock:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that it takes."""
+        """Return the memory of the columns, in bytes."""
         arrays = (*self.fixed.values(), *self.ragged.values(), *self.offsets.values())
         return sum(int(array.nbytes) for array in arrays)
 
 
 def part_bytes(codec: Codec, block: StoredBlock) -> dict[Part, int]:
-    """Bytes of a block's values by what they speak of; no part that has none."""
+    """Return the bytes of a block's values for each part of the format that the codec has, such as `ids`."""
     found: dict[Part, int] = {}
     arrays = block.fixed | block.ragged
     for field in codec.fields:
@@ -58,11 +58,11 @@ def part_bytes(codec: Codec, block: StoredBlock) -> dict[Part, int]:
 
 
 def read_stored(codec: Codec, data: bytes, where: str, num_sequences: int | None = None) -> StoredBlock:
-    """The columns of one member; `where` and `num_sequences` as for `Codec.decode`.
+    """Return the columns of one member; the arguments are those of `Codec.decode`.
 
     Raises:
-        CorruptError: the frame's checksum, the Arrow stream, its shapes or its lists' sizes are wrong. What the values
-            say is for the device to check.
+        CorruptError: The frame's checksum, the Arrow stream, its shapes or its lists' sizes are wrong. The values are
+            not checked here, but on the device.
     """
     with decoding(codec, where):
         columns = from_frame(data, codec.most_bytes(num_sequences))
@@ -84,10 +84,10 @@ def _widest(
     ragged: dict[str, npt.NDArray[Any]],
     offsets: dict[str, IntArray],
 ) -> IntArray:
-    """Ids of each sequence's widest target.
+    """Return the number of ids of each sequence's widest target [B].
 
     Raises:
-        ValueError: sizes of lists contradict one another, so that a sequence's values could be another's.
+        ValueError: Sizes of lists contradict one another, so that values could be taken for those of another sequence.
     """
     columns_of = {field.name: field.columns for field in codec.fields}
     if codec.name == SEQUENCES:
@@ -115,10 +115,10 @@ def _widest(
 
 
 def _row_sums(counts_R: npt.NDArray[Any], offsets: IntArray, num_repeated_BL: npt.NDArray[Any]) -> IntArray:
-    """The sum of each row's counts [B, L].
+    """Return the sum of each row's counts [B, L].
 
     Raises:
-        ValueError: a sequence has another number of counts than its rows say.
+        ValueError: A sequence's number of counts differs from the sum over its rows.
     """
     sizes_B = num_repeated_BL.sum(axis=1, dtype=np.int64)
     if not np.array_equal(np.diff(offsets), sizes_B):

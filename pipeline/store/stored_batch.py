@@ -16,9 +16,9 @@ from capgap.pipeline.store.planes import unpack_bits
 from capgap.pipeline.store.stored import StoredBlock
 from capgap.schemas.run_corpus import ContextRule
 
-# what a column's place in the buffer is a multiple of, for every kind of number
+# the start of each column in the buffer is a multiple of this, which suits every dtype
 _ALIGNED_BYTES = 16
-# no part of a batch whose sequences are seen whole
+# the column of document starts, which is left out under the context rule `packed`
 _STARTS = "starts"
 
 _KINDS = {np.dtype(np.uint8): torch.uint8, np.dtype(np.uint16): torch.uint16, np.dtype(np.int32): torch.int32}
@@ -32,12 +32,12 @@ class _Part:
 
 
 class StoredBatch:
-    """Columns of B sequences.
+    """The stored columns of B sequences.
 
     Attributes:
         num_sequences: B.
-        widest: ids of the widest target.
-        num_counted: labels that count.
+        widest: Number of ids of the widest target.
+        num_counted: Number of labels that the loss counts.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class StoredBatch:
         self.num_sequences, self.widest, self.num_counted = num_sequences, widest, num_counted
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """A column: [B, width], or the values of lists of any size; `offsets NAME` are those lists' borders [B + 1]."""
+        """Return a column: [B, width], the values of a ragged column, or, as `offsets NAME`, its offsets [B + 1]."""
         part = self._parts[name]
         size = part.kind.itemsize * int(np.prod(part.shape))
         return self._buffer[part.start : part.start + size].view(part.kind).view(part.shape)
@@ -57,11 +57,11 @@ class StoredBatch:
 
     @property
     def device(self) -> torch.device:
-        """Where the buffer lies."""
+        """Return the device that holds the buffer."""
         return self._buffer.device
 
     def to(self, device: torch.device | str) -> StoredBatch:
-        """The same columns on another device, in one copy."""
+        """Return the columns on another device, transferred in one copy."""
         buffer = self._buffer.to(device, non_blocking=True)
         return StoredBatch(buffer, self._parts, self.num_sequences, self.widest, self.num_counted)
 
@@ -69,9 +69,13 @@ class StoredBatch:
 def gather(
     samples: list[tuple[StoredBlock, int]], seq_len: int, pin: bool, context: ContextRule = "packed"
 ) -> StoredBatch:
-    """The columns of these sequences, each a block and a number in it; in page-locked memory if `pin`.
+    """Gather the columns of sequences in one buffer.
 
-    Where documents start is among them under the rule `document`.
+    Args:
+        samples: The sequences, each as its block and its index in the block.
+        seq_len: L, the number of targets in a sequence.
+        pin: Whether the buffer is in page-locked memory.
+        context: Context rule. The column of document starts is included under `document` only.
     """
     first = samples[0][0]
     arrays: dict[str, list[npt.NDArray[Any]]] = {}
@@ -98,7 +102,7 @@ def gather(
         parts,
         len(samples),
         max((int(block.widest_B[row]) for block, row in samples if len(block.widest_B)), default=0),
-        # the first token of a sequence is nobody's label
+        # the first token of a sequence is never a label
         sum(int(unpack_bits(block.fixed["mask"][row : row + 1], seq_len + 1)[0, 1:].sum()) for block, row in samples),
     )
     for name, parts_of_name in arrays.items():

@@ -1,10 +1,10 @@
-"""Which sequences each micro-batch holds, and how far a training is: its state is one integer.
+"""The stream of a training: which sequences each micro-batch holds, and a position that is one integer.
 
     number of a micro-batch --epoch, indices of this rank--> Order --> places
 
-A step takes the next `batch_sequences` sequences of the order, over all ranks; rank r of w takes every w-th of them
-from r on, a micro-batch at a time. The sequences left over at the end of an epoch, fewer than one step's, are left out
-of it; each epoch leaves out others.
+A step takes the next `batch_sequences` sequences of the order, over all ranks. Rank r of w takes every w-th of them,
+starting at r, a micro-batch at a time. The sequences at the end of an epoch that do not fill a step are left out of
+this epoch; each epoch leaves out different ones.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ class Stream:
     """The sequences of a whole training on one rank, and the position in it.
 
     Args:
-        shard_set: what is read.
-        settings: of the loader.
+        shard_set: Description of the shards.
+        settings: Settings of the loader.
 
     Attributes:
-        order: of the sequences.
-        steps_per_epoch: whole steps in one pass over the data.
-        num_steps: of the whole training.
-        position: sequences handed out so far, over all ranks.
+        order: Order of the sequences.
+        steps_per_epoch: Number of whole steps in one pass over the data.
+        num_steps: Number of steps of the whole training.
+        position: Number of sequences handed out so far, over all ranks.
 
     Raises:
-        InputError: the set holds too few sequences for one step, the ranks do not divide it, or sequences do not fit.
+        InputError: The set holds too few sequences for one step, the micro-batches of all ranks do not divide a step,
+            or sequences do not fit into the rows.
     """
 
     def __init__(self, shard_set: ShardSet, settings: LoaderSettings) -> None:
@@ -51,37 +52,37 @@ class Stream:
         self.position = 0
 
     def __len__(self) -> int:
-        """Micro-batches of the whole training on this rank."""
+        """Return the number of micro-batches of the whole training on this rank."""
         return self.num_steps * self._settings.batch_sequences // self._settings.round_sequences
 
     def remaining(self) -> range:
-        """The numbers of the micro-batches that are left."""
+        """Return the numbers of the remaining micro-batches."""
         return range(self.position // self._settings.round_sequences, len(self))
 
     def advance(self) -> None:
-        """One more micro-batch was handed out on every rank."""
+        """Move the position forward by one micro-batch on every rank."""
         self.position += self._settings.round_sequences
 
     def chosen(self, number: int) -> tuple[int, range]:
-        """Epoch, and indices in its order, of this rank's micro-batch of that number."""
+        """Return the epoch of this rank's micro-batch `number`, and its sequences' indices in the epoch's order."""
         together, settings = self._settings.round_sequences, self._settings
         epoch, start = divmod(number * together, self.steps_per_epoch * settings.batch_sequences)
         return epoch, range(start + settings.rank, start + together, settings.world_size)
 
     def places(self, number: int) -> list[Place]:
-        """Where the sequences of that micro-batch lie, as long as no member is damaged."""
+        """Return the places of the sequences of micro-batch `number`, if no member is damaged."""
         epoch, chosen = self.chosen(number)
         return [self.order.locate(epoch, index) for index in chosen]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and all that decides which sequence it is."""
+        """Return the position, and everything that determines which sequence it means."""
         return {"position": self.position, **self._counts()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at that position.
+        """Continue at the position of a state.
 
         Raises:
-            InputError: the state counts in another order, or stops within a round of these micro-batches.
+            InputError: The state belongs to another order, or stops within a micro-batch of all ranks.
         """
         expected = self._counts()
         found = {name: state.get(name) for name in expected}
@@ -132,10 +133,10 @@ def _require_divisible(seq_len: int, settings: LoaderSettings) -> None:
 
 
 def _num_steps(shard_set: ShardSet, settings: LoaderSettings, most: int) -> int:
-    """Steps of a training.
+    """Return the number of steps of a training.
 
     Raises:
-        InputError: there is not even one.
+        InputError: There is not enough data, or `max_tokens` is too small, for one step.
     """
     if not most:
         raise InputError(

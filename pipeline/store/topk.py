@@ -1,17 +1,18 @@
-"""The values of `topk` targets, in four profiles.
+"""The stored values of `topk` targets, in four profiles.
 
     lossless         logprobs, tail and label as float32, in four planes each
     near-lossless    codes of 1/64 nat; differences along a row, in two planes
     compact          companded codes; differences along a row, as quads with escapes
-    small            as compact, of each row only the ids that hold 99 % of the probability; the others join the tail.
-                     A row may come with fewer ids than others, and padded as it is read; all of these are kept
+    small            like compact, but each row keeps only the ids that hold 99 % of the probability; the rest joins the
+                     tail. Rows that come with padding, as they are read, have been cut before and keep all their ids
 
-Ids keep their order and lie as planes of ranks. Differences lie rank by rank: those of all a sequence's first ids, then
-of its second, and so on; `small`, whose rows differ in length, has them row by row. Every sequence begins a new quad.
+Ids keep their order and are stored as planes of ranks. Differences are stored rank by rank: those of the first ids of
+all rows of a sequence, then those of the second ids, and so on. The rows of `small` differ in length, so their
+differences are stored row by row. Every sequence begins a new quad.
 
-For each further temperature T at which a student may train, `tailJ` holds the logarithm of the unscaled tail, the sum
-of p^r over all other ids with r = temperature / T: raised to r, probabilities at the capture temperature are those at T
-but for one factor, which makes their sum and the tail's 1.
+For each extra temperature T at which a student may train, `tailJ` holds the logarithm of the unscaled tail: the sum of
+p^r over all other ids, with r = temperature / T. The probabilities at T are proportional to the powers p^r of those at
+the capture temperature, so dividing by the sum of all powers and the unscaled tail gives a distribution.
 
 Legend: B sequences, L targets a sequence, K ids kept a row, T further temperatures, N = B x L rows, D ids of all rows.
 """
@@ -36,16 +37,16 @@ from capgap.schemas.records import FloatArray, IntArray, TopkTargets
 
 FINE, COARSE = LogUniform(), Companded()
 
-# `small` keeps ids until they hold this much
+# `small` keeps the most probable ids that together hold this probability
 KEPT_MASS = 0.99
 
-# An unscaled tail is a sum of at most 2^24 numbers of at most 1, whose logarithm is below this.
+# The logarithm of an unscaled tail is below this: the tail is a sum of at most 2^24 numbers of at most 1.
 SHIFT_NATS = 17
 
-# the code of a tail of 0, which has no logarithm
+# the code of a tail of 0, whose logarithm is not finite
 NO_TAIL = 0xFFFF
 
-# the code of a label's logprob that nobody knows, where a codec has such
+# the code of an unknown logprob of a label, if the codec allows it
 UNKNOWN_LABEL = 0xFFFF
 
 _Values = dict[str, npt.NDArray[Any] | RaggedValues]
@@ -53,16 +54,16 @@ _Values = dict[str, npt.NDArray[Any] | RaggedValues]
 
 @dataclass(frozen=True)
 class TopkShape:
-    """What both directions need to know.
+    """The parameters of encoding and decoding.
 
     Attributes:
         profile: `lossless`, `near-lossless`, `compact` or `small`.
-        seq_len: L.
-        top_k: K.
-        ranking: of the ids.
-        powers: capture temperature over each further temperature.
-        unknown_labels: a label's logprob may be NaN, for unknown.
-        was_cut: `small` keeps all ids of every row, for they were cut before.
+        seq_len: L, the number of targets in a sequence.
+        top_k: K, the number of ids kept a row.
+        ranking: Ranking of the ids.
+        powers: Capture temperature / T for each extra temperature T.
+        unknown_labels: Whether a label's logprob may be NaN, for unknown.
+        was_cut: `small` keeps all ids of every row, because the rows were cut before.
     """
 
     profile: str
@@ -75,10 +76,11 @@ class TopkShape:
 
 
 def topk_values(targets: TopkTargets, shape: TopkShape) -> _Values:
-    """The values of one member, by field.
+    """Return the values of one member's targets, by field.
 
     Raises:
-        InputError: an id outside the vocabulary, a NaN, a tail below 0, or logprobs that rise within a row.
+        InputError: An id is outside the vocabulary, a value is NaN, a tail is no probability, or logprobs rise within a
+            row.
     """
     _check(targets, shape)
     if shape.profile == "small":
@@ -99,10 +101,12 @@ def topk_values(targets: TopkTargets, shape: TopkShape) -> _Values:
 
 
 def topk_targets(values: Mapping[str, npt.NDArray[Any]], shape: TopkShape) -> TopkTargets:
-    """The targets of one member, of its values by field; rows of `small` are padded to K with id 0 at logprob -inf.
+    """Build the targets of one member from its values by field.
+
+    Rows of `small` are padded to K ids with id 0 and logprob -inf.
 
     Raises:
-        ValueError, InputError: the values are not those of a member, or contradict one another.
+        ValueError, InputError: The values are not those of a member, or contradict one another.
     """
     if shape.profile == "small":
         return _small_targets(values, shape)
@@ -126,14 +130,14 @@ def topk_targets(values: Mapping[str, npt.NDArray[Any]], shape: TopkShape) -> To
 
 
 def largest_log_tail(vocab_size: int) -> float:
-    """The logarithm of a sum of that many powers of probabilities is not above it, in nats."""
+    """Return an upper bound on the logarithm of an unscaled tail, in nats: a sum of `vocab_size` numbers below 1."""
     return math.log(vocab_size) + ROUNDING
 
 
 def _check(targets: TopkTargets, shape: TopkShape) -> None:
     check_ids("ids", targets.ids_BLK, len(shape.ranking.ids_V))
     if shape.profile == "small" and np.isneginf(targets.logprobs_BLK[:, :, -1]).any():
-        check_logprobs("logprobs_BLK", targets.logprobs_BLK[:, :, 0])  # a row has one id at least
+        check_logprobs("logprobs_BLK", targets.logprobs_BLK[:, :, 0])  # so the first logprob is never padding
         check_logprobs("logprobs_BLK", targets.logprobs_BLK[~np.isneginf(targets.logprobs_BLK)])
     else:
         check_logprobs("logprobs_BLK", targets.logprobs_BLK)
@@ -151,7 +155,7 @@ def _check_log_tails(log_tails_BLT: FloatArray, shape: TopkShape) -> None:
     if log_tails_BLT.shape[2] != len(shape.powers):
         raise InputError("log_tails_BLT: temperatures", found=log_tails_BLT.shape[2], expected=len(shape.powers))
     largest = largest_log_tail(len(shape.ranking.ids_V))
-    # no comparison with NaN is true
+    # comparisons with NaN are false, so this refuses NaN too
     if not (log_tails_BLT <= largest).all():
         raise InputError(
             "log_tails_BLT: a value that is no logarithm of a tail",
@@ -161,9 +165,10 @@ def _check_log_tails(log_tails_BLT: FloatArray, shape: TopkShape) -> None:
 
 
 def _small_values(targets: TopkTargets, shape: TopkShape) -> _Values:
-    """Keep as few ids of each row as hold `KEPT_MASS`, or all; all of a row that comes with padding, as it is read.
+    """Keep the fewest ids of each row that hold `KEPT_MASS`, or all; rows with padding were cut before and keep all.
 
-    One sequence after the other: what is made on the way stays in the cache, and every sequence begins a new quad.
+    Sequences are encoded one after the other, so that temporary arrays fit into the processor's cache, and every
+    sequence begins a new quad.
     """
     num_kept_BL = np.empty(targets.tail_BL.shape, np.int32)
     tail_BL, log_tails_BLT = targets.tail_BL.copy(), targets.log_tails_BLT.copy()
@@ -181,7 +186,7 @@ def _small_values(targets: TopkTargets, shape: TopkShape) -> _Values:
             dropped_LK = np.where(kept_LK, np.float32(-np.inf), logprobs_LK) * np.float32(power)
             dropped_L = np.logaddexp.reduce(dropped_LK, axis=1)
             log_tails_BLT[sequence, :, i] = np.logaddexp(log_tails_BLT[sequence, :, i], dropped_L)
-        # `take` by places needs half the time of a mask
+        # `take` with indices takes half the time of a mask
         place_D = np.flatnonzero(kept_LK)
         ranks.append(np.take(shape.ranking.ranks_V, ids_LK.ravel().take(place_D)))
         steps_LK = COARSE.encode(logprobs_LK)
@@ -213,13 +218,13 @@ def _small_targets(values: Mapping[str, npt.NDArray[Any]], shape: TopkShape) -> 
 
 
 def _bits_of(values: FloatArray) -> npt.NDArray[np.uint32]:
-    """The bits of 32-bit floats, as numbers."""
+    """Return the bits of float32 values as uint32."""
     bits: npt.NDArray[np.uint32] = np.ascontiguousarray(values, "<f4").view("<u4")
     return bits
 
 
 def _quad_values(steps_BD: Bytes) -> _Values:
-    """Every sequence begins a new quad."""
+    """Return differences [B, D] as quads and escapes; every sequence begins a new quad."""
     num_sequences, width = steps_BD.shape
     padded = steps_BD
     if width % 4:
@@ -239,17 +244,17 @@ def _unpack_sequences(quads_BQ: Bytes, escapes: Bytes, width: int) -> Bytes:
 
 
 def _unpack_ragged(quads: Bytes, escapes: Bytes, sizes_B: npt.NDArray[Any]) -> Bytes:
-    """Unpack sequences that differ in size; each one's last quad may be filled up with zeros."""
+    """Unpack sequences of different sizes, and drop the zeros that fill up the last quad of each."""
     num_quads_B = -(-sizes_B // 4)
     steps = unpack_quads(quads, escapes, 4 * int(num_quads_B.sum()))
     ends_B = 4 * np.cumsum(num_quads_B)
-    # a sequence has at most three zeros to fill up
+    # a sequence has at most three such zeros
     filling = [place for end, more in zip(ends_B, -sizes_B % 4, strict=True) for place in range(end - more, end)]
     return np.delete(steps, np.array(filling, np.int64))
 
 
 def _known(labels_BL: FloatArray, shape: TopkShape) -> FloatArray:
-    """Those that must be logprobs: all, or all but NaN."""
+    """Return the labels' values that must be logprobs: all but NaN if labels may be unknown, otherwise all."""
     return labels_BL[~np.isnan(labels_BL)] if shape.unknown_labels else labels_BL
 
 
@@ -262,7 +267,7 @@ def _fine_values(targets: TopkTargets, tail_BL: FloatArray, log_tails_BLT: Float
 
 
 def _read_fine(values: Mapping[str, npt.NDArray[Any]], shape: TopkShape) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Tail, label's logprobs, and the logarithms of the further tails."""
+    """Return the tails, the labels' logprobs, and the logarithms of the extra temperatures' tails."""
     tail_BL = np.exp(_tail_logs(values["tail"]))
     names = map(tail_name, range(len(shape.powers)))
     log_tails = [_tail_logs(values[name]) + np.float32(SHIFT_NATS) for name in names]
@@ -314,7 +319,7 @@ def _codes_by_rank(steps_BD: npt.NDArray[Any], shape: TopkShape) -> npt.NDArray[
 
 
 def _joined(parts: list[npt.NDArray[Any]]) -> RaggedValues:
-    """The sequences' parts, which stand behind an empty one."""
+    """Concatenate one part for each sequence; the first part in the list is empty and only gives the dtype."""
     return RaggedValues(np.concatenate(parts), np.array([len(part) for part in parts[1:]], np.int64))
 
 
@@ -325,9 +330,9 @@ def _ids_of(ranks: npt.NDArray[Any], shape: TopkShape) -> IntArray:
 
 
 def _num_kept(probs_LK: FloatArray) -> npt.NDArray[np.int64]:
-    """The fewest of each row that hold `KEPT_MASS`, or all."""
+    """Return the smallest number of ids of each row that hold `KEPT_MASS`, or the number of all ids."""
     num_kept_L = np.full(len(probs_LK), probs_LK.shape[1])
-    # a cumulative sum takes longer than all else: rows that need their last id are known by their sum
+    # a cumulative sum is the slowest step, so it is left out for rows whose plain sum shows that they need all ids
     some = np.flatnonzero(probs_LK.sum(axis=1) - probs_LK[:, -1] >= KEPT_MASS - ROUNDING)
     enough = np.cumsum(probs_LK[some], axis=1) >= np.float32(KEPT_MASS)
     num_kept_L[some] = np.where(enough[:, -1], enough.argmax(axis=1) + 1, probs_LK.shape[1])

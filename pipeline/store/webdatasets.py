@@ -1,15 +1,15 @@
-"""A shard set as a WebDataset pipeline, and a stage that decodes its members in anybody's pipeline.
+"""A WebDataset pipeline over a shard set, and a pipeline stage that decodes its members in any WebDataset pipeline.
 
     webdataset_of:   members of the manifest --ranks--> --workers--> --shuffled--> read by offset --> samples
     MemberDecoder:   wds.WebDataset(urls): members as bytes, in the order of the tar --> samples
 
-WebDataset deals out whole shards: four shards on three ranks are 2, 1 and 1, and a worker without a shard stops the
-loop with an error. Here members are dealt out, of which a shard has hundreds, and a member belongs to exactly one
-worker of one rank whatever their number. Members are dealt out before they are shuffled, so that no two workers need
-agree about an order, and nothing is lost or doubled if they do not.
+WebDataset distributes whole shards: three ranks get 2, 1 and 1 of four shards, and a worker without a shard stops the
+loop with an error. `webdataset_of` distributes members instead, of which a shard has hundreds. Each member belongs to
+exactly one worker of one rank, whatever their number. Members are distributed before they are shuffled, so that workers
+do not have to agree on an order, and no member is lost or read twice.
 
-No more is used of webdataset than its pipeline and its splitters: `.decode` is never called, for what
-it finds beside a member in a shard it hands to decoders of its own, one of which unpickles.
+Only the pipeline and the splitters of webdataset are used. `.decode` is never called, because it passes other entries
+of a shard to decoders of its own, one of which unpickles.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from capgap.schemas.errors import CorruptError, InputError
 _FIELD = SUFFIX.removeprefix(".")
 
 Place = dict[str, Any]
-"""A member that is to be read: the numbers of its shard and of itself, and, as WebDataset has it, the shard's `url`."""
+"""A member to be read: the numbers of its shard and of itself in the shard, and the shard's `url`, as in WebDataset."""
 
 Splitter = Callable[[Iterable[Place]], Iterable[Place]]
 
@@ -45,23 +45,32 @@ def webdataset_of(
     nodesplitter: Splitter | None = split_by_node,
     workersplitter: Splitter | None = split_by_worker,
 ) -> FluidWrapper:
-    """The sequences of a shard set as a pipeline of webdataset; see `Cache.webdataset`."""
+    """Return a webdataset pipeline that yields the sequences of a shard set; `Cache.webdataset` lists their keys.
+
+    Args:
+        reader: Reader of the shards.
+        shape: What the samples hold.
+        shuffle: Whether each worker shuffles its members in every epoch.
+        seed: Seed of the shuffling.
+        nodesplitter: Distributes the members over ranks; None gives all members to each rank.
+        workersplitter: Distributes a rank's members over its workers; None gives all of them to each worker.
+    """
     members = _Members(reader, needs_one_a_rank=nodesplitter is split_by_node)
     stages = [nodesplitter, workersplitter, _Shuffle(seed) if shuffle else None, _Read(reader, shape)]
     return FluidWrapper(members).compose(*(stage for stage in stages if stage is not None))
 
 
 class MemberDecoder:
-    """A stage for `wds.WebDataset(urls).compose(decoder)`: samples of WebDataset in, sequences out.
+    """A stage for `wds.WebDataset(urls).compose(decoder)` that turns samples of WebDataset into sequences.
 
-    It runs no code from data. Of every member it checks the crc32 of the manifest, the checksum of the zstd frame, its
-    shape, and that targets belong to their tokens; and of every shard, when the stream ends, that all its members came.
+    It runs no code from data. It checks each member's crc32 in the manifest, the checksum of its zstd frame, its shape,
+    and that its targets belong to their tokens. When the stream ends, it checks that no shard gave only some members.
 
     Args:
-        reader: of the shard set, for what its manifest says; it opens no shard.
-        shape: what the samples are to be.
-        whole_shards: raise where a shard has given only some of its members when the stream ends, as WebDataset lets it
-            do behind a damaged tar header. Set it to False where something before this stage drops members on purpose.
+        reader: Reader of the shard set, of which only the manifest is used; no shard is opened.
+        shape: What the samples hold.
+        whole_shards: Raise at the end of the stream if a shard gave only some of its members, which WebDataset allows
+            behind a damaged tar header. Set it to False if an earlier stage drops members on purpose.
     """
 
     def __init__(self, reader: ShardReader, shape: SampleShape, whole_shards: bool = True) -> None:
@@ -70,11 +79,11 @@ class MemberDecoder:
         self._numbers = {shard.file.path.removesuffix(".tar"): number for number, shard in enumerate(shards)}
 
     def __call__(self, source: Iterable[dict[str, Any]]) -> Iterator[DictSample]:
-        """The sequences of these members.
+        """Yield the sequences of these members.
 
         Raises:
-            CorruptError: a member is damaged, or members of a shard are missing.
-            InputError: a sample is of no shard that the manifest lists.
+            CorruptError: A member is damaged, or members of a shard are missing.
+            InputError: A sample belongs to no shard that the manifest lists.
         """
         seen: Counter[int] = Counter()
         for sample in source:
@@ -111,19 +120,19 @@ class MemberDecoder:
     def _require_whole(self, seen: Counter[int]) -> None:
         for number, count in sorted(seen.items()):
             shard = self._reader.shard_set.shards[number]
-            # a resampled shard comes more than once
+            # a multiple is allowed because a resampled shard comes more than once
             if count % len(shard.members):
                 raise CorruptError(
                     "a shard ended before its last member",
                     where=self._reader.place.name_of(shard.file),
                     found=f"{count} members",
                     expected=f"{len(shard.members)}, as the manifest lists",
-                    fix="run `capgap verify` on the cache; with whole_shards=False nothing is said of missing members",
+                    fix="run `capgap verify` on the cache; whole_shards=False turns this check off",
                 )
 
 
 class _Members(IterableDataset[Place]):
-    """Every member, in the order of the manifest."""
+    """Yields every member in the order of the manifest."""
 
     def __init__(self, reader: ShardReader, needs_one_a_rank: bool) -> None:
         self._reader, self._needs_one_a_rank = reader, needs_one_a_rank
@@ -144,7 +153,7 @@ class _Members(IterableDataset[Place]):
 
 
 class _Shuffle:
-    """Permutes this worker's members, anew each time it is asked."""
+    """Shuffles the members of this worker, in a new order in each epoch."""
 
     def __init__(self, seed: int) -> None:
         self._seed, self._epoch = seed, -1
@@ -152,7 +161,7 @@ class _Shuffle:
     def __call__(self, source: Iterable[Place]) -> Iterator[Place]:
         self._epoch += 1
         info = get_worker_info()
-        # a worker that lives for one epoch counts none, but torch gives it another seed each time
+        # a worker that lives for one epoch always counts epoch 0, but torch gives it a new seed each time
         seed = f"{self._seed}/{self._epoch}/{None if info is None else info.seed}"
         members = list(source)
         random.Random(seed).shuffle(members)
@@ -160,7 +169,7 @@ class _Shuffle:
 
 
 class _Read:
-    """Reads members by their offsets, with every check of the reader."""
+    """Reads members by their offsets, with all checks of the reader."""
 
     def __init__(self, reader: ShardReader, shape: SampleShape) -> None:
         self._reader, self._shape = reader, shape

@@ -1,4 +1,4 @@
-"""Writing shards: one tar file and one sidecar each, in that order, so that a kill leaves nothing half-true."""
+"""Writing shards. A shard's sidecar is written after its tar file, so a kill never leaves a sidecar without a shard."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from capgap.pipeline.store.sidecars import read_sidecar, write_sidecar
 from capgap.schemas.manifest import FileEntry, Members, ShardEntry, ShardSet
 from capgap.schemas.records import Sequences, Targets
 
-# Members below 2k tokens cost bytes and decoding speed; 8k tokens are within 1 % of the best.
+# Members of less than 2k tokens take more bytes and decode more slowly; those of 8k tokens are within 1 % of the best.
 _MEMBER_TOKENS = 8192
 _FILE_MODE = 0o644
 
 
 @dataclass(frozen=True)
 class Block:
-    """What one member holds."""
+    """The content of one member: sequences and, except in a corpus, their targets."""
 
     sequences: Sequences
     targets: Targets | None = None
 
 
 class ShardWriter:
-    """Writes the shards of one set into a folder and remembers, in sidecars, which are finished.
+    """Writes the shards of one set into a folder, and records in sidecars which shards are finished.
 
     Args:
-        folder: receives `NAME-000000.tar` and so on.
-        sidecars: receives `NAME-000000.json` for each finished shard; empty it to start over.
-        name: of the set.
-        codec: of all members.
+        folder: Folder of the shards `NAME-000000.tar` and so on.
+        sidecars: Folder of the sidecars, `NAME-000000.json` for each finished shard; empty it to start over.
+        name: Name of the set.
+        codec: Codec of all members.
     """
 
     def __init__(self, folder: Path, sidecars: Path, name: str, codec: Codec) -> None:
@@ -47,7 +47,7 @@ class ShardWriter:
         sidecars.mkdir(parents=True, exist_ok=True)
 
     def finished(self, index: int) -> ShardEntry | None:
-        """The entry of shard `index`, if its sidecar stands and is sound and the file's digest agrees with it."""
+        """Return the entry of shard `index` if its sidecar is sound and agrees with the file's digest, else None."""
         entry = read_sidecar(self._sidecar(index), ShardEntry)
         path = self._path(index)
         if entry is None or entry.file.path != path.name:
@@ -57,7 +57,7 @@ class ShardWriter:
         return None
 
     def write(self, index: int, blocks: Iterable[Block]) -> ShardEntry:
-        """Write shard `index`, replacing what may be there under its name."""
+        """Write shard `index` and its sidecar, and return its entry; an existing shard is replaced."""
         path = self._path(index)
         self._sidecar(index).unlink(missing_ok=True)
         with atomic_file(path) as file:
@@ -72,7 +72,7 @@ class ShardWriter:
         return entry
 
     def shard_set(self, shards: Iterable[ShardEntry]) -> ShardSet:
-        """The manifest's description of these shards."""
+        """Return the description of these shards for the manifest."""
         return ShardSet(
             codec=self._codec.name,
             codec_settings=self._codec.settings,
@@ -82,12 +82,12 @@ class ShardWriter:
 
     def _write_members(self, file: HashingWriter, index: int, blocks: Iterable[Block]) -> Members:
         rows: list[tuple[int, int, int, int]] = []
-        # by tarfile, as webdataset does, which imports torch: that takes seconds, and no worker of a corpus needs it
+        # webdataset's writer uses tarfile too, but imports torch, which takes seconds and no worker of a corpus needs
         with tarfile.open(fileobj=cast(IO[bytes], file), mode="w|") as tar:
             for number, block in enumerate(blocks):
                 data = self._codec.encode(block.sequences, block.targets)
                 member = tarfile.TarInfo(f"{self._stem(index)}-{number:04d}{SUFFIX}")
-                # without owner and time, the same block gives the same bytes again
+                # owner and time are not set, so that the same block always gives the same bytes
                 member.size, member.mode = len(data), _FILE_MODE
                 offset = tar.offset + tarfile.BLOCKSIZE
                 tar.addfile(member, io.BytesIO(data))
@@ -106,7 +106,7 @@ class ShardWriter:
 
 
 def split_blocks(sequences: Sequences) -> Iterator[Sequences]:
-    """Cut a shard's sequences into the blocks of its members."""
+    """Cut a shard's sequences into the blocks of its members, of about 8k tokens each."""
     size = max(1, _MEMBER_TOKENS // (sequences.tokens_BL1.shape[1] - 1))
     for start in range(0, len(sequences), size):
         part = slice(start, start + size)

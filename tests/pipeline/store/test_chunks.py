@@ -111,7 +111,7 @@ def test_a_kept_chunk_with_a_target_that_is_no_label_is_damage(tmp_path: Path) -
 def test_what_contradicts_itself_is_not_written() -> None:
     sequences, targets = block()
     codec = Codec(CHUNKS, L, 90)
-    with pytest.raises(InputError, match="where none ends"):
+    with pytest.raises(InputError, match="where no chunk ends"):
         codec.encode(sequences, ChunkTargets(targets.ends_BL & False, targets.kept_BL, targets.logprobs_BL))
     with pytest.raises(InputError, match="no chunk is kept"):
         codec.encode(sequences, ChunkTargets(targets.ends_BL, targets.kept_BL & False, targets.logprobs_BL))
@@ -128,8 +128,8 @@ def test_projected_targets_that_contradict_their_tokens_or_themselves_are_refuse
     for changed, what in [
         (replace(found, ids_D=found.ids_D * 0), "twice"),
         (replace(found, logprobs_D=found.logprobs_D[::-1].copy()), "rise"),
-        (replace(found, tail_BL=found.tail_BL * 4), "not 1 together"),
-        (replace(found, num_ids_BL=found.num_ids_BL[:, ::-1].copy()), "of no target|no kept chunk"),
+        (replace(found, tail_BL=found.tail_BL * 4), "do not sum to 1"),
+        (replace(found, num_ids_BL=found.num_ids_BL[:, ::-1].copy()), "without a target|not belong to a kept chunk"),
     ]:
         with pytest.raises(InputError, match=what):
             codec.encode(sequences, replace(targets, projected=changed))

@@ -44,7 +44,7 @@ def test_every_byte_of_it_counts_and_damage_is_logged(path: Path, caplog: pytest
         for place in range(len(sound)):
             path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
             assert read_sidecar(path, ShardFacts) is None, place
-    assert f"{path} is damaged: what it speaks of is made again" in caplog.text
+    assert f"{path} is damaged: the file that it describes is made again" in caplog.text
 
 
 @pytest.mark.parametrize("text", [b"", b"{}", b"null", b"\xff", FACTS.model_dump_json().encode()])
