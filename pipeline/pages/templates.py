@@ -1,4 +1,7 @@
-"""Templates of pages: one file each, no script, nothing loaded from elsewhere, one style and one form of tables."""
+"""Loads the templates of HTML pages, which share one style and one form of tables.
+
+A page is one file without scripts, and loads nothing from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ MEANINGS = {
     "acceptance": "Share of drafts that the teacher would accept from the student in speculative decoding.",
     "ECE": "Expected calibration error: how far the model's confidence is, on average, from how often it is right.",
     "tokens/s": "Tokens a second over the whole of the stage's last process, its start included.",
-    "step tokens/s": "Tokens a second of a training's logged steps, the median of them.",
-    "device hours": "Hours of all devices of the stage together.",
-    "identity": "Digest of what the stage was asked for: settings and inputs.",
-    "content": "Digest of what came out: two stages with one content have the same files.",
+    "step tokens/s": "Median of the tokens per second over a training's logged steps.",
+    "device hours": "Sum of the hours over all devices of the stage.",
+    "identity": "Digest of the stage's settings and inputs.",
+    "content": "Digest of the stage's files: two stages with the same content have equal files.",
     "low": "Lower end of the 95 % interval.",
     "high": "Upper end of the 95 % interval.",
     "seeds": "Students that were trained alike but for the seed.",
@@ -27,13 +30,16 @@ MEANINGS = {
     "over cross-entropy": "What the curve of loss over the teacher's own loss shows.",
     "noise, nats": "Standard deviation of one run's loss about its teacher's mean.",
 }
-"""What a column's head means, by its words, for whoever points at it."""
+"""Explanation of each column heading, by the heading's text; a browser shows it while the mouse is on the heading."""
 
 _SHARED = Path(__file__).parent
 
 
 def page_template(path: Path) -> Template:
-    """The template, which may include `style.html.j2` and import from `parts.html.j2`; every text put in is escaped."""
+    """Load the template at `path`; texts put into it are escaped.
+
+    The template may include `style.html.j2` and import from `parts.html.j2`.
+    """
     environment = Environment(
         loader=FileSystemLoader([path.parent, _SHARED]),
         autoescape=True,
