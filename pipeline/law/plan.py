@@ -121,5 +121,6 @@ def _disk(phases: Iterable[PhasePlan], scratch: float, num_workers: int) -> Figu
     kept = sum_of((phase.phase, phase.disk_bytes) for phase in phases)
     if kept.value is None or not kept.value:
         return kept
-    source = f"{kept.source}; and the scratch of {num_workers} workers"
-    return Figure(value=kept.value + scratch * num_workers, source=source)
+    return Figure(
+        value=kept.value + scratch * num_workers, source=f"{kept.source}; and the scratch of {num_workers} workers"
+    )
