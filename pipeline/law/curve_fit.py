@@ -50,7 +50,7 @@ def fit_curve(curve: TeacherCurve, size: Size, min_delta: float) -> CurveFit:
     found = contrasts(curve.losses_MR) if len(curve.teachers) > 1 and num_seeds > 1 else None
     delta = delta_of(found, min_delta) if found else None
     axes = () if refused or found is None or delta is None else _axes(curve, size, found, delta)
-    # pruned students have a loss without a teacher for each teacher; a curve without teachers has none at all
+    # pruned students have a loss without a teacher for each teacher, and a curve that lost all its teachers has none
     common = curve.init == "common" and curve.supervised_MR.size > 0
     return CurveFit(
         student=curve.student.name,

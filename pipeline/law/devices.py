@@ -26,7 +26,7 @@ def worker_environments(grid: LawGrid, device: str, num_workers: int | None) -> 
         MachineError: There are too few GPUs.
     """
     if num_workers is not None and num_workers < 1:
-        raise SettingError("no number of workers", where="--workers", found=num_workers, expected="at least 1")
+        raise SettingError("too few workers", where="--workers", found=num_workers, expected="at least 1")
     if device == "cpu":
         group = new_cpu_group(f"law {grid.name}")
         # text in every case, because the failure's reason is searched in the worker's log as a line of text

@@ -66,7 +66,7 @@ def _nothing_sentence(curves: Sequence[CurveFit], is_short: bool) -> str:
     if not verdicts:
         why = "runs are missing, and none of" if is_short else "too few teachers or seeds: none of"
         return f"The best teacher is not known: {why} {len(curves)} curves can be judged."
-    # curves are more than students where a student was trained in several ways
+    # there are more curves than students where a student was trained in several ways
     kind = "students" if len({curve.student for curve in curves}) == len(curves) else "students and ways of training"
     shown = [
         f"for {count} of {len(curves)} {kind} {_MEANING[verdict]} ({verdict})"

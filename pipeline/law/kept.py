@@ -1,4 +1,4 @@
-"""Prevents that a forgotten setting makes a grid replace what an earlier run of it has made.
+"""Keeps a forgotten setting from making a grid replace what an earlier run of it has made.
 
 Finished teachers, caches and trainings in the grid's folders are compared with the grid's present settings, before the
 corpus is changed and before the first job begins.

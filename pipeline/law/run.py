@@ -109,7 +109,7 @@ def _make_corpus(grid: LawGrid, wait: bool) -> list[str]:
     write_run_file(run)
     if made_stages(run, ["corpus"]):
         return []
-    # it may be replaced: `run_grid` has refused already, unless `replace` is given, to lose what cost device time
+    # replacing is safe: without the user's permission, `run_grid` has already refused to lose what cost device time
     return walk(run, [Instance("corpus")], log=_log, replace=True, wait=wait)
 
 

@@ -42,8 +42,8 @@ def regret_lines(table: RegretTable) -> Iterator[str]:
     """Yield the lines of a table of regrets, one for each rule; the rule that loses least comes first."""
     lose = f"{', '.join(table.students)} lose{'' if len(table.students) > 1 else 's'}"
     yield (
-        f"{table.title}: what {lose} by each rule that has not seen the losses, nats/token, over {table.num_seeds} "
-        f"seeds; noise alone costs {table.floor:.4f}"
+        f"{table.title}: what {lose} by each rule, which has not seen the student's own losses, nats/token, over "
+        f"{table.num_seeds} seeds; noise alone costs {table.floor:.4f}"
     )
     for rule in table.rules:
         yield f"  {rule.name}: {', '.join(part for part in regret_cells(rule) if part)}"

@@ -137,7 +137,7 @@ def _fidelity(cache: StageInput) -> Fidelity | None:
     try:
         return fidelity_of(cache, _SAMPLE)
     except CapgapError as error:
-        _LOG.warning("report: what the cache keeps is left out: %s", error)
+        _LOG.warning("report: the fidelity of the cache is left out: %s", error)
         return None
 
 

@@ -41,7 +41,7 @@ def low_bit_lines(found: LowBit | None) -> tuple[str, ...]:
     if not found.won_back:
         return (size,)
     shares = (f"{one.arm} {_percent(one.loss)} of the loss, {_percent(one.kl)} of the KL" for one in found.won_back)
-    return size, f"won back of the gap between {found.baseline}, rounded alone, and the teacher: {'; '.join(shares)}"
+    return size, f"won back of the gap between {found.baseline}, only rounded, and the teacher: {'; '.join(shares)}"
 
 
 def _rounded(run: RunFile) -> str | None:

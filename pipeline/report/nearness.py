@@ -22,7 +22,7 @@ def nearness_lines(results: EvalResults) -> tuple[str, ...]:
     """Return the lines below the final table: nearness to the cache, and acceptance of drafts by the teacher."""
     missing: tuple[str, ...] = ()
     if results.teacher_missing is not None:
-        missing = (f"note: the teacher itself was not measured ({results.teacher_missing}), nor KL, top-1, acceptance",)
+        missing = (f"note: the teacher was not measured ({results.teacher_missing}): no KL, top-1 and acceptance",)
     return (*missing, *_cached(results), *_drafts(results))
 
 
@@ -79,7 +79,7 @@ def _drafts(results: EvalResults) -> Iterable[str]:
             continue
         foretold = ""
         if model.against_teacher is not None:
-            foretold = f" (foretold on held-out text {100 * model.against_teacher.acceptance:.1f} %)"
+            foretold = f" (predicted from held-out text: {100 * model.against_teacher.acceptance:.1f} %)"
         yield (
             f"drafts for the teacher in {model.drafted.engine}: {_title(model)} has "
             f"{100 * model.drafted.acceptance:.1f} % of first tokens accepted{foretold}, "
