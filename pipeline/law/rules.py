@@ -90,7 +90,7 @@ class Rule:
     def refusal(self, students: Sequence[Student]) -> str | None:
         """Return why the rule cannot be followed for these students; None where it can."""
         if self.needs_others and len(students) < 2:
-            return "it is fitted to the other students, and there are none"
+            return "it is fitted to the other students, and there is none"
         if self.needs_initial_kl and any(one.initial_kl_M is None for one in students):
             return "the untrained students were not measured: add a budget of 0 tokens to the grid"
         return None

@@ -84,7 +84,7 @@ def test_a_fit_without_a_law_gives_no_number_and_says_what_was_seen(tmp_path: Pa
 
 
 def test_one_teacher_twice_is_no_choice() -> None:
-    with pytest.raises(SettingError, match="each once"):
+    with pytest.raises(SettingError, match="each only once"):
         advise(3_000_000_000, 126_000_000_000, [TEACHERS[0], TEACHERS[0]])
 
 
