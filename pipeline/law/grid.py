@@ -70,7 +70,7 @@ def curves(runs: Sequence[LawRun]) -> tuple[TeacherCurve, ...]:
     """Return all curves of a table; rows of untrained students belong to none.
 
     Curves are grouped by init, alpha and budget, and ordered by the student's size within a group. Groups with the most
-    students come first. The teachers and seeds of a student are all with which the table has a row of that student.
+    students come first. The grid's teachers and seeds for a student are those that occur in the student's rows.
     """
     keys = {
         (run.init, run.alpha, run.tokens, run.budget, run.student.num_parameters, run.student.name)
@@ -85,7 +85,7 @@ def curves(runs: Sequence[LawRun]) -> tuple[TeacherCurve, ...]:
 
 
 def seeds_of(runs: Sequence[LawRun], student: str) -> tuple[int, ...]:
-    """Return the seeds with which the table has a row of a student."""
+    """Return the seeds that occur in the table's rows of a student."""
     return tuple(sorted({run.seed for run in runs if run.student.name == student}))
 
 
