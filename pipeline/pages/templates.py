@@ -13,7 +13,7 @@ MEANINGS = {
     "parameters": "All of the model's parameters, tied ones once.",
     "loss, nats/token": "Minus the logarithm of the real next token's probability, on held-out text. Less is better.",
     "bits/byte": "The loss for each byte of text, in bits: comparable between tokenizers. Less is better.",
-    "KL to teacher": "Distance from the teacher's distributions to the student's, nats/token. 0 is the same.",
+    "KL to teacher": "KL divergence from the teacher's distributions to the student's, nats/token. 0 means equal.",
     "top-1": "Share of tokens at which the model's first choice is the teacher's.",
     "acceptance": "Share of drafts that the teacher would accept from the student in speculative decoding.",
     "ECE": "Expected calibration error: how far the model's confidence is, on average, from how often it is right.",
@@ -24,10 +24,10 @@ MEANINGS = {
     "content": "Digest of the stage's files: two stages with the same content have equal files.",
     "low": "Lower end of the 95 % interval.",
     "high": "Upper end of the 95 % interval.",
-    "seeds": "Students that were trained alike but for the seed.",
+    "seeds": "Number of students that differ in their seed only.",
     "not beaten": "Whether no other model is both cheaper and better.",
-    "over size": "What the curve of loss over the teacher's size shows.",
-    "over cross-entropy": "What the curve of loss over the teacher's own loss shows.",
+    "over size": "Verdict on the student's loss over the teacher's size.",
+    "over cross-entropy": "Verdict on the student's loss over the teacher's own loss.",
     "noise, nats": "Standard deviation of one run's loss about its teacher's mean.",
 }
 """Explanation of each column heading, by the heading's text; a browser shows it while the mouse is on the heading."""

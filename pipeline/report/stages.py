@@ -49,7 +49,7 @@ def stage_row(line: StageLine) -> tuple[str, ...]:
 def total_line(lines: tuple[StageLine, ...]) -> str:
     """Return a sentence with the time and the device hours of all stages together."""
     wall_s, device_s = sum(line.wall_s for line in lines), sum(line.device_s for line in lines)
-    return f"all stages: {duration(wall_s)}, of which {_hours(device_s)} device hours with a model on a device"
+    return f"all stages: {duration(wall_s)}, with {_hours(device_s)} device hours of models on devices"
 
 
 def duration(seconds: float) -> str:
