@@ -1,7 +1,7 @@
-"""Which teacher for a student that was not trained yet: stored fits and published laws, side by side.
+"""Advises on the teacher for a student that was not trained yet, by a stored fit and by published laws.
 
-Nothing is averaged. Each answer stands with its source and with whether the student lies in what that source measured,
-and the answers' disagreement stands below them.
+No answers are averaged. Each answer names its source and says whether the source has measured such students. A sentence
+on how far the answers disagree follows.
 """
 
 from __future__ import annotations
@@ -20,78 +20,81 @@ from capgap.schemas.law_prediction import Prediction
 from capgap.schemas.results import Interval
 
 _FAR = 10
-"""A law is followed up to this factor outside of the students that it was measured on, and names no size beyond."""
+"""A law gives no answer for students that are outside the measured range by more than this factor."""
 
 _ROOM = 2
-"""Tokens a parameter up to this factor outside of a fit's own count as measured."""
+"""Tokens per parameter count as measured up to this factor outside the range of the fit."""
 
 
 class Answer(Record):
     """The answer of one source."""
 
     source: str
-    """A fit or a published law, with where it comes from."""
+    """Name of the fit or published law, and its origin."""
 
     best_size: float | None
-    """Parameters of the best teacher; None where the source has no answer."""
+    """Number of parameters of the best teacher; None where the source names no size."""
 
     interval: Interval | None
-    """95 %, of a fit; the published laws give none that applies to one student."""
+    """95 % interval of `best_size` for a fit; None for published laws, which give none for a single student."""
 
     choice: str | None
-    """The teacher at hand that is nearest to that size, or for a law of losses the one with the least."""
+    """Name of the given teacher that is nearest to `best_size`, or that has the lowest loss by a law of losses."""
 
     within_validity: bool
-    """Whether the student and its tokens lie in what the source measured."""
+    """Whether the student and its tokens lie within the range that the source measured."""
 
     summary: str
     """The answer in words."""
 
     validity: str
-    """What the source measured."""
+    """The range that the source measured, in words."""
 
     outside: tuple[str, ...] = ()
-    """How far what is asked lies outside of that, a sentence each; none where it lies inside."""
+    """One sentence for each value that is outside that range, with the factor; empty where all are inside."""
 
 
 class Advice(Record):
-    """All answers."""
+    """The answers of all sources, and how they compare."""
 
     student: int
-    """Parameters."""
+    """Number of parameters of the student."""
 
     tokens: int
-    """That it is to be trained on."""
+    """Number of tokens that the student is to be trained on."""
 
     answers: tuple[Answer, ...]
-    """Stored fits first."""
+    """The answers of the stored fit, then those of the published laws."""
 
     disagreement: str
-    """In words."""
+    """A sentence on how far the answers disagree."""
 
     verdict: str
-    """Whether the fit given was measured on such a student, and what it then says."""
+    """A sentence on whether the given fit applies to the student and, if so, which teacher it chooses."""
 
     warning: str | None = None
-    """A warning of teachers that another study finds too large for the student; None where there are none."""
+    """A warning of teachers that another study finds too large for the student; None without such teachers."""
 
 
 def advise(student: int, tokens: int, teachers: Sequence[GivenTeacher], fit: LawFit | None = None) -> Advice:
-    """The answers of a stored fit, if there is one, and of the published laws.
+    """Collect the answers of a stored fit, if there is one, and of the published laws.
 
     Args:
-        student: parameters.
-        tokens: that it is to be trained on.
-        teachers: at hand.
-        fit: of a grid of one's own.
+        student: Number of parameters of the student.
+        tokens: Number of tokens that the student is to be trained on.
+        teachers: The teachers to choose from.
+        fit: Fit of the user's own grid.
 
     Raises:
-        SettingError: there is no teacher to choose from, or two of one name.
+        SettingError: There is no teacher to choose from, or two teachers have the same name.
     """
     names = [teacher.name for teacher in teachers]
     if not names or len(set(names)) < len(names):
         raise SettingError(
-            "not a choice", where="--teachers", found=", ".join(names) or "none", expected="sizes, each once"
+            "teachers to choose from are missing or repeated",
+            where="--teachers",
+            found=", ".join(names) or "none",
+            expected="at least one size, and each only once",
         )
     fits = [] if fit is None else [_law_answer(law, fit, student, tokens, teachers) for law in fit.laws]
     answers = fits + [
@@ -140,31 +143,35 @@ def _law_answer(law: GlobalLaw, fit: LawFit, student: int, tokens: int, teachers
 
 
 def _outside(what: str, value: float, least: float, most: float) -> str | None:
-    """By which factor a value lies outside a range; None inside of it."""
+    """Return a sentence with the factor by which a value is outside a range; None where it is inside."""
     if least <= value <= most:
         return None
     if value > most:
         return f"{what} is {_times(value / most)} x the largest that was measured ({human_count(most)})"
-    return f"{what} is {_times(least / value)} x smaller than the least that was measured ({human_count(least)})"
+    return f"{what} is {_times(least / value)} x smaller than the smallest that was measured ({human_count(least)})"
 
 
 def _times(factor: float) -> str:
-    """Three digits of a factor."""
+    """Format a factor with three digits."""
     return f"{factor:.3g}" if factor < 999.5 else f"{float(f'{factor:.3g}'):,.0f}"
 
 
 def _from_law(law: GlobalLaw, curves: Sequence[CurveFit], student: int) -> tuple[float | None, Interval | None, str]:
-    """The best size with its interval, both None where there is no law or the student is far from it, and why."""
+    """Return the best size, its interval and a sentence; size and interval are None where the law gives no answer."""
     if law.refused is not None:
         return _from_nearest(law, curves, student)
     assert law.min_size is not None and law.max_size is not None
     if not law.min_size / _FAR <= student <= law.max_size * _FAR:
-        return None, None, f"no answer for a student so far from those that were measured, by a factor over {_FAR}"
+        return None, None, f"no answer: the student is outside the measured sizes by a factor of more than {_FAR}"
     return _from_power(law, student)
 
 
 def _from_power(law: GlobalLaw, student: int) -> tuple[float, Interval, str]:
-    """The power law's best; its interval turns about the middle of the students, with the exponent's."""
+    """Return the best size by the power law, its interval and a sentence.
+
+    The interval is that of the ratio at the middle of the measured students, and widens away from it by the interval of
+    the exponent.
+    """
     assert law.exponent is not None and law.log_factor is not None and law.proportional is not None
     assert law.min_size is not None and law.max_size is not None
     best = math.exp(law.log_factor + law.exponent.value * math.log(student))
@@ -181,7 +188,7 @@ def _from_power(law: GlobalLaw, student: int) -> tuple[float, Interval, str]:
 
 
 def _from_nearest(law: GlobalLaw, curves: Sequence[CurveFit], student: int) -> tuple[float | None, None, str]:
-    """Without a law, what the student of the nearest size showed, and no number for this one."""
+    """Return a sentence on the measured student of the nearest size, and no size, because there is no law."""
     curve = min(curves, key=lambda curve: abs(math.log(curve.student_size / student)))
     axis = curve.axis("size")
     shown = f"{axis.verdict}: {axis.reason}" if axis is not None else f"not judged: {curve.refused}"
@@ -220,13 +227,13 @@ def _outside_published(one: Prediction, student: int, tokens: int, teachers: Seq
 
 
 def _nearest(teachers: Sequence[GivenTeacher], size: float | None) -> str | None:
-    """Name of the teacher nearest to a best size, where there is one."""
+    """Return the name of the teacher that is nearest to a size; None without a size or a teacher."""
     found = nearest(teachers, size) if size is not None else None
     return None if found is None else found.name
 
 
 def _verdict(fits: Sequence[Answer]) -> str:
-    """Whether a measured fit applies, and what it says."""
+    """Return a sentence on whether a fit applies, and which teacher it chooses."""
     if not fits:
         return "no fit of your own was given: what follows was measured elsewhere"
     inside = [one for one in fits if one.within_validity]

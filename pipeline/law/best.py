@@ -1,12 +1,12 @@
-"""Where the lowest point of an interior curve lies, and how little is known about it.
+"""Locates the lowest point of an interior curve, with an interval.
 
 Legend: M teachers, B resampled sets of means.
 
-The interval spans M + 1 intervals: with all teachers, and with each of them left out. Each is the middle 95 % over
-resampled means, and for each of these the form is chosen anew, among those with a valley: the one that foretells a
-left-out teacher between the ends best. So it holds
-the noise of seeds, the choice of form, and the accident of which teachers were tried. A single form's bootstrap is
-narrow and wrong where the curve is not of that form; `docs/law.md` has the figures.
+The interval spans M + 1 intervals: one with all teachers, and one without each of them. Each is the middle 95 % over
+resampled means. For each resample the form is chosen anew among the forms with a valley: the one that best predicts
+left-out teachers between the ends. The interval thus includes the noise of seeds, the choice of form, and the choice of
+the teachers that were tried. A bootstrap of a single form is too narrow and wrong where the curve does not have that
+form; `docs/law.md` has the figures.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _TAIL = 0.025
 
 
 def locate(places_M: Array, found: Contrasts, bracket: Interval, num_resamples: int = NUM_RESAMPLES) -> Best:
-    """The lowest point of a curve whose verdict is interior.
+    """Locate the lowest point of a curve whose verdict is interior.
 
     Args:
-        places_M: of the teachers on the axis.
-        found: their means and noise.
-        bracket: from the verdict. Where there are too few teachers for a form with a valley it is all there is: the
-            interval, with the best teacher tried as the value.
-        num_resamples: sets of means behind the interval.
+        places_M: Places of the teachers on the axis.
+        found: Means and noise of the teachers.
+        bracket: Nearest places on both sides of the best teacher whose teachers are worse, from the verdict. Where
+            there are too few teachers for a form with a valley, it is the interval, and the best teacher is the value.
+        num_resamples: Number of resampled sets of means for the interval.
     """
     start, span = float(places_M.min()), float(np.ptp(places_M))
     u_M = (places_M - start) / span
@@ -57,7 +57,7 @@ def locate(places_M: Array, found: Contrasts, bracket: Interval, num_resamples: 
     ends = [np.quantile(some, [_TAIL, 1 - _TAIL]) for some in (whole_B, *without_MB)]
     value, low, high = float(whole_B[0]), float(min(end[0] for end in ends)), float(max(end[1] for end in ends))
     if not bracket.low < value < bracket.high:
-        # an end of the bracket is a teacher that is known to be worse, and no optimum: the best that was tried is
+        # the ends of the bracket are teachers that are known to be worse, so the best teacher that was tried is taken
         value = float(places_M[np.argmin(found.means_M)])
         low, high = min(low, value), max(high, value)
     interval = _within(low, high, bracket)
@@ -67,16 +67,16 @@ def locate(places_M: Array, found: Contrasts, bracket: Interval, num_resamples: 
 
 
 def _within(low: float, high: float, bracket: Interval) -> Interval:
-    """What the fits and the bracket have in common; the bracket where that is nothing, for it needs no form."""
+    """Return the overlap of the fits' interval and the bracket; the bracket, which needs no form, if there is none."""
     low, high = max(low, bracket.low), min(high, bracket.high)
     return Interval(low=low, high=high) if low < high else bracket
 
 
 def _scatter(forms: Sequence[Form], u_M: Array, found: Contrasts) -> float:
-    """Standard deviation of a teacher's mean about the curve.
+    """Return the standard deviation of a teacher's mean about the curve, nats/token.
 
-    That of the seeds' noise, or, if it is more, what the chosen form leaves over: teachers are models with a luck of
-    their own, which more seeds of the student do not average out.
+    It is the noise of seeds, or the residual of the chosen form where that is larger: each teacher deviates from the
+    curve by chance, and more seeds of the student do not average this out.
     """
     means_1M = found.means_M[None]
     errors = [float(leave_one_out(form, u_M, means_1M, between_the_ends=True)[1][0]) for form in forms]
@@ -86,10 +86,10 @@ def _scatter(forms: Sequence[Form], u_M: Array, found: Contrasts) -> float:
 
 
 def _resampled(found: Contrasts, scatter: float, num_resamples: int) -> Array:
-    """The means as measured, then with as much scatter again as they hold; the size of the scatter is uncertain too.
+    """Return the means as measured, followed by resamples with added scatter [1 + num_resamples, M].
 
-    Sampled from the pooled noise and not from the seeds: three seeds have ten different resamples, and their
-    spread is two thirds of the truth.
+    The size of the scatter is resampled too. Resamples are drawn from the pooled noise and not from the seeds, because
+    three seeds have only ten different resamples, whose variance is two thirds of the true one.
     """
     rng = np.random.default_rng(0)
     scales_B = np.sqrt(found.degrees / rng.chisquare(found.degrees, num_resamples))

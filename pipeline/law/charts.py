@@ -1,4 +1,4 @@
-"""The charts of a fit, each with its numbers as a table."""
+"""Draws the charts of a fit, each with its numbers as a table."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from capgap.schemas.law_fit import GlobalLaw, LawFit
 from capgap.schemas.law_frontier import Frontier
 
 _PUBLISHED_LINES = ("--", ":")
-_ROOM = 1.5  # a prediction further outside the teachers than this factor is left to the text
+_ROOM = 1.5  # a prediction outside the teachers' sizes by more than this factor is not drawn; the text has it
 
 
 def curve_charts(i: int, curve: CurveFit) -> tuple[Chart, ...]:
-    """A student's loss over its teachers: over each axis."""
+    """Draw a student's loss over its teachers, one chart for each axis."""
     return tuple(_curve(f"curve-{i}-{axis.axis}", curve, axis) for axis in curve.axes)
 
 
 def law_chart(i: int, law: GlobalLaw, fit: LawFit) -> Chart | None:
-    """Best teacher against student, where two students have one at least."""
+    """Draw the best teacher against the student; None where fewer than two students have a best teacher."""
     chosen = [c for c in fit.curves if (c.budget, c.alpha, c.init) == (law.budget, law.alpha, law.init)]
     rows = [(c, axis.best) for c in chosen if (axis := c.axis("size")) is not None and axis.best is not None]
     if len(rows) < 2:
@@ -83,7 +83,7 @@ def _predicted(student: float) -> str:
 
 
 def frontier_chart(frontier: Frontier) -> Chart:
-    """Compute against loss, with the settings that no other beats."""
+    """Draw loss against compute, and mark the settings that no other setting beats."""
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -149,8 +149,9 @@ def _curve(name: str, curve: CurveFit, axis: AxisFit) -> Chart:
     return Chart(
         name=name,
         title=title,
-        caption=f"{axis.verdict}. Means over seeds {', '.join(map(str, curve.seeds))}. Upright lines: 95 % of a "
-        "teacher's difference to the best, seeds paired. Band: 95 % of the best teacher, where the curve is interior.",
+        caption=f"{axis.verdict}. Means over seeds {', '.join(map(str, curve.seeds))}. Vertical lines: 95 % "
+        "interval of a teacher's difference to the best, with paired seeds. Band: 95 % interval of the best teacher, "
+        "where the curve is interior.",
         svg=draw(name, f"{title}, {axis.verdict}: {points}", 3.6, paint),
         headings=_CURVE_HEADINGS,
         rows=tuple(_curve_rows(curve)),
@@ -208,7 +209,7 @@ def _draw_published(axes: Any, curve: CurveFit) -> None:
 
 
 def _is_near(loss: float, curve: CurveFit) -> bool:
-    """Whether drawing it leaves the teachers a third of the height; if not, the sentence on the gain must do."""
+    """Return whether the teachers keep a third of the height if a loss is drawn too; otherwise only the text has it."""
     losses = [point.loss for point in curve.points]
     return max(*losses, loss) - min(*losses, loss) <= 3 * (max(losses) - min(losses))
 

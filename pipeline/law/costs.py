@@ -1,4 +1,4 @@
-"""What a run of a grid costs, in floating-point operations, under three accountings."""
+"""Counts the floating-point operations that a run of a grid costs, under three accountings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATED: Mapping[Accounting, str] = {
 
 
 def students_of_caches(runs: Sequence[LawRun]) -> dict[str, int]:
-    """Students with a result that read each cache, by the cache's identity."""
+    """Count the students with a result that have read each cache, by the cache's identity."""
     readers: dict[str, set[str]] = {}
     for run in runs:
         if run.cache is not None and run.loss is not None:
@@ -28,7 +28,7 @@ def students_of_caches(runs: Sequence[LawRun]) -> dict[str, int]:
 
 
 def unknown(run: LawRun, accounting: Accounting, teachers: Mapping[str, LawTeacher]) -> str | None:
-    """What an accounting needs of a run and the table does not say; None where it says all."""
+    """Return a sentence on what the accounting needs and the table lacks; None where it lacks nothing."""
     if accounting == "everything":
         for name in _trained(run):
             if name not in teachers or teachers[name].train_tokens is None:
@@ -39,13 +39,13 @@ def unknown(run: LawRun, accounting: Accounting, teachers: Mapping[str, LawTeach
 def flops(
     run: LawRun, accounting: Accounting, num_students: Mapping[str, int], teachers: Mapping[str, LawTeacher]
 ) -> float:
-    """Cost of a run with a result, of which nothing is :func:`unknown`.
+    """Return the cost of a run with a result, in floating-point operations.
 
     Args:
-        run: the run.
-        accounting: which.
-        num_students: from :func:`students_of_caches`.
-        teachers: of the grid, by name.
+        run: The run; :func:`unknown` must be None for it.
+        accounting: The accounting.
+        num_students: Number of students of each cache, from :func:`students_of_caches`.
+        teachers: The grid's teachers, by name.
     """
     cost = training_flops(run.student.num_parameters, run.tokens)
     if run.cache is not None and run.teacher is not None:
@@ -60,6 +60,6 @@ def flops(
 
 
 def _trained(run: LawRun) -> list[str]:
-    """Names of the teachers without which the run could not be."""
+    """Return the names of the teachers that the run learned from or was pruned from."""
     names = (run.init_source, run.teacher.name if run.teacher else None)
     return sorted({name for name in names if name is not None})

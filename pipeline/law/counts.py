@@ -1,4 +1,4 @@
-"""Counts as people write them: 3B, 350M, 126B."""
+"""Reads counts as people write them, such as 3B, 350M or 126B."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import re
 from capgap.schemas.errors import SettingError
 
 _LETTERS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-# what a 64-bit integer holds, as in every file that a count could come from or go to
+# the largest signed 64-bit integer, as counts in files are stored
 _MOST = 2**63 - 1
 _COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)([kKMBTbt]?)")
 
 
 def parse_count(text: str, where: str) -> int:
-    """Parameters or tokens: a number, and k, M, B or T for thousands, millions, 10^9 or 10^12.
+    """Parse a number of parameters or tokens: a number, with k, M, B or T for 10^3, 10^6, 10^9 or 10^12.
+
+    Args:
+        text: The text to parse.
+        where: Name of the setting, for the error.
 
     Raises:
-        SettingError: the text is no such count, less than 1, or more than 2^63 - 1.
+        SettingError: The text is not such a count, or it is less than 1 or more than 2^63 - 1.
     """
     match = _COUNT.fullmatch(text.strip())
     letter = match.group(2) if match else ""
@@ -33,5 +37,9 @@ def parse_count(text: str, where: str) -> int:
 
 
 def parse_counts(text: str, where: str) -> tuple[int, ...]:
-    """Several counts, separated by commas."""
+    """Parse several counts that are separated by commas.
+
+    Raises:
+        SettingError: One of them is not a count.
+    """
     return tuple(parse_count(part, where) for part in text.split(","))

@@ -1,4 +1,4 @@
-"""One curve: verdict, forms and best teacher, over size, the teacher's cross-entropy and the initial KL.
+"""Fits one curve over size, the teacher's cross-entropy and the initial KL: verdict, forms and best teacher.
 
 Legend: M teachers, R seeds.
 """
@@ -30,21 +30,27 @@ Array = npt.NDArray[np.float64]
 MIN_TEACHERS = 3
 MIN_SEEDS = 2
 
-# Tokens a parameter at which size and tokens are spent evenly (Hoffmann et al., arXiv 2203.15556): with fewer, the loss
-# still falls fast with every token. How many times as many make teachers unlike is a choice of ours.
+# Tokens per parameter of a compute-optimal training (Hoffmann et al., arXiv 2203.15556); with fewer, the loss still
+# falls fast with every token. The factor beyond which teachers count as trained unlike is a choice of this project.
 _ENOUGH_TOKENS, _UNLIKE = 20, 4
 
-_NUM_PLACES = 61  # at which a fitted curve is kept, for its chart
+_NUM_PLACES = 61  # number of points of a fitted curve that are kept for its chart
 
 
 def fit_curve(curve: TeacherCurve, size: Size, min_delta: float) -> CurveFit:
-    """Everything that follows from one curve."""
+    """Fit one curve.
+
+    Args:
+        curve: The losses of one student over its teachers.
+        size: Which parameters count as size, of teachers and students alike.
+        min_delta: Difference below which two teachers count as equally good, nats/token.
+    """
     refused = _refusal(curve, size)
     num_seeds = len(curve.seeds)
     found = contrasts(curve.losses_MR) if len(curve.teachers) > 1 and num_seeds > 1 else None
     delta = delta_of(found, min_delta) if found else None
     axes = () if refused or found is None or delta is None else _axes(curve, size, found, delta)
-    # a curve that lost all of its teachers has no place for what a student reaches alone
+    # pruned students have a loss without a teacher for each teacher, and a curve that lost all its teachers has none
     common = curve.init == "common" and curve.supervised_MR.size > 0
     return CurveFit(
         student=curve.student.name,
@@ -70,7 +76,7 @@ def fit_curve(curve: TeacherCurve, size: Size, min_delta: float) -> CurveFit:
 def _refusal(curve: TeacherCurve, size: Size) -> str | None:
     num_seeds, num_teachers = len(curve.seeds), len({size_of(one, size) for one in curve.teachers})
     if num_seeds < MIN_SEEDS:
-        left = f"; left out, with a run missing: {_listed(curve.left_out_seeds)}" if curve.left_out_seeds else ""
+        left = f"; left out, because a run is missing: {_listed(curve.left_out_seeds)}" if curve.left_out_seeds else ""
         return f"complete seeds: {num_seeds}, and {MIN_SEEDS} are needed to tell noise from difference{left}"
     if num_teachers < MIN_TEACHERS:
         return f"sizes of teachers with results: {num_teachers}, and {MIN_TEACHERS} are needed for a curve"
@@ -130,7 +136,7 @@ def _axis(axis: AxisName, places_M: Array, curve: TeacherCurve, found: Contrasts
             FormFit(name=form.name, formula=form.formula, leave_one_out=error, losses=tuple(map(float, losses)))
         )
     tried = [form for form in forms if form.leave_one_out is not None]
-    # a curve that is lowest between its ends is drawn by a form that can be, if there are teachers enough for one
+    # an interior curve is drawn by a form that can be lowest between the ends, if there are enough teachers for one
     tried = [form for form in tried if is_interior and FORMS[form.name].has_valley] or tried
     places = places_M.min() + u_kept * np.ptp(places_M)
     best = locate(places_M, found, judged.bracket) if judged.bracket is not None else None
@@ -147,7 +153,7 @@ def _axis(axis: AxisName, places_M: Array, curve: TeacherCurve, found: Contrasts
 
 
 def _on_axis(axis: AxisName, best: Best) -> Best:
-    """From the place on the axis to parameters or nats."""
+    """Convert the best place on the axis to parameters, nats of cross-entropy or nats of initial KL."""
 
     def turned(interval: Interval) -> Interval:
         if axis == "cross_entropy":
@@ -162,8 +168,8 @@ def _notes(curve: TeacherCurve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[
     notes = []
     if curve.init == "pruned":
         notes.append(
-            "students are cut out of their teachers: how hard the first weights were pruned changes together with the "
-            "teacher, so the curve is not one of the choice of teacher alone"
+            "students are cut out of their teachers: how much of the weights was pruned changes together with the "
+            "teacher, so the curve does not show the choice of teacher alone"
         )
     for smaller, larger in zip(curve.teachers, curve.teachers[1:], strict=False):
         if larger.known_loss > smaller.known_loss:
@@ -176,7 +182,7 @@ def _notes(curve: TeacherCurve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[
     if len({axis.verdict for axis in axes}) > 1:
         notes.append("the verdict " + ", ".join(f"over {axis.over} is {axis.verdict}" for axis in axes))
     if curve.left_out_seeds:
-        notes.append(f"left out whole, for a run of theirs is missing: {_listed(curve.left_out_seeds)}")
+        notes.append(f"left out, because a run of theirs is missing: {_listed(curve.left_out_seeds)}")
     ratio = warning_of_ratio(size_of(curve.student, size), _given(curve, size))
     notes += [ratio] if ratio else []
     if curve.left_out_teachers:
@@ -185,7 +191,7 @@ def _notes(curve: TeacherCurve, size: Size, axes: tuple[AxisFit, ...]) -> tuple[
 
 
 def _unlike_trainings(teachers: Sequence[LawTeacher]) -> str | None:
-    """A sentence where some teachers were trained far less, for their size, than others, and too little."""
+    """Return a warning where a teacher had too few tokens for its size and far fewer than another; None elsewhere."""
     known = [(one.train_tokens / one.num_parameters, one.name) for one in teachers if one.train_tokens is not None]
     if not known:
         return None

@@ -1,4 +1,4 @@
-"""A grid as ordinary run files: what each run of it is, where it lies, and which stages of others it reads.
+"""Expands a grid into ordinary run files: what each run makes, its folder, and the stages of other runs that it reads.
 
     OUT/run.yaml                                the corpus
     OUT/teachers/TEACHER/run.yaml               a teacher and its cache, over that corpus
@@ -6,8 +6,9 @@
     OUT/students/STUDENT/supervised/seed-N/...  the same without a teacher
     OUT/students/STUDENT/TEACHER/pruned/seed-N/...  the student cut out of that teacher, with it and without it
 
-A student's first weights come from its shape, the corpus and the seed, or from its teacher where it is pruned, and the
-order of its data from the seed and the cached text, which all teachers score alike: runs of one seed are paired.
+A student's first weights depend on its shape, the corpus and the seed; those of a pruned student come from its teacher.
+The order of its data depends on the seed and the cached text, which is the same for all teachers. Runs of one seed are
+therefore paired.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ RUN_NAME = "run.yaml"
 
 @dataclass(frozen=True)
 class Arm:
-    """One training of a cell."""
+    """One training of a cell: a token budget and a weight of the KL to the teacher."""
 
     budget: str
     alpha: float
@@ -44,17 +45,18 @@ class Arm:
 
 @dataclass(frozen=True)
 class Cell:
-    """One student of one init, one teacher or none, one seed.
+    """All trainings of one student with one init, one teacher or none, and one seed.
 
     Attributes:
-        student: its name.
-        teacher: its name; None for the supervised arm of a common init. The supervised arms of a pruned student stand
-            in the cell of the teacher that it was cut out of.
-        seed: of first weights and data order.
-        reads: the teacher whose cache holds the text; of the supervised arm any one, for it reads no targets.
-        arms: its trainings.
-        run: its run file.
-        init: where the first weights come from.
+        student: Name of the student.
+        teacher: Name of the teacher; None for the supervised arms of a common init. The supervised arms of a pruned
+            student belong to the cell of the teacher that it was cut out of.
+        seed: Seed of the first weights and the data order.
+        reads: Name of the teacher whose cache holds the text. Supervised arms can read any cache, because they use no
+            targets.
+        arms: The trainings.
+        run: The run file.
+        init: Source of the first weights.
     """
 
     student: str
@@ -67,39 +69,42 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Path of its folder below the grid's."""
+        """Path of the cell's folder below the grid's folder, which is also the cell's name."""
         return cell_name(self.student, self.teacher, self.seed, self.init)
 
     @property
     def init_source(self) -> str | None:
-        """The teacher that the student was cut out of; None with a common init."""
+        """Name of the teacher that the student was cut out of; None with a common init."""
         return self.teacher if self.init == "pruned" else None
 
     def trained(self, arm: Arm) -> Instance:
-        """The instance that trains the arm."""
+        """Return the instance that trains the arm."""
         return Instance("train", arm.name, self.seed)
 
 
 def cell_name(student: str, teacher: str | None, seed: int, init: Init = "common") -> str:
-    """Path of a cell's folder below the grid's."""
+    """Return the path of a cell's folder below the grid's folder."""
     init_folder = "" if init == "common" else f"{init}/"
     return f"students/{student}/{teacher or SUPERVISED}/{init_folder}seed-{seed}"
 
 
 def corpus_run(grid: LawGrid) -> RunFile:
-    """The run whose corpus stage is everybody's; its teacher is one that learns from that, if any does."""
+    """Return the run whose corpus stage makes the corpus of the whole grid.
+
+    Its teacher is one that is trained on the corpus, if the grid has one.
+    """
     reuse = {"corpus": grid.reuse.corpus} if grid.reuse.corpus else {}
     learning = (name for name, teacher in grid.teachers.items() if teacher.optimization is not None)
     return _run_file(grid, grid.out, "corpus", next(learning, next(iter(grid.teachers))), reuse)
 
 
 def corpus_folder(grid: LawGrid) -> str:
-    """Where the corpus lies."""
+    """Return the folder of the grid's corpus."""
     return grid.reuse.corpus or str(Path(grid.out) / "corpus")
 
 
 def teacher_run(grid: LawGrid, teacher: str) -> RunFile:
-    """The run whose stages teacher and cache are that teacher's."""
+    """Return the run that makes the teacher and its cache."""
     reuse = {"corpus": corpus_folder(grid)}
     reuse |= {"teacher": grid.reuse.teachers[teacher]} if teacher in grid.reuse.teachers else {}
     reuse |= {"cache": grid.reuse.caches[teacher]} if teacher in grid.reuse.caches else {}
@@ -107,12 +112,12 @@ def teacher_run(grid: LawGrid, teacher: str) -> RunFile:
 
 
 def teacher_folder(grid: LawGrid, teacher: str) -> str:
-    """Where the teacher's stage lies."""
+    """Return the folder of the stage that makes the teacher."""
     return grid.reuse.teachers.get(teacher) or str(Path(_teacher_folder(grid, teacher)) / "teacher")
 
 
 def cache_folder(grid: LawGrid, teacher: str) -> str:
-    """Where the teacher's cache lies, or its URL."""
+    """Return the folder or the URL of the teacher's cache."""
     return grid.reuse.caches.get(teacher) or str(Path(_teacher_folder(grid, teacher)) / "cache")
 
 
@@ -125,16 +130,16 @@ def cell(
     reads: str | None = None,
     init: Init = "common",
 ) -> Cell:
-    """One cell of the grid.
+    """Build one cell of the grid.
 
     Args:
-        grid: the grid.
-        student: its name.
-        teacher: its name; None for the supervised arm.
-        seed: one of the grid's.
-        tokens: of each budget, for this student.
-        reads: whose cache the supervised arm reads; the grid's first teacher's where it is left out.
-        init: where first weights come from; a pruned student has a teacher.
+        grid: The grid.
+        student: Name of the student.
+        teacher: Name of the teacher; None for the supervised arms.
+        seed: One of the grid's seeds.
+        tokens: Training targets of each budget for this student, by the budget's name.
+        reads: Name of the teacher whose cache supervised arms read; by default the grid's first teacher.
+        init: Source of the first weights; a pruned student needs a teacher.
     """
     source = teacher or reads or next(iter(grid.teachers))
     alone = (0.0,) if teacher is None or init == "pruned" else ()
@@ -157,7 +162,10 @@ def cell(
 
 
 def cells(grid: LawGrid, tokens: Mapping[str, Mapping[str, int]]) -> Iterator[Cell]:
-    """Every cell, the supervised ones of a student first; `tokens` by student and budget."""
+    """Yield every cell; the supervised cell of a student and seed comes first.
+
+    `tokens` holds the training targets by student and budget.
+    """
     for student in grid.students:
         for seed in grid.seeds:
             for init in grid.inits:
@@ -167,7 +175,7 @@ def cells(grid: LawGrid, tokens: Mapping[str, Mapping[str, int]]) -> Iterator[Ce
 
 
 def write_run_file(run: RunFile) -> Path:
-    """Write the run file into its own folder, for people to start by hand; returns its path."""
+    """Write the run file into the run's folder, so that people can start it by hand, and return its path."""
     folder = Path(run.out)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / RUN_NAME, yaml.safe_dump(run.written(), sort_keys=False, width=120))

@@ -1,4 +1,4 @@
-"""From the table of runs to `law.json`.
+"""Fits the table of runs and writes `law.json`.
 
 table --curves--> TeacherCurve --contrasts--> verdict --best--> CurveFit --global_law--> GlobalLaw
   |              '--regret--> RegretTable ------------------------------------------|
@@ -33,18 +33,18 @@ def fit_table(
     added: Sequence[Path] = (),
     published: Path | None = None,
 ) -> LawFit:
-    """Everything that follows from a table.
+    """Fit a table: curves, laws, regrets and frontiers.
 
     Args:
-        path: of the table.
-        size: which parameters count as size, of teachers and students alike.
-        min_delta: nats/token below which two teachers count as equally good.
-        added: submissions of others, whose rows join the table's.
-        published: file of points that papers have published, on which the rules are scored too.
+        path: Path of the table.
+        size: Which parameters count as size, of teachers and students alike.
+        min_delta: Difference below which two teachers count as equally good, nats/token.
+        added: Paths of submissions by others, whose rows are added to the table's.
+        published: Path of a file of published results, on which the rules are scored too.
 
     Raises:
-        InputError: the table cannot be read, or lacks an arm.
-        MismatchError: its rows cannot stand in one grid.
+        InputError: A file cannot be read, a run is in the table twice, or it has no supervised or no distilled run.
+        MismatchError: The rows are not comparable in one grid.
     """
     runs = read_table(path)
     if added:
@@ -80,10 +80,10 @@ def write_fit(folder: Path, law: LawFit) -> Path:
 
 
 def read_fit(path: Path) -> LawFit:
-    """The fit in a folder, or in a file.
+    """Read the fit from a file, or from `law.json` in a folder.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        InputError: There is no fit, or it cannot be read.
     """
     file = path / LAW_NAME if path.is_dir() else path
     try:

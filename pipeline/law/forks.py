@@ -1,8 +1,8 @@
-"""Stages as forks of a process that has imported what they need.
+"""Runs stages as forks of a process that has already imported what they need.
 
-A grid is hundreds of short stages, and the import of torch, transformers and Lightning takes longer than many of them.
-Each is a process of its own all the same, and its memory is gone when it ends. For CPUs only: CUDA does not outlive a
-fork, and vLLM starts processes of its own.
+A grid has hundreds of short stages, and importing torch, transformers and Lightning takes longer than many of them.
+Each fork is still a process of its own, whose memory is freed when it ends. This works on CPUs only: CUDA cannot be
+used in a forked process, and vLLM starts processes of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HEAVY = (
 )
 
 
-# how a process ends whose command could not even log what went wrong
+# exit code of a process whose command failed before it could log the reason
 _CRASHED = 1
 
 
@@ -37,9 +37,9 @@ def prepare() -> None:
 
 
 def starter(main: Callable[[Sequence[str]], int]) -> Start:
-    """What runs `main`, the command line, with arguments in a fork of one thread, to its end.
+    """Return a function that runs the command line `main` with arguments in a fork with one thread.
 
-    It returns the exit code, or minus the number of the signal that ended the fork.
+    It waits for the end of the fork, and returns the exit code, or minus the number of the signal that ended the fork.
     """
     return lambda arguments: _start(main, arguments)
 
@@ -65,7 +65,7 @@ def _be_the_command(main: Callable[[Sequence[str]], int], arguments: list[str], 
     try:
         import torch
 
-        # the environment that says so was read when torch was imported
+        # torch has read OMP_NUM_THREADS at its import in the parent, so the number of threads is set here
         torch.set_num_threads(1)
         os.environ.update(PYTHONSAFEPATH="1", CAPGAP_DRIVER_PID=str(parent))
         sys.argv = ["capgap", *arguments]

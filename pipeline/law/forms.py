@@ -1,11 +1,11 @@
-"""The shapes that a student's loss may have over its teachers, and their least-squares fits.
+"""Fits functional forms of a student's loss over its teachers by least squares.
 
-Legend: M teachers, B sets of losses that are fitted at once, P coefficients, C shapes of a form (values of its one
-parameter that is not linear).
+Legend: M teachers, B sets of losses that are fitted at once, P coefficients, C shapes of a form (the tried values of
+its one nonlinear parameter, `k`).
 
-Every form is linear once its shape is held fixed, so a fit is exact: the best of a grid of shapes, each solved by least
-squares. The matrices depend on where the teachers stand and not on the losses, which makes thousands of resampled fits
-cheap. The axis is `u`: 0 at the smallest teacher, 1 at the largest.
+Every form is linear in its coefficients for a fixed shape. A fit tries a grid of shapes, and solves each exactly by
+least squares. The matrices depend on the places of the teachers and not on the losses, which makes thousands of
+resampled fits cheap. The axis is `u`: 0 at the first teacher on the axis, 1 at the last.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
-# decay over the whole axis: 0.5 is nearly a straight line, 40 falls within the first teachers
+# rates of decay over the whole axis: 0.5 is nearly a straight line, 40 has decayed within the first teachers
 _RATES = np.geomspace(0.5, 40.0, 20)
 _NO_SHAPE = np.zeros(1)
 _NUM_KNOTS = 25
@@ -27,16 +27,16 @@ _NUM_KNOTS = 25
 
 @dataclass(frozen=True)
 class Form:
-    """One shape.
+    """A functional form.
 
     Attributes:
-        name: as reports show it.
-        formula: in `u`, for people.
-        num_parameters: coefficients and the shape.
-        has_valley: whether its lowest point can lie between the ends.
-        shapes: from the teachers' places to the shapes that are tried.
-        basis: from places [..., M] and a shape to columns [..., M, P].
-        lowest: from coefficients [..., P] and shapes [...] to the place of the lowest point within 0 to 1.
+        name: Name of the form in reports.
+        formula: Formula in `u`, for people.
+        num_parameters: Number of coefficients, plus one if the form has a shape.
+        has_valley: Whether the lowest point can lie between the ends.
+        shapes: Function from the teachers' places [M] to the shapes that are tried [C].
+        basis: Function from places [..., M] and a shape to the columns [..., M, P] of the least-squares problem.
+        lowest: Function from coefficients [..., P] and shapes [...] to the place of the lowest point, from 0 to 1.
     """
 
     name: str
@@ -49,26 +49,25 @@ class Form:
 
     @property
     def min_teachers(self) -> int:
-        """With one of them left out, a fit still has more teachers than parameters."""
+        """Fewest teachers for a fit: with one of them left out, more teachers than parameters remain."""
         return self.num_parameters + 2
 
 
 @dataclass(frozen=True)
 class Fits:
-    """One form, fitted to B sets of losses."""
+    """The fits of one form to B sets of losses; `squares_B` holds the sums of squared residuals."""
 
     form: Form
     coefficients_BP: Array
     shapes_B: Array
     squares_B: Array
-    """Sum of squared residuals."""
 
     def lowest(self) -> Array:
-        """Place of each fit's lowest point [B]."""
+        """Return the place of each fit's lowest point [B]."""
         return self.form.lowest(self.coefficients_BP, self.shapes_B)
 
     def losses_at(self, u_M: Array) -> Array:
-        """The fitted losses [B, M] at these places."""
+        """Return the fitted losses [B, M] at places [M], nats/token."""
         values = [
             self.form.basis(u_M, float(shape)) @ row
             for row, shape in zip(self.coefficients_BP, self.shapes_B, strict=True)
@@ -77,7 +76,7 @@ class Fits:
 
 
 def fit(form: Form, u_M: Array, losses_BM: Array) -> Fits:
-    """The best fit of each row of losses."""
+    """Fit a form to each set of losses, with the best of the form's shapes."""
     shapes_C, columns_CMP, solve_CPM = _solvers(form.name, tuple(u_M))
     coefficients_CBP = losses_BM @ solve_CPM.transpose(0, 2, 1)
     residuals_CBM = losses_BM - coefficients_CBP @ columns_CMP.transpose(0, 2, 1)
@@ -90,10 +89,10 @@ def fit(form: Form, u_M: Array, losses_BM: Array) -> Fits:
 def leave_one_out(
     form: Form, u_M: Array, losses_BM: Array, *, between_the_ends: bool = False
 ) -> tuple[list[Fits], Array]:
-    """The fits without each teacher in turn, and the squared errors [B] with which they foretell the one left out.
+    """Fit a form without each teacher in turn, and return the fits and their mean squared errors at that teacher [B].
 
-    The error is the mean over teachers, or over those between the ends, which is where an interior curve is lowest: a
-    form that foretells an end badly has not shown that it is wrong there.
+    With `between_the_ends`, the error is the mean over the teachers between the ends only. An interior curve is lowest
+    there, and a form that predicts an end badly can still be right between the ends.
     """
     fits, squares_B = [], np.zeros(len(losses_BM))
     counted_M = (u_M > 0) & (u_M < 1) if between_the_ends else np.ones(len(u_M), dtype=np.bool_)
@@ -108,7 +107,7 @@ def leave_one_out(
 
 
 def _at_one_place(fits: Fits, u: float) -> Array:
-    """As `Fits.losses_at` for one place, without a loop over the fits."""
+    """Return the fitted losses [B] at one place, without the loop over fits of `Fits.losses_at`."""
     shapes, which_B = np.unique(fits.shapes_B, return_inverse=True)
     columns_CP = np.stack([fits.form.basis(np.array([u]), float(shape))[0] for shape in shapes])
     losses_B: Array = np.einsum("bp,bp->b", fits.coefficients_BP, columns_CP[which_B])
@@ -149,7 +148,7 @@ def _hinge(u: Array, knot: float) -> Array:
 
 
 def _knots(u_M: Array) -> Array:
-    """Between the second and the last but one place: each line has two teachers at least."""
+    """Return the tried knots, between the second and the last but one place, so that each line has two teachers."""
     places = np.sort(u_M)
     return np.linspace(places[1], places[-2], _NUM_KNOTS)
 
@@ -173,7 +172,7 @@ def _cubic_lowest(coefficients: Array, shapes: Array) -> Array:
     slope, bend, third = (coefficients[..., i] for i in (1, 2, 3))
     with np.errstate(divide="ignore", invalid="ignore"):
         root = np.sqrt(bend * bend - 3 * third * slope)
-        # the one of two turning points where the curve bends upwards
+        # of two turning points the minimum, where the curve bends upwards
         turning = np.where(third == 0, -slope / (2 * bend), (root - bend) / (3 * third))
     turning = np.where(np.isfinite(turning), np.clip(turning, 0.0, 1.0), 0.0)
     candidates = np.stack([np.zeros_like(turning), turning, np.ones_like(turning)])
@@ -215,5 +214,5 @@ FORMS = {
         Form("hinge", "a + b min(u - k, 0) + c max(u - k, 0)", 4, True, _knots, _hinge, _hinge_lowest),
     )
 }
-"""By name. The hinge is a broken power law: for the small differences between teachers, a line in the logarithm of the
-size is a power of it."""
+"""All forms by name. The hinge stands for a broken power law: over small differences in loss, a line in the logarithm
+of the size approximates a power of the size."""

@@ -1,4 +1,4 @@
-"""Compute against quality: the settings that no other setting beats, under each accounting."""
+"""Finds the settings that no other setting beats in compute and loss, under each accounting."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from capgap.schemas.law_frontier import Accounting, Frontier, FrontierPoint
 
 
 def frontiers(runs: Sequence[LawRun]) -> tuple[Frontier, ...]:
-    """One for each accounting, over every setting of the grid, the supervised ones included.
+    """Return one frontier for each accounting, over every setting of the grid, supervised ones included.
 
-    A setting's loss is the mean over all seeds of its student. One that misses a seed is left out and named.
+    A setting's loss is the mean over all seeds of its student. A setting that lacks a seed is left out and named.
     """
     return tuple(_frontier(runs, accounting) for accounting in STATED)
 
@@ -26,7 +26,7 @@ def _frontier(runs: Sequence[LawRun], accounting: Accounting) -> Frontier:
     settings: dict[str, list[LawRun]] = {}
     for run in runs:
         if run.tokens == 0:
-            continue  # an untrained student costs nothing, and no logarithm has a place for it
+            continue  # an untrained student costs nothing, which has no place on a logarithmic axis
         settings.setdefault(_setting(run), []).append(run)
     found, left_out = [], []
     for name, group in settings.items():
@@ -62,5 +62,5 @@ def _frontier(runs: Sequence[LawRun], accounting: Accounting) -> Frontier:
 
 
 def _setting(run: LawRun) -> str:
-    """The run's name without its seed."""
+    """Return the run's name without its seed."""
     return run.name.rpartition(", seed ")[0]

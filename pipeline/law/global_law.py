@@ -1,10 +1,10 @@
-"""Best teacher as a function of the student: a line and a power, over interior students only.
+"""Fits the best teacher's size as a line and as a power of the student's size, over interior students only.
 
-Legend: S students, B samples of all students' bests.
+Legend: S students, B samples of the best teachers of all students.
 
-Each student's best teacher is known within an interval, which is taken as one of its logarithm: normal on both sides,
-with a spread of its own on each. Students weigh by the inverse square of that spread. An estimate's interval holds the
-middle 95 % of the fits to sampled bests, and the fits without each student in turn.
+Each student's best teacher is known within an interval. Its logarithm is taken as normal on both sides, with a standard
+deviation (spread) of its own on each. Students are weighted by the inverse square of the spread. The interval of an
+estimate spans the middle 95 % of the fits to sampled best teachers, and the fits without each student in turn.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Coefficient = Callable[[Array, Array, Array], Array]
 MIN_STUDENTS = 3
 
 _NUM_SAMPLES = 2000
-_HALF_WIDTH = 1.96  # standard deviations of half a 95 % interval
-_MIN_SPREAD = 1e-6  # in a logarithm; an interval of no width would weigh infinitely
+_HALF_WIDTH = 1.96  # half the width of a 95 % interval, in standard deviations
+_MIN_SPREAD = 1e-6  # of a logarithm; an interval of no width would get an infinite weight
 
 
 @dataclass(frozen=True)
 class StudentBest:
-    """An interior student: its size, and its best teacher's with the interval; parameters."""
+    """An interior student, with its size and the size of its best teacher in parameters; `interval` is of 95 %."""
 
     name: str
     size: float
@@ -43,7 +43,7 @@ class StudentBest:
 
 
 def global_laws(curves: Sequence[CurveFit]) -> tuple[GlobalLaw, ...]:
-    """One law, or the reason why there is none, for each budget, alpha and init."""
+    """Fit one law for each budget, alpha and init; a law that cannot be fitted holds the reason."""
     groups: dict[tuple[str, float, str], list[CurveFit]] = {}
     for curve in curves:
         groups.setdefault((curve.init, curve.alpha, curve.budget), []).append(curve)
@@ -51,7 +51,7 @@ def global_laws(curves: Sequence[CurveFit]) -> tuple[GlobalLaw, ...]:
 
 
 def fit_line(students: Sequence[StudentBest]) -> tuple[float, float, float]:
-    """a and b of T = a S + b, and R^2."""
+    """Fit the line T = a S + b, and return a, b and R^2."""
     sizes_S, logs_1S, spread_S = _columns(students)
     slope_1, intercept_1 = _line(sizes_S, logs_1S, spread_S)
     best_S = np.exp(logs_1S[0])
@@ -105,14 +105,15 @@ def _weak(num_sizes: int) -> str:
 
 
 def estimate(sizes_S: Array, bests_S: Array, below_S: Array, above_S: Array, coefficient: Coefficient) -> Estimate:
-    """A coefficient with its interval.
+    """Estimate a coefficient with its interval.
 
     Args:
-        sizes_S: of the students.
-        bests_S: of their best teachers.
-        below_S: spread of each best, downwards.
-        above_S: the same, upwards.
-        coefficient: from sizes [S], sets of bests [B, S] and spreads [S] to the fitted value of each set [B].
+        sizes_S: Sizes of the students, in parameters or as a logarithm.
+        bests_S: The fitted value at each student's best teacher, such as the logarithm of its size.
+        below_S: Standard deviation of each best value downwards.
+        above_S: Standard deviation of each best value upwards.
+        coefficient: Function from sizes [S], sets of best values [B, S] and standard deviations [S] to the coefficient
+            of each set [B].
     """
     rng = np.random.default_rng(0)
     bests_1S, spread_S = bests_S[None], (below_S + above_S) / 2
@@ -128,7 +129,7 @@ def estimate(sizes_S: Array, bests_S: Array, below_S: Array, above_S: Array, coe
 
 
 def limits_of(curves: Sequence[CurveFit], axis: AxisName) -> str:
-    """The students without an interior best on an axis, each with its verdict and what it lacks."""
+    """List the students without an interior best teacher on an axis, each with its verdict and what it lacks."""
     others = []
     for curve in curves:
         fit = curve.axis(axis)
@@ -145,7 +146,7 @@ def _estimate(students: Sequence[StudentBest], coefficient: Coefficient) -> Esti
 
 
 def _columns(students: Sequence[StudentBest]) -> tuple[Array, Array, Array]:
-    """Sizes [S], logarithms of the best teachers as one set [1, S], spreads [S]."""
+    """Return the sizes [S], the logarithms of the best teachers' sizes as one set [1, S], and their spreads [S]."""
     sizes_S = np.array([student.size for student in students], dtype=np.float64)
     logs_1S = np.log(np.array([[student.best for student in students]]))
     below_S, above_S = _spreads(students)
@@ -153,32 +154,35 @@ def _columns(students: Sequence[StudentBest]) -> tuple[Array, Array, Array]:
 
 
 def _spreads(students: Sequence[StudentBest]) -> tuple[Array, Array]:
-    """Spreads of the logarithm, below and above the best."""
+    """Return the standard deviations [S] of the logarithm of the best teacher's size, downwards and upwards."""
     below = [np.log(student.best / student.interval.low) / _HALF_WIDTH for student in students]
     above = [np.log(student.interval.high / student.best) / _HALF_WIDTH for student in students]
     return np.maximum(below, _MIN_SPREAD), np.maximum(above, _MIN_SPREAD)
 
 
 def _proportional(sizes_S: Array, logs_BS: Array, spread_S: Array) -> Array:
-    """k of T = k S: the weighted mean of the logarithm of T / S."""
+    """Return k of T = k S [B], by the weighted mean of the logarithm of T / S."""
     weights_S = spread_S**-2
     k_B: Array = np.exp((logs_BS - np.log(sizes_S)) @ weights_S / weights_S.sum())
     return k_B
 
 
 def _line(sizes_S: Array, logs_BS: Array, spread_S: Array) -> tuple[Array, Array]:
-    """a and b of T = a S + b. The spread of T is that of its logarithm times T, and T is nearly in proportion to S;
-    weights by S do not depend on the sample, those by T would favour low samples."""
+    """Return a and b of T = a S + b [B].
+
+    The spread of T is the spread of its logarithm times T, and T is nearly proportional to S. The weights use S in the
+    place of T, because weights by T would depend on the sample and favour low samples.
+    """
     return weighted_line(sizes_S, np.exp(logs_BS), np.broadcast_to((spread_S * sizes_S) ** -2.0, logs_BS.shape))
 
 
 def _power(sizes_S: Array, logs_BS: Array, spread_S: Array) -> tuple[Array, Array]:
-    """q and ln c of T = c S^q."""
+    """Return q and ln c of T = c S^q [B]."""
     return weighted_line(np.log(sizes_S), logs_BS, np.broadcast_to(spread_S**-2.0, logs_BS.shape))
 
 
 def weighted_line(x_S: Array, y_BS: Array, weights_BS: Array) -> tuple[Array, Array]:
-    """Slope and intercept [B] of weighted least squares."""
+    """Return slope and intercept [B] of a line fitted by weighted least squares."""
     total_B = weights_BS.sum(1)
     x_B, y_B = weights_BS @ x_S / total_B, (weights_BS * y_BS).sum(1) / total_B
     off_BS = x_S - x_B[:, None]
@@ -187,7 +191,7 @@ def weighted_line(x_S: Array, y_BS: Array, weights_BS: Array) -> tuple[Array, Ar
 
 
 def describe(law: GlobalLaw) -> str:
-    """The law in a sentence."""
+    """Return the law as a sentence."""
     if law.refused is not None or law.slope is None or law.intercept is None or law.proportional is None:
         return f"no law: {law.refused}"
     intercept = f"{'-' if law.intercept.value < 0 else '+'} {human_count(abs(law.intercept.value))}"

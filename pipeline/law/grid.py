@@ -1,10 +1,10 @@
-"""Cuts the table into curves: one student over all its teachers, in seeds that are complete.
+"""Splits the table into curves: the losses of one student over all its teachers, at complete seeds.
 
 Legend: M teachers, R seeds.
 
-Seeds are paired: runs of one seed share first weights and data order, so the seed's own luck cancels between teachers,
-but only among runs that are all there. A seed for which one run is missing is left out of its curve whole, and the
-missing run is named; a mean over unequal seeds would compare luck.
+Seeds are paired: runs of one seed share first weights and data order, so the effect of the seed cancels in differences
+between teachers. This requires that every teacher has a run at the seed. A seed with a missing run is therefore left
+out of its curve as a whole, and the missing run is named.
 """
 
 from __future__ import annotations
@@ -22,24 +22,28 @@ from capgap.schemas.law_curve import Size
 Array = npt.NDArray[np.float64]
 
 _Cell = tuple[str | None, str | None, int]
-"""Teacher, what the student was cut out of, seed."""
+"""Names of the teacher and of the teacher that the student was cut out of, and the seed."""
 
 
 @dataclass(frozen=True)
 class TeacherCurve:
-    """One student, budget, alpha and init.
+    """The losses of a student over its teachers, for one budget, alpha and init.
 
     Attributes:
-        student: its size.
-        teachers: with at least one finished run, smallest first.
-        seeds: complete ones.
-        left_out_seeds: with a run missing.
-        left_out_teachers: without any finished run.
-        losses_MR: the students', nats/token.
-        supervised_MR: of the same student without a teacher; rows are alike where the init is common.
-        missing: names of the runs that are not there, with the reason.
-        initial_kl: from each teacher to the untrained student, mean over seeds, nats/token; None where the table has no
-            rows of 0 tokens for all of these teachers.
+        student: Name and size of the student.
+        budget: Name of the token budget.
+        tokens: Number of training targets.
+        alpha: Weight of the KL.
+        init: Source of the first weights.
+        teachers: Teachers with at least one finished run, the smallest first.
+        seeds: Complete seeds.
+        left_out_seeds: Seeds with a missing run.
+        left_out_teachers: Names of the teachers without a finished run.
+        losses_MR: Losses of the student, nats/token.
+        supervised_MR: Losses of the same student without a teacher, nats/token; all rows are equal for a common init.
+        missing: Names of the runs without a result, with the reason.
+        initial_kl: KL from each teacher to the untrained student, mean over seeds, nats/token; None where the table
+            lacks rows of 0 tokens for one of the teachers.
     """
 
     student: LawModel
@@ -58,15 +62,15 @@ class TeacherCurve:
 
 
 def size_of(model: LawModel, size: Size) -> int:
-    """Parameters, counted as asked."""
+    """Return the number of parameters of a model, with or without the embedding as `size` says."""
     return model.num_parameters if size == "total" else model.num_non_embedding_parameters
 
 
 def curves(runs: Sequence[LawRun]) -> tuple[TeacherCurve, ...]:
-    """All curves of a table; untrained students make none.
+    """Return all curves of a table; rows of untrained students belong to none.
 
-    By init, alpha and budget, those with the most students first, and within them by the student's size. What the grid
-    holds is read off the table: a student's teachers and seeds are all that it has a row with.
+    Curves are grouped by init, alpha and budget, and ordered by the student's size within a group. Groups with the most
+    students come first. The grid's teachers and seeds for a student are those that occur in the student's rows.
     """
     keys = {
         (run.init, run.alpha, run.tokens, run.budget, run.student.num_parameters, run.student.name)
@@ -81,12 +85,12 @@ def curves(runs: Sequence[LawRun]) -> tuple[TeacherCurve, ...]:
 
 
 def seeds_of(runs: Sequence[LawRun], student: str) -> tuple[int, ...]:
-    """Seeds that the grid has for a student."""
+    """Return the seeds that occur in the table's rows of a student."""
     return tuple(sorted({run.seed for run in runs if run.student.name == student}))
 
 
 def missing_runs(runs: Sequence[LawRun]) -> tuple[str, ...]:
-    """Every run of the grid without a result, with the reason."""
+    """Return the name of every run of the grid without a result, with the reason."""
     named = [name for curve in curves(runs) for name in curve.missing]
     return tuple(dict.fromkeys(named))
 
@@ -99,7 +103,7 @@ class _Key:
     init: Init
 
     def source(self, teacher: str) -> str | None:
-        """What a student of this curve was cut out of; with the common init, nothing."""
+        """Return the teacher that a student of this curve was cut out of; None with a common init."""
         return teacher if self.init == "pruned" else None
 
 
@@ -158,7 +162,7 @@ def _curve(runs: Sequence[LawRun], key: _Key) -> TeacherCurve:
 
 
 def _initial_kl(own_runs: Sequence[LawRun], key: _Key, teachers: Sequence[LawTeacher]) -> tuple[float, ...] | None:
-    """Of rows of 0 tokens, whatever their alpha: they are not trained."""
+    """Return the KL from each teacher to the untrained student, from rows of 0 tokens with any alpha."""
     found: dict[str, dict[int, float]] = {}
     for run in own_runs:
         if run.tokens == 0 and run.init == key.init and run.teacher is not None and run.metrics.get("kl", 0) > 0:
@@ -169,7 +173,7 @@ def _initial_kl(own_runs: Sequence[LawRun], key: _Key, teachers: Sequence[LawTea
 
 
 def _named(key: _Key, cell: _Cell, run: LawRun | None) -> str:
-    """The run of a cell without a result, with the reason."""
+    """Return the name of a run without a result, with the reason."""
     if run is not None:
         return f"{run.name}: {run.missing}"
     teacher, source, seed = cell

@@ -1,4 +1,4 @@
-"""The work of all runs of a grid that are not current, phase by phase."""
+"""Counts the work of all runs of a grid that are not current, phase by phase."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from capgap.schemas.law_plan import PhasePlan
 from capgap.schemas.plan import Figure
 from capgap.schemas.run_file import RunFile
 
-# Sources of a sum that are named: there is one for each size of model.
+# Number of sources that are named in a sum; a grid can have one for each size of model.
 _SHOWN = 3
 
 _OF_A_TEACHER = ("teacher", "cache")
 
 
 class GridWork:
-    """The work of every run of the grid; runs that differ in nothing that counts are looked at once."""
+    """The work of every run of the grid; of runs that take equal work, only one is examined."""
 
     def __init__(self, grid: LawGrid, stated: Stated) -> None:
         self._grid, self._stated = grid, stated
@@ -51,33 +51,36 @@ class GridWork:
 
     @property
     def num_processes(self) -> int:
-        """Stages that are left."""
+        """Number of stages that are left to make."""
         in_cells = sum(2 + len(one.arms) for one in self.left)
         return (0 if self.corpus_made else 1) + sum(map(len, self._pending.values())) + in_cells
 
     def corpus(self) -> PhasePlan:
-        """The corpus."""
+        """Return the work of the corpus."""
         return self._phase("corpus", "corpus", [] if self.corpus_made else [(self.corpus_run, 1)], 1)
 
     def teachers(self, phase: str, stage: str) -> PhasePlan:
-        """The stages teacher or cache."""
+        """Return the work of the stage `teacher` or `cache`, over all teachers."""
         runs = [(self._plannable(teacher_run(self._grid, name)), 1) for name in self._pending[stage]]
         return self._phase(phase, stage, runs, len(self._grid.teachers))
 
     def prunings(self) -> PhasePlan:
-        """The passes that score what a teacher can do without: one a pruned cell, alike for all seeds."""
+        """Return the work of the passes that score which parts of a teacher can be pruned, one for each pruned cell.
+
+        They are equal for all seeds.
+        """
         pruned = sum(one.init == "pruned" for one in self._every)
         return self._phase("prunings", "student", self._alike(self._left_cells("pruned")), pruned)
 
     def trainings(self) -> PhasePlan:
-        """All students' trainings: alike for all teachers and seeds."""
+        """Return the work of all students' trainings, which is equal for all teachers and seeds."""
         each = (
             ((one.student, one.init, arm.budget), _with_one_arm(one, arm.name)) for one in self.left for arm in one.arms
         )
         return self._phase("students", "train", self._alike(each), self.num_arms)
 
     def measurements(self) -> PhasePlan:
-        """The eval stages: one a cell, alike for all seeds."""
+        """Return the work of the eval stages, one for each cell, which is equal for all seeds."""
         return self._phase("measurements", "eval", self._alike(self._left_cells()), len(self._every))
 
     def _left_cells(self, init: Init | None = None) -> Iterator[tuple[object, RunFile]]:
@@ -86,7 +89,7 @@ class GridWork:
                 yield (one.student, one.teacher, one.init), one.run
 
     def _alike(self, runs: Iterable[tuple[object, RunFile]]) -> list[tuple[RunFile, int]]:
-        """One run of each key, with how many there are of it."""
+        """Return the first run of each key with the number of runs that have the key."""
         times: Counter[object] = Counter()
         examples: dict[object, RunFile] = {}
         for key, run in runs:
@@ -95,7 +98,7 @@ class GridWork:
         return [(self._plannable(run), times[key]) for key, run in examples.items()]
 
     def _phase(self, phase: str, stage: str, runs: list[tuple[RunFile, int]], num_runs: int) -> PhasePlan:
-        """One kind of stage over runs, each as often as its number says."""
+        """Sum the work of a stage over runs, each multiplied by the number beside it."""
         tokens, flops, disk, hours = [], [], [], []
         for run, count in runs:
             work = self._look_at(run)
@@ -116,11 +119,11 @@ class GridWork:
         )
 
     def largest_scratch(self) -> float:
-        """More disk that one stage takes while it works."""
+        """Return the largest extra disk space in bytes that one stage needs while it works."""
         return max(self._scratch, default=0)
 
     def _to_do(self, stage: str, work: RunWork) -> tuple[Figure, float | None]:
-        """Tokens and operations of one stage."""
+        """Return the tokens and the floating-point operations of one stage."""
         return scoring_of(work) if stage == "student" else (work.tokens(stage), work.operations(stage))
 
     def _hours(self, stage: str, work: RunWork) -> Figure:
@@ -137,13 +140,13 @@ class GridWork:
         return Figure(value=tokens.value / rate.value * devices / 3600, source=rate.source)
 
     def _measured(self) -> Iterable[str]:
-        """Folders of the grid's own runs: those that are finished have measured a rate."""
+        """Return the folders of the grid's own runs; rates can be read from the finished ones."""
         out = Path(self._grid.out)
         cells = (*sorted(out.glob("students/*/*/seed-*")), *sorted(out.glob("students/*/*/pruned/seed-*")))
         return [str(path) for path in (*out.glob("teachers/*"), *cells)]
 
     def _plannable(self, run: RunFile) -> RunFile:
-        """The run with what is there reused, and what is not planned in its place."""
+        """Return the run without the reused stages that are not made yet, so that they are planned instead."""
         there = {stage: folder for stage, folder in run.reuse.items() if is_url(folder) or _is_there(folder)}
         return run.model_copy(update={"reuse": there})
 
@@ -154,7 +157,7 @@ class GridWork:
 
 
 def sum_of(figures: Iterable[tuple[str, Figure]]) -> Figure:
-    """The sum, with the sources behind it; none where one is not known."""
+    """Return the sum of named figures with its sources; its value is None where one figure is not known."""
     found = list(figures)
     unknown: Mapping[str, str] = {name: figure.source for name, figure in found if figure.value is None}
     if unknown:

@@ -1,4 +1,4 @@
-"""A fit in one plain sentence, for the head of its page and of `capgap law fit`."""
+"""Sums up a fit in one plain sentence, which is shown first on its page and by `capgap law fit`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MEANING = {
 
 
 def headline(law: LawFit) -> str:
-    """What the fit shows of the best teacher's size, or that it shows none."""
+    """Return a sentence on the best teacher's size, or on why the fit shows none."""
     fitted = [(one, one.proportional) for one in law.laws if one.proportional is not None]
     if fitted:
         return _laws_sentence(fitted)
@@ -29,7 +29,7 @@ def headline(law: LawFit) -> str:
 
 
 def _laws_sentence(fitted: Sequence[tuple[GlobalLaw, Estimate]]) -> str:
-    """One law with its interval, or the range of several."""
+    """Return the sentence for one law with its interval, or for the range of several laws."""
     first, ratio = fitted[0]
     sizes = [size for law, _ in fitted for size in (law.min_size, law.max_size) if size is not None]
     students = f"students of {human_count(min(sizes))} to {human_count(max(sizes))} parameters"
@@ -47,7 +47,7 @@ def _laws_sentence(fitted: Sequence[tuple[GlobalLaw, Estimate]]) -> str:
 
 
 def _interior_sentence(interior: Sequence[CurveFit], num_curves: int) -> str:
-    """Bests of single students, too few for a law."""
+    """Return the sentence on the best teachers of single students, which are too few for a law."""
     bests = [
         f"{human_count(axis.best.value)} for {curve.title}"
         for curve in interior
@@ -66,7 +66,7 @@ def _nothing_sentence(curves: Sequence[CurveFit], is_short: bool) -> str:
     if not verdicts:
         why = "runs are missing, and none of" if is_short else "too few teachers or seeds: none of"
         return f"The best teacher is not known: {why} {len(curves)} curves can be judged."
-    # a student has several curves where it was trained in several ways
+    # there are more curves than students where a student was trained in several ways
     kind = "students" if len({curve.student for curve in curves}) == len(curves) else "students and ways of training"
     shown = [
         f"for {count} of {len(curves)} {kind} {_MEANING[verdict]} ({verdict})"

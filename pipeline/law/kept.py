@@ -1,7 +1,7 @@
-"""A grid that was run before is not made anew because a setting was forgotten.
+"""Keeps a forgotten setting from making a grid replace what an earlier run of it has made.
 
-What its folders hold of finished teachers, caches and trainings is compared with the grid as it stands, before its
-corpus is touched and before its first job begins.
+Finished teachers, caches and trainings in the grid's folders are compared with the grid's present settings, before the
+corpus is changed and before the first job begins.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _RESTORE, _PERMISSION = "restore the settings", "--replace"
 
 
 def require_corpus_kept(grid: LawGrid) -> None:
-    """Refuse another corpus where finished stages of the grid have read the one that is there, or it is half made.
+    """Refuse to replace the corpus where finished stages of the grid have read it, or where it is partly made.
 
     Raises:
-        MismatchError: they would be replaced.
-        CorruptError: a manifest cannot be read.
+        MismatchError: Finished stages, or a partly made corpus, would be replaced.
+        CorruptError: A manifest cannot be read.
     """
     run = corpus_run(grid)
     states = RunStates(run)
@@ -47,8 +47,8 @@ def require_jobs_kept(grid: LawGrid, jobs: Sequence[Job]) -> None:
     """Refuse jobs of the grid that would replace what has cost device time.
 
     Raises:
-        MismatchError: one would.
-        CorruptError: a manifest cannot be read.
+        MismatchError: A job would replace a finished stage that has cost device time.
+        CorruptError: A manifest cannot be read.
     """
     lost = []
     for job in jobs:
@@ -62,12 +62,12 @@ def require_jobs_kept(grid: LawGrid, jobs: Sequence[Job]) -> None:
 def _states(job: Job) -> RunStates | None:
     try:
         return RunStates(job.run)
-    except InputError:  # what it reads is not made yet, so nothing of the job is
+    except InputError:  # what the job reads is not made yet, so the job has made nothing either
         return None
 
 
 def _costly_folders(grid: LawGrid, run: RunFile) -> Iterator[str]:
-    """Finished stages of the grid that have cost device time, as paths below its folder."""
+    """Yield the finished stages of the grid that have cost device time, as paths below the grid's folder."""
     for path in sorted(Path(grid.out).glob(f"*/*/**/{MANIFEST_NAME}")):
         manifest = read_manifest(path.parent)
         if manifest is not None and stage_named(manifest.stage).is_costly(run, Instance(manifest.stage)):

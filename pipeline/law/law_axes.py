@@ -1,9 +1,9 @@
-"""The best teacher over students in other measures than parameters: its loss, the gap, and the initial KL.
+"""Laws of the best teacher in other measures than its parameters: its loss, the gap in loss, and the initial KL.
 
-Legend: S students, B samples of all students' bests.
+Legend: S students, B samples of the best teachers of all students.
 
-A law of teachers need not be one of sizes. For each measure there is the value that it has at the best teacher, as one
-constant over students, and how much it moves when the student doubles; a measure that does not move is the law.
+The best teacher need not be determined by its size. Each measure is fitted twice at the students' best teachers: as a
+constant over all students, and as its change for each doubling of the student. A measure that does not change is a law.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from capgap.schemas.results import Interval
 
 Array = npt.NDArray[np.float64]
 
-_HALF_WIDTH = 1.96  # standard deviations of half a 95 % interval
-_MIN_SPREAD = 1e-9
+_HALF_WIDTH = 1.96  # half the width of a 95 % interval, in standard deviations
+_MIN_SPREAD = 1e-9  # an interval of no width would get an infinite weight
 
 
 def laws(curves: Sequence[CurveFit]) -> tuple[GlobalLaw, ...]:
-    """The laws of parameters with those of the other measures beside them."""
+    """Fit the laws of sizes, and add the laws of the other measures to each."""
     found = []
     for law in global_laws(curves):
         own = [c for c in curves if (c.budget, c.alpha, c.init) == (law.budget, law.alpha, law.init)]
@@ -73,7 +73,7 @@ def _axis_law(
 
 
 def axis_sentences(law: GlobalLaw) -> Iterator[str]:
-    """The law of each measure in a sentence; measures that lack the same share one."""
+    """Yield a sentence for each measure's law; measures without a law for the same reason share one sentence."""
     lacking: dict[str, list[str]] = {}
     for one in law.axes:
         if one.constant is None or one.per_doubling is None:

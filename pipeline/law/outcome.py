@@ -1,7 +1,7 @@
-"""What became of the cells of a grid, from manifests and measurements alone.
+"""Reads the outcome of a grid's cells from their manifests and measurements.
 
-A result counts while its stages are current under the grid as it stands; every other run of the grid is missing, with
-the reason.
+A result counts as long as its stages are current under the grid's present settings. Every other run of the grid counts
+as missing, with the reason.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _EVAL = Instance("eval")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one cell.
+    """The outcome of one cell.
 
     Attributes:
-        results: by name of the arm, for those that are measured.
-        teacher_loss: of the teacher whose cache the cell has read, measured beside its students.
-        manifests: of the trainings with a result, by name of the arm.
-        missing: why an arm has no result, by name.
-        finished: whether every arm is trained and measured as the grid says.
+        results: Results of the measured arms, by the arm's name.
+        teacher_loss: Loss of the teacher whose cache the cell has read, nats/token; None where it was not measured.
+        manifests: Manifests of the trainings with a result, by the arm's name.
+        missing: Why an arm has no result, by the arm's name.
+        finished: Whether every arm is trained and measured under the grid's present settings.
     """
 
     results: Mapping[str, ModelResult] = field(default_factory=dict)
@@ -42,15 +42,15 @@ class Outcome:
 
 
 def outcome_of(cell: Cell, why: str = "") -> Outcome:
-    """What became of a cell, from its folder.
+    """Read the outcome of a cell from its folder.
 
     Args:
-        cell: which.
-        why: it cannot be made, where that is known from elsewhere, for example from its teacher.
+        cell: The cell.
+        why: Why the cell cannot be made, if that is known from elsewhere, for example from its teacher; else empty.
     """
     try:
         known = states(cell.run)
-    except InputError:  # what it reads is not there
+    except InputError:  # a teacher or cache that the cell reads is missing
         return Outcome(missing={arm.name: why or "not made yet" for arm in cell.arms})
     measured = _measured(cell, known[_EVAL.name])
     by_arm = {model.arm: model for model in measured.models} if measured is not None else {}
@@ -73,7 +73,7 @@ def outcome_of(cell: Cell, why: str = "") -> Outcome:
 
 
 def is_finished(cell: Cell) -> bool:
-    """Whether every arm of the cell is trained and measured as the grid says."""
+    """Return whether every arm of the cell is trained and measured under the grid's present settings."""
     try:
         return _is_current(states(cell.run).values())
     except InputError:
@@ -81,10 +81,10 @@ def is_finished(cell: Cell) -> bool:
 
 
 def made_stages(run: RunFile, stages: Iterable[str]) -> tuple[str, ...]:
-    """Those of the stages that are current or reused.
+    """Return which of the stages are current or reused.
 
     Raises:
-        InputError: as `states`.
+        InputError: A folder that the run reuses does not hold the stage.
     """
     known = states(run)
     return tuple(stage for stage in stages if stage in run.reuse or known[stage].state is State.CURRENT)
@@ -95,7 +95,10 @@ def _is_current(known: Iterable[StageState]) -> bool:
 
 
 def _measured(cell: Cell, evaluated: StageState) -> EvalResults | None:
-    """Results that are current: the eval stage may have been left fewer arms than the grid has."""
+    """Return the current results of the eval stage; None where it has none.
+
+    They count for the arms that they hold even if the other arms of the cell had failed when it was measured.
+    """
     if evaluated.manifest is None:
         return None
     if evaluated.state is not State.CURRENT:

@@ -1,4 +1,4 @@
-"""The page of a fit: one file, no script, nothing loaded from elsewhere."""
+"""Renders the page of a fit, one file without scripts that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_page(folder: Path, law: LawFit) -> Path:
 
 
 def render_page(law: LawFit) -> str:
-    """The page; every text of the table is escaped."""
+    """Render the page of a fit; all texts of the table are escaped."""
     return page_template(_TEMPLATE).render(
         law=law,
         headline=headline(law),
@@ -65,7 +65,7 @@ def _regret_row(rule: RuleScore) -> tuple[str, ...]:
 
 
 def _form_rows(curve: CurveFit) -> list[tuple[str, ...]]:
-    """Every form on every axis, with its error."""
+    """Return a row for every form on every axis of the curve, with its leave-one-out error."""
     rows: list[tuple[str, ...]] = []
     for axis in curve.axes:
         for form in axis.forms:

@@ -1,4 +1,4 @@
-"""What a grid will take: work, rates and sizes of `capgap plan`, over all runs of the grid that are not current."""
+"""Estimates what the runs of a grid that are not current will take, with the work and rates of `capgap plan`."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def plan_grid(
     pilot: Sequence[LawRun] = (),
     difference: float = MIN_DELTA,
 ) -> LawPlan:
-    """What is left to do.
+    """Plan the work that is left in a grid.
 
     Args:
-        grid: the grid.
-        stated: speeds that the user states.
-        num_workers: processes side by side, if that is known.
-        start_s: that a stage takes before it begins, if the user states it; measured rates hold most of it.
-        pilot: rows of a table whose noise says which differences the grid will show.
-        difference: nats/token that one would like to see.
+        grid: The grid.
+        stated: Speeds that the user states.
+        num_workers: Number of parallel processes; None if it is not known.
+        start_s: Seconds that each stage needs to start, if the user states it. Measured rates include most of it.
+        pilot: Rows of a table from which the noise is taken, to say which differences the grid will show.
+        difference: Difference between two teachers that the grid should show, nats/token.
 
     Raises:
-        InputError: a source of the corpus, a given model or something reused cannot be read.
-        SettingError: as `require_cuts`, `require_steps` and `pruned_sizes`.
+        InputError: A source of the corpus, a given model or something reused cannot be read.
+        SettingError: A teacher cannot give the shape of a pruned student, or a training stops before its first step.
     """
     require_cuts(grid)
     with each_manifest_once():
@@ -57,15 +57,15 @@ def plan_grid(
     notes = []
     if start_s is None:
         notes.append(
-            f"{work.num_processes} processes are started; what that takes is in rates that were measured, and "
-            "not in others: give --start-s for those"
+            f"{work.num_processes} processes are started; measured rates include the time of their starts, other "
+            "rates do not: give --start-s for those"
         )
     elif hours.value is not None:
         more = work.num_processes * start_s / 3600
         hours = Figure(value=hours.value + more, source=f"{hours.source}; {start_s:g} s for the start of each process")
     wall = Figure(value=None, source=hours.source if hours.value is None else "the number of workers is not known")
     if hours.value is not None and num_workers:
-        wall = Figure(value=hours.value / num_workers, source=f"{num_workers} workers, never idle")
+        wall = Figure(value=hours.value / num_workers, source=f"{num_workers} workers that are never idle")
     return LawPlan(
         name=grid.name,
         num_teachers=len(grid.teachers),
@@ -84,10 +84,10 @@ def plan_grid(
 
 
 def require_limits(grid: LawGrid, plan: LawPlan) -> tuple[str, ...]:
-    """Refuse a grid that is planned to take more than its limits; return what cannot be held against one, in words.
+    """Refuse a grid whose plan exceeds its limits, and return a sentence for each limit that cannot be checked.
 
     Raises:
-        SettingError: it takes more.
+        SettingError: The plan exceeds `max_hours` or `max_disk_gb`.
     """
     unknown = []
     for limit, figure, scale, unit in (
@@ -98,10 +98,10 @@ def require_limits(grid: LawGrid, plan: LawPlan) -> tuple[str, ...]:
         if most is None:
             continue
         if figure.value is None:
-            unknown.append(f"{limit} cannot be held against the grid: {figure.source}")
+            unknown.append(f"{limit} cannot be checked: {figure.source}")
         elif figure.value / scale > most:
             raise SettingError(
-                "the grid is planned to take more",
+                "the plan of the grid exceeds the limit",
                 where=limit,
                 found=f"{figure.value / scale:.3g} {unit} ({_shares(plan, limit, scale)})",
                 expected=f"at most {most:g}",
@@ -111,7 +111,7 @@ def require_limits(grid: LawGrid, plan: LawPlan) -> tuple[str, ...]:
 
 
 def _shares(plan: LawPlan, limit: str, scale: float) -> str:
-    """The phases' own figures."""
+    """Return the figure of each phase for the limit, as one text."""
     figures = [(p.phase, p.device_hours if limit == "max_hours" else p.disk_bytes) for p in plan.phases]
     unit = "device hours" if limit == "max_hours" else "GB"
     return f"{unit}: " + ", ".join(f"{name} {(figure.value or 0) / scale:.3g}" for name, figure in figures)
@@ -121,4 +121,6 @@ def _disk(phases: Iterable[PhasePlan], scratch: float, num_workers: int) -> Figu
     kept = sum_of((phase.phase, phase.disk_bytes) for phase in phases)
     if kept.value is None or not kept.value:
         return kept
-    return Figure(value=kept.value + scratch * num_workers, source=f"{kept.source}; and the scratch of {num_workers}")
+    return Figure(
+        value=kept.value + scratch * num_workers, source=f"{kept.source}; and the scratch of {num_workers} workers"
+    )

@@ -1,7 +1,7 @@
-"""Processes side by side, each at one job of a grid.
+"""Runs the jobs of a grid in parallel processes.
 
-Workers on a CPU have one thread each and share the CPU's lease, which no other run has meanwhile. On GPUs each worker
-sees devices of its own and every stage takes the lease on them, so teacher and student never meet on one.
+Workers on a CPU have one thread each and share the CPU's lease, so no other run holds it meanwhile. On GPUs each worker
+has devices of its own and every stage takes the lease on them, so teacher and student are never on one device at once.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Starter:
     """How the processes of stages are started on a CPU.
 
     Attributes:
-        prepare: called once, before the first.
-        start: starts one.
+        prepare: Function that is called once, before the first process.
+        start: Function that starts one process.
     """
 
     prepare: Callable[[], None]
@@ -41,7 +41,15 @@ class Starter:
 
 
 class Pool:
-    """Processes side by side, each at one job; whoever is free takes the next that can be done."""
+    """Parallel worker processes; whenever one is free, the next job whose needs are met is started.
+
+    Args:
+        environments: Environment variables of each worker, beside those of this process.
+        wait: Whether stages wait for a device that another run holds.
+        progress: The jobs of the grid and their results.
+        starter: How stages are started on a CPU.
+        lock: Lock on the grid's folder, which workers let go of so that only this process holds it.
+    """
 
     def __init__(
         self,
@@ -58,10 +66,10 @@ class Pool:
         self._interrupted = False
 
     def carry_out(self) -> list[str]:
-        """Do all that can be done; names of the jobs that were started.
+        """Run all jobs that can be done, and return the names of the jobs that were started.
 
         Raises:
-            KeyboardInterrupt: this process or a worker was interrupted.
+            KeyboardInterrupt: This process or a worker was interrupted.
         """
         before = signal.signal(signal.SIGINT, self._interrupt)
         try:
@@ -70,7 +78,7 @@ class Pool:
             signal.signal(signal.SIGINT, before)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        # Python swallows what is raised in the hooks around a fork
+        # an exception that is raised in the hooks around a fork is lost in Python, so a flag is set too
         self._interrupted = True
         raise KeyboardInterrupt
 
@@ -97,7 +105,7 @@ class Pool:
         return started
 
     def _without_lost(self, waiting: list[Job]) -> list[Job]:
-        """Jobs that can still be done."""
+        """Return the jobs that can still be done, with a replacement for supervised cells whose cache failed."""
         left = []
         for job in waiting:
             if any(need in self._failed for need in job.needs):
@@ -122,7 +130,7 @@ class Pool:
         event("law_started", f"{job.name}: begun", run=job.name)
 
     def _ended(self, total: int, num_waiting: int) -> bool:
-        """Take note of the processes that have ended; whether there was one."""
+        """Record the processes that have ended, and return whether there was one."""
         gone = [one for one in self._running if not one[0].is_alive()]
         for one in gone:
             process, job, environment, began = one
@@ -146,7 +154,7 @@ class Pool:
         return bool(gone)
 
     def _stop(self) -> None:
-        """End all of them: as an interrupt would, and by force where that does not help."""
+        """End all processes: by SIGINT first, and by SIGKILL if one is still alive after some seconds."""
         for number in (signal.SIGINT, signal.SIGKILL):
             for process, _, _, _ in self._running:
                 with suppress(ProcessLookupError):

@@ -1,6 +1,6 @@
-"""The smallest difference between two teachers that a grid will show, and the seeds that a wished one takes.
+"""Estimates the smallest difference between teachers that a grid will show, and the seeds that a given one needs.
 
-The noise is a pilot's: the runs of a smaller grid, or the finished seeds of this one.
+The noise is taken from a pilot: the runs of a smaller grid, or the finished seeds of the grid itself.
 """
 
 from __future__ import annotations
@@ -14,16 +14,21 @@ from capgap.pipeline.law.sizes import Sizes
 from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.law_plan import StudentPower
 
-_CAUTIOUS = 0.9  # probability with which the noise lies below its upper limit
-_NUM_HALVINGS = 60  # of an interval: to the last digit of a double
+_CAUTIOUS = 0.9  # probability that the noise is below its upper limit
+_NUM_HALVINGS = 60  # halvings of an interval, enough for the last digit of a double
 
 
 def upper_limit(noise: float, degrees: int) -> float:
-    """What the true noise lies below with probability 0.9, by a pilot's noise of so many degrees of freedom.
+    """Return the value that the true noise is below with probability 0.9.
 
-    Its square is a chi-squared variable's, times the true one's over the degrees of freedom.
+    The square of a pilot's noise is distributed like the square of the true noise times a chi-squared variable divided
+    by its degrees of freedom.
+
+    Args:
+        noise: Noise of the pilot, nats/token.
+        degrees: Degrees of freedom of the pilot's noise.
     """
-    low, high = 0.0, float(degrees)  # the quantile lies below the mean
+    low, high = 0.0, float(degrees)  # the quantile is below the mean, which equals the degrees
     for _ in range(_NUM_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if _chi_squared_above(middle, degrees) > _CAUTIOUS else (low, middle)
@@ -31,7 +36,10 @@ def upper_limit(noise: float, degrees: int) -> float:
 
 
 def _chi_squared_above(value: float, degrees: int) -> float:
-    """Probability that a chi-squared variable lies above a value over 0: a sum, for the degrees are a whole number."""
+    """Return the probability that a chi-squared variable exceeds a positive value.
+
+    For a whole number of degrees of freedom it is a finite sum.
+    """
     half, odd = value / 2, degrees % 2
     first = math.erfc(math.sqrt(half)) if odd else 0.0
     powers_of_half = (number + odd / 2 for number in range(degrees // 2))
@@ -39,13 +47,13 @@ def _chi_squared_above(value: float, degrees: int) -> float:
 
 
 def powers(grid: LawGrid, sizes: Sizes, pilot: Sequence[TeacherCurve], difference: float) -> tuple[StudentPower, ...]:
-    """What each student of the grid will show, by the pilot's student that is nearest to it in size.
+    """Estimate which differences each student of the grid will show, by the pilot's student nearest to it in size.
 
     Args:
-        grid: the grid.
-        sizes: of its models.
-        pilot: curves of the pilot; those with fewer than two seeds or teachers say nothing.
-        difference: nats/token that one would like to see.
+        grid: The grid.
+        sizes: Sizes of the grid's models.
+        pilot: Curves of the pilot; those with fewer than two seeds or teachers are not used.
+        difference: Difference between two teachers that the grid should show, nats/token.
     """
     usable = [curve for curve in pilot if len(curve.seeds) > 1 and len(curve.teachers) > 1]
     if not usable:
@@ -56,7 +64,7 @@ def powers(grid: LawGrid, sizes: Sizes, pilot: Sequence[TeacherCurve], differenc
 def _power(grid: LawGrid, student: str, size: int, pilot: Sequence[TeacherCurve], difference: float) -> StudentPower:
     distances = [abs(math.log(curve.student.num_parameters / size)) for curve in pilot]
     nearest = [curve for curve, far in zip(pilot, distances, strict=True) if far == min(distances)]
-    # of several budgets and alphas the noisiest: a grid should show the difference in each of them
+    # the noisiest of several budgets and alphas, so that the grid shows the difference in each of them
     found, curve = max(((contrasts(one.losses_MR), one) for one in nearest), key=lambda pair: pair[0].noise)
     num_teachers, num_seeds = len(grid.teachers), len(grid.seeds)
     high = upper_limit(found.noise, found.degrees)

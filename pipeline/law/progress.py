@@ -1,7 +1,7 @@
-"""What there is to do in a grid, and what became of it so far.
+"""Keeps the jobs of a grid and their results so far.
 
-All of it is read from folders once, when a command begins; after that a job's own cell or teacher is looked at again
-when the job has ended, and nothing else.
+Everything is read from folders once, when a command begins. After that, only the cell or the teacher of a job is read
+again, when the job has ended.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ TABLE_NAME = "runs.jsonl"
 
 
 class GridProgress:
-    """The jobs of a grid whose corpus is made, and the table of what it has.
+    """The jobs of a grid whose corpus is made, and the table of its runs.
 
     Raises:
-        SettingError, MismatchError, InputError: the grid, or something it reuses, cannot be used.
+        SettingError, MismatchError, InputError: The grid, or something it reuses, cannot be used.
     """
 
     def __init__(self, grid: LawGrid) -> None:
@@ -48,37 +48,37 @@ class GridProgress:
 
     @property
     def table_path(self) -> Path:
-        """Where the table is."""
+        """Path of the table."""
         return Path(self._grid.out) / TABLE_NAME
 
     def teacher_jobs(self) -> list[Job]:
-        """Jobs of teachers whose teacher or cache is not current, the largest first."""
+        """Return the jobs of teachers that are not current or whose cache is not, the largest teacher first."""
         sizes = self._facts.sizes.teachers
         names = sorted(self._teachers, key=lambda name: -sizes[name].num_parameters)
         return [teacher_job(_job_name(one), self._runs[one]) for one in names if not self._teachers[one].is_made]
 
     def cell_jobs(self) -> list[Job]:
-        """Jobs of cells that are not finished, seed by seed, the longest first: a seed counts when it is complete."""
+        """Return the jobs of unfinished cells, the longest first, seed by seed, because only complete seeds count."""
         pending = [one for one in self._cells.values() if not self._outcomes[one.name].finished]
         pending.sort(key=lambda one: (self._grid.seeds.index(one.seed), -self._cost(one)))
         return [cell_job(one, _job_name(one.reads)) for one in pending]
 
     def ended_well(self, job: Job) -> None:
-        """Take note of a job's results."""
+        """Read the results of a job that has succeeded."""
         self._look_again(job, "")
 
     def failed(self, job: Job, code: int) -> None:
-        """Take note that a job failed; what else it has made counts."""
+        """Read the results of a job that has failed with an exit code: what it made before the failure counts."""
         self._look_again(job, "" if read_failures(job.run) else _ended(code))
 
     def without(self, job: Job, failed: Mapping[str, int]) -> Job | None:
-        """What is left of a cell's job whose teacher failed.
+        """Return the job to do in the place of a cell's job whose teacher failed; None where the cell cannot be made.
 
-        A supervised cell reads the text of another cache instead; any other cell cannot be made.
+        A supervised cell can read the text of another teacher's cache instead.
 
         Args:
-            job: the cell's.
-            failed: exit codes of failed jobs, by name.
+            job: Job of the cell.
+            failed: Exit codes of the failed jobs, by name.
         """
         one = self._cells[job.name]
         left = [name for name in self._grid.teachers if _job_name(name) not in failed]
@@ -91,7 +91,7 @@ class GridProgress:
         return None
 
     def rows(self) -> list[LawRun]:
-        """The table."""
+        """Return the rows of the table."""
         return self._facts.rows(self._cells.values(), self._outcomes, self._teachers)
 
     def write(self) -> None:
@@ -99,7 +99,7 @@ class GridProgress:
         write_table(self.table_path, self.rows())
 
     def _as_begun(self, one: Cell) -> Cell:
-        """A supervised cell that has read the text of some teacher's cache stays with that: it is the same text."""
+        """Return the cell; a supervised one reads the cache of its earlier trainings, so that they stay current."""
         if one.teacher is not None:
             return one
         by_cache = {facts.cache_identity: name for name, facts in self._teachers.items()}
@@ -121,7 +121,7 @@ class GridProgress:
                 self._teachers[name] = teacher_facts(self._grid, name)
 
     def _why_not(self, teacher: str) -> str:
-        """Why a teacher or its cache could not be made when it was last tried; empty where nothing is known."""
+        """Return why a teacher or its cache failed in the last attempt; empty where no failure is known."""
         failures = read_failures(self._runs[teacher])
         return "; ".join(f"{_job_name(teacher)}, {name}: {why}" for name, why in failures.items())
 
@@ -139,7 +139,7 @@ def _ended(code: int) -> str:
 
 
 def _require_text(grid: LawGrid, tokens: Mapping[str, Mapping[str, int]], num_tokens: int) -> None:
-    """Refuse budgets that the student's text does not hold: such a run would end early without a word."""
+    """Refuse budgets that are smaller than a step or larger than the text, where a run would end early silently."""
     for student, budgets in tokens.items():
         settings = grid.train_settings(student)
         cached = min(num_tokens, grid.cache.max_tokens or num_tokens)

@@ -1,7 +1,7 @@
-"""Students that are cut out of their teachers: which teacher can give which shape, and how large they come out.
+"""Checks which teachers can give the shapes of pruned students, and counts the parameters of these students.
 
-A shape that a teacher cannot give is refused before anything is made. Left out, the pair would be a hole in the grid:
-the pruned curve of that student would begin at another teacher than the common one.
+A shape that a teacher cannot give is refused before anything is made. If such a pair were left out instead, the pruned
+curve of the student would begin at another teacher than its curve with a common init.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.law import LawModel
 from capgap.schemas.law_grid import LawGrid
 
-# That of teachers that are trained here is known once the corpus is; no axis that is cut depends on it.
+# A stand-in for the vocabulary of teachers that are trained here, which is known only once the corpus is made. No size
+# that is cut depends on it.
 _ANY_VOCABULARY = 512
 
 _APART = "make another grid of the pairs that fit, with `reuse` of what this one makes, or leave out one of the two"
 
 
 def require_cuts(grid: LawGrid) -> None:
-    """Refuse pruned students of shapes that a teacher of the grid cannot give, by the teachers' configurations alone.
+    """Refuse pruned students whose shape a teacher of the grid cannot give, by the teachers' configurations.
 
     Raises:
-        InputError: a teacher cannot be read, or its architecture cannot be pruned.
-        SettingError: it is not as large, its heads are of another width or do not divide, nothing of it is cut, or its
-            embedding is tied otherwise.
+        InputError: A teacher cannot be read, or its architecture cannot be pruned.
+        SettingError: A teacher is smaller than the student in a size, has heads of another width or of a number that
+            does not divide, has exactly the student's shape, or ties embedding and head where the student does not, or
+            the other way round.
     """
     if "pruned" not in grid.inits:
         return
@@ -49,19 +51,19 @@ def require_cuts(grid: LawGrid) -> None:
 
 
 def pruned_sizes(grid: LawGrid, common: Mapping[str, LawModel], vocab_size: int) -> dict[str, LawModel]:
-    """Sizes of the pruned students, by the grid's names.
+    """Return the sizes of the pruned students, by the students' names in the grid.
 
-    A pruned student has the biases, the norms within heads and the rows of filler in the embedding that its teacher
-    has. Where that makes it another size than the shape has with fresh weights, it stands in the table by another name.
+    A pruned student has the biases, the norms within heads and the padding rows of the embedding that its teacher has.
+    Where this makes its size different from the same shape with fresh weights, it has another name in the table.
 
     Args:
-        grid: the grid.
-        common: sizes of the shapes with fresh weights, by name.
-        vocab_size: of the corpus.
+        grid: The grid.
+        common: Sizes of the shapes with fresh weights, by the students' names.
+        vocab_size: Vocabulary size of the corpus.
 
     Raises:
-        InputError: a teacher cannot be counted.
-        SettingError: as `require_cuts`, or teachers make one shape students of different sizes.
+        InputError: A teacher cannot be counted.
+        SettingError: A teacher cannot give a student's shape, or teachers give one shape different sizes.
     """
     require_cuts(grid)
     return {student: _pruned_size(grid, student, common[student], vocab_size) for student in grid.students}
@@ -85,7 +87,7 @@ def _require_cut(grid: LawGrid, student: str, config: Any) -> None:
         raise SettingError("nothing is cut: the student has the teacher's shape", where="all sizes")
     if shape.tie_word_embeddings != config.tie_word_embeddings:
         raise SettingError(
-            "a pruned student's embedding and head are tied or not as its teacher's are",
+            "a pruned student's embedding and head must be tied exactly where its teacher's are",
             where="tie_word_embeddings",
             found=str(shape.tie_word_embeddings).lower(),
             expected=f"the teacher's {str(config.tie_word_embeddings).lower()}",

@@ -1,10 +1,10 @@
-"""Scores rules for choosing a teacher by regret: what a student loses that follows a rule which has not seen it.
+"""Scores rules for choosing a teacher by regret: the loss with the chosen teacher minus the loss with the best one.
 
-Legend: M teachers, R seeds, B sets of means, S students.
+Legend: M teachers, R seeds, B sets of mean losses.
 
-Each student in turn is left out, a rule that fits anything fits it to the others, and the teacher that it chooses is
-held against the best of that student. Seeds are resampled whole, the same for all students, and everything is found
-anew: the others' constants and the student's best.
+Each student is left out in turn. A rule with a constant fits it to the other students, and its choice is compared with
+the best teacher of the student that was left out. For intervals, whole seeds are resampled, alike for all students, and
+both the constants and the best teachers are determined anew from each resample.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ _MIN_SEEDS = 2
 
 
 def regret_tables(curves: Sequence[TeacherCurve], size: Size) -> tuple[RegretTable, ...]:
-    """A table for each budget, alpha and init whose students have two teachers and two seeds in common at least."""
+    """Score all rules for each budget, alpha and init.
+
+    Students with fewer than two teachers or two complete seeds are left out. A group whose students have fewer than two
+    complete seeds in common has no table.
+    """
     groups: dict[tuple[str, float, str], list[TeacherCurve]] = {}
     for curve in curves:
         if len(curve.teachers) > 1 and len(curve.seeds) >= _MIN_SEEDS:
@@ -98,7 +102,7 @@ def _scores(students: Sequence[Student]) -> tuple[RuleScore, ...]:
 
 
 def _follow(rule: Rule, students: Sequence[Student]) -> tuple[Array, Rule, tuple[Choice, ...]]:
-    """The rule's mean regret over students, for each set of means, and what it chose by the means as measured."""
+    """Return the rule's mean regret over students for each set of means [B], the rule, and its choices as measured."""
     regrets, choices = [], []
     for student in students:
         chosen_B = rule.choose(student, [other for other in students if other is not student])
@@ -111,7 +115,7 @@ def _follow(rule: Rule, students: Sequence[Student]) -> tuple[Array, Rule, tuple
 
 
 def _lost_to_noise(losses_MR: Array) -> float:
-    """What the teacher that is best in all other seeds loses in each seed, against the best over all."""
+    """Return the mean regret over seeds of the teacher that is best in all other seeds, nats/token."""
     others_MR = losses_MR.sum(1, keepdims=True) - losses_MR
     chosen_R = np.argmin(others_MR, axis=0)
     return float(losses_MR[chosen_R, np.arange(losses_MR.shape[1])].mean() - losses_MR.mean(1).min())

@@ -1,4 +1,4 @@
-"""What a grid takes from earlier runs must be of its own corpus, teacher and recording."""
+"""Checks that reused teachers and caches belong to the grid's own corpus, teachers and recording."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from capgap.schemas.manifest import Manifest
 
 
 def require_reused(grid: LawGrid, corpus: Manifest) -> None:
-    """Refuse a reused cache or teacher before anything is trained.
+    """Refuse reused teachers and caches that do not fit the grid, before anything is trained.
+
+    Args:
+        grid: The grid.
+        corpus: Manifest of the grid's corpus.
 
     Raises:
-        MismatchError: it is of another corpus, teacher or recording than the grid's.
-        InputError: there is none in the folder that is named.
+        MismatchError: One was made from another corpus, teacher or recording than the grid's.
+        InputError: The named folder holds no such stage.
     """
     for name in grid.teachers:
         run = teacher_run(grid, name)

@@ -1,4 +1,4 @@
-"""The rows of a grid's table, from what became of its cells and what is known of its teachers."""
+"""Builds the rows of a grid's table from the outcomes of its cells and the facts of its teachers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.results import ModelResult
 
-# What differs from arm to arm by the grid's own axes, and what stands elsewhere in the row.
+# Settings that are an axis of the grid, or that have another place in the row.
 _AXES = ("alpha", "max_tokens", "precision")
 
 _OF_A_TEACHER = ("teacher", "cache")
@@ -29,13 +29,13 @@ _OF_A_TEACHER = ("teacher", "cache")
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What there is of a teacher and its cache.
+    """The present facts of a teacher and its cache.
 
     Attributes:
-        train_tokens: that it was trained on; None where that is not known.
-        cache: the manifest of its cache; None where that is not made.
-        cache_identity: the cache's, as it is or as it is to be.
-        is_made: whether teacher and cache are current or reused.
+        train_tokens: Number of tokens that the teacher was trained on; None where it is not known.
+        cache: Manifest of the teacher's cache; None where the cache is not made.
+        cache_identity: Identity of the cache, made or not.
+        is_made: Whether teacher and cache are current or reused.
     """
 
     train_tokens: int | None
@@ -45,10 +45,10 @@ class TeacherFacts:
 
 
 def teacher_facts(grid: LawGrid, name: str) -> TeacherFacts:
-    """What there is of a teacher, from its folders.
+    """Read the facts of a teacher and its cache from their folders.
 
     Raises:
-        InputError: something that it reuses is not there.
+        InputError: Something that the teacher's run reuses is missing.
     """
     run = teacher_run(grid, name)
     known = states(run)
@@ -62,10 +62,10 @@ def teacher_facts(grid: LawGrid, name: str) -> TeacherFacts:
 
 
 def corpus_manifest(grid: LawGrid) -> Manifest:
-    """The manifest of the grid's corpus.
+    """Read the manifest of the grid's corpus.
 
     Raises:
-        InputError: it is not made.
+        InputError: The corpus is not made.
     """
     folder = Path(corpus_folder(grid))
     manifest = read_manifest(folder)
@@ -76,13 +76,13 @@ def corpus_manifest(grid: LawGrid) -> Manifest:
 
 @dataclass(frozen=True)
 class GridFacts:
-    """What all rows of a grid's table rest on, beside what became of its cells.
+    """The facts of a grid that all rows of its table need.
 
     Attributes:
-        grid: the grid.
-        corpus: manifest of its corpus.
-        sizes: of its models.
-        tokens: that each student is to be trained on, by student and budget.
+        grid: The grid.
+        corpus: Manifest of the corpus.
+        sizes: Sizes of the models.
+        tokens: Number of training targets, by student and budget.
     """
 
     grid: LawGrid
@@ -93,19 +93,19 @@ class GridFacts:
     def rows(
         self, cells: Iterable[Cell], outcomes: Mapping[str, Outcome], teachers: Mapping[str, TeacherFacts]
     ) -> list[LawRun]:
-        """The table.
+        """Return the rows of the table.
 
         Args:
-            cells: all of the grid's.
-            outcomes: by name of the cell.
-            teachers: by name.
+            cells: All cells of the grid.
+            outcomes: Outcome of each cell, by the cell's name.
+            teachers: Facts of each teacher, by the teacher's name.
         """
         every = list(cells)
         losses: dict[str, float] = {}
         for cell in every:
             measured = outcomes[cell.name].teacher_loss
             if measured is not None:
-                # measured beside every student: the same, but for rounding where a GPU batches it otherwise
+                # each cell measures its teacher again, with the same result but for rounding in other batches on a GPU
                 losses.setdefault(cell.reads, measured)
         common = {student: self._common(student) for student in self.grid.students}
         return [
@@ -148,7 +148,7 @@ class GridFacts:
         )
 
     def _tokens(self, cell: Cell, arm: Arm, manifest: Manifest | None) -> int:
-        """As trained; for a run that was not, whole steps of what was asked for."""
+        """Return the number of training targets; for an untrained run, the budget rounded down to whole steps."""
         if manifest is not None:
             return int(manifest.totals["num_tokens"])  # type: ignore[arg-type]
         step = self.grid.train_settings(cell.student).batch_sequences * self.grid.corpus.seq_len
@@ -156,7 +156,7 @@ class GridFacts:
         return max(1, tokens // step) * step if tokens else 0
 
     def _cache(self, cell: Cell, teacher: TeacherFacts) -> LawCache:
-        """The cache, as it is or as it is to be."""
+        """Describe the cache, from its manifest where it is made, else from the settings."""
         settings, student = self.grid.cache, self.grid.train_settings(cell.student)
         recording = student.recording or settings.recordings[0]
         if teacher.cache is not None:
@@ -178,7 +178,7 @@ class GridFacts:
         )
 
     def _common(self, student: str) -> dict[str, Setting]:
-        """What must be equal in all rows."""
+        """Return the settings and facts that must be equal in all rows."""
         facts = CorpusFacts.model_validate(self.corpus.facts)
         heldout = self.corpus.shard_sets["heldout"]
         settings = self.grid.train_settings(student)
@@ -199,7 +199,7 @@ def _location(folder: str) -> Path | str:
 
 
 def _per_student(cell: Cell, arm: Arm) -> dict[str, Setting]:
-    """What must be equal in all rows of one student and budget: how it was trained."""
+    """Return the training settings that must be equal in all rows of one student and budget."""
     values = cell.run.train_settings(arm.name).decisive()
     return {name: value for name, value in values.items() if name not in _AXES and not _is_group(value)}
 
@@ -209,7 +209,10 @@ def _is_group(value: Any) -> bool:
 
 
 def _as_made(counted: LawModel, result: ModelResult | None) -> LawModel:
-    """A model that was measured was counted as it is; another size than all others have is refused with the table."""
+    """Return the size of a model as it was measured, or as it was counted before where there is no result.
+
+    A measured size that differs from the other rows is refused when the table is read.
+    """
     if result is None:
         return counted
     made = ("num_parameters", "num_non_embedding_parameters")
@@ -217,7 +220,7 @@ def _as_made(counted: LawModel, result: ModelResult | None) -> LawModel:
 
 
 def _metrics(result: ModelResult, *, taught: bool) -> dict[str, float]:
-    """Every number that the eval stage measured; what compares with a teacher only where the student had that one."""
+    """Return every number that the eval stage measured; comparisons with the teacher only for students it taught."""
     values = result.model_dump(mode="json")
     nearness = values.pop("against_teacher") or {}
     for name in ("loss", "seed", "num_parameters", "num_non_embedding_parameters"):

@@ -1,6 +1,7 @@
-"""Rules that choose a teacher for a student whose own losses they have not seen.
+"""Rules that choose a teacher for a student without knowing the student's own losses.
 
-Legend: M teachers of a student, B sets of means (the first as measured, the others of resampled seeds), K values tried.
+Legend: M teachers of a student, B sets of mean losses (the first as measured, the others from resampled seeds), K tried
+values of a rule's constant.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ from capgap.pipeline.plan.published import (
 Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 
-_NUM_TRIED = 241  # values of a rule's constant
+_NUM_TRIED = 241  # K, number of values that are tried for a rule's constant
 
 
 @dataclass(frozen=True)
 class Student:
-    """What a rule may know of a student, and the losses by which it is scored.
+    """The facts that a rule may use about a student, and the losses by which the rule is scored.
 
     Attributes:
-        name: the student's.
-        size: parameters.
-        tokens: that it was trained on.
-        alone: its mean loss without a teacher, nats/token.
-        teachers: their names.
-        sizes_M: their parameters.
-        losses_M: their own losses, nats/token.
+        name: Name of the student.
+        size: Number of parameters of the student.
+        tokens: Number of tokens that the student was trained on.
+        alone: Mean loss of the student without a teacher, nats/token.
+        teachers: Names of the teachers.
+        sizes_M: Numbers of parameters of the teachers.
+        losses_M: The teachers' own losses, nats/token.
         initial_kl_M: KL from each teacher to the untrained student, nats/token; None where it was not measured.
-        means_BM: the student's losses.
+        means_BM: Mean losses of the student with each teacher, nats/token, for each set of means.
     """
 
     name: str
@@ -54,27 +55,28 @@ class Student:
 
     @property
     def lost(self) -> Array:
-        """Loss above that with the best teacher [B, M]."""
+        """Loss with each teacher minus the loss with the best teacher, nats/token [B, M]."""
         above_BM: Array = self.means_BM - self.means_BM.min(1, keepdims=True)
         return above_BM
 
 
 Place = Callable[[Student], Array]
-"""Where the teachers of a student stand on the scale on which a rule is constant [M]."""
+"""Function that returns the places [M] of a student's teachers on the axis on which a rule has a constant."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule.
+    """A rule that chooses a teacher.
 
     Attributes:
-        name: as tables show it.
-        formula: what it chooses.
-        choose: from the student and the others to the teacher's index, for each set of means [B].
-        needs_others: whether it fits something to the other students.
-        needs_initial_kl: whether it reads the KL to the untrained student.
-        needs_losses: whether it reads the teachers' own losses.
-        published: where it was published, with its range.
+        name: Name of the rule in tables.
+        formula: What the rule chooses, in words.
+        choose: Function from the student and the other students to the index of the chosen teacher, for each set of
+            means [B].
+        needs_others: Whether the rule fits its constant to the other students.
+        needs_initial_kl: Whether the rule reads the KL to the untrained student.
+        needs_losses: Whether the rule reads the teachers' own losses.
+        published: The published law that the rule follows, with its range; None for other rules.
     """
 
     name: str
@@ -86,7 +88,7 @@ class Rule:
     published: PublishedLaw | None = None
 
     def refusal(self, students: Sequence[Student]) -> str | None:
-        """Why it cannot be followed for these students; None where it can."""
+        """Return why the rule cannot be followed for these students; None where it can."""
         if self.needs_others and len(students) < 2:
             return "it is fitted to the other students, and there is none"
         if self.needs_initial_kl and any(one.initial_kl_M is None for one in students):
@@ -125,7 +127,10 @@ def _least_initial_kl(student: Student, others: Sequence[Student]) -> Int64Array
 
 
 def _constant(place: Place) -> Callable[[Student, Sequence[Student]], Int64Array]:
-    """The teacher nearest to the place that would have cost the other students least."""
+    """Return the choice of the teacher that is nearest to the constant with the least regret of the other students.
+
+    `place` gives the teachers' places on the axis of the constant.
+    """
 
     def choose(student: Student, others: Sequence[Student]) -> Int64Array:
         every = np.concatenate([place(one) for one in others])
@@ -143,7 +148,10 @@ def _constant(place: Place) -> Callable[[Student, Sequence[Student]], Int64Array
 
 
 def _middle_of_first(best_BK: npt.NDArray[np.bool_], tried_K: Array) -> Array:
-    """The middle of the first stretch of places that cost equally little: its ends are accidents of the teachers."""
+    """Return the middle [B] of the first run of tried places with the least regret.
+
+    All places of the run are equally good; its ends only depend on which teachers were tried.
+    """
     first_B = np.argmax(best_BK, axis=1)
     after_BK = ~best_BK & (np.arange(len(tried_K)) > first_B[:, None])
     last_B = np.where(after_BK.any(1), np.argmax(after_BK, axis=1) - 1, len(tried_K) - 1)
@@ -209,5 +217,5 @@ RULES = (
 
 
 def is_outside(law: PublishedLaw, student: Student) -> bool:
-    """Whether a student lies outside what the law was measured on."""
+    """Return whether a student and its teachers are outside the range in which the law was measured."""
     return not law.covers(student.size, student.tokens, student.sizes_M.tolist())

@@ -1,4 +1,4 @@
-"""Carries out a grid: the corpus, then teachers and cells in processes side by side, then table, fit and page.
+"""Carries out a grid: first the corpus, then teachers and cells in parallel processes, then the table.
 
 corpus --> TEACHER: teacher, cache --> STUDENT x TEACHER x seed: first weights, trainings, measurement --> table
 """
@@ -28,13 +28,13 @@ from capgap.schemas.law_grid import LawGrid
 
 @dataclass(frozen=True)
 class Done:
-    """What a run of the grid ended in.
+    """The outcome of carrying out a grid.
 
     Attributes:
-        table: path of the table.
-        made: names of the jobs that had something to do.
-        missing: why each run without a result has none, by name.
-        num_runs: rows of the table.
+        table: Path of the table.
+        made: Names of the jobs that were started; current ones are not.
+        missing: The reason why a run has no result, by the name of the run.
+        num_runs: Number of rows of the table.
     """
 
     table: Path
@@ -54,17 +54,17 @@ def run_grid(
     """Make every run of the grid that is not current, and write the table.
 
     Args:
-        grid: the grid.
-        num_workers: processes side by side; one a core or a group of GPUs where it is left out.
-        wait: wait for a device that another run holds.
-        replace: replace what has cost device time where its settings have changed.
-        on_cpu: how stages are started there; as fresh processes where it is left out, and on GPUs.
+        grid: The grid.
+        num_workers: Number of parallel processes; by default one for each core or for each group of GPUs.
+        wait: Whether to wait for a device that another run holds; if not, the run fails.
+        replace: Whether finished stages that cost device time are replaced where their settings have changed.
+        on_cpu: Starter of stages on a CPU. By default, and on GPUs, stages are started as fresh processes.
 
     Raises:
-        StageFailedError: the corpus could not be made.
-        MachineError: another process is at work on the grid, or there are no such devices.
-        SettingError, MismatchError, InputError: the grid, or something it reuses, cannot be used.
-        MismatchError: something that cost device time would be replaced.
+        StageFailedError: The corpus could not be made.
+        MachineError: Another process works on the grid, or the machine has too few GPUs.
+        SettingError, MismatchError, InputError: The grid, or something that it reuses, cannot be used.
+        MismatchError: Something that cost device time would be replaced.
     """
     require_steps(grid)
     if "pruned" in grid.inits:
@@ -94,10 +94,10 @@ def run_grid(
 
 
 def gather(grid: LawGrid) -> Path:
-    """Write the table of what is there, and run nothing; returns its path.
+    """Write the table of the results that exist, without running anything, and return its path.
 
     Raises:
-        InputError: the corpus is not made.
+        InputError: The corpus is not made.
     """
     progress = GridProgress(grid)
     progress.write()
@@ -109,7 +109,7 @@ def _make_corpus(grid: LawGrid, wait: bool) -> list[str]:
     write_run_file(run)
     if made_stages(run, ["corpus"]):
         return []
-    # what must be kept was asked for before
+    # replacing is safe: without the user's permission, `run_grid` has already refused to lose what cost device time
     return walk(run, [Instance("corpus")], log=_log, replace=True, wait=wait)
 
 

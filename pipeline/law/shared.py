@@ -1,4 +1,4 @@
-"""Reads and writes what people share: rows with their provenance, and points that papers have published.
+"""Reads and writes shared results: submissions of rows with their provenance, and published results of papers.
 
 Legend: M teachers.
 """
@@ -27,10 +27,15 @@ from capgap.schemas.manifest import MANIFEST_NAME
 
 
 def write_submission(grid: LawGrid, table: Path, path: Path) -> LawSubmission:
-    """Write the rows of a grid's table that have a result, with their provenance.
+    """Write those rows of a grid's table that have a result, with their provenance, and return them.
+
+    Args:
+        grid: The grid.
+        table: Path of the grid's table.
+        path: Path of the file to write.
 
     Raises:
-        InputError: no run has a result.
+        InputError: No run has a result.
     """
     rows = [row for row in read_table(table) if row.loss is not None]
     if not rows:
@@ -50,10 +55,10 @@ def write_submission(grid: LawGrid, table: Path, path: Path) -> LawSubmission:
 
 
 def read_submission(path: Path) -> LawSubmission:
-    """The rows that somebody has submitted.
+    """Read the rows of a submission.
 
     Raises:
-        InputError: there is no such file, or it is none.
+        InputError: The file is missing or is not a submission.
     """
     try:
         return LawSubmission.model_validate_json(path.read_bytes())
@@ -64,15 +69,15 @@ def read_submission(path: Path) -> LawSubmission:
 
 
 def joined(runs: Sequence[LawRun], submissions: Sequence[LawSubmission]) -> tuple[LawRun, ...]:
-    """The rows of a table and those of others, to be held against each other by `table.check`."""
+    """Return the rows of a table followed by those of submissions; `table.check` says whether they are comparable."""
     return (*runs, *(row for submission in submissions for row in submission.rows))
 
 
 def read_published(path: Path) -> PublishedResults:
-    """Points of papers.
+    """Read a YAML file with results that papers have published.
 
     Raises:
-        InputError: there is no such file, or it is none.
+        InputError: The file is missing or does not hold published results.
     """
     try:
         return PublishedResults.model_validate(yaml.safe_load(path.read_text()))
@@ -87,7 +92,7 @@ def read_published(path: Path) -> PublishedResults:
 
 
 def score_published(results: Sequence[PublishedResult]) -> tuple[RuleScore, ...]:
-    """The rules that need sizes alone, by the share of published students for whom they miss the best teacher."""
+    """Score the rules that need sizes only, by the share of published students whose best teacher they miss."""
     students = [_student(one) for one in results]
     scores = []
     for rule in RULES:
@@ -107,7 +112,7 @@ def score_published(results: Sequence[PublishedResult]) -> tuple[RuleScore, ...]
 
 
 def _student(result: PublishedResult) -> Student:
-    """A student that loses 1 with every teacher but its best: what was compared differs from paper to paper."""
+    """Return a student that loses 0 with its best teacher and 1 with any other, as papers compare different metrics."""
     return Student(
         name=result.student,
         size=result.student_size,

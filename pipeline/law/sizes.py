@@ -1,4 +1,4 @@
-"""How large the models of a grid are, made or not, and how many tokens each student is to be trained on."""
+"""Counts the parameters of a grid's models, whether they are made or not, and the training tokens of each student."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from capgap.schemas.run_model import StudentSettings, TeacherSettings
 
 @dataclass(frozen=True)
 class Sizes:
-    """The models' sizes, as all rows have them, whether they were made or not.
+    """Sizes of the grid's models, which all rows of the table share.
 
     Attributes:
-        students: by name, for a common init.
-        teachers: by name, without a loss where none was measured.
-        pruned: students that are cut out of their teachers, by name in the grid; none where the grid has no such.
+        students: Students with a common init, by name.
+        teachers: Teachers, by name.
+        pruned: Students that are cut out of their teachers, by their name in the grid; empty where the grid has none.
     """
 
     students: dict[str, LawModel]
@@ -31,16 +31,16 @@ class Sizes:
     pruned: dict[str, LawModel] = field(default_factory=dict)
 
     def student(self, cell: Cell) -> LawModel:
-        """What the cell trains."""
+        """Return the size of the student that a cell trains."""
         return (self.pruned if cell.init == "pruned" else self.students)[cell.student]
 
 
 def sizes_of(grid: LawGrid, vocab_size: int) -> Sizes:
-    """Sizes of all models: counted from their shapes or configurations.
+    """Count the parameters of all models from their shapes or configurations.
 
     Raises:
-        InputError: a given model cannot be read.
-        SettingError: as `pruned_sizes`.
+        InputError: A given model cannot be read.
+        SettingError: A teacher cannot give the shape of a pruned student, or teachers give one shape different sizes.
     """
     teachers = {name: _size(name, grid.teacher_settings(name), vocab_size, "teachers") for name in grid.teachers}
     students = {name: _size(name, settings, vocab_size, "students") for name, settings in grid.students.items()}
@@ -48,12 +48,12 @@ def sizes_of(grid: LawGrid, vocab_size: int) -> Sizes:
 
 
 def vocab_size_of_grid(grid: LawGrid) -> int:
-    """The size of the vocabulary of the grid's corpus, made or not; 0 where its tokenizer cannot be read."""
+    """Return the vocabulary size of the grid's corpus, made or not; 0 where its tokenizer cannot be read."""
     return round(vocab_size_of(corpus_run(grid), read_manifest(Path(corpus_folder(grid)))) or 0)
 
 
 def tokens_by_student(grid: LawGrid, sizes: Sizes) -> dict[str, dict[str, int]]:
-    """Targets of every budget, by student and budget."""
+    """Return the number of training targets, by student and budget."""
     return {
         student: {name: budget.tokens_of(size.num_parameters) for name, budget in grid.budgets.items()}
         for student, size in sizes.students.items()

@@ -1,4 +1,4 @@
-"""Whether every training of a grid takes a step, before anything of the grid is made."""
+"""Checks that every training of a grid takes at least one step, before anything of the grid is made."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from capgap.schemas.law_grid import LawGrid
 def require_steps(grid: LawGrid) -> None:
     """Refuse budgets and teachers' trainings that stop before their first step.
 
-    Budgets in tokens a parameter are looked at where the vocabulary is known, without which no student can be counted.
+    Budgets in tokens per parameter are checked only where the vocabulary is known, because students cannot be counted
+    without it.
 
     Raises:
-        SettingError: one does.
-        InputError: a given model, or something that is reused, cannot be read.
+        SettingError: A training stops before its first step.
+        InputError: A given model, or something that is reused, cannot be read.
     """
     seq_len = seq_len_of(corpus_run(grid), ("corpus",))
     for name in grid.teachers:

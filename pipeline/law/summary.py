@@ -1,4 +1,4 @@
-"""A fit and advice as lines for a terminal."""
+"""Formats fits, plans and advice as lines for a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from capgap.schemas.law_regret import RegretTable, RuleScore
 
 
 def lines(law: LawFit) -> Iterator[str]:
-    """The fit in one sentence, then verdict by verdict, then the laws, then what is missing."""
+    """Yield the lines of a fit: one sentence, the verdicts, the laws, the regrets and the missing runs."""
     yield headline(law)
     for curve in law.curves:
         yield f"{curve.title}:"
@@ -29,28 +29,28 @@ def lines(law: LawFit) -> Iterator[str]:
     for table in law.regrets:
         yield from regret_lines(table)
     if law.published:
-        yield f"students of papers, {len(law.published)}: share for whom a rule misses the best teacher:"
+        yield f"{len(law.published)} students of papers, and the share of them whose best teacher a rule misses:"
         for rule in law.published_rules:
             yield f"  {': '.join(published_cells(rule))}"
     if law.missing:
-        yield f"missing runs ({len(law.missing)}), in no mean:"
+        yield f"missing runs ({len(law.missing)}), left out of all means:"
         for name in law.missing:
             yield f"  {name}"
 
 
 def regret_lines(table: RegretTable) -> Iterator[str]:
-    """Rule by rule, the one that loses least first."""
+    """Yield the lines of a table of regrets, one for each rule; the rule that loses least comes first."""
     lose = f"{', '.join(table.students)} lose{'' if len(table.students) > 1 else 's'}"
     yield (
-        f"{table.title}: what {lose} by each rule that has not seen the losses, nats/token, over {table.num_seeds} "
-        f"seeds; noise alone costs {table.floor:.4f}"
+        f"{table.title}: what {lose} by each rule, which has not seen the student's own losses, nats/token, over "
+        f"{table.num_seeds} seeds; noise alone costs {table.floor:.4f}"
     )
     for rule in table.rules:
         yield f"  {rule.name}: {', '.join(part for part in regret_cells(rule) if part)}"
 
 
 def regret_cells(rule: RuleScore) -> tuple[str, str, str, str]:
-    """Regret with its interval, that above the first rule, what was chosen, and where the rule is out of its range."""
+    """Return a rule's texts: regret with interval, difference to the first rule, choices, and students out of range."""
     if rule.regret is None or rule.interval is None:
         return "-", "", f"not followed: {rule.refused}", ""
     behind = "" if rule.behind is None else f"{rule.behind.low:+.4f} to {rule.behind.high:+.4f} against the first"
@@ -60,14 +60,14 @@ def regret_cells(rule: RuleScore) -> tuple[str, str, str, str]:
 
 
 def published_cells(rule: RuleScore) -> tuple[str, str]:
-    """The rule, and the share of published students for whom it misses, with what it chose."""
+    """Return a rule's name, and the share of published students whose best teacher it misses, with its choices."""
     chosen = "; ".join(f"{one.student} {one.teacher}{' (missed)' if one.regret else ''}" for one in rule.choices)
     outside = f", outside its range for {', '.join(rule.outside)}" if rule.outside else ""
     return rule.name, f"{rule.regret:.0%}, {chosen}{outside}"
 
 
 def sentences(curve: CurveFit) -> Iterator[str]:
-    """What follows from a curve, in words."""
+    """Yield the sentences on a curve: verdicts, equally good teachers, gain, notes and predictions."""
     if curve.refused is not None:
         yield f"not judged: {curve.refused}"
     for axis in curve.axes:
@@ -88,7 +88,7 @@ def sentences(curve: CurveFit) -> Iterator[str]:
 
 
 def power_lines(plan: LawPlan) -> Iterator[str]:
-    """What the grid will show of each student."""
+    """Yield a line for each student on the differences between teachers that the grid will show."""
     for one in plan.powers:
         if one.smallest is None:
             yield f"{one.student}: one seed or one teacher shows no difference"
@@ -96,13 +96,13 @@ def power_lines(plan: LawPlan) -> Iterator[str]:
         yield (
             f"{one.student}: shows a difference between teachers of {one.smallest:.4f} nats 4 times in 5 "
             f"({one.smallest_cautious:.4f} at the upper limit of the noise); seeds that show {one.wished:g}: "
-            f"{one.seeds_needed or 'more than 500'} ({one.seeds_needed_cautious or 'more than 500'}); noise "
-            f"{one.noise:.4f}, of {one.pilot}, whose student has {1 / one.size_ratio:.3g} x its parameters"
+            f"{one.seeds_needed or 'more than 500'} ({one.seeds_needed_cautious or 'more than 500'}); the noise "
+            f"{one.noise:.4f} is from {one.pilot}, whose student has {1 / one.size_ratio:.3g} x the parameters"
         )
 
 
 def advice_lines(advice: Advice) -> Iterator[str]:
-    """Answer by answer, then their disagreement."""
+    """Yield the lines of each answer, of the disagreement and of a warning."""
     yield f"student of {human_count(advice.student)}, {human_count(advice.tokens)} tokens: {advice.verdict}"
     for answer in advice.answers:
         yield ""

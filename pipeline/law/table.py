@@ -1,4 +1,4 @@
-"""Reads and writes the table of runs, and refuses rows that cannot stand in one grid."""
+"""Reads and writes the table of runs, and refuses rows that are not comparable in one grid."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from capgap.schemas.law import LawModel, LawRun, LawTeacher
 
 
 def read_table(path: Path) -> tuple[LawRun, ...]:
-    """The rows of a table of JSON lines, checked by :func:`check`.
+    """Read the rows of a table of JSON lines, and check them by :func:`check`.
 
     Raises:
-        InputError: the file is missing or empty, or a line is no row.
-        MismatchError: rows cannot stand in one grid.
+        InputError: The file is missing or empty, a line is not a row, a run is in the table twice, or there is no
+            supervised or no distilled run.
+        MismatchError: The rows are not comparable in one grid.
     """
     try:
-        # only at line feeds: a text of JSON may hold other ends of lines as they are, such as U+2028
+        # split at line feeds only, because JSON texts may contain other line separators, such as U+2028
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (FileNotFoundError, IsADirectoryError):
         raise InputError("no such table", where=path, expected="a file of JSON lines, one a run") from None
@@ -36,16 +37,20 @@ def read_table(path: Path) -> tuple[LawRun, ...]:
 
 
 def write_table(path: Path, runs: Iterable[LawRun]) -> None:
-    """Write the rows in the order given."""
+    """Write the rows as JSON lines, in the order given."""
     write_atomically(path, "".join(f"{run.model_dump_json()}\n" for run in runs))
 
 
 def check(runs: Sequence[LawRun], where: object) -> None:
-    """Refuse rows that cannot stand in one grid.
+    """Refuse rows that are not comparable in one grid.
+
+    Args:
+        runs: The rows.
+        where: Source of the rows, for errors.
 
     Raises:
-        InputError: a run stands there twice, or no supervised run at all.
-        MismatchError: caches of different recordings; a setting that must be equal and is not; one name for two models.
+        InputError: A run is in the table twice, or there is no supervised or no distilled run.
+        MismatchError: Recordings or settings that must be equal differ, or two models have the same name.
     """
     _refuse_repeated(runs, where)
     _equal(
@@ -94,7 +99,7 @@ def _refuse_repeated(runs: Sequence[LawRun], where: object) -> None:
 def _equal(
     runs: Sequence[LawRun], fact: Callable[[LawRun], str], what: str, where: object, fix: str | None = None
 ) -> None:
-    """Refuse runs that differ in a fact, with two of them by name."""
+    """Refuse runs that differ in a fact; the error names two of them."""
     for run in runs[1:]:
         if fact(run) != fact(runs[0]):
             raise MismatchError(

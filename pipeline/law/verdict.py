@@ -1,18 +1,18 @@
-"""The verdict on a curve: interior, saturating, edge or flat.
+"""Judges a curve as interior, saturating, edge or flat.
 
 Let teachers be ordered along an axis. *Start* and *end* are the teachers at its first and last place (several where
-they share it), *best* is the teacher with the lowest mean loss, and *worse* means: by more than the threshold of
-:class:`~capgap.pipeline.law.contrasts.Contrasts`, which noise alone passes at one side with probability 0.025 however
-many teachers there are. `delta` is the larger of `min_delta` (0.005 nats) and one standard error of a difference.
+they share a place), and *best* is the teacher with the lowest mean loss. *Worse* means worse by more than the threshold
+of :class:`~capgap.pipeline.law.contrasts.Contrasts`, which noise alone exceeds at one end with probability 0.025, for
+any number of teachers. `delta` is the larger of `min_delta` (0.005 nats) and one standard error of a difference.
 
 interior    every teacher at the start and every teacher at the end is worse than the best
 saturating  the start is worse than the best, the end is not, and a teacher before the end is within delta of the end
-edge        the start is worse and the end is not, and no teacher before the end is within delta of it: still falling;
-            or the end is worse and the start is not: the smallest teachers are as good as any
+edge        the start is worse and the end is not, and no teacher before the end is within delta of it, so the loss
+            still falls; or the end is worse and the start is not, so the smallest teachers are as good as any
 flat        neither end is worse than the best
 
-Only an interior curve has a best teacher that the data show. The other verdicts mean: any from here on, look further
-out, or no difference was seen.
+Only an interior curve has a best teacher that the data show. Saturating means that any teacher from some place on is
+as good, edge that teachers beyond an end should be tried, and flat that no difference was seen.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from capgap.schemas.results import Interval
 Array = npt.NDArray[np.float64]
 
 MIN_DELTA = 0.005
-"""Nats/token; below this a difference decides nothing for a user."""
+"""Difference in nats/token below which the choice between two teachers does not matter in use."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,11 @@ class Judged:
     """A verdict and its reason.
 
     Attributes:
-        verdict: the verdict.
-        reason: why, in words.
-        bracket: for an interior curve, the nearest places on both sides whose teachers are worse than the best.
-        limit: what an interior verdict lacks; None for one.
+        verdict: The verdict.
+        reason: The reason in words.
+        bracket: For an interior curve, the nearest places on both sides of the best teacher whose teachers are worse;
+            None for other curves.
+        limit: What the data lack for an interior verdict, in words; None for an interior curve.
     """
 
     verdict: Verdict
@@ -51,18 +52,18 @@ class Judged:
 
 
 def delta_of(found: Contrasts, min_delta: float = MIN_DELTA) -> float:
-    """Difference up to which two teachers count as equally good."""
+    """Return the difference up to which two teachers count as equally good, nats/token."""
     return max(min_delta, found.standard_error)
 
 
 def judge(places_M: Array, names: tuple[str, ...], found: Contrasts, delta: float) -> Judged:
-    """The verdict on a curve, with what an interior one lacks.
+    """Judge a curve, and say what an interior verdict lacks where the curve is not interior.
 
     Args:
-        places_M: of the teachers on the axis, in any order.
-        names: of the teachers.
-        found: their means and noise.
-        delta: from :func:`delta_of`.
+        places_M: Places of the teachers on the axis, in any order.
+        names: Names of the teachers.
+        found: Means and noise of the teachers.
+        delta: Difference up to which teachers count as equally good, from :func:`delta_of`.
     """
     judged = _verdict(places_M, names, found, delta)
     if judged.verdict == "interior":
@@ -77,7 +78,7 @@ def judge(places_M: Array, names: tuple[str, ...], found: Contrasts, delta: floa
 
 
 def _lack(above_M: Array, end_M: npt.NDArray[np.bool_], names: tuple[str, ...], found: Contrasts) -> str | None:
-    """How far the teachers at one end are from being shown to be worse than the best; None where they are shown."""
+    """Return what is lacking to show that the teachers at one end are worse than the best; None where it is shown."""
     at_end = int(np.flatnonzero(end_M)[np.argmin(above_M[end_M])])
     above = float(above_M[at_end])
     if above > found.threshold:
@@ -85,7 +86,7 @@ def _lack(above_M: Array, end_M: npt.NDArray[np.bool_], names: tuple[str, ...], 
     if above == 0:
         return f"{names[at_end]}, at an end, is the best itself: teachers beyond it are needed, and not more seeds"
     errors, needed = above / found.standard_error, found.threshold / found.standard_error
-    # the threshold of more seeds is a little lower: not worth its simulation
+    # with more seeds the threshold is a little lower, which is too little to be worth a simulation
     seeds = math.ceil(found.num_seeds * ((needed + POWER_ERRORS) / errors) ** 2)
     return (
         f"{names[at_end]} is worse than the best by {errors:.1f} standard errors, {needed:.1f} are needed: about "

@@ -1,6 +1,6 @@
-"""One job of a grid in a process of its own: the stages of one run file, walked like those of any run.
+"""Carries out one job of a grid in a process of its own: the stages of one run file, walked like those of any run.
 
-What fails is written down beside the run file, so that the table can name the reason after everybody has forgotten it.
+Failures are written to a file beside the run file, so that the table can name the reason in every later command.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ FAILED_NAME = "failed.json"
 LOG_NAME = "log.txt"
 
 INTERRUPTED = 130
-"""How a worker ends that was interrupted."""
+"""Exit code of a worker that was interrupted."""
 
 _FAULT = 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process makes.
+    """The work of one process.
 
     Attributes:
-        name: path of the run's folder below the grid's.
-        run: the run file.
-        first: instances that all the others need, in order.
-        each: instances of which one may fail and the others go on: the trainings of a cell.
-        measured: whether those that are there are measured by the eval stage.
-        needs: names of the jobs that must have ended well.
+        name: Path of the run's folder below the grid's folder.
+        run: The run file.
+        first: Instances that all other instances of the job need, in order.
+        each: Instances that do not depend on each other, so that one may fail without stopping the others: the
+            trainings of a cell.
+        measured: Whether the eval stage measures the trainings that have succeeded.
+        needs: Names of the jobs that must have succeeded before.
     """
 
     name: str
@@ -53,25 +54,25 @@ class Job:
 
 
 def teacher_job(name: str, run: RunFile) -> Job:
-    """A teacher and its cache, as far as they are not reused."""
+    """Return the job that makes a teacher and its cache, as far as they are not reused."""
     stages = [Instance("teacher"), Instance("cache")]
     return Job(name, run, tuple(one for one in stages if one.stage not in run.reuse))
 
 
 def cell_job(cell: Cell, needs: str) -> Job:
-    """First weights, trainings and measurement of a cell."""
+    """Return the job that makes a cell's first weights, trainings and measurement; `needs` names its teacher's job."""
     student = Instance("student", seed=cell.seed)
     return Job(cell.name, cell.run, (student,), tuple(map(cell.trained, cell.arms)), True, (needs,))
 
 
 def with_arms(run: RunFile, trained: Sequence[Instance]) -> RunFile:
-    """The run of these arms alone, so that they are measured though another has failed."""
+    """Return the run with the trained arms only, so that they can be measured although another arm has failed."""
     arms = {one.arm for one in trained}
     return run.model_copy(update={"arms": {name: values for name, values in run.arms.items() if name in arms}})
 
 
 def begin_log(job: Job) -> Path:
-    """The run file in its folder, and the log of this attempt, empty."""
+    """Write the run file, remove the failures of the last attempt, and return the path of a new, empty log."""
     write_run_file(job.run)
     (Path(job.run.out) / FAILED_NAME).unlink(missing_ok=True)
     log = Path(job.run.out) / LOG_NAME
@@ -80,7 +81,7 @@ def begin_log(job: Job) -> Path:
 
 
 def read_failures(run: RunFile) -> dict[str, str]:
-    """Why instances of the run failed when it was last tried, by name."""
+    """Read why instances of the run failed in the last attempt, by the instance's name."""
     with suppress(FileNotFoundError, ValueError):
         found = json.loads((Path(run.out) / FAILED_NAME).read_bytes())
         return {str(name): str(why) for name, why in found.items()} if isinstance(found, dict) else {}
@@ -90,12 +91,18 @@ def read_failures(run: RunFile) -> dict[str, str]:
 def process_of(
     job: Job, environment: Mapping[str, str], wait: bool, start: Start, leave: Callable[[], None]
 ) -> BaseProcess:
-    """The process that does the job; not started yet. Its log is begun.
+    """Begin the log of a job and return its process, which is not started yet.
 
-    It is forked, for what it needs is imported here already; `start` starts the processes of its stages. `leave` lets
-    go there of what only this process is to hold.
+    The process is forked, because what it needs is imported in this process already.
+
+    Args:
+        job: The job.
+        environment: Environment variables that the process adds to those of this process.
+        wait: Whether stages wait for a device that another run holds.
+        start: Function that starts the processes of the job's stages.
+        leave: Function that the new process calls to let go of what only this process may hold, such as a lock.
     """
-    # imported here: commands that fork nothing do without it
+    # imported here, because commands that start no process do not need it
     import multiprocessing
 
     log = begin_log(job)
@@ -129,7 +136,7 @@ def _be_the_worker(
 
 
 def carry_out_job(job: Job, log: Path, wait: bool, start: Start = start_afresh) -> int:
-    """Make everything of the job that can be made; the code of the first failure, or 0."""
+    """Make everything of the job that can be made, and return the exit code of the first failure, or 0."""
     failures: dict[str, str] = {}
     codes: list[int] = []
 
@@ -164,12 +171,12 @@ def _log(name: str, why: str) -> None:
 
 
 def _start_of(run: RunFile, instance: Instance, start: Start) -> Start:
-    """How the instance is started: vLLM needs a process in which nothing was imported."""
+    """Return the function that starts the instance; vLLM needs a fresh process, in which nothing was imported."""
     return start_afresh if instance.stage == "cache" and run.cache.engine == "vllm" else start
 
 
 def _last_words(log: Path, start: int) -> str:
-    """The last line of a log that gives the reason of a failure."""
+    """Return the reason in the log's last line that begins with `capgap: `; empty without such a line."""
     with log.open("rb") as file:
         file.seek(start)
         lines = file.read().decode(errors="replace").splitlines()

@@ -1,1 +1,1 @@
-"""What HTML pages are made of: charts, SVG and templates; the report and the law's page share them."""
+"""The parts of HTML pages that the report and the law's page share: charts, SVG drawings and templates."""

@@ -1,4 +1,4 @@
-"""A chart with its words and numbers, and what charts of every page have in common."""
+"""The record of a chart with its texts and numbers, and drawing functions that all pages share."""
 
 from __future__ import annotations
 
@@ -13,13 +13,22 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from capgap.pipeline.pages.svg import INK
 
-# as many fit beside each other over the width of a chart; a mark takes the room of eight
+# Number of letters that fit into one line of a legend; the mark beside each label takes the room of eight.
 _LEGEND_LETTERS = 60
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing and what it says in words and numbers."""
+    """A drawing, with the same content as text and as a table.
+
+    Attributes:
+        name: Identifier of the chart in the page, also its anchor.
+        title: Heading above the drawing.
+        caption: Explanation below the heading.
+        svg: The drawing.
+        headings: Column headings of the table of numbers.
+        rows: Rows of the table, one text for each heading.
+    """
 
     name: str
     title: str
@@ -30,7 +39,7 @@ class Chart:
 
 
 def legend(figure: Figure, axes: Any) -> None:
-    """Above the chart, where there is more than one thing to name."""
+    """Draw the legend above the chart if there is more than one label."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
         columns = max(1, min(3, _LEGEND_LETTERS // (max(map(len, labels)) + 8)))
@@ -38,12 +47,14 @@ def legend(figure: Figure, axes: Any) -> None:
 
 
 def draw_frontier(axes: Any, points: Iterable[tuple[float, float]], quality: str) -> None:
-    """Join the points that no other beats, and label the axes; to be called when everything else is drawn.
+    """Join the points that no other point beats by a step line, and label the axes.
+
+    Call it after everything else is drawn, because the marks on the horizontal axis depend on its limits.
 
     Args:
-        axes: of the chart.
-        points: floating-point operations and quality, by rising operations.
-        quality: what the upright axis shows, with its unit.
+        axes: Axes of the chart.
+        points: Pairs of floating-point operations and quality, ordered by rising operations.
+        quality: Label of the vertical axis, with its unit.
     """
     best = list(points)
     axes.step([x for x, _ in best], [y for _, y in best], where="post", color=INK, linewidth=1, label="not beaten")
@@ -53,7 +64,7 @@ def draw_frontier(axes: Any, points: Iterable[tuple[float, float]], quality: str
 
 
 def _log_operations(axes: Any) -> None:
-    """A logarithmic axis of counts too large for words."""
+    """Make the horizontal axis logarithmic, with counts in scientific notation such as 2e18."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     few = math.log10(high / low) < 2

@@ -1,6 +1,7 @@
-"""A matplotlib figure as an SVG element that follows the page's colours and needs nothing from outside.
+"""Draws a matplotlib figure as an SVG element that follows the page's colours and loads nothing from elsewhere.
 
-Matplotlib knows no CSS, so a figure is drawn in stand-in colours, which become CSS variables in the text of the SVG.
+Matplotlib cannot use CSS variables. A figure is therefore drawn in placeholder colours, which are then replaced by CSS
+variables in the text of the SVG.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ _STYLE = {
 
 
 def draw(name: str, label: str, height_in: float, paint: Callable[[Figure], None]) -> Markup:
-    """An `<svg>` element.
+    """Draw a figure and return it as an `<svg>` element.
 
     Args:
-        name: prefix of all ids, so that several charts can stand in one page.
-        label: what the chart shows, for a reader who cannot see it.
-        height_in: height in inches; the width is the same for all charts.
-        paint: draws on an empty figure, in the colours `INK`, `GRID` and `SERIES`.
+        name: Prefix of all ids in the element, which keeps the ids of several charts in one page apart.
+        label: Text that says what the chart shows, for readers who cannot see it.
+        height_in: Height in inches; all charts have the same width.
+        paint: Function that draws on an empty figure, in the colours `INK`, `GRID` and `SERIES`.
     """
     buffer = io.StringIO()
     with _house_style():

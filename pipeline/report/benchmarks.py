@@ -1,4 +1,4 @@
-"""The table of benchmarks: a line for each task, a column for the teacher and for each arm."""
+"""Builds the table of benchmarks, with a line for each task and a column for the teacher and for each arm."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from capgap.schemas.results import TEACHER
 
 _Value = tuple[float, float | None]
 
-# A given model that is tuned belongs to no arm.
+# Column of a given model that was tuned: it belongs to no arm.
 _TUNED = "tuned"
 
 
 def benchmarks(context: StageContext) -> Benchmarks | None:
-    """What the run's benchmark stages measured; None where it has none."""
+    """Collect the results of the run's benchmark stages; None where it has none."""
     found: dict[str, list[BenchmarkResults]] = {}
     for name, made in context.inputs.items():
         if made.manifest.stage == "benchmark":
@@ -30,12 +30,12 @@ def benchmarks(context: StageContext) -> Benchmarks | None:
 
 
 def benchmark_headings(table: Benchmarks) -> tuple[str, ...]:
-    """One for each column."""
+    """Return the headings of the columns."""
     return ("task", "metric", "shots", "chance", *table.lines[0].scores)
 
 
 def benchmark_cells(table: Benchmarks, errors: bool = True) -> list[tuple[str, ...]]:
-    """The lines as text, one cell a heading, with the scores' errors or without."""
+    """Format the lines as one text for each heading; `errors` says whether the scores' errors are shown."""
     return [
         (
             line.task,
@@ -49,13 +49,13 @@ def benchmark_cells(table: Benchmarks, errors: bool = True) -> list[tuple[str, .
 
 
 def _column(instance: str) -> str:
-    """The column of benchmark/<arm>/seed-<seed>, benchmark/teacher or benchmark/seed-<seed>."""
+    """Return the column of an instance: its arm, `teacher`, or `tuned` for `benchmark/seed-N`, which has no arm."""
     _, first, *seed = instance.split("/")
     return first if seed or first == TEACHER else _TUNED
 
 
 def _tasks(models: dict[str, list[BenchmarkResults]]) -> Iterable[BenchmarkLine]:
-    """Every model has the same tasks, for all are of one run file."""
+    """Return the line of each task; all models have the same tasks, because one run file names them."""
     first = next(iter(models.values()))[0]
     for place, row in enumerate(first.main):
         scores = {

@@ -20,12 +20,12 @@ from capgap.schemas.results import Interval, ModelResult
 
 _MARKERS = "osD^vP"
 _LINES = ("-", "--", ":", "-.")
-# letters of a line of what stands left of a chart: more than half of the width stays for the chart itself
+# Length of a line of the titles left of a chart; more than half of the width stays for the chart itself.
 _TITLE_LETTERS = 24
 
 
 def charts(report: Report) -> tuple[Chart, ...]:
-    """All charts for which the run has numbers."""
+    """Draw all charts of gains, losses and trainings for which the run has numbers."""
     arms = report.results.arms
     students = tuple(curve for curve in report.curves if curve.arm is not None)
     teachers = tuple(curve for curve in report.curves if curve.arm is None)
@@ -55,7 +55,7 @@ def _curves(name: str, title: str, curves: tuple[TrainingCurve, ...], arms: tupl
     return Chart(
         name=name,
         title=title,
-        caption="Loss on the training's own validation sequences, which need not be those of the final measurement."
+        caption="Loss on the training's own validation sequences, which can differ from those of the final measurement."
         + (" Seeds of an arm share its colour." if curves[0].arm else ""),
         svg=draw(name, f"{title}: held-out loss against training tokens; {ends}", 3.5, paint),
         headings=("training tokens", *(title_of(curve.arm, curve.seed) for curve in curves)),
@@ -64,7 +64,7 @@ def _curves(name: str, title: str, curves: tuple[TrainingCurve, ...], arms: tupl
 
 
 def _side_by_side(curves: tuple[TrainingCurve, ...]) -> tuple[tuple[str, ...], ...]:
-    """One row for every number of tokens, one column for every curve."""
+    """Return the curves as a table, with one row for every number of tokens and one column for every curve."""
     columns = [dict(zip(curve.tokens, curve.losses, strict=True)) for curve in curves]
     every = sorted({tokens for curve in curves for tokens in curve.tokens})
     return tuple(
@@ -74,7 +74,7 @@ def _side_by_side(curves: tuple[TrainingCurve, ...]) -> tuple[tuple[str, ...], .
 
 
 def loss_chart(models: tuple[ModelResult, ...], arms: tuple[str, ...]) -> Chart:
-    """Held-out loss of every model, with its interval."""
+    """Draw the held-out loss of every model with its 95 % interval."""
     points = [_Point(title_of(one.arm, one.seed), one.arm, one.loss, one.loss_interval) for one in models]
     listed = "; ".join(f"{point.title} {point.value:.4f}" for point in points)
     return Chart(
@@ -124,7 +124,7 @@ class _Point:
 def _points(
     points: list[_Point], arms: tuple[str, ...], quantity: str, zero: bool = False
 ) -> tuple[float, Callable[[Figure], None]]:
-    """Height in inches and painter of a chart with one line a point."""
+    """Return the height in inches and the painter of a chart that has one line for each point."""
 
     titles = [textwrap.fill(point.title, _TITLE_LETTERS) for point in points]
     num_lines = max(title.count("\n") for title in titles) + 1
@@ -150,7 +150,7 @@ def _points(
 
 
 def arm_look(arm: str | None, arms: tuple[str, ...]) -> dict[str, Any]:
-    """Colour, marker and line of an arm; None is the teacher."""
+    """Return the colour, the marker and the line style of an arm, as matplotlib's arguments; None is the teacher."""
     if arm is None:
         return {"color": INK, "marker": "s", "linestyle": "-"}
     i = arms.index(arm)
@@ -159,5 +159,5 @@ def arm_look(arm: str | None, arms: tuple[str, ...]) -> dict[str, Any]:
 
 
 def title_of(arm: str | None, seed: int | None) -> str:
-    """A model as charts and tables name it."""
+    """Return the name of a model in charts and tables: `teacher`, or the arm with its seed."""
     return "teacher" if arm is None else f"{arm}, seed {seed}"

@@ -1,4 +1,4 @@
-"""What the rest of the pipeline knows of the report stage, which every run has that measures something."""
+"""Declaration of the report stage, which belongs to every run that has an eval stage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _inputs(run: RunFile, instance: Instance) -> list[str]:
 
 
 def _of_rounds(run: RunFile) -> list[str]:
-    """Everything that was written, scored and trained in rounds."""
+    """Return the names of all instances that write, score or train in rounds."""
     if run.rounds is None:
         return []
     written = texts(run)

@@ -1,7 +1,7 @@
-"""Compute against quality, of all models of a run: what each costs, and which no other beats.
+"""Compares all models of a run by compute and quality, and finds those that no other beats.
 
-Held-out loss is comparable within the run alone. Benchmarks are comparable with what others published, but only where
-the run was measured on the very same six, with as many solved examples and without a limit.
+Held-out losses are comparable within one run only. Benchmark scores are comparable with published ones, but only where
+the run was measured on the same six benchmarks, with the same numbers of few-shot examples, and on all their questions.
 """
 
 from __future__ import annotations
@@ -22,63 +22,65 @@ from capgap.schemas.facts import CacheFacts
 from capgap.schemas.results import TEACHER, EvalResults, ModelResult
 
 STATED = (
-    "Compute is 6 N D for a training and 2 N D for a pass, over all parameters. Of a student: its training, and for a "
-    "distilled one the teacher's pass over the cached tokens (6 N_S D + 2 N_T D_C, as the paper has it). The column "
-    "with the teacher's training has 6 N_T D_T more, for every student that the teacher taught or that was made from "
-    "it. First weights that were given, and the tuning of a student, are not counted."
+    "Compute is 6 N D for a training and 2 N D for a forward pass, where N counts all parameters and D the tokens. A "
+    "student's compute is that of its training and, where it is distilled, of the teacher's pass over the cached "
+    "tokens (6 N_S D + 2 N_T D_C, as in the paper). The column with the teacher's training adds 6 N_T D_T for every "
+    "student that learned from the teacher or was made from its weights. What was spent on given first weights, and "
+    "the tuning of a student, are not counted."
 )
 
 _BENCHMARK_STAGE, _BENCHMARK_NAME = "benchmark", "benchmark.json"
 
 
 class CostedModel(Record):
-    """The teacher or an arm; means over seeds."""
+    """Compute and quality of the teacher, or of one arm as means over its seeds."""
 
     name: str
     """`teacher`, or the arm."""
 
     num_parameters: int
-    """Parameters of one model."""
+    """Number of parameters of one model."""
 
     tokens: int | None
-    """That it was trained on; None where that is not known."""
+    """Number of tokens that the model was trained on; None where it is not known."""
 
     flops: float | None
-    """The paper's accounting; None where something in it is not known."""
+    """Floating-point operations by the paper's accounting (`STATED`); None where a part of them is not known."""
 
     flops_with_teacher: float | None
-    """With the teacher's training."""
+    """Floating-point operations with the teacher's training added; None where a part of them is not known."""
 
     unknown: str
-    """Why a cost is missing, in words; empty where none is."""
+    """Reason why a cost is missing; empty where both costs are known."""
 
     loss: float
-    """Held out, nats/token."""
+    """Held-out loss, nats/token."""
 
     scores: tuple[float, ...] = ()
-    """Per cent on the paper's six benchmarks, in its order; empty unless the run was measured on all six as it was."""
+    """Scores in % on the paper's six benchmarks, in the order of `SHOTS`; empty unless all six were measured as in the
+    paper."""
 
     @property
     def mean_score(self) -> float | None:
-        """Mean of the six; None without them."""
+        """Mean of the six scores in %; None without scores."""
         return math.fsum(self.scores) / len(self.scores) if self.scores else None
 
 
 class RunFrontier(Record):
-    """All models of a run at their costs."""
+    """All models of a run with their costs, and the models that no other beats."""
 
     models: tuple[CostedModel, ...]
-    """The teacher first, where it was measured."""
+    """The teacher, where it was measured, then the arms."""
 
     by_loss: tuple[str, ...]
-    """Those that no other beats in compute and held-out loss, by rising cost."""
+    """Names of the models that no other beats in compute and held-out loss, by rising compute."""
 
     by_score: tuple[str, ...]
-    """The same in compute and the benchmarks' mean; empty without them."""
+    """Names of the models that no other beats in compute and mean score, by rising compute; empty without scores."""
 
 
 def run_frontier(context: StageContext, results: EvalResults) -> RunFrontier:
-    """What every model of the run costs and what it reaches."""
+    """Return the cost and the quality of every model of the run."""
     teacher = () if results.teacher is None else (_teacher(context, results.teacher),)
     models = (*teacher, *(_arm(context, results, arm) for arm in results.arms))
     return RunFrontier(
@@ -89,7 +91,10 @@ def run_frontier(context: StageContext, results: EvalResults) -> RunFrontier:
 
 
 def _best(models: Sequence[tuple[str, float | None, float | None]]) -> tuple[str, ...]:
-    """Names of those that no other beats; whose cost or quality is not known takes no part."""
+    """Return the names of the models that no other beats; models of unknown cost or quality are left out.
+
+    `models` are triples of name, cost and a quality of which less is better.
+    """
     known = [(name, cost, worse) for name, cost, worse in models if cost is not None and worse is not None]
     undominated = non_dominated([cost for _, cost, _ in known], [worse for _, _, worse in known])
     best = [point for point, is_best in zip(known, undominated, strict=True) if is_best]
@@ -150,7 +155,7 @@ def _teacher_tokens(context: StageContext) -> int | None:
 
 
 def _trained_tokens(context: StageContext, instance: Instance) -> int | None:
-    """Of a training in rounds, that of all rounds."""
+    """Return the number of training tokens in the manifest, summed over all rounds of a training in rounds."""
     found = [
         made.manifest.totals.get("num_tokens")
         for made in context.inputs.values()
@@ -161,7 +166,7 @@ def _trained_tokens(context: StageContext, instance: Instance) -> int | None:
 
 
 def _scored_tokens(context: StageContext, arm: str, tokens: int | None) -> tuple[int | None, str]:
-    """Tokens of the teacher's pass, 0 without a teacher; or why they are not known."""
+    """Return the tokens of the teacher's pass (0 without a teacher), or None and the reason why they are not known."""
     settings = context.run.train_settings(arm)
     if settings.largest_alpha == 0:
         return 0, ""
@@ -180,7 +185,7 @@ def _scored_tokens(context: StageContext, arm: str, tokens: int | None) -> tuple
 
 
 def _tokens_of_rounds(context: StageContext, arm: str) -> int:
-    """Rows that the teacher scored for an arm, and tokens that it wrote for it, of one seed."""
+    """Return the number of tokens that the teacher scored and wrote for an arm in all rounds of the first seed."""
     run, totals = context.run, {made.manifest.instance: made.manifest.totals for made in context.inputs.values()}
     texts = [text_of(run, arm, run.seeds[0], number) for number in range(rounds_of(run).num)]
     counts = [totals[cache_of(text).name]["num_tokens"] for text in texts]
@@ -189,20 +194,20 @@ def _tokens_of_rounds(context: StageContext, arm: str) -> int:
 
 
 def _teacher_parameters(context: StageContext, results: EvalResults) -> int | None:
-    """As it was measured, or as the cache says."""
+    """Return the teacher's number of parameters as measured, or from the cache where it was not measured."""
     if results.teacher is not None:
         return results.teacher.num_parameters
     return CacheFacts.model_validate(context.input("cache").manifest.facts).num_teacher_parameters
 
 
 def _made_from_teacher(context: StageContext, model: ModelResult) -> bool:
-    """Whether a student's first weights come from the teacher's."""
+    """Return whether the student's first weights were made from the teacher's."""
     student = context.inputs.get(Instance("student", seed=model.seed).name)
     return student is not None and TEACHER in student.manifest.inputs
 
 
 def _scores(context: StageContext, names: Sequence[str]) -> tuple[float, ...]:
-    """Per cent, mean over the models; empty unless each was measured on all six as the paper was."""
+    """Return the models' mean scores in %; empty unless each was measured on all six benchmarks as in the paper."""
     each = [_scores_of(context, name) for name in names]
     found = [scores for scores in each if scores is not None]
     if not found or len(found) < len(names):

@@ -1,4 +1,4 @@
-"""Compute against quality as charts: the run's models by held-out loss, and the paper's by its six benchmarks."""
+"""Charts of compute against quality: the run's models by held-out loss, published models by six benchmarks."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from capgap.pipeline.plan.published_models import MODELS, SHOTS, SOURCE, Publish
 from capgap.pipeline.report.charts import arm_look
 from capgap.pipeline.report.frontier import STATED, CostedModel, RunFrontier
 
-_SMALL = 8  # points, of names beside marks
+_SMALL = 8  # font size of the names beside marks, in points
 
 
 def frontier_charts(frontier: RunFrontier, arms: Sequence[str]) -> tuple[Chart, ...]:
-    """The run's own, if any model's cost is known."""
+    """Draw the run's own models; return no chart where no model's cost is known."""
     placed = [model for model in frontier.models if model.flops is not None]
     return (_own(frontier, placed, tuple(arms)),) if placed else ()
 
 
 def published_chart(frontier: RunFrontier, arms: Sequence[str]) -> Chart:
-    """What others published, with the run's models where they were measured on the same."""
+    """Draw published models, and the run's own models if they were measured on the same six benchmarks."""
     own = [model for model in frontier.models if model.flops is not None and model.scores]
     return _published(frontier, own, tuple(arms))
 
@@ -87,7 +87,7 @@ def _published(frontier: RunFrontier, measured: Sequence[CostedModel], arms: tup
 
     doubts = " ".join(f"{model.name}: {model.doubt}." for model in MODELS if model.doubt)
     whose = (
-        "This run's models were measured on the same six, and stand beside them; the line is of the published ones."
+        "This run's models were measured on the same six and are drawn too; the line joins published models only."
         if measured
         else "This run's models are not drawn: they were not measured on these six."
     )
@@ -121,7 +121,7 @@ def _published_row(model: PublishedModel, best: Sequence[PublishedModel]) -> tup
 
 
 def _is_crowded(model: PublishedModel) -> bool:
-    """Whether its name would run into a mark to its right."""
+    """Return whether the model's name would overlap a mark to its right."""
     return any(1 < one.flops / model.flops < 2.5 and abs(one.mean - model.mean) < 2 for one in MODELS)
 
 

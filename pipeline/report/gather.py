@@ -1,4 +1,4 @@
-"""Reads what the other stages wrote and makes one `Report` of it."""
+"""Collects the results of all other stages into one `Report`."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _T = TypeVar("_T")
 
 _METRICS_NAME = "metrics.csv"
 _MOST_POINTS = 200
-# One shard, which a URL's cache may have to fetch: `capgap fidelity` reads more.
+# One shard only, because it may have to be fetched from a URL; `capgap fidelity` reads more.
 _SAMPLE = Sampling(num_sequences=64, num_shards=1)
 
 _LOG = logging.getLogger("capgap")
 
 
 def gather(context: StageContext) -> Report:
-    """Everything that the report shows."""
+    """Collect everything that the report shows."""
     results = EvalResults.model_validate_json((context.input("eval").path / RESULTS_NAME).read_bytes())
     cache = _cache(context.input("cache"))
     alphas = {arm: context.run.train_settings(arm).largest_alpha for arm in context.run.arms}
@@ -78,7 +78,10 @@ def gather(context: StageContext) -> Report:
 
 
 def read_measures(path: Path) -> dict[str, Series]:
-    """What a `metrics.csv` holds of the charts' measures; of long trainings every so many rows, and the last."""
+    """Read the columns of a `metrics.csv` that have a chart, without empty and non-finite values.
+
+    A column with fewer than two values is left out. Long columns are thinned to about 200 values; the last one is kept.
+    """
     found: dict[str, tuple[list[int], list[float]]] = {name: ([], []) for name in MEASURES}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -100,7 +103,7 @@ def _thinned(values: list[_T]) -> tuple[_T, ...]:
 
 
 def read_curve(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Training tokens and validation losses of a `metrics.csv`; rows without a finite loss are left out."""
+    """Read training tokens and validation losses from a `metrics.csv`, without rows that lack a finite loss."""
     tokens, losses = [], []
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -128,13 +131,13 @@ def _cache(cache: StageInput) -> CacheSummary:
 
 
 def _fidelity(cache: StageInput) -> Fidelity | None:
-    """Fidelity on a small sample; None where the shards are not at hand any more, or hold chunks."""
+    """Measure the cache's fidelity on a small sample; None where the shards cannot be read or hold chunks."""
     if CacheFacts.model_validate(cache.manifest.facts).aligned is not None:
         return None
     try:
         return fidelity_of(cache, _SAMPLE)
     except CapgapError as error:
-        _LOG.warning("report: what the cache keeps is left out: %s", error)
+        _LOG.warning("report: the fidelity of the cache is left out: %s", error)
         return None
 
 

@@ -1,4 +1,4 @@
-"""The judge's ratings and comparisons, as tables of the page."""
+"""The page's tables of the judge's ratings and comparisons."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from capgap.schemas.results import TEACHER
 
 @dataclass(frozen=True)
 class NumberTable:
-    """Headings, and rows of text; `caption` stands above."""
+    """A table of texts with its headings and the caption above it."""
 
     caption: str
     headings: tuple[str, ...]
@@ -18,7 +18,7 @@ class NumberTable:
 
 
 def judge_tables(judge: JudgeResults) -> tuple[NumberTable, ...]:
-    """Ratings, ratings by category, and comparisons; those that the judge made."""
+    """Return the tables of ratings, ratings by category and comparisons, as far as the judge made them."""
     found = []
     if judge.models:
         found += [_ratings(judge), _categories(judge)]
@@ -28,8 +28,8 @@ def judge_tables(judge: JudgeResults) -> tuple[NumberTable, ...]:
 
 
 def judge_line(judge: JudgeResults) -> str:
-    """Who judged what."""
-    invalid = f"{judge.num_invalid:,} of {judge.num_verdicts:,} verdicts could not be read, and are in no figure"
+    """Return the text above the tables: the judge, and the numbers of questions and of unreadable verdicts."""
+    invalid = f"{judge.num_invalid:,} of {judge.num_verdicts:,} verdicts could not be read and count in no figure"
     return (
         f"{judge.judge.model} judged the answers to {judge.num_questions} questions of two turns; {invalid}. "
         "Intervals are 95 %, over the choice of questions."
@@ -83,7 +83,7 @@ def _name(one: ModelRatings) -> str:
 
 
 def _short(instance: str) -> str:
-    """`distilled, seed 0` of `train/distilled/seed-0`."""
+    """Return the short name of an instance: `distilled, seed 0` for `train/distilled/seed-0`."""
     if instance == TEACHER:
         return TEACHER
     return ", ".join(instance.split("/")[1:]).replace("seed-", "seed ")

@@ -1,4 +1,4 @@
-"""Students of few bits: what they take on disk, and what their training wins back of what rounding costs."""
+"""Facts on quantised students: their size on disk, and how much of the loss from rounding their training wins back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from capgap.schemas.run_file import RunFile
 
 
 def low_bit(context: StageContext, results: EvalResults) -> LowBit | None:
-    """What there is to say of them; None where the students are not quantised."""
+    """Return the facts on quantised students; None where the students are not quantised."""
     run, settings = context.run, context.run.student.quantize
     students = [model for model in results.models if model.arm is not None]
     if settings is None or not students:
@@ -31,7 +31,7 @@ def low_bit(context: StageContext, results: EvalResults) -> LowBit | None:
 
 
 def low_bit_lines(found: LowBit | None) -> tuple[str, ...]:
-    """Lines below the final table."""
+    """Return the lines on quantised students below the final table; none where `found` is None."""
     if found is None:
         return ()
     size = (
@@ -41,11 +41,11 @@ def low_bit_lines(found: LowBit | None) -> tuple[str, ...]:
     if not found.won_back:
         return (size,)
     shares = (f"{one.arm} {_percent(one.loss)} of the loss, {_percent(one.kl)} of the KL" for one in found.won_back)
-    return size, f"won back of the gap between {found.baseline}, rounded alone, and the teacher: {'; '.join(shares)}"
+    return size, f"won back of the gap between {found.baseline}, only rounded, and the teacher: {'; '.join(shares)}"
 
 
 def _rounded(run: RunFile) -> str | None:
-    """The arm that is trained on nothing."""
+    """Return the arm that is quantised and then trained on no tokens; None where there is none."""
     return next((arm for arm in run.arms if run.train_settings(arm).max_tokens == 0), None)
 
 
@@ -68,7 +68,7 @@ def _won_back(results: EvalResults, rounded: str) -> Iterator[WonBack]:
 
 
 def _share(parts: list[tuple[float, float]]) -> float | None:
-    """Mean over seeds; None where there is no gap."""
+    """Return the mean over seeds of the closed part of a gap over the gap; None where a seed has no gap."""
     return fmean(part / gap for part, gap in parts) if parts and all(gap > 0 for _, gap in parts) else None
 
 

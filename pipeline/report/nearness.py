@@ -1,4 +1,4 @@
-"""Nearness to the teacher, beyond the table's columns."""
+"""Lines and rows on the students' nearness to the teacher that the final table has no column for."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ DIFFERENCE_HEADINGS = ("pair", "quantity", "difference, nats/token", "low", "hig
 
 
 def nearness_lines(results: EvalResults) -> tuple[str, ...]:
-    """Lines below the final table."""
+    """Return the lines below the final table: nearness to the cache, and acceptance of drafts by the teacher."""
     missing: tuple[str, ...] = ()
     if results.teacher_missing is not None:
-        missing = (f"note: the teacher itself was not measured ({results.teacher_missing}), nor KL, top-1, acceptance",)
+        missing = (f"note: the teacher was not measured ({results.teacher_missing}): no KL, top-1 and acceptance",)
     return (*missing, *_cached(results), *_drafts(results))
 
 
 def difference_rows(results: EvalResults) -> tuple[tuple[str, ...], ...]:
-    """Every two arms' difference in nearness, at each seed and over seeds: positive means that the second is nearer."""
+    """Return the difference in nearness of every two arms, for each seed and as the mean over seeds.
+
+    A positive difference means that the second arm is nearer to the teacher.
+    """
     seeds = [
         (f"{one.first} - {one.second}, seed {one.seed}", _NAMES[one.quantity], *_numbers(one.difference, one.interval))
         for one in results.paired_nearness
@@ -76,7 +79,7 @@ def _drafts(results: EvalResults) -> Iterable[str]:
             continue
         foretold = ""
         if model.against_teacher is not None:
-            foretold = f" (foretold on held-out text {100 * model.against_teacher.acceptance:.1f} %)"
+            foretold = f" (predicted from held-out text: {100 * model.against_teacher.acceptance:.1f} %)"
         yield (
             f"drafts for the teacher in {model.drafted.engine}: {_title(model)} has "
             f"{100 * model.drafted.acceptance:.1f} % of first tokens accepted{foretold}, "

@@ -1,4 +1,4 @@
-"""The figures with which the page opens: what came of the run, in numbers that need no table."""
+"""The figures at the top of the page: the main results of the run, and where and how it was made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from capgap.pipeline.report.summary import Report, Row
 
 @dataclass(frozen=True)
 class OpeningFigure:
-    """One of them: a number, what it is, and how it is to be read."""
+    """One figure at the top of the page.
+
+    Attributes:
+        value: The number with its unit.
+        name: What the number says.
+        remark: Explanation that is shown beside it.
+    """
 
     value: str
     name: str
@@ -20,12 +26,12 @@ class OpeningFigure:
 
 
 def opening_figures(report: Report) -> tuple[OpeningFigure, ...]:
-    """Those for which the run has numbers."""
+    """Return the figures for which the run has numbers."""
     return tuple(_figures(report))
 
 
 def origin(report: Report) -> tuple[tuple[str, str], ...]:
-    """Where, when and how the run was made."""
+    """Return the machine, the time and the command of the run as pairs of name and value, as far as they are known."""
     found = [("machine", report.machine), ("finished", report.finished), ("command", shlex.join(report.command))]
     return tuple((name, value) for name, value in found if value)
 
@@ -58,6 +64,6 @@ def _figures(report: Report) -> Iterator[OpeningFigure]:
 
 
 def _best(report: Report, rows: dict[str, Row]) -> Row | None:
-    """The distilled arm of the lowest loss; where none is distilled, the arm of the lowest loss."""
+    """Return the distilled arm with the lowest loss, or the arm with the lowest loss where none is distilled."""
     distilled = {gain.arm for gain in report.gains} or set(report.results.arms)
     return min((rows[name] for name in sorted(distilled) if name in rows), key=lambda row: row.loss.mean, default=None)

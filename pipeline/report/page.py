@@ -1,4 +1,4 @@
-"""The HTML page: one file, no script, nothing loaded from elsewhere."""
+"""Renders the HTML page of a run, one file without scripts that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PUBLISHED = Path(__file__).parent / "published.html.j2"
 
 
 def render_page(report: Report) -> str:
-    """The page; every text of the run is escaped."""
+    """Render the page of a run; all texts of the run are escaped."""
     common = _common_versions(report.stages)
     return page_template(_TEMPLATE).render(
         report=report,
@@ -69,13 +69,13 @@ def render_page(report: Report) -> str:
 
 
 def render_published(report: Report) -> str:
-    """The page of models that others have published, for who compares; this run's stand there where they may."""
+    """Render the page of published models; it shows this run's models too where they were measured alike."""
     chart = published_chart(report.frontier, report.results.arms)
     return page_template(_PUBLISHED).render(report=report, chart=chart)
 
 
 def _benchmarks(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]], tuple[str, ...]] | None:
-    """Headings, rows and notes."""
+    """Return the headings, the rows and the notes of the table of benchmarks; None without benchmarks."""
     found = report.table.benchmarks
     return None if found is None else (benchmark_headings(found), benchmark_cells(found), found.notes)
 

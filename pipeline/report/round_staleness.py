@@ -1,4 +1,7 @@
-"""How old a text had become when the student that learnt from it was done: its probabilities over the writer's."""
+"""Staleness of each round's text: how far the trained student has moved from the student that wrote the text.
+
+It is measured by ratios of probabilities: the trained student's probability of a token over the writer's.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,16 @@ _RATIOS = tuple(name for name in TRAINING_SCALARS if name.startswith("ratio_"))
 
 
 def staleness(training: Path) -> dict[str, float] | None:
-    """The ratios of the last measurement in a training's folder; None where it learnt from no student's text."""
+    """Return the ratios of the last measurement in a training's folder, by their columns in metrics.csv.
+
+    None where no text of the training was written by a student.
+    """
     measured = [row for row in read_rows(training / METRICS_NAME) if row["ratio_mean"]]
     return {name: float(measured[-1][name]) for name in _RATIOS} if measured else None
 
 
 def staleness_charts(lines: tuple[RoundLine, ...], arms: tuple[str, ...]) -> tuple[Chart, ...]:
-    """The ratios by round; none where no student learnt from what one wrote."""
+    """Draw the ratios by round; return no chart where no student learnt from a student's text."""
     known = [(line, line.staleness) for line in lines if line.staleness is not None]
     if not known:
         return ()

@@ -1,4 +1,4 @@
-"""What came of each round: the text that was written, how near its writer was to the teacher, and what was learnt."""
+"""The page's table and chart of rounds: each round's text, and how much nearer to the teacher its training brought."""
 
 from __future__ import annotations
 
@@ -38,20 +38,21 @@ HEADINGS = (
 )
 
 NOTE = (
-    "A round's text, and the student that it taught. Entropy: the mean of minus the writer's logprob of its tokens. "
-    "Repeated: runs of four tokens that stood in the answer before. KL to the teacher on own text: the mean of the "
-    "writer's logprob minus the teacher's, nats/token; of a text that the teacher wrote it is 0 but for rounding. "
-    "Right: held-out answers that equal their reference. Teacher tokens: those that it wrote or scored for this arm. "
-    "KL after - before: how much farther from the teacher, on held-out answers of the text, the student was after the "
-    "round's training than before it: nearer where it is negative. Student / writer: the ratios of the trained "
-    "student's probability of a token to that of the student that wrote it, on held-out answers. Effective samples: "
-    "what these are worth beside as many of the trained student's own, (sum of ratios)^2 / (N sum of squares). The "
-    "last line of an arm is what the final student writes."
+    "Each line shows the text of one round and the student that was trained on it. Entropy: the mean of minus the "
+    "writer's logprob of its tokens. Repeated: the share of an answer's runs of four tokens that occur earlier in the "
+    "same answer. KL to the teacher on own text: the mean of the writer's logprob minus the teacher's, nats/token; for "
+    "a text that the teacher wrote it is 0 but for rounding. Right: the share of held-out answers that equal their "
+    "reference. Teacher tokens: the tokens that the teacher wrote or scored for this arm so far. KL after - before: by "
+    "how much the round's training changed the student's KL to the teacher on the text's held-out answers; a negative "
+    "number means that the student came nearer. Student / writer: the ratio of the trained student's probability of a "
+    "token to that of the student that wrote it, on held-out answers. Effective samples: how many samples of the "
+    "trained student's own these answers are worth, as a share, (sum of ratios)^2 / (N sum of squares). The last line "
+    "of an arm shows what the final student writes."
 )
 
 
 def round_lines(context: StageContext) -> tuple[RoundLine, ...]:
-    """Every round of every arm and seed; none where the run has no rounds."""
+    """Collect the facts of every round of every arm and seed; empty where the run has no rounds."""
     run = context.run
     if run.rounds is None:
         return ()
@@ -64,7 +65,7 @@ def round_lines(context: StageContext) -> tuple[RoundLine, ...]:
 
 
 def round_rows(lines: tuple[RoundLine, ...]) -> list[tuple[str, ...]]:
-    """Text, one cell a heading."""
+    """Format the rounds as rows of the table, one text for each of `HEADINGS`."""
     return [
         (
             line.arm,
@@ -88,7 +89,10 @@ def round_rows(lines: tuple[RoundLine, ...]) -> list[tuple[str, ...]]:
 
 
 def round_charts(lines: tuple[RoundLine, ...], arms: tuple[str, ...]) -> tuple[Chart, ...]:
-    """Quality by round and by teacher tokens: right answers where prompts bring references, else nearness."""
+    """Draw the quality of each student by round and by teacher tokens.
+
+    Quality is the share of right answers where the prompts have references, and the KL to the teacher elsewhere.
+    """
     graded = any(line.right is not None for line in lines)
     values = {
         (line.arm, line.seed, line.round): 100 * line.right if graded and line.right is not None else line.writer_kl
@@ -110,7 +114,7 @@ def round_charts(lines: tuple[RoundLine, ...], arms: tuple[str, ...]) -> tuple[C
             labelled.add(arm)
             look: dict[str, Any] = {"markersize": 3, "linewidth": 1.2, **arm_look(arm, arms)}
             by_round.plot([line.round for line in own], heights, label=label, **look)
-            # what was spent before this text was written
+            # without this round's tokens: its text was written by a student that had not learned from them yet
             by_tokens.plot([line.teacher_tokens_before for line in own], heights, **look)
         by_round.set_xlabel("rounds learnt from")
         by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -123,8 +127,8 @@ def round_charts(lines: tuple[RoundLine, ...], arms: tuple[str, ...]) -> tuple[C
         Chart(
             name="rounds",
             title="Students by round",
-            caption="What each student wrote after so many rounds, and after so many tokens that the teacher wrote or "
-            "scored for it. Seeds of an arm share its colour.",
+            caption="Quality of what each student writes, by the rounds that it learned from and by the tokens that "
+            "the teacher wrote or scored for it. Seeds of an arm share its colour.",
             svg=draw("rounds", f"{quality} by round and by teacher tokens", 3.5, paint),
             headings=("arm", "seed", "rounds learnt from", "teacher tokens", quality),
             rows=tuple(
@@ -180,14 +184,14 @@ def _lines_of(run: RunFile, arm: str, seed: int, made: Mapping[str, StageInput])
 
 
 def _teacher_tokens(run: RunFile, arm: str, text: Instance, totals: Mapping[str, Any], cache: Mapping[str, Any]) -> int:
-    """Tokens that the teacher wrote, and rows that it scored for an arm that asks for its distributions."""
+    """Return the number of tokens that the teacher wrote in this round, or scored for an arm that uses its targets."""
     written = _number(totals.get("answer_tokens", 0)) if writer_of(text) == "teacher" else 0
     scored = _number(cache.get("num_tokens", 0)) if run.train_settings(arm).largest_alpha > 0 else 0
     return int(written + scored)
 
 
 def _learnt(training: StageInput | None) -> float | None:
-    """How much farther from the teacher, or nearer where it is negative, a training ended than it began."""
+    """Return the distance to the teacher after a training minus the distance before it, nats/token; None if unknown."""
     if training is None:
         return None
     last = heldout_figures(training.path / METRICS_NAME)

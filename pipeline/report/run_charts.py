@@ -1,4 +1,4 @@
-"""Charts of what a run did and read, and how well its models know what they know: stages, documents, reliability."""
+"""Charts of the reliability of the models' probabilities, of the time of stages and of the lengths of documents."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from capgap.pipeline.report.summary import Report, StageLine
 from capgap.schemas.facts import SplitFacts
 from capgap.schemas.results import ModelResult
 
-# stages of a chart; those of a large run are summed up by kind
+# The most stages that are drawn one by one; in larger runs they are summed by kind.
 _MOST_STAGES = 14
-# lengths named below a chart, so that none runs into the next
+# The most lengths that are named below a chart, so that their texts do not overlap.
 _MOST_TICKS = 7
 
 
 def run_charts(report: Report) -> tuple[Chart, ...]:
-    """Reliability, where it was measured, the stages, and the lengths of documents, where the corpus counted them."""
+    """Draw reliability if it was measured, the time of stages, and document lengths if the corpus has counted them."""
     return (
         *_reliability(report.results.models, report.results.arms),
         _stages(report.stages),
@@ -32,7 +32,7 @@ def run_charts(report: Report) -> tuple[Chart, ...]:
 
 
 def _lengths(split: SplitFacts | None) -> tuple[Chart, ...]:
-    """How many documents have how many tokens."""
+    """Draw the number of documents by their length in tokens."""
     if split is None or not split.by_length:
         return ()
     first = next(digits for digits, number in enumerate(split.by_length) if number)
@@ -55,7 +55,7 @@ def _lengths(split: SplitFacts | None) -> tuple[Chart, ...]:
         Chart(
             name="document-lengths",
             title="Documents by length",
-            caption="Of the text that students learn from, whole, before it is packed into sequences.",
+            caption="Documents of the text that students learn from, counted before they are packed into sequences.",
             svg=draw("document-lengths", f"Documents by length in tokens: {listed}", 2.6, paint),
             headings=("tokens", "documents"),
             rows=tuple((name, f"{number:,}") for name, number in zip(names, counts, strict=True)),
@@ -64,7 +64,7 @@ def _lengths(split: SplitFacts | None) -> tuple[Chart, ...]:
 
 
 def _stages(stages: tuple[StageLine, ...]) -> Chart:
-    """Seconds of each stage, with its tokens behind."""
+    """Draw the seconds of each stage; its table also has the tokens."""
     shown = [(one.instance, one.wall_s, one.num_tokens) for one in stages]
     if len(shown) > _MOST_STAGES:
         shown = _by_kind(stages)
@@ -87,7 +87,7 @@ def _stages(stages: tuple[StageLine, ...]) -> Chart:
     return Chart(
         name="stage-times",
         title="Time by stage",
-        caption="Starts and waiting for the device are in it. A stage that was resumed took longer in all.",
+        caption="The time includes starts and waiting for the device. A stage that was resumed took longer in all.",
         svg=draw("stage-times", f"Time by stage: {listed}", 0.9 + 0.24 * len(shown), paint),
         headings=("stage", "time", "tokens"),
         rows=tuple(
@@ -111,7 +111,7 @@ def _by_kind(stages: tuple[StageLine, ...]) -> list[tuple[str, float, int | None
 
 
 def _reliability(models: tuple[ModelResult, ...], arms: tuple[str, ...]) -> tuple[Chart, ...]:
-    """Confidence against how often it is right, of the teacher and of the first seed of each arm."""
+    """Draw how often the top-1 token is right by its probability, for the teacher and the first seed of each arm."""
     shown = [one for one in models if one.reliability and (one.arm is None or one == _first(models, one.arm))]
     if not shown:
         return ()
@@ -133,7 +133,7 @@ def _reliability(models: tuple[ModelResult, ...], arms: tuple[str, ...]) -> tupl
         title="Reliability",
         caption="Tokens are put into 15 bins by the probability of the model's top-1 token. On the dotted line a model "
         "is right as often as it claims; below it, it claims too much. ECE is the mean distance from the line, each "
-        "bin weighted by its tokens. An arm stands with its first seed.",
+        "bin weighted by its tokens. Each arm is shown with its first seed.",
         svg=draw("reliability", f"Reliability of the models' top-1 tokens: {listed}", 3.4, paint),
         headings=("model", "tokens in the bin", "probability", "right"),
         rows=tuple(

@@ -1,4 +1,4 @@
-"""What teacher and students wrote after the same beginnings, side by side on the page."""
+"""Selects the text samples of the page: continuations of the same beginnings by the teacher and by students."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from capgap.schemas.results import EvalResults
 
 @dataclass(frozen=True)
 class ShownSample:
-    """One beginning, and each continuation with who wrote it; the text's own comes first."""
+    """One beginning of a held-out text with its continuations.
+
+    Attributes:
+        prompt: The beginning.
+        continuations: Pairs of author and text; the first is the continuation in the held-out text itself.
+    """
 
     prompt: str
     continuations: tuple[tuple[str, str], ...]
 
 
 def shown_samples(results: EvalResults) -> tuple[ShownSample, ...]:
-    """The teacher's and, of each arm, its first seed's; `results.json` has all of them."""
+    """Return the samples of the teacher and of the first seed of each arm; `results.json` holds those of all seeds."""
     models = [model for model in results.models if model.arm is None or model == results.of_arm(model.arm)[0]]
     return tuple(
         ShownSample(

@@ -1,4 +1,4 @@
-"""The report stage: `report.json`, `table.txt`, `report.html` and, apart from it, `published.html`."""
+"""The report stage, which writes `report.json`, `table.txt`, `report.html` and `published.html`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TABLE_NAME = "table.txt"
 
 
 def run(context: StageContext) -> StageResult:
-    """Write what the run found, for programs, for a terminal and for a browser."""
+    """Write the results of the run as JSON for programs, as text for a terminal and as HTML pages for a browser."""
     begin_phase("reads what the other stages wrote")
     report = gather(context)
     begin_phase("draws the charts")

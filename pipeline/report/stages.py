@@ -1,4 +1,4 @@
-"""What each stage did: tokens, time, throughput and the devices' share of it, as a table of the page."""
+"""The page's table of stages: tokens, time, throughput and device hours of each stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STAGE_HEADINGS = ("stage", "time", "tokens", "tokens/s", "step tokens/s", "devic
 
 
 def stage_line(stage: StageInput, run: RunFile) -> StageLine:
-    """The line of a finished stage."""
+    """Collect the facts of a finished stage from its manifest and its metrics."""
     manifest = stage.manifest
     return StageLine(
         instance=manifest.instance,
@@ -33,7 +33,7 @@ def stage_line(stage: StageInput, run: RunFile) -> StageLine:
 
 
 def stage_row(line: StageLine) -> tuple[str, ...]:
-    """Text, one cell a heading."""
+    """Format the facts of a stage as one text for each of `STAGE_HEADINGS`."""
     return (
         line.instance,
         duration(line.wall_s),
@@ -47,13 +47,13 @@ def stage_row(line: StageLine) -> tuple[str, ...]:
 
 
 def total_line(lines: tuple[StageLine, ...]) -> str:
-    """What all stages took together."""
+    """Return a sentence with the time and the device hours of all stages together."""
     wall_s, device_s = sum(line.wall_s for line in lines), sum(line.device_s for line in lines)
-    return f"all stages: {duration(wall_s)}, of which {_hours(device_s)} device hours with a model on a device"
+    return f"all stages: {duration(wall_s)}, with {_hours(device_s)} device hours of models on devices"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as `3.2 s`, `12 min 5 s` or `2 h 3 min`."""
+    """Format a number of seconds as `3.2 s`, `12 min 5 s` or `2 h 3 min`."""
     if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -78,7 +78,7 @@ def _product(first: object, second: object) -> int | None:
 
 
 def _of_steps(metrics: Path) -> float | None:
-    """Median of what the training's steps reached."""
+    """Return the median throughput of a training's logged steps in tokens/s; None where it logged none."""
     if not metrics.is_file():
         return None
     with metrics.open(newline="") as file:
@@ -94,7 +94,7 @@ def _num_devices(manifest: Manifest, run: RunFile) -> int:
     if stage == "cache":
         return run.cache.num_devices * run.cache.replicas
     if stage == "generate" and run.rounds is not None:
-        # a student writes on one device of each replica
+        # in a round, the student writes on one device of each replica; only the teacher is spread over several
         return run.rounds.replicas * (run.rounds.tensor_parallel if rest[0].startswith("round-") else 1)
     if stage == "train":
         return run.train_settings(rest[0]).num_devices

@@ -1,4 +1,4 @@
-"""`report.json`: everything that the page shows, as records."""
+"""The records of `report.json`, which hold everything that the page shows."""
 
 from __future__ import annotations
 
@@ -17,93 +17,94 @@ REPORT_NAME = "report.json"
 
 
 class Measure(Record):
-    """A number of the final table."""
+    """A number of the final table, with its deviation over seeds."""
 
     mean: float
-    """Over the seeds."""
+    """Mean over the seeds."""
 
     sd: float | None
-    """Standard deviation over the seeds, with their number less one below the line; None for a single seed."""
+    """Sample standard deviation over the seeds, with n - 1 as the divisor; None for a single seed."""
 
 
 class Row(Record):
-    """The teacher, or one arm."""
+    """A row of the final table: the teacher, or one arm."""
 
     name: str
     """`teacher`, or the arm."""
 
     num_seeds: int
-    """Students behind the means."""
+    """Number of models whose mean the row shows."""
 
     num_parameters: int
-    """Parameters of one model."""
+    """Number of parameters of one model."""
 
     loss: Measure
-    """Nats per held-out token."""
+    """Held-out loss, nats/token."""
 
     bits_per_byte: Measure
-    """The same per byte of text."""
+    """Held-out loss in bits per byte of text."""
 
     kl: Measure | None
-    """KL(teacher || student), nats/token; None for the teacher, like the next two."""
+    """KL(teacher || student), nats/token; None for the teacher, and where the teacher was not measured."""
 
     top1: Measure | None
-    """Share of positions with the teacher's most probable token."""
+    """Share of positions at which the student's most probable token is the teacher's; None where `kl` is None."""
 
     acceptance: Measure | None
-    """Expected share of drafts that speculative decoding accepts."""
+    """Expected share of draft tokens that speculative decoding accepts; None where `kl` is None."""
 
     ece: Measure | None
     """Expected calibration error; None where it was not measured."""
 
 
 class SeedGain(Record):
-    """One seed of a gain."""
+    """The gain of an arm on its baseline at one seed."""
 
     seed: int
     """The seed of both arms."""
 
     difference: float
-    """Loss of the baseline minus loss of the arm."""
+    """Loss of the baseline minus loss of the arm, nats/token."""
 
     interval: Interval
-    """Over the choice of held-out sequences."""
+    """95 % interval over the choice of held-out sequences."""
 
 
 class Gain(Record):
-    """What an arm gains on an arm of cross-entropy alone, paired by seed and by sequence."""
+    """The gain of a distilled arm on an arm of cross-entropy alone, paired by seed and by sequence."""
 
     arm: str
-    """The arm."""
+    """Name of the distilled arm."""
 
     baseline: str
-    """The arm of alpha 0."""
+    """Name of the arm of cross-entropy alone (alpha 0)."""
 
     difference: float
-    """Loss of the baseline minus loss of the arm, mean over seeds: positive is good."""
+    """Loss of the baseline minus loss of the arm, mean over seeds, nats/token: positive where distillation helped."""
 
     interval: Interval
-    """Over seeds where there are several, else over held-out sequences."""
+    """95 % interval of the difference, over seeds where there are several, else over held-out sequences."""
 
     seeds: tuple[SeedGain, ...]
-    """By seed."""
+    """The gain at each seed."""
 
 
 class Score(Record):
-    """A model, or the seeds of an arm, on one benchmark."""
+    """The score of a model, or of all seeds of an arm, on one benchmark."""
 
     mean: float
-    """Over the seeds."""
+    """Mean over the seeds."""
 
     error: float | None
-    """Standard deviation over the seeds; of a single model the standard error over examples, where lm-eval has one."""
+    """Standard deviation over the seeds. For a single model it is lm-eval's standard error over examples, or None where
+    lm-eval gives none."""
 
 
 class BenchmarkLine(Record):
-    """One benchmark."""
+    """One line of the table of benchmarks: the scores of all models on one task."""
 
     task: str
-    """As the run file names it, or as lm-eval does where that is a tag."""
+    """Name of the task in the run file, or lm-eval's own name where the run file names a tag of several tasks."""
 
     metric: str
     """The metric, as lm-eval names it."""
@@ -112,130 +113,130 @@ class BenchmarkLine(Record):
     """Solved examples before each question; None for a mean, and for a group whose tasks differ."""
 
     chance: float | None
-    """What guessing gives; None where it is not known."""
+    """Expected score of random guessing; None where it is not known."""
 
     scores: dict[str, Score]
-    """By model: the teacher where it was measured, then the arms."""
+    """Scores by model: the teacher where it was measured, then the arms."""
 
 
 class Benchmarks(Record):
     """The table of benchmarks."""
 
     lines: tuple[BenchmarkLine, ...]
-    """In the order of the run file; means of presets last."""
+    """The tasks in the order of the run file, then the means of presets."""
 
     notes: tuple[str, ...]
-    """What they were measured with, and whether in full."""
+    """Sentences on how the tasks were measured, and whether on all of their examples."""
 
 
 class Table(Record):
     """The final table."""
 
     rows: tuple[Row, ...]
-    """The teacher, then the arms."""
+    """The teacher where it was measured, then the arms."""
 
     lines: tuple[str, ...]
-    """Facts below the table."""
+    """Lines with further facts, shown below the table."""
 
     verdicts: tuple[str, ...]
-    """One sentence for each gain."""
+    """One sentence for each gain, or the reason why there is none."""
 
     benchmarks: Benchmarks | None = None
-    """None where the run file asks for none."""
+    """The table of benchmarks; None where the run file asks for none."""
 
 
 class CacheSummary(Record):
-    """The cache and its cost."""
+    """The cache and its size."""
 
     facts: CacheFacts
-    """As the cache stage handed them on."""
+    """Facts from the cache's manifest."""
 
     num_bytes: dict[RecordingName, int]
     """Bytes of each recording's shard files."""
 
     num_tokens: int
-    """Targets in each of them."""
+    """Number of targets in each recording."""
 
     num_shards: int
-    """Shard files of each."""
+    """Number of shard files of each recording."""
 
     def bytes_per_token(self, recording: RecordingName) -> float:
-        """What a kept distribution costs on disk, tokens and masks included."""
+        """Return the bytes on disk for each target of a recording, tokens and masks included."""
         return self.num_bytes[recording] / self.num_tokens
 
 
 class Series(Record):
-    """What a training logged under one name."""
+    """The values that a training logged under one name."""
 
     tokens: tuple[int, ...]
-    """Training targets seen so far."""
+    """Number of training targets seen before each value was logged."""
 
     values: tuple[float, ...]
-    """One for each."""
+    """The logged values, one for each of `tokens`."""
 
 
 class WonBack(Record):
-    """What an arm wins back of the gap between a rounded student and the teacher."""
+    """The share of the gap between a rounded student and the teacher that the training of an arm closes."""
 
     arm: str
-    """The arm."""
+    """Name of the arm."""
 
     loss: float | None
-    """Share of the gap in loss, mean over seeds; None where there is no gap."""
+    """Share of the gap in loss that is closed, mean over seeds; None where there is no gap."""
 
     kl: float | None
-    """Share of the KL to the teacher, likewise."""
+    """Share of the rounded student's KL to the teacher that is removed, mean over seeds; None where it is unknown."""
 
 
 class LowBit(Record):
-    """Students of few bits."""
+    """Size and quality of students with quantised weights."""
 
     format: str
-    """As the run file names it."""
+    """Name of the format in the run file."""
 
     layers: str
-    """What is quantised, in words."""
+    """The quantised layers, in words."""
 
     bits_per_weight: float
-    """Of what is quantised, with the scales of its groups."""
+    """Bits of each quantised weight, with its share of the scale of its group."""
 
     num_bytes: int
-    """The weights of one student's folder `model`."""
+    """Bytes of the weights in the folder `model` of one student."""
 
     num_bytes_in_16_bits: int
-    """What its parameters would take so."""
+    """Bytes that the parameters of one student would take in 16 bits each."""
 
     baseline: str | None
     """The arm that is rounded and trained on nothing (`max_tokens: 0`); None where there is none."""
 
     won_back: tuple[WonBack, ...]
-    """By arm; empty without a baseline, or where the teacher was not measured."""
+    """The share that each arm wins back; empty without a baseline, or where the teacher was not measured."""
 
 
 class TrainingCurve(Record):
-    """Held-out loss in the course of a training."""
+    """The held-out loss during a training, with the other values that it logged."""
 
     name: str
-    """Instance that was trained."""
+    """Name of the instance that trained."""
 
     arm: str | None
-    """None for the teacher."""
+    """The arm; None for the teacher."""
 
     seed: int | None
-    """None for the teacher."""
+    """The seed; None for the teacher."""
 
     tokens: tuple[int, ...]
-    """Training targets seen so far."""
+    """Number of training targets seen before each loss was measured."""
 
     losses: tuple[float, ...]
-    """Nats/token on the training's own validation sequences."""
+    """Losses on the training's own validation sequences, nats/token."""
 
     measures: dict[str, Series]
-    """What else it logged, by the names of metrics.csv, thinned out."""
+    """Other logged values by their columns in metrics.csv, thinned out in long trainings."""
 
 
 class RoundLine(Record):
-    """One round of an arm and seed: its text, and what was learnt from it."""
+    """One round of an arm and seed: its text, and the training on that text."""
 
     arm: str
     """The arm."""
@@ -244,28 +245,28 @@ class RoundLine(Record):
     """The seed."""
 
     round: int
-    """Counted from 0: rounds that the writer had learnt from, where it is the student."""
+    """Number of the round, from 0. A student that writes was trained in so many rounds."""
 
     is_trained: bool
-    """Whether the text was learnt from; the final student's is measured alone."""
+    """Whether a student was trained on the text; the text of the final student is only measured."""
 
     writer: Writer
-    """Who wrote the text."""
+    """The model that wrote the text."""
 
     num_answers: int
-    """Answers in it; of the final student's text, held-out ones."""
+    """Number of answers in the text; for the final student, of held-out answers."""
 
     mean_tokens: float
-    """Tokens an answer."""
+    """Mean number of tokens of an answer."""
 
     cut_off: float
-    """Share of answers that had not ended."""
+    """Share of answers that were cut off before their end."""
 
     repetition: float
-    """Mean share of an answer's runs of four tokens that stood in it before."""
+    """Mean share of an answer's runs of four tokens that occur earlier in the same answer."""
 
     entropy: float
-    """Mean of minus the writer's logprob of what it sampled, nats/token."""
+    """Mean of minus the writer's logprob of the tokens that it sampled, nats/token."""
 
     writer_kl: float | None
     """KL(writer || teacher) on the text, nats/token; None where sampling was not at temperature 1 and from all ids."""
@@ -277,72 +278,74 @@ class RoundLine(Record):
     """Tokens that the teacher had written or scored for this arm and seed before this round."""
 
     teacher_tokens: int
-    """With those of this round."""
+    """Tokens that the teacher had written or scored for this arm and seed after this round."""
 
     learnt: float | None
-    """Distance to the teacher on the text's held-out answers after the round's training minus before, nats/token: KL
-    for `topk`, for `sampled` the cross-entropy with the teacher's samples, which differs by as much."""
+    """Distance to the teacher on the text's held-out answers after the round's training minus before it, nats/token.
+    The distance is the KL for a `topk` cache. For a `sampled` cache it is the cross-entropy with the teacher's samples,
+    which changes by as much. None where it was not measured."""
 
     staleness: dict[str, float] | None = None
-    """Of text that a student wrote: the ratios of the trained student's probability to the writer's, on its held-out
-    answers, by their columns in metrics.csv."""
+    """Ratios of the trained student's probability to the writer's on the text's held-out answers, by their columns in
+    metrics.csv; None where no student wrote the text."""
 
 
 class StageLine(Record):
     """One finished stage."""
 
     instance: str
-    """Stage, arm and seed."""
+    """Name of the instance: stage, arm and seed."""
 
     identity: str
     """The identity in its manifest."""
 
     content: str
-    """Digest of its files' digests."""
+    """The content in its manifest, a digest of its files' digests."""
 
     wall_s: float
-    """Seconds of all its processes together."""
+    """Seconds that all processes of the stage took together."""
 
     num_tokens: int | None
     """Tokens that it packed, scored, trained on or measured; None where it did none of these."""
 
     steps_tokens_per_s: float | None
-    """Throughput of a training, median over its logged steps: without the start, and right where it was resumed."""
+    """Median throughput of a training over its logged steps, tokens/s. Unlike `tokens_per_s` it leaves out starts, and
+    is right where a training was resumed. None where the stage logged no steps."""
 
     num_devices: int
-    """Devices that held its model, as the run file now has it; 0 for a stage without one."""
+    """Number of devices that held its model by the present run file; 0 for a stage that uses no device."""
 
     versions: dict[str, str]
-    """Versions of the packages that matter."""
+    """Versions of the packages that can change the result, by name."""
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Over all of its processes, their starts included."""
+        """Throughput over the time of all processes of the stage, starts included, tokens/s; None where unknown."""
         return None if self.num_tokens is None or not self.wall_s else self.num_tokens / self.wall_s
 
     @property
     def device_s(self) -> float:
-        """Seconds of devices."""
+        """Device time of the stage: its seconds times its number of devices."""
         return self.wall_s * self.num_devices
 
 
 class Report(Record):
-    """Everything in `report.json`."""
+    """The content of `report.json`."""
 
     name: str
     """The run's name."""
 
     machine: str
-    """Where the shards were made, or where the run was measured; empty where that is not known."""
+    """Names of the machines on which the shards were scored, separated by commas; empty where they are not known."""
 
     finished: str
     """When the measurement was made, in UTC."""
 
     command: tuple[str, ...]
-    """With which the run was started."""
+    """Command line that started the run; empty where it is not known."""
 
     teacher_parameters: int | None
-    """All of the teacher's; None where they are not known."""
+    """Number of all parameters of the teacher; None where it is not known."""
 
     table: Table
     """The final table."""
@@ -351,31 +354,32 @@ class Report(Record):
     """Every distilled arm against every arm of cross-entropy alone."""
 
     results: EvalResults
-    """As measured."""
+    """Results of the eval stage."""
 
     frontier: RunFrontier
-    """Compute against quality."""
+    """Compute and quality of all models."""
 
     judge: JudgeResults | None
     """The judge's ratings and comparisons; None where the run has no judge."""
 
     cache: CacheSummary
-    """The cache behind the students."""
+    """The cache that the students learned from."""
 
     fidelity: Fidelity | None
-    """What it keeps of the teacher, on a small sample; None where its shards were not at hand."""
+    """How much of the teacher's distributions the cache keeps, measured on a small sample; None where the shards could
+    not be read or hold chunks."""
 
     curves: tuple[TrainingCurve, ...]
-    """The teacher's, if it was trained here, and the students'."""
+    """Curves of the students' trainings, and of the teacher's where it was trained in this run."""
 
     low_bit: LowBit | None = None
-    """None where the students are not quantised."""
+    """Facts on quantised students; None where the students are not quantised."""
 
     rounds: tuple[RoundLine, ...] = ()
-    """Round by round; empty for a run without rounds."""
+    """One line for each round; empty for a run without rounds."""
 
     stages: tuple[StageLine, ...]
-    """In the order of the run."""
+    """One line for each finished stage, in the order of the run."""
 
     settings: dict[str, Any]
     """The run file's settings that decide the result."""

@@ -1,4 +1,4 @@
-"""The final table, shared by the page, `table.txt` and the terminal."""
+"""Builds and prints the final table, which the page, `table.txt` and the terminal show."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ _TEXT_WIDTH = 400
 
 
 def print_table(results_folder: Path, console: Console) -> None:
-    """Print the table of a finished report stage; where the console is too narrow, without calibration and deviations.
+    """Print the table of a finished report stage.
+
+    Where the console is too narrow, calibration errors and standard deviations are left out.
 
     Args:
-        results_folder: the report stage's folder; it holds `report.json`.
-        console: where to.
+        results_folder: Folder of the report stage, which holds `report.json`.
+        console: Console to print to.
 
     Raises:
-        InputError: there is no report in the folder, or it cannot be read.
+        InputError: The folder holds no report, or the report cannot be read.
     """
     path = results_folder / REPORT_NAME
     try:
@@ -49,14 +51,14 @@ def print_table(results_folder: Path, console: Console) -> None:
 
 
 def table_text(table: Table) -> str:
-    """The table as plain text that is also Markdown."""
+    """Format the table as plain text that is also valid Markdown."""
     buffer = io.StringIO()
     _print(table, Console(file=buffer, width=_TEXT_WIDTH, color_system=None, force_terminal=False), box.MARKDOWN)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n") + "\n"
 
 
 def build_rows(results: EvalResults) -> tuple[Row, ...]:
-    """The teacher's row, if it was measured, and one row for every arm, means over its seeds."""
+    """Return the teacher's row, if it was measured, and one row for every arm with the means over its seeds."""
     teacher = () if results.teacher is None else (_row(TEACHER, (results.teacher,)),)
     return *teacher, *(_row(arm, results.of_arm(arm)) for arm in results.arms)
 
@@ -65,7 +67,7 @@ _NUMBERS: dict[RecordingName, str] = {"sampled": ", n = {}", "topk": ", k = {}",
 
 
 def cache_line(cache: CacheSummary) -> str:
-    """What the cache costs."""
+    """Return the line on the size of the cache: bytes for each token by recording, and the number of tokens."""
     costs = (
         f"{cache.bytes_per_token(name):.1f} bytes per token (recording {name}{_NUMBERS[name].format(facts.num_ids)})"
         for name, facts in sorted(cache.facts.recordings.items())
@@ -74,7 +76,7 @@ def cache_line(cache: CacheSummary) -> str:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """The row as text, one cell a heading."""
+    """Format a row as one text for each of `HEADINGS`."""
     return (
         row.name if row.num_seeds == 1 else f"{row.name} ({row.num_seeds} seeds)",
         human_count(row.num_parameters),
@@ -160,7 +162,7 @@ def _rich_table(headings: Iterable[str], rows: Iterable[Iterable[str]], style: b
 
 
 def _without_seeds(row: Row) -> Row:
-    """The row as it stands in a narrow terminal: means alone."""
+    """Return the row for a narrow terminal, with means only."""
     measures = ("loss", "bits_per_byte", "kl", "top1", "acceptance")
     means = {name: value.model_copy(update={"sd": None}) for name in measures if (value := getattr(row, name))}
     return row.model_copy(update={"num_seeds": 1, **means})

@@ -1,4 +1,4 @@
-"""What each training logged over its course, as small charts: nearness, loss, throughput, gradient and waiting."""
+"""Small charts of what each training logged: nearness to the teacher, loss, throughput, gradient norm and waiting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from capgap.pipeline.pages.svg import draw
 from capgap.pipeline.report.charts import arm_look, title_of
 from capgap.pipeline.report.summary import TrainingCurve
 
-# column of metrics.csv: title, label of the axis, what a reader must know
+# by column of metrics.csv: title, label of the axis, caption
 MEASURES: dict[str, tuple[str, str, str]] = {
     "heldout_kl": (
         "KL to the teacher, in training",
@@ -20,20 +20,20 @@ MEASURES: dict[str, tuple[str, str, str]] = {
     "heldout_teacher_ce": (
         "Nearness to the teacher, in training",
         "cross-entropy with\nsamples, nats/token",
-        "Cross-entropy with the teacher's samples on held-out sequences of the cache: what two arms differ by is the "
-        "difference of their KLs.",
+        "Cross-entropy with the teacher's samples on held-out sequences of the cache. Two arms differ in it by as much "
+        "as in their KLs.",
     ),
     "train_ce": (
         "Training loss",
         "cross-entropy, nats/token",
-        "Cross-entropy with the training text, which all arms have, whatever they learn from.",
+        "Cross-entropy with the training text. It is logged for every arm, whatever its loss is.",
     ),
-    "tokens_per_s": ("Throughput", "tokens/s", "Of logged steps; measurements of held-out text are not counted."),
-    "gradient_norm": ("Gradient norm", "norm before clipping", "Mean since the logged step before."),
+    "tokens_per_s": ("Throughput", "tokens/s", "Of the logged steps, without measurements of held-out text."),
+    "gradient_norm": ("Gradient norm", "norm before clipping", "Mean over the steps since the previous logged step."),
     "data_wait_fraction": (
         "Waiting for data",
         "share of the time",
-        "The share of the time in which the loader was waited for. Near zero, the device is what limits the training.",
+        "Share of the time that the training waits for the loader. Near zero, the device is what limits the training.",
     ),
 }
 
@@ -41,7 +41,7 @@ _MOST_ROWS = 40
 
 
 def training_charts(curves: tuple[TrainingCurve, ...], arms: tuple[str, ...]) -> tuple[Chart, ...]:
-    """One chart for each measure that any student's training has."""
+    """Draw one chart for each measure that at least one student's training has logged."""
     students = tuple(curve for curve in curves if curve.arm is not None)
     return tuple(
         _chart(name, tuple(curve for curve in students if name in curve.measures), arms)
@@ -85,7 +85,7 @@ def _chart(name: str, curves: tuple[TrainingCurve, ...], arms: tuple[str, ...]) 
 
 
 def _rows(name: str, curves: tuple[TrainingCurve, ...]) -> tuple[tuple[str, ...], ...]:
-    """A row for each logged number of tokens; of many, evenly chosen ones and the last."""
+    """Return one row for each logged number of tokens; of long trainings, about 40 evenly chosen rows and the last."""
     columns = [dict(zip(one.measures[name].tokens, one.measures[name].values, strict=True)) for one in curves]
     every = sorted({tokens for column in columns for tokens in column})
     step = -(-len(every) // _MOST_ROWS)

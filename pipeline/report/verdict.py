@@ -1,4 +1,4 @@
-"""A sentence on whether distillation helped, which claims no more than the interval allows."""
+"""States in one sentence whether distillation helped, with no claim beyond what the interval allows."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from capgap.schemas.results import EvalResults, Interval, PairedDifference, Seed
 
 
 def gains(results: EvalResults, alphas: Mapping[str, float]) -> tuple[Gain, ...]:
-    """Every arm with a share of distillation against every arm of cross-entropy alone.
+    """Compare every arm that is distilled with every arm that is trained with cross-entropy alone.
 
     Args:
-        results: of the eval stage.
-        alphas: largest weight of the KL in any step, by arm; 0 is cross-entropy alone.
+        results: Results of the eval stage.
+        alphas: Largest weight of the KL in any step, by arm; 0 means cross-entropy alone.
     """
     distilled = [arm for arm in results.arms if alphas[arm] > 0]
     baselines = [arm for arm in results.arms if alphas[arm] == 0]
@@ -22,7 +22,7 @@ def gains(results: EvalResults, alphas: Mapping[str, float]) -> tuple[Gain, ...]
 
 
 def verdict(gain: Gain, num_sequences: int) -> str:
-    """The sentence on a gain, measured on `num_sequences` held-out sequences."""
+    """Return the sentence on a gain that was measured on `num_sequences` held-out sequences."""
     size = f"{abs(gain.difference):.4f} nats/token"
     if gain.interval.low > 0:
         claim = f"{gain.arm} beats {gain.baseline} by {size}"
@@ -38,7 +38,7 @@ def verdict(gain: Gain, num_sequences: int) -> str:
 
 
 def no_verdict(results: EvalResults, alphas: Mapping[str, float]) -> str:
-    """The sentence for a run without anything to compare."""
+    """Return the sentence for a run in which no distilled arm can be compared with an arm of cross-entropy."""
     if all(alphas[arm] > 0 for arm in results.arms):
         return "no arm has alpha 0, so distillation is not compared with cross-entropy alone"
     return "no arm is distilled (alpha above 0), so there is nothing to compare"
@@ -59,7 +59,7 @@ def _gain(results: EvalResults, arm: str, baseline: str) -> Gain | None:
 
 
 def _oriented(found: PairedDifference | SeedsDifference, baseline: str) -> tuple[float, Interval]:
-    """The difference as the baseline's loss minus the arm's."""
+    """Return the difference and its interval with the sign of the baseline's loss minus the arm's loss."""
     if found.first == baseline:
         return found.difference, found.interval
     return -found.difference, _negated(found.interval)

@@ -63,14 +63,14 @@ def test_a_fit_says_when_the_student_lies_outside_of_it_and_its_interval_widens(
     assert advise(3_000_000_000, 3_000_000_000, TEACHERS, fit).verdict.startswith("the fit does not apply: the student")
     assert advise(3_000_000_000, 126_000_000_000, TEACHERS).verdict.startswith("no fit of your own")
     published = advise(3_000, 126_000_000_000, TEACHERS).answers[1].outside
-    assert published[0] == "the student is 47,700 x smaller than the least that was measured (143M)"
+    assert published[0] == "the student is 47,700 x smaller than the smallest that was measured (143M)"
 
 
 def test_a_law_names_no_size_for_a_student_a_thousand_times_as_large(fit: LawFit) -> None:
     largest = max(curve.student_size for curve in fit.curves)
     near, far = (advise(factor * largest, 10**9, TEACHERS, fit).answers[0] for factor in (9, 1000))
     assert near.best_size is not None and far.best_size is None and far.interval is None and far.choice is None
-    assert far.summary == "no answer for a student so far from those that were measured, by a factor over 10"
+    assert far.summary == "no answer: the student is outside the measured sizes by a factor of more than 10"
     assert any("the student is 1,000 x the largest" in sentence for sentence in far.outside)
 
 
@@ -84,7 +84,7 @@ def test_a_fit_without_a_law_gives_no_number_and_says_what_was_seen(tmp_path: Pa
 
 
 def test_one_teacher_twice_is_no_choice() -> None:
-    with pytest.raises(SettingError, match="each once"):
+    with pytest.raises(SettingError, match="each only once"):
         advise(3_000_000_000, 126_000_000_000, [TEACHERS[0], TEACHERS[0]])
 
 

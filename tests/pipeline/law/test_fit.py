@@ -140,7 +140,7 @@ def test_a_pruned_curve_says_what_else_changes_with_the_teacher(tmp_path: Path) 
         pruned = {"init": "pruned", "init_source": one.name}
         runs += [run(student, tutor, seed, 4.0 + seed, **pruned) for tutor in (None, one) for seed in (0, 1)]
     (curve,) = fitted(tmp_path, runs).curves
-    assert "not one of the choice of teacher alone" in curve.notes[0]
+    assert "does not show the choice of teacher alone" in curve.notes[0]
     assert curve.supervised_loss is None
 
 

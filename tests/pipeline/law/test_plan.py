@@ -118,7 +118,7 @@ def test_hours_that_nothing_supports_are_left_out_and_it_is_said_what_to_give(va
     assert plan.hours.value is None and "--device-peak-tflops" in plan.hours.source
     assert any("--start-s" in note for note in plan.notes)
     unknown = require_limits(LawGrid.model_validate(values | {"max_hours": 1}), plan)
-    assert len(unknown) == 1 and unknown[0].startswith("max_hours cannot be held against the grid")
+    assert len(unknown) == 1 and unknown[0].startswith("max_hours cannot be checked")
 
 
 def test_hours_follow_from_a_peak_and_are_shared_by_the_workers(values: dict[str, Any]) -> None:
@@ -135,6 +135,6 @@ def test_hours_follow_from_a_peak_and_are_shared_by_the_workers(values: dict[str
 def test_a_grid_beyond_a_limit_is_refused_with_its_sum(values: dict[str, Any], limit: str, sum_of: str) -> None:
     grid = LawGrid.model_validate(values | {limit: 1e-6})
     plan = plan_grid(grid, Stated(device_peak_tflops=0.001, mfu=0.5), num_workers=1)
-    with pytest.raises(SettingError, match=f"{limit}: the grid is planned to take more; found .*{sum_of}"):
+    with pytest.raises(SettingError, match=f"{limit}: the plan of the grid exceeds the limit; found .*{sum_of}"):
         require_limits(grid, plan)
     assert require_limits(LawGrid.model_validate(values | {limit: 1e6}), plan) == ()

@@ -26,7 +26,7 @@ def test_what_few_bits_take_and_what_is_won_back_stand_below_the_table(tmp_path,
         "students in mxfp4: 4.25 bits a weight in linear layers and head; the weights that are served take 0.7 MB, and "
         "2.5 MB in 16 bits" in shown
     )
-    assert "won back of the gap between ptq, rounded alone, and the teacher: qat 20" in shown
+    assert "won back of the gap between ptq, only rounded, and the teacher: qat 20" in shown
     assert "won back of the gap between ptq" in render_page(report)
 
 

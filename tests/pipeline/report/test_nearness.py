@@ -62,7 +62,7 @@ def test_a_teacher_that_was_not_at_hand_is_missing_from_the_table_and_said(repor
         update={"models": report.results.models[1:], "teacher_missing": "eval.teacher is cache"}
     )
     (said,) = nearness_lines(results)
-    assert said == "note: the teacher itself was not measured (eval.teacher is cache), nor KL, top-1, acceptance"
+    assert said == "note: the teacher was not measured (eval.teacher is cache): no KL, top-1 and acceptance"
     assert results.teacher is None
 
 
@@ -70,8 +70,8 @@ def test_drafts_have_a_line_each(report) -> None:
     found = Drafted(num_speculative_tokens=3, num_drafts=100, num_accepted_by_place=(70, 40, 10), engine="vllm 1.2")
     lines = nearness_lines(_with_students(report.results, drafted=found))
     assert lines[1] == (
-        "drafts for the teacher in vllm 1.2: distilled, seed 0 has 70.0 % of first tokens accepted (foretold on "
-        "held-out text 72.0 %), 2.20 tokens for each pass of the teacher at 3 drafted"
+        "drafts for the teacher in vllm 1.2: distilled, seed 0 has 70.0 % of first tokens accepted (predicted "
+        "from held-out text: 72.0 %), 2.20 tokens for each pass of the teacher at 3 drafted"
     )
 
 
@@ -98,4 +98,4 @@ def test_calibration_has_a_column(tmp_path, make_context) -> None:
 
 def test_a_cache_whose_shards_are_gone_costs_the_report_a_line(tmp_path, make_context, caplog) -> None:
     assert gather(make_context(tmp_path, {"distilled": [3.4]})).fidelity is None
-    assert "what the cache keeps is left out" in caplog.text
+    assert "the fidelity of the cache is left out" in caplog.text

@@ -101,7 +101,7 @@ def test_stages_are_listed_with_identity_time_and_their_own_versions(page):
     assert row[1:6] == ["1 min 15 s", "2,000,000", "26,667", "1,500", "0.0208"]
     assert all(re.fullmatch(r"[0-9a-f]{12}", digest) for digest in row[6:])
     # all but corpus and eval's report hold a device: teacher, cache, two students, six trainings and eval
-    assert any(text.startswith("all stages: 15 min 0 s, of which 0.2292 device hours") for text in texts)
+    assert any(text.startswith("all stages: 15 min 0 s, with 0.2292 device hours") for text in texts)
     assert any(text.endswith("All stages: python 3.11.2, torch 2.13.0.") for text in texts)
 
 
