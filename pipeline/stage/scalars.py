@@ -1,4 +1,4 @@
-"""Names of what is measured over a stage's course: one table for metrics.csv, TensorBoard and every other logger.
+"""Names of the values that a stage logs as it runs: one table for metrics.csv, TensorBoard and every other logger.
 
     teacher, train, tune: rows of metrics.csv and scalars of the training's loggers
     cache, eval:          scalars of TensorBoard, in the stage's folder `logs`
@@ -54,22 +54,23 @@ EVAL_SCALARS = {name: TRAINING_SCALARS[name] for name in ("validation_loss", "he
 
 
 class ScalarFile:
-    """A run of TensorBoard, of a stage that is no training: each call is on disk when it returns.
+    """A TensorBoard run of a stage that is no training; each call is on disk when it returns.
 
-    A figure that cannot be written is not the stage's trouble: the disk may be full, and the stage will say so.
+    A value that cannot be written does not stop the stage: if the disk is full, the stage reports that itself.
 
     Args:
-        folder: of the run; files of earlier processes in it are gone on with.
-        known: the table that names are of.
+        folder: Folder of the run; files of earlier processes in it are continued.
+        known: Table that the names must be in.
     """
 
     def __init__(self, folder: Path, known: dict[str, str]) -> None:
         self._known = known
-        # how TensorBoard knows them
+        # TensorBoard recognizes its files by this name
         self._path = folder / f"events.out.tfevents.{time.time_ns()}.{os.uname().nodename}.{os.getpid()}"
 
     def add(self, step: int, values: dict[str, float | None]) -> None:
-        """Figures at a step, by their names; those that are None are left out."""
+        """Write values at a step, by their names; values that are None are left out."""
+        # imported here, because code that only looks at a run needs the names alone
         # imported here: whoever looks at a run needs the names alone
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
