@@ -120,9 +120,9 @@ def device_identity(device: str) -> str:
         raise MachineError(
             "too few devices",
             where=f"CUDA_VISIBLE_DEVICES: {'not set' if setting is None else setting}",
-            found=f"{len(names)} that CUDA shows",
+            found=f"{len(names)} visible to CUDA",
             expected=f"at least {number + 1}",
-            fix="lower cache.tensor_parallel or train.num_devices, or show more",
+            fix="lower cache.tensor_parallel or train.num_devices, or make more devices visible",
         )
     return names[number].lower().replace("/", "_")
 

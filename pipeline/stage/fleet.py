@@ -172,7 +172,7 @@ class Fleet:
                     + ("before it had started" if one is None else f"while it made this {self._unit}"),
                     where=self._setting if one is None else f"{self._unit} {one}",
                     found=why,
-                    fix=f"see the replicas' own words in {self._cluster.keep_logs()}",
+                    fix=f"see what the replicas printed in {self._cluster.keep_logs()}",
                 )
             if one is not None:
                 self._suspects.append(one)

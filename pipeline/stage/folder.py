@@ -127,7 +127,7 @@ def finish(folder: Path, manifest: Manifest) -> Manifest:
     Every file of the manifest is on the disk before the manifest is written, and the manifest is before the work folder
     is removed. Whenever the power fails, the disk holds a whole stage, or one that can be continued.
     """
-    # every quarantined shard has been made again
+    # every quarantined file has been made again
     (folder / QUARANTINE_NAME).unlink(missing_ok=True)
     _sync_files(folder, manifest)
     sealed = manifest.model_copy(update={"seal": seal_of(manifest)})

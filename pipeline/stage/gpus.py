@@ -4,7 +4,7 @@
 
 A MIG slice is a device of its own: two stages may hold two slices of one GPU. A GPU that is cut into slices is not
 listed beside them, because CUDA does not use it as a whole. The list comes from the driver's tool and not from CUDA, so
-that a process that only waits for a device takes no memory on it.
+that a process which only waits for a device does not open it.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ _BELIEVED_S = 120.0
 # three times the longest pause between two heartbeats
 _WATCHED_S = 15.0
 _CRASHED, _INTERRUPTED = 1, 130
-# After this many seconds of silence a log line names what is waited for, and after the last interval once per interval.
+# Seconds of silence after which log lines name what is waited for; later lines follow at the last of these intervals.
 _NAMED_AFTER_S = (2.0, 10.0, 30.0, 60.0)
 
 
@@ -171,8 +171,7 @@ def heartbeat(work: Path, *, shared: bool = False) -> Iterator[HeartbeatWriter]:
 
 
 def begin_phase(phase: str, device: str | None = None) -> None:
-    """Record what the stage of this process does from here on, for example `loads the teacher`; outside a stage, do
-    nothing."""
+    """Record what this process's stage, if there is one, does from here on, for example `loads the teacher`."""
     if _current is not None:
         _current.begin_phase(phase, device)
 
@@ -219,7 +218,7 @@ def require_nobody_elsewhere(work: Path) -> None:
     if not seen:
         return
     where = ", ".join(sorted({beat.machine for beat in seen}))
-    event("watching", f"{work.parent}: was at work on another machine ({where}); watching whether it still is")
+    event("watching", f"{work.parent}: another machine ({where}) worked here; watching whether it still does")
     deadline = time.monotonic() + _WATCHED_S
     while time.monotonic() < deadline:
         time.sleep(_WRITE_EVERY_S)
