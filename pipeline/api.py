@@ -112,7 +112,7 @@ class Cache:
         nodesplitter: Splitter | None = split_by_node,
         workersplitter: Splitter | None = split_by_worker,
     ) -> FluidWrapper:
-        """Return the cache's sequences as a webdataset pipeline, each once an epoch, to feed `wds.WebLoader` or mix.
+        """Return the cache's sequences as a pipeline of webdataset, each sequence once an epoch.
 
             samples = cache.webdataset(shuffle=True).shuffle(1000)
             loader = wds.WebLoader(samples.batched(8, collation_fn=capgap.collate_samples), batch_size=None)

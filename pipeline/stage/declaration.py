@@ -125,7 +125,7 @@ class Stage:
             check(run, instance, inputs)
 
     def reopen(self, folder: Path, manifest: Manifest) -> bool:
-        """Open a finished folder that has lost files again, and return False where the stage has to be made anew."""
+        """Reopen a finished folder that has lost files; return False where the stage has to be made anew."""
         reopen = getattr(self._module(), "reopen", None)
         return reopen is not None and bool(reopen(folder, manifest))
 

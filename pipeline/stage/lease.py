@@ -5,7 +5,7 @@ however that process ends. It ensures that teacher and student are never on one 
 of one stage may share a lease, because they run one model.
 
     cpu.lock   held by the stage          cpu.turn   held for a moment by a process that asks for the lease
-    cpu.json   the note: who holds it     all three are for every user of the machine, in a shared folder below /tmp
+    cpu.json   the note: who holds it     all three are in a folder that every user of the machine may write to
 """
 
 from __future__ import annotations

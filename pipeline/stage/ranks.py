@@ -28,7 +28,7 @@ class Ranks:
     """The number of this process, and how many processes there are.
 
     Attributes:
-        rank: Number of this process among those of all machines.
+        rank: Number of this process among those of all machines, counted from 0.
         world_size: Number of processes on all machines.
         local_rank: Number of this process on its machine, which is also the number of its GPU.
         local_size: Number of processes on this machine.
