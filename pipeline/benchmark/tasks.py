@@ -97,7 +97,7 @@ def load_task(settings: BenchmarkSettings, asked: Asked) -> dict[str, Any]:
             loaded: dict[str, Any] = manager.load([asked.task])
     except CapgapError:
         raise
-    except Exception as error:  # of datasets, of the hub, of whatever code a task brings
+    except Exception as error:  # raised by datasets, by the hub, or by code of the task
         raise InputError(
             f"the task {asked.task} cannot be loaded",
             where=where,

@@ -44,7 +44,7 @@ class RowTargets:
         return len(self.tail_T)
 
     @property
-    def widths_T(self) -> npt.NDArray[np.int64]:  # noqa: N802  # a field in all but name
+    def widths_T(self) -> npt.NDArray[np.int64]:  # noqa: N802  # named as the fields are
         """Number of ids of each target."""
         widths_T: npt.NDArray[np.int64] = (self.ids_TW >= 0).sum(axis=1)
         return widths_T
@@ -72,7 +72,7 @@ class CapturedRow:
         return len(self.tokens_M)
 
     @property
-    def counts_T(self) -> BoolArray:  # noqa: N802  # a field in all but name
+    def counts_T(self) -> BoolArray:  # noqa: N802  # named as the fields are
         """Whether the next token after each target counts as a label [T]."""
         assert self.targets is not None
         counts_T = np.zeros(len(self.targets), np.bool_)

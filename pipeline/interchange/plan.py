@@ -243,7 +243,7 @@ def _context(settings: ImportSettings, exports: dict[Path, ExportFacts | None]) 
                 where=path,
                 found=own,
                 expected=f"{context}, as in {first}",
-                fix="import them apart, each into a folder of its own, or set --context for those that do not say it",
+                fix="import them apart, each into a folder of its own, or set --context for files that do not state it",
             )
         where = None if exports[path] is not None else start_within(path, settings.columns)
         if where is not None:

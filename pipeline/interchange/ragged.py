@@ -36,7 +36,7 @@ class Ragged:
         return len(self.ends_R1) - 1
 
     @property
-    def sizes_R(self) -> Int64Array:  # noqa: N802  # a field in all but name
+    def sizes_R(self) -> Int64Array:  # noqa: N802  # named as the fields are
         """Number of values in each list."""
         return np.diff(self.ends_R1)
 

@@ -59,7 +59,7 @@ def kept(row: CapturedRow, top_k: int, vocab_size: int, is_ragged: bool) -> RowT
             where=f"{row.where}, target {target}",
             found=int(widths_T[target]),
             expected=f"at least {top_k}",
-            fix=f"set --profile small, which keeps of a narrow target what it has, or --top_k {least} or fewer",
+            fix=f"set --profile small, which keeps all ids of a narrow target, or --top_k {least} or fewer",
         )
     found = uniform(len(targets), top_k, vocab_size)
     is_told_T = ~is_narrow_T
@@ -111,7 +111,7 @@ def choose_top_k(rows: Iterable[CapturedRow], is_ragged: bool, exported: int, mo
             where=where,
             found=f"{narrowest}, where others have up to {widest}: {share:.0%} of all ids would be cut",
             expected="about as many in each target",
-            fix=f"set --profile small, which keeps of a narrow target what it has, or --top_k {narrowest} to cut them; "
+            fix=f"set --profile small, which keeps all ids of a narrow target, or --top_k {narrowest} to cut them; "
             + _SILENT,
         )
     if narrowest < widest:

@@ -73,7 +73,7 @@ def multiplies(device: str, dtype: str) -> bool:
     import torch
 
     asked = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[dtype]
-    # a build without oneDNN has no such question, and nothing is known of its products
+    # a build without oneDNN has no such function, and nothing is known of its products
     known = getattr(torch.ops.mkldnn, asked, None)
     return known is None or bool(known())
 

@@ -13,8 +13,8 @@ from capgap.schemas.manifest import FileEntry, Manifest, SourceEntry
 # Part of every identity: raise it when a stage's meaning changes under unchanged settings.
 _GENERATION = 1
 
-# Two runs of one training agree in every weight and differ here: one holds times, the other names folders and texts by
-# the paths at which they lay.
+# Files that differ between two runs of one training with equal weights: one holds times, the other names folders and
+# texts by their paths.
 _NOT_COMPUTED = {"metrics.csv", "model/README.md"}
 
 

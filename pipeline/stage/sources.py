@@ -36,4 +36,4 @@ def _weights_below(folder: Path) -> Iterator[Path]:
         files = [folder / name for name in names if ".." not in PurePath(name).parts]
         yield from (file for file in files if file.parent != folder and file.is_relative_to(folder) and file.is_file())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return  # whoever loads the model says what is wrong with its index
+        return  # the code that loads the model reports what is wrong with its index

@@ -22,7 +22,7 @@ _TICK_S = 0.5
 def run_in_processes(
     work: Callable[..., None], arguments: tuple[Any, ...], num_processes: int, tick: Callable[[], None], setting: str
 ) -> None:
-    """Call `work(*arguments)` in that many processes, and return when all have returned.
+    """Call `work(*arguments)` in `num_processes` processes, and return when all have returned.
 
     Args:
         work: A function at the top level of a module; it and its arguments are sent to the processes.

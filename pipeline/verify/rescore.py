@@ -116,7 +116,7 @@ def _job(folder: Path, manifest: Manifest, teacher: str | None, device: str, wan
                 "a cache of a served teacher is scored again by its server",
                 where="--teacher",
                 found=teacher,
-                expected="its address, or --engine vllm or transformers beside a folder",
+                expected="the server's address, or a folder with --engine vllm or transformers",
             )
         served_at = settings.server.model_copy(update={"base_url": teacher})
         settings = settings.model_copy(update={"server": served_at})

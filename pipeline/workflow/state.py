@@ -290,7 +290,7 @@ def _lost_files(folder: Path, manifest: Manifest, quarantined: Mapping[str, str]
             continue
         # one system call per file, because there may be many thousands
         try:
-            found = os.stat(f"{folder}/{file.path}")  # noqa: PTH116 (a path for each takes longer than the answer)
+            found = os.stat(f"{folder}/{file.path}")  # noqa: PTH116 (making a Path takes longer than the call)
         except (FileNotFoundError, NotADirectoryError):
             found = None
         if found is None or not stat.S_ISREG(found.st_mode):
