@@ -1,4 +1,4 @@
-"""The stages, one folder each, and what they stand on.
+"""The stages, one folder each, and the packages that they are built on.
 
     store/ <- stage/ <- models/ <- corpus/ teacher/ cache/ student/ train/ tune/ eval/ ...  <- stages.py: the list
                                                       <- workflow/ <- pages/ plan/ report/ law/

@@ -1,11 +1,11 @@
-"""For notebooks and training loops of one's own: a cache as torch tensors or as a WebDataset, and the student's loss.
+"""For notebooks and training loops of your own: a cache as torch tensors or as a WebDataset, and the student's loss.
 
     open_cache(folder or URL) --batches-----> Batch --DistillationLoss--> loss, and each token's KL and cross-entropy
                               --webdataset--> a pipeline of webdataset, one sequence a sample
 
-Nothing of the workflow is needed: no run file, no stage, no lease. What a run file would refuse is refused here too.
+No run file, stage or lease is needed. What a run file would refuse is refused here too.
 
-Legend: B sequences, L targets a sequence, N = B x L rows, K ids kept, V vocabulary.
+Legend: B sequences of a batch, L targets of a sequence, N = B x L rows, K kept ids, V vocabulary.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from capgap.schemas.run_train import TrainSettings
 
 @dataclass(frozen=True, repr=False)
 class Cache:
-    """A finished cache; made by `open_cache`.
+    """A finished cache, as `open_cache` returns it.
 
     Attributes:
-        location: its folder or URL.
-        manifest: what stands in it: shards, digests, versions, what it was made from.
-        facts: tokenizer, context rule, recordings, temperatures.
+        location: Folder or URL of the cache.
+        manifest: The manifest of the cache: its shards, digests and versions, and what it was made from.
+        facts: Tokenizer, context rule, recordings and temperatures of the cache.
     """
 
     location: Path | str
@@ -52,7 +52,7 @@ class Cache:
 
     @property
     def vocab_size(self) -> int:
-        """The real vocabulary of teacher and student."""
+        """Number of ids in the real vocabulary of teacher and student, without padding."""
         return self.facts.tokenizer.vocab_size
 
     def batches(
@@ -66,25 +66,27 @@ class Cache:
         num_epochs: int = 1,
         **options: Any,
     ) -> SequenceLoader:
-        """The loader of its sequences, shuffled, and resumable by `state_dict` and `load_state_dict`.
+        """Return a loader of the cache's sequences, shuffled, and resumable by `state_dict` and `load_state_dict`.
 
         Each `Batch` has `input_ids_BL` and `labels_BL` [B, L], int64, and the teacher's distribution after each of the
-        N tokens: `ids_NK` int64, `weights_NK` probabilities, float32, and for `topk` `tail_N`, the rest.
+        N tokens: `ids_NK`, int64, `weights_NK`, float32 probabilities, and for `topk` also `tail_N`, the probability of
+        all other ids.
 
         Args:
-            batch_sequences: B; over all ranks, where `rank` and `world_size` are among the options.
+            batch_sequences: B, the number of sequences of a step over all ranks; `options` may give `rank` and
+                `world_size`.
             recording: `topk` or `sampled`; needed where the cache has both.
-            temperature: of the targets; the capture's where it is left out.
-            heldout: the held-out sequences in place of those to train on.
-            seed: of the order.
-            num_epochs: passes over the data.
-            options: of `LoaderSettings`, for example `micro_batch`, `row_len`, `threads`.
+            temperature: Temperature of the targets; by default the temperature at which the cache was captured.
+            heldout: Whether to read the held-out sequences instead of the training sequences.
+            seed: Seed of the order.
+            num_epochs: Number of passes over the data.
+            options: Further fields of `LoaderSettings`, for example `micro_batch`, `row_len`, `threads`.
 
         Raises:
-            SettingError: the cache lacks the recording or the temperature, or has two recordings and none is named; an
-                option is out of bounds.
-            InputError: there are fewer sequences than a step, or no held-out ones.
-            CorruptError: a shard that is read is damaged.
+            SettingError: The cache lacks the recording or the temperature, or has two recordings and none is named; or
+                an option is out of bounds.
+            InputError: There are fewer sequences than one step needs, or no held-out sequences.
+            CorruptError: A shard is damaged; raised when it is read.
         """
         reader, target = self._chosen(recording, temperature, heldout)
         return SequenceLoader(
@@ -110,51 +112,54 @@ class Cache:
         nodesplitter: Splitter | None = split_by_node,
         workersplitter: Splitter | None = split_by_worker,
     ) -> FluidWrapper:
-        """Its sequences as a pipeline of webdataset, each once an epoch, for `wds.WebLoader` and beside other sources.
+        """Return the cache's sequences as a pipeline of webdataset, each sequence once an epoch.
 
             samples = cache.webdataset(shuffle=True).shuffle(1000)
             loader = wds.WebLoader(samples.batched(8, collation_fn=capgap.collate_samples), batch_size=None)
 
-        A sample is a dictionary of numpy arrays, for L targets and K ids, the samples or the kept ids a token:
+        A sample is a dictionary of numpy arrays, for L targets of K ids each (the samples, or the kept ids):
 
         | key | shape and dtype | holds |
         |---|---|---|
-        | `__key__` | str | member of the shard and number in it, `sampled-000000-0002-0001` |
+        | `__key__` | str | name of the member and number in it, for example `sampled-000000-0002-0001` |
         | `__url__` | str | path or URL of the shard |
         | `tokens` | [L + 1] int64 | the sequence |
         | `starts` | [L + 1] bool | where a document begins |
         | `mask` | [L + 1] bool | where a token counts as a label; position 0 is never one |
-        | `positions` | [L] int64 | of each token in its document; only in a cache of the context rule `document` |
+        | `positions` | [L] int64 | position of each token in its document; only under the context rule `document` |
         | `ids` | [L, K] int64 | target i belongs to the token at i + 1; padding has weight 0 |
         | `weights` | [L, K] float32 | probabilities of the ids, at the temperature asked for |
         | `tail` | [L] float32 | probability of all other ids; only of the recording `topk` |
-        | `label_logprobs` | [L] float32 | logprob of the real next token under the teacher, as captured; nats |
+        | `label_logprobs` | [L] float32 | the teacher's logprob of the real next token, as captured; nats |
 
-        Of a cache that `align` made, the last four give way to these:
+        In a cache that `align` made, the last four are replaced by these:
 
         | key | shape and dtype | holds |
         |---|---|---|
-        | `chunk_left` | [L] int64 | targets of its chunk that come after each; -1 in no chunk to learn from |
+        | `chunk_left` | [L] int64 | number of targets left in its chunk after each; -1 outside chunks to learn from |
         | `chunk_logprobs` | [L] float32 | the teacher's logprob of a chunk at its last target, 0 at others; nats |
         | `ids`, `weights`, `tail` | as above | projected targets, where `align` kept some; 0 at targets without one |
 
         WebDataset deals whole shards out to ranks and workers. Here members are dealt out, so any number of workers has
-        work as long as there are members, and a member is read by exactly one worker of one rank. Ranks may differ by
-        a member's sequences; where every rank must take equally many steps, use `batches`, or `.with_epoch`.
+        work as long as there are members, and each member is read by exactly one worker of one rank. The numbers of
+        sequences of two ranks may differ by those of one member. Where every rank must take equally many steps, use
+        `batches`, or `.with_epoch`.
 
         Args:
-            recording: as for `batches`; `temperature` and `heldout` likewise.
-            temperature: see `recording`.
-            heldout: see `recording`.
-            shuffle: the members of each worker in another order each time it begins, which follows from `seed` and, in
-                a worker, from torch's seed. Sequences of a member stay together; `.shuffle(1000)` parts them.
-            seed: see `shuffle`.
-            nodesplitter: of webdataset's kind; None gives every rank everything.
-            workersplitter: likewise for the workers of a loader.
+            recording: `topk` or `sampled`; needed where the cache has both.
+            temperature: Temperature of the targets; by default the temperature at which the cache was captured.
+            heldout: Whether to read the held-out sequences instead of the training sequences.
+            shuffle: Whether each worker reads its members in a new order each time it begins. The order follows from
+                `seed` and, in a worker, from torch's seed. The sequences of a member stay together until
+                `.shuffle(1000)` mixes them.
+            seed: Seed of that order.
+            nodesplitter: A splitter of webdataset among ranks; with None every rank reads everything.
+            workersplitter: A splitter of webdataset among the workers of a loader; with None each reads everything.
 
         Raises:
-            SettingError, InputError: as `batches`.
-            CorruptError: on iteration, a member is damaged: bytes, structure, or targets of other tokens.
+            SettingError: The cache lacks the recording or the temperature, or has two recordings and none is named.
+            InputError: There are no held-out sequences.
+            CorruptError: On iteration, a member's bytes or structure are damaged, or its targets are of other tokens.
         """
         reader, target = self._chosen(recording, temperature, heldout)
         shape = SampleShape(reader.codec.num_ids, self.facts.context, target)
@@ -170,29 +175,30 @@ class Cache:
         heldout: bool = False,
         whole_shards: bool = True,
     ) -> MemberDecoder:
-        """A stage that decodes this cache's members in a pipeline of yours; samples are those of `webdataset`.
+        """Return a pipeline stage that decodes this cache's members into samples such as those of `webdataset`.
 
             wds.WebDataset(urls, shardshuffle=100).compose(cache.webdataset_decoder())
 
-        It runs no code from data, and checks each member's crc32 and checksum, and that none of a shard is missing. Do
-        not put `.decode` before it: WebDataset's own decoders unpickle what they find in a shard.
+        It runs no code from the data, and checks each member's crc32 and zstd checksum, and that no member of a shard
+        is missing. Put no `.decode` before it: WebDataset's own decoders unpickle what they find in a shard.
 
         Args:
-            recording: as for `webdataset`; `temperature` and `heldout` likewise.
-            temperature: see `recording`.
-            heldout: see `recording`.
-            whole_shards: raise CorruptError at the end of a stream in which a shard gave only some of its members;
-                set it to False where you drop members on purpose.
+            recording: `topk` or `sampled`; needed where the cache has both.
+            temperature: Temperature of the targets; by default the temperature at which the cache was captured.
+            heldout: Whether the members are those of the held-out sequences.
+            whole_shards: Whether to raise CorruptError at the end of a stream in which a shard gave only some of its
+                members. Set it to False where you drop members on purpose.
 
         Raises:
-            SettingError, InputError: as `batches`; on iteration, InputError for a sample of another source.
-            CorruptError: on iteration, as `webdataset`.
+            SettingError: The cache lacks the recording or the temperature, or has two recordings and none is named.
+            InputError: There are no held-out sequences; or, on iteration, a sample comes from another source.
+            CorruptError: On iteration, a member's bytes or structure are damaged, or its targets are of other tokens.
         """
         reader, target = self._chosen(recording, temperature, heldout)
         return MemberDecoder(reader, SampleShape(reader.codec.num_ids, self.facts.context, target), whole_shards)
 
     def __repr__(self) -> str:
-        """What it holds, of what teacher, and where."""
+        """Return a few lines that say what the cache holds, which teacher made it, and where it lies."""
         return describe(self.location, self.manifest, self.facts)
 
     def _chosen(
@@ -207,48 +213,50 @@ class Cache:
                 fix="make one with cache.num_heldout_sequences above 0",
             )
         reader = ShardReader(self.location, self.manifest.shard_sets[name])
-        if self.facts.aligned is not None:  # likelihoods of chunks are raised in the loss, whatever the temperature
+        # the loss raises chunk likelihoods to a power itself, so an aligned cache's targets have no other temperature
+        if self.facts.aligned is not None:
             return reader, None
         return reader, target_temperature_of(reader.codec, self.facts.temperature, at)
 
 
 def open_cache(location: Path | str) -> Cache:
-    """A finished cache, by its folder or URL.
+    """Open a finished cache by its folder or URL.
 
     Raises:
-        InputError: there is none.
-        CorruptError: its manifest is not what was written.
-        MachineError: the URL cannot be read.
+        InputError: No finished cache is there.
+        CorruptError: The manifest differs from what was written when the cache was finished.
+        MachineError: The URL cannot be read.
     """
     place, manifest = finished_cache(location)
     return Cache(place, manifest, CacheFacts.model_validate(manifest.facts))
 
 
 class DistillationLoss:
-    """`alpha T^2 KL + (1 - alpha) CE` of a model's batch, without the logits [N, V] in memory at once.
+    """The loss `alpha T^2 KL + (1 - alpha) CE` of a batch, computed without all logits [N, V] in memory at once.
 
         loss = DistillationLoss(model, cache, alpha=0.9)
         loss(batch).loss.backward()
 
-    The model's head is not called: the fused operation stands for it, once a short trial has shown that it may. Works
-    on any device, in float32, bfloat16 and under autocast. Parameters that have no part in the logits are frozen.
+    The model's head is not called: a fused operation replaces it, after a short trial has shown that both agree. It
+    works on any device, in float32, bfloat16 and under autocast. Parameters that have no effect on the logits are
+    frozen.
 
     Args:
-        model: a causal language model of transformers.
-        cache: whose batches it is to learn from; tokenizer and vocabulary must be the model's.
-        alpha: weight of the KL, where a call gives no other.
-        recording: as for `Cache.batches`, whose `temperature` this one must be too.
-        temperature: at which teacher and student are compared.
-        divergence: what is called KL here; see `train.divergence`.
-        tail: what becomes of the teacher's probability outside the kept ids; see `train.tail`.
-        jsd_beta: of `jsd`.
-        token_weights: what a token counts; see `train.token_weights`.
-        projected_weight: of an aligned cache's projected targets; see `train.projected_weight`.
+        model: A causal language model of transformers.
+        cache: The cache whose batches the model learns from; it must have the model's tokenizer and vocabulary.
+        alpha: Weight of the KL, for calls that give none.
+        recording: The recording that was given to `Cache.batches`.
+        temperature: Temperature at which teacher and student are compared; must be the one given to `Cache.batches`.
+        divergence: Divergence that takes the place of the KL; see `train.divergence`.
+        tail: Treatment of the teacher's probability outside the kept ids; see `train.tail`.
+        jsd_beta: Weight of the teacher in the mixture of `jsd`; see `train.jsd_beta`.
+        token_weights: Weighting of the tokens; see `train.token_weights`.
+        projected_weight: Weight of an aligned cache's projected targets; see `train.projected_weight`.
 
     Raises:
-        SettingError: a value is out of bounds, or the cache lacks the recording or the temperature.
-        MismatchError: the recording does not support the divergence, or the model has fewer ids than the cache.
-        InputError: the model's head cannot be served.
+        SettingError: A value is out of bounds, or the cache lacks the recording or the temperature.
+        MismatchError: The recording does not support the divergence, or the model has fewer ids than the cache.
+        InputError: The fused operation cannot replace the model's head.
     """
 
     def __init__(
@@ -275,7 +283,7 @@ class DistillationLoss:
             token_weights=token_weights,
             projected_weight=projected_weight,
         )
-        # a batch may bring another alpha than 0, so what alpha weighs is chosen and checked whatever this one is
+        # a batch may bring an alpha other than 0, so the objective is chosen and checked even where this alpha is 0
         weighed = settings.model_copy(update={"alpha": 1.0})
         chosen, at = choose(cache.facts, weighed)
         objective = objective_of(weighed, chosen, cache.location)
@@ -294,20 +302,20 @@ class DistillationLoss:
         self._module = DistillationModule(model, settings, 1, alpha, at, cache.vocab_size, objective)
 
     def __call__(self, batch: Batch, alpha: float | None = None) -> SparseKl:
-        """`loss`, a scalar to differentiate, and `kl_N` and `ce_N`, nats, of each of the batch's N tokens.
+        """Return the scalar `loss` to differentiate, and `kl_N` and `ce_N` [N], in nats, of the batch's N tokens.
 
         Args:
-            batch: of `Cache.batches`; it is moved to the model's device.
-            alpha: for this batch, where it has a schedule of yours.
+            batch: A batch of `Cache.batches`; it is moved to the model's device.
+            alpha: Weight of the KL for this batch, for example from a schedule.
 
         Raises:
             SettingError: alpha is out of bounds.
-            InputError: rows hold several sequences or documents, and the model would look across them; the first such
-                batch is preceded by a short trial of it.
+            InputError: Rows hold several sequences or documents, and the model attends across them. A short trial of
+                the model finds that out before the first such batch.
         """
         if alpha is not None and not 0 <= alpha <= 1:
             raise SettingError("cannot be used", where="alpha", found=repr(alpha), expected="a number from 0 to 1")
-        # not by train(), which would set parts of the model that are kept in another mode
+        # train() is not called, because it would change parts of the model that are kept in another mode
         self._module.training = self._model.training
         if batch.positions_BL is not None and batch.positions_BL.shape[1] > self._proven_row_len:
             require_ending_attention(self._model, batch.positions_BL.shape[1])

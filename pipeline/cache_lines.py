@@ -1,4 +1,4 @@
-"""What a finished cache is, in a few lines for people."""
+"""A short description of a finished cache, for people to read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from capgap.schemas.run_cache import RecordingName
 
 
 def describe(location: Path | str, manifest: Manifest, facts: CacheFacts) -> str:
-    """Recordings with their size, vocabulary, teacher and engine, tokenizer, context rule."""
+    """Return a few lines on a cache: its recordings and sizes, vocabulary, teacher, engine, tokenizer, context rule."""
     lines = [f"Cache at {location}"]
     for name in sorted(facts.recordings):
         lines += _recording(name, manifest, facts)

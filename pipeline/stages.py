@@ -1,4 +1,4 @@
-"""The stages, in the order in which a run comes to them. A new stage is its folder, and one line here.
+"""The list of stages, in the order in which a run makes them. A new stage needs its own folder, and one line here.
 
 Each name is a folder beside this file, whose `declaration.py` holds its `STAGE`. Nothing else in the pipeline names the
 stages: graph, identities, leases, commands, help, status and plan are derived from the declarations.
@@ -33,17 +33,17 @@ FOLDERS = (
 
 
 def declared() -> tuple[Stage, ...]:
-    """Every stage."""
+    """Return the declaration of every stage, in the order of a run."""
     return tuple(_declaration(folder) for folder in FOLDERS)
 
 
 def stage_named(name: str) -> Stage:
-    """The stage of that name."""
+    """Return the declaration of the stage with this name."""
     return next(stage for stage in declared() if stage.name == name)
 
 
 def run_file_type() -> type[RunFile]:
-    """The run file, with a section more for each stage that brings settings of its own."""
+    """Return the model of the run file, with one more section for each stage that brings settings of its own."""
     own = {stage.section: stage.settings_type for stage in declared() if stage.settings_type is not None}
     if not own:
         return RunFile

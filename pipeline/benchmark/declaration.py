@@ -1,4 +1,4 @@
-"""What the rest of the pipeline knows of the benchmark stage."""
+"""The declaration of the benchmark stage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _decisive(run: RunFile, instance: Instance) -> dict[str, Any]:
 def _sources(run: RunFile, instance: Instance) -> list[Path]:
     if run.benchmarks is None or run.benchmarks.include_path is None:
         return []
-    # imported here: whoever reads manifests alone needs nothing of lm-eval's tasks
+    # imported here, because code that only reads manifests needs nothing of lm-eval's tasks
     from capgap.pipeline.benchmark.own_tasks import task_files
 
     return task_files(Path(run.benchmarks.include_path))

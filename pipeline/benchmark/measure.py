@@ -1,4 +1,4 @@
-"""One model on one task: asked by lm-eval, its answers as rows."""
+"""The measurement of one model on one task by lm-eval, with the results as rows."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from capgap.schemas.errors import CapgapError, InputError, SettingError
 from capgap.schemas.run_benchmark import BenchmarkSettings
 
 _NUM_BOOTSTRAP = 1000
-"""Resamples behind the errors of metrics that are no mean; those of means have a formula."""
+"""Number of bootstrap resamples behind the errors of metrics that are no mean; errors of means have a formula."""
 
-# what a task that does not fit its data, or asks for more examples than there are, ends in
+# raised by a task that does not fit its data, or that asks for more examples than there are
 _OF_THE_TASK = (ValueError, AssertionError, KeyError, IndexError, TypeError, AttributeError)
 
 
 def measure(lm: Any, loaded: Mapping[str, Any], asked: Asked, settings: BenchmarkSettings) -> tuple[BenchmarkRow, ...]:
-    """Every metric of the task, or of the group and its tasks, the main ones first.
+    """Return every metric of the task, or of the group and its tasks, the main ones first.
 
     Raises:
-        InputError: the task does not fit its data or the model.
-        SettingError: the task has no such metric.
+        InputError: The task does not fit its data or the model.
+        SettingError: The task has no such metric.
     """
     from jinja2 import TemplateError
     from lm_eval.evaluator import evaluate
@@ -61,13 +61,13 @@ def measure(lm: Any, loaded: Mapping[str, Any], asked: Asked, settings: Benchmar
 
 
 def templates(settings: BenchmarkSettings) -> contextlib.AbstractContextManager[None]:
-    """How templates of tasks are rendered: those of unknown hands in a sandbox."""
+    """Return a context in which templates of tasks are rendered; those of untrusted tasks are sandboxed."""
     own = settings.include_path is not None and not settings.trust_task_code
     return sandboxed_templates() if own else contextlib.nullcontext()
 
 
 def mean_of(preset: str, rows: tuple[BenchmarkRow, ...]) -> BenchmarkMean:
-    """The mean over tasks, each counting alike; their examples are independent, so their variances add up."""
+    """Return the mean over tasks with equal weights; their examples are independent, so their variances add up."""
     errors = [row.stderr for row in rows if row.stderr is not None]
     return BenchmarkMean(
         preset=preset,
@@ -80,7 +80,10 @@ def mean_of(preset: str, rows: tuple[BenchmarkRow, ...]) -> BenchmarkMean:
 def _rows(
     found: Mapping[str, Any], loaded: Mapping[str, Any], asked: Asked, chances: Mapping[str, float | None]
 ) -> tuple[BenchmarkRow, ...]:
-    """A group that aggregates stands for its tasks; tasks of a tag, and of a group without, stand for themselves."""
+    """Return the rows of a result, with the main metric marked.
+
+    A group that aggregates represents its tasks; tasks of a tag, or of a group that does not, represent themselves.
+    """
     heads = [asked.task] if _metrics(found["results"].get(asked.task, {})) else sorted(loaded["tasks"])
     rows: list[BenchmarkRow] = []
     for name, metrics in found["results"].items():
@@ -112,7 +115,7 @@ def _rows(
 
 
 def _metrics(values: Mapping[str, Any]) -> list[str]:
-    """Keys `metric,filter` of what lm-eval reports of one task."""
+    """Return the keys `metric,filter` of what lm-eval reports for one task."""
     numbers = [key for key, value in values.items() if "," in key and isinstance(value, int | float)]
     return [key for key in numbers if not key.partition(",")[0].endswith("_stderr")]
 
@@ -137,7 +140,7 @@ def _leaves_of(loaded: Mapping[str, Any], name: str) -> list[str]:
 
 
 def _chance(task: Any, limit: int | None) -> float | None:
-    """What guessing gives in the mean: one over the number of choices; None where the task is no multiple choice."""
+    """Return the mean score of guessing: one over the number of choices; None for tasks without multiple choice."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return None
     shares = [1 / len(task.doc_to_choice(doc)) for _, doc in task.doc_iterator(limit=limit)]
@@ -147,7 +150,7 @@ def _chance(task: Any, limit: int | None) -> float | None:
 def _weighted(
     chances: Mapping[str, float | None], leaves: list[str], samples: Mapping[str, Mapping[str, int]]
 ) -> float | None:
-    """Over several tasks, each as often as it was asked, which is how lm-eval weighs the accuracies of a group."""
+    """Return the mean chance of several tasks, weighted by their questions, as lm-eval weights a group's accuracies."""
     known = [(chance, samples[leaf]["effective"]) for leaf in leaves if (chance := chances.get(leaf)) is not None]
     if len(known) < len(leaves):
         return None
@@ -160,7 +163,7 @@ def _same(numbers: list[int]) -> int | None:
 
 @contextlib.contextmanager
 def _programs(settings: BenchmarkSettings) -> Iterator[None]:
-    """What Hugging Face's `evaluate` asks for before it runs a model's programs."""
+    """Set the variable without which Hugging Face's `evaluate` does not run a model's programs."""
     if settings.allow_code_execution:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     yield
@@ -168,7 +171,7 @@ def _programs(settings: BenchmarkSettings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval's bars are for a terminal; in a log they are noise."""
+    """Hide lm-eval's progress bars away from a terminal, because they fill a log with noise."""
     if sys.stderr.isatty():
         yield
         return

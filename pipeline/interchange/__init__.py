@@ -1,4 +1,4 @@
-"""What other programs keep, in and out.
+"""Import of other programs' captures as corpus and cache, and export of caches as Parquet.
 
 captures (Parquet) --columns, distillkit--> CapturedRow --pack--> sequences of a length --corpus, cache--> two folders
                                                   |
@@ -6,6 +6,6 @@ captures (Parquet) --columns, distillkit--> CapturedRow --pack--> sequences of a
 
 a finished cache --export--> Parquet, one file a shard, and a card
 
-What is imported is a corpus and a cache like any other: the same shards, checks and manifests, whose settings and
+An imported corpus and cache are like any other: they have the same shards, checks and manifests, and their settings and
 sources say where they came from.
 """

@@ -1,6 +1,6 @@
-"""A capture as it is read: a row of tokens, and what its teacher expected after each of them.
+"""Captures as they are read: each row has tokens, and the teacher's distribution after each of them.
 
-Legend: M tokens of a row, T targets of a row, W ids of its widest target, D places in a row.
+Legend: M tokens of a row, T targets of a row, W ids of its widest target, D positions in a row.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ import numpy.typing as npt
 from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.records import BoolArray, FloatArray, IntArray
 
-# Logprobs that were rounded to 16 bits before they were written do not quite sum to 1.
+# Logprobs that were rounded to 16 bits before they were written may sum to slightly more than 1.
 MOST_OVER_ONE = 0.01
-# The same of rows that were approximated.
+# The same limit for rows with approximated logprobs.
 MOST_OVER_ONE_APPROXIMATED = 0.1
-# How far a label's logprob may be from that of the same id among those that were kept: the coarsest profile's rounding.
+# A label's logprob may differ by this from that of the same id among the kept ones: the coarsest profile's rounding.
 LABEL_TOLERANCE_NATS = 0.11
-# Below this the coarse profiles have one code for all.
+# The coarse profiles have one code for all logprobs below this.
 _FLOOR_NATS = -23.9
 _ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
 class RowTargets:
-    """What the teacher expected after each of a row's first T tokens.
+    """The teacher's distributions after each of a row's first T tokens.
 
     Attributes:
-        ids_TW: by falling logprob, int32; -1 behind a target's last.
-        logprobs_TW: nats, float32; -inf behind a target's last.
-        tail_T: probability of all other ids.
-        label_logprobs_T: of the row's next token; NaN for unknown, and for a target after the last token.
+        ids_TW: Ids by falling logprob, int32; -1 after the last id of a target.
+        logprobs_TW: Logprobs of the ids, in nats, float32; -inf after the last id of a target.
+        tail_T: Probability of all other ids.
+        label_logprobs_T: Logprob of the row's next token, in nats; NaN where it is unknown, or no token follows.
     """
 
     ids_TW: IntArray
@@ -44,8 +44,8 @@ class RowTargets:
         return len(self.tail_T)
 
     @property
-    def widths_T(self) -> npt.NDArray[np.int64]:  # noqa: N802  # a field in all but name
-        """Ids of each target."""
+    def widths_T(self) -> npt.NDArray[np.int64]:  # noqa: N802  # named as the fields are
+        """Number of ids of each target."""
         widths_T: npt.NDArray[np.int64] = (self.ids_TW >= 0).sum(axis=1)
         return widths_T
 
@@ -55,11 +55,11 @@ class CapturedRow:
     """One row of a capture, without its padding.
 
     Attributes:
-        where: file and row, for errors.
-        tokens_M: ids, int32.
+        where: File and row, for errors.
+        tokens_M: Token ids, int32.
         starts_M: True where a token begins a document.
         mask_M: True where a token counts as a label.
-        targets: None where only the tokens are read.
+        targets: Targets of the row; None where only the tokens are read.
     """
 
     where: str
@@ -72,8 +72,8 @@ class CapturedRow:
         return len(self.tokens_M)
 
     @property
-    def counts_T(self) -> BoolArray:  # noqa: N802  # a field in all but name
-        """Which of its targets are of a token that counts as a label."""
+    def counts_T(self) -> BoolArray:  # noqa: N802  # named as the fields are
+        """Whether the next token after each target counts as a label [T]."""
         assert self.targets is not None
         counts_T = np.zeros(len(self.targets), np.bool_)
         num = min(len(self.targets), len(self) - 1)
@@ -82,7 +82,7 @@ class CapturedRow:
 
 
 def begins_with(tokens_M: IntArray, places_D: npt.NDArray[np.int64], ids: tuple[int, ...]) -> BoolArray:
-    """At which of these places of a row the ids stand [D]."""
+    """Return at which of these positions of a row the ids begin [D]."""
     found_D = np.full(len(places_D), bool(ids))
     for number, one in enumerate(ids):
         at_D = places_D + number
@@ -100,22 +100,22 @@ def checked_targets(
     where: str,
     most_over_one: float = MOST_OVER_ONE,
 ) -> RowTargets:
-    """Targets as they came, sorted and completed.
+    """Return the targets of a row after checks, with ids sorted by logprob, and tails and label logprobs filled in.
 
     Args:
-        tokens_M: of the row.
-        ids_TW: in any order; -1 behind a target's last.
-        logprobs_TW: of them.
-        tail_T: None for what is left of 1.
-        label_logprobs_T: None for those of the ids that are there.
-        vocab_size: ids are below it.
-        where: file and row, for errors.
-        most_over_one: how far above 1 a target's probabilities may sum.
+        tokens_M: Tokens of the row.
+        ids_TW: Ids in any order; -1 after the last id of a target.
+        logprobs_TW: Logprobs of the ids, in nats.
+        tail_T: Probability of all other ids; None to use what is left of 1.
+        label_logprobs_T: Logprobs of the next tokens, in nats; None to look them up among the ids.
+        vocab_size: Size of the vocabulary; every id must be smaller.
+        where: File and row, for errors.
+        most_over_one: Largest amount by which the sum of a target's probabilities may exceed 1.
 
     Raises:
-        InputError: an id outside the vocabulary or twice in a target, a value that is no logprob, or probabilities that
-            do not sum to 1 with the tail, or to more than 1 without one.
-        MismatchError: a label's logprob is not that of the same id among those that were kept.
+        InputError: An id is outside the vocabulary or twice in a target, a value is no logprob, or the probabilities
+            do not sum to 1 with the tail, or sum to more than 1 without one.
+        MismatchError: A label's logprob differs from that of the same id among the kept ones.
     """
     is_id_TW = ids_TW >= 0
     _require_ids(ids_TW, is_id_TW, vocab_size, where)
@@ -164,23 +164,23 @@ def _tail(sums_T: npt.NDArray[np.float64], tail_T: FloatArray | None, where: str
         expected = f"at most 1 + {most_over_one:g}"
         tail_T = np.maximum(1 - sums_T, 0).astype(np.float32)
     else:
-        # a coarse profile's kept ids are each up to a tenth of a nat off
+        # a coarse profile may have changed each kept logprob by up to a tenth of a nat
         too_much_T = ~(np.abs(sums_T + tail_T - 1) <= MOST_OVER_ONE_APPROXIMATED + _ROUNDING) | (tail_T < 0)
         expected = f"1 with the tail, up to {MOST_OVER_ONE_APPROXIMATED:g}"
     if too_much_T.any():
         target = int(np.flatnonzero(too_much_T)[0])
         raise InputError(
-            "probabilities that are none of one distribution",
+            "probabilities that do not form one distribution",
             where=f"{where}, target {target}",
             found=f"a sum of {sums_T[target]:.4f}, tail {tail_T[target]:.4f}, in {int(too_much_T.sum())} targets",
             expected=expected,
-            fix="store normalised logprobs in nats, or name their true temperature's",
+            fix="store normalised logprobs in nats, or set --temperature to the one that they were computed at",
         )
     return tail_T.astype(np.float32)
 
 
 def _among(ids_TW: IntArray, logprobs_TW: FloatArray, tokens_M: IntArray) -> FloatArray:
-    """The logprob of each next token among a target's ids; NaN where it is none of them, or where none follows."""
+    """Return the logprob of each next token among its target's ids; NaN where it is not there, or no token follows."""
     found_T = np.full(len(ids_TW), np.nan, np.float32)
     num = min(len(ids_TW), len(tokens_M) - 1)
     row, place = np.nonzero(ids_TW[:num] == tokens_M[1 : num + 1, None])
@@ -189,7 +189,7 @@ def _among(ids_TW: IntArray, logprobs_TW: FloatArray, tokens_M: IntArray) -> Flo
 
 
 def _agreed(found_T: FloatArray, given_T: FloatArray, logprobs_TW: FloatArray, where: str) -> FloatArray:
-    """Those found among the ids, and for the others what was given."""
+    """Return the logprobs found among the ids, or else the given ones; raise MismatchError where the two disagree."""
     num = min(len(found_T), len(given_T))
     given_T = np.concatenate([given_T[:num], np.full(len(found_T) - num, np.nan, np.float32)])
     is_found_T = ~np.isnan(found_T)

@@ -1,4 +1,4 @@
-"""The card of an exported cache: what the files hold, where they came from, and how `datasets` reads them."""
+"""The card of an exported cache: what the files hold, where they came from, and how to read them with `datasets`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _COLUMNS = {
     "logprobs": "of `topk`: their logprobs, nats",
     "counts": "of `sampled`: how often each was sampled; a count over the number of samples estimates its probability",
     "tail": "of `topk`: the probability of all other ids together",
-    "log_tails": "of `topk` at further temperatures: of each, the logarithm of the sum over all other ids of their "
-    "probability to the power of temperature over that one",
+    "log_tails": "of `topk` at further temperatures: for each of them, the logarithm of a sum over all other ids; each "
+    "term is the id's probability to the power of recorded temperature / further temperature",
     "label_logprobs": "the teacher's logprob of token i + 1; null where it is not known",
 }
 
@@ -29,7 +29,7 @@ _COLUMNS = {
 def card(
     location: str, manifest: Manifest, facts: CacheFacts, parts: Mapping[tuple[RecordingName, str], ShardSet]
 ) -> str:
-    """The text, with the head by which the Hugging Face hub finds the files."""
+    """Return the card's text, with the header by which the Hugging Face hub finds the files."""
     names = list(dict.fromkeys(name for name, _ in parts))
     configs = [
         {

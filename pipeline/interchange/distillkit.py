@@ -1,14 +1,14 @@
-"""DistillKit's captures: ids packed into bits, logprobs as exact values, a fit, and what the fit leaves over.
+"""DistillKit's captures: ids packed into bits, and logprobs as exact values, a fit, and the residual of the fit.
 
 A target's bytes, one part after the other:
 
-    exact_k values         of exact_dtype
-    coefficients           of term_dtype, one for each polynomial term
-    of each residual bin   its scale, and its elements in element_bits each, the highest bit first
+    exact_k values         each of exact_dtype
+    coefficients           each of term_dtype, one for each polynomial term
+    each residual bin      its scale, and its elements in element_bits each, the highest bit first
 
-What is not exact is fit + residual; with delta_encoding every value is the difference to the one before it. Target i is
-what the teacher expects after token i, and the last token has none. Rounding follows DistillKit's own, step by step, so
-that a logprob comes out as it does there; the layout is that of its commit a61c2e7.
+Every value that is not exact is fit + residual. With delta_encoding every value is the difference from the one before.
+Target i is the teacher's distribution after token i, and the last token has none. Rounding follows DistillKit's own,
+step by step, so that each logprob equals DistillKit's; the layout is that of its commit a61c2e7.
 
 Legend: T targets of a row, K = k ids, E exact values, P terms, D bytes of a target, M tokens of a row.
 """
@@ -46,17 +46,17 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def read_config(settings: ImportSettings, capture: Path) -> DistillKitConfig:
-    """The file that tells how captures are packed: the one that is named, or the one beside them.
+    """Read the file that says how captures are packed: the one in the settings, or the one beside the captures.
 
     Raises:
-        InputError: there is none, or it is no such file.
+        InputError: The file does not exist, or is not such a file.
     """
     path = capture.parent / CONFIG_NAME if settings.compression_config is None else Path(settings.compression_config)
     try:
         return DistillKitConfig.model_validate(yaml.safe_load(path.read_text()))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(
-            "the captures' compression is not told",
+            "the captures' compression is not described",
             where=path,
             found=str(error).strip().splitlines()[0],
             expected=f"DistillKit's {CONFIG_NAME}",
@@ -73,11 +73,11 @@ def read_config(settings: ImportSettings, capture: Path) -> DistillKitConfig:
 
 
 class DistillKitTargets:
-    """Targets from DistillKit's columns.
+    """A reader of targets from DistillKit's columns.
 
     Args:
-        config: how they are packed.
-        vocab_size: ids are below it.
+        config: Description of how the targets are packed.
+        vocab_size: Size of the vocabulary; every id must be smaller.
     """
 
     required: tuple[str, ...] = (IDS, LOGPROBS)
@@ -89,12 +89,12 @@ class DistillKitTargets:
         self._logprobs: Any = None
 
     def open(self, batch: pa.RecordBatch, where: str) -> None:
-        """Take the columns of some rows."""
+        """Take the columns of a batch of rows."""
         self._ids = lists_of(batch.column(IDS), 2, np.uint8, f"{where}, {IDS}")
         self._logprobs = lists_of(batch.column(LOGPROBS), 2, np.uint8, f"{where}, {LOGPROBS}")
 
     def row(self, number: int, tokens_M: IntArray, keep: slice, where: str) -> RowTargets:
-        """The targets of one row's tokens that are no padding."""
+        """Return the targets of a row's tokens that are not padding."""
         config = self._config
         ids, logprobs = self._ids.row(number), self._logprobs.row(number)
         if len(ids) != len(logprobs):
@@ -111,18 +111,18 @@ class DistillKitTargets:
 
 
 def id_bits(config: DistillKitConfig) -> int:
-    """Bits of an id; computed in float32, as it is there."""
+    """Return the number of bits of an id, computed in float32 as DistillKit computes it."""
     return int(np.ceil(np.log2(np.float32(config.d))))
 
 
 def num_logprob_bytes(config: DistillKitConfig) -> int:
-    """Bytes of a target's logprobs."""
+    """Return the number of bytes of a target's logprobs."""
     num = config.exact_k * _size(config.exact_dtype) + len(config.polynomial_terms or ()) * _size(config.term_dtype)
     return num + sum(_size(of.scale_dtype) + -(-of.num_elements * of.element_bits // 8) for of in config.residual_bins)
 
 
 def decode_logprobs(data_TD: Bytes, config: DistillKitConfig) -> FloatArray:
-    """The logprobs [T, K] of packed targets, float32."""
+    """Return the logprobs [T, K] of packed targets, in nats, float32."""
     rest = torch.from_numpy(np.ascontiguousarray(data_TD))
     out = _DTYPES[config.exact_dtype]
     exact_TE, rest = _take(rest, config.exact_k, config.exact_dtype)
@@ -151,7 +151,7 @@ def decode_logprobs(data_TD: Bytes, config: DistillKitConfig) -> FloatArray:
 
 
 def unpack_bits(data_TD: Bytes, num_bits: int, num_values: int) -> npt.NDArray[np.int64]:
-    """Numbers of some bits each, the highest bit first [T, num_values]."""
+    """Return numbers [T, num_values] that are packed in `num_bits` bits each, the highest bit first."""
     bits = np.unpackbits(np.ascontiguousarray(data_TD), axis=1)[:, : num_bits * num_values]
     weights = 1 << np.arange(num_bits - 1, -1, -1, dtype=np.int64)
     found: npt.NDArray[np.int64] = bits.reshape(len(data_TD), num_values, num_bits) @ weights
@@ -165,7 +165,7 @@ def _dequantised(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
 
 
 def _terms(config: DistillKitConfig, num: int) -> torch.Tensor:
-    """The fit's terms at each approximated value [K - E, P]."""
+    """Return the value of each polynomial term at each approximated logprob [K - E, P]."""
     dtype = _DTYPES[config.term_dtype]
     at = torch.linspace(0, 1, num, dtype=dtype) if config.normalize_t else torch.arange(num, dtype=dtype)
     terms: list[torch.Tensor] = []
@@ -175,9 +175,9 @@ def _terms(config: DistillKitConfig, num: int) -> torch.Tensor:
 
 
 def _take(data: torch.Tensor, num_values: int, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first values of each row, and the bytes after them."""
+    """Return the first `num_values` values of each row, and the bytes after them."""
     size = num_values * _size(dtype)
-    # a copy: a view of other bytes begins where its kind of number may
+    # copied, because a view as another dtype must begin at an address that suits that dtype
     part = data[:, :size].clone(memory_format=torch.contiguous_format)
     values = part.view(_DTYPES[dtype]) if num_values else part.new_empty((len(data), 0), dtype=_DTYPES[dtype])
     return values, data[:, size:]

@@ -1,12 +1,12 @@
-"""Export: a finished cache as Parquet, one file a shard, for `datasets` and whatever else reads lists.
+"""Export: a finished cache as Parquet, one file a shard, for `datasets` and other programs that read lists.
 
     cache (folder or URL) --member by member--> RECORDING/train-000000.parquet ..., RECORDING/heldout-000000.parquet ...
                                                 README.md, the card
 
-A row is a sequence. Every file says in its schema which shard of which cache it was made of: what is finished is kept
-by the next attempt, and what came from another cache is refused.
+A row is a sequence. The schema of every file says which shard of which cache the file was made of. So a later attempt
+keeps finished files, and refuses files of another cache.
 
-Legend: B sequences, L targets a sequence, K ids kept, D distinct ids of a block.
+Legend: B sequences, L targets of a sequence, K kept ids, D distinct ids of a block.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _ROW_GROUP_TARGETS = 8192
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made.
+    """The result of an export.
 
     Attributes:
-        folder: that holds it.
-        num_files: Parquet files in it.
-        top_k: of these, that an earlier export had finished.
-        num_bytes: of all of them.
+        folder: Folder that holds the files.
+        num_files: Number of Parquet files in it.
+        top_k: Number of those files that an earlier export had finished.
+        num_bytes: Size of all files in bytes.
     """
 
     folder: Path
@@ -53,13 +53,13 @@ class Exported:
 
 
 def export_cache(location: str, folder: Path, recordings: tuple[RecordingName, ...] = ()) -> Exported:
-    """Write the recordings of a finished cache, all where none is named, and a card.
+    """Write the recordings of a finished cache, by default all of them, and a card.
 
     Raises:
-        InputError: there is no finished cache.
-        SettingError: it has no such recording.
-        MismatchError: the folder holds the export of another cache.
-        CorruptError: a member of the cache is damaged.
+        InputError: There is no finished cache.
+        SettingError: The cache has no such recording.
+        MismatchError: The folder holds the export of another cache.
+        CorruptError: A member of the cache is damaged.
     """
     at, manifest = finished_cache(location, "cannot be exported")
     facts = CacheFacts.model_validate(manifest.facts)
@@ -107,7 +107,7 @@ def export_cache(location: str, folder: Path, recordings: tuple[RecordingName, .
 
 
 def _is_finished(path: Path, expected: ExportFacts) -> bool:
-    """Whether an earlier export wrote this file; it appears under its name only when it is whole."""
+    """Return whether an earlier export wrote this file, which gets its name only when it is whole."""
     if not path.is_file():
         return False
     found = facts_of(path)
@@ -159,7 +159,7 @@ def _columns(sequences: Sequences, targets: Targets, kinds: pa.Schema) -> Iterat
     else:
         yield from _topk_columns(targets, kinds)
     labels_BL = targets.label_logprobs_BL
-    # null, and not NaN, is what other programs skip
+    # null, because other programs skip null and not NaN
     yield "label_logprobs", _lists(labels_BL, np.isnan(labels_BL))
 
 
@@ -181,7 +181,7 @@ def _lists(values_BL: npt.NDArray[Any], is_null_BL: npt.NDArray[np.bool_] | None
 
 
 def _nested(values_D: npt.NDArray[Any], sizes_BL: npt.NDArray[Any]) -> pa.Array:
-    """A list a target, of these sizes, in a list a sequence."""
+    """Return one list per target, of these sizes, within one list per sequence."""
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes_BL.ravel(), dtype=np.int64)])
     inner = pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(np.ascontiguousarray(values_D)))
     outer = np.arange(0, sizes_BL.size + 1, sizes_BL.shape[1], dtype=np.int32)

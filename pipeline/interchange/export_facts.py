@@ -1,4 +1,4 @@
-"""What an exported Parquet file says of itself, in its schema: so that an import cannot mistake it for another."""
+"""What an exported Parquet file says of itself in its schema, so that an import cannot mistake it for another."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class ExportFacts(Record):
     """The facts of one exported file."""
 
     cache: str
-    """The cache's content, a digest."""
+    """Digest of the cache's content."""
 
     shard: str
-    """Digest of the shard that it was made of."""
+    """Digest of the shard that the file was made of."""
 
     recording: RecordingName
-    """Which of the cache's recordings."""
+    """Name of the cache's recording in the file."""
 
     facts: RecordingFacts
     """The facts of that recording."""
@@ -43,7 +43,7 @@ class ExportFacts(Record):
 
 
 def facts_of(path: Path) -> ExportFacts | None:
-    """What a file says of itself; None where it is no export, or of another version."""
+    """Return what a file says of itself; None where it is no export, or one of another version."""
     metadata = open_file(path).schema_arrow.metadata or {}
     try:
         return ExportFacts.model_validate_json(metadata[KEY])
@@ -52,7 +52,7 @@ def facts_of(path: Path) -> ExportFacts | None:
 
 
 def require_same_facts(path: Path, settings: ImportSettings, tokenizer: TokenizerFacts) -> None:
-    """Raise MismatchError if an exported file is to be imported as something that it is not."""
+    """Raise MismatchError if an exported file differs from the settings in tokenizer, context rule or temperature."""
     facts = facts_of(path)
     if facts is None:
         return

@@ -1,4 +1,4 @@
-"""Finished folders that no run file's stage made: the same work order, files and manifest, and the same life."""
+"""Finished folders that no run file's stage made, with the same work order, files, manifest and locks as a stage's."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from capgap.schemas.secrets import redacted
 
 
 def order_for(stage: str, settings: dict[str, Any], inputs: dict[str, InputEntry]) -> WorkOrder:
-    """What is to be made; the identity is that of a stage with these settings and inputs."""
+    """Return a work order whose identity is that of a stage with these settings and inputs."""
     identity = identity_of(stage, settings, {name: entry.identity for name, entry in inputs.items()})
     return WorkOrder(stage=stage, instance=stage, settings=settings, inputs=inputs, identity=identity)
 
 
 def entry_of(folder: Path, manifest: Manifest) -> InputEntry:
-    """A finished folder, as whoever reads it writes it down."""
+    """Return a finished folder as an entry in the inputs of a work order."""
     return InputEntry(path=str(folder), identity=manifest.identity, content=manifest.content)
 
 
@@ -39,20 +39,20 @@ def make_folder(
     work: Callable[[Path], StageResult],
     force: bool,
 ) -> StageInput:
-    """The finished folder: as it is where it holds what was ordered, made or continued where it does not.
+    """Make or continue a folder and return it finished; one that already holds what the order asks for is kept.
 
     Args:
-        folder: of the stage.
-        order: what it is to hold.
-        sources: files that are read.
-        resolved: settings with their defaults, for the manifest.
-        work: makes the files, and may find what an earlier, killed one finished.
-        force: make it anew, whatever it holds.
+        folder: Folder of the stage.
+        order: Work order of the folder.
+        sources: Files that are read.
+        resolved: Settings with their defaults, for the manifest.
+        work: Makes the files, and may find what an earlier, killed process finished.
+        force: Whether to make the folder anew, whatever it holds.
 
     Raises:
-        MismatchError: it holds something else.
-        MachineError: another process is at work on it.
-        CapgapError: as `work`.
+        MismatchError: The folder holds something else.
+        MachineError: Another process works on the folder.
+        CapgapError: Whatever `work` raises.
     """
     started, begun_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     with locked_folder(folder):
@@ -96,7 +96,7 @@ def make_folder(
 
 
 def _holds(folder: Path, manifest: Manifest, order: WorkOrder) -> bool:
-    """Whether it is what was ordered, of the very inputs, with every file there and of its size."""
+    """Return whether the folder was made by the same order from the same inputs, and every file has its size."""
     return (
         manifest.identity == order.identity
         and all(manifest.inputs[name].content == entry.content for name, entry in order.inputs.items())
@@ -109,7 +109,7 @@ def _is_there(path: Path, num_bytes: int) -> bool:
 
 
 def _require_ours(folder: Path, manifest: Manifest | None, order: WorkOrder) -> None:
-    """Nothing that something else made is thrown away unasked."""
+    """Raise MismatchError if the folder was made or begun by another order, so that no other work is thrown away."""
     there = manifest if manifest is not None else read_work_order(folder)
     if there is None or there.identity == order.identity:
         return

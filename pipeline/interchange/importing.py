@@ -1,12 +1,12 @@
-"""Import: captures of another program become a corpus and a cache that a run file reuses.
+"""Import: captures of another program become a corpus and a cache that a run file can reuse.
 
     captures --tokens--> corpus/       tokenizer, shards `student` and `heldout`
                            |
                            +--ranking of ids--+
     captures --targets, proven aligned--------+--> cache/    shards `topk` and `heldout-topk`, of the same sequences
 
-The captures are read twice, some rows at a time. A killed import goes on where it stopped: what it has packed is packed
-again, shards that are finished stay.
+The captures are read twice, some rows at a time. A killed import is continued by the same command: sequences are packed
+again, and finished shards stay.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from capgap.schemas.run_model import TeacherSettings
 
 _LOG = logging.getLogger("capgap")
 
-# In the place of engine and dtype: what the captures do not say.
+# Values of engine and dtype, which the captures do not say.
 ENGINE, DTYPE = "imported", "unknown"
 
 _SET_NAMES = {"student": "topk", "heldout": heldout_set("topk")}
@@ -61,7 +61,7 @@ _SET_NAMES = {"student": "topk", "heldout": heldout_set("topk")}
 
 @dataclass(frozen=True)
 class Imported:
-    """The finished folders; `teacher` only where the teacher is a folder of this machine."""
+    """The finished folders; `teacher` is None unless the teacher is a folder of this machine."""
 
     corpus: StageInput
     teacher: StageInput | None
@@ -72,10 +72,10 @@ def import_captures(settings: ImportSettings, force: bool = False) -> Imported:
     """Make the folders `corpus`, `teacher` and `cache` below `settings.out`.
 
     Raises:
-        InputError: captures, tokenizer or teacher cannot be used.
-        MismatchError: targets and tokens do not belong together, the teacher has another tokenizer, or a folder holds
+        InputError: Captures, tokenizer or teacher cannot be used.
+        MismatchError: Targets and tokens do not belong together, the teacher has another tokenizer, or a folder holds
             something else.
-        CapgapError: as the store.
+        CapgapError: A shard cannot be written or read.
     """
     planned = plan(settings)
     out = Path(settings.out)
@@ -140,28 +140,28 @@ def _make_corpus(planned: Plan, folder: Path) -> StageResult:
 
 
 def _say_beginnings(planned: Plan, num_begun: int, num_documents: int) -> None:
-    """Whether the teacher saw what its texts begin with is a fact of the captures, which nothing can change now."""
+    """Log what the documents begin with; the teacher saw that when it was captured, and it cannot be changed now."""
     is_usual = bool(planned.usual_bos_ids)
     name = ascii(planned.tokenizer.decode(planned.bos_ids)) if planned.bos_ids else "nothing"
     if 0 < num_begun < num_documents or (is_usual and not num_begun):
         _LOG.warning(
             "import: %s of %s documents begin with %s%s",
             *(f"{num_begun:,}" if num_begun else "none", f"{num_documents:,}", name),
-            ", as the tokenizer would have it: the teacher may know the others less well" if is_usual else "",
+            ", as the tokenizer would have it: the teacher may predict the others less well" if is_usual else "",
         )
     else:
         _LOG.info("import: a document begins with %s", name if num_begun else "nothing")
 
 
 class _Counts:
-    """What is in a split: `num_begun` documents begin with what the tokenizer has for it."""
+    """Counts of a split; `num_begun` is the number of documents that begin with the plan's `bos_ids`."""
 
     def __init__(self, planned: Plan) -> None:
         self._planned = planned
         self._num_documents = self._num_bytes = self._num_tokens = self.num_labels = self.num_begun = 0
 
     def add(self, packed: list[Sequence], num_labels: int) -> None:
-        """Count some sequences."""
+        """Count the documents, bytes, tokens and labels of some sequences."""
         rows = [row for one in packed for row in one.rows]
         texts = self._planned.tokenizer.batch_decode([row.tokens_M.tolist() for row in rows], skip_special_tokens=True)
         self._num_documents += sum(max(int(row.starts_M.sum()), 1) for row in rows)
@@ -176,13 +176,13 @@ class _Counts:
 
     @property
     def facts(self) -> SplitFacts:
-        """The facts of the rows; padding is no text."""
+        """The facts of the rows; padding does not count as text."""
         return SplitFacts(
             num_documents=self._num_documents, num_text_bytes=self._num_bytes, num_text_tokens=self._num_tokens
         )
 
     def require_some(self, split: str) -> None:
-        """Raise InputError if there is nothing to train on, or to measure on."""
+        """Raise InputError if the split has no labels or no text, so that nothing can be trained on or measured."""
         if self.num_labels and self._num_bytes:
             return
         settings = self._planned.settings
@@ -198,9 +198,9 @@ class _Counts:
 def _teacher(
     settings: ImportSettings, corpus: StageInput, folder: Path, force: bool
 ) -> tuple[StageInput | None, InputEntry]:
-    """The finished folder of a teacher that is here; and how the cache names it, here or not.
+    """Return the finished folder of a teacher on this machine, else None, and the cache's entry for the teacher.
 
-    Its identity is that which the stage `teacher` of a run file gives to `teacher.path`.
+    The identity in the entry is the one that the stage `teacher` of a run file gives to `teacher.path`.
     """
     decisive = {"teacher": TeacherSettings(path=settings.teacher).decisive()}
     order = order_for("teacher", decisive, {"corpus": entry_of(corpus.path, corpus.manifest)})
@@ -225,7 +225,7 @@ def _make_cache(planned: Plan, corpus: StageInput, teacher: ModelFacts | None, f
     is_ragged = settings.profile == "small"
     top_k = min(settings.top_k or _top_k(planned, is_ragged), vocab_size)
     name = TOPK_CODECS[settings.profile]
-    # 99 % of what was rounded already would be less than that of the teacher's own
+    # of logprobs that `small` has cut already, a second cut to 99 % would keep less than 99 % of the teacher's own
     was_cut = all(of is not None and of.facts.profile == "small" for of in planned.exports.values())
     codec = Codec(name, planned.seq_len, vocab_size, top_k, ranking, unknown_labels=True, was_cut=was_cut)
     counts = _CacheCounts()
@@ -264,14 +264,14 @@ def _make_cache(planned: Plan, corpus: StageInput, teacher: ModelFacts | None, f
 
 
 class _CacheCounts:
-    """What the labels of the training sequences show."""
+    """Counts of the labels of the training sequences."""
 
     def __init__(self) -> None:
         self._num_labels = self._num_known = 0
         self._loss = self._tail = 0.0
 
     def add(self, blocks: list[Block]) -> None:
-        """Count the targets whose labels count."""
+        """Count the targets whose next token counts as a label."""
         for block in blocks:
             assert block.targets is not None and not isinstance(block.targets, ChunkTargets)
             counts_BL = block.sequences.mask_BL1[:, 1:]
@@ -284,12 +284,12 @@ class _CacheCounts:
 
     @property
     def mean_label_loss(self) -> float | None:
-        """None unless every label's logprob is known: those that are not kept are the unlikely ones."""
+        """Mean of minus the labels' logprobs, in nats; None if one is unknown, since unknown ones are improbable."""
         return self._loss / self._num_labels if self._num_known == self._num_labels else None
 
     @property
     def totals(self) -> dict[str, Any]:
-        """For people."""
+        """The counts for the manifest's totals, which are for people."""
         return {
             "num_labels": self._num_labels,
             "num_unknown_labels": self._num_labels - self._num_known,
@@ -306,7 +306,7 @@ def _blocks(
     top_k: int,
     is_ragged: bool,
 ) -> Iterator[Block]:
-    """The members of a shard: the corpus's sequences, each with its targets."""
+    """Yield the members of a shard: the corpus's sequences, each with its targets."""
     sequences = to_sequences(packed, planned.seq_len, planned.facts.eos_id)
     reader = ShardReader(corpus.path, source)
     start = 0
@@ -323,14 +323,14 @@ def _blocks(
 
 
 def _shards(planned: Plan, split: str, with_targets: bool) -> Iterator[list[Sequence]]:
-    """The sequences of each shard."""
+    """Yield the sequences of each shard."""
     sequences = pack(planned.rows(split, with_targets), planned.seq_len, planned.context)
     while shard := list(islice(sequences, planned.settings.shard_sequences)):
         yield shard
 
 
 def _top_k(planned: Plan, is_ragged: bool) -> int:
-    """Ids of each target; of an export that has of some fewer than of others, none is cut unasked."""
+    """Return the number of ids to keep of each target; ids of an export with targets of several widths are not cut."""
     exported = max((0 if of is None else of.facts.num_ids for of in planned.exports.values()), default=0)
     has_ragged = any(of is not None and of.facts.profile == "small" for of in planned.exports.values())
     rows = planned.rows("student", with_targets=True)

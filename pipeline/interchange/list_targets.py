@@ -1,4 +1,4 @@
-"""Targets from columns of lists: ids, their logprobs, and where they are there tails and labels' logprobs.
+"""Targets from columns of lists: ids, their logprobs, and where the columns exist tails and labels' logprobs.
 
 Legend: M tokens of a row, T targets of a row, W ids of its widest target, D values of all targets.
 """
@@ -21,12 +21,12 @@ from capgap.schemas.records import FloatArray, IntArray
 
 
 class ListTargets:
-    """Targets from columns of lists.
+    """A reader of targets from columns of lists.
 
     Args:
-        columns: their names.
-        vocab_size: ids are below it.
-        offset: 0 where the first target follows the first token, -1 where it is one of the first token itself.
+        columns: Names of the columns.
+        vocab_size: Size of the vocabulary; every id must be smaller.
+        offset: 0 where the first target follows the first token, -1 where the first target predicts the first token.
     """
 
     def __init__(self, columns: ColumnNames, vocab_size: int, offset: int = 0) -> None:
@@ -36,7 +36,7 @@ class ListTargets:
         self._lists: dict[str, Ragged] = {}
 
     def open(self, batch: pa.RecordBatch, where: str) -> None:
-        """Take the columns of some rows."""
+        """Take the columns of a batch of rows."""
         names = self._columns
         kinds: dict[str, tuple[int, Any]] = {names.ids: (2, np.int32), names.logprobs: (2, np.float32)}
         kinds |= {names.tail: (1, np.float32), names.label_logprobs: (1, np.float32)}
@@ -47,14 +47,14 @@ class ListTargets:
         }
 
     def row(self, number: int, tokens_M: IntArray, keep: slice, where: str) -> RowTargets:
-        """The targets of one row's tokens that are no padding."""
+        """Return the targets of a row's tokens that are not padding."""
         names, skipped = self._columns, -self._offset
         ids, logprobs = self._lists[names.ids].row(number), self._lists[names.logprobs].row(number)
         num_targets = max(len(ids) - skipped, 0)
         part = targets_of(keep, num_targets, len(tokens_M), where)
         own = slice(part.start + skipped, part.stop + skipped)
         if part.stop - part.start == len(tokens_M[keep]) > 0 and ids.sizes_R[own.stop - 1] == 0:
-            own = slice(own.start, own.stop - 1)  # the last token of a row need not have one
+            own = slice(own.start, own.stop - 1)  # the last token of a row may have no target
         ids, logprobs = ids.lists(own.start, own.stop), logprobs.lists(own.start, own.stop)
         if not np.array_equal(ids.ends_R1, logprobs.ends_R1):
             raise InputError(
@@ -78,7 +78,7 @@ class ListTargets:
         return checked_targets(tokens_M[keep], ids_TW, logprobs_TW, tail_T, labels_T, self._vocab_size, where)
 
     def _narrowed(self, ids_D: npt.NDArray[Any], logprobs_D: FloatArray, where: str) -> IntArray:
-        """Ids of 32 bits; one past them only fills up a list where it has no probability, and is none otherwise."""
+        """Return ids as int32; one that does not fit becomes -1 if it only fills up a list, or is refused."""
         if ids_D.dtype == np.int32:
             return ids_D
         outside_D = ~fits(ids_D, np.int32) & (ids_D != NO_ID)
@@ -102,7 +102,7 @@ class ListTargets:
 
 
 def _filled(values_D: npt.NDArray[Any], of: Ragged, filling: float) -> npt.NDArray[Any]:
-    """Lists [T] as an array [T, W], with what is behind a list's last value filled."""
+    """Return lists [T] as an array [T, W], with `filling` after the last value of each list."""
     sizes_T = of.sizes_R
     width = int(sizes_T.max(initial=0))
     start, stop = int(of.ends_R1[0]), int(of.ends_R1[-1])

@@ -1,13 +1,13 @@
-"""Captured rows into sequences of one length: whole rows, one after the other, and padding behind them.
+"""Captured rows packed into sequences of one length: whole rows, one after the other, and padding after them.
 
-    document   [ row | row | row | padding ]   a student's attention ends where each of them begins
-    packed     [ row | padding ]               it sees all that stands before, so a sequence is one row
+    document   [ row | row | row | padding ]   a student's attention does not reach across the start of a row
+    packed     [ row | padding ]               attention reaches the whole sequence, so a sequence is one row
 
-No row is split, for the teacher saw what stands before a token in its row. A row's first token is the label of no
-target. Where the teacher said nothing, after a row's last token, in the padding and where a target of no label that
-counts has too few ids, stands the uniform distribution, and no label counts there.
+No row is split, because the teacher saw all earlier tokens of the row. A row's first token is the label of no target.
+Some positions have no target of the teacher: after a row's last token, in the padding, and where a target whose label
+does not count has too few ids. They get the uniform distribution, and no label counts there.
 
-Legend: L targets a sequence, M tokens of a row, K ids kept, B sequences.
+Legend: L targets of a sequence, M tokens of a row, K kept ids, B sequences.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from capgap.pipeline.interchange.widths import kept, uniform
 from capgap.schemas.records import Sequences, TopkTargets
 from capgap.schemas.run_corpus import ContextRule
 
-# Sequences that are not full yet. A row goes to the fullest that it fits into; of rows of 2 to 59 tokens in sequences
-# of 64, sixteen leave 5.5 % of padding, and each is held in memory with its targets.
+# Number of sequences that are filled at once. A row goes to the fullest that it fits into. Rows of 2 to 59 tokens in
+# sequences of 64 leave 5.5 % of padding with sixteen; each open sequence is held in memory with its targets.
 _NUM_OPEN = 16
 
 
-# one is found by what it is: rows are arrays, which do not compare
+# compared by identity: rows are arrays, which cannot be compared with ==
 @dataclass(eq=False)
 class Sequence:
-    """A sequence in the making: its rows, from its first token on."""
+    """A sequence that is being filled: its rows, from its first token on."""
 
     rows: list[CapturedRow] = field(default_factory=list)
     num_tokens: int = 0
 
 
 def pack(rows: Iterable[CapturedRow], seq_len: int, context: ContextRule) -> Iterator[Sequence]:
-    """Sequences as they get full, then those that are left; the same rows make the same ones."""
+    """Yield sequences as they become full, and the unfinished ones at the end; equal rows give equal sequences."""
     is_full = seq_len + 1
     open_ones: list[Sequence] = []
     for row in rows:
@@ -49,7 +49,7 @@ def pack(rows: Iterable[CapturedRow], seq_len: int, context: ContextRule) -> Ite
             open_ones.append(one)
         one.rows.append(row)
         one.num_tokens += len(row)
-        # a row has two tokens at least
+        # a row has at least two tokens
         if context == "packed" or one.num_tokens > is_full - 2:
             open_ones.remove(one)
             yield one
@@ -61,7 +61,7 @@ def pack(rows: Iterable[CapturedRow], seq_len: int, context: ContextRule) -> Ite
 
 
 def to_sequences(packed: list[Sequence], seq_len: int, eos_id: int) -> Sequences:
-    """The tokens of these sequences, padded with `eos_id`."""
+    """Return the tokens of these sequences, padded with `eos_id`."""
     shape = (len(packed), seq_len + 1)
     tokens_BL1 = np.full(shape, eos_id, np.int32)
     starts_BL1, mask_BL1 = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
@@ -71,7 +71,7 @@ def to_sequences(packed: list[Sequence], seq_len: int, eos_id: int) -> Sequences
             part = slice(place, place + len(row))
             tokens_BL1[number, part], starts_BL1[number, part] = row.tokens_M, row.starts_M
             mask_BL1[number, part] = row.mask_M
-            # what stands before it is another row's
+            # the token before belongs to another row, so its target does not predict this one
             mask_BL1[number, place] = False
             starts_BL1[number, place] |= place > 0
             place += len(row)
@@ -82,10 +82,10 @@ def to_sequences(packed: list[Sequence], seq_len: int, eos_id: int) -> Sequences
 def to_topk(
     packed: list[Sequence], sequences: Sequences, top_k: int, vocab_size: int, is_ragged: bool = False
 ) -> TopkTargets:
-    """The targets of these sequences.
+    """Return the targets of these sequences.
 
     Raises:
-        InputError: a target whose label counts has fewer than `top_k` ids, or none where it is ragged.
+        InputError: A target whose label counts has fewer than `top_k` ids, or no ids where `is_ragged` is set.
     """
     shape = sequences.tokens_BL1[:, 1:].shape
     padding = uniform(shape[0] * shape[1], top_k, vocab_size)
@@ -100,7 +100,7 @@ def to_topk(
             ids_BLK[number, part], logprobs_BLK[number, part] = targets.ids_TW[:num], targets.logprobs_TW[:num]
             tail_BL[number, part], labels_BL[number, part] = targets.tail_T[:num], targets.label_logprobs_T[:num]
             place += len(row)
-    # after a row's last token comes another row's first, of which its target may say something
+    # the target of a row's last token may hold the first token of the next row, whose logprob must then agree
     is_kept_BLK = (ids_BLK == sequences.tokens_BL1[:, 1:, None]) & np.isnan(labels_BL)[..., None]
     number_D, target_D, place_D = np.nonzero(is_kept_BLK & np.isfinite(logprobs_BLK))
     labels_BL[number_D, target_D] = logprobs_BLK[number_D, target_D, place_D]

@@ -25,7 +25,7 @@ from capgap.schemas.records import BoolArray, IntArray
 SUFFIX = ".parquet"
 IGNORED_LABEL = -100
 
-# Some rows of four thousand tokens with a hundred ids each are a hundred megabytes.
+# Sixteen rows of four thousand tokens with a hundred ids each take a hundred megabytes.
 _BATCH_ROWS = 16
 
 
@@ -33,28 +33,28 @@ class TargetReader(Protocol):
     """Reads the targets of rows from columns of one layout."""
 
     required: tuple[str, ...]
-    """Columns without which there are no targets."""
+    """Columns that must exist."""
 
     optional: tuple[str, ...]
-    """Columns that are read where they are there."""
+    """Columns that are read where they exist."""
 
     def open(self, batch: pa.RecordBatch, where: str) -> None:
-        """Take the columns of some rows."""
+        """Take the columns of a batch of rows."""
 
     def row(self, number: int, tokens_M: IntArray, keep: slice, where: str) -> RowTargets:
-        """The targets of those of its tokens that are no padding; what stands behind the others is not looked at."""
+        """Return the targets of the row's tokens that are not padding; values in the padding are ignored."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What is read of a file.
+    """How a file's columns are read.
 
     Attributes:
-        columns: their names.
-        vocab_size: ids are below it.
-        targets: reads them; None to read tokens alone.
-        end_padding: an id that does not count as a label at a row's end; None where there is none such.
-        bos_ids: which count nowhere where they begin a row or a document.
+        columns: Names of the columns.
+        vocab_size: Size of the vocabulary; every id must be smaller.
+        targets: Reader of the targets; None to read tokens alone.
+        end_padding: Id that does not count as a label at the end of a row; None where there is no such id.
+        bos_ids: Ids that do not count as labels where they begin a row or a document.
     """
 
     columns: ColumnNames
@@ -65,10 +65,10 @@ class Layout:
 
 
 def list_captures(sources: tuple[str, ...]) -> list[Path]:
-    """The Parquet files that these files, folders and globs name, in the order in which they are read, each once.
+    """Return the Parquet files that these files, folders and globs name, in reading order, each once.
 
     Raises:
-        InputError: a source names none.
+        InputError: A source names no file.
     """
     files: dict[Path, Path] = {}
     for source in sources:
@@ -87,10 +87,10 @@ def list_captures(sources: tuple[str, ...]) -> list[Path]:
 
 
 def open_file(path: Path) -> Any:
-    """A Parquet file.
+    """Open a Parquet file.
 
     Raises:
-        InputError: it is none.
+        InputError: The file is not a Parquet file.
     """
     try:
         return pa.parquet.ParquetFile(path)
@@ -112,10 +112,10 @@ def require_columns(file: Any, path: Path, wanted: Sequence[str]) -> None:
 
 
 def batches_of(file: Any, path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Some rows of an open file at a time.
+    """Yield batches of rows of an open file.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: The file is damaged.
     """
     try:
         yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
@@ -124,10 +124,10 @@ def batches_of(file: Any, path: Path, columns: list[str]) -> Iterator[pa.RecordB
 
 
 def read_rows(path: Path, layout: Layout) -> Iterator[CapturedRow]:
-    """Every row of a file that has at least two tokens, in order.
+    """Yield every row of a file that has at least two tokens, in order.
 
     Raises:
-        InputError: a column is missing or of another kind, a list is not as long as its row, an id lies outside the
+        InputError: A column is missing or of another kind, a list is not as long as its row, an id lies outside the
             vocabulary, or the file is damaged.
     """
     file, names = open_file(path), layout.columns
@@ -153,7 +153,7 @@ def read_rows(path: Path, layout: Layout) -> Iterator[CapturedRow]:
                 yield row
                 continue
             found = layout.targets.row(number, tokens.row(number), keep, row.where)
-            found.label_logprobs_T[len(row) - 1 :] = np.nan  # what follows the last token is another row's, or padding
+            found.label_logprobs_T[len(row) - 1 :] = np.nan  # the token after the last one is another row's, or padding
             yield replace(row, targets=found)
         first += batch.num_rows
 
@@ -161,7 +161,7 @@ def read_rows(path: Path, layout: Layout) -> Iterator[CapturedRow]:
 def _row(
     layout: Layout, batch: pa.RecordBatch, number: int, tokens_M: IntArray, where: str
 ) -> tuple[CapturedRow, slice]:
-    """The row without its targets and its padding, and which of its tokens are left."""
+    """Return the row without targets and padding, and the slice of its tokens that are not padding."""
     keep = unpadded(layout.columns, batch, number, len(tokens_M), where)
     own_M = tokens_M[keep]  # padding may be any number
     _require_no_null(own_M, where, layout.columns.input_ids)
@@ -211,10 +211,10 @@ def _label_mask(
 
 
 def unpadded(names: ColumnNames, batch: pa.RecordBatch, number: int, num_tokens: int, where: str) -> slice:
-    """Which of a row's tokens are no padding.
+    """Return the slice of a row's tokens that are not padding.
 
     Raises:
-        InputError: padding stands within the row, or the marks are not as many as its tokens.
+        InputError: There is padding within the row, or the row has not as many marks as tokens.
     """
     attention_M = marks_of(names.attention_mask, batch, number, num_tokens, where)
     if attention_M is None or attention_M.all():
@@ -233,10 +233,10 @@ def unpadded(names: ColumnNames, batch: pa.RecordBatch, number: int, num_tokens:
 def marks_of(
     name: str, batch: pa.RecordBatch, number: int, num_tokens: int, where: str, keep: slice = slice(None)
 ) -> BoolArray | None:
-    """Where a row is marked; None where there is no such column. What stands outside of `keep` may be anything.
+    """Return where a row is marked, or None where the column does not exist; marks outside `keep` are not checked.
 
     Raises:
-        InputError: they are not as many as its tokens, or one is null.
+        InputError: The row has not as many marks as tokens, or a mark is null.
     """
     lists = _lists(name, batch, where)
     if lists is None:
@@ -269,12 +269,12 @@ def _lists(name: str, batch: pa.RecordBatch, where: str) -> Ragged | None:
 
 
 def targets_of(keep: slice, num_targets: int, num_tokens: int, where: str) -> slice:
-    """Those of a row's targets whose tokens are no padding.
+    """Return the slice of a row's targets whose tokens are not padding.
 
-    What a capture keeps behind the last token before padding is a prediction of padding, or nothing at all.
+    The target after the last token before padding predicts padding, or is empty, so it is left out.
 
     Raises:
-        InputError: there are not as many targets as tokens, or one less.
+        InputError: There are neither as many targets as tokens, nor one fewer.
     """
     if num_targets not in (num_tokens, num_tokens - 1):
         raise InputError(
@@ -282,7 +282,7 @@ def targets_of(keep: slice, num_targets: int, num_tokens: int, where: str) -> sl
             where=where,
             found=f"{num_targets} targets for {num_tokens} tokens",
             expected=f"{num_tokens}, or {num_tokens - 1} where the last token has none",
-            fix="see --offset: the first target may be no prediction",
+            fix="see --offset, which says whether the first target predicts the first token itself",
         )
     return slice(keep.start, min(keep.stop if keep.stop == num_tokens else keep.stop - 1, num_targets))
 

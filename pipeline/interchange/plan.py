@@ -1,4 +1,4 @@
-"""What an import is to make, found out before the first file is written: files, tokenizer, length, work orders."""
+"""What an import is to make, determined before the first file is written: files, tokenizer, length, work orders."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Plan:
     """Everything that decides what an import makes.
 
     Attributes:
-        settings: as given.
-        files: captures by split, `student` and `heldout`; one file may be of both.
-        tokenizer: of the tokens.
-        facts: of it.
-        seq_len: targets a sequence.
-        context: what the teacher saw before a token.
-        configs: by file how its targets are packed; empty where they are columns of lists.
-        exports: by file what it says of itself; None where `capgap export` did not write it.
+        settings: The settings as given.
+        files: Captures by split, `student` and `heldout`; one file may be in both.
+        tokenizer: Tokenizer of the captures' tokens.
+        facts: Facts of the tokenizer.
+        seq_len: Number of targets of a sequence.
+        context: What the teacher saw before a token.
+        configs: How each file's targets are packed; empty where they are columns of lists.
+        exports: What each file says of itself; None for a file that `capgap export` did not write.
     """
 
     settings: ImportSettings
@@ -61,24 +61,24 @@ class Plan:
 
     @cached_property
     def sources(self) -> tuple[SourceEntry, ...]:
-        """The captures as they are now."""
+        """Digests and sizes of the captures as they are now."""
         every = dict.fromkeys(path for paths in self.files.values() for path in paths)
         return record_sources(every)
 
     @cached_property
     def usual_bos_ids(self) -> tuple[int, ...]:
-        """What would begin a document of a corpus, by `corpus.bos: auto`."""
+        """The ids that begin a document under `corpus.bos: auto`."""
         return document_bos(self.tokenizer, self.settings.tokenizer, "auto")
 
     @property
     def bos_ids(self) -> tuple[int, ...]:
-        """What begins a document of the captures, if anything does: as usual, or its token of that name."""
+        """The ids that may begin a document of the captures: the usual ones, or else the tokenizer's BOS token."""
         own = self.tokenizer.bos_token_id
         return self.usual_bos_ids or (() if own is None or own == self.facts.eos_id else (int(own),))
 
     @cached_property
     def corpus_settings(self) -> dict[str, Any]:
-        """What decides the corpus: the tokens alone."""
+        """The settings that decide the corpus, which depend on the tokens alone."""
         settings, columns = self.settings, self.settings.columns
         digests = {entry.path: entry.sha256 for entry in self.sources}
         return {
@@ -100,7 +100,7 @@ class Plan:
 
     @cached_property
     def cache_settings(self) -> dict[str, Any]:
-        """What decides the cache, beside the corpus and the teacher."""
+        """The settings that decide the cache, beside the corpus and the teacher."""
         settings, columns = self.settings, self.settings.columns
         return {
             "import": {
@@ -115,10 +115,11 @@ class Plan:
         }
 
     def rows(self, split: str, with_targets: bool) -> Iterator[CapturedRow]:
-        """The rows of a split, in order; with targets, each file's are held back until they are proven aligned.
+        """Yield the rows of a split, in order; with targets, a file's rows are held back until proven aligned.
 
         Raises:
-            InputError, MismatchError: as `read_rows` and `proven`; or a row is too long.
+            InputError: A row cannot be read or is too long, or its alignment cannot be told.
+            MismatchError: Targets predict another token than the one after them.
         """
         apart = bool(self.settings.heldout)
         for path in self.files[split]:
@@ -136,7 +137,7 @@ class Plan:
 
     @property
     def _compression(self) -> dict[str, Any] | None:
-        """How the targets are packed: every way there is, and by split which one each file has."""
+        """How the targets are packed: the distinct configurations, and which of them each file of a split has."""
         if not self.configs:
             return None
         ways = [config.model_dump(mode="json") for config in self.configs.values()]
@@ -149,7 +150,7 @@ class Plan:
 
     @property
     def _padding(self) -> int | None:
-        """DistillKit puts one such token behind a row, to be told what is expected after the last one of text."""
+        """The id that DistillKit appends to a row to capture a target for its last token; None where there is none."""
         pad = self.tokenizer.pad_token_id
         is_padding = self.settings.format == "distillkit" and pad is not None and pad != self.facts.eos_id
         return int(pad) if is_padding else None
@@ -182,11 +183,11 @@ class Plan:
 
 
 def plan(settings: ImportSettings) -> Plan:
-    """Look at the captures and at the tokenizer.
+    """Inspect the captures and the tokenizer, and plan the import.
 
     Raises:
-        InputError: there are no captures, or no tokenizer; or it cannot be told what the teacher saw.
-        MismatchError: the captures are an export that says otherwise than the settings.
+        InputError: There are no captures, or no tokenizer; or it is not known what the teacher saw.
+        MismatchError: The captures are an export whose facts differ from the settings.
     """
     files = _files(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
@@ -209,7 +210,7 @@ def plan(settings: ImportSettings) -> Plan:
 
 
 def _files(settings: ImportSettings) -> dict[str, list[Path]]:
-    """The captures by split: what is held out is not trained on, whatever else names it."""
+    """Return the captures by split; a held-out file is never trained on, even if the sources name it too."""
     sources = list_captures(settings.sources)
     if not settings.heldout:
         return {"student": sources, "heldout": sources}
@@ -230,7 +231,7 @@ def _files(settings: ImportSettings) -> dict[str, list[Path]]:
 
 
 def _context(settings: ImportSettings, exports: dict[Path, ExportFacts | None]) -> ContextRule:
-    """What the teacher saw: as is said, as the exports say, or its own row where that is all there is to it."""
+    """Return the context rule: the setting, or that of the exports, or `document` where each row is one document."""
     if settings.context is not None:
         return settings.context
     contexts: dict[Path, ContextRule] = {path: "document" if of is None else of.context for path, of in exports.items()}
@@ -241,13 +242,13 @@ def _context(settings: ImportSettings, exports: dict[Path, ExportFacts | None]) 
                 "the captures are of two contexts",
                 where=path,
                 found=own,
-                expected=f"{context}, as of {first}",
-                fix="import them apart, each into a folder of its own, or set --context for those that do not say it",
+                expected=f"{context}, as in {first}",
+                fix="import them apart, each into a folder of its own, or set --context for files that do not state it",
             )
         where = None if exports[path] is not None else start_within(path, settings.columns)
         if where is not None:
             raise InputError(
-                "it is not told what the teacher saw of a row with several documents",
+                "what the teacher saw of a row with several documents is not known",
                 where=where,
                 found=f"the mark of a document in the column {settings.columns.starts!r}, and no --context",
                 expected="--context document if it saw each document alone, --context packed if it saw the whole row",

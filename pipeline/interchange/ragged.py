@@ -17,16 +17,16 @@ from capgap.schemas.errors import InputError
 Int64Array = npt.NDArray[np.int64]
 
 NULL = np.iinfo(np.int32).min
-"""Stands for a whole number that is null."""
+"""The value that takes the place of a whole number that is null."""
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """Lists of any size, one after the other.
+    """Lists of any size, stored one after the other.
 
     Attributes:
-        values: of all lists: an array of numbers, or lists again.
-        ends_R1: where each list begins, and the last one's end.
+        values: Values of all lists: an array of numbers, or a `Ragged` of inner lists.
+        ends_R1: Index where each list begins, and the end of the last one [R + 1].
     """
 
     values: Any
@@ -36,38 +36,38 @@ class Ragged:
         return len(self.ends_R1) - 1
 
     @property
-    def sizes_R(self) -> Int64Array:  # noqa: N802  # a field in all but name
-        """The size of each list."""
+    def sizes_R(self) -> Int64Array:  # noqa: N802  # named as the fields are
+        """Number of values in each list."""
         return np.diff(self.ends_R1)
 
     def row(self, number: int) -> Any:
-        """One list: its numbers, or its lists."""
+        """Return one list: its numbers, or its inner lists."""
         return self.part(int(self.ends_R1[number]), int(self.ends_R1[number + 1]))
 
     def part(self, start: int, stop: int) -> Any:
-        """The values from `start` on and before `stop`."""
+        """Return the values from `start` up to but not including `stop`."""
         return self.values.lists(start, stop) if isinstance(self.values, Ragged) else self.values[start:stop]
 
     def lists(self, start: int, stop: int) -> Ragged:
-        """The lists of numbers from `start` on and before `stop`."""
+        """Return the lists of numbers from `start` up to but not including `stop`."""
         ends_R1 = self.ends_R1[start : max(start, stop) + 1]
         return Ragged(self.values[ends_R1[0] : ends_R1[-1]], ends_R1 - ends_R1[0])
 
 
 def lists_of(column: pa.Array, depth: int, kind: Any, where: str) -> Ragged:
-    """A column of lists, of lists of lists where `depth` is 2; a list that is null is empty.
+    """Read a column of lists, or of lists of lists where `depth` is 2; a null list is empty.
 
-    What stands in padding may be no number of that kind, and which numbers those are is not known here: a whole number
-    that is null becomes `NULL`, and all of a batch are int64 where one does not fit.
+    Padding may hold numbers that do not fit `kind`, and it is not known here which positions are padding. So a null
+    whole number becomes `NULL`, and all numbers of a batch are int64 where one does not fit.
 
     Args:
-        column: of a record batch.
+        column: Column of a record batch.
         depth: 1 or 2.
-        kind: numpy's type of the numbers; nulls are NaN for a floating one.
-        where: names the column in errors.
+        kind: numpy's type of the numbers; a null is NaN where it is a floating type.
+        where: Name of the column, for errors.
 
     Raises:
-        InputError: it has no such lists.
+        InputError: The column does not hold such lists.
     """
     if not _is_list(column.type):
         raise InputError("not a column of lists", where=where, found=str(column.type), expected=_named(depth, kind))
@@ -80,7 +80,7 @@ def lists_of(column: pa.Array, depth: int, kind: Any, where: str) -> Ragged:
 
 
 def fits(numbers_D: npt.NDArray[Any], kind: Any) -> npt.NDArray[np.bool_]:
-    """Which of these whole numbers are there, and fit into that kind [D]."""
+    """Return which of these whole numbers are not null, and fit the type `kind` [D]."""
     if numbers_D.dtype == kind and np.iinfo(kind).min > NULL:
         return np.ones(len(numbers_D), np.bool_)
     limits = np.iinfo(kind)
@@ -114,7 +114,7 @@ def _whole(values: pa.Array, kind: Any) -> npt.NDArray[Any]:
     limits = np.iinfo(kind)
     too_large = numbers.size and numbers.dtype != np.bool_ and numbers.max() > limits.max
     too_small = numbers.size and numbers.dtype != np.bool_ and numbers.min() < limits.min
-    # a number that does not fit must not come out as another
+    # converted to int64, so that a number that does not fit `kind` is not turned into another one
     if too_large or too_small or (is_null is not None and limits.min > NULL):
         largest = np.iinfo(np.int64).max
         numbers = (np.minimum(numbers, largest) if numbers.dtype == np.uint64 else numbers).astype(np.int64)

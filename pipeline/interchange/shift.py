@@ -1,9 +1,9 @@
-"""Does each target predict the token after it? Found out from the captures themselves, before any of it is written.
+"""A check that each target predicts the token after it, made from the captures before any of them is written.
 
-A target is asked for three tokens: the one after it, the one before that and the one behind it. On any text that a
-teacher has learnt something of, it gives the token that it predicts the highest logprob by far.
+A target's logprobs of three tokens are compared: the token after it, the one before that and the one behind it. On text
+that a teacher has learnt from, the token that a target predicts has by far the highest mean logprob.
 
-Legend: M tokens of a row, T targets of a row, W ids of its widest target, N targets that were asked.
+Legend: M tokens of a row, T targets of a row, W ids of its widest target, N compared targets.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from capgap.schemas.records import IntArray
 
 Float64Array = npt.NDArray[np.float64]
 
-# So many targets tell; a file is not held back for more.
+# This many targets are enough to tell; no more of a file is held back.
 ENOUGH_TARGETS = 2048
-# The mean must be this many standard errors above those of the other places, or it is not proven.
+# The mean must be this many standard errors above those of the other two positions to prove the alignment.
 _STANDARD_ERRORS = 3
 _SHIFTS = (-1, 0, 1)
 _LEAST_NATS = -30.0
 
 
 def proven(rows: Iterable[CapturedRow], path: Path, vocab_size: int) -> Iterator[CapturedRow]:
-    """The same rows, held back until their first targets have shown that they are where they should be.
+    """Yield the same rows, held back until the first targets of the file have proven to be aligned with their tokens.
 
     Raises:
-        MismatchError: they predict another token than the one after them.
-        InputError: they are too few, or too alike, to tell.
+        MismatchError: The targets predict another token than the one after them.
+        InputError: The targets are too few, or too alike, to tell.
     """
     held: list[CapturedRow] = []
     scores: list[Float64Array] = []
@@ -56,9 +56,9 @@ def proven(rows: Iterable[CapturedRow], path: Path, vocab_size: int) -> Iterator
 
 
 def scores_at_shifts(tokens_M: IntArray, targets: RowTargets, vocab_size: int) -> Float64Array:
-    """Logprobs [3, N] of the token before the next one, the next one, and the one behind it, under each target.
+    """Return logprobs [3, N], under each target, of the token before the next one, the next one, and the one behind it.
 
-    The tail is spread evenly over all other ids. A target that is all tail, as those of a prompt may be, tells nothing.
+    The tail is spread evenly over all other ids. Targets whose tail is 1, as in some prompts, are left out.
     """
     num = max(min(len(targets), len(tokens_M) - 2), 0)
     ids_NW, logprobs_NW = targets.ids_TW[:num], targets.logprobs_TW[:num]
@@ -69,14 +69,14 @@ def scores_at_shifts(tokens_M: IntArray, targets: RowTargets, vocab_size: int) -
     for place in range(3):
         is_it_NW = ids_NW == tokens_M[place : place + num, None]
         kept_N = np.where(is_it_NW, logprobs_NW, -np.inf).max(axis=1, initial=-np.inf)
-        # one that a server calls impossible must not outweigh all others
+        # limited, so that one token which a server calls impossible does not outweigh all others
         scores[place] = np.where(is_it_NW.any(axis=1), np.maximum(kept_N, _LEAST_NATS), rest_N)
     found: Float64Array = scores[:, targets.tail_T[:num] < 1]
     return found
 
 
 def require_aligned(scores: Float64Array, path: Path) -> None:
-    """Raise unless the next token's mean logprob is above the others' beyond chance."""
+    """Raise an error unless the next token's mean logprob is above the others' beyond chance."""
     means = scores.mean(axis=1) if scores.shape[1] else np.zeros(3)
     said = ", ".join(f"{mean:.2f} at {shift:+d}" for mean, shift in zip(means, _SHIFTS, strict=True))
     where = f"{path}, the first {scores.shape[1]} targets"
@@ -86,9 +86,9 @@ def require_aligned(scores: Float64Array, path: Path) -> None:
             "targets are not aligned with their tokens: they predict "
             + ("the token before the next one" if best == 0 else "the token behind the next one"),
             where=where,
-            found=f"mean logprobs of the tokens there of {said}",
+            found=f"mean logprobs of {said}",
             expected="the highest at +0",
-            fix="set --offset -1: the first target is one of the first token itself"
+            fix="set --offset -1, because the first target predicts the first token itself"
             if best == 0
             else "the first target was left out: align the captures anew",
         )
@@ -96,7 +96,7 @@ def require_aligned(scores: Float64Array, path: Path) -> None:
         raise InputError(
             "it cannot be told which token a target predicts",
             where=where,
-            found=f"mean logprobs of the tokens there of {said}",
+            found=f"mean logprobs of {said}",
             expected=f"the one at +0 above the others by {_STANDARD_ERRORS} standard errors",
             fix="give more rows, or check that tokens and targets belong together",
         )

@@ -1,4 +1,4 @@
-"""What must be known of captures before any of them is read: how long their rows are, and where documents begin."""
+"""What must be known of captures before they are imported: how long their rows are, and where documents begin."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from capgap.schemas.interchange import ColumnNames
 
 
 def longest_row(path: Path, columns: ColumnNames) -> int:
-    """Tokens of a file's longest row without its padding; 0 where it has no rows.
+    """Return the number of tokens in a file's longest row, without padding; 0 where the file has no rows.
 
     Raises:
-        InputError: the file is damaged, a column is missing or of another kind, or padding stands within a row.
+        InputError: The file is damaged, a column is missing or of another kind, or there is padding within a row.
     """
     return max((keep.stop - keep.start for _, keep, _ in _rows(path, columns, with_starts=False)), default=0)
 
 
 def start_within(path: Path, columns: ColumnNames) -> str | None:
-    """The first row in which a document begins behind the row's first token, and the place; None where there is none.
+    """Return the first row and token at which a document begins after the row's first token; None where none does.
 
     Raises:
-        InputError: as `longest_row`.
+        InputError: The file is damaged, a column is missing or of another kind, or there is padding within a row.
     """
     for where, _, starts in _rows(path, columns, with_starts=True):
         if len(starts):
@@ -34,7 +34,7 @@ def start_within(path: Path, columns: ColumnNames) -> str | None:
 
 
 def _rows(path: Path, columns: ColumnNames, with_starts: bool) -> Iterator[tuple[str, slice, list[int]]]:
-    """Of each row its name, which of its tokens are no padding, and at which of these but the first documents begin."""
+    """Yield each row's name, the slice of tokens that are not padding, and the later tokens that begin a document."""
     file = open_file(path)
     require_columns(file, path, (columns.input_ids,))
     there = file.schema_arrow.names

@@ -1,7 +1,7 @@
-"""How many ids are kept of each target, where captures have more of some than of others.
+"""The number of ids that are kept of each target, where targets of the captures have different numbers of ids.
 
-All profiles but `small` keep as many of one target as of another: as many as the narrowest has. `small` keeps of a
-narrower target what it has. A target whose label does not count, as of a prompt, may have fewer or none: it is then
+All profiles but `small` keep equally many ids of every target, as many as the narrowest has. `small` keeps all ids of a
+narrower target. A target whose label does not count, for example in a prompt, may have fewer ids or none: it is then
 uniform, as padding is.
 
 Legend: T targets of a row, W ids of its widest target, K ids kept, N targets that count.
@@ -20,15 +20,15 @@ from capgap.schemas.errors import InputError
 
 _LOG = logging.getLogger("capgap")
 
-# So many rows tell how wide targets are.
+# The widths of the first rows decide, and this many rows are read.
 _FIRST_ROWS = 16
-# More than this share of all ids is not cut for the sake of the narrowest target unless somebody asks for it.
+# A cut of more than this share of all ids, to the width of the narrowest target, needs an explicit --top_k.
 MOST_CUT = 0.5
 _SILENT = "set loss_mask to 0 where the teacher said nothing"
 
 
 def uniform(num_targets: int, top_k: int, vocab_size: int) -> RowTargets:
-    """Targets of a teacher that says nothing."""
+    """Return targets with the uniform distribution, for positions at which the teacher has no target."""
     evenly = np.float32(-np.log(vocab_size))
     return RowTargets(
         np.broadcast_to(np.arange(top_k, dtype=np.int32), (num_targets, top_k)).copy(),
@@ -39,12 +39,12 @@ def uniform(num_targets: int, top_k: int, vocab_size: int) -> RowTargets:
 
 
 def kept(row: CapturedRow, top_k: int, vocab_size: int, is_ragged: bool) -> RowTargets:
-    """The top-k tokens [T, K] of each target of a row; what is cut joins the tail.
+    """Return the top-k tokens [T, K] of each target of a row; the probability of ids that are cut is added to the tail.
 
-    Where it is ragged, a target may have fewer, and id 0 at logprob -inf stands behind its last.
+    If `is_ragged` is set, a target may have fewer ids, and id 0 at logprob -inf follows its last one.
 
     Raises:
-        InputError: a target whose label counts has fewer.
+        InputError: A target whose label counts has fewer ids than needed.
     """
     targets = row.targets
     assert targets is not None
@@ -59,7 +59,7 @@ def kept(row: CapturedRow, top_k: int, vocab_size: int, is_ragged: bool) -> RowT
             where=f"{row.where}, target {target}",
             found=int(widths_T[target]),
             expected=f"at least {top_k}",
-            fix=f"set --profile small, which keeps of a narrow target what it has, or --top_k {least} or fewer",
+            fix=f"set --profile small, which keeps all ids of a narrow target, or --top_k {least} or fewer",
         )
     found = uniform(len(targets), top_k, vocab_size)
     is_told_T = ~is_narrow_T
@@ -74,16 +74,16 @@ def kept(row: CapturedRow, top_k: int, vocab_size: int, is_ragged: bool) -> RowT
 
 
 def choose_top_k(rows: Iterable[CapturedRow], is_ragged: bool, exported: int, most_cut: float) -> int:
-    """How many ids to keep of each target, by the first rows that count: as many as the narrowest or the widest has.
+    """Return how many ids to keep of each target: as many as the narrowest or the widest of the first rows has.
 
     Args:
-        rows: of the captures.
-        is_ragged: whether each target keeps what it has, so that the widest decides.
-        exported: as many as an export of a cache says that it has; 0 where none does.
-        most_cut: the share of all ids that may be cut for the narrowest.
+        rows: Rows of the captures.
+        is_ragged: Whether each target keeps all its ids, so that the widest decides.
+        exported: Number of ids that a cache's export says that it has; 0 where no file is an export.
+        most_cut: Largest share of all ids that may be cut because of the narrowest target.
 
     Raises:
-        InputError: a target that counts has none, or one is so narrow that more would be cut.
+        InputError: A target whose label counts has no ids, or a narrow target would cut more than `most_cut`.
     """
     parts: list[Int64Array] = []
     narrowest, where = 0, ""
@@ -111,7 +111,7 @@ def choose_top_k(rows: Iterable[CapturedRow], is_ragged: bool, exported: int, mo
             where=where,
             found=f"{narrowest}, where others have up to {widest}: {share:.0%} of all ids would be cut",
             expected="about as many in each target",
-            fix=f"set --profile small, which keeps of a narrow target what it has, or --top_k {narrowest} to cut them; "
+            fix=f"set --profile small, which keeps all ids of a narrow target, or --top_k {narrowest} to cut them; "
             + _SILENT,
         )
     if narrowest < widest:
@@ -131,5 +131,5 @@ def _require_ids(row: CapturedRow, widths_T: Int64Array) -> None:
             where=f"{row.where}, target {int(np.flatnonzero(empty_T)[0])}",
             found=f"{int(empty_T.sum())} of {len(widths_T)} targets of the row have none",
             expected="at least one id",
-            fix=f"{_SILENT}, or leave the row out; of lists whose first is empty, as vLLM has them, set --offset -1",
+            fix=f"{_SILENT}, or leave the row out; where the first list is empty, as in vLLM's output, set --offset -1",
         )

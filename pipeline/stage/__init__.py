@@ -1,12 +1,12 @@
-"""What a stage is, what it is handed, and what it works with.
+"""What every stage is built on: its declaration, its context, its folder, its device and its progress.
 
-    declaration.py   a stage declares itself             context.py     what it is handed, and hands back
+    declaration.py   how a stage declares itself         context.py     what a stage is handed, and hands back
     instances.py     students, trainings, final models   sources.py     files outside the run
-    folder.py        begun, worked on, finished          manifests.py   read them, and hold them against their seal
-    identity.py      digests of settings and files       versions.py    of what takes part
-    device.py        which device; gpus.py, lease.py: who has it
-    ranks.py         several processes at one training   orphans.py, interrupts.py: how processes end
-    heartbeat.py     who is at work, and how far; progress.py, events.py, scalars.py: what it logs
+    folder.py        a stage folder, begun to finished   manifests.py   read manifests, and check their seals
+    identity.py      digests of settings and files       versions.py    versions of the packages used
+    device.py        choice of the device                gpus.py, lease.py: names of GPUs, and who holds a device
+    ranks.py         several processes of one training   orphans.py, interrupts.py: how processes end
+    heartbeat.py     who is at work, and how far         progress.py, events.py, scalars.py: what a stage logs
 
-The stages stand on this room; `workflow` stands on the stages.
+The stages import this package, and `workflow` imports the stages.
 """

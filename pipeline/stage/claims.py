@@ -1,6 +1,6 @@
-"""Units of work, each under a lock of its own, so that two processes never make the same one at a time.
+"""Claims on units of work: each unit has a lock of its own, so that no two processes make the same one at a time.
 
-A lock ends with its process: what a killed process had claimed is free again, for whoever may make it.
+A lock ends with the process that holds it, so another process may claim what a killed one left unfinished.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from capgap.pipeline.store.locks import ProcessLock
 
 
 class Claims:
-    """The locks on units that this process is at.
+    """The locks on the units that this process is working on.
 
     Args:
-        notes: where finished units are noted.
-        part: which units this process may make.
+        notes: Notes of the finished units.
+        part: Slice of the units that this process may make.
     """
 
     def __init__(self, notes: UnitNotes, part: Slice) -> None:
@@ -27,7 +27,7 @@ class Claims:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def take_each(self) -> Iterator[int]:
-        """Each unit of the slice, once it is claimed, until all are made or claimed by others."""
+        """Claim and yield one unit of the slice after another, until all are finished or claimed by other processes."""
         taken = True
         while taken:
             taken, made = False, self._notes.made()
@@ -38,11 +38,11 @@ class Claims:
                     made = self._notes.made()
 
     def release(self, unit: int) -> None:
-        """Let a unit go: it is made."""
+        """Release the lock of a finished unit."""
         self._held.pop(unit).close()
 
     def close(self) -> None:
-        """Let all go that are held."""
+        """Release every lock that this process holds."""
         for unit in list(self._held):
             self.release(unit)
 

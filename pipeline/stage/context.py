@@ -17,17 +17,17 @@ from capgap.schemas.manifest import Manifest, ShardSet
 from capgap.schemas.run_file import RunFile
 
 FINAL = -1
-"""The round of what a final student writes to be measured: after all rounds, however many there are."""
+"""Value of `Instance.round` for the text that a final student writes to be measured, after all numbered rounds."""
 
 CHAT_CACHE = "caches/chat"
-"""The name of the input that `tune.cache` is."""
+"""Name of the input for the cache that `tune.cache` names."""
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One run of a stage: `train` and `tune` run once per arm and seed, `student` once per seed, `benchmark` and
-    `answers` once per student that comes out and for the teacher, the others once. In a run with rounds, `generate`,
-    `cache` and `train` have a round as well."""
+    """One run of a stage. `train` and `tune` run once per arm and seed, and `student` once per seed. `benchmark` and
+    `answers` run once per final student and once for the teacher, and every other stage runs once. In a run with
+    rounds, each instance of `generate`, `cache` and `train` also belongs to a round."""
 
     stage: str
     arm: str | None = None
@@ -36,7 +36,7 @@ class Instance:
 
     @property
     def name(self) -> str:
-        """Path of the instance's folder below the run's, for example `train/distilled/seed-0`."""
+        """The path of the instance's folder below the run's folder, for example `train/distilled/seed-0`."""
         parts = [self.stage, self.arm, None if self.seed is None else f"seed-{self.seed}"]
         if self.round is not None:
             parts.append("final" if self.round == FINAL else f"round-{self.round}")
@@ -45,11 +45,11 @@ class Instance:
 
 @dataclass(frozen=True)
 class StageInput:
-    """A finished folder that a stage reads.
+    """The folder of a finished stage that another stage reads.
 
     Attributes:
-        location: path of the folder, or its URL.
-        manifest: what stands in it.
+        location: Path of the folder, or its URL.
+        manifest: The manifest of the folder.
     """
 
     location: Path | str
@@ -57,16 +57,16 @@ class StageInput:
 
     @property
     def is_remote(self) -> bool:
-        """Whether it lies behind a URL, from where shards and small files are read."""
+        """Whether the folder lies behind a URL, so that only shards and small files can be read from it."""
         return is_url(self.location)
 
     def fetch(self, folder: str) -> Path:
-        """One of its folders of small files, for example `tokenizer`, on a local disk and as the manifest lists it.
+        """Return one folder of small files, for example `tokenizer`, on a local disk and checked against the manifest.
 
         Raises:
-            CorruptError: a file is not what the manifest lists.
-            InputError: as `path` for all but a cache; or a file is missing, or the manifest of a cache behind a URL
-                lists none of this folder.
+            CorruptError: A file differs from what the manifest lists.
+            InputError: The input lies behind a URL and is not a cache; or a file is missing; or the manifest of a
+                cache behind a URL lists no file of this folder.
         """
         if self.manifest.read_as != "cache":
             self.require_local()
@@ -85,13 +85,13 @@ class StageInput:
         """The folder on a local disk.
 
         Raises:
-            InputError: it lies behind a URL; only shards and small files are read from there.
+            InputError: The folder lies behind a URL, from where only shards and small files are read.
         """
         self.require_local()
         return Path(self.location)
 
     def require_local(self) -> None:
-        """Raise InputError if it lies behind a URL."""
+        """Raise InputError if the folder lies behind a URL."""
         if self.is_remote:
             raise InputError(
                 "must lie on a local disk",
@@ -104,19 +104,19 @@ class StageInput:
 
 @dataclass(frozen=True)
 class StageContext:
-    """Everything a stage needs.
+    """Everything that a stage needs for its work.
 
     Attributes:
-        run: the run file with its defaults.
-        instance: which run of the stage this is.
-        folder: the stage's own folder; it exists, and may hold what a killed run left.
-        inputs: finished folders, by the name of their instance.
-        device: `cpu` or `cuda:0`; the stage holds the lease on it, unless its replicas hold those of their GPUs.
-            A rank's own, where several processes train.
-        holder: stage and run, as a lease names them.
-        wait: wait for a device that another stage holds.
-        group: under which the stage's replicas share its lease; empty where each holds one of its own.
-        ranks: which process of the stage's this is; the first alone writes to the folder.
+        run: The run file, with defaults filled in.
+        instance: The instance of the stage that is to be made.
+        folder: The stage's own folder. It exists, and may hold what a killed process left.
+        inputs: Finished folders that the stage reads, by the name of the instance that made them.
+        device: `cpu` or `cuda:0`. The stage holds the lease on it, unless its replicas hold the leases on their GPUs.
+            Where several processes train, it is the device of this rank.
+        holder: Stage and run, as a lease names its holder.
+        wait: Whether to wait for a device that another stage holds.
+        group: Name under which the stage's replicas share its lease; empty where each replica holds its own.
+        ranks: Rank of this process among the stage's processes. Only the first rank writes to the folder.
     """
 
     run: RunFile
@@ -130,7 +130,7 @@ class StageContext:
     ranks: Ranks = field(default_factory=Ranks)
 
     def input(self, name: str) -> StageInput:
-        """The input made by the instance of that name."""
+        """Return the input that the instance of this name made."""
         return self.inputs[name]
 
 
@@ -144,28 +144,28 @@ class StageResult:
 
 
 def further_cache(name: str) -> str:
-    """The name of the input that `train.caches.NAME` is."""
+    """Return the name of the input for the cache that `train.caches.NAME` names."""
     return f"caches/{name}"
 
 
 def text_of_cache(name: str | None) -> str:
-    """The name of the input that is the text of a round's cache, where a student wrote it."""
+    """Return the name of the input that is the text behind a round's cache, where a student wrote that text."""
     return "text" if name is None else f"texts/{name}"
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Which units a process makes: those with `index % count == number`, or with no number whichever nobody has."""
+    """The units that one process makes: those with `index % count == number`, or without a number any unclaimed one."""
 
     number: int | None
     count: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Slice:
-        """`0/8` to `7/8`, or `any`.
+        """Read a slice from text: `0/8` to `7/8` for one of eight, or `any`.
 
         Raises:
-            SettingError: it is something else.
+            SettingError: The text is neither.
         """
         found = re.fullmatch(r"(\d+)/(\d+)", text)
         if text == "any":
@@ -177,7 +177,7 @@ class Slice:
         return cls(int(found[1]), int(found[2]))
 
     def has(self, index: int) -> bool:
-        """Whether unit `index` is this slice's to make."""
+        """Return whether this slice includes unit `index`."""
         return self.number is None or index % self.count == self.number
 
     def __str__(self) -> str:

@@ -1,10 +1,10 @@
-"""How a stage declares itself: one small object in its own folder, from which all else is derived.
+"""How a stage declares itself: one small object in its own folder, from which everything else is derived.
 
     pipeline/<stage>/declaration.py: STAGE = Stage(...)
         --> graph (instances, inputs, order), identities (settings, sources), leases (on_device), help, status, plan
 
-A declaration imports nothing heavy: whoever asks how a run stands reads it, and torch is not needed for that. The work
-itself is in the module that `code` names, which is imported when the stage is carried out.
+A declaration imports nothing heavy, because `capgap status` reads it and needs no torch. The work itself is in the
+module that `code` names, which is imported only when the stage runs.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from capgap.schemas.run_optimization import OptimizationSettings
 
 
 def no_sources(run: RunFile, instance: Instance) -> list[Path]:
-    """Nothing outside the run is read."""
+    """Return no path, for a stage that reads nothing outside the run."""
     return []
 
 
 def no_further(run: RunFile, instance: Instance) -> dict[str, str]:
-    """No finished stage of another run is read beside those that are reused."""
+    """Return no entry, for a stage that reads no finished stage of another run beside those that are reused."""
     return {}
 
 
@@ -51,11 +51,11 @@ def _reads_whole_inputs(run: RunFile, instance: Instance) -> bool:
 
 @dataclass(frozen=True)
 class Engines:
-    """How a stage takes devices.
+    """How many engines a stage starts, and on how many devices.
 
     Attributes:
-        replicas: engines side by side, each in a process and on devices of its own.
-        num_devices: devices that one of them takes; 0 where its model is served elsewhere.
+        replicas: Number of engines that run at once, each in its own process and on its own devices.
+        num_devices: Number of devices of each engine; 0 where its model is served elsewhere.
     """
 
     replicas: int = 1
@@ -67,27 +67,27 @@ class Stage:
     """A stage as the rest of the pipeline knows it.
 
     Attributes:
-        name: of the stage, of its folder in the run's folder, and of its command.
-        help: one line that says what it does.
-        code: the module that does it, by its full name: `run(context)`, and where there is something to check or to
-            open again `check(run, instance, inputs)` and `reopen(folder, manifest)`.
-        section: the section of the run file that holds its settings.
-        settings_type: model of that section, where it is not one of the run file's own.
-        instances: those that a run has; none where its file does not ask for the stage.
-        inputs: names of the instances that one of them reads, which may be earlier instances of the same stage.
-        roles: what an input is called among those of the instance, by its name, where that is not its name: a training
-            of rounds reads the cache of its round as `cache`.
-        settings: those that decide what an instance makes: equal settings and equal inputs make the same.
-        sources: files outside the run that an instance reads.
-        further: finished caches of other runs that an instance reads: folder or URL, by the name of the input.
-        on_device: whether it puts a model on a device, and so needs the lease.
-        is_costly: whether what an instance has finished cost so much device time that it is replaced only when that is
-            asked for by name.
-        engines: how many engines it starts, and on how many devices each.
-        training: the settings of the training that an instance is; None for one that trains nothing.
-        may_skip_quarantined: whether an instance may read an input that lacks only what is in quarantine.
-        is_sliced: whether several plain processes can share the work, as `code`'s neighbour `slices` says.
-        preflight: what can be refused before anything of the run is made, as `module:function`; called with the run.
+        name: Name of the stage, of its folder in the run's folder, and of its command.
+        help: One line that says what the stage does.
+        code: Full name of the module that does the work. It has `run(context)`, and may have
+            `check(run, instance, inputs)` and `reopen(folder, manifest)`.
+        section: Section of the run file that holds the stage's settings.
+        settings_type: Model of that section, where the run file does not define it itself.
+        instances: Returns the instances of the stage in a run; none where the run file does not ask for the stage.
+        inputs: Returns the names of the instances that an instance reads, among them earlier ones of the same stage.
+        roles: Returns the role of each input, by its name, where the role differs from the name: a training in a run
+            with rounds reads the cache of its round in the role `cache`.
+        settings: Returns the settings that decide the result: equal settings and equal inputs give an equal result.
+        sources: Returns the files outside the run that an instance reads.
+        further: Returns the finished caches of other runs that an instance reads: folder or URL, by name of the input.
+        on_device: Whether the stage puts a model on a device, and so needs a lease.
+        is_costly: Returns whether a finished instance cost so much device time that it is replaced only when the user
+            asks for that by name.
+        engines: Returns how many engines the stage starts, and on how many devices each.
+        training: Returns the training settings of an instance; None for an instance that trains nothing.
+        may_skip_quarantined: Returns whether an instance may read an input that lacks only quarantined shards.
+        is_sliced: Whether several separate processes can share the work, with the module `slices` beside `code`.
+        preflight: Check that runs before anything of the run is made, as `module:function`; called with the run.
     """
 
     name: str
@@ -110,35 +110,35 @@ class Stage:
     preflight: str | None = None
 
     def run(self, context: StageContext) -> StageResult:
-        """Do the work."""
+        """Do the work of the stage and return its result."""
         result: StageResult = self._module().run(context)
         return result
 
     def check(self, run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
-        """Refuse what can be seen without any work.
+        """Refuse settings and inputs that can be seen to be wrong without doing any work.
 
         Raises:
-            CapgapError: whatever the stage's `check` raises.
+            CapgapError: Whatever the stage's own `check` raises.
         """
         check = getattr(self._module(), "check", None)
         if check is not None:
             check(run, instance, inputs)
 
     def reopen(self, folder: Path, manifest: Manifest) -> bool:
-        """Open a finished folder again that only lost files; False where the stage has to be made anew."""
+        """Reopen a finished folder that has lost files; return False where the stage has to be made anew."""
         reopen = getattr(self._module(), "reopen", None)
         return reopen is not None and bool(reopen(folder, manifest))
 
     def slices(self) -> Any:
-        """The module that makes slices."""
+        """Return the stage's module `slices`, by which several processes share the work."""
         assert self.is_sliced, self.name
         return importlib.import_module(f"{self.code.rpartition('.')[0]}.slices")
 
     def require_possible(self, run: RunFile) -> None:
-        """Refuse what can be refused before anything of the run is made.
+        """Run the stage's preflight check, before anything of the run is made.
 
         Raises:
-            CapgapError: whatever the stage's `preflight` raises.
+            CapgapError: Whatever the stage's own `preflight` raises.
         """
         if self.preflight is not None:
             module, _, function = self.preflight.partition(":")

@@ -1,4 +1,4 @@
-"""Which device a stage runs on, and the name by which all processes of the machine know it."""
+"""The device that a stage runs on, and the name by which all processes of the machine know that device."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _LISTING_TIMEOUT_S = 60
 
 
 def resolve_device(setting: str) -> str:
-    """`cpu` or `cuda:0` for the run file's `device`.
+    """Return `cpu` or `cuda:0` for the value of the run file's `device`.
 
     Raises:
-        MachineError: a GPU is asked for and there is none.
+        MachineError: The setting asks for a GPU, and none can be used.
     """
     if setting == "cpu":
         return "cpu"
@@ -35,12 +35,12 @@ def resolve_device(setting: str) -> str:
 
 
 def devices_from(device: str, count: int) -> list[str]:
-    """The devices of whatever takes `count` of them; the CPU is one, however many do its work."""
+    """Return the first `count` devices of the kind of `device`. The CPU is one device, whatever number is asked for."""
     return [device][:count] if device == "cpu" else [f"cuda:{i}" for i in range(count)]
 
 
 def machine_kind(device: str) -> str:
-    """What decides the order of sums beside the versions: the GPU, or the processor and its number of threads."""
+    """Return what decides the order of sums, beside the versions: the GPU, or the processor and its thread count."""
     import torch
 
     if device != "cpu":
@@ -49,21 +49,21 @@ def machine_kind(device: str) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's model as Linux names it, or its architecture where it does not."""
+    """Return the processor's model as Linux names it, or its architecture where Linux gives no name."""
     return _cpu_info("model name") or platform.machine()
 
 
 def cpu_has(*extensions: str) -> bool:
-    """Whether this processor has one of these instruction sets, as Linux names them; True where that is not known.
+    """Return whether this processor has at least one of these instruction sets, and True where that is not known.
 
-    Only x86's are listed under `flags`: of another processor nothing is known.
+    The names are those of Linux, which lists them under `flags` for x86 alone. Nothing is known of other processors.
     """
     flags = _cpu_info("flags").split()
     return not flags or not set(extensions).isdisjoint(flags)
 
 
 def multiplies(device: str, dtype: str) -> bool:
-    """Whether the device has instructions for products in that float type, `bfloat16` or `float16`.
+    """Return whether the device has instructions for products of `bfloat16` or `float16` numbers.
 
     A CPU without them computes such a product number by number: the same multiplication took over 100 times as long in
     bfloat16 as in float32 on a processor with AVX2 alone.
@@ -73,19 +73,19 @@ def multiplies(device: str, dtype: str) -> bool:
     import torch
 
     asked = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[dtype]
-    # a build without oneDNN has no such question, and nothing is known of its products
+    # a build without oneDNN has no such function, and nothing is known of its products
     known = getattr(torch.ops.mkldnn, asked, None)
     return known is None or bool(known())
 
 
 def warn_of_slow_products(what: str, device: str, dtype: str, fix: str) -> None:
-    """Say that something will take many times as long as in float32, where that is so.
+    """Log a warning if a computation takes many times as long as in float32 because of its dtype.
 
     Args:
-        what: works in that dtype, as a sentence begins with it: a model, or a setting.
-        device: on which it does.
-        dtype: a float type.
-        fix: what to do about it.
+        what: Name of the model or setting that computes in that dtype, as the start of a sentence.
+        device: Device of the computation.
+        dtype: Float type of the computation, for example `bfloat16`.
+        fix: Advice to the user, as the end of a sentence.
     """
     if not multiplies(device, dtype):
         event(
@@ -98,14 +98,14 @@ def warn_of_slow_products(what: str, device: str, dtype: str, fix: str) -> None:
 
 
 def device_identity(device: str) -> str:
-    """A name of the device that is the same for every process of the machine: `cpu`, or a UUID as a file's name.
+    """Return a name of the device that is the same in every process of the machine: `cpu`, or a UUID fit for a file.
 
-    The driver's tool says which GPU or MIG slice `cuda:0` is. Where there is no such tool, or where GPUs differ and
-    CUDA's order of them is its own, CUDA is asked; two slices of one GPU may then have one name, and wait for one
-    another.
+    `nvidia-smi` says which GPU or MIG slice `cuda:0` is. CUDA is asked instead where that tool is missing, or where the
+    GPUs differ and CUDA numbers them in an order of its own. Two slices of one GPU may then share a name, so that
+    their stages wait for each other.
 
     Raises:
-        MachineError: there are fewer devices.
+        MachineError: There are fewer devices than the number in `device` needs.
     """
     if device == "cpu":
         return "cpu"
@@ -120,15 +120,15 @@ def device_identity(device: str) -> str:
         raise MachineError(
             "too few devices",
             where=f"CUDA_VISIBLE_DEVICES: {'not set' if setting is None else setting}",
-            found=f"{len(names)} that CUDA shows",
+            found=f"{len(names)} visible to CUDA",
             expected=f"at least {number + 1}",
-            fix="lower cache.tensor_parallel or train.num_devices, or show more",
+            fix="lower cache.tensor_parallel or train.num_devices, or make more devices visible",
         )
     return names[number].lower().replace("/", "_")
 
 
 def _cpu_info(name: str) -> str:
-    """What Linux says of the first core; empty where it says nothing."""
+    """Return the value of an entry in /proc/cpuinfo for the first core; empty where there is none."""
     lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
 

@@ -1,11 +1,11 @@
-"""Replicas on Ray that make the units of a stage, each in a process of its own.
+"""Replicas on Ray that make a stage's units of work, each replica in a process of its own.
 
-    queue of units --> replica: start(), then make(i) --> what it made
+    queue of units --> replica: start(), then make(i) --> result of unit i
          ^                |
          +- dies with i --+   another replica takes its place; at the third death with i the stage stops
 
-A unit is made whole or not at all, so whoever makes it again does no harm. Now and then each replica is asked how far
-it is within its units.
+A unit is made whole or not at all, so that it can safely be made again. Every few seconds each replica is asked how
+far it is within its units.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from capgap.schemas.errors import CapgapError, InputError, MachineError
 MAX_DEATHS = 3
 _PATIENCE_S, _ASK_EVERY_S, _ANSWER_S = 60.0, 5.0, 1.0
 
-# a full disk, or a folder that may not be written: trying again mends nothing
+# the disk is full, or the folder may not be written: another attempt would fail in the same way
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 class CountedReplica:
-    """A replica that says how far it is."""
+    """A replica that reports how far it is within its units."""
 
     def how_far(self) -> float:
-        """The shares of units that it has told of since it was started."""
+        """Return the sum of the shares of units that the replica has finished since it was started."""
         return unheard()
 
 
 class Fleet:
-    """Hands units to replicas, and starts another replica for each that dies.
+    """A number of replicas that make units; each replica that dies is replaced by another.
 
     Args:
-        cluster: where they run.
-        kind: of a replica: a class with `start()` and `make(unit)`, each of which may be called again after a death;
-            of a `CountedReplica` progress is counted within units.
-        arguments: of its constructor.
-        num_replicas: how many at a time.
-        in_flight: units that one has at a time, each in a thread of its own.
-        setting: that asks for replicas; its section names the stage.
-        unit: what is made, for errors.
+        cluster: Cluster on which the replicas run.
+        kind: Class of a replica, with `start()` and `make(unit)`, each of which may be called again after a death.
+            Progress within units is counted where it is a `CountedReplica`.
+        arguments: Arguments of the class's constructor.
+        num_replicas: Number of replicas that run at once.
+        in_flight: Number of units that a replica makes at once, each in a thread of its own.
+        setting: Name of the setting that asks for replicas, for errors; its section names the stage.
+        unit: Name of one unit, for errors.
     """
 
     def __init__(
@@ -70,16 +70,16 @@ class Fleet:
         self._queue: deque[int] = deque()
         self._suspects: deque[int] = deque()
         self._deaths: Counter[int | None] = Counter()
-        # every call under way: its replica, and the unit or None for the start
+        # every call that has not returned: its replica, and its unit, or None for the call of `start`
         self._calls: dict[Any, tuple[Any, int | None]] = {}
         self._heard: Counter[Any] = Counter()
 
     def make(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
-        """Make these units, and yield each with what `make` returned, as it is finished.
+        """Make these units, and yield each index with what `make` returned as soon as it is finished.
 
         Raises:
-            MachineError: replicas keep dying.
-            CapgapError: as the replica's; whatever the user can mend is raised at once.
+            MachineError: Replicas keep dying.
+            CapgapError: Whatever a replica raises; a fault that the user can mend is raised at once.
         """
         self._queue.extend(indices)
         for _ in range(self._num_replicas):
@@ -103,7 +103,7 @@ class Fleet:
                 continue
             if index is not None:
                 patient = False
-                # before the whole unit is counted, whose parts must not be heard of after it
+                # asked before the whole unit is counted, so that its parts are not counted after it
                 self._ask(replica)
                 yield index, made
             else:
@@ -111,7 +111,7 @@ class Fleet:
             self._feed(replica)
 
     def _ask(self, replica: Any) -> None:
-        """Hear how far it is; one that does not answer is asked again later, and says all of it then."""
+        """Count the replica's progress within units; what a replica does not answer now, it reports the next time."""
         if not issubclass(self._kind, CountedReplica):
             return
         with contextlib.suppress(self._ray.exceptions.RayError):
@@ -120,7 +120,7 @@ class Fleet:
             self._heard[replica] = told
 
     def _start(self) -> None:
-        # a thread more than units, to answer in
+        # one thread more than there are units, so that the replica can answer meanwhile
         replica = self._cluster.actor(self._kind, self._in_flight + 1).remote(*self._arguments)
         self._calls[replica.start.remote()] = (replica, None)
 
@@ -129,10 +129,10 @@ class Fleet:
         if any(index in self._deaths for index in flying):
             return
         if self._suspects and not flying:
-            # alone, so that nothing else is blamed for its deaths
+            # a suspect unit is made alone, so that no other unit is blamed if the replica dies
             self._send(replica, self._suspects.popleft())
             return
-        # the last units are not hoarded: another replica may be idle
+        # a replica takes no second unit when few are left, because another replica may be idle
         while self._queue and (
             not flying or (len(flying) < self._in_flight and len(self._queue) >= self._num_replicas)
         ):
@@ -158,7 +158,7 @@ class Fleet:
             raise _ReplicaDiedError(_cause_of_death(str(error))) from None
 
     def _bury(self, replica: Any, index: int | None, why: str) -> None:
-        """Whatever state its engine is in, nobody uses it again; its units go to others."""
+        """Kill a replica whose state cannot be trusted, queue its units for other replicas, and start another one."""
         self._ray.kill(replica)
         lost = [index]
         for call, other in self._calls_of(replica):
@@ -172,7 +172,7 @@ class Fleet:
                     + ("before it had started" if one is None else f"while it made this {self._unit}"),
                     where=self._setting if one is None else f"{self._unit} {one}",
                     found=why,
-                    fix=f"see the replicas' own words in {self._cluster.keep_logs()}",
+                    fix=f"see what the replicas printed in {self._cluster.keep_logs()}",
                 )
             if one is not None:
                 self._suspects.append(one)
@@ -183,7 +183,7 @@ class Fleet:
 
 
 def require_seen(work: Path, folder: Path, what: str) -> None:
-    """Raise InputError where the machine of a replica does not see the folder of `what`, in which `work` lies."""
+    """Raise InputError where a replica's machine does not see `work`, the work folder in the folder of `what`."""
     if not work.is_dir():
         raise InputError(
             f"this machine does not see the {what}'s folder",
@@ -194,11 +194,11 @@ def require_seen(work: Path, folder: Path, what: str) -> None:
 
 
 class _ReplicaDiedError(Exception):
-    """A replica's process is gone, or its engine cannot be trusted any more."""
+    """A replica's process is gone, or its engine can no longer be trusted."""
 
 
 def _cause_of_death(text: str) -> str:
-    """Ray's essay in a few words."""
+    """Return the cause of a death from Ray's long message, in a few words."""
     for line in text.splitlines():
         _, mark, detail = line.partition("Worker exit detail: ")
         if mark:

@@ -2,8 +2,8 @@
 
     clear --> work.json --> files and work/ --> all on the disk --> manifest.json --> work/ removed
 
-Whatever is killed in between leaves a folder without a manifest, which no reader takes for finished. A power failure
-may lose whatever was not flushed; the manifest is written when nothing of the result can be lost any more.
+If a process is killed in between, the folder has no manifest, and no reader takes it for finished. A power failure
+may lose whatever was not flushed, so the manifest is written only when the whole result is on the disk.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from capgap.schemas.heartbeat import Units
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, FileEntry, Manifest, WorkOrder
 
 WORK_FOLDER = "work"
-# for people and their tools, which may add to it or throw it away: no part of the result
+# logs are for people and their tools, which may add to them or delete them, so they are no part of the result
 LOGS_FOLDER = "logs"
 LOCK_NAME = ".lock"
 TURN_NAME = ".turn"
@@ -39,13 +39,13 @@ _NOT_CONTENT = {MANIFEST_NAME, WORK_NAME, QUARANTINE_NAME, *_LOCKS}
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Have the folder for this process alone while the block runs; the lock ends with the process.
+    """Lock the folder for this process alone while the block runs; the lock ends with the process.
 
-    What a kill left of a finished stage goes.
+    The work folder that a kill left beside a finished stage's manifest is removed.
 
     Raises:
-        MachineError: another process has it, on this machine or on one that its locks do not reach; or the file system
-            has no locks.
+        MachineError: Another process works on the folder, on this machine or on one that its locks do not reach; or
+            the file system has no locks.
     """
     make_folder(folder)
     with ProcessLock(folder / LOCK_NAME) as lock:
@@ -57,11 +57,11 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make it, and what it lies in, where it is not there.
+    """Make the folder and its parents, where they are missing.
 
     Raises:
-        SettingError: something else stands there, or where there are no folders.
-        InputError: a folder stands in the place of one of its own files.
+        SettingError: A file stands in the way, or the place cannot hold folders.
+        InputError: A folder stands in the place of one of the stage's own files.
     """
     for name in (MANIFEST_NAME, WORK_NAME, QUARANTINE_NAME, *_LOCKS):
         if (folder / name).is_dir():
@@ -86,7 +86,7 @@ def make_folder(folder: Path) -> None:
 
 
 def in_use(folder: Path) -> MachineError:
-    """What is said where another process has the folder."""
+    """Return the error that says that another process works on the folder."""
     return MachineError("another process is at work on this folder", where=folder, fix="wait for it to end, or stop it")
 
 
@@ -94,7 +94,7 @@ def clear(folder: Path) -> None:
     """Empty the folder, manifest first, so that a kill in between leaves nothing that looks finished."""
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     (folder / WORK_NAME).unlink(missing_ok=True)
-    # no power failure may keep the manifest and lose what it lists
+    # flushed, so that no power failure keeps the manifest and loses the files that it lists
     sync_folder(folder)
     for path in folder.iterdir():
         if path.name in _LOCKS:
@@ -106,8 +106,8 @@ def clear(folder: Path) -> None:
 
 
 def begin(folder: Path, order: WorkOrder) -> None:
-    """Write down what the folder is for; leave what an earlier run of the same order finished."""
-    # with the work order, the disk has the folder of what can be continued
+    """Write down what the folder is for, and keep what an earlier process with the same work order finished."""
+    # made before the work order is written, so that a folder with a work order always has a work folder
     (folder / WORK_FOLDER).mkdir(exist_ok=True)
     note_versions(folder / WORK_FOLDER, order.instance)
     take_over(folder / WORK_FOLDER)
@@ -116,18 +116,18 @@ def begin(folder: Path, order: WorkOrder) -> None:
 
 
 def remove_halves(folder: Path) -> None:
-    """Remove what kills left half-written; for whoever knows that nobody else is writing here."""
+    """Remove half-written files, which kills left; the caller knows that no other process is writing here."""
     for path in list(folder.rglob(f"*{TEMP_MARK}*")):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def finish(folder: Path, manifest: Manifest) -> Manifest:
-    """Make the folder a finished one; the manifest that is written and returned bears its seal.
+    """Write the manifest, which makes the folder a finished one, and return it with its seal.
 
-    All that it lists is on the disk before the manifest is, and the manifest is before the work folder goes: whenever
-    the power fails, the disk holds a whole stage, or one that can be continued.
+    Every file of the manifest is on the disk before the manifest is written, and the manifest is before the work folder
+    is removed. Whenever the power fails, the disk holds a whole stage, or one that can be continued.
     """
-    # what was in quarantine has been made again
+    # every quarantined file has been made again
     (folder / QUARANTINE_NAME).unlink(missing_ok=True)
     _sync_files(folder, manifest)
     sealed = manifest.model_copy(update={"seal": seal_of(manifest)})
@@ -137,9 +137,9 @@ def finish(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the work folder of a stage that is finished, which stays where it was killed just after its manifest.
+    """Remove the work folder of a finished stage, which is still there if a process was killed after its manifest.
 
-    For whoever holds the folder's lock.
+    The caller holds the folder's lock.
     """
     if (folder / MANIFEST_NAME).is_file():
         shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
@@ -148,7 +148,8 @@ def remove_leftovers(folder: Path) -> None:
 def _sync_files(folder: Path, manifest: Manifest) -> None:
     """Wait until the disk has every file of the result, and every folder that leads to one.
 
-    Each flush takes milliseconds; shards, of which there may be many thousands, were flushed by their writer.
+    Each flush takes milliseconds. Shards, of which there may be many thousands, are left out: their writer has flushed
+    them.
     """
     shards = {shard.file for shard_set in manifest.shard_sets.values() for shard in shard_set.shards}
     paths = [folder / file.path for file in manifest.files]
@@ -161,7 +162,7 @@ def _sync_files(folder: Path, manifest: Manifest) -> None:
 
 
 def content_files(folder: Path) -> tuple[FileEntry, ...]:
-    """Every file of the result, hashed, in the order of their paths; what is half-written is none."""
+    """Return an entry with the digest of every file of the result, by path; half-written files are left out."""
     entries = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
@@ -177,27 +178,27 @@ def content_files(folder: Path) -> tuple[FileEntry, ...]:
 
 
 def is_untouched(folder: Path) -> bool:
-    """Whether a folder that was begun holds no finished unit of work, so that nothing could be continued."""
+    """Return whether a folder was begun but holds no finished unit of work, so that nothing could be continued."""
     work = folder / WORK_FOLDER
     return work.is_dir() and finished_units(work).partition(" of ")[0] in ("begun", "0")
 
 
 def plan_units(work: Path, unit: str, total: int, pattern: str) -> None:
-    """Say how much there is to do, so that `capgap status` can say how far a killed stage got.
+    """Write down how many units there are to make, so that `capgap status` can say how far a killed stage got.
 
     Args:
-        work: the folder's `work`.
-        unit: what is counted, in the plural.
-        total: how many there are.
-        pattern: glob below `work` of the files of which there is one per finished unit, or one named after the number
-            of finished units, as in `checkpoints/step-000200.ckpt`.
+        work: The stage folder's `work`.
+        unit: Word for the units, in the plural.
+        total: Number of units.
+        pattern: Glob below `work` for the files that mark finished units: one file per finished unit, or files named
+            after the number of finished units, as in `checkpoints/step-000200.ckpt`.
     """
     work.mkdir(exist_ok=True)
     write_atomically(work / _PLAN_NAME, Units(unit=unit, total=total, pattern=pattern).model_dump_json())
 
 
 def finished_units(work: Path) -> str:
-    """How far an unfinished stage got, in words."""
+    """Return in words how far an unfinished stage got."""
     try:
         plan = Units.model_validate_json((work / _PLAN_NAME).read_bytes())
         names = [path.stem for path in work.glob(plan.pattern)]

@@ -1,10 +1,10 @@
-"""Names of GPUs that are the same for every process of a machine, whatever CUDA_VISIBLE_DEVICES shows it of them.
+"""Names of GPUs that are the same in every process of a machine, whatever CUDA_VISIBLE_DEVICES shows the process.
 
     nvidia-smi -L --parse_listing--> GPUs and their MIG slices --visible--> names in the order of cuda:0, cuda:1, ...
 
-A MIG slice is a device of its own: two slices of one GPU may be held by two stages. A GPU that is cut into slices is no
-device beside them, for CUDA does not use it whole. The text comes from the driver's tool and not from CUDA, so that a
-process that waits for a device has not set foot on it.
+A MIG slice is a device of its own: two stages may hold two slices of one GPU. A GPU that is cut into slices is not
+listed beside them, because CUDA does not use it as a whole. The list comes from the driver's tool and not from CUDA, so
+that a process which only waits for a device does not open it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Gpu:
     """One GPU of the machine.
 
     Attributes:
-        index: the driver's.
-        model: for example `NVIDIA H100 80GB HBM3`.
-        uuid: `GPU-...`.
-        slices: UUIDs of its MIG slices, `MIG-...`; none where it is whole.
+        index: The driver's index of the GPU.
+        model: Name of the model, for example `NVIDIA H100 80GB HBM3`.
+        uuid: UUID of the GPU, `GPU-...`.
+        slices: UUIDs of its MIG slices, `MIG-...`; none where the GPU is not cut.
     """
 
     index: int
@@ -36,7 +36,7 @@ class Gpu:
 
 
 def parse_listing(text: str) -> list[Gpu]:
-    """The GPUs in what `nvidia-smi -L` prints; lines of other kinds are left out."""
+    """Return the GPUs in what `nvidia-smi -L` prints; lines of other kinds are skipped."""
     found: list[Gpu] = []
     for line in text.splitlines():
         if gpu := _GPU.match(line):
@@ -48,16 +48,16 @@ def parse_listing(text: str) -> list[Gpu]:
 
 
 def visible(gpus: Sequence[Gpu], setting: str | None) -> list[str]:
-    """UUIDs of what CUDA shows a process, in the order of its own numbers.
-
-    Args:
-        gpus: of the machine.
-        setting: CUDA_VISIBLE_DEVICES, None where it is not set: indices, or UUIDs of GPUs and slices, which may be
-            shortened as long as they fit one only. As in CUDA, whatever follows an entry that fits nothing is not
-            seen, and nothing is where one is named twice.
+    """Return the UUIDs of the devices that CUDA shows a process, in the order of CUDA's own numbers.
 
     CUDA shows a process only the first of several slices, and no whole GPU beside it (NVIDIA's MIG User Guide,
     CUDA Device Enumeration).
+
+    Args:
+        gpus: GPUs of the machine.
+        setting: Value of CUDA_VISIBLE_DEVICES, None where it is not set: indices, or UUIDs of GPUs and slices, which
+            may be shortened as long as they match only one device. As in CUDA, everything after an entry that matches
+            no device is ignored, and no device is visible where one is named twice.
     """
     if setting is None:
         chosen = [name for gpu in gpus for name in _parts(gpu)]
@@ -75,7 +75,7 @@ def visible(gpus: Sequence[Gpu], setting: str | None) -> list[str]:
 
 
 def order_is_known(gpus: Sequence[Gpu], setting: str | None, device_order: str | None) -> bool:
-    """Whether CUDA numbers the GPUs as the driver lists them: it puts the fastest first, unless it is told not to."""
+    """Return whether CUDA numbers the GPUs as the driver lists them; by default CUDA puts the fastest first."""
     by_uuid = setting is not None and not any(_INDEX.fullmatch(entry.strip()) for entry in setting.split(","))
     return by_uuid or device_order == "PCI_BUS_ID" or len({gpu.model for gpu in gpus}) <= 1
 
@@ -85,9 +85,9 @@ def _parts(gpu: Gpu) -> tuple[str, ...]:
 
 
 def _named(gpus: Sequence[Gpu], entry: str) -> str | None:
-    """The one device that the entry fits; None where it fits none or several."""
+    """Return the one device that the entry matches; None where it matches none or several."""
     if _INDEX.fullmatch(entry):
-        # the position in the list, which is the driver's index unless a container hides some
+        # the index is the position in the list, which is the driver's index unless a container hides some GPUs
         number = int(entry)
         return _parts(gpus[number])[0] if 0 <= number < len(gpus) else None
     if not entry.upper().startswith(("GPU-", "MIG-")):

@@ -1,11 +1,11 @@
-"""Heartbeats: how far a stage is, on disk, for whoever watches it from another process or another machine.
+"""Heartbeats: how far a stage is, kept on disk for other processes and machines to watch.
 
     stage: phases, meters --> memory --> one thread, at most once a second --> work/progress.json --> read_heartbeats
-                                                       \\--> a line for who waits, where nothing else is said
+                                                       \\--> a log line for a waiting user, after some silence
 
-The file decides nothing. It lies in `work`, so it is no content and goes with it when the stage is finished. A kill
-leaves it there, and `is_alive` finds that its process is gone. Where several processes of a stage share a folder, as
-slices do, each has a file of its own.
+Nothing is decided by the file. It lies in `work`, so it is no content and is removed when the stage is finished. After
+a kill it stays there, and `is_alive` finds that its process is gone. Where several processes of a stage share a folder,
+as slices do, each has a file of its own.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from capgap.schemas.printable import fit_to_show
 
 _PATTERN = "progress*.json"
 _WRITE_EVERY_S = 1.0
-# and where nothing happens; a shard may take minutes
+# written also where nothing happens: a shard may take minutes
 _BEAT_EVERY_S = 5.0
 # NFS may show an old file for a minute, and clocks differ, in either direction
 _BELIEVED_S = 120.0
 # three times the longest pause between two heartbeats
 _WATCHED_S = 15.0
 _CRASHED, _INTERRUPTED = 1, 130
-# Seconds of silence after which a line names what is waited for; after the last of them, that often.
+# Seconds of silence after which log lines name what is waited for; later lines follow at the last of these intervals.
 _NAMED_AFTER_S = (2.0, 10.0, 30.0, 60.0)
 
 
 class HeartbeatWriter:
-    """Keeps the heartbeat of a process that works on a folder; a thread of its own writes it down.
+    """The heartbeat of a process that works on a folder, which a thread of its own writes to a file.
 
     Args:
-        path: of the file, in a folder that exists.
+        path: File to write, in a folder that exists.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +50,7 @@ class HeartbeatWriter:
         self._counter: Callable[[], Count] | None = None
         self._first_done: int | None = None
         self._phase_since_s, self._num_named = time.monotonic(), 0
-        # by a clock that nobody can set; those in the file are for people and other machines
+        # by a clock that nobody can set; the times in the file are for people and other machines
         self._has_advanced, self._written_at_s = False, time.monotonic()
         now = time.time()
         self._beat = Heartbeat(
@@ -68,29 +68,29 @@ class HeartbeatWriter:
         self._thread.start()
 
     def begin_phase(self, phase: str, device: str | None = None) -> None:
-        """Record what is done from here on, and on which device; a line names it if it takes longer than a moment."""
+        """Record what the stage does from here on, and on which device; a log line names it if it takes long."""
         self._phase_since_s, self._num_named = time.monotonic(), 0
         self._change(phase=phase, **({} if device is None else {"device": device}))
 
     def count_with(self, counter: Callable[[], Count] | None) -> None:
-        """Ask `counter` from here on how far the stage is, at every write; None where nothing is counted any more."""
+        """Call `counter` at every write to learn how far the stage is; with None, nothing is counted any more."""
         self._counter, begun = counter, counter() if counter else None
         self._first_done = None if begun is None else begun.done
         self._phase_since_s, self._num_named = time.monotonic(), 0
         self._change(count=begun, **({} if counter else {"phase": "goes on"}))
 
     def stop(self) -> None:
-        """Write nothing more."""
+        """Stop the thread, so that nothing more is written."""
         self._over.set()
         self._thread.join()
 
     def leave(self) -> None:
-        """Write nothing more, and leave no file: what this process did is counted elsewhere."""
+        """Stop writing and remove the file, because what this process did is counted elsewhere."""
         self.stop()
         self._path.unlink(missing_ok=True)
 
     def end(self, error: BaseException) -> None:
-        """Write down why the process gives up, as the last thing."""
+        """Write down why the process gives up, as the last entry of the file."""
         self.stop()
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             ended = End(what="interrupted", exit_code=_INTERRUPTED)
@@ -112,14 +112,14 @@ class HeartbeatWriter:
             count = counter() if counter is not None else None
             if count is None or count.done == self._first_done:
                 self._name_the_wait(last.phase if count is None else f"begins with {count.total} {count.unit}")
-            # its time left changes even where nothing gets on
+            # the time left changes even where no step is finished, so only a new count is an advance
             if count is not None and (last.count is None or count.done != last.count.done):
                 self._change(count=count)
             if self._has_advanced or time.monotonic() - self._written_at_s >= _BEAT_EVERY_S:
                 self._write()
 
     def _name_the_wait(self, phase: str) -> None:
-        """Say what is waited for, after two seconds of silence and then less and less often."""
+        """Log what is waited for, after two seconds of silence and then less and less often."""
         waited_s = time.monotonic() - self._phase_since_s
         due_s = _NAMED_AFTER_S[min(self._num_named, len(_NAMED_AFTER_S) - 1)]
         due_s += _NAMED_AFTER_S[-1] * max(0, self._num_named + 1 - len(_NAMED_AFTER_S))
@@ -134,7 +134,7 @@ class HeartbeatWriter:
             self._has_advanced, self._written_at_s = False, time.monotonic()
             text = self._beat.model_dump_json()
         half = self._path.with_suffix(".half")
-        # a heartbeat that cannot be written does not stop the stage; without fsync, for it need not outlive the machine
+        # a heartbeat that cannot be written does not stop the stage; no fsync, as it need not outlive the machine
         with contextlib.suppress(OSError):
             half.write_text(text)
             half.replace(self._path)
@@ -148,9 +148,9 @@ def heartbeat(work: Path, *, shared: bool = False) -> Iterator[HeartbeatWriter]:
     """Write a heartbeat into the folder `work` while the block runs; if the block fails, the file says how it ended.
 
     Args:
-        work: the stage folder's `work`; made if need be.
-        shared: other processes are at work there too: they made the folder, and may finish the stage and remove it.
-            Nothing is left of this process where it ends well.
+        work: The stage folder's `work`; made if need be.
+        shared: Whether other processes work there too. They made the folder, and may finish the stage and remove it. If
+            the block ends well, the heartbeat of this process is removed.
     """
     global _current
     if not shared:
@@ -171,18 +171,18 @@ def heartbeat(work: Path, *, shared: bool = False) -> Iterator[HeartbeatWriter]:
 
 
 def begin_phase(phase: str, device: str | None = None) -> None:
-    """Record what the stage does from here on, where this process works on one: `loads the teacher`."""
+    """Record what this process's stage, if there is one, does from here on, for example `loads the teacher`."""
     if _current is not None:
         _current.begin_phase(phase, device)
 
 
 def current_heartbeat() -> HeartbeatWriter | None:
-    """The heartbeat of the stage that this process works on; None where it works on none."""
+    """Return the heartbeat of the stage that this process works on; None where it works on none."""
     return _current
 
 
 def read_heartbeats(work: Path) -> list[Heartbeat]:
-    """Every heartbeat below a stage folder's `work`, the latest first; what cannot be read is left out."""
+    """Return every heartbeat below a stage folder's `work`, the latest first; unreadable files are left out."""
     found = []
     for path in heartbeat_files(work):
         with contextlib.suppress(OSError, ValidationError):
@@ -191,12 +191,12 @@ def read_heartbeats(work: Path) -> list[Heartbeat]:
 
 
 def heartbeat_files(work: Path) -> list[Path]:
-    """The files of the heartbeats below a stage folder's `work`."""
+    """Return the paths of the heartbeat files below a stage folder's `work`."""
     return list(work.glob(_PATTERN))
 
 
 def is_alive(beat: Heartbeat) -> bool:
-    """Whether the process is still at work: certain on its own machine; elsewhere, whether it wrote of late."""
+    """Return whether the process is still at work: certain on its own machine, elsewhere judged by its last write."""
     if beat.ended is not None:
         return False
     if not _is_from_here(beat):
@@ -205,20 +205,20 @@ def is_alive(beat: Heartbeat) -> bool:
 
 
 def require_nobody_elsewhere(work: Path) -> None:
-    """Make sure that no process of another machine is at work on a folder whose lock this process has.
+    """Make sure that no process of another machine works on a folder whose lock this process holds.
 
     That happens where locks do not reach across machines, as on NFS that is mounted with `local_lock` or `nolock`. A
-    heartbeat of elsewhere that has no end is watched for some seconds: if it goes on, somebody is alive. Clocks are not
-    compared.
+    heartbeat of another machine that has no end is watched for some seconds: if it changes, its process is alive. The
+    clocks of the machines are not compared.
 
     Raises:
-        MachineError: somebody is.
+        MachineError: A process of another machine works on the folder.
     """
     seen = _of_elsewhere(work)
     if not seen:
         return
     where = ", ".join(sorted({beat.machine for beat in seen}))
-    event("watching", f"{work.parent}: was at work on another machine ({where}); watching whether it still is")
+    event("watching", f"{work.parent}: another machine ({where}) worked here; watching whether it still does")
     deadline = time.monotonic() + _WATCHED_S
     while time.monotonic() < deadline:
         time.sleep(_WRITE_EVERY_S)
@@ -240,7 +240,7 @@ def _is_from_here(beat: Heartbeat) -> bool:
 
 
 def _namespace() -> str:
-    """Of process ids, in this start of this machine: two machines may have one name."""
+    """Return a name of this machine's process ids since its start; host names alone may be equal on two machines."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -256,7 +256,7 @@ def _is_running(pid: int) -> bool:
     except PermissionError:
         pass
     fields = _stat(pid)
-    # a killed process whose parent has not looked yet still has its id
+    # a killed process keeps its id until its parent has read its exit code
     return not fields or fields[0] not in "ZX"
 
 
@@ -266,7 +266,7 @@ def _started(pid: int) -> int | None:
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields of Linux's `stat` from the third one, the state, on; the second is a name that may hold anything."""
+    """Return the fields of Linux's `stat` from the third, the state, on; the second is a name with any characters."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""The instances that several stages speak of: students, trainings, tunings, and the models that a run ends with."""
+"""The instances that several stages refer to: students, trainings, tunings, and the models that a run ends with."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from capgap.schemas.run_file import RunFile
 
 
 def once(stage: str, section: str, run: RunFile) -> list[Instance]:
-    """The one instance of a stage, where the run makes it."""
+    """Return the single instance of a stage, or none where the run does not make the stage."""
     return [Instance(stage)] if run.makes(section) else []
 
 
 def students(run: RunFile) -> list[Instance]:
-    """First weights, once a seed."""
+    """Return the instances that make first weights, one for each seed."""
     return [Instance("student", seed=seed) for seed in run.seeds] if run.makes("student") else []
 
 
 def trainings(run: RunFile) -> list[Instance]:
-    """One for each arm and seed, and round."""
+    """Return the trainings: one for each arm and seed, and in a run with rounds for each round."""
     if not run.makes("train"):
         return []
     if run.rounds is not None:
@@ -28,19 +28,19 @@ def trainings(run: RunFile) -> list[Instance]:
 
 
 def final_trainings(run: RunFile) -> list[Instance]:
-    """Those whose students the run ends with: where it has rounds, of the last one."""
+    """Return the trainings of the students that the run ends with: in a run with rounds, those of the last round."""
     return last_trainings(run) if run.rounds is not None and run.makes("train") else trainings(run)
 
 
 def caches(run: RunFile) -> list[Instance]:
-    """The one cache of a run, or in a run with rounds one for each text."""
+    """Return the cache of a run, or in a run with rounds one cache for each text."""
     if run.rounds is not None:
         return [cache_of(text) for text in texts(run)] if run.makes("cache") else []
     return once("cache", "cache", run)
 
 
 def tunings(run: RunFile) -> list[Instance]:
-    """One for each trained student; of a given model, which is the same in every arm, one a seed."""
+    """Return the tunings: one for each trained student, or one for each seed where every arm tunes the same model."""
     if run.tune is None:
         return []
     arms = [None] if run.tune.path is not None else list(run.arms)
@@ -48,21 +48,21 @@ def tunings(run: RunFile) -> list[Instance]:
 
 
 def final_models(run: RunFile) -> list[Instance]:
-    """What makes the students that the run ends with: of the stages that make their weights, the last."""
+    """Return the instances that make the final students: the tunings, or the trainings where nothing is tuned."""
     return tunings(run) or final_trainings(run)
 
 
 def measured_models(run: RunFile, stage: str, with_teacher: bool) -> list[Instance]:
-    """An instance of a stage for each final model, and one for the teacher, whose arm is called so.
+    """Return one instance of a stage for each final model, and one for the teacher, with the teacher's name as its arm.
 
-    vLLM gives a device's memory back only when its process ends, so that each model needs a process of its own.
+    Each model needs a process of its own, because vLLM frees the device's memory only when its process ends.
     """
     teacher = [Instance(stage, arm=TEACHER)] if with_teacher else []
     return [*teacher, *(Instance(stage, arm=model.arm, seed=model.seed) for model in final_models(run))]
 
 
 def maker_of(run: RunFile, instance: Instance) -> str:
-    """The name of what made the model that an instance of `measured_models` looks at."""
+    """Return the name of the instance that made the model of an instance of `measured_models`."""
     if instance.seed is None:
         return TEACHER
     looked_at = (instance.arm, instance.seed)
@@ -70,7 +70,7 @@ def maker_of(run: RunFile, instance: Instance) -> str:
 
 
 def usual_roles(run: RunFile, instance: Instance) -> dict[str, str]:
-    """In a run with rounds, the roles that its final trainings and the cache for all have in stages that follow."""
+    """Return the roles of a run's final trainings and of its shared cache in later stages, where it has rounds."""
     if run.rounds is None:
         return {}
     final = {one.name: Instance("train", one.arm, one.seed).name for one in last_trainings(run)}
@@ -78,19 +78,19 @@ def usual_roles(run: RunFile, instance: Instance) -> dict[str, str]:
 
 
 def names(instances: list[Instance]) -> list[str]:
-    """Their names."""
+    """Return the names of the instances."""
     return [instance.name for instance in instances]
 
 
 def text_inputs(run: RunFile) -> list[str]:
-    """What carries students' tokenizer, context rule and held-out text: the corpus, or else their cache."""
+    """Return the input with the students' tokenizer, context rule and held-out text: the corpus, or else the cache."""
     return corpus_inputs(run) or cache_inputs(run)
 
 
 def cache_inputs(run: RunFile) -> list[str]:
-    """The cache that students learn from: what `align` makes of the run's, where it does.
+    """Return the cache that students learn from, which is the aligned one where the run has `align`.
 
-    Of the caches of several rounds it is the one on which all students are measured alike.
+    In a run with rounds it is the cache on which all students are measured alike.
     """
     if run.rounds is not None:
         return [shared_cache(run).name]
@@ -98,10 +98,10 @@ def cache_inputs(run: RunFile) -> list[str]:
 
 
 def corpus_inputs(run: RunFile) -> list[str]:
-    """The corpus, where the run has one in the students' own tokens."""
+    """Return the corpus, where the run has one in the students' own tokens."""
     return ["corpus"] if run.has("corpus") and not run.makes("align") else []
 
 
 def teacher_inputs(run: RunFile) -> list[str]:
-    """The teacher, where `eval` measures it."""
+    """Return the teacher, where `eval` measures it."""
     return [TEACHER] if run.measures_teacher else []

@@ -1,4 +1,4 @@
-"""An interrupt counts, wherever it comes."""
+"""Interrupts that no import can swallow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 
 @contextmanager
 def interrupts_heard() -> Iterator[None]:
-    """Raise KeyboardInterrupt at the end too, if one came: some packages swallow it while they are imported."""
+    """Raise KeyboardInterrupt also at the end of the block if one came, because some packages swallow it on import."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,11 +1,11 @@
 """The lease: one stage at a time on one device, whoever started it.
 
 A lease is an operating-system lock on a file named after the device, so it ends with the process that holds it,
-however that process ends. This is what keeps teacher and student from ever being on one device at once. The processes
-of one stage, its slices and replicas, may share a lease: they are one model.
+however that process ends. It ensures that teacher and student are never on one device at once. The slices or replicas
+of one stage may share a lease, because they run one model.
 
-    cpu.lock   held by the stage          cpu.turn   held for the blink in which one asks for the lease
-    cpu.json   the note: who holds it     all of them for every user of the machine, in a folder for all, as /tmp is one
+    cpu.lock   held by the stage          cpu.turn   held for a moment by a process that asks for the lease
+    cpu.json   the note: who holds it     all three are in a folder that every user of the machine may write to
 """
 
 from __future__ import annotations
@@ -41,17 +41,19 @@ _Note = dict[str, object]
 
 @contextmanager
 def leases(devices: list[str], holder: str, wait: bool, group: str = _ALONE) -> Iterator[None]:
-    """Hold devices while the block runs, taken in the order of their names: no two holders wait for one another.
+    """Hold devices while the block runs.
+
+    They are taken in the order of their names, so that no two holders wait for each other.
 
     Args:
-        devices: `cpu` or `cuda:0` and so on.
-        holder: stage and run, shown to whoever waits.
-        wait: wait for another holder to end, or raise.
-        group: processes that name the same group hold them together, for example the slices of one folder; whoever
-            names none holds them alone.
+        devices: `cpu`, or `cuda:0` and so on.
+        holder: Stage and run, shown to whoever waits.
+        wait: Whether to wait for another holder to end, or raise.
+        group: Name under which several processes hold the devices together, for example the slices of one folder;
+            empty to hold them alone.
 
     Raises:
-        MachineError: another stage holds a device and `wait` is off; or the folder of leases cannot be used.
+        MachineError: Another stage holds a device and `wait` is off; or the folder of leases cannot be used.
     """
     folder = lease_folder()
     with ExitStack() as stack:
@@ -62,14 +64,14 @@ def leases(devices: list[str], holder: str, wait: bool, group: str = _ALONE) -> 
 
 @dataclass(frozen=True)
 class LeaseRequest:
-    """How a replica in a process of its own asks for its devices; see `leases`."""
+    """How a replica in a process of its own asks for its devices, with the arguments of `leases`."""
 
     holder: str
     wait: bool
     group: str
 
     def leases(self, devices: list[str]) -> AbstractContextManager[None]:
-        """Hold these devices while the block runs; errors as `leases`."""
+        """Hold these devices while the block runs; raises MachineError where `leases` does."""
         return leases(devices, self.holder, self.wait, self.group)
 
 
@@ -78,10 +80,10 @@ class HeldLease:
     """A lease that somebody holds on this machine.
 
     Attributes:
-        device: `cpu`, or a GPU's UUID as a file's name.
-        holder: stage and run.
-        pid: of the process that took it; of a group, of its first.
-        since: when, as ISO 8601.
+        device: `cpu`, or a GPU's UUID as part of a file name.
+        holder: Stage and run.
+        pid: Id of the process that took the lease; in a group, of the first process.
+        since: Time at which the lease was taken, as ISO 8601.
     """
 
     device: str
@@ -91,9 +93,9 @@ class HeldLease:
 
 
 def held_leases() -> list[HeldLease]:
-    """Who holds which device of this machine now; whoever asks for a lease meanwhile does not notice.
+    """Return who holds which device of this machine now, without disturbing processes that ask for a lease meanwhile.
 
-    Leases of users who keep theirs to themselves are left out.
+    Leases of users whose lease files others may not read are left out.
     """
     held = []
     folder = lease_folder()
@@ -105,7 +107,7 @@ def held_leases() -> list[HeldLease]:
             ProcessLock(folder / f"{device}.turn", _FILE_MODE) as turn,
             _NoteFile(folder / f"{device}.json") as note,
         ):
-            # all who ask have the turn, so none finds the device taken by this look at it
+            # a process asks for the device only while it has the turn, so none finds it taken by this short look
             turn.exclusive(wait=True)
             found = {} if lock.exclusive() else note.read()
             if isinstance(pid := found.get("pid"), int):
@@ -114,22 +116,22 @@ def held_leases() -> list[HeldLease]:
 
 
 def lease_folder() -> Path:
-    """Where the leases of this machine are: CAPGAP_LEASE_DIR, or a folder of the temporary one."""
+    """Return the folder of this machine's leases: CAPGAP_LEASE_DIR, or one in the temporary folder, made if missing."""
     folder = Path(os.environ.get("CAPGAP_LEASE_DIR") or Path(tempfile.gettempdir()) / "capgap-leases")
     with contextlib.suppress(FileExistsError):
         folder.mkdir(parents=True)
-        # umask took its share; a folder that is there already is as its owner wants it
+        # mkdir obeys the umask, so the mode is set again; an existing folder keeps the mode that its owner gave it
         folder.chmod(_FOLDER_MODE)
     return folder
 
 
 def cpu_group() -> str:
-    """The group of the CPU that this process was started into, as the workers of a grid are; empty for none."""
+    """Return the CPU group that this process was started in, as a grid's workers are; empty for none."""
     return os.environ.get(_GROUP_VARIABLE, _ALONE)
 
 
 def new_cpu_group(holder: str) -> dict[str, str]:
-    """The environment by which the processes that this one starts share the CPU, and nobody else with them."""
+    """Return the environment by which the processes that this one starts share the CPU among themselves alone."""
     return {_GROUP_VARIABLE: f"{holder} {os.uname().nodename} {os.getpid()} {time.monotonic_ns()}"}
 
 
@@ -163,10 +165,10 @@ def _take(stack: ExitStack, folder: Path, name: str, holder: str, wait: bool, gr
 
 
 def _attempt(lock: ProcessLock, turn: ProcessLock, note: _NoteFile, holder: str, group: str) -> _Note | None:
-    """One attempt: None where the lease is taken, else the note of who has it.
+    """Try once to take the lease, and return None where it is taken, else the note of its holder.
 
-    A group's first member has the device alone while it writes the note that the others go by. Notes are written and
-    read by whoever has the turn, so none is ever seen half-written.
+    A group's first member holds the device alone while it writes the note by which the others recognize the group.
+    Notes are written and read only by the process that has the turn, so none is ever seen half-written.
     """
     turn.exclusive(wait=True)
     try:
@@ -192,7 +194,7 @@ def _holder_of(note: _Note) -> str:
 
 
 class _NoteFile:
-    """The note beside a lock, opened; it is written in place, for nobody may rename onto another user's file."""
+    """The open note beside a lock. It is written in place, because a user may not replace another user's file."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = open_shared(path, _FILE_MODE)

@@ -1,4 +1,4 @@
-"""Manifests and work orders of stage folders: read them, and hold them against what was written."""
+"""Manifests and work orders of stage folders: how they are read, and compared with what was written."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Finished = tuple[Path | str, Manifest]
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Do not look for cycles of garbage while the block runs.
+    """Do not look for cyclic garbage while the block runs.
 
-    What a manifest of many shards is made of has none: to look for them again and again takes half of the time.
+    The objects of a large manifest hold no cycles, and looking for them again and again takes half of the time.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -41,9 +41,9 @@ _KNOWN: ContextVar[dict[str, Manifest | None] | None] = ContextVar("_KNOWN", def
 
 @contextmanager
 def each_manifest_once() -> Iterator[None]:
-    """Within it, `read_manifest` reads each manifest once, and one that is written meanwhile is not seen.
+    """Let `read_manifest` read each manifest once within the block; one that is written meanwhile is not seen.
 
-    For commands that look at many runs which share folders, and make nothing while they look.
+    It is for commands that look at many runs which share folders, and write nothing meanwhile.
     """
     outer = _KNOWN.get()
     token = _KNOWN.set({} if outer is None else outer)
@@ -54,11 +54,11 @@ def each_manifest_once() -> Iterator[None]:
 
 
 def read_manifest(folder: Path | str) -> Manifest | None:
-    """The manifest of a finished folder, given by its path or URL; None where there is none.
+    """Return the manifest of a finished folder, given by path or URL; None where there is none.
 
     Raises:
-        CorruptError: it cannot be understood.
-        InputError, MachineError: the URL cannot be read.
+        CorruptError: The manifest cannot be understood.
+        InputError, MachineError: The URL cannot be read.
     """
     known = _KNOWN.get()
     if known is None:
@@ -69,11 +69,11 @@ def read_manifest(folder: Path | str) -> Manifest | None:
 
 
 def require_seal(folder: Path | str, manifest: Manifest) -> None:
-    """Raise CorruptError if the manifest is not what was written when its stage was finished."""
+    """Raise CorruptError if the manifest differs from what was written when its stage was finished."""
     try:
         with no_collection():
             seal = seal_of(manifest)
-    except ValueError as error:  # a number that no manifest of ours holds: not a number, or of thousands of digits
+    except ValueError as error:  # a number that no stage writes: not a number, or one of thousands of digits
         seal = str(error)
     if manifest.seal != seal:
         raise CorruptError(
@@ -86,7 +86,7 @@ def require_seal(folder: Path | str, manifest: Manifest) -> None:
 
 
 def read_work_order(folder: Path) -> WorkOrder | None:
-    """What an unfinished folder was begun for; None where nothing was begun, or where that cannot be read."""
+    """Return the work order of an unfinished folder; None where there is none, or where it cannot be read."""
     try:
         return WorkOrder.model_validate_json((folder / WORK_NAME).read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValidationError):
@@ -94,18 +94,19 @@ def read_work_order(folder: Path) -> WorkOrder | None:
 
 
 def finished_stage(stage: str, folder: str, what: str, where: str, expected: str) -> Finished:
-    """A finished stage by its folder or URL; its seal is not looked at.
+    """Return the location and manifest of a finished stage, given by folder or URL, without checking its seal.
 
     Args:
-        stage: which must stand there.
-        folder: path, or URL.
-        what: the fault where it does not, in the caller's words; `where` and `expected` likewise.
-        where: see `what`.
-        expected: see `what`.
+        stage: Name of the stage that must be there.
+        folder: Path or URL.
+        what: First part of the error message where the stage is not there.
+        where: Value of the error's `where`.
+        expected: Value of the error's `expected`.
 
     Raises:
-        InputError: none is there, or another one.
-        CorruptError, MachineError: as `read_manifest`.
+        InputError: The folder holds no finished stage, or another one; or the URL cannot be read.
+        CorruptError: The manifest cannot be understood.
+        MachineError: The URL cannot be read.
     """
     location = folder.rstrip("/") if is_url(folder) else Path(folder)
     manifest = read_manifest(location)
@@ -116,16 +117,16 @@ def finished_stage(stage: str, folder: str, what: str, where: str, expected: str
 
 
 def finished_cache(location: Path | str, what: str = "no finished cache") -> Finished:
-    """A finished cache by its folder or URL, its manifest held against its seal.
+    """Return the location and manifest of a finished cache, given by folder or URL, after a check of its seal.
 
     Args:
-        location: path, or URL.
-        what: the fault where none is there.
+        location: Path or URL.
+        what: First part of the error message where no cache is there.
 
     Raises:
-        InputError: none is there, or another stage's folder.
-        CorruptError: its manifest is not what was written.
-        MachineError: the URL cannot be read.
+        InputError: The folder holds no finished stage, or another one.
+        CorruptError: The manifest differs from what was written when the cache was finished.
+        MachineError: The URL cannot be read.
     """
     expected = "the folder of a finished cache, for example runs/demo/cache, or its URL"
     place, manifest = finished_stage("cache", str(location), what, str(location), expected)
@@ -134,7 +135,7 @@ def finished_cache(location: Path | str, what: str = "no finished cache") -> Fin
 
 
 def require_of_tokens(facts: CacheFacts, location: Path | str, what: str) -> None:
-    """Raise InputError for a cache that `align` made: it holds chunks, and no distribution after a token."""
+    """Raise InputError for a cache that `align` made, which holds chunks instead of distributions after tokens."""
     if facts.aligned is not None:
         raise InputError(
             what,
@@ -146,7 +147,7 @@ def require_of_tokens(facts: CacheFacts, location: Path | str, what: str) -> Non
 
 
 def record_sources(paths: Iterable[Path]) -> tuple[SourceEntry, ...]:
-    """What the files are now."""
+    """Return path, size, time of change and sha256 of each file, as they are now."""
     entries = []
     for path in paths:
         before = path.stat()

@@ -1,4 +1,4 @@
-"""A process that ends with the one that started it, even if that one is killed."""
+"""A way for a process to end with the process that started it, even if that one is killed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def die_with(parent_pid: int) -> None:
     """On Linux, ask the kernel to kill this process when its parent dies.
 
     Args:
-        parent_pid: the parent's process id, as the parent itself knows it.
+        parent_pid: Process id of the parent, as the parent itself knows it.
     """
     if not sys.platform.startswith("linux"):
         return

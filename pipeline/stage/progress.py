@@ -1,4 +1,4 @@
-"""How far a stage is: a rich bar with tokens/s and time left on a terminal, else a line now and then.
+"""How far a stage is: on a terminal a bar of rich with tokens/s and time left, elsewhere a line now and then.
 
 meter --> bar, or lines
       --> heartbeat, on disk, in either case
@@ -20,7 +20,7 @@ from capgap.pipeline.stage.events import event
 from capgap.pipeline.stage.heartbeat import current_heartbeat
 from capgap.schemas.heartbeat import Count
 
-# a line at once that it goes on, then now and then
+# the first line comes early, to show that work goes on; the others come now and then
 _FIRST_LINE_S, _QUIET_INTERVAL_S = 2.0, 15.0
 
 
@@ -28,17 +28,17 @@ class Meter(Protocol):
     """Counts finished steps and the tokens in them."""
 
     def advance(self, steps: int = 1, tokens: int = 0, note: str = "") -> None:
-        """Count `steps` more steps holding `tokens` tokens; `note` is shown behind them."""
+        """Count `steps` more finished steps with `tokens` tokens in all; `note` is shown after the count."""
 
     def advance_within(self, steps: float) -> None:
-        """Count `steps` more of those at work; the `advance` that says they are finished does not count them again."""
+        """Count a part of the steps at work; the `advance` that counts them as finished does not count it again."""
 
 
 @contextmanager
 def progress(title: str, num_steps: int, unit: str, done: int = 0, *, lines: bool = True) -> Iterator[Meter]:
-    """A meter for `num_steps` steps of `unit`, of which `done` were finished by an earlier run.
+    """Show a meter for `num_steps` steps of `unit`, of which `done` were finished by an earlier run.
 
-    Without `lines` nothing is logged off a terminal: the caller has lines of its own.
+    Without `lines` nothing is logged away from a terminal, because the caller logs lines of its own.
     """
     with _counted(Count(title=title, done=done, total=num_steps, unit=unit)) as tally:
         if _bars_are_seen():
@@ -53,9 +53,10 @@ def progress(title: str, num_steps: int, unit: str, done: int = 0, *, lines: boo
 
 
 def advance_within(steps: float) -> None:
-    """Say to the meter of this process's stage, if there is one, that `steps` more of the steps at work are done.
+    """Report to the meter of this process's stage that `steps` more of the steps at work are done.
 
-    For those that know how far a unit is and have no meter: a shard of a cache takes minutes or hours.
+    It is for code that knows how far a unit is and has no meter: a shard of a cache takes minutes or hours. Without a
+    meter in this process, the steps are added up for `unheard`.
     """
     global _unheard
     if _current is not None:
@@ -65,7 +66,7 @@ def advance_within(steps: float) -> None:
 
 
 def unheard() -> float:
-    """What `advance_within` has said in this process where there was no meter, for another process that has one."""
+    """Return the sum of `advance_within` in this process where there was no meter, for a process that has one."""
     return _unheard
 
 
@@ -75,7 +76,7 @@ _unheard = 0.0
 
 @contextmanager
 def _counted(begun: Count) -> Iterator[_Tally]:
-    """Put the count into the stage's heartbeat, where there is one, for as long as the block runs."""
+    """Add the count to the stage's heartbeat, where there is one, for as long as the block runs."""
     beat, tally = current_heartbeat(), _Tally(begun)
     if beat is None:
         yield tally
@@ -89,7 +90,7 @@ def _counted(begun: Count) -> Iterator[_Tally]:
 
 @contextmanager
 def _heard(meter: Meter) -> Iterator[Meter]:
-    """Let `advance_within` speak to it."""
+    """Make this the meter that `advance_within` reports to while the block runs."""
     global _current
     before, _current = _current, meter
     try:
@@ -99,7 +100,7 @@ def _heard(meter: Meter) -> Iterator[Meter]:
 
 
 def _bars_are_seen() -> bool:
-    # a bar among lines of JSON is none
+    # no bar is drawn among lines of JSON
     return sys.stderr.isatty() and os.environ.get("CAPGAP_LOG_FORMAT", "text") == "text"
 
 
@@ -130,7 +131,7 @@ class _Both:
 
 
 class _Tally:
-    """Counts, and works out rates when it is asked: a corpus has millions of documents."""
+    """Counts steps and tokens; rates are computed only when asked for, since a corpus has millions of documents."""
 
     def __init__(self, begun: Count) -> None:
         self._begun, self._steps, self._tokens, self._note = begun, 0, 0, ""
@@ -186,7 +187,7 @@ class _Lines:
         self._next = self._start + _FIRST_LINE_S
 
     def advance_within(self, steps: float) -> None:
-        """Lines are of finished steps."""
+        """Do nothing, because the lines count only finished steps."""
 
     def advance(self, steps: int = 1, tokens: int = 0, note: str = "") -> None:
         self._done += steps

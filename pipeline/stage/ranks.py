@@ -1,7 +1,7 @@
-"""The ranks of one training: which of them this process is, and the rendezvous at which they exchange values.
+"""The ranks of one training: which of them this process is, and a rendezvous through which they exchange values.
 
-Whoever starts them - torchrun, another launcher that sets the same variables, or `launch.py` - gives each its rank in
-the environment. Rank 0 owns the stage's folder, its manifest and what is printed; the others do as it has published.
+The launcher gives each process its rank in the environment: torchrun, another launcher that sets the same variables, or
+`launch.py`. Rank 0 owns the stage's folder, its manifest and all printing; the others follow what it publishes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from capgap.schemas.errors import MachineError, SettingError
 from capgap.schemas.run_optimization import OptimizationSettings
 
-# As long as another stage may hold a device that rank 0 waits for.
+# Another stage may hold for this long a device that rank 0 waits for.
 _VALUE_TIMEOUT = timedelta(days=30)
 # A rank may take this long over a checkpoint or the held-out text while the others wait for it.
 _GROUP_TIMEOUT = timedelta(hours=2)
@@ -25,13 +25,13 @@ _GROUP_TIMEOUT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which process of how many this is.
+    """The number of this process, and how many processes there are.
 
     Attributes:
-        rank: of this process, over all machines.
-        world_size: processes over all machines.
-        local_rank: of this process, on its machine; also the number of its GPU.
-        local_size: processes on this machine.
+        rank: Number of this process among those of all machines, counted from 0.
+        world_size: Number of processes on all machines.
+        local_rank: Number of this process on its machine, which is also the number of its GPU.
+        local_size: Number of processes on this machine.
     """
 
     rank: int = 0
@@ -41,20 +41,20 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process owns the folder."""
+        """Whether this process is rank 0, which owns the folder."""
         return self.rank == 0
 
     @property
     def node(self) -> int:
-        """Number of its machine; every machine has as many processes."""
+        """Number of this process's machine; every machine has equally many processes."""
         return self.rank // self.local_size
 
 
 def ranks_in_environment() -> Ranks | None:
-    """As a launcher has set them; None where this process is one of its own.
+    """Return the ranks that a launcher has set in the environment; None where WORLD_SIZE is missing or 1.
 
     Raises:
-        MachineError: only some of the variables are there, or they contradict one another.
+        MachineError: The other variables are missing or contradict one another.
     """
     names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_size": "LOCAL_WORLD_SIZE"}
     found = {field: os.environ[name] for field, name in names.items() if name in os.environ}
@@ -77,12 +77,12 @@ def require_shares(recipe: OptimizationSettings, num_ranks: int, section: str = 
     """Refuse a training whose steps do not divide among its processes.
 
     Args:
-        recipe: of the training.
-        num_ranks: its processes.
-        section: of the run file that holds the recipe, for errors.
+        recipe: Settings of the training.
+        num_ranks: Number of its processes.
+        section: Section of the run file that holds the recipe, for errors.
 
     Raises:
-        SettingError: a step's sequences do not divide.
+        SettingError: The sequences of a step do not divide among the processes.
     """
     together = num_ranks * (recipe.micro_batch_sequences or 1)
     if recipe.batch_sequences % together:
@@ -97,11 +97,11 @@ def require_shares(recipe: OptimizationSettings, num_ranks: int, section: str = 
 
 
 class Rendezvous:
-    """Where the ranks of one stage exchange values: the key-value store that they find by the environment.
+    """A key-value store through which the ranks of one stage exchange values, found through the environment.
 
     Args:
-        ranks: which of them this process is.
-        name: of the stage's instance; processes that torchrun started may meet for one after the other.
+        ranks: Rank of this process among them.
+        name: Name of the stage's instance; processes that torchrun started may meet for several, one after another.
     """
 
     def __init__(self, ranks: Ranks, name: str) -> None:
@@ -113,25 +113,28 @@ class Rendezvous:
         self._store = PrefixStore(name, store)
 
     def publish(self, key: str, value: Any = True) -> None:
-        """Store a JSON value for the other ranks; once for each key."""
+        """Store a JSON value for the other ranks, which must be done only once for each key."""
         self._store.set(key, json.dumps(value))
 
     def wait_for(self, key: str) -> Any:
-        """The value of the key, as soon as a rank has published it."""
+        """Wait until a rank has published the key, and return its value."""
         self._store.wait([key], _VALUE_TIMEOUT)
         return json.loads(self._store.get(key))
 
     def is_first_to_fail(self) -> bool:
-        """Whether no other rank has failed before; only the first one reports why. True where the store is gone."""
+        """Return whether no other rank has failed before, since only the first to fail reports why.
+
+        Where the store is gone, only rank 0 counts as the first.
+        """
         try:
             return bool(self._store.add("failed", 1) == 1)
         except RuntimeError:
-            # the store went with rank 0, which has reported why, if it could
+            # the store ended with rank 0, which has reported the cause if it could
             return self.ranks.is_first
 
     @contextmanager
     def group(self, device: str) -> Iterator[None]:
-        """torch's process group of these ranks while the block runs: gloo on CPUs, NCCL on GPUs."""
+        """Open torch's process group of these ranks while the block runs: gloo on CPUs, NCCL on GPUs."""
         import torch
         from torch import distributed
 
@@ -147,5 +150,5 @@ class Rendezvous:
             device_id=torch.device(device) if on_gpu else None,
         )
         yield
-        # not after an error: the others may never answer
+        # left open after an error, because the other ranks may never answer
         distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Ray, started for one stage on this machine, or joined where RAY_ADDRESS names a cluster: quiet, gone afterwards."""
+"""A Ray cluster for one stage: started here and ended afterwards, or joined where RAY_ADDRESS names one."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from capgap.pipeline.store.extras import adding
 from capgap.pipeline.store.locks import ProcessLock
 from capgap.schemas.errors import MachineError
 
-# Ray's smallest: only jobs and entries of shards pass through it
+# the smallest that Ray allows: only jobs and entries of shards pass through it
 _OBJECT_STORE_BYTES = 80 << 20
 _CPU, _GPU = "CPU", "GPU"
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray that runs.
+    """A running Ray cluster.
 
     Attributes:
-        ray: the module.
-        num_cpus: of each actor.
-        num_gpus: of each actor.
-        logs: of the processes that were started here; None on a cluster that somebody else started.
+        ray: The module `ray`.
+        num_cpus: Number of CPUs of each actor.
+        num_gpus: Number of GPUs of each actor.
+        logs: Folder of the logs of processes that were started here; None on a cluster that was joined.
     """
 
     ray: Any
@@ -39,13 +39,13 @@ class Cluster:
     logs: Path | None
 
     def actor(self, kind: type, num_threads: int) -> Any:
-        """The class as an actor with devices of its own; a dead one stays dead."""
+        """Return the class as an actor with devices of its own, which Ray does not restart when it dies."""
         return self.ray.remote(
             num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_concurrency=num_threads, max_restarts=0
         )(kind)
 
     def keep_logs(self) -> str:
-        """Where the actors' output stays readable after this process has ended."""
+        """Copy the actors' output to where it can still be read after this process has ended, and return the place."""
         if self.logs is None:
             return "the logs of the Ray cluster"
         kept = tempfile.mkdtemp(prefix="capgap-replicas-")
@@ -56,7 +56,7 @@ class Cluster:
 
 
 def require_ray(setting: str, num_replicas: int) -> None:
-    """Raise MachineError where so many replicas need Ray, and it is not installed."""
+    """Raise MachineError if Ray is not installed and more than one replica is asked for."""
     if num_replicas > 1 and importlib.util.find_spec("ray") is None:
         raise MachineError(
             "several replicas are started by Ray, which is not installed",
@@ -68,11 +68,11 @@ def require_ray(setting: str, num_replicas: int) -> None:
 
 @contextlib.contextmanager
 def ray_cluster(num_actors: int, num_gpus: int, setting: str) -> Iterator[Cluster]:
-    """A Ray with room for so many actors of so many GPUs each; with none, CPUs are divided among them. The setting that
-    asks for it is named in errors.
+    """Start or join a Ray cluster with room for `num_actors` actors of `num_gpus` GPUs each while the block runs.
 
-    A Ray that is started here ends with the block, and with this process however it ends: the kernel kills its
-    processes, theirs end when they notice, the last ones in about a minute.
+    With 0 GPUs the CPUs are divided among the actors. Errors name `setting`. A cluster that is started here ends with
+    the block, and with this process however that ends: the kernel kills its first processes, and their children end
+    when they notice, the last ones after about a minute.
 
     Raises:
         MachineError: Ray is not installed, cannot be reached, or has no room.
@@ -85,17 +85,17 @@ def ray_cluster(num_actors: int, num_gpus: int, setting: str) -> Iterator[Cluste
         )
     joined = bool(os.environ.get("RAY_ADDRESS"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # its agents look for the death of their parent this often, five times
+    # Ray's agents check for the death of their parent at this interval, and end after five checks
     os.environ.setdefault("RAY_DASHBOARD_AGENT_CHECK_PARENT_INTERVAL_S", "1")
     if joined:
-        # else each attempt to connect is a line on the terminal
+        # by default each attempt to connect prints a line on the terminal
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_folder())
-        # Ray prints notices of deaths, which are told in our own words
+        # Ray prints notices of deaths, which this package reports in its own events
         silent = stack.enter_context(Path(os.devnull).open("w"))
         stack.enter_context(contextlib.redirect_stdout(silent))
         stack.callback(ray.shutdown)
@@ -108,7 +108,7 @@ def ray_cluster(num_actors: int, num_gpus: int, setting: str) -> Iterator[Cluste
 
 @contextlib.contextmanager
 def _folder() -> Iterator[str]:
-    """A folder for Ray's logs and sockets, the paths of which must be short; those of killed stages are removed."""
+    """Make a folder for Ray's logs and sockets, whose paths must be short, and remove those that killed stages left."""
     parent = Path(os.environ.get("RAY_TMPDIR", "/tmp"))
     for old in parent.glob("capgap-ray-*/alive"):
         with contextlib.suppress(OSError), ProcessLock(old) as lock:
@@ -129,7 +129,7 @@ def _init(ray: Any, folder: str, joined: bool, num_actors: int, setting: str) ->
         started = {"address": "local", "num_cpus": num_cpus, "include_dashboard": False, "_temp_dir": folder}
         started |= {"object_store_memory": _OBJECT_STORE_BYTES}
     try:
-        # actors get this folder on their path and as their own: not one whose `kernels` hides a package
+        # actors take this folder as theirs and on their import path; it holds no `kernels` that would hide a package
         with contextlib.chdir(folder):
             ray.init(**started, log_to_driver=False, logging_level=logging.CRITICAL)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -142,7 +142,7 @@ def _init(ray: Any, folder: str, joined: bool, num_actors: int, setting: str) ->
 
 
 def _require_room(nodes: list[dict[str, float]], num_actors: int, num_gpus: int, setting: str) -> int:
-    """The CPUs of each actor, as many as all of them can have."""
+    """Return the number of CPUs of each actor, the largest that all of them can have."""
     if num_gpus:
         room = sum(int(node.get(_GPU, 0)) // num_gpus for node in nodes)
         if room < num_actors:

@@ -1,12 +1,12 @@
-"""The instances of a run with rounds: who writes which text, what is scored, and what is learnt from it.
+"""The instances of a run with rounds: who writes each text, which caches score it, and which trainings learn from it.
 
     teacher writes:      generate/round-0                        for all arms and seeds
     first weights write: generate/seed-0/round-0                 for all arms of a seed
     a training writes:   generate/distilled/seed-0/round-1       for itself
     a final one writes:  generate/distilled/seed-0/final         to be measured; nobody learns from it
 
-A text's cache has the same name but for the stage. The training of a round reads the round's cache, the weights of
-the round before and, with `replay`, the caches of the rounds before.
+A text's cache has the text's name, with the stage `cache`. The training of a round reads the round's cache, the weights
+of the round before and, with `replay`, the caches of the rounds before.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from capgap.schemas.run_rounds import RoundsSettings, Writer
 
 
 def rounds_of(run: RunFile) -> RoundsSettings:
-    """The settings of a run that has rounds."""
+    """Return the settings of the rounds, in a run that has them."""
     assert run.rounds is not None, "asked of a run without rounds"
     return run.rounds
 
 
 def text_of(run: RunFile, arm: str, seed: int, number: int) -> Instance:
-    """The text that an arm learns from in a round."""
+    """Return the text that an arm learns from in a round."""
     rounds = rounds_of(run)
     if arm in rounds.off_policy_arms or (number == 0 and rounds.first_writer == "teacher"):
         return Instance("generate", round=number)
@@ -35,34 +35,34 @@ def text_of(run: RunFile, arm: str, seed: int, number: int) -> Instance:
 
 
 def cache_of(text: Instance) -> Instance:
-    """The cache of a text."""
+    """Return the cache of a text."""
     return Instance("cache", text.arm, text.seed, text.round)
 
 
 def texts(run: RunFile) -> list[Instance]:
-    """Every text that is learnt from, once."""
+    """Return every text that a training learns from, each once."""
     return list(dict.fromkeys(text_of(run, *which) for which in _trainings(run)))
 
 
 def last_texts(run: RunFile) -> list[Instance]:
-    """What the final students write in answer to held-out prompts, where the run measures anything."""
+    """Return the texts that the final students write in answer to held-out prompts, where the run measures anything."""
     if not run.makes("eval"):
         return []
     return [Instance("generate", arm, seed, FINAL) for seed in run.seeds for arm in run.arms]
 
 
 def round_trainings(run: RunFile) -> list[Instance]:
-    """Every training."""
+    """Return every training of a run with rounds."""
     return [Instance("train", *which) for which in _trainings(run)]
 
 
 def last_trainings(run: RunFile) -> list[Instance]:
-    """Those of the last round."""
+    """Return the trainings of the last round."""
     return [one for one in round_trainings(run) if one.round == rounds_of(run).num - 1]
 
 
 def weights_before(instance: Instance) -> Instance:
-    """What made the weights that a training goes on from, or that write the text of its round; not of a final one."""
+    """Return what made the weights that a training starts from, or that write its round's text; not for final texts."""
     assert instance.seed is not None and instance.round is not None
     if instance.round == 0:
         return Instance("student", seed=instance.seed)
@@ -70,25 +70,25 @@ def weights_before(instance: Instance) -> Instance:
 
 
 def writer_of(text: Instance) -> Writer:
-    """Who writes it."""
+    """Return whether the teacher or a student writes the text."""
     return "teacher" if text.seed is None else "student"
 
 
 def writing(run: RunFile, text: Instance) -> Instance:
-    """The model that writes it."""
+    """Return the instance that made the model which writes the text."""
     if text.round == FINAL:
         return Instance("train", text.arm, text.seed, rounds_of(run).num - 1)
     return Instance("teacher") if text.seed is None else weights_before(text)
 
 
 def own_cache(run: RunFile, training: Instance) -> Instance:
-    """The cache that a training is of."""
+    """Return the cache of the text that a training learns from in its round."""
     assert training.arm is not None and training.seed is not None and training.round is not None
     return cache_of(text_of(run, training.arm, training.seed, training.round))
 
 
 def replayed(run: RunFile, training: Instance) -> dict[str, Instance]:
-    """Caches of earlier rounds that a training reads too, by what they are called in the mix."""
+    """Return the caches of earlier rounds that a training reads too, by their names in the mix."""
     assert training.arm is not None and training.seed is not None and training.round is not None
     if not rounds_of(run).replay:
         return {}
@@ -99,7 +99,7 @@ def replayed(run: RunFile, training: Instance) -> dict[str, Instance]:
 
 
 def shared_cache(run: RunFile) -> Instance:
-    """The cache on whose held-out sequences all students are measured alike: of the first text of round 0."""
+    """Return the cache on whose held-out sequences all students are measured alike: of the first text of round 0."""
     return cache_of(texts(run)[0])
 
 

@@ -1,4 +1,4 @@
-"""Names of what is measured over a stage's course: one table for metrics.csv, TensorBoard and every other logger.
+"""Names of the values that a stage logs as it runs: one table for metrics.csv, TensorBoard and every other logger.
 
     teacher, train, tune: rows of metrics.csv and scalars of the training's loggers
     cache, eval:          scalars of TensorBoard, in the stage's folder `logs`
@@ -32,11 +32,11 @@ TRAINING_SCALARS = {
     "ratio_outside": "share of them farther from 1 than train.ratio_clip, or 0.2",
     "ratio_effective": "effective sample size of that text over its tokens",
     "heldout_s": "seconds that this measurement of held-out text took, which no other figure counts",
-    "learning_rate": "of the step",
-    "gradient_norm": "before clipping, mean since the row before",
+    "learning_rate": "learning rate of the step",
+    "gradient_norm": "norm of the gradient before clipping, mean since the row before",
     "tokens_per_s": "tokens a second",
     "data_wait_fraction": "data-wait fraction: the part of the time in which the loader was waited for",
-    "memory_bytes": "most that tensors took of a GPU; on a CPU what the process takes",
+    "memory_bytes": "largest memory that tensors took of a GPU; on a CPU the memory of the process",
 }
 """Scalars of the stages that train, by step; the columns of metrics.csv behind `step`, in their order."""
 
@@ -45,32 +45,32 @@ CACHE_SCALARS = {
     "num_tokens": "tokens scored by this process",
     "tokens_per_s": TRAINING_SCALARS["tokens_per_s"],
     "bytes_per_token": "bytes on disk for a token of the shard",
-    "memory_bytes": "what is taken of a GPU by anyone; on a CPU what the process takes",
+    "memory_bytes": "memory of a GPU that all processes take; on a CPU the memory of the process",
 }
 """Scalars of the cache stage, by number of finished shards."""
 
 EVAL_SCALARS = {name: TRAINING_SCALARS[name] for name in ("validation_loss", "heldout_kl", "heldout_top1")}
-"""Scalars of the eval stage, once for each model, in a run of its name; against the teacher's whole distribution."""
+"""Scalars of the eval stage, in a TensorBoard run for each model; compared with the teacher's whole distribution."""
 
 
 class ScalarFile:
-    """A run of TensorBoard, of a stage that is no training: each call is on disk when it returns.
+    """A TensorBoard run of a stage that is no training; each call is on disk when it returns.
 
-    A figure that cannot be written is not the stage's trouble: the disk may be full, and the stage will say so.
+    A value that cannot be written does not stop the stage: if the disk is full, the stage reports that itself.
 
     Args:
-        folder: of the run; files of earlier processes in it are gone on with.
-        known: the table that names are of.
+        folder: Folder of the run; files of earlier processes in it are continued.
+        known: Table that the names must be in.
     """
 
     def __init__(self, folder: Path, known: dict[str, str]) -> None:
         self._known = known
-        # how TensorBoard knows them
+        # TensorBoard recognizes its files by this name
         self._path = folder / f"events.out.tfevents.{time.time_ns()}.{os.uname().nodename}.{os.getpid()}"
 
     def add(self, step: int, values: dict[str, float | None]) -> None:
-        """Figures at a step, by their names; those that are None are left out."""
-        # imported here: whoever looks at a run needs the names alone
+        """Write values at a step, by their names; values that are None are left out."""
+        # imported here, because code that only looks at a run needs the names alone
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter

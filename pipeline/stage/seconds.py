@@ -1,7 +1,7 @@
-"""How long all processes of a stage worked on it, for the manifest: a rate is of all its tokens over all their time.
+"""How long all processes of a stage worked on it, for the manifest: rates divide all its tokens by all their time.
 
-killed: its heartbeat says from when until when --> begin --> work/seconds.json --> manifest
-a slice that leaves the rest to others --> add_seconds --------/
+a killed process: begin and end are in its heartbeat ----> begin --> work/seconds.json --> manifest
+a slice that leaves the rest to others --> add_seconds -----------------/
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ _NOTE_NAME = "seconds.json"
 
 
 def add_seconds(work: Path, seconds: float) -> None:
-    """Write down that a process which does not finish the stage worked on it for so long.
+    """Write down how long a process that does not finish the stage worked on it.
 
     Args:
-        work: the stage folder's `work`, which nobody else changes meanwhile.
-        seconds: to be added to those of the processes before it.
+        work: The stage folder's `work`, which no other process changes meanwhile.
+        seconds: Seconds to add to those of earlier processes.
     """
     write_atomically(work / _NOTE_NAME, json.dumps(_noted(work) + seconds))
 
 
 def take_over(work: Path) -> None:
-    """Write down how long processes that are gone worked, before heartbeats of new ones take the place of theirs.
+    """Write down how long ended processes worked, before new heartbeats replace theirs.
 
-    For whoever has the folder alone.
+    The caller has locked the folder for itself.
     """
     if seconds := sum(map(_of, read_heartbeats(work))):
         add_seconds(work, seconds)
@@ -39,7 +39,7 @@ def take_over(work: Path) -> None:
 
 
 def earlier_s(work: Path) -> float:
-    """Seconds of all processes but this one."""
+    """Return the seconds that all processes but this one worked."""
     others = [beat for beat in read_heartbeats(work) if (beat.machine, beat.pid) != (os.uname().nodename, os.getpid())]
     return _noted(work) + sum(map(_of, others))
 
@@ -50,7 +50,7 @@ def _of(beat: Heartbeat) -> float:
 
 
 def _noted(work: Path) -> float:
-    """What stands there; 0 where it cannot be read, for no result depends on it."""
+    """Return the seconds in the note; 0 where it cannot be read, because no result depends on it."""
     try:
         found = json.loads((work / _NOTE_NAME).read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 
 _INDEX_NAME = "model.safetensors.index.json"
-# code that comes with a model decides what it computes, where it is trusted
+# these files decide what a model computes, among them the code that comes with it where that is trusted
 _MODEL_SUFFIXES = {".py", ".safetensors", ".json", ".bin", ".model", ".txt", ".jinja"}
 
 
 def model_files(path: str | None) -> list[Path]:
-    """The files of a model or tokenizer in a folder, sorted; none for a Hugging Face id."""
+    """Return the files of a model or tokenizer in a folder, sorted; none for a Hugging Face id."""
     folder = Path(path) if path else None
     if folder is None or not folder.is_dir():
         return []
@@ -21,7 +21,7 @@ def model_files(path: str | None) -> list[Path]:
 
 
 def place_below(path: str, paths: Iterable[str]) -> PurePath:
-    """Where a file of a model lies in its folder, which is the deepest that holds all of its files."""
+    """Return where a file of a model lies in the model's folder, the deepest that holds all of its files."""
     folders = [PurePath(one).parent.parts for one in paths]
     shared = min(len(parts) for parts in folders)
     while len({parts[:shared] for parts in folders}) > 1:
@@ -30,10 +30,10 @@ def place_below(path: str, paths: Iterable[str]) -> PurePath:
 
 
 def _weights_below(folder: Path) -> Iterator[Path]:
-    """Files of weights in folders of the model's folder, which its index may name."""
+    """Yield the weight files in folders below the model's folder, which its index may name."""
     try:
         names = set(json.loads((folder / _INDEX_NAME).read_bytes())["weight_map"].values())
         files = [folder / name for name in names if ".." not in PurePath(name).parts]
         yield from (file for file in files if file.parent != folder and file.is_relative_to(folder) and file.is_file())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return  # whoever loads the model says what is wrong with its index
+        return  # the code that loads the model reports what is wrong with its index

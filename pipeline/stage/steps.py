@@ -1,4 +1,4 @@
-"""Whether a training is long enough for one step, before anything that it needs is made."""
+"""A check that a training is long enough for one step, before anything that it needs is made."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from capgap.schemas.run_sections import ReusableStage
 
 
 def require_a_step(max_tokens: int | None, batch_sequences: int, seq_len: int, where: str) -> None:
-    """Refuse a training that is to stop before its first step.
+    """Refuse a training that would stop before its first step.
 
     Args:
-        max_tokens: where it is to stop; 0, or None, asks for no such training.
-        batch_sequences: sequences of a step.
-        seq_len: targets of a sequence.
-        where: the setting, for errors.
+        max_tokens: Number of tokens after which the training stops; 0 or None for no such training.
+        batch_sequences: Number of sequences of a step.
+        seq_len: Number of targets of a sequence.
+        where: Name of the setting, for errors.
 
     Raises:
-        SettingError: a step has more targets.
+        SettingError: `max_tokens` is lower than the number of targets of one step.
     """
     step = batch_sequences * seq_len
     if max_tokens and max_tokens < step:
@@ -34,10 +34,10 @@ def require_a_step(max_tokens: int | None, batch_sequences: int, seq_len: int, w
 
 
 def seq_len_of(run: RunFile, stages: Iterable[ReusableStage]) -> int:
-    """Targets of a sequence: those of the first of the stages that the run reuses, or of the corpus that it makes.
+    """Return the number of targets of a sequence, in the first of `stages` that the run reuses, or else in its corpus.
 
     Raises:
-        InputError: no such finished stage lies where one is named.
+        InputError: A folder under `reuse` does not hold that finished stage.
     """
     for stage in stages:
         if stage in run.reuse:

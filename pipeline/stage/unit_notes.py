@@ -1,6 +1,6 @@
-"""Which units of a stage's work are finished: one file each in a folder of `work`, named by the unit's number.
+"""Notes of the finished units of a stage's work: one file each in a folder of `work`, named by the unit's number.
 
-Whoever looks lists the folder, and looks at no file: network file systems answer that afresh.
+Readers list the folder and open no file, because network file systems always answer a listing afresh.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class UnitNotes:
     """The notes of one stage.
 
     Attributes:
-        folder: of the stage.
-        work: its work folder.
-        name: of the folder of notes below that.
-        total: units that there are to make.
+        folder: Folder of the stage.
+        work: Work folder of the stage.
+        name: Name of the folder of notes below the work folder.
+        total: Number of units to make.
     """
 
     folder: Path
@@ -28,20 +28,20 @@ class UnitNotes:
     total: int
 
     def path(self, unit: int) -> Path:
-        """The note of a unit, which stands when it is finished."""
+        """Return the path of a unit's note, which exists once the unit is finished."""
         return self.work / self.name / f"{unit:06d}.json"
 
     def made(self) -> set[int]:
-        """Units that say they are finished."""
+        """Return the numbers of the units that have a note."""
         try:
             return {int(path.stem) for path in (self.work / self.name).glob("*.json")}
         except FileNotFoundError:
             return set()
 
     def all_made(self) -> bool:
-        """Whether all do; whoever writes the manifest verifies them."""
+        """Return whether every unit has a note; the process that writes the manifest verifies the units."""
         return len(self.made()) == self.total
 
     def is_over(self) -> bool:
-        """Whether the manifest stands: whoever writes it removes the work folder after it, and all notes with it."""
+        """Return whether the manifest exists, whose writer removes the work folder with all notes after it."""
         return (self.folder / MANIFEST_NAME).is_file()

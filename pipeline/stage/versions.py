@@ -1,6 +1,6 @@
-"""Versions of what takes part in a result, for the manifest: those of now, and those of killed processes before it.
+"""Versions of the packages behind a result, for the manifest: those of this process, and of killed ones before it.
 
-begin --> work/versions.json: a list, to which each process adds its own where they are others --> manifest"""
+begin --> work/versions.json: a list, to which each process adds its versions if they differ --> manifest"""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _PACKAGES = (
 
 
 def versions() -> Versions:
-    """Version of Python and of every package above that is installed."""
+    """Return the version of Python and of every package in `_PACKAGES` that is installed."""
     return {"python": platform.python_version()} | versions_of(_PACKAGES)
 
 
 def versions_of(packages: Iterable[str]) -> Versions:
-    """Version of each of these packages that is installed."""
+    """Return the version of each of these packages that is installed."""
     found = {}
     for package in packages:
         try:
@@ -50,12 +50,12 @@ def versions_of(packages: Iterable[str]) -> Versions:
 
 
 def note_versions(work: Path, instance: str, earlier: Iterable[Versions] = ()) -> None:
-    """Write down the versions of this process beside those of the processes before it; say which have changed.
+    """Write down the versions of this process after those of earlier processes, and log which have changed.
 
     Args:
-        work: the stage folder's `work`.
-        instance: for the line that is logged.
-        earlier: of the processes before it, where `work` does not know of them.
+        work: The stage folder's `work`.
+        instance: Name of the instance, for the log line.
+        earlier: Versions of earlier processes that are not noted in `work`.
     """
     noted = [*earlier, *_noted(work)]
     if changed := _changed(noted):
@@ -66,14 +66,14 @@ def note_versions(work: Path, instance: str, earlier: Iterable[Versions] = ()) -
 
 
 def earlier_versions(work: Path) -> tuple[Versions, ...]:
-    """Of each process before this one that had others: the versions that were not those of now."""
+    """Return, for each earlier process whose versions differed, the versions that are no longer installed."""
     now = versions()
     differing = [{name: old for name, old in each.items() if now.get(name) != old} for each in _noted(work)]
     return tuple(each for each in differing if each)
 
 
 def changed_versions(work: Path) -> str:
-    """What is installed now and was not for the last process at work, in words; empty where nothing is."""
+    """Return in words which versions have changed since the last process at work; empty where none has."""
     return _changed(_noted(work))
 
 
@@ -87,7 +87,7 @@ def _changed(noted: list[Versions]) -> str:
 
 
 def _noted(work: Path) -> list[Versions]:
-    """What stands there; nothing where it cannot be read, for no result depends on it."""
+    """Return the list in the note; empty where it cannot be read, because no result depends on it."""
     try:
         found = json.loads((work / _NOTE_NAME).read_bytes())
     except (OSError, ValueError, RecursionError):

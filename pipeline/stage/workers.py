@@ -1,6 +1,6 @@
-"""Several processes on this machine at the same work, which end with this one; what one of them raises is raised here.
+"""Several worker processes on this machine, which end with this process and whose errors are raised in it.
 
-They are started afresh, not forked: tokenizers and Arrow have threads, which no fork survives.
+They are spawned, not forked, because tokenizers and Arrow have threads, which no fork survives.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _TICK_S = 0.5
 def run_in_processes(
     work: Callable[..., None], arguments: tuple[Any, ...], num_processes: int, tick: Callable[[], None], setting: str
 ) -> None:
-    """Call `work(*arguments)` in that many processes, and return when all have returned.
+    """Call `work(*arguments)` in `num_processes` processes, and return when all have returned.
 
     Args:
-        work: a function of a module; it and its arguments are sent to the processes.
-        arguments: see `work`.
-        num_processes: how many.
-        tick: called now and then meanwhile.
-        setting: that asks for so many, for errors.
+        work: A function at the top level of a module; it and its arguments are sent to the processes.
+        arguments: Arguments of the function.
+        num_processes: Number of processes.
+        tick: Called about twice a second meanwhile.
+        setting: Name of the setting that asks for the processes, for errors.
 
     Raises:
-        MachineError: a process was killed.
-        Exception: what one of them raised; the others are killed.
+        MachineError: A process was killed.
+        Exception: Whatever one of the processes raised; the others are killed.
     """
     context = multiprocessing.get_context("spawn")
     running: dict[Connection, SpawnProcess] = {}
@@ -56,7 +56,7 @@ def run_in_processes(
 
 
 def _require_well(receiver: Connection, process: SpawnProcess, setting: str) -> None:
-    """Raise what the process says was wrong, or that it was killed before it could say anything."""
+    """Raise the error that the process reports, or a MachineError if it was killed before it could report anything."""
     try:
         error = receiver.recv()
     except EOFError:
@@ -73,7 +73,7 @@ def _require_well(receiver: Connection, process: SpawnProcess, setting: str) -> 
 
 def _child(sender: Connection, parent_pid: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     die_with(parent_pid)
-    # the parent hears it too, and kills this process
+    # the parent receives the interrupt too, and kills this process
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         work(*arguments)

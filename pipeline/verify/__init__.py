@@ -1,1 +1,1 @@
-"""Finished folders against their manifests: sizes, digests, structure of every shard, alignment of every target."""
+"""Checks of finished folders against their manifests: sizes, digests, structure of shards, alignment of targets."""

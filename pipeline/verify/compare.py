@@ -1,6 +1,6 @@
-"""How far what is kept of some rows lies from what a teacher gives for them now.
+"""The difference between the targets that a cache keeps and those that a teacher gives now.
 
-Legend: N rows, K ids kept, K' ids kept by the other side, n samples, E pairs of a row and an id, G groups of sequences.
+Legend: N rows, K kept ids, K' ids kept by the other side, n samples, E pairs of a row and an id, G groups of sequences.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ _MOST_GROUPS = 64
 
 @dataclass(frozen=True)
 class Apart:
-    """Two views of the same rows.
+    """The difference between two views of the same rows.
 
     Attributes:
-        max_nats: largest difference of two logprobs, of kept ids and of labels.
-        rms_nats: root mean square of those differences.
-        num_rows: rows that were compared.
-        num_other_rows: rows that keep other ids, or samples.
-        moved_samples: share of all samples that fell on another id; 0 for `topk`.
-        common: how alike an id's differences are in any two sequences, as a correlation: rounding has about none, and
-            another teacher has the same in all of them. NaN of fewer than two sequences, and of equal rows.
-        common_error: standard error of `common` where there is none.
+        max_nats: Largest difference between two logprobs, of kept ids and of labels.
+        rms_nats: Root mean square of those differences.
+        num_rows: Number of rows that were compared.
+        num_other_rows: Number of rows that keep other ids, or other samples.
+        moved_samples: Share of all samples that fell on another id; 0 for `topk`.
+        common: How similar an id's differences are between sequences, as a correlation. For rounding it is about 0;
+            for another teacher the differences are alike in all sequences. NaN for fewer than two sequences, and for
+            equal rows.
+        common_error: Standard error of `common` where the true correlation is 0.
     """
 
     max_nats: float
@@ -51,13 +52,13 @@ class _ById:
 
 
 def apart(kept: Targets, live: Targets, num_ids: int, error: StoredError = EXACT) -> Apart:
-    """Compare what was kept with what the teacher gives now, row by row.
+    """Compare the kept targets with the ones that the teacher gives now, row by row.
 
     Args:
-        kept: rows as they were read.
-        live: the same rows, scored now with at least as many ids.
-        num_ids: samples a row, or ids kept.
-        error: of the codec; logprobs below its floor were raised to it, and are here too.
+        kept: Targets as they were read.
+        live: Targets of the same rows, scored now with at least as many ids.
+        num_ids: Number of samples of a row, or of kept ids.
+        error: Errors of the codec. Logprobs below its floor were raised to it in `kept`, and are raised in `live` too.
     """
     assert not isinstance(kept, ChunkTargets) and not isinstance(live, ChunkTargets)
     labels_N = np.abs(kept.label_logprobs_BL - _raised(live.label_logprobs_BL, error)).ravel()
@@ -81,7 +82,7 @@ def apart(kept: Targets, live: Targets, num_ids: int, error: StoredError = EXACT
 
 
 def same_rows(kept: Targets, live: Targets) -> BoolArray:
-    """Which rows are the very same, [N]; both as a codec stores them."""
+    """Return which rows are equal [N], for two views as a codec stores them."""
     assert not isinstance(kept, ChunkTargets) and not isinstance(live, ChunkTargets)
     same_N: BoolArray = (kept.label_logprobs_BL == live.label_logprobs_BL).ravel()
     if isinstance(kept, SampledTargets):
@@ -107,11 +108,11 @@ def _raised(logprobs: FloatArray, error: StoredError) -> FloatArray:
 
 
 def _common(found: _ById, seq_len: int) -> tuple[float, float]:
-    """Correlation of the differences of one id in two sequences, and its standard error.
+    """Return the correlation of one id's differences between sequences, and its standard error.
 
-    With `v_g` the sum of an id's differences in a group of sequences, the sum of `v_g v_h` over all ids and all pairs
-    of groups has the mean 0 where differences are independent from sequence to sequence, and its variance is that
-    under random signs of the groups.
+    Let `v_g` be the sum of an id's differences in a group of sequences. The sum of `v_g v_h` over all ids and all pairs
+    of groups has the mean 0 if differences are independent between sequences. Its variance is the one under random
+    signs of the groups.
     """
     if not len(found.values_E):
         return math.nan, math.nan
@@ -132,7 +133,7 @@ def _common(found: _ById, seq_len: int) -> tuple[float, float]:
 
 
 def _centred(found: _ById) -> _ById:
-    """Without each row's mean, which its normalisation shares out among all ids."""
+    """Return the differences without each row's mean, which the normalization spreads over all ids of a row."""
     if not len(found.rows_E):
         return found
     sums, counts = np.bincount(found.rows_E, weights=found.values_E), np.bincount(found.rows_E)
@@ -143,15 +144,15 @@ def _centred(found: _ById) -> _ById:
 def _id_differences(
     ids_NK: IntArray, logprobs_NK: FloatArray, live_ids_NK: IntArray, live_NK: FloatArray
 ) -> tuple[FloatArray, BoolArray, _ById]:
-    """Differences of ids that both keep; of an id that one side keeps, how far it lies above the other's last.
+    """Return the differences of ids that both keep, and for an id of one side its height above the other's last id.
 
-    Two ids about as probable as one another may change places at the end of a row: that costs next to nothing here.
+    Two ids of about equal probability may change places at the end of a row, which adds almost nothing here.
 
     Returns:
-        Their sizes, which rows keep other ids, and the differences of ids that both keep.
+        The absolute differences, which rows keep other ids, and the signed differences of ids that both keep.
     """
     is_kept_NK = ~np.isneginf(logprobs_NK)
-    # of a row that holds fewer ids, only as many of the live ones stand against it
+    # of a row that holds fewer ids, only as many of the live ids are compared
     num_kept_N = is_kept_NK.sum(axis=1)
     is_live_NK = np.arange(live_ids_NK.shape[1])[None] < num_kept_N[:, None]
     rows = np.arange(len(ids_NK))
@@ -160,7 +161,7 @@ def _id_differences(
     found: list[FloatArray] = []
     shared: list[tuple[npt.NDArray[np.int64], IntArray, FloatArray]] = []
     other_N = np.zeros(len(ids_NK), np.bool_)
-    # a thousand rows at a time: the comparison of all ids with all is K x K a row
+    # a thousand rows at a time, because comparing all ids with all takes K x K values a row
     for start in range(0, len(ids_NK), 1024):
         part = slice(start, start + 1024)
         same_nKK = ids_NK[part, :, None] == live_ids_NK[part, None, :]
@@ -179,7 +180,7 @@ def _id_differences(
 
 
 def _moved_samples(kept: SampledTargets, live: SampledTargets) -> _ById:
-    """How many samples more one side has of each id of which they do not have the same number."""
+    """Return, for each id with different counts, how many more samples `kept` has than `live`."""
     num_rows = kept.num_ids_BL.size
     row = np.concatenate([np.repeat(np.arange(num_rows), t.num_ids_BL.ravel()) for t in (kept, live)])
     ids = np.concatenate([kept.ids_D, live.ids_D]).astype(np.int64)

@@ -1,4 +1,4 @@
-"""What the live teacher says of sequences: in the cache's own batches, and each sequence by itself."""
+"""The live teacher's targets of sequences: in the cache's own batches, and with each request by itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ View = dict[RecordingName, Targets]
 
 
 def in_batches(engine: Engine, parts: Sequence[Part], context: ContextRule, names: Sequence[RecordingName]) -> View:
-    """Every part as one submission, as its shard was."""
+    """Score every part as one submission, as its shard was scored."""
     scored = []
     for part in parts:
         several = _requests(part.sequences, context)
@@ -28,7 +28,7 @@ def in_batches(engine: Engine, parts: Sequence[Part], context: ContextRule, name
 
 
 def alone(engine: Engine, parts: Sequence[Part], context: ContextRule, names: Sequence[RecordingName]) -> View:
-    """Every request of the compared sequences as a submission of its own."""
+    """Score every request of the compared sequences as a submission of its own."""
     scored = []
     for part in parts:
         compared = part.sequences.part(slice(part.group.num_sequences))
@@ -39,7 +39,7 @@ def alone(engine: Engine, parts: Sequence[Part], context: ContextRule, names: Se
 
 
 def as_stored(targets: Targets, parts: Sequence[Part], codec: Codec) -> Targets:
-    """The same targets after they were written and read, rounded as the cache's own are."""
+    """Return the same targets after they were encoded and decoded, so that they are rounded as the cache's own are."""
     compared = [part.sequences.part(slice(part.group.num_sequences)) for part in parts]
     _, read = codec.decode(codec.encode(Sequences.joined(compared), targets), "rows scored again")
     assert read is not None
@@ -47,7 +47,7 @@ def as_stored(targets: Targets, parts: Sequence[Part], codec: Codec) -> Targets:
 
 
 def kept_of(parts: Sequence[Part], name: RecordingName) -> Targets:
-    """What the cache keeps of the compared sequences."""
+    """Return the targets that the cache keeps of the compared sequences."""
     return joined([part.kept[name] for part in parts])
 
 

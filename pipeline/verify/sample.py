@@ -1,7 +1,7 @@
-"""Which sequences of a cache are scored again: the first of some shards, with those that stood in their batches.
+"""The choice of sequences that are scored again: the first of some shards, with those that shared their batches.
 
-A shard is one submission, which an engine works off in order. So its first sequences are in the same batches again
-where those that followed them, up to the end of a batch, follow them again.
+A shard is one submission, which an engine works through in order. So its first sequences are in the same batches again
+if the sequences after them, up to the end of a batch, are submitted with them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LEAST_SEQUENCES, _LEAST_TARGETS = 8, 8192
 
 @dataclass(frozen=True)
 class Group:
-    """The first sequences of a shard: so many are compared, and so many scored."""
+    """The first sequences of a shard: how many are compared, and how many are scored."""
 
     shard: int
     num_sequences: int
@@ -30,7 +30,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Part:
-    """A group's sequences, all that are scored, and what is kept of those that are compared."""
+    """A group's scored sequences, and the cache's targets of those that are compared."""
 
     group: Group
     sequences: Sequences
@@ -38,7 +38,10 @@ class Part:
 
 
 def groups_of(manifest: Manifest, fraction: float, batch_tokens: int) -> list[Group]:
-    """The same for the same cache, fraction and batches: of shards at random a batch each, of all of them more."""
+    """Return the groups to score: one batch from each of some random shards, or more from every shard if needed.
+
+    The same cache, fraction and batches give the same groups.
+    """
     shard_set = next(iter(manifest.shard_sets.values()))
     seq_len, sizes = shard_set.seq_len, [shard.num_sequences for shard in shard_set.shards]
     least = max(_LEAST_SEQUENCES, math.ceil(_LEAST_TARGETS / seq_len), math.ceil(fraction * sum(sizes)))
@@ -55,7 +58,7 @@ def groups_of(manifest: Manifest, fraction: float, batch_tokens: int) -> list[Gr
 
 
 def read_part(readers: dict[RecordingName, ShardReader], group: Group) -> Part:
-    """Read a group; errors as the reader."""
+    """Read a group's sequences and targets; raises CorruptError if a shard is damaged."""
     sequences: list[Sequences] = []
     kept: dict[RecordingName, Targets] = {}
     for name, reader in readers.items():
@@ -71,14 +74,14 @@ def read_part(readers: dict[RecordingName, ShardReader], group: Group) -> Part:
 
 
 def joined(parts: list[Targets]) -> Targets:
-    """The targets of all parts, of one recording, one after the other."""
+    """Return the targets of all parts, of one recording, one after the other."""
     first = parts[0]
     assert not isinstance(first, ChunkTargets), "a teacher's own rows are scored again"
     return type(first)(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(first)})
 
 
 def first_of(targets: Targets, num_sequences: int) -> Targets:
-    """Targets of the first sequences."""
+    """Return the targets of the first sequences."""
     assert not isinstance(targets, ChunkTargets), "a teacher's own rows are scored again"
     part = slice(num_sequences)
     if isinstance(targets, TopkTargets):
@@ -90,7 +93,10 @@ def first_of(targets: Targets, num_sequences: int) -> Targets:
 
 
 def _num_scored(num_sequences: int, seq_len: int, batch_tokens: int) -> int:
-    """Up to the end of a batch of vLLM, which cuts the tokens of all requests in row, and of transformers."""
+    """Return the number of sequences up to the end of a batch.
+
+    vLLM cuts batches from the tokens of all requests in a row, and transformers batches whole sequences.
+    """
     in_vllm = math.ceil(math.ceil(num_sequences * seq_len / batch_tokens) * batch_tokens / seq_len)
     size = max(1, batch_tokens // (seq_len + 1))
     return max(in_vllm, math.ceil(num_sequences / size) * size)

@@ -1,9 +1,9 @@
-"""The files outside a stage's folder that it read, against the digests that it wrote down of them.
+"""Checks of the files outside a stage's folder that it read, against the digests that it wrote down.
 
-gone                              said: a finished stage may outlive what it was made from
-another size, or another time     said: somebody has changed it, and `capgap status` calls the stage stale
-the same size and time            damage: nobody has written it, and its bytes are others
-of a model that was given         damage, whatever its time is: later stages read the model there
+gone                              a remark: a finished stage may outlive what it was made from
+other content and other time      a remark: somebody has changed it, and `capgap status` calls the stage stale
+other content at the same time    damage: nobody has written the file, but its bytes have changed
+other content of a given model    damage, whatever the time is: later stages read the model there
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from capgap.schemas.manifest import Manifest, SourceEntry
 
 
 def verify_sources(manifest: Manifest) -> list[str]:
-    """Lines on the sources of a finished stage that are gone or were changed on purpose.
+    """Return lines on the sources of a finished stage that are gone or were changed on purpose.
 
     Raises:
-        CorruptError: one is damaged.
+        CorruptError: A source is damaged.
     """
-    # a model's sources may be named from the folder in which the stage was started
+    # sources of a model may have relative paths, of the folder in which the stage was started
     given = manifest.facts.get("path")
     folder = Path(given) if isinstance(given, str) and Path(given).is_absolute() else None
     paths, remarks = [source.path for source in manifest.sources], []

@@ -1,4 +1,4 @@
-"""Check every finished stage below a folder."""
+"""Checks of every finished stage below a folder."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from capgap.schemas.facts import CrossCheck
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME, FileEntry, Manifest, WorkOrder
 
 Damage = dict[str, CorruptError]
-"""What is wrong with each damaged file, by its path in the folder."""
+"""The error for each damaged file, by its path in the folder."""
 
 
 def verify(folder: Path, quarantine: bool = False) -> Iterator[str]:
-    """A line for each finished stage at or below `folder`, after it was checked, and lines on sources that are gone.
+    """Check each finished stage at or below `folder`, and yield a line about it, and lines on sources that are gone.
 
-    Each stage's files are hashed, and so are the sources that it read, as far as they are still there.
+    Each stage's files are hashed, and so are the sources that it read, as far as they still exist.
 
     Args:
-        folder: of a run or a stage.
-        quarantine: go on past damaged shards, and whatever is damaged of a cache, list them in `quarantine.json` beside
-            their manifest, a line each, and raise in the end; a list from earlier is replaced.
+        folder: Folder of a run or a stage.
+        quarantine: Whether to continue past damaged shards and damaged files of a cache. They are listed in
+            `quarantine.json` beside the manifest, in place of an earlier list, with a line each, and an error is raised
+            at the end.
 
     Raises:
-        InputError: there is none.
-        CorruptError: a file, shard, manifest or source is not what it was.
+        InputError: There is no finished stage.
+        CorruptError: A file, shard, manifest or source is damaged.
     """
     found = sorted(path for path in files_below(folder) if path.name == MANIFEST_NAME)
     if not found:
@@ -41,7 +42,7 @@ def verify(folder: Path, quarantine: bool = False) -> Iterator[str]:
     for path in found:
         manifest = read_manifest(path.parent)
         if manifest is None:
-            raise CorruptError("no file but something else", where=path, fix="remove it")
+            raise CorruptError("the manifest's path is not a file", where=path, fix="remove it")
         damage: Damage = {}
         num_members = _verify_stage(path.parent, manifest, damage if quarantine else None)
         remarks = verify_sources(manifest)
@@ -66,14 +67,14 @@ def verify(folder: Path, quarantine: bool = False) -> Iterator[str]:
 
 
 def _verify_stage(folder: Path, manifest: Manifest, damage: Damage | None) -> int:
-    """Number of members that are sound; damage that the stage can mend is noted, or raised where `damage` is None."""
+    """Return the number of sound members; damage that the stage can mend is noted, or raised if `damage` is None."""
     _require_own_words(folder, manifest)
     shards = {shard.file.path for shard_set in manifest.shard_sets.values() for shard in shard_set.shards}
     for file in manifest.files:
         try:
             _require_digest(folder, file, manifest)
         except CorruptError as error:
-            # a cache makes any of its files again, other stages can name nothing but shards
+            # a cache can make any of its files again, other stages only their shards
             if damage is None or (file.path not in shards and manifest.stage != "cache"):
                 raise
             damage[file.path] = error
@@ -94,7 +95,7 @@ def _verify_stage(folder: Path, manifest: Manifest, damage: Damage | None) -> in
             ranking = shard_set.codec_settings.get("ranking")
             if damage is None or not isinstance(ranking, str):
                 raise
-            # without it no member can be read; it is a function of the corpus, and is written again
+            # without the ranking no member can be read; it depends on the corpus alone, so it can be written again
             damage.setdefault(ranking, error)
             continue
         for number, shard in enumerate(shard_set.shards):
@@ -116,7 +117,7 @@ def _verify_stage(folder: Path, manifest: Manifest, damage: Damage | None) -> in
 
 
 def _require_own_words(folder: Path, manifest: Manifest) -> None:
-    """Raise CorruptError unless manifest and work order are what was written, and the list of files has its digest."""
+    """Raise CorruptError unless manifest and work order are unchanged, and the list of files agrees with its digest."""
     require_seal(folder, manifest)
     if content_of(manifest.files, manifest.sources) != manifest.content:
         raise CorruptError("the manifest's list of files contradicts its own digest", where=folder / MANIFEST_NAME)

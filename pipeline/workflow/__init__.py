@@ -2,12 +2,12 @@
 
     RunFile --graph--> instances and their inputs --state--> current | stale | partial | missing, and why
                                                       |
-        preflight: can all that is to come end well?  |  remake: would anything costly be replaced?
+        preflight: can all stages to come end well?   |  remake: would anything costly be replaced?
                                                       |
                    driver: in order, one process per instance ---> carry_out
                                                       |
             folder lock, device lease --> stage.run(context) --> files hashed --> manifest.json, last and atomically
 
-The manifests are the only truth: nothing else remembers what was done. Which stages there are, and what each reads,
-is what they declare (`pipeline/stages.py`); no stage is known here by name.
+The manifests are the only record of what was done. Which stages exist, and what each one reads, follows from their
+declarations (`pipeline/stages.py`); this package names no stage.
 """

@@ -43,20 +43,20 @@ def carry_out(
 ) -> Manifest:
     """Make the instance's folder current and return its manifest.
 
-    A finished folder of the same identity is left alone unless `remake` is set, and one of another identity that cost
-    device time is not replaced without it; an unfinished one is continued. Where other processes work on it too, they
-    hear at the rendezvous whether it was begun.
+    A finished folder of the same identity is left alone unless `remake` is set. Without `remake`, one of another
+    identity is not replaced if it cost device time. An unfinished folder is continued. Other ranks that work on the
+    folder learn at the rendezvous whether it was begun.
 
     Raises:
-        InputError: an input is not current.
-        MismatchError: the folder was begun under other settings and is not finished, or is finished and costly.
-        CapgapError: whatever the stage raises.
+        InputError: An input is not current.
+        MismatchError: The folder was begun under other settings and is not finished, or is finished and costly.
+        CapgapError: Whatever the stage raises.
     """
     clock = Clock()
     known = RunStates(run)
     inputs = known.inputs_of(instance)
     with locked_folder(known.of(instance.name).folder):
-        # looked at again, for another process may have finished it meanwhile
+        # the state is read again under the lock, because another process may have finished the folder meanwhile
         known.forget(instance.name)
         state = known.of(instance.name)
         if state.state is State.CURRENT and not remake and state.manifest is not None:
@@ -75,24 +75,24 @@ def carry_out(
 
 
 class Clock:
-    """When a stage was begun, and how long this process has been at it."""
+    """The time at which a stage was begun, and the seconds that this process has worked on it."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
         self.begin()
 
     def begin(self) -> None:
-        """The waiting is over: the work begins now."""
+        """Set the time at which the work begins, after any waiting."""
         self.begun_at = datetime.now(UTC).isoformat(timespec="seconds")
 
     @property
     def wall_s(self) -> float:
-        """Seconds since this object was made."""
+        """Seconds since this object was made, including any waiting."""
         return round(time.monotonic() - self._started, 3)
 
 
 def order_of(state: StageState, inputs: Mapping[str, StageInput]) -> WorkOrder:
-    """The work order with the inputs as they were found."""
+    """Return the work order with the inputs as they were found."""
     entries = {
         name: InputEntry(path=str(i.location), identity=i.manifest.identity, content=i.manifest.content)
         for name, i in inputs.items()
@@ -108,7 +108,7 @@ def finish_with(
     result: StageResult,
     clock: Clock,
 ) -> Manifest:
-    """Write the manifest of a folder whose files are all there; what a killed replica or slice left half goes."""
+    """Write the manifest of a folder with all its files, and remove half-written files of killed replicas or slices."""
     remove_halves(state.folder)
     files = content_files(state.folder)
     manifest = Manifest(
@@ -127,7 +127,7 @@ def finish_with(
         resolved=redacted_values(run.model_dump(mode="json")),
     )
     if (beat := current_heartbeat()) is not None:
-        # the folder that they lie in goes
+        # stopped, because the folder of the heartbeat is removed
         beat.stop()
     finished = finish(state.folder, manifest)
     event("stage_done", f"{order.instance}: done in {clock.wall_s:.1f} s", wall_s=clock.wall_s, totals=result.totals)
@@ -135,13 +135,13 @@ def finish_with(
 
 
 def make_ready(run: RunFile, state: StageState, remake: bool) -> None:
-    """Empty a folder that holds something else, or open it again where it only lost files. The caller has it alone.
+    """Empty a folder that holds another result, or open it again where it only lost files.
 
-    What was begun under other settings, and got nowhere, is begun anew.
+    The caller holds the folder's lock. A folder begun under other settings that has no finished unit is emptied.
 
     Raises:
-        MismatchError: it is unfinished, got somewhere, and was begun under other settings; or it is finished, cost
-            device time, and would be replaced without having been named.
+        MismatchError: The folder is unfinished, has finished units, and was begun under other settings; or it is
+            finished, cost device time, and would be replaced without `remake`.
     """
     stage = stage_named(state.instance.stage)
     if not remake and state.lost and state.manifest is not None and stage.reopen(state.folder, state.manifest):
@@ -160,7 +160,7 @@ def make_ready(run: RunFile, state: StageState, remake: bool) -> None:
     if remake or state.state is State.STALE:
         clear(state.folder)
     elif state.begun_otherwise and is_untouched(state.folder):
-        # as where a first attempt failed over a setting that has been mended since
+        # a first attempt may have failed over a setting that has been corrected since
         clear(state.folder)
     elif state.begun_otherwise:
         raise MismatchError(
@@ -176,7 +176,7 @@ def work(
 ) -> StageResult:
     """Run the stage itself, on its devices, in a folder that was begun.
 
-    Where several processes are at it, the first on each machine holds the leases of that machine's devices.
+    Where several processes work on it, the first one on each machine holds the leases of that machine's devices.
     """
     stage, ranks = stage_named(state.instance.stage), Ranks() if rendezvous is None else rendezvous.ranks
     with contextlib.ExitStack() as stack:
@@ -185,12 +185,12 @@ def work(
             device, engines = resolve_device(run.device), stage.engines(run)
             group = cpu_group() if device == "cpu" else ""
             if engines.replicas > 1 and device == "cpu":
-                # no other process's: what a killed stage left running is waited for
+                # a new group, shared with no other process, so that replicas which a killed stage left are waited for
                 group = f"{os.uname().nodename} {os.getpid()} {time.monotonic_ns()}"
             is_training = stage.training(run, state.instance) is not None
             devices = devices_from(device, ranks.local_size if is_training else engines.num_devices)
             begin_phase("waits for its device")
-            # with replicas on GPUs each takes the lease on its own, which this process does not know: Ray picks them
+            # replicas on GPUs each take the lease on their own GPU, which Ray picks and this process does not know
             if (engines.replicas == 1 or device == "cpu") and ranks.local_rank == 0:
                 stack.enter_context(leases(devices, holder, wait, group))
             if rendezvous is not None:
@@ -204,7 +204,7 @@ def work(
 
 @contextlib.contextmanager
 def _on_leased_devices(rendezvous: Rendezvous, device: str) -> Iterator[None]:
-    """The group of all ranks, once every machine's devices are leased."""
+    """Open the group of all ranks once every machine's devices are leased."""
     leased = f"leased on machine {rendezvous.ranks.node}"
     if rendezvous.ranks.local_rank == 0:
         rendezvous.publish(leased)

@@ -1,9 +1,9 @@
 """Walk the graph of a run: each instance in a process of its own, in order; the manifests are the only truth.
 
-states --> what would be replaced? refused, unless it is named --> for each instance: current, or made
+states --> would something costly be replaced? refused, unless it is named --> for each instance: current, or made
 
-Several drivers may be at one folder. Each hands its stages a file of its own with every setting, so that none of them
-goes on with the settings of another.
+Several drivers may work on one folder. Each writes a file of its own with every setting for its stages, so that no
+stage uses the settings of another driver.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ from capgap.schemas.errors import CapgapError, MachineError
 from capgap.schemas.run_file import RunFile
 
 RESOLVED_NAME = "run.resolved.json"
-"""Every setting with which stages of the run were made last, for people: no stage reads it."""
+"""The settings with which stages of the run were made last. The file is for people: no stage reads it."""
 
 Log = Callable[[str, str], None]
 """Receives the name of an instance, and why it is made again, or `current`."""
 
 Start = Callable[[Sequence[str]], int]
-"""Runs `capgap` with these arguments in a process of its own, to its end; its exit code, or minus the signal's."""
+"""Runs `capgap` with these arguments in its own process to the end; returns its exit code, or minus its signal."""
 
-# 128 + n is the shell's word for a process that signal n has ended, and 130 is what a stage says after Ctrl-C.
+# Shells report 128 + n for a process that signal n has ended, and a stage exits with 130 after Ctrl-C.
 _SIGNALLED, _INTERRUPTED = 128, 130
 
 
 class StageFailedError(CapgapError):
-    """A stage's process failed; carries its exit code, and says nothing more where the process has said why."""
+    """A stage's process failed. The error carries its exit code, and is not shown if the process has said why."""
 
     def __init__(self, name: str, code: int) -> None:
         super().__init__(
             f"{name} failed", found=_how_it_ended(code), fix="mend the cause and run the same command again"
         )
-        # a signal as shells tell it
+        # signals are reported as shells report them
         self.exit_code = code if code > 0 else _SIGNALLED - code
         self.already_said = 0 < code < _SIGNALLED or code == _INTERRUPTED
 
 
 def start_afresh(arguments: Sequence[str]) -> int:
-    """As `Start`, in a fresh Python."""
+    """Run `capgap` with these arguments in a new Python process, and return its exit code or minus its signal."""
     # -P: with -m Python would look for packages in the user's working folder first, unlike the command `capgap`
     command = [sys.executable, "-P", "-m", "capgap.jobs.cli", *arguments]
     return subprocess.run(command, check=False, env=_environment()).returncode
@@ -80,25 +80,26 @@ def walk(
     """Make the chosen instances current, in order, and return the names of those that had to be made.
 
     Args:
-        run: the run file.
-        chosen: instances to bring up to date; what they read and is not chosen must be current already.
-        log: receives the name of each instance, and why it is made again, or `current`.
-        remake: stages, or instances by name, that are made again even if they are current. Nothing else that has cost
-            device time is replaced.
-        force: make all that is chosen again.
-        replace: replace what has cost device time where its settings have changed, named or not, and begin anew what
-            was begun under others.
-        wait: wait for a device that another stage holds.
-        start: starts the process of a stage.
-        command: how the run was started, which is remembered beside it, once something is made or all is current.
-        require: one more check, of the instances that are to be made, before anything is.
+        run: The run file.
+        chosen: Instances to bring up to date. Inputs that are not chosen must be current already.
+        log: Receives the name of each instance, and why it is made again, or `current`.
+        remake: Stages or names of instances to make again even if they are current. Nothing else that has cost device
+            time is replaced.
+        force: Whether to make all chosen instances again.
+        replace: Whether to replace what has cost device time where its settings have changed, even if `remake` does not
+            name it, and to begin anew what was begun under other settings.
+        wait: Whether to wait for a device that another stage holds.
+        start: Starts the process of a stage.
+        command: Command that started the run. It is written beside the run once something is made or all is current.
+        require: A further check of the instances to be made, which runs before anything is made.
 
     Raises:
-        SettingError: a name in `remake` names none of the chosen instances.
-        MismatchError: something that cost device time would be replaced, or was begun under other settings, and
-            `remake` does not name it.
-        StageFailedError: a stage's process failed; later ones were not started.
-        InputError, CorruptError: as `RunStates`.
+        SettingError: A name in `remake` matches none of the chosen instances.
+        MismatchError: A stage that cost device time would be replaced, or was begun under other settings, and `remake`
+            does not name it.
+        StageFailedError: A stage's process failed; later stages were not started.
+        InputError: A folder under `reuse` or `train.caches` holds no manifest of that stage.
+        CorruptError: A manifest cannot be read.
     """
     known = RunStates(run)
     require_named(remake, chosen)
@@ -122,7 +123,7 @@ def walk(
                 _tidy(state.folder)
                 continue
             if not replace:
-                # an input may have come out otherwise than the manifests foretold
+                # an input may have come out different from what the manifests predicted
                 require_nothing_lost(known, chosen, named, [instance])
             if settings is None:
                 if not _is_at_work(state.folder):
@@ -135,25 +136,25 @@ def walk(
             known.forget(instance.name)
             made.append(instance.name)
     if command is not None and not made and len(chosen) == len(known.instances):
-        # all of the run is as these flags would have made it
+        # the whole run is current under these flags, so they are remembered
         write_command(out, command)
     return made
 
 
 def _is_at_work(folder: Path) -> bool:
-    """Whether a process is at it, so that a stage which starts there now will be refused."""
+    """Return whether a process works on the folder, so that a stage which starts there now will be refused."""
     return any(is_alive(beat) for beat in read_heartbeats(folder / WORK_FOLDER))
 
 
 def _write_down(run: RunFile, command: LastCommand | None) -> None:
-    """Say in the run's folder with which settings its stages are made from here on, and how they were given."""
+    """Write into the run's folder the settings with which its stages are made from here on, and the command."""
     if command is not None:
         write_command(Path(run.out), command)
     write_atomically(Path(run.out) / RESOLVED_NAME, run.model_dump_json(indent=1))
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what a stage left that was killed just after its manifest, unless somebody is at work there."""
+    """Remove the work folder that a stage left if it was killed just after its manifest, unless it is in use."""
     if (folder / WORK_FOLDER).is_dir():
         with contextlib.suppress(MachineError), locked_folder(folder):
             pass

@@ -1,6 +1,6 @@
 """The graph of a run: its instances in an order that can be carried out, and what each reads.
 
-All of it is derived from what the stages declare (`pipeline/stages.py`); no stage is known here by name.
+The order and the inputs are derived from what the stages declare (`pipeline/stages.py`); no stage is named here.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from capgap.schemas.run_file import RunFile
 
 
 def instances(run: RunFile) -> list[Instance]:
-    """Every instance of every stage that the run makes, inputs before what reads them.
+    """Return every instance of every stage that the run makes, inputs before their readers.
 
-    Beyond that they stand in the order of the stages; an instance may read an earlier one of its own stage.
+    Apart from that they are in the order of the stages; an instance may read an earlier one of its own stage.
     """
     known = {instance.name: instance for stage in declared() for instance in stage.instances(run)}
     ordered: dict[str, Instance] = {}
@@ -25,7 +25,7 @@ def instances(run: RunFile) -> list[Instance]:
 
     def visit(name: str) -> None:
         if name in ordered or name not in known:
-            return  # what is reused has no instance
+            return  # a reused stage has no instance
         assert name not in visited, f"{name} reads what is made from it"
         visited.add(name)
         for read in input_names(run, known[name]):
@@ -38,10 +38,10 @@ def instances(run: RunFile) -> list[Instance]:
 
 
 def select(run: RunFile, *patterns: str) -> list[Instance]:
-    """The instances named by a stage (`train`), a stage and an arm (`train/distilled`), or in full; in the run's order.
+    """Return the instances with these names, in the run's order: a stage (`train`), stage and arm, or a full name.
 
     Raises:
-        SettingError: nothing is named so.
+        SettingError: A pattern matches no instance.
     """
     known = instances(run)
     found: set[Instance] = set()
@@ -56,7 +56,7 @@ def select(run: RunFile, *patterns: str) -> list[Instance]:
 
 
 def downstream(run: RunFile, pattern: str) -> list[Instance]:
-    """The instances that `pattern` names and all that depend on them."""
+    """Return the instances that `pattern` names and all that depend on them."""
     chosen = {i.name for i in select(run, pattern)}
     known = instances(run)
     for instance in known:
@@ -66,24 +66,24 @@ def downstream(run: RunFile, pattern: str) -> list[Instance]:
 
 
 def input_names(run: RunFile, instance: Instance) -> list[str]:
-    """Names of the instances, or reused stages, that this one reads."""
+    """Return the names of the instances, or reused stages, that this instance reads."""
     return list(stage_named(instance.stage).inputs(run, instance))
 
 
 def roles(run: RunFile, instance: Instance) -> dict[str, str]:
-    """What each of `input_names` is called among the inputs of the instance: its role, or its name.
+    """Return the role of each of `input_names`, by name: the role that the stage declares, or else the name itself.
 
-    What stands for a cache is read as one.
+    A stage whose result takes the place of a cache has the role `cache`.
     """
     named = stage_named(instance.stage).roles(run, instance)
     return {name: named.get(name, STANDS_FOR.get(name, name)) for name in input_names(run, instance)}
 
 
 def further_caches(run: RunFile, instance: Instance) -> dict[str, str]:
-    """Finished caches of other runs that the instance reads: folder or URL, by the name of the input."""
+    """Return the finished caches of other runs that the instance reads: folder or URL, by the name of the input."""
     return stage_named(instance.stage).further(run, instance)
 
 
 def decisive_settings(run: RunFile, instance: Instance) -> dict[str, Any]:
-    """The settings that decide what the instance makes; two instances with equal ones and equal inputs are one."""
+    """Return the settings that decide the result: instances with equal ones and equal inputs give an equal result."""
     return dict(stage_named(instance.stage).settings(run, instance))

@@ -16,26 +16,26 @@ from capgap.schemas.errors import MachineError
 from capgap.schemas.run_file import RunFile
 
 LOST = 75
-"""How a rank ends that another one's end has ended; no code of the command line."""
+"""Exit code of a rank that ended because another rank had ended; the command line uses it for nothing else."""
 
-# how a rank ends that was asked to
+# exit code of a rank that was asked to end
 _INTERRUPTED = 130
 
 _MARK = "CAPGAP_LAUNCHED"
 
 
 class RankFailedError(MachineError):
-    """A process of a training failed; says nothing more where that process has said why."""
+    """A process of a training failed. The error is not shown if that process has said why."""
 
 
 def launch(run: RunFile, instance: Instance, num_ranks: int, *, remake: bool, wait: bool) -> None:
-    """Run the instance's stage in that many processes, and return when all have ended well.
+    """Run the instance's stage in `num_ranks` processes, and return when all have ended well.
 
-    They are killed when one fails, and when this process dies.
+    All processes are killed when one fails, and when this process dies.
 
     Raises:
-        RankFailedError: one failed.
-        KeyboardInterrupt: this process was interrupted.
+        RankFailedError: A process failed.
+        KeyboardInterrupt: This process was interrupted.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -69,12 +69,12 @@ def launch(run: RunFile, instance: Instance, num_ranks: int, *, remake: bool, wa
 
 
 def is_launched() -> bool:
-    """Whether this process is one of those that `launch` started, which says what becomes of them."""
+    """Return whether `launch` started this process, in which case the launching process reports its end."""
     return _MARK in os.environ
 
 
 def _failed(instance: Instance, codes: dict[int, int]) -> RankFailedError:
-    """The one of several ends that caused the others, whom the supervisor has asked to end or who have lost a rank."""
+    """Return the error of the rank that failed first; the others were asked to end, or have lost a rank."""
     rank, code = min(codes.items(), key=lambda item: (item[1] in (LOST, _INTERRUPTED, -signal.SIGTERM), item[1]))
     error = RankFailedError(
         f"{instance.name} failed",
@@ -83,14 +83,14 @@ def _failed(instance: Instance, codes: dict[int, int]) -> RankFailedError:
         fix="mend the cause and run the same command again",
     )
     if 0 < code < LOST:
-        # it has said why
+        # the process has reported the cause itself
         error.already_said, error.exit_code = True, code
     return error
 
 
 @contextmanager
 def _surroundings(num_ranks: int) -> Iterator[None]:
-    """What the ranks inherit, while they run; and silence of the supervisor, whose words are for another audience."""
+    """Set the ranks' environment and silence the supervisor's log while they run; its messages do not suit users."""
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
     given = {"CAPGAP_DRIVER_PID": str(os.getpid()), _MARK: "1"}
     given |= {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}

@@ -1,11 +1,10 @@
-"""A look at a run from outside: what its manifests say, and who is at work on what is not finished, from here or from
-another machine.
+"""The state of a run as seen from outside: what its manifests say, and which processes of any machine are at work.
 
     manifests --states--+
     work/progress.json -+--> Look of each instance
     metrics.csv --------+
 
-Nothing is written, and no lock of a stage's folder is touched.
+Nothing is written, and no lock of a stage's folder is taken.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ from capgap.pipeline.workflow.state import StageState, State, states
 from capgap.schemas.heartbeat import Heartbeat
 from capgap.schemas.run_file import RunFile
 
-# the end of a file of any length; a row has a few hundred bytes
+# only the end of the file is read, which may have any length; a row has a few hundred bytes
 _TAIL_BYTES = 1 << 14
 
 
 @dataclass(frozen=True)
 class Look:
-    """One instance as it stands now.
+    """The present state of one instance.
 
     Attributes:
-        name: of the instance, or of a stage that is reused.
-        state: where it stands by its manifest; `reused` for a stage of another run.
-        why: in words, where it is not current; the folder of one that is reused.
-        at_work: heartbeats of the processes that are at it, the latest first.
-        gone: of those that were, and ended without finishing it, the latest first.
-        loss: of the last row that a training has logged.
+        name: Name of the instance, or of a stage that is reused.
+        state: State by its manifest; `reused` for a stage of another run.
+        why: Why it is not current, in words; for a reused stage its folder.
+        at_work: Heartbeats of the processes that work on it, the latest first.
+        gone: Heartbeats of processes that ended without finishing it, the latest first.
+        loss: `train_loss` of the last row that a training has logged.
     """
 
     name: str
@@ -55,28 +54,29 @@ class Look:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """The rate of all processes at work together."""
+        """Tokens per second of all processes at work together."""
         rates = [beat.count.tokens_per_s for beat in self.at_work if beat.count and beat.count.tokens_per_s]
         return sum(rates) if rates else None
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds to the end of what is counted now, of the slowest process."""
+        """Seconds to the end of what is counted now, for the slowest process."""
         lefts = [beat.count.eta_s for beat in self.at_work if beat.count and beat.count.eta_s is not None]
         return max(lefts) if lefts else None
 
     @property
     def seen_s_ago(self) -> float | None:
-        """Age of the last heartbeat; None where none is left."""
+        """Seconds since the last heartbeat; None where there is no heartbeat."""
         beats = (*self.at_work, *self.gone)
         return max(0.0, time.time() - max(beat.written_s for beat in beats)) if beats else None
 
 
 def look_at(run: RunFile) -> list[Look]:
-    """Every instance, inputs before what reads them, and after them what is reused.
+    """Return the state of every instance, inputs before their readers, and after them that of the reused stages.
 
     Raises:
-        InputError, CorruptError: as `states`.
+        InputError: A folder under `reuse` or `train.caches` holds no manifest of that stage.
+        CorruptError: A manifest cannot be read.
     """
     try:
         found = states(run)
@@ -99,7 +99,7 @@ def _look(state: StageState) -> Look:
 
 
 def last_loss(metrics: Path) -> float | None:
-    """`train_loss` of the last whole row that has one; None where there is none."""
+    """Return `train_loss` of the last whole row that has one; None where there is none."""
     try:
         with metrics.open("rb") as file:
             header = file.readline().decode()
@@ -110,7 +110,7 @@ def last_loss(metrics: Path) -> float | None:
     except OSError:
         return None
     names = next(csv.reader([header]), [])
-    # the first may have lost its beginning, and the last may be half-written
+    # the first line may have lost its beginning, and the last may be half-written
     for row in csv.reader(reversed([line for line in lines if line.endswith("\n")])):
         values = dict(zip(names, row, strict=False))
         if len(row) == len(names) and values.get("train_loss"):

@@ -1,8 +1,8 @@
-"""Before anything is made, everything that can be known is checked for all stages to come.
+"""Checks of everything that can be known before anything is made, for all stages to come.
 
-    device --> what is given: files, models, packages --> stage by stage: does it fit what it will meet?
+    device --> given files, models and packages --> each stage: do its settings fit what it will read?
 
-A run of hours that fails at its end over a word in the run file is the worst that a pipeline can do.
+They prevent a run of hours from failing at its end over a word in the run file.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from capgap.schemas.run_file import RunFile
 
 
 def to_be_made(known: RunStates, chosen: Sequence[Instance], again: frozenset[str] = frozenset()) -> list[Instance]:
-    """Those of the chosen instances that are not current, or are named to be made again."""
+    """Return the chosen instances that are not current, or that are named to be made again."""
     return [one for one in chosen if known.of(one.name).state is not State.CURRENT or is_named(one, again)]
 
 
 def require_possible(run: RunFile, coming: Sequence[Instance]) -> None:
-    """Refuse what cannot end well, whichever stage it would stop.
+    """Refuse a run that cannot end well, whichever of its stages would fail.
 
     Args:
-        run: the run file.
-        coming: the instances that are to be made.
+        run: The run file.
+        coming: Instances that are to be made.
 
     Raises:
-        CapgapError: whatever the checks of the stages find.
+        CapgapError: Whatever the checks of the stages find.
     """
     stages = [stage_named(name) for name in dict.fromkeys(one.stage for one in coming)]
     if run.device == "cuda" and any(stage.on_device for stage in stages):
         resolve_device(run.device)
     for one in coming:
-        # raises where a file that the run file names is missing
+        # this raises where a file that the run file names is missing
         stage_named(one.stage).sources(run, one)
     for stage in stages:
         stage.require_possible(run)

@@ -1,7 +1,7 @@
-"""What has cost device time is never replaced because a flag was forgotten.
+"""Protection of what has cost device time: it is never replaced because a flag was forgotten.
 
 A finished teacher, cache, training or tuning whose settings or inputs have changed is kept until somebody names its
-stage, and so is an unfinished stage that was begun under other settings and got somewhere. The refusal comes before
+stage. So is an unfinished stage that was begun under other settings and has finished units. The refusal comes before
 anything is made, and says which settings differ and how the run was started before.
 """
 
@@ -26,9 +26,9 @@ from capgap.schemas.secrets import redacted
 LAST_COMMAND_NAME = "run.command.json"
 
 EVERY_STAGE = frozenset({"*"})
-"""As stages to make again: all of them."""
+"""The value of the stages to make again that means all of them."""
 
-# in an error's line; the others are counted
+# names that an error lists; of the others it gives the number
 _MOST_NAMED = 3
 _MOST_KNOWN = 12
 
@@ -39,25 +39,25 @@ class LastCommand(Record):
     """`run.command.json`: how the run in this folder was started last."""
 
     flags: tuple[str, ...] = ()
-    """The settings that were given beside the run file, but for `--out`: the file lies there."""
+    """The settings that were given beside the run file, except `--out`, which is the folder of this file."""
 
     command: tuple[str, ...] = ()
     """The whole command, as it was typed; empty where it was called from Python."""
 
     @classmethod
     def of(cls, given: Sequence[str], command: Sequence[str] = ()) -> LastCommand:
-        """The command with these settings as flags."""
+        """Make the record of a command with these settings as flags."""
         return cls(flags=tuple(flag for flag in given if not flag.startswith("--out=")), command=tuple(command))
 
 
 def write_command(out: Path, command: LastCommand) -> None:
-    """Remember how a run was started."""
+    """Write down how a run was started, with secrets removed."""
     command = LastCommand(flags=tuple(map(redacted, command.flags)), command=tuple(map(redacted, command.command)))
     write_atomically(out / LAST_COMMAND_NAME, command.model_dump_json(indent=1) + "\n")
 
 
 def last_command(out: Path) -> LastCommand | None:
-    """How the run in this folder was started last; None where that is not known."""
+    """Return how the run in this folder was started last; None where that is not known."""
     try:
         return LastCommand.model_validate_json((out / LAST_COMMAND_NAME).read_bytes())
     except (OSError, ValidationError):
@@ -65,14 +65,14 @@ def last_command(out: Path) -> LastCommand | None:
 
 
 def require_named(names: Collection[str], chosen: Sequence[Instance]) -> None:
-    """Refuse names of what is to be made again that name nothing of what the command goes through.
+    """Refuse a name of something to make again if it matches no instance of the command.
 
     Raises:
-        SettingError: one names none of the chosen instances.
+        SettingError: A name matches none of the chosen instances.
     """
     for name in names:
         if not any(_is_called(one, name) for one in chosen):
-            # of a stage that is there, an arm or a seed is meant
+            # if the stage exists, the arm or the seed is wrong, so its instances are listed
             near = [one.name for one in chosen if one.stage == name.partition("/")[0]]
             known = near or list(dict.fromkeys(one.stage for one in chosen))
             more = f" and {len(known) - _MOST_KNOWN} more" if len(known) > _MOST_KNOWN else ""
@@ -85,7 +85,7 @@ def require_named(names: Collection[str], chosen: Sequence[Instance]) -> None:
 
 
 def is_named(instance: Instance, named: frozenset[str]) -> bool:
-    """Whether an instance is among those to make again: by its stage, by stage and arm, in full, or with all others."""
+    """Return whether an instance is to be made again: named by stage, by stage and arm, in full, or with all others."""
     return named == EVERY_STAGE or any(_is_called(instance, name) for name in named)
 
 
@@ -96,22 +96,23 @@ def _is_called(instance: Instance, name: str) -> bool:
 def require_nothing_lost(
     known: RunStates, chosen: Sequence[Instance], named: frozenset[str], coming: Sequence[Instance] | None = None
 ) -> None:
-    """Refuse to replace what cost device time, unless its stage is among those that are to be made again.
+    """Refuse to replace what cost device time, unless its stage is named to be made again.
 
-    What only lost files is made again as it was, and what waits for an input may come out current.
+    A stage that only lost files is made again as it was, and one that waits for an input may come out current, so
+    neither is refused.
 
     Args:
-        known: states of the run's instances.
-        chosen: what the command goes through.
-        named: what is to be made again.
-        coming: those of the chosen instances that are about to be made; all, where it is left out.
+        known: States of the run's instances.
+        chosen: Instances that the command goes through.
+        named: Names of what is to be made again.
+        coming: The chosen instances that are about to be made; by default all.
 
     Raises:
-        MismatchError: something finished would be replaced, or something unfinished was begun as something else.
+        MismatchError: A finished stage would be replaced, or an unfinished one was begun under other settings.
     """
     unnamed = [one for one in chosen if not is_named(one, named)]
     if lost_stages(known, unnamed if coming is None else [one for one in coming if one in unnamed]):
-        # one refusal for all that the command would come to
+        # one refusal covers everything that the command would replace later
         lost = lost_stages(known, unnamed)
         permission = _permission(known, unnamed, [one for one, _ in lost])
         told = [(one.name, why) for one, why in lost]
@@ -119,10 +120,10 @@ def require_nothing_lost(
 
 
 def lost_stages(known: RunStates, chosen: Sequence[Instance]) -> list[tuple[Instance, str]]:
-    """Those of the chosen instances whose work would be thrown away, each with why.
+    """Return the chosen instances whose work would be thrown away, each with the reason.
 
-    They are finished, have cost device time and would be replaced; or they are unfinished, got somewhere, and were
-    begun under other settings.
+    They are finished, have cost device time and would be replaced; or they are unfinished, have finished units, and
+    were begun under other settings.
     """
     lost = []
     for one in chosen:
@@ -135,7 +136,7 @@ def lost_stages(known: RunStates, chosen: Sequence[Instance]) -> list[tuple[Inst
 
 
 def _permission(known: RunStates, chosen: Sequence[Instance], lost: Sequence[Instance]) -> str:
-    """The flags that name what would be replaced, as shortly as it can be without naming what may stay."""
+    """Return the shortest flags that name everything that would be replaced, and nothing that may stay."""
     kept = [one for one in chosen if one not in lost and known.of(one.name).state is not State.MISSING]
     names: dict[str, None] = {}
     for instance in lost:
@@ -146,13 +147,13 @@ def _permission(known: RunStates, chosen: Sequence[Instance], lost: Sequence[Ins
 
 
 def would_be_replaced(out: str, lost: Sequence[tuple[str, str]], restore: str, permission: str) -> MismatchError:
-    """The refusal.
+    """Return the error that refuses to replace stages.
 
     Args:
-        out: folder of the run, or of the grid.
-        lost: what would be replaced, by name, each with why.
-        restore: how to get the settings back with which they were made.
-        permission: the flags that allow it.
+        out: Folder of the run, or of the grid.
+        lost: Name of each stage that would be replaced, with the reason.
+        restore: Advice on how to restore the settings with which they were made.
+        permission: Flags that allow it.
     """
     what = "finished stages would be replaced, and have cost device time"
     if all(why.startswith(_UNFINISHED) for _, why in lost):
@@ -170,7 +171,7 @@ def would_be_replaced(out: str, lost: Sequence[tuple[str, str]], restore: str, p
 
 
 def _why(known: RunStates, state: StageState) -> str:
-    """The cause in the user's words: a setting rather than the input that it changed, where that is to be had."""
+    """Return the cause in the user's words: where possible a changed setting, not the input that it changed."""
     why = state.replaced or state.begun_otherwise
     if not why.startswith("input "):
         return why

@@ -1,10 +1,10 @@
-"""Several plain processes at work on one folder: each makes some of its units, and one of them writes the manifest.
+"""Several separate processes that work on one folder: each makes some of its units, and one writes the manifest.
 
-    begin, in turn:   the first clears, if it must, and writes work.json; the others find it
-    work, at once:    each unit by one process at a time; `.lock` is shared by all and shuts out ordinary runs
-    finish, in turn:  whoever finds every unit there writes the manifest; after that the others find it
+    begin, in turn:   the first clears the folder, if it must, and writes work.json; the others find that file
+    work, at once:    each unit is made by one process at a time; all share `.lock`, which shuts out ordinary runs
+    finish, in turn:  the first that finds every unit finished writes the manifest; the others find that file
 
-`.turn` is the lock of whoever begins or finishes. Every lock ends with its process.
+`.turn` is the lock of the process that begins or finishes. Every lock ends with its process.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from capgap.schemas.run_file import RunFile
 
 
 def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool = True) -> Manifest | None:
-    """Make a slice of the instance's units; the manifest, where all slices are made, else None.
+    """Make a slice of the instance's units; return the manifest where all units are made, else None.
 
     Raises:
-        SettingError: replicas are asked for too.
-        MachineError: an ordinary run has the folder, or other slices must end before it can be begun anew.
-        MismatchError: the folder was begun under other settings and is not finished.
-        CapgapError: as `carry_out`.
+        SettingError: The settings ask for replicas too.
+        MachineError: An ordinary run holds the folder, or other slices must end before it can be begun anew.
+        MismatchError: The folder was begun under other settings and is not finished.
+        CapgapError: Whatever the stage raises.
     """
     stage = stage_named(instance.stage)
     engines = stage.engines(run)
@@ -71,7 +71,7 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
             if isinstance(order, Manifest):
                 return order
             job = slices.prepare(context)
-        # slices on GPUs have one each; on CPUs they share what there is
+        # on GPUs each slice has one of its own; on CPUs the slices share the device
         group = str(state.folder.resolve()) if device == "cpu" else ""
         with contextlib.ExitStack() as stack:
             beat = stack.enter_context(heartbeat(state.folder / WORK_FOLDER, shared=True))
@@ -86,11 +86,11 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
                 event("slice_done", f"{instance.name}: {done}; other slices have the rest to do", slice=str(part))
                 with held_alone(state.folder / TURN_NAME):
                     beat.leave()
-                    # another may have finished the stage meanwhile, by the heartbeats that it found
+                    # another process may have finished the stage meanwhile, and counted this one by its heartbeat
                     if (state.folder / WORK_FOLDER).is_dir():
                         add_seconds(state.folder / WORK_FOLDER, clock.wall_s)
                 return None
-            # whoever is first at the end removes the folder that they lie in
+            # stopped, because the first process to finish removes the folder of the heartbeats
             beat.stop()
             with held_alone(state.folder / TURN_NAME):
                 if (found := _finished(run, instance)) is not None:
@@ -100,7 +100,7 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
 
 
 def _join(run: RunFile, instance: Instance, inputs: dict[str, StageInput], lock: ProcessLock) -> WorkOrder | Manifest:
-    """Begin the folder, or join those that have begun it; hold it with them. The manifest, where it is finished."""
+    """Begin the folder or join the slices at work, and share its lock; return the manifest if it is finished."""
     if (found := _finished(run, instance)) is not None:
         return found
     alone = lock.exclusive()

@@ -1,4 +1,4 @@
-"""Files outside the run: are those that a finished stage read still the same?"""
+"""Files outside the run, and whether those that a finished stage read are still the same."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from capgap.schemas.run_file import RunFile
 
 
 def source_paths(run: RunFile, instance: Instance) -> list[Path]:
-    """The files outside the run that the instance reads; none for a Hugging Face id and for builtin text.
+    """Return the files outside the run that the instance reads; none for a Hugging Face id and for builtin text.
 
     Raises:
-        InputError: one that the run file names does not exist.
+        InputError: A file that the run file names does not exist.
     """
     return stage_named(instance.stage).sources(run, instance)
 
 
 def changed_source(run: RunFile, instance: Instance, recorded: tuple[SourceEntry, ...]) -> str:
-    """The first file that is new, gone or another than it was, in words; empty where none is.
+    """Say in words which file is the first that is new, gone or changed; empty where none is.
 
-    Sources that are gone altogether are no change: a finished corpus may outlive the text that it was made from.
+    If all sources are gone, nothing has changed: a finished corpus may outlive the text that it was made from.
     """
     try:
         now = {str(path): path for path in source_paths(run, instance)}

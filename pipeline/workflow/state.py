@@ -1,8 +1,8 @@
-"""Is a stage current? Decided from the run file and the manifests on disk, and from nothing else.
+"""The state of each stage, decided from the run file and the manifests on disk, and from nothing else.
 
-RunStates(run)            every manifest is read once, when it is asked for
-  .of("train/.../seed-0") the state of one instance, and of what it reads
-  .forget("cache")        after it was made: its manifest, and the states that follow from it, are read again
+RunStates(run)            reads every manifest once, when it is asked for
+  .of("train/.../seed-0") returns the state of one instance, after those of its inputs
+  .forget("cache")        after the cache was made: its manifest, and the states that depend on it, are read again
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from capgap.schemas.run_file import RunFile
 
 
 class State(StrEnum):
-    """Where a stage stands."""
+    """The state of a stage."""
 
     CURRENT = "current"
     STALE = "stale"
@@ -40,21 +40,22 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class StageState:
-    """One instance, and why it stands where it stands.
+    """The state of one instance, and the reason for it.
 
     Attributes:
-        instance: which.
-        folder: its folder, also where it does not exist yet.
-        state: where it stands.
-        why: in words: the setting or input that changed, or how far it got; empty when current.
-        order: what is to be done, as `work.json` will say; its inputs may lack a content as long as they are unmade.
-        manifest: of the folder, where there is one.
-        replaced: why a finished folder is to be replaced by another result, in words: a setting, an input or a source
-            that changed; empty where it only lost files, or waits for an input that will come out the same.
-        lost: files of a finished folder that are gone, of another size or in quarantine, where nothing else is amiss.
-        in_quarantine: all of them are, and are shards: what is left can be read, by who may skip.
-        begun_otherwise: of an unfinished folder, the setting or input in which it was begun for another result, in
-            words; empty where it can be continued.
+        instance: The instance.
+        folder: Its folder, also where it does not exist yet.
+        state: Its state.
+        why: The reason, in words: the setting or input that changed, or how far the stage got; empty when current.
+        order: The work order that `work.json` will hold; inputs that are not made yet have no content in it.
+        manifest: The manifest of the folder, where there is one.
+        replaced: Why a finished folder would be replaced by another result, in words: a changed setting, input or
+            source; empty where it only lost files, or waits for an input that will come out the same.
+        lost: Files of a finished folder that are missing, of another size or in quarantine, if nothing else is wrong.
+        in_quarantine: Whether all lost files are shards in quarantine, so that a stage that may skip them can read the
+            rest.
+        begun_otherwise: The setting or input that differs from the one under which an unfinished folder was begun, in
+            words; empty where the folder can be continued.
     """
 
     instance: Instance
@@ -69,40 +70,41 @@ class StageState:
     in_quarantine: bool = False
 
     def can_be_read(self, run: RunFile, reader: Instance) -> bool:
-        """Whether that instance may read the folder: it is current, or lacks only what the reader may skip."""
+        """Return whether that instance may read the folder: it is current, or lacks only what the reader may skip."""
         if self.in_quarantine and stage_named(reader.stage).may_skip_quarantined(run, reader):
             return True
         return self.state is State.CURRENT
 
 
 def states(run: RunFile) -> dict[str, StageState]:
-    """The state of every instance, by name.
+    """Return the state of every instance, by name.
 
     Raises:
-        InputError: a folder named under `reuse` or `train.caches` holds no manifest of that stage.
-        CorruptError: a manifest cannot be read.
+        InputError: A folder named under `reuse` or `train.caches` holds no manifest of that stage.
+        CorruptError: A manifest cannot be read.
     """
     return RunStates(run).all()
 
 
 def reused_manifests(run: RunFile) -> dict[str, Finished]:
-    """Every reused stage, by the stage's name.
+    """Return location and manifest of every reused stage, by the stage's name.
 
     Raises:
-        InputError: a folder named under `reuse` holds no manifest of that stage.
-        CorruptError: its manifest cannot be read.
+        InputError: A folder named under `reuse` holds no manifest of that stage.
+        CorruptError: Its manifest cannot be read.
     """
     return {str(stage): _finished(stage, folder, f"reuse.{stage}") for stage, folder in run.reuse.items()}
 
 
 class RunStates:
-    """The states of a run's instances, each looked at once."""
+    """The states of a run's instances, each determined once and then kept."""
 
     def __init__(self, run: RunFile) -> None:
-        """
+        """Find the run's instances, and read the manifests of the reused stages.
+
         Raises:
-            InputError: a folder named under `reuse` holds no manifest of that stage.
-            CorruptError: its manifest cannot be read.
+            InputError: A folder named under `reuse` holds no manifest of that stage.
+            CorruptError: Its manifest cannot be read.
         """
         self.run = run
         self.instances = {instance.name: instance for instance in instances(run)}
@@ -111,28 +113,28 @@ class RunStates:
         self._known: dict[str, StageState] = {}
 
     def all(self) -> dict[str, StageState]:
-        """Every instance, by name, inputs before what reads them."""
+        """Return the state of every instance, by name, inputs before their readers."""
         return {name: self.of(name) for name in self.instances}
 
     def of(self, name: str) -> StageState:
-        """One instance.
+        """Return the state of one instance.
 
         Raises:
-            InputError: a folder named under `train.caches` holds no manifest of a cache.
-            CorruptError: a manifest cannot be read.
+            InputError: A folder named under `train.caches` holds no manifest of a cache.
+            CorruptError: A manifest cannot be read.
         """
         if name not in self._known:
             self._known[name] = self._look(self.instances[name])
         return self._known[name]
 
     def forget(self, name: str) -> None:
-        """Look again at an instance, and at what follows from it, when they are asked for next."""
+        """Forget the state of an instance, and of those that depend on it, so that the next call reads them again."""
         self._known.pop(name, None)
         for other in [one for one in self._known if name in input_names(self.run, self.instances[one])]:
             self.forget(other)
 
     def finished(self, stage: str) -> Manifest | None:
-        """The manifest of a stage that has one instance, where it is current or reused."""
+        """Return the manifest of a stage with one instance, if it is current or reused, else None."""
         if stage in self.reused:
             return self.reused[stage][1]
         if stage not in self.instances:
@@ -141,11 +143,11 @@ class RunStates:
         return state.manifest if state.state is State.CURRENT else None
 
     def inputs_of(self, instance: Instance) -> dict[str, StageInput]:
-        """The finished folders that the instance reads.
+        """Return the finished folders that the instance reads, by role, after a check of their seals.
 
         Raises:
-            InputError: one is not current.
-            CorruptError: a manifest is not what was written.
+            InputError: An input is not current.
+            CorruptError: A manifest differs from what was written.
         """
         found: dict[str, StageInput] = {}
         for name, role in self._read(instance).items():
@@ -172,7 +174,7 @@ class RunStates:
         )
 
     def _further_input(self, name: str, folder: str) -> Finished:
-        # every arm and seed may read the same one, of a million members
+        # kept by folder, because every arm and seed may read the same cache, of a million members
         if folder not in self._further:
             setting = "tune.cache" if name == CHAT_CACHE else f"train.{name.replace('/', '.')}"
             self._further[folder] = _finished("cache", folder, setting)
@@ -231,11 +233,11 @@ class RunStates:
         )
 
     def _read(self, instance: Instance) -> dict[str, str]:
-        """Names of everything that the instance reads, each with its role."""
+        """Return the name of everything that the instance reads, with its role."""
         return roles(self.run, instance) | {name: name for name in further_caches(self.run, instance)}
 
     def _replaced_input(self, instance: Instance) -> str:
-        """The first input that is itself to be replaced by another result."""
+        """Say which input is the first that would itself be replaced by another result; empty where none would."""
         for name in input_names(self.run, instance):
             if name in self.instances and self.of(name).replaced:
                 return f"input {name} is {self.of(name).state}"
@@ -254,7 +256,7 @@ def _finished(stage: str, folder: str, setting: str) -> Finished:
 
 
 def _difference(old: WorkOrder, new: WorkOrder) -> str:
-    """What makes the old order another one than the new, in words; empty where nothing does."""
+    """Say in words why the old order would give another result than the new one; empty where it would not."""
     if old.identity != new.identity:
         setting = first_difference(old.settings, new.settings)
         if setting:
@@ -275,20 +277,20 @@ def _difference(old: WorkOrder, new: WorkOrder) -> str:
 
 
 def _shard_files(manifest: Manifest) -> set[str]:
-    """Paths of the shards; a reader can do without one of them, and without nothing else."""
+    """Return the paths of the shards, which are the only files that a reader can do without."""
     return {shard.file.path for part in manifest.shard_sets.values() for shard in part.shards}
 
 
 def _lost_files(folder: Path, manifest: Manifest, quarantined: Mapping[str, str]) -> dict[str, str]:
-    """What has become of each file that is not as it was, in words, by path."""
+    """Say in words what has become of each file that is missing or changed, by path."""
     lost = {}
     for file in manifest.files:
         if file.path in quarantined:
             lost[file.path] = f"{file.path} is in quarantine"
             continue
-        # one question to the file system for each of many thousands
+        # one system call per file, because there may be many thousands
         try:
-            found = os.stat(f"{folder}/{file.path}")  # noqa: PTH116 (a path for each takes longer than the answer)
+            found = os.stat(f"{folder}/{file.path}")  # noqa: PTH116 (making a Path takes longer than the call)
         except (FileNotFoundError, NotADirectoryError):
             found = None
         if found is None or not stat.S_ISREG(found.st_mode):

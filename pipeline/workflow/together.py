@@ -1,8 +1,8 @@
 """Carry out one instance of a stage in as many processes as it has devices.
 
-this process alone:     carry_out
-several devices:        launch ranks, each of which comes here again
-a rank of several:      rank 0 prepares the folder, says "begun", works and finishes it; the others hear and work
+one process:              carry_out
+several devices:          launch the ranks, each of which calls this module again
+one of several ranks:     rank 0 prepares the folder, publishes "begun", works, finishes it; the others wait, and work
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class LostRankError(MachineError):
 
 
 def carry_out_on_devices(run: RunFile, instance: Instance, *, remake: bool = False, wait: bool = True) -> None:
-    """Make the instance's folder current, with a process for each device that its training is to use.
+    """Make the instance's folder current, with one process for each device that its training uses.
 
     Raises:
-        SettingError: a step's sequences do not divide among the processes.
-        LostRankError: another process ended first; marked as said where that one has said why.
-        CapgapError: as `carry_out`.
+        SettingError: The sequences of a step do not divide among the processes.
+        LostRankError: Another process ended first; the error is not shown if that process has reported the cause.
+        CapgapError: Whatever the stage raises.
     """
     recipe = stage_named(instance.stage).training(run, instance)
     if recipe is None:
@@ -63,14 +63,14 @@ def _follow(run: RunFile, instance: Instance, wait: bool, rendezvous: Rendezvous
 
 
 def _as_one_voice(error: Exception, instance: Instance, rendezvous: Rendezvous) -> Exception:
-    """The error as it is for the first process that fails, and one that says nothing for those that fail after it."""
+    """Return the error itself in the first process that fails, and in later ones an error that is not shown."""
     is_first_to_fail = rendezvous.is_first_to_fail()
     if rendezvous.ranks.is_first:
         rendezvous.publish("begun", False)
     if is_first_to_fail and not _lost_a_peer(error):
         return error
     lost = LostRankError(
-        "another process of this training ended without a word",
+        "another process of this training ended without reporting a cause",
         where=f"{instance.name}, rank {rendezvous.ranks.rank}",
         found=str(error).splitlines()[0],
         fix="look for what killed it (memory?), and run the same command again",
@@ -82,7 +82,7 @@ def _as_one_voice(error: Exception, instance: Instance, rendezvous: Rendezvous) 
 
 
 def _lost_a_peer(error: Exception) -> bool:
-    """Whether it is what torch says when another process has gone."""
+    """Return whether torch raised the error because another process has ended."""
     from torch import distributed
 
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")

@@ -5,8 +5,8 @@ them. The command line is `capgap`; in a notebook or in a training loop of your 
 
     import capgap
 
-    capgap.run("demo", out="runs/mine")                 # every stage that a run file names; shipped ones by name
-    cache = capgap.open_cache("runs/mine/cache")        # a finished cache: a folder or a URL
+    capgap.run("demo", out="runs/mine")                 # make every stage of a run file, here a shipped one
+    cache = capgap.open_cache("runs/mine/cache")        # open a finished cache by folder or URL
     batches = cache.batches(8)                          # its sequences with the teacher's targets, as torch tensors
     samples = cache.webdataset()                        # the same as a pipeline of webdataset
     loss = capgap.DistillationLoss(model, cache)        # KL to the teacher, mixed with cross-entropy
@@ -38,7 +38,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """The names above, imported when they are asked for: `import capgap` waits for no torch."""
+    """Import a public name when it is first used, so that `import capgap` does not import torch."""
     if name == "__version__":
         return _version()
     if name not in _HOMES:

@@ -75,7 +75,7 @@ def test_the_file_that_tells_the_packing_is_needed_and_must_be_theirs(
     alone = tmp_path / "captures" / "data_0.parquet"
     alone.parent.mkdir()
     shutil.copy(ASSETS / "bins" / "data_0.parquet", alone)
-    with pytest.raises(InputError, match=r"the captures' compression is not told.*--compression_config"):
+    with pytest.raises(InputError, match=r"the captures' compression is not described.*--compression_config"):
         import_captures(settings_for(alone, format="distillkit"))
     other = str(ASSETS / "exact" / "compression_config.yaml")
     with pytest.raises(MismatchError, match=r"not packed as the configuration says.*expected 9"):

@@ -255,7 +255,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "not a number": (with_first("logprobs", float("nan")), "not a logprob.*found nan"),
     "too much probability": (
         lambda row: change(row, "logprobs", lambda logprobs: [[-0.1] * len(logprobs[0]), *logprobs[1:]]),
-        "probabilities that are none of one distribution.*found a sum of 7.2387",
+        "probabilities that do not form one distribution.*found a sum of 7.2387",
     ),
     "a target too few": (
         lambda row: row | {"ids": row["ids"][1:], "logprobs": row["logprobs"][1:]},

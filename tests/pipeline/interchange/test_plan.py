@@ -55,7 +55,7 @@ def test_a_row_of_several_documents_needs_the_context_to_be_told(
     assert plan(settings_for(single)).context == "document"
     rows = [marked(row, *((0, 5) if number >= 20 else (0,))) for number, row in enumerate(teacher.rows)]
     several = write(rows, "several.parquet", (*MINIMAL, "starts"))
-    with pytest.raises(InputError, match=r"several.parquet, row 20, token 5: it is not told what .*--context document"):
+    with pytest.raises(InputError, match=r"several.parquet, row 20, token 5: what the teacher .*--context document"):
         plan(settings_for(several))
     assert plan(settings_for(several, context="document")).context == "document"
     assert plan(settings_for(several, context="packed")).context == "packed"
