@@ -101,7 +101,7 @@ def loss_without_each_layer(
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return the output of the decoder's last norm [B, L, H]; if the batch has positions, attention ends with them."""
+    """Return the output of the decoder's last norm [B, L, H]; attention ends where positions of the batch restart."""
     positions = {} if batch.positions_BL is None else {"position_ids": batch.positions_BL}
     hidden_BLH: Tensor = model.get_decoder()(
         input_ids=batch.input_ids_BL, use_cache=False, **positions

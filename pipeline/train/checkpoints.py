@@ -109,9 +109,9 @@ class Checkpoints(lightning.Callback):
 
 
 def checkpoint_to_resume(folder: Path) -> Path | None:
-    """Return the newest sound checkpoint, or None, and delete everything in the folder that is newer.
+    """Return the newest sound checkpoint, or None, and delete newer, damaged and unfinished files in the folder.
 
-    Damaged checkpoints are reported and deleted. Only one process may call it, before any other reads the folder.
+    Damaged checkpoints are reported. Only one process may call it, before any other reads the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     resume, fault = None, ""

@@ -20,8 +20,8 @@ from capgap.pipeline.train.task import CacheSource, TrainingTask
 OWN = ""
 # A further cache is read as often as the mix needs it, so it has more epochs than any training has steps.
 _WITHOUT_END = 1 << 32
-# All measurements together read at most this share of the number of training sequences. To measure a sequence takes a
-# third of the arithmetic of training on it.
+# By default all measurements together read about this share of the number of training sequences. To measure a sequence
+# takes a third of the arithmetic of training on it.
 _MEASURED_SHARE = 0.1
 _MOST_MEASURED, _LEAST_MEASURED = 64, 8
 

@@ -29,7 +29,7 @@ class KeptBatch:
         number: Number of the micro-batch, counted over the whole training.
         batch: The micro-batch.
         sequences: Shard, member and row of each of its sequences.
-        at_fault: The entries of `sequences` with a value that is not finite, or all of them where none can be told.
+        at_fault: The entries of `sequences` with a value that is not finite, or all of them if these are not known.
     """
 
     number: int

@@ -43,7 +43,7 @@ def model_card(
     Args:
         context: The context of the train stage.
         settings: The settings of the arm.
-        recording: The recording that the student learned from.
+        recording: The recording that the student learnt from.
         temperature: The temperature at which teacher and student were compared.
         facts: The facts about the student.
         totals: The totals of the training.

@@ -144,7 +144,7 @@ class NotFinite(lightning.Callback):
     def _kept(self, number: int, flags: _Flags) -> KeptBatch:
         names = self._source.names(number)
         rows = [] if number != flags.number else flags.rows_N.isfinite().logical_not().nonzero().flatten().tolist()
-        # Each sequence has the same number of rows.
+        # The rows are divided evenly among the sequences.
         wrong = sorted({row * len(names) // len(flags.rows_N) for row in rows})
         return KeptBatch(number, self._source.micro_batch(number), names, [names[i] for i in wrong] or names)
 
