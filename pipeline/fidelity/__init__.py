@@ -2,5 +2,5 @@
 
 manifest, some shards --sample--> blocks --sums of rows--> Fidelity --text--> terminal
 the trainer's own checks --supports----------------------------'
-the teacher, where it is at hand --live------------------------'
+the teacher, if one is given --live----------------------------'
 """

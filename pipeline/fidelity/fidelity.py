@@ -1,4 +1,4 @@
-"""The figures of a cache: read a sample of its shards, and ask the teacher where it is at hand."""
+"""Measures a cache from a sample of its shards, and from its teacher if one is given."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from capgap.schemas.run_cache import RecordingName
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher that is to be asked.
+    """The teacher that scores some of the cache's sequences again.
 
     Attributes:
-        path: its folder, the folder of its stage, or its id.
+        path: The teacher's folder, the folder of its stage, or its id.
         device: `auto`, `cpu` or `cuda`.
-        wait: wait for a device that a stage holds.
-        trust_remote_code: run code that comes with it.
+        wait: Whether to wait for a device whose lease another stage holds.
+        trust_remote_code: Whether to run code that comes with the teacher.
     """
 
     path: str
@@ -44,19 +44,19 @@ class Teacher:
 def measure_cache(
     location: str, sampling: Sampling, teacher: Teacher | None = None, num_live_sequences: int = 16
 ) -> Fidelity:
-    """The figures of the finished cache in a folder or behind a URL.
+    """Measure a finished cache.
 
     Args:
-        location: of the cache stage's folder.
-        sampling: how much of it is read.
-        teacher: asked about the first `num_live_sequences` of the sample.
-        num_live_sequences: see `teacher`.
+        location: Folder or URL of the cache.
+        sampling: How much of the cache is read.
+        teacher: The teacher that scores some sequences again, or None.
+        num_live_sequences: Number of sequences of the sample, with a label each, that the teacher scores.
 
     Raises:
-        InputError: there is no finished cache, or it has no labels; or the teacher cannot be loaded.
-        MismatchError: the teacher has another tokenizer.
-        CorruptError: manifest or shards are damaged.
-        MachineError: the URL cannot be reached.
+        InputError: There is no finished cache, it has no labels, it is aligned, or the teacher cannot be loaded.
+        MismatchError: The teacher has another tokenizer.
+        CorruptError: The manifest or shards are damaged.
+        MachineError: The URL cannot be reached.
     """
     return fidelity_of(StageInput(*finished_cache(location)), sampling, teacher, num_live_sequences)
 
@@ -64,7 +64,7 @@ def measure_cache(
 def fidelity_of(
     cache: StageInput, sampling: Sampling, teacher: Teacher | None = None, num_live_sequences: int = 16
 ) -> Fidelity:
-    """As `measure_cache`, of a cache that is open."""
+    """Measure a cache whose manifest has been read, with the arguments and errors of `measure_cache`."""
     facts = CacheFacts.model_validate(cache.manifest.facts)
     require_of_tokens(facts, cache.location, "has no distributions to measure")
     names = sorted(facts.recordings)
@@ -141,7 +141,7 @@ def _live(
     teacher: Teacher,
     num_sequences: int,
 ) -> LiveFigures:
-    # what only reads a cache needs no model
+    # imported here because measuring a cache without its teacher needs no model
     from capgap.pipeline.fidelity.live import live_figures, require_tokenizer_of
 
     path = model_at(teacher.path)
@@ -160,7 +160,7 @@ def _live(
 
 
 def _labelled_sequences(reader: ShardReader, places: list[Place], num_sequences: int) -> Sequences:
-    """The first of the sample that hold a label."""
+    """Return the first sequences of the sample that have a label."""
     found: list[Sequences] = []
     missing = num_sequences
     for sequences, _, rows_B in read_places(reader, places):

@@ -1,4 +1,4 @@
-"""The teacher itself on a few of the cache's sequences: exact figures where the cache alone gives bounds.
+"""Scores a few of the cache's sequences with the teacher, for exact figures where the cache alone gives bounds.
 
 Legend: N rows (labelled positions), V real vocabulary, Q numbers of ids.
 """
@@ -23,7 +23,7 @@ _BATCH_SEQUENCES = 4
 
 
 def require_tokenizer_of(cache: StageInput, teacher: str, trust_remote_code: bool) -> None:
-    """Raise MismatchError unless the teacher's tokenizer gives every text the ids that the cache's gives it."""
+    """Raise MismatchError unless the teacher's tokenizer encodes every text to the same ids as the cache's."""
     found = load_tokenizer(teacher, trust_remote_code)
     require_same_tokenizer(RunText(cache).tokenizer(), "the cache", found, f"--teacher {teacher}")
 
@@ -31,18 +31,19 @@ def require_tokenizer_of(cache: StageInput, teacher: str, trust_remote_code: boo
 def live_figures(
     sequences: Sequences, facts: CacheFacts, teacher: str, nums: set[int], device: str, trust_remote_code: bool
 ) -> LiveFigures:
-    """Score the sequences under the cache's context rule, at its temperature.
+    """Score sequences with the teacher under the cache's context rule and at its temperature.
 
     Args:
-        sequences: with a label each.
-        facts: of the cache.
-        teacher: folder or id.
-        nums: ids that recordings keep, or samples; masses and errors are given for these, and up to ten times the most.
-        device: `cpu` or `cuda:0`, which the caller has leased.
-        trust_remote_code: run code that comes with the teacher.
+        sequences: The sequences, each with at least one label.
+        facts: The facts about the cache.
+        teacher: Folder or id of the teacher.
+        nums: Numbers of kept ids or samples. Figures are given for these and for further numbers, up to ten times the
+            largest.
+        device: The device, `cpu` or such as `cuda:0`, whose lease the caller holds.
+        trust_remote_code: Whether to run code that comes with the teacher.
 
     Raises:
-        InputError: it cannot be loaded, or its logits are not finite.
+        InputError: The teacher cannot be loaded, or its logits are not finite.
     """
     mask_BL = sequences.mask_BL1[:, 1:]
     labels_N = torch.from_numpy(sequences.tokens_BL1[:, 1:][mask_BL].astype(np.int64))
@@ -62,13 +63,13 @@ def live_figures(
 
 
 class LiveSums:
-    """Takes full distributions in the order of their labels.
+    """Adds up figures of full distributions, which must be added in the order of their labels.
 
     Args:
-        labels_N: of all rows.
-        temperature: of the figures.
-        vocab_size: real ids.
-        nums: as of `live_figures`.
+        labels_N: The labels of all rows, int64.
+        temperature: The temperature of the figures.
+        vocab_size: Size of the real vocabulary.
+        nums: Numbers of kept ids or samples for which figures are wanted.
     """
 
     def __init__(self, labels_N: torch.Tensor, temperature: float, vocab_size: int, nums: set[int]) -> None:
@@ -81,7 +82,7 @@ class LiveSums:
         self._calibration = CalibrationError(1)
 
     def add(self, logprobs_NV: torch.Tensor) -> None:
-        """Count further rows, float32 logprobs at temperature 1."""
+        """Add rows of float32 logprobs at temperature 1."""
         logp_NV = (logprobs_NV.double() / self._temperature).log_softmax(-1).cpu()
         labels_N = self._labels_N[self._num_rows : self._num_rows + len(logp_NV)]
         self._num_rows += len(logp_NV)
@@ -97,7 +98,7 @@ class LiveSums:
         self._errors_Q2 += np.array(list(exact_sampling_errors(p_NV, self._nums_Q)))
 
     def result(self) -> LiveFigures:
-        """Means over the rows so far, of which there is one at least."""
+        """Return the means over the rows so far, of which there must be at least one."""
         count = self._num_rows
         return LiveFigures(
             temperature=self._temperature,

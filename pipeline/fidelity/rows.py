@@ -1,4 +1,4 @@
-"""Sums over rows of a recording, block after block.
+"""Adds up figures over the rows of a recording, one block at a time.
 
 Legend: N rows (labelled positions), K ids of the widest row, Q numbers of ids, V vocabulary.
 """
@@ -22,13 +22,16 @@ Float64Array = npt.NDArray[np.float64]
 
 
 def ladder(most: int) -> tuple[int, ...]:
-    """1, 2, 5, 10, 20, 50 and so on below `most`, and `most` itself."""
+    """Return 1, 2, 5, 10, 20, 50 and so on below `most`, and `most` itself."""
     steps = (digit * 10**power for power in range(len(str(most))) for digit in (1, 2, 5))
     return (*(step for step in steps if step < most), most)
 
 
 def labelled(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Ids, probabilities in float64 by falling size, tail and labels of a batch's rows that have one."""
+    """Return ids, probabilities, tail and labels of the rows of a batch that have a label.
+
+    Ids and probabilities [N, K] are sorted by descending probability; probabilities and tail are float64.
+    """
     assert batch.ids_NK is not None and batch.weights_NK is not None
     counted_N = batch.labels_BL.flatten() >= 0
     p_NK, order_NK = batch.weights_NK[counted_N].double().sort(dim=1, descending=True, stable=True)
@@ -37,12 +40,12 @@ def labelled(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | N
 
 
 class RowsAtTemperature:
-    """Masses, tails and entropies at one temperature.
+    """Adds up kept probability, tails and entropies at one temperature.
 
     Args:
-        temperature: stands in the result.
-        num_ids: kept ids or samples a row.
-        vocab_size: real ids.
+        temperature: The temperature, for the result.
+        num_ids: Number of kept ids or samples in a row.
+        vocab_size: Size of the real vocabulary.
     """
 
     def __init__(self, temperature: float, num_ids: int, vocab_size: int) -> None:
@@ -53,7 +56,7 @@ class RowsAtTemperature:
         self._tails: SpreadSums | None = None
 
     def add(self, p_NK: torch.Tensor, tail_N: torch.Tensor | None) -> None:
-        """Count further rows, probabilities falling."""
+        """Add rows, with probabilities in descending order."""
         self._num_rows += len(p_NK)
         mass_NK = p_NK.cumsum(dim=1)
         for place, num in enumerate(self._nums_Q):
@@ -70,7 +73,7 @@ class RowsAtTemperature:
         self._more += float((tail_N * others_N.log()).sum())
 
     def result(self) -> AtTemperature:
-        """Means over the rows so far, of which there is one at least."""
+        """Return the means over the rows so far, of which there must be at least one."""
         is_sampled = self._tails is None
         kept = tuple(
             KeptMass(
@@ -91,7 +94,7 @@ class RowsAtTemperature:
 
 
 class LabelSums:
-    """How the targets fare against the real next tokens."""
+    """Adds up how well the targets predict the real next tokens."""
 
     def __init__(self) -> None:
         self._calibration = CalibrationError(1)
@@ -100,7 +103,7 @@ class LabelSums:
     def add(
         self, ids_NK: torch.Tensor, p_NK: torch.Tensor, labels_N: torch.Tensor, label_logprobs_N: Float64Array
     ) -> None:
-        """Count further rows, probabilities falling."""
+        """Add rows, with ids and probabilities by descending probability."""
         self.num_rows += len(labels_N)
         self._nats -= float(label_logprobs_N.sum())
         self._kept += int(((ids_NK == labels_N[:, None]) & (p_NK > 0)).any(dim=1).sum())
@@ -108,11 +111,11 @@ class LabelSums:
         self._calibration.count(0, p_NK[:, 0], ids_NK[:, 0] == labels_N)
 
     def means(self) -> dict[str, Any]:
-        """Fields of `RecordingFidelity`."""
+        """Return the means over the rows so far, by the names of the fields of `RecordingFidelity`."""
         nats = self._nats / self.num_rows
         return {
             "distinct_ids": self._ids / self.num_rows,
-            # one unknown logprob makes the sum unknown
+            # An unknown logprob is NaN, so a single one makes the mean unknown.
             "label_loss": None if math.isnan(nats) else nats,
             "label_kept": self._kept / self.num_rows,
             "ece": self._calibration.value(self.num_rows),
@@ -120,28 +123,29 @@ class LabelSums:
 
 
 class SamplingErrorSums:
-    """How far the frequencies of n samples are from the teacher's probabilities, from the samples alone.
+    """Estimates, from samples alone, the error of their frequencies against the teacher's probabilities.
 
     Args:
-        num_samples: n.
+        num_samples: Number of samples n in a row.
     """
 
     def __init__(self, num_samples: int) -> None:
         self._num_samples, self._alike, self._bound, self._num_rows = num_samples, 0.0, 0.0, 0
 
     def add(self, p_NK: torch.Tensor) -> None:
-        """Count further rows of frequencies."""
+        """Add rows of frequencies, which are counts over n."""
         n = self._num_samples
         counts_NK = (p_NK * n).round()
         self._num_rows += len(p_NK)
-        # the mean of a squared frequency is p^2 and that id's part of the systematic error, which is small
+        # The expectation of a squared frequency is p^2 plus the id's part of the systematic error, which is small.
         self._alike += float(p_NK.square().sum())
-        # of an id with n p below 1, f is n p, whose mean is that of its samples; any other adds a quarter at most
+        # The squared error of an id is f (1 - f) / n^2, where f is the fractional part of n p. If n p is below 1, this
+        # is at most n p / n^2, and n p is the id's expected number of samples. Any other id adds at most 1/4 / n^2.
         once = float((counts_NK == 1).sum())
         self._bound += (once + 0.25 * float((counts_NK > 1).sum())) / n**2
 
     def result(self) -> tuple[SamplingError, ...]:
-        """Errors by rising number of samples; none for a single sample, which has no spread."""
+        """Return the errors by ascending number of samples; none if n is 1, since one sample does not show an error."""
         if self._num_samples == 1:
             return ()
         alike = self._alike / self._num_rows
@@ -156,7 +160,12 @@ class SamplingErrorSums:
 
 
 def exact_sampling_errors(p_NV: torch.Tensor, nums: tuple[int, ...]) -> Iterator[tuple[float, float]]:
-    """Squared errors of n independent and of n systematic samples of full distributions, summed over rows."""
+    """Yield, for each n in `nums`, the squared errors of n independent and of n systematic samples, summed over rows.
+
+    Args:
+        p_NV: The full distributions, float64.
+        nums: Numbers of samples.
+    """
     alike = float(len(p_NV) - p_NV.square().sum())
     for num in nums:
         fraction_NV = (p_NV * num).frac()

@@ -1,4 +1,4 @@
-"""Which sequences are measured: spread evenly over a few shards, so that a large cache need not be read.
+"""Chooses the sequences that are measured, evenly spread over a few shards, so that a large cache need not be read.
 
 Legend: B sequences of a block.
 """
@@ -15,16 +15,16 @@ from capgap.pipeline.store import ShardReader
 from capgap.schemas.records import Sequences, Targets
 
 Place = tuple[int, int, npt.NDArray[np.int64]]
-"""A member, by its shard's number and its own, and the sequences of it that are taken [B]."""
+"""The number of a shard, the number of a member in it, and the chosen sequences of that member [B]."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How much is read.
+    """How much of a cache is read.
 
     Attributes:
-        num_sequences: of the figures; all sequences of the cache, where it has no more.
-        num_shards: that are opened, spread evenly; all of them, where all sequences are wanted.
+        num_sequences: Number of sequences to measure; all sequences if the cache has no more.
+        num_shards: Number of shards to open, evenly spread; all shards if all sequences are measured.
     """
 
     num_sequences: int = 256
@@ -32,7 +32,7 @@ class Sampling:
 
 
 def places_of(reader: ShardReader, sampling: Sampling) -> list[Place]:
-    """The same places for the same shard set and sampling."""
+    """Choose the sequences to read, which depend only on the shard set and the sampling."""
     shards = reader.shard_set.shards
     total = reader.shard_set.num_sequences
     if sampling.num_sequences >= total:
@@ -54,10 +54,10 @@ def places_of(reader: ShardReader, sampling: Sampling) -> list[Place]:
 
 
 def read_places(reader: ShardReader, places: list[Place]) -> Iterator[tuple[Sequences, Targets, npt.NDArray[np.int64]]]:
-    """Each member with a sequence of the sample, and which sequences those are.
+    """Yield the sequences and targets of each chosen member, and the numbers of its chosen sequences.
 
     Raises:
-        CorruptError, InputError: as the reader.
+        CorruptError, InputError: A shard is damaged or cannot be read.
     """
     for shard, member, rows_B in places:
         sequences, targets = reader.read_member(shard, member)
@@ -66,7 +66,7 @@ def read_places(reader: ShardReader, places: list[Place]) -> Iterator[tuple[Sequ
 
 
 def _evenly(count: int, wanted: int) -> list[int]:
-    """`wanted` of 0 .. count - 1, evenly spaced, or all of them."""
+    """Return `wanted` of the numbers 0 to count - 1, evenly spaced, or all of them if there are no more."""
     if wanted >= count:
         return list(range(count))
     return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]

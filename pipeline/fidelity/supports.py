@@ -1,4 +1,4 @@
-"""Which settings of a training a cache supports, asked of the trainer's own checks, so that the two cannot disagree."""
+"""Finds out which settings of a training a cache supports, by the trainer's own checks, so that both always agree."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from capgap.schemas.fidelity import Support
 from capgap.schemas.run_cache import RecordingName
 from capgap.schemas.run_train import TrainSettings
 
-# what people ask for first; a cache that has others names them
+# These are the temperatures that users ask about first; a cache's own temperatures are reported too.
 _USUAL_TEMPERATURES = (1.0, 2.0)
 
 
 def supports(facts: CacheFacts, recording: RecordingName) -> tuple[Support, ...]:
-    """Every divergence with every tail, then temperatures and token weights; these three do not depend on one another.
+    """Return whether a training supports each divergence with each tail, each temperature and all token weights.
 
-    Temperatures are those of the recording, and the usual ones.
+    The three groups are checked separately, because they do not depend on one another. The temperatures are those of
+    the recording and the usual ones.
     """
     return tuple(_asked(facts, recording, settings) for settings in _choices(facts, recording))
 

@@ -1,4 +1,4 @@
-"""The figures as lines and tables for a terminal."""
+"""Shows the figures of a cache as lines and tables for a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Shown = str | Table
 
 
 def shown(fidelity: Fidelity) -> Iterator[Shown]:
-    """Lines and tables, in order."""
+    """Yield the lines and tables of all figures, in order."""
     yield (
         f"{fidelity.location}: {fidelity.num_sampled:,} of {fidelity.num_sequences:,} sequences, context "
         f"{fidelity.context}, recorded at temperature {fidelity.temperature:g}"
@@ -32,7 +32,7 @@ def shown(fidelity: Fidelity) -> Iterator[Shown]:
 
 
 def summary(fidelity: Fidelity) -> tuple[str, ...]:
-    """A line a recording."""
+    """Return one line of figures for each recording."""
     return tuple(_in_short(recording) for recording in fidelity.recordings)
 
 
@@ -100,7 +100,7 @@ def _errors(errors: tuple[SamplingError, ...]) -> Table:
 
 def _supports(supports: tuple[Support, ...]) -> Iterator[Shown]:
     yield "  a training can have:"
-    # of one divergence, tails that share their answer stand in one line
+    # The tails of one divergence that have the same answer share a line.
     for (answer, named, first, why), same in groupby(supports, _answer):
         name, *others = named
         rest = ", ".join(f"{other} {', '.join(str(one.settings[other]) for one in same)}" for other in others)

@@ -1,1 +1,1 @@
-"""The student's first weights: fresh ones of a given shape, or those of a given model, checked against the corpus."""
+"""Makes the student's first weights: fresh ones of a given shape, those of a given model, or the teacher's, pruned."""

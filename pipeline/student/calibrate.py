@@ -1,13 +1,15 @@
-"""Scores of the teacher's parts, from its passes over text.
+"""Scores the importance of the teacher's parts from its forward and backward passes over text.
 
-activation, as Minitron's (Muralidharan et al., arXiv 2407.14679): the absolute value, as a mean over the tokens of a
-sequence, and of these the Euclidean norm over sequences: of what each norm puts out, for a channel, summed over all
-norms; of the product that enters the feed-forward's last matrix, for a neuron; of the vector that a head hands to the
-attention's last matrix, by its Euclidean norm, for a head.
+`activation` follows Minitron (Muralidharan et al., arXiv 2407.14679). A magnitude is averaged over the tokens of each
+sequence, and the score is the Euclidean norm of these means over sequences. For a hidden channel, the magnitude is the
+absolute output of a norm layer, and the scores of all norm layers are added up. For a neuron it is the absolute input
+of the feed-forward block's last matrix. For a head it is the Euclidean norm of its part of the input of the attention
+block's last matrix.
 
-taylor, by masks of ones on the same places and, for a channel, on every write to the residual stream: the absolute
-value of the derivative of a sequence's mean loss, as a mean over sequences (Molchanov et al., arXiv 1611.06440). Of the
-derivative of a mean over sequences the absolute value would depend on how many of them make a batch.
+`taylor` multiplies the same neurons and heads by masks of ones; for a hidden channel, it masks every write to the
+residual stream. The score is the absolute derivative of a sequence's mean loss by the mask, averaged over sequences
+(Molchanov et al., arXiv 1611.06440). Derivatives are taken for each sequence, because the absolute derivative of a
+batch's mean loss would depend on the size of the batch.
 
 Legend: B sequences, L tokens a sequence, M layers, H hidden channels, G groups, Q query heads of a group, D width of a
 head, F neurons, C any of these channels.
@@ -34,13 +36,14 @@ from capgap.schemas.errors import InputError
 
 @dataclass(frozen=True)
 class CalibrationStatistics:
-    """What was seen of the teacher.
+    """The measurements of the teacher that pruning uses.
 
     Attributes:
-        scores: of its parts; layers by their block influence.
-        energy_NH: of each norm, in the order in which they are passed, the mean share that each channel has in the
-            square of its input [2 M + 1, H]; each row's sum is one. float64.
-        loss: mean over the labels, nats; None for `activation`, which takes no loss.
+        scores: The scores of the teacher's parts. A layer's score is its block influence: 1 minus the mean cosine
+            similarity of its input and output.
+        energy_NH: For each norm layer in the order of the forward pass, each channel's mean share of the sum of squares
+            of its input [2 M + 1, H], float64. Each row sums to one.
+        loss: The mean loss over the labels, in nats/token; None for `activation`, which computes no loss.
     """
 
     scores: Scores
@@ -56,12 +59,20 @@ def calibrate(
     taylor: bool,
     meter: Meter | None = None,
 ) -> CalibrationStatistics:
-    """One pass over the batches, and with `taylor` a backward pass beside each.
+    """Measure the teacher in one forward pass over the batches, with a backward pass for each if `taylor` is set.
 
-    The model is left as it was; no gradient of a weight is computed.
+    The model is left unchanged, and no gradients of weights are computed.
+
+    Args:
+        model: The teacher, on the device where it runs.
+        shape: The teacher's shape.
+        batches: Batches of calibration text without targets.
+        vocab_size: Size of the real vocabulary.
+        taylor: Whether to compute `taylor` scores instead of `activation` scores.
+        meter: The progress bar to advance, or None.
 
     Raises:
-        InputError: an activation or a loss is not a number.
+        InputError: A score is not finite.
     """
     tally = _Tally(model, shape, vocab_size)
     with frozen(model):
@@ -80,7 +91,7 @@ def calibrate(
 def loss_without_each_layer(
     model: PreTrainedModel, batches: Callable[[], Iterable[Batch]], vocab_size: int, meter: Meter | None = None
 ) -> Tensor:
-    """By how much the mean loss over all labels rises without each layer, nats [M] float64."""
+    """Return by how much the mean loss over all labels rises when each layer is left out [M], float64, nats/token."""
     whole = _mean_loss(model, batches(), vocab_size, meter)
     risen = []
     for layer in model.get_decoder().layers:
@@ -90,7 +101,7 @@ def loss_without_each_layer(
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The output of the decoder's last norm [B, L, H]; under the rule `document` no document sees another."""
+    """Return the output of the decoder's last norm [B, L, H]; attention ends where positions of the batch restart."""
     positions = {} if batch.positions_BL is None else {"position_ids": batch.positions_BL}
     hidden_BLH: Tensor = model.get_decoder()(
         input_ids=batch.input_ids_BL, use_cache=False, **positions
@@ -99,14 +110,14 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def norms_of(model: PreTrainedModel) -> list[nn.Module]:
-    """Every norm of the residual stream, in the order in which they are passed."""
+    """Return every norm layer of the residual stream in the order of the forward pass."""
     decoder = model.get_decoder()
     pairs = ((layer.input_layernorm, layer.post_attention_layernorm) for layer in decoder.layers)
     return [norm for pair in pairs for norm in pair] + [decoder.norm]
 
 
 class _Tally:
-    """Sums over sequences, float64 on the model's device."""
+    """Adds up the scores over sequences, in float64 on the model's device."""
 
     def __init__(self, model: PreTrainedModel, shape: Shape, vocab_size: int) -> None:
         self._model, self._shape, self._vocab_size = model, shape, vocab_size
@@ -156,7 +167,7 @@ class _Tally:
                 for write in (attention, feed_forward):
                     hooks.enter_context(after(write, masked(hidden_BH), replace=True))
             nats_B, labels_B = losses(self._model, batch, self._vocab_size)
-            # the sum has each sequence's own derivative in its own row of the masks
+            # Each sequence has its own row of each mask, so the sum's derivative there is that of its own loss.
             loss = (nats_B / labels_B.clamp(min=1)).sum()
             slopes = torch.autograd.grad(loss, [hidden_BH, *heads, *neurons])
         self._hidden_NH[0] += _over_sequences(slopes[0])
@@ -186,7 +197,7 @@ class _Tally:
         return CalibrationStatistics(scores, (self._energy_NH / self._num_tokens).cpu(), loss)
 
     def _watch(self, hooks: ExitStack) -> None:
-        """What every calibration wants to know: how far layers turn their input, and the energy of channels."""
+        """Record what both kinds of scores need: the cosine similarity across layers, and the energy of channels."""
         for number, layer in enumerate(self._layers):
             hooks.enter_context(around(layer, self._layer_turned(number)))
         for number, norm in enumerate(self._norms):
@@ -236,12 +247,12 @@ class _Tally:
                 "the teacher's scores are not numbers",
                 where=self._model.name_or_path or self._model.config.model_type,
                 expected="activations and losses that are finite",
-                fix="its weights are broken, or its dtype is too narrow for its activations",
+                fix="check its weights, and whether its dtype is too narrow for its activations",
             )
 
 
 def losses(model: PreTrainedModel, batch: Batch, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each sequence, summed over its labels, nats [B], and how many labels it has [B]."""
+    """Return the sum of the cross-entropies of each sequence's labels [B], in nats, and its number of labels [B]."""
     hidden_BLH, head = hidden_states(model, batch), model.get_output_embeddings()
     nats = []
     for hidden_LH, labels_L in zip(hidden_BLH, batch.labels_BL, strict=True):

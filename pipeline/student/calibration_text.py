@@ -1,4 +1,4 @@
-"""Sequences that a model is looked at on before it is pruned or quantised."""
+"""The text on which a model is measured before it is pruned or quantised."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from capgap.schemas.facts import CacheFacts
 
 
 class CalibrationText:
-    """The student's first sequences, as often as they are asked for: the corpus's, or a cache's that stands for it.
+    """The first training sequences of the student, from the corpus or from a cache that replaces it.
 
     Args:
-        text: of the run.
-        num_sequences: all of them, if there are fewer.
-        batch_sequences: in one batch.
+        text: The text of the run.
+        num_sequences: Number of sequences; all of them, if there are fewer.
+        batch_sequences: Number of sequences in one batch.
+
+    Attributes:
+        num_sequences: Number of sequences that were found.
+        vocab_size: Size of the real vocabulary.
     """
 
     def __init__(self, text: RunText, num_sequences: int, batch_sequences: int) -> None:
@@ -30,7 +34,7 @@ class CalibrationText:
         self.num_sequences, self.vocab_size = len(self._sequences), text.facts.tokenizer.vocab_size
 
     def batches(self) -> Iterator[Batch]:
-        """All of them, without targets."""
+        """Yield all sequences in batches without targets; it can be called repeatedly."""
         for start in range(0, self.num_sequences, self._size):
             rows = range(start, min(start + self._size, self.num_sequences))
             yield collate([(self._sequences, None, row) for row in rows], 0, context=self._context)

@@ -1,15 +1,17 @@
-"""A model of the kept parts of another.
+"""Builds a model from the kept parts of another.
 
-Weights are indexed, nothing is averaged. The width of a head stays, so rotary positions do. Biases, and norms within a
-head, go with their channels. What is scaled anew is the weight of each norm of the residual stream, and only where
-channels go. RMSNorm divides by the root of the mean square of its H channels; of the h that stay the mean square is
-another, so the same channels would come out by another factor: larger where small ones stay, smaller where large ones
-do. With s the share of the channels that stay in the sum of squares, known from the calibration as a mean over tokens,
+Weights are selected by index, and nothing is averaged. The width of a head does not change, so rotary positions do not
+change either. Biases, and the norms within heads, are cut along with their channels.
+
+If hidden channels are removed, the weight of each norm layer of the residual stream is rescaled. RMSNorm divides by the
+root of the mean square of its H channels. The mean square of the h kept channels differs from it, so the norm would
+multiply the kept channels by another factor than before: a larger one if they are small, and a smaller one if they are
+large. With s the kept channels' share of the sum of squares, which the calibration measures as a mean over tokens,
 
     weight' = weight * sqrt(s H / h)
 
-gives what stays the mean square that it had. It is one factor a norm; what stays of it token by token is left to the
-training. Products with fewer heads or neurons are not scaled: what goes is what added least.
+restores the factor on average. It is one number for each norm; the differences between tokens are left to the training.
+Products with fewer heads or neurons are not rescaled, because the removed ones contributed least.
 
 Legend: N norms, H hidden channels.
 """
@@ -31,8 +33,8 @@ from capgap.schemas.errors import InputError
 
 _BIAS = "self_attn.o_proj.bias"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-# Axes of each parameter, by the part of the model: hidden, query (rows of query heads), key (of key and value heads),
-# neuron; None for one that stays whole.
+# What each axis of a parameter indexes: hidden channels, query heads (query), key and value heads (key) or neurons;
+# None for an axis that is kept whole.
 _AXES: dict[str, tuple[str | None, ...]] = {
     "model.embed_tokens.weight": (None, "hidden"),
     "model.norm.weight": ("hidden",),
@@ -59,18 +61,18 @@ _AXES: dict[str, tuple[str | None, ...]] = {
 
 
 def cut(teacher: PreTrainedModel, target: Shape, kept: KeptParts, energy_NH: Tensor) -> PreTrainedModel:
-    """The kept parts as a model of their own, on the CPU, in the teacher's dtype; the teacher is left as it was.
+    """Return a model of the kept parts, on the CPU and in the teacher's dtype; the teacher is left unchanged.
 
-    With everything kept it is the teacher, to the bit.
+    If everything is kept, the result equals the teacher bit for bit.
 
     Args:
-        teacher: on any device.
-        target: the shape that `kept` has.
-        kept: indices of what stays.
-        energy_NH: mean share of each channel in the square of each norm's input; see `CalibrationStatistics`.
+        teacher: The model to cut, on any device.
+        target: The shape of the result, which `kept` has.
+        kept: The indices of the kept parts.
+        energy_NH: Each channel's mean share of the sum of squares of each norm's input, as in `CalibrationStatistics`.
 
     Raises:
-        InputError: it has a parameter of a name that its architecture has not.
+        InputError: The teacher has a parameter that its architecture does not have, or `pruned_config` refuses it.
     """
     config = pruned_config(teacher.config, target, kept.layers.tolist())
     factors = _factors(energy_NH, kept)
@@ -98,10 +100,16 @@ def cut(teacher: PreTrainedModel, target: Shape, kept: KeptParts, energy_NH: Ten
 
 
 def pruned_config(config: Any, target: Shape, layers: list[int]) -> Any:
-    """The teacher's configuration with the target's sizes; `layers` are those that stay.
+    """Return the teacher's configuration with the sizes of the target.
+
+    Args:
+        config: The teacher's configuration.
+        target: The shape of the pruned model.
+        layers: The indices of the kept layers.
 
     Raises:
-        InputError: a Qwen2 with a sliding window whose heads are no longer hidden_size / num_heads wide.
+        InputError: The model is a Qwen2 with a sliding window, and the width of its heads would no longer be
+            hidden_size / num_heads.
     """
     values = config.to_dict()
     values |= {
@@ -125,10 +133,10 @@ def pruned_config(config: Any, target: Shape, layers: list[int]) -> Any:
 
 
 def _as_llama(config: Any, values: dict[str, Any], target: Shape) -> LlamaConfig:
-    """A Qwen2 as the Llama that computes the same.
+    """Return the configuration of the Llama that computes the same as a Qwen2.
 
-    vLLM takes a Qwen2's heads to be hidden_size / num_heads wide, whatever its configuration says; a Llama's it does
-    not. A Llama whose queries, keys and values have biases has one behind its attention too, which is zero here.
+    For a Qwen2, vLLM assumes heads of width hidden_size / num_heads, whatever the configuration says; for a Llama it
+    reads the width. A Llama with biases on queries, keys and values also has one on the attention's output, here zero.
     """
     if config.use_sliding_window:
         raise InputError(
@@ -145,7 +153,7 @@ def _as_llama(config: Any, values: dict[str, Any], target: Shape) -> LlamaConfig
 
 
 def _place(name: str) -> tuple[int | None, str]:
-    """Layer and part of a parameter."""
+    """Split the name of a parameter into the number of its layer, or None, and the name within the layer."""
     found = _LAYER.fullmatch(name)
     return (int(found[1]), found[2]) if found else (None, name)
 
@@ -156,7 +164,7 @@ def _axes_of(name: str, part: str, model: PreTrainedModel) -> tuple[str | None, 
             "this model cannot be pruned",
             where=model.name_or_path or model.config.model_type,
             found=f"a parameter {name}",
-            expected=f"those of {model.config.model_type} as transformers has it",
+            expected=f"only the parameters of transformers' {model.config.model_type}",
         )
     return _AXES[part]
 
@@ -184,7 +192,7 @@ def _indexed(weight: Tensor, axes: tuple[str | None, ...], indices: dict[str, Te
 
 
 def _factors(energy_NH: Tensor, kept: KeptParts) -> dict[tuple[int | None, str], float]:
-    """Factors by layer of the student and name of each norm of the residual stream; none where all channels stay."""
+    """Return the factors of norm weights by the student's layer and the norm's name; empty if all channels stay."""
     num_all, num_kept = energy_NH.shape[1], len(kept.hidden)
     if num_kept == num_all:
         return {}

@@ -1,4 +1,4 @@
-"""What the rest of the pipeline knows of the student stage."""
+"""Declares the student stage to the rest of the pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking at, and changing, what passes through a model's modules.
+"""Hooks that read or change the inputs and outputs of a model's modules for the length of a block.
 
 Legend: B sequences, L tokens a sequence, C channels.
 """
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def before(module: nn.Module, see: Callable[[Tensor], Any], replace: bool = False) -> Iterator[None]:
-    """`see` is called with the module's input; with `replace`, what it returns takes its place."""
+    """Call `see` with the module's input; with `replace`, its result replaces the input."""
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         seen = see(inputs[0])
@@ -30,7 +30,7 @@ def before(module: nn.Module, see: Callable[[Tensor], Any], replace: bool = Fals
 
 @contextmanager
 def after(module: nn.Module, see: Callable[[Tensor], Any], replace: bool = False) -> Iterator[None]:
-    """`see` is called with the module's output; with `replace`, what it returns takes its place."""
+    """Call `see` with the module's output; with `replace`, its result replaces the output."""
 
     def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         seen = see(output)
@@ -45,7 +45,7 @@ def after(module: nn.Module, see: Callable[[Tensor], Any], replace: bool = False
 
 @contextmanager
 def around(module: nn.Module, see: Callable[[Tensor, Tensor], Tensor | None]) -> Iterator[None]:
-    """`see` is called with the module's input and output; what it returns, if anything, takes the output's place."""
+    """Call `see` with the module's input and output; its result replaces the output unless it is None."""
     handle = module.register_forward_hook(lambda _, inputs, output: see(inputs[0], output))
     try:
         yield
@@ -55,7 +55,7 @@ def around(module: nn.Module, see: Callable[[Tensor, Tensor], Tensor | None]) ->
 
 @contextmanager
 def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """No gradient of a weight is computed."""
+    """Compute no gradients of the model's weights, and afterwards restore which weights need gradients."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -67,7 +67,7 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
 
 
 def masked(mask_BC: Tensor, width: int = 1) -> Callable[[Tensor], Tensor]:
-    """Multiplies channels [B, L, C x width] by the mask of their sequence."""
+    """Return a function that multiplies values [B, L, C x width] by their sequence's mask, one entry per `width`."""
 
     def multiply(values_BLC: Tensor) -> Tensor:
         return values_BLC * mask_BC.repeat_interleave(width, dim=1)[:, None].to(values_BLC.dtype)

@@ -1,7 +1,7 @@
-"""What of the teacher stays: its most important parts, in the order in which they stood.
+"""Chooses the parts of the teacher that pruning keeps: the most important ones, in their original order.
 
-Legend: M layers of the teacher, H its hidden channels, G its key and value groups, Q query heads of a group,
-F its neurons.
+Legend: M layers of the teacher, H hidden channels, G groups (key and value heads), Q query heads of a group, F neurons
+of a layer.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from capgap.schemas.run_prune import LayerImportance
 
 @dataclass(frozen=True)
 class Scores:
-    """How important each part of the teacher is: the higher, the more. All on the CPU, float64.
+    """The importance of each part of the teacher, where a higher score means more important. On the CPU, float64.
 
     Attributes:
-        layers_M: of layers.
-        hidden_H: of hidden channels, over all layers.
-        heads_MGQ: of query heads.
-        neurons_MF: of neurons.
+        layers_M: The scores of layers.
+        hidden_H: The scores of hidden channels, over all layers together.
+        heads_MGQ: The scores of query heads.
+        neurons_MF: The scores of neurons.
     """
 
     layers_M: Tensor
@@ -34,14 +34,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class KeptParts:
-    """Indices into the teacher, int64, rising.
+    """Ascending int64 indices of the kept parts in the teacher.
 
     Attributes:
-        layers: layers that stay.
-        hidden: channels that stay, the same in all layers.
-        groups: of each layer that stays, its key and value heads that stay.
-        heads: of each layer that stays, its query heads that stay, counted over all groups.
-        neurons: of each layer that stays, its neurons that stay.
+        layers: The kept layers.
+        hidden: The kept hidden channels, the same in all layers.
+        groups: For each kept layer, its kept key and value heads.
+        heads: For each kept layer, its kept query heads, numbered over all groups.
+        neurons: For each kept layer, its kept neurons.
     """
 
     layers: Tensor
@@ -52,9 +52,14 @@ class KeptParts:
 
 
 def choose(scores: Scores, target: Shape, layers: LayerImportance) -> KeptParts:
-    """The parts of the highest scores, as many as the target has; of equal ones the first.
+    """Choose the parts with the highest scores, as many as the target has; of equal scores the first one is kept.
 
-    A group is as important as its query heads together. Of each group that stays, the same number of query heads stays.
+    The score of a group is the sum of its query heads' scores. Each kept group keeps the same number of query heads.
+
+    Args:
+        scores: The scores of all parts.
+        target: The shape of the pruned model.
+        layers: How layers are chosen; `first_and_last` keeps the first and last layers whatever their scores.
     """
     if layers == "first_and_last":
         layers_kept = _between(len(scores.layers_M), target.num_layers)
@@ -78,7 +83,7 @@ def choose(scores: Scores, target: Shape, layers: LayerImportance) -> KeptParts:
 
 
 def random_scores(teacher: Shape, seed: int) -> Scores:
-    """Uniform ones, a pure function of shape and seed."""
+    """Return uniform random scores in [0, 1), which depend only on the shape and the seed."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*size: int) -> Tensor:
@@ -97,6 +102,6 @@ def _best(scores_N: Tensor, number: int) -> Tensor:
 
 
 def _between(num_layers: int, number: int) -> Tensor:
-    """Layers without the first and the last ones; of an odd number that go, one more at the end."""
+    """Return the middle layers; if an odd number is removed, one more is removed at the end than at the start."""
     first = (num_layers - number) // 2
     return torch.arange(first, first + number)

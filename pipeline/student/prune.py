@@ -1,4 +1,4 @@
-"""The teacher, pruned: read, scored, cut and measured."""
+"""Prunes the teacher: scores its parts, cuts the model, and measures the loss before and after."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _NUM_HELDOUT = 64
 
 
 def require_prunable(settings: PruneSettings, teacher: StageInput) -> None:
-    """Refuse a shape that this teacher cannot give, by its configuration alone.
+    """Refuse a shape to which the teacher cannot be pruned; only its configuration is read.
 
     Raises:
-        InputError: its architecture cannot be pruned, or not so, or it is quantised already.
-        SettingError: as `target_shape`.
+        InputError: The teacher's architecture cannot be pruned, or not to this shape, or the teacher is quantised.
+        SettingError: The shape is larger than the teacher, or its heads do not fit into the teacher's groups.
     """
     path = model_path(teacher)
     config = load_config(path)
@@ -45,11 +45,12 @@ def require_prunable(settings: PruneSettings, teacher: StageInput) -> None:
 
 
 def prune(context: StageContext, settings: PruneSettings) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The pruned teacher, on the CPU, and totals for the manifest; `prune.json` is written to the stage's folder.
+    """Return the pruned teacher, on the CPU, and totals for the manifest; write `prune.json` to the stage's folder.
 
     Raises:
-        InputError, SettingError: as `require_prunable`; or the teacher's activations are not finite.
-        MachineError: the teacher does not fit on the device.
+        InputError: The teacher's architecture cannot be pruned, or its activations are not finite.
+        SettingError: The shape is larger than the teacher, or its heads do not fit into the teacher's groups.
+        MachineError: The teacher does not fit on the device.
     """
     teacher_input, corpus = context.input("teacher"), context.input("corpus")
     path = model_path(teacher_input)
@@ -66,10 +67,10 @@ def prune(context: StageContext, settings: PruneSettings) -> tuple[PreTrainedMod
     student = cut(teacher, target, kept, energy_NH)
     heldout = first_sequences(corpus.path, corpus.manifest.shard_sets["heldout"], _NUM_HELDOUT)
     nearness = Nearness(heldout, facts.tokenizer.vocab_size, facts.context)
-    # measured after it was cut: measuring gives it a head of float32
+    # The teacher is measured after it was cut, because measuring changes its head to compute in float32.
     before = nearness.teacher_loss(teacher)
     del teacher
-    # a copy, for its head is made float32
+    # The student is copied for the same reason.
     after, kl = nearness.student_loss(copy.deepcopy(student).to(context.device))
     figures = {
         "num_calibration_sequences": text.num_sequences,
@@ -84,9 +85,9 @@ def prune(context: StageContext, settings: PruneSettings) -> tuple[PreTrainedMod
 
 
 def require_room(config: Any, path: str, device: str) -> None:
-    """Raise MachineError where the teacher's weights alone, in the dtype it works in, exceed the device's memory.
+    """Raise MachineError if the teacher's weights alone, in the dtype in which it runs, exceed the free memory.
 
-    Activations come on top, and are not estimated: `student.prune.batch_sequences` bounds them.
+    Activations are not estimated; `student.prune.batch_sequences` bounds them.
     """
     dtype = fast_dtype(config, device) or torch.float32
     needed = sum(p.numel() for p in empty_model(config).parameters()) * dtype.itemsize
@@ -96,7 +97,7 @@ def require_room(config: Any, path: str, device: str) -> None:
             "the teacher does not fit on the device that is to prune it",
             where=f"student.prune: {path}",
             found=f"{free / 1e9:.1f} GB free on {device}",
-            expected=f"{needed / 1e9:.1f} GB of weights in {dtype}, and activations",
+            expected=f"{needed / 1e9:.1f} GB for weights in {dtype}, and more for activations",
             fix="prune on a larger device (device: cpu needs no GPU)",
         )
 
@@ -104,7 +105,10 @@ def require_room(config: Any, path: str, device: str) -> None:
 def _scores(
     teacher: PreTrainedModel, shape: Shape, settings: PruneSettings, text: CalibrationText, seed: int
 ) -> tuple[Scores, torch.Tensor]:
-    """Scores as the settings want them, and the energy of channels; random ones are calibrated for that alone."""
+    """Return the scores that the settings ask for, and the energy of channels.
+
+    The calibration also runs for random scores, because the energy of channels is needed with any scores.
+    """
     by_loss = settings.layer_importance == "loss"
     passes = 1 + (shape.num_layers + 1 if by_loss else 0)
     with progress("student: prune", text.num_sequences * passes, "sequences") as meter:

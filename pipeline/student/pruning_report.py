@@ -1,4 +1,4 @@
-"""What pruning took away, and what it cost before any training: `prune.json` and the manifest's totals.
+"""Reports the parts that pruning removed, and its cost before any training, for `prune.json` and the manifest.
 
 Legend: N labelled positions, V real vocabulary.
 """
@@ -20,46 +20,48 @@ from capgap.schemas.records import Sequences
 from capgap.schemas.run_corpus import ContextRule
 
 REPORT_NAME = "prune.json"
-# Rows of the teacher's whole distributions that wait in memory for the student, 4 bytes an id; more only where one
-# sequence has more.
+# Rows of the teacher's whole distributions, at 4 bytes an id, that are kept in memory until the student is measured.
+# There are more only if a single sequence has more rows.
 _KL_ROWS = 1024
 
 
 class Nearness:
-    """The mean loss of one model after the other over held-out sequences, and the KL between the two.
+    """Measures the mean loss of the teacher and then of the student on held-out sequences, and the KL between them.
 
     Args:
-        sequences: held-out ones.
-        vocab_size: real ids.
-        context: what a model sees before a token.
+        sequences: The held-out sequences.
+        vocab_size: Size of the real vocabulary.
+        context: The context rule.
     """
 
     def __init__(self, sequences: Sequences, vocab_size: int, context: ContextRule) -> None:
         self._sequences, self._vocab_size, self._context = sequences, vocab_size, context
         self._labels_S = num_labels(sequences)
-        # whole sequences, and the first in any case
+        # Only whole sequences are compared, and at least the first one.
         self._num_compared = max(1, int((self._labels_S.cumsum() <= _KL_ROWS).sum()))
         self._teacher: list[Tensor] = []
 
     @property
     def num_compared(self) -> int:
-        """Sequences behind the KL."""
+        """Number of sequences over which the KL is computed."""
         return self._num_compared
 
     def teacher_loss(self, model: PreTrainedModel) -> float:
-        """Nats per label. The model's head is made float32 by it.
+        """Return the teacher's mean loss in nats/token. The model's head computes in float32 from then on.
 
         Raises:
-            InputError: a loss is not a number.
+            InputError: A loss is not a finite number.
         """
         self._teacher = []
         return self._loss(model, "the teacher", lambda logprobs_NV: self._teacher.append(logprobs_NV.cpu()))
 
     def student_loss(self, model: PreTrainedModel) -> tuple[float, float]:
-        """Nats per label, and KL(teacher || student), nats per label of the compared sequences.
+        """Return the student's mean loss and its KL(teacher || student) on the compared sequences, in nats/token.
+
+        `teacher_loss` must have been called before. The model's head computes in float32 from then on.
 
         Raises:
-            InputError: a loss is not a number.
+            InputError: A loss is not a finite number.
         """
         waiting, nats, num_rows = iter(self._teacher), 0.0, 0
 
@@ -86,7 +88,7 @@ class Nearness:
 
 
 def write_report(folder: Path, kept: KeptParts, scores: Scores, figures: dict[str, Any]) -> None:
-    """Which parts stayed, by layer of the student, the score of every part of the teacher, and the figures."""
+    """Write the kept parts by layer of the student, the scores of all parts of the teacher, and the figures."""
     indices = {
         "layers": kept.layers.tolist(),
         "hidden": kept.hidden.tolist(),
@@ -104,7 +106,7 @@ def write_report(folder: Path, kept: KeptParts, scores: Scores, figures: dict[st
 
 
 def _rounded(scores: Tensor) -> Any:
-    """Scores with six digits: further ones do not change what is more important."""
+    """Return scores as nested lists, rounded to six significant digits, which are enough to compare importance."""
     if scores.ndim > 1:
         return [_rounded(part) for part in scores]
     return [float(f"{value:.6g}") for value in scores.tolist()]

@@ -1,4 +1,4 @@
-"""A student of few bits as rounding alone makes it, which is what its training begins with."""
+"""Quantises a student by rounding alone; its training begins with the result."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_quantize import QuantizeSettings
 
 SETTING = "student.quantize"
-_ANY_VOCAB_SIZE = 8  # whether a layer takes a format depends on its inputs alone
+_ANY_VOCAB_SIZE = 8  # whether a layer supports a format depends only on its number of inputs
 
 
 def require_quantisable(run: RunFile, inputs: Mapping[str, StageInput] | None = None) -> None:
-    """Refuse a student that is quantised already, and one whose layers cannot take the format; no weight is read.
+    """Refuse a student that is quantised already or whose layers do not support the format; no weights are read.
 
     Args:
-        run: the run file.
-        inputs: of the student stage, where they are made: a reused teacher is known by them alone.
+        run: The run file.
+        inputs: The inputs of the student stage, if they are made already. A reused teacher is known only from them.
 
     Raises:
-        InputError, SettingError: as `layers_to_quantise`, or the student at `student.path` is quantised already.
-        MachineError: compressed-tensors is not installed.
+        InputError, SettingError: `layers_to_quantise` refuses the model, or the student at `student.path` is quantised
+            already.
+        MachineError: The package compressed-tensors is not installed.
     """
     student = run.student
     if student.path is not None:
@@ -49,16 +50,16 @@ def require_quantisable(run: RunFile, inputs: Mapping[str, StageInput] | None = 
 
 
 def quantise(context: StageContext, model: PreTrainedModel, settings: QuantizeSettings) -> None:
-    """Make the student compute with few bits; its weights stay as they are.
+    """Make the student compute with few bits; its stored weights keep their precision.
 
     Args:
-        context: of the student stage.
-        model: the student, on the CPU; changed in place.
-        settings: of the format.
+        context: The context of the student stage.
+        model: The student, on the CPU. It is changed in place.
+        settings: The settings of the format.
 
     Raises:
-        InputError, SettingError: as `require_quantisable`, or what enters a layer is not finite.
-        MachineError: compressed-tensors is not installed.
+        InputError, SettingError: The layers do not support the format, or the input of a layer is not finite.
+        MachineError: The package compressed-tensors is not installed.
     """
     require_compressed_tensors(SETTING)
     from capgap.pipeline.models.low_bit import (
@@ -90,7 +91,7 @@ def quantise(context: StageContext, model: PreTrainedModel, settings: QuantizeSe
 
 
 def _empty_student(run: RunFile, inputs: Mapping[str, StageInput] | None) -> PreTrainedModel | None:
-    """The student without memory for its weights; None where it is pruned from a teacher that is not known yet."""
+    """Return the student on the meta device, or None if it is pruned from a teacher that is not known yet."""
     student = run.student
     if student.model is not None:
         return empty_model(llama_config(student.model, _ANY_VOCAB_SIZE))

@@ -1,4 +1,4 @@
-"""The shape of a model that can be pruned, and the shape that it is to be pruned to."""
+"""The shape of a model that can be pruned, and the shape of the pruned model."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.run_model import ModelShape, TeacherSettings
 from capgap.schemas.run_prune import PruneSettings
 
-# Their layers have the same parts under the same names: see `cut.py`, which names each of them.
+# The layers of these architectures have the same parameters under the same names, which `cut.py` lists.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama-like model.
+    """The sizes of a Llama-like model.
 
     Attributes:
-        num_layers: depth.
-        hidden_size: width.
-        num_heads: query heads of a layer.
-        num_key_value_heads: key and value heads of a layer; each serves a group of query heads.
-        intermediate_size: neurons of a feed-forward layer.
-        head_dim: width of a head.
+        num_layers: Number of layers.
+        hidden_size: Number of hidden channels.
+        num_heads: Number of query heads in a layer.
+        num_key_value_heads: Number of key and value heads in a layer; each serves a group of query heads.
+        intermediate_size: Number of neurons in a layer's feed-forward block.
+        head_dim: Width of a head.
     """
 
     num_layers: int
@@ -35,15 +35,19 @@ class Shape:
 
     @property
     def heads_per_group(self) -> int:
-        """Query heads of one key and value head."""
+        """Number of query heads that share one key and value head."""
         return self.num_heads // self.num_key_value_heads
 
 
 def shape_of(config: Any, where: str) -> Shape:
-    """The shape of a model of this configuration.
+    """Return the shape of a model from its configuration.
+
+    Args:
+        config: The configuration.
+        where: The model's path, for error messages.
 
     Raises:
-        InputError: its architecture cannot be pruned.
+        InputError: The architecture cannot be pruned.
     """
     if config.model_type not in ARCHITECTURES:
         raise InputError(
@@ -64,11 +68,11 @@ def shape_of(config: Any, where: str) -> Shape:
 
 
 def target_shape(teacher: Shape, settings: PruneSettings) -> Shape:
-    """The shape asked for, with the teacher's sizes where none is.
+    """Return the shape that the settings ask for, with the teacher's sizes where they are left out.
 
     Raises:
-        SettingError: it is wider or deeper than the teacher, or its heads do not divide into groups that the teacher's
-            groups can give.
+        SettingError: A size is larger than the teacher's, the query heads do not divide among the groups, or a group
+            would have more query heads than one of the teacher's.
     """
     sizes = ("num_layers", "hidden_size", "num_heads", "num_key_value_heads", "intermediate_size")
     asked = {name: getattr(settings, name) for name in sizes if getattr(settings, name) is not None}
@@ -93,7 +97,7 @@ def target_shape(teacher: Shape, settings: PruneSettings) -> Shape:
         )
     if target.heads_per_group > teacher.heads_per_group:
         raise SettingError(
-            "a group of the teacher's has fewer query heads than this asks for",
+            "each of the teacher's groups has fewer query heads than the pruned student needs",
             where="student.prune.num_key_value_heads",
             found=f"{heads} query heads in {groups} groups: {target.heads_per_group} in each",
             expected=f"at most the teacher's {teacher.heads_per_group}",
@@ -103,7 +107,7 @@ def target_shape(teacher: Shape, settings: PruneSettings) -> Shape:
 
 
 def llama_config(shape: ModelShape, vocab_size: int) -> Any:
-    """The configuration of a model of that shape with fresh weights, as far as its sizes go."""
+    """Return the Llama configuration of a fresh model of the given shape, with its sizes only."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -118,10 +122,14 @@ def llama_config(shape: ModelShape, vocab_size: int) -> Any:
 
 
 def teacher_config(teacher: TeacherSettings, vocab_size: float | None) -> Any:
-    """The configuration of the teacher that is pruned; None where its embedding cannot be counted.
+    """Return the configuration of the teacher that is pruned, or None if the size of its embedding is not known.
+
+    Args:
+        teacher: The settings of the teacher.
+        vocab_size: Size of the corpus's vocabulary, or None if it is not known.
 
     Raises:
-        InputError: a given model's cannot be read.
+        InputError: The configuration of a given model cannot be read.
     """
     from capgap.pipeline.models.configs import load_config
 

@@ -1,4 +1,4 @@
-"""The student stage: the model as it is before the first step of training."""
+"""The student stage: makes the model with which the training begins."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from capgap.schemas.run_file import RunFile
 
 
 def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
-    """Refuse a shape that the teacher cannot be pruned to, a format that the student cannot take, or a missing teacher.
+    """Refuse a shape to which the teacher cannot be pruned, an unsupported format, or a missing teacher.
 
     Raises:
-        InputError, SettingError: as `require_prunable` and `require_quantisable`; or the run has no teacher or corpus.
-        MachineError: compressed-tensors is not installed.
+        InputError, SettingError: `require_prunable` or `require_quantisable` refuses the settings, or a student is to
+            be pruned and the run has no teacher or corpus.
+        MachineError: The package compressed-tensors is not installed.
     """
     if run.student.prune is not None:
         for name in ("teacher", "corpus"):
@@ -33,12 +34,14 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
 
 
 def run(context: StageContext) -> StageResult:
-    """Write the folder `model`; beside it `prune.json`, where the student is the teacher, pruned, and `high_precision`,
-    where it is quantised: `model` is then what rounding alone makes of it, before any training.
+    """Write the folder `model` with the student's first weights.
+
+    For a student that is pruned from the teacher, `prune.json` is written beside it. For a quantised student, `model`
+    has the rounded weights before any training, and `high_precision` beside it has the weights they are rounded from.
 
     Raises:
-        InputError, MismatchError: as `check_given_model` and `served_head`.
-        InputError, SettingError, MachineError: as `prune` and `quantise`.
+        InputError, MismatchError: `check_given_model` or `served_head` refuses a given model.
+        InputError, SettingError, MachineError: `prune` or `quantise` fails.
     """
     settings, text = context.run.student, RunText.among(context.inputs)
     of_text = tokenizer = text.tokenizer()
@@ -54,12 +57,12 @@ def run(context: StageContext) -> StageResult:
         assert settings.path is not None
         path, facts = check_given_model(settings.path, text.made, "student.path", settings.trust_remote_code)
         model = load_model(path, "cpu", None, settings.trust_remote_code, to_compute=False)
-        served_head(model, facts.tokenizer.vocab_size)  # refused here rather than by the first training
+        served_head(model, facts.tokenizer.vocab_size)  # refuse an unsupported head here, before the first training
         tokenizer = with_names_of(of_text, load_tokenizer(path, settings.trust_remote_code))
     if settings.quantize is not None:
         quantise(context, model, settings.quantize)
     save_trained(model, tokenizer, context.folder, settings.quantize is not None)
-    # what its own tokenizer has beside the text's ids is padding to every later stage
+    # Ids of the student's own tokenizer that the text's tokenizer lacks are padding for every later stage.
     facts = model_facts(model, of_text)
     return StageResult(
         facts=facts.model_dump(mode="json"),

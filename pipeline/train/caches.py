@@ -1,4 +1,4 @@
-"""Which caches a training reads, what of each, and whether they fit the student and one another."""
+"""Chooses the caches of a training, a recording and a temperature of each, and checks that they fit the student."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from capgap.schemas.run_needs import require_chunks
 from capgap.schemas.run_train import FurtherCache, TrainSettings
 
 CHUNKS_TEMPERATURE = 100.0
-"""Of an aligned cache, where none is asked for: a chunk's likelihood itself is next to 0, and a loss of it sees little
-but the chunks of which the teacher is certain. benchmarks/align_quality.py has the figures."""
+"""The default temperature for an aligned cache. The likelihood of a whole chunk is close to 0, and at temperature 1 a
+loss would learn from little but the chunks of which the teacher is certain: benchmarks/align_quality.py has figures."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class ChosenCache:
     """One cache of a training.
 
     Attributes:
-        setting: of the run file that chose it, for errors.
-        location: folder or URL.
-        facts: what its manifest hands on.
-        recording: which of its recordings is read.
-        temperature: at which teacher and student are compared.
-        shards: of that recording.
-        weight: its share of the steps.
+        setting: The setting of the run file that names the cache, for error messages.
+        location: The folder or URL of the cache.
+        facts: The facts in its manifest.
+        recording: The recording that is read.
+        temperature: The temperature at which teacher and student are compared.
+        shards: The shards of that recording.
+        weight: The cache's share of the steps, relative to the weights of the others.
     """
 
     setting: str
@@ -49,19 +49,19 @@ class ChosenCache:
 
     @property
     def has_targets(self) -> bool:
-        """Whether its targets are of that temperature; where the teacher itself is asked they need not be."""
+        """Whether the cache has targets at this temperature. It may have none where the teacher is asked online."""
         return self.of_chunks or self.temperature in self.facts.recordings[self.recording].temperatures
 
     @property
     def of_chunks(self) -> bool:
-        """Whether it is a cache that `align` made."""
+        """Whether the align stage made this cache."""
         return self.recording == "chunks"
 
     def source(self) -> CacheSource:
-        """What the loader reads.
+        """Open the cache for the loader.
 
         Raises:
-            InputError: as the reader.
+            InputError: The shards cannot be opened.
         """
         reader = ShardReader(self.location, self.shards)
         target_temperature = None
@@ -71,15 +71,15 @@ class ChosenCache:
 
 
 def chosen_caches(settings: TrainSettings, inputs: Mapping[str, StageInput]) -> dict[str | None, ChosenCache]:
-    """The run's own cache, under None, and the further ones by name.
+    """Return the caches of a training: the run's own cache under None, and further caches by their names.
 
     Raises:
-        SettingError: a cache lacks the recording or the temperature, or has several recordings and none is named.
+        SettingError: A cache lacks the recording or the temperature, or has several recordings and none is named.
     """
     own = _chosen("train", inputs["cache"], settings, settings.own_weight)
     found: dict[str | None, ChosenCache] = {None: own}
     for name, cache in settings.caches.items():
-        # at one temperature, or divergences of different sizes would be added up
+        # All caches are read at one temperature: at several, divergences of different scales would be added up.
         asked = settings.model_copy(update={"recording": cache.recording, "temperature": _shared(settings, own)})
         made = inputs["cache" if cache.path is None else further_cache(name)]
         found[name] = _chosen(f"train.caches.{name}", made, asked, cache.weight)
@@ -87,7 +87,7 @@ def chosen_caches(settings: TrainSettings, inputs: Mapping[str, StageInput]) -> 
 
 
 def with_replay(run: RunFile, instance: Instance) -> TrainSettings:
-    """The settings of a training; where it replays earlier rounds, with their caches among the further ones."""
+    """Return the settings of a training, with the caches of the earlier rounds that it replays as further caches."""
     assert instance.arm is not None
     settings = run.train_settings(instance.arm, instance.round)
     earlier = [] if instance.round is None else list(replayed(run, instance))
@@ -101,12 +101,13 @@ def with_replay(run: RunFile, instance: Instance) -> TrainSettings:
 
 
 def require_fit(settings: TrainSettings, caches: Mapping[str | None, ChosenCache], student: StageInput) -> None:
-    """Refuse caches that this student cannot be trained on, or not together.
+    """Refuse caches on which this student cannot be trained, or which cannot be mixed with one another.
 
     Raises:
-        MismatchError: a tokenizer is not the student's, or a recording has not what the loss needs.
-        InputError: sequences are longer than the student takes, or fewer than a step.
-        SettingError: sequences do not fit into rows of one length.
+        MismatchError: A cache has another tokenizer than the student, or a recording lacks what the loss needs.
+        InputError: Sequences are longer than the student takes, or there are fewer than one step needs.
+        SettingError: Sequences do not fit into rows of one length, or only some of the caches are aligned, or an
+            aligned cache does not support a setting.
     """
     _require_one_kind(caches)
     for cache in caches.values():
@@ -123,20 +124,20 @@ def require_fit(settings: TrainSettings, caches: Mapping[str | None, ChosenCache
 
 
 def choose(cache: CacheFacts, settings: TrainSettings, setting: str = "train") -> tuple[RecordingName, float]:
-    """Recording and temperature to train with.
+    """Choose the recording of a cache and the temperature to train with.
 
     Args:
-        cache: what it has.
-        settings: what is asked for.
-        setting: that asks for it, for errors.
+        cache: The facts of the cache.
+        settings: The settings that ask for a recording and a temperature, or leave them out.
+        setting: The name of the setting that asks, for error messages.
 
     Raises:
-        SettingError: the cache does not have them, or has several and none is named.
+        SettingError: The cache lacks the recording or the temperature, or has several recordings and none is named.
     """
     known = sorted(cache.recordings)
     recording = settings.recording
     if recording is None and not settings.needs_targets:
-        # the text is the same beside either
+        # Only the text is read, and it is the same in every recording.
         recording = known[0]
     if recording is None and len(known) == 1:
         recording = known[0]
@@ -166,7 +167,7 @@ def choose(cache: CacheFacts, settings: TrainSettings, setting: str = "train") -
 
 
 def _require_one_kind(caches: Mapping[str | None, ChosenCache]) -> None:
-    """Raise SettingError where some of the caches are aligned and others are not: their losses have no common size."""
+    """Raise SettingError if only some of the caches are aligned, because losses of the two kinds differ in scale."""
     kinds = {cache.of_chunks for cache in caches.values()}
     if len(kinds) > 1:
         aligned = next(cache for cache in caches.values() if cache.of_chunks)
@@ -180,7 +181,7 @@ def _require_one_kind(caches: Mapping[str | None, ChosenCache]) -> None:
 
 
 def _require_chunks(settings: TrainSettings, cache: ChosenCache) -> None:
-    """Raise SettingError for what cannot be done with chunks."""
+    """Raise SettingError for a setting that an aligned cache does not support."""
     try:
         require_chunks(cache.setting, settings)
         if settings.decode == "device":
@@ -189,7 +190,7 @@ def _require_chunks(settings: TrainSettings, cache: ChosenCache) -> None:
             raise ValueError(f"{cache.setting}.strategy: found {settings.strategy} with chunks, expected ddp")
     except ValueError as error:
         raise SettingError(
-            "the training cannot have this of an aligned cache", where=cache.location, found=error
+            "an aligned cache does not support this setting", where=cache.location, found=error
         ) from None
 
 

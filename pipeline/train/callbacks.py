@@ -1,4 +1,4 @@
-"""The callbacks of a training: on every rank, because what they measure may need all ranks; the first one writes."""
+"""The callbacks of a training. They run on every rank, because a measurement may need all ranks; rank 0 writes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from capgap.pipeline.train.timer import TrainingTimer
 
 
 class Callbacks(NamedTuple):
-    """One of each kind.
+    """The callbacks of one training.
 
     Attributes:
-        not_finite: stops at a loss or a gradient that is not finite.
-        metrics: writes rows of metrics.csv.
-        heldout: measures held-out text.
-        checkpoints: saves checkpoints, and the best weights where they are wanted.
+        not_finite: Stops at a loss or a gradient that is not finite.
+        metrics: Writes rows of metrics.csv.
+        heldout: Measures held-out text.
+        checkpoints: Saves checkpoints, and the weights of the lowest held-out loss where they are wanted.
     """
 
     not_finite: NotFinite
@@ -34,7 +34,13 @@ class Callbacks(NamedTuple):
     checkpoints: Checkpoints
 
     def in_order(self, meter: Meter | None) -> list[lightning.Callback]:
-        """As Lightning calls them; a row, a measurement and a checkpoint follow the check for finite numbers."""
+        """Return the callbacks in the order in which Lightning calls them, the check for finite numbers first.
+
+        So no metrics row, measurement or checkpoint is made from numbers that are not finite.
+
+        Args:
+            meter: The progress bar, or None on a rank that shows none.
+        """
         return [*self, *([] if meter is None else [Progress(meter)])]
 
 
@@ -45,14 +51,14 @@ def make_callbacks(
     timer: TrainingTimer,
     replay_setting: dict[str, Any],
 ) -> Callbacks:
-    """The callbacks of a task.
+    """Make the callbacks of a task.
 
     Args:
-        task: the training.
-        loader: yields its micro-batches, and can make one of them again.
-        metrics: receives rows about steps and held-out text.
-        timer: counts the time that is no part of the steps.
-        replay_setting: is kept beside a batch whose loss is not finite.
+        task: The training.
+        loader: Yields the micro-batches, and can make any of them again.
+        metrics: Receives rows about steps and held-out text.
+        timer: Counts the seconds in which no step is computed.
+        replay_setting: JSON values that are stored beside a micro-batch whose loss is not finite.
     """
     settings, tokens_per_step = task.settings, loader.tokens_per_step
     not_finite = NotFinite(loader, task.accumulate, task.folder / WORK_FOLDER / NOT_FINITE_FOLDER, replay_setting)

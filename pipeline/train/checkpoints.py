@@ -1,8 +1,8 @@
-"""What a training goes on from after a kill, and which of its weights are the best.
+"""The checkpoints from which a killed training goes on, and the weights with the lowest held-out loss.
 
-step-00000200.ckpt   model, optimizer, loader's position, every rank's random numbers: the last few
+step-00000200.ckpt   model, optimizer, loader's position, every rank's random state; only the last few are kept
 best-00000200.ckpt   the weights at the lowest held-out loss so far
-*.saving             half-written; a kill left it
+*.saving             an unfinished checkpoint that a killed process left behind
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ _LOG = logging.getLogger("capgap")
 
 
 class Checkpoints(lightning.Callback):
-    """Saves every few steps and at the best held-out loss; begins and restores the random numbers.
+    """Saves checkpoints every few steps and at the lowest held-out loss, and seeds or restores random states.
 
-    Every rank calls it, and after `HeldOut`; the first gives files their names and deletes old ones.
+    Every rank calls it, after `HeldOut`. Rank 0 gives the files their final names and deletes old ones.
 
     Args:
-        folder: of the checkpoints.
-        every_steps: interval.
-        accumulate: micro-batches of a step on each rank.
-        keep: how many of the last ones stay.
-        seed: of random numbers.
-        heldout: whose measurements decide which weights are best; None where the best are not kept.
+        folder: The folder of the checkpoints.
+        every_steps: Number of steps from one checkpoint to the next.
+        accumulate: Number of micro-batches in a step on each rank.
+        keep: Number of the newest step checkpoints that are kept.
+        seed: Seed of the random numbers.
+        heldout: The callback whose measurements decide which weights are best; None where the best are not saved.
 
     Attributes:
-        folder: of the checkpoints.
-        best_loss: lowest held-out loss so far.
-        best_step: at which it was measured.
+        folder: The folder of the checkpoints.
+        best_loss: The lowest held-out loss so far, in nats/token.
+        best_step: The step at which `best_loss` was measured.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Checkpoints(lightning.Callback):
         self.best_loss, self.best_step = math.inf, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Random numbers of every rank, and the best held-out loss so far; every rank calls it."""
+        """Return every rank's random state and the lowest held-out loss so far; all ranks must call it."""
         states = [random_state()]
         if torch.distributed.is_initialized():
             states = [{} for _ in range(torch.distributed.get_world_size())]
@@ -62,12 +62,12 @@ class Checkpoints(lightning.Callback):
         return {"random": states, "best_loss": self.best_loss, "best_step": self.best_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them up; random numbers when the training starts."""
+        """Restore the lowest held-out loss, and keep the random states until `on_train_start` restores them."""
         self._random = state_dict["random"]
         self.best_loss, self.best_step = state_dict["best_loss"], state_dict["best_step"]
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        """Begin with this rank's random numbers: those of the checkpoint, or new ones if it had other ranks."""
+        """Restore this rank's random state, or seed a new one if no checkpoint of as many ranks was loaded."""
         rank, num_ranks = trainer.global_rank, trainer.world_size
         if len(self._random) == num_ranks:
             set_random_state(self._random[rank])
@@ -76,7 +76,7 @@ class Checkpoints(lightning.Callback):
         self._random = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Save where a step has just been taken: weights that are the best, and all at the interval."""
+        """At the end of a step, save the weights if they are the best, and a checkpoint if it is due."""
         step = trainer.global_step
         if (batch_idx + 1) % self._accumulate:
             return
@@ -100,7 +100,7 @@ class Checkpoints(lightning.Callback):
             _delete(path)
         kept = [step_of(path) for path in steps[-self._keep :]]
         best = _saved(self.folder, "best")
-        # whichever checkpoint a training goes on from, the best of its time is there
+        # For each step checkpoint, keep the best weights up to its step, so that a resumed training still has them.
         needed = {max((path for path in best if step_of(path) <= step), default=None) for step in kept}
         needed |= set(best[-1:])
         for path in best:
@@ -109,9 +109,9 @@ class Checkpoints(lightning.Callback):
 
 
 def checkpoint_to_resume(folder: Path) -> Path | None:
-    """The newest sound checkpoint, and nothing in the folder that is newer; damaged ones are named and deleted.
+    """Return the newest sound checkpoint, or None, and delete newer, damaged and unfinished files in the folder.
 
-    Only one process may call it, before any other looks.
+    Damaged checkpoints are reported. Only one process may call it, before any other reads the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     resume, fault = None, ""
@@ -129,22 +129,22 @@ def checkpoint_to_resume(folder: Path) -> Path | None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest sound checkpoint, of a training that may still run."""
+    """Return the newest sound checkpoint, or None, and delete nothing, because the training may still run."""
     return next((path for path in reversed(_saved(folder, "step")) if not fault_of(path)), None)
 
 
 def best_checkpoint(folder: Path) -> Path:
-    """The weights at the lowest held-out loss of a training that has ended."""
+    """Return the file with the weights of the lowest held-out loss of a training that has ended."""
     return _saved(folder, "best")[-1]
 
 
 def step_of(path: Path) -> int:
-    """The step after which a checkpoint was saved."""
+    """Return the number of steps after which a checkpoint was saved."""
     return int(path.stem.split("-")[1])
 
 
 def _saved(folder: Path, kind: str) -> list[Path]:
-    """Checkpoints of a kind, the newest last; what has another name is none."""
+    """Return the checkpoints of a kind, `step` or `best`, in order of their steps."""
     return sorted(path for path in folder.glob(f"{kind}-*") if _NAME.fullmatch(path.name))
 
 

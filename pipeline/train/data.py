@@ -1,7 +1,7 @@
-"""What a training reads: the loader of its micro-batches, and the held-out ones.
+"""The data of a training: the loader of its micro-batches, and the held-out micro-batches.
 
 one cache:        SequenceLoader
-several caches:   a SequenceLoader each --MixedLoader, by weight--> micro-batches of one shape, a step's of one cache
+several caches:   one SequenceLoader each --MixedLoader, by weight--> micro-batches of one shape; a step reads one cache
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from capgap.pipeline.store.batch import collate
 from capgap.pipeline.store.rows import sequences_per_row
 from capgap.pipeline.train.task import CacheSource, TrainingTask
 
-# The name of the run's own cache in a mix; the run file cannot give it to another.
+# The name of the run's own cache in a mix; a run file cannot give this name to another cache.
 OWN = ""
-# Passes over a further cache, which is read as often as the mix takes: more than any training has steps.
+# A further cache is read as often as the mix needs it, so it has more epochs than any training has steps.
 _WITHOUT_END = 1 << 32
-# Of the sequences of a training, in all measurements together. To measure one takes a third of a step's arithmetic.
+# By default all measurements together read about this share of the number of training sequences. To measure a sequence
+# takes a third of the arithmetic of training on it.
 _MEASURED_SHARE = 0.1
 _MOST_MEASURED, _LEAST_MEASURED = 64, 8
 
 
 def training_loader(task: TrainingTask) -> SequenceLoader | MixedLoader:
-    """The micro-batches of the whole training, in their order.
+    """Make the loader that yields the micro-batches of the whole training in their order.
 
     Raises:
-        InputError: too little data for one step, or the caches do not make rows of one shape.
+        InputError: There is too little data for one step, or the caches do not make rows of one shape.
     """
     settings = task.settings
     own = CacheSource(task.training, task.weight, task.context, task.target_temperature, task.writer_logprobs)
@@ -45,7 +46,12 @@ def training_loader(task: TrainingTask) -> SequenceLoader | MixedLoader:
 
 
 def num_validation_sequences(task: TrainingTask, num_steps: int) -> int:
-    """Held-out sequences that are measured each time; as many as are asked for, or as cost a training little."""
+    """Return the number of held-out sequences in each measurement: the one that is set, or as many as cost little.
+
+    Args:
+        task: The training.
+        num_steps: Number of optimizer steps in the whole training.
+    """
     settings = task.settings
     wanted = settings.num_validation_sequences
     if wanted is None:
@@ -56,9 +62,9 @@ def num_validation_sequences(task: TrainingTask, num_steps: int) -> int:
 
 
 def heldout_batches(task: TrainingTask, wanted: int) -> Iterator[Batch]:
-    """The first held-out sequences, in micro-batches: with the teacher's targets as far as the cache has them.
+    """Yield the first `wanted` held-out sequences in micro-batches, with targets where the cache has them.
 
-    The cache holds the first sequences of the same held-out text.
+    The cache holds targets for the first sequences of the same held-out text.
     """
     num_scored = 0
     if task.heldout_targets is not None:
@@ -68,7 +74,7 @@ def heldout_batches(task: TrainingTask, wanted: int) -> Iterator[Batch]:
 
 
 def _batches_of(task: TrainingTask, reader: ShardReader, wanted: range, text_alone: bool = False) -> Iterator[Batch]:
-    """Those of the reader's sequences, or as many of them as there are; with `text_alone` without their targets."""
+    """Yield the reader's sequences whose numbers are in `wanted`, without their targets if `text_alone` is set."""
     first = 0
     places = [(shard, row) for shard, one in enumerate(reader.shard_set.shards) for row in range(one.num_sequences)]
     logprobs = None if text_alone else task.heldout_logprobs
@@ -111,7 +117,7 @@ def _loader(task: TrainingTask, source: CacheSource, num_epochs: int, max_tokens
 
 
 def _as_many_rows(task: TrainingTask, source: CacheSource, num_sequences: int) -> int:
-    """Sequences of a source that fill as many rows as that many of the task's own."""
+    """Return how many sequences of a source fill as many rows as `num_sequences` of the task's own cache."""
     own, others = (_per_row(task, reader.shard_set.seq_len) for reader in (task.training, source.reader))
     return num_sequences if own == others else num_sequences // own * others
 

@@ -1,4 +1,4 @@
-"""What the rest of the pipeline knows of the train stage."""
+"""Declares the train stage to the rest of the pipeline."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ def _inputs(run: RunFile, instance: Instance) -> list[str]:
     online = ["teacher"] if _settings_of(run, instance).needs_teacher else []
     if instance.round is None:
         return [*corpus_inputs(run), *online, *cache_inputs(run), Instance("student", seed=instance.seed).name]
-    # the text of the round is in its cache, and what students are measured on meanwhile
+    # A round's cache holds both the text of the round and its held-out sequences, so no corpus is read.
     return list(dict.fromkeys([*online, *_roles(run, instance)]))
 
 
 def _roles(run: RunFile, instance: Instance) -> dict[str, str]:
-    """In a run with rounds, what a training of any other run reads."""
+    """Return, in a run with rounds, the names under which a training reads its inputs, by the inputs' own names.
+
+    They are the names that inputs have in a run without rounds, such as `cache` for the cache of the round.
+    """
     if instance.round is None:
         return {}
     earlier = {cache.name: further_cache(name) for name, cache in replayed(run, instance).items()}
-    # the logprobs by which students wrote what is learnt from
+    # The text of each cache is an input too where a student wrote it: it holds the writer's logprobs.
     mix: list[tuple[str | None, Instance]] = [(None, own_cache(run, instance)), *replayed(run, instance).items()]
     texts = {name: Instance("generate", cache.arm, cache.seed, cache.round) for name, cache in mix}
     earlier |= {text.name: text_of_cache(name) for name, text in texts.items() if writer_of(text) == "student"}

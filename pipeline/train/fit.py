@@ -1,4 +1,4 @@
-"""Train a model on a shard set; kill it at any step, call it again, and it goes on as if undisturbed."""
+"""Train a model on a shard set; a training that was killed goes on from its last checkpoint when it is run again."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from capgap.pipeline.train.trainer import make_trainer, quiet_lightning
 
 
 def fit(model: PreTrainedModel, task: TrainingTask) -> dict[str, Any]:
-    """Train `model` in place and return totals for the manifest; of several ranks, the first one's model is trained.
+    """Train `model` in place and return totals for the manifest.
 
-    Every rank calls it, within torch's process group.
+    With several ranks, every rank calls it within torch's process group, and rank 0 receives the trained weights.
 
     Raises:
-        InputError: too little data for one step, a loss or a gradient that is not finite, a logger without its package,
-            or a model that `DistillationModule` cannot train, that takes shorter sequences, or that would look across
-            the documents of a row.
-        SettingError: there is no such logger.
-        CorruptError: shards are damaged, or targets are not aligned with their tokens.
-        MachineError: the model and its optimizer do not fit into the device's memory, or nothing can be compiled.
+        InputError: There is too little data for one step; a loss or a gradient is not finite; a logger's package is not
+            installed; or `DistillationModule` cannot train the model, the model takes shorter sequences, or its
+            attention reaches across the documents of a row.
+        SettingError: A logger does not exist.
+        CorruptError: Shards are damaged, or targets are not aligned with their tokens.
+        MachineError: The model and its optimizer do not fit into the device's memory, or torch.compile does not work.
     """
     is_first, sharded = task.ranks.is_first, is_sharded(task.settings, task.ranks)
     loader = training_loader(task)
     _require_ending_attention(model, task)
-    # FSDP2 takes a model apart; what is handed back must be whole
+    # FSDP2 divides a model's parameters in place, and the caller's model must stay whole.
     student = copy.deepcopy(model) if sharded and is_first else model
     module = _module(student, task, loader.num_steps)
     _require_room(model, task)
@@ -67,7 +67,7 @@ def fit(model: PreTrainedModel, task: TrainingTask) -> dict[str, Any]:
         try:
             trainer.fit(module, TimedLoader(loader, timer), ckpt_path=checkpoint, weights_only=True)
         except SystemExit:
-            # what Lightning makes of an interrupt, and of the signal by which clusters end a job
+            # Lightning raises it for an interrupt, and for the signal by which a cluster ends a job.
             raise KeyboardInterrupt from None
     if sharded:
         gather_into(model if is_first else None, student)
@@ -113,7 +113,7 @@ def _module(model: PreTrainedModel, task: TrainingTask, num_steps: int) -> Disti
 
 
 def _checkpoint_to_resume(task: TrainingTask, num_steps: int) -> Path | None:
-    """The checkpoint to go on from; the first rank chooses."""
+    """Return the checkpoint to resume from, or None; rank 0 chooses it and sends it to all ranks."""
     checkpoint = None
     if task.ranks.is_first:
         plan_units(task.folder / WORK_FOLDER, "steps", num_steps, "checkpoints/step-*.ckpt")
@@ -126,7 +126,7 @@ def _checkpoint_to_resume(task: TrainingTask, num_steps: int) -> Path | None:
 
 
 def _loggers(task: TrainingTask, first_step: int) -> list[ResumedLogger]:
-    """The first rank's loggers, which know the settings of the training; the other ranks have none."""
+    """Return the loggers of rank 0, which have received the settings of the training; other ranks have none."""
     if not task.ranks.is_first:
         return []
     work = task.folder / WORK_FOLDER
@@ -139,15 +139,15 @@ def _loggers(task: TrainingTask, first_step: int) -> list[ResumedLogger]:
 
 
 def _take_best(model: PreTrainedModel, checkpoints: Checkpoints) -> dict[str, Any]:
-    """Load the weights of the lowest held-out loss into the model; totals about them."""
+    """Load the weights of the lowest held-out loss into the model, and return their step and loss as totals."""
     saved = read_checkpoint(best_checkpoint(checkpoints.folder))["state_dict"]
     trained = {name.removeprefix("model."): whole(value) for name, value in saved.items()}
-    model.load_state_dict(trained, strict=False)  # what is frozen is not in it
+    model.load_state_dict(trained, strict=False)  # frozen weights are not saved
     return {"best_step": checkpoints.best_step, "best_validation_loss": round(checkpoints.best_loss, 6)}
 
 
 def _measured_before(metrics: Path) -> dict[str, float]:
-    """What was measured before the first step, which may have been taken by a process that was killed."""
+    """Return the held-out figures from before the first step, which an earlier, killed process may have measured."""
     first = next((row for row in read_rows(metrics) if row["step"] == "0"), {})
     names = ("validation_loss", "heldout_kl", "heldout_teacher_ce", "heldout_top1")
     return {f"first_{name}": float(first[name]) for name in names if first.get(name)}

@@ -1,4 +1,4 @@
-"""What a training certainly needs of a device's memory and of a model's positions, seen before the first step."""
+"""Checks, before the first step, that a training fits a device's memory and a model's number of positions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from capgap.schemas.run_optimization import OptimizationSettings
 
 _GIB = 2**30
 _STATES_PER_PARAMETER = 2  # AdamW's running means of the gradient and of its square, in the weight's dtype
-# Bytes of activations a token, a layer and a unit of width, in 16 bits, with an attention that keeps no square matrix
-# (Korthikanti et al., arXiv 2205.05198); where layers are checkpointed their inputs alone are kept.
+# Bytes of activations for each token, layer and unit of hidden size, in 16 bits, with an attention that stores no
+# quadratic matrix (Korthikanti et al., arXiv 2205.05198). With checkpointing, only the inputs of the layers are kept.
 _ACTIVATION_BYTES, _CHECKPOINTED_BYTES = 34, 2
 
 
 def require_positions(model: PreTrainedModel, seq_len: int) -> None:
-    """Raise InputError where sequences have more positions than the model has."""
+    """Raise InputError if sequences have more positions than the model."""
     limit = max_positions(model.config)
     if limit is not None and seq_len > limit:
         raise InputError(
@@ -35,17 +35,24 @@ def require_positions(model: PreTrainedModel, seq_len: int) -> None:
 def require_memory(
     model: PreTrainedModel, settings: OptimizationSettings, device: str, seq_len: int, num_parts: int = 1
 ) -> None:
-    """Raise where weights, gradients and AdamW's states alone are more than the device has free.
+    """Refuse a model whose weights, gradients and AdamW states alone take more memory than the device has free.
 
-    What the model already holds there counts as free. Activations are named, and never the reason: they are estimated.
-    `num_parts` is the number of devices that the model is divided among.
+    Memory that the model already holds on the device counts as free. Activations are named in the error but never cause
+    it, because they are only estimated.
+
+    Args:
+        model: The model, which may be on the meta device.
+        settings: The settings of the training.
+        device: The device of the training, such as `cpu` or `cuda:0`.
+        seq_len: Number of tokens in a sequence, for the estimate of the activations.
+        num_parts: Number of devices among which the parameters are divided.
 
     Raises:
-        MachineError: names the sum and its parts.
+        MachineError: The model does not fit. The error names the sum and its parts.
     """
     on_device = torch.device(device)
     weights = sum(p.nbytes for p in model.parameters())
-    # what has no part in the logits, such as a vision tower, is not trained
+    # Parts that do not contribute to the logits, such as a vision tower, are not trained.
     parts = (model.get_decoder(), model.get_output_embeddings())
     trained = sum(p.nbytes for p in {p for part in parts for p in part.parameters()} if p.requires_grad)
     held = sum(p.nbytes for p in model.parameters() if p.device.type == on_device.type)
@@ -68,9 +75,9 @@ def require_memory(
 
 
 def rounded_bytes(model: PreTrainedModel, settings: OptimizationSettings) -> int:
-    """What layers that compute with other numbers than their weights keep of those for the backward pass.
+    """Return the bytes that low-bit layers keep for the backward pass: the rounded weights with which they compute.
 
-    Layers that are checkpointed keep none, and make them again one layer after the other; the head is never such.
+    With activation checkpointing only the head keeps them; the other layers compute them again, one after the other.
     """
     layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
     if settings.activation_checkpointing:
@@ -79,7 +86,7 @@ def rounded_bytes(model: PreTrainedModel, settings: OptimizationSettings) -> int
 
 
 def activation_bytes(model: PreTrainedModel, settings: OptimizationSettings, seq_len: int) -> int:
-    """An estimate of a micro-batch's activations."""
+    """Estimate the bytes of a micro-batch's activations."""
     config = model.config.get_text_config()
     each = _CHECKPOINTED_BYTES if settings.activation_checkpointing else _ACTIVATION_BYTES
     wide = 2 if settings.precision == "32-true" else 1
@@ -87,7 +94,7 @@ def activation_bytes(model: PreTrainedModel, settings: OptimizationSettings, seq
 
 
 def free_bytes(device: str) -> int:
-    """Memory that a process could still have on the device."""
+    """Return the number of bytes that a process could still allocate on the device."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -96,7 +103,10 @@ def free_bytes(device: str) -> int:
 
 
 def _container_bytes(group: Path) -> list[int]:
-    """What a container's limit leaves, its own file cache counted as free; two formats of one kernel."""
+    """Return the bytes that a container's memory limit leaves free, in a list of one; its file cache counts as free.
+
+    The two sets of file names are those of cgroup v2 and v1. Without a limit the value is larger than any memory.
+    """
     for limit, used, cache in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),

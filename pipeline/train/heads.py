@@ -1,8 +1,8 @@
-"""What the loss must know of a causal language model to stand for its head: found by trying the model, not by its name.
+"""Finds out how a causal language model computes its logits, so that the fused loss can replace its head.
 
-A model's logits may be more than the product of its head: scaled (Cohere, Granite), capped (Gemma), or changed in a way
-that nobody here has heard of. So a short sequence goes through the model, known numbers are put in the place of the
-head's output, and what the model makes of them is compared with what the loss would. What differs is refused.
+A model may change its head's output before it returns logits: scale it (Cohere, Granite), cap it (Gemma), or do
+something unknown. So a short sequence runs through the model with known numbers in place of the head's output, and the
+logits are compared with those of the fused loss. A model whose logits differ is refused. Its name is never looked at.
 
 Legend: B sequences, L tokens a sequence, H hidden, V columns of the head.
 """
@@ -25,21 +25,21 @@ from capgap.pipeline.models.head_product import operands
 from capgap.pipeline.train.modes import in_evaluation
 from capgap.schemas.errors import InputError
 
-_NUM_TOKENS = 8  # a few positions, so that one that looked ahead would be seen; short, so that a trial is cheap
-# Where c tanh(z / c) is z in float32 for any cap that leaves a model its logits, and where it is c. Powers of two, by
-# which a factor comes out as the model has it.
+_NUM_TOKENS = 8  # enough positions to notice a model that looks ahead, and few enough for a cheap trial
+# For any useful cap c, c tanh(z / c) in float32 equals z at the small value and c at the large one. They are powers of
+# two, so that dividing by them gives the model's factor exactly.
 _SMALL, _LARGE = 2.0**-17, 2.0**20
 
 
 @dataclass(frozen=True)
 class LmHead:
-    """A model's logits are `capped(scale * linear(hidden))`, hidden being the last hidden states of `decoder`.
+    """The head of a model with logits `cap(scale * linear(hidden))`, where hidden are the decoder's last hidden states.
 
     Attributes:
-        decoder: the part of the model that makes the hidden states.
-        linear: weight [V, H] and perhaps a bias [V]; it may round what it multiplies to few bits.
-        scale: factor of the logits.
-        softcap: c, where logits z become c tanh(z / c).
+        decoder: The part of the model that computes the hidden states.
+        linear: The layer with weight [V, H] and an optional bias [V]; it may round its operands to few bits.
+        scale: The factor by which the logits are multiplied.
+        softcap: The value c of a soft cap, by which logits z become c tanh(z / c); None without a cap.
     """
 
     decoder: nn.Module
@@ -48,10 +48,10 @@ class LmHead:
     softcap: float | None = None
 
     def inputs(self, hidden_BLH: Tensor) -> dict[str, Any]:
-        """The arguments of `linear_sparse_kl` that stand for the model's logits."""
+        """Return the arguments of `linear_sparse_kl` that reproduce the model's logits from its hidden states."""
         bias_V: Tensor | None = self.linear.bias
         if not torch.is_autocast_enabled(hidden_BLH.device.type):
-            hidden_BLH = hidden_BLH.to(self.linear.weight.dtype)  # of a model that keeps its hidden states wider
+            hidden_BLH = hidden_BLH.to(self.linear.weight.dtype)  # some models keep hidden states in a wider dtype
         hidden_BLH, weight_VH = operands(self.linear, hidden_BLH)
         if self.scale != 1:
             hidden_BLH, bias_V = hidden_BLH * self.scale, None if bias_V is None else bias_V * self.scale
@@ -64,17 +64,17 @@ class LmHead:
 
 
 def served_head(model: PreTrainedModel, vocab_size: int) -> LmHead:
-    """The head of a model, once the loss has been seen to stand for it: a few forward passes of 16 tokens.
+    """Return the head of a model after checking, by a few forward passes of 16 tokens, that the loss can replace it.
 
-    The model is left as it was, and torch's global random numbers are not used.
+    The model is left unchanged, and torch's global random state is not used.
 
     Args:
-        model: in any dtype, on the device where it can run.
-        vocab_size: the real vocabulary; columns of the head at or past it are padding.
+        model: The model, in any dtype, on a device where it can run.
+        vocab_size: Size of the real vocabulary; columns of the head at or past it are padding.
 
     Raises:
-        InputError: its head is no plain linear layer, or its logits are not `LmHead`'s; or a token changes what comes
-            before it; or it cannot be run on tokens alone.
+        InputError: The head is not a plain linear layer, the logits are not computed as `LmHead` describes, a token
+            changes the hidden states before it, or the model does not run on token ids alone.
     """
     linear = _plain_linear(model)
     with torch.no_grad(), _as_in_evaluation(model):
@@ -87,7 +87,7 @@ def _plain_linear(model: PreTrainedModel) -> nn.Linear:
     linear = model.get_output_embeddings()
     if linear is None:
         raise _refusal(model, "no output embeddings", "a head")
-    # subclasses compute something else: adapters and quantised layers are such; of ours the operands are known
+    # A subclass, such as an adapter or a quantised layer, may compute something else. capgap's own have `operands`.
     is_known = hasattr(linear, "operands") or type(linear).forward is nn.Linear.forward
     if not isinstance(linear, nn.Linear) or not is_known:
         raise _refusal(model, f"a head of type {type(linear).__name__}", "a plain linear layer")
@@ -120,7 +120,7 @@ def _tried(model: PreTrainedModel, linear: nn.Linear, vocab_size: int) -> LmHead
 def _logits_of_probe(
     model: PreTrainedModel, linear: nn.Linear, ids_BL: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, float, float | None]:
-    """What the head reads [B, L, H], and the scale and cap that the model puts on the head's output."""
+    """Return the input of the head [B, L, H], and the scale and the soft cap that the model applies to its output."""
     seen: list[Tensor] = []
 
     def replace(_: nn.Module, inputs: tuple[Tensor, ...], output_BLV: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _logits_of_probe(
 
 
 def _decoder_that_gives(model: PreTrainedModel, read_BLH: Tensor, ids_BL: Tensor) -> nn.Module:
-    """The smallest part of the model whose last hidden states are what its head reads."""
+    """Return the smallest part of the model whose last hidden states are the input of its head."""
     parts: tuple[nn.Module, ...] = (model.get_decoder(), model.base_model)
     for decoder in parts:
         if decoder is model:
@@ -163,7 +163,7 @@ def _decoder_that_gives(model: PreTrainedModel, read_BLH: Tensor, ids_BL: Tensor
 
 
 def _require_causal(model: PreTrainedModel, read_BLH: Tensor) -> None:
-    """The two sequences differ in their last token alone."""
+    """Refuse a model whose hidden states differ before the last token, the only one in which both sequences differ."""
     if not _close(read_BLH[0, :-1], read_BLH[1, :-1]):
         raise _refusal(model, "a token that changes the hidden states before it", "a causal model")
 
@@ -183,9 +183,9 @@ def _require_equal_loss(
     found = linear_sparse_kl(
         **arguments, targets=targets, labels_N=labels_N, alpha=0.0, vocab_size=vocab_size, want_kl=False
     ).loss
-    # in float32 torch's own sum over 262,144 ids is off by more than the fused one
+    # In float32, torch's own sum over 262,144 ids has a larger error than the fused loss.
     expected = cross_entropy(true_BLV.flatten(0, 1)[:, :vocab_size].double(), labels_N)
-    # both round logits to the weight's dtype, in another order
+    # Both losses round logits to the weight's dtype, but in a different order of operations.
     rounding = 8 * torch.finfo(head.linear.weight.dtype).eps * max(1.0, float(true_BLV.float().abs().amax()))
     if not abs(float(found) - float(expected)) <= rounding:
         raise _refusal(
@@ -195,7 +195,7 @@ def _require_equal_loss(
 
 @contextmanager
 def _as_in_evaluation(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout, and without flash attention, which takes neither float32 nor a CPU."""
+    """Switch off dropout, and flash attention too, because it runs neither in float32 nor on a CPU."""
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}.values()
     flash = [(c, c._attn_implementation) for c in configs if "flash" in str(c._attn_implementation)]
     for config, _ in flash:
@@ -209,7 +209,7 @@ def _as_in_evaluation(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
-    """Equal but for sums in another order."""
+    """Return whether two tensors are equal up to the rounding that another order of summation causes."""
     rounding = 64 * torch.finfo(expected.dtype).eps * float(expected.float().abs().amax())
     return found.shape == expected.shape and bool(((found - expected).abs() <= rounding).all())
 

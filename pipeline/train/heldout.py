@@ -1,4 +1,4 @@
-"""Held-out sequences, measured while a training runs: their text, and how near the student comes to the teacher batch.
+"""Measures, while a training runs, the loss on held-out text and how near the student comes to the teacher.
 
 Legend: B sequences, L targets a sequence, N = B x L rows, K ids kept, V vocabulary, H hidden.
 """
@@ -26,22 +26,23 @@ _LOG = logging.getLogger("capgap")
 
 @dataclass(frozen=True)
 class HeldOutFigures:
-    """What was measured, as means over the labels of held-out sequences.
+    """The figures of one measurement, as means over the labels of held-out sequences.
 
     Attributes:
-        loss: cross-entropy with the text, nats/token.
-        kl: of a `topk` cache, the divergence that alpha weighs between teacher and student, at the training's
-            temperature; forward KL where the cache does not support that one. Of an aligned cache it is that of chunks,
-            divided by the labels. Of others, with `forward_kl` and its tail as one
-            cell a lower bound of KL(teacher || student), and comparable with `train_kl`. None for a `sampled` cache:
-            samples give the teacher's entropy with a bias.
-        teacher_ce: of a `sampled` cache, the student's cross-entropy with the teacher's samples, nats/token. Over
-            samples its mean is that with the teacher's whole distribution, which is KL(teacher || student) and the
-            teacher's entropy: on the same sequences two of these figures differ as two KLs do. None for `topk`.
-        top1: top-1 agreement: share of rows at which the student's top-1 token is the teacher's. For `sampled` that is
-            the id sampled most often, the lower one of two. Each id is sampled n p times, rounded up or down: so it can
-            be another than the teacher's top-1 token only where two ids are less than two samples apart.
-        ratio: of text that a student of the run wrote, how far this one has gone from it; None for any other.
+        loss: Cross-entropy with the text, in nats/token.
+        kl: For a `topk` cache, the divergence that alpha weighs between teacher and student, in nats/token at the
+            training's temperature, or forward KL where the cache does not support that divergence. It is comparable
+            with `train_kl`. `forward_kl` with the tail as one token is a lower bound of KL(teacher || student). For an
+            aligned cache, the sum of the chunks' divergences over the number of labels. None for a `sampled` cache,
+            because samples give a biased estimate of the teacher's entropy.
+        teacher_ce: For a `sampled` cache, the student's cross-entropy with the teacher's samples, in nats/token. Its
+            expectation is the cross-entropy with the teacher's whole distribution: KL(teacher || student) plus the
+            teacher's entropy. On the same sequences, two such figures differ as the two KLs do. None for `topk`.
+        top1: Top-1 agreement: the share of rows at which student and teacher have the same top-1 token, in [0, 1]. For
+            `sampled` the teacher's is the id that was sampled most often, the lower id on a tie. An id of probability p
+            is sampled n p times, rounded up or down, so this can differ from the real top-1 token only where two ids
+            are less than two samples apart. None for an aligned cache.
+        ratio: For text that a student of the run wrote, the importance ratios of this student on it; otherwise None.
     """
 
     loss: float
@@ -54,11 +55,20 @@ class HeldOutFigures:
 class HeldOut(lightning.Callback):
     """Measures held-out sequences every few steps and at the end, and with `also_before` before the first step.
 
-    How far a student is from its teacher before it has learnt anything shows whether its start is any good, and what
-    pruning has cost. That row of the file has the step 0.
+    The student's distance from the teacher before the first step shows how good its first weights are, and how much
+    quality pruning has cost. In metrics.csv that row has the step 0.
+
+    Args:
+        file: Receives a row for each measurement.
+        watch: Is asked to check all pending losses and gradients before each measurement.
+        timer: Counts the time of a measurement as no part of the training.
+        batches: Returns the held-out micro-batches for one measurement.
+        every_steps: Number of steps from one measurement to the next.
+        tokens_per_step: Number of targets in a step.
+        also_before: Whether to measure before the first step too.
 
     Attributes:
-        last: the figures of the last measurement; None before the first.
+        last: The figures of the last measurement after a step; None before the first one.
     """
 
     def __init__(
@@ -79,11 +89,11 @@ class HeldOut(lightning.Callback):
 
     @property
     def measured(self) -> tuple[int, float] | None:
-        """Step of the last measurement, and its cross-entropy with the text; the same on every rank."""
+        """The step of the last measurement and its cross-entropy with the text in nats/token, equal on every rank."""
         return None if self.last is None else (self._last_step, self.last.loss)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        """The step that a resumed training begins with has been measured."""
+        """Measure before the first step if asked to; a resumed training has measured the step it begins with."""
         self._last_step, self._begun = trainer.global_step, time.monotonic()
         if trainer.global_step or not self._also_before:
             return
@@ -104,7 +114,7 @@ class HeldOut(lightning.Callback):
         self.last = self._measured(step, module)
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        """Say what of the time went to no step."""
+        """Log how much of the time went to measurements."""
         total_s = max(time.monotonic() - self._begun, 1e-9)
         if trainer.is_global_zero and self._num_measured:
             spent_s = self._timer.excluded_s
@@ -137,10 +147,13 @@ class HeldOut(lightning.Callback):
 
 @torch.no_grad()
 def measure(module: DistillationModule, batches: Iterable[Batch]) -> HeldOutFigures:
-    """The figures over all labels of the batches; those against the teacher over the batches that have targets."""
+    """Measure the student on held-out batches.
+
+    The loss is over the labels of all batches, the figures against the teacher over those of batches with targets.
+    """
     was_training = module.training
     module.eval()
-    # loss and labels; then, over batches with targets: labels, KL, entropy of the targets, top-1 agreements
+    # Over all batches: loss, labels. Over batches with targets: labels, KL, entropy of the targets, top-1 agreements.
     sums_6 = torch.zeros(6, dtype=torch.float64, device=module.device)
     is_sampled = of_chunks = False
     pairs: list[torch.Tensor] = []
@@ -178,7 +191,7 @@ def measure(module: DistillationModule, batches: Iterable[Batch]) -> HeldOutFigu
 
 
 def entropies(batch: Batch) -> torch.Tensor:
-    """The entropy of the kept ids' probabilities of each row [N], float64, nats."""
+    """Return the entropy of the kept ids' probabilities in each row [N], float64, in nats."""
     assert batch.weights_NK is not None
     weights_NK = batch.weights_NK.double()
     return -torch.xlogy(weights_NK, weights_NK).sum(dim=1)

@@ -1,7 +1,7 @@
-"""Micro-batches on disk: one safetensors file each, and a JSON file that describes them.
+"""Stores micro-batches whose loss or gradient is not finite, and loads them again.
 
-micro-batch-00000123.safetensors ...   tensors by the names of `Batch`'s attributes
-not-finite.json                        what was found there, by which settings, of which sequences
+micro-batch-00000123.safetensors ...   the tensors of a micro-batch, by the names of `Batch`'s attributes
+not-finite.json                        the value that was found, the settings, and the sequences
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _NAME = "not-finite.json"
 
 @dataclass(frozen=True)
 class KeptBatch:
-    """A micro-batch that is kept.
+    """A micro-batch that is stored for a replay.
 
     Attributes:
-        number: over the whole training.
-        batch: itself.
-        sequences: shard, member and row of each.
-        at_fault: those of them in which something is wrong, or all where that cannot be known.
+        number: Number of the micro-batch, counted over the whole training.
+        batch: The micro-batch.
+        sequences: Shard, member and row of each of its sequences.
+        at_fault: The entries of `sequences` with a value that is not finite, or all of them if these are not known.
     """
 
     number: int
@@ -39,7 +39,13 @@ class KeptBatch:
 
 
 def keep_batches(folder: Path, kept: Sequence[KeptBatch], setting: dict[str, Any]) -> None:
-    """Write them, in place of what an earlier training kept there; `setting` is of JSON values."""
+    """Write micro-batches into a folder, and delete those that an earlier training stored there.
+
+    Args:
+        folder: The folder, which is made if it does not exist.
+        kept: The micro-batches.
+        setting: JSON values that a replay needs, stored in not-finite.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("micro-batch-*.safetensors"):
         old.unlink()
@@ -54,10 +60,10 @@ def keep_batches(folder: Path, kept: Sequence[KeptBatch], setting: dict[str, Any
 
 
 def load_batches(folder: Path) -> tuple[list[KeptBatch], dict[str, Any]]:
-    """What `keep_batches` wrote: the micro-batches, and the settings.
+    """Load the micro-batches and the settings that `keep_batches` wrote.
 
     Raises:
-        InputError: the folder holds none.
+        InputError: The folder holds no such files.
     """
     try:
         setting = json.loads((folder / _NAME).read_bytes())
@@ -66,8 +72,8 @@ def load_batches(folder: Path) -> tuple[list[KeptBatch], dict[str, Any]]:
             "holds no kept batch",
             where=folder,
             found=f"no {_NAME}",
-            expected="what a training keeps where a loss is not finite",
-            fix="name the folder that its error names",
+            expected="the files that a training keeps when a loss is not finite",
+            fix="use the folder that the training's error names",
         ) from None
     entries = setting.pop("micro_batches")
     kept = [

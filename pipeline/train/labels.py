@@ -1,7 +1,8 @@
-"""The mean over a step's labels, whichever micro-batches and ranks they lie in.
+"""The mean over all labels of a step, whatever micro-batches and ranks they are on.
 
-A micro-batch's loss is the mean over its own labels. Where masks leave them different numbers, the mean of these means
-is not the step's: each is weighted by its share of labels, and the gradient divided by the sum of the shares.
+A micro-batch's loss is the mean over its own labels. Where loss masks leave micro-batches different numbers of labels,
+the mean of these means is not the mean over the step. So each loss is weighted by its micro-batch's share of labels,
+and the gradient is divided by the sum of the shares.
 """
 
 from __future__ import annotations
@@ -14,29 +15,36 @@ from torch.distributed.tensor import DTensor
 
 
 class LabelShares:
-    """Counts the labels of a step while its micro-batches go by."""
+    """Adds up the shares of labels of a step's micro-batches, and rescales the step's gradient by them."""
 
     def __init__(self) -> None:
         self._sum: torch.Tensor | None = None
 
     def weigh(self, loss: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-        """The loss of a micro-batch by its share: the weights of the rows that count over the number of all rows.
+        """Return the loss of a micro-batch times its share of labels; it is unchanged where the share is 1.
 
-        Exactly itself where every row counts as one.
+        Args:
+            loss: The mean over the labels of the micro-batch, a scalar.
+            share: The sum of the weights of the rows with a label, over the number of all rows; a scalar.
         """
         self._sum = share if self._sum is None else self._sum + share
         return loss * share.to(loss.dtype)
 
     def settle(self, parameters: Iterable[torch.nn.Parameter], num_micro_batches: int) -> None:
-        """Turn gradients, the mean over a step's micro-batches on all ranks, into those of the mean over its labels."""
+        """Rescale the gradient of the mean over a step's micro-batches into that of the mean over the step's labels.
+
+        Args:
+            parameters: The parameters whose gradients are rescaled in place.
+            num_micro_batches: Number of micro-batches in a step, over all ranks.
+        """
         assert self._sum is not None
         total, self._sum = self._sum, None
         if distributed.is_initialized():
             distributed.all_reduce(total)
-        # without a label there is no gradient either
+        # A step without any label has no gradient.
         factor = torch.where(total > 0, num_micro_batches / total, 0.0)
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:
-            # of the gradients' dtype, or a GPU would go through them one by one; float32 at least, to be exact
+            # In another dtype than the gradients' a GPU would scale them one by one; below float32 it would be inexact.
             factor = factor.to(torch.promote_types(gradients[0].dtype, torch.float32))
             torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)

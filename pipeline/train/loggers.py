@@ -1,9 +1,9 @@
-"""Loggers of a training by name: Lightning's, each in the stage's folder, each gone on with after a kill.
+"""The loggers of a training, made from their names in the run file; a resumed training goes on in the same logs.
 
     train.loggers --> classes and arguments --> Lightning loggers --log_metrics--> logs/tensorboard, a tracker, ...
 
-A resumed training takes some steps again. No logger shows them twice: TensorBoard drops what it has of them, the file
-of `csv` is written anew from metrics.csv, and any other receives a step only if it did not receive it before.
+A resumed training takes some steps again, and no logger shows them twice: TensorBoard drops its earlier entries of
+these steps, the file of `csv` is written again from metrics.csv, and any other logger receives each step only once.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _IDS_NAME = "loggers.json"
 
 @dataclass(frozen=True)
 class LogBook:
-    """What loggers must know of a training.
+    """The facts about a training from which its loggers are made.
 
     Attributes:
-        logs: folder that receives what they write.
-        work: folder that lives as long as the training is unfinished.
-        metrics: the training's metrics.csv, as it was when it stopped.
-        first_step: that the training begins with; above 0 it goes on from a checkpoint.
-        title: of the training.
+        logs: The folder into which loggers write.
+        work: The folder that exists as long as the training is unfinished.
+        metrics: The training's metrics.csv, as an earlier process left it.
+        first_step: The step after which this process begins; above 0 the training resumes from a checkpoint.
+        title: The title of the training.
     """
 
     logs: Path
@@ -51,13 +51,13 @@ class LogBook:
 
 @dataclass(frozen=True)
 class _Known:
-    """A logger that goes by a name.
+    """A logger that the run file can name by one word.
 
     Attributes:
-        class_path: of the logger.
-        package: that it needs, as Python imports it and pip installs it.
-        arguments: where it writes, for a training and the id of an earlier log of it, if there is one.
-        id_of: what finds its log again; None where the folder does.
+        class_path: The import path of the logger's class.
+        package: The package that the logger needs; its import name is also its name for pip.
+        arguments: Returns the arguments of the class, from a training and the id of its earlier log if there is one.
+        id_of: Returns the id by which a log is found again; None where the log is found by its folder.
     """
 
     class_path: str
@@ -67,7 +67,7 @@ class _Known:
 
 
 def _tensorboard(book: LogBook, _: str | None) -> dict[str, Any]:
-    # steps to come that earlier files hold are not shown
+    # TensorBoard then ignores later steps in the files of an earlier process.
     again = {"purge_step": book.first_step + 1}
     return {"save_dir": str(book.logs), "name": "tensorboard", "version": "", "default_hp_metric": False, **again}
 
@@ -100,18 +100,19 @@ def require_loggers(settings: Sequence[str | dict[str, Any]]) -> None:
     """Refuse a logger that does not exist, or whose package is missing.
 
     Raises:
-        SettingError: there is no such logger.
-        InputError: it needs a package that is not installed.
+        SettingError: A logger does not exist.
+        InputError: A logger needs a package that is not installed.
     """
     for one in map(_Wanted.read, settings):
         one.find()
 
 
 def make_loggers(settings: Sequence[str | dict[str, Any]], book: LogBook) -> list[ResumedLogger]:
-    """The loggers, ready for the steps to come; those of a training that was killed go on in their logs.
+    """Make the loggers of a training; those of a training that was killed go on in their earlier logs.
 
     Raises:
-        SettingError, InputError: as `require_loggers`; or a logger does not take its arguments.
+        SettingError: A logger does not exist, or does not take its arguments.
+        InputError: A logger needs a package that is not installed.
     """
     ids = _remembered(book)
     loggers = []
@@ -133,7 +134,7 @@ def make_loggers(settings: Sequence[str | dict[str, Any]], book: LogBook) -> lis
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A logger of the run file."""
+    """A logger that the run file asks for; `known` is set if it can be named by one word."""
 
     name: str
     class_path: str
@@ -148,17 +149,17 @@ class _Wanted:
         return cls(name, known.class_path if known else name, dict(arguments), known)
 
     def find(self) -> Any:
-        """The class."""
+        """Import the logger's class and return it."""
         module, _, name = self.class_path.rpartition(".")
         if self.known is not None and importlib.util.find_spec(self.known.package) is None:
             raise self._missing(self.known.package)
         try:
             found = getattr(importlib.import_module(module), name)
-            # a run file names a logger, not whatever else could be called
+            # A run file may name loggers only, not any other callable.
             if isinstance(found, type) and issubclass(found, Logger):
                 return found
         except ModuleNotFoundError as error:
-            # a module that is missing inside of the package that is named is no such module
+            # If the missing module is inside the named package, the class path is wrong; else a package is missing.
             if error.name is not None and ("." not in error.name or not module.startswith(error.name)):
                 raise self._missing(error.name) from None
         except (AttributeError, ValueError):
@@ -196,7 +197,7 @@ class _Wanted:
 
 
 def _log_again(logger: Any, book: LogBook) -> None:
-    """Its file is begun anew by every process."""
+    """Log the rows of metrics.csv again, because the logger begins its file anew in every process."""
     for row in read_rows(book.metrics):
         if int(row["step"]) <= book.first_step:
             values = {name: float(value) for name, value in row.items() if value and name != "step"}

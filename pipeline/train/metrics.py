@@ -1,6 +1,6 @@
-"""What a training writes down while it runs: rows of metrics.csv and of every logger, and the progress bar.
+"""Writes the figures of a running training: rows of metrics.csv and of every logger, and the progress bar.
 
-micro-batch --RunningSums, on the device--> one look at the interval --> row --> metrics.csv, loggers
+micro-batch --RunningSums, on the device--> read once an interval --> row --> metrics.csv, loggers
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ COLUMNS = ("step", *TRAINING_SCALARS)
 
 @dataclass(frozen=True)
 class ResumedLogger:
-    """One of Lightning's loggers.
+    """A Lightning logger and the last step that it has logged.
 
     Attributes:
-        logger: itself.
-        last_step: the last step that it has logged.
+        logger: The Lightning logger.
+        last_step: The last step that it has logged; rows up to this step are not sent to it again.
     """
 
     logger: Any
@@ -42,14 +42,14 @@ class ResumedLogger:
 
 
 class MetricsFile:
-    """`metrics.csv`, and the loggers that receive its rows; the first process of a training writes, no other.
+    """`metrics.csv` and the loggers that receive its rows; only rank 0 of a training writes.
 
-    After a resume, rows of steps that will be taken again are dropped. Loggers receive a row after the file has it.
+    After a resume, the rows of steps that will be taken again are dropped. A row reaches the file before the loggers.
 
     Args:
-        path: of the file.
-        first_step: that a resumed training begins with.
-        loggers: that receive the steps after their last one.
+        path: The path of the file.
+        first_step: The step after which the training begins; above 0 it resumes from a checkpoint.
+        loggers: The loggers; each receives the rows of steps after its last one.
     """
 
     def __init__(self, path: Path, first_step: int, loggers: Sequence[ResumedLogger] = ()) -> None:
@@ -66,7 +66,7 @@ class MetricsFile:
 
     @rank_zero_only
     def add(self, *, step: int, **values: float | None) -> None:
-        """Append a row; columns that are left out, or None, stay empty."""
+        """Append a row; columns without a value, or with None, stay empty."""
         known = {name: value for name, value in values.items() if value is not None}
         with self._path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow({"step": step, **known})
@@ -76,56 +76,64 @@ class MetricsFile:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Whole rows of a metrics file, by their columns; none where there is no file."""
+    """Return the complete rows of a metrics file as dictionaries by column; an empty list where there is no file."""
     if not path.is_file():
         return []
-    # a killed process may have left half a row at the end
+    # A killed process may have left an incomplete row at the end.
     whole, _, _ = path.read_text().rpartition("\n")
     rows = csv.DictReader(whole.splitlines())
     return [row for row in rows if None not in row and None not in row.values() and row["step"].isdigit()]
 
 
 class RunningSums:
-    """Sums over the micro-batches of an interval; they lie on the device, so that adding waits for nothing."""
+    """Sums over the micro-batches of an interval. They stay on the device, so that adding does not wait for it."""
 
     def __init__(self) -> None:
         self._sums: torch.Tensor | None = None
 
     def add(self, values: Sequence[torch.Tensor]) -> None:
-        """Add one of each; all of them scalars of one device."""
+        """Add one value to each sum; the values are scalars on one device, always in the same order."""
         row = torch.stack([value.detach() for value in values]).double()
         self._sums = row if self._sums is None else self._sums + row
 
     def look(self, trainer: Any) -> list[float] | None:
-        """The sums over all processes, None before anything was added: this waits for the device."""
+        """Return the sums over all ranks, or None before anything was added. This waits for the device."""
         if self._sums is None:
             return None
         sums: list[float] = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
         return sums
 
     def take(self, trainer: Any) -> list[float]:
-        """The sums over all processes, which begin anew: this waits for the device."""
+        """Return the sums over all ranks and reset them. This waits for the device."""
         sums = self.look(trainer)
         assert sums is not None
         self._sums = None
         return sums
 
     def put(self, sums: list[float] | None, trainer: Any, device: torch.device) -> None:
-        """Go on from sums over all processes; the first one has them all."""
+        """Continue from sums over all ranks, as `look` returned them: rank 0 takes them, and the others begin at 0."""
         if sums is not None:
             share = 1.0 if trainer.is_global_zero else 0.0
             self._sums = share * torch.tensor(sums, dtype=torch.float64, device=device)
 
 
 class Metrics(lightning.Callback):
-    """Writes a row every few steps and at the end.
+    """Writes a row of figures every few steps and after the last step.
 
-    A row's `train_loss`, `train_kl`, `train_ce` and `gradient_norm` are means since the row before: over micro-batches
-    of all processes, over steps for the norm, which is taken before clipping. `train_kl` is the divergence that alpha
-    weighs, over the micro-batches that have one, as they have not at alpha 0; for a `sampled` cache it counts the
-    samples' own entropy, not the teacher's. `tokens_per_s` and `data_wait_fraction`, the part of the time in which the
-    loader was waited for, leave out measurements on held-out text.
-    `memory_bytes` is the most that tensors have taken on a GPU so far, or what the process takes now on a CPU.
+    `train_loss`, `train_kl`, `train_ce` (nats/token) and `gradient_norm` (before clipping) are means since the previous
+    row: over the micro-batches of all ranks, or over steps for the norm. `train_kl` is the divergence that alpha
+    weighs, over the micro-batches that have one; with alpha 0 there is none. For a `sampled` cache it contains the
+    entropy of the samples, not that of the teacher. `data_wait_fraction` is the share of the time spent waiting for the
+    loader. It and `tokens_per_s` leave out the time of measurements on held-out text. `memory_bytes` is the peak memory
+    of tensors so far on a GPU, and the current memory of the process on a CPU.
+
+    Args:
+        file: Receives the rows.
+        watch: Is asked to check all pending losses and gradients before a row is written.
+        timer: Measures the time spent waiting for the loader and in measurements.
+        every_steps: Number of steps from one row to the next.
+        steps_per_epoch: Number of steps in one pass over the data.
+        tokens_per_step: Number of targets in a step.
     """
 
     def __init__(
@@ -144,22 +152,22 @@ class Metrics(lightning.Callback):
         self._begin(0)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        """The step that a resumed training begins with has its row."""
+        """Restore the sums of a resumed training, whose first step already has its row, and start the interval."""
         self._seen_step = trainer.global_step
         self._losses.put(self._loaded.get("losses"), trainer, module.device)
         self._norms.put(self._loaded.get("norms"), trainer, module.device)
         self._begin(trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint within an interval keeps its sums, so that a resumed training writes the same row."""
+        """Store the sums of the current interval, so that a resumed training writes the same row at its end."""
         checkpoint[_STATE] = {"losses": self._losses.look(trainer), "norms": self._norms.look(trainer)}
 
     def on_load_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Have them ready for the start."""
+        """Keep the stored sums until the training starts."""
         self._loaded = checkpoint.get(_STATE, {})
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Add up; write a row at the interval, and at the last step."""
+        """Add the micro-batch's figures to the sums, and write a row if it is due or after the last step."""
         self._losses.add(_means(module, batch))
         step = trainer.global_step
         if step == self._seen_step:
@@ -199,11 +207,11 @@ class Progress(lightning.Callback):
         self._meter, self._last_step = meter, -1
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        """Begin where a resumed training begins."""
+        """Start counting at the step from which a resumed training goes on."""
         self._last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Count tokens of every micro-batch and steps as they are taken."""
+        """Count the tokens of every micro-batch, and each step that was completed."""
         step = trainer.global_step
         note = _losses(module, batch) if batch.labels_BL.device.type == "cpu" else ""
         self._meter.advance(step - self._last_step, tokens=batch.num_tokens, note=note)
@@ -211,7 +219,7 @@ class Progress(lightning.Callback):
 
 
 def _losses(module: DistillationModule, batch: Batch) -> str:
-    """The losses of the last micro-batch by their names: of every arm what can be compared with the others' first."""
+    """Return the losses of the last micro-batch as text, first the cross-entropy, which can be compared across arms."""
     _, ce, kl, _, _ = (float(value.detach()) for value in _means(module, batch))
     if module.last is None or module.last.kl_N is None:
         return f"cross-entropy {ce:.3f}"
@@ -219,16 +227,18 @@ def _losses(module: DistillationModule, batch: Batch) -> str:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """On a GPU the most that tensors have taken at once so far; on a CPU what the process takes now."""
+    """Return the peak bytes of tensors so far on a GPU, or the bytes of memory that the process holds now on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # the second number of the file is of pages in memory
+    # The second number in the file is the resident set size in pages.
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _means(module: DistillationModule, batch: Batch) -> list[torch.Tensor]:
-    """Loss, cross-entropy and divergence of a micro-batch as the loss takes them, over rows that count; 1 if it has a
-    divergence, which it has not where alpha is 0; and 1."""
+    """Return a micro-batch's loss, its cross-entropy and divergence as means over its labels, and two counters.
+
+    The counters are 1 if the micro-batch has a divergence (it has none where alpha is 0) or else 0, and always 1.
+    """
     last = module.last
     assert last is not None
     known = batch.num_counted

@@ -1,6 +1,6 @@
-"""The README.md of a trained student: what it is, what it was made of, and what it came to.
+"""Writes the model card (README.md) of a trained student: its settings, its inputs and its held-out figures.
 
-Its head is the YAML that the Hugging Face hub reads.
+The card begins with the YAML block that the Hugging Face hub reads.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def model_card(
     totals: Mapping[str, Any],
     metrics: Path,
 ) -> str:
-    """The text of the card.
+    """Return the text of the model card.
 
     Args:
-        context: of the train stage.
-        settings: of this arm.
-        recording: that was learnt from.
-        temperature: at which teacher and student were compared.
-        facts: of the student.
-        totals: of the training.
-        metrics: its metrics.csv; the last held-out figures of it stand in the card.
+        context: The context of the train stage.
+        settings: The settings of the arm.
+        recording: The recording that the student learnt from.
+        temperature: The temperature at which teacher and student were compared.
+        facts: The facts about the student.
+        totals: The totals of the training.
+        metrics: The training's metrics.csv, whose last held-out figures are shown in the card.
     """
     cache, name = context.input("cache"), f"{context.run.name}-{context.instance.arm}-seed-{context.instance.seed}"
     cached = CacheFacts.model_validate(cache.manifest.facts)
@@ -103,13 +103,13 @@ def model_card(
 
 
 def heldout_figures(metrics: Path) -> dict[str, float]:
-    """The last held-out figures of a metrics.csv, by their columns."""
+    """Return the last held-out figures in a metrics.csv, by column."""
     measured = [row for row in read_rows(metrics) if row["validation_loss"]]
     return {name: float(measured[-1][name]) for name in _FIGURES if measured and measured[-1][name]}
 
 
 def _head(context: StageContext, name: str, figures: Mapping[str, float]) -> str:
-    # what the hub calls a base model has an id there; a folder of this machine means nothing to it
+    # A base model on the hub is an id of the hub; a local folder would mean nothing there.
     given = (context.run.student.path, _given_teacher(context.input("cache")))
     bases = [path for path in given if path is not None and is_id(path)]
     results = [
@@ -198,10 +198,10 @@ def _loss(settings: TrainSettings, temperature: float) -> str:
 
 
 def is_id(path: str) -> bool:
-    """Whether it looks like a model's id on the hub, and no folder of that name is here."""
+    """Return whether `path` looks like a model's id on the hub, and no local folder has that name."""
     return not path.startswith((".", "~", "/")) and path.count("/") <= 1 and not Path(path).exists()
 
 
 def escaped(value: str) -> str:
-    """A value as a cell of a table."""
+    """Return a text in the form that a cell of a Markdown table needs."""
     return value.replace("|", "\\|").replace("\n", " ")

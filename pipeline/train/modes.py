@@ -1,4 +1,4 @@
-"""A model in evaluation mode for as long as it is looked at."""
+"""Puts a model into evaluation mode for the length of a block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards each part is in the mode that it was in, which may not be the model's."""
+    """Switch a model to evaluation mode, and restore the mode of each submodule afterwards, since modes may differ."""
     modes = {part: part.training for part in model.modules()}
     model.eval()
     try:

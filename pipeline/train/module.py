@@ -1,4 +1,4 @@
-"""The Lightning module: any Hugging Face causal language model, its head and loss replaced by the fused one.
+"""The Lightning module that trains any Hugging Face causal language model with a fused head and loss.
 
 Legend: B sequences, L targets a sequence, N = B x L rows, H hidden, K ids kept, V vocabulary.
 """
@@ -41,26 +41,27 @@ from capgap.schemas.run_train import USUAL_CLIP
 class DistillationModule(lightning.LightningModule):
     """Computes `alpha T^2 KL + (1 - alpha) CE` of a batch; with alpha 0 it is plain language-model training.
 
-    A step of several micro-batches has the mean over all its rows, each with its weight, however many of them a
-    micro-batch has. What has no part in the model's logits, such as a vision tower, is frozen.
+    The loss of a step is the weighted mean over all its rows, however they are spread over micro-batches. Parts of the
+    model that do not contribute to its logits, such as a vision tower, are frozen.
 
     Args:
-        model: the student.
-        settings: learning rate, decay and so on.
-        num_steps: optimizer steps of the whole training.
-        alpha: weight of the KL in the first step.
-        temperature: of the targets.
-        vocab_size: real vocabulary; the head's rows past it are padding.
-        objective: what stands for the KL, how alpha moves, what rows count.
-        num_micro_batches: of a step, over all ranks.
+        model: The student.
+        settings: The learning rate, the weight decay and further settings of the optimization.
+        num_steps: Number of optimizer steps in the whole training.
+        alpha: Weight of the KL in the first step, in [0, 1].
+        temperature: Temperature T of the targets.
+        vocab_size: Size of the real vocabulary; rows of the head past it are padding.
+        objective: The divergence that is used as KL, how alpha changes, and the weights of rows.
+        num_micro_batches: Number of micro-batches in a step, over all ranks.
 
     Attributes:
-        last: loss of the last micro-batch.
-        top_N: top-1 tokens of the last micro-batch with targets that was measured in evaluation mode.
-        gradient_norm: of the last step, before it was clipped; a scalar tensor.
+        last: The loss of the last micro-batch, with the KL and the cross-entropy of its rows.
+        top_N: The top-1 tokens of the last micro-batch with targets that was measured in evaluation mode, int64.
+        gradient_norm: The norm of the last step's gradient before clipping; a scalar tensor.
 
     Raises:
-        InputError: the model's head or its router cannot be served, or it cannot checkpoint its activations.
+        InputError: The fused loss does not support the model's head or router, or the model does not support
+            activation checkpointing.
     """
 
     def __init__(
@@ -89,28 +90,28 @@ class DistillationModule(lightning.LightningModule):
         self._frozen = frozenset(
             name for name, one in self.named_parameters(remove_duplicate=False) if not one.requires_grad
         )
-        # Lightning's: whether a checkpoint must have every parameter
+        # Lightning reads it: whether a checkpoint must contain every parameter.
         self.strict_loading = not self._frozen
         if settings.activation_checkpointing:
             checkpoint_activations(model)
 
     def on_fit_start(self) -> None:
-        """Compile where the training runs."""
+        """Compile the layers, if the settings ask for it, once the model is on the device of the training."""
         if self._settings.compile:
             compile_layers(self.model, self._head.decoder, self.device)
 
     def configure_model(self) -> None:
-        """Divide the parameters among the ranks, where the strategy has a mesh to divide them over."""
+        """Divide the parameters among the ranks, if the strategy has a device mesh."""
         if self.device_mesh is not None and not isinstance(self, FSDPModule):
             shard(self, self.model, self.device_mesh["data_parallel"], self._settings.precision)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Frozen weights are where they were read from."""
+        """Leave frozen weights out of the checkpoint, because they are those of the model's own folder."""
         saved = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in saved.items() if name not in self._frozen}
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """Loss of one micro-batch; of several, by its share of what counts in the step."""
+        """Return the loss of a micro-batch, times its share of labels where a step has several micro-batches."""
         alpha = self._objective.alpha(self._alpha, self.global_step, self._num_steps)
         self.last = self.loss(batch, alpha)
         if self._num_micro_batches == 1:
@@ -118,17 +119,21 @@ class DistillationModule(lightning.LightningModule):
         return self._shares.weigh(self.last.loss, self._counted(batch))
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Make the gradient that of the mean over all that counts in the step."""
+        """Rescale the gradient into that of the mean over all labels of the step."""
         if self._num_micro_batches > 1:
             self._shares.settle(self.model.parameters(), self._num_micro_batches)
 
     def loss(self, batch: Batch, alpha: float) -> SparseKl:
-        """Loss of a batch, and the KL and cross-entropy of each of its N rows.
+        """Return the loss of a batch, and the KL and cross-entropy of each of its N rows.
 
-        In training the loss has the router's in it, where that is asked for.
+        In training mode the loss includes the router's load-balancing loss, if the objective asks for it.
+
+        Args:
+            batch: The micro-batch, on the module's device.
+            alpha: Weight of the KL, in [0, 1].
 
         Raises:
-            InputError: rows hold several sequences or documents, and the model would look across them.
+            InputError: Rows hold several sequences or documents, and the model's attention reaches across them.
         """
         several = {} if batch.positions_BL is None else ending_attention(self.model, batch.positions_BL)
         router = self._router if self.training else None
@@ -138,7 +143,7 @@ class DistillationModule(lightning.LightningModule):
             )
         result = self._loss_of(output.last_hidden_state, batch, alpha)
         if not self.training and batch.ids_NK is not None and batch.chunk_left_N is None:
-            # here, where ranks that share the head hold all of it
+            # It is computed here because FSDP2 gathers the head for the duration of this method.
             read = self._head.inputs(output.last_hidden_state.detach())
             self.top_N = top_ids(read["hidden_NH"], read["weight_VH"].detach(), read["bias_V"], self._vocab_size)
         if router is None:
@@ -166,9 +171,10 @@ class DistillationModule(lightning.LightningModule):
         )
 
     def _policy_gradient(self, hidden_BLH: torch.Tensor, batch: Batch, alpha: float, clip: float) -> SparseKl:
-        """alpha times the policy gradient and 1 - alpha times the cross-entropy; the KL is the ratio's estimate of it.
+        """Return alpha times the policy-gradient loss plus 1 - alpha times the cross-entropy.
 
-        Its value is a distance only in the mean: that of ratio times the student's logprob minus the teacher's.
+        The KL of a row is the importance ratio times the difference of the student's and the teacher's logprob. Only
+        its mean estimates a divergence: the value of a single row may be negative.
         """
         assert batch.writer_logprobs_N is not None and batch.teacher_logprobs_N is not None
         labels_N = batch.labels_BL.flatten()
@@ -189,11 +195,11 @@ class DistillationModule(lightning.LightningModule):
 
     @property
     def clip(self) -> float:
-        """How far from 1 a ratio of the student's probability to the writer's is outside."""
+        """The largest difference from 1 at which an importance ratio is not yet clipped."""
         return self._objective.ratio_clip or USUAL_CLIP
 
     def divergence_name(self, batch: Batch) -> str:
-        """What the loss takes for the distance from the teacher, for people."""
+        """Return a readable name of the divergence that the loss of a batch uses, for the progress bar."""
         if self._objective.ratio_clip and batch.writer_logprobs_N is not None:
             return "reverse KL from the student's tokens"
         name = {"forward_kl": "KL", "reverse_kl": "reverse KL", "jsd": "JSD"}[self._objective.divergence]
@@ -203,11 +209,11 @@ class DistillationModule(lightning.LightningModule):
         return f"{name} to {target}"
 
     def _loss_of_chunks(self, hidden_BLH: torch.Tensor, batch: Batch, alpha: float) -> SparseKl:
-        """alpha times the chunks' divergences and 1 - alpha times the labels' cross-entropies, all over the labels.
+        """Return alpha times the chunks' divergences plus 1 - alpha times the cross-entropies, as a mean over labels.
 
-        A label in no chunk to learn from has the whole of its cross-entropy, or text of which the teacher says nothing
-        would count less than other text. Added to it is `projected_weight` times the divergences of projected targets,
-        over the labels too.
+        A label outside all chunks counts with its whole cross-entropy; otherwise text for which the teacher gives no
+        likelihood would weigh less than other text. `projected_weight` times the divergences of projected targets, also
+        over the number of labels, is added.
         """
         assert batch.chunk_left_N is not None and batch.chunk_logprobs_N is not None
         labels_N = batch.labels_BL.flatten()
@@ -225,7 +231,7 @@ class DistillationModule(lightning.LightningModule):
         return SparseKl(loss, kl_N.detach(), -logprobs_N.detach())
 
     def _projected(self, hidden_BLH: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The sum of the divergences of projected targets, at temperature 1."""
+        """Return the sum of the divergences of projected targets at temperature 1."""
         assert batch.weights_NK is not None
         has_N = (batch.weights_NK.amax(dim=1) > 0).float()
         found = linear_sparse_kl(
@@ -237,27 +243,28 @@ class DistillationModule(lightning.LightningModule):
             row_weights_N=has_N,
             vocab_size=self._vocab_size,
         )
-        # a mean over the rows that have one
+        # The loss is a mean over the rows with a projected target.
         return found.loss * has_N.sum()
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its learning rate, stepped every optimizer step."""
+        """Return AdamW and its learning rate schedule, which moves at every optimizer step."""
         return optimizer_and_schedule(self.model.parameters(), self._settings, self._num_steps)
 
     def configure_gradient_clipping(self, optimizer: Any, *unused: Any, **also_unused: Any) -> None:
-        """Clip the step's gradient; Lightning's own clipping refuses fused optimizers under mixed precision.
+        """Clip the step's gradient.
 
-        Its reason is gradient scaling, which bfloat16 does without.
+        Lightning's own clipping refuses fused optimizers under mixed precision because of gradient scaling, which
+        bfloat16 does not need.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm)
         self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _counted(self, batch: Batch) -> torch.Tensor:
-        """The weights of the rows whose labels count, over the number of all rows: a scalar, without a host sync."""
+        """Return the weights of the rows with a label over the number of all rows, a scalar, without a host sync."""
         labels_N = batch.labels_BL.flatten()
         weights_N = self._objective.row_weights(batch)
         if weights_N is None and batch.num_counted is not None:
-            # filled in where it lies: a copy from the host would be waited for
+            # The value is filled in on the device, because a copy from the host would have to be waited for.
             share = batch.num_counted / batch.num_tokens
             return torch.full((), share, dtype=torch.float64, device=labels_N.device)
         counts_N = ((labels_N >= 0) & (labels_N < self._vocab_size)).float()
@@ -277,5 +284,5 @@ def _targets(batch: Batch) -> SparseTargets:
         none = torch.zeros((num_rows, 1), device=device)
         return SparseTargets(none.long(), none, None)
     recording: Recording = "sampled" if batch.tail_N is None else "topk"
-    # ids of a cache are distinct, and its reader has looked at every number
+    # The ids in a cache are distinct, and its reader has checked every value, so they are not checked again.
     return SparseTargets(batch.ids_NK, batch.weights_NK, batch.tail_N, recording, checked=True)

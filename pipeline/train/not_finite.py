@@ -1,10 +1,11 @@
-"""A loss or a gradient that is not finite stops the training at once, by name, and its batch is kept.
+"""Stops a training at a loss or gradient that is not finite, names its sequences and stores its micro-batches.
 
-    micro-batch --> two flags on the device --copied beside the computation--> looked at a few micro-batches later
+    micro-batch --> two flags on the device --copied during the computation--> checked a few micro-batches later
                                                                           and before anything is written
 
-No step waits for the device. On a CPU the flags are looked at at once; on a GPU at most four micro-batches later. A row
-of metrics, a measurement and a checkpoint wait for all flags, so none of them is ever of a poisoned model.
+No step waits for the device. The flags are checked at once on a CPU, and at most four micro-batches later on a GPU.
+Before a metrics row, a measurement or a checkpoint all flags are checked, so none of these comes from a model whose
+weights were spoiled by such a gradient.
 
 Legend: N rows of a micro-batch.
 """
@@ -28,30 +29,32 @@ from capgap.schemas.errors import InputError
 
 NOT_FINITE_FOLDER = "not-finite"
 
-# A GPU is given work for some milliseconds ahead; four micro-batches are more than that, and little to lose.
+# The host queues a few milliseconds of work ahead of a GPU. Four micro-batches take longer than that, and little
+# computation is lost by noticing a fault four micro-batches late.
 _BEHIND = 4
 
 
 class MicroBatchSource(Protocol):
-    """Where micro-batches come from."""
+    """A loader that can make any micro-batch of the training again."""
 
     def micro_batch(self, number: int) -> Batch:
-        """This rank's micro-batch of that number, made again."""
+        """Return this rank's micro-batch of the given number, made again."""
 
     def names(self, number: int) -> list[str]:
-        """Shard, member and row of each of its sequences."""
+        """Return shard, member and row of each sequence of the micro-batch with the given number."""
 
 
 @dataclass(frozen=True)
 class _Flags:
-    """What one micro-batch came to.
+    """The loss and gradient norm of one micro-batch, and whether they are finite.
 
     Attributes:
-        number: of the micro-batch, over the whole training.
-        finite_2: whether its loss and the gradient of the step that it ended are finite, in the host's memory.
-        copied: when that copy is done; None where nothing had to be copied.
-        values_2: the loss and the gradient's norm, on the device.
-        rows_N: what came of each row, on the device: one sum of its KL and cross-entropy.
+        number: Number of the micro-batch, counted over the whole training.
+        finite_2: Whether the loss is finite, and whether the norm is; bool, in the host's memory.
+        copied: The event that marks the end of the copy to the host; None where nothing had to be copied.
+        values_2: The loss, and the norm of the gradient of the step that the micro-batch completes or else 0; on the
+            device.
+        rows_N: The sum of KL and cross-entropy of each row, on the device.
     """
 
     number: int
@@ -68,10 +71,10 @@ class NotFinite(lightning.Callback):
     """Stops at the first loss or gradient that is not finite.
 
     Args:
-        source: of the micro-batches.
-        accumulate: micro-batches in a step.
-        folder: receives the micro-batches at fault; it must not outlive the training.
-        setting: what else a replay must know, as JSON values.
+        source: The loader, which makes the micro-batches at fault again.
+        accumulate: Number of micro-batches in a step on each rank.
+        folder: The folder that receives the micro-batches at fault; it must be deleted when the training is finished.
+        setting: JSON values that a replay needs beside the micro-batches.
     """
 
     def __init__(self, source: MicroBatchSource, accumulate: int, folder: Path, setting: dict[str, Any]) -> None:
@@ -79,10 +82,10 @@ class NotFinite(lightning.Callback):
         self._pending: deque[_Flags] = deque()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Note the flags, and look at those that have arrived.
+        """Record whether the micro-batch's loss and gradient are finite, and check the flags that have arrived.
 
         Raises:
-            InputError: one of them is not finite.
+            InputError: A loss or a gradient is not finite.
         """
         last, loss = module.last, module.last.loss.detach()
         ends_step = (batch_idx + 1) % self._accumulate == 0
@@ -95,16 +98,20 @@ class NotFinite(lightning.Callback):
             self._look(trainer)
 
     def settle(self, trainer: Any) -> None:
-        """Wait for all flags; errors as `on_train_batch_end`."""
+        """Wait for all pending flags and check them.
+
+        Raises:
+            InputError: A loss or a gradient is not finite.
+        """
         while self._pending:
             self._look(trainer)
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Let no checkpoint be of a model that met what is not finite."""
+        """Check all pending flags, so that no checkpoint is saved after a loss or gradient that is not finite."""
         self.settle(trainer)
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        """Let the last weights be of no such model either."""
+        """Check all pending flags, so that the final weights do not follow a loss or gradient that is not finite."""
         self.settle(trainer)
 
     def _look(self, trainer: Any) -> None:
@@ -119,7 +126,7 @@ class NotFinite(lightning.Callback):
         step = flags.number // self._accumulate
         loss_is_finite = bool(flags.finite_2[0])
         what, value = ("gradient's norm", norm) if loss_is_finite else ("loss", loss)
-        # the norm is of all that the step added up
+        # The gradient is a sum over all micro-batches of the step, so any of them may be at fault.
         first = step * self._accumulate if loss_is_finite else flags.number
         kept = [self._kept(number, flags) for number in range(first, flags.number + 1)]
         setting = self._setting | {"what": what, "value": str(value), "step": step + 1}
@@ -137,7 +144,7 @@ class NotFinite(lightning.Callback):
     def _kept(self, number: int, flags: _Flags) -> KeptBatch:
         names = self._source.names(number)
         rows = [] if number != flags.number else flags.rows_N.isfinite().logical_not().nonzero().flatten().tolist()
-        # as many rows a sequence
+        # The rows are divided evenly among the sequences.
         wrong = sorted({row * len(names) // len(flags.rows_N) for row in rows})
         return KeptBatch(number, self._source.micro_batch(number), names, [names[i] for i in wrong] or names)
 
@@ -153,6 +160,6 @@ def _to_host(flags_2: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | No
 
 
 def _list(names: Sequence[str]) -> str:
-    """All of them, or the first few and how many more."""
+    """Return all names as text, or the first four and the number of the others."""
     shown = "; ".join(names[:4])
     return shown if len(names) <= 4 else f"{shown}; and {len(names) - 4} sequences more"

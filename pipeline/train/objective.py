@@ -1,4 +1,4 @@
-"""Which loss a student is trained by, and whether a cache supports it.
+"""The loss that a student is trained with, and the check that a cache supports it.
 
 Legend: N rows, K ids kept.
 """
@@ -20,25 +20,26 @@ from capgap.schemas.run_cache import RecordingName
 from capgap.schemas.run_needs import require_chunks
 from capgap.schemas.run_train import TrainSettings
 
-# A row of which the teacher is certain still has a loss to be measured, though next to none to learn from.
+# The least weight of a row: a row for which the teacher is certain still counts a little in the measured loss.
 _LEAST_ENTROPY_NATS = 1e-4
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a row, and what each row counts.
+    """The loss of a row, and the weight of each row.
 
     Attributes:
-        divergence: which; with `ratio_clip` that of text which no student wrote.
-        tail: what becomes of the teacher's probability outside the kept ids; None is what the recording has.
-        beta: of `jsd`.
-        final_alpha: weight of the divergence in the last step; None is that of the first.
-        alpha_schedule: how it gets there.
-        token_weights: what a row counts.
-        router_loss_weight: of the load-balancing loss of a mixture of experts.
-        projected_weight: of the divergence of an aligned cache's projected targets.
-        ratio_clip: text of which the writer's logprobs are known is learnt by a policy gradient with this clip; None
-            learns it by the divergence as well.
+        divergence: The divergence between teacher and student. With `ratio_clip` it is used only for text that no
+            student wrote.
+        tail: How the loss treats the teacher's probability outside the kept ids; None uses the recording's default.
+        beta: The beta of `jsd`, in (0, 1).
+        final_alpha: Weight of the divergence in the last step; None keeps the weight of the first step.
+        alpha_schedule: How alpha moves from its first to its final value.
+        token_weights: The weights of rows: all equal, or the entropy of the teacher.
+        router_loss_weight: Weight of the load-balancing loss of a mixture of experts.
+        projected_weight: Weight of the divergence of an aligned cache's projected targets.
+        ratio_clip: The clip of the policy gradient, which is the loss for text whose writer's logprobs are known. With
+            None the divergence is the loss for such text too.
     """
 
     divergence: Divergence = "forward_kl"
@@ -52,18 +53,19 @@ class Objective:
     ratio_clip: float | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `linear_sparse_kl` that the objective decides."""
+        """Return the arguments of `linear_sparse_kl` that the objective decides."""
         return {"divergence": self.divergence, "tail": self.tail, "beta": self.beta}
 
     @property
     def of_chunks(self) -> ChunkDivergence:
-        """The divergence of chunks; those that have another one are measured by forward KL."""
+        """The divergence of chunks: reverse KL if that is the objective's divergence, and forward KL otherwise."""
         return "reverse_kl" if self.divergence == "reverse_kl" else "forward_kl"
 
     def measured_on(self, recording: Recording) -> Objective:
-        """The objective that measures a cache's held-out sequences: this one, or forward KL if they do not support it.
+        """Return the objective for a cache's held-out sequences: this one, or forward KL if they do not support it.
 
-        An arm that learns from the text alone, or from the teacher itself, may ask for what the cache does not support.
+        An arm that learns from text alone or from an online teacher may have a divergence that the cache does not
+        support.
         """
         try:
             check_pair(recording, self.divergence, self.tail or _own_tail(recording))
@@ -72,7 +74,13 @@ class Objective:
         return self
 
     def alpha(self, first: float, step: int, num_steps: int) -> float:
-        """Weight of the divergence in a step, counted from 0; from the last step on it is `final_alpha`, exactly."""
+        """Return the weight of the divergence in a step.
+
+        Args:
+            first: The weight in the first step.
+            step: Number of the step, counted from 0. From the last step on the weight is exactly `final_alpha`.
+            num_steps: Number of optimizer steps in the whole training.
+        """
         if self.final_alpha is None or step == 0:
             return first
         if step >= num_steps - 1:
@@ -83,10 +91,10 @@ class Objective:
         return first + (self.final_alpha - first) * done
 
     def row_weights(self, batch: Batch) -> torch.Tensor | None:
-        """What each row counts [N], float32, beside its label's mask; None where all count the same.
+        """Return the weight of each row [N], float32, before the loss mask is applied; None where all are equal.
 
-        `entropy` is that of the teacher's recorded distribution, with the tail as one id: a lower bound of the whole.
-        Text without targets has none, and its rows count the same.
+        For `entropy` it is the entropy in nats of the teacher's recorded distribution with the tail as one id, which is
+        a lower bound of the entropy over the whole vocabulary. Rows of text without targets have equal weights.
         """
         if self.token_weights == "equal" or batch.weights_NK is None:
             return None
@@ -97,11 +105,16 @@ class Objective:
 
 
 def objective_of(settings: TrainSettings, recording: RecordingName, where: Path | str) -> Objective:
-    """What the settings ask for.
+    """Return the objective that the settings ask for.
+
+    Args:
+        settings: The settings of the training.
+        recording: The recording of the cache that the student learns from.
+        where: Folder or URL of the cache, for error messages.
 
     Raises:
-        MismatchError: the recording does not support it; the divergence is not looked at where the cache's targets do
-            not count.
+        MismatchError: The recording does not support the objective. Its divergence is checked only if the training uses
+            the cache's targets.
     """
     objective = Objective(
         "forward_kl" if settings.divergence == "policy_gradient" else settings.divergence,
@@ -141,7 +154,7 @@ def objective_of(settings: TrainSettings, recording: RecordingName, where: Path 
             "the cache does not support these token weights",
             where=where,
             found="sampled targets with train.token_weights entropy",
-            # the entropy of n samples is not above log n, and it varies with the very samples that it would weigh
+            # The entropy of n samples is at most log n, and it depends on the same samples that it would weigh.
             expected="a topk recording: a few samples do not give the teacher's entropy",
             fix="leave train.token_weights out, or learn from a topk recording",
         )
@@ -152,12 +165,18 @@ def _of_chunks(objective: Objective, settings: TrainSettings, where: Path | str)
     try:
         require_chunks("train", settings)
     except ValueError as error:
-        raise MismatchError("an aligned cache does not support this", where=where, found=error) from None
+        raise MismatchError("an aligned cache does not support this setting", where=where, found=error) from None
     return objective
 
 
 def require_projected(settings: TrainSettings, num_ids: int, where: Path | str) -> None:
-    """Raise MismatchError where projected targets are asked for and the aligned cache, of `num_ids`, has none."""
+    """Raise MismatchError if the settings need projected targets and the aligned cache has none.
+
+    Args:
+        settings: The settings of the training.
+        num_ids: Number of ids in each projected target of the cache; 0 without projected targets.
+        where: Folder or URL of the cache, for error messages.
+    """
     if settings.counted_projected_weight > 0 and not num_ids:
         raise MismatchError(
             "the aligned cache has no projected targets",

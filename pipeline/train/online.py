@@ -1,10 +1,10 @@
-"""The undistorted baseline: the teacher in the loop, the divergence over the whole vocabulary.
+"""The exact baseline: the teacher runs beside the student, and the divergence is over the whole vocabulary.
 
     tokens --student--> hidden [N, H] --+--> a chunk of rows: two logits [C, V] --> divergence, CE
        \\---teacher, frozen--> [N, G] --+        and at once their gradients: no logits are kept
 
-It is for small models, to hold a cached training against: this is the one place where teacher and student stand on a
-device together. Everything but the target is that of the cached training: sequences, order, optimizer, context.
+It is for small models, as a reference for a training from a cache: only here are teacher and student on one device at
+once. Everything except the targets is as in a training from a cache: sequences, order, optimizer and context rule.
 
 Legend: B sequences, L targets a sequence, N = B x L rows, n rows that count, C rows of a chunk, V real vocabulary,
 H hidden of the student, G hidden of the teacher.
@@ -30,35 +30,36 @@ from capgap.pipeline.train import heads
 from capgap.pipeline.train.attention import ending_attention, rows_are_known
 from capgap.pipeline.train.module import DistillationModule
 
-# Elements of one [C, V] tensor, of which about eight stand at once: 4 MiB of float32 near a CPU's cache, 128 on a GPU.
+# Elements of one [C, V] tensor, of which about eight exist at once. As float32 they take 4 MiB, which is about the size
+# of a CPU's cache, or 128 MiB on a GPU.
 _CHUNK_ELEMENTS_CPU = 2**20
 _CHUNK_ELEMENTS_GPU = 2**25
-# With fewer rows, adding a chunk's gradient of the head [V, H] to the others' takes longer than making it.
+# With fewer rows in a chunk, adding its gradient of the head [V, H] to the sum takes longer than computing it.
 _MIN_CHUNK_ROWS = 256
 
 
 class OnlineModule(DistillationModule):
-    """As `DistillationModule`, with the teacher's whole distribution in the place of the batch's targets.
+    """A `DistillationModule` that learns from the teacher's whole distributions instead of the batch's targets.
 
     Args:
-        *args: as `DistillationModule` takes them.
-        teacher: on the device of the training; it is frozen here, and is no part of the module's state.
-        **kwargs: as `DistillationModule` takes them.
+        *args: The arguments of `DistillationModule`.
+        teacher: The teacher, on the device of the training. It is frozen, and is no part of the module's state.
+        **kwargs: The keyword arguments of `DistillationModule`.
 
     Raises:
-        InputError: the teacher's head cannot be served, as the student's.
+        InputError: The head of the student or of the teacher is not supported.
     """
 
     def __init__(self, *args: Any, teacher: PreTrainedModel, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # in a tuple, and so no submodule: neither optimizer nor checkpoints nor strategies are to see it
+        # A module in a tuple is not registered as a submodule, so optimizer, checkpoints and strategies ignore it.
         self._teacher = (teacher.requires_grad_(False).eval(), heads.served_head(teacher, self._vocab_size))
         self._teacher_head = HeadWeights.from_teacher(self._teacher[1])
 
     def _loss_of(self, hidden_BLH: Tensor, batch: Batch, alpha: float) -> SparseKl:
-        """As `DistillationModule`; in training the divergence is that of all V probabilities.
+        """Return the loss of a batch; in training mode its divergence is over all V probabilities.
 
-        Held-out sequences are measured against the cache, as in any other training.
+        In evaluation mode, held-out sequences are measured against the cache, as in any other training.
         """
         if alpha == 0 or not self.training:
             return super()._loss_of(hidden_BLH, batch, alpha)
@@ -79,7 +80,7 @@ class OnlineModule(DistillationModule):
 
     @torch.no_grad()
     def _teacher_hidden(self, batch: Batch) -> Tensor:
-        """The teacher's hidden states, computed in its own dtype, whatever the student's precision is."""
+        """Return the teacher's hidden states [N, G], computed in its own dtype, whatever the student's precision is."""
         teacher, head = self._teacher
         several = {} if batch.positions_BL is None else ending_attention(teacher, batch.positions_BL)
         with torch.autocast(batch.input_ids_BL.device.type, enabled=False), rows_are_known(batch.positions_BL):
@@ -90,13 +91,13 @@ class OnlineModule(DistillationModule):
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """What turns hidden states into logits.
+    """The weights and constants with which a head turns hidden states into logits.
 
     Attributes:
-        weight_VH: rows past the real vocabulary are padding.
-        bias_V: None where there is none.
-        softcap: c, where logits are c tanh(logits / c).
-        scale: factor of the logits, before the cap.
+        weight_VH: The head's weight, whose rows past the real vocabulary are padding.
+        bias_V: The head's bias, or None.
+        softcap: The value c of a soft cap, by which logits z become c tanh(z / c); None without a cap.
+        scale: The factor by which logits are multiplied before the cap.
     """
 
     weight_VH: Tensor
@@ -106,23 +107,26 @@ class HeadWeights:
 
     @classmethod
     def from_teacher(cls, head: heads.LmHead) -> HeadWeights:
-        """Those of a frozen teacher; a copy in float32 where the device cannot sum 16-bit products in float32."""
+        """Return the weights of a frozen teacher, in float32 if the device cannot sum 16-bit products in float32."""
         weight_VH = head.linear.weight.detach()
         if not has_wide_products(weight_VH.device):
             weight_VH = weight_VH.to(torch.promote_types(weight_VH.dtype, torch.float32))
         return cls(weight_VH, head.linear.bias, head.softcap, head.scale)
 
     def logits(self, hidden_CH: Tensor, vocab_size: int) -> Tensor:
-        """[C, V] of the real vocabulary, as the training's precision has them: float32, or float64 for float64."""
+        """Return the logits [C, V] of the real vocabulary, float32 (float64 for float64 inputs).
+
+        The product is computed in the training's precision, which may be 16 bits under autocast.
+        """
         logits_CV = linear(hidden_CH, *self._real(vocab_size))
         return self._changed(logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)))
 
     def exact_logits(self, hidden_CH: Tensor, vocab_size: int) -> Tensor:
-        """As `logits`, never rounded to 16 bits and without gradients: as a cache would have them."""
+        """Return the logits [C, V] without gradients and never rounded to 16 bits, like those a cache is made from."""
         return self._changed(float32_logits(hidden_CH, *self._real(vocab_size)))
 
     def _real(self, vocab_size: int) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias without the padding; no slice where there is none, whose gradient would be a copy."""
+        """Return weight and bias without padding, and unsliced if there is none, as a slice's gradient is a copy."""
         if len(self.weight_VH) == vocab_size:
             return self.weight_VH, self.bias_V
         return self.weight_VH[:vocab_size], None if self.bias_V is None else self.bias_V[:vocab_size]
@@ -148,25 +152,25 @@ def linear_full_kl(
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
 ) -> SparseKl:
-    """Mean over rows of alpha T^2 KL + (1 - alpha) CE, where KL is of all V probabilities of teacher and student.
+    """Return the mean over rows of alpha T^2 KL + (1 - alpha) CE, where KL is over all V probabilities.
 
     The definitions are those of `linear_sparse_kl` at K = V. Gradients flow to the student's hidden states and head.
-    Memory beyond the inputs and gradients is that of a chunk: its gradients are computed with its loss, and its logits
-    given up.
+    Beyond inputs and gradients, memory holds the logits of one chunk of rows: the gradients of a chunk are computed
+    together with its loss, and its logits are then freed.
 
     Args:
-        hidden_NH: the student's last hidden states.
-        head: the student's.
-        teacher_hidden_NG: the teacher's last hidden states.
-        teacher_head: the teacher's; nothing flows to it.
-        labels_N: real next tokens, int64. A row whose label lies outside [0, vocab_size) does not count.
-        alpha: share of the KL, in [0, 1].
-        temperature: teacher's and student's logits are divided by it for the KL; CE is at temperature 1.
+        hidden_NH: The student's last hidden states.
+        head: The student's head.
+        teacher_hidden_NG: The teacher's last hidden states.
+        teacher_head: The teacher's head, which receives no gradient.
+        labels_N: The real next tokens, int64. A row whose label lies outside [0, vocab_size) does not count.
+        alpha: Weight of the KL, in [0, 1].
+        temperature: The temperature T by which both models' logits are divided for the KL. CE is at temperature 1.
         divergence: `forward_kl`, `reverse_kl` or `jsd` (arXiv:2306.13649).
-        beta: of `jsd`: weight of KL(teacher || mixture), and the teacher's share of the mixture.
-        row_weights_N: what each row counts; all the same where it is left out.
-        vocab_size: columns at or past it are padding; all are real where it is left out.
-        chunk_rows: rows whose logits stand in memory together; left out, as many as are fast on the device.
+        beta: For `jsd`, the weight of KL(teacher || mixture) and the teacher's share of the mixture.
+        row_weights_N: The weight of each row; equal weights where it is None.
+        vocab_size: Size of the real vocabulary; columns at or past it are padding. None if all columns are real.
+        chunk_rows: Number of rows whose logits are in memory together; None chooses a number that is fast.
     """
     vocab_size = len(head.weight_VH) if vocab_size is None else vocab_size
     live_n = ((labels_N >= 0) & (labels_N < vocab_size)).nonzero()[:, 0]
@@ -175,7 +179,7 @@ def linear_full_kl(
         chunk_rows = max(_MIN_CHUNK_ROWS, elements // vocab_size)
 
     def rows(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, chunk_C: Tensor) -> tuple[Tensor, Tensor]:
-        """KL and CE of a chunk."""
+        """Return the KL and the CE of each row of a chunk [C]."""
         student_CV = HeadWeights(weight_VH, bias_V, head.softcap).logits(hidden_CH, vocab_size)
         with torch.no_grad(), torch.autocast(hidden_CH.device.type, enabled=False):
             teacher_CV = teacher_head.exact_logits(teacher_hidden_NG[chunk_C], vocab_size).to(student_CV.dtype)
@@ -190,7 +194,7 @@ def linear_full_kl(
         shares_n = torch.full_like(live_n, 1 / max(1, len(live_n)), dtype=wide)
     else:
         shares_n = row_weights_N[live_n].to(wide)
-        # without a row that counts the loss is 0, and so are its gradients
+        # If no row counts, the loss and its gradients are 0 instead of NaN.
         shares_n = shares_n / shares_n.sum().clamp_min(torch.finfo(wide).tiny)
     factors = (alpha * temperature**2, 1 - alpha)
     starts = range(0, len(live_n), chunk_rows)
@@ -201,7 +205,7 @@ def linear_full_kl(
 
 
 class _SumOfChunks(torch.autograd.Function):
-    """The weighted sum of the chunks' losses, whose gradients are made chunk by chunk on the way forward."""
+    """The weighted sum of the chunks' losses; the forward pass computes the gradients too, chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -213,7 +217,7 @@ class _SumOfChunks(torch.autograd.Function):
         chunks: Sequence[tuple[Tensor, Tensor]],
         factors: tuple[float, float],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, and KL and CE [N] of each row, 0 where it does not count."""
+        """Return the loss, and the KL and the CE of each row [N], which are 0 for rows that do not count."""
         inputs = (hidden_NH, weight_VH, bias_V)
         needed = [index for index in range(len(inputs)) if ctx.needs_input_grad[index]]
         sums = {index: torch.zeros_like(inputs[index]) for index in needed}  # type: ignore[arg-type]
@@ -241,7 +245,7 @@ class _SumOfChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-        """The gradients, times that of the loss."""
+        """Return the stored gradients times the gradient of the loss."""
         given: list[Any] = [None] * 6
         for index, gradient in zip(ctx.needed, ctx.saved_tensors, strict=True):
             given[index] = gradient * grad
@@ -253,9 +257,15 @@ def _softened(logits_CV: Tensor, temperature: float) -> Tensor:
 
 
 def full_divergence(logp_NV: Tensor, logq_NV: Tensor, divergence: Divergence, beta: float) -> Tensor:
-    """The divergence of each row, by its definition, from the log-probabilities of teacher p and student q [N, V].
+    """Return the divergence of each row [N] in nats, computed by its definition.
 
     In the reverse KL a teacher's logprob below -30 counts as -30, as in `linear_sparse_kl`.
+
+    Args:
+        logp_NV: The teacher's logprobs.
+        logq_NV: The student's logprobs.
+        divergence: `forward_kl`, `reverse_kl` or `jsd`.
+        beta: The beta of `jsd`.
     """
     if divergence == "forward_kl":
         return _kl(logp_NV, logq_NV)

@@ -1,4 +1,4 @@
-"""The teacher of an online training, brought onto the device if teacher and student fit there together."""
+"""Loads the teacher of an online training onto the device, if teacher and student fit there together."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from capgap.schemas.facts import CacheFacts, ModelFacts
 from capgap.schemas.run_train import TrainSettings
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# weights, their gradients and the optimizer's two moments
+# the student's weights, their gradients and the optimizer's two moments
 _COPIES_OF_A_STUDENT = 4
 
 
 def online_teacher(context: StageContext, cache: CacheFacts, settings: TrainSettings) -> PreTrainedModel:
-    """The run's teacher on the device of the stage, in the dtype in which it made the cache.
+    """Load the run's teacher onto the device of the stage, in the dtype in which it made the cache.
 
     Raises:
-        MachineError: it does not fit there beside the student.
-        InputError: there is no such model.
+        MachineError: The teacher does not fit on the device beside the student.
+        InputError: The model does not exist.
     """
     teacher, student = context.input("teacher"), context.input(f"student/seed-{context.instance.seed}")
     dtype = _DTYPES.get(cache.dtypes[0], torch.float32)
@@ -46,13 +46,21 @@ def require_room(
     device: str,
     free: int,
 ) -> None:
-    """Raise MachineError where `free` bytes hold less than a student in training and the teacher.
+    """Raise MachineError if a student in training and the teacher need more than `free` bytes.
 
     Counted are the student's weights, gradients and moments, and the teacher's weights, with its head once more in
-    float32 where the device needs that copy; activations come on top of that.
+    float32 where the device needs that copy. Activations are not counted.
+
+    Args:
+        student: The facts about the student.
+        student_dtype: The dtype of the student's weights.
+        teacher: The facts about the teacher.
+        teacher_dtype: The dtype of the teacher's weights.
+        device: The device of the training.
+        free: Number of bytes that are free on the device.
     """
     for_student = _COPIES_OF_A_STUDENT * student.num_parameters * student_dtype.itemsize
-    # embedding and head, of which one may be the other's
+    # Embedding and head together, which may share one weight: an upper bound of the head's size.
     outside = teacher.num_parameters - teacher.num_non_embedding_parameters
     copied = 0 if has_wide_products(torch.device(device)) else outside * torch.float32.itemsize
     for_teacher = teacher.num_parameters * teacher_dtype.itemsize + copied
@@ -62,6 +70,6 @@ def require_room(
             where="train.targets: online",
             found=f"{free / 1e9:.1f} GB free on {device}",
             expected=f"{for_student / 1e9:.1f} GB for the student in training and {for_teacher / 1e9:.1f} GB for the "
-            "teacher, and activations",
-            fix="learn from the cache (targets: cache), where they never meet",
+            "teacher, and more for activations",
+            fix="learn from the cache (targets: cache), which needs no teacher on the device",
         )

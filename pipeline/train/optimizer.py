@@ -16,7 +16,15 @@ from capgap.schemas.run_optimization import OptimizationSettings
 def optimizer_and_schedule(
     parameters: Iterable[nn.Parameter], settings: OptimizationSettings, num_steps: int
 ) -> dict[str, Any]:
-    """Fused AdamW over the parameters that are trained, as Lightning takes it; its rate moves every optimizer step."""
+    """Return fused AdamW over the trainable parameters and its learning rate schedule, in the form Lightning expects.
+
+    Matrices have weight decay, and vectors have none. The learning rate moves at every optimizer step.
+
+    Args:
+        parameters: The parameters of the model, including frozen ones.
+        settings: The settings of the optimization.
+        num_steps: Number of optimizer steps in the whole training.
+    """
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": settings.weight_decay},
@@ -28,14 +36,19 @@ def optimizer_and_schedule(
 
 
 def learning_rate_factor(settings: OptimizationSettings, step: int, num_steps: int) -> float:
-    """The learning rate of a step over its peak.
+    """Return the learning rate of a step as a fraction of its peak.
 
-    `wsd` is that of MiniCPM (arXiv 2404.06395): warm-up, stable, decay. Its `exponential` decay is that paper's, `sqrt`
-    the one that Haegele et al. found best (arXiv 2405.18392).
+    `wsd` is the schedule of MiniCPM (arXiv 2404.06395): warm-up, stable, decay. The `exponential` decay comes from that
+    paper, and `sqrt` is the decay that Haegele et al. found best (arXiv 2405.18392).
+
+    Args:
+        settings: The settings of the optimization.
+        step: Number of the step, counted from 0.
+        num_steps: Number of optimizer steps in the whole training.
     """
     warmup, last, low = settings.warmup_fraction * num_steps, num_steps - 1, settings.final_learning_rate_ratio
     if step >= last > 0:
-        # also where a decay has less than a step, or the warm-up leaves it none
+        # This also holds if the decay is shorter than a step, or the warm-up leaves no step for it.
         return low
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -43,7 +56,7 @@ def learning_rate_factor(settings: OptimizationSettings, step: int, num_steps: i
     start = num_steps * (1 - settings.decay_share) if is_wsd else warmup
     if step < start:
         return 1.0
-    # a training of one step has the peak
+    # A training of a single step uses the peak.
     done = (step - start) / (last - start) if last else min(step, 1.0)
     if not is_wsd:
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))

@@ -1,8 +1,8 @@
-"""Compute a kept batch again, alone: `python -m capgap.pipeline.train.replay FOLDER [--model FOLDER]`.
+"""Compute a kept batch again by itself: `python -m capgap.pipeline.train.replay FOLDER [--model FOLDER]`.
 
-The weights are those of the training's newest checkpoint, or those that it began with where there is none. A fault
-of the data shows at once; one that weights grew into may need the last steps before it, which the same `capgap`
-command takes again.
+The weights are those of the training's newest checkpoint, or those with which it began if there is none. A fault in the
+data shows at once. A fault that develops in the weights may need the last steps before it, which are taken again if the
+same `capgap` command is repeated.
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ from capgap.schemas.run_optimization import OptimizationSettings
 
 
 def setting_of(task: TrainingTask, model: PreTrainedModel, checkpoints: Path, num_steps: int) -> dict[str, Any]:
-    """What a replay must know, as JSON values."""
+    """Return the JSON values that a replay needs.
+
+    Args:
+        task: The training.
+        model: The student.
+        checkpoints: The folder of the training's checkpoints.
+        num_steps: Number of optimizer steps in the whole training.
+    """
     return {
         "model": model.name_or_path,
         "checkpoints": str(checkpoints.resolve()),
@@ -44,19 +51,19 @@ def setting_of(task: TrainingTask, model: PreTrainedModel, checkpoints: Path, nu
 
 
 def replay(folder: Path, model: str | None = None) -> Iterator[str]:
-    """A line about the weights, and one about each micro-batch: its loss, its gradient's norm, and its sequences.
+    """Yield a line about the weights, then one about each micro-batch: its loss, gradient norm and sequences.
 
     Args:
-        folder: that the training named.
-        model: folder of the model, where it is not where it was, or was made for the training.
+        folder: The folder that the training's error names.
+        model: Folder of a model of the same shape, if the training's model has moved or never had a folder.
 
     Raises:
-        InputError: there is no kept batch, or no model.
+        InputError: There is no kept batch, or no model.
     """
     kept, setting = load_batches(folder)
     path = model or setting["model"]
     if not path:
-        raise InputError("the model had no folder", where=folder, fix="name one of its shape with --model")
+        raise InputError("the model had no folder", where=folder, fix="name a model of the same shape with --model")
     settings = OptimizationSettings.model_validate(setting["settings"])
     objective = Objective(**setting["objective"])
     module = DistillationModule(
@@ -94,10 +101,10 @@ def _computed(module: DistillationModule, one: KeptBatch, alpha: float, is_mixed
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="replay", description="Compute a kept batch again, alone, on the CPU.")
-    parser.add_argument("folder", type=Path, help="that the training named")
-    parser.add_argument("--model", help="the model's folder, where the training's is gone or had none")
+    """Run the command line and return its exit code."""
+    parser = argparse.ArgumentParser(prog="replay", description="Compute a kept batch again by itself, on the CPU.")
+    parser.add_argument("folder", type=Path, help="the folder that the training's error names")
+    parser.add_argument("--model", help="a folder of the model, if the training's folder is gone or it had none")
     flags = parser.parse_args(argv)
     try:
         for line in replay(flags.folder, flags.model):

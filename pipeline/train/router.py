@@ -1,6 +1,7 @@
-"""The loss that keeps the experts of a mixture evenly used (Switch Transformer: arXiv 2101.03961).
+"""The load-balancing loss, which keeps the use of a mixture's experts even (Switch Transformer: arXiv 2101.03961).
 
-It belongs to the model, not to its head, so a fused head does not lose it: transformers has it beside each such model.
+It depends on the decoder and not on the head, so it works with the fused head. Transformers defines it in the module of
+each such model.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ class RouterLoss:
     """The load-balancing loss of a model, averaged over its layers and the tokens of a micro-batch.
 
     Args:
-        model: a mixture of experts.
+        model: A mixture of experts.
 
     Raises:
-        InputError: transformers has no such loss for it.
+        InputError: Transformers has no load-balancing loss for the model.
     """
 
     arguments = {"output_router_logits": True}  # noqa: RUF012
-    """Arguments of the decoder's forward, whose output `__call__` reads."""
+    """Arguments of the decoder's forward, so that its output has the router logits that `__call__` reads."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         loss: Callable[..., torch.Tensor] | None = getattr(
@@ -44,6 +45,10 @@ class RouterLoss:
         self._loss = loss
 
     def __call__(self, output: Any) -> torch.Tensor:
-        """1 where all experts are chosen equally often, the number of experts over those chosen where one set is."""
+        """Return the loss, a scalar, from the decoder's output.
+
+        It is the number of experts that a token uses if all experts are used evenly, and rises to the number of all
+        experts if every token uses the same ones.
+        """
         router_logits = output.router_logits
         return self._loss(router_logits, router_logits[0].shape[-1], self._num_chosen)

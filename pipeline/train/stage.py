@@ -1,4 +1,4 @@
-"""The train stage: one student, one arm, one seed."""
+"""The train stage: trains one student, for one arm and one seed."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_train import TrainSettings
 
 _LOG = logging.getLogger("capgap")
-# of an arm that stands beside the others as the student was before them
+# The totals of an arm with `max_tokens: 0`, whose student is measured beside the others without training.
 _UNTRAINED = {"num_steps": 0, "num_tokens": 0, "num_epochs": 0.0}
 
 
 def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
-    """Refuse what does not fit together.
+    """Refuse inputs that do not fit together or do not support the settings.
 
     Raises:
-        MismatchError: caches, corpus and student do not belong together, or a recording has not what the loss needs.
-        SettingError: a cache lacks the recording or the temperature, or caches do not fit into rows of one length; or
-            there is no such logger; or the teacher is to take part, and the run has none.
-        InputError: a cache is empty or smaller than a step, or longer than the student takes; or neither the cache nor
-            a corpus has held-out sequences; or a logger's package is not installed.
-        CorruptError: a file of the student, or of a teacher that takes part, is not what it was.
+        MismatchError: Caches, corpus, teacher and student do not belong together, or a recording lacks what the loss
+            needs.
+        SettingError: A cache lacks the recording or the temperature, caches do not fit into rows of one length, a
+            logger does not exist, or the teacher is to be asked online and the run has none.
+        InputError: A cache is empty, smaller than a step, or has longer sequences than the student takes; neither the
+            cache nor a corpus has held-out sequences; or a logger's package is not installed.
+        CorruptError: A file of the student, or of an online teacher, has changed since it was written.
     """
     assert instance.arm is not None
     settings = with_replay(run, instance)
@@ -58,16 +59,17 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     if settings.needs_teacher:
         _require_same_teacher(inputs["cache"], inputs.get("teacher"))
         model_path(inputs["teacher"])
-    # before a finished training is thrown away for a new one
+    # The student's files are checked here so that a finished training is not deleted for one that cannot begin.
     model_path(inputs[f"student/seed-{instance.seed}"], to_train=True)
 
 
 def run(context: StageContext) -> StageResult:
-    """Train and write the folder `model`, and of a student of few bits `high_precision` beside it.
+    """Train a student and write the folder `model`, with `high_precision` beside it for a student of few bits.
 
     Raises:
-        MismatchError, SettingError, InputError: as `check` and `fit`.
-        MachineError: as `fit`; or the teacher is to take part, and does not fit on the device beside the student.
+        MismatchError, SettingError, InputError, CorruptError: `check` or `fit` refuses the inputs.
+        MachineError: The student does not fit into the device's memory, alone or beside an online teacher, or
+            torch.compile does not work.
     """
     check(context.run, context.instance, context.inputs)
     instance, text = context.instance, RunText.among(context.inputs)
@@ -81,7 +83,7 @@ def run(context: StageContext) -> StageResult:
     if heldout is None and settings.needs_targets:
         _LOG.info("%s: the cache has no held-out sequences: nearness to the teacher is not measured", instance.name)
     path = model_path(student, to_train=True)
-    # a bfloat16 student is trained on float32 weights unless the run file says otherwise
+    # A student stored in bfloat16 is trained with float32 weights unless the run file says otherwise.
     dtype = torch.bfloat16 if settings.precision == "bf16-true" else torch.float32
     num_parts = context.ranks.world_size if is_sharded(settings, context.ranks) else 1
     trusted = context.run.student.trust_remote_code
@@ -119,7 +121,7 @@ def run(context: StageContext) -> StageResult:
         return StageResult()
     of_text = RunText(context.input("cache")).tokenizer()
     tokenizer = load_tokenizer(path, trusted)
-    # the cache's may be the teacher's
+    # The chat template is the student's own if it has one; the cache's may be that of the teacher.
     tokenizer.chat_template = tokenizer.chat_template or of_text.chat_template
     folder = context.folder / MODEL_FOLDER
     save_trained(model, tokenizer, context.folder, is_quantised(load_config(path, trusted)))
@@ -130,7 +132,13 @@ def run(context: StageContext) -> StageResult:
 
 
 def _writer_logprobs(context: StageContext, settings: TrainSettings, cache: str | None) -> WriterLogprobs | None:
-    """Those of the text of a cache, by its name in the mix, where the loss asks for them and a student wrote it."""
+    """Return the writer's logprobs of a cache's text, or None if the loss needs none or no student wrote the text.
+
+    Args:
+        context: The context of the train stage.
+        settings: The settings of the training.
+        cache: The cache's name in the mix; None for the run's own cache.
+    """
     asks = settings.needs_targets and settings.divergence == "policy_gradient"
     return _logprobs(context, cache, "student") if asks else None
 

@@ -1,6 +1,6 @@
-"""How far a student has gone from the one that wrote the text it learns from: its importance ratios there.
+"""Measures how far a student has moved away from the one that wrote the text it learns from, by importance ratios.
 
-of each token: the student's probability now over the writer's --> mean, quantiles, share outside a clip, samples left
+student's probability of each token over the writer's --> mean, quantiles, share outside a clip, effective sample size
 
 Legend: N tokens.
 """
@@ -20,16 +20,17 @@ _QUANTILES = (0.05, 0.5, 0.95)
 
 @dataclass(frozen=True)
 class RatioFigures:
-    """The ratios of a text's tokens; all are 1 as long as the student is the one that wrote it.
+    """Figures of a text's importance ratios, which are all 1 as long as the student has not changed since writing it.
 
     Attributes:
-        mean: 1 in expectation, whatever the student: how far it is from 1 shows how few tokens the rest is known of.
-        p5: a twentieth of the tokens has a lower ratio.
-        median: half of them has.
-        p95: a twentieth has a higher one.
-        outside: share farther from 1 than the clip.
-        effective: effective sample size over the number of tokens, (sum of ratios)^2 / (N sum of squares): what they
-            are worth, weighted by their ratios, beside as many of the student's own.
+        mean: The mean ratio. Its expectation is 1 for any student, so its distance from 1 shows the sampling error of
+            all these figures.
+        p5: The 5th percentile.
+        median: The median.
+        p95: The 95th percentile.
+        outside: The share of tokens whose ratio differs from 1 by more than the clip, in [0, 1].
+        effective: The effective sample size over the number of tokens, (sum of ratios)^2 / (N sum of squares), in
+            (0, 1]: how many tokens of the student's own would give as exact a mean as one of these, weighted by ratio.
     """
 
     mean: float
@@ -40,17 +41,17 @@ class RatioFigures:
     effective: float
 
     def rounded(self) -> dict[str, float]:
-        """By the columns of metrics.csv."""
+        """Return the figures, rounded to 6 digits, by their columns in metrics.csv."""
         return {f"ratio_{name}": round(value, 6) for name, value in asdict(self).items()}
 
 
 def ratio_figures(logprobs_N: Tensor, writer_N: Tensor, clip: float = USUAL_CLIP) -> RatioFigures:
-    """The figures of at least one token.
+    """Compute the figures of a text with at least one token.
 
     Args:
-        logprobs_N: the student's, nats.
-        writer_N: the writer's.
-        clip: how far from 1 is outside.
+        logprobs_N: The student's logprob of each token, in nats.
+        writer_N: The writer's logprob of each token, in nats.
+        clip: The difference from 1 above which a ratio counts as outside.
     """
     ratio_N = importance_ratio(logprobs_N.double(), writer_N.double())
     low, middle, high = torch.quantile(ratio_N, torch.tensor(_QUANTILES, dtype=ratio_N.dtype).to(ratio_N.device))

@@ -1,8 +1,9 @@
-"""How the ranks of a training share a model: each has all of it (DDP), or each a part of every parameter (FSDP2).
+"""How the ranks of a training share a model: each has all of it (DDP), or a part of every parameter (FSDP2).
 
-The fused loss takes the head whole. Under FSDP2 every layer is a unit of its own, gathered for its forward and its
-backward; what is left - embedding, last norm, head, tied or not - is the root's, which FSDP2 gathers when the loss is
-called and keeps until backward has its gradients. So `DistillationModule.loss` is registered as the root's forward.
+The fused loss needs the whole head. Under FSDP2 every layer is a unit that is gathered for its forward and its backward
+pass. The other parameters (embedding, last norm and head, tied or not) belong to the root unit, which FSDP2 gathers for
+the root's forward and keeps until it has their gradients. So `DistillationModule.loss` is registered as a forward
+method of the root.
 """
 
 from __future__ import annotations
@@ -28,29 +29,35 @@ from capgap.schemas.run_optimization import OptimizationSettings
 
 
 def trainer_arguments(settings: OptimizationSettings, ranks: Ranks, device: str) -> dict[str, Any]:
-    """Lightning's arguments for the devices that a training has."""
+    """Return the arguments of Lightning's Trainer for the devices of a training.
+
+    Args:
+        settings: The settings of the optimization.
+        ranks: The ranks of the training.
+        device: The device of this rank, `cpu` or such as `cuda:0`.
+    """
     arguments: dict[str, Any] = {"accelerator": "cpu" if device == "cpu" else "gpu", "use_distributed_sampler": False}
     if ranks.world_size == 1:
         return arguments | {"devices": 1, "plugins": [CheckpointFiles()]}
     nodes = ranks.world_size // ranks.local_size
-    # its variables are what `Ranks` was read from, whoever set them
+    # It reads the same environment variables as `Ranks`, whatever launcher has set them.
     arguments |= {"devices": ranks.local_size, "num_nodes": nodes, "plugins": [TorchElasticEnvironment()]}
     if is_sharded(settings, ranks):
         return arguments | {"strategy": ShardedStrategy(ranks.world_size)}
-    # no buffer of a language model changes while it is trained
+    # Buffers are not broadcast, because those of a language model do not change in training.
     strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True, checkpoint_io=CheckpointFiles())
     return arguments | {"strategy": strategy}
 
 
 def is_sharded(settings: OptimizationSettings, ranks: Ranks) -> bool:
-    """Whether the ranks hold parts of parameters; one rank alone holds all there is."""
+    """Return whether each rank holds only a part of the parameters; a single rank always holds all of them."""
     return settings.strategy == "fsdp2" and ranks.world_size > 1
 
 
 def shard(module: nn.Module, model: PreTrainedModel, mesh: DeviceMesh, precision: str) -> None:
-    """Divide the parameters of `module`, which holds `model`, among the ranks; `module.loss` gathers them.
+    """Divide the parameters of `module`, which contains `model`, among the ranks; `module.loss` gathers them.
 
-    In bf16-mixed, parameters are gathered in bfloat16, and gradients summed and kept in float32.
+    In bf16-mixed, parameters are gathered in bfloat16, and gradients are summed and stored in float32.
     """
     low = torch.bfloat16 if precision == "bf16-mixed" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
@@ -62,11 +69,11 @@ def shard(module: nn.Module, model: PreTrainedModel, mesh: DeviceMesh, precision
 
 @torch.no_grad()
 def gather_into(model: PreTrainedModel | None, sharded: PreTrainedModel) -> None:
-    """Copy the weights of a sharded model into a whole one of the same architecture; all ranks call it.
+    """Copy the weights of a sharded model into a whole one of the same architecture; all ranks must call it.
 
     Args:
-        model: the whole one, on the first rank; None on the others, which only give their parts.
-        sharded: the same model, whose parameters are divided among the ranks.
+        model: The whole model on rank 0; None on the other ranks, which only contribute their parts.
+        sharded: The model whose parameters are divided among the ranks.
     """
     target = {} if model is None else model.state_dict()
     for name, value in sharded.state_dict().items():
@@ -76,9 +83,9 @@ def gather_into(model: PreTrainedModel | None, sharded: PreTrainedModel) -> None
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 over all ranks, with checkpoints of which each rank writes its part; any number of ranks reads them.
+    """FSDP2 over all ranks. Each rank writes its part of a checkpoint, which any number of ranks can read.
 
-    Lightning's own would do so too, but their index is a pickle.
+    Lightning's own sharded checkpoints could do this too, but their index is a pickle.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -86,17 +93,17 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Through `load_optimizer_state_dict`."""
+        """Whether Lightning restores the optimizer, which it does through `load_optimizer_state_dict`."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The parameters, this rank's part of each."""
+        """Return this rank's part of each parameter."""
         assert self.lightning_module is not None
         state: dict[str, Any] = self.lightning_module.state_dict()
         return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state, this rank's part of each tensor; by number, as with whole parameters."""
+        """Return this rank's part of the optimizer's state, by parameter number as for undivided parameters."""
         state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
         return state
 
@@ -107,18 +114,18 @@ class ShardedStrategy(ModelParallelStrategy):
         write_part(checkpoint, folder / f"rank-{self.global_rank:05d}.pt", self.world_size)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = True) -> dict[str, Any]:
-        """What was written, with tensors that are put together when they are asked for."""
+        """Read a checkpoint, with divided tensors as `Pieces`."""
         return read_checkpoint(Path(checkpoint_path))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Take this rank's part of each parameter."""
+        """Load this rank's part of each parameter."""
         assert self.lightning_module is not None
         own, saved = self.lightning_module.state_dict(), checkpoint["state_dict"]
         parts = {name: _part(value, own.get(name)) for name, value in saved.items()}
         self.lightning_module.load_state_dict(parts, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this rank's part of each moment."""
+        """Load this rank's part of each of the optimizer's moments."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             state = {
@@ -129,9 +136,9 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def _part(value: Any, like: Any) -> Any:
-    """This rank's part of a saved tensor, where it goes with a parameter that is divided; the whole of any other."""
+    """Return this rank's part of a saved tensor if `like` is a divided tensor of its shape, else the whole tensor."""
     full = whole(value)
     if not isinstance(like, DTensor) or full.shape != like.shape:
         return full
-    # the same file is read by every rank, so that nothing need be sent
+    # Every rank reads the same files, so nothing has to be sent between ranks.
     return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

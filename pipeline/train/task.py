@@ -1,4 +1,4 @@
-"""What one training is asked to do."""
+"""The description of one training: its data, settings and device."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from capgap.schemas.run_optimization import OptimizationSettings
 
 @dataclass(frozen=True)
 class CacheSource:
-    """A cache that is read beside the task's own.
+    """A cache that a training reads.
 
     Attributes:
-        reader: of its shards.
-        weight: its share of the steps.
-        context: the rule under which its teacher scored.
-        target_temperature: of the targets that the loader hands out; None for that of the stored ones.
-        writer_logprobs: by which its text was sampled, where the loss asks for them.
+        reader: The reader of the cache's shards.
+        weight: The cache's share of the steps, relative to the weights of the others.
+        context: The context rule under which the teacher scored.
+        target_temperature: The temperature to which the loader converts stored targets; None leaves them unchanged.
+        writer_logprobs: Gives the logprobs with which a student sampled the text, if the loss needs them.
     """
 
     reader: ShardReader
@@ -39,29 +39,29 @@ class CacheSource:
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """What to train on, and how.
+    """The data of one training, and the way it is trained.
 
     Attributes:
-        title: shown at the progress bar.
-        settings: of the optimization.
-        training: shards to train on.
-        heldout: shards to measure the held-out loss on; of targets in them nothing is read.
-        alpha: weight of the KL to the targets; 0 for shards without targets.
-        temperature: of the targets.
-        seed: of the data order.
-        device: `cpu` or `cuda:0`; of this rank.
-        folder: of the stage; receives `metrics.csv`, and checkpoints below `work`.
-        target_temperature: what the loader turns stored targets into; None leaves them as they are.
-        objective: which divergence alpha weighs.
-        ranks: which of the training's processes this is; the first alone writes to the folder.
-        heldout_targets: the cache's held-out sequences, the first ones of `heldout`; None where it has none.
-        context: what a model sees before a token of `training` and of `heldout`.
-        row_len: targets in a row of a batch; None for a sequence a row.
-        weight: share of `training` in the micro-batches, where there are others.
-        others: caches to train on as well, by name.
-        teacher: on the device, where its whole distributions take the place of the shards' targets.
-        writer_logprobs: by which the text of `training` was sampled, where the loss asks for them.
-        heldout_logprobs: by which that of `heldout_targets` was, where a student of the run wrote it.
+        title: The title shown at the progress bar.
+        settings: The settings of the optimization.
+        training: The shards to train on.
+        heldout: The shards on which the held-out loss is measured; their targets are not read.
+        alpha: Weight of the KL to the targets in the first step; 0 for shards without targets.
+        temperature: The temperature of the targets.
+        seed: The seed of the data order and of random numbers.
+        device: The device of this rank, `cpu` or such as `cuda:0`.
+        folder: The folder of the stage, which receives `metrics.csv`, and checkpoints below `work`.
+        target_temperature: The temperature to which the loader converts stored targets; None leaves them unchanged.
+        objective: The divergence that alpha weighs, and the weights of rows.
+        ranks: The rank of this process and the number of ranks; only rank 0 writes to the folder.
+        heldout_targets: The cache's held-out sequences, which are the first ones of `heldout`; None without them.
+        context: The context rule of `training` and `heldout`.
+        row_len: Number of targets in a row of a batch; None makes each sequence a row.
+        weight: The share of `training` in the steps, relative to the weights of `others`.
+        others: Further caches to train on, by name.
+        teacher: The model on the device whose whole distributions replace the shards' targets, or None.
+        writer_logprobs: Gives the logprobs with which the text of `training` was sampled, if the loss needs them.
+        heldout_logprobs: Gives the same for the text of `heldout_targets`, if a student of the run wrote it.
     """
 
     title: str
@@ -87,31 +87,31 @@ class TrainingTask:
 
     @property
     def micro_batch(self) -> int:
-        """Sequences in one forward pass of one rank: its whole share of a step where no size is set."""
+        """Number of sequences in one forward pass of one rank; by default the rank's whole share of a step."""
         return self.settings.micro_batch_sequences or max(1, self.settings.batch_sequences // self.ranks.world_size)
 
     @property
     def accumulate(self) -> int:
-        """Micro-batches of a step on each rank."""
+        """Number of micro-batches in a step on each rank."""
         return self.settings.batch_sequences // (self.micro_batch * self.ranks.world_size)
 
     @property
     def checkpoint_folder(self) -> Path:
-        """Where checkpoints are, as long as the training is unfinished."""
+        """The folder of checkpoints, which exists as long as the training is unfinished."""
         return self.folder / WORK_FOLDER / "checkpoints"
 
     @property
     def measures_before(self) -> bool:
-        """Whether held-out sequences are measured before the first step too: where there is a teacher's answer."""
+        """Whether held-out sequences are measured before the first step too, which needs the teacher's targets."""
         return self.alpha > 0 and self.heldout_targets is not None
 
     @property
     def several_in_a_row(self) -> bool:
-        """Whether rows hold sequences or documents that must not see one another."""
+        """Whether rows hold several sequences or documents, and attention must not reach from one to another."""
         rules = {self.context, *(source.context for source in self.others.values())}
         return self.row_len is not None or "document" in rules
 
     @property
     def longest_row(self) -> int:
-        """Tokens of the longest row."""
+        """Number of tokens in the longest row."""
         return self.row_len or self.training.shard_set.seq_len

@@ -1,4 +1,4 @@
-"""Where the time of a training goes: to its steps, to waiting for the loader, or to measurements between them."""
+"""Measures the time that a training spends on waiting for its loader and on measurements between its steps."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from capgap.pipeline.store import Batch
 
 
 class TrainingTimer:
-    """Counts the seconds in which no step was computed.
+    """Counts the seconds in which no step is computed.
 
     Attributes:
-        data_wait_s: seconds spent waiting for the loader's next micro-batch.
-        excluded_s: seconds spent in measurements, which are no part of the training.
+        data_wait_s: Seconds spent waiting for the loader's next micro-batch.
+        excluded_s: Seconds spent in measurements, which do not count as training.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class TrainingTimer:
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Count the time of the block as no part of the training."""
+        """Count the time of the block as `excluded_s`."""
         begun = time.monotonic()
         try:
             yield
@@ -32,21 +32,21 @@ class TrainingTimer:
 
 
 class Loader(Protocol):
-    """What yields the micro-batches of a training, and can go on where it stopped."""
+    """An iterable over the micro-batches of a training, which can resume from a saved state."""
 
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Generator[Batch, None, None] | Iterator[Batch]: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Return the state that a checkpoint stores."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Resume from a stored state."""
 
 
 class TimedLoader:
-    """The same loader; the timer counts how long each micro-batch was waited for."""
+    """Wraps a loader, and lets a timer count how long each micro-batch is waited for."""
 
     def __init__(self, loader: Loader, timer: TrainingTimer) -> None:
         self._loader, self._timer = loader, timer
@@ -69,9 +69,9 @@ class TimedLoader:
                 batches.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """As the loader's."""
+        """Return the state of the wrapped loader."""
         return self._loader.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As the loader's."""
+        """Let the wrapped loader resume from a stored state."""
         self._loader.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""The top-1 tokens of rows, without their logits in memory.
+"""Finds the top-1 tokens of rows without holding all their logits in memory.
 
 Legend: N rows, n of them at a time, V vocabulary, H hidden.
 """
@@ -14,10 +14,16 @@ _TOP_ROWS, _TOP_COLUMNS = 4096, 8192
 def top_ids(
     hidden_NH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, vocab_size: int
 ) -> torch.Tensor:
-    """The most probable of the first `vocab_size` ids of each row [N], int64; the lowest id of several.
+    """Return the most probable id of each row [N], int64; on a tie the lowest one.
 
-    Products are in float32, for in bfloat16 many ids are equally probable. What models do to logits afterwards, a cap
-    or a scale, changes no order.
+    Logits are computed in float32, because many of them tie in bfloat16. A soft cap or a scale that a model applies to
+    its logits is left out, since neither changes their order.
+
+    Args:
+        hidden_NH: The inputs of the head.
+        weight_VH: The weight of the head.
+        bias_V: The bias of the head, or None.
+        vocab_size: Size of the real vocabulary; ids at or past it are not considered.
     """
     found = []
     for hidden_nH in torch.split(hidden_NH, _TOP_ROWS):

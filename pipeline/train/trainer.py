@@ -1,4 +1,4 @@
-"""Lightning's Trainer, set up for a training whose loop, checkpoints, metrics and progress bar are capgap's own."""
+"""Sets up Lightning's Trainer for trainings whose checkpoints, metrics and progress bar are capgap's own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make_trainer(
     loggers: Sequence[ResumedLogger],
     callbacks: list[lightning.Callback],
 ) -> lightning.Trainer:
-    """The trainer of a task: it takes `num_steps` optimizer steps in one pass over the loader."""
+    """Make the trainer of a task, which takes `num_steps` optimizer steps in one pass over the loader."""
     precision = task.settings.precision
     if precision.startswith("bf16"):
         warn_of_slow_products(f"precision {precision}", task.device, "bfloat16", "set precision to 32-true")
@@ -41,7 +41,7 @@ def make_trainer(
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's tips, which are about set-ups that are fixed here."""
+    """Silence Lightning's tips, which concern settings that are fixed here."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The README.md of a tuned model: what it was, what it learnt from, how one talks with it, and what it came to."""
+"""Writes the model card (README.md) of a tuned model: its origin, its conversations, its prompt format, its figures."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def chat_card(
     facts: ModelFacts,
     totals: Mapping[str, Any],
 ) -> str:
-    """The text of the card.
+    """Return the text of the model card.
 
     Args:
-        context: of the tune stage.
-        settings: of it.
-        before: folder or id of the model that was tuned.
-        lesson: tokenizer, template and what was learnt from.
-        facts: of the tuned model.
-        totals: of the stage.
+        context: The context of the tune stage.
+        settings: The settings of the tune stage.
+        before: Folder or id of the model that was tuned.
+        lesson: The tokenizer with its chat template, and the conversations.
+        facts: The facts about the tuned model.
+        totals: The totals of the stage.
     """
     name = f"{context.run.name}-{context.instance.name.replace('/', '-')}"
     lora = settings.lora

@@ -1,4 +1,4 @@
-"""A chat teacher's cache as what a model is tuned on: its distributions after each token of whole conversations."""
+"""A chat teacher's cache to tune a model on: its distributions after each token of whole conversations."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class ChatCache:
     """A cache of conversations.
 
     Attributes:
-        chosen: its recording, at the temperature.
-        text: its conversations, and the tokenizer with their chat template.
-        objective: of the training.
-        heldout: its held-out conversations.
+        chosen: The cache with the recording and the temperature to train with.
+        text: The conversations, and the tokenizer with their chat template.
+        objective: The loss of the training.
+        heldout: The held-out conversations.
     """
 
     chosen: ChosenCache
@@ -34,10 +34,10 @@ class ChatCache:
     heldout: ShardReader
 
     def with_template(self, tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
-        """The tokenizer of the model with the chat template of the conversations, in place.
+        """Give the model's tokenizer, in place, the chat template of the conversations, and return it.
 
         Raises:
-            MismatchError: it is another tokenizer than that of the conversations.
+            MismatchError: The model's tokenizer is not that of the conversations.
         """
         theirs = self.text.tokenizer()
         require_same_tokenizer(theirs, "the chat teacher's cache", tokenizer, where)
@@ -46,11 +46,11 @@ class ChatCache:
 
 
 def chat_cache(settings: TuneSettings, cache: StageInput) -> ChatCache:
-    """The cache that the settings name.
+    """Open the cache that the settings name.
 
     Raises:
-        InputError: it is not of whole conversations, or none of them is held out.
-        SettingError, MismatchError: it has not what the loss needs.
+        InputError: The cache does not hold whole conversations, or none of them is held out.
+        SettingError, MismatchError: The cache lacks what the loss needs.
     """
     facts, loss = CacheFacts.model_validate(cache.manifest.facts), settings.loss_settings()
     recording, temperature = choose(facts, loss, "tune")
@@ -61,7 +61,7 @@ def chat_cache(settings: TuneSettings, cache: StageInput) -> ChatCache:
             "the cache is not of whole conversations",
             where=f"tune.cache: {cache.location}",
             found="a corpus that may cut answers",
-            expected="one of corpus.messages_field with corpus.whole_conversations",
+            expected="a corpus made with corpus.messages_field and corpus.whole_conversations",
             fix="make corpus and cache again with whole_conversations: true",
         )
     heldout = cache.manifest.shard_sets.get(heldout_set(recording))

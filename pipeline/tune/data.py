@@ -1,6 +1,7 @@
-"""The rows that a model is tuned on: conversations of files as shards in the stage's folder, or a chat teacher's cache.
+"""The rows that a model is tuned on, made from files of conversations as shards in the stage's folder.
 
-Whoever finds `work/rows.json` finds all shards: they are made once, whatever is killed, and by one process.
+Rank 0 makes them once and writes `work/rows.json` last, so where that file exists all shards are complete, even if an
+earlier process was killed.
 """
 
 from __future__ import annotations
@@ -35,20 +36,27 @@ _SPLITS: dict[str, Split] = {"train": "student", "heldout": "heldout"}
 
 
 class ChatRows(Record):
-    """The shards of the conversations, and what became of these."""
+    """The shards of the conversations, and counts of what was kept and left out."""
 
     shard_sets: dict[str, ShardSet]
-    """`train` and `heldout`."""
+    """The shard sets `train` and `heldout`."""
 
     totals: dict[str, int] = Field(default_factory=dict)
-    """Counts for people."""
+    """Counts of conversations, answers, rows and labels, for the manifest and the model card."""
 
 
 def chat_rows(context: StageContext, chat: ChatFormat, facts: TokenizerFacts) -> ChatRows:
-    """The rows of the settings' conversations; made by the first rank, once.
+    """Return the rows of the conversations that the settings name; rank 0 makes them if they do not exist.
+
+    With several ranks, every rank must call it.
+
+    Args:
+        context: The context of the tune stage.
+        chat: The tokenizer with its chat template.
+        facts: The facts about that tokenizer.
 
     Raises:
-        InputError: conversations cannot be read, or none is left to learn from or to measure.
+        InputError: Conversations cannot be read, or none is left to learn from or to measure.
     """
     path = context.folder / WORK_FOLDER / _ROWS_NAME
     if context.ranks.is_first and not path.is_file():
@@ -60,15 +68,20 @@ def chat_rows(context: StageContext, chat: ChatFormat, facts: TokenizerFacts) ->
 
 
 def bad_records(settings: TuneSettings, num_named: int = NUM_NAMED) -> BadRecords:
-    """What becomes of records that cannot be used."""
+    """Return the handler for records that cannot be used, which stops at them or skips and counts them.
+
+    Args:
+        settings: The settings of the tune stage.
+        num_named: Number of skipped records that are named in the log.
+    """
     return BadRecords("tune", settings.on_bad_record, settings.max_bad_fraction, num_named)
 
 
 def conversations(settings: TuneSettings, bad: BadRecords) -> Iterator[Document]:
-    """Every conversation, each looked at for an answer.
+    """Yield every conversation, after checking that it has an answer.
 
     Raises:
-        BadRecordError: a record is none, and stops.
+        BadRecordError: A record is not such a conversation, and `on_bad_record` is `stop`.
     """
     chat_files(settings)
     for document in read_documents(settings.sources, "", settings.messages_field, bad, "tune"):
@@ -123,12 +136,12 @@ def _require_labels(settings: TuneSettings, name: str, rows: Sequences, num_drop
         raise InputError(
             "no answer is left to learn from" if name == "train" else "no answer that counts is held out",
             where=f"tune.sources: {', '.join(settings.sources)}",
-            found="answers of weight 0 alone",
-            expected="at least one that is learnt",
+            found="only answers of weight 0",
+            expected="at least one answer with another weight",
             fix="give answers another weight, or change tune.heldout_fraction",
         )
 
 
 def row_facts(rows: ChatRows) -> dict[str, Any]:
-    """The counts for the manifest, those of nothing left out."""
+    """Return the counts for the manifest, without the counts of dropped and bad records that are 0."""
     return {name: number for name, number in rows.totals.items() if number or not ("dropped" in name or "bad" in name)}

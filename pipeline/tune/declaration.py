@@ -1,4 +1,4 @@
-"""What the rest of the pipeline knows of the tune stage."""
+"""Declares the tune stage to the rest of the pipeline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _further(run: RunFile, instance: Instance) -> dict[str, str]:
 
 
 def _sources(run: RunFile, instance: Instance) -> list[Path]:
-    # imported here: whoever reads manifests alone needs no reader of Parquet
+    # imported here because a command that only reads manifests should not import a Parquet reader
     from capgap.pipeline.tune.files import chat_files
 
     assert run.tune is not None

@@ -1,4 +1,4 @@
-"""The files of conversations, found without what it takes to read them."""
+"""Finds the files of conversations, without importing the libraries that read them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from capgap.schemas.run_tune import TuneSettings
 
 
 def chat_files(settings: TuneSettings) -> list[Place]:
-    """The files of the conversations.
+    """Return the files of the conversations that `tune.sources` names.
 
     Raises:
-        InputError: a source names nothing, or no file of records.
+        InputError: A source names no file, or a file of plain text instead of records.
     """
     files = list_files(settings.sources, "tune")
     for file in files:

@@ -1,4 +1,4 @@
-"""What a model is tuned on, and in which tokens: conversations of files, or a chat teacher's cache."""
+"""Chooses the tokenizer, the chat template and the conversations (from files or a chat teacher's cache) of a tuning."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from capgap.schemas.run_tune import TuneSettings
 
 @dataclass(frozen=True)
 class Lesson:
-    """A tokenizer with its chat template, and where the conversations are.
+    """A tokenizer with its chat template, and the source of the conversations.
 
     Attributes:
-        format: the tokenizer, seen to have a template that can be learnt from.
-        template: its name.
-        facts: of the tokenizer as it is now.
-        old_size: of its vocabulary before marks of roles were added.
-        cache: a chat teacher's; None where conversations are read from files.
+        format: The tokenizer with its chat template, after a check that answers can be learnt with it.
+        template: The name of the template, for errors and the model card.
+        facts: The facts about the tokenizer, with role marks if they were added.
+        old_size: Size of the vocabulary before role marks were added.
+        cache: The cache of a chat teacher; None where conversations are read from files.
     """
 
     format: ChatFormat
@@ -37,10 +37,10 @@ class Lesson:
     cache: ChatCache | None
 
     def task_arguments(self, context: StageContext, settings: TuneSettings) -> tuple[dict[str, Any], ChatRows]:
-        """What of a training's task is learnt from, and the shards that were made for it; every rank calls it.
+        """Return the arguments of `TrainingTask` that name the data, and the shards that were made; all ranks call it.
 
         Raises:
-            InputError: as `chat_rows`.
+            InputError: Conversations cannot be read, or none is left to learn from or to measure.
         """
         if self.cache is not None:
             source, chosen = self.cache.chosen.source(), self.cache.chosen
@@ -60,17 +60,22 @@ class Lesson:
             "heldout": ShardReader(context.folder, rows.shard_sets["heldout"]),
             "alpha": 0.0,
             "temperature": 1.0,
-            # a row of one conversation is seen whole: padding comes behind it
+            # Without packing, each row is one conversation followed by padding, so attention need not end within it.
             "context": "document" if settings.packing else "packed",
         }, ChatRows(shard_sets=rows.shard_sets, totals=row_facts(rows))
 
 
 def lesson_of(settings: TuneSettings, path: str, cache_input: StageInput | None) -> Lesson:
-    """What the settings ask for, for the model at `path`.
+    """Return the lesson that the settings ask for.
+
+    Args:
+        settings: The settings of the tune stage.
+        path: Folder or id of the model that is tuned.
+        cache_input: The cache of a chat teacher, or None.
 
     Raises:
-        InputError: the chat template cannot be learnt from, or rows are longer than the model takes.
-        MismatchError, SettingError: the cache is of another tokenizer, or has not what the loss needs.
+        InputError: Answers cannot be learnt with the chat template, or rows are longer than the model takes.
+        MismatchError, SettingError: The cache has another tokenizer, or lacks what the loss needs.
     """
     tokenizer = load_tokenizer(path, settings.trust_remote_code)
     old_size = tokenizer_facts(tokenizer).vocab_size

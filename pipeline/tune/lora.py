@@ -1,6 +1,7 @@
-"""Low-rank adapters by peft: put into a model, saved, merged.
+"""Adds low-rank adapters to a model, saves them and merges them, by peft.
 
-The model keeps its class, so that loss, trainer and checkpoints meet what they know; what is not adapted is frozen.
+The model keeps its class, so that loss, trainer and checkpoints work as with any other model. All weights except those
+of the adapters are frozen.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from capgap.schemas.run_tune import LoraSettings
 
 
 class Adapters:
-    """The adapters of a model, whose first weights are a pure function of settings and seed.
+    """The adapters of a model, whose first weights depend only on the settings and the seed.
 
     Args:
-        model: receives them, in place.
-        settings: of the adapters.
-        seed: of their weights.
+        model: The model, to which the adapters are added in place.
+        settings: The settings of the adapters.
+        seed: The seed of the adapters' first weights.
 
     Raises:
-        MachineError: peft is not installed.
-        InputError: the model has no such layers, or the head is among them.
+        MachineError: The package peft is not installed.
+        InputError: The model does not have the layers that are to be adapted, or the head is among them.
     """
 
     def __init__(self, model: PreTrainedModel, settings: LoraSettings, seed: int) -> None:
@@ -50,18 +51,23 @@ class Adapters:
             raise _refusal(model, settings, str(error).partition(". ")[0]) from None
 
     def save(self, folder: Path, with_embedding: bool) -> None:
-        """Write them as peft does; `with_embedding` where it has rows that the model before did not have."""
+        """Write the adapters in peft's format.
+
+        Args:
+            folder: The folder to write.
+            with_embedding: Whether to save the embedding too, because rows were added to it.
+        """
         with whole_folder(folder) as whole:
             self._with_adapters.save_pretrained(str(whole), save_embedding_layers=with_embedding)
 
     def merge(self) -> PreTrainedModel:
-        """The model with the adapters in its weights, and none beside them."""
+        """Return the model with the adapters merged into its weights and removed."""
         merged: PreTrainedModel = self._with_adapters.merge_and_unload()
         return merged.requires_grad_(True)
 
 
 def require_peft() -> None:
-    """Raise MachineError where peft is not installed."""
+    """Raise MachineError if the package peft is not installed."""
     _peft()
 
 
@@ -84,5 +90,5 @@ def _refusal(model: PreTrainedModel, settings: LoraSettings, found: str) -> Inpu
         where=f"tune.lora.target_modules: {', '.join(settings.target_modules or ['every linear layer'])}",
         found=found,
         expected=f"linear layers of {model.config.model_type}, not the head",
-        fix="leave it out for all of them",
+        fix="leave target_modules out to adapt every linear layer",
     )

@@ -1,4 +1,4 @@
-"""What can be known of a tuning before anything of a run is made."""
+"""Checks a run's tuning before any stage of the run begins."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _NAMED_TEMPLATES = ("own", "roles", None)
 
 
 def require_tunable(run: RunFile) -> None:
-    """Refuse conversations, a template, a model, a cache or packages that are not there.
+    """Refuse a tuning whose conversations, template, model, cache or packages are missing.
 
     Raises:
-        InputError, MachineError: one of them is missing.
-        SettingError: a step does not divide among the devices.
+        InputError, MachineError: One of these is missing.
+        SettingError: The sequences of a step cannot be divided among the devices, or a logger does not exist.
     """
     settings = run.tune
     assert settings is not None

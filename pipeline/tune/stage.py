@@ -1,4 +1,4 @@
-"""The tune stage: one trained student, or a given model, and conversations into a chat model."""
+"""The tune stage: makes a chat model from conversations and one trained student or a given model."""
 
 from __future__ import annotations
 
@@ -45,13 +45,14 @@ _BEFORE_NAME = "before.json"
 
 
 def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
-    """Refuse data, templates and packages that cannot be used.
+    """Refuse conversations, templates, models and packages that cannot be used.
 
     Raises:
-        InputError: a record is no conversation with an answer, the chat template cannot be learnt from, or the weights
-            of the given model are not complete.
-        SettingError, MismatchError: as `lesson_of`, or adapters are wanted for a model of few bits.
-        MachineError: a package is not installed.
+        InputError: A record is not a conversation with an answer, answers cannot be learnt with the chat template, or
+            the weights of the given model are not complete.
+        SettingError, MismatchError: A chat teacher's cache does not fit the model or the loss, a logger does not exist,
+            or adapters are wanted for a model of few bits.
+        MachineError: A package is not installed.
     """
     settings = _settings(run)
     require_loggers(settings.loggers)
@@ -65,17 +66,17 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     if settings.sources:
         for line in folders_in_words(settings.sources):
             _LOG.info("tune: %s", line)
-        bad = bad_records(settings, num_named=0)  # they are named when they are left out
+        bad = bad_records(settings, num_named=0)  # bad records are named later, when the rows are made
         for _ in conversations(settings, bad):
             pass
         bad.finish()
 
 
 def run(context: StageContext) -> StageResult:
-    """Tune and write the folder `model`, and `adapter` beside it where adapters were trained.
+    """Tune the model and write the folder `model`, with `adapter` beside it if adapters were trained.
 
     Raises:
-        CapgapError: as `check` and `fit`.
+        CapgapError: The inputs cannot be used, as in `check`, or the training fails, as in `fit`.
     """
     settings, seed = _settings(context.run), context.instance.seed
     assert seed is not None
@@ -116,7 +117,7 @@ def _settings(run: RunFile) -> TuneSettings:
 
 
 def _before(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> str:
-    """Folder or id of the model that is tuned."""
+    """Return the folder or id of the model that is tuned."""
     given = _settings(run).path
     return (
         given if given is not None else model_path(inputs[f"train/{instance.arm}/seed-{instance.seed}"], to_train=True)
@@ -133,7 +134,7 @@ def _require_trainable(run: RunFile, instance: Instance, inputs: Mapping[str, St
             where="tune.lora",
             found=f"adapters for {path}, whose layers compute with few bits",
             expected="a model of 16 bits or more",
-            fix="leave tune.lora out: the weights themselves are tuned, at their few bits",
+            fix="leave tune.lora out to tune the weights themselves, which then stay in few bits",
         )
 
 
@@ -142,7 +143,7 @@ def _cache_in(inputs: Mapping[str, StageInput]) -> StageInput | None:
 
 
 def _measured_before(model: PreTrainedModel, task: TrainingTask) -> float:
-    """The held-out loss before the first step, which is also a row of the metrics; measured once."""
+    """Return the held-out loss before the first step in nats/token; it is measured once and written to metrics.csv."""
     path = task.folder / WORK_FOLDER / _BEFORE_NAME
     if not path.is_file():
         write_atomically(path, json.dumps(_loss(model, task)))
@@ -154,13 +155,13 @@ def _measured_before(model: PreTrainedModel, task: TrainingTask) -> float:
 
 
 def _loss(model: PreTrainedModel, task: TrainingTask) -> float:
-    """Mean over the held-out answers' tokens, nats."""
+    """Return the mean cross-entropy over the tokens of held-out answers, in nats/token."""
     is_trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     size = task.training.codec.vocab_size
     module = DistillationModule(
         model.to(task.device), task.settings, 1, task.alpha, task.temperature, size, task.objective
     )
-    # those that the training measures at its end
+    # These are the same sequences that the training measures at its end.
     num_sequences = num_validation_sequences(task, training_loader(task).num_steps)
     loss = measure(module, heldout_batches(task, num_sequences)).loss
     model.to("cpu")
@@ -171,7 +172,7 @@ def _loss(model: PreTrainedModel, task: TrainingTask) -> float:
 
 def _save(model: PreTrainedModel, lesson: Lesson, folder: Path, low_bit: bool) -> ModelFacts:
     tokenizer = lesson.format.tokenizer
-    # where a server stops an answer
+    # A server stops an answer at these tokens.
     ends = sorted({*lesson.format.end_ids, *_end_ids(model.generation_config.eos_token_id)})
     model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
     save_trained(model, tokenizer, folder, low_bit)

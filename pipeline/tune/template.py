@@ -1,10 +1,10 @@
-"""The chat template of a tuned model: the tokenizer's own, a given one, or one with special tokens for roles.
+"""The chat template of a tuned model: the tokenizer's own, a given one, or `roles`, with special tokens for roles.
 
     <|system|>Be brief.<|user|>How much is 3 + 4?<|assistant|>7.</s><|user|>And 5?<|assistant|>12.</s>
 
-The marks of `roles` are added to the tokenizer as special tokens, so no text can be taken for one, and a prompt always
-ends with one: answers are tokenised alike behind it and by themselves. Messages pass through the template with a space
-in whatever would be a special token, where the model is served too.
+The marks of `roles` are added to the tokenizer as special tokens. A prompt always ends with a mark, so an answer gets
+the same tokens after its prompt as on its own. The template puts a space into any text of a message that would be a
+special token, so no message can be mistaken for a mark, neither in training nor where the model is served.
 """
 
 from __future__ import annotations
@@ -46,15 +46,19 @@ _ROLES = """\
 
 
 def chosen_template(setting: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    """`own`, `roles` or the path of a file: as the setting has it, or its default."""
+    """Return the setting, or its default: `roles` for a tokenizer without a chat template, and `own` for any other."""
     return setting or ("roles" if tokenizer.chat_template is None else "own")
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, setting: str | None) -> tuple[PreTrainedTokenizerBase, str]:
-    """The tokenizer with its chat template, in place, and the template's name for errors and the model card.
+    """Give a tokenizer its chat template in place, and return it with a name of the template for errors.
+
+    Args:
+        tokenizer: The tokenizer, which also receives the role marks if the template is `roles`.
+        setting: `own`, `roles`, the path of a Jinja file, or None for the default.
 
     Raises:
-        InputError: there is no such file, or it is no text.
+        InputError: The file does not exist, or is not text in UTF-8.
     """
     chosen = chosen_template(setting, tokenizer)
     if chosen == "own":
@@ -76,7 +80,7 @@ def with_template(tokenizer: PreTrainedTokenizerBase, setting: str | None) -> tu
 
 
 def roles_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template `roles`, for a tokenizer that has the marks: what its special tokens are stands in the template."""
+    """Return the template `roles` for a tokenizer that has the role marks; it lists the tokenizer's special tokens."""
     parted = [[text, apart(text)] for text in special_texts(tokenizer) if apart(text) != text]
     specials = json.dumps(parted, ensure_ascii=False)
     begins = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -85,11 +89,17 @@ def roles_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @torch.no_grad()
 def extend_vocabulary(model: PreTrainedModel, old_size: int, new_size: int) -> None:
-    """Give the ids from `old_size` to `new_size` rows of their own, in place.
+    """Give the ids from `old_size` to `new_size` weights of their own in the embedding and the head, in place.
 
-    A new row of the embedding is sampled around the mean of the old ones with their spread, the same in every run:
-    marks that begin alike could not be distinguished where adapters alone are trained. A head of its own gets the mean,
-    so that no new token begins likely. Rows of padding are used before any are added.
+    A new row of the embedding is sampled from a normal distribution with the mean and the standard deviation of the old
+    rows, from a fixed seed. The rows must differ, because adapters do not train them and could not distinguish equal
+    ones. In a head that is not tied to the embedding, a new row is the mean of the old ones, so that no new token
+    begins with a high probability. Padding rows are used first, and rows are added only if these are too few.
+
+    Args:
+        model: The model.
+        old_size: Size of the vocabulary without the new ids.
+        new_size: Size of the vocabulary with the new ids.
     """
     if new_size <= old_size:
         return
@@ -97,7 +107,7 @@ def extend_vocabulary(model: PreTrainedModel, old_size: int, new_size: int) -> N
     if model.get_input_embeddings().weight.shape[0] < new_size:
         model.resize_token_embeddings(new_size, mean_resizing=False)
         grown = model.get_output_embeddings()
-        if grown is not head:  # it may compute with few bits, which transformers' new one does not
+        if grown is not head:  # the old head may compute with few bits, which the new one of transformers does not
             head.weight, head.bias, head.out_features = grown.weight, grown.bias, grown.out_features
             model.set_output_embeddings(head)
     embedding = model.get_input_embeddings()

@@ -216,6 +216,6 @@ def test_what_a_replay_must_know_is_plain_json(make_task, make_student) -> None:
     setting = json.loads((folder / "not-finite.json").read_bytes())
     assert setting["settings"]["batch_sequences"] == 4 and setting["alpha"] == 0.5 and setting["vocab_size"] == V
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
-    with pytest.raises(InputError, match="the model had no folder; name one"):
+    with pytest.raises(InputError, match="the model had no folder; name a model of the same shape"):
         list(replay(folder))
     assert DistillationModule(make_student(), OptimizationSettings(), 1, 0.5, 1.0, V).gradient_norm == 0

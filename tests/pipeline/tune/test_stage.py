@@ -307,7 +307,7 @@ def test_answers_that_do_not_end_within_a_row_are_left_out_and_counted(make_run:
 
 @pytest.mark.parametrize(
     ("left_out", "message"),
-    [("student", "no answer is left to learn from; found answers"), ("heldout", "no answer that counts is held out")],
+    [("student", "no answer is left to learn from"), ("heldout", "no answer that counts is held out")],
 )
 def test_conversations_of_which_no_answer_counts_are_refused(
     make_run: MakeRun, tmp_path: Path, left_out: str, message: str
@@ -321,7 +321,9 @@ def test_conversations_of_which_no_answer_counts_are_refused(
     muted = [[one | ({"weight": 0} if one["role"] == "assistant" else {}) for one in messages] for messages in said]
     records = [one for one in said if split(one) != left_out] + [one for one in muted if split(one) == left_out]
     run = make_run(tmp_path / "out", sources=[write(tmp_path / "chat.jsonl", [{"messages": one} for one in records])])
-    with pytest.raises(InputError, match=f"{message}.* of weight 0 alone, expected at least one that is learnt"):
+    with pytest.raises(
+        InputError, match=f"{message}; found only answers of weight 0, expected at least one answer with another weight"
+    ):
         carry_out(run, TUNE)
 
 
