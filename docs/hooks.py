@@ -1,7 +1,6 @@
-"""What the build of the site does beside its plugins: the pages that are made take their places in the navigation, and
-the build stops where a page shows the line that should have included a file.
+"""Hooks of the site's build: put generated pages into the navigation, and stop the build at a misspelt include.
 
-The extension that includes files takes the marker letter for letter, and lets every other spelling stand as text.
+The extension that includes files accepts only the exact marker, and leaves every other spelling in the page as text.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _MARKER = re.compile(r"-{1,3}\s*8\s*(?:<|&lt;)\s*-")
 
 
 def on_config(config: Any) -> Any:
-    """Called by mkdocs before anything is built: put the pages of commands and settings behind their indices."""
+    """Put the pages of commands and settings behind their index pages; mkdocs calls this before it builds anything."""
     made = {
         "reference/command-line.md": [
             {f"capgap {name}": f"reference/commands/{name.replace(' ', '-')}.md"} for name in COMMANDS
@@ -34,7 +33,7 @@ def on_config(config: Any) -> Any:
 
 
 def _sections() -> list[str]:
-    """Names of the run file's sections that have settings of their own."""
+    """Return the names of the run file's sections that have settings of their own."""
     return [name for name, info in RunFile.model_fields.items() if _has_record(info.annotation)]
 
 
@@ -50,10 +49,10 @@ def _with_pages(entry: Any, made: dict[str, list[dict[str, str]]]) -> Any:
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
-    """Called by mkdocs with each page as HTML.
+    """Check that no include was left in a page; mkdocs calls this with each page as HTML.
 
     Raises:
-        PluginError: an include was not resolved.
+        PluginError: An include was not resolved.
     """
     text = re.sub(r"<[^>]+>", "", html)  # a highlighter may have put tags inside the marker
     found = _MARKER.search(text)

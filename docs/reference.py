@@ -1,6 +1,6 @@
-"""Writes the pages of the reference that follow from the code: settings, manifests and results.
+"""Write the reference pages that are generated from the code: settings, manifests and results.
 
-mkdocs runs it when it builds the site; the pages are in no folder.
+mkdocs runs this script when it builds the site; the pages exist only there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from capgap.schemas.run_file import RunFile
 
 
 def settings_pages() -> Iterator[tuple[str, str]]:
-    """The index of the settings, and a page for each section of the run file, as the schemas have them."""
+    """Yield path and text of the index of settings and of a page for each section of the run file."""
     pages: dict[str, list[tuple[str, type[BaseModel]]]] = {}
     for name, model in _sections("", RunFile):
         pages.setdefault(name.partition(".")[0], []).append((name, model))
@@ -42,7 +42,7 @@ def settings_pages() -> Iterator[tuple[str, str]]:
         "# Settings",
         "",
         "Every key of a run file. Each is a flag too: `--train.learning_rate 1e-4`. A setting marked *operational* "
-        "says how a stage works and not what comes out: to change it makes nothing stale.",
+        "affects how a stage works but not its result: changing it makes nothing stale.",
         "",
         "| section | what it is |",
         "|---|---|",
@@ -54,7 +54,7 @@ def settings_pages() -> Iterator[tuple[str, str]]:
         "",
         "## All settings by name",
         "",
-        "Your browser's search finds one here, and the search of this site finds its page.",
+        "Find a setting here with your browser's search, or find its page with the search of this site.",
         "",
     ]
     for name, found in pages.items():
@@ -82,8 +82,8 @@ def _anchor(name: str) -> str:
 
 
 def records_page() -> str:
-    """What is written down: manifests, facts, results, the law's table and fit."""
-    lines = ["# Manifests and results", "", "What stands in the JSON files that stages write."]
+    """Return the page of manifests, facts, results, the law's table and fit."""
+    lines = ["# Manifests and results", "", "For programs that read the JSON files of stages: their fields."]
     laws = (law, law_fit, law_curve, law_prediction, law_frontier, law_regret, law_shared)
     for module in (manifest, facts, results, benchmark, *laws):
         lines += ["", f"## {module.__name__.removeprefix('capgap.')}", "", (module.__doc__ or "").strip()]
@@ -94,7 +94,7 @@ def records_page() -> str:
 
 
 def _sections(name: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
-    """The model and those below it, by the key under which they stand."""
+    """Yield the model and the models of its fields, each with its dotted key in the run file."""
     yield name, model
     for field, info in model.model_fields.items():
         for inner in _models_in(info.annotation):
@@ -129,7 +129,7 @@ def _type(info: FieldInfo) -> str:
 
 
 def _kinds(annotation: Any) -> list[str]:
-    """Every type or value that a setting may have, each by itself, so that a narrow column can break between them."""
+    """Return each type or value that a setting may have by itself, so that a narrow column can break between them."""
     if get_origin(annotation) in (Union, UnionType):
         return [kind for one in get_args(annotation) for kind in _kinds(one)]
     if get_origin(annotation) is Literal:

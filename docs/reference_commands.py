@@ -1,6 +1,6 @@
-"""Writes a page for each command: what it does, its flags, and the settings that are set most often with it.
+"""Write a page for each command: what it does, its flags, and the settings that are set most often with it.
 
-mkdocs runs it when it builds the site; the pages are in no folder. What they say is what `--help` says.
+mkdocs runs this script when it builds the site; the pages exist only there. Their texts are those of `--help`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from capgap.jobs.settings import Setting, children, find
 
 
 def command_page(command: Command) -> Iterator[str]:
-    """Lines of the page of one command."""
+    """Yield the lines of the page of one command."""
     parser = command.parser()
     yield f"# capgap {command.name}"
     yield ""

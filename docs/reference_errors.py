@@ -1,6 +1,6 @@
-"""Writes the page of messages: every error that a user can meet, by its words, with what to do, taken from the code.
+"""Write the page of messages: the text of every error that a user can see, with what to do, taken from the code.
 
-mkdocs runs it when it builds the site; the page is in no folder.
+mkdocs runs this script when it builds the site; the page exists only there.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _CODES = {
 }
 _INTRODUCTION = """# Messages
 
-Every message with which a command can refuse, by its words and by the part of capgap that says it. Dots stand for what
-differs from case to case. A message goes on with what was found and what was expected. The exit code tells whose it is:
-2 is yours to mend, 3 is the machine's, 4 is damaged data.
+This page lists every message with which a command can refuse, by the part of capgap that gives it. Dots stand for the
+parts that differ from case to case. A message continues with what was found and what was expected. The exit code says
+who can fix it: 2 you, 3 the machine, 4 means damaged data.
 
 [Troubleshooting](../troubleshooting.md) explains the most common ones.
 """
 
 
 def messages(file: Path) -> Iterator[tuple[str, int, str]]:
-    """Words, exit code and advice of each error that the file raises."""
+    """Yield text, exit code and advice of each error that the file raises."""
     for call in ast.walk(ast.parse(file.read_text())):
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in _CODES and call.args:
             fix = next((keyword.value for keyword in call.keywords if keyword.arg == "fix"), None)
@@ -40,7 +40,7 @@ def messages(file: Path) -> Iterator[tuple[str, int, str]]:
 
 
 def _texts(node: ast.expr | None) -> list[str]:
-    """What an expression may say, as far as the code shows it."""
+    """Return the texts that an expression can have, as far as the code shows them, with dots for inserted values."""
     match node:
         case ast.Constant(value=str(text)):
             return [text]
@@ -73,7 +73,7 @@ def _page() -> Iterator[str]:
 
 
 def _plain(text: str) -> str:
-    """Text that is no Markdown, but for code between backticks."""
+    """Escape Markdown in a text, except code between backticks."""
     parts = " ".join(text.split()).replace("|", "\\|").split("`")
     parts[::2] = [re.sub(r"([\\*_>\[\]])(?!\|)", r"\\\1", part.replace("<", "&lt;")) for part in parts[::2]]
     return "`".join(parts)

@@ -1,7 +1,7 @@
-"""Makes a page of each notebook in docs/notebooks, with the outputs that are stored in it.
+"""Make a page from each notebook in docs/notebooks, with the outputs that are stored in it.
 
-mkdocs runs it when it builds the site; the pages are in no folder. A notebook's JSON is simple enough to be read as it
-is: nbconvert would bring a dozen packages.
+mkdocs runs this script when it builds the site; the pages exist only there. The script reads the notebook's JSON
+itself, because nbconvert would need a dozen more packages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NOTEBOOKS = Path(__file__).parent / "notebooks"
 
 
 def notebook_page(path: Path, pictures: dict[str, bytes]) -> Iterator[str]:
-    """Paragraphs of the page of a notebook; `pictures` receives its pictures by the names that the page gives them."""
+    """Yield the paragraphs of a notebook's page, and put its pictures into `pictures` by their names on the page."""
     notebook: dict[str, Any] = json.loads(path.read_text())
     for number, cell in enumerate(notebook["cells"]):
         source = "".join(cell["source"])
@@ -31,14 +31,14 @@ def notebook_page(path: Path, pictures: dict[str, bytes]) -> Iterator[str]:
             if "image/png" in data:
                 name = f"{path.stem}-{number}.png"
                 pictures[name] = base64.b64decode(data["image/png"])
-                yield f"![What the lines above draw]({name})"
+                yield f"![The picture that the code above draws]({name})"
             else:
                 yield "```\n" + "".join(output.get("text") or data["text/plain"]).rstrip("\n") + "\n```"
 
 
 for path in sorted(NOTEBOOKS.glob("*.ipynb")):
     pictures: dict[str, bytes] = {}
-    download = f"This page is a [notebook]({path.name}): run it yourself, or download it."
+    download = f"This page is a [notebook]({path.name}) that you can download and run yourself."
     title, *rest = notebook_page(path, pictures)
     with mkdocs_gen_files.open(f"notebooks/{path.stem}.md", "w") as page:
         page.write("\n\n".join([title, download, *rest]) + "\n")

@@ -1,4 +1,4 @@
-"""A student trained from a cache by Hugging Face's Trainer.
+"""Train a student from a cache with Hugging Face's Trainer.
 
 python hf_trainer.py CACHE STUDENT OUT
 """
@@ -11,24 +11,24 @@ from capgap import DistillationLoss, open_cache
 
 
 class DistillationTrainer(Trainer):
-    """Batches come from the cache, and the loss from capgap; all else is the Trainer's."""
+    """A Trainer that takes its batches from the cache and its loss from capgap."""
 
     def __init__(self, cache, **arguments):
         super().__init__(**arguments)
         self.cache, self.loss = cache, DistillationLoss(self.model, cache, alpha=0.9)
 
     def get_train_dataloader(self):
-        """The cache's own order, all epochs in one pass over the loader; `train_dataset` is not looked at."""
+        """Return all epochs in the cache's own order as one pass over the loader; `train_dataset` is ignored."""
         args = self.args
         return Batches(self.cache.batches(args.train_batch_size, seed=args.seed, num_epochs=3))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Without the model's own forward pass, which would hold all logits."""
+        """Compute the loss without the model's own forward pass, which would hold all logits in memory."""
         return self.loss(inputs["batch"]).loss
 
 
 class Batches:
-    """The loader's batches as the dictionaries that the Trainer hands on."""
+    """The loader's batches as the dictionaries that the Trainer expects."""
 
     def __init__(self, loader):
         self.loader, self.dataset, self.batch_size = loader, range(len(loader)), 1

@@ -1,4 +1,4 @@
-"""What a teacher said, read from its cache: the text, the most probable next tokens, and what is left to all others.
+"""Print a teacher's predictions from its cache: the text, and the most probable next tokens with their probabilities.
 
 python look_at_a_cache.py CACHE TOKENIZER
 """

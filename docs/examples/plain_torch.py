@@ -1,4 +1,4 @@
-"""A student trained from a cache in a loop of plain torch; killed and started again, it goes on where it saved.
+"""Train a student from a cache in a loop of plain torch; after a kill, the same command continues where it saved.
 
 python plain_torch.py CACHE STUDENT OUT
 """

@@ -1,4 +1,4 @@
-"""A sampled cache read with tarfile, zstandard and pyarrow alone: ids and counts of every target.
+"""Read a sampled cache with tarfile, zstandard, pyarrow and numpy alone: ids and counts of every target.
 
 python read_without_capgap.py CACHE
 """
@@ -22,7 +22,7 @@ id_of_rank = np.fromfile(folder / settings["ranking"], "<u4")
 
 
 def joined(row, name):
-    """Numbers of one column, whose bytes lie in planes."""
+    """Return the numbers of one column, whose bytes are stored in planes."""
     planes = [row[f"{name}_{i}"] for i in range(3) if f"{name}_{i}" in row]
     return sum(np.asarray(plane, np.int64) << 8 * i for i, plane in enumerate(planes))
 

@@ -1,4 +1,4 @@
-"""A student trained from a cache by WebDataset's own loader, its workers decoding.
+"""Train a student from a cache with WebDataset's own loader, whose worker processes decode.
 
 python webdataset_loader.py CACHE STUDENT
 """
@@ -33,7 +33,7 @@ def main() -> None:
         num_sequences += len(batch.input_ids_BL)
         losses.append(result.loss.detach())
         if step % 10 == 0:
-            print(f"loss {torch.stack(losses[-10:]).mean():.4f} in the mean of ten steps")
+            print(f"loss {torch.stack(losses[-10:]).mean():.4f} on average over ten steps")
     print(f"{num_sequences} sequences")
 
 

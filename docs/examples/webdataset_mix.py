@@ -1,4 +1,4 @@
-"""A cache decoded in a pipeline of one's own, and mixed with another WebDataset source.
+"""Decode a cache in your own WebDataset pipeline, and mix it with another source.
 
 python webdataset_mix.py CACHE OTHER.tar
 """
