@@ -220,7 +220,10 @@ def _nested(depth: int) -> Any:
         ({"instruction": "Add.", "input": 21, "output": "7"}, "a.jsonl:1, field 'input': .*found a part of type int"),
         ({"question": "3?", "context": {"title": ["a"]}, "answer": "7"}, "field 'context': .* a part of type object"),
         ({"instruction": 3, "output": "7"}, "field 'instruction': a message holds something other than text"),
-        ({"question": [ASKED], "context": "x", "answer": "7"}, "field 'context': a text stands beside a question that is a list"),
+        (
+            {"question": [ASKED], "context": "x", "answer": "7"},
+            "field 'context': a text stands beside a question that is",
+        ),
         (
             {"system": 5, "messages": BOTH},
             "field 'system': a message holds something other than text; found a part of type int",
