@@ -5,9 +5,9 @@
 
 A token that both vocabularies have may have another meaning in each. Before the text ` 12`, a teacher with this token
 does not predict ` 1`, and a student without it must. So a token is added to the tail in two cases: if the teacher gives
-more than a share of probability to longer tokens that the student does not have; and if the student has longer tokens
-that the teacher does not have, unless the text shows that both tokenizers use the token at the same places. (Projection
-to the tokens that both vocabularies have, and how digits break it: arXiv 2605.21699.)
+too large a share to longer tokens that the student does not have; and if the student has longer tokens that the teacher
+does not have, unless the text shows that both tokenizers use the token at the same places. (Projection to the tokens
+that both vocabularies have, and how digits break it: arXiv 2605.21699.)
 
 Legend: T teacher's tokens, U student's tokens, C chunks, B sequences, L targets per sequence, N targets of the cache,
 R projected targets, K ids per target, V ids of the teacher.

@@ -67,7 +67,7 @@ def run(context: StageContext) -> StageResult:
     assert aligned is not None
     shards = sets[CHUNKS_SET]
     _LOG.info(
-        "align: %s chunks, %.1f %% of them kept, %.1f %% beside unreliable borders; %.2f bytes of text a chunk",
+        "align: %s chunks, %.1f %% of them kept, %.1f %% beside unreliable borders; %.2f bytes of text per chunk",
         f"{aligned.num_chunks:,}",
         100 * aligned.num_kept_chunks / aligned.num_chunks,
         100 * aligned.num_unreliable_chunks / aligned.num_chunks,
@@ -215,5 +215,5 @@ def _require_one(where: str, bos_ids: tuple[int, ...]) -> None:
             "several ids stand before each document",
             where=where,
             found=list(bos_ids),
-            expected="one at most, the beginning of a text",
+            expected="at most one id, which begins a text",
         )

@@ -171,7 +171,7 @@ def _refusal(where: str, found: str, expected: str) -> InputError:
         where=where,
         found=found,
         expected=expected,
-        fix="use a tokenizer whose normaliser changes nothing, of bytes or with byte fallback",
+        fix="use a tokenizer that is byte-level or has byte fallback, and whose normaliser changes nothing",
     )
 
 

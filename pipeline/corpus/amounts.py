@@ -60,13 +60,13 @@ def text_bytes(
         total += size * share
         how.append(
             f"{len(paths)} {kind} of {size:,} bytes"
-            + ("" if share == 1 else f", {share:.2f} of text in each, by a sample")
+            + ("" if share == 1 else f", {share:.2f} bytes of text per byte, by a sample")
         )
-    return Figure(value=total, source=", ".join(how) or "no file that is not counted already")
+    return Figure(value=total, source=", ".join(how) or "all its files are counted already")
 
 
 def source_texts(settings: CorpusSettings) -> tuple[list[Figure], list[float]]:
-    """Estimate the bytes of text of each source, and the share from 0 to 1 of it that the weights of sources leave.
+    """Estimate the bytes of text of each source, and the share of it, from 0 to 1, that is taken by its weight.
 
     Raises:
         InputError: a source names nothing, a file of an unknown kind, or one that cannot be read; or two sources of a
@@ -118,7 +118,7 @@ def bytes_per_token(
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     num_tokens = sum(len(ids) + num_around for ids in encoded)
     value = num_bytes / max(num_tokens, 1)
-    return Figure(value=value, source=f"{value:.2f} bytes of text a token, by the tokenizer on {num_bytes:,} of them")
+    return Figure(value=value, source=f"{value:.2f} bytes of text per token, by the tokenizer on {num_bytes:,} bytes")
 
 
 def _bad(skips: bool) -> BadRecords:

@@ -59,7 +59,7 @@ class MarkedChat:
             raise InputError(
                 "the chat template does not mark what the assistant says",
                 where=where,
-                found="no chat template" if not template else "no marks" if self._template else "several",
+                found="no chat template" if not template else "no marks" if self._template else "several templates",
                 expected="one with {% generation %} and {% endgeneration %} around each answer",
                 fix="save one as chat_template.jinja beside the tokenizer",
             )

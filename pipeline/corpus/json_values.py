@@ -67,7 +67,7 @@ class _Text:
     def value(self) -> object:
         """Parse and return the next value.
 
-        A value that is not complete makes the text twice as long before each new attempt, so a long one is not slow.
+        While the value is incomplete, each new attempt doubles the text, so that a long value is not slow.
         """
         while True:
             try:

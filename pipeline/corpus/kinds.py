@@ -1,4 +1,4 @@
-"""The kinds of files that can be read, by suffix; a module of its own, so that it needs no import of their readers."""
+"""The kinds of files that can be read, by suffix; kept apart from the readers, so that none need be imported."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class ListedFile(Entry):
             raise InputError(
                 "the file changed since the sources were listed",
                 where=self.path,
-                found=f"{num_bytes:,} bytes" if num_bytes != self.num_bytes else "another time of its last change",
+                found=f"{num_bytes:,} bytes" if num_bytes != self.num_bytes else "another time of modification",
                 expected=f"{self.num_bytes:,} bytes" if num_bytes != self.num_bytes else "the same",
                 fix="make the corpus again with --remake corpus when the file is finished",
             )

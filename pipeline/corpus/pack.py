@@ -7,7 +7,7 @@ wait for the next document. The sequences do not depend on how often they are ta
 
 BOS is never a label. Neither is the first token behind the BOS of a rest, because it cannot be predicted from that BOS.
 
-Legend: B sequences, L targets a sequence.
+Legend: B sequences, L targets per sequence, T waiting tokens, D waiting documents.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def _between(lines: Iterator[str], separator: str) -> Iterator[tuple[int, _Row]]
 
 
 def _between_tabs(lines: Iterator[str], name: str) -> Iterator[tuple[int, _Row]]:
-    """Yield each row with the number of its last line, read as values between tabs; an ambiguous row is an error."""
+    """Yield each row with the number of its last line, read as values between tabs, or an error if it is ambiguous."""
     number = num_values = 0
     following = next(lines, None)
     while following is not None:

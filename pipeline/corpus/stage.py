@@ -81,7 +81,7 @@ def _finished(job: CorpusJob, turn_end_ids: tuple[int, ...]) -> StageResult:
         for split in SPLITS:
             _require_some(job, split, totals)
     except InputError:
-        # whatever mends this changes the units, so the records of these would be stale
+        # every remedy, such as more text, changes what the units hold, so their records must go
         for unit in range(job.units.total):
             job.units.path(unit).unlink(missing_ok=True)
         raise
@@ -154,7 +154,7 @@ def _say_what_is_left_out(job: CorpusJob, totals: Totals) -> None:
         counts = totals.counts[split]
         if counts.num_dropped_answers:
             text = (
-                "corpus: tokenize %s: %d answers do not end within a row of %d and were left out, with them %d whole "
+                "corpus: tokenize %s: left out %d answers that do not end within a row of %d, among them all of %d "
             )
             _LOG.warning(
                 text + "conversations", split, counts.num_dropped_answers, job.settings.seq_len, counts.num_dropped

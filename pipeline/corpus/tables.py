@@ -148,7 +148,7 @@ def require_columns(path: Place, names: list[str], fields: tuple[str, ...]) -> l
 
 
 def _without_filling(value: Any, within: bool = False) -> Any:
-    """Return the value without null fields in its objects: a column gives every row the fields of all other rows."""
+    """Return the value without null fields in its objects, because a column gives each row the fields of all rows."""
     if isinstance(value, dict):
         return {name: _without_filling(part, True) for name, part in value.items() if part is not None}
     if isinstance(value, list):

@@ -3,7 +3,7 @@
     row 0:  [ conversation | conversation | padding ]     each is a document of its own; the padding too, without labels
     row 1:  [ conversation | padding                ]
 
-Legend: B rows, L targets a row.
+Legend: B rows, L targets per row.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def encode_whole(
     num_empty = sum(not turns.rows for turns in made)
     num_dropped = sum(turns.num_dropped for turns in made)
     if num_dropped:
-        text = "%s: %d answers do not end within a row of %d and were left out, with them %d whole conversations"
+        text = "%s: left out %d answers that do not end within a row of %d, among them all of %d conversations"
         _LOG.warning(text, title, num_dropped, seq_len, num_empty)
     rows = [row for turns in made for row in turns.rows]
     return WholeConversations(
