@@ -153,9 +153,7 @@ def _say_what_is_left_out(job: CorpusJob, totals: Totals) -> None:
     for split in SPLITS if job.settings.whole_conversations else ():
         counts = totals.counts[split]
         if counts.num_dropped_answers:
-            text = (
-                "corpus: tokenize %s: left out %d answers that do not end within a row of %d, among them all of %d "
-            )
+            text = "corpus: tokenize %s: left out %d answers that do not end within a row of %d, among them all of %d "
             _LOG.warning(
                 text + "conversations", split, counts.num_dropped_answers, job.settings.seq_len, counts.num_dropped
             )
