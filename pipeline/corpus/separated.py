@@ -60,7 +60,7 @@ def separated_values(
                 yield (
                     where,
                     BadRecordError(
-                        "the row has another number of fields than the first row",
+                        "the row's fields do not match the header",
                         where=where,
                         found=f"{len(row)} fields",
                         expected=len(header),

@@ -117,7 +117,7 @@ def _is_learnt(where: str, message: dict[str, Any]) -> bool:
     weight, train = message.pop("weight", 1), message.pop("train", True)
     if weight not in (0, 1) or train not in (True, False):
         raise BadRecordError(
-            "a message has a weight other than 0 and 1",
+            "a message's weight is neither 0 nor 1",
             where=where,
             found=f"weight {weight}, train {train}",
             expected="0 or 1",
