@@ -1,6 +1,6 @@
-"""The align stage: a finished cache and another tokenizer make a cache that a student of that tokenizer learns from.
+"""The align stage: it turns a finished cache into one from which a student with another tokenizer can learn.
 
-cache's tokens --bytes--> text --the other tokenizer--> the student's tokens, packed anew
+cache's tokens --bytes--> text --student's tokenizer--> the student's tokens, packed anew
      |                                                          |
-     +---- borders of both, logprobs of the teacher's tokens ---+--> chunks, and the teacher's logprob of each
+     +-- token borders of both, logprobs of teacher's tokens ---+--> chunks, and the teacher's logprob of each
 """

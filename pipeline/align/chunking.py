@@ -1,15 +1,16 @@
-"""Chunks: the smallest spans on whose byte borders two tokenizations agree, and how far a border can be trusted.
+"""Cuts text into chunks, the smallest spans on whose byte borders two tokenizations agree, and rates their borders.
 
     teacher   | Hel | lo | wor | ld |          chunk 0: Hel lo / Hello     chunk 1: wor ld / w orld
     student   | Hello    | w | orld |
 
-A tokenization also says what does not come next: after the token `wor` the text cannot go on with `d` where `word` is a
-token, for then that would stand here. So the teacher's probability of a chunk leaves out the texts that a longer last
-token begins with, and the student's leaves out others. The border behind a chunk counts as reliable where the teacher's
-probability of its last token is nearly all that it gives to that token and to longer ones that the student would not
-leave out as well. (Approximate likelihood matching thresholds this bias: arXiv 2503.20083.)
+A token also says what cannot follow: after the token `wor`, the text cannot continue with `d` if `word` is a token,
+because the tokenizer would have chosen `word` instead. So the teacher's probability of a chunk excludes all texts in
+which a longer token would take the place of the chunk's last token, and the student's probability excludes other texts.
+The border behind a chunk is reliable if the last token holds nearly all of the teacher's probability of this token and
+of the longer tokens that only the teacher excludes. (Approximate likelihood matching thresholds this bias: arXiv
+2503.20083.)
 
-Legend: T teacher's tokens, U student's tokens, S bytes, C chunks, N targets, K ids kept of a target, D ids of all.
+Legend: T teacher's tokens, U student's tokens, S bytes, C chunks, N targets, K ids per target, D ids of all targets.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ Doubles = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Chunks:
-    """Two tokenizations of one text, cut where they agree.
+    """Two tokenizations of one text, cut into chunks at their common borders.
 
     Attributes:
-        of_T: the chunk of each of the teacher's tokens, rising.
-        of_U: the chunk of each of the student's.
-        count: chunks.
+        of_T: number of the chunk of each of the teacher's tokens [T], never falling.
+        of_U: number of the chunk of each of the student's tokens [U], never falling.
+        count: number of chunks.
     """
 
     of_T: Ints
@@ -41,14 +42,14 @@ class Chunks:
 
 
 def cut(ends_T: Ints, ends_U: Ints) -> Chunks:
-    """The chunks of a text that is not empty.
+    """Cut two tokenizations of one text, which must not be empty, into chunks.
 
-    A token without bytes, as the blank that some tokenizers put before a document, belongs to the chunk of the token
-    behind it, and not to the end of the document before.
+    A token without bytes, such as the blank that some tokenizers put before a document, belongs to the chunk of the
+    token behind it, and not to the end of the document before.
 
     Args:
-        ends_T: the byte behind each of the teacher's tokens, never falling; the last one is the text's end.
-        ends_U: likewise of the student's.
+        ends_T: offset of the byte behind each of the teacher's tokens, never falling; the last one is the text's end.
+        ends_U: the same offsets for the student's tokens.
     """
     assert len(ends_T) and len(ends_U) and ends_T[-1] == ends_U[-1], "both spell the same text"
     seen_S = np.zeros(int(ends_T[-1]) + 1, np.uint8)
@@ -57,24 +58,24 @@ def cut(ends_T: Ints, ends_U: Ints) -> Chunks:
     is_common_S = seen_S == 3
     # a token without bytes at the very beginning ends no chunk
     is_common_S[0] = False
-    # common borders before each byte
+    # the number of common borders before each byte
     before_S = np.cumsum(is_common_S) - is_common_S
     return Chunks(before_S[_last_bytes(ends_T)], before_S[_last_bytes(ends_U)], int(is_common_S.sum()))
 
 
 def _last_bytes(ends_T: Ints) -> Ints:
-    """Where a byte of each token ends: of one without bytes the next one's, but at the text's end."""
+    """Return the offset behind each token's last byte; for one without bytes, behind the next token's first byte."""
     found_T: Ints = np.minimum(ends_T + (np.diff(ends_T, prepend=0) == 0), ends_T[-1])
     return found_T
 
 
 @dataclass(frozen=True)
 class Longer:
-    """What the teacher gave to tokens that begin with a target's own and are longer.
+    """The teacher's probability of the longer tokens that begin with the token which really follows.
 
     Attributes:
-        all_N: their probability, as far as they were kept, or the share of samples.
-        other_N: of those of them that the student's vocabulary does not have.
+        all_N: the probability of all such tokens that the cache kept, or their share of the samples [N], float32.
+        other_N: the part of it that belongs to tokens which the student's vocabulary does not have [N], float32.
     """
 
     all_N: npt.NDArray[np.float32]
@@ -88,14 +89,14 @@ def longer_tokens(
     table: TokenBytes,
     is_shared_V: npt.NDArray[np.bool_],
 ) -> Longer:
-    """The probability of longer tokens at each target.
+    """Sum up, at each target, the probability of the tokens that begin with the real next token and are longer.
 
     Args:
-        targets: of a block.
-        labels_N: the token that follows at each.
-        num_samples: of a `sampled` target.
+        targets: the targets of a block.
+        labels_N: the real next token at each target.
+        num_samples: number of samples per target of a `sampled` recording.
         table: the bytes of the teacher's tokens.
-        is_shared_V: which of them the student has as well.
+        is_shared_V: which of the teacher's tokens the student's vocabulary has as well.
     """
     if isinstance(targets, TopkTargets):
         num_ids = targets.ids_BLK.shape[2]
@@ -113,17 +114,17 @@ def longer_tokens(
 
 
 def _longer_places(ids_NK: npt.NDArray[np.int32], labels_N: Ints, table: TokenBytes) -> Ints:
-    """Where, row after row, a token begins with its row's label and has more bytes [D].
+    """Return the flat places of the tokens that begin with the label of their row and have more bytes [D].
 
-    An end of a document is no beginning of anything.
+    No token begins with the end of a document, which has no bytes.
     """
     rank_V, length_V = table.order.rank_V, table.length_V
     first_N = rank_V[labels_N]
     stop_N = np.where(length_V[labels_N] > 0, table.order.stop_V[labels_N], 0)
     ranks_NK = rank_V[ids_NK]
-    # the places of an array of one axis are found far quicker than those of two
+    # flat, because numpy finds the places in an array of one axis far more quickly than in one of two
     place_D = np.flatnonzero((ranks_NK > first_N[:, None]) & (ranks_NK < stop_N[:, None]))
-    # two ids may have the same bytes
+    # two ids may have the same bytes, so that a token in this range need not be longer
     label_D = labels_N[place_D // ids_NK.shape[1]]
     found_D: Ints = place_D[length_V[ids_NK.ravel()[place_D]] > length_V[label_D]]
     return found_D
@@ -132,10 +133,20 @@ def _longer_places(ids_NK: npt.NDArray[np.int32], labels_N: Ints, table: TokenBy
 def border_probabilities(
     chunks: Chunks, ends_T: Ints, lengths_T: Ints, ends_U: Ints, lengths_U: Ints, logprobs_T: Doubles, longer: Longer
 ) -> Doubles:
-    """How far the border behind each chunk can be trusted [C]: the share of its last token beside longer ones.
+    """Return how far the border behind each chunk can be trusted [C], from 0 to 1.
 
-    Where both end the chunk with the same bytes, longer tokens that both vocabularies have are left out by both, and
-    count for neither. NaN where the last token's logprob is not known.
+    This is the probability of the chunk's last token, divided by that of this token and the longer ones. If both
+    tokenizations end the chunk with the same bytes, longer tokens that both vocabularies have are not counted, because
+    both exclude the same texts. NaN if the logprob of the last token is not known.
+
+    Args:
+        chunks: the chunks of the text.
+        ends_T: offset of the byte behind each of the teacher's tokens.
+        lengths_T: bytes of each of the teacher's tokens.
+        ends_U: offset of the byte behind each of the student's tokens.
+        lengths_U: bytes of each of the student's tokens.
+        logprobs_T: the teacher's logprob of each of its tokens in nats; NaN where it is not known.
+        longer: the teacher's probability of the longer tokens in the place of each token.
     """
     last_T = np.flatnonzero(np.diff(chunks.of_T, append=chunks.count))
     last_U = np.flatnonzero(np.diff(chunks.of_U, append=chunks.count))

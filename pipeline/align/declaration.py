@@ -10,7 +10,7 @@ from capgap.pipeline.stage.instances import once
 from capgap.pipeline.stage.sources import model_files
 from capgap.schemas.run_file import RunFile
 
-# a folder of a model may lie there, whose weights are no part of its tokenizer
+# the tokenizer may be given as a model's folder, whose weights do not decide the result
 _WEIGHTS = {".safetensors", ".bin"}
 
 

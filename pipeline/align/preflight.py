@@ -1,4 +1,4 @@
-"""What can be known of the other tokenizer before anything of a run is made."""
+"""Checks the student's tokenizer before anything of a run is made."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from capgap.schemas.run_file import RunFile
 
 
 def require_tokenizer(run: RunFile) -> None:
-    """Refuse a tokenizer that cannot be had, or that does not give a text back.
+    """Refuse a tokenizer that cannot be found or loaded, or whose tokens do not spell the text that they encode.
 
     Raises:
-        InputError, MachineError: it is not to be had, or not reversible.
+        InputError, MachineError: the tokenizer cannot be found or loaded, or is not reversible.
     """
     assert run.align is not None
     path, setting = run.align.tokenizer, "align.tokenizer"
     require_findable(path, setting, TOKENIZER_FILES)
-    # imported here: they bring transformers
+    # imported here: these modules import transformers
     from capgap.pipeline.align.token_bytes import TextTokenizer
     from capgap.pipeline.models.checks import named
     from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts

@@ -1,16 +1,16 @@
-"""The teacher's top-k tokens as tokens of the student: at chunks that are one token in both tokenizers.
+"""Projects the teacher's top-k tokens to tokens of the student, at chunks that are one token in both tokenizers.
 
     teacher's top-k   ` the` 0.6   ` a` 0.2   ` 12` 0.1   ` 1` 0.02        the student has no ` 12`, and splits digits
     projected         ` the` 0.6   ` a` 0.2   tail 0.2
 
-A token that both have need not say the same in both. Where the teacher goes on with ` 12` it does not say ` 1`, and a
-student without ` 12` must. So a token is left to the tail, the teacher's and the student's, where the teacher gives
-more than a share to longer tokens that the student does not have; and where the student has longer ones that the
-teacher does not, unless both tokenizers are seen to use the token at the same places of the text. (Projection to what
-both vocabularies have, and how digits break it: arXiv 2605.21699.)
+A token that both vocabularies have may have another meaning in each. Before the text ` 12`, a teacher with this token
+does not predict ` 1`, and a student without it must. So a token is added to the tail in two cases: if the teacher gives
+too large a share to longer tokens that the student does not have; and if the student has longer tokens that the teacher
+does not have, unless the text shows that both tokenizers use the token at the same places. (Projection to the tokens
+that both vocabularies have, and how digits break it: arXiv 2605.21699.)
 
-Legend: T teacher's tokens, U student's tokens, C chunks, B sequences, L targets a sequence, N targets of the cache, R
-projected targets, K ids kept of one, V ids of the teacher.
+Legend: T teacher's tokens, U student's tokens, C chunks, B sequences, L targets per sequence, N targets of the cache,
+R projected targets, K ids per target, V ids of the teacher.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from capgap.schemas.records import ProjectedTargets
 
 Flags = npt.NDArray[np.bool_]
 
-# less likely tokens are left to the tail: their probability is nothing beside its rounding
+# tokens with a smaller logprob are added to the tail: their probability is below the rounding of the others
 _LEAST_LOGPROB = -30.0
-# targets whose tokens are compared with one another at once: K x K numbers each
+# number of targets that are compared at once, each of which takes K x K numbers
 _ROWS = 2048
 
 
 @dataclass(frozen=True)
 class BothTokens:
-    """What is a token in both tokenizers.
+    """The teacher's vocabulary compared with the student's by the bytes of the tokens.
 
     Attributes:
-        student_V: the student's id of each of the teacher's; -1 where it has none of these bytes.
-        goes_on_V: whether the student has longer tokens that begin with it and that the teacher does not have.
+        student_V: the student's id with the bytes of each of the teacher's ids [V]; -1 if it has none.
+        goes_on_V: whether the student has longer tokens that begin with these bytes and that the teacher lacks [V].
         table: the bytes of the teacher's tokens.
     """
 
@@ -50,7 +50,7 @@ class BothTokens:
 
     @classmethod
     def of(cls, teacher: TextTokenizer, teacher_eos: int, student: TextTokenizer, student_eos: int) -> BothTokens:
-        """Tokens of equal bytes, and the ends of documents."""
+        """Compare two vocabularies; tokens of equal bytes are the same token, and so are the two ends of documents."""
         mine, theirs = _ids_of(teacher), _ids_of(student)
         student_V = np.full(len(teacher.table.length_V), -1, np.int64)
         goes_on_V = np.zeros(len(student_V), np.bool_)
@@ -64,7 +64,7 @@ class BothTokens:
 
 
 def _ids_of(tokenizer: TextTokenizer) -> dict[bytes, int]:
-    """The id that stands for some bytes: of several, as a piece of a byte and a letter, the one that a text becomes."""
+    """Return the id of each token's bytes; of several, such as a letter and its byte, the id that encoding gives."""
     found: dict[bytes, int] = {}
     for token in np.flatnonzero(tokenizer.table.length_V > 0).tolist():
         text = tokenizer.table.bytes_of(token)
@@ -77,11 +77,11 @@ def _ids_of(tokenizer: TextTokenizer) -> dict[bytes, int]:
 
 @dataclass(frozen=True)
 class Singles:
-    """Chunks of one token in both tokenizers.
+    """The chunks that are one token in both tokenizers.
 
     Attributes:
-        place_U: of each of the student's tokens that is such a chunk, the teacher's token; -1 of others.
-        is_same_V: which of the teacher's tokens the student uses as the teacher does.
+        place_U: place of the teacher's token that is the same chunk as each of the student's tokens [U]; -1 if none is.
+        is_same_V: which of the teacher's ids both tokenizers use in the same places [V].
     """
 
     place_U: Ints
@@ -91,16 +91,17 @@ class Singles:
     def of(
         cls, chunks: Chunks, kept_C: Flags, ids_T: Ints, ids_U: Ints, allowed_T: Flags, both: BothTokens, share: float
     ) -> Singles:
-        """Those that are kept.
+        """Find the kept chunks that are one token in both tokenizers.
 
         Args:
-            chunks: of the text.
-            kept_C: which of them are kept.
-            ids_T: the teacher's tokens.
-            ids_U: the student's.
-            allowed_T: at which of the teacher's tokens a chunk may be looked at.
-            both: what is a token in both.
-            share: of a token's places, where the student has longer ones, at which both must use it.
+            chunks: the chunks of the text.
+            kept_C: which chunks the student learns from.
+            ids_T: the teacher's token ids.
+            ids_U: the student's token ids.
+            allowed_T: which of the teacher's tokens may begin a chunk that is compared.
+            both: the comparison of the two vocabularies.
+            share: a token of which the student has longer ones is used in the same places if at least this share of the
+                chunks that begin with it are this one token in both tokenizers.
         """
         first_T, first_U = (np.flatnonzero(np.diff(of, prepend=-1)) for of in (chunks.of_T, chunks.of_U))
         is_one_C = (np.bincount(chunks.of_T) == 1) & (np.bincount(chunks.of_U) == 1)
@@ -118,15 +119,15 @@ class Singles:
 def project(
     top: TopTokens, singles: Singles, place_BL: Ints, both: BothTokens, share: float
 ) -> tuple[ProjectedTargets, float]:
-    """The projected targets of a shard's sequences, and their probability beside the tail, summed.
+    """Project the targets of a shard; return them, and the sum of their probabilities without the tails.
 
     Args:
         top: the teacher's top-k tokens.
-        singles: the chunks at which they are wanted.
-        place_BL: which of the student's tokens each target is; -1 for none.
-        both: what is a token in both.
-        share: a token is kept whose probability is at least this share of its own and that of longer tokens which the
-            student does not have.
+        singles: the chunks at which targets are projected.
+        place_BL: place in the stream of the student's token at each target [B, L]; -1 for none.
+        both: the comparison of the two vocabularies.
+        share: a token is kept if its probability is at least this share of the sum of its own and that of the longer
+            tokens which the student does not have.
     """
     place_T_BL = np.where(place_BL >= 0, singles.place_U[place_BL], -1)
     row_BL = np.where(place_T_BL >= 0, top.row_T[place_T_BL], -1)
@@ -154,16 +155,16 @@ def project(
 def _longer(
     ids_RK: npt.NDArray[np.int32], probs_RK: npt.NDArray[np.float32], both: BothTokens
 ) -> npt.NDArray[np.float32]:
-    """The probability of longer tokens than each one that begin with it and that the student does not have [R, K]."""
+    """Sum up, for each token, the probability of longer tokens that begin with it and that the student lacks [R, K]."""
     found_RK = np.zeros_like(probs_RK)
     lone_RK = np.where(both.student_V[ids_RK] < 0, probs_RK, 0)
     some = np.flatnonzero(lone_RK.any(axis=1))
     order, length_V = both.table.order, both.table.length_V
     ids_SK = ids_RK[some]
     rank_SK, length_SK = order.rank_V[ids_SK], length_V[ids_SK].astype(np.int32)
-    # what spells no text is the beginning of nothing
+    # no token begins with a token that spells no text
     stop_SK = np.where(length_SK > 0, order.stop_V[ids_SK], 0)
-    # the last axis is that of the longer one
+    # the last axis counts the longer tokens
     extends_SKK = rank_SK[:, None, :] > rank_SK[:, :, None]
     extends_SKK &= rank_SK[:, None, :] < stop_SK[:, :, None]
     extends_SKK &= length_SK[:, None, :] > length_SK[:, :, None]

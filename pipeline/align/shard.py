@@ -1,11 +1,11 @@
-"""One shard of a cache in the student's tokens: text, chunks, and the student's own packed sequences of them.
+"""Turns one shard of a cache into the student's tokens: packed sequences of the same text, and its chunks.
 
     TeacherStream --bytes--> documents --encode--> student's stream --cut--> chunks --pack--> Sequences, ChunkTargets
 
-Documents begin and end as the student's do. What is left of the last sequence is filled with ends of documents that
-count for nothing, so that no text is lost.
+Documents begin and end with the student's own tokens. The last sequence is filled with end tokens that are no labels,
+so that no text is lost.
 
-Legend: T teacher's tokens, U student's tokens, D documents, C chunks, B sequences, L targets a sequence.
+Legend: T teacher's tokens, U student's tokens, D documents, C chunks, B sequences, L targets per sequence.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from capgap.schemas.records import ChunkTargets, Sequences
 
 Flags = npt.NDArray[np.bool_]
 
-# a character of UTF-8 has at most three bytes behind its first
+# a character of UTF-8 has at most three bytes behind its first byte
 _FURTHER = 3
 
 
@@ -36,11 +36,11 @@ class StudentFormat:
     """How the student's sequences are made.
 
     Attributes:
-        tokenizer: the student's.
-        eos_id: ends a document.
-        bos_ids: begin one, and what is left of one in the next sequence.
-        seq_len: L.
-        min_border_probability: below it the border behind a chunk makes that chunk and the next one unreliable.
+        tokenizer: the student's tokenizer.
+        eos_id: the token that ends a document.
+        bos_ids: the ids with which a document begins, and also its rest in the next sequence.
+        seq_len: number of targets per sequence.
+        min_border_probability: a border that is trusted less makes the chunk before and the chunk behind it unreliable.
     """
 
     tokenizer: TextTokenizer
@@ -51,53 +51,53 @@ class StudentFormat:
 
 
 class ShardCounts(Record):
-    """What a shard holds."""
+    """Counts of what a shard holds."""
 
     num_documents: int
-    """Documents that begin in it."""
+    """Number of documents that begin in the shard."""
 
     num_text_bytes: int
-    """Bytes of its text."""
+    """Bytes of text."""
 
     num_text_tokens: int
-    """The student's tokens of it, ends of documents included."""
+    """Number of the student's tokens of the text, including ends of documents."""
 
     num_chunks: int
-    """Chunks of the text."""
+    """Number of chunks of the text."""
 
     num_kept_chunks: int
-    """Those that a student learns from."""
+    """Number of chunks that a student learns from."""
 
     num_unreliable_chunks: int
-    """Those that a border makes unreliable. Of the others that are not kept, the teacher's logprob is not known, or a
-    sequence ends within."""
+    """Number of chunks beside an unreliable border. Other chunks are not kept if the teacher's logprob is not known, or
+    if a sequence ends within the chunk."""
 
     num_projected: int
-    """Targets with a projected distribution."""
+    """Number of targets with a projected distribution."""
 
     projected_mass: float
-    """Its probabilities but for the tail, summed over these."""
+    """Sum over these targets of the projected probabilities without the tail."""
 
     known_nats: float
-    """Minus the teacher's logprob of the kept chunks."""
+    """Minus the sum of the teacher's logprobs of the kept chunks, in nats."""
 
     known_bytes: int
-    """Bytes of text in the kept chunks, an end of a document as none."""
+    """Bytes of text in the kept chunks; an end of a document counts as none."""
 
 
 def align_shard(
     stream: TeacherStream, teacher: TextTokenizer, student: StudentFormat, both: BothTokens | None = None
 ) -> tuple[Sequences, ChunkTargets, ShardCounts]:
-    """The sequences of a shard and their chunks.
+    """Encode the text of a shard with the student's tokenizer; return its sequences, their chunks, and counts.
 
     Args:
-        stream: of the shard.
-        teacher: its tokenizer.
-        student: how its sequences are made.
-        both: what is a token in both, where the stream's top-k tokens are to be projected.
+        stream: the teacher's tokens of the shard.
+        teacher: the teacher's tokenizer.
+        student: how the student's sequences are made.
+        both: the comparison of the two vocabularies, if the stream's top-k tokens are to be projected.
 
     Raises:
-        InputError: a document's tokens spell no text, or the student's tokenizer changes it.
+        InputError: a document's tokens are no valid UTF-8, or the student's tokenizer changes the text.
     """
     assert len(stream.ids_T), "a shard holds tokens"
     text = _Text.read(stream, teacher)
@@ -107,7 +107,7 @@ def align_shard(
     borders_C = border_probabilities(
         chunks, ends_T, text.lengths_T, ends_U, lengths_U, stream.logprobs_T, stream.longer
     )
-    # an unknown one makes no comparison true
+    # a border whose probability is not known (NaN) is not below any bound
     is_weak_C = borders_C < student.min_border_probability
     unreliable_C = is_weak_C.copy()
     unreliable_C[1:] |= is_weak_C[:-1]
@@ -123,7 +123,7 @@ def align_shard(
     mass = 0.0
     if both is not None and stream.top is not None:
         is_first_T = np.zeros(len(stream.ids_T), np.bool_)
-        # a tokenizer that puts a blank there speaks of other tokens than stand in the text
+        # a tokenizer that puts a blank before a document predicts other first tokens than the text itself has
         is_first_T[stream.first_D] = teacher.puts_blank or student.tokenizer.puts_blank
         single = Singles.of(chunks, kept_C, stream.ids_T, ids_U, ~is_first_T, both, student.min_border_probability)
         projected, mass = project(stream.top, single, place_BL1[:, 1:], both, student.min_border_probability)
@@ -146,13 +146,13 @@ def align_shard(
 
 @dataclass(frozen=True)
 class _Text:
-    """What the teacher's tokens spell.
+    """The text that the teacher's tokens spell.
 
     Attributes:
-        documents: as text.
-        has_end_D: whether each one's end is in the shard.
-        lengths_T: bytes of each token; 1 for an end.
-        is_cut_T: whether the shard's edge cuts it from bytes of its own or of the token behind it.
+        documents: the documents as text.
+        has_end_D: whether the end of each document is in the shard.
+        lengths_T: bytes of each token; 1 for the end of a document.
+        is_cut_T: whether the shard's edge separates each token from some of its bytes, or from the token behind it.
     """
 
     documents: list[str]
@@ -183,13 +183,13 @@ class _Text:
         _take(lengths_T, is_cut_T, lead, range(len(lengths_T)))
         _take(lengths_T, is_cut_T, tail, range(len(lengths_T) - 1, -1, -1))
         lengths_T[is_end_T] = 1
-        # the blank before a document that is in the next shard is of no chunk here
+        # a blank at the end of the shard belongs to a document in the next shard, and to no chunk here
         is_cut_T[-1] |= lengths_T[-1] == 0
         return cls([_decoded(part, teacher) for part in parts], is_end_T[stops_D - 1], lengths_T, is_cut_T)
 
 
 def _lead(data: bytes) -> int:
-    """Bytes at the beginning that belong to a character before it."""
+    """Return the number of leading bytes that belong to a character which begins before the data."""
     count = 0
     while count < min(_FURTHER, len(data)) and data[count] & 0xC0 == 0x80:
         count += 1
@@ -197,7 +197,7 @@ def _lead(data: bytes) -> int:
 
 
 def _tail(data: bytes) -> int:
-    """Bytes at the end that begin a character and do not end it."""
+    """Return the number of trailing bytes that begin a character without completing it."""
     for count in range(1, min(_FURTHER, len(data)) + 1):
         byte = data[-count]
         if byte & 0xC0 != 0x80:
@@ -207,7 +207,7 @@ def _tail(data: bytes) -> int:
 
 
 def _take(lengths_T: Ints, is_cut_T: Flags, count: int, order: range) -> None:
-    """Take so many bytes of the tokens, the first in that order first."""
+    """Remove `count` bytes from the tokens in the given order, and mark these tokens as cut."""
     for place in order:
         if not count:
             return
@@ -226,12 +226,12 @@ def _decoded(data: bytes, teacher: TextTokenizer) -> str:
             where=teacher.where,
             found=f"bytes that are no UTF-8: {data[max(0, error.start - 20) : error.end + 20]!r}",
             expected="text",
-            fix="align a cache whose documents are whole: made by this version of capgap, of texts",
+            fix="align a cache of whole documents that this version of capgap made from texts",
         ) from None
 
 
 def _encode(text: _Text, student: StudentFormat) -> tuple[Ints, Ints, Ints]:
-    """The student's tokens, the first of each document, and the bytes of each; 1 for an end of a document."""
+    """Return the student's tokens, the first token of each document, and the bytes of each token; 1 for an end."""
     tokenizer = student.tokenizer
     ids: list[Ints] = []
     skips: list[Ints] = []
@@ -261,9 +261,9 @@ def _encode(text: _Text, student: StudentFormat) -> tuple[Ints, Ints, Ints]:
 def _pack(
     ids_U: Ints, first_D: Ints, is_begun: bool, counts_U: Flags, student: StudentFormat
 ) -> tuple[Sequences, Ints]:
-    """The sequences, and which of the U tokens each of theirs is [B, L + 1]; -1 for one that begins or fills."""
+    """Return the sequences, and the place in U of each of their tokens [B, L + 1]; -1 for BOS and for padding."""
     begin, size = np.array(student.bos_ids, np.int64), student.seq_len + 1
-    # the stream with what begins each document, and behind it what fills the last sequence
+    # the stream W is the U tokens with BOS ids before each document, and the padding of the last sequence behind it
     begins = first_D[1:] if is_begun else first_D
     place_W = np.insert(np.arange(len(ids_U)), np.repeat(begins, len(begin)), -1)
     begun_D = begins + len(begin) * np.arange(len(begins))
@@ -276,7 +276,7 @@ def _pack(
     place_W = np.append(place_W, np.full(size, -1))
     counts_W = np.where(place_W >= 0, counts_U[place_W], False)
     num_real = len(ids_W) - size
-    # a document that was begun in an earlier shard is the rest of one
+    # a document that began in an earlier shard continues here, so it begins before this stream
     begins_D = np.concatenate([[-size] if is_begun else [], begun_D, [len(ids_W)]]).astype(np.int64)
     has_bos_D = np.full(len(begins_D) - 1, bool(len(begin)))
     rows = [row for row in cut_rows(begins_D, has_bos_D, size, len(begin)) if row[0] < num_real]
@@ -297,7 +297,7 @@ def _pack(
 
 
 def _whole(chunks: Chunks, place_BL1: Ints, mask_BL1: Flags) -> Flags:
-    """Which chunks have all their tokens among the labels of one sequence [C]."""
+    """Return which chunks have all their tokens among the labels of one sequence [C]."""
     row_U, is_label_U = np.full(len(chunks.of_U), -1, np.int64), np.zeros(len(chunks.of_U), np.bool_)
     row_N, column_N = np.nonzero(place_BL1 >= 0)
     place_N = place_BL1[row_N, column_N]
@@ -310,7 +310,7 @@ def _whole(chunks: Chunks, place_BL1: Ints, mask_BL1: Flags) -> Flags:
 
 
 def _targets(chunks: Chunks, place_BL1: Ints, kept_C: Flags, logprobs_C: Doubles) -> ChunkTargets:
-    """Chunks at their last targets; what is no text is a chunk of its own."""
+    """Put each chunk at the target of its last token; each token that is no text ends a chunk of its own."""
     last_U = np.diff(chunks.of_U, append=chunks.count) > 0
     place_BL = place_BL1[:, 1:]
     is_text_BL, chunk_BL = place_BL >= 0, chunks.of_U[place_BL]

@@ -1,4 +1,4 @@
-"""What the workflow asks of a stage that several plain processes can share."""
+"""The functions that the workflow calls for a stage whose units several processes can share as slices."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The align stage: a finished cache and another tokenizer make a cache of chunks.
+"""The align stage: it makes a cache of chunks from a finished cache and another tokenizer.
 
-No model is needed, and no device: text, borders and sums of logprobs that the cache already holds.
+It needs no model and no device, because the cache already holds the text and the logprobs that are summed.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     """Refuse a cache that cannot be aligned.
 
     Raises:
-        MismatchError: it is of conversations, of another temperature than 1, or aligned already.
-        SettingError: it has no such recording.
-        InputError: the tokenizer of its teacher is not reversible, or it begins documents with several ids.
+        MismatchError: the cache holds conversations, has another temperature than 1, or is aligned already.
+        SettingError: the cache does not have the recording of `align.recording`.
+        InputError: the tokenizer of the cache is not reversible, or puts several ids before each document.
     """
     assert run.align is not None
     cache = inputs["cache"]
@@ -49,14 +49,15 @@ def run(context: StageContext) -> StageResult:
     """Write the shards, and the student's tokenizer beside them.
 
     Raises:
-        MismatchError, SettingError, InputError: as `check`; or a document does not decode to itself.
+        MismatchError, SettingError, InputError: `check` refuses the cache, or the text of a document is lost or changed
+            by a tokenizer.
         CorruptError: a shard of the cache is damaged.
     """
     check(context.run, context.instance, context.inputs)
     job = prepare(context)
     make_units(job, Slice(None))
     maker = ChunkAligner(job)
-    # what others noted is verified, and made where it is not whole
+    # units that other processes made are verified here, and made again if they are not whole
     made = [maker.make(unit) for unit in range(job.units.total)]
     parts = {CHUNKS_SET: made[: job.num_training], heldout_set(CHUNKS_SET): made[job.num_training :]}
     sets = {name: maker.shard_set([entry for entry, _ in part]) for name, part in parts.items() if part}
@@ -66,7 +67,7 @@ def run(context: StageContext) -> StageResult:
     assert aligned is not None
     shards = sets[CHUNKS_SET]
     _LOG.info(
-        "align: %s chunks, %.1f %% of them kept, %.1f %% beside unreliable borders; %.2f bytes of text a chunk",
+        "align: %s chunks, %.1f %% of them kept, %.1f %% beside unreliable borders; %.2f bytes of text per chunk",
         f"{aligned.num_chunks:,}",
         100 * aligned.num_kept_chunks / aligned.num_chunks,
         100 * aligned.num_unreliable_chunks / aligned.num_chunks,
@@ -86,9 +87,13 @@ def run(context: StageContext) -> StageResult:
 
 
 def prepare(context: StageContext) -> AlignJob:
-    """Write the student's tokenizer and the plan, and say what is to be made.
+    """Write the student's tokenizer and the plan, and return the job that all processes share.
 
-    Whoever calls it again, for the same run, gets the same job.
+    Every call for the same run returns the same job.
+
+    Raises:
+        SettingError: the cache does not have the recording of `align.recording`.
+        InputError: the student's tokenizer cannot be loaded, or puts several ids before each document.
     """
     settings, cache = context.run.align, context.input("cache")
     assert settings is not None
@@ -124,7 +129,7 @@ def prepare(context: StageContext) -> AlignJob:
 
 
 def _facts(job: AlignJob, cache: StageInput, training: list[ShardCounts], heldout: list[ShardCounts]) -> CacheFacts:
-    """Those of the other cache, in the student's tokens."""
+    """Return the facts of the aligned cache: those of the given cache, with what belongs to the student's tokenizer."""
     splits = {"student": _split(training)} | ({"heldout": _split(heldout)} if heldout else {})
     given, made = cache.manifest.resolved.get("teacher", {}).get("path"), cache.manifest.inputs.get("teacher")
     scored = job.source.model_copy(update={"shards": job.source.shards[: job.num_training]})
@@ -210,5 +215,5 @@ def _require_one(where: str, bos_ids: tuple[int, ...]) -> None:
             "several ids stand before each document",
             where=where,
             found=list(bos_ids),
-            expected="one at most, the beginning of a text",
+            expected="at most one id, which begins a text",
         )

@@ -1,9 +1,10 @@
-"""A shard of a cache as one stream of tokens, document after document, with what the teacher said of each.
+"""Reads a shard of a cache as one stream of tokens, document after document, with the teacher's logprob of each.
 
-Tokens that begin documents are left out: they are no text, and the student's own are put in their place. The end of a
-document stays, as one byte that no text has.
+BOS tokens are left out: they are no text, and the student's own BOS takes their place. The end of a document stays, and
+counts as one byte that no text holds.
 
-Legend: B sequences, L targets a sequence, T tokens of the stream, D documents.
+Legend: B sequences, L targets per sequence, K ids per target, N targets, W tokens of all sequences, T tokens of the
+stream, D documents.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ class TeacherStream:
     """The teacher's tokens of one shard.
 
     Attributes:
-        ids_T: the tokens.
-        is_end_T: whether each ends a document.
-        first_D: the first token of each document; all have tokens.
+        ids_T: the token ids [T], int64.
+        is_end_T: whether each token ends a document [T].
+        first_D: place of the first token of each document [D]; none is empty.
         is_begun: whether the first document began before this shard.
-        logprobs_T: the teacher's of each token, float64, nats; NaN where it is not known.
-        counts_T: whether it may be learnt.
-        longer: what the teacher gave to longer tokens in its place.
-        top: the teacher's top-k tokens, where they are to be projected.
+        logprobs_T: the teacher's logprob of each token [T], float64, nats; NaN where it is not known.
+        counts_T: whether each token may be learnt [T].
+        longer: the teacher's probability of longer tokens in the place of each token.
+        top: the teacher's top-k tokens; None if they are not to be projected.
     """
 
     ids_T: Ints
@@ -48,13 +49,13 @@ class TeacherStream:
 
 @dataclass(frozen=True)
 class TopTokens:
-    """The first of the top-k tokens of a shard's targets.
+    """The most probable of the top-k tokens at each target of a shard.
 
     Attributes:
-        ids_NK: the tokens by falling probability [N, K], int32.
-        logprobs_NK: theirs [N, K], float32, nats; -inf where there is none.
-        rest_N: probability of all other ids [N], float32.
-        row_T: which row stands for each token of the stream; -1 where none does.
+        ids_NK: the token ids by falling probability [N, K], int32.
+        logprobs_NK: the logprob of each of these tokens [N, K], float32, nats; -inf where there is none.
+        rest_N: the probability of all other ids [N], float32.
+        row_T: the target at which each token of the stream is the real next token [T]; -1 if there is none.
     """
 
     ids_NK: npt.NDArray[np.int32]
@@ -71,18 +72,19 @@ def read_stream(
     is_shared_V: npt.NDArray[np.bool_],
     num_top: int = 0,
 ) -> TeacherStream:
-    """The stream of a shard's blocks.
+    """Join the blocks of a shard into one stream.
 
     Args:
-        blocks: of the shard, in order.
-        facts: of the cache.
-        num_ids: of its codec.
-        tokenizer: the teacher's.
-        is_shared_V: which of its tokens the student has as well.
-        num_top: how many of the top-k tokens are wanted too.
+        blocks: sequences and targets of the shard, in order.
+        facts: the facts of the cache.
+        num_ids: number of ids per target of the cache: samples of a `sampled` recording, top-k tokens of a `topk` one.
+        tokenizer: the teacher's tokenizer.
+        is_shared_V: which of the teacher's tokens the student's vocabulary has as well.
+        num_top: how many of the top-k tokens are read for projection; 0 for none.
 
     Raises:
-        InputError: a document does not begin as all do, holds a special token, or goes on behind its end.
+        InputError: a document does not begin with the BOS of the cache, holds a special token, or continues behind its
+            end token.
     """
     parts: list[tuple[npt.NDArray[np.generic], ...]] = []
     tops: list[tuple[npt.NDArray[np.generic], ...]] = []
@@ -93,7 +95,7 @@ def read_stream(
             tops.append(_first_of(targets, num_top))
     joined = (np.concatenate(part) for part in zip(*parts, strict=True))
     is_text_T, ids_T, starts_T, logprobs_T, counts_T, all_T, other_T = joined
-    # a beginning may be the last token of a sequence, and its text all in the next one
+    # number the documents before BOS is left out: a BOS may end a sequence, with all of its text in the next one
     document_T = np.cumsum(starts_T)[is_text_T]
     ids_T, logprobs_T, counts_T, all_T, other_T = (
         one[is_text_T] for one in (ids_T, logprobs_T, counts_T, all_T, other_T)
@@ -116,7 +118,7 @@ def read_stream(
 
 
 def _top_tokens(tops: list[tuple[npt.NDArray[np.generic], ...]], is_text_W: npt.NDArray[np.bool_]) -> TopTokens:
-    """Of the targets of all blocks; of every token, those that begin documents too, it is known whether it is text."""
+    """Join the top-k tokens of all blocks; `is_text_W` says which tokens of the sequences are in the stream."""
     ids_BLK, logprobs_BLK, rest_BL = (np.concatenate(one) for one in zip(*tops, strict=True))
     num_sequences, length, num_top = ids_BLK.shape
     row_BL1 = np.full((num_sequences, length + 1), -1, np.int64)
@@ -130,7 +132,7 @@ def _top_tokens(tops: list[tuple[npt.NDArray[np.generic], ...]], is_text_W: npt.
 
 
 def _first_of(targets: TopkTargets, num_top: int) -> tuple[npt.NDArray[np.generic], ...]:
-    """Copies, so that the rest of a block is not kept."""
+    """Copy the first top-k tokens of a block, so that the memory of the others can be freed."""
     rest_BL = targets.tail_BL + np.exp(targets.logprobs_BLK[..., num_top:]).sum(axis=2)
     return targets.ids_BLK[..., :num_top].copy(), targets.logprobs_BLK[..., :num_top].copy(), rest_BL
 
@@ -148,7 +150,7 @@ def _read_block(
     shape = tokens_BL1.shape
     logprobs_BL1 = np.full(shape, np.nan, np.float32)
     logprobs_BL1[:, 1:] = targets.label_logprobs_BL
-    # what a sequence begins with has nothing before it, wherever in its document it stands
+    # the first text token of a sequence that continues a document may be learnt, but the teacher has no logprob of it
     place = len(facts.bos_ids)
     is_rest_B = ~starts_BL1[:, 0]
     counts_BL1[is_rest_B, place] = True
@@ -164,7 +166,7 @@ def _read_block(
 
 
 def _beginnings(sequences: Sequences, facts: TextFacts, where: str) -> npt.NDArray[np.bool_]:
-    """Where a token stands that begins documents, and what is left of one in the next sequence."""
+    """Return where BOS tokens stand [B, L + 1]: before each document, and before its rest in the next sequence."""
     is_bos_BL1 = np.zeros(sequences.tokens_BL1.shape, np.bool_)
     if facts.bos_ids:
         is_bos_BL1 |= sequences.starts_BL1
@@ -174,7 +176,7 @@ def _beginnings(sequences: Sequences, facts: TextFacts, where: str) -> npt.NDArr
                 "a document of the cache does not begin as its tokenizer's documents do",
                 where=where,
                 expected=f"the id {facts.bos_ids[0]} before each document",
-                fix="make the cache again of a corpus of texts",
+                fix="make the cache again from a corpus of texts",
             )
     return is_bos_BL1
 
@@ -187,8 +189,8 @@ def _require_last(is_end_T: npt.NDArray[np.bool_], first_D: Ints, where: str) ->
             "a document of the cache goes on behind its end",
             where=where,
             found=f"{num_within:,} ends within documents of one shard",
-            expected="none but as a document's last token",
-            fix="align a cache that capgap made of texts",
+            expected="an end only as a document's last token",
+            fix="align a cache that capgap made from texts",
         )
 
 
@@ -202,5 +204,5 @@ def _require_text(ids_T: npt.NDArray[np.generic], tokenizer: TextTokenizer) -> N
             where=tokenizer.where,
             found=f"the id {number}, {tokenizer.table.tokens.get(number, 'of no token')!a}",
             expected="text between the beginning and the end of a document",
-            fix="align a cache of plain text; special tokens within documents have none in another tokenizer",
+            fix="align a cache of plain text; special tokens within documents have no counterpart in another tokenizer",
         )

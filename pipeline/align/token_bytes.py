@@ -1,13 +1,13 @@
-"""The bytes of text that each token of a tokenizer stands for, found by what its parts do, not by how tokens look.
+"""Finds the bytes of text that each token of a tokenizer stands for, from the tokenizer's decoder.
 
-    added tokens that are special    none: what they are for, an end or a beginning, the corpus's facts say
+    added tokens that are special    no bytes; the facts of the corpus say which of them begin and end documents
     other added tokens               their own text
-    a byte-level decoder             each character of a token is a byte
-    Replace, ByteFallback, Fuse      what a decoder of SentencePiece's kind replaces; a byte for each piece of a byte
+    a byte-level decoder             each character of a token is one byte
+    Replace, ByteFallback, Fuse      the steps of a SentencePiece decoder: texts are replaced, `<0x0A>` is one byte
     Metaspace                        its mark is a blank
 
-Other decoders, such as that of WordPiece, do not give a text back: their tokenizers are refused. So is one that changes
-a text, for whatever is encoded is held against the bytes of its tokens.
+Other decoders, such as WordPiece's, do not restore the text: their tokenizers are refused. A tokenizer that changes a
+text is refused too, because each encoded text is compared with the bytes of its tokens.
 
 Legend: V ids, T tokens, S bytes.
 """
@@ -34,22 +34,22 @@ Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 NO_TEXT = -1
-"""The length of an id that stands for no text: a special token, or none at all."""
+"""The length of an id that stands for no text: a special token, or an id without a token."""
 
 _PASSING_STEPS = {"Fuse", "Strip"}
-# how the decoder's own library writes a byte; read so only where that decoder is at work
+# how the tokenizers library writes a single byte; read as a byte only if the decoder has the step ByteFallback
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """A vocabulary as bytes.
+    """The bytes of every token of a vocabulary.
 
     Attributes:
-        data_S: the bytes of all ids, one after the other, uint8.
-        offset_V: where each id's begin.
-        length_V: how many each id has; `NO_TEXT` for one that stands for no text.
-        tokens: every token by its id, for messages.
+        data_S: the bytes of all ids, one after the other [S], uint8.
+        offset_V: place in `data_S` of the first byte of each id [V], int64.
+        length_V: number of bytes of each id [V], int64; `NO_TEXT` for an id that stands for no text.
+        tokens: the token of each id as the tokenizer writes it, for messages.
     """
 
     data_S: Bytes
@@ -58,12 +58,12 @@ class TokenBytes:
     tokens: dict[int, str]
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes of one id; none where it stands for no text."""
+        """Return the bytes of one id, which are none if it stands for no text."""
         start = int(self.offset_V[token])
         return self.data_S[start : start + max(0, int(self.length_V[token]))].tobytes()
 
     def join(self, ids_T: npt.NDArray[Any], skip_T: Ints | None = None) -> Bytes:
-        """The bytes of many ids, one after the other; of each without its first `skip_T` bytes."""
+        """Return the bytes of many ids [S], one after the other, each without its first `skip_T` bytes."""
         offset_T, length_T = self.offset_V[ids_T], np.maximum(self.length_V[ids_T], 0)
         if skip_T is not None:
             offset_T, length_T = offset_T + skip_T, length_T - skip_T
@@ -75,14 +75,14 @@ class TokenBytes:
 
     @cached_property
     def order(self) -> TokenOrder:
-        """Which tokens begin with which."""
+        """The tokens in the order of their bytes, by which the tokens that begin with another token are found."""
         texts = [self.bytes_of(token) for token in range(len(self.length_V))]
         ids_V = sorted(range(len(texts)), key=texts.__getitem__)
         sorted_texts = [texts[token] for token in ids_V]
-        # 32 bits: millions of them are looked up
+        # 32 bits instead of 64, because millions of ranks are looked up
         rank_V, stop_V = np.empty(len(texts), np.int32), np.empty(len(texts), np.int32)
         rank_V[ids_V] = np.arange(len(texts))
-        # a token's extensions stand behind it, up to the first that does not begin with it
+        # the tokens that begin with a token follow it in this order, up to the first that does not
         open_ones: list[int] = []
         for place, text in enumerate(sorted_texts):
             while open_ones and not text.startswith(sorted_texts[open_ones[-1]]):
@@ -94,17 +94,17 @@ class TokenBytes:
 
     @cached_property
     def texts(self) -> frozenset[bytes]:
-        """The bytes of every id that stands for text."""
+        """The set of the bytes of all ids that stand for text."""
         return frozenset(self.bytes_of(int(token)) for token in np.flatnonzero(self.length_V >= 0))
 
 
 @dataclass(frozen=True)
 class TokenOrder:
-    """Tokens in the order of their bytes: those that begin with a token's stand from its rank up to its stop.
+    """Tokens in the order of their bytes: the tokens that begin with a given token stand from its rank up to its stop.
 
     Attributes:
-        rank_V: place of each id.
-        stop_V: the place behind the last id that begins with this one's bytes.
+        rank_V: place of each id in this order [V], int32.
+        stop_V: the place behind the last id that begins with the bytes of each id [V], int32.
     """
 
     rank_V: npt.NDArray[np.int32]
@@ -113,13 +113,13 @@ class TokenOrder:
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tokenizer whose tokens are known as bytes.
+    """A tokenizer together with the bytes of its tokens.
 
     Attributes:
-        backend: encodes; nothing in a text is a special token to it.
-        table: the bytes of its tokens.
-        puts_blank: whether it puts a blank before a text.
-        where: the tokenizer as the user knows it.
+        backend: encodes text; it reads nothing in a text as a special token.
+        table: the bytes of the tokens.
+        puts_blank: whether the tokenizer puts a blank before a text.
+        where: the tokenizer as the user knows it, for errors.
     """
 
     backend: Tokenizer
@@ -129,10 +129,15 @@ class TextTokenizer:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> TextTokenizer:
-        """Of a loaded tokenizer.
+        """Find the bytes of the tokens of a loaded tokenizer, and check them on a few texts.
+
+        Args:
+            tokenizer: a loaded tokenizer.
+            vocab_size: number of ids.
+            where: the tokenizer as the user knows it, for errors.
 
         Raises:
-            InputError: it is not reversible: its tokens do not spell the text.
+            InputError: the tokenizer is not reversible: its tokens do not spell the text.
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
@@ -149,11 +154,11 @@ class TextTokenizer:
         return found
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text."""
+        """Encode each text into its token ids, without special tokens."""
         return [one.ids for one in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def require_bytes(self, ids: list[int], text: str) -> None:
-        """Raise InputError unless the ids spell the text, up to a blank that is put before it."""
+        """Raise InputError unless the ids spell the text; a blank that the tokenizer puts before it is allowed."""
         spelt = self.table.join(np.array(ids, np.int64)).tobytes()
         if spelt == text.encode() or (self.puts_blank and spelt == b" " + text.encode()):
             return
@@ -166,7 +171,7 @@ def _refusal(where: str, found: str, expected: str) -> InputError:
         where=where,
         found=found,
         expected=expected,
-        fix="use a tokenizer whose normaliser changes nothing, of bytes or with byte fallback",
+        fix="use a tokenizer that is byte-level or has byte fallback, and whose normaliser changes nothing",
     )
 
 
@@ -180,7 +185,7 @@ def _table(description: dict[str, Any], backend: Tokenizer, vocab_size: int, whe
     for number in range(vocab_size):
         token = tokens.get(number)
         one = added.get(number)
-        # what stands for anything unknown spells nothing
+        # special tokens and the token for unknown text spell no text
         if token is None or (one is not None and one["special"]) or token == unknown:
             parts.append(b"")
             continue
@@ -202,19 +207,19 @@ def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _is_spelt(description: dict[str, Any]) -> bool:
-    """Whether added tokens go through the decoder like others: all do but those beside a byte-level one."""
+    """Return whether added tokens are decoded like other tokens, as they are by all but byte-level decoders."""
     return not any(step["type"] == "ByteLevel" for step in _steps(description["decoder"]))
 
 
 def _spelling(description: dict[str, Any], where: str) -> Callable[[str], bytes]:
-    """What turns a token into its bytes."""
+    """Return a function that turns a token into its bytes, as the decoder of the tokenizer does."""
     steps = list(_steps(description["decoder"]))
     kinds = {step["type"] for step in steps}
     if "ByteLevel" in kinds:
         if kinds - _PASSING_STEPS != {"ByteLevel"}:
             raise _refusal(where, f"a decoder of {', '.join(sorted(kinds))}", "ByteLevel alone")
         byte_of = _byte_alphabet()
-        # a character outside the alphabet is written as it is
+        # a character outside the alphabet stands for its own UTF-8 bytes
         return lambda token: b"".join(byte_of.get(one) or one.encode() for one in token)
     known = {"Replace", "ByteFallback", "Metaspace"} | _PASSING_STEPS
     if kinds - known or not kinds & {"Replace", "Metaspace"}:
@@ -244,9 +249,9 @@ def _replacement(step: dict[str, Any], where: str) -> tuple[str, str]:
 
 
 def _byte_alphabet() -> dict[str, bytes]:
-    """The byte of each character of the byte-level alphabet: printable ones stand for themselves, others for the rest.
+    """Return the byte of each character of the byte-level alphabet, in which printable bytes stand for themselves.
 
-    Which characters these are the library says; that they lie in this order, the probes hold against it.
+    The assertion compares the characters with the library's; their order is checked by encoding the probe texts.
     """
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in own]

@@ -1,7 +1,7 @@
-"""The units of an alignment: shard i of the other cache is read, and shard i of this one written, by whoever claims it.
+"""Makes the units of an alignment: the process that claims a unit reads one shard of the given cache and writes one.
 
-A unit counts as finished when its record, `work/aligned/000000.json`, stands and the shard's file has its digest. In
-memory is one shard at a time: of each target some numbers, 8 bytes for each id that is to be projected, and the text.
+A unit is finished when its record, `work/aligned/000000.json`, exists and the shard's file has the digest in it. Memory
+holds one shard at a time: its text, a few numbers per target, and 8 bytes for each id that is projected.
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ CHUNKS_SET: RecordingName = "chunks"
 
 
 class AlignedUnit(Record):
-    """What is known of a unit that is finished."""
+    """The record of a finished unit."""
 
     sha256: str
-    """Digest of its shard's file."""
+    """SHA-256 digest of the shard's file."""
 
     counts: ShardCounts
-    """What the shard holds."""
+    """Counts of what the shard holds."""
 
 
 @dataclass(frozen=True)
 class AlignJob:
-    """All that a process must know to make units: plain values.
+    """Everything that a process must know to make units of one alignment.
 
     Attributes:
-        location: folder or URL of the other cache.
-        source: its shards, those that students train on first and the held-out ones behind them.
-        num_training: how many of them students train on.
-        recording: which of the other cache's they are.
-        facts: of the other cache.
-        teacher: folder of its tokenizer.
-        folder: of this stage; holds the student's tokenizer.
+        location: folder or URL of the given cache.
+        source: shards of the given cache: first those that students train on, then the held-out ones.
+        num_training: number of shards that students train on.
+        recording: the recording of the given cache that is aligned.
+        facts: the facts of the given cache.
+        teacher: folder of the given cache's tokenizer.
+        folder: folder of the align stage, which holds the student's tokenizer.
         work: the stage's work folder.
-        tokenizer: the student's.
-        bos_ids: that begin the student's documents.
-        seq_len: targets of the student's sequences.
-        min_border_probability: see `align.min_border_probability`.
-        projected_top_k: see `align.projected_top_k`.
+        tokenizer: the facts of the student's tokenizer.
+        bos_ids: ids with which the student's documents begin.
+        seq_len: number of targets per sequence of the student.
+        min_border_probability: the setting `align.min_border_probability`.
+        projected_top_k: the setting `align.projected_top_k`.
     """
 
     location: Path | str
@@ -84,12 +84,12 @@ class AlignJob:
 
     @property
     def units(self) -> UnitNotes:
-        """Where finished units are noted."""
+        """The notes of finished units in the work folder."""
         return UnitNotes(self.folder, self.work, ALIGNED_FOLDER, len(self.source.shards))
 
 
 class ChunkAligner:
-    """Makes the units of a job."""
+    """Makes and checks the units of a job."""
 
     def __init__(self, job: AlignJob) -> None:
         self.job = job
@@ -115,23 +115,23 @@ class ChunkAligner:
 
     @cached_property
     def _both(self) -> BothTokens:
-        """What is a token in both."""
+        """The teacher's vocabulary compared with the student's."""
         student = self._student
         return BothTokens.of(self._teacher, self.job.facts.tokenizer.eos_id, student.tokenizer, student.eos_id)
 
     @cached_property
     def _shared(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        """Which of the teacher's tokens the student has as well."""
+        """Whether the student's vocabulary has the bytes of each of the teacher's ids [V]."""
         mine, theirs = self._teacher.table, self._student.tokenizer.table.texts
         return np.array([mine.bytes_of(token) in theirs for token in range(len(mine.length_V))], np.bool_)
 
     def warm_up(self) -> None:
-        """Load both tokenizers and make their tables now, rather than with the first unit."""
+        """Load both tokenizers and make their tables now, instead of with the first unit."""
         assert self._student is not None and self._teacher.table.order is not None and self._shared is not None
         assert self._both is not None
 
     def finished(self, unit: int) -> tuple[ShardEntry, AlignedUnit] | None:
-        """A unit, if it is whole: its file is read and digested."""
+        """Return a unit's shard and record, or None if the unit is not whole; its file is read and digested."""
         record = read_sidecar(self.job.units.path(unit), AlignedUnit)
         writer, number = self._writer_of(unit)
         entry = None if record is None else writer.finished(number)
@@ -140,10 +140,12 @@ class ChunkAligner:
         return entry, record
 
     def make(self, unit: int) -> tuple[ShardEntry, AlignedUnit]:
-        """A unit, made unless it is finished.
+        """Make a unit unless it is finished, and return its shard and record.
 
         Raises:
-            InputError, CorruptError: as `read_stream`, `align_shard` and the reader.
+            InputError: a document of the shard cannot be aligned, for the reasons that `read_stream` and `align_shard`
+                name.
+            CorruptError: the shard is damaged.
             OSError: the disk is full, or the folder cannot be written.
         """
         found = self.finished(unit)
@@ -170,7 +172,7 @@ class ChunkAligner:
         return entry, record
 
     def shard_set(self, entries: list[ShardEntry]) -> ShardSet:
-        """The manifest's description of these shards."""
+        """Return the manifest's description of the given shards."""
         return self._writers[0].shard_set(entries)
 
     def _writer_of(self, unit: int) -> tuple[ShardWriter, int]:
@@ -185,10 +187,10 @@ class ChunkAligner:
 
 
 def make_units(job: AlignJob, part: Slice) -> None:
-    """Make the units of the slice that are not there and that nobody else is at.
+    """Make the units of the slice that are neither finished nor claimed by another process.
 
     Raises:
-        CapgapError, OSError: as `ChunkAligner`.
+        CapgapError, OSError: a unit cannot be made, for the reasons that `ChunkAligner.make` names.
     """
     maker, claims = ChunkAligner(job), Claims(job.units, part)
     made, sizes = job.units.made(), [shard.num_sequences for shard in job.source.shards]

@@ -1,4 +1,4 @@
-"""How much text there is and how many tokens it makes, by the sizes of files and a sample of what they hold."""
+"""Estimates how much text the sources hold and how many tokens it makes, from file sizes and a sample of the text."""
 
 from __future__ import annotations
 
@@ -24,20 +24,26 @@ from capgap.schemas.run_corpus import CorpusSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Three files of each kind are looked into, and the first records of each.
+# The sample is the first records of three files of each kind.
 _SAMPLED_FILES, _SAMPLED_RECORDS = 3, 200
 _SAMPLED_TEXT_BYTES = 1 << 20
-# enough for what readers hold ahead to be a small part of it
+# large enough that the bytes which readers buffer ahead are a small part of it
 _SAMPLED_FILE_BYTES = 1 << 22
 
 
 def text_bytes(
     places: Sequence[Place], text_field: str, messages_field: str | None = None, skips: bool = False
 ) -> Figure:
-    """UTF-8 bytes of text in files and the builtin text; of conversations, those of their JSON.
+    """Estimate the UTF-8 bytes of text in files and the builtin text; a conversation counts as its JSON.
+
+    Args:
+        places: paths and URLs of the files, and `BUILTIN` for the builtin text.
+        text_field: the field of a record that holds its text.
+        messages_field: the field of a record that holds a conversation, or `auto`; None if records are texts.
+        skips: whether records that cannot be used are skipped.
 
     Raises:
-        InputError: a file is missing, or a record without text, unless these are skipped.
+        InputError: a file is missing, or a record has no text and `skips` is false.
     """
     total, how = 0.0, []
     if BUILTIN in places:
@@ -54,17 +60,18 @@ def text_bytes(
         total += size * share
         how.append(
             f"{len(paths)} {kind} of {size:,} bytes"
-            + ("" if share == 1 else f", {share:.2f} of text in each, by a sample")
+            + ("" if share == 1 else f", {share:.2f} bytes of text per byte, by a sample")
         )
-    return Figure(value=total, source=", ".join(how) or "no file that is not counted already")
+    return Figure(value=total, source=", ".join(how) or "all its files are counted already")
 
 
 def source_texts(settings: CorpusSettings) -> tuple[list[Figure], list[float]]:
-    """The text of each source, and the share of it that is taken where sources are weighed against one another.
+    """Estimate the bytes of text of each source, and the share of it, from 0 to 1, that is taken by its weight.
 
     Raises:
-        InputError: as `places_by_source` and `text_bytes`.
-        MachineError: as `places_by_source`.
+        InputError: a source names nothing, a file of an unknown kind, or one that cannot be read; or two sources of a
+            mixture name the same text.
+        MachineError: the client for a URL is not installed.
     """
     skips = settings.on_bad_record == "skip"
     sources = [source for _, source in settings.named_sources]
@@ -87,12 +94,17 @@ def bytes_per_token(
     num_around: int = 1,
     skips: bool = False,
 ) -> Figure:
-    """Bytes of text a token, on a megabyte of the sources' beginnings; `num_around` ids begin and end a document.
+    """Measure the UTF-8 bytes of text per token on about a megabyte from the beginnings of the sources.
 
-    Each source is given by its files, folders and patterns, and the field of its text.
+    Args:
+        tokenizer: the tokenizer that encodes the sample.
+        sources: for each source its files, folders and patterns, and the field of its text.
+        messages_field: the field of a record that holds a conversation, or `auto`; None if records are texts.
+        num_around: number of ids that are added at the beginning and the end of a document.
+        skips: whether records that cannot be used are skipped.
 
     Raises:
-        InputError: as `read_documents`.
+        InputError: a file is missing, of an unknown kind or damaged, or a record cannot be used.
     """
     texts: list[str] = []
     num_bytes = 0
@@ -106,16 +118,16 @@ def bytes_per_token(
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     num_tokens = sum(len(ids) + num_around for ids in encoded)
     value = num_bytes / max(num_tokens, 1)
-    return Figure(value=value, source=f"{value:.2f} bytes of text a token, by the tokenizer on {num_bytes:,} of them")
+    return Figure(value=value, source=f"{value:.2f} bytes of text per token, by the tokenizer on {num_bytes:,} bytes")
 
 
 def _bad(skips: bool) -> BadRecords:
-    """Nothing is said of what is skipped: the corpus says it."""
+    """Return a handler of bad records that logs nothing, because the corpus stage itself logs what it skips."""
     return BadRecords("corpus", "skip" if skips else "stop", 1.0, 0)
 
 
 def _share_of_text(paths: list[Place], text_field: str, messages_field: str | None, skips: bool) -> float:
-    """Bytes of text in a byte of file, of files of one kind; 1 where the file is the text."""
+    """Estimate the bytes of text per byte of file, for files of one kind; 1 if the file is the text."""
     if all(kind_of(path) in TEXT_SUFFIXES and not is_packed(path) for path in paths):
         return 1.0
     measure = _text_of_rows if kind_of(paths[0]) in TABLE_SUFFIXES else _text_of_stream
@@ -129,7 +141,10 @@ def _mean(pairs: Iterable[tuple[float, float]]) -> float:
 
 
 def _text_of_stream(path: Place, text_field: str, messages_field: str | None, skips: bool) -> tuple[float, float]:
-    """Bytes of text in the first records, and what these take of the file, if all of it is compressed as well."""
+    """Return the bytes of text in the first records, and the bytes that these records take in the file.
+
+    In a compressed file, the second number assumes that the records compress as well as the whole sample.
+    """
     kind, num_text_bytes = kind_of(path), 0
     with open_unpacked(path) as (stream, raw):
         counted = _Counted(stream)
@@ -153,6 +168,7 @@ def _text_of_stream(path: Place, text_field: str, messages_field: str | None, sk
 
 
 def _text_of_rows(path: Place, text_field: str, messages_field: str | None, skips: bool) -> tuple[float, float]:
+    """Estimate the bytes of text of a table from its first rows, and return them with the size of the file in bytes."""
     total = num_rows(path)
     part = min(_SAMPLED_RECORDS, total)
     documents = islice(read_documents((str(path),), text_field, messages_field, _bad(skips)), _SAMPLED_RECORDS)
@@ -161,7 +177,7 @@ def _text_of_rows(path: Place, text_field: str, messages_field: str | None, skip
 
 
 class _Counted(io.RawIOBase):
-    """A stream that counts what was read of it."""
+    """A stream that counts the bytes that were read from it."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.num_read, self._stream = 0, stream

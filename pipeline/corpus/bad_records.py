@@ -1,4 +1,4 @@
-"""Records that cannot be used: the first stops the corpus, or each is left out, counted and named."""
+"""Handles records that cannot be used: the first one stops the stage, or each is left out, counted and named."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from capgap.schemas.errors import BadRecordError, InputError
 _Error = TypeVar("_Error", bound=InputError)
 _LOG = logging.getLogger("capgap")
 NUM_NAMED = 20
-"""Bad records that are named in the log where nothing else is said; all are counted."""
+"""How many bad records are named in the log by default; all are counted."""
 
 
 class BadTally(Record):
-    """What a unit of the corpus found of records that cannot be used."""
+    """The records of one unit of the corpus that cannot be used."""
 
     num_records: int
-    """Records that were read, bad ones too."""
+    """Number of records that were read, including bad ones."""
 
     num_bad: int
-    """Of them."""
+    """Number of records that cannot be used."""
 
     named: tuple[str, ...]
-    """What is wrong with the first ones."""
+    """Messages of the first bad records, at most `NUM_NAMED`."""
 
 
 class BadRecords:
-    """What becomes of records that cannot be used.
+    """Counts the records that cannot be used, and stops at the first one or leaves them out.
 
     Args:
-        section: of the run file, for what is said.
-        rule: `stop` at the first, or `skip` them.
-        max_fraction: of all records; where more are bad, it is refused at the end.
-        num_named: bad records that are named in the log.
+        section: the section of the run file that names the sources, for messages.
+        rule: `stop` at the first bad record, or `skip` bad records.
+        max_fraction: the largest share of all records that may be bad; `finish` refuses more.
+        num_named: how many bad records are named in the log.
 
     Attributes:
-        num_records: that were read, bad ones too.
-        num_bad: of them.
+        num_records: number of records that were read, including bad ones.
+        num_bad: number of records that cannot be used.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class BadRecords:
         self._named: list[str] = []
 
     def refuse(self, error: BadRecordError) -> None:
-        """Take note of a bad record.
+        """Count a bad record, and log it.
 
         Raises:
-            BadRecordError: that one, where it stops the corpus.
+            BadRecordError: the rule is `stop`; the error is the given one, with its section.
         """
         error = in_section(error, self._section)
         if self._rule == "stop":
@@ -63,11 +63,11 @@ class BadRecords:
 
     @property
     def tally(self) -> BadTally:
-        """What was counted, to be added to that of other units."""
+        """The counts so far, which `add` takes together with those of other units."""
         return BadTally(num_records=self.num_records, num_bad=self.num_bad, named=tuple(self._named))
 
     def add(self, tally: BadTally) -> None:
-        """Count what a unit found."""
+        """Add the counts of a unit."""
         self.num_records += tally.num_records
         for said in tally.named:
             self._leave_out(said)
@@ -81,10 +81,10 @@ class BadRecords:
                 _LOG.warning("left out record %d, %s", self.num_bad, said)
 
     def finish(self) -> None:
-        """Say how many were left out.
+        """Log how many records were left out.
 
         Raises:
-            InputError: too many.
+            InputError: the share of bad records is larger than `max_fraction`.
         """
         if not self.num_bad:
             return
@@ -95,7 +95,7 @@ class BadRecords:
                 where=f"{self._section}.sources",
                 found=f"{counted}, first {self._named[0]}",
                 expected=f"at most a share of {self._max_fraction:g}, {self._section}.max_bad_fraction",
-                fix="mend the records, or raise the bound",
+                fix=f"mend the records, or raise {self._section}.max_bad_fraction",
             )
         more = f", of which the first {self._num_named} are named above" if self.num_bad > self._num_named else ""
         if self._num_named:
@@ -103,7 +103,7 @@ class BadRecords:
 
 
 def in_section(error: _Error, section: str) -> _Error:
-    """The error with the setting before its file, and with that section's settings in what to do about it."""
+    """Return the error with `SECTION.sources` before its file, and with the settings of that section in its fix."""
     before = f"{section}.sources: "
     if str(error.where).startswith(before):
         return error

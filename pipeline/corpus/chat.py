@@ -1,4 +1,4 @@
-"""Conversations into tokens, by the tokenizer's own chat template; what the assistant says counts as labels."""
+"""Encodes conversations by the tokenizer's own chat template; the tokens that the assistant says are the labels."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ TRIED = (
     {"role": "user", "content": "And 5 more?"},
     {"role": "assistant", "content": "Then they are 12."},
 )
-"""A conversation with which a template is tried before any is read."""
+"""A conversation with which a chat template is tried before any record is read."""
 
 _LOG = logging.getLogger("capgap")
-# before the words of an answer a template may say that there were no thoughts
+# a template may write an empty reasoning block before the words of an answer
 _NOTHING = re.compile(r"\s*(<think>\s*</think>\s*)?")
 
 
@@ -36,12 +36,12 @@ class MarkedChat:
     """A tokenizer whose chat template marks what the assistant says.
 
     Args:
-        tokenizer: its template stands between `{% generation %}` and `{% endgeneration %}` where an answer begins and
-            ends, as transformers' `apply_chat_template(..., return_assistant_tokens_mask=True)` wants it.
-        where: the tokenizer as the user knows it.
+        tokenizer: the tokenizer; its template has `{% generation %}` and `{% endgeneration %}` around each answer, as
+            transformers' `apply_chat_template(..., return_assistant_tokens_mask=True)` requires.
+        where: the tokenizer as the user knows it, for errors.
 
     Raises:
-        InputError: it has no such template, or its marks have no place in the text.
+        InputError: the tokenizer has no such template, or the places of its marks in the text cannot be found.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -57,24 +57,23 @@ class MarkedChat:
         self._template = ChatTemplate(tokenizer, where) if isinstance(template, str) else None
         if self._template is None or not self._template.has_marks:
             raise InputError(
-                "the chat template does not say what the assistant says",
+                "the chat template does not mark what the assistant says",
                 where=where,
-                found="no chat template" if not template else "no marks" if self._template else "several",
+                found="no chat template" if not template else "no marks" if self._template else "several templates",
                 expected="one with {% generation %} and {% endgeneration %} around each answer",
                 fix="save one as chat_template.jinja beside the tokenizer",
             )
-        # it may refuse these turns and take those of the corpus
+        # a template may refuse these messages, and still accept those of the corpus
         with suppress(BadRecordError):
             self._template.render_marked(TRIED, [], "a conversation to try it")
 
     def encode(self, document: Document) -> Encoded:
-        """Tokens of a conversation, which of them the assistant says, and its text as the template renders it.
+        """Encode a conversation; the assistant's tokens are its labels, and its text is what the template renders.
 
-        What would be a special token in a message is none: see `plain_text`.
+        Words of a message that look like a special token are encoded as text.
 
         Raises:
-            BadRecordError: the template refuses the conversation, leaves out what stands in it, or an answer says
-                nothing.
+            BadRecordError: the template refuses the conversation or leaves out a message, or an answer has no words.
         """
         assert document.messages is not None and self._template is not None
         talk = plain_conversation(Conversation.from_json(document.messages), self._specials)
@@ -91,29 +90,29 @@ class MarkedChat:
 
 
 def counts(answer: dict[str, Any]) -> bool:
-    """Whether an answer is learnt; one of weight 0 is only read."""
+    """Return whether an answer is learnt; an answer of weight 0 is only read."""
     return bool(answer.get("weight", 1))
 
 
 def _counting(
     spans: Sequence[tuple[int, int]], answers: Sequence[dict[str, Any]], where: str
 ) -> Sequence[tuple[int, int]]:
-    """The marked places of the answers that are learnt."""
+    """Return the marked spans of the answers that are learnt, which leaves out answers of weight 0."""
     if all(map(counts, answers)):
         return spans
     if len(spans) != len(answers):
         raise BadRecordError(
-            "it cannot be told which answer has weight 0",
+            "the text of an answer that has weight 0 cannot be found",
             where=where,
             found=f"{len(spans)} marked places for {len(answers)} answers",
-            expected="one for each",
+            expected="one marked place for each answer",
             fix=SKIP,
         )
     return [span for span, answer in zip(spans, answers, strict=True) if counts(answer)]
 
 
 def plain_conversation(conversation: Conversation, specials: list[str]) -> Conversation:
-    """The conversation with no special token in any text of it."""
+    """Return the conversation without special tokens in any text of its messages and tools."""
     return Conversation(
         plain_messages(conversation.messages, specials), [plain_value(tool, specials) for tool in conversation.tools]
     )
@@ -122,27 +121,40 @@ def plain_conversation(conversation: Conversation, specials: list[str]) -> Conve
 def marked_tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]
 ) -> tuple[list[int], list[bool]]:
-    """Tokens of a text, and which of them have a character within the spans, or a part of one."""
+    """Encode a text, and return its token ids and which tokens hold a character, or a part of one, within the spans.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        text: the text.
+        spans: start and end of each span, in characters.
+    """
     made = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     ids = list(made["input_ids"])
     starts, ends = zip(*made["offset_mapping"], strict=True) if ids else ((), ())
     learnt = [False] * len(ids)
     for start, end in spans:
-        # of a character that is several tokens each has its place, which never falls
+        # the tokens of one character all have its offsets, so starts and ends never fall and can be searched
         first, stop = bisect_right(ends, start), bisect_left(starts, end)
         learnt[first:stop] = [True] * (stop - first)
     return ids, learnt
 
 
 def says_nothing(words: str) -> bool:
-    """Whether there is no word in an answer, but perhaps that there were no thoughts."""
+    """Return whether an answer holds no words; an empty reasoning block counts as none."""
     return _NOTHING.fullmatch(words) is not None
 
 
 def require_words(words: str, specials: list[str], message: dict[str, Any], where: str) -> None:
-    """Raise BadRecordError where an answer's turn holds nothing but its end: that alone would be learnt."""
+    """Raise BadRecordError if an answer has no words, because the model would then learn its end token alone.
+
+    Args:
+        words: the text that the template writes for the answer.
+        specials: the texts of the tokenizer's special tokens.
+        message: the message of the answer; empty if it is not known.
+        where: place of the answer, for errors.
+    """
     content = message.get("content")
-    # a special token of one character is text where a person wrote it
+    # a special token of one character counts as a word if the message itself holds it
     if isinstance(content, str) and not says_nothing(content) and content.strip() in words:
         return
     for special in specials:
@@ -153,7 +165,7 @@ def require_words(words: str, specials: list[str], message: dict[str, Any], wher
 
 
 def require_shown(text: str, messages: Sequence[dict[str, Any]], where: str) -> None:
-    """Raise BadRecordError where the template leaves out instructions, as many do with roles that they do not know."""
+    """Raise BadRecordError if the template leaves out a system or developer message, as many do with unknown roles."""
     for number, message in enumerate(messages, start=1):
         content = message.get("content")
         if message["role"] in ("system", "developer") and isinstance(content, str) and content.strip() not in text:
@@ -163,10 +175,10 @@ def require_shown(text: str, messages: Sequence[dict[str, Any]], where: str) -> 
 def require_results(
     template: ChatTemplate, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]], where: str
 ) -> None:
-    """Raise BadRecordError where the template leaves out what a tool gave, on which the answer behind it rests.
+    """Raise BadRecordError if the template leaves out the result of a tool, on which the next answer depends.
 
-    A template may write a result otherwise than it was given, as JSON or shortened, and a short one may stand elsewhere
-    too: words that nobody says are written in the place of each.
+    A template may reformat or shorten a result, and the words of a short result may occur elsewhere. So the template is
+    tried with a unique word in the place of each result.
     """
     words = {
         number: f"result{number}shown"
@@ -195,7 +207,7 @@ def _left_out(message: dict[str, Any], where: str) -> BadRecordError:
 
 
 def warn_of_tools(template: ChatTemplate, conversation: Conversation, name: str) -> None:
-    """Say once of a template that it never looks at the tools it is given."""
+    """Log once that the template ignores the tools which a conversation defines."""
     if conversation.tools and not template.knows_tools and not template.has_warned:
         template.has_warned = True
         _LOG.warning("%s and others define tools, which the chat template does not write", name)

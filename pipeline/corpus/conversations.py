@@ -1,12 +1,12 @@
-"""Whole conversations into tokens: for each answer exactly those before it with which a chat would ask for it.
+"""Encodes whole conversations so that each answer follows exactly the prompt with which a chat would ask for it.
 
     messages --template--> prompt of answer 1 | answer 1 | what follows, prompt of answer 2 | answer 2
                            not learnt           learnt     not learnt                         learnt
 
-A prompt is what `apply_chat_template(messages so far, add_generation_prompt=True)` gives; an answer ends with a special
-token, by which the model learns to stop. Where a template shows an earlier answer otherwise than it was given, for
-example without its thoughts, or where a tokenizer joins the end of a prompt with the beginning of an answer, the next
-answer stands in a row of its own behind its own prompt.
+A prompt is what `apply_chat_template(messages so far, add_generation_prompt=True)` returns. An answer ends with a
+special token, by which the model learns to stop. The next answer gets a row of its own, behind its own prompt, if the
+template changes an earlier answer in it, for example by removing its reasoning, or if the tokenizer joins the end of a
+prompt with the beginning of an answer.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from capgap.schemas.errors import BadRecordError, InputError
 
 @dataclass(frozen=True)
 class Turns:
-    """What became of a conversation.
+    """A conversation in tokens.
 
     Attributes:
-        rows: its tokens, and which of them are learnt; one row but where answers need prompts of their own.
-        num_answers: in them.
-        num_dropped: that do not end within the longest row, or come after one that does not.
+        rows: the tokens, and which of them are learnt; one row, or several if answers need prompts of their own.
+        num_answers: number of answers in `rows`.
+        num_dropped: number of answers left out because they, or an earlier answer, do not end within the longest row.
     """
 
     rows: tuple[Encoded, ...]
@@ -50,17 +50,17 @@ class Turns:
 
 
 class ChatFormat:
-    """A tokenizer with a chat template that can be learnt from, which has been seen by trying it.
+    """A tokenizer whose chat template a model can be trained with; the template is tried on a short conversation.
 
     Args:
-        tokenizer: its chat template decides.
+        tokenizer: a tokenizer with a chat template.
         where: the template as the user knows it, for errors.
 
     Attributes:
-        end_ids: the special tokens with which its answers end.
+        end_ids: ids of the special tokens with which the template ends answers.
 
     Raises:
-        InputError: it has no template, or one whose answers cannot be told from the rest, or do not end.
+        InputError: the tokenizer has no template, or one whose answers cannot be told from the rest or have no end.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -72,15 +72,14 @@ class ChatFormat:
         self.end_ids = self._try()
 
     def encode(self, document: Document, most: int | None = None) -> Turns:
-        """Tokens of a conversation.
+        """Encode a conversation.
 
         Args:
             document: the conversation.
-            most: tokens of a row at most; a longer conversation loses the answers that do not end within.
+            most: the largest number of tokens per row; answers that do not end within it are left out.
 
         Raises:
-            BadRecordError: the template refuses the conversation, leaves out what stands in it, or an answer says
-                nothing.
+            BadRecordError: the template refuses the conversation or leaves out a message, or an answer has no words.
         """
         talk = plain_conversation(conversation_of(document), self._specials)
         warn_of_tools(self._template, talk, document.name)
@@ -104,12 +103,12 @@ class ChatFormat:
         return Turns(encoded, num_kept, len(places) - num_kept)
 
     def _turn(self, talk: Conversation, place: int, name: str) -> tuple[list[int], list[int], list[bool]]:
-        """The prompt of an answer, the answer with its end, and which of its tokens are learnt."""
+        """Return the ids of an answer's prompt, those of the answer with its end, and which tokens of it are learnt."""
         asked = self._asked(talk, place, name)
         told, spans = self._told(talk, place, name)
         if not told.startswith(asked):
             raise BadRecordError(
-                "the prompt for an answer is not how the answer's turn begins",
+                "the turn of an answer does not begin with the prompt for it",
                 where=name,
                 found=ascii(asked[-40:]),
                 expected=f"the beginning of {told[-80:]!a}, as {self._where} writes it",
@@ -148,7 +147,7 @@ class ChatFormat:
             ) from None
 
     def _stop(self, answer: list[int], learnt: list[bool], text: str) -> int:
-        """Tokens up to the answer's end: behind it a template may have a line break, which no model has to say."""
+        """Return the number of tokens up to the answer's end; a line break that the template adds is not counted."""
         if self._marks:
             return max((number + 1 for number, one in enumerate(learnt) if one), default=0)
         ends = [number + 1 for number, one in enumerate(answer) if one in self._special_ids]
@@ -186,7 +185,7 @@ class ChatFormat:
         return tuple(sorted(ends))
 
     def _ids(self, text: str) -> list[int]:
-        # as `apply_chat_template` does it, and vLLM
+        # without further special tokens, as `apply_chat_template` and vLLM encode a rendered template
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _refusal(self, what: str, found: str, expected: str, fix: str | None = None) -> InputError:
@@ -194,10 +193,10 @@ class ChatFormat:
 
 
 def conversation_of(document: Document) -> Conversation:
-    """The conversation of a document.
+    """Return the conversation of a document.
 
     Raises:
-        BadRecordError: it is none, or nobody answers in it.
+        BadRecordError: the document is a text, or the assistant has no turn in it.
     """
     if document.messages is None:
         raise BadRecordError("is no conversation", where=document.name, found="text", expected="a file of records")

@@ -12,7 +12,7 @@ from capgap.schemas.run_file import RunFile
 
 
 def _sources(run: RunFile, instance: Instance) -> list[Path]:
-    # imported here: whoever reads manifests alone needs no reader of Parquet
+    # imported here: a command that only reads manifests does not need the Parquet reader
     from capgap.pipeline.corpus.files import local_files
 
     extend = run.corpus.extend_vocabulary

@@ -1,7 +1,7 @@
-"""Documents into tokens, a batch at a time: texts by the tokenizer alone, conversations by its chat template.
+"""Encodes documents, a batch at a time: texts by the tokenizer alone, conversations by its chat template.
 
-Whoever encodes texts needs neither transformers nor torch, which take longer to import, and more memory, than all the
-rest of a process that makes units.
+A process that only encodes texts imports neither transformers nor torch: they would take more time and memory than all
+the rest of it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """What became of a document.
+    """A document in tokens.
 
     Attributes:
-        rows: its tokens; of a whole conversation one for each answer that needs a prompt of its own, or none.
-        num_dropped_answers: of a whole conversation, those that do not end within a sequence.
+        rows: the document's tokens, usually in one row. A whole conversation has further rows for answers that need
+            prompts of their own, and no row if no answer fits.
+        num_dropped_answers: number of answers of a whole conversation that are left out, because they or an earlier
+            answer do not end within one sequence.
     """
 
     rows: tuple[Encoded, ...]
@@ -40,16 +42,16 @@ class EncodedDocument:
 
 
 class Encoder:
-    """Turns the documents of a corpus into tokens.
+    """Encodes the documents of a corpus.
 
     Args:
-        settings: of the corpus.
-        folder: of the tokenizer, or its id.
-        texts: what `write_text_tokenizer` wrote of it; None where it wrote nothing.
-        bos_ids: what every document begins with.
+        settings: the settings of the corpus.
+        folder: folder or id of the tokenizer.
+        texts: the file that `write_text_tokenizer` wrote; None if it wrote none.
+        bos_ids: ids with which every document begins.
 
     Raises:
-        InputError: the chat template does not mark answers.
+        InputError: the corpus holds conversations, and answers cannot be told from the rest by the chat template.
     """
 
     def __init__(self, settings: CorpusSettings, folder: str, texts: Path | None, bos_ids: tuple[int, ...]) -> None:
@@ -62,10 +64,10 @@ class Encoder:
         self._room = settings.seq_len + 1 - len(self._begin)
 
     def encode(self, documents: Sequence[Document], bad: BadRecords) -> Iterator[EncodedDocument | None]:
-        """For each document what became of it, or None where it cannot be used.
+        """Yield each document in tokens, or None for a document that cannot be used.
 
         Raises:
-            BadRecordError: a conversation cannot be used, and stops the corpus.
+            BadRecordError: a conversation cannot be used, and `bad` stops at such a record.
         """
         is_text = [not self._only_chat and document.messages is None for document in documents]
         plain = [document.text for document, one in zip(documents, is_text, strict=True) if one]
@@ -83,7 +85,7 @@ class Encoder:
         return EncodedDocument(tuple(map(self._begun, rows)), num_dropped)
 
     def _begun(self, encoded: Encoded) -> Encoded:
-        """A conversation with what begins every document, if its template has not put that there."""
+        """Return a conversation with the ids that begin every document, unless its template wrote them already."""
         begin = self._begin
         if encoded.mask is None or tuple(encoded.ids[: len(begin)]) == begin:
             return encoded
@@ -92,11 +94,11 @@ class Encoder:
 
 class _Chat(Protocol):
     def rows(self, document: Document, most: int) -> tuple[tuple[Encoded, ...], int]:
-        """The tokens of a conversation, and the answers that do not end within so many."""
+        """Return the rows of a conversation, and the number of answers that do not end within `most` tokens."""
 
 
 def _chat(settings: CorpusSettings, folder: str) -> _Chat:
-    # imported here: a corpus of texts needs none of it
+    # imported here: a corpus of texts does not need transformers
     from capgap.pipeline.corpus.chat import MarkedChat
     from capgap.pipeline.corpus.conversations import ChatFormat
     from capgap.pipeline.models.tokenizers import load_tokenizer
@@ -122,7 +124,10 @@ def _chat(settings: CorpusSettings, folder: str) -> _Chat:
 
 
 def write_text_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> bool:
-    """Write what texts are encoded with; False, and nothing is written, where only transformers can do that."""
+    """Write the part of a tokenizer that encodes texts without transformers.
+
+    Return False, and write nothing, if only transformers can encode with this tokenizer.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         return False
@@ -132,11 +137,11 @@ def write_text_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> bool
 
 class _Texts(Protocol):
     def ids(self, texts: list[str]) -> Iterable[list[int]]:
-        """The ids of each text, in which nothing is a special token."""
+        """Encode each text without special tokens: what looks like one is encoded as text."""
 
 
 class _FastTexts:
-    """The tokenizer itself: transformers would make lists of four more things for each text."""
+    """A tokenizer without transformers around it, which would make four more lists for each text."""
 
     def __init__(self, path: Path) -> None:
         self._backend = Tokenizer.from_file(str(path))
@@ -152,7 +157,7 @@ class _SlowTexts:
     """A tokenizer of transformers that is written in Python."""
 
     def __init__(self, folder: str) -> None:
-        # imported here: see above
+        # imported here: only a tokenizer written in Python needs transformers
         from capgap.pipeline.models.tokenizers import load_tokenizer
 
         self._tokenizer = load_tokenizer(folder)

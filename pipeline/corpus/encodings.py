@@ -1,4 +1,4 @@
-"""Text that is no UTF-8, in one sentence for all kinds of files."""
+"""The error for text that is no UTF-8, the same for all kinds of files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _WIDE = (b"\xff\xfe", b"\xfe\xff")
 
 
 def not_utf8(error: UnicodeDecodeError, where: str, kind: type[_Error]) -> _Error:
-    """What is said of bytes that cannot be decoded.
+    """Return the error for bytes that cannot be decoded.
 
     Args:
-        error: as decoding raised it.
-        where: file and place.
-        kind: BadRecordError where what comes after them can be read.
+        error: the error that decoding raised.
+        where: the file, and the place in it.
+        kind: the class of the error: BadRecordError if the records behind these bytes can be read, else InputError.
     """
     is_wide = error.object[:2] in _WIDE
     return kind(

@@ -1,11 +1,11 @@
-"""More pieces for a tokenizer that exists: the learning of its merges is continued on new text.
+"""Extends an existing BPE tokenizer with new pieces: the training of its merges is continued on new text.
 
-text --its own words--> counts --its own merges--> pieces --further merges--> new pieces, behind all ids that there are
+text --tokenizer's words--> counts --old merges--> pieces --further merges--> new pieces, whose ids follow the old ones
 
-A merge that comes after all old ones changes nothing of how text is cut into old pieces: it joins two of them where
-they stand side by side. So every new piece can be reached, old ids mean what they meant, and each new piece has an old
-spelling (Purason et al., arXiv 2512.03989). A tokenizer without bytes for every character also gets the characters that
-it has not: the commonest ones, as many as make up 0.9995 of the text, which is SentencePiece's coverage.
+A merge that comes after all old ones does not change how text is cut into old pieces: it joins two of them where they
+stand side by side. So every new piece can be reached, old ids keep their meaning, and each new piece can be spelled in
+old ones (Purason et al., arXiv 2512.03989). A tokenizer without bytes for every character also gets the characters that
+its vocabulary lacks: the most frequent ones, up to 0.9995 of the text, which is SentencePiece's coverage.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.schemas.errors import InputError
 
 _COVERAGE = 0.9995
-_WORD_MARK = "\u2581"  # stands for a blank in SentencePiece; a piece has it at its beginning
+_WORD_MARK = "\u2581"  # stands for a blank in SentencePiece, at the beginning of a piece
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _TOKENIZER_FILE = "tokenizer.json"
 
@@ -37,18 +37,24 @@ Pair = tuple[str, str]
 def extend_tokenizer(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], num_pieces: int, min_frequency: int
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer of all of its entries at their ids, and of at most `num_pieces` new ones behind them.
+    """Return the tokenizer with at most `num_pieces` new entries behind its own, which keep their ids.
 
-    A pure function of its arguments.
+    The result depends on nothing but the arguments.
+
+    Args:
+        tokenizer: a BPE tokenizer with a `tokenizer.json`.
+        texts: the text from which new pieces are learnt.
+        num_pieces: the largest number of new entries.
+        min_frequency: how often two pieces must stand side by side at least, to be merged into a new one.
 
     Raises:
-        InputError: it is no BPE tokenizer, or transformers reads the extended one as something else.
+        InputError: it is no BPE tokenizer, or transformers reads the extended tokenizer with other ids.
     """
     backend = _bpe_of(tokenizer)
     words = _words(backend, texts)
     content: dict[str, Any] = json.loads(backend.to_str())
     vocab: dict[str, int] = content["model"]["vocab"]
-    # at their ids in the model's own vocabulary too: otherwise they would be counted anew behind its last entry
+    # added tokens are put into the model's own vocabulary at their ids: otherwise they would get new ids behind it
     for added in content["added_tokens"]:
         vocab.setdefault(added["content"], added["id"])
     before = dict(tokenizer.get_vocab())
@@ -84,7 +90,7 @@ def _bpe_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def _words(backend: Tokenizer, texts: Iterable[str]) -> Counter[str]:
-    """What no piece reaches across, as the tokenizer itself cuts text, and how often."""
+    """Count the words into which the tokenizer cuts text before it applies merges; no piece crosses their borders."""
     words: Counter[str] = Counter()
     for text in texts:
         normal = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
@@ -98,7 +104,7 @@ def _words(backend: Tokenizer, texts: Iterable[str]) -> Counter[str]:
 
 
 def _missing_characters(vocab: dict[str, int], words: Counter[str], most: int, min_frequency: int) -> list[str]:
-    """Characters that the vocabulary has not, the commonest first."""
+    """Return the characters that the vocabulary lacks, the most frequent first."""
     counts: Counter[str] = Counter()
     for word, number in words.items():
         for character in word:
@@ -115,7 +121,7 @@ def _missing_characters(vocab: dict[str, int], words: Counter[str], most: int, m
 
 
 def _further_merges(content: dict[str, Any], words: Counter[str], most: int, min_frequency: int) -> list[Pair]:
-    """Merges in the order in which they are learnt, until `most` new pieces are made."""
+    """Return the new merges in the order in which they are learnt, until they make `most` new pieces."""
     known = set(content["model"]["vocab"])
     never = {added["content"] for added in content["added_tokens"]} | {content["model"].get("unk_token")}
     learning = _Learning(_spelt(content, words), never)
@@ -134,14 +140,14 @@ def _further_merges(content: dict[str, Any], words: Counter[str], most: int, min
 
 
 def _spelt(content: dict[str, Any], words: Counter[str]) -> Iterator[tuple[list[str], int]]:
-    """Each word in the pieces that there are, and how often it stands."""
+    """Yield each word as a list of existing pieces, and how often it occurs."""
     model = Tokenizer.from_str(json.dumps(content)).model
     for word in sorted(words):
         yield [token.value for token in model.tokenize(word)], words[word]
 
 
 class _Learning:
-    """Pieces of words, and how often each two stand side by side."""
+    """The state of BPE training: all words in pieces, and how often each pair of pieces stands side by side."""
 
     def __init__(self, spelt: Iterable[tuple[list[str], int]], never: set[str | None]) -> None:
         self._words: list[tuple[list[str], int]] = []
@@ -157,16 +163,16 @@ class _Learning:
         heapq.heapify(self._queue)
 
     def best(self) -> tuple[Pair, int] | None:
-        """The commonest pair that can be one piece, of equal ones the first by its letters."""
+        """Return the most frequent pair that can be merged, and its count; among equals, the first in sorted order."""
         while self._queue:
             negative, pair = heapq.heappop(self._queue)
-            # what the queue says of a pair may be old; what is true was pushed later
+            # a count in the queue may be out of date; the current count of the pair was pushed later
             if self._counts[pair] == -negative > 0 and self._can_be_one(pair):
                 return pair, -negative
         return None
 
     def merge(self, pair: Pair) -> None:
-        """Make the pair one piece wherever it stands."""
+        """Merge the pair into one piece wherever it occurs."""
         changed: set[Pair] = set()
         for number in self._places.pop(pair, ()):
             pieces, count = self._words[number]
@@ -198,7 +204,7 @@ def _joined(pieces: list[str], pair: Pair) -> list[str]:
 
 
 def _read_again(tokenizer: PreTrainedTokenizerBase, content: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer with other contents; its settings, special tokens and chat template stay."""
+    """Return the tokenizer with another `tokenizer.json`; its settings, special tokens and chat template stay."""
     with tempfile.TemporaryDirectory() as name:
         tokenizer.save_pretrained(name)
         (Path(name) / _TOKENIZER_FILE).write_text(json.dumps(content, ensure_ascii=False))
@@ -210,6 +216,6 @@ def _refusal(tokenizer: PreTrainedTokenizerBase, found: str) -> InputError:
         "this tokenizer cannot be extended",
         where=f"corpus.tokenizer: {tokenizer.name_or_path}",
         found=found,
-        expected="a BPE tokenizer with a tokenizer.json, byte-level or as Llama's",
+        expected="a BPE tokenizer with a tokenizer.json, byte-level or like Llama's",
         fix="leave corpus.extend_vocabulary out",
     )

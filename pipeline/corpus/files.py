@@ -1,7 +1,7 @@
-"""Which files a source names, and what of a folder is no text of the corpus.
+"""Finds the files that a source names, and leaves out the files of a folder that are no text of the corpus.
 
-A path that exists is that path, whatever characters are in it; otherwise it may be a pattern. Of a folder are read all
-files of a known kind, but hidden ones, licences, and what describes a data set rather than being of it.
+A source that exists as a path is taken as this path, whatever characters it holds; otherwise it may be a pattern. Of a
+folder, all files of a known kind are read except hidden files, licences, and files that describe a data set.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from capgap.schemas.run_corpus import CorpusSettings
 BUILTIN = "builtin:python"
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LICENCES = ("licence", "license", "copying", "notice")
-# what `datasets` writes beside the data
+# files that the library `datasets` writes beside the data
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 def list_places(sources: tuple[str, ...], section: str = "corpus") -> list[Place]:
-    """What these sources name, in the order in which it is read, each file once however often it is named.
+    """Return the files that the sources name, in reading order; a file that is named several times is listed once.
 
     Args:
-        sources: files, folders and patterns, on this machine or as URLs; or `BUILTIN`, which stands for itself.
-        section: of the run file, for errors.
+        sources: files, folders and patterns, on this machine or as URLs; or `BUILTIN`, which is returned unchanged.
+        section: the section of the run file that names the sources, for errors.
 
     Raises:
         InputError: a source names nothing, or a file of an unknown kind.
@@ -45,23 +45,23 @@ def list_places(sources: tuple[str, ...], section: str = "corpus") -> list[Place
 
 
 def list_files(sources: tuple[str, ...], section: str = "corpus") -> list[Place]:
-    """The files among `list_places`, of which builtin text is none."""
+    """Return the files that the sources name, in reading order, without the builtin text."""
     return [place for place in list_places(sources, section) if place != BUILTIN]
 
 
 def places_by_source(settings: CorpusSettings) -> list[list[Place]]:
-    """Of each source of a corpus what is read of it: of a list, what none before it names.
+    """Return the files of each source of a corpus; in a plain list, a file belongs to the first source that names it.
 
     Raises:
-        InputError: as `list_places`, or two sources of a mixture name the same text.
-        MachineError: as `list_places`.
+        InputError: a source names nothing, or a file of an unknown kind; or two sources of a mixture name one text.
+        MachineError: the client for a URL is not installed.
     """
     found: list[list[Place]] = []
     claimed: dict[tuple[Place, str], str] = {}
     for name, source in settings.named_sources:
         found.append([])
         for place in list_places(source.paths):
-            # fields of one file may hold different texts; a conversation, and a file that is a text, are there once
+            # fields of one file may hold different texts; a conversation, or a text file, is the same for every source
             has_fields = settings.messages_field is None and kind_of(place) not in TEXT_SUFFIXES
             key = (_identity(place), (source.text_field or settings.text_field) if has_fields else "")
             if key not in claimed:
@@ -71,26 +71,26 @@ def places_by_source(settings: CorpusSettings) -> list[list[Place]]:
                 raise InputError(
                     "two sources of the mixture name the same text",
                     where=f"corpus.mixture.{name}: {place}",
-                    found=f"it in corpus.mixture.{claimed[key]} too",
-                    expected="it in one of them, whose weight and max_tokens count",
+                    found=f"the same text in corpus.mixture.{claimed[key]}",
+                    expected="the text in one source only, whose weight and max_tokens apply to it",
                     fix="take it out of the paths of the other",
                 )
     return found
 
 
 def _identity(place: Place) -> Place:
-    """The same for the same file, whatever path or link leads to it."""
+    """Return a value that is equal for the same file, whatever path or link leads to it."""
     return place.resolve() if isinstance(place, Path) else place
 
 
 def local_files(sources: tuple[str, ...], section: str = "corpus") -> list[Path]:
-    """Those of `list_files` that lie on this machine; the others are not asked for."""
+    """Return the files on this machine that the sources name; URLs are skipped without asking their servers."""
     here = tuple(source for source in sources if not is_url(source))
     return [path for path in list_files(here, section) if isinstance(path, Path)]
 
 
 def folders_in_words(sources: tuple[str, ...]) -> list[str]:
-    """One line for each source that is a folder: what of it is read and what is not, by suffix and count."""
+    """Return one line for each source that is a folder, with the number of files by suffix, read and not read."""
     lines = []
     for source in sources:
         folder = None if is_url(source) else _as_path(source)
@@ -99,7 +99,7 @@ def folders_in_words(sources: tuple[str, ...]) -> list[str]:
             others = sorted(set(_all_files(folder)) - set(read))
             links = sum(path.is_symlink() and not path.is_file() for path in folder.rglob("*"))
             said = f"read {_counts(read)}" + (f"; not read: {_counts(others)}" if others else "; nothing else")
-            said += f"; {links} links to folders, each of which is read once, or to nothing" if links else ""
+            said += f"; {links} links to folders (each folder is read once) or to nothing" if links else ""
             lines.append(f"{source}: {said}")
     return lines
 
@@ -135,7 +135,7 @@ def _files_of(source: str, section: str) -> list[Place]:
 
 
 def _of_url(url: str, section: str) -> list[Place]:
-    """The files of a URL; of several below it those of a known kind."""
+    """Return the files that a URL names; if there are several, only those of a known kind."""
     try:
         found = places_of_url(url)
     except InputError as error:
@@ -147,7 +147,7 @@ def _of_url(url: str, section: str) -> list[Place]:
 
 
 def _fix(source: str, path: Path | None) -> str:
-    """What to do about a source that is not there."""
+    """Return the advice for a source that does not exist."""
     if is_url(source):
         return "check the address and the credentials"
     if _ID.fullmatch(source) and kind_of(Path(source)) is None and not Path(source).parent.is_dir():
@@ -158,12 +158,12 @@ def _fix(source: str, path: Path | None) -> str:
 
 
 def _as_path(source: str) -> Path | None:
-    """The source as a path; None for what no path can be."""
+    """Return the source as a path; None if it cannot be one, because it holds a null character."""
     return None if "\0" in source else Path(source)
 
 
 def _pattern(source: str) -> str:
-    """The pattern, the folders before it that exist taken as they are called."""
+    """Return the pattern with its existing leading folders escaped, so that their names are taken literally."""
     path = Path(source)
     known = Path(path.anchor)
     parts = list(path.parts[1:] if path.anchor else path.parts)
@@ -189,14 +189,14 @@ def _is_hidden(path: Path, folder: Path) -> bool:
 
 
 def _is_beside(path: Path) -> bool:
-    """Whether a file of a known kind describes, permits or caches something rather than being text of the corpus."""
+    """Return whether a file of a known kind is a description, a licence or a cache file instead of corpus text."""
     name = path.name.lower()
     if name in _DESCRIPTIONS or name.split(".")[0].split("-")[0] in _LICENCES:
         return True
     state = path.parent / "state.json"
     if path.suffix != ".arrow" or not state.is_file():
         return False
-    # a folder of save_to_disk says which of its files are the data; others are caches
+    # the state.json of `save_to_disk` lists the data files of its folder; other files are caches
     try:
         listed = [str(one["filename"]) for one in json.loads(state.read_bytes())["_data_files"]]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -205,7 +205,7 @@ def _is_beside(path: Path) -> bool:
 
 
 def _counts(paths: list[Path]) -> str:
-    """For example `3 .jsonl, 1 .parquet`."""
+    """Return the number of files of each suffix, for example `3 .jsonl, 1 .parquet`."""
     counts = Counter("".join(path.suffixes[-2:]) if _is_packed(path) else path.suffix or path.name for path in paths)
     return ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(counts.items(), key=lambda c: (-c[1], c[0])))
 

@@ -1,8 +1,8 @@
-"""Files into records, one after another; a file is never held whole, but one that is a document itself.
+"""Reads the records of a file one after another; only a file that is a single document is held in memory whole.
 
-.txt .md .rst .py          a document                         .json      a list of records, or one after another
-.jsonl .ndjson             a record a line                    .csv .tsv  a record a row, named by the first row
-.parquet .arrow .feather   a record a row                     .gz .bz2 .xz .zst behind any but these three
+.txt .md .rst .py          one document                  .json      one list of records, or records one after another
+.jsonl .ndjson             one record per line           .csv .tsv  one record per row; the first row names the fields
+.parquet .arrow .feather   one record per row            .gz .bz2 .xz .zst may follow any suffix but these three
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from capgap.schemas.errors import BadRecordError, InputError
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a file that is read alone.
+    """A part of a file that is read by itself: a range of bytes of a file of lines, or of row groups of a Parquet file.
 
     Attributes:
-        start: of lines, a byte: the first line that begins there or later; of Parquet, a row group.
-        end: the byte at which, or after which, the first line begins that is no more of it; or the row group.
-        first_row: of Parquet, rows before it.
+        start: the first byte of a file of lines, or the first row group of a Parquet file.
+        end: the byte or the row group behind the last one. A line belongs to the part that holds its first byte.
+        first_row: number of rows before the part, for a Parquet file.
     """
 
     start: int
@@ -47,19 +47,19 @@ class Span:
 
 
 Found = tuple[str, object]
-"""Where a record stands, and the record, or the BadRecordError that says why it cannot be read."""
+"""The place of a record, and the record itself, or the BadRecordError that says why it cannot be read."""
 
 _ALL = Span(0, 1 << 62)
-_WHOLE = "where one value goes over several lines, call the file .json"
+_WHOLE = "if one value spans several lines, give the file the suffix .json"
 
 
 def read_records(path: Place, fields: tuple[str, ...], span: Span | None = None) -> Iterator[Found]:
-    """The records of a file: texts of documents, objects of all others.
+    """Yield the records of a file: strings from files of text, and JSON values or rows from all others.
 
     Args:
-        path: of a known kind.
-        fields: of a table, the columns that are wanted, where it has them.
-        span: of a file of lines that is not compressed, or of Parquet, the part that is read; all of it where None.
+        path: the file, of a known kind.
+        fields: the columns to read from a table; columns that it does not have are ignored.
+        span: the part of an uncompressed file of lines, or of a Parquet file, that is read; None for the whole file.
 
     Raises:
         InputError: the file cannot be read, is damaged, or ends early.
@@ -79,7 +79,17 @@ def read_records(path: Place, fields: tuple[str, ...], span: Span | None = None)
 
 
 def records_of(stream: BinaryIO, kind: str | None, name: str, fields: tuple[str, ...]) -> Iterator[Found]:
-    """The records of an open stream of text; see `read_records`."""
+    """Yield the records of an open stream of text.
+
+    Args:
+        stream: the uncompressed bytes of the file.
+        kind: the suffix that says how the file is read, as `kind_of` returns it.
+        name: the file's name, for the places of records and for errors.
+        fields: the columns to read from separated values.
+
+    Raises:
+        InputError: the stream cannot be read, is damaged, or ends early.
+    """
     if kind in TEXT_SUFFIXES:
         try:
             yield name, _decode(name, stream.read())
@@ -95,10 +105,10 @@ def records_of(stream: BinaryIO, kind: str | None, name: str, fields: tuple[str,
 
 @contextmanager
 def open_unpacked(path: Place) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The file's bytes as they were before it was compressed, and the file itself.
+    """Open a file, and yield a stream of its decompressed bytes and the stream of the file itself.
 
     Raises:
-        InputError: it cannot be opened, is damaged, or ends within its compression.
+        InputError: the file cannot be opened, is damaged, or ends within compressed data.
     """
     suffix = PurePath(str(path)).suffix.lower()
     try:
@@ -113,13 +123,13 @@ def open_unpacked(path: Place) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             where=path,
             found=str(error) or type(error).__name__,
             expected=how.get(suffix, "a whole file"),
-            fix=f"compress it again, or take {suffix} off a file that is none",
+            fix=f"compress it again, or remove {suffix} from its name if it is not compressed",
         ) from None
 
 
 @contextmanager
 def _unpacked(raw: BinaryIO, suffix: str) -> Iterator[BinaryIO]:
-    """What an open file holds, before it was compressed as its last suffix says."""
+    """Yield a stream of the decompressed bytes of an open file, whose compression is named by its last suffix."""
     if suffix == ".gz":
         with gzip.GzipFile(fileobj=raw) as packed:
             yield cast(BinaryIO, packed)
@@ -130,7 +140,7 @@ def _unpacked(raw: BinaryIO, suffix: str) -> Iterator[BinaryIO]:
         with lzma.LZMAFile(raw) as packed:
             yield cast(BinaryIO, packed)
     elif suffix == ".zst":
-        # Arrow's stream, unlike zstandard's reader, says when a file ends within a frame
+        # Arrow's stream, unlike zstandard's reader, raises an error if the file ends within a frame
         with pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd") as packed:
             yield cast(BinaryIO, io.BufferedReader(packed))
     else:
@@ -146,10 +156,13 @@ def _decode(where: str, data: bytes) -> str:
 
 
 def _lines(stream: BinaryIO, name: str, span: Span = _ALL) -> Iterator[Found]:
-    """Lines that begin within the span; where those before it are not read, a line is named by its first byte."""
+    """Yield the lines that begin within the span.
+
+    Lines are named by number; where the span does not begin at the file's start, by their first byte.
+    """
     place = span.start
     if place:
-        # what stands there may be the rest of a line that begins before
+        # the span may begin within a line; the rest of that line belongs to the span before
         stream.seek(place - 1)
         place += len(stream.readline()) - 1
     for number, line in enumerate(stream, start=1):

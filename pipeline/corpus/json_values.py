@@ -1,4 +1,4 @@
-"""The records of a JSON file: those of one list, or one value after another; read piece by piece."""
+"""Reads the records of a JSON file piece by piece: the entries of one list, or values one after another."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from capgap.pipeline.corpus.encodings import not_utf8
 from capgap.schemas.errors import InputError
 
 _PIECE_BYTES = 1 << 18
-_LONGEST_WORD = 16  # -Infinity, or the two escapes of a pair of surrogates
+# No word of JSON is longer: the longest are -Infinity and the two escapes of a surrogate pair.
+_LONGEST_WORD = 16
 _BLANK = " \t\n\r"
 
 
 def json_values(stream: BinaryIO, name: str) -> Iterator[tuple[str, object]]:
-    """Each value with its place.
+    """Yield each value of the stream with its place, which is `name` and the value's number.
 
     Raises:
-        InputError: what comes next is no JSON: nothing behind it can be told apart.
+        InputError: the stream holds something that is no JSON; the values behind it cannot be found either.
     """
     text = _Text(stream, name)
     is_list = text.next_is("[")
@@ -39,7 +40,7 @@ def json_values(stream: BinaryIO, name: str) -> Iterator[tuple[str, object]]:
 
 
 class _Text:
-    """A stream as text of which the beginning is taken away."""
+    """The text of a stream, of which only the part that is not parsed yet is held."""
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
         self._stream, self._name = stream, name
@@ -48,7 +49,7 @@ class _Text:
         self._text, self._place, self._num_before, self._is_whole = "", 0, 0, False
 
     def peek(self) -> str:
-        """The next character that is not blank; empty at the end."""
+        """Return the next character that is not blank, without taking it; an empty string at the end."""
         while True:
             while self._place < len(self._text) and self._text[self._place] in _BLANK:
                 self._place += 1
@@ -58,13 +59,16 @@ class _Text:
                 return ""
 
     def next_is(self, character: str) -> bool:
-        """Whether that is next; it is taken."""
+        """Return whether the character is next, and take it if so."""
         found = self.peek() == character
         self._place += found
         return found
 
     def value(self) -> object:
-        """The next value, which may need more of the file; each time as much again, so that a long one is not slow."""
+        """Parse and return the next value.
+
+        While the value is incomplete, each new attempt doubles the text, so that a long value is not slow.
+        """
         while True:
             try:
                 value, end = self._parse(self._text, self._place)
@@ -76,20 +80,20 @@ class _Text:
                 if not self._may_go_on(error) or not self._more(len(self._text) - self._place):
                     raise self.refusal("not JSON", error, "a record") from None
                 continue
-            # a number may go on in the next piece
+            # a number at the end of the text may continue in the next piece
             if end == len(self._text) and self._more():
                 continue
             self._place = end
             return value
 
     def _may_go_on(self, error: ValueError) -> bool:
-        """Whether what comes later in the file may mend it: it is wrong at the end of what was read, or in a text."""
+        """Return whether more of the file may mend the error: it is at the end of the text, or in an open string."""
         if not isinstance(error, json.JSONDecodeError):
             return False
         return error.msg.startswith("Unterminated") or error.pos > len(self._text) - _LONGEST_WORD
 
     def refusal(self, what: str, found: object, expected: str, fix: str | None = None) -> InputError:
-        """What is wrong at this place."""
+        """Return an error that names the current place in the file."""
         where = f"{self._name}, character {self._num_before + self._place}"
         return InputError(what, where=where, found=found, expected=expected, fix=fix)
 

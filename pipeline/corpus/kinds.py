@@ -1,4 +1,4 @@
-"""The kinds of files that are read, by their suffixes: known without what it takes to read them."""
+"""The kinds of files that can be read, by suffix; kept apart from the readers, so that none need be imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KINDS = (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".json", ".csv", ".tsv", *TABLE_SUFFIX
 
 
 def kind_of(path: Place) -> str | None:
-    """The suffix that says how a file is read, without that of its compression; None for a file of no known kind."""
+    """Return the suffix that says how a file is read, without the suffix of its compression; None if it is unknown."""
     name = str(path).rpartition("/")[2].lower()
     packed = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
     kind = next((kind for kind in _KINDS if name.removesuffix(packed).endswith(kind)), None)
@@ -23,10 +23,10 @@ def kind_of(path: Place) -> str | None:
 
 
 def known_suffixes() -> str:
-    """Every kind of file that is read, for errors."""
+    """Return every kind of file that can be read, in words, for errors."""
     return f"{' '.join(_KINDS)}, and {' '.join(COMPRESSIONS)} behind those of text"
 
 
 def is_packed(path: Place) -> bool:
-    """Whether a file is compressed as a whole, so that no part of it can be read alone."""
+    """Return whether a file is compressed as a whole, so that no part of it can be read alone."""
     return str(path).lower().endswith(COMPRESSIONS)

@@ -1,8 +1,8 @@
-"""How much of a corpus is wanted, and which shards of finished units that are: the first ones, in the units' order.
+"""Applies the limits of splits and sources (`max_tokens`): of the finished units' shards, the first ones are taken.
 
-A split or a source that has a limit is full once the units before have what it may have. Which shards are taken follows
-from the shards of all units in their order, and not from who made them when: a unit that was made without knowing that
-something is full has more than is taken, and one that knew it has not.
+A split or a source with a limit is full once earlier units hold as many tokens as it may have. Which shards are taken
+depends only on the shards of all units in their order, and not on when each unit was made: a unit that was made before
+it was known that a split is full holds more shards than are taken.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _NOTHING: frozenset[Split] = frozenset()
 
 
 class Limits:
-    """Takes the records of units one after the other, and says what is wanted of each.
+    """Takes the records of units in their order, and says which shards of each are wanted.
 
     Attributes:
-        num_added: units that were taken.
+        num_added: number of units whose records were taken.
     """
 
     def __init__(self, settings: CorpusSettings, listing: Listing) -> None:
@@ -33,7 +33,7 @@ class Limits:
         self._of_source = [0] * len(self._most)
 
     def add(self, record: UnitRecord) -> dict[Split, tuple[ShardEntry, ...]]:
-        """The shards that are taken of the next unit."""
+        """Take the record of the next unit, and return the shards of each split that are wanted of it."""
         unit, full = self.num_added, self._full_for(self.num_added)
         self.num_added += 1
         taken: dict[Split, tuple[ShardEntry, ...]] = {}
@@ -46,7 +46,12 @@ class Limits:
         return taken
 
     def full(self, record_of: Callable[[int], UnitRecord | None], unit: int) -> frozenset[Split]:
-        """The splits of which nothing is wanted in a unit, as far as the units before it are finished."""
+        """Return the splits of which a unit need not make anything, judged by the finished units before it.
+
+        Args:
+            record_of: returns the record of a unit; None if the unit is not finished.
+            unit: number of the unit.
+        """
         if not self._has_any:
             return _NOTHING
         while self.num_added < unit and (record := record_of(self.num_added)) is not None:
@@ -68,7 +73,7 @@ class Limits:
         return most is not None and self._of_split[split] >= most
 
     def _first(self, split: Split, shards: tuple[ShardEntry, ...]) -> tuple[ShardEntry, ...]:
-        """The fewest of the next shards with which the split has what it may have."""
+        """Return as few of the next shards as fill the split up to its limit; all shards if they do not fill it."""
         most = self._settings.max_tokens.get(split)
         if most is None:
             return shards

@@ -1,10 +1,10 @@
-"""The sources, listed once and cut into units; every process of a stage finds the same list.
+"""Lists the sources and cuts them into units; every process of a stage finds the same list.
 
-    sources --> files, with sizes and what changes when they do --> parts: bytes of lines, row groups, whole files
-            --> units of about `corpus.unit_bytes`, which are made by themselves
+    sources --> files, with sizes and versions --> parts: byte ranges of lines, row groups, whole files
+            --> units of about `corpus.unit_bytes`, each of which is made independently
 
-Nothing but sizes and the ends of Parquet files is read for that: a part of a file of lines is named by bytes, and the
-lines that begin within them are its own.
+Only file sizes and the footers of Parquet files are read for the list. A part of a file of lines is a range of bytes,
+and it holds the lines that begin within this range.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ class ListedFile(Entry):
     """Path, URL, or the name of the builtin text."""
 
     source: int
-    """Number of its source."""
+    """Number of the source that names the file."""
 
     num_bytes: int
-    """Size, when it was listed."""
+    """Size in bytes at the time of listing."""
 
     version: str
-    """What changes when the file does, when it was listed; empty where nobody says."""
+    """Modification time or tag of the content at the time of listing; empty if there is none."""
 
     @property
     def place(self) -> Place:
-        """Where it lies."""
+        """Path or URL of the file, or the name of the builtin text."""
         return self.path if self.path == BUILTIN or is_url(self.path) else Path(self.path)
 
     def require_same(self) -> None:
-        """Raise InputError if it is gone, or is not what was listed."""
+        """Raise InputError if the file is gone, or if its size or version changed since it was listed."""
         if self.path == BUILTIN:
             return
         num_bytes, version = state_of(self.place, fresh=True)
@@ -56,7 +56,7 @@ class ListedFile(Entry):
             raise InputError(
                 "the file changed since the sources were listed",
                 where=self.path,
-                found=f"{num_bytes:,} bytes" if num_bytes != self.num_bytes else "another time of its last change",
+                found=f"{num_bytes:,} bytes" if num_bytes != self.num_bytes else "another time of modification",
                 expected=f"{self.num_bytes:,} bytes" if num_bytes != self.num_bytes else "the same",
                 fix="make the corpus again with --remake corpus when the file is finished",
             )
@@ -66,58 +66,58 @@ class FilePart(Entry):
     """What a unit reads of one file."""
 
     file: int
-    """Number of the file."""
+    """Number of the file in the listing."""
 
     num_bytes: int
-    """What it counts, in bytes."""
+    """Size of the part in bytes, by which units are filled and progress is counted."""
 
     start: int | None = None
-    """See `Span`; None where the file is read whole."""
+    """First byte of a file of lines, or row group of a Parquet file; None if the file is read whole."""
 
     end: int = 0
-    """See `Span`."""
+    """Byte or row group at which the part ends; it is not part of it."""
 
     first_row: int = 0
-    """See `Span`."""
+    """Number of rows before the part in a Parquet file."""
 
     @property
     def span(self) -> Span | None:
-        """Which part it is; None for a whole file."""
+        """The part of the file as a `Span`; None for a whole file."""
         return None if self.start is None else Span(self.start, self.end, self.first_row)
 
 
 class Listing(Entry):
-    """All that is to be read."""
+    """All text that a corpus reads."""
 
     files: tuple[ListedFile, ...]
-    """In their order."""
+    """All files, in the order of the sources."""
 
     units: tuple[tuple[FilePart, ...], ...]
     """What each unit reads, in the order in which the units stand in the corpus."""
 
     shares: tuple[float, ...]
-    """Of each source, the share of its documents that is taken."""
+    """For each source, the share of its documents that is taken, from 0 to 1."""
 
     @property
     def unit_bytes(self) -> list[int]:
-        """What each unit counts."""
+        """The size of each unit in bytes."""
         return [sum(part.num_bytes for part in unit) for unit in self.units]
 
     def source_of(self, unit: int) -> int:
-        """Number of the source of a unit, which is one where sources are mixed."""
+        """Return the number of a unit's source; in a mixture, all files of a unit are of one source."""
         return self.files[self.units[unit][0].file].source
 
 
 def list_units(settings: CorpusSettings) -> Listing:
-    """List the sources.
+    """List the files of the sources, and cut them into units.
 
     Raises:
-        InputError: a source names nothing, a file of an unknown kind, or a damaged Parquet file; or two of a mixture
-            name the same text.
+        InputError: a source names nothing, a file of an unknown kind, or a damaged Parquet file; or two sources of a
+            mixture name the same text.
         MachineError: the client for a URL is not installed.
     """
     files: list[ListedFile] = []
-    # of each source that is mixed its own units; a list of sources is read as one
+    # each source of a mixture has units of its own; a plain list of sources is read as one source
     units: list[list[list[FilePart]]] = [[]]
     room = 0
     places = places_by_source(settings)
@@ -169,7 +169,7 @@ def _parts(number: int, file: ListedFile, fields: tuple[str, ...], most: int, ro
 
 
 def _mixed(units: list[list[list[FilePart]]]) -> list[list[FilePart]]:
-    """Units of all sources, those of each spread evenly over the whole, so that any beginning is mixed too."""
+    """Order the units so that those of each source are spread evenly, and any beginning of the corpus is mixed too."""
     places = [
         ((number + 0.5) / len(own), source, unit) for source, own in enumerate(units) for number, unit in enumerate(own)
     ]

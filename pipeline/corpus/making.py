@@ -1,6 +1,7 @@
-"""The units of a corpus, made by whoever claims them: one process, several of this machine, slices on many, or Ray.
+"""Makes the units of a corpus: in one process, several of this machine, slices on many machines, or on Ray.
 
-With `corpus.dedup: all` every process first helps to read the digests of all units, and waits until all are there.
+Every process claims a unit before it makes it. With `corpus.dedup: all`, the processes first compute the digests of all
+units together, and each waits until all digests are there.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ ANY = Slice(None)
 
 
 def make_slice(job: CorpusJob, part: Slice) -> None:
-    """Make the units of the slice that are not there and that nobody else is at.
+    """Make the units of the slice that are neither finished nor claimed by another process.
 
     Raises:
-        CapgapError, OSError: as `UnitMaker`.
+        CapgapError, OSError: a unit cannot be made, for the reasons that `UnitMaker.make` names.
     """
     if job.settings.dedup == "all" and not job.units.all_made():
         find_all_repeated(job)
@@ -45,37 +46,37 @@ def make_slice(job: CorpusJob, part: Slice) -> None:
 
 
 def make_here(job: CorpusJob) -> None:
-    """What each of several processes of this machine does."""
-    # each is a thread of the tokenizer's already
+    """Make units as one of several processes of this machine."""
+    # the processes already share the cores; threads of the tokenizer would only compete for them
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     make_slice(job, ANY)
 
 
 class UnitMeter:
-    """Counts bytes, documents and tokens of units, those of a unit that is being made as it goes."""
+    """Counts the bytes, documents and tokens of units, also while a unit is being made."""
 
     def __init__(self, job: CorpusJob, meter: Meter, made: set[int]) -> None:
         self._sizes, self._meter, self._made = job.listing.unit_bytes, meter, set(made)
         self._job, self._num_documents, self._left = job, 0, 0
 
     def begin(self, unit: int) -> UnitMeter:
-        """A unit is begun; the answer is called while it is made."""
+        """Begin a unit, and return the function to call with what is made of it."""
         self._left = self._sizes[unit]
         return self
 
     def __call__(self, num_bytes: int, num_documents: int, num_tokens: int) -> None:
-        """Count some of its documents."""
+        """Count bytes, documents and tokens of the unit that was begun last."""
         step = min(num_bytes, self._left)
         self._left -= step
         self._advance(step, num_documents, num_tokens)
 
     def end(self, unit: int) -> None:
-        """The unit is finished."""
+        """Count the unit as finished."""
         self._advance(self._left, 0, 0)
         self._made.add(unit)
 
     def look(self) -> None:
-        """Count the units that others have finished meanwhile."""
+        """Count the units that other processes have finished since the last call."""
         for unit in self._job.units.made() - self._made:
             record = self._job.record(unit)
             self._made.add(unit)
@@ -88,7 +89,7 @@ class UnitMeter:
 
 @contextmanager
 def unit_meter(job: CorpusJob, title: str, wanted: list[int]) -> Iterator[UnitMeter]:
-    """A meter for these units."""
+    """Show the progress over the wanted units, and yield the meter that counts it."""
     sizes, made = job.listing.unit_bytes, job.units.made()
     done = sum(sizes[unit] for unit in wanted if unit in made)
     with progress(title, sum(sizes[unit] for unit in wanted), "bytes", done) as meter:
@@ -101,7 +102,7 @@ def _amounts(record: UnitRecord) -> tuple[int, int]:
 
 
 def find_all_repeated(job: CorpusJob) -> None:
-    """Read the digests of every unit, together with whoever else is at it, and find the repeated ones, once."""
+    """Compute the digests of every unit, together with the other processes, and find the repeated documents once."""
     notes = UnitNotes(job.folder, job.work, "digested", job.units.total)
     for name in (DIGESTS_FOLDER, notes.name):
         (job.work / name).mkdir(exist_ok=True)
@@ -113,7 +114,7 @@ def find_all_repeated(job: CorpusJob) -> None:
                 write_digests(notes, unit, [digest_of(one.text) for one, _ in documents_of(job, unit, bad, [])])
                 claims.release(unit)
             if not notes.all_made():
-                # others are at the rest; should they be killed, it is free again
+                # other processes hold the rest; the claim of a process that is killed becomes free again
                 time.sleep(_POLL_S)
                 continue
             with held_alone(job.work / "repeated.lock"):

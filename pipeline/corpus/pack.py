@@ -1,14 +1,13 @@
-"""Documents into packed sequences: each starts a new one where the last ended, an end token in between.
+"""Packs documents into sequences: each document follows the one before it, with an end token in between.
 
-    [ BOS text EOS BOS te | BOS xt EOS ... ]     where documents begin with BOS, so does the rest of one that is split
+    [ BOS text EOS BOS te | BOS xt EOS ... ]     if documents begin with BOS, so does the rest of a document that is cut
 
-A packer is handed one document after another and gives whole sequences when it is asked; what fills no sequence yet
-waits for the next document. However often it is asked, the sequences are the same.
+A packer takes one document after another, and returns whole sequences on demand; tokens that do not fill a sequence yet
+wait for the next document. The sequences do not depend on how often they are taken.
 
-BOS is never a label, and neither is the first token behind one that stands before such a rest: it can be told from
-nothing.
+BOS is never a label. Neither is the first token behind the BOS of a rest, because it cannot be predicted from that BOS.
 
-Legend: B sequences, L targets a sequence.
+Legend: B sequences, L targets per sequence, T waiting tokens, D waiting documents.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ class Encoded(NamedTuple):
     """A document in tokens.
 
     Attributes:
-        document: name and text.
-        ids: its tokens, a list or an array; an end token is added, except to a conversation that ends with one.
-        mask: of a conversation, which of them count as labels; None for text, in which all do, the end token too.
+        document: the document's name and text.
+        ids: its token ids, as a list or an array; an end token is added, except to a conversation that ends with one.
+        mask: which tokens of a conversation are labels; None for text, in which all are, including the end token.
     """
 
     document: Document
@@ -39,11 +38,12 @@ class Encoded(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Sequences, and what they are made of.
+    """Sequences, and the documents that begin in them.
 
     Attributes:
-        sequences: whole ones.
-        begun: for each of them the documents that begin in it, numbered as they were added, the first of all 0.
+        sequences: the whole sequences.
+        begun: for each sequence the numbers of the documents that begin in it; the packer counts documents from 0 in
+            the order in which they were added.
     """
 
     sequences: Sequences
@@ -51,29 +51,29 @@ class Packed(NamedTuple):
 
 
 class AnyPacker(Protocol):
-    """Documents in, sequences out; one that is left out has no number.
+    """What every packer can do: it takes documents and returns sequences. A document that is left out has no number.
 
     Attributes:
-        num_waiting: tokens of documents that are in no sequence yet.
+        num_waiting: number of tokens that are in no sequence yet.
     """
 
     num_waiting: int
 
     def add(self, document: Encoded) -> int:
-        """Take a document; the tokens of its text, its end included, or 0 where it is left out."""
+        """Add a document, and return its number of tokens with the end token, or 0 if it is left out."""
 
     def take(self) -> Packed:
-        """The sequences that what waits makes."""
+        """Pack the waiting documents, and return the sequences that are whole."""
 
 
 class Packer:
-    """Packs documents into sequences of `seq_len + 1` tokens, each where the last one ended.
+    """Packs documents one after another into sequences of `seq_len + 1` tokens, and cuts them where a sequence ends.
 
     Args:
-        seq_len: targets of a sequence.
-        eos_id: ends a document.
-        long_documents: what becomes of one that is longer than a sequence.
-        bos_ids: begin every text. A conversation begins as it comes.
+        seq_len: number of targets per sequence.
+        eos_id: the token that ends a document.
+        long_documents: what becomes of a document that is longer than a sequence.
+        bos_ids: ids with which every text begins. Nothing is put before a conversation.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Packer:
         self._parts: list[IntArray] = []
         self._masks: list[BoolArray] = []
         self._has_bos: list[bool] = []
-        # of the first part that waits, the tokens before it that are in sequences already
+        # how many tokens of the first waiting document are in sequences already
         self._num_taken = 0
 
     def add(self, document: Encoded) -> int:
-        """As `AnyPacker`.
+        """Add a document, and return its number of tokens with the end token, or 0 if it is left out for its length.
 
         Raises:
             InputError: the document is longer than a sequence and `long_documents` is `refuse`.
@@ -124,7 +124,7 @@ class Packer:
         return len(ids) + len(end)
 
     def take(self) -> Packed:
-        """Every whole sequence; what is left waits."""
+        """Return every whole sequence; the tokens behind the last one keep waiting."""
         tokens_T = np.concatenate(self._parts) if self._parts else np.zeros(0, np.int32)
         mask_T = np.concatenate(self._masks) if self._masks else np.zeros(0, np.bool_)
         begins_D = np.cumsum([0, *(len(part) for part in self._parts)])
@@ -153,7 +153,7 @@ class Packer:
         return begun
 
     def _keep(self, first: int, tokens_T: IntArray, mask_T: BoolArray, begins_D: npt.NDArray[np.int64]) -> None:
-        """What begins at token `first` waits."""
+        """Keep the tokens from `first` on waiting, and drop those before."""
         document = int(np.searchsorted(begins_D[1:], first, side="right"))
         self.num_waiting = len(tokens_T) - first
         self._has_bos = self._has_bos[document:]
@@ -162,7 +162,7 @@ class Packer:
             return
         self._num_taken = first - int(begins_D[document])
         ends = begins_D[document + 1 :]
-        # copies, so that what is in sequences already does not stay in memory
+        # copies, so that the memory of the tokens that are in sequences already is freed
         self._parts = [part.copy() for part in np.split(tokens_T[first:], ends[:-1] - first)]
         self._masks = [part.copy() for part in np.split(mask_T[first:], ends[:-1] - first)]
 
@@ -170,14 +170,23 @@ class Packer:
 def cut_rows(
     begins_D: npt.NDArray[np.int64], has_bos_D: npt.NDArray[np.bool_], size: int, num_bos: int
 ) -> list[tuple[int, int, bool]]:
-    """For each sequence the first token that it takes, how many ids are put before that, and whether that is the rest
-    of a document whose beginning stands elsewhere."""
+    """Cut a stream of documents into sequences, and return three values for each.
+
+    These are the first token of the stream in the sequence, the number of BOS ids that are put before it, and whether
+    its BOS ids are followed by text from the middle of a document.
+
+    Args:
+        begins_D: place of each document's first token in the stream, and the end of the stream behind the last.
+        has_bos_D: whether each document begins with the BOS ids.
+        size: number of tokens per sequence.
+        num_bos: number of BOS ids.
+    """
     rows: list[tuple[int, int, bool]] = []
     first, document = 0, 0
     while first < begins_D[-1]:
         while begins_D[document + 1] <= first:
             document += 1
-        # a document that was begun just before the cut has some of them already, and the rest follows
+        # if the cut falls within the BOS ids of a document, only those before the cut are put again
         num_put = int(min(num_bos, first - begins_D[document])) if has_bos_D[document] else 0
         if first + size - num_put > begins_D[-1]:
             break

@@ -1,4 +1,4 @@
-"""A question and its answer in fields of a record, as Alpaca, Dolly, and preference pairs have them, into messages."""
+"""Turns a record with a question and an answer in fields, as Alpaca, Dolly and preference pairs have, into messages."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _ASKS = ("user", "assistant")
 
 
 def pair_of(where: str, record: Mapping[str, Any]) -> object:
-    """The messages; None where the record has no such fields.
+    """Return the messages of a record with a question and an answer; None if the record has no such fields.
 
     Raises:
-        BadRecordError: what belongs to the question cannot be read.
+        BadRecordError: a field that belongs to the question cannot be read.
     """
     asked = next((name for name in ASKED_FIELDS if record.get(name) is not None), None)
     answered = next((name for name in ANSWERED_FIELDS if record.get(name) is not None), None)
@@ -30,7 +30,7 @@ def pair_of(where: str, record: Mapping[str, Any]) -> object:
     if isinstance(answer, list) and not _are_messages(answer):
         return None
     if isinstance(answer, list):
-        # a preferred answer often repeats what was asked
+        # in preference pairs, the answer often holds the whole conversation, question included
         if asked is None or role_of(answer[0]) != "assistant":
             return answer
     elif asked is None:
@@ -42,11 +42,11 @@ def pair_of(where: str, record: Mapping[str, Any]) -> object:
 
 
 def _question(where: str, record: Mapping[str, Any], asked: str) -> list[Any]:
-    """The messages of a question, with what follows it in other fields."""
+    """Return the messages of a question, together with the further fields (`context`, `input`) that belong to it."""
     question = _messages_in(record[asked])
     further = {name: content_of(f"{where}, field {name!r}", record.get(name)) for name in FURTHER_FIELDS}
     if asked == "prompt" and isinstance(question, str):
-        # many prompts are written out, with all that belongs to them
+        # many prompts are already written out with the further fields in them
         further = {name: text for name, text in further.items() if text.strip() not in question}
     further = {name: text for name, text in further.items() if text.strip()}
     if not isinstance(question, list):
@@ -54,17 +54,17 @@ def _question(where: str, record: Mapping[str, Any], asked: str) -> list[Any]:
         return [{"role": "user", "content": "\n\n".join(text for text in texts if text.strip())}]
     if further:
         raise BadRecordError(
-            "a text stands beside a question of messages, and it cannot be told where it belongs",
+            "a text stands beside a question that is a list of messages, and where it belongs is not known",
             where=f"{where}, field {next(iter(further))!r}",
             found=ascii(next(iter(further.values())))[:80],
-            expected="a question that is a text, or nothing beside its messages",
+            expected="a question that is a text, or no further text beside its messages",
             fix=SKIP,
         )
     return question
 
 
 def _earlier(history: object) -> list[dict[str, Any]] | None:
-    """The turns before a question, as pairs of question and answer; None for what is none such."""
+    """Return the messages of a history of questions and answers in pairs; None if it is no list of pairs."""
     pairs = loaded(history) or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         return None
@@ -72,13 +72,16 @@ def _earlier(history: object) -> list[dict[str, Any]] | None:
 
 
 def _messages_in(value: object) -> object:
-    """A list of messages, also out of the JSON that says it; anything else as it is, JSON that is a text too."""
+    """Return the list of messages that a string of JSON holds; any other value is returned unchanged."""
     found = loaded(value)
     return found if isinstance(value, str) and are_turns(found) else value
 
 
 def _answer_in(value: object) -> object:
-    """As `_messages_in`, for an answer: JSON at whose end the assistant does not speak is what it answers."""
+    """Return the list of messages that an answer holds as JSON, if the assistant has the last turn; else the value.
+
+    JSON in which somebody else has the last turn is itself the text of the answer.
+    """
     found = _messages_in(value)
     return found if not isinstance(found, list) or found is value or role_of(found[-1]) == "assistant" else value
 

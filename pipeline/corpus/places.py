@@ -1,4 +1,4 @@
-"""Files wherever they lie: on this machine, or behind a URL, from where they are read in a stream."""
+"""Opens files on this machine and files behind a URL, which are read as a stream."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from capgap.pipeline.corpus.kinds import Place
 from capgap.pipeline.store.remote import client_errors, client_of
 from capgap.schemas.errors import InputError
 
-# What is asked for at a time: a request's latency is small beside its transfer.
+# Bytes per request: large enough that the latency of a request is small beside its transfer.
 _BLOCK_BYTES = 8 << 20
-# How clients call what changes when a file does.
+# The names under which clients report a value that changes whenever the file does.
 _VERSIONS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "blob_id", "Content-MD5")
 
 
 @contextmanager
 def open_place(place: Place) -> Iterator[BinaryIO]:
-    """The bytes of a file, which can be read from any place in it where its server allows it.
+    """Open a file for reading bytes; seeking in a remote file works if its server allows it.
 
     Raises:
-        OSError: a file of this machine cannot be read.
+        OSError: a file on this machine cannot be read.
         InputError, MachineError: the URL cannot be read.
     """
     if isinstance(place, Path):
@@ -41,12 +41,15 @@ def open_place(place: Place) -> Iterator[BinaryIO]:
 
 
 def state_of(place: Place, fresh: bool = False) -> tuple[int, str]:
-    """Size of a file in bytes, and what changes when the file does: a time, or a tag.
+    """Return the size of a file in bytes, and its version: a modification time or tag that changes when the file does.
 
-    `fresh` asks the server again for what this process has heard before.
+    Args:
+        place: path or URL of the file.
+        fresh: ask the server again, even if this process has asked before.
 
     Raises:
-        InputError: it is not there, or its server does not say how large it is.
+        InputError: the file does not exist, or its server does not say how large it is.
+        MachineError: the client for the URL is not installed.
     """
     if isinstance(place, Path):
         try:
@@ -65,10 +68,10 @@ def state_of(place: Place, fresh: bool = False) -> tuple[int, str]:
 
 
 def places_of_url(url: str) -> list[str]:
-    """The files that a URL names: itself, those below it, or those that match it; sorted.
+    """Return the files that a URL names, sorted: the file itself, those below a folder, or those that match a pattern.
 
     Raises:
-        InputError, MachineError: it cannot be read.
+        InputError, MachineError: the URL cannot be read.
     """
     client = client_of(url, "text is not read")
     with client_errors(url):

@@ -1,4 +1,4 @@
-"""What people write stays text: nothing in a message becomes a special token of the tokenizer but single characters."""
+"""Keeps what people write as text: only special tokens of one character can arise from the words of a message."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from transformers import PreTrainedTokenizerBase
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts that the tokenizer takes for special tokens wherever they stand, longest first; blank ones are none."""
+    """Return the texts that the tokenizer reads as special tokens wherever they stand, longest first; none is blank."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     known = {text for text in (*added, *tokenizer.all_special_tokens) if text.strip()}
     return sorted(known, key=lambda text: (-len(text), text))
 
 
 def plain(text: str, specials: list[str]) -> str:
-    """The text with a space behind the first character of everything that would be a special token.
+    """Return the text with a space behind the first character of everything that would be a special token.
 
-    `<|user|>` becomes `< |user|>`. One of a single character cannot be set apart: it stays, and has the id that the
-    tokenizer gives it, as where the model is served. Nothing is taken out of a text.
+    `<|user|>` becomes `< |user|>`. A special token of a single character cannot be split: it stays, and has the id that
+    the tokenizer gives it, as it has where the model is served. Nothing is removed from the text.
     """
     parted = {special: apart(special) for special in specials}
     while found := [special for special in specials if parted[special] != special and special in text]:
@@ -28,16 +28,16 @@ def plain(text: str, specials: list[str]) -> str:
 
 
 def apart(special: str) -> str:
-    """What stands in the place of a special token's text; the text itself where it has but one character."""
+    """Return a special token's text with a space behind its first character; unchanged if it has only one character."""
     if len(special.strip()) < 2:
         return special
-    # behind a blank that it begins with, a space would leave it whole
+    # count from the first character that is not blank: a space behind a leading blank would not split the token
     first = len(special) - len(special.lstrip()) + 1
     return f"{special[:first]} {special[first:]}"
 
 
 def plain_messages(messages: list[dict[str, Any]], specials: list[str]) -> list[dict[str, Any]]:
-    """The messages, every text in them plain but the roles, which templates compare."""
+    """Return the messages without special tokens in any text; roles stay unchanged, because templates compare them."""
     return [
         {name: value if name == "role" else plain_value(value, specials) for name, value in message.items()}
         for message in messages
@@ -45,7 +45,7 @@ def plain_messages(messages: list[dict[str, Any]], specials: list[str]) -> list[
 
 
 def plain_value(value: Any, specials: list[str]) -> Any:
-    """The value with every text in it plain; names of fields stay."""
+    """Return the value without special tokens in any text within it; the names of fields stay."""
     if isinstance(value, str):
         return plain(value, specials)
     if isinstance(value, list):

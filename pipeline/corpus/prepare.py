@@ -1,4 +1,4 @@
-"""What every process of a corpus needs before the first unit: the list of the sources and the tokenizer."""
+"""Prepares what every process needs before it makes units of a corpus: the list of the sources and the tokenizer."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from capgap.schemas.run_corpus import CorpusSettings
 _LOG = logging.getLogger("capgap")
 
 _LISTING_NAME, _TOKENIZER_NAME, _TEXTS_NAME = "listing.json", "tokenizer.done", "text_tokenizer.json"
-# Text that a tokenizer is learnt from at most, and units that it is taken from where there is more.
+# A tokenizer is trained on at most so many bytes of text; where there is more, they come from so many units.
 SAMPLE_BYTES, _SAMPLE_UNITS = 64 << 20, 256
 _NO_FACTS = TokenizerFacts(fingerprint="", vocab_size=1, eos_id=0)
 
 
 def prepare(context: StageContext) -> CorpusJob:
-    """List the sources, and make the tokenizer unless that was done.
+    """List the sources, make the tokenizer if it is not there yet, and return the job that all processes share.
 
-    Whoever calls it again, for the same run and the same sources, gets the same job.
+    Every call for the same run and the same sources returns the same job.
 
     Raises:
         InputError: the sources cannot be read, or are empty; or a chat template does not mark answers.
@@ -51,7 +51,7 @@ def prepare(context: StageContext) -> CorpusJob:
     settings, work = context.run.corpus, context.folder / WORK_FOLDER
     given = settings.tokenizer if settings.extend_vocabulary is None else None
     if settings.messages_field is not None:
-        # refused before all the text is read
+        # refuse a chat template that cannot be used before all the text is read
         of_chat = ChatFormat if settings.whole_conversations else MarkedChat
         of_chat(load_tokenizer(str(settings.tokenizer)), f"corpus.tokenizer: {settings.tokenizer}")
     work.mkdir(exist_ok=True)
@@ -88,7 +88,7 @@ def _listing(context: StageContext, settings: CorpusSettings) -> Listing:
             fix="restore them to go on, or begin anew with --remake corpus",
         )
     if path.parent.is_dir():
-        # a tokenizer that was learnt from other text
+        # the tokenizer in the folder was trained on other text
         (path.parent / _TOKENIZER_NAME).unlink(missing_ok=True)
         (path.parent / _TEXTS_NAME).unlink(missing_ok=True)
     for line in folders_in_words(settings.paths):
@@ -114,7 +114,7 @@ def _make_tokenizer(settings: CorpusSettings, job: CorpusJob) -> PreTrainedToken
 
 
 def empty_corpus(settings: CorpusSettings) -> InputError:
-    """What is said where there is no text at all."""
+    """Return the error for a corpus without any text."""
     return InputError(
         "the corpus is empty",
         where=f"corpus.sources: {', '.join(settings.paths)}",
@@ -124,7 +124,7 @@ def empty_corpus(settings: CorpusSettings) -> InputError:
 
 
 def _sampled_texts(job: CorpusJob) -> Iterator[str]:
-    """Text that is not held out: all of it, or so much of the beginnings of units all over the corpus."""
+    """Yield text that is not held out: all of it, or, of a large corpus, the beginnings of evenly spaced units."""
     settings, num_units = job.settings, len(job.listing.units)
     is_small = sum(job.listing.unit_bytes) <= SAMPLE_BYTES
     num_sampled = num_units if is_small else min(num_units, _SAMPLE_UNITS)
@@ -138,7 +138,7 @@ def _sampled_texts(job: CorpusJob) -> Iterator[str]:
 
 
 def _is_learnt(document: Document, settings: CorpusSettings, seen: set[bytes]) -> bool:
-    """Whether it is not held out and was not there before."""
+    """Return whether a tokenizer may be trained on a document: it is not held out, and its text is new."""
     digest = digest_of(document.text)
     if digest in seen or split_of(document.text, settings.teacher_fraction, settings.heldout_fraction) == "heldout":
         return False
@@ -147,12 +147,12 @@ def _is_learnt(document: Document, settings: CorpusSettings, seen: set[bytes]) -
 
 
 def _words(document: Document) -> str:
-    """What a tokenizer is to be learnt from: of a conversation what is said, not the JSON that says it."""
+    """Return the text that a tokenizer is trained on: of a conversation only what is said, without the JSON."""
     return document.text if document.messages is None else Conversation.from_json(document.messages).words
 
 
 def _at_most(texts: Iterator[str], num_bytes: int) -> Iterator[str]:
-    """The first texts, up to so many bytes, the last of them cut."""
+    """Yield the first texts, up to `num_bytes` bytes in all; the last one is cut."""
     left = num_bytes
     for text in texts:
         data = text.encode()

@@ -1,12 +1,12 @@
-"""One record, whatever its form, into text or into a conversation as chat templates expect it.
+"""Turns one record, in any of the known forms, into text or into a conversation as chat templates expect it.
 
     {"messages": [{"role": ..., "content": ...}], "tools": [...]}        OpenAI's form, with text parts and tool calls
-    {"conversations": [{"from": "human", "value": ...}]}                 ShareGPT's
-    {"instruction": ..., "input": ..., "output": ...}                    Alpaca's, Dolly's, and others of question and
-                                                                         answer, with `context` and `history`
+    {"conversations": [{"from": "human", "value": ...}]}                 ShareGPT's form
+    {"instruction": ..., "input": ..., "output": ...}                    forms of question and answer, as Alpaca's and
+                                                                         Dolly's, with `context` and `history`
     [{"role": ...}], ["question", "answer"], [{"User": ..., "Assistant": ...}]      a list, alone or in a field
 
-A list may also be given as the JSON that says it. Whatever cannot be used is named with its place.
+A list may also be given as a string of JSON. A record that cannot be used raises an error that names its place.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from capgap.pipeline.corpus.turns import MAX_DEPTH, ROLES, SKIP, content_of, in_
 from capgap.schemas.errors import BadRecordError
 
 AUTO = "auto"
-"""As `messages_field`: the record's own keys say where its conversation is."""
+"""Value of `messages_field` with which the record's own keys say where its conversation is."""
 
 CONVERSATION_FIELDS = ("messages", "conversations", "conversation")
 SYSTEM_FIELDS = ("system", "system_prompt")
 BESIDE_FIELDS = (*FURTHER_FIELDS, HISTORY_FIELD, *SYSTEM_FIELDS, "tools", "functions")
 
 THOUGHTS = ("reasoning", "reasoning_content", "thinking")
-"""Where a message has what its model thought before it spoke."""
+"""Fields of a message that hold the model's reasoning before its answer."""
 
 _SAID = tuple(sorted(("role", "content", "name", *THOUGHTS)))
-"""Fields of a message that tell conversations apart, with its calls."""
+"""Fields of a message by which, beside its tool calls, two conversations are compared."""
 
 _A_LIST = 'a list such as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
 
@@ -41,28 +41,29 @@ class Conversation:
     """Messages as chat templates expect them, and the tools that the assistant may call.
 
     Attributes:
-        messages: each with `role` (one of `ROLES`) and `content`, a string; `tool_calls` with arguments as objects.
-        tools: definitions, which the chat template is given beside the messages; empty where there are none.
+        messages: the messages, each with a `role` (one of `ROLES`) and a string as `content`; the arguments of its
+            `tool_calls` are objects.
+        tools: definitions of tools, which the chat template is given beside the messages; empty if there are none.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
 
     def to_json(self) -> str:
-        """All of it: the messages with every field, or an object of both where there are tools."""
+        """Return the whole conversation as JSON: a list of messages, or an object of messages and tools."""
         return self._written([dict(sorted(message.items())) for message in self.messages])
 
     @property
     def said(self) -> str:
-        """The same text for the same conversation, whatever ids, times and weights an export has put beside it.
+        """The JSON of what is said: equal for equal conversations, whatever ids, times and weights stand beside it.
 
-        What a template writes as it is, definitions and arguments, keeps its order.
+        Definitions and arguments keep their order, because a template writes them in this order.
         """
         return self._written([_said(message) for message in self.messages])
 
     @property
     def words(self) -> str:
-        """What people and models say in it, thoughts too, without the JSON around it."""
+        """The text of all messages, including reasoning, without the JSON around it."""
         texts = (message[name] for message in self.messages for name in (*THOUGHTS, "content") if name in message)
         return "\n\n".join(text for text in texts if isinstance(text, str) and text)
 
@@ -72,13 +73,13 @@ class Conversation:
 
     @classmethod
     def from_json(cls, text: str) -> Conversation:
-        """The conversation of `to_json`."""
+        """Return the conversation that `to_json` wrote."""
         value = json.loads(text)
         return cls(value, []) if isinstance(value, list) else cls(value["messages"], value["tools"])
 
 
 def _said(message: dict[str, Any]) -> dict[str, Any]:
-    """What a message says, sorted by name: of calls, whose ids are others in every export, the functions alone."""
+    """Return the fields of a message that say something, sorted by name; tool calls lose their ids, which vary."""
     said = {name: message[name] for name in _SAID if name in message}
     if "tool_calls" in message:
         functions = (call["function"] for call in message["tool_calls"])
@@ -87,16 +88,16 @@ def _said(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_record(where: str, record: object, text_field: str, messages_field: str | None) -> str | Conversation:
-    """The text of a record, or its conversation where `messages_field` is given.
+    """Return the text of a record, or its conversation if `messages_field` is given.
 
     Args:
-        where: file and record, for errors.
-        record: as a file holds it.
-        text_field: the field of its text.
-        messages_field: the field of its conversation, or `auto`.
+        where: file and place of the record, for errors.
+        record: the record as the file holds it.
+        text_field: the field that holds the text.
+        messages_field: the field that holds the conversation, or `auto`; None for a text.
 
     Raises:
-        BadRecordError: it has neither, or one that cannot be used.
+        BadRecordError: the text or the conversation is missing, or cannot be used.
     """
     if messages_field is None:
         return _text(where, record, text_field)
@@ -123,7 +124,7 @@ def read_record(where: str, record: object, text_field: str, messages_field: str
 
 
 def fields_read(text_field: str, messages_field: str | None) -> tuple[str, ...]:
-    """The names that `read_record` looks for: of a table, the columns that are needed."""
+    """Return the names of all fields that `read_record` may use, which are the columns to read from a table."""
     if messages_field is None:
         return (text_field,)
     if messages_field == AUTO:
@@ -132,14 +133,14 @@ def fields_read(text_field: str, messages_field: str | None) -> tuple[str, ...]:
 
 
 def _find(where: str, record: object, field: str) -> tuple[object, Mapping[str, Any]]:
-    """What holds the conversation, and the fields that stand beside it."""
+    """Return the value that holds the conversation, and the record whose other fields belong to it."""
     if not isinstance(record, dict):
         return record, {}
     value = next((record[name] for name in CONVERSATION_FIELDS if record.get(name) is not None), None)
     if field != AUTO:
         value = record.get(field)
     value = loaded(value)
-    if isinstance(value, dict):  # a whole request, as servers log them
+    if isinstance(value, dict):  # the field holds a whole request, as servers log it
         return _find(where, value, AUTO)
     if field != AUTO or value is not None:
         return value, record
@@ -158,7 +159,7 @@ def _tools(where: str, value: object) -> list[dict[str, Any]]:
             found=ascii(value)[:80],
             expected='a list of definitions such as [{"type": "function", "function": {"name": "..."}}]',
         )
-    # OpenAI's older `functions` are bare
+    # OpenAI's older `functions` are definitions without the object around them
     return [tool if "function" in tool or "type" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
@@ -193,12 +194,12 @@ def _text_fix(record: object, is_there: bool) -> str | None:
     if is_there:
         return SKIP
     if isinstance(record, list) and record and isinstance(record[0], dict):
-        return "call a file that is one list .json"
+        return "give a file that is one list the suffix .json"
     return "set corpus.text_field" if isinstance(record, dict) else None
 
 
 def _kind(value: object) -> str:
-    """A value that is no text, in the words of files."""
+    """Name the type of a value that is no text, in the words of JSON."""
     if value is None:
         return "null"
     if isinstance(value, bytes):
@@ -227,17 +228,17 @@ def _require_shallow(where: str, record: object, messages_field: str) -> None:
             "messages or tools are nested too deeply",
             where=where,
             found=f"more than {MAX_DEPTH} lists and objects within one another",
-            expected="no more",
+            expected="at most that many",
         )
 
 
 def _require_text(where: str, value: str) -> None:
-    # JSON may hold half of a pair; the parser joins whole ones
+    # JSON may hold one half of a surrogate pair; the parser joins the halves only where both are there
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise BadRecordError(
-            "the text holds half of a surrogate pair, which UTF-8 cannot say",
+            "the text holds half of a surrogate pair, which UTF-8 cannot encode",
             where=where,
             found=ascii(value[error.start]),
             expected="text",

@@ -1,10 +1,10 @@
-"""Texts that were there before, over all units: by digests on disk, in bounded memory (`corpus.dedup: all`).
+"""Finds repeated texts across all units, by digests on disk and in bounded memory (`corpus.dedup: all`).
 
-    each unit: the digest of each document --> work/digests/000000.npy           by whoever claims the unit
-    all units, a bucket of digests at a time --> work/repeated/000000.u32        by one process, once
-    each unit again: the documents with those numbers are left out
+    each unit: the digest of each document --> work/digests/000000.npy           by the process that claims the unit
+    all units, one bucket of digests at a time --> work/repeated/000000.u32      by one process, once
+    each unit again: its repeated documents, which the second file numbers, are left out
 
-Of equal texts the first stays, in the order of the units and of the documents in them.
+Of equal texts the first one stays, in the order of the units and of the documents within each.
 """
 
 from __future__ import annotations
@@ -20,38 +20,44 @@ from capgap.pipeline.store.files import atomic_file, write_atomically
 
 DIGESTS_FOLDER, _REPEATED_FOLDER = "digests", "repeated"
 _DONE_NAME = "repeated.done"
-# A bucket is sorted in memory: 16 bytes of digest, 8 of its place, and as much again for the order.
+# A bucket is sorted in memory. A document takes 16 bytes of digest, 8 bytes of place, and as much again for the order.
 _BUCKET_DOCUMENTS = 1 << 21
 
 Digests = npt.NDArray[np.uint64]
 
 
 class Repeated:
-    """The numbers of a unit's documents that are left out."""
+    """The repeated documents of one unit, which are left out."""
 
     def __init__(self, work: Path, unit: int) -> None:
         path = work / _REPEATED_FOLDER / f"{unit:06d}.u32"
         self._numbers = set(np.fromfile(path, "<u4").tolist()) if path.is_file() else set()
 
     def has(self, number: int) -> bool:
-        """Whether the text of that document was there before."""
+        """Return whether the text of the document with this number in the unit occurs before it in the corpus."""
         return number in self._numbers
 
 
 def write_digests(notes: UnitNotes, unit: int, digests: list[bytes]) -> None:
-    """Keep the digests of a unit's documents, 16 bytes each, in their order."""
+    """Write the digests of a unit's documents, 16 bytes each, in the order of the documents, and note the unit."""
     with atomic_file(notes.work / DIGESTS_FOLDER / f"{unit:06d}.npy") as file:
         np.save(file, np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2).astype(np.uint64))
     write_atomically(notes.path(unit), "{}")
 
 
 def is_found(work: Path) -> bool:
-    """Whether it is known which documents are repeated."""
+    """Return whether the repeated documents of all units have been found."""
     return (work / _DONE_NAME).is_file()
 
 
 def find_repeated(work: Path, num_units: int, bucket_documents: int = _BUCKET_DOCUMENTS) -> None:
-    """Write down which documents of each unit are repeated; all digests must be there."""
+    """Find the repeated documents of all units, and write their numbers, unit by unit, into the work folder.
+
+    Args:
+        work: the work folder of the corpus, which must hold the digests of every unit.
+        num_units: number of units.
+        bucket_documents: number of digests that are sorted in memory at once, on average.
+    """
     folder = work / _REPEATED_FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -68,7 +74,7 @@ def find_repeated(work: Path, num_units: int, bucket_documents: int = _BUCKET_DO
 
 
 def _repeated_in(work: Path, num_units: int, bucket: int, num_buckets: int) -> npt.NDArray[np.uint64]:
-    """Unit and number of the documents of one bucket that were there before: the unit in the upper 32 bits."""
+    """Return the repeated documents of one bucket [D], uint64: the unit in the upper 32 bits, the number below."""
     parts, places = [], []
     for unit in range(num_units):
         digests_D2 = _digests(work, unit)

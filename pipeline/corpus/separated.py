@@ -1,9 +1,9 @@
-"""Rows of separated values, as records named by the first row that is not empty.
+"""Reads rows of separated values as records, whose fields are named by the first row that is not empty.
 
-Commas separate values as in RFC 4180: a value in quotes may hold commas, line breaks, and quotes written twice. Tabs
-separate them in two ways, with such quotes and without any, and no file says which. So a value is taken out of its
-quotes where they stand around the whole of it, and any other quote is a character. A quote that only opens is one of a
-value over several lines, unless the next line is a row by itself: then it is refused, for it could be either.
+Values separated by commas follow RFC 4180: a quoted value may hold commas, line breaks, and quotes written twice. Files
+with tabs are written with such quotes or without any, and no file says which. So quotes around a whole value are
+removed, and any other quote is an ordinary character. A quote that opens a value and is not closed in its line begins a
+value over several lines, unless the next line is a row by itself: the row is then refused, because it is ambiguous.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _Row = list[str] | BadRecordError
 def separated_values(
     stream: BinaryIO, name: str, separator: str, fields: tuple[str, ...]
 ) -> Iterator[tuple[str, object]]:
-    """Each row with its place; one that has another number of fields than the first is no record.
+    """Yield each row with its place; a row whose number of fields differs from the first row is a BadRecordError.
 
     Args:
-        stream: of UTF-8.
-        name: the file.
-        separator: of values.
-        fields: names that are wanted, of which the first row must have one.
+        stream: the bytes of the file, in UTF-8.
+        name: the file's name, for places and errors.
+        separator: the character between values: a comma or a tab.
+        fields: the wanted names, of which the first row must have at least one.
 
     Raises:
-        InputError: it is no UTF-8, a quote stays open, or the first row names nothing that is wanted.
+        InputError: the file is no UTF-8, a quote stays open, or the first row has none of the wanted names.
     """
     csv.field_size_limit(sys.maxsize)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
@@ -60,7 +60,10 @@ def separated_values(
                 yield (
                     where,
                     BadRecordError(
-                        "the row does not fit the first", where=where, found=f"{len(row)} fields", expected=len(header)
+                        "the row's fields do not match the header",
+                        where=where,
+                        found=f"{len(row)} fields",
+                        expected=len(header),
                     ),
                 )
             elif row:
@@ -73,7 +76,7 @@ def separated_values(
             "cannot be read as separated values",
             where=f"{name}:{line + 1}",
             found=error,
-            expected="a quote for each that is opened",
+            expected="a closing quote for every opening quote",
             fix="mend the file, or write it as JSONL",
         ) from None
     finally:
@@ -81,14 +84,14 @@ def separated_values(
 
 
 def _between(lines: Iterator[str], separator: str) -> Iterator[tuple[int, _Row]]:
-    """Rows, each with the line that it ends with."""
+    """Yield each row with the number of its last line, read with the quotes of RFC 4180."""
     rows = csv.reader(lines, delimiter=separator, strict=True)
     for row in rows:
         yield rows.line_num, row
 
 
 def _between_tabs(lines: Iterator[str], name: str) -> Iterator[tuple[int, _Row]]:
-    """Rows, each with the line that it ends with; a row that cannot be told is the error that says so."""
+    """Yield each row with the number of its last line, read as values between tabs, or an error if it is ambiguous."""
     number = num_values = 0
     following = next(lines, None)
     while following is not None:
@@ -135,7 +138,7 @@ def _require_header(header: list[str], where: str, name: str, separator: str, fi
     other = next((one for one in _OTHER_SEPARATORS if one != separator and one in header[0]), None)
     if len(header) == 1 and other is not None:
         raise InputError(
-            "the values are separated otherwise",
+            "the values are separated by another character",
             where=where,
             found=f"{header[0][:60]!a} in the first row",
             expected=f"names with {separator!a} between them",

@@ -1,4 +1,4 @@
-"""Documents from files, records and the text that every CPython carries."""
+"""Reads documents from files of text or records, and from the text that every CPython carries."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from capgap.pipeline.corpus.kinds import TEXT_SUFFIXES, Place, kind_of
 from capgap.pipeline.corpus.records import fields_read, read_record
 from capgap.schemas.errors import BadRecordError, InputError
 
-# Left out of the builtin text: what a distribution may package apart, so that every Debian has the same documents,
-# and tables of characters, which are no text.
+# Left out of the builtin text: modules that a distribution may package separately, so that every Debian has the same
+# documents, and tables of characters, which are no text.
 _NOT_EVERYWHERE = {
     "test", "tests", "idle_test", "idlelib", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip", "venv",
     "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data", "config",
@@ -28,9 +28,9 @@ class Document:
     """One text and where it came from.
 
     Attributes:
-        name: file, and record in it.
-        text: of a conversation, what is said in it as JSON, by which conversations are told apart.
-        messages: all of it as JSON where the record is a conversation, None for text.
+        name: the file, and the record's place in it.
+        text: the text; of a conversation, the JSON of what is said in it, by which equal conversations are recognized.
+        messages: the whole conversation as JSON; None if the record is a text.
     """
 
     name: str
@@ -45,19 +45,19 @@ def read_documents(
     bad: BadRecords | None = None,
     section: str = "corpus",
 ) -> Iterator[Document]:
-    """Every document of every source, in a fixed order, of a file that is named twice once; empty ones are left out.
+    """Yield every document of every source in a fixed order, without empty ones; each file is read once.
 
     Args:
         sources: files, folders, globs or URLs, or builtin text.
-        text_field: of a record, that holds its text.
-        messages_field: of a record, that holds a conversation, or `auto`; records are conversations where it is given,
-            see `records`.
-        bad: what becomes of records that cannot be used; the first one stops where it is None.
-        section: of the run file, for errors.
+        text_field: the field of a record that holds its text.
+        messages_field: the field of a record that holds a conversation, or `auto`; None if records are texts. The
+            module `records` lists the forms of a conversation.
+        bad: what becomes of records that cannot be used; None stops at the first one.
+        section: the section of the run file that names the sources, for errors.
 
     Raises:
         InputError: a file is missing, of an unknown kind or damaged.
-        BadRecordError: a record without text or messages, if it stops.
+        BadRecordError: a record has no text or messages, and `bad` stops at such a record.
     """
     bad = bad or BadRecords(section, "stop", 0.0)
     for place in list_places(sources, section):
@@ -72,16 +72,26 @@ def read_documents_of(
     bad: BadRecords,
     section: str = "corpus",
 ) -> Iterator[Document]:
-    """The documents of a file, or of a part of it; empty ones are left out. See `read_documents` and `read_records`.
+    """Yield the documents of one file, or of a part of it, without empty ones.
 
-    `BUILTIN` is a file too.
+    Args:
+        place: path or URL of the file, or `BUILTIN`.
+        span: the part of a file of lines or of Parquet that is read; None for the whole file.
+        text_field: the field of a record that holds its text.
+        messages_field: the field of a record that holds a conversation, or `auto`; None if records are texts.
+        bad: what becomes of records that cannot be used.
+        section: the section of the run file that names the file, for errors.
+
+    Raises:
+        InputError: the file cannot be read or is damaged.
+        BadRecordError: a record has no text or messages, and `bad` stops at such a record.
     """
     found = _builtin() if place == BUILTIN else _from_file(place, span, text_field, messages_field, bad, section)
     yield from (document for document in found if document.text.strip())
 
 
 def builtin_bytes() -> int:
-    """About the size of the builtin text."""
+    """Return the approximate size of the builtin text in bytes."""
     topics = sum(map(len, pydoc_data.topics.topics.values()))
     return topics + sum(path.stat().st_size for _, path in _builtin_files())
 
@@ -119,7 +129,7 @@ def _from_file(
                 yield Document(where, found)
             else:
                 whole, said = found.to_json(), found.said
-                # most are the same, and need be in memory but once
+                # the two are mostly equal, and then one string in memory serves for both
                 yield Document(where, whole if said == whole else said, whole)
     except InputError as error:
         raise in_section(error, section) from None

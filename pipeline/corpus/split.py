@@ -1,4 +1,4 @@
-"""Who may see which document: decided by the digest of its text, so that none moves and no duplicate crosses over."""
+"""Assigns each document to a split by the digest of its text, so that it never moves and duplicates stay together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SPLITS: tuple[Split, ...] = ("teacher", "student", "heldout")
 
 
 def split_of(text: str, teacher_fraction: float, heldout_fraction: float) -> Split:
-    """The split of a text."""
+    """Return the split of a text, which depends on nothing but the text and the fractions."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     place = int.from_bytes(digest, "big") / 2**64
     if place < heldout_fraction:
@@ -23,11 +23,11 @@ def split_of(text: str, teacher_fraction: float, heldout_fraction: float) -> Spl
 
 
 def kept_for_nobody(run: RunFile, num_tokens: float | None) -> str | None:
-    """A sentence where the corpus keeps text for a teacher that this run takes as it is; None where it does not.
+    """Return a warning if the corpus keeps text for a teacher that this run does not train; None otherwise.
 
     Args:
         run: the run file.
-        num_tokens: of that text; None where they are not known.
+        num_tokens: number of tokens that are kept for the teacher; None if it is not known.
     """
     fraction = run.corpus.teacher_fraction
     if not fraction or not run.makes("corpus") or not run.makes("teacher") or run.teacher.optimization is not None:
@@ -42,7 +42,7 @@ def kept_for_nobody(run: RunFile, num_tokens: float | None) -> str | None:
 def split_documents(
     documents: Iterable[Document], teacher_fraction: float, heldout_fraction: float
 ) -> tuple[dict[Split, list[Document]], int]:
-    """The documents of each split in their order, and the number of repeated texts that were left out."""
+    """Return the documents of each split in their order, and the number of repeated texts that are left out."""
     found: dict[Split, list[Document]] = {split: [] for split in SPLITS}
     seen: set[bytes] = set()
     repeated = 0

@@ -1,4 +1,4 @@
-"""What a unit of the corpus makes of one split: documents in tokens into sequences, and these into shards."""
+"""Packs the documents of one split of a unit into sequences, and writes these into shards."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from capgap.schemas.manifest import ShardEntry
 from capgap.schemas.records import Sequences
 from capgap.schemas.run_corpus import CorpusSettings
 
-# Whole conversations are packed so many tokens at a time: with fewer, more padding would be left.
+# Whole conversations are packed so many tokens at a time, because fewer would leave more padding.
 _PACKED_TOKENS = 1 << 20
 
 
 @dataclass
 class _Counted:
-    """What a document is counted as, whole, in the shard in which the first of it stands."""
+    """The counts of a document, which belong as a whole to the shard in which its first row begins."""
 
     source: int
     num_text_bytes: int
@@ -34,19 +34,19 @@ class _Counted:
 
 
 class SplitOut:
-    """Takes documents, and writes shards.
+    """Takes the documents of one split, and writes its shards.
 
     Args:
-        settings: of the corpus.
-        writer: of the unit's shards.
-        split: which one.
-        facts: of the tokenizer.
-        bos_ids: what every document begins with.
+        settings: the settings of the corpus.
+        writer: writes the unit's shards of this split.
+        split: name of the split.
+        facts: the facts of the tokenizer.
+        bos_ids: ids with which every document begins.
 
     Attributes:
-        shards: that are written.
-        shard_counts: what is in each of them.
-        counts_V: how often they hold each id.
+        shards: the shards that are written.
+        shard_counts: counts of what each of these shards holds.
+        counts_V: how often these shards hold each token id [V], int64.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class SplitOut:
         self._most = settings.max_tokens.get(split)
         self._parts: list[Sequences] = []
         self._totals = dict.fromkeys(SplitCounts.model_fields, 0)
-        # by the numbers that the packer gives to their rows; those of which a row begins in no shard yet
+        # the counts of each row that begins in no shard yet, by the number that the packer gives to the row
         self._waiting: dict[int, _Counted] = {}
         self._num_added = 0
         self._begun: list[list[int]] = []
@@ -82,11 +82,11 @@ class SplitOut:
 
     @property
     def counts(self) -> SplitCounts:
-        """What was read for it."""
+        """Counts of the documents that were read for the split."""
         return SplitCounts(**self._totals)
 
     def add(self, source: int, encoded: EncodedDocument) -> int:
-        """Take a document of a source, and write the shards that are full; its tokens."""
+        """Add a document of a source, write the shards that are full, and return the document's number of tokens."""
         taken = [self._packer.add(row) for row in encoded.rows]
         self._totals["num_dropped_answers"] += encoded.num_dropped_answers
         if not any(taken):
@@ -108,7 +108,7 @@ class SplitOut:
         return sum(taken)
 
     def end(self) -> None:
-        """Write what is left."""
+        """Pack the waiting documents, and write the last sequences unless the split is full."""
         self._take()
         if self._parts and not self.is_full:
             self._write(Sequences.joined(self._parts))
@@ -136,7 +136,7 @@ def _counts_of(begun: list[_Counted], num_labels: int) -> ContentCounts:
     by_source: dict[int, dict[str, int]] = {}
     by_length = Counter[int]()
     for one in begun:
-        # a conversation may stand in several rows
+        # a conversation may have several rows, and is counted with the first of them
         if one.is_done:
             continue
         one.is_done = True

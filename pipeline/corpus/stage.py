@@ -1,4 +1,4 @@
-"""The corpus stage: text, tokenizer, splits, shards of packed sequences; unit by unit, in memory that does not grow."""
+"""The corpus stage: it writes the tokenizer and the shards of every split, unit by unit, in bounded memory."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def run(context: StageContext) -> StageResult:
 
 
 def make(job: CorpusJob) -> None:
-    """Make every unit that is not whole, by as many processes as are wanted.
+    """Make every unit that is not whole, in up to `corpus.workers` processes.
 
     Raises:
-        CapgapError, OSError: as `UnitMaker`.
+        CapgapError, OSError: a unit cannot be made, for the reasons that `UnitMaker.make` names.
     """
     maker = UnitMaker(job)
     num_missing = job.units.total - sum(maker.require_whole(unit) for unit in sorted(job.units.made()))
@@ -69,7 +69,7 @@ def make(job: CorpusJob) -> None:
 
 
 def _finished(job: CorpusJob, turn_end_ids: tuple[int, ...]) -> StageResult:
-    """What the manifest says of the units, once all are made."""
+    """Sum up the units, all of which are made, into what the manifest says of the corpus."""
     settings = job.settings
     totals = Totals(job)
     for unit in range(job.units.total):
@@ -81,7 +81,7 @@ def _finished(job: CorpusJob, turn_end_ids: tuple[int, ...]) -> StageResult:
         for split in SPLITS:
             _require_some(job, split, totals)
     except InputError:
-        # what is to be done about it makes other units
+        # every remedy, such as more text, changes what the units hold, so their records must go
         for unit in range(job.units.total):
             job.units.path(unit).unlink(missing_ok=True)
         raise
@@ -116,7 +116,7 @@ def _finished(job: CorpusJob, turn_end_ids: tuple[int, ...]) -> StageResult:
 
 
 def _require_some(job: CorpusJob, split: Split, totals: Totals) -> None:
-    """Raise InputError where a split has no sequence, or none with a label, or where there is no text at all."""
+    """Raise InputError if there is no text at all, or if the split has no sequence or no label."""
     settings, counts = job.settings, totals.counts[split]
     if totals.num_documents() == 0:
         raise empty_corpus(settings)
@@ -140,7 +140,7 @@ def _require_some(job: CorpusJob, split: Split, totals: Totals) -> None:
 
 
 def _remove_unwanted(job: CorpusJob, totals: Totals) -> None:
-    """Shards past a limit, and those that a killed process wrote before it knew that one was reached."""
+    """Delete the shards that no limit leaves room for, and those that killed processes left behind."""
     wanted = {shard.file.path for shards in totals.shards.values() for shard in shards}
     for path in job.folder.glob("*.tar"):
         if path.name not in wanted:
@@ -153,16 +153,14 @@ def _say_what_is_left_out(job: CorpusJob, totals: Totals) -> None:
     for split in SPLITS if job.settings.whole_conversations else ():
         counts = totals.counts[split]
         if counts.num_dropped_answers:
-            text = (
-                "corpus: tokenize %s: %d answers do not end within a row of %d and were left out, with them %d whole "
-            )
+            text = "corpus: tokenize %s: left out %d answers that do not end within a row of %d, among them all of %d "
             _LOG.warning(
                 text + "conversations", split, counts.num_dropped_answers, job.settings.seq_len, counts.num_dropped
             )
 
 
 def _turn_end_ids(settings: CorpusSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """With what the chat template ends an answer, if it is one that answers can be told from."""
+    """Return the ids with which the chat template ends an answer; none if answers cannot be told from the rest."""
     if settings.messages_field is None:
         return ()
     try:
@@ -172,7 +170,7 @@ def _turn_end_ids(settings: CorpusSettings, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _say_ends(tokenizer: PreTrainedTokenizerBase, job: CorpusJob, turn_end_ids: tuple[int, ...]) -> None:
-    """Which ids begin and end documents and turns is decided here, for all stages."""
+    """Log which ids begin and end documents and turns, because the corpus decides this for all later stages."""
 
     def said(ids: tuple[int, ...]) -> str:
         return ", ".join(f"{tokenizer.convert_ids_to_tokens(one)!a} ({one})" for one in ids) or "nothing"

@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files, a batch at a time, of the columns that are wanted."""
+"""Reads the wanted columns of Parquet and Arrow files, one batch of rows at a time."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _ARROW_MAGIC = b"ARROW1"
 def table_rows(
     path: Place, fields: tuple[str, ...], groups: range | None = None, first_row: int = 0
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row with its place, as an object of the wanted columns.
+    """Yield each row with its place, as a dictionary of the wanted columns.
 
     Args:
         path: a .parquet, .arrow or .feather file.
-        fields: columns that are wanted; the first must be there where it is the only one.
-        groups: of Parquet, the row groups that are read; all where it is None.
-        first_row: rows before them.
+        fields: the wanted columns, of which the file must have at least one.
+        groups: the row groups of a Parquet file that are read; None for all.
+        first_row: number of rows before these groups, from which rows are counted.
 
     Raises:
-        InputError: it is none, it is damaged, or has no column that is wanted.
+        InputError: the file is no such table, is damaged, or has none of the wanted columns.
     """
     kind = _kind(path)
     number = first_row
@@ -44,10 +44,10 @@ def table_rows(
 
 
 def num_rows(path: Place) -> int:
-    """Rows of a .parquet, .arrow or .feather file.
+    """Return the number of rows of a .parquet, .arrow or .feather file.
 
     Raises:
-        InputError: as `table_rows`.
+        InputError: the file is no such table, or is damaged.
     """
     kind = _kind(path)
     with _damage_named(path, kind), _opened(path) as source:
@@ -57,10 +57,10 @@ def num_rows(path: Place) -> int:
 
 
 def row_groups(path: Place, fields: tuple[str, ...]) -> list[tuple[int, int]]:
-    """Rows of each row group of a Parquet file, and bytes of the wanted columns in it.
+    """Return the number of rows of each row group of a Parquet file, and the bytes of its wanted columns, uncompressed.
 
     Raises:
-        InputError: as `table_rows`.
+        InputError: the file is no Parquet file, or is damaged.
     """
     if isinstance(path, Path):
         require_no_pointer(path, path)
@@ -82,7 +82,7 @@ def _kind(path: Place) -> str:
 @contextmanager
 def _opened(path: Place) -> Iterator[Any]:
     if isinstance(path, Path):
-        # pages of a mapped file would count as memory of this process
+        # Parquet files are not mapped, because mapped pages would count as memory of this process
         with pa.OSFile(str(path)) if _kind(path) == "Parquet" else pa.memory_map(str(path)) as source:
             yield source
     else:
@@ -94,7 +94,7 @@ def _parquet_batches(path: Place, source: Any, fields: tuple[str, ...], groups: 
     with pa.parquet.ParquetFile(source, page_checksum_verification=True) as file:
         columns = require_columns(path, file.schema_arrow.names, fields)
         wanted = range(file.num_row_groups) if groups is None else groups
-        # one group after another: given many, the reader holds what it read of them
+        # one row group per call: a call with several groups holds all that it has read of them in memory
         for group in wanted:
             yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=columns, row_groups=[group])
 
@@ -110,7 +110,7 @@ def _arrow(path: Place, source: Any, fields: tuple[str, ...]) -> Iterator[Any]:
 
 
 def _open_arrow(source: Any) -> tuple[list[str], Iterator[Any]]:
-    """Columns and batches of a file with an index, as Feather has it, or of a stream, as `datasets` writes it."""
+    """Return the column names and the batches of an Arrow file (as Feather is one) or stream (as `datasets` writes)."""
     if source.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC:
         file = pa.ipc.open_file(source)
         return file.schema.names, (file.get_batch(number) for number in range(file.num_record_batches))
@@ -120,10 +120,15 @@ def _open_arrow(source: Any) -> tuple[list[str], Iterator[Any]]:
 
 
 def require_columns(path: Place, names: list[str], fields: tuple[str, ...]) -> list[str]:
-    """The columns that are wanted, of those of a file.
+    """Return the wanted columns that the file has, in the file's order.
+
+    Args:
+        path: the file, for errors.
+        names: the names of its columns.
+        fields: the wanted columns.
 
     Raises:
-        InputError: it has none of them, or two of one name.
+        InputError: the file has none of the wanted columns, or two columns of the same wanted name.
     """
     found = [name for name in dict.fromkeys(names) if name in fields]
     double = next((name for name in found if names.count(name) > 1), None)
@@ -143,7 +148,7 @@ def require_columns(path: Place, names: list[str], fields: tuple[str, ...]) -> l
 
 
 def _without_filling(value: Any, within: bool = False) -> Any:
-    """Objects without the fields that a column has for the sake of other rows."""
+    """Return the value without null fields in its objects, because a column gives each row the fields of all rows."""
     if isinstance(value, dict):
         return {name: _without_filling(part, True) for name, part in value.items() if part is not None}
     if isinstance(value, list):
@@ -153,12 +158,12 @@ def _without_filling(value: Any, within: bool = False) -> Any:
 
 @contextmanager
 def _damage_named(path: Place, kind: str) -> Iterator[None]:
-    """Damage in whatever form the reader reports it."""
+    """Turn every error by which the reader reports damage into one InputError."""
     try:
         yield
     except InputError:
         raise
-    # Arrow reports a damaged page as any of these, also as a length that no memory holds
+    # Arrow reports a damaged page as any of these errors, also as a length that exceeds the memory
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, EOFError, KeyError) as error:
         raise InputError(
             f"not {'a' if kind == 'Parquet' else 'an'} {kind} file, or a damaged one",

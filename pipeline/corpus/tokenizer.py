@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer trained on the text, for runs that start from nothing."""
+"""Trains a byte-level BPE tokenizer on the text, for runs that are given no tokenizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of at most `vocab_size` entries: 256 bytes, merges, and one token that ends a document."""
+    """Train a tokenizer of at most `vocab_size` entries: 256 bytes, merged pieces, and a token that ends documents."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""What the units of a corpus have together, as far as it is wanted."""
+"""Sums up the units of a corpus, without the shards that its limits leave out."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from capgap.schemas.manifest import ShardEntry
 
 
 class Totals:
-    """Takes the records of all units in their order.
+    """The sums over all units, whose records are added in the order of the units.
 
     Attributes:
-        shards: those that are wanted, of each split.
-        counts: what was read for a split.
-        inside: what is in its shards.
-        ids_SV: how often each split holds each id [S, V].
-        bad: records that could not be used.
-        num_repeated: documents left out because their text was there before.
-        damaged: what is wrong with files of which the rest was left out.
+        shards: the wanted shards of each split.
+        counts: counts of the documents that were read for each split.
+        inside: counts of what the wanted shards of each split hold.
+        ids_SV: how often each split holds each token id [S, V], int64.
+        bad: the records that could not be used.
+        num_repeated: number of documents left out because their text occurs before them.
+        damaged: for each damaged file whose rest was left out, the message of its error.
     """
 
     def __init__(self, job: CorpusJob) -> None:
@@ -41,7 +41,7 @@ class Totals:
         self.damaged: list[str] = []
 
     def add(self, unit: int, record: UnitRecord) -> None:
-        """Take a unit."""
+        """Add the record of the next unit; units must come in their order."""
         taken = self._limits.add(record)
         ids_SV = self._job.counts(unit)
         self.bad.add(record.bad)
@@ -59,12 +59,12 @@ class Totals:
                 self.inside[split] = _inside(self.inside[split], counts)
 
     def num_documents(self, split: Split | None = None) -> int:
-        """Documents that were read of a split, or of all."""
+        """Return the number of documents that were read for a split, or for all splits together."""
         of = SPLITS if split is None else (split,)
         return sum(self.counts[each].num_documents + self.counts[each].num_dropped for each in of)
 
     def split_facts(self, split: Split) -> SplitFacts:
-        """The facts of a split."""
+        """Return what the manifest says of the text of a split."""
         names = [name for name, _ in self._job.settings.named_sources]
         by_source: dict[str, SourceCounts] = {}
         for source, counts in sorted(self.inside[split].by_source.items()):
@@ -78,7 +78,7 @@ class Totals:
         )
 
     def _ids_in(self, split: Split, shards: tuple[ShardEntry, ...]) -> npt.NDArray[np.int64]:
-        """How often the first shards of a unit, of which the others are too much, hold each id."""
+        """Count each token id [V] in the given shards; needed where a unit's own counts include unwanted shards."""
         reader = ShardReader(self._job.folder, self._job.shard_set(split, list(shards)))
         ids_V = np.zeros(self._job.facts.vocab_size, np.int64)
         for member in range(reader.shard_set.num_members):

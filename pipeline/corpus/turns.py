@@ -1,4 +1,4 @@
-"""A list of turns, in whichever of the known forms, into messages with a role and text."""
+"""Turns a list of turns, in any of the known forms, into messages with a role and a text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from capgap.schemas.errors import BadRecordError
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 MAX_DEPTH = 64
-"""Lists and objects within one another, in messages and tools; what is deeper is refused."""
+"""How many lists and objects may lie within one another in messages and tools; deeper ones are refused."""
 
 SKIP = "remove the record, or set corpus.on_bad_record to skip"
-"""What can be done about a record that cannot be used."""
+"""The advice for a record that cannot be used."""
 
 _ALSO_CALLED = {
     "human": "user",
@@ -37,13 +37,13 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def in_turns(where: str, value: object) -> list[dict[str, Any]] | None:
-    """The messages; None where it is no list of turns.
+    """Return the messages of a list of turns; None if the value is no such list.
 
-    Texts in turn, the user's first; question and answer of each turn, as MiniChat's data has them; ShareGPT's `from`
-    and `value`; OpenAI's `role` and `content`.
+    Known forms are: texts in turn, the user's first; a question and an answer in each turn, as MiniChat's data has
+    them; ShareGPT's `from` and `value`; OpenAI's `role` and `content`.
 
     Raises:
-        BadRecordError: a turn holds what is no text, or a call that cannot be read.
+        BadRecordError: a turn holds something other than text, or a tool call that cannot be read.
     """
     value = loaded(value)
     if not isinstance(value, list) or not value:
@@ -66,8 +66,8 @@ def in_turns(where: str, value: object) -> list[dict[str, Any]] | None:
 
 
 def role_of(turn: dict[str, Any]) -> str | None:
-    """Who speaks, by the name in `ROLES` if it is a known one; None where no text says it."""
-    # a table fills up the name that a turn does not use
+    """Return the role of a turn, as `ROLES` names it if it is a known one; None if the turn names no role."""
+    # in a table, a field that a turn does not use is null
     said = turn.get("from") if turn.get("role") is None else turn["role"]
     if not isinstance(said, str):
         return None
@@ -79,7 +79,7 @@ def role_of(turn: dict[str, Any]) -> str | None:
 
 
 def are_turns(value: object) -> bool:
-    """Whether it is a list of turns for certain: each of somebody known, with something to say."""
+    """Return whether the value is certainly a list of turns: each has a known role, and content or tool calls."""
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
         return False
     says = (*_CONTENTS, "tool_calls", "function_call")
@@ -87,7 +87,7 @@ def are_turns(value: object) -> bool:
 
 
 def _message(where: str, turn: dict[str, Any], role: str) -> dict[str, Any]:
-    # a table fills up what a message does not have
+    # in a table, a field that a message does not use is null
     parts = {name: part for name, part in turn.items() if part is not None}
     said = parts.pop("role" if "role" in parts else "from")
     named = next((name for name in _CONTENTS if name in parts), None)
@@ -113,11 +113,11 @@ def _message(where: str, turn: dict[str, Any], role: str) -> dict[str, Any]:
 
 
 def _is_learnt(where: str, message: dict[str, Any]) -> bool:
-    """Whether a message counts where it is an answer: `weight` says so as OpenAI has it, `train` as Axolotl does."""
+    """Return whether an answer is learnt, by OpenAI's field `weight` and Axolotl's `train`, and remove both fields."""
     weight, train = message.pop("weight", 1), message.pop("train", True)
     if weight not in (0, 1) or train not in (True, False):
         raise BadRecordError(
-            "a message counts in part",
+            "a message's weight is neither 0 nor 1",
             where=where,
             found=f"weight {weight}, train {train}",
             expected="0 or 1",
@@ -127,7 +127,11 @@ def _is_learnt(where: str, message: dict[str, Any]) -> bool:
 
 
 def content_of(where: str, value: object) -> str:
-    """Text as it is, text parts joined by a line break as servers join them, and nothing as an empty text."""
+    """Return the text of a message: text parts are joined by a line break, as servers join them; null is empty.
+
+    Raises:
+        BadRecordError: a part is no text.
+    """
     if value is None:
         return ""
     if isinstance(value, str):
@@ -142,7 +146,7 @@ def content_of(where: str, value: object) -> str:
         else:
             kind = part.get("type", "object") if isinstance(part, dict) else type(part).__name__
             raise BadRecordError(
-                "a message holds what is no text",
+                "a message holds something other than text",
                 where=where,
                 found=f"a part of type {kind}",
                 expected="text alone",
@@ -152,7 +156,7 @@ def content_of(where: str, value: object) -> str:
 
 
 def _calls(where: str, value: object) -> list[dict[str, Any]]:
-    """Tool calls, at least one, with their arguments as objects, which is how chat templates expect them."""
+    """Return one or more tool calls with their arguments as objects, which is how chat templates expect them."""
     found = loaded(value)
     calls = []
     for call in found if isinstance(found, list) and found else [found]:
@@ -175,8 +179,7 @@ def _calls(where: str, value: object) -> list[dict[str, Any]]:
 
 
 def _arguments(value: object) -> dict[str, Any] | None:
-    """The arguments of a call, of which an empty text says that there are none, as in vLLM; None where they are no
-    object."""
+    """Return the arguments of a tool call; an empty text stands for none, as in vLLM. None if they are no object."""
     found = loaded(value)
     if found is None or (isinstance(found, str) and found.strip() in ("", "null")):
         return {}
@@ -184,7 +187,7 @@ def _arguments(value: object) -> dict[str, Any] | None:
 
 
 def loaded(value: object) -> Any:
-    """What a JSON text says of an object or a list; any other value, and text that is too deep, as it is."""
+    """Return the object or list that a string of JSON holds; other values and too deep JSON are returned unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
@@ -195,7 +198,7 @@ def loaded(value: object) -> Any:
 
 
 def is_deep(value: object) -> bool:
-    """Whether more than `MAX_DEPTH` lists and objects lie within one another."""
+    """Return whether more than `MAX_DEPTH` lists and objects lie within one another."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         level = [

@@ -1,10 +1,11 @@
-"""One unit of the corpus: its part of the sources into its own shards, in any process, any number of times.
+"""Makes one unit of the corpus: its part of the sources becomes shards of its own, in any process.
 
-    documents --text's digest--> repeated? split? --batch--> tokens --packer of its split--> shards --> record
+    documents --digest of the text--> repeated? split? --batch--> tokens --packer of the split--> shards --> record
 
-A unit is a pure function of its part of the sources, and finished when its record, `work/units/000000.json`, stands and
-every shard has the digest that the record names: the record is taken away before a shard is touched and written after
-all of them are whole. Memory holds a batch of documents, the digests of the unit's texts, and a shard of each split.
+A unit depends only on its part of the sources, so it may be made any number of times. It is finished when its record,
+`work/units/000000.json`, exists and every shard has the digest that the record names: the record is removed before a
+shard is touched, and written after all shards are whole. Memory holds a batch of documents, the digests of the unit's
+texts, and a shard of each split.
 """
 
 from __future__ import annotations
@@ -41,22 +42,22 @@ UNITS_FOLDER, COUNTS_FOLDER = "units", "counts"
 _BATCH_DOCUMENTS, _BATCH_BYTES = 64, 1 << 20
 
 Advance = Callable[[int, int, int], None]
-"""Called with bytes of text, documents and tokens that were made since it was called last."""
+"""Called with the numbers of bytes of text, documents and tokens that were made since its last call."""
 
 
 @dataclass(frozen=True)
 class CorpusJob:
-    """All that a process must know to make units of one corpus: plain values, to be sent anywhere.
+    """Everything that a process must know to make units of one corpus; it can be pickled and sent to any machine.
 
     Attributes:
-        settings: of the corpus.
-        listing: what is read.
-        folder: of the corpus.
+        settings: the settings of the corpus.
+        listing: the files and units that are read.
+        folder: the folder of the corpus.
         work: the stage's work folder.
-        tokenizer: folder or id that it is loaded from.
-        texts: the file that texts are encoded with; None where only transformers can do that.
-        facts: of the tokenizer.
-        bos_ids: what every document begins with.
+        tokenizer: folder or id from which the tokenizer is loaded.
+        texts: the file with which texts are encoded; None if only transformers can encode them.
+        facts: the facts of the tokenizer.
+        bos_ids: ids with which every document begins.
     """
 
     settings: CorpusSettings
@@ -70,32 +71,32 @@ class CorpusJob:
 
     @property
     def units(self) -> UnitNotes:
-        """Where finished units are noted."""
+        """The notes of finished units in the work folder."""
         return UnitNotes(self.folder, self.work, UNITS_FOLDER, len(self.listing.units))
 
     def writer(self, unit: int, split: Split) -> ShardWriter:
-        """Who writes the shards of a split; a corpus of several units has the unit's number in their names."""
+        """Return the writer of a unit's shards of one split; with several units, shard names hold the unit's number."""
         name = split if len(self.listing.units) == 1 else f"{split}-{unit:05d}"
         codec = Codec(SEQUENCES, self.settings.seq_len, self.facts.vocab_size)
         return ShardWriter(self.folder, self.work / "shards", name, codec)
 
     def shard_set(self, split: Split, shards: list[ShardEntry]) -> ShardSet:
-        """The manifest's description of a split."""
+        """Return the manifest's description of the shards of a split."""
         return self.writer(0, split).shard_set(shards)
 
     def record(self, unit: int) -> UnitRecord | None:
-        """What is known of a unit; None where it is not finished. Its shards are not looked at."""
+        """Return the record of a unit, or None if it is not finished; its shards are not checked."""
         return read_sidecar(self.units.path(unit), UnitRecord)
 
     def counts(self, unit: int) -> npt.NDArray[np.int64]:
-        """How often each split of a finished unit holds each id [S, V]."""
+        """Return how often each split of a finished unit holds each token id [S, V], int64."""
         with np.load(self.work / COUNTS_FOLDER / f"{unit:06d}.npz") as stored:
             counts_SV: npt.NDArray[np.int64] = stored["counts"]
             return counts_SV
 
 
 class UnitMaker:
-    """Makes units of a job."""
+    """Makes and checks units of a corpus."""
 
     def __init__(self, job: CorpusJob) -> None:
         self.job = job
@@ -104,7 +105,7 @@ class UnitMaker:
             (job.work / name).mkdir(parents=True, exist_ok=True)
 
     def require_whole(self, unit: int) -> bool:
-        """Whether a unit that says it is finished is: else it is no more."""
+        """Return whether a unit is finished and all its files are whole; if not, remove its record."""
         record = self.job.record(unit)
         entries = [] if record is None else [entry for shards in record.shards.values() for entry in shards]
         paths = [self.job.folder / entry.file.path for entry in entries]
@@ -117,11 +118,16 @@ class UnitMaker:
         return is_whole
 
     def make(self, unit: int, advance: Advance) -> UnitRecord:
-        """Make a unit, replacing what may be there of it.
+        """Make a unit, and replace whatever exists of it.
+
+        Args:
+            unit: number of the unit.
+            advance: called with the progress.
 
         Raises:
-            InputError: a file is gone, changed or damaged, and stops; or its text cannot be packed.
-            BadRecordError: a record cannot be used, and stops.
+            InputError: a file is gone, changed or damaged, and `corpus.on_damaged_file` is `stop`; or a document is too
+                long and `corpus.long_documents` is `refuse`.
+            BadRecordError: a record cannot be used, and `corpus.on_bad_record` is `stop`.
             OSError: the disk is full, or the folder cannot be written.
         """
         job = self.job
@@ -141,7 +147,7 @@ class UnitMaker:
 
 @dataclass(frozen=True)
 class _Read:
-    """A document that is to be encoded."""
+    """A document that is read and not encoded yet."""
 
     document: Document
     split: Split
@@ -150,7 +156,7 @@ class _Read:
 
 
 class _Making:
-    """One unit while it is made."""
+    """The state of a unit while it is made."""
 
     def __init__(self, job: CorpusJob, unit: int, full: frozenset[Split], encoder: Encoder, advance: Advance) -> None:
         self._job, self._unit, self._encoder, self._advance = job, unit, encoder, advance
@@ -159,18 +165,18 @@ class _Making:
         self._outs = {
             split: SplitOut(settings, job.writer(unit, split), split, job.facts, job.bos_ids) for split in SPLITS
         }
-        # a split that is full already takes nothing more
+        # splits that need no further documents
         self._full = set(full)
         self._num_repeated = 0
         self._damaged: list[str] = []
 
     @property
     def counts_SV(self) -> npt.NDArray[np.int64]:  # noqa: N802  # a field in all but name
-        """How often each split holds each id."""
+        """How often the shards of each split hold each token id [S, V], int64."""
         return np.stack([self._outs[split].counts_V for split in SPLITS])
 
     def make(self) -> UnitRecord:
-        """Write the shards."""
+        """Read the documents, write the shards, and return the unit's record."""
         batch: list[_Read] = []
         num_bytes = 0
         for one in self._each_document():
@@ -226,11 +232,17 @@ class _Making:
 
 
 def documents_of(job: CorpusJob, unit: int, bad: BadRecords, damaged: list[str]) -> Iterator[tuple[Document, int]]:
-    """The documents of a unit, each with the number of its source.
+    """Yield the documents of a unit, each with the number of its source.
+
+    Args:
+        job: the corpus.
+        unit: number of the unit.
+        bad: what becomes of records that cannot be used.
+        damaged: list to which the error of each damaged file is added, if `corpus.on_damaged_file` is `skip`.
 
     Raises:
-        InputError: a file is gone, changed or damaged; where those are skipped it is added to `damaged`.
-        BadRecordError: a record cannot be used, and stops.
+        InputError: a file is gone, changed or damaged, and `corpus.on_damaged_file` is `stop`.
+        BadRecordError: a record cannot be used, and `bad` stops at such a record.
     """
     settings, listing = job.settings, job.listing
     sources = settings.named_sources
@@ -241,7 +253,7 @@ def documents_of(job: CorpusJob, unit: int, bad: BadRecords, damaged: list[str])
             file.require_same()
             for document in read_documents_of(file.place, part.span, text_field, settings.messages_field, bad):
                 yield document, file.source
-            # what was read of a file that was changed meanwhile may be of both
+            # a file that changed while it was read may have given text of both versions
             file.require_same()
         except BadRecordError:
             raise
@@ -252,5 +264,5 @@ def documents_of(job: CorpusJob, unit: int, bad: BadRecords, damaged: list[str])
 
 
 def digest_of(text: str) -> bytes:
-    """What tells texts apart, 16 bytes."""
+    """Return the digest by which equal texts are recognized, 16 bytes."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""What is known of a finished unit of the corpus."""
+"""The record of a finished unit of the corpus."""
 
 from __future__ import annotations
 
@@ -12,51 +12,52 @@ from capgap.schemas.manifest import ShardEntry
 
 
 class SplitCounts(Entry):
-    """What a unit read of one split, whether it fills a sequence or not."""
+    """Counts of the documents that a unit read for one split, including those that fill no sequence."""
 
     num_documents: int = 0
-    """Documents that were packed."""
+    """Number of documents that were packed."""
 
     num_tokens: int = 0
-    """Tokens of their text."""
+    """Number of tokens of the packed documents."""
 
     num_dropped: int = 0
-    """Left out because they were too long."""
+    """Number of documents left out because they are too long."""
 
     num_dropped_answers: int = 0
-    """Of whole conversations, left out because they did not end within a sequence."""
+    """Number of answers of whole conversations left out because they, or an earlier answer, do not end within one
+    sequence."""
 
 
 class ContentCounts(Entry):
-    """What is in one shard, or in several."""
+    """Counts of what one shard, or several together, hold."""
 
     num_labels: int = 0
-    """Tokens of its sequences that count as labels."""
+    """Number of tokens in the sequences that are labels."""
 
     by_source: dict[int, SourceCounts] = Field(default_factory=dict)
-    """The documents that begin in it, by the number of their source."""
+    """Counts of the documents that begin in the shard, by the number of their source."""
 
     by_length: tuple[int, ...] = ()
-    """These by their tokens, see `SplitFacts`."""
+    """Number of these documents by length: entry i counts lengths in tokens with i binary digits."""
 
 
 class UnitRecord(Entry):
-    """What is known of a finished unit."""
+    """What a finished unit made."""
 
     shards: dict[Split, tuple[ShardEntry, ...]]
-    """Its shards by split, in their order."""
+    """The unit's shards of each split, in their order."""
 
     shard_counts: dict[Split, tuple[ContentCounts, ...]]
-    """What is in each of them."""
+    """Counts of what each of these shards holds."""
 
     counts: dict[Split, SplitCounts]
-    """What was read for them."""
+    """Counts of the documents that were read for each split."""
 
     num_repeated: int
-    """Documents left out because their text was there before."""
+    """Number of documents left out because their text occurs before them."""
 
     bad: BadTally
-    """Records that could not be used."""
+    """The records that could not be used."""
 
     damaged: tuple[str, ...] = ()
-    """What is wrong with files of which the rest was left out."""
+    """For each damaged file whose rest was left out, the message of its error."""

@@ -1,9 +1,9 @@
-"""Whole conversations in rows of one length: as many as fit, in any order, and padding behind them.
+"""Packs whole conversations into rows of one length, as many in each as fit, with padding behind them.
 
-    row 0:  [ conversation | conversation | padding ]     each a document, and so is the padding, which counts nothing
+    row 0:  [ conversation | conversation | padding ]     each is a document of its own; the padding too, without labels
     row 1:  [ conversation | padding                ]
 
-Legend: B rows, L targets a row.
+Legend: B rows, L targets per row.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ class WholeConversations:
     """Conversations in tokens.
 
     Attributes:
-        rows: of each conversation one, or several where answers need prompts of their own.
-        num_conversations: in them.
-        num_answers: in them.
-        num_dropped_conversations: of which no answer ends within a row.
-        num_dropped_answers: that do not, or come after one that does not.
+        rows: the tokens of the conversations: one row for each, or several if answers need prompts of their own.
+        num_conversations: number of conversations in `rows`.
+        num_answers: number of answers in `rows`.
+        num_dropped_conversations: number of conversations left out because none of their answers ends within one row.
+        num_dropped_answers: number of answers left out because they, or an earlier answer of the same conversation, do
+            not end within one row.
     """
 
     rows: list[Encoded]
@@ -52,10 +53,17 @@ class WholeConversations:
 def encode_whole(
     chat: ChatFormat, documents: Sequence[Document], seq_len: int, title: str, bad: BadRecords
 ) -> WholeConversations:
-    """Tokens of conversations, of which each fits into a row of `seq_len + 1`; what is left out is counted and said.
+    """Encode conversations so that each fits into one row of `seq_len + 1` tokens, and log what has to be left out.
+
+    Args:
+        chat: the chat format that encodes a conversation.
+        documents: the conversations.
+        seq_len: number of targets per row.
+        title: name of the work in the progress and in the log.
+        bad: what becomes of conversations that cannot be used.
 
     Raises:
-        BadRecordError: a conversation cannot be used, and stops.
+        BadRecordError: a conversation cannot be used, and `bad` stops at such a record.
     """
     made: list[Turns] = []
     with progress(title, len(documents), "conversations") as meter:
@@ -69,7 +77,7 @@ def encode_whole(
     num_empty = sum(not turns.rows for turns in made)
     num_dropped = sum(turns.num_dropped for turns in made)
     if num_dropped:
-        text = "%s: %d answers do not end within a row of %d and were left out, with them %d whole conversations"
+        text = "%s: left out %d answers that do not end within a row of %d, among them all of %d conversations"
         _LOG.warning(text, title, num_dropped, seq_len, num_empty)
     rows = [row for turns in made for row in turns.rows]
     return WholeConversations(
@@ -78,11 +86,11 @@ def encode_whole(
 
 
 class WholePacker:
-    """Whole conversations into rows of `seq_len + 1` tokens; those that wait together are packed together.
+    """Packs whole conversations into rows of `seq_len + 1` tokens; conversations that wait together may share a row.
 
     Args:
-        seq_len: targets of a row.
-        fill_id: the token of the padding.
+        seq_len: number of targets per row.
+        fill_id: the token id of the padding.
     """
 
     def __init__(self, seq_len: int, fill_id: int) -> None:
@@ -91,15 +99,18 @@ class WholePacker:
         self._waiting: list[Encoded] = []
 
     def add(self, document: Encoded) -> int:
-        """As `AnyPacker`; each has to fit into a row."""
-        # arrays, for there may be a million tokens of them
+        """Add one conversation to those waiting to be packed, and return its number of tokens.
+
+        It must fit into one row.
+        """
+        # arrays take less memory than lists, and a million tokens may wait
         ids, mask = np.array(document.ids, np.int32), np.array(document.mask, np.bool_)
         self._waiting.append(Encoded(document.document, ids, mask))
         self.num_waiting += len(ids)
         return len(ids)
 
     def take(self) -> Packed:
-        """Rows of all that waits."""
+        """Pack every waiting conversation into rows and return them."""
         waiting, self._waiting, self.num_waiting = self._waiting, [], 0
         rows = best_fit([len(one.ids) for one in waiting], self._seq_len + 1)
         first, self._num_taken = self._num_taken, self._num_taken + len(waiting)
@@ -108,20 +119,20 @@ class WholePacker:
 
 
 def in_whole_rows(conversations: Sequence[Encoded], seq_len: int, fill_id: int, packing: bool = True) -> Sequences:
-    """Rows of `seq_len + 1` tokens.
+    """Lay out whole conversations in rows of `seq_len + 1` tokens.
 
     Args:
-        conversations: each of at most that many tokens, with a mask.
-        seq_len: targets of a row.
-        fill_id: the token of the padding.
-        packing: several in a row; best fit, the longest first, which leaves little padding.
+        conversations: the conversations, each of at most `seq_len + 1` tokens and with a mask.
+        seq_len: number of targets per row.
+        fill_id: the token id of the padding.
+        packing: whether to pack several conversations into a row, by best fit with the longest first.
     """
     rows = best_fit([len(one.ids) for one in conversations], seq_len + 1) if packing else _one_each(conversations)
     return _laid_out(conversations, rows, seq_len, fill_id)
 
 
 def _laid_out(conversations: Sequence[Encoded], rows: list[list[int]], seq_len: int, fill_id: int) -> Sequences:
-    """Rows of these indices of conversations."""
+    """Lay out the conversations in rows, each of which is given as a list of their indices."""
     shape = (len(rows), seq_len + 1)
     tokens_BL1, starts_BL1, mask_BL1 = np.full(shape, fill_id, np.int32), np.zeros(shape, bool), np.zeros(shape, bool)
     for number, row in enumerate(rows):
@@ -129,7 +140,7 @@ def _laid_out(conversations: Sequence[Encoded], rows: list[list[int]], seq_len: 
         for one in (conversations[index] for index in row):
             part = slice(place, place + len(one.ids))
             tokens_BL1[number, part], mask_BL1[number, part] = one.ids, one.mask
-            # nothing is before a first token from which it could be told
+            # a first token is no label, because no token before it could predict it
             starts_BL1[number, place], mask_BL1[number, place] = True, False
             place += len(one.ids)
         if place <= seq_len:
@@ -142,7 +153,7 @@ def _one_each(conversations: Sequence[Encoded]) -> list[list[int]]:
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Rows of indices: each length, from the longest down, goes where it leaves the least room."""
+    """Pack lengths into rows of `room` by best fit, the longest first, and return the indices of each row."""
     rows: list[list[int]] = []
     with_room: dict[int, list[int]] = defaultdict(list)
     rooms: list[int] = []

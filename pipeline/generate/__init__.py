@@ -1,4 +1,4 @@
-"""Models of a run write text in answer to prompts: their very tokens, packed as a corpus, for a teacher to score.
+"""The generate stage: a model of the run answers prompts, and its tokens are packed as a corpus for a teacher to score.
 
 prompts --> chat template, or text --> token ids --> vLLM, or transformers --> whole answers in rows --> token shards
 """

@@ -1,9 +1,9 @@
-"""The answers beside a shard, as Parquet: where each stands in the rows, how it ended, and the writer's own logprobs.
+"""Reads and writes the answers beside a shard, as Parquet: their places in the rows, how they ended, their logprobs.
 
     student-000000.tar               rows of whole answers, each behind its prompt
-    student-000000.answers.parquet   a line an answer: prompt, sample, row, first, finish, reference, text, logprobs
+    student-000000.answers.parquet   one line per answer: prompt, sample, row, first, finish, right, text, logprobs
 
-Answer tokens are `tokens_BL1[row, first : first + len(logprobs)]`.
+The tokens of an answer are `tokens_BL1[row, first : first + len(logprobs)]`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from capgap.schemas.manifest import FileEntry, ShardSet
 from capgap.schemas.records import FloatArray
 
 SUFFIX = ".answers.parquet"
-# of which the logprobs are held in memory: more than a loader reads from at a time
+# the logprobs of so many shards are held in memory, which is more than a loader reads from at a time
 _SHARDS_HELD = 128
 
 _SCHEMA = pa.schema(
@@ -42,18 +42,18 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Written:
-    """An answer and its place.
+    """An answer and its place in the shard.
 
     Attributes:
-        prompt: its number among all prompts.
-        sample: which of the prompt's answers.
-        row: of the shard; -1 for one that was left out.
-        first: where in the row its first token stands.
-        finish: `stop` where the writer ended it, `length` where it was cut off, `empty` or `unknown` where it was left
-            out.
-        right: whether it is the right answer; None where nobody knows that.
-        text: without special tokens.
-        logprobs: the writer's own of each token, at temperature 1 and over its whole vocabulary.
+        prompt: number of the prompt among all prompts.
+        sample: number of the answer among those to the prompt.
+        row: row of the shard that holds the answer; -1 for an answer that is left out.
+        first: place of the answer's first token in the row; -1 for an answer that is left out.
+        finish: `stop` if the writer ended the answer, `length` if it was cut off; `empty`, or `unknown` (an id is no
+            token) if it is left out.
+        right: whether the answer is right; None if the prompt has no reference.
+        text: the answer without special tokens.
+        logprobs: the writer's logprob of each token, nats, at temperature 1 and over its whole vocabulary.
     """
 
     prompt: int
@@ -67,7 +67,7 @@ class Written:
 
 
 def write_answers(path: Path, answers: Sequence[Written]) -> FileEntry:
-    """Write the file; the same answers give the same bytes."""
+    """Write a file of answers, and return its entry for the manifest; the same answers give the same bytes."""
     table = pa.Table.from_pylist([vars(one) for one in answers], schema=_SCHEMA)
     with atomic_file(path) as file:
         pq.write_table(table, file, compression="zstd")
@@ -75,16 +75,16 @@ def write_answers(path: Path, answers: Sequence[Written]) -> FileEntry:
 
 
 def read_answers(path: Path) -> list[Written]:
-    """The answers of a file."""
+    """Return the answers of a file."""
     return [Written(**line) for line in pq.read_table(path, schema=_SCHEMA).to_pylist()]
 
 
 class WriterLogprobs:
-    """By which logprob each label of a text was sampled, for a loader: float32 for every target of the shards in use.
+    """Gives a loader the logprob with which the writer sampled each label of a generated text.
 
     Args:
-        folder: of the text.
-        shards: one of its splits.
+        folder: folder of the generate stage.
+        shards: the shards of one of its splits.
     """
 
     def __init__(self, folder: Path, shards: ShardSet) -> None:
@@ -92,7 +92,7 @@ class WriterLogprobs:
         self._of_shard = lru_cache(_SHARDS_HELD)(self._read)
 
     def __call__(self, shard: int, row: int) -> FloatArray:
-        """Those of the labels of a row [L], by its shard and its number there; NaN where there is no label."""
+        """Return the logprobs of the labels of a shard's row [L], float32, nats; NaN where there is no label."""
         found: FloatArray = self._of_shard(shard)[row, 1:]
         return found
 

@@ -1,4 +1,4 @@
-"""A writer's way of being asked: prompts as its own token ids, and what ends its answers."""
+"""Turns prompts into token ids for the model that writes, and finds where its answers end."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from capgap.schemas.run_rounds import RoundsSettings
 
 @dataclass(frozen=True)
 class SampledAnswer:
-    """What became of a prompt.
+    """One answer to a prompt.
 
     Attributes:
-        ids: the very tokens that were sampled, with the one that ended them.
-        logprobs: the writer's own of each, nats, at temperature 1 and over its whole vocabulary.
-        ended: whether the writer ended the answer.
-        text: without special tokens, and without the token that ended it.
+        ids: the sampled token ids, including the token that ended the answer.
+        logprobs: the writer's logprob of each token, nats, at temperature 1 and over its whole vocabulary.
+        ended: whether the writer ended the answer; False if it was cut off.
+        text: the answer without special tokens and without the token that ended it.
     """
 
     ids: tuple[int, ...]
@@ -41,17 +41,17 @@ class Asking:
     """How prompts are put to one model.
 
     Args:
-        tokenizer: the model's.
-        where: the model's folder or id.
-        settings: of the rounds.
-        bos_ids: what a text begins with.
+        tokenizer: the model's tokenizer.
+        where: folder or id of the model.
+        settings: the settings of the rounds.
+        bos_ids: ids with which a text begins.
         chats: whether any prompt is a conversation.
 
     Attributes:
-        stop_ids: tokens with which an answer ends.
+        stop_ids: ids of the tokens that end an answer.
 
     Raises:
-        InputError: conversations are asked for, and the tokenizer has no chat template that can be used.
+        InputError: a prompt is a conversation, and the tokenizer has no chat template that can be used.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class Asking:
         self.stop_ids = tuple(sorted({*stop_ids(tokenizer, where), *(turn_ends(tokenizer, where) if chats else ())}))
 
     def ids(self, prompt: PromptRecord) -> list[int]:
-        """A prompt up to where the model writes.
+        """Return the token ids of a prompt, up to the place where the model begins to write.
 
         Raises:
-            InputError: the chat template refuses it.
+            InputError: the chat template refuses the prompt, or leaves out a part of it.
         """
-        # what a prompt says is text, and no special token, as everywhere in a corpus
+        # as everywhere in a corpus, words of a prompt that look like a special token are encoded as text
         if not prompt.messages:
             return [*self._bos_ids, *self._encoded(prompt.text, split_special_tokens=True)]
         assert self._template is not None
@@ -91,13 +91,19 @@ class Asking:
                 "the writer's chat template refuses a prompt",
                 where=f"{prompt.where}, {self._where}",
                 found=f"{error.what}: {error.found}",
-                expected="roles and contents that it takes, for example a system message where it needs one",
+                expected="roles and contents that the template accepts, for example a system message if it needs one",
                 fix="change the prompts' messages, or remove the prompt",
             ) from None
         return self._encoded(text)
 
     def request(self, ids: Sequence[int], room: int, seed: str) -> Prompt:
-        """What the engine is asked: an answer of at most `room` tokens, sampled with a seed of its own."""
+        """Return the request to the engine for one answer.
+
+        Args:
+            ids: token ids of the prompt.
+            room: the largest number of tokens that the answer may have.
+            seed: a text from which the seed of the sampling is derived.
+        """
         return Prompt(
             ids=tuple(ids),
             max_tokens=min(self._settings.max_new_tokens, room),
@@ -107,7 +113,7 @@ class Asking:
         )
 
     def answer(self, made: Generated) -> SampledAnswer:
-        """The answer, ended behind the first of the texts that stop it."""
+        """Return the answer that the engine made, cut behind the first of the texts in `rounds.stop`."""
         length = self._stopped(made.ids)
         said = made.ids[:length]
         ids = said if length is not None or made.end_id is None else (*said, made.end_id)
@@ -115,11 +121,11 @@ class Asking:
         return SampledAnswer(ids, made.logprobs[: len(ids)], ended, self._decoded(said))
 
     def num_text_bytes(self, ids: Sequence[int]) -> int:
-        """UTF-8 bytes of what tokens say, special ones as they are written: so a corpus of conversations counts."""
+        """Return the UTF-8 bytes of decoded tokens with special tokens, as the corpus stage counts conversations."""
         return len(str(self._tokenizer.decode(list(ids))).encode())
 
     def _stopped(self, ids: Sequence[int]) -> int | None:
-        """Tokens with which the first stop text is whole; None where none stands there."""
+        """Return the number of tokens up to the end of the first stop text; None if there is no stop text."""
         if not self._settings.stop or not self._has_stop(ids):
             return None
         low, high = 1, len(ids)
@@ -144,7 +150,7 @@ class Asking:
 
 
 def _require_calls(text: str, messages: Sequence[dict[str, Any]], where: str) -> None:
-    """Raise BadRecordError where the template leaves out a call of a tool, as one that knows no tools does."""
+    """Raise BadRecordError if the template leaves out a tool call, as a template without support for tools does."""
     for number, message in enumerate(messages, start=1):
         for call in message.get("tool_calls", ()):
             if call["function"]["name"] not in text:
@@ -157,7 +163,7 @@ def _require_calls(text: str, messages: Sequence[dict[str, Any]], where: str) ->
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[int, ...]:
-    """Special tokens with which a chat template ends an answer; none where it does not tell."""
+    """Return the ids of the special tokens with which a chat template ends an answer; none if they cannot be found."""
     try:
         return ChatFormat(tokenizer, where).end_ids
     except (InputError, BadRecordError):
@@ -165,15 +171,20 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[int, ...]
 
 
 def require_same_ends(writer: tuple[int, ...], teacher: tuple[int, ...], where: str) -> None:
-    """Raise MismatchError where the student's template ends an answer in another way than the teacher's does.
+    """Raise MismatchError if the student's chat template ends an answer with other tokens than the teacher's.
 
-    The teacher would call each end of an answer improbable, and teach the student never to stop.
+    The teacher would find every end of an answer improbable, and so teach the student never to stop.
+
+    Args:
+        writer: ids of the tokens with which the student's template ends an answer; empty if they are not known.
+        teacher: ids of the tokens with which the teacher's template ends an answer; empty if they are not known.
+        where: the student and the prompts, for the error.
     """
     if writer and teacher and not set(writer) & set(teacher):
         raise MismatchError(
             "the student ends an answer in another way than the teacher",
             where=where,
-            found=f"tokens {', '.join(map(str, writer))} at the student's chat template",
-            expected=f"{', '.join(map(str, teacher))}, as the teacher's has it",
+            found=f"tokens {', '.join(map(str, writer))} in the student's chat template",
+            expected=f"{', '.join(map(str, teacher))}, as in the teacher's",
             fix="give the student the teacher's chat template (chat_template.jinja in its folder)",
         )

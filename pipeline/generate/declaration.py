@@ -20,7 +20,7 @@ def _instances(run: RunFile) -> list[Instance]:
 
 
 def _inputs(run: RunFile, instance: Instance) -> list[str]:
-    # the teacher beside a student too: it fixes how answers end, and who is to score them
+    # the teacher is an input even if a student writes: it fixes how answers end, and it scores them later
     return list(dict.fromkeys(["corpus", "teacher", writing(run, instance).name]))
 
 
@@ -33,7 +33,7 @@ def _decisive(run: RunFile, instance: Instance) -> dict[str, Any]:
 
 
 def _sources(run: RunFile, instance: Instance) -> list[Path]:
-    # imported here: whoever reads manifests alone reads no prompts
+    # imported here: a command that only reads manifests does not read prompts
     from capgap.pipeline.generate.prompts import prompt_files
 
     return prompt_files(rounds_of(run).prompts)
@@ -50,7 +50,7 @@ STAGE = Stage(
     settings=_decisive,
     sources=_sources,
     on_device=True,
-    # what final students write is little, and made again after every further round
+    # the final students write little text, and it is made again after every further round
     is_costly=lambda run, instance: instance.round != FINAL,
     engines=lambda run: Engines(rounds_of(run).replicas, rounds_of(run).tensor_parallel),
     is_sliced=True,

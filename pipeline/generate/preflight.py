@@ -1,4 +1,4 @@
-"""What can be known of the rounds before anything of a run is made."""
+"""Checks the settings of the rounds before anything of a run is made."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def require_writable(run: RunFile) -> None:
 
     Raises:
         InputError: a file of prompts is missing, a line is no prompt, or no prompt is held out or left to learn from.
-        MachineError: vLLM is wanted, or Ray for several replicas, and is not there.
+        MachineError: vLLM is set as the engine and not installed, or Ray is needed for several replicas and not there.
         SettingError: the folder holds a run without rounds.
     """
     rounds = rounds_of(run)
     split_prompts(read_prompts(rounds.prompts), rounds, 0)
     if rounds.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        # imported here: it brings torch
+        # imported here: it imports torch
         from capgap.pipeline.cache.vllm_start import require_vllm
 
         require_vllm("rounds.engine")
@@ -34,6 +34,6 @@ def require_writable(run: RunFile) -> None:
             "the folder holds a run without rounds",
             where="out",
             found=f"{run.out}/cache/{MANIFEST_NAME}",
-            expected="a folder of its own: the rounds' caches would lie within that one",
+            expected="a folder of its own, because the caches of the rounds would lie within that cache",
             fix="choose another `out`",
         )

@@ -1,4 +1,4 @@
-"""Reads prompts, JSONL: conversations that a model is to go on with, or texts."""
+"""Reads prompts as JSONL: conversations or texts that a model is to continue."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from capgap.schemas.errors import BadRecordError, InputError
 from capgap.schemas.run_rounds import RoundsSettings
 
 Split = Literal["student", "heldout"]
-"""Prompts whose answers are learnt, and those whose answers are what students are measured on."""
+"""The split of a prompt: students learn from answers to `student` prompts, and are measured on those to `heldout`."""
 
 _SETTING = "rounds.prompts"
 
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One line of a file.
+    """One prompt, which is a conversation or a text.
 
     Attributes:
-        where: file and line.
-        messages: of a conversation, as chat templates expect them; empty for a text.
-        text: to be continued; empty for a conversation.
-        references: right answers, where the line has them.
-        tools: that the writer may call in a conversation, as chat templates expect them.
+        where: file and line of the prompt.
+        messages: messages of the conversation, as chat templates expect them; empty for a text.
+        text: the text to continue; empty for a conversation.
+        references: right answers; empty if the line has none.
+        tools: tools that the writer may call in the conversation, as chat templates expect them.
     """
 
     where: str
@@ -39,16 +39,16 @@ class PromptRecord:
 
     @property
     def digest(self) -> bytes:
-        """What tells prompts apart, 8 bytes; where its file lies is not in it."""
+        """Digest by which equal prompts are recognized, 8 bytes; it does not depend on the place of the file."""
         said = json.dumps([self.messages, self.text, *self.tools], sort_keys=True)
         return hashlib.blake2b(said.encode(), digest_size=8).digest()
 
 
 def read_prompts(paths: Sequence[str]) -> list[PromptRecord]:
-    """All prompts, in order.
+    """Return the prompts of all files, in order.
 
     Raises:
-        InputError: a file is missing or cannot be read, a line is no prompt, or there is none at all.
+        InputError: a file is missing or cannot be read, a line is no prompt, or the files hold no prompt at all.
     """
     found = [prompt for path in paths for prompt in _prompts_of(Path(path))]
     if not found:
@@ -59,10 +59,10 @@ def read_prompts(paths: Sequence[str]) -> list[PromptRecord]:
 
 
 def prompt_files(paths: Sequence[str]) -> list[Path]:
-    """The files.
+    """Return the files of prompts as paths.
 
     Raises:
-        InputError: one is missing.
+        InputError: a file is missing.
     """
     for path in paths:
         if not Path(path).is_file():
@@ -71,13 +71,18 @@ def prompt_files(paths: Sequence[str]) -> list[Path]:
 
 
 def split_prompts(prompts: Sequence[PromptRecord], settings: RoundsSettings, number: int) -> dict[Split, list[int]]:
-    """The places of the prompts of a round.
+    """Choose the prompts of a round, and return their places among all prompts.
 
-    Which prompts are held out is decided by the digest of each, so that none moves, and all that are equal stay
-    together. No round has a prompt twice, also where it wants more of them than there are.
+    The digest of a prompt decides whether it is held out, so that no prompt changes its split, and equal prompts stay
+    together. No round has a prompt twice, even if it asks for more prompts than there are.
+
+    Args:
+        prompts: all prompts.
+        settings: the settings of the rounds.
+        number: number of the round, from 0.
 
     Raises:
-        InputError: none is left to learn from, or none is held out.
+        InputError: no prompt is left to learn from, or none is held out.
     """
     places = [int.from_bytes(prompt.digest, "big") / 2**64 for prompt in prompts]
     heldout = [i for i, place in enumerate(places) if place < settings.heldout_fraction]
@@ -91,7 +96,7 @@ def split_prompts(prompts: Sequence[PromptRecord], settings: RoundsSettings, num
                 expected="at least one",
                 fix="give more prompts, or change rounds.heldout_fraction",
             )
-    # each once a round: the same question with the same seed has the same answer
+    # a prompt is used once per round, because the same prompt with the same seed gives the same answer
     size = min(settings.prompts_per_round or len(learnt), len(learnt))
     first = number * size
     chosen = [learnt[(first + i) % len(learnt)] for i in range(size)]
@@ -106,7 +111,7 @@ def _prompts_of(path: Path) -> Iterator[PromptRecord]:
                 if line.strip():
                     yield _prompt(line, f"{path}:{number}")
     except UnicodeDecodeError:
-        raise InputError("is no text in UTF-8", where=f"{_SETTING}: {path}") from None
+        raise InputError("the file is no text in UTF-8", where=f"{_SETTING}: {path}") from None
 
 
 def _prompt(line: str, where: str) -> PromptRecord:
@@ -120,7 +125,7 @@ def _prompt(line: str, where: str) -> PromptRecord:
         if text is not None and (not isinstance(text, str) or not text):
             raise ValueError("a prompt that is no text, or empty")
         references = _references(found.get("reference"))
-        # as a record of a corpus: tools, calls of them and the other forms of a conversation included
+        # read like a record of a corpus, so that tools, tool calls and all forms of conversations are understood
         read = read_record(where, found, "prompt", None if messages is None else "messages")
         if isinstance(read, str):
             return PromptRecord(where, (), read, references)
@@ -142,5 +147,5 @@ def _references(given: Any) -> tuple[str, ...]:
         return ()
     found = given if isinstance(given, list) else [given]
     if not found or not all(isinstance(one, str) for one in found):
-        raise ValueError("a reference that is neither a text nor several")
+        raise ValueError("a reference that is neither a text nor a list of texts")
     return tuple(found)

@@ -1,4 +1,4 @@
-"""Several writers at once, each an actor of Ray with devices of its own: on this machine, or on a cluster."""
+"""Runs several writers at once, on this machine or a cluster; each is a Ray actor with devices of its own."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _SETTING = "rounds.replicas"
 
 
 def make_by_replicas(job: TextJob, units: Sequence[int], context: StageContext) -> Iterator[TextRecord]:
-    """Make these units, and yield what is known of each as it is finished.
+    """Make the given units, and yield the record of each as soon as it is finished.
 
     Raises:
         MachineError: Ray is not installed, there are too few devices, or replicas keep dying.
-        CapgapError, OSError: as `TextMaker`.
+        CapgapError, OSError: a unit cannot be made, for the reasons that `TextMaker.make` names.
     """
     num_replicas = min(job.settings.replicas, len(units))
     num_gpus = 0 if job.device == "cpu" else job.num_devices
@@ -37,11 +37,11 @@ def make_by_replicas(job: TextJob, units: Sequence[int], context: StageContext) 
 
 
 class WritingReplica(CountedReplica):
-    """A writer in a process of its own.
+    """A Ray actor that runs one writer in its own process.
 
     Args:
-        job: of the text.
-        claim: how it asks for the lease on its devices.
+        job: the text that is written.
+        claim: how the actor asks for the lease on its devices.
     """
 
     def __init__(self, job: TextJob, claim: LeaseRequest) -> None:
@@ -52,8 +52,8 @@ class WritingReplica(CountedReplica):
         """Take the lease on the replica's own devices and start the writer there.
 
         Raises:
-            InputError: this machine does not see the text's folder.
-            CapgapError: as the lease and the engine.
+            InputError: this machine does not see the folder of the text.
+            CapgapError: the lease cannot be taken, or the engine cannot be started.
         """
         job = self._job
         require_seen(job.work, job.folder, "text")
@@ -61,13 +61,13 @@ class WritingReplica(CountedReplica):
         self._maker.start()
 
     def make(self, unit: int) -> TextRecord:
-        """As `TextMaker.make`."""
+        """Make a unit unless it is whole, and return its record; errors are those of `TextMaker.make`."""
         found = self._job.record(unit) if self._maker.require_whole(unit) else None
         return found or self._maker.make(unit)
 
 
 def _portable(job: TextJob) -> TextJob:
-    """The same job in absolute paths: a replica's working folder is another."""
+    """Return the same job with absolute paths, because a replica runs in another working folder."""
     writer = Path(job.writer)
     return dataclasses.replace(
         job,

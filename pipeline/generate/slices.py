@@ -1,4 +1,4 @@
-"""The units of one slice of a text, each claimed before the writer sees its prompts."""
+"""Makes the units of one slice of a text; each unit is claimed before the writer sees its prompts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from capgap.pipeline.stage.progress import progress
 
 
 def make_slice(job: TextJob, part: Slice) -> None:
-    """Make the units of the slice that are not there and that nobody else is at.
+    """Make the units of the slice that are neither finished nor claimed by another process.
 
-    What a killed process had claimed is free again; it is made here, if this slice may make it.
+    The claim of a killed process becomes free, and its unit is made here if it belongs to this slice.
 
     Raises:
-        CapgapError, OSError: as `TextMaker`.
+        CapgapError, OSError: a unit cannot be made, for the reasons that `TextMaker.make` names.
     """
     leave_cores_unbound()
     claims, maker = Claims(job.units, part), TextMaker(job)

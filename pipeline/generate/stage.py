@@ -1,7 +1,7 @@
-"""The generate stage: a model of the run answers prompts, and what it wrote becomes a corpus, unit by unit.
+"""The generate stage: a model of the run answers prompts, and its answers become a corpus, unit by unit.
 
-The corpus is of the usual form, so that a teacher scores it like any other: shards of whole answers in rows, each
-behind its prompt, under the context rule `document`; the loss mask begins where the answers do.
+The corpus has the usual form, so that a teacher scores it like any other. Its shards hold rows of whole answers, each
+behind its prompt, under the context rule `document`, and the loss mask covers the answers alone.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _SPLITS: tuple[Split, ...] = ("student", "heldout")
 
 
 def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
-    """Refuse what can be seen before a model is loaded.
+    """Refuse prompts and writers that do not fit, as far as this can be found before a model is loaded.
 
     Raises:
-        InputError: prompts cannot be read, or the writer's chat template cannot be used, refuses the first prompt or
-            is none.
-        MismatchError: the student ends an answer in another way than the teacher, or has another tokenizer; or the
-            writer's chat template writes special tokens that the corpus's tokenizer does not have.
-        CorruptError: a file of the writer is not what it was.
+        InputError: prompts cannot be read; or the writer has no chat template, one that cannot be used, or one that
+            refuses the first conversation.
+        MismatchError: the writer's tokenizer is not the corpus's, or its chat template writes special tokens that the
+            corpus's tokenizer does not have; or a student ends an answer with other tokens than the teacher.
+        CorruptError: a file of the writer is missing or changed.
     """
     rounds, made = rounds_of(run), _writer(inputs)
     path, text = model_path(made), RunText(inputs["corpus"])
@@ -72,7 +72,7 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
 
 
 def _require_known(ids: list[int], tokenizer: PreTrainedTokenizerBase, text: RunText, made: StageInput) -> None:
-    """Special tokens that the writer alone has stand in no shard of the corpus's tokenizer."""
+    """Raise MismatchError if a prompt holds ids that the corpus's tokenizer does not have: no shard can hold them."""
     unknown = sorted({one for one in ids if one >= text.facts.tokenizer.vocab_size})
     if unknown:
         raise MismatchError(
@@ -88,7 +88,8 @@ def run(context: StageContext) -> StageResult:
     """Write the shards and the answers beside them, the tokenizer, and how often each split holds each id.
 
     Raises:
-        InputError, MismatchError: as `check`; or no answer is left, or none of a teacher's answers ended.
+        InputError, MismatchError: `check` refuses the inputs; or no answer is left, or a teacher ended none of its
+            answers.
         MachineError: vLLM is not installed, or fails.
     """
     check(context.run, context.instance, context.inputs)
@@ -106,7 +107,7 @@ def run(context: StageContext) -> StageResult:
 
 
 def _make(job: TextJob, maker: TextMaker, missing: list[int], context: StageContext) -> Iterator[TextRecord]:
-    """Make these units, and say of each what is known when it is finished."""
+    """Make the missing units, and yield the record of each as soon as it is finished."""
     if missing and job.settings.replicas > 1:
         # imported here: Ray is an extra
         from capgap.pipeline.generate.replicas import make_by_replicas
@@ -120,9 +121,9 @@ def _make(job: TextJob, maker: TextMaker, missing: list[int], context: StageCont
 
 
 def prepare(context: StageContext) -> TextJob:
-    """Read the prompts, write the tokenizer and say what is to be made.
+    """Read the prompts, write the tokenizer and the plan, and return the job that all processes share.
 
-    Whoever calls it again, for the same run, gets the same job.
+    Every call for the same run returns the same job.
 
     Raises:
         InputError: the prompts cannot be read, or none is left to learn from or held out.
@@ -133,11 +134,11 @@ def prepare(context: StageContext) -> TextJob:
     prompts = read_prompts(rounds.prompts)
     chosen = split_prompts(prompts, rounds, instance.round)
     if instance.round == FINAL:
-        # nobody learns from what the final students write
+        # no student learns from the text of the final students, so they answer only held-out prompts
         chosen["student"] = []
     elif len(chosen["student"]) < (rounds.prompts_per_round or 0):
         _LOG.warning(
-            "%s: rounds.prompts_per_round is %d, and %d prompts are left to learn from: each is answered once a round",
+            "%s: rounds.prompts_per_round is %d, but only %d prompts are left to learn from; each is answered once",
             instance.name,
             rounds.prompts_per_round,
             len(chosen["student"]),
@@ -200,7 +201,7 @@ def _finished(context: StageContext, job: TextJob) -> StageResult:
 
 
 def _require_some(context: StageContext, job: TextJob, split: Split, counts: TextCounts) -> None:
-    """Raise InputError where nothing is left to learn from, and where a teacher does not know how to end."""
+    """Raise InputError if a split has no answer, or if a teacher wrote it and ended none of its answers."""
     where = f"{context.instance.name}, the prompts {'to learn from' if split == 'student' else 'held out'}"
     if not counts.num_answers:
         raise InputError(
@@ -230,7 +231,7 @@ def _sum(records: list[TextRecord]) -> TextCounts:
 
 
 def _count(job: TextJob, shards: ShardSet | None) -> npt.NDArray[np.int64]:
-    """How often the shards hold each id."""
+    """Count how often the shards hold each token id [V]."""
     reader = None if shards is None else ShardReader(job.folder, shards)
     members = range(0 if reader is None else reader.shard_set.num_members)
     blocks = (reader.read(member)[0] for member in members if reader is not None)
@@ -253,7 +254,7 @@ def _split_facts(counts: TextCounts, source: str) -> SplitFacts:
 
 
 def _totals(counts: Mapping[Split, TextCounts], sets: Mapping[str, ShardSet]) -> dict[str, Any]:
-    """What the answers are like: of those that are learnt from, and of the held-out ones."""
+    """Return the totals of the manifest: figures of the answers to learn from, and of the held-out answers."""
     found: dict[str, Any] = {}
     for split in _SPLITS:
         one, begin = counts[split], "" if split == "student" else "heldout_"
@@ -294,7 +295,7 @@ def _say(instance: Instance, counts: Mapping[Split, TextCounts]) -> None:
 
 
 def _writer(inputs: Mapping[str, StageInput]) -> StageInput:
-    """A student, or the teacher, whose role that is where it writes itself."""
+    """Return the model that writes: a student if one is an input, else the teacher."""
     return inputs[WRITER] if WRITER in inputs else inputs["teacher"]
 
 

@@ -1,13 +1,13 @@
-"""One unit of a text: some prompts, all their answers written side by side, and one shard, in any process, any times.
+"""Makes one unit of a text: all answers to some prompts are written side by side, and become one shard.
 
     prompts --ask--> engine --> answers --best fit--> rows --> shard and answers file --> record
 
-A unit is a pure function of its prompts and the writer, on one kind of machine: the engine sees the same requests,
-each sampled with a seed of its own. It is finished when its record, `work/units/000000.json`, stands and its files
-have the digests that the record names; the record is taken away before a file is touched and written after all are
-whole.
+On one kind of machine, a unit depends only on its prompts and the writer: the engine gets the same requests, each with
+a seed of its own. So any process may make it, any number of times. It is finished when its record,
+`work/units/000000.json`, exists and its files have the digests that the record names. The record is removed before a
+file is touched, and written after all files are whole.
 
-Legend: B rows, L targets a row.
+Legend: B rows, L targets per row.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from capgap.schemas.manifest import ShardEntry, ShardSet
 from capgap.schemas.run_rounds import RoundsSettings
 
 UNITS_FOLDER = "units"
-# answers that vLLM writes side by side
+# number of answers that vLLM writes side by side
 _AT_ONCE = 256
 _RUN_TOKENS = 4
 
 
 @dataclass(frozen=True)
 class TextUnit:
-    """Which prompts a unit answers.
+    """The prompts that a unit answers.
 
     Attributes:
-        split: whose shard it makes.
-        number: of the shard.
-        prompts: places among all prompts.
+        split: the split whose shard the unit makes.
+        number: number of the shard in the split.
+        prompts: places of the unit's prompts among all prompts.
     """
 
     split: Split
@@ -62,23 +62,23 @@ class TextUnit:
 
 @dataclass(frozen=True)
 class TextJob:
-    """All that a process must know to make units of one text: plain values, to be sent anywhere.
+    """Everything that a process must know to make units of one text; it can be pickled and sent to any machine.
 
     Attributes:
-        settings: of the rounds.
-        prompts: all of them.
-        each_unit: what there is to make.
-        writer: folder or id of the model.
-        seeds: what the seed of every answer begins with.
-        folder: of the text.
+        settings: the settings of the rounds.
+        prompts: all prompts.
+        each_unit: the prompts of every unit.
+        writer: folder or id of the model that writes.
+        seeds: the beginning of the text from which the seed of each answer is derived.
+        folder: the folder of the text.
         work: the stage's work folder.
-        seq_len: targets of a row.
-        room: tokens of a prompt and its answer at most.
-        tokenizer: its facts.
-        bos_ids: what a text begins with.
+        seq_len: number of targets per row.
+        room: the largest number of tokens of a prompt and its answer together.
+        tokenizer: the facts of the corpus's tokenizer.
+        bos_ids: ids with which a text begins.
         device: `cpu` or `cuda:0`.
-        num_devices: that the writer is spread over.
-        trust_remote_code: run code that comes with the writer.
+        num_devices: number of devices over which the writer is spread.
+        trust_remote_code: whether to run code that comes with the writer.
     """
 
     settings: RoundsSettings
@@ -98,29 +98,29 @@ class TextJob:
 
     @property
     def units(self) -> UnitNotes:
-        """Where finished units are noted."""
+        """The notes of finished units in the work folder."""
         return UnitNotes(self.folder, self.work, UNITS_FOLDER, len(self.each_unit))
 
     def num_prompts(self, units: Iterable[int]) -> int:
-        """Prompts of some units."""
+        """Return the number of prompts of the given units."""
         return sum(len(self.each_unit[unit].prompts) for unit in units)
 
     def shards_of(self, split: Split) -> ShardWriter:
-        """Who writes the shards of a split."""
+        """Return the writer of the shards of a split."""
         codec = Codec(SEQUENCES, self.seq_len, self.tokenizer.vocab_size)
         return ShardWriter(self.folder, self.work / "shards", split, codec)
 
     def shard_set(self, split: Split, shards: list[ShardEntry]) -> ShardSet:
-        """The manifest's description of a split."""
+        """Return the manifest's description of the shards of a split."""
         return self.shards_of(split).shard_set(shards)
 
     def record(self, unit: int) -> TextRecord | None:
-        """What is known of a unit; None where it is not finished. Its files are not looked at."""
+        """Return the record of a unit, or None if it is not finished; its files are not checked."""
         return read_sidecar(self.units.path(unit), TextRecord)
 
 
 class TextMaker:
-    """Makes units of a job; the writer is started with the first, and never where none is made."""
+    """Makes and checks units of a job; the writer is started with the first unit that is made."""
 
     def __init__(self, job: TextJob) -> None:
         self.job = job
@@ -128,7 +128,7 @@ class TextMaker:
         (job.work / UNITS_FOLDER).mkdir(parents=True, exist_ok=True)
 
     def require_whole(self, unit: int) -> bool:
-        """Whether a unit that says it is finished is: else it is no more."""
+        """Return whether a unit is finished and all its files are whole; if not, remove its record."""
         record = self.job.record(unit)
         files = [] if record is None else [record.answers, *([record.shard.file] if record.shard else [])]
         paths = [self.job.folder / file.path for file in files]
@@ -140,7 +140,7 @@ class TextMaker:
         return is_whole
 
     def make(self, number: int) -> TextRecord:
-        """Make a unit, replacing what may be there of it.
+        """Make a unit, and replace whatever exists of it.
 
         Raises:
             InputError: the chat template refuses a prompt, or the writer cannot be loaded.
@@ -150,7 +150,7 @@ class TextMaker:
         job, unit = self.job, self.job.each_unit[number]
         job.units.path(number).unlink(missing_ok=True)
         asked, num_too_long = self._asked(unit)
-        # progress counts prompts, of which each may have several samples
+        # the engine counts answers and the progress counts prompts, each of which may have several answers
         share = len(unit.prompts) / max(len(asked), 1)
         prompts = [prompt for _, _, prompt in asked]
         made = self._started().generate(prompts, lambda count: advance_within(share * count)) if asked else []
@@ -174,11 +174,11 @@ class TextMaker:
         return found
 
     def start(self) -> None:
-        """Start the writer now, rather than with the first unit; errors as the engine."""
+        """Start the writer now, instead of with the first unit; errors are those of the engine."""
         self._started()
 
     def close(self) -> None:
-        """Give back the device."""
+        """Stop the writer, which frees its device."""
         if self._generator is not None:
             self._generator.close()
             self._generator = None
@@ -215,7 +215,7 @@ class TextMaker:
         )
 
     def _asked(self, unit: TextUnit) -> tuple[list[tuple[int, int, Prompt]], int]:
-        """Every request of a unit with its prompt's place and its sample, and how many prompts are too long."""
+        """Return the requests of a unit with their prompts' places and samples, and the number of too long prompts."""
         num_samples = self.job.settings.num_samples if unit.split == "student" else 1
         asked: list[tuple[int, int, Prompt]] = []
         num_too_long = 0
@@ -248,7 +248,7 @@ class TextMaker:
     def _write(
         self, unit: TextUnit, kept: list[tuple[Prompt, SampledAnswer]], written: list[Written]
     ) -> tuple[ShardEntry | None, list[Written]]:
-        """The shard of the answers that are kept, and all answers with their places in it."""
+        """Write the shard of the kept answers, and return it and all answers with their places in it."""
         if not kept:
             return None, written
         seq_len = self.job.seq_len
@@ -304,6 +304,6 @@ def _counts(
 
 
 def _repetition(ids: Sequence[int]) -> float:
-    """The share of an answer's runs of four tokens that stood in it before."""
+    """Return the share of an answer's runs of four tokens that occur earlier in it."""
     runs = [tuple(ids[i : i + _RUN_TOKENS]) for i in range(len(ids) - _RUN_TOKENS + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0

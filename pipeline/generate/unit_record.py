@@ -1,4 +1,4 @@
-"""What is known of one unit of a text that is being written: its files, and what its answers are like."""
+"""The record of a finished unit of a text: its files, and figures of its answers."""
 
 from __future__ import annotations
 
@@ -9,61 +9,60 @@ from capgap.schemas.manifest import FileEntry, ShardEntry
 
 
 class TextCounts(Entry):
-    """What a number of answers are like, as sums."""
+    """Figures of a number of answers, as counts and sums."""
 
     num_prompts: int = 0
-    """Prompts that were to be answered."""
+    """Number of prompts to be answered."""
 
     num_too_long: int = 0
-    """Prompts that leave no room for an answer; left out."""
+    """Number of prompts that are left out because they leave no room for an answer."""
 
     num_answers: int = 0
-    """Answers that are kept."""
+    """Number of answers that are kept."""
 
     num_empty: int = 0
-    """Answers that ended before they began; left out."""
+    """Number of answers that are left out because they hold no text."""
 
     num_unknown: int = 0
-    """Answers with an id that pads the vocabulary; left out."""
+    """Number of answers that are left out because they hold an id that is no token: it pads the vocabulary."""
 
     num_cut: int = 0
-    """Answers that had not ended when they reached their longest length; kept."""
+    """Number of kept answers that reached their largest length before they ended."""
 
     num_prompt_tokens: int = 0
-    """Of the kept answers' prompts."""
+    """Number of tokens of the prompts, counted for each kept answer."""
 
     num_answer_tokens: int = 0
-    """Of the kept answers, the tokens that end them included."""
+    """Number of tokens of the kept answers, including the tokens that end them."""
 
     num_text_bytes: int = 0
-    """UTF-8 bytes of the kept answers and their prompts, special tokens as they are written: of the same text as the
-    tokens."""
+    """UTF-8 bytes of the kept answers and their prompts, including the text of special tokens."""
 
     logprob: float = 0.0
-    """Sum over the answers' tokens of the writer's own logprob, nats."""
+    """Sum over the tokens of the kept answers of the writer's own logprob, nats."""
 
     repetition: float = 0.0
-    """Sum over answers of the share of their runs of four tokens that stood in the answer before."""
+    """Sum over the kept answers of the share of their runs of four tokens that occur earlier in the answer."""
 
     num_graded: int = 0
-    """Answers whose right answer is known, those that are left out included."""
+    """Number of answers whose prompt has a reference, including answers that are left out."""
 
     num_right: int = 0
-    """Those of them that are right."""
+    """Number of these answers that are right."""
 
     def plus(self, other: Self) -> Self:
-        """The sums of both."""
+        """Return the sums of both."""
         return self.model_copy(update={name: value + getattr(other, name) for name, value in self})
 
 
 class TextRecord(Entry):
-    """A finished unit."""
+    """The files of a finished unit, and figures of its answers."""
 
     shard: ShardEntry | None
-    """Its rows; None where no answer was kept."""
+    """The shard with the unit's rows; None if no answer is kept."""
 
     answers: FileEntry
-    """What stands beside the shard: each answer's place, its logprobs and how it ended."""
+    """The file beside the shard with each answer's place, its logprobs and how it ended."""
 
     counts: TextCounts
-    """What its answers are like."""
+    """Figures of the unit's answers."""

@@ -196,9 +196,12 @@ def test_a_conversation_is_cut_at_whole_turns(name: str) -> None:
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}", "cannot say which tokens"),
         (CHATML.replace("<|im_end|>", ""), "the answers of the chat template have no end"),
         (MARKED.replace("<|im_end|>{% endgen", "{% endgen"), "have no end, or none that is learnt; .* within the mar"),
-        (CHATML.replace("prompt %}<|im_start|>assistant", "prompt %}<|im_start|>model"), "not how the answer's"),
+        (
+            CHATML.replace("prompt %}<|im_start|>assistant", "prompt %}<|im_start|>model"),
+            "the turn of an answer does not",
+        ),
         ("{% for m in messages %}{{ m['parts'][0] }}{% endfor %}", "refuses the conversation; found"),
-        ("{{ 'a' if add_generation_prompt }}b", "prompt for an answer is not how"),
+        ("{{ 'a' if add_generation_prompt }}b", "does not begin with the prompt"),
     ],
 )
 def test_a_template_that_cannot_tell_answers_is_refused(template: str | None, message: str) -> None:

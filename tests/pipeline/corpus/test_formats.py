@@ -176,7 +176,7 @@ def test_rows_of_separated_values_that_do_not_fit_are_bad_records(tmp_path: Path
     (tmp_path / "a.csv").write_text("text,id\na,1\nb\nc,3\n")
     first, bad, last = _read(tmp_path / "a.csv")
     assert (first, last) == ({"text": "a", "id": "1"}, {"text": "c", "id": "3"})
-    assert "a.csv:3: the row does not fit the first; found 1 fields, expected 2" in str(bad)
+    assert "a.csv:3: the row's fields do not match the header; found 1 fields, expected 2" in str(bad)
     (tmp_path / "a.csv").write_text('text,id\n"a,1\n')
     with pytest.raises(InputError, match=r"a.csv:\d: cannot be read as separated values; found unexpected end of data"):
         _read(tmp_path / "a.csv")

@@ -262,7 +262,7 @@ def test_a_student_that_ends_its_turns_in_another_way_is_refused(begun) -> None:
         (json.dumps({"messages": [{"role": "judge", "content": "a"}]}), "unknown role: 'judge'"),
         (json.dumps({"messages": [{"role": "user", "content": "a"}], "tools": "add"}), "the tools cannot be read"),
         (json.dumps({"prompt": "a \ud800"}), "half of a surrogate pair"),
-        (json.dumps({"prompt": "a", "reference": 3}), "neither a text nor several"),
+        (json.dumps({"prompt": "a", "reference": 3}), "neither a text nor a list of texts"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_named(make_rounds: MakeRounds, tmp_path: Path, line: str, found: str) -> None:
