@@ -95,6 +95,19 @@ ENDLESS = {
     "width": "{{ '%9999999999d' % 1 }}",
     "star": "{{ '%*d' % (9999999999, 1) }}",
     "method width": "{{ '{:>9999999999}'.format(1) }}",
+    "negative times": "{% set x = 'aaaaaaaaaa' * (0 - 10 ** 15) %}" + "{{ 'a' * 10 ** 12 }}",
+    "negative star": "{{ '%*d' % (0 - 9999999999, 1) }}",
+    "cancelling stars": "{{ '%*d%*d' % (9999999999, 1, 0 - 9999999999, 1) }}",
+    "method width among values": "{{ '{:{}}'.format(1, 9999999999) }}",
+    "method width in two texts": "{{ '{:{}{}}'.format(1, '99999', '99999') }}",
+    "round": "{{ 1 | round(10 ** 10, 'ceil') }}",
+    "round of a text": "{{ 'a' | round(9, 'floor') }}",
+    "sum of lists": "{{ ([['a']] * 200000) | sum(start=[]) | length }}",
+    "method join": "{{ (',' * 900000).join(range(100000) | map('string')) }}",
+    "links": "{{ ('www.a.com ' * 200000) | urlize(target='x' * 1000000) }}",
+    "count in a list": "{% set x = [1] * 200000 %}{% for i in range(99999) %}{{ x.count('a') }}{% endfor %}",
+    "filters over a list": "{% set x = ['a'] * 200000 %}{% for i in range(9999) %}{{ x | max }}{% endfor %}",
+    "tests of a list": "{% set x = ['a'] * 200000 %}{% for i in range(99999) %}{{ 'b' is in(x) }}{% endfor %}",
     "times": "{{ 'a' * 10 ** 12 }}",
     "times list": "{{ 10 ** 12 * [1] }}",
     "center": "{{ 'a'.center(10 ** 12) }}",
@@ -110,6 +123,23 @@ def test_a_template_that_does_not_end_is_ended_by_its_bound(name: str) -> None:
     with pytest.raises(InputError, match="the template: the chat template does not end; found") as caught:
         _render(ENDLESS[name])
     assert not isinstance(caught.value, BadRecordError), "it is no fault of the record"
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        ("{{ ('aaa'.encode() * 10 ** 10) | length }}", "attribute 'encode'"),
+        ("{{ ('aaa' | attr('encode'))() }}", "attribute 'encode'"),
+        ("{{ (5).to_bytes(10 ** 10, 'big') | length }}", "attribute 'to_bytes'"),
+        ("{{ ('a' * 50000).translate({97: 'b' * 50000}) }}", "attribute 'translate'"),
+        ("{{ lipsum(n=10 ** 9) }}", "'lipsum' is undefined"),
+        ("{{ ('f' * 2400000) | int(base=16) // 3 }}", "an integer of 9600000 bits"),
+        ("{{ 0x" + "f" * 300 + " // 3 }}", "an integer of 1200 bits"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(template: str, found: str) -> None:
+    with pytest.raises((InputError, BadRecordError), match=found):
+        _render(template)
 
 
 def test_the_bound_is_a_count_and_grows_with_the_conversation() -> None:
