@@ -141,8 +141,8 @@ def test_of_several_templates_the_default_one_is_taken_or_the_lack_of_it_is_said
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "cannot be read; found maximum recursion"),
         ("{% for a in [1] %}" * 40 + "{% endfor %}" * 40, "cannot be read; found too many statically nested"),
         ("{{ x | nothing }}", "cannot be read; found No filter named"),
-        (None, "there is no one chat template; found no chat template"),
-        ({"default": "x"}, "there is no one chat template; found several"),
+        (None, "there is no single chat template; found no chat template"),
+        ({"default": "x"}, "there is no single chat template; found several"),
     ],
 )
 def test_what_is_no_template_is_refused(template: Any, message: str) -> None:
