@@ -1,4 +1,4 @@
-"""Requests whose rows are captured on the worker, and the way of these rows through vLLM's front end.
+"""Score requests whose rows are captured on the worker, and take these rows from vLLM's front end.
 
 Legend: L targets of a request, C ids, W numbers.
 """

@@ -4,7 +4,7 @@ A loop iteration is one step, and so is each character that is made or compared.
 and each entry of a list that one of them makes are ten steps. Operations that can make much at once are counted before
 they run.
 
-    {% for i in range(100000) %}{% for ... %}      turns              {{ x | replace("a", big) }}, {{ "x" * 10 ** 9 }}
+    {% for i in range(100000) %}{% for ... %}      iterations         {{ x | replace("a", big) }}, {{ "x" * 10 ** 9 }}
     {% macro m() %}{{ m() }}{% endmacro %}         Python's own bound {% set x = x ~ x %}, {% set x = [x, x] %}
 """
 

@@ -159,7 +159,7 @@ def _parents(name: str) -> list[str]:
 
 
 def _wrapper(name: str, model: PreTrainedModel) -> str | None:
-    """Return the mark that a wrapper put into a tensor's name; None if a module of the model has that name."""
+    """Return the mark that a wrapper put into a tensor's name; None if there is none or a module has that name."""
     for mark in _WRAPPERS:
         if (mark in name and mark != "module.") or name.startswith(mark):
             return None if mark.split(".")[0] in dict(model.named_children()) else mark

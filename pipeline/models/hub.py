@@ -48,7 +48,7 @@ def not_there(what: str, path: str | Path, error: BaseException, file: str) -> I
     elif not is_id:
         found, fix = "no such folder", "check the path" + ("" if Path(path).is_absolute() else f", from {Path.cwd()}")
     elif any(isinstance(cause, GatedRepoError) for cause in _causes(error)):
-        found = "an id whose owner grants access one by one"
+        found = "a gated model that you have no access to"
         fix = "ask for access on its page and log in with `hf auth login`, or name a folder"
     elif any(isinstance(cause, RepositoryNotFoundError) for cause in _causes(error)):
         found = "no such folder, and no id that the hub knows or that you may read"

@@ -131,7 +131,7 @@ def _as_text(choice: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_cut, "found rows of 48 tokens, expected those of the 49"),
+        (_cut, "found rows of 48 tokens, expected rows of the 49 tokens"),
         (_cut_and_said, "found rows of 48 tokens, expected rows of the 49 tokens that were sent"),
         (_other_prompt, "found rows of other tokens"),
         (_shifted, "rows contain their token, expected all of them; the first row that does not is row"),
@@ -252,7 +252,7 @@ def test_nobody_at_the_address_is_one_line(engine) -> None:
 
 def test_ids_that_no_token_has_are_refused(engine, requests_of) -> None:
     cut = [Request(one.tokens_L1 % 200) for one in requests_of(3)]
-    with pytest.raises(InputError, match=r"no token has; found 2.., expected 0 to 199"):
+    with pytest.raises(InputError, match=r"outside the vocabulary; found 2.., expected 0 to 199"):
         engine(vocab_size=200).score(cut)
 
 

@@ -192,7 +192,7 @@ def test_marks_whose_place_in_the_text_is_not_known_are_refused_and_the_text_its
     template = ChatTemplate(_tokenizer(IN_A_LOOP.replace("BEFORE", before).replace("AFTER", after)), "it")
     talk = [*MESSAGES[1:2], {"role": "assistant", "content": "7, and 7."}]
     assert template.render(talk, [], "x").startswith("[user] 3 + 4?")
-    said = r"it: the chat template marks answers within a macro, .* '7, and 7\.!' should stand"
+    said = r"it: the chat template marks answers within a macro, .* in the place of '7, and 7\.!'"
     with pytest.raises(InputError, match=said) as caught:
         template.render_marked(talk, [], "x")
     assert not isinstance(caught.value, BadRecordError), "it is no fault of the record"

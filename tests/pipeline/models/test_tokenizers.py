@@ -109,7 +109,7 @@ def test_added_tokens_count(words: Words) -> None:
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(words: Words) -> None:
-    with pytest.raises(InputError, match=r"the tokenizer has no end-of-sequence token; expected one.*set eos_token in"):
+    with pytest.raises(InputError, match=r"the tokenizer has no end-of-sequence token; expected an.*set eos_token in"):
         tokenizer_facts(words(eos_token=None))
 
 
