@@ -43,7 +43,7 @@ def rows_of(choice: dict[str, Any], recording: Recording, request: Request) -> S
             where=request.name,
             found=f"a choice of {', '.join(sorted(choice))}",
             expected="the prompt's logprobs, which vLLM adds to OpenAI's answer format",
-            fix="use a vLLM server",
+            fix="ask a vLLM server",
         )
     echoed = choice.get("prompt_token_ids")
     if any(entry is None for entry in entries[1:]):
@@ -117,5 +117,5 @@ def _not_its_own(request: Request, found: str, expected: str) -> InputError:
         where=request.name,
         found=found,
         expected=expected,
-        fix="connect to vLLM's server directly, without a proxy that may change prompts or answers",
+        fix="ask vLLM's server directly, without a proxy that may change prompts or answers",
     )

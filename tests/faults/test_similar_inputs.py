@@ -293,7 +293,7 @@ SEQ2SEQ = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 
         (_anew(lambda: qwen(vocab_size=302)), "found 302 rows in its embedding, expected at least 303"),
         (
             _anew(lambda: tiny_model(BertConfig(vocab_size=VOCAB_SIZE, **ENCODER))),
-            "a bert whose tokens see those",
+            "a bert whose tokens attend to later tokens",
         ),
         (
             _anew(lambda: T5ForConditionalGeneration(T5Config(vocab_size=VOCAB_SIZE, **SEQ2SEQ))),
