@@ -1,4 +1,4 @@
-"""What the sections of a run file need of one another: a cache its teacher, a training its cache, a loss its recording.
+"""Checks between the sections of a run file: a cache needs a teacher, a training a cache, a loss its recording.
 
 Every message begins with the setting at fault, says what was found and expected, and what to write.
 """
@@ -11,7 +11,7 @@ from capgap.schemas.run_train import SUPPORTED_TAILS, TrainSettings
 
 
 def require_needs(run: RunSections) -> None:
-    """Raise ValueError where a section lacks another one, or contradicts it."""
+    """Raise ValueError if a section needs another section that is missing, or contradicts it."""
     if not run.sections:
         raise ValueError(
             "found no section, expected at least one that asks for a stage, for example corpus, teacher and cache "
@@ -56,7 +56,7 @@ def _require_teacher_model(run: RunSections, found: str, purpose: str) -> None:
 
 
 def _require_server(run: RunSections) -> None:
-    """A teacher that is served has a server, and a server has such a teacher."""
+    """Raise ValueError unless `cache.engine: server` and `teacher.served` are both given or both left out."""
     if not run.makes("cache") or not run.makes("teacher"):
         return
     if run.cache.engine == "server" and run.teacher.served is None:
@@ -70,7 +70,7 @@ def _require_server(run: RunSections) -> None:
 
 
 def _require_align(run: RunSections) -> None:
-    """What students of another tokenizer than the teacher's cannot have."""
+    """Raise ValueError for settings that a run with `align` does not support, as its student has another tokenizer."""
     if run.align is None:
         return
     _require(run, "align", "cache")
@@ -93,7 +93,7 @@ def _require_text(run: RunSections, section: str) -> None:
 
 
 def _require_rounds(run: RunSections) -> None:
-    """What rounds need, and what contradicts them."""
+    """Raise ValueError for sections that rounds need and that are missing, and for settings that contradict rounds."""
     rounds = run.rounds
     if rounds is None:
         return
@@ -162,7 +162,7 @@ def _require_arm(run: RunSections, arm: str) -> None:
 
 
 def _require_written(run: RunSections, found: str) -> None:
-    """A policy gradient needs text whose writer's logprobs are those by which it was sampled."""
+    """Raise ValueError unless the run has rounds whose stored logprobs are those from which the text was sampled."""
     rounds = run.rounds
     if rounds is None:
         raise ValueError(f"{found} without rounds, expected them: text that students wrote, with their logprobs")
@@ -176,7 +176,7 @@ def _require_written(run: RunSections, found: str) -> None:
 
 
 def require_chunks(where: str, settings: TrainSettings) -> None:
-    """Raise ValueError for what no loss of chunks has; `where` names the settings."""
+    """Raise ValueError for settings that the loss of an aligned cache does not support; `where` names the settings."""
     if settings.recording not in (None, "chunks"):
         raise ValueError(f"{where}.recording: found {settings.recording} with an aligned cache, expected chunks")
     if settings.needs_teacher:
@@ -192,7 +192,7 @@ def require_chunks(where: str, settings: TrainSettings) -> None:
 
 
 def _require_recorded(arm: str, settings: TrainSettings, cache: CacheSettings) -> None:
-    """What an arm asks of the run's own cache, before that is made."""
+    """Raise ValueError if an arm needs something of the run's own cache that the cache will not hold."""
     where = f"arms.{arm}"
     if settings.counted_projected_weight > 0:
         raise ValueError(
@@ -210,7 +210,8 @@ def _require_recorded(arm: str, settings: TrainSettings, cache: CacheSettings) -
         raise ValueError(f"{where}.recording: found none named, expected one of {', '.join(cache.recordings)}")
     recording = recording or cache.recordings[0]
     fix = "set cache.recording to topk, or leave the setting out"
-    # any recording has the teacher's logprob of the token, and what forward KL asks for
+    # policy_gradient is checked as forward_kl: it needs only the teacher's logprob of the token, which every recording
+    # has, and learns the teacher's text by forward KL
     divergence = "forward_kl" if settings.divergence == "policy_gradient" else settings.divergence
     divergences = [one for known, one in SUPPORTED_TAILS if known == recording]
     tails = SUPPORTED_TAILS.get((recording, divergence), ())

@@ -144,7 +144,7 @@ class OptimizationSettings(Record):
     another number of devices."""
 
     keep_checkpoints: int = Field(2, ge=1, json_schema_extra=OPERATIONAL)
-    """Number of last checkpoints that are kept until the stage is finished. If one is damaged, the one before is used."""
+    """Number of last checkpoints kept until the stage is finished. If one is damaged, the one before it is used."""
 
     output: Literal["last", "best"] = "last"
     """Which weights become the stage's model: those of the `last` step, or the `best`, at which the lowest held-out

@@ -62,7 +62,7 @@ class TuneSettings(OptimizationSettings):
     the record's own fields. A record may also be a list of turns itself."""
 
     on_bad_record: Literal["stop", "skip"] = Field("stop", json_schema_extra=OPERATIONAL)
-    """What to do with a record that cannot be used: `stop` with an error, or `skip` it, count it and log the first 20."""
+    """What to do with a record that cannot be used: `stop` with an error, or `skip` it, and count and log it."""
 
     max_bad_fraction: float = Field(0.01, gt=0, lt=1, json_schema_extra=OPERATIONAL)
     """With `on_bad_record: skip`: largest share of the records that may be bad. More is an error."""
@@ -107,7 +107,7 @@ class TuneSettings(OptimizationSettings):
     """With `cache` only: how the loss treats the teacher's probability outside the stored tokens, as `train.tail`."""
 
     lora: LoraSettings | None = None
-    """Train low-rank adapters instead of all weights. The tuned model has them merged; they are also saved beside it."""
+    """Train low-rank adapters instead of all weights. They are merged into the tuned model, and saved beside it too."""
 
     learning_rate: float = Field(2e-5, gt=0)
     """Peak learning rate. Adapters (`lora`) usually need a higher one, for example 2e-4."""
