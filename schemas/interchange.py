@@ -58,16 +58,17 @@ class ImportSettings(Record):
     """Parquet files, folders or globs of held-out text. Left out, `heldout_fraction` of the rows is held out."""
 
     out: str = Field(json_schema_extra=OPERATIONAL)
-    """Folder that receives the folders `corpus`, `cache` and, if the teacher is on this machine, `teacher`."""
+    """Folder for the results. It receives the folders `corpus`, `cache` and, if the teacher is on this machine,
+    `teacher`."""
 
     tokenizer: str
-    """Folder or Hugging Face id of the tokenizer of the captures, which teacher and students share."""
+    """Folder or Hugging Face id of the captures' tokenizer. Teacher and students have the same one."""
 
     teacher: str
     """Folder or Hugging Face id of the model that gave the logprobs. A folder must hold the same tokenizer."""
 
     format: CaptureFormat = "parquet"
-    """Layout of the captures: `parquet`, columns of lists; `distillkit`, DistillKit's packed columns."""
+    """Layout of the captures. `parquet`: columns of lists. `distillkit`: DistillKit's packed columns."""
 
     compression_config: str | None = None
     """With `distillkit` only: path of DistillKit's `compression_config.yaml` for all captures. Left out, the file of
@@ -90,8 +91,8 @@ class ImportSettings(Record):
     """Targets per sequence. Left out, as many as the longest row needs without its padding."""
 
     long_rows: Literal["refuse", "cut", "drop"] = "refuse"
-    """What to do with a row of more than `seq_len` + 1 tokens: `refuse` it with an error, `cut` off its end, or `drop`
-    it. No row is split, because its later part would lack the context that the teacher saw."""
+    """What to do with a row longer than `seq_len` + 1 tokens. `refuse`: an error. `cut`: leave out its end. `drop`:
+    leave it out. No row is split, because its later part would lack the context that the teacher saw."""
 
     heldout_fraction: float = Field(0.06, gt=0, lt=1)
     """Share of the rows that no model trains on, if `heldout` names none."""

@@ -90,7 +90,7 @@ class LawGrid(Record):
     """Name of the grid."""
 
     out: str = Field(json_schema_extra=OPERATIONAL)
-    """Folder that receives the corpus, `teachers/`, `students/`, the table, the fit and its page."""
+    """Folder for the results. It receives the corpus, `teachers/`, `students/`, the table, the fit and its page."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs. All runs of one seed have the same initial weights and data order, whatever the teacher, so
@@ -106,7 +106,7 @@ class LawGrid(Record):
     """Text, tokenizer, packing and splits, for all models."""
 
     teachers: dict[str, TeacherSettings]
-    """Teachers by a name of your choice: given ones (`path`), or small ones to train (`model` and `training`)."""
+    """Teachers by a name of your choice. Each is given (`path`), or a small one to train (`model` and `training`)."""
 
     teacher_training: Annotated[dict[str, Any], PartOf(OptimizationSettings)] = Field(default_factory=dict)
     """Settings that the trainings of all teachers share. Settings in a teacher's own `training` override them."""
@@ -118,7 +118,7 @@ class LawGrid(Record):
     """Students by a name of your choice, each with `model` or `path`."""
 
     inits: tuple[Init, ...] = ("common",)
-    """Where students' initial weights come from; each kind has its own curves. `common`: from the seed or the student's
+    """Where students' initial weights come from. Each kind has its own curves. `common`: from the seed or the student's
     `path`, whatever the teacher. `pruned`: pruned, to the student's shape, from the teacher that the student then
     learns from."""
 
@@ -144,7 +144,7 @@ class LawGrid(Record):
     """Refuse to run a grid that is planned to take more hours than this."""
 
     max_disk_gb: float | None = Field(None, gt=0, json_schema_extra=OPERATIONAL)
-    """Refuse to run a grid that is planned to fill more disk than this, in GB (10^9 bytes)."""
+    """Refuse to run a grid that is planned to fill more GB of disk than this. 1 GB is 10^9 bytes."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

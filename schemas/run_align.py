@@ -15,11 +15,11 @@ class AlignSettings(Record):
     the smallest spans at whose borders both tokenizers have a border between tokens."""
 
     tokenizer: str
-    """Folder or Hugging Face id of the student's tokenizer, or of a model with it. It must be reversible: a byte-level
-    tokenizer or one with byte fallback, whose normaliser does not change the text."""
+    """Folder or Hugging Face id of the student's tokenizer or model. The tokenizer must be reversible: byte-level or
+    with byte fallback, and with a normaliser that does not change the text."""
 
     bos: BosRule = "auto"
-    """Whether every document begins with the student's beginning-of-sequence token, with the values of `corpus.bos`."""
+    """Whether documents begin with the student's BOS token. Its values mean the same as those of `corpus.bos`."""
 
     seq_len: int | None = Field(None, ge=8)
     """Targets per sequence of the student. Left out, the cache's."""
@@ -34,6 +34,6 @@ class AlignSettings(Record):
     differently (a tokenizer may split numbers into digits, for example), join the tail. 0 keeps none."""
 
     min_border_probability: float = Field(0.9, ge=0, le=1)
-    """Smallest share at which a chunk's border is reliable: the teacher's probability of the token before the border,
-    over that of this token and all longer tokens that begin with it and that the student lacks. Students do not learn
-    from chunks at other borders. A lower value keeps more chunks, with more bias; 0 keeps all."""
+    """Smallest probability with which a chunk ends at its border. It is the teacher's probability of the token before
+    the border, over that of this token and all longer tokens that begin with it and that the student lacks. Students do
+    not learn from chunks at other borders. A lower value keeps more chunks, with more bias; 0 keeps all."""

@@ -24,8 +24,8 @@ class BenchmarkSettings(Record):
     """The tasks of lm-eval on which the trained students and the teacher are measured."""
 
     tasks: dict[str, BenchmarkTask] = Field(default_factory=dict)
-    """Tasks by name, each with its settings or `{}`: presets (`paper`, or one of its six: `mmlu`, `ceval`, `drop`,
-    `humaneval`, `bbh`, `gsm8k`), and tasks, groups and tags of lm-eval."""
+    """Tasks by name, each with its settings or `{}`. A name is a preset (`paper`, or one of its six: `mmlu`, `ceval`,
+    `drop`, `humaneval`, `bbh`, `gsm8k`), or a task, group or tag of lm-eval."""
 
     # operational, because it decides which benchmark stages the run has, but not the result of any of them
     teacher: bool = Field(True, json_schema_extra=OPERATIONAL)
@@ -57,7 +57,7 @@ class BenchmarkSettings(Record):
     sandbox."""
 
     batch_sequences: int = Field(8, ge=1, json_schema_extra=OPERATIONAL)
-    """Sequences in one forward pass of transformers; vLLM chooses its own batches."""
+    """Sequences in one forward pass of transformers. vLLM chooses its own batches."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -58,10 +58,11 @@ class CorpusSettings(Record):
     """Which text is used, how it becomes tokens, and which parts of it train the teacher, the student, or neither."""
 
     sources: tuple[str, ...] = ("builtin:python",)
-    """Files, folders, globs or URLs (s3://, gs://, hf://datasets/, https:// and so on). A .txt, .md, .rst or .py file
-    is one document; .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow and .feather hold one document per record. All
-    but the last three may also end in .gz, .bz2, .xz or .zst. In a folder, hidden files, licences and dataset cards are
-    skipped. `builtin:python` is the source and help text of Python's standard library, for trials."""
+    """Files, folders, globs or URLs of the text. URLs begin with s3://, gs://, hf://datasets/, https:// and so on. A
+    .txt, .md, .rst or .py file is one document; .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow and .feather hold
+    one document per record. All but the last three may also end in .gz, .bz2, .xz or .zst. In a folder, hidden files,
+    licences and dataset cards are skipped. `builtin:python` is the source and help text of Python's standard library,
+    for trials."""
 
     mixture: dict[str, SourceSettings] = Field(default_factory=dict)
     """Several sources by name, instead of `sources`. Each has `paths`, and may have a `weight` or `max_tokens`, and its
@@ -122,7 +123,7 @@ class CorpusSettings(Record):
     `refuse` it with an error."""
 
     context: ContextRule = "packed"
-    """What a model sees before a token when it scores, trains and is measured. `packed`: all earlier tokens of the
+    """What a model sees before a token, in scoring, training and eval. `packed`: all earlier tokens of the
     sequence, across documents. `document`: its own document alone, with positions from 0; the student's architecture
     must support that within a packed sequence. With both, the target after a document's last token is the first token
     of the next document."""

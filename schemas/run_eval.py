@@ -35,8 +35,8 @@ class EvalSettings(Record):
     """Held-out sequences on which every model is measured. If there are fewer, all are used."""
 
     num_full_sequences: int = Field(64, ge=2)
-    """How many of these are compared with the teacher's full distribution, for KL, agreement and acceptance. It takes
-    more time than the loss alone."""
+    """Sequences compared with the teacher's full distribution. They are some of `num_sequences`, and give KL, agreement
+    and acceptance, which take more time than the loss."""
 
     num_bootstrap: int = Field(1000, ge=100)
     """Bootstrap resamples of the held-out sequences from which each interval is computed."""
@@ -59,8 +59,8 @@ class EvalSettings(Record):
     """Largest number of tokens that continue such a beginning; a sequence may end earlier."""
 
     speculative: SpeculativeSettings | None = None
-    """Also measure in vLLM how often the teacher accepts each student's draft tokens. That puts teacher and student on
-    one device together. Left out, it is not measured."""
+    """Also measure how often the teacher accepts a student's draft tokens. vLLM then holds teacher and student on one
+    device together. Left out, it is not measured."""
 
     @model_validator(mode="after")
     def _check_speculative(self) -> Self:

@@ -72,8 +72,8 @@ class JudgeSettings(EndpointSettings):
     one seed, and of each student and the teacher, in both orders. `both` does both."""
 
     questions: str | None = None
-    """JSONL file of questions in MT-Bench's form: question_id, category, turns and, for some, reference. Left out,
-    capgap's own dozen of questions: enough to try the stage, but too few to tell models apart."""
+    """JSONL file of questions in MT-Bench's form. It holds question_id, category, turns and, for some, reference. Left
+    out, capgap's own dozen of questions: enough to try the stage, but too few to tell models apart."""
 
     teacher: bool = True
     """Whether the teacher answers too."""

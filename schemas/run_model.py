@@ -65,7 +65,7 @@ class TeacherSettings(Record):
     """Folder or Hugging Face id of the teacher."""
 
     served: str | None = Field(None, min_length=1)
-    """Name of the teacher at the server `cache.server`, for `cache.engine: server`. The weights are not needed on this
+    """Name of the teacher at `cache.server`, for `cache.engine: server`. The weights are not needed on this
     machine. `path` may name a folder with its configuration and tokenizer, which are then checked, or be left out."""
 
     model: ModelShape | None = None
@@ -75,7 +75,7 @@ class TeacherSettings(Record):
     """How the new teacher of `model` is trained."""
 
     adapt: AdaptSettings | None = None
-    """Train the teacher at `path` further on the corpus's split for the teacher before it scores: so that it learns a
+    """Train the teacher at `path` further before it scores. On the corpus's split for the teacher it learns a
     vocabulary extended by `corpus.extend_vocabulary`, or, with few tokens, adjusts to the corpus's kind of text
     ("teacher correction", arXiv 2408.11796). The result is a folder of this run; the model at `path` is not changed."""
 

@@ -30,8 +30,8 @@ class RoundsSettings(Record):
     """Number of rounds. Each trains on from the weights of the round before."""
 
     first_writer: Writer = "teacher"
-    """Model that writes the text of round 0: the `teacher`, which is sequence-level distillation with the teacher's
-    distributions, or the `student` with its initial weights. In all later rounds the students write."""
+    """Model that writes the text of round 0. `teacher`: sequence-level distillation with the teacher's distributions.
+    `student`: the student with its initial weights. In all later rounds the students write."""
 
     off_policy_arms: tuple[str, ...] = ()
     """Arms that learn from the teacher's text in every round, with the same prompts and rounds, as baselines."""

@@ -42,7 +42,7 @@ class TrainSettings(OptimizationSettings):
     """How a student learns from a cache, or from several."""
 
     alpha: float = Field(1.0, ge=0, le=1)
-    """Weight of the KL to the teacher; cross-entropy with the text has weight 1 - alpha. 0 is cross-entropy alone. With
+    """Weight of the KL to the teacher. Cross-entropy with the text has weight 1 - alpha; 0 is cross-entropy alone. With
     an aligned cache, tokens without a target of the teacher count by their cross-entropy with weight 1."""
 
     later_learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)

@@ -55,7 +55,7 @@ class TuneSettings(OptimizationSettings):
     if you trust its author."""
 
     sources: tuple[str, ...] = ()
-    """Conversations to learn from: files, folders or globs of records, in the file types of `corpus.sources`."""
+    """Files, folders or globs of conversations to learn from. They have the file types of `corpus.sources`."""
 
     messages_field: str = Field("auto", min_length=1)
     """Field of a record that holds the conversation, in any form that `corpus.messages_field` takes. `auto` finds it by
