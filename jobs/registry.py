@@ -1,4 +1,4 @@
-"""The commands by name: where each is, and its line in `capgap --help`. None is imported before it is asked for."""
+"""The commands by name: the module of each, and its line in `capgap --help`. A module is imported when it is needed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class Command:
     """One command.
 
     Attributes:
-        name: as it is typed, for example `law plan`.
-        help: what it does, in a line.
-        module: where it is, below capgap.jobs.
-        function: the function that runs it; its parser is made by `<function less _command>_parser`.
+        name: the words typed after `capgap`, for example `law plan`.
+        help: what the command does, in one line.
+        module: name of its module in capgap.jobs.
+        function: name of the function that runs it. Its parser is made by the function whose name ends in `_parser` in
+            place of `_command`.
     """
 
     name: str
@@ -32,13 +33,13 @@ class Command:
     function: str
 
     def run(self, argv: Sequence[str]) -> int:
-        """Run it with its arguments, and return the exit code."""
+        """Run the command with its arguments, and return the exit code."""
         module = import_module(f"capgap.jobs.{self.module}")
         run: Run = module.stage_command(self.name) if self.is_stage else getattr(module, self.function)
         return run(argv)
 
     def parser(self) -> Parser:
-        """What reads its arguments."""
+        """Return the parser of its arguments."""
         module = import_module(f"capgap.jobs.{self.module}")
         make = getattr(module, self.function.removesuffix("_command") + "_parser")
         parser: Parser = make(self.name) if self.is_stage else make()
@@ -46,12 +47,12 @@ class Command:
 
     @property
     def is_stage(self) -> bool:
-        """Whether it makes one stage of a run file."""
+        """Whether the command makes one stage of a run file."""
         return self.function == "stage_command"
 
 
 def stage_names() -> tuple[str, ...]:
-    """Names of the stages, in order."""
+    """Return the names of the stages, in order."""
     return tuple(stage.name for stage in declared())
 
 
@@ -84,12 +85,12 @@ COMMANDS: dict[str, Command] = {
 
 
 def first_words() -> list[str]:
-    """What may stand after `capgap`."""
+    """Return the words that may follow `capgap`, without repetitions."""
     return list(dict.fromkeys(name.split()[0] for name in COMMANDS))
 
 
 def overview(prefix: str = "") -> str:
-    """The text of `capgap --help`, or of `capgap law --help`."""
+    """Return the text of `capgap --help`, or of `capgap law --help` for the prefix `law `."""
     chosen = [command for command in COMMANDS.values() if command.name.startswith(prefix)]
     lines = [
         f"usage: capgap {f'{prefix}COMMAND' if prefix else 'COMMAND'} [RUN.yaml or a shipped name] [--flag ...]",

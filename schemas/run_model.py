@@ -13,7 +13,7 @@ from capgap.schemas.run_quantize import QuantizeSettings
 
 
 class ModelShape(Record):
-    """A model of the Llama architecture with random weights; the size of its vocabulary comes from the corpus."""
+    """A model of the Llama architecture with fresh, random weights; its vocabulary comes from the corpus."""
 
     hidden_size: int = Field(192, ge=8)
     """Width of the hidden states. It must be a multiple of 2 x `num_heads`."""
@@ -132,7 +132,7 @@ class StudentSettings(Record):
     """Folder or Hugging Face id of a model to start from."""
 
     model: ModelShape | None = None
-    """Shape of a student with random weights."""
+    """Shape of a student with fresh, random weights."""
 
     prune: PruneSettings | None = None
     """Make the student from the teacher, pruned to the shape given here."""
