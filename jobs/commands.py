@@ -248,7 +248,7 @@ def where_to_look(run: RunFile) -> tuple[Path, str] | None:
     if run.makes("eval") and page.is_file():
         report = RunStates(run).of("report")
         if report.state is not State.CURRENT:
-            return page, f"look next: {page} is of what was there before ({report.why}); `capgap run` makes it again"
+            return page, f"look next: {page} shows earlier results ({report.why}); `capgap run` makes it again"
         return page, f"look next: {page}, in a browser; every figure is in {out / 'eval' / 'results.json'}"
     if run.makes("train") and trained.is_dir():
         return out, f"look next: tensorboard --logdir {out}; the students are below {trained}"

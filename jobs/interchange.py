@@ -46,7 +46,7 @@ def export_command(argv: Sequence[str]) -> int:
     log(
         "exported",
         f"export: {made.num_files} files, {made.num_bytes:,} bytes, in {made.folder}"
-        + (f"; {made.top_k} of them were there" if made.top_k else ""),
+        + (f"; {made.top_k} of them were finished before" if made.top_k else ""),
         folder=str(made.folder),
         num_files=made.num_files,
         top_k=made.top_k,

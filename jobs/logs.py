@@ -91,7 +91,7 @@ def log_crash(error: BaseException, exit_code: int) -> None:
     if log_format() == "text":
         sys.stderr.write(fit_to_show(trace))
     _last(
-        f"capgap: {type(error).__name__} was not expected: a fault of capgap or of a package that it uses; "
+        f"capgap: {type(error).__name__} was not expected: this is a bug in capgap or in a package that it uses; "
         "please report the command, the lines above and what `capgap --version` says",
         "crashed",
         {"error": type(error).__name__, "exit_code": exit_code, "traceback": trace},

@@ -164,11 +164,11 @@ def _lines(plan: RunPlan) -> list[str]:
             if source != "none"
         ]
     lines.append(f"students of the cache in this run: {plan.num_students}")
-    lines.append("a cache costs less than a teacher that is asked beside each student:")
+    lines.append("a cache costs less than running the teacher beside each student:")
     for even in plan.break_even:
-        least = "not known from how many on" if even.num_students is None else f"from {even.num_students} students on"
+        least = "from an unknown number on" if even.num_students is None else f"from {even.num_students} students on"
         lines.append(f"  counted in {even.accounting}: {least} ({even.source})")
-    lines.append("published laws, which disagree; `capgap plan` only repeats them:")
+    lines.append("published laws, which disagree with each other; `capgap plan` only repeats them:")
     for law in plan.laws:
         lines += [f"  {law.sentence}", f"    {law.source}; measured on: {law.validity}"]
     if not plan.laws:

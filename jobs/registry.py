@@ -58,23 +58,34 @@ def stage_names() -> tuple[str, ...]:
 
 _OTHERS = (
     Command("run", "make every stage of a run file current; --only STAGE, --from STAGE", "commands", "run_command"),
-    Command("status", "whether every stage is current, and why not; --watch, --json", "status", "status_command"),
-    Command("plan", "tokens, disk and device hours of a run, before it is made", "plan", "plan_command"),
+    Command("status", "say whether every stage is current, and why not; --watch, --json", "status", "status_command"),
+    Command("plan", "estimate tokens, disk and device hours of a run before it is made", "plan", "plan_command"),
     Command("init", "write a commented run file here", "init", "init_command"),
-    Command("ls", "the run files that are shipped, or the runs in a folder", "listing", "ls_command"),
-    Command("doctor", "what this machine has, and what that lets one do", "doctor", "doctor_command"),
+    Command("ls", "list the run files that are shipped, or the runs in a folder", "listing", "ls_command"),
+    Command("doctor", "show what this machine has, and what capgap can do on it", "doctor", "doctor_command"),
     Command("verify", "check files and shards against their digests; --rescore", "commands", "verify_command"),
-    Command("fidelity", "what a cache keeps of its teacher", "fidelity", "fidelity_command"),
-    Command("import", "another program's captures, in Parquet, into a cache", "interchange", "import_command"),
-    Command("export", "a cache into Parquet, for other programs", "interchange", "export_command"),
-    Command("law plan", "what a grid of teachers, students and seeds will take", "law_grid", "grid_plan_command"),
+    Command(
+        "fidelity", "measure how exactly a cache stores its teacher's distributions", "fidelity", "fidelity_command"
+    ),
+    Command("import", "make a cache of another program's captures in Parquet", "interchange", "import_command"),
+    Command("export", "write a cache as Parquet, for other programs", "interchange", "export_command"),
+    Command(
+        "law plan", "estimate what a grid of teachers, students and seeds will take", "law_grid", "grid_plan_command"
+    ),
     Command("law run", "make every run of a grid, then table, fit and page", "law_grid", "grid_run_command"),
-    Command("law table", "the table of what a grid has so far", "law_grid", "grid_table_command"),
-    Command("law submit", "what a grid has so far in one file, for others to add", "law_grid", "grid_submit_command"),
-    Command("law fit", "which teacher is best for each student of a table of runs", "law", "fit_command"),
-    Command("law report", "a page of a fit: curves, verdicts, frontiers", "law", "report_command"),
-    Command("law advise", "which teacher for a student that was not trained yet", "law", "advise_command"),
-    Command("completion", "a script that completes these words in bash or zsh", "completion", "completion_command"),
+    Command("law table", "write the table of a grid's results so far", "law_grid", "grid_table_command"),
+    Command(
+        "law submit",
+        "write a grid's results so far into one file, for others to add",
+        "law_grid",
+        "grid_submit_command",
+    ),
+    Command("law fit", "find the best teacher for each student of a table of runs", "law", "fit_command"),
+    Command("law report", "make the HTML page of a fit: curves, verdicts, frontiers", "law", "report_command"),
+    Command("law advise", "say which teacher suits a student that is not trained yet", "law", "advise_command"),
+    Command(
+        "completion", "print a script that completes capgap's words in bash or zsh", "completion", "completion_command"
+    ),
 )
 
 COMMANDS: dict[str, Command] = {

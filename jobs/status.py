@@ -156,7 +156,7 @@ class _Watch:
         if failed is None:
             left = next(look for look in self._looks if not look.is_current)
             raise MachineError(
-                "nobody is at work any more",
+                "no process works on the run any more",
                 where=left.name,
                 found=f"{left.state}, {left.why}",
                 expected="current",
@@ -181,5 +181,5 @@ class _Watch:
 
 
 def _killed() -> End:
-    error = MachineError("its process is gone without a word", fix="look for what killed it (memory?); run it again")
+    error = MachineError("its process ended without a message", fix="look for what killed it (memory?); run it again")
     return End(what=str(error), exit_code=error.exit_code)

@@ -43,7 +43,7 @@ class EndpointSettings(Record):
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError(
                 f"{section}.base_url: found more than an address, expected no name, no password and no query; "
-                f"the key belongs into the environment variable that {section}.api_key_env names"
+                f"put the key into the environment variable that {section}.api_key_env names"
             )
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
             raise ValueError(

@@ -102,7 +102,9 @@ class TeacherSettings(Record):
         if self.served is not None:
             for name in ("model", "training", "adapt"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"teacher.{name}: found with teacher.served, expected a teacher that is whole")
+                    raise ValueError(
+                        f"teacher.{name}: found with teacher.served, expected none; a server runs a finished teacher"
+                    )
         return self
 
     @property

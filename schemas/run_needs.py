@@ -51,7 +51,7 @@ def _require_teacher_model(run: RunSections, found: str, purpose: str) -> None:
         raise ValueError(f"{found} without a teacher {purpose}, expected {_given('teacher')} beside it")
     if not run.has_teacher_model:
         raise ValueError(
-            f"{found} with teacher.served, expected a teacher {purpose} on this machine; a server gives no model"
+            f"{found} with teacher.served, expected a teacher {purpose} on this machine; a server gives only logprobs"
         )
 
 
@@ -76,15 +76,15 @@ def _require_align(run: RunSections) -> None:
     _require(run, "align", "cache")
     if run.makes("cache") and run.cache.temperature != 1:
         raise ValueError(
-            f"cache.temperature: found {run.cache.temperature:g} with align, expected 1, where chunks have a likelihood"
+            f"cache.temperature: found {run.cache.temperature:g} with align, expected 1; chunks have no likelihood else"
         )
     if run.tune is not None and run.tune.cache == "own":
         raise ValueError("tune.cache: found own with align, expected none; an aligned cache holds no conversations")
     if run.makes("student") and run.student.prune is not None:
-        raise ValueError("student.prune: found with align, expected path or model; a pruned teacher has its tokens")
+        raise ValueError("student.prune: found with align, expected path or model; pruning keeps the tokenizer")
     if run.makes("eval") and (run.eval.teacher == "live" or run.eval.speculative is not None):
         name = "teacher" if run.eval.teacher == "live" else "speculative"
-        raise ValueError(f"eval.{name}: found with align, expected none; teacher and student have other tokens")
+        raise ValueError(f"eval.{name}: found with align, expected none; the student has another tokenizer")
 
 
 def _require_text(run: RunSections, section: str) -> None:
@@ -98,10 +98,10 @@ def _require_rounds(run: RunSections) -> None:
     if rounds is None:
         return
     if run.align is not None:
-        raise ValueError("rounds: found with align, expected one of them; who writes and who scores share a tokenizer")
+        raise ValueError("rounds: found with align, expected one of them; writer and scorer must share a tokenizer")
     if "cache" in run.reuse:
         raise ValueError(
-            "reuse.cache: found with rounds, expected none: their caches are made here; train.caches mixes in others"
+            "reuse.cache: found with rounds, expected none; rounds make their own caches, and train.caches adds others"
         )
     for section in ("corpus", "teacher", "cache", "student", "train"):
         if not run.has(section):
@@ -147,7 +147,7 @@ def _require_arm(run: RunSections, arm: str) -> None:
     if settings.needs_teacher:
         _require_teacher_model(run, f"arms.{arm}.targets: found online", "to ask")
     if settings.later_learning_rate is not None and run.rounds is None:
-        raise ValueError(f"arms.{arm}.later_learning_rate: found without rounds, expected them, or learning_rate alone")
+        raise ValueError(f"arms.{arm}.later_learning_rate: found without rounds, expected a section rounds beside it")
     if settings.divergence == "policy_gradient":
         _require_written(run, f"arms.{arm}.divergence: found policy_gradient")
     if run.makes("align"):
@@ -169,7 +169,7 @@ def _require_written(run: RunSections, found: str) -> None:
     if (rounds.temperature, rounds.top_p) != (1, 1):
         raise ValueError(
             f"{found} with rounds.temperature {rounds.temperature:g} and rounds.top_p {rounds.top_p:g}, expected 1 and "
-            "1, where a token's logprob says how it was sampled"
+            "1; otherwise the stored logprobs are not those by which tokens were sampled"
         )
     if run.cache.temperature != 1:
         raise ValueError(f"{found} with cache.temperature {run.cache.temperature:g}, expected 1")
@@ -180,7 +180,7 @@ def require_chunks(where: str, settings: TrainSettings) -> None:
     if settings.recording not in (None, "chunks"):
         raise ValueError(f"{where}.recording: found {settings.recording} with an aligned cache, expected chunks")
     if settings.needs_teacher:
-        raise ValueError(f"{where}.targets: found online with an aligned cache, expected cache; the tokens are others")
+        raise ValueError(f"{where}.targets: found online with an aligned cache, expected cache; the tokenizers differ")
     if not settings.needs_targets:
         return
     if settings.divergence == "jsd":

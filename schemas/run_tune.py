@@ -129,9 +129,9 @@ class TuneSettings(OptimizationSettings):
         others, missing = (_OF_A_CACHE, "cache") if self.cache is None else (_OF_SOURCES, "sources")
         for name in others:
             if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"tune.{name}: found without tune.{missing}, expected it beside that")
+                raise ValueError(f"tune.{name}: found without tune.{missing}, expected it only with tune.{missing}")
         if self.trust_remote_code and self.path is None:
-            raise ValueError("tune.trust_remote_code: found true without tune.path, expected it beside that")
+            raise ValueError("tune.trust_remote_code: found true without tune.path, expected it only with tune.path")
         self.loss_settings()
         return self
 

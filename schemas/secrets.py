@@ -133,7 +133,7 @@ def require_no_credential(name: str, value: object) -> None:
         found = "a credential" if is_secret_name(name) and value else credential_in(value) or _of_environment(value)
         if found is not None:
             raise ValueError(
-                f"{name}: found {found}, expected none, for settings are written down; put it into "
+                f"{name}: found {found}, expected none, because settings are written into files; put it into "
                 f"{_place_for(name, value)}"
             )
     elif isinstance(value, Mapping):
