@@ -123,7 +123,7 @@ class ModelFacts(Record):
 
 
 class ServedFacts(Record):
-    """The facts in the manifest of a teacher of which only its name at a server is known."""
+    """The facts in the manifest of a teacher whose configuration is not known, but only its name at a server."""
 
     tokenizer: TokenizerFacts
     """The corpus's tokenizer. It is compared with the server's when the cache is made."""

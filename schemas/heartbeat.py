@@ -9,7 +9,7 @@ from capgap.schemas.base import Record
 
 
 class Count(Record):
-    """The progress of a stage in what it counts now."""
+    """The progress of a stage in the units that it counts now."""
 
     title: str
     """What the stage is doing, for example `corpus: tokenize student`."""

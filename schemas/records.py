@@ -110,7 +110,7 @@ class ProjectedTargets:
 
 @dataclass(frozen=True)
 class ChunkTargets:
-    """A teacher's logprobs of chunks: spans of text at whose ends its tokens and the tokens of a student end together.
+    """A teacher's logprobs of chunks, the smallest spans that begin and end with a token in both tokenizers.
 
     The targets of a sequence are cut into chunks. Targets behind the last end of a chunk are in no chunk.
 
