@@ -11,8 +11,8 @@ from capgap.schemas.run_corpus import BosRule
 
 
 class AlignSettings(Record):
-    """How a cache is converted for students whose tokenizer differs from the teacher's. The text is cut into chunks:
-    the smallest spans at whose borders both tokenizers have a border between tokens."""
+    """How a cache is converted for students whose tokenizer differs from the teacher's. The text is cut into chunks,
+    the smallest spans that begin and end with a token in both tokenizers."""
 
     tokenizer: str
     """Folder or Hugging Face id of the student's tokenizer or model. The tokenizer must be reversible: byte-level or
