@@ -1,4 +1,4 @@
-"""How much each stage of a run has to do and how much disk it takes, counted from a finished corpus or else estimated."""
+"""How much work and disk each stage of a run takes, counted where the corpus is made and estimated otherwise."""
 
 from __future__ import annotations
 
