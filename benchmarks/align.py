@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 # one core, as it says
 os.environ["RAYON_NUM_THREADS"] = "1"

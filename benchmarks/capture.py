@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np

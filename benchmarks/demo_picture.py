@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 from standalone_svg import standalone

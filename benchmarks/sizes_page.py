@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 from page_tables import Row, with_tables

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 from machine import RESULTS, machine, slug_of
