@@ -1,4 +1,4 @@
-"""The demo over several seeds: what distillation gains over cross-entropy alone, in paired runs.
+"""Run the demo over several seeds: what distillation gains over cross-entropy alone, in paired runs.
 
 python benchmarks/demo.py --seeds 3
 """
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Run the demo, print its table, keep its results and the seconds of each stage."""
+    """Run the demo, print its table, and write its results and the seconds of each stage to results/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default="runs/demo")
