@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pair", choices=list(PAIRS), default="bpe")
     parser.add_argument("--seeds", type=int)
-    parser.add_argument("--work", type=Path, help="caches, and trainings at work; default: runs/align-PAIR")
+    parser.add_argument("--work", type=Path, help="folder of the caches and trainings; default: runs/align-PAIR")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/align-quality-PAIR.jsonl")
     parser.add_argument("--smoke", action="store_true", help="run one seed at the smallest size as a check")
     flags = parser.parse_args()

@@ -56,10 +56,21 @@ Row = dict[str, Any]
 def main() -> None:
     """Measure the architectures that the results lack, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=None, metavar="NAME", help="make these anew")
-    parser.add_argument("--work", type=Path, default=Path("runs/architectures"), help="corpus, and models at work")
-    parser.add_argument("--results", type=Path, help="default: benchmarks/results, by the machine's name")
-    parser.add_argument("--page", type=Path, help="only put the table of the results into this page")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=NAMES,
+        default=None,
+        metavar="NAME",
+        help="measure these, even if they are in the results",
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/architectures"), help="folder of the corpus and the models"
+    )
+    parser.add_argument(
+        "--results", type=Path, help="file of the results; default: in benchmarks/results, named after the machine"
+    )
+    parser.add_argument("--page", type=Path, help="measure nothing, and write the table of the results into this page")
     flags = parser.parse_args()
     path = flags.results or RESULTS / f"architectures-{slug_of(machine('cpu')['device'])}.jsonl"
     if flags.page:

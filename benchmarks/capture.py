@@ -254,7 +254,7 @@ def main() -> None:
     """Measure every way in turn, print a table, and write the figures to results/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--model", help="folder or id; a tiny Llama is made where it is left out")
+    parser.add_argument("--model", help="folder or id of the teacher; default: a tiny Llama is made")
     parser.add_argument("--folder", type=Path, default=Path("runs/capture-llama"))
     parser.add_argument("--vocab-size", type=int, default=4096, help="the teacher's real vocabulary")
     parser.add_argument("--seq-len", type=int, default=512)

@@ -54,7 +54,9 @@ def main() -> None:
     parser.add_argument("--memory-mb", type=int, nargs="*", default=[10, 100, 1000])
     parser.add_argument("--speed-mb", type=int, default=30)
     parser.add_argument("--peers", default=sys.executable, help="a Python that has datatrove and datasets")
-    parser.add_argument("--num-shards", type=int, default=100_000, help="of the manifest that is opened")
+    parser.add_argument(
+        "--num-shards", type=int, default=100_000, help="number of shards in the manifest that is opened"
+    )
     flags = parser.parse_args()
     figures = {
         "memory": list(memory(flags.memory_mb)),

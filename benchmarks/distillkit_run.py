@@ -21,10 +21,10 @@ def main() -> None:
     """Run one command, and print what it measured as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["capture", "pack", "train"])
-    parser.add_argument("--distillkit", type=Path, required=True, help="a checkout")
+    parser.add_argument("--distillkit", type=Path, required=True, help="folder of a checkout of DistillKit")
     parser.add_argument("--rows", type=Path, help="Parquet whose input_ids are captured or give the order")
     parser.add_argument("--model", help="the teacher's folder")
-    parser.add_argument("--config", type=Path, help="of the compression, or of the training")
+    parser.add_argument("--config", type=Path, help="configuration of the compression or of the training")
     parser.add_argument("--captures", type=Path, help="what `capture` wrote")
     parser.add_argument("--length", type=int, help="tokens of a row")
     parser.add_argument("--out", type=Path, help="folder to write")

@@ -46,8 +46,10 @@ def main() -> None:
     """Measure, print the figures, and write them to the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=Path("runs/demo/cache"), help="a finished stage's folder")
-    parser.add_argument("--name", default="demo", help="in the results")
-    parser.add_argument("--members", type=int, default=4, help="of the cache, every second one to be coded")
+    parser.add_argument("--name", default="demo", help="name of the cache in the results")
+    parser.add_argument(
+        "--members", type=int, default=4, help="members of the cache that are read; every second one is coded"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     flags = parser.parse_args()

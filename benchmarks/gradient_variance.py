@@ -43,7 +43,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", choices=list(RUNS), default="demo")
     parser.add_argument("--batches", type=int, default=16)
-    parser.add_argument("--arms", nargs="+", metavar="NAME", help="recordings; default: those the goal is about")
+    parser.add_argument(
+        "--arms", nargs="+", metavar="NAME", help="recordings; default: those that the project's goal compares"
+    )
     parser.add_argument("--work", type=Path, help="work folder of benchmarks/quality.py, whose caches are used")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     parser.add_argument("--smoke", action="store_true", help="run at the smallest size, to check that everything works")

@@ -99,8 +99,10 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="tokens that every student sees")
-    parser.add_argument("--compile", action="store_true", help="compile what stands between the layers that round")
-    parser.add_argument("--work", type=Path, default=Path("runs/low-bit-arms"), help="caches, and trainings at work")
+    parser.add_argument("--compile", action="store_true", help="compile what is between the quantised layers")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/low-bit-arms"), help="folder of the caches and trainings"
+    )
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/low-bit.jsonl")
     parser.add_argument("--smoke", action="store_true", help="run at the smallest size, to check that everything works")
     parser.add_argument("--train", nargs=3, metavar=("RUN", "ARM", "SEED"), help=argparse.SUPPRESS)

@@ -35,8 +35,18 @@ MEASURED = (PTQ, QAT, "QAD, sampled, n = 50", ONLINE)
 def main() -> None:
     """Measure each student that has no line of results yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path("runs/low-bit-arms"), help="where the students are")
-    parser.add_argument("--lines", type=Path, default=RESULTS / "low-bit.jsonl", help="which students there are")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/low-bit-arms"),
+        help="work folder of benchmarks/low_bit.py, which holds the students",
+    )
+    parser.add_argument(
+        "--lines",
+        type=Path,
+        default=RESULTS / "low-bit.jsonl",
+        help="results of benchmarks/low_bit.py, which name the students",
+    )
     parser.add_argument("--results", type=Path, default=RESULTS / "low-bit-other-text.jsonl")
     flags = parser.parse_args()
     results, text_BL1 = Results(flags.results), other_text(NUM_SEQUENCES)

@@ -54,7 +54,7 @@ ARMS = {
 def main() -> None:
     """Run the captures and trainings that the results lack."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--distillkit", type=Path, required=True, help="a checkout")
+    parser.add_argument("--distillkit", type=Path, required=True, help="folder of a checkout of DistillKit")
     parser.add_argument("--python", default=sys.executable, help="a Python with DistillKit's dependencies")
     parser.add_argument("--run", choices=list(RUNS), default="smol", help="the run whose models and text are used")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="NAME")

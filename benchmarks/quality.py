@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--only-seed", type=int, help="train this seed only, so that several processes share the work")
     parser.add_argument("--run", choices=list(RUNS), default="demo", help="the run whose models and text are used")
     parser.add_argument("--tokens", type=int, help="tokens that every student sees; default: the run's")
-    parser.add_argument("--work", type=Path, help="caches, and trainings at work; default: runs/quality-RUN")
+    parser.add_argument("--work", type=Path, help="folder of the caches and trainings; default: runs/quality-RUN")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/quality-RUN.jsonl")
     parser.add_argument("--smoke", action="store_true", help="run at the smallest size, to check that everything works")
     flags = parser.parse_args()

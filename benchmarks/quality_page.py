@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pages", nargs="*", type=Path, help="Markdown with marks of tables")
     parser.add_argument("--picture", type=Path, help="an SVG file to write")
-    parser.add_argument("--run", choices=list(RUNS), default="smol", help="of the picture")
+    parser.add_argument("--run", choices=list(RUNS), default="smol", help="run of the picture")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of what benchmarks/quality.py kept")
     flags = parser.parse_args()
     for page in flags.pages:

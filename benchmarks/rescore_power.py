@@ -50,10 +50,12 @@ def main() -> None:
     """Run the trials, print the figures, and write them to results/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--parts", type=int, default=3, help="of the text: sound trials of every batch size")
+    parser.add_argument(
+        "--parts", type=int, default=3, help="parts of the text, each of which is a trial of every unchanged batch size"
+    )
     parser.add_argument("--sequences", type=int, default=8, help=f"a trial, each of {SEQ_LEN} targets")
-    parser.add_argument("--seeds", type=int, default=2, help="moved models of each share and part")
-    parser.add_argument("--no-keep", action="store_true", help="print the figures alone")
+    parser.add_argument("--seeds", type=int, default=2, help="changed models of each share and part")
+    parser.add_argument("--no-keep", action="store_true", help="only print the figures")
     flags = parser.parse_args()
     lines = []
     for line in trials(flags.model, flags.parts, flags.seeds, flags.sequences):

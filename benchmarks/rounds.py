@@ -71,7 +71,9 @@ def main() -> None:
     """Run the trainings that the results lack, seed by seed, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--work", type=Path, default=Path("runs/rounds-addition"), help="the run, and online trainings")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/rounds-addition"), help="folder of the run and the online trainings"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS / "rounds-addition.jsonl")
     parser.add_argument("--smoke", action="store_true", help="run at the smallest size, to check that everything works")
     flags = parser.parse_args()

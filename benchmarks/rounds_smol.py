@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", type=Path, default=FOLDER, help="folder of the teacher and the documentation")
-    parser.add_argument("--work", type=Path, default=Path("runs/rounds-smol"), help="the run")
+    parser.add_argument("--work", type=Path, default=Path("runs/rounds-smol"), help="folder of the run")
     parser.add_argument("--results", type=Path, default=RESULTS / "rounds-smol.jsonl")
     parser.add_argument("--smoke", action="store_true", help="run at the smallest size, to check that everything works")
     flags = parser.parse_args()

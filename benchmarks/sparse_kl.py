@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, help="default: 9 on a CPU, 5 on a GPU")
-    parser.add_argument("--workspace-mb", type=int, help="default: what the loss chooses")
+    parser.add_argument("--workspace-mb", type=int, help="memory of a chunk of logits; default: chosen by the loss")
     parser.add_argument("--shape", type=_shape, help="N,H,V,K: rows, hidden, vocabulary, kept ids; default: all")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     flags = parser.parse_args()

@@ -58,11 +58,11 @@ def main() -> None:
     """Measure every vocabulary, temperature and codec, print a table, and write the figures to results/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocab-sizes", type=int, nargs="+", default=[32768, 131072])
-    parser.add_argument("--steps", type=int, default=300, help="of the Llama")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of the Llama")
     parser.add_argument("--folder", type=Path, default=Path("runs/teacher-rows"))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--distillkit", type=Path, help="a checkout")
-    parser.add_argument("--page", type=Path, help="measure nothing: put the figures that are kept into this page")
+    parser.add_argument("--distillkit", type=Path, help="folder of a checkout of DistillKit, to measure it too")
+    parser.add_argument("--page", type=Path, help="measure nothing, and write the kept figures into this page")
     flags = parser.parse_args()
     if flags.page:
         fill_page(flags.page)

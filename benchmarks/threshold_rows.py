@@ -36,8 +36,8 @@ def main() -> None:
     """Calculate, print the figures, and write them to the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=Path("runs/quality-smol/cache-50/cache"), help="a stage's folder")
-    parser.add_argument("--name", default="smol", help="in the results")
-    parser.add_argument("--members", type=int, default=4, help="of each recording")
+    parser.add_argument("--name", default="smol", help="name of the cache in the results")
+    parser.add_argument("--members", type=int, default=4, help="members that are read of each recording")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     flags = parser.parse_args()
     manifest = read_manifest(flags.cache)

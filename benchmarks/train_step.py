@@ -58,7 +58,7 @@ def main() -> None:
         "--work", type=Path, default=Path("runs/train_step"), help="folder of corpus, teacher and cache"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
-    parser.add_argument("--size", choices=["real", "toy", "smoke"], default="real", help="on a CPU")
+    parser.add_argument("--size", choices=["real", "toy", "smoke"], default="real", help="size on a CPU")
     parser.add_argument("--rounds", type=int, help="number of rounds, which decides how long it takes")
     flags = parser.parse_args()
     keep_freed_memory()  # as `capgap` does

@@ -80,7 +80,7 @@ def require_rates(folders: Iterable[str]) -> None:
                 "the folder holds no finished stage whose rate could be used",
                 where="--like",
                 found=folder if Path(folder).is_dir() else f"{folder}, which is no folder",
-                expected=f"the folder of a run with a finished stage {', '.join(_SAME)}",
+                expected=f"the folder of a run that has finished one of the stages {', '.join(_SAME)}",
             )
 
 
