@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument(
-        "--parts", type=int, default=3, help="parts of the text, each of which is a trial of every unchanged batch size"
+        "--parts", type=int, default=3, help="number of parts of the text, each tried with every batch size"
     )
     parser.add_argument("--sequences", type=int, default=8, help=f"a trial, each of {SEQ_LEN} targets")
     parser.add_argument("--seeds", type=int, default=2, help="changed models of each share and part")
