@@ -1,7 +1,7 @@
 """Small files of a finished folder, made available under their names in a local folder, as other libraries need them.
 
 path   digests checked --> the folder itself
-URL    --RemotePlace--> disk cache: digest checked on arrival --> a folder that is removed when this process ends
+URL    --RemotePlace--> disk cache --copies, digests checked--> a folder that is removed when this process ends
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ def _folder_with(location: Path | str, files: tuple[FileEntry, ...]) -> Path:
     folder = Path(_scratch().name) / f"{_folder_with.cache_info().misses}"
     for file in files:
         _copy(place, file, folder / file.path)
+        if sha256_of(folder / file.path) != file.sha256 and place.reopens(file):
+            _copy(place, file, folder / file.path)
+        _require_listed(folder / file.path, file)
     return folder
 
 
