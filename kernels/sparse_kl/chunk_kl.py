@@ -25,6 +25,8 @@ _LEAST_DOUBT = 1e-7
 def chunk_sums(logprobs_N: Tensor, left_N: Tensor) -> Tensor:
     """Return the sum of each chunk's logprobs, in the chunk's last row [N]; 0 in all other rows.
 
+    On a GPU, the order of a sum of three or more logprobs is open, so that its last bit may differ from call to call.
+
     Args:
         logprobs_N: Logprob of each row's label, nats.
         left_N: How many rows of the same chunk follow each row, int64; -1 outside of chunks.

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from capgap.pipeline.cache.scoring import Request
+from capgap.pipeline.store import Codec
+from capgap.pipeline.store.codec import SAMPLED
+from capgap.pipeline.store.columns import MAX_MEMBER_BYTES
 from capgap.schemas.errors import InputError, SettingError
 
 
@@ -17,6 +20,20 @@ def require_kept(top_k: int, vocab_size: int) -> None:
             found=top_k,
             expected=f"at most {vocab_size}",
         )
+
+
+def require_storable(codec: Codec) -> None:
+    """Raise SettingError where a single sequence's targets are larger than a member of a shard may be."""
+    if codec.most_sequences:
+        return
+    is_sampled = codec.name == SAMPLED
+    raise SettingError(
+        "a sequence's targets may be larger than a member of a shard can be",
+        where="cache.num_samples" if is_sampled else "cache.top_k",
+        found=f"{codec.num_ids} a target, up to {codec.sequence_bytes / 1e9:.1f} GB for {codec.seq_len} targets",
+        expected=f"at most {MAX_MEMBER_BYTES / 1e9:.1f} GB",
+        fix="lower it, or corpus.seq_len" + ("" if is_sampled else ", or choose a smaller cache.profile"),
+    )
 
 
 def require_scorable(requests: Sequence[Request], vocab_size: int, max_targets: int | None) -> None:

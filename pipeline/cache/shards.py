@@ -10,7 +10,7 @@ moment, or another process that makes the same shard, leaves either a finished s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -202,23 +202,19 @@ class ShardScorer:
     @cached_property
     def _writers(self) -> dict[str, ShardWriter]:
         """One writer per shard set, by the set's name."""
-        job, settings = self.job, self.job.settings
+        job = self.job
         data = (job.folder / RANKING_NAME).read_bytes()
         ranking = read_ranking(data, job.ranking_sha256, job.vocab_size, str(job.folder / RANKING_NAME))
-        writers: dict[str, ShardWriter] = {}
-        for name in settings.recordings:
-            codec = Codec(
-                SAMPLED if name == "sampled" else TOPK_CODECS[settings.stored_profile or ""],
-                job.source.seq_len,
-                job.vocab_size,
-                settings.num_ids(name),
-                ranking,
-                settings.temperature,
-                settings.sorted_temperatures if name == "topk" else (),
-            )
-            for set_name in (name, heldout_set(name)):
-                writers[set_name] = ShardWriter(job.folder, job.work / SIDECARS_FOLDER, set_name, codec)
-        return writers
+        return {
+            set_name: ShardWriter(job.folder, job.work / SIDECARS_FOLDER, set_name, replace(codec, ranking=ranking))
+            for name, codec in self._codecs.items()
+            for set_name in (name, heldout_set(name))
+        }
+
+    @cached_property
+    def _codecs(self) -> dict[RecordingName, Codec]:
+        """The codec of each recording, without the ranking of ids."""
+        return codecs_of(self.job.settings, self.job.source.seq_len, self.job.vocab_size)
 
     def _read(self, index: int) -> Sequences:
         first, last = self._first_member[index], self._first_member[index + 1]
@@ -231,7 +227,7 @@ class ShardScorer:
 
     def _blocks(self, shard: ScoredShard, name: RecordingName) -> Iterator[Block]:
         start = 0
-        for part in split_blocks(shard.sequences):
+        for part in split_blocks(shard.sequences, *self._codecs.values()):
             targets = to_targets(shard.scored[start : start + len(part)], name)
             check_alignment(part, targets, self.job.settings.num_ids(name), f"{name}, shard {shard.index}")
             start += len(part)
@@ -248,6 +244,21 @@ class ShardScorer:
     def _machine(self) -> str:
         """Return the kind of machine that computes the sums; empty for a server, whose machine is not known."""
         return "" if self.job.settings.engine == "server" else machine_kind(self.job.device)
+
+
+def codecs_of(settings: CacheSettings, seq_len: int, vocab_size: int) -> dict[RecordingName, Codec]:
+    """Return the codec of each recording of a cache, without the ranking of ids."""
+    return {
+        name: Codec(
+            SAMPLED if name == "sampled" else TOPK_CODECS[settings.stored_profile or ""],
+            seq_len,
+            vocab_size,
+            settings.num_ids(name),
+            temperature=settings.temperature,
+            extra_temperatures=settings.sorted_temperatures if name == "topk" else (),
+        )
+        for name in settings.recordings
+    }
 
 
 def start_engine(job: CacheJob) -> Engine:

@@ -15,9 +15,9 @@ from capgap.pipeline.cache.held import WRITING_THREADS, require_room
 from capgap.pipeline.cache.label_loss import require_as_measured, say_if_it_knows_nothing
 from capgap.pipeline.cache.overlap import overlap
 from capgap.pipeline.cache.reopen import reopen
-from capgap.pipeline.cache.request_checks import require_kept
+from capgap.pipeline.cache.request_checks import require_kept, require_storable
 from capgap.pipeline.cache.shard_lines import ShardLines, shard_lines
-from capgap.pipeline.cache.shards import SCORED_FOLDER, CacheJob, FinishedShard, ScoredShard, ShardScorer
+from capgap.pipeline.cache.shards import SCORED_FOLDER, CacheJob, FinishedShard, ScoredShard, ShardScorer, codecs_of
 from capgap.pipeline.models.load import served_path
 from capgap.pipeline.models.text import write_tokenizer
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
@@ -49,11 +49,12 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
     Raises:
         MismatchError: teacher and corpus have different tokenizers, or the teacher is served and `cache.engine` is not
             `server`, or the reverse.
-        SettingError: `cache.top_k` is larger than the vocabulary.
+        SettingError: `cache.top_k` is larger than the vocabulary, or than what a member of a shard can hold.
         CorruptError: a file of the teacher has changed since its stage finished.
     """
-    corpus_facts = CorpusFacts.model_validate(inputs["corpus"].manifest.facts)
-    _require_fit(corpus_facts, teacher_facts(inputs["teacher"].manifest.facts), run.cache)
+    corpus = inputs["corpus"].manifest
+    teacher = teacher_facts(inputs["teacher"].manifest.facts)
+    _require_fit(CorpusFacts.model_validate(corpus.facts), corpus.shard_sets["student"].seq_len, teacher, run.cache)
     served_path(inputs["teacher"])  # called here so that a damaged teacher is found before a finished cache is replaced
 
 
@@ -212,7 +213,7 @@ def _recordings(settings: CacheSettings) -> dict[RecordingName, RecordingFacts]:
     return found
 
 
-def _require_fit(corpus: CorpusFacts, teacher: ModelFacts | ServedFacts, settings: CacheSettings) -> None:
+def _require_fit(corpus: CorpusFacts, seq_len: int, teacher: ModelFacts | ServedFacts, settings: CacheSettings) -> None:
     if (settings.engine == "server") != (teacher.served is not None):
         raise MismatchError(
             "a served teacher is scored by its server, and no other teacher is",
@@ -229,6 +230,8 @@ def _require_fit(corpus: CorpusFacts, teacher: ModelFacts | ServedFacts, setting
             fix="set corpus.tokenizer to the teacher's folder",
         )
     require_kept(settings.num_ids("topk"), corpus.tokenizer.vocab_size)
+    for codec in codecs_of(settings, seq_len, corpus.tokenizer.vocab_size).values():
+        require_storable(codec)
 
 
 def _num_shards(shard_set: ShardSet, max_tokens: int | None) -> int:

@@ -48,7 +48,7 @@ from capgap.schemas.errors import InputError, MismatchError
 from capgap.schemas.facts import CacheFacts, CorpusFacts, ModelFacts, RecordingFacts, SplitFacts, heldout_set
 from capgap.schemas.interchange import ImportSettings
 from capgap.schemas.manifest import InputEntry, ShardEntry, ShardSet
-from capgap.schemas.records import ChunkTargets
+from capgap.schemas.records import ChunkTargets, Sequences
 from capgap.schemas.run_model import TeacherSettings
 
 _LOG = logging.getLogger("capgap")
@@ -236,7 +236,7 @@ def _make_cache(planned: Plan, corpus: StageInput, teacher: ModelFacts | None, f
         shards = []
         with progress(f"import: {split}", len(source.shards), "shards") as meter:
             for number, packed in enumerate(_shards(planned, split, with_targets=True)):
-                blocks = list(_blocks(planned, corpus, source, number, packed, top_k, is_ragged))
+                blocks = list(_blocks(planned, corpus, source, number, packed, codec))
                 if split == "student":
                     counts.add(blocks)
                 shards.append(writer.finished(number) or writer.write(number, blocks))
@@ -303,21 +303,20 @@ def _blocks(
     source: ShardSet,
     number: int,
     packed: list[Sequence],
-    top_k: int,
-    is_ragged: bool,
+    codec: Codec,
 ) -> Iterator[Block]:
     """Yield the members of a shard: the corpus's sequences, each with its targets."""
     sequences = to_sequences(packed, planned.seq_len, planned.facts.eos_id)
-    reader = ShardReader(corpus.path, source)
-    start = 0
-    for member, part in enumerate(split_blocks(sequences)):
-        theirs, _ = reader.read_member(number, member)
-        if any(not np.array_equal(own, getattr(theirs, name)) for name, own in vars(part).items()):
-            raise MismatchError(
-                "the captures changed while they were imported", where=corpus.path, fix="run the same command again"
-            )
-        targets = to_topk(packed[start : start + len(part)], part, top_k, planned.facts.vocab_size, is_ragged)
-        check_alignment(part, targets, top_k, f"{source.shards[number].file.path}, member {member}")
+    reader, shard, top_k = ShardReader(corpus.path, source), source.shards[number], codec.num_ids
+    theirs = Sequences.joined([reader.read_member(number, member)[0] for member in range(len(shard.members))])
+    if any(not np.array_equal(own, getattr(theirs, name)) for name, own in vars(sequences).items()):
+        raise MismatchError(
+            "the captures changed while they were imported", where=corpus.path, fix="run the same command again"
+        )
+    start, is_ragged = 0, planned.settings.profile == "small"
+    for member, part in enumerate(split_blocks(sequences, codec)):
+        targets = to_topk(packed[start : start + len(part)], part, top_k, codec.vocab_size, is_ragged)
+        check_alignment(part, targets, top_k, f"{shard.file.path}, member {member}")
         start += len(part)
         yield Block(part, targets)
 

@@ -23,6 +23,20 @@ def check_ids(name: str, ids: npt.NDArray[Any], vocab_size: int) -> None:
         )
 
 
+def check_distinct(name: str, ids_NK: npt.NDArray[Any]) -> None:
+    """Raise InputError if an id stands twice in a row. Of padding, each entry of a row must be another negative number.
+
+    Readers leave this check out, as docs/format.md says: it would take 5 % of the time of reading a `topk` cache.
+    """
+    sorted_NK = np.sort(ids_NK, axis=1)  # many short sorts take a tenth of the time of one long sort
+    is_twice_NK = sorted_NK[:, 1:] == sorted_NK[:, :-1]
+    if is_twice_NK.any():
+        row, place = np.argwhere(is_twice_NK)[0]
+        raise InputError(
+            f"{name}: an id twice in a row", found=f"id {sorted_NK[row, place]} in row {row}", expected="distinct ids"
+        )
+
+
 def check_logprobs(name: str, logprobs: npt.NDArray[np.float32]) -> None:
     """Raise InputError if a logprob is infinite, NaN, or above 0 by more than rounding explains."""
     check_finite(name, logprobs)

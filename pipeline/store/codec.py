@@ -78,7 +78,10 @@ _ZSTD_LEVELS = {
     TOPK_CODECS["small"]: 1,
 }
 
+# room for the schema, and for the padding of columns in Arrow's stream
 _MAX_SCHEMA_BYTES = 1 << 16
+# where a list ends in a column of lists of any size; columns of fixed sizes do without
+_OFFSET_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,16 @@ class Codec:
         """Encode a block as the bytes of one member.
 
         Raises:
-            InputError: An id is outside the vocabulary, a value is NaN, or counts do not sum to the number of samples.
+            InputError: An id is outside the vocabulary, a value is NaN, counts do not sum to the number of samples, or
+                a member of so many sequences may be larger than a reader accepts.
         """
+        if len(sequences) > self.most_sequences:
+            raise InputError(
+                f"a member of codec {self.name} may be larger than a reader accepts",
+                found=f"{len(sequences)} x {self.sequence_bytes:,} bytes",
+                expected=f"at most {MAX_MEMBER_BYTES:,}",
+                fix="keep fewer ids of each target, or make shorter sequences",
+            )
         check_ids("tokens", sequences.tokens_BL1, self.vocab_size)
         values: dict[str, npt.NDArray[Any] | RaggedValues] = {
             "tokens": np.take(self.ranking_used.ranks_V, sequences.tokens_BL1),
@@ -175,11 +186,28 @@ class Codec:
             return self._sequences(values), self._targets(values)
 
     def most_bytes(self, num_sequences: int | None) -> int:
-        """Return the most bytes that an inflated member may have: 8 a kept id, and 32 for the rest of a target."""
+        """Return the most bytes that an inflated member may have: 8 a kept id, and 32 for the rest of a target.
+
+        This is more than `encode` needs, because other programs' members may take more, for bits of nulls or padding.
+        """
         if num_sequences is None:
             return MAX_MEMBER_BYTES
         per_target = 8 * self.num_ids + 4 * len(self.extra_temperatures) + 32
         return min(MAX_MEMBER_BYTES, _MAX_SCHEMA_BYTES + num_sequences * (self.seq_len + 1) * per_target)
+
+    @property
+    def most_sequences(self) -> int:
+        """Return the most sequences that a member may have so that every reader accepts it; 0 if one is too large."""
+        return (MAX_MEMBER_BYTES - _MAX_SCHEMA_BYTES) // self.sequence_bytes
+
+    @cached_property
+    def sequence_bytes(self) -> int:
+        """Return the most bytes that `encode` takes for one sequence, before they are compressed."""
+        most_ids = self.seq_len * min(self.num_ids, self.vocab_size)
+        return sum(
+            len(field.columns) * (_OFFSET_BYTES + np.dtype(field.kind).itemsize * (field.width or most_ids))
+            for field in self.fields
+        )
 
     def _sequences(self, values: dict[str, npt.NDArray[Any]]) -> Sequences:
         check_ids("tokens", values["tokens"], self.vocab_size)

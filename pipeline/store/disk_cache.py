@@ -9,6 +9,7 @@ A process that has a copy open can keep reading it even if another process delet
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -17,7 +18,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
 
-from capgap.pipeline.store.files import sync_folder
+from capgap.pipeline.store.files import sha256_of, sync_folder
 from capgap.pipeline.store.locks import ProcessLock, held_alone
 from capgap.schemas.errors import CorruptError, InputError, SettingError
 from capgap.schemas.manifest import FileEntry
@@ -82,6 +83,15 @@ class DiskCache:
                 return _opened(path)
             except FileNotFoundError:
                 return self._fetch(file, path, download, where)
+
+    def drop_damaged(self, file: FileEntry) -> None:
+        """Delete the copy of a file if it is no longer what arrived, so that the next `open` downloads it again."""
+        path = self._folder / file.sha256
+        with held_alone(self._lock_of(file.sha256)), contextlib.suppress(FileNotFoundError):
+            # another process may have replaced the copy already
+            if sha256_of(path) != file.sha256:
+                with self._room():
+                    path.unlink()
 
     def _fetch(self, file: FileEntry, path: Path, download: Callable[[], Iterable[bytes]], where: str) -> IO[bytes]:
         if file.num_bytes > self._max_bytes:

@@ -1,11 +1,12 @@
 """Small files of a finished folder, made available under their names in a local folder, as other libraries need them.
 
 path   digests checked --> the folder itself
-URL    --RemotePlace--> disk cache: digest checked on arrival --> a folder that is removed when this process ends
+URL    --RemotePlace--> disk cache --copies, digests checked--> a folder that is removed when this process ends
 """
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -43,9 +44,14 @@ def _folder_with(location: Path | str, files: tuple[FileEntry, ...]) -> Path:
         for file in files:
             _require_listed(place.folder / file.path, file)
         return place.folder
-    folder = Path(_scratch().name) / f"{_folder_with.cache_info().misses}"
+    # a new folder for each call: two threads may be here at once, for two locations or for the same one
+    folder = Path(tempfile.mkdtemp(prefix="capgap-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for file in files:
         _copy(place, file, folder / file.path)
+        if sha256_of(folder / file.path) != file.sha256 and place.reopens(file):
+            _copy(place, file, folder / file.path)
+        _require_listed(folder / file.path, file)
     return folder
 
 
@@ -68,9 +74,3 @@ def _copy(place: ShardPlace, file: FileEntry, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with place.open(file) as source, path.open("wb") as target:
         shutil.copyfileobj(source, target)
-
-
-@lru_cache(maxsize=1)
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    """Return this process's temporary folder, which is removed when the process ends."""
-    return tempfile.TemporaryDirectory(prefix="capgap-")

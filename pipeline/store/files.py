@@ -71,7 +71,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Make a folder that appears under `path` only if the block ends without an error, and replaces a folder there.
 
     It is for files that a library writes one by one, some under names of its own: a kill leaves no partial folder
-    under `path`.
+    under `path`. Where a folder is replaced, a kill just before the renaming leaves none.
     """
     temporary = path.with_name(f"{path.name}{TEMP_MARK}{uuid.uuid4().hex[:12]}")
     temporary.mkdir(parents=True)
@@ -160,7 +160,10 @@ def read_small(path: Path) -> bytes:
 def too_large(where: Path | str) -> InputError:
     """Return the error for a file that should be small but is too large."""
     return InputError(
-        "larger than any manifest", where=where, found=f"over {MAX_SMALL_BYTES >> 20} MiB", fix="do not use this folder"
+        "larger than any manifest, ranking or other small file of a folder",
+        where=where,
+        found=f"over {MAX_SMALL_BYTES >> 20} MiB",
+        fix="do not use this folder",
     )
 
 

@@ -54,7 +54,7 @@ class SequenceLoader:
         """Yield the remaining micro-batches; closing the iterator stops its threads.
 
         Raises:
-            InputError: An earlier iterator of this loader has come to its end. The state counts one pass over all
+            InputError: This loader has handed out its last micro-batch already. The state counts one pass over all
                 epochs, so a second loop would end at once and silently train on nothing.
         """
         if self._is_spent:
@@ -67,6 +67,7 @@ class SequenceLoader:
                 if (number + 1) % _CHECK_EVERY == 0 or number + 1 == len(self):
                     self.require_sound()
                 self._stream.advance()
+                self._is_spent = number + 1 == len(self)  # a loop may stop at the last batch and not ask for another
                 yield batch
             self._is_spent = True
         finally:

@@ -91,19 +91,20 @@ class MixedLoader:
         return self._num_steps * self._rounds
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the remaining micro-batches; raise InputError if an earlier iterator has come to its end."""
+        """Yield the remaining micro-batches; raise InputError if the last one was handed out already."""
         if self._is_spent:
             raise another_pass(len(self))
         streams = [iter(loader) for loader in self._loaders]
         try:
             while self._position < len(self):
                 which = self._turn(self._position // self._rounds)
-                self._position += 1
                 batch = next(streams[which])
-                if self._position == len(self):
+                is_last = self._position + 1 == len(self)
+                if is_last:
                     # a loader checks by itself only before its own last batch, which the mix may not reach
                     for loader in self._loaders:
                         loader.require_sound()
+                self._position, self._is_spent = self._position + 1, is_last
                 yield batch
             self._is_spent = True
         finally:

@@ -23,6 +23,9 @@ class ShardPlace(Protocol):
     def open(self, file: FileEntry) -> IO[bytes]:
         """Open a shard's bytes as a seekable file, positioned at the start."""
 
+    def reopens(self, file: FileEntry) -> bool:
+        """Return whether a shard that was found damaged may be sound when it is opened again."""
+
     def name_of(self, file: FileEntry) -> str:
         """Return the name of a shard in errors."""
 
@@ -49,6 +52,10 @@ class LocalPlace:
             raise InputError(
                 "the shard is missing", where=path, fix="rerun the stage that wrote it; the other shards are kept"
             ) from None
+
+    def reopens(self, file: FileEntry) -> bool:
+        """Return False: there is no other copy of the shard."""
+        return False
 
     def name_of(self, file: FileEntry) -> str:
         """Return the path of a shard, which names it in errors."""
@@ -86,6 +93,11 @@ class RemotePlace:
             InputError: The shard cannot be downloaded.
         """
         return self._cache.open(file, lambda: self._remote.stream(file.path), self.name_of(file))
+
+    def reopens(self, file: FileEntry) -> bool:
+        """Return True, and delete the local copy if the local disk has damaged it: the shard is downloaded again."""
+        self._cache.drop_damaged(file)
+        return True
 
     def name_of(self, file: FileEntry) -> str:
         """Return the URL of a shard, which names it in errors."""

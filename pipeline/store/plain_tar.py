@@ -44,4 +44,9 @@ def require_plain_tar(path: Path, shard: ShardEntry) -> None:
         file.seek(place)
         while block := file.read(1 << 20):
             if block.strip(b"\0"):
-                raise CorruptError("bytes after the last member that the manifest lists", where=path, found=f"{place}")
+                raise CorruptError(
+                    "bytes after the last member that the manifest lists",
+                    where=path,
+                    found=f"others than zeros after byte {place}",
+                    expected="zeros to the end of the file",
+                )

@@ -35,7 +35,8 @@ class ShardReader:
     Attributes:
         place: Place of the shards.
         codec: Codec of the members.
-        quarantined: The fault of each shard in quarantine, by path; these shards are not opened.
+        quarantined: The fault of each shard in quarantine, by path; these shards are not opened. None behind a URL,
+            where the digest of each whole shard is checked on arrival instead.
 
     Raises:
         InputError: The codec is unknown.
@@ -141,11 +142,20 @@ class ShardReader:
                 found=f"bytes {member.offset} to {member.offset + member.num_bytes}",
                 expected=f"within {shard.file.num_bytes}",
             )
+        data, where = self._stored_bytes(shard, member), f"{where} at byte {member.offset}"
+        try:
+            _require_checksum(data, member, where)
+        except CorruptError:
+            if not self.place.reopens(shard.file):
+                raise
+            data = self._stored_bytes(shard, member)
+            _require_checksum(data, member, where)
+        return data
+
+    def _stored_bytes(self, shard: ShardEntry, member: Member) -> bytes:
         with self.place.open(shard.file) as file:
             file.seek(member.offset)
-            data = file.read(member.num_bytes)
-        _require_checksum(data, member, f"{where} at byte {member.offset}")
-        return data
+            return file.read(member.num_bytes)
 
 
 def _require_checksum(data: bytes, member: Member, where: str) -> None:

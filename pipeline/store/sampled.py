@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from capgap.pipeline.store.checks import check_counts, check_ids, check_logprobs
+from capgap.pipeline.store.checks import check_counts, check_distinct, check_ids, check_logprobs
 from capgap.pipeline.store.layout import RaggedValues
 from capgap.pipeline.store.planes import cumulate_runs, sums_before
 from capgap.pipeline.store.quantise import LogUniform
@@ -37,12 +37,14 @@ def sampled_values(
     """Return the values of one member's targets, by field.
 
     Raises:
-        InputError: An id is outside the vocabulary, a value is NaN, or counts do not sum to the number of samples.
+        InputError: An id is outside the vocabulary or twice in a row, a value is NaN, or counts do not sum to the
+            number of samples.
     """
     num_ids_N = targets.num_ids_BL.ravel()
     check_ids("ids", targets.ids_D, len(ranking.ids_V))
     check_logprobs("label_logprobs_BL", targets.label_logprobs_BL)
     check_counts(num_ids_N, targets.ids_D, targets.counts_D, num_samples)
+    check_distinct("ids", _padded(targets.ids_D, num_ids_N))
     ranks_D, counts_D = _sorted(targets, ranking)
     row_D = np.repeat(np.arange(len(num_ids_N)), num_ids_N)
     repeated_D = counts_D > 1
@@ -85,6 +87,14 @@ def sampled_targets(values: Mapping[str, npt.NDArray[Any]], ranking: Ranking, nu
     counts_D[place_R] = counts_R
     num_ids_BL = (num_repeated_N + num_once_N).astype(np.int32).reshape(values["label"].shape)
     return SampledTargets(num_ids_BL, ids_D, counts_D, LABELS.decode(values["label"]))
+
+
+def _padded(ids_D: npt.NDArray[Any], num_ids_N: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    """Return the ids of each row, and behind them negative numbers that differ within a row [N, widest]."""
+    place_K = np.arange(num_ids_N.max(initial=0), dtype=np.int32)
+    ids_NK = np.tile(-1 - place_K, (len(num_ids_N), 1))
+    ids_NK[place_K < num_ids_N[:, None]] = ids_D
+    return ids_NK
 
 
 def _sorted(targets: SampledTargets, ranking: Ranking) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:

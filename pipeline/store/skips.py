@@ -20,8 +20,8 @@ class Skips:
 
     Args:
         num_sequences: Number of sequences in the whole set.
-        on_corrupt: `stop` raises at the first damaged member, `skip` when the damaged members hold more than 0.1 % of
-            the sequences.
+        on_corrupt: `stop` raises at the first damaged member, `skip` when the damaged members found in this process
+            hold more than 0.1 % of the sequences.
         excused: Names, as `ShardPlace.name_of` gives them, of shards whose members do not count toward the limit,
             because their damage is already known.
     """
@@ -48,12 +48,11 @@ class Skips:
         with self._lock:
             known = member in self._members
             self._members[member] = (name, num_sequences)
-            skipped = self.as_dict()
+            found = dict(self._members.values())
         if not known:
             _LOG.warning("skipped: %s", error)
-        counted = {
-            name: count for name, count in skipped.items() if name.partition(", member ")[0] not in self._excused
-        }
+        # those of an interrupted training may have been repaired; what is still damaged is found again
+        counted = {name: count for name, count in found.items() if name.partition(", member ")[0] not in self._excused}
         if sum(counted.values()) > self._most:
             raise CorruptError(
                 "too much is damaged to be skipped",
@@ -68,5 +67,8 @@ class Skips:
         return self._earlier | dict(self._members.values())
 
     def load(self, skipped: dict[str, int]) -> None:
-        """Load the skips of an interrupted training; their members are read again, and may have been repaired."""
+        """Load the skips of an interrupted training, to report them.
+
+        Their members are read again, because they may have been repaired, and count only if they are damaged again.
+        """
         self._earlier = dict(skipped)

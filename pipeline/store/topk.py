@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from capgap.pipeline.store.checks import ROUNDING, check_finite, check_ids, check_logprobs
+from capgap.pipeline.store.checks import ROUNDING, check_distinct, check_finite, check_ids, check_logprobs
 from capgap.pipeline.store.layout import RaggedValues, tail_name
 from capgap.pipeline.store.planes import ESCAPE, Bytes, cumulate_runs, pack_quads, unpack_quads
 from capgap.pipeline.store.quantise import Companded, LogUniform
@@ -79,8 +79,8 @@ def topk_values(targets: TopkTargets, shape: TopkShape) -> _Values:
     """Return the values of one member's targets, by field.
 
     Raises:
-        InputError: An id is outside the vocabulary, a value is NaN, a tail is no probability, or logprobs rise within a
-            row.
+        InputError: An id is outside the vocabulary or twice in a row, a value is NaN, a tail is no probability, or
+            logprobs rise within a row.
     """
     _check(targets, shape)
     if shape.profile == "small":
@@ -135,12 +135,16 @@ def largest_log_tail(vocab_size: int) -> float:
 
 
 def _check(targets: TopkTargets, shape: TopkShape) -> None:
-    check_ids("ids", targets.ids_BLK, len(shape.ranking.ids_V))
+    ids_BLK = targets.ids_BLK
+    check_ids("ids", ids_BLK, len(shape.ranking.ids_V))
     if shape.profile == "small" and np.isneginf(targets.logprobs_BLK[:, :, -1]).any():
+        is_padding_BLK = np.isneginf(targets.logprobs_BLK)
         check_logprobs("logprobs_BLK", targets.logprobs_BLK[:, :, 0])  # so the first logprob is never padding
-        check_logprobs("logprobs_BLK", targets.logprobs_BLK[~np.isneginf(targets.logprobs_BLK)])
+        check_logprobs("logprobs_BLK", targets.logprobs_BLK[~is_padding_BLK])
+        ids_BLK = np.where(is_padding_BLK, -1 - np.arange(shape.top_k, dtype=np.int32), ids_BLK)
     else:
         check_logprobs("logprobs_BLK", targets.logprobs_BLK)
+    check_distinct("ids", ids_BLK.reshape(-1, shape.top_k))
     check_logprobs("label_logprobs_BL", _known(targets.label_logprobs_BL, shape))
     check_finite("tail_BL", targets.tail_BL)
     for worst in (targets.tail_BL.min(initial=0), targets.tail_BL.max(initial=1)):

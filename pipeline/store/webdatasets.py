@@ -65,6 +65,7 @@ class MemberDecoder:
 
     It runs no code from data. It checks each member's crc32 in the manifest, the checksum of its zstd frame, its shape,
     and that its targets belong to their tokens. When the stream ends, it checks that no shard gave only some members.
+    It cannot see a shard that gave none, which WebDataset allows behind a damaged first header: count the samples.
 
     Args:
         reader: Reader of the shard set, of which only the manifest is used; no shard is opened.

@@ -105,9 +105,16 @@ class ShardWriter:
         return self._sidecars / f"{self._stem(index)}.json"
 
 
-def split_blocks(sequences: Sequences) -> Iterator[Sequences]:
-    """Cut a shard's sequences into the blocks of its members, of about 8k tokens each."""
-    size = max(1, _MEMBER_TOKENS // (sequences.tokens_BL1.shape[1] - 1))
+def split_blocks(sequences: Sequences, *codecs: Codec) -> Iterator[Sequences]:
+    """Cut a shard's sequences into the blocks of its members, of about 8k tokens each.
+
+    Args:
+        sequences: Sequences of the shard.
+        codecs: Codecs of the targets that the members will hold. If targets are large, blocks are smaller, so that a
+            member of none of the codecs is larger than a reader accepts.
+    """
+    of_tokens = _MEMBER_TOKENS // (sequences.tokens_BL1.shape[1] - 1)
+    size = max(1, min((of_tokens, *(codec.most_sequences for codec in codecs))))
     for start in range(0, len(sequences), size):
         part = slice(start, start + size)
         yield Sequences(

@@ -187,6 +187,17 @@ def test_more_ids_than_the_vocabulary_has_are_refused(run) -> None:
         carry_out(run(recording="topk", num_samples=None, top_k=301), CACHE)
 
 
+def test_sequences_whose_targets_no_member_can_hold_are_refused_before_they_are_scored(run, context_of) -> None:
+    context = context_of(run(recording="topk", num_samples=None, top_k=300, profile="lossless"))
+    corpus = context.inputs["corpus"]
+    student = corpus.manifest.shard_sets["student"].model_copy(update={"seq_len": 1 << 20})
+    manifest = corpus.manifest.model_copy(update={"shard_sets": {"student": student}})
+    long = {**context.inputs, "corpus": StageInput(corpus.path, manifest)}
+    with pytest.raises(SettingError, match=r"cache\.top_k: .* found 300 a target, up to 1\.9 GB for 1048576 targets"):
+        stage.check(context.run, CACHE, long)
+    stage.check(context.run, CACHE, context.inputs)
+
+
 def test_the_whole_vocabulary_can_be_kept(run) -> None:
     tiny = run(recording="topk", num_samples=None, top_k=300, max_tokens=1)
     _, targets = _reader(tiny, carry_out(tiny, CACHE), "topk").read(0)

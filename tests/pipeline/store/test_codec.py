@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from capgap.pipeline.store import Block, Ranking, codec_for
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK, TOPK_CODECS, Codec
 from capgap.schemas.errors import CapgapError, CorruptError, InputError
-from capgap.schemas.records import Sequences
+from capgap.schemas.records import SampledTargets, Sequences, TopkTargets
 
 NAMES = [SEQUENCES, SAMPLED, *TOPK_CODECS.values()]
 WITH_TARGETS = NAMES[1:]
@@ -290,3 +290,45 @@ def _with(block: Block, field: str, change: Callable[[np.ndarray], np.ndarray]):
 
 def test_the_default_of_topk_is_near_lossless() -> None:
     assert TOPK == "topk-near-lossless-1"
+
+
+@pytest.mark.parametrize("top_k", [1, 8, 300])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_member_takes_more_than_its_codec_says_a_sequence_takes(make_block, name: str, top_k: int) -> None:
+    codec = Codec(name, 12, 300, 0 if name == SEQUENCES else top_k)
+    block = make_block(codec, 40)
+    if name in TOPK_CODECS.values():
+        # logprobs this far apart take an escape each
+        logprobs_BLK = block.targets.logprobs_BLK - 4 * np.arange(top_k, dtype=np.float32)
+        label_logprobs_BL = block.targets.label_logprobs_BL - 4 * top_k
+        block = Block(block.sequences, dataclasses.replace(block.targets, logprobs_BLK=logprobs_BLK))
+        block = Block(block.sequences, dataclasses.replace(block.targets, label_logprobs_BL=label_logprobs_BL))
+    of_one, of_all = (
+        zstandard.get_frame_parameters(codec.encode(some.sequences, some.targets)).content_size
+        for some in (_first(block), block)
+    )
+    # the schema and the padding of columns are the same in both
+    assert of_all - of_one <= 39 * codec.sequence_bytes + 64 * 20
+
+
+def _first(block: Block) -> Block:
+    targets = block.targets
+    if isinstance(targets, SampledTargets):
+        count = int(targets.num_ids_BL[0].sum())
+        targets = SampledTargets(
+            targets.num_ids_BL[:1], targets.ids_D[:count], targets.counts_D[:count], targets.label_logprobs_BL[:1]
+        )
+    elif targets is not None:
+        targets = TopkTargets(*(array[:1] for array in vars(targets).values()))
+    return Block(block.sequences.part(slice(1)), targets)
+
+
+@pytest.mark.parametrize(
+    ("name", "seq_len", "num_ids"),
+    [(TOPK_CODECS["lossless"], 131072, 1200), (TOPK, 131072, 1700), (SAMPLED, 131072, 1100)],
+)
+def test_a_member_that_no_reader_would_accept_is_refused_before_it_is_encoded(name, seq_len, num_ids) -> None:
+    codec = Codec(name, seq_len, 128_000, num_ids)
+    tokens_BL1 = np.zeros((1, seq_len + 1), np.int32)
+    with pytest.raises(InputError, match=rf"a member of codec {name} may be larger .* expected at most 1,073,741,824"):
+        codec.encode(Sequences(tokens_BL1, tokens_BL1 > 0, tokens_BL1 > 0))

@@ -77,6 +77,21 @@ def test_a_file_that_arrives_otherwise_than_listed_is_refused_and_not_kept(
     assert _copies(tmp_path) == set()
 
 
+def test_of_copies_only_a_damaged_one_is_dropped(tmp_path) -> None:
+    cache, (entry, data), (other, _) = DiskCache(tmp_path, 10_000), _file(0), _file(1)
+    source = _Source(data)
+    cache.open(entry, source, "here").close()
+    for sound in (entry, other):
+        cache.drop_damaged(sound)
+    assert _copies(tmp_path) == {entry.sha256}
+    (tmp_path / entry.sha256).write_bytes(b"x" + data[1:])
+    cache.drop_damaged(entry)
+    assert _copies(tmp_path) == set()
+    with cache.open(entry, source, "here") as file:
+        assert file.read() == data
+    assert source.num_asked == 2
+
+
 def test_a_file_larger_than_the_cache_is_refused(tmp_path) -> None:
     entry, data = _file(0)
     with pytest.raises(InputError, match=r"found 1,000 bytes, expected at most 999; set CAPGAP_DOWNLOADS_GB"):

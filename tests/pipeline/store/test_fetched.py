@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,45 @@ def test_what_is_not_small_is_not_fetched(location: Path | str, tmp_path: Path, 
     monkeypatch.setattr(fetched, "MAX_SMALL_BYTES", 30)
     with pytest.raises(InputError, match="larger than"):
         folder_with(location, _entries(tmp_path / "made"))
+
+
+class _Together(str):
+    """A URL at which two threads wait for each other when the place of its files is looked up."""
+
+    barrier = threading.Barrier(2)
+
+    def __contains__(self, part: str) -> bool:
+        self.barrier.wait(60)
+        return super().__contains__(part)
+
+
+def test_two_locations_at_once_have_a_folder_each(tmp_path: Path, monkeypatch, serve: Callable[[Path], str]) -> None:
+    monkeypatch.setenv("CAPGAP_DOWNLOADS", str(tmp_path / "downloads"))
+    for name in "ab":
+        (tmp_path / "made" / name).mkdir(parents=True)
+        (tmp_path / "made" / name / "config.json").write_text(f"of {name}")
+    url = serve(tmp_path / "made")
+    entries = [
+        FileEntry(path="config.json", num_bytes=4, sha256=sha256_of(tmp_path / "made" / name / "config.json"))
+        for name in "ab"
+    ]
+    with ThreadPoolExecutor(2) as threads:
+        urls = [_Together(f"{url}/{name}") for name in "ab"]
+        found = list(threads.map(lambda at, entry: folder_with(at, [entry]), urls, entries))
+    assert [(folder / "config.json").read_text() for folder in found] == ["of a", "of b"]
+
+
+def test_a_copy_that_the_local_disk_has_damaged_is_fetched_again(
+    tmp_path: Path, monkeypatch, serve: Callable[[Path], str]
+) -> None:
+    monkeypatch.setenv("CAPGAP_DOWNLOADS", str(tmp_path / "downloads"))
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "config.json").write_text("sound")
+    entry = FileEntry(path="config.json", num_bytes=5, sha256=sha256_of(tmp_path / "made" / "config.json"))
+    url = serve(tmp_path / "made")
+    folder_with(url, [entry])
+    copy = tmp_path / "downloads" / entry.sha256
+    copy.write_text("wrong")
+    # the same folder under another name, as another process would ask for it
+    assert (folder_with(f"{url}/", [entry]) / "config.json").read_text() == "sound"
+    assert copy.read_text() == "sound"

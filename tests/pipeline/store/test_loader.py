@@ -390,6 +390,21 @@ def test_more_damage_than_one_in_a_thousand_stops(large) -> None:
         list(SequenceLoader(large, LoaderSettings(64, 0, on_corrupt="skip")))
 
 
+def test_what_was_repaired_since_a_training_was_interrupted_no_longer_counts(large) -> None:
+    path = large.place.folder / large.shard_set.shards[3].file.path
+    sound = path.read_bytes()
+    repaired = _damage(large, 3, 7)
+    before = SequenceLoader(large, LoaderSettings(64, 0, num_epochs=2, on_corrupt="skip"))
+    list(itertools.islice(before, 64))
+    path.write_bytes(sound)
+    found = _damage(large, 5, 1)
+    resumed = SequenceLoader(large, LoaderSettings(64, 0, num_epochs=2, on_corrupt="skip"))
+    resumed.load_state_dict(before.state_dict())
+    # each has 4 sequences, as many as may be damaged
+    assert len(list(resumed)) == 64
+    assert resumed.skips.as_dict() == {repaired: 4, found: 4}
+
+
 def test_batches_are_pinned_where_asked(reader) -> None:
     if not torch.cuda.is_available():
         pytest.skip("page-locked memory needs CUDA")

@@ -8,7 +8,7 @@ import pytest
 
 from capgap.pipeline.store import Batch, LoaderSettings, MixedLoader, SequenceLoader, ShardReader
 from capgap.pipeline.store.codec import SEQUENCES
-from capgap.schemas.errors import InputError
+from capgap.schemas.errors import CorruptError, InputError
 
 
 @pytest.fixture
@@ -234,3 +234,27 @@ def test_caches_of_unequal_sequences_are_mixed_in_rows_of_one_length(readers, co
             {"a": 1, "long": 1},
             7,
         )
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_batch_that_could_not_be_made_does_not_count_as_handed_out(readers, tmp_path, threads: int) -> None:
+    def make() -> MixedLoader:
+        settings = LoaderSettings(4, 0, num_epochs=2, threads=threads)
+        loaders = {name: SequenceLoader(reader, settings) for name, reader in readers.items()}
+        return MixedLoader(loaders, {"a": 3, "b": 1}, 7)
+
+    expected = _rows(list(make()))
+    path = tmp_path / "b" / readers["b"].shard_set.shards[0].file.path
+    sound = path.read_bytes()
+    path.write_bytes(bytes(len(sound)))
+    broken, handed_out = make(), []
+    with pytest.raises(CorruptError, match="checksum mismatch"):
+        for batch in broken:
+            handed_out.append(batch)
+    state = broken.state_dict()
+    assert state["position"] == 4 * len(handed_out) == sum(of["position"] for of in state["loaders"].values())
+    path.write_bytes(sound)
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert _rows(handed_out) + _rows(list(resumed)) == expected
+    assert _rows(handed_out) + _rows(list(broken)) == expected

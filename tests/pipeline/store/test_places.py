@@ -78,6 +78,30 @@ def test_damage_at_the_source_is_found_on_arrival(reader, web, tmp_path) -> None
         there.read(2)
 
 
+def test_a_copy_that_the_local_disk_has_damaged_is_downloaded_again(reader, web, tmp_path) -> None:
+    shard = reader.shard_set.shards[1]
+    there = ShardReader(place_of(web, DiskCache(tmp_path / "copies", 1 << 20)), reader.shard_set)
+    tokens_BL1 = there.read(2)[0].tokens_BL1
+    copy = tmp_path / "copies" / shard.file.sha256
+    sound = copy.read_bytes()
+    damaged = bytearray(sound)
+    damaged[shard.members.offset[0] + 20] ^= 1
+    for data in (damaged, sound[:600]):
+        copy.write_bytes(data)
+        assert (there.read(2)[0].tokens_BL1 == tokens_BL1).all()
+        assert copy.read_bytes() == sound
+
+
+def test_a_member_that_is_not_as_listed_at_its_source_is_named_there(reader, web, tmp_path) -> None:
+    shard = reader.shard_set.shards[1]
+    members = shard.members.model_copy(update={"crc32": tuple(crc ^ 1 for crc in shard.members.crc32)})
+    shards = (reader.shard_set.shards[0], shard.model_copy(update={"members": members}))
+    wrong = reader.shard_set.model_copy(update={"shards": shards})
+    there = ShardReader(place_of(web, DiskCache(tmp_path / "copies", 1 << 20)), wrong)
+    with pytest.raises(CorruptError, match=f"{web}/{shard.file.path}, member .*: checksum mismatch"):
+        there.read(2)
+
+
 def test_a_shard_that_is_not_there_is_named(reader, web, tmp_path) -> None:
     path = tmp_path / "shards" / reader.shard_set.shards[1].file.path
     path.unlink()

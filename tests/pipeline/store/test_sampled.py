@@ -136,3 +136,17 @@ def test_a_row_without_ids_is_refused_though_all_numbers_add_up(codecs, make_blo
     num_ids_BL[0, 0] = 0
     with pytest.raises(InputError, match="a row without ids"):
         codecs[SAMPLED].encode(block.sequences, dataclasses.replace(block.targets, num_ids_BL=num_ids_BL))
+
+
+@pytest.mark.parametrize(("ids", "counts"), [([5, 5, 6], [1, 1, 18]), ([5, 6, 5], [9, 10, 1]), ([5, 6, 5], [2, 16, 2])])
+def test_an_id_twice_in_a_row_is_refused(codecs, make_block, ids: list[int], counts: list[int]) -> None:
+    targets = make_block(codecs[SAMPLED]).targets
+    first = int(targets.num_ids_BL[0, 0])
+    num_ids_BL = targets.num_ids_BL.copy()
+    num_ids_BL[0, 0] = 3
+    ids_D, counts_D = (
+        np.array([*own, *rest[first:]], np.int32) for own, rest in ((ids, targets.ids_D), (counts, targets.counts_D))
+    )
+    twice = dataclasses.replace(targets, num_ids_BL=num_ids_BL, ids_D=ids_D, counts_D=counts_D)
+    with pytest.raises(InputError, match=r"ids: an id twice in a row; found id 5 in row 0, expected distinct ids"):
+        codecs[SAMPLED].encode(make_block(codecs[SAMPLED]).sequences, twice)

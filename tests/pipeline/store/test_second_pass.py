@@ -45,3 +45,16 @@ def test_a_second_pass_over_a_mix_is_refused_and_not_empty(reader) -> None:
         next(iter(loader))
     loader.load_state_dict(begin)
     assert len(list(loader)) == len(loader)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_second_pass_is_refused_too_where_the_first_stops_at_its_last_batch(reader, mixed: bool) -> None:
+    loader = SequenceLoader(reader, LoaderSettings(4, 3))
+    if mixed:
+        loader = MixedLoader({name: SequenceLoader(reader, LoaderSettings(4, 3)) for name in "ab"}, {"a": 1, "b": 1}, 7)
+    begin = loader.state_dict()
+    assert len(list(zip(range(len(loader)), loader, strict=False))) == len(loader)
+    with pytest.raises(InputError, match=f"a second pass after all {len(loader)} batches"):
+        next(iter(loader))
+    loader.load_state_dict(begin)
+    assert len(list(loader)) == len(loader)

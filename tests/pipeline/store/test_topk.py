@@ -227,6 +227,28 @@ def test_logprobs_that_rise_and_tails_that_are_none_are_refused(codecs, make_blo
             codec.encode(block.sequences, wrong)
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+def test_an_id_twice_in_a_row_is_refused(codecs, make_block, profile: str) -> None:
+    codec = codecs[TOPK_CODECS[profile]]
+    block = make_block(codec)
+    ids_BLK = block.targets.ids_BLK.copy()
+    ids_BLK[0, 2, 7] = ids_BLK[0, 2, 1]
+    twice = dataclasses.replace(block.targets, ids_BLK=ids_BLK)
+    with pytest.raises(InputError, match=f"ids: an id twice in a row; found id {ids_BLK[0, 2, 1]} in row 2, expected"):
+        codec.encode(block.sequences, twice)
+
+
+def test_padding_is_no_id_that_stands_twice_and_does_not_hide_one() -> None:
+    logprobs_BLK = np.array([[[-0.5, -1.5, -2.0, -np.inf, -np.inf]]], np.float32)
+    ids_BLK = np.array([[[4, 0, 3, 0, 0]]], np.int32)
+    tail_BL, labels_BL = np.full((1, 1), 0.03, np.float32), np.full((1, 1), -0.5, np.float32)
+    targets = TopkTargets(ids_BLK, logprobs_BLK, tail_BL, labels_BL, np.zeros((1, 1, 0), np.float32))
+    assert _round_trip("small", targets, 9).ids_BLK.tolist() == ids_BLK.tolist()
+    ids_BLK[0, 0, 2] = 4
+    with pytest.raises(InputError, match="ids: an id twice in a row; found id 4 in row 0"):
+        _round_trip("small", targets, 9)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, np.log(300) + 1e-3])
 @pytest.mark.parametrize("profile", PROFILES)
 def test_a_further_tail_that_is_none_is_refused(codecs, make_block, profile: str, value: float) -> None:

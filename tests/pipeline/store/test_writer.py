@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from capgap.pipeline.store import Block, ShardReader, ShardWriter, split_blocks
-from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK, Codec
+from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK, TOPK_CODECS, Codec
 from capgap.pipeline.store.files import sha256_of
 from capgap.schemas.records import Sequences
 
@@ -220,3 +220,17 @@ def test_blocks_are_the_sequences_in_order_at_the_size_of_a_member(num_sequences
     # a sequence of more than 8192 targets is a member of its own; the last block may be smaller
     largest = max(1, 8192 // seq_len)
     assert all(len(block) == largest for block in blocks[:-1]) and 0 < len(blocks[-1]) <= largest
+
+
+@pytest.mark.parametrize(("name", "num_ids"), [("lossless", 50_000), ("near-lossless", 40_000), ("small", 60_000)])
+def test_blocks_of_large_targets_are_small_enough_for_every_reader(name: str, num_ids: int) -> None:
+    tokens_BL1 = np.zeros((64, 257), np.int32)
+    sequences = Sequences(tokens_BL1, tokens_BL1 > 0, tokens_BL1 > 0)
+    large, usual = (Codec(TOPK_CODECS[name], 256, 128_000, kept) for kept in (num_ids, 64))
+    blocks = list(split_blocks(sequences, usual, large))
+    assert sum(map(len, blocks)) == 64
+    # readers accept at most 2^30 bytes; one more sequence would be more than that, less the 64 KiB of the schema
+    most = len(blocks[0])
+    assert most < 32 and max(map(len, blocks)) == most
+    assert most * large.sequence_bytes < (1 << 30) <= (most + 1) * large.sequence_bytes + (1 << 16)
+    assert [len(block) for block in split_blocks(sequences, usual)] == [32, 32]
