@@ -137,9 +137,16 @@ class NotFinite(lightning.Callback):
             where=f"training step {step + 1}",
             found=f"{value} at {_list([name for one in kept for name in one.at_fault])}",
             expected="a number",
-            fix="lower the learning rate, or train in 32-true. To see it again, alone: "
-            f"{shlex.join([Path(sys.executable).name, '-m', 'capgap.pipeline.train.replay', str(folder)])}",
+            fix=f"lower the learning rate, or train in 32-true. {self._seen_again(folder)}",
         )
+
+    def _seen_again(self, folder: Path) -> str:
+        """Return how the kept batches are computed again, or where they are if a replay cannot make the model again."""
+        not_repeated = self._setting["steps"]["not_repeated"]
+        if not_repeated:
+            return f"The batch is in {folder}; it cannot be computed again alone: {not_repeated}"
+        command = [Path(sys.executable).name, "-m", "capgap.pipeline.train.replay", str(folder)]
+        return f"To see it again, alone: {shlex.join(command)}"
 
     def _kept(self, number: int, flags: _Flags) -> KeptBatch:
         names = self._source.names(number)

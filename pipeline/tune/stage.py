@@ -28,7 +28,7 @@ from capgap.pipeline.train.loggers import require_loggers
 from capgap.pipeline.train.metrics import MetricsFile, read_rows
 from capgap.pipeline.train.model_card import CARD_NAME
 from capgap.pipeline.train.module import DistillationModule
-from capgap.pipeline.train.task import TrainingTask
+from capgap.pipeline.train.task import StudentSteps, TrainingTask
 from capgap.pipeline.tune.card import chat_card
 from capgap.pipeline.tune.data import bad_records, conversations
 from capgap.pipeline.tune.lesson import Lesson, lesson_of
@@ -94,6 +94,7 @@ def run(context: StageContext) -> StageResult:
         device=context.device,
         folder=context.folder,
         ranks=context.ranks,
+        steps=StudentSteps(settings.trust_remote_code, lesson.old_size, lesson.facts.vocab_size, settings.lora),
         **learnt_from,
     )
     before = _measured_before(model, task) if context.ranks.is_first else 0.0

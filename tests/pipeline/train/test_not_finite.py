@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -202,6 +203,19 @@ def test_a_replay_takes_the_newest_checkpoint(make_task, make_student, tmp_path)
     lines = list(replay(tmp_path / "work" / "not-finite"))
     assert re.search(r"weights of .*/work/checkpoints/step-0000000\d\.ckpt$", lines[0])
     assert "nan" in lines[1] or "inf" in lines[1], "its weights were at 1e30"
+
+
+def test_a_batch_that_needs_an_online_teacher_is_kept_but_no_replay_is_recommended(make_task, make_student) -> None:
+    """A replay without the teacher would compute another loss."""
+    task = dataclasses.replace(make_task(), teacher=make_student(seed=1))
+    reason = "the loss needs the teacher, which stood beside the student"
+    with pytest.raises(InputError) as caught:
+        fit(_overflowing(make_student(tied=False), training_loader(task)), task)
+    folder = task.folder / "work" / "not-finite"
+    assert str(caught.value).endswith(f"The batch is in {folder}; it cannot be computed again alone: {reason}")
+    assert len(load_batches(folder)[0]) == 1
+    with pytest.raises(InputError, match=f"{folder}: the batch cannot be computed again alone; found {reason}"):
+        list(replay(folder))
 
 
 def test_a_folder_without_a_kept_batch_is_refused(tmp_path) -> None:
