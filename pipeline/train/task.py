@@ -83,6 +83,7 @@ class TrainingTask:
         writer_logprobs: Gives the logprobs with which the text of `training` was sampled, if the loss needs them.
         heldout_logprobs: Gives the same for the text of `heldout_targets`, if a student of the run wrote it.
         steps: How the model was made from its folder.
+        also_before: Whether held-out sequences are measured before the first step also without targets for them.
     """
 
     title: str
@@ -105,7 +106,8 @@ class TrainingTask:
     teacher: PreTrainedModel | None = None
     writer_logprobs: WriterLogprobs | None = None
     heldout_logprobs: WriterLogprobs | None = None
-    steps: StudentSteps = StudentSteps()  # noqa: RUF009  # frozen
+    steps: StudentSteps = StudentSteps()
+    also_before: bool = False
 
     @property
     def micro_batch(self) -> int:
@@ -124,8 +126,8 @@ class TrainingTask:
 
     @property
     def measures_before(self) -> bool:
-        """Whether held-out sequences are measured before the first step too, which needs the teacher's targets."""
-        return self.alpha > 0 and self.heldout_targets is not None
+        """Whether held-out sequences are measured before the first step too, as is usual where they have targets."""
+        return self.also_before or (self.alpha > 0 and self.heldout_targets is not None)
 
     @property
     def several_in_a_row(self) -> bool:
