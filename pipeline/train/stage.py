@@ -112,7 +112,7 @@ def run(context: StageContext) -> StageResult:
             for name, cache in caches.items()
             if name is not None
         },
-        teacher=online_teacher(context, own.facts, settings) if settings.needs_teacher else None,
+        teacher=online_teacher(context, own.facts, settings, model) if settings.needs_teacher else None,
         writer_logprobs=_writer_logprobs(context, settings, None),
         heldout_logprobs=_logprobs(context, None, "heldout"),
         steps=StudentSteps(trust_remote_code=trusted),
