@@ -130,7 +130,7 @@ def _fit(
     measured = [row["validation_loss"] for row in read_rows(context.folder / METRICS_NAME) if row["validation_loss"]]
     if not measured:
         return totals
-    loss = totals["best_validation_loss"] if settings.output == "best" else float(measured[-1])
+    loss = totals.get("best_validation_loss", float(measured[-1]))
     return totals | {LABEL_LOSS: loss, NUM_SEQUENCES: num_validation_sequences(task, totals["num_steps"])}
 
 
