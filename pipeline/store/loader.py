@@ -154,6 +154,10 @@ class SequenceLoader:
         """Return the names in errors of the sequences of micro-batch `number`, if no member is damaged."""
         return [f"{self._reader.name_of(*place[:2])}, sequence {place.row}" for place in self.places(number)]
 
+    def seq_len_of(self, number: int) -> int:
+        """Return the number of targets in each sequence of micro-batch `number`, which is the same for all of them."""
+        return self.seq_len
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state: the number of sequences handed out over all ranks, the order's identity, and the skips.
 

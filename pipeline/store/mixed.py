@@ -147,6 +147,10 @@ class MixedLoader:
         loader, own = self._source(number)
         return loader.names(own)
 
+    def seq_len_of(self, number: int) -> int:
+        """Return the number of targets in each sequence of micro-batch `number`."""
+        return self._source(number)[0].seq_len
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state: rows handed out over all ranks, the identity of the mix, and the states of the loaders."""
         states = {name: loader.state_dict() for name, loader in zip(self._names, self._loaders, strict=True)}

@@ -24,7 +24,7 @@ from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.fits import require_memory
 from capgap.pipeline.train.metrics import read_rows
 from capgap.pipeline.train.strategy import is_sharded
-from capgap.pipeline.train.task import TrainingTask
+from capgap.pipeline.train.task import StudentSteps, TrainingTask
 from capgap.schemas.errors import InputError
 from capgap.schemas.facts import CorpusFacts, ServedFacts
 from capgap.schemas.manifest import ShardSet
@@ -82,8 +82,11 @@ def _adapt(context: StageContext, given: str, settings: AdaptSettings) -> StageR
     model = load_model(path, "cpu", dtype, trusted, to_compute=False)
     tokenizer = corpus_tokenizer(corpus)
     old = load_tokenizer(path, trusted)
+    num_rows = len(model.get_input_embeddings().weight)
     num_new = extend_vocabulary(model, old, tokenizer, settings.pad_to_multiple_of)
-    totals = _fit(context, model, settings, text, "teacher: adapt")
+    extended = num_new > 0 or len(model.get_input_embeddings().weight) != num_rows
+    steps = StudentSteps(trusted, not_repeated="the model's vocabulary was extended" if extended else "")
+    totals = _fit(context, model, settings, text, "teacher: adapt", steps)
     tokenizer.chat_template = chat_template_of(path) or tokenizer.chat_template
     return _saved(context, model, tokenizer, {"num_new_pieces": num_new} | totals)
 
@@ -101,7 +104,12 @@ def _text(context: StageContext, setting: str) -> ShardSet:
 
 
 def _fit(
-    context: StageContext, model: PreTrainedModel, settings: OptimizationSettings, text: ShardSet, title: str
+    context: StageContext,
+    model: PreTrainedModel,
+    settings: OptimizationSettings,
+    text: ShardSet,
+    title: str,
+    steps: StudentSteps = StudentSteps(),  # noqa: B008  # frozen
 ) -> dict[str, Any]:
     corpus: StageInput = context.input("corpus")
     task = TrainingTask(
@@ -116,12 +124,13 @@ def _fit(
         folder=context.folder,
         ranks=context.ranks,
         context=CorpusFacts.model_validate(corpus.manifest.facts).context,
+        steps=steps,
     )
     totals = fit(model, task)
     measured = [row["validation_loss"] for row in read_rows(context.folder / METRICS_NAME) if row["validation_loss"]]
     if not measured:
         return totals
-    loss = totals["best_validation_loss"] if settings.output == "best" else float(measured[-1])
+    loss = totals.get("best_validation_loss", float(measured[-1]))
     return totals | {LABEL_LOSS: loss, NUM_SEQUENCES: num_validation_sequences(task, totals["num_steps"])}
 
 

@@ -133,9 +133,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next((path for path in reversed(_saved(folder, "step")) if not fault_of(path)), None)
 
 
-def best_checkpoint(folder: Path) -> Path:
-    """Return the file with the weights of the lowest held-out loss of a training that has ended."""
-    return _saved(folder, "best")[-1]
+def best_checkpoint(folder: Path) -> Path | None:
+    """Return the file with the weights of the lowest held-out loss of a training that has ended.
+
+    It is None where no held-out loss was a finite number, since no weights are the best then.
+    """
+    return max(_saved(folder, "best"), default=None)
 
 
 def step_of(path: Path) -> int:

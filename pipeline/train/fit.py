@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from capgap.pipeline.train.strategy import gather_into, is_sharded
 from capgap.pipeline.train.task import TrainingTask
 from capgap.pipeline.train.timer import TimedLoader, TrainingTimer
 from capgap.pipeline.train.trainer import make_trainer, quiet_lightning
+
+_LOG = logging.getLogger("capgap")
 
 
 def fit(model: PreTrainedModel, task: TrainingTask) -> dict[str, Any]:
@@ -139,8 +142,15 @@ def _loggers(task: TrainingTask, first_step: int) -> list[ResumedLogger]:
 
 
 def _take_best(model: PreTrainedModel, checkpoints: Checkpoints) -> dict[str, Any]:
-    """Load the weights of the lowest held-out loss into the model, and return their step and loss as totals."""
-    saved = read_checkpoint(best_checkpoint(checkpoints.folder))["state_dict"]
+    """Load the weights of the lowest held-out loss into the model, and return their step and loss as totals.
+
+    Without such weights the model keeps those of the last step, and there are no totals.
+    """
+    best = best_checkpoint(checkpoints.folder)
+    if best is None:
+        _LOG.warning("no held-out loss was a finite number: output: best hands on the weights of the last step")
+        return {}
+    saved = read_checkpoint(best)["state_dict"]
     trained = {name.removeprefix("model."): whole(value) for name, value in saved.items()}
     model.load_state_dict(trained, strict=False)  # frozen weights are not saved
     return {"best_step": checkpoints.best_step, "best_validation_loss": round(checkpoints.best_loss, 6)}

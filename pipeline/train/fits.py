@@ -50,14 +50,15 @@ def require_memory(
     Raises:
         MachineError: The model does not fit. The error names the sum and its parts.
     """
-    on_device = torch.device(device)
     weights = sum(p.nbytes for p in model.parameters())
     # Parts that do not contribute to the logits, such as a vision tower, are not trained.
     parts = (model.get_decoder(), model.get_output_embeddings())
     trained = sum(p.nbytes for p in {p for part in parts for p in part.parameters()} if p.requires_grad)
-    held = sum(p.nbytes for p in model.parameters() if p.device.type == on_device.type)
     weights, trained, rounded = weights // num_parts, trained // num_parts, rounded_bytes(model, settings)
-    needed, free = weights + trained * (1 + _STATES_PER_PARAMETER) + rounded, free_bytes(device) + held
+    needed, free = (
+        weights + trained * (1 + _STATES_PER_PARAMETER) + rounded,
+        free_bytes(device) + held_bytes(model, device),
+    )
     if needed <= free:
         return
     activations = activation_bytes(model, settings, seq_len)
@@ -72,6 +73,11 @@ def require_memory(
         fix="train a smaller model"
         + (", or with precision bf16-true" if settings.precision != "bf16-true" else ", or on a larger device"),
     )
+
+
+def held_bytes(model: PreTrainedModel, device: str) -> int:
+    """Return the bytes of the model's parameters that are on the device already."""
+    return sum(p.nbytes for p in model.parameters() if p.device.type == torch.device(device).type)
 
 
 def rounded_bytes(model: PreTrainedModel, settings: OptimizationSettings) -> int:

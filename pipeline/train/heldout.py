@@ -51,6 +51,15 @@ class HeldOutFigures:
     top1: float | None = None
     ratio: RatioFigures | None = None
 
+    def in_words(self) -> str:
+        """Return the loss and, where it was measured, the distance from the teacher."""
+        words = f"loss {self.loss:.4f} nats/token"
+        if self.kl is not None:
+            words += f", divergence from the teacher {self.kl:.4f}"
+        if self.teacher_ce is not None:
+            words += f", cross-entropy with the teacher {self.teacher_ce:.4f}"
+        return words
+
 
 class HeldOut(lightning.Callback):
     """Measures held-out sequences every few steps and at the end, and with `also_before` before the first step.
@@ -99,10 +108,7 @@ class HeldOut(lightning.Callback):
             return
         before = self._measured(0, module)
         if trainer.is_global_zero:
-            near = f"KL {before.kl:.4f}" if before.kl is not None else f"cross-entropy {before.teacher_ce:.4f}"
-            _LOG.info(
-                "before the first step, on held-out text: %s nats/token with the teacher, loss %.4f", near, before.loss
-            )
+            _LOG.info("before the first step, on held-out text: %s", before.in_words())
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Measure at the interval and at the last step."""

@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from capgap.pipeline.store.files import write_atomically
-from capgap.pipeline.train.metrics import ResumedLogger, read_rows
+from capgap.pipeline.train.metrics import ResumedLogger, last_kept_step, read_rows
 from capgap.schemas.errors import InputError, SettingError
 from capgap.schemas.run_optimization import LoggerSettings
 
@@ -48,6 +48,11 @@ class LogBook:
     first_step: int
     title: str
 
+    @property
+    def last_step(self) -> int:
+        """The last step of the earlier process that stays in the logs; -1 where the training begins anew."""
+        return last_kept_step(self.first_step)
+
 
 @dataclass(frozen=True)
 class _Known:
@@ -68,7 +73,7 @@ class _Known:
 
 def _tensorboard(book: LogBook, _: str | None) -> dict[str, Any]:
     # TensorBoard then ignores later steps in the files of an earlier process.
-    again = {"purge_step": book.first_step + 1}
+    again = {"purge_step": book.last_step + 1}
     return {"save_dir": str(book.logs), "name": "tensorboard", "version": "", "default_hp_metric": False, **again}
 
 
@@ -121,12 +126,12 @@ def make_loggers(settings: Sequence[str | dict[str, Any]], book: LogBook) -> lis
         logger = one.make(book, ids.get(key))
         if one.known is not None and one.known.class_path == _KNOWN["csv"].class_path:
             _log_again(logger, book)
-            loggers.append(ResumedLogger(logger, book.first_step))
+            loggers.append(ResumedLogger(logger, book.last_step))
         elif one.known is not None and one.known.id_of is None:
-            loggers.append(ResumedLogger(logger, book.first_step))
+            loggers.append(ResumedLogger(logger, book.last_step))
         else:
             steps = [int(row["step"]) for row in read_rows(book.metrics)] if key in ids else []
-            loggers.append(ResumedLogger(logger, max(steps, default=0)))
+            loggers.append(ResumedLogger(logger, max(steps, default=-1)))
             ids[key] = "" if one.known is None or one.known.id_of is None else one.known.id_of(logger)
     _remember(book, ids)
     return loggers
@@ -199,7 +204,7 @@ class _Wanted:
 def _log_again(logger: Any, book: LogBook) -> None:
     """Log the rows of metrics.csv again, because the logger begins its file anew in every process."""
     for row in read_rows(book.metrics):
-        if int(row["step"]) <= book.first_step:
+        if int(row["step"]) <= book.last_step:
             values = {name: float(value) for name, value in row.items() if value and name != "step"}
             logger.log_metrics(values, step=int(row["step"]))
 

@@ -34,17 +34,26 @@ class ResumedLogger:
 
     Attributes:
         logger: The Lightning logger.
-        last_step: The last step that it has logged; rows up to this step are not sent to it again.
+        last_step: The last step that it has logged, or -1; rows up to this step are not sent to it again.
     """
 
     logger: Any
-    last_step: int = 0
+    last_step: int
+
+
+def last_kept_step(first_step: int) -> int:
+    """Return the last step whose row is kept when a training begins after `first_step`.
+
+    A training that resumes goes on behind its checkpoint. One that begins anew may measure step 0 again, so it keeps no
+    row, and -1 is returned.
+    """
+    return first_step or -1
 
 
 class MetricsFile:
     """`metrics.csv` and the loggers that receive its rows; only rank 0 of a training writes.
 
-    After a resume, the rows of steps that will be taken again are dropped. A row reaches the file before the loggers.
+    The rows of steps that will be taken or measured again are dropped. A row reaches the file before the loggers.
 
     Args:
         path: The path of the file.
@@ -58,7 +67,7 @@ class MetricsFile:
 
     @rank_zero_only
     def _begin(self) -> None:
-        kept = [row for row in read_rows(self._path) if int(row["step"]) <= self._first_step]
+        kept = [row for row in read_rows(self._path) if int(row["step"]) <= last_kept_step(self._first_step)]
         with self._path.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()

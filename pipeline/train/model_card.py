@@ -58,7 +58,7 @@ def model_card(
         "corpus": f"{', '.join(cached.text_sources)}, {totals['num_tokens']:,} tokens trained on "
         f"({totals['num_epochs']:g} epochs)",
         "recording": _learnt_from(settings, cached, recording, temperature),
-        "loss": _loss(settings, temperature),
+        "loss": _loss(settings, recording, temperature),
         "optimization": _UNTRAINED
         if settings.max_tokens == 0
         else f"{totals['num_steps']:,} steps of {settings.batch_sequences} sequences, peak learning rate "
@@ -182,19 +182,44 @@ def _recording(cached: CacheFacts, recording: RecordingName, temperature: float)
     return f"{recording}: {what} a token, at temperature {temperature:g}, context {cached.context}"
 
 
-def _loss(settings: TrainSettings, temperature: float) -> str:
+def _loss(settings: TrainSettings, recording: RecordingName, temperature: float) -> str:
     if settings.max_tokens == 0:
         return _UNTRAINED
+    terms = [_weighed(settings, recording, temperature)]
+    if settings.counted_projected_weight > 0:
+        terms.append(f"{settings.projected_weight:g} x {settings.divergence} of projected targets, at temperature 1")
+    if settings.router_loss_weight > 0:
+        terms.append(f"{settings.router_loss_weight:g} x the router's load-balancing loss")
+    weights = "; tokens are weighted by the teacher's entropy" if settings.token_weights == "entropy" else ""
+    return " + ".join(terms) + weights
+
+
+def _weighed(settings: TrainSettings, recording: RecordingName, temperature: float) -> str:
+    """Return the divergence and the cross-entropy with their weights."""
     if settings.largest_alpha == 0:
         return "cross-entropy"
-    tail = f", tail {settings.tail}" if settings.tail else ""
-    beta = f" (beta {settings.beta:g})" if settings.divergence == "jsd" else ""
-    divergence = f"{temperature:g}^2 x {settings.divergence}{beta}{tail}"
+    divergence = divergence_in_words(settings, recording, temperature)
     if settings.final_alpha not in (None, settings.alpha):
         way = f"alpha from {settings.alpha:g} to {settings.final_alpha:g}, {settings.alpha_shape}"
         return f"alpha x {divergence} + (1 - alpha) x cross-entropy ({way})"
     kl = f"{settings.alpha:g} x {divergence}"
     return kl if settings.alpha == 1 else f"{kl} + {1 - settings.alpha:g} x cross-entropy"
+
+
+def divergence_in_words(settings: TrainSettings, recording: RecordingName, temperature: float) -> str:
+    """Return what alpha weighs: the divergence with its settings, times the factor that the temperature gives it.
+
+    Args:
+        settings: The settings of the training.
+        recording: The recording that the student learnt from.
+        temperature: The temperature at which teacher and student were compared.
+    """
+    if settings.divergence == "policy_gradient":  # always at temperature 1
+        return f"policy_gradient (ratio_clip {settings.clip:g}; forward_kl for text that the teacher wrote)"
+    factor = f"{temperature:g}" if recording == "chunks" else f"{temperature:g}^2"
+    tail = f", tail {settings.tail}" if settings.tail else ""
+    beta = f" (beta {settings.beta:g})" if settings.divergence == "jsd" else ""
+    return f"{factor} x {settings.divergence}{beta}{tail}"
 
 
 def is_id(path: str) -> bool:

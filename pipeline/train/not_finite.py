@@ -43,6 +43,9 @@ class MicroBatchSource(Protocol):
     def names(self, number: int) -> list[str]:
         """Return shard, member and row of each sequence of the micro-batch with the given number."""
 
+    def seq_len_of(self, number: int) -> int:
+        """Return the number of targets in each sequence of the micro-batch with the given number."""
+
 
 @dataclass(frozen=True)
 class _Flags:
@@ -137,16 +140,27 @@ class NotFinite(lightning.Callback):
             where=f"training step {step + 1}",
             found=f"{value} at {_list([name for one in kept for name in one.at_fault])}",
             expected="a number",
-            fix="lower the learning rate, or train in 32-true. To see it again, alone: "
-            f"{shlex.join([Path(sys.executable).name, '-m', 'capgap.pipeline.train.replay', str(folder)])}",
+            fix=f"lower the learning rate, or train in 32-true. {self._seen_again(folder)}",
         )
+
+    def _seen_again(self, folder: Path) -> str:
+        """Return how the kept batches are computed again, or where they are if a replay cannot make the model again."""
+        not_repeated = self._setting["steps"]["not_repeated"]
+        if not_repeated:
+            return f"The batch is in {folder}; it cannot be computed again alone: {not_repeated}"
+        command = [Path(sys.executable).name, "-m", "capgap.pipeline.train.replay", str(folder)]
+        return f"To see it again, alone: {shlex.join(command)}"
 
     def _kept(self, number: int, flags: _Flags) -> KeptBatch:
         names = self._source.names(number)
         rows = [] if number != flags.number else flags.rows_N.isfinite().logical_not().nonzero().flatten().tolist()
-        # The rows are divided evenly among the sequences.
-        wrong = sorted({row * len(names) // len(flags.rows_N) for row in rows})
-        return KeptBatch(number, self._source.micro_batch(number), names, [names[i] for i in wrong] or names)
+        batch, seq_len = self._source.micro_batch(number), self._source.seq_len_of(number)
+        num_packed, row_len = batch.input_ids_BL.shape
+        # A packed row holds whole sequences and then padding, which belongs to none of them.
+        per_row = len(names) // num_packed
+        places = [(row // row_len, row % row_len // seq_len) for row in rows]
+        wrong = sorted({packed * per_row + place for packed, place in places if place < per_row})
+        return KeptBatch(number, batch, names, [names[i] for i in wrong] or names)
 
 
 def _to_host(flags_2: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:

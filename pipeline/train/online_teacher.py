@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from capgap.kernels.sparse_kl.chunks import has_wide_products
 from capgap.pipeline.models.load import load_model, model_path
 from capgap.pipeline.stage.context import StageContext
-from capgap.pipeline.train.fits import free_bytes
+from capgap.pipeline.train.fits import free_bytes, held_bytes
+from capgap.pipeline.train.strategy import is_sharded
 from capgap.schemas.errors import MachineError
 from capgap.schemas.facts import CacheFacts, ModelFacts
 from capgap.schemas.run_train import TrainSettings
@@ -18,8 +19,16 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _COPIES_OF_A_STUDENT = 4
 
 
-def online_teacher(context: StageContext, cache: CacheFacts, settings: TrainSettings) -> PreTrainedModel:
+def online_teacher(
+    context: StageContext, cache: CacheFacts, settings: TrainSettings, model: PreTrainedModel
+) -> PreTrainedModel:
     """Load the run's teacher onto the device of the stage, in the dtype in which it made the cache.
+
+    Args:
+        context: The context of the train stage.
+        cache: The facts about the cache.
+        settings: The settings of the training.
+        model: The student, which is loaded already, on the CPU.
 
     Raises:
         MachineError: The teacher does not fit on the device beside the student.
@@ -33,7 +42,9 @@ def online_teacher(context: StageContext, cache: CacheFacts, settings: TrainSett
         ModelFacts.model_validate(teacher.manifest.facts),
         dtype,
         context.device,
-        free_bytes(context.device),
+        # Memory that the student's weights already hold counts as free, because they are part of what it needs.
+        free_bytes(context.device) + held_bytes(model, context.device),
+        context.ranks.world_size if is_sharded(settings, context.ranks) else 1,
     )
     return load_model(model_path(teacher), context.device, dtype, context.run.teacher.trust_remote_code)
 
@@ -45,6 +56,7 @@ def require_room(
     teacher_dtype: torch.dtype,
     device: str,
     free: int,
+    num_parts: int = 1,
 ) -> None:
     """Raise MachineError if a student in training and the teacher need more than `free` bytes.
 
@@ -58,8 +70,9 @@ def require_room(
         teacher_dtype: The dtype of the teacher's weights.
         device: The device of the training.
         free: Number of bytes that are free on the device.
+        num_parts: Number of devices among which the student's parameters are divided.
     """
-    for_student = _COPIES_OF_A_STUDENT * student.num_parameters * student_dtype.itemsize
+    for_student = _COPIES_OF_A_STUDENT * student.num_parameters * student_dtype.itemsize // num_parts
     # Embedding and head together, which may share one weight: an upper bound of the head's size.
     outside = teacher.num_parameters - teacher.num_non_embedding_parameters
     copied = 0 if has_wide_products(torch.device(device)) else outside * torch.float32.itemsize

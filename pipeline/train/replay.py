@@ -25,8 +25,11 @@ from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.saved import read_checkpoint, whole
 from capgap.pipeline.train.task import TrainingTask
+from capgap.pipeline.tune.lora import Adapters
+from capgap.pipeline.tune.template import extend_vocabulary
 from capgap.schemas.errors import CapgapError, InputError
 from capgap.schemas.run_optimization import OptimizationSettings
+from capgap.schemas.run_tune import LoraSettings
 
 
 def setting_of(task: TrainingTask, model: PreTrainedModel, checkpoints: Path, num_steps: int) -> dict[str, Any]:
@@ -38,6 +41,9 @@ def setting_of(task: TrainingTask, model: PreTrainedModel, checkpoints: Path, nu
         checkpoints: The folder of the training's checkpoints.
         num_steps: Number of optimizer steps in the whole training.
     """
+    steps = task.steps
+    if task.teacher is not None:
+        steps = dataclasses.replace(steps, not_repeated="the loss needs the teacher, which stood beside the student")
     return {
         "model": model.name_or_path,
         "checkpoints": str(checkpoints.resolve()),
@@ -47,6 +53,8 @@ def setting_of(task: TrainingTask, model: PreTrainedModel, checkpoints: Path, nu
         "num_steps": num_steps,
         "temperature": task.temperature,
         "vocab_size": task.training.codec.vocab_size,
+        "seed": task.seed,
+        "steps": dataclasses.asdict(steps) | {"lora": None if steps.lora is None else steps.lora.model_dump()},
     }
 
 
@@ -58,16 +66,24 @@ def replay(folder: Path, model: str | None = None) -> Iterator[str]:
         model: Folder of a model of the same shape, if the training's model has moved or never had a folder.
 
     Raises:
-        InputError: There is no kept batch, or no model.
+        InputError: There is no kept batch or no model, or the training's model was made by a step that is not repeated.
     """
     kept, setting = load_batches(folder)
+    if setting["steps"]["not_repeated"]:
+        raise InputError(
+            "the batch cannot be computed again alone",
+            where=folder,
+            found=setting["steps"]["not_repeated"],
+            expected="a model that its folder gives",
+            fix="repeat the training's command, which goes on from its newest checkpoint",
+        )
     path = model or setting["model"]
     if not path:
         raise InputError("the model had no folder", where=folder, fix="name a model of the same shape with --model")
     settings = OptimizationSettings.model_validate(setting["settings"])
     objective = Objective(**setting["objective"])
     module = DistillationModule(
-        load_to_train(path, torch.bfloat16 if settings.precision == "bf16-true" else torch.float32),
+        _model(path, setting, torch.bfloat16 if settings.precision == "bf16-true" else torch.float32),
         settings,
         setting["num_steps"],
         setting["alpha"],
@@ -86,6 +102,16 @@ def replay(folder: Path, model: str | None = None) -> Iterator[str]:
     alpha = objective.alpha(setting["alpha"], setting["step"] - 1, setting["num_steps"])
     for one in kept:
         yield _computed(module, one, alpha, settings.precision == "bf16-mixed")
+
+
+def _model(path: str, setting: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """Load the model, and add tokens for roles and adapters as the training did."""
+    steps = setting["steps"]
+    model = load_to_train(path, dtype, steps["trust_remote_code"])
+    extend_vocabulary(model, steps["old_size"], steps["new_size"])
+    if steps["lora"] is not None:
+        Adapters(model, LoraSettings.model_validate(steps["lora"]), setting["seed"])
+    return model
 
 
 def _computed(module: DistillationModule, one: KeptBatch, alpha: float, is_mixed: bool) -> str:

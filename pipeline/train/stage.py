@@ -25,7 +25,7 @@ from capgap.pipeline.train.model_card import CARD_NAME, model_card
 from capgap.pipeline.train.objective import objective_of
 from capgap.pipeline.train.online_teacher import online_teacher
 from capgap.pipeline.train.strategy import is_sharded
-from capgap.pipeline.train.task import TrainingTask
+from capgap.pipeline.train.task import StudentSteps, TrainingTask
 from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.facts import heldout_set
 from capgap.schemas.run_file import RunFile
@@ -112,9 +112,10 @@ def run(context: StageContext) -> StageResult:
             for name, cache in caches.items()
             if name is not None
         },
-        teacher=online_teacher(context, own.facts, settings) if settings.needs_teacher else None,
+        teacher=online_teacher(context, own.facts, settings, model) if settings.needs_teacher else None,
         writer_logprobs=_writer_logprobs(context, settings, None),
         heldout_logprobs=_logprobs(context, None, "heldout"),
+        steps=StudentSteps(trust_remote_code=trusted),
     )
     totals = fit(model, task) if settings.max_tokens != 0 else _UNTRAINED
     if not context.ranks.is_first:

@@ -16,6 +16,7 @@ from capgap.pipeline.store.loader_settings import WriterLogprobs
 from capgap.pipeline.train.objective import Objective
 from capgap.schemas.run_corpus import ContextRule
 from capgap.schemas.run_optimization import OptimizationSettings
+from capgap.schemas.run_tune import LoraSettings
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,25 @@ class CacheSource:
     context: ContextRule = "packed"
     target_temperature: TargetTemperature | None = None
     writer_logprobs: WriterLogprobs | None = None
+
+
+@dataclass(frozen=True)
+class StudentSteps:
+    """How a training's model was made from its folder. A replay of a kept batch repeats these steps.
+
+    Attributes:
+        trust_remote_code: Whether Python code that comes with the model is run.
+        old_size: Size of the vocabulary before tokens for roles were added.
+        new_size: Size of the vocabulary with these tokens.
+        lora: The settings of the adapters; None where all weights are trained.
+        not_repeated: A further step that a replay cannot repeat, in words; empty where there is none.
+    """
+
+    trust_remote_code: bool = False
+    old_size: int = 0
+    new_size: int = 0
+    lora: LoraSettings | None = None
+    not_repeated: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +82,8 @@ class TrainingTask:
         teacher: The model on the device whose whole distributions replace the shards' targets, or None.
         writer_logprobs: Gives the logprobs with which the text of `training` was sampled, if the loss needs them.
         heldout_logprobs: Gives the same for the text of `heldout_targets`, if a student of the run wrote it.
+        steps: How the model was made from its folder.
+        also_before: Whether held-out sequences are measured before the first step also without targets for them.
     """
 
     title: str
@@ -84,6 +106,8 @@ class TrainingTask:
     teacher: PreTrainedModel | None = None
     writer_logprobs: WriterLogprobs | None = None
     heldout_logprobs: WriterLogprobs | None = None
+    steps: StudentSteps = StudentSteps()
+    also_before: bool = False
 
     @property
     def micro_batch(self) -> int:
@@ -102,8 +126,8 @@ class TrainingTask:
 
     @property
     def measures_before(self) -> bool:
-        """Whether held-out sequences are measured before the first step too, which needs the teacher's targets."""
-        return self.alpha > 0 and self.heldout_targets is not None
+        """Whether held-out sequences are measured before the first step too, as is usual where they have targets."""
+        return self.also_before or (self.alpha > 0 and self.heldout_targets is not None)
 
     @property
     def several_in_a_row(self) -> bool:

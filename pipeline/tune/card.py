@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from capgap.pipeline.models.chat_template import ChatTemplate
 from capgap.pipeline.stage.context import StageContext
-from capgap.pipeline.train.model_card import escaped, is_id
+from capgap.pipeline.train.model_card import divergence_in_words, escaped, is_id
 from capgap.pipeline.tune.lesson import Lesson
 from capgap.schemas.facts import ModelFacts
 from capgap.schemas.run_tune import TuneSettings
@@ -104,7 +104,8 @@ def _loss(settings: TuneSettings, lesson: Lesson) -> str:
     if lesson.cache is None:
         return plain
     loss, chosen = settings.loss_settings(), lesson.cache.chosen
-    kl = f"{loss.alpha:g} x {chosen.temperature:g}^2 x {loss.divergence} from the chat teacher ({chosen.recording})"
+    divergence = divergence_in_words(loss, chosen.recording, chosen.temperature)
+    kl = f"{loss.alpha:g} x {divergence} from the chat teacher ({chosen.recording})"
     return kl if loss.alpha == 1 else f"{kl} + {1 - loss.alpha:g} x {plain}"
 
 

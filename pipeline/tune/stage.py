@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,17 +17,13 @@ from capgap.pipeline.models.configs import load_config
 from capgap.pipeline.models.load import MODEL_FOLDER, model_facts, model_path
 from capgap.pipeline.models.trainable import is_quantised, load_to_train, require_trainable, save_trained
 from capgap.pipeline.stage.context import CHAT_CACHE, Instance, StageContext, StageInput, StageResult
-from capgap.pipeline.stage.folder import WORK_FOLDER
-from capgap.pipeline.stage.scalars import METRICS_NAME
-from capgap.pipeline.store.files import write_atomically
 from capgap.pipeline.train.data import heldout_batches, num_validation_sequences, training_loader
 from capgap.pipeline.train.fit import fit
 from capgap.pipeline.train.heldout import measure
 from capgap.pipeline.train.loggers import require_loggers
-from capgap.pipeline.train.metrics import MetricsFile, read_rows
 from capgap.pipeline.train.model_card import CARD_NAME
 from capgap.pipeline.train.module import DistillationModule
-from capgap.pipeline.train.task import TrainingTask
+from capgap.pipeline.train.task import StudentSteps, TrainingTask
 from capgap.pipeline.tune.card import chat_card
 from capgap.pipeline.tune.data import bad_records, conversations
 from capgap.pipeline.tune.lesson import Lesson, lesson_of
@@ -41,7 +36,6 @@ from capgap.schemas.run_tune import TuneSettings
 
 ADAPTER_FOLDER = "adapter"
 _LOG = logging.getLogger("capgap")
-_BEFORE_NAME = "before.json"
 
 
 def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
@@ -94,16 +88,20 @@ def run(context: StageContext) -> StageResult:
         device=context.device,
         folder=context.folder,
         ranks=context.ranks,
+        steps=StudentSteps(settings.trust_remote_code, lesson.old_size, lesson.facts.vocab_size, settings.lora),
+        also_before=True,
         **learnt_from,
     )
-    before = _measured_before(model, task) if context.ranks.is_first else 0.0
     totals = fit(model, task)
     if not context.ranks.is_first:
         return StageResult()
     if adapters is not None:
         adapters.save(context.folder / ADAPTER_FOLDER, with_embedding=lesson.facts.vocab_size > lesson.old_size)
         model = adapters.merge()
-    totals |= {"heldout_loss_before": before, "heldout_loss_after": _loss(model, task)} | rows.totals
+    totals |= {
+        "heldout_loss_before": totals["first_validation_loss"],
+        "heldout_loss_after": _loss(model, task),
+    } | rows.totals
     low_bit = is_quantised(load_config(path, settings.trust_remote_code))
     made = _save(model, lesson, context.folder, low_bit)
     card = chat_card(context, settings, path, lesson, made, totals)
@@ -142,21 +140,8 @@ def _cache_in(inputs: Mapping[str, StageInput]) -> StageInput | None:
     return inputs.get(CHAT_CACHE, inputs.get("cache"))
 
 
-def _measured_before(model: PreTrainedModel, task: TrainingTask) -> float:
-    """Return the held-out loss before the first step in nats/token; it is measured once and written to metrics.csv."""
-    path = task.folder / WORK_FOLDER / _BEFORE_NAME
-    if not path.is_file():
-        write_atomically(path, json.dumps(_loss(model, task)))
-    before: float = json.loads(path.read_bytes())
-    metrics = task.folder / METRICS_NAME
-    if not any(row["step"] == "0" for row in read_rows(metrics)):
-        MetricsFile(metrics, 0).add(step=0, num_tokens=0, validation_loss=before)
-    return before
-
-
 def _loss(model: PreTrainedModel, task: TrainingTask) -> float:
     """Return the mean cross-entropy over the tokens of held-out answers, in nats/token."""
-    is_trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     size = task.training.codec.vocab_size
     module = DistillationModule(
         model.to(task.device), task.settings, 1, task.alpha, task.temperature, size, task.objective
@@ -165,8 +150,6 @@ def _loss(model: PreTrainedModel, task: TrainingTask) -> float:
     num_sequences = num_validation_sequences(task, training_loader(task).num_steps)
     loss = measure(module, heldout_batches(task, num_sequences)).loss
     model.to("cpu")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in is_trained)
     return round(loss, 6)
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_tasks import tiny_task
 
+from capgap.pipeline.train import heldout
 from capgap.pipeline.train.checkpoints import Checkpoints, checkpoint_to_resume
+from capgap.pipeline.train.fit import fit
+from capgap.pipeline.train.heldout import HeldOutFigures
 from capgap.pipeline.train.saved import fault_of, read_checkpoint, write_part
 
 
@@ -112,3 +117,24 @@ def test_the_last_ones_stay_and_for_each_of_them_the_best_of_its_time(tmp_path, 
         (tmp_path / name).touch()
     Checkpoints(tmp_path, 10, 1, keep, 0, None)._delete_old()
     assert _names(tmp_path) == left
+
+
+def test_where_no_held_out_loss_is_a_number_the_last_weights_are_handed_on_with_a_warning(
+    make_shards, make_student, tmp_path, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(heldout, "measure", lambda *given: HeldOutFigures(math.nan))
+    training, text = make_shards(tmp_path / "shards", "topk", 12), make_shards(tmp_path / "text", None, 6, seed=1)
+    students, totals = {}, {}
+    for output in ("best", "last"):
+        folder = tmp_path / output
+        folder.mkdir()
+        students[output] = make_student()
+        settings = {"batch_sequences": 4, "validate_every_steps": 1, "loggers": [], "output": output}
+        with caplog.at_level(logging.WARNING, "capgap"):
+            totals[output] = fit(students[output], tiny_task(folder, training, text, settings))
+    assert totals["best"] == totals["last"]
+    assert caplog.messages == [
+        "no held-out loss was a finite number: output: best hands on the weights of the last step"
+    ]
+    for one, other in zip(students["best"].parameters(), students["last"].parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -12,7 +12,7 @@ from capgap.pipeline.cache.stage import _first_blocks
 from capgap.pipeline.store import ShardReader
 from capgap.pipeline.store.batch import collate
 from capgap.pipeline.train.data import heldout_batches, num_validation_sequences
-from capgap.pipeline.train.heldout import entropies, measure
+from capgap.pipeline.train.heldout import HeldOutFigures, entropies, measure
 from capgap.pipeline.train.module import DistillationModule
 from capgap.pipeline.train.objective import Objective
 from capgap.pipeline.train.task import TrainingTask
@@ -44,6 +44,19 @@ def test_the_held_out_loss_is_the_mean_over_labels_of_all_batches(make_student, 
     nats = -torch.log_softmax(_logits(module, tokens[:, :-1]), -1).gather(1, tokens[:, 1:].reshape(-1, 1))[:, 0]
     expected = nats[torch.from_numpy(sequences.mask_BL1[:, 1:].ravel())].mean()
     assert found.loss == pytest.approx(float(expected), abs=1e-6)  # float32 rows
+
+
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        # It is the divergence of the training, which may be JSD or that of chunks.
+        (HeldOutFigures(1.5, kl=0.25), "loss 1.5000 nats/token, divergence from the teacher 0.2500"),
+        (HeldOutFigures(1.5, teacher_ce=2.0), "loss 1.5000 nats/token, cross-entropy with the teacher 2.0000"),
+        (HeldOutFigures(1.5), "loss 1.5000 nats/token"),
+    ],
+)
+def test_figures_in_words_name_no_divergence_that_was_not_measured(figures: HeldOutFigures, words: str) -> None:
+    assert figures.in_words() == words
 
 
 def _taught(student, batch):

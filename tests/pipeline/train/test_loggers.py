@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,20 @@ def test_a_killed_training_goes_on_in_its_logs_without_double_rows(make_task, ma
     killed_after(None)
     fit(make_student(), undisturbed)
     assert ours == {(row["step"], row["train_loss"]) for row in read_rows(undisturbed.folder / "metrics.csv")}
+
+
+def test_the_measurement_before_the_first_step_is_logged_once_by_every_logger_and_across_kills(
+    make_task, make_shards, make_student, killed_after, tmp_path
+) -> None:
+    task = make_task("tensorboard", "csv", TRACKER)
+    scored = make_shards(tmp_path / "scored", "sampled", 6, seed=1)
+    task = dataclasses.replace(task, heldout_targets=scored)
+    _train_and_kill(task, make_student, killed_after)
+    assert [int(row["step"]) for row in read_rows(task.folder / "metrics.csv") if row["validation_loss"]] == [0, 6, 12]
+    assert _scalars(task.folder / "logs" / "tensorboard")["validation_loss"] == [0, 6, 12]
+    rows = read_rows(task.folder / "logs" / "csv" / "metrics.csv")
+    assert [int(row["step"]) for row in rows if row["validation_loss"]] == [0, 6, 12]
+    assert [step for step, name in Tracker.told if name == "validation_loss"] == [0, 6, 12]
 
 
 def test_a_tracker_is_told_what_the_training_is_once(make_task, make_student) -> None:

@@ -10,6 +10,7 @@ import pytest
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.train.model_card import _loss, _what
 from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.schemas.run_cache import RecordingName
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_train import TrainSettings
 
@@ -46,7 +47,39 @@ def test_a_card_says_by_which_loss_and_from_what_a_student_learnt(
     settings: dict[str, Any], loss: str, what: str
 ) -> None:
     found = TrainSettings.model_validate(settings)
-    assert (_loss(found, 1.0), _what(found)) == (loss, what)
+    assert (_loss(found, "topk", 1.0), _what(found)) == (loss, what)
+
+
+@pytest.mark.parametrize(
+    ("recording", "settings", "loss"),
+    [
+        ("topk", {"alpha": 0.5}, "0.5 x 100^2 x forward_kl + 0.5 x cross-entropy"),
+        # The divergence of chunks is multiplied by the temperature once.
+        ("chunks", {"alpha": 0.5}, "0.5 x 100 x forward_kl + 0.5 x cross-entropy"),
+        (
+            "chunks",
+            {"divergence": "reverse_kl", "projected_weight": 0.25},
+            "1 x 100 x reverse_kl + 0.25 x reverse_kl of projected targets, at temperature 1",
+        ),
+        ("chunks", {"alpha": 0.0, "projected_weight": 0.25}, "cross-entropy"),
+        (
+            "topk",
+            {"router_loss_weight": 0.01, "token_weights": "entropy"},
+            "1 x 100^2 x forward_kl + 0.01 x the router's load-balancing loss; tokens are weighted by the teacher's "
+            "entropy",
+        ),
+        ("topk", {"alpha": 0.0, "router_loss_weight": 0.01}, "cross-entropy + 0.01 x the router's load-balancing loss"),
+        (
+            "sampled",
+            {"divergence": "policy_gradient", "alpha": 0.9},
+            "0.9 x policy_gradient (ratio_clip 0.2; forward_kl for text that the teacher wrote) + 0.1 x cross-entropy",
+        ),
+    ],
+)
+def test_a_card_states_every_term_of_the_loss_with_the_factor_that_was_trained(
+    recording: RecordingName, settings: dict[str, Any], loss: str
+) -> None:
+    assert _loss(TrainSettings.model_validate(settings), recording, 100.0) == loss
 
 
 def test_the_card_of_an_untrained_student_says_so(made: dict[str, Any]) -> None:

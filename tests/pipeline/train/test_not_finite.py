@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -10,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from tiny_tasks import tiny_task
 
+from capgap.kernels.sparse_kl import SparseKl
 from capgap.pipeline.store import SequenceLoader
 from capgap.pipeline.train import not_finite
 from capgap.pipeline.train.data import training_loader
@@ -22,7 +25,7 @@ from capgap.pipeline.train.heads import served_head
 from capgap.pipeline.train.kept_batches import load_batches
 from capgap.pipeline.train.metrics import read_rows
 from capgap.pipeline.train.module import DistillationModule
-from capgap.pipeline.train.replay import replay
+from capgap.pipeline.train.replay import replay, setting_of
 from capgap.pipeline.train.task import TrainingTask
 from capgap.schemas.errors import InputError
 from capgap.schemas.run_optimization import OptimizationSettings
@@ -152,6 +155,25 @@ def test_of_a_batch_the_sequences_that_overflow_are_named_and_no_others(make_tas
     assert kept.at_fault == [names[row] for row in expected]
 
 
+@pytest.mark.parametrize(("row", "sequence"), [(15, 0), (16, 1), (31, 1), (40, 2), (71, 3)])
+def test_a_sequence_of_a_packed_row_with_padding_is_named_and_not_its_neighbour(
+    make_task, make_student, row: int, sequence: int
+) -> None:
+    """Rows of 40 targets hold two sequences of 16 and padding; divided evenly, rows 16 to 19 would be the first's."""
+    task = dataclasses.replace(make_task(), row_len=40)
+    loader, module = training_loader(task), DistillationModule(make_student(), task.settings, 1, 0.0, 1.0, V)
+    ce_N = torch.zeros(80)
+    ce_N[row] = torch.nan
+    module.last = SparseKl(ce_N.sum(), None, ce_N)
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    setting = setting_of(task, make_student(), task.checkpoint_folder, 1)
+    watch = not_finite.NotFinite(loader, 1, task.folder / "not-finite", setting)
+    with pytest.raises(InputError, match="the loss is not finite"):
+        watch.on_train_batch_end(trainer, module, None, loader.micro_batch(0), 0)
+    ((kept,), _) = load_batches(task.folder / "not-finite")
+    assert kept.at_fault == [loader.names(0)[sequence]]
+
+
 def test_a_gradient_that_overflows_stops_its_step_and_keeps_all_that_it_added_up(make_task, make_student) -> None:
     """Losses are finite: the gradient of a weight that is multiplied with a huge one is not."""
     task = make_task(micro_batch_sequences=2, checkpoint_every_steps=1)
@@ -202,6 +224,19 @@ def test_a_replay_takes_the_newest_checkpoint(make_task, make_student, tmp_path)
     lines = list(replay(tmp_path / "work" / "not-finite"))
     assert re.search(r"weights of .*/work/checkpoints/step-0000000\d\.ckpt$", lines[0])
     assert "nan" in lines[1] or "inf" in lines[1], "its weights were at 1e30"
+
+
+def test_a_batch_that_needs_an_online_teacher_is_kept_but_no_replay_is_recommended(make_task, make_student) -> None:
+    """A replay without the teacher would compute another loss."""
+    task = dataclasses.replace(make_task(), teacher=make_student(seed=1))
+    reason = "the loss needs the teacher, which stood beside the student"
+    with pytest.raises(InputError) as caught:
+        fit(_overflowing(make_student(tied=False), training_loader(task)), task)
+    folder = task.folder / "work" / "not-finite"
+    assert str(caught.value).endswith(f"The batch is in {folder}; it cannot be computed again alone: {reason}")
+    assert len(load_batches(folder)[0]) == 1
+    with pytest.raises(InputError, match=f"{folder}: the batch cannot be computed again alone; found {reason}"):
+        list(replay(folder))
 
 
 def test_a_folder_without_a_kept_batch_is_refused(tmp_path) -> None:

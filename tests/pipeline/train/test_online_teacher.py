@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tiny_runs import SEQ_LEN, save_teacher, settings_of
 from transformers import AutoModelForCausalLM
 
 from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.train import online_teacher
 from capgap.pipeline.train.online_teacher import free_bytes, require_room
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.schemas.errors import MachineError, MismatchError
@@ -100,6 +102,31 @@ def test_two_models_that_do_not_fit_together_are_refused_before_they_are_loaded(
     with pytest.raises(MachineError, match=message):
         require_room(student, torch.float32, teacher, torch.bfloat16, "cuda:0", needed - 1)
     require_room(student, torch.bfloat16, teacher, torch.bfloat16, "cuda:0", needed - 8 * 10**9)
+
+
+def test_a_student_that_is_divided_among_devices_counts_with_its_part_on_each() -> None:
+    student, teacher = _facts(10**9, 10**8), _facts(7 * 10**9, 5 * 10**8)
+    needed = 4 * 10**9 + 16 * 10**9
+    require_room(student, torch.float32, teacher, torch.bfloat16, "cuda:0", needed, num_parts=4)
+    with pytest.raises(MachineError, match=r"4\.0 GB for the student in training and 16\.0 GB for the teacher"):
+        require_room(student, torch.float32, teacher, torch.bfloat16, "cuda:0", needed - 1, num_parts=4)
+
+
+def test_weights_of_the_student_that_are_on_the_device_already_are_not_counted_twice(run, monkeypatch) -> None:
+    """On a CPU the student is loaded before the free memory is read."""
+    out = Path(run["out"])
+    student, teacher = (
+        ModelFacts.model_validate(json.loads((out / stage / "manifest.json").read_bytes())["facts"])
+        for stage in ("student/seed-1", "teacher")
+    )
+    # the gradients and moments of the student; the teacher's weights and its head once more, all in float32
+    outside = teacher.num_parameters - teacher.num_non_embedding_parameters
+    free = 4 * (3 * student.num_parameters + teacher.num_parameters + outside)
+    monkeypatch.setattr(online_teacher, "free_bytes", lambda device: free)
+    assert carry_out(RunFile.model_validate(run), Instance("train", "online", 1), remake=True).totals["num_steps"]
+    monkeypatch.setattr(online_teacher, "free_bytes", lambda device: 4 * teacher.num_parameters)
+    with pytest.raises(MachineError, match="teacher and student do not fit on the device together"):
+        carry_out(RunFile.model_validate(run), Instance("train", "online", 1), remake=True)
 
 
 def test_the_memory_that_is_left_is_found() -> None:

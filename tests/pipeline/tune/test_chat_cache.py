@@ -84,6 +84,9 @@ def test_a_trained_student_learns_from_a_chat_teachers_cache(taught: dict[str, A
     near = "heldout_kl" if recording == "topk" else "heldout_teacher_ce"
     measured = [float(row[near]) for row in rows if row[near]]
     assert measured[-1] < measured[0]
+    (before,) = [row for row in rows if row["step"] == "0"]
+    assert manifest.totals["heldout_loss_before"] == float(before["validation_loss"])
+    assert manifest.totals[f"first_{near}"] == float(before[near])
     folder = Path(taught["out"]) / TUNE.name / "model"
     tokenizer, teachers = (AutoTokenizer.from_pretrained(path) for path in (folder, taught["teacher"]["path"]))
     assert tokenizer.chat_template == teachers.chat_template
